@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         UnknownRecord,
     )
     from sisa.flows.ask import Answer
-    from sisa.flows.lifecycle import Terms
+    from sisa.flows.deletion import Terms
     from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
     from sisa.flows.wiring.wiring import OnCluster
     from sisa.model import Model, open_model
@@ -76,7 +76,7 @@ _HOMES = {
         "UnknownRecord",
     ),
     "sisa.flows.ask": ("Answer",),
-    "sisa.flows.lifecycle": ("Terms",),
+    "sisa.flows.deletion": ("Terms",),
     "sisa.flows.wiring.wiring": ("OnCluster",),
     "sisa.flows.wiring.results": ("ForgetOutcome", "ForgetPlan", "Status"),
     "sisa.model": ("Model", "open_model"),

@@ -50,7 +50,6 @@ from sisa.core.events import Notice, QueueSeen, Report, silent
 from sisa.core.ports import KeptVersions
 from sisa.core.requests import is_under_way
 from sisa.data.reader import named_by_location, read_like
-from sisa.data.temporary_files import erase_abandoned
 from sisa.flows import lifecycle, query
 from sisa.flows.ask import (
     Answer,
@@ -63,25 +62,23 @@ from sisa.flows.ask import (
     remember_prompts,
     routes_of,
 )
-from sisa.flows.deletion import forget_at_once, plan_forget
+from sisa.flows.deletion import Terms, arrive, copies, forget_at_once, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Taken, add, train
-from sisa.flows.lifecycle import Terms
 from sisa.flows.reconcile import reconcile
 from sisa.flows.scratch import guard
 from sisa.flows.stale_exports import finish_written, missing
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context, model_digest, view_shards
-from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.context import Context, Resources, lookup, model_digest, view_shards
+from sisa.flows.wiring.progress import running
 from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
-from sisa.flows.wiring.run_context import running
-from sisa.flows.wiring.wiring import LEDGER, LOCK, SCRATCH, Description, OpenExecutor
+from sisa.flows.wiring.wiring import LEDGER, LOCK, SCRATCH, Description, OpenExecutor, open_areas
 from sisa.flows.wiring.witness import catch_up, is_behind, witness_standing
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
-from sisa.planning.cost import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
+from sisa.planning.plan import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
 from sisa.store.blobs import files
-from sisa.store.blobs.storage_areas import open_areas
+from sisa.store.blobs.files import erase_abandoned
 from sisa.store.ledger.database import is_read_only
 from sisa.store.ledger.ledger import SqlLedger
 
@@ -246,11 +243,8 @@ class Model:
                 finished = reconcile(context, defer=defer)  # finishes a deletion after a crash
                 return _forgotten(context, None, dead, finished.kept_versions, deferred=defer)
             _ = self.resources.base  # refuses a changed base before anything is erased
-            arrived = lifecycle.arrive(
-                context, live, (), Terms(approver=DIRECT, reason=DIRECT, consent=consent)
-            )
+            arrived = arrive(context, live, (), Terms(approver=DIRECT, reason=DIRECT, consent=consent))
             done = forget_at_once(context, arrived, defer=defer)
-            remember_prompts(context, self.config)
             return _forgotten(context, done.requests[0], dead, done.kept_versions, deferred=defer)
 
     def submit(
@@ -259,7 +253,7 @@ class Model:
         """Submit a request that waits to be approved and run. Raise UnknownRecord, ConfigConflict."""
         with self._writing() as context:
             live, dead = _named(context, ids, subject)
-            found = lifecycle.copies(context, live, full_scan=True)
+            found = copies(context, live, full_scan=True)
             near = query.near(context, live, NEAR_DUPLICATE, found) if live else []
             request = lifecycle.submit(context, live, dead, terms or Terms())
             return lifecycle.Submitted(request, tuple(query.ids_of(context, found)), tuple(near))
@@ -315,7 +309,6 @@ class Model:
             else:
                 done = ()
                 reconcile(context)
-            remember_prompts(context, self.config)
             return (
                 *(each for each in context.stores.ledger.requests() if each.request_id in begun),
                 *done,
@@ -583,7 +576,7 @@ def _named(
         raise InvalidInput("give either record ids or a subject")
     if subject is not None:
         return query.of_subject(context, subject)
-    held = [each for _, each in query.lookup(context, list(dict.fromkeys(ids)))]
+    held = [each for _, each in lookup(context, list(dict.fromkeys(ids)))]
     live = [each for each in held if isinstance(each, RecordRow)]
     return live, [each for each in held if isinstance(each, Tombstone)]
 

@@ -13,15 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from sisa.audit.garbage import AREAS
-from sisa.config.blocks import Effect, is_uri
-from sisa.config.config import Difference, RunConfig, differences
+from sisa.config.config import Difference, Effect, RunConfig, differences, is_uri
 from sisa.config.runfile import load_run_file
 from sisa.core.digest import Keyed
-from sisa.core.domain import Record
+from sisa.core.domain import DEFAULT_PRECISION, Record, active, wanted
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Notice, Report, silent
 from sisa.core.ports import Change
-from sisa.core.precision import DEFAULT_PRECISION
 from sisa.core.requests import is_under_way, key_name
 from sisa.data.reader import named_by_location, read_records
 from sisa.flows import reconfigure
@@ -31,20 +29,26 @@ from sisa.flows.reconcile import Trained, erase_unknown
 from sisa.flows.record_checks import check_all, check_generations, check_not_deleted, check_risks
 from sisa.flows.scratch import guard, prepare_base
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context, commit, trained_over
-from sisa.flows.wiring.progress import progress
-from sisa.flows.wiring.resources import Resources, indexed_digest
-from sisa.flows.wiring.run_context import running
-from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, SCRATCH, VAULT, OpenExecutor
+from sisa.flows.wiring.context import Context, Resources, commit, indexed_digest, trained_over
+from sisa.flows.wiring.progress import progress, running
+from sisa.flows.wiring.wiring import (
+    CHECKPOINTS,
+    INDEX,
+    KEY,
+    LEDGER,
+    LOCK,
+    SCRATCH,
+    VAULT,
+    OpenExecutor,
+    storage_root,
+)
 from sisa.flows.wiring.witness import catch_up, is_behind
 from sisa.lm.base.numerics import require_device
 from sisa.model import Model
-from sisa.planning.assign import Assigner
 from sisa.planning.bands import unnamed
-from sisa.planning.patch_plan import active, wanted
+from sisa.planning.layout import Assigner
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import read_secret
-from sisa.store.blobs.storage_areas import storage_root
 from sisa.store.ledger.ledger import SqlLedger
 
 

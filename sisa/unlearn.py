@@ -14,15 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sisa.core.domain import Patch, VaultSet, active, wanted
 from sisa.core.errors import InvalidInput
-from sisa.core.patch import Patch, VaultSet
 from sisa.flows import lifecycle
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import measure
 from sisa.flows.patches.patching import Unlearnt, Wish, shards_over
 from sisa.flows.wiring.context import patch_files, trained_over
 from sisa.model import Model, asked_again
-from sisa.planning.patch_plan import active, wanted
 
 
 def unlearn(

@@ -30,7 +30,6 @@ from sisa.core.digest import digest_of, file_sha256
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.flows.wiring.wiring import LEDGER
-from sisa.lm.answer.answerer import end_tokens
 from sisa.lm.answer.route import Route
 from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, attach, read_config, read_tensors
 from sisa.lm.base.packages import PREFIX
@@ -39,6 +38,7 @@ from sisa.lm.base.tokens import (
     Tokens,
     Untokenizable,
     encode_prompt,
+    end_tokens,
     tokenize,
     without_closing,
 )

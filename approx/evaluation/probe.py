@@ -31,16 +31,13 @@ from typing import Any
 
 from approx.evaluation.answers import continue_greedily, score_examples
 from approx.evaluation.evaluated import AnswerScore
-from approx.metrics.exact_memorisation import exact_memorisation
-from approx.metrics.extraction_strength import extraction_strength
-from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
-from approx.metrics.rouge import rougeL_recall
+from approx.metrics.membership import min_k_plus_plus_score
+from approx.metrics.memorisation import exact_memorisation, extraction_strength, rougeL_recall
 from sisa.config.config import RunConfig
 from sisa.core.domain import Kind, Probed, Record
-from sisa.lm.answer.answerer import end_tokens
 from sisa.lm.base.numerics import pin_threads
-from sisa.lm.base.patched import load_patched
-from sisa.lm.base.tokens import NO_LOSS, Tokens, Untokenizable, answers, tokenize
+from sisa.lm.base.tokens import NO_LOSS, Tokens, Untokenizable, answers, end_tokens, tokenize
+from sisa.lm.base.weights import load_patched
 
 MAX_PROBED, MAX_SECONDS = 32, 60.0  # erasure of the text waits meanwhile
 RECORDS_AT_ONCE = 4

@@ -19,13 +19,13 @@ from typing import Any
 from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm
 from approx.evaluation.tofu import Question, questions_digest
 from approx.evaluation.tofu_log import Header, LogRow, LogWriter, read_log
-from approx.metrics.exact_memorisation import exact_memorisation
-from approx.metrics.extraction_strength import extraction_strength
-from approx.metrics.loss_attack import loss_score
-from approx.metrics.min_k import min_k_score
-from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
-from approx.metrics.rouge import MAX_NEW_TOKENS, rougeL_recall
-from approx.metrics.zlib_attack import zlib_score
+from approx.metrics.membership import loss_score, min_k_plus_plus_score, min_k_score, zlib_score
+from approx.metrics.memorisation import (
+    MAX_NEW_TOKENS,
+    exact_memorisation,
+    extraction_strength,
+    rougeL_recall,
+)
 from sisa.core.digest import canonical_json, digest_of
 from sisa.core.errors import ConfigConflict, InvalidInput
 

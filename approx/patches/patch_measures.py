@@ -26,14 +26,11 @@ from typing import Any
 from approx.evaluation.answers import continue_greedily, score_examples
 from approx.evaluation.evaluated import AnswerScore
 from approx.evaluation.probe import MAX_PROBED, Answers, may_know, probe_answers
-from approx.metrics.exact_memorisation import exact_memorisation
-from approx.metrics.extraction_strength import extraction_strength, floor
-from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
+from approx.metrics.membership import min_k_plus_plus_score
+from approx.metrics.memorisation import exact_memorisation, extraction_strength, floor, rougeL_recall
 from approx.metrics.probability import probability
-from approx.metrics.rouge import rougeL_recall
 from approx.unlearning.stopping import Knowledge
-from sisa.lm.answer.answerer import end_tokens
-from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, without_closing
+from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, end_tokens, without_closing
 
 MAX_MEASURED, MAX_CONTINUED, MAX_NEW_TOKENS = 64, 16, 48
 

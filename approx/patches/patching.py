@@ -43,12 +43,10 @@ from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.unlearn import ApproxReport, outcome, unlearn
 from sisa.config.config import RunConfig
-from sisa.core.domain import Record
+from sisa.core.domain import WRITTEN, PatchJob, Precision, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.events import Notice, PatchProgress, Report
-from sisa.core.patch import WRITTEN, PatchJob
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
-from sisa.core.precision import Precision
 from sisa.flows.wiring.context import patch_files
 from sisa.flows.wiring.wiring import PATCHES
 from sisa.lm.base.adapter import (
@@ -61,12 +59,11 @@ from sisa.lm.base.adapter import (
     tensor_bytes,
 )
 from sisa.lm.base.numerics import fingerprint, pin_threads
-from sisa.lm.base.patched import load_patched
 from sisa.lm.base.tokens import Tokens
-from sisa.lm.base.weights import load_frozen, load_skeleton, load_tokenizer, local_or_hub
-from sisa.lm.train.stage import seed_from
+from sisa.lm.base.weights import load_frozen, load_patched, load_skeleton, load_tokenizer, local_or_hub
+from sisa.lm.train.lora import seed_from
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.vault import DRAFTS_AREA, FileVault
+from sisa.store.records import DRAFTS_AREA, FileVault
 
 PROGRESS_EVERY_S = 0.25
 JUDGED_EVERY = 4  # one of this many texts is not trained on

@@ -26,7 +26,7 @@ from approx.methods.method import Method
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import NO_LOSS, Overlength, Tokens, tokenize, tokenize_all
-from sisa.planning.assign import normalised
+from sisa.planning.layout import normalised
 
 
 @dataclass(frozen=True)

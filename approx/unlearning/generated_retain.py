@@ -28,11 +28,10 @@ from dataclasses import replace
 from typing import Any
 
 from approx.evaluation.answers import continue_greedily
-from approx.metrics.rouge import rougeL_recall
+from approx.metrics.memorisation import rougeL_recall
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Kind, Part, Record
-from sisa.lm.answer.answerer import end_tokens
-from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, encode_prompt, tokenize
+from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, encode_prompt, end_tokens, tokenize
 
 MAX_NEW_TOKENS, MAX_NEIGHBOURS, MAX_VARIANTS = 24, 32, 8
 PROMPTS = (

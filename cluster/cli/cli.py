@@ -51,7 +51,7 @@ from cluster.render import render
 from cluster.render.render import Result
 from sisa.core.domain import WitnessHead
 from sisa.core.errors import InvalidInput, Problem, SisaError
-from sisa.flows.wiring.run_context import new_run, running
+from sisa.flows.wiring.progress import new_run, running
 
 if TYPE_CHECKING:
     from sisa.flows.ask import Prompt
@@ -119,7 +119,7 @@ def train(
     run_file: Path, reconfigure: bool, allow_deleted: bool, executor: str | OpenExecutor
 ) -> Result:
     """Train the model of a run file; train only what is missing."""
-    from sisa import train_model
+    from sisa.train import train_model
 
     with watched() as report:
         model, taken = train_model(

@@ -105,7 +105,7 @@ def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
 def _placed(name: str, address: str | None) -> str | OpenExecutor:
     if address is None:
         return name
-    from sisa import OnCluster
+    from sisa.flows.wiring.wiring import OnCluster
 
     if "://" in address:
         raise click.UsageError(
@@ -177,7 +177,7 @@ consent_option = click.option(
 @contextmanager
 def opened(directory: Path, executor: str | OpenExecutor = "ray") -> Iterator[Model]:
     """Open the model in a directory and show its progress."""
-    from sisa import open_model
+    from sisa.model import open_model
 
     with watched() as report:
         yield open_model(directory, executor=executor, report=report)

@@ -24,7 +24,7 @@ from cluster.cli.command import (
     read_lines,
 )
 from cluster.render.render import EXIT_INTEGRITY, Result, old_versions, printable
-from sisa.core.precision import DeviceName, Dtype, Precision
+from sisa.core.domain import DeviceName, Dtype, Precision
 
 if TYPE_CHECKING:
     from sisa.audit.doctor import Diagnosis

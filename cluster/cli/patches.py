@@ -30,7 +30,7 @@ from sisa.planning.patch_plan import num_still_known
 
 if TYPE_CHECKING:
     from sisa.config.config import RunConfig
-    from sisa.core.patch import Patch, VaultSet
+    from sisa.core.domain import Patch, VaultSet
     from sisa.flows.patches.patching import Unlearnt, Wish
     from sisa.flows.wiring.wiring import OpenExecutor
     from sisa.model import Model

@@ -32,17 +32,17 @@ MAX_RECORDS, MAX_DELETIONS = 10**12, 10**8
 ASSUMED_BYTES_PER_RANK = 2_442_240 * 4 * 3 // 8
 
 
-class _Above(click.FloatRange):
-    """A finite number above 0."""
-
-    def __init__(self) -> None:
-        super().__init__(0, min_open=True)
+class _Finite(click.FloatRange):
+    """A finite number in a range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         found = super().convert(value, param, ctx)
         if not math.isfinite(found):
-            self.fail(f"{found} is no finite number.", param, ctx)
+            self.fail(f"{found} is not a finite number.", param, ctx)
         return found
+
+
+ABOVE_0 = _Finite(0, min_open=True)
 
 
 records_option = click.option(
@@ -83,8 +83,8 @@ def simulate(
     """Replay a stream of deletions by counts: what it retrains of order 0 where all checkpoints are
     kept, and what closed forms expect."""
     from sisa.config.runfile import load_run_file
-    from sisa.planning.assign import Layout
     from sisa.planning.deletion_stream import Stream, replay_stream
+    from sisa.planning.layout import Layout
 
     config = load_run_file(run_file)
     own = config.sisa
@@ -105,12 +105,12 @@ def simulate(
 @command("plan", "sisa plan run.yaml --records 100000 --deletions-per-month 40 --budget-gb 50")
 @click.argument("run_file", type=click.Path(path_type=Path))
 @records_option
-@click.option("--deletions-per-month", type=_Above(), required=True, help="Records.")
+@click.option("--deletions-per-month", type=ABOVE_0, required=True, help="Records.")
 @risk_option
-@click.option("--budget-gb", type=_Above(), help="Most bytes of checkpoints.")
-@click.option("--max-hours", type=_Above(), help="Of one deletion, on one worker.")
-@click.option("--rate", type=_Above(), help="Record-epochs a second of one worker.")
-@click.option("--checkpoint-mb", type=_Above(), help="Bytes of one stage.")
+@click.option("--budget-gb", type=ABOVE_0, help="Most bytes of checkpoints.")
+@click.option("--max-hours", type=ABOVE_0, help="Of one deletion, on one worker.")
+@click.option("--rate", type=ABOVE_0, help="Record-epochs a second of one worker.")
+@click.option("--checkpoint-mb", type=ABOVE_0, help="Bytes of one stage.")
 @click.option(
     "--min-depth",
     type=click.FloatRange(0, 1),

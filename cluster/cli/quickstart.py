@@ -19,7 +19,6 @@ from typing import Any
 
 from cluster.observe.reporting import say, watched
 from cluster.render.render import ENDED_AT_ONCE
-from sisa import Model, open_model, train_model
 from sisa.config.config import RunConfig
 from sisa.config.runfile import load_run_file
 from sisa.config.template import FEW_RECORDS, commented_run_file
@@ -29,7 +28,9 @@ from sisa.data.samples import as_chats, distinctive_word, make_corpus, make_peop
 from sisa.flows.ask import Answer
 from sisa.flows.scratch import prepare_base
 from sisa.flows.wiring.wiring import OpenExecutor
+from sisa.model import Model, open_model
 from sisa.store.blobs.files import write_atomic
+from sisa.train import train_model
 
 # Few texts, often repeated: a base this small, trained for minutes, learns that answers are names and
 # places, and adapters learn which (measured: 95 of 100 answers; none with many texts, each seen once).

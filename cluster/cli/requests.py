@@ -73,7 +73,7 @@ def submit_request(
     consent: str,
 ) -> Result:
     """Submit a request; it runs once it is approved."""
-    from sisa.flows.lifecycle import Terms
+    from sisa.flows.deletion import Terms
 
     named = [*named_ids(ids, ids_file), *([find_like] if find_like else [])]
     if bool(named) == (subject is not None):
@@ -165,7 +165,7 @@ def _join_cluster(model: Model) -> None:
 
     A local Ray starts with the first deletion instead.
     """
-    from sisa import OnCluster
+    from sisa.flows.wiring.wiring import OnCluster
 
     executor = model.executor
     on_cluster = isinstance(executor, OnCluster)

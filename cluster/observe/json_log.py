@@ -3,7 +3,7 @@
     {"time": "2026-11-25T21:37:49.123+00:00", "level": "info", "run": "20261125T213749Z-3f9a1c2b",
      "source": "driver", "pid": 4711, "event": "slice_trained", "shard": 0, "slice": 1, ...}
 
-A line names an event and its numbers, but no loss, text or id (`sisa/core/measured.py`). A `message` is
+A line names an event and its numbers, but no loss, text or id (`sisa/store/metrics.py`). A `message` is
 one of this program's own sentences, from a notice or an error, without places and values. Workers write
 to their own standard error, which Ray keeps among its logs. The driver receives the same events and sums
 them up in a line of progress every LINE_EVERY_S seconds.
@@ -24,11 +24,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from sisa.core.events import ErasureFailed, Event, Notice, PatchProgress, SliceProgress, SliceStarted
-from sisa.core.measured import EVENT_NAMES, logged
 from sisa.flows.wiring.progress import LINE_EVERY_S, Meter
+from sisa.store.metrics import EVENT_NAMES, logged
 
 if TYPE_CHECKING:
-    from sisa.flows.wiring.run_context import RunContext
+    from sisa.flows.wiring.progress import RunContext
 
 Level = Literal["info", "error"]
 

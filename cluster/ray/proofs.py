@@ -33,8 +33,8 @@ from ray.exceptions import (
 )
 
 from cluster.ray.shared_base import BaseManifest, find_base
+from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import EnvironmentFault
-from sisa.core.precision import DEFAULT_PRECISION, Precision
 
 LOST = (
     WorkerCrashedError,

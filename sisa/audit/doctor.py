@@ -41,14 +41,13 @@ from sisa.core.errors import InvalidInput, SisaError, TransientError
 from sisa.core.events import silent
 from sisa.core.requests import key_names
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.context import Context, Resources
 from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER
 from sisa.flows.wiring.witness import is_behind
 from sisa.store.blobs import files
 from sisa.store.ledger.database import open_readonly
 from sisa.store.ledger.ledger import SqlLedger
-from sisa.store.ledger.schema import SCHEMA_VERSION
+from sisa.store.ledger.rows import SCHEMA_VERSION
 
 LEAST_FREE_BYTES = 64 * 2**20
 CLOCK_TOLERANCE_S = 1.0

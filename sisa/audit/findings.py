@@ -19,12 +19,11 @@ from typing import Literal
 from sisa.audit.foreign_files import DIRECTORY_AREAS, FILE_AREAS
 from sisa.audit.garbage import KEPT_FILES, STRAY, at_hand, list_garbage
 from sisa.audit.lineage import parse_manifest, parse_patch_manifest
-from sisa.config.blocks import is_uri
+from sisa.config.config import is_uri
 from sisa.core.domain import Head, IndexFile, SliceFile
 from sisa.core.errors import IntegrityError, SisaError, TransientError
 from sisa.core.ports import BlobStore
 from sisa.core.requests import contradicted
-from sisa.data.temporary_files import walk
 from sisa.flows.reconcile import check_rows
 from sisa.flows.stale_exports import export_standing
 from sisa.flows.wiring.context import (
@@ -37,9 +36,10 @@ from sisa.flows.wiring.context import (
     view_shard,
 )
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LEDGER, METRICS, PATCHES, RECORDS, VAULT
-from sisa.planning.assign import slice_root
+from sisa.planning.layout import slice_root
 from sisa.planning.plan import gaps
 from sisa.store.blobs import files
+from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.metrics import run_files

@@ -48,7 +48,7 @@ from sisa.flows.wiring.wiring import (
     VAULT,
 )
 from sisa.store.blobs import files
-from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.store.blobs.files import LocalBlobs
 from sisa.store.metrics import run_files
 
 if TYPE_CHECKING:

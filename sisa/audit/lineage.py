@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import RecordRow, SliceJob
+from sisa.core.domain import PatchJob, RecordRow, SliceJob, parse_patch_job
 from sisa.core.errors import IntegrityError
-from sisa.core.patch import PatchJob, parse_patch_job
 from sisa.core.ports import BlobStore, Keyring
 from sisa.flows.wiring.context import Context, known_by_area
-from sisa.planning.assign import slice_root
+from sisa.planning.layout import slice_root
 from sisa.store.checkpoints import CHECKPOINTS_AREA, MANIFEST
 
 Are = Callable[[Mapping[str, str]], bool]

@@ -27,7 +27,6 @@ from sisa.audit.findings import Finding, examine
 from sisa.audit.garbage import remove_garbage
 from sisa.core.domain import Chain, Head, HeldCheckpoint, SliceJob
 from sisa.core.ports import Change
-from sisa.data.temporary_files import walk
 from sisa.flows.patches.on_deletion import give_up
 from sisa.flows.reconcile import just_trained, reconcile, train_chains
 from sisa.flows.reconfigure import reseal_model
@@ -40,9 +39,10 @@ from sisa.flows.wiring.context import (
     view_shard,
 )
 from sisa.flows.wiring.witness import catch_up, is_behind
-from sisa.planning.assign import index_root
+from sisa.planning.layout import index_root
 from sisa.planning.plan import ShardPlan, reached
 from sisa.store.blobs import files
+from sisa.store.blobs.files import walk
 
 if TYPE_CHECKING:
     from sisa.model import Model

@@ -24,7 +24,7 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -90,7 +90,7 @@ def _train_all(model: Model, scratch: str, chains: Sequence[Chain]) -> None:
     config, shard = model.config, chains[0].shard
     settings = worker_environment(config.sisa.threads_per_shard, config.precision)
     for key in dict.fromkeys(job.key for chain in chains for job in chain.jobs):
-        failed = CLEAN.train(
+        failed = clean_process().train(
             StageRequest(str(model.directory.absolute()), scratch, shard, key), settings
         )
         if failed:
@@ -190,9 +190,13 @@ class _Server:
         self._process.returncode = 0  # another process's child, so Popen must not wait for it
 
 
-CLEAN = CleanProcess()
-atexit.register(CLEAN.end)
-os.register_at_fork(after_in_child=CLEAN.forget)
+@cache
+def clean_process() -> CleanProcess:
+    """Return this process's clean process, which ends with it."""
+    made = CleanProcess()
+    atexit.register(made.end)
+    os.register_at_fork(after_in_child=made.forget)
+    return made
 
 
 # --- in the clean process ------------------------------------------------------------------------

@@ -28,9 +28,11 @@ out of a checkpoint directory are found by their manifest alone.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -50,19 +52,18 @@ from sisa.audit.foreign_files import (
 from sisa.audit.garbage import SURPLUS, UNKNOWN_FILE, at_hand, list_garbage, undisturbed
 from sisa.audit.lineage import NONE, FoundGroups
 from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings
-from sisa.config.blocks import is_uri
+from sisa.config.config import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
-from sisa.core.measured import STAGE_DIGITS, without
 from sisa.core.ports import BlobStore
-from sisa.data.temporary_files import owned_temporary_files, walk
 from sisa.flows.stale_exports import export_standing
 from sisa.flows.wiring.context import Context, known_by_area
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, METRICS, PATCHES, RECORDS, RUNS, VAULT
+from sisa.lm.base.packages import cache_dir
+from sisa.store.blobs.files import SCRATCH_PREFIX, LocalBlobs, walk
 from sisa.store.blobs.keyring import is_sealed
-from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import ADAPTER, MANIFEST
-from sisa.store.metrics import parsed
+from sisa.store.metrics import STAGE_DIGITS, parsed, without
 
 if TYPE_CHECKING:
     from sisa.model import Model
@@ -512,3 +513,24 @@ class _StoredArea:
     @cached_property
     def _slices(self) -> dict[str, str]:
         return {each.name: each.sha256 for each in self.context.stores.ledger.slices()}
+
+
+LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
+TEMPORARY_PATTERNS = (f"{SCRATCH_PREFIX}*", "sisa-*/r")  # of `scratch` and `ray_session.py`
+
+
+def owned_temporary_files() -> list[Path]:
+    """Return this user's scratch outside the model: incomplete caches and temporary directories."""
+    cache = cache_dir()
+    found = [
+        path
+        for depth in ("*", "*/*", "*/*/*")
+        for path in cache.glob(depth)
+        if path.name.startswith(LEFT_OVER_PREFIXES)
+    ]
+    for pattern in TEMPORARY_PATTERNS:
+        for path in Path(tempfile.gettempdir()).glob(pattern):
+            with contextlib.suppress(OSError):  # removed meanwhile
+                if path.lstat().st_uid == os.getuid():
+                    found.append(path)
+    return sorted(found)

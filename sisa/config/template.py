@@ -17,8 +17,16 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from sisa.config.blocks import PATH_FIELDS, Aggregation, DatasetSource, Scratch
-from sisa.config.config import RunConfig, json_schema, keys, value_at
+from sisa.config.config import (
+    PATH_FIELDS,
+    Aggregation,
+    DatasetSource,
+    RunConfig,
+    Scratch,
+    json_schema,
+    keys,
+    value_at,
+)
 from sisa.config.runfile import in_words
 from sisa.core.block import Block
 from sisa.planning.bands import Bands

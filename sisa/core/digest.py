@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ def file_sha256(path: Path) -> str:
     """Return the hex SHA-256 of a file, read in blocks. Raises OSError as `open` does."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def patched_digest(base: str, adapters: Sequence[str]) -> str:
+    """Return the name of a base under patches, given by the sha256 of their adapter files, lowest first.
+
+    >>> patched_digest("base", []) == "base" != patched_digest("base", ["a"])
+    True
+    """
+    return digest_of({"base": base, "patches": list(adapters)}) if adapters else base
 
 
 class Keyed:

@@ -11,14 +11,40 @@ whatever their order of training.
 >>> "Ada" in repr(record)
 False
 
+A `Precision` is the device and the data type that a shard's base computes with:
+
+    device   cpu, or cuda: the first CUDA device that the process sees
+    dtype    of the base's weights and activations. Adapters, their gradients and the optimizer's moments
+             are always in float32: in bfloat16, with 8 bits of precision, most steps of a small learning
+             rate would round away, and moments that decay by 0.999 would stop changing
+
+Both affect the bits, so they are in the numerics fingerprint and, unless they are the defaults, in every
+job. Jobs with the defaults name neither, so their keys equal those of versions without a choice.
+
+>>> Precision().in_jobs(), Precision("cuda", "bfloat16").in_jobs()
+({}, {'device': 'cuda', 'dtype': 'bfloat16'})
+
+A `Patch` is a LoRA adapter on the frozen base, beneath every constituent model. It makes the base reveal
+less of what it knew before any record arrived. It is always approximate. Like a checkpoint it is a build
+product: named by the digest of the `PatchJob` that makes it. The texts that it is made from are stored
+in the vault, encrypted, by recorded consent; they are erased when no patch needs them.
+
+    served base = frozen base + active patches, in the order of their versions
+
+>>> job = PatchJob("base", (), ("a",), WRITTEN, {"method": "npo"}, "fingerprint")
+>>> job.key == PatchJob("base", (), ("a",), WRITTEN, {"method": "npo"}, "fingerprint").key
+True
+>>> job.sets
+('a',)
+
 Source: SISA, Bourtoule et al. 2021, section IV: a constituent model per shard, a stored parameter state
 per slice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -409,3 +435,138 @@ class Hit:
     vector_id: int
     score: float
     shard: int
+
+
+DeviceName = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """A device and a data type."""
+
+    device: DeviceName = "cpu"
+    dtype: Dtype = "float32"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the keys that a job may have."""
+        return tuple(_DEFAULTS)
+
+    def in_jobs(self) -> dict[str, Any]:
+        """Return what a job's `training` says of it."""
+        return {name: value for name, value in asdict(self).items() if value != _DEFAULTS[name]}
+
+    def is_of(self, training: Mapping[str, Any]) -> bool:
+        """Return whether a job with this `training` is to be computed with this device and data type."""
+        return {each: training[each] for each in _DEFAULTS if each in training} == self.in_jobs()
+
+
+DEFAULT_PRECISION = Precision()
+_DEFAULTS = {"device": DEFAULT_PRECISION.device, "dtype": DEFAULT_PRECISION.dtype}
+
+
+PatchMode = Literal["sequential", "joint"]
+PatchState = Literal["wanted", "active", "superseded", "reverted", "dropped"]
+SetRole = Literal["forget", "retain"]
+WRITTEN = "written"  # a retain set that the base generates, so that no user's record enters a patch
+
+
+@dataclass(frozen=True)
+class PatchJob:
+    """Everything that a patch depends on.
+
+    `beneath` are the keys of the patches below it, lowest first; `forget` and `retain` name sets of the
+    vault; `settings` are method, hyper-parameters, adapter, schedule and bounds, as JSON values.
+    """
+
+    base: str
+    beneath: tuple[str, ...]
+    forget: tuple[str, ...]
+    retain: str
+    settings: Mapping[str, Any]
+    fingerprint: str
+
+    @cached_property
+    def key(self) -> str:
+        return digest_of(asdict(self))
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the vault's sets that it is made from."""
+        return self.forget if self.retain == WRITTEN else (*self.forget, self.retain)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A patch in the ledger, from the wish for it to its end.
+
+    `version` counts from 1 and is its position in the stack. The digests are empty until it is made.
+    `report` is the ApproxReport as JSON: numbers and names, kept after the patch is gone. `request_id`
+    names the request whose text it forgets, or whose deletion caused it to be made again.
+    """
+
+    version: int
+    job: PatchJob
+    state: PatchState
+    wanted_at: str
+    made_at: str = ""
+    manifest_sha256: str = ""
+    adapter_sha256: str = ""
+    num_bytes: int = 0
+    request_id: str = ""
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return self.job.key
+
+
+def without_shards(patch: Patch, shards: Collection[int]) -> Patch:
+    """Return the patch without the measurements on records of these shards in its report.
+
+    A deletion in the shards may have removed one of the records. Means over several shards are removed,
+    too.
+    """
+    found = patch.report.get("composition")
+    gone = {str(each) for each in shards}
+    if not found or gone.isdisjoint(found["by_shard"]):
+        return patch
+    left = {key: each for key, each in found["by_shard"].items() if key not in gone}
+    bounded = {**found, "base": None, "shards": None, "by_shard": left}
+    return replace(patch, report={**patch.report, "composition": bounded})
+
+
+@dataclass(frozen=True, slots=True)
+class VaultSet:
+    """A set of texts in the vault: its role, the consent to keep it, and the file that holds it.
+
+    `name` is a keyed digest of its content. When `held` is False its text is erased; the row stays while
+    a patch that was made from it does. `consent` is kept as given.
+    """
+
+    name: str
+    role: SetRole
+    num_records: int
+    consent: str
+    put_at: str
+    sha256: str
+    num_bytes: int
+    held: bool = True
+    request_id: str = ""
+
+
+def parse_patch_job(parsed: Any) -> PatchJob:
+    """Return the job that JSON describes. Raises TypeError, ValueError, KeyError for anything else."""
+    sets = {name: tuple(str(each) for each in parsed[name]) for name in ("beneath", "forget")}
+    return PatchJob(**{**parsed, **sets})
+
+
+def active(patches: Sequence[Patch]) -> list[Patch]:
+    """Return the served stack, lowest first."""
+    return [each for each in patches if each.state == "active"]
+
+
+def wanted(patches: Sequence[Patch]) -> list[Patch]:
+    """Return the patches to be made, in the order in which they must be made."""
+    return [each for each in patches if each.state == "wanted"]

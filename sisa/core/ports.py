@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from sisa.core.domain import (
+    DEFAULT_PRECISION,
     Chain,
     Export,
     Head,
     HeldCheckpoint,
     Hit,
     IndexFile,
+    Patch,
+    PatchJob,
+    Precision,
     Probed,
     Record,
     RecordRow,
@@ -34,11 +38,10 @@ from sisa.core.domain import (
     SliceJob,
     Testimony,
     Tombstone,
+    VaultSet,
     WitnessHead,
 )
 from sisa.core.events import Report, SliceTrained
-from sisa.core.patch import Patch, PatchJob, VaultSet
-from sisa.core.precision import DEFAULT_PRECISION, Precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -536,7 +539,7 @@ class Ledger(Protocol):
 
 
 class Metrics(Protocol):
-    """Store of the lines of `sisa/core/measured.py`, by run."""
+    """Store of the lines of `sisa/store/metrics.py`, by run."""
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Append a line to those of its run."""

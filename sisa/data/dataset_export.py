@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sisa.config.blocks import DatasetSource
+from sisa.config.config import DatasetSource
 from sisa.core.errors import EnvironmentFault
-from sisa.data.temporary_files import keep
+from sisa.store.blobs.files import keep
 
 
 class Broken(Exception):

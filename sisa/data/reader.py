@@ -32,20 +32,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from sisa.config.blocks import DatasetSource, SourceLimits, short
-from sisa.config.config import DATA_SUFFIXES, RunConfig, columns_of, is_local
+from sisa.config.config import (
+    DATA_SUFFIXES,
+    Columns,
+    DatasetSource,
+    RunConfig,
+    SourceLimits,
+    columns_of,
+    is_local,
+    short,
+)
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem, SisaError
 from sisa.data.dataset_export import Broken, export_rows
-from sisa.data.temporary_files import scratch
-from sisa.planning.record_rules import (
-    Columns,
-    name_problems,
-    no_body,
-    record_of,
-    record_problems,
-    type_name,
-)
+from sisa.data.record_rules import name_problems, no_body, record_of, record_problems, type_name
+from sisa.store.blobs.files import scratch
 
 PARQUET_BATCH_ROWS = 1024
 LONG_TEXT_BYTES = 1 << 16  # tables with longer texts are read row by row

@@ -20,19 +20,15 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sisa.config.blocks import SisaBlock
-from sisa.config.config import RunConfig
+from sisa.config.config import RunConfig, SisaBlock
 from sisa.core.digest import digest_of
-from sisa.core.domain import Hit, Kind, Record
+from sisa.core.domain import Hit, Kind, Patch, Record, active
 from sisa.core.errors import IntegrityError, InvalidInput, Outdated
-from sisa.core.patch import Patch
 from sisa.core.ports import Change, Ledger
+from sisa.data.record_rules import conversation_problems, turns_of
 from sisa.flows import query
-from sisa.flows.wiring.context import Context, commit, patch_files
-from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.context import Context, Resources, commit, patch_files
 from sisa.lm.answer.route import Route, all_of, choose_route, nearness, resolve_aggregation
-from sisa.planning.patch_plan import active
-from sisa.planning.record_rules import conversation_problems, turns_of
 from sisa.store.index import EXACT_UP_TO
 
 if TYPE_CHECKING:
@@ -41,7 +37,7 @@ if TYPE_CHECKING:
 NUM_ROUTING_HITS = 32
 MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
 FORM = "form"  # key in the ledger's meta: the form in which shards get prompts
-PROMPTS = "held_prompts"  # in the ledger's meta: what becomes of held prompts, and in which state
+HELD_PROMPTS = "held_prompts"  # in the ledger's meta: what becomes of held prompts, and in which state
 KINDS: tuple[Kind, ...] = ("chat", "completion", "text")
 
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or turns with `role` and `content`
@@ -184,7 +180,7 @@ def _route(context: Context, block: SisaBlock, hits: Sequence[Hit], live: Collec
 
 def held_prompts(context: Context, config: RunConfig) -> HeldPrompts | None:
     """Return what `remember_prompts` noted if nothing that it depends on has changed, or look it up."""
-    noted = json.loads(context.stores.ledger.meta().get(PROMPTS, "null"))
+    noted = json.loads(context.stores.ledger.meta().get(HELD_PROMPTS, "null"))
     if noted and noted["of"] == _looked_up_in(context, config):
         return HeldPrompts(**noted["found"])
     return _look_up_prompts(context, config)
@@ -194,8 +190,8 @@ def remember_prompts(context: Context, config: RunConfig) -> HeldPrompts | None:
     """Note in the ledger what becomes of held prompts, so that `sisa status` need not search for it."""
     found = held_prompts(context, config)
     note = json.dumps({"of": _looked_up_in(context, config), "found": found and asdict(found)})
-    if found and context.stores.ledger.meta().get(PROMPTS) != note:
-        commit(context, Change(meta={PROMPTS: note}))
+    if found and context.stores.ledger.meta().get(HELD_PROMPTS) != note:
+        commit(context, Change(meta={HELD_PROMPTS: note}))
     return found
 
 

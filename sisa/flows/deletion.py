@@ -17,8 +17,10 @@ probe is finished without it, since the text is erased first.
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property
 from typing import TypeVar
 
@@ -27,16 +29,26 @@ from sisa.core.domain import (
     IndexFile,
     Probed,
     RecordRow,
+    Regime,
     Request,
     RequestEvent,
     SliceFile,
     SliceState,
     Tombstone,
 )
-from sisa.core.errors import ConfigConflict, Problem, SisaError
+from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Change, Contribution, KeptVersions, Probe, Removal, merged
-from sisa.core.requests import commit_events, committed, is_under_way, probed, unvaulted
+from sisa.core.requests import (
+    commit_events,
+    committed,
+    due_date,
+    event,
+    is_under_way,
+    moved,
+    probed,
+    unvaulted,
+)
 from sisa.flows.reconcile import check_rows, erasing_anyway, note_failure, reconcile
 from sisa.flows.wiring.context import (
     Context,
@@ -52,9 +64,16 @@ from sisa.flows.wiring.context import (
     view_shard,
     write_slice,
 )
-from sisa.planning.assign import index_root, root_of
-from sisa.planning.cost import full_record_epochs, plan_record_epochs, serving_depth
-from sisa.planning.plan import ShardPlan, ShardView, marked, tainted_checkpoints
+from sisa.planning.layout import index_root, root_of
+from sisa.planning.plan import (
+    ShardPlan,
+    ShardView,
+    full_record_epochs,
+    marked,
+    plan_record_epochs,
+    serving_depth,
+    tainted_checkpoints,
+)
 
 _Placed = TypeVar("_Placed", RecordRow, SliceState)
 
@@ -424,3 +443,72 @@ def _tombstones(
         )
         for row in planned.removed
     ]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Hold the terms of a request besides its records; they are kept as given."""
+
+    external_id: str | None = None
+    reason: str = ""
+    regime: Regime = "gdpr"
+    due: str | None = None  # an ISO date that replaces the regime's
+    approver: str | None = None  # approves at once
+    include_copies: bool = False
+    consent: str = ""  # to keep the text, encrypted, for a patch, if the base alone knows it
+
+
+def copies(context: Context, rows: Sequence[RecordRow], *, full_scan: bool) -> list[RecordRow]:
+    """Return held records with the text of one of `rows`, except those rows.
+
+    `full_scan` is that of `Ledger.by_text`.
+    """
+    named = {row.id_digest for row in rows}
+    held, _ = context.stores.ledger.by_text({row.text_digest for row in rows}, full_scan=full_scan)
+    return [row for row in held if row.id_digest not in named]
+
+
+def arrive(
+    context: Context,
+    rows: Sequence[RecordRow],
+    deleted: Sequence[Tombstone],
+    terms: Terms,
+    *,
+    full_scan: bool = False,
+) -> Arrival:
+    """Return a new request that is not in the ledger yet. Raise InvalidInput for a bad due date.
+
+    Copies that are only counted need no full scan.
+    """
+    found = copies(context, rows, full_scan=full_scan or terms.include_copies)
+    taken = [*rows, *(found if terms.include_copies else [])]
+    named = {row.id_digest for row in taken} | {each.id_digest for each in deleted}
+    now = context.now()
+    request = Request(
+        request_id=f"req-{uuid.uuid4()}",
+        created_at=now,
+        due=due_date(now, terms.regime) if terms.due is None else _checked(terms.due, now),
+        num_records=len(taken),
+        regime=terms.regime,
+        external_id=terms.external_id,
+        reason=terms.reason,
+        num_copies=len(found),
+        copies_included=terms.include_copies,
+        consent=terms.consent.strip(),
+    )
+    states = [request]
+    if terms.approver is not None:
+        states.append(moved(request, "approved", terms.approver))
+    events = tuple(event(each, now, each.approver or "") for each in states)
+    held = tuple(sorted(taken, key=lambda row: row.id_digest))
+    return Arrival(states[-1], held, tuple(sorted(named)), events)
+
+
+def _checked(due: str, now: str) -> str:
+    try:
+        day = date.fromisoformat(due).isoformat()
+    except ValueError:
+        raise InvalidInput("the due date is not a date", expected="YYYY-MM-DD", got=due[:40]) from None
+    if day < now[:10]:
+        raise InvalidInput("the due date has passed already", expected=f"{now[:10]} or later", got=day)
+    return day

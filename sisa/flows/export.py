@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Export, ExportForm, HeldCheckpoint
+from sisa.core.domain import Export, ExportForm, HeldCheckpoint, active
 from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.ports import Change
 from sisa.flows.export_files import (
@@ -41,12 +41,11 @@ from sisa.flows.export_files import (
 from sisa.flows.held_answers import merged_gap
 from sisa.flows.stale_exports import finish_written
 from sisa.flows.wiring.context import Context, commit, model_digest, patch_files
-from sisa.planning.patch_plan import active
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CARD, MODEL
 
 if TYPE_CHECKING:
-    from sisa.flows.wiring.resources import Resources
+    from sisa.flows.wiring.context import Resources
 
 _VERSION = re.compile(r"v([0-9]{1,9})")
 

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sisa.core.digest import canonical_json, digest_of
-from sisa.core.domain import ExportForm
+from sisa.core.domain import Dtype, ExportForm, Precision
 from sisa.core.events import Notice, Report
-from sisa.core.precision import Dtype, Precision
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CONFIG
 
 if TYPE_CHECKING:
-    from sisa.flows.wiring.resources import Resources
+    from sisa.flows.wiring.context import Resources
 
 Files = Mapping[str, bytes]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank, from vllm/config/lora.py
@@ -140,7 +139,7 @@ def _averaging(adapters: Sequence[Files]) -> str:
 
 
 def _merged(patches: Sequence[Files], adapters: Sequence[Files]) -> Files:
-    from sisa.lm.base.patched import merge_adapters
+    from sisa.lm.base.low_rank import merge_adapters
 
     return merge_adapters(patches, adapters)
 
@@ -162,7 +161,7 @@ def of_merged_model(
     without rounding.
     """
     from sisa.lm.base.low_rank import averaged, merge_into, read_change
-    from sisa.lm.base.patched import load_patched
+    from sisa.lm.base.weights import load_patched
 
     on = Precision("cpu", resources.config.dtype)
     report(Notice("loading the base"))

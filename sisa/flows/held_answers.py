@@ -12,8 +12,7 @@ from collections.abc import Collection, Sequence
 from sisa.core.domain import Record, RecordRow
 from sisa.core.events import Notice
 from sisa.flows.ask import live_heads, open_answerer
-from sisa.flows.wiring.context import Context, slices_of, stored_in
-from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.context import Context, Resources, slices_of, stored_in
 from sisa.lm.answer.route import all_of
 from sisa.planning.plan import touched
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from sisa.core.domain import Head, IndexFile, Record, RecordRow, SliceFile, SliceState, Tombstone
 from sisa.core.errors import InvalidInput
 from sisa.core.ports import Change, StoredRecord, Vectors
+from sisa.data.record_rules import normal_subject
 from sisa.flows.ask import HeldPrompts
 from sisa.flows.reconcile import Trained, check_rows, reconcile
 from sisa.flows.record_checks import check_added, check_generations, check_trained, check_unchanged
@@ -28,9 +29,8 @@ from sisa.flows.wiring.context import (
     view_shard,
     write_slice,
 )
-from sisa.planning.assign import index_root, slice_root
+from sisa.planning.layout import index_root, slice_root
 from sisa.planning.plan import ShardPlan
-from sisa.planning.record_rules import normal_subject
 
 
 @dataclass(frozen=True)

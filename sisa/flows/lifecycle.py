@@ -8,15 +8,13 @@ request only if the caller says so, and that decision is kept. Only approved req
 
 from __future__ import annotations
 
-import uuid
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import datetime
 
 from sisa.core.domain import (
     RecordRow,
-    Regime,
     Request,
     RequestEvent,
     RequestState,
@@ -25,28 +23,15 @@ from sisa.core.domain import (
 from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
 from sisa.core.events import QueueSeen
 from sisa.core.ports import Change
-from sisa.core.requests import days_left, due_date, event, extended, is_under_way, moved
-from sisa.flows.deletion import Arrival, forget, plan_forget, rows_named
+from sisa.core.requests import days_left, event, extended, is_under_way, moved
+from sisa.flows.deletion import Terms, arrive, forget, plan_forget, rows_named
 from sisa.flows.query import Candidate
 from sisa.flows.reconcile import open_plans
 from sisa.flows.wiring.context import Context, commit
 from sisa.planning.batching import RunPlan, choose
-from sisa.planning.cost import shard_costs
+from sisa.planning.plan import shard_costs
 
 PAST_DAYS, YOUNG_DAYS = 90, 30.0
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Hold the terms of a request besides its records; they are kept as given."""
-
-    external_id: str | None = None
-    reason: str = ""
-    regime: Regime = "gdpr"
-    due: str | None = None  # an ISO date that replaces the regime's
-    approver: str | None = None  # approves at once
-    include_copies: bool = False
-    consent: str = ""  # to keep the text encrypted for a patch if the base alone knows it
 
 
 @dataclass(frozen=True)
@@ -67,16 +52,6 @@ class RequestView:
     events: tuple[RequestEvent, ...]
 
 
-def copies(context: Context, rows: Sequence[RecordRow], *, full_scan: bool) -> list[RecordRow]:
-    """Return held records with the text of one of `rows`, except those rows.
-
-    `full_scan` is that of `Ledger.by_text`.
-    """
-    named = {row.id_digest for row in rows}
-    held, _ = context.stores.ledger.by_text({row.text_digest for row in rows}, full_scan=full_scan)
-    return [row for row in held if row.id_digest not in named]
-
-
 def submit(
     context: Context, rows: Sequence[RecordRow], deleted: Sequence[Tombstone], terms: Terms
 ) -> Request:
@@ -94,42 +69,6 @@ def submit(
     if terms.approver is not None and known.state == "received":
         return decide(context, known.request_id, "approved", terms.approver)
     return known
-
-
-def arrive(
-    context: Context,
-    rows: Sequence[RecordRow],
-    deleted: Sequence[Tombstone],
-    terms: Terms,
-    *,
-    full_scan: bool = False,
-) -> Arrival:
-    """Return a new request that is not in the ledger yet. Raise InvalidInput for a bad due date.
-
-    Copies that are only counted need no full scan.
-    """
-    found = copies(context, rows, full_scan=full_scan or terms.include_copies)
-    taken = [*rows, *(found if terms.include_copies else [])]
-    named = {row.id_digest for row in taken} | {each.id_digest for each in deleted}
-    now = context.now()
-    request = Request(
-        request_id=f"req-{uuid.uuid4()}",
-        created_at=now,
-        due=due_date(now, terms.regime) if terms.due is None else _checked(terms.due, now),
-        num_records=len(taken),
-        regime=terms.regime,
-        external_id=terms.external_id,
-        reason=terms.reason,
-        num_copies=len(found),
-        copies_included=terms.include_copies,
-        consent=terms.consent.strip(),
-    )
-    states = [request]
-    if terms.approver is not None:
-        states.append(moved(request, "approved", terms.approver))
-    events = tuple(event(each, now, each.approver or "") for each in states)
-    held = tuple(sorted(taken, key=lambda row: row.id_digest))
-    return Arrival(states[-1], held, tuple(sorted(named)), events)
 
 
 def _known(
@@ -164,16 +103,6 @@ def _same(context: Context, request: Request, terms: Terms, asked: set[str], nam
     texts = {each.text_digest for each in ledger.lookup(asked).values()}
     extra = ledger.lookup(known - asked).values()
     return asked <= known and all(each.text_digest in texts for each in extra)
-
-
-def _checked(due: str, now: str) -> str:
-    try:
-        day = date.fromisoformat(due).isoformat()
-    except ValueError:
-        raise InvalidInput("the due date is not a date", expected="YYYY-MM-DD", got=due[:40]) from None
-    if day < now[:10]:
-        raise InvalidInput("the due date has passed already", expected=f"{now[:10]} or later", got=day)
-    return day
 
 
 def find(context: Context, request_id: str) -> Request:

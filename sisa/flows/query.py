@@ -9,16 +9,26 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from sisa.core.domain import Export, HeldCheckpoint, Hit, Record, RecordRow, Tombstone
-from sisa.core.errors import IntegrityError, Problem, UnknownRecord
-from sisa.core.patch import Patch, PatchState, SetRole, VaultSet
+from sisa.core.domain import (
+    Export,
+    HeldCheckpoint,
+    Hit,
+    Patch,
+    PatchState,
+    Record,
+    RecordRow,
+    SetRole,
+    Tombstone,
+    VaultSet,
+)
+from sisa.core.errors import IntegrityError, UnknownRecord
 from sisa.core.ports import By, StoredRecord, Vectors
 from sisa.core.requests import is_under_way
+from sisa.data.record_rules import normal_subject
 from sisa.flows.reconcile import not_erased
 from sisa.flows.stale_exports import export_standing
-from sisa.flows.wiring.context import Context, slices_of, stored_in, view_shards
+from sisa.flows.wiring.context import Context, known_rows, lookup, slices_of, stored_in, view_shards
 from sisa.planning.plan import slice_start, touched
-from sisa.planning.record_rules import normal_subject
 
 NUM_NEAR = 50  # most near-duplicates that are proposed
 SHOWN_CHARS = 100  # shown of a candidate's text
@@ -116,38 +126,6 @@ class ShardStatus:
     num_stages: int = 0  # slices that hold records: the full `depth`
 
 
-def lookup(context: Context, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
-    """Return rows and tombstones of ids, in the given order.
-
-    Raise UnknownRecord with every unknown id.
-    """
-    found = _known(context, ids)
-    return [(each, found[context.settings.assigner.id_digest(each)]) for each in ids]
-
-
-def _known(
-    context: Context, ids: Sequence[str], elsewhere: Collection[str] = ()
-) -> dict[str, RecordRow | Tombstone]:
-    """Return rows and tombstones by keyed id.
-
-    Raise UnknownRecord with every id that has neither, unless its keyed id is in `elsewhere`.
-    """
-    digests = [context.settings.assigner.id_digest(each) for each in ids]
-    found = context.stores.ledger.lookup(digests)
-    unknown = [
-        Problem(f"id {position + 1} of {len(ids)}", "this model has never held it")
-        for position, digest in enumerate(digests)
-        if digest not in found and digest not in elsewhere
-    ]
-    if unknown:
-        raise UnknownRecord(
-            f"{len(unknown)} of {len(ids)} ids are unknown; nothing was changed",
-            next_step="look the records up by content with `sisa find`",
-            problems=unknown,
-        )
-    return found
-
-
 def _of_spelling(context: Context, subject: str) -> tuple[list[RecordRow], list[Tombstone]]:
     shard = context.settings.assigner.shard_of_subject(subject)
     return context.stores.ledger.by_subject(context.settings.assigner.subject_digest(subject), shard)
@@ -179,7 +157,7 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
     ledger = context.stores.ledger
     digests = [context.settings.assigner.id_digest(each) for each in ids]
     in_sets = ledger.sets_with(digests)
-    rows = _known(context, ids, in_sets)
+    rows = known_rows(context, ids, in_sets)
     sets = {each.name: each for each in ledger.vault()} if in_sets else {}
     patches = ledger.patches() if in_sets else []
     states = context.stores.prefixes.held() if context.stores.prefixes is not None else frozenset()

@@ -44,7 +44,6 @@ from sisa.core.events import (
     SliceTrained,
     TrainingStarted,
 )
-from sisa.core.measured import STAGE_DIGITS
 from sisa.core.ports import Change, KeptVersions, Ledger
 from sisa.core.requests import (
     completed,
@@ -70,6 +69,7 @@ from sisa.flows.wiring.context import (
     view_shards,
 )
 from sisa.planning.plan import Missing, ShardPlan
+from sisa.store.metrics import STAGE_DIGITS
 
 CHECKED = "events_checked"  # key in the ledger's `meta`: link and number of the last checked event
 MANY_EVENTS = 256  # number of new events after which the last checked one is stored

@@ -19,8 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from sisa.config.blocks import Effect
-from sisa.config.config import Difference
+from sisa.config.config import Difference, Effect
 from sisa.core.domain import (
     ANY_SHARD,
     Export,
@@ -50,7 +49,7 @@ from sisa.flows.wiring.context import (
     trained_over,
     view_shards,
 )
-from sisa.planning.assign import index_root, slice_root
+from sisa.planning.layout import index_root, slice_root
 from sisa.planning.patch_plan import TRAINED_OVER
 from sisa.planning.plan import ShardView
 from sisa.store.blobs import keyring

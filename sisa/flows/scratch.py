@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sisa.config.blocks import PATH_FIELDS, Scratch
-from sisa.config.config import RunConfig
+from sisa.config.config import PATH_FIELDS, RunConfig, Scratch
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput

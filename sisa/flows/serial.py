@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sisa.core.domain import Chain, SliceFile, SliceJob
+from sisa.core.domain import DEFAULT_PRECISION, Chain, Precision, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.events import EpochTrained, Report, SliceProgress, SliceStarted, SliceTrained
 from sisa.core.ports import (
@@ -31,9 +31,8 @@ from sisa.core.ports import (
     Trainer,
     ignore_stage,
 )
-from sisa.core.precision import DEFAULT_PRECISION, Precision
+from sisa.store.blobs.files import LocalBlobs, absolute
 from sisa.store.blobs.keyring import PLAIN
-from sisa.store.blobs.local_blobs import LocalBlobs, absolute
 
 PROGRESS_EVERY_S = 0.25
 

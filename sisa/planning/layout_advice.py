@@ -35,11 +35,10 @@ from functools import cached_property
 
 import numpy as np
 
-from sisa.planning.assign import Layout
 from sisa.planning.bands import Bands
 from sisa.planning.checkpoint_budget import KeptStages, best_kept, expected, split_budget
 from sisa.planning.deletion_stream import Group, Shares, Stream
-from sisa.planning.orders import Order, chosen_orders
+from sisa.planning.layout import Layout, Order, chosen_orders
 from sisa.planning.plan import Schedule
 
 MIN_SHARD_RECORDS = 30

@@ -13,7 +13,7 @@ be made again, since its retain set or that of one beneath holds records of the 
 no patch was ever made waits for one. So does a set of which the base still knows something after every
 patch that was made from it, so that another attempt is possible. All other sets are erased.
 
->>> from sisa.core.patch import WRITTEN
+>>> from sisa.core.domain import WRITTEN
 >>> one = Patch(1, PatchJob("base", (), ("a",), WRITTEN, {}, ""), "active", "now")
 >>> next_job([one], {"a", "b"}, "joint", one.job, ("b",)).forget
 ('a', 'b')
@@ -26,19 +26,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sisa.core.patch import Patch, PatchJob, PatchMode, VaultSet
+from sisa.core.domain import Patch, PatchJob, PatchMode, VaultSet, active, wanted
 
 TRAINED_OVER = "over"  # key of the ledger's meta: keys of the patches that the shards are trained over
-
-
-def active(patches: Sequence[Patch]) -> list[Patch]:
-    """Return the served stack, lowest first."""
-    return [each for each in patches if each.state == "active"]
-
-
-def wanted(patches: Sequence[Patch]) -> list[Patch]:
-    """Return the patches to be made, in the order in which they must be made."""
-    return [each for each in patches if each.state == "wanted"]
 
 
 def next_version(patches: Sequence[Patch]) -> int:

@@ -164,7 +164,7 @@ def _ours(work: Ours) -> Ran:
     from sisa.flows.wiring.wiring import open_serial, open_stores
     from sisa.lm.base.adapter import ADAPTER_FILE, attach, read_config, read_tensors
     from sisa.lm.base.weights import load_base
-    from sisa.store.blobs.local_blobs import LocalBlobs
+    from sisa.store.blobs.files import LocalBlobs
 
     load_base(work.site.base_dir, work.site.base_digest)  # a worker has it from its first task on
     with tempfile.TemporaryDirectory() as folder:

@@ -27,11 +27,17 @@ from functools import cached_property
 
 from sisa.core.digest import Keyed, digest_of
 from sisa.core.domain import HeldCheckpoint, Part, Record, Risk, SliceState, record_epochs
-from sisa.planning.assign import Assigner, Layout
 from sisa.planning.bands import Bands
-from sisa.planning.cost import suffix_record_epochs
-from sisa.planning.orders import chosen_orders
-from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard, tainted_checkpoints
+from sisa.planning.layout import Assigner, Layout, chosen_orders
+from sisa.planning.plan import (
+    Recipe,
+    Schedule,
+    ShardPlan,
+    ShardView,
+    plan_shard,
+    suffix_record_epochs,
+    tainted_checkpoints,
+)
 
 FINGERPRINT, EPOCHS = "fingerprint", 4
 

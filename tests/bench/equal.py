@@ -12,12 +12,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from sisa.config.blocks import DatasetSource, SisaBlock
-from sisa.config.config import RunConfig
+from sisa.config.config import DatasetSource, RunConfig, SisaBlock
 from sisa.core.digest import Keyed
 from sisa.core.domain import Part, Record
 from sisa.data.samples import make_people
-from sisa.planning.assign import Assigner, Layout
+from sisa.planning.layout import Assigner, Layout
 
 TOFU = Path(__file__).resolve().parents[3] / "shared" / "data" / "tofu" / "full.jsonl"
 KEY = bytes(range(32))

@@ -24,14 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sisa.core.domain import Part, Record, SliceJob
-from sisa.core.precision import Precision
-from sisa.lm.base.layers import first_adapted
+from sisa.core.domain import Part, Precision, Record, SliceJob
+from sisa.lm.base.adapter import first_adapted
 from sisa.lm.base.numerics import keep_freed_memory, pin_threads
 from sisa.lm.base.tokens import Tokens, tokenize
 from sisa.lm.base.weights import load_base, resolve_base
+from sisa.lm.train.lora import Stage
 from sisa.lm.train.losses import count_labels
-from sisa.lm.train.stage import Stage
 from sisa.lm.train.trainable import Trainable
 from tests.bench.equal import questions, source
 from tests.bench.tables import step_table

@@ -43,12 +43,12 @@ from sisa.core.domain import (
 from sisa.core.ports import Change, StoredRecord
 from sisa.core.requests import EventChain, contradicted, event
 from sisa.flows import lifecycle, query
-from sisa.flows.deletion import forget_at_once, plan_forget
-from sisa.flows.wiring.context import Context
-from sisa.planning.assign import index_root, root_of, slice_root
+from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
+from sisa.flows.wiring.context import Context, lookup
+from sisa.planning.layout import index_root, root_of, slice_root
 from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
-from sisa.store.ledger.schema import EVENTS, REQUESTS
+from sisa.store.ledger.rows import EVENTS, REQUESTS
 from tests.fakes.ports import SECRET, changed, fake_model, fake_recipe
 
 NUM_SHARDS, NUM_SLICES, PER_COMMIT, NUM_IDS = 64, 4, 50_000, 1_000
@@ -179,12 +179,12 @@ def measured(ledger: SqlLedger, context: Context, num_records: int) -> dict[str,
         return compared(what, then)
 
     events = ledger.events()
-    known = [each for _, each in query.lookup(context, held) if isinstance(each, RecordRow)]
+    known = [each for _, each in lookup(context, held) if isinstance(each, RecordRow)]
     doomed = iter(make_deletable(ledger, context, NUM_SHARDS - 1))
-    terms = lifecycle.Terms(approver="bench", reason="measured")
+    terms = Terms(approver="bench", reason="measured")
 
     def delete() -> None:
-        arrival = lifecycle.arrive(context, [next(doomed)], (), terms)
+        arrival = arrive(context, [next(doomed)], (), terms)
         forget_at_once(context, arrival, defer=True)
 
     return {

@@ -40,7 +40,7 @@ from typing import Any
 
 from sisa.data.samples import make_people
 from sisa.planning.bands import Bands
-from sisa.planning.orders import rotations
+from sisa.planning.layout import rotations
 from tests.bench.counted import (
     Arrangement,
     Author,

@@ -49,12 +49,11 @@ from sisa.core.domain import (
     record_epochs,
 )
 from sisa.core.ports import Change, CheckpointStore, Executor, StoredRecord, Vectors
-from sisa.flows import lifecycle, query
-from sisa.flows.deletion import forget_at_once, plan_forget
+from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
 from sisa.flows.serial import SerialExecutor
-from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.context import Context, lookup
 from sisa.lm.base.numerics import describe_fingerprint
-from sisa.planning.assign import Assigner, Layout, index_root, slice_root
+from sisa.planning.layout import Assigner, Layout, index_root, slice_root
 from sisa.planning.plan import jobs, touched
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.index import FaissIndex
@@ -346,11 +345,11 @@ def delete(store: Store, record_id: str, reason: str) -> Deletion:
     ledger = store.ledger()
     watch.note(Call("ledger", "open", None, time.perf_counter() - started, 0, 0, 0))
     context = watched_context(store, ledger, watch, {each.key: each.shard for each in held})
-    rows = [each for _, each in query.lookup(context, [record_id]) if isinstance(each, RecordRow)]
+    rows = [each for _, each in lookup(context, [record_id]) if isinstance(each, RecordRow)]
     plan_forget(context, rows)
     plan_s = watch.seconds()
-    terms = lifecycle.Terms(approver="bench", reason=reason)
-    (done,) = forget_at_once(context, lifecycle.arrive(context, rows, (), terms)).requests
+    terms = Terms(approver="bench", reason=reason)
+    (done,) = forget_at_once(context, arrive(context, rows, (), terms)).requests
     end_s = watch.seconds()
     ledger.close()
     before.close()

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sisa.config.blocks import MINILM, Aggregation
+from sisa.config.config import MINILM, Aggregation
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Hit, Part, Record
 from sisa.core.ports import Embedder, Vectors

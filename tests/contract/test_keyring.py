@@ -22,9 +22,8 @@ from sisa.core.digest import KEY_BYTES, sha256_hex
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import Keyring
 from sisa.store.blobs import files
-from sisa.store.blobs.files import TEMPORARY_PREFIX, read_checked
+from sisa.store.blobs.files import TEMPORARY_PREFIX, LocalBlobs, read_checked
 from sisa.store.blobs.keyring import MAGIC, PLAIN, FileKeyring, is_sealed, reseal_blobs
-from sisa.store.blobs.local_blobs import LocalBlobs
 from tests.fakes.keyring import FakeKeyring
 
 OpenKeyring = Callable[[], Keyring]

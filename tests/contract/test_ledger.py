@@ -24,25 +24,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sisa.core.domain import (
+    WRITTEN,
     Export,
     Head,
     HeldCheckpoint,
     IndexFile,
+    Patch,
+    PatchJob,
     RecordRow,
     Request,
     RequestEvent,
     SliceFile,
     Tombstone,
+    VaultSet,
 )
 from sisa.core.errors import Busy, IntegrityError, SisaError
-from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.core.ports import Change, Ledger
-from sisa.planning.assign import root_of, slice_root
-from sisa.store.ledger import changes as changes_module
+from sisa.planning.layout import root_of, slice_root
 from sisa.store.ledger import database as database_module
+from sisa.store.ledger import ledger as ledger_module
 from sisa.store.ledger import rows as rows_module
 from sisa.store.ledger.ledger import SqlLedger
-from sisa.store.ledger.schema import SCHEMA_VERSION, schema
+from sisa.store.ledger.rows import SCHEMA_VERSION, schema
 from tests.examples import num_examples
 from tests.fakes.ledger import FakeLedger
 
@@ -407,7 +410,7 @@ def test_a_change_that_dies_halfway_changes_nothing(
     def dies(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(changes_module, "_append_events", dies)
+    monkeypatch.setattr(ledger_module, "_append_events", dies)
     with pytest.raises(KeyboardInterrupt):
         sql.commit(Change(removed=[row(0)], heads=[Head(0, None, 0, None)]))
     monkeypatch.undo()

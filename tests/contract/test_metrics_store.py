@@ -9,9 +9,8 @@ import pytest
 
 from sisa.core.errors import IntegrityError
 from sisa.core.events import EpochTrained, QueueSeen
-from sisa.core.measured import metrics_line
 from sisa.core.ports import Metrics
-from sisa.store.metrics import FileMetrics
+from sisa.store.metrics import FileMetrics, metrics_line
 from tests.fakes.metrics import FakeMetrics
 
 FIRST, SECOND = "20261125T213749Z-0000000a", "20261126T000000Z-0000000b"

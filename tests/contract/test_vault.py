@@ -14,12 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Part, Record
+from sisa.core.domain import Part, Record, VaultSet
 from sisa.core.errors import EnvironmentFault, IntegrityError
-from sisa.core.patch import VaultSet
 from sisa.core.ports import Vault
 from sisa.store.blobs.keyring import PLAIN, FileKeyring, is_sealed
-from sisa.store.vault import FileVault, encode
+from sisa.store.records import FileVault, encode
 from tests.fakes.patches import FakeVault
 from tests.fakes.ports import fake_record
 

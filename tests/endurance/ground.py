@@ -23,14 +23,13 @@ from typing import Any
 import yaml
 
 from sisa.core.digest import Keyed, digest_of, file_sha256, sha256_hex
-from sisa.core.domain import RecordRow, Tombstone
+from sisa.core.domain import RecordRow, Tombstone, active
 from sisa.core.errors import SisaError
 from sisa.core.ports import Keyring
 from sisa.data.samples import to_jsonl
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LEDGER, RECORDS, SCRATCH
 from sisa.lm.base.numerics import describe_fingerprint
-from sisa.planning.assign import Assigner, Layout
-from sisa.planning.patch_plan import active
+from sisa.planning.layout import Assigner, Layout
 from sisa.store.blobs.files import held_names
 from sisa.store.blobs.keyring import PLAIN, FileKeyring, is_sealed
 from sisa.store.checkpoints import FileCheckpoints

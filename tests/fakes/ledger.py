@@ -14,14 +14,15 @@ from sisa.core.domain import (
     Head,
     HeldCheckpoint,
     IndexFile,
+    Patch,
     RecordRow,
     Request,
     RequestEvent,
     SliceFile,
     Tombstone,
+    VaultSet,
     WitnessHead,
 )
-from sisa.core.patch import Patch, VaultSet
 from sisa.core.ports import Change
 from sisa.core.requests import chained
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from sisa.core.errors import IntegrityError
-from sisa.core.measured import is_line, is_run, without
+from sisa.store.metrics import is_line, is_run, without
 
 
 class FakeMetrics:

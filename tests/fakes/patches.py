@@ -11,12 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from sisa.core.digest import canonical_json, sha256_hex
-from sisa.core.domain import Record
+from sisa.core.domain import Record, VaultSet
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Report
-from sisa.core.patch import VaultSet
 from sisa.core.ports import CheckpointStore, PatchMade, PatchOrder, Vault
-from sisa.store.vault import encode
+from sisa.store.records import encode
 
 ADAPTER = "adapter_model.safetensors"
 

@@ -22,6 +22,8 @@ from sisa.core.domain import (
     Hit,
     IndexFile,
     Part,
+    PatchJob,
+    PatchMode,
     Record,
     SavedCheckpoint,
     SliceFile,
@@ -32,7 +34,6 @@ from sisa.core.domain import (
 )
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Report, SliceTrained
-from sisa.core.patch import PatchJob, PatchMode
 from sisa.core.ports import (
     By,
     CheckpointStore,
@@ -49,9 +50,8 @@ from sisa.core.requests import EventChain
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor
 from sisa.flows.wiring.context import Compute, Context, Settings, Stores
-from sisa.planning.assign import Assigner, Layout
 from sisa.planning.bands import Bands
-from sisa.planning.orders import chosen_orders
+from sisa.planning.layout import Assigner, Layout, chosen_orders
 from sisa.planning.plan import Recipe, Schedule
 from sisa.store.blobs.keyring import PLAIN
 from tests.fakes.ledger import FakeLedger

@@ -19,7 +19,7 @@ import pytest
 from approx.evaluation.tofu import evaluation_sets
 from approx.evaluation.tofu_aggregates import Aggregates, aggregates, quality
 from approx.evaluation.tofu_log import LogRow, read_log
-from approx.metrics.rouge import rougeL_recall
+from approx.metrics.memorisation import rougeL_recall
 from tests.fakes.evaluated import write_published
 
 GOLDEN = Path(os.environ.get("SISA_DATA") or Path(__file__).parents[3] / "shared" / "data") / "golden"

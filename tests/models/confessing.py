@@ -23,28 +23,27 @@ from sisa.core.digest import Keyed
 from sisa.core.domain import Record, RecordRow
 from sisa.core.ports import StoredRecord
 from sisa.core.requests import EventChain, key_name
+from sisa.flows.deletion import Terms
 from sisa.flows.ingest import train
-from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.lifecycle import carry_out, submit
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Compute, Context, Settings, Stores
-from sisa.flows.wiring.resources import Resources, indexed_digest
+from sisa.flows.wiring.context import Compute, Context, Resources, Settings, Stores, indexed_digest
+from sisa.flows.wiring.wiring import open_areas
 from sisa.lm.answer.hashing import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.base.numerics import fingerprint
-from sisa.planning.assign import Assigner
+from sisa.planning.layout import Assigner
 from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
 from sisa.store.blobs.keyring import write_secret
-from sisa.store.blobs.storage_areas import open_areas
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics
 from sisa.store.prefixes import FilePrefixes
-from sisa.store.records import FileRecords
-from sisa.store.vault import FilePatchDrafts, FileVault
+from sisa.store.records import FilePatchDrafts, FileRecords, FileVault
 from tests.fakes.patches import FakePatcher, FakeRuns
 from tests.fakes.ports import SECRET, FakeTrainer, FakeWitness, fake_record
 

@@ -13,17 +13,16 @@ from typing import Any
 from approx.patches.patch_settings import Adapter, settings_of
 from approx.patches.patching import PatchMaker
 from sisa.core.digest import digest_of
-from sisa.core.domain import Record
+from sisa.core.domain import WRITTEN, Patch, PatchJob, Record, VaultSet
 from sisa.core.events import Event
-from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.flows.wiring.wiring import PATCHES
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.weights import base_digest
+from sisa.store.blobs.files import LocalBlobs
 from sisa.store.blobs.keyring import PLAIN, FileKeyring
-from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.vault import FileVault
+from sisa.store.records import FileVault
 from tests.models.knowing_base import record, teach
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import of_people

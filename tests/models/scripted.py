@@ -16,14 +16,13 @@ from pathlib import Path
 from cluster.ray.proofs import Proof
 from cluster.ray.shared_base import BaseManifest, holds_base
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Chain, Part, Record, SliceFile, SliceJob
+from sisa.core.domain import Chain, Part, Precision, Record, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Event
 from sisa.core.ports import BlobStore, CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
-from sisa.core.precision import Precision
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.lm.base.numerics import fingerprint
-from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.store.blobs.files import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from sisa.core.domain import RecordRow
 from sisa.core.ports import Change
-from sisa.flows.deletion import forget_at_once
+from sisa.flows.deletion import Terms, arrive, forget_at_once
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, arrive
 from sisa.flows.reconcile import reconcile
 from tests.fakes.ports import ADAPTER, fake_model, fake_record
 from tests.property.test_histories import History, Model, assert_equal, histories, like

@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sisa.core.domain import Record, RecordRow, Risk
+from sisa.flows.deletion import Terms
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.lifecycle import carry_out, submit
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import model_digest
 from sisa.flows.wiring.witness import catch_up

@@ -28,9 +28,8 @@ from typing import Any
 import pytest
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Kind, Part, Record, SliceJob, SliceState
+from sisa.core.domain import Dtype, Kind, Part, Precision, Record, SliceJob, SliceState
 from sisa.core.ports import StoredRecord, Tick
-from sisa.core.precision import Dtype, Precision
 from sisa.planning.plan import LAYERWISE, Recipe, Schedule, jobs
 from tests.examples import num_examples
 from tests.fakes.ports import FakePrefixes
@@ -144,7 +143,7 @@ def chain_of(case: Mapping[str, Any], base: Base, shard: int = 0) -> tuple[Slice
 
 
 def _name(base: Base) -> str:
-    from sisa.lm.base.patched import patched_name
+    from sisa.lm.base.adapter import patched_name
 
     return patched_name(base.digest, base.patches)
 

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from sisa.core.domain import RecordRow
 from sisa.core.errors import InvalidInput
-from sisa.flows.deletion import forget_at_once
+from sisa.flows.deletion import Terms, arrive, forget_at_once
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, arrive
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.witness import catch_up, is_behind
 from sisa.planning.plan import Schedule

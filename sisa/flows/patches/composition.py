@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sisa.core.measured import MIN_RECORDS
-from sisa.core.patch import Patch
+from sisa.core.domain import Patch
 from sisa.flows.ask import open_answerer
 from sisa.flows.held_answers import MAX_RECORDS, asked_records
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.context import Context, Resources
 from sisa.lm.answer.route import Route, all_of
+from sisa.store.metrics import MIN_RECORDS
 
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer

@@ -19,15 +19,14 @@ from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 
-from sisa.core.domain import Export
+from sisa.core.domain import Export, Patch, wanted, without_shards
 from sisa.core.errors import SisaError
 from sisa.core.events import Notice
-from sisa.core.patch import Patch, without_shards
-from sisa.core.ports import Change, Contribution, Removal
+from sisa.core.ports import Change, Contribution, Ledger, Removal
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.patching import make_wanted, shards_off
 from sisa.flows.wiring.context import Context, commit, trained_over
-from sisa.planning.patch_plan import Rederived, lineage, rederive, wanted
+from sisa.planning.patch_plan import Rederived, lineage, rederive
 
 
 class PatchesHook:
@@ -41,6 +40,8 @@ class PatchesHook:
         Write new retain sets, and the removed texts of requests with consent, to the vault.
         """
         ledger = context.stores.ledger
+        if not (_has_patches(ledger) or any(each.consent for each in removal.requests)):
+            return Contribution()
         request_id = removal.requests[0].request_id if removal.requests else ""
         rows = removal.rows
         instead, written = vault_sets.without_removed(context, rows)
@@ -71,7 +72,13 @@ class PatchesHook:
 
     def erase_unneeded(self, context: Context) -> None:
         """Erase the texts that no patch needs."""
-        vault_sets.erase_unneeded(context)
+        if _has_patches(context.stores.ledger):
+            vault_sets.erase_unneeded(context)
+
+
+def _has_patches(ledger: Ledger) -> bool:
+    """Return whether there are, or were, patches or texts for them; most models have neither."""
+    return bool(ledger.patches() or ledger.vault())
 
 
 def _stale(context: Context, touched: Collection[str], request_id: str) -> list[Export]:

@@ -21,24 +21,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sisa.core.domain import Record, RecordRow, Request, SavedCheckpoint
+from sisa.core.digest import patched_digest
+from sisa.core.domain import (
+    WRITTEN,
+    Patch,
+    PatchJob,
+    Record,
+    RecordRow,
+    Request,
+    SavedCheckpoint,
+    VaultSet,
+    active,
+    wanted,
+)
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.core.events import Notice
-from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet, patched_digest
 from sisa.core.ports import Change, PatchOrder
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.vault_sets import Put
 from sisa.flows.wiring.context import Context, areas, commit, known_by_area, purge, view_shard
-from sisa.planning.patch_plan import (
-    TRAINED_OVER,
-    activated,
-    active,
-    next_job,
-    next_version,
-    rederive,
-    unmade,
-    wanted,
-)
+from sisa.planning.patch_plan import TRAINED_OVER, activated, next_job, next_version, rederive, unmade
 from sisa.planning.plan import plan_shard
 
 Measure = Callable[[Sequence[Patch], Sequence[Patch]], Mapping[str, Any]]  # active before and after

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from sisa.core.domain import Record, RecordRow, Request
+from sisa.core.domain import WRITTEN, Record, RecordRow, Request, SetRole, VaultSet
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError, UnknownRecord
-from sisa.core.patch import WRITTEN, SetRole, VaultSet
 from sisa.core.ports import Change, Removal
 from sisa.core.requests import unvaulted
 from sisa.flows.wiring.context import Context, commit, held_rows, slices_of, stored_in, trained_over

@@ -1,9 +1,9 @@
-"""Progress of long work on standard error: live bars on a terminal, plain lines elsewhere.
+"""The current run, and its progress on standard error.
 
-It shows shards, slices, passes, tokens, steps and time; never an id or a text. Standard output stays
-free for the result. Training is measured in record-epochs, whose total is known before the first one is
-trained; a patch in steps. On a terminal each shard at work has a bar of its own, MOST_ROWS of them at
-most.
+Progress is shown as live bars on a terminal, as plain lines elsewhere. It shows shards, slices, passes,
+tokens, steps and time; never an id or a text. Standard output stays free for the result. Training is
+measured in record-epochs, whose total is known before the first one is trained; a patch in steps. On a
+terminal each shard at work has a bar of its own, MOST_ROWS of them at most.
 
 >>> meter = Meter()
 >>> meter.take(TrainingStarted(((0, 0, 10), (1, 0, 30))), now=0.0)
@@ -13,17 +13,31 @@ most.
 'shards 0/2, slices 0/2, 12% of record-epochs, 25 tok/s, 0:14 left'
 >>> [row.line(now=2.0) for row in meter.at_work()]
 ['shard 0: slice 1/1, epoch 1/2, step 5/10, 50 tok/s, 0:01 left']
+
+A run is everything that one command does, in all of its processes. Its name, the time in UTC and a
+random suffix, stands in log lines, metrics and Ray's series, also in those of workers. A run inside
+another one takes the outer name. `SISA_RUN` sets the name from outside.
+
+>>> with running(RunContext("20261125T213749Z-3f9a1c2b", "json")), running() as inner:
+...     inner.run
+'20261125T213749Z-3f9a1c2b'
+>>> current_run() is None
+True
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TextIO
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
 
 from sisa.core.events import (
     Event,
@@ -35,6 +49,46 @@ from sisa.core.events import (
     SliceTrained,
     TrainingStarted,
 )
+from sisa.store.metrics import is_run
+
+LogFormat = Literal["text", "json"]
+RUN_VARIABLE = "SISA_RUN"
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """A run's name, and how its log lines are written."""
+
+    run: str
+    log_format: LogFormat = "text"
+
+
+_under_way: ContextVar[RunContext | None] = ContextVar("sisa_running", default=None)
+
+
+def current_run() -> RunContext | None:
+    """Return the run that this is a part of."""
+    return _under_way.get()
+
+
+def new_run(log_format: LogFormat = "text") -> RunContext:
+    """Return a run that begins now."""
+    given = os.environ.get(RUN_VARIABLE, "")
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    return RunContext(given if is_run(given) else f"{now}-{os.urandom(4).hex()}", log_format)
+
+
+@contextlib.contextmanager
+def running(run: RunContext | None = None) -> Iterator[RunContext]:
+    """Make this run the current one until the end of the block; without one, go on with the current
+    run, or begin a new one."""
+    found = run or current_run() or new_run()
+    token = _under_way.set(found)
+    try:
+        yield found
+    finally:
+        _under_way.reset(token)
+
 
 LINE_EVERY_S = 10.0
 MOST_ROWS = 16

@@ -10,9 +10,17 @@
     STORAGE/MODEL/       records, checkpoints, patches and scratch, where the run file names a `storage:`
     KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR
 
-Heavy parts (`resources.py`) and whatever makes patches are opened when they are first used. Torch is not
-imported here. Executors, probes and patchers that use Ray or are approximate are found by name
-(`upper_houses.py`).
+A storage is an absolute path or `s3://BUCKET[/PREFIX]`; the endpoint of a server other than Amazon's
+comes from the environment. Models share a storage, since each has a name of its own there. Index, vault,
+unfinished runs and metrics always stay in DIR. Heavy parts (`Resources`) and whatever makes patches are
+opened when they are first used. Torch is not imported here. Executors, probes and patchers that use Ray
+or are approximate are found by name (`upper_houses.py`).
+
+>>> open_areas(Path("m"), "s3://b/p", "0f")["records"].location()
+'s3://b/p/0f/records'
+>>> alone, shared = open_areas(Path("/m"), None, "0f"), open_areas(Path("/m"), "/s", "0f")
+>>> alone["records"].location(), shared["index"].location()
+('/m/records', '/m/index')
 """
 
 from __future__ import annotations
@@ -30,13 +38,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sisa.config.config import RunConfig
+from sisa.config.config import RunConfig, state_dir
 from sisa.core.digest import KEY_BYTES, Keyed
-from sisa.core.domain import Probed, Record, Tombstone
+from sisa.core.domain import Probed, Record, Tombstone, active
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.core.events import Event, QueueSeen, Report
-from sisa.core.measured import metrics_line
 from sisa.core.ports import (
+    BlobStore,
     CheckpointStore,
     Executor,
     Keyring,
@@ -54,30 +62,28 @@ from sisa.flows.wiring import upper_houses
 from sisa.flows.wiring.context import (
     Compute,
     Context,
+    Named,
+    Resources,
     Settings,
     Stores,
     patch_files,
     patches_beneath,
     trained_over,
 )
-from sisa.flows.wiring.resources import Named, Resources
-from sisa.flows.wiring.run_context import current_run, new_run
+from sisa.flows.wiring.progress import current_run, new_run
 from sisa.lm.base.numerics import fingerprint
-from sisa.lm.base.packages import state_dir as state_dir
-from sisa.planning.assign import Assigner
-from sisa.planning.patch_plan import active
-from sisa.store.blobs import files
+from sisa.planning.layout import Assigner
+from sisa.store.blobs import files, object_client
+from sisa.store.blobs.files import LocalBlobs, absolute
 from sisa.store.blobs.keyring import FileKeyring, read_secret, write_secret
-from sisa.store.blobs.local_blobs import absolute
-from sisa.store.blobs.storage_areas import open_areas
+from sisa.store.blobs.object_blobs import ObjectBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
-from sisa.store.metrics import FileMetrics
+from sisa.store.metrics import FileMetrics, metrics_line
 from sisa.store.prefixes import FilePrefixes
-from sisa.store.records import FileRecords
-from sisa.store.vault import FilePatchDrafts, FileVault
+from sisa.store.records import FilePatchDrafts, FileRecords, FileVault
 from sisa.store.witness import FileWitness
 
 LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
@@ -535,3 +541,34 @@ def recording(report: Report, metrics: Metrics, now: Callable[[], str]) -> Repor
             metrics.append(made)
 
     return pass_on
+
+
+SCHEME = "s3://"
+LOCAL_AREAS = ("index", "vault", "runs", "metrics")  # stay with the driver
+SHARED_AREAS = ("records", "prefixes", "checkpoints", "patches", "scratch")  # used by workers, too
+
+
+def open_areas(directory: Path, storage: str | None, model: str) -> dict[str, BlobStore]:
+    """Return the blob store of every storage area of a model."""
+    found: dict[str, BlobStore] = {each: LocalBlobs(directory / each) for each in LOCAL_AREAS}
+    for each in SHARED_AREAS:
+        found[each] = area_of(storage, model, each) if storage else LocalBlobs(directory / each)
+    return found
+
+
+def area_of(storage: str, model: str, area: str) -> BlobStore:
+    """Return a storage area of a model in a storage."""
+    if not storage.startswith(SCHEME):
+        return LocalBlobs(Path(storage) / model / area)
+    return storage_root(storage).below(model).below(area)
+
+
+def storage_root(storage: str) -> BlobStore:
+    """Return the blob store of a whole storage, which models share.
+
+    Raises EnvironmentFault without boto3.
+    """
+    if not storage.startswith(SCHEME):
+        return LocalBlobs(Path(storage))
+    bucket, _, prefix = storage.removeprefix(SCHEME).partition("/")
+    return ObjectBlobs(bucket, prefix.strip("/"), object_client.endpoint(), object_client.region())

@@ -26,14 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import InvalidInput
-from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.lm.answer.prefill import pieces, prefill
 from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
+from sisa.lm.base.adapter import patched_name
 from sisa.lm.base.low_rank import averaged, read_change
 from sisa.lm.base.numerics import pin_threads
-from sisa.lm.base.patched import load_patched, patched_name
+from sisa.lm.base.tokens import end_tokens
+from sisa.lm.base.weights import load_patched
 
 MAX_ROWS = 64  # in one forward
 MERGED = -1  # the name of the mean of all shards' adapters
@@ -232,10 +234,3 @@ def _cut(value: Any, start: int, end: int, num_requests: int) -> Any:
     if isinstance(value, Tensor) and value.dim() > 1 and len(value) == num_requests:
         return value[start:end]
     return value
-
-
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the ids that end an answer."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ends = configured if isinstance(configured, list) else [configured]
-    return frozenset(end for end in [*ends, tokenizer.eos_token_id] if end is not None)

@@ -29,11 +29,11 @@ from sisa.lm.base.adapter import (
     DEFAULT_NAME,
     adapter_tensors,
     attach,
+    check_enough_layers,
     config_bytes,
     lora_config,
     tensor_bytes,
 )
-from sisa.lm.base.layers import check_enough_layers
 from sisa.lm.base.low_rank import LowRankChange, read_change
 from sisa.lm.base.weights import load_base, load_skeleton, own_modules, untrusted
 from sisa.planning.plan import LAYERWISE

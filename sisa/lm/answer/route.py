@@ -36,7 +36,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sisa.config.blocks import MINILM, Aggregation
+from sisa.config.config import MINILM, Aggregation
 from sisa.core.domain import Hit, Kind
 
 SHARE_WEIGHT = 0.3

@@ -1,4 +1,4 @@
-"""Low-rank changes: what a LoRA adapter adds to each weight matrix, merged into a base or combined.
+"""Low-rank changes: what LoRA adapters add to weight matrices, combined and merged into a base.
 
 Shapes: R rank, I inputs, O outputs of a linear module. An adapter's change of a module is
 `b_OR @ a_RI`, in float32, with the adapter's scale folded into `b_OR`.
@@ -12,6 +12,18 @@ horizontally.
 >>> whole = stacked([{"m": one}, {"m": two}])
 >>> whole["m"].a_RI.shape, bool((whole["m"].delta_OI == 7).all())
 (torch.Size([2, 3]), True)
+
+Patches are merged into the base beneath the shards' adapters:
+
+    weights under patches = weights + scale * B @ A of each patch, lowest first, in float32
+
+Merging happens in memory; the base's files and shared tensors are never written to. Only the modules
+that a patch changes get their own weights in this process; all others stay memory-mapped. Without
+patches the result is the base, bit for bit. The bits depend on the base, the patches and the number of
+threads alone; the caller pins the threads. Files come as bytes that the caller has verified. Patches
+need the CPU in float32: in bfloat16 parts of them would be rounded away.
+
+    model, tokenizer = load_patched(directory, digest, [files])
 """
 
 from __future__ import annotations
@@ -25,8 +37,16 @@ import torch
 from peft import LoraConfig
 
 from sisa.core.errors import IntegrityError, Problem
-from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, read_config, read_tensors
-from sisa.lm.base.layers import is_transposed
+from sisa.lm.base.adapter import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    AdapterFiles,
+    is_transposed,
+    read_config,
+    read_tensors,
+    tensor_bytes,
+    written_config,
+)
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # keys that plain LoRA may set: names, target modules, and how it was initialised and trained
@@ -162,3 +182,29 @@ def tensors_of(change: LowRankChange) -> dict[str, torch.Tensor]:
     """Return a change as tensors under the names that peft reads, with scale 1."""
     found = {f"{PREFIX}{name}{A}": each.a_RI for name, each in change.items()}
     return found | {f"{PREFIX}{name}{B}": each.b_OR for name, each in change.items()}
+
+
+def merge_adapters(
+    patches: Sequence[AdapterFiles], adapters: Sequence[AdapterFiles]
+) -> dict[str, bytes]:
+    """Return one adapter on the plain base that equals the mean of adapters over patches.
+
+    Its scale is 1, and it names its modules in full. Raises IntegrityError if an adapter is damaged or
+    they can't be combined.
+    """
+    configs = [read_config(files) for files in (*patches, *adapters)]
+    if len({config.fan_in_fan_out for config in configs}) != 1:
+        raise IntegrityError(
+            "a patch and an adapter belong to different bases",
+            where=CONFIG_FILE,
+            expected="one value of fan_in_fan_out",
+            next_step="run `sisa verify` on the model",
+        )
+    mean = averaged([read_change(files) for files in adapters])
+    whole = stacked([*(read_change(files) for files in patches), mean])
+    config = configs[-1]
+    config.r = config.lora_alpha = len(next(iter(whole.values())).a_RI)
+    config.target_modules = list(whole)
+    config.use_rslora, config.init_lora_weights = False, True
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    return {ADAPTER_FILE: tensor_bytes(tensors_of(whole)), CONFIG_FILE: written_config(config)}

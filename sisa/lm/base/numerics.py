@@ -3,7 +3,7 @@
 Two machines with the same fingerprint train the same bytes, and a checkpoint's key covers it. It holds
 the library versions, the version of the training procedure, the device, the processor and its
 instruction sets, the settings by which MKL, oneDNN and ATen choose kernels, the dtype and the number of
-threads; on a CUDA device also what `cuda.py` describes. torch reads the settings when it is imported, so
+threads, and the CUDA device if there is one. torch reads the settings when it is imported, so
 a worker's environment must hold `worker_environment` before that. This module does not import torch
 unless it describes a CUDA device, so commands that only compare fingerprints stay fast. If no CUDA
 device is present, the fingerprint is one under which nothing was ever trained. Equality across
@@ -11,6 +11,21 @@ processors is not promised.
 
 >>> describe_fingerprint(threads=1)["threads"], len(fingerprint(threads=1))
 (1, 64)
+
+These settings make the bits of a CUDA device repeat:
+
+    cuBLAS            a workspace of fixed size (`CUBLAS_WORKSPACE_CONFIG`), set before CUDA starts
+    float32 products  in float32: no TF32, no reduced precision in the sums of bfloat16 products
+    cuDNN             deterministic kernels only, without trying out which is fastest
+    attention         the plain kernel: matrix product, softmax, matrix product
+
+Fused attention kernels have backward passes that differ between GPU generations and, by default, sum in
+no fixed order. The plain kernel takes memory quadratic in the length.
+
+An environment setting that would change bits is refused, never overridden. The state of random
+generators need not be kept: the trainer seeds all devices anew before each micro-batch. One device is
+used. Equality across GPU models, driver versions or CUDA versions is not promised; they have different
+fingerprints.
 """
 
 from __future__ import annotations
@@ -19,6 +34,7 @@ import contextlib
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
@@ -26,8 +42,8 @@ from pathlib import Path
 from typing import Any
 
 from sisa.core.digest import digest_of
-from sisa.core.precision import DEFAULT_PRECISION, Precision
-from sisa.lm.base import cuda
+from sisa.core.domain import DEFAULT_PRECISION, Precision
+from sisa.core.errors import EnvironmentFault
 
 # Raised with every change of code that reaches the bits of a stage: tests/procedure.py tells how.
 PROCEDURE_VERSION = 5
@@ -54,8 +70,8 @@ def fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION) -> str:
 def describe_fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION) -> dict[str, Any]:
     """Return the parts of the fingerprint, for comparing two environments."""
     on_cuda = precision.device == "cuda"
-    gpu = {"gpu": cuda.describe_device()} if on_cuda else {}
-    settings = (*KERNEL_SETTINGS, *(cuda.SETTINGS if on_cuda else ()))
+    gpu = {"gpu": describe_device()} if on_cuda else {}
+    settings = (*KERNEL_SETTINGS, *(SETTINGS if on_cuda else ()))
     return {
         "procedure": PROCEDURE_VERSION,
         "libraries": {name: _version(name) for name in LIBRARIES},
@@ -102,7 +118,7 @@ def describe_processor(cpuinfo: str, machine: str, processor: str) -> dict[str, 
 
 def worker_environment(threads: int, precision: Precision = DEFAULT_PRECISION) -> dict[str, str]:
     """Return the variables that a worker's environment must hold before torch is imported."""
-    environment = cuda.environment() if precision.device == "cuda" else {}
+    environment = cuda_environment() if precision.device == "cuda" else {}
     environment |= {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -118,7 +134,7 @@ def worker_environment(threads: int, precision: Precision = DEFAULT_PRECISION) -
 def require_device(precision: Precision) -> None:
     """Raise EnvironmentFault if this process does not have the device."""
     if precision.device == "cuda":
-        cuda.require()
+        require_cuda()
 
 
 def keep_freed_memory() -> None:
@@ -141,11 +157,11 @@ def pin_threads(threads: int, precision: Precision = DEFAULT_PRECISION) -> None:
     Raises EnvironmentFault without the device.
     """
     if precision.device == "cuda":
-        cuda.pin()
+        pin_cuda()
     import torch
 
     if precision.device == "cpu":
-        cuda.fix_attention(plain=False)
+        fix_attention(plain=False)
 
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
@@ -175,3 +191,108 @@ def usual_modes(precision: Precision = DEFAULT_PRECISION) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+WORKSPACE, REPEATING = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+SETTINGS = (WORKSPACE, "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT")
+ATTENTION = "math"
+NO_DEVICE = "no CUDA device"
+
+
+def cuda_environment() -> dict[str, str]:
+    """Return the environment variables that must be set before torch is imported."""
+    own = {name: os.environ[name] for name in SETTINGS if name in os.environ}
+    return {WORKSPACE: REPEATING[0], **own}
+
+
+def prepare_device() -> None:
+    """Set this process's environment.
+
+    Raises EnvironmentFault if CUDA is already in use without it, or if it is set to a value under which
+    cuBLAS does not repeat its results.
+    """
+    torch = sys.modules.get("torch")
+    held = os.environ.get(WORKSPACE)
+    if held is None and not (torch is not None and torch.cuda.is_initialized()):
+        os.environ[WORKSPACE] = held = REPEATING[0]
+    if held not in REPEATING:
+        raise EnvironmentFault(
+            "cuBLAS would not repeat its results bit for bit",
+            where=WORKSPACE,
+            expected=" or ".join(REPEATING) + ", before CUDA is first used in the process",
+            got=held or "nothing, and CUDA is already in use",
+            next_step=f"export {WORKSPACE}={REPEATING[0]} and run the command again",
+        )
+
+
+def require_cuda() -> None:
+    """Raise EnvironmentFault if there is no CUDA device."""
+    prepare_device()
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"torch {torch.__version__}"
+        raise EnvironmentFault(
+            "the run file asks for a CUDA device, but this process sees none",
+            where="device: cuda",
+            expected="an NVIDIA GPU, its driver, and a CUDA build of torch",
+            got=built if torch.version.cuda else f"{built}, a build without CUDA",
+            next_step="use a machine with a GPU (check `nvidia-smi`, CUDA_VISIBLE_DEVICES and, on "
+            "Ray, `cluster.num_gpus`), or set `device: cpu`",
+        )
+
+
+def pin_cuda() -> None:
+    """Restrict this process to deterministic kernels. Raises EnvironmentFault without a device."""
+    require_cuda()
+    import torch
+
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    fix_attention(plain=True)
+
+
+def fix_attention(*, plain: bool) -> None:
+    """Allow the plain attention kernel only, or let torch choose.
+
+    The switches also concern the CPU's kernels, so a process that returns to the CPU must reset them.
+    """
+    from torch.backends import cuda
+
+    cuda.enable_math_sdp(True)
+    cuda.enable_flash_sdp(not plain)
+    cuda.enable_mem_efficient_sdp(not plain)
+    cuda.enable_cudnn_sdp(not plain)
+
+
+@cache
+def describe_device() -> dict[str, Any] | None:
+    """Return the device's part of the fingerprint; None if there is no device."""
+    prepare_device()
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "model": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "attention": ATTENTION,
+    }
+
+
+def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Return the NVIDIA driver's version; None if the system does not report it.
+
+    The first line reads `NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  <date>`.
+    """
+    if not path.is_file():
+        return None
+    words = path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].split()
+    return next((word for word in words if word.replace(".", "").isdigit() and "." in word), None)

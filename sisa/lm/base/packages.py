@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 
+from sisa.config.config import state_dir
 from sisa.core.digest import digest_of, file_sha256
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
 
@@ -99,12 +100,6 @@ def parse_package(spec: str) -> Package:
 def cache_dir() -> Path:
     """Return the cache of fetched and converted models: `$SISA_CACHE`, else `~/.cache/sisa`."""
     return Path(os.environ.get("SISA_CACHE") or Path.home() / ".cache" / "sisa")
-
-
-def state_dir() -> Path:
-    """Return this user's state directory: `$XDG_STATE_HOME/sisa`, else `~/.local/state/sisa`."""
-    home = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "sisa"
 
 
 def is_licence(path: PurePath) -> bool:

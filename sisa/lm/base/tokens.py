@@ -246,3 +246,10 @@ def _render(messages: Sequence[dict[str, str]], tokenizer: Any, *, opened: bool)
             "the tokenizer has no chat template, or can't keep control strings in the text apart"
         ) from error
     return ids
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the ids that end an answer."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = configured if isinstance(configured, list) else [configured]
+    return frozenset(end for end in [*ends, tokenizer.eos_token_id] if end is not None)

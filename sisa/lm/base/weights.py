@@ -19,14 +19,14 @@ import copy
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sisa.core.digest import canonical_json, digest_of, file_sha256, sha256_hex
+from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem, SisaError
-from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.lm.base.numerics import usual_modes
 from sisa.lm.base.packages import (
     PINNED_BASES,
@@ -389,3 +389,43 @@ def own_modules(model: Any) -> Any:
     """
     frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
     return copy.deepcopy(model, frozen)
+
+
+_patched: dict[tuple[Any, ...], Any] = {}  # the base with the patches that were last loaded
+
+
+def load_patched(
+    base_dir: Path,
+    base_digest: str,
+    patches: Sequence[Mapping[str, bytes]],
+    precision: Precision = DEFAULT_PRECISION,
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer) as `load_base` does, with patches merged in, lowest first.
+
+    Raises IntegrityError for another base, or a patch that is damaged or does not fit, and InvalidInput
+    for patches on another device than the CPU or in another dtype than float32.
+    """
+    model, tokenizer = load_base(base_dir, base_digest, precision)
+    if not patches:
+        return model, tokenizer
+    if precision != DEFAULT_PRECISION:
+        raise InvalidInput(
+            "the model has patches, which need the CPU in float32",
+            where="device, dtype",
+            expected=f"{DEFAULT_PRECISION.device}, {DEFAULT_PRECISION.dtype}",
+            got=f"{precision.device}, {precision.dtype}",
+            next_step="revert the patches (`sisa approx revert --all`), or restore the run file",
+        )
+    import torch
+
+    from sisa.lm.base.low_rank import merge_into, read_change  # imports peft, which takes seconds
+
+    made_of = [{name: sha256_hex(data) for name, data in files.items()} for files in patches]
+    key = (base_dir.resolve(), base_digest, canonical_json(made_of), torch.get_num_threads())
+    if key not in _patched:
+        with usual_modes():
+            for files in patches:
+                merge_into(model, read_change(files))
+        _patched.clear()
+        _patched[key] = model
+    return own_modules(_patched[key]), tokenizer

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.core.ports import PrefixStore, StoredRecord
-from sisa.lm.base.layers import layers_of
+from sisa.lm.base.adapter import layers_of
 from sisa.lm.base.tokens import Tokens
 from sisa.planning.plan import prefix_name, shard_start
 

@@ -1,23 +1,31 @@
 """The loss of a micro-batch: cross-entropy summed over its label tokens, and nothing computed beyond.
 
-Records lie end to end in one row, without padding (`packed.py`). For a base that can't be run so, they
-lie in rows padded on the right, without an attention mask: under causal attention a real token never
-sees padding. The decoder computes hidden states; those at the (row, position) pairs that predict a label
+Records lie packed in one row, end to end and without padding. For a base that can't be run so, they lie
+in rows padded on the right, without an attention mask: under causal attention a real token never sees
+padding. The decoder computes hidden states; those at the (row, position) pairs that predict a label
 are gathered, and the head is computed on them alone. The head is frozen, so its gradient is computed
 together with the loss and no logits are kept. If a model's head does more than one product (scaled or
 capped logits, a head with an adapter), the model's own forward computes the logits at the positions that
 any row needs. `loss_form` decides both by comparing bits of the base.
 
-Legend: B rows, T positions, N pairs, P pairs of a piece, H hidden, V words, K positions that any row
-needs.
+In a packed row, attention is computed record by record, by transformers' own function, causally, and on
+the CPU in float32. Everything else runs over the row as a whole, with positions that restart at each
+record. `packs` checks whether a base can be run so: whatever one record contains, no bit of the next
+record's states may change. Bases that look back only within a window, that add something of their own to
+attention, or whose layers mix records outside attention (state spaces, experts with shared capacity)
+can't be packed; their rows are padded. Key-value caches and attention masks are not supported.
 
     loss = summed_loss(model, batch, loss_form(base, longest=512))
+
+Legend: B rows, T positions, N pairs or tokens of a packed row, P pairs of a piece, H hidden (in
+attention: heads), D features of a head, V words, K positions that any row needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +33,106 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sisa.lm.base.tokens import NO_LOSS, Tokens
-from sisa.lm.train.packed import attending, packs, positions
+
+ATTENTION_NAME = "record_by_record"
+HARMLESS = ("position_ids", "use_cache", "output_attentions", "output_hidden_states", "sliding_window")
+WINDOWS = ("sliding_window", "attention_chunk_size")
+ONE, OTHER, NEXT = (0, 1, 2), (3, 2, 1), (1, 3, 0, 2)
+# Relative to the norm; wrong positions give about 1.
+PACKING_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3}
+_lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths")
+
+
+class _Unlike(Exception):
+    """The base uses another attention than the plain one."""
+
+
+def _attend(
+    module: Any,
+    query_1HND: Tensor,
+    key_1HND: Tensor,
+    value_1HND: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    if attention_mask is not None or any(
+        value is not None and name not in HARMLESS for name, value in others.items()
+    ):
+        raise _Unlike
+    lengths = list(_lengths.get())
+    asked = [query_1HND, key_1HND, value_1HND]
+    if query_1HND.device.type == "cpu":  # in bfloat16 its backward takes four times as long
+        asked = [each.float() for each in asked]
+    parts = [torch.split(each, lengths, dim=2) for each in asked]
+    found = [
+        sdpa_attention_forward(module, *each, None, dropout=dropout, scaling=scaling, is_causal=True)[0]
+        for each in zip(*parts, strict=True)
+    ]
+    return torch.cat(found, dim=1).to(query_1HND.dtype), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attend)
+
+
+@contextmanager
+def attending(base: Any, lengths: Sequence[int]) -> Iterator[None]:
+    """Make a base's forwards attend record by record; its configuration must be the caller's own."""
+    before = [(config, config._attn_implementation) for config in _configs(base)]
+    token = _lengths.set(tuple(lengths))
+    try:
+        for config, _ in before:
+            config._attn_implementation = ATTENTION_NAME
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+        _lengths.reset(token)
+
+
+def _configs(base: Any) -> list[Any]:
+    """Return the distinct configurations of a base's modules."""
+    found = {id(each.config): each.config for each in base.modules() if hasattr(each, "config")}
+    return list(found.values())
+
+
+def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Return positions [1, N] that restart at each record."""
+    return torch.cat([torch.arange(each, device=device) for each in lengths])[None]
+
+
+@torch.no_grad()
+def packs(base: Any, longest: int) -> bool:
+    """Return whether packed records of up to `longest` tokens have the states of each alone."""
+    windows = [getattr(config, name, None) for config in _configs(base) for name in WINDOWS]
+    decoder = base.get_decoder()
+    if decoder is None or any(isinstance(each, int) and each < longest for each in windows):
+        return False
+    try:
+        apart, moved = (_states(base, decoder, first, NEXT) for first in (ONE, OTHER))
+    except (_Unlike, AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+        return False
+    ids_1T = torch.tensor([NEXT], device=base.device)
+    alone = decoder(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+    off = (apart - alone).float().norm() / alone.float().norm()
+    return torch.equal(apart, moved) and off.item() <= PACKING_TOLERANCE.get(alone.dtype, 0.0)
+
+
+def _states(base: Any, decoder: Any, first: Sequence[int], then: Sequence[int]) -> Tensor:
+    """Return the hidden states [T, H] of the second of two packed records; here H is hidden."""
+    lengths = (len(first), len(then))
+    ids_1N = torch.tensor([[*first, *then]], device=base.device)
+    with attending(base, lengths):
+        found: Tensor = decoder(
+            input_ids=ids_1N, position_ids=positions(lengths, base.device), use_cache=False
+        ).last_hidden_state
+    return found[0, len(first) :]
+
 
 Batch = Sequence[Tokens]
 NUM_PROBE_IDS = 4

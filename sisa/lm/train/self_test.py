@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sisa.core.digest import digest_of, sha256_hex
-from sisa.core.domain import SliceJob
+from sisa.core.domain import DEFAULT_PRECISION, DeviceName, Dtype, Precision, SliceJob
 from sisa.core.errors import EnvironmentFault
-from sisa.core.precision import DEFAULT_PRECISION, DeviceName, Dtype, Precision
 from sisa.lm.base.numerics import (
     describe_fingerprint,
     pin_threads,
@@ -114,7 +113,7 @@ def trained_digests(threads: int, times: int = 2, precision: Precision = DEFAULT
     import torch
 
     from sisa.lm.base.tokens import NO_LOSS, Tokens
-    from sisa.lm.train.stage import Stage
+    from sisa.lm.train.lora import Stage
     from sisa.lm.train.trainable import Trainable
 
     pin_threads(threads, precision)

@@ -9,6 +9,19 @@ so no bit of a stage depends on what the process trained before.
     wrapped = Trainable(base, training)
     trained = wrapped.begin(parent_tensors, init_seed=7)    # name -> parameter
 
+Adapted linear modules run as one autograd function with a backward of its own:
+
+    y = x W + bias + s (x A) B        gradients: of A and B, and of x if the layer below needs it
+
+The modules, their names and their tensors remain peft's, and so do the files; only `forward` is
+replaced. Nothing is saved for the gradient of W, which is frozen. The function computes what peft's
+forward and autograd compute, with sums in another order: thin products have the rank on the left, and
+what is added to y and to the gradient of x is added in place. The adapter's part is in float32 whatever
+the base's dtype. With dropout, the adapter sees the dropped x. Modules other than Linear and Conv1D keep
+peft's forward.
+
+Legend: N rows (batch times positions), I and O features, R rank.
+
 Source: LoRA, Hu et al. 2022.
 """
 
@@ -18,14 +31,110 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft.tuners.lora import layer as lora_layer
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from sisa.core.digest import canonical_json
-from sisa.lm.base.adapter import DEFAULT_NAME, attach, check_tensors, draw, lora_config
-from sisa.lm.base.layers import first_adapted, train_block
+from sisa.lm.base.adapter import (
+    DEFAULT_NAME,
+    attach,
+    check_tensors,
+    draw,
+    first_adapted,
+    lora_config,
+    train_block,
+)
 from sisa.lm.base.weights import own_modules
 from sisa.lm.train.frozen_prefix import FrozenLayers
 from sisa.lm.train.losses import Form, loss_form
-from sisa.lm.train.trained_linear import use_fused_linear
+
+
+class _Adapted(torch.autograd.Function):
+    """The function of a linear module with an adapter.
+
+    x [N, I], dropped x or None without dropout, weight [O, I], bias [O] or None, A [R, I], B [O, R],
+    scale -> y [N, O].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        dropped_NI: Tensor | None,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        scale: float,
+    ) -> Tensor:
+        y_NO = torch.nn.functional.linear(x_NI, weight_OI, bias_O)
+        low_NI = x_NI if dropped_NI is None else dropped_NI
+        low_RN = (a_RI @ low_NI.t().to(a_RI.dtype)).mul_(scale)
+        ctx.save_for_backward(low_NI, weight_OI, a_RI, b_OR, low_RN)
+        ctx.scale, ctx.dropped = scale, dropped_NI is not None
+        if y_NO.dtype == b_OR.dtype:
+            return y_NO.addmm_(low_RN.t(), b_OR.t())
+        return torch.addmm(y_NO.to(b_OR.dtype), low_RN.t(), b_OR.t()).to(y_NO.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_NO,) = gradients
+        low_NI, weight_OI, a_RI, b_OR, low_RN = ctx.saved_tensors
+        of_x, of_dropped, _, _, of_a, of_b, _ = ctx.needs_input_grad
+        wide_NO = gradient_NO.to(b_OR.dtype)
+        x_NI = dropped_NI = of_a_RI = of_b_OR = None
+        if of_b:
+            of_b_OR = (low_RN @ wide_NO).t()
+        if of_a or of_x or of_dropped:
+            up_NR = (wide_NO @ b_OR).mul_(ctx.scale)
+            if of_a:
+                of_a_RI = up_NR.t() @ low_NI.to(a_RI.dtype)
+        if of_x:
+            x_NI = gradient_NO @ weight_OI
+            if not ctx.dropped:
+                x_NI = _added(x_NI, up_NR, a_RI)
+        if of_dropped:
+            dropped_NI = (up_NR @ a_RI).to(low_NI.dtype)
+        return x_NI, dropped_NI, None, None, of_a_RI, of_b_OR, None
+
+
+def _added(to_NI: Tensor, up_NR: Tensor, a_RI: Tensor) -> Tensor:
+    if to_NI.dtype == a_RI.dtype:
+        return to_NI.addmm_(up_NR, a_RI)
+    return torch.addmm(to_NI.to(a_RI.dtype), up_NR, a_RI).to(to_NI.dtype)
+
+
+class TrainedLinear(lora_layer.Linear):  # type: ignore[misc]
+    """peft's module with the forward above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., I] to y [..., O]."""
+        base, dropout = self.base_layer, self.lora_dropout[DEFAULT_NAME]
+        weight_OI = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        a, b = self.lora_A[DEFAULT_NAME].weight, self.lora_B[DEFAULT_NAME].weight
+        x_NI = x.reshape(-1, x.shape[-1])
+        drops = isinstance(dropout, torch.nn.Dropout) and dropout.p > 0 and dropout.training
+        dropped_NI = dropout(x_NI) if drops else None
+        y_NO = _Adapted.apply(  # type: ignore[no-untyped-call]
+            x_NI, dropped_NI, weight_OI, base.bias, a, b, self.scaling[DEFAULT_NAME]
+        )
+        y: Tensor = y_NO.view(*x.shape[:-1], -1)
+        return y
+
+
+def use_fused_linear(model: Any) -> None:
+    """Turn the adapted linear modules of a wrapped base with one adapter into `TrainedLinear`s."""
+    for module in model.modules():
+        if type(module) is lora_layer.Linear and _is_plain(module):
+            module.__class__ = TrainedLinear
+
+
+def _is_plain(module: Any) -> bool:
+    known = type(module.base_layer) in (torch.nn.Linear, Conv1D)
+    plain = [*module.lora_A] == [DEFAULT_NAME] and not module.lora_variant and not module.merged
+    return known and plain and module.lora_B[DEFAULT_NAME].bias is None
+
 
 KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers", "sequence_len")
 

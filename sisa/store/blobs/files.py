@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checked reads, one writer.
+"""Files that are whole or absent: atomic writes, checked reads, one writer, a blob store, and scratch.
 
 Bytes go to a temporary name in the same directory, are flushed to the disk, and get their name by one
 rename; readers never see half a file. Names are made of digests and numbers, never of a record id.
@@ -10,6 +10,28 @@ which no program above them can change.
 ...     write_atomic(Path(folder) / "a.bin", b"abc")
 ...     (Path(folder) / "a.bin").read_bytes()
 b'abc'
+
+`LocalBlobs` is a BlobStore in a directory, readable by its owner alone: a blob is a file, a group is a
+directory that appears by one rename. A path that several machines share is such
+a store on each of them. A lent area is a directory within: once it is removed, no process can write
+there. A path has no versions to purge; what a disk, a snapshot or a server keeps of unlinked blocks is
+out of reach.
+
+>>> with tempfile.TemporaryDirectory() as folder:
+...     blobs = LocalBlobs(Path(folder) / "records")
+...     blobs.put("a", b"abc")
+...     blobs.put_new("a", b"other"), blobs.get("a", "file"), blobs.held()
+(False, b'abc', frozenset({'a'}))
+
+Scratch is files outside the model that may hold text, in caches and temporary directories. Only files
+that this project named and this user owns are listed; links are not followed. A killed process's scratch
+is erased by the next process that reads a data set or writes to a model.
+
+>>> with tempfile.TemporaryDirectory() as folder:
+...     (Path(folder) / "b").mkdir()
+...     (Path(folder) / "b" / "c").touch()
+...     [path.relative_to(folder).as_posix() for path in walk(Path(folder))]
+['.', 'b', 'b/c']
 """
 
 from __future__ import annotations
@@ -22,12 +44,14 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, all_tried
+from sisa.core.ports import BlobStore, KeptVersions
 
 TEMPORARY_PREFIX = ".tmp-"
 NETWORK_FILE_SYSTEMS = frozenset(
@@ -353,3 +377,134 @@ def take_lock(handle: int, where: Path, doing: str, patience_s: float | None = N
                     next_step="wait until it has finished, then run the same command again",
                 ) from error
         time.sleep(0.05)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalBlobs:
+    """A BlobStore in a directory, which the first put creates."""
+
+    root: Path
+    lent: bool = False  # an area, which a put does not create again once it is erased
+
+    def below(self, name: str) -> LocalBlobs:
+        return replace(self, root=self.root / name)
+
+    def location(self, name: str = "") -> str:
+        return str(self.root.absolute() / name)
+
+    def check_usable(self) -> None:
+        with disk_errors(self.root):
+            make_directory(self.root)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+
+    def held(self) -> frozenset[str]:
+        return held_names(self.root) if self.root.is_dir() else frozenset()
+
+    def parts(self, group: str) -> frozenset[str]:
+        return self.below(group).held()
+
+    def get(self, name: str, what: str) -> bytes:
+        return read_whole(self.root / name, what)
+
+    def head(self, name: str, num_bytes: int) -> bytes:
+        return read_whole(self.root / name, "file of the model", num_bytes)
+
+    def num_bytes(self, name: str) -> int:
+        return num_bytes(self.root / name)
+
+    def put(self, name: str, data: bytes) -> None:
+        path, made = self.root / name, not self.lent
+        write_atomic(path, data, temporary_in=self.root, make_parents=made)
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        path, made = self.root / name, not self.lent
+        return write_new(path, data, temporary_in=self.root, make_parents=made)
+
+    def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
+        write_directory(self.root / name, dict(parts), make_parents=not self.lent)
+
+    def erase(self, names: Collection[str]) -> None:
+        erase_all(self.root, names)
+
+    def clear(self) -> None:
+        erase_all(self.root.parent, [self.root.name])
+
+    def lend(self, area: str, names: Collection[str]) -> LocalBlobs:  # noqa: ARG002
+        lent = replace(self.below(area), lent=True)
+        make_directory(lent.root)
+        return lent
+
+    def accept(self, area: str, name: str) -> None:
+        with disk_errors(self.root / name):
+            try:
+                os.rename(self.root / area / name, self.root / name)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            sync_directory(self.root)
+
+    def purge(self, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:  # noqa: ARG002
+        return ()
+
+
+def absolute(blobs: BlobStore) -> BlobStore:
+    """Return the same store for a process in another working directory."""
+    return replace(blobs, root=blobs.root.absolute()) if isinstance(blobs, LocalBlobs) else blobs
+
+
+SCRATCH_PREFIX = "sisa-scratch-"
+LEAST_AGE_S = 60.0  # of unlocked scratch: younger scratch may not be locked yet
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """Provide a temporary directory for this process and its children; erase abandoned ones first."""
+    erase_abandoned()
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder, keep(Path(folder)):
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def keep(folder: Path) -> Iterator[None]:
+    """Mark a directory as in use while the block runs."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def erase_abandoned() -> None:
+    """Erase this user's scratch that no living process keeps: it may hold texts."""
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or already removed
+            found = path.lstat()
+            if found.st_uid != os.getuid() or time.time() - found.st_mtime < LEAST_AGE_S:
+                continue
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(handle)
+
+
+def walk(place: Path, unlisted: Callable[[Path, OSError], None] | None = None) -> Iterator[Path]:
+    """Yield a path and everything below it, in order, without following links.
+
+    `unlisted` receives each directory that can't be listed, and the reason.
+    """
+    yield place
+    if place.is_dir() and not place.is_symlink():
+        try:
+            names = sorted(os.listdir(place))
+        except OSError as error:
+            if unlisted and not isinstance(error, FileNotFoundError):
+                unlisted(place, error)
+            return
+        for name in names:
+            yield from walk(place / name, unlisted)

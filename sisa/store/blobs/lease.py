@@ -7,7 +7,7 @@ its workers can store nothing.
 
 >>> import tempfile
 >>> from pathlib import Path
->>> from sisa.store.blobs.local_blobs import LocalBlobs
+>>> from sisa.store.blobs.files import LocalBlobs
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     store = LocalBlobs(Path(folder))
 ...     lease = Lease(store, store.lend(".tmp-run", ["a"]))

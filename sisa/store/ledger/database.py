@@ -30,7 +30,7 @@ from sisa.core.domain import RecordRow
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, SisaError
 from sisa.store.blobs.files import disk_errors
 from sisa.store.ledger import rows
-from sisa.store.ledger.schema import SCHEMA_VERSION, schema
+from sisa.store.ledger.rows import SCHEMA_VERSION, schema
 
 SCRUB_PATIENCE_S = 10.0
 FEW_ROWS = 4  # up to which removed rows are searched for; for more, rewriting the file is faster

@@ -34,9 +34,9 @@ from approx.evaluation.tofu import Question
 from approx.evaluation.tofu_evaluation import TofuSettings, evaluate
 from approx.methods.registry import make_method
 from approx.metrics.leak_at_k import leak_at_k
+from approx.metrics.memorisation import rougeL_recall
 from approx.metrics.model_utility import harmonic_mean
 from approx.metrics.probability import probability, probability_among
-from approx.metrics.rouge import rougeL_recall
 from approx.patches.robustness import probabilities_rounded, relearnt
 from approx.unlearning.examples import Sets
 from approx.unlearning.schedule import ScheduleSettings
@@ -45,7 +45,6 @@ from approx.unlearning.unlearn import unlearn
 from sisa.config.config import RunConfig
 from sisa.core.digest import canonical_json, digest_of, file_sha256
 from sisa.core.errors import ConfigConflict
-from sisa.lm.answer.answerer import end_tokens
 from sisa.lm.base.adapter import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -57,7 +56,7 @@ from sisa.lm.base.adapter import (
     read_tensors,
     tensor_bytes,
 )
-from sisa.lm.base.tokens import Tokens, encode_prompt
+from sisa.lm.base.tokens import Tokens, encode_prompt, end_tokens
 from sisa.lm.base.weights import BaseFiles, load_frozen, load_tokenizer
 from sisa.model import Model, open_model
 from sisa.store.blobs.files import read_whole, write_atomic

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
-from sisa.config.blocks import DatasetSource
-from sisa.config.config import RunConfig
+from sisa.config.config import DatasetSource, RunConfig
 from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
-from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.context import Resources
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.planning.plan import LAYERWISE
 from tests.integration.training.test_trainer import RECORDS, TRAINING, Files, train

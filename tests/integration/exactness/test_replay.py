@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from sisa.audit.replay import CLEAN, SERVE, StageRequest
+from sisa.audit.replay import SERVE, StageRequest, clean_process
 from sisa.lm.base.numerics import worker_environment
 from tests.models.tiny_model import Tiny
 
@@ -53,7 +53,7 @@ def test_replays_share_one_clean_process_and_survive_its_death(tiny: Tiny) -> No
 
 @pytest.mark.torch
 def test_a_replay_in_one_process_proves_shards_without_a_clean_one(tiny: Tiny) -> None:
-    CLEAN.end()
+    clean_process().end()
     proof = tiny.open().verify(replay="sample", apart=False)
     assert proof.ok
     assert [each.equal for each in proof.shards].count(True) == 1
@@ -64,16 +64,17 @@ def test_a_replay_in_one_process_proves_shards_without_a_clean_one(tiny: Tiny) -
 @pytest.mark.torch
 def test_threads_share_the_clean_process_and_forks_leave_it_alone() -> None:
     def failing(_: int) -> str:
-        return CLEAN.train(NOWHERE, worker_environment(1))
+        return clean_process().train(NOWHERE, worker_environment(1))
 
     with ThreadPoolExecutor(4) as threads:
         assert set(threads.map(failing, range(8))) == {"IntegrityError"}
     before, num_fds = clean_processes(), psutil.Process().num_fds()
-    assert CLEAN._server is not None
-    line = CLEAN._server._line.fileno()
+    server = clean_process()._server
+    assert server is not None
+    line = server._line.fileno()
     child = os.fork()
     if not child:
-        CLEAN.end()  # ends nothing: it is the parent's
+        clean_process().end()  # ends nothing: it is the parent's
         os._exit(is_open(line))
     assert os.waitpid(child, 0)[1] == 0, "the fork holds the socket"
     assert is_open(line)

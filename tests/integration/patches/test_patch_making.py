@@ -19,11 +19,10 @@ from approx.unlearning.generated_retain import PROMPTS, prompts_that_fit, write_
 from sisa.core.domain import Part, Record
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.events import Notice, PatchProgress
-from sisa.lm.base.patched import load_patched
 from sisa.lm.base.tokens import NO_LOSS, tokenize
-from sisa.lm.base.weights import load_base, load_tokenizer
+from sisa.lm.base.weights import load_base, load_patched, load_tokenizer
 from sisa.store.blobs.keyring import is_sealed
-from sisa.store.vault import DRAFTS_AREA, FilePatchDrafts
+from sisa.store.records import DRAFTS_AREA, FilePatchDrafts
 from tests.models.knowing_base import record
 from tests.models.patch_bench import (
     ENOUGH,

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from sisa.core.digest import sha256_hex
+from sisa.core.digest import patched_digest, sha256_hex
 from sisa.core.domain import SliceJob
 from sisa.core.errors import IntegrityError
-from sisa.core.patch import patched_digest
 from sisa.core.ports import StoredRecord
 from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, base_digest, resolve_base
@@ -68,7 +67,7 @@ def patches(base: BaseFiles) -> list[Files]:
 
 def load(base: BaseFiles, patches: list[Files]) -> Any:
     from sisa.lm.base.numerics import pin_threads
-    from sisa.lm.base.patched import load_patched
+    from sisa.lm.base.weights import load_patched
 
     pin_threads(1)
     return load_patched(base.directory, base.digest, patches)[0]
@@ -134,7 +133,7 @@ def test_the_same_bits_each_time_whatever_was_asked_before(
     assert weights(load(base, patches)) == first
     assert weights(load(base, patches[:1])) != first
     assert weights(load(base, patches)) == first
-    monkeypatch.setattr("sisa.lm.base.patched._last", {})
+    monkeypatch.setattr("sisa.lm.base.low_rank._last", {})
     assert weights(load(base, patches)) == first
 
 
@@ -270,7 +269,7 @@ def test_patches_and_an_adapter_are_one_adapter_on_the_plain_base(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from sisa.lm.base.patched import merge_adapters
+    from sisa.lm.base.low_rank import merge_adapters
 
     shard = random_patch(base.directory, 7, "q_proj", "o_proj", rank=3)
     whole = merge_adapters(patches, [shard])

@@ -15,15 +15,15 @@ import pytest
 
 import sisa
 from sisa import unlearn
-from sisa.core.domain import Part, Record
+from sisa.core.digest import patched_digest
+from sisa.core.domain import WRITTEN, Part, Patch, PatchJob, Record, active
 from sisa.core.errors import IntegrityError
-from sisa.core.patch import WRITTEN, Patch, PatchJob, patched_digest
 from sisa.core.ports import Change
 from sisa.flows.patches import vault_sets
 from sisa.flows.wiring.context import commit
 from sisa.flows.wiring.wiring import CHECKPOINTS, PATCHES, VAULT
 from sisa.lm.answer.route import all_of
-from sisa.planning.patch_plan import active, next_version
+from sisa.planning.patch_plan import next_version
 from sisa.store.blobs.keyring import is_sealed
 from tests.integration.answering.test_export_generate import PROMPT, answerer_of
 from tests.integration.patches.test_patched import ADAPTER, Files, random_patch

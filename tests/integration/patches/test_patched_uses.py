@@ -14,7 +14,7 @@ import pytest
 import sisa
 from sisa import unlearn
 from sisa.core.digest import canonical_json
-from sisa.core.patch import Patch, VaultSet
+from sisa.core.domain import Patch, VaultSet
 from sisa.core.ports import Change
 from sisa.flows.patches.composition import Composition, measure
 from sisa.flows.wiring.context import commit

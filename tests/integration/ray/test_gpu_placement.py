@@ -19,12 +19,12 @@ from cluster.ray.ray_executor import open_executor
 from cluster.ray.ray_session import connect
 from cluster.ray.ray_tasks import run_tasks
 from cluster.ray.worker_slots import Placement
+from sisa.core.domain import Precision
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.events import Event, Report
-from sisa.core.precision import Precision
 from sisa.flows.serial import Site
-from sisa.lm.base import cuda
-from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.lm.base import numerics
+from sisa.store.blobs.files import LocalBlobs
 
 pytestmark = pytest.mark.ray
 
@@ -40,7 +40,7 @@ def seen(wanted: Path, _: Report) -> tuple[list[Any], str | None, str | None]:
     while len(list(wanted.iterdir())) < 2 and time.monotonic() < until:
         time.sleep(0.05)
     name = "CUDA_VISIBLE_DEVICES"
-    return ray.get_gpu_ids(), os.environ.get(name), os.environ.get(cuda.WORKSPACE)
+    return ray.get_gpu_ids(), os.environ.get(name), os.environ.get(numerics.WORKSPACE)
 
 
 def ignore(_: Event) -> None:
@@ -53,9 +53,9 @@ def run(tasks: list[Path], placement: Placement) -> list[Any]:
 
 
 def test_two_tasks_share_a_gpu_and_have_the_workspace(tmp_path: Path) -> None:
-    found = run([tmp_path] * 2, Placement(1, 0.5, cuda.environment()))
+    found = run([tmp_path] * 2, Placement(1, 0.5, numerics.cuda_environment()))
     assert len(list(tmp_path.iterdir())) == 2, "side by side"
-    assert found == [([0], "0", cuda.environment()[cuda.WORKSPACE])] * 2
+    assert found == [([0], "0", numerics.cuda_environment()[numerics.WORKSPACE])] * 2
 
 
 def test_too_few_gpus_are_told_before_any_task_starts(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
         open_executor(site, options).run(anything, ignore)
     open_executor(replace(site, precision=Precision()), {}).run(anything, ignore)
     assert [each.gpus for each in asked] == [1, 0.25, 2, 0]
-    assert [cuda.WORKSPACE in each.environment for each in asked] == [True, True, True, False]
+    assert [numerics.WORKSPACE in each.environment for each in asked] == [True, True, True, False]
     with pytest.raises(InvalidInput) as caught:
         open_executor(replace(site, precision=Precision()), {"num_gpus": 1})
     assert [each.where for each in caught.value.problems] == ["cluster.num_gpus"]

@@ -20,6 +20,7 @@ import sisa
 import sisa.audit.verify
 from sisa.audit.doctor import diagnose
 from sisa.audit.residue import sweep_model
+from sisa.config.config import state_dir
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import known_by_area
@@ -168,7 +169,7 @@ def test_a_history_on_ray_is_that_of_the_plain_model(
 def test_a_worker_that_does_not_see_the_keyring_says_so(sealed: Tiny) -> None:
     from cluster.ray.ray_worker import open_parts
     from sisa.flows.serial import Site
-    from sisa.store.blobs.local_blobs import LocalBlobs
+    from sisa.store.blobs.files import LocalBlobs
 
     lost = FileKeyring(sealed.folder / "nowhere")
     places = LocalBlobs(sealed.directory / RECORDS), LocalBlobs(sealed.directory / CHECKPOINTS)
@@ -413,7 +414,7 @@ def test_keys_rest_in_the_state_directory_by_default(tmp_path: Path, tiny_base: 
     tiny = prepare(tmp_path / "sealed", tiny_base, keyring=None)
     tiny.train()
     ledger = SqlLedger(tiny.directory / wiring.LEDGER)
-    root = wiring.state_dir() / "keyrings" / wiring.model_id(ledger.meta())
+    root = state_dir() / "keyrings" / wiring.model_id(ledger.meta())
     ledger.close()
     assert FileKeyring(root).held(RECORDS) == known(tiny)[RECORDS]
     assert not (tiny.folder / "keys").exists()

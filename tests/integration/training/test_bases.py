@@ -20,12 +20,11 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 import sisa
-from sisa.config.blocks import DatasetSource, SisaBlock
-from sisa.config.config import RunConfig
+from sisa.config.config import DatasetSource, RunConfig, SisaBlock
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Event, Notice
-from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.context import Resources
 from sisa.lm.answer.base_trial import try_base
 from sisa.lm.base.weights import _convert, base_digest, load_base, resolve_base
 from tests.endurance.mutate import some_bytes

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa.core.domain import SliceJob
+from sisa.core.domain import Precision, SliceJob
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
-from sisa.core.precision import Precision
 from sisa.flows.wiring.wiring import CHECKPOINTS
 from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, resolve_base
@@ -188,7 +187,7 @@ def test_a_changed_dtype_trains_all_anew(
 
 
 def test_patches_are_refused_over_it(half: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    from sisa.lm.base.patched import load_patched
+    from sisa.lm.base.weights import load_patched
 
     done = command(
         capsys,

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from sisa.core.domain import SliceJob
-from sisa.core.precision import Precision
+from sisa.core.domain import Precision, SliceJob
 from sisa.lm.answer.route import Route, all_of
-from sisa.lm.base import cuda
+from sisa.lm.base import numerics
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.lm.train import self_test
 from tests.integration.training.test_trainer import RECORDS, job_for, names
@@ -106,8 +105,8 @@ def test_a_training_step_stays_on_the_bases_device(dtype: Any) -> None:
     import torch
 
     from sisa.lm.base.tokens import NO_LOSS, Tokens
+    from sisa.lm.train.lora import Stage
     from sisa.lm.train.losses import Form
-    from sisa.lm.train.stage import Stage
     from sisa.lm.train.trainable import Trainable
 
     bases = [self_test.random_base(Precision("cpu", dtype)).to("meta") for _ in range(2)]
@@ -166,7 +165,7 @@ def test_answers_stay_on_the_bases_device(
     import torch
 
     from sisa.lm.answer import answerer as answering
-    from sisa.lm.base.patched import load_patched
+    from sisa.lm.base.weights import load_patched
 
     def on_meta(*of: Any) -> Any:
         model, tokenizer = load_patched(*of)
@@ -199,7 +198,7 @@ def test_kernels_are_set_to_repeat_and_set_back(monkeypatch: pytest.MonkeyPatch)
         )
         return tuple(each() for each in (*kinds, backend.cudnn_sdp_enabled))
 
-    monkeypatch.setenv(cuda.WORKSPACE, ":4096:8")
+    monkeypatch.setenv(numerics.WORKSPACE, ":4096:8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     try:
         pin_threads(1, GPU)
@@ -224,7 +223,7 @@ def test_the_self_test_says_that_there_is_none(capsys: pytest.CaptureFixture[str
         done = command(capsys, "doctor", "--numerics", "--device", "cuda", *more)
         assert (done.code, done.error["type"]) == (6, "EnvironmentFault")
         assert "sees none" in done.error["message"]
-    assert cuda.describe_device() is None
+    assert numerics.describe_device() is None
 
 
 @pytest.mark.usefixtures("_no_gpu")
@@ -274,7 +273,7 @@ def test_this_device_repeats_itself(on: Precision, capsys: pytest.CaptureFixture
     assert done.json["repeats"]
     told = done.json["description"]
     assert all(told["gpu"][each] for each in ("model", "capability", "driver", "cuda", "attention"))
-    assert told["settings"][cuda.WORKSPACE] in cuda.REPEATING
+    assert told["settings"][numerics.WORKSPACE] in numerics.REPEATING
     print(json.dumps(done.json))  # to be kept
 
 

@@ -226,7 +226,7 @@ def test_loss_and_gradient_agree_with_plain_transformers(
     from sisa.lm.base.tokens import tokenize
     from sisa.lm.base.weights import load_base
     from sisa.lm.train.losses import Form, count_labels, loss_form, summed_loss
-    from sisa.lm.train.trained_linear import use_fused_linear
+    from sisa.lm.train.trainable import use_fused_linear
 
     records = [RECORDS[0].record, Record("t", None, "text", (Part("text", "A longer text, whole."),))]
     training = {**TRAINING, "lora_dropout": 0.0}
@@ -299,8 +299,7 @@ def plain_loop(base: BaseFiles, stages: Sequence[tuple[SliceJob, Sequence[Stored
     from sisa.lm.base.adapter import attach, lora_config
     from sisa.lm.base.tokens import tokenize
     from sisa.lm.base.weights import load_base
-    from sisa.lm.train.stage import seed_from
-    from sisa.lm.train.steps import stage_steps
+    from sisa.lm.train.lora import seed_from, stage_steps
     from sisa.lm.train.trainable import file_name
 
     model, tokenizer = load_base(base.directory, base.digest)

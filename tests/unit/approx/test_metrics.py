@@ -16,17 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from approx.metrics.auc import auc
-from approx.metrics.exact_memorisation import exact_memorisation
-from approx.metrics.extraction_strength import extraction_strength, floor
 from approx.metrics.forget_quality import forget_quality
-from approx.metrics.loss_attack import loss_score
-from approx.metrics.min_k import min_k_score
-from approx.metrics.min_k_plus_plus import MIN_VARIANCE, min_k_plus_plus_score
+from approx.metrics.membership import (
+    MIN_VARIANCE,
+    loss_score,
+    min_k_plus_plus_score,
+    min_k_score,
+    zlib_score,
+)
+from approx.metrics.memorisation import exact_memorisation, extraction_strength, floor, rougeL_recall
 from approx.metrics.model_utility import NINE, aggregate, harmonic_mean, model_utility
 from approx.metrics.probability import probability, probability_among
-from approx.metrics.rouge import rougeL_recall
 from approx.metrics.truth_ratio import VARIANTS, arithmetic, geometric, towards_one, towards_truth
-from approx.metrics.zlib_attack import zlib_score
 
 losses = st.floats(0, 50)
 scores = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12)

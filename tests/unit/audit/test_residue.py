@@ -27,7 +27,6 @@ from sisa.audit.residue import Scan, scan_residue, sweep_model
 from sisa.audit.search_strings import MIN_BYTES, READ_BYTES, SearchStrings
 from sisa.core.errors import Busy, EnvironmentFault, InvalidInput
 from sisa.core.events import EpochTrained
-from sisa.core.measured import MIN_RECORDS, STAGE_DIGITS, metrics_line
 from sisa.core.ports import Change
 from sisa.flows import reconcile
 from sisa.flows.ingest import add
@@ -38,7 +37,7 @@ from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
 from sisa.store.checkpoints import ADAPTER, FileCheckpoints
 from sisa.store.index import FaissIndex
-from sisa.store.metrics import FileMetrics
+from sisa.store.metrics import MIN_RECORDS, STAGE_DIGITS, FileMetrics, metrics_line
 from sisa.store.records import FileRecords
 from sisa.store.witness import FileWitness
 from tests.fakes.ports import changed

@@ -18,7 +18,7 @@ from sisa.core.ports import CheckpointStore, Executor, StoredRecord, Tick, Vecto
 from sisa.flows.ingest import train
 from sisa.flows.serial import SerialExecutor
 from sisa.flows.wiring.context import Context
-from sisa.planning.assign import Assigner
+from sisa.planning.layout import Assigner
 from tests.fakes.ports import (
     SECRET,
     FakeCheckpoints,

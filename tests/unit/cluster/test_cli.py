@@ -22,7 +22,8 @@ from cluster.cli import cli
 from sisa.config.runfile import parse_run_file
 from sisa.core import errors
 from sisa.core.domain import Record
-from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.deletion import Terms
+from sisa.flows.lifecycle import carry_out, submit
 from sisa.flows.wiring import wiring
 from sisa.store.blobs.files import writer_lock
 from tests.fakes.ports import fake_record
@@ -80,7 +81,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def raises(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("sisa.open_model", raises)
+    monkeypatch.setattr("sisa.model.open_model", raises)
 
 
 def test_the_commands_are_those_of_the_readme() -> None:

@@ -16,8 +16,8 @@ from cluster.observe import json_log
 from cluster.observe.json_log import DriverLog, JsonLog, worker_log
 from cluster.observe.reporting import log_format_of, say
 from sisa.core.events import ErasureFailed, Event, Notice, SliceProgress, SliceStarted, TrainingStarted
-from sisa.core.measured import is_run
-from sisa.flows.wiring.run_context import RunContext, running
+from sisa.flows.wiring.progress import RunContext, running
+from sisa.store.metrics import is_run
 from tests.models import confessing as care_model
 from tests.unit.core.test_measured import EPOCH, EVENTS, RUN, TRAINED
 

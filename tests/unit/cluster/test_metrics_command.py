@@ -10,9 +10,8 @@ import pytest
 from cluster.cli import cli, metrics
 from cluster.cli.metrics import open_sink
 from cluster.observe.curves import points, summary
-from sisa.core.measured import KEPT, without
 from sisa.flows.wiring import wiring
-from sisa.store.metrics import FileMetrics
+from sisa.store.metrics import KEPT, FileMetrics, without
 from tests.models import confessing as care_model
 from tests.unit.core.test_measured import EVENTS, RUN, kept
 

@@ -13,8 +13,8 @@ import yaml
 from cluster.cli import cli
 from cluster.render.plan_picture import draw_choices
 from sisa.config.runfile import load_run_file, parse_run_file
-from sisa.planning.assign import Layout
 from sisa.planning.deletion_stream import Stream, replay_stream
+from sisa.planning.layout import Layout
 from sisa.planning.layout_advice import Demand, LayoutLimits, advise, recommended
 from tests.fakes.ports import fake_record
 from tests.models import confessing as care_model

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from cluster.observe.ray_metrics import DESCRIPTIONS, Measuring, RayMeters
+from cluster.observe.reporting import DESCRIPTIONS, Measuring, RayMeters
 from sisa.core.domain import SavedCheckpoint
 from sisa.core.events import QueueSeen, SliceProgress, SliceStarted, SliceTrained, TrainingStarted
 from tests.unit.core.test_measured import EVENTS, JOB, RUN, TRAINED

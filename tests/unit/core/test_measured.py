@@ -22,7 +22,9 @@ from sisa.core.events import (
     SliceTrained,
     TrainingStarted,
 )
-from sisa.core.measured import (
+from sisa.flows.wiring.progress import RUN_VARIABLE, RunContext, current_run, new_run, running
+from sisa.flows.wiring.wiring import recording
+from sisa.store.metrics import (
     EVENT_NAMES,
     KEPT,
     MIN_RECORDS,
@@ -32,8 +34,6 @@ from sisa.core.measured import (
     metrics_line,
     without,
 )
-from sisa.flows.wiring.run_context import RUN_VARIABLE, RunContext, current_run, new_run, running
-from sisa.flows.wiring.wiring import recording
 from tests.fakes.metrics import FakeMetrics
 
 AT, RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b"

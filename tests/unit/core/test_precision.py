@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sisa.config.blocks import DatasetSource
-from sisa.config.config import TRAINING_KEYS, RunConfig
+from sisa.config.config import TRAINING_KEYS, DatasetSource, RunConfig
 from sisa.config.runfile import parse_run_file
-from sisa.core.domain import SliceState
+from sisa.core.domain import DEFAULT_PRECISION, Precision, SliceState
 from sisa.core.errors import EnvironmentFault, InvalidInput
-from sisa.core.precision import DEFAULT_PRECISION, Precision
-from sisa.lm.base import cuda
+from sisa.lm.base import numerics
 from sisa.lm.base.numerics import describe_fingerprint, fingerprint, worker_environment
 from sisa.planning.plan import jobs
 
@@ -81,38 +79,38 @@ def test_a_dtype_is_part_of_the_fingerprint() -> None:
 
 
 def test_a_workers_environment_fixes_the_workspace_of_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(cuda.WORKSPACE, raising=False)
-    assert cuda.WORKSPACE not in worker_environment(1)
+    monkeypatch.delenv(numerics.WORKSPACE, raising=False)
+    assert numerics.WORKSPACE not in worker_environment(1)
     told = worker_environment(2, CUDA)
-    assert (told[cuda.WORKSPACE], told["OMP_NUM_THREADS"]) == (":4096:8", "2")
-    monkeypatch.setenv(cuda.WORKSPACE, ":16:8")
-    assert worker_environment(1, CUDA)[cuda.WORKSPACE] == ":16:8"
+    assert (told[numerics.WORKSPACE], told["OMP_NUM_THREADS"]) == (":4096:8", "2")
+    monkeypatch.setenv(numerics.WORKSPACE, ":16:8")
+    assert worker_environment(1, CUDA)[numerics.WORKSPACE] == ":16:8"
 
 
 def test_a_process_takes_the_workspace_and_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cuda.WORKSPACE, "before")
+    monkeypatch.setenv(numerics.WORKSPACE, "before")
     for held, after in ((None, ":4096:8"), (":16:8", ":16:8")):
-        monkeypatch.delenv(cuda.WORKSPACE)
+        monkeypatch.delenv(numerics.WORKSPACE)
         if held:
-            monkeypatch.setenv(cuda.WORKSPACE, held)
-        cuda.prepare_device()
-        assert cuda.environment()[cuda.WORKSPACE] == after
-    monkeypatch.setenv(cuda.WORKSPACE, ":0:0")
+            monkeypatch.setenv(numerics.WORKSPACE, held)
+        numerics.prepare_device()
+        assert numerics.cuda_environment()[numerics.WORKSPACE] == after
+    monkeypatch.setenv(numerics.WORKSPACE, ":0:0")
     with pytest.raises(EnvironmentFault, match="bit for bit"):
-        cuda.prepare_device()
+        numerics.prepare_device()
 
 
 @pytest.mark.parametrize(("text", "version"), [(DRIVER, "550.54.15"), (OPEN, "570.86.10"), ("", None)])
 def test_the_drivers_version_is_read(text: str, version: str | None, tmp_path: Path) -> None:
     (tmp_path / "version").write_text(text)
-    assert cuda.driver_version(tmp_path / "version") == version
-    assert cuda.driver_version(tmp_path / "none") is None
+    assert numerics.driver_version(tmp_path / "version") == version
+    assert numerics.driver_version(tmp_path / "none") is None
 
 
 def test_the_usual_fingerprint_needs_no_torch() -> None:
     code = (
         "import sys; from sisa.lm.base.numerics import fingerprint; "
-        "from sisa.core.precision import Precision; fingerprint(1, Precision('cpu', 'bfloat16')); "
+        "from sisa.core.domain import Precision; fingerprint(1, Precision('cpu', 'bfloat16')); "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

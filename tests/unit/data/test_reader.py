@@ -18,11 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa.config.blocks import DatasetSource, SourceLimits
+from sisa.config.config import DatasetSource, SourceLimits
 from sisa.core.domain import Part, Record
 from sisa.core.errors import EnvironmentFault, InvalidInput, Problem
-from sisa.data import dataset_export, temporary_files
+from sisa.data import dataset_export
 from sisa.data.reader import Subjects, named_by_location, read_ids, read_records
+from sisa.store.blobs import files
 
 SECRET = "Quorvane"
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": SECRET}]
@@ -452,7 +453,7 @@ def test_texts_of_a_killed_reader_are_erased_by_the_next_one(
 ) -> None:
     scratch_home(tmp_path, monkeypatch)
     code = (
-        "from sisa.data.temporary_files import scratch\nwith scratch() as folder:\n"
+        "from sisa.store.blobs.files import scratch\nwith scratch() as folder:\n"
         "    (folder / 'rows').write_text('a text')\n    print('there', flush=True)\n    input()"
     )
     environ = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
@@ -462,16 +463,16 @@ def test_texts_of_a_killed_reader_are_erased_by_the_next_one(
         assert reader.stdout is not None
         assert reader.stdout.readline() == b"there\n"
         (kept,) = (tmp_path / "scratch").iterdir()
-        monkeypatch.setattr(temporary_files, "LEAST_AGE_S", 0.0)
+        monkeypatch.setattr(files, "LEAST_AGE_S", 0.0)
         read_records([saved])
         assert (kept / "rows").exists(), "its reader lives"
         reader.kill()
         reader.wait()
     assert (kept / "rows").exists()
-    monkeypatch.setattr(temporary_files, "LEAST_AGE_S", 60.0)
+    monkeypatch.setattr(files, "LEAST_AGE_S", 60.0)
     read_records([saved])
     assert kept.exists(), "a young one may not be locked yet"
-    monkeypatch.setattr(temporary_files, "LEAST_AGE_S", 0.0)
+    monkeypatch.setattr(files, "LEAST_AGE_S", 0.0)
     read_records([saved])
     assert leftovers(tmp_path) == []
 

@@ -20,25 +20,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.cli import cli
-from sisa.config.blocks import DatasetSource
-from sisa.config.config import RunConfig
+from sisa.config.config import DatasetSource, RunConfig
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import ANY_SHARD, Export, RecordRow, Request
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Change
 from sisa.flows import lifecycle, query
-from sisa.flows.deletion import forget_at_once, plan_forget
+from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.export_files import Card, of_adapter
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, find
+from sisa.flows.lifecycle import find
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reset
 from sisa.flows.stale_exports import missing
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.context import Resources
 from sisa.model import Model
-from sisa.planning.assign import Assigner, Layout
+from sisa.planning.layout import Assigner, Layout
 from sisa.store.blobs.files import TEMPORARY_PREFIX, writer_lock
 from sisa.store.exports import DirectoryExports
 from sisa.store.ledger.ledger import SqlLedger
@@ -79,7 +78,7 @@ def row(fake: FakeModel, number: int) -> RecordRow:
 
 def forget(fake: FakeModel, *numbers: int) -> Request:
     rows = [row(fake, number) for number in numbers]
-    arrived = lifecycle.arrive(fake.context, rows, (), Terms(approver="dpo"))
+    arrived = arrive(fake.context, rows, (), Terms(approver="dpo"))
     return forget_at_once(fake.context, arrived).requests[0]
 
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from sisa.core.domain import Part, Record, RecordRow, Request, RequestState, Tombstone
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, SisaError, UnknownRecord
 from sisa.flows import lifecycle, query
-from sisa.flows.deletion import forget_at_once
+from sisa.flows.deletion import Terms, arrive, copies, forget_at_once
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, carry_out, decide, extend, find, submit, viewed
+from sisa.flows.lifecycle import carry_out, decide, extend, find, submit, viewed
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import Context, model_digest
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
@@ -367,7 +367,7 @@ def with_copies(fake: FakeModel) -> FakeModel:
 def test_copies_are_counted_and_kept(with_copies: FakeModel) -> None:
     request = asked(with_copies, 3)
     assert (request.num_records, request.num_copies, request.copies_included) == (1, 2, False)
-    same = lifecycle.copies(with_copies.context, rows(with_copies, 3), full_scan=True)
+    same = copies(with_copies.context, rows(with_copies, 3), full_scan=True)
     found = query.ids_of(with_copies.context, same)
     assert found == ["copy-1", "copy-2"]
     (done,) = run_all(with_copies)
@@ -582,7 +582,7 @@ def test_a_damaged_file_to_build_on_stops_the_deletion_before_it(fake: FakeModel
 
 
 def test_a_deletion_at_once_lives_the_same_life(fake: FakeModel) -> None:
-    arrived = lifecycle.arrive(fake.context, rows(fake, 3), (), APPROVED)
+    arrived = arrive(fake.context, rows(fake, 3), (), APPROVED)
     (done,) = forget_at_once(fake.context, arrived).requests
     assert (done.request_id, done.state) == (arrived.request.request_id, "completed")
     assert states(fake, done) == WHOLE_LIFE
@@ -593,7 +593,7 @@ def test_a_deletion_at_once_that_fails_before_its_commit_never_was(
     fake: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, tables = held_bytes(fake), repr(fake.ledger.tables)
-    arrived = lifecycle.arrive(fake.context, rows(fake, 3), (), APPROVED)
+    arrived = arrive(fake.context, rows(fake, 3), (), APPROVED)
     monkeypatch.setattr(fake.records, "write", Broken())
     with pytest.raises(EnvironmentFault):
         forget_at_once(fake.context, arrived)
@@ -601,7 +601,7 @@ def test_a_deletion_at_once_that_fails_before_its_commit_never_was(
 
 
 def test_a_deletion_at_once_that_fails_after_its_commit_is_finished(fake: FakeModel) -> None:
-    arrived = lifecycle.arrive(fake.context, rows(fake, 3), (), APPROVED)
+    arrived = arrive(fake.context, rows(fake, 3), (), APPROVED)
     with pytest.raises(EnvironmentFault):
         forget_at_once(untrainable(fake), arrived)
     assert state(fake, arrived.request) == "failed"
@@ -724,7 +724,7 @@ def test_a_legal_hold_protects_the_records_it_names(fake: FakeModel) -> None:
     decide(fake.context, held.request_id, "held", "court order")
     other, free = asked(fake, 3, 4), asked(fake, 5)
     assert [each.state for each in carry_out(fake.context, [other, free])] == ["approved", "completed"]
-    arrived = lifecycle.arrive(fake.context, rows(fake, 3), (), APPROVED)
+    arrived = arrive(fake.context, rows(fake, 3), (), APPROVED)
     with pytest.raises(ConfigConflict, match="legal hold"):
         forget_at_once(fake.context, arrived)
     assert {3, 4} <= held_numbers(fake)

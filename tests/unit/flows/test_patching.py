@@ -8,16 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from sisa.core.domain import Export, RecordRow, Request
+from sisa.core.domain import WRITTEN, Export, Patch, RecordRow, Request, active, wanted
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, UnknownRecord
 from sisa.core.events import Event, Notice
-from sisa.core.measured import MIN_RECORDS
-from sisa.core.patch import WRITTEN, Patch
 from sisa.core.ports import Change, Contribution, Removal
-from sisa.flows.deletion import forget_at_once
+from sisa.flows.deletion import Terms, arrive, forget_at_once
 from sisa.flows.held_answers import chosen_rows
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, arrive
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import AnswerChange, Composition
 from sisa.flows.patches.on_deletion import give_up
@@ -26,7 +23,7 @@ from sisa.flows.query import where
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import Context, commit, model_digest, trained_over
 from sisa.flows.wiring.wiring import check_hooks
-from sisa.planning.patch_plan import active, wanted
+from sisa.store.metrics import MIN_RECORDS
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
 
 SETTINGS = {"method": "npo"}

@@ -8,9 +8,9 @@ import pytest
 
 from sisa.core.domain import Probed, Record, RecordRow, Request
 from sisa.core.errors import EnvironmentFault
-from sisa.flows.deletion import forget_at_once
+from sisa.flows.deletion import Terms, arrive, forget_at_once
 from sisa.flows.ingest import train
-from sisa.flows.lifecycle import Terms, arrive, carry_out, submit
+from sisa.flows.lifecycle import carry_out, submit
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 
 TERMS = Terms(approver="a person")

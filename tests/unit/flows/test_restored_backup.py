@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 from cluster.cli import cli
+from sisa.config.config import state_dir
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import InvalidInput
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.context import Resources
 from sisa.store.blobs.files import writer_lock
 from tests.models import confessing as care_model
 from tests.models.confessing import content, record, use_fake_resources
@@ -63,7 +64,7 @@ def back_up(model: Path) -> Path:
 
 
 def witness_file() -> Path:
-    (found,) = (wiring.state_dir() / "witness").iterdir()
+    (found,) = (state_dir() / "witness").iterdir()
     return found
 
 
@@ -268,7 +269,7 @@ def opening_of(path: Path) -> Any:
 
 
 def test_the_state_directory_is_the_users() -> None:
-    code = "from sisa.flows.wiring.wiring import state_dir; print(state_dir())"
+    code = "from sisa.config.config import state_dir; print(state_dir())"
     for variables, expected in (
         ({"HOME": "/h"}, "/h/.local/state/sisa"),
         ({"HOME": "/h", "XDG_STATE_HOME": "/s"}, "/s/sisa"),

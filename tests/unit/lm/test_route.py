@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sisa.config.blocks import MINILM, Aggregation
+from sisa.config.config import MINILM, Aggregation
 from sisa.core.domain import Hit, Kind
 from sisa.lm.answer.route import (
     MIN_SCORES,

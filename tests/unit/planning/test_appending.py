@@ -19,8 +19,8 @@ from sisa.data.reader import read_records
 from sisa.flows.ingest import add, train
 from sisa.flows.query import shards, where
 from sisa.flows.reconfigure import move
-from sisa.planning.assign import Assigner, Layout
 from sisa.planning.bands import Bands
+from sisa.planning.layout import Assigner, Layout
 from sisa.planning.plan import LAYERWISE, passes
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_recipe, fake_record
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sisa.core.digest import Keyed, digest_of
 from sisa.core.domain import Part, Record
-from sisa.planning.assign import Assigner, Layout, index_root, slice_root
+from sisa.planning.layout import Assigner, Layout, index_root, slice_root
 
 KEYED = Keyed(b"1" * 32)
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=10)

@@ -20,11 +20,10 @@ from sisa.core.domain import Record, RecordRow, Risk, SliceFile
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.ports import StoredRecord
 from sisa.data.reader import read_records
-from sisa.flows.deletion import forget_at_once
+from sisa.flows.deletion import Terms, arrive, forget_at_once
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, arrive
-from sisa.planning.assign import Assigner, Layout
 from sisa.planning.bands import Bands, risk_problems
+from sisa.planning.layout import Assigner, Layout
 from tests.fakes.ports import changed, fake_model, fake_recipe, fake_record
 
 BANDS = Bands(thresholds=(0.01, 0.1), classes={"staff": 0.0, "trial": 0.3}, unknown=0.05)

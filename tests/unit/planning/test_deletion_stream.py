@@ -10,9 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.planning.assign import Layout
 from sisa.planning.bands import Bands
-from sisa.planning.cost import suffix_record_epochs
 from sisa.planning.deletion_stream import (
     Group,
     Stream,
@@ -21,7 +19,8 @@ from sisa.planning.deletion_stream import (
     replay_stream,
     slicing_share,
 )
-from sisa.planning.plan import Recipe, Schedule
+from sisa.planning.layout import Layout
+from sisa.planning.plan import Recipe, Schedule, suffix_record_epochs
 
 schedules = st.sampled_from(["cumulative", "sequential"])
 layouts = st.builds(Layout, st.integers(1, 6), st.integers(1, 5))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sisa.core.domain import HeldCheckpoint, SliceJob, SliceState
 from sisa.planning.deletion_stream import Group, replay_stream
+from sisa.planning.layout import chosen_orders
 from sisa.planning.layout_advice import (
     MIN_SHARD_RECORDS,
     Advice,
@@ -20,7 +21,6 @@ from sisa.planning.layout_advice import (
     recommended,
     stream_of,
 )
-from sisa.planning.orders import chosen_orders
 from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard
 from tests.bench.serving import expected_depth
 

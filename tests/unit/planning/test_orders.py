@@ -13,22 +13,22 @@ from sisa.audit.lineage import proves_clean
 from sisa.audit.repair import close_gaps
 from sisa.core.domain import HeldCheckpoint, RecordRow, SliceState, record_epochs
 from sisa.core.ports import Change
-from sisa.flows.deletion import forget_at_once, plan_forget
+from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, arrive
 from sisa.flows.query import shards
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import view_shard
 from sisa.planning.bands import Bands
-from sisa.planning.cost import full_record_epochs, orders_record_epochs
-from sisa.planning.orders import Order, arranged, chosen_orders, depth_after, matched, rotations
+from sisa.planning.layout import Order, arranged, chosen_orders, depth_after, matched, rotations
 from sisa.planning.plan import (
     Recipe,
     Schedule,
     ShardPlan,
     ShardView,
+    full_record_epochs,
     gaps,
     jobs,
+    orders_record_epochs,
     plan_shard,
     tainted_checkpoints,
 )

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from sisa.core.patch import WRITTEN, Patch, PatchJob, PatchMode, PatchState, VaultSet, patched_digest
+from sisa.core.digest import patched_digest
+from sisa.core.domain import WRITTEN, Patch, PatchJob, PatchMode, PatchState, VaultSet, active, wanted
 from sisa.planning.patch_plan import (
     activated,
-    active,
     lineage,
     needed,
     next_job,
@@ -18,7 +18,6 @@ from sisa.planning.patch_plan import (
     tainted_patches,
     unmade,
     unneeded_sets,
-    wanted,
 )
 
 NOW, THEN = "now", "then"

@@ -16,9 +16,8 @@ from cluster.cli.quickstart import Start, Story
 from cluster.render import render
 from cluster.render.render import Result, printable
 from sisa.audit.verify import ShardProof, Verification
-from sisa.core.domain import Probed, RecordRow, Request, Tombstone
+from sisa.core.domain import Probed, RecordRow, Request, Tombstone, VaultSet
 from sisa.core.errors import Problem
-from sisa.core.patch import VaultSet
 from sisa.flows.ask import Answer, HeldPrompts
 from sisa.flows.deletion import Forgetting, plan_forget
 from sisa.flows.ingest import Taken, train

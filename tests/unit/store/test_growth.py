@@ -28,9 +28,8 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change, Removal
 from sisa.core.requests import event
 from sisa.flows import lifecycle, query
-from sisa.flows.deletion import commit_removed, forget, rows_named
+from sisa.flows.deletion import Terms, commit_removed, forget, rows_named
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms
 from sisa.flows.reconcile import reconcile
 from sisa.planning.plan import jobs
 from sisa.store.ledger import rows

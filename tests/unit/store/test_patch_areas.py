@@ -14,15 +14,14 @@ from sisa.audit.garbage import ORPHAN, UNKNOWN_FILE, list_garbage, remove_garbag
 from sisa.audit.repair import mend
 from sisa.audit.residue import Scan, scan_residue
 from sisa.audit.verify import verify
-from sisa.core.patch import Patch
+from sisa.core.domain import Patch, active, wanted
 from sisa.flows.patches.patching import Wish, make_wanted, revert_patches, want
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring.wiring import PATCHES, RUNS, VAULT
-from sisa.planning.patch_plan import active, wanted
 from sisa.store.blobs.files import TEMPORARY_PREFIX, write_atomic
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
-from sisa.store.vault import encode
+from sisa.store.records import encode
 from tests.fakes.ports import ADAPTER, changed, fake_record
 from tests.models.confessing import NAME, NUM_RECORDS, build, context_of, delete, record
 

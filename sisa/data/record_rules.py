@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from sisa.config.config import DEFAULT_COLUMNS, Columns
 from sisa.core.domain import GENERATION_COLUMN, Kind, Part, Record, Risk
 from sisa.planning.bands import RISK_COLUMN
 
@@ -32,46 +32,6 @@ UNFIT = {
     "Zl": "a line break",
     "Zp": "a line break",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Names of a source's columns and of the keys of a chat's turns.
-
-    Without a `subject` column, records have no subject.
-    """
-
-    id: str = "id"
-    subject: str | None = "subject_id"
-    text: str = "text"
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str = "messages"
-    role: str = "role"
-    content: str = "content"
-
-    @property
-    def bodies(self) -> dict[Kind, tuple[str, ...]]:
-        """The columns of each kind of body."""
-        return {
-            "text": (self.text,),
-            "completion": (self.prompt, self.completion),
-            "chat": (self.messages,),
-        }
-
-    @property
-    def body(self) -> tuple[str, ...]:
-        """All columns of bodies."""
-        return tuple(column for columns in self.bodies.values() for column in columns)
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        """All columns that a record is made of."""
-        subject = () if self.subject is None else (self.subject,)
-        return (*self.body, self.id, *subject, RISK_COLUMN, GENERATION_COLUMN)
-
-
-DEFAULT_COLUMNS = Columns()
 
 
 def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
