@@ -52,7 +52,7 @@ IN_TWO_MINUTES = {
     "prefix_cache_bytes": 64 << 20,
     "micro_batch_size": 4,
     "learning_rate": 1e-2,
-    "num_epochs": 6,
+    "num_epochs": 8,
 }
 SAMPLE_PEOPLE, SAMPLE_RECORDS = 20, 5  # for `sisa init`, and with a base from scratch
 STORY_PEOPLE, STORY_RECORDS = 10, 4
