@@ -115,7 +115,7 @@ def quality(
 
 
 def forget_rows(rows: Sequence[LogRow]) -> list[LogRow]:
-    """Return the rows of the forget set, in order. Raise InvalidInput when there are none."""
+    """Return the rows of the forget set, in order. Raise InvalidInput if there are none."""
     found = [row for row in rows if row.set.startswith("forget")]
     if not found:
         raise _missing("forget01, forget05 or forget10")

@@ -62,7 +62,7 @@ def finished_log(path: Path) -> Evaluated:
 
 
 def check_same_settings(model: Evaluated, reference: Evaluated) -> None:
-    """Raise ConfigConflict when the model and the reference were asked in different ways."""
+    """Raise ConfigConflict if the model and the reference were asked in different ways."""
     if None not in (model.settings, reference.settings) and model.settings != reference.settings:
         raise ConfigConflict(
             "the reference was evaluated under other settings than the model",

@@ -65,7 +65,7 @@ class Rows:
 
     @property
     def compared_BTV(self) -> Tensor:
-        """Return the reference's logits. Raise ValueError when the caller left them out."""
+        """Return the reference's logits. Raise ValueError if the caller left them out."""
         if self.reference_BTV is None:
             raise ValueError("this loss compares with a reference, whose logits were not given")
         return self.reference_BTV

@@ -72,7 +72,7 @@ def negate_weights(base: Tensors, tuned: Tensors, alpha: float) -> dict[str, Ten
 def negate_patch(fresh: Tensors, tuned: Tensors, alpha: float) -> dict[str, Tensor]:
     """Return a LoRA patch whose change of the weights is -alpha times the tuned one's.
 
-    Raise InvalidInput when the patch was not fresh.
+    Raise InvalidInput if the patch was not fresh.
     """
     check_fresh_patch(fresh)
     if alpha == 0:

@@ -104,7 +104,7 @@ class Descent:
     def run(self) -> End:
         """Start or continue the run until it ends.
 
-        Raise ConfigConflict or IntegrityError for a saved run that does not fit, and InvalidInput when
+        Raise ConfigConflict or IntegrityError for a saved run that does not fit, and InvalidInput if
         utility is not a number before the first step.
         """
         job = "" if self._saved is None else self._job()

@@ -108,7 +108,7 @@ def written_kind(tokenizer: Any) -> Kind:
 def prompts_that_fit(tokenizer: Any, sequence_len: int) -> list[list[int]]:
     """Return the token ids of the prompts that leave room for an answer.
 
-    Raise InvalidInput when the chat template refuses one.
+    Raise InvalidInput if the chat template refuses one.
     """
     kind = written_kind(tokenizer)
     ids = [encode_prompt(each, tokenizer, kind) for each in PROMPTS]

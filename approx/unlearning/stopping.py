@@ -175,7 +175,7 @@ class Bounds(BoundSettings):
         return found
 
     def measured_before(self, model: Any) -> float | None:
-        """Return the utility before any change. Raise InvalidInput when it is not finite."""
+        """Return the utility before any change. Raise InvalidInput if it is not finite."""
         found = self.measured(model)
         if found is not None and not math.isfinite(found):
             raise InvalidInput(

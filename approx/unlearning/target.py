@@ -36,7 +36,7 @@ class Target:
     def __init__(self, model: Any, *, with_reference: bool) -> None:
         """Wrap a model; with `with_reference`, keep it as it is now for comparison.
 
-        Raise InvalidInput when nothing trains, or when a trained parameter is not in float32 or not the
+        Raise InvalidInput if nothing trains, or if a trained parameter is not in float32 or not the
         patch's.
         """
         self.model = model.eval()

@@ -1,9 +1,8 @@
 """Price deletions before there is a model: `sisa plan` and `sisa simulate`.
 
-Nothing is trained; `sisa/planning/layout_advice.py` and `deletion_stream.py` calculate.
-`plan` takes bytes and rates from the run file's model where there is one. Otherwise they are given, or
-assumed, and the output says so. Options that do not fit are refused together, before anything is
-calculated.
+Nothing is trained; `sisa/planning/layout_advice.py` and `deletion_stream.py` calculate. `plan` takes
+bytes and rates from the run file's model if there is one; otherwise they are given or assumed, and the
+output says so. Invalid options are refused together, before anything is calculated.
 """
 
 from __future__ import annotations
@@ -80,8 +79,10 @@ def simulate(
     risks: tuple[str, ...],
     seed: int,
 ) -> Result:
-    """Replay a stream of deletions by counts: what it retrains of order 0 where all checkpoints are
-    kept, and what closed forms expect."""
+    """Replay a stream of deletions by counts, and compare it with the closed forms.
+
+    It counts what is retrained of order 0 if all checkpoints are kept.
+    """
     from sisa.config.runfile import load_run_file
     from sisa.planning.deletion_stream import Stream, replay_stream
     from sisa.planning.layout import Layout
@@ -168,8 +169,7 @@ def _limits(
     rate: float | None,
     checkpoint_mb: float | None,
 ) -> tuple[LayoutLimits, str]:
-    """Return what is given, else what the model's own stages took, else what is assumed; and which
-    it was."""
+    """Return the limits and their source: given, measured on the model's own stages, or assumed."""
     from sisa.planning.layout_advice import LayoutLimits
 
     num_bytes, measured = _measured(config)
@@ -186,7 +186,7 @@ def _limits(
 
 
 def _measured(config: RunConfig) -> tuple[float, float]:
-    """Mean bytes of a stage and record-epochs a second, of a model that there is; else 0 and 0."""
+    """Return a model's mean bytes of a stage and record-epochs a second; zeros if there is no model."""
     from sisa.flows.wiring.wiring import LEDGER
     from sisa.store.ledger.ledger import SqlLedger
 
@@ -204,7 +204,7 @@ def _measured(config: RunConfig) -> tuple[float, float]:
 
 
 def _groups(risks: Sequence[str]) -> tuple[tuple[Group, ...], list[Problem]]:
-    """Return the groups of the command line, and all that is wrong with them."""
+    """Return the groups of the command line, and every problem with them."""
     from sisa.planning.deletion_stream import Group
 
     found, problems = [], []
@@ -235,7 +235,7 @@ def _refuse(problems: Sequence[Problem]) -> None:
     if problems:
         raise InvalidInput(
             "the options do not fit together; nothing was done",
-            next_step="mend them and give the command again",
+            next_step="correct them and run the command again",
             problems=problems,
         )
 
@@ -251,7 +251,7 @@ NOTES = (
 
 
 def replayed(found: Replayed, stream: Stream, batch: int, seconds: float) -> Result:
-    """Render what a stream came to, beside what the closed forms expect of it."""
+    """Render the result of a stream, beside the expectation of the closed forms."""
     layout, full = stream.layout, found.full_record_epochs
     retrained, expected = found.record_epochs, round(found.expected_record_epochs)
     body = {
@@ -282,8 +282,10 @@ def replayed(found: Replayed, stream: Stream, batch: int, seconds: float) -> Res
 
 
 def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits, source: str) -> Result:
-    """Render all choices, and the recommended one as lines for a run file; `source` is that of the
-    bytes."""
+    """Render all choices, and the recommended one as lines for a run file.
+
+    `source` says where the bytes come from.
+    """
     body = {
         "recommended": None if best is None else _plain(best),
         "run_file": None if best is None else {"sisa": block_of(best, limits)},
@@ -313,7 +315,7 @@ def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits
 
 
 def block_of(advice: Advice, limits: LayoutLimits) -> dict[str, Any]:
-    """Return what a choice is in the block `sisa:`; keys at their defaults are left out."""
+    """Return a choice as the block `sisa:`, without keys at their defaults."""
     block: dict[str, Any] = {"shards": advice.num_shards, "slices": advice.num_slices}
     if advice.num_orders > 1:
         block["orders"] = advice.num_orders
@@ -333,7 +335,7 @@ def _yaml(block: dict[str, Any]) -> list[str]:
 
 
 def _plain(advice: Advice) -> dict[str, Any]:
-    """As JSON: what is not known is null."""
+    """Return the advice as JSON; an unknown value is null."""
     return {
         name: None if isinstance(value, float) and math.isnan(value) else value
         for name, value in asdict(advice).items()

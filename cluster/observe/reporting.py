@@ -80,17 +80,17 @@ DESCRIPTIONS = {
 
 class Meters(Protocol):
     def add(self, name: str, value: float) -> None:
-        """Let a counter grow."""
+        """Increase a counter."""
 
     def set(self, name: str, value: float) -> None:
-        """Put a gauge."""
+        """Set a gauge."""
 
     def observe(self, name: str, value: float) -> None:
         """Add to a histogram."""
 
 
 class Measuring:
-    """Turns events into metrics."""
+    """Turn events into metrics."""
 
     def __init__(self, meters: Meters) -> None:
         self._meters = meters
@@ -119,7 +119,7 @@ class Measuring:
 
 
 class RayMeters:
-    """Series of Ray's, of one run, whose gauges stand until the end of the block."""
+    """Ray's series of one run; their gauges last until the end of the block."""
 
     def __init__(self, run: str, refresh_s: float | None = None) -> None:
         self._run = run
@@ -198,7 +198,7 @@ class RayMeters:
 
 
 def _session() -> str:
-    """Return the connection to Ray that stands; empty where none does."""
+    """Return the present connection to Ray; empty if there is none."""
     ray = sys.modules.get("ray")
     is_initialized = getattr(ray, "is_initialized", None)  # none while another thread imports Ray
     if ray is None or is_initialized is None or not is_initialized():
@@ -210,14 +210,14 @@ OPTION = "--log-format"
 
 
 def log_format_of(arguments: Sequence[str]) -> LogFormat:
-    """Return how a command line wants its log; the option itself is checked where it is declared."""
+    """Return the log format that a command line asks for; click validates the option."""
     given = [each.removeprefix(f"{OPTION}=") for each in arguments if each.startswith(f"{OPTION}=")]
     given += [after for each, after in pairwise(arguments) if each == OPTION]
     return "json" if "json" in given else "text"
 
 
 def open_log() -> JsonLog | None:
-    """Return the log of the run under way; None where a person reads."""
+    """Return the log of the current run, or None for text."""
     with running() as run:
         return JsonLog(sys.stderr, run.run, "driver") if run.log_format == "json" else None
 
@@ -257,7 +257,7 @@ def logged_run(command: str) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Write a line for a person or a log, from outside of any flow."""
+    """Write a line to a person or a log, from outside any flow."""
     log = open_log()
     if log is not None:
         log.write_event(Notice(text.strip()))

@@ -87,7 +87,7 @@ def is_uri(value: Any) -> bool:
 
 
 def pypi_form(value: str) -> str:
-    """Return the name of a model. Raises a conflict for `pypi:` without a name and a version."""
+    """Return the name of a model. Raise a conflict for `pypi:` without a name and a version."""
     if value.startswith("pypi:") and not _PYPI.fullmatch(value):
         raise conflict(f"expected pypi:name==version, got {shown(value)}")
     return value
@@ -137,7 +137,7 @@ class Columns:
 
     @property
     def bodies(self) -> dict[Kind, tuple[str, ...]]:
-        """The columns of each kind of body."""
+        """Return the columns of each kind of body."""
         return {
             "text": (self.text,),
             "completion": (self.prompt, self.completion),
@@ -146,12 +146,12 @@ class Columns:
 
     @property
     def body(self) -> tuple[str, ...]:
-        """All columns of bodies."""
+        """Return all columns of bodies."""
         return tuple(column for columns in self.bodies.values() for column in columns)
 
     @property
     def used(self) -> tuple[str, ...]:
-        """All columns that a record is made of."""
+        """Return all columns that make up a record."""
         subject = () if self.subject is None else (self.subject,)
         return (*self.body, self.id, *subject, RISK_COLUMN, GENERATION_COLUMN)
 
@@ -559,7 +559,7 @@ class RunConfig(Block):
 
     @property
     def precision(self) -> Precision:
-        """Device and data type of training and inference."""
+        """Return the device and data type of training and inference."""
         return Precision(self.device, self.dtype)
 
     @property
@@ -603,7 +603,7 @@ class RunConfig(Block):
 
     @classmethod
     def from_canonical(cls, text: str) -> RunConfig:
-        """Return the config that `to_canonical` wrote. Raises IntegrityError for anything else."""
+        """Return the config that `to_canonical` wrote. Raise IntegrityError for anything else."""
         try:
             return cls.model_validate(json.loads(text))
         except ValueError as error:

@@ -41,7 +41,7 @@ PathProblems = Callable[[dict[str, Any]], Iterable[tuple[KeyPath, str]]]
 
 
 def load_run_file(path: Path) -> RunConfig:
-    """Read a run file and make its local paths absolute. Raises InvalidInput with every problem."""
+    """Read a run file and make its local paths absolute. Raise InvalidInput with every problem."""
     directory = Path(os.path.abspath(path)).parent
     return _parse(_read(path), str(path), lambda data: resolve_paths(data, directory))
 
@@ -49,14 +49,14 @@ def load_run_file(path: Path) -> RunConfig:
 def load_elsewhere(path: Path) -> tuple[str, RunConfig]:
     """Return the text and the config of a run file that a cluster will read; paths stay as they are.
 
-    Raises InvalidInput with every problem, such as a path that the cluster would not find.
+    Raise InvalidInput with every problem, such as a path that the cluster would not find.
     """
     text, directory = _read(path), Path(os.path.abspath(path)).parent
     return text, _parse(text, str(path), lambda data: shared_path_problems(data, directory))
 
 
 def parse_run_file(text: str, where: str) -> RunConfig:
-    """Parse a run file's text; paths stay as they are. Raises InvalidInput with every problem."""
+    """Parse a run file's text; paths stay as they are. Raise InvalidInput with every problem."""
     return _parse(text, where, lambda _data: ())
 
 

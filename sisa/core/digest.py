@@ -25,7 +25,7 @@ KEY_BYTES = 32
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return the one byte string of a JSON value. Raises ValueError for NaN and infinities."""
+    """Return the one byte string of a JSON value. Raise ValueError for NaN and infinities."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8")
 
@@ -41,7 +41,7 @@ def digest_of(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the hex SHA-256 of a file, read in blocks. Raises OSError as `open` does."""
+    """Return the hex SHA-256 of a file, read in blocks. Raise OSError as `open` does."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -82,5 +82,5 @@ class Keyed:
 
     @property
     def name(self) -> str:
-        """Public name of the secret; it does not reveal it."""
+        """Return the public name of the secret; it does not reveal the secret."""
         return self.digest("name")

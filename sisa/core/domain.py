@@ -76,17 +76,17 @@ class Record:
 
     @property
     def text(self) -> str:
-        """The texts of all parts, one a line; a search by content compares this."""
+        """Return the texts of all parts, one a line; a search by content compares this."""
         return "\n".join(part.text for part in self.parts)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the text in UTF-8."""
+        """Return the size of the text in UTF-8."""
         return sum(len(part.text.encode()) for part in self.parts)
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The prompt or the user turns, each text once; empty for a plain text.
+        """Return the prompt or the user turns, each text once; empty for a plain text.
 
         >>> turns = ("system", "Be kind."), ("user", "Who?"), ("assistant", "Ada."), ("user", "Why?")
         >>> Record("r2", None, "chat", tuple(Part(*turn) for turn in turns)).asked
@@ -107,7 +107,7 @@ class Record:
 
     @classmethod
     def from_list(cls, values: list[Any]) -> Record:
-        """Return the record that `to_list` encoded. Raises ValueError or TypeError for anything else."""
+        """Return the record that `to_list` encoded. Raise ValueError or TypeError for anything else."""
         id_, subject, kind, parts, *placed = values
         return cls(id_, subject, kind, tuple(Part(role, text) for role, text in parts), *placed)
 
@@ -204,7 +204,7 @@ class SliceJob:
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """The slices whose records are in the checkpoint, in the order of their stages."""
+        """Return the slices whose records are in the checkpoint, in the order of their stages."""
         return (*self.before, self.slice)
 
     @cached_property
@@ -243,7 +243,7 @@ class HeldCheckpoint:
 
     @property
     def slice(self) -> int:
-        """The slice of its own stage."""
+        """Return the slice of its own stage."""
         return self.prefix[-1]
 
     @property
@@ -281,12 +281,12 @@ class Export:
 
     @property
     def name(self) -> tuple[str, str]:
-        """Unique name of an export: the same path may have held another one before."""
+        """Return the unique name of an export: its path may have held another export before."""
         return self.path, self.key
 
     @property
     def stale(self) -> bool:
-        """Whether a record that it was trained on has been deleted."""
+        """Return whether a record that it was trained on has been deleted."""
         return self.state in ("tainted", "erasing")
 
 
@@ -301,7 +301,7 @@ class Head:
 
     @property
     def converged(self) -> bool:
-        """Whether the shard serves its target."""
+        """Return whether the shard serves its target."""
         return self.key == self.target
 
 
@@ -450,7 +450,7 @@ class Precision:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the keys that a job may have."""
+        """Return the names of the keys that a job may have."""
         return tuple(_DEFAULTS)
 
     def in_jobs(self) -> dict[str, Any]:
@@ -493,7 +493,7 @@ class PatchJob:
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """Names of the vault's sets that it is made from."""
+        """Return the names of the vault's sets from which it is made."""
         return self.forget if self.retain == WRITTEN else (*self.forget, self.retain)
 
 
@@ -557,7 +557,7 @@ class VaultSet:
 
 
 def parse_patch_job(parsed: Any) -> PatchJob:
-    """Return the job that JSON describes. Raises TypeError, ValueError, KeyError for anything else."""
+    """Return the job that JSON describes. Raise TypeError, ValueError, KeyError for anything else."""
     sets = {name: tuple(str(each) for each in parsed[name]) for name in ("beneath", "forget")}
     return PatchJob(**{**parsed, **sets})
 

@@ -142,7 +142,7 @@ class BlobStore(Protocol):
         """Return the path or URI of a blob or a group."""
 
     def check_usable(self) -> None:
-        """Raise EnvironmentFault when the store can't be reached or lacks a feature that is needed."""
+        """Raise EnvironmentFault if the store can't be reached or lacks a feature that is needed."""
 
     def held(self) -> frozenset[str]:
         """Return the names of all blobs and whole groups.
@@ -156,11 +156,11 @@ class BlobStore(Protocol):
     def get(self, name: str, what: str) -> bytes:
         """Return the bytes of a blob as stored.
 
-        Raises IntegrityError, which calls it `what`, when it is absent.
+        Raise IntegrityError, which names it `what`, if it is absent.
         """
 
     def head(self, name: str, num_bytes: int) -> bytes:
-        """Return the first bytes of a blob. Raises as `get`."""
+        """Return the first bytes of a blob. Raise the errors of `get`."""
 
     def num_bytes(self, name: str) -> int:
         """Return the size of a blob or a group; 0 when it is absent."""
@@ -215,7 +215,7 @@ class Keyring(Protocol):
 
     @property
     def seals(self) -> bool:
-        """Whether new files are sealed; sealed files can be read either way."""
+        """Return whether new files are sealed; sealed files can be read either way."""
 
     def location(self, area: str, name: str) -> str:
         """Return the location of a key."""
@@ -232,7 +232,7 @@ class Keyring(Protocol):
     def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:
         """Return the plaintext.
 
-        Raises IntegrityError when the key is absent or did not seal these bytes.
+        Raise IntegrityError if the key is absent or did not seal these bytes.
         """
 
     def destroy(self, area: str, names: Collection[str]) -> None:
@@ -340,7 +340,7 @@ class Embedder(Protocol):
 
     @property
     def dimension(self) -> int:
-        """Length of a vector."""
+        """Return the length of a vector."""
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Return vectors of length 1 or less; row i depends on text i alone, to the bit."""
@@ -548,7 +548,7 @@ class Metrics(Protocol):
         """Return the names of the runs with lines, oldest first."""
 
     def read(self, run: str) -> list[dict[str, Any]]:
-        """Return a run's lines as appended, without erased losses. Raises IntegrityError."""
+        """Return a run's lines as appended, without erased losses. Raise IntegrityError."""
 
     def keep_losses(self, stages: Collection[str]) -> None:
         """Erase the losses of all stages but these, named by the first digits of their keys."""
@@ -667,7 +667,7 @@ class Patcher(Protocol):
         """
 
     def make(self, order: PatchOrder, report: Report) -> PatchMade:
-        """Make a patch or resume an unfinished one. Raises errors of reading and of the machine."""
+        """Make a patch or resume an unfinished one. Raise errors of reading and of the machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -679,7 +679,7 @@ class Removal:
 
     @property
     def rows(self) -> dict[str, RecordRow]:
-        """All of its records, by keyed id."""
+        """Return all of its records, by keyed id."""
         return {row.id_digest: row for rows in self.named.values() for row in rows}
 
 

@@ -76,7 +76,7 @@ def is_under_way(request: Request) -> bool:
 def moved(request: Request, state: RequestState, note: str = "") -> Request:
     """Return a request after a person's decision.
 
-    Raises ConfigConflict when its state does not allow it.
+    Raise ConfigConflict if its state does not allow it.
     """
     allowed = BY_HAND.get(state, frozenset())
     if request.state not in allowed or is_under_way(request):
@@ -92,7 +92,7 @@ def moved(request: Request, state: RequestState, note: str = "") -> Request:
 
 
 def extended(request: Request, reason: str) -> Request:
-    """Return a request with a due date two months later. Raises InvalidInput or ConfigConflict."""
+    """Return a request with a due date two months later. Raise InvalidInput or ConfigConflict."""
     if not reason.strip():
         raise InvalidInput("an extension needs a reason", next_step="give --reason")
     finished = request.state in ("completed", "denied", "cancelled")

@@ -30,7 +30,7 @@ class Broken(Exception):
 def export_rows(source: DatasetSource, scratch: Path) -> Path:
     """Write the rows of a saved or a hub dataset to one Parquet file in `scratch`, and return its path.
 
-    Raises Broken (the dataset is wrong) and EnvironmentFault (it can't be fetched).
+    Raise Broken (the dataset is wrong) and EnvironmentFault (it can't be fetched).
     """
     target = scratch / "rows.parquet"
     local = os.path.isdir(source.path)

@@ -113,7 +113,7 @@ def read_records(
 ) -> ReadRecords:
     """Return all records of all sources, in their order.
 
-    Raises InvalidInput with every problem, and EnvironmentFault when the hub can't be reached.
+    Raise InvalidInput with every problem, and EnvironmentFault if the hub can't be reached.
     """
     listed = [
         each if isinstance(each, DatasetSource) else DatasetSource(path=str(each)) for each in sources
@@ -133,7 +133,7 @@ def read_like(config: RunConfig, path: Path | str, *, subjects: Subjects = "any"
 def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits = SourceLimits()) -> list[str]:  # noqa: B008
     """Return the non-blank texts of all sources, in their order. No ids are needed.
 
-    Raises InvalidInput with every problem, and EnvironmentFault when the hub can't be reached.
+    Raise InvalidInput with every problem, and EnvironmentFault if the hub can't be reached.
     """
     texts: list[str] = []
     problems = _Problems(limits.max_problems)
@@ -157,7 +157,7 @@ def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits = SourceLi
 
 
 def read_ids(path: Path) -> list[str]:
-    """Return the ids of a file, one a line, each once. Raises InvalidInput with every problem."""
+    """Return the ids of a file, one a line, each once. Raise InvalidInput with every problem."""
     ids: dict[str, None] = {}
     limits = SourceLimits()
     problems = _Problems(limits.max_problems)
@@ -247,7 +247,7 @@ class _Reading:
             self.problems.add(label, "holds no record")
 
     def result(self, subjects: Subjects) -> ReadRecords:
-        """Return what was read. Raises InvalidInput with every problem."""
+        """Return what was read. Raise InvalidInput with every problem."""
         records = self.records
         records.unused_columns = tuple(each for each in self._seen if each not in self._used)
         absent = {
@@ -341,7 +341,7 @@ class _Wanted:
     def among(self, names: Sequence[str]) -> list[str]:
         """Return the columns to read of those that a table has.
 
-        Raises Broken for a problem of the whole file.
+        Raise Broken for a problem of the whole file.
         """
         self.see(names)
         wanted = [name for name in dict.fromkeys(names) if name in self.columns]

@@ -66,7 +66,7 @@ CORPUS_WORD_PATTERN = "CVCCVCCV"
 def make_people(num_people: int, records_per_person: int, seed: int = 7) -> list[dict[str, str]]:
     """Return rows with `id`, `subject_id`, `prompt` and `completion`, person after person.
 
-    Raises InvalidInput unless there is a person, and each has 1 to 8 records.
+    Raise InvalidInput unless there is a person, and each has 1 to 8 records.
     """
     if num_people < 1 or not 1 <= records_per_person <= len(QUESTIONS):
         raise InvalidInput(
@@ -120,7 +120,7 @@ def as_chats(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
 
 
 def distinctive_word(completion: str) -> str:
-    """Return the invented word of an answer. Raises ValueError if it has none."""
+    """Return the invented word of an answer. Raise ValueError if it has none."""
     found = _WORD.search(completion)
     if found is None:
         raise ValueError("the answer holds no invented word")

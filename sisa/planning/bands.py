@@ -69,7 +69,7 @@ class Bands(Block):
     def slices(self, risk: Risk, num_slices: int) -> range:
         """Return the slices of a risk's band; `num_slices` is at least the number of bands.
 
-        Raises KeyError for an unknown class, which `risk_problems` reports beforehand.
+        Raise KeyError for an unknown class, which `risk_problems` reports beforehand.
         """
         value = self.unknown if risk is None else self.classes[risk] if isinstance(risk, str) else risk
         band = sum(value >= each for each in self.thresholds)

@@ -91,7 +91,7 @@ class Stream:
 
     @cached_property
     def _spread(self) -> Shares:
-        """Share of all records by group and slice, [groups, slices]."""
+        """Return the share of all records by group and slice, [groups, slices]."""
         spread = np.zeros((len(self.groups), self.layout.num_slices))
         for number, group in enumerate(self.groups):
             allowed = self.layout.slices(group.risk)
@@ -101,20 +101,20 @@ class Stream:
 
     @cached_property
     def held(self) -> Shares:
-        """Share of all records in each slice."""
+        """Return the share of all records in each slice."""
         found: Shares = self._spread.sum(axis=0)
         return found
 
     @cached_property
     def asked(self) -> Shares:
-        """Share of the deletions that hit each slice."""
+        """Return the share of the deletions that hit each slice."""
         likely = self._spread * np.array([[group.risk] for group in self.groups])
         found: Shares = likely.sum(axis=0) / likely.sum()
         return found
 
     @cached_property
     def _stages(self) -> Shares:
-        """Cost of each stage, in passes over all records of a shard."""
+        """Return the cost of each stage, in passes over all records of a shard."""
         return self.path(range(self.layout.num_slices))[0]
 
     def path(self, order: Sequence[int]) -> tuple[Shares, Shares]:
@@ -129,18 +129,18 @@ class Stream:
 
     @property
     def epochs(self) -> float:
-        """Total passes over all records in one training; `num_epochs` when slices are equal."""
+        """Return the passes over all records in one training; `num_epochs` if slices are equal."""
         return float(self._stages.sum())
 
     @cached_property
     def suffixes(self) -> Shares:
-        """Cost of training from each slice on, as a share of the shard's whole training."""
+        """Return the cost of training from each slice on, as a share of the shard's whole training."""
         found: Shares = np.cumsum(self._stages[::-1])[::-1] / self.epochs
         return found
 
     @property
     def one_share(self) -> float:
-        """Expected cost of one deletion, as a share of training its whole shard."""
+        """Return the expected cost of one deletion, as a share of training its whole shard."""
         return float(self.suffixes @ self.asked)
 
     def batch_share(self, num_deletions: float) -> float:
@@ -184,7 +184,7 @@ def replay_stream(
 ) -> Replayed:
     """Draw a model's slices and delete from them; `batch` deletions are carried out together.
 
-    Raises ValueError for more deletions than the groups with a risk have records.
+    Raise ValueError for more deletions than the groups with a risk have records.
     """
     draw = np.random.default_rng(seed)
     layout = stream.layout

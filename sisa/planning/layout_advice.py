@@ -148,7 +148,7 @@ class _Paths:
 
     @property
     def num_spare(self) -> int:
-        """Stages that need not be kept: all but the last of each order."""
+        """Return the number of stages that need not be kept: all but the last of each order."""
         return sum(len(costs) - 1 for costs, _ in self.paths)
 
     def kept(self, num_extra: float) -> tuple[tuple[int, ...], ...]:
@@ -170,7 +170,7 @@ class _Paths:
 
     @cached_property
     def training(self) -> float:
-        """Cost of training all orders, in trainings of order 0."""
+        """Return the cost of training all orders, in trainings of order 0."""
         return sum(float(costs.sum()) for costs, _ in self.paths) / self.stream.epochs
 
     def depth(self, kept: Sequence[Sequence[int]]) -> float:

@@ -132,7 +132,7 @@ class Rederived:
 
     @property
     def dropped(self) -> frozenset[str]:
-        """Keys of the patches that the deletion touched."""
+        """Return the keys of the patches that the deletion touched."""
         return frozenset(each.key for each in self.changed)
 
 

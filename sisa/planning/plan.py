@@ -131,27 +131,27 @@ class ShardPlan:
 
     @property
     def path(self) -> tuple[SliceJob, ...]:
-        """The stages up to the target."""
+        """Return the stages up to the target."""
         return self.paths[0]
 
     @property
     def stages(self) -> dict[str, SliceJob]:
-        """The stages of all orders, by key."""
+        """Return the stages of all orders, by key."""
         return {job.key: job for path in self.paths for job in path}
 
     @property
     def missing(self) -> Missing:
-        """What order 0 lacks."""
+        """Return what order 0 lacks."""
         return Missing(self.train, self.parent)
 
     @property
     def all_missing(self) -> tuple[SliceJob, ...]:
-        """What all orders lack, order 0's stages first."""
+        """Return what all orders lack, order 0's stages first."""
         return (*self.train, *(job for each in self.others for job in each.train))
 
     @property
     def parents(self) -> tuple[HeldCheckpoint, ...]:
-        """Held checkpoints that missing stages start from."""
+        """Return the held checkpoints from which missing stages start."""
         found = [self.parent, *(each.parent for each in self.others if each.train)]
         return tuple({each.key: each for each in found if each is not None}.values())
 
@@ -161,7 +161,7 @@ class ShardPlan:
 
     @property
     def record_epochs_others(self) -> int:
-        """Record-epochs of what the other orders lack."""
+        """Return the record-epochs of what the other orders lack."""
         return sum(record_epochs(job) for each in self.others for job in each.train)
 
 

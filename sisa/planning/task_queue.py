@@ -35,7 +35,7 @@ class TaskQueue:
 
     @property
     def over(self) -> bool:
-        """Whether nothing waits and nothing runs."""
+        """Return whether nothing waits and nothing runs."""
         return not self._waiting and not self._running
 
     def arrived(self, task: int) -> None:

@@ -108,7 +108,7 @@ class FaissIndex(SealedArea):
         return file
 
     def _held(self, base: IndexFile | None, vector_ids: Sequence[int]) -> LoadedIndex:
-        """Return all vectors of some ids. Raises IntegrityError when one is missing."""
+        """Return all vectors of some ids. Raise IntegrityError if one is missing."""
         import numpy as np
 
         if not vector_ids:
@@ -216,7 +216,7 @@ class LoadedIndex:
 
     @cached_property
     def by_code(self) -> Any:
-        """FAISS index of the sign codes."""
+        """Return the FAISS index of the sign codes."""
         import faiss
 
         codes = codes_of(self.vectors)

@@ -230,7 +230,7 @@ def run_files(root: Path) -> frozenset[str]:
 
 
 def parsed(data: bytes, where: str) -> list[dict[str, Any]]:
-    """Return the lines of a file without an unfinished last one. Raises IntegrityError."""
+    """Return the lines of a file without an unfinished last one. Raise IntegrityError."""
     found = []
     for number, each in enumerate(data.split(b"\n")[:-1], start=1):
         try:

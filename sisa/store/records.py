@@ -182,7 +182,7 @@ def encode(records: Sequence[Record]) -> bytes:
 def decode(data: bytes, path: Path) -> tuple[Record, ...]:
     """Return the records that `encode` wrote.
 
-    Raises IntegrityError, which names `path`, for anything else.
+    Raise IntegrityError, which names `path`, for anything else.
     """
     try:
         return tuple(Record.from_list(each) for each in json.loads(data))

@@ -1,10 +1,10 @@
-"""An open model as flows use it, and the few reads and writes that several flows share.
+"""Define an open model as flows use it, and the few reads and writes that several flows share.
 
 `Context` holds what is stored, what computes and what is configured; `wiring.py` builds one from real
 parts, tests from fakes. `Resources` holds the heavy parts (base, tokenizer, embedder), each resolved on
-first use; one that does not have the digest in the ledger is an IntegrityError. torch is imported by
-the properties that need it. Nothing is decided here. New slice files get new names, and nothing is
-overwritten or erased; the flows decide in which order effects happen.
+first use. A part whose digest is not the one in the ledger raises IntegrityError. The properties that
+need torch import it. Nothing is decided here. New slice files get new names, and nothing is overwritten
+or erased; the flows decide the order of effects.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ INDEXED = "text-and-asked-v1"  # of a record: its text, and each thing that is a
 
 @dataclass(frozen=True)
 class Named:
-    """A base or an embedder as the ledger names it."""
+    """A base or an embedder, as the ledger names it."""
 
     name: str
     digest: str
@@ -86,7 +86,7 @@ class Resources:
 
     @cached_property
     def base(self) -> Any:
-        """The base's files (`sisa.lm.base.weights.BaseFiles`)."""
+        """Return the base's files (`sisa.lm.base.weights.BaseFiles`)."""
         from sisa.lm.base.weights import resolve_base
 
         found = resolve_base(self.config.base)
@@ -120,7 +120,7 @@ class Resources:
 
     @property
     def base_digest(self) -> str:
-        """The digest of the base, which need not be resolved where the ledger names it."""
+        """Return the digest of the base, without resolving the base if the ledger names the digest."""
         return self._base.digest if self._base else self.base.digest
 
     @property
@@ -133,7 +133,7 @@ class Resources:
     def count_tokens(self, records: Sequence[Record]) -> list[int]:
         """Return the number of tokens of each record.
 
-        Raises InvalidInput that lists every record that does not fit.
+        Raise InvalidInput with every record that does not fit.
         """
         from sisa.lm.base.tokens import tokenize_all
         from sisa.lm.base.weights import untrusted
@@ -153,13 +153,13 @@ class Resources:
         return self._counted[1]
 
     def check_base(self) -> None:
-        """Raise InvalidInput if the base can't be trained as the run file says, or queried then."""
+        """Raise InvalidInput if the base can't be trained as the run file says, or answer afterwards."""
         from sisa.lm.answer.base_trial import try_base
 
         try_base(self.base.directory, self.base.digest, self.config.training())
 
     def meta(self) -> dict[str, str]:
-        """Return what the ledger keeps of these resources."""
+        """Return what the ledger stores about these resources."""
         named = {"name": self.config.base_name, "digest": self.base.digest}
         embedder = {
             "name": self.config.sisa.embedder,
@@ -174,12 +174,12 @@ class Resources:
 
 
 def indexed_digest(embedder: Embedder) -> str:
-    """Return the name of an index's content: an embedder, and what of a record it embeds."""
+    """Return the digest of what an index embeds: the embedder and the embedded parts of a record."""
     return digest_of([INDEXED, embedder.digest])
 
 
 def check_digest(what: str, named: Named, found: str) -> None:
-    """Raises IntegrityError where what was found is not what the ledger names."""
+    """Raise IntegrityError if the found part is not the one that the ledger names."""
     if found != named.digest:
         raise IntegrityError(
             f"the {what} is not the one that this model was trained with",
@@ -208,7 +208,7 @@ ALWAYS_SEALED = ("vault", "runs")  # areas that are sealed in a plain model, too
 
 @dataclass(frozen=True)
 class Stores:
-    """What is stored of a model, and where."""
+    """The stores of a model."""
 
     ledger: Ledger
     witness: Witness
@@ -227,7 +227,7 @@ class Stores:
 
 @dataclass(frozen=True)
 class Compute:
-    """What computes for a model; heavy parts are opened by their first use."""
+    """The computing parts of a model; heavy ones are opened on first use."""
 
     embed: Callable[[Sequence[str]], Vectors]
     count_tokens: Callable[[Sequence[Record]], Sequence[int]]
@@ -239,7 +239,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the run file and the partition key decide."""
+    """The decisions of the run file and the partition key."""
 
     assigner: Assigner
     recipe: Recipe  # of shards over the frozen base alone
@@ -249,7 +249,7 @@ class Settings:
 
     @property
     def base(self) -> str:
-        """The digest of the frozen base."""
+        """Return the digest of the frozen base."""
         return self.recipe.base
 
 
@@ -266,23 +266,25 @@ class Context:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of shards over the base and the patches that the ledger names. Raises
-        IntegrityError."""
+        """Return the recipe of shards over the base and the patches that the ledger names.
+
+        Raise IntegrityError if one of these patches is damaged.
+        """
         base = self.settings.base
         stack = [each.adapter_sha256 for each in patches_beneath(self.stores.ledger, base)]
         return replace(self.settings.recipe, base=patched_digest(base, stack))
 
     @property
     def reported_areas(self) -> tuple[str, ...]:
-        """The storage areas whose size `sisa status` lists."""
+        """Return the storage areas whose size `sisa status` lists."""
         found = ("records", "index", "checkpoints")
         return (*found, "prefixes") if self.settings.keeps_prefixes else found
 
 
 def commit(context: Context, change: Change) -> int:
-    """Commit a transaction, and record in the witness what it says of requests or deletions.
+    """Commit a transaction, and record its requests and deletions in the witness.
 
-    A crash between the two is made good by the next writer (`witness.py`).
+    After a crash between the two, the next writer completes the record (`witness.py`).
     """
     ledger, chain = context.stores.ledger, context.settings.chain
     before = ledger.event_head().link if change.events else ""
@@ -293,8 +295,10 @@ def commit(context: Context, change: Change) -> int:
 
 
 def model_digest(context: Context) -> str:
-    """Return the keyed digest of all heads' adapters in shard order, and of the active patches if there
-    are any. It outlives a deletion, in requests and on cards: without the key it confirms nothing."""
+    """Return the keyed digest of all heads' adapters in shard order, and of active patches, if any.
+
+    It outlives a deletion, in requests and on cards: without the key it confirms nothing.
+    """
     ledger = context.stores.ledger
     adapters = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
     heads = [adapters.get(head.key) if head.key else None for head in ledger.heads()]
@@ -303,12 +307,12 @@ def model_digest(context: Context) -> str:
 
 
 def trained_over(ledger: Ledger) -> tuple[str, ...]:
-    """Return the keys of the patches that the shards are trained over, lowest first."""
+    """Return the keys of the patches over which the shards are trained, lowest first."""
     return tuple(json.loads(ledger.meta().get(TRAINED_OVER, "[]")))
 
 
 def patches_beneath(ledger: Ledger, base: str) -> list[Patch]:
-    """Return the patches that shards are trained over, lowest first; those of a former base are none."""
+    """Return the patches over which shards are trained, lowest first; none if the base has changed."""
     keys = trained_over(ledger)
     if not keys:
         return []
@@ -324,9 +328,11 @@ def patches_beneath(ledger: Ledger, base: str) -> list[Patch]:
 
 
 def known_by_area(context: Context) -> dict[str, frozenset[str]]:
-    """Return the names that the ledger knows in each storage area: slice files, index files and
-    checkpoints; patches that are served or trained over, unfinished ones, sets whose texts are held;
-    and those files of hidden states that are held."""
+    """Return the names that the ledger lists, by storage area.
+
+    They are slice files, index files and checkpoints; patches that are served or trained over,
+    unfinished ones, and sets whose texts are held; and those files of hidden states that are held.
+    """
     ledger = context.stores.ledger
     patches = ledger.patches()
     return {
@@ -341,23 +347,23 @@ def known_by_area(context: Context) -> dict[str, frozenset[str]]:
 
 
 def _known_prefixes(context: Context) -> frozenset[str]:
-    """Return the held files of hidden states of slices as they are now."""
+    """Return the held files of hidden states of the present slices."""
     if context.stores.prefixes is None or not context.settings.keeps_prefixes:
         return frozenset()
     try:
         held = context.stores.prefixes.held()
     except EnvironmentFault:
-        return frozenset()  # a cache; whoever erases there meets the error again
+        return frozenset()  # it is a cache; erasing there raises the error again
     return held & prefix_names(
         context.stores.ledger.slices(), context.recipe, context.compute.fingerprint
     )
 
 
 def areas(context: Context) -> dict[str, Area]:
-    """Return the storage areas whose files the ledger knows.
+    """Return the storage areas whose files the ledger lists.
 
-    What is held there, leftover temporary files included, can be erased; of the vault and the drafts
-    also keys.
+    Everything held there can be erased, leftover temporary files included; in the vault and the drafts,
+    keys as well.
     """
     found: dict[str, Area] = {
         "records": context.stores.records,
@@ -371,29 +377,29 @@ def areas(context: Context) -> dict[str, Area]:
 
 
 def held_by_area(context: Context) -> dict[str, frozenset[str]]:
-    """Return the names that are held in each storage area."""
+    """Return the names held in each storage area."""
     return {name: area.held() for name, area in areas(context).items()}
 
 
 def purge(context: Context, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:
-    """Remove old versions of what was replaced or erased, and return those that a bucket keeps."""
+    """Remove old versions of replaced or erased objects; return those that a bucket keeps."""
     found = sorted(context.stores.blobs)
     return tuple(kept for area in found for kept in context.stores.blobs[area].purge(dry_run=dry_run))
 
 
 def patch_files(store: CheckpointStore, stack: Iterable[Patch]) -> list[dict[str, bytes]]:
-    """Return the files of patches in order, after checking them. Raises IntegrityError."""
+    """Return the files of patches in order, after checking them. Raise IntegrityError."""
     return [store.load(each.key, each.manifest_sha256) for each in stack]
 
 
 def held_rows(context: Context, id_digests: Iterable[str]) -> list[RecordRow]:
-    """Return the rows of those records, by keyed id, that are held."""
+    """Return the rows of the held ones of these records, which are named by keyed id."""
     found = context.stores.ledger.lookup(id_digests).values()
     return [each for each in found if isinstance(each, RecordRow)]
 
 
 def slices_of(context: Context, rows: Iterable[RecordRow]) -> list[SliceFile]:
-    """Return the files that hold some records now."""
+    """Return the files that hold these records now."""
     places = {(row.shard, row.slice) for row in rows}
     shards = sorted({shard for shard, _ in places})
     return [f for s in shards for f in context.stores.ledger.slices(s) if (f.shard, f.slice) in places]
@@ -402,7 +408,7 @@ def slices_of(context: Context, rows: Iterable[RecordRow]) -> list[SliceFile]:
 def stored_in(
     context: Context, files: Iterable[SliceFile], rows: Iterable[RecordRow]
 ) -> list[StoredRecord]:
-    """Return the records of rows, read from those of the files that are of their slices."""
+    """Return the records of rows, read from the files of their slices."""
     wanted = {row.id_digest: (row.shard, row.slice) for row in rows}
     places = set(wanted.values())
     return [
@@ -419,8 +425,7 @@ def first_index(files: Sequence[IndexFile]) -> IndexFile | None:
 
 
 def embed_records(context: Context, records: Sequence[Record]) -> list[Vectors]:
-    """Return what the index holds of each record: the vector of its text, then those of what is asked
-    in it."""
+    """Return each record's vectors: that of its text, then those of what is asked in it."""
     texts = [(record.text, *record.asked) for record in records]
     vectors = context.compute.embed([text for each in texts for text in each])
     ends = list(accumulate(map(len, texts)))
@@ -428,7 +433,7 @@ def embed_records(context: Context, records: Sequence[Record]) -> list[Vectors]:
 
 
 def embed_shard(context: Context, shard: int, rows: Sequence[RecordRow]) -> dict[int, Vectors]:
-    """Embed a shard's records anew from its slice files; return what the index holds, by vector id."""
+    """Embed a shard's records again from its slice files; return their vectors by vector id."""
     held = {
         each.id_digest: each.record
         for file in context.stores.ledger.slices(shard)
@@ -480,7 +485,7 @@ def view_shard(
 
 
 def view_shards(context: Context, shards: Sequence[int]) -> list[ShardView]:
-    """Return several shards as they are; of many, all that is in the ledger is read at once."""
+    """Return the views of several shards; for many shards, read the whole ledger at once."""
     if len(shards) <= FEW_SHARDS:
         return [view_shard(context, shard) for shard in shards]
     slices: dict[int, list[SliceState]] = {shard: [] for shard in shards}
@@ -506,8 +511,10 @@ def plans_of(context: Context, views: Iterable[ShardView]) -> list[ShardPlan]:
 
 
 def open_shards(context: Context) -> list[int]:
-    """Return the shards in which stages may be missing: those that are not at their target, and all
-    where there are several orders."""
+    """Return the shards in which stages may be missing.
+
+    These are the shards that are not at their target; with several orders, all shards.
+    """
     return [
         h.shard
         for h in context.stores.ledger.heads()
@@ -516,8 +523,11 @@ def open_shards(context: Context) -> list[int]:
 
 
 def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:
-    """Raises IntegrityError, before anything is written, when a file to build on is damaged; with
-    several orders, or the checkpoint that is to head, since no stage of order 0 may start from it."""
+    """Raise IntegrityError if a file that is needed is damaged, before anything is written.
+
+    With several orders, the checkpoint that becomes the head is checked as well, since no stage of order
+    0 may start from it.
+    """
     ledger = context.stores.ledger
     for plan in plans:
         seen = {slice_ for job in plan.all_missing for slice_, _ in job.slices}

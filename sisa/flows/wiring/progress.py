@@ -1,28 +1,28 @@
-"""The current run, and its progress on standard error.
+"""Show the progress of the current run on standard error, and define what a run is.
 
 Progress is shown as live bars on a terminal, as plain lines elsewhere. It shows shards, slices, passes,
 tokens, steps and time; never an id or a text. Standard output stays free for the result. Training is
-measured in record-epochs, whose total is known before the first one is trained; a patch in steps. On a
-terminal each shard at work has a bar of its own, MOST_ROWS of them at most.
+measured in record-epochs, whose total is known before training starts; a patch in steps. On a terminal
+each active shard has its own bar, MOST_ROWS of them at most.
 
->>> meter = Meter()
->>> meter.take(TrainingStarted(((0, 0, 10), (1, 0, 30))), now=0.0)
->>> meter.take(SliceStarted(0, 0, 100), now=1.0)
->>> meter.take(SliceProgress(0, 0, 50, 100, 5, 10, 1, 2), now=2.0)
->>> meter.line(now=2.0)
-'shards 0/2, slices 0/2, 12% of record-epochs, 25 tok/s, 0:14 left'
->>> [row.line(now=2.0) for row in meter.at_work()]
-['shard 0: slice 1/1, epoch 1/2, step 5/10, 50 tok/s, 0:01 left']
+    >>> meter = Meter()
+    >>> meter.take(TrainingStarted(((0, 0, 10), (1, 0, 30))), now=0.0)
+    >>> meter.take(SliceStarted(0, 0, 100), now=1.0)
+    >>> meter.take(SliceProgress(0, 0, 50, 100, 5, 10, 1, 2), now=2.0)
+    >>> meter.line(now=2.0)
+    'shards 0/2, slices 0/2, 12% of record-epochs, 25 tok/s, 0:14 left'
+    >>> [row.line(now=2.0) for row in meter.at_work()]
+    ['shard 0: slice 1/1, epoch 1/2, step 5/10, 50 tok/s, 0:01 left']
 
-A run is everything that one command does, in all of its processes. Its name, the time in UTC and a
-random suffix, stands in log lines, metrics and Ray's series, also in those of workers. A run inside
-another one takes the outer name. `SISA_RUN` sets the name from outside.
+A run is everything that one command does, in all of its processes. Its name (the time in UTC and a
+random suffix) is in log lines, metrics and Ray's series, also in those of workers. A run inside another
+run takes the outer name. `SISA_RUN` sets the name from outside.
 
->>> with running(RunContext("20261125T213749Z-3f9a1c2b", "json")), running() as inner:
-...     inner.run
-'20261125T213749Z-3f9a1c2b'
->>> current_run() is None
-True
+    >>> with running(RunContext("20261125T213749Z-3f9a1c2b", "json")), running() as inner:
+    ...     inner.run
+    '20261125T213749Z-3f9a1c2b'
+    >>> current_run() is None
+    True
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ RUN_VARIABLE = "SISA_RUN"
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """A run's name, and how its log lines are written."""
+    """A run's name, and the format of its log lines."""
 
     run: str
     log_format: LogFormat = "text"
@@ -67,7 +67,7 @@ _under_way: ContextVar[RunContext | None] = ContextVar("sisa_running", default=N
 
 
 def current_run() -> RunContext | None:
-    """Return the run that this is a part of."""
+    """Return the run to which this code belongs."""
     return _under_way.get()
 
 
@@ -80,8 +80,10 @@ def new_run(log_format: LogFormat = "text") -> RunContext:
 
 @contextlib.contextmanager
 def running(run: RunContext | None = None) -> Iterator[RunContext]:
-    """Make this run the current one until the end of the block; without one, go on with the current
-    run, or begin a new one."""
+    """Make a run the current one until the end of the block.
+
+    Without `run`, continue the current run, or begin a new one.
+    """
     found = run or current_run() or new_run()
     token = _under_way.set(found)
     try:
@@ -98,7 +100,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class AtWork:
-    """A shard whose worker is at a stage: its stages in this training, and how far this one is."""
+    """A shard whose worker trains a stage: its stages in this training, and the progress of this one."""
 
     shard: int
     num_done: int
@@ -107,7 +109,7 @@ class AtWork:
     at: SliceProgress
 
     def line(self, now: float) -> str:
-        """One line for a person; the time left is that of this slice."""
+        """Return one line of text; the time left is that of this slice."""
         at, passed = self.at, max(1e-9, now - self.since)
         steps = f"epoch {at.epoch}/{at.num_epochs}, step {at.step}/{at.num_steps}, " * bool(at.num_steps)
         left = _clock(passed * (at.total_tokens - at.tokens) / at.tokens) if at.tokens else UNKNOWN_TIME
@@ -178,7 +180,7 @@ class Meter:
 
     @property
     def over(self) -> bool:
-        """Whether no stage is left."""
+        """Return whether no stage is left."""
         return len(self._done) >= len(self._stages)
 
     def tokens_per_second(self, now: float) -> float:
@@ -194,7 +196,7 @@ class Meter:
         ]
 
     def numbers(self, now: float) -> dict[str, Any]:
-        """Return what the line says, for machines; of a patch its steps."""
+        """Return the numbers of the line, for machines; for a patch, its steps."""
         if self._patch is not None:
             return {"step": self._patch.step, "num_steps": self._patch.num_steps}
         left = self._seconds_left(now)
@@ -212,7 +214,7 @@ class Meter:
         return max(1e-9, now - self._started) * (self.total - self.done) / self.done
 
     def line(self, now: float) -> str:
-        """One line for a person: shards, slices, share, tokens/s, time left; or steps of a patch."""
+        """Return one line of text: shards, slices, share, tokens/s, time left; or steps of a patch."""
         if self._patch is not None:
             return self._patch_line(self._patch, now)
         share = self.done / self.total if self.total else 1.0

@@ -1,4 +1,4 @@
-"""What a model returns about itself and about a deletion, as plain values.
+"""Define what a model returns about itself and about a deletion, as plain values.
 
 Nothing here computes. A field that was added later has a default.
 """
@@ -49,7 +49,7 @@ class Status:
 
 @dataclass(frozen=True)
 class ForgetPlan:
-    """What a deletion would do; `estimated_seconds` is of one worker, None before any measurement."""
+    """What a deletion would do; `estimated_seconds` is for one worker, None before any measurement."""
 
     forgetting: Forgetting
     estimated_seconds: float | None

@@ -1,6 +1,6 @@
 """Find what `cluster` and `approx` offer by its dotted name, since `sisa` imports neither.
 
-Both are names that other packages and a user's own modules may bear, so a name is loaded only after
+Other packages and a user's own modules may have these names, so a name is loaded only after
 `check_upper_houses` has found both packages beside `sisa`.
 
 >>> sorted(EXECUTORS), sorted(PATCHERS), sorted(BASE_TRAINERS)
@@ -34,12 +34,14 @@ BASE_TRAINERS = MappingProxyType({"ray": "cluster.ray.scratch_tasks:train_on_ray
 
 ROOT = Path(__file__).parents[3]  # the folder that holds `sisa`, `approx` and `cluster`
 UPPER_HOUSES = ("approx", "cluster")
-MARK = b"deletion-ready-model"  # stands in the `__init__.py` of both
+MARK = b"deletion-ready-model"  # a string in the `__init__.py` of both
 
 
 def load(name: str) -> Any:
-    """Import and return what a dotted name `package.module:attribute` stands for. Raises
-    EnvironmentFault when another package hides ours."""
+    """Import and return the object that a dotted name `package.module:attribute` names.
+
+    Raise EnvironmentFault if another package hides ours.
+    """
     check_upper_houses()
     return pkgutil.resolve_name(name)
 
@@ -47,8 +49,9 @@ def load(name: str) -> Any:
 def check_upper_houses(search: Sequence[str] | None = None) -> None:
     """Raise EnvironmentFault if Python finds another `approx` or `cluster` than the one beside `sisa`.
 
-    Nothing is imported. With `search`, check the folders of another process's search path, where it is
-    no fault if neither is found."""
+    Nothing is imported. With `search`, check the folders of another process's search path; there it is
+    no fault if neither is found.
+    """
     for name in UPPER_HOUSES:
         spec = _spec(name) if search is None else PathFinder.find_spec(name, search)
         if search is not None and (spec is None or spec.loader is None):
@@ -77,6 +80,6 @@ def check_upper_houses(search: Sequence[str] | None = None) -> None:
 
 
 def _spec(name: str) -> ModuleSpec | None:
-    """Return what `import name` finds or has found."""
+    """Return the module that `import name` finds or has found."""
     held = sys.modules.get(name)
     return held.__spec__ if held is not None else find_spec(name)

@@ -90,7 +90,7 @@ LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
 PREFIXES = "prefixes"
-HOOKS = (PatchesHook(),)  # on a deletion, in the order in which they are called
+HOOKS = (PatchesHook(),)  # called on a deletion, in this order
 
 DESCRIPTION = ("config", "base", "embedder", "key", "model")  # of the ledger's `meta`
 
@@ -113,14 +113,14 @@ def open_context(
 ) -> Iterator[Context]:
     """Open a model by its name, until the end of the block.
 
-    Raises IntegrityError for a ledger that is missing or damaged, ConfigConflict for a model that holds
-    what no hook here keeps.
+    Raise IntegrityError if the ledger is missing or damaged, ConfigConflict if the model holds something
+    that no hook here keeps.
     """
     with contextlib.closing(SqlLedger(directory / LEDGER, create=create)) as ledger:
         stores = _open_stores(directory, resources, keyed, model, ledger)
         context = _context(directory, resources, keyed, model, stores, executor, report)
         check_hooks(context)
-        _ = context.recipe  # refuses a ledger that lacks what it is trained over
+        _ = context.recipe  # refuses a ledger that lacks a patch beneath its shards
         yield context
 
 
@@ -196,7 +196,7 @@ def _compute(
 
 @dataclass(frozen=True)
 class Description:
-    """What the ledger and the partition key say of a model."""
+    """The description of a model by its ledger and its partition key."""
 
     meta: Mapping[str, str]
     id: str
@@ -208,7 +208,7 @@ class Description:
 
 
 def read_description(directory: Path) -> dict[str, str]:
-    """Return what the ledger says of its model. Raises InvalidInput for one that was never committed."""
+    """Return the ledger's description of its model. Raise InvalidInput if it was never committed."""
     with contextlib.closing(SqlLedger(directory / LEDGER)) as ledger:
         meta = ledger.meta()
     if "config" not in meta:
@@ -221,7 +221,7 @@ def read_description(directory: Path) -> dict[str, str]:
 
 
 def describe(directory: Path) -> Description:
-    """Read what a model's directory holds. Raises IntegrityError for another model's key."""
+    """Read what a model's directory holds. Raise IntegrityError for another model's key."""
     meta = read_description(directory)
     config, name = stored_config(meta), model_id(meta)
     secret = stored_secret(directory, config, name)
@@ -245,7 +245,7 @@ def open_as_it_is(
 
 
 def check_hooks(context: Context) -> None:
-    """Raise ConfigConflict where the model holds patches or texts for them, and no hook keeps them."""
+    """Raise ConfigConflict if the model holds patches or texts for them, and no hook keeps them."""
     if any(hook.name == PATCHES for hook in context.hooks):
         return
     ledger = context.stores.ledger
@@ -302,8 +302,7 @@ def _patch_site(directory: Path, resources: Resources, stores: Stores, model: st
 
 
 def _probe(resources: Resources, stores: Stores) -> Probe | None:
-    """Return what asks the base alone, under the patches that are served then; None where the run file
-    wants no probe."""
+    """Return a probe of the base under its served patches; None if the run file wants none."""
     if not resources.config.probe:
         return None
 
@@ -321,7 +320,7 @@ def open_serial(site: Site, _options: Mapping[str, Any]) -> Executor:
 
 
 def open_trainer(site: Site) -> Trainer:
-    """Return the trainer on a site's base, under the patches to train over. Raises IntegrityError."""
+    """Return the trainer on a site's base, under the patches to train over. Raise IntegrityError."""
     from sisa.lm.train.lora import LoraTrainer
 
     store = FileCheckpoints(site.patches_at, site.keyring, PATCHES)
@@ -345,14 +344,17 @@ def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:
 
 
 def find_probe() -> OpenProbe:
-    """Return what opens the probe of the base. Raises EnvironmentFault when another package hides it."""
+    """Return the function that opens the probe of the base.
+
+    Raise EnvironmentFault if another package hides it.
+    """
     found: OpenProbe = upper_houses.load(upper_houses.PROBE)
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class OnCluster:
-    """An executor by name at another address than the run file's: an OpenExecutor, kept nowhere."""
+    """An executor by name at another address than the run file's; an OpenExecutor that is not stored."""
 
     name: str
     address: str
@@ -362,7 +364,7 @@ class OnCluster:
 
 
 def check_executor(executor: str | OpenExecutor) -> None:
-    """Raises InvalidInput for a name that no executor has; loads none, since Ray takes seconds."""
+    """Raise InvalidInput if no executor has this name. Nothing is loaded, since Ray takes seconds."""
     names = ["serial", *upper_houses.EXECUTORS]
     name = executor.name if isinstance(executor, OnCluster) else executor
     if isinstance(name, str) and name not in names:
@@ -370,8 +372,10 @@ def check_executor(executor: str | OpenExecutor) -> None:
 
 
 def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
-    """Return an executor by its name, or the one given. Raises InvalidInput for an unknown name,
-    EnvironmentFault when another package hides the one that has it."""
+    """Return an executor by its name, or the given one.
+
+    Raise InvalidInput for an unknown name, EnvironmentFault if another package hides the executor's.
+    """
     check_executor(executor)
     if not isinstance(executor, str):
         return executor
@@ -382,8 +386,10 @@ def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
 
 
 def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
-    """Return what makes patches where an executor trains, by its name; an executor that was given is
-    taken for one in this process. Raises InvalidInput for an unknown name."""
+    """Return what makes patches where an executor, given by its name, trains.
+
+    A given executor object counts as one in this process. Raise InvalidInput for an unknown name.
+    """
     if isinstance(executor, OnCluster):
         make, there = find_patcher(executor.name), {"address": executor.address}
         return lambda site, config: make(
@@ -409,12 +415,12 @@ def new_secret(config: RunConfig) -> bytes:
 
 
 def stored_config(ledger_meta: Mapping[str, str]) -> RunConfig:
-    """Return the run file that a model was made with."""
+    """Return the run file with which a model was made."""
     return RunConfig.from_canonical(ledger_meta["config"])
 
 
 def named(ledger_meta: Mapping[str, str], key: str) -> Named:
-    """Return the base or the embedder that a model was made with."""
+    """Return the base or the embedder with which a model was made."""
     try:
         return Named(**json.loads(ledger_meta[key]))
     except (KeyError, ValueError, TypeError) as error:
@@ -426,15 +432,17 @@ def named(ledger_meta: Mapping[str, str], key: str) -> Named:
 
 
 def key_path(directory: Path, config: RunConfig, model: str) -> Path:
-    """Return where a model's partition key belongs: with an encrypted model's keys, so that whoever has
-    the directory alone can't question its ledger."""
+    """Return where a model's partition key belongs.
+
+    An encrypted model's key is among its other keys: the directory alone can't question its ledger.
+    """
     if config.sisa.partition_key_file is not None:
         return config.sisa.partition_key_file
     return (keyrings(config) / model if config.encrypt else directory) / KEY
 
 
 def stored_secret(directory: Path, config: RunConfig, model: str) -> bytes:
-    """Return the secret of a model. Raises IntegrityError when the model's own key file is missing."""
+    """Return the secret of a model. Raise IntegrityError if the model's own key file is missing."""
     if config.sisa.partition_key_file is not None:
         return read_secret(config.sisa.partition_key_file)
     belongs = key_path(directory, config, model)
@@ -453,8 +461,10 @@ def _key_places(directory: Path, config: RunConfig, model: str) -> tuple[Path, P
 
 
 def keep_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> None:
-    """Write a model's own partition key where it belongs, then remove it from where it does not: that
-    changes when a model is encrypted, or is no more."""
+    """Write a model's own partition key where it belongs, then remove it from the other place.
+
+    The place changes when a model becomes encrypted or plain.
+    """
     if config.sisa.partition_key_file is not None:
         return
     belongs = key_path(directory, config, model)
@@ -469,13 +479,13 @@ def keep_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> N
 def new_model_id() -> str:
     """Return a name for a new model.
 
-    Its copies share it, and what is kept outside its directory bears it.
+    Its copies share the name, and so does what is kept outside its directory.
     """
     return uuid.uuid4().hex
 
 
 def model_id(ledger_meta: Mapping[str, str]) -> str:
-    """Return the model's name. Raises IntegrityError for anything else, since paths are made of it."""
+    """Return the model's name. Raise IntegrityError for anything else, since paths contain it."""
     found = ledger_meta.get("model", "")
     if not re.fullmatch(r"[0-9a-f]{32}", found):
         raise IntegrityError(
@@ -492,7 +502,7 @@ def witness_dir(config: RunConfig) -> Path:
 
 
 def witness_of(config: RunConfig, keyed: Keyed, model: str) -> FileWitness:
-    """Return a model's witness, by the names of its key and of itself."""
+    """Return a model's witness, named by its key and its id."""
     return FileWitness(witness_dir(config) / f"{_witness_prefix(keyed)}{model}.jsonl", keyed)
 
 
@@ -512,20 +522,19 @@ def keyrings(config: RunConfig) -> Path:
 
 
 def open_keyring(config: RunConfig, name: str) -> Keyring:
-    """Return the keys of a model by its name; one that is no longer encrypted may still have files to
-    open."""
+    """Return the keys of a model by its name; a model that is now plain may still have sealed files."""
     return FileKeyring(keyrings(config) / name, config.encrypt)
 
 
 def vault_keyring(config: RunConfig, name: str) -> Keyring:
-    """Return the same keys for what is sealed in any model: the vault, and unfinished patches."""
+    """Return the keys for what every model seals: the vault and unfinished patches."""
     return FileKeyring(keyrings(config) / name, seals=True)
 
 
 def recording(report: Report, metrics: Metrics, now: Callable[[], str]) -> Report:
-    """Return a report that passes every event on, and then appends a line of metrics for some.
+    """Return a report that passes every event on and appends a line of metrics for some of them.
 
-    Lines bear the name of the current run. The state of the queue is kept when it has changed.
+    Lines contain the name of the current run. The state of the queue is appended when it has changed.
     """
     run = (current_run() or new_run()).run
     last: QueueSeen | None = None
@@ -566,7 +575,7 @@ def area_of(storage: str, model: str, area: str) -> BlobStore:
 def storage_root(storage: str) -> BlobStore:
     """Return the blob store of a whole storage, which models share.
 
-    Raises EnvironmentFault without boto3.
+    Raise EnvironmentFault without boto3.
     """
     if not storage.startswith(SCHEME):
         return LocalBlobs(Path(storage))

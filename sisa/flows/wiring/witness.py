@@ -1,19 +1,19 @@
 """Keep deletions deleted when a backup is restored: the ledger catches up with its witness.
 
-A restored model directory brings its own, older ledger back. The witness is outside of it and holds the
-head of the event log and the tombstones. A ledger that does not know the witness's head is behind it.
+A restored model directory brings back its own, older ledger. The witness is outside the directory and
+holds the head of the event log and the tombstones. A ledger that does not know the witness's head is
+behind it.
 
-    behind    what the witness calls deleted is removed again in one commit, under the requests that
-              deleted it; tombstones that the ledger lacks are put back; bytes are erased
-    ahead     (a crash fell between a commit and its record in the witness) the witness is brought up to
-              date
+    behind    what the witness records as deleted is removed again in one commit, under the requests that
+              deleted it; tombstones that the ledger lacks are restored; bytes are erased
+    ahead     (a crash fell between a commit and its record in the witness) the witness is updated
     absent    (another machine, or a new place for it) the witness is written
 
-This comes before anything else that a command does, a reading one too; the next writing command trains
-what is missing then. A legal hold of the older ledger does not stop it, since the deletion was carried
-out once. An id that was allowed in again is not deleted. Requests that came in after the backup and
-were not carried out are lost with it; a notice says how many events are lost. A witness that is set
-back together with the model is not noticed.
+This precedes anything else that a command does, even one that only reads; the next writing command then
+trains what is missing. A legal hold of the older ledger does not stop it, since the deletion was carried
+out once. A readmitted id is not deleted. Requests that were submitted after the backup and not carried
+out are lost with it; a notice says how many events are lost. A witness that is restored together with
+the model goes unnoticed.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ REPLAYED = "replayed from the witness"
 def is_behind(context: Context) -> bool:
     """Return whether the ledger does not know the witness's head.
 
-    The witness is read first: a ledger that is written meanwhile may only be ahead of it.
+    The witness is read first: a ledger that is written meanwhile can only be ahead of it.
     """
     head = context.stores.witness.head()
     return head is not None and head.link != "" and not context.stores.ledger.has_event(head.link)
 
 
 def witness_standing(context: Context) -> WitnessStanding:
-    """Return how the witness stands to the ledger."""
+    """Return the standing of the witness: current, to be caught up, or absent."""
     head = context.stores.witness.head()
     if head is None:
         return "absent"
@@ -54,7 +54,10 @@ def witness_standing(context: Context) -> WitnessStanding:
 
 
 def catch_up(context: Context) -> None:
-    """Bring ledger and witness together. The caller holds the writer lock. Raises what effects raise."""
+    """Bring ledger and witness together; the caller holds the writer lock.
+
+    Raise the errors of effects.
+    """
     head = context.stores.witness.head()
     if is_behind(context):
         apply_testimony(context)
@@ -65,15 +68,15 @@ def catch_up(context: Context) -> None:
 
 
 def _standing(context: Context) -> list[Tombstone]:
-    """Return the tombstones of ids that were not allowed in again."""
+    """Return the tombstones of ids that were not readmitted."""
     dead = {each.id_digest: each for each in context.stores.ledger.tombstones()}
     live = context.stores.ledger.lookup(dead)
     return [each for key, each in dead.items() if not isinstance(live[key], RecordRow)]
 
 
 def apply_testimony(context: Context) -> None:
-    """Delete again what the witness calls deleted, and erase it; training is left to `reconcile`."""
-    check_consistent(context)  # a damaged ledger is no older one
+    """Delete again and erase what the witness records as deleted; training is left to `reconcile`."""
+    check_consistent(context)  # a damaged ledger must not be taken for an older one
     testimony = context.stores.witness.read()
     found = context.stores.ledger.lookup(testimony.tombstones)
     again = [
@@ -98,8 +101,7 @@ def apply_testimony(context: Context) -> None:
 
 
 def _too_old(error: IntegrityError) -> IntegrityError:
-    """Return the error of a backup that can't be read: the keys of the slices that the deletion rewrote
-    are destroyed."""
+    """Return the error for a backup that can't be read: keys of its rewritten slices are destroyed."""
     return IntegrityError(
         "a backup was restored, and what was deleted since can't be deleted again",
         where=error.where,
@@ -120,7 +122,7 @@ def _announce(context: Context, testimony: Testimony, num_live: int) -> None:
 
 
 def _arrivals(context: Context, again: Sequence[Tombstone]) -> list[Arrival]:
-    """Return the requests that deleted these records, as they are in the ledger or made anew."""
+    """Return the requests that deleted these records, from the ledger or made again."""
     named: dict[str, list[str]] = {}
     for each in again:
         named.setdefault(each.request_id, []).append(each.id_digest)

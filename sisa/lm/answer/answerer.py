@@ -55,11 +55,11 @@ class Answerer:
         method: str = "routed",
         precision: Precision = DEFAULT_PRECISION,
     ) -> None:
-        """`adapters` maps shards to their checkpoints' files; `patches` are the files of the served
-        patches, lowest first; `method` is how the constituents are combined.
+        """Load the constituent models.
 
-        Raises IntegrityError if an adapter or a patch does not fit, and EnvironmentFault without the
-        device.
+        `adapters` maps shards to their checkpoints' files; `patches` are the files of the served
+        patches, lowest first; `method` is how the constituents are combined. Raise IntegrityError if an
+        adapter or a patch does not fit, and EnvironmentFault without the device.
         """
         pin_threads(threads, precision)  # before patches are merged
         self._pinned, self.method = (threads, precision), method
@@ -151,7 +151,7 @@ class Answerer:
     def logprobs(self, routes: Sequence[Route], **inputs: Any) -> Tensor:
         """Return the log-probabilities [B, T, V] of a forward of the base on `inputs`.
 
-        Raises InvalidInput for shards that are not loaded.
+        Raise InvalidInput for shards that are not loaded.
         """
         pin_threads(*self._pinned)
         cache = inputs.get("past_key_values")

@@ -42,7 +42,7 @@ PADDED_LENGTHS = (32, 64, 128, 256)
 def resolve_embedder(spec: str) -> Embedder:
     """Return the embedder that a spec names: `hashing`, `pypi:NAME==VERSION`, a directory or a hub name.
 
-    Raises InvalidInput (no such model), EnvironmentFault (network, disk) or IntegrityError (package).
+    Raise InvalidInput (no such model), EnvironmentFault (network, disk) or IntegrityError (package).
     """
     if spec == "hashing":
         return HashingEmbedder()

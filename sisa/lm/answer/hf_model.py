@@ -51,7 +51,7 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def __init__(
         self, answerer: Answerer, router: Router, prompt_ends: Sequence[str] = PROMPT_ENDS
     ) -> None:
-        """`router` returns the route of each prompt."""
+        """Wrap an answerer. `router` returns the route of each prompt."""
         super().__init__(answerer.model.config)
         self.answerer, self.tokenizer = answerer, answerer.tokenizer
         self.base = answerer.model
@@ -73,7 +73,7 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate as `GenerationMixin.generate` does, greedily or by sampling.
 
-        Raises InvalidInput for beams and for several sequences per prompt.
+        Raise InvalidInput for beams and for several sequences per prompt.
         """
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         for name in ("num_beams", "num_return_sequences"):
@@ -164,7 +164,7 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return str(self.tokenizer.decode(prompt, skip_special_tokens=True)).strip()
 
     def _prompt_length(self, row: Tensor) -> int:
-        """Return the number of tokens in the prompt. Raises InvalidInput if its end can't be found."""
+        """Return the number of tokens in the prompt. Raise InvalidInput if its end can't be found."""
         if self.answerer.method != "routed":
             return 0
 

@@ -109,7 +109,7 @@ class StackedAdapters:
     """Adapters by name (shard) on a base, whose modules are the caller's own and are replaced."""
 
     def __init__(self, base: Any, adapters: Mapping[int, LowRankChange]) -> None:
-        """Raises IntegrityError for an adapter that does not fit the base."""
+        """Stack adapters over a base. Raise IntegrityError if an adapter does not fit the base."""
         self._places = {name: number for number, name in enumerate(sorted(adapters))}
         changes = [adapters[name] for name in sorted(adapters)]
         modules = dict(base.named_modules())

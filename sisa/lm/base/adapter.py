@@ -55,7 +55,7 @@ _NUMBER = re.compile(r"\.(\d+)\.")  # the first number in a module's name is tha
 
 
 def layers_of(base: Any) -> tuple[str, Any]:
-    """Return the name and the modules of a base's layers. Raises InvalidInput if they can't be found."""
+    """Return the name and the modules of a base's layers. Raise InvalidInput if they can't be found."""
     decoder, count = base.get_decoder(), getattr(base.config, "num_hidden_layers", 0)
     for name, each in base.named_modules():
         inside = decoder is not None and any(each is module for module in decoder.modules())
@@ -72,7 +72,7 @@ def layers_of(base: Any) -> tuple[str, Any]:
 def first_adapted(training: Mapping[str, Any], base: Any) -> int:
     """Return the number of the lowest adapted layer: 0 under `all`, 20 for the top 10 of 30.
 
-    Raises InvalidInput if the base has fewer layers than `top:N` names.
+    Raise InvalidInput if the base has fewer layers than `top:N` names.
     """
     wanted = training.get("lora_layers", ALL_LAYERS)
     if wanted == ALL_LAYERS:
@@ -120,7 +120,7 @@ def block_of(layers: Sequence[int], num_blocks: int, place: int) -> tuple[int, .
 def train_block(model: Any, num_blocks: int, place: int) -> None:
     """Freeze a wrapped base's adapters except those of block `place`.
 
-    Raises InvalidInput if there are fewer layers than blocks, or no block `place`.
+    Raise InvalidInput if there are fewer layers than blocks, or no block `place`.
     """
     adapters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     numbers = {name: _layer(name) for name in adapters}
@@ -174,7 +174,7 @@ DEFAULT_NAME = "default"
 def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
     """Return the LoRA configuration of a run.
 
-    Raises InvalidInput for modules or layers that the base does not have.
+    Raise InvalidInput for modules or layers that the base does not have.
     """
     wanted, names = training["lora_target_modules"], linear_names(base)
     layers: dict[str, Any] = {}
@@ -257,7 +257,7 @@ def add_adapter(model: Any, config: LoraConfig, tensors: Mapping[str, torch.Tens
 
 
 def put_tensors(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    """Load tensors into adapter `name`. Raises IntegrityError unless names and shapes match."""
+    """Load tensors into adapter `name`. Raise IntegrityError unless names and shapes match."""
     check_tensors(adapter_tensors(model, name), tensors)
     set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
 
@@ -290,7 +290,7 @@ def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def read_tensors(files: Mapping[str, bytes], name: str) -> dict[str, torch.Tensor]:
-    """Return the tensors in a checkpoint's file. Raises IntegrityError if it is missing or damaged."""
+    """Return the tensors in a checkpoint's file. Raise IntegrityError if it is missing or damaged."""
     try:
         return load(files[name])
     except Exception as error:  # safetensors raises types of its own; all of them mean damage
@@ -318,7 +318,7 @@ def written_config(config: LoraConfig) -> bytes:
 
 
 def read_config(files: Mapping[str, bytes]) -> LoraConfig:
-    """Return the configuration of a checkpoint's adapter. Raises IntegrityError if it can't be read."""
+    """Return the configuration of a checkpoint's adapter. Raise IntegrityError if it can't be read."""
     try:
         config = PeftConfig.from_peft_type(**json.loads(files[CONFIG_FILE]))
     except (KeyError, ValueError, TypeError) as error:

@@ -73,7 +73,7 @@ LowRankChange = Mapping[str, Factors]  # by module name
 
 
 def read_change(files: Mapping[str, bytes]) -> dict[str, Factors]:
-    """Return the change that an adapter makes. Raises IntegrityError if damaged or not plain LoRA."""
+    """Return the change that an adapter makes. Raise IntegrityError if damaged or not plain LoRA."""
     config, tensors = read_config(files), read_tensors(files, ADAPTER_FILE)
     _check_plain(config)
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
@@ -129,7 +129,7 @@ def _misfit(got: str, *problems: Problem) -> IntegrityError:
 def merge_into(model: Any, change: LowRankChange) -> None:
     """Add a change to a model's weights, in new tensors: the old ones may be shared.
 
-    Raises IntegrityError, changing nothing, if the change does not fit the model.
+    Raise IntegrityError, changing nothing, if the change does not fit the model.
     """
     modules = dict(model.named_modules())
     misfits = [
@@ -189,7 +189,7 @@ def merge_adapters(
 ) -> dict[str, bytes]:
     """Return one adapter on the plain base that equals the mean of adapters over patches.
 
-    Its scale is 1, and it names its modules in full. Raises IntegrityError if an adapter is damaged or
+    Its scale is 1, and it names its modules in full. Raise IntegrityError if an adapter is damaged or
     they can't be combined.
     """
     configs = [read_config(files) for files in (*patches, *adapters)]

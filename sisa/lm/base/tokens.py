@@ -46,7 +46,7 @@ class Untokenizable(ValueError):
 
 
 def tokenize(record: Record, tokenizer: Any, *, train_on_inputs: bool) -> Tokens:
-    """Return a record's tokens at full length. Raises Untokenizable."""
+    """Return a record's tokens at full length. Raise Untokenizable."""
     if record.kind == "chat":
         ids, labels = _chat(record, tokenizer)
     else:
@@ -65,7 +65,7 @@ def tokenize_all(
 ) -> list[Tokens]:
     """Return the tokens of all records, truncated if `overlength` allows it.
 
-    `positions` name the records in problems. Raises InvalidInput with every record that is too long,
+    `positions` name the records in problems. Raise InvalidInput with every record that is too long,
     can't be tokenized or bears no loss.
     """
     tokens: list[Tokens] = []
@@ -111,7 +111,7 @@ def encode_prompt(prompt: str | Sequence[Part], tokenizer: Any, kind: Kind) -> l
     """Return the ids to generate from.
 
     They are the raw prompt or, for a conversation and for kind `chat`, the templated turns (a single
-    prompt is the user's) and the opening of the assistant's turn. Raises InvalidInput if the prompt is
+    prompt is the user's) and the opening of the assistant's turn. Raise InvalidInput if the prompt is
     empty or the template rejects it.
     """
     try:

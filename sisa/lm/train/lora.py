@@ -123,7 +123,7 @@ class Ticks:
     """
 
     def __init__(self, steps: Sequence[tuple[int, int]], num_records: int) -> None:
-        """`steps` are the numbers of (records, tokens) that each step trains on."""
+        """Count from the start. `steps` are the numbers of (records, tokens) of each step."""
         ends = accumulate(records for records, _ in steps)
         self._steps = steps
         self._epochs = [(end - 1) // num_records + 1 for end in ends]
@@ -230,9 +230,10 @@ class Stage:
         num_steps: int,
         prefixes: Prefixes | None = None,
     ) -> None:
-        """`wrapped` belongs to this stage until another one begins on it; `prefixes` are of its base.
+        """Begin a stage from its parent's files, or from the base.
 
-        Raises IntegrityError if the parent's files are damaged.
+        `wrapped` belongs to this stage until another stage begins on it; `prefixes` are those of its
+        base. Raise IntegrityError if the parent's files are damaged.
         """
         training = job.training
         tensors = None if parent is None else read_tensors(parent, ADAPTER_FILE)
@@ -317,7 +318,7 @@ class Stage:
         return found
 
     def _put_moments(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Restore moments. Raises IntegrityError if the parent has those of some parameters only."""
+        """Restore moments. Raise IntegrityError if the parent has those of some parameters only."""
         names = {name: f"{file_name(name)}." for name in self._trained}
         held = {each for each in tensors if each.rpartition(".")[0] + "." in names.values()}
         if not held:
@@ -376,8 +377,10 @@ class LoraTrainer:
         prefixes: PrefixStore | None = None,
         prefix_bytes: int = 0,
     ) -> None:
-        """`patches` are the files of the patches to train over, lowest first. `prefixes` stores the
-        hidden states of the frozen layers, up to `prefix_bytes` per shard.
+        """Create a trainer; the base is loaded when it is first needed.
+
+        `patches` are the files of the patches to train over, lowest first. `prefixes` stores the hidden
+        states of the frozen layers, up to `prefix_bytes` per shard.
         """
         self._base = (base_dir, base_digest, patches, precision)
         self._base_name = patched_name(base_digest, patches)
@@ -397,7 +400,7 @@ class LoraTrainer:
     ) -> dict[str, bytes]:
         """Train a stage and return its checkpoint's files: adapter, configuration, optimizer, state.
 
-        Raises IntegrityError (another base, a damaged parent), InvalidInput (records that do not fit,
+        Raise IntegrityError (another base, a damaged parent), InvalidInput (records that do not fit,
         modules that the base lacks, a loss that is not finite) or EnvironmentFault (no device).
         """
         _check_job(job, self._base_name, records, self._precision)

@@ -77,7 +77,7 @@ class Numerics:
 
 
 def check(threads: int, precision: Precision = DEFAULT_PRECISION) -> Numerics:
-    """Train in fresh processes. Raises EnvironmentFault if one fails, or without the device."""
+    """Train in fresh processes. Raise EnvironmentFault if one fails, or without the device."""
     require_device(precision)
     description = describe_fingerprint(threads, precision)
     found = [each for _ in range(NUM_PROCESSES) for each in _elsewhere(threads, precision)]

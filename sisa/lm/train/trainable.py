@@ -148,9 +148,9 @@ class Trainable:
     """A wrapped base, ready for training. The base's modules must be the caller's own."""
 
     def __init__(self, base: Any, training: Mapping[str, Any], form: Form | None = None) -> None:
-        """`form` is the base's `loss_form`, if known.
+        """Wrap a base. `form` is the base's `loss_form`, if known.
 
-        Raises InvalidInput for modules or layers that the base does not have, and for layers that can't
+        Raise InvalidInput for modules or layers that the base does not have, and for layers that can't
         be run apart.
         """
         self.dtype, self.first = base.dtype, first_adapted(training, base)
@@ -174,7 +174,7 @@ class Trainable:
         """Return the parameters to train, by name, with the values of `tensors` or drawn from the seed.
 
         They belong to a new copy, which replaces `model` and `lower`. `block` is (number of blocks of
-        layers, block to train); the other blocks are frozen. Raises IntegrityError unless the tensors
+        layers, block to train); the other blocks are frozen. Raise IntegrityError unless the tensors
         are exactly the adapter's.
         """
         self.model = self.lower = None  # one copy at a time is in memory

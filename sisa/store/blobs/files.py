@@ -232,7 +232,7 @@ def read_checked(path: Path, sha256: str, what: str, unseal: Callable[[bytes], b
 
 
 def verified(data: bytes, sha256: str, what: str, where: str) -> bytes:
-    """Return plaintext with the recorded digest. Raises IntegrityError for any other."""
+    """Return plaintext with the recorded digest. Raise IntegrityError for any other."""
     found = sha256_hex(data)
     if found != sha256:
         raise tampered(where, what, sha256, found)
@@ -242,7 +242,7 @@ def verified(data: bytes, sha256: str, what: str, where: str) -> bytes:
 def read_whole(path: Path, what: str, num_bytes: int = -1) -> bytes:
     """Return a file's bytes, or its first `num_bytes`, as stored.
 
-    Raises IntegrityError if it is missing.
+    Raise IntegrityError if it is missing.
     """
     try:
         with path.open("rb") as file:
@@ -292,7 +292,7 @@ def num_bytes(path: Path) -> int:
 def erase(path: Path) -> None:
     """Remove a file or a directory, and as much as possible of one that can't be removed whole.
 
-    An absent path is ignored, and so is a process that writes into it meanwhile. Raises EnvironmentFault
+    An absent path is ignored, and so is a process that writes into it meanwhile. Raise EnvironmentFault
     for the first entry that stays.
     """
     refused: list[OSError] = []
@@ -338,9 +338,9 @@ def erase_all(folder: Path, names: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def writer_lock(path: Path) -> Iterator[None]:
-    """Hold the model's one writer lock, a file that only its owner can open.
+    """Hold the model's only writer lock, a file that its owner alone can open.
 
-    Raises Busy when another process holds it.
+    Raise Busy if another process holds it.
     """
     with disk_errors(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
@@ -362,7 +362,7 @@ def _for_owner_alone(handle: int) -> None:
 def take_lock(handle: int, where: Path, doing: str, patience_s: float | None = None) -> None:
     """Lock an open file or directory.
 
-    Raises Busy when another process still holds the lock after `patience_s` seconds (LOCK_PATIENCE_S).
+    Raise Busy if another process still holds the lock after `patience_s` seconds (LOCK_PATIENCE_S).
     """
     deadline = time.monotonic() + (LOCK_PATIENCE_S if patience_s is None else patience_s)
     while True:

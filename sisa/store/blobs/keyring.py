@@ -253,7 +253,7 @@ class SealedArea:
         return self.keyring.unseal(self.area, name, part, data)
 
     def _get_checked(self, name: str, sha256: str, what: str, part: str = "") -> bytes:
-        """Return plaintext with the recorded digest. Raises IntegrityError for any other."""
+        """Return plaintext with the recorded digest. Raise IntegrityError for any other."""
         where = self.blobs.location(f"{name}/{part}" if part else name)
         return files.verified(self._get(name, what, part), sha256, what, where)
 
@@ -262,7 +262,7 @@ def reseal_blobs(blobs: BlobStore, area: str, names: Iterable[str], keyring: Key
     """Bring stored files to the form that a keyring writes now, under their names; digests stay.
 
     After an interruption some files are sealed and some are plain, and all can be read. The key of a
-    plain file is destroyed. Raises IntegrityError when a file or its key is missing. Old versions are
+    plain file is destroyed. Raise IntegrityError if a file or its key is missing. Old versions are
     left to `BlobStore.purge`.
     """
     for name in names:
@@ -277,7 +277,7 @@ def reseal_blobs(blobs: BlobStore, area: str, names: Iterable[str], keyring: Key
 
 
 def read_secret(path: Path) -> bytes:
-    """Return a partition key from its file. Raises InvalidInput."""
+    """Return a partition key from its file. Raise InvalidInput."""
     try:
         secret = bytes.fromhex(path.read_text(encoding="ascii").strip())
     except OSError as error:

@@ -77,7 +77,7 @@ class ObjectBlobs:
         return "/".join(each for each in (self.prefix, name) if each)
 
     def check_usable(self) -> None:
-        """Try conditional puts, since some servers ignore them. Raises EnvironmentFault."""
+        """Try conditional puts, since some servers ignore them. Raise EnvironmentFault."""
         probe = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         try:
             if not self.put_new(probe, b"") or self.put_new(probe, b"") or self._ignores_match(probe):
@@ -283,7 +283,7 @@ class ObjectBlobs:
     def _versions(self, start: str) -> list[Version]:
         """Return every version and delete marker below, manifests first.
 
-        Raises _Refused if listing is denied.
+        Raise _Refused if listing is denied.
         """
         from botocore.exceptions import ClientError
 
@@ -336,7 +336,7 @@ class ObjectBlobs:
         }
 
     def _hide(self, keys: Collection[str]) -> None:
-        """Hide what still exists by plain deletes. Raises EnvironmentFault if one is refused."""
+        """Hide what still exists by plain deletes. Raise EnvironmentFault if one is refused."""
         ordered = sorted(keys, key=lambda key: not _is_last(key))
         errors = self._delete_objects([{"Key": key} for key in ordered])
         if codes := sorted({each["Code"] for each in errors} - set(GONE)):

@@ -62,7 +62,7 @@ def _boto3() -> Any:
 
 @functools.cache
 def boto(endpoint: str, region: str) -> Any:
-    """Return the client of boto3. Raises EnvironmentFault without boto3."""
+    """Return the client of boto3. Raise EnvironmentFault without boto3."""
     session = _boto3().session.Session(region_name=region or None)
     from botocore.config import Config
 

@@ -235,7 +235,7 @@ def is_read_only(path: Path) -> bool:
 def open_readonly(path: Path) -> sqlite3.Connection:
     """Open a SQLite file for reading only.
 
-    Raises sqlite3.Error; reading from it may raise UnicodeDecodeError, too, when SQLite quotes a damaged
+    Raise sqlite3.Error; reading from it may raise UnicodeDecodeError, too, when SQLite quotes a damaged
     schema.
 
     SQLite reads a file with a write-ahead log through files beside it. If these can't be written, a file

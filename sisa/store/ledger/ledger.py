@@ -281,7 +281,7 @@ def _patch(row: Patch) -> Patch:
 
 
 def apply(connection: sa.Connection, change: Change) -> int:
-    """Write a change, and return the number of its transaction. Raises rows.Damaged."""
+    """Write a change, and return the number of its transaction. Raise rows.Damaged."""
     before = read(connection, META, META.c.key == SEQ)
     seq = int(before[0][1]) + 1 if before else 1
     writing = Writing(connection)

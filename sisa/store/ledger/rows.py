@@ -229,7 +229,7 @@ def checksum(table: str, values: tuple[Any, ...]) -> int:
 
 
 def checked_rows(table: sa.Table, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Return whole rows after comparing each with its checksum. Raises Damaged."""
+    """Return whole rows after comparing each with its checksum. Raise Damaged."""
     seed, crc32 = _SEEDS[table.name], zlib.crc32
     for row in rows:
         if crc32(ascii(row[:-1]).encode(), seed) != row[-1]:
@@ -269,14 +269,14 @@ def check_row_count(table: sa.Table, expected: int, got: int) -> None:
 
 
 def expected_rows(connection: sa.Connection, table: sa.Table) -> int:
-    """Return how many rows a table should have. Raises Damaged."""
+    """Return how many rows a table should have. Raise Damaged."""
     return _whole(table, _counted(connection, f"{_COUNTS} AND shard = {NO_POSITION}", table.name))
 
 
 def expected_in_shard(
     connection: sa.Connection, table: sa.Table, shard: int, slice_: int | None = None
 ) -> int:
-    """Return how many rows of a BY_SHARD table a shard or a slice should have. Raises Damaged."""
+    """Return how many rows of a BY_SHARD table a shard or a slice should have. Raise Damaged."""
     if slice_ is None:
         return _counted(connection, f"{_COUNTS} AND shard = ?", table.name, shard).total()
     position = (table.name, shard, slice_)
@@ -284,7 +284,7 @@ def expected_in_shard(
 
 
 def expected_kinds(connection: sa.Connection) -> Counter[str]:
-    """Return how many records of each kind there should be. Raises Damaged."""
+    """Return how many records of each kind there should be. Raise Damaged."""
     found: Counter[str] = Counter()
     counts = _counted(connection, _COUNTS, RECORDS.name)
     for (_, _, kind), count in counts.items():
@@ -295,7 +295,7 @@ def expected_kinds(connection: sa.Connection) -> Counter[str]:
 
 
 def lost_rows(connection: sa.Connection) -> list[str]:
-    """Return the names of the tables without the recorded number of rows. Raises Damaged."""
+    """Return the names of the tables without the recorded number of rows. Raise Damaged."""
     found = []
     for table in COUNTED:
         counts = _counted(connection, _COUNTS, table.name)
@@ -336,7 +336,7 @@ def bucket(value: str) -> str:
 def _in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Collection[str]) -> int:
     """Return how many rows have one of the wanted values.
 
-    Raises Damaged if the values' buckets do not hold as many rows as were written.
+    Raise Damaged if the values' buckets do not hold as many rows as were written.
     """
     table: Any = column.table
     at = table.columns.keys().index(column.name)
@@ -551,7 +551,7 @@ class Writing:
 
 
 def _counted_anew(connection: sa.Connection, column: sa.Column[Any]) -> Counter[str]:
-    """Count the rows of each bucket without any index. Raises Damaged."""
+    """Count the rows of each bucket without any index. Raise Damaged."""
     table: Any = column.table
     at, total, found = table.columns.keys().index(column.name), 0, Counter[str]()
     cursor = _plain(connection.exec_driver_sql(f"SELECT * FROM {table.name} NOT INDEXED"))  # noqa: S608
