@@ -1,4 +1,4 @@
-"""DPO and IdkDPO: prefer another answer to the one that is to be forgotten.
+"""DPO and IdkDPO: prefer another answer to the one to forget.
 
     D = mean over examples of -log sigmoid(beta * (ratio(preferred) - ratio(forget)))
     ratio = log p(answer) - log p_reference(answer), the whole answer

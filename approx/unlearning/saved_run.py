@@ -96,7 +96,7 @@ class SavedRun:
                 "a saved run can't be read",
                 where=str(path),
                 got=type(error).__name__,
-                next_step="remove the directory; the run starts anew",
+                next_step="remove the directory; the run starts again",
             ) from error
         if found != (job, self.identity):
             raise ConfigConflict(

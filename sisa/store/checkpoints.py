@@ -67,7 +67,7 @@ class FileCheckpoints(SealedArea):
                 where=self.blobs.location(key),
                 expected=f"{len(expected)} files and the manifest",
                 got=f"{len(unknown)} more",
-                next_step="remove them, or train the model anew",
+                next_step="remove them, or train the model again",
             )
         return {
             name: self._get_checked(key, sha256, "checkpoint file", name)

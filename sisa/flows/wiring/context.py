@@ -113,7 +113,7 @@ class Resources:
                 raise ConfigConflict(
                     "the index is of an earlier version, without the vectors of what records ask",
                     where=self._embedder.name,
-                    next_step="build it anew: `sisa train RUN.yaml --reconfigure`; nothing is trained",
+                    next_step="build it again: `sisa train RUN.yaml --reconfigure`; nothing is trained",
                 )
             check_digest("embedder", self._embedder, indexed_digest(found))
         return found

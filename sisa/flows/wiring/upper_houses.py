@@ -59,7 +59,7 @@ def check_upper_houses(search: Sequence[str] | None = None) -> None:
         ours = ROOT / name / "__init__.py"
         found = Path(spec.origin) if spec is not None and spec.origin is not None else None
         if found is None:
-            got, step = "none", "install it anew: pip install --force-reinstall deletion-ready-model"
+            got, step = "none", "install it again: pip install --force-reinstall deletion-ready-model"
         elif found.resolve() != ours.resolve():
             got, step = (
                 str(found),
@@ -67,7 +67,7 @@ def check_upper_houses(search: Sequence[str] | None = None) -> None:
             )
         elif MARK not in ours.read_bytes():
             got = "the file of another distribution"
-            step = f"pip uninstall {name}, then install this program anew"
+            step = f"pip uninstall {name}, then install this program again"
         else:
             continue
         raise EnvironmentFault(

@@ -106,7 +106,7 @@ def _too_old(error: IntegrityError) -> IntegrityError:
         "a backup was restored, and what was deleted since can't be deleted again",
         where=error.where,
         got=error.what,
-        next_step="run `sisa doctor --repair`; if that can't mend it, restore a backup made after the "
+        next_step="run `sisa doctor --repair`; if that can't repair it, restore a backup made after the "
         "last deletion: of an encrypted model an older one can't be read where records were deleted",
     )
 

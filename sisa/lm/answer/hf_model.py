@@ -186,7 +186,7 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 def user_turn(tokenizer: Any) -> tuple[str, str] | None:
     """Return the text before and after a user's turn in the tokenizer's chat template.
 
-    Returns None if there is no template, or if turns can't be told apart in its output.
+    Return None if there is no template, or if turns can't be told apart in its output.
     """
     from jinja2.exceptions import TemplateError
 

@@ -224,7 +224,7 @@ class Prefixes:
     def load(self, job: SliceJob, first: int, rows: TokenizedRows, dtype: torch.dtype) -> dict[str, int]:
         """Read the stored states of a stage's slices; return the number of records in each file.
 
-        Returns nothing without a store, and where no layer lies below the adapted ones (`first` is 0).
+        Return nothing without a store, or if no layer lies below the adapted ones (`first` is 0).
         """
         held: dict[str, int] = {}
         if self._files is None or not first:

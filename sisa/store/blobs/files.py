@@ -252,7 +252,7 @@ def read_whole(path: Path, what: str, num_bytes: int = -1) -> bytes:
             f"a {what} is missing",
             where=str(path),
             got="no file",
-            next_step="restore the model directory from a backup, or train it anew",
+            next_step="restore the model directory from a backup, or train it again",
         ) from error
     except OSError as error:
         raise EnvironmentFault(f"the disk refused: {error.strerror}", where=str(path)) from error
@@ -265,7 +265,7 @@ def tampered(where: str, what: str, expected: str, got: str) -> IntegrityError:
         where=where,
         expected=f"sha256 {expected}",
         got=f"sha256 {got}",
-        next_step="run `sisa verify`; restore the file from a backup, or train the model anew",
+        next_step="run `sisa verify`; restore the file from a backup, or train the model again",
     )
 
 

@@ -151,7 +151,7 @@ class ObjectBlobs:
                     f"a {what} is missing",
                     where=where,
                     got="no object",
-                    next_step="restore the object from a backup, or train the model anew",
+                    next_step="restore the object from a backup, or train the model again",
                 ) from None
 
     def put(self, name: str, data: bytes) -> None:

@@ -397,7 +397,7 @@ def _seen(
 
 def actual_rows(connection: sa.Connection, table: sa.Table) -> int:
     """Return how many rows a table has."""
-    query = f"SELECT count(*) FROM {table.name}"  # noqa: S608 (a name of ours)
+    query = f"SELECT count(*) FROM {table.name}"  # noqa: S608 (our own table name)
     return int(connection.exec_driver_sql(query).scalar_one())
 
 
