@@ -1,4 +1,4 @@
-"""Memorisation of an answer: extraction strength (ES), exact memorisation (EM), and ROUGE-L recall.
+"""Memorisation of an answer: extraction strength, exact memorisation, ROUGE-L recall and leak@k.
 
 Extraction strength is how short a prefix of an answer makes the model produce the rest of it. Formula:
 for an answer of L tokens, ES = 1 - k/L with the smallest k in 0..L-1 such that, given the
@@ -44,12 +44,26 @@ right phrase high.
 1.0
 >>> rougeL_recall("The author is Ada.", "No idea.")
 0.0
+
+leak@k is how much of an answer the best of k sampled ones gives away, in expectation. Formula: of n >= k
+samples with scores s_(1) <= ... <= s_(n), the expected best of k drawn without replacement, sum_i s_(i)
+C(i-1, k-1) / C(n, k), which is unbiased for the best of k new samples. The score is the caller's, such
+as ROUGE-L recall.
+
+Source: Reisizadeh et al. (2025, arXiv 2511.04934); the estimator as that of pass@k (Chen et al. 2021).
+
+Limits: it depends on the temperature, and rises with k for any model that says anything, so it must be
+compared with a model that never saw the text.
+
+>>> leak_at_k([0.0, 0.5, 1.0], 1), leak_at_k([1.0, 0.0, 0.5], 3)
+(0.5, 1.0)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from math import comb, fsum
 from typing import Any
 
 
@@ -96,3 +110,11 @@ def _scorer() -> Any:
 def rougeL_recall(truth: str, generated: str) -> float:
     """Return the recall, in [0, 1]; 0 for a truth without words."""
     return float(_scorer().score(truth, generated)["rougeL"].recall)
+
+
+def leak_at_k(scores: Sequence[float], k: int) -> float:
+    """Return the expected best of k. Raise ValueError unless k is from 1 to the number of scores."""
+    if not 1 <= k <= len(scores):
+        raise ValueError("k must be from 1 to the number of samples")
+    ordered, ways = sorted(scores), comb(len(scores), k)
+    return fsum(score * comb(at, k - 1) for at, score in enumerate(ordered)) / ways

@@ -33,8 +33,7 @@ from approx.evaluation.evaluated_models import DeletionReadyModel, HuggingFaceMo
 from approx.evaluation.tofu import Question
 from approx.evaluation.tofu_evaluation import TofuSettings, evaluate
 from approx.methods.registry import make_method
-from approx.metrics.leak_at_k import leak_at_k
-from approx.metrics.memorisation import rougeL_recall
+from approx.metrics.memorisation import leak_at_k, rougeL_recall
 from approx.metrics.model_utility import harmonic_mean
 from approx.metrics.probability import probability, probability_among
 from approx.patches.robustness import probabilities_rounded, relearnt

@@ -24,7 +24,13 @@ from approx.metrics.membership import (
     min_k_score,
     zlib_score,
 )
-from approx.metrics.memorisation import exact_memorisation, extraction_strength, floor, rougeL_recall
+from approx.metrics.memorisation import (
+    exact_memorisation,
+    extraction_strength,
+    floor,
+    leak_at_k,
+    rougeL_recall,
+)
 from approx.metrics.model_utility import NINE, aggregate, harmonic_mean, model_utility
 from approx.metrics.probability import probability, probability_among
 from approx.metrics.truth_ratio import VARIANTS, arithmetic, geometric, towards_one, towards_truth
@@ -132,6 +138,16 @@ def longest(some: Sequence[str], others: Sequence[str]) -> int:
 def test_rouge_recall_by_trying_every_subsequence(truth: list[str], generated: list[str]) -> None:
     found = rougeL_recall(" ".join(truth), " ".join(generated))
     assert found == pytest.approx(longest(truth, generated) / len(truth))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.integers(1, 6))
+def test_leak_at_k_by_trying_every_choice(scores: list[float], k: int) -> None:
+    if k > len(scores):
+        with pytest.raises(ValueError, match="samples"):
+            leak_at_k(scores, k)
+        return
+    best = [max(chosen) for chosen in combinations(scores, k)]
+    assert leak_at_k(scores, k) == pytest.approx(sum(best) / len(best))
 
 
 def test_rouge_stems_and_ignores_case_and_signs() -> None:
