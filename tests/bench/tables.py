@@ -359,6 +359,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "forgetting": forgetting,
         "tofu-full-trials": of("tofu_full", tofu_full.trials_table),
         "tofu-full": of("tofu_full", tofu_full.table),
+        "tofu-full-nine": of("tofu_full", tofu_full.nine_table),
         "costs": costs,
         "steps": of("profile_step", step_table),
         "shares": shares,

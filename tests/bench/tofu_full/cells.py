@@ -322,7 +322,7 @@ class Cells:
         }
 
     def _keep_adapter(self, contestant: Contestant) -> None:
-        """Keep the adapter of an ordinary LoRA, and nothing else of its model."""
+        """Keep the adapter of an ordinary LoRA where patches and questions find it."""
         at = self.directory / "models" / contestant.name
         (source,) = open_model(at / "model", executor="serial").export(at / "exported")
         for name in (ADAPTER_FILE, CONFIG_FILE):

@@ -92,8 +92,8 @@ def contestants(design: Design, splits: Sequence[ForgetSplit] = SPLITS) -> list[
     """Return all contestants, the most important ones first."""
     first, *others = [_ours(layout, key) for key in range(design.keys) for layout in design.layouts]
     found = [first, _deleted(first, splits[0]), lora(design.seeds[0]), Contestant("base", "base")]
-    found += _references(design, splits[0]) + _methods(design, splits[0])
-    found += [scratch_of(_deleted(first, splits[0]))]
+    found += [*_references(design, splits[0]), scratch_of(_deleted(first, splits[0]))]
+    found += _methods(design, splits[0])
     found += [_deleted(first, each) for each in splits[1:]]
     found += [each for other in others for each in (other, *(_deleted(other, s) for s in splits))]
     return found + [each for split in splits[1:] for each in _references(design, split)]

@@ -313,8 +313,9 @@ def nine_table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
     lines = [
         (name, *(_mean(some, "nine", term, "value") for term in NINE))
         for name, some in groups(found, split)
+        if all(row["nine"] for row in some)
     ]
-    yield from _lines(header, lines)
+    yield from _lines(header, lines) if lines else ["No model has been asked yet."]
 
 
 def _lines(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
