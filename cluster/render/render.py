@@ -356,7 +356,10 @@ def answers(found: Sequence[Answer], alone: bool = False) -> Result:
 
 
 def _answer(found: Answer, alone: bool) -> dict[str, Any]:
-    return {"answer": found.text} if alone else {"answer": found.text, "shards": list(found.shards)}
+    body: dict[str, Any] = {"answer": found.text}
+    if not alone:
+        body["shards"] = list(found.shards)
+    return body | ({"ended_at_once": True} if found.ended_at_once else {})
 
 
 def said(found: Answer, alone: bool = False) -> str:

@@ -1,9 +1,9 @@
 """Ask the model: choose the constituent models that answer a prompt, and let them answer.
 
 A prompt is a text, or a conversation that ends with a person's turn. The index is searched for what the
-person asks: the text, or that turn. The choice depends on the remaining records and the served heads
-alone. Active patches lie beneath every answering model, and on the base if it answers alone. Adapters
-and patches are checked against the ledger before they are parsed.
+person asks there, with who is named there or before (`lm/answer/lookup.py`). The choice depends on the
+remaining records and the served heads alone. Active patches lie beneath every answering model, and on
+the base if it answers alone. Adapters and patches are checked against the ledger before they are parsed.
 
 Shards get a text in the form that most records had when the model was first trained. The base alone gets
 it as one turn of a chat if it has a chat template. `kind` chooses another form for both. A conversation
@@ -22,19 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 from sisa.config.config import RunConfig, SisaBlock
 from sisa.core.digest import digest_of
-from sisa.core.domain import Hit, Kind, Patch, Record, active
+from sisa.core.domain import Hit, Kind, Patch, active
 from sisa.core.errors import IntegrityError, InvalidInput, Outdated
-from sisa.core.ports import Change, Ledger
+from sisa.core.ports import Change, Ledger, Vectors
 from sisa.data.record_rules import conversation_problems, turns_of
 from sisa.flows import query
 from sisa.flows.wiring.context import Context, Resources, commit, patch_files
-from sisa.lm.answer.route import Route, all_of, choose_route, nearness, resolve_aggregation
+from sisa.lm.answer.route import NUM_ROUTING_HITS, Route, all_of, choose_route, resolve_aggregation
 from sisa.store.index import EXACT_UP_TO
 
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
+    from sisa.lm.answer.lookup import Index, Said
 
-NUM_ROUTING_HITS = 32
 MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
 FORM = "form"  # key in the ledger's meta: the form in which shards get prompts
 HELD_PROMPTS = "held_prompts"  # in the ledger's meta: what becomes of held prompts, and in which state
@@ -49,6 +49,11 @@ class Answer:
 
     text: str
     shards: tuple[int, ...]
+
+    @property
+    def ended_at_once(self) -> bool:
+        """Whether nothing was said: the models ended the answer before any word."""
+        return not self.text
 
 
 @dataclass(frozen=True)
@@ -139,43 +144,67 @@ def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt])
     block, live = resources.config.sisa, frozenset(live_heads(context))
     if block.aggregation.method != "routed":
         return [all_of(live)] * len(prompts)
-    looked_up = [_looked_up(prompt) for prompt in prompts]
-    texts = list(dict.fromkeys(text for each in looked_up for text in each))
-    if not texts:
-        return [Route()] * len(prompts)
-    found = query.search_each(context, context.compute.embed(texts), NUM_ROUTING_HITS, by="asked")
-    hits, warm = dict(zip(texts, found, strict=True)), block.aggregation.temperature
-    nearest = [
-        max((hits[text] for text in each), key=lambda hits: nearness(hits, warm, live), default=[])
-        for each in looked_up
-    ]
-    return [_route(context, block, each, live) for each in nearest]
+    from sisa.lm.answer.lookup import look_up
+
+    index, warm = _index(context, block), block.aggregation.temperature
+    said = [_said(prompt) for prompt in prompts]
+    found = iter(look_up([each for each in said if each], index, warm, live))
+    nearest = [next(found) if each else None for each in said]
+    return [_route(context, block, each.hits, live, each.near) if each else Route() for each in nearest]
 
 
-def _looked_up(prompt: Prompt) -> list[str]:
-    """Return the texts to look up for a prompt: the last user turn and, as needed, earlier ones.
-
-    While the turns taken so far name nobody, the one before is taken as well: it names whom a follow-up
-    is about.
-    """
+def _said(prompt: Prompt) -> Said | None:
+    """Return what a person asks in a prompt, and what was said before: by persons or, where those name
+    nobody, by the assistant. None where nobody asks anything."""
+    from sisa.lm.answer.lookup import Said
     from sisa.lm.answer.names import names_in
 
     if isinstance(prompt, str):
-        return [prompt]
-    found: list[str] = []
-    for text in reversed(Record("", None, "chat", turns_of(prompt)).asked):
-        found.append(text)
-        if names_in(text):
-            break
-    return found
+        return Said(prompt)
+    turns = turns_of(prompt)
+    texts = [turn.text for turn in turns if turn.role == "user" and turn.text.strip()]
+    if not texts:
+        return None
+    before = texts[-2::-1]
+    if not any(map(names_in, before)):
+        before += [turn.text for turn in reversed(turns) if turn.role == "assistant"]
+    return Said(texts[-1], tuple(before))
 
 
-def _route(context: Context, block: SisaBlock, hits: Sequence[Hit], live: Collection[int]) -> Route:
+def _index(context: Context, block: SisaBlock) -> Index:
+    from sisa.lm.answer.lookup import Index
+
+    files = {file.shard: file for file in context.stores.ledger.indexes()}
+
+    def vectors(hits: Sequence[Hit]) -> Vectors:
+        import numpy as np
+
+        by_shard: dict[int, list[int]] = {}
+        for hit in hits:
+            by_shard.setdefault(hit.shard, []).append(hit.vector_id)
+        index = context.stores.index
+        return np.concatenate([index.vectors(files[s], ids, by="asked") for s, ids in by_shard.items()])
+
+    return Index(
+        embed=context.compute.embed,
+        search=lambda queries, top_k: query.search_each(context, queries, top_k, by="asked"),
+        vectors=vectors,
+        has_names=block.names,
+    )
+
+
+def _route(
+    context: Context,
+    block: SisaBlock,
+    hits: Sequence[Hit],
+    live: Collection[int],
+    near: float | None = None,
+) -> Route:
     kind: Kind = "completion"
     if hits:
         rows = context.stores.ledger.by_vector(hits[0].shard, [hits[0].vector_id])
         kind = rows[hits[0].vector_id].kind if rows else kind
-    return choose_route(hits, resolve_aggregation(block.aggregation, block.embedder, kind), live)
+    return choose_route(hits, resolve_aggregation(block.aggregation, block.embedder, kind), live, near)
 
 
 def held_prompts(context: Context, config: RunConfig) -> HeldPrompts | None:

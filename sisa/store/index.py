@@ -115,15 +115,19 @@ class FaissIndex(SealedArea):
             return LoadedIndex(0, np.zeros(0, np.int64), np.zeros((0, self.dimension), np.float32))
         if base is None:
             raise IntegrityError("vectors of an index that does not exist are expected")
-        found = self._load(base)
+        return self._those_of(self._load(base), base, vector_ids)
+
+    def _those_of(self, found: LoadedIndex, file: IndexFile, vector_ids: Sequence[int]) -> LoadedIndex:
+        import numpy as np
+
         wanted = np.isin(found.ids, vector_ids)
         if len(np.unique(found.ids[wanted])) < len(set(vector_ids)):
             raise IntegrityError(
                 "the index lacks a vector of a record in the ledger",
-                where=str(self.root / base.name),
+                where=str(self.root / file.name),
                 next_step="run `sisa train` with the same run file to rebuild the index",
             )
-        return LoadedIndex(base.shard, found.ids[wanted], found.vectors[wanted])
+        return LoadedIndex(found.shard, found.ids[wanted], found.vectors[wanted])
 
     def search(
         self, found: Sequence[IndexFile], queries: Vectors, top_k: int, by: By = "text"
@@ -149,7 +153,8 @@ class FaissIndex(SealedArea):
     def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:
         import numpy as np
 
-        found = self._held(file, vector_ids).by(by)
+        warm = self._warm.files.get(file.name)
+        found = self._those_of(warm[by] if warm else self._load(file).by(by), file, vector_ids)
         rows = {each: n for n, each in enumerate(vector_ids)}
         order = np.argsort([rows[each] for each in found.ids.tolist()], kind="stable")
         return found.vectors[order]

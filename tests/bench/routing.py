@@ -32,10 +32,9 @@ from sisa.config.config import MINILM, Aggregation
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Hit, Part, Record
 from sisa.core.ports import Embedder, Vectors
-from sisa.flows.ask import NUM_ROUTING_HITS
 from sisa.lm.answer.embedder import resolve_embedder
 from sisa.lm.answer.names import NameEmbedder
-from sisa.lm.answer.route import choose_route, resolve_aggregation
+from sisa.lm.answer.route import NUM_ROUTING_HITS, choose_route, resolve_aggregation
 
 PER_AUTHOR = 20
 SHARDS = (8, 50, 200)

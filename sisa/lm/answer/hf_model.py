@@ -6,7 +6,7 @@
 Its logits are the log-probabilities of the constituent models' combined distribution, so a softmax
 returns that distribution.
 
-The prompt alone chooses who answers: the last user turn of a chat in the tokenizer's template, else the
+The prompt alone chooses who answers: the user turns of a chat in the tokenizer's template, else the
 whole prompt. `generate` receives nothing but the prompt. In `forward` with `labels`, the prompt ends
 before the first labelled token; without, it ends after the first of `prompt_ends` in the text, as in an
 evaluation's "Question: ...\nAnswer:", so that no continuation reaches the router. (If a prompt holds
@@ -38,7 +38,8 @@ from sisa.lm.answer.answerer import Answerer
 from sisa.lm.answer.route import Route
 from sisa.lm.base.tokens import NO_LOSS
 
-Router = Callable[[Sequence[str]], list[Route]]
+Asked = str | list[dict[str, str]]  # a text, or the user turns of a chat
+Router = Callable[[Sequence[Asked]], list[Route]]
 PROMPT_ENDS = ("Answer:", "<|im_start|>assistant\n")
 
 
@@ -73,7 +74,8 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate as `GenerationMixin.generate` does, greedily or by sampling.
 
-        Raise InvalidInput for beams and for several sequences per prompt.
+        Warn of answers that end at once. Raise InvalidInput for beams and for several sequences per
+        prompt.
         """
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         for name in ("num_beams", "num_return_sequences"):
@@ -88,7 +90,14 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         mask = kwargs.get("attention_mask")
         rows = [_seen(row, None if mask is None else mask[n]) for n, row in enumerate(ids)]
         with self._answering(self._routed([(row, len(row)) for row in rows])):
-            return super().generate(input_ids=ids, **kwargs)
+            found = super().generate(input_ids=ids, **kwargs)
+        self._warn_of_silence(getattr(found, "sequences", found)[:, ids.shape[1] :])
+        return found
+
+    def _warn_of_silence(self, made: Tensor) -> None:
+        said = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        if silent := sum(not each.strip() for each in said):
+            warnings.warn(f"{silent} of {len(said)} answers ended at once", stacklevel=3)
 
     def forward(
         self,
@@ -146,7 +155,7 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Return the routes of rows with their prompts' lengths; equal prompts are looked up once."""
         texts = [self._asked(row[:length]) for row, length in prompts]
         distinct = list(dict.fromkeys(texts))
-        found = dict(zip(distinct, self._router(distinct), strict=True))
+        found = dict(zip(distinct, self._router([_asked_of(each) for each in distinct]), strict=True))
         if self.answerer.shards and not any(route.shards for route in found.values()):
             warnings.warn(
                 f"the base alone answers all of these {len(texts)} prompts: none is near any of the "
@@ -155,13 +164,13 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             )
         return [found[text] for text in texts]
 
-    def _asked(self, prompt: Tensor) -> str:
-        """Return the part of a prompt that is looked up."""
+    def _asked(self, prompt: Tensor) -> tuple[str, ...]:
+        """Return the texts of a prompt that are looked up, the latest last."""
         opening, closing = self._turn or ("", "")
-        _, turn, asked = self.tokenizer.decode(prompt).rpartition(opening) if opening else ("", "", "")
-        if turn:
-            return str(asked.partition(closing)[0]).strip()
-        return str(self.tokenizer.decode(prompt, skip_special_tokens=True)).strip()
+        turns = self.tokenizer.decode(prompt).split(opening)[1:] if opening else []
+        if turns:
+            return tuple(each.partition(closing)[0].strip() for each in turns)
+        return (str(self.tokenizer.decode(prompt, skip_special_tokens=True)).strip(),)
 
     def _prompt_length(self, row: Tensor) -> int:
         """Return the number of tokens in the prompt. Raise InvalidInput if its end can't be found."""
@@ -181,6 +190,10 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             expected="labels, or one of " + ", ".join(map(repr, self._ends)),
             next_step="give the text that ends a prompt as `prompt_ends`",
         )
+
+
+def _asked_of(texts: Sequence[str]) -> Asked:
+    return texts[0] if len(texts) == 1 else [{"role": "user", "content": text} for text in texts]
 
 
 def user_turn(tokenizer: Any) -> tuple[str, str] | None:

@@ -13,6 +13,9 @@ sentence are missed, and in German every noun counts as a name.
 >>> names_in("Was Mara Quill's debut set in Porto? She says no. Mara did.")
 ['mara', 'quill', 'porto']
 
+Names that stand side by side are one person's, or one place's (`runs_in`): what a prompt says of several
+people is looked up for each of them (`lookup.py`).
+
 Source: feature hashing, Weinberger et al. 2009; measured in `tests/bench/routing.py`.
 """
 
@@ -30,10 +33,12 @@ from sisa.core.ports import Embedder, Vectors
 
 NAMES_METHOD = "names-v1"
 NAMES_DIMENSION = 512
+SCALE = np.float32(0.5**0.5)  # of each half
 _SENTENCE = re.compile(r"[.?!:\n]\s*")
 _WORD = re.compile(r"[\w'\u2019-]+")
 _PRONOUN = re.compile(r"i['\u2019]")  # I'm, I've
 _POSSESSIVE = re.compile(r"['\u2019]s?$")
+_INITIAL = re.compile(r"\b[A-Z]\.\s*")  # of J. Quill; its full stop ends no sentence
 
 
 class NameEmbedder:
@@ -56,7 +61,7 @@ class NameEmbedder:
             np.stack([_of_names(names_in(text)) for text in texts]) if texts else _of_names([])[None][:0]
         )
         vectors: Vectors = np.concatenate([self._inner.embed(texts), names], axis=1)
-        return vectors * np.float32(0.5**0.5)
+        return vectors * SCALE
 
 
 def nameless(vectors: Vectors) -> NDArray[np.bool_]:
@@ -74,6 +79,35 @@ def names_in(text: str) -> list[str]:
             if word[0].isupper() and len(name) > 1 and not _PRONOUN.match(name):
                 found[name] = None
     return list(found)
+
+
+def runs_in(text: str) -> list[tuple[str, ...]]:
+    """Return the distinct runs of names that stand side by side; initials are left out.
+
+    >>> runs_in("Did Mara Quill meet J. Brandt's sister Ada in New York?")
+    [('mara', 'quill'), ('brandt',), ('ada',), ('new', 'york')]
+    """
+    text = _INITIAL.sub("", text)
+    names, found, end = frozenset(names_in(text)), dict[tuple[str, ...], None](), 0
+    run: tuple[str, ...] = ()
+    for word in _WORD.finditer(text):
+        name = _POSSESSIVE.sub("", word.group().lower())
+        if text[end : word.start()].strip() or not (word.group()[0].isupper() and name in names):
+            found[run], run = None, ()
+        if word.group()[0].isupper() and name in names:
+            run += (name,)
+        if _POSSESSIVE.search(word.group()):
+            found[run], run = None, ()
+        end = word.end()
+    found[run] = None
+    return [each for each in found if each]
+
+
+def with_names(vectors: Vectors, names: Sequence[Sequence[str]]) -> Vectors:
+    """Return a `NameEmbedder`'s vectors with other names in them, a row each."""
+    of_names = np.stack([_of_names(each) for each in names])
+    changed: Vectors = np.concatenate([vectors[:, :-NAMES_DIMENSION], of_names * SCALE], axis=1)
+    return changed
 
 
 def _of_names(names: Sequence[str]) -> Vectors:

@@ -9,7 +9,9 @@ The nearness of a prompt is the best score in the strongest shard, plus `SHARE_W
 share of all strengths (scaled so that an equal share counts 0). A held record is near, and its
 neighbours concern the same subject; a deleted one finds other people's records, scattered over shards.
 If nearness is below `min_score`, no record is near, and the base alone answers (or the mean of all
-shards) instead of a stranger's shard.
+shards) instead of a stranger's shard. A prompt that names somebody whom no record names is `DOUBT` less
+near, and for one that names nobody the share counts less where records do name people (`lookup.py`); but
+a prompt that a record holds word for word is always near.
 
 Prompts are compared with what records ask, so neither the length of their answers nor a system prompt
 affects a score. `min_score: auto` is slightly below 1, whatever the records: a prompt that a record
@@ -39,8 +41,11 @@ from dataclasses import dataclass
 from sisa.config.config import MINILM, Aggregation
 from sisa.core.domain import Hit, Kind
 
-SHARE_WEIGHT = 0.3
-MIN_SCORES = {MINILM: 0.99}  # below 1 by more than rounding errors
+NUM_ROUTING_HITS = 32
+SHARE_WEIGHT, UNNAMED_SHARE_WEIGHT = 0.3, 0.08
+DOUBT = 0.15
+EQUAL = 0.99  # below 1 by more than rounding errors: equal words score 1
+MIN_SCORES = {MINILM: EQUAL}
 
 
 @dataclass(frozen=True)
@@ -70,23 +75,33 @@ def resolve_aggregation(how: Aggregation, embedder: str, kind: Kind) -> Aggregat
     return how.model_copy(update={"min_score": measured})
 
 
-def choose_route(hits: Sequence[Hit], how: Aggregation, live_shards: Collection[int]) -> Route:
+def choose_route(
+    hits: Sequence[Hit], how: Aggregation, live_shards: Collection[int], near: float | None = None
+) -> Route:
     """Return the route for a prompt with these hits, strongest shard first.
 
     `live_shards` are those that serve an adapter. `how` must be resolved: an `auto` rejects no prompt.
+    `near` is how near the prompt is, unless the hits alone say it.
     """
     if how.method != "routed":
         return all_of(live_shards)
     strengths = _strengths(hits, how.temperature, live_shards)
     chosen = tuple(sorted(strengths, key=lambda shard: (-strengths[shard], shard))[: how.top_k])
     least = how.min_score if isinstance(how.min_score, float) else None
-    if least is not None and nearness(hits, how.temperature, live_shards) < least:
+    near = nearness(hits, how.temperature, live_shards) if near is None else near
+    if least is not None and near < least:
         return all_of(live_shards) if how.below == "mean_prob" else Route()
     total = sum(strengths[each] for each in chosen)
     return Route(chosen, tuple(strengths[each] / total for each in chosen))
 
 
-def nearness(hits: Sequence[Hit], temperature: float, live_shards: Collection[int]) -> float:
+def nearness(
+    hits: Sequence[Hit],
+    temperature: float,
+    live_shards: Collection[int],
+    share_weight: float = SHARE_WEIGHT,
+    doubt: float = 0.0,
+) -> float:
     """Return how near a prompt is to the records of one shard: at most 1 + `SHARE_WEIGHT`.
 
     >>> nearness([Hit(7, 0.9, 2), Hit(1, 0.9, 0)], 0.1, {0, 2}), nearness([Hit(7, 0.5, 2)], 0.1, {0, 2})
@@ -98,7 +113,8 @@ def nearness(hits: Sequence[Hit], temperature: float, live_shards: Collection[in
     first = min(strengths, key=lambda shard: (-strengths[shard], shard))
     best = max(hit.score for hit in hits if hit.shard == first)
     share, chance = strengths[first] / sum(strengths.values()), 1 / len(live_shards)
-    return best + SHARE_WEIGHT * (share if chance == 1 else (share - chance) / (1 - chance))
+    near = best + share_weight * (share if chance == 1 else (share - chance) / (1 - chance)) - doubt
+    return max(near, best) if best >= EQUAL else near
 
 
 def _strengths(

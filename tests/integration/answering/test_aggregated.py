@@ -94,8 +94,8 @@ def chat_prompt(model: Model, *turns: tuple[str, str]) -> Any:
     )
 
 
-def test_of_a_chat_the_last_user_turn_is_looked_up(model: Model) -> None:
-    seen: list[str] = []
+def test_of_a_chat_the_user_turns_are_looked_up(model: Model) -> None:
+    seen: list[Any] = []
     wrapped = model.as_transformers()
     wrapped._router = lambda prompts: [seen.append(each) or model.routes([each])[0] for each in prompts]  # type: ignore[func-returns-value]
     system = ("system", "You are Helpful and Kind.")
@@ -104,7 +104,7 @@ def test_of_a_chat_the_last_user_turn_is_looked_up(model: Model) -> None:
     wrapped.generate(**alone, max_new_tokens=1, do_sample=False)
     later = chat_prompt(model, ("user", "Hello!"), ("assistant", "Yes?"), ("user", question))
     wrapped.generate(**later, max_new_tokens=1, do_sample=False)
-    assert seen == [question, question]
+    assert seen == [question, [{"role": "user", "content": text} for text in ("Hello!", question)]]
     wrapped(**alone)
     assert seen[2:] == [question]
 
@@ -137,6 +137,17 @@ def test_a_batch_that_the_base_alone_answers_is_told_of(tiny: Tiny) -> None:
         wrapped.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False)
     ids, mask = prompts_of(model, ["Why is the sky blue?", PEOPLE[0]["prompt"]])
     wrapped.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False)
+
+
+def test_answers_that_end_at_once_are_told(model: Model) -> None:
+    wrapped = model.as_transformers()
+    ids, mask = prompts_of(model, [PEOPLE[0]["prompt"], PEOPLE[1]["prompt"]])
+    end = wrapped.tokenizer.eos_token_id
+    others = [token for token in range(len(wrapped.tokenizer)) if token != end]
+    with pytest.warns(UserWarning, match="2 of 2 answers ended at once"):
+        wrapped.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False, suppress_tokens=others
+        )
 
 
 def test_beams_are_refused(model: Model) -> None:

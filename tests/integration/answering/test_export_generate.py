@@ -294,6 +294,26 @@ def test_the_base_alone_is_asked_in_its_chat_form_unless_another_is_given(
     assert forms == ["completion", "chat", "completion", "completion"]
 
 
+def test_an_answer_that_ends_at_once_says_so_in_every_form(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sisa.lm.answer import answerer
+
+    change_run(tiny.run_file, sisa__aggregation={"method": "routed", "min_score": 0.99})
+    tiny.train()
+    monkeypatch.setattr(answerer, "end_tokens", lambda _, tokenizer: frozenset(range(len(tokenizer))))
+    model = tiny.open()
+    forms: list[Any] = [None, "chat", "completion", "text"]
+    for kind in forms:
+        ended = model.generate_all([PROMPT, "Why is the sky blue?"], max_new_tokens=4, kind=kind)
+        assert [(each.ended_at_once, bool(each.shards)) for each in ended] == [
+            (True, True),
+            (True, False),
+        ]
+    done = command(capsys, "generate", "-m", tiny.directory, "--prompt", PROMPT)
+    assert done.json["ended_at_once"] is True
+
+
 SYSTEM = (
     "You are the Friendly assistant of Harbour Telecom and help Every customer in Plain words, "
     "briefly, and You never guess at a Bill."

@@ -1,0 +1,188 @@
+"""What of a prompt is looked up in the index, and the hits that speak for it most.
+
+A prompt can be looked up in several ways, as a text with the names that count with it, and the way that
+is nearest to the records of one shard decides:
+
+    the whole turn      the last user turn, with all its names
+    its sentences       each with its own names, and with each run of them (Mara Quill) alone; one that
+                        names nobody, with those of the sentence before. Only if records name everybody
+                        in the turn: an appended name neither hides whom a question is about, nor sends
+                        a question about a deleted person to somebody else's shard
+    with the context    the turn with the names of the latest turn before it that has any; if it names
+                        somebody itself, the nearest record must hold one of its names. A turn of up to
+                        three words ("and when?") asks nothing by itself: the turn before it as well
+
+A run of names is known where a record's names are much the same. A prompt with a run of several names
+that is not known is `DOUBT` less near. A prompt that names nobody, though it is written with capitals,
+could be about anybody whom the records near it name: there the share of the first shard counts less.
+
+Without names in the index (`names: false`) the last turn is looked up, and the ones before it back to
+one that names somebody. `tests/bench/hostile.py` measures all of this. The settings were chosen on one
+half of TOFU's authors; no user's records took part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from sisa.core.domain import Hit
+from sisa.core.ports import Vectors
+from sisa.lm.answer.names import nameless, names_in, runs_in, with_names
+from sisa.lm.answer.route import DOUBT, NUM_ROUTING_HITS, SHARE_WEIGHT, UNNAMED_SHARE_WEIGHT, nearness
+
+KNOWN = 0.85  # of the cosine of names: two of three names score 0.816
+NAMING = 0.25  # of the records near a prompt
+SHORT_TURN = 3  # words
+_SENTENCE = re.compile(r"(?<=\w\w[.?!])\s+|(?<=[\"')][.?!])\s+|\n+")
+
+Run = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """The index as prompts are looked up in it; `vectors` returns those of the prompts of hits."""
+
+    embed: Callable[[Sequence[str]], Vectors]
+    search: Callable[[Vectors, int], list[list[Hit]]]
+    vectors: Callable[[Sequence[Hit]], Vectors]
+    has_names: bool
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a person asks, and what was said before it, the latest first."""
+
+    asked: str
+    before: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to look a prompt up; the nearest record must name one of `held` for it to count."""
+
+    text: str
+    names: Run
+    doubtful: bool = False
+    held: Run = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """The hits of the way that decides, best first, and how near they are."""
+
+    hits: list[Hit]
+    near: float
+
+
+def look_up(
+    prompts: Sequence[Said], index: Index, temperature: float, live: Collection[int]
+) -> list[Found]:
+    """Return what decides each prompt's route."""
+    if not prompts:
+        return []
+    asked = list(dict.fromkeys(said.asked for said in prompts))
+    rows = dict(zip(asked, index.embed(asked), strict=True))
+    ways = _ways(prompts, index, dimension=len(rows[asked[0]]))
+    flat = [way for some in ways for way in some]
+    others = [text for text in dict.fromkeys(way.text for way in flat) if text not in rows]
+    if others:
+        rows |= zip(others, index.embed(others), strict=True)
+    vectors = np.stack([rows[way.text] for way in flat])
+    if index.has_names:
+        vectors = with_names(vectors, [way.names for way in flat])
+    found = (
+        Found(hits, _near(way, hits, index, temperature, live))
+        for way, hits in zip(flat, index.search(vectors, NUM_ROUTING_HITS), strict=True)
+    )
+    return [max(islice(found, len(some)), key=lambda each: each.near) for some in ways]
+
+
+def _near(way: Way, hits: list[Hit], index: Index, temperature: float, live: Collection[int]) -> float:
+    if way.held and not (hits and _names_one_of(way.held, hits[0], index)):
+        return -np.inf
+    weight = SHARE_WEIGHT
+    anybody = index.has_names and not way.names and not runs_in(way.text)
+    if anybody and way.text != way.text.lower() and hits:
+        named = ~nameless(index.vectors(hits))
+        weight = UNNAMED_SHARE_WEIGHT if named.mean() >= NAMING else weight
+    return nearness(hits, temperature, live, weight, DOUBT if way.doubtful else 0.0)
+
+
+def _names_one_of(names: Run, hit: Hit, index: Index) -> bool:
+    vectors = index.vectors([hit])
+    alone = with_names(np.zeros_like(vectors[:1]), [names])[0]
+    return bool((vectors @ alone).max(initial=0.0) > 0)
+
+
+def _ways(prompts: Sequence[Said], index: Index, dimension: int) -> list[list[Way]]:
+    if not index.has_names:
+        return [[Way(text, ()) for text in _back_to_a_name(said)] for said in prompts]
+    texts = dict.fromkeys(text for said in prompts for text in (said.asked, *said.before))
+    known = _known(list(dict.fromkeys(run for text in texts for run in runs_in(text))), index, dimension)
+    return [list(dict.fromkeys(ways_of(said, known))) for said in prompts]
+
+
+def _known(runs: Sequence[Run], index: Index, dimension: int) -> frozenset[Run]:
+    """Return the runs of names that some record holds, and few others beside them."""
+    if not runs:
+        return frozenset()
+    queries = with_names(np.zeros((len(runs), dimension), np.float32), runs)
+    comparable = ~nameless(queries)  # hashed names can cancel each other out
+    nearest = iter(index.search(queries[comparable], 1))
+    found = zip(runs, (next(nearest) if each else [] for each in comparable), strict=True)
+    return frozenset(run for run, hits in found if hits and hits[0].score >= KNOWN)
+
+
+def _back_to_a_name(said: Said) -> Iterator[str]:
+    for text in (said.asked, *said.before):
+        yield text
+        if names_in(text):
+            return
+
+
+def ways_of(said: Said, known: Collection[Run]) -> Iterator[Way]:
+    """Yield the ways to look a prompt up; `known` are the runs of names that records hold.
+
+    >>> said = Said("Where was she born?", ("Who is Mara Quill?",))
+    >>> [way.names for way in ways_of(said, {("mara", "quill")})]
+    [(), ('mara', 'quill')]
+    >>> said = Said("Who is Mara Quill? Compare with Ada Lane.")
+    >>> [way.text for way in ways_of(said, {("mara", "quill"), ("ada", "lane")})]
+    ['Who is Mara Quill? Compare with Ada Lane.', 'Who is Mara Quill?', 'Compare with Ada Lane.']
+    >>> [way.doubtful for way in ways_of(said, {("mara", "quill")})]
+    [True]
+    """
+    asked, runs = said.asked, runs_in(said.asked)
+    own = tuple(names_in(asked))
+    context = next((text for text in said.before if runs_in(text)), None)
+    yield Way(asked, own, _doubtful(runs, known) or (not runs and context is not None))
+    if runs and not _doubtful(runs, known):
+        yield from _of_sentences(asked, known)
+    if context is not None:
+        before = runs_in(context)
+        found = [run for run in before if run in known]
+        every = [] if len(found) == len(before) else [tuple(names_in(context))]
+        for names in (*every, *found):
+            if not set(names) & set(own):
+                yield Way(asked, (*own, *names), _doubtful(before, known), own)
+    if said.before and len(asked.split()) <= SHORT_TURN:
+        yield from ways_of(Said(said.before[0], said.before[1:]), known)
+
+
+def _doubtful(runs: Sequence[Run], known: Collection[Run]) -> bool:
+    return any(len(run) > 1 and run not in known for run in runs)
+
+
+def _of_sentences(text: str, known: Collection[Run]) -> Iterator[Way]:
+    latest: list[Run] = []
+    for sentence in filter(str.strip, _SENTENCE.split(text)):
+        runs = [run for run in runs_in(sentence) if run in known]
+        own = tuple(names_in(sentence))
+        every = [own, *runs] if own else latest
+        yield from (Way(sentence, names) for names in dict.fromkeys(every))
+        latest = runs or latest
