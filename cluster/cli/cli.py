@@ -29,6 +29,7 @@ from cluster.cli import (
     patches,
     plan,
     requests,
+    routing,
 )
 from cluster.cli.command import (
     cli,
@@ -67,6 +68,7 @@ __all__ = [
     "patches",
     "plan",
     "requests",
+    "routing",
     "run",
 ]
 

@@ -38,8 +38,8 @@ from sisa.lm.answer.answerer import Answerer
 from sisa.lm.answer.route import Route
 from sisa.lm.base.tokens import NO_LOSS
 
-Asked = str | list[dict[str, str]]  # a text, or the user turns of a chat
-Router = Callable[[Sequence[Asked]], list[Route]]
+Question = str | list[dict[str, str]]  # a text, or the user turns of a chat
+Router = Callable[[Sequence[Question]], list[Route]]
 PROMPT_ENDS = ("Answer:", "<|im_start|>assistant\n")
 
 
@@ -192,7 +192,7 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )
 
 
-def _asked_of(texts: Sequence[str]) -> Asked:
+def _asked_of(texts: Sequence[str]) -> Question:
     return texts[0] if len(texts) == 1 else [{"role": "user", "content": text} for text in texts]
 
 

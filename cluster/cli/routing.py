@@ -1,0 +1,60 @@
+"""Choose from which nearness on a shard answers a prompt: `sisa routing calibrate`.
+
+Only public prompts are read, and nothing is written: what is printed are lines for the run file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cluster.cli.command import cli, command
+from cluster.render.render import Result
+
+if TYPE_CHECKING:
+    from sisa.lm.answer.calibration import Errors
+
+
+@cli.group(help="Which shards answer a prompt.")
+def routing() -> None:
+    """Hold the commands about routing."""
+
+
+@command("calibrate", "sisa routing calibrate run.yaml --prompts public.jsonl", group=routing)
+@click.argument("run_file", type=click.Path(path_type=Path))
+@click.option(
+    "--prompts",
+    "file",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Records that anybody may see, with subjects; columns as in the run file.",
+)
+def calibrate(run_file: Path, file: Path) -> Result:
+    """Choose min_score on public prompts of your own, for the run file's embedder and shards."""
+    from sisa.config.runfile import load_run_file
+    from sisa.data.reader import read_like
+    from sisa.flows.wiring.context import Resources
+    from sisa.lm.answer.calibration import calibrate as calibrated
+
+    config = load_run_file(run_file)
+    records = read_like(config, file, subjects="some")
+    found = calibrated(records, Resources(config, None, None).embedder, config.sisa)
+    lines = [
+        f"{found.prompts} prompts about {found.subjects} subjects, in {config.sisa.shards} shards",
+        _line(found.best),
+        *([_line(found.auto) + "  (auto)"] if found.auto else []),
+        "for the run file:",
+        f"  sisa: {{aggregation: {{method: routed, min_score: {found.best.min_score}}}}}",
+    ]
+    return Result(asdict(found), "\n".join(lines))
+
+
+def _line(of: Errors) -> str:
+    shares = [f"{share:.1%} ({low:.1%} to {high:.1%})" for share, low, high in (of.refused, of.sent)]
+    return (
+        f"min_score {of.min_score}: new questions about held subjects refused {shares[0]}, "
+        f"questions about deleted subjects sent to a shard {shares[1]}"
+    )
