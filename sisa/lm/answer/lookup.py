@@ -12,8 +12,8 @@ is nearest to the records of one shard decides:
                         somebody itself, the nearest record must hold one of its names. A turn of up to
                         three words ("and when?") asks nothing by itself: the turn before it as well
 
-A run of names is known where a record's names are much the same. A prompt with a run of several names
-that is not known is `DOUBT` less near. A prompt that names nobody, though it is written with capitals,
+A run of names is known where a record holds all of it. A prompt with a run of several names that is not
+known is `DOUBT` less near. A prompt that names nobody, though it is written with capitals,
 could be about anybody whom the records near it name: there the share of the first shard counts less.
 
 Without names in the index (`names: false`) the last turn is looked up, and the ones before it back to
@@ -35,7 +35,7 @@ from sisa.core.ports import Vectors
 from sisa.lm.answer.names import nameless, names_in, runs_in, with_names
 from sisa.lm.answer.route import DOUBT, NUM_ROUTING_HITS, SHARE_WEIGHT, UNNAMED_SHARE_WEIGHT, nearness
 
-KNOWN = 0.85  # of the cosine of names: two of three names score 0.816
+NUM_NAMING = 8  # records that are asked whether they hold a run of names
 NAMING = 0.25  # of the records near a prompt
 SHORT_TURN = 3  # words
 _SENTENCE = re.compile(r"(?<=\w\w[.?!])\s+|(?<=[\"')][.?!])\s+|\n+")
@@ -128,14 +128,26 @@ def _ways(prompts: Sequence[Said], index: Index, dimension: int) -> list[list[Wa
 
 
 def _known(runs: Sequence[Run], index: Index, dimension: int) -> frozenset[Run]:
-    """Return the runs of names that some record holds, and few others beside them."""
+    """Return the runs of names that one record holds in full."""
     if not runs:
         return frozenset()
-    queries = with_names(np.zeros((len(runs), dimension), np.float32), runs)
+    nothing = np.zeros((1, dimension), np.float32)
+    queries = with_names(np.repeat(nothing, len(runs), axis=0), runs)
     comparable = ~nameless(queries)  # hashed names can cancel each other out
-    nearest = iter(index.search(queries[comparable], 1))
-    found = zip(runs, (next(nearest) if each else [] for each in comparable), strict=True)
-    return frozenset(run for run, hits in found if hits and hits[0].score >= KNOWN)
+    nearest = iter(index.search(queries[comparable], NUM_NAMING))
+    hits = [next(nearest) if each else [] for each in comparable]
+    return frozenset(
+        run
+        for run, of in zip(runs, hits, strict=True)
+        if of
+        and _hold_all(index.vectors(of), np.concatenate([with_names(nothing, [(n,)]) for n in run]))
+    )
+
+
+def _hold_all(vectors: Vectors, names: Vectors) -> bool:
+    """Return whether one of some vectors has all of some names."""
+    held: bool = ((vectors @ names.T) > 0).all(axis=1).any()
+    return bool(held)
 
 
 def _back_to_a_name(said: Said) -> Iterator[str]:

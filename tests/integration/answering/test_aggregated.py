@@ -52,9 +52,9 @@ def test_generate_is_what_the_answerer_says(model: Model) -> None:
 def test_forward_with_labels_is_a_causal_model(model: Model) -> None:
     import torch
 
-    seen: list[str] = []
+    seen: list[Any] = []
 
-    def router(prompts: Sequence[str]) -> list[Route]:
+    def router(prompts: Sequence[Any]) -> list[Route]:
         seen.extend(prompts)
         return model.routes(prompts)
 
@@ -76,7 +76,7 @@ def test_forward_with_labels_is_a_causal_model(model: Model) -> None:
 def test_without_labels_the_marked_prompt_is_looked_up(model: Model) -> None:
     import torch
 
-    seen: list[str] = []
+    seen: list[Any] = []
     wrapped = model.as_transformers(prompt_ends=["Answer:"])
     wrapped._router = lambda prompts: [seen.append(each) or model.routes([each])[0] for each in prompts]  # type: ignore[func-returns-value]
     texts = ["Question: Who?\nAnswer: Ada", "Question: Who?\nAnswer: Bob"]
@@ -190,7 +190,7 @@ def test_the_harness_reaches_the_shards_in_its_chat_form(tiny: Tiny, tmp_path: P
     wrapped = model.as_transformers()
     seen: dict[str, Route] = {}
 
-    def router(prompts: Sequence[str]) -> list[Route]:
+    def router(prompts: Sequence[Any]) -> list[Route]:
         found = model.routes(prompts)
         seen.update(zip(prompts, found, strict=True))
         return found

@@ -9,7 +9,7 @@ import pytest
 
 from sisa.config.config import Aggregation
 from sisa.core.domain import Hit
-from sisa.core.ports import Vectors
+from sisa.core.ports import Embedder, Vectors
 from sisa.lm.answer.hashing import HashingEmbedder
 from sisa.lm.answer.lookup import Index, Said, look_up
 from sisa.lm.answer.names import NameEmbedder
@@ -25,7 +25,7 @@ QUESTIONS = (
     "What do the parents of {} do for a living?",
 )
 HOW = Aggregation(min_score=0.99)
-EMBEDDERS = {True: NameEmbedder(HashingEmbedder()), False: HashingEmbedder()}
+EMBEDDERS: dict[bool, Embedder] = {True: NameEmbedder(HashingEmbedder()), False: HashingEmbedder()}
 
 
 def routes(
