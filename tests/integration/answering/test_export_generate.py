@@ -420,6 +420,11 @@ def test_status_searches_no_index_until_a_deletion_changes_it(chats: Tiny) -> No
     assert in_new_process() == asdict(searched) == {"looked_up": 22, "turned_away": 0, "elsewhere": 0}
 
 
+def answered(answer: Answer) -> dict[str, Any]:
+    body = {"answer": answer.text, "shards": list(answer.shards)}
+    return body | ({"ended_at_once": True} if answer.ended_at_once else {})
+
+
 def test_generate_goes_on_with_conversations_and_answers_files(
     chats: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -434,12 +439,10 @@ def test_generate_goes_on_with_conversations_and_answers_files(
         capsys,
         *(*asked, "--system", SYSTEM, "--history", history, "--prompt", second["content"]),
     )
-    assert done.json == {"answer": expected[0].text, "shards": list(expected[0].shards)}
+    assert done.json == answered(expected[0])
     rows = [{"messages": talk}, {"prompt": first["content"]}]
     done = command(capsys, *asked, "--prompts", write_rows(chats.folder / "asked.jsonl", rows))
-    assert done.json["answers"] == [
-        {"answer": each.text, "shards": list(each.shards)} for each in expected
-    ]
+    assert done.json["answers"] == [answered(each) for each in expected]
     lines = chats.folder / "asked.txt"
     lines.write_text(f"{first['content']}\n\n{second['content']}\n")
     assert len(command(capsys, *asked, "--prompts", lines).json["answers"]) == 2
