@@ -146,8 +146,7 @@ def _known(runs: Sequence[Run], index: Index, dimension: int) -> frozenset[Run]:
 
 def _hold_all(vectors: Vectors, names: Vectors) -> bool:
     """Return whether one of some vectors has all of some names."""
-    held: bool = ((vectors @ names.T) > 0).all(axis=1).any()
-    return bool(held)
+    return bool(((vectors @ names.T) > 0).all(axis=1).any())
 
 
 def _back_to_a_name(said: Said) -> Iterator[str]:
