@@ -133,7 +133,7 @@ def test_the_same_bits_each_time_whatever_was_asked_before(
     assert weights(load(base, patches)) == first
     assert weights(load(base, patches[:1])) != first
     assert weights(load(base, patches)) == first
-    monkeypatch.setattr("sisa.lm.base.low_rank._last", {})
+    monkeypatch.setattr("sisa.lm.base.weights._patched", {})
     assert weights(load(base, patches)) == first
 
 

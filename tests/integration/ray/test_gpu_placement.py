@@ -88,7 +88,7 @@ def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(InvalidInput) as caught:
         open_executor(replace(site, precision=Precision()), {"num_gpus": 1})
     assert [each.where for each in caught.value.problems] == ["cluster.num_gpus"]
-    with pytest.raises(InvalidInput, match="described"):
+    with pytest.raises(InvalidInput, match="nor whole GPUs"):
         open_executor(site, {"num_gpus": 1.5})
 
 

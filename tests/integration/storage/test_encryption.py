@@ -405,7 +405,7 @@ def test_keys_inside_the_model_directory_are_refused(
     with pytest.raises(InvalidInput) as refused:
         tiny.train()
     told = str(refused.value)
-    assert ("lie with the model" if keyring.startswith("link") else "are inside output_dir") in told
+    assert ("lie inside the model" if keyring.startswith("link") else "are inside output_dir") in told
     assert ("line" in told) == (not keyring.startswith("link"))
     assert not tiny.directory.exists()
 
