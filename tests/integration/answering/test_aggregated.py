@@ -15,7 +15,8 @@ from sisa.lm.answer.route import Route
 from sisa.model import Model
 from tests.models.tiny_model import PEOPLE, Tiny, change_run
 
-pytestmark = pytest.mark.torch
+# a base of a few kilobytes ends some answers at once
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*answers ended at once")]
 
 QUESTIONS = ["Where does Ada live?", "Who is it that keeps bees and plays the organ?", "What?"]
 
