@@ -94,7 +94,7 @@ def run_quickstart(
     from_scratch: bool,
     executor: str | OpenExecutor,
 ) -> Result:
-    """Train, find, delete and prove, on a real language model, in two minutes."""
+    """Train, find, delete and prove in two minutes. Uses a real model and invented people."""
     from cluster.cli.quickstart import run_story
 
     story = run_story(directory, num_people, num_epochs, executor, from_scratch=from_scratch)
@@ -104,7 +104,7 @@ def run_quickstart(
 @command("init", "sisa init my-model && sisa train my-model/run.yaml")
 @click.argument("directory", type=click.Path(path_type=Path))
 def start(directory: Path) -> Result:
-    """Write a commented run.yaml and a small data file to start from."""
+    """Write a commented run.yaml and sample data."""
     from cluster.cli.quickstart import write_start
 
     return render.init(write_start(directory))
@@ -143,7 +143,7 @@ def train(
 def add(
     directory: Path, file: Path, allow_deleted: bool, append: bool, executor: str | OpenExecutor
 ) -> Result:
-    """Add new records; the result equals training on all of them from scratch."""
+    """Add new records. The result equals training on all records from scratch."""
     with opened(directory, executor) as model:
         return render.taken(model.add(file, allow_deleted=allow_deleted, append=append), directory)
 
@@ -153,7 +153,7 @@ def add(
 @ids_argument
 @ids_file_option
 def show_where(directory: Path, ids: tuple[str, ...], ids_file: Path | None) -> Result:
-    """Show which shard, slice, checkpoints and heads each record touched."""
+    """Show the shard, slice, checkpoints and heads of each record."""
     named = named_ids(ids, ids_file)
     if not named:
         raise click.UsageError("give at least one ID or --ids-file")
@@ -178,7 +178,7 @@ def find(
     top_k: int,
     show_text: bool,
 ) -> Result:
-    """Find candidate records by content, with scores, shard, slice and subject."""
+    """Find records by content, subject or likeness. Prints score, shard, slice and subject."""
     if sum(each is not None for each in (text, file, subject, like)) != 1:
         raise click.UsageError("give exactly one of --text, --file, --subject and --like")
     if file is not None:
@@ -266,7 +266,7 @@ def verify(
     anchor: WitnessHead | None,
     executor: str | OpenExecutor,
 ) -> Result:
-    """Check every held byte; prove by replay."""
+    """Check every stored byte. --replay trains again and compares."""
     if replay == "none" and (shard is not None or require_replay):
         replay = "sample"
     with opened(directory, executor) as model:
@@ -387,8 +387,9 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
         click.echo(error.format_message(), err=True)
         return EXIT_USAGE
     except click.ClickException as error:
-        usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
-        fault = InvalidInput(error.format_message(), next_step=usage.replace("Usage:", "usage:"))
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        next_step = f"`{context.command_path} --help` shows options and an example" if context else ""
+        fault = InvalidInput(error.format_message(), next_step=next_step)
         return _fail(fault.to_json() | {"type": "UsageError"}, str(fault), EXIT_USAGE, as_json)
     except SisaError as error:
         return _fail(error.to_json(), str(error), error.exit_code, as_json)

@@ -36,7 +36,10 @@ class _Command(click.Command):
         super().__init__(*args, **options)
 
 
-@click.group(help="Train a language model from which records can be deleted exactly.")
+@click.group(
+    help="Train a language model from which records can be deleted exactly.\n\n"
+    "Start with `sisa quickstart`, or with `sisa init DIR`."
+)
 @click.version_option(package_name="deletion-ready-model", prog_name="sisa")
 def cli() -> None:
     """Hold all commands."""

@@ -86,7 +86,7 @@ def evaluation() -> None:
 @click.option("--address", help="HOST:PORT of a Ray cluster; by default a local Ray.")
 @log_format_option
 def tofu(models: tuple[str, ...], references: tuple[str, ...], variant: Any, **options: Any) -> Result:
-    """Measure TOFU's model utility and forget quality, question by question."""
+    """Measure model utility and forget quality on TOFU."""
     if len(references) > MAX_REFERENCES:
         raise click.UsageError("give at most two references")
     from approx.evaluation.tofu_aggregates import aggregates

@@ -60,7 +60,7 @@ def submit_job(
     reconfigure: bool,
     allow_deleted: bool,
 ) -> Result:
-    """Train a run file's model as a job on the cluster, with this code.
+    """Submit a training to the cluster.
 
     If a job is lost, submit it again: it continues from what is stored.
     """
@@ -100,7 +100,7 @@ def job_status(job: str | None, address: str) -> Result:
 @address_option
 @click.option("-f", "--follow", "to_the_end", is_flag=True, help="Follow the log until the job ends.")
 def logs(job: str, address: str, to_the_end: bool) -> Result:
-    """Print a job's log; with --follow, follow it and end with the job's exit code."""
+    """Print a job's log. --follow ends with the job's exit code."""
     jobs = _open_jobs(address)
     if to_the_end:
         return _followed(jobs, check_name(job), address)
@@ -114,7 +114,7 @@ def logs(job: str, address: str, to_the_end: bool) -> Result:
 @job_argument
 @address_option
 def stop_job(job: str, address: str) -> Result:
-    """Stop a job; what it has stored stays, and the next job continues from it."""
+    """Stop a job. The next job continues from what it stored."""
     from cluster.jobs.job_flow import stop as end
 
     found, was_running = end(_open_jobs(address), check_name(job))
@@ -129,7 +129,10 @@ def stop_job(job: str, address: str) -> Result:
     "--instance-type", default=INSTANCE_TYPE, show_default=True, help="Instance type of all nodes."
 )
 def print_manifest(kind: Any, gpu: bool, image: str, instance_type: str) -> Result:
-    """Print a manifest for KubeRay: a RayJob, a RayCluster, or the volume that both share."""
+    """Print a KubeRay manifest.
+
+    It is a RayJob, a RayCluster, or the volume that both share.
+    """
     text = manifest(kind, gpu=gpu, image=image, instance_type=instance_type)
     return Result({"kind": kind, "gpu": gpu, "manifest": text}, text.rstrip("\n"))
 

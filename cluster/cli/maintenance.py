@@ -23,7 +23,7 @@ from cluster.cli.command import (
     opened,
     read_lines,
 )
-from cluster.render.render import EXIT_INTEGRITY, Result, old_versions, printable
+from cluster.render.render import EXIT_INTEGRITY, Result, counted, old_versions, printable
 from sisa.core.domain import DeviceName, Dtype, Precision
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     help="Give up stale exports that can't be found; you vouch that they are gone.",
 )
 def gc(directory: Path, dry_run: bool, lost_exports: bool) -> Result:
-    """Remove files that are retired or that the ledger does not list."""
+    """Remove files that are retired or unknown to the ledger."""
     from sisa.audit.garbage import collect_garbage
 
     if dry_run and lost_exports:
@@ -71,7 +71,7 @@ def sweep(
     text_file: Path | None,
     also: tuple[Path, ...],
 ) -> Result:
-    """Prove that nothing is left of the deleted records, or list what is."""
+    """Prove that no deleted record left a trace. Otherwise list the traces."""
     from sisa.audit.residue import sweep_model
 
     named = list(dict.fromkeys(named_ids(ids, ids_file)))
@@ -104,7 +104,7 @@ def doctor(
     dtype: Dtype | None,
     executor: str | OpenExecutor,
 ) -> Result:
-    """Diagnose a model directory; with --repair repair it; with --numerics test this machine."""
+    """Diagnose a model directory. --repair repairs it; --numerics tests this machine instead."""
     if numerics:
         return _numerics(directory, repair, device, dtype)
     if device or dtype:
@@ -141,7 +141,7 @@ def _numerics(
 
 def collected(found: Collected) -> Result:
     num_bytes = sum(each.num_bytes for each in found.items)
-    lines = [f"{len(found.items)} files and directories are retired or unknown, {num_bytes:,} bytes"]
+    lines = [f"retired or unknown files and directories: {len(found.items)}, {num_bytes:,} bytes"]
     for each in found.items:
         kept = "" if each.removable else "  (kept)"
         lines.append(f"  {each.num_bytes:12,}  {each.path}: {each.reason}{kept}")
@@ -160,9 +160,11 @@ def collected(found: Collected) -> Result:
 def scanned(found: Scan) -> Result:
     counts = found.scanned
     lines = [
-        f"scanned {counts['files']} files, {counts['bytes']:,} bytes, in {len(found.places)} places:",
-        f"  {counts['checkpoints']} checkpoints, {counts['rows']} rows, {counts['vectors']} vectors, "
-        f"{counts['adapters']} exported adapters, {counts['strings']} strings looked for",
+        f"scanned {counted(counts['files'], 'file')}, {counts['bytes']:,} bytes, "
+        f"in {counted(len(found.places), 'place')}:",
+        f"  {counted(counts['checkpoints'], 'checkpoint')}, {counted(counts['rows'], 'row')}, "
+        f"{counted(counts['vectors'], 'vector')}, {counted(counts['adapters'], 'exported adapter')}; "
+        f"searched for {counted(counts['strings'], 'string')}",
     ]
     if shredded := counts["shredded"]:
         lines.append(f"  {shredded} encrypted files that no held key opens")
@@ -173,7 +175,9 @@ def scanned(found: Scan) -> Result:
         for each in found.residue
     ]
     lines += [f"  outdated, yet clean: {path}" for path in found.outdated_exports]
-    lines.append("clean: no residue" if found.clean else f"RESIDUE: {len(found.residue)} places")
+    lines.append(
+        "clean: no residue" if found.clean else f"RESIDUE: {counted(len(found.residue), 'place')}"
+    )
     return Result(asdict(found), printable("\n".join(lines)), 0 if found.clean else EXIT_INTEGRITY)
 
 

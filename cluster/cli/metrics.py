@@ -12,7 +12,7 @@ import click
 
 from cluster.cli.command import command, model_option, opened
 from cluster.observe.curves import points, summary
-from cluster.render.render import Result, printable
+from cluster.render.render import Result, counted, printable
 
 if TYPE_CHECKING:
     from cluster.observe.curve_sinks import CurveSink
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--run", "named", multiple=True, help="Only this run. Repeatable.")
 def metrics(directory: Path, target: tuple[str, str] | None, named: tuple[str, ...]) -> Result:
-    """Show what each run measured, or send it to TensorBoard or MLflow."""
+    """Show what each run measured. --to sends it to TensorBoard or MLflow."""
     from sisa.flows.wiring.wiring import METRICS
     from sisa.store.metrics import FileMetrics
 
@@ -58,7 +58,7 @@ def open_sink(tool: str, place: str, experiment: str) -> CurveSink:
 def _row(of: dict[str, Any]) -> str:
     speed = "" if of["tokens_per_second"] is None else f", {of['tokens_per_second']:.0f} tok/s a worker"
     loss = "" if of["last_loss"] is None else f", last loss {of['last_loss']:.4f}"
-    deletions = f", {of['deletions']} deletions" * bool(of["deletions"])
-    failed = f", {of['erasure_failures']} erasures FAILED" * bool(of["erasure_failures"])
-    done = f"{of['slices_trained']} slices, {of['tokens']:,} tokens"
+    deletions = f", {counted(of['deletions'], 'deletion')}" * bool(of["deletions"])
+    failed = f", {counted(of['erasure_failures'], 'erasure')} FAILED" * bool(of["erasure_failures"])
+    done = f"{counted(of['slices_trained'], 'slice')}, {counted(of['tokens'], 'token')}"
     return f"{of['run']}: {done}{speed}{loss}{deletions}{failed}"

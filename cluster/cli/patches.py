@@ -53,7 +53,7 @@ retrain_option = click.option(
 )
 
 
-@cli.group("approx", help="Measure and reduce what the frozen base itself knows; never exact.")
+@cli.group("approx", help="Measure and reduce what the frozen base knows; never exact.")
 def approx() -> None:
     """Group approximate commands."""
 
@@ -68,7 +68,7 @@ def approx() -> None:
 )
 @click.option("--without-patches", is_flag=True, help="Probe the base as it was before any patch.")
 def probe(directory: Path, file: Path, without_patches: bool) -> Result:
-    """Ask the base alone, as it is served, whether it reproduces given texts."""
+    """Ask the base alone whether it reproduces given texts."""
     from approx.evaluation.probe import open_probe
     from sisa import unlearn
     from sisa.core.domain import Part, Record
@@ -128,7 +128,10 @@ def unlearn(
     retrain_shards: bool,
     executor: str | OpenExecutor,
 ) -> Result:
-    """Make the base forget texts with a patch as strong as needed; without texts, continue a run."""
+    """Make a patch that makes the base say less of given texts.
+
+    Without texts, continue a suspended run.
+    """
     from sisa.unlearn import unlearn
 
     values = assignments(assigned)
@@ -212,7 +215,7 @@ def _settings(config: RunConfig, method: str, values: Mapping[str, Any]) -> dict
 @command("patches", "sisa approx patches -m model", group=approx)
 @model_option
 def patches(directory: Path) -> Result:
-    """List all patches ever wanted, and the texts that the vault holds for them."""
+    """List all patches and the vault's texts."""
     from sisa.unlearn import patches
 
     with opened(directory) as model:
@@ -223,7 +226,7 @@ def patches(directory: Path) -> Result:
 @model_option
 @click.argument("version", type=click.IntRange(1))
 def show_patch(directory: Path, version: int) -> Result:
-    """Show the report of a patch: what was done and measured, and its limits."""
+    """Show a patch's report: settings, measures, limits."""
     from sisa.unlearn import patches
 
     with opened(directory) as model:
@@ -247,7 +250,7 @@ def show_patch(directory: Path, version: int) -> Result:
 def revert(
     directory: Path, everything: bool, retrain_shards: bool, executor: str | OpenExecutor
 ) -> Result:
-    """Withdraw a wanted patch or, if none is wanted, the newest one; restore the base as it was."""
+    """Cancel a requested patch, or else remove the newest one."""
     from sisa.unlearn import revert
 
     with opened(directory, executor) as model:
@@ -262,7 +265,7 @@ def revert(
 def release(
     directory: Path, sets: tuple[str, ...], requests: tuple[str, ...], everything: bool
 ) -> Result:
-    """Erase texts from the vault, as when consent is withdrawn; the patches made from them stay."""
+    """Erase texts from the vault. Patches made from them stay."""
     from sisa.unlearn import release
 
     if everything == bool(sets or requests):
@@ -343,14 +346,15 @@ def _robustness(report: Mapping[str, Any]) -> Iterator[str]:
     found = report.get("robustness")
     if not found:
         return
-    steps = [each for each in found["relearning"] if each != "0"]
+    steps = sorted((each for each in found["relearning"] if each != "0"), key=int)
 
     def after(of: Mapping[str, float]) -> str:
         return " and ".join(_number(of[each]) for each in steps)
 
     control = found.get("control")
     beside = f" (a control that never knew, {control['of']}: {after(control)})" if control else ""
-    rounding = ", ".join(f"{bits} bits {_number(each)}" for bits, each in found["rounding"].items())
+    rounded = sorted(found["rounding"].items(), key=lambda each: -int(each[0]))  # JSON sorts text
+    rounding = ", ".join(f"{bits} bits {_number(each)}" for bits, each in rounded)
     yield (
         f"  robustness, as probability: {_number(found['relearning']['0'])}; relearnt for "
         f"{' and '.join(steps)} steps {after(found['relearning'])}{beside}; rounded to {rounding}"

@@ -79,9 +79,9 @@ def simulate(
     risks: tuple[str, ...],
     seed: int,
 ) -> Result:
-    """Replay a stream of deletions by counts, and compare it with the closed forms.
+    """Simulate a stream of deletions by counts alone.
 
-    It counts what is retrained of order 0 if all checkpoints are kept.
+    Count what is retrained of order 0 if all checkpoints are kept, beside the closed forms.
     """
     from sisa.config.runfile import load_run_file
     from sisa.planning.deletion_stream import Stream, replay_stream
@@ -131,7 +131,10 @@ def plan(
     min_depth: float,
     plot: Path | None,
 ) -> Result:
-    """Recommend shards, slices, orders, bands and checkpoints for a number of records and deletions."""
+    """Recommend shards, slices, orders, bands and checkpoints.
+
+    Compare what a month's deletions retrain, and what each choice stores.
+    """
     from sisa.config.runfile import load_run_file
     from sisa.planning.layout_advice import Demand, advise, recommended
 

@@ -6,9 +6,10 @@ Nobody is notified.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,16 @@ from cluster.cli.command import (
     option_or_input,
 )
 from cluster.observe.reporting import say
-from cluster.render.render import Result, base_hint, meanwhile, missing_exports, printable, probed, share
+from cluster.render.render import (
+    Result,
+    base_hint,
+    counted,
+    meanwhile,
+    missing_exports,
+    printable,
+    probed,
+    share,
+)
 
 if TYPE_CHECKING:
     from sisa.core.domain import Request, RequestState
@@ -89,7 +99,7 @@ def submit_request(
     )
     with opened(directory) as model:
         done = model.submit(named, subject=subject, terms=terms)
-        return submitted(done, model.request(done.request.request_id))
+        return submitted(done, model.request(done.request.request_id), directory)
 
 
 @command("list", "sisa request list -m model", group=request)
@@ -120,7 +130,8 @@ def _decide(directory: Path, request_id: str, state: RequestState, note: str) ->
 @click.option("--approver", required=True, help="Who approves.")
 def approve(directory: Path, request_id: str, approver: str) -> Result:
     """Approve a request that was received or held."""
-    return _decide(directory, request_id, "approved", approver)
+    done = _decide(directory, request_id, "approved", approver)
+    return replace(done, text=f"{done.text}\nnext: sisa run -m {directory}")
 
 
 @command("deny", 'sisa request deny -m model T-17 --reason "not the person"', group=request)
@@ -215,8 +226,9 @@ def _line(view: RequestView) -> str:
     request = view.request
     name = f" ({request.external_id})" if request.external_id else ""
     closed = request.state in ("completed", "denied", "cancelled")
-    left = "" if closed else f", due {request.due}, {view.days_left} days left"
-    return f"{request.request_id}{name}: {request.state}, {request.num_records} records{left}"
+    left = "" if closed else f", due {request.due}, {counted(view.days_left, 'day')} left"
+    records = counted(request.num_records, "record")
+    return f"{request.request_id}{name}: {request.state}, {records}{left}"
 
 
 def _body(view: RequestView) -> dict[str, Any]:
@@ -248,18 +260,22 @@ def _cost(request: Request) -> list[str]:
     ]
 
 
-def submitted(found: Submitted, view: RequestView) -> Result:
+def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
     lines = [_line(view)]
     if found.copies:
         fate = "included" if found.request.copies_included else "NOT included (--include-duplicates)"
-        lines.append(f"{len(found.copies)} exact copies under other ids, {fate}:")
+        lines.append(f"exact copies under other ids, {fate}: {len(found.copies)}")
         lines += [f"  {each}" for each in found.copies]
     if found.near:
         lines.append(
-            f"{len(found.near)} near-duplicates, not included; submit their ids to delete them:"
+            f"near-duplicates, not included: {len(found.near)}; submit their ids to delete them"
         )
-
         lines += [f"  {each.score:.4f}  {each.id}" for each in found.near]
+    if view.request.state == "received":
+        name = view.request.external_id or view.request.request_id
+        lines.append(f"next: sisa request approve -m {directory} {shlex.quote(name)} --approver WHO")
+    elif view.request.state == "approved":
+        lines.append(f"next: sisa run -m {directory}")
     body = _body(view) | {"copies": list(found.copies), "near": [asdict(each) for each in found.near]}
     return Result(body, printable("\n".join(lines)))
 
@@ -267,23 +283,23 @@ def submitted(found: Submitted, view: RequestView) -> Result:
 def run_planned(found: RunPlan) -> Result:
     lines = [
         f"{found.choice}: {found.why}",
-        f"  {len(found.requests)} requests wait, approved or begun; "
+        f"  approved or unfinished requests: {len(found.requests)}; "
         f"{found.expected_arrivals:.1f} more expected",
-        f"  expected record-epochs: {found.cost_now:.1f} running now and then, "
-        f"{found.cost_waiting:.1f} waiting",
+        f"  expected record-epochs, later requests included: {found.cost_now:.1f} if run now, "
+        f"{found.cost_waiting:.1f} if you wait",
     ]
     return Result(asdict(found), "\n".join(lines))
 
 
 def ran(done: Sequence[Request], missing: Sequence[str] = (), directory: Path | str = "DIR") -> Result:
     lines = [
-        f"{each.request_id}: {each.state}, {each.num_records} records, batch of "
+        f"{each.request_id}: {each.state}, {counted(each.num_records, 'record')}, batch of "
         f"{each.record_epochs_retrained} record-epochs "
         f"({share(each.record_epochs_retrained, each.record_epochs_full)}) in {each.seconds:.1f} s"
         + (f", {each.record_epochs_others} more in other orders" if each.record_epochs_others else "")
-        + (f", {each.exports_erased} exports erased" if each.exports_erased else "")
+        + (f", {counted(each.exports_erased, 'export')} erased" if each.exports_erased else "")
         for each in done
-    ] or ["nothing waits"]
+    ] or ["no request waits to be run"]
     body = {"requests": [asdict(each) for each in done], "exports_missing": list(missing)}
     hints = [line for each in done for line in base_hint(each, directory)]
     return Result(body, printable("\n".join([*lines, *hints, *missing_exports(missing)])))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 EXIT_INTEGRITY = 4
 ENDED_AT_ONCE = "(the model ended at once)"  # instead of an empty answer
 MAX_SHARDS_SHOWN = 8  # in one line of text
+NOT_REQUESTED = "not requested"  # the reason of a shard that was not to be replayed
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,18 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f}%" if whole else "0%"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> counted(1, "slice"), counted(1200, "slice")
+    ('1 slice', '1,200 slices')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def taken(found: Taken, directory: Path) -> Result:
     lines = [
-        f"{found.records} records held in {directory} ({found.added} added now)",
+        f"{counted(found.records, 'record')} in {directory} ({found.added} added now)",
         f"{found.slices_trained} slices trained, {found.record_epochs_trained} record-epochs"
         + (f"; {found.record_epochs_others} more in other orders" if found.record_epochs_others else ""),
         f"model digest {found.model_digest}",
@@ -61,9 +71,13 @@ def taken(found: Taken, directory: Path) -> Result:
         lines.insert(1, f"{text} them `generation: {found.generation}`")
     lines += prompts(found.prompts)
     if found.deleted_not_taken:
-        lines.append(f"{found.deleted_not_taken} records of the source were deleted before: not taken")
+        lines.append(
+            f"skipped: {counted(found.deleted_not_taken, 'record')} that a request deleted before"
+        )
     if found.new_not_taken:
-        lines.append(f"{found.new_not_taken} records are new: take them in with `sisa add`")
+        new = f"not added: {counted(found.new_not_taken, 'new record')}"
+        lines.append(f"{new}; use `sisa add -m {directory} FILE`")
+    lines.append(f"next: sisa status, find, generate or forget, each with -m {directory}")
     return Result(asdict(found), "\n".join(lines))
 
 
@@ -82,7 +96,9 @@ def where(locations: Sequence[Location]) -> Result:
             lines += [f"{each.id}: never a record of the model", *_touched_patches(each)]
             continue
         place += f" (generation {each.generation})" if each.generation else ""
-        lines.append(f"{each.id}: {each.state}, {place}, in {len(each.checkpoints)} checkpoints")
+        lines.append(
+            f"{each.id}: {each.state}, {place}, in {counted(len(each.checkpoints), 'checkpoint')}"
+        )
         lines += [
             f"    slice {touch.slice}  {touch.key}{'  <- served head' if touch.is_head else ''}"
             for touch in each.checkpoints
@@ -95,7 +111,7 @@ def where(locations: Sequence[Location]) -> Result:
 def _gone(each: Location) -> str:
     """Return what was erased with a deleted record, or what is not erased yet."""
     if not each.not_erased:
-        return f"{each.checkpoints_erased} checkpoints erased"
+        return f"{counted(each.checkpoints_erased or 0, 'checkpoint')} erased"
     left = [
         f"{room} can't be read" if count is None else f"{count} in {room}"
         for room, count in each.not_erased.items()
@@ -123,7 +139,7 @@ def found(hits: Sequence[Candidate]) -> Result:
         of = "no subject" if h.subject is None else f"of {h.subject}"
         rows.append(f"{h.score:8.4f}  shard {h.shard}  slice {h.slice}  {h.match:8}{h.id}  ({of})")
         rows += [f"          {h.text}"] if h.text is not None else []
-    text = printable("\n".join(rows)) if rows else "no record is held that could match"
+    text = printable("\n".join(rows)) if rows else "no record matches"
     return Result({"hits": [asdict(each) for each in hits]}, text)
 
 
@@ -170,21 +186,24 @@ def forget_plan(planned: ForgetPlan) -> Result:
     seconds = planned.estimated_seconds
     estimate = "unknown" if seconds is None else f"{seconds:.1f} s of one worker"
     lines = [
-        f"would delete {len(forgetting.removed)} records; nothing was changed",
-        *(f"  shard {s}: retrain {n} slices from slice {first} on" for s, first, n in rows),
+        f"would delete {counted(len(forgetting.removed), 'record')}; nothing was changed",
+        *(f"  shard {s}: retrain {counted(n, 'slice')} from slice {first} on" for s, first, n in rows),
         f"  record-epochs: {forgetting.record_epochs_retrained} of {forgetting.record_epochs_full} "
         f"({share(forgetting.record_epochs_retrained, forgetting.record_epochs_full)}); "
         f"estimated time {estimate}",
         *meanwhile(forgetting.served, forgetting.serving_depth, forgetting.record_epochs_others),
-        f"  would erase {erased['checkpoints']} checkpoints, {erased['slice_files']} slice files, "
-        f"{erased['index_rows']} index rows and {erased['exports']} exports",
+        f"  would erase {counted(erased['checkpoints'], 'checkpoint')}, "
+        f"{counted(erased['slice_files'], 'slice file')}, {counted(erased['index_rows'], 'index row')} "
+        f"and {counted(erased['exports'], 'export')}",
         *_already(len(forgetting.already_deleted)),
+        "next: the same command without --dry-run",
     ]
     return Result(body, "\n".join(lines))
 
 
 def _already(count: int) -> list[str]:
-    return [f"{count} of the named records were deleted before"] if count else []
+    were = "was" if count == 1 else "were"
+    return [f"{count} of the named records {were} already deleted"] if count else []
 
 
 def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
@@ -219,8 +238,11 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
         body["served"] = _served(request.served)
         to_do = "to be retrained" if request.state == "erased" else "retrained"
         lines = [
-            f"deleted {request.num_records} records exactly; request {request.request_id}",
-            *(f"  shard {s}: {n} slices {to_do} from slice {f} on" for s, f, n in request.shards),
+            f"deleted {counted(request.num_records, 'record')} exactly; request {request.request_id}",
+            *(
+                f"  shard {s}: {counted(n, 'slice')} {to_do} from slice {f} on"
+                for s, f, n in request.shards
+            ),
             *meanwhile(request.served, request.serving_depth, request.record_epochs_others),
             f"  record-epochs: {request.record_epochs_retrained} of {request.record_epochs_full} "
             f"({share(request.record_epochs_retrained, request.record_epochs_full)}) "
@@ -228,10 +250,19 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
             f"  model digest {before[:16]}... -> {outcome.model_digest[:16]}...",
             *lines,
         ]
-        lines += [f"  {request.exports_erased} exports erased"] if request.exports_erased else []
+        lines += [f"  {counted(request.exports_erased, 'export')} erased"] * bool(request.exports_erased)
         lines += probed(request.probed) + base_hint(request, directory)
     lines += missing_exports(outcome.exports_missing) + old_versions(outcome.kept)
+    lines += _after_deletion(request, directory)
     return Result(body, printable("\n".join(lines)))
+
+
+def _after_deletion(request: Request | None, directory: Path | str) -> list[str]:
+    if request is None:
+        return []
+    if request.state == "erased":
+        return [f"next: `sisa run -m {directory}` retrains the deferred slices"]
+    return [f"next: `sisa verify -m {directory} --replay sample` proves it by retraining"]
 
 
 def probed(found: Probed | None) -> list[str]:
@@ -302,7 +333,7 @@ def status(found: Status) -> Result:
         f"served: {100 * found.serving_depth:.1f}% of the shards' slices; training from scratch: "
         f"{found.record_epochs_full} record-epochs{more if others else ''}"
     )
-    lines += [f"prompts are put to shards in the form: {found.form}", *prompts(found.prompts)]
+    lines += [f"prompts go to shards in the form: {found.form}", *prompts(found.prompts)]
     if found.checkpoint_budget_bytes is not None:
         budget = f"{found.checkpoint_bytes:,} bytes of a budget of {found.checkpoint_budget_bytes:,}"
         lines.append(f"checkpoints hold {budget}")
@@ -326,21 +357,28 @@ def status(found: Status) -> Result:
 
 def verified(found: Verification) -> Result:
     lines = [
-        f"{found.files_checked} files checked, {found.vectors_embedded} texts embedded again, "
-        f"{len(found.findings)} findings"
+        f"{counted(found.files_checked, 'file')} checked, "
+        f"{counted(found.vectors_embedded, 'text')} embedded again, "
+        f"{counted(len(found.findings), 'finding')}"
     ]
     lines += [f"  - {each.where}: {each.what}" for each in found.findings]
     for each in found.shards:
         if each.replayed:
             outcome = "equal, byte for byte" if each.equal else "DIFFERENT"
-            lines.append(f"shard {each.shard}: {each.stages} stages trained from scratch: {outcome}")
+            stages = counted(each.stages, "stage")
+            lines.append(f"shard {each.shard}: {stages} trained from scratch: {outcome}")
             if each.equal_apart is not None:
                 outcome = "equal, byte for byte" if each.equal_apart else "DIFFERENT"
                 lines.append(f"shard {each.shard}: each stage in a process of its own: {outcome}")
-        else:
+        elif each.reason != NOT_REQUESTED:
             lines.append(f"shard {each.shard}: not replayed ({each.reason})")
+    if left := sum(each.reason == NOT_REQUESTED for each in found.shards):
+        lines.append(f"{counted(left, 'shard')} not replayed ({NOT_REQUESTED})")
     if not found.replayed:
-        lines.append("nothing was replayed: this does not show that training gives these weights")
+        lines.append(
+            "nothing was replayed: this does not show that training gives these weights; "
+            "`--replay sample` or `all` does"
+        )
     lines.append("ok" if found.ok else "NOT OK")
     code = 0 if found.ok else EXIT_INTEGRITY
     return Result({**asdict(found), "replayed": found.replayed}, "\n".join(lines), code)
@@ -371,10 +409,10 @@ def said(found: Answer, alone: bool = False) -> str:
 
 
 def prompts(found: HeldPrompts | None) -> list[str]:
-    """Return the result of looking up held prompts, in one line; no line if they were not looked up."""
+    """Return how stored prompts would be routed, in one line; no line if that was not checked."""
     if found is None:
         return []
-    line = f"held prompts, looked up word for word: {found.turned_away} of {found.looked_up} turned away"
+    line = f"routing check: {found.turned_away} of {found.looked_up} stored prompts are turned away"
     others = f", {found.elsewhere} answered by another shard" if found.elsewhere else ""
     advice = " (see min_score and `sisa doctor`)" if found.turned_away else ""
     return [line + others + advice]

@@ -171,13 +171,15 @@ def test_wrong_usage_is_2(sisa: Sisa, arguments: list[str]) -> None:
     assert code == 2
     error = one_object(out)["error"]
     assert (error["type"], bool(error["message"])) == ("UsageError", True)
+    assert "--help` shows options and an example" in error["next_step"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["approx"], ["config"], ["eval"]])
+@pytest.mark.parametrize("arguments", [[], ["approx"], ["cluster"], ["config"], ["eval"], ["request"]])
 def test_no_command_shows_help_and_is_2(sisa: Sisa, arguments: list[str]) -> None:
     code, out, err = sisa(*arguments)
     assert (code, out) == (2, "")
     assert "Commands:" in err
+    assert "..." not in err.split("Commands:")[1]  # click cuts a long summary
 
 
 def test_a_directory_without_a_model_is_2(sisa: Sisa, tmp_path: Path) -> None:

@@ -96,6 +96,14 @@ def test_a_patch_that_was_made() -> None:
         assert words in result.text
 
 
+def test_a_report_read_from_json_lists_attacks_in_the_same_order() -> None:
+    """The ledger's JSON has sorted keys: "20" before "3", and "4" before "8"."""
+    stored = json.loads(json.dumps(REPORT, sort_keys=True))
+    text = patches.patch_shown(replace(PATCH, report=stored), ()).text
+    assert "relearnt for 3 and 20 steps 0.2000 and 0.7000" in text
+    assert "rounded to 8 bits 0.0500, 4 bits 0.0600" in text
+
+
 def test_what_is_still_known_is_told_and_ends_with_7() -> None:
     left = {"outcome": "held back by the bound", "still_known": {"before": 4, "after": 2, "of": 4}}
     report = {**REPORT, **left}

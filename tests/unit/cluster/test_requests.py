@@ -248,15 +248,16 @@ def test_an_exact_copy_is_no_near_duplicate(ask: Ask) -> None:
 def test_the_words_of_submit_show_and_list(sisa: Sisa, model: Path) -> None:
     code, out, _ = sisa("request", "submit", "id-0000", "-m", model, "--external-id", "T-1")
     assert code == 0
-    assert "(T-1): received, 1 records, due " in out
-    assert "1 exact copies under other ids, NOT included" in out
+    assert "(T-1): received, 1 record, due " in out
+    assert "exact copies under other ids, NOT included (--include-duplicates): 1" in out
+    assert out.endswith(f"next: sisa request approve -m {model} T-1 --approver WHO\n")
     code, out, _ = sisa("request", "hold", "T-1", "-m", model, "--reason", "court \x1b[2J order")
     assert code == 0
     assert re.search(r"held  court .*order", out)
     assert "\x1b" not in out
     sisa("request", "cancel", "T-1", "-m", model)
     code, out, _ = sisa("request", "list", "-m", model)
-    assert "cancelled, 1 records" in out
+    assert "cancelled, 1 record" in out
     assert "days left" not in out  # of what is closed
 
 
@@ -408,8 +409,16 @@ def test_run_carries_out_what_is_approved_and_nothing_else(ask: Ask) -> None:
     assert run_once(ask) == []
 
 
+def test_approval_names_the_command_that_runs_the_request(sisa: Sisa, model: Path) -> None:
+    sisa("request", "submit", "id-0000", "-m", model, "--external-id", "T-1")
+    code, out, _ = sisa("request", "approve", "T-1", "-m", model, "--approver", "dpo")
+    assert (code, out.splitlines()[-1]) == (0, f"next: sisa run -m {model}")
+    again = sisa("request", "submit", "id-0003", "-m", model, "--approver", "dpo")
+    assert again[1].splitlines()[-1] == f"next: sisa run -m {model}"
+
+
 def test_run_without_anything_to_do_says_so(sisa: Sisa, model: Path) -> None:
-    assert sisa("run", "-m", model, "--executor", "serial")[:2] == (0, "nothing waits\n")
+    assert sisa("run", "-m", model, "--executor", "serial")[:2] == (0, "no request waits to be run\n")
 
 
 def test_show_tells_what_was_served_and_what_it_cost(ask: Ask, sisa: Sisa, model: Path) -> None:
@@ -436,7 +445,7 @@ def test_run_prices_finishes_and_tells_what_was_put_off(ask: Ask, sisa: Sisa, mo
     assert ask("run", "--plan")["cost_now"] == put_off["record_epochs_retrained"]
     code, out, _ = sisa("run", "-m", model, "--executor", "serial")
     assert code == 0
-    assert out.startswith(f"{put_off['request_id']}: completed, 1 records")
+    assert out.startswith(f"{put_off['request_id']}: completed, 1 record")
     assert run_once(ask) == []
 
 
@@ -444,7 +453,7 @@ def test_run_tells_what_it_did(ask: Ask, sisa: Sisa, model: Path) -> None:
     found = ask("request", "submit", "id-0003", "--approver", "dpo")
     code, out, _ = sisa("run", "--once", "-m", model, "--executor", "serial")
     assert code == 0
-    assert out.startswith(f"{found['request_id']}: completed, 1 records, batch of ")
+    assert out.startswith(f"{found['request_id']}: completed, 1 record, batch of ")
 
 
 def test_an_unknown_executor_is_2_and_nothing_ran(ask: Ask) -> None:

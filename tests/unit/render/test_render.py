@@ -182,7 +182,7 @@ def test_forget_of_what_is_gone_says_so_under_the_same_keys() -> None:
     assert (found["request_id"], found["records"], found["shards"]) == (None, 0, [])
     assert (found["already_deleted"], found["already_deleted_by"]) == (2, ["req-0"])
     assert (found["model_digest_before"], found["model_digest_after"]) == ("same", "same")
-    assert (result.exit_code, result.text) == (0, "2 of the named records were deleted before")
+    assert (result.exit_code, result.text) == (0, "2 of the named records were already deleted")
 
 
 def test_a_dry_run() -> None:
@@ -200,6 +200,7 @@ def test_a_dry_run() -> None:
         len(plan.train) for plan in planned.plans
     ]
     assert "nothing was changed" in result.text
+    assert result.text.endswith("next: the same command without --dry-run")
     unknown = render.forget_plan(ForgetPlan(planned, None, 2, 2, 2))
     assert (read(unknown)["estimated_seconds"], "unknown" in unknown.text) == (None, True)
 
@@ -224,6 +225,15 @@ def test_verify(ok: bool, code: int) -> None:
     assert "not replayed (the shard holds no records)" in result.text
 
 
+def test_shards_that_were_not_to_be_replayed_are_counted_in_one_line() -> None:
+    left = tuple(ShardProof(shard, "k", False, None, 0, "not requested") for shard in range(3))
+    proofs = (ShardProof(3, "k", True, True, 1), *left)
+    text = render.verified(Verification(True, 1, (), proofs)).text
+    assert "1 file checked" in text
+    assert "shard 3: 1 stage trained from scratch: equal" in text
+    assert text.count("not requested") == text.count("3 shards not replayed (not requested)") == 1
+
+
 def test_train_tells_what_was_not_taken() -> None:
     result = render.taken(Taken(10, 0, 7, 2, 1, 0, 0, "digest"), Path("model"))
     assert read(result) == {
@@ -231,15 +241,16 @@ def test_train_tells_what_was_not_taken() -> None:
         "record_epochs_trained": 0, "slices_trained": 0, "model_digest": "digest",
             "record_epochs_others": 0, "generation": None, "prompts": None,
     }  # fmt: skip
-    assert "2 records of the source were deleted before: not taken" in result.text
-    assert "`sisa add`" in result.text
+    assert "skipped: 2 records that a request deleted before" in result.text
+    assert "not added: 1 new record; use `sisa add -m model FILE`" in result.text
+    assert result.text.splitlines()[-1].startswith("next: ")
 
 
 def test_held_prompts_that_are_turned_away_are_counted() -> None:
     assert render.prompts(None) == []
-    assert render.prompts(HeldPrompts(57, 0, 0))[0].endswith("0 of 57 turned away")
+    assert render.prompts(HeldPrompts(57, 0, 0))[0].endswith("0 of 57 stored prompts are turned away")
     (line,) = render.prompts(HeldPrompts(57, 17, 2))
-    assert "17 of 57 turned away, 2 answered by another shard (see min_score" in line
+    assert "17 of 57 stored prompts are turned away, 2 answered by another shard (see min_score" in line
     taken = Taken(10, 0, 7, 0, 0, 0, 0, "digest", prompts=HeldPrompts(57, 17, 2))
     assert line in render.taken(taken, Path("model")).text
     status = replace(STATUS, form="chat", prompts=HeldPrompts(57, 17, 2))
@@ -313,7 +324,10 @@ def test_a_deferred_deletion_tells_what_is_served_and_what_is_still_to_be_traine
     assert "2 slices to be retrained from slice 1 on" in result.text
     assert "meanwhile served: shard 0: 1 of 3 slices, shard 3: 2 of 3 slices; 50.0%" in result.text
     assert "other orders: 7 record-epochs more" in result.text
-    assert "2 slices retrained" in render.forgotten(ForgetOutcome(REQUEST, (), "after")).text
+    assert "next: `sisa run -m DIR`" in result.text
+    done = render.forgotten(ForgetOutcome(REQUEST, (), "after")).text
+    assert "2 slices retrained" in done
+    assert done.endswith("next: `sisa verify -m DIR --replay sample` proves it by retraining")
 
 
 def test_an_answer_can_stand_alone() -> None:
