@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,26 +70,34 @@ def calibrate(records: Sequence[Record], embedder: Embedder, block: SisaBlock) -
             next_step="give rows with a prompt, or messages, and a subject",
         )
     held, deleted = _Public(asking, embedder, block).nearnesses()
-    best = min(sorted({*held, *deleted}), key=lambda least: _sum_of_errors(least, held, deleted))
+    best = _best(held, deleted)
     auto = resolve_aggregation(
         block.aggregation.model_copy(update={"min_score": "auto"}), block.embedder, "completion"
     )
     return Calibration(
         prompts=len(held),
         subjects=subjects,
-        best=_errors(_rounded(best), held, deleted),
+        best=_errors(best, held, deleted),
         auto=_errors(auto.min_score, held, deleted) if isinstance(auto.min_score, float) else None,
     )
 
 
-def _sum_of_errors(least: float, held: Sequence[float], deleted: Sequence[float]) -> float:
-    return sum(near < least for near in held) / len(held) + sum(near >= least for near in deleted) / len(
-        deleted
-    )
+def _best(held: Sequence[float], deleted: Sequence[float]) -> float:
+    """Return the value with the least sum of errors, in the middle of the widest gap that has it.
 
+    >>> _best([1.2, 1.1, 0.5], [0.4, 0.8])
+    0.95
+    """
+    values = sorted({*held, *deleted})
 
-def _rounded(least: float) -> float:
-    return math.floor(least * 1000) / 1000
+    def errors(gap: tuple[float, float]) -> float:
+        least = sum(gap) / 2
+        refused, sent = (sum(near < least for near in each) / len(each) for each in (held, deleted))
+        return refused + 1 - sent
+
+    gaps = [(values[0], values[0]), *pairwise(values)]
+    low, high = min(gaps, key=lambda gap: (errors(gap), gap[0] - gap[1]))
+    return round((low + high) / 2, 3)
 
 
 def _errors(least: float, held: Sequence[float], deleted: Sequence[float]) -> Errors:
