@@ -108,7 +108,7 @@ def _base_of(directory: Path, config: bytes) -> str:
 
 
 class HuggingFaceModel:
-    """A causal model of transformers, with or without an adapter."""
+    """A causal model of transformers, with or without an adapter: `model`, and its `tokenizer`."""
 
     def __init__(self, name: str, digest: str, model: Any, tokenizer: Any, device: str) -> None:
         from transformers import GenerationConfig
@@ -116,67 +116,65 @@ class HuggingFaceModel:
         self.name, self.digest = name, digest
         self.kind: PromptKind = "chat" if tokenizer.chat_template else "completion"
         self._ends = end_tokens(model, tokenizer)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._pad = (
             min(self._ends, default=0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         )
-        self._model = _moved(model, device)
-        self._model.generation_config = GenerationConfig(do_sample=False)  # not the model's own
+        self.model = _moved(model, device)
+        self.model.generation_config = GenerationConfig(do_sample=False)  # not the model's own
 
     def score(
         self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
     ) -> list[AnswerScore]:
-        tokens = tokens_of(pairs, form, self._tokenizer)
-        _check_lengths(self._model, [len(each.input_ids) for each in tokens])
-        return _scored(tokens, batch_size, self._pad, self._logits, self._tokenizer)
+        tokens = tokens_of(pairs, form, self.tokenizer)
+        _check_lengths(self.model, [len(each.input_ids) for each in tokens])
+        return _scored(tokens, batch_size, self._pad, self._logits, self.tokenizer)
 
     def _logits(self, ids_BT: Tensor, _rows: Sequence[int], keep: int) -> Tensor:
         with torch.inference_mode():
-            ids_BT = ids_BT.to(self._model.device)
-            found: Tensor = self._model(input_ids=ids_BT, logits_to_keep=keep, use_cache=False).logits
+            ids_BT = ids_BT.to(self.model.device)
+            found: Tensor = self.model(input_ids=ids_BT, logits_to_keep=keep, use_cache=False).logits
             return found.cpu()
 
     def generate(
         self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
     ) -> list[str]:
-        prompts = [_prompt_ids(each, form, self._tokenizer) for each in questions]
-        _check_lengths(self._model, [len(each) + max_new_tokens for each in prompts])
+        prompts = [_prompt_ids(each, form, self.tokenizer) for each in questions]
+        _check_lengths(self.model, [len(each) + max_new_tokens for each in prompts])
         found = [""] * len(prompts)
         for batch in _batches([len(each) for each in prompts], batch_size):
             rows = [prompts[at] for at in batch]
-            said = continue_greedily(
-                self._model, rows, self._ends, max_new_tokens, batch_rows=batch_size
-            )
-            answers = self._tokenizer.batch_decode(said, skip_special_tokens=True)
+            said = continue_greedily(self.model, rows, self._ends, max_new_tokens, batch_rows=batch_size)
+            answers = self.tokenizer.batch_decode(said, skip_special_tokens=True)
             for at, answer in zip(batch, answers, strict=True):
                 found[at] = answer.strip()
         return found
 
 
 class DeletionReadyModel:
-    """The constituent models that a deletion-ready model serves now, with its routing."""
+    """The constituent models that a deletion-ready model serves now (`answerer`), with its routing."""
 
     def __init__(self, model: Model) -> None:
         status = model.status()
         how = model.config.sisa.aggregation.model_dump(mode="json")
         self.name = status.directory
-        self._model = model
-        self._answerer, kind = model.answerer()
-        base = self._answerer.base_name
+        self.model = model
+        self.answerer, kind = model.answerer()
+        base = self.answerer.base_name
         self.digest = digest_of([status.model_digest, base, model.embedder.digest, how])
         self.kind: PromptKind = "chat" if kind == "chat" else "completion"
 
     def score(
         self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
     ) -> list[AnswerScore]:
-        tokenizer = self._answerer.tokenizer
+        tokenizer = self.answerer.tokenizer
         tokens = tokens_of(pairs, form, tokenizer)
         routes = self._routes([question for question, _ in pairs], form)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
         def logits(ids_BT: Tensor, rows: Sequence[int], keep: int) -> Tensor:
             chosen = [routes[at] for at in rows]
-            found = self._answerer.logprobs(
+            found = self.answerer.logprobs(
                 chosen, input_ids=ids_BT, logits_to_keep=keep, use_cache=False
             )
             return found.cpu()
@@ -187,11 +185,11 @@ class DeletionReadyModel:
         self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
     ) -> list[str]:
         routes = self._routes(questions, form)
-        ids = [_prompt_ids(each, form, self._answerer.tokenizer) for each in questions]
+        ids = [_prompt_ids(each, form, self.answerer.tokenizer) for each in questions]
         found = [""] * len(questions)
         for batch in _batches([len(each) for each in ids], batch_size):
             chosen = [routes[at] for at in batch]
-            answers = self._answerer.generate([ids[at] for at in batch], chosen, max_new_tokens)
+            answers = self.answerer.generate([ids[at] for at in batch], chosen, max_new_tokens)
             for at, answer in zip(batch, answers, strict=True):
                 found[at] = answer.strip()
         return found
@@ -199,7 +197,7 @@ class DeletionReadyModel:
     def _routes(self, questions: Sequence[str], form: PromptForm) -> list[Route]:
         prompts = [form.fill(each, "")[0] for each in questions]
         distinct = list(dict.fromkeys(prompts))  # each distinct prompt is embedded and looked up once
-        routes = dict(zip(distinct, self._model.routes(distinct), strict=True))
+        routes = dict(zip(distinct, self.model.routes(distinct), strict=True))
         return [routes[each] for each in prompts]
 
 
