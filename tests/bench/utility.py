@@ -204,7 +204,8 @@ class Contestant:
         }
         rows = BATCH_SIZES[config["output_type"]]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the base alone answers all")  # counted below
+            for counted in ("the base alone answers all", ".*answers ended at once"):
+                warnings.filterwarnings("ignore", message=counted)
             harness = HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=rows)
             tasks = TaskManager(include_defaults=False).load([config])
             found = evaluate(harness, tasks, bootstrap_iters=0)  # `simple_evaluate` lists the machine
