@@ -103,7 +103,7 @@ def test_a_prompt_that_is_cut_stops_the_run(arguments: list[str], tmp_path: Path
     long = {"question": "Sandpiper " * 200, "answers": ["x"]}
     (tmp_path / TASKS["triviaqa"][0]).write_text(json.dumps(long) + "\n")
     given = ["--data", str(tmp_path), "--out", str(tmp_path / "out.json"), *arguments[6:8]]
-    with pytest.raises(ValueError, match="1 prompts are longer") as raised:
+    with pytest.raises(ValueError, match="1 prompts were not looked up whole") as raised:
         main([*given, "--tasks", "triviaqa"])
     assert "andpiper" not in str(raised.value)
 

@@ -218,7 +218,10 @@ class Contestant:
         if self.routes is not None:
             prompts = [TASKS[task][1]["doc_to_text"](doc).strip() for doc in docs]
             if num_cut := sum(prompt not in self.routes for prompt in prompts):
-                raise ValueError(f"{task}: {num_cut} prompts are longer than the model can read")
+                raise ValueError(
+                    f"{task}: {num_cut} prompts were not looked up whole: they hold one of "
+                    f"{PROMPT_ENDS}, or are longer than the model can read"
+                )
             cell["by_base_alone"] = [not self.routes[prompt].shards for prompt in prompts]
         return cell | {"seconds": round(time.perf_counter() - began, 1)}
 
@@ -362,14 +365,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--limit", type=int, help="questions of each task, chosen by a fixed seed")
     given = parser.parse_args(arguments)
-    pairs = [each.partition("=") for each in given.model]
-    if not all(name and spec for name, _, spec in pairs) or len({name for name, _, _ in pairs}) < len(
-        pairs
-    ):
+    models = {name: spec for name, _, spec in (each.partition("=") for each in given.model)}
+    if not all(models.values()) or len(models) < len(given.model):
         parser.error("--model needs NAME=SPEC, each name once")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is already loaded
     run = Run(given.out, given.data, given.limit, given.tasks)
-    found = run.measured({name: spec for name, _, spec in pairs})
+    found = run.measured(models)
     print("\n".join(table(found)))
 
 
