@@ -177,7 +177,7 @@ class Contestant:
         assert isinstance(found, DeletionReadyModel)
         routes: dict[str, Route] = {}
 
-        def router(prompts: Sequence[str]) -> list[Route]:
+        def router(prompts: Sequence[Any]) -> list[Route]:  # texts; nothing is sent as a chat
             chosen_routes = found.model.routes(prompts)
             routes.update(zip(prompts, chosen_routes, strict=True))
             return chosen_routes
