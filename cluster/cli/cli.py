@@ -167,7 +167,14 @@ def show_where(directory: Path, ids: tuple[str, ...], ids_file: Path | None) -> 
 @click.option("--file", type=click.Path(path_type=Path), help="File with the content to look for.")
 @option_or_file("--subject", help="Find a subject's records, and similar ones of others.")
 @option_or_input("--like", metavar="ID", help="Find near-duplicates of a record.")
-@click.option("--top", "top_k", default=10, show_default=True, type=click.IntRange(1, 10_000))
+@click.option(
+    "--top",
+    "top_k",
+    default=10,
+    show_default=True,
+    type=click.IntRange(1, 10_000),
+    help="Number of results.",
+)
 @click.option("--show-text", is_flag=True, help="Show the beginning of each record's text.")
 def find(
     directory: Path,
@@ -251,7 +258,7 @@ class AnchoredHead(click.ParamType):  # type: ignore[type-arg]  # generic in cli
     help="Shards to train from scratch and compare byte for byte.",
 )
 @click.option("--shard", type=click.IntRange(0), help="Replay this shard alone.")
-@click.option("--require-replay", is_flag=True, help="Fail where a shard can't be replayed.")
+@click.option("--require-replay", is_flag=True, help="Fail (exit code 4) if a shard cannot be replayed.")
 @click.option(
     "--anchor",
     type=AnchoredHead(),
@@ -300,7 +307,7 @@ def verify(
 @click.option(
     "--answer-only",
     is_flag=True,
-    help="Leave out the shards that answered: they reveal whether a person's records are held.",
+    help="Leave out the shards that answered: they reveal whether a person's records are stored.",
 )
 def generate(
     directory: Path,

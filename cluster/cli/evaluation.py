@@ -57,7 +57,9 @@ def evaluation() -> None:
 )
 @click.option("--data", default="locuslab/TOFU", show_default=True, help="Directory or hub name.")
 @click.option("--out", default="tofu-logs", show_default=True, type=click.Path(path_type=Path))
-@click.option("--holdout", type=click.Path(path_type=Path), help="JSONL of questions no model has seen.")
+@click.option(
+    "--holdout", type=click.Path(path_type=Path), help="JSONL of questions that no model has seen."
+)
 @click.option("--questions", "limit", type=click.IntRange(1), help="Ask this many of each set.")
 @click.option(
     "--prompt",
@@ -65,7 +67,9 @@ def evaluation() -> None:
     type=click.Choice(["completion", "chat"]),
     help="Form of prompts; by default what suits the model.",
 )
-@click.option("--template", default=TEMPLATE, show_default=True, help="\\n is a line end.")
+@click.option(
+    "--template", default=TEMPLATE, show_default=True, help="Form of a prompt; \\n is a line break."
+)
 @click.option("--max-new-tokens", default=200, show_default=True, type=click.IntRange(1))
 @click.option(
     "--truth-ratio",

@@ -24,7 +24,7 @@ from cluster.cli.command import (
     opened,
     read_lines,
 )
-from cluster.render.render import Result, printable, probed
+from cluster.render.render import Result, counted, printable, probed
 from sisa.core.errors import InvalidInput, Problem
 from sisa.planning.patch_plan import num_still_known
 
@@ -104,7 +104,9 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
 )
 @click.option("--method", type=click.Choice(METHODS), help=f"{METHOD} by default.")
 @set_option
-@click.option("--max-seconds", type=click.FloatRange(0), help="Suspend the run then (exit code 6).")
+@click.option(
+    "--max-seconds", type=click.FloatRange(0), help="Suspend the run after this time (exit code 6)."
+)
 @click.option(
     "--max-utility-drop",
     type=click.FloatRange(0),
@@ -244,7 +246,7 @@ def show_patch(directory: Path, version: int) -> Result:
 
 @command("revert", "sisa approx revert -m model", group=approx)
 @model_option
-@click.option("--all", "everything", is_flag=True, help="All patches, not only the newest.")
+@click.option("--all", "everything", is_flag=True, help="Remove all patches, not only the newest.")
 @retrain_option
 @executor_option
 def revert(
@@ -261,7 +263,7 @@ def revert(
 @model_option
 @click.option("--set", "sets", multiple=True, help="A set's name, or its first 8 letters or more.")
 @click.option("--request", "requests", multiple=True, help="A request whose text is in the vault.")
-@click.option("--all", "everything", is_flag=True, help="All texts.")
+@click.option("--all", "everything", is_flag=True, help="Erase all texts.")
 def release(
     directory: Path, sets: tuple[str, ...], requests: tuple[str, ...], everything: bool
 ) -> Result:
@@ -311,15 +313,15 @@ def unlearnt(done: Unlearnt, directory: Path) -> Result:
         return Result(body, printable("\n".join(lines)), EXIT_NOT_MADE)
     made = f"patch {patch.version} ({report.get('method')}, {patch.num_bytes:,} bytes)"
     lines = [
-        f"approximate: {made} lies on the base, and is served beneath every shard",
+        f"approximate: {made} is active, and is served beneath every shard",
         *_known(report),
         *_measures(report),
         *_robustness(report),
         *_composition(report),
-        f"  texts: {done.erased_sets} sets erased from the vault, {done.kept_sets} kept",
+        f"  texts: {counted(done.erased_sets, 'set')} erased from the vault, {done.kept_sets} kept",
     ]
     if done.slices_trained:
-        lines.append(f"  {done.slices_trained} slices were trained over it")
+        lines.append(f"  retrained over it: {counted(done.slices_trained, 'slice')}")
     lines += _again(report, directory)
     lines.append(
         f"  an estimate, not a proof; its limits: sisa approx show -m {directory} {patch.version}"
@@ -436,12 +438,12 @@ def patches_listed(patches: Sequence[Patch], sets: Sequence[VaultSet], over: Seq
         "vault": [asdict(each) for each in sets],
         "over": list(over),
     }
-    lines = [] if patches else ["approximate: no patch was ever wanted"]
+    lines = [] if patches else ["approximate: no patches"]
     for each in patches:
         trained = ", shards are trained over it" if each.key in over else ""
         lines.append(
             f"approximate patch {each.version}: {each.state}, {each.job.settings.get('method')}, "
-            f"wanted {each.wanted_at}, key {each.key[:16]}...{trained}"
+            f"requested {each.wanted_at}, key {each.key[:16]}...{trained}"
         )
         lines.append(f"    from {', '.join(name[:16] + '...' for name in each.job.sets)}")
     for found in sets:

@@ -45,14 +45,14 @@ ABOVE_0 = _Finite(0, min_open=True)
 
 
 records_option = click.option(
-    "--records", type=click.IntRange(1, MAX_RECORDS), required=True, help="Of the model."
+    "--records", type=click.IntRange(1, MAX_RECORDS), required=True, help="Records of the model."
 )
 risk_option = click.option(
     "--risk",
     "risks",
     multiple=True,
     metavar="SHARE:RISK",
-    help="A share of the records and the deletion risk of each; again for every group.",
+    help="A share of the records, and the deletion risk of each. Repeat for every group.",
 )
 
 
@@ -60,15 +60,16 @@ risk_option = click.option(
 @click.argument("run_file", type=click.Path(path_type=Path))
 @records_option
 @click.option(
-    "--deletions", type=click.IntRange(1, MAX_DELETIONS), required=True, help="Records, drawn at random."
+    "--deletions",
+    type=click.IntRange(1, MAX_DELETIONS),
+    required=True,
+    help="Records to delete, drawn at random.",
 )
-@click.option(
-    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Deletions of one run."
-)
-@click.option("--shards", type=click.IntRange(1, 10_000), help="Instead of the run file's.")
-@click.option("--slices", type=click.IntRange(1, 10_000), help="Instead of the run file's.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Deletions per run.")
+@click.option("--shards", type=click.IntRange(1, 10_000), help="Shards, instead of the run file's.")
+@click.option("--slices", type=click.IntRange(1, 10_000), help="Slices, instead of the run file's.")
 @risk_option
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the draw.")
 def simulate(
     run_file: Path,
     records: int,
@@ -106,19 +107,19 @@ def simulate(
 @command("plan", "sisa plan run.yaml --records 100000 --deletions-per-month 40 --budget-gb 50")
 @click.argument("run_file", type=click.Path(path_type=Path))
 @records_option
-@click.option("--deletions-per-month", type=ABOVE_0, required=True, help="Records.")
+@click.option("--deletions-per-month", type=ABOVE_0, required=True, help="Records deleted in a month.")
 @risk_option
-@click.option("--budget-gb", type=ABOVE_0, help="Most bytes of checkpoints.")
-@click.option("--max-hours", type=ABOVE_0, help="Of one deletion, on one worker.")
-@click.option("--rate", type=ABOVE_0, help="Record-epochs a second of one worker.")
-@click.option("--checkpoint-mb", type=ABOVE_0, help="Bytes of one stage.")
+@click.option("--budget-gb", type=ABOVE_0, help="Limit for all checkpoints.")
+@click.option("--max-hours", type=ABOVE_0, help="Limit for one deletion, on one worker.")
+@click.option("--rate", type=ABOVE_0, help="Record-epochs that one worker trains in a second.")
+@click.option("--checkpoint-mb", type=ABOVE_0, help="Size of one stage.")
 @click.option(
     "--min-depth",
     type=click.FloatRange(0, 1),
     default=0.0,
     help="Least share of its slices that a shard serves right after a deletion.",
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="PNG to draw the choices into.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the choices into this PNG.")
 def plan(
     run_file: Path,
     records: int,
@@ -245,11 +246,13 @@ def _refuse(problems: Sequence[Problem]) -> None:
 
 SHOWN = 12  # rows of a table
 NOTES = (
-    "alone, together: share of a full training that a month's deletions retrain in order 0, each by",
-    "itself or as one batch; others: what the other orders retrain beside that, each by itself;",
-    "training: all orders once, in trainings of order 0; served: share of its slices that a shard",
-    "serves right after a deletion; kept: checkpoints of a shard; epochs, h: record-epochs, or hours",
-    "of one worker, until a deletion is trained",
+    "kept         checkpoints per shard",
+    "alone        share of a full training that a month's deletions retrain in order 0, one by one",
+    "together     the same, as one batch",
+    "others       what the other orders retrain in addition, one by one",
+    "training     training all orders once, in trainings of order 0",
+    "served       share of its slices that a shard serves right after a deletion",
+    "epochs or h  record-epochs, or hours of one worker, until a deletion is trained",
 )
 
 
@@ -303,7 +306,7 @@ def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits
         bands = f", bands at {list(best.thresholds)}" if best.thresholds else ""
         shown = [
             f"recommended: {best.num_shards} shards x {best.num_slices} slices, {orders}, "
-            f"{best.num_kept} checkpoints kept a shard{bands}; in the run file:",
+            f"{best.num_kept} checkpoints kept per shard{bands}; in the run file:",
             "",
             *_yaml(block_of(best, limits)),
         ]
@@ -313,7 +316,7 @@ def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits
     head += f" {'GB':>8} {'h' if timed else 'epochs':>10}  bands"
     rows = [_row(each, timed=timed) for each in advised[:SHOWN]]
     more = [f"... and {len(advised) - SHOWN} more choices (--json)"] if len(advised) > SHOWN else []
-    lines = [*shown, "", head, *rows, *more, "", *NOTES, f"bytes of a stage: {source}"]
+    lines = [*shown, "", head, *rows, *more, "", *NOTES, f"bytes per stage: {source}"]
     return Result(body, "\n".join(lines), 0 if best else 2)
 
 

@@ -62,8 +62,14 @@ request_argument = click.argument("request_id", metavar="REQUEST")
 @option_or_file("--subject", help="Delete all records of a subject.")
 @option_or_input("--find-like", metavar="ID", help="Delete a record; propose its near-duplicates.")
 @click.option("--external-id", help="Your own name for the request; a repeated name adds no request.")
-@option_or_file("--reason", help="Why; kept as given.")
-@click.option("--regime", type=click.Choice(["gdpr", "delete-act"]), default="gdpr", show_default=True)
+@option_or_file("--reason", help="Why; stored as given.")
+@click.option(
+    "--regime",
+    type=click.Choice(["gdpr", "delete-act"]),
+    default="gdpr",
+    show_default=True,
+    help="Sets the due date: a month, or 45 days.",
+)
 @click.option("--due", help="Due date, YYYY-MM-DD, instead of the regime's.")
 @click.option("--approver", help="Approve at once, in this name.")
 @click.option("--include-duplicates", is_flag=True, help="Also delete exact copies under other ids.")
@@ -137,7 +143,7 @@ def approve(directory: Path, request_id: str, approver: str) -> Result:
 @command("deny", 'sisa request deny -m model T-17 --reason "not the person"', group=request)
 @model_option
 @request_argument
-@option_or_file("--reason", required=True, help="Why; kept as given.")
+@option_or_file("--reason", required=True, help="Why; stored as given.")
 def deny(directory: Path, request_id: str, reason: str) -> Result:
     """Refuse a request."""
     return _decide(directory, request_id, "denied", reason)
@@ -146,7 +152,7 @@ def deny(directory: Path, request_id: str, reason: str) -> Result:
 @command("hold", 'sisa request hold -m model T-17 --reason "court order"', group=request)
 @model_option
 @request_argument
-@option_or_file("--reason", required=True, help="Why; kept as given.")
+@option_or_file("--reason", required=True, help="Why; stored as given.")
 def hold(directory: Path, request_id: str, reason: str) -> Result:
     """Put a request under a legal hold; `approve` ends it."""
     return _decide(directory, request_id, "held", reason)
@@ -155,7 +161,7 @@ def hold(directory: Path, request_id: str, reason: str) -> Result:
 @command("cancel", "sisa request cancel -m model T-17", group=request)
 @model_option
 @request_argument
-@option_or_file("--reason", help="Why; kept as given.")
+@option_or_file("--reason", help="Why; stored as given.")
 def cancel(directory: Path, request_id: str, reason: str | None) -> Result:
     """Withdraw a request that has not run."""
     return _decide(directory, request_id, "cancelled", reason or "")
@@ -164,7 +170,7 @@ def cancel(directory: Path, request_id: str, reason: str | None) -> Result:
 @command("extend", 'sisa request extend -m model T-17 --reason "complex"', group=request)
 @model_option
 @request_argument
-@option_or_file("--reason", required=True, help="Why; kept as given.")
+@option_or_file("--reason", required=True, help="Why; stored as given.")
 def extend(directory: Path, request_id: str, reason: str) -> Result:
     """Extend a request's due date once, by two months (gdpr)."""
     with opened(directory) as model:

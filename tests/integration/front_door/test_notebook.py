@@ -199,6 +199,6 @@ def test_what_the_base_knew_is_noticed_and_less_is_said(run_here: Callable[[Path
         assert cells[name][0].startswith("approximate: patch")
         assert "an estimate, not a proof" in cells[name][0]
     assert "still known: 0 of 3 probed texts (before: 3): forgotten" in cells["again"][0]
-    assert "1 sets erased from the vault" in cells["again"][0]
+    assert "1 set erased from the vault" in cells["again"][0]
     assert len(lines(cells, "limits-of")) > 3
     assert "texts to forget, erased" in cells["after"][0]

@@ -90,7 +90,7 @@ def test_a_patch_that_was_made() -> None:
         "asked in other words 0.5000 -> 0.0300",
         "probability 0.8000 -> 0.7000",
         "same likeliest token 95.0%",
-        "6 slices were trained over it",
+        "retrained over it: 6 slices",
         "sisa approx show -m model 1",
     ):
         assert words in result.text
@@ -148,7 +148,7 @@ def test_the_list() -> None:
     assert "of req-1, consent: asked[31m" in result.text
     assert "shards are trained over it" in result.text
     assert read(patches.patches_listed([], [], []))["patches"] == []
-    assert patches.patches_listed([], [], []).text == "approximate: no patch was ever wanted"
+    assert patches.patches_listed([], [], []).text == "approximate: no patches"
 
 
 def test_one_patch() -> None:
