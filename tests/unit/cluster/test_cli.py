@@ -108,6 +108,7 @@ def test_the_commands_are_those_of_the_readme() -> None:
         *(
             "request show",
             "request submit",
+            "routing calibrate",
             "run",
             "simulate",
             "status",
