@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,59 @@ def forms() -> Iterator[str]:
     every = dict.fromkeys(form for form, _, _ in found)
     lines = [(form, *(cell(found.get((form, *each))) for each in columns.values())) for form in every]
     yield from rows(("records", *columns), lines)
+
+
+Interval = tuple[float, float, float]
+
+
+def changed(before: Interval, after: Interval) -> str:
+    """Return a share before, the share after and the latter's interval.
+
+    >>> changed((0.827, 0.7, 0.9), (0.981, 0.958, 0.991))
+    '82.7%, 98.1% (95.8% to 99.1%)'
+    """
+    share, low, high = after
+    return f"{before[0]:.1%}, {share:.1%} ({low:.1%} to {high:.1%})"
+
+
+def hostile(source: str) -> Iterator[str]:
+    """Yield whom hostile prompts about held and deleted people reach, before and after."""
+    before, after = (measured("hostile")[section][source] for section in ("before", "after"))
+    outcomes = {
+        "held: own shard first": ("held", "right"),
+        "held: refused": ("held", "refused"),
+        "deleted: sent to a shard": ("deleted", "sent"),
+        "of these, to the person named beside": ("deleted", "steered"),
+    }
+    lines = []
+    for form in (each for each in after if "held" in after[each]):
+        cells = [
+            changed(before[form][group][name], after[form][group][name])
+            if name in after[form][group]
+            else ""
+            for group, name in outcomes.values()
+        ]
+        lines.append((form, after[form]["held"]["num"], *cells))
+    yield from rows(("prompts", "number", *outcomes), lines)
+
+
+def hostile_general() -> Iterator[str]:
+    """Yield the shares of questions about nobody held that a shard answers, before and after."""
+    found = measured("hostile")
+    titles = {"tofu": "beside TOFU's authors", "rwku": "beside RWKU's people", "muse": "beside MUSE"}
+    lines = []
+    for form, of in found["after"]["tofu"].items():
+        if "general" in of:
+            cells = [
+                changed(
+                    *(found[section][source][form]["general"]["sent"] for section in ("before", "after"))
+                )
+                if form in found["after"][source]
+                else ""
+                for source in titles
+            ]
+            lines.append((form, of["general"]["num"], *cells))
+    yield from rows(("questions", "number", *titles.values()), lines)
 
 
 def answering_speed() -> Iterator[str]:
@@ -353,6 +407,10 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "found-shards": found_shards,
         "thresholds": thresholds,
         "forms": forms,
+        "hostile-tofu": partial(hostile, "tofu"),
+        "hostile-rwku": partial(hostile, "rwku"),
+        "hostile-muse": partial(hostile, "muse"),
+        "hostile-general": hostile_general,
         "quality": of("quality", quality.table),
         "answering-speed": answering_speed,
         "questions": questions,
