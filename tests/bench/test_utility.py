@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from approx.evaluation.evaluated_models import HuggingFaceModel, open_evaluated
-from tests.bench.utility import TASKS, main, same_words, summary, table
+from tests.bench.utility import TASKS, Contestant, main, same_words, summary, table
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import PEOPLE, train_scratch
 
@@ -96,6 +96,14 @@ def letters(arguments: list[str]) -> float:
             every.append(sum(float(logs[at, token]) for at, token in enumerate(said)))
         shares.append(float(torch.softmax(torch.tensor(every), dim=0)[doc["answer"]]))
     return sum(shares) / len(shares)
+
+
+def test_a_base_ends_its_answers_as_a_served_model_does(arguments: list[str]) -> None:
+    """The harness drops the end token, and would judge what a base writes after it."""
+    base, ours = (Contestant.opened("one", arguments[at].partition("=")[2]) for at in (5, 7))
+    end = base.tokenizer.eos_token_id
+    assert end in base.model.generation_config.eos_token_id
+    assert ours.model.generation_config.eos_token_id == end
 
 
 def test_a_prompt_that_is_cut_stops_the_run(arguments: list[str], tmp_path: Path) -> None:

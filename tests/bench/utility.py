@@ -33,9 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from approx.evaluation.evaluated_models import DeletionReadyModel, HuggingFaceModel, open_evaluated
 from sisa.core.digest import digest_of, file_sha256
-from sisa.lm.answer.hf_model import AggregatedModel
 from sisa.lm.answer.route import Route
 from tests.bench.known_people import here
 from tests.bench.tofu_full.table import mean_of
@@ -171,8 +169,20 @@ class Contestant:
     @classmethod
     def opened(cls, name: str, spec: str) -> Contestant:
         """Open a base, an adapter's directory, or a deletion-ready model."""
+        from approx.evaluation.evaluated_models import (
+            DeletionReadyModel,
+            HuggingFaceModel,
+            open_evaluated,
+        )
+        from sisa.lm.answer.hf_model import AggregatedModel
+        from sisa.lm.base.tokens import end_tokens
+
         found = open_evaluated(spec)
-        if isinstance(found, HuggingFaceModel):
+        if isinstance(
+            found, HuggingFaceModel
+        ):  # without it, the harness would judge what follows the end
+            ends = end_tokens(found.model, found.tokenizer)
+            found.model.generation_config.eos_token_id = sorted(ends)
             return cls(name, found.digest, found.model, found.tokenizer)
         assert isinstance(found, DeletionReadyModel)
         routes: dict[str, Route] = {}
@@ -327,7 +337,7 @@ def table(found: Json) -> Iterator[str]:
         "model",
         "right, 95%",
         "beside the base, 95%",
-        "answers changed",
+        "questions scored otherwise",
         "probability of the right choice",
         "answered by the base alone",
     )
