@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sisa.config.template import reference
-from tests.bench import quality, retrained, training
+from tests.bench import quality, retrained, training, utility
 from tests.bench.tofu_full import table as tofu_full
 
 HERE = Path(__file__).parent
@@ -418,6 +418,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "tofu-full-trials": of("tofu_full", tofu_full.trials_table),
         "tofu-full": of("tofu_full", tofu_full.table),
         "tofu-full-nine": of("tofu_full", tofu_full.nine_table),
+        "utility": of("utility", utility.table),
         "costs": costs,
         "steps": of("profile_step", step_table),
         "shares": shares,
