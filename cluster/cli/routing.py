@@ -1,6 +1,6 @@
-"""Choose from which nearness on a shard answers a prompt: `sisa routing calibrate`.
+"""Choose `min_score` on public prompts: `sisa routing calibrate`.
 
-Only public prompts are read, and nothing is written: what is printed are lines for the run file.
+The command reads public prompts alone and writes nothing; it prints lines for the run file.
 """
 
 from __future__ import annotations

@@ -1,24 +1,24 @@
-"""What of a prompt is looked up in the index, and the hits that speak for it most.
+"""Look a prompt up in the index in several ways, and take the way that finds the nearest records.
 
-A prompt can be looked up in several ways, as a text with the names that count with it, and the way that
-is nearest to the records of one shard decides:
+A way is a text together with the names that count in it. The way whose hits are nearest to the records
+of one shard decides the route:
 
-    the whole turn      the last user turn, with all its names
-    its sentences       each with its own names, and with each run of them (Mara Quill) alone; one that
-                        names nobody, with those of the sentence before. Only if records name everybody
-                        in the turn: an appended name neither hides whom a question is about, nor sends
-                        a question about a deleted person to somebody else's shard
-    with the context    the turn with the names of the latest turn before it that has any; if it names
-                        somebody itself, the nearest record must hold one of its names. A turn of up to
-                        three words ("and when?") asks nothing by itself: the turn before it as well
+    whole turn      the last user turn, with all its names
+    sentences       each sentence with its own names, and with each run of them ("Mara Quill") alone. A
+                    sentence that names nobody takes the names of the one before. Used only if records
+                    name everybody in the turn, so that an appended name neither hides whom a question is
+                    about nor sends a question about a deleted person to somebody else's shard
+    with context    the turn with the names of the latest earlier turn that has any. If the turn names
+                    somebody itself, the nearest record must hold one of its names. A turn of up to three
+                    words ("and when?") is looked up together with the turn before it
 
-A run of names is known where a record holds all of it. A prompt with a run of several names that is not
-known is `DOUBT` less near. A prompt that names nobody, though it is written with capitals,
-could be about anybody whom the records near it name: there the share of the first shard counts less.
+A run of names is known if one record holds all of it. A prompt with an unknown run of several names is
+`DOUBT` less near. A prompt that is written with capitals and names nobody could be about anybody, so the
+share of the first shard counts less for it.
 
-Without names in the index (`names: false`) the last turn is looked up, and the ones before it back to
-one that names somebody. `tests/bench/hostile.py` measures all of this. The settings were chosen on one
-half of TOFU's authors; no user's records took part.
+Without names in the index (`names: false`), the last turn and those before it, back to one that names
+somebody, are looked up. The settings were chosen on one half of TOFU's authors, without any user's
+records; `tests/bench/hostile.py` measures them on the other half and on other data.
 """
 
 from __future__ import annotations
