@@ -25,6 +25,7 @@ from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Named, Resources, check_digest
 from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.names import NameEmbedder
 from tests.fakes.ports import FakeTrainer
 
 
@@ -52,7 +53,8 @@ class CheapResources(Resources):
     def embedder(self) -> Any:
         if self.config.sisa.embedder != "hashing":
             raise InvalidInput("no such embedder here", where="sisa.embedder")
-        return HashingEmbedder()
+        found = HashingEmbedder()
+        return NameEmbedder(found) if self.config.sisa.names else found
 
     def count_tokens(self, records: Sequence[Record]) -> list[int]:
         return [len(record.text.split()) + 1 for record in records]

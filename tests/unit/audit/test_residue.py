@@ -678,7 +678,7 @@ def test_the_words_of_both_commands(model: Path, capfd: pytest.CaptureFixture[st
     assert cli.run(["gc", "-m", str(model)]) == 0
     assert "notes.txt" in capfd.readouterr().out
     assert cli.run(["sweep", "-m", str(model)]) == 4
-    assert "RESIDUE: 1 places" in capfd.readouterr().out
+    assert "RESIDUE: 1 place\n" in capfd.readouterr().out
 
 
 # --- metrics -------------------------------------------------------------------------------------
