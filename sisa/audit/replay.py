@@ -221,8 +221,10 @@ def serve() -> None:
 def _train_forked(requests: int, stage: dict[str, Any], environment: dict[str, str]) -> str:
     """Train a stage in a fork of this process; end both if the caller is gone."""
     failed, failing = os.pipe()
+    parent = os.getpid()
     child = os.fork()
     if not child:
+        _end_with(parent)
         _train_and_exit(StageRequest(**stage), environment, failing)
     os.close(failing)
     if failed not in select.select([failed, requests], [], [])[0]:
@@ -236,7 +238,6 @@ def _train_forked(requests: int, stage: dict[str, Any], environment: dict[str, s
 
 
 def _train_and_exit(stage: StageRequest, environment: dict[str, str], failing: int) -> NoReturn:
-    _end_with_parent()
     try:
         os.environ.update(environment)
         with open_as_it_is(Path(stage.directory), "serial", silent) as context:
@@ -248,7 +249,9 @@ def _train_and_exit(stage: StageRequest, environment: dict[str, str], failing: i
     os._exit(0)
 
 
-def _end_with_parent() -> None:
-    """Make the kernel kill this process when its parent dies."""
+def _end_with(parent: int) -> None:
+    """Make the kernel kill this process when its parent dies; exit if the parent is dead already."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
