@@ -19,7 +19,7 @@ from sisa.core.events import ErasureFailed, Event, Notice, SliceProgress, SliceS
 from sisa.flows.wiring.progress import RunContext, running
 from sisa.store.metrics import is_run
 from tests.models import confessing as care_model
-from tests.unit.core.test_measured import EPOCH, EVENTS, RUN, TRAINED
+from tests.unit.store.test_metrics import EPOCH, EVENTS, RUN, TRAINED
 
 assert requests  # registers its commands
 

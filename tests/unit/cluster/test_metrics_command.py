@@ -13,7 +13,7 @@ from cluster.observe.curves import points, summary
 from sisa.flows.wiring import wiring
 from sisa.store.metrics import KEPT, FileMetrics, without
 from tests.models import confessing as care_model
-from tests.unit.core.test_measured import EVENTS, RUN, kept
+from tests.unit.store.test_metrics import EVENTS, RUN, kept
 
 assert metrics  # registers its command
 LINES = [kept(event) for event in EVENTS if isinstance(event, KEPT)]

@@ -14,7 +14,7 @@ import pytest
 from cluster.observe.reporting import DESCRIPTIONS, Measuring, RayMeters
 from sisa.core.domain import SavedCheckpoint
 from sisa.core.events import QueueSeen, SliceProgress, SliceStarted, SliceTrained, TrainingStarted
-from tests.unit.core.test_measured import EVENTS, JOB, RUN, TRAINED
+from tests.unit.store.test_metrics import EVENTS, JOB, RUN, TRAINED
 
 
 class FakeMeters:
