@@ -22,7 +22,7 @@ Ray exports these metrics on the endpoint of the driver's node:
 Every series holds the run's name and nothing of a record. Ray is never imported or started for this:
 values that come before there is a connection are kept and passed on with the first event after it.
 Without an open request the days left are not a number, which Ray does not show. Ray forgets a gauge that
-is not set again, so all gauges are set anew every REFRESH_S seconds until the run ends.
+is not set again, so all gauges are set again every REFRESH_S seconds until the run ends.
 
 Ray exports every `RAY_metrics_report_interval_ms` (ten seconds) and shows a gauge for twice as long.
 

@@ -68,6 +68,9 @@ from sisa.store.metrics import STAGE_DIGITS, parsed, without
 if TYPE_CHECKING:
     from sisa.model import Model
 
+LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
+TEMPORARY_PATTERNS = (f"{SCRATCH_PREFIX}*", "sisa-*/r")  # of `scratch` and `ray_session.py`
+
 
 @dataclass(frozen=True, slots=True)
 class Residue:
@@ -513,10 +516,6 @@ class _StoredArea:
     @cached_property
     def _slices(self) -> dict[str, str]:
         return {each.name: each.sha256 for each in self.context.stores.ledger.slices()}
-
-
-LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
-TEMPORARY_PATTERNS = (f"{SCRATCH_PREFIX}*", "sisa-*/r")  # of `scratch` and `ray_session.py`
 
 
 def owned_temporary_files() -> list[Path]:

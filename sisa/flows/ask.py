@@ -154,8 +154,10 @@ def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt])
 
 
 def _said(prompt: Prompt) -> Said | None:
-    """Return what a person asks in a prompt, and what was said before: by persons or, where those name
-    nobody, by the assistant. None where nobody asks anything."""
+    """Return what a person asks in a prompt, and what was said before; None if nobody asks anything.
+
+    What was said before is the user's turns, and the assistant's if those name nobody.
+    """
     from sisa.lm.answer.lookup import Said
     from sisa.lm.answer.names import names_in
 

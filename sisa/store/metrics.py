@@ -6,7 +6,7 @@
 A line holds numbers, the names of its event and run, and the first digits of the stage's checkpoint
 key; never a text or an id. A stage's loss and token count are stored only for at least MIN_RECORDS
 records, else null. They live no longer than the stage's checkpoint: when a deletion erases it, they
-become null (`without`) and the files are written anew, since the token counts of two stages reveal the
+become null (`without`) and the files are rewritten, since the token counts of two stages reveal the
 length of the record between them. They are not logged, because nothing erases a log. A patch's losses,
 of few texts, are not stored at all. `is_line` accepts only lines that this module can make; anything
 else in a file is an IntegrityError.

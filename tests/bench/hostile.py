@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import re
 from collections import Counter
@@ -42,6 +41,7 @@ from sisa.core.digest import KEY_BYTES, Keyed, sha256_hex
 from sisa.core.domain import Hit, IndexFile
 from sisa.core.ports import By, Vectors
 from sisa.flows.ask import Prompt, routes_of
+from sisa.lm.answer.calibration import share_of
 from sisa.lm.answer.embedder import resolve_embedder
 from sisa.lm.answer.names import NameEmbedder
 from sisa.planning.layout import Assigner, Layout
@@ -360,10 +360,7 @@ def interval(values: Sequence[float], people: Sequence[int]) -> list[float]:
         sums[person] += value - share  # type: ignore[assignment]
     variance = sum(each * each for each in sums.values()) / num**2
     effective = min(num, share * (1 - share) / variance) if variance > 0 else num
-    z = 1.96
-    middle, scale = share + z * z / (2 * effective), 1 + z * z / effective
-    half = z * math.sqrt(share * (1 - share) / effective + z * z / (4 * effective**2))
-    return [round(each, 4) for each in (share, (middle - half) / scale, (middle + half) / scale)]
+    return list(share_of(share * effective, effective))
 
 
 Outcome = Callable[[Case, tuple[int, ...], Partition], bool]

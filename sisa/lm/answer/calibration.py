@@ -106,7 +106,7 @@ def _errors(least: float, held: Sequence[float], deleted: Sequence[float]) -> Er
 
 
 def share_of(count: float, num: float) -> Share:
-    """Return a share with its 95% interval (Wilson, 1927).
+    """Return a share with its 95% interval (Wilson, 1927); `num` may be an effective number.
 
     >>> share_of(50, 100)
     (0.5, 0.4038, 0.5962)

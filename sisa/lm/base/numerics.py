@@ -23,7 +23,7 @@ Fused attention kernels have backward passes that differ between GPU generations
 no fixed order. The plain kernel takes memory quadratic in the length.
 
 An environment setting that would change bits is refused, never overridden. The state of random
-generators need not be kept: the trainer seeds all devices anew before each micro-batch. One device is
+generators need not be kept: the trainer seeds all devices again before each micro-batch. One device is
 used. Equality across GPU models, driver versions or CUDA versions is not promised; they have different
 fingerprints.
 """

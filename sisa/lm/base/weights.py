@@ -199,7 +199,7 @@ def _gguf_read_once() -> Iterator[None]:
     """Parse a GGUF file once within the block.
 
     transformers parses it three times, for config, weights and tokenizer, and lists the names of all
-    tensors anew for each module: half of the time of a conversion.
+    tensors again for each module: half of the time of a conversion.
     """
     import gguf
 
