@@ -11,29 +11,14 @@ whatever their order of training.
 >>> "Ada" in repr(record)
 False
 
-A `Precision` is the device and the data type that a shard's base computes with:
-
-    device   cpu, or cuda: the first CUDA device that the process sees
-    dtype    of the base's weights and activations. Adapters, their gradients and the optimizer's moments
-             are always in float32: in bfloat16, with 8 bits of precision, most steps of a small learning
-             rate would round away, and moments that decay by 0.999 would stop changing
-
-Both affect the bits, so they are in the numerics fingerprint and, unless they are the defaults, in every
-job. Jobs with the defaults name neither, so their keys equal those of versions without a choice.
-
->>> Precision().in_jobs(), Precision("cuda", "bfloat16").in_jobs()
-({}, {'device': 'cuda', 'dtype': 'bfloat16'})
-
-A `Patch` is a LoRA adapter on the frozen base, beneath every constituent model. It makes the base reveal
-less of what it knew before any record arrived. It is always approximate. Like a checkpoint it is a build
-product: named by the digest of the `PatchJob` that makes it. The texts that it is made from are stored
-in the vault, encrypted, by recorded consent; they are erased when no patch needs them.
+A `Patch` is a LoRA adapter on the frozen base, beneath every constituent model, which makes the base
+reveal less of what it knew before any record arrived. It is always approximate. Like a checkpoint it is
+named by the digest of the `PatchJob` that makes it. The vault keeps the texts that it is made from,
+encrypted, by recorded consent, until no patch needs them.
 
     served base = frozen base + active patches, in the order of their versions
 
 >>> job = PatchJob("base", (), ("a",), WRITTEN, {"method": "npo"}, "fingerprint")
->>> job.key == PatchJob("base", (), ("a",), WRITTEN, {"method": "npo"}, "fingerprint").key
-True
 >>> job.sets
 ('a',)
 
@@ -186,9 +171,8 @@ class IndexFile:
 class SliceJob:
     """Everything that one stage of a shard's training depends on; its digest is the checkpoint's key.
 
-    `slices` are the roots of the slices whose records the stage sees, `passes` the exact fraction of
-    passes over them, `training` the hyper-parameters that affect the bits, `before` the slices of the
-    earlier stages, in their order.
+    `slices` are the roots of the slices that the stage sees, `passes` the exact fraction of passes over
+    them, `training` the hyper-parameters that affect the bits, `before` the slices of earlier stages.
     """
 
     shard: int
@@ -225,10 +209,7 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class HeldCheckpoint:
-    """A checkpoint in the ledger: where it belongs and what its bytes must be.
-
-    `prefix` lists the slices that touched it, in the order of their stages; it is never empty.
-    """
+    """A checkpoint in the ledger; `prefix` lists the slices that touched it, in order, one at least."""
 
     key: str
     shard: int
@@ -261,10 +242,9 @@ ExportForm = Literal["peft", "merged-adapter", "merged-model"]
 class Export:
     """A directory that a shard's adapter was exported to, at an absolute path without links.
 
-    `shard`, `prefix` and `seq` are those of the checkpoint, so that its lineage is known even after the
-    checkpoint is retired. `request_id` names the deletion that tainted it; `patches` are the keys of the
-    approximate patches whose changes it contains. A merged export has a row for each of its shards;
-    `adapter_sha256` is the digest of the file with the weights.
+    `shard`, `prefix` and `seq` are the checkpoint's, for its lineage once that is retired. `request_id`
+    names the deletion that tainted it, `patches` the approximate patches in it. A merged export has a
+    row for each of its shards; `adapter_sha256` is the digest of the file with the weights.
     """
 
     path: str
@@ -350,9 +330,8 @@ Regime = Literal["gdpr", "delete-act"]
 class Probed:
     """What the frozen base alone knew of deleted records: numbers, never exact.
 
-    Means over the records that were probed (`num_probed` of `num_records`), each in [0, 1] except the
-    margin. `num_known` counts the records that the base is taken to know. `failure` is the kind of an
-    error.
+    Means over `num_probed` of `num_records`, each in [0, 1] except the margin. `num_known` counts the
+    records that the base is taken to know. `failure` is the kind of an error.
     """
 
     num_records: int
@@ -443,7 +422,15 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """A device and a data type."""
+    """The device (`cuda`: the first one that the process sees) and data type of a shard's base.
+
+    Adapters, their gradients and moments are always in float32: in bfloat16, with 8 bits of precision,
+    most steps of a small learning rate would round away. Both affect the bits, so they are in the
+    numerics fingerprint and, unless they are the defaults, in every job.
+
+    >>> Precision().in_jobs(), Precision("cuda", "bfloat16").in_jobs()
+    ({}, {'device': 'cuda', 'dtype': 'bfloat16'})
+    """
 
     device: DeviceName = "cpu"
     dtype: Dtype = "float32"
@@ -476,8 +463,8 @@ WRITTEN = "written"  # a retain set that the base generates, so that no user's r
 class PatchJob:
     """Everything that a patch depends on.
 
-    `beneath` are the keys of the patches below it, lowest first; `forget` and `retain` name sets of the
-    vault; `settings` are method, hyper-parameters, adapter, schedule and bounds, as JSON values.
+    `beneath` are keys of the patches below it, lowest first; `forget` and `retain` name vault sets;
+    `settings` are method, hyper-parameters, adapter, schedule and bounds, as JSON values.
     """
 
     base: str
@@ -501,9 +488,9 @@ class PatchJob:
 class Patch:
     """A patch in the ledger, from the wish for it to its end.
 
-    `version` counts from 1 and is its position in the stack. The digests are empty until it is made.
-    `report` is the ApproxReport as JSON: numbers and names, kept after the patch is gone. `request_id`
-    names the request whose text it forgets, or whose deletion caused it to be made again.
+    `version`, from 1, is its position in the stack. Digests are empty until it is made. `report` is the
+    ApproxReport as JSON, kept after the patch is gone. `request_id` names the request whose text it
+    forgets, or whose deletion caused it to be made again.
     """
 
     version: int
@@ -523,11 +510,7 @@ class Patch:
 
 
 def without_shards(patch: Patch, shards: Collection[int]) -> Patch:
-    """Return the patch without the measurements on records of these shards in its report.
-
-    A deletion in the shards may have removed one of the records. Means over several shards are removed,
-    too.
-    """
+    """Return the patch without measurements on records of these shards, and means, in its report."""
     found = patch.report.get("composition")
     gone = {str(each) for each in shards}
     if not found or gone.isdisjoint(found["by_shard"]):
@@ -539,10 +522,9 @@ def without_shards(patch: Patch, shards: Collection[int]) -> Patch:
 
 @dataclass(frozen=True, slots=True)
 class VaultSet:
-    """A set of texts in the vault: its role, the consent to keep it, and the file that holds it.
+    """A set of texts in the vault, named by a keyed digest of its content; `consent` is as given.
 
-    `name` is a keyed digest of its content. When `held` is False its text is erased; the row stays while
-    a patch that was made from it does. `consent` is kept as given.
+    When `held` is False its text is erased; the row stays while a patch that was made from it does.
     """
 
     name: str

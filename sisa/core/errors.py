@@ -28,6 +28,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+_FACTS = ("where", "expected", "got", "next_step")
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -75,35 +77,20 @@ class SisaError(Exception):
         return rebuilt, (type(self), self.to_json())
 
     def as_problems(self, where: str) -> tuple[Problem, ...]:
-        """Return the error as problems: its own, or itself as one.
-
-        `where` is used if it names no location.
-        """
+        """Return the error as problems: its own, or itself as one, at `where` if it names no place."""
         return self.problems or (Problem(self.where or where, f"{self.what}: {self.got}"),)
 
     def to_json(self) -> dict[str, Any]:
         """Return the `error` object that `--json` prints."""
-        return {
-            "type": type(self).__name__,
-            "message": self.what,
-            "where": self.where,
-            "expected": self.expected,
-            "got": self.got,
-            "next_step": self.next_step,
-            "problems": [asdict(problem) for problem in self.problems],
-        }
+        facts = {name: getattr(self, name) for name in _FACTS}
+        problems = [asdict(problem) for problem in self.problems]
+        return {"type": type(self).__name__, "message": self.what, **facts, "problems": problems}
 
 
 def rebuilt(kind: type[SisaError], fields: dict[str, Any]) -> SisaError:
     """Return the error that `to_json` describes."""
-    return kind(
-        fields["message"],
-        where=fields["where"],
-        expected=fields["expected"],
-        got=fields["got"],
-        next_step=fields["next_step"],
-        problems=[Problem(**problem) for problem in fields["problems"]],
-    )
+    facts = {name: fields[name] for name in _FACTS}
+    return kind(fields["message"], problems=[Problem(**each) for each in fields["problems"]], **facts)
 
 
 class RejectedRequest(SisaError):

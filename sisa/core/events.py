@@ -16,15 +16,21 @@ from dataclasses import dataclass
 from sisa.core.domain import SavedCheckpoint, SliceJob
 
 
+class Event:
+    """Base class of all events."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class TrainingStarted:
+class TrainingStarted(Event):
     """Stages that will be trained: (shard, slice, record-epochs) each."""
 
     stages: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class SliceStarted:
+class SliceStarted(Event):
     """A worker began a stage of `total_tokens` tokens."""
 
     shard: int
@@ -33,7 +39,7 @@ class SliceStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class SliceProgress:
+class SliceProgress(Event):
     """Progress of a stage: tokens and steps done and in total, and the current pass, from 1."""
 
     shard: int
@@ -47,7 +53,7 @@ class SliceProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class EpochTrained:
+class EpochTrained(Event):
     """A pass of a stage ended: `stage` is the checkpoint's key, `loss` the mean over label tokens."""
 
     shard: int
@@ -62,7 +68,7 @@ class EpochTrained:
 
 
 @dataclass(frozen=True, slots=True)
-class SliceTrained:
+class SliceTrained(Event):
     """A stage's checkpoint is stored."""
 
     job: SliceJob
@@ -72,7 +78,7 @@ class SliceTrained:
 
 
 @dataclass(frozen=True, slots=True)
-class PatchProgress:
+class PatchProgress(Event):
     """Steps done of a patch that is being made, and the loss before the last one."""
 
     step: int
@@ -81,7 +87,7 @@ class PatchProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class QueueSeen:
+class QueueSeen(Event):
     """State of the deletion requests.
 
     `depth` are approved or interrupted and not carried out, `undecided` wait for a decision,
@@ -97,7 +103,7 @@ class QueueSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class DeletionCompleted:
+class DeletionCompleted(Event):
     """A request is carried out: seconds from its commit until its shards reached their targets."""
 
     num_records: int
@@ -106,31 +112,19 @@ class DeletionCompleted:
 
 
 @dataclass(frozen=True, slots=True)
-class ErasureFailed:
+class ErasureFailed(Event):
     """Bytes that `num_requests` requests wait for could not be erased; the next command tries again."""
 
     num_requests: int
 
 
 @dataclass(frozen=True, slots=True)
-class Notice:
+class Notice(Event):
     """A line for the user, such as a worker that is retried."""
 
     text: str
 
 
-Event = (
-    TrainingStarted
-    | SliceStarted
-    | SliceProgress
-    | EpochTrained
-    | SliceTrained
-    | PatchProgress
-    | QueueSeen
-    | DeletionCompleted
-    | ErasureFailed
-    | Notice
-)
 Report = Callable[[Event], None]
 
 

@@ -57,10 +57,7 @@ By = Literal["text", "asked"]  # which vectors of a record a query is compared w
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record at rest with its keyed digest, which orders it.
-
-    In a stage, `slice` is the slice it came from.
-    """
+    """A record at rest with its keyed digest, which orders it, and, in a stage, its slice."""
 
     id_digest: str
     record: Record
@@ -71,8 +68,7 @@ class StoredRecord:
 class Tick:
     """Progress of a stage after a step, in tokens, steps and passes.
 
-    At the end of a pass, `num_records` is the number of records presented in it, and `loss` the mean
-    over their label tokens.
+    At the end of a pass, `num_records` were presented in it, with mean `loss` over their label tokens.
     """
 
     tokens: int
@@ -145,19 +141,13 @@ class BlobStore(Protocol):
         """Raise EnvironmentFault if the store can't be reached or lacks a feature that is needed."""
 
     def held(self) -> frozenset[str]:
-        """Return the names of all blobs and whole groups.
-
-        Remains of interrupted writes are listed too, under temporary names that `erase` accepts.
-        """
+        """Return the names of all blobs and whole groups, and temporary ones of interrupted writes."""
 
     def parts(self, group: str) -> frozenset[str]:
         """Return the names of a group's parts; empty for a blob."""
 
     def get(self, name: str, what: str) -> bytes:
-        """Return the bytes of a blob as stored.
-
-        Raise IntegrityError, which names it `what`, if it is absent.
-        """
+        """Return a blob's bytes as stored. Raise IntegrityError, which names it `what`, if absent."""
 
     def head(self, name: str, num_bytes: int) -> bytes:
         """Return the first bytes of a blob. Raise the errors of `get`."""
@@ -169,19 +159,13 @@ class BlobStore(Protocol):
         """Store a blob, whole or not at all; replaces one of the same name."""
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Store a blob unless one has that name, and return whether it was stored.
-
-        Exactly one of several concurrent writers succeeds.
-        """
+        """Store a blob unless one has that name; return True to exactly one of concurrent writers."""
 
     def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
         """Store a group with its `manifest.json`, whole or not at all; an existing group is kept."""
 
     def erase(self, names: Collection[str]) -> None:
-        """Erase blobs and groups, with all their versions where that is allowed.
-
-        Absent names are ignored.
-        """
+        """Erase blobs and groups, with all versions where that is allowed; absent names are ignored."""
 
     def clear(self) -> None:
         """Erase everything below."""
@@ -195,23 +179,14 @@ class BlobStore(Protocol):
         """
 
     def accept(self, area: str, name: str) -> None:
-        """Move a blob or a whole group out of an area, under its name here.
-
-        An absent one is ignored, and an existing group is kept.
-        """
+        """Move a blob or whole group, if it exists, out of an area; an existing group here is kept."""
 
     def purge(self, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:
-        """Erase old versions of replaced or erased blobs, and return those that remain or may remain.
-
-        With `dry_run`, list them and erase none.
-        """
+        """Erase old versions of blobs unless `dry_run`; return those that remain or may remain."""
 
 
 class Keyring(Protocol):
-    """Keys of data files, grouped by storage area, one a file.
-
-    Destroying a key erases every copy of its file.
-    """
+    """Keys of data files by storage area, one a file; destroying one erases every copy of its file."""
 
     @property
     def seals(self) -> bool:
@@ -224,26 +199,27 @@ class Keyring(Protocol):
         """Return the names of all keys of an area, leftover temporary ones included."""
 
     def seal(self, area: str, name: str, part: str, data: bytes) -> bytes:
-        """Return the bytes to write, encrypted under the key of a name and bound to the part.
-
-        The key is created if it does not exist.
-        """
+        """Return bytes encrypted under the key of a name, which is made if absent, bound to the part."""
 
     def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:
-        """Return the plaintext.
-
-        Raise IntegrityError if the key is absent or did not seal these bytes.
-        """
+        """Return the plaintext. Raise IntegrityError if the key is absent or did not seal the bytes."""
 
     def destroy(self, area: str, names: Collection[str]) -> None:
         """Destroy keys beyond recovery; absent names are ignored."""
 
 
-class CheckpointStore(Protocol):
-    """Store of checkpoints: the files of each stage or patch under its key."""
+class StoredFiles(Protocol):
+    """Files or groups of files that are listed and erased by name."""
 
     def held(self) -> frozenset[str]:
-        """Return the keys of all complete checkpoints."""
+        """Return all names, leftover temporary ones included."""
+
+    def erase(self, names: Collection[str]) -> None:
+        """Erase files, their encryption keys first; absent names are ignored."""
+
+
+class CheckpointStore(StoredFiles, Protocol):
+    """Store of checkpoints: the files of each stage or patch under its key; whole ones are held."""
 
     def save(self, job: SliceJob | PatchJob, files: Mapping[str, bytes]) -> SavedCheckpoint:
         """Store the files of a stage or a patch under its key, whole or not at all."""
@@ -252,19 +228,13 @@ class CheckpointStore(Protocol):
         """Read every byte again, check it against the checkpoint's manifest, and return the digests."""
 
     def load(self, key: str, manifest_sha256: str) -> dict[str, bytes]:
-        """Return the files of a checkpoint.
-
-        The manifest is checked against the ledger's digest, and the files against the manifest.
-        """
-
-    def erase(self, keys: Collection[str]) -> None:
-        """Erase checkpoints, their encryption keys first; absent ones are ignored."""
+        """Return a checkpoint's files, checked against its manifest, and that against the digest."""
 
     def location(self, key: str) -> str:
         """Return the path or URI of the adapter file, sealed or not."""
 
 
-class RecordStore(Protocol):
+class RecordStore(StoredFiles, Protocol):
     """Store of slices: one file of records per slice."""
 
     def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
@@ -276,33 +246,18 @@ class RecordStore(Protocol):
     def check(self, file: SliceFile) -> None:
         """Check the file's bytes against `file.sha256` without parsing them."""
 
-    def held(self) -> frozenset[str]:
-        """Return the names of all files."""
 
-    def erase(self, names: Collection[str]) -> None:
-        """Erase files, their encryption keys first; absent names are ignored."""
-
-
-class PrefixStore(Protocol):
+class PrefixStore(StoredFiles, Protocol):
     """Cache of hidden states; what can't be read is computed again."""
 
     def read(self, name: str) -> dict[str, States]:
-        """Return states by keyed id of the record.
-
-        The result is empty when the file is missing, damaged or unreadable.
-        """
+        """Return states by keyed id of the record; none if the file is missing or can't be read."""
 
     def write(self, name: str, states: Mapping[str, States]) -> None:
         """Store states, in place of an earlier file of that name."""
 
     def num_bytes(self, start: str) -> int:
         """Return the size of all files whose names begin with `start`."""
-
-    def held(self) -> frozenset[str]:
-        """Return the names of all files."""
-
-    def erase(self, names: Collection[str]) -> None:
-        """Erase files, their encryption keys first; absent names are ignored."""
 
     def location(self, name: str) -> str:
         """Return the path or URI of a file."""
@@ -346,7 +301,7 @@ class Embedder(Protocol):
         """Return vectors of length 1 or less; row i depends on text i alone, to the bit."""
 
 
-class RecordIndex(Protocol):
+class RecordIndex(StoredFiles, Protocol):
     """Index of the vectors of records, one file per shard."""
 
     def build(
@@ -368,19 +323,10 @@ class RecordIndex(Protocol):
         """
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:
-        """Return the stored vectors of some ids, in the order of the ids.
-
-        `by` selects the vectors of texts or of prompts.
-        """
+        """Return the stored vectors, of texts or of prompts, of some ids, in their order."""
 
     def check(self, file: IndexFile) -> None:
         """Check the file's bytes against `file.sha256` without parsing them."""
-
-    def held(self) -> frozenset[str]:
-        """Return the names of all files."""
-
-    def erase(self, names: Collection[str]) -> None:
-        """Erase files, their encryption keys first; absent names are ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,11 +370,7 @@ def merged(changes: Iterable[Change]) -> Change:
 
 
 class Ledger(Protocol):
-    """The only authority on where records are.
-
-    Every `commit` is one transaction. A row that differs from the one written, or an answer that lacks a
-    row, raises IntegrityError.
-    """
+    """The only authority on where records are; a changed or a missing row raises IntegrityError."""
 
     def seq(self) -> int:
         """Return the number of the last commit; 0 before the first."""
@@ -446,10 +388,7 @@ class Ledger(Protocol):
         """
 
     def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
-        """Empty the write-ahead log, and leave no byte of the removed rows in the database.
-
-        None stands for any row.
-        """
+        """Empty the write-ahead log; leave no byte of removed rows (None: of any) in the database."""
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
         """Return rows and tombstones by keyed id."""
@@ -517,10 +456,7 @@ class Ledger(Protocol):
         """Return the keyed ids of the records whose texts are in a set."""
 
     def sets_with(self, id_digests: Collection[str]) -> dict[str, list[str]]:
-        """Return the names of the sets that hold each of these keyed ids.
-
-        An id in no set is left out.
-        """
+        """Return the names of the sets that hold each of these keyed ids; ids in no set are left out."""
 
     def num_tombstones(self) -> int:
         """Return the number of deleted records."""
@@ -554,11 +490,7 @@ class Metrics(Protocol):
         """Erase the losses of all stages but these, named by the first digits of their keys."""
 
 
-class Probe(Protocol):
-    """Measurement of what the frozen base alone knows of given records. Approximate."""
-
-    def __call__(self, records: Sequence[Record]) -> Probed:
-        """Return numbers, never text; takes about as long as a few answers."""
+Probe = Callable[[Sequence[Record]], Probed]  # what the frozen base alone knows of records; approximate
 
 
 class Witness(Protocol):
@@ -579,8 +511,8 @@ class Witness(Protocol):
         """Return where the witness is stored."""
 
 
-class Vault(Protocol):
-    """Encrypted sets of texts from which a patch is made; their keys are outside the model."""
+class Vault(StoredFiles, Protocol):
+    """Encrypted sets of texts from which a patch is made, and their keys, outside the model."""
 
     def put(self, name: str, records: Sequence[Record]) -> tuple[str, int]:
         """Store a set, whole or not at all; return sha256 and size in bytes of its plaintext."""
@@ -590,22 +522,6 @@ class Vault(Protocol):
 
     def check(self, found: VaultSet) -> None:
         """Check the bytes without parsing them."""
-
-    def held(self) -> frozenset[str]:
-        """Return the names of all files and keys, leftover temporary ones included."""
-
-    def erase(self, names: Collection[str]) -> None:
-        """Erase sets, their keys first; absent names are ignored."""
-
-
-class PatchDrafts(Protocol):
-    """Unfinished runs of patch making, encrypted with the vault's keyring, by the key of their patch."""
-
-    def held(self) -> frozenset[str]:
-        """Return the names of all drafts and keys, leftover temporary ones included."""
-
-    def erase(self, keys: Collection[str]) -> None:
-        """Erase drafts, their keys first; absent ones are ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -683,10 +599,6 @@ class Removal:
         return {row.id_digest: row for rows in self.named.values() for row in rows}
 
 
-def _nothing() -> None:
-    """Do nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class Contribution:
     """A hook's part of a deletion.
@@ -697,7 +609,7 @@ class Contribution:
 
     change: Change = field(default_factory=Change)
     vaulted: Mapping[str, str] = field(default_factory=dict)
-    finish: Callable[[], None] = _nothing
+    finish: Callable[[], None] = lambda: None
 
 
 _M = TypeVar("_M", contravariant=True)  # an open model

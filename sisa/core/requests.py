@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime, timedelta
 
 from sisa.core.digest import Keyed, digest_of
-from sisa.core.domain import Probed, Regime, Request, RequestEvent, RequestState
+from sisa.core.domain import Regime, Request, RequestEvent, RequestState
 from sisa.core.errors import ConfigConflict, InvalidInput
 
 GDPR_MONTHS, GDPR_EXTENSION_MONTHS = 1, 2
@@ -107,67 +107,6 @@ def extended(request: Request, reason: str) -> Request:
     return replace(request, due=due, extension=reason)
 
 
-def committed(
-    request: Request,
-    at: str,
-    *,
-    num_records: int,
-    shards: Sequence[tuple[int, int, int]],
-    record_epochs: tuple[int, int, int],
-    served: Sequence[tuple[int, int, int]],
-    serving_depth: float,
-    model_digest: str,
-    vaulted: str,
-) -> Request:
-    """Return a request after the commit that removes its records and rolls heads back.
-
-    Of its own shards, `shards` are (shard, first slice, slices to retrain) and `served` (shard, slices,
-    of how many). `record_epochs` (retrained, of a full training, of other orders) and the depth are
-    those of the batch that it runs in; the digest is the model's before the commit.
-    """
-    retrained, full, others = record_epochs
-    return replace(
-        request,
-        state="rolled_back",
-        cause="",
-        committed_at=at,
-        num_records=num_records,
-        shards=tuple(shards),
-        record_epochs_retrained=retrained,
-        record_epochs_full=full,
-        record_epochs_others=others,
-        served=tuple(served),
-        serving_depth=serving_depth,
-        model_digest_before=model_digest,
-        vaulted=vaulted,
-    )
-
-
-def probed(request: Request, outcome: Probed) -> Request:
-    """Return a request with what the base alone knew of its text."""
-    return replace(request, probed=outcome)
-
-
-def unvaulted(request: Request) -> Request:
-    """Return a request whose text has left the vault."""
-    return replace(request, vaulted="")
-
-
-def with_exports_erased(request: Request, count: int) -> Request:
-    """Return a request for which so many more exports were erased."""
-    return replace(request, exports_erased=request.exports_erased + count)
-
-
-def erased(request: Request) -> Request:
-    """Return a request whose bytes are erased."""
-    return replace(request, state="erased", cause="")
-
-
-def retrained(request: Request) -> Request:
-    """Return a request whose shards have reached their targets."""
-    return replace(request, state="retrained")
-
-
 def completed(request: Request, at: str, model_digest: str) -> Request:
     """Return a request that is done, with the model's digest after it and the seconds that it took."""
     passed = datetime.fromisoformat(at) - datetime.fromisoformat(request.committed_at)
@@ -177,28 +116,9 @@ def completed(request: Request, at: str, model_digest: str) -> Request:
     )
 
 
-def failed(request: Request, cause: str, state: RequestState = "failed") -> Request:
-    """Return a request that an error stopped, by the kind of error alone."""
-    return replace(request, state=state, cause=cause)
-
-
-def replayed(request: Request, approver: str) -> Request:
-    """Return a request that is carried out again after a backup was restored.
-
-    Its consent to keep the text may have ended since, so the text is not kept.
-    """
-    approver = request.approver or approver
-    return replace(request, state="approved", approver=approver, cause="", consent="")
-
-
 def event(request: Request, at: str, note: str = "") -> RequestEvent:
     """Return the event of a request's present state."""
     return RequestEvent(request.request_id, request.state, at, note)
-
-
-def commit_events(request: Request, at: str) -> list[RequestEvent]:
-    """Return the events of the states that a request passes through in one commit."""
-    return [RequestEvent(request.request_id, state, at) for state in ACCEPTED]
 
 
 @dataclass(frozen=True)

@@ -39,16 +39,7 @@ from sisa.core.domain import (
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Change, Contribution, KeptVersions, Probe, Removal, merged
-from sisa.core.requests import (
-    commit_events,
-    committed,
-    due_date,
-    event,
-    is_under_way,
-    moved,
-    probed,
-    unvaulted,
-)
+from sisa.core.requests import ACCEPTED, due_date, event, is_under_way, moved
 from sisa.flows.reconcile import check_rows, erasing_anyway, note_failure, reconcile
 from sisa.flows.wiring.context import (
     Context,
@@ -281,12 +272,12 @@ def _probe_removed(
         if rows
     }
     asked = [
-        probed(request, outcomes[request.request_id])
+        replace(request, probed=outcomes[request.request_id])
         for request in context.stores.ledger.requests()
         if request.request_id in outcomes
     ]
     unknown = [each.vaulted for each in asked if each.vaulted and _is_unknown(outcomes[each.request_id])]
-    changed = [unvaulted(each) if each.vaulted in unknown else each for each in asked]
+    changed = [replace(each, vaulted="") if each.vaulted in unknown else each for each in asked]
     commit(context, Change(requests=changed, unvaulted=unknown))
 
 
@@ -355,7 +346,7 @@ def _remaining(
         dropped=planned.tainted,
         exports=marked(context.stores.ledger.exports(), removal.named),
         requests=accepted,
-        events=[passed for each in accepted for passed in commit_events(each, now)],
+        events=[RequestEvent(each.request_id, state, now) for each in accepted for state in ACCEPTED],
     )
 
 
@@ -408,19 +399,19 @@ def _accepted(
     vaulted: Mapping[str, str],
 ) -> Request:
     first = _first_slices(rows)
-    return committed(
+    return replace(
         request,
-        now,
+        state="rolled_back",
+        cause="",
+        committed_at=now,
         num_records=len(rows),
-        shards=[(shard, slice_, planned.stages[shard]) for shard, slice_ in first.items()],
-        record_epochs=(
-            planned.record_epochs_retrained,
-            planned.record_epochs_full,
-            planned.record_epochs_others,
-        ),
-        served=[each for each in planned.served if each[0] in first],
+        shards=tuple((shard, slice_, planned.stages[shard]) for shard, slice_ in first.items()),
+        record_epochs_retrained=planned.record_epochs_retrained,
+        record_epochs_full=planned.record_epochs_full,
+        record_epochs_others=planned.record_epochs_others,
+        served=tuple(each for each in planned.served if each[0] in first),
         serving_depth=planned.serving_depth,
-        model_digest=before,
+        model_digest_before=before,
         vaulted=vaulted.get(request.request_id, ""),
     )
 

@@ -45,15 +45,7 @@ from sisa.core.events import (
     TrainingStarted,
 )
 from sisa.core.ports import Change, KeptVersions, Ledger
-from sisa.core.requests import (
-    completed,
-    contradicted,
-    erased,
-    event,
-    failed,
-    is_under_way,
-    retrained,
-)
+from sisa.core.requests import completed, contradicted, event, is_under_way
 from sisa.flows.stale_exports import erase_stale, export_standing, missing
 from sisa.flows.wiring.context import (
     Context,
@@ -253,7 +245,7 @@ def _erase(context: Context, spared: Collection[str], removed: Removed) -> None:
     if waiting and (kept := purge(context)):
         what = f"old versions of erased objects are kept at {len(kept)} places"
         notes = {r.request_id: "; ".join(filter(None, (notes.get(r.request_id), what))) for r in waiting}
-    _move(context, [erased(request) for request in waiting], notes=notes)
+    _move(context, [replace(request, state="erased", cause="") for request in waiting], notes=notes)
 
 
 def _move(
@@ -275,7 +267,7 @@ def note_failure(
     """Record the type of an error with the requests that it stopped; its text is left out."""
     cause = type(error).__name__
     with contextlib.suppress(SisaError):  # the ledger may be what failed
-        _move(context, [failed(request, cause, state) for request in requests], cause)
+        _move(context, [replace(request, state=state, cause=cause) for request in requests], cause)
 
 
 def open_plans(context: Context) -> list[ShardPlan]:
@@ -421,7 +413,7 @@ def _complete_requests(context: Context) -> None:
     if not done:
         return
     after, now = model_digest(context), context.now()
-    _move(context, [retrained(request) for request in done])
+    _move(context, [replace(request, state="retrained") for request in done])
     finished = [completed(request, now, after) for request in done]
     _move(context, finished)
     for each in finished:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from sisa.core.domain import Export
 from sisa.core.errors import EnvironmentFault, all_tried
 from sisa.core.ports import Change
-from sisa.core.requests import event, with_exports_erased
+from sisa.core.requests import event
 from sisa.flows.wiring.context import Context, commit
 
 
@@ -67,7 +67,7 @@ def _erase_marked(context: Context, due: Sequence[Export]) -> None:
                     left.append(replace(each, state="tainted"))
         counts = Counter(name for name, _ in {(each.request_id, each.path) for each in erased})
         counted = [
-            with_exports_erased(request, counts[request.request_id])
+            replace(request, exports_erased=request.exports_erased + counts[request.request_id])
             for request in context.stores.ledger.requests()
             if request.request_id in counts
         ]

@@ -9,12 +9,11 @@ counts as erased: it never stops a deletion. `planning/patch_plan.py` decides wh
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sisa.core.domain import WRITTEN, Record, RecordRow, Request, SetRole, VaultSet
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError, UnknownRecord
 from sisa.core.ports import Change, Removal
-from sisa.core.requests import unvaulted
 from sisa.flows.wiring.context import Context, commit, held_rows, slices_of, stored_in, trained_over
 from sisa.planning.patch_plan import unneeded_sets
 
@@ -130,7 +129,7 @@ def erase_unneeded(context: Context) -> tuple[int, int]:
         ledger.patches(), context.settings.patch_mode, sets, deletable(context), elsewhere
     )
     if erased or gone:
-        cleared = [unvaulted(each) for each in ledger.requests() if each.vaulted in set(gone)]
+        cleared = [replace(each, vaulted="") for each in ledger.requests() if each.vaulted in set(gone)]
         commit(context, Change(vault=erased, unvaulted=gone, requests=cleared))
     names = {each.name for each in erased} | set(gone)
     context.stores.vault.erase(sorted(names))

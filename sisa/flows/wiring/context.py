@@ -45,12 +45,12 @@ from sisa.core.ports import (
     Keyring,
     Ledger,
     Metrics,
-    PatchDrafts,
     Patcher,
     PrefixStore,
     Probe,
     RecordIndex,
     RecordStore,
+    StoredFiles,
     StoredRecord,
     Vault,
     Vectors,
@@ -220,7 +220,7 @@ class Stores:
     metrics: Metrics
     patches: CheckpointStore
     vault: Vault
-    drafts: PatchDrafts
+    drafts: StoredFiles  # unfinished runs of patch making, by the key of their patch
     prefixes: PrefixStore | None = None
     blobs: Mapping[str, BlobStore] = field(default_factory=dict)  # by storage area; fakes have none
 

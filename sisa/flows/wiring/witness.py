@@ -19,13 +19,14 @@ the model goes unnoticed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from sisa.core.domain import RecordRow, Request, Testimony, Tombstone
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
 from sisa.core.ports import Change, Removal
-from sisa.core.requests import due_date, event, replayed
+from sisa.core.requests import due_date, event
 from sisa.flows.deletion import Arrival, commit_removed
 from sisa.flows.reconcile import check_consistent, erase_unknown
 from sisa.flows.wiring.context import Context
@@ -133,7 +134,8 @@ def _arrivals(context: Context, again: Sequence[Tombstone]) -> list[Arrival]:
         request = known.get(request_id) or Request(
             request_id, now, due_date(now, "gdpr"), len(digests), reason=REPLAYED
         )
-        approved = replayed(request, REPLAYED)
+        approver = request.approver or REPLAYED  # no consent: it may have ended since
+        approved = replace(request, state="approved", approver=approver, cause="", consent="")
         states = [approved] if request_id in known else [request, approved]
         events = tuple(event(each, now, REPLAYED) for each in states)
         arrivals.append(Arrival(approved, (), tuple(digests), events))
