@@ -6,12 +6,10 @@
       unknown: 0.0                 # the risk of a record that carries none
 
 The band of a record is the number of thresholds that its risk reaches. Of `n` bands, band `b` has the
-slices from b * slices // n up to those of the next, so the first bands get the first slices and each
-gets at least one. Within a band, a record hashes to a slice. Thresholds are fixed in the run file and
-never fitted on the data, so a deletion moves no other record. A deletion from slice r retrains the
-slices from r on; records that are often deleted therefore belong in late slices. All records of a
-subject carry the same risk, because they share a slice. To change a record's risk, delete it and add it
-again.
+slices from b * slices // n up to those of the next. Within a band, a record hashes to a slice.
+Thresholds are fixed in the run file and never fitted on the data, so a deletion moves no other record.
+A deletion from slice r retrains the slices from r on; records that are often deleted therefore belong
+in late slices. All records of a subject carry the same risk, because they share a slice.
 
 >>> bands = Bands(thresholds=(0.1,), classes={"trial": 0.3})
 >>> [list(bands.slices(risk, 5)) for risk in (None, 0.05, 0.1, "trial")]
@@ -24,9 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from sisa.core.block import Block, Float, conflict
 from sisa.core.domain import Record, Risk
@@ -45,11 +43,6 @@ class Bands(Block):
     )
     unknown: AtLeastZero = Field(default=0.0, description="Risk of a record without one.")
 
-    @field_validator("thresholds", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
     @model_validator(mode="after")
     def _ascending(self) -> Bands:
         if not self.thresholds:
@@ -67,14 +60,12 @@ class Bands(Block):
         return self.num_bands <= num_slices
 
     def slices(self, risk: Risk, num_slices: int) -> range:
-        """Return the slices of a risk's band; `num_slices` is at least the number of bands.
-
-        Raise KeyError for an unknown class, which `risk_problems` reports beforehand.
-        """
+        """Return the slices of a risk's band. Raise KeyError for an unknown class."""
         value = self.unknown if risk is None else self.classes[risk] if isinstance(risk, str) else risk
-        band = sum(value >= each for each in self.thresholds)
-        first, last = (each * num_slices // self.num_bands for each in (band, band + 1))
-        return range(first, last)
+        return self._of_band(sum(value >= each for each in self.thresholds), num_slices)
+
+    def _of_band(self, band: int, num_slices: int) -> range:
+        return range(band * num_slices // self.num_bands, (band + 1) * num_slices // self.num_bands)
 
     def slice_risks(self, num_slices: int) -> tuple[float, ...]:
         """Return a risk for each slice: the middle of its band, or the threshold of the last band.
@@ -83,21 +74,19 @@ class Bands(Block):
         (0.05, 0.2, 0.3)
         """
         edges = (0.0, *self.thresholds, self.thresholds[-1])
-        middles = [(low + high) / 2 for low, high in pairwise(edges)]
-        found = [0.0] * num_slices
-        for edge, middle in zip(edges, middles, strict=False):
-            for slice_ in self.slices(edge, num_slices):
-                found[slice_] = middle
-        return tuple(found)
+        return tuple(
+            (low + high) / 2
+            for band, (low, high) in enumerate(pairwise(edges))
+            for _ in self._of_band(band, num_slices)
+        )
 
 
 def unnamed(bands: Bands | None, records: Iterable[Record]) -> set[int]:
     """Return the positions (from 0) of records whose risk is an unknown class."""
-    named = None if bands is None else bands.classes
-    risks = (record.deletion_risk for record in records)
-    return {
-        n for n, r in enumerate(risks) if named is not None and isinstance(r, str) and r not in named
-    }
+    if bands is None:
+        return set()
+    risks = enumerate(record.deletion_risk for record in records)
+    return {at for at, risk in risks if isinstance(risk, str) and risk not in bands.classes}
 
 
 def risk_problems(bands: Bands | None, records: Sequence[Record]) -> Iterator[Problem]:
@@ -105,12 +94,12 @@ def risk_problems(bands: Bands | None, records: Sequence[Record]) -> Iterator[Pr
     first: dict[str, tuple[int, Risk]] = {}
     unplaced = unnamed(bands, records)
     for position, record in enumerate(records, start=1):
-        where, subject, risk = f"record {position}", record.subject_id, record.deletion_risk
+        where, risk = f"record {position}", record.deletion_risk
         if position - 1 in unplaced:
             yield Problem(where, f"its '{RISK_COLUMN}' is not a class of sisa.bands.classes")
-        if subject is None:
+        if record.subject_id is None:
             continue
-        at, other = first.setdefault(subject, (position, risk))
+        at, other = first.setdefault(record.subject_id, (position, risk))
         if risk != other:
             yield Problem(
                 where, f"its '{RISK_COLUMN}' differs from that of record {at} of the same subject"

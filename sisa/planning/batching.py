@@ -28,13 +28,10 @@ Choice = Literal["run now", "wait", "nothing to do"]
 
 @dataclass(frozen=True, slots=True)
 class ShardCosts:
-    """Costs of one shard: of its waiting requests, and of deleting one record of each slice.
-
-    `suffixes` holds (cost, share of all records) for each slice, first slice first.
-    """
+    """Costs of one shard: of its waiting requests, and of deleting one record of each slice."""
 
     pending: float
-    suffixes: tuple[tuple[float, float], ...]
+    suffixes: tuple[tuple[float, float], ...]  # (cost, share of all records), first slice first
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +55,15 @@ def price(shards: Sequence[ShardCosts], arrivals: float) -> tuple[float, float]:
     now = waiting = 0.0
     for shard in shards:
         now += shard.pending
-        nobody = 1.0
-        for cost, chance in _earliest(shard.suffixes, arrivals):
-            now += cost * chance
-            waiting += max(shard.pending, cost) * chance
-            nobody -= chance
-        waiting += shard.pending * nobody
+        missed, before = 1.0, 0.0  # chance that the arrivals hit none of the slices so far; their share
+        for cost, share in shard.suffixes:
+            before += share
+            still = max(0.0, 1.0 - before) ** arrivals
+            now += cost * (missed - still)
+            waiting += max(shard.pending, cost) * (missed - still)
+            missed = still
+        waiting += shard.pending * missed
     return now, waiting
-
-
-def _earliest(suffixes: Sequence[tuple[float, float]], arrivals: float) -> list[tuple[float, float]]:
-    """Return (cost, probability) for each slice to be the earliest one hit by the arrivals."""
-    found = []
-    missed, before = 1.0, 0.0
-    for cost, share in suffixes:
-        before += share
-        still = max(0.0, 1.0 - before) ** arrivals
-        found.append((cost, missed - still))
-        missed = still
-    return found
 
 
 def choose(

@@ -1,15 +1,11 @@
 """Choose which checkpoints to keep when not all fit: those that spare the most training.
 
-    best_kept     of one order's stages, for every number that fits: the best choice
-    split_budget  the same over several orders that share a budget
-    expected      mean cost of a deletion, with some stages kept
-
 A deletion that hits stage i of an order retrains from the deepest kept stage before it. Each kept stage
 spares all training up to itself, for the hits between it and the next kept one. So the best choice of j
 stages extends the best choice of j - 1 stages before its last one, and dynamic programming over the path
-finds all of them exactly. Orders are combined by trying every split of the budget. That is exact when
-orders share no prefix (rotations share none); a shared prefix is counted for each of them. The last
-stage of every order is always kept and takes no part here. Stages are assumed to be of equal size.
+finds all of them exactly. Every split of the budget over the orders is tried, which is exact when they
+share no prefix (rotations share none). The last stage of every order is always kept and takes no part
+here. Stages are assumed to be of equal size.
 
 >>> costs, hits = (1.0, 2.0, 3.0, 4.0), (0.25, 0.25, 0.25, 0.25)
 >>> [kept.stages for kept in best_kept(costs, hits)]
@@ -40,10 +36,7 @@ class KeptStages:
 
 
 def best_kept(
-    costs: Numbers,
-    hits: Numbers,
-    held: Sequence[int] | None = None,
-    most: int | None = None,
+    costs: Numbers, hits: Numbers, held: Sequence[int] | None = None, most: int | None = None
 ) -> list[KeptStages]:
     """Return the best choice among the `held` stages for 0, 1, ... (`most`) kept ones.
 
@@ -52,8 +45,7 @@ def best_kept(
     """
     import numpy as np
 
-    stages = sorted(held) if held is not None else list(range(len(costs) - 1))
-    stages = [each for each in stages if each < len(costs) - 1]
+    stages = [each for each in range(len(costs) - 1) if held is None or each in held]
     limit = len(stages) if most is None else min(most, len(stages))
     found = [KeptStages(0.0, ())]
     if not limit:
@@ -98,9 +90,9 @@ def expected(costs: Numbers, hits: Numbers, kept: Sequence[int]) -> float:
     """Return the mean cost of a deletion in an order, with these stages and the last one kept."""
     import numpy as np
 
-    total, sum_, spared = float(np.sum(costs)), 0.0, 0.0
     upto = np.cumsum(costs)
+    mean, spared = 0.0, 0.0
     for stage, hit in enumerate(hits):
-        sum_ += hit * (total - spared)
-        spared = float(upto[stage]) if stage in kept else spared
-    return sum_
+        mean += hit * float(upto[-1] - spared)
+        spared = upto[stage] if stage in kept else spared
+    return mean

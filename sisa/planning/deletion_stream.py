@@ -9,14 +9,8 @@ Shards are independent, so only the order within a shard matters, and the k-th r
 counted at once: 1,000,000 deletions over 10,000 shards take a hundred steps, not a million. A seed
 decides all draws.
 
-Closed forms (SISA, Bourtoule et al. 2021, section V, with N records, S shards, R slices):
-
-    points_one_by_one   (N/S + 1/(2S) - 1) K - K^2 / (2S)       of K requests, sharding alone
-    points_at_once      N (1 - (1 - 1/S)^K) - K                 of K requests together
-    slicing_share       2/3 + 1/(3R) of a shard's cost (cumulative), (R + 1) / (2R) (sequential)
-
-The forms assume equal shards. Hashed shards differ in size, and a record is likelier to lie in a large
-one: a request costs (1 - 1/S) points more on average. Only order 0 is counted, and every stage is
+The closed forms assume equal shards. Hashed shards differ in size, and a record is likelier to lie in a
+large one: a request costs (1 - 1/S) points more on average. Only order 0 is counted, and every stage is
 assumed to be held; `layout_advice.py` prices other orders and a checkpoint budget.
 
 >>> round(points_one_by_one(num_records=1000, num_shards=10, num_deletions=2), 2)
@@ -24,11 +18,13 @@ assumed to be held; `layout_advice.py` prices other orders and a checkpoint budg
 >>> even = Stream(Layout(10, 3), "cumulative")
 >>> round(even.one_share, 3), round(even.batch_share(1e9), 3)
 (0.778, 1.0)
+
+Source: SISA, Bourtoule et al. 2021, section V.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -45,28 +41,12 @@ Shares = NDArray[np.float64]
 
 
 def points_one_by_one(num_records: int, num_shards: int, num_deletions: float) -> float:
-    """Return the expected points that K sequential requests retrain, without slices.
+    """Return the expected points (one record, presented once) that K sequential requests retrain.
 
-    A point is one record, presented once.
+    The shards have no slices: (N/S + 1/(2S) - 1) K - K^2 / (2S) of N records in S shards.
     """
     n, s, k = num_records, num_shards, num_deletions
     return (n / s + 1 / (2 * s) - 1) * k - k * k / (2 * s)
-
-
-def points_at_once(num_records: int, num_shards: int, num_deletions: float) -> float:
-    """Return the expected points that K requests carried out together retrain, without slices."""
-    spared = (1 - 1 / num_shards) ** num_deletions
-    return float(num_records * (1 - spared) - num_deletions)
-
-
-def slicing_share(num_slices: int, schedule: Schedule) -> float:
-    """Return the expected cost of one deletion, as a share of training its whole shard of equal slices.
-
-    >>> slicing_share(3, "cumulative"), slicing_share(3, "sequential")
-    (0.7777777777777777, 0.6666666666666666)
-    """
-    r = num_slices
-    return 2 / 3 + 1 / (3 * r) if schedule == "cumulative" else (r + 1) / (2 * r)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +59,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Stream:
-    """A layout, its training, and its groups of records.
-
-    By default all records are equally likely to be deleted.
-    """
+    """A layout, its training, and its groups of records."""
 
     layout: Layout
     schedule: Schedule = "cumulative"
     num_epochs: int = 3
-    groups: tuple[Group, ...] = (Group(1.0, 1.0),)
+    groups: tuple[Group, ...] = (Group(1.0, 1.0),)  # all records are equally likely to be deleted
 
     @cached_property
     def _spread(self) -> Shares:
@@ -96,8 +73,7 @@ class Stream:
         for number, group in enumerate(self.groups):
             allowed = self.layout.slices(group.risk)
             spread[number, list(allowed)] = group.share / len(allowed)
-        found: Shares = spread / spread.sum()
-        return found
+        return spread / float(spread.sum())
 
     @cached_property
     def held(self) -> Shares:
@@ -112,11 +88,6 @@ class Stream:
         found: Shares = likely.sum(axis=0) / likely.sum()
         return found
 
-    @cached_property
-    def _stages(self) -> Shares:
-        """Return the cost of each stage, in passes over all records of a shard."""
-        return self.path(range(self.layout.num_slices))[0]
-
     def path(self, order: Sequence[int]) -> tuple[Shares, Shares]:
         """Return the costs of an order's stages and the shares of the deletions that hit their slices.
 
@@ -127,31 +98,29 @@ class Stream:
         seen = np.cumsum(held) if self.schedule == "cumulative" else held
         return np.where(held > 0, seen, 0) * over / under, asked
 
+    @cached_property
+    def _from_each_slice(self) -> Shares:
+        """Return the cost of training from each slice on, in passes over all records of a shard."""
+        return np.cumsum(self.path(range(self.layout.num_slices))[0][::-1])[::-1]
+
     @property
     def epochs(self) -> float:
         """Return the passes over all records in one training; `num_epochs` if slices are equal."""
-        return float(self._stages.sum())
-
-    @cached_property
-    def suffixes(self) -> Shares:
-        """Return the cost of training from each slice on, as a share of the shard's whole training."""
-        found: Shares = np.cumsum(self._stages[::-1])[::-1] / self.epochs
-        return found
+        return float(self._from_each_slice[0])
 
     @property
     def one_share(self) -> float:
         """Return the expected cost of one deletion, as a share of training its whole shard."""
-        return float(self.suffixes @ self.asked)
+        return float(self._from_each_slice @ self.asked) / self.epochs
+
+    def first_hits(self, num_deletions: float) -> Shares:
+        """Return the chance of each slice to be the earliest that a batch hits (mean of arrivals)."""
+        missed: Shares = np.exp(-num_deletions * np.concatenate([[0.0], np.cumsum(self.asked)]))
+        return missed[:-1] - missed[1:]
 
     def batch_share(self, num_deletions: float) -> float:
-        """Return the expected cost of a batch of deletions from one shard, as a share of training it.
-
-        A batch costs the suffix from the earliest slice hit. `num_deletions` is the mean of Poisson
-        arrivals.
-        """
-        before = np.concatenate([[0.0], np.cumsum(self.asked)])
-        missed = np.exp(-num_deletions * before)
-        return float(self.suffixes @ (missed[:-1] - missed[1:]))
+        """Return the expected cost of a batch of deletions from one shard, as a share of training it."""
+        return float(self._from_each_slice @ self.first_hits(num_deletions)) / self.epochs
 
     def expected(self, num_records: int, num_deletions: int, batch: int = 1) -> float:
         """Return the record-epochs of a stream by closed forms.
@@ -186,15 +155,20 @@ def replay_stream(
 
     Raise ValueError for more deletions than the groups with a risk have records.
     """
-    draw = np.random.default_rng(seed)
-    layout = stream.layout
-    cells = layout.num_shards * layout.num_slices
-    flat = draw.multinomial(num_records, np.tile(stream.held, layout.num_shards) / layout.num_shards)
-    gone = _drawn(draw, flat.astype(np.int64), stream, num_deletions)
-    sizes = flat.astype(np.int64).reshape(layout.num_shards, layout.num_slices)
-    full = int(_stage_costs(sizes, stream).sum())
-    runs = _runs(draw.permutation(np.repeat(np.arange(cells), gone)), batch, layout.num_slices)
-    cost = sum(_run(sizes, stream, *each) for each in _steps(runs))
+    draw, layout = np.random.default_rng(seed), stream.layout
+    shares = np.tile(stream.held, layout.num_shards) / layout.num_shards
+    flat = draw.multinomial(num_records, shares).astype(np.int64)
+    gone = _drawn(draw, flat, stream, num_deletions)
+    where = draw.permutation(np.repeat(np.arange(len(flat)), gone))
+    sizes = flat.reshape(layout.num_shards, layout.num_slices)
+    full, cost = int(_stage_costs(sizes, stream).sum()), 0
+    shard, slice_ = np.divmod(where, layout.num_slices)
+    number = np.arange(len(where)) // batch
+    runs = np.stack([shard, number, slice_], axis=1)[np.lexsort((slice_, number, shard))]
+    for shards, first, (rows, slices) in _steps(runs):  # one run of each of some shards
+        np.subtract.at(sizes, (rows, slices), 1)
+        costs = _stage_costs(sizes[shards], stream)
+        cost += int(costs[np.arange(layout.num_slices) >= first[:, None]].sum())
     num_runs = len(np.unique(runs[:, :2], axis=0))
     expected = stream.expected(num_records, num_deletions, batch)
     return Replayed(num_records, num_deletions, num_runs, cost, full, expected)
@@ -224,33 +198,20 @@ def _stage_costs(sizes: Counts, stream: Stream) -> Counts:
     return costs
 
 
-def _runs(where: Counts, batch: int, num_slices: int) -> Counts:
-    """Return [deletions, (shard, batch, slice)], sorted."""
-    rows = np.stack([where // num_slices, np.arange(len(where)) // batch, where % num_slices], axis=1)
-    ordered: Counts = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
-    return ordered
+def _steps(runs: Counts) -> Iterator[tuple[Counts, Counts, Counts]]:
+    """Yield the shards with a k-th run, its first slices, and its shards and slices, for k = 0, 1, ...
 
-
-def _steps(runs: Counts) -> Sequence[tuple[Counts, Counts, Counts]]:
-    """Return the shards with a k-th run, its first slices, and its (shard, slice)s, for k = 0, 1, ..."""
+    `runs` are sorted rows of (shard, batch, slice), one for each deletion.
+    """
     if not len(runs):
-        return ()
+        return
     new_shard = np.diff(runs[:, 0], prepend=-1) != 0
     new_run = new_shard | (np.diff(runs[:, 1], prepend=-1) != 0)
     number = np.cumsum(new_run)
     step = number - np.maximum.accumulate(np.where(new_shard, number, 0))
     order = np.argsort(step, kind="stable")
     bounds = np.searchsorted(step[order], np.arange(step.max() + 2))
-    found = []
     for start, end in pairwise(bounds):
         here = order[start:end]
         first = here[new_run[here]]
-        found.append((runs[first, 0], runs[first, 2], runs[here][:, [0, 2]]))
-    return found
-
-
-def _run(sizes: Counts, stream: Stream, shards: Counts, first: Counts, gone: Counts) -> int:
-    """Carry out one run of each of some shards: remove the records, and price the suffixes."""
-    np.subtract.at(sizes, (gone[:, 0], gone[:, 1]), 1)
-    costs = _stage_costs(sizes[shards], stream)
-    return int(costs[np.arange(stream.layout.num_slices) >= first[:, None]].sum())
+        yield runs[first, 0], runs[first, 2], runs[here][:, [0, 2]].T

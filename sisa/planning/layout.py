@@ -1,11 +1,9 @@
 """Lay records out over shards and slices, and the slices of a shard in orders.
 
-A record's position is a keyed hash of its subject, else of its id. It depends on the secret, the numbers
-of shards and slices, and that record's own subject or id; never on other records, on arrival order or on
-content. All records of a subject share one shard, and those of one generation share one slice. A subject
-named like a record id hashes elsewhere (purposes differ). With bands, the record's own deletion risk
-narrows the slices that it hashes to. An appended record hashes to the slices of its own generation,
-which follow those of earlier generations.
+A record's position is a keyed hash of its subject, else of its id; it never depends on other records, on
+arrival order or on content. All records of a subject share one shard, and those of one generation share
+one slice. With bands, the record's own deletion risk narrows the slices that it hashes to. An appended
+record hashes to the slices of its own generation, which follow those of earlier generations.
 
 >>> from sisa.core.domain import Part, Record
 >>> assign = Assigner(Keyed(b"1" * 32), Layout(num_shards=4, num_slices=3))
@@ -13,20 +11,10 @@ which follow those of earlier generations.
 >>> len({assign.place(record) for record in ada})
 1
 
-A shard's slices are trained in one or more orders: order 0 is the target, the others serve meanwhile.
-
-    rotations   cyclic rotations of the slices that start as far apart as possible
-    matched     for given risks: slices that are likely to be hit stand late in some order, by matching
-
-Order 0 always has the slices as they are numbered, and only its last stage is ever a shard's target.
-Each order arranges the appended slices of every generation as it arranges the first generation, and
-generations follow one another. After a deletion from slice s, the prefix before s of each order is
-clean; the deepest of them serves until order 0 is trained again.
-
-`matched` is exact for one deletion: it maximises the expected number of slices that still serve, the sum
-over slices of risk x the latest position in any order. Each slice needs one late position in one order,
-so this is an assignment problem. The rest of each order is filled by ascending risk; equal risks are
-rotated, so that orders differ when nothing else decides.
+A shard's slices are trained in one or more orders. Order 0 has the slices as they are numbered, and its
+last stage is the shard's target. After a deletion from slice s, the prefix before s of each order is
+clean; the deepest of them serves until order 0 is trained again. Each order arranges the slices of every
+generation alike, and generations follow one another.
 
 >>> rotations(6, 3)
 ((0, 1, 2, 3, 4, 5), (2, 3, 4, 5, 0, 1), (4, 5, 0, 1, 2, 3))
@@ -36,8 +24,7 @@ rotated, so that orders differ when nothing else decides.
 ((0, 1, 2), (1, 2, 0))
 
 Source: Bourtoule et al. 2021, section IV (sharding, slicing). S3T, Chowdhury et al., ICLR 2025 (arXiv
-2406.16257), section 3: cyclic rotations, and orders for known risks by bipartite matching. S3T matches
-position by position; this module matches all positions at once.
+2406.16257), section 3: cyclic rotations, and orders for known risks by bipartite matching.
 """
 
 from __future__ import annotations
@@ -62,10 +49,7 @@ class Layout:
     bands: Bands | None = field(default=None, repr=False)
 
     def generation(self, slice_: int) -> int:
-        """Return the generation of a slice.
-
-        Each generation has `num_slices` slices, after those of earlier ones.
-        """
+        """Return the generation of a slice: each has `num_slices`, after those of earlier ones."""
         return slice_ // self.num_slices
 
     def slices(self, risk: Risk) -> range:
@@ -113,8 +97,7 @@ class Assigner:
     def row(self, record: Record, num_tokens: int) -> RecordRow:
         """Return the ledger row of a record that is not yet committed."""
         shard, slice_ = self.place(record)
-        id_digest = self.id_digest(record.id)
-        subject = record.subject_id
+        id_digest, subject = self.id_digest(record.id), record.subject_id
         return RecordRow(
             id_digest=id_digest,
             subject_digest=None if subject is None else self.subject_digest(subject),
@@ -130,9 +113,7 @@ class Assigner:
     def differences(self, record: Record, row: RecordRow) -> list[str]:
         """Return the names of the columns in which a row differs from that of its record."""
         again = replace(self.row(record, row.num_tokens), seq=row.seq)
-        return [
-            each.name for each in fields(row) if getattr(again, each.name) != getattr(row, each.name)
-        ]
+        return [at.name for at in fields(row) if getattr(again, at.name) != getattr(row, at.name)]
 
 
 def normalised(text: str) -> str:
@@ -177,15 +158,19 @@ def rotations(num_slices: int, num_orders: int) -> tuple[Order, ...]:
 
 
 def matched(risks: Sequence[float], num_orders: int) -> tuple[Order, ...]:
-    """Return `num_orders` orders for slices with given risks of being hit; order 0 first."""
+    """Return `num_orders` orders for slices with given risks of being hit; order 0 first.
+
+    They maximise the expected number of slices that still serve after one deletion, the sum over slices
+    of risk x the latest position in any order. Each slice needs one late position in one order, so this
+    is an assignment problem. The rest of each order is filled by ascending risk; equal risks are
+    rotated, so that orders differ when nothing else decides.
+    """
     num_slices, others = len(risks), num_orders - 1
     plain = tuple(range(num_slices))
-    if not others:
-        return (plain,)
-    fixed: list[dict[int, int]] = [{} for _ in range(others)]  # of each order: position -> slice
-    for slice_, position, order in _late_positions(risks, others):
-        fixed[order][position] = slice_
     found = [plain]
+    fixed: list[dict[int, int]] = [{} for _ in range(others)]  # of each order: position -> slice
+    for slice_, position, order in _late_positions(risks, others) if others else ():
+        fixed[order][position] = slice_
     for number, positions in enumerate(fixed, start=1):
         start = number * num_slices // num_orders
         rest = [each for each in plain if each not in positions.values()]
@@ -211,27 +196,8 @@ def _late_positions(risks: Sequence[float], others: int) -> list[tuple[int, int,
 
 
 def arranged(slices: Iterable[int], order: Sequence[int]) -> list[int]:
-    """Return slices of any generations in an order of one generation's slices.
-
-    Without an order, they ascend.
-    """
+    """Return slices of any generations in an order of one generation's slices, by default ascending."""
     if not order:
         return sorted(slices)
     position = {slice_: at for at, slice_ in enumerate(order)}
     return sorted(slices, key=lambda each: (each // len(order), position[each % len(order)]))
-
-
-def depth_after(orders: Sequence[Order], hit: Iterable[int]) -> int:
-    """Return the depth of the deepest clean prefix after these slices lost a record.
-
-    The longest prefix of an order other than order 0 is one slice short of all.
-
-    >>> [depth_after(rotations(4, 2), [each]) for each in range(4)]
-    [2, 3, 2, 3]
-    >>> depth_after(rotations(4, 2), [0, 2])
-    0
-    """
-    gone = set(hit)
-    if not gone:
-        return len(orders[0])
-    return max(next(at for at, each in enumerate(order) if each in gone) for order in orders)

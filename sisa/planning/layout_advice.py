@@ -1,19 +1,12 @@
 """Advise on a layout: what deletions, training and storage cost for each choice, by closed forms.
 
-    Demand        number of records, deletions a month, and how likely which records are deleted
-    LayoutLimits  bytes of checkpoints, hours of a deletion, what must still be served, and the units
-    Advice        for each choice of shards, slices and orders: which checkpoints fit; the share of a
-                  full training that a month of deletions retrains, one by one and together; what is
-                  served meanwhile; bytes; hours of training, and until a deletion is trained
-
-The forms are those of `deletion_stream.py` and `checkpoint_budget.py`; all choices take a fraction of a
-second. With several groups, each risk is a band of its own (`bands.py`) if there are enough slices. If
-not all checkpoints fit, those that spare the most training are kept. A choice over a limit is not
-recommended, and names the limit. Orders cost training and increase what is served meanwhile, so they are
-recommended only to meet `min_depth`. A shard should have MIN_SHARD_RECORDS records, since an adapter
-learns next to nothing from fewer; a slice needs at least one. Shards are assumed to be of equal size and
-subjects to have one record each. Quality of answers is measured, not modelled
-(`tests/bench/quality.py`).
+The forms are those of `deletion_stream.py` and `checkpoint_budget.py`. With several groups, each risk is
+a band of its own if there are enough slices. If not all checkpoints fit, those that spare the most
+training are kept. A choice over a limit is not recommended, and names the limit. Orders cost training
+and increase what is served meanwhile, so they are recommended only to meet `min_depth`. A shard should
+have MIN_SHARD_RECORDS records, since an adapter learns next to nothing from fewer; a slice needs at
+least one. Shards are assumed to be of equal size and subjects to have one record each. Quality of
+answers is measured, not modelled (`tests/bench/quality.py`).
 
 >>> demand = Demand(num_records=1000, deletions_per_month=2.0)
 >>> best = recommended(advise(demand, LayoutLimits(bytes_per_checkpoint=10, max_bytes=1000)))
@@ -33,11 +26,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from sisa.planning.bands import Bands
 from sisa.planning.checkpoint_budget import KeptStages, best_kept, expected, split_budget
-from sisa.planning.deletion_stream import Group, Shares, Stream
+from sisa.planning.deletion_stream import Group, Stream
 from sisa.planning.layout import Layout, Order, chosen_orders
 from sisa.planning.plan import Schedule
 
@@ -71,11 +62,7 @@ class LayoutLimits:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One choice and its costs.
-
-    Shares are of training everything once, in order 0 and in equal slices. Hours are of one worker, NaN
-    without a rate.
-    """
+    """One choice and its costs, as shares of training everything once, in order 0 and equal slices."""
 
     num_shards: int
     num_slices: int
@@ -89,7 +76,7 @@ class Advice:
     serving_depth: float  # share of its slices that a shard serves right after a deletion
     stored_bytes: int
     training: float  # in all orders, once
-    training_hours: float
+    training_hours: float  # of one worker, as all hours; NaN without a rate
     record_epochs_to_utility: float  # of one deletion, until its shard is whole again
     hours_to_utility: float
     over: tuple[str, ...]
@@ -97,14 +84,14 @@ class Advice:
 
 def advise(demand: Demand, limits: LayoutLimits) -> list[Advice]:
     """Return every choice, the cheapest of those within the limits first."""
-    shards = _shards(demand.num_records)
+    most = max(1, min(MAX_SHARDS, demand.num_records // MIN_SHARD_RECORDS))
     found = [
         _advice(demand, limits, num_shards, paths)
         for num_slices in CANDIDATE_SLICES
         for num_orders in ORDERS
         if num_orders <= num_slices
         for paths in [_Paths(stream_of(demand, 1, num_slices), num_orders)]
-        for num_shards in shards
+        for num_shards in (2**n for n in range(most.bit_length()))
         if num_shards * num_slices <= demand.num_records
     ]
     return sorted(
@@ -116,11 +103,6 @@ def advise(demand: Demand, limits: LayoutLimits) -> list[Advice]:
 def recommended(advised: Sequence[Advice]) -> Advice | None:
     """Return the cheapest choice within the limits, or None."""
     return next((each for each in advised if not each.over), None)
-
-
-def _shards(num_records: int) -> list[int]:
-    most = max(1, min(MAX_SHARDS, num_records // MIN_SHARD_RECORDS))
-    return [2**n for n in range(most.bit_length())]
 
 
 def stream_of(demand: Demand, num_shards: int, num_slices: int) -> Stream:
@@ -157,22 +139,6 @@ class _Paths:
             return tuple(tuple(range(len(costs) - 1)) for costs, _ in self.paths)
         return tuple(each.stages for each in self._splits[max(0, int(num_extra))])
 
-    def one_by_one(self, kept: Sequence[Sequence[int]]) -> list[float]:
-        """Return what a deletion retrains of each order, as a share of training a shard in order 0."""
-        found = zip(self.paths, kept, strict=True)
-        return [expected(*path, each) / self.stream.epochs for path, each in found]
-
-    def together(self, kept: Sequence[int], num_deletions: float) -> float:
-        """Return the same for a batch in order 0: from the earliest slice hit on."""
-        costs, hits = self.paths[0]
-        missed: Shares = np.exp(-num_deletions * np.concatenate([[0.0], np.cumsum(hits)]))
-        return expected(costs, missed[:-1] - missed[1:], kept) / self.stream.epochs
-
-    @cached_property
-    def training(self) -> float:
-        """Return the cost of training all orders, in trainings of order 0."""
-        return sum(float(costs.sum()) for costs, _ in self.paths) / self.stream.epochs
-
     def depth(self, kept: Sequence[Sequence[int]]) -> float:
         """Return the share of its slices that a shard serves after one deletion from it.
 
@@ -197,15 +163,19 @@ def _advice(demand: Demand, limits: LayoutLimits, num_shards: int, paths: _Paths
     kept = paths.kept(num_extra)
     with_last = tuple((*k, len(c) - 1) for k, (c, _) in zip(kept, paths.paths, strict=True))
     num_kept, depth = sum(map(len, with_last)), paths.depth(with_last)
-    first, *others = paths.one_by_one(kept)
+    # What a deletion retrains of each order, and a training of all orders, in trainings of order 0.
+    first, *others = (
+        expected(*path, each) / stream.epochs for path, each in zip(paths.paths, kept, strict=True)
+    )
+    training = sum(float(costs.sum()) for costs, _ in paths.paths) / stream.epochs
+    batch = expected(paths.paths[0][0], stream.first_hits(per_shard), kept[0]) / stream.epochs
     stored = num_shards * num_kept * limits.bytes_per_checkpoint
     again = full / num_shards * first
-    hours = again / rate
-    over = [
-        ("bytes", stored > limits.max_bytes),
-        ("hours", hours > limits.max_hours),
-        ("depth", depth < limits.min_depth),
-    ]
+    over = {
+        "bytes": stored > limits.max_bytes,
+        "hours": again / rate > limits.max_hours,
+        "depth": depth < limits.min_depth,
+    }
     bands = stream.layout.bands
     return Advice(
         num_shards=num_shards,
@@ -215,13 +185,13 @@ def _advice(demand: Demand, limits: LayoutLimits, num_shards: int, paths: _Paths
         num_kept=num_kept,
         kept=with_last,
         one_by_one=weight * per_shard * first,
-        together=weight * paths.together(kept[0], per_shard),
+        together=weight * batch,
         others_one_by_one=weight * per_shard * sum(others),
         serving_depth=depth,
         stored_bytes=stored,
-        training=weight * paths.training,
-        training_hours=full * paths.training / rate,
+        training=weight * training,
+        training_hours=full * training / rate,
         record_epochs_to_utility=again,
-        hours_to_utility=hours,
-        over=tuple(name for name, is_over in over if is_over),
+        hours_to_utility=again / rate,
+        over=tuple(name for name, is_over in over.items() if is_over),
     )

@@ -5,9 +5,6 @@ out again comes first, since it is the oldest. A task whose worker died starts a
 `max_retries` times *in a row*. Whatever it stores in between (a finished stage) resets the count: on
 many machines every long task meets a death now and then, and only one without progress is hopeless.
 
-`cluster/ray/ray_tasks.py` runs the tasks, `tests/bench/simulate.py` simulates them;
-`serial.order_chains` orders them. The queue has no clock and no workers of its own.
-
 >>> queue = TaskQueue(num_tasks=2, max_retries=1)
 >>> queue.next_task(num_workers=1), queue.next_task(num_workers=1)
 (0, None)
@@ -21,26 +18,17 @@ from collections import Counter, deque
 
 
 class TaskQueue:
-    """Waiting and running tasks, by number."""
+    """Waiting and running tasks, by number; without a clock or workers of its own."""
 
-    def __init__(self, num_tasks: int = 0, max_retries: int = 0) -> None:
+    def __init__(self, num_tasks: int, max_retries: int) -> None:
         self._waiting = deque(range(num_tasks))
         self._running: set[int] = set()
         self._deaths: Counter[int] = Counter()
         self._max_retries = max_retries
 
     @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
     def over(self) -> bool:
-        """Return whether nothing waits and nothing runs."""
         return not self._waiting and not self._running
-
-    def arrived(self, task: int) -> None:
-        """Add a task at the end of the queue."""
-        self._waiting.append(task)
 
     def next_task(self, num_workers: int) -> int | None:
         """Start and return the next task; None while all workers are busy or nothing waits."""
@@ -51,7 +39,6 @@ class TaskQueue:
         return task
 
     def finished(self, task: int) -> None:
-        """Mark a task as finished."""
         self._running.remove(task)
 
     def again(self, task: int) -> None:

@@ -6,7 +6,7 @@
     simulate_depth           `expected_depth` by simulation
 
 There are m shards, L slices and B orders. A deletion hits one slice of one shard; slices are equally
-likely or weighted by `risks`, whatever was hit before. A shard then serves what `orders.depth_after`
+likely or weighted by `risks`, whatever was hit before. A shard then serves what `depth_after`
 returns and the planner does (tests compare them): the longest prefix of any order that no deletion hit.
 
 A shard is back at its base once the first slice of every order was hit. These are m B of m L equally
@@ -29,14 +29,14 @@ coupon collector.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sisa.planning.layout import Order, depth_after
+from sisa.planning.layout import Order
 
 MAX_ORDERS = 12  # `expected_depth` visits all sets of them
 
@@ -72,6 +72,21 @@ def expected_depth(
                 hit = sum(chances[each] for each in frozenset().union(*chosen)) / num_shards
                 depth += (-1) ** (size - 1) * max(0.0, 1 - hit) ** num_deletions
     return float(depth)
+
+
+def depth_after(orders: Sequence[Order], hit: Iterable[int]) -> int:
+    """Return the depth of the deepest clean prefix after these slices lost a record.
+
+    The longest prefix of an order other than order 0 is one slice short of all.
+
+    >>> orders = ((0, 1, 2, 3), (2, 3, 0, 1))
+    >>> [depth_after(orders, [each]) for each in range(4)], depth_after(orders, [0, 2])
+    ([2, 3, 2, 3], 0)
+    """
+    gone = set(hit)
+    if not gone:
+        return len(orders[0])
+    return max(next(at for at, each in enumerate(order) if each in gone) for order in orders)
 
 
 def _with_stage(orders: Sequence[Order], served: int) -> Sequence[Order]:

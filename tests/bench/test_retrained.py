@@ -14,7 +14,6 @@ from sisa.flows.deletion import Terms
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import carry_out, submit
 from sisa.planning.bands import Bands
-from sisa.planning.deletion_stream import slicing_share
 from sisa.planning.plan import Schedule
 from tests.bench.counted import (
     Arrangement,
@@ -83,7 +82,8 @@ def records_of(author: Author) -> list[Record]:
 def test_the_form_for_one_of_many_is_sisas(schedule: Schedule) -> None:
     many = {n: Author(n, 1) for n in range(5_000)}
     found = expected_share(Arrangement("SISA", 8, 8, schedule), many, [0])
-    assert found == pytest.approx(slicing_share(8, schedule) / 8, rel=1e-3)
+    of_shard = 2 / 3 + 1 / (3 * 8) if schedule == "cumulative" else (8 + 1) / (2 * 8)
+    assert found == pytest.approx(of_shard / 8, rel=1e-3)
 
 
 @pytest.mark.parametrize("bands", [None, BY_LABEL, BY_SCORE])

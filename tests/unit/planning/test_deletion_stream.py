@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -11,14 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa.planning.bands import Bands
-from sisa.planning.deletion_stream import (
-    Group,
-    Stream,
-    points_at_once,
-    points_one_by_one,
-    replay_stream,
-    slicing_share,
-)
+from sisa.planning.deletion_stream import Group, Stream, points_one_by_one, replay_stream
 from sisa.planning.layout import Layout
 from sisa.planning.plan import Recipe, Schedule, suffix_record_epochs
 
@@ -71,6 +65,12 @@ def test_closed_forms_agree_with_replayed_streams_within_three_percent(
     assert found.record_epochs == pytest.approx(found.expected_record_epochs, rel=0.03)
 
 
+def points_at_once(num_records: int, num_shards: int, num_deletions: float) -> float:
+    """Return the expected points that K requests carried out together retrain, without slices."""
+    spared = math.pow(1 - 1 / num_shards, num_deletions)
+    return num_records * (1 - spared) - num_deletions
+
+
 def test_points_of_sharding_alone_are_the_papers() -> None:
     """Bourtoule et al. 2021, section V: sums written out for small cases."""
     assert points_one_by_one(100, 10, 1) == pytest.approx(100 / 10 - 1)
@@ -101,7 +101,9 @@ def test_a_batchs_share_grows_with_it_from_nothing_to_the_whole_shard(
     assert 0 <= stream.batch_share(low) <= stream.batch_share(high) + 1e-12
     assert stream.batch_share(high) <= 1 + 1e-9
     assert stream.batch_share(1e-6) / 1e-6 == pytest.approx(stream.one_share, rel=1e-3)
-    assert stream.one_share == pytest.approx(slicing_share(num_slices, schedule))
+    r = num_slices
+    papers = 2 / 3 + 1 / (3 * r) if schedule == "cumulative" else (r + 1) / (2 * r)
+    assert stream.one_share == pytest.approx(papers)
     assert stream.epochs == pytest.approx(3)
 
 

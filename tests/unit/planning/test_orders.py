@@ -19,7 +19,7 @@ from sisa.flows.query import shards
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import view_shard
 from sisa.planning.bands import Bands
-from sisa.planning.layout import Order, arranged, chosen_orders, depth_after, matched, rotations
+from sisa.planning.layout import Order, arranged, chosen_orders, matched, rotations
 from sisa.planning.plan import (
     Recipe,
     Schedule,
@@ -32,7 +32,13 @@ from sisa.planning.plan import (
     plan_shard,
     tainted_checkpoints,
 )
-from tests.bench.serving import deletions_until_base, expected_depth, simulate_depth, simulate_until_base
+from tests.bench.serving import (
+    deletions_until_base,
+    depth_after,
+    expected_depth,
+    simulate_depth,
+    simulate_until_base,
+)
 from tests.fakes.ports import fake_model, fake_recipe, fake_record
 
 schedules = st.sampled_from(["cumulative", "sequential"])
