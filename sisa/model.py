@@ -76,7 +76,7 @@ from sisa.flows.wiring.wiring import LEDGER, LOCK, SCRATCH, Description, OpenExe
 from sisa.flows.wiring.witness import catch_up, is_behind, witness_standing
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
-from sisa.planning.plan import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
+from sisa.planning.plan import estimate_seconds, full_record_epochs, serving_depth
 from sisa.store.blobs import files
 from sisa.store.blobs.files import erase_abandoned
 from sisa.store.ledger.database import is_read_only
@@ -334,7 +334,8 @@ class Model:
         ledger = context.stores.ledger
         heads = ledger.heads()
         views = view_shards(context, [head.shard for head in heads])
-        full = full_record_epochs(views, context.settings.recipe)
+        recipe = context.settings.recipe
+        full = full_record_epochs(views, recipe)
         return Status(
             directory=str(self.directory),
             records=sum(ledger.counts().values()),
@@ -350,13 +351,13 @@ class Model:
             sizes_bytes={LEDGER: files.num_bytes(self.directory / LEDGER), **sizes},
             witness=(context.stores.witness.location(), witness_standing(context)),
             event_head=ledger.event_head(),
-            num_orders=1 + len(context.settings.recipe.orders),
+            num_orders=1 + len(recipe.orders),
             serving_depth=serving_depth(heads, views),
             record_epochs_full=full,
             checkpoint_budget_bytes=self.config.sisa.checkpoint_budget_bytes,
             records_without_subject=ledger.num_without_subject()[0],
             checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
-            record_epochs_others=orders_record_epochs(views, context.settings.recipe) - full,
+            record_epochs_others=full_record_epochs(views, recipe, recipe.orders) - full,
             form=prompt_form(context),
             prompts=prompts,
         )

@@ -61,7 +61,6 @@ from sisa.planning.plan import (
     ShardView,
     full_record_epochs,
     marked,
-    plan_record_epochs,
     serving_depth,
     tainted_checkpoints,
 )
@@ -129,7 +128,7 @@ def plan_forget(
         emptied=tuple(emptied),
         tainted=tuple(dropped),
         exports=tuple(marked(ledger.exports(), {"": rows})),
-        record_epochs_retrained=plan_record_epochs(plans),
+        record_epochs_retrained=sum(plan.record_epochs for plan in plans),
         record_epochs_full=full_record_epochs(views, context.settings.recipe),
         record_epochs_others=sum(plan.record_epochs_others for plan in plans),
         serving_depth=serving_depth(heads.values(), views),

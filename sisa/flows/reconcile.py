@@ -94,7 +94,7 @@ def reconcile(context: Context, *, defer: bool = False, removed: Removed = NOTHI
     plans = [] if defer else [plan for plan in open_plans(context) if plan.train]
     if plans:
         try:
-            _train(context, [_chain(context, plan.shard, plan.missing) for plan in plans])
+            _train(context, [_chain(context, plan.shard, plan.missing[0]) for plan in plans])
         except SisaError as error:
             note_failure(context, _under_way(context), error)
             raise
@@ -121,8 +121,9 @@ def _train_orders(context: Context) -> int:
     Orders are trained one at a time, so that a prefix shared by two of them is trained once.
     """
     epochs = 0
-    for number in range(len(context.settings.recipe.orders)):
-        found = [(plan.shard, plan.others[number]) for plan in open_plans(context) if plan.others]
+    for number in range(1, len(context.settings.recipe.orders) + 1):
+        plans = [plan for plan in open_plans(context) if len(plan.missing) > number]
+        found = [(plan.shard, plan.missing[number]) for plan in plans]
         chains = [_chain(context, shard, missing) for shard, missing in found if missing.train]
         if chains:
             _train(context, chains)

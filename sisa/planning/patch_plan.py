@@ -7,12 +7,6 @@
     deletion     of a record in a patch's retain set: the patch, and every patch on top of it, is dropped
                  at once and made again without that record, if its texts are held
 
-A patch that becomes active supersedes the active ones that are not beneath it. A set of texts is needed
-by a patch that is wanted; in joint mode by every active patch; and by an active patch that may have to
-be made again, since its retain set or that of one beneath holds records of the model. A set from which
-no patch was ever made waits for one. So does a set of which the base still knows something after every
-patch that was made from it, so that another attempt is possible. All other sets are erased.
-
 >>> from sisa.core.domain import WRITTEN
 >>> one = Patch(1, PatchJob("base", (), ("a",), WRITTEN, {}, ""), "active", "now")
 >>> next_job([one], {"a", "b"}, "joint", one.job, ("b",)).forget
@@ -43,10 +37,9 @@ def next_job(
     like: PatchJob,
     forget: Sequence[str],
 ) -> PatchJob:
-    """Return the job of a new patch that forgets some sets.
+    """Return the job of a new patch that forgets some sets, else like another one.
 
-    Base, retain set, settings and fingerprint are those of `like`. `held` names the sets whose texts are
-    held.
+    `held` names the sets whose texts are held.
     """
     stack = active(patches)
     kept: set[str] = set()
@@ -60,7 +53,7 @@ def next_job(
 
 
 def activated(patches: Sequence[Patch], made: Patch) -> list[Patch]:
-    """Return the rows that change when a wanted patch is made."""
+    """Return the rows that change when a wanted patch is made: it supersedes what is not beneath it."""
     kept = {made.key, *made.job.beneath}
     gone = [each for each in active(patches) if each.key not in kept]
     return [replace(made, state="active"), *(replace(each, state="superseded") for each in gone)]
@@ -71,35 +64,26 @@ def needed(
 ) -> frozenset[str]:
     """Return the names of the sets whose texts must stay.
 
-    `deletable` names the retain sets that hold records of the model.
+    A set is needed by a patch that is wanted; in joint mode by every active patch; and by an active
+    patch that may have to be made again, since its retain set or that of one beneath holds records of
+    the model (`deletable`). A set from which no patch was ever made waits for one. So does one of which
+    the base still knows something after every attempt.
     """
     found = {each.name for each in sets if each.held} - {
         name for each in patches for name in each.job.sets
     }
-    kept = set(deletable)
-    risky: set[str] = set()  # keys of active patches that a deletion may drop
-    for patch in active(patches):
-        if patch.job.retain in kept or not risky.isdisjoint(patch.job.beneath):
-            risky.add(patch.key)
+    risky = {each.key for each in lineage(active(patches), deletable)}  # a deletion may drop them
     for patch in patches:
         by_mode = patch.state == "active" and (mode == "joint" or patch.key in risky)
         if patch.state == "wanted" or by_mode:
             found |= set(patch.job.sets)
-    return frozenset(found | _still_known(patches))
-
-
-def _still_known(patches: Sequence[Patch]) -> set[str]:
-    """Return the forget sets that the base still knows something of after every attempt."""
     tried = [each for each in patches if "still_known" in each.report]
     done = {name for each in tried if not num_still_known(each) for name in each.job.forget}
-    return {name for each in tried for name in each.job.forget} - done
+    return frozenset(found | {name for each in tried for name in each.job.forget} - done)
 
 
 def num_still_known(patch: Patch) -> int:
-    """Return how many texts the probe still knew after a patch or a failed attempt.
-
-    Without a measurement it is 0.
-    """
+    """Return how many texts the probe still knew after a patch or an attempt; 0 if not measured."""
     return int(patch.report.get("still_known", {}).get("after", 0))
 
 
@@ -110,10 +94,10 @@ def unneeded_sets(
     deletable: Collection[str],
     elsewhere: Collection[str] = (),
 ) -> tuple[list[VaultSet], list[str]]:
-    """Return the sets whose texts are to be erased, and the names of rows to remove.
+    """Return the rows of sets whose texts are to be erased, and the names of rows to remove.
 
-    The sets come as rows without their texts. A row is removed when no held or wanted patch was made
-    from its set. `elsewhere` are the keys of patches in exports or beneath trained shards.
+    A row is removed when no held or wanted patch was made from its set. `elsewhere` are the keys of
+    patches in exports or beneath trained shards.
     """
     keep = needed(patches, mode, sets, deletable)
     there = [p for p in patches if p.state in ("active", "wanted") or p.key in elsewhere]
@@ -162,10 +146,9 @@ def rederive(
 ) -> Rederived:
     """Drop the patches that a deletion touched, and want them again without the deleted records.
 
-    `without` maps each touched retain set to its replacement (WRITTEN when nothing is left); `held`
-    names the sets whose texts are held; `damaged` are keys of patches whose files are damaged, which are
-    treated alike. A patch that can't be made again is dropped, and patches on top of it are made on what
-    is left.
+    `without` maps each touched retain set to its replacement (WRITTEN when nothing is left); `damaged`
+    are keys of patches whose files are damaged, which are treated alike. A patch whose texts are not
+    `held` is dropped, and patches on top of it are made on what is left.
     """
 
     def renewed(job: PatchJob) -> PatchJob | None:
@@ -173,13 +156,12 @@ def rederive(
         return again if set(again.sets) <= set(held) else None
 
     gone = tainted_patches(patches, without, damaged)
-    fresh = _again(patches, gone, renewed)
     same = {each.key for each in wanted(patches)} - {each.key for each in gone}
-    fresh = [
+    fresh = tuple(
         each if each.key in same else replace(each, wanted_at=now, request_id=request_id)
-        for each in fresh
-    ]
-    return Rederived(tuple(replace(each, state="dropped") for each in gone), tuple(fresh))
+        for each in _again(patches, gone, renewed)
+    )
+    return Rederived(tuple(replace(each, state="dropped") for each in gone), fresh)
 
 
 def unmade(patches: Sequence[Patch], patch: Patch) -> list[Patch]:
@@ -189,8 +171,8 @@ def unmade(patches: Sequence[Patch], patch: Patch) -> list[Patch]:
     """
     gone = tainted_patches(patches, (), (patch.key,))
     fresh = _again(patches, gone, lambda job: None if job == patch.job else job)
-    upon = [each for each in gone if each.key != patch.key]
-    return [replace(patch, state="dropped"), *(replace(e, state="dropped") for e in upon), *fresh]
+    dropped = [patch, *(each for each in gone if each.key != patch.key)]
+    return [*(replace(each, state="dropped") for each in dropped), *fresh]
 
 
 def _again(

@@ -1,5 +1,4 @@
 """From remaining slices, held checkpoints and config: what to serve, train and retire, and the cost.
-cost.
 
     target  = per shard, the last of the jobs of the records that remain, in order 0
     tainted = held checkpoints that a removed record touched
@@ -16,18 +15,15 @@ sequential stage starts from its parent's weights.
 
 Orders (`layout.py`) share the checkpoints of their common prefixes: no key depends on the order. The
 other orders end one stage short of all slices, since whatever taints order 0's target would taint that
-stage, too. They are trained only under the present fingerprint, and only if order 0 is.
+stage, too. They are trained only under the present fingerprint.
 
 `schedule: cumulative` (Bourtoule et al. 2021, section V): stage r of R (from 1) makes 2 E / (R + 1)
 passes over slices 1..r, so that equal slices cost E epochs in total. `sequential` makes E passes over
-slice r alone. For appended slices (past R), stage r makes 2 E / (r + 1) passes over slices 1..r: as many
-as if there had always been r, and independent of later slices. In another order, r is the highest number
-among the stage's slices.
+slice r alone. For appended slices (past R), stage r makes 2 E / (r + 1) passes over slices 1..r,
+independent of later slices. In another order, r is the highest number among the stage's slices.
 
-A frozen prefix is the layers below the adapted ones. Its hidden states are cached, one file per slice,
-named by the slice, its records and everything else that affects the states: the base with the patches
-beneath, the fingerprint, the layers, and how records are tokenised. A slice that lost a record has
-another root, so its old file is unknown at once.
+The hidden states below the adapted layers are cached, one file per slice, named by the slice, its
+records and everything else that affects the states.
 
 >>> passes("cumulative", num_epochs=6, num_slices=3), passes("sequential", 6, 3)
 ((3, 1), (6, 1))
@@ -35,12 +31,9 @@ another root, so its old file is unknown at once.
 >>> name = prefix_name(2, 0, "5e6f", training, "base", "fingerprint")
 >>> name.rpartition("-")[0], name == prefix_name(2, 0, "0000", training, "base", "fingerprint")
 ('shard-00002-slice-00000', False)
->>> keeps_prefixes({**training, "lora_layers": "top:1"}), keeps_prefixes({})
-(True, False)
 
-Costs are counted in record-epochs. A record-epoch is one presentation of one record to the trainer.
-Layouts and deletions are compared in this unit, since it does not depend on the machine. Seconds are
-estimated from the stages that this model has measured.
+Costs are counted in record-epochs, which do not depend on the machine: one is one presentation of one
+record to the trainer. Seconds are estimated from the stages that this model has measured.
 
 >>> from sisa.core.domain import HeldCheckpoint
 >>> old = HeldCheckpoint("k", 0, (0,), 1, "f", "m", "a", 10, seconds=4.0, record_epochs=8)
@@ -54,7 +47,7 @@ from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from sisa.core.digest import digest_of
 from sisa.core.domain import (
@@ -62,6 +55,7 @@ from sisa.core.domain import (
     Export,
     Head,
     HeldCheckpoint,
+    RecordRow,
     SliceFile,
     SliceJob,
     SliceState,
@@ -105,9 +99,9 @@ class ShardView:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Stages that an order lacks once the orders before it are complete.
+    """Stages that an order lacks once the orders before it are complete, and their held parent.
 
-    `parent` is held now. It is None for the base, and for a stage that another order lacks.
+    The parent is None for the base, and for a stage that another order lacks.
     """
 
     train: tuple[SliceJob, ...]
@@ -116,18 +110,13 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """Reconciliation of one shard: `train` starts from `parent` (None: the base).
-
-    `paths` are the stages of every order, order 0's first; `others` what the later orders lack.
-    """
+    """Reconciliation of one shard: the stages of every order and what it lacks, order 0's first."""
 
     shard: int
     paths: tuple[tuple[SliceJob, ...], ...]
     head: Head
-    train: tuple[SliceJob, ...]
-    parent: HeldCheckpoint | None
+    missing: tuple[Missing, ...]
     retired: tuple[str, ...]
-    others: tuple[Missing, ...] = ()
 
     @property
     def path(self) -> tuple[SliceJob, ...]:
@@ -140,20 +129,14 @@ class ShardPlan:
         return {job.key: job for path in self.paths for job in path}
 
     @property
-    def missing(self) -> Missing:
+    def train(self) -> tuple[SliceJob, ...]:
         """Return what order 0 lacks."""
-        return Missing(self.train, self.parent)
+        return self.missing[0].train
 
     @property
     def all_missing(self) -> tuple[SliceJob, ...]:
         """Return what all orders lack, order 0's stages first."""
-        return (*self.train, *(job for each in self.others for job in each.train))
-
-    @property
-    def parents(self) -> tuple[HeldCheckpoint, ...]:
-        """Return the held checkpoints from which missing stages start."""
-        found = [self.parent, *(each.parent for each in self.others if each.train)]
-        return tuple({each.key: each for each in found if each is not None}.values())
+        return tuple(job for each in self.missing for job in each.train)
 
     @property
     def record_epochs(self) -> int:
@@ -162,7 +145,7 @@ class ShardPlan:
     @property
     def record_epochs_others(self) -> int:
         """Return the record-epochs of what the other orders lack."""
-        return sum(record_epochs(job) for each in self.others for job in each.train)
+        return sum(map(record_epochs, self.all_missing)) - self.record_epochs
 
 
 def passes(schedule: Schedule, num_epochs: int, num_slices: int, slice_: int = 0) -> tuple[int, int]:
@@ -219,28 +202,14 @@ def reached(path: Sequence[SliceJob], held: Container[str]) -> int:
     return max((number for number, job in enumerate(path, start=1) if job.key in held), default=0)
 
 
-class Placed(Protocol):
-    """Position of a record and the number of its commit.
-
-    A ledger row is one; so is a record that is only counted.
-    """
-
-    @property
-    def shard(self) -> int: ...
-    @property
-    def slice(self) -> int: ...
-    @property
-    def seq(self) -> int: ...
-
-
-def tainted_checkpoints(held: Iterable[HeldCheckpoint], removed: Collection[Placed]) -> tuple[str, ...]:
+def tainted_checkpoints(
+    held: Iterable[HeldCheckpoint], removed: Collection[RecordRow]
+) -> tuple[str, ...]:
     """Return the keys of the checkpoints that any of the removed records touched."""
-    return tuple(
-        checkpoint.key for checkpoint in held if any(touched(checkpoint, row) for row in removed)
-    )
+    return tuple(each.key for each in held if any(touched(each, row) for row in removed))
 
 
-def touched(made: HeldCheckpoint | Export, row: Placed) -> bool:
+def touched(made: HeldCheckpoint | Export, row: RecordRow) -> bool:
     """Return whether a held record is in the lineage of a checkpoint or an export.
 
     For an export that is older than the present partition, only its time is compared.
@@ -250,7 +219,7 @@ def touched(made: HeldCheckpoint | Export, row: Placed) -> bool:
     return row.seq <= made.seq
 
 
-def marked(exports: Iterable[Export], removed: Mapping[str, Collection[Placed]]) -> list[Export]:
+def marked(exports: Iterable[Export], removed: Mapping[str, Collection[RecordRow]]) -> list[Export]:
     """Return the clean exports that a removed record touched, tainted by the first such request."""
     by: dict[tuple[str, str], str] = {}  # shards that were exported together are erased together
     clean = [each for each in exports if not each.stale]
@@ -270,18 +239,19 @@ def plan_shard(view: ShardView, recipe: Recipe, fingerprint: str) -> ShardPlan:
     held = {checkpoint.key: checkpoint for checkpoint in view.held}
     chosen = _fingerprint_to_serve(view, recipe, fingerprint, held)
     paths = all_paths(view.shard, view.slices, recipe, chosen)
-    path = paths[0]
-    head = _head(view.shard, path, held)
-    mine = _missing(path, held, held)
-    known = {*held, *(job.key for job in mine.train)}
-    others = []
-    for each in paths[1:] if chosen == fingerprint else ():
-        others.append(_missing(each, held, known))
-        known.update(job.key for job in others[-1].train)
-    keep = {job.key for each in paths for job in each} | {head.key}
-    found = ShardPlan(view.shard, paths, head, mine.train, mine.parent, (), tuple(others))
-    spare = set() if found.all_missing else _over_budget(view, recipe, paths, held)
-    return replace(found, retired=tuple(key for key in held if key not in keep or key in spare))
+    head = _head(view.shard, paths[0], held)
+    missing: list[Missing] = []
+    known = set(held)
+    for path in paths if chosen == fingerprint else paths[:1]:
+        done = reached(path, known)
+        parent = held.get(path[done - 1].key) if 0 < done < len(path) else None
+        missing.append(Missing(path[done:], parent))
+        known.update(job.key for job in path[done:])
+    keep = {job.key for path in paths for job in path} | {head.key}
+    if not any(each.train for each in missing):
+        keep -= _over_budget(view, recipe, paths, held)
+    retired = tuple(key for key in held if key not in keep)
+    return ShardPlan(view.shard, paths, head, tuple(missing), retired)
 
 
 def _over_budget(
@@ -290,10 +260,9 @@ def _over_budget(
     paths: Sequence[Sequence[SliceJob]],
     held: Mapping[str, HeldCheckpoint],
 ) -> set[str]:
-    """Return the held stages to drop so that the rest fits the budget.
+    """Return the held stages to drop so that the rest fits: those that spare the least training.
 
-    Those that spare the least training are dropped. The last stage of every order stays, whatever its
-    size.
+    The last stage of every order stays, whatever its size.
     """
     if recipe.shard_budget is None:
         return set()
@@ -304,10 +273,9 @@ def _over_budget(
     if left >= needed or not others:
         return set()
     most = max(0, left // max(held[key].num_bytes for key in others))
+    risks = recipe.risks or (1.0,) * recipe.num_slices
     weights = {
-        each.slice: each.num_records
-        * (recipe.risks[each.slice % recipe.num_slices] if recipe.risks else 1.0)
-        for each in view.slices
+        each.slice: each.num_records * risks[each.slice % recipe.num_slices] for each in view.slices
     }
     choices = [
         best_kept(
@@ -328,14 +296,6 @@ def gaps(plan: ShardPlan, held: Container[str]) -> list[SliceJob]:
     return list({job.key: job for job in before if job.key not in held}.values())
 
 
-def _missing(
-    path: tuple[SliceJob, ...], held: Mapping[str, HeldCheckpoint], known: Container[str]
-) -> Missing:
-    """Return what a path lacks when the `known` stages are held or will be."""
-    done = reached(path, known)
-    return Missing(path[done:], held.get(path[done - 1].key) if 0 < done < len(path) else None)
-
-
 def _fingerprint_to_serve(
     view: ShardView, recipe: Recipe, fingerprint: str, held: Container[str]
 ) -> str:
@@ -348,19 +308,15 @@ def _fingerprint_to_serve(
 
 
 def _head(shard: int, path: Sequence[SliceJob], held: Mapping[str, HeldCheckpoint]) -> Head:
-    if not path:
-        return Head(shard, None, 0, None)
+    if not path or not held:
+        return Head(shard, None, 0, path[-1].key if path else None)
     target = path[-1].key
     if target in held:
         return Head(shard, target, len(path), target)
     on_path = {job.key for job in path}
     deepest = max(
-        held.values(),
-        key=lambda each: (len(each.prefix), each.key in on_path, each.seq, each.key),
-        default=None,
+        held.values(), key=lambda each: (len(each.prefix), each.key in on_path, each.seq, each.key)
     )
-    if deepest is None:
-        return Head(shard, None, 0, target)
     return Head(shard, deepest.key, len(deepest.prefix), target)
 
 
@@ -398,31 +354,32 @@ def prefix_names(slices: Iterable[SliceFile], recipe: Recipe, fingerprint: str) 
     return frozenset(prefix_name(each.shard, each.slice, each.root, *shared) for each in slices)
 
 
-def full_record_epochs(views: Iterable[ShardView], recipe: Recipe) -> int:
-    """Return the record-epochs of training every shard from scratch."""
-    sizes = ({each.slice: each.num_records for each in view.slices} for view in views)
-    return sum(suffix_record_epochs(each, recipe)[0] for each in sizes if each)
+def full_record_epochs(views: Iterable[ShardView], recipe: Recipe, others: Sequence[Order] = ()) -> int:
+    """Return the record-epochs of training every shard from scratch in order 0 and in other orders.
 
-
-def orders_record_epochs(views: Iterable[ShardView], recipe: Recipe) -> int:
-    """Return the record-epochs of training every shard from scratch in all of its orders.
-
-    Stages of shared prefixes count once; with one order the result is that of `full_record_epochs`.
+    Stages of shared prefixes count once.
     """
-    return sum(_orders_of_shard({e.slice: e.num_records for e in view.slices}, recipe) for view in views)
+    total = 0
+    for view in views:
+        sizes = {each.slice: each.num_records for each in view.slices}
+        paths = [sorted(sizes), *(arranged(sizes, order)[:-1] for order in others)]
+        stages = {
+            tuple(path[:end]): cost
+            for path in paths
+            for end, cost in enumerate(_stage_record_epochs(path, sizes, recipe), start=1)
+        }
+        total += sum(stages.values())
+    return total
 
 
-def _orders_of_shard(sizes: Mapping[int, int], recipe: Recipe) -> int:
-    filled = [slice_ for slice_, size in sizes.items() if size]
-    others = (arranged(filled, order)[:-1] for order in recipe.orders)
-    paths = [arranged(filled, ()), *others]
-    stages = {tuple(path[:end]) for path in paths for end in range(1, len(path) + 1)}
-    return sum(_stage_record_epochs(stage, sizes, recipe) for stage in stages)
-
-
-def _stage_record_epochs(prefix: tuple[int, ...], sizes: Mapping[int, int], recipe: Recipe) -> int:
-    seen = prefix if recipe.schedule == "cumulative" else prefix[-1:]
-    return presentations(recipe.passes(max(prefix)), sum(sizes[slice_] for slice_ in seen))
+def _stage_record_epochs(path: Iterable[int], sizes: Mapping[int, int], recipe: Recipe) -> list[int]:
+    """Return the cost of each stage of some slices in an order; an empty slice has none."""
+    costs, seen, highest = [], 0, 0
+    for slice_ in path:
+        seen = seen + sizes[slice_] if recipe.schedule == "cumulative" else sizes[slice_]
+        highest = max(highest, slice_)
+        costs.append(presentations(recipe.passes(highest), seen) if sizes[slice_] else 0)
+    return costs
 
 
 def serving_depth(heads: Iterable[Head], views: Iterable[ShardView]) -> float:
@@ -441,10 +398,7 @@ def suffix_record_epochs(sizes: Mapping[int, int], recipe: Recipe) -> list[int]:
     >>> suffix_record_epochs({0: 5, 1: 0, 2: 4}, Recipe(3, "cumulative", 4, {}, "base"))
     [28, 18, 18]
     """
-    costs, seen = [], 0
-    for slice_, size in sorted(sizes.items()):
-        seen = seen + size if recipe.schedule == "cumulative" else size
-        costs.append(presentations(recipe.passes(slice_), seen) if size else 0)
+    costs = _stage_record_epochs(sorted(sizes), sizes, recipe)
     return list(accumulate(reversed(costs)))[::-1]
 
 
@@ -455,24 +409,13 @@ def shard_costs(
 
     `pending` is the cost of the requests that wait in it, `num_records` the size of the whole model.
     """
-    costs = suffix_record_epochs(sizes, recipe)
-    counts = [size for _, size in sorted(sizes.items())]
-    return ShardCosts(
-        pending,
-        tuple((float(cost), size / num_records) for cost, size in zip(costs, counts, strict=True)),
-    )
-
-
-def plan_record_epochs(plans: Iterable[ShardPlan]) -> int:
-    """Return the record-epochs that the plans will train."""
-    return sum(plan.record_epochs for plan in plans)
+    costs = map(float, suffix_record_epochs(sizes, recipe))
+    shares = (sizes[slice_] / num_records for slice_ in sorted(sizes))
+    return ShardCosts(pending, tuple(zip(costs, shares, strict=True)))
 
 
 def estimate_seconds(epochs: int, measured: Iterable[HeldCheckpoint]) -> float | None:
-    """Return the seconds that one worker needs for `epochs` record-epochs.
-
-    The rate is the mean of the measured stages; None without any.
-    """
+    """Return the seconds of record-epochs on one worker, at the mean rate of measured stages."""
     stages = [each for each in measured if each.record_epochs and each.seconds]
     total = sum(each.record_epochs for each in stages)
     if not total:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from sisa.core.digest import Keyed, digest_of
-from sisa.core.domain import HeldCheckpoint, Part, Record, Risk, SliceState, record_epochs
+from sisa.core.domain import HeldCheckpoint, Part, Record, RecordRow, Risk, SliceState, record_epochs
 from sisa.planning.bands import Bands
 from sisa.planning.layout import Assigner, Layout, chosen_orders
 from sisa.planning.plan import (
@@ -82,13 +82,9 @@ class Arrangement:
         return [1 / len(allowed) if each in allowed else 0.0 for each in range(self.slices)]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The position of an author, whom the first commit added."""
-
-    shard: int
-    slice: int
-    seq: int = 0
+def counted_row(shard: int, slice_: int) -> RecordRow:
+    """Return the row of a record that is only counted, added by the first commit."""
+    return RecordRow("", None, "", "", "text", shard, slice_, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ class CountedShard:
         """Return the shard without some records, and without the checkpoints that they touched."""
         sizes = {n: size - gone.get(n, 0) for n, size in self.sizes.items()}
         versions = {n: self.versions.get(n, 0) + (n in gone) for n in self.sizes}
-        erased = set(tainted_checkpoints(self.held, [Place(self.shard, n) for n in gone]))
+        erased = set(tainted_checkpoints(self.held, [counted_row(self.shard, n) for n in gone]))
         kept = tuple(each for each in self.held if each.key not in erased)
         return CountedShard(self.shard, sizes, versions, kept)
 
@@ -157,14 +153,14 @@ class CountedModel:
 
     arrangement: Arrangement
     authors: Mapping[int, Author]
-    places: Mapping[int, Place]
+    places: Mapping[int, RecordRow]
     shards: Mapping[int, CountedShard]
 
     @classmethod
     def trained(cls, arrangement: Arrangement, authors: Iterable[Author], secret: bytes) -> CountedModel:
         """Return a model with all authors placed under a secret and all shards trained."""
         assign, by = Assigner(Keyed(secret), arrangement.layout), {each.number: each for each in authors}
-        places = {number: Place(*assign.place(each.record())) for number, each in by.items()}
+        places = {number: counted_row(*assign.place(each.record())) for number, each in by.items()}
         sizes = Counter[tuple[int, int]]()
         for number, place in places.items():
             sizes[place.shard, place.slice] += by[number].records

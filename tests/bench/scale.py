@@ -64,6 +64,7 @@ from sisa.planning.plan import (
     tainted_checkpoints,
 )
 from sisa.store.ledger.ledger import SqlLedger
+from tests.bench.counted import counted_row
 from tests.bench.simulate import Fleet, Ran, simulate
 
 DAY_S = 86_400.0
@@ -95,15 +96,6 @@ class Scale:
     @property
     def fleet(self) -> Fleet:
         return Fleet(self.workers, self.rate, mean_life_s=self.mean_life_h * 3600, max_retries=10)
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """Describe a record that is only counted: its position, and that the first commit added it."""
-
-    shard: int
-    slice: int
-    seq: int = 0
 
 
 @dataclass
@@ -154,9 +146,9 @@ class ShardCounts:
         )
         self.held[plan.shard] = (*self.held[plan.shard], *made)
 
-    def removed(self, gone: Sequence[Counted]) -> list[int]:
+    def removed(self, gone: Sequence[RecordRow]) -> list[int]:
         """Remove records and the checkpoints that they touched; return the affected shards."""
-        by: dict[int, list[Counted]] = {}
+        by: dict[int, list[RecordRow]] = {}
         for each in gone:
             by.setdefault(each.shard, []).append(each)
             self.sizes[each.shard, each.slice] -= 1
@@ -213,7 +205,7 @@ class Stream:
     counts: ShardCounts
     per_day: float
     draw: np.random.Generator
-    waiting: list[tuple[str, str, Counted]] = field(default_factory=list)  # received, due, record
+    waiting: list[tuple[str, str, RecordRow]] = field(default_factory=list)  # received, due, record
     delays: list[float] = field(default_factory=list)
     spare: list[int] = field(default_factory=list)  # days left before the due date
     runs: int = 0
@@ -237,7 +229,7 @@ class Stream:
         due = due_date(f"{day}T12:00:00+00:00", "gdpr")
         for cell in np.repeat(np.arange(flat.size), flat):
             shard, slice_ = divmod(int(cell), sizes.shape[1])
-            self.waiting.append((day.isoformat(), due, Counted(shard, slice_)))
+            self.waiting.append((day.isoformat(), due, counted_row(shard, slice_)))
 
     def wants_to_run(self, day: date) -> bool:
         began = time.perf_counter()

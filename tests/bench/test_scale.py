@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bench.scale import VECTOR_BYTES, Counted, Scale, ShardCounts, chains, measure
+from tests.bench.counted import counted_row
+from tests.bench.scale import VECTOR_BYTES, Scale, ShardCounts, chains, measure
 
 SMALL = Scale(records=40_000, shards=20, slices=5, workers=4, days=40, mean_life_h=0.05)
 
@@ -32,7 +33,7 @@ def test_a_deletion_retrains_its_suffix_and_no_more() -> None:
     for shard in range(SMALL.shards):
         counts.trained(counts.plan(shard))
     assert not any(counts.plan(shard).train for shard in range(SMALL.shards))
-    assert counts.removed([Counted(3, 2), Counted(3, 4), Counted(7, 0)]) == [3, 7]
+    assert counts.removed([counted_row(3, 2), counted_row(3, 4), counted_row(7, 0)]) == [3, 7]
     again = {shard: [job.slice for job in counts.plan(shard).train] for shard in range(SMALL.shards)}
     assert again == {n: {3: [2, 3, 4], 7: [0, 1, 2, 3, 4]}.get(n, []) for n in range(SMALL.shards)}
     longest, other = chains([counts.plan(shard) for shard in range(SMALL.shards)])

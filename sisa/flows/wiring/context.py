@@ -538,7 +538,7 @@ def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:
         if index is not None and plan.path:
             context.stores.index.check(index)
         needed = {
-            *(each.key for each in plan.parents),
+            *(each.parent.key for each in plan.missing if each.parent is not None),
             plan.head.key if context.settings.recipe.orders else None,
         }
         for each in ledger.checkpoints(plan.shard) if needed != {None} else ():

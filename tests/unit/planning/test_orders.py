@@ -28,7 +28,6 @@ from sisa.planning.plan import (
     full_record_epochs,
     gaps,
     jobs,
-    orders_record_epochs,
     plan_shard,
     tainted_checkpoints,
 )
@@ -118,7 +117,7 @@ def test_equal_prefixes_are_one_checkpoint() -> None:
     first, second = found.paths
     assert [a.key == b.key for a, b in zip(first, second, strict=False)] == [True, True, False]
     assert len(found.stages) == 5  # the last stage of another order is never a stage
-    assert [job.prefix for job in found.others[0].train] == [(0, 1, 3)]
+    assert [job.prefix for job in found.missing[1].train] == [(0, 1, 3)]
 
 
 @given(schedules, st.lists(st.integers(0, 5), min_size=3, max_size=8), st.integers(1, 3))
@@ -132,7 +131,7 @@ def test_no_key_names_its_order(schedule: Schedule, sizes: list[int], num_orders
     assert found.path == jobs(0, slices, replace(recipe, orders=()), "f")
     priced = sum(record_epochs(job) for job in found.stages.values())
     view = ShardView(0, slices, ())
-    assert orders_record_epochs([view], recipe) == priced
+    assert full_record_epochs([view], recipe, recipe.orders) == priced
     assert priced - full_record_epochs([view], recipe) == found.record_epochs_others
 
 
@@ -176,14 +175,14 @@ def test_fewer_orders_retire_what_they_no_longer_need_and_more_retrain_nothing()
     more = plan(two, slices, *trained(plan(one, slices)))
     assert more.train == ()
     assert more.head.converged
-    assert [job.prefix for job in more.others[0].train] == [(2,), (2, 3), (2, 3, 0)]
+    assert [job.prefix for job in more.missing[1].train] == [(2,), (2, 3), (2, 3, 0)]
 
 
 def test_other_orders_wait_for_the_environment_that_they_were_begun_in() -> None:
     slices, recipe = states(2, 2), recipe_of(2, rotations(2, 2))
     target = trained(plan(recipe, slices))[1]
     elsewhere = plan_shard(ShardView(0, slices, (target,)), recipe, "other")
-    assert (elsewhere.train, elsewhere.others) == ((), ())
+    assert (elsewhere.train, len(elsewhere.missing)) == ((), 1)
 
 
 @pytest.mark.parametrize(("shards", "slices", "orders"), [(3, 8, 1), (4, 8, 2), (8, 8, 4), (5, 6, 6)])

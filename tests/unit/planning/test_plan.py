@@ -181,14 +181,14 @@ def test_a_keys_bytes_are_pinned() -> None:
 def test_with_nothing_held_all_is_trained_from_the_base() -> None:
     found = plan(FULL)
     assert found.train == found.path == path(FULL)
-    assert (found.parent, found.retired) == (None, ())
+    assert (found.missing[0].parent, found.retired) == (None, ())
     assert found.head == Head(0, None, 0, path(FULL)[-1].key)
 
 
 def test_at_the_target_nothing_is_trained() -> None:
     stages = [held(job) for job in path(FULL)]
     found = plan(FULL, *stages)
-    assert (found.train, found.parent, found.retired) == ((), None, ())
+    assert (found.train, found.missing[0].parent, found.retired) == ((), None, ())
     assert found.head == Head(0, stages[2].key, 3, stages[2].key)
     assert found.head.converged
 
@@ -198,7 +198,7 @@ def test_the_suffix_is_trained_from_the_deepest_held_stage(depth: int) -> None:
     stages = [held(job) for job in path(FULL)[:depth]]
     found = plan(FULL, *stages)
     assert found.train == path(FULL)[depth:]
-    assert found.parent == stages[-1]
+    assert found.missing[0].parent == stages[-1]
     assert found.head == Head(0, stages[-1].key, depth, path(FULL)[-1].key)
 
 
@@ -206,7 +206,7 @@ def test_a_gap_before_the_deepest_held_stage_is_not_trained() -> None:
     """Only its last stage is needed to go on: the earlier ones may have been lost with their records."""
     found = plan(FULL, held(path(FULL)[1]))
     assert found.train == path(FULL)[2:]
-    assert found.parent == held(path(FULL)[1])
+    assert found.missing[0].parent == held(path(FULL)[1])
 
 
 def test_after_a_deletion_the_clean_prefix_heads() -> None:
@@ -225,7 +225,7 @@ def test_after_an_addition_the_older_complete_head_serves() -> None:
     found = plan(grown, *old)
     assert found.head == Head(0, old[2].key, 3, path(grown)[-1].key)
     assert found.train == path(grown)[1:]
-    assert found.parent == old[0]
+    assert found.missing[0].parent == old[0]
     assert found.retired == (old[1].key,)
 
 
@@ -271,7 +271,7 @@ def test_a_shard_that_must_train_takes_the_present_fingerprint_whole(depth: int)
     stages = [held(job) for job in path(FULL, "there")[:depth]]
     found = plan(FULL, *stages, fingerprint="here")
     assert found.train == path(FULL, "here")
-    assert found.parent is None
+    assert found.missing[0].parent is None
     assert found.head == Head(0, stages[-1].key, depth, path(FULL, "here")[-1].key)
     assert set(found.retired) == {each.key for each in stages[:-1]}
 
