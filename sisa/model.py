@@ -320,7 +320,9 @@ class Model:
         with self._context(outdated=True) as context:
             exports = tuple(query.exports(context))
             prompts = held_prompts(context, self.config)
-            sizes = {area: context.stores.blobs[area].num_bytes("") for area in context.reported_areas}
+            kept = ["prefixes"] if context.settings.keeps_prefixes else []
+            areas = ("records", "index", "checkpoints", *kept)
+            sizes = {area: context.stores.blobs[area].num_bytes("") for area in areas}
             with context.stores.ledger.snapshot():
                 return self._status(context, exports, sizes, prompts)
 

@@ -7,12 +7,9 @@
     sequence_len     longer texts are cut to it or refused, as `overlength` says
     procedure        how patches are made; a job of another procedure is refused
 
-All defaults are written out, so that a job names everything that reaches its bits. A limit in seconds
-is not a setting: it says when to put a run aside, not what the patch becomes. On the command line
-settings have one flat namespace.
-
-Source of the defaults: a patch needs about ten times the rate of full weights (`schedule.py`). Each
-later round is stronger (`descent.py`), until nothing is known or the bound on utility stops it.
+All defaults are written out, so that a job names everything that reaches its bits. On the command line
+settings have one flat namespace. Source of the defaults: a patch needs about ten times the rate of full
+weights (`schedule.py`), and each later round is stronger (`descent.py`).
 
 >>> found = parse_settings(settings_of("npo", {"beta": 0.2, "num_epochs": 3}, Adapter(), seed=1))
 >>> found.method, found.pace.num_epochs, found.bounds.max_utility_drop
@@ -21,17 +18,12 @@ later round is stronger (`descent.py`), until nothing is known or the bound on u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar, get_args
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
 
-from approx.methods.method import (
-    Method,
-    check_values,
-    hyperparameters,
-    one_of,
-    whole_numbers,
-)
+from approx.methods.method import Method, check_values, hyperparameters, one_of, whole_numbers
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import TaskArithmetic
 from approx.unlearning.schedule import ScheduleSettings
@@ -39,7 +31,6 @@ from approx.unlearning.stopping import BoundSettings
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import Overlength
 
-_T = TypeVar("_T")
 PROCEDURE = 2  # raise when the same settings would make another patch
 DEFAULT_SEQUENCE_LEN = 512
 DEFAULT_PACE = {
@@ -54,8 +45,6 @@ DEFAULT_PACE = {
 }
 DEFAULT_BOUNDS = {"max_utility_drop": 0.1, "target_probability": 0.1, "check_every": 10}
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"dpo": {"retain_weight": 1.0}}
-BLOCKS = ("hyperparameters", "adapter", "pace", "bounds")
-NAMES = ("method", *BLOCKS, "sequence_len", "overlength", "procedure")
 
 
 @dataclass(frozen=True)
@@ -78,6 +67,15 @@ class Adapter:
             yield Problem("lora_target_modules", f"{modules!r}, expected names, or all-linear")
 
 
+KINDS: Mapping[str, type[Any]] = {
+    "adapter": Adapter,
+    "pace": ScheduleSettings,
+    "bounds": BoundSettings,
+}
+BLOCKS = ("hyperparameters", *KINDS)
+NAMES = ("method", *BLOCKS, "sequence_len", "overlength", "procedure")
+
+
 @dataclass(frozen=True)
 class PatchSettings:
     """Validated settings."""
@@ -91,16 +89,16 @@ class PatchSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as a job holds them: JSON values only."""
-        return {
+        made = {
             "method": self.method.name,
-            "hyperparameters": _listed(hyperparameters(self.method)),
-            "adapter": _listed(asdict(self.adapter)),
-            "pace": asdict(self.pace),
-            "bounds": asdict(self.bounds),
+            "hyperparameters": hyperparameters(self.method),
+            **{name: asdict(getattr(self, name)) for name in KINDS},
             "sequence_len": self.sequence_len,
             "overlength": self.overlength,
             "procedure": PROCEDURE,
         }
+        found: dict[str, Any] = json.loads(json.dumps(made))
+        return found
 
 
 def settings_of(
@@ -117,108 +115,67 @@ def settings_of(
     `adapter`, `seed`, `sequence_len` and `overlength` are those of the run. Raise InvalidInput with
     every problem.
     """
-    known = _flat_names(method)
-    problems = [
-        Problem(each, "unknown; known are " + ", ".join(sorted(known)))
-        for each in values
-        if each not in known
-    ]
+    kinds = {**KINDS, "hyperparameters": METHODS[method]} if method in METHODS else KINDS
+    known = {each.name: block for block, kind in kinds.items() for each in fields(kind)}
+    among = ", ".join(sorted(known))
+    problems = [Problem(each, f"unknown; known are {among}") for each in values if each not in known]
     blocks: dict[str, dict[str, Any]] = {
         "hyperparameters": dict(METHOD_DEFAULTS.get(method, {})),
         "adapter": asdict(adapter),
         "pace": {**DEFAULT_PACE, "seed": seed},
         "bounds": dict(DEFAULT_BOUNDS),
     }
-    for name, value in values.items():
-        if name in known:
-            blocks[known[name]][name] = value
-    texts = {"sequence_len": sequence_len, "overlength": overlength}
-    return _parsed({"method": method, **blocks, **texts, "procedure": PROCEDURE}, problems).to_json()
+    for name in known.keys() & values.keys():
+        blocks[known[name]][name] = values[name]
+    texts = {"sequence_len": sequence_len, "overlength": overlength, "procedure": PROCEDURE}
+    return parse_settings({"method": method, **blocks, **texts}, *problems).to_json()
 
 
-def _flat_names(method: str) -> dict[str, str]:
-    """Return the block of every name in a method's settings."""
-    own = {each.name: "hyperparameters" for each in fields(METHODS[method])} if method in METHODS else {}
-    return {
-        **{each.name: "adapter" for each in fields(Adapter)},
-        **{each.name: "pace" for each in fields(ScheduleSettings)},
-        **{each.name: "bounds" for each in fields(BoundSettings)},
-        **own,
-    }
-
-
-def parse_settings(given: Mapping[str, Any]) -> PatchSettings:
-    """Return validated settings. Raise InvalidInput with every problem."""
-    return _parsed(given, [])
-
-
-@dataclass
-class _Parts:
-    """The blocks of settings, built one after another, and every problem found in them."""
-
-    problems: list[Problem]
-    made: dict[str, Any] = field(default_factory=dict)
-
-    def make(self, name: str, build: Callable[[], Any]) -> None:
-        try:
-            self.made[name] = build()
-        except InvalidInput as error:
-            self.problems += error.as_problems(name)
-        except TypeError:
-            self.problems.append(Problem(name, "a value of the wrong type"))
-
-
-def _parsed(given: Mapping[str, Any], problems: list[Problem]) -> PatchSettings:
-    problems += [Problem(each, "unknown") for each in given if each not in NAMES]
+def parse_settings(given: Mapping[str, Any], *found: Problem) -> PatchSettings:
+    """Return validated settings. Raise InvalidInput with every problem, those already `found` too."""
+    problems = [*found, *(Problem(each, "unknown") for each in given if each not in NAMES)]
     if given.get("procedure") != PROCEDURE:
-        problems.append(
-            Problem("procedure", "of another version: revert the patch and request it again")
-        )
-    blocks = {name: _block(given, name, problems) for name in BLOCKS}
-    method = str(given.get("method", ""))
-    parts = _Parts(problems)
-    parts.make("hyperparameters", lambda: make_method(method, _tuples(blocks["hyperparameters"])))
-    parts.make("adapter", lambda: _build("adapter", Adapter, _tuples(blocks["adapter"])))
-    parts.make("pace", lambda: _build("pace", ScheduleSettings, blocks["pace"]))
-    parts.make("bounds", lambda: _build("bounds", BoundSettings, blocks["bounds"]))
+        again = "of another version: revert the patch and request it again"
+        problems.append(Problem("procedure", again))
+    blocks: dict[str, Any] = {name: given.get(name, {}) for name in BLOCKS}
+    for name in [name for name, each in blocks.items() if not isinstance(each, Mapping)]:
+        problems.append(Problem(name, "expected names and values"))
+        blocks[name] = {}
+    named = str(given.get("method", ""))
+    made = {name: _made(name, named, values, problems) for name, values in blocks.items()}
     length = given.get("sequence_len", DEFAULT_SEQUENCE_LEN)
     overlength = given.get("overlength", "refuse")
-    parts.problems += one_of(get_args(Overlength), overlength=overlength)
-    parts.problems += whole_numbers(2, sequence_len=length)
-    found: Any = parts.made.get("hyperparameters")
-    drop = blocks["bounds"].get("max_utility_drop")
-    if isinstance(found, TaskArithmetic) and found.alpha is None and drop is None:
-        parts.problems.append(
-            Problem("alpha", "can't be searched without a bound: give it, or max_utility_drop")
-        )
-    if parts.problems:
+    problems += one_of(get_args(Overlength), overlength=overlength)
+    problems += whole_numbers(2, sequence_len=length)
+    searched = made["hyperparameters"]
+    unbounded = blocks["bounds"].get("max_utility_drop") is None
+    if isinstance(searched, TaskArithmetic) and searched.alpha is None and unbounded:
+        what = "can't be searched without a bound: give it, or max_utility_drop"
+        problems.append(Problem("alpha", what))
+    if problems:
         raise InvalidInput(
             "no patch can be made with these settings",
-            where=", ".join(dict.fromkeys(each.where for each in parts.problems)),
+            where=", ".join(dict.fromkeys(each.where for each in problems)),
             next_step="correct the settings",
-            problems=parts.problems,
+            problems=problems,
         )
-    adapter, pace, bounds = (parts.made[name] for name in BLOCKS[1:])
-    return PatchSettings(found, adapter, pace, bounds, length, overlength)
+    method, adapter, pace, bounds = made.values()
+    return PatchSettings(method, adapter, pace, bounds, length, overlength)
 
 
-def _block(given: Mapping[str, Any], name: str, problems: list[Problem]) -> Mapping[str, Any]:
-    found = given.get(name, {})
-    if isinstance(found, Mapping):
-        return found
-    problems.append(Problem(name, "expected names and values"))
-    return {}
-
-
-def _build(what: str, kind: type[_T], values: Mapping[str, Any]) -> _T:
-    known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
-    check_values(what, (Problem(each, "unknown") for each in values if each not in known))
-    return kind(**values)
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(each) if isinstance(each, list) else each for name, each in values.items()}
-
-
-def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(each) if isinstance(each, tuple) else each for name, each in values.items()}
+def _made(block: str, method: str, values: Mapping[str, Any], problems: list[Problem]) -> Any:
+    """Return what a block describes; None if it can't be made, with its problems added to the list."""
+    kind = KINDS.get(block)
+    if kind in (None, Adapter):
+        values = {name: tuple(each) if isinstance(each, list) else each for name, each in values.items()}
+    try:
+        if kind is None:
+            return make_method(method, values)
+        known = {each.name for each in fields(kind)}
+        check_values(block, (Problem(each, "unknown") for each in values if each not in known))
+        return kind(**values)
+    except InvalidInput as error:
+        problems += error.as_problems(block)
+    except TypeError:
+        problems.append(Problem(block, "a value of the wrong type"))
+    return None

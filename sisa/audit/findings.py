@@ -29,7 +29,6 @@ from sisa.flows.stale_exports import export_standing
 from sisa.flows.wiring.context import (
     ALWAYS_SEALED,
     Context,
-    first_index,
     known_by_area,
     plan_of,
     purge,
@@ -238,7 +237,7 @@ def check_slice(context: Context, file: SliceFile, *, with_key: bool = True) -> 
 
 def _indexes(context: Context) -> Iterator[Finding]:
     for head in context.stores.ledger.heads():
-        file = first_index(context.stores.ledger.indexes(head.shard))
+        file = next(iter(context.stores.ledger.indexes(head.shard)), None)
         rows = context.stores.ledger.rows(head.shard)  # raises if the ledger itself is damaged
         if file is None and not rows:
             continue

@@ -46,7 +46,6 @@ from sisa.flows.wiring.context import (
     SlicePosition,
     check_sources,
     commit,
-    first_index,
     held_rows,
     model_digest,
     plans_of,
@@ -361,7 +360,7 @@ def _write_remaining(
         for state in remaining.get(plan.shard, ()):
             here = [row for row in rows if row.slice == state.slice]
             slices.append(write_slice(context, state.shard, state.slice, here))
-        base = first_index(context.stores.ledger.indexes(plan.shard))
+        base = next(iter(context.stores.ledger.indexes(plan.shard)), None)
         if rows:
             kept = {row.vector_id: None for row in rows}
             indexes.append(context.stores.index.build(plan.shard, index_root(rows), base, kept))

@@ -23,7 +23,6 @@ from sisa.flows.wiring.context import (
     check_sources,
     commit,
     embed_records,
-    first_index,
     model_digest,
     plan_of,
     view_shard,
@@ -257,5 +256,5 @@ def _write_index(context: Context, shard: int, fresh: Sequence[_Arrived]) -> Ind
             where=f"shard {shard}",
             next_step="give one of the new records another id",
         )
-    base = first_index(context.stores.ledger.indexes(shard))
+    base = next(iter(context.stores.ledger.indexes(shard)), None)
     return context.stores.index.build(shard, index_root(merged), base, wanted)

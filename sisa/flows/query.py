@@ -160,7 +160,7 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
     rows = known_rows(context, ids, in_sets)
     sets = {each.name: each for each in ledger.vault()} if in_sets else {}
     patches = ledger.patches() if in_sets else []
-    states = context.stores.prefixes.held() if context.stores.prefixes is not None else frozenset()
+    states = context.stores.prefixes.held()
     lineage = _lineage(context, [each for each in rows.values() if isinstance(each, RecordRow)])
     locations = {
         digest: _with_states(context, _location(context, each, rows.get(digest), lineage), states)
@@ -210,7 +210,7 @@ def _with_states(context: Context, location: Location, held: Collection[str]) ->
 
     A deleted record has none; they were erased with it.
     """
-    if context.stores.prefixes is None or location.state not in ("trained", "pending"):
+    if location.state not in ("trained", "pending"):
         return location
     start = slice_start(location.shard, location.slice)
     names = sorted(name for name in held if name.startswith(start))

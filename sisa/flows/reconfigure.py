@@ -121,7 +121,7 @@ def reseal_model(context: Context) -> None:
     After an interruption, both forms can be read.
     """
     for area, names in known_by_area(context).items():
-        if context.stores.prefixes is not None and area == PREFIXES:
+        if area == PREFIXES:
             context.stores.prefixes.erase(sorted(names))  # a cache
             continue
         if area in ALWAYS_SEALED:

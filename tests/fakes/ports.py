@@ -377,6 +377,7 @@ def fake_model(
         patches=patches,
         vault=vault,
         drafts=runs,
+        prefixes=FakePrefixes(),
     )
     compute = Compute(
         embed=fake_embed,

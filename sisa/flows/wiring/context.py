@@ -1,26 +1,25 @@
 """Define an open model as flows use it, and the few reads and writes that several flows share.
 
-`Context` holds what is stored, what computes and what is configured; `wiring.py` builds one from real
-parts, tests from fakes. `Resources` holds the heavy parts (base, tokenizer, embedder), each resolved on
-first use. A part whose digest is not the one in the ledger raises IntegrityError. The properties that
-need torch import it. Nothing is decided here. New slice files get new names, and nothing is overwritten
-or erased; the flows decide the order of effects.
+`wiring.py` builds a `Context` from real parts, tests from fakes. `Resources` holds the heavy parts, each
+resolved on first use and checked against the ledger; those that need torch import it. Nothing is decided
+here. New slice files get new names, and nothing is overwritten or erased: the flows decide the order of
+effects.
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 from sisa.config.config import RunConfig
 from sisa.core.digest import digest_of, patched_digest
 from sisa.core.domain import (
     HeldCheckpoint,
-    IndexFile,
     Patch,
     PatchMode,
     Record,
@@ -127,14 +126,8 @@ class Resources:
     def dimension(self) -> int:
         return self._embedder.dimension if self._embedder else self.embedder.dimension
 
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        return self.embedder.embed(texts)
-
     def count_tokens(self, records: Sequence[Record]) -> list[int]:
-        """Return the number of tokens of each record.
-
-        Raise InvalidInput with every record that does not fit.
-        """
+        """Return the tokens of each record. Raise InvalidInput with every record that does not fit."""
         from sisa.lm.base.tokens import tokenize_all
         from sisa.lm.base.weights import untrusted
 
@@ -160,16 +153,14 @@ class Resources:
 
     def meta(self) -> dict[str, str]:
         """Return what the ledger stores about these resources."""
-        named = {"name": self.config.base_name, "digest": self.base.digest}
-        embedder = {
-            "name": self.config.sisa.embedder,
-            "digest": indexed_digest(self.embedder),
-            "dimension": self.embedder.dimension,
-        }
+        base = {"name": self.config.base_name, "digest": self.base.digest}
+        embedder = Named(
+            self.config.sisa.embedder, indexed_digest(self.embedder), self.embedder.dimension
+        )
         return {
             "config": self.config.to_canonical(),
-            "base": json.dumps(named, sort_keys=True),
-            "embedder": json.dumps(embedder, sort_keys=True),
+            "base": json.dumps(base, sort_keys=True),
+            "embedder": json.dumps(asdict(embedder), sort_keys=True),
         }
 
 
@@ -192,16 +183,6 @@ def check_digest(what: str, named: Named, found: str) -> None:
 
 
 SlicePosition = tuple[int, int]  # shard, slice
-
-
-class Area(Protocol):
-    """Named files, or groups of files, of one kind."""
-
-    def held(self) -> frozenset[str]: ...
-
-    def erase(self, names: Collection[str], /) -> None: ...
-
-
 FEW_SHARDS = 16  # that are asked for one by one
 ALWAYS_SEALED = ("vault", "runs")  # areas that are sealed in a plain model, too
 
@@ -221,7 +202,7 @@ class Stores:
     patches: CheckpointStore
     vault: Vault
     drafts: StoredFiles  # unfinished runs of patch making, by the key of their patch
-    prefixes: PrefixStore | None = None
+    prefixes: PrefixStore
     blobs: Mapping[str, BlobStore] = field(default_factory=dict)  # by storage area; fakes have none
 
 
@@ -274,12 +255,6 @@ class Context:
         stack = [each.adapter_sha256 for each in patches_beneath(self.stores.ledger, base)]
         return replace(self.settings.recipe, base=patched_digest(base, stack))
 
-    @property
-    def reported_areas(self) -> tuple[str, ...]:
-        """Return the storage areas whose size `sisa status` lists."""
-        found = ("records", "index", "checkpoints")
-        return (*found, "prefixes") if self.settings.keeps_prefixes else found
-
 
 def commit(context: Context, change: Change) -> int:
     """Commit a transaction, and record its requests and deletions in the witness.
@@ -328,11 +303,7 @@ def patches_beneath(ledger: Ledger, base: str) -> list[Patch]:
 
 
 def known_by_area(context: Context) -> dict[str, frozenset[str]]:
-    """Return the names that the ledger lists, by storage area.
-
-    They are slice files, index files and checkpoints; patches that are served or trained over,
-    unfinished ones, and sets whose texts are held; and those files of hidden states that are held.
-    """
+    """Return the names that the ledger lists, by storage area; of hidden states, those that are held."""
     ledger = context.stores.ledger
     patches = ledger.patches()
     return {
@@ -348,32 +319,32 @@ def known_by_area(context: Context) -> dict[str, frozenset[str]]:
 
 def _known_prefixes(context: Context) -> frozenset[str]:
     """Return the held files of hidden states of the present slices."""
-    if context.stores.prefixes is None or not context.settings.keeps_prefixes:
+    if not context.settings.keeps_prefixes:
         return frozenset()
     try:
         held = context.stores.prefixes.held()
     except EnvironmentFault:
         return frozenset()  # it is a cache; erasing there raises the error again
-    return held & prefix_names(
-        context.stores.ledger.slices(), context.recipe, context.compute.fingerprint
-    )
+    slices = context.stores.ledger.slices()
+    return held & prefix_names(slices, context.recipe, context.compute.fingerprint)
 
 
-def areas(context: Context) -> dict[str, Area]:
+def areas(context: Context) -> dict[str, StoredFiles]:
     """Return the storage areas whose files the ledger lists.
 
     Everything held there can be erased, leftover temporary files included; in the vault and the drafts,
     keys as well.
     """
-    found: dict[str, Area] = {
-        "records": context.stores.records,
-        "index": context.stores.index,
-        "checkpoints": context.stores.checkpoints,
-        "patches": context.stores.patches,
-        "vault": context.stores.vault,
-        "runs": context.stores.drafts,
+    stores = context.stores
+    return {
+        "records": stores.records,
+        "index": stores.index,
+        "checkpoints": stores.checkpoints,
+        "patches": stores.patches,
+        "vault": stores.vault,
+        "runs": stores.drafts,
+        "prefixes": stores.prefixes,
     }
-    return found if context.stores.prefixes is None else {**found, "prefixes": context.stores.prefixes}
 
 
 def held_by_area(context: Context) -> dict[str, frozenset[str]]:
@@ -402,26 +373,17 @@ def slices_of(context: Context, rows: Iterable[RecordRow]) -> list[SliceFile]:
     """Return the files that hold these records now."""
     places = {(row.shard, row.slice) for row in rows}
     shards = sorted({shard for shard, _ in places})
-    return [f for s in shards for f in context.stores.ledger.slices(s) if (f.shard, f.slice) in places]
+    return [f for s in shards for f in context.stores.ledger.slices(s) if (s, f.slice) in places]
 
 
 def stored_in(
-    context: Context, files: Iterable[SliceFile], rows: Iterable[RecordRow]
+    context: Context, files: Iterable[SliceFile], rows: Collection[RecordRow]
 ) -> list[StoredRecord]:
     """Return the records of rows, read from the files of their slices."""
-    wanted = {row.id_digest: (row.shard, row.slice) for row in rows}
-    places = set(wanted.values())
-    return [
-        stored
-        for file in files
-        if (file.shard, file.slice) in places
-        for stored in context.stores.records.read(file)
-        if stored.id_digest in wanted
-    ]
-
-
-def first_index(files: Sequence[IndexFile]) -> IndexFile | None:
-    return files[0] if files else None
+    names = {row.id_digest for row in rows}
+    places = {(row.shard, row.slice) for row in rows}
+    read = (context.stores.records.read(f) for f in files if (f.shard, f.slice) in places)
+    return [stored for each in read for stored in each if stored.id_digest in names]
 
 
 def embed_records(context: Context, records: Sequence[Record]) -> list[Vectors]:
@@ -434,11 +396,8 @@ def embed_records(context: Context, records: Sequence[Record]) -> list[Vectors]:
 
 def embed_shard(context: Context, shard: int, rows: Sequence[RecordRow]) -> dict[int, Vectors]:
     """Embed a shard's records again from its slice files; return their vectors by vector id."""
-    held = {
-        each.id_digest: each.record
-        for file in context.stores.ledger.slices(shard)
-        for each in context.stores.records.read(file)
-    }
+    stored = stored_in(context, context.stores.ledger.slices(shard), rows)
+    held = {each.id_digest: each.record for each in stored}
     vectors = embed_records(context, [held[row.id_digest] for row in rows])
     return dict(zip((row.vector_id for row in rows), vectors, strict=True))
 
@@ -451,18 +410,15 @@ def write_slice(
     fresh: Iterable[StoredRecord] = (),
 ) -> SliceFile:
     """Write the slice that holds exactly `rows`, their records taken from disk and from `fresh`."""
-    by_digest = {each.id_digest: each for each in fresh}
-    for file in context.stores.ledger.slices(shard):
-        if file.slice == slice_:
-            by_digest.update({each.id_digest: each for each in context.stores.records.read(file)})
-    wanted = sorted(row.id_digest for row in rows)
-    if not by_digest.keys() >= set(wanted):
+    held = [file for file in context.stores.ledger.slices(shard) if file.slice == slice_]
+    by_digest = {each.id_digest: each for each in (*fresh, *stored_in(context, held, rows))}
+    if len(by_digest) < len(rows):
         raise IntegrityError(
             "the ledger holds records that its slice file does not",
             where=f"shard {shard}, slice {slice_}",
             next_step="run `sisa verify`; restore the model directory from a backup",
         )
-    records = [by_digest[digest] for digest in wanted]
+    records = [by_digest[digest] for digest in sorted(by_digest)]
     return context.stores.records.write(shard, slice_, slice_root(rows), records)
 
 
@@ -488,14 +444,12 @@ def view_shards(context: Context, shards: Sequence[int]) -> list[ShardView]:
     """Return the views of several shards; for many shards, read the whole ledger at once."""
     if len(shards) <= FEW_SHARDS:
         return [view_shard(context, shard) for shard in shards]
-    slices: dict[int, list[SliceState]] = {shard: [] for shard in shards}
-    held: dict[int, list[HeldCheckpoint]] = {shard: [] for shard in shards}
+    slices: defaultdict[int, list[SliceState]] = defaultdict(list)
+    held: defaultdict[int, list[HeldCheckpoint]] = defaultdict(list)
     for file in context.stores.ledger.slices():
-        if file.shard in slices:
-            slices[file.shard].append(file)
+        slices[file.shard].append(file)
     for each in context.stores.ledger.checkpoints():
-        if each.shard in held:
-            held[each.shard].append(each)
+        held[each.shard].append(each)
     return [ShardView(shard, tuple(slices[shard]), tuple(held[shard])) for shard in shards]
 
 
@@ -511,15 +465,9 @@ def plans_of(context: Context, views: Iterable[ShardView]) -> list[ShardPlan]:
 
 
 def open_shards(context: Context) -> list[int]:
-    """Return the shards in which stages may be missing.
-
-    These are the shards that are not at their target; with several orders, all shards.
-    """
-    return [
-        h.shard
-        for h in context.stores.ledger.heads()
-        if context.settings.recipe.orders or not h.converged
-    ]
+    """Return the shards that are not at their target; with several orders, all shards."""
+    several = context.settings.recipe.orders
+    return [h.shard for h in context.stores.ledger.heads() if several or not h.converged]
 
 
 def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:
@@ -534,23 +482,18 @@ def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:
         for file in ledger.slices(plan.shard):
             if file.slice in seen:
                 context.stores.records.check(file)
-        index = first_index(ledger.indexes(plan.shard))
-        if index is not None and plan.path:
+        for index in ledger.indexes(plan.shard) if plan.path else ():
             context.stores.index.check(index)
-        needed = {
-            *(each.parent.key for each in plan.missing if each.parent is not None),
-            plan.head.key if context.settings.recipe.orders else None,
-        }
-        for each in ledger.checkpoints(plan.shard) if needed != {None} else ():
+        needed = {each.parent.key for each in plan.missing if each.parent is not None}
+        if context.settings.recipe.orders and plan.head.key is not None:
+            needed.add(plan.head.key)
+        for each in ledger.checkpoints(plan.shard) if needed else ():
             if each.key in needed:
                 context.stores.checkpoints.load(each.key, each.manifest_sha256)
 
 
 def lookup(context: Context, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
-    """Return rows and tombstones of ids, in the given order.
-
-    Raise UnknownRecord with every unknown id.
-    """
+    """Return rows and tombstones of ids, in their order. Raise UnknownRecord with every unknown id."""
     found = known_rows(context, ids)
     return [(each, found[context.settings.assigner.id_digest(each)]) for each in ids]
 

@@ -185,7 +185,7 @@ def _compute(
         return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
 
     return Compute(
-        embed=resources.embed,
+        embed=lambda texts: resources.embedder.embed(texts),
         count_tokens=resources.count_tokens,
         executor_for=executor_for,
         patcher=lambda: find_patcher(executor)(patch_site(), config),

@@ -246,7 +246,7 @@ def used(base: Path, embedder: Path) -> None:
     resources.count_tokens(RECORDS)
     resources.check_base()
     resources.meta()
-    resources.embed(["Hello there."])
+    resources.embedder.embed(["Hello there."])
 
 
 def mutated(rnd: random.Random, file: Path) -> bytes:
