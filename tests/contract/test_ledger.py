@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sisa.core.digest import digest_of
 from sisa.core.domain import (
     WRITTEN,
     Export,
@@ -652,6 +653,15 @@ def test_a_new_ledger_says_which_version_wrote_it(path: Path) -> None:
     finally:
         raw.close()
     assert user_version == SCHEMA_VERSION
+
+
+def test_the_tables_of_this_schema_stay(sql: SqlLedger, path: Path) -> None:
+    """The tables follow the fields of the nouns: a field more is another schema."""
+    sql.close()
+    with contextlib.closing(sqlite3.connect(path)) as raw:
+        found = raw.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    schemas = {4: "ae2ebf4c3a4c1bf09218cd1ca2bd1dce0031832baf46b4df0f9cca5a3c36ea84"}
+    assert digest_of(sorted(statement for (statement,) in found)) == schemas[SCHEMA_VERSION]
 
 
 def test_a_statement_is_compiled_once_for_all_ledgers(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ only.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields
 from operator import itemgetter
 from pathlib import Path
@@ -26,7 +27,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.util import LRUCache
 
-from sisa.core.domain import RecordRow
+from sisa.core.domain import RecordRow, parse_patch_job
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, SisaError
 from sisa.store.blobs.files import disk_errors
 from sisa.store.ledger import rows
@@ -44,6 +45,13 @@ _SURROUNDINGS = {
 }
 
 _T = TypeVar("_T")
+_PARSED: dict[str, Callable[[Any], Any]] = {  # values of columns that a row holds in another form
+    "prefix": lambda text: tuple(map(int, json.loads(text))),
+    "patches": lambda text: tuple(json.loads(text)),
+    "job": lambda text: parse_patch_job(json.loads(text)),
+    "report": json.loads,
+    "held": bool,
+}
 
 
 class _Statements(LRUCache[Any, Any]):
@@ -140,14 +148,6 @@ class Database:
         )
 
     @contextlib.contextmanager
-    def _parsing(self, what: str) -> Iterator[None]:
-        """Turn errors of parsing a row's JSON into an IntegrityError."""
-        try:
-            yield
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._corrupt(f"{what} that can't be read") from error
-
-    @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
         with self._guard():
             if self._snapshot is not None:
@@ -167,21 +167,17 @@ class Database:
             stack.callback(setattr, self, "_snapshot", None)
             yield
 
-    def _some(self, kind: type[_T], table: sa.Table, *where: Any, order: Sequence[Any] = ()) -> list[_T]:
+    def _all(
+        self,
+        kind: type[_T],
+        table: sa.Table,
+        *order: Any,
+        shard: int | None = None,
+        slice_: int | None = None,
+    ) -> list[_T]:
+        """Return all rows of a table, a shard or a slice as objects."""
         with self._reading() as connection:
-            return made(kind, table, rows.read(connection, table, *where, order=order))
-
-    def _whole(self, kind: type[_T], table: sa.Table, shard: int | None, *order: Any) -> list[_T]:
-        """Return all rows of a table or of a shard."""
-        where = [] if shard is None else [table.c.shard == shard]
-        with self._reading() as connection:
-            found = rows.read(connection, table, *where, order=order)
-            if shard is None:
-                expected = rows.expected_rows(connection, table)
-            else:
-                expected = rows.expected_in_shard(connection, table, shard)
-            rows.check_row_count(table, expected, len(found))
-        return made(kind, table, found)
+            return made(kind, table, rows.read_all(connection, table, shard, slice_, order))
 
     def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
         self._empty_log()  # works even if the disk is too full to rewrite the ledger
@@ -249,8 +245,13 @@ def open_readonly(path: Path) -> sqlite3.Connection:
 
 
 def made(kind: type[_T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> list[_T]:
-    """Return rows as objects of a dataclass, by the names of its fields."""
+    """Return rows as objects of a dataclass, by the names of its fields. Raise Damaged."""
     columns = table.columns.keys()
+    try:
+        for at, parsed in ((at, _PARSED[name]) for at, name in enumerate(columns) if name in _PARSED):
+            found = [(*row[:at], parsed(row[at]), *row[at + 1 :]) for row in found]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise rows.Damaged(f"a row of {table.name} that can't be read") from error
     pick = itemgetter(*(columns.index(each.name) for each in fields(kind)))  # type: ignore[arg-type]
     return [kind(*pick(row)) for row in found]
 

@@ -12,8 +12,9 @@ its first commit, and how many records it names.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
@@ -34,7 +35,6 @@ from sisa.core.domain import (
     Tombstone,
     VaultSet,
     WitnessHead,
-    parse_patch_job,
 )
 from sisa.core.ports import Change
 from sisa.core.requests import chained
@@ -58,9 +58,6 @@ from sisa.store.ledger.rows import (
     VAULT,
     VAULTED,
     Writing,
-    check_row_count,
-    expected_rows,
-    read,
 )
 
 
@@ -78,9 +75,7 @@ class SqlLedger(Database):
 
     def meta(self) -> dict[str, str]:
         with self._reading() as connection:
-            found = rows.read(connection, META)
-            rows.check_row_count(META, rows.expected_rows(connection, META), len(found))
-        return {key: value for key, value, _ in found}
+            return {key: value for key, value, _ in rows.read_all(connection, META)}
 
     def commit(self, change: Change) -> int:
         with self._guard(), self._engine.connect() as connection:
@@ -91,15 +86,14 @@ class SqlLedger(Database):
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
         asked = list(dict.fromkeys(id_digests))
+        found: dict[str, RecordRow | Tombstone] = {}
+        kinds: list[tuple[Any, sa.Table]] = [(RecordRow, RECORDS), (Tombstone, TOMBSTONES)]
         with self._reading() as connection:
-            live = having(connection, RecordRow, RECORDS.c.id_digest, asked)
-            found: dict[str, RecordRow | Tombstone] = {each.id_digest: each for each in live}
-            asked = [each for each in asked if each not in found]
-            rows.check_hidden(connection, RECORDS.c.id_digest, asked, 0)
-            dead = having(connection, Tombstone, TOMBSTONES.c.id_digest, asked)
-            found |= {each.id_digest: each for each in dead}
-            asked = [each for each in asked if each not in found]
-            rows.check_hidden(connection, TOMBSTONES.c.id_digest, asked, 0)
+            for kind, table in kinds:
+                here = having(connection, kind, table.c.id_digest, asked)
+                found |= {each.id_digest: each for each in here}
+                asked = [each for each in asked if each not in found]
+                rows.check_hidden(connection, table.c.id_digest, asked, 0)
         return found
 
     def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
@@ -120,22 +114,18 @@ class SqlLedger(Database):
 
     def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]:
         found: dict[int, RecordRow] = {}
-        for chunk in rows.chunks(list(vector_ids)):
-            here = (RECORDS.c.shard == shard, RECORDS.c.vector_id.in_(chunk))
-            found.update({each.vector_id: each for each in self._some(RecordRow, RECORDS, *here)})
+        with self._reading() as connection:
+            for chunk in rows.chunks(list(vector_ids)):
+                here = (RECORDS.c.shard == shard, RECORDS.c.vector_id.in_(chunk))
+                held = made(RecordRow, RECORDS, rows.read(connection, RECORDS, *here))
+                found |= {each.vector_id: each for each in held}
         missing = set(vector_ids) - found.keys()
         if missing and any(row.vector_id in missing for row in self.rows(shard)):
             raise self._corrupt("a record that is not found by its vector")
         return found
 
     def rows(self, shard: int, slice_: int | None = None) -> list[RecordRow]:
-        where = [RECORDS.c.shard == shard]
-        where += [] if slice_ is None else [RECORDS.c.slice == slice_]
-        with self._reading() as connection:
-            found = rows.read(connection, RECORDS, *where, order=[RECORDS.c.id_digest])
-            expected = rows.expected_in_shard(connection, RECORDS, shard, slice_)
-            rows.check_row_count(RECORDS, expected, len(found))
-        return made(RecordRow, RECORDS, found)
+        return self._all(RecordRow, RECORDS, RECORDS.c.id_digest, shard=shard, slice_=slice_)
 
     def contents(self, shard: int, slice_: int) -> list[tuple[str, str]]:
         with self._reading() as connection:
@@ -148,29 +138,26 @@ class SqlLedger(Database):
         return found
 
     def counts(self) -> dict[int, int]:
-        found: dict[int, int] = {}
+        found = Counter[int]()
         for file in self.slices():
-            found[file.shard] = found.get(file.shard, 0) + file.num_records
-        return found
+            found[file.shard] += file.num_records
+        return dict(found)
 
     def kinds(self) -> dict[str, int]:
         with self._reading() as connection:
             return {kind: count for kind, count in rows.expected_kinds(connection).items() if count}
 
     def slices(self, shard: int | None = None) -> list[SliceFile]:
-        return self._whole(SliceFile, SLICES, shard, SLICES.c.shard, SLICES.c.slice)
+        return self._all(SliceFile, SLICES, SLICES.c.shard, SLICES.c.slice, shard=shard)
 
     def indexes(self, shard: int | None = None) -> list[IndexFile]:
-        return self._whole(IndexFile, INDEXES, shard, INDEXES.c.shard)
+        return self._all(IndexFile, INDEXES, INDEXES.c.shard, shard=shard)
 
     def heads(self) -> list[Head]:
-        return self._whole(Head, HEADS, None, HEADS.c.shard)
+        return self._all(Head, HEADS, HEADS.c.shard)
 
     def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]:
-        found: list[Any] = self._whole(HeldCheckpoint, CHECKPOINTS, shard)
-        with self._parsing("a checkpoint"):
-            held = [replace(each, prefix=_slices(each.prefix)) for each in found]
-        return sorted(held, key=attrgetter("sort_key"))
+        return sorted(self._all(HeldCheckpoint, CHECKPOINTS, shard=shard), key=attrgetter("sort_key"))
 
     def by_text(
         self, text_digests: Collection[str], *, full_scan: bool = False
@@ -196,20 +183,14 @@ class SqlLedger(Database):
         return made(RequestEvent, EVENTS, found)
 
     def exports(self) -> list[Export]:
-        found: list[Any] = self._whole(Export, EXPORTS, None, EXPORTS.c.path, EXPORTS.c.key)
-        with self._parsing("an export"):
-            return [
-                replace(each, patches=tuple(json.loads(each.patches)), prefix=_slices(each.prefix))
-                for each in found
-            ]
+        return self._all(Export, EXPORTS, EXPORTS.c.path, EXPORTS.c.key)
 
     def requests(self) -> list[Request]:
         order = (REQUESTS.c.seq, REQUESTS.c.request_id)
         with self._reading() as connection:
-            found = rows.read(connection, REQUESTS, order=order)
-            rows.check_row_count(REQUESTS, rows.expected_rows(connection, REQUESTS), len(found))
-        with self._parsing("a request"):
-            return [_request(body) for _, _, _, body, _ in found]
+            return [
+                _request(body) for _, _, _, body, _ in rows.read_all(connection, REQUESTS, order=order)
+            ]
 
     def num_tombstones(self) -> int:
         with self._reading() as connection:
@@ -218,7 +199,7 @@ class SqlLedger(Database):
         return found
 
     def tombstones(self) -> list[Tombstone]:
-        return self._whole(Tombstone, TOMBSTONES, None, TOMBSTONES.c.id_digest)
+        return self._all(Tombstone, TOMBSTONES, TOMBSTONES.c.id_digest)
 
     def event_head(self) -> WitnessHead:
         latest = sa.select(sa.func.max(EVENTS.c.position)).scalar_subquery()
@@ -237,13 +218,10 @@ class SqlLedger(Database):
             return rows.lost_rows(connection)
 
     def patches(self) -> list[Patch]:
-        found = self._whole(Patch, PATCHES, None, PATCHES.c.version)
-        with self._parsing("a patch"):
-            return [_patch(each) for each in found]
+        return self._all(Patch, PATCHES, PATCHES.c.version)
 
     def vault(self) -> list[VaultSet]:
-        found = self._whole(VaultSet, VAULT, None, VAULT.c.name)
-        return [replace(each, held=bool(each.held)) for each in found]
+        return self._all(VaultSet, VAULT, VAULT.c.name)
 
     def vaulted(self, name: str) -> list[str]:
         with self._reading() as connection:  # from all rows: no damaged index hides a set
@@ -262,27 +240,32 @@ class SqlLedger(Database):
 _BY_ID = attrgetter("id_digest")
 
 
-def _slices(text: str) -> tuple[int, ...]:
-    return tuple(map(int, json.loads(text)))
-
-
 @lru_cache(maxsize=1 << 15)  # a flow asks for all requests several times, and few of them change
 def _request(text: str) -> Request:
-    body = json.loads(text)
-    lists = {name: tuple(tuple(each) for each in body[name]) for name in ("shards", "served")}
-    probed = body.get("probed")
-    return Request(**{**body, **lists, "probed": Probed(**probed) if probed else None})
+    """Return the request of a row's JSON. Raise Damaged."""
+    try:
+        body = json.loads(text)
+        lists = {name: tuple(tuple(each) for each in body[name]) for name in ("shards", "served")}
+        probed = body.get("probed")
+        return Request(**{**body, **lists, "probed": Probed(**probed) if probed else None})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise rows.Damaged("a request that can't be read") from error
 
 
-def _patch(row: Patch) -> Patch:
-    """Return a patch whose job and report are still JSON."""
-    raw: Any = row
-    return replace(row, job=parse_patch_job(json.loads(raw.job)), report=json.loads(raw.report))
+def _row(table: sa.Table, held: Any) -> dict[str, Any]:
+    """Return an object as a row: lists, mappings and jobs become JSON, and booleans numbers."""
+    values = {name: getattr(held, name) for name in table.columns.keys()[:-1]}
+    for name, value in values.items():
+        if isinstance(value, bool):
+            values[name] = int(value)
+        elif not isinstance(value, str | int | float | None):
+            values[name] = json.dumps(value, default=asdict, sort_keys=True)
+    return values
 
 
 def apply(connection: sa.Connection, change: Change) -> int:
     """Write a change, and return the number of its transaction. Raise rows.Damaged."""
-    before = read(connection, META, META.c.key == SEQ)
+    before = rows.read(connection, META, META.c.key == SEQ)
     seq = int(before[0][1]) + 1 if before else 1
     writing = Writing(connection)
     _remove(writing, change)
@@ -292,13 +275,12 @@ def apply(connection: sa.Connection, change: Change) -> int:
         (SLICES, change.slices),
         (INDEXES, change.indexes),
         (HEADS, change.heads),
+        (CHECKPOINTS, change.checkpoints),
+        (VAULT, change.vault),
+        (EXPORTS, change.exports),
+        (PATCHES, change.patches),
     ):
-        writing.put(table, [asdict(each) for each in values])
-    checkpoints = [{**asdict(each), "prefix": json.dumps(each.prefix)} for each in change.checkpoints]
-    writing.put(CHECKPOINTS, checkpoints)
-    writing.put(VAULT, [{**asdict(each), "held": int(each.held)} for each in change.vault])
-    writing.put(EXPORTS, [_export_row(each) for each in change.exports])
-    writing.put(PATCHES, [_patch_row(each) for each in change.patches])
+        writing.put(table, [_row(table, each) for each in values])
     writing.put(VAULTED, [{"name": name, "id_digest": each} for name, each in change.vaulted])
     meta = {**change.meta, SEQ: str(seq)}
     writing.put(META, [{"key": key, "value": value} for key, value in meta.items()])
@@ -307,17 +289,6 @@ def apply(connection: sa.Connection, change: Change) -> int:
     writing.end()
     writing.end_keyed(seq)
     return seq
-
-
-def _export_row(export: Export) -> dict[str, Any]:
-    lists = {"patches": json.dumps(export.patches), "prefix": json.dumps(export.prefix)}
-    return asdict(export) | lists
-
-
-def _patch_row(patch: Patch) -> dict[str, Any]:
-    """Return a patch as a row."""
-    row = {**asdict(patch), "key": patch.key}
-    return row | {name: json.dumps(row[name], sort_keys=True) for name in ("job", "report")}
 
 
 def _remove(writing: Writing, change: Change) -> None:
@@ -333,8 +304,7 @@ def _remove(writing: Writing, change: Change) -> None:
 def _remove_sets(writing: Writing, names: Collection[str]) -> None:
     """Remove sets of the vault, with the rows of their records, which are found without an index."""
     if names:
-        pairs = read(writing.connection, VAULTED)
-        check_row_count(VAULTED, expected_rows(writing.connection, VAULTED), len(pairs))
+        pairs = rows.read_all(writing.connection, VAULTED)
         writing.remove(VAULTED, [(name, each) for name, each, _ in pairs if name in set(names)])
         writing.remove(VAULT, [(name,) for name in names])
 
@@ -346,13 +316,15 @@ def _put_requests(writing: Writing, change: Change, seq: int) -> None:
     requests: dict[str, Request | None] = dict.fromkeys(arriving)
     requests |= {request.request_id: request for request in change.requests}
     for request_id, request in requests.items():
-        known = read(writing.connection, REQUESTS, REQUESTS.c.request_id == request_id)
-        named = {row[1] for row in read(writing.connection, NAMED, NAMED.c.request_id == request_id)}
+        known = rows.read(writing.connection, REQUESTS, REQUESTS.c.request_id == request_id)
+        named = {
+            row[1] for row in rows.read(writing.connection, NAMED, NAMED.c.request_id == request_id)
+        }
         _, first, num_named, body, _ = known[0] if known else (request_id, seq, len(named), "", 0)
-        check_row_count(NAMED, num_named, len(named))
+        rows.check_row_count(NAMED, num_named, len(named))
         named |= set(arriving.get(request_id, ()))
-        rows = [{"request_id": request_id, "id_digest": each} for each in arriving.get(request_id, ())]
-        writing.put(NAMED, rows)
+        pairs = [{"request_id": request_id, "id_digest": each} for each in arriving.get(request_id, ())]
+        writing.put(NAMED, pairs)
         if request is not None:
             body = json.dumps(asdict(request), sort_keys=True)
         if body:
@@ -362,10 +334,10 @@ def _put_requests(writing: Writing, change: Change, seq: int) -> None:
 
 def _append_events(writing: Writing, events: Sequence[RequestEvent]) -> None:
     latest = sa.select(sa.func.max(EVENTS.c.position)).scalar_subquery()
-    last = read(writing.connection, EVENTS, EVENTS.c.position == latest)
+    last = rows.read(writing.connection, EVENTS, EVENTS.c.position == latest)
     position, link = (last[0][0], last[0][-2]) if last else (0, "")
-    rows = []
+    chain = []
     for event in events:
         position, link = position + 1, event.link or chained(link, event)
-        rows.append({**asdict(event), "position": position, "link": link})
-    writing.insert(EVENTS, rows)
+        chain.append({**asdict(event), "position": position, "link": link})
+    writing.insert(EVENTS, chain)

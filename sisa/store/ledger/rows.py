@@ -25,168 +25,88 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import sqlalchemy as sa
+
+from sisa.core.domain import (
+    Export,
+    Head,
+    HeldCheckpoint,
+    IndexFile,
+    Patch,
+    RecordRow,
+    RequestEvent,
+    SliceFile,
+    Tombstone,
+    VaultSet,
+)
 
 SCHEMA_VERSION = 4
 
 schema = sa.MetaData()
 
 
-def _text(name: str, **options: Any) -> sa.Column[Any]:
-    return sa.Column(name, sa.Text, **options)
+_TYPES = {int: sa.Integer, bool: sa.Integer, float: sa.Float}  # all others are text, most of them JSON
 
 
-def _integer(name: str, **options: Any) -> sa.Column[Any]:
-    return sa.Column(name, sa.Integer, **options)
+def _table(
+    name: str,
+    kinds: Mapping[str, Any],
+    *constraints: Any,
+    key: Sequence[str],
+    indexed: Collection[str] = (),
+    **options: Any,
+) -> sa.Table:
+    """Return a table with columns of these Python types: its key first, then the others, then `crc`."""
+    ordered = {each: kinds[each] for each in key} | dict(kinds) | {"crc": int}
+    columns: list[sa.Column[Any]] = [
+        sa.Column(
+            each,
+            _TYPES.get(kind, sa.Text),
+            primary_key=each in key,
+            nullable=type(None) in get_args(kind),
+            index=each in indexed,
+        )
+        for each, kind in ordered.items()
+    ]
+    return sa.Table(name, schema, *columns, *constraints, **options)
 
 
-def _table(name: str, *parts: Any, **options: Any) -> sa.Table:
-    columns = [each for each in parts if isinstance(each, sa.Column)]
-    constraints = [each for each in parts if not isinstance(each, sa.Column)]
-    return sa.Table(name, schema, *columns, _integer("crc", nullable=False), *constraints, **options)
-
-
-COUNTS = _table(
-    "counts",
-    _text("name", primary_key=True),
-    _integer("shard", primary_key=True),  # or NO_POSITION; so is the slice
-    _integer("slice", primary_key=True),
-    _text("kind", primary_key=True),
-    _integer("num_rows", nullable=False),
-)
-META = _table("meta", _text("key", primary_key=True), _text("value", nullable=False))
+# Shard and slice are NO_POSITION for the count of a whole table.
+_COUNT = {"name": str, "shard": int, "slice": int, "kind": str, "num_rows": int}
+COUNTS = _table("counts", _COUNT, key=("name", "shard", "slice", "kind"))
+META = _table("meta", {"key": str, "value": str}, key=("key",))
 RECORDS = _table(
     "records",
-    _integer("shard", primary_key=True),
-    _integer("slice", primary_key=True),
-    _text("id_digest", primary_key=True),
-    _text("subject_digest", index=True),
-    _text("record_digest", nullable=False),
-    _text("text_digest", nullable=False, index=True),
-    _text("kind", nullable=False),
-    _integer("vector_id", nullable=False),
-    _integer("num_tokens", nullable=False),
-    _integer("seq", nullable=False),
+    get_type_hints(RecordRow),
     sa.UniqueConstraint("id_digest"),
     sa.UniqueConstraint("shard", "vector_id"),
+    key=("shard", "slice", "id_digest"),
+    indexed=("subject_digest", "text_digest"),
     sqlite_with_rowid=False,  # stores a shard's rows side by side
 )
 TOMBSTONES = _table(
     "tombstones",
-    _text("id_digest", primary_key=True),
-    _text("subject_digest", index=True),
-    _text("text_digest", nullable=False, index=True),
-    _integer("shard", nullable=False),
-    _integer("slice", nullable=False),
-    _text("request_id", nullable=False),
-    _text("deleted_at", nullable=False),
-    _integer("checkpoints_erased", nullable=False),
+    get_type_hints(Tombstone),
+    key=("id_digest",),
+    indexed=("subject_digest", "text_digest"),
 )
-SLICES = _table(
-    "slices",
-    _integer("shard", primary_key=True),
-    _integer("slice", primary_key=True),
-    _text("root", nullable=False),
-    _integer("num_records", nullable=False),
-    _text("sha256", nullable=False),
-    _integer("num_bytes", nullable=False),
-)
-INDEXES = _table(
-    "indexes",
-    _integer("shard", primary_key=True),
-    _text("root", nullable=False),
-    _integer("num_vectors", nullable=False),
-    _text("sha256", nullable=False),
-    _integer("num_bytes", nullable=False),
-)
-HEADS = _table(
-    "heads",
-    _integer("shard", primary_key=True),
-    _text("key"),
-    _integer("depth", nullable=False),
-    _text("target"),
-)
-CHECKPOINTS = _table(
-    "checkpoints",
-    _text("key", primary_key=True),
-    _integer("shard", nullable=False, index=True),
-    _text("prefix", nullable=False),  # JSON list of slices
-    _integer("seq", nullable=False),
-    _text("fingerprint", nullable=False),
-    _text("manifest_sha256", nullable=False),
-    _text("adapter_sha256", nullable=False),
-    _integer("num_bytes", nullable=False),
-    sa.Column("seconds", sa.Float, nullable=False),
-    _integer("record_epochs", nullable=False),
-)
-REQUESTS = _table(
-    "requests",
-    _text("request_id", primary_key=True),
-    _integer("seq", nullable=False),
-    _integer("num_named", nullable=False),
-    _text("body", nullable=False),
-)
-NAMED = _table(
-    "named",
-    _text("request_id", primary_key=True),
-    _text("id_digest", primary_key=True),
-)
-EXPORTS = _table(
-    "exports",
-    _text("path", primary_key=True),
-    _text("key", primary_key=True),
-    _integer("shard", nullable=False),
-    _text("prefix", nullable=False),  # JSON list of slices
-    _integer("seq", nullable=False),
-    _text("adapter_sha256", nullable=False),
-    _text("made_at", nullable=False),
-    _text("state", nullable=False),
-    _text("request_id", nullable=False),
-    _text("patches", nullable=False),  # JSON list of their keys
-    _text("form", nullable=False),
-)
-PATCHES = _table(
-    "patches",
-    _text("key", primary_key=True),
-    _integer("version", nullable=False, unique=True),
-    _text("job", nullable=False),  # JSON
-    _text("state", nullable=False),
-    _text("wanted_at", nullable=False),
-    _text("made_at", nullable=False),
-    _text("manifest_sha256", nullable=False),
-    _text("adapter_sha256", nullable=False),
-    _integer("num_bytes", nullable=False),
-    _text("request_id", nullable=False),
-    _text("report", nullable=False),  # JSON
-)
-VAULT = _table(
-    "vault",
-    _text("name", primary_key=True),
-    _text("role", nullable=False),
-    _integer("num_records", nullable=False),
-    _text("consent", nullable=False),
-    _text("put_at", nullable=False),
-    _text("sha256", nullable=False),
-    _integer("num_bytes", nullable=False),
-    _integer("held", nullable=False),  # 0 or 1
-    _text("request_id", nullable=False),
-)
-VAULTED = _table(
-    "vaulted",
-    _text("name", primary_key=True),
-    _text("id_digest", primary_key=True, index=True),
-)
-EVENTS = _table(
-    "events",
-    _integer("position", primary_key=True),
-    _text("request_id", nullable=False),
-    _text("state", nullable=False),
-    _text("at", nullable=False),
-    _text("note", nullable=False),
-    _text("link", nullable=False, index=True),
-)
+SLICES = _table("slices", get_type_hints(SliceFile), key=("shard", "slice"))
+INDEXES = _table("indexes", get_type_hints(IndexFile), key=("shard",))
+HEADS = _table("heads", get_type_hints(Head), key=("shard",))
+CHECKPOINTS = _table("checkpoints", get_type_hints(HeldCheckpoint), key=("key",), indexed=("shard",))
+_REQUEST = {"request_id": str, "seq": int, "num_named": int, "body": str}
+REQUESTS = _table("requests", _REQUEST, key=("request_id",))
+NAMED = _table("named", {"request_id": str, "id_digest": str}, key=("request_id", "id_digest"))
+EXPORTS = _table("exports", get_type_hints(Export), key=("path", "key"))
+_PATCH = {"key": str, **get_type_hints(Patch)}
+PATCHES = _table("patches", _PATCH, sa.UniqueConstraint("version"), key=("key",))
+VAULT = _table("vault", get_type_hints(VaultSet), key=("name",))
+_VAULTED = {"name": str, "id_digest": str}
+VAULTED = _table("vaulted", _VAULTED, key=("name", "id_digest"), indexed=("id_digest",))
+_EVENT = {"position": int, **get_type_hints(RequestEvent)}
+EVENTS = _table("events", _EVENT, key=("position",), indexed=("link",))
 
 
 SEQ = "seq"  # key in `meta` of the number of the last commit
@@ -268,19 +188,34 @@ def check_row_count(table: sa.Table, expected: int, got: int) -> None:
         raise Damaged(f"{got} rows of {table.name} where {expected} were written")
 
 
-def expected_rows(connection: sa.Connection, table: sa.Table) -> int:
-    """Return how many rows a table should have. Raise Damaged."""
-    return _whole(table, _counted(connection, f"{_COUNTS} AND shard = {NO_POSITION}", table.name))
-
-
-def expected_in_shard(
-    connection: sa.Connection, table: sa.Table, shard: int, slice_: int | None = None
+def expected_rows(
+    connection: sa.Connection, table: sa.Table, shard: int | None = None, slice_: int | None = None
 ) -> int:
-    """Return how many rows of a BY_SHARD table a shard or a slice should have. Raise Damaged."""
+    """Return how many rows a table, or a shard or a slice of a BY_SHARD table, should have.
+
+    Raise Damaged.
+    """
+    if shard is None:
+        return _whole(table, _counted(connection, f"{_COUNTS} AND shard = {NO_POSITION}", table.name))
     if slice_ is None:
         return _counted(connection, f"{_COUNTS} AND shard = ?", table.name, shard).total()
     position = (table.name, shard, slice_)
     return _counted(connection, f"{_COUNTS} AND shard = ? AND slice = ?", *position).total()
+
+
+def read_all(
+    connection: sa.Connection,
+    table: sa.Table,
+    shard: int | None = None,
+    slice_: int | None = None,
+    order: Sequence[Any] = (),
+) -> list[tuple[Any, ...]]:
+    """Return all rows of a table, a shard or a slice. Raise Damaged if one is missing."""
+    where = [] if shard is None else [table.c.shard == shard]
+    where += [] if slice_ is None else [table.c.slice == slice_]
+    found = read(connection, table, *where, order=order)
+    check_row_count(table, expected_rows(connection, table, shard, slice_), len(found))
+    return found
 
 
 def expected_kinds(connection: sa.Connection) -> Counter[str]:
@@ -388,10 +323,7 @@ def _seen(
     while rows := checked_rows(table, cursor.fetchmany(_IN_MEMORY)):
         total += len(rows)
         seen += sum(tuple([row[each] for each in at]) in wanted for row in rows)
-    if shard is None:
-        check_row_count(table, expected_rows(connection, table), total)
-    else:
-        check_row_count(table, expected_in_shard(connection, table, shard), total)
+    check_row_count(table, expected_rows(connection, table, shard), total)
     return seen
 
 
