@@ -48,26 +48,21 @@ from sisa.core.errors import (
 )
 from sisa.core.events import Notice, QueueSeen, Report, silent
 from sisa.core.ports import KeptVersions
-from sisa.core.requests import is_under_way
 from sisa.data.reader import named_by_location, read_like
 from sisa.flows import lifecycle, query
-from sisa.flows.ask import (
-    Answer,
-    HeldPrompts,
-    Prompt,
-    ask,
-    held_prompts,
-    open_answerer,
-    prompt_form,
-    remember_prompts,
-    routes_of,
-)
+from sisa.flows.ask import Answer, Prompt, ask, open_answerer, prompt_form, routes_of
 from sisa.flows.deletion import Terms, arrive, copies, forget_at_once, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Taken, add, train
-from sisa.flows.reconcile import reconcile
+from sisa.flows.reconcile import (
+    HeldPrompts,
+    finish_written,
+    held_prompts,
+    reconcile,
+    stale_exports,
+    under_way,
+)
 from sisa.flows.scratch import guard
-from sisa.flows.stale_exports import finish_written, missing
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context, Resources, lookup, model_digest, view_shards
 from sisa.flows.wiring.progress import running
@@ -158,8 +153,7 @@ class Model:
             self.report(Notice(source.subject_report()))
         with named_by_location(source), self._writing() as context:
             guarded = partial(guard, self.config)
-            taken = add(context, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
-            return replace(taken, prompts=remember_prompts(context, self.config))
+            return add(context, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; the records of `source` are only compared with the held ones."""
@@ -170,7 +164,7 @@ class Model:
         """Train what is missing; the caller holds the lock."""
         with self._context(locked=True) as context:
             _ = self.resources.base  # refuses a changed base
-            return replace(train(context, source), prompts=remember_prompts(context, self.config))
+            return train(context, source)
 
     @asked_again
     def where(self, ids: Sequence[str]) -> list[query.Location]:
@@ -195,18 +189,16 @@ class Model:
         if sum(each is not None for each in (text, subject, like)) != 1:
             raise InvalidInput("give exactly one of text, subject and like")
         with self._context() as context:
-            if subject is not None:
-                return query.find_subject(context, subject, top_k, show_text=show_text)
-            if like is not None:
-                return query.find_like(context, like, top_k, show_text=show_text)
-            return query.find_text(context, [str(text)], top_k, show_text=show_text)
+            return query.find_candidates(
+                context, text=text, subject=subject, like=like, top_k=top_k, show_text=show_text
+            )
 
     @asked_again
     def ids_of_subject(self, subject: str) -> list[str]:
         """Return the ids of a subject's held records. Raise UnknownRecord."""
         with self._context() as context:
             live, _ = query.of_subject(context, subject)
-            return sorted(each.record.id for each in query.stored(context, live))
+            return query.ids_of(context, live)
 
     @asked_again
     def plan_forget(self, ids: Sequence[str] = (), *, subject: str | None = None) -> ForgetPlan:
@@ -301,7 +293,7 @@ class Model:
         Return all requests that were worked on; those begun earlier come first.
         """
         with self._writing() as context:
-            begun = {each.request_id for each in context.stores.ledger.requests() if is_under_way(each)}
+            begun = {each.request_id for each in under_way(context)}
             waiting = lifecycle.approved(context)
             if waiting:
                 _ = self.resources.base  # refuses a changed base before anything is erased
@@ -319,7 +311,7 @@ class Model:
         """Return shards, slices, heads, requests and sizes."""
         with self._context(outdated=True) as context:
             exports = tuple(query.exports(context))
-            prompts = held_prompts(context, self.config)
+            prompts = held_prompts(context)
             kept = ["prefixes"] if context.settings.keeps_prefixes else []
             areas = ("records", "index", "checkpoints", *kept)
             sizes = {area: context.stores.blobs[area].num_bytes("") for area in areas}
@@ -465,7 +457,7 @@ class Model:
     def exports_missing(self) -> list[str]:
         """Return the paths of exports that a deletion could not erase: they were moved or changed."""
         with self._context() as context:
-            return [each.path for each in missing(context)]
+            return [each.path for each in stale_exports(context)]
 
     def _ledger(self) -> AbstractContextManager[SqlLedger]:
         return contextlib.closing(SqlLedger(self.directory / LEDGER))
@@ -592,6 +584,6 @@ def _forgotten(
     *,
     deferred: bool,
 ) -> ForgetOutcome:
-    lost = tuple(each.path for each in missing(context))
+    lost = tuple(each.path for each in stale_exports(context))
     digest = model_digest(context)
     return ForgetOutcome(request, tuple(dead), digest, lost, kept, deferred)

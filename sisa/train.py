@@ -20,12 +20,12 @@ from sisa.core.domain import DEFAULT_PRECISION, Record, active, wanted
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Notice, Report, silent
 from sisa.core.ports import Change
-from sisa.core.requests import is_under_way, key_name
+from sisa.core.requests import key_name
 from sisa.data.reader import named_by_location, read_records
 from sisa.flows import reconfigure
-from sisa.flows.ask import FORM, remember_prompts, usual_kind
+from sisa.flows.ask import FORM, usual_kind
 from sisa.flows.ingest import Taken, check_same_records, train
-from sisa.flows.reconcile import Trained, erase_unknown
+from sisa.flows.reconcile import Trained, erase_unknown, under_way
 from sisa.flows.record_checks import check_all, check_generations, check_not_deleted, check_risks
 from sisa.flows.scratch import guard, prepare_base
 from sisa.flows.wiring import wiring
@@ -159,7 +159,6 @@ def _first_training(
             directory, resources, keyed, name, executor, report, create=True
         ) as context:
             taken = train(context, records, {**meta, "key": key_name(keyed), "model": name})
-            taken = replace(taken, prompts=remember_prompts(context, config))
     return Model(directory, executor=executor, report=report), taken
 
 
@@ -306,7 +305,7 @@ def _move(
     if resources is None:
         resources = Resources(config, model.base, model.embedder)
     if not effects and not differences(model.config, config):
-        return Trained(0, 0, ())
+        return Trained()
     if effects:
         resources.check_base()
     with model._context(as_it_is=True) as old:
@@ -314,7 +313,7 @@ def _move(
             _check_no_patches(old)
         _replay_first(old, moving=wiring.witness_dir(config) != wiring.witness_dir(model.config))
         check_same_records(old, records)  # with the generations of their present slices
-        if any(is_under_way(request) for request in old.stores.ledger.requests()):
+        if under_way(old):
             erase_unknown(old)  # finish the erasure of an interrupted deletion before training
     keyed = Keyed(_secret(model, config))
     with wiring.open_context(
@@ -345,7 +344,7 @@ def _moved(context: Context, config: RunConfig, resources: Resources, effects: s
     if effects:
         return reconfigure.move(context, effects, resources.meta())
     commit(context, Change(meta={"config": config.to_canonical()}))
-    return Trained(0, 0, ())
+    return Trained()
 
 
 def _check_no_patches(old: Context) -> None:

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from sisa.audit.verify import Verification
     from sisa.core.domain import Probed, Request
     from sisa.core.ports import KeptVersions
-    from sisa.flows.ask import Answer, HeldPrompts
+    from sisa.flows.ask import Answer
     from sisa.flows.ingest import Taken
     from sisa.flows.query import Candidate, Location
+    from sisa.flows.reconcile import HeldPrompts
     from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 
 EXIT_INTEGRITY = 4
@@ -294,7 +295,7 @@ def base_hint(request: Request, directory: Path | str) -> list[str]:
 
 def missing_exports(paths: Sequence[str]) -> list[str]:
     """Return two lines for each export that could not be erased."""
-    from sisa.flows.export_files import unload_command
+    from sisa.flows.export import unload_command
 
     lines = []
     for path in paths:

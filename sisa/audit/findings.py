@@ -24,8 +24,7 @@ from sisa.core.domain import Head, IndexFile, SliceFile
 from sisa.core.errors import IntegrityError, SisaError, TransientError
 from sisa.core.ports import BlobStore
 from sisa.core.requests import contradicted
-from sisa.flows.reconcile import check_rows
-from sisa.flows.stale_exports import export_standing
+from sisa.flows.reconcile import check_rows, export_standing
 from sisa.flows.wiring.context import (
     ALWAYS_SEALED,
     Context,

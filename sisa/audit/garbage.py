@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from sisa.audit.lineage import named_files
 from sisa.core.errors import IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
-from sisa.flows.stale_exports import give_up_lost
+from sisa.flows.reconcile import give_up_lost
 from sisa.flows.wiring.context import (
     Context,
     commit,

@@ -56,7 +56,7 @@ from sisa.config.config import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
 from sisa.core.ports import BlobStore
-from sisa.flows.stale_exports import export_standing
+from sisa.flows.reconcile import export_standing
 from sisa.flows.wiring.context import Context, known_by_area
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.lm.base.packages import cache_dir

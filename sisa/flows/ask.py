@@ -1,45 +1,57 @@
 """Ask the model: choose the constituent models that answer a prompt, and let them answer.
 
-A prompt is a text, or a conversation that ends with a person's turn. The index is searched for what the
-person asks there, with who is named there or before (`lm/answer/lookup.py`). The choice depends on the
-remaining records and the served heads alone. Active patches lie beneath every answering model, and on
-the base if it answers alone. Adapters and patches are checked against the ledger before they are parsed.
+A prompt is a text, or a conversation that ends with a person's turn. The choice depends on the remaining
+records and the served heads alone (`lm/answer/lookup.py`, `lm/answer/route.py`). Active patches lie
+beneath every answering model, the base alone included. Adapters and patches are checked against the
+ledger before they are parsed.
 
-Shards get a text in the form that most records had when the model was first trained. The base alone gets
-it as one turn of a chat if it has a chat template. `kind` chooses another form for both. A conversation
-is always sent as a chat.
+Shards get a text in the form that most records had when the model was first trained, the base alone as a
+turn of a chat if it has a chat template. `kind` chooses another form for both. A conversation is always
+sent as a chat.
 
-`lm/answer/answerer.py` decodes, `lm/answer/route.py` chooses among hits.
+How probable the models find the answers of records that they hold is measured on the first records of
+each shard by keyed digest, so that the choice depends on the remaining records alone. Records whose text
+a patch should forget are left out, and so are records on which their shard's served checkpoint was not
+trained. Only numbers are returned: no text, no id.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
-from sisa.config.config import RunConfig, SisaBlock
-from sisa.core.digest import digest_of
-from sisa.core.domain import Hit, Kind, Patch, active
+from sisa.config.config import SisaBlock
+from sisa.core.domain import Hit, Kind, Patch, Record, RecordRow, active
 from sisa.core.errors import IntegrityError, InvalidInput, Outdated
-from sisa.core.ports import Change, Ledger, Vectors
+from sisa.core.events import Notice
+from sisa.core.ports import Ledger, Vectors
 from sisa.data.record_rules import conversation_problems, turns_of
-from sisa.flows import query
-from sisa.flows.wiring.context import Context, Resources, commit, patch_files
-from sisa.lm.answer.route import NUM_ROUTING_HITS, Route, all_of, choose_route, resolve_aggregation
-from sisa.store.index import EXACT_UP_TO
+from sisa.flows.wiring.context import (
+    Context,
+    Resources,
+    live_heads,
+    patch_files,
+    route_of,
+    search_each,
+    slices_of,
+    stored_in,
+)
+from sisa.lm.answer.route import Route, all_of
+from sisa.planning.plan import touched
 
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
     from sisa.lm.answer.lookup import Index, Said
 
-MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
 FORM = "form"  # key in the ledger's meta: the form in which shards get prompts
-HELD_PROMPTS = "held_prompts"  # in the ledger's meta: what becomes of held prompts, and in which state
+MAX_RECORDS = 32
+NUM_REPORTED = 8  # most lines of progress
 KINDS: tuple[Kind, ...] = ("chat", "completion", "text")
 
+Asked = tuple[int, list[int], list[int]]  # shard, token ids, positions of the answer's tokens
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or turns with `role` and `content`
 
 
@@ -56,42 +68,7 @@ class Answer:
         return not self.text
 
 
-@dataclass(frozen=True)
-class HeldPrompts:
-    """Count what happens to prompts of held records when they are asked word for word."""
-
-    looked_up: int
-    turned_away: int  # near no record, or the shard serves nothing: `below` decides who answers
-    elsewhere: int  # answered first by another shard than the record's own
-
-
 OpenLedger = Callable[[], AbstractContextManager[Ledger]]
-
-
-@dataclass
-class LoadedModels:
-    """Hold the models that an answerer loaded, and the ledger's number when they were last current."""
-
-    open_ledger: OpenLedger
-    seq: int
-    keys: frozenset[str]
-    patches: tuple[str, ...]
-
-    def check_current(self) -> None:
-        """Raise Outdated if the ledger has dropped one of the adapters or serves other patches."""
-        with self.open_ledger() as ledger, ledger.snapshot():
-            seq = ledger.seq()
-            if seq == self.seq:
-                return
-            held = {each.key for each in ledger.checkpoints()}
-            patches = tuple(each.key for each in active(ledger.patches()))
-        if not self.keys <= held or self.patches != patches:
-            raise Outdated(
-                "the model has changed since its adapters were loaded: they may contain deleted records",
-                next_step="load them again by `answerer()` or `as_transformers()`, or run the command "
-                "again",
-            )
-        self.seq = seq
 
 
 def ask(
@@ -102,10 +79,7 @@ def ask(
     kind: Kind | None,
     open_ledger: OpenLedger,
 ) -> list[Answer]:
-    """Return the answers to prompts, in order; the models are loaded once.
-
-    Raise InvalidInput for a conversation that can't be answered, IntegrityError for damaged files.
-    """
+    """Return the answers to prompts, in order. Raise InvalidInput or IntegrityError."""
     from sisa.lm.base.tokens import encode_prompt
 
     _check_answerable(prompts, kind)
@@ -150,14 +124,13 @@ def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt])
     said = [_said(prompt) for prompt in prompts]
     found = iter(look_up([each for each in said if each], index, warm, live))
     nearest = [next(found) if each else None for each in said]
-    return [_route(context, block, each.hits, live, each.near) if each else Route() for each in nearest]
+    return [
+        route_of(context, block, each.hits, live, each.near) if each else Route() for each in nearest
+    ]
 
 
 def _said(prompt: Prompt) -> Said | None:
-    """Return what a person asks in a prompt, and what was said before; None if nobody asks anything.
-
-    What was said before is the user's turns, and the assistant's if those name nobody.
-    """
+    """Return what a person asks and what was said before (by the assistant if users name nobody)."""
     from sisa.lm.answer.lookup import Said
     from sisa.lm.answer.names import names_in
 
@@ -189,75 +162,10 @@ def _index(context: Context, block: SisaBlock) -> Index:
 
     return Index(
         embed=context.compute.embed,
-        search=lambda queries, top_k: query.search_each(context, queries, top_k, by="asked"),
+        search=lambda queries, top_k: search_each(context, queries, top_k, by="asked"),
         vectors=vectors,
         has_names=block.names,
     )
-
-
-def _route(
-    context: Context,
-    block: SisaBlock,
-    hits: Sequence[Hit],
-    live: Collection[int],
-    near: float | None = None,
-) -> Route:
-    kind: Kind = "completion"
-    if hits:
-        rows = context.stores.ledger.by_vector(hits[0].shard, [hits[0].vector_id])
-        kind = rows[hits[0].vector_id].kind if rows else kind
-    return choose_route(hits, resolve_aggregation(block.aggregation, block.embedder, kind), live, near)
-
-
-def held_prompts(context: Context, config: RunConfig) -> HeldPrompts | None:
-    """Return what `remember_prompts` noted if nothing that it depends on has changed, or look it up."""
-    noted = json.loads(context.stores.ledger.meta().get(HELD_PROMPTS, "null"))
-    if noted and noted["of"] == _looked_up_in(context, config):
-        return HeldPrompts(**noted["found"])
-    return _look_up_prompts(context, config)
-
-
-def remember_prompts(context: Context, config: RunConfig) -> HeldPrompts | None:
-    """Note in the ledger what becomes of held prompts, so that `sisa status` need not search for it."""
-    found = held_prompts(context, config)
-    note = json.dumps({"of": _looked_up_in(context, config), "found": found and asdict(found)})
-    if found and context.stores.ledger.meta().get(HELD_PROMPTS) != note:
-        commit(context, Change(meta={HELD_PROMPTS: note}))
-    return found
-
-
-def _looked_up_in(context: Context, config: RunConfig) -> str:
-    """Return the digest of what a search for held prompts depends on."""
-    indexes = sorted([each.shard, each.sha256] for each in context.stores.ledger.indexes())
-    how = config.sisa.model_dump(mode="json", include={"aggregation", "embedder"})
-    return digest_of([indexes, sorted(live_heads(context)), how])
-
-
-def _look_up_prompts(context: Context, config: RunConfig) -> HeldPrompts | None:
-    """Look up the prompts of held records: of all, or of the first ones of each shard by keyed id.
-
-    Return None if the model does not route, if no record has a prompt, or if the index is damaged or so
-    large that the search would take long.
-    """
-    files = [each for each in context.stores.ledger.indexes() if each.num_vectors]
-    how = config.sisa.aggregation
-    if how.method != "routed" or sum(each.num_vectors for each in files) > EXACT_UP_TO:
-        return None
-    block = config.sisa.model_copy(update={"aggregation": how.model_copy(update={"below": "base"})})
-    live, counted = frozenset(live_heads(context)), [0, 0, 0]
-    for file in files:
-        rows = context.stores.ledger.rows(file.shard)[: -(-MAX_LOOKED_UP // len(files))]
-        asking = sorted(row.vector_id for row in rows if row.kind != "text")
-        try:
-            vectors = context.stores.index.vectors(file, asking, by="asked")
-            found = query.search_each(context, vectors, NUM_ROUTING_HITS, by="asked")
-        except IntegrityError:
-            return None  # `sisa doctor` says what is damaged
-        routes = [_route(context, block, hits, live) for hits in found]
-        counted[0] += len(routes)
-        counted[1] += sum(not route.shards for route in routes)
-        counted[2] += sum(bool(route.shards) and route.shards[0] != file.shard for route in routes)
-    return HeldPrompts(*counted) if counted[0] else None
 
 
 def open_answerer(
@@ -270,9 +178,9 @@ def open_answerer(
 ) -> Answerer:
     """Open the models of some shards, or of all shards that serve one.
 
-    They lie over the active patches, or over those of `stack`, and are combined as the run file says, or
-    as `how` says. With `open_ledger`, they refuse to answer once the ledger has dropped them; without
-    it, the caller keeps writers out. Raise IntegrityError.
+    They lie over the active patches or those of `stack`, combined as the run file or `how` says. With
+    `open_ledger` they refuse to answer once outdated; without, the caller keeps writers out. Raise
+    IntegrityError.
     """
     ledger = context.stores.ledger
     from sisa.lm.answer.answerer import Answerer
@@ -297,23 +205,39 @@ def open_answerer(
     on = resources.config.precision
     answerer = Answerer(base.directory, base.digest, adapters, threads, patches, method, on)
     if open_ledger is not None:
-        loaded = frozenset(live[each] for each in asked), tuple(each.key for each in stack)
-        answerer.check_current = LoadedModels(open_ledger, seq, *loaded).check_current
+        keys = frozenset(live[each] for each in asked)
+        answerer.check_current = _check_of(open_ledger, seq, keys, [each.key for each in stack])
     return answerer
 
 
-def live_heads(context: Context) -> dict[int, str]:
-    """Return the key of the served adapter of each shard that serves one."""
-    return {head.shard: head.key for head in context.stores.ledger.heads() if head.key is not None}
+def _check_of(
+    open_ledger: OpenLedger, seq: int, keys: frozenset[str], patches: Sequence[str]
+) -> Callable[[], None]:
+    """Return a check that raises Outdated once the ledger drops an adapter or changes the patches."""
+
+    def check() -> None:
+        nonlocal seq
+        with open_ledger() as ledger, ledger.snapshot():
+            if ledger.seq() == seq:
+                return
+            held = {each.key for each in ledger.checkpoints()}
+            same = [each.key for each in active(ledger.patches())] == patches
+            now = ledger.seq()
+        if not (same and keys <= held):
+            raise Outdated(
+                "the model has changed since its adapters were loaded: they may contain deleted records",
+                next_step="load them again by `answerer()` or `as_transformers()`, or run the command "
+                "again",
+            )
+        seq = now
+
+    return check
 
 
 def prompt_form(context: Context) -> Kind:
-    """Return the form in which shards get prompts: that of most records of the first training.
-
-    A model that predates this note uses the form of most remaining records.
-    """
-    noted, kinds = context.stores.ledger.meta().get(FORM), context.stores.ledger.kinds()
-    return next((each for each in KINDS if each == noted), usual_kind(kinds))
+    """Return the form of prompts for shards: that of most records of the first training, if noted."""
+    noted = context.stores.ledger.meta().get(FORM)
+    return next((each for each in KINDS if each == noted), usual_kind(context.stores.ledger.kinds()))
 
 
 def usual_kind(kinds: Mapping[str, int]) -> Kind:
@@ -323,3 +247,58 @@ def usual_kind(kinds: Mapping[str, int]) -> Kind:
     'completion'
     """
     return max(KINDS, key=lambda kind: kinds.get(kind, 0))
+
+
+def asked_records(context: Context, resources: Resources, limit: int = MAX_RECORDS) -> list[Asked]:
+    """Return the tokens of the records to ask."""
+    rows = chosen_rows(context, limit)
+    place = {row.id_digest: row.shard for row in rows}
+    stored = stored_in(context, slices_of(context, rows), rows)
+    found = [
+        (place[each.id_digest], *_answer(each.record, resources))
+        for each in sorted(stored, key=lambda each: each.id_digest)
+    ]
+    return [each for each in found if each[2]]
+
+
+def merged_gap(context: Context, resources: Resources) -> tuple[int, float, float]:
+    """Return the number of records asked, and their mean answer probability by shards and merged."""
+    asked = asked_records(context, resources)
+    sums = {"routed": 0.0, "merged": 0.0}
+    done, whole = 0, len(sums) * len(asked)
+    for how in sums:
+        answerer = open_answerer(context, resources, how=how)
+        for shard, ids, answer in asked:
+            route = all_of([shard] if how == "routed" else live_heads(context))
+            sums[how] += answerer.answer_probability(ids[: answer[0]], ids[answer[0] :], route)
+            done += 1
+            if done * NUM_REPORTED // whole > (done - 1) * NUM_REPORTED // whole:
+                what = "comparing the average with the shards' own answers"
+                context.report(Notice(f"{what}: {done} of {whole} asked"))
+    count = max(1, len(asked))
+    return len(asked), sums["routed"] / count, sums["merged"] / count
+
+
+def chosen_rows(context: Context, limit: int) -> list[RecordRow]:
+    """Return the rows of the records to ask: one of each shard in turn, until there are enough."""
+    ledger = context.stores.ledger
+    forget = [each.name for each in ledger.vault() if each.role == "forget"]
+    forgotten = {id_digest for name in forget for id_digest in ledger.vaulted(name)}
+    served = {each.key: each for each in ledger.checkpoints()}
+    by_shard = []
+    for shard, key in sorted(live_heads(context).items()):
+        known = [row for row in ledger.rows(shard) if touched(served[key], row)]
+        asked = [row for row in known if row.id_digest not in forgotten]
+        by_shard.append(sorted(asked, key=lambda row: row.id_digest)[:limit])
+    in_turn = chain.from_iterable(zip_longest(*by_shard))
+    return [row for row in in_turn if row is not None][:limit]
+
+
+def _answer(record: Record, resources: Resources) -> tuple[list[int], list[int]]:
+    """Return a record's token ids and the positions of the answer's tokens; none if it has no answer."""
+    from sisa.lm.base.tokens import NO_LOSS, tokenize
+
+    config = resources.config
+    tokens = tokenize(record, resources.tokenizer, train_on_inputs=config.train_on_inputs)
+    ids, labels = tokens.input_ids[: config.sequence_len], tokens.labels[: config.sequence_len]
+    return ids, [at for at, label in enumerate(labels) if label != NO_LOSS and at > 0]

@@ -2,16 +2,14 @@
 
     commit what remains, with heads rolled back -> probe the base -> reconcile -> finish
 
-Planning reads only the shards concerned and changes nothing. One transaction removes the rows, leaves
-tombstones, moves the heads to their deepest clean checkpoints, and makes the rewritten slices and
-indexes current. If a file that is needed is damaged, the deletion stops before that commit. Other
-artefacts made from records join through hooks (`core/ports.py`). `reconcile.py` erases and trains;
-`lifecycle.py` decides who may ask, and when.
+One transaction removes the rows, leaves tombstones, moves the heads to their deepest clean checkpoints,
+and makes the rewritten slices and indexes current. If a file that is needed is damaged, the deletion
+stops before that commit. Other artefacts made from records join through hooks (`core/ports.py`).
 
-Deleting records from shards does not affect what the frozen base knew before any record arrived. So once
-the served model is clean, and before the text is erased, the base alone is asked whether it produces
-that text. The result, numbers alone, is kept with the request. A deletion that is interrupted before the
-probe is finished without it, since the text is erased first.
+Deleting records from shards does not affect what the frozen base knew before. So once the served model
+is clean, and before the text is erased, the base alone is asked whether it produces that text; numbers
+alone are kept with the request. A deletion that is interrupted before the probe is finished without it,
+since the text is erased first.
 """
 
 from __future__ import annotations
@@ -40,7 +38,14 @@ from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Change, Contribution, KeptVersions, Probe, Removal, merged
 from sisa.core.requests import ACCEPTED, due_date, event, is_under_way, moved
-from sisa.flows.reconcile import check_rows, erasing_anyway, note_failure, reconcile
+from sisa.flows.reconcile import (
+    HELD_PROMPTS,
+    check_rows,
+    erase_unknown,
+    note_failure,
+    reconcile,
+    under_way,
+)
 from sisa.flows.wiring.context import (
     Context,
     SlicePosition,
@@ -51,7 +56,6 @@ from sisa.flows.wiring.context import (
     plans_of,
     slices_of,
     stored_in,
-    view_shard,
     write_slice,
 )
 from sisa.planning.layout import index_root, root_of
@@ -95,7 +99,6 @@ class Forgetting:
 
     @cached_property
     def first_slices(self) -> Mapping[int, int]:
-        """Return the earliest slice of each shard that loses a record."""
         return _first_slices(self.removed)
 
 
@@ -104,27 +107,27 @@ def plan_forget(
 ) -> Forgetting:
     """Return what deleting these rows would do. Read only the shards concerned; change nothing."""
     ledger = context.stores.ledger
-    remaining: list[SliceState] = []
-    emptied: list[SlicePosition] = []
-    views: list[ShardView] = []
+    left = _left(context, rows)
+    states = {(file.shard, file.slice): file for file in ledger.slices()} | left
+    by_shard = _by_shard(state for _, state in sorted(states.items()) if state)
+    touched: list[ShardView] = []
     dropped: list[str] = []
     for shard, gone in sorted(_by_shard(rows).items()):
-        states, empty = _left(context, shard, gone)
-        lost = tainted_checkpoints(ledger.checkpoints(shard), gone)
-        views.append(view_shard(context, shard, states, empty, lost))
-        remaining += states
-        emptied += empty
+        checkpoints = ledger.checkpoints(shard)
+        lost = tainted_checkpoints(checkpoints, gone)
+        held = tuple(each for each in checkpoints if each.key not in lost)
+        touched.append(ShardView(shard, tuple(by_shard.get(shard, ())), held))
         dropped += lost
-    plans = plans_of(context, views)
-    views = _all_views(context, remaining, emptied)
+    plans = plans_of(context, touched)
+    views = [ShardView(shard, tuple(its), ()) for shard, its in by_shard.items()]
     heads = {head.shard: head for head in ledger.heads()}
     heads |= {plan.shard: plan.head for plan in plans}
     return Forgetting(
         removed=tuple(rows),
         already_deleted=tuple(already),
         plans=tuple(plans),
-        remaining=tuple(remaining),
-        emptied=tuple(emptied),
+        remaining=tuple(filter(None, left.values())),
+        emptied=tuple(position for position, state in left.items() if not state),
         tainted=tuple(dropped),
         exports=tuple(marked(ledger.exports(), {"": rows})),
         record_epochs_retrained=sum(plan.record_epochs for plan in plans),
@@ -135,6 +138,7 @@ def plan_forget(
 
 
 def _first_slices(rows: Iterable[RecordRow]) -> dict[int, int]:
+    """Return the earliest slice of each shard that loses a record."""
     return {shard: min(row.slice for row in its) for shard, its in sorted(_by_shard(rows).items())}
 
 
@@ -145,33 +149,14 @@ def _by_shard(rows: Iterable[_Placed]) -> dict[int, list[_Placed]]:
     return found
 
 
-def _left(
-    context: Context, shard: int, removed: Sequence[RecordRow]
-) -> tuple[list[SliceState], list[SlicePosition]]:
-    """Return the states of a shard's slices without the removed records, and the slices left empty."""
+def _left(context: Context, removed: Sequence[RecordRow]) -> dict[SlicePosition, SliceState | None]:
+    """Return the states of slices without the removed records; None for one that is left empty."""
     gone = {row.id_digest for row in removed}
-    states: list[SliceState] = []
-    empty: list[SlicePosition] = []
-    for slice_ in sorted({row.slice for row in removed}):
+    states: dict[SlicePosition, SliceState | None] = {}
+    for shard, slice_ in sorted({(row.shard, row.slice) for row in removed}):
         left = [each for each in context.stores.ledger.contents(shard, slice_) if each[0] not in gone]
-        if left:
-            states.append(SliceState(shard, slice_, root_of(left), len(left)))
-        else:
-            empty.append((shard, slice_))
-    return states, empty
-
-
-def _all_views(
-    context: Context, replaced: Sequence[SliceState], emptied: Sequence[SlicePosition]
-) -> list[ShardView]:
-    slices: dict[SlicePosition, SliceState] = {
-        (f.shard, f.slice): f for f in context.stores.ledger.slices()
-    }
-    slices.update({(state.shard, state.slice): state for state in replaced})
-    for position in emptied:
-        slices.pop(position, None)
-    by_shard = _by_shard(state for _, state in sorted(slices.items()))
-    return [ShardView(shard, tuple(states), ()) for shard, states in by_shard.items()]
+        states[shard, slice_] = SliceState(shard, slice_, root_of(left), len(left)) if left else None
+    return states
 
 
 @dataclass(frozen=True)
@@ -184,10 +169,7 @@ class Deleted:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request that is not in the ledger yet, with its first events.
-
-    `named` are the keyed ids that it names; `rows` are those of them that are held, in the same order.
-    """
+    """A request that is not in the ledger yet, with its first events."""
 
     request: Request
     rows: tuple[RecordRow, ...]
@@ -200,20 +182,6 @@ class Arrival:
         return Change(requests=[self.request], named=pairs, events=self.events)
 
 
-def forget(context: Context, requests: Sequence[Request]) -> Deleted:
-    """Carry out approved requests as one batch, exactly.
-
-    The served model is clean after the commit. When this returns, the bytes are gone and the affected
-    suffixes are retrained. A request whose records were all deleted before is completed as it is. Raise
-    the errors of the effects; a failure before the commit leaves the requests failed, with the type of
-    the error as the cause.
-    """
-    if not requests:
-        return Deleted()
-    named = {request.request_id: rows_named(context, request) for request in requests}
-    return _delete(context, Removal(requests, named), Change())
-
-
 def forget_at_once(context: Context, arrival: Arrival, *, defer: bool = False) -> Deleted:
     """Add an approved request to the ledger and carry it out in the same commit.
 
@@ -221,14 +189,25 @@ def forget_at_once(context: Context, arrival: Arrival, *, defer: bool = False) -
     With `defer`, bytes are erased now and training is left to a later command.
     """
     named = {arrival.request.request_id: arrival.rows}
-    return _delete(context, Removal([arrival.request], named), arrival.change(), defer=defer)
+    return delete(context, Removal([arrival.request], named), arrival.change(), defer=defer)
 
 
-def _delete(context: Context, removal: Removal, arriving: Change, *, defer: bool = False) -> Deleted:
+def delete(context: Context, removal: Removal, arriving: Change, *, defer: bool = False) -> Deleted:
+    """Carry out approved requests as one batch, exactly.
+
+    The served model is clean after the commit; in the end the bytes are gone and the affected suffixes
+    are retrained. Raise the errors of the effects; a failure before the commit leaves the requests
+    failed, with the type of the error as the cause.
+    """
     held = slices_of(context, removal.rows.values())
-    with erasing_anyway(context):
+    try:
         contributed = _commit_or_note(context, removal, arriving)  # the served model is clean
         _probe_removed(context, removal.named, held)  # before the text is erased
+    except SisaError:
+        with contextlib.suppress(SisaError):  # what can be erased after the commit is erased anyway
+            if under_way(context):
+                erase_unknown(context)
+        raise
     done = reconcile(context, defer=defer, removed=removal.named)  # erase, train, complete
     for each in contributed:
         each.finish()
@@ -237,19 +216,15 @@ def _delete(context: Context, removal: Removal, arriving: Change, *, defer: bool
 
 
 def _commit_or_note(context: Context, removal: Removal, arriving: Change) -> list[Contribution]:
+    """Commit, or record a failure with those of the requests that the ledger held before."""
     try:
         return commit_removed(context, removal, arriving)
     except SisaError as error:
-        _note_refusal(context, removal.requests, error)
+        asked = {each.request_id for each in removal.requests}
+        with contextlib.suppress(SisaError):  # the ledger may be what failed
+            found = [each for each in context.stores.ledger.requests() if each.request_id in asked]
+            note_failure(context, [each for each in found if not is_under_way(each)], error)
         raise
-
-
-def _note_refusal(context: Context, requests: Sequence[Request], error: SisaError) -> None:
-    """Record a failure before the commit with those of the requests that the ledger held before."""
-    asked = {each.request_id for each in requests}
-    with contextlib.suppress(SisaError):  # the ledger may be what failed
-        found = [each for each in context.stores.ledger.requests() if each.request_id in asked]
-        note_failure(context, [each for each in found if not is_under_way(each)], error)
 
 
 def _probe_removed(
@@ -257,9 +232,8 @@ def _probe_removed(
 ) -> None:
     """Probe the base for the records that each request removed, and keep the outcome with the request.
 
-    `held` are the slice files that held them before the commit. A failed probe must not keep the text:
-    the type of the error is kept instead, and the deletion continues. A text that was put into the vault
-    by consent leaves it if all of it was probed and the base knows none of it.
+    A failed probe must not keep the text: its error's type is kept, and the deletion continues. A text
+    in the vault leaves it if all of it was probed and the base knows none of it.
     """
     if context.compute.probe is None or not any(named.values()):
         return
@@ -301,11 +275,10 @@ def rows_named(context: Context, request: Request) -> list[RecordRow]:
 def commit_removed(
     context: Context, removal: Removal, arriving: Change, *, held_too: bool = False
 ) -> list[Contribution]:
-    """Commit what remains: rows are removed, heads roll back, requests become `rolled_back`.
+    """Commit what remains: rows are removed, heads roll back; return the contributions of hooks.
 
-    Return the contributions of hooks. `arriving` is added in the same transaction (names, events,
-    tombstones). `held_too` also deletes records under a legal hold. Raise ConfigConflict for a hold,
-    IntegrityError for damaged files.
+    `arriving` is added in the same transaction; `held_too` also deletes records under a legal hold.
+    Raise ConfigConflict for a hold, IntegrityError for damaged files.
     """
     check_rows(context.stores.ledger)
     rows = removal.rows
@@ -345,6 +318,7 @@ def _remaining(
         exports=marked(context.stores.ledger.exports(), removal.named),
         requests=accepted,
         events=[RequestEvent(each.request_id, state, now) for each in accepted for state in ACCEPTED],
+        meta={HELD_PROMPTS: "null"},  # it is noted again when all is done
     )
 
 
@@ -369,22 +343,18 @@ def _write_remaining(
     return slices, indexes, unindexed
 
 
-def under_hold(context: Context, named: Collection[str]) -> list[str]:
-    """Return the ids of the requests whose legal hold covers one of these records."""
-    return [
-        request.request_id
-        for request in context.stores.ledger.requests()
-        if request.state == "held"
-        and not set(named).isdisjoint(context.stores.ledger.named_by(request.request_id))
-    ]
-
-
 def _check_no_hold(context: Context, named: Collection[str]) -> None:
-    if holds := under_hold(context, named):
+    ledger, named = context.stores.ledger, frozenset(named)
+    problems = [
+        Problem(request.request_id, "holds records that were named")
+        for request in ledger.requests()
+        if request.state == "held" and not named.isdisjoint(ledger.named_by(request.request_id))
+    ]
+    if problems:
         raise ConfigConflict(
             "some of these records are under a legal hold; nothing was changed",
             next_step="`sisa request approve` or `sisa request cancel` ends a hold",
-            problems=[Problem(request_id, "holds records that were named") for request_id in holds],
+            problems=problems,
         )
 
 
@@ -448,10 +418,7 @@ class Terms:
 
 
 def copies(context: Context, rows: Sequence[RecordRow], *, full_scan: bool) -> list[RecordRow]:
-    """Return held records with the text of one of `rows`, except those rows.
-
-    `full_scan` is that of `Ledger.by_text`.
-    """
+    """Return other held records with the text of one of `rows`; `full_scan` is that of `by_text`."""
     named = {row.id_digest for row in rows}
     held, _ = context.stores.ledger.by_text({row.text_digest for row in rows}, full_scan=full_scan)
     return [row for row in held if row.id_digest not in named]
@@ -465,10 +432,7 @@ def arrive(
     *,
     full_scan: bool = False,
 ) -> Arrival:
-    """Return a new request that is not in the ledger yet. Raise InvalidInput for a bad due date.
-
-    Copies that are only counted need no full scan.
-    """
+    """Return a new request that is not in the ledger yet. Raise InvalidInput for a bad due date."""
     found = copies(context, rows, full_scan=full_scan or terms.include_copies)
     taken = [*rows, *(found if terms.include_copies else [])]
     named = {row.id_digest for row in taken} | {each.id_digest for each in deleted}

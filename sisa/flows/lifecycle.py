@@ -13,20 +13,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sisa.core.domain import (
-    RecordRow,
-    Request,
-    RequestEvent,
-    RequestState,
-    Tombstone,
-)
+from sisa.core.domain import RecordRow, Request, RequestEvent, RequestState, Tombstone
 from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
 from sisa.core.events import QueueSeen
-from sisa.core.ports import Change
-from sisa.core.requests import days_left, event, extended, is_under_way, moved
-from sisa.flows.deletion import Terms, arrive, forget, plan_forget, rows_named
+from sisa.core.ports import Change, Removal
+from sisa.core.requests import days_left, event, extended, moved
+from sisa.flows.deletion import Terms, arrive, delete, plan_forget, rows_named
 from sisa.flows.query import Candidate
-from sisa.flows.reconcile import open_plans
+from sisa.flows.reconcile import open_plans, under_way
 from sisa.flows.wiring.context import Context, commit
 from sisa.planning.batching import RunPlan, choose
 from sisa.planning.plan import shard_costs
@@ -55,10 +49,9 @@ class RequestView:
 def submit(
     context: Context, rows: Sequence[RecordRow], deleted: Sequence[Tombstone], terms: Terms
 ) -> Request:
-    """Add a request to the ledger, or return the known one.
+    """Add a request to the ledger, or return the known one, approved if it waits and `terms` approves.
 
-    A known request that is still `received` is approved if `terms` names an approver. Raise
-    ConfigConflict for an external id that stands for other records.
+    Raise ConfigConflict for an external id that stands for other records.
     """
     arrived = arrive(context, rows, deleted, terms, full_scan=True)
     asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
@@ -78,19 +71,18 @@ def _known(
         return None
     for request in context.stores.ledger.requests():
         if terms.external_id == request.request_id:
-            raise ConfigConflict(
-                "this external id is the id of another request",
-                where=request.request_id,
-                next_step="give the new request an external id of its own",
-            )
-        if request.external_id == terms.external_id:
-            if _same(context, request, terms, set(asked), set(named)):
-                return request
-            raise ConfigConflict(
-                "this external id already stands for a request with other records",
-                where=request.request_id,
-                next_step="give the new request an external id of its own",
-            )
+            what = "is the id of another request"
+        elif terms.external_id != request.external_id:
+            continue
+        elif _same(context, request, terms, set(asked), set(named)):
+            return request
+        else:
+            what = "already stands for a request with other records"
+        raise ConfigConflict(
+            f"this external id {what}",
+            where=request.request_id,
+            next_step="give the new request an external id of its own",
+        )
     return None
 
 
@@ -127,15 +119,11 @@ def views(context: Context) -> list[RequestView]:
 
 def viewed(context: Context, request: Request) -> RequestView:
     """Return a request with its days left and its history."""
-    passed = [each for each in context.stores.ledger.events() if each.request_id == request.request_id]
-    return RequestView(request, days_left(request.due, context.now()), tuple(passed))
+    return next(each for each in views(context) if each.request.request_id == request.request_id)
 
 
 def decide(context: Context, request_id: str, state: RequestState, note: str) -> Request:
-    """Approve, hold, deny or cancel a request.
-
-    Raise UnknownRecord, ConfigConflict, or InvalidInput if a reason or an approver is missing.
-    """
+    """Approve, hold, deny or cancel a request. Raise UnknownRecord, ConfigConflict or InvalidInput."""
     if state in ("denied", "held") and not note.strip():
         raise InvalidInput(f"a request is not {state} without a reason", next_step="give --reason")
     if state == "approved" and not note.strip():
@@ -157,12 +145,8 @@ def approved(context: Context) -> list[Request]:
     """Return the requests that wait to run and are under no hold, the most urgent first."""
     ledger = context.stores.ledger
     requests = ledger.requests()
-    held = {
-        each
-        for request in requests
-        if request.state == "held"
-        for each in ledger.named_by(request.request_id)
-    }
+    holds = [each.request_id for each in requests if each.state == "held"]
+    held = {record for request_id in holds for record in ledger.named_by(request_id)}
     waiting = [
         request
         for request in requests
@@ -174,17 +158,16 @@ def approved(context: Context) -> list[Request]:
 
 def carry_out(context: Context, requests: Sequence[Request]) -> tuple[Request, ...]:
     """Delete what these requests name, as one batch; leave unapproved requests as they are."""
-    named = {request.request_id for request in requests}
-    done = forget(context, [each for each in approved(context) if each.request_id in named])
-    after = {request.request_id: request for request in done.requests}
+    asked = {request.request_id for request in requests}
+    due = [each for each in approved(context) if each.request_id in asked]
+    named = {each.request_id: rows_named(context, each) for each in due}
+    done = delete(context, Removal(due, named), Change()).requests if due else ()
+    after = {request.request_id: request for request in done}
     return tuple(after.get(request.request_id, request) for request in requests)
 
 
 def plan_run(context: Context) -> RunPlan:
-    """Return whether to carry out the approved requests now, priced from this model's past.
-
-    Change nothing.
-    """
+    """Return whether to carry out the approved requests now, priced from this model's past."""
     ledger = context.stores.ledger
     waiting, now = approved(context), context.now()
     rows = [row for request in waiting for row in rows_named(context, request)]
@@ -200,7 +183,7 @@ def plan_run(context: Context) -> RunPlan:
         for shard, each in sizes.items()
     ]
     left = [(request.request_id, days_left(request.due, now)) for request in waiting]
-    cut_short = [each.request_id for each in ledger.requests() if is_under_way(each)]
+    cut_short = [each.request_id for each in under_way(context)]
     if cut_short:
         names = (*cut_short, *(name for name, _ in left))
         cost = sum(shard.pending for shard in shards)
@@ -215,7 +198,7 @@ def queue_seen(context: Context) -> QueueSeen:
     requests = context.stores.ledger.requests()
     states = Counter(each.state for each in requests)
     names = {each.request_id for each in approved(context)}
-    names |= {each.request_id for each in requests if is_under_way(each)}
+    names |= {each.request_id for each in under_way(context)}
     waiting = [each for each in requests if each.request_id in names or each.state == "received"]
     left = [days_left(each.due, context.now()) for each in waiting]
     return QueueSeen(

@@ -6,14 +6,15 @@ module writes nothing. Ids appear only in answers to callers who asked for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from sisa.core.domain import (
     Export,
     HeldCheckpoint,
     Hit,
-    Patch,
     PatchState,
     Record,
     RecordRow,
@@ -22,12 +23,18 @@ from sisa.core.domain import (
     VaultSet,
 )
 from sisa.core.errors import IntegrityError, UnknownRecord
-from sisa.core.ports import By, StoredRecord, Vectors
-from sisa.core.requests import is_under_way
+from sisa.core.ports import Vectors
 from sisa.data.record_rules import normal_subject
-from sisa.flows.reconcile import not_erased
-from sisa.flows.stale_exports import export_standing
-from sisa.flows.wiring.context import Context, known_rows, lookup, slices_of, stored_in, view_shards
+from sisa.flows.reconcile import export_standing, not_erased, under_way
+from sisa.flows.wiring.context import (
+    Context,
+    known_rows,
+    lookup,
+    search_each,
+    slices_of,
+    stored_in,
+    view_shards,
+)
 from sisa.planning.plan import slice_start, touched
 
 NUM_NEAR = 50  # most near-duplicates that are proposed
@@ -55,16 +62,11 @@ class PatchTouch:
 
 @dataclass(frozen=True)
 class Location:
-    """Describe where a record is, or when and by which request it was deleted.
-
-    `state` is "trained", "pending" (held, but the head does not include its slice yet), "deleted", or
-    "patch" (its text was given for a patch alone; it was never a record of the model, and shard and
-    slice are -1).
-    """
+    """Describe where a record is, or when and by which request it was deleted."""
 
     id: str
-    state: str
-    shard: int
+    state: str  # trained, pending (the head lacks its slice), deleted, or patch (never a record)
+    shard: int  # -1 for `patch`
     slice: int
     checkpoints: tuple[Touch, ...]
     deleted_at: str | None = None
@@ -80,19 +82,15 @@ class Location:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Describe a candidate record.
-
-    `match` is "subject" if the ledger named it, "content" if the index did. `text` is the beginning of
-    its text, if the caller asked for it.
-    """
+    """Describe a candidate record."""
 
     id: str
     score: float
     shard: int
     slice: int
-    match: str
+    match: str  # "subject" if the ledger named it, "content" if the index did
     subject: str | None = None
-    text: str | None = None
+    text: str | None = None  # its beginning, if the caller asked for it
 
 
 @dataclass(frozen=True)
@@ -149,31 +147,35 @@ def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list
 
 
 def where(context: Context, ids: Sequence[str]) -> list[Location]:
-    """Return where each record is and what it influenced.
-
-    That is its shard and slice; the checkpoints, heads, exports and patches that it influenced; the sets
-    of the vault that hold its text; and the files of hidden states of its slice. Raise UnknownRecord.
-    """
+    """Return where each record is and what it influenced. Raise UnknownRecord."""
     ledger = context.stores.ledger
     digests = [context.settings.assigner.id_digest(each) for each in ids]
     in_sets = ledger.sets_with(digests)
     rows = known_rows(context, ids, in_sets)
     sets = {each.name: each for each in ledger.vault()} if in_sets else {}
     patches = ledger.patches() if in_sets else []
-    states = context.stores.prefixes.held()
     lineage = _lineage(context, [each for each in rows.values() if isinstance(each, RecordRow)])
-    locations = {
-        digest: _with_states(context, _location(context, each, rows.get(digest), lineage), states)
-        for each, digest in zip(ids, digests, strict=True)
-    }
     left = _not_erased(context, rows.values())
-    return [
-        replace(
-            _with_patches(locations[digest], in_sets.get(digest, ()), sets, patches),
-            not_erased=left.get(locations[digest].request_id or "", {}),
+    locations = []
+    for record_id, digest in zip(ids, digests, strict=True):
+        names = in_sets.get(digest, ())
+        touches = tuple(
+            PatchTouch(patch.version, patch.key, patch.state, sets[name].role)
+            for patch in patches
+            if patch.state in ("active", "wanted")
+            for name in patch.job.sets
+            if name in names
         )
-        for digest in digests
-    ]
+        found = _location(context, record_id, rows.get(digest), lineage)
+        locations.append(
+            replace(
+                found,
+                patches=touches,
+                vault=tuple(sets[name] for name in names if sets[name].held),
+                not_erased=left.get(found.request_id or "", {}),
+            )
+        )
+    return locations
 
 
 def _not_erased(
@@ -181,40 +183,9 @@ def _not_erased(
 ) -> dict[str, Mapping[str, int | None]]:
     """Return what is left to erase, by the request that waits for it."""
     asked = {each.request_id for each in rows if isinstance(each, Tombstone)}
-    waiting = [
-        each.request_id
-        for each in (context.stores.ledger.requests() if asked else ())
-        if each.request_id in asked and is_under_way(each) and each.state != "erased"
-    ]
+    begun = {each.request_id for each in under_way(context) if each.state != "erased"} if asked else ()
+    waiting = asked.intersection(begun)
     return dict.fromkeys(waiting, not_erased(context)) if waiting else {}
-
-
-def _with_patches(
-    location: Location,
-    names: Sequence[str],
-    sets: Mapping[str, VaultSet],
-    patches: Sequence[Patch],
-) -> Location:
-    touches = tuple(
-        PatchTouch(patch.version, patch.key, patch.state, sets[name].role)
-        for patch in patches
-        if patch.state in ("active", "wanted")
-        for name in patch.job.sets
-        if name in names
-    )
-    return replace(location, patches=touches, vault=tuple(sets[n] for n in names if sets[n].held))
-
-
-def _with_states(context: Context, location: Location, held: Collection[str]) -> Location:
-    """Add the files of hidden states of the record's slice.
-
-    A deleted record has none; they were erased with it.
-    """
-    if location.state not in ("trained", "pending"):
-        return location
-    start = slice_start(location.shard, location.slice)
-    names = sorted(name for name in held if name.startswith(start))
-    return replace(location, kept_states=tuple(map(context.stores.prefixes.location, names)))
 
 
 @dataclass(frozen=True)
@@ -224,6 +195,7 @@ class _Lineage:
     heads: frozenset[str | None]
     checkpoints: Mapping[int, Sequence[HeldCheckpoint]]  # by shard
     exports: Sequence[Export]
+    states: Sequence[str]  # files of hidden states
 
 
 def _lineage(context: Context, rows: Collection[RecordRow]) -> _Lineage:
@@ -232,6 +204,7 @@ def _lineage(context: Context, rows: Collection[RecordRow]) -> _Lineage:
         frozenset(head.key for head in context.stores.ledger.heads()),
         {view.shard: view.held for view in views},
         context.stores.ledger.exports() if rows else (),
+        sorted(context.stores.prefixes.held()) if rows else (),
     )
 
 
@@ -241,108 +214,94 @@ def _location(
     if held is None:
         return Location(record_id, "patch", -1, -1, ())
     if isinstance(held, Tombstone):
-        return Location(
-            record_id,
-            "deleted",
-            held.shard,
-            held.slice,
-            (),
-            held.deleted_at,
-            held.request_id,
-            held.checkpoints_erased,
-        )
+        dead = Location(record_id, "deleted", held.shard, held.slice, (), held.deleted_at)
+        return replace(dead, request_id=held.request_id, checkpoints_erased=held.checkpoints_erased)
     touches = tuple(
         Touch(each.key, each.slice, each.key in lineage.heads)
         for each in lineage.checkpoints[held.shard]
         if touched(each, held)
     )
-    state = "trained" if any(touch.is_head for touch in touches) else "pending"
-    exports = tuple(each.path for each in lineage.exports if touched(each, held))
-    generation = context.settings.assigner.layout.generation(held.slice)
+    start, prefixes = slice_start(held.shard, held.slice), context.stores.prefixes
     return Location(
-        record_id, state, held.shard, held.slice, touches, exports=exports, generation=generation
+        record_id,
+        "trained" if any(touch.is_head for touch in touches) else "pending",
+        held.shard,
+        held.slice,
+        touches,
+        exports=tuple(each.path for each in lineage.exports if touched(each, held)),
+        kept_states=tuple(prefixes.location(name) for name in lineage.states if name.startswith(start)),
+        generation=context.settings.assigner.layout.generation(held.slice),
     )
 
 
-def search_index(context: Context, queries: Vectors, top_k: int) -> list[Hit]:
-    """Return the best hits over all shards and queries, one for each record, best first."""
-    best: dict[tuple[int, int], Hit] = {}
-    for hits in search_each(context, queries, top_k):
-        for hit in hits:
-            position = (hit.shard, hit.vector_id)
-            if position not in best or hit.score > best[position].score:
-                best[position] = hit
-    return sorted(best.values(), key=lambda hit: (-hit.score, hit.shard, hit.vector_id))
-
-
-def search_each(context: Context, queries: Vectors, top_k: int, by: By = "text") -> list[list[Hit]]:
-    """Return the best hits over all shards for each query, best first.
-
-    A score is relative to the query's score with itself: equal texts score 1, whatever the length of
-    their vectors.
-    """
-    found = context.stores.index.search(context.stores.ledger.indexes(), queries, top_k, by)
-    own = (queries * queries).sum(axis=1).tolist()
-    return [
-        [replace(hit, score=hit.score / square) for hit in hits]
-        for hits, square in zip(found, own, strict=True)
-    ]
-
-
-def find_text(
-    context: Context, texts: Sequence[str], top_k: int, *, show_text: bool = False
+def find_candidates(
+    context: Context,
+    *,
+    text: str | None,
+    subject: str | None,
+    like: str | None,
+    top_k: int,
+    show_text: bool,
 ) -> list[Candidate]:
-    """Return candidate records by content."""
-    return _found(
-        context, search_index(context, context.compute.embed(texts), top_k), top_k, show_text=show_text
-    )
-
-
-def find_like(
-    context: Context, record_id: str, top_k: int, *, show_text: bool = False
-) -> list[Candidate]:
-    """Return near-duplicates of a held record, without the record itself."""
-    ((_, row),) = lookup(context, [record_id])
-    if isinstance(row, Tombstone):
-        raise UnknownRecord(
-            "that record is deleted: its vector is gone with it",
-            next_step="`sisa where` shows when and by which request",
-        )
-    hits = search_index(context, _vectors(context, [row]), top_k + 1)
-    others = [hit for hit in hits if (hit.shard, hit.vector_id) != (row.shard, row.vector_id)]
-    return _found(context, others, top_k, show_text=show_text)
-
-
-def find_subject(
-    context: Context, subject_id: str, top_k: int, *, show_text: bool = False
-) -> list[Candidate]:
-    """Return the subject's own records, then similar records of others (possible copies)."""
-    live, _ = of_subject(context, subject_id)
-    own = [
-        _candidate(record, 1.0, row, "subject", show_text=show_text)
-        for record, row in _records(context, live)
-    ]
-    if not live:
-        return []
-    places = {(row.shard, row.vector_id) for row in live}
-    hits = search_index(context, _vectors(context, live), top_k + len(live))
-    near = [hit for hit in hits if (hit.shard, hit.vector_id) not in places]
-    return own + _found(context, near, top_k, show_text=show_text)
+    """Return candidates by content (`text`), of a subject and like those, or like a record."""
+    if subject is not None:
+        live, _ = of_subject(context, subject)
+        own = [
+            _candidate(record, 1.0, row, "subject")
+            for record, row in zip(_records(context, live), live, strict=True)
+        ]
+        found = own + _similar(context, live, top_k) if live else []
+    elif like is not None:
+        ((_, row),) = lookup(context, [like])
+        if isinstance(row, Tombstone):
+            raise UnknownRecord(
+                "that record is deleted: its vector is gone with it",
+                next_step="`sisa where` shows when and by which request",
+            )
+        found = _similar(context, [row], top_k)
+    else:
+        vectors = context.compute.embed([str(text)])
+        found = _found(context, _search(context, vectors, top_k), top_k)
+    return found if show_text else _without_text(found)
 
 
 def near(
     context: Context, rows: Sequence[RecordRow], threshold: float, known: Sequence[RecordRow] = ()
 ) -> list[Candidate]:
     """Return records at least `threshold` near one of `rows`, except `known` copies."""
+    return _without_text(_similar(context, rows, NUM_NEAR, threshold, known))
+
+
+def _without_text(found: Iterable[Candidate]) -> list[Candidate]:
+    return [replace(each, text=None) for each in found]
+
+
+def _similar(
+    context: Context,
+    rows: Sequence[RecordRow],
+    top_k: int,
+    threshold: float = -math.inf,
+    known: Sequence[RecordRow] = (),
+) -> list[Candidate]:
+    """Return the records that are most like some rows, except these rows and `known` ones."""
     places = {(row.shard, row.vector_id) for row in (*rows, *known)}
-    hits = search_index(context, _vectors(context, rows), NUM_NEAR + len(places))
+    hits = _search(context, _vectors(context, rows), top_k + len(places))
     close = [h for h in hits if h.score >= threshold and (h.shard, h.vector_id) not in places]
-    return _found(context, close, NUM_NEAR)
+    return _found(context, close, top_k)
+
+
+def _search(context: Context, queries: Vectors, top_k: int) -> list[Hit]:
+    """Return the best hits over all shards and queries, one for each record, best first."""
+    found = [hit for hits in search_each(context, queries, top_k) for hit in hits]
+    best: dict[tuple[int, int], Hit] = {}
+    for hit in sorted(found, key=lambda hit: (-hit.score, hit.shard, hit.vector_id)):
+        best.setdefault((hit.shard, hit.vector_id), hit)
+    return list(best.values())
 
 
 def ids_of(context: Context, rows: Sequence[RecordRow]) -> list[str]:
     """Return the plain ids of rows, sorted."""
-    return sorted(record.id for record, _ in _records(context, rows))
+    return sorted(record.id for record in _records(context, rows))
 
 
 def _vectors(context: Context, rows: Sequence[RecordRow]) -> Vectors:
@@ -358,45 +317,30 @@ def _vectors(context: Context, rows: Sequence[RecordRow]) -> Vectors:
     return np.concatenate(found)
 
 
-def _found(
-    context: Context, hits: Iterable[Hit], top_k: int, *, show_text: bool = False
-) -> list[Candidate]:
-    chosen: list[tuple[Hit, RecordRow]] = []
-    for hit in hits:
-        row = context.stores.ledger.by_vector(hit.shard, [hit.vector_id]).get(hit.vector_id)
-        if row is not None:
-            chosen.append((hit, row))
-        if len(chosen) == top_k:
-            break
+def _found(context: Context, hits: Iterable[Hit], top_k: int) -> list[Candidate]:
+    by_vector = context.stores.ledger.by_vector
+    rows = ((hit, by_vector(hit.shard, [hit.vector_id]).get(hit.vector_id)) for hit in hits)
+    chosen = list(islice(((hit, row) for hit, row in rows if row is not None), top_k))
     records = _records(context, [row for _, row in chosen])
     return [
-        _candidate(record, round(hit.score, 6), row, "content", show_text=show_text)
-        for (hit, _), (record, row) in zip(chosen, records, strict=True)
+        _candidate(record, round(hit.score, 6), row, "content")
+        for (hit, row), record in zip(chosen, records, strict=True)
     ]
 
 
-def _candidate(
-    record: Record, score: float, row: RecordRow, match: str, *, show_text: bool
-) -> Candidate:
+def _candidate(record: Record, score: float, row: RecordRow, match: str) -> Candidate:
     text = " ".join(record.text.split())
     shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
-    subject = record.subject_id
-    return Candidate(
-        record.id, score, row.shard, row.slice, match, subject, shown if show_text else None
-    )
+    return Candidate(record.id, score, row.shard, row.slice, match, record.subject_id, shown)
 
 
-def _records(context: Context, rows: Sequence[RecordRow]) -> list[tuple[Record, RecordRow]]:
-    """Return the records of rows, read from their slice files."""
-    records = {each.id_digest: each.record for each in stored(context, rows)}
+def _records(context: Context, rows: Sequence[RecordRow]) -> list[Record]:
+    """Return the records of rows, in their order, read from their slice files."""
+    held = stored_in(context, slices_of(context, rows), rows)
+    records = {each.id_digest: each.record for each in held}
     if not records.keys() >= {row.id_digest for row in rows}:
         raise _contradiction("slices of records that it holds")
-    return [(records[row.id_digest], row) for row in rows]
-
-
-def stored(context: Context, rows: Sequence[RecordRow]) -> list[StoredRecord]:
-    """Return the records of rows, read from the slices that hold them."""
-    return stored_in(context, slices_of(context, rows), rows)
+    return [records[row.id_digest] for row in rows]
 
 
 def _contradiction(what: str) -> IntegrityError:
@@ -440,13 +384,14 @@ def shards(context: Context) -> list[ShardStatus]:
             head=head.key,
             depth=head.depth,
             num_slices=num_slices,
-            records=sum(counts.get(head.shard, {}).values()),
-            slice_records=tuple(counts.get(head.shard, {}).get(s, 0) for s in range(num_slices)),
+            records=sum(sizes.values()),
+            slice_records=tuple(sizes.get(slice_, 0) for slice_ in range(num_slices)),
             converged=head.converged,
             adapter_path=context.stores.checkpoints.location(head.key) if head.key else None,
             adapter_sha256=held[head.key].adapter_sha256 if head.key else None,
             target=head.target,
-            num_stages=sum(1 for count in counts.get(head.shard, {}).values() if count),
+            num_stages=sum(map(bool, sizes.values())),
         )
         for head in ledger.heads()
+        for sizes in [counts.get(head.shard, {})]
     ]

@@ -2,17 +2,24 @@
 
     adopt    stages that an interrupted run stored for the present targets
     erase    every file that the ledger does not list (tainted, retired, half-written), its key first;
-             stale exports
+             exports that contain what a deletion removed
     unneeded what hooks keep and nothing needs any more
     train    what the targets lack; each stored stage is recorded and moves its shard's head
     close    requests whose shards have reached their targets
     orders   what the other orders lack, one order of all shards after another
+    note     what becomes of the prompts of held records
     retire   clean checkpoints that are neither on any order's path nor a head
     scrub    the ledger's own pages
 
 Every step looks at what is there, not at what was done, so the next reconciliation recovers from a crash
 anywhere. Training can be deferred: then the heads serve what is clean and held until another command
 trains. The flows decide beforehand what remains (`ingest.py`, `deletion.py`).
+
+A deletion's commit marks the exports that a removed record touched (`plan.marked`). Their rows are
+dropped after their files are erased, so that no crash leaves an unknown export. A directory that was
+moved or changed is left alone and stays marked: it is erased when it returns, or given up if the user
+vouches for it. An export of several shards has a row for each; they are dropped together. Copies that
+somebody made of an export are not reached.
 """
 
 from __future__ import annotations
@@ -20,12 +27,15 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
+from sisa.config.config import SisaBlock
+from sisa.core.digest import digest_of
 from sisa.core.domain import (
     Chain,
+    Export,
     HeldCheckpoint,
     RecordRow,
     Request,
@@ -36,33 +46,33 @@ from sisa.core.domain import (
     WitnessHead,
     record_epochs,
 )
-from sisa.core.errors import IntegrityError, SisaError, all_tried
-from sisa.core.events import (
-    DeletionCompleted,
-    ErasureFailed,
-    Notice,
-    SliceTrained,
-    TrainingStarted,
-)
+from sisa.core.errors import EnvironmentFault, IntegrityError, SisaError, all_tried
+from sisa.core.events import DeletionCompleted, ErasureFailed, Notice, SliceTrained, TrainingStarted
 from sisa.core.ports import Change, KeptVersions, Ledger
 from sisa.core.requests import completed, contradicted, event, is_under_way
-from sisa.flows.stale_exports import erase_stale, export_standing, missing
 from sisa.flows.wiring.context import (
     Context,
     areas,
     commit,
     known_by_area,
+    live_heads,
     model_digest,
     open_shards,
     plan_of,
     plans_of,
     purge,
+    route_of,
+    search_each,
     view_shard,
     view_shards,
 )
+from sisa.lm.answer.route import NUM_ROUTING_HITS
 from sisa.planning.plan import Missing, ShardPlan
+from sisa.store.index import EXACT_UP_TO
 from sisa.store.metrics import STAGE_DIGITS
 
+MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
+HELD_PROMPTS = "held_prompts"  # in the ledger's meta: what becomes of held prompts, and in which state
 CHECKED = "events_checked"  # key in the ledger's `meta`: link and number of the last checked event
 MANY_EVENTS = 256  # number of new events after which the last checked one is stored
 BEGINNING = WitnessHead("", 0)
@@ -72,21 +82,29 @@ NOTHING: Removed = MappingProxyType({})
 
 
 @dataclass(frozen=True)
+class HeldPrompts:
+    """Count what happens to prompts of held records when they are asked word for word."""
+
+    looked_up: int
+    turned_away: int  # near no record, or the shard serves nothing: `below` decides who answers
+    elsewhere: int  # answered first by another shard than the record's own
+
+
+@dataclass(frozen=True)
 class Trained:
     """Describe what a reconciliation trained: towards the targets, and in the other orders."""
 
-    record_epochs_trained: int
-    slices_trained: int
-    shards_trained: tuple[int, ...]
+    record_epochs_trained: int = 0
+    slices_trained: int = 0
     record_epochs_others: int = 0
     kept_versions: tuple[KeptVersions, ...] = ()  # old versions of erased objects that a bucket keeps
+    prompts: HeldPrompts | None = None
 
 
 def reconcile(context: Context, *, defer: bool = False, removed: Removed = NOTHING) -> Trained:
     """Bring every shard to its target, and finish what a crash left open.
 
-    With `defer`, all training is left to the next command that does not defer. `removed` are the rows
-    that the present deletion removed.
+    With `defer`, training is left to another command. `removed` are the present deletion's rows.
     """
     erase_unknown(context, removed)
     for hook in context.hooks:
@@ -96,30 +114,24 @@ def reconcile(context: Context, *, defer: bool = False, removed: Removed = NOTHI
         try:
             _train(context, [_chain(context, plan.shard, plan.missing[0]) for plan in plans])
         except SisaError as error:
-            note_failure(context, _under_way(context), error)
+            note_failure(context, under_way(context), error)
             raise
     _complete_requests(context)
     others = 0 if defer else _train_orders(context)
+    prompts = held_prompts(context, note=True)
     _retire(context)
     erase_unreferenced(context)
     kept_versions = purge(context)
     for each in kept_versions:
         context.report(Notice(f"old versions of erased objects are kept at {each.where}: {each.why}"))
     context.stores.ledger.scrub()
-    return Trained(
-        sum(plan.record_epochs for plan in plans),
-        sum(len(plan.train) for plan in plans),
-        tuple(plan.shard for plan in plans),
-        others,
-        kept_versions,
-    )
+    stages = sum(len(plan.train) for plan in plans)
+    epochs = sum(plan.record_epochs for plan in plans)
+    return Trained(epochs, stages, others, kept_versions, prompts)
 
 
 def _train_orders(context: Context) -> int:
-    """Train what the orders other than order 0 lack, and return its record-epochs.
-
-    Orders are trained one at a time, so that a prefix shared by two of them is trained once.
-    """
+    """Train what the other orders lack, one at a time: what two of them share is trained once."""
     epochs = 0
     for number in range(1, len(context.settings.recipe.orders) + 1):
         plans = [plan for plan in open_plans(context) if len(plan.missing) > number]
@@ -136,32 +148,25 @@ def _chain(context: Context, shard: int, missing: Missing) -> Chain:
 
 
 def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> None:
-    """Raise IntegrityError if the ledger lost rows: reconciling would erase their files.
-
-    Of the requests' history, only the events after `since` are compared.
-    """
+    """Raise IntegrityError if the ledger lost rows; of its history, check the events after `since`."""
     ledger = context.stores.ledger
     events = ledger.events(since.num_events)
     check_rows(ledger)
     heads, slices = ledger.heads(), ledger.slices()
     known = {each.key for each in ledger.checkpoints()}
+    requests = contradicted(ledger.requests(), events, context.settings.chain, since.link)
     lost = {
         "heads": len(heads) != context.settings.assigner.layout.num_shards,
         "records or slices": sum(ledger.kinds().values()) != sum(f.num_records for f in slices),
         "indexes": {f.shard for f in slices} != {f.shard for f in ledger.indexes()},
         "checkpoints": any(head.key not in known for head in heads if head.key is not None),
-        "requests or events": contradicted(
-            ledger.requests(), events, context.settings.chain, since.link
-        ),
+        "requests or events": requests,
     }
     _raise_lost([name for name, each in lost.items() if each])
 
 
 def _check_since_last_time(context: Context) -> None:
-    """Refuse contradictions in the history since the last checked event; store the new one.
-
-    This way a writer does not hash the whole history each time; `verify` and `doctor` do.
-    """
+    """Refuse contradictions in the history since the last checked event; `verify` checks all of it."""
     kept = json.loads(context.stores.ledger.meta().get(CHECKED, "null"))
     since = WitnessHead(*kept) if kept else BEGINNING
     check_consistent(context, since)
@@ -185,30 +190,15 @@ def _raise_lost(lost: Sequence[str]) -> None:
 
 
 def erase_unknown(context: Context, removed: Removed = NOTHING) -> None:
-    """Adopt stages stored for a target, and erase what no commit lists: the part before training.
-
-    A failure does not stop the rest; its error is raised at the end.
-    """
+    """Do the part before training: adopt stages, erase the rest; raise a failure's error at the end."""
     _check_since_last_time(context)
     adopted = False
     with all_tried() as tried:
         with tried():
-            adopt(context)
+            _adopt(context)
             adopted = True
         with tried():
             _erase(context, frozenset() if adopted else _targets(context), removed)
-
-
-@contextlib.contextmanager
-def erasing_anyway(context: Context) -> Iterator[None]:
-    """Erase what can be erased if an error stops a deletion after its commit; then raise the error."""
-    try:
-        yield
-    except SisaError:
-        with contextlib.suppress(SisaError):
-            if _under_way(context):
-                erase_unknown(context)
-        raise
 
 
 def _targets(context: Context) -> frozenset[str]:
@@ -216,49 +206,47 @@ def _targets(context: Context) -> frozenset[str]:
     return frozenset(key for plan in open_plans(context) for key in plan.stages)
 
 
-def _under_way(context: Context) -> list[Request]:
+def under_way(context: Context) -> list[Request]:
+    """Return the requests that were accepted and are not finished."""
     return [request for request in context.stores.ledger.requests() if is_under_way(request)]
 
 
 def _erase(context: Context, spared: Collection[str], removed: Removed) -> None:
     """Erase what the ledger does not list, and record it with the requests that wait for it."""
-    begun = [each.request_id for each in _under_way(context) if each.state != "erased"]
+    begun = [each.request_id for each in under_way(context) if each.state != "erased"]
     known = all(each in removed for each in begun)
     try:
         with all_tried() as tried:
             with tried():
                 erase_unreferenced(context, spared)
             with tried():
-                erase_stale(context)
+                _erase_stale(context)
             with tried():
                 context.stores.ledger.scrub(
                     [row for each in begun for row in removed[each]] if known else None
                 )
     except SisaError as error:
-        waiting = _under_way(context)
+        waiting = under_way(context)
         note_failure(context, waiting, error, "erasure_failed")
         with contextlib.suppress(SisaError):  # the metrics may be what failed
             context.report(ErasureFailed(len(waiting)))
         raise
-    waiting = [request for request in _under_way(context) if request.state != "erased"]
-    lost = Counter(export.request_id for export in missing(context))
+    waiting = [request for request in under_way(context) if request.state != "erased"]
+    lost = Counter(export.request_id for export in stale_exports(context))
     notes = {name: f"{count} exports could not be found" for name, count in lost.items()}
     if waiting and (kept := purge(context)):
         what = f"old versions of erased objects are kept at {len(kept)} places"
         notes = {r.request_id: "; ".join(filter(None, (notes.get(r.request_id), what))) for r in waiting}
-    _move(context, [replace(request, state="erased", cause="") for request in waiting], notes=notes)
+    _move(context, [replace(request, state="erased", cause="") for request in waiting], notes)
 
 
 def _move(
-    context: Context,
-    requests: Sequence[Request],
-    note: str = "",
-    notes: Mapping[str, str] = MappingProxyType({}),
+    context: Context, requests: Sequence[Request], notes: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Commit requests in their new states, each with its own note in `notes`, or else with `note`."""
+    """Commit requests in their new states, each with its note."""
     if requests:
         now = context.now()
-        events = [event(each, now, notes.get(each.request_id, note)) for each in requests]
+        events = [event(each, now, notes.get(each.request_id, "")) for each in requests]
         commit(context, Change(requests=requests, events=events))
 
 
@@ -267,46 +255,32 @@ def note_failure(
 ) -> None:
     """Record the type of an error with the requests that it stopped; its text is left out."""
     cause = type(error).__name__
+    notes = {request.request_id: cause for request in requests}
     with contextlib.suppress(SisaError):  # the ledger may be what failed
-        _move(context, [replace(request, state=state, cause=cause) for request in requests], cause)
+        _move(context, [replace(request, state=state, cause=cause) for request in requests], notes)
 
 
 def open_plans(context: Context) -> list[ShardPlan]:
-    """Return plans of the shards whose head is not their target, under the present fingerprint.
-
-    With several orders, return plans of all shards, since any stage may be missing.
-    """
-    return _plans(context, open_shards(context))
+    """Return plans of the shards that may lack stages: not at their target, or of several orders."""
+    return plans_of(context, view_shards(context, open_shards(context)))
 
 
-def _plans(context: Context, shards: Sequence[int]) -> list[ShardPlan]:
-    return plans_of(context, view_shards(context, shards))
-
-
-def adopt(context: Context) -> None:
+def _adopt(context: Context) -> None:
     """Record stages that an interrupted run stored for the present targets."""
     on_disk = context.stores.checkpoints.held()
     seq = context.stores.ledger.seq()
     plans = open_plans(context)
-    known = {each.key for each in context.stores.ledger.checkpoints()} if plans else set()
-    for plan in plans:
-        for job in plan.stages.values():
-            if job.key not in on_disk or job.key in known:
-                continue
-            try:
-                saved = context.stores.checkpoints.describe(job.key)
-            except IntegrityError:
-                continue  # never recorded, so nothing relies on it: it is erased as unknown
-            _record_checkpoint(context, as_held(job, saved, seq))
+    unknown = on_disk - {each.key for each in context.stores.ledger.checkpoints()} if plans else ()
+    for job in (job for plan in plans for key, job in plan.stages.items() if key in unknown):
+        try:
+            saved = context.stores.checkpoints.describe(job.key)
+        except IntegrityError:
+            continue  # never recorded, so nothing relies on it: it is erased as unknown
+        _record_checkpoint(context, _as_held(job, saved, seq))
 
 
-def as_held(
-    job: SliceJob, saved: SavedCheckpoint, seq: int, *, seconds: float = 0.0, epochs: int = 0
-) -> HeldCheckpoint:
-    """Return the ledger's entry for a stored stage.
-
-    `seconds` and `epochs` (record-epochs) are those of its training; 0 if it was found stored.
-    """
+def _as_held(job: SliceJob, saved: SavedCheckpoint, seq: int) -> HeldCheckpoint:
+    """Return the ledger's entry for a stage that was found stored."""
     return HeldCheckpoint(
         key=saved.key,
         shard=job.shard,
@@ -316,15 +290,15 @@ def as_held(
         manifest_sha256=saved.manifest_sha256,
         adapter_sha256=saved.adapter_sha256,
         num_bytes=saved.num_bytes,
-        seconds=seconds,
-        record_epochs=epochs,
+        seconds=0.0,
+        record_epochs=0,
     )
 
 
 def just_trained(stage: SliceTrained, seq: int) -> HeldCheckpoint:
     """Return the ledger's entry for a stage trained now, on the state of ledger number `seq`."""
-    epochs = record_epochs(stage.job)
-    return as_held(stage.job, stage.saved, seq, seconds=stage.seconds, epochs=epochs)
+    found = _as_held(stage.job, stage.saved, seq)
+    return replace(found, seconds=stage.seconds, record_epochs=record_epochs(stage.job))
 
 
 def _record_checkpoint(context: Context, found: HeldCheckpoint) -> None:
@@ -344,10 +318,11 @@ def train_unrecorded(
     context: Context, plans: Sequence[ShardPlan], slices: Sequence[SliceFile], seq: int
 ) -> list[HeldCheckpoint]:
     """Train plans whose slices no commit lists yet; return the stages for the commit `seq` to record."""
-    files: dict[int, list[SliceFile]] = {}
-    for file in slices:
-        files.setdefault(file.shard, []).append(file)
-    chains = [Chain(p.shard, p.train, None, tuple(files[p.shard])) for p in plans if p.train]
+    chains = [
+        Chain(plan.shard, plan.train, None, tuple(f for f in slices if f.shard == plan.shard))
+        for plan in plans
+        if plan.train
+    ]
     found: list[HeldCheckpoint] = []
     train_chains(context, chains, lambda stage: found.append(just_trained(stage, seq)))
     return found
@@ -360,10 +335,9 @@ def train_chains(
     *,
     one_by_one: bool = False,
 ) -> int:
-    """Train chains and return the number of stages; call `record` once for each stored stage.
+    """Train chains; call `record` once for each stored stage, and return their number.
 
-    An executor may run chains side by side; `one_by_one` is for chains that share stages. Raise the
-    errors of the executor, and SisaError if it leaves out a stage.
+    `one_by_one` is for chains that share stages. Raise SisaError if the executor leaves out a stage.
     """
     recorded: set[str] = set()
 
@@ -374,12 +348,11 @@ def train_chains(
 
     if not chains:
         return 0
-    jobs = [job for chain in chains for job in chain.jobs]
     context.report(training_started(chains))
     executor = context.compute.executor_for(context.stores.checkpoints)
     for some in [[chain] for chain in chains] if one_by_one else [chains]:
         executor.run(some, context.report, record_once)
-    if missing_stages := {job.key for job in jobs} - recorded:
+    if missing_stages := {job.key for chain in chains for job in chain.jobs} - recorded:
         raise SisaError(f"the executor returned without {len(missing_stages)} of its stages")
     return len(recorded)
 
@@ -390,18 +363,68 @@ def training_started(chains: Sequence[Chain]) -> TrainingStarted:
     return TrainingStarted(tuple((job.shard, job.slice, record_epochs(job)) for job in jobs))
 
 
+def held_prompts(context: Context, *, note: bool = False) -> HeldPrompts | None:
+    """Return what becomes of held prompts: as noted in this state of the model, or looked up.
+
+    With `note`, it is noted in the ledger, so that `sisa status` need not search for it.
+    """
+    block = context.settings.routing
+    if block is None or block.aggregation.method != "routed":
+        return None
+    indexes = sorted([each.shard, each.sha256] for each in context.stores.ledger.indexes())
+    how = block.model_dump(mode="json", include={"aggregation", "embedder"})
+    state = digest_of([indexes, sorted(live_heads(context)), how])
+    noted = json.loads(context.stores.ledger.meta().get(HELD_PROMPTS, "null"))
+    if noted and noted["of"] == state:
+        return HeldPrompts(**noted["found"]) if noted["found"] else None
+    found = _look_up_prompts(context, block)
+    if note:
+        text = json.dumps({"of": state, "found": found and asdict(found)})
+        commit(context, Change(meta={HELD_PROMPTS: text}))
+    return found
+
+
+def _look_up_prompts(context: Context, block: SisaBlock) -> HeldPrompts | None:
+    """Look up the prompts of held records: of all, or of the first ones of each shard by keyed id.
+
+    Return None without prompts, or if the index can't be read or searched quickly.
+    """
+    files = [each for each in context.stores.ledger.indexes() if each.num_vectors]
+    if sum(each.num_vectors for each in files) > EXACT_UP_TO:
+        return None
+    how = block.aggregation.model_copy(update={"below": "base"})
+    block = block.model_copy(update={"aggregation": how})
+    live, counted = frozenset(live_heads(context)), [0, 0, 0]
+    for file in files:
+        rows = context.stores.ledger.rows(file.shard)[: -(-MAX_LOOKED_UP // len(files))]
+        asking = sorted(row.vector_id for row in rows if row.kind != "text")
+        try:
+            vectors = context.stores.index.vectors(file, asking, by="asked")
+            found = search_each(context, vectors, NUM_ROUTING_HITS, by="asked")
+        except SisaError:
+            return None  # `sisa doctor` says what is damaged
+        routes = [route_of(context, block, hits, live) for hits in found]
+        counted[0] += len(routes)
+        counted[1] += sum(not route.shards for route in routes)
+        counted[2] += sum(bool(route.shards) and route.shards[0] != file.shard for route in routes)
+    return HeldPrompts(*counted) if counted[0] else None
+
+
 def _retire(context: Context) -> None:
     converged = [head.shard for head in context.stores.ledger.heads() if head.converged]
-    dropped = [key for plan in _plans(context, converged) for key in plan.retired]
+    dropped = [
+        key for plan in plans_of(context, view_shards(context, converged)) for key in plan.retired
+    ]
     if dropped:
         commit(context, Change(dropped=dropped))
     budget = context.settings.recipe.shard_budget
+    if budget is None:
+        return
     held = Counter[int]()
-    for each in context.stores.ledger.checkpoints() if budget is not None else ():
+    for each in context.stores.ledger.checkpoints():
         held[each.shard] += each.num_bytes
-    over = [shard for shard, num_bytes in held.items() if num_bytes > (budget or 0)]
-    if over:
-        what = f"{len(over)} shards keep more bytes than their {budget:,} of checkpoint_budget_bytes"
+    if over := sum(num_bytes > budget for num_bytes in held.values()):
+        what = f"{over} shards keep more bytes than their {budget:,} of checkpoint_budget_bytes"
         context.report(
             Notice(f"{what}: heads and the last stages of orders are kept whatever the budget")
         )
@@ -410,7 +433,7 @@ def _retire(context: Context) -> None:
 def _complete_requests(context: Context) -> None:
     """Close the requests whose shards have all reached their targets."""
     open_ = {head.shard for head in context.stores.ledger.heads() if not head.converged}
-    done = [r for r in _under_way(context) if open_.isdisjoint(shard for shard, _, _ in r.shards)]
+    done = [r for r in under_way(context) if open_.isdisjoint(shard for shard, _, _ in r.shards)]
     if not done:
         return
     after, now = model_digest(context), context.now()
@@ -422,11 +445,10 @@ def _complete_requests(context: Context) -> None:
 
 
 def erase_unreferenced(context: Context, spared: Collection[str] = ()) -> None:
-    """Erase every file that the ledger does not list (tainted, retired, half-written), except `spared`.
+    """Erase every file that the ledger does not list, except `spared` checkpoints.
 
-    `spared` are checkpoints. The losses of erased stages are erased first, then keys, even those without
-    a file: a file whose key is gone is unreadable wherever it is. An area that can't be erased does not
-    stop the others; its error is raised at the end.
+    The losses of erased stages go first, then keys, even those without a file: a file whose key is gone
+    is unreadable wherever it is. An area that can't be erased does not stop the others.
     """
     known = known_by_area(context)
     with all_tried() as tried:
@@ -441,10 +463,7 @@ def erase_unreferenced(context: Context, spared: Collection[str] = ()) -> None:
 
 
 def not_erased(context: Context) -> dict[str, int | None]:
-    """Count, by storage area, the files that a commit gave up and that are still held.
-
-    An area that can't be read counts as None.
-    """
+    """Count, by storage area, held files that a commit gave up; None for an unreadable area."""
     found: dict[str, int | None] = {}
     known, targets = known_by_area(context), _targets(context)
     for area, store in areas(context).items():
@@ -452,6 +471,74 @@ def not_erased(context: Context) -> dict[str, int | None]:
             found[area] = len(store.held() - known[area] - targets)
         except SisaError:
             found[area] = None
-    stale = [export_standing(context, each) for each in context.stores.ledger.exports() if each.stale]
+    stale = [export_standing(context, each) for each in stale_exports(context)]
     found["exports"] = stale.count("held")
     return {area: count for area, count in found.items() if count != 0}
+
+
+def finish_written(context: Context) -> None:
+    """Adopt exports that a killed process wrote completely, and erase the others, under the lock."""
+    unfinished = [each for each in context.stores.ledger.exports() if each.state == "writing"]
+    if not unfinished:
+        return
+    for path in dict.fromkeys(each.path for each in unfinished):
+        context.stores.exports.abandon(path)
+    whole = [each for each in unfinished if context.stores.exports.state(each) == "held"]
+    absent = [each.name for each in unfinished if each not in whole]
+    commit(context, Change(exports=[replace(each, state="clean") for each in whole], unexported=absent))
+
+
+def _erase_stale(context: Context) -> None:
+    """Erase unchanged exports that a deletion marked; raise the errors of some at the end."""
+    due: list[Export] = []
+    erased: list[Export] = []
+    left: list[Export] = []
+    with all_tried() as tried:
+        for each in stale_exports(context):
+            with tried():
+                if each.state == "erasing" or context.stores.exports.state(each) == "held":
+                    due.append(replace(each, state="erasing"))
+        if not due:
+            return
+        commit(context, Change(exports=due))  # from now on, this program erased a missing export
+        for each in due:
+            with tried():
+                if context.stores.exports.erase(each):
+                    erased.append(each)
+                else:
+                    left.append(replace(each, state="tainted"))
+        counts = Counter(name for name, _ in {(each.request_id, each.path) for each in erased})
+        counted = [
+            replace(request, exports_erased=request.exports_erased + counts[request.request_id])
+            for request in context.stores.ledger.requests()
+            if request.request_id in counts
+        ]
+        names = [each.name for each in erased]
+        commit(context, Change(exports=left, unexported=names, requests=counted))
+
+
+def export_standing(context: Context, export: Export) -> str:
+    """Return "held", "gone", "changed", or "unreadable" if the disk does not say."""
+    try:
+        return context.stores.exports.state(export)
+    except EnvironmentFault:
+        return "unreadable"
+
+
+def stale_exports(context: Context) -> list[Export]:
+    """Return the exports that a deletion marked and that are not erased."""
+    return [each for each in context.stores.ledger.exports() if each.stale]
+
+
+def give_up_lost(context: Context) -> tuple[str, ...]:
+    """Drop the rows of stale exports that are gone, and return their paths: the user vouches for it."""
+    lost = [each for each in stale_exports(context) if export_standing(context, each) == "gone"]
+    counts = Counter(each.request_id for each in lost)
+    events = [
+        event(request, context.now(), f"{counts[request.request_id]} lost exports were given up")
+        for request in context.stores.ledger.requests()
+        if request.request_id in counts
+    ]
+    if lost:
+        commit(context, Change(unexported=[each.name for each in lost], events=events))
+    return tuple(dict.fromkeys(each.path for each in lost))

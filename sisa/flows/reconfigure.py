@@ -9,9 +9,8 @@
                                 dropped
     reseal                      held files are written again, encrypted or plain, before the commit
 
-Without `--reconfigure`, every difference except `none` is refused, and all of them are listed. The
-secret never changes, since tombstones are kept under it. `config/config.py` defines the effect of each
-key.
+Without `--reconfigure`, every difference except `none` is refused, and all of them are listed.
+`config/config.py` defines the effect of each key.
 """
 
 from __future__ import annotations
@@ -20,20 +19,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from sisa.config.config import Difference, Effect
-from sisa.core.domain import (
-    ANY_SHARD,
-    Export,
-    Head,
-    HeldCheckpoint,
-    IndexFile,
-    Record,
-    RecordRow,
-    SliceFile,
-    record_epochs,
-)
+from sisa.core.domain import ANY_SHARD, Head, HeldCheckpoint, IndexFile, Record, RecordRow, SliceFile
 from sisa.core.errors import ConfigConflict, Problem
 from sisa.core.events import Notice
-from sisa.core.ports import Change, Ledger, StoredRecord
+from sisa.core.ports import Change, StoredRecord
 from sisa.flows.reconcile import Trained, train_unrecorded
 from sisa.flows.record_checks import check_generations
 from sisa.flows.wiring.context import (
@@ -75,19 +64,18 @@ def check_no_differences(found: Sequence[Difference], where: str) -> None:
 
 def all_records(context: Context) -> list[StoredRecord]:
     """Return every held record, by keyed id."""
-    held = [
-        record for file in context.stores.ledger.slices() for record in context.stores.records.read(file)
-    ]
+    files = context.stores.ledger.slices()
+    held = [record for file in files for record in context.stores.records.read(file)]
     return sorted(held, key=lambda each: each.id_digest)
 
 
-def retargeted(context: Context) -> list[Head]:
+def _retargeted(context: Context) -> list[Head]:
     """Return every shard's new target under new hyper-parameters; heads stay until it is trained."""
     views = view_shards(context, [head.shard for head in context.stores.ledger.heads()])
     return [plan.head for plan in plans_of(context, views)]
 
 
-def reindexed(context: Context) -> list[IndexFile]:
+def _reindexed(context: Context) -> list[IndexFile]:
     """Build every shard's index again, with another embedder."""
     indexes = []
     for file in context.stores.ledger.indexes():
@@ -101,25 +89,20 @@ def move(context: Context, effects: Collection[Effect], meta: dict[str, str]) ->
     """Move the model by all effects in one transaction, once all of them are known to be possible."""
     held = all_records(context)
     context.compute.count_tokens([each.record for each in held])  # refuses records that no longer fit
-    num_slices = context.settings.assigner.layout.num_slices
-    appended = "reset" not in effects and any(
-        f.slice >= num_slices for f in context.stores.ledger.slices()
-    )
+    num_slices, files = context.settings.assigner.layout.num_slices, context.stores.ledger.slices()
+    appended = "reset" not in effects and any(file.slice >= num_slices for file in files)
     appended = appended or any(each.record.generation for each in held)
     check_generations(context.settings.recipe.training, (), append=appended)
     if "reset" in effects:
         return reset(context, meta)
-    heads = retargeted(context) if "retrain" in effects else []
-    indexes = reindexed(context) if "reindex" in effects else []
+    heads = _retargeted(context) if "retrain" in effects else []
+    indexes = _reindexed(context) if "reindex" in effects else []
     commit(context, Change(heads=heads, indexes=indexes, meta=meta))
-    return Trained(0, 0, ())
+    return Trained()
 
 
 def reseal_model(context: Context) -> None:
-    """Encrypt or decrypt every held file, as the keyring says.
-
-    After an interruption, both forms can be read.
-    """
+    """Encrypt or decrypt every held file, as the keyring says; both forms can be read meanwhile."""
     for area, names in known_by_area(context).items():
         if area == PREFIXES:
             context.stores.prefixes.erase(sorted(names))  # a cache
@@ -130,18 +113,11 @@ def reseal_model(context: Context) -> None:
     purge(context)
 
 
-def _unplaced(ledger: Ledger) -> list[Export]:
-    """Return the exports of the old layout: any record deleted later may be in them."""
-    clean = [each for each in ledger.exports() if not each.stale]
-    return [replace(each, shard=ANY_SHARD, prefix=(), seq=ledger.seq() + 1) for each in clean]
-
-
 def reset(context: Context, meta: dict[str, str]) -> Trained:
     """Move to another layout or base: assign every record again, train from the base, then commit.
 
-    `context` has the new assigner, recipe and embedder. The ledger still has the old rows, and the old
-    heads serve until the commit. An interrupted run leaves files that no commit lists; the same command
-    continues from them.
+    `context` has the new assigner, recipe and embedder; the old heads serve until the commit. The same
+    command continues an interrupted run from files that no commit lists.
     """
     held = all_records(context)
     records = [each.record for each in held]
@@ -157,23 +133,19 @@ def reset(context: Context, meta: dict[str, str]) -> Trained:
     views = [replace(v, held=tuple(e for e in trained if e.shard == v.shard)) for v in views]
     heads = [plan.head for plan in plans_of(context, views)]
     commit(context, _moved(context, rows, slices, indexes, heads, trained, meta))
-    jobs = [job for plan in plans for job in plan.train]
-    moved = tuple(plan.shard for plan in plans if plan.train)
-    return Trained(sum(record_epochs(job) for job in jobs), len(jobs), moved)
+    epochs = sum(plan.record_epochs for plan in plans)
+    return Trained(epochs, sum(len(plan.train) for plan in plans))
 
 
 def _placed(
     context: Context, held: Sequence[StoredRecord], rows: Sequence[RecordRow]
 ) -> list[SliceFile]:
-    by_digest = {each.id_digest: each for each in held}
-    places: dict[SlicePosition, list[RecordRow]] = {}
-    for row in rows:
-        places.setdefault((row.shard, row.slice), []).append(row)
+    places: dict[SlicePosition, list[tuple[RecordRow, StoredRecord]]] = {}
+    for row, stored in zip(rows, held, strict=True):
+        places.setdefault((row.shard, row.slice), []).append((row, stored))
     return [
-        context.stores.records.write(
-            *place, slice_root(here), [by_digest[each.id_digest] for each in here]
-        )
-        for place, here in sorted(places.items())
+        context.stores.records.write(*place, slice_root([row for row, _ in its]), [s for _, s in its])
+        for place, its in sorted(places.items())
     ]
 
 
@@ -202,20 +174,23 @@ def _moved(
     if gone:
         context.report(Notice(f"{len(gone)} patches of the former base are dropped"))
     beneath_all = not {each.key for each in former}.isdisjoint(trained_over(old))
-    places = {(file.shard, file.slice) for file in slices}
-    indexed = {file.shard for file in indexes}
+    filled = {(file.shard, file.slice) for file in slices}
     return Change(
         removed=[row for head in old.heads() for row in old.rows(head.shard)],
         added=rows,
         slices=slices,
-        emptied=[(f.shard, f.slice) for f in old.slices() if (f.shard, f.slice) not in places],
+        emptied=[(f.shard, f.slice) for f in old.slices() if (f.shard, f.slice) not in filled],
         indexes=indexes,
-        unindexed=[file.shard for file in old.indexes() if file.shard not in indexed],
+        unindexed=sorted({file.shard for file in old.indexes()} - {file.shard for file in indexes}),
         heads=heads,
         headless=[head.shard for head in old.heads() if head.shard >= len(heads)],
         checkpoints=trained,
         dropped=[each.key for each in old.checkpoints()],
         patches=gone,
-        exports=_unplaced(old),
+        exports=[  # any record deleted later may be in them
+            replace(each, shard=ANY_SHARD, prefix=(), seq=old.seq() + 1)
+            for each in old.exports()
+            if not each.stale
+        ],
         meta={**meta, TRAINED_OVER: "[]"} if beneath_all else meta,
     )

@@ -70,23 +70,27 @@ def check_added(
     *,
     allow_deleted: bool,
 ) -> None:
-    """Raise InvalidInput with every problem of records that can't be added.
-
-    Further `checks` may refuse records as well.
-    """
-    bands = context.settings.assigner.layout.bands
+    """Raise InvalidInput with every problem of records that can't be added, those of `checks` too."""
+    assigner = context.settings.assigner
+    bands = assigner.layout.bands
     unplaced = unnamed(bands, records)
     fresh = [
         (n, record)
         for n, record in enumerate(records)
-        if n not in unplaced
-        and not isinstance(found.get(context.settings.assigner.id_digest(record.id)), RecordRow)
+        if n not in unplaced and not isinstance(found.get(assigner.id_digest(record.id)), RecordRow)
     ]
+
+    def check_new() -> None:
+        texts = {assigner.row(record, 0).text_digest for _, record in fresh}
+        _, deleted = context.stores.ledger.by_text(texts, full_scan=True)
+        dead = [each for each in found.values() if isinstance(each, Tombstone)]
+        check_not_deleted(assigner, fresh, [*deleted, *dead], "added")
+
     check_all(
-        lambda: check_unique_ids(records),
+        lambda: _check_unique_ids(records),
         lambda: check_unchanged(context, records, found, unplaced),
-        lambda: _misplaced([*risk_problems(bands, records), *_other_risks(context, fresh)]),
-        lambda: None if allow_deleted else _check_not_deleted_here(context, fresh, found),
+        lambda: check_risks(bands, records, _other_risks(context, fresh)),
+        *(() if allow_deleted else (check_new,)),
         *(lambda check=check: check(records) for check in checks),
     )
 
@@ -100,8 +104,7 @@ def check_trained(context: Context, records: Sequence[Record], found: HeldOrDele
     )
 
 
-def check_unique_ids(records: Sequence[Record]) -> None:
-    """Raise InvalidInput if two records have the same id."""
+def _check_unique_ids(records: Sequence[Record]) -> None:
     first: dict[str, int] = {}
     problems = [
         Problem(f"record {n}", f"it has the id of record {first[record.id]}")
@@ -114,11 +117,7 @@ def check_unique_ids(records: Sequence[Record]) -> None:
 def check_generations(
     training: Mapping[str, Any], records: Sequence[Record], *, append: bool = False
 ) -> None:
-    """Raise ConfigConflict if slices would be appended to chains that are trained layer by layer.
-
-    Such a chain has blocks of layers for the first generation's slices alone. `append` says that slices
-    are appended, whatever the records say.
-    """
+    """Raise ConfigConflict if slices would be appended to chains trained layer by layer."""
     problems = [
         Problem(f"record {n}", "it has a generation")
         for n, record in enumerate(records, start=1)
@@ -138,16 +137,14 @@ def check_unchanged(
     context: Context, records: Sequence[Record], found: HeldOrDeleted, unplaced: Collection[int] = ()
 ) -> None:
     """Raise InvalidInput if a record differs from the held record of the same id."""
-    problems = []
-    for position, record in enumerate(records):
-        if position in unplaced:
-            continue
-        row = context.settings.assigner.row(record, 0)
-        held = found.get(row.id_digest)
-        if isinstance(held, RecordRow) and held.record_digest != row.record_digest:
-            problems.append(
-                Problem(f"record {position + 1}", "its content differs from the held record")
-            )
+    placed = [each for each in enumerate(records, start=1) if each[0] - 1 not in unplaced]
+    rows = [(number, context.settings.assigner.row(record, 0)) for number, record in placed]
+    problems = [
+        Problem(f"record {number}", "its content differs from the held record")
+        for number, row in rows
+        if isinstance(held := found.get(row.id_digest), RecordRow)
+        and held.record_digest != row.record_digest
+    ]
     _raise_problems(
         problems,
         "differ from the held ones of the same id",
@@ -155,24 +152,17 @@ def check_unchanged(
     )
 
 
-def check_risks(bands: Bands | None, records: Sequence[Record]) -> None:
+def check_risks(bands: Bands | None, records: Sequence[Record], further: Iterable[Problem] = ()) -> None:
     """Raise InvalidInput if a risk fits no class, or if a subject has several risks."""
-    _misplaced(list(risk_problems(bands, records)))
-
-
-def _misplaced(problems: Sequence[Problem]) -> None:
     _raise_problems(
-        problems,
+        [*risk_problems(bands, records), *further],
         "can't be placed by their deletion risk",
         "name the class in sisa.bands.classes, and give all records of a subject one risk",
     )
 
 
 def _other_risks(context: Context, fresh: Sequence[tuple[int, Record]]) -> list[Problem]:
-    """Return the new records whose risk differs from that of their subject's held records.
-
-    Held records of a subject have one risk, so only one is read; the ledger does not list risks.
-    """
+    """Return new records with another risk than their subject's held records, which have one risk."""
     assigner = context.settings.assigner
     held: dict[str, RecordRow] = {}
     for subject in {record.subject_id for _, record in fresh} - {None}:
@@ -189,25 +179,13 @@ def _other_risks(context: Context, fresh: Sequence[tuple[int, Record]]) -> list[
     ]
 
 
-def _check_not_deleted_here(
-    context: Context, fresh: Sequence[tuple[int, Record]], found: HeldOrDeleted
-) -> None:
-    texts = {context.settings.assigner.row(record, 0).text_digest for _, record in fresh}
-    _, deleted = context.stores.ledger.by_text(texts, full_scan=True)
-    dead = [each for each in found.values() if isinstance(each, Tombstone)]
-    check_not_deleted(context.settings.assigner, fresh, [*deleted, *dead], "added")
-
-
 def check_not_deleted(
     assigner: Assigner,
-    records: Iterable[tuple[int, Record]],
+    records: Iterable[tuple[int, Record]],  # with their positions
     deleted: Sequence[Tombstone],
     done: str,
 ) -> None:
-    """Raise InvalidInput for records whose id or normalised text was deleted; name the request.
-
-    `records` are pairs of position and record.
-    """
+    """Raise InvalidInput for records whose id or normalised text was deleted; name the request."""
     ids = {each.id_digest: each for each in deleted}
     texts = {each.text_digest: each for each in deleted}
     problems = []

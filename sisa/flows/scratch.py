@@ -7,8 +7,7 @@
 Then everything personal is in adapters, and a deletion leaves nothing behind in the base. The guard
 refuses records that share their wording with the corpus, before the base is trained and at every later
 `add` (`overlap.py`). A directory that holds the base of the same recipe is used as it is, wherever it
-was made, since its digest identifies a base; a directory with another base is left alone. An interrupted
-training leaves nothing and starts from the beginning the next time.
+was made, since its digest identifies a base. An interrupted training starts from the beginning.
 
     prepare_base(config, records, "ray", report)
 """
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sisa.config.config import PATH_FIELDS, RunConfig, Scratch
+from sisa.config.config import PATH_FIELDS, RunConfig
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
@@ -58,16 +57,13 @@ TrainBase = Callable[[BaseJob, Mapping[str, Any], Report], None]  # with the run
 def prepare_base(
     config: RunConfig, records: Sequence[Record], executor: str | OpenExecutor, report: Report
 ) -> None:
-    """Train the base of a run file if it is missing, after its guard has checked the records.
-
-    Raise InvalidInput (records or corpus), ConfigConflict (another base in the directory),
-    IntegrityError.
-    """
+    """Train a run file's base if it is missing. Raise InvalidInput, ConfigConflict, IntegrityError."""
     if isinstance(config.base_model, str):
         return
     scratch, directory = config.base_model.scratch, Path(config.base)
     texts = read_texts(scratch.corpus, config.limits)
-    recipe = recipe_of(scratch, texts)
+    block = scratch.model_dump(mode="json", exclude=set(PATH_FIELDS))
+    recipe = {**block, "corpus": digest_of(list(texts))}  # all that its bits depend on but the numerics
     if (directory / RECIPE_FILE).is_file():
         held = _held(directory)
         _check_same_recipe(held["recipe"], recipe, directory)
@@ -93,12 +89,6 @@ def guard(config: RunConfig, records: Sequence[Record]) -> None:
         check_overlap(records, _held_runs(directory, _held(directory)))
 
 
-def recipe_of(scratch: Scratch, texts: Sequence[str]) -> dict[str, Any]:
-    """Return everything on which the bits of a base depend, except the numerics."""
-    block = scratch.model_dump(mode="json", exclude=set(PATH_FIELDS))
-    return {**block, "corpus": digest_of(list(texts))}
-
-
 def _train(
     config: RunConfig,
     recipe: Mapping[str, Any],
@@ -116,11 +106,8 @@ def _train(
         train = find_base_trainer(executor)
         train(BaseJob(recipe, corpus, target), config.cluster.model_dump(mode="json"), report)
         data = runs.astype("<u8").tobytes()
-        made = {
-            "recipe": recipe,
-            "runs": sha256_hex(data),
-            "fingerprint": fingerprint(recipe["threads"]),
-        }
+        made = {"recipe": recipe, "runs": sha256_hex(data)}
+        made["fingerprint"] = fingerprint(recipe["threads"])
         with files.disk_errors(directory):
             files.write_atomic(target / RUNS_FILE, data, BASE_MODE)
             files.write_atomic(target / RECIPE_FILE, canonical_json(made), BASE_MODE)
@@ -129,10 +116,7 @@ def _train(
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[Path]:
-    """Hold a lock and a directory for unfinished work; remove both at the end.
-
-    Raise Busy for a second process.
-    """
+    """Hold a lock and a directory for unfinished work; remove both at the end. Raise Busy."""
     lock = directory.with_name(f".{directory.name}.lock")
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     with files.disk_errors(directory):
@@ -147,11 +131,7 @@ def _alone(directory: Path) -> Iterator[Path]:
 
 
 def find_base_trainer(executor: str | OpenExecutor) -> TrainBase:
-    """Return the function that trains a base where an executor trains shards.
-
-    For `serial` and for a given executor object, that is this process. Raise InvalidInput for an unknown
-    name.
-    """
+    """Return what trains a base where an executor trains shards. Raise InvalidInput if unknown."""
     if isinstance(executor, OnCluster):
         train, there = find_base_trainer(executor.name), {"address": executor.address}
         return lambda job, cluster, report: train(job, {**cluster, **there}, report)
@@ -169,7 +149,6 @@ def find_base_trainer(executor: str | OpenExecutor) -> TrainBase:
 
 
 def train_here(job: BaseJob, _cluster: Mapping[str, Any], report: Report) -> None:
-    """Train the base in this process, with one worker."""
     from sisa.lm.base.scratch_base import train_base
 
     if job.recipe["workers"] != 1:
@@ -190,7 +169,11 @@ def _held(directory: Path) -> dict[str, Any]:
             return found
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise _damaged(directory / RECIPE_FILE)
+    raise IntegrityError(
+        "the description of the base can't be read",
+        where=str(directory / RECIPE_FILE),
+        next_step="restore the base's directory from a backup",
+    )
 
 
 def _held_runs(directory: Path, held: Mapping[str, Any]) -> WordRuns:
@@ -199,14 +182,6 @@ def _held_runs(directory: Path, held: Mapping[str, Any]) -> WordRuns:
     path = directory / RUNS_FILE
     data = files.read_checked(path, held["runs"], "runs of the corpus", lambda sealed: sealed)
     return np.frombuffer(data, dtype="<u8").astype(np.uint64)
-
-
-def _damaged(path: Path) -> IntegrityError:
-    return IntegrityError(
-        "the description of the base can't be read",
-        where=str(path),
-        next_step="restore the base's directory from a backup",
-    )
 
 
 def _check_same_recipe(held: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path) -> None:

@@ -2,10 +2,8 @@
 
 `train_chain` is the only place where stages are trained, whoever calls it (this process, a Ray worker, a
 replay), so all executors give the same bytes. A stage whose checkpoint is in the store is not trained
-again: a retried worker loses at most its current stage. Workers read slice files where they are; no
-record text, key or credential travels in a task.
-
-An executor gets its stores and its base from a `Site`, so it can be pointed at a scratch directory:
+again: a retried worker loses at most its current stage. No record text, key or credential travels in a
+task.
 
     SerialExecutor(trainer, records, checkpoints).run(chains, report)
 """
@@ -73,16 +71,9 @@ def order_chains(chains: Sequence[Chain]) -> list[Chain]:
 
 
 def train_chain(
-    chain: Chain,
-    trainer: Trainer,
-    records: RecordStore,
-    checkpoints: CheckpointStore,
-    report: Report,
+    chain: Chain, trainer: Trainer, records: RecordStore, checkpoints: CheckpointStore, report: Report
 ) -> Iterator[SliceTrained]:
-    """Train a chain's missing stages in order, and yield each when it is stored.
-
-    Raise IntegrityError if a slice file or the parent checkpoint differs from the recorded one.
-    """
+    """Train a chain's missing stages in order; yield each when it is stored. Raise IntegrityError."""
     files = {file.slice: file for file in chain.slices}
     held = checkpoints.held()
     parent = None
@@ -121,10 +112,7 @@ def _stage_records(
 
 
 class _Meter:
-    """Turn the trainer's ticks into events.
-
-    There is an event at the end of each pass, and progress at most every PROGRESS_EVERY_S seconds.
-    """
+    """Turn the trainer's ticks into events: one at the end of each pass, and progress now and then."""
 
     def __init__(self, job: SliceJob, report: Report) -> None:
         self._job = job
@@ -160,16 +148,16 @@ class _Meter:
             self._report(SliceProgress(*position, *done, tick.epoch, tick.num_epochs))
 
 
+@dataclass(frozen=True)
 class SerialExecutor:
     """Train one chain after another in this process."""
 
-    def __init__(self, trainer: Trainer, records: RecordStore, checkpoints: CheckpointStore) -> None:
-        self._trainer = trainer
-        self._records = records
-        self._checkpoints = checkpoints
+    trainer: Trainer
+    records: RecordStore
+    checkpoints: CheckpointStore
 
     def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage) -> None:
         for chain in order_chains(chains):
-            for stage in train_chain(chain, self._trainer, self._records, self._checkpoints, report):
+            for stage in train_chain(chain, self.trainer, self.records, self.checkpoints, report):
                 on_stage(stage)
                 report(stage)

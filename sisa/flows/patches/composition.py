@@ -1,6 +1,6 @@
 """Measure the effect of a patch on the shards' own answers: they were trained over other patches.
 
-Each of the chosen records (`held_answers.py`) is asked of its own shard's model and of the base alone,
+Each of the chosen records (`flows/ask.py`) is asked of its own shard's model and of the base alone,
 over the patches before and after, given the true tokens. Only numbers are returned: no text, no id.
 
     answer probability   mean over the answer's tokens, before and after
@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from sisa.core.domain import Patch
-from sisa.flows.ask import open_answerer
-from sisa.flows.held_answers import MAX_RECORDS, asked_records
+from sisa.flows.ask import MAX_RECORDS, asked_records, open_answerer
 from sisa.flows.wiring.context import Context, Resources
 from sisa.lm.answer.route import Route, all_of
 from sisa.store.metrics import MIN_RECORDS

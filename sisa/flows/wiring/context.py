@@ -16,10 +16,12 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from sisa.config.config import RunConfig
+from sisa.config.config import RunConfig, SisaBlock
 from sisa.core.digest import digest_of, patched_digest
 from sisa.core.domain import (
     HeldCheckpoint,
+    Hit,
+    Kind,
     Patch,
     PatchMode,
     Record,
@@ -34,6 +36,7 @@ from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, P
 from sisa.core.events import Report
 from sisa.core.ports import (
     BlobStore,
+    By,
     Change,
     CheckpointStore,
     DeletionHook,
@@ -56,6 +59,7 @@ from sisa.core.ports import (
     Witness,
 )
 from sisa.core.requests import EventChain
+from sisa.lm.answer.route import Route, choose_route, resolve_aggregation
 from sisa.planning.layout import Assigner, slice_root
 from sisa.planning.patch_plan import TRAINED_OVER
 from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, prefix_names
@@ -227,6 +231,7 @@ class Settings:
     patch_mode: PatchMode
     chain: EventChain  # of the ledger's events
     keeps_prefixes: bool = False  # whether hidden states may be kept
+    routing: SisaBlock | None = None  # how prompts are answered; fakes answer none
 
     @property
     def base(self) -> str:
@@ -279,6 +284,40 @@ def model_digest(context: Context) -> str:
     heads = [adapters.get(head.key) if head.key else None for head in ledger.heads()]
     stack = [each.adapter_sha256 for each in active(ledger.patches())]
     return context.settings.assigner.model_digest(heads, stack)
+
+
+def live_heads(context: Context) -> dict[int, str]:
+    """Return the key of the served adapter of each shard that serves one."""
+    return {head.shard: head.key for head in context.stores.ledger.heads() if head.key is not None}
+
+
+def search_each(context: Context, queries: Vectors, top_k: int, by: By = "text") -> list[list[Hit]]:
+    """Return the best hits over all shards for each query, best first.
+
+    A score is relative to the query's score with itself: equal texts score 1, whatever the length of
+    their vectors.
+    """
+    found = context.stores.index.search(context.stores.ledger.indexes(), queries, top_k, by)
+    own = (queries * queries).sum(axis=1).tolist()
+    return [
+        [replace(hit, score=hit.score / square) for hit in hits]
+        for hits, square in zip(found, own, strict=True)
+    ]
+
+
+def route_of(
+    context: Context,
+    block: SisaBlock,
+    hits: Sequence[Hit],
+    live: Collection[int],
+    near: float | None = None,
+) -> Route:
+    """Return the route of a prompt with these hits; `live` shards serve, `near` is its nearness."""
+    kind: Kind = "completion"
+    if hits:
+        rows = context.stores.ledger.by_vector(hits[0].shard, [hits[0].vector_id])
+        kind = rows[hits[0].vector_id].kind if rows else kind
+    return choose_route(hits, resolve_aggregation(block.aggregation, block.embedder, kind), live, near)
 
 
 def trained_over(ledger: Ledger) -> tuple[str, ...]:
@@ -426,18 +465,12 @@ def view_shard(
     context: Context,
     shard: int,
     replaced: Iterable[SliceState] = (),
-    emptied: Iterable[SlicePosition] = (),
-    dropped: Iterable[str] = (),
+    dropped: Collection[str] = (),
 ) -> ShardView:
     slices: dict[int, SliceState] = {file.slice: file for file in context.stores.ledger.slices(shard)}
     slices.update({state.slice: state for state in replaced})
-    gone = {slice_ for where, slice_ in emptied if where == shard}
-    without = set(dropped)
-    return ShardView(
-        shard,
-        tuple(state for slice_, state in sorted(slices.items()) if slice_ not in gone),
-        tuple(each for each in context.stores.ledger.checkpoints(shard) if each.key not in without),
-    )
+    held = [each for each in context.stores.ledger.checkpoints(shard) if each.key not in dropped]
+    return ShardView(shard, tuple(state for _, state in sorted(slices.items())), tuple(held))
 
 
 def view_shards(context: Context, shards: Sequence[int]) -> list[ShardView]:

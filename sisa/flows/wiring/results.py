@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from sisa.core.domain import Kind, Request, Tombstone, WitnessHead
 from sisa.core.ports import KeptVersions
 from sisa.flows import query
-from sisa.flows.ask import HeldPrompts
 from sisa.flows.deletion import Forgetting
+from sisa.flows.reconcile import HeldPrompts
 from sisa.flows.wiring.witness import WitnessStanding
 
 NO_EVENTS = WitnessHead("", 0)

@@ -141,6 +141,7 @@ def _context(
         patch_mode=config.patch_mode,
         chain=EventChain.of(keyed, stores.ledger.meta().get("key")),
         keeps_prefixes=config.prefix_cache_bytes > 0,
+        routing=config.sisa,
     )
     compute = _compute(resources, stores, patch_site, executor)
     return Context(stores, compute, settings, _now, recording(report, stores.metrics, _now), HOOKS)

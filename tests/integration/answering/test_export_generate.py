@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ import sisa
 from sisa.core.errors import ConfigConflict
 from sisa.core.events import Notice
 from sisa.core.ports import Change
-from sisa.flows.ask import Answer, HeldPrompts, _look_up_prompts
+from sisa.flows.ask import Answer
+from sisa.flows.reconcile import HeldPrompts, _look_up_prompts
 from sisa.flows.wiring.wiring import CHECKPOINTS
 from sisa.lm.answer.route import Route, all_of
 from tests.models.tiny_model import (
@@ -396,13 +399,13 @@ def test_train_and_status_count_the_held_prompts_that_are_turned_away(
     assert command(capsys, "train", chats.run_file, "--executor", "serial").json["prompts"] is None
 
 
-def test_status_searches_no_index_until_a_deletion_changes_it(chats: Tiny) -> None:
-    """Training notes what becomes of held prompts; after a deletion the note is no longer used."""
+def test_status_searches_no_index_after_a_training_or_a_deletion(chats: Tiny) -> None:
+    """Both note what becomes of held prompts; a note of another state is not used."""
 
-    def in_new_process(*unneeded: str) -> dict[str, int]:
+    def in_new_process() -> dict[str, int]:
         code = (
             "import sys; from cluster.cli.cli import run; run(['status', '--json', '-m', sys.argv[1]]); "
-            f"assert not {set(unneeded)} & sys.modules.keys()"
+            "assert not {'faiss', 'numpy', 'torch', 'ray'} & sys.modules.keys()"
         )
         told = subprocess.run(
             [sys.executable, "-c", code, chats.directory], capture_output=True, check=True
@@ -410,14 +413,26 @@ def test_status_searches_no_index_until_a_deletion_changes_it(chats: Tiny) -> No
         found: dict[str, int] = json.loads(told.stdout)["prompts"]
         return found
 
-    noted = in_new_process("faiss", "numpy", "torch", "ray")
-    assert noted == {"looked_up": 24, "turned_away": 0, "elsewhere": 0}
+    assert in_new_process() == {"looked_up": 24, "turned_away": 0, "elsewhere": 0}
     model = chats.open()
-    model.forget([support_chats()[3]["id"]])
-    with model._context() as context:
-        searched = _look_up_prompts(context, model.config)
-    assert searched is not None
-    assert in_new_process() == asdict(searched) == {"looked_up": 22, "turned_away": 0, "elsewhere": 0}
+
+    def run_request(ids: list[str]) -> None:
+        model.submit(ids, terms=sisa.Terms(approver="DPO"))
+        model.run()
+
+    ids = ids_of(support_chats())
+    ways: list[Callable[[list[str]], object]] = [
+        model.forget,
+        partial(model.forget, defer=True),
+        run_request,
+    ]
+    for number, delete in enumerate(ways, 1):
+        delete(ids[number : number + 1])
+        with model._context() as context:
+            searched = _look_up_prompts(context, model.config.sisa)
+        assert searched is not None
+        assert in_new_process() == asdict(searched)
+        assert searched.looked_up == 24 - 2 * number
 
 
 def answered(answer: Answer) -> dict[str, Any]:

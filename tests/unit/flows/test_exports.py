@@ -27,13 +27,11 @@ from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Change
 from sisa.flows import lifecycle, query
 from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
-from sisa.flows.export import export_adapters
-from sisa.flows.export_files import Card, of_adapter
+from sisa.flows.export import Card, export_adapters, of_adapter
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import find
-from sisa.flows.reconcile import reconcile
+from sisa.flows.reconcile import reconcile, stale_exports
 from sisa.flows.reconfigure import reset
-from sisa.flows.stale_exports import missing
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Resources
 from sisa.model import Model
@@ -138,7 +136,7 @@ def test_a_deletion_erases_what_it_touched_and_no_more(fake: FakeModel) -> None:
     assert knows(fake, 3) == set()
     assert {each.path for each in made} - touched == set(fake.exports.stored)
     assert {each.path for each in fake.ledger.exports()} == set(fake.exports.stored)
-    assert missing(fake.context) == []
+    assert stale_exports(fake.context) == []
 
 
 def test_an_export_of_a_retired_checkpoint_is_erased_too(fake: FakeModel) -> None:
@@ -167,15 +165,15 @@ def test_what_was_moved_is_told_and_erased_when_it_comes_back(fake: FakeModel) -
     assert (done.state, done.exports_erased) == ("completed", 0)
     notes = {each.state: each.note for each in lifecycle.viewed(fake.context, done).events}
     assert notes["erased"] == "1 exports could not be found"
-    (lost,) = missing(fake.context)
+    (lost,) = stale_exports(fake.context)
     assert (lost.path, lost.state, lost.request_id) == (path, "tainted", done.request_id)
     told = {each.path: each.standing for each in query.exports(fake.context) if each.standing}
     assert told == {path: "gone"}
     reconcile(fake.context)
-    assert [each.path for each in missing(fake.context)] == [path]
+    assert [each.path for each in stale_exports(fake.context)] == [path]
     fake.exports.stored[path] = files
     reconcile(fake.context)
-    assert missing(fake.context) == []
+    assert stale_exports(fake.context) == []
     assert path not in fake.exports.stored
     assert find(fake.context, done.request_id).exports_erased == 1
 
@@ -187,7 +185,7 @@ def test_what_was_changed_since_is_left_alone(fake: FakeModel) -> None:
     mine = dict(fake.exports.stored[path])
     assert forget(fake, 3).exports_erased == 0
     assert fake.exports.stored[path] == mine
-    assert [each.path for each in missing(fake.context)] == [path]
+    assert [each.path for each in stale_exports(fake.context)] == [path]
 
 
 def test_an_erasure_that_fails_is_taken_up_again(fake: FakeModel) -> None:
@@ -252,7 +250,7 @@ def test_a_crash_anywhere_leaves_no_stale_export_behind(number: int, after: bool
         assert len(knows(fake, 3)) == 2
         forget(fake, 3)
     assert knows(fake, 3) == set()
-    assert missing(fake.context) == []
+    assert stale_exports(fake.context) == []
     assert {each.path for each in fake.ledger.exports()} == set(fake.exports.stored)
     (request,) = fake.ledger.requests()
     assert (request.state, request.exports_erased) == ("completed", 2)
@@ -505,7 +503,7 @@ def test_a_card_tells_the_rank_that_a_vllm_server_must_allow(rank: int, told: st
 def test_an_adapter_names_the_bases_source_and_no_cache(base: str, named: dict[str, str]) -> None:
     config = RunConfig(datasets=(DatasetSource(path="a"),), output_dir=Path("m"), base_model=base)
     files = {"adapter_model.safetensors": b"", "adapter_config.json": b'{"r": 4}'}
-    written = of_adapter(Resources(config, None, None), [], files)
+    written = of_adapter(Resources(config, None, None), files)
     assert json.loads(written["adapter_config.json"]) == {"r": 4, **named}
 
 

@@ -12,8 +12,8 @@ from sisa.core.domain import WRITTEN, Export, Patch, RecordRow, Request, active,
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, UnknownRecord
 from sisa.core.events import Event, Notice
 from sisa.core.ports import Change, Contribution, Removal
+from sisa.flows.ask import chosen_rows
 from sisa.flows.deletion import Terms, arrive, forget_at_once
-from sisa.flows.held_answers import chosen_rows
 from sisa.flows.ingest import add, train
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import AnswerChange, Composition
@@ -444,7 +444,7 @@ def test_only_records_that_a_served_model_was_trained_on_are_asked(fake: FakeMod
         for each in context.stores.ledger.checkpoints()
         if each.key in heads.values()
     }
-    asked = chosen_rows(context, sorted(prefixes), 1000)
+    asked = chosen_rows(context, 1000)
     rows = [row for shard in prefixes for row in context.stores.ledger.rows(shard)]
     trained = {row.id_digest for row in rows if row.slice in prefixes[row.shard]}
     assert {row.id_digest for row in asked} == trained

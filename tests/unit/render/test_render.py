@@ -18,10 +18,11 @@ from cluster.render.render import Result, printable
 from sisa.audit.verify import ShardProof, Verification
 from sisa.core.domain import Probed, RecordRow, Request, Tombstone, VaultSet
 from sisa.core.errors import Problem
-from sisa.flows.ask import Answer, HeldPrompts
+from sisa.flows.ask import Answer
 from sisa.flows.deletion import Forgetting, plan_forget
 from sisa.flows.ingest import Taken, train
 from sisa.flows.query import Candidate, Location, PatchTouch, ShardStatus, Touch
+from sisa.flows.reconcile import HeldPrompts
 from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 from tests.fakes.ports import fake_model, fake_record
 

@@ -28,7 +28,7 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change, Removal
 from sisa.core.requests import event
 from sisa.flows import lifecycle, query
-from sisa.flows.deletion import Terms, commit_removed, forget, rows_named
+from sisa.flows.deletion import Terms, commit_removed, rows_named
 from sisa.flows.ingest import add, train
 from sisa.flows.reconcile import reconcile
 from sisa.planning.plan import jobs
@@ -95,7 +95,7 @@ def addition(num_shards: int) -> Callable[[], object]:
 def batch(num_shards: int) -> Callable[[], object]:
     model = trained(num_shards)
     approved = requests(model)
-    return lambda: forget(model.context, approved)
+    return lambda: lifecycle.carry_out(model.context, approved)
 
 
 def look_at_what_waits(num_shards: int) -> Callable[[], object]:
@@ -311,7 +311,7 @@ def test_a_deletion_looks_for_its_own_rows_and_one_cut_short_for_any(
     monkeypatch.setattr(model.ledger, "scrub", lambda removed=(): looked_for.append(removed))
     first, second = requests(model)
     gone = rows_named(model.context, first)
-    forget(model.context, [first])
+    lifecycle.carry_out(model.context, [first])
     assert [each for each in looked_for if each != ()] == [gone]
     named = {second.request_id: rows_named(model.context, second)}
     commit_removed(model.context, Removal([second], named), Change())
