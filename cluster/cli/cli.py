@@ -1,9 +1,8 @@
 """Run the console command `sisa`, with the commands that train, look up, delete and answer.
 
 With `--json` every command prints one JSON object on standard output, even if it fails; everything else
-goes to standard error. Exit codes: 0 done, 1 internal fault, 2 bad usage or input, 3 unknown record, 4
-integrity failure, 5 busy, 6 environment. Record text is printed only if it is the answer; control
-characters never reach a terminal. Commands import heavy libraries when they need them.
+goes to standard error. README.md lists the exit codes. Record text is printed only if it is the answer.
+Commands import heavy libraries when they need them.
 """
 
 from __future__ import annotations
@@ -21,31 +20,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli import (
-    evaluation,
-    jobs,
-    maintenance,
-    metrics,
-    patches,
-    plan,
-    requests,
-    routing,
-)
+from cluster.cli import evaluation, jobs, maintenance, metrics, patches, plan, requests, routing
 from cluster.cli.command import (
+    PATH,
     cli,
     command,
+    command_group,
     consent_option,
     executor_option,
-    ids_argument,
-    ids_file_option,
+    ids_options,
     model_option,
-    named_ids,
     opened,
     option_or_file,
     option_or_input,
     read_prompts,
     read_text,
     read_turns,
+    run_file_argument,
 )
 from cluster.observe.reporting import log_format_of, open_log, watched
 from cluster.render import render
@@ -55,6 +46,7 @@ from sisa.core.errors import InvalidInput, Problem, SisaError
 from sisa.flows.wiring.progress import new_run, running
 
 if TYPE_CHECKING:
+    from sisa.audit.verify import Replay
     from sisa.flows.ask import Prompt
     from sisa.flows.wiring.wiring import OpenExecutor
 
@@ -62,14 +54,12 @@ __all__ = [
     "cli",
     "evaluation",
     "jobs",
-    "main",
     "maintenance",
     "metrics",
     "patches",
     "plan",
     "requests",
     "routing",
-    "run",
 ]
 
 EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
@@ -77,7 +67,7 @@ EXIT_SIGNAL = 128  # plus the signal's number
 
 
 @command("quickstart", "sisa quickstart my-first-model")
-@click.argument("directory", default="sisa-quickstart", type=click.Path(path_type=Path))
+@click.argument("directory", default="sisa-quickstart", type=PATH)
 @click.option(
     "--people",
     "num_people",
@@ -102,7 +92,7 @@ def run_quickstart(
 
 
 @command("init", "sisa init my-model && sisa train my-model/run.yaml")
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=PATH)
 def start(directory: Path) -> Result:
     """Write a commented run.yaml and sample data."""
     from cluster.cli.quickstart import write_start
@@ -111,7 +101,7 @@ def start(directory: Path) -> Result:
 
 
 @command("train", "sisa train run.yaml")
-@click.argument("run_file", type=click.Path(path_type=Path))
+@run_file_argument
 @click.option("--reconfigure", is_flag=True, help="Move an existing model to a changed run file.")
 @click.option(
     "--allow-deleted", is_flag=True, help="First training: accept records deleted under this key."
@@ -136,7 +126,7 @@ def train(
 
 @command("add", "sisa add -m model new-people.jsonl")
 @model_option
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @click.option("--allow-deleted", is_flag=True, help="Accept ids and texts that were deleted.")
 @click.option("--append", is_flag=True, help="Add new slices at the end: no slice is trained again.")
 @executor_option
@@ -150,31 +140,22 @@ def add(
 
 @command("where", "sisa where -m model p001-q1 p002-q3")
 @model_option
-@ids_argument
-@ids_file_option
-def show_where(directory: Path, ids: tuple[str, ...], ids_file: Path | None) -> Result:
+@ids_options
+def show_where(directory: Path, ids: list[str]) -> Result:
     """Show the shard, slice, checkpoints and heads of each record."""
-    named = named_ids(ids, ids_file)
-    if not named:
+    if not ids:
         raise click.UsageError("give at least one ID or --ids-file")
     with opened(directory) as model:
-        return render.where(model.where(named))
+        return render.where(model.where(ids))
 
 
 @command("find", 'sisa find -m model --text "Where was Mara born?" --top 5')
 @model_option
 @option_or_input("--text", help="Content to look for.")
-@click.option("--file", type=click.Path(path_type=Path), help="File with the content to look for.")
+@click.option("--file", type=PATH, help="File with the content to look for.")
 @option_or_file("--subject", help="Find a subject's records, and similar ones of others.")
 @option_or_input("--like", metavar="ID", help="Find near-duplicates of a record.")
-@click.option(
-    "--top",
-    "top_k",
-    default=10,
-    show_default=True,
-    type=click.IntRange(1, 10_000),
-    help="Number of results.",
-)
+@click.option("--top", "top_k", default=10, type=click.IntRange(1, 10_000), help="Number of results.")
 @click.option("--show-text", is_flag=True, help="Show the beginning of each record's text.")
 def find(
     directory: Path,
@@ -197,8 +178,7 @@ def find(
 
 @command("forget", "sisa forget -m model --subject p001 --dry-run")
 @model_option
-@ids_argument
-@ids_file_option
+@ids_options
 @option_or_file("--subject", help="Delete all records of a subject.")
 @click.option("--dry-run", is_flag=True, help="Show what would happen; change nothing.")
 @click.option(
@@ -208,8 +188,7 @@ def find(
 @executor_option
 def forget(
     directory: Path,
-    ids: tuple[str, ...],
-    ids_file: Path | None,
+    ids: list[str],
     subject: str | None,
     dry_run: bool,
     defer: bool,
@@ -217,13 +196,12 @@ def forget(
     executor: str | OpenExecutor,
 ) -> Result:
     """Delete records exactly, and retrain what they touched."""
-    named = named_ids(ids, ids_file)
-    if bool(named) == (subject is not None):
+    if bool(ids) == (subject is not None):
         raise click.UsageError("give IDs (or --ids-file), or --subject")
     with opened(directory, executor) as model:
         if dry_run:
-            return render.forget_plan(model.plan_forget(named, subject=subject))
-        done = model.forget(named, subject=subject, consent=consent, defer=defer)
+            return render.forget_plan(model.plan_forget(ids, subject=subject))
+        done = model.forget(ids, subject=subject, consent=consent, defer=defer)
         return render.forgotten(done, directory)
 
 
@@ -235,17 +213,13 @@ def show_status(directory: Path) -> Result:
         return render.status(model.status())
 
 
-class AnchoredHead(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs alone
-    """Parse the head of an event log, N:HEAD, as `sisa status` prints it."""
-
-    name = "N:HEAD"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> WitnessHead:
-        if not (found := re.fullmatch(r"([1-9][0-9]{0,17}):([0-9a-f]{64})", value)):
-            self.fail("expected the number of events, a colon and the head's 64 digits", param, ctx)
-        return WitnessHead(found[2], int(found[1]))
+def _event_head(_context: click.Context, _option: click.Parameter, given: Any) -> WitnessHead | None:
+    """Parse the head of an event log as `sisa status` prints it."""
+    if given is None:
+        return None
+    if not (found := re.fullmatch(r"([1-9][0-9]{0,17}):([0-9a-f]{64})", given)):
+        raise click.BadParameter("expected the number of events, a colon and the head's 64 digits")
+    return WitnessHead(found[2], int(found[1]))
 
 
 @command("verify", "sisa verify -m model --replay all")
@@ -254,20 +228,20 @@ class AnchoredHead(click.ParamType):  # type: ignore[type-arg]  # generic in cli
     "--replay",
     type=click.Choice(["none", "sample", "all"]),
     default="none",
-    show_default=True,
     help="Shards to train from scratch and compare byte for byte.",
 )
 @click.option("--shard", type=click.IntRange(0), help="Replay this shard alone.")
 @click.option("--require-replay", is_flag=True, help="Fail (exit code 4) if a shard cannot be replayed.")
 @click.option(
     "--anchor",
-    type=AnchoredHead(),
+    metavar="N:HEAD",
+    callback=_event_head,
     help="Head of the event log as `sisa status` printed it; fail unless the history continues it.",
 )
 @executor_option
 def verify(
     directory: Path,
-    replay: str,
+    replay: Replay,
     shard: int | None,
     require_replay: bool,
     anchor: WitnessHead | None,
@@ -277,8 +251,7 @@ def verify(
     if replay == "none" and (shard is not None or require_replay):
         replay = "sample"
     with opened(directory, executor) as model:
-        chosen: Any = replay
-        found = model.verify(chosen, shard, require_replay=require_replay, anchor=anchor)
+        found = model.verify(replay, shard, require_replay=require_replay, anchor=anchor)
         return render.verified(found)
 
 
@@ -288,13 +261,13 @@ def verify(
 @click.option("--system", help="System prompt of a chat.")
 @click.option(
     "--history",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="JSON file with the turns before the prompt, in the form of a record's `messages`.",
 )
 @click.option(
     "--prompts",
     "file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="File with a prompt on each line; .jsonl: each row has `prompt` or `messages`.",
 )
 @click.option(
@@ -303,7 +276,7 @@ def verify(
     type=click.Choice(["chat", "completion"]),
     help="Send prompts as a turn of a chat or as plain text; by default as the model was trained.",
 )
-@click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(1, 100_000))
+@click.option("--max-new-tokens", default=48, type=click.IntRange(1, 100_000))
 @click.option(
     "--answer-only",
     is_flag=True,
@@ -339,18 +312,13 @@ def generate(
 @command("export", "sisa export -m model --to adapters")
 @model_option
 @click.option(
-    "--to",
-    "target",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Directory; each export adds a new version to it.",
+    "--to", "target", required=True, type=PATH, help="Directory; each export adds a new version to it."
 )
 @click.option(
     "--format",
     "form",
     type=click.Choice(["peft", "merged-adapter", "merged-model"]),
     default="peft",
-    show_default=True,
     help="One PEFT directory per shard, or the shards' mean as an adapter or as full weights.",
 )
 def export(directory: Path, target: Path, form: Any) -> Result:
@@ -359,9 +327,7 @@ def export(directory: Path, target: Path, form: Any) -> Result:
         return render.exported(model.export(target, form))
 
 
-@cli.group(help="Inspect the format of the run file.")
-def config() -> None:
-    """Group run file commands."""
+config = command_group("config", "Inspect the format of the run file.")
 
 
 @command("schema", "sisa config schema > run.schema.json", group=config)
@@ -370,7 +336,7 @@ def schema() -> Result:
     from sisa.config.config import json_schema
 
     found = json_schema()
-    return Result(found, json.dumps(found, indent=2))
+    return Result(found, [json.dumps(found, indent=2)])
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -383,13 +349,12 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
     try:
         _refuse_bad_encoding(arguments)
         done = cli.main(args=list(arguments), prog_name="sisa", standalone_mode=False)
-        if not isinstance(done, tuple):
-            return done if isinstance(done, int) else 0
+        if isinstance(done, int):  # --help and --version
+            return done
         # Print outside click, which would end the process on a closed pipe.
-        print(done[1], flush=True)
-        return int(done[0])
-    except click.exceptions.Exit as exit_:
-        return exit_.exit_code
+        code, text = done
+        print(text, flush=True)
+        return int(code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return EXIT_USAGE

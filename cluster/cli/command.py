@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.observe.reporting import OPTION, logged_run, watched
-from cluster.render.render import Result, printable
+from cluster.render.render import Result
 from sisa.core.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
@@ -26,23 +26,24 @@ if TYPE_CHECKING:
 
 
 STANDARD_INPUT = Path("-")
-
-
-class _Command(click.Command):
-    """A command whose help ends with an example."""
-
-    def __init__(self, *args: Any, example: str = "", **options: Any) -> None:
-        options["epilog"] = f"\b\nExample:\n  {example}"
-        super().__init__(*args, **options)
+PATH = click.Path(path_type=Path)
 
 
 @click.group(
     help="Train a language model from which records can be deleted exactly.\n\n"
-    "Start with `sisa quickstart`, or with `sisa init DIR`."
+    "Start with `sisa quickstart`, or with `sisa init DIR`.",
+    context_settings={"show_default": True},
 )
 @click.version_option(package_name="deletion-ready-model", prog_name="sisa")
 def cli() -> None:
     """Hold all commands."""
+
+
+def command_group(name: str, help: str) -> click.Group:
+    """Add a group of commands to the root group."""
+    made = click.Group(name, help=help)
+    cli.add_command(made)
+    return made
 
 
 def command(
@@ -55,28 +56,24 @@ def command(
         def invoke(as_json: bool, **arguments: Any) -> tuple[int, str]:
             with logged_run(click.get_current_context().command_path):
                 result = function(**arguments)
-            return result.exit_code, json.dumps(result.json, indent=2) if as_json else printable(
-                result.text
-            )
+            return result.exit_code, json.dumps(result.json, indent=2) if as_json else result.text
 
         option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-        decorate = group.command(name, cls=_Command, example=example)
-        registered: click.Command = decorate(option(invoke))
-        return registered
+        made = click.command(name, epilog=f"\b\nExample:\n  {example}")(option(invoke))
+        group.add_command(made)
+        return made
 
     return register
 
 
+run_file_argument = click.argument("run_file", type=PATH)
 model_option = click.option(
-    "-m", "--model", "directory", required=True, type=click.Path(path_type=Path), help="Model directory."
+    "-m", "--model", "directory", required=True, type=PATH, help="Model directory."
 )
-
-
 log_format_option = click.option(
     OPTION,
     type=click.Choice(["text", "json"]),
     default="text",
-    show_default=True,
     expose_value=False,
     help="Format of standard error: words and progress, or one JSON object a line.",
 )
@@ -90,7 +87,6 @@ def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
         "--executor",
         "name",
         default="ray",
-        show_default=True,
         help="ray, or serial: the same bytes without Ray.",
     )
     @click.option(
@@ -132,20 +128,15 @@ def option_or_file(
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @click.option(option, **options)
-        @click.option(
-            f"{option}-file",
-            type=click.Path(path_type=Path),
-            help=f"File with the {name}; `-`: standard input.",
-        )
+        @click.option(f"{option}-file", type=PATH, help=f"File with the {name}; `-`: standard input.")
         @functools.wraps(function)
         def invoke(**arguments: Any) -> Result:
-            file_of: Path | None = arguments.pop(f"{name}_file")
-            if file_of is not None and arguments[name] is not None:
+            file: Path | None = arguments.pop(f"{name}_file")
+            given = (file is not None) + (arguments[name] is not None)
+            if given > 1 or (required and not given):
                 raise click.UsageError(f"give {option} or {option}-file")
-            if file_of is not None:
-                arguments[name] = "\n".join(read_lines(file_of))
-            if required and arguments[name] is None:
-                raise click.UsageError(f"give {option} or {option}-file")
+            if file is not None:
+                arguments[name] = "\n".join(read_lines(file))
             return function(**arguments)
 
         return invoke
@@ -166,13 +157,24 @@ def option_or_input(option: str, *, help: str, **options: Any) -> Callable[..., 
     return click.option(option, callback=_from_standard_input, help=help_, **options)
 
 
-ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
-ids_file_option = click.option(
-    "--ids-file", type=click.Path(path_type=Path), help="File with one id on each line."
-)
+def ids_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Add `[ID]...` and `--ids-file`, passed as one list `ids`."""
+
+    @click.argument("ids", nargs=-1, metavar="[ID]...")
+    @click.option("--ids-file", type=PATH, help="File with one id on each line.")
+    @functools.wraps(function)
+    def invoke(ids: tuple[str, ...], ids_file: Path | None, **arguments: Any) -> Result:
+        from sisa.data.reader import read_ids
+
+        return function(ids=[*ids, *(read_ids(ids_file) if ids_file else [])], **arguments)
+
+    return invoke
+
+
 consent_option = click.option(
     "--consent",
     default="",
+    show_default=False,
     help="Who consented, or the legal ground, to keep the text encrypted for an approximate patch.",
 )
 
@@ -184,13 +186,6 @@ def opened(directory: Path, executor: str | OpenExecutor = "ray") -> Iterator[Mo
 
     with watched() as report:
         yield open_model(directory, executor=executor, report=report)
-
-
-def named_ids(ids: Sequence[str], ids_file: Path | None) -> list[str]:
-    """Return the ids of the command line and of a file."""
-    from sisa.data.reader import read_ids
-
-    return [*ids, *(read_ids(ids_file) if ids_file else [])]
 
 
 def read_text(file: Path) -> str:
@@ -214,10 +209,7 @@ def read_lines(file: Path) -> list[str]:
 
 
 def read_turns(file: Path | None) -> list[Any]:
-    """Return the turns of a JSON file. The model validates them.
-
-    Raise InvalidInput if the file does not hold a JSON list.
-    """
+    """Return the turns of a JSON file. Raise InvalidInput if it does not hold a JSON list."""
     if file is None:
         return []
     found = _json(read_text(file), str(file))

@@ -1,9 +1,7 @@
 """Measure how much models know of a forget set and of a retain set: `sisa eval tofu`.
 
-A model is anything that `approx.evaluation.evaluated_models` opens (a directory or hub name of a Hugging
-Face model, an adapter directory, a deletion-ready model), or a finished log: one of this program's, or
-an `eval_log_aggregated.json` that locuslab published. Logs alone need no data. Running the same command
-again continues an interrupted evaluation.
+A model is anything that `approx.evaluation.evaluated_models` opens, or a finished log: one of this
+program's, or an `eval_log_aggregated.json` that locuslab published. Logs alone need no data.
 """
 
 from __future__ import annotations
@@ -15,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli.command import cli, command, log_format_option
+from cluster.cli.command import PATH, command, command_group, log_format_option
 from cluster.observe.reporting import watched
-from cluster.render.render import Result, printable
+from cluster.render.render import Result
 
 if TYPE_CHECKING:
     from approx.evaluation.tofu_aggregates import Aggregates
@@ -25,13 +23,7 @@ if TYPE_CHECKING:
     from approx.metrics.auc import Auc
     from approx.metrics.forget_quality import ForgetQuality
 
-MAX_REFERENCES = 2
-TEMPLATE = "{question}{answer}"
-
-
-@cli.group("eval", help="Measure what models know.")
-def evaluation() -> None:
-    """Group evaluation commands."""
+evaluation = command_group("eval", "Measure what models know.")
 
 
 @command("tofu", "sisa eval tofu --model model --reference retained --data tofu", group=evaluation)
@@ -49,17 +41,10 @@ def evaluation() -> None:
     multiple=True,
     help="A model that never saw the forget set, or its log; a second one gives the noise floor.",
 )
-@click.option(
-    "--split",
-    type=click.Choice(["forget01", "forget05", "forget10"]),
-    default="forget10",
-    show_default=True,
-)
-@click.option("--data", default="locuslab/TOFU", show_default=True, help="Directory or hub name.")
-@click.option("--out", default="tofu-logs", show_default=True, type=click.Path(path_type=Path))
-@click.option(
-    "--holdout", type=click.Path(path_type=Path), help="JSONL of questions that no model has seen."
-)
+@click.option("--split", type=click.Choice(["forget01", "forget05", "forget10"]), default="forget10")
+@click.option("--data", default="locuslab/TOFU", help="Directory or hub name.")
+@click.option("--out", default="tofu-logs", type=PATH)
+@click.option("--holdout", type=PATH, help="JSONL of questions that no model has seen.")
 @click.option("--questions", "limit", type=click.IntRange(1), help="Ask this many of each set.")
 @click.option(
     "--prompt",
@@ -67,31 +52,20 @@ def evaluation() -> None:
     type=click.Choice(["completion", "chat"]),
     help="Form of prompts; by default what suits the model.",
 )
+@click.option("--template", default="{question}{answer}", help="Form of a prompt; \\n is a line break.")
+@click.option("--max-new-tokens", default=200, type=click.IntRange(1))
 @click.option(
-    "--template", default=TEMPLATE, show_default=True, help="Form of a prompt; \\n is a line break."
+    "--truth-ratio", "variant", type=click.Choice(["geometric", "arithmetic"]), default="geometric"
 )
-@click.option("--max-new-tokens", default=200, show_default=True, type=click.IntRange(1))
-@click.option(
-    "--truth-ratio",
-    "variant",
-    type=click.Choice(["geometric", "arithmetic"]),
-    default="geometric",
-    show_default=True,
-)
-@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1))
-@click.option("--device", default="cpu", show_default=True, help="A torch device, such as cuda.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-)
-@click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True)
+@click.option("--batch-size", default=8, type=click.IntRange(1))
+@click.option("--device", default="cpu", help="A torch device, such as cuda.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray")
 @click.option("--address", help="HOST:PORT of a Ray cluster; by default a local Ray.")
 @log_format_option
 def tofu(models: tuple[str, ...], references: tuple[str, ...], variant: Any, **options: Any) -> Result:
     """Measure model utility and forget quality on TOFU."""
-    if len(references) > MAX_REFERENCES:
+    if len(references) > 2:
         raise click.UsageError("give at most two references")
     from approx.evaluation.tofu_aggregates import aggregates
     from approx.evaluation.tofu_evaluation import check_same_settings
@@ -99,11 +73,10 @@ def tofu(models: tuple[str, ...], references: tuple[str, ...], variant: Any, **o
     found = _evaluated(list(dict.fromkeys([*models, *references])), options)
     judges = [found[each] for each in references]
     judged = []
-    for name in dict.fromkeys(models):
+    for model in (found[name] for name in dict.fromkeys(models)):
         for judge in judges:
-            check_same_settings(found[name], judge)
-        rows = [each.rows for each in judges]
-        judged.append((found[name], aggregates(found[name].rows, rows, variant)))
+            check_same_settings(model, judge)
+        judged.append((model, aggregates(model.rows, [each.rows for each in judges], variant)))
     return measured(_split(found.values(), options["split"]), judged, judges)
 
 
@@ -129,20 +102,13 @@ def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated
         questions += read_holdout(options["holdout"])
     passed = ("split", "out", "kind", "max_new_tokens", "batch_size", "device", "dtype")
     template = options["template"].replace("\\n", "\n")
-    tasks = [
-        EvaluationTask(
-            spec=spec,
-            questions=questions,
-            template=template,
-            **{name: options[name] for name in passed},
-        )
-        for spec in specs
-        if spec not in logs
-    ]
+    settings = {"template": template, **{name: options[name] for name in passed}}
+    asked = [spec for spec in specs if spec not in logs]
+    tasks = [EvaluationTask(spec=spec, questions=questions, **settings) for spec in asked]
     with watched() as report:
         ray = options["executor"] == "ray"
         done = run_evaluations(tasks, ray=ray, address=options["address"], report=report)
-    return logs | dict(zip((task.spec for task in tasks), done, strict=True))
+    return logs | dict(zip(asked, done, strict=True))
 
 
 def _is_log(spec: str) -> bool:
@@ -157,8 +123,7 @@ def measured(
         "models": [_named(model) | asdict(aggregates) for model, aggregates in found],
         "references": [_named(each) for each in references],
     }
-    lines = [line for model, aggregates in found for line in _words(split, model, aggregates)]
-    return Result(body, printable("\n".join(lines)))
+    return Result(body, [line for each in found for line in _words(split, *each)])
 
 
 def _named(model: Evaluated) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Train as a job on a remote cluster: `sisa cluster submit`, `status`, `logs`, `stop` and `manifest`.
 
-Following a job ends with the job's own exit code. It ends with 130 if the job was stopped or if
-following was interrupted, which does not affect the job, and with 6 if the cluster ended the job. The
-job's log goes to standard error, without control characters.
+Following a job ends with the job's own exit code: 130 if the job was stopped or if following was
+interrupted, which does not affect the job, and 6 if the cluster ended the job.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli.command import cli, command
+from cluster.cli.command import command, command_group, run_file_argument
 from cluster.jobs.jobs import Job, check_name, job_name
 from cluster.jobs.kuberay import IMAGE, INSTANCE_TYPE, KINDS, manifest
 from cluster.render.render import Result, printable
@@ -26,11 +25,7 @@ if TYPE_CHECKING:
 EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 6, 130
 
 
-@cli.group("cluster", help="Train as a job on a remote Ray cluster.")
-def group() -> None:
-    """Group commands about remote clusters."""
-
-
+group = command_group("cluster", "Train as a job on a remote Ray cluster.")
 address_option = click.option(
     "--address",
     required=True,
@@ -38,27 +33,17 @@ address_option = click.option(
     metavar="URL",
     help="The cluster's dashboard, such as http://127.0.0.1:8265, or set RAY_API_SERVER_ADDRESS.",
 )
-job_argument = click.argument("job")
 
 
-@command(
-    "submit",
-    "sisa cluster submit run.yaml --address http://127.0.0.1:8265",
-    group=group,
-)
-@click.argument("run_file", type=click.Path(path_type=Path))
+@command("submit", "sisa cluster submit run.yaml --address http://127.0.0.1:8265", group=group)
+@run_file_argument
 @address_option
 @click.option("--job", "name", metavar="NAME", help="Name of the job, new to the cluster.")
 @click.option("--detach", is_flag=True, help="Do not follow the job.")
 @click.option("--reconfigure", is_flag=True, help="As `sisa train --reconfigure`.")
 @click.option("--allow-deleted", is_flag=True, help="As `sisa train --allow-deleted`.")
 def submit_job(
-    run_file: Path,
-    address: str,
-    name: str | None,
-    detach: bool,
-    reconfigure: bool,
-    allow_deleted: bool,
+    run_file: Path, address: str, name: str | None, detach: bool, reconfigure: bool, allow_deleted: bool
 ) -> Result:
     """Submit a training to the cluster.
 
@@ -70,10 +55,10 @@ def submit_job(
     name = check_name(name) if name else job_name(datetime.now(UTC), secrets.token_hex(4))
     jobs = _open_jobs(address)
     job = submit_training(jobs, run_file, name, [flag for flag, wanted in given.items() if wanted])
-    again = _how_to_follow(name, address)
+    submitted = f"job {name} submitted"
     if detach:
-        return Result(described(job) | {"detached": True}, f"job {name} submitted\n{again}")
-    print(f"job {name} submitted", file=sys.stderr, flush=True)
+        return Result(described(job) | {"detached": True}, [submitted, _how_to_follow(name, address)])
+    print(submitted, file=sys.stderr, flush=True)
     return _followed(jobs, name, address)
 
 
@@ -85,10 +70,10 @@ def job_status(job: str | None, address: str) -> Result:
     jobs = _open_jobs(address)
     if job is not None:
         found = jobs.get(check_name(job))
-        return Result(described(found), line(found))
+        return Result(described(found), [line(found)])
     ours = [each for each in jobs.all() if each.model is not None]
-    text = "\n".join(map(line, ours)) or "no job was submitted to this cluster"
-    return Result({"jobs": [described(each) for each in ours]}, text)
+    lines = [line(each) for each in ours] or ["no job was submitted to this cluster"]
+    return Result({"jobs": [described(each) for each in ours]}, lines)
 
 
 @command(
@@ -96,7 +81,7 @@ def job_status(job: str | None, address: str) -> Result:
     "sisa cluster logs sisa-20260102-030405-9f --follow --address http://127.0.0.1:8265",
     group=group,
 )
-@job_argument
+@click.argument("job")
 @address_option
 @click.option("-f", "--follow", "to_the_end", is_flag=True, help="Follow the log until the job ends.")
 def logs(job: str, address: str, to_the_end: bool) -> Result:
@@ -105,36 +90,34 @@ def logs(job: str, address: str, to_the_end: bool) -> Result:
     if to_the_end:
         return _followed(jobs, check_name(job), address)
     log = printable(jobs.log(check_name(job)))
-    return Result({"job": job, "log": log}, log.rstrip("\n"))
+    return Result({"job": job, "log": log}, [log.rstrip("\n")])
 
 
 @command(
     "stop", "sisa cluster stop sisa-20260102-030405-9f --address http://127.0.0.1:8265", group=group
 )
-@job_argument
+@click.argument("job")
 @address_option
 def stop_job(job: str, address: str) -> Result:
     """Stop a job. The next job continues from what it stored."""
     from cluster.jobs.job_flow import stop as end
 
     found, was_running = end(_open_jobs(address), check_name(job))
-    return Result(described(found) | {"was_running": was_running}, line(found))
+    return Result(described(found) | {"was_running": was_running}, [line(found)])
 
 
 @command("manifest", "sisa cluster manifest rayjob --image registry/sisa:1", group=group)
 @click.argument("kind", type=click.Choice(KINDS))
 @click.option("--gpu", is_flag=True, help="Give each worker a GPU.")
-@click.option("--image", default=IMAGE, show_default=True, help="Image that holds this program.")
-@click.option(
-    "--instance-type", default=INSTANCE_TYPE, show_default=True, help="Instance type of all nodes."
-)
+@click.option("--image", default=IMAGE, help="Image that holds this program.")
+@click.option("--instance-type", default=INSTANCE_TYPE, help="Instance type of all nodes.")
 def print_manifest(kind: Any, gpu: bool, image: str, instance_type: str) -> Result:
     """Print a KubeRay manifest.
 
     It is a RayJob, a RayCluster, or the volume that both share.
     """
     text = manifest(kind, gpu=gpu, image=image, instance_type=instance_type)
-    return Result({"kind": kind, "gpu": gpu, "manifest": text}, text.rstrip("\n"))
+    return Result({"kind": kind, "gpu": gpu, "manifest": text}, [text.rstrip("\n")])
 
 
 def _open_jobs(address: str) -> Jobs:
@@ -149,9 +132,9 @@ def _followed(jobs: Jobs, job: str, address: str) -> Result:
     try:
         found = follow(jobs, job, _show)
     except KeyboardInterrupt:
-        text = f"detached from job {job}, which continues\n{_how_to_follow(job, address)}"
-        return Result({"job": job, "detached": True}, text, EXIT_INTERRUPTED)
-    return Result(described(found), line(found), exit_code(found))
+        lines = [f"detached from job {job}, which continues", _how_to_follow(job, address)]
+        return Result({"job": job, "detached": True}, lines, EXIT_INTERRUPTED)
+    return Result(described(found), [line(found)], exit_code(found))
 
 
 def _show(piece: str) -> None:

@@ -1,12 +1,11 @@
 """Collect garbage, look for residue, and diagnose a model: `sisa gc`, `sisa sweep` and `sisa doctor`.
 
 Residue, and an error that is not repaired, end with exit code 4. The strings that `sweep` looks for are
-never printed. `sisa.audit` does the work.
+never printed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -14,21 +13,19 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from cluster.cli.command import (
+    PATH,
     command,
     executor_option,
-    ids_argument,
-    ids_file_option,
+    ids_options,
     model_option,
-    named_ids,
     opened,
     read_lines,
 )
-from cluster.render.render import EXIT_INTEGRITY, Result, counted, old_versions, printable
+from cluster.render.render import EXIT_INTEGRITY, Result, counted, old_versions
 from sisa.core.domain import DeviceName, Dtype, Precision
 
 if TYPE_CHECKING:
     from sisa.audit.doctor import Diagnosis
-    from sisa.audit.findings import Finding
     from sisa.audit.garbage import Collected
     from sisa.audit.repair import RepairOutcome
     from sisa.audit.residue import Scan
@@ -56,33 +53,22 @@ def gc(directory: Path, dry_run: bool, lost_exports: bool) -> Result:
 
 @command("sweep", "sisa sweep -m model p001-q1 --also exported-adapters")
 @model_option
-@ids_argument
-@ids_file_option
-@click.option(
-    "--text-file", type=click.Path(path_type=Path), help="File with texts to look for, one on each line."
-)
-@click.option(
-    "--also", multiple=True, type=click.Path(path_type=Path), help="Also search here, such as an export."
-)
-def sweep(
-    directory: Path,
-    ids: tuple[str, ...],
-    ids_file: Path | None,
-    text_file: Path | None,
-    also: tuple[Path, ...],
-) -> Result:
+@ids_options
+@click.option("--text-file", type=PATH, help="File with texts to look for, one on each line.")
+@click.option("--also", multiple=True, type=PATH, help="Also search here, such as an export.")
+def sweep(directory: Path, ids: list[str], text_file: Path | None, also: tuple[Path, ...]) -> Result:
     """Prove that no deleted record left a trace. Otherwise list the traces."""
     from sisa.audit.residue import sweep_model
 
-    named = list(dict.fromkeys(named_ids(ids, ids_file)))
+    ids = list(dict.fromkeys(ids))
     lines = read_lines(text_file) if text_file else []
     texts = list(dict.fromkeys(line.strip() for line in lines))
     with opened(directory) as model:
-        return scanned(sweep_model(model, also=also, ids=named, texts=texts))
+        return scanned(sweep_model(model, also=also, ids=ids, texts=texts))
 
 
 @command("doctor", "sisa doctor -m model")
-@click.option("-m", "--model", "directory", type=click.Path(path_type=Path), help="Model directory.")
+@click.option("-m", "--model", "directory", type=PATH, help="Model directory.")
 @click.option("--repair", is_flag=True, help="Repair what can be derived again.")
 @click.option(
     "--numerics",
@@ -141,20 +127,21 @@ def _numerics(
 
 def collected(found: Collected) -> Result:
     num_bytes = sum(each.num_bytes for each in found.items)
-    lines = [f"retired or unknown files and directories: {len(found.items)}, {num_bytes:,} bytes"]
-    for each in found.items:
-        kept = "" if each.removable else "  (kept)"
-        lines.append(f"  {each.num_bytes:12,}  {each.path}: {each.reason}{kept}")
+    outcome, kept = f"{found.removed} removed, {found.removed_bytes:,} bytes", old_versions(found.kept)
     if found.dry_run:
-        lines.append("nothing was changed")
-    else:
-        lines.append(f"{found.removed} removed, {found.removed_bytes:,} bytes")
-    lines += [f"given up: the export {path}" for path in found.given_up]
-    if found.dry_run:
-        lines += [f"old versions in the bucket: {each.where} ({each.why})" for each in found.kept]
-    else:
-        lines += old_versions(found.kept)
-    return Result(asdict(found), printable("\n".join(lines)))
+        outcome = "nothing was changed"
+        kept = [f"old versions in the bucket: {each.where} ({each.why})" for each in found.kept]
+    lines = [
+        f"retired or unknown files and directories: {len(found.items)}, {num_bytes:,} bytes",
+        *(
+            f"  {each.num_bytes:12,}  {each.path}: {each.reason}{'' if each.removable else '  (kept)'}"
+            for each in found.items
+        ),
+        outcome,
+        *(f"given up: the export {path}" for path in found.given_up),
+        *kept,
+    ]
+    return Result(asdict(found), lines)
 
 
 def scanned(found: Scan) -> Result:
@@ -175,62 +162,41 @@ def scanned(found: Scan) -> Result:
         for each in found.residue
     ]
     lines += [f"  outdated, yet clean: {path}" for path in found.outdated_exports]
-    lines.append(
-        "clean: no residue" if found.clean else f"RESIDUE: {counted(len(found.residue), 'place')}"
-    )
-    return Result(asdict(found), printable("\n".join(lines)), 0 if found.clean else EXIT_INTEGRITY)
+    lines += ["clean: no residue" if found.clean else f"RESIDUE: {counted(len(found.residue), 'place')}"]
+    return Result(asdict(found), lines, 0 if found.clean else EXIT_INTEGRITY)
 
 
-def _findings(findings: Sequence[Finding]) -> tuple[list[dict[str, Any]], list[str]]:
-    body = [
-        {
-            "kind": each.kind,
-            "severity": each.severity,
-            "where": each.where,
-            "what": each.what,
-            "repair": each.repair or None,
-            "next_step": each.next_step,
-        }
-        for each in findings
-    ]
-    lines = []
-    for each in findings:
-        lines.append(f"  {each.severity:7}  {each.where}: {each.what}")
-        lines.append(f"           next step: {each.next_step}")
-    return body, lines
+def _findings(found: Diagnosis) -> list[dict[str, Any]]:
+    names = ("kind", "severity", "where", "what", "repair", "next_step")
+    rows = [{name: getattr(each, name) for name in names} for each in found.findings]
+    return [row | {"repair": row["repair"] or None} for row in rows]
 
 
 def diagnosed(found: Diagnosis) -> Result:
-    body, lines = _findings(found.findings)
-    text = [f"{found.directory}: {_verdict(found)}", *lines]
-    whole = {"directory": found.directory, "ok": found.ok, "healthy": found.healthy, "findings": body}
-    return Result(whole, printable("\n".join(text)), 0 if found.ok else EXIT_INTEGRITY)
+    lines = [f"{found.directory}: {_verdict(found)}"]
+    for each in found.findings:
+        lines.append(f"  {each.severity:7}  {each.where}: {each.what}")
+        lines.append(f"           next step: {each.next_step}")
+    body = {"directory": found.directory, "ok": found.ok, "healthy": found.healthy}
+    return Result(body | {"findings": _findings(found)}, lines, 0 if found.ok else EXIT_INTEGRITY)
 
 
 def _verdict(found: Diagnosis) -> str:
     if found.healthy:
         return "healthy"
     errors = sum(each.severity == "error" for each in found.findings)
-    warnings = len(found.findings) - errors
-    return f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+    return f"{counted(errors, 'error')}, {counted(len(found.findings) - errors, 'warning')}"
 
 
 def repaired(found: RepairOutcome) -> Result:
-    before, _ = _findings(found.before.findings)
     after = diagnosed(found.after)
-    text = [f"found: {_verdict(found.before)}", *(f"  {each}" for each in found.done), "now:"]
-    body = after.json | {"done": list(found.done), "findings_before": before}
-    return Result(body, printable("\n".join([*text, after.text])), after.exit_code)
+    done = [f"found: {_verdict(found.before)}", *(f"  {each}" for each in found.done), "now:"]
+    body = after.json | {"done": list(found.done), "findings_before": _findings(found.before)}
+    return Result(body, [*done, *after.lines], after.exit_code)
 
 
 def tested(found: Numerics) -> Result:
     """Render the result of a numerics test: whether the machine trains the same bytes twice."""
-    body = {
-        "fingerprint": found.fingerprint,
-        "description": dict(found.description),
-        "digests": list(found.digests),
-        "repeats": found.repeats,
-    }
     said = found.description
     processor = said["processor"]
     lines = [
@@ -246,4 +212,5 @@ def tested(found: Numerics) -> Result:
     else:
         lines.append("DOES NOT REPEAT ITSELF: do not train here. The trainings gave")
         lines += [f"  {each}" for each in found.digests]
-    return Result(body, printable("\n".join(lines)), 0 if found.repeats else EXIT_INTEGRITY)
+    body = asdict(found) | {"repeats": found.repeats}
+    return Result(body, lines, 0 if found.repeats else EXIT_INTEGRITY)

@@ -1,21 +1,15 @@
-"""Show what each run measured, or send it to TensorBoard or MLflow: `sisa metrics`.
-
-Only numbers are shown and sent; the model is not changed.
-"""
+"""Show what each run measured, or send it to TensorBoard or MLflow: `sisa metrics`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from cluster.cli.command import command, model_option, opened
 from cluster.observe.curves import points, summary
-from cluster.render.render import Result, counted, printable
-
-if TYPE_CHECKING:
-    from cluster.observe.curve_sinks import CurveSink
+from cluster.render.render import Result, counted
 
 
 @command("metrics", "sisa metrics -m model --to tensorboard my-board")
@@ -36,23 +30,19 @@ def metrics(directory: Path, target: tuple[str, str] | None, named: tuple[str, .
     with opened(directory):
         held = FileMetrics(directory / METRICS)
     runs = {run: held.read(run) for run in named or held.runs()}
-    if target is not None:
-        sink = open_sink(*target, experiment=directory.resolve().parent.name or "sisa")
-        for run, lines in runs.items():
-            sink.write(run, points(lines))
     found = [{"run": run, **summary(lines)} for run, lines in runs.items()]
     shown = [_row(each) for each in found] or ["nothing was measured yet"]
-    if target:
-        shown.append(f"{len(runs)} runs are in {target[0]}, {target[1]}")
-    body = {"runs": found, "passed_on": list(target) if target else None}
-    return Result(body, printable("\n".join(shown)))
+    if target is not None:
+        from cluster.observe.curve_sinks import to_mlflow, to_tensorboard
 
-
-def open_sink(tool: str, place: str, experiment: str) -> CurveSink:
-    """Open a tool at a place. Raise EnvironmentFault if the tool is not installed."""
-    from cluster.observe.curve_sinks import Mlflow, TensorBoard
-
-    return TensorBoard(Path(place)) if tool == "tensorboard" else Mlflow(place, experiment)
+        tool, place = target
+        curves = {run: points(lines) for run, lines in runs.items()}
+        if tool == "tensorboard":
+            to_tensorboard(Path(place), curves)
+        else:
+            to_mlflow(place, directory.resolve().parent.name or "sisa", curves)
+        shown.append(f"{len(runs)} runs are in {tool}, {place}")
+    return Result({"runs": found, "passed_on": list(target) if target else None}, shown)
 
 
 def _row(of: dict[str, Any]) -> str:

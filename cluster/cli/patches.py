@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.cli.command import (
-    cli,
+    PATH,
     command,
+    command_group,
     consent_option,
     executor_option,
     model_option,
     opened,
     read_lines,
 )
-from cluster.render.render import Result, counted, printable, probed
+from cluster.render.render import Result, counted, probed
 from sisa.core.errors import InvalidInput, Problem
 from sisa.planning.patch_plan import num_still_known
 
@@ -33,29 +34,18 @@ if TYPE_CHECKING:
     from sisa.core.domain import Patch, VaultSet
     from sisa.flows.patches.patching import Unlearnt, Wish
     from sisa.flows.wiring.wiring import OpenExecutor
-    from sisa.model import Model
 
 METHODS = (
     *("gradient_ascent", "graddiff", "kl_minimisation", "npo", "simnpo", "dpo", "idk_dpo"),
     "task_arithmetic",
 )
 METHOD = "npo"
-set_option = click.option(
-    "--set",
-    "assigned",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="A hyper-parameter of the method, or of the run: num_epochs, max_steps, learning_rate, "
-    "batch_size, seed, lora_r and others. Repeatable.",
-)
 retrain_option = click.option(
     "--retrain-shards", is_flag=True, help="Then retrain all shards over the patched base; takes long."
 )
 
 
-@cli.group("approx", help="Measure and reduce what the frozen base knows; never exact.")
-def approx() -> None:
-    """Group approximate commands."""
+approx = command_group("approx", "Measure and reduce what the frozen base knows; never exact.")
 
 
 @command("probe", "sisa approx probe -m model --file texts.jsonl", group=approx)
@@ -63,7 +53,7 @@ def approx() -> None:
 @click.option(
     "--file",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Records (JSONL, Parquet), or a text file with a text on each line.",
 )
 @click.option("--without-patches", is_flag=True, help="Probe the base as it was before any patch.")
@@ -83,7 +73,7 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
         base = model.resources.base
         patches = [] if without_patches else unlearn.served(model)
         found = open_probe(base.directory, base.digest, model.config, patches)(records)
-    return Result({**asdict(found), "approximate": True}, "\n".join(probed(found)).strip())
+    return Result({**asdict(found), "approximate": True}, [each.strip() for each in probed(found)])
 
 
 @command(
@@ -92,18 +82,24 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
     group=approx,
 )
 @model_option
-@click.option("--forget", type=click.Path(path_type=Path), help="Records that the base should forget.")
+@click.option("--forget", type=PATH, help="Records that the base should forget.")
 @click.option("--request", "requests", multiple=True, help="A request whose text is in the vault.")
-@click.option(
-    "--retain", type=click.Path(path_type=Path), help="Records to keep; by default the base's answers."
-)
+@click.option("--retain", type=PATH, help="Records to keep; by default the base's answers.")
 @click.option(
     "--reference",
     default="",
+    show_default=False,
     help="A model with the base's tokenizer that never saw the texts, measured for comparison.",
 )
 @click.option("--method", type=click.Choice(METHODS), help=f"{METHOD} by default.")
-@set_option
+@click.option(
+    "--set",
+    "assigned",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A hyper-parameter of the method, or of the run: num_epochs, max_steps, learning_rate, "
+    "batch_size, seed, lora_r and others. Repeatable.",
+)
 @click.option(
     "--max-seconds", type=click.FloatRange(0), help="Suspend the run after this time (exit code 6)."
 )
@@ -143,13 +139,12 @@ def unlearn(
     if not asked and (method or retain or reference or values or consent):
         raise click.UsageError("give --forget or --request; to continue with a patch give neither")
     with opened(directory, executor) as model:
-        wish = _wish(model, method or METHOD, values, forget, retain, consent) if asked else None
-        wish = replace(wish, reference=reference) if wish else None
+        wish = None
+        if asked:
+            wish = _wish(model.config, method or METHOD, values, forget, retain)
+            wish = replace(wish, consent=consent, reference=reference)
         done = unlearn(
-            *(model, wish),
-            request_ids=requests,
-            max_seconds=max_seconds,
-            retrain_shards=retrain_shards,
+            model, wish, request_ids=requests, max_seconds=max_seconds, retrain_shards=retrain_shards
         )
     return unlearnt(done, directory)
 
@@ -184,34 +179,22 @@ def _value(name: str, value: str) -> Any:
 
 
 def _wish(
-    model: Model,
-    method: str,
-    values: Mapping[str, Any],
-    forget: Path | None,
-    retain: Path | None,
-    consent: str,
+    config: RunConfig, method: str, values: Mapping[str, Any], forget: Path | None, retain: Path | None
 ) -> Wish:
+    from approx.patches.patch_settings import Adapter, settings_of
     from sisa.data.reader import read_like
     from sisa.flows.patches.patching import Wish
 
-    return Wish(
-        _settings(model.config, method, values),
-        tuple(read_like(model.config, forget)) if forget else (),
-        tuple(read_like(model.config, retain)) if retain else None,
-        consent,
-    )
-
-
-def _settings(config: RunConfig, method: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    from approx.patches.patch_settings import Adapter, settings_of
-
-    adapter = Adapter(config.lora_r, config.lora_alpha, config.lora_target_modules)
-    return settings_of(
-        *(method, values, adapter),
+    settings = settings_of(
+        method,
+        values,
+        Adapter(config.lora_r, config.lora_alpha, config.lora_target_modules),
         seed=config.seed,
         sequence_len=config.sequence_len,
         overlength=config.overlength,
     )
+    texts = tuple(read_like(config, forget)) if forget else ()
+    return Wish(settings, texts, tuple(read_like(config, retain)) if retain else None)
 
 
 @command("patches", "sisa approx patches -m model", group=approx)
@@ -306,34 +289,21 @@ def unlearnt(done: Unlearnt, directory: Path) -> Result:
             f"  continue: sisa approx unlearn -m {directory}",
             f"  give up:  sisa approx revert -m {directory}",
         ]
-        return Result(body, printable("\n".join(lines)), EXIT_UNFINISHED)
+        return Result(body, lines, EXIT_UNFINISHED)
     if patch is None:
-        lines = [f"approximate: NO patch was made: {report.get('why')}", *_known(report)]
-        lines += [*_measures(report), *_again(report, directory)]
-        return Result(body, printable("\n".join(lines)), EXIT_NOT_MADE)
+        why = f"approximate: NO patch was made: {report.get('why')}"
+        return Result(body, [why, *_measures(report), *_again(report, directory)], EXIT_NOT_MADE)
     made = f"patch {patch.version} ({report.get('method')}, {patch.num_bytes:,} bytes)"
     lines = [
         f"approximate: {made} is active, and is served beneath every shard",
-        *_known(report),
         *_measures(report),
-        *_robustness(report),
-        *_composition(report),
         f"  texts: {counted(done.erased_sets, 'set')} erased from the vault, {done.kept_sets} kept",
     ]
     if done.slices_trained:
         lines.append(f"  retrained over it: {counted(done.slices_trained, 'slice')}")
-    lines += _again(report, directory)
-    lines.append(
-        f"  an estimate, not a proof; its limits: sisa approx show -m {directory} {patch.version}"
-    )
-    code = EXIT_STILL_KNOWN if num_still_known(patch) else 0
-    return Result(body, printable("\n".join(lines)), code)
-
-
-def _known(report: Mapping[str, Any]) -> Iterator[str]:
-    if found := report.get("still_known"):
-        counts = f"{found['after']} of {found['of']} probed texts (before: {found['before']})"
-        yield f"  still known: {counts}: {report.get('outcome')}"
+    limits = f"its limits: sisa approx show -m {directory} {patch.version}"
+    lines += [*_again(report, directory), f"  an estimate, not a proof; {limits}"]
+    return Result(body, lines, EXIT_STILL_KNOWN if num_still_known(patch) else 0)
 
 
 def _again(report: Mapping[str, Any], directory: Path) -> Iterator[str]:
@@ -372,21 +342,25 @@ def _body(patch: Patch) -> dict[str, Any]:
 
 
 def _measures(report: Mapping[str, Any]) -> Iterator[str]:
+    """Return everything that a report has measured; a run that made no patch measured less."""
+    if found := report.get("still_known"):
+        counts = f"{found['after']} of {found['of']} probed texts (before: {found['before']})"
+        yield f"  still known: {counts}: {report.get('outcome')}"
     before, after = report.get("metrics_before", {}), report.get("metrics_after", {})
     sets = report.get("sets", {})
-    measured = {
+    roles = {
         "forget": f"{sets.get('num_forget_measured')} of {sets.get('num_forget')} texts",
         "retain": f"{sets.get('num_judged_measured')} texts that were not trained on; "
         f"{sets.get('num_retain')} were, {sets.get('retain')}",
     }
-    for role, what in measured.items():
-        found = [
+    for role, what in roles.items():
+        changes = [
             f"{NAMES[name]} {_number(before[name])} -> {_number(after[name])}"
             for name in NAMES
             if name.startswith(role) and name in before and name in after
         ]
-        if found:
-            yield f"  {role} set ({what}): " + ", ".join(found)
+        if changes:
+            yield f"  {role} set ({what}): " + ", ".join(changes)
     if reference := report.get("metrics_reference"):
         own = [f"{NAMES[name]} {_number(reference[name])}" for name in NAMES if name in reference]
         yield "  reference: " + ", ".join(own)
@@ -396,39 +370,31 @@ def _measures(report: Mapping[str, Any]) -> Iterator[str]:
     if "ending" in report:
         yield f"  ended: {report['ending']}, {report.get('why')}"
     if cost := report.get("compute"):
+        share = cost.get("share_of_full_finetuning")
+        part = "" if share is None else f"{share:.1%} of the fine-tuning that taught it, "
         yield (
             f"  cost: {cost['seconds']:.1f} s, {cost['flops_estimated']:.3g} operations, "
-            f"{_share(cost.get('share_of_full_finetuning'))}"
-            f"peak memory {cost['peak_memory_bytes'] / 2**20:,.0f} MB"
+            f"{part}peak memory {cost['peak_memory_bytes'] / 2**20:,.0f} MB"
         )
+    yield from _robustness(report)
+    yield from _composition(report)
 
 
 def _composition(report: Mapping[str, Any]) -> Iterator[str]:
     found = report.get("composition") or {}
-    for name, what in (
-        ("shards", "the shards' own answers"),
-        ("base", "the base's on the same records"),
-    ):
+    whose = {"shards": "the shards' own answers", "base": "the base's on the same records"}
+    for name, what in whose.items():
         if each := found.get(name):
             yield (
                 f"  {what} ({each['num_records']} remaining records): probability "
                 f"{_number(each['answer_probability_before'])} -> "
                 f"{_number(each['answer_probability_after'])}, "
-                f"same likeliest token {_percent(each['agreement'])}, KL {_number(each['kl'])}"
+                f"same likeliest token {each['agreement']:.1%}, KL {_number(each['kl'])}"
             )
 
 
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def _share(value: float | None) -> str:
-    """Return the cost as a share of the fine-tuning that taught the knowledge; empty if unknown."""
-    return "" if value is None else f"{_percent(value)} of the fine-tuning that taught it, "
 
 
 def patches_listed(patches: Sequence[Patch], sets: Sequence[VaultSet], over: Sequence[str]) -> Result:
@@ -453,7 +419,7 @@ def patches_listed(patches: Sequence[Patch], sets: Sequence[VaultSet], over: Seq
             f"vault set {found.name[:16]}...: {found.num_records} texts to {found.role}, {standing}, "
             f"since {found.put_at}{request}, consent: {found.consent}"
         )
-    return Result(body, printable("\n".join(lines)))
+    return Result(body, lines)
 
 
 def patch_shown(patch: Patch, over: Sequence[str]) -> Result:
@@ -466,14 +432,12 @@ def patch_shown(patch: Patch, over: Sequence[str]) -> Result:
     }
     lines = [f"approximate patch {patch.version}: {patch.state}, key {patch.key}"]
     if not report:
-        lines.append("  not made yet: `sisa approx unlearn` continues it")
-        return Result(body, printable("\n".join(lines)))
+        return Result(body, [*lines, "  not made yet: `sisa approx unlearn` continues it"])
     given = {**report.get("hyperparameters", {}), **report.get("settings", {})}
     lines.append(f"  {report.get('method')}: " + ", ".join(f"{k} {v}" for k, v in given.items()))
-    lines += [*_known(report), *_measures(report), *_robustness(report), *_composition(report)]
-    lines.append("  limits:")
-    lines += [f"    - {each}" for each in report.get("limits", [])]
-    return Result(body, printable("\n".join(lines)))
+    limits = (f"    - {each}" for each in report.get("limits", []))
+    lines += [*_measures(report), "  limits:", *limits]
+    return Result(body, lines)
 
 
 def reverted(gone: Sequence[Patch]) -> Result:
@@ -483,12 +447,14 @@ def reverted(gone: Sequence[Patch]) -> Result:
         + ("no longer served, and erased" if each.state == "reverted" else "given up before it was made")
         for each in gone
     ]
-    return Result(body, printable("\n".join(lines)))
+    return Result(body, lines)
 
 
 def released(gone: Sequence[VaultSet]) -> Result:
     texts = sum(each.num_records for each in gone)
     body = {"approximate": True, "released": [asdict(each) for each in gone]}
-    lines = [f"{len(gone)} sets with {texts} texts are erased from the vault, their keys first"]
-    lines.append("  approximate patches that were made from them stay; they can't be made again")
-    return Result(body, printable("\n".join(lines)))
+    lines = [
+        f"{len(gone)} sets with {texts} texts are erased from the vault, their keys first",
+        "  approximate patches that were made from them stay; they can't be made again",
+    ]
+    return Result(body, lines)

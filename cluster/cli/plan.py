@@ -1,8 +1,7 @@
 """Price deletions before there is a model: `sisa plan` and `sisa simulate`.
 
-Nothing is trained; `sisa/planning/layout_advice.py` and `deletion_stream.py` calculate. `plan` takes
-bytes and rates from the run file's model if there is one; otherwise they are given or assumed, and the
-output says so. Invalid options are refused together, before anything is calculated.
+`plan` takes bytes and rates from the run file's model if there is one; otherwise they are given or
+assumed, and the output says so. Invalid options are refused together, before anything is calculated.
 """
 
 from __future__ import annotations
@@ -10,15 +9,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli.command import command
-from cluster.observe.extras import library
-from cluster.render.render import Result
+from cluster.cli.command import PATH, command, run_file_argument
+from cluster.observe.extras import extra
+from cluster.render.render import Result, counted
 from sisa.core.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ class _Finite(click.FloatRange):
 
 
 ABOVE_0 = _Finite(0, min_open=True)
-
-
 records_option = click.option(
     "--records", type=click.IntRange(1, MAX_RECORDS), required=True, help="Records of the model."
 )
@@ -57,7 +55,7 @@ risk_option = click.option(
 
 
 @command("simulate", "sisa simulate run.yaml --records 100000000 --deletions 1000000")
-@click.argument("run_file", type=click.Path(path_type=Path))
+@run_file_argument
 @records_option
 @click.option(
     "--deletions",
@@ -65,11 +63,11 @@ risk_option = click.option(
     required=True,
     help="Records to delete, drawn at random.",
 )
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Deletions per run.")
+@click.option("--batch", type=click.IntRange(1), default=1, help="Deletions per run.")
 @click.option("--shards", type=click.IntRange(1, 10_000), help="Shards, instead of the run file's.")
 @click.option("--slices", type=click.IntRange(1, 10_000), help="Slices, instead of the run file's.")
 @risk_option
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the draw.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the draw.")
 def simulate(
     run_file: Path,
     records: int,
@@ -105,7 +103,7 @@ def simulate(
 
 
 @command("plan", "sisa plan run.yaml --records 100000 --deletions-per-month 40 --budget-gb 50")
-@click.argument("run_file", type=click.Path(path_type=Path))
+@run_file_argument
 @records_option
 @click.option("--deletions-per-month", type=ABOVE_0, required=True, help="Records deleted in a month.")
 @risk_option
@@ -117,9 +115,10 @@ def simulate(
     "--min-depth",
     type=click.FloatRange(0, 1),
     default=0.0,
+    show_default=False,
     help="Least share of its slices that a shard serves right after a deletion.",
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the choices into this PNG.")
+@click.option("--plot", type=PATH, help="Draw the choices into this PNG.")
 def plan(
     run_file: Path,
     records: int,
@@ -152,10 +151,10 @@ def plan(
     advised = advise(demand, replace(limits, min_depth=min_depth))
     best = recommended(advised)
     if plot is not None:
-        library("matplotlib", "notebook")
         from cluster.render.plan_picture import draw_choices
 
-        draw_choices(advised, best).savefig(plot, dpi=120)
+        with extra("notebook"):
+            draw_choices(advised, best).savefig(plot, dpi=120)
     return planned(advised, best, limits, source)
 
 
@@ -197,11 +196,8 @@ def _measured(config: RunConfig) -> tuple[float, float]:
     file = config.output_dir / LEDGER
     if not file.is_file():
         return 0.0, 0.0
-    ledger = SqlLedger(file)
-    try:
+    with closing(SqlLedger(file)) as ledger:
         held = ledger.checkpoints()
-    finally:
-        ledger.close()
     seconds = sum(each.seconds for each in held)
     work = sum(each.record_epochs for each in held)
     return sum(each.num_bytes for each in held) / max(1, len(held)), work / seconds if seconds else 0.0
@@ -284,7 +280,7 @@ def replayed(found: Replayed, stream: Stream, batch: int, seconds: float) -> Res
         f"{100 * retrained / found.num_deletions / full:.6f}% of one for each deletion",
         f"expected    {expected:,} by closed forms for equal shards",
     ]
-    return Result(body, "\n".join(lines))
+    return Result(body, lines)
 
 
 def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits, source: str) -> Result:
@@ -302,7 +298,7 @@ def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits
     timed = limits.record_epochs_per_s > 0
     shown = ["nothing fits within the limits; the cheapest that do not:"]
     if best is not None:
-        orders = "1 order" if best.num_orders == 1 else f"{best.num_orders} orders"
+        orders = counted(best.num_orders, "order")
         bands = f", bands at {list(best.thresholds)}" if best.thresholds else ""
         shown = [
             f"recommended: {best.num_shards} shards x {best.num_slices} slices, {orders}, "
@@ -314,10 +310,10 @@ def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits
     widths = (7, 6, 6, 5, 8, 8, 8, 8, 7)
     head = " ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
     head += f" {'GB':>8} {'h' if timed else 'epochs':>10}  bands"
-    rows = [_row(each, timed=timed) for each in advised[:SHOWN]]
+    table = [head, *(_row(each, timed=timed) for each in advised[:SHOWN])]
     more = [f"... and {len(advised) - SHOWN} more choices (--json)"] if len(advised) > SHOWN else []
-    lines = [*shown, "", head, *rows, *more, "", *NOTES, f"bytes per stage: {source}"]
-    return Result(body, "\n".join(lines), 0 if best else 2)
+    lines = [*shown, "", *table, *more, "", *NOTES, f"bytes per stage: {source}"]
+    return Result(body, lines, 0 if best else 2)
 
 
 def block_of(advice: Advice, limits: LayoutLimits) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.cli.command import (
-    cli,
     command,
+    command_group,
     consent_option,
     executor_option,
-    ids_file_option,
+    ids_options,
     model_option,
-    named_ids,
     opened,
     option_or_file,
     option_or_input,
@@ -34,31 +33,26 @@ from cluster.render.render import (
     counted,
     meanwhile,
     missing_exports,
-    printable,
     probed,
+    retrained,
     share,
 )
 
 if TYPE_CHECKING:
-    from sisa.core.domain import Request, RequestState
+    from sisa.core.domain import Regime, Request, RequestState
     from sisa.flows.lifecycle import RequestView, Submitted
     from sisa.flows.wiring.wiring import OpenExecutor
     from sisa.model import Model
     from sisa.planning.batching import RunPlan
 
 
-@cli.group(help="Requests for deletion: submit, decide, look up.")
-def request() -> None:
-    """Group request commands."""
-
-
+request = command_group("request", "Requests for deletion: submit, decide, look up.")
 request_argument = click.argument("request_id", metavar="REQUEST")
 
 
 @command("submit", "sisa request submit -m model --subject p001 --external-id T-17", group=request)
 @model_option
-@click.argument("ids", nargs=-1, metavar="[ID]...")
-@ids_file_option
+@ids_options
 @option_or_file("--subject", help="Delete all records of a subject.")
 @option_or_input("--find-like", metavar="ID", help="Delete a record; propose its near-duplicates.")
 @click.option("--external-id", help="Your own name for the request; a repeated name adds no request.")
@@ -67,7 +61,6 @@ request_argument = click.argument("request_id", metavar="REQUEST")
     "--regime",
     type=click.Choice(["gdpr", "delete-act"]),
     default="gdpr",
-    show_default=True,
     help="Sets the due date: a month, or 45 days.",
 )
 @click.option("--due", help="Due date, YYYY-MM-DD, instead of the regime's.")
@@ -76,13 +69,12 @@ request_argument = click.argument("request_id", metavar="REQUEST")
 @consent_option
 def submit_request(
     directory: Path,
-    ids: tuple[str, ...],
-    ids_file: Path | None,
+    ids: list[str],
     subject: str | None,
     find_like: str | None,
     external_id: str | None,
     reason: str | None,
-    regime: str,
+    regime: Regime,
     due: str | None,
     approver: str | None,
     include_duplicates: bool,
@@ -91,13 +83,13 @@ def submit_request(
     """Submit a request; it runs once it is approved."""
     from sisa.flows.deletion import Terms
 
-    named = [*named_ids(ids, ids_file), *([find_like] if find_like else [])]
+    named = [*ids, *([find_like] if find_like else [])]
     if bool(named) == (subject is not None):
         raise click.UsageError("give IDs (or --ids-file, or --find-like), or --subject")
     terms = Terms(
         external_id=external_id,
         reason=reason or "",
-        regime="delete-act" if regime == "delete-act" else "gdpr",
+        regime=regime,
         due=due,
         approver=approver,
         include_copies=include_duplicates,
@@ -137,7 +129,7 @@ def _decide(directory: Path, request_id: str, state: RequestState, note: str) ->
 def approve(directory: Path, request_id: str, approver: str) -> Result:
     """Approve a request that was received or held."""
     done = _decide(directory, request_id, "approved", approver)
-    return replace(done, text=f"{done.text}\nnext: sisa run -m {directory}")
+    return replace(done, lines=[*done.lines, f"next: sisa run -m {directory}"])
 
 
 @command("deny", 'sisa request deny -m model T-17 --reason "not the person"', group=request)
@@ -184,10 +176,12 @@ def _join_cluster(model: Model) -> None:
     """
     from sisa.flows.wiring.wiring import OnCluster
 
-    executor = model.executor
-    on_cluster = isinstance(executor, OnCluster)
-    address = executor.address if isinstance(executor, OnCluster) else model.config.cluster.address
-    if address is not None and (on_cluster or executor == "ray"):
+    executor, address = model.executor, None
+    if isinstance(executor, OnCluster):
+        address = executor.address
+    elif executor == "ray":
+        address = model.config.cluster.address
+    if address is not None:
         from cluster.ray.ray_session import connect
 
         connect(address, 0)
@@ -201,11 +195,7 @@ def _join_cluster(model: Model) -> None:
 @click.option("--once", is_flag=True, help="Run what is approved now (the default).")
 @click.option("--watch", is_flag=True, help="Keep running requests when the plan says so.")
 @click.option(
-    "--every",
-    default=60,
-    show_default=True,
-    type=click.IntRange(1, 86_400),
-    help="Seconds between checks with --watch.",
+    "--every", default=60, type=click.IntRange(1, 86_400), help="Seconds between checks with --watch."
 )
 @executor_option
 def run_requests(
@@ -242,28 +232,18 @@ def _body(view: RequestView) -> dict[str, Any]:
 
 
 def requests_listed(views: Sequence[RequestView]) -> Result:
-    text = "\n".join(_line(view) for view in views) or "no requests"
-    return Result({"requests": [_body(view) for view in views]}, printable(text))
+    lines = [_line(view) for view in views] or ["no requests"]
+    return Result({"requests": [_body(view) for view in views]}, lines)
 
 
 def request_shown(view: RequestView) -> Result:
-    events = [asdict(each) for each in view.events]
+    request = view.request
     lines = [_line(view)]
     lines += [f"  {each.at}  {each.state}  {each.note}".rstrip() for each in view.events]
-    lines += _cost(view.request) + probed(view.request.probed)
-    return Result(_body(view) | {"events": events}, printable("\n".join(lines)))
-
-
-def _cost(request: Request) -> list[str]:
-    """Return what was served meanwhile and what the request's batch cost; no line before its commit."""
-    if not request.committed_at:
-        return []
-    part = share(request.record_epochs_retrained, request.record_epochs_full)
-    return [
-        f"  record-epochs of its batch: {request.record_epochs_retrained} of "
-        f"{request.record_epochs_full} ({part})",
-        *meanwhile(request.served, request.serving_depth, request.record_epochs_others),
-    ]
+    if request.committed_at:
+        lines += [f"  record-epochs of its batch: {retrained(request)}", *meanwhile(request)]
+    lines += probed(request.probed)
+    return Result(_body(view) | {"events": [asdict(each) for each in view.events]}, lines)
 
 
 def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
@@ -273,9 +253,8 @@ def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
         lines.append(f"exact copies under other ids, {fate}: {len(found.copies)}")
         lines += [f"  {each}" for each in found.copies]
     if found.near:
-        lines.append(
-            f"near-duplicates, not included: {len(found.near)}; submit their ids to delete them"
-        )
+        near = f"near-duplicates, not included: {len(found.near)}"
+        lines.append(f"{near}; submit their ids to delete them")
         lines += [f"  {each.score:.4f}  {each.id}" for each in found.near]
     if view.request.state == "received":
         name = view.request.external_id or view.request.request_id
@@ -283,7 +262,7 @@ def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
     elif view.request.state == "approved":
         lines.append(f"next: sisa run -m {directory}")
     body = _body(view) | {"copies": list(found.copies), "near": [asdict(each) for each in found.near]}
-    return Result(body, printable("\n".join(lines)))
+    return Result(body, lines)
 
 
 def run_planned(found: RunPlan) -> Result:
@@ -294,7 +273,7 @@ def run_planned(found: RunPlan) -> Result:
         f"  expected record-epochs, later requests included: {found.cost_now:.1f} if run now, "
         f"{found.cost_waiting:.1f} if you wait",
     ]
-    return Result(asdict(found), "\n".join(lines))
+    return Result(asdict(found), lines)
 
 
 def ran(done: Sequence[Request], missing: Sequence[str] = (), directory: Path | str = "DIR") -> Result:
@@ -308,4 +287,4 @@ def ran(done: Sequence[Request], missing: Sequence[str] = (), directory: Path | 
     ] or ["no request waits to be run"]
     body = {"requests": [asdict(each) for each in done], "exports_missing": list(missing)}
     hints = [line for each in done for line in base_hint(each, directory)]
-    return Result(body, printable("\n".join([*lines, *hints, *missing_exports(missing)])))
+    return Result(body, [*lines, *hints, *missing_exports(missing)])

@@ -1,7 +1,4 @@
-"""Choose `min_score` on public prompts: `sisa routing calibrate`.
-
-The command reads public prompts alone and writes nothing; it prints lines for the run file.
-"""
+"""Choose `min_score` on public prompts: `sisa routing calibrate`."""
 
 from __future__ import annotations
 
@@ -11,25 +8,23 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cluster.cli.command import cli, command
+from cluster.cli.command import PATH, command, command_group, run_file_argument
 from cluster.render.render import Result
 
 if TYPE_CHECKING:
     from sisa.lm.answer.calibration import Errors
 
 
-@cli.group(help="Which shards answer a prompt.")
-def routing() -> None:
-    """Hold the commands about routing."""
+routing = command_group("routing", "Which shards answer a prompt.")
 
 
 @command("calibrate", "sisa routing calibrate run.yaml --prompts public.jsonl", group=routing)
-@click.argument("run_file", type=click.Path(path_type=Path))
+@run_file_argument
 @click.option(
     "--prompts",
     "file",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Records that anybody may see, with subjects; columns as in the run file.",
 )
 def calibrate(run_file: Path, file: Path) -> Result:
@@ -49,7 +44,7 @@ def calibrate(run_file: Path, file: Path) -> Result:
         "for the run file:",
         f"  sisa: {{aggregation: {{method: routed, min_score: {found.best.min_score}}}}}",
     ]
-    return Result(asdict(found), "\n".join(lines))
+    return Result(asdict(found), lines)
 
 
 def _line(of: Errors) -> str:

@@ -1,103 +1,91 @@
-"""Write curves to TensorBoard or MLflow, each behind one small Protocol.
+"""Write the curves of runs to TensorBoard or MLflow.
 
-A run is written whole and replaces its earlier version, so nothing is written twice. Only numbers and
-the names of curves and runs are written. The libraries are extras, imported when used; a missing one
-raises EnvironmentFault. The copies belong to the user: a deletion does not reach them.
+A run is written whole and replaces its earlier version. Only numbers and the names of curves and runs
+are written. The copies belong to the user: a deletion does not reach them.
 
-    TensorBoard(Path("board")).write("20261125T213749Z-3f9a1c2b", points)
+    to_tensorboard(Path("board"), {"20261125T213749Z-3f9a1c2b": points})
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from cluster.observe.curves import Point
-from cluster.observe.extras import library, not_installed
+from cluster.observe.extras import extra
 from sisa.core.digest import digest_of
 from sisa.core.errors import EnvironmentFault
 from sisa.store.blobs.files import disk_errors
 
-EVENT_FILES = "events.out.tfevents.*"
 RUN_TAG, CONTENT_TAG = "sisa.run", "sisa.content"
 BATCH = 1000  # the most metrics that MLflow takes in one call
+Curves = Mapping[str, Sequence[Point]]  # by run
 
 
-class CurveSink(Protocol):
-    """A tool that stores curves."""
-
-    def write(self, run: str, points: Sequence[Point]) -> None:
-        """Write a run's points, in place of its earlier ones."""
-
-
-class TensorBoard:
+def to_tensorboard(directory: Path, curves: Curves) -> None:
     """Write event files of TensorBoard, in one directory per run."""
+    with extra("tensorboard"):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._files = library("tensorboard.summary.writer.event_file_writer", "tensorboard")
-        self._events = library("tensorboard.compat.proto.event_pb2", "tensorboard")
-        self._summaries = library("tensorboard.compat.proto.summary_pb2", "tensorboard")
-
-    def write(self, run: str, points: Sequence[Point]) -> None:
-        folder = self._directory / run
+    for run, points in curves.items():
+        folder = directory / run
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for former in folder.glob(EVENT_FILES):
+            for former in folder.glob("events.out.tfevents.*"):
                 former.unlink()
-            writer = self._files.EventFileWriter(str(folder))
+            writer = EventFileWriter(str(folder))
             for each in points:
-                value = self._summaries.Summary.Value(tag=each.curve, simple_value=each.value)
-                summary = self._summaries.Summary(value=[value])
-                writer.add_event(self._events.Event(wall_time=each.at, step=each.step, summary=summary))
+                value = Summary.Value(tag=each.curve, simple_value=each.value)
+                summary = Summary(value=[value])
+                writer.add_event(Event(wall_time=each.at, step=each.step, summary=summary))
             writer.close()
 
 
-class Mlflow:
+def to_mlflow(uri: str, experiment: str, curves: Curves) -> None:
     """Write runs of an experiment to an MLflow server, or to a database."""
+    with _mlflow_errors(uri):
+        from mlflow import MlflowClient
 
-    def __init__(self, uri: str, experiment: str) -> None:
-        self._library = library("mlflow", "mlflow")
-        self._entities = library("mlflow.entities", "mlflow")
-        with self._refusals(uri):
-            self._client = self._library.MlflowClient(tracking_uri=uri)
-            found = self._client.get_experiment_by_name(experiment)
-            self._experiment = (
-                found.experiment_id if found else self._client.create_experiment(experiment)
-            )
-        self._uri = uri
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment)
+        place = found.experiment_id if found else client.create_experiment(experiment)
+        for run, points in curves.items():
+            _write_run(client, place, run, points)
 
-    def write(self, run: str, points: Sequence[Point]) -> None:
-        content = digest_of([asdict(each) for each in points])
-        with self._refusals(self._uri):
-            former = self._client.search_runs([self._experiment], f"tags.`{RUN_TAG}` = '{run}'")
-            if [each.data.tags.get(CONTENT_TAG) for each in former] == [content]:
-                return
-            for each in former:
-                self._client.delete_run(each.info.run_id)
-            times = [round(1000 * each.at) for each in points] or [0]
-            made = self._client.create_run(
-                self._experiment, start_time=min(times), tags={RUN_TAG: run}, run_name=run
-            )
-            metrics = [
-                self._entities.Metric(each.curve, each.value, at, each.step)
-                for each, at in zip(points, times, strict=False)
-            ]
-            for start in range(0, len(metrics), BATCH):
-                self._client.log_batch(made.info.run_id, metrics=metrics[start : start + BATCH])
-            self._client.set_tag(made.info.run_id, CONTENT_TAG, content)
-            self._client.set_terminated(made.info.run_id, "FINISHED", max(times))
 
-    @contextlib.contextmanager
-    def _refusals(self, uri: str) -> Iterator[None]:
+def _write_run(client: Any, experiment: str, run: str, points: Sequence[Point]) -> None:
+    from mlflow.entities import Metric
+
+    content = digest_of([asdict(each) for each in points])
+    former = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run}'")
+    if [each.data.tags.get(CONTENT_TAG) for each in former] == [content]:
+        return
+    for each in former:
+        client.delete_run(each.info.run_id)
+    times = [round(1000 * each.at) for each in points] or [0]
+    made = client.create_run(experiment, start_time=min(times), tags={RUN_TAG: run}, run_name=run)
+    metrics = [
+        Metric(each.curve, each.value, at, each.step) for each, at in zip(points, times, strict=False)
+    ]
+    for start in range(0, len(metrics), BATCH):
+        client.log_batch(made.info.run_id, metrics=metrics[start : start + BATCH])
+    client.set_tag(made.info.run_id, CONTENT_TAG, content)
+    client.set_terminated(made.info.run_id, "FINISHED", max(times))
+
+
+@contextmanager
+def _mlflow_errors(uri: str) -> Iterator[None]:
+    with extra("mlflow"):  # MLflow imports a database's library when it opens the address
+        from mlflow import MlflowException
+
         try:
             yield
-        except ImportError as error:  # MLflow imports a database's library when it opens the address
-            raise not_installed(error.name or "a library", "mlflow", error) from None
-        except self._library.MlflowException as error:
+        except MlflowException as error:
             raise EnvironmentFault(
                 "MLflow refused",
                 where=uri,

@@ -75,21 +75,18 @@ def summary(lines: Sequence[CurveLine]) -> dict[str, Any]:
     Tokens are counted over the stages that still have them. Their speed is that of one worker. The loss
     is the last one that is not erased.
     """
-    of = {name: [each for each in lines if each["event"] == name] for name in _EVENTS}
-    slices, losses = of["slice_trained"], [each["loss"] for each in of["epoch_trained"]]
+    events = Counter(each["event"] for each in lines)
+    slices = [each for each in lines if each["event"] == "slice_trained"]
     counted = [each for each in slices if each["tokens"] is not None]
     tokens, seconds = (sum(each[name] for each in counted) for name in ("tokens", "seconds"))
-    known = [each for each in losses if each is not None]
+    losses = [each["loss"] for each in lines if each.get("loss") is not None]
     return {
         "began": lines[0]["at"] if lines else None,
         "slices_trained": len(slices),
         "tokens": tokens,
         "seconds": round(sum(each["seconds"] for each in slices), 3),
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
-        "last_loss": known[-1] if known else None,
-        "deletions": len(of["deletion_completed"]),
-        "erasure_failures": len(of["erasure_failed"]),
+        "last_loss": losses[-1] if losses else None,
+        "deletions": events["deletion_completed"],
+        "erasure_failures": events["erasure_failed"],
     }
-
-
-_EVENTS = ("slice_trained", "epoch_trained", "deletion_completed", "erasure_failed")

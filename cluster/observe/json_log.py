@@ -4,9 +4,8 @@
      "source": "driver", "pid": 4711, "event": "slice_trained", "shard": 0, "slice": 1, ...}
 
 A line names an event and its numbers, but no loss, text or id (`sisa/store/metrics.py`). A `message` is
-one of this program's own sentences, from a notice or an error, without places and values. Workers write
-to their own standard error, which Ray keeps among its logs. The driver receives the same events and sums
-them up in a line of progress every LINE_EVERY_S seconds.
+one of this program's own sentences, without places and values. Workers write to their own standard
+error, which Ray keeps among its logs; the driver receives the same events and sums them up.
 
 >>> import io
 >>> stream = io.StringIO()
@@ -23,7 +22,15 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from sisa.core.events import ErasureFailed, Event, Notice, PatchProgress, SliceProgress, SliceStarted
+from sisa.core.events import (
+    ErasureFailed,
+    Event,
+    Notice,
+    PatchProgress,
+    Report,
+    SliceProgress,
+    SliceStarted,
+)
 from sisa.flows.wiring.progress import LINE_EVERY_S, Meter
 from sisa.store.metrics import EVENT_NAMES, logged
 
@@ -34,7 +41,7 @@ Level = Literal["info", "error"]
 
 
 class JsonLog:
-    """Write lines to a stream; every line includes the fields of `where`."""
+    """Write lines to a stream, each with the fields of `where`."""
 
     def __init__(self, stream: TextIO, run: str, source: str, **where: str) -> None:
         self._stream = stream
@@ -53,38 +60,34 @@ class JsonLog:
         self.write(EVENT_NAMES[type(event)], level, **logged(event), **said)
 
 
-class DriverLog:
-    """Report events of a run: sum up progress, and write every other event."""
+def driver_log(log: JsonLog) -> Report:
+    """Return a report that sums up a run's progress, and writes every other event."""
+    meter, last = Meter(), time.monotonic()
 
-    def __init__(self, log: JsonLog) -> None:
-        self._log = log
-        self._meter = Meter()
-        self._last = time.monotonic()
-
-    def __call__(self, event: Event) -> None:
+    def report(event: Event) -> None:
+        nonlocal last
         now = time.monotonic()
-        self._meter.take(event, now)
-        if isinstance(event, SliceStarted | SliceProgress | PatchProgress):
-            if now - self._last >= LINE_EVERY_S:
-                self._last = now
-                self._log.write("progress", **self._meter.numbers(now))
-        else:
-            self._log.write_event(event)
+        meter.take(event, now)
+        if not isinstance(event, SliceStarted | SliceProgress | PatchProgress):
+            log.write_event(event)
+        elif now - last >= LINE_EVERY_S:
+            last = now
+            log.write("progress", **meter.numbers(now))
+
+    return report
 
 
-class WorkerLog:
-    """Report events in a worker, except the progress that the driver sums up."""
+def worker_log(run: RunContext | None, stream: TextIO, node: str) -> Report | None:
+    """Return the report of a run's worker, without the progress that the driver sums up.
 
-    def __init__(self, log: JsonLog) -> None:
-        self._log = log
-
-    def __call__(self, event: Event) -> None:
-        if not isinstance(event, SliceProgress | PatchProgress):
-            self._log.write_event(event)
-
-
-def worker_log(run: RunContext | None, stream: TextIO, node: str) -> WorkerLog | None:
-    """Return the log of a run's worker, or None if the run has no JSON log."""
+    Return None if the run has no JSON log.
+    """
     if run is None or run.log_format != "json":
         return None
-    return WorkerLog(JsonLog(stream, run.run, "worker", node=node))
+    log = JsonLog(stream, run.run, "worker", node=node)
+
+    def report(event: Event) -> None:
+        if not isinstance(event, SliceProgress | PatchProgress):
+            log.write_event(event)
+
+    return report

@@ -4,18 +4,17 @@
     model.forget(subject="p001")
     draw_layout(before, model.status()).savefig("layout.png")
 
-The picture is derived from two `Status` objects alone: nothing is read, and no ids or text are shown. A
-shard whose head changed was trained again from its first changed slice on. If none of its record counts
-changed (one record out, one in; another run file), it was trained again from its first slice on. Every
-mark has its own hatching and legend entry, so the picture is readable without colour. matplotlib (extra
-`notebook`) is imported when something is drawn. A figure belongs to the caller; pyplot keeps none.
+The picture is derived from two `Status` objects alone, and shows no ids and no text. A shard whose head
+changed was trained again from its first changed slice on. If none of its record counts changed (one
+record out, one in; another run file), it was trained again from its first slice on. Every mark has its
+own hatching, so the picture is readable without colour. matplotlib (extra `notebook`) is imported when
+something is drawn; pyplot keeps no figure.
 
 Source: SISA, Bourtoule et al. 2021, figure 2 (shards and slices); colours of Okabe and Ito 2008.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -35,23 +34,18 @@ HEAD_CELLS = 1.6  # width of the column of adapters, in cells
 GAP_CELLS = 0.3
 
 
-@dataclass(frozen=True)
-class Look:
-    """Describe how a mark is drawn and its label in the legend."""
-
-    label: str
-    colour: str
-    hatch: str
-
-
 class Mark(Enum):
-    """Name what happened to one slice of one shard."""
+    """Name what happened to one slice of one shard, and how it is drawn."""
 
-    KEPT = Look("untouched", "#f4f4f4", "")
-    DELETED = Look("records deleted here", "#e69f00", "xx")
-    RETRAINED = Look("trained again without them", "#9fd3f5", "//")
-    WAITING = Look("waiting to be trained", "#f0e442", "..")
-    APPENDED = Look("appended and trained", "#b5dfcd", "||")
+    KEPT = ("untouched", "#f4f4f4", "")
+    DELETED = ("records deleted here", "#e69f00", "xx")
+    RETRAINED = ("trained again without them", "#9fd3f5", "//")
+    WAITING = ("waiting to be trained", "#f0e442", "..")
+    APPENDED = ("appended and trained", "#b5dfcd", "||")
+
+    def __init__(self, label: str, colour: str, hatch: str) -> None:
+        self.label = label
+        self.look: dict[str, Any] = {"facecolor": colour, "edgecolor": "#333333", "hatch": hatch}
 
 
 def cell_marks(before: Status, after: Status) -> dict[Place, Mark]:
@@ -132,38 +126,23 @@ def draw_layout(before: Status, after: Status | None = None, title: str = "") ->
 def _draw_cell(axes: Any, row: int, column: float, label: str, mark: Mark, width: float = 1) -> None:
     from matplotlib.patches import Rectangle
 
-    look = mark.value
-    cell = Rectangle((column + 0.04, row + 0.05), width - 0.08, 0.9)
-    cell.set(facecolor=look.colour, edgecolor="#333333", hatch=look.hatch)
-    axes.add_patch(cell)
+    axes.add_patch(Rectangle((column + 0.04, row + 0.05), width - 0.08, 0.9, **mark.look))
     plate = {"facecolor": "white", "edgecolor": "none", "boxstyle": "round,pad=0.25"}
     axes.text(column + width / 2, row + 0.5, label, ha="center", va="center", bbox=plate)
 
 
 def _draw_head(axes: Any, row: int, column: float, old: ShardStatus, new: ShardStatus) -> None:
     """Draw the digest of a shard's served adapter. A changed one has a thick frame and both digests."""
-    label = [_short(each.adapter_sha256) for each in (old, new)]
+    digests = [each.adapter_sha256 for each in (old, new)]
+    label = [digest[:DIGEST_CHARS] if digest else "the base" for digest in digests]
     same = old.head == new.head
     _draw_cell(axes, row, column, label[0] if same else "\n→ ".join(label), Mark.KEPT, HEAD_CELLS)
     axes.patches[-1].set(linewidth=1 if same else 2.5, gid=f"head-{old.shard}")
     axes.texts[-1].set(family="monospace")
 
 
-def _short(sha256: str | None) -> str:
-    return "the base" if sha256 is None else sha256[:DIGEST_CHARS]
-
-
 def _draw_legend(figure: Any, found: set[Mark]) -> None:
     from matplotlib.patches import Patch
 
-    keys = [
-        Patch(
-            facecolor=mark.value.colour,
-            edgecolor="#333333",
-            hatch=mark.value.hatch,
-            label=mark.value.label,
-        )
-        for mark in Mark
-        if mark in found
-    ]
+    keys = [Patch(label=mark.label, **mark.look) for mark in Mark if mark in found]
     figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False, handleheight=1.4)

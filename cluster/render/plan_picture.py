@@ -2,10 +2,10 @@
 
     draw_choices(advise(demand, limits), best).savefig("plan.png")
 
-The picture is derived from the advice alone, for as many orders as the recommended choice has; the last
-panel compares numbers of orders. Lines have different markers, so the picture is readable without
-colour. A choice over a limit is drawn hollow; the recommended choice has a ring. matplotlib (extra
-`notebook`) is imported when something is drawn. A figure belongs to the caller.
+The panels are of as many orders as the recommended choice has; the last one compares numbers of orders.
+Lines have different markers, so the picture is readable without colour. A choice over a limit is drawn
+hollow; the recommended choice has a ring. matplotlib (extra `notebook`) is imported when something is
+drawn.
 """
 
 from __future__ import annotations
@@ -39,10 +39,7 @@ HOURS: Panel = ("hours of one worker until\na deletion is trained", lambda each:
 
 
 def draw_choices(advised: Sequence[Advice], best: Advice | None) -> Figure:
-    """Draw two rows of panels with slices across, and one panel that compares numbers of orders.
-
-    At most MAX_LINES numbers of shards are drawn.
-    """
+    """Draw two rows of panels, with lines for at most MAX_LINES numbers of shards."""
     from matplotlib.figure import Figure
 
     num_orders = 1 if best is None else best.num_orders
@@ -54,11 +51,8 @@ def draw_choices(advised: Sequence[Advice], best: Advice | None) -> Figure:
     lines = _thinned(sorted({each.num_shards for each in advised}), best)
     for axis, (title, cost) in zip(axes, shown, strict=False):
         for number, num_shards in enumerate(lines):
-            here = sorted(
-                (each for each in advised if each.num_shards == num_shards),
-                key=lambda each: each.num_slices,
-            )
-            _line(axis, here, cost, number)
+            here = [each for each in advised if each.num_shards == num_shards]
+            _line(axis, sorted(here, key=lambda each: each.num_slices), cost, number)
         if best is not None:
             axis.plot(best.num_slices, cost(best), "o", ms=16, mfc="none", mec="black", label=None)
         axis.set_title(title, fontsize=10)
@@ -78,9 +72,9 @@ def _line(axis: Any, here: Sequence[Advice], cost: Callable[[Advice], float], nu
     mark, colour = MARKS[number], f"C{number}"
     slices, costs = [each.num_slices for each in here], [cost(each) for each in here]
     axis.plot(slices, costs, mark, ls="-", lw=1, ms=5, color=colour, label=str(here[0].num_shards))
-    over = [(n, value) for each, n, value in zip(here, slices, costs, strict=True) if each.over]
-    for num_slices, value in over:
-        axis.plot(num_slices, value, mark, ms=5, mfc="white", mec=colour)
+    for each in here:
+        if each.over:
+            axis.plot(each.num_slices, cost(each), mark, ms=5, mfc="white", mec=colour)
 
 
 def _orders(axis: Any, advised: Sequence[Advice], chosen: Advice) -> None:

@@ -1,7 +1,6 @@
-"""Render results as JSON (the contract) and in words.
+"""Render results as JSON and in words.
 
-Pure. The JSON keys are a contract (README, "The JSON contract"): keys are added, never renamed. Text
-from records or models passes through `printable` before it reaches a terminal.
+The JSON keys are a contract (README, "The JSON contract"): keys are added, never renamed.
 
 >>> printable("a\\x1b[31mb\\n")
 'a[31mb\\n'
@@ -15,12 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sisa.core.domain import Request
+
 if TYPE_CHECKING:
     from cluster.cli.quickstart import Start, Story
     from sisa.audit.verify import Verification
-    from sisa.core.domain import Probed, Request
+    from sisa.core.domain import Probed
     from sisa.core.ports import KeptVersions
     from sisa.flows.ask import Answer
+    from sisa.flows.deletion import Forgetting
     from sisa.flows.ingest import Taken
     from sisa.flows.query import Candidate, Location
     from sisa.flows.reconcile import HeldPrompts
@@ -34,11 +36,16 @@ NOT_REQUESTED = "not requested"  # the reason of a shard that was not to be repl
 
 @dataclass(frozen=True)
 class Result:
-    """Hold what a command prints, as JSON and in words, and its exit code."""
+    """Hold what a command prints, as JSON and in lines of words, and its exit code."""
 
     json: dict[str, Any]
-    text: str
+    lines: Sequence[str]
     exit_code: int = 0
+
+    @property
+    def text(self) -> str:
+        """Return the words, safe for a terminal: they may quote records or a model."""
+        return printable("\n".join(self.lines))
 
 
 def printable(text: str) -> str:
@@ -49,6 +56,12 @@ def printable(text: str) -> str:
 def share(part: int, whole: int) -> str:
     """Return a part of a whole in percent."""
     return f"{100 * part / whole:.1f}%" if whole else "0%"
+
+
+def retrained(of: Request | Forgetting) -> str:
+    """Return the record-epochs that a deletion retrains, and their share of a full training."""
+    part, whole = of.record_epochs_retrained, of.record_epochs_full
+    return f"{part} of {whole} ({share(part, whole)})"
 
 
 def counted(number: int, noun: str) -> str:
@@ -72,41 +85,45 @@ def taken(found: Taken, directory: Path) -> Result:
         lines.insert(1, f"{text} them `generation: {found.generation}`")
     lines += prompts(found.prompts)
     if found.deleted_not_taken:
-        lines.append(
-            f"skipped: {counted(found.deleted_not_taken, 'record')} that a request deleted before"
-        )
+        skipped = counted(found.deleted_not_taken, "record")
+        lines.append(f"skipped: {skipped} that a request deleted before")
     if found.new_not_taken:
-        new = f"not added: {counted(found.new_not_taken, 'new record')}"
-        lines.append(f"{new}; use `sisa add -m {directory} FILE`")
+        new = counted(found.new_not_taken, "new record")
+        lines.append(f"not added: {new}; use `sisa add -m {directory} FILE`")
     lines.append(f"next: sisa status, find, generate or forget, each with -m {directory}")
-    return Result(asdict(found), "\n".join(lines))
+    return Result(asdict(found), lines)
 
 
 def where(locations: Sequence[Location]) -> Result:
-    lines = []
-    for each in locations:
-        place = f"shard {each.shard}, slice {each.slice}"
-        if each.state == "deleted":
-            lines.append(
-                f"{each.id}: deleted at {each.deleted_at} by {each.request_id} "
-                f"(was in {place}; {_gone(each)})"
-            )
-            lines += _touched_patches(each)
-            continue
-        if each.state == "patch":
-            lines += [f"{each.id}: never a record of the model", *_touched_patches(each)]
-            continue
-        place += f" (generation {each.generation})" if each.generation else ""
-        lines.append(
-            f"{each.id}: {each.state}, {place}, in {counted(len(each.checkpoints), 'checkpoint')}"
-        )
-        lines += [
+    lines = [line for each in locations for line in _located(each)]
+    return Result({"records": [asdict(each) for each in locations]}, lines)
+
+
+def _located(each: Location) -> list[str]:
+    place = f"shard {each.shard}, slice {each.slice}"
+    patches = [
+        f"    approximate patch {p.version} ({p.state}), made to {p.role} it" for p in each.patches
+    ]
+    patches += [
+        f"    in the vault, encrypted, to {kept.role}: set {kept.name[:16]}..., consent: {kept.consent}"
+        for kept in each.vault
+    ]
+    if each.state == "patch":
+        return [f"{each.id}: never a record of the model", *patches]
+    if each.state == "deleted":
+        by = f"deleted at {each.deleted_at} by {each.request_id}"
+        return [f"{each.id}: {by} (was in {place}; {_gone(each)})", *patches]
+    place += f" (generation {each.generation})" if each.generation else ""
+    return [
+        f"{each.id}: {each.state}, {place}, in {counted(len(each.checkpoints), 'checkpoint')}",
+        *(
             f"    slice {touch.slice}  {touch.key}{'  <- served head' if touch.is_head else ''}"
             for touch in each.checkpoints
-        ]
-        lines += [f"    exported to {path}" for path in each.exports] + _touched_patches(each)
-        lines += [f"    hidden states of its slice in {path}" for path in each.kept_states]
-    return Result({"records": [asdict(each) for each in locations]}, printable("\n".join(lines)))
+        ),
+        *(f"    exported to {path}" for path in each.exports),
+        *patches,
+        *(f"    hidden states of its slice in {path}" for path in each.kept_states),
+    ]
 
 
 def _gone(each: Location) -> str:
@@ -120,51 +137,39 @@ def _gone(each: Location) -> str:
     return f"NOT ERASED YET: {', '.join(left)}; the next train, add or forget tries again"
 
 
-def _touched_patches(each: Location) -> list[str]:
-    return [
-        *(
-            f"    approximate patch {touch.version} ({touch.state}), made to {touch.role} it"
-            for touch in each.patches
-        ),
-        *(
-            f"    in the vault, encrypted, to {found.role}: set {found.name[:16]}..., "
-            f"consent: {found.consent}"
-            for found in each.vault
-        ),
-    ]
-
-
 def found(hits: Sequence[Candidate]) -> Result:
     rows = []
     for h in hits:
         of = "no subject" if h.subject is None else f"of {h.subject}"
         rows.append(f"{h.score:8.4f}  shard {h.shard}  slice {h.slice}  {h.match:8}{h.id}  ({of})")
         rows += [f"          {h.text}"] if h.text is not None else []
-    text = printable("\n".join(rows)) if rows else "no record matches"
-    return Result({"hits": [asdict(each) for each in hits]}, text)
+    return Result({"hits": [asdict(each) for each in hits]}, rows or ["no record matches"])
 
 
-def _shards(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, int]]:
-    return [{"shard": s, "first_slice": first, "slices_retrained": n} for s, first, n in rows]
-
-
-def _served(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, int]]:
-    return [{"shard": s, "slices_served": depth, "of": whole} for s, depth, whole in rows]
-
-
-def meanwhile(rows: Sequence[tuple[int, int, int]], depth: float, others: int) -> list[str]:
+def meanwhile(of: Request | Forgetting) -> list[str]:
     """Return what is served until the shards are retrained, and the additional cost of other orders."""
-    text = ", ".join(f"shard {s}: {n} of {whole} slices" for s, n, whole in rows[:MAX_SHARDS_SHOWN])
-    text += ", ..." if len(rows) > MAX_SHARDS_SHOWN else ""
-    lines = [f"  meanwhile served: {text}; {100 * depth:.1f}% of all shards' slices"] if rows else []
-    return lines + ([f"  other orders: {others} record-epochs more"] if others else [])
+    text = ", ".join(f"shard {s}: {n} of {whole} slices" for s, n, whole in of.served[:MAX_SHARDS_SHOWN])
+    text += ", ..." if len(of.served) > MAX_SHARDS_SHOWN else ""
+    served = f"  meanwhile served: {text}; {100 * of.serving_depth:.1f}% of all shards' slices"
+    others = f"  other orders: {of.record_epochs_others} record-epochs more"
+    return [served] * bool(of.served) + [others] * bool(of.record_epochs_others)
+
+
+def _numbers(of: Request | Forgetting, shards: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    """Return the keys that a deletion and its dry run share."""
+    return {
+        "shards": [{"shard": s, "first_slice": f, "slices_retrained": n} for s, f, n in shards],
+        "record_epochs_retrained": of.record_epochs_retrained,
+        "record_epochs_full": of.record_epochs_full,
+        "record_epochs_others": of.record_epochs_others,
+        "served": [{"shard": s, "slices_served": n, "of": whole} for s, n, whole in of.served],
+        "serving_depth": of.serving_depth,
+    }
 
 
 def forget_plan(planned: ForgetPlan) -> Result:
-    forgetting = planned.forgetting
-    rows = [
-        (plan.shard, forgetting.first_slices[plan.shard], len(plan.train)) for plan in forgetting.plans
-    ]
+    forgetting, seconds = planned.forgetting, planned.estimated_seconds
+    rows = [(shard, forgetting.first_slices[shard], n) for shard, n in forgetting.stages.items()]
     erased = {
         "checkpoints": len(forgetting.tainted),
         "slice_files": planned.slice_files_erased,
@@ -175,31 +180,22 @@ def forget_plan(planned: ForgetPlan) -> Result:
         "dry_run": True,
         "records": len(forgetting.removed),
         "already_deleted": len(forgetting.already_deleted),
-        "shards": _shards(rows),
-        "record_epochs_retrained": forgetting.record_epochs_retrained,
-        "record_epochs_full": forgetting.record_epochs_full,
-        "record_epochs_others": forgetting.record_epochs_others,
-        "served": _served(forgetting.served),
-        "serving_depth": forgetting.serving_depth,
-        "estimated_seconds": planned.estimated_seconds,
+        **_numbers(forgetting, rows),
+        "estimated_seconds": seconds,
         "would_erase": erased,
     }
-    seconds = planned.estimated_seconds
     estimate = "unknown" if seconds is None else f"{seconds:.1f} s of one worker"
+    *most, last = (counted(n, name.removesuffix("s").replace("_", " ")) for name, n in erased.items())
     lines = [
         f"would delete {counted(len(forgetting.removed), 'record')}; nothing was changed",
         *(f"  shard {s}: retrain {counted(n, 'slice')} from slice {first} on" for s, first, n in rows),
-        f"  record-epochs: {forgetting.record_epochs_retrained} of {forgetting.record_epochs_full} "
-        f"({share(forgetting.record_epochs_retrained, forgetting.record_epochs_full)}); "
-        f"estimated time {estimate}",
-        *meanwhile(forgetting.served, forgetting.serving_depth, forgetting.record_epochs_others),
-        f"  would erase {counted(erased['checkpoints'], 'checkpoint')}, "
-        f"{counted(erased['slice_files'], 'slice file')}, {counted(erased['index_rows'], 'index row')} "
-        f"and {counted(erased['exports'], 'export')}",
+        f"  record-epochs: {retrained(forgetting)}; estimated time {estimate}",
+        *meanwhile(forgetting),
+        f"  would erase {', '.join(most)} and {last}",
         *_already(len(forgetting.already_deleted)),
         "next: the same command without --dry-run",
     ]
-    return Result(body, "\n".join(lines))
+    return Result(body, lines)
 
 
 def _already(count: int) -> list[str]:
@@ -208,35 +204,27 @@ def _already(count: int) -> list[str]:
 
 
 def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
-    request, already = outcome.request, outcome.already_deleted
-    before = outcome.model_digest if request is None else request.model_digest_before
-    body: dict[str, Any] = {
-        "request_id": None,
-        "records": 0,
-        "shards": [],
-        "record_epochs_retrained": 0,
-        "record_epochs_full": 0,
-        "record_epochs_others": 0,
-        "served": [],
-        "serving_depth": 1.0,
+    already, after = outcome.already_deleted, outcome.model_digest
+    nothing = Request("", "", "", 0, model_digest_before=after, model_digest_after=after)
+    request = outcome.request or nothing
+    body = {
+        "request_id": request.request_id or None,
+        "records": request.num_records,
+        **_numbers(request, request.shards),
         "deferred": outcome.deferred,
-        "seconds": 0.0,
-        "model_digest_before": before,
-        "model_digest_after": outcome.model_digest,
+        "seconds": request.seconds,
+        "model_digest_before": request.model_digest_before,
+        "model_digest_after": request.model_digest_after,
         "already_deleted": len(already),
         "already_deleted_by": sorted({each.request_id for each in already}),
-        "exports_erased": 0,
+        "exports_erased": request.exports_erased,
         "exports_missing": list(outcome.exports_missing),
         "old_versions_kept": [asdict(each) for each in outcome.kept],
-        "probed": None,
+        "probed": request.probed and asdict(request.probed),
     }
     lines = _already(len(already))
-    if request is not None:
-        fields = asdict(request)
-        body |= {key: fields[key] for key in body if key in fields}
-        body["records"] = request.num_records
-        body["shards"] = _shards(request.shards)
-        body["served"] = _served(request.served)
+    step = []
+    if outcome.request is not None:
         to_do = "to be retrained" if request.state == "erased" else "retrained"
         lines = [
             f"deleted {counted(request.num_records, 'record')} exactly; request {request.request_id}",
@@ -244,26 +232,19 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
                 f"  shard {s}: {counted(n, 'slice')} {to_do} from slice {f} on"
                 for s, f, n in request.shards
             ),
-            *meanwhile(request.served, request.serving_depth, request.record_epochs_others),
-            f"  record-epochs: {request.record_epochs_retrained} of {request.record_epochs_full} "
-            f"({share(request.record_epochs_retrained, request.record_epochs_full)}) "
-            f"in {request.seconds:.1f} s",
-            f"  model digest {before[:16]}... -> {outcome.model_digest[:16]}...",
+            *meanwhile(request),
+            f"  record-epochs: {retrained(request)} in {request.seconds:.1f} s",
+            f"  model digest {request.model_digest_before[:16]}... -> {after[:16]}...",
             *lines,
+            *[f"  {counted(request.exports_erased, 'export')} erased"] * bool(request.exports_erased),
+            *probed(request.probed),
+            *base_hint(request, directory),
         ]
-        lines += [f"  {counted(request.exports_erased, 'export')} erased"] * bool(request.exports_erased)
-        lines += probed(request.probed) + base_hint(request, directory)
+        step = [f"next: `sisa verify -m {directory} --replay sample` proves it by retraining"]
+        if request.state == "erased":
+            step = [f"next: `sisa run -m {directory}` retrains the deferred slices"]
     lines += missing_exports(outcome.exports_missing) + old_versions(outcome.kept)
-    lines += _after_deletion(request, directory)
-    return Result(body, printable("\n".join(lines)))
-
-
-def _after_deletion(request: Request | None, directory: Path | str) -> list[str]:
-    if request is None:
-        return []
-    if request.state == "erased":
-        return [f"next: `sisa run -m {directory}` retrains the deferred slices"]
-    return [f"next: `sisa verify -m {directory} --replay sample` proves it by retraining"]
+    return Result(body, lines + step)
 
 
 def probed(found: Probed | None) -> list[str]:
@@ -294,14 +275,14 @@ def base_hint(request: Request, directory: Path | str) -> list[str]:
 
 
 def missing_exports(paths: Sequence[str]) -> list[str]:
-    """Return two lines for each export that could not be erased."""
+    """Return what to do about each export that could not be erased."""
     from sisa.flows.export import unload_command
 
-    lines = []
-    for path in paths:
-        lines.append(f"stale export, moved or changed, to be removed by you: {path}")
-        lines.append(f"  if a vLLM server loaded it: {unload_command(path)}")
-    return lines
+    return [
+        f"stale export, moved or changed, to be removed by you: {path}\n"
+        f"  if a vLLM server loaded it: {unload_command(path)}"
+        for path in paths
+    ]
 
 
 def old_versions(found: Sequence[KeptVersions]) -> list[str]:
@@ -351,9 +332,7 @@ def status(found: Status) -> Result:
     if head := found.event_head.link:
         count = found.event_head.num_events
         lines.append(f"event log: {count} events, head {count}:{head}")
-    return Result(
-        asdict(found) | {"witness": {"path": path, "standing": standing}}, printable("\n".join(lines))
-    )
+    return Result(asdict(found) | {"witness": {"path": path, "standing": standing}}, lines)
 
 
 def verified(found: Verification) -> Result:
@@ -382,23 +361,23 @@ def verified(found: Verification) -> Result:
         )
     lines.append("ok" if found.ok else "NOT OK")
     code = 0 if found.ok else EXIT_INTEGRITY
-    return Result({**asdict(found), "replayed": found.replayed}, "\n".join(lines), code)
+    return Result({**asdict(found), "replayed": found.replayed}, lines, code)
 
 
 def answer(found: Answer, alone: bool = False) -> Result:
-    return Result(_answer(found, alone), said(found, alone))
-
-
-def answers(found: Sequence[Answer], alone: bool = False) -> Result:
-    text = [f"{number}: {said(each, alone)}" for number, each in enumerate(found, start=1)]
-    return Result({"answers": [_answer(each, alone) for each in found]}, "\n".join(text))
-
-
-def _answer(found: Answer, alone: bool) -> dict[str, Any]:
+    """Render an answer; `alone` leaves out who answered."""
     body: dict[str, Any] = {"answer": found.text}
     if not alone:
         body["shards"] = list(found.shards)
-    return body | ({"ended_at_once": True} if found.ended_at_once else {})
+    if found.ended_at_once:
+        body["ended_at_once"] = True
+    return Result(body, [said(found, alone)])
+
+
+def answers(found: Sequence[Answer], alone: bool = False) -> Result:
+    made = [answer(each, alone) for each in found]
+    lines = [f"{number}: {each.text}" for number, each in enumerate(made, start=1)]
+    return Result({"answers": [each.json for each in made]}, lines)
 
 
 def said(found: Answer, alone: bool = False) -> str:
@@ -421,20 +400,14 @@ def prompts(found: HeldPrompts | None) -> list[str]:
 
 def exported(made: Sequence[Path]) -> Result:
     paths = [str(each) for each in made]
-    return Result({"adapters": paths}, "\n".join(paths) or "no shard serves an adapter")
+    return Result({"adapters": paths}, paths or ["no shard serves an adapter"])
 
 
 def init(start: Start) -> Result:
-    lines = [
-        f"wrote {start.run_file} and {start.data_file} ({start.records} records)",
-        f"next: sisa train {start.run_file}",
-    ]
-    return Result(asdict(start) | _paths(start), "\n".join(lines))
-
-
-def _paths(start: Start) -> dict[str, str]:
-    return {"run_file": str(start.run_file), "data_file": str(start.data_file)}
+    body = {name: str(path) for name, path in asdict(start).items()} | {"records": start.records}
+    wrote = f"wrote {start.run_file} and {start.data_file} ({start.records} records)"
+    return Result(body, [wrote, f"next: sisa train {start.run_file}"])
 
 
 def quickstart(story: Story) -> Result:
-    return Result(story.to_json(), printable(story.summary()), 0 if story.equal else EXIT_INTEGRITY)
+    return Result(story.to_json(), [story.summary()], 0 if story.equal else EXIT_INTEGRITY)

@@ -1,15 +1,18 @@
-"""Test the contract of tools that draw curves: a fake, TensorBoard, and MLflow if it is installed."""
+"""Test the contract of tools that draw curves: TensorBoard, and MLflow if it is installed."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from cluster.observe.curve_sinks import CurveSink, Mlflow, TensorBoard
+from cluster.observe.curve_sinks import Curves, to_mlflow, to_tensorboard
 from cluster.observe.curves import Point
 from sisa.core.errors import EnvironmentFault
 
@@ -19,17 +22,8 @@ POINTS = [
     Point("slices_trained", 1, 1.0, 1001.0),
     Point("loss/shard-0/slice-1", 2, 1.25, 1002.0),
 ]
+Write = Callable[[Curves], None]
 Held = Callable[[str], list[Point]]
-
-
-class FakeSink:
-    """A sink whose points can be inspected."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, list[Point]] = {}
-
-    def write(self, run: str, points: Sequence[Point]) -> None:
-        self.held[run] = list(points)
 
 
 def of_tensorboard(folder: Path) -> Held:
@@ -53,7 +47,7 @@ def of_mlflow(uri: str) -> Held:
 
         client = mlflow.MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name("models")
-        (found,) = client.search_runs([experiment.experiment_id], f"tags.`sisa.flows.ingest` = '{run}'")
+        (found,) = client.search_runs([experiment.experiment_id], f"tags.`sisa.run` = '{run}'")
         points = [
             Point(key, each.step, each.value, each.timestamp / 1000)
             for key in found.data.metrics
@@ -64,57 +58,53 @@ def of_mlflow(uri: str) -> Held:
     return held
 
 
-@pytest.fixture(params=["fake", "tensorboard", "mlflow"])
-def sink(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[CurveSink, Held]:
-    if request.param == "fake":
-        fake = FakeSink()
-        return fake, lambda run: fake.held[run]
+@pytest.fixture(params=["tensorboard", "mlflow"])
+def sink(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Write, Held]:
     needed = {"tensorboard": ["tensorboard"], "mlflow": ["mlflow", "alembic"]}[request.param]
     if any(importlib.util.find_spec(name) is None for name in needed):
         pytest.skip(f"{request.param} is not installed")
     if request.param == "tensorboard":
-        return TensorBoard(tmp_path), of_tensorboard(tmp_path)
+        return partial(to_tensorboard, tmp_path), of_tensorboard(tmp_path)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    return Mlflow(uri, "models"), of_mlflow(uri)
+    return partial(to_mlflow, uri, "models"), of_mlflow(uri)
 
 
-def test_points_arrive_under_their_run(sink: tuple[CurveSink, Held]) -> None:
-    tool, held = sink
-    tool.write(FIRST, POINTS)
-    tool.write(SECOND, POINTS[:1])
+def test_points_arrive_under_their_run(sink: tuple[Write, Held]) -> None:
+    write, held = sink
+    write({FIRST: POINTS, SECOND: POINTS[:1]})
     assert (held(FIRST), held(SECOND)) == (POINTS, POINTS[:1])
 
 
-def test_a_run_takes_its_former_place(sink: tuple[CurveSink, Held]) -> None:
-    tool, held = sink
-    tool.write(FIRST, POINTS[:2])
-    tool.write(FIRST, POINTS)
-    tool.write(FIRST, POINTS)
+def test_a_run_takes_its_former_place(sink: tuple[Write, Held]) -> None:
+    write, held = sink
+    write({FIRST: POINTS[:2]})
+    write({FIRST: POINTS})
+    write({FIRST: POINTS})
     assert held(FIRST) == POINTS
 
 
 def test_a_tool_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def missing(name: str) -> Any:
-        raise ModuleNotFoundError(name=name)
-
-    monkeypatch.setattr("cluster.observe.extras.importlib.import_module", missing)
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("tensorboard", "mlflow"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(EnvironmentFault, match="tensorboard is not installed") as caught:
-        TensorBoard(tmp_path)
+        to_tensorboard(tmp_path, {})
     assert "[tensorboard]" in caught.value.next_step
     with pytest.raises(EnvironmentFault, match="mlflow is not installed"):
-        Mlflow("http://localhost:1", "models")
+        to_mlflow("http://localhost:1", "models", {})
+
+
+def lacking(tracking_uri: str) -> Any:
+    return importlib.import_module(f"no_such_library_for_{tracking_uri.partition(':')[0]}")
 
 
 def test_what_mlflow_itself_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client imports a database's library when it first opens its address."""
-
-    class Lacking:
-        MlflowException = RuntimeError
-
-        def MlflowClient(self, tracking_uri: str) -> Any:
-            return importlib.import_module(f"no_such_library_for_{tracking_uri.partition(':')[0]}")
-
-    monkeypatch.setattr("cluster.observe.curve_sinks.library", lambda *_: Lacking())
+    mlflow = ModuleType("mlflow")
+    mlflow.__dict__.update(MlflowClient=lacking, MlflowException=RuntimeError)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     with pytest.raises(EnvironmentFault, match="no_such_library_for_sqlite is not installed") as caught:
-        Mlflow("sqlite:///m.db", "models")
+        to_mlflow("sqlite:///m.db", "models", {})
     assert "[mlflow]" in caught.value.next_step

@@ -26,7 +26,7 @@ import ray
 
 from cluster.cli import cli, requests
 from cluster.observe import reporting
-from cluster.observe.reporting import DESCRIPTIONS
+from cluster.observe.reporting import SERIES
 from cluster.ray import ray_session
 from sisa.flows.wiring.wiring import METRICS
 from sisa.store.ledger import database
@@ -46,11 +46,10 @@ ROWS = [
     }
     for number in range(10)
 ]
-GAUGES = {name for name in DESCRIPTIONS if name.endswith(("second", "depth", "undecided", "left"))}
-GAUGES |= {"sisa_failed_erasures"}
+GAUGES = {name for name, (kind, _) in SERIES.items() if kind == "Gauge"}
 STANDING = GAUGES - {"sisa_oldest_days_left"}
-HISTOGRAMS = {"sisa_slice_seconds", "sisa_retrain_seconds"}
-COUNTERS = DESCRIPTIONS.keys() - GAUGES - HISTOGRAMS
+HISTOGRAMS = {name for name, (kind, _) in SERIES.items() if kind == "Histogram"}
+COUNTERS = SERIES.keys() - GAUGES - HISTOGRAMS
 EVERY_S = 0.3
 STAND_S = 4.0  # Ray forgets a gauge of ours after two seconds here
 SAMPLE = re.compile(r'^ray_(sisa_\w+)\{(?=[^}]*\brun="([^"]*)")[^}]*\} (\S+)$', re.M)

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.cli import cli, requests
 from cluster.observe import json_log
-from cluster.observe.json_log import DriverLog, JsonLog, worker_log
+from cluster.observe.json_log import JsonLog, driver_log, worker_log
 from cluster.observe.reporting import log_format_of, say
 from sisa.core.events import ErasureFailed, Event, Notice, SliceProgress, SliceStarted, TrainingStarted
 from sisa.flows.wiring.progress import RunContext, running
@@ -36,7 +36,7 @@ def told(log: Callable[[Event], None], stream: io.StringIO, *events: Event) -> l
 
 def test_a_driver_tells_steps_and_sums_up_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    log = DriverLog(JsonLog(stream, RUN, "driver"))
+    log = driver_log(JsonLog(stream, RUN, "driver"))
     found = told(log, stream, *EVENTS)
     names = [each["event"] for each in found]
     assert names[:3] == ["training_started", "epoch_trained", "slice_trained"]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import cli, metrics
-from cluster.cli.metrics import open_sink
+from cluster.observe import curve_sinks
+from cluster.observe.curve_sinks import Curves
 from cluster.observe.curves import points, summary
 from sisa.flows.wiring import wiring
 from sisa.store.metrics import KEPT, FileMetrics, without
@@ -79,21 +80,16 @@ def test_runs_are_passed_on(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: dict[str, int] = {}
+    asked: list[tuple[str, str]] = []
 
-    class Sink:
-        def write(self, run: str, found: list[object]) -> None:
-            taken[run] = len(found)
+    def to_fake(uri: str, experiment: str, curves: Curves) -> None:
+        asked.append((uri, experiment))
+        taken.update({run: len(found) for run, found in curves.items()})
 
-    asked: list[tuple[str, str, str]] = []
-
-    def open_fake(tool: str, place: str, experiment: str) -> Sink:
-        asked.append((tool, place, experiment))
-        return Sink()
-
-    monkeypatch.setattr(metrics, "open_sink", open_fake)
+    monkeypatch.setattr(curve_sinks, "to_mlflow", to_fake)
     assert cli.run(["metrics", "-m", str(model), "--to", "mlflow", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed_on"] == ["mlflow", str(tmp_path)]
-    assert (taken, asked) == ({RUN: 13}, [("mlflow", str(tmp_path), model.parent.name)])
+    assert (taken, asked) == ({RUN: 13}, [(str(tmp_path), model.parent.name)])
 
 
 def test_a_run_that_is_none_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,6 +98,8 @@ def test_a_run_that_is_none_is_refused(model: Path, capsys: pytest.CaptureFixtur
     assert "is not one of" in capsys.readouterr().err
 
 
-def test_the_tool_is_chosen_by_its_name(tmp_path: Path) -> None:
+def test_the_tool_is_chosen_by_its_name(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    assert type(open_sink("tensorboard", str(tmp_path), "x")).__name__ == "TensorBoard"
+    board = tmp_path / "board"
+    assert cli.run(["metrics", "-m", str(model), "--to", "tensorboard", str(board)]) == 0
+    assert [each.name for each in board.iterdir()] == [RUN]

@@ -98,14 +98,14 @@ def test_the_drawing_shows_marks_by_hatching_and_in_words() -> None:
     figure = draw_layout(BEFORE, AFTER, title="One deletion")
     drawn = patches(figure)
     hatches = {gid: patch.get_hatch() for gid, patch in drawn.items() if patch.get_hatch()}
-    assert hatches == {"cell-0-1": Mark.DELETED.value.hatch, "cell-0-2": Mark.RETRAINED.value.hatch}
-    assert len({mark.value.hatch for mark in Mark}) == len(Mark)
+    assert hatches == {"cell-0-1": Mark.DELETED.look["hatch"], "cell-0-2": Mark.RETRAINED.look["hatch"]}
+    assert len({mark.look["hatch"] for mark in Mark}) == len(Mark)
     assert drawn["head-0"].get_linewidth() > drawn["head-1"].get_linewidth()
     texts = [each.get_text() for each in figure.axes[0].texts]
     assert texts == ["5", "10 → 7", "15", "aa012345\n→ cc012345", "5", "5", "5", "bb012345"]
     (legend,) = figure.legends
     assert [each.get_text() for each in legend.get_texts()] == [
-        mark.value.label for mark in (Mark.KEPT, Mark.DELETED, Mark.RETRAINED)
+        mark.label for mark in (Mark.KEPT, Mark.DELETED, Mark.RETRAINED)
     ]
     assert figure.axes[0].get_title() == "One deletion"
 
