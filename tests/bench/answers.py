@@ -27,11 +27,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from sisa.lm.answer.prefill import prefill
 from sisa.lm.answer.stacked_adapters import StackedAdapters
-from sisa.lm.base.adapter import adapter_tensors, add_adapter, attach, put_tensors
 from sisa.lm.base.low_rank import Factors
 from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
 
@@ -51,18 +51,17 @@ def adapted(base: BaseFiles, layers: Sequence[int]) -> tuple[Any, dict[int, dict
         layers_to_transform=list(layers),
         task_type="CAUSAL_LM",
     )
-    model = attach(load_base(base.directory, base.digest)[0], config, None, 0, "s0")
+    model = get_peft_model(load_base(base.directory, base.digest)[0], config, adapter_name="s0")
     changes = {}
     for shard in range(NUM_SHARDS):
         drawn = torch.Generator().manual_seed(shard)
         tensors = {
             name: 0.02 * torch.randn(each.shape, generator=drawn)
-            for name, each in adapter_tensors(model, "s0").items()
+            for name, each in get_peft_model_state_dict(model, adapter_name="s0").items()
         }
         if shard:
-            add_adapter(model, config, tensors, f"s{shard}")
-        else:
-            put_tensors(model, tensors, "s0")
+            model.add_adapter(f"s{shard}", config)
+        set_peft_model_state_dict(model, dict(tensors), adapter_name=f"s{shard}")
         names = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in tensors}
         changes[shard] = {
             name: Factors(

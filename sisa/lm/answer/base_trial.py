@@ -29,10 +29,10 @@ from sisa.lm.base.adapter import (
     DEFAULT_NAME,
     adapter_tensors,
     attach,
-    check_enough_layers,
     config_bytes,
     lora_config,
     tensor_bytes,
+    train_block,
 )
 from sisa.lm.base.low_rank import LowRankChange, read_change
 from sisa.lm.base.weights import load_base, load_skeleton, own_modules, untrusted
@@ -47,8 +47,6 @@ NEXT = 4  # the token that follows
 def try_base(directory: Path, digest: str, training: Mapping[str, Any]) -> None:
     """Raise InvalidInput if a base can't be trained as `training` says, or can't be queried then."""
     skeleton = load_skeleton(directory)
-    if LAYERWISE in training:
-        check_enough_layers(skeleton, training)
     _check_positions(skeleton.config, int(training["sequence_len"]))
     config = lora_config(training, skeleton)
     with (
@@ -59,6 +57,8 @@ def try_base(directory: Path, digest: str, training: Mapping[str, Any]) -> None:
         _check_vocabulary(model, tokenizer)
         _check_causal(model)
         trained = attach(own_modules(model), config, None, init_seed=0).train(False)  # no dropout
+        if LAYERWISE in training:
+            train_block(trained, training[LAYERWISE], place=0)
         change = _change(trained)
         _check_answers(model, trained, change)
 

@@ -1,5 +1,4 @@
 """LoRA adapters on a base: which layers get them, and their bytes as peft reads them.
-them.
 
 An adapter's initial weights depend on one seed alone, not on what the process drew earlier nor on the
 base's device. `adapter_config.json` is canonical JSON without paths. safetensors writes the tensors with
@@ -18,12 +17,8 @@ of neighbouring layers, as equal in length as possible; block 0 is nearest to th
 outside the layers belongs to it. The adapters of earlier blocks take part in the forward as they were
 trained, and are frozen to the byte. Those of later blocks have their initial weights, whose product is
 zero (LoRA's B is), so they change nothing. A checkpoint holds the adapters of all blocks in the usual
-form; serving and export need not know about blocks. A later stage adds its own block alone, so removing
-the last slice means going back to the checkpoint before. A layerwise model has no layers left for
-appended slices.
-
->>> [block_of([0, 1, 2, 3, 4], 2, place) for place in (0, 1)]
-[(3, 4), (0, 1, 2)]
+form. A later stage adds its own block alone, so removing the last slice means going back to the
+checkpoint before. A layerwise model has no layers left for appended slices.
 
 Source: S3T, Chowdhury et al., ICLR 2025 (arXiv 2406.16257), section 3. The code published with it sets
 earlier blocks to zero while a later one is trained; here they stay, as the paper describes.
@@ -35,8 +30,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,21 +39,24 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load, save
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sisa.core.digest import canonical_json, patched_digest, sha256_hex
 from sisa.core.errors import IntegrityError, InvalidInput
-from sisa.planning.plan import LAYERWISE
 
 ALL_LAYERS = "all"
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+DEFAULT_NAME = "default"
 _NUMBER = re.compile(r"\.(\d+)\.")  # the first number in a module's name is that of its layer
 
 
 def layers_of(base: Any) -> tuple[str, Any]:
     """Return the name and the modules of a base's layers. Raise InvalidInput if they can't be found."""
     decoder, count = base.get_decoder(), getattr(base.config, "num_hidden_layers", 0)
+    inside = set() if decoder is None else set(decoder.modules())
     for name, each in base.named_modules():
-        inside = decoder is not None and any(each is module for module in decoder.modules())
-        if inside and isinstance(each, nn.ModuleList) and len(each) == count:
+        if each in inside and isinstance(each, nn.ModuleList) and len(each) == count:
             return name, each
     raise InvalidInput(
         "the base model's layers can't be found",
@@ -89,43 +86,22 @@ def first_adapted(training: Mapping[str, Any], base: Any) -> int:
     return num_layers - num_top
 
 
-def linear_names(base: Any) -> list[str]:
-    """Return the names of a base's linear modules, transposed ones last."""
-    named = list(base.named_modules())
-    names = [name for name, each in named if isinstance(each, nn.Linear)]
-    return names + [name for name, each in named if is_transposed(each)]
-
-
-def is_transposed(module: Any) -> bool:
-    """Return whether a module is a linear one that holds its weight transposed, as GPT-2's do."""
-    return type(module).__name__ == "Conv1D"
-
-
-def is_target(name: str, target: str) -> bool:
-    """Return whether a module's name is one that an entry of `lora_target_modules` means.
-
-    >>> is_target("model.layers.0.self_attn.q_proj", "q_proj"), is_target("model.xq_proj", "q_proj")
-    (True, False)
-    """
-    return name == target or name.endswith(f".{target}")
-
-
-def block_of(layers: Sequence[int], num_blocks: int, place: int) -> tuple[int, ...]:
-    """Return the layers that stage `place` trains; there must be at least `num_blocks` layers."""
-    highest_first = sorted(layers, reverse=True)
-    start, end = (n * len(highest_first) // num_blocks for n in (place, place + 1))
-    return tuple(reversed(highest_first[start:end]))
-
-
 def train_block(model: Any, num_blocks: int, place: int) -> None:
     """Freeze a wrapped base's adapters except those of block `place`.
 
     Raise InvalidInput if there are fewer layers than blocks, or no block `place`.
     """
-    adapters = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    numbers = {name: _layer(name) for name in adapters}
-    layers = sorted({each for each in numbers.values() if each is not None})
-    _check_blocks(len(layers), num_blocks)
+    adapters = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    numbers = [int(found[1]) if (found := _NUMBER.search(name)) else None for name, _ in adapters]
+    layers = sorted({each for each in numbers if each is not None}, reverse=True)
+    if len(layers) < num_blocks:
+        raise InvalidInput(
+            "the base has fewer adapted layers than there are slices to train them",
+            where="sisa.layerwise",
+            expected=f"at least {num_blocks} layers, a block for each slice",
+            got=f"{len(layers)}",
+            next_step="lower sisa.slices, adapt more layers, or remove sisa.layerwise",
+        )
     if place >= num_blocks:
         raise InvalidInput(
             "there is no block of layers left for this slice",
@@ -134,41 +110,9 @@ def train_block(model: Any, num_blocks: int, place: int) -> None:
             got=f"stage {place + 1} of a chain",
             next_step="train without sisa.layerwise",
         )
-    block = block_of(layers, num_blocks, place)
-    for name, each in adapters.items():
-        number = numbers[name]
-        each.requires_grad_((layers[-1] if number is None else number) in block)
-
-
-def check_enough_layers(base: Any, training: Mapping[str, Any]) -> None:
-    """Raise InvalidInput if a base has fewer layers to adapt than there are slices."""
-    wanted, names = training["lora_target_modules"], linear_names(base)
-    if wanted != "all-linear":
-        names = [name for name in names if any(is_target(name, each) for each in wanted)]
-    layers = {_layer(name) for name in names} - {None}
-    top = str(training.get("lora_layers", ALL_LAYERS)).removeprefix("top:")
-    _check_blocks(min(len(layers), int(top)) if top.isdigit() else len(layers), training[LAYERWISE])
-
-
-def _layer(name: str) -> int | None:
-    found = _NUMBER.search(name)
-    return int(found[1]) if found else None
-
-
-def _check_blocks(num_layers: int, num_blocks: int) -> None:
-    if num_layers < num_blocks:
-        raise InvalidInput(
-            "the base has fewer adapted layers than there are slices to train them",
-            where="sisa.layerwise",
-            expected=f"at least {num_blocks} layers, a block for each slice",
-            got=f"{num_layers}",
-            next_step="lower sisa.slices, adapt more layers, or remove sisa.layerwise",
-        )
-
-
-ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-DEFAULT_NAME = "default"
+    start, end = (each * len(layers) // num_blocks for each in (place, place + 1))
+    for number, (_, each) in zip(numbers, adapters, strict=True):
+        each.requires_grad_((layers[0] if number is None else number) in layers[start:end])
 
 
 def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
@@ -176,17 +120,18 @@ def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
 
     Raise InvalidInput for modules or layers that the base does not have.
     """
-    wanted, names = training["lora_target_modules"], linear_names(base)
+    wanted: Any = training["lora_target_modules"]
     layers: dict[str, Any] = {}
+    linear = {name: each for name, each in base.named_modules() if isinstance(each, nn.Linear | Conv1D)}
+    names = list(linear)
     if training.get("lora_layers", ALL_LAYERS) != ALL_LAYERS:
         first = first_adapted(training, base)
         holder, modules = layers_of(base)
-        layers["layers_to_transform"] = list(range(first, len(modules)))
-        layers["layers_pattern"] = _last(holder)
-        inside = tuple(f"{holder}.{number}." for number in range(first, len(modules)))
-        names = [name for name in names if name.startswith(inside)]
+        numbers = list(range(first, len(modules)))
+        layers = {"layers_to_transform": numbers, "layers_pattern": _last(holder)}
+        names = [name for name in names if name.startswith(tuple(f"{holder}.{n}." for n in numbers))]
         if wanted == "all-linear":  # peft does not combine layers with this word
-            wanted = sorted({_last(name) for name in names})
+            wanted = {_last(name) for name in names}
     if wanted != "all-linear":
         wanted = sorted(set(wanted))
         _check_modules(wanted, names)
@@ -198,15 +143,15 @@ def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(
-            is_transposed(each) and (wanted == "all-linear" or _last(name) in wanted)
-            for name, each in base.named_modules()
+            isinstance(each, Conv1D) and (wanted == "all-linear" or _last(name) in wanted)
+            for name, each in linear.items()
         ),
         **layers,
     )
 
 
 def _check_modules(wanted: list[str], names: list[str]) -> None:
-    unknown = [each for each in wanted if not any(is_target(name, each) for name in names)]
+    unknown = [each for each in wanted if not any(f".{name}".endswith(f".{each}") for name in names)]
     if unknown:
         raise InvalidInput(
             "the base model has no such modules",
@@ -222,65 +167,52 @@ def _last(name: str) -> str:
 
 
 def attach(
-    base: Any,
-    config: LoraConfig,
-    tensors: Mapping[str, torch.Tensor] | None,
-    init_seed: int,
-    name: str = DEFAULT_NAME,
+    base: Any, config: LoraConfig, tensors: Mapping[str, torch.Tensor] | None, init_seed: int
 ) -> Any:
     """Wrap a base's modules with one adapter, with the given tensors or drawn from `init_seed`."""
-    with _quiet_peft():
-        model = get_peft_model(base, config, adapter_name=name)
+    with warnings.catch_warnings():
+        # of modules that peft handles, and of a name that transformers drops in a later version
+        warnings.filterwarnings("ignore", module="peft")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = get_peft_model(base, config)
     if tensors is None:
-        draw(model, init_seed, name)
+        draw(model, init_seed)
     else:
-        put_tensors(model, tensors, name)
+        put_tensors(model, tensors)
     return model
 
 
 @torch.no_grad()
-def draw(model: Any, init_seed: int, name: str = DEFAULT_NAME) -> None:
-    """Initialise adapter `name` as peft does: A like a linear layer, B with zeros."""
+def draw(model: Any, init_seed: int) -> None:
+    """Initialise the adapter as peft does: A like a linear layer, B with zeros."""
     generator = torch.Generator().manual_seed(init_seed)
     for module in model.modules():
-        if isinstance(module, LoraLayer) and name in module.lora_A:
-            a = torch.empty(module.lora_A[name].weight.shape)
+        if isinstance(module, LoraLayer) and DEFAULT_NAME in module.lora_A:
+            a = torch.empty(module.lora_A[DEFAULT_NAME].weight.shape)
             torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-            module.lora_A[name].weight.copy_(a)
-            module.lora_B[name].weight.zero_()
+            module.lora_A[DEFAULT_NAME].weight.copy_(a)
+            module.lora_B[DEFAULT_NAME].weight.zero_()
 
 
-def add_adapter(model: Any, config: LoraConfig, tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    """Add one more adapter to a wrapped base."""
-    model.add_adapter(name, config)
-    put_tensors(model, tensors, name)
-
-
-def put_tensors(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    """Load tensors into adapter `name`. Raise IntegrityError unless names and shapes match."""
-    check_tensors(adapter_tensors(model, name), tensors)
-    set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
-
-
-def check_tensors(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise IntegrityError unless tensors have the expected names and shapes."""
-    shapes, others = ({name: x.shape for name, x in each.items()} for each in (expected, tensors))
+def put_tensors(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors into the adapter. Raise IntegrityError unless they have its names and shapes."""
+    own = adapter_tensors(model)
+    shapes, others = ({name: each.shape for name, each in of.items()} for of in (own, tensors))
     if shapes != others:
         raise IntegrityError(
             "a checkpoint's tensors do not fit the base model and the LoRA configuration",
             where=ADAPTER_FILE,
-            expected=f"{len(expected)} tensors of this adapter's names and shapes",
+            expected=f"{len(own)} tensors of this adapter's names and shapes",
             got=f"{len(tensors)} tensors",
             next_step="run `sisa verify` on the model",
         )
+    set_peft_model_state_dict(model, dict(tensors))
 
 
-def adapter_tensors(model: Any, name: str = DEFAULT_NAME) -> dict[str, torch.Tensor]:
-    """Return the tensors of one adapter under the names that peft reads."""
-    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        model, adapter_name=name, save_embedding_layers=False
-    )
-    return tensors
+def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return the adapter's own tensors under the names that peft reads."""
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return found
 
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -309,18 +241,16 @@ def config_bytes(model: Any) -> bytes:
 
 def written_config(config: LoraConfig) -> bytes:
     """Return a configuration as `config_bytes` writes it."""
-    content = config.to_dict()
-    for key, value in content.items():
-        if isinstance(value, set | frozenset):
-            content[key] = sorted(value)
-    content |= {"base_model_name_or_path": None, "inference_mode": True}
-    return canonical_json(content)
+    content = config.to_dict() | {"base_model_name_or_path": None, "inference_mode": True}
+    return canonical_json(
+        {key: sorted(each) if isinstance(each, set) else each for key, each in content.items()}
+    )
 
 
 def read_config(files: Mapping[str, bytes]) -> LoraConfig:
     """Return the configuration of a checkpoint's adapter. Raise IntegrityError if it can't be read."""
     try:
-        config = PeftConfig.from_peft_type(**json.loads(files[CONFIG_FILE]))
+        return PeftConfig.from_peft_type(**json.loads(files[CONFIG_FILE]))
     except (KeyError, ValueError, TypeError) as error:
         raise IntegrityError(
             "a checkpoint's adapter configuration can't be read",
@@ -328,27 +258,8 @@ def read_config(files: Mapping[str, bytes]) -> LoraConfig:
             got=type(error).__name__,
             next_step="run `sisa verify` on the model",
         ) from error
-    return config
 
 
-@contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """Silence peft's warnings.
-
-    They concern a name that transformers is about to drop (both are pinned) and modules that peft
-    handles correctly.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="peft")
-        warnings.filterwarnings(
-            "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-        )
-        yield
-
-
-AdapterFiles = Mapping[str, bytes]
-
-
-def patched_name(base_digest: str, patches: Sequence[AdapterFiles]) -> str:
+def patched_name(base_digest: str, patches: Sequence[Mapping[str, bytes]]) -> str:
     """Return the digest that names the base with these patches."""
     return patched_digest(base_digest, [sha256_hex(files[ADAPTER_FILE]) for files in patches])

@@ -10,7 +10,7 @@ horizontally.
 
 >>> one, two = (Factors(torch.ones(1, 3), torch.full((2, 1), each)) for each in (2.0, 5.0))
 >>> whole = stacked([{"m": one}, {"m": two}])
->>> whole["m"].a_RI.shape, bool((whole["m"].delta_OI == 7).all())
+>>> whole["m"].a_RI.shape, bool((whole["m"].b_OR @ whole["m"].a_RI == 7).all())
 (torch.Size([2, 3]), True)
 
 Patches are merged into the base beneath the shards' adapters:
@@ -18,30 +18,26 @@ Patches are merged into the base beneath the shards' adapters:
     weights under patches = weights + scale * B @ A of each patch, lowest first, in float32
 
 Merging happens in memory; the base's files and shared tensors are never written to. Only the modules
-that a patch changes get their own weights in this process; all others stay memory-mapped. Without
-patches the result is the base, bit for bit. The bits depend on the base, the patches and the number of
-threads alone; the caller pins the threads. Files come as bytes that the caller has verified. Patches
-need the CPU in float32: in bfloat16 parts of them would be rounded away.
-
-    model, tokenizer = load_patched(directory, digest, [files])
+that a patch changes get their own weights in this process; all others stay memory-mapped. The bits
+depend on the base, the patches and the number of threads alone; the caller pins the threads. Files come
+as bytes that the caller has verified. Patches need the CPU in float32: in bfloat16 parts of them would
+be rounded away.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
+from transformers.pytorch_utils import Conv1D
 
 from sisa.core.errors import IntegrityError, Problem
 from sisa.lm.base.adapter import (
     ADAPTER_FILE,
     CONFIG_FILE,
-    AdapterFiles,
-    is_transposed,
     read_config,
     read_tensors,
     tensor_bytes,
@@ -49,24 +45,19 @@ from sisa.lm.base.adapter import (
 )
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-# keys that plain LoRA may set: names, target modules, and how it was initialised and trained
-FREE = {"r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "fan_in_fan_out"}
-FREE |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-FREE |= {"task_type", "peft_type", "peft_version", "auto_mapping", "inference_mode"}
-FREE |= {"base_model_name_or_path", "revision"}
+FREE = {  # keys that plain LoRA may set: names, target modules, and how it was initialised and trained
+    *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "revision"),
+    *("task_type", "peft_type", "peft_version", "auto_mapping", "inference_mode"),
+    "base_model_name_or_path",
+}
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """The change of one module's weights, as two matrices."""
 
     a_RI: torch.Tensor
     b_OR: torch.Tensor
-
-    @property
-    def delta_OI(self) -> torch.Tensor:
-        """Return the change itself, [O, I]."""
-        return self.b_OR @ self.a_RI
 
 
 LowRankChange = Mapping[str, Factors]  # by module name
@@ -80,8 +71,9 @@ def read_change(files: Mapping[str, bytes]) -> dict[str, Factors]:
     modules = sorted({name.removeprefix(PREFIX).removesuffix(A).removesuffix(B) for name in tensors})
     found = {}
     for module in modules:
-        a_RI, b_OR = (tensors.get(f"{PREFIX}{module}{end}") for end in (A, B))
-        if a_RI is None or b_OR is None or not _is_pair(a_RI, b_OR, config.r):
+        a_RI, b_OR = (tensors.get(f"{PREFIX}{module}{end}", torch.empty(0)) for end in (A, B))
+        plain = a_RI.dtype == b_OR.dtype == torch.float32 and a_RI.dim() == b_OR.dim() == 2
+        if not plain or not a_RI.shape[0] == config.r == b_OR.shape[1]:
             raise _misfit(f"{module} lacks two float32 matrices of rank {config.r}")
         found[module] = Factors(a_RI, b_OR * scale)
     if not found or len(tensors) != 2 * len(found):
@@ -107,12 +99,6 @@ def _check_plain(config: LoraConfig) -> None:
             got=", ".join(sorted(odd)),
             next_step="make it with rank, alpha and target modules alone",
         )
-
-
-def _is_pair(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> bool:
-    if a_RI.dtype != torch.float32 or b_OR.dtype != torch.float32 or a_RI.dim() != 2 or b_OR.dim() != 2:
-        return False
-    return a_RI.shape[0] == rank == b_OR.shape[1]
 
 
 def _misfit(got: str, *problems: Problem) -> IntegrityError:
@@ -141,14 +127,14 @@ def merge_into(model: Any, change: LowRankChange) -> None:
         raise _misfit(f"{len(misfits)} of {len(change)} modules do not fit", *misfits)
     with torch.no_grad():
         for name, each in change.items():
-            delta = each.delta_OI.T if is_transposed(modules[name]) else each.delta_OI
-            weight = modules[name].weight + delta
-            modules[name].weight = torch.nn.Parameter(weight, requires_grad=False)
+            delta_OI = each.b_OR @ each.a_RI
+            delta = delta_OI.T if isinstance(modules[name], Conv1D) else delta_OI
+            modules[name].weight = torch.nn.Parameter(modules[name].weight + delta, requires_grad=False)
 
 
 def shape_of(module: Any) -> tuple[int, ...]:
     """Return (outputs, inputs) of a linear module; an empty tuple for anything else."""
-    if is_transposed(module):
+    if isinstance(module, Conv1D):
         return tuple(reversed(module.weight.shape))
     return tuple(module.weight.shape) if isinstance(module, torch.nn.Linear) else ()
 
@@ -162,7 +148,9 @@ def stacked(parts: Sequence[LowRankChange]) -> dict[str, Factors]:
     found = {}
     for name in sorted({name for part in parts for name in part}):
         like = next(part[name] for part in parts if name in part)
-        rows = [_or_zeros(part.get(name), rank, like) for part, rank in zip(parts, ranks, strict=True)]
+        num_inputs, num_outputs = like.a_RI.shape[1], len(like.b_OR)
+        nothing = (Factors(torch.zeros(r, num_inputs), torch.zeros(num_outputs, r)) for r in ranks)
+        rows = [part.get(name, zeros) for part, zeros in zip(parts, nothing, strict=True)]
         a_RI, b_OR = torch.cat([row.a_RI for row in rows]), torch.cat([row.b_OR for row in rows], dim=1)
         found[name] = Factors(a_RI, b_OR)
     return found
@@ -173,19 +161,8 @@ def averaged(parts: Sequence[LowRankChange]) -> dict[str, Factors]:
     return {name: Factors(each.a_RI, each.b_OR / len(parts)) for name, each in stacked(parts).items()}
 
 
-def _or_zeros(found: Factors | None, rank: int, like: Factors) -> Factors:
-    inputs, outputs = like.a_RI.shape[1], like.b_OR.shape[0]
-    return found or Factors(torch.zeros(rank, inputs), torch.zeros(outputs, rank))
-
-
-def tensors_of(change: LowRankChange) -> dict[str, torch.Tensor]:
-    """Return a change as tensors under the names that peft reads, with scale 1."""
-    found = {f"{PREFIX}{name}{A}": each.a_RI for name, each in change.items()}
-    return found | {f"{PREFIX}{name}{B}": each.b_OR for name, each in change.items()}
-
-
 def merge_adapters(
-    patches: Sequence[AdapterFiles], adapters: Sequence[AdapterFiles]
+    patches: Sequence[Mapping[str, bytes]], adapters: Sequence[Mapping[str, bytes]]
 ) -> dict[str, bytes]:
     """Return one adapter on the plain base that equals the mean of adapters over patches.
 
@@ -207,4 +184,6 @@ def merge_adapters(
     config.target_modules = list(whole)
     config.use_rslora, config.init_lora_weights = False, True
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-    return {ADAPTER_FILE: tensor_bytes(tensors_of(whole)), CONFIG_FILE: written_config(config)}
+    tensors = {f"{PREFIX}{name}{A}": each.a_RI for name, each in whole.items()}
+    tensors |= {f"{PREFIX}{name}{B}": each.b_OR for name, each in whole.items()}
+    return {ADAPTER_FILE: tensor_bytes(tensors), CONFIG_FILE: written_config(config)}

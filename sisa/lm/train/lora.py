@@ -52,6 +52,7 @@ from sisa.core.ports import PrefixStore, StoredRecord, Tick
 from sisa.lm.base.adapter import (
     ADAPTER_FILE,
     CONFIG_FILE,
+    adapter_tensors,
     config_bytes,
     patched_name,
     read_tensors,
@@ -297,7 +298,7 @@ class Stage:
             },
         }
         return {
-            ADAPTER_FILE: tensor_bytes(self._wrapped.tensors()),
+            ADAPTER_FILE: tensor_bytes(adapter_tensors(self._wrapped.model)),
             CONFIG_FILE: config_bytes(self._wrapped.model),
             OPTIMIZER_FILE: tensor_bytes(self._moments()),
             STATE_FILE: canonical_json(state),

@@ -39,15 +39,15 @@ from sisa.core.digest import canonical_json
 from sisa.lm.base.adapter import (
     DEFAULT_NAME,
     attach,
-    check_tensors,
     draw,
     first_adapted,
     lora_config,
+    put_tensors,
     train_block,
 )
 from sisa.lm.base.weights import own_modules
 from sisa.lm.train.frozen_prefix import FrozenLayers
-from sisa.lm.train.losses import Form, loss_form
+from sisa.lm.train.losses import loss_form
 
 
 class _Adapted(torch.autograd.Function):
@@ -147,23 +147,18 @@ def pattern_key(training: Mapping[str, Any]) -> bytes:
 class Trainable:
     """A wrapped base, ready for training. The base's modules must be the caller's own."""
 
-    def __init__(self, base: Any, training: Mapping[str, Any], form: Form | None = None) -> None:
-        """Wrap a base. `form` is the base's `loss_form`, if known.
-
-        Raise InvalidInput for modules or layers that the base does not have, and for layers that can't
-        be run apart.
-        """
+    def __init__(self, base: Any, training: Mapping[str, Any]) -> None:
+        """Wrap a base. Raise InvalidInput if it lacks modules or layers, or they can't be run apart."""
         self.dtype, self.first = base.dtype, first_adapted(training, base)
         self._pattern = attach(base, lora_config(training, base), None, init_seed=0)
         use_fused_linear(self._pattern)
         self._pattern.eval()
         probed = own_modules(self._pattern).get_base_model()
-        self.form = form or loss_form(probed, training["sequence_len"])
+        self.form = loss_form(probed, training["sequence_len"])
         if self.first:
             FrozenLayers(probed, self.first).check(training["sequence_len"])
         self.model: Any = None
         self.lower: FrozenLayers | None = None
-        self._parameters: dict[str, torch.nn.Parameter] = {}
 
     def begin(
         self,
@@ -178,29 +173,16 @@ class Trainable:
         are exactly the adapter's.
         """
         self.model = self.lower = None  # one copy at a time is in memory
-        self._parameters = {}
         self.model = own_modules(self._pattern).train()
         if self.first:
             self.lower = FrozenLayers(self.model.get_base_model(), self.first)
-        named = self.model.named_parameters()
-        self._parameters = {name: each for name, each in named if each.requires_grad}
         if tensors is None:
             draw(self.model, init_seed)
         else:
-            self._put(tensors)
+            put_tensors(self.model, tensors)
         if block is not None:
             train_block(self.model, *block)
-        return {name: each for name, each in self._parameters.items() if each.requires_grad}
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the adapter's tensors under the names that peft reads."""
-        return {file_name(name): each.data for name, each in self._parameters.items()}
-
-    def _put(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        own = self.tensors()
-        check_tensors(own, tensors)
-        for name, each in own.items():
-            each.copy_(tensors[name])
+        return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
 
 
 def file_name(parameter: str) -> str:

@@ -51,7 +51,7 @@ def adapter(base: Any, seed: int, rank: int, layers: Sequence[int], modules: Seq
         name: 0.2 * torch.randn(each.shape, generator=drawn)
         for name, each in adapter_tensors(model).items()
     }
-    put_tensors(model, tensors, "default")
+    put_tensors(model, tensors)
     return {ADAPTER_FILE: tensor_bytes(tensors), CONFIG_FILE: config_bytes(model)}
 
 

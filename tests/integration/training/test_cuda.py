@@ -101,7 +101,7 @@ def watched(carry_out: Callable[[], Any]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_training_step_stays_on_the_bases_device(dtype: Any) -> None:
+def test_a_training_step_stays_on_the_bases_device(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from sisa.lm.base.tokens import NO_LOSS, Tokens
@@ -110,7 +110,8 @@ def test_a_training_step_stays_on_the_bases_device(dtype: Any) -> None:
     from sisa.lm.train.trainable import Trainable
 
     bases = [self_test.random_base(Precision("cpu", dtype)).to("meta") for _ in range(2)]
-    wrapped = [Trainable(each, self_test.TRAINING, Form()) for each in bases]
+    monkeypatch.setattr("sisa.lm.train.trainable.loss_form", lambda *_: Form())
+    wrapped = [Trainable(each, self_test.TRAINING) for each in bases]
     rows = [Tokens([*range(1, n)], [NO_LOSS, *range(2, n)]) for n in (6, 9, 4)]
     job = SliceJob(0, 0, None, ((0, ""),), 3, (1, 1), self_test.TRAINING, "", "")
     stage = Stage(job, wrapped[0], None, num_steps=2)
