@@ -1,13 +1,10 @@
 """The numerics fingerprint: what reaches the bits of a weight besides the records and the run file.
 
-Two machines with the same fingerprint train the same bytes, and a checkpoint's key covers it. It holds
-the library versions, the version of the training procedure, the device, the processor and its
-instruction sets, the settings by which MKL, oneDNN and ATen choose kernels, the dtype and the number of
-threads, and the CUDA device if there is one. torch reads the settings when it is imported, so
-a worker's environment must hold `worker_environment` before that. This module does not import torch
-unless it describes a CUDA device, so commands that only compare fingerprints stay fast. If no CUDA
-device is present, the fingerprint is one under which nothing was ever trained. Equality across
-processors is not promised.
+Two machines with the same fingerprint train the same bytes, and a checkpoint's key covers it. torch
+reads the settings when it is imported, so a worker's environment must hold `worker_environment` before
+that. This module does not import torch unless it describes a CUDA device, so commands that only compare
+fingerprints stay fast. If no CUDA device is present, the fingerprint is one under which nothing was ever
+trained. Equality across processors is not promised.
 
 >>> describe_fingerprint(threads=1)["threads"], len(fingerprint(threads=1))
 (1, 64)
@@ -22,10 +19,8 @@ These settings make the bits of a CUDA device repeat:
 Fused attention kernels have backward passes that differ between GPU generations and, by default, sum in
 no fixed order. The plain kernel takes memory quadratic in the length.
 
-An environment setting that would change bits is refused, never overridden. The state of random
-generators need not be kept: the trainer seeds all devices again before each micro-batch. One device is
-used. Equality across GPU models, driver versions or CUDA versions is not promised; they have different
-fingerprints.
+An environment setting that would change bits is refused, never overridden. Equality across GPU models,
+driver versions or CUDA versions is not promised; they have different fingerprints.
 """
 
 from __future__ import annotations
@@ -70,14 +65,13 @@ def fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION) -> str:
 def describe_fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION) -> dict[str, Any]:
     """Return the parts of the fingerprint, for comparing two environments."""
     on_cuda = precision.device == "cuda"
-    gpu = {"gpu": describe_device()} if on_cuda else {}
-    settings = (*KERNEL_SETTINGS, *(SETTINGS if on_cuda else ()))
+    settings = KERNEL_SETTINGS + SETTINGS if on_cuda else KERNEL_SETTINGS
     return {
         "procedure": PROCEDURE_VERSION,
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": _versions(),
         "device": precision.device,
-        "processor": dict(_processor()),
-        **gpu,
+        "processor": _processor(),
+        **({"gpu": describe_device()} if on_cuda else {}),
         "settings": {name: os.environ.get(name) for name in settings},
         "dtype": precision.dtype,
         "threads": threads,
@@ -85,18 +79,15 @@ def describe_fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION)
 
 
 @cache
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in LIBRARIES}
 
 
 @cache
-def _processor() -> tuple[tuple[str, str], ...]:
+def _processor() -> dict[str, str]:
     path = Path("/proc/cpuinfo")
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return tuple(describe_processor(text, platform.machine(), platform.processor()).items())
+    return describe_processor(text, platform.machine(), platform.processor())
 
 
 def describe_processor(cpuinfo: str, machine: str, processor: str) -> dict[str, str]:
@@ -118,23 +109,14 @@ def describe_processor(cpuinfo: str, machine: str, processor: str) -> dict[str, 
 
 def worker_environment(threads: int, precision: Precision = DEFAULT_PRECISION) -> dict[str, str]:
     """Return the variables that a worker's environment must hold before torch is imported."""
-    environment = cuda_environment() if precision.device == "cuda" else {}
-    environment |= {
+    return {
+        **(cuda_environment() if precision.device == "cuda" else {}),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads were 32 times slower on a busy core
         "TOKENIZERS_PARALLELISM": "false",
+        **{name: os.environ[name] for name in KERNEL_SETTINGS if name in os.environ},
     }
-    for name in KERNEL_SETTINGS:
-        if name in os.environ:
-            environment[name] = os.environ[name]
-    return environment
-
-
-def require_device(precision: Precision) -> None:
-    """Raise EnvironmentFault if this process does not have the device."""
-    if precision.device == "cuda":
-        require_cuda()
 
 
 def keep_freed_memory() -> None:
@@ -156,13 +138,19 @@ def pin_threads(threads: int, precision: Precision = DEFAULT_PRECISION) -> None:
 
     Raise EnvironmentFault without the device.
     """
-    if precision.device == "cuda":
-        pin_cuda()
+    require_device(precision)
     import torch
+    from torch.backends import cuda
 
-    if precision.device == "cpu":
-        fix_attention(plain=False)
-
+    on_cuda = precision.device == "cuda"
+    cuda.enable_math_sdp(True)
+    for enable in (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp, cuda.enable_cudnn_sdp):
+        enable(not on_cuda)  # the switches concern the CPU's kernels too
+    if on_cuda:
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False
+        cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
     torch.backends.mkldnn.set_flags(True)  # type: ignore[no-untyped-call]
@@ -195,8 +183,6 @@ def usual_modes(precision: Precision = DEFAULT_PRECISION) -> Iterator[None]:
 
 WORKSPACE, REPEATING = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 SETTINGS = (WORKSPACE, "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT")
-ATTENTION = "math"
-NO_DEVICE = "no CUDA device"
 
 
 def cuda_environment() -> dict[str, str]:
@@ -225,8 +211,10 @@ def prepare_device() -> None:
         )
 
 
-def require_cuda() -> None:
-    """Raise EnvironmentFault if there is no CUDA device."""
+def require_device(precision: Precision) -> None:
+    """Raise EnvironmentFault if this process does not have the device."""
+    if precision.device == "cpu":
+        return
     prepare_device()
     import torch
 
@@ -240,31 +228,6 @@ def require_cuda() -> None:
             next_step="use a machine with a GPU (check `nvidia-smi`, CUDA_VISIBLE_DEVICES and, on "
             "Ray, `cluster.num_gpus`), or set `device: cpu`",
         )
-
-
-def pin_cuda() -> None:
-    """Restrict this process to deterministic kernels. Raise EnvironmentFault without a device."""
-    require_cuda()
-    import torch
-
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    fix_attention(plain=True)
-
-
-def fix_attention(*, plain: bool) -> None:
-    """Allow the plain attention kernel only, or let torch choose.
-
-    The switches also concern the CPU's kernels, so a process that returns to the CPU must reset them.
-    """
-    from torch.backends import cuda
-
-    cuda.enable_math_sdp(True)
-    cuda.enable_flash_sdp(not plain)
-    cuda.enable_mem_efficient_sdp(not plain)
-    cuda.enable_cudnn_sdp(not plain)
 
 
 @cache
@@ -283,7 +246,7 @@ def describe_device() -> dict[str, Any] | None:
         "driver": driver_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "attention": ATTENTION,
+        "attention": "math",
     }
 
 

