@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,9 +39,7 @@ TokenizedRows = Sequence[tuple[StoredRecord, Tokens]]
 
 
 class _Reached(Exception):
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self.states = states
+    """Carries the states that enter a layer, and ends the forward there."""
 
 
 class _Passing(nn.Module):
@@ -70,8 +68,7 @@ class FrozenLayers:
         self.first = first
         self._base, self._decoder = base, base.get_decoder()
         self._layers = layers_of(base)[1]
-        self._real = [self._layers[at] for at in range(first)]
-        self._passing: list[_Passing] | None = None
+        self._real = list(self._layers[:first])
 
     def alone(self, input_ids: Sequence[int]) -> Tensor:
         """Return the states [T, H] that enter layer `first`, for one record by itself."""
@@ -89,7 +86,8 @@ class FrozenLayers:
         try:
             self._decoder(input_ids=ids_1T, use_cache=False, **positions)
         except _Reached as found:
-            return found.states[0].cpu().clone()
+            states_1TH: Tensor = found.args[0]
+            return states_1TH[0].cpu().clone()
         finally:
             hook.remove()
             self._base.train(training)
@@ -105,6 +103,7 @@ class FrozenLayers:
             torch.cat(list(states))[None] if packed else nn.utils.rnn.pad_sequence([*states], True)
         )
         given_BTH = together.to(self._base.device)
+        passing = self._passing
 
         def enter(_layer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
             if args:
@@ -112,11 +111,8 @@ class FrozenLayers:
             return args, {**kwargs, "hidden_states": given_BTH}
 
         hook = self._layers[self.first].register_forward_pre_hook(enter, with_kwargs=True)
-        if self._passing is None:
-            num_outputs = self._num_outputs()
-            self._passing = [_Passing(each, num_outputs) for each in self._real]
         try:
-            for at, each in enumerate(self._passing):
+            for at, each in enumerate(passing):
                 self._layers[at] = each
             yield
         finally:
@@ -124,24 +120,24 @@ class FrozenLayers:
                 self._layers[at] = layer
             hook.remove()
 
-    def _num_outputs(self) -> int | None:
-        """Return how many values the lowest layer returns; None for a single tensor."""
+    @cached_property
+    def _passing(self) -> list[_Passing]:
+        """Return the stand-ins, which return as many values as the lowest layer does."""
         seen: list[Any] = []
         hook = self._real[0].register_forward_hook(lambda _layer, _args, found: seen.append(found))
         self.alone(PROBE_IDS)
         hook.remove()
-        return len(seen[0]) if isinstance(seen[0], tuple) else None
+        num_outputs = len(seen[0]) if isinstance(seen[0], tuple) else None
+        return [_Passing(each, num_outputs) for each in self._real]
 
     @torch.no_grad()
     def check(self, longest: int) -> None:
-        """Raise InvalidInput unless the upper layers can be run apart from the lower ones.
+        """Raise InvalidInput unless a base in evaluation mode can be run in two parts.
 
-        From given states they must give the same bits as in a whole forward, and a record's states must
-        not depend on earlier records of up to `longest` tokens.
+        From given states the upper layers must give the same bits as in a whole forward, and a record's
+        states must not depend on earlier records of up to `longest` tokens.
         """
         ids_1T = torch.tensor([PROBE_IDS], device=self._base.device)
-        training = self._base.training
-        self._base.eval()
         try:
             whole = self._decoder(input_ids=ids_1T, use_cache=False).last_hidden_state
             with self.given([self.alone(PROBE_IDS)], packed=False):
@@ -149,8 +145,6 @@ class FrozenLayers:
             remembers = self._remembers(longest)
         except (AttributeError, TypeError, ValueError, IndexError) as error:
             raise _not_apart() from error
-        finally:
-            self._base.train(training)
         if remembers or not torch.equal(whole, apart):
             raise _not_apart()
 
@@ -178,34 +172,29 @@ def _not_apart() -> InvalidInput:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixFiles:
-    """A store of hidden states: what its files' names depend on, and how large a shard's may be."""
-
-    store: PrefixStore
-    num_bytes: int
-    base: str
-    fingerprint: str
-
-    def name(self, job: SliceJob, slice_: int, root: str) -> str:
-        """Return the name of the file that holds the states of a slice."""
-        return prefix_name(job.shard, slice_, root, job.training, self.base, self.fingerprint)
-
-    def room(self, job: SliceJob, name: str) -> int:
-        """Return how many bytes a file may take, given the shard's other files."""
-        return self.num_bytes - self.store.num_bytes(shard_start(job.shard)) + self.store.num_bytes(name)
-
-
 class Prefixes:
     """Hidden states by record, of one base and its patches: in memory, and in files between processes.
 
-    Memory is bounded; the states that come first stay. Files hold float32, which represents the states
-    of every dtype without loss, so stored states equal computed ones.
+    Memory is bounded; the states that come first stay. Files take up to `num_bytes` per shard and hold
+    float32, which represents the states of every dtype without loss.
     """
 
-    def __init__(self, memory_bytes: int = MEMORY_BYTES, files: PrefixFiles | None = None) -> None:
-        self._left, self._files = memory_bytes, files
+    def __init__(
+        self,
+        memory_bytes: int = MEMORY_BYTES,
+        store: PrefixStore | None = None,
+        num_bytes: int = 0,
+        base: str = "",
+        fingerprint: str = "",
+    ) -> None:
+        """Keep states in memory and, with a store, in files that are named by base and fingerprint."""
+        self._left, self._store, self._num_bytes = memory_bytes, store, num_bytes
+        self._base, self._fingerprint = base, fingerprint
         self._kept: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+
+    def _name(self, job: SliceJob, slice_: int, root: str) -> str:
+        """Return the name of the file that holds the states of a slice."""
+        return prefix_name(job.shard, slice_, root, job.training, self._base, self._fingerprint)
 
     def states(self, lower: FrozenLayers, input_ids: Sequence[int]) -> Tensor:
         """Return the states [T, H] of a record, computing them unless they are kept."""
@@ -227,11 +216,11 @@ class Prefixes:
         Return nothing without a store, or if no layer lies below the adapted ones (`first` is 0).
         """
         held: dict[str, int] = {}
-        if self._files is None or not first:
+        if self._store is None or not first:
             return held
         for slice_, root in job.slices:
-            name = self._files.name(job, slice_, root)
-            states = self._files.store.read(name)
+            name = self._name(job, slice_, root)
+            states = self._store.read(name)
             held[name] = len(states)
             for stored, tokens in rows:
                 found = states.get(stored.id_digest) if stored.slice == slice_ else None
@@ -244,11 +233,12 @@ class Prefixes:
 
         `held` is what `load` returned; a file that would not grow is not written.
         """
-        if self._files is None or not first:
+        if self._store is None or not first:
             return
         for slice_, root in job.slices:
-            name = self._files.name(job, slice_, root)
-            room, taken = self._files.room(job, name), {}
+            name, taken = self._name(job, slice_, root), {}
+            others = self._store.num_bytes(shard_start(job.shard)) - self._store.num_bytes(name)
+            room = self._num_bytes - others
             for stored, tokens in rows:
                 states = self._kept.get((first, tuple(tokens.input_ids)))
                 if stored.slice != slice_ or states is None:
@@ -259,4 +249,4 @@ class Prefixes:
                     break
                 taken[stored.id_digest] = found
             if len(taken) > held[name]:
-                self._files.store.write(name, taken)
+                self._store.write(name, taken)

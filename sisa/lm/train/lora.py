@@ -61,7 +61,7 @@ from sisa.lm.base.adapter import (
 from sisa.lm.base.numerics import fingerprint, keep_freed_memory, pin_threads, usual_modes
 from sisa.lm.base.tokens import tokenize_all
 from sisa.lm.base.weights import load_patched
-from sisa.lm.train.frozen_prefix import Prefixes, PrefixFiles, TokenizedRows
+from sisa.lm.train.frozen_prefix import Prefixes, TokenizedRows
 from sisa.lm.train.losses import Batch, count_labels, summed_loss
 from sisa.lm.train.trainable import Trainable, file_name, pattern_key
 from sisa.planning.plan import LAYERWISE
@@ -86,9 +86,9 @@ def stage_steps(
     remaining = presentations(passes, len(id_digests))
     number = 0
     while remaining > 0:
-        salt = f"{seed}|{shard}|{slice_}|{number}"
-        order = sorted(range(len(id_digests)), key=lambda i: _hash(salt, id_digests[i]))
-        order = order[:remaining]
+        salted = [f"{seed}|{shard}|{slice_}|{number}|{each}".encode() for each in id_digests]
+        hashes = [hashlib.sha256(each).digest() for each in salted]
+        order = sorted(range(len(hashes)), key=hashes.__getitem__)[:remaining]
         for step in _cut(order, micro_batch_size * per_step):
             step.sort(key=lambda i: (lengths[i], id_digests[i]))
             steps.append(_cut(step, micro_batch_size))
@@ -101,10 +101,6 @@ def _cut(whole: list[int], size: int) -> list[list[int]]:
     return [whole[start : start + size] for start in range(0, len(whole), size)]
 
 
-def _hash(salt: str, name: str) -> bytes:
-    return hashlib.sha256(f"{salt}|{name}".encode()).digest()
-
-
 class Ticks:
     """The progress of a stage: a `Tick` before its first step and after each one.
 
@@ -112,7 +108,7 @@ class Ticks:
     whole pass; losses of single steps or records are not reported.
 
     >>> ticks = Ticks([(2, 10), (1, 5), (2, 8)], num_records=3)
-    >>> first, second = ticks.before(), ticks.after(6.0, 3)
+    >>> first, second = ticks.now(), ticks.after(6.0, 3)
     >>> second.step, second.tokens, second.total_tokens, second.epoch, second.loss
     (1, 10, 23, 1, None)
     >>> third = ticks.after(6.0, 1)
@@ -132,10 +128,6 @@ class Ticks:
         self._step = self._tokens = self._records = self._labels = 0
         self._loss = 0.0
 
-    def before(self) -> Tick:
-        """Return the tick before the first step."""
-        return self._tick()
-
     def after(self, loss: float, num_labels: int) -> Tick:
         """Return the tick after the next step, given its loss summed over `num_labels` label tokens."""
         records, tokens = self._steps[self._step]
@@ -145,13 +137,14 @@ class Ticks:
         self._labels += num_labels
         self._loss += loss
         if self._epochs[self._step : self._step + 1] == [self._epochs[self._step - 1]]:
-            return self._tick()
-        tick = self._tick(self._records, self._loss / max(1, self._labels))
+            return self.now()
+        tick = self.now(self._records, self._loss / max(1, self._labels))
         self._records = self._labels = 0
         self._loss = 0.0
         return tick
 
-    def _tick(self, num_records: int = 0, loss: float | None = None) -> Tick:
+    def now(self, num_records: int = 0, loss: float | None = None) -> Tick:
+        """Return the tick after the steps so far."""
         at = max(0, self._step - 1)
         epoch, last = (self._epochs[at], self._epochs[-1]) if self._epochs else (0, 0)
         return Tick(
@@ -161,11 +154,7 @@ class Ticks:
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw_torch": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-}
+AVERAGES, STEP = ("exp_avg", "exp_avg_sq"), "step"  # of AdamW; plain SGD has no moments
 
 
 def seed_from(*parts: object) -> int:
@@ -183,7 +172,7 @@ class FlatParams:
 
     Each parameter is a view of its part, in the order of names. A tall matrix is stored transposed
     there, as its gradient arrives; what `by_name` returns has the parameter's own shape. Gradients
-    accumulate in place until `clear`. All parameters share one dtype and one device.
+    accumulate in place. All parameters share one dtype and one device.
 
     >>> layer = torch.nn.Linear(2, 3)
     >>> flat = FlatParams(dict(layer.named_parameters()))
@@ -213,11 +202,6 @@ class FlatParams:
             tall = len(shape) == 2 and shape[0] > shape[1]
             found[name] = part.view(shape[1], shape[0]).t() if tall else part.view(shape)
         return found
-
-    def clear(self) -> None:
-        """Set all gradients to zero."""
-        if self.values.grad is not None:
-            self.values.grad.zero_()
 
 
 class Stage:
@@ -262,7 +246,7 @@ class Stage:
         training = self._job.training
         num_labels = sum(count_labels(batch) for batch in batches)
         mean = 0.0
-        self._flat.clear()
+        self._optimizer.zero_grad(set_to_none=False)
         for batch in batches:
             below = self._below(batch)
             name = (training["seed"], self._job.shard, self._job.slice, "dropout", self._micro_batches)
@@ -306,31 +290,27 @@ class Stage:
 
     def _moments(self) -> dict[str, torch.Tensor]:
         """Return the optimizer's moments of each parameter, by name; all share one count of steps."""
-        state = self._optimizer.state[self._flat.values]
         found: dict[str, torch.Tensor] = {}
-        for moment in MOMENTS:
-            if moment in state:
-                whole = state[moment]
-                if whole.dim():
-                    parts = self._flat.by_name(whole)
-                else:
-                    parts = {name: whole.clone() for name in self._trained}
-                found |= {f"{file_name(name)}.{moment}": each for name, each in parts.items()}
+        for moment, whole in self._optimizer.state[self._flat.values].items():
+            if moment == STEP:
+                parts = {name: whole.clone() for name in self._trained}
+            else:
+                parts = self._flat.by_name(whole)
+            found |= {f"{file_name(name)}.{moment}": each for name, each in parts.items()}
         return found
 
     def _put_moments(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore moments. Raise IntegrityError if the parent has those of some parameters only."""
-        names = {name: f"{file_name(name)}." for name in self._trained}
-        held = {each for each in tensors if each.rpartition(".")[0] + "." in names.values()}
-        if not held:
+        names = [file_name(name) for name in self._trained]
+        if not any(each.rpartition(".")[0] in names for each in tensors):
             return
         values = self._flat.values
-        state = {moment: torch.zeros_like(values) for moment in MOMENTS[:2]}
+        state = {moment: torch.zeros_like(values) for moment in AVERAGES}
         try:
             for moment, whole in state.items():
                 for name, part in self._flat.by_name(whole).items():
-                    part.copy_(tensors[names[name] + moment])
-            step = tensors[next(iter(names.values())) + MOMENTS[2]].clone()
+                    part.copy_(tensors[f"{file_name(name)}.{moment}"])
+            state[STEP] = tensors[f"{names[0]}.{STEP}"].clone()
         except (KeyError, RuntimeError) as error:
             raise IntegrityError(
                 "a checkpoint's optimizer does not fit its adapter",
@@ -338,14 +318,16 @@ class Stage:
                 got=f"{len(tensors)} tensors",
                 next_step="run `sisa verify` on the model",
             ) from error
-        self._optimizer.state[values] = {**state, MOMENTS[2]: step}
+        self._optimizer.state[values] = state
 
 
 def make_optimizer(training: Mapping[str, Any], values: torch.nn.Parameter) -> torch.optim.Optimizer:
     """Return the run file's optimizer: AdamW (on the CPU in its fused form) or plain SGD."""
-    name, lr, decay = training["optimizer"], training["learning_rate"], training["weight_decay"]
-    fused = name == "adamw_torch" and values.device.type == "cpu"
-    return OPTIMIZERS[name]([values], lr=lr, weight_decay=decay, foreach=False, fused=fused)
+    lr, decay = training["learning_rate"], training["weight_decay"]
+    if training["optimizer"] == "sgd":
+        return torch.optim.SGD([values], lr=lr, weight_decay=decay, foreach=False, fused=False)
+    fused = values.device.type == "cpu"
+    return torch.optim.AdamW([values], lr=lr, weight_decay=decay, foreach=False, fused=fused)
 
 
 def _finite(loss: torch.Tensor, job: SliceJob) -> float:
@@ -388,9 +370,8 @@ class LoraTrainer:
         self._threads, self._precision = threads, precision
         self._wrapped: tuple[bytes, Trainable] | None = None
         self._tokenizer: Any = None
-        named = (self._base_name, fingerprint(threads, precision))
-        files = None if prefixes is None else PrefixFiles(prefixes, prefix_bytes, *named)
-        self._prefixes = Prefixes(files=files)
+        named = {"base": self._base_name, "fingerprint": fingerprint(threads, precision)}
+        self._prefixes = Prefixes(store=prefixes, num_bytes=prefix_bytes, **named)
 
     def train(
         self,
@@ -414,7 +395,7 @@ class LoraTrainer:
             held = self._prefixes.load(job, wrapped.first, rows, wrapped.dtype)
             stage = Stage(job, wrapped, parent, len(steps), self._prefixes)
             ticks = Ticks([_size(step) for step in steps], len(records))
-            progress(ticks.before())
+            progress(ticks.now())
             for step in steps:
                 progress(ticks.after(*stage.step(step)))
             self._prefixes.save(job, wrapped.first, rows, held)
@@ -437,15 +418,13 @@ def _size(step: Sequence[Batch]) -> tuple[int, int]:
 def _check_job(
     job: SliceJob, base_name: str, records: Sequence[StoredRecord], precision: Precision
 ) -> None:
+    own = {each: job.training[each] for each in precision.names if each in job.training}
     if not precision.is_of(job.training):
         raise IntegrityError(
             "a job was made for another device or dtype",
             where=f"shard {job.shard}, slice {job.slice}",
             expected=str(precision.in_jobs() or "none"),
-            got=str(
-                {each: job.training[each] for each in DEFAULT_PRECISION.names if each in job.training}
-                or "none"
-            ),
+            got=str(own or "none"),
             next_step="run the command again; `sisa train RUN.yaml` shows what differs",
         )
     if job.base != base_name:

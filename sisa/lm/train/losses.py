@@ -24,10 +24,10 @@ attention: heads), D features of a head, V words, K positions that any row needs
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 ONE, OTHER, NEXT = (0, 1, 2), (3, 2, 1), (1, 3, 0, 2)
 # Relative to the norm; wrong positions give about 1.
 PACKING_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3}
-_lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths")
+_lengths: ContextVar[list[int]] = ContextVar("lengths")
 
 
 class _Unlike(Exception):
@@ -65,11 +65,10 @@ def _attend(
         value is not None and name not in HARMLESS for name, value in others.items()
     ):
         raise _Unlike
-    lengths = list(_lengths.get())
     asked = [query_1HND, key_1HND, value_1HND]
     if query_1HND.device.type == "cpu":  # in bfloat16 its backward takes four times as long
         asked = [each.float() for each in asked]
-    parts = [torch.split(each, lengths, dim=2) for each in asked]
+    parts = [torch.split(each, _lengths.get(), dim=2) for each in asked]
     found = [
         sdpa_attention_forward(module, *each, None, dropout=dropout, scaling=scaling, is_causal=True)[0]
         for each in zip(*parts, strict=True)
@@ -84,7 +83,7 @@ AttentionInterface.register(ATTENTION_NAME, _attend)
 def attending(base: Any, lengths: Sequence[int]) -> Iterator[None]:
     """Make a base's forwards attend record by record; its configuration must be the caller's own."""
     before = [(config, config._attn_implementation) for config in _configs(base)]
-    token = _lengths.set(tuple(lengths))
+    token = _lengths.set(list(lengths))
     try:
         for config, _ in before:
             config._attn_implementation = ATTENTION_NAME
@@ -126,11 +125,9 @@ def packs(base: Any, longest: int) -> bool:
 def _states(base: Any, decoder: Any, first: Sequence[int], then: Sequence[int]) -> Tensor:
     """Return the hidden states [T, H] of the second of two packed records; here H is hidden."""
     lengths = (len(first), len(then))
-    ids_1N = torch.tensor([[*first, *then]], device=base.device)
+    ids_1N, at_1N = torch.tensor([[*first, *then]], device=base.device), positions(lengths, base.device)
     with attending(base, lengths):
-        found: Tensor = decoder(
-            input_ids=ids_1N, position_ids=positions(lengths, base.device), use_cache=False
-        ).last_hidden_state
+        found: Tensor = decoder(input_ids=ids_1N, position_ids=at_1N, use_cache=False).last_hidden_state
     return found[0, len(first) :]
 
 
@@ -152,37 +149,17 @@ def loss_form(base: Any, longest: int) -> Form:
     return Form(has_plain_head(base), packs(base, longest))
 
 
-@dataclass(frozen=True, slots=True)
-class BatchTensors:
-    """A micro-batch as tensors.
+class Laid(NamedTuple):
+    """A micro-batch as tensors: a forward's inputs, and each pair's row, column and label, [N]."""
 
-    They are ids [B, T], positions [B, T] if records lie end to end, and each pair's row [N], column [N]
-    and the label that it predicts [N].
-    """
-
-    ids_BT: Tensor
-    positions_BT: Tensor | None
+    inputs: dict[str, Any]
     rows_N: Tensor
     columns_N: Tensor
     labels_N: Tensor
 
-    def to(self, device: torch.device) -> BatchTensors:
-        """Return the same tensors on a device."""
-        if device.type == "cpu":
-            return self
-        moved = {name: getattr(self, name) for name in ("ids_BT", "rows_N", "columns_N", "labels_N")}
-        at = None if self.positions_BT is None else self.positions_BT.to(device)
-        return replace(self, positions_BT=at, **{name: each.to(device) for name, each in moved.items()})
 
-    def inputs(self) -> dict[str, Any]:
-        """Return the inputs of a forward."""
-        where = {} if self.positions_BT is None else {"position_ids": self.positions_BT}
-        return {"input_ids": self.ids_BT, "use_cache": False, **where}
-
-
-def lay(batch: Batch, *, packed: bool) -> BatchTensors:
+def lay(batch: Batch, device: torch.device, *, packed: bool) -> Laid:
     """Lay a batch out end to end in one row, or padded on the right to its longest record."""
-    lengths = [len(each.input_ids) for each in batch]
     # the label at a position is that of the next token; a record's last position predicts nothing
     pairs = [(torch.tensor(each.input_ids), torch.tensor([*each.labels[1:], NO_LOSS])) for each in batch]
     if packed:
@@ -191,8 +168,11 @@ def lay(batch: Batch, *, packed: bool) -> BatchTensors:
         ids_BT = pad_sequence([ids for ids, _ in pairs], batch_first=True)
         next_BT = pad_sequence([following for _, following in pairs], True, NO_LOSS)
     rows_N, columns_N = (next_BT != NO_LOSS).nonzero(as_tuple=True)
-    at = positions(lengths, ids_BT.device) if packed else None
-    return BatchTensors(ids_BT, at, rows_N, columns_N, next_BT[rows_N, columns_N])
+    labels_N = next_BT[rows_N, columns_N].to(device)
+    inputs: dict[str, Any] = {"input_ids": ids_BT.to(device), "use_cache": False}
+    if packed:
+        inputs["position_ids"] = positions([len(each.input_ids) for each in batch], device)
+    return Laid(inputs, rows_N.to(device), columns_N.to(device), labels_N)
 
 
 def count_labels(batch: Batch) -> int:
@@ -206,25 +186,22 @@ def summed_loss(model: Any, batch: Batch, form: Form) -> Tensor:
     `model` is a wrapped base, with a configuration of the caller's own; `form` is its base's
     `loss_form`.
     """
-    laid = lay(batch, packed=form.packed).to(model.device)
+    laid = lay(batch, model.device, packed=form.packed)
     base = model.get_base_model()
-    with _attending(base, batch, form):
+    lengths = [len(each.input_ids) for each in batch]
+    with attending(base, lengths) if form.packed else nullcontext():
         if not form.plain_head:
             return _by_own_forward(base, laid)
-        hidden_BTH = base.get_decoder()(**laid.inputs()).last_hidden_state
+        hidden_BTH = base.get_decoder()(**laid.inputs).last_hidden_state
     head = base.get_output_embeddings()
     hidden_NH = hidden_BTH[laid.rows_N, laid.columns_N]
     found: Tensor = _HeadLoss.apply(hidden_NH, head.weight, head.bias, laid.labels_N)  # type: ignore[no-untyped-call]
     return found
 
 
-def _attending(base: Any, batch: Batch, form: Form) -> AbstractContextManager[None]:
-    return attending(base, [len(each.input_ids) for each in batch]) if form.packed else nullcontext()
-
-
-def _by_own_forward(base: Any, laid: BatchTensors) -> Tensor:
+def _by_own_forward(base: Any, laid: Laid) -> Tensor:
     columns_K, at_N = torch.unique(laid.columns_N, return_inverse=True)
-    logits_BKV = base(**laid.inputs(), logits_to_keep=columns_K).logits
+    logits_BKV = base(**laid.inputs, logits_to_keep=columns_K).logits
     return cross_entropy(logits_BKV[laid.rows_N, at_N].float(), laid.labels_N, reduction="sum")
 
 

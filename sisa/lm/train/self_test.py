@@ -21,12 +21,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from sisa.core.digest import digest_of, sha256_hex
-from sisa.core.domain import DEFAULT_PRECISION, DeviceName, Dtype, Precision, SliceJob
+from sisa.core.domain import DEFAULT_PRECISION, Precision, SliceJob
 from sisa.core.errors import EnvironmentFault
 from sisa.lm.base.numerics import (
     describe_fingerprint,
@@ -87,10 +87,10 @@ def check(threads: int, precision: Precision = DEFAULT_PRECISION) -> Numerics:
 def _elsewhere(threads: int, precision: Precision) -> list[str]:
     here = str(Path(__file__).resolve().parents[3])
     environment = {**os.environ, **worker_environment(threads, precision), "PYTHONPATH": here}
-    arguments = [str(threads), precision.device, precision.dtype]
+    arguments = json.dumps([threads, asdict(precision)])
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "sisa.lm.train.self_test", *arguments],
+            [sys.executable, "-m", "sisa.lm.train.self_test", arguments],
             env=environment,
             capture_output=True,
             timeout=TIMEOUT_S,
@@ -147,18 +147,6 @@ def random_base(precision: Precision) -> Any:
     return base.requires_grad_(False).to(precision.device)
 
 
-def _trained(threads: int, precision: Precision) -> list[str]:
-    return trained_digests(threads, precision=precision)
-
-
-def _parsed(words: list[str]) -> tuple[int, Precision]:
-    """Parse the arguments that `_elsewhere` passes."""
-    device: DeviceName
-    dtype: Dtype
-    (device,) = (each for each in get_args(DeviceName) if each == words[1])
-    (dtype,) = (each for each in get_args(Dtype) if each == words[2])
-    return int(words[0]), Precision(device, dtype)
-
-
 if __name__ == "__main__":
-    print(json.dumps(_trained(*_parsed(sys.argv[1:]))))
+    threads, precision = json.loads(sys.argv[1])
+    print(json.dumps(trained_digests(threads, precision=Precision(**precision))))

@@ -73,9 +73,7 @@ class _Adapted(torch.autograd.Function):
         low_RN = (a_RI @ low_NI.t().to(a_RI.dtype)).mul_(scale)
         ctx.save_for_backward(low_NI, weight_OI, a_RI, b_OR, low_RN)
         ctx.scale, ctx.dropped = scale, dropped_NI is not None
-        if y_NO.dtype == b_OR.dtype:
-            return y_NO.addmm_(low_RN.t(), b_OR.t())
-        return torch.addmm(y_NO.to(b_OR.dtype), low_RN.t(), b_OR.t()).to(y_NO.dtype)
+        return _added(y_NO, low_RN.t(), b_OR.t())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,10 +97,11 @@ class _Adapted(torch.autograd.Function):
         return x_NI, dropped_NI, None, None, of_a_RI, of_b_OR, None
 
 
-def _added(to_NI: Tensor, up_NR: Tensor, a_RI: Tensor) -> Tensor:
-    if to_NI.dtype == a_RI.dtype:
-        return to_NI.addmm_(up_NR, a_RI)
-    return torch.addmm(to_NI.to(a_RI.dtype), up_NR, a_RI).to(to_NI.dtype)
+def _added(to: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return `to` with a product added to it: in place, unless `to` is in another dtype."""
+    if to.dtype == right.dtype:
+        return to.addmm_(left, right)
+    return torch.addmm(to.to(right.dtype), left, right).to(to.dtype)
 
 
 class TrainedLinear(lora_layer.Linear):  # type: ignore[misc]
@@ -124,16 +123,10 @@ class TrainedLinear(lora_layer.Linear):  # type: ignore[misc]
 
 
 def use_fused_linear(model: Any) -> None:
-    """Turn the adapted linear modules of a wrapped base with one adapter into `TrainedLinear`s."""
+    """Turn the adapted linear modules of a wrapped base into `TrainedLinear`s."""
     for module in model.modules():
-        if type(module) is lora_layer.Linear and _is_plain(module):
+        if type(module) is lora_layer.Linear and type(module.base_layer) in (torch.nn.Linear, Conv1D):
             module.__class__ = TrainedLinear
-
-
-def _is_plain(module: Any) -> bool:
-    known = type(module.base_layer) in (torch.nn.Linear, Conv1D)
-    plain = [*module.lora_A] == [DEFAULT_NAME] and not module.lora_variant and not module.merged
-    return known and plain and module.lora_B[DEFAULT_NAME].bias is None
 
 
 KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers", "sequence_len")
