@@ -253,7 +253,8 @@ class Asked:
             tokens = tokenize(each, self._answerer.tokenizer, train_on_inputs=False)
             batch = collate([tokens], pad_id=0)
             (score,) = answer_scores(
-                self._answerer.logprobs_BTV(batch.ids_BT1[:, :-1], [Route()]), batch
+                self._answerer.logprobs([Route()], input_ids=batch.ids_BT1[:, :-1], use_cache=False),
+                batch,
             )
             found.append(score.loss)
         return found

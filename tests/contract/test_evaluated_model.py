@@ -21,7 +21,7 @@ from sisa.core.errors import InvalidInput
 from sisa.lm.answer.route import Route, all_of
 from tests.fakes.evaluated import FakeEvaluated, made_up
 from tests.models.tiny_base import CHAT_TEMPLATE, make_tiny_base
-from tests.models.tiny_model import PEOPLE, train_scratch
+from tests.models.tiny_model import PEOPLE, next_token_probabilities, train_scratch
 
 REAL = ("hugging face", "adapter", "deletion-ready")
 FORMS = [
@@ -242,7 +242,7 @@ def test_an_adapter_is_the_shard_that_it_was_exported_from(adapter: Path, traine
 def _by_tokens(answerer: Any, prompt: list[int], answer: list[int], route: Route) -> list[float]:
     found = []
     for at, token in enumerate(answer):
-        probabilities = answerer.next_token_probabilities([*prompt, *answer[:at]], route)
+        probabilities = next_token_probabilities(answerer, [*prompt, *answer[:at]], route)
         found.append(float(probabilities[token].log()))
     return found
 
@@ -277,7 +277,8 @@ def test_the_mean_of_two_shards_is_of_probabilities(trained: sisa.Model) -> None
     answerer, _ = trained.answerer()
     ids = torch.tensor([[70, 71, 72]])
     one, other, both = (
-        answerer.logprobs_BTV(ids, [all_of(shards)]).exp() for shards in ((0,), (1,), (0, 1))
+        answerer.logprobs([all_of(shards)], input_ids=ids, use_cache=False).exp()
+        for shards in ((0,), (1,), (0, 1))
     )
     torch.testing.assert_close(both, (one + other) / 2, rtol=1e-5, atol=1e-8)
     assert not torch.allclose(one, other, rtol=1e-3, atol=1e-6)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +29,10 @@ from sisa.data.samples import make_people, to_jsonl
 from sisa.flows.ingest import Taken
 from sisa.flows.serial import Site
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS, OpenExecutor, open_serial
+from sisa.lm.answer.route import Route
+
+if TYPE_CHECKING:
+    from sisa.lm.answer.answerer import Answerer
 
 KEY = "3ada92f28b4ceda38562ebf047c6ff05400d4c572352a1142eedfef67d21e662"
 PEOPLE = make_people(12, 2)
@@ -41,6 +45,11 @@ SETTINGS: dict[str, Any] = {
     "sequence_len": 128,
 }
 Row = Mapping[str, Any]
+
+
+def next_token_probabilities(answerer: Answerer, ids: Sequence[int], route: Route) -> Any:
+    """Return the distribution of the token after a prompt, [V]."""
+    return answerer.answer_probabilities_KV(ids, [0], route)[0]  # whichever token comes
 
 
 def of_people(*names: str) -> list[dict[str, str]]:

@@ -121,32 +121,20 @@ class Answerer:
                 logits_PV = output.logits[:, -1]
         return answers
 
-    def next_token_probabilities(self, prompt_ids: Sequence[int], route: Route) -> Tensor:
-        """Return the distribution of the token after the prompt, [V]."""
-        ids = torch.tensor([list(prompt_ids)])
-        logs_1TV = self.logprobs([route], input_ids=ids, use_cache=False, logits_to_keep=1)
-        return logs_1TV[0, -1].exp().cpu()
-
     def answer_probability(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route
     ) -> float:
         """Return the mean probability of an answer's tokens."""
         probabilities_KV = self.answer_probabilities_KV(prompt_ids, answer_ids, route)
-        picked = probabilities_KV[torch.arange(len(answer_ids)), torch.tensor(answer_ids)]
-        return float(picked.mean())
+        return float(probabilities_KV.gather(1, torch.tensor(answer_ids)[:, None]).mean())
 
     def answer_probabilities_KV(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route
     ) -> Tensor:
         """Return the distribution of each token of an answer, given the true tokens before it."""
-        ids = torch.tensor([[*prompt_ids, *answer_ids][:-1]])
-        keep = len(answer_ids)
+        ids, keep = torch.tensor([[*prompt_ids, *answer_ids][:-1]]), len(answer_ids)
         logs_1TV = self.logprobs([route], input_ids=ids, use_cache=False, logits_to_keep=keep)
         return logs_1TV[0].exp().cpu()
-
-    def logprobs_BTV(self, ids_BT: Tensor, routes: Sequence[Route]) -> Tensor:
-        """Return log-probabilities after every token; rows are padded on the right."""
-        return self.logprobs(routes, input_ids=ids_BT, use_cache=False).cpu()
 
     def logprobs(self, routes: Sequence[Route], **inputs: Any) -> Tensor:
         """Return the log-probabilities [B, T, V] of a forward of the base on `inputs`.
@@ -159,26 +147,33 @@ class Answerer:
             self.check_current()
         self._check_shards(routes)
         names = [self._names(route) for route in routes]
-        inputs = {name: _on(value, self.model.device) for name, value in inputs.items()}
         whole = [(0, len(routes))]
         if not inputs.get("use_cache"):  # with a cache, all rows need one forward
             whole = list(pieces(names, inputs["input_ids"].shape[1]))
         found = []
         with torch.inference_mode():
             for start, end in whole:
-                part = {name: _cut(value, start, end, len(routes)) for name, value in inputs.items()}
+                part = {
+                    name: self._part(value, start, end, len(routes)) for name, value in inputs.items()
+                }
                 with self.stack.asking(names[start:end]) as rows:
                     found += self._combined(self.model(**part).logits, routes[start:end], rows)
             return torch.stack(found)
+
+    def _part(self, value: Any, start: int, end: int, num_requests: int) -> Any:
+        """Return a tensor on the base's device: some requests' rows, if it has one row per request."""
+        if not isinstance(value, Tensor):
+            return value
+        rows = value[start:end] if value.dim() > 1 and len(value) == num_requests else value
+        return rows.to(self.model.device)
 
     def _combined(self, logits_PTV: Tensor, routes: Sequence[Route], rows: Rows) -> list[Tensor]:
         """Return the combined log-probabilities [T, V] of each request."""
         found = []
         for route, own in zip(routes, rows.of, strict=True):
             logits = logits_PTV[own]
-            weights = torch.tensor(route.weights if len(logits) == len(route.shards) else [1.0])
-            weights = weights.to(logits.device)
-            found.append(combine(logits, weights, self.method))
+            weights = route.weights if len(logits) == len(route.shards) else [1.0]
+            found.append(combine(logits, torch.tensor(weights).to(logits.device), self.method))
         return found
 
     def _names(self, route: Route) -> Sequence[int]:
@@ -219,18 +214,7 @@ def combine(logits_PTV: Tensor, weights_P: Tensor, method: str) -> Tensor:
     mean_TV = (logs_PTV + weights_P11.log()).logsumexp(0)
     if method != "vote":
         return mean_TV
-    votes_TV = torch.zeros_like(mean_TV)
-    for weight, picked_T in zip(weights_P.float(), logs_PTV.argmax(-1), strict=True):
-        votes_TV.scatter_add_(-1, picked_T[:, None], weight.expand(len(picked_T), 1))
+    picked_TP = logs_PTV.argmax(-1).T
+    weights_TP = weights_P.float().expand(picked_TP.shape)
+    votes_TV = torch.zeros_like(mean_TV).scatter_add_(-1, picked_TP, weights_TP)
     return ((1 - TIE_SHARE) * votes_TV + TIE_SHARE * mean_TV.exp()).log()
-
-
-def _on(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _cut(value: Any, start: int, end: int, num_requests: int) -> Any:
-    """Return the rows of some requests if a value has one row per request, else the value."""
-    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == num_requests:
-        return value[start:end]
-    return value

@@ -1,7 +1,6 @@
 """Tokens of a record, and which of them belong to the answer.
 
-One definition serves training, the probe, patches and evaluation: an answer's tokens are those whose
-label is not NO_LOSS.
+One definition serves training, the probe, patches and evaluation.
 
     text         the text and an end token; all of them bear loss
     completion   prompt and completion, tokenized separately and joined, and an end token; the completion
@@ -9,21 +8,17 @@ label is not NO_LOSS.
     chat         the tokenizer's own template; each assistant turn's text bears loss, with the control
                  token that ends it but without a line break that the template puts after that token
 
-With `train_on_inputs` all tokens bear loss. `without_closing` removes the loss from what closes an
-answer, for measures of what is said.
-
 If the tokenizer uses a beginning token, it stands once at the start. Control strings inside a record
 ("<|im_end|>") are tokenized as plain text, so a record can't forge a turn or an end. A record longer
 than `sequence_len` is a problem (`refuse`) or keeps its first tokens (`truncate`). Problems name
 positions, never text. Tools and images in chats are not supported.
-
-    tokenize(record, tokenizer, train_on_inputs=False).labels   # -100 where there is no loss
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 from sisa.core.domain import Kind, Part, Record
@@ -47,10 +42,7 @@ class Untokenizable(ValueError):
 
 def tokenize(record: Record, tokenizer: Any, *, train_on_inputs: bool) -> Tokens:
     """Return a record's tokens at full length. Raise Untokenizable."""
-    if record.kind == "chat":
-        ids, labels = _chat(record, tokenizer)
-    else:
-        ids, labels = _parts(record, tokenizer)
+    ids, labels = (_chat if record.kind == "chat" else _parts)(record, tokenizer)
     return Tokens(ids, list(ids) if train_on_inputs else labels)
 
 
@@ -102,8 +94,7 @@ def _fit(tokens: Tokens, sequence_len: int, overlength: Overlength) -> Tokens:
 
 def encode_plain(text: str, tokenizer: Any) -> list[int]:
     """Return the ids of a text alone: nothing added, control strings as plain text."""
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    ids: list[int] = encoded["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return ids
 
 
@@ -114,10 +105,10 @@ def encode_prompt(prompt: str | Sequence[Part], tokenizer: Any, kind: Kind) -> l
     prompt is the user's) and the opening of the assistant's turn. Raise InvalidInput if the prompt is
     empty or the template rejects it.
     """
+    turns = [Part("user", prompt)] if isinstance(prompt, str) else prompt
     try:
         if kind == "chat" or not isinstance(prompt, str):
-            turns = [Part("user", prompt)] if isinstance(prompt, str) else prompt
-            return _render(_messages(turns), tokenizer, opened=True)
+            return _render(turns, tokenizer, opened=True)
         ids = _beginning(tokenizer) + encode_plain(prompt, tokenizer)
     except Untokenizable as error:
         raise InvalidInput(
@@ -140,20 +131,20 @@ def _parts(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
     labels = list(ids) if record.kind == "text" else [NO_LOSS] * len(ids)
     for part in record.parts:
         part_ids = encode_plain(part.text, tokenizer)
-        ids = ids + part_ids
+        ids += part_ids
         labels += [NO_LOSS] * len(part_ids) if part.role == "prompt" else part_ids
     return [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
 
 
 def _chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
-    messages = _messages(record.parts)
-    ids = _render(messages, tokenizer, opened=False)
+    turns = record.parts
+    ids = _render(turns, tokenizer, opened=False)
     labels = [NO_LOSS] * len(ids)
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for number, turn in enumerate(turns):
+        if turn.role != "assistant":
             continue
-        before = _render(messages[:number], tokenizer, opened=True)
-        after = _render(messages[: number + 1], tokenizer, opened=False)
+        before = _render(turns[:number], tokenizer, opened=True)
+        after = _render(turns[: number + 1], tokenizer, opened=False)
         if after[: len(before)] != before or ids[: len(after)] != after:
             raise Untokenizable(
                 f"message {number + 1}: the chat template rewrites earlier turns, "
@@ -164,23 +155,15 @@ def _chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
     return ids, labels
 
 
-def _messages(turns: Sequence[Part]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.text} for turn in turns]
-
-
 def _to_end(turn: list[int], tokenizer: Any) -> list[int]:
     """Return a turn up to the control token that ends it, or all of it if none does."""
-    end = len(turn)
-    while end and not _is_control(turn[end - 1], tokenizer):
-        if not _is_blank(turn[end - 1], tokenizer):
+    for end in range(len(turn), 0, -1):
+        token = turn[end - 1]
+        if tokenizer.decode([token]) and not tokenizer.decode([token], skip_special_tokens=True):
+            return turn[:end]
+        if not _is_blank(token, tokenizer):
             return turn
-        end -= 1
-    return turn[:end] or turn
-
-
-def _is_control(token: int, tokenizer: Any) -> bool:
-    said = tokenizer.decode([token], skip_special_tokens=True)
-    return not said and bool(tokenizer.decode([token]))
+    return turn
 
 
 def _is_blank(token: int, tokenizer: Any) -> bool:
@@ -193,15 +176,10 @@ def spans(tokens: Tokens) -> list[range]:
     >>> spans(Tokens([5, 6, 7, 8], [5, 6, NO_LOSS, 8]))
     [range(1, 2), range(3, 4)]
     """
-    found: list[range] = []
-    for at, label in enumerate(tokens.labels):
-        if label == NO_LOSS or at == 0:
-            continue
-        if found and found[-1].stop == at:
-            found[-1] = range(found[-1].start, at + 1)
-        else:
-            found.append(range(at, at + 1))
-    return found
+    labels = tokens.labels
+    runs = groupby(range(1, len(labels)), lambda at: labels[at] == NO_LOSS)
+    held = [list(run) for no_loss, run in runs if not no_loss]
+    return [range(run[0], run[-1] + 1) for run in held]
 
 
 def without_closing(tokens: Tokens, tokenizer: Any) -> Tokens:
@@ -226,14 +204,14 @@ def answers(tokens: Tokens, tokenizer: Any) -> list[tuple[list[int], list[int]]]
     ]
 
 
-def _render(messages: Sequence[dict[str, str]], tokenizer: Any, *, opened: bool) -> list[int]:
+def _render(turns: Sequence[Part], tokenizer: Any, *, opened: bool) -> list[int]:
     from jinja2.exceptions import TemplateError
 
-    if not messages:
+    if not turns:
         raise Untokenizable("the chat opens with the assistant's turn")
     try:
         ids: list[int] = tokenizer.apply_chat_template(
-            list(messages),
+            [{"role": turn.role, "content": turn.text} for turn in turns],
             add_generation_prompt=opened,
             tokenize=True,
             return_dict=False,

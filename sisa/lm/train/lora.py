@@ -370,8 +370,12 @@ class LoraTrainer:
         self._threads, self._precision = threads, precision
         self._wrapped: tuple[bytes, Trainable] | None = None
         self._tokenizer: Any = None
-        named = {"base": self._base_name, "fingerprint": fingerprint(threads, precision)}
-        self._prefixes = Prefixes(store=prefixes, num_bytes=prefix_bytes, **named)
+        self._prefixes = Prefixes(
+            store=prefixes,
+            num_bytes=prefix_bytes,
+            base=self._base_name,
+            fingerprint=fingerprint(threads, precision),
+        )
 
     def train(
         self,

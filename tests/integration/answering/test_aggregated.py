@@ -13,7 +13,7 @@ import pytest
 from sisa.core.errors import InvalidInput, Outdated
 from sisa.lm.answer.route import Route
 from sisa.model import Model
-from tests.models.tiny_model import PEOPLE, Tiny, change_run
+from tests.models.tiny_model import PEOPLE, Tiny, change_run, next_token_probabilities
 
 # a base of a few kilobytes ends some answers at once
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*answers ended at once")]
@@ -254,8 +254,8 @@ def test_what_was_loaded_before_a_deletion_answers_no_more(model: Model) -> None
     Model(model.directory, executor="serial").forget([PEOPLE[0]["id"]], defer=True)
     for asked in (
         lambda: answerer.generate(plain, routes, 4),
-        lambda: answerer.next_token_probabilities(plain[0], routes[0]),
-        lambda: answerer.logprobs_BTV(ids, routes),
+        lambda: next_token_probabilities(answerer, plain[0], routes[0]),
+        lambda: answerer.logprobs(routes, input_ids=ids, use_cache=False),
         lambda: wrapped.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2),
         lambda: wrapped(input_ids=ids, labels=ids),
     ):

@@ -32,6 +32,7 @@ from tests.models.tiny_model import (
     change_run,
     command,
     ids_of,
+    next_token_probabilities,
     of_people,
     without,
     write_rows,
@@ -80,7 +81,7 @@ def test_peft_loads_every_exported_adapter_with_the_shards_logits(tiny: Tiny) ->
     assert [path.name for path in made] == ["shard-00000", "shard-00001", "shard-00002"]
     seen = []
     for shard, path in enumerate(made):
-        expected = answerer.next_token_probabilities(ids, all_of((shard,)))
+        expected = next_token_probabilities(answerer, ids, all_of((shard,)))
         base = AutoModelForCausalLM.from_pretrained(tiny.base, dtype=torch.float32)
         as_it_is = probabilities(PeftModel.from_pretrained(base, path), ids)
         by_its_config = probabilities(AutoPeftModelForCausalLM.from_pretrained(path), ids)
@@ -143,8 +144,8 @@ def test_merged_forms_are_the_mean_of_the_shards_weights(tiny: Tiny) -> None:
     assert [each.startswith(step) for each, step in zip(merging, steps, strict=True)] == [True] * 4
     answerer, _ = model.answerer()
     ids = encode_prompt(PROMPT, answerer.tokenizer, "completion")
-    expected = answerer.next_token_probabilities(ids, all_of((0, 1, 2)))
-    assert not torch.allclose(expected, answerer.next_token_probabilities(ids, all_of(())), rtol=1e-3)
+    expected = next_token_probabilities(answerer, ids, all_of((0, 1, 2)))
+    assert not torch.allclose(expected, next_token_probabilities(answerer, ids, all_of(())), rtol=1e-3)
     as_adapter = probabilities(AutoPeftModelForCausalLM.from_pretrained(adapter), ids)
     as_model = probabilities(AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32), ids)
     torch.testing.assert_close(as_adapter, expected, rtol=1e-4, atol=1e-7)
@@ -229,7 +230,7 @@ def test_mean_prob_averages_the_probabilities_of_all_shards(tiny: Tiny) -> None:
     assert answer.shards == (0, 1, 2)
     answerer = answerer_of(model)
     ids = encode_prompt(PROMPT, answerer.tokenizer, "completion")
-    each = torch.stack([answerer.next_token_probabilities(ids, all_of((shard,))) for shard in range(3)])
+    each = torch.stack([next_token_probabilities(answerer, ids, all_of((shard,))) for shard in range(3)])
     expected = answerer.tokenizer.decode([int(each.mean(0).argmax())], skip_special_tokens=True)
     assert answer.text == expected.strip()
 

@@ -20,6 +20,7 @@ from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, base_digest, resolve_base
 from tests.integration.training.test_trainer import RECORDS, job_for, names
 from tests.models.tiny_base import make_tiny_base
+from tests.models.tiny_model import next_token_probabilities
 
 pytestmark = pytest.mark.torch
 
@@ -196,16 +197,16 @@ def test_the_base_alone_and_every_shard_answer_over_the_patches(
 
     shard = random_patch(base.directory, 7, "q_proj", "o_proj")
     asked = answerer(base, {3: shard}, patches)
-    alone = asked.next_token_probabilities(IDS, all_of(()))
+    alone = next_token_probabilities(asked, IDS, all_of(()))
     torch.testing.assert_close(alone, logits(load(base, patches))[-1].softmax(-1))
     config, tensors = adapter.read_config(shard), adapter.read_tensors(shard, ADAPTER)
     over = adapter.attach(load(base, patches), config, tensors, init_seed=0).eval()
-    found = asked.next_token_probabilities(IDS, all_of((3,)))
+    found = next_token_probabilities(asked, IDS, all_of((3,)))
     torch.testing.assert_close(found, logits(over)[-1].softmax(-1))
     plain = answerer(base, {3: shard}, [])
     for shards in ((), (3,)):
-        other = plain.next_token_probabilities(IDS, all_of(shards))
-        assert not torch.allclose(other, asked.next_token_probabilities(IDS, all_of(shards)), atol=1e-4)
+        other = next_token_probabilities(plain, IDS, all_of(shards))
+        assert not torch.allclose(other, next_token_probabilities(asked, IDS, all_of(shards)), atol=1e-4)
     assert plain.base_name == base.digest
     assert asked.base_name == patched_digest(
         base.digest, [sha256_hex(each[ADAPTER]) for each in patches]
@@ -291,6 +292,11 @@ def test_patches_and_an_adapter_are_one_adapter_on_the_plain_base(
     with torch.inference_mode():
         found = model(input_ids=rows).logits.log_softmax(-1)
     torch.testing.assert_close(
-        found, expected.logprobs_BTV(rows, [all_of((0,))] * len(rows)), rtol=1e-4, atol=1e-4
+        found,
+        expected.logprobs([all_of((0,))] * len(rows), input_ids=rows, use_cache=False),
+        rtol=1e-4,
+        atol=1e-4,
     )
-    assert not torch.allclose(found, expected.logprobs_BTV(rows, [all_of(())] * len(rows)), atol=1e-2)
+    assert not torch.allclose(
+        found, expected.logprobs([all_of(())] * len(rows), input_ids=rows, use_cache=False), atol=1e-2
+    )

@@ -36,6 +36,7 @@ from tests.models.tiny_model import (
     change_run,
     cut_short,
     ids_of,
+    next_token_probabilities,
     of_people,
     train_scratch,
     without,
@@ -95,16 +96,16 @@ def test_what_is_served_lies_over_the_active_patches(tiny: Tiny, made: list[File
         put_patch(model, files)
     expected, found = served(tiny, made), model.answerer()[0]
     for shards in ((), (0,), (0, 1, 2)):
-        asked = found.next_token_probabilities(ids, all_of(shards))
-        assert asked.equal(expected.next_token_probabilities(ids, all_of(shards)))
-        assert not asked.equal(before.next_token_probabilities(ids, all_of(shards)))
+        asked = next_token_probabilities(found, ids, all_of(shards))
+        assert asked.equal(next_token_probabilities(expected, ids, all_of(shards)))
+        assert not asked.equal(next_token_probabilities(before, ids, all_of(shards)))
     answer = model.generate(PROMPT, max_new_tokens=6)
     assert answer.text == expected.generate([ids], [all_of(answer.shards)], 6)[0].strip()
     assert model.verify(replay="all").ok, "shards that were trained over the plain base stay as they are"
     unlearn.revert(model, everything=True)
     again = model.answerer()[0]
-    assert again.next_token_probabilities(ids, all_of(())).equal(
-        before.next_token_probabilities(ids, all_of(()))
+    assert next_token_probabilities(again, ids, all_of(())).equal(
+        next_token_probabilities(before, ids, all_of(()))
     )
 
 

@@ -22,7 +22,7 @@ from sisa.lm.answer.route import all_of
 from tests.integration.answering.test_export_generate import PROMPT, probabilities
 from tests.integration.patches.test_patched import ADAPTER, Files
 from tests.integration.patches.test_patched_model import made, put_patch, served
-from tests.models.tiny_model import PEOPLE, Tiny, all_files, command, ids_of
+from tests.models.tiny_model import PEOPLE, Tiny, all_files, command, ids_of, next_token_probabilities
 
 pytestmark = pytest.mark.torch
 QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -106,7 +106,7 @@ def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
     ids = encode_prompt(PROMPT, expected.tokenizer, "completion")
     for shard, (path, before) in enumerate(zip(patched_, plain, strict=True)):
         found = probabilities(AutoPeftModelForCausalLM.from_pretrained(path), ids)
-        wanted = expected.next_token_probabilities(ids, all_of((shard,)))
+        wanted = next_token_probabilities(expected, ids, all_of((shard,)))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
         assert path.name == before.name
         assert (path / ADAPTER).read_bytes() != (before / ADAPTER).read_bytes()

@@ -28,6 +28,7 @@ from tests.models.tiny_model import (
     command,
     held_files,
     ids_of,
+    next_token_probabilities,
     of_people,
     train_scratch,
     without,
@@ -139,11 +140,11 @@ def test_what_is_served_and_exported_is_what_was_trained(half: Tiny) -> None:
     answerer, _ = model.answerer()
     assert next(answerer.model.parameters()).dtype == torch.bfloat16
     ids = encode_prompt(PEOPLE[0]["prompt"], answerer.tokenizer, "completion")
-    alone = answerer.next_token_probabilities(ids, all_of(()))
+    alone = next_token_probabilities(answerer, ids, all_of(()))
     for shard, path in enumerate(model.export(half.folder / "export")):
         base = AutoModelForCausalLM.from_pretrained(half.base, dtype=torch.bfloat16)
         loaded = probabilities(PeftModel.from_pretrained(base, path), ids)
-        served = answerer.next_token_probabilities(ids, all_of((shard,)))
+        served = next_token_probabilities(answerer, ids, all_of((shard,)))
         torch.testing.assert_close(served, loaded, **ROUNDED)
         assert not torch.allclose(served, alone, **ROUNDED)
         assert "trained over in bfloat16" in (path / "README.md").read_text()
@@ -166,7 +167,7 @@ def test_merged_forms_are_in_float32_and_say_what_is_served(half: Tiny) -> None:
     assert {each.dtype for each in whole.parameters()} == {torch.float32}
     answerer, _ = model.answerer()
     ids = encode_prompt(PEOPLE[0]["prompt"], answerer.tokenizer, "completion")
-    served = answerer.next_token_probabilities(ids, all_of((0, 1, 2)))
+    served = next_token_probabilities(answerer, ids, all_of((0, 1, 2)))
     torch.testing.assert_close(probabilities(whole, ids), served, **ROUNDED)
     parts = model.resources.base
     held, _ = load_base(parts.directory, parts.digest, HALF)

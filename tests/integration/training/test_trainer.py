@@ -21,6 +21,7 @@ from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.store.checkpoints import FILES, MANIFEST
 from tests.models.forked import run_forked
 from tests.models.tiny_base import make_tiny_base
+from tests.models.tiny_model import next_token_probabilities
 
 pytestmark = pytest.mark.torch
 
@@ -161,12 +162,12 @@ def test_files_and_first_weights_are_as_peft_has_them(base: BaseFiles) -> None:
     from peft.utils import get_peft_model_state_dict
 
     from sisa.lm.base.weights import load_base
-    from sisa.lm.train.trainable import Trainable
+    from sisa.lm.train.trainable import Trainable, file_name
 
     model, _ = load_base(base.directory, base.digest)
     wrapped = Trainable(model, {**TRAINING, "lora_target_modules": "all-linear"})
-    wrapped.begin(None, init_seed=3)
-    ours, theirs = wrapped.tensors(), get_peft_model_state_dict(wrapped.model)
+    ours = {file_name(name): each for name, each in wrapped.begin(None, init_seed=3).items()}
+    theirs = get_peft_model_state_dict(wrapped.model)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(each, theirs[name]) for name, each in ours.items())
     for name, each in ours.items():
@@ -449,10 +450,10 @@ def test_peft_loads_the_directory_as_it_is(base: BaseFiles, tmp_path: Path) -> N
         (tmp_path / name).write_bytes(data)
     answerer = Answerer(base.directory, base.digest, {2: files}, threads=1)
     ids = [5, 80, 40, 33]
-    ours = answerer.next_token_probabilities(ids, all_of([2]))
+    ours = next_token_probabilities(answerer, ids, all_of([2]))
     model, _ = load_base(base.directory, base.digest)
     plain = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
-    assert torch.allclose(answerer.next_token_probabilities(ids, all_of([])), plain, atol=1e-6)
+    assert torch.allclose(next_token_probabilities(answerer, ids, all_of([])), plain, atol=1e-6)
     theirs = PeftModel.from_pretrained(model, str(tmp_path)).eval()
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
@@ -469,15 +470,15 @@ def test_answers_are_the_mean_of_probabilities(base: BaseFiles) -> None:
     adapters = {shard: train(base, job_for(base, shard=shard)) for shard in (0, 4)}
     answerer = Answerer(base.directory, base.digest, adapters, threads=1)
     ids = encode_prompt("Who is 3?", answerer.tokenizer, "completion")
-    apart = [answerer.next_token_probabilities(ids, all_of([shard])) for shard in (0, 4)]
-    both = answerer.next_token_probabilities(ids, all_of([0, 4]))
+    apart = [next_token_probabilities(answerer, ids, all_of([shard])) for shard in (0, 4)]
+    both = next_token_probabilities(answerer, ids, all_of([0, 4]))
     assert torch.allclose(both, (apart[0] + apart[1]) / 2, atol=1e-7)
     assert not torch.allclose(apart[0], apart[1], atol=1e-5)
 
     step_by_step: list[int] = []
     for _ in range(6):
         step_by_step.append(
-            int(answerer.next_token_probabilities(ids + step_by_step, all_of([0, 4])).argmax())
+            int(next_token_probabilities(answerer, ids + step_by_step, all_of([0, 4])).argmax())
         )
     if answerer.tokenizer.eos_token_id not in step_by_step:
         expected = answerer.tokenizer.decode(step_by_step, skip_special_tokens=True)
