@@ -12,8 +12,8 @@ weights. Models that pool otherwise, or need a prefix before the text, are not s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,32 +60,28 @@ class TransformerEmbedder:
         self._directory = directory
         with untrusted("the embedder can't be loaded", directory):
             _check_pooling(directory)
-            config = json.loads((directory / "config.json").read_bytes())
-            self._dimension = int(config["hidden_size"])
-        self._digest = digest_of([TRANSFORMER_METHOD, ROWS, *PADDED_LENGTHS, base_digest(directory)])
-        self._parts: tuple[Any, Any] | None = None
-
-    @property
-    def digest(self) -> str:
-        return self._digest
-
-    @property
-    def dimension(self) -> int:
-        return self._dimension
+            self.dimension = int(json.loads((directory / "config.json").read_bytes())["hidden_size"])
+        self.digest = digest_of([TRANSFORMER_METHOD, ROWS, *PADDED_LENGTHS, base_digest(directory)])
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Return unit vectors, [num_texts, dimension]."""
-        vectors: Vectors = np.zeros((len(texts), self._dimension), dtype=np.float32)
+        vectors: Vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         if not texts:
             return vectors
+        import torch
+
+        before = torch.get_num_threads()
         errors = untrusted("the embedder can't be run", self._directory, quotes_texts=True)
-        with errors, one_thread(), usual_modes():
-            pin_threads(1)
-            self._fill(vectors, texts)
+        try:
+            with errors, usual_modes():
+                pin_threads(1)
+                self._fill(vectors, texts)
+        finally:
+            torch.set_num_threads(before)
         return vectors
 
     def _fill(self, vectors: Vectors, texts: Sequence[str]) -> None:
-        model, tokenizer = self._load()
+        model, tokenizer = self._loaded
         ids = [
             tokenizer(text, truncation=True, max_length=PADDED_LENGTHS[-1]).input_ids for text in texts
         ]
@@ -95,13 +91,12 @@ class TransformerEmbedder:
                 part = rows[start : start + ROWS]
                 vectors[part] = _pooled(model, [ids[row] for row in part], length)
 
-    def _load(self) -> tuple[Any, Any]:
-        if self._parts is None:
-            from transformers import AutoModel
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        """Return the model and its tokenizer."""
+        from transformers import AutoModel
 
-            model = load_frozen(AutoModel, self._directory)
-            self._parts = model, load_tokenizer(self._directory)
-        return self._parts
+        return load_frozen(AutoModel, self._directory), load_tokenizer(self._directory)
 
 
 def _check_pooling(directory: Path) -> None:
@@ -135,16 +130,3 @@ def _pooled(model: Any, ids: Sequence[Sequence[int]], length: int) -> Vectors:
         unit_BD = torch.nn.functional.normalize(mean_BD, dim=-1)
     vectors: Vectors = unit_BD[: len(ids)].numpy()
     return vectors
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread, and restore the number of threads afterwards."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

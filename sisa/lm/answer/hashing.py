@@ -27,7 +27,6 @@ from sisa.core.digest import digest_of
 from sisa.core.ports import Vectors
 
 HASHING_METHOD = "hashing-v1"
-HASHING_DIMENSION = 384
 CHARACTER_NGRAMS = (3, 4, 5)
 _WORD = re.compile(r"\w+")
 
@@ -35,32 +34,24 @@ _WORD = re.compile(r"\w+")
 class HashingEmbedder:
     """An embedder that needs neither weights nor torch."""
 
-    @property
-    def digest(self) -> str:
-        return digest_of([HASHING_METHOD, HASHING_DIMENSION, *CHARACTER_NGRAMS])
-
-    @property
-    def dimension(self) -> int:
-        return HASHING_DIMENSION
+    dimension = 384
+    digest = digest_of([HASHING_METHOD, dimension, *CHARACTER_NGRAMS])
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Return unit vectors, [num_texts, 384]."""
-        vectors: Vectors = np.zeros((len(texts), HASHING_DIMENSION), dtype=np.float32)
-        for row, text in enumerate(texts):
-            vectors[row] = _embed(text)
-        return vectors
+        return np.array([_embed(text) for text in texts], np.float32).reshape(-1, self.dimension)
 
 
-def _embed(text: str) -> Vectors:
-    sums = [0.0] * HASHING_DIMENSION
+def _embed(text: str) -> list[float]:
+    sums = [0.0] * HashingEmbedder.dimension
     for feature, count in sorted(Counter(features(text)).items()):
         value = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "big")
         weight = 1.0 + math.log(count)
-        sums[(value >> 1) % HASHING_DIMENSION] += weight if value & 1 else -weight
+        sums[(value >> 1) % len(sums)] += weight if value & 1 else -weight
     norm = math.sqrt(math.fsum(each * each for each in sums))
     if norm == 0.0:
         sums[0] = norm = 1.0
-    return np.asarray([each / norm for each in sums], dtype=np.float32)
+    return [each / norm for each in sums]
 
 
 def features(text: str) -> Iterator[str]:

@@ -23,8 +23,7 @@ from __future__ import annotations
 import re
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -88,16 +87,17 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                     next_step="remove it, or export the model",
                 )
         mask = kwargs.get("attention_mask")
-        rows = [_seen(row, None if mask is None else mask[n]) for n, row in enumerate(ids)]
-        with self._answering(self._routed([(row, len(row)) for row in rows])):
+        rows = ids if mask is None else [row[m.bool()] for row, m in zip(ids, mask, strict=True)]
+        self._routes = self._routed([(row, len(row)) for row in rows])
+        try:
             found = super().generate(input_ids=ids, **kwargs)
-        self._warn_of_silence(getattr(found, "sequences", found)[:, ids.shape[1] :])
-        return found
-
-    def _warn_of_silence(self, made: Tensor) -> None:
+        finally:
+            self._routes = None
+        made = getattr(found, "sequences", found)[:, ids.shape[1] :]
         said = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         if silent := sum(not each.strip() for each in said):
-            warnings.warn(f"{silent} of {len(said)} answers ended at once", stacklevel=3)
+            warnings.warn(f"{silent} of {len(said)} answers ended at once", stacklevel=2)
+        return found
 
     def forward(
         self,
@@ -131,23 +131,15 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             )
         return CausalLMOutputWithPast(loss=loss, logits=logs, past_key_values=past_key_values)
 
-    @contextmanager
-    def _answering(self, routes: list[Route]) -> Iterator[None]:
-        self._routes = routes
-        try:
-            yield
-        finally:
-            self._routes = None
-
     def _routes_of(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None) -> list[Route]:
         prompts = []
         for number, row in enumerate(ids):
-            seen = _seen(row, None if mask is None else mask[number])
+            kept = slice(None) if mask is None else mask[number].bool()
+            seen = row[kept]
             if labels is None:
                 prompts.append((seen, self._prompt_length(seen)))
             else:
-                own = _seen(labels[number], None if mask is None else mask[number])
-                labelled = (own != NO_LOSS).nonzero()
+                labelled = (labels[number][kept] != NO_LOSS).nonzero()
                 prompts.append((seen, int(labelled[0]) if len(labelled) else len(seen)))
         return self._routed(prompts)
 
@@ -204,10 +196,8 @@ def user_turn(tokenizer: Any) -> tuple[str, str] | None:
     from jinja2.exceptions import TemplateError
 
     words = ("first-question", "first-answer", "second-question")
-    turns = [
-        {"role": role, "content": word}
-        for role, word in zip(("user", "assistant", "user"), words, strict=True)
-    ]
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
     try:
         said = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         before, between, again, after = re.split("|".join(words), said)
@@ -221,8 +211,3 @@ def _shared(one: str, other: str) -> str:
     """Return the longest common prefix of two texts."""
     pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return "".join(letter for letter, _ in pairs)
-
-
-def _seen(row: Tensor, mask: Tensor | None) -> Tensor:
-    """Return a row without its padding."""
-    return row if mask is None else row[mask.bool()]

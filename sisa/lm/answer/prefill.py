@@ -72,14 +72,12 @@ def pieces(
 
 def _order(whole: Rows, parts: Sequence[Rows]) -> Tensor:
     """Return, for each row of all requests, its index among the pieces' rows."""
-    order, request, before = [0] * len(whole.requests), 0, 0
+    order, of, before = [0] * len(whole.requests), iter(whole.of), 0
     for part in parts:
+        places = range(before, before + len(part.requests))
         for own in part.of:
-            places = range(before, before + len(part.requests))[own]
-            for row, place in zip(range(len(order))[whole.of[request]], places, strict=True):
-                order[row] = place
-            request += 1
-        before += len(part.requests)
+            order[next(of)] = places[own]
+        before = places.stop
     return torch.tensor(order)
 
 

@@ -31,9 +31,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +44,7 @@ from sisa.lm.base.low_rank import Factors, LowRankChange, shape_of
 _PER_REQUEST = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """The rows of a forward.
 
     `requests` is the request of each row. `groups` is the constituent (None: the base alone) of each
@@ -85,10 +83,8 @@ class StackedLinear(nn.Module):
 
     def choose(self, adapters_G: Tensor | None) -> None:
         """Set the adapter of each group of rows; None leaves the base alone."""
-        if adapters_G is None:
-            self._groups = None
-        else:
-            self._groups = (self._all[0][adapters_G], self._all[1][adapters_G])
+        down, up = self._all
+        self._groups = None if adapters_G is None else (down[adapters_G], up[adapters_G])
 
     def forward(self, x_PTI: Tensor) -> Tensor:
         y_PTO: Tensor = self.base(x_PTI)
@@ -111,17 +107,17 @@ class StackedAdapters:
     def __init__(self, base: Any, adapters: Mapping[int, LowRankChange]) -> None:
         """Stack adapters over a base. Raise IntegrityError if an adapter does not fit the base."""
         self._places = {name: number for number, name in enumerate(sorted(adapters))}
-        changes = [adapters[name] for name in sorted(adapters)]
+        changes = [adapters[name] for name in self._places]
+        adapted = {module for each in changes for module in each}
         modules = dict(base.named_modules())
         self._linears = [
             _put_stacked(base, module, modules.get(module), [each.get(module) for each in changes])
-            for module in sorted({module for each in changes for module in each})
+            for module in sorted(adapted)
         ]
-        self._expand_at = _layers_above(base, {m for each in changes for m in each})
+        for layer in _layers_above(base, adapted):
+            layer.register_forward_pre_hook(self._expand, with_kwargs=True)
         self._requests_P: Tensor | None = None
         self._device = next(base.parameters()).device
-        for layer in self._expand_at:
-            layer.register_forward_pre_hook(self._expand, with_kwargs=True)
 
     @contextmanager
     def asking(self, routes: Sequence[Sequence[int]]) -> Iterator[Rows]:
@@ -132,9 +128,9 @@ class StackedAdapters:
         rows = rows_of(routes)
         self._requests_P = torch.tensor(rows.requests, device=self._device)
         self._num_requests = len(routes)
-        none = len(self._places)
-        chosen_G = torch.tensor([none if name is None else self._places[name] for name in rows.groups])
-        chosen_G = chosen_G.to(self._device)
+        alone = len(self._places)  # the adapter of zeros
+        chosen = [alone if name is None else self._places[name] for name in rows.groups]
+        chosen_G = torch.tensor(chosen, device=self._device)
         try:
             for each in self._linears:
                 each.choose(chosen_G)
@@ -149,11 +145,8 @@ class StackedAdapters:
         rows = self._requests_P
         if rows is None or len(rows) == self._num_requests:
             return args, kwargs
-        wide = {
-            name: self._widened(value, rows) if name in _PER_REQUEST else value
-            for name, value in kwargs.items()
-        }
-        return tuple(self._widened(each, rows) for each in args), wide
+        wide = {name: self._widened(each, rows) for name, each in kwargs.items() if name in _PER_REQUEST}
+        return tuple(self._widened(each, rows) for each in args), kwargs | wide
 
     def _widened(self, value: Any, rows_P: Tensor) -> Any:
         if isinstance(value, tuple):

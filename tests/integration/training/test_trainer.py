@@ -511,7 +511,7 @@ def test_an_embedder_runs_at_fixed_shapes(tmp_path: Path) -> None:
     from sisa.lm.answer.embedder import PADDED_LENGTHS, ROWS, resolve_embedder
 
     embedder: Any = resolve_embedder(str(make_tiny_embedder(tmp_path)))
-    model, tokenizer = embedder._load()
+    model, tokenizer = embedder._loaded
     shapes = []
     model.register_forward_pre_hook(
         lambda _model, _args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
