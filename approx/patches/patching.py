@@ -49,15 +49,7 @@ from sisa.core.events import Notice, PatchProgress, Report
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.flows.wiring.context import patch_files
 from sisa.flows.wiring.wiring import PATCHES
-from sisa.lm.base.adapter import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    adapter_tensors,
-    attach,
-    config_bytes,
-    lora_config,
-    tensor_bytes,
-)
+from sisa.lm.base.adapter import adapter_files, attach, lora_config
 from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.tokens import Tokens
 from sisa.lm.base.weights import load_frozen, load_patched, load_skeleton, load_tokenizer, local_or_hub
@@ -335,10 +327,7 @@ class _Making:
 
     def files(self) -> dict[str, bytes]:
         """Return the patch as PEFT reads it."""
-        return {
-            ADAPTER_FILE: tensor_bytes(adapter_tensors(self._model)),
-            CONFIG_FILE: config_bytes(self._model),
-        }
+        return adapter_files(self._model)
 
 
 class _Ticks:

@@ -19,21 +19,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.lm.answer.prefill import prefill
 from sisa.lm.answer.stacked_adapters import StackedAdapters
-from sisa.lm.base.adapter import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    DEFAULT_NAME,
-    adapter_tensors,
-    attach,
-    config_bytes,
-    lora_config,
-    tensor_bytes,
-    train_block,
-)
+from sisa.lm.base.adapter import DEFAULT_NAME, adapter_files, attach, lora_config, train_block
 from sisa.lm.base.low_rank import LowRankChange, read_change
 from sisa.lm.base.weights import load_base, load_skeleton, own_modules, untrusted
 from sisa.planning.plan import LAYERWISE
@@ -59,8 +50,7 @@ def try_base(directory: Path, digest: str, training: Mapping[str, Any]) -> None:
         trained = attach(own_modules(model), config, None, init_seed=0).train(False)  # no dropout
         if LAYERWISE in training:
             train_block(trained, training[LAYERWISE], place=0)
-        change = _change(trained)
-        _check_answers(model, trained, change)
+        _check_answers(model, trained, _change(trained))
 
 
 def _check_positions(config: Any, sequence_len: int) -> None:
@@ -107,12 +97,8 @@ def _change(trained: Any) -> LowRankChange:
     for module in trained.modules():
         if isinstance(module, LoraLayer) and DEFAULT_NAME in module.lora_B:
             module.lora_B[DEFAULT_NAME].weight.normal_(std=0.02, generator=generator)
-    files = {
-        ADAPTER_FILE: tensor_bytes(adapter_tensors(trained)),
-        CONFIG_FILE: config_bytes(trained),
-    }
     try:
-        return read_change(files)
+        return read_change(adapter_files(trained))
     except IntegrityError as error:
         raise InvalidInput(
             "an adapter on these modules of the base model is not plain LoRA and could not be served",
@@ -125,11 +111,9 @@ def _change(trained: Any) -> LowRankChange:
 
 def _check_answers(model: Any, trained: Any, change: LowRankChange) -> None:
     """Compare what is served for two prompts, and for one more token, with each prompt run alone."""
-    lengths = [len(each) for each in PROMPTS]
-    width = max(lengths)
-    ids_PT = torch.tensor([[1] * (width - len(each)) + list(each) for each in PROMPTS])
-    mask_PT = torch.tensor([[0] * (width - each) + [1] * each for each in lengths])
-    mask_PS = torch.cat([mask_PT, torch.ones(len(PROMPTS), 1, dtype=torch.long)], dim=1)
+    ids_PT = pad_sequence([torch.tensor(each) for each in PROMPTS], True, 1, "left")
+    mask_PT = pad_sequence([torch.ones(len(each)).long() for each in PROMPTS], True, 0, "left")
+    mask_PS = torch.cat([mask_PT, torch.ones_like(mask_PT[:, :1])], dim=1)
     stack = StackedAdapters(own := own_modules(model), {0: change})
     routes = [[0]] * len(PROMPTS)
     first_PV, cache = prefill(own, stack, routes, ids_PT, mask_PT)

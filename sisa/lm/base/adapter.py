@@ -6,7 +6,7 @@ one metadata key, so the same tensors give the same bytes. Adapters other than L
 embeddings, are not supported.
 
     model = attach(base, lora_config(training, base), tensors=None, init_seed=7)
-    files = {ADAPTER_FILE: tensor_bytes(adapter_tensors(model)), CONFIG_FILE: config_bytes(model)}
+    files = adapter_files(model)
 
 A base's layers are the first list of modules in the base's decoder that is as long as its config says.
 `lora_layers: top:N` adapts the N layers nearest to the output. Modules outside the layers (embeddings,
@@ -234,13 +234,14 @@ def read_tensors(files: Mapping[str, bytes], name: str) -> dict[str, torch.Tenso
         ) from error
 
 
-def config_bytes(model: Any) -> bytes:
-    """Return the adapter's configuration as canonical JSON, for inference and without paths."""
-    return written_config(model.peft_config[DEFAULT_NAME])
+def adapter_files(model: Any) -> dict[str, bytes]:
+    """Return the adapter's files as peft reads them."""
+    config = config_bytes(model.peft_config[DEFAULT_NAME])
+    return {ADAPTER_FILE: tensor_bytes(adapter_tensors(model)), CONFIG_FILE: config}
 
 
-def written_config(config: LoraConfig) -> bytes:
-    """Return a configuration as `config_bytes` writes it."""
+def config_bytes(config: LoraConfig) -> bytes:
+    """Return a configuration as canonical JSON, for inference and without paths."""
     content = config.to_dict() | {"base_model_name_or_path": None, "inference_mode": True}
     return canonical_json(
         {key: sorted(each) if isinstance(each, set) else each for key, each in content.items()}

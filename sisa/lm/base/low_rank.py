@@ -38,10 +38,10 @@ from sisa.core.errors import IntegrityError, Problem
 from sisa.lm.base.adapter import (
     ADAPTER_FILE,
     CONFIG_FILE,
+    config_bytes,
     read_config,
     read_tensors,
     tensor_bytes,
-    written_config,
 )
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -186,4 +186,4 @@ def merge_adapters(
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     tensors = {f"{PREFIX}{name}{A}": each.a_RI for name, each in whole.items()}
     tensors |= {f"{PREFIX}{name}{B}": each.b_OR for name, each in whole.items()}
-    return {ADAPTER_FILE: tensor_bytes(tensors), CONFIG_FILE: written_config(config)}
+    return {ADAPTER_FILE: tensor_bytes(tensors), CONFIG_FILE: config_bytes(config)}

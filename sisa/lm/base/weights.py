@@ -37,13 +37,8 @@ from sisa.lm.base.packages import (
 )
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
 )
 CONFIG_FILES = ("config.json", "generation_config.json")
 UNNAMED_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
@@ -125,17 +120,13 @@ def _model_directory(directory: Path, spec: str) -> Path:
 
 
 def _from_hub(spec: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
+    absent = errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError
     name, _, revision = spec.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except absent as error:
         raise InvalidInput(
             "the hub does not have this model, or does not give you access to it",
             where=spec,

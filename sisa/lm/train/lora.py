@@ -1,11 +1,9 @@
 """The LoRA trainer: one stage of training as a pure function of its inputs, to the byte.
 
 A stage starts from bytes: its parent's files, or the base and a seed. This is so in the process that
-trained the parent as in any other, so resuming runs the same code. The base is never written to. A stage
-over patches names the base with them. A stage runs on the base's device and in its dtype. What a process
-did before reaches no bit: each stage has modules of its own (`trainable.py`), and torch has its default
-modes while it runs. Hidden states of the frozen layers are kept between stages. Encoder-decoder models,
-and more than one device at once, are not supported.
+trained the parent as in any other, so resuming runs the same code. The base is never written to. What a
+process did before reaches no bit: each stage has modules of its own (`trainable.py`), and torch has its
+default modes while it runs. Encoder-decoder models, and more than one device at once, are not supported.
 
     files = LoraTrainer(directory, digest, threads=1).train(job, None, records, print)
 
@@ -15,17 +13,18 @@ loss of an optimizer step is the summed cross-entropy divided by the number of l
 micro-batches. Adapters, gradients, moments and loss are in float32 whatever the base's dtype, and so are
 the files.
 
-Steps are a pure function of the stage's records, its passes and its seed. Each pass has its own order,
-by the hash of seed, shard, slice, pass and the record's keyed digest, so neither the order of arrival
-nor another shard matters. A fractional last pass is a prefix of its order, so a stage presents exactly
+Steps are a pure function of the job and the stage's records. Each pass has its own order, by the hash of
+seed, shard, slice, pass and the record's keyed digest, so neither the order of arrival nor another shard
+matters. A fractional last pass is a prefix of its order, so a stage presents exactly
 `record_epochs(job)` records. A pass is cut into optimizer steps; only its last step may be smaller.
 
 The steps do not group records by length: steps of long records alone give each of their tokens less
 weight and ended at a higher loss. Within a step, records are sorted by length and cut into
 micro-batches; this saves padding and does not change the sum.
 
->>> stage_steps(["a", "b", "c"], [5, 2, 2], (3, 2), micro_batch_size=2, per_step=1, seed=0, shard=0,
-...             slice_=0)
+>>> training = {"micro_batch_size": 2, "gradient_accumulation_steps": 1, "seed": 0}
+>>> job = SliceJob(0, 0, None, (), 3, (3, 2), training, "base", "fingerprint")
+>>> stage_steps(job, ["a", "b", "c"], [5, 2, 2])
 [[[1, 0]], [[2]], [[2, 0]]]
 
 Source: SISA, Bourtoule et al. 2021, section IV (slicing); LoRA, Hu et al. 2022.
@@ -46,18 +45,10 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from sisa.core.digest import canonical_json
-from sisa.core.domain import DEFAULT_PRECISION, Precision, SliceJob, presentations
+from sisa.core.domain import DEFAULT_PRECISION, Precision, SliceJob, record_epochs
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.ports import PrefixStore, StoredRecord, Tick
-from sisa.lm.base.adapter import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    adapter_tensors,
-    config_bytes,
-    patched_name,
-    read_tensors,
-    tensor_bytes,
-)
+from sisa.lm.base.adapter import ADAPTER_FILE, adapter_files, patched_name, read_tensors, tensor_bytes
 from sisa.lm.base.numerics import fingerprint, keep_freed_memory, pin_threads, usual_modes
 from sisa.lm.base.tokens import tokenize_all
 from sisa.lm.base.weights import load_patched
@@ -68,30 +59,22 @@ from sisa.planning.plan import LAYERWISE
 
 
 def stage_steps(
-    id_digests: Sequence[str],
-    lengths: Sequence[int],
-    passes: tuple[int, int],
-    *,
-    micro_batch_size: int,
-    per_step: int,
-    seed: int,
-    shard: int,
-    slice_: int,
+    job: SliceJob, id_digests: Sequence[str], lengths: Sequence[int]
 ) -> list[list[list[int]]]:
-    """Return the record indices of each step: up to `per_step` micro-batches a step, pass after pass.
+    """Return the record indices of each micro-batch of each step, pass after pass.
 
-    `passes` is an exact fraction; `lengths` are in tokens.
+    `id_digests` and `lengths`, in tokens, are those of the stage's records.
     """
     steps: list[list[list[int]]] = []
-    remaining = presentations(passes, len(id_digests))
-    number = 0
+    size = job.training["micro_batch_size"]
+    remaining, number = record_epochs(job), 0
     while remaining > 0:
-        salted = [f"{seed}|{shard}|{slice_}|{number}|{each}".encode() for each in id_digests]
-        hashes = [hashlib.sha256(each).digest() for each in salted]
+        salt = f"{job.training['seed']}|{job.shard}|{job.slice}|{number}"
+        hashes = [hashlib.sha256(f"{salt}|{each}".encode()).digest() for each in id_digests]
         order = sorted(range(len(hashes)), key=hashes.__getitem__)[:remaining]
-        for step in _cut(order, micro_batch_size * per_step):
+        for step in _cut(order, size * job.training["gradient_accumulation_steps"]):
             step.sort(key=lambda i: (lengths[i], id_digests[i]))
-            steps.append(_cut(step, micro_batch_size))
+            steps.append(_cut(step, size))
         remaining -= len(order)
         number += 1
     return steps
@@ -282,8 +265,7 @@ class Stage:
             },
         }
         return {
-            ADAPTER_FILE: tensor_bytes(adapter_tensors(self._wrapped.model)),
-            CONFIG_FILE: config_bytes(self._wrapped.model),
+            **adapter_files(self._wrapped.model),
             OPTIMIZER_FILE: tensor_bytes(self._moments()),
             STATE_FILE: canonical_json(state),
         }
@@ -463,15 +445,6 @@ def _tokenized(job: SliceJob, records: Sequence[StoredRecord], tokenizer: Any) -
 
 
 def _plan_steps(job: SliceJob, rows: TokenizedRows) -> list[list[Batch]]:
-    training = job.training
-    steps = stage_steps(
-        [each.id_digest for each, _ in rows],
-        [len(each.input_ids) for _, each in rows],
-        job.passes,
-        micro_batch_size=training["micro_batch_size"],
-        per_step=training["gradient_accumulation_steps"],
-        seed=training["seed"],
-        shard=job.shard,
-        slice_=job.slice,
-    )
+    lengths = [len(tokens.input_ids) for _, tokens in rows]
+    steps = stage_steps(job, [stored.id_digest for stored, _ in rows], lengths)
     return [[[rows[index][1] for index in batch] for batch in step] for step in steps]

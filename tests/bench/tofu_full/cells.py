@@ -47,13 +47,11 @@ from sisa.core.errors import ConfigConflict
 from sisa.lm.base.adapter import (
     ADAPTER_FILE,
     CONFIG_FILE,
-    adapter_tensors,
+    adapter_files,
     attach,
-    config_bytes,
     lora_config,
     read_config,
     read_tensors,
-    tensor_bytes,
 )
 from sisa.lm.base.tokens import Tokens, encode_prompt, end_tokens
 from sisa.lm.base.weights import BaseFiles, load_frozen, load_tokenizer
@@ -362,9 +360,8 @@ class Cells:
                 patched, sets, method, within(budget, method, sets, settings, sizes), AT_THE_END
             )
             took = time.perf_counter() - began, time.process_time() - at_work
-            write_atomic(self._adapter(contestant) / CONFIG_FILE, config_bytes(patched))
-            weights = tensor_bytes(adapter_tensors(patched))
-            write_atomic(self._adapter(contestant) / ADAPTER_FILE, weights)
+            for name, data in adapter_files(patched).items():
+                write_atomic(self._adapter(contestant) / name, data)
             patched.unload()
         counted = replace(end.compute, num_parameters=sizes[0])
         return {

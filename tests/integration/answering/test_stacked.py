@@ -28,15 +28,7 @@ def adapter(base: Any, seed: int, rank: int, layers: Sequence[int], modules: Seq
     import torch
     from peft import LoraConfig
 
-    from sisa.lm.base.adapter import (
-        ADAPTER_FILE,
-        CONFIG_FILE,
-        adapter_tensors,
-        attach,
-        config_bytes,
-        put_tensors,
-        tensor_bytes,
-    )
+    from sisa.lm.base.adapter import adapter_files, adapter_tensors, attach, put_tensors
 
     config = LoraConfig(
         r=rank,
@@ -52,7 +44,7 @@ def adapter(base: Any, seed: int, rank: int, layers: Sequence[int], modules: Seq
         for name, each in adapter_tensors(model).items()
     }
     put_tensors(model, tensors)
-    return {ADAPTER_FILE: tensor_bytes(tensors), CONFIG_FILE: config_bytes(model)}
+    return adapter_files(model)
 
 
 def alone(base: Any, files: Files | None, ids: Sequence[int]) -> Any:

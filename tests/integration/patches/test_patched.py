@@ -55,7 +55,7 @@ def random_patch(base: Path, seed: int, *modules: str, rank: int = 4, scale: flo
         name: torch.randn(each.shape, generator=draw) * scale
         for name, each in adapter.adapter_tensors(model).items()
     }
-    config = adapter.config_bytes(model)
+    config = adapter.config_bytes(model.peft_config["default"])
     return {ADAPTER: adapter.tensor_bytes(tensors), "adapter_config.json": config}
 
 

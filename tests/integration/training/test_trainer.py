@@ -313,8 +313,7 @@ def plain_loop(base: BaseFiles, stages: Sequence[tuple[SliceJob, Sequence[Stored
         rows = [tokenize(each.record, tokenizer, train_on_inputs=False) for each in records]
         sizes = [len(each.input_ids) for each in rows]
         digests = [each.id_digest for each in records]
-        cut = {"micro_batch_size": 2, "per_step": 2, "seed": own["seed"], "shard": 0}
-        steps = stage_steps(digests, sizes, job.passes, slice_=job.slice, **cut)
+        steps = stage_steps(job, digests, sizes)
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"] = rate
         warm = -(-3 * len(steps) // 10)
         scheduler = get_scheduler(own["lr_scheduler"], optimizer, warm, len(steps))

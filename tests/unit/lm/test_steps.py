@@ -25,16 +25,9 @@ def steps_by_name(
     slice_: int = 0,
 ) -> Steps:
     names = list(records)
-    found = stage_steps(
-        names,
-        [records[name] for name in names],
-        passes,
-        micro_batch_size=size,
-        per_step=per_step,
-        seed=seed,
-        shard=3,
-        slice_=slice_,
-    )
+    training = {"micro_batch_size": size, "gradient_accumulation_steps": per_step, "seed": seed}
+    job = SliceJob(3, slice_, None, (), len(records), passes, training, "base", "fp")
+    found = stage_steps(job, names, [records[name] for name in names])
     return [[[names[index] for index in batch] for batch in step] for step in found]
 
 
