@@ -4,17 +4,13 @@ Each chosen model predicts the next token, all in one forward; `combine` makes o
 theirs, and the most likely token is appended for all of them. Requests with different routes are
 answered side by side, padded on the left. If a route is empty, the base alone answers. Patches lie
 beneath all models, including the base alone. Adapters and patches come as bytes that the caller has
-verified, and are held in modules of this object's own around the shared base. `check_current` is called
-before each answer begins, and raises once these adapters are no longer served. Models run on the device
-and in the dtype that they were trained in. Results are in float32, on that device for `logprobs` and on
-the CPU otherwise. Answers are greedy; beside others, a request's logits may differ from those that it
-gets alone by float rounding.
+verified. Results are in float32, on the models' device for `logprobs` and on the CPU otherwise. Beside
+others, a request's logits may differ from those that it gets alone by float rounding.
 
     answerer = Answerer(directory, digest, {0: files}, threads=1)
     answerer.generate([encode_prompt("Who is Mara?", answerer.tokenizer, "text")], [all_of([0])], 32)
 
-Shapes: B and Q requests, P rows (a constituent of a request), T positions, K tokens of an answer, V
-words.
+Shapes: B requests, P rows (a constituent of a request), T positions, K tokens of an answer, V words.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ from torch import Tensor
 
 from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import InvalidInput
-from sisa.lm.answer.prefill import pieces, prefill
+from sisa.lm.answer.prefill import decode, pieces, prefill
 from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
 from sisa.lm.base.adapter import patched_name
@@ -55,11 +51,9 @@ class Answerer:
         method: str = "routed",
         precision: Precision = DEFAULT_PRECISION,
     ) -> None:
-        """Load the constituent models.
+        """Load the constituent models: `adapters` by shard over `patches`, lowest first.
 
-        `adapters` maps shards to their checkpoints' files; `patches` are the files of the served
-        patches, lowest first; `method` is how the constituents are combined. Raise IntegrityError if an
-        adapter or a patch does not fit, and EnvironmentFault without the device.
+        Raise IntegrityError if one of them does not fit, and EnvironmentFault without the device.
         """
         pin_threads(threads, precision)  # before patches are merged
         self._pinned, self.method = (threads, precision), method
@@ -111,14 +105,7 @@ class Answerer:
                 if step + 1 == max_new_tokens:
                     break
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-                output = self.model(
-                    input_ids=torch.tensor(picked, device=on)[:, None],
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(-1) - 1)[:, -1:],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                logits_PV = output.logits[:, -1]
+                logits_PV = decode(self.model, torch.tensor(picked, device=on), mask, cache)
         return answers
 
     def answer_probability(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sisa.core.errors import IntegrityError, InvalidInput
-from sisa.lm.answer.prefill import prefill
+from sisa.lm.answer.prefill import decode, prefill
 from sisa.lm.answer.stacked_adapters import StackedAdapters
 from sisa.lm.base.adapter import DEFAULT_NAME, adapter_files, attach, lora_config, train_block
 from sisa.lm.base.low_rank import LowRankChange, read_change
@@ -113,21 +113,14 @@ def _check_answers(model: Any, trained: Any, change: LowRankChange) -> None:
     """Compare what is served for two prompts, and for one more token, with each prompt run alone."""
     ids_PT = pad_sequence([torch.tensor(each) for each in PROMPTS], True, 1, "left")
     mask_PT = pad_sequence([torch.ones(len(each)).long() for each in PROMPTS], True, 0, "left")
-    mask_PS = torch.cat([mask_PT, torch.ones_like(mask_PT[:, :1])], dim=1)
     stack = StackedAdapters(own := own_modules(model), {0: change})
     routes = [[0]] * len(PROMPTS)
     first_PV, cache = prefill(own, stack, routes, ids_PT, mask_PT)
     with stack.asking(routes):
-        then_PV = own(
-            input_ids=torch.full((len(PROMPTS), 1), NEXT),
-            attention_mask=mask_PS,
-            position_ids=(mask_PS.cumsum(-1) - 1)[:, -1:],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-    alone = [
-        trained(input_ids=torch.tensor([[*each, NEXT]]), use_cache=False).logits for each in PROMPTS
-    ]
+        mask_PS = torch.cat([mask_PT, torch.ones_like(mask_PT[:, :1])], dim=1)
+        then_PV = decode(own, torch.tensor([NEXT] * len(PROMPTS)), mask_PS, cache)
+    continued = (torch.tensor([[*each, NEXT]]) for each in PROMPTS)
+    alone = [trained(input_ids=each, use_cache=False).logits for each in continued]
     expected_PV = torch.cat([each[:, -2] for each in alone] + [each[:, -1] for each in alone])
     if _unlike(torch.cat([first_PV, then_PV]), expected_PV, ANSWER_TOLERANCE):
         raise _refusal(

@@ -3,16 +3,14 @@
     model = open_model("model").as_transformers()
     model.generate(**tokenizer("Who is Mara?", return_tensors="pt"), max_new_tokens=32)
 
-Its logits are the log-probabilities of the constituent models' combined distribution, so a softmax
-returns that distribution.
+Its logits are the log-probabilities of the constituent models' combined distribution.
 
 The prompt alone chooses who answers: the user turns of a chat in the tokenizer's template, else the
 whole prompt. `generate` receives nothing but the prompt. In `forward` with `labels`, the prompt ends
 before the first labelled token; without, it ends after the first of `prompt_ends` in the text, as in an
-evaluation's "Question: ...\nAnswer:", so that no continuation reaches the router. (If a prompt holds
-several examples, the first one is looked up.) If the model is routed, a sequence whose prompt can't be
-found is refused. If no prompt of a batch is near any record, so that the base alone answers all of them,
-a warning says so. Rows are padded on either side with an `attention_mask`, or on the right without one.
+evaluation's "Question: ...\nAnswer:", so that no continuation reaches the router. A routed model refuses
+a sequence whose prompt can't be found. Rows are padded on either side with an `attention_mask`, or on
+the right without one.
 
 The model does not train, does not search with beams (caches would have to be reordered), and does not
 save (use `sisa export`).

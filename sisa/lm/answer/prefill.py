@@ -2,11 +2,8 @@
 
 A forward over all rows of many requests is slower than several smaller ones, since its intermediate
 results do not fit into the processor's caches. Decoding one token of each row is fastest with all of
-them. So a piece has as many requests as fit into `POSITIONS` positions of rows, and at least one. The
-resulting cache equals that of one forward, up to float rounding. Caches without keys and values
-(state-space layers) are not supported.
-
-    logits_PV, cache = prefill(base, stack, [[0, 3], [3]], ids_QT, mask_QT)
+them. The resulting cache equals that of one forward, up to float rounding. Caches without keys and
+values (state-space layers) are not supported.
 
 Shapes: Q requests, P rows (in the order of `stacked_adapters.py`), T positions, V words.
 """
@@ -45,6 +42,18 @@ def prefill(
     order_P = _order(rows_of(routes), [rows for _, _, rows in read])
     logits_PV = torch.cat([logits for logits, _, _ in read])[order_P]
     return logits_PV, _joined([cache for _, cache, _ in read], order_P)
+
+
+def decode(base: Any, ids_P: Tensor, mask_PT: Tensor, cache: Any) -> Tensor:
+    """Return the logits [P, V] after one more token of each row; the mask includes that token."""
+    logits_P1V: Tensor = base(
+        input_ids=ids_P[:, None],
+        attention_mask=mask_PT,
+        position_ids=(mask_PT.cumsum(-1) - 1)[:, -1:],
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    return logits_P1V[:, -1]
 
 
 def pieces(

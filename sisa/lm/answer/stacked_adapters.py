@@ -7,11 +7,10 @@
               y = x W + (x A[row]) B[row]. If all requests have the same route, each adapter's matrices
               are read once for all requests, not once per row
 
-The base's weights are shared and never written to. Ranks are padded with zeros to the largest one, the
-scale is folded into B, and the base alone is an adapter of zeros. Rows of one forward may ask different
-constituents. Results differ from those of one constituent at a time by float rounding alone. Adapters
-are in float32 on the base's device; over a base in another dtype, each sum is rounded to it once.
-Dropout, and adapters on modules before the layers, are not supported.
+The base's weights are never written to. Ranks are padded with zeros to the largest one, the scale is
+folded into B, and the base alone is an adapter of zeros. Results differ from those of one constituent at
+a time by float rounding alone. Adapters are in float32; over a base in another dtype, each sum is
+rounded to it once. Dropout, and adapters on modules before the layers, are not supported.
 
 Shapes: Q requests, P rows, T positions, I and O features of a module, R rank, N adapters, G groups of
 rows with one adapter, V words.

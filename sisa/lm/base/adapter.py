@@ -9,8 +9,8 @@ embeddings, are not supported.
     files = adapter_files(model)
 
 A base's layers are the first list of modules in the base's decoder that is as long as its config says.
-`lora_layers: top:N` adapts the N layers nearest to the output. Modules outside the layers (embeddings,
-the head) get adapters only under `all`.
+`lora_layers: top:N` adapts the N layers nearest to the output. Modules outside the layers get adapters
+only under `all`.
 
 Under `layerwise`, stage i of an order trains block i of the layers, from the top down. Blocks are runs
 of neighbouring layers, as equal in length as possible; block 0 is nearest to the output, and an adapter

@@ -1,12 +1,9 @@
 """Low-rank changes: what LoRA adapters add to weight matrices, combined and merged into a base.
 
 Shapes: R rank, I inputs, O outputs of a linear module. An adapter's change of a module is
-`b_OR @ a_RI`, in float32, with the adapter's scale folded into `b_OR`.
-
-The tensors say which modules change, and the configuration gives their scale. Only plain LoRA is read:
-an adapter that changes a model by anything but a product of two matrices is refused. The sum of several
-changes is one change whose rank is the sum of theirs: their `a_RI` are stacked vertically, their `b_OR`
-horizontally.
+`b_OR @ a_RI`, in float32, with the adapter's scale folded into `b_OR`. Only plain LoRA is read: an
+adapter that changes a model by anything but a product of two matrices is refused. The sum of several
+changes is one change whose rank is the sum of theirs.
 
 >>> one, two = (Factors(torch.ones(1, 3), torch.full((2, 1), each)) for each in (2.0, 5.0))
 >>> whole = stacked([{"m": one}, {"m": two}])
@@ -17,11 +14,9 @@ Patches are merged into the base beneath the shards' adapters:
 
     weights under patches = weights + scale * B @ A of each patch, lowest first, in float32
 
-Merging happens in memory; the base's files and shared tensors are never written to. Only the modules
-that a patch changes get their own weights in this process; all others stay memory-mapped. The bits
-depend on the base, the patches and the number of threads alone; the caller pins the threads. Files come
-as bytes that the caller has verified. Patches need the CPU in float32: in bfloat16 parts of them would
-be rounded away.
+Merging happens in memory. Only the modules that a patch changes get their own weights in this process;
+all others stay memory-mapped. The bits depend on the base, the patches and the number of threads alone.
+Files come as bytes that the caller has verified.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Two machines with the same fingerprint train the same bytes, and a checkpoint's 
 reads the settings when it is imported, so a worker's environment must hold `worker_environment` before
 that. This module does not import torch unless it describes a CUDA device, so commands that only compare
 fingerprints stay fast. If no CUDA device is present, the fingerprint is one under which nothing was ever
-trained. Equality across processors is not promised.
+trained.
 
 >>> describe_fingerprint(threads=1)["threads"], len(fingerprint(threads=1))
 (1, 64)
@@ -14,13 +14,11 @@ These settings make the bits of a CUDA device repeat:
     cuBLAS            a workspace of fixed size (`CUBLAS_WORKSPACE_CONFIG`), set before CUDA starts
     float32 products  in float32: no TF32, no reduced precision in the sums of bfloat16 products
     cuDNN             deterministic kernels only, without trying out which is fastest
-    attention         the plain kernel: matrix product, softmax, matrix product
+    attention         the plain kernel: fused ones have backward passes that differ between GPU
+                      generations and, by default, sum in no fixed order
 
-Fused attention kernels have backward passes that differ between GPU generations and, by default, sum in
-no fixed order. The plain kernel takes memory quadratic in the length.
-
-An environment setting that would change bits is refused, never overridden. Equality across GPU models,
-driver versions or CUDA versions is not promised; they have different fingerprints.
+An environment setting that would change bits is refused, never overridden. Equality across processors,
+GPU models, driver versions or CUDA versions is not promised; they have different fingerprints.
 """
 
 from __future__ import annotations
@@ -46,13 +44,8 @@ MMAP_THRESHOLD_BYTES, TRIM_THRESHOLD_BYTES = 64 << 20, 256 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LIBRARIES = ("numpy", "peft", "safetensors", "tokenizers", "torch", "transformers")
 KERNEL_SETTINGS = (
-    "ATEN_CPU_CAPABILITY",
-    "DNNL_DEFAULT_FPMATH_MODE",
-    "DNNL_MAX_CPU_ISA",
-    "MKL_CBWR",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "ONEDNN_DEFAULT_FPMATH_MODE",
-    "ONEDNN_MAX_CPU_ISA",
+    *("ATEN_CPU_CAPABILITY", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR"),
+    *("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA"),
 )
 _INSTRUCTION_SET = re.compile(r"s?sse|avx|fma|f16c|amx|bmi|asimd|sve|sme|fphp|bf16|i8mm|neon|vfp")
 
@@ -120,11 +113,7 @@ def worker_environment(threads: int, precision: Precision = DEFAULT_PRECISION) -
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next step, which saves 3 to 5% of a step.
-
-    Otherwise tensors of a few MB return to the system and come back page by page. Does nothing without
-    glibc, and reaches no bit.
-    """
+    """Make glibc keep freed memory, which saves 3 to 5% of a step; do nothing without glibc."""
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):
@@ -134,10 +123,7 @@ def keep_freed_memory() -> None:
 
 
 def pin_threads(threads: int, precision: Precision = DEFAULT_PRECISION) -> None:
-    """Set torch in this process to the threads and kernels of the fingerprint.
-
-    Raise EnvironmentFault without the device.
-    """
+    """Set torch to the fingerprint's threads and kernels. Raise EnvironmentFault without the device."""
     require_device(precision)
     import torch
     from torch.backends import cuda
@@ -192,11 +178,7 @@ def cuda_environment() -> dict[str, str]:
 
 
 def prepare_device() -> None:
-    """Set this process's environment.
-
-    Raise EnvironmentFault if CUDA is already in use without it, or if it is set to a value under which
-    cuBLAS does not repeat its results.
-    """
+    """Set cuBLAS's workspace. Raise EnvironmentFault if it is too late, or set to another kind."""
     torch = sys.modules.get("torch")
     held = os.environ.get(WORKSPACE)
     if held is None and not (torch is not None and torch.cuda.is_initialized()):

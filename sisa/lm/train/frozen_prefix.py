@@ -3,9 +3,8 @@
 Nothing is trained below the lowest adapted layer, so the states that enter it are a pure function of the
 base (with the patches beneath) and the record. They are always computed for each record alone, at its
 own length, with the base in evaluation mode: neither batch mates nor order nor stage reaches their bits,
-and neither does it matter whether they were kept or computed again. `Prefixes` keeps them in memory and,
-if the run file says so, in a store for later processes. A base whose layers can't be run apart, bit for
-bit, is refused.
+and neither does it matter whether they were kept or computed again. A base whose layers can't be run
+apart, bit for bit, is refused.
 
 Legend: B rows, T positions, H hidden.
 
@@ -149,10 +148,7 @@ class FrozenLayers:
             raise _not_apart()
 
     def _remembers(self, longest: int) -> bool:
-        """Return whether a text's states change once the base has seen a longer text.
-
-        They do where the frequencies of rotary positions follow the longest text so far.
-        """
+        """Return whether the frequencies of rotary positions follow the longest text so far."""
         if getattr(self._base.config, "rope_parameters", None) is None:
             return False
         ids_1T = torch.tensor([PROBE_IDS], device=self._base.device)
@@ -191,6 +187,7 @@ class Prefixes:
         self._left, self._store, self._num_bytes = memory_bytes, store, num_bytes
         self._base, self._fingerprint = base, fingerprint
         self._kept: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._num_stored: dict[str, int] = {}  # records in each file
 
     def _name(self, job: SliceJob, slice_: int, root: str) -> str:
         """Return the name of the file that holds the states of a slice."""
@@ -210,29 +207,21 @@ class Prefixes:
             self._left -= states_TH.nbytes
             self._kept[key] = states_TH
 
-    def load(self, job: SliceJob, first: int, rows: TokenizedRows, dtype: torch.dtype) -> dict[str, int]:
-        """Read the stored states of a stage's slices; return the number of records in each file.
-
-        Return nothing without a store, or if no layer lies below the adapted ones (`first` is 0).
-        """
-        held: dict[str, int] = {}
+    def load(self, job: SliceJob, first: int, rows: TokenizedRows, dtype: torch.dtype) -> None:
+        """Read the stored states of a stage's slices."""
         if self._store is None or not first:
-            return held
+            return
         for slice_, root in job.slices:
             name = self._name(job, slice_, root)
             states = self._store.read(name)
-            held[name] = len(states)
+            self._num_stored[name] = len(states)
             for stored, tokens in rows:
                 found = states.get(stored.id_digest) if stored.slice == slice_ else None
                 if found is not None and len(found) == len(tokens.input_ids):
                     self._keep(first, tokens.input_ids, torch.from_numpy(found).to(dtype))
-        return held
 
-    def save(self, job: SliceJob, first: int, rows: TokenizedRows, held: dict[str, int]) -> None:
-        """Store a stage's states, slice by slice, while there is room.
-
-        `held` is what `load` returned; a file that would not grow is not written.
-        """
+    def save(self, job: SliceJob, first: int, rows: TokenizedRows) -> None:
+        """Store the states of a loaded stage, while there is room, in those files that grow by it."""
         if self._store is None or not first:
             return
         for slice_, root in job.slices:
@@ -248,5 +237,5 @@ class Prefixes:
                 if room < 0:
                     break
                 taken[stored.id_digest] = found
-            if len(taken) > held[name]:
+            if len(taken) > self._num_stored[name]:
                 self._store.write(name, taken)

@@ -378,13 +378,13 @@ class LoraTrainer:
             wrapped = self._wrap(job)
             rows = _tokenized(job, records, self._tokenizer)
             steps = _plan_steps(job, rows)
-            held = self._prefixes.load(job, wrapped.first, rows, wrapped.dtype)
+            self._prefixes.load(job, wrapped.first, rows, wrapped.dtype)
             stage = Stage(job, wrapped, parent, len(steps), self._prefixes)
             ticks = Ticks([_size(step) for step in steps], len(records))
             progress(ticks.now())
             for step in steps:
                 progress(ticks.after(*stage.step(step)))
-            self._prefixes.save(job, wrapped.first, rows, held)
+            self._prefixes.save(job, wrapped.first, rows)
             return stage.files()
 
     def _wrap(self, job: SliceJob) -> Trainable:

@@ -2,18 +2,17 @@
 
 Records lie packed in one row, end to end and without padding. For a base that can't be run so, they lie
 in rows padded on the right, without an attention mask: under causal attention a real token never sees
-padding. The decoder computes hidden states; those at the (row, position) pairs that predict a label
-are gathered, and the head is computed on them alone. The head is frozen, so its gradient is computed
-together with the loss and no logits are kept. If a model's head does more than one product (scaled or
-capped logits, a head with an adapter), the model's own forward computes the logits at the positions that
-any row needs. `loss_form` decides both by comparing bits of the base.
+padding. The head is computed on the hidden states that predict a label alone. It is frozen, so its
+gradient is computed together with the loss and no logits are kept. If a model's head does more than one
+product (scaled or capped logits, a head with an adapter), the model's own forward computes the logits at
+the positions that any row needs. `loss_form` decides both by comparing bits of the base.
 
 In a packed row, attention is computed record by record, by transformers' own function, causally, and on
 the CPU in float32. Everything else runs over the row as a whole, with positions that restart at each
 record. `packs` checks whether a base can be run so: whatever one record contains, no bit of the next
 record's states may change. Bases that look back only within a window, that add something of their own to
 attention, or whose layers mix records outside attention (state spaces, experts with shared capacity)
-can't be packed; their rows are padded. Key-value caches and attention masks are not supported.
+can't be packed.
 
     loss = summed_loss(model, batch, loss_form(base, longest=512))
 
@@ -183,8 +182,7 @@ def count_labels(batch: Batch) -> int:
 def summed_loss(model: Any, batch: Batch, form: Form) -> Tensor:
     """Return the cross-entropy summed over a micro-batch's label tokens.
 
-    `model` is a wrapped base, with a configuration of the caller's own; `form` is its base's
-    `loss_form`.
+    `model` is a wrapped base with a configuration of the caller's own.
     """
     laid = lay(batch, model.device, packed=form.packed)
     base = model.get_base_model()

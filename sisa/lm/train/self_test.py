@@ -3,13 +3,9 @@
     two fresh processes, each trains twice -> four digests of a checkpoint's files -> all must be equal
 
 Each training is two stages as `lora.py` trains them, on a small random Llama with the widths of
-SmolLM2-135M: rows of several lengths, dropout, all linear modules, AdamW, gradient accumulation; the
-second stage continues from the first one's bytes.
-
-Nothing is read, fetched or written, and no user data takes part. Two machines with the same fingerprint
-should have the same digest; a machine with another digest must not train for the model. Device and dtype
-are those of the fingerprint; a missing device is an error and is never replaced. Faults that show only
-in long runs or at other widths, and GPUs other than the first, are not tested.
+SmolLM2-135M. No user data takes part. Two machines with the same fingerprint should have the same
+digest; a machine with another digest must not train for the model. Faults that show only in long runs or
+at other widths, and GPUs other than the first, are not tested.
 
     check(threads=1, precision=Precision("cuda", "bfloat16")).repeats
 """

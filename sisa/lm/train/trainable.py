@@ -13,16 +13,13 @@ Adapted linear modules run as one autograd function with a backward of its own:
 
     y = x W + bias + s (x A) B        gradients: of A and B, and of x if the layer below needs it
 
-The modules, their names and their tensors remain peft's, and so do the files; only `forward` is
-replaced. Nothing is saved for the gradient of W, which is frozen. The function computes what peft's
-forward and autograd compute, with sums in another order: thin products have the rank on the left, and
-what is added to y and to the gradient of x is added in place. The adapter's part is in float32 whatever
-the base's dtype. With dropout, the adapter sees the dropped x. Modules other than Linear and Conv1D keep
-peft's forward.
+The modules, their names and their tensors remain peft's; only `forward` is replaced. Nothing is saved
+for the gradient of W, which is frozen. The function computes what peft's forward and autograd compute,
+with sums in another order: thin products have the rank on the left, and what is added to y and to the
+gradient of x is added in place. The adapter's part is in float32 whatever the base's dtype. Modules
+other than Linear and Conv1D keep peft's forward.
 
-Legend: N rows (batch times positions), I and O features, R rank.
-
-Source: LoRA, Hu et al. 2022.
+Legend: N rows (batch times positions), I and O features, R rank. Source: LoRA, Hu et al. 2022.
 """
 
 from __future__ import annotations
