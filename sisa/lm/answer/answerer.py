@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import InvalidInput
@@ -86,9 +87,9 @@ class Answerer:
     def _continued(
         self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int
     ) -> list[list[int]]:
-        longest, on = max(map(len, prompts)), self.model.device
-        fed = torch.tensor([[self._pad] * (longest - len(each)) + list(each) for each in prompts]).to(on)
-        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts]).to(on)
+        on, ids = self.model.device, [torch.tensor(each) for each in prompts]
+        fed = pad_sequence(ids, True, self._pad, "left").to(on)
+        mask = pad_sequence([torch.ones_like(each) for each in ids], True, 0, "left").to(on)
         answers: list[list[int]] = [[] for _ in prompts]
         going = set(range(len(prompts)))
         names = [self._names(route) for route in routes]
@@ -124,10 +125,7 @@ class Answerer:
         return logs_1TV[0].exp().cpu()
 
     def logprobs(self, routes: Sequence[Route], **inputs: Any) -> Tensor:
-        """Return the log-probabilities [B, T, V] of a forward of the base on `inputs`.
-
-        Raise InvalidInput for shards that are not loaded.
-        """
+        """Return the log-probabilities [B, T, V] of a forward. Raise InvalidInput for other shards."""
         pin_threads(*self._pinned)
         cache = inputs.get("past_key_values")
         if cache is None or cache.get_seq_length() == 0:  # else the answer began earlier

@@ -111,8 +111,9 @@ def _change(trained: Any) -> LowRankChange:
 
 def _check_answers(model: Any, trained: Any, change: LowRankChange) -> None:
     """Compare what is served for two prompts, and for one more token, with each prompt run alone."""
-    ids_PT = pad_sequence([torch.tensor(each) for each in PROMPTS], True, 1, "left")
-    mask_PT = pad_sequence([torch.ones(len(each)).long() for each in PROMPTS], True, 0, "left")
+    ids = [torch.tensor(each) for each in PROMPTS]
+    ids_PT = pad_sequence(ids, True, 1, "left")
+    mask_PT = pad_sequence([torch.ones_like(each) for each in ids], True, 0, "left")
     stack = StackedAdapters(own := own_modules(model), {0: change})
     routes = [[0]] * len(PROMPTS)
     first_PV, cache = prefill(own, stack, routes, ids_PT, mask_PT)

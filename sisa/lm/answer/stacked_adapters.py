@@ -120,10 +120,7 @@ class StackedAdapters:
 
     @contextmanager
     def asking(self, routes: Sequence[Sequence[int]]) -> Iterator[Rows]:
-        """Run the base's forwards with the adapters of these routes; yield their outputs' rows.
-
-        An empty route asks the base alone.
-        """
+        """Run the base's forwards with the adapters of these routes; yield their outputs' rows."""
         rows = rows_of(routes)
         self._requests_P = torch.tensor(rows.requests, device=self._device)
         self._num_requests = len(routes)
@@ -161,16 +158,15 @@ def _put_stacked(base: Any, module: str, held: Any, parts: Sequence[Factors | No
         raise _unfit("matrices of a module that the base does not have, or that is not linear")
     num_outputs, num_inputs = shape
     rank = max(len(each.a_RI) for each in parts if each is not None)
-    down = torch.zeros(len(parts) + 1, rank, num_inputs)
-    up = torch.zeros(len(parts) + 1, rank, num_outputs)
+    down = torch.zeros(len(parts) + 1, rank, num_inputs, device=held.weight.device)
+    up = torch.zeros(len(parts) + 1, rank, num_outputs, device=held.weight.device)
     for number, part in enumerate(parts):
         if part is not None:
             if (part.b_OR.shape[0], part.a_RI.shape[1]) != shape:
                 raise _unfit("matrices of another shape")
             down[number, : len(part.a_RI)] = part.a_RI
             up[number, : len(part.a_RI)] = part.b_OR.T
-    on = held.weight.device
-    stacked = StackedLinear(held, down.to(on), up.to(on))
+    stacked = StackedLinear(held, down, up)
     base.set_submodule(module, stacked)
     return stacked
 

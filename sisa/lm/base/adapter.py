@@ -5,8 +5,7 @@ base's device. `adapter_config.json` is canonical JSON without paths. safetensor
 one metadata key, so the same tensors give the same bytes. Adapters other than LoRA, and adapters on
 embeddings, are not supported.
 
-    model = attach(base, lora_config(training, base), tensors=None, init_seed=7)
-    files = adapter_files(model)
+    files = adapter_files(attach(base, lora_config(training, base), tensors=None, init_seed=7))
 
 A base's layers are the first list of modules in the base's decoder that is as long as its config says.
 `lora_layers: top:N` adapts the N layers nearest to the output. Modules outside the layers get adapters
@@ -16,9 +15,9 @@ Under `layerwise`, stage i of an order trains block i of the layers, from the to
 of neighbouring layers, as equal in length as possible; block 0 is nearest to the output, and an adapter
 outside the layers belongs to it. The adapters of earlier blocks take part in the forward as they were
 trained, and are frozen to the byte. Those of later blocks have their initial weights, whose product is
-zero (LoRA's B is), so they change nothing. A checkpoint holds the adapters of all blocks in the usual
-form. A later stage adds its own block alone, so removing the last slice means going back to the
-checkpoint before. A layerwise model has no layers left for appended slices.
+zero (LoRA's B is). A checkpoint holds the adapters of all blocks. A later stage adds its own block
+alone, so removing the last slice means going back to the checkpoint before. A layerwise model has no
+layers left for appended slices.
 
 Source: S3T, Chowdhury et al., ICLR 2025 (arXiv 2406.16257), section 3. The code published with it sets
 earlier blocks to zero while a later one is trained; here they stay, as the paper describes.

@@ -135,10 +135,7 @@ def shape_of(module: Any) -> tuple[int, ...]:
 
 
 def stacked(parts: Sequence[LowRankChange]) -> dict[str, Factors]:
-    """Return the sum of changes as one change.
-
-    Every module gets the sum of the parts' ranks, with zeros for a part that does not change it.
-    """
+    """Return the sum of changes as one, with zeros for a part that does not change a module."""
     ranks = [next(iter(part.values())).a_RI.shape[0] for part in parts]
     found = {}
     for name in sorted({name for part in parts for name in part}):

@@ -148,10 +148,7 @@ def pin_threads(threads: int, precision: Precision = DEFAULT_PRECISION) -> None:
 
 @contextlib.contextmanager
 def usual_modes(precision: Precision = DEFAULT_PRECISION) -> Iterator[None]:
-    """Run torch with its default modes, and restore the caller's afterwards.
-
-    Autocast, inference mode, disabled gradients and another default dtype would all reach bits.
-    """
+    """Run torch with its default modes, since others reach bits, and restore the caller's afterwards."""
     import torch
 
     default = torch.get_default_dtype()

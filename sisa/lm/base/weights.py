@@ -99,16 +99,12 @@ def local_or_hub(spec: str) -> Path:
 
 def model_in_package(root: Path, spec: str) -> Path:
     """Return the directory of the only model among a package's files."""
-    found = [path.parent for path in root.rglob("config.json") if _holds_model(path.parent)]
-    return _model_directory(found[0] if len(found) == 1 else root, spec)
-
-
-def _holds_model(directory: Path) -> bool:
-    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+    configs = [path for path in root.rglob("config.json") if any(path.parent.glob("*.safetensors"))]
+    return _model_directory(configs[0].parent if len(configs) == 1 else root, spec)
 
 
 def _model_directory(directory: Path, spec: str) -> Path:
-    if _holds_model(directory):
+    if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
         return directory
     raise InvalidInput(
         "the directory holds no model",

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
@@ -98,9 +99,7 @@ class FrozenLayers:
 
         The records lie end to end in one row (`packed`), or one per row, padded on the right.
         """
-        together = (
-            torch.cat(list(states))[None] if packed else nn.utils.rnn.pad_sequence([*states], True)
-        )
+        together = torch.cat([*states])[None] if packed else pad_sequence([*states], batch_first=True)
         given_BTH = together.to(self._base.device)
         passing = self._passing
 

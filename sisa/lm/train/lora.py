@@ -36,7 +36,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -90,33 +90,28 @@ class Ticks:
     A step belongs to the pass of its last record. The tick that ends a pass carries the mean loss of the
     whole pass; losses of single steps or records are not reported.
 
-    >>> ticks = Ticks([(2, 10), (1, 5), (2, 8)], num_records=3)
-    >>> first, second = ticks.now(), ticks.after(6.0, 3)
-    >>> second.step, second.tokens, second.total_tokens, second.epoch, second.loss
+    >>> ticks = Ticks([[5, 5], [5], [4, 4]], num_records=3)
+    >>> first, second = ticks.after(6.0, 3), ticks.after(6.0, 1)
+    >>> first.step, first.tokens, first.total_tokens, first.epoch, first.loss
     (1, 10, 23, 1, None)
-    >>> third = ticks.after(6.0, 1)
-    >>> third.epoch, third.num_records, third.loss
-    (1, 3, 3.0)
-    >>> last = ticks.after(1.0, 2)
-    >>> last.epoch, last.num_epochs, last.num_records, last.loss
-    (2, 2, 2, 0.5)
+    >>> second.epoch, second.num_epochs, second.num_records, second.loss
+    (1, 2, 3, 3.0)
     """
 
-    def __init__(self, steps: Sequence[tuple[int, int]], num_records: int) -> None:
-        """Count from the start. `steps` are the numbers of (records, tokens) of each step."""
-        ends = accumulate(records for records, _ in steps)
+    def __init__(self, steps: Sequence[Sequence[int]], num_records: int) -> None:
+        """Count from the start. `steps` are the lengths in tokens of each step's records."""
         self._steps = steps
-        self._epochs = [(end - 1) // num_records + 1 for end in ends]
-        self._total = sum(tokens for _, tokens in steps)
+        self._epochs = [(end - 1) // num_records + 1 for end in accumulate(map(len, steps))]
+        self._total = sum(map(sum, steps))
         self._step = self._tokens = self._records = self._labels = 0
         self._loss = 0.0
 
     def after(self, loss: float, num_labels: int) -> Tick:
         """Return the tick after the next step, given its loss summed over `num_labels` label tokens."""
-        records, tokens = self._steps[self._step]
+        lengths = self._steps[self._step]
         self._step += 1
-        self._tokens += tokens
-        self._records += records
+        self._tokens += sum(lengths)
+        self._records += len(lengths)
         self._labels += num_labels
         self._loss += loss
         if self._epochs[self._step : self._step + 1] == [self._epochs[self._step - 1]]:
@@ -141,11 +136,7 @@ AVERAGES, STEP = ("exp_avg", "exp_avg_sq"), "step"  # of AdamW; plain SGD has no
 
 
 def seed_from(*parts: object) -> int:
-    """Return a seed for torch that depends on all parts.
-
-    >>> seed_from(1, 2, "init") == seed_from(1, 2, "init") != seed_from(1, 3, "init")
-    True
-    """
+    """Return a seed for torch that depends on all parts."""
     name = "|".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
@@ -156,12 +147,6 @@ class FlatParams:
     Each parameter is a view of its part, in the order of names. A tall matrix is stored transposed
     there, as its gradient arrives; what `by_name` returns has the parameter's own shape. Gradients
     accumulate in place. All parameters share one dtype and one device.
-
-    >>> layer = torch.nn.Linear(2, 3)
-    >>> flat = FlatParams(dict(layer.named_parameters()))
-    >>> layer(torch.ones(1, 2)).sum().backward()
-    >>> flat.values.grad.sum().item(), flat.by_name(flat.values.data)["weight"].shape
-    (9.0, torch.Size([3, 2]))
     """
 
     def __init__(self, named: Mapping[str, torch.nn.Parameter]) -> None:
@@ -327,8 +312,7 @@ def _finite(loss: torch.Tensor, job: SliceJob) -> float:
 class LoraTrainer:
     """A trainer of stages on one base, with or without patches.
 
-    It may train any number of stages; none affects another's bits. Records' hidden states and the last
-    stage's weights stay in memory as long as the trainer does.
+    Records' hidden states and the last stage's weights stay in memory as long as the trainer does.
     """
 
     def __init__(
@@ -380,7 +364,8 @@ class LoraTrainer:
             steps = _plan_steps(job, rows)
             self._prefixes.load(job, wrapped.first, rows, wrapped.dtype)
             stage = Stage(job, wrapped, parent, len(steps), self._prefixes)
-            ticks = Ticks([_size(step) for step in steps], len(records))
+            lengths = [[len(each.input_ids) for each in chain(*step)] for step in steps]
+            ticks = Ticks(lengths, len(records))
             progress(ticks.now())
             for step in steps:
                 progress(ticks.after(*stage.step(step)))
@@ -394,11 +379,6 @@ class LoraTrainer:
             base, self._tokenizer = load_patched(*self._base)
             self._wrapped = kind, Trainable(base, job.training)
         return self._wrapped[1]
-
-
-def _size(step: Sequence[Batch]) -> tuple[int, int]:
-    """Return the numbers of records and tokens of a step."""
-    return sum(map(len, step)), sum(len(each.input_ids) for batch in step for each in batch)
 
 
 def _check_job(

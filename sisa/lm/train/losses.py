@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,17 +148,13 @@ def loss_form(base: Any, longest: int) -> Form:
     return Form(has_plain_head(base), packs(base, longest))
 
 
-class Laid(NamedTuple):
-    """A micro-batch as tensors: a forward's inputs, and each pair's row, column and label, [N]."""
+def lay(
+    batch: Batch, device: torch.device, *, packed: bool
+) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
+    """Lay a batch out end to end in one row, or padded on the right to its longest record.
 
-    inputs: dict[str, Any]
-    rows_N: Tensor
-    columns_N: Tensor
-    labels_N: Tensor
-
-
-def lay(batch: Batch, device: torch.device, *, packed: bool) -> Laid:
-    """Lay a batch out end to end in one row, or padded on the right to its longest record."""
+    Return a forward's inputs, and each pair's row, column and label, [N].
+    """
     # the label at a position is that of the next token; a record's last position predicts nothing
     pairs = [(torch.tensor(each.input_ids), torch.tensor([*each.labels[1:], NO_LOSS])) for each in batch]
     if packed:
@@ -171,7 +167,7 @@ def lay(batch: Batch, device: torch.device, *, packed: bool) -> Laid:
     inputs: dict[str, Any] = {"input_ids": ids_BT.to(device), "use_cache": False}
     if packed:
         inputs["position_ids"] = positions([len(each.input_ids) for each in batch], device)
-    return Laid(inputs, rows_N.to(device), columns_N.to(device), labels_N)
+    return inputs, rows_N.to(device), columns_N.to(device), labels_N
 
 
 def count_labels(batch: Batch) -> int:
@@ -184,23 +180,18 @@ def summed_loss(model: Any, batch: Batch, form: Form) -> Tensor:
 
     `model` is a wrapped base with a configuration of the caller's own.
     """
-    laid = lay(batch, model.device, packed=form.packed)
+    inputs, rows_N, columns_N, labels_N = lay(batch, model.device, packed=form.packed)
     base = model.get_base_model()
     lengths = [len(each.input_ids) for each in batch]
     with attending(base, lengths) if form.packed else nullcontext():
         if not form.plain_head:
-            return _by_own_forward(base, laid)
-        hidden_BTH = base.get_decoder()(**laid.inputs).last_hidden_state
-    head = base.get_output_embeddings()
-    hidden_NH = hidden_BTH[laid.rows_N, laid.columns_N]
-    found: Tensor = _HeadLoss.apply(hidden_NH, head.weight, head.bias, laid.labels_N)  # type: ignore[no-untyped-call]
+            columns_K, at_N = torch.unique(columns_N, return_inverse=True)
+            logits_BKV = base(**inputs, logits_to_keep=columns_K).logits
+            return cross_entropy(logits_BKV[rows_N, at_N].float(), labels_N, reduction="sum")
+        hidden_BTH = base.get_decoder()(**inputs).last_hidden_state
+    hidden_NH, head = hidden_BTH[rows_N, columns_N], base.get_output_embeddings()
+    found: Tensor = _HeadLoss.apply(hidden_NH, head.weight, head.bias, labels_N)  # type: ignore[no-untyped-call]
     return found
-
-
-def _by_own_forward(base: Any, laid: Laid) -> Tensor:
-    columns_K, at_N = torch.unique(laid.columns_N, return_inverse=True)
-    logits_BKV = base(**laid.inputs, logits_to_keep=columns_K).logits
-    return cross_entropy(logits_BKV[laid.rows_N, at_N].float(), laid.labels_N, reduction="sum")
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -176,9 +176,5 @@ class Trainable:
 
 
 def file_name(parameter: str) -> str:
-    """Return a parameter's name in the adapter's file, which leaves the adapter's own name out.
-
-    >>> file_name("base_model.model.q_proj.lora_A.default.weight")
-    'base_model.model.q_proj.lora_A.weight'
-    """
+    """Return a parameter's name in the adapter's file, which leaves the adapter's own name out."""
     return parameter.replace(f".{DEFAULT_NAME}.", ".")
