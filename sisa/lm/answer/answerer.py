@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import InvalidInput
-from sisa.lm.answer.prefill import decode, pieces, prefill
+from sisa.lm.answer.prefill import decode_next, pieces, prefill
 from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
 from sisa.lm.base.adapter import patched_name
@@ -106,7 +106,7 @@ class Answerer:
                 if step + 1 == max_new_tokens:
                     break
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-                logits_PV = decode(self.model, torch.tensor(picked, device=on), mask, cache)
+                logits_PV = decode_next(self.model, torch.tensor(picked, device=on), mask, cache)
         return answers
 
     def answer_probability(

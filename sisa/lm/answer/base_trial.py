@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sisa.core.errors import IntegrityError, InvalidInput
-from sisa.lm.answer.prefill import decode, prefill
+from sisa.lm.answer.prefill import decode_next, prefill
 from sisa.lm.answer.stacked_adapters import StackedAdapters
 from sisa.lm.base.adapter import DEFAULT_NAME, adapter_files, attach, lora_config, train_block
 from sisa.lm.base.low_rank import LowRankChange, read_change
@@ -119,7 +119,7 @@ def _check_answers(model: Any, trained: Any, change: LowRankChange) -> None:
     first_PV, cache = prefill(own, stack, routes, ids_PT, mask_PT)
     with stack.asking(routes):
         mask_PS = torch.cat([mask_PT, torch.ones_like(mask_PT[:, :1])], dim=1)
-        then_PV = decode(own, torch.tensor([NEXT] * len(PROMPTS)), mask_PS, cache)
+        then_PV = decode_next(own, torch.tensor([NEXT] * len(PROMPTS)), mask_PS, cache)
     continued = (torch.tensor([[*each, NEXT]]) for each in PROMPTS)
     alone = [trained(input_ids=each, use_cache=False).logits for each in continued]
     expected_PV = torch.cat([each[:, -2] for each in alone] + [each[:, -1] for each in alone])

@@ -44,7 +44,7 @@ def prefill(
     return logits_PV, _joined([cache for _, cache, _ in read], order_P)
 
 
-def decode(base: Any, ids_P: Tensor, mask_PT: Tensor, cache: Any) -> Tensor:
+def decode_next(base: Any, ids_P: Tensor, mask_PT: Tensor, cache: Any) -> Tensor:
     """Return the logits [P, V] after one more token of each row; the mask includes that token."""
     logits_P1V: Tensor = base(
         input_ids=ids_P[:, None],
