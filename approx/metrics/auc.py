@@ -52,16 +52,11 @@ def auc(
 ) -> Auc:
     """Return the AUC of higher scores for members.
 
-    Raise ValueError for fewer than 2 texts on a side, for scores that are not finite, and for pairs of
-    unequal number.
+    Raise ValueError for fewer than 2 texts on a side, pairs of unequal number, and scores not finite.
     """
     sides = [np.array(each, dtype=np.float64) for each in (members, nonmembers)]
-    if min(map(len, sides)) < 2:
-        raise ValueError("an interval needs at least 2 texts on each side")
     if not all(np.isfinite(each).all() for each in sides):
         raise ValueError("scores that are not finite")
-    if paired and len(sides[0]) != len(sides[1]):
-        raise ValueError("pairs of unequal number")
     interval = bootstrap(
         sides,
         _area,
@@ -73,8 +68,7 @@ def auc(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     bounds = float(interval.low), float(interval.high)
-    value = float(_area(sides[0], sides[1]))
-    return Auc(value, *bounds, CONFIDENCE, len(sides[0]), len(sides[1]))
+    return Auc(float(_area(sides[0], sides[1])), *bounds, CONFIDENCE, *map(len, sides))
 
 
 def _area(members: Any, nonmembers: Any, axis: int = -1) -> Any:

@@ -11,9 +11,8 @@ references that differ only in their seed. Forgetting cannot be expected to look
 
 Limits: a p-value falls with n, so values for forget01 (40), forget05 (200) and forget10 (400; 300 in
 the published logs) are not comparable. A large one is no proof of forgetting: the test may lack power,
-or the model may be broken in a way that this ratio does not show. Any increasing map of the ratios
-gives the same value. A reference of another base or tokenizer than the model has different ratios for
-other reasons.
+or the model may be broken in a way that this ratio does not show. A reference of another base or
+tokenizer than the model has different ratios for other reasons.
 
 >>> forget_quality([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).p_value
 1.0
@@ -51,11 +50,8 @@ def forget_quality(
     model: Sequence[float], reference: Sequence[float], second_reference: Sequence[float] | None = None
 ) -> ForgetQuality:
     """Return the test on truth ratios, each in [0, inf]. Raise ValueError for no ratios and for NaN."""
-    found = _test(model, reference)
     floor = None if second_reference is None else _test(second_reference, reference)
-    return ForgetQuality(
-        found.p_value, found.statistic, found.num_model, found.num_reference, noise_floor=floor
-    )
+    return ForgetQuality(**vars(_test(model, reference)), noise_floor=floor)
 
 
 def _test(some: Sequence[float], others: Sequence[float]) -> KsTest:

@@ -1,4 +1,4 @@
-"""Memorisation of an answer: extraction strength, exact memorisation, ROUGE-L recall and leak@k.
+"""Memorisation of an answer: extraction strength, exact memorisation and ROUGE-L recall.
 
 Extraction strength is how short a prefix of an answer makes the model produce the rest of it. Formula:
 for an answer of L tokens, ES = 1 - k/L with the smallest k in 0..L-1 such that, given the
@@ -36,49 +36,27 @@ pinned version of the library. TOFU generates greedily, at most 200 tokens.
 Source: Lin (2004); rouge-score 0.1.2; TOFU (Maini et al. 2024), section 2.2.1; locuslab/tofu
 `eval_rouge_recall`.
 
-Limits: words are runs of the letters a-z and digits, so text in other scripts has none and scores 0.
-Recall does not penalise an answer that never ends. A paraphrase scores low, and a wrong name in the
+Limits: words are runs of the letters a-z and digits, so text in other scripts scores 0. Recall does not
+penalise an answer that never ends. A paraphrase scores low, and a wrong name in the
 right phrase high.
 
 >>> rougeL_recall("The author is Ada.", "It is said the author is called Ada, always.")
 1.0
 >>> rougeL_recall("The author is Ada.", "No idea.")
 0.0
-
-leak@k is how much of an answer the best of k sampled ones gives away, in expectation. Formula: of n >= k
-samples with scores s_(1) <= ... <= s_(n), the expected best of k drawn without replacement, sum_i s_(i)
-C(i-1, k-1) / C(n, k), which is unbiased for the best of k new samples. The score is the caller's, such
-as ROUGE-L recall.
-
-Source: Reisizadeh et al. (2025, arXiv 2511.04934); the estimator as that of pass@k (Chen et al. 2021).
-
-Limits: it depends on the temperature, and rises with k for any model that says anything, so it must be
-compared with a model that never saw the text.
-
->>> leak_at_k([0.0, 0.5, 1.0], 1), leak_at_k([1.0, 0.0, 0.5], 3)
-(0.5, 1.0)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from math import comb, fsum
+from itertools import takewhile
 from typing import Any
 
 
 def extraction_strength(correct: Sequence[bool]) -> float:
-    """Return ES in [1/L, 1]. `correct` is whether the likeliest token was the true one, at L positions.
-
-    Raise ValueError for an answer without tokens.
-    """
-    if not correct:
-        raise ValueError("an answer without tokens")
-    suffix = 0
-    for each in reversed(correct):
-        if not each:
-            break
-        suffix += 1
+    """Return ES in [1/L, 1]; `correct` says where the likeliest of L tokens was the true one."""
+    suffix = sum(1 for _ in takewhile(bool, reversed(correct)))
     return max(1, suffix) / len(correct)
 
 
@@ -88,12 +66,7 @@ def floor(num_tokens: int) -> float:
 
 
 def exact_memorisation(correct: Sequence[bool]) -> float:
-    """Return EM in [0, 1], from the same argument as `extraction_strength`.
-
-    Raise ValueError for no tokens.
-    """
-    if not correct:
-        raise ValueError("an answer without tokens")
+    """Return EM in [0, 1], from the same argument as `extraction_strength`."""
     return sum(map(bool, correct)) / len(correct)
 
 
@@ -110,11 +83,3 @@ def _scorer() -> Any:
 def rougeL_recall(truth: str, generated: str) -> float:
     """Return the recall, in [0, 1]; 0 for a truth without words."""
     return float(_scorer().score(truth, generated)["rougeL"].recall)
-
-
-def leak_at_k(scores: Sequence[float], k: int) -> float:
-    """Return the expected best of k. Raise ValueError unless k is from 1 to the number of scores."""
-    if not 1 <= k <= len(scores):
-        raise ValueError("k must be from 1 to the number of samples")
-    ordered, ways = sorted(scores), comb(len(scores), k)
-    return fsum(score * comb(at, k - 1) for at, score in enumerate(ordered)) / ways

@@ -7,10 +7,9 @@ the wrong options. The aggregate is the harmonic mean of forget quality and util
 Source: TOFU (Maini et al. 2024), section 2.2.1; locuslab/tofu `get_model_utility`; the aggregate as in
 open-unlearning (Dorna et al. 2025).
 
-All nine numbers are required, because a mean over fewer is another quantity. Limits: the smallest term
-rules the harmonic mean, and one zero makes it zero. Real authors and world facts have only 100 and 117
-questions. A forget quality is a p-value, so the aggregate is close to 0 for any model that the test
-rejects, however useful.
+Limits: the smallest term rules the harmonic mean, and one zero makes it zero. Real authors and world
+facts have only 100 and 117 questions. A forget quality is a p-value, so the aggregate is close to 0 for
+any model that the test rejects, however useful.
 
 >>> harmonic_mean([1.0, 0.5])
 0.6666666666666666

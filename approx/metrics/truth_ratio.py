@@ -12,7 +12,7 @@ They are not comparable; every report names its variant.
 
 Sets are summarised per question: `towards_truth` = max(0, 1 - R) for what is to be known, `towards_one`
 = min(R, 1/R) for what is to be forgotten. Ratios are computed from logarithms, so that large losses
-neither overflow nor divide by zero. `forget_quality.py` tests two samples of ratios.
+neither overflow nor divide by zero.
 
 Limit: a model that finds all text equally unlikely has a ratio near 1, like one that has forgotten.
 

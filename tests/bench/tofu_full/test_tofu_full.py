@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sisa.core.errors import ConfigConflict
 from sisa.store.blobs.files import writer_lock
 from tests.bench.leaderboard.fake_cells import write_authors
 from tests.bench.tofu_full.__main__ import main
+from tests.bench.tofu_full.cells import leak_at_k
 from tests.bench.tofu_full.table import table, trials_table
 from tests.models.tiny_base import make_tiny_base
 
@@ -151,3 +153,10 @@ def test_a_cell_that_another_process_computes_is_left_for_later(
 def test_another_design_is_refused(bench: Bench) -> None:
     with pytest.raises(ConfigConflict, match="another design"):
         bench("--epochs", 2)
+
+
+def test_leak_at_k_by_trying_every_choice() -> None:
+    scores = [0.9, 0.1, 0.5, 0.5, 0.0]
+    for k in range(1, len(scores) + 1):
+        best = [max(chosen) for chosen in combinations(scores, k)]
+        assert leak_at_k(scores, k) == pytest.approx(sum(best) / len(best))
