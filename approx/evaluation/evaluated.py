@@ -1,9 +1,7 @@
 """The models that an evaluation can ask: a Protocol, scores of answers, and the form of prompts.
 
-`EvaluatedModel` is implemented by Hugging Face models and deletion-ready ones (`evaluated_models.py`).
-A score has one value per answer token, with the end token last. `PromptForm` belongs to the settings of
-an evaluation, because the same model scores differently under another form. This module does not import
-torch.
+`PromptForm` belongs to the settings of an evaluation, because the same model scores differently under
+another form. This module does not import torch.
 
 >>> form = PromptForm("completion", "Question: {question}\\nAnswer: {answer}")
 >>> form.fill("Who?", "Ada.")
@@ -26,7 +24,7 @@ PLAIN = QUESTION + ANSWER
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """The score of one answer under one model; each field has one value per token.
+    """The score of one answer under one model, with one value per token, the end token last.
 
     `correct` is whether the model's likeliest token was the true one, given the true tokens before it.
     `means` and `variances` are those of log p(v) over the next token v ~ p. `num_closing` is the number
@@ -65,9 +63,8 @@ class AnswerScore:
 class PromptForm:
     """The way a question becomes a prompt, and its answer the continuation.
 
-    `chat` is one turn of the user and one of the assistant by the tokenizer's template; it does not use
-    `template`. `completion` fills `template`, which contains {question} once and ends with {answer}.
-    White space before {answer} belongs to the answer, as tokenizers expect.
+    `chat` is one turn of the user and one of the assistant by the tokenizer's template. `completion`
+    fills `template`; white space before {answer} belongs to the answer, as tokenizers expect.
     """
 
     kind: PromptKind
@@ -94,9 +91,7 @@ class PromptForm:
 class EvaluatedModel(Protocol):
     """A model that scores and gives answers.
 
-    `name` is shown to people; `digest` names the weights and how they are used. `kind` is the form of
-    prompts that suits the model: the form of a deletion-ready model's shards, or chat for a tokenizer
-    with a chat template.
+    `digest` names the weights and how they are used, and `kind` the form of prompts that suits them.
     """
 
     @property
@@ -111,11 +106,7 @@ class EvaluatedModel(Protocol):
     def score(
         self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
     ) -> list[AnswerScore]:
-        """Return the scores of (question, answer) pairs, in order.
-
-        `batch_size` changes time and memory only. Raise InvalidInput for a pair that the tokenizer
-        cannot express.
-        """
+        """Return the scores of (question, answer) pairs, in order. Raise InvalidInput for unfit ones."""
         ...
 
     def generate(

@@ -68,8 +68,7 @@ def aggregates(
 ) -> Aggregates:
     """Return the aggregates of a finished log.
 
-    The first reference judges forget quality, and a second one gives the noise floor. Raise
-    InvalidInput for a missing set, and for references of other questions.
+    Raise InvalidInput for a missing set, and for references of other questions.
     """
     nine: dict[str, float] = {}
     for name in utility.UTILITY_SETS:
@@ -93,16 +92,12 @@ def aggregates(
 
 
 def quality(
-    rows: Sequence[LogRow],
-    reference: Sequence[LogRow],
-    second_reference: Sequence[LogRow] | None = None,
-    *,
-    variant: Variant = "geometric",
+    rows: Sequence[LogRow], *references: Sequence[LogRow], variant: Variant = "geometric"
 ) -> ForgetQuality:
-    """Return the forget quality of a log against a reference. Raise InvalidInput for other questions."""
+    """Return the forget quality of a log against a reference; a second one gives the noise floor."""
     own = forget_rows(rows)
     asked = {row.idx: row.ground_truth for row in own}  # published logs don't name their forget set
-    others = [forget_rows(each) for each in (reference, second_reference) if each is not None]
+    others = list(map(forget_rows, references))
     for other in others:
         if {row.idx: row.ground_truth for row in other} != asked:
             raise InvalidInput(
@@ -177,16 +172,11 @@ def _attacks(
     members: Sequence[LogRow], others: Sequence[LogRow], seed: int, *, paired: bool = False
 ) -> dict[str, Auc] | None:
     """Return the AUC of each attack, or None with fewer than two texts on a side or without scores."""
-    scores = {
-        name: [[getattr(row, name) for row in side] for side in (members, others)] for name in ATTACKS
-    }
-    sides = [side for both in scores.values() for side in both]
-    if any(len(side) < 2 or None in side for side in sides):
+    sides = (members, others)
+    scores = {name: [[getattr(row, name) for row in side] for side in sides] for name in ATTACKS}
+    if any(len(side) < 2 or None in side for both in scores.values() for side in both):
         return None
-    return {
-        name: auc(inside, outside, paired=paired, seed=seed)
-        for name, (inside, outside) in scores.items()
-    }
+    return {name: auc(*both, paired=paired, seed=seed) for name, both in scores.items()}
 
 
 def _mean_or_none(values: Sequence[float | None]) -> float | None:

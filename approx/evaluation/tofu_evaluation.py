@@ -1,9 +1,7 @@
 """Ask a model TOFU's questions and log one row per question.
 
-Questions are asked batch by batch, in order, and each batch is on the disk before the next one starts.
-Questions that the log already holds are not asked again. Metrics of an answer's tokens leave out the
-tokens that close it (as open-unlearning leaves out the end token); the loss includes the end token (as
-locuslab's does). The batch size changes no result beyond rounding.
+Metrics of an answer's tokens leave out the tokens that close it (as open-unlearning leaves out the end
+token); the loss includes the end token (as locuslab's does).
 
     rows = evaluate(model, questions, Path("full.jsonl"), TofuSettings(PromptForm("chat")))
 """
@@ -11,7 +9,7 @@ locuslab's does). The batch size changes no result beyond rounding.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,6 @@ from approx.metrics.memorisation import (
 )
 from sisa.core.digest import canonical_json, digest_of
 from sisa.core.errors import ConfigConflict, InvalidInput
-
-Progress = Callable[[int, int], None]  # questions done, questions in all
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ def evaluate(
     settings: TofuSettings,
     *,
     batch_size: int = 8,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[LogRow]:
     """Ask the questions that the log lacks, and return all rows in the order of the questions.
 
@@ -105,8 +101,7 @@ def evaluate(
         waiting = [each for each in questions if each.place not in held]
         for start in range(0, len(waiting), batch_size):
             writer.append(_asked(model, waiting[start : start + batch_size], settings, batch_size))
-            if progress is not None:
-                progress(len(writer.rows), len(questions))
+            progress(len(writer.rows), len(questions))
         rows = {row.place: row for row in writer.rows}
     return [rows[each.place] for each in questions]
 
@@ -124,25 +119,15 @@ def _asked(
     answers = iter(
         model.generate(asked, settings.form, settings.max_new_tokens, batch_size) if asked else []
     )
-    rows = []
-    for each in questions:
-        own = next(scores)
-        paraphrased = next(scores).loss if each.paraphrased is not None else None
-        perturbed = tuple(next(scores).loss for _ in each.perturbed)
-        generated = next(answers) if each.paraphrased is not None else None
-        rows.append(_row(each, own, paraphrased, perturbed, generated))
-    return rows
+    return [
+        _row(each, scores, None if each.paraphrased is None else next(answers)) for each in questions
+    ]
 
 
-def _row(
-    question: Question,
-    own: AnswerScore,
-    paraphrased: float | None,
-    perturbed: tuple[float, ...],
-    generated: str | None,
-) -> LogRow:
+def _row(question: Question, scores: Iterator[AnswerScore], generated: str | None) -> LogRow:
+    """Return the row of a question, whose answers' scores come next."""
+    own = next(scores)
     bare = own.without_closing()
-    recall = None if generated is None else rougeL_recall(question.answer, generated)
     return LogRow(
         set=question.set,
         idx=question.idx,
@@ -150,9 +135,9 @@ def _row(
         num_token_gt=own.num_tokens,
         num_token_said=bare.num_tokens,
         ground_truth=question.answer,
-        avg_paraphrased_loss=paraphrased,
-        average_perturb_loss=perturbed,
-        rougeL_recall=recall,
+        avg_paraphrased_loss=None if question.paraphrased is None else next(scores).loss,
+        average_perturb_loss=tuple(next(scores).loss for _ in question.perturbed),
+        rougeL_recall=None if generated is None else rougeL_recall(question.answer, generated),
         generation=generated,
         extraction_strength=extraction_strength(bare.correct),
         exact_memorisation=exact_memorisation(bare.correct),

@@ -5,7 +5,7 @@
 
 Lines are appended and flushed batch by batch, so an interrupted evaluation continues from its log. A
 torn last line is cut off and its question is asked again. A log of another model, other questions or
-other settings is refused, and so is a log with a damaged line before its last one.
+other settings is refused, and so is a damaged line before the last one.
 
 The names of columns are those of locuslab's logs where they have them. Their published
 `eval_log_aggregated.json` holds columns by set, `{"eval_log_forget.json": {"avg_gt_loss": {"0": 1.8,
@@ -16,29 +16,24 @@ A log holds answers and generated text: protect it as you protect the data.
 >>> row = LogRow("retain", 0, 0.7, 3, "Ada.", 0.9, (1.0, 2.0), 1.0, "Ada.")
 >>> parse_row(row.line()) == row
 True
->>> header, rows = read_log(Path("full.jsonl"))                               # doctest: +SKIP
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, StrictInt, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from sisa.core.digest import canonical_json
-from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
-from sisa.store.blobs.files import disk_errors
-
-SCORES = (
-    "num_token_said",
-    *("extraction_strength", "exact_memorisation"),
-    *("loss", "zlib", "min_k", "min_k_plus_plus"),
-)
+from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.store.blobs.files import disk_errors, take_lock
 
 PUBLISHED = {
     "eval_log.json": "retain",
@@ -53,6 +48,7 @@ ROW_COLUMNS = (
     "average_perturb_loss",
     "rougeL_recall",
 )
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -64,20 +60,20 @@ class LogRow:
     """
 
     set: str
-    idx: int
-    avg_gt_loss: float
+    idx: StrictInt
+    avg_gt_loss: Number
     num_token_gt: int
     ground_truth: str = field(repr=False)
-    avg_paraphrased_loss: float | None
-    average_perturb_loss: tuple[float, ...]
-    rougeL_recall: float | None
+    avg_paraphrased_loss: Number | None
+    average_perturb_loss: tuple[Number, ...]
+    rougeL_recall: Number | None
     generation: str | None = field(repr=False)
-    extraction_strength: float | None = None
-    exact_memorisation: float | None = None
-    loss: float | None = None
-    zlib: float | None = None
-    min_k: float | None = None
-    min_k_plus_plus: float | None = None
+    extraction_strength: Number | None = None
+    exact_memorisation: Number | None = None
+    loss: Number | None = None
+    zlib: Number | None = None
+    min_k: Number | None = None
+    min_k_plus_plus: Number | None = None
     num_token_said: int | None = None
 
     @property
@@ -88,55 +84,27 @@ class LogRow:
         return canonical_json(asdict(self)) + b"\n"
 
 
+_ROW = TypeAdapter(LogRow)
+
+
 def parse_row(line: bytes) -> LogRow:
-    """Return the row of a line of JSON. Raise ValueError for anything else."""
-    try:
-        return _row(json.loads(line))
-    except RecursionError as error:
-        raise ValueError("not a row of a log") from error
+    """Return the row of a line of JSON. Raise ValueError, which may hold text, for anything else."""
+    return _ROW.validate_json(line)
 
 
-def published_rows(held: Any) -> list[LogRow] | None:
-    """Return the rows of locuslab's published columns, or None for JSON of another form.
+def _published_rows(held: Mapping[str, Any]) -> list[LogRow]:
+    """Return the rows of locuslab's published columns.
 
-    The forget set is called "forget", because the file does not say which one it is. Raise ValueError
-    for columns that lack a value or hold one of another kind.
+    The forget set is called "forget", because the file does not say which one it is.
     """
-    if not isinstance(held, dict) or not held or not held.keys() <= PUBLISHED.keys():
-        return None
     rows = []
     for name, columns in held.items():
-        try:
-            for number, (_, generation, truth) in columns["generated_text"].items():
-                row = {each: columns[each][number] for each in ROW_COLUMNS}
-                texts = {"generation": generation, "ground_truth": truth}
-                rows.append(_row({"set": PUBLISHED[name], "idx": int(number), **row, **texts}))
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError("not columns of a published log") from error
+        for number, (_, generation, truth) in columns["generated_text"].items():
+            row = {each: columns[each][number] for each in ROW_COLUMNS}
+            texts = {"generation": generation, "ground_truth": truth}
+            row |= {"set": PUBLISHED[name], "idx": int(number), **texts}
+            rows.append(_ROW.validate_python(row))
     return rows
-
-
-def _row(held: Any) -> LogRow:
-    try:
-        kept = {name: held[name] for name in LogRow.__dataclass_fields__ if name in held}
-        kept["average_perturb_loss"] = tuple(held["average_perturb_loss"])
-        row = LogRow(**kept)
-    except (TypeError, KeyError) as error:
-        raise ValueError("not a row of a log") from error
-    optional = (row.avg_paraphrased_loss, row.rougeL_recall, *(getattr(row, name) for name in SCORES))
-    numbers = [
-        row.avg_gt_loss,
-        *row.average_perturb_loss,
-        *(each for each in optional if each is not None),
-    ]
-    kinds = isinstance(row.set, str) and isinstance(row.idx, int) and isinstance(row.ground_truth, str)
-    if not kinds or not all(map(_is_number, numbers)):
-        raise ValueError("not a row of a log")
-    return row
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 KIND, VERSION = "tofu", 1
@@ -166,32 +134,28 @@ def read_log(path: Path) -> tuple[Header | None, list[LogRow]]:
         held = json.loads(data)
     except (ValueError, RecursionError):  # several lines: a log of this program
         held = None
+    if not isinstance(held, dict) or not held or not held.keys() <= PUBLISHED.keys():
+        return _parsed(data[: data.rfind(b"\n") + 1], path)
     try:
-        published = published_rows(held)
-    except ValueError:
+        return None, _published_rows(held)
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise IntegrityError(
             "a published log is damaged", where=str(path), next_step="fetch it again"
         ) from None
-    if published is not None:
-        return None, published
-    return _parsed(data[: data.rfind(b"\n") + 1], path)
 
 
 def _parsed(data: bytes, path: Path) -> tuple[Header | None, list[LogRow]]:
     lines = data.splitlines()
     header = _header(lines[0]) if lines else None
     rows: dict[tuple[str, int], LogRow] = {}
-    for number, line in enumerate(lines[header is not None :], start=1 + (header is not None)):
+    for number, line in list(enumerate(lines, start=1))[header is not None :]:
+        where = f"{path}, line {number}"
         try:
             row = parse_row(line)
         except ValueError:
-            raise IntegrityError(
-                "a log is damaged", where=f"{path}, line {number}", next_step=NEXT_STEP
-            ) from None
+            raise IntegrityError("a log is damaged", where=where, next_step=NEXT_STEP) from None
         if row.place in rows:
-            raise IntegrityError(
-                "a log holds a question twice", where=f"{path}, line {number}", next_step=NEXT_STEP
-            )
+            raise IntegrityError("a log holds a question twice", where=where, next_step=NEXT_STEP)
         rows[row.place] = row
     return header, list(rows.values())
 
@@ -212,43 +176,37 @@ class LogWriter:
     def __init__(self, path: Path, header: Header) -> None:
         """Start a log, or open one to continue it. Raise Busy, ConfigConflict or IntegrityError."""
         self._path = path
-        self.rows: list[LogRow] = []
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-        try:
-            self._continue(header)
-        except BaseException:
-            self._file.close()
-            raise
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        with ExitStack() as opened:
+            self._file = opened.enter_context(os.fdopen(handle, "r+b"))
+            take_lock(handle, path, "writes this log", patience_s=0)
+            self.rows = self._continued(header)
+            opened.pop_all()
 
-    def _continue(self, header: Header) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(
-                "another process writes this log", where=str(self._path), next_step="wait for it"
-            ) from None
+    def _continued(self, header: Header) -> list[LogRow]:
+        """Cut off a torn last line, begin a new log with its header, and return the rows."""
         with disk_errors(self._path):
             held = self._file.read()
         whole = held[: held.rfind(b"\n") + 1]
+        found, rows = _parsed(whole, self._path)
         if whole:
-            found, self.rows = _parsed(whole, self._path)
             _check_same_evaluation(self._path, found, header)
         with disk_errors(self._path):
             self._file.truncate(len(whole))
-            self._file.seek(0, os.SEEK_END)
         if not whole:
-            self._write([header.line()])
+            self._write(header.line())
+        return rows
 
     def append(self, rows: Sequence[LogRow]) -> None:
         """Append rows and return when they are on the disk."""
-        self._write(row.line() for row in rows)
+        self._write(b"".join(row.line() for row in rows))
         self.rows += rows
 
-    def _write(self, lines: Iterable[bytes]) -> None:
+    def _write(self, lines: bytes) -> None:
         with disk_errors(self._path):
-            self._file.write(b"".join(lines))
+            self._file.write(lines)
             self._file.flush()
             os.fsync(self._file.fileno())
 

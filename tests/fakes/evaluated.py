@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
-from approx.evaluation.tofu import RETAIN_OF, ForgetSplit
+from approx.evaluation.tofu import ForgetSplit
 from approx.evaluation.tofu_log import PUBLISHED, ROW_COLUMNS, LogRow
 from sisa.core.digest import digest_of
 from sisa.data.samples import make_people
 
 SPLIT: ForgetSplit = "forget01"
+RETAIN_OF: dict[ForgetSplit, str] = {
+    "forget01": "retain99",
+    "forget05": "retain95",
+    "forget10": "retain90",
+}
 Rows = list[dict[str, Any]]
 
 

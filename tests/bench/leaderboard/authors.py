@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from approx.evaluation.tofu import Question, evaluation_sets, load_refusals, load_set, questions_digest
+from approx.evaluation.tofu import Question, evaluation_sets, questions_digest, read_rows, read_sets
 from sisa.core.digest import digest_of
-from sisa.core.errors import InvalidInput
+from sisa.core.errors import InvalidInput, Problem
 from tests.bench.leaderboard.plan import MOST_AUTHORS, QUESTIONS_EACH, Cell, Design, spread
 
 SPLIT: Final = "forget10"
@@ -59,6 +59,22 @@ def read_data(source: str, design: Design) -> Data:
         )
     facts = [each for each in found if each.set not in (SPLIT, RETAIN)]
     return Data(plain[-wanted:], asked[-wanted:], facts, refusals)
+
+
+def load_set(source: str, name: str) -> list[Question]:
+    """Return the plain questions of a set, such as forget10. Raise as `evaluation_sets`."""
+    return read_sets(source, {name: name}, plain=True)
+
+
+def load_refusals(source: str) -> list[str]:
+    """Return TOFU's ways to say "I don't know". Raise as `evaluation_sets`."""
+    problems: list[Problem] = []
+    rows = read_rows(source, "idontknow", problems)
+    texts = [str(row["text"]).strip() for row in rows if isinstance(row, dict) and "text" in row]
+    if problems or len(texts) < len(rows) or not all(texts):
+        problems = problems or [Problem("idontknow", "a row without 'text'")]
+        raise InvalidInput("the refusals can't be used", where=source, problems=problems)
+    return [str(row["text"]) for row in rows]
 
 
 def kept_questions(data: Data, forgotten: int) -> list[Question]:

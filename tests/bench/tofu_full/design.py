@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from approx.evaluation.tofu import ForgetSplit, Question, evaluation_sets, load_set, questions_digest
+from approx.evaluation.tofu import ForgetSplit, Question, evaluation_sets, questions_digest
 from sisa.core.digest import digest_of
 from sisa.core.errors import InvalidInput, Problem
+from tests.bench.leaderboard.authors import load_set
 from tests.bench.leaderboard.plan import QUESTIONS_EACH, spread
 
 Kind = Literal["base", "ours", "lora", "method"]

@@ -9,17 +9,10 @@ from typing import Any
 
 import pytest
 
-from approx.evaluation.tofu import (
-    PLAIN_SETS,
-    RETAIN_OF,
-    evaluation_sets,
-    load_refusals,
-    load_set,
-    questions_digest,
-    read_holdout,
-)
+from approx.evaluation.tofu import evaluation_sets, questions_digest, read_holdout
 from sisa.core.errors import EnvironmentFault, InvalidInput
-from tests.fakes.evaluated import SPLIT, made_up, write_made_up
+from tests.bench.leaderboard.authors import load_refusals, load_set
+from tests.fakes.evaluated import RETAIN_OF, SPLIT, made_up, write_made_up
 
 REAL = Path(os.environ.get("SISA_DATA") or Path(__file__).parents[4] / "shared" / "data") / "tofu"
 
@@ -55,8 +48,9 @@ def test_plain_sets_and_refusals(source: Path) -> None:
         row["answer"] for row in made_up()[SPLIT]
     ]
     assert load_refusals(str(source)) == ["No idea."]
-    with pytest.raises(InvalidInput, match="no such set"):
-        load_set(str(source), "forget99")
+    (source / "idontknow.jsonl").write_text('{"text": " "}\n')
+    with pytest.raises(InvalidInput):
+        load_refusals(str(source))
 
 
 def test_all_that_is_missing_is_told_at_once(tmp_path: Path) -> None:
@@ -152,9 +146,10 @@ def test_the_real_sets_fit_together() -> None:
         asked = [each for each in evaluation_sets(str(REAL), split) if each.set == split]
         assert [each.question for each in asked] == forget
         assert all(len(each.perturbed) >= 1 and each.paraphrased != each.answer for each in asked)
-    assert {name: len(load_set(str(REAL), name)) for name in PLAIN_SETS} == {
+    sizes = {
         "full": 4000, "forget01": 40, "forget05": 200, "forget10": 400,
         "retain99": 3960, "retain95": 3800, "retain90": 3600,
         "real_authors": 100, "world_facts": 117,
     }  # fmt: skip
+    assert {name: len(load_set(str(REAL), name)) for name in sizes} == sizes
     assert len(load_refusals(str(REAL))) == 100
