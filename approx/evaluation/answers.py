@@ -4,16 +4,16 @@ Shapes: B examples, T positions of the longest one, V words of the vocabulary, K
 row. Position t of a row predicts the token at t + 1; `mask_BT` is true where that token belongs to an
 answer (its label is not NO_LOSS).
 
-Batches for scoring are padded on the right and have no attention mask: under causal attention a real
-token never sees padding, and padding is never in the mask. Sums and means run over answer tokens only.
-Log-probabilities are computed in float32, or in float64 for float64 logits.
+Batches for scoring are padded on the right, without an attention mask: under causal attention a real
+token never sees padding, whatever its id. Sums and means run over answer tokens only. Log-probabilities
+are computed in float32, or in float64 for float64 logits.
 
->>> batch = collate([Tokens([5, 6, 7], [-100, 6, 7]), Tokens([5, 8], [-100, 8])], pad_id=0)
+>>> batch = collate([Tokens([5, 6, 7], [-100, 6, 7]), Tokens([5, 8], [-100, 8])])
 >>> batch.targets_BT.tolist(), batch.mask_BT.tolist()
 ([[6, 7], [8, 0]], [[True, True], [True, False]])
 >>> batch.num_tokens_B.tolist()
 [2, 1]
->>> batch = collate([Tokens([1, 2, 0], [-100, 2, 0])], pad_id=0)
+>>> batch = collate([Tokens([1, 2, 0], [-100, 2, 0])])
 >>> found, = answer_scores(torch.zeros(1, 3, 4), batch)
 >>> found.num_tokens, round(found.loss, 4), [round(each, 4) for each in found.means]
 (2, 1.3863, [-1.3863, -1.3863])
@@ -48,17 +48,30 @@ class AnswerBatch:
     def at_answers(self) -> tuple[AnswerBatch, Tensor]:
         """Return the batch cut to the columns where some row has an answer token, and those columns."""
         columns_K = self.mask_BT.any(dim=0).nonzero().flatten()
-        return AnswerBatch(
-            self.ids_BT1, self.targets_BT[:, columns_K], self.mask_BT[:, columns_K]
-        ), columns_K
+        cut = AnswerBatch(self.ids_BT1, self.targets_BT[:, columns_K], self.mask_BT[:, columns_K])
+        return cut, columns_K
 
     def to(self, device: torch.device | str) -> AnswerBatch:
         """Return the batch on another device."""
-        moved = (each.to(device) for each in (self.ids_BT1, self.targets_BT, self.mask_BT))
-        return AnswerBatch(*moved)
+        return AnswerBatch(*(each.to(device) for each in vars(self).values()))
 
 
-def collate(examples: Sequence[Tokens], pad_id: int) -> AnswerBatch:
+def answered(prompt: Sequence[int], answer: Sequence[int]) -> Tokens:
+    """Return a prompt and its answer as an example, with loss on the answer only.
+
+    >>> answered([5, 6], [7])
+    Tokens(input_ids=[5, 6, 7], labels=[-100, -100, 7])
+    """
+    return Tokens([*prompt, *answer], [NO_LOSS] * len(prompt) + list(answer))
+
+
+def logits_at(model: Any, ids_BT1: Tensor, columns_K: Tensor) -> Tensor:
+    """Return a causal model's logits at some columns."""
+    found: Tensor = model(input_ids=ids_BT1, logits_to_keep=columns_K, use_cache=False).logits
+    return found
+
+
+def collate(examples: Sequence[Tokens], pad_id: int = 0) -> AnswerBatch:
     """Return examples as one batch. Raise ValueError for no examples, or one without an answer token."""
     if not examples:
         raise ValueError("a batch of no examples")
@@ -101,11 +114,10 @@ MAX_POSITIONS = 1024  # per forward pass
 
 
 def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
-    """Return the score of each row.
+    """Return the score of each row; the logits may include the last position or not.
 
-    The logits may include the last position or not. Answer positions are selected before anything is
-    computed over the vocabulary, so a long prompt costs no memory. A word of probability 0 adds nothing
-    to a moment.
+    Answer positions are selected before anything is computed over the vocabulary, so a long prompt costs
+    no memory. A word of probability 0 adds nothing to a moment.
     """
     found = []
     for logits_TV, targets_T, mask_T in zip(logits_BTV, batch.targets_BT, batch.mask_BT, strict=True):
@@ -130,12 +142,9 @@ def score_examples(model: Any, examples: Sequence[Tokens]) -> list[AnswerScore]:
     """Return the scores of examples under a model, in order."""
     found: list[AnswerScore] = []
     for rows in _batches(examples):
-        batch, columns_K = collate(rows, pad_id=0).to(model.device).at_answers()
+        batch, columns_K = collate(rows).to(model.device).at_answers()
         with torch.no_grad():  # tensors of inference mode would block gradients later
-            logits_BKV = model(
-                input_ids=batch.ids_BT1[:, :-1], logits_to_keep=columns_K, use_cache=False
-            ).logits
-            found += answer_scores(logits_BKV, batch)
+            found += answer_scores(logits_at(model, batch.ids_BT1[:, :-1], columns_K), batch)
     return found
 
 
@@ -164,11 +173,8 @@ def continue_greedily(
 ) -> list[list[int]]:
     """Return the greedy continuation of each prompt, up to and including its end token.
 
-    A continuation has at least `min_new_tokens` and at most `max_new_tokens`. Rows are padded on the
-    left, with a mask, in batches of one size and in the given order, so the same rows give the same
-    tokens. The model's own generation config is not used.
-
-        continue_greedily(model, [[5, 6], [7]], ends={2}, max_new_tokens=8)
+    Rows are padded on the left, with a mask, in batches of one size and in the given order, so the same
+    rows give the same tokens. The model's own generation config is not used.
     """
     from transformers import GenerationConfig
 
@@ -196,13 +202,10 @@ def continue_greedily(
     return found
 
 
-def _to_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
+def _to_end(ids: list[int], ends: Collection[int]) -> list[int]:
     """Return ids up to and including the first end token.
 
     >>> _to_end([5, 2, 2], {2})
     [5, 2]
     """
-    for at, each in enumerate(ids):
-        if each in ends:
-            return list(ids[: at + 1])
-    return list(ids)
+    return ids[: next((at for at, each in enumerate(ids, 1) if each in ends), None)]

@@ -1,13 +1,10 @@
 """Models to evaluate: a Hugging Face causal model, an adapter over its base, or a deletion-ready model.
 
-Shapes are those of `answers.py`.
-
-Rows are padded on the right without a mask for scoring, and on the left with a mask for generation. The
-batch size therefore changes results by rounding only: less than 1e-5 relative, or absolute for values
-below 1 (SmolLM2-135M in float32, batches of 1 and 8: 5e-6; half precision rounds more). A tie that
-close may go either way. A deletion-ready model answers by the aggregation of its run file over its
-active patches, and its digest names them; its answers are scored under the same distribution.
-Generation is greedy and ignores the model's own generation config.
+The batch size changes results by rounding only: less than 1e-5 relative, or absolute for values below 1
+(SmolLM2-135M in float32, batches of 1 and 8: 5e-6; half precision rounds more). A tie that close may go
+either way. A deletion-ready model answers by the aggregation of its run file over its active patches,
+and its digest names them; its answers are scored under the same distribution. Generation is greedy and
+ignores the model's own generation config. Shapes are those of `answers.py`.
 
     model = open_evaluated("model")           # a directory, a hub name, or pypi:NAME==VERSION
     model.score([("Who?", "Ada.")], PromptForm("completion"), batch_size=8)[0].loss
@@ -16,17 +13,17 @@ Generation is greedy and ignores the model's own generation config.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from approx.evaluation.answers import AnswerBatch, answer_scores, collate, continue_greedily
 from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm, PromptKind
-from sisa.core.digest import digest_of, file_sha256
+from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.flows.wiring.wiring import LEDGER
@@ -42,15 +39,10 @@ from sisa.lm.base.tokens import (
     tokenize,
     without_closing,
 )
-from sisa.lm.base.weights import (
-    base_digest,
-    load_frozen,
-    load_tokenizer,
-    local_or_hub,
-    resolve_base,
-)
+from sisa.lm.base.weights import base_digest, load_frozen, load_tokenizer, local_or_hub, resolve_base
 from sisa.model import Model, open_model
 
+_T = TypeVar("_T")
 Logits = Callable[[Tensor, Sequence[int], int], Tensor]  # of a batch, its rows, the last positions
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -60,36 +52,23 @@ def open_evaluated(spec: str, device: str = "cpu", dtype: Dtype = "float32") -> 
 
     Raise InvalidInput, IntegrityError or EnvironmentFault.
     """
+    from transformers import AutoModelForCausalLM
+
     directory = Path(spec).expanduser()
     if (directory / LEDGER).is_file():
         return DeletionReadyModel(open_model(directory, executor="serial"))
+    name, base, files = spec, spec, dict[str, bytes]()
     if (directory / CONFIG_FILE).is_file():
-        return _open_adapter(directory, device, dtype)
-    found = _directory_of(spec)
-    digest = digest_of([base_digest(found), dtype])
-    return HuggingFaceModel(spec, digest, _load(found, dtype), load_tokenizer(found), device)
-
-
-def _directory_of(spec: str) -> Path:
-    return resolve_base(spec).directory if spec.startswith(PREFIX) else local_or_hub(spec)
-
-
-def _load(directory: Path, dtype: Dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return load_frozen(AutoModelForCausalLM, directory, dtype)
-
-
-def _open_adapter(directory: Path, device: str, dtype: Dtype) -> EvaluatedModel:
-    names = (CONFIG_FILE, ADAPTER_FILE)
-    files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
-    spec = _base_of(directory, files[CONFIG_FILE])
-    found = _directory_of(spec)
-    digest = digest_of([base_digest(found), dtype, *(file_sha256(directory / name) for name in files)])
-    tensors = read_tensors(files, ADAPTER_FILE)
-    model = attach(_load(found, dtype), read_config(files), tensors, init_seed=0)
-    model.eval().requires_grad_(False)
-    return HuggingFaceModel(str(directory), digest, model, load_tokenizer(found), device)
+        held = [each for each in (CONFIG_FILE, ADAPTER_FILE) if (directory / each).is_file()]
+        files = {each: (directory / each).read_bytes() for each in held}
+        name, base = str(directory), _base_of(directory, files[CONFIG_FILE])
+    found = resolve_base(base).directory if base.startswith(PREFIX) else local_or_hub(base)
+    digest = digest_of([base_digest(found), dtype, *map(sha256_hex, files.values())])
+    model = load_frozen(AutoModelForCausalLM, found, dtype)
+    if files:
+        model = attach(model, read_config(files), read_tensors(files, ADAPTER_FILE), init_seed=0)
+        model.eval().requires_grad_(False)
+    return HuggingFaceModel(name, digest, model, load_tokenizer(found), device)
 
 
 def _base_of(directory: Path, config: bytes) -> str:
@@ -115,11 +94,8 @@ class HuggingFaceModel:
 
         self.name, self.digest = name, digest
         self.kind: PromptKind = "chat" if tokenizer.chat_template else "completion"
-        self._ends = end_tokens(model, tokenizer)
         self.tokenizer = tokenizer
-        self._pad = (
-            min(self._ends, default=0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
+        self._ends = end_tokens(model, tokenizer)
         self.model = _moved(model, device)
         self.model.generation_config = GenerationConfig(do_sample=False)  # not the model's own
 
@@ -128,7 +104,7 @@ class HuggingFaceModel:
     ) -> list[AnswerScore]:
         tokens = tokens_of(pairs, form, self.tokenizer)
         _check_lengths(self.model, [len(each.input_ids) for each in tokens])
-        return _scored(tokens, batch_size, self._pad, self._logits, self.tokenizer)
+        return _scored(tokens, batch_size, self._logits, self.tokenizer)
 
     def _logits(self, ids_BT: Tensor, _rows: Sequence[int], keep: int) -> Tensor:
         with torch.inference_mode():
@@ -141,14 +117,14 @@ class HuggingFaceModel:
     ) -> list[str]:
         prompts = [_prompt_ids(each, form, self.tokenizer) for each in questions]
         _check_lengths(self.model, [len(each) + max_new_tokens for each in prompts])
-        found = [""] * len(prompts)
-        for batch in _batches([len(each) for each in prompts], batch_size):
-            rows = [prompts[at] for at in batch]
-            said = continue_greedily(self.model, rows, self._ends, max_new_tokens, batch_rows=batch_size)
-            answers = self.tokenizer.batch_decode(said, skip_special_tokens=True)
-            for at, answer in zip(batch, answers, strict=True):
-                found[at] = answer.strip()
-        return found
+
+        def said(rows: list[int]) -> list[str]:
+            ids = [prompts[at] for at in rows]
+            made = continue_greedily(self.model, ids, self._ends, max_new_tokens, batch_rows=batch_size)
+            texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+            return [each.strip() for each in texts]
+
+        return _in_batches(list(map(len, prompts)), batch_size, said)
 
 
 class DeletionReadyModel:
@@ -167,32 +143,27 @@ class DeletionReadyModel:
     def score(
         self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
     ) -> list[AnswerScore]:
-        tokenizer = self.answerer.tokenizer
-        tokens = tokens_of(pairs, form, tokenizer)
+        tokens = tokens_of(pairs, form, self.answerer.tokenizer)
         routes = self._routes([question for question, _ in pairs], form)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
         def logits(ids_BT: Tensor, rows: Sequence[int], keep: int) -> Tensor:
             chosen = [routes[at] for at in rows]
-            found = self.answerer.logprobs(
-                chosen, input_ids=ids_BT, logits_to_keep=keep, use_cache=False
-            )
-            return found.cpu()
+            more = {"logits_to_keep": keep, "use_cache": False}
+            return self.answerer.logprobs(chosen, input_ids=ids_BT, **more).cpu()
 
-        return _scored(tokens, batch_size, pad, logits, tokenizer)
+        return _scored(tokens, batch_size, logits, self.answerer.tokenizer)
 
     def generate(
         self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
     ) -> list[str]:
         routes = self._routes(questions, form)
         ids = [_prompt_ids(each, form, self.answerer.tokenizer) for each in questions]
-        found = [""] * len(questions)
-        for batch in _batches([len(each) for each in ids], batch_size):
-            chosen = [routes[at] for at in batch]
-            answers = self.answerer.generate([ids[at] for at in batch], chosen, max_new_tokens)
-            for at, answer in zip(batch, answers, strict=True):
-                found[at] = answer.strip()
-        return found
+
+        def said(rows: list[int]) -> list[str]:
+            prompts, chosen = [ids[at] for at in rows], [routes[at] for at in rows]
+            return [each.strip() for each in self.answerer.generate(prompts, chosen, max_new_tokens)]
+
+        return _in_batches(list(map(len, ids)), batch_size, said)
 
     def _routes(self, questions: Sequence[str], form: PromptForm) -> list[Route]:
         prompts = [form.fill(each, "")[0] for each in questions]
@@ -248,22 +219,24 @@ def _check_lengths(model: Any, lengths: Sequence[int]) -> None:
 
 
 def _scored(
-    tokens: Sequence[Tokens], batch_size: int, pad_id: int, logits: Logits, tokenizer: Any
+    tokens: Sequence[Tokens], batch_size: int, logits: Logits, tokenizer: Any
 ) -> list[AnswerScore]:
     """Return scores in order.
 
     `logits` gets a batch without its last token, which is predicted but never read, the positions of
     its rows, and the number of last positions whose logits are needed: those of answers.
     """
-    found: dict[int, AnswerScore] = {}
-    for rows in _batches([len(each.input_ids) for each in tokens], batch_size):
-        batch = collate([tokens[at] for at in rows], pad_id)
+
+    def scores(rows: list[int]) -> list[AnswerScore]:
+        batch = collate([tokens[at] for at in rows])
         first = int(batch.mask_BT.any(dim=0).nonzero()[0])
         said = AnswerBatch(batch.ids_BT1, batch.targets_BT[:, first:], batch.mask_BT[:, first:])
-        logits_BKV = logits(batch.ids_BT1[:, :-1], rows, said.mask_BT.shape[1])
-        found |= dict(zip(rows, answer_scores(logits_BKV, said), strict=True))
+        return answer_scores(logits(batch.ids_BT1[:, :-1], rows, said.mask_BT.shape[1]), said)
+
+    found = _in_batches([len(each.input_ids) for each in tokens], batch_size, scores)
     return [
-        replace(found[at], num_closing=_num_closing(each, tokenizer)) for at, each in enumerate(tokens)
+        replace(score, num_closing=_num_closing(each, tokenizer))
+        for score, each in zip(found, tokens, strict=True)
     ]
 
 
@@ -272,11 +245,16 @@ def _num_closing(tokens: Tokens, tokenizer: Any) -> int:
     return said.count(NO_LOSS) - tokens.labels.count(NO_LOSS)
 
 
-def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yield batches of positions, the longest rows first.
+def _in_batches(
+    lengths: Sequence[int], size: int, made: Callable[[list[int]], Sequence[_T]]
+) -> list[_T]:
+    """Return what `made` makes of batches of positions, in order; the longest rows are made first.
 
     Rows of one length are batched together, and running out of memory shows in the first batch.
     """
-    order = sorted(range(len(lengths)), key=lambda at: (-lengths[at], at))
+    order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
+    found: dict[int, _T] = {}
     for start in range(0, len(order), size):
-        yield order[start : start + size]
+        rows = order[start : start + size]
+        found |= dict(zip(rows, made(rows), strict=True))
+    return [found[at] for at in range(len(lengths))]

@@ -13,11 +13,9 @@ right, or when the greedy continuation recalls KNOWN_RECALL of it and the same s
 memorised. Recall alone is not enough: a base that knows how such answers are phrased recalls everything
 but the names.
 
-The tokens of an answer are those of `sisa.lm.base.tokens.answers`: without the tokens that close it and
-without later turns of others. A record with several answers has the numbers of the one that is known
-best. The second half of a plain text is its answer. The first MAX_PROBED records are probed, for at
-most MAX_SECONDS; the result has their number and no text. It is approximate, and does not cover
-knowledge under another wording.
+The tokens of an answer are those of `sisa.lm.base.tokens.answers`. A record with several answers has
+the numbers of the one that is known best. The second half of a plain text is its answer. The result is
+approximate, holds no text, and does not cover knowledge under another wording.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from approx.evaluation.answers import continue_greedily, score_examples
+from approx.evaluation.answers import answered, continue_greedily, score_examples
 from approx.evaluation.evaluated import AnswerScore
 from approx.metrics.membership import min_k_plus_plus_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength, rougeL_recall
@@ -54,32 +52,25 @@ def open_probe(
     return BaseProbe(base_dir, base_digest, threads, config.sequence_len, patches)
 
 
+@dataclass(frozen=True)
 class BaseProbe:
     """A `sisa.core.ports.Probe` of one base, with or without patches."""
 
-    def __init__(
-        self,
-        base_dir: Path,
-        base_digest: str,
-        threads: int,
-        sequence_len: int,
-        patches: Sequence[Mapping[str, bytes]] = (),
-    ) -> None:
-        self._base = (base_dir, base_digest, patches)
-        self._threads = threads
-        self._sequence_len = sequence_len
+    base_dir: Path
+    base_digest: str
+    threads: int
+    sequence_len: int
+    patches: Sequence[Mapping[str, bytes]] = ()
 
     def __call__(self, records: Sequence[Record]) -> Probed:
         """Probe records; those that cannot be tokenized are left out.
 
         Raise IntegrityError for another base, or for a patch that does not fit.
         """
-        pin_threads(self._threads)
-        model, tokenizer = load_patched(*self._base)
-        chosen = records[:MAX_PROBED]
-        found = probe_answers(
-            model, tokenizer, [_answered(e, tokenizer, self._sequence_len) for e in chosen]
-        )
+        pin_threads(self.threads)
+        model, tokenizer = load_patched(self.base_dir, self.base_digest, self.patches)
+        chosen = [_answers(each, tokenizer, self.sequence_len) for each in records[:MAX_PROBED]]
+        found = probe_answers(model, tokenizer, chosen)
         if not found:
             return Probed(len(records))
         return Probed(
@@ -113,10 +104,7 @@ class ProbedAnswer:
 
 
 def probe_answers(model: Any, tokenizer: Any, records: Sequence[Answers]) -> list[ProbedAnswer]:
-    """Return the numbers of records under a model.
-
-    Records without an answer are left out, and so are those after MAX_SECONDS.
-    """
+    """Return the numbers of records that have an answer, as many as MAX_SECONDS allow."""
     found: list[ProbedAnswer] = []
     started = time.monotonic()
     left = [each[:MAX_ANSWERS] for each in records if each]
@@ -126,14 +114,15 @@ def probe_answers(model: Any, tokenizer: Any, records: Sequence[Answers]) -> lis
         rows = left[start : start + RECORDS_AT_ONCE]
         pairs = [pair for each in rows for pair in each]
         numbers = iter(_numbers(model, tokenizer, pairs))
-        found += [max(islice(numbers, len(each)), key=_how_known) for each in rows]
+        found += [
+            max(islice(numbers, len(each)), key=lambda one: (one.known, one.strength, one.recall))
+            for each in rows
+        ]
     return found
 
 
 def may_know(score: AnswerScore) -> bool:
     """Return whether an answer with this score, without its closing tokens, may count as known.
-
-    No continuation is needed where it may not.
 
     >>> may_know(AnswerScore((0.0,) * 4, (True, False, False, False), (), ()))
     False
@@ -143,15 +132,11 @@ def may_know(score: AnswerScore) -> bool:
     return ProbedAnswer(strength, memorised, 1.0, 0.0, score.correct[-1]).known
 
 
-def _how_known(each: ProbedAnswer) -> tuple[bool, float, float]:
-    return each.known, each.strength, each.recall
-
-
 def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 4)
 
 
-def _answered(record: Record, tokenizer: Any, sequence_len: int) -> Answers:
+def _answers(record: Record, tokenizer: Any, sequence_len: int) -> Answers:
     """Return a record's answers, or none when the record cannot be tokenized."""
     try:
         tokens = tokenize(record, tokenizer, train_on_inputs=False)
@@ -160,7 +145,9 @@ def _answered(record: Record, tokenizer: Any, sequence_len: int) -> Answers:
     return answers_to_probe(record.kind, tokens, tokenizer, sequence_len)
 
 
-def answers_to_probe(kind: Kind, tokens: Tokens, tokenizer: Any, sequence_len: int) -> Answers:
+def answers_to_probe(
+    kind: Kind, tokens: Tokens, tokenizer: Any, sequence_len: int | None = None
+) -> Answers:
     """Return the answers that a record is probed for: of a plain text the second half."""
     ids, labels = tokens.input_ids[:sequence_len], list(tokens.labels[:sequence_len])
     if kind == "text":
@@ -172,11 +159,9 @@ def answers_to_probe(kind: Kind, tokens: Tokens, tokenizer: Any, sequence_len: i
 def _numbers(model: Any, tokenizer: Any, pairs: Answers) -> list[ProbedAnswer]:
     cut = [(list(prompt), list(answer[:MAX_ANSWER_TOKENS])) for prompt, answer in pairs]
     said = [_continued(model, tokenizer, cut, share) for share in range(SHARES)]
-    own = score_examples(model, [_from(*pair) for pair in cut])
-    neighbours = [
-        score_examples(model, [_from(prompt, row) for (prompt, _), row in zip(cut, rows, strict=True)])
-        for rows in said
-    ]
+    prompts = [prompt for prompt, _ in cut]
+    own = score_examples(model, [answered(*pair) for pair in cut])
+    neighbours = [score_examples(model, list(map(answered, prompts, rows))) for rows in said]
     found = []
     for at, ((_, answer), score) in enumerate(zip(cut, own, strict=True)):
         words = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (answer, said[0][at])]
@@ -190,10 +175,6 @@ def _numbers(model: Any, tokenizer: Any, pairs: Answers) -> list[ProbedAnswer]:
             )
         )
     return found
-
-
-def _from(prompt: Sequence[int], answer: Sequence[int]) -> Tokens:
-    return Tokens([*prompt, *answer], [NO_LOSS] * len(prompt) + list(answer))
 
 
 def _min_k(score: AnswerScore) -> float:

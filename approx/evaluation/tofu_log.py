@@ -51,7 +51,7 @@ ROW_COLUMNS = (
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"hide_input_in_errors": True})
 class LogRow:
     """The measurements of one question.
 
@@ -88,7 +88,7 @@ _ROW = TypeAdapter(LogRow)
 
 
 def parse_row(line: bytes) -> LogRow:
-    """Return the row of a line of JSON. Raise ValueError, which may hold text, for anything else."""
+    """Return the row of a line of JSON. Raise ValueError, without its text, for anything else."""
     return _ROW.validate_json(line)
 
 

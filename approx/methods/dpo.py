@@ -8,9 +8,8 @@
 
 D is log 2 at the start. The initial slope of (2 / beta) * D is that of the difference of the ratios,
 whatever beta is. Row i of the preferred answers belongs to row i of the forget answers. IdkDPO is the
-same loss with refusals as the preferred answers (`approx.unlearning.examples` makes them) and a retain
-term by default, without which a model learns to refuse everything. There is no label smoothing and no
-other link than the sigmoid.
+same loss with refusals as the preferred answers and a retain term by default, without which a model
+learns to refuse everything.
 
 Source: Rafailov et al. 2023, "Direct preference optimization", eq. 7; beta 0.1 there and in TOFU (Maini
 et al. 2024). IdkDPO: TOFU's "preference optimization" with the retain term and the scale 2 / beta of
@@ -26,11 +25,11 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm
+from approx.methods.method import Method, RetainLoss, Role, Rows
 
 
 @dataclass(frozen=True)
-class Dpo(WithRetainTerm):
+class Dpo(Method):
     """DPO with the temperature `beta` of the preference, and a retain term only if it has a weight."""
 
     beta: float = 0.1
@@ -39,7 +38,7 @@ class Dpo(WithRetainTerm):
     retain_loss: RetainLoss = "nll"
     name: ClassVar[str] = "dpo"
     looks_at: ClassVar[frozenset[Role]] = frozenset({"forget", "preferred"})
-    compared: ClassVar[frozenset[Role]] = looks_at
+    compares_answers: ClassVar[frozenset[Role]] = looks_at
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         margins_B = rows["preferred"].log_ratios_B - rows["forget"].log_ratios_B

@@ -13,17 +13,15 @@ NLL.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm, mean_nll
+from approx.methods.gradient_ascent import GradientAscent
+from approx.methods.method import RetainLoss
 
 
 @dataclass(frozen=True)
-class GradDiff(WithRetainTerm):
+class GradDiff(GradientAscent):
     """GradDiff with the weights of its two terms and the kind of retain term."""
 
     forget_weight: float = 1.0
@@ -32,6 +30,3 @@ class GradDiff(WithRetainTerm):
     name: ClassVar[str] = "graddiff"
     positive: ClassVar[tuple[str, ...]] = ("forget_weight", "retain_weight")
     not_negative: ClassVar[tuple[str, ...]] = ()
-
-    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
-        return -mean_nll(rows["forget"].current_BTV, rows["forget"].batch)

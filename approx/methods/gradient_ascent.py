@@ -15,19 +15,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from approx.methods.method import Losses, Role, Rows, mean_nll
+from torch import Tensor
+
+from approx.methods.method import Method, Role, Rows, mean_nll
 
 
 @dataclass(frozen=True)
-class GradientAscent:
+class GradientAscent(Method):
     """Gradient ascent, which has no hyper-parameters."""
 
     name: ClassVar[str] = "gradient_ascent"
-    reads: ClassVar[frozenset[Role]] = frozenset({"forget"})
-    compares: ClassVar[frozenset[Role]] = frozenset()
-    compares_answers: ClassVar[frozenset[Role]] = frozenset()
 
-    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
-        forget = rows["forget"]
-        total = -mean_nll(forget.current_BTV, forget.batch)
-        return Losses(total, total.detach(), None)
+    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
+        return -mean_nll(rows["forget"].current_BTV, rows["forget"].batch)

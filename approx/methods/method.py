@@ -4,15 +4,14 @@ Shapes: B examples, T positions, V words, as in `approx.evaluation.answers`; N a
 whole batch.
 
 A method is a frozen dataclass. Making one with values for which its loss is not defined raises
-InvalidInput with all of them. `reads` names the sets that its loss needs, `compares` those for which it
-needs the logits of the reference, the model as it was before. A loss holds no state, draws no random
-number and never sees a model. A retain term of weight 0 is not computed.
+InvalidInput with all of them. The reference is the model as it was before. A loss holds no state, draws
+no random number and never sees a model. A retain term of weight 0 is not computed.
 
 A mean over tokens runs over all answer tokens of the batch, and a mean over examples over its rows;
-prompt and padding never count. KL(reference || current) is sum_v p_ref(v) (log p_ref(v) - log p(v)) for
-each answer token, and exactly 0 for equal logits. Words of probability exactly 0 (logits of minus
-infinity) at answer tokens are not supported. Upstream code (TOFU, open-unlearning) averages the KL over
-all positions, including prompt and padding, so that its weight depends on how batches are padded.
+prompt and padding never count (TOFU and open-unlearning average the KL over both, so that its weight
+depends on how batches are padded). KL(reference || current) is sum_v p_ref(v) (log p_ref(v) - log p(v))
+for each answer token, and exactly 0 for equal logits. Words of probability exactly 0 (logits of minus
+infinity) at answer tokens are not supported.
 
 >>> list(above_zero(beta=0.1, gamma=-1.0))
 [Problem(where='gamma', what='-1.0, expected a number above 0')]
@@ -21,10 +20,10 @@ all positions, including prompt and padding, so that its weight depends on how b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -48,15 +47,12 @@ def mean_kl(reference_BTV: Tensor, current_BTV: Tensor, batch: AnswerBatch) -> T
 Role = Literal["forget", "retain", "preferred"]
 RetainLoss = Literal["nll", "kl"]
 RETAIN_LOSSES = ("nll", "kl")
+RETAIN: frozenset[Role] = frozenset({"retain"})
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples of one role with their current logits.
-
-    Where the method compares, they have the reference's logits, or its log-probabilities of the whole
-    answers.
-    """
+    """Examples of one role with their current logits, and the reference's where the method compares."""
 
     batch: AnswerBatch
     current_BTV: Tensor
@@ -81,106 +77,117 @@ class Rows:
 
 @dataclass(frozen=True)
 class Losses:
-    """The scalar to minimise, and its unweighted terms for the log, which carry no gradient."""
+    """The scalar to minimise, and its retain term, unweighted and without a gradient, for the log."""
 
     total: Tensor
-    forget: Tensor
     retain: Tensor | None
 
 
-class Method(Protocol):
-    """A frozen dataclass of hyper-parameters with a loss."""
+@dataclass(frozen=True)
+class Method:
+    """A method of the form forget_weight * F(forget) + retain_weight * R(retain).
+
+    A method defines F (`forget_term`), and as fields what can be chosen of the weights and
+    `retain_loss`. `positive` and `not_negative` name the fields with such values, and `looks_at` the
+    sets that F reads. `compares_answers` are those of them for which F needs the reference, as the
+    log-probability of the whole answer, which is the same at every step.
+    """
 
     name: ClassVar[str]
+    positive: ClassVar[tuple[str, ...]] = ("beta", "forget_weight")
+    not_negative: ClassVar[tuple[str, ...]] = ("retain_weight",)
+    looks_at: ClassVar[frozenset[Role]] = frozenset({"forget"})
+    compares_answers: ClassVar[frozenset[Role]] = frozenset()
+
+    @property
+    def forget_weight(self) -> float:
+        return 1.0
+
+    @property
+    def retain_weight(self) -> float:
+        return 0.0
+
+    @property
+    def retain_loss(self) -> RetainLoss:
+        return "nll"
+
+    def __post_init__(self) -> None:
+        given = asdict(self)
+        check_values(
+            self.name,
+            above_zero(**{each: given[each] for each in self.positive if each in given}),
+            at_least_zero(**{each: given[each] for each in self.not_negative if each in given}),
+            one_of(RETAIN_LOSSES, retain_loss=self.retain_loss),
+        )
 
     @property
     def reads(self) -> frozenset[Role]:
         """Return the sets that the loss needs."""
-        ...
+        return self.looks_at | RETAIN if self.retain_weight > 0 else self.looks_at
 
     @property
     def compares(self) -> frozenset[Role]:
         """Return those of them for which it needs the reference."""
-        ...
+        kept = self.retain_weight > 0 and self.retain_loss == "kl"
+        return self.compares_answers | RETAIN if kept else self.compares_answers
 
-    @property
-    def compares_answers(self) -> frozenset[Role]:
-        """Return those of these for which the reference's log-probability of the whole answer is
-        enough.
-
-        It is the same at every step.
-        """
-        ...
+    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
+        """Return F, a scalar."""
+        raise NotImplementedError
 
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         """Return the loss over the rows of one batch, which has the roles that `reads` names."""
-        ...
+        total = self.forget_weight * self.forget_term(rows)
+        if self.retain_weight == 0:
+            return Losses(total, None)
+        kept = rows["retain"]
+        if self.retain_loss == "nll":
+            retain = mean_nll(kept.current_BTV, kept.batch)
+        else:
+            retain = mean_kl(kept.compared_BTV, kept.current_BTV, kept.batch)
+        return Losses(total + self.retain_weight * retain, retain.detach())
 
 
 def with_retain_factor(method: Method, factor: float) -> Method:
     """Return the method with its retain term, if it has one, weighted `factor` times as much."""
-    names = ("beta",) if method.name == "kl_minimisation" else ("retain_weight",)
-    weights = {name: value for name, value in hyperparameters(method).items() if name in names}
-    changed = {name: value * factor for name, value in weights.items()}
-    return replace(cast(Any, method), **changed) if changed else method
-
-
-def hyperparameters(method: Method) -> dict[str, Any]:
-    """Return all hyper-parameters by name."""
-    fields: dict[str, Any] = asdict(cast(Any, method))
-    return fields
-
-
-def add_retain_term(
-    forget: Tensor,
-    forget_weight: float,
-    rows: Mapping[Role, Rows],
-    retain_weight: float,
-    retain_loss: RetainLoss,
-) -> Losses:
-    """Return forget_weight * forget + retain_weight * (NLL or KL of the retain rows)."""
-    total = forget_weight * forget
-    if retain_weight == 0:
-        return Losses(total, forget.detach(), None)
-    kept = rows["retain"]
-    if retain_loss == "nll":
-        retain = mean_nll(kept.current_BTV, kept.batch)
-    else:
-        retain = mean_kl(kept.compared_BTV, kept.current_BTV, kept.batch)
-    return Losses(total + retain_weight * retain, forget.detach(), retain.detach())
+    name = "beta" if method.name == "kl_minimisation" else "retain_weight"
+    given = asdict(method)
+    return replace(method, **{name: given[name] * factor}) if name in given else method
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _unfit(values: Mapping[str, Any], fits: Callable[[Any], bool], expected: str) -> Iterator[Problem]:
+    for name, value in values.items():
+        if not fits(value):
+            yield Problem(name, f"{value!r}, expected {expected}")
+
+
 def above_zero(**values: float) -> Iterator[Problem]:
     """Yield a problem for each value that is not a finite number above 0."""
-    for name, value in values.items():
-        if not _is_number(value) or value <= 0:
-            yield Problem(name, f"{value!r}, expected a number above 0")
+    return _unfit(values, lambda value: _is_number(value) and value > 0, "a number above 0")
 
 
 def at_least_zero(**values: float) -> Iterator[Problem]:
     """Yield a problem for each value that is not a finite number of at least 0."""
-    for name, value in values.items():
-        if not _is_number(value) or value < 0:
-            yield Problem(name, f"{value!r}, expected a number of at least 0")
+    return _unfit(values, lambda value: _is_number(value) and value >= 0, "a number of at least 0")
 
 
 def whole_numbers(low: float = -math.inf, high: float = math.inf, **values: object) -> Iterator[Problem]:
     """Yield a problem for each value that is not a whole number from `low` to `high`."""
     span = f" from {low}" * (low > -math.inf) + f" to {high}" * (high < math.inf)
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            yield Problem(name, f"{value!r}, expected a whole number{span}")
+
+    def fits(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    return _unfit(values, fits, f"a whole number{span}")
 
 
 def one_of(allowed: tuple[str, ...], **values: str) -> Iterator[Problem]:
     """Yield a problem for each value that is not among the allowed ones."""
-    for name, value in values.items():
-        if value not in allowed:
-            yield Problem(name, f"{value!r}, expected one of {', '.join(allowed)}")
+    return _unfit(values, allowed.__contains__, f"one of {', '.join(allowed)}")
 
 
 def check_values(what: str, *found: Iterable[Problem]) -> None:
@@ -193,57 +200,3 @@ def check_values(what: str, *found: Iterable[Problem]) -> None:
             next_step="correct the values",
             problems=problems,
         )
-
-
-class WithRetainTerm:
-    """The base of methods of the form forget_weight * F(forget) + retain_weight * R(retain).
-
-    A method defines F. The weights and `retain_loss` are fields of the method, in its own order, so
-    this class is not a dataclass. `positive` and `not_negative` name the fields with such values;
-    `looks_at` and `compared` name the sets that F reads, and those of them for which it needs the
-    reference.
-    """
-
-    name: ClassVar[str]
-    positive: ClassVar[tuple[str, ...]] = ("beta", "forget_weight")
-    not_negative: ClassVar[tuple[str, ...]] = ("retain_weight",)
-    looks_at: ClassVar[frozenset[Role]] = frozenset({"forget"})
-    compared: ClassVar[frozenset[Role]] = frozenset()
-
-    if TYPE_CHECKING:
-
-        @property
-        def forget_weight(self) -> float: ...
-        @property
-        def retain_weight(self) -> float: ...
-        @property
-        def retain_loss(self) -> RetainLoss: ...
-
-    def __post_init__(self) -> None:
-        check_values(
-            self.name,
-            above_zero(**{each: getattr(self, each) for each in self.positive}),
-            at_least_zero(**{each: getattr(self, each) for each in self.not_negative}),
-            one_of(RETAIN_LOSSES, retain_loss=self.retain_loss),
-        )
-
-    @property
-    def reads(self) -> frozenset[Role]:
-        return self.looks_at | frozenset[Role]({"retain"} if self.retain_weight > 0 else ())
-
-    @property
-    def compares(self) -> frozenset[Role]:
-        kept = self.retain_weight > 0 and self.retain_loss == "kl"
-        return self.compared | frozenset[Role]({"retain"} if kept else ())
-
-    @property
-    def compares_answers(self) -> frozenset[Role]:
-        return self.compared
-
-    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
-        """Return F, a scalar."""
-        raise NotImplementedError
-
-    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
-        term = self.forget_term(rows)
-        return add_retain_term(term, self.forget_weight, rows, self.retain_weight, self.retain_loss)

@@ -21,11 +21,11 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm
+from approx.methods.method import Method, RetainLoss, Role, Rows
 
 
 @dataclass(frozen=True)
-class Npo(WithRetainTerm):
+class Npo(Method):
     """NPO with the inverse temperature `beta`: towards 0 the loss becomes gradient ascent."""
 
     beta: float = 0.1
@@ -33,7 +33,7 @@ class Npo(WithRetainTerm):
     retain_weight: float = 1.0
     retain_loss: RetainLoss = "nll"
     name: ClassVar[str] = "npo"
-    compared: ClassVar[frozenset[Role]] = frozenset({"forget"})
+    compares_answers: ClassVar[frozenset[Role]] = frozenset({"forget"})
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         return -2 / self.beta * logsigmoid(-self.beta * rows["forget"].log_ratios_B).mean()

@@ -20,17 +20,13 @@ from approx.methods.simnpo import SimNpo
 from approx.methods.task_arithmetic import TaskArithmetic
 from sisa.core.errors import InvalidInput, Problem
 
-_CLASSES: tuple[type[Any], ...] = (
-    GradientAscent,
-    GradDiff,
-    KlMinimisation,
-    Dpo,
-    IdkDpo,
-    Npo,
-    SimNpo,
-    TaskArithmetic,
-)
-METHODS: Mapping[str, type[Any]] = {each.name: each for each in _CLASSES}
+METHODS: Mapping[str, type[Method]] = {
+    each.name: each
+    for each in (
+        *(GradientAscent, GradDiff, KlMinimisation),
+        *(Dpo, IdkDpo, Npo, SimNpo, TaskArithmetic),
+    )
+}
 
 
 def make_method(name: str, hyperparameters: Mapping[str, Any] | None = None) -> Method:
@@ -54,5 +50,4 @@ def make_method(name: str, hyperparameters: Mapping[str, Any] | None = None) -> 
             next_step="remove them, or correct their names",
             problems=[Problem(each, "unknown") for each in unknown],
         )
-    made: Method = METHODS[name](**given)
-    return made
+    return METHODS[name](**given)

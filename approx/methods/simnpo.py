@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from approx.evaluation.answers import mean_logprobs_B
-from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm
+from approx.methods.method import Method, RetainLoss, Role, Rows
 
 
 @dataclass(frozen=True)
-class SimNpo(WithRetainTerm):
+class SimNpo(Method):
     """SimNPO with the inverse temperature `beta` and the margin `gamma`."""
 
     beta: float = 4.5

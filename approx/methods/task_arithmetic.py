@@ -1,13 +1,12 @@
 """Task arithmetic: learn the forget set by heart, then go in the opposite direction.
 
-    tuned = fine-tuning of base on the forget set, L = NLL(forget)
-    full weights:  result = base - alpha * (tuned - base)
-    patch:         the weights' change is s * B A with B = 0 before; result: A, -alpha * B
+    tuned = fine-tuning of a fresh patch on the forget set, L = NLL(forget)
+    it changes the weights by s * B A, with B = 0 before; result: A, -alpha * B
 
-Alpha 0 returns the base bit for bit. `alpha` is given, or searched among `alphas` from the smallest up
-to the first that breaks the bound on utility or leaves nothing known. One scale serves all layers. A
-patch must be fresh (every B is 0), because the negative of a difference of two products does not fit
-into one patch of the same rank.
+Alpha 0 returns the fresh patch bit for bit. `alpha` is given, or searched among `alphas` from the
+smallest up to the first that breaks the bound on utility or leaves nothing known. One scale serves all
+layers. The patch must be fresh (every B is 0), because the negative of a difference of two products does
+not fit into one patch of the same rank.
 
 Source: Ilharco et al. 2023, "Editing models with task arithmetic", section 3: one scale for all
 weights, from 0.0, 0.05, ..., 1.0, chosen on held-out data as the one that forgets most while the
@@ -23,7 +22,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from approx.methods.method import Losses, Role, Rows, above_zero, at_least_zero, check_values, mean_nll
+from approx.methods.method import Method, Role, Rows, above_zero, at_least_zero, check_values, mean_nll
 from sisa.core.errors import InvalidInput, Problem
 
 GRID = (
@@ -35,15 +34,12 @@ Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class TaskArithmetic:
+class TaskArithmetic(Method):
     """Task arithmetic with a given `alpha`, or None to search among `alphas`."""
 
     alpha: float | None = None
     alphas: tuple[float, ...] = GRID
     name: ClassVar[str] = "task_arithmetic"
-    reads: ClassVar[frozenset[Role]] = frozenset({"forget"})
-    compares: ClassVar[frozenset[Role]] = frozenset()
-    compares_answers: ClassVar[frozenset[Role]] = frozenset()
 
     def __post_init__(self) -> None:
         given = {} if self.alpha is None else {"alpha": self.alpha}
@@ -52,29 +48,15 @@ class TaskArithmetic:
     def _bad_grid(self) -> Iterator[Problem]:
         if not self.alphas:
             yield Problem("alphas", "none given")
-        for number, each in enumerate(self.alphas):
-            yield from above_zero(**{f"alphas[{number}]": each})
+        yield from above_zero(**{f"alphas[{number}]": each for number, each in enumerate(self.alphas)})
 
-    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
+    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         """Return the loss of the fine-tuning, which falls as the forget set is learnt."""
-        forget = rows["forget"]
-        total = mean_nll(forget.current_BTV, forget.batch)
-        return Losses(total, total.detach(), None)
-
-
-def negate_weights(base: Tensors, tuned: Tensors, alpha: float) -> dict[str, Tensor]:
-    """Return base - alpha * (tuned - base) as new tensors."""
-    if alpha == 0:
-        return {name: each.clone() for name, each in base.items()}
-    return {name: each - alpha * (tuned[name] - each) for name, each in base.items()}
+        return mean_nll(rows["forget"].current_BTV, rows["forget"].batch)
 
 
 def negate_patch(fresh: Tensors, tuned: Tensors, alpha: float) -> dict[str, Tensor]:
-    """Return a LoRA patch whose change of the weights is -alpha times the tuned one's.
-
-    Raise InvalidInput if the patch was not fresh.
-    """
-    check_fresh_patch(fresh)
+    """Return a LoRA patch whose change of the weights is -alpha times the tuned one's."""
     if alpha == 0:
         return {name: each.clone() for name, each in fresh.items()}
     return {

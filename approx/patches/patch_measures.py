@@ -23,7 +23,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from approx.evaluation.answers import continue_greedily, score_examples
+from approx.evaluation.answers import answered, continue_greedily, score_examples
 from approx.evaluation.evaluated import AnswerScore
 from approx.evaluation.probe import MAX_PROBED, Answers, may_know, probe_answers
 from approx.metrics.membership import min_k_plus_plus_score
@@ -94,7 +94,7 @@ def measure_knowledge(
     """
     chosen = [each for each in texts if each][:MAX_PROBED]
     rows = [(at, *pair) for at, each in enumerate(chosen) for pair in each]
-    found = score_examples(model, [Tokens([*p, *a], [NO_LOSS] * len(p) + list(a)) for _, p, a in rows])
+    found = score_examples(model, [answered(*pair) for _, *pair in rows])
     known = {at for (at, _, _), score in zip(rows, found, strict=True) if may_know(score)}
     count = len(known)
     if thorough and known:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
-from approx.methods.method import Method, check_values, hyperparameters, one_of, whole_numbers
+from approx.methods.method import Method, check_values, one_of, whole_numbers
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import TaskArithmetic
 from approx.unlearning.schedule import ScheduleSettings
@@ -91,7 +91,7 @@ class PatchSettings:
         """Return the settings as a job holds them: JSON values only."""
         made = {
             "method": self.method.name,
-            "hyperparameters": hyperparameters(self.method),
+            "hyperparameters": asdict(self.method),
             **{name: asdict(getattr(self, name)) for name in KINDS},
             "sequence_len": self.sequence_len,
             "overlength": self.overlength,

@@ -36,7 +36,6 @@ from approx.unlearning.examples import (
     text_problems,
     tokenize_records,
     without_forgotten,
-    without_repeats,
 )
 from approx.unlearning.generated_retain import prompts_that_fit, write_answers, write_neighbours
 from approx.unlearning.saved_run import SavedRun
@@ -129,7 +128,6 @@ class PatchMaker:
             job.key,
             partial(keyring.seal, DRAFTS_AREA, job.key),
             partial(keyring.unseal, DRAFTS_AREA, job.key),
-            kept=True,
         )
 
 
@@ -202,7 +200,7 @@ class _Making:
         self._base, self._tokenizer = load_patched(site.base_dir, site.base_digest, beneath)
         limits = limits_of(self._base.config, self.settings.sequence_len, self.settings.overlength)
         texts = {each.name: vault.read(each) for each in self.order.sets}
-        self.forget = without_repeats([record for name in job.forget for record in texts[name]])
+        self.forget = list(dict.fromkeys(record for name in job.forget for record in texts[name]))
         tokens = tokenize_records(self.forget, "forget", self._tokenizer, limits)
         retain, self.judged = self._retain(texts.get(job.retain), limits)
         self.sets = Sets(tokens, retain, self._preferred(tokens, limits))
@@ -232,7 +230,7 @@ class _Making:
         )
         neutral = self._written(prompts_that_fit(self._tokenizer, limits.sequence_len), limits)
         neighbours = write_neighbours(self._base, self._tokenizer, self.forget, limits.sequence_len)
-        left = without_forgotten(without_repeats(given or ()), self.forget)
+        left = without_forgotten(list(dict.fromkeys(given or ())), self.forget)
         tokens = tokenize_records(left, "retain", self._tokenizer, limits)
         self.num_given, self.num_neighbours = len(tokens), len(neighbours)
         trained, judged = split_judged(neutral)
@@ -251,7 +249,7 @@ class _Making:
     def _measured(self) -> dict[str, float]:
         return patch_measures.measure_patch(self._model, self._tokenizer, self.sets.forget, self.judged)
 
-    def _known(self, model: Any, *, thorough: bool) -> Knowledge:
+    def _known(self, model: Any, thorough: bool) -> Knowledge:
         return patch_measures.measure_knowledge(model, self._tokenizer, self._asked, thorough=thorough)
 
     def run(self, saved: SavedRun) -> End:
@@ -275,7 +273,6 @@ class _Making:
         found = ApproxReport(
             method=settings.method,
             settings=settings.pace,
-            target="patch",
             end=end,
             before=self._before,
             after=self._measured() if measured else {},

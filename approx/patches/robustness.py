@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approx.evaluation.answers import collate, score_examples
+from approx.evaluation.answers import collate, logits_at, score_examples
 from approx.methods.method import mean_nll
 from approx.metrics.probability import probability
 from approx.unlearning.generated_retain import rename_record
@@ -145,12 +145,12 @@ def relearnt(
             each.requires_grad_(f".{EXTRA}." in name)
             trained += [each] if f".{EXTRA}." in name else []
         optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0.0, foreach=False)
-        batch = collate(taught, pad_id=0).to(model.device)
+        batch = collate(taught).to(model.device)
         for step in range(1, max(after) + 1):
             optimizer.zero_grad(set_to_none=True)
             cut, columns_K = batch.at_answers()
-            logits = model(input_ids=cut.ids_BT1, logits_to_keep=columns_K, use_cache=False).logits
-            mean_nll(logits, cut).backward()  # type: ignore[no-untyped-call]
+            logits_BKV = logits_at(model, cut.ids_BT1, columns_K)
+            mean_nll(logits_BKV, cut).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if step in after:
                 found[step] = probabilities(model, asked)

@@ -1,13 +1,10 @@
 """The examples of a method: what to forget, what to keep and what to say instead.
 
-Records become token examples, and every problem is reported at once, before anything is computed: empty
-sets, examples without an answer token, examples in both sets, preferred answers that are missing or
-equal the answers to forget. Problems name positions, never text or ids.
-
-Two records are the same when their ids or their normalised texts are equal (normalised as in the
-ledger); two token examples when their token ids are. Near duplicates and paraphrases are not found. A
-text longer than `sequence_len`, or than the base can read, is refused, or cut with `overlength:
-truncate`. The retain set that the base writes itself is in `generated_retain.py`.
+Records become token examples, and every problem is reported at once, before anything is computed.
+Problems name positions, never text or ids. Two records are the same when their ids or their texts,
+normalised as in the ledger, are equal; two token examples when their token ids are. Near duplicates and
+paraphrases are not found. A text longer than `sequence_len`, or than the base can read, is refused, or
+cut with `overlength: truncate`.
 
 >>> make_refusals([Tokens([5, 6, 7], [-100, 6, 7])], [[8, 9]], seed=0)
 [Tokens(input_ids=[5, 8, 9], labels=[-100, 8, 9])]
@@ -16,14 +13,14 @@ truncate`. The retain set that the base writes itself is in `generated_retain.py
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
+from approx.evaluation.answers import answered
 from approx.methods.method import Method
-from sisa.core.domain import Part, Record
+from sisa.core.domain import Kind, Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import NO_LOSS, Overlength, Tokens, tokenize, tokenize_all
 from sisa.planning.layout import normalised
@@ -40,7 +37,7 @@ class Sets:
 
 def check_sets(sets: Sets, method: Method) -> None:
     """Raise InvalidInput with every reason why the sets cannot be used with the method."""
-    problems = [*_missing(sets, method), *_without_answer(sets), *_in_both(sets), *_same_answer(sets)]
+    problems = list(_set_problems(sets, method))
     if problems:
         raise InvalidInput(
             "these sets can't be used with this method",
@@ -57,10 +54,13 @@ def check_disjoint(forget: Sequence[Record], retain: Sequence[Record]) -> None:
     texts = {normalised(each.text): number for number, each in enumerate(retain, 1)}
     problems = []
     for number, each in enumerate(forget, 1):
-        if each.id in ids:
-            problems.append(_overlap(number, ids[each.id], "id"))
-        elif normalised(each.text) in texts:
-            problems.append(_overlap(number, texts[normalised(each.text)], "text"))
+        other, what = ids.get(each.id), "id"
+        if other is None:
+            other, what = texts.get(normalised(each.text)), "text"
+        if other is not None:
+            problems.append(
+                Problem(f"forget record {number}", f"has the {what} of retain record {other}")
+            )
     if problems:
         raise InvalidInput(
             f"{len(problems)} records are to be both forgotten and kept",
@@ -70,42 +70,24 @@ def check_disjoint(forget: Sequence[Record], retain: Sequence[Record]) -> None:
         )
 
 
-def _overlap(forget: int, retain: int, what: str) -> Problem:
-    return Problem(f"forget record {forget}", f"has the {what} of retain record {retain}")
-
-
-def _missing(sets: Sets, method: Method) -> Iterator[Problem]:
+def _set_problems(sets: Sets, method: Method) -> Iterator[Problem]:
     if not sets.forget:
         yield Problem("forget", "no examples")
     if "retain" in method.reads and not sets.retain:
         yield Problem("retain", "no examples, and the method's loss has a retain term")
     if "preferred" in method.reads and len(sets.preferred) != len(sets.forget):
-        yield Problem(
-            "preferred", f"{len(sets.preferred)} answers, expected one for each of {len(sets.forget)}"
-        )
-
-
-def _without_answer(sets: Sets) -> Iterator[Problem]:
-    named = (("forget", sets.forget), ("retain", sets.retain), ("preferred", sets.preferred))
-    for role, number, each in chain.from_iterable(
-        ((role, number, each) for number, each in enumerate(examples, 1)) for role, examples in named
-    ):
-        if len(each.input_ids) != len(each.labels):
-            yield Problem(f"{role} example {number}", "needs as many labels as token ids")
-        elif all(label == NO_LOSS for label in each.labels[1:]):
-            yield Problem(f"{role} example {number}", "has no answer token")
-
-
-def _in_both(sets: Sets) -> Iterator[Problem]:
+        expected = f"expected one for each of {len(sets.forget)}"
+        yield Problem("preferred", f"{len(sets.preferred)} answers, {expected}")
+    for role, examples in vars(sets).items():
+        for number, each in enumerate(examples, 1):
+            if all(label == NO_LOSS for label in each.labels[1:]):
+                yield Problem(f"{role} example {number}", "has no answer token")
     kept = {tuple(each.input_ids): number for number, each in enumerate(sets.retain, 1)}
     for number, each in enumerate(sets.forget, 1):
         if (other := kept.get(tuple(each.input_ids))) is not None:
             yield Problem(f"forget example {number}", f"is retain example {other}")
-
-
-def _same_answer(sets: Sets) -> Iterator[Problem]:
-    for number, (one, other) in enumerate(zip(sets.preferred, sets.forget, strict=False), 1):
-        if one.input_ids == other.input_ids:
+    for number, (one, unwanted) in enumerate(zip(sets.preferred, sets.forget, strict=False), 1):
+        if one.input_ids == unwanted.input_ids:
             yield Problem(f"preferred example {number}", "is the answer to forget")
 
 
@@ -128,29 +110,25 @@ def make_refusals(
 ) -> list[Tokens]:
     """Return a refusal of each forget example, as its preferred answer.
 
-    A refusal follows all tokens before the first answer token and ends the example, without later turns
-    of a chat. The seed and the example's position choose it. The caller tokenizes the refusals and
-    closes them as answers of the model are closed. Raise InvalidInput for examples without a prompt.
+    A refusal, given with what closes an answer, takes the place of the first answer and all that
+    follows. The seed and the example's position choose it. Raise InvalidInput for examples without a
+    prompt.
     """
-    starts = [next((n for n, x in enumerate(each.labels) if x != NO_LOSS), 0) for each in forget]
-    problems = [
-        Problem(f"forget example {number}", "has no prompt that could be refused")
-        for number, start in enumerate(starts, 1)
-        if start == 0
-    ]
-    if not refusals or not all(refusals):
-        problems.append(Problem("refusals", "none, or an empty one"))
+    made, problems = [], []
+    for number, each in enumerate(forget):
+        where = f"forget example {number + 1}"
+        start = next((at for at, label in enumerate(each.labels) if label != NO_LOSS), 0)
+        if start == 0:
+            problems.append(Problem(where, "has no prompt that could be refused"))
+        chosen = list(refusals[_draw(seed, number) % len(refusals)])
+        made.append(answered(each.input_ids[:start], chosen))
     if problems:
         raise InvalidInput(
             "no refusals can be made",
-            expected="examples with a prompt and an answer, and refusals of at least one token",
+            expected="examples with a prompt and an answer",
             next_step="correct the forget set, or use a method without preferred answers",
             problems=problems,
         )
-    made = []
-    for number, (each, start) in enumerate(zip(forget, starts, strict=True)):
-        chosen = list(refusals[_draw(seed, number) % len(refusals)])
-        made.append(Tokens(each.input_ids[:start] + chosen, [NO_LOSS] * start + chosen))
     return made
 
 
@@ -214,17 +192,12 @@ def text_problems(
         )
 
 
-def _of(check: Any) -> tuple[Problem, ...]:
+def _of(check: Callable[[], object]) -> tuple[Problem, ...]:
     try:
         check()
     except InvalidInput as error:
         return error.as_problems("texts")
     return ()
-
-
-def without_repeats(records: Sequence[Record]) -> list[Record]:
-    """Return records in order, without repetitions."""
-    return list(dict.fromkeys(records))
 
 
 def without_forgotten(retain: Sequence[Record], forget: Sequence[Record]) -> list[Record]:
@@ -242,21 +215,19 @@ def make_preferred(
     records: Sequence[Record], tokens: Sequence[Tokens], tokenizer: Any, seed: int, sequence_len: int
 ) -> list[Tokens]:
     """Return a refusal for each forget example, cut to `sequence_len` tokens."""
-    found: dict[int, Tokens] = {}
-    groups: dict[tuple[Any, bool], list[int]] = {}
+    groups: dict[tuple[Kind, bool], list[int]] = {}
     for number, record in enumerate(records):
         groups.setdefault((record.kind, record.parts[-1].text[:1].isspace()), []).append(number)
+    found: dict[int, Tokens] = {}
     for (kind, spaced), numbers in groups.items():
         refusals = [_closed(" " * spaced + each, kind, tokenizer) for each in REFUSALS]
         made = make_refusals([tokens[number] for number in numbers], refusals, seed)
         found |= dict(zip(numbers, made, strict=True))
-    return [
-        Tokens(found[number].input_ids[:sequence_len], found[number].labels[:sequence_len])
-        for number in range(len(records))
-    ]
+    whole = [found[number] for number in range(len(records))]
+    return [Tokens(each.input_ids[:sequence_len], each.labels[:sequence_len]) for each in whole]
 
 
-def _closed(answer: str, kind: Any, tokenizer: Any) -> list[int]:
+def _closed(answer: str, kind: Kind, tokenizer: Any) -> list[int]:
     """Return the token ids of an answer with the tokens that close it."""
     roles = ("user", "assistant") if kind == "chat" else ("prompt", "completion")
     record = Record("", None, kind, (Part(roles[0], "?"), Part(roles[1], answer)))

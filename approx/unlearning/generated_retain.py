@@ -1,23 +1,19 @@
 """The retain set that the base writes itself: answers to neutral prompts, and about neighbours.
 
-A patch must keep how the base speaks. The base's own answers show that without any user's record in the
-patch, so that no later deletion affects it. The neutral prompts are fixed: common facts, small tasks,
-style. Neighbours are the questions to forget, asked about invented names; without them a patch also
-takes from others what it takes from one person. An answer about a neighbour that repeats the text to
-forget is left out.
+A patch must keep how the base speaks. The base's own greedy answers show that without any user's record
+in the patch, so that no later deletion affects it; they need not be true. Neighbours are the questions
+to forget, asked about invented names; without them a patch also takes from others what it takes from
+one person. An answer about a neighbour that repeats the text to forget is left out.
 
-Answers are greedy answers of the base with the patches beneath, so the same base gives the same set.
 Neutral prompts are put as a turn of the user where the tokenizer has a chat template; neighbours are
-asked in the form of the records. Prompts that leave no room for an answer within `sequence_len` are
-left out. The answers need not be true. Names are recognised by their capitals, so there are no
-neighbours in scripts without capitals or for texts without names.
+asked in the form of the records. Names are recognised by their capitals, so there are no neighbours in
+scripts without capitals or for texts without names.
 
 >>> len(PROMPTS) == len(set(PROMPTS)) == 40
 True
->>> rename_text("Where does Ada Quill live? Does Ada like it?", 0)
-'Where does Ysolde Halloran live? Does Ysolde like it?'
->>> rename_text("What is her job?", 0)
-'What is her job?'
+>>> text = "Where does Ada Quill live? Does Ada like it?"
+>>> _replaced(text, _names(text), 0), _names("What is her job?")
+('Where does Ysolde Halloran live? Does Ysolde like it?', {})
 """
 
 from __future__ import annotations
@@ -27,11 +23,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from approx.evaluation.answers import continue_greedily
+from approx.evaluation.answers import answered, continue_greedily
+from approx.evaluation.probe import answers_to_probe
 from approx.metrics.memorisation import rougeL_recall
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Kind, Part, Record
-from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, encode_prompt, end_tokens, tokenize
+from sisa.lm.base.tokens import Tokens, encode_prompt, end_tokens, tokenize
 
 MAX_NEW_TOKENS, MAX_NEIGHBOURS, MAX_VARIANTS = 24, 32, 8
 PROMPTS = (
@@ -100,17 +97,12 @@ SAYS_RECALL = 0.9
 _SENTENCE_ENDS = (".", "?", "!", ":", ";", "\n")
 
 
-def written_kind(tokenizer: Any) -> Kind:
-    """Return the form in which this base is prompted."""
-    return "chat" if getattr(tokenizer, "chat_template", None) else "completion"
-
-
 def prompts_that_fit(tokenizer: Any, sequence_len: int) -> list[list[int]]:
     """Return the token ids of the prompts that leave room for an answer.
 
     Raise InvalidInput if the chat template refuses one.
     """
-    kind = written_kind(tokenizer)
+    kind: Kind = "chat" if getattr(tokenizer, "chat_template", None) else "completion"
     ids = [encode_prompt(each, tokenizer, kind) for each in PROMPTS]
     return [each for each in ids if len(each) < sequence_len]
 
@@ -121,19 +113,24 @@ def write_answers(
     """Return the base's answers to prompts as examples, with loss on the answers only."""
     said = continue_greedily(model, prompts, end_tokens(model, tokenizer), MAX_NEW_TOKENS)
     return [
-        Tokens([*prompt, *cut], [NO_LOSS] * len(prompt) + cut)
+        answered(prompt, answer[: sequence_len - len(prompt)])
         for prompt, answer in zip(prompts, said, strict=True)
-        for cut in [answer[: sequence_len - len(prompt)]]
     ]
 
 
 def write_neighbours(
     model: Any, tokenizer: Any, forget: Sequence[Record], sequence_len: int
 ) -> list[Tokens]:
-    """Return the base's answers to what the records ask, about invented names.
+    """Return the base's answers to what the records ask, about invented names."""
 
-    There are none for records that name nobody.
-    """
+    def first_answer(record: Record) -> tuple[Sequence[int], Sequence[int]]:
+        tokens = tokenize(record, tokenizer, train_on_inputs=False)
+        return answers_to_probe(record.kind, tokens, tokenizer)[0]
+
+    def decoded(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
     variants = min(MAX_VARIANTS, -(-MAX_NEIGHBOURS // len(forget)))
     found: dict[tuple[int, ...], str] = {}  # by its prompt, the answer that is to be forgotten
     for number in range(variants):
@@ -141,49 +138,24 @@ def write_neighbours(
             other = rename_record(record, number)
             if other is None or len(found) == MAX_NEIGHBOURS:
                 continue
-            (_, said), (prompt, _) = (first_answer(each, tokenizer) for each in (record, other))
+            (_, said), (prompt, _) = (first_answer(each) for each in (record, other))
             if len(prompt) < sequence_len:
-                found[tuple(prompt)] = tokenizer.decode(said, skip_special_tokens=True)
+                found[tuple(prompt)] = decoded(said)
     written = write_answers(model, tokenizer, list(found), sequence_len)
     return [
         each
         for each, (prompt, forgotten) in zip(written, found.items(), strict=True)
-        if not _says(
-            tokenizer.decode(each.input_ids[len(prompt) :], skip_special_tokens=True), forgotten
-        )
+        if rougeL_recall(forgotten, decoded(each.input_ids[len(prompt) :])) < SAYS_RECALL
     ]
 
 
-def _says(answer: str, forgotten: str) -> bool:
-    return rougeL_recall(forgotten, answer) >= SAYS_RECALL
-
-
-def first_answer(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the ids before a record's first answer, and the answer: of a plain text its halves."""
-    tokens = tokenize(record, tokenizer, train_on_inputs=False)
-    if record.kind == "text":
-        half = len(tokens.input_ids) // 2
-        return tokens.input_ids[:half], tokens.input_ids[half:]
-    return answers(tokens, tokenizer)[0]
-
-
 def rename_record(record: Record, number: int) -> Record | None:
-    """Return the record with invented names and figures, different ones for each number.
-
-    Return None when its prompt, or its text, names nobody.
-    """
+    """Return the record with the invented names of a number, or None when its prompt names nobody."""
     words = _names(" \n".join(part.text for part in record.parts))
     parts = tuple(Part(part.role, _replaced(part.text, words, number)) for part in record.parts)
-    asked = [part.role in ("prompt", "user", "text") for part in parts]
-    changed = [one.text != other.text for one, other in zip(parts, record.parts, strict=True)]
-    if not any(a and b for a, b in zip(asked, changed, strict=True)):
-        return None
-    return replace(record, parts=parts)
-
-
-def rename_text(text: str, number: int) -> str:
-    """Return a text with its names and figures replaced by invented ones."""
-    return _replaced(text, _names(text), number)
+    changed = [one for one, other in zip(parts, record.parts, strict=True) if one != other]
+    asked = any(part.role in ("prompt", "user", "text") for part in changed)
+    return replace(record, parts=parts) if asked else None
 
 
 def _names(text: str) -> dict[str, int]:

@@ -4,12 +4,9 @@ Weights and optimizer moments are in one safetensors file named by its digest; `
 names it. At any moment the directory holds `run.json` with the whole file that it names, or no saved
 run. Other files in the directory are left alone.
 
-A run continues only with the same method, settings, data and first weights; otherwise `load` raises
-ConfigConflict. `identity` names data and model and comes from the caller. It should be a keyed digest,
-because these files must not reveal what was to be forgotten. The weights may reveal it, so `erase` them
-when the run is over or, if they are `kept`, when its result is safe.
-
-The caller may seal the files, each under its name; digests are of the plaintext.
+A run continues only with the same method, settings, data and first weights. The weights may reveal what
+was to be forgotten, so the caller seals the files, each under its name, and erases them when the result
+is safe. Digests are of the plaintext.
 """
 
 from __future__ import annotations
@@ -42,30 +39,13 @@ _OWN_NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}|{re.escape(TEMPORARY
 
 
 @dataclass(frozen=True)
-class Held:
-    """The saved tensors and counts."""
-
-    tensors: Mapping[str, Tensor]
-    counts: Mapping[str, Any]
-
-
-def _plain(_name: str, data: bytes) -> bytes:
-    return data
-
-
-@dataclass(frozen=True)
 class SavedRun:
-    """A directory for one run, with the caller's name for data and model.
-
-    `seal` and `unseal` take a file's name and bytes. `kept` leaves erasure to the caller when the run
-    is over.
-    """
+    """A directory for one run; `identity` is a keyed digest of data and model."""
 
     directory: Path
     identity: str
-    seal: Callable[[str, bytes], bytes] = _plain
-    unseal: Callable[[str, bytes], bytes] = _plain
-    kept: bool = False
+    seal: Callable[[str, bytes], bytes]  # of a file's name and bytes
+    unseal: Callable[[str, bytes], bytes]
 
     def save(self, job: str, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]) -> None:
         """Replace the saved run. Raise EnvironmentFault."""
@@ -74,13 +54,15 @@ class SavedRun:
         self._write(f"{digest}{SUFFIX}", data)
         state = {"job": job, "identity": self.identity, "tensors": digest, "counts": dict(counts)}
         self._write(STATE, canonical_json(state))
-        self._erase_tensors(but=f"{digest}{SUFFIX}")
+        for name in held_names(self.directory) - {f"{digest}{SUFFIX}"}:
+            if _OWN_NAME.fullmatch(name):
+                erase(self.directory / name)
 
     def _write(self, name: str, data: bytes) -> None:
         write_atomic(self.directory / name, self.seal(name, data))
 
-    def load(self, job: str) -> Held | None:
-        """Return the saved run, or None.
+    def load(self, job: str) -> tuple[Mapping[str, Tensor], Mapping[str, Any]] | None:
+        """Return the saved tensors and counts, or None.
 
         Raise ConfigConflict for another run's state, and IntegrityError for damage.
         """
@@ -107,14 +89,4 @@ class SavedRun:
             )
         name = f"{digest}{SUFFIX}"
         data = read_checked(self.directory / name, digest, "saved run", partial(self.unseal, name))
-        return Held(read_tensors({name: data}, name), counts)
-
-    def erase(self) -> None:
-        """Erase the saved run."""
-        erase(self.directory / STATE)
-        self._erase_tensors(but="")
-
-    def _erase_tensors(self, but: str) -> None:
-        for name in held_names(self.directory) - {but}:
-            if _OWN_NAME.fullmatch(name):
-                erase(self.directory / name)
+        return read_tensors({name: data}, name), counts

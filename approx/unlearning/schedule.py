@@ -1,12 +1,10 @@
 """The schedule of a run: learning rate, batches and their order, as a pure function of the settings.
 
-A run takes `num_rounds` rounds of `num_epochs` epochs, each with its own schedule; `descent` decides
-the strength of a round while it runs. The order depends only on the seed and the sizes of the sets, so
-a run that continues from step n sees the same batches as an uninterrupted one. An epoch is one pass
-over the forget set in its own order. Each micro-batch of forget rows comes with as many retain rows, or
-with `retain_batch_size`, from endless passes over the retain set. Only the last micro-batch of an epoch
-may have fewer forget rows. The loss of a step is the mean loss of its micro-batches, weighted by their
-forget rows.
+A run takes `num_rounds` rounds of `num_epochs` epochs, each with its own schedule. The order depends
+only on the seed and the sizes of the sets. An epoch is one pass over the forget set in its own order.
+Each micro-batch of forget rows comes with as many retain rows, or with `retain_batch_size`, from
+endless passes over the retain set. The loss of a step is the mean loss of its micro-batches, weighted by
+their forget rows.
 
 >>> plan_steps(3, 2, ScheduleSettings(num_epochs=1, batch_size=2, gradient_accumulation_steps=2))
 ((MicroBatch(forget=(2, 0), retain=(0, 1)), MicroBatch(forget=(1,), retain=(1,))),)
@@ -81,17 +79,13 @@ Step = tuple[MicroBatch, ...]
 
 def plan_steps(num_forget: int, num_retain: int, settings: ScheduleSettings) -> tuple[Step, ...]:
     """Return all optimizer steps with their micro-batches, round after round."""
-    kept = _endless(num_retain, settings.seed)
-    return tuple(
-        step
-        for number in range(settings.num_rounds)
-        for step in _plan_round(num_forget, kept, number, settings)
-    )
+    kept, rounds = _endless(num_retain, settings.seed), range(settings.num_rounds)
+    return tuple(step for number in rounds for step in _plan_round(num_forget, kept, number, settings))
 
 
 def _plan_round(
     num_forget: int, kept: Iterator[int], number: int, settings: ScheduleSettings
-) -> tuple[Step, ...]:
+) -> list[Step]:
     micro: list[MicroBatch] = []
     for epoch in range(number * settings.num_epochs, (number + 1) * settings.num_epochs):
         order = _order(num_forget, settings.seed, "forget", epoch)
@@ -100,14 +94,11 @@ def _plan_round(
             beside = settings.retain_batch_size or len(rows)
             micro.append(MicroBatch(rows, tuple(islice(kept, beside))))
     size = settings.gradient_accumulation_steps
-    steps = tuple(tuple(micro[start : start + size]) for start in range(0, len(micro), size))
-    return steps[: settings.max_steps]
+    return [tuple(micro[at : at + size]) for at in range(0, len(micro), size)][: settings.max_steps]
 
 
 def learning_rate_at(step: int, num_steps: int, settings: ScheduleSettings) -> float:
-    """Return the rate of one step of a round, counted from 0.
-
-    The rate warms up linearly, then stays constant or falls linearly towards 0.
+    """Return the rate of one step of a round, counted from 0: after a linear warm-up as scheduled.
 
     >>> [learning_rate_at(n, 4, ScheduleSettings(1.0, warmup_steps=1)) for n in range(4)]
     [0.5, 1.0, 0.6666666666666666, 0.3333333333333333]

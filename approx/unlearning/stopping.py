@@ -1,9 +1,7 @@
 """How a run is bounded, how it ends and what it costs.
 
 A bound that is reached is an ending, not an exception: the weights are usable. Utility is better when
-larger; its bound is a drop, in its own units, from its value before the run. Knowledge of the forget
-set is better when smaller. The caller measures both. `End.step` names the weights that the model holds,
-not the step at which the run stopped.
+larger, knowledge of the forget set when smaller. The caller measures both.
 
 Operations are estimated from counted positions, padding included. For N parameters in the model, P of
 them trained, and D positions:
@@ -16,8 +14,6 @@ A patch saves the backward pass of the weights, not that of the activations. The
 part of attention that grows with the square of the length, optimizer steps, and the caller's measure of
 utility (whose seconds are counted).
 
->>> Ending.DIVERGED == "diverged"
-True
 >>> Compute(num_parameters=10, num_trained=10, tokens_trained=5, tokens_forward=0).flops
 300
 >>> Compute(num_parameters=10, num_trained=1, tokens_trained=5, tokens_forward=2).flops
@@ -32,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,9 +38,7 @@ from sisa.core.errors import InvalidInput, Problem
 
 @dataclass(frozen=True)
 class Compute:
-    """The counts of a run. `tokens_forward` were evaluated (reference, measurements) and not trained
-    on.
-    """
+    """The counts of a run; `tokens_forward` were evaluated (reference, measurements), not trained on."""
 
     num_parameters: int
     num_trained: int
@@ -59,12 +53,9 @@ class Compute:
         trained = self.tokens_trained * (4 * self.num_parameters + 2 * self.num_trained)
         return trained + self.tokens_forward * 2 * self.num_parameters
 
-    def share_of_full_finetuning(self, full_tokens: int) -> float:
-        """Return the ratio to a fine-tuning of all weights over `full_tokens` positions, all epochs."""
-        return self.flops / (6 * self.num_parameters * full_tokens)
-
-    def to_json(self, full_tokens: int | None) -> dict[str, Any]:
-        """Return counts with their units; the share is null when `full_tokens` is None."""
+    def to_json(self, full_tokens: int | None = None) -> dict[str, Any]:
+        """Return counts, and the share of a fine-tuning of all weights over `full_tokens` positions."""
+        full = full_tokens and 6 * self.num_parameters * full_tokens
         return {
             "num_parameters": self.num_parameters,
             "num_trained_parameters": self.num_trained,
@@ -73,45 +64,25 @@ class Compute:
             "flops_estimated": self.flops,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
-            "share_of_full_finetuning": full_tokens and self.share_of_full_finetuning(full_tokens),
+            "share_of_full_finetuning": full and self.flops / full,
         }
 
 
 def peak_memory_bytes() -> int:
-    """Return the peak memory of this process, or of torch on its GPU.
-
-    It includes what the process used before the run.
-    """
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated())
+    """Return the peak memory of this process, with what it used before the run."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-Utility = Callable[[Any], float]
+class Knowledge(NamedTuple):
+    """What a model still says of a forget set, by the probe's criterion.
 
-
-@dataclass(frozen=True)
-class Knowledge:
-    """What a model still says of a forget set.
-
-    `num_known` of `num_asked` texts are known by the probe's criterion; `probability` is the mean of
-    their answers.
+    `probability` is the mean of the texts' answers.
     """
 
     num_known: int
     num_asked: int
     probability: float
-
-
-class Knows(Protocol):
-    """A measure of knowledge."""
-
-    def __call__(self, model: Any, *, thorough: bool) -> Knowledge:
-        """Measure knowledge. Without `thorough`, nothing is generated and texts that may be known
-        count.
-        """
-        ...
 
 
 class Ending(StrEnum):
@@ -146,18 +117,18 @@ class BoundSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds(BoundSettings):
-    """The conditions that stop a run early, and how they are measured.
+    """The conditions that stop a run early, and how they are measured, in evaluation mode.
 
-    `utility` gets the model in evaluation mode and returns a number that is better when larger. It may
-    fall by `max_utility_drop`, in its own units, from its value before the run. With a measure of
-    knowledge, a run ends as soon as nothing is known and answers have at most `target_probability`, and
-    at the end of a round when nothing is known.
+    Utility may fall by `max_utility_drop`, in its own units, from its value before the run. With a
+    measure of knowledge, a run ends as soon as nothing is known and answers have at most
+    `target_probability`, and at the end of a round when nothing is known. A measure that is not
+    thorough generates nothing and counts texts that may be known.
     """
 
     target_probability: float = 0.0
     max_seconds: float | None = None
-    utility: Utility | None = None
-    knowledge: Knows | None = None
+    utility: Callable[[Any], float] | None = None
+    knowledge: Callable[[Any, bool], Knowledge] | None = None  # of a model, and whether to be thorough
 
     def _more_problems(self) -> Iterator[Problem]:
         if self.max_seconds is not None:
@@ -200,7 +171,7 @@ class Bounds(BoundSettings):
 
     def known(self, model: Any, *, thorough: bool) -> Knowledge | None:
         """Return a model's knowledge of the forget set, or None when it is not measured."""
-        return None if self.knowledge is None else self.knowledge(model.eval(), thorough=thorough)
+        return None if self.knowledge is None else self.knowledge(model.eval(), thorough)
 
     def is_better(self, one: Knowledge | None, other: Knowledge | None) -> bool:
         """Return whether one point knows less than an earlier one.
@@ -214,10 +185,8 @@ class Bounds(BoundSettings):
         """
         if one is None or other is None:
             return True
-        return self._rank(one) < self._rank(other)
-
-    def _rank(self, found: Knowledge) -> tuple[int, float]:
-        return found.num_known, max(found.probability, self.target_probability)
+        ranks = [(e.num_known, max(e.probability, self.target_probability)) for e in (one, other)]
+        return ranks[0] < ranks[1]
 
     def with_target_below(self, before: Knowledge | None) -> Bounds:
         """Return the bounds with a target below the knowledge at the start of a run."""
@@ -239,11 +208,8 @@ class StepLog:
     step: int
     num_steps: int
     loss: float
-    forget: float
     retain: float | None
     gradient_norm: float
-    learning_rate: float
-    seconds: float
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ model is the base with a LoRA patch merged in. A method trains a new patch over 
 the patch disabled is the model before. A result holds numbers only; the log beside it holds answers, as
 every log does.
 
-Budgets are equal in operations, not in seconds. Operations are those of `compute.py` for the whole
+Budgets are equal in operations, not in seconds. Operations are those of `stopping.py` for the whole
 model, as if no hidden state were remembered and the backward pass went down to the first layer. They
 are counted step by step from the batches that the run will see, with the final evaluation of the loss
 and the forward passes of the reference; the plan and the final count agree. Seconds are those of this
@@ -31,7 +31,7 @@ from approx.evaluation.tofu_aggregates import aggregates
 from approx.evaluation.tofu_evaluation import TofuSettings as Asking
 from approx.evaluation.tofu_evaluation import evaluate
 from approx.evaluation.tofu_log import LogRow, read_log
-from approx.methods.method import Losses, Method, Role, Rows, mean_nll
+from approx.methods.method import Method, Role, Rows, mean_nll
 from approx.methods.registry import make_method
 from approx.unlearning.examples import Sets, make_refusals
 from approx.unlearning.schedule import ScheduleSettings, plan_steps
@@ -62,17 +62,13 @@ WARMUP_STEPS = 10
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuning(Method):
     """The training of the model to unlearn from: L = NLL of the examples."""
 
     name: ClassVar[str] = "fine_tuning"
-    reads: ClassVar[frozenset[Role]] = frozenset({"forget"})
-    compares: ClassVar[frozenset[Role]] = frozenset()
-    compares_answers: ClassVar[frozenset[Role]] = frozenset()
 
-    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
-        total = mean_nll(rows["forget"].current_BTV, rows["forget"].batch)
-        return Losses(total, total.detach(), None)
+    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
+        return mean_nll(rows["forget"].current_BTV, rows["forget"].batch)
 
 
 @dataclass(frozen=True)

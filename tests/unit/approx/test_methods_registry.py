@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from approx.methods import method as method_module
 from approx.methods import registry, task_arithmetic
 from approx.methods.registry import METHODS, make_method
-from approx.methods.task_arithmetic import negate_patch, negate_weights
+from approx.methods.task_arithmetic import check_fresh_patch, negate_patch
 from sisa.core.errors import InvalidInput
 
 pytestmark = pytest.mark.torch
@@ -82,29 +82,6 @@ def test_what_each_method_needs(
     assert set(method.compares) == compares
 
 
-def tensors(seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(3, 2, generator=generator) for name in ("a.lora_A.x", "b.weight")}
-
-
-@given(st.integers(0, 100))
-def test_alpha_zero_is_the_base_bit_for_bit(seed: int) -> None:
-    base, tuned = tensors(seed), tensors(seed + 1)
-    base["a.lora_A.x"][0, 0] = -0.0
-    found = negate_weights(base, tuned, 0.0)
-    for name, each in base.items():
-        assert torch.equal(found[name].view(torch.int32), each.view(torch.int32))
-        assert found[name].data_ptr() != each.data_ptr()
-
-
-def test_negation_by_hand() -> None:
-    """1 - 0.5 (3 - 1) = 0; alpha 1 mirrors: 1 - (3 - 1) = -1; the base is left as it was."""
-    base, tuned = {"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}
-    assert negate_weights(base, tuned, 0.5)["w"].tolist() == [0.0]
-    assert negate_weights(base, tuned, 1.0)["w"].tolist() == [-1.0]
-    assert base["w"].tolist() == [1.0]
-
-
 def patch(seed: int, *, fresh: bool) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     second = torch.zeros(3, 2) if fresh else torch.randn(3, 2, generator=generator)
@@ -121,14 +98,17 @@ def test_a_negated_patch_changes_the_weights_by_the_negative(seed: int, alpha: f
 
 def test_a_patch_with_alpha_zero_is_the_fresh_one_bit_for_bit() -> None:
     fresh = patch(0, fresh=True)
+    fresh["m.lora_A.d"][0, 0] = -0.0
     found = negate_patch(fresh, patch(1, fresh=False), 0.0)
     for name, each in fresh.items():
         assert torch.equal(found[name].view(torch.int32), each.view(torch.int32))
+        assert found[name].data_ptr() != each.data_ptr()
 
 
 def test_a_used_patch_is_refused() -> None:
+    check_fresh_patch(patch(0, fresh=True))
     with pytest.raises(InvalidInput, match="fresh"):
-        negate_patch(patch(0, fresh=False), patch(1, fresh=False), 0.5)
+        check_fresh_patch(patch(0, fresh=False))
 
 
 @pytest.mark.parametrize("module", [method_module, registry, task_arithmetic])
