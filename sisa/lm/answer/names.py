@@ -3,7 +3,8 @@
     named      [its vector, names] / sqrt(2)   names: length 1; each name hashed to a place and a sign
     nameless   [its vector, 0] / sqrt(2)       compares with others as the other embedder alone would
 
-A name is a capitalised word that does not begin a sentence, without its `'s`. Nothing is fitted on data
+A name is a capitalised word that does not begin a sentence, without its `'s`. Beside names a year counts
+as one: who was born in Porto in 1955 is not who was born there in 1971. Nothing is fitted on data
 and there is no list of names, so a vector depends on its text alone. Embedders of meaning confuse one
 novelist with another, but records are about somebody, and most questions say about whom. A score is
 relative to the query's own (`sisa/flows/query.py`), so equal texts score 1, named or not. Texts in
@@ -31,13 +32,14 @@ from numpy.typing import NDArray
 from sisa.core.digest import digest_of
 from sisa.core.ports import Embedder, Vectors
 
-NAMES_METHOD = "names-v1"
+NAMES_METHOD = "names-v2"
 NAMES_DIMENSION = 512
 SCALE = np.float32(0.5**0.5)  # of each half
 _SENTENCE = re.compile(r"[.?!:\n]\s*")
 _WORD = re.compile(r"[\w'\u2019-]+")
 _PRONOUN = re.compile(r"i['\u2019]")  # I'm, I've
 _POSSESSIVE = re.compile(r"['\u2019]s?$")
+_YEAR = re.compile(r"(?<![\w.,])(?:1\d{3}|20\d\d)(?![\w,]*\d)")
 _INITIAL = re.compile(r"\b[A-Z]\.\s*")  # of J. Quill; its full stop ends no sentence
 
 
@@ -71,14 +73,14 @@ def nameless(vectors: Vectors) -> NDArray[np.bool_]:
 
 
 def names_in(text: str) -> list[str]:
-    """Return the distinct names in a text, in lower case and in order."""
+    """Return the distinct names in a text, in lower case and in order, then the years beside them."""
     found: dict[str, None] = {}
     for sentence in _SENTENCE.split(text):
         for word in _WORD.findall(sentence)[1:]:
             name = _POSSESSIVE.sub("", word.lower())
             if word[0].isupper() and len(name) > 1 and not _PRONOUN.match(name):
                 found[name] = None
-    return list(found)
+    return [*found, *dict.fromkeys(_YEAR.findall(text))] if found else []
 
 
 def runs_in(text: str) -> list[tuple[str, ...]]:

@@ -21,6 +21,9 @@ EMBEDDER = NameEmbedder(HashingEmbedder())
             "it was Mara's, and the Quills\u2019 and Al-Rashid\u2019s, and Mara's again",
             ["mara", "quills", "al-rashid"],
         ),
+        ("Who, born in Porto on 05/11/1971, wrote in the 1990s?", ["porto", "1971", "1990"]),
+        ("it sold 1,971 copies in Porto, 12345 in all, 19.99 each", ["porto"]),
+        ("who was born in 1971?", []),
         ("you know I was there, and I'm here", []),
         ("", []),
     ],
@@ -37,6 +40,14 @@ def test_who_is_named_decides_between_texts_alike_in_all_else() -> None:
     (bare,) = HashingEmbedder().embed(["What does the mother of Tomas Brandt do?"])
     ours, others = records @ query, plain @ bare
     assert ours[1] - ours[0] > 0.5 > others[1] - others[0] > 0
+
+
+def test_a_year_beside_names_tells_two_people_of_one_place_apart() -> None:
+    texts = [f"Who is the author born in Porto, Portugal in {year}?" for year in (1955, 1971)]
+    asked = EMBEDDER.embed(["Which author was born in Porto, Portugal on 2 May 1971?"])[0]
+    bare = HashingEmbedder().embed(["Which author was born in Porto, Portugal on 2 May 1971?"])[0]
+    ours, others = EMBEDDER.embed(texts) @ asked, HashingEmbedder().embed(texts) @ bare
+    assert ours[1] - ours[0] > (others[1] - others[0]) / 2 + 0.1
 
 
 def test_a_prompt_that_names_nobody_ranks_as_without_names() -> None:
