@@ -1,8 +1,7 @@
 """Run the console command `sisa`, with the commands that train, look up, delete and answer.
 
-With `--json` every command prints one JSON object on standard output, even if it fails; everything else
-goes to standard error. README.md lists the exit codes. Record text is printed only if it is the answer.
-Commands import heavy libraries when they need them.
+README.md lists the exit codes. Record text is printed only if it is the answer. Commands import heavy
+libraries when they need them.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli import evaluation, jobs, maintenance, metrics, patches, plan, requests, routing
+from cluster.cli import evaluation, jobs, maintenance, metrics, patches, plan, requests
 from cluster.cli.command import (
     PATH,
+    ExecutorChoice,
     cli,
     command,
     command_group,
@@ -42,27 +42,17 @@ from cluster.observe.reporting import log_format_of, open_log, watched
 from cluster.render import render
 from cluster.render.render import Result
 from sisa.core.domain import WitnessHead
-from sisa.core.errors import InvalidInput, Problem, SisaError
+from sisa.core.errors import EnvironmentFault, InvalidInput, Problem, SisaError
 from sisa.flows.wiring.progress import new_run, running
 
 if TYPE_CHECKING:
     from sisa.audit.verify import Replay
     from sisa.flows.ask import Prompt
-    from sisa.flows.wiring.wiring import OpenExecutor
 
-__all__ = [
-    "cli",
-    "evaluation",
-    "jobs",
-    "maintenance",
-    "metrics",
-    "patches",
-    "plan",
-    "requests",
-    "routing",
-]
+__all__ = ["FAMILIES", "cli"]
+FAMILIES = (evaluation, jobs, maintenance, metrics, patches, plan, requests)  # all commands
 
-EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 EXIT_SIGNAL = 128  # plus the signal's number
 
 
@@ -82,7 +72,7 @@ def run_quickstart(
     num_people: int | None,
     num_epochs: int | None,
     from_scratch: bool,
-    executor: str | OpenExecutor,
+    executor: ExecutorChoice,
 ) -> Result:
     """Train, find, delete and prove in two minutes. Uses a real model and invented people."""
     from cluster.cli.quickstart import run_story
@@ -107,9 +97,7 @@ def start(directory: Path) -> Result:
     "--allow-deleted", is_flag=True, help="First training: accept records deleted under this key."
 )
 @executor_option
-def train(
-    run_file: Path, reconfigure: bool, allow_deleted: bool, executor: str | OpenExecutor
-) -> Result:
+def train(run_file: Path, reconfigure: bool, allow_deleted: bool, executor: ExecutorChoice) -> Result:
     """Train the model of a run file; train only what is missing."""
     from sisa.train import train_model
 
@@ -131,7 +119,7 @@ def train(
 @click.option("--append", is_flag=True, help="Add new slices at the end: no slice is trained again.")
 @executor_option
 def add(
-    directory: Path, file: Path, allow_deleted: bool, append: bool, executor: str | OpenExecutor
+    directory: Path, file: Path, allow_deleted: bool, append: bool, executor: ExecutorChoice
 ) -> Result:
     """Add new records. The result equals training on all records from scratch."""
     with opened(directory, executor) as model:
@@ -193,7 +181,7 @@ def forget(
     dry_run: bool,
     defer: bool,
     consent: str,
-    executor: str | OpenExecutor,
+    executor: ExecutorChoice,
 ) -> Result:
     """Delete records exactly, and retrain what they touched."""
     if bool(ids) == (subject is not None):
@@ -245,7 +233,7 @@ def verify(
     shard: int | None,
     require_replay: bool,
     anchor: WitnessHead | None,
-    executor: str | OpenExecutor,
+    executor: ExecutorChoice,
 ) -> Result:
     """Check every stored byte. --replay trains again and compares."""
     if replay == "none" and (shard is not None or require_replay):
@@ -298,7 +286,9 @@ def generate(
     if file is not None and history is not None:
         raise click.UsageError("--history needs --prompt; rows of --prompts can have `messages`")
     asked: list[Prompt] = read_prompts(file) if file else [prompt or ""]
-    before = ([{"role": "system", "content": system}] if system else []) + read_turns(history)
+    before = ([{"role": "system", "content": system}] if system else []) + (
+        read_turns(history) if history else []
+    )
     if before:
         asked = [
             [*before, *([{"role": "user", "content": each}] if isinstance(each, str) else each)]
@@ -361,30 +351,23 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         next_step = f"`{context.command_path} --help` shows options and an example" if context else ""
-        fault = InvalidInput(error.format_message(), next_step=next_step)
-        return _fail(fault.to_json() | {"type": "UsageError"}, str(fault), EXIT_USAGE, as_json)
+        return _fail(InvalidInput(error.format_message(), next_step=next_step), as_json, "UsageError")
     except SisaError as error:
-        return _fail(error.to_json(), str(error), error.exit_code, as_json)
+        return _fail(error, as_json)
     except (KeyboardInterrupt, click.Abort):
-        return _interrupted(as_json)
+        by, code = "interrupted", EXIT_INTERRUPTED
+        for each in _ended_by[-1:]:
+            by, code = f"ended by {each.name}", EXIT_SIGNAL + each
+        fault = SisaError(f"{by}; run the same command again to continue")
+        return _fail(fault, as_json, "Interrupted", code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        message = f"the operating system refused: {error.strerror or type(error).__name__}"
-        return _fail(
-            {"type": "EnvironmentFault", "message": message}, message, EXIT_ENVIRONMENT, as_json
-        )
-    except Exception as error:  # its message may contain record text, so only the place is shown
-        return _internal(error, as_json)
-
-
-def _interrupted(as_json: bool) -> int:
-    by, code = "interrupted", EXIT_INTERRUPTED
-    for each in _ended_by[-1:]:
-        by, code = f"ended by {each.name}", EXIT_SIGNAL + each
-    message = f"{by}; run the same command again to continue"
-    return _fail({"type": "Interrupted", "message": message}, message, code, as_json)
+        why = error.strerror or type(error).__name__
+        return _fail(EnvironmentFault(f"the operating system refused: {why}"), as_json)
+    except Exception as error:
+        return _fail(_internal(error), as_json, "InternalFault")
 
 
 def _refuse_bad_encoding(arguments: Sequence[str]) -> None:
@@ -396,26 +379,28 @@ def _refuse_bad_encoding(arguments: Sequence[str]) -> None:
         raise InvalidInput("the command line is not valid UTF-8", problems=problems)
 
 
-def _internal(error: Exception, as_json: bool) -> int:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    message = f"internal fault: {type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}"
+def _internal(error: Exception) -> SisaError:
+    """Return where a bug is; its message may contain record text."""
     if os.environ.get("SISA_DEBUG"):
         traceback.print_exc()
-    next_step = "report it; SISA_DEBUG=1 prints the whole traceback, which may hold record text"
-    body = {"type": "InternalFault", "message": message, "next_step": next_step}
-    return _fail(body, f"{message}\n  next step: {next_step}", EXIT_INTERNAL, as_json)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return SisaError(
+        f"internal fault: {type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}",
+        next_step="report it; SISA_DEBUG=1 prints the whole traceback, which may hold record text",
+    )
 
 
-def _fail(body: dict[str, Any], text: str, code: int, as_json: bool) -> int:
+def _fail(error: SisaError, as_json: bool, kind: str = "", code: int | None = None) -> int:
+    kind, code = kind or type(error).__name__, error.exit_code if code is None else code
     if as_json:
-        click.echo(json.dumps({"error": body}, indent=2))
+        click.echo(json.dumps({"error": error.to_json() | {"type": kind}}, indent=2))
     log = open_log()
     if log is None:
-        click.echo(f"error: {render.printable(text)}", err=True)
+        click.echo(f"error: {render.printable(str(error))}", err=True)
     else:
         # A usage error may quote an id from the command line: log its type alone.
-        said = "" if body["type"] == "UsageError" else render.printable(body["message"])
-        log.write("run_failed", "error", error=body["type"], exit_code=code, message=said)
+        said = "" if kind == "UsageError" else render.printable(error.what)
+        log.write("run_failed", "error", error=kind, exit_code=code, message=said)
     return code
 
 

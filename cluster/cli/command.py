@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sisa.model import Model
 
 
+ExecutorChoice: TypeAlias = "str | OpenExecutor"
 STANDARD_INPUT = Path("-")
 PATH = click.Path(path_type=Path)
 
@@ -84,10 +85,7 @@ def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @log_format_option
     @click.option(
-        "--executor",
-        "name",
-        default="ray",
-        help="ray, or serial: the same bytes without Ray.",
+        "--executor", "name", default="ray", help="ray, or serial: the same bytes without Ray."
     )
     @click.option(
         "--address",
@@ -96,34 +94,26 @@ def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
     )
     @functools.wraps(function)
     def invoke(name: str, address: str | None, **arguments: Any) -> Result:
-        return function(executor=_placed(name, address), **arguments)
+        if address is None:
+            return function(executor=name, **arguments)
+        if "://" in address:
+            raise click.UsageError(
+                "--address takes HOST:PORT of a cluster to which this machine belongs; "
+                "`sisa cluster submit` takes the http:// address of its dashboard"
+            )
+        if name == "serial":
+            raise click.UsageError("--address needs --executor ray: the serial executor uses no cluster")
+        from sisa.flows.wiring.wiring import OnCluster
+
+        return function(executor=OnCluster(name, address), **arguments)
 
     return invoke
-
-
-def _placed(name: str, address: str | None) -> str | OpenExecutor:
-    if address is None:
-        return name
-    from sisa.flows.wiring.wiring import OnCluster
-
-    if "://" in address:
-        raise click.UsageError(
-            "--address takes HOST:PORT of a cluster to which this machine belongs; "
-            "`sisa cluster submit` takes the http:// address of its dashboard"
-        )
-    if name == "serial":
-        raise click.UsageError("--address needs --executor ray: the serial executor uses no cluster")
-    return OnCluster(name, address)
 
 
 def option_or_file(
     option: str, *, required: bool = False, **options: Any
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Add an option, and the same with `-file` for a value that must not appear in a command line.
-
-    Other users of the machine can see a command line, and shells and job tables keep it.
-    """
-
+    """Add an option, and the same with `-file`: others can see a command line, and shells keep it."""
     name = option.removeprefix("--")
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -144,17 +134,14 @@ def option_or_file(
     return decorate
 
 
-def _from_standard_input(_context: click.Context, _option: click.Parameter, given: Any) -> Any:
-    return read_text(STANDARD_INPUT).rstrip("\n") if given == str(STANDARD_INPUT) else given
-
-
 def option_or_input(option: str, *, help: str, **options: Any) -> Callable[..., Any]:
-    """Add an option that reads standard input for `-`.
+    """Add an option that reads standard input for `-`, as its value may not be for a command line."""
 
-    Use it for a value that must not appear in a command line.
-    """
-    help_ = f"{help.rstrip('.')}; `-`: standard input."
-    return click.option(option, callback=_from_standard_input, help=help_, **options)
+    def read(_context: click.Context, _option: click.Parameter, given: Any) -> Any:
+        return read_text(STANDARD_INPUT).rstrip("\n") if given == str(STANDARD_INPUT) else given
+
+    help = f"{help.rstrip('.')}; `-`: standard input."
+    return click.option(option, callback=read, help=help, **options)
 
 
 def ids_options(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -180,7 +167,7 @@ consent_option = click.option(
 
 
 @contextmanager
-def opened(directory: Path, executor: str | OpenExecutor = "ray") -> Iterator[Model]:
+def opened(directory: Path, executor: ExecutorChoice = "ray") -> Iterator[Model]:
     """Open the model in a directory and show its progress."""
     from sisa.model import open_model
 
@@ -208,10 +195,8 @@ def read_lines(file: Path) -> list[str]:
     return lines
 
 
-def read_turns(file: Path | None) -> list[Any]:
+def read_turns(file: Path) -> list[Any]:
     """Return the turns of a JSON file. Raise InvalidInput if it does not hold a JSON list."""
-    if file is None:
-        return []
     found = _json(read_text(file), str(file))
     if not isinstance(found, list):
         raise InvalidInput("the history is not a list", where=str(file), expected="a JSON list of turns")
@@ -219,9 +204,9 @@ def read_turns(file: Path | None) -> list[Any]:
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """Return the prompts of a file: one on each line, or in each row of a .jsonl file.
+    """Return the prompts of a file: each line, or `prompt` or `messages` of each row of a .jsonl file.
 
-    A row has a `prompt` or `messages`. Raise InvalidInput with every row that has neither or both.
+    Raise InvalidInput with every row that has neither or both.
     """
     lines = read_lines(file)
     if file.suffix.lower() != ".jsonl":

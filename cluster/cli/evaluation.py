@@ -1,8 +1,4 @@
-"""Measure how much models know of a forget set and of a retain set: `sisa eval tofu`.
-
-A model is anything that `approx.evaluation.evaluated_models` opens, or a finished log: one of this
-program's, or an `eval_log_aggregated.json` that locuslab published. Logs alone need no data.
-"""
+"""Measure what models, or logs of them, know of a forget set and a retain set: `sisa eval tofu`."""
 
 from __future__ import annotations
 
@@ -92,7 +88,8 @@ def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated
     from approx.evaluation.tofu_evaluation import finished_log
     from cluster.ray.eval_tasks import EvaluationTask, run_evaluations
 
-    logs = {spec: finished_log(Path(spec)) for spec in specs if _is_log(spec)}
+    files = [each for each in specs if each.endswith((".json", ".jsonl")) and Path(each).is_file()]
+    logs = {spec: finished_log(Path(spec)) for spec in files}
     if len(logs) == len(specs):
         if options["holdout"] is not None:
             raise click.UsageError("--holdout needs a model to ask, and only logs are given")
@@ -109,10 +106,6 @@ def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated
         ray = options["executor"] == "ray"
         done = run_evaluations(tasks, ray=ray, address=options["address"], report=report)
     return logs | dict(zip(asked, done, strict=True))
-
-
-def _is_log(spec: str) -> bool:
-    return spec.endswith((".json", ".jsonl")) and Path(spec).is_file()
 
 
 def measured(

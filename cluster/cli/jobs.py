@@ -1,8 +1,4 @@
-"""Train as a job on a remote cluster: `sisa cluster submit`, `status`, `logs`, `stop` and `manifest`.
-
-Following a job ends with the job's own exit code: 130 if the job was stopped or if following was
-interrupted, which does not affect the job, and 6 if the cluster ended the job.
-"""
+"""Train as a job on a remote cluster: `sisa cluster submit`, `status`, `logs`, `stop` and `manifest`."""
 
 from __future__ import annotations
 
@@ -166,17 +162,16 @@ def described(job: Job) -> dict[str, Any]:
 
 
 def line(job: Job) -> str:
-    """Return a job in one line. If the job was lost, the line says how to continue.
+    """Return a job in one line that says how to continue a lost one.
 
     >>> line(Job("sisa-a", "FAILED", exit_code=-9))
     'job sisa-a FAILED, ended by signal 9: submit the run file again to continue'
     """
     started = _moment(job.started_s)
     said = [f"job {job.id} {job.state}", *([f"started {started}"] if started else [])]
-    if job.exit_code is not None and job.exit_code > 0:
-        said.append(f"exit code {job.exit_code}")
-    elif job.exit_code is not None and job.exit_code < 0:
-        said.append(f"ended by signal {-job.exit_code}")
+    if job.exit_code:
+        code = job.exit_code
+        said.append(f"exit code {code}" if code > 0 else f"ended by signal {-code}")
     elif job.state == "FAILED":
         said.append(f"ended by the cluster ({job.fault or 'no reason given'})")
     lost = job.ended and exit_code(job) in (EXIT_ENVIRONMENT, EXIT_INTERRUPTED)

@@ -1,7 +1,6 @@
 """Collect garbage, look for residue, and diagnose a model: `sisa gc`, `sisa sweep` and `sisa doctor`.
 
-Residue, and an error that is not repaired, end with exit code 4. The strings that `sweep` looks for are
-never printed.
+The strings that `sweep` looks for are never printed.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import click
 
 from cluster.cli.command import (
     PATH,
+    ExecutorChoice,
     command,
     executor_option,
     ids_options,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from sisa.audit.garbage import Collected
     from sisa.audit.repair import RepairOutcome
     from sisa.audit.residue import Scan
-    from sisa.flows.wiring.wiring import OpenExecutor
     from sisa.lm.train.self_test import Numerics
 
 
@@ -88,7 +87,7 @@ def doctor(
     numerics: bool,
     device: DeviceName | None,
     dtype: Dtype | None,
-    executor: str | OpenExecutor,
+    executor: ExecutorChoice,
 ) -> Result:
     """Diagnose a model directory. --repair repairs it; --numerics tests this machine instead."""
     if numerics:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cluster.cli.command import command, model_option, opened
-from cluster.observe.curves import points, summary
+from cluster.observe.curves import points, summary, to_mlflow, to_tensorboard
 from cluster.render.render import Result, counted
 
 
@@ -33,8 +33,6 @@ def metrics(directory: Path, target: tuple[str, str] | None, named: tuple[str, .
     found = [{"run": run, **summary(lines)} for run, lines in runs.items()]
     shown = [_row(each) for each in found] or ["nothing was measured yet"]
     if target is not None:
-        from cluster.observe.curve_sinks import to_mlflow, to_tensorboard
-
         tool, place = target
         curves = {run: points(lines) for run, lines in runs.items()}
         if tool == "tensorboard":

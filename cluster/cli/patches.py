@@ -1,8 +1,7 @@
 """Probe the base and patch it: `sisa approx probe`, `unlearn`, `patches`, `show`, `revert`, `release`.
 
 All results are approximate and say so. Texts and ids are never printed; consent is kept and shown as
-given. A run that is out of time ends with exit code 6, one that made no patch with 2, and one after
-which the base still knows some of the texts with 7. All of them print their report.
+given.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import click
 
 from cluster.cli.command import (
     PATH,
+    ExecutorChoice,
     command,
     command_group,
     consent_option,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from sisa.config.config import RunConfig
     from sisa.core.domain import Patch, VaultSet
     from sisa.flows.patches.patching import Unlearnt, Wish
-    from sisa.flows.wiring.wiring import OpenExecutor
 
 METHODS = (
     *("gradient_ascent", "graddiff", "kl_minimisation", "npo", "simnpo", "dpo", "idk_dpo"),
@@ -124,7 +123,7 @@ def unlearn(
     max_utility_drop: float | None,
     consent: str,
     retrain_shards: bool,
-    executor: str | OpenExecutor,
+    executor: ExecutorChoice,
 ) -> Result:
     """Make a patch that makes the base say less of given texts.
 
@@ -150,9 +149,7 @@ def unlearn(
 
 
 def assignments(assigned: Sequence[str]) -> dict[str, Any]:
-    """Return the values of KEY=VALUE arguments: parsed as JSON if possible, else as text.
-
-    Raise InvalidInput with every problem.
+    """Return the values of KEY=VALUE arguments, as JSON or text. Raise InvalidInput with all problems.
 
     >>> assignments(["beta=0.2", "retain_loss=kl", "max_steps=null", "lora_target_modules=q,v"])
     {'beta': 0.2, 'retain_loss': 'kl', 'max_steps': None, 'lora_target_modules': ['q', 'v']}
@@ -232,9 +229,7 @@ def show_patch(directory: Path, version: int) -> Result:
 @click.option("--all", "everything", is_flag=True, help="Remove all patches, not only the newest.")
 @retrain_option
 @executor_option
-def revert(
-    directory: Path, everything: bool, retrain_shards: bool, executor: str | OpenExecutor
-) -> Result:
+def revert(directory: Path, everything: bool, retrain_shards: bool, executor: ExecutorChoice) -> Result:
     """Cancel a requested patch, or else remove the newest one."""
     from sisa.unlearn import revert
 
@@ -307,7 +302,6 @@ def unlearnt(done: Unlearnt, directory: Path) -> Result:
 
 
 def _again(report: Mapping[str, Any], directory: Path) -> Iterator[str]:
-    """Return what to do if some of the texts are still known."""
     if report.get("still_known", {}).get("after"):
         yield "  the texts stay in the vault, so you can try again, on top of this patch or after"
         yield "  `sisa approx revert`: a larger --max-utility-drop, another --method, more num_rounds"
@@ -436,8 +430,7 @@ def patch_shown(patch: Patch, over: Sequence[str]) -> Result:
     given = {**report.get("hyperparameters", {}), **report.get("settings", {})}
     lines.append(f"  {report.get('method')}: " + ", ".join(f"{k} {v}" for k, v in given.items()))
     limits = (f"    - {each}" for each in report.get("limits", []))
-    lines += [*_measures(report), "  limits:", *limits]
-    return Result(body, lines)
+    return Result(body, [*lines, *_measures(report), "  limits:", *limits])
 
 
 def reverted(gone: Sequence[Patch]) -> Result:

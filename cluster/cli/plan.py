@@ -1,28 +1,25 @@
-"""Price deletions before there is a model: `sisa plan` and `sisa simulate`.
-
-`plan` takes bytes and rates from the run file's model if there is one; otherwise they are given or
-assumed, and the output says so. Invalid options are refused together, before anything is calculated.
-"""
+"""Choose a run file's values before there is a model: `sisa plan`, `simulate`, `routing calibrate`."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli.command import PATH, command, run_file_argument
+from cluster.cli.command import PATH, command, command_group, run_file_argument
 from cluster.observe.extras import extra
 from cluster.render.render import Result, counted
 from sisa.core.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
     from sisa.config.config import RunConfig
+    from sisa.lm.answer.calibration import Errors
     from sisa.planning.deletion_stream import Group, Replayed, Stream
     from sisa.planning.layout_advice import Advice, LayoutLimits
 
@@ -136,19 +133,31 @@ def plan(
     Compare what a month's deletions retrain, and what each choice stores.
     """
     from sisa.config.runfile import load_run_file
-    from sisa.planning.layout_advice import Demand, advise, recommended
+    from sisa.planning.layout_advice import Demand, LayoutLimits, advise, recommended
 
     config = load_run_file(run_file)
-    limits, source = _limits(config, budget_gb, max_hours, rate, checkpoint_mb)
+    num_bytes, measured = _measured(config)
+    source = "of the model's own stages" if num_bytes else "assumed"
+    if checkpoint_mb is not None:
+        num_bytes, source = checkpoint_mb * 1e6, "given"
+    limits = LayoutLimits(
+        round(num_bytes) or ASSUMED_BYTES_PER_RANK * config.lora_r,
+        math.inf if budget_gb is None else budget_gb * 1e9,
+        math.inf if max_hours is None else max_hours,
+        rate or measured,
+        min_depth,
+    )
     groups, problems = _groups(risks)
     if deletions_per_month > records:
         problems.append(_unfit("--deletions-per-month", f"at most {records}", deletions_per_month))
     if max_hours is not None and not limits.record_epochs_per_s:
         wanted = "a rate beside it (--rate), as there is no model yet"
         problems.append(_unfit("--max-hours", wanted, max_hours))
-    _refuse([*problems, *(_plot_problems(plot) if plot else ())])
+    if plot and (plot.suffix.lower() != ".png" or plot.is_dir() or not plot.parent.is_dir()):
+        problems.append(_unfit("--plot", "a file NAME.png in a directory that is there", plot))
+    _refuse(problems)
     demand = Demand(records, deletions_per_month, config.sisa.schedule, config.num_epochs, groups)
-    advised = advise(demand, replace(limits, min_depth=min_depth))
+    advised = advise(demand, limits)
     best = recommended(advised)
     if plot is not None:
         from cluster.render.plan_picture import draw_choices
@@ -158,34 +167,36 @@ def plan(
     return planned(advised, best, limits, source)
 
 
-def _plot_problems(plot: Path) -> Iterator[Problem]:
-    if plot.suffix.lower() != ".png" or plot.is_dir():
-        yield _unfit("--plot", "a file NAME.png", plot)
-    elif not plot.parent.is_dir():
-        yield _unfit("--plot", "a file in a directory that is there", plot)
+routing = command_group("routing", "Which shards answer a prompt.")
 
 
-def _limits(
-    config: RunConfig,
-    budget_gb: float | None,
-    max_hours: float | None,
-    rate: float | None,
-    checkpoint_mb: float | None,
-) -> tuple[LayoutLimits, str]:
-    """Return the limits and their source: given, measured on the model's own stages, or assumed."""
-    from sisa.planning.layout_advice import LayoutLimits
+@command("calibrate", "sisa routing calibrate run.yaml --prompts public.jsonl", group=routing)
+@run_file_argument
+@click.option(
+    "--prompts",
+    "file",
+    required=True,
+    type=PATH,
+    help="Records that anybody may see, with subjects; columns as in the run file.",
+)
+def calibrate(run_file: Path, file: Path) -> Result:
+    """Choose min_score on public prompts of your own, for the run file's embedder and shards."""
+    from sisa.config.runfile import load_run_file
+    from sisa.data.reader import read_like
+    from sisa.flows.wiring.context import Resources
+    from sisa.lm.answer.calibration import calibrate as calibrated
 
-    num_bytes, measured = _measured(config)
-    source = "of the model's own stages" if num_bytes else "assumed"
-    if checkpoint_mb is not None:
-        num_bytes, source = checkpoint_mb * 1e6, "given"
-    found = LayoutLimits(
-        round(num_bytes) or ASSUMED_BYTES_PER_RANK * config.lora_r,
-        math.inf if budget_gb is None else budget_gb * 1e9,
-        math.inf if max_hours is None else max_hours,
-        rate or measured,
-    )
-    return found, source
+    config = load_run_file(run_file)
+    records = read_like(config, file, subjects="some")
+    found = calibrated(records, Resources(config, None, None).embedder, config.sisa)
+    lines = [
+        f"{found.prompts} prompts about {found.subjects} subjects, in {config.sisa.shards} shards",
+        _errors(found.best),
+        *([_errors(found.auto) + "  (auto)"] if found.auto else []),
+        "for the run file:",
+        f"  sisa: {{aggregation: {{method: routed, min_score: {found.best.min_score}}}}}",
+    ]
+    return Result(asdict(found), lines)
 
 
 def _measured(config: RunConfig) -> tuple[float, float]:
@@ -284,10 +295,7 @@ def replayed(found: Replayed, stream: Stream, batch: int, seconds: float) -> Res
 
 
 def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits, source: str) -> Result:
-    """Render all choices, and the recommended one as lines for a run file.
-
-    `source` says where the bytes come from.
-    """
+    """Render all choices; `source` says where the bytes come from."""
     body = {
         "recommended": None if best is None else _plain(best),
         "run_file": None if best is None else {"sisa": block_of(best, limits)},
@@ -354,4 +362,12 @@ def _row(each: Advice, *, timed: bool) -> str:
         f"{each.num_shards:>7} {each.num_slices:>6} {each.num_orders:>6} {each.num_kept:>5} {retrained} "
         f"{each.training:>8.2f} {100 * each.serving_depth:>6.1f}% {each.stored_bytes / 1e9:>8.2f} "
         f"{until:>10}  {bands}{over}"
+    )
+
+
+def _errors(of: Errors) -> str:
+    shares = [f"{share:.1%} ({low:.1%} to {high:.1%})" for share, low, high in (of.refused, of.sent)]
+    return (
+        f"min_score {of.min_score}: new questions about held subjects refused {shares[0]}, "
+        f"questions about deleted subjects sent to a shard {shares[1]}"
     )

@@ -1,8 +1,7 @@
 """Show the whole promise in two minutes: train, ask, find, delete, ask again, prove.
 
-The story uses the public API and invented people. It asks three questions before and after the deletion:
-about the deleted person, about somebody else, and about general knowledge. It reports the model's
-answers as they are, even an empty one. `answered` says whether the trained model knew the deleted fact,
+The story asks about the deleted person, about somebody else, and about general knowledge, and reports
+the model's answers as they are. `answered` says whether the trained model knew the deleted fact,
 `leaked` whether it still does.
 """
 
@@ -11,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from cluster.cli.command import ExecutorChoice
 from cluster.observe.reporting import say, watched
 from cluster.render.render import ENDED_AT_ONCE, counted, share
 from sisa.config.config import RunConfig
@@ -29,7 +29,6 @@ from sisa.core.errors import InvalidInput
 from sisa.data.reader import read_records
 from sisa.data.samples import as_chats, distinctive_word, make_corpus, make_people, to_jsonl
 from sisa.flows.scratch import prepare_base
-from sisa.flows.wiring.wiring import OpenExecutor
 from sisa.model import Model, open_model
 from sisa.store.blobs.files import write_atomic
 from sisa.train import train_model
@@ -124,43 +123,39 @@ class Story:
         part = self.record_epochs_retrained / max(1, self.record_epochs_full)
         return asdict(self) | {"share_of_full_training": round(part, 4)}
 
-    def summary(self) -> str:
+    def summary(self) -> list[str]:
         """Return the end of the story in words."""
         known = ["WRONG", "right"]
         gone = "STILL KNOWN" if self.leaked else "gone"
         proof = "equal, byte for byte" if self.equal else self.reason or "DIFFERENT"
         part = share(self.record_epochs_retrained, self.record_epochs_full)
         epochs = f"{self.record_epochs_retrained} of {self.record_epochs_full} record-epochs"
-        return "\n".join(
-            [
-                f"trained    {self.records} records of {self.people} invented people, "
-                f"4 shards x 3 slices, in {self.directory}",
-                f"deleted    {self.deleted_records} records of {self.subject} "
-                f"(shard {self.shard}, slice {self.slice}), asked: {self.question}",
-                f"  before   {self.answer_before or ENDED_AT_ONCE}   ({known[self.answered]})",
-                f"  after    {self.answer_after or ENDED_AT_ONCE}   (the fact is {gone})",
-                f"kept       {self.other_subject} (shard {self.other_shard}), "
-                f"asked: {self.other_question}",
-                f"  before   {self.other_before or ENDED_AT_ONCE}   ({known[self.other_known_before]})",
-                f"  after    {self.other_after or ENDED_AT_ONCE}   ({known[self.other_known_after]})",
-                f"of nobody, asked: {self.general_question}",
-                f"  before   {self.general_before or ENDED_AT_ONCE}",
-                f"  after    {self.general_after or ENDED_AT_ONCE}",
-                f"retrained  {counted(self.slices_retrained, 'slice')} of 1 shard: {part} of training "
-                f"everything again ({epochs})",
-                f"proof      shard {self.shard} trained from scratch without the records, "
-                f"{counted(self.stages_replayed, 'stage')}: {proof}",
-                "seconds    " + ", ".join(f"{name} {took}" for name, took in self.seconds.items()),
-            ]
-        )
+        return [
+            f"trained    {self.records} records of {self.people} invented people, "
+            f"4 shards x 3 slices, in {self.directory}",
+            f"deleted    {self.deleted_records} records of {self.subject} "
+            f"(shard {self.shard}, slice {self.slice}), asked: {self.question}",
+            f"  before   {self.answer_before or ENDED_AT_ONCE}   ({known[self.answered]})",
+            f"  after    {self.answer_after or ENDED_AT_ONCE}   (the fact is {gone})",
+            f"kept       {self.other_subject} (shard {self.other_shard}), asked: {self.other_question}",
+            f"  before   {self.other_before or ENDED_AT_ONCE}   ({known[self.other_known_before]})",
+            f"  after    {self.other_after or ENDED_AT_ONCE}   ({known[self.other_known_after]})",
+            f"of nobody, asked: {self.general_question}",
+            f"  before   {self.general_before or ENDED_AT_ONCE}",
+            f"  after    {self.general_after or ENDED_AT_ONCE}",
+            f"retrained  {counted(self.slices_retrained, 'slice')} of 1 shard: {part} of training "
+            f"everything again ({epochs})",
+            f"proof      shard {self.shard} trained from scratch without the records, "
+            f"{counted(self.stages_replayed, 'stage')}: {proof}",
+            "seconds    " + ", ".join(f"{name} {took}" for name, took in self.seconds.items()),
+        ]
 
 
-def write_start(directory: Path) -> Start:
-    """Write a run file and sample data. Raise InvalidInput if the directory is not empty."""
-    return _write(directory, make_people(SAMPLE_PEOPLE, SAMPLE_RECORDS), FEW_RECORDS)
-
-
-def _write(directory: Path, rows: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> Start:
+def write_start(
+    directory: Path, rows: Sequence[dict[str, Any]] = (), chosen: Mapping[str, Any] = FEW_RECORDS
+) -> Start:
+    """Write a run file and data, else a sample. Raise InvalidInput if the directory is not empty."""
+    rows = rows or make_people(SAMPLE_PEOPLE, SAMPLE_RECORDS)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InvalidInput(
             "the directory is not empty",
@@ -177,18 +172,18 @@ def run_story(
     directory: Path,
     num_people: int | None,
     num_epochs: int | None,
-    executor: str | OpenExecutor,
+    executor: ExecutorChoice,
     *,
     from_scratch: bool = False,
 ) -> Story:
     """Run the whole story in a new directory."""
     if from_scratch:
         rows = make_people(num_people or SAMPLE_PEOPLE, SAMPLE_RECORDS)
-        start = _write(directory, rows, OVER_SCRATCH)  # such a base has no chat template
+        start = write_start(directory, rows, OVER_SCRATCH)  # such a base has no chat template
         write_atomic(directory / "corpus.jsonl", to_jsonl(make_corpus(CORPUS_TEXTS)).encode())
     else:
         rows = make_people(num_people or STORY_PEOPLE, STORY_RECORDS)
-        start = _write(directory, as_chats(rows), IN_TWO_MINUTES)
+        start = write_start(directory, as_chats(rows), IN_TWO_MINUTES)
     people = {who: list(theirs) for who, theirs in groupby(rows, key=itemgetter("subject_id"))}
     story = Story(directory=str(directory), people=len(people))
     config = load_run_file(start.run_file)
@@ -210,19 +205,25 @@ def run_story(
             _choose(story, model, people)
         both = f"about {story.subject}, about {story.other_subject}, and in general"
         with story.step("ask", f"asking {both}"):
-            asked = _ask(story, model, people)
+            mine, other = _ask(story, model, people)
         model = open_model(model.directory, executor=executor, report=report)
         with story.step("forget", f"deleting {story.subject} and retraining what they touched"):
             _delete(story, model)
         with story.step("ask again", "asking the same again"):
-            _ask_again(story, model, *asked)
+            said = _answers(model, [mine, other])
+            story.answer_after, story.other_after, story.general_after = said
+            story.leaked = _knows(mine, story.answer_after)
+            story.other_known_after = _knows(other, story.other_after)
         again = f"training shard {story.shard} from scratch without them, to compare the bytes"
         with story.step("replay", again):
-            _replay(story, model)
+            proof = model.verify("sample", shard=story.shard, apart=False)
+            (replayed,) = (each for each in proof.shards if each.shard == story.shard)
+            story.equal = proof.ok and replayed.equal is True
+            story.reason, story.stages_replayed = replayed.reason, replayed.stages
     return story
 
 
-def _fetch(config: RunConfig, executor: str | OpenExecutor) -> None:
+def _fetch(config: RunConfig, executor: ExecutorChoice) -> None:
     """Fetch the base and the embedder, and start the local Ray that training will use meanwhile.
 
     Ray is started by the main thread: its processes end with the thread that started them.
@@ -244,11 +245,7 @@ def _fetch(config: RunConfig, executor: str | OpenExecutor) -> None:
 
 
 def _choose(story: Story, model: Model, people: dict[str, list[Row]]) -> None:
-    """Choose whom to delete, and another person: from the fullest other shard, if there is one.
-
-    Deleting a person who is alone in the last slice retrains nothing. The chosen person's deletion
-    costs the median of those that retrain anything.
-    """
+    """Choose whom to delete, at the median cost, and another person: from the fullest other shard."""
     plans = {who: model.plan_forget(subject=who).forgetting for who in people}
     costs = {who: plan.record_epochs_retrained for who, plan in plans.items()}
     ranked = sorted((who for who in people if costs[who]), key=lambda who: costs[who])
@@ -295,19 +292,6 @@ def _delete(story: Story, model: Model) -> None:
         story.slices_retrained = sum(retrained for _, _, retrained in request.shards)
         story.record_epochs_retrained = request.record_epochs_retrained
         story.record_epochs_full = request.record_epochs_full
-
-
-def _ask_again(story: Story, model: Model, row: Row, other: Row) -> None:
-    story.answer_after, story.other_after, story.general_after = _answers(model, [row, other])
-    story.leaked = _knows(row, story.answer_after)
-    story.other_known_after = _knows(other, story.other_after)
-
-
-def _replay(story: Story, model: Model) -> None:
-    proof = model.verify("sample", shard=story.shard, apart=False)
-    mine = next(each for each in proof.shards if each.shard == story.shard)
-    story.equal = proof.ok and mine.equal is True
-    story.reason, story.stages_replayed = mine.reason, mine.stages
 
 
 def _knows(row: Row, said: str) -> bool:

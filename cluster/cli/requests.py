@@ -1,14 +1,10 @@
-"""Submit, decide and carry out requests for deletion: `sisa request ...` and `sisa run`.
-
-The ledger keeps reasons, approvers and external ids as they are given: they should name no person.
-Nobody is notified.
-"""
+"""Submit, decide and carry out requests for deletion: `sisa request ...` and `sisa run`."""
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.cli.command import (
+    ExecutorChoice,
     command,
     command_group,
     consent_option,
@@ -41,13 +38,18 @@ from cluster.render.render import (
 if TYPE_CHECKING:
     from sisa.core.domain import Regime, Request, RequestState
     from sisa.flows.lifecycle import RequestView, Submitted
-    from sisa.flows.wiring.wiring import OpenExecutor
     from sisa.model import Model
     from sisa.planning.batching import RunPlan
 
 
 request = command_group("request", "Requests for deletion: submit, decide, look up.")
-request_argument = click.argument("request_id", metavar="REQUEST")
+
+
+def on_request(name: str, more: str = "") -> Callable[[Callable[..., Result]], click.Command]:
+    """Register a function of a model's directory and a request as a command."""
+    register = command(name, f"sisa request {name} -m model T-17{more}", group=request)
+    argument = click.argument("request_id", metavar="REQUEST")
+    return lambda function: register(model_option(argument(function)))
 
 
 @command("submit", "sisa request submit -m model --subject p001 --external-id T-17", group=request)
@@ -108,9 +110,7 @@ def list_(directory: Path) -> Result:
         return requests_listed(model.requests())
 
 
-@command("show", "sisa request show -m model T-17", group=request)
-@model_option
-@request_argument
+@on_request("show")
 def show_request(directory: Path, request_id: str) -> Result:
     """Show one request and its history."""
     with opened(directory) as model:
@@ -122,9 +122,7 @@ def _decide(directory: Path, request_id: str, state: RequestState, note: str) ->
         return request_shown(model.decide(request_id, state, note))
 
 
-@command("approve", "sisa request approve -m model T-17 --approver dpo", group=request)
-@model_option
-@request_argument
+@on_request("approve", " --approver dpo")
 @click.option("--approver", required=True, help="Who approves.")
 def approve(directory: Path, request_id: str, approver: str) -> Result:
     """Approve a request that was received or held."""
@@ -132,36 +130,28 @@ def approve(directory: Path, request_id: str, approver: str) -> Result:
     return replace(done, lines=[*done.lines, f"next: sisa run -m {directory}"])
 
 
-@command("deny", 'sisa request deny -m model T-17 --reason "not the person"', group=request)
-@model_option
-@request_argument
+@on_request("deny", ' --reason "not the person"')
 @option_or_file("--reason", required=True, help="Why; stored as given.")
 def deny(directory: Path, request_id: str, reason: str) -> Result:
     """Refuse a request."""
     return _decide(directory, request_id, "denied", reason)
 
 
-@command("hold", 'sisa request hold -m model T-17 --reason "court order"', group=request)
-@model_option
-@request_argument
+@on_request("hold", ' --reason "court order"')
 @option_or_file("--reason", required=True, help="Why; stored as given.")
 def hold(directory: Path, request_id: str, reason: str) -> Result:
     """Put a request under a legal hold; `approve` ends it."""
     return _decide(directory, request_id, "held", reason)
 
 
-@command("cancel", "sisa request cancel -m model T-17", group=request)
-@model_option
-@request_argument
+@on_request("cancel")
 @option_or_file("--reason", help="Why; stored as given.")
 def cancel(directory: Path, request_id: str, reason: str | None) -> Result:
     """Withdraw a request that has not run."""
     return _decide(directory, request_id, "cancelled", reason or "")
 
 
-@command("extend", 'sisa request extend -m model T-17 --reason "complex"', group=request)
-@model_option
-@request_argument
+@on_request("extend", ' --reason "complex"')
 @option_or_file("--reason", required=True, help="Why; stored as given.")
 def extend(directory: Path, request_id: str, reason: str) -> Result:
     """Extend a request's due date once, by two months (gdpr)."""
@@ -170,17 +160,13 @@ def extend(directory: Path, request_id: str, reason: str) -> Result:
 
 
 def _join_cluster(model: Model) -> None:
-    """Join a running cluster, so that its metrics show the queue from the beginning.
-
-    A local Ray starts with the first deletion instead.
-    """
+    """Join a running cluster, so that its metrics show the queue before the first deletion."""
     from sisa.flows.wiring.wiring import OnCluster
 
-    executor, address = model.executor, None
+    executor = model.executor
+    address = model.config.cluster.address if executor == "ray" else None
     if isinstance(executor, OnCluster):
         address = executor.address
-    elif executor == "ray":
-        address = model.config.cluster.address
     if address is not None:
         from cluster.ray.ray_session import connect
 
@@ -199,7 +185,7 @@ def _join_cluster(model: Model) -> None:
 )
 @executor_option
 def run_requests(
-    directory: Path, only_plan: bool, once: bool, watch: bool, every: int, executor: str | OpenExecutor
+    directory: Path, only_plan: bool, once: bool, watch: bool, every: int, executor: ExecutorChoice
 ) -> Result:
     """Carry out approved requests as one batch."""
     if only_plan + once + watch > 1:

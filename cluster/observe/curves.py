@@ -1,26 +1,32 @@
-"""Turn a run's metrics into curves, for tools that draw them: named points with a step and a time.
+"""Turn the metrics of runs into curves, and write them to TensorBoard or MLflow.
 
-An erased loss has no point. The step of a loss is its epoch; other steps count events.
+An erased loss has no point. The step of a loss is its epoch; other steps count events. A run is written
+whole and replaces its earlier version. The copies belong to the user: a deletion does not reach them.
 
->>> line = {"at": "2026-11-25T21:37:49.000+00:00", "run": "r", "event": "slice_trained", "shard": 0}
->>> line |= {"slice": 1, "stage": "0f", "num_records": 2, "record_epochs": 4}
->>> line |= {"tokens": 100, "seconds": 2.0}
->>> [(each.curve, each.step, each.value) for each in points([line, line])][-3:]
-[('slices_trained', 2, 2.0), ('tokens_trained', 2, 200.0), ('tokens_per_second', 2, 50.0)]
->>> summary([line, line])["tokens_per_second"]
-50.0
+>>> line = {"at": "2026-11-25T21:37:49.000+00:00", "event": "erasure_failed"}
+>>> [(each.curve, each.step, each.value) for each in points([line, line])][-1]
+('deletion/erasure_failures', 2, 2.0)
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
+
+from cluster.observe.extras import extra
+from sisa.core.digest import digest_of
+from sisa.core.errors import EnvironmentFault
+from sisa.store.blobs.files import disk_errors
 
 QUEUE = ("depth", "undecided", "held", "failed_erasures", "oldest_days_left")
 CurveLine = Mapping[str, Any]
+RUN_TAG, CONTENT_TAG = "sisa.run", "sisa.content"
+BATCH = 1000  # the most metrics that MLflow takes in one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,9 @@ class Point:
     at: float
 
 
+Curves = Mapping[str, Sequence[Point]]  # by run
+
+
 def points(lines: Iterable[CurveLine]) -> list[Point]:
     """Return the points of a run, in the order of its lines."""
     found: list[Point] = []
@@ -41,8 +50,7 @@ def points(lines: Iterable[CurveLine]) -> list[Point]:
         seen[line["event"]] += 1
         at = datetime.fromisoformat(line["at"]).timestamp()
         step, values = _values(line, seen)
-        known = {name: value for name, value in values.items() if value is not None}
-        found += [Point(name, step, float(value), at) for name, value in known.items()]
+        found += [Point(name, step, float(n), at) for name, n in values.items() if n is not None]
     return found
 
 
@@ -70,11 +78,7 @@ def _values(line: CurveLine, seen: Counter[str]) -> tuple[int, dict[str, Any]]:
 
 
 def summary(lines: Sequence[CurveLine]) -> dict[str, Any]:
-    """Return a summary of a run.
-
-    Tokens are counted over the stages that still have them. Their speed is that of one worker. The loss
-    is the last one that is not erased.
-    """
+    """Return a summary of a run: of tokens and losses, what is not erased; speed is of one worker."""
     events = Counter(each["event"] for each in lines)
     slices = [each for each in lines if each["event"] == "slice_trained"]
     counted = [each for each in slices if each["tokens"] is not None]
@@ -90,3 +94,72 @@ def summary(lines: Sequence[CurveLine]) -> dict[str, Any]:
         "deletions": events["deletion_completed"],
         "erasure_failures": events["erasure_failed"],
     }
+
+
+def to_tensorboard(directory: Path, curves: Curves) -> None:
+    """Write event files of TensorBoard, in one directory per run."""
+    with extra("tensorboard"):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    for run, points in curves.items():
+        folder = directory / run
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for former in folder.glob("events.out.tfevents.*"):
+                former.unlink()
+            writer = EventFileWriter(str(folder))
+            for each in points:
+                value = Summary.Value(tag=each.curve, simple_value=each.value)
+                summary = Summary(value=[value])
+                writer.add_event(Event(wall_time=each.at, step=each.step, summary=summary))
+            writer.close()
+
+
+def to_mlflow(uri: str, experiment: str, curves: Curves) -> None:
+    """Write runs of an experiment to an MLflow server, or to a database."""
+    with _mlflow_errors(uri):
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment)
+        place = found.experiment_id if found else client.create_experiment(experiment)
+        for run, points in curves.items():
+            _write_run(client, place, run, points)
+
+
+def _write_run(client: Any, experiment: str, run: str, points: Sequence[Point]) -> None:
+    from mlflow.entities import Metric
+
+    content = digest_of([asdict(each) for each in points])
+    former = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run}'")
+    if [each.data.tags.get(CONTENT_TAG) for each in former] == [content]:
+        return
+    for each in former:
+        client.delete_run(each.info.run_id)
+    times = [round(1000 * each.at) for each in points] or [0]
+    made = client.create_run(experiment, start_time=min(times), tags={RUN_TAG: run}, run_name=run)
+    metrics = [
+        Metric(each.curve, each.value, at, each.step) for each, at in zip(points, times, strict=False)
+    ]
+    for start in range(0, len(metrics), BATCH):
+        client.log_batch(made.info.run_id, metrics=metrics[start : start + BATCH])
+    client.set_tag(made.info.run_id, CONTENT_TAG, content)
+    client.set_terminated(made.info.run_id, "FINISHED", max(times))
+
+
+@contextmanager
+def _mlflow_errors(uri: str) -> Iterator[None]:
+    with extra("mlflow"):  # MLflow imports a database's library when it opens the address
+        from mlflow import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            raise EnvironmentFault(
+                "MLflow refused",
+                where=uri,
+                got=str(error).splitlines()[0][:300],
+                next_step="check the address, and that the server runs",
+            ) from error

@@ -1,8 +1,4 @@
-"""Report a missing library of an extra as an EnvironmentFault that names the extra.
-
->>> with extra("json"):
-...     import json
-"""
+"""Report a missing library of an extra as an EnvironmentFault that names the extra."""
 
 from __future__ import annotations
 

@@ -6,12 +6,6 @@
 A line names an event and its numbers, but no loss, text or id (`sisa/store/metrics.py`). A `message` is
 one of this program's own sentences, without places and values. Workers write to their own standard
 error, which Ray keeps among its logs; the driver receives the same events and sums them up.
-
->>> import io
->>> stream = io.StringIO()
->>> JsonLog(stream, "20261125T213749Z-3f9a1c2b", "driver").write("run_started", command="sisa train")
->>> sorted(json.loads(stream.getvalue()))
-['command', 'event', 'level', 'pid', 'run', 'source', 'time']
 """
 
 from __future__ import annotations
@@ -22,15 +16,8 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from sisa.core.events import (
-    ErasureFailed,
-    Event,
-    Notice,
-    PatchProgress,
-    Report,
-    SliceProgress,
-    SliceStarted,
-)
+from sisa.core import events
+from sisa.core.events import Event, Report
 from sisa.flows.wiring.progress import LINE_EVERY_S, Meter
 from sisa.store.metrics import EVENT_NAMES, logged
 
@@ -55,8 +42,8 @@ class JsonLog:
 
     def write_event(self, event: Event) -> None:
         """Write the line of an event."""
-        level: Level = "error" if isinstance(event, ErasureFailed) else "info"
-        said = {"message": event.text} if isinstance(event, Notice) else {}
+        level: Level = "error" if isinstance(event, events.ErasureFailed) else "info"
+        said = {"message": event.text} if isinstance(event, events.Notice) else {}
         self.write(EVENT_NAMES[type(event)], level, **logged(event), **said)
 
 
@@ -68,7 +55,7 @@ def driver_log(log: JsonLog) -> Report:
         nonlocal last
         now = time.monotonic()
         meter.take(event, now)
-        if not isinstance(event, SliceStarted | SliceProgress | PatchProgress):
+        if not isinstance(event, events.SliceStarted | events.SliceProgress | events.PatchProgress):
             log.write_event(event)
         elif now - last >= LINE_EVERY_S:
             last = now
@@ -78,16 +65,13 @@ def driver_log(log: JsonLog) -> Report:
 
 
 def worker_log(run: RunContext | None, stream: TextIO, node: str) -> Report | None:
-    """Return the report of a run's worker, without the progress that the driver sums up.
-
-    Return None if the run has no JSON log.
-    """
+    """Return a worker's report, which leaves progress to the driver; None if the run has no JSON log."""
     if run is None or run.log_format != "json":
         return None
     log = JsonLog(stream, run.run, "worker", node=node)
 
     def report(event: Event) -> None:
-        if not isinstance(event, SliceProgress | PatchProgress):
+        if not isinstance(event, events.SliceProgress | events.PatchProgress):
             log.write_event(event)
 
     return report

@@ -1,19 +1,14 @@
 """Show a command's events and errors to a person, or log them; export its metrics for Prometheus.
 
-Everything goes to standard error; standard output stays free for the result. With `--log-format
-json` each line there is a JSON object.
+Everything goes to standard error; standard output stays free for the result.
 
 >>> log_format_of(["train", "run.yaml", "--log-format", "json"]), log_format_of(["status"])
 ('json', 'text')
 
 Ray exports the metrics of SERIES on the endpoint of the driver's node. Every series holds the run's name
 and nothing of a record. Ray is never imported or started for this: values that come before there is a
-connection are kept and passed on with the first event after it. Without an open request the days left
-are not a number, which Ray does not show. Ray forgets a gauge that is not set again, so all gauges are
-set again every REFRESH_S seconds until the run ends.
-
->>> readings(QueueSeen(2, 1, 0, 0, 30), Meter(), now=1.0)["sisa_queue_depth"]
-2
+connection are kept and passed on with the first event after it. Ray forgets a gauge that is not set
+again, so all gauges are set again every REFRESH_S seconds until the run ends.
 """
 
 from __future__ import annotations
@@ -28,16 +23,8 @@ from itertools import pairwise
 from typing import Any, Self
 
 from cluster.observe.json_log import JsonLog, driver_log
-from sisa.core.events import (
-    DeletionCompleted,
-    ErasureFailed,
-    Event,
-    Notice,
-    QueueSeen,
-    Report,
-    SliceProgress,
-    SliceTrained,
-)
+from sisa.core import events
+from sisa.core.events import Event, Report
 from sisa.flows.wiring.progress import LogFormat, Meter, progress, running
 
 BOUNDARIES_S = (1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 43_200.0)
@@ -60,23 +47,23 @@ SERIES = {
 
 def readings(event: Event, meter: Meter, now: float) -> dict[str, float]:
     """Return what an event, which `meter` has taken, says of the series: a value for each concerned."""
-    if isinstance(event, QueueSeen):
+    if isinstance(event, events.QueueSeen):
         days = event.oldest_days_left
         return {
             "sisa_queue_depth": event.depth,
             "sisa_requests_undecided": event.undecided,
             "sisa_failed_erasures": event.failed_erasures,
-            "sisa_oldest_days_left": math.nan if days is None else days,
+            "sisa_oldest_days_left": math.nan if days is None else days,  # Ray does not show NaN
         }
-    if isinstance(event, DeletionCompleted):
+    if isinstance(event, events.DeletionCompleted):
         return {"sisa_retrain_seconds": event.seconds}
-    if isinstance(event, ErasureFailed):
+    if isinstance(event, events.ErasureFailed):
         return {"sisa_erasure_failures": 1}
-    if not isinstance(event, SliceProgress | SliceTrained):
+    if not isinstance(event, events.SliceProgress | events.SliceTrained):
         return {}
     speed = 0.0 if meter.over else meter.tokens_per_second(now)
     found: dict[str, float] = {"sisa_tokens_per_second": round(speed, 1)}
-    if isinstance(event, SliceTrained) and event.seconds:  # else it was stored before
+    if isinstance(event, events.SliceTrained) and event.seconds:  # else it was stored before
         found["sisa_slices_trained"] = 1
         found["sisa_tokens_trained"] = event.tokens
         found["sisa_slice_seconds"] = event.seconds
@@ -203,6 +190,6 @@ def say(text: str) -> None:
     """Write a line to a person or a log, from outside any flow."""
     log = open_log()
     if log is not None:
-        log.write_event(Notice(text.strip()))
+        log.write_event(events.Notice(text.strip()))
     else:
         print(text, file=sys.stderr, flush=True)

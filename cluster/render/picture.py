@@ -7,8 +7,7 @@
 The picture is derived from two `Status` objects alone, and shows no ids and no text. A shard whose head
 changed was trained again from its first changed slice on. If none of its record counts changed (one
 record out, one in; another run file), it was trained again from its first slice on. Every mark has its
-own hatching, so the picture is readable without colour. matplotlib (extra `notebook`) is imported when
-something is drawn; pyplot keeps no figure.
+own hatching, so the picture is readable without colour.
 
 Source: SISA, Bourtoule et al. 2021, figure 2 (shards and slices); colours of Okabe and Ito 2008.
 """
@@ -66,7 +65,7 @@ def cell_marks(before: Status, after: Status) -> dict[Place, Mark]:
 
 
 def _row(old: ShardStatus, new: ShardStatus) -> list[Mark]:
-    pairs = _counts(old, new)
+    pairs = list(zip_longest(old.slice_records, new.slice_records, fillvalue=0))
     changed = [slice_ for slice_, (had, has) in enumerate(pairs) if had != has]
     if old.head == new.head and not changed:
         return [Mark.KEPT] * len(pairs)
@@ -83,17 +82,10 @@ def _row(old: ShardStatus, new: ShardStatus) -> list[Mark]:
     return marks
 
 
-def _counts(old: ShardStatus, new: ShardStatus) -> list[tuple[int, int]]:
-    """Return the number of records of each slice before and after; a missing slice has none."""
-    return list(zip_longest(old.slice_records, new.slice_records, fillvalue=0))
-
-
 def draw_layout(before: Status, after: Status | None = None, title: str = "") -> Figure:
-    """Draw the records of each slice and each shard's served adapter; with `after`, also the changes.
-
-    Raise InvalidInput if the states have different shards.
-    """
+    """Draw slices and served adapters, and how they changed. Raise InvalidInput if the shards differ."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     marks = cell_marks(before, after or before)
     num_shards = len(before.shards)
@@ -103,23 +95,26 @@ def draw_layout(before: Status, after: Status | None = None, title: str = "") ->
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     for row, (old, new) in enumerate(zip(before.shards, (after or before).shards, strict=True)):
-        for slice_, (had, has) in enumerate(_counts(old, new)):
+        counts = zip_longest(old.slice_records, new.slice_records, fillvalue=0)
+        for slice_, (had, has) in enumerate(counts):
             label = f"{had}" if had == has else f"{had} → {has}"
             _draw_cell(axes, row, slice_, label, marks[old.shard, slice_])
             axes.patches[-1].set_gid(f"cell-{old.shard}-{slice_}")
         _draw_head(axes, row, num_slices + GAP_CELLS, old, new)
     names = [f"slice {slice_}" for slice_ in range(num_slices)]
-    axes.set_xticks([each + 0.5 for each in range(num_slices)] + [width - HEAD_CELLS / 2])
-    axes.set_xticklabels([*names, "served adapter"])
-    axes.set_yticks([each + 0.5 for each in range(num_shards)])
-    axes.set_yticklabels([f"shard {each.shard}" for each in before.shards])
+    middles = [*(each + 0.5 for each in range(num_slices)), width - HEAD_CELLS / 2]
+    axes.set_xticks(middles, [*names, "served adapter"])
+    shards = [f"shard {each.shard}" for each in before.shards]
+    axes.set_yticks([each + 0.5 for each in range(num_shards)], shards)
     axes.set(xlim=(-0.05, width + 0.05), ylim=(num_shards + 0.05, -0.05))
     axes.set_title(title, pad=14)
     axes.set_xlabel("records in each slice; training goes from left to right")
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     if after is not None:
-        _draw_legend(figure, set(marks.values()))
+        found = set(marks.values())
+        keys = [Patch(label=mark.label, **mark.look) for mark in Mark if mark in found]
+        figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False, handleheight=1.4)
     return figure
 
 
@@ -139,10 +134,3 @@ def _draw_head(axes: Any, row: int, column: float, old: ShardStatus, new: ShardS
     _draw_cell(axes, row, column, label[0] if same else "\n→ ".join(label), Mark.KEPT, HEAD_CELLS)
     axes.patches[-1].set(linewidth=1 if same else 2.5, gid=f"head-{old.shard}")
     axes.texts[-1].set(family="monospace")
-
-
-def _draw_legend(figure: Any, found: set[Mark]) -> None:
-    from matplotlib.patches import Patch
-
-    keys = [Patch(label=mark.label, **mark.look) for mark in Mark if mark in found]
-    figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False, handleheight=1.4)

@@ -4,8 +4,7 @@
 
 The panels are of as many orders as the recommended choice has; the last one compares numbers of orders.
 Lines have different markers, so the picture is readable without colour. A choice over a limit is drawn
-hollow; the recommended choice has a ring. matplotlib (extra `notebook`) is imported when something is
-drawn.
+hollow; the recommended choice has a ring.
 """
 
 from __future__ import annotations
@@ -48,7 +47,9 @@ def draw_choices(advised: Sequence[Advice], best: Advice | None) -> Figure:
     columns = -(-len(shown) // ROWS)
     figure = Figure(figsize=(4.2 * columns, 3.8 * ROWS), layout="constrained")
     axes = list(figure.subplots(ROWS, columns, squeeze=False).flat)
-    lines = _thinned(sorted({each.num_shards for each in advised}), best)
+    lines = sorted({each.num_shards for each in advised})
+    thinned = lines[:: -(-len(lines) // (MAX_LINES - 1))]
+    lines = sorted({*thinned, *([best.num_shards] if best else [])})
     for axis, (title, cost) in zip(axes, shown, strict=False):
         for number, num_shards in enumerate(lines):
             here = [each for each in advised if each.num_shards == num_shards]
@@ -90,12 +91,3 @@ def _orders(axis: Any, advised: Sequence[Advice], chosen: Advice) -> None:
     )
     axis.set_xlabel("training all orders once")
     axis.set_ylim(0, 1)
-
-
-def _thinned(shards: Sequence[int], best: Advice | None) -> list[int]:
-    """Return at most MAX_LINES numbers of shards, including the recommended one."""
-    step = -(-len(shards) // (MAX_LINES - 1))
-    kept = set(shards[::step])
-    if best is not None:
-        kept.add(best.num_shards)
-    return sorted(kept)

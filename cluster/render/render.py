@@ -410,4 +410,4 @@ def init(start: Start) -> Result:
 
 
 def quickstart(story: Story) -> Result:
-    return Result(story.to_json(), [story.summary()], 0 if story.equal else EXIT_INTEGRITY)
+    return Result(story.to_json(), story.summary(), 0 if story.equal else EXIT_INTEGRITY)

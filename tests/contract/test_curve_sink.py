@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster.observe.curve_sinks import Curves, to_mlflow, to_tensorboard
-from cluster.observe.curves import Point
+from cluster.observe.curves import Curves, Point, to_mlflow, to_tensorboard
 from sisa.core.errors import EnvironmentFault
 
 FIRST, SECOND = "20261125T213749Z-0000000a", "20261126T000000Z-0000000b"

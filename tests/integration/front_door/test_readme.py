@@ -75,7 +75,7 @@ def test_ci_runs_the_second_command_word_for_word() -> None:
 
 def test_the_front_page_shows_the_quickstart_as_it_ends() -> None:
     (shown,) = blocks("text")
-    labels = [line[:10] for line in Story().summary().splitlines()]
+    labels = [line[:10] for line in Story().summary()]
     assert labels == [line[:10] for line in shown.splitlines()]
     assert "equal, byte for byte" in shown
 

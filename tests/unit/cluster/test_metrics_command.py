@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import cli, metrics
-from cluster.observe import curve_sinks
-from cluster.observe.curve_sinks import Curves
-from cluster.observe.curves import points, summary
+from cluster.observe.curves import Curves, points, summary
 from sisa.flows.wiring import wiring
 from sisa.store.metrics import KEPT, FileMetrics, without
 from tests.models import confessing as care_model
@@ -86,7 +84,7 @@ def test_runs_are_passed_on(
         asked.append((uri, experiment))
         taken.update({run: len(found) for run, found in curves.items()})
 
-    monkeypatch.setattr(curve_sinks, "to_mlflow", to_fake)
+    monkeypatch.setattr(metrics, "to_mlflow", to_fake)
     assert cli.run(["metrics", "-m", str(model), "--to", "mlflow", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed_on"] == ["mlflow", str(tmp_path)]
     assert (taken, asked) == ({RUN: 13}, [(str(tmp_path), model.parent.name)])
