@@ -34,7 +34,7 @@ COUNTER, GAUGE, HISTOGRAM = "Counter", "Gauge", "Histogram"
 SERIES = {
     "sisa_slices_trained": (COUNTER, "Slices whose checkpoints were stored"),
     "sisa_tokens_trained": (COUNTER, "Tokens of the slices that were trained"),
-    "sisa_tokens_per_second": (GAUGE, "Tokens per second of all workers together; 0 after training"),
+    "sisa_tokens_per_second": (GAUGE, "Tokens per second of all workers together"),
     "sisa_slice_seconds": (HISTOGRAM, "Seconds that a slice took"),
     "sisa_queue_depth": (GAUGE, "Requests for deletion that are to be carried out"),
     "sisa_requests_undecided": (GAUGE, "Requests for deletion that wait for a decision"),
