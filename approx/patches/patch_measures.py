@@ -12,15 +12,14 @@
 The same texts are measured before and after: the first MAX_MEASURED of a set, of which MAX_CONTINUED
 are continued, and of the retain set those that were not trained on. Measures of tokens leave out the
 tokens that close an answer (end token, line break); probabilities include them. No result holds a text.
-
-A comparison with a retained reference is in `sisa eval tofu`, other wordings of the same fact in
-`robustness.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from statistics import fmean
 from typing import Any
 
 from approx.evaluation.answers import answered, continue_greedily, score_examples
@@ -51,23 +50,23 @@ def measure_patch(
     model: Any, tokenizer: Any, forget: Sequence[Tokens], retain: Sequence[Tokens]
 ) -> dict[str, float]:
     """Return all measures of a model as it is."""
-    known = score_examples(model, forget[:MAX_MEASURED])
-    inner = [_inner(*pair, tokenizer) for pair in zip(known, forget[:MAX_MEASURED], strict=True)]
+    asked = forget[:MAX_MEASURED]
+    known = score_examples(model, asked)
+    inner = [_inner(*pair, tokenizer) for pair in zip(known, asked, strict=True)]
     kept = score_examples(model, retain[:MAX_MEASURED])
     found = {
-        "forget_extraction_strength": _mean([extraction_strength(each.correct) for each in inner]),
-        "forget_extraction_floor": _mean([floor(each.num_tokens) for each in inner]),
-        "forget_exact_memorisation": _mean([exact_memorisation(each.correct) for each in inner]),
-        "forget_probability": _mean([probability(each.loss) for each in known]),
-        "forget_min_k_plus_plus": _mean(
+        "forget_extraction_strength": fmean([extraction_strength(each.correct) for each in inner]),
+        "forget_extraction_floor": fmean([floor(each.num_tokens) for each in inner]),
+        "forget_exact_memorisation": fmean([exact_memorisation(each.correct) for each in inner]),
+        "forget_probability": fmean([probability(each.loss) for each in known]),
+        "forget_min_k_plus_plus": fmean(
             [min_k_plus_plus_score(each.logprobs, each.means, each.variances) for each in inner]
         ),
     }
-    recalls = _recalls(model, tokenizer, forget)
-    if recalls:
-        found["forget_rougeL_recall"] = _mean(recalls)
+    if recalls := _recalls(model, tokenizer, forget):
+        found["forget_rougeL_recall"] = fmean(recalls)
     if kept:
-        found["retain_probability"] = _mean([probability(each.loss) for each in kept])
+        found["retain_probability"] = fmean([probability(each.loss) for each in kept])
         found["retain_utility"] = _utility(kept)
     return found
 
@@ -87,8 +86,7 @@ def measure_utility(model: Any, retain: Sequence[Tokens]) -> float:
 def measure_knowledge(
     model: Any, tokenizer: Any, texts: Sequence[Answers], *, thorough: bool
 ) -> Knowledge:
-    """Return how many texts a model knows by the probe's criterion, and their answers' mean
-    probability.
+    """Return how many texts a model knows by the probe's criterion, and its answers' mean probability.
 
     Without `thorough` nothing is continued, and a text counts as known where it may be.
     """
@@ -98,10 +96,9 @@ def measure_knowledge(
     known = {at for (at, _, _), score in zip(rows, found, strict=True) if may_know(score)}
     count = len(known)
     if thorough and known:
-        count = sum(
-            each.known for each in probe_answers(model, tokenizer, [chosen[at] for at in sorted(known)])
-        )
-    return Knowledge(count, len(chosen), _mean([probability(each.loss) for each in found]))
+        probed = probe_answers(model, tokenizer, [chosen[at] for at in sorted(known)])
+        count = sum(each.known for each in probed)
+    return Knowledge(count, len(chosen), fmean([probability(each.loss) for each in found]))
 
 
 def _utility(kept: Sequence[AnswerScore]) -> float:
@@ -121,16 +118,8 @@ def _recalls(model: Any, tokenizer: Any, forget: Sequence[Tokens]) -> list[float
         return []
     ends = end_tokens(model, tokenizer)
     said = continue_greedily(model, [prompt for prompt, _ in pairs], ends, MAX_NEW_TOKENS)
+    words = partial(tokenizer.decode, skip_special_tokens=True)
     return [
-        rougeL_recall(_words(tokenizer, answer[:MAX_NEW_TOKENS]), _words(tokenizer, row))
+        rougeL_recall(words(list(answer[:MAX_NEW_TOKENS])), words(list(row)))
         for (_, answer), row in zip(pairs, said, strict=True)
     ]
-
-
-def _words(tokenizer: Any, ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
-    return text
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

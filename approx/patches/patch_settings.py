@@ -19,7 +19,7 @@ weights (`schedule.py`), and each later round is stronger (`descent.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
@@ -56,22 +56,18 @@ class Adapter:
     lora_target_modules: tuple[str, ...] | str = "all-linear"
 
     def __post_init__(self) -> None:
-        check_values("the adapter", self._bad())
-
-    def _bad(self) -> Iterator[Problem]:
-        for name, largest in (("lora_r", 4096), ("lora_alpha", 65_536)):
-            yield from whole_numbers(1, largest, **{name: getattr(self, name)})
         modules = self.lora_target_modules
         named = isinstance(modules, tuple) and modules and all(isinstance(each, str) for each in modules)
-        if modules != "all-linear" and not named:
-            yield Problem("lora_target_modules", f"{modules!r}, expected names, or all-linear")
+        other = Problem("lora_target_modules", f"{modules!r}, expected names, or all-linear")
+        check_values(
+            "the adapter",
+            whole_numbers(1, 4096, lora_r=self.lora_r),
+            whole_numbers(1, 65_536, lora_alpha=self.lora_alpha),
+            () if named or modules == "all-linear" else (other,),
+        )
 
 
-KINDS: Mapping[str, type[Any]] = {
-    "adapter": Adapter,
-    "pace": ScheduleSettings,
-    "bounds": BoundSettings,
-}
+KINDS: Mapping[str, type[Any]] = {"adapter": Adapter, "pace": ScheduleSettings, "bounds": BoundSettings}
 BLOCKS = ("hyperparameters", *KINDS)
 NAMES = ("method", *BLOCKS, "sequence_len", "overlength", "procedure")
 

@@ -3,14 +3,11 @@ approximate.
 
     read the sets -> load the base with the patches beneath -> measure -> unlearn -> measure -> store
 
-A patch depends only on what its job names: the same job gives the same bytes on one machine. Settings
-and texts are validated, with every problem reported, before a request for a patch is accepted. A run
-searches the strength that is needed (`descent.py`). It ends when the probe no longer knows the texts,
-or when the bound on utility stops it, and leaves the best weights within the bound. If these are the
-first weights, there is no patch. The report gives the outcome and how many texts are still known.
-
-Utility is measured on answers of the base that are not trained on. A run is saved, sealed by the
-vault's keyring, until the caller has its result, so an interrupted run continues.
+A patch depends only on what its job names: the same job gives the same bytes on one machine. A run
+searches the strength that is needed (`descent.py`). If the best weights within the bound on utility are
+the first ones, there is no patch. Utility is measured on answers of the base that are not trained on. A
+run is saved, sealed by the vault's keyring, until the caller has its result, so an interrupted run
+continues.
 
 `sisa/flows/patches/patching.py` decides what happens with a patch; `cluster/ray/patch_tasks.py` makes
 one in a task on Ray.
@@ -28,27 +25,19 @@ from approx.evaluation.probe import answers_to_probe
 from approx.patches import patch_measures
 from approx.patches.patch_settings import PatchSettings, parse_settings
 from approx.patches.robustness import measure_robustness
-from approx.unlearning.examples import (
-    Limits,
-    Sets,
-    limits_of,
-    make_preferred,
-    text_problems,
-    tokenize_records,
-    without_forgotten,
-)
+from approx.unlearning import examples
 from approx.unlearning.generated_retain import prompts_that_fit, write_answers, write_neighbours
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.unlearn import ApproxReport, outcome, unlearn
 from sisa.config.config import RunConfig
-from sisa.core.domain import WRITTEN, PatchJob, Precision, Record
+from sisa.core.domain import WRITTEN, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.events import Notice, PatchProgress, Report
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.flows.wiring.context import patch_files
 from sisa.flows.wiring.wiring import PATCHES
-from sisa.lm.base.adapter import adapter_files, attach, lora_config
+from sisa.lm.base import adapter
 from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.tokens import Tokens
 from sisa.lm.base.weights import load_frozen, load_patched, load_skeleton, load_tokenizer, local_or_hub
@@ -66,11 +55,11 @@ def open_patcher(site: PatchSite, config: RunConfig) -> PatchMaker:  # noqa: ARG
     return PatchMaker(site)
 
 
+@dataclass
 class PatchMaker:
     """A `sisa.core.ports.Patcher` in this process."""
 
-    def __init__(self, site: PatchSite) -> None:
-        self._site = site
+    site: PatchSite
 
     def check(
         self,
@@ -80,16 +69,21 @@ class PatchMaker:
         reference: str = "",
     ) -> None:
         """Validate settings and texts. Reads the base's tokenizer and configuration, not its weights."""
-        problems = _precision_problems(self._site.precision)
+        site = self.site
+        # A patch is merged into the weights: in bfloat16 most of it would round away, and on another
+        # device it would not belong to the base that it was made on.
+        problems = [
+            Problem(key, f"is {value}: patches are for the CPU in float32 alone")
+            for key, value in site.precision.in_jobs().items()
+        ]
         parsed = _gathered(problems, lambda: parse_settings(settings))
-        tokenizer = load_tokenizer(self._site.base_dir)
-        skeleton = load_skeleton(self._site.base_dir)
-        length = parsed.sequence_len if parsed else self._site.sequence_len
-        limits = limits_of(skeleton.config, length, parsed.overlength if parsed else "refuse")
+        tokenizer, skeleton = load_tokenizer(site.base_dir), load_skeleton(site.base_dir)
+        length = parsed.sequence_len if parsed else site.sequence_len
+        limits = examples.limits_of(skeleton.config, length, parsed.overlength if parsed else "refuse")
         if parsed:
-            _gathered(problems, lambda: lora_config(_lora(parsed), skeleton))
+            _gathered(problems, lambda: adapter.lora_config(_lora(parsed), skeleton))
         method = parsed.method if parsed else None
-        problems += text_problems(forget, retain, method, tokenizer, limits)
+        problems += examples.text_problems(forget, retain, method, tokenizer, limits)
         if retain is None:
             written = _gathered(problems, lambda: prompts_that_fit(tokenizer, limits.sequence_len))
             if written == []:
@@ -106,41 +100,16 @@ class PatchMaker:
 
     def make(self, order: PatchOrder, report: Report) -> PatchMade:
         """Make a patch. `max_seconds` bounds the steps; reading and measuring take additional time."""
-        site, job = self._site, order.job
+        site, job = self.site, order.job
         pin_threads(site.threads)
         if job.fingerprint != fingerprint(site.threads):
             report(Notice("the patch was requested under other numerics: its bits may differ"))
-        parsed = parse_settings(job.settings)
-        made = _Making(site, order, parsed, report)
-        end = made.run(self._saved(job))
+        made = _Making(site, order, parse_settings(job.settings), report)
+        end = made.run()
         if end.ending == Ending.OUT_OF_TIME:
             return PatchMade(None, unfinished=True, report=made.report_of(end, measured=False))
-        saved = None
-        if _changes_anything(end):
-            store = FileCheckpoints(site.patches_at, site.patches_keyring, PATCHES)
-            saved = store.save(job, made.files())
+        saved = made.store.save(job, made.files()) if _changes_anything(end) else None
         return PatchMade(saved, unfinished=False, report=made.report_of(end, measured=True))
-
-    def _saved(self, job: PatchJob) -> SavedRun:
-        keyring = self._site.vault_keyring
-        return SavedRun(
-            self._site.runs_dir / job.key,
-            job.key,
-            partial(keyring.seal, DRAFTS_AREA, job.key),
-            partial(keyring.unseal, DRAFTS_AREA, job.key),
-        )
-
-
-def _precision_problems(precision: Precision) -> list[Problem]:
-    """Return a problem for each part of the precision that is not the default.
-
-    A patch is merged into the weights themselves: in bfloat16 most of it would round away, and on
-    another device it would not belong to the base that it was made on.
-    """
-    found = precision.in_jobs().items()
-    return [
-        Problem(key, f"is {value}: patches are for the CPU in float32 alone") for key, value in found
-    ]
 
 
 def _gathered(problems: list[Problem], check: Callable[[], Any]) -> Any:
@@ -193,120 +162,113 @@ class _Making:
     report: Report
 
     def __post_init__(self) -> None:
-        site, job = self.site, self.order.job
+        site, job, settings = self.site, self.order.job, self.settings
         vault = FileVault(site.vault_dir, site.vault_keyring)
-        store = FileCheckpoints(site.patches_at, site.patches_keyring, PATCHES)
-        beneath = patch_files(store, self.order.beneath)
-        self._base, self._tokenizer = load_patched(site.base_dir, site.base_digest, beneath)
-        limits = limits_of(self._base.config, self.settings.sequence_len, self.settings.overlength)
+        self.store = FileCheckpoints(site.patches_at, site.patches_keyring, PATCHES)
+        beneath = patch_files(self.store, self.order.beneath)
+        self._base, tokenizer = load_patched(site.base_dir, site.base_digest, beneath)
+        self._tokenizer = tokenizer
+        limits = examples.limits_of(self._base.config, settings.sequence_len, settings.overlength)
+        length = limits.sequence_len
         texts = {each.name: vault.read(each) for each in self.order.sets}
         self.forget = list(dict.fromkeys(record for name in job.forget for record in texts[name]))
-        tokens = tokenize_records(self.forget, "forget", self._tokenizer, limits)
-        retain, self.judged = self._retain(texts.get(job.retain), limits)
-        self.sets = Sets(tokens, retain, self._preferred(tokens, limits))
+        tokens = examples.tokenize_records(self.forget, "forget", tokenizer, limits)
+        retain = self._retain(texts.get(job.retain), limits)
+        preferred: list[Tokens] = []
+        if "preferred" in settings.method.reads:
+            preferred = examples.make_preferred(
+                self.forget, tokens, tokenizer, settings.pace.seed, length
+            )
+        self.sets = examples.Sets(tokens, retain, preferred)
         self._asked = [
-            answers_to_probe(record.kind, each, self._tokenizer, limits.sequence_len)
+            answers_to_probe(record.kind, each, tokenizer, length)
             for record, each in zip(self.forget, tokens, strict=True)
         ]
-        self._model = attach(
-            self._base,
-            lora_config(_lora(self.settings), self._base),
-            None,
-            init_seed=seed_from(self.settings.pace.seed, "patch"),
-        )
+        lora = adapter.lora_config(_lora(settings), self._base)
+        seed = seed_from(settings.pace.seed, "patch")
+        self._model = adapter.attach(self._base, lora, None, init_seed=seed)
         self._model.eval()
         self.report(Notice("measuring what the base says of the texts (approximate)"))
-        self._before = self._measured()
+        self._before = self._measured(self._model)
 
-    def _retain(
-        self, given: Sequence[Record] | None, limits: Limits
-    ) -> tuple[list[Tokens], list[Tokens]]:
-        """Return the retain set, and the texts that utility is measured on, which are not trained on."""
+    def _retain(self, given: Sequence[Record] | None, limits: examples.Limits) -> list[Tokens]:
+        """Return the retain set; keep the texts that utility is measured on, which are not in it."""
         self.report(
             Notice(
                 "the base writes the retain set: its own answers to neutral prompts, and to the same "
                 "questions about invented people"
             )
         )
-        neutral = self._written(prompts_that_fit(self._tokenizer, limits.sequence_len), limits)
-        neighbours = write_neighbours(self._base, self._tokenizer, self.forget, limits.sequence_len)
-        left = without_forgotten(list(dict.fromkeys(given or ())), self.forget)
-        tokens = tokenize_records(left, "retain", self._tokenizer, limits)
+        written_by = (self._base, self._tokenizer)
+        prompts = prompts_that_fit(self._tokenizer, limits.sequence_len)
+        neutral = write_answers(*written_by, prompts, limits.sequence_len)
+        neighbours = write_neighbours(*written_by, self.forget, limits.sequence_len)
+        left = examples.without_forgotten(list(dict.fromkeys(given or ())), self.forget)
+        tokens = examples.tokenize_records(left, "retain", self._tokenizer, limits)
         self.num_given, self.num_neighbours = len(tokens), len(neighbours)
         trained, judged = split_judged(neutral)
         more_trained, more_judged = split_judged(neighbours)
-        return tokens + trained + more_trained, (judged + more_judged) or tokens
+        self.judged = (judged + more_judged) or tokens
+        return tokens + trained + more_trained
 
-    def _written(self, prompts: Sequence[Sequence[int]], limits: Limits) -> list[Tokens]:
-        return write_answers(self._base, self._tokenizer, prompts, limits.sequence_len)
-
-    def _preferred(self, tokens: Sequence[Tokens], limits: Limits) -> list[Tokens]:
-        if "preferred" not in self.settings.method.reads:
-            return []
-        seed = self.settings.pace.seed
-        return make_preferred(self.forget, tokens, self._tokenizer, seed, limits.sequence_len)
-
-    def _measured(self) -> dict[str, float]:
-        return patch_measures.measure_patch(self._model, self._tokenizer, self.sets.forget, self.judged)
+    def _measured(self, model: Any) -> dict[str, float]:
+        return patch_measures.measure_patch(model, self._tokenizer, self.sets.forget, self.judged)
 
     def _known(self, model: Any, thorough: bool) -> Knowledge:
         return patch_measures.measure_knowledge(model, self._tokenizer, self._asked, thorough=thorough)
 
-    def run(self, saved: SavedRun) -> End:
-        settings = self.settings
+    def run(self) -> End:
+        """Unlearn, from the saved run on if there is one."""
+        site, job, settings = self.site, self.order.job, self.settings
         bounds = Bounds(
             **asdict(settings.bounds),
             max_seconds=self.order.max_seconds,
             utility=partial(patch_measures.measure_utility, retain=self.judged),
             knowledge=self._known,
         )
-        steps = _Ticks(self.report)
-        return unlearn(
-            *(self._model, self.sets, settings.method, settings.pace, bounds),
-            saved=saved,
-            progress=steps,
+        saved = SavedRun(
+            site.runs_dir / job.key,
+            job.key,
+            partial(site.vault_keyring.seal, DRAFTS_AREA, job.key),
+            partial(site.vault_keyring.unseal, DRAFTS_AREA, job.key),
         )
+        parts = (self._model, self.sets, settings.method, settings.pace, bounds)
+        return unlearn(*parts, saved=saved, progress=_Ticks(self.report))
 
     def report_of(self, end: End, *, measured: bool) -> dict[str, Any]:
         """Return the ApproxReport as JSON, with the sets and whether a patch was made."""
-        settings, made = self.settings, measured and _changes_anything(end)
+        made = measured and _changes_anything(end)
+        forget, judged = len(self.sets.forget), len(self.judged)
         found = ApproxReport(
-            method=settings.method,
-            settings=settings.pace,
+            method=self.settings.method,
+            settings=self.settings.pace,
             end=end,
             before=self._before,
-            after=self._measured() if measured else {},
+            after=self._measured(self._model) if measured else {},
             more_limits=patch_measures.MEASURE_LIMITS,
         ).to_json()
-        more: dict[str, Any] = {
-            "bounds": asdict(settings.bounds),
-            "sets": self._counts(),
+        found |= {
+            "bounds": asdict(self.settings.bounds),
+            "sets": {
+                "num_forget": forget,
+                "num_forget_measured": min(forget, patch_measures.MAX_MEASURED),
+                "num_retain": len(self.sets.retain),
+                "num_given": self.num_given,
+                "num_neighbours": self.num_neighbours,
+                "num_judged": judged,
+                "num_judged_measured": min(judged, patch_measures.MAX_MEASURED),
+                "retain": "written by the base" + ", and given" * (self.order.job.retain != WRITTEN),
+            },
             "patch_made": made,
             "num_beneath": len(self.order.beneath),
         }
-        if measured:
-            more |= outcome(end, self._known(self._model, thorough=True))
-            reference = self._reference()
-            if reference is not None:
-                sets = self.sets.forget, self.judged
-                more["metrics_reference"] = patch_measures.measure_patch(
-                    reference, self._tokenizer, *sets
-                )
-            more["robustness"] = self._robustness(reference) if made else None
-        return {**found, **more}
-
-    def _counts(self) -> dict[str, Any]:
-        forget, judged = len(self.sets.forget), len(self.judged)
-        return {
-            "num_forget": forget,
-            "num_forget_measured": min(forget, patch_measures.MAX_MEASURED),
-            "num_retain": len(self.sets.retain),
-            "num_given": self.num_given,
-            "num_neighbours": self.num_neighbours,
-            "num_judged": judged,
-            "num_judged_measured": min(judged, patch_measures.MAX_MEASURED),
-            "retain": "written by the base" + ", and given" * (self.order.job.retain != WRITTEN),
-        }
+        if not measured:
+            return found
+        found |= outcome(end, self._known(self._model, thorough=True))
+        reference = self._reference()
+        if reference is not None:
+            found["metrics_reference"] = self._measured(reference)
+        return {**found, "robustness": self._robustness(reference) if made else None}
 
     def _reference(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -324,7 +286,7 @@ class _Making:
 
     def files(self) -> dict[str, bytes]:
         """Return the patch as PEFT reads it."""
-        return adapter_files(self._model)
+        return adapter.adapter_files(self._model)
 
 
 class _Ticks:

@@ -16,8 +16,7 @@ Source: relearning by Hu et al. 2024, "Jogging the memory of unlearned models"; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -60,42 +59,35 @@ def measure_robustness(
         return [each for each in cut if spans(each)]
 
     first, few = forget[:MAX_RELEARNT], forget[:MAX_ASKED]
-    twins = tokens_of([rename_record(each, 0) for each in records[:MAX_RELEARNT]])
-    if reference is not None:
-        control, other, told = "the reference", _attached(reference, model), first
+    if reference is None:
+        of, other = "invented names and figures", model
+        told = tokens_of([rename_record(each, 0) for each in records[:MAX_RELEARNT]])
     else:
-        control, other, told = "invented names and figures", model, twins
-    reworded = tokens_of([each for record in records[:MAX_ASKED] for each in _reworded(record)])
-    return {
+        config = replace(model.peft_config["default"], base_model_name_or_path=None)
+        of, other = "the reference", attach(reference, config, None, init_seed=0)
+        told = list(first)
+    found = {
         "num_texts": len(few),
         "num_relearnt": len(first),
         "relearning": _means(relearnt(model, first, first)),
-        "control": {"of": control, **_means(relearnt(other, told, told))} if told else None,
+        "control": {"of": of, **_means(relearnt(other, told, told))} if told else None,
         "rounding": {str(bits): fmean(probabilities_rounded(model, few, bits)) for bits in BITS},
-        "rewording": _before_and_after(model, reworded) if reworded else None,
+        "rewording": None,
     }
-
-
-def _attached(reference: Any, like: Any) -> Any:
-    config = replace(like.peft_config["default"], base_model_name_or_path=None)
-    return attach(reference, config, None, init_seed=0)
+    if reworded := tokens_of([each for record in records[:MAX_ASKED] for each in _reworded(record)]):
+        with model.disable_adapter():
+            before = fmean(probabilities(model, reworded))
+        found["rewording"] = {"before": before, "after": fmean(probabilities(model, reworded))}
+    return found
 
 
 def _reworded(record: Record) -> list[Record]:
     """Return the record with its first question in other words."""
     for at, part in enumerate(record.parts):
         if part.role in ("prompt", "user"):
-            return [
-                replace(
-                    record,
-                    parts=(
-                        *record.parts[:at],
-                        Part(part.role, _worded(wording, part.text)),
-                        *record.parts[at + 1 :],
-                    ),
-                )
-                for wording in WORDINGS
-            ]
+            asked = [Part(part.role, _worded(each, part.text)) for each in WORDINGS]
+            before, after = record.parts[:at], record.parts[at + 1 :]
+            return [replace(record, parts=(*before, each, *after)) for each in asked]
     return []
 
 
@@ -118,12 +110,6 @@ def _means(by_steps: Mapping[int, Sequence[float]]) -> dict[str, float]:
     return {str(steps): fmean(each) for steps, each in by_steps.items()}
 
 
-def _before_and_after(model: Any, examples: Sequence[Tokens]) -> dict[str, float]:
-    with model.disable_adapter():
-        before = fmean(probabilities(model, examples))
-    return {"before": before, "after": fmean(probabilities(model, examples))}
-
-
 def relearnt(
     model: Any,
     taught: Sequence[Tokens],
@@ -140,10 +126,9 @@ def relearnt(
     model.add_adapter(EXTRA, model.peft_config["default"])
     model.base_model.set_adapter(["default", EXTRA])
     try:
-        trained = []
         for name, each in model.named_parameters():
             each.requires_grad_(f".{EXTRA}." in name)
-            trained += [each] if f".{EXTRA}." in name else []
+        trained = [each for each in model.parameters() if each.requires_grad]
         optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0.0, foreach=False)
         batch = collate(taught).to(model.device)
         for step in range(1, max(after) + 1):
@@ -163,19 +148,18 @@ def relearnt(
 
 
 def probabilities_rounded(model: Any, examples: Sequence[Tokens], bits: int) -> list[float]:
-    """Return the probabilities of examples with the weights, patch included, rounded to `bits`."""
-    with _rounded_weights(model, bits), model.disable_adapter():
-        return probabilities(model, examples)
+    """Return the probabilities of examples with the weights, patch included, rounded to `bits`.
 
-
-@contextmanager
-def _rounded_weights(model: Any, bits: int) -> Iterator[None]:
-    """Round the patched modules and every other linear module but the head, then restore them.
-
-    The patch is merged before rounding. The original weights are never written to.
+    The patched modules and every other linear module but the head are rounded, then restored. The
+    original weights are never written to.
     """
-    changes, head = _changes(model), model.get_output_embeddings()
-    held = []
+    head, held = model.get_output_embeddings(), []
+    with torch.no_grad():
+        changes: dict[str, Tensor] = {
+            f"{name}.base_layer": module.get_delta_weight("default").detach()
+            for name, module in model.named_modules()
+            if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", ())
+        }
     try:
         for name, module in model.named_modules():
             linear = isinstance(module, torch.nn.Linear) and "lora_" not in name
@@ -183,23 +167,13 @@ def _rounded_weights(model: Any, bits: int) -> Iterator[None]:
                 weight = module.weight
                 held.append((module, weight))
                 laid_on = weight.detach().float() + changes.get(name, torch.zeros(()))
-                module.weight = torch.nn.Parameter(
-                    round_weights(laid_on, bits).to(weight.dtype), requires_grad=False
-                )
-        yield
+                rounded = round_weights(laid_on, bits).to(weight.dtype)
+                module.weight = torch.nn.Parameter(rounded, requires_grad=False)
+        with model.disable_adapter():
+            return probabilities(model, examples)
     finally:
         for module, weight in held:
             module.weight = weight
-
-
-def _changes(model: Any) -> Mapping[str, Tensor]:
-    """Return what the patch adds to the weights, by the name of the module that holds them."""
-    with torch.no_grad():
-        return {
-            f"{name}.base_layer": module.get_delta_weight("default").detach()
-            for name, module in model.named_modules()
-            if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", ())
-        }
 
 
 def round_weights(weights: Tensor, bits: int) -> Tensor:
