@@ -35,59 +35,22 @@ if TYPE_CHECKING:
     from sisa.model import Model, open_model
     from sisa.train import train_model
 
-__all__ = [
-    "Answer",
-    "Busy",
-    "ConfigConflict",
-    "EnvironmentFault",
-    "ForgetOutcome",
-    "ForgetPlan",
-    "IntegrityError",
-    "InvalidInput",
-    "Model",
-    "OnCluster",
-    "Part",
-    "Record",
-    "RejectedRequest",
-    "RunConfig",
-    "SisaError",
-    "Status",
-    "Terms",
-    "TransientError",
-    "UnknownRecord",
-    "load_run_file",
-    "open_model",
-    "train_model",
-]
+__all__ = ["Model", "OnCluster", "RunConfig", "Terms", "load_run_file", "open_model", "train_model"]
+__all__ += ["Answer", "ForgetOutcome", "ForgetPlan", "Part", "Record", "Status"]
+__all__ += ["Busy", "ConfigConflict", "EnvironmentFault", "IntegrityError", "InvalidInput"]
+__all__ += ["RejectedRequest", "SisaError", "TransientError", "UnknownRecord"]
 
-_HOMES = {
-    "sisa.config.config": ("RunConfig",),
-    "sisa.config.runfile": ("load_run_file",),
-    "sisa.core.domain": ("Part", "Record"),
-    "sisa.core.errors": (
-        "Busy",
-        "ConfigConflict",
-        "EnvironmentFault",
-        "IntegrityError",
-        "InvalidInput",
-        "RejectedRequest",
-        "SisaError",
-        "TransientError",
-        "UnknownRecord",
-    ),
-    "sisa.flows.ask": ("Answer",),
-    "sisa.flows.deletion": ("Terms",),
-    "sisa.flows.wiring.wiring": ("OnCluster",),
-    "sisa.flows.wiring.results": ("ForgetOutcome", "ForgetPlan", "Status"),
-    "sisa.model": ("Model", "open_model"),
-    "sisa.train": ("train_model",),
-}
+_HOMES = (  # of these names, in the order in which modules import each other
+    *("sisa.core.domain", "sisa.core.errors", "sisa.config.config", "sisa.config.runfile"),
+    *("sisa.flows.ask", "sisa.flows.deletion", "sisa.flows.wiring.results", "sisa.flows.wiring.wiring"),
+    *("sisa.model", "sisa.train"),
+)
 
 if not TYPE_CHECKING:  # a type checker sees the names themselves
 
     def __getattr__(name: str) -> Any:
-        for module, names in _HOMES.items():
-            if name in names:
-                globals()[name] = found = getattr(import_module(module), name)
+        for module in map(import_module, _HOMES if name in __all__ else ()):
+            if hasattr(module, name):
+                globals()[name] = found = getattr(module, name)
                 return found
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

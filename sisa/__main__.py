@@ -1,8 +1,4 @@
-"""Run the command `sisa`: the console script, and `python -m sisa`.
-
-The command line lives in `cluster`, a name that other packages bear. This entry stands outside of it, so
-that it can say so.
-"""
+"""Run the command `sisa`: report a package that hides `cluster`, which holds the command line."""
 
 from __future__ import annotations
 
@@ -15,8 +11,7 @@ from sisa.flows.wiring.upper_houses import COMMAND, load
 
 
 def main() -> Any:
-    """Run the command of this process's arguments. Exit with 6 when another package hides a part of this
-    program."""
+    """Run the command of this process's arguments. Exit with 6 when another package hides a part."""
     try:
         command = load(COMMAND)
     except EnvironmentFault as fault:

@@ -1,10 +1,4 @@
-"""Provide the public API: open a model, train, add, where, find, forget, verify, generate, export.
-
-    import sisa
-    model, taken = sisa.train_model("run.yaml")
-    model.where(["p001-q1"])
-    model.forget(["p001-q1"])
-    assert model.verify(replay="all").ok
+"""Provide a model in a directory: add, where, find, forget, verify, generate, export.
 
 A writer holds the lock of the model's directory; a second writer gets `Busy`. If a caller or a machine
 is at fault, every method raises errors of `sisa.core.errors` alone. `train.py` trains a model and moves
@@ -47,21 +41,13 @@ from sisa.core.errors import (
     SisaError,
 )
 from sisa.core.events import Notice, QueueSeen, Report, silent
-from sisa.core.ports import KeptVersions
 from sisa.data.reader import named_by_location, read_like
 from sisa.flows import lifecycle, query
 from sisa.flows.ask import Answer, Prompt, ask, open_answerer, prompt_form, routes_of
 from sisa.flows.deletion import Terms, arrive, copies, forget_at_once, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Taken, add, train
-from sisa.flows.reconcile import (
-    HeldPrompts,
-    finish_written,
-    held_prompts,
-    reconcile,
-    stale_exports,
-    under_way,
-)
+from sisa.flows.reconcile import finish_written, held_prompts, reconcile, stale_exports, under_way
 from sisa.flows.scratch import guard
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context, Resources, lookup, model_digest, view_shards
@@ -115,17 +101,12 @@ def asked_again(question: Callable[Concatenate[Model, _P], _T]) -> Callable[Conc
 class Model:
     """A deletion-ready model in a directory.
 
-    An object may live long: each call compares the ledger's description of the model with its own and
-    adopts a changed one. Reads see the model after it has caught up with its witness. Writes hold the
-    directory's lock from before the catch-up.
+    An object may live long: each call adopts what another process has since committed. Reads see the
+    model after it has caught up with its witness; writes hold the directory's lock from before that.
     """
 
     def __init__(
-        self,
-        directory: Path | str,
-        *,
-        executor: str | OpenExecutor = "ray",
-        report: Report = silent,
+        self, directory: Path | str, *, executor: str | OpenExecutor = "ray", report: Report = silent
     ) -> None:
         """Open an existing model. Raise InvalidInput if there is none, IntegrityError if damaged."""
         self.directory = Path(directory)
@@ -231,13 +212,16 @@ class Model:
         """
         with self._writing() as context:
             live, dead = _named(context, ids, subject)
-            if not live:
-                finished = reconcile(context, defer=defer)  # finishes a deletion after a crash
-                return _forgotten(context, None, dead, finished.kept_versions, deferred=defer)
-            _ = self.resources.base  # refuses a changed base before anything is erased
-            arrived = arrive(context, live, (), Terms(approver=DIRECT, reason=DIRECT, consent=consent))
-            done = forget_at_once(context, arrived, defer=defer)
-            return _forgotten(context, done.requests[0], dead, done.kept_versions, deferred=defer)
+            request = None
+            if live:
+                _ = self.resources.base  # refuses a changed base before anything is erased
+                terms = Terms(approver=DIRECT, reason=DIRECT, consent=consent)
+                done = forget_at_once(context, arrive(context, live, (), terms), defer=defer)
+                request, kept = done.requests[0], done.kept_versions
+            else:  # finishes a deletion after a crash
+                kept = reconcile(context, defer=defer).kept_versions
+            lost = tuple(each.path for each in stale_exports(context))
+            return ForgetOutcome(request, tuple(dead), model_digest(context), lost, kept, defer)
 
     def submit(
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
@@ -301,10 +285,8 @@ class Model:
             else:
                 done = ()
                 reconcile(context)
-            return (
-                *(each for each in context.stores.ledger.requests() if each.request_id in begun),
-                *done,
-            )
+            requests = context.stores.ledger.requests()
+            return (*(each for each in requests if each.request_id in begun), *done)
 
     @asked_again
     def status(self) -> Status:
@@ -315,46 +297,37 @@ class Model:
             kept = ["prefixes"] if context.settings.keeps_prefixes else []
             areas = ("records", "index", "checkpoints", *kept)
             sizes = {area: context.stores.blobs[area].num_bytes("") for area in areas}
-            with context.stores.ledger.snapshot():
-                return self._status(context, exports, sizes, prompts)
-
-    def _status(
-        self,
-        context: Context,
-        exports: tuple[query.ExportStatus, ...],
-        sizes: dict[str, int],
-        prompts: HeldPrompts | None,
-    ) -> Status:
-        ledger = context.stores.ledger
-        heads = ledger.heads()
-        views = view_shards(context, [head.shard for head in heads])
-        recipe = context.settings.recipe
-        full = full_record_epochs(views, recipe)
-        return Status(
-            directory=str(self.directory),
-            records=sum(ledger.counts().values()),
-            deleted_records=ledger.num_tombstones(),
-            model_digest=model_digest(context),
-            base_model=self.base.name,
-            base_digest=self.base.digest,
-            embedder=self.embedder.name,
-            schedule=self.config.sisa.schedule,
-            shards=tuple(query.shards(context)),
-            requests=tuple(ledger.requests()),
-            exports=exports,
-            sizes_bytes={LEDGER: files.num_bytes(self.directory / LEDGER), **sizes},
-            witness=(context.stores.witness.location(), witness_standing(context)),
-            event_head=ledger.event_head(),
-            num_orders=1 + len(recipe.orders),
-            serving_depth=serving_depth(heads, views),
-            record_epochs_full=full,
-            checkpoint_budget_bytes=self.config.sisa.checkpoint_budget_bytes,
-            records_without_subject=ledger.num_without_subject()[0],
-            checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
-            record_epochs_others=full_record_epochs(views, recipe, recipe.orders) - full,
-            form=prompt_form(context),
-            prompts=prompts,
-        )
+            ledger, config = context.stores.ledger, self.config
+            recipe = context.settings.recipe
+            with ledger.snapshot():
+                heads = ledger.heads()
+                views = view_shards(context, [head.shard for head in heads])
+                full = full_record_epochs(views, recipe)
+                return Status(
+                    directory=str(self.directory),
+                    records=sum(ledger.counts().values()),
+                    deleted_records=ledger.num_tombstones(),
+                    model_digest=model_digest(context),
+                    base_model=self.base.name,
+                    base_digest=self.base.digest,
+                    embedder=self.embedder.name,
+                    schedule=config.sisa.schedule,
+                    shards=tuple(query.shards(context)),
+                    requests=tuple(ledger.requests()),
+                    exports=exports,
+                    sizes_bytes={LEDGER: files.num_bytes(self.directory / LEDGER), **sizes},
+                    witness=(context.stores.witness.location(), witness_standing(context)),
+                    event_head=ledger.event_head(),
+                    num_orders=1 + len(recipe.orders),
+                    serving_depth=serving_depth(heads, views),
+                    record_epochs_full=full,
+                    checkpoint_budget_bytes=config.sisa.checkpoint_budget_bytes,
+                    records_without_subject=ledger.num_without_subject()[0],
+                    checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
+                    record_epochs_others=full_record_epochs(views, recipe, recipe.orders) - full,
+                    form=prompt_form(context),
+                    prompts=prompts,
+                )
 
     def verify(
         self,
@@ -428,8 +401,7 @@ class Model:
     def answerer(self) -> tuple[Answerer, Kind]:
         """Return all constituent models served now, and the form in which they get prompts.
 
-        They raise Outdated instead of answering once a deletion or another change has replaced one of
-        them.
+        They raise Outdated instead of answering once one of them is replaced.
         """
         with self._context() as context:
             return open_answerer(context, self.resources, open_ledger=self._ledger), prompt_form(context)
@@ -437,8 +409,7 @@ class Model:
     def as_transformers(self, **options: Any) -> AggregatedModel:
         """Return the served models as a `PreTrainedModel` with `generate`, for tools without shards.
 
-        `options` are those of `sisa.lm.answer.hf_model.AggregatedModel`. The result raises Outdated as
-        that of `answerer` does.
+        `options` are those of `sisa.lm.answer.hf_model.AggregatedModel`. It raises Outdated, too.
         """
         from sisa.lm.answer.hf_model import AggregatedModel
 
@@ -482,10 +453,7 @@ class Model:
         self.resources = Resources(self.config, self.base, self.embedder)
 
     def _catch_up(self) -> None:
-        """Adopt the run file, base, embedder and encryption that another process has since committed.
-
-        Raise ConfigConflict if the directory now holds another model.
-        """
+        """Adopt what another process has since committed. Raise ConfigConflict for another model."""
         meta = wiring.read_description(self.directory)
         if meta == self._meta:
             return
@@ -505,7 +473,7 @@ class Model:
         """Open the model as the ledger describes it now, after it has caught up with its witness.
 
         `locked`: the caller holds the writer lock. `as_it_is`: do not catch up. `outdated`: accept a
-        read-only copy that is behind its witness.
+        read-only copy that is behind its witness, for which EnvironmentFault is raised otherwise.
         """
         self._catch_up()
         with wiring.open_context(
@@ -514,25 +482,19 @@ class Model:
             if locked:
                 catch_up(context)
             elif not as_it_is and is_behind(context):
-                self._replay(context, outdated=outdated)
+                read_only = is_read_only(self.directory / LEDGER)
+                if read_only and not outdated:
+                    raise EnvironmentFault(
+                        "this copy of the model still holds what was deleted since it was made, and it "
+                        "can't be written to delete it again",
+                        where=str(self.directory),
+                        next_step="copy it to a writable disk; `sisa status` and `sisa verify` can read "
+                        "it here",
+                    )
+                if not read_only:
+                    with files.writer_lock(self.directory / LOCK):
+                        catch_up(context)
             yield context
-
-    def _replay(self, context: Context, *, outdated: bool) -> None:
-        """Delete again what was deleted since this copy was made.
-
-        Raise EnvironmentFault if the copy can't be written, unless it may be `outdated`.
-        """
-        if is_read_only(self.directory / LEDGER):
-            if outdated:
-                return
-            raise EnvironmentFault(
-                "this copy of the model still holds what was deleted since it was made, and it can't be "
-                "written to delete it again",
-                where=str(self.directory),
-                next_step="copy it to a writable disk; `sisa status` and `sisa verify` can read it here",
-            )
-        with files.writer_lock(self.directory / LOCK):
-            catch_up(context)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -574,16 +536,3 @@ def _named(
     held = [each for _, each in lookup(context, list(dict.fromkeys(ids)))]
     live = [each for each in held if isinstance(each, RecordRow)]
     return live, [each for each in held if isinstance(each, Tombstone)]
-
-
-def _forgotten(
-    context: Context,
-    request: Request | None,
-    dead: Sequence[Tombstone],
-    kept: tuple[KeptVersions, ...],
-    *,
-    deferred: bool,
-) -> ForgetOutcome:
-    lost = tuple(each.path for each in stale_exports(context))
-    digest = model_digest(context)
-    return ForgetOutcome(request, tuple(dead), digest, lost, kept, deferred)

@@ -1,27 +1,28 @@
 """Train a model from a run file, or move an existing one to a changed run file.
 
-Everything is read and checked before anything is written: the run file, every record, the base, the
-embedder, every record's length. A directory with a ledger holds an existing model; records that it does
-not hold are counted and left to `add`. `flows/reconfigure.py` carries out the effects of a changed run
-file.
+Everything is read and checked before anything is written. Records that an existing model does not hold
+are counted and left to `add`. `flows/reconfigure.py` carries out the effects of a changed run file.
 """
 
 from __future__ import annotations
 
+import secrets
+import uuid
 from collections import Counter
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from sisa.audit.garbage import AREAS
 from sisa.config.config import Difference, Effect, RunConfig, differences, is_uri
 from sisa.config.runfile import load_run_file
-from sisa.core.digest import Keyed
+from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.domain import DEFAULT_PRECISION, Record, active, wanted
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Notice, Report, silent
 from sisa.core.ports import Change
 from sisa.core.requests import key_name
-from sisa.data.reader import named_by_location, read_records
+from sisa.data.reader import Subjects, named_by_location, read_records
 from sisa.flows import reconfigure
 from sisa.flows.ask import FORM, usual_kind
 from sisa.flows.ingest import Taken, check_same_records, train
@@ -31,17 +32,7 @@ from sisa.flows.scratch import guard, prepare_base
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context, Resources, commit, indexed_digest, trained_over
 from sisa.flows.wiring.progress import progress, running
-from sisa.flows.wiring.wiring import (
-    CHECKPOINTS,
-    INDEX,
-    KEY,
-    LEDGER,
-    LOCK,
-    SCRATCH,
-    VAULT,
-    OpenExecutor,
-    storage_root,
-)
+from sisa.flows.wiring.wiring import LEDGER, LOCK, OpenExecutor
 from sisa.flows.wiring.witness import catch_up, is_behind
 from sisa.lm.base.numerics import require_device
 from sisa.model import Model
@@ -70,50 +61,43 @@ def train_model(
     counts deleted records and never takes them.
     """
     config = run_file if isinstance(run_file, RunConfig) else load_run_file(Path(run_file))
-    options = {"accept_differences": accept_differences, "allow_deleted": allow_deleted}
-    if report is not None:
-        return _train(config, executor, report, **options)
-    with progress() as shown:
-        model, taken = _train(config, executor, shown, **options)
-    model.report = silent
+    with progress() if report is None else nullcontext(report) as shown:
+        wiring.find_executor(executor)  # refuses an unknown one before anything is written
+        require_device(config.precision)
+        _check_keys_outside(config)
+        first = not _committed(config.output_dir)
+        subjects: Subjects = "some" if first else "any"
+        records = read_records(config.datasets, config.sisa.group_by, config.limits, subjects=subjects)
+        shown(Notice(records.subject_report()))
+        if first:
+            _check_no_foreign_files(config.output_dir)
+        with named_by_location(records):
+            if first:
+                taken = _first_training(config, records, executor, shown, allow_deleted=allow_deleted)
+                model = Model(config.output_dir, executor=executor, report=shown)
+            else:
+                model = Model(config.output_dir, executor=executor, report=shown)
+                taken = _move_and_train(model, config, records, accept_differences=accept_differences)
+    if report is None:
+        model.report = silent
     return model, taken
 
 
-def _train(
-    config: RunConfig,
-    executor: str | OpenExecutor,
-    report: Report,
-    *,
-    accept_differences: bool,
-    allow_deleted: bool,
-) -> tuple[Model, Taken]:
-    directory = config.output_dir
-    wiring.find_executor(executor)  # refuses an unknown one before anything is written
-    require_device(config.precision)
-    _check_keys_outside(config)
-    first = not _committed(directory)
-    records = read_records(
-        config.datasets, config.sisa.group_by, config.limits, subjects="some" if first else "any"
-    )
-    report(Notice(records.subject_report()))
-    if first:
-        _check_no_foreign_files(directory)
-        with named_by_location(records):
-            return _first_training(config, records, executor, report, allow_deleted=allow_deleted)
-    model = Model(directory, executor=executor, report=report)
+def _move_and_train(
+    model: Model, config: RunConfig, records: list[Record], *, accept_differences: bool
+) -> Taken:
+    """Move an existing model to a run file, then train what is missing."""
     found = differences(model.config, config)
     if found or accept_differences:
-        with named_by_location(records):
-            check_risks(config.sisa.bands, records)
+        check_risks(config.sisa.bands, records)
     if accept_differences and any((each.key, each.effect) == ("base_model", "reset") for each in found):
-        with named_by_location(records):
-            prepare_base(config, records, executor, report)
+        prepare_base(config, records, model.executor, model.report)
     resources = _new_resources(model, config, accept_differences=accept_differences)
-    with named_by_location(records), model._locked():  # one lock over both steps
+    with model._locked():  # one lock over both steps
         moved = _move(model, config, resources, records, accept_differences=accept_differences)
         model._take(wiring.describe(model.directory))
         taken = model._resume(records)
-    return model, replace(
+    return replace(
         taken,
         record_epochs_trained=taken.record_epochs_trained + moved.record_epochs_trained,
         slices_trained=taken.slices_trained + moved.slices_trained,
@@ -128,24 +112,28 @@ def _first_training(
     report: Report,
     *,
     allow_deleted: bool,
-) -> tuple[Model, Taken]:
+) -> Taken:
     """Train a new model.
 
     Every record and the base are checked before anything is written. A base from scratch is the
     exception: it must be trained before tokens can be counted.
     """
-    secret = wiring.new_secret(config)
-    keyed = Keyed(secret)
-    resources = Resources(config, None, None)
+    key_file, directory = config.sisa.partition_key_file, config.output_dir
+    secret = read_secret(key_file) if key_file else secrets.token_bytes(KEY_BYTES)
+    keyed, resources = Keyed(secret), Resources(config, None, None)
     _check_records(config, records, keyed, resources, allow_deleted=allow_deleted)
-    _check_places(config, keyed)
+    wiring.witness_of(config, keyed, uuid.uuid4().hex).check_writable()
+    if config.storage is not None:
+        wiring.storage_root(config.storage).check_usable()
     prepare_base(config, records, executor, report)
     resources.count_tokens(records)
     resources.check_base()
-    counted = Counter[str](record.kind for record in records)
-    meta = {**resources.meta(), FORM: usual_kind(counted)}
-    directory = config.output_dir
-    _make_directory(directory, report)
+    form = usual_kind(Counter[str](record.kind for record in records))
+    meta = {**resources.meta(), FORM: form, "key": key_name(keyed)}
+    files.make_directory(directory)
+    if kind := files.network_file_system(directory):
+        what = "its ledger is not safe there; only `storage:` may be"
+        report(Notice(f"output_dir is on a network file system ({kind}): {what}"))
     with files.writer_lock(directory / LOCK):
         if _committed(directory):
             raise Busy(
@@ -158,31 +146,13 @@ def _first_training(
         with wiring.open_context(
             directory, resources, keyed, name, executor, report, create=True
         ) as context:
-            taken = train(context, records, {**meta, "key": key_name(keyed), "model": name})
-    return Model(directory, executor=executor, report=report), taken
-
-
-def _check_places(config: RunConfig, keyed: Keyed) -> None:
-    """Raise EnvironmentFault if the witness or the storage can't be written."""
-    wiring.witness_of(config, keyed, wiring.new_model_id()).check_writable()
-    if config.storage is not None:
-        storage_root(config.storage).check_usable()
-
-
-def _make_directory(directory: Path, report: Report) -> None:
-    files.make_directory(directory)
-    if kind := files.network_file_system(directory):
-        what = "its ledger is not safe there; only `storage:` may be"
-        report(Notice(f"output_dir is on a network file system ({kind}): {what}"))
+            return train(context, records, {**meta, "model": name})
 
 
 def _check_records(
     config: RunConfig, records: list[Record], keyed: Keyed, resources: Resources, *, allow_deleted: bool
 ) -> None:
-    """Raise InvalidInput or ConfigConflict for records that a first training can't take.
-
-    The base counts tokens; a base from scratch counts them later, once it is trained.
-    """
+    """Raise InvalidInput or ConfigConflict for records that a first training can't take."""
     check_generations(config.training(), records)
     bands = config.sisa.bands
     unplaced = unnamed(bands, records)
@@ -191,6 +161,7 @@ def _check_records(
     check_all(
         lambda: check_risks(bands, records),
         lambda: check_not_deleted(Assigner(keyed, config.layout), placed, deleted, "trained"),
+        # A base from scratch counts tokens later, once it is trained.
         lambda: resources.count_tokens(records) if isinstance(config.base_model, str) else None,
     )
 
@@ -201,13 +172,10 @@ def _new_name(config: RunConfig) -> str:
     Keys and areas of an encrypted model, or of one in a storage, contain its name. Such a model keeps
     its name through interrupted attempts, so that abandoned files can be found again.
     """
-    ledger = SqlLedger(config.output_dir / LEDGER, create=True)
-    try:
-        name = ledger.meta().get("model") or wiring.new_model_id()
+    with closing(SqlLedger(config.output_dir / LEDGER, create=True)) as ledger:
+        name = ledger.meta().get("model") or uuid.uuid4().hex
         if config.encrypt or config.storage:
             ledger.commit(Change(meta={"model": name}))
-    finally:
-        ledger.close()
     return name
 
 
@@ -225,7 +193,7 @@ def _check_keys_outside(config: RunConfig) -> None:
 def _check_keys_moved(model: Model, config: RunConfig) -> None:
     """Raise ConfigConflict if `keyring:` names a directory to which the keys were not moved."""
     old, new = (wiring.keyrings(each) / model.id for each in (model.config, config))
-    needed = model.config.encrypt or model.keyring.held(VAULT)
+    needed = model.config.encrypt or model.keyring.held(wiring.VAULT)
     if needed and old != new and not new.is_dir():
         raise ConfigConflict(
             "the model's keyring is not where the run file says",
@@ -234,25 +202,19 @@ def _check_keys_moved(model: Model, config: RunConfig) -> None:
         )
 
 
-def _secret(model: Model, config: RunConfig) -> bytes:
-    """Return the secret that a run file names, or else the model's own."""
-    if key_file := config.sisa.partition_key_file:
-        return read_secret(key_file)
-    return wiring.stored_secret(model.directory, config, model.id)
-
-
 def _check_move(model: Model, config: RunConfig, *, accept_differences: bool) -> None:
     """Raise ConfigConflict for settings that can't change and for unaccepted differences."""
-    if Keyed(_secret(model, config)).name != Keyed(model.secret).name:
+    secret = wiring.stored_secret(model.directory, config, model.id)
+    if Keyed(secret).name != Keyed(model.secret).name:
         raise ConfigConflict(
             "a model's partition key can't change: its ledger of deleted records is kept under it",
             where="sisa.partition_key_file",
             next_step="give the key that the model was trained with, or train a new model",
         )
-    graver = _graver(model, config)
+    found = _differences(model, config)
     if not accept_differences:
-        reconfigure.check_no_differences(graver, str(config.output_dir))
-    if any(each.key == "sisa.group_by" for each in graver):
+        reconfigure.check_no_differences(found, str(config.output_dir))
+    if any(each.key == "sisa.group_by" for each in found):
         raise ConfigConflict(
             "the column that names the subject can't change: the held records do not have another",
             where="sisa.group_by",
@@ -269,17 +231,14 @@ def _check_move(model: Model, config: RunConfig, *, accept_differences: bool) ->
         )
 
 
-def _graver(model: Model, config: RunConfig) -> list[Difference]:
+def _differences(model: Model, config: RunConfig) -> list[Difference]:
     """Return the differences, except the path of the key file: only its content must be the same."""
     found = differences(model.config, config)
     return [each for each in found if each.key != "sisa.partition_key_file"]
 
 
 def _new_resources(model: Model, config: RunConfig, *, accept_differences: bool) -> Resources | None:
-    """Resolve the base and embedder of a run file, or return None to keep the model's own.
-
-    This may take long, so it runs before the lock is held. It refuses what can be refused so early.
-    """
+    """Return the run file's base and embedder, resolved before the lock; None keeps the model's own."""
     _check_move(model, config, accept_differences=accept_differences)
     if not accept_differences:
         return None
@@ -296,14 +255,16 @@ def _move(
     *,
     accept_differences: bool,
 ) -> Trained:
-    """Move an existing model to a changed run file.
-
-    The caller holds the lock, and `model` is as the ledger describes it under that lock.
-    """
+    """Move an existing model to a changed run file; the caller holds its lock."""
     _check_move(model, config, accept_differences=accept_differences)
-    effects = _effects(model, config, resources)
+    effects = {each.effect for each in _differences(model, config)} - {"none"}
     if resources is None:
         resources = Resources(config, model.base, model.embedder)
+    else:  # another base or embedder may have the same name
+        if resources.base.digest != model.base.digest:
+            effects.add("reset")
+        if indexed_digest(resources.embedder) != model.embedder.digest:
+            effects.add("reindex")
     if not effects and not differences(model.config, config):
         return Trained()
     if effects:
@@ -315,23 +276,13 @@ def _move(
         check_same_records(old, records)  # with the generations of their present slices
         if under_way(old):
             erase_unknown(old)  # finish the erasure of an interrupted deletion before training
-    keyed = Keyed(_secret(model, config))
+    keyed = Keyed(wiring.stored_secret(model.directory, config, model.id))
     with wiring.open_context(
         model.directory, resources, keyed, model.id, model.executor, model.report
     ) as context:
         done = _moved(context, config, resources, effects)
     wiring.keep_key(model.directory, config, model.id, model.secret)
     return done
-
-
-def _effects(model: Model, config: RunConfig, resources: Resources | None) -> set[Effect]:
-    """Return the effects of the changed settings, and of another base or embedder."""
-    found = {each.effect for each in _graver(model, config)} - {"none"}
-    if resources is not None and resources.base.digest != model.base.digest:
-        found.add("reset")
-    if resources is not None and indexed_digest(resources.embedder) != model.embedder.digest:
-        found.add("reindex")
-    return found
 
 
 def _moved(context: Context, config: RunConfig, resources: Resources, effects: set[Effect]) -> Trained:
@@ -369,19 +320,14 @@ def _replay_first(old: Context, *, moving: bool) -> None:
 
 
 def _committed(directory: Path) -> bool:
-    """Return whether a first training got as far as its commit.
-
-    Raise IntegrityError if the ledger is lost.
-    """
+    """Return whether a first training reached its commit. Raise IntegrityError for a lost ledger."""
     if (directory / LEDGER).is_file():
-        ledger = SqlLedger(directory / LEDGER, create=True)  # its creation may have been interrupted
-        try:
+        # `create`, since its creation may have been interrupted.
+        with closing(SqlLedger(directory / LEDGER, create=True)) as ledger:
             if "config" in ledger.meta():
                 return True
-        finally:
-            ledger.close()
-    index_alone = files.held_names(directory / INDEX) and not (directory / LEDGER).exists()
-    if files.held_names(directory / CHECKPOINTS) or index_alone:
+    index_alone = files.held_names(directory / wiring.INDEX) and not (directory / LEDGER).exists()
+    if files.held_names(directory / wiring.CHECKPOINTS) or index_alone:
         # Checkpoints are written after the first commit, an index after the ledger's file.
         raise IntegrityError(
             "the ledger is missing, but other parts of a model are held",
@@ -395,7 +341,7 @@ def _committed(directory: Path) -> bool:
 
 def _check_no_foreign_files(directory: Path) -> None:
     """Raise InvalidInput if a first training would write among files that are not a model's."""
-    ours = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", KEY, LOCK, SCRATCH, *AREAS}
+    ours = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", wiring.KEY, LOCK, wiring.SCRATCH, *AREAS}
     if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
         raise InvalidInput(
             "output_dir holds something that is not a model",

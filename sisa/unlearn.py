@@ -32,10 +32,9 @@ def unlearn(
     max_seconds: float | None = None,
     retrain_shards: bool = False,
 ) -> Unlearnt:
-    """Make a patch; without a wish, continue the wanted one.
+    """Make a patch; without a wish, continue the wanted one. Raise InvalidInput if none is wanted.
 
-    Raise the errors of `patching.want` and `patching.make_wanted`, and InvalidInput if no patch is
-    wanted.
+    Raise the errors of `patching.want` and `patching.make_wanted`, too.
     """
     with model._writing() as context:
         _ = model.resources.base  # refuses a changed base before anything is written
@@ -58,10 +57,7 @@ def unlearn(
 
 
 def retrain(model: Model) -> int:
-    """Train all shards over the patches served now; return the number of slices trained.
-
-    The result is exact with respect to the patched base. Raise ConfigConflict.
-    """
+    """Train all shards over the patches served now, exactly; return the number of slices trained."""
     with model._writing() as context:
         stack = active(context.stores.ledger.patches())
         if trained_over(context.stores.ledger) != tuple(each.key for each in stack):
@@ -79,11 +75,7 @@ def revert(model: Model, *, everything: bool = False, retrain_shards: bool = Fal
 
 
 def release(
-    model: Model,
-    *,
-    sets: Sequence[str] = (),
-    request_ids: Sequence[str] = (),
-    everything: bool = False,
+    model: Model, *, sets: Sequence[str] = (), request_ids: Sequence[str] = (), everything: bool = False
 ) -> list[VaultSet]:
     """Erase texts from the vault when consent is withdrawn. Raise UnknownRecord for unknown names."""
     with model._writing() as context:
@@ -98,11 +90,8 @@ def release(
 def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]:
     """Return all patches ever wanted, the vault's sets, and the patches beneath trained shards."""
     with model._context() as context:
-        return (
-            context.stores.ledger.patches(),
-            context.stores.ledger.vault(),
-            trained_over(context.stores.ledger),
-        )
+        ledger = context.stores.ledger
+        return ledger.patches(), ledger.vault(), trained_over(ledger)
 
 
 @asked_again

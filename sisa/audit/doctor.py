@@ -208,7 +208,7 @@ def _opened(directory: Path) -> list[Finding]:
     except SisaError as error:
         return [finding("ledger_damaged", "error", LEDGER, error.what)]
     try:
-        config = wiring.stored_config(meta)
+        config = RunConfig.from_canonical(meta["config"])
         base, embedder = wiring.named(meta, "base"), wiring.named(meta, "embedder")
         model = wiring.model_id(meta)
     except (SisaError, ValueError, KeyError, TypeError):

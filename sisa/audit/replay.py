@@ -240,7 +240,7 @@ def _train_forked(requests: int, stage: dict[str, Any], environment: dict[str, s
 def _train_and_exit(stage: StageRequest, environment: dict[str, str], failing: int) -> NoReturn:
     try:
         os.environ.update(environment)
-        with open_as_it_is(Path(stage.directory), "serial", silent) as context:
+        with open_as_it_is(Path(stage.directory)) as context:
             store = scratch_store(context, stage.scratch)
             train_stage(replace(context, report=silent), stage.shard, stage.key, store)
     except BaseException as error:  # send only its name: its text may quote a record

@@ -69,7 +69,7 @@ def context_of(
 ) -> Iterator[Context]:
     """Open the context of a directory; every part but the trainer is real."""
     ledger = SqlLedger(directory / wiring.LEDGER, create=create is not None)
-    config = create or wiring.stored_config(ledger.meta())
+    config = create or RunConfig.from_canonical(ledger.meta()["config"])
     embedder = NameEmbedder(HashingEmbedder())
     keyring = wiring.open_keyring(config, NAME)
     blobs = open_areas(directory, config.storage, NAME)
@@ -181,9 +181,14 @@ def open_fake(site: Site, _options: Any) -> SerialExecutor:
     return SerialExecutor(FakeTrainer(), *wiring.open_stores(site))
 
 
+def leave_out_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open models without a probe of their base."""
+    monkeypatch.setattr(wiring, "Compute", lambda **given: Compute(**{**given, "probe": None}))
+
+
 def use_fake_resources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `open_model` and the command line train with the fake, whatever executor is named."""
     base = SimpleNamespace(directory=Path("no-base"), digest=BASE)
     monkeypatch.setattr(Resources, "base", base)
     monkeypatch.setattr(wiring, "find_executor", lambda _: open_fake)
-    monkeypatch.setattr(wiring, "_probe", lambda *_: None)
+    leave_out_probe(monkeypatch)

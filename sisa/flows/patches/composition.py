@@ -11,7 +11,7 @@ over the patches before and after, given the true tokens. Only numbers are retur
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from sisa.core.domain import Patch
@@ -49,13 +49,13 @@ class Composition:
 
     def to_json(self) -> dict[str, Any]:
         """Return numbers alone; none over fewer than MIN_RECORDS: a report outlives the records."""
-        by_shard = {str(shard): _kept(each) for shard, each in self.by_shard.items()}
-        means = {"base": _kept(self.base), "shards": _kept(self.shards)}
+
+        def kept(effect: AnswerChange | None) -> dict[str, Any] | None:
+            return asdict(effect) if effect and effect.num_records >= MIN_RECORDS else None
+
+        by_shard = {str(shard): kept(each) for shard, each in self.by_shard.items()}
+        means = {"base": kept(self.base), "shards": kept(self.shards)}
         return {"num_records": self.num_records, **means, "by_shard": by_shard}
-
-
-def _kept(effect: AnswerChange | None) -> dict[str, Any] | None:
-    return asdict(effect) if effect is not None and effect.num_records >= MIN_RECORDS else None
 
 
 def measure(
@@ -102,11 +102,5 @@ def _compared(
 
 
 def _mean(effects: Sequence[AnswerChange]) -> AnswerChange:
-    count = len(effects)
-    return AnswerChange(
-        num_records=count,
-        answer_probability_before=sum(each.answer_probability_before for each in effects) / count,
-        answer_probability_after=sum(each.answer_probability_after for each in effects) / count,
-        agreement=sum(each.agreement for each in effects) / count,
-        kl=sum(each.kl for each in effects) / count,
-    )
+    sums = [sum(values) for values in zip(*map(astuple, effects), strict=True)]
+    return AnswerChange(len(effects), *(each / len(effects) for each in sums[1:]))

@@ -9,8 +9,6 @@
 A deletion never fails because a patch can't be made again: the patch stays dropped, and a notice says
 so. Until it is made again, the base is served without it. If shards were trained over a dropped patch,
 everything trained over it is dropped in a separate commit before the deletion's.
-
-`planning/patch_plan.py` decides which patches are touched, and how they are wanted again.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 
-from sisa.core.domain import Export, Patch, wanted, without_shards
+from sisa.core.domain import Patch, wanted, without_shards
 from sisa.core.errors import SisaError
 from sisa.core.events import Notice
-from sisa.core.ports import Change, Contribution, Ledger, Removal
+from sisa.core.ports import Change, Contribution, Removal
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.patching import make_wanted, shards_off
 from sisa.flows.wiring.context import Context, commit, trained_over
@@ -39,31 +37,28 @@ class PatchesHook:
 
         Write new retain sets, and the removed texts of requests with consent, to the vault.
         """
-        ledger = context.stores.ledger
-        if not (_has_patches(ledger) or any(each.consent for each in removal.requests)):
+        ledger, rows = context.stores.ledger, removal.rows
+        consented = any(each.consent for each in removal.requests)
+        if not (consented or ledger.patches() or ledger.vault()):  # as in most models
             return Contribution()
         request_id = removal.requests[0].request_id if removal.requests else ""
-        rows = removal.rows
         instead, written = vault_sets.without_removed(context, rows)
         touched = {each.key for each in lineage(ledger.patches(), instead)}
-        found = Rederived()
-        if touched:
-            held = vault_sets.held_sets(context) - {old for old, new in instead.items() if old == new}
-            held |= {each.name for each in written.sets}
-            found = rederive(
-                ledger.patches(),
-                instead,
-                held,
-                context.compute.fingerprint,
-                context.now(),
-                request_id,
-            )
+        held = vault_sets.held_sets(context) - {old for old, new in instead.items() if old == new}
+        held |= {each.name for each in written.sets}
+        numerics, now = context.compute.fingerprint, context.now()
+        found = rederive(ledger.patches(), instead, held, numerics, now, request_id)
         kept = written.only({each.job.retain for each in found.fresh})
         kept += vault_sets.put_removed(context, removal)
         if not touched.isdisjoint(trained_over(ledger)):
             shards_off(context)
+        stale = [
+            replace(each, state="tainted", request_id=request_id)
+            for each in ledger.exports()
+            if not each.stale and not touched.isdisjoint(each.patches)
+        ]
         change = Change(
-            exports=_stale(context, touched, request_id),
+            exports=stale,
             patches=_changed(context, found, {row.shard for row in rows.values()}),
             vault=kept.sets,
             vaulted=kept.pairs,
@@ -72,21 +67,8 @@ class PatchesHook:
 
     def erase_unneeded(self, context: Context) -> None:
         """Erase the texts that no patch needs."""
-        if _has_patches(context.stores.ledger):
+        if context.stores.ledger.patches() or context.stores.ledger.vault():
             vault_sets.erase_unneeded(context)
-
-
-def _has_patches(ledger: Ledger) -> bool:
-    """Return whether there are, or were, patches or texts for them; most models have neither."""
-    return bool(ledger.patches() or ledger.vault())
-
-
-def _stale(context: Context, touched: Collection[str], request_id: str) -> list[Export]:
-    return [
-        replace(each, state="tainted", request_id=request_id)
-        for each in context.stores.ledger.exports()
-        if not each.stale and not set(touched).isdisjoint(each.patches)
-    ]
 
 
 def _changed(context: Context, found: Rederived, shards: Collection[int]) -> list[Patch]:
@@ -101,11 +83,9 @@ def _make_again(context: Context, found: Rederived) -> None:
     """Make the dropped patches again; report a failure, which leaves them wanted."""
     if not found.changed:
         return
-    lost = len(found.changed) - len(found.fresh)
-    if lost:
-        context.report(
-            Notice(f"{lost} patches are dropped for good: the texts that they forgot are erased")
-        )
+    if lost := len(found.changed) - len(found.fresh):
+        what = "dropped for good: the texts that they forgot are erased"
+        context.report(Notice(f"{lost} patches are {what}"))
     if not found.fresh:
         vault_sets.erase_unneeded(context)
         return
@@ -113,12 +93,9 @@ def _make_again(context: Context, found: Rederived) -> None:
     try:
         make_wanted(context)
     except SisaError as error:
-        context.report(
-            Notice(
-                f"the patches could not be made again ({type(error).__name__}): `sisa approx "
-                "unlearn` tries again; until then the base is served without them"
-            )
-        )
+        what = f"the patches could not be made again ({type(error).__name__})"
+        then = "`sisa approx unlearn` tries again; until then the base is served without them"
+        context.report(Notice(f"{what}: {then}"))
 
 
 def give_up(context: Context, damaged: Collection[str]) -> None:
@@ -129,12 +106,10 @@ def give_up(context: Context, damaged: Collection[str]) -> None:
     ledger = context.stores.ledger
     sets = [each for each in ledger.vault() if each.name in damaged and each.held]
     lost = {each.name for each in sets}
-    held = vault_sets.held_sets(context) - lost
-    patches = ledger.patches()
+    held, patches = vault_sets.held_sets(context) - lost, ledger.patches()
     unmade = {each.key for each in wanted(patches) if not lost.isdisjoint(each.job.sets)}
-    found = rederive(
-        patches, {}, held, context.compute.fingerprint, context.now(), "", unmade.union(damaged)
-    )
+    numerics, now = context.compute.fingerprint, context.now()
+    found = rederive(patches, {}, held, numerics, now, "", unmade.union(damaged))
     if found.dropped & set(trained_over(ledger)):
         shards_off(context)
     gone = [replace(each, held=False) for each in sets]

@@ -8,10 +8,9 @@ The ledger holds a wish before anything is computed, so the same command continu
 There is one wish at a time. `approx/patches/` makes patches; `planning/patch_plan.py` decides which
 patches there should be.
 
-All shards can be trained over the patches that the ledger's meta names. That is exact with respect to
-the patched base, since the job of every stage names it. Patches whose retain sets hold records of the
-model can't be trained over, since one deletion would retrain every shard. If such a record is added
-later and deleted, everything trained over the patch is dropped in one commit.
+All shards can be trained over the patches that the ledger's meta names, exactly with respect to the
+patched base. If a record in the retain set of such a patch is deleted, everything trained over the patch
+is dropped in one commit.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from sisa.core.domain import (
     Record,
     RecordRow,
     Request,
-    SavedCheckpoint,
     VaultSet,
     active,
     wanted,
@@ -81,13 +79,16 @@ class Unlearnt:
 def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patch:
     """Record a wish to forget its own texts and those of requests.
 
-    Everything is checked, the texts go into the vault, and the ledger holds the wish. A wish for a patch
-    that is already active or wanted returns that patch. Raise InvalidInput (sets, settings, consent) or
-    ConfigConflict (a request without text, another wish).
+    A wish for a patch that is already active or wanted returns that patch. Raise InvalidInput (sets,
+    settings, consent) or ConfigConflict (a request without text, another wish).
     """
     from_requests = [vault_sets.set_of_request(context, each) for each in requests]
-    if wish.forget or wish.retain is not None:
-        vault_sets.check_consent(wish.consent)
+    if (wish.forget or wish.retain is not None) and not wish.consent.strip():
+        raise InvalidInput(
+            "texts are kept, encrypted, until a patch is made from them: that needs a recorded consent",
+            expected="who allowed it, or on what ground",
+            next_step="give --consent",
+        )
     texts = [record for found in from_requests for record in context.stores.vault.read(found)]
     context.compute.patcher().check(wish.settings, [*texts, *wish.forget], wish.retain, wish.reference)
     _tell_held(context, wish.forget)
@@ -105,16 +106,17 @@ def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patc
     for each in patches:
         if each.state in ("active", "wanted") and each.job == job:
             return each
-    _check_no_other_wish(wanted(patches))
+    if waiting := wanted(patches):
+        raise ConfigConflict(
+            "another patch is wanted and not made yet; nothing was changed",
+            where=f"patch {waiting[0].version}",
+            next_step="continue it by `sisa approx unlearn`, or give it up by `sisa approx revert`",
+        )
     put = fresh + kept
-    commit(context, Change(patches=[found], vault=_new(context, put), vaulted=put.pairs))
-    return found
-
-
-def _new(context: Context, put: Put) -> list[VaultSet]:
-    """Return the written sets; a set whose texts are already held is returned as first written."""
     known = {each.name: each for each in context.stores.ledger.vault() if each.held}
-    return [known.get(each.name, each) for each in put.sets]
+    sets = [known.get(each.name, each) for each in put.sets]  # a held set stays as first written
+    commit(context, Change(patches=[found], vault=sets, vaulted=put.pairs))
+    return found
 
 
 def _tell_held(context: Context, records: Sequence[Record]) -> None:
@@ -124,25 +126,11 @@ def _tell_held(context: Context, records: Sequence[Record]) -> None:
     by_id = context.stores.ledger.lookup([row.id_digest for row in rows])
     held, _ = context.stores.ledger.by_text({row.text_digest for row in rows})
     texts = {row.text_digest for row in held}
-    count = sum(
-        isinstance(by_id.get(row.id_digest), RecordRow) or row.text_digest in texts for row in rows
-    )
-    if count:
-        context.report(
-            Notice(
-                f"{count} of these texts are records of the model: a patch does not delete them from "
-                "the shards; `sisa forget` does, exactly"
-            )
-        )
-
-
-def _check_no_other_wish(waiting: Sequence[Patch]) -> None:
-    if waiting:
-        raise ConfigConflict(
-            "another patch is wanted and not made yet; nothing was changed",
-            where=f"patch {waiting[0].version}",
-            next_step="continue it by `sisa approx unlearn`, or give it up by `sisa approx revert`",
-        )
+    ids = {key for key, each in by_id.items() if isinstance(each, RecordRow)}
+    if count := sum(row.id_digest in ids or row.text_digest in texts for row in rows):
+        what = f"{count} of these texts are records of the model"
+        does = "a patch does not delete them from the shards; `sisa forget` does, exactly"
+        context.report(Notice(f"{what}: {does}"))
 
 
 def make_wanted(
@@ -169,7 +157,15 @@ def make_wanted(
             dropped = replace(patch, report=dict(report))
             commit(context, Change(patches=unmade(ledger.patches(), dropped)))
             continue
-        now = _active(patch, made.saved, context.now(), report)
+        now = replace(
+            patch,
+            state="active",
+            made_at=context.now(),
+            manifest_sha256=made.saved.manifest_sha256,
+            adapter_sha256=made.saved.adapter_sha256,
+            num_bytes=made.saved.num_bytes,
+            report=dict(report),
+        )
         before = ledger.patches()
         changed = activated(before, now)
         if measure is not None:
@@ -182,35 +178,16 @@ def make_wanted(
     return Unlearnt(last, False, report if last is None else last.report, *_settled(context))
 
 
-def _active(patch: Patch, saved: SavedCheckpoint, now: str, report: Mapping[str, Any]) -> Patch:
-    return replace(
-        patch,
-        state="active",
-        made_at=now,
-        manifest_sha256=saved.manifest_sha256,
-        adapter_sha256=saved.adapter_sha256,
-        num_bytes=saved.num_bytes,
-        report=dict(report),
-    )
-
-
 def _settled(context: Context) -> tuple[int, int]:
     """Erase texts that no patch needs and unlisted files of patches; return the sets erased and kept."""
     counts = vault_sets.erase_unneeded(context)
-    _erase_unknown(context)
+    known, held, keyring = known_by_area(context), areas(context), context.stores.keyring
+    keyring.destroy("patches", sorted(keyring.held("patches") - known["patches"]))
+    for area in ("vault", "runs", "patches"):
+        held[area].erase(sorted(held[area].held() - known[area]))
     purge(context)
     context.stores.ledger.scrub()
     return counts
-
-
-def _erase_unknown(context: Context) -> None:
-    """Erase texts, unfinished runs and patches that the ledger does not list."""
-    known, held = known_by_area(context), areas(context)
-    context.stores.keyring.destroy(
-        "patches", sorted(context.stores.keyring.held("patches") - known["patches"])
-    )
-    for area in ("vault", "runs", "patches"):
-        held[area].erase(sorted(held[area].held() - known[area]))
 
 
 def _order(context: Context, patch: Patch, max_seconds: float | None, reference: str) -> PatchOrder:
@@ -229,10 +206,7 @@ def _order(context: Context, patch: Patch, max_seconds: float | None, reference:
 
 
 def revert_patches(context: Context, *, everything: bool = False) -> list[Patch]:
-    """Withdraw the wanted patch or, if none is wanted, the newest active one; or all of them.
-
-    Raise InvalidInput if there is none.
-    """
+    """Withdraw the wanted patch, else the newest active one, or all. Raise InvalidInput without any."""
     patches = context.stores.ledger.patches()
     waiting, stack = wanted(patches), active(patches)
     chosen = [*stack, *waiting] if everything else (waiting or stack[-1:])
@@ -245,10 +219,7 @@ def revert_patches(context: Context, *, everything: bool = False) -> list[Patch]
 
 
 def release_sets(context: Context, sets: Sequence[VaultSet]) -> list[VaultSet]:
-    """Erase texts when consent is withdrawn, and give up a wish that needs them.
-
-    Wishes above that one continue without it.
-    """
+    """Erase texts when consent is withdrawn; give up wishes that need them, and go on without those."""
     names = {each.name for each in sets}
     patches, held = context.stores.ledger.patches(), vault_sets.held_sets(context) - names
     needing = [each.key for each in wanted(patches) if not names.isdisjoint(each.job.sets)]
@@ -274,18 +245,15 @@ def shards_over(context: Context, stack: Sequence[Patch]) -> None:
         )
     base = patched_digest(context.settings.base, [each.adapter_sha256 for each in stack])
     recipe = replace(context.settings.recipe, base=base)
-    heads = [
-        plan_shard(view_shard(context, head.shard), recipe, context.compute.fingerprint).head
-        for head in context.stores.ledger.heads()
-    ]
+    views = [view_shard(context, head.shard) for head in context.stores.ledger.heads()]
+    heads = [plan_shard(view, recipe, context.compute.fingerprint).head for view in views]
     commit(context, Change(heads=heads, meta={TRAINED_OVER: json.dumps([each.key for each in stack])}))
 
 
 def shards_off(context: Context) -> None:
     """Drop everything trained over patches at once; the shards start from the plain base."""
-    bare = [replace(view_shard(context, head.shard), held=()) for head in context.stores.ledger.heads()]
-    heads = [
-        plan_shard(view, context.settings.recipe, context.compute.fingerprint).head for view in bare
-    ]
+    recipe, fingerprint = context.settings.recipe, context.compute.fingerprint
+    views = [view_shard(context, head.shard) for head in context.stores.ledger.heads()]
+    heads = [plan_shard(replace(view, held=()), recipe, fingerprint).head for view in views]
     dropped = [each.key for each in context.stores.ledger.checkpoints()]
     commit(context, Change(heads=heads, dropped=dropped, meta={TRAINED_OVER: "[]"}))

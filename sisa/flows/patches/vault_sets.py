@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sisa.core.domain import WRITTEN, Record, RecordRow, Request, SetRole, VaultSet
-from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError, UnknownRecord
+from sisa.core.errors import ConfigConflict, Problem, SisaError, UnknownRecord
 from sisa.core.ports import Change, Removal
 from sisa.flows.wiring.context import Context, commit, held_rows, slices_of, stored_in, trained_over
 from sisa.planning.patch_plan import unneeded_sets
@@ -42,18 +42,14 @@ def put(
     context: Context, role: SetRole, records: Sequence[Record], consent: str, request_id: str = ""
 ) -> Put:
     """Write a set. Raise EnvironmentFault."""
-    name = context.settings.assigner.set_name(role, records)
-    sha256, num_bytes = context.stores.vault.put(name, records)
-    found = VaultSet(
-        name, role, len(records), consent, context.now(), sha256, num_bytes, request_id=request_id
-    )
-    return Put((found,), tuple((name, each) for each in _touching(context, records)))
-
-
-def _touching(context: Context, records: Sequence[Record]) -> list[str]:
-    rows = [context.settings.assigner.row(record, 0) for record in records]
+    assigner, now = context.settings.assigner, context.now()
+    name = assigner.set_name(role, records)
+    stored = context.stores.vault.put(name, records)
+    found = VaultSet(name, role, len(records), consent, now, *stored, request_id=request_id)
+    rows = [assigner.row(record, 0) for record in records]
     held, _ = context.stores.ledger.by_text({row.text_digest for row in rows})
-    return sorted({row.id_digest for row in (*rows, *held)})
+    ids = sorted({row.id_digest for row in (*rows, *held)})
+    return Put((found,), tuple((name, each) for each in ids))
 
 
 def put_removed(context: Context, removal: Removal) -> Put:
@@ -88,11 +84,12 @@ def without_removed(context: Context, removed: Mapping[str, RecordRow]) -> tuple
     Return the name of the set that replaces each of them, and what was written. A set that can't be read
     replaces itself and is no longer held.
     """
-    names = {name for found in context.stores.ledger.sets_with(removed).values() for name in found}
+    ledger, assigner = context.stores.ledger, context.settings.assigner
+    names = {name for found in ledger.sets_with(removed).values() for name in found}
+    texts = {row.text_digest for row in removed.values()}
     instead: dict[str, str] = {}
     written = Put()
-    texts = {row.text_digest for row in removed.values()}
-    for found in context.stores.ledger.vault():
+    for found in ledger.vault():
         if found.role != "retain" or found.name not in names:
             continue
         instead[found.name] = found.name
@@ -102,12 +99,11 @@ def without_removed(context: Context, removed: Mapping[str, RecordRow]) -> tuple
             records = context.stores.vault.read(found)
         except SisaError:
             continue
-        rows = [context.settings.assigner.row(each, 0) for each in records]
-        left = [
-            record
-            for record, row in zip(records, rows, strict=True)
-            if row.id_digest not in removed and row.text_digest not in texts
-        ]
+        left = []
+        for record in records:
+            row = assigner.row(record, 0)
+            if row.id_digest not in removed and row.text_digest not in texts:
+                left.append(record)
         instead[found.name] = WRITTEN
         if left:
             written += (again := put(context, "retain", left, found.consent, found.request_id))
@@ -115,16 +111,11 @@ def without_removed(context: Context, removed: Mapping[str, RecordRow]) -> tuple
     return instead, written
 
 
-def exported(context: Context) -> frozenset[str]:
-    """Return the keys of the patches that are in exports."""
-    return frozenset(key for each in context.stores.ledger.exports() for key in each.patches)
-
-
 def erase_unneeded(context: Context) -> tuple[int, int]:
     """Erase the texts that no patch needs; return the number of sets erased and kept."""
     ledger = context.stores.ledger
     sets = ledger.vault()
-    elsewhere = {*trained_over(ledger), *exported(context)}
+    elsewhere = {*trained_over(ledger), *(key for each in ledger.exports() for key in each.patches)}
     erased, gone = unneeded_sets(
         ledger.patches(), context.settings.patch_mode, sets, deletable(context), elsewhere
     )
@@ -151,45 +142,28 @@ def set_of_request(context: Context, request: Request) -> VaultSet:
     )
 
 
-def check_consent(consent: str) -> None:
-    """Raise InvalidInput if texts are given without a recorded consent to keep them."""
-    if not consent.strip():
-        raise InvalidInput(
-            "texts are kept, encrypted, until a patch is made from them: that needs a recorded consent",
-            expected="who allowed it, or on what ground",
-            next_step="give --consent",
-        )
-
-
 def chosen(context: Context, names: Sequence[str], request_ids: Sequence[str]) -> list[VaultSet]:
-    """Return held sets by names (or the first 8 letters or more) and by requests.
-
-    Raise UnknownRecord with all unknown ones.
-    """
-    sets = [each for each in context.stores.ledger.vault() if each.held]
-    found: dict[str, VaultSet] = {}
-    problems = []
+    """Return held sets by the first 8 letters or more, and by request. Raise UnknownRecord with all."""
+    ledger = context.stores.ledger
+    sets = [each for each in ledger.vault() if each.held]
+    vaulted = {
+        name: request.vaulted
+        for request in ledger.requests()
+        for name in (request.request_id, request.external_id)
+        if name is not None
+    }
+    asked = []
     for number, name in enumerate(names, 1):
         hits = [each for each in sets if each.name.startswith(name)] if len(name) >= 8 else []
-        if len(hits) != 1:
-            problems.append(Problem(f"set {number}", "names no set, or several"))
-        found |= {each.name: each for each in hits}
-    by_id = {
-        each: request
-        for request in context.stores.ledger.requests()
-        for each in (request.request_id, request.external_id)
-        if each is not None
-    }
+        asked.append((f"set {number}", "names no set, or several", hits))
     for number, name in enumerate(request_ids, 1):
-        request = by_id.get(name)
-        hits = [] if request is None else [each for each in sets if each.name == request.vaulted]
-        if not hits:
-            problems.append(Problem(f"request {number}", "has no text in the vault"))
-        found |= {each.name: each for each in hits}
+        hits = [each for each in sets if each.name == vaulted.get(name)]
+        asked.append((f"request {number}", "has no text in the vault", hits))
+    problems = [Problem(where, what) for where, what, hits in asked if len(hits) != 1]
     if problems:
         raise UnknownRecord(
             "some of these are not in the vault; nothing was changed",
             next_step="`sisa approx patches` lists the sets that are",
             problems=problems,
         )
-    return list(found.values())
+    return list({each.name: each for _, _, (each,) in asked}.values())

@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import Any
 
 from sisa.config.config import RunConfig, SisaBlock
+from sisa.core import ports
 from sisa.core.digest import digest_of, patched_digest
 from sisa.core.domain import (
     HeldCheckpoint,
@@ -34,30 +35,6 @@ from sisa.core.domain import (
 )
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, Problem, UnknownRecord
 from sisa.core.events import Report
-from sisa.core.ports import (
-    BlobStore,
-    By,
-    Change,
-    CheckpointStore,
-    DeletionHook,
-    Embedder,
-    Executor,
-    ExportStore,
-    KeptVersions,
-    Keyring,
-    Ledger,
-    Metrics,
-    Patcher,
-    PrefixStore,
-    Probe,
-    RecordIndex,
-    RecordStore,
-    StoredFiles,
-    StoredRecord,
-    Vault,
-    Vectors,
-    Witness,
-)
 from sisa.core.requests import EventChain
 from sisa.lm.answer.route import Route, choose_route, resolve_aggregation
 from sisa.planning.layout import Assigner, slice_root
@@ -104,7 +81,7 @@ class Resources:
         return load_tokenizer(self.base.directory)
 
     @cached_property
-    def embedder(self) -> Embedder:
+    def embedder(self) -> ports.Embedder:
         from sisa.lm.answer.embedder import resolve_embedder
         from sisa.lm.answer.names import NameEmbedder
 
@@ -168,7 +145,7 @@ class Resources:
         }
 
 
-def indexed_digest(embedder: Embedder) -> str:
+def indexed_digest(embedder: ports.Embedder) -> str:
     """Return the digest of what an index embeds: the embedder and the embedded parts of a record."""
     return digest_of([INDEXED, embedder.digest])
 
@@ -195,31 +172,31 @@ ALWAYS_SEALED = ("vault", "runs")  # areas that are sealed in a plain model, too
 class Stores:
     """The stores of a model."""
 
-    ledger: Ledger
-    witness: Witness
-    records: RecordStore
-    checkpoints: CheckpointStore
-    index: RecordIndex
-    keyring: Keyring
-    exports: ExportStore
-    metrics: Metrics
-    patches: CheckpointStore
-    vault: Vault
-    drafts: StoredFiles  # unfinished runs of patch making, by the key of their patch
-    prefixes: PrefixStore
-    blobs: Mapping[str, BlobStore] = field(default_factory=dict)  # by storage area; fakes have none
+    ledger: ports.Ledger
+    witness: ports.Witness
+    records: ports.RecordStore
+    checkpoints: ports.CheckpointStore
+    index: ports.RecordIndex
+    keyring: ports.Keyring
+    exports: ports.ExportStore
+    metrics: ports.Metrics
+    patches: ports.CheckpointStore
+    vault: ports.Vault
+    drafts: ports.StoredFiles  # unfinished runs of patch making, by the key of their patch
+    prefixes: ports.PrefixStore
+    blobs: Mapping[str, ports.BlobStore] = field(default_factory=dict)  # by area; fakes have none
 
 
 @dataclass(frozen=True)
 class Compute:
     """The computing parts of a model; heavy ones are opened on first use."""
 
-    embed: Callable[[Sequence[str]], Vectors]
+    embed: Callable[[Sequence[str]], ports.Vectors]
     count_tokens: Callable[[Sequence[Record]], Sequence[int]]
-    executor_for: Callable[[CheckpointStore], Executor]
-    patcher: Callable[[], Patcher]
+    executor_for: Callable[[ports.CheckpointStore], ports.Executor]
+    patcher: Callable[[], ports.Patcher]
     fingerprint: str  # of the numerics that all of it runs under
-    probe: Probe | None = None
+    probe: ports.Probe | None = None
 
 
 @dataclass(frozen=True)
@@ -248,20 +225,17 @@ class Context:
     settings: Settings
     now: Callable[[], str]
     report: Report
-    hooks: tuple[DeletionHook[Context], ...] = ()
+    hooks: tuple[ports.DeletionHook[Context], ...] = ()
 
     @property
     def recipe(self) -> Recipe:
-        """Return the recipe of shards over the base and the patches that the ledger names.
-
-        Raise IntegrityError if one of these patches is damaged.
-        """
+        """Return the recipe over the base and the patches beneath. Raise IntegrityError."""
         base = self.settings.base
         stack = [each.adapter_sha256 for each in patches_beneath(self.stores.ledger, base)]
         return replace(self.settings.recipe, base=patched_digest(base, stack))
 
 
-def commit(context: Context, change: Change) -> int:
+def commit(context: Context, change: ports.Change) -> int:
     """Commit a transaction, and record its requests and deletions in the witness.
 
     After a crash between the two, the next writer completes the record (`witness.py`).
@@ -291,7 +265,9 @@ def live_heads(context: Context) -> dict[int, str]:
     return {head.shard: head.key for head in context.stores.ledger.heads() if head.key is not None}
 
 
-def search_each(context: Context, queries: Vectors, top_k: int, by: By = "text") -> list[list[Hit]]:
+def search_each(
+    context: Context, queries: ports.Vectors, top_k: int, by: ports.By = "text"
+) -> list[list[Hit]]:
     """Return the best hits over all shards for each query, best first.
 
     A score is relative to the query's score with itself: equal texts score 1, whatever the length of
@@ -320,12 +296,12 @@ def route_of(
     return choose_route(hits, resolve_aggregation(block.aggregation, block.embedder, kind), live, near)
 
 
-def trained_over(ledger: Ledger) -> tuple[str, ...]:
+def trained_over(ledger: ports.Ledger) -> tuple[str, ...]:
     """Return the keys of the patches over which the shards are trained, lowest first."""
     return tuple(json.loads(ledger.meta().get(TRAINED_OVER, "[]")))
 
 
-def patches_beneath(ledger: Ledger, base: str) -> list[Patch]:
+def patches_beneath(ledger: ports.Ledger, base: str) -> list[Patch]:
     """Return the patches over which shards are trained, lowest first; none if the base has changed."""
     keys = trained_over(ledger)
     if not keys:
@@ -368,7 +344,7 @@ def _known_prefixes(context: Context) -> frozenset[str]:
     return held & prefix_names(slices, context.recipe, context.compute.fingerprint)
 
 
-def areas(context: Context) -> dict[str, StoredFiles]:
+def areas(context: Context) -> dict[str, ports.StoredFiles]:
     """Return the storage areas whose files the ledger lists.
 
     Everything held there can be erased, leftover temporary files included; in the vault and the drafts,
@@ -391,13 +367,13 @@ def held_by_area(context: Context) -> dict[str, frozenset[str]]:
     return {name: area.held() for name, area in areas(context).items()}
 
 
-def purge(context: Context, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:
+def purge(context: Context, *, dry_run: bool = False) -> tuple[ports.KeptVersions, ...]:
     """Remove old versions of replaced or erased objects; return those that a bucket keeps."""
     found = sorted(context.stores.blobs)
     return tuple(kept for area in found for kept in context.stores.blobs[area].purge(dry_run=dry_run))
 
 
-def patch_files(store: CheckpointStore, stack: Iterable[Patch]) -> list[dict[str, bytes]]:
+def patch_files(store: ports.CheckpointStore, stack: Iterable[Patch]) -> list[dict[str, bytes]]:
     """Return the files of patches in order, after checking them. Raise IntegrityError."""
     return [store.load(each.key, each.manifest_sha256) for each in stack]
 
@@ -417,7 +393,7 @@ def slices_of(context: Context, rows: Iterable[RecordRow]) -> list[SliceFile]:
 
 def stored_in(
     context: Context, files: Iterable[SliceFile], rows: Collection[RecordRow]
-) -> list[StoredRecord]:
+) -> list[ports.StoredRecord]:
     """Return the records of rows, read from the files of their slices."""
     names = {row.id_digest for row in rows}
     places = {(row.shard, row.slice) for row in rows}
@@ -425,7 +401,7 @@ def stored_in(
     return [stored for each in read for stored in each if stored.id_digest in names]
 
 
-def embed_records(context: Context, records: Sequence[Record]) -> list[Vectors]:
+def embed_records(context: Context, records: Sequence[Record]) -> list[ports.Vectors]:
     """Return each record's vectors: that of its text, then those of what is asked in it."""
     texts = [(record.text, *record.asked) for record in records]
     vectors = context.compute.embed([text for each in texts for text in each])
@@ -433,7 +409,7 @@ def embed_records(context: Context, records: Sequence[Record]) -> list[Vectors]:
     return [vectors[end - len(each) : end] for end, each in zip(ends, texts, strict=True)]
 
 
-def embed_shard(context: Context, shard: int, rows: Sequence[RecordRow]) -> dict[int, Vectors]:
+def embed_shard(context: Context, shard: int, rows: Sequence[RecordRow]) -> dict[int, ports.Vectors]:
     """Embed a shard's records again from its slice files; return their vectors by vector id."""
     stored = stored_in(context, context.stores.ledger.slices(shard), rows)
     held = {each.id_digest: each.record for each in stored}
@@ -446,7 +422,7 @@ def write_slice(
     shard: int,
     slice_: int,
     rows: Sequence[RecordRow],
-    fresh: Iterable[StoredRecord] = (),
+    fresh: Iterable[ports.StoredRecord] = (),
 ) -> SliceFile:
     """Write the slice that holds exactly `rows`, their records taken from disk and from `fresh`."""
     held = [file for file in context.stores.ledger.slices(shard) if file.slice == slice_]
@@ -462,10 +438,7 @@ def write_slice(
 
 
 def view_shard(
-    context: Context,
-    shard: int,
-    replaced: Iterable[SliceState] = (),
-    dropped: Collection[str] = (),
+    context: Context, shard: int, replaced: Iterable[SliceState] = (), dropped: Collection[str] = ()
 ) -> ShardView:
     slices: dict[int, SliceState] = {file.slice: file for file in context.stores.ledger.slices(shard)}
     slices.update({state.slice: state for state in replaced})

@@ -1,9 +1,8 @@
 """Show the progress of the current run on standard error, and define what a run is.
 
-Progress is shown as live bars on a terminal, as plain lines elsewhere. It shows shards, slices, passes,
-tokens, steps and time; never an id or a text. Standard output stays free for the result. Training is
-measured in record-epochs, whose total is known before training starts; a patch in steps. On a terminal
-each active shard has its own bar, MOST_ROWS of them at most.
+Progress is shown as live bars on a terminal, as plain lines elsewhere; never an id or a text. Training
+is measured in record-epochs, whose total is known before training starts; a patch in steps. On a
+terminal each active shard has its own bar, MOST_ROWS of them at most.
 
     >>> meter = Meter()
     >>> meter.take(TrainingStarted(((0, 0, 10), (1, 0, 30))), now=0.0)
@@ -17,23 +16,16 @@ each active shard has its own bar, MOST_ROWS of them at most.
 A run is everything that one command does, in all of its processes. Its name (the time in UTC and a
 random suffix) is in log lines, metrics and Ray's series, also in those of workers. A run inside another
 run takes the outer name. `SISA_RUN` sets the name from outside.
-
-    >>> with running(RunContext("20261125T213749Z-3f9a1c2b", "json")), running() as inner:
-    ...     inner.run
-    '20261125T213749Z-3f9a1c2b'
-    >>> current_run() is None
-    True
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -78,12 +70,9 @@ def new_run(log_format: LogFormat = "text") -> RunContext:
     return RunContext(given if is_run(given) else f"{now}-{os.urandom(4).hex()}", log_format)
 
 
-@contextlib.contextmanager
+@contextmanager
 def running(run: RunContext | None = None) -> Iterator[RunContext]:
-    """Make a run the current one until the end of the block.
-
-    Without `run`, continue the current run, or begin a new one.
-    """
+    """Make a run the current one until the end of the block: `run`, the current one or a new one."""
     found = run or current_run() or new_run()
     token = _under_way.set(found)
     try:
@@ -102,7 +91,6 @@ Place = tuple[int, int]
 class AtWork:
     """A shard whose worker trains a stage: its stages in this training, and the progress of this one."""
 
-    shard: int
     num_done: int
     num_slices: int
     since: float
@@ -114,7 +102,7 @@ class AtWork:
         steps = f"epoch {at.epoch}/{at.num_epochs}, step {at.step}/{at.num_steps}, " * bool(at.num_steps)
         left = _clock(passed * (at.total_tokens - at.tokens) / at.tokens) if at.tokens else UNKNOWN_TIME
         return (
-            f"shard {self.shard}: slice {self.num_done + 1}/{self.num_slices}, {steps}"
+            f"shard {at.shard}: slice {self.num_done + 1}/{self.num_slices}, {steps}"
             f"{at.tokens / passed:.0f} tok/s, {left} left"
         )
 
@@ -123,12 +111,8 @@ class Meter:
     """The state of a training, event by event."""
 
     def __init__(self) -> None:
-        self._stages: dict[Place, int] = {}
-        self._total = 0
-        self._slices: Counter[int] = Counter()  # by shard, as the next
-        self._finished: Counter[int] = Counter()
-        self._done: set[Place] = set()
-        self._done_epochs = self._done_tokens = self._done_shards = 0
+        self._stages: dict[Place, int] = {}  # record-epochs
+        self._done: dict[Place, int] = {}  # tokens
         self._at: dict[int, tuple[float, SliceProgress]] = {}  # by shard: since when, how far
         self._patch: PatchProgress | None = None
         self._first = 0  # the step of a patch at which its clock started
@@ -138,8 +122,6 @@ class Meter:
         if isinstance(event, TrainingStarted):
             self.__init__()  # type: ignore[misc]
             self._stages = {(shard, slice_): epochs for shard, slice_, epochs in event.stages}
-            self._total = sum(self._stages.values())
-            self._slices.update(shard for shard, _ in self._stages)
             self._started = now
         elif isinstance(event, SliceStarted):
             start = SliceProgress(event.shard, event.slice, 0, event.total_tokens)
@@ -148,25 +130,16 @@ class Meter:
             since, _ = self._at.get(event.shard, (now, event))
             self._at[event.shard] = (since, event)
         elif isinstance(event, SliceTrained):
-            self._finish(event.job.shard, event.job.slice)
+            _, at = self._at.pop(event.job.shard, (now, None))
+            self._done.setdefault((event.job.shard, event.job.slice), at.tokens if at else 0)
         elif isinstance(event, PatchProgress):
             if self._patch is None or event.step <= self._patch.step:
                 self._started, self._first = now, event.step
             self._patch = event
 
-    def _finish(self, shard: int, slice_: int) -> None:
-        _, at = self._at.pop(shard, (0.0, None))
-        if (shard, slice_) in self._done:
-            return
-        self._done.add((shard, slice_))
-        self._done_tokens += at.tokens if at is not None else 0
-        self._done_epochs += self._stages.get((shard, slice_), 0)
-        self._finished[shard] += 1
-        self._done_shards += self._finished[shard] == self._slices[shard]
-
     @property
     def total(self) -> int:
-        return self._total if self._patch is None else self._patch.num_steps
+        return sum(self._stages.values()) if self._patch is None else self._patch.num_steps
 
     @property
     def done(self) -> float:
@@ -176,7 +149,7 @@ class Meter:
             self._stages.get((at.shard, at.slice), 0) * at.tokens / max(1, at.total_tokens)
             for _, at in self._at.values()
         )
-        return self._done_epochs + sum(under_way)
+        return sum(self._stages.get(place, 0) for place in self._done) + sum(under_way)
 
     @property
     def over(self) -> bool:
@@ -185,13 +158,14 @@ class Meter:
 
     def tokens_per_second(self, now: float) -> float:
         """Return the tokens per second of all workers together, since the training began."""
-        tokens = self._done_tokens + sum(at.tokens for _, at in self._at.values())
+        tokens = sum(self._done.values()) + sum(at.tokens for _, at in self._at.values())
         return tokens / max(1e-9, now - self._started)
 
     def at_work(self) -> list[AtWork]:
         """Return the shards at a stage now, by number."""
+        done, stages = (Counter(shard for shard, _ in each) for each in (self._done, self._stages))
         return [
-            AtWork(shard, self._finished[shard], self._slices[shard], since, at)
+            AtWork(done[shard], stages[shard], since, at)
             for shard, (since, at) in sorted(self._at.items())
         ]
 
@@ -215,22 +189,21 @@ class Meter:
 
     def line(self, now: float) -> str:
         """Return one line of text: shards, slices, share, tokens/s, time left; or steps of a patch."""
-        if self._patch is not None:
-            return self._patch_line(self._patch, now)
+        if (at := self._patch) is not None:
+            left = UNKNOWN_TIME
+            if at.step > self._first:
+                left = _clock((now - self._started) * (at.num_steps - at.step) / (at.step - self._first))
+            return f"patch (approximate): step {at.step}/{at.num_steps}, loss {at.loss:.4f}, {left} left"
         share = self.done / self.total if self.total else 1.0
         seconds = self._seconds_left(now)
+        shards = {shard for shard, _ in self._stages}
+        open_ = {shard for shard, _ in self._stages.keys() - self._done.keys()}
         return (
-            f"shards {self._done_shards}/{len(self._slices)}, "
+            f"shards {len(shards - open_)}/{len(shards)}, "
             f"slices {len(self._done)}/{len(self._stages)}, {int(100 * share)}% of record-epochs, "
             f"{self.tokens_per_second(now):.0f} tok/s, "
             f"{UNKNOWN_TIME if seconds is None else _clock(seconds)} left"
         )
-
-    def _patch_line(self, at: PatchProgress, now: float) -> str:
-        left = UNKNOWN_TIME
-        if at.step > self._first:
-            left = _clock((now - self._started) * (at.num_steps - at.step) / (at.step - self._first))
-        return f"patch (approximate): step {at.step}/{at.num_steps}, loss {at.loss:.4f}, {left} left"
 
 
 def _clock(seconds: float) -> str:
@@ -238,15 +211,10 @@ def _clock(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02d}"
 
 
-@contextmanager
-def progress(stream: TextIO | None = None) -> Iterator[Report]:
+def progress(stream: TextIO | None = None) -> AbstractContextManager[Report]:
     """Show what is reported on a stream (standard error by default)."""
     stream = stream or sys.stderr
-    if stream.isatty():
-        with _bars(stream) as report:
-            yield report
-    else:
-        yield _lines(stream)
+    return _bars(stream) if stream.isatty() else nullcontext(_lines(stream))
 
 
 def _lines(stream: TextIO) -> Report:
@@ -287,7 +255,7 @@ def _bars(stream: TextIO) -> Iterator[Report]:
                 console.print(event.text, markup=False)
                 return
             bars.update(whole, total=meter.total, completed=meter.done, description=meter.line(now))
-            shown = {each.shard: each for each in meter.at_work()[:MOST_ROWS]}
+            shown = {each.at.shard: each for each in meter.at_work()[:MOST_ROWS]}
             changed = rows.keys() != shown.keys()
             for shard in rows.keys() - shown.keys():
                 bars.remove_task(rows.pop(shard))

@@ -11,10 +11,8 @@ from sisa.core.domain import Kind, Request, Tombstone, WitnessHead
 from sisa.core.ports import KeptVersions
 from sisa.flows import query
 from sisa.flows.deletion import Forgetting
-from sisa.flows.reconcile import HeldPrompts
+from sisa.flows.reconcile import BEGINNING, HeldPrompts
 from sisa.flows.wiring.witness import WitnessStanding
-
-NO_EVENTS = WitnessHead("", 0)
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Status:
     sizes_bytes: dict[str, int]
     # where it rests, and how it stands to the ledger
     witness: tuple[str, WitnessStanding] = ("", "absent")
-    event_head: WitnessHead = NO_EVENTS  # the last link of the event log, and how many events
+    event_head: WitnessHead = BEGINNING  # the last link of the event log, and how many events
     exports: tuple[query.ExportStatus, ...] = ()
     num_orders: int = 1
     serving_depth: float = 1.0  # mean share of their slices that shards serve

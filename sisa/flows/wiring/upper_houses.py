@@ -11,9 +11,8 @@ Other packages and a user's own modules may have these names, so a name is loade
 from __future__ import annotations
 
 import pkgutil
-import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -25,10 +24,7 @@ COMMAND = "cluster.cli.cli:main"
 PROBE = "approx.evaluation.probe:open_probe"
 EXECUTORS = MappingProxyType({"ray": "cluster.ray.ray_executor:open_executor"})
 PATCHERS = MappingProxyType(
-    {
-        "serial": "approx.patches.patching:open_patcher",
-        "ray": "cluster.ray.patch_tasks:open_patcher",
-    }
+    {"serial": "approx.patches.patching:open_patcher", "ray": "cluster.ray.patch_tasks:open_patcher"}
 )
 BASE_TRAINERS = MappingProxyType({"ray": "cluster.ray.scratch_tasks:train_on_ray"})
 
@@ -38,10 +34,7 @@ MARK = b"deletion-ready-model"  # a string in the `__init__.py` of both
 
 
 def load(name: str) -> Any:
-    """Import and return the object that a dotted name `package.module:attribute` names.
-
-    Raise EnvironmentFault if another package hides ours.
-    """
+    """Return the object `package.module:attribute`. Raise EnvironmentFault if a package hides ours."""
     check_upper_houses()
     return pkgutil.resolve_name(name)
 
@@ -53,18 +46,15 @@ def check_upper_houses(search: Sequence[str] | None = None) -> None:
     no fault if neither is found.
     """
     for name in UPPER_HOUSES:
-        spec = _spec(name) if search is None else PathFinder.find_spec(name, search)
+        spec = find_spec(name) if search is None else PathFinder.find_spec(name, search)
         if search is not None and (spec is None or spec.loader is None):
             continue
         ours = ROOT / name / "__init__.py"
-        found = Path(spec.origin) if spec is not None and spec.origin is not None else None
+        found = Path(spec.origin) if spec and spec.origin else None
         if found is None:
             got, step = "none", "install it again: pip install --force-reinstall deletion-ready-model"
         elif found.resolve() != ours.resolve():
-            got, step = (
-                str(found),
-                "rename it, or run where neither folder nor PYTHONPATH has it",
-            )
+            got, step = str(found), "rename it, or run where neither folder nor PYTHONPATH has it"
         elif MARK not in ours.read_bytes():
             got = "the file of another distribution"
             step = f"pip uninstall {name}, then install this program again"
@@ -77,9 +67,3 @@ def check_upper_houses(search: Sequence[str] | None = None) -> None:
             got=got,
             next_step=step,
         )
-
-
-def _spec(name: str) -> ModuleSpec | None:
-    """Return the module that `import name` finds or has found."""
-    held = sys.modules.get(name)
-    return held.__spec__ if held is not None else find_spec(name)

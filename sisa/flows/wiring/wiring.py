@@ -10,11 +10,10 @@
     STORAGE/MODEL/       records, checkpoints, patches and scratch, where the run file names a `storage:`
     KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR
 
-A storage is an absolute path or `s3://BUCKET[/PREFIX]`; the endpoint of a server other than Amazon's
-comes from the environment. Models share a storage, since each has a name of its own there. Index, vault,
-unfinished runs and metrics always stay in DIR. Heavy parts (`Resources`) and whatever makes patches are
-opened when they are first used. Torch is not imported here. Executors, probes and patchers that use Ray
-or are approximate are found by name (`upper_houses.py`).
+A storage is an absolute path or `s3://BUCKET[/PREFIX]`, and models share it; the endpoint of a server
+other than Amazon's comes from the environment. Index, vault, unfinished runs and metrics always stay in
+DIR. Executors, probes and patchers that use Ray or are approximate are found by name
+(`upper_houses.py`).
 
 >>> open_areas(Path("m"), "s3://b/p", "0f")["records"].location()
 's3://b/p/0f/records'
@@ -26,11 +25,8 @@ or are approximate are found by name (`upper_houses.py`).
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
-import secrets
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -39,22 +35,11 @@ from pathlib import Path
 from typing import Any
 
 from sisa.config.config import RunConfig, state_dir
-from sisa.core.digest import KEY_BYTES, Keyed
-from sisa.core.domain import Probed, Record, Tombstone, active
+from sisa.core import ports
+from sisa.core.digest import Keyed
+from sisa.core.domain import Probed, Record, Tombstone, active, wanted
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
-from sisa.core.events import Event, QueueSeen, Report
-from sisa.core.ports import (
-    BlobStore,
-    CheckpointStore,
-    Executor,
-    Keyring,
-    Ledger,
-    Metrics,
-    Patcher,
-    PatchSite,
-    Probe,
-    Trainer,
-)
+from sisa.core.events import Event, QueueSeen, Report, silent
 from sisa.core.requests import EventChain, key_names
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor, Site
@@ -91,13 +76,12 @@ RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scrat
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
 PREFIXES = "prefixes"
 HOOKS = (PatchesHook(),)  # called on a deletion, in this order
-
 DESCRIPTION = ("config", "base", "embedder", "key", "model")  # of the ledger's `meta`
 
-OpenExecutor = Callable[[Site, Mapping[str, Any]], Executor]
+OpenExecutor = Callable[[Site, Mapping[str, Any]], ports.Executor]
 # of the base's directory and digest, and of the files of the patches on it, lowest first
-OpenProbe = Callable[[Path, str, RunConfig, Sequence[Mapping[str, bytes]]], Probe]
-OpenPatcher = Callable[[PatchSite, RunConfig], Patcher]
+OpenProbe = Callable[[Path, str, RunConfig, Sequence[Mapping[str, bytes]]], ports.Probe]
+OpenPatcher = Callable[[ports.PatchSite, RunConfig], ports.Patcher]
 
 
 @contextlib.contextmanager
@@ -111,44 +95,28 @@ def open_context(
     *,
     create: bool = False,
 ) -> Iterator[Context]:
-    """Open a model by its name, until the end of the block.
-
-    Raise IntegrityError if the ledger is missing or damaged, ConfigConflict if the model holds something
-    that no hook here keeps.
-    """
+    """Open a model by its name, until the end of the block. Raise IntegrityError, ConfigConflict."""
+    config = resources.config
     with contextlib.closing(SqlLedger(directory / LEDGER, create=create)) as ledger:
         stores = _open_stores(directory, resources, keyed, model, ledger)
-        context = _context(directory, resources, keyed, model, stores, executor, report)
+        settings = Settings(
+            assigner=Assigner(keyed, config.layout),
+            recipe=config.recipe(resources.base_digest),
+            patch_mode=config.patch_mode,
+            chain=EventChain.of(keyed, ledger.meta().get("key")),
+            keeps_prefixes=config.prefix_cache_bytes > 0,
+            routing=config.sisa,
+        )
+        compute = _compute(directory, resources, stores, model, executor)
+        noting = recording(report, stores.metrics, _now)
+        context = Context(stores, compute, settings, _now, noting, HOOKS)
         check_hooks(context)
         _ = context.recipe  # refuses a ledger that lacks a patch beneath its shards
         yield context
 
 
-def _context(
-    directory: Path,
-    resources: Resources,
-    keyed: Keyed,
-    model: str,
-    stores: Stores,
-    executor: str | OpenExecutor,
-    report: Report,
-) -> Context:
-    config = resources.config
-    patch_site = functools.partial(_patch_site, directory, resources, stores, model)
-    settings = Settings(
-        assigner=Assigner(keyed, config.layout),
-        recipe=config.recipe(resources.base_digest),
-        patch_mode=config.patch_mode,
-        chain=EventChain.of(keyed, stores.ledger.meta().get("key")),
-        keeps_prefixes=config.prefix_cache_bytes > 0,
-        routing=config.sisa,
-    )
-    compute = _compute(resources, stores, patch_site, executor)
-    return Context(stores, compute, settings, _now, recording(report, stores.metrics, _now), HOOKS)
-
-
 def _open_stores(
-    directory: Path, resources: Resources, keyed: Keyed, model: str, ledger: Ledger
+    directory: Path, resources: Resources, keyed: Keyed, model: str, ledger: ports.Ledger
 ) -> Stores:
     config = resources.config
     keyring = open_keyring(config, model)
@@ -172,26 +140,29 @@ def _open_stores(
 
 
 def _compute(
-    resources: Resources,
-    stores: Stores,
-    patch_site: Callable[[], PatchSite],
-    executor: str | OpenExecutor,
+    directory: Path, resources: Resources, stores: Stores, model: str, executor: str | OpenExecutor
 ) -> Compute:
     config = resources.config
 
-    def executor_for(store: CheckpointStore) -> Executor:
+    def executor_for(store: ports.CheckpointStore) -> ports.Executor:
         if not isinstance(store, FileCheckpoints):
             raise TypeError("real executors train into blob stores")
         site = _site(stores, resources, store)
         return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
 
+    def probe(records: Sequence[Record]) -> Probed:
+        """Probe the base under its served patches."""
+        base, stack = resources.base, active(stores.ledger.patches())
+        files = patch_files(stores.patches, stack)
+        return find_probe()(base.directory, base.digest, config, files)(records)
+
     return Compute(
         embed=lambda texts: resources.embedder.embed(texts),
         count_tokens=resources.count_tokens,
         executor_for=executor_for,
-        patcher=lambda: find_patcher(executor)(patch_site(), config),
+        patcher=lambda: find_patcher(executor)(_patch_site(directory, resources, stores, model), config),
         fingerprint=fingerprint(config.sisa.threads_per_shard, config.precision),
-        probe=_probe(resources, stores),
+        probe=probe if config.probe else None,
     )
 
 
@@ -202,7 +173,7 @@ class Description:
     meta: Mapping[str, str]
     id: str
     config: RunConfig
-    keyring: Keyring
+    keyring: ports.Keyring
     base: Named
     embedder: Named
     secret: bytes
@@ -224,7 +195,7 @@ def read_description(directory: Path) -> dict[str, str]:
 def describe(directory: Path) -> Description:
     """Read what a model's directory holds. Raise IntegrityError for another model's key."""
     meta = read_description(directory)
-    config, name = stored_config(meta), model_id(meta)
+    config, name = RunConfig.from_canonical(meta["config"]), model_id(meta)
     secret = stored_secret(directory, config, name)
     if meta.get("key") not in key_names(Keyed(secret)):
         raise IntegrityError(
@@ -236,13 +207,11 @@ def describe(directory: Path) -> Description:
     return Description(meta, name, config, keyring, base, embedder, secret)
 
 
-def open_as_it_is(
-    directory: Path, executor: str | OpenExecutor, report: Report
-) -> AbstractContextManager[Context]:
+def open_as_it_is(directory: Path) -> AbstractContextManager[Context]:
     """Open a model without its lock, whether or not it has caught up with its witness."""
     found = describe(directory)
     resources = Resources(found.config, found.base, found.embedder)
-    return open_context(directory, resources, Keyed(found.secret), found.id, executor, report)
+    return open_context(directory, resources, Keyed(found.secret), found.id, "serial", silent)
 
 
 def check_hooks(context: Context) -> None:
@@ -250,12 +219,9 @@ def check_hooks(context: Context) -> None:
     if any(hook.name == PATCHES for hook in context.hooks):
         return
     ledger = context.stores.ledger
-    made_from_records = (
-        trained_over(ledger),
-        [each for each in ledger.vault() if each.held],
-        [each for each in ledger.patches() if each.state in ("active", "wanted")],
-    )
-    if any(made_from_records):
+    patches = ledger.patches()
+    texts = any(each.held for each in ledger.vault())
+    if texts or trained_over(ledger) or active(patches) or wanted(patches):
         raise ConfigConflict(
             "the model holds patches, and a deletion here would not reach them",
             expected="a process that keeps patches",
@@ -287,8 +253,8 @@ def _site(stores: Stores, resources: Resources, store: FileCheckpoints) -> Site:
     )
 
 
-def _patch_site(directory: Path, resources: Resources, stores: Stores, model: str) -> PatchSite:
-    return PatchSite(
+def _patch_site(directory: Path, resources: Resources, stores: Stores, model: str) -> ports.PatchSite:
+    return ports.PatchSite(
         vault_dir=(directory / VAULT).absolute(),
         patches_at=absolute(stores.blobs[PATCHES]),
         runs_dir=(directory / RUNS).absolute(),
@@ -302,25 +268,12 @@ def _patch_site(directory: Path, resources: Resources, stores: Stores, model: st
     )
 
 
-def _probe(resources: Resources, stores: Stores) -> Probe | None:
-    """Return a probe of the base under its served patches; None if the run file wants none."""
-    if not resources.config.probe:
-        return None
-
-    def probe(records: Sequence[Record]) -> Probed:
-        stack = patch_files(stores.patches, active(stores.ledger.patches()))
-        open_it = find_probe()
-        return open_it(resources.base.directory, resources.base.digest, resources.config, stack)(records)
-
-    return probe
-
-
-def open_serial(site: Site, _options: Mapping[str, Any]) -> Executor:
+def open_serial(site: Site, _options: Mapping[str, Any]) -> ports.Executor:
     """Return an executor that trains chains one after another in this process."""
     return SerialExecutor(open_trainer(site), *open_stores(site))
 
 
-def open_trainer(site: Site) -> Trainer:
+def open_trainer(site: Site) -> ports.Trainer:
     """Return the trainer on a site's base, under the patches to train over. Raise IntegrityError."""
     from sisa.lm.train.lora import LoraTrainer
 
@@ -345,10 +298,7 @@ def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:
 
 
 def find_probe() -> OpenProbe:
-    """Return the function that opens the probe of the base.
-
-    Raise EnvironmentFault if another package hides it.
-    """
+    """Return the function that opens the probe of the base."""
     found: OpenProbe = upper_houses.load(upper_houses.PROBE)
     return found
 
@@ -360,7 +310,7 @@ class OnCluster:
     name: str
     address: str
 
-    def __call__(self, site: Site, options: Mapping[str, Any]) -> Executor:
+    def __call__(self, site: Site, options: Mapping[str, Any]) -> ports.Executor:
         return find_executor(self.name)(site, {**options, "address": self.address})
 
 
@@ -373,10 +323,7 @@ def check_executor(executor: str | OpenExecutor) -> None:
 
 
 def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
-    """Return an executor by its name, or the given one.
-
-    Raise InvalidInput for an unknown name, EnvironmentFault if another package hides the executor's.
-    """
+    """Return an executor by its name, or the given one. Raise InvalidInput for an unknown name."""
     check_executor(executor)
     if not isinstance(executor, str):
         return executor
@@ -387,15 +334,15 @@ def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
 
 
 def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
-    """Return what makes patches where an executor, given by its name, trains.
-
-    A given executor object counts as one in this process. Raise InvalidInput for an unknown name.
-    """
+    """Return what makes patches where an executor trains; an executor object counts as `serial`."""
     if isinstance(executor, OnCluster):
         make, there = find_patcher(executor.name), {"address": executor.address}
-        return lambda site, config: make(
-            site, config.model_copy(update={"cluster": config.cluster.model_copy(update=there)})
-        )
+
+        def make_there(site: ports.PatchSite, config: RunConfig) -> ports.Patcher:
+            cluster = config.cluster.model_copy(update=there)
+            return make(site, config.model_copy(update={"cluster": cluster}))
+
+        return make_there
     name = executor if isinstance(executor, str) else "serial"
     if name not in upper_houses.PATCHERS:
         raise InvalidInput(
@@ -406,18 +353,6 @@ def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
         )
     found: OpenPatcher = upper_houses.load(upper_houses.PATCHERS[name])
     return found
-
-
-def new_secret(config: RunConfig) -> bytes:
-    """Return the secret of a new model: from its key file, or fresh."""
-    if config.sisa.partition_key_file is None:
-        return secrets.token_bytes(KEY_BYTES)
-    return read_secret(config.sisa.partition_key_file)
-
-
-def stored_config(ledger_meta: Mapping[str, str]) -> RunConfig:
-    """Return the run file with which a model was made."""
-    return RunConfig.from_canonical(ledger_meta["config"])
 
 
 def named(ledger_meta: Mapping[str, str], key: str) -> Named:
@@ -437,52 +372,40 @@ def key_path(directory: Path, config: RunConfig, model: str) -> Path:
 
     An encrypted model's key is among its other keys: the directory alone can't question its ledger.
     """
-    if config.sisa.partition_key_file is not None:
-        return config.sisa.partition_key_file
-    return (keyrings(config) / model if config.encrypt else directory) / KEY
+    return config.sisa.partition_key_file or _key_places(directory, config, model)[0]
+
+
+def _key_places(directory: Path, config: RunConfig, model: str) -> tuple[Path, Path]:
+    """Return where a model's own key belongs, and where it was before encryption began or ended."""
+    plain, encrypted = directory / KEY, keyrings(config) / model / KEY
+    return (encrypted, plain) if config.encrypt else (plain, encrypted)
 
 
 def stored_secret(directory: Path, config: RunConfig, model: str) -> bytes:
     """Return the secret of a model. Raise IntegrityError if the model's own key file is missing."""
     if config.sisa.partition_key_file is not None:
         return read_secret(config.sisa.partition_key_file)
-    belongs = key_path(directory, config, model)
-    for path in (belongs, *_key_places(directory, config, model)):
+    places = _key_places(directory, config, model)
+    for path in places:
         if path.is_file():
             return read_secret(path)
     raise IntegrityError(
         "the model's partition key is missing",
-        where=str(belongs),
+        where=str(places[0]),
         next_step="restore it from a backup: without it no record can be found",
     )
 
 
-def _key_places(directory: Path, config: RunConfig, model: str) -> tuple[Path, Path]:
-    return directory / KEY, keyrings(config) / model / KEY
-
-
 def keep_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> None:
-    """Write a model's own partition key where it belongs, then remove it from the other place.
-
-    The place changes when a model becomes encrypted or plain.
-    """
+    """Write a model's own partition key where it belongs, then remove it from the other place."""
     if config.sisa.partition_key_file is not None:
         return
-    belongs = key_path(directory, config, model)
+    belongs, former = _key_places(directory, config, model)
     if not belongs.is_file():
         write_secret(belongs, secret)
-    for path in _key_places(directory, config, model):
-        if path != belongs and path.is_file():
-            files.overwrite(path)
-            files.erase_all(path.parent, [path.name])
-
-
-def new_model_id() -> str:
-    """Return a name for a new model.
-
-    Its copies share the name, and so does what is kept outside its directory.
-    """
-    return uuid.uuid4().hex
+    if former.is_file():
+        files.overwrite(former)
+        files.erase_all(former.parent, [former.name])
 
 
 def model_id(ledger_meta: Mapping[str, str]) -> str:
@@ -504,16 +427,12 @@ def witness_dir(config: RunConfig) -> Path:
 
 def witness_of(config: RunConfig, keyed: Keyed, model: str) -> FileWitness:
     """Return a model's witness, named by its key and its id."""
-    return FileWitness(witness_dir(config) / f"{_witness_prefix(keyed)}{model}.jsonl", keyed)
-
-
-def _witness_prefix(keyed: Keyed) -> str:
-    return f"{keyed.name[:16]}-"
+    return FileWitness(witness_dir(config) / f"{keyed.name[:16]}-{model}.jsonl", keyed)
 
 
 def deleted_under(config: RunConfig, keyed: Keyed) -> list[Tombstone]:
     """Return what any model under this partition key deleted, as far as witnesses here know."""
-    paths = sorted(witness_dir(config).glob(f"{_witness_prefix(keyed)}*.jsonl"))
+    paths = sorted(witness_dir(config).glob(witness_of(config, keyed, "*").path.name))
     return [each for path in paths for each in FileWitness(path, keyed).read().tombstones.values()]
 
 
@@ -522,17 +441,17 @@ def keyrings(config: RunConfig) -> Path:
     return (config.keyring or state_dir() / "keyrings").absolute()
 
 
-def open_keyring(config: RunConfig, name: str) -> Keyring:
+def open_keyring(config: RunConfig, name: str) -> ports.Keyring:
     """Return the keys of a model by its name; a model that is now plain may still have sealed files."""
     return FileKeyring(keyrings(config) / name, config.encrypt)
 
 
-def vault_keyring(config: RunConfig, name: str) -> Keyring:
+def vault_keyring(config: RunConfig, name: str) -> ports.Keyring:
     """Return the keys for what every model seals: the vault and unfinished patches."""
     return FileKeyring(keyrings(config) / name, seals=True)
 
 
-def recording(report: Report, metrics: Metrics, now: Callable[[], str]) -> Report:
+def recording(report: Report, metrics: ports.Metrics, now: Callable[[], str]) -> Report:
     """Return a report that passes every event on and appends a line of metrics for some of them.
 
     Lines contain the name of the current run. The state of the queue is appended when it has changed.
@@ -543,11 +462,9 @@ def recording(report: Report, metrics: Metrics, now: Callable[[], str]) -> Repor
     def pass_on(event: Event) -> None:
         nonlocal last
         report(event)
-        if isinstance(event, QueueSeen):
-            if event == last:
-                return
-            last = event
-        if (made := metrics_line(event, now(), run)) is not None:
+        unchanged = isinstance(event, QueueSeen) and event == last
+        last = event if isinstance(event, QueueSeen) else last
+        if not unchanged and (made := metrics_line(event, now(), run)) is not None:
             metrics.append(made)
 
     return pass_on
@@ -558,26 +475,16 @@ LOCAL_AREAS = ("index", "vault", "runs", "metrics")  # stay with the driver
 SHARED_AREAS = ("records", "prefixes", "checkpoints", "patches", "scratch")  # used by workers, too
 
 
-def open_areas(directory: Path, storage: str | None, model: str) -> dict[str, BlobStore]:
+def open_areas(directory: Path, storage: str | None, model: str) -> dict[str, ports.BlobStore]:
     """Return the blob store of every storage area of a model."""
-    found: dict[str, BlobStore] = {each: LocalBlobs(directory / each) for each in LOCAL_AREAS}
-    for each in SHARED_AREAS:
-        found[each] = area_of(storage, model, each) if storage else LocalBlobs(directory / each)
-    return found
+    here: ports.BlobStore = LocalBlobs(directory)
+    shared = storage_root(storage).below(model) if storage else here
+    areas = {each: here.below(each) for each in LOCAL_AREAS}
+    return areas | {each: shared.below(each) for each in SHARED_AREAS}
 
 
-def area_of(storage: str, model: str, area: str) -> BlobStore:
-    """Return a storage area of a model in a storage."""
-    if not storage.startswith(SCHEME):
-        return LocalBlobs(Path(storage) / model / area)
-    return storage_root(storage).below(model).below(area)
-
-
-def storage_root(storage: str) -> BlobStore:
-    """Return the blob store of a whole storage, which models share.
-
-    Raise EnvironmentFault without boto3.
-    """
+def storage_root(storage: str) -> ports.BlobStore:
+    """Return the blob store of a storage, which models share. Raise EnvironmentFault without boto3."""
     if not storage.startswith(SCHEME):
         return LocalBlobs(Path(storage))
     bucket, _, prefix = storage.removeprefix(SCHEME).partition("/")

@@ -21,6 +21,7 @@ from cluster.cli import cli, maintenance
 from sisa.audit.doctor import Diagnosis, diagnose
 from sisa.audit.repair import RepairOutcome, mend
 from sisa.audit.verify import check_files
+from sisa.config.config import RunConfig
 from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Head
 from sisa.core.errors import Busy, InvalidInput
@@ -102,7 +103,7 @@ def test_a_deletion_that_is_dated_back_is_damage(model: Path) -> None:
     with context_of(model) as context:
         told = context.stores.ledger.tombstones()
         witness = wiring.witness_of(
-            wiring.stored_config(context.stores.ledger.meta()), Keyed(SECRET), NAME
+            RunConfig.from_canonical(context.stores.ledger.meta()["config"]), Keyed(SECRET), NAME
         )
         witness.append(context.stores.ledger.event_head(), told, ())
         (only,) = told

@@ -88,7 +88,7 @@ def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setattr(Resources, "base", BASE)
     monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
     monkeypatch.setattr(wiring, "open_serial", open_fake)
-    monkeypatch.setattr(wiring, "_probe", lambda *_: None)
+    care_model.leave_out_probe(monkeypatch)
     return Path(shutil.copytree(pristine, tmp_path / "model"))
 
 

@@ -20,6 +20,7 @@ from sisa.audit.garbage import ORPHAN, collect_garbage, list_garbage, remove_gar
 from sisa.audit.repair import RepairOutcome, mend
 from sisa.audit.residue import Scan, scan_residue
 from sisa.audit.verify import check_files
+from sisa.config.config import RunConfig
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
 from sisa.flows.reconcile import erase_unreferenced, reconcile
@@ -471,7 +472,7 @@ def set_form(model: Path, *, seals: bool) -> Callable[[], None]:
 
     def commit() -> None:
         with context_of(model) as context:
-            config = wiring.stored_config(context.stores.ledger.meta()).model_copy(
+            config = RunConfig.from_canonical(context.stores.ledger.meta()["config"]).model_copy(
                 update={"encrypt": seals}
             )
             context.stores.ledger.commit(Change(meta={"config": config.to_canonical()}))
