@@ -56,7 +56,7 @@ EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 EXIT_SIGNAL = 128  # plus the signal's number
 
 
-@command("quickstart", "sisa quickstart my-first-model")
+@command("quickstart", "my-first-model")
 @click.argument("directory", default="sisa-quickstart", type=PATH)
 @click.option(
     "--people",
@@ -81,7 +81,7 @@ def run_quickstart(
     return render.quickstart(story)
 
 
-@command("init", "sisa init my-model && sisa train my-model/run.yaml")
+@command("init", "my-model && sisa train my-model/run.yaml")
 @click.argument("directory", type=PATH)
 def start(directory: Path) -> Result:
     """Write a commented run.yaml and sample data."""
@@ -90,7 +90,7 @@ def start(directory: Path) -> Result:
     return render.init(write_start(directory))
 
 
-@command("train", "sisa train run.yaml")
+@command("train", "run.yaml")
 @run_file_argument
 @click.option("--reconfigure", is_flag=True, help="Move an existing model to a changed run file.")
 @click.option(
@@ -112,7 +112,7 @@ def train(run_file: Path, reconfigure: bool, allow_deleted: bool, executor: Exec
     return render.taken(taken, model.directory)
 
 
-@command("add", "sisa add -m model new-people.jsonl")
+@command("add", "-m model new-people.jsonl")
 @model_option
 @click.argument("file", type=PATH)
 @click.option("--allow-deleted", is_flag=True, help="Accept ids and texts that were deleted.")
@@ -126,7 +126,7 @@ def add(
         return render.taken(model.add(file, allow_deleted=allow_deleted, append=append), directory)
 
 
-@command("where", "sisa where -m model p001-q1 p002-q3")
+@command("where", "-m model p001-q1 p002-q3")
 @model_option
 @ids_options
 def show_where(directory: Path, ids: list[str]) -> Result:
@@ -137,7 +137,7 @@ def show_where(directory: Path, ids: list[str]) -> Result:
         return render.where(model.where(ids))
 
 
-@command("find", 'sisa find -m model --text "Where was Mara born?" --top 5')
+@command("find", '-m model --text "Where was Mara born?" --top 5')
 @model_option
 @option_or_input("--text", help="Content to look for.")
 @click.option("--file", type=PATH, help="File with the content to look for.")
@@ -164,7 +164,7 @@ def find(
         return render.found(hits)
 
 
-@command("forget", "sisa forget -m model --subject p001 --dry-run")
+@command("forget", "-m model --subject p001 --dry-run")
 @model_option
 @ids_options
 @option_or_file("--subject", help="Delete all records of a subject.")
@@ -193,7 +193,7 @@ def forget(
         return render.forgotten(done, directory)
 
 
-@command("status", "sisa status -m model")
+@command("status", "-m model")
 @model_option
 def show_status(directory: Path) -> Result:
     """Show shards, slices, records, heads, requests and sizes."""
@@ -210,7 +210,7 @@ def _event_head(_context: click.Context, _option: click.Parameter, given: Any) -
     return WitnessHead(found[2], int(found[1]))
 
 
-@command("verify", "sisa verify -m model --replay all")
+@command("verify", "-m model --replay all")
 @model_option
 @click.option(
     "--replay",
@@ -243,7 +243,7 @@ def verify(
         return render.verified(found)
 
 
-@command("generate", 'sisa generate -m model --prompt "Where was Mara born?"')
+@command("generate", '-m model --prompt "Where was Mara born?"')
 @model_option
 @option_or_input("--prompt", help="What to answer.")
 @click.option("--system", help="System prompt of a chat.")
@@ -299,7 +299,7 @@ def generate(
     return render.answers(found, answer_only) if file else render.answer(found[0], answer_only)
 
 
-@command("export", "sisa export -m model --to adapters")
+@command("export", "-m model --to adapters")
 @model_option
 @click.option(
     "--to", "target", required=True, type=PATH, help="Directory; each export adds a new version to it."
@@ -320,7 +320,7 @@ def export(directory: Path, target: Path, form: Any) -> Result:
 config = command_group("config", "Inspect the format of the run file.")
 
 
-@command("schema", "sisa config schema > run.schema.json", group=config)
+@command("schema", "> run.schema.json", group=config)
 def schema() -> Result:
     """Print the JSON Schema of the run file."""
     from sisa.config.config import json_schema

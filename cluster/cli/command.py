@@ -50,7 +50,7 @@ def command_group(name: str, help: str) -> click.Group:
 def command(
     name: str, example: str, group: click.Group = cli
 ) -> Callable[[Callable[..., Result]], click.Command]:
-    """Register a function that returns a Result as a command, and add `--json`."""
+    """Register a function that returns a Result as a command, with `--json` and an example."""
 
     def register(function: Callable[..., Result]) -> click.Command:
         @functools.wraps(function)
@@ -60,7 +60,8 @@ def command(
             return result.exit_code, json.dumps(result.json, indent=2) if as_json else result.text
 
         option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-        made = click.command(name, epilog=f"\b\nExample:\n  {example}")(option(invoke))
+        path = name if group is cli else f"{group.name} {name}"
+        made = click.command(name, epilog=f"\b\nExample:\n  sisa {path} {example}")(option(invoke))
         group.add_command(made)
         return made
 

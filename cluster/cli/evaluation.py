@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 evaluation = command_group("eval", "Measure what models know.")
 
 
-@command("tofu", "sisa eval tofu --model model --reference retained --data tofu", group=evaluation)
+@command("tofu", "--model model --reference retained --data tofu", group=evaluation)
 @click.option(
     "-m",
     "--model",

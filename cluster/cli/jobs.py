@@ -31,7 +31,7 @@ address_option = click.option(
 )
 
 
-@command("submit", "sisa cluster submit run.yaml --address http://127.0.0.1:8265", group=group)
+@command("submit", "run.yaml --address http://127.0.0.1:8265", group=group)
 @run_file_argument
 @address_option
 @click.option("--job", "name", metavar="NAME", help="Name of the job, new to the cluster.")
@@ -58,7 +58,7 @@ def submit_job(
     return _followed(jobs, name, address)
 
 
-@command("status", "sisa cluster status --address http://127.0.0.1:8265", group=group)
+@command("status", "--address http://127.0.0.1:8265", group=group)
 @click.argument("job", required=False)
 @address_option
 def job_status(job: str | None, address: str) -> Result:
@@ -72,11 +72,7 @@ def job_status(job: str | None, address: str) -> Result:
     return Result({"jobs": [described(each) for each in ours]}, lines)
 
 
-@command(
-    "logs",
-    "sisa cluster logs sisa-20260102-030405-9f --follow --address http://127.0.0.1:8265",
-    group=group,
-)
+@command("logs", "sisa-20260102-030405-9f --follow --address http://127.0.0.1:8265", group=group)
 @click.argument("job")
 @address_option
 @click.option("-f", "--follow", "to_the_end", is_flag=True, help="Follow the log until the job ends.")
@@ -89,9 +85,7 @@ def logs(job: str, address: str, to_the_end: bool) -> Result:
     return Result({"job": job, "log": log}, [log.rstrip("\n")])
 
 
-@command(
-    "stop", "sisa cluster stop sisa-20260102-030405-9f --address http://127.0.0.1:8265", group=group
-)
+@command("stop", "sisa-20260102-030405-9f --address http://127.0.0.1:8265", group=group)
 @click.argument("job")
 @address_option
 def stop_job(job: str, address: str) -> Result:
@@ -102,7 +96,7 @@ def stop_job(job: str, address: str) -> Result:
     return Result(described(found) | {"was_running": was_running}, [line(found)])
 
 
-@command("manifest", "sisa cluster manifest rayjob --image registry/sisa:1", group=group)
+@command("manifest", "rayjob --image registry/sisa:1", group=group)
 @click.argument("kind", type=click.Choice(KINDS))
 @click.option("--gpu", is_flag=True, help="Give each worker a GPU.")
 @click.option("--image", default=IMAGE, help="Image that holds this program.")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sisa.lm.train.self_test import Numerics
 
 
-@command("gc", "sisa gc -m model --dry-run")
+@command("gc", "-m model --dry-run")
 @model_option
 @click.option("--dry-run", is_flag=True, help="List what would be removed; change nothing.")
 @click.option(
@@ -50,7 +50,7 @@ def gc(directory: Path, dry_run: bool, lost_exports: bool) -> Result:
         return collected(collect_garbage(model, dry_run=dry_run, lost_exports=lost_exports))
 
 
-@command("sweep", "sisa sweep -m model p001-q1 --also exported-adapters")
+@command("sweep", "-m model p001-q1 --also exported-adapters")
 @model_option
 @ids_options
 @click.option("--text-file", type=PATH, help="File with texts to look for, one on each line.")
@@ -66,7 +66,7 @@ def sweep(directory: Path, ids: list[str], text_file: Path | None, also: tuple[P
         return scanned(sweep_model(model, also=also, ids=ids, texts=texts))
 
 
-@command("doctor", "sisa doctor -m model")
+@command("doctor", "-m model")
 @click.option("-m", "--model", "directory", type=PATH, help="Model directory.")
 @click.option("--repair", is_flag=True, help="Repair what can be derived again.")
 @click.option(

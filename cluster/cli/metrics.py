@@ -12,7 +12,7 @@ from cluster.observe.curves import points, summary, to_mlflow, to_tensorboard
 from cluster.render.render import Result, counted
 
 
-@command("metrics", "sisa metrics -m model --to tensorboard my-board")
+@command("metrics", "-m model --to tensorboard my-board")
 @model_option
 @click.option(
     "--to",

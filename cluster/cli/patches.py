@@ -47,7 +47,7 @@ retrain_option = click.option(
 approx = command_group("approx", "Measure and reduce what the frozen base knows; never exact.")
 
 
-@command("probe", "sisa approx probe -m model --file texts.jsonl", group=approx)
+@command("probe", "-m model --file texts.jsonl", group=approx)
 @model_option
 @click.option(
     "--file",
@@ -75,11 +75,7 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
     return Result({**asdict(found), "approximate": True}, [each.strip() for each in probed(found)])
 
 
-@command(
-    "unlearn",
-    'sisa approx unlearn -m model --forget texts.jsonl --consent "asked on 2026-11-01"',
-    group=approx,
-)
+@command("unlearn", '-m model --forget texts.jsonl --consent "asked on 2026-11-01"', group=approx)
 @model_option
 @click.option("--forget", type=PATH, help="Records that the base should forget.")
 @click.option("--request", "requests", multiple=True, help="A request whose text is in the vault.")
@@ -194,7 +190,7 @@ def _wish(
     return Wish(settings, texts, tuple(read_like(config, retain)) if retain else None)
 
 
-@command("patches", "sisa approx patches -m model", group=approx)
+@command("patches", "-m model", group=approx)
 @model_option
 def patches(directory: Path) -> Result:
     """List all patches and the vault's texts."""
@@ -204,7 +200,7 @@ def patches(directory: Path) -> Result:
         return patches_listed(*patches(model))
 
 
-@command("show", "sisa approx show -m model 1", group=approx)
+@command("show", "-m model 1", group=approx)
 @model_option
 @click.argument("version", type=click.IntRange(1))
 def show_patch(directory: Path, version: int) -> Result:
@@ -224,7 +220,7 @@ def show_patch(directory: Path, version: int) -> Result:
     )
 
 
-@command("revert", "sisa approx revert -m model", group=approx)
+@command("revert", "-m model", group=approx)
 @model_option
 @click.option("--all", "everything", is_flag=True, help="Remove all patches, not only the newest.")
 @retrain_option
@@ -237,7 +233,7 @@ def revert(directory: Path, everything: bool, retrain_shards: bool, executor: Ex
         return reverted(revert(model, everything=everything, retrain_shards=retrain_shards))
 
 
-@command("release", "sisa approx release -m model --all", group=approx)
+@command("release", "-m model --all", group=approx)
 @model_option
 @click.option("--set", "sets", multiple=True, help="A set's name, or its first 8 letters or more.")
 @click.option("--request", "requests", multiple=True, help="A request whose text is in the vault.")

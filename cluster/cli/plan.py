@@ -51,7 +51,7 @@ risk_option = click.option(
 )
 
 
-@command("simulate", "sisa simulate run.yaml --records 100000000 --deletions 1000000")
+@command("simulate", "run.yaml --records 100000000 --deletions 1000000")
 @run_file_argument
 @records_option
 @click.option(
@@ -99,7 +99,7 @@ def simulate(
     return replayed(found, stream, batch, time.perf_counter() - began)
 
 
-@command("plan", "sisa plan run.yaml --records 100000 --deletions-per-month 40 --budget-gb 50")
+@command("plan", "run.yaml --records 100000 --deletions-per-month 40 --budget-gb 50")
 @run_file_argument
 @records_option
 @click.option("--deletions-per-month", type=ABOVE_0, required=True, help="Records deleted in a month.")
@@ -170,7 +170,7 @@ def plan(
 routing = command_group("routing", "Which shards answer a prompt.")
 
 
-@command("calibrate", "sisa routing calibrate run.yaml --prompts public.jsonl", group=routing)
+@command("calibrate", "run.yaml --prompts public.jsonl", group=routing)
 @run_file_argument
 @click.option(
     "--prompts",

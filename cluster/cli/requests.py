@@ -47,12 +47,12 @@ request = command_group("request", "Requests for deletion: submit, decide, look 
 
 def on_request(name: str, more: str = "") -> Callable[[Callable[..., Result]], click.Command]:
     """Register a function of a model's directory and a request as a command."""
-    register = command(name, f"sisa request {name} -m model T-17{more}", group=request)
+    register = command(name, f"-m model T-17{more}", group=request)
     argument = click.argument("request_id", metavar="REQUEST")
     return lambda function: register(model_option(argument(function)))
 
 
-@command("submit", "sisa request submit -m model --subject p001 --external-id T-17", group=request)
+@command("submit", "-m model --subject p001 --external-id T-17", group=request)
 @model_option
 @ids_options
 @option_or_file("--subject", help="Delete all records of a subject.")
@@ -102,7 +102,7 @@ def submit_request(
         return submitted(done, model.request(done.request.request_id), directory)
 
 
-@command("list", "sisa request list -m model", group=request)
+@command("list", "-m model", group=request)
 @model_option
 def list_(directory: Path) -> Result:
     """List all requests with their state, due date and days left."""
@@ -173,7 +173,7 @@ def _join_cluster(model: Model) -> None:
         connect(address, 0)
 
 
-@command("run", "sisa run -m model --plan")
+@command("run", "-m model --plan")
 @model_option
 @click.option(
     "--plan", "only_plan", is_flag=True, help="Compare the cost of running now and of waiting."

@@ -251,6 +251,20 @@ def test_an_operating_system_error_is_6(sisa: Sisa, monkeypatch: pytest.MonkeyPa
     assert one_object(out)["error"]["type"] == "EnvironmentFault"
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("x"), KeyboardInterrupt(), OSError(28, "full"), errors.Busy("locked")]
+)
+def test_every_failure_has_all_keys_of_the_contract(
+    error: BaseException, sisa: Sisa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(monkeypatch, error)
+    _, out, _ = sisa("status", "-m", "x", "--json")
+    keys = {"type", "message", "where", "expected", "got", "next_step", "problems"}
+    assert one_object(out)["error"].keys() == keys
+    _, out, _ = sisa("status", "--no-such", "--json")
+    assert one_object(out)["error"].keys() == keys
+
+
 def test_status_of_a_model(sisa: Sisa, directory: Path) -> None:
     code, out, _ = sisa("status", "-m", directory, "--json")
     found = one_object(out)
