@@ -187,9 +187,11 @@ def _written(
 
     def made(name: str, of: Sequence[HeldCheckpoint], files: Files, gap: Gap | None = None) -> _Written:
         path = f"{version}/{name}"
+        rank = 0
         if ADAPTER in files:
             files = of_adapter(resources, files)
-        text = card.text(lora_name(path), [each.shard for each in of], _rank_of(files), gap)
+            rank = int(json.loads(files[CONFIG]).get("r", 0))
+        text = card.text(lora_name(path), [each.shard for each in of], rank, gap)
         return _Written(path, tuple(of), {**files, CARD: text})
 
     if form == "peft":
@@ -220,11 +222,6 @@ def _card(context: Context, resources: Resources, form: ExportForm, num_patches:
         made_at=now,
         dtype=resources.config.dtype,
     )
-
-
-def _rank_of(files: Files) -> int:
-    """Return the rank of an exported adapter; 0 for full weights."""
-    return int(json.loads(files[CONFIG]).get("r", 0)) if ADAPTER in files else 0
 
 
 def of_adapter(resources: Resources, files: Files) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ module writes nothing. Ids appear only in answers to callers who asked for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -154,8 +154,17 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
     rows = known_rows(context, ids, in_sets)
     sets = {each.name: each for each in ledger.vault()} if in_sets else {}
     patches = ledger.patches() if in_sets else []
-    lineage = _lineage(context, [each for each in rows.values() if isinstance(each, RecordRow)])
-    left = _not_erased(context, rows.values())
+    live = [each for each in rows.values() if isinstance(each, RecordRow)]
+    lineage = _Lineage(
+        frozenset(head.key for head in ledger.heads()),
+        {e.shard: e.held for e in view_shards(context, sorted({row.shard for row in live}))},
+        ledger.exports() if live else (),
+        sorted(context.stores.prefixes.held()) if live else (),
+    )
+    deleted_by = {each.request_id for each in rows.values() if isinstance(each, Tombstone)}
+    begun = under_way(context) if deleted_by else ()
+    waiting = deleted_by & {each.request_id for each in begun if each.state != "erased"}
+    left = not_erased(context) if waiting else {}
     locations = []
     for record_id, digest in zip(ids, digests, strict=True):
         names = in_sets.get(digest, ())
@@ -172,20 +181,10 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
                 found,
                 patches=touches,
                 vault=tuple(sets[name] for name in names if sets[name].held),
-                not_erased=left.get(found.request_id or "", {}),
+                not_erased=left if found.request_id in waiting else {},
             )
         )
     return locations
-
-
-def _not_erased(
-    context: Context, rows: Iterable[RecordRow | Tombstone]
-) -> dict[str, Mapping[str, int | None]]:
-    """Return what is left to erase, by the request that waits for it."""
-    asked = {each.request_id for each in rows if isinstance(each, Tombstone)}
-    begun = {each.request_id for each in under_way(context) if each.state != "erased"} if asked else ()
-    waiting = asked.intersection(begun)
-    return dict.fromkeys(waiting, not_erased(context)) if waiting else {}
 
 
 @dataclass(frozen=True)
@@ -196,16 +195,6 @@ class _Lineage:
     checkpoints: Mapping[int, Sequence[HeldCheckpoint]]  # by shard
     exports: Sequence[Export]
     states: Sequence[str]  # files of hidden states
-
-
-def _lineage(context: Context, rows: Collection[RecordRow]) -> _Lineage:
-    views = view_shards(context, sorted({row.shard for row in rows}))
-    return _Lineage(
-        frozenset(head.key for head in context.stores.ledger.heads()),
-        {view.shard: view.held for view in views},
-        context.stores.ledger.exports() if rows else (),
-        sorted(context.stores.prefixes.held()) if rows else (),
-    )
 
 
 def _location(

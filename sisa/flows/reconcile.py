@@ -134,11 +134,10 @@ def _train_orders(context: Context) -> int:
     """Train what the other orders lack, one at a time: what two of them share is trained once."""
     epochs = 0
     for number in range(1, len(context.settings.recipe.orders) + 1):
-        plans = [plan for plan in open_plans(context) if len(plan.missing) > number]
+        plans = [plan for plan in open_plans(context) if plan.missing[number:]]
         found = [(plan.shard, plan.missing[number]) for plan in plans]
         chains = [_chain(context, shard, missing) for shard, missing in found if missing.train]
-        if chains:
-            _train(context, chains)
+        _train(context, chains)
         epochs += sum(chain.record_epochs for chain in chains)
     return epochs
 

@@ -69,12 +69,6 @@ def all_records(context: Context) -> list[StoredRecord]:
     return sorted(held, key=lambda each: each.id_digest)
 
 
-def _retargeted(context: Context) -> list[Head]:
-    """Return every shard's new target under new hyper-parameters; heads stay until it is trained."""
-    views = view_shards(context, [head.shard for head in context.stores.ledger.heads()])
-    return [plan.head for plan in plans_of(context, views)]
-
-
 def _reindexed(context: Context) -> list[IndexFile]:
     """Build every shard's index again, with another embedder."""
     indexes = []
@@ -95,7 +89,8 @@ def move(context: Context, effects: Collection[Effect], meta: dict[str, str]) ->
     check_generations(context.settings.recipe.training, (), append=appended)
     if "reset" in effects:
         return reset(context, meta)
-    heads = _retargeted(context) if "retrain" in effects else []
+    shards = [head.shard for head in context.stores.ledger.heads()] if "retrain" in effects else []
+    heads = [plan.head for plan in plans_of(context, view_shards(context, shards))]  # with new targets
     indexes = _reindexed(context) if "reindex" in effects else []
     commit(context, Change(heads=heads, indexes=indexes, meta=meta))
     return Trained()

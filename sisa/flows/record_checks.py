@@ -41,17 +41,14 @@ def check_all(*checks: Callable[[], object]) -> None:
     if len(met) == 1 or not all(error.problems for error in met):
         raise next((error for error in met if not error.problems), met[0])
     if met:
-        problems = sorted((p for error in met for p in error.problems), key=_position)
+        found = [problem for error in met for problem in error.problems]
+        problems = sorted(found, key=lambda problem: int(problem.where.rpartition(" ")[2]))
         raise InvalidInput(
             f"{len({each.where for each in problems})} records can't be added, for several reasons; "
             "nothing was changed",
             next_step="; ".join(dict.fromkeys(error.next_step for error in met)),
             problems=problems,
         ) from None
-
-
-def _position(problem: Problem) -> int:
-    return int(problem.where.rpartition(" ")[2])
 
 
 def _raise_problems(problems: Sequence[Problem], what: str, next_step: str) -> None:
