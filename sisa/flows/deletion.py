@@ -56,9 +56,9 @@ from sisa.flows.wiring.context import (
     plans_of,
     slices_of,
     stored_in,
-    write_slice,
+    write_shard,
 )
-from sisa.planning.layout import index_root, root_of
+from sisa.planning.layout import root_of
 from sisa.planning.plan import (
     ShardPlan,
     ShardView,
@@ -327,17 +327,15 @@ def _write_remaining(
 ) -> tuple[list[SliceFile], list[IndexFile], list[int]]:
     """Write slice and index files of what remains; return them, and the shards that need no index."""
     gone = {row.id_digest for row in planned.removed}
-    slices, indexes, unindexed = [], [], []
-    remaining = _by_shard(planned.remaining)
+    slices: list[SliceFile] = []
+    indexes, unindexed = [], []
     for plan in planned.plans:
         rows = [row for row in context.stores.ledger.rows(plan.shard) if row.id_digest not in gone]
-        for state in remaining.get(plan.shard, ()):
-            here = [row for row in rows if row.slice == state.slice]
-            slices.append(write_slice(context, state.shard, state.slice, here))
-        base = next(iter(context.stores.ledger.indexes(plan.shard)), None)
         if rows:
-            kept = {row.vector_id: None for row in rows}
-            indexes.append(context.stores.index.build(plan.shard, index_root(rows), base, kept))
+            left = [state.slice for state in planned.remaining if state.shard == plan.shard]
+            written, index = write_shard(context, plan.shard, rows, left)
+            slices += written
+            indexes.append(index)
         else:
             unindexed.append(plan.shard)
     return slices, indexes, unindexed

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sisa.core.domain import Head, IndexFile, Record, RecordRow, SliceFile, SliceState, Tombstone
-from sisa.core.errors import InvalidInput
+from sisa.core.domain import Head, Record, RecordRow, SliceFile, SliceState, Tombstone
 from sisa.core.ports import Change, StoredRecord, Vectors
 from sisa.data.record_rules import normal_subject
 from sisa.flows.reconcile import HeldPrompts, check_rows, reconcile
@@ -24,9 +23,9 @@ from sisa.flows.wiring.context import (
     model_digest,
     plan_of,
     view_shard,
-    write_slice,
+    write_shard,
 )
-from sisa.planning.layout import index_root, slice_root
+from sisa.planning.layout import slice_root
 from sisa.planning.plan import ShardPlan
 
 
@@ -154,16 +153,25 @@ def _commit_added(
     rows = [assigner.row(record, tokens) for record, tokens in zip(records, counts, strict=True)]
     check_rows(context.stores.ledger)
     vectors = embed_records(context, records)
-    arrived: dict[int, list[_Arrived]] = {}
-    for record, row, vector in zip(records, rows, vectors, strict=True):
-        arrived.setdefault(row.shard, []).append(_Arrived(row, record, vector))
-    plans = [_plan_with(context, shard, arrived[shard]) for shard in sorted(arrived)]
+    arrived: dict[int, list[tuple[RecordRow, Record, Vectors]]] = {}
+    for each in zip(rows, records, vectors, strict=True):
+        arrived.setdefault(each[0].shard, []).append(each)
+    new = {shard: [row for row, _, _ in fresh] for shard, fresh in sorted(arrived.items())}
+    plans = [_plan_with(context, shard, its) for shard, its in new.items()]
     check_sources(context, plans)
     slices: list[SliceFile] = []
     indexes = []
-    for shard, fresh in sorted(arrived.items()):  # one shard's rows in memory at a time
-        slices += _write_slices(context, shard, fresh)
-        indexes.append(_write_index(context, shard, fresh))
+    for shard, its in new.items():  # one shard's rows in memory at a time
+        written, index = write_shard(
+            context,
+            shard,
+            [*context.stores.ledger.rows(shard), *its],
+            {row.slice for row in its},
+            {row.id_digest: StoredRecord(row.id_digest, record) for row, record, _ in arrived[shard]},
+            {row.vector_id: vectors for row, _, vectors in arrived[shard]},
+        )
+        slices += written
+        indexes.append(index)
     planned = {plan.shard: plan.head for plan in plans}
     moved = [planned.pop(head.shard, head) for head in heads] + list(planned.values())
     commit(
@@ -179,52 +187,10 @@ def _commit_added(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Arrived:
-    """Hold a new record with its row and its vectors."""
-
-    row: RecordRow
-    record: Record
-    vectors: Vectors
-
-
-def _merged(context: Context, shard: int, fresh: Sequence[_Arrived]) -> dict[int, list[RecordRow]]:
-    """Return the rows of the slices that get new records of a shard, held rows included."""
-    return {
-        slice_: [
-            *context.stores.ledger.rows(shard, slice_),
-            *(each.row for each in fresh if each.row.slice == slice_),
-        ]
-        for slice_ in sorted({each.row.slice for each in fresh})
-    }
-
-
-def _plan_with(context: Context, shard: int, fresh: Sequence[_Arrived]) -> ShardPlan:
-    states = [
-        SliceState(shard, slice_, slice_root(rows), len(rows))
-        for slice_, rows in _merged(context, shard, fresh).items()
-    ]
+def _plan_with(context: Context, shard: int, new: Sequence[RecordRow]) -> ShardPlan:
+    states = []
+    for slice_ in sorted({row.slice for row in new}):
+        held = context.stores.ledger.rows(shard, slice_)
+        rows = [*held, *(row for row in new if row.slice == slice_)]
+        states.append(SliceState(shard, slice_, slice_root(rows), len(rows)))
     return plan_of(context, view_shard(context, shard, states))
-
-
-def _write_slices(context: Context, shard: int, fresh: Sequence[_Arrived]) -> list[SliceFile]:
-    files = []
-    for slice_, rows in _merged(context, shard, fresh).items():
-        here = [each for each in fresh if each.row.slice == slice_]
-        stored = [StoredRecord(each.row.id_digest, each.record) for each in here]
-        files.append(write_slice(context, shard, slice_, rows, stored))
-    return files
-
-
-def _write_index(context: Context, shard: int, fresh: Sequence[_Arrived]) -> IndexFile:
-    vectors = {each.row.vector_id: each.vectors for each in fresh}
-    merged = context.stores.ledger.rows(shard) + [each.row for each in fresh]
-    wanted = {row.vector_id: vectors.get(row.vector_id) for row in merged}
-    if len(wanted) < len(merged):
-        raise InvalidInput(
-            "two record ids share a vector id (chance below 1 in 10^9)",
-            where=f"shard {shard}",
-            next_step="give one of the new records another id",
-        )
-    base = next(iter(context.stores.ledger.indexes(shard)), None)
-    return context.stores.index.build(shard, index_root(merged), base, wanted)

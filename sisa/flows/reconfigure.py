@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from sisa.config.config import Difference, Effect
-from sisa.core.domain import ANY_SHARD, Head, HeldCheckpoint, IndexFile, Record, RecordRow, SliceFile
+from sisa.core.domain import ANY_SHARD, Head, HeldCheckpoint, IndexFile, RecordRow, SliceFile
 from sisa.core.errors import ConfigConflict, Problem
 from sisa.core.events import Notice
 from sisa.core.ports import Change, StoredRecord
@@ -28,7 +28,6 @@ from sisa.flows.record_checks import check_generations
 from sisa.flows.wiring.context import (
     ALWAYS_SEALED,
     Context,
-    SlicePosition,
     commit,
     embed_records,
     embed_shard,
@@ -37,8 +36,9 @@ from sisa.flows.wiring.context import (
     purge,
     trained_over,
     view_shards,
+    write_shard,
 )
-from sisa.planning.layout import index_root, slice_root
+from sisa.planning.layout import index_root
 from sisa.planning.patch_plan import TRAINED_OVER
 from sisa.planning.plan import ShardView
 from sisa.store.blobs import keyring
@@ -118,8 +118,7 @@ def reset(context: Context, meta: dict[str, str]) -> Trained:
     records = [each.record for each in held]
     counts = context.compute.count_tokens(records)
     rows = [context.settings.assigner.row(r, n) for r, n in zip(records, counts, strict=True)]
-    slices = _placed(context, held, rows)
-    indexes = _indexed(context, records, rows)
+    slices, indexes = _placed(context, held, rows)
     shards = range(context.settings.assigner.layout.num_shards)
     views = [ShardView(n, tuple(f for f in slices if f.shard == n), ()) for n in shards]
     plans = plans_of(context, views)
@@ -134,24 +133,18 @@ def reset(context: Context, meta: dict[str, str]) -> Trained:
 
 def _placed(
     context: Context, held: Sequence[StoredRecord], rows: Sequence[RecordRow]
-) -> list[SliceFile]:
-    places: dict[SlicePosition, list[tuple[RecordRow, StoredRecord]]] = {}
-    for row, stored in zip(rows, held, strict=True):
-        places.setdefault((row.shard, row.slice), []).append((row, stored))
-    return [
-        context.stores.records.write(*place, slice_root([row for row, _ in its]), [s for _, s in its])
-        for place, its in sorted(places.items())
-    ]
-
-
-def _indexed(context: Context, records: Sequence[Record], rows: Sequence[RecordRow]) -> list[IndexFile]:
-    vectors = embed_records(context, records)
+) -> tuple[list[SliceFile], list[IndexFile]]:
+    vectors = embed_records(context, [each.record for each in held])
+    fresh = {each.id_digest: each for each in held}
+    slices: list[SliceFile] = []
     indexes = []
     for shard in sorted({row.shard for row in rows}):
         here = [row for row in rows if row.shard == shard]
         wanted = {r.vector_id: v for r, v in zip(rows, vectors, strict=True) if r.shard == shard}
-        indexes.append(context.stores.index.build(shard, index_root(here), None, wanted))
-    return indexes
+        written, index = write_shard(context, shard, here, {row.slice for row in here}, fresh, wanted)
+        slices += written
+        indexes.append(index)
+    return slices, indexes
 
 
 def _moved(

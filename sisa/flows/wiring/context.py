@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 from sisa.config.config import RunConfig, SisaBlock
@@ -22,6 +23,7 @@ from sisa.core.digest import digest_of, patched_digest
 from sisa.core.domain import (
     HeldCheckpoint,
     Hit,
+    IndexFile,
     Kind,
     Patch,
     PatchMode,
@@ -33,11 +35,18 @@ from sisa.core.domain import (
     active,
     wanted,
 )
-from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, Problem, UnknownRecord
+from sisa.core.errors import (
+    ConfigConflict,
+    EnvironmentFault,
+    IntegrityError,
+    InvalidInput,
+    Problem,
+    UnknownRecord,
+)
 from sisa.core.events import Report
 from sisa.core.requests import EventChain
 from sisa.lm.answer.route import Route, choose_route, resolve_aggregation
-from sisa.planning.layout import Assigner, slice_root
+from sisa.planning.layout import Assigner, index_root, slice_root
 from sisa.planning.patch_plan import TRAINED_OVER
 from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, prefix_names
 from sisa.store.index import Warm
@@ -417,15 +426,44 @@ def embed_shard(context: Context, shard: int, rows: Sequence[RecordRow]) -> dict
     return dict(zip((row.vector_id for row in rows), vectors, strict=True))
 
 
-def write_slice(
+def write_shard(
+    context: Context,
+    shard: int,
+    rows: Sequence[RecordRow],
+    slices: Iterable[int],
+    fresh: Mapping[str, ports.StoredRecord] = MappingProxyType({}),
+    vectors: Mapping[int, ports.Vectors] = MappingProxyType({}),
+) -> tuple[list[SliceFile], IndexFile]:
+    """Write some slices and the index of a shard that holds exactly `rows`.
+
+    What is not among the `fresh` records (by keyed id) and `vectors` (by vector id) is read from the
+    present files. Raise IntegrityError, or InvalidInput if two records share a vector id.
+    """
+    written = []
+    for slice_ in sorted(slices):
+        here = [row for row in rows if row.slice == slice_]
+        new = [fresh[row.id_digest] for row in here if row.id_digest in fresh]
+        written.append(_write_slice(context, shard, slice_, here, new))
+    wanted = {row.vector_id: vectors.get(row.vector_id) for row in rows}
+    if len(wanted) < len(rows):
+        raise InvalidInput(
+            "two record ids share a vector id (chance below 1 in 10^9)",
+            where=f"shard {shard}",
+            next_step="give one of the new records another id",
+        )
+    base = next(iter(context.stores.ledger.indexes(shard)), None)
+    return written, context.stores.index.build(shard, index_root(rows), base, wanted)
+
+
+def _write_slice(
     context: Context,
     shard: int,
     slice_: int,
     rows: Sequence[RecordRow],
-    fresh: Iterable[ports.StoredRecord] = (),
+    fresh: Sequence[ports.StoredRecord],
 ) -> SliceFile:
-    """Write the slice that holds exactly `rows`, their records taken from disk and from `fresh`."""
-    held = [file for file in context.stores.ledger.slices(shard) if file.slice == slice_]
+    files = context.stores.ledger.slices(shard) if len(fresh) < len(rows) else []
+    held = [file for file in files if file.slice == slice_]
     by_digest = {each.id_digest: each for each in (*fresh, *stored_in(context, held, rows))}
     if len(by_digest) < len(rows):
         raise IntegrityError(
