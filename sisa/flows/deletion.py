@@ -300,7 +300,7 @@ def _remaining(
     context: Context, removal: Removal, planned: Forgetting, vaulted: Mapping[str, str]
 ) -> Change:
     """Write the files of what remains, and return the transaction that makes them current."""
-    slices, indexes, unindexed = _write_remaining(context, planned)
+    slices, indexes = _write_remaining(context, planned)
     now, before = context.now(), model_digest(context)
     accepted = [
         _accepted(each, planned, removal.named[each.request_id], now, before, vaulted)
@@ -312,7 +312,7 @@ def _remaining(
         slices=slices,
         emptied=planned.emptied,
         indexes=indexes,
-        unindexed=unindexed,
+        unindexed=[plan.shard for plan in planned.plans if not plan.path],
         heads=[plan.head for plan in planned.plans],
         dropped=planned.tainted,
         exports=marked(context.stores.ledger.exports(), removal.named),
@@ -322,23 +322,18 @@ def _remaining(
     )
 
 
-def _write_remaining(
-    context: Context, planned: Forgetting
-) -> tuple[list[SliceFile], list[IndexFile], list[int]]:
-    """Write slice and index files of what remains; return them, and the shards that need no index."""
+def _write_remaining(context: Context, planned: Forgetting) -> tuple[list[SliceFile], list[IndexFile]]:
+    """Write the slices that lose records, and the indexes of shards that still hold some."""
     gone = {row.id_digest for row in planned.removed}
     slices: list[SliceFile] = []
-    indexes, unindexed = [], []
-    for plan in planned.plans:
-        rows = [row for row in context.stores.ledger.rows(plan.shard) if row.id_digest not in gone]
-        if rows:
-            left = [state.slice for state in planned.remaining if state.shard == plan.shard]
-            written, index = write_shard(context, plan.shard, rows, left)
-            slices += written
-            indexes.append(index)
-        else:
-            unindexed.append(plan.shard)
-    return slices, indexes, unindexed
+    indexes = []
+    for shard in (plan.shard for plan in planned.plans if plan.path):
+        rows = [row for row in context.stores.ledger.rows(shard) if row.id_digest not in gone]
+        left = [state.slice for state in planned.remaining if state.shard == shard]
+        written, index = write_shard(context, shard, rows, left)
+        slices += written
+        indexes.append(index)
+    return slices, indexes
 
 
 def _check_no_hold(context: Context, named: Collection[str]) -> None:

@@ -124,26 +124,21 @@ class ShardStatus:
     num_stages: int = 0  # slices that hold records: the full `depth`
 
 
-def _of_spelling(context: Context, subject: str) -> tuple[list[RecordRow], list[Tombstone]]:
-    shard = context.settings.assigner.shard_of_subject(subject)
-    return context.stores.ledger.by_subject(context.settings.assigner.subject_digest(subject), shard)
-
-
 def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
     """Return all records of a subject. Raise UnknownRecord if there is none."""
-    live, dead = _of_spelling(context, normal_subject(subject_id))
-    if not live and not dead:
-        live, dead = _of_spelling(context, subject_id)  # an earlier version kept it as given
-    if not live and not dead:
-        held, deleted = context.stores.ledger.num_without_subject()
-        raise UnknownRecord(
-            "no record is known by that subject, but some have no subject: they may be about it"
-            if held or deleted
-            else "this model has never held a record of that subject",
-            got=f"{held} held and {deleted} deleted records without a subject" * bool(held or deleted),
-            next_step="look the records up by content with `sisa find --text`",
-        )
-    return live, dead
+    assigner, ledger = context.settings.assigner, context.stores.ledger
+    for each in (normal_subject(subject_id), subject_id):  # an earlier version kept it as given
+        live, dead = ledger.by_subject(assigner.subject_digest(each), assigner.shard_of_subject(each))
+        if live or dead:
+            return live, dead
+    held, deleted = ledger.num_without_subject()
+    raise UnknownRecord(
+        "no record is known by that subject, but some have no subject: they may be about it"
+        if held or deleted
+        else "this model has never held a record of that subject",
+        got=f"{held} held and {deleted} deleted records without a subject" * bool(held or deleted),
+        next_step="look the records up by content with `sisa find --text`",
+    )
 
 
 def where(context: Context, ids: Sequence[str]) -> list[Location]:
