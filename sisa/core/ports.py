@@ -158,9 +158,6 @@ class BlobStore(Protocol):
     def put(self, name: str, data: bytes) -> None:
         """Store a blob, whole or not at all; replaces one of the same name."""
 
-    def put_new(self, name: str, data: bytes) -> bool:
-        """Store a blob unless one has that name; return True to exactly one of concurrent writers."""
-
     def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
         """Store a group with its `manifest.json`, whole or not at all; an existing group is kept."""
 

@@ -4,8 +4,6 @@ A child process does it, with its caches, temporary files and Hugging Face home 
 that the caller erases in any case: the library's own cache would keep the text of deleted records. The
 child reports names of exceptions only, since a message may quote a record. Datasets that need code of
 their own are not supported.
-
-    export_rows(DatasetSource(path="owner/name"), scratch)
 """
 
 from __future__ import annotations
@@ -42,7 +40,10 @@ def export_rows(source: DatasetSource, scratch: Path) -> Path:
         stderr=subprocess.DEVNULL,
         check=False,
     )
-    report = _report(done.stdout)
+    try:
+        report: dict[str, Any] = dict(json.loads(done.stdout.splitlines()[-1]))
+    except (ValueError, IndexError, TypeError):
+        report = {"errors": ["Killed"]}
     errors = report.get("errors", [] if target.exists() else ["Killed"])
     if not errors:
         return target
@@ -60,14 +61,6 @@ def export_rows(source: DatasetSource, scratch: Path) -> Path:
         got=errors[0],
         next_step="check the network, the free disk space and the name, then try again",
     )
-
-
-def _report(output: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(output.splitlines()[-1])
-    except (ValueError, IndexError):
-        return {"errors": ["Killed"]}
-    return found if isinstance(found, dict) else {"errors": ["Killed"]}
 
 
 def _scratch_environment(scratch: Path) -> dict[str, str]:
@@ -92,11 +85,6 @@ def _scratch_environment(scratch: Path) -> dict[str, str]:
 def _export(name: str, split: str, target: str) -> dict[str, Any]:
     """Do the child's work; errors come back as names."""
     report: dict[str, Any] = {}
-    with keep(Path(target).parent):
-        return _exported(name, split, target, report)
-
-
-def _exported(name: str, split: str, target: str, report: dict[str, Any]) -> dict[str, Any]:
     try:
         import datasets
 
@@ -115,4 +103,5 @@ def _exported(name: str, split: str, target: str, report: dict[str, Any]) -> dic
 
 
 if __name__ == "__main__":
-    print(json.dumps(_export(*sys.argv[1:])))
+    with keep(Path(sys.argv[-1]).parent):
+        print(json.dumps(_export(*sys.argv[1:])))

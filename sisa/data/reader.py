@@ -1,10 +1,8 @@
 """Read JSON lines, Parquet and Hugging Face datasets as records, or list everything that is wrong.
 
-Everything is read first: problems of all sources are collected and raised as one InvalidInput, and then
-nothing is returned. Problems name files, lines and rows, never a text or an id. `record_rules.py` says
-what a row must be; ids are unique over all sources. `SourceLimits` bound what is read of a source and
-how many problems are listed. A hub name or a directory of `save_to_disk`, which need `datasets`, go
-through `dataset_export.py`.
+Problems of all sources are collected and raised as one InvalidInput, and then nothing is returned. They
+name files, lines and rows, never a text or an id. Ids are unique over all sources. `SourceLimits` bound
+what is read of a source and how many problems are listed.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -27,7 +25,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +47,6 @@ from sisa.data.record_rules import name_problems, no_body, record_of, record_pro
 from sisa.store.blobs.files import scratch
 
 PARQUET_BATCH_ROWS = 1024
-LONG_TEXT_BYTES = 1 << 16  # tables with longer texts are read row by row
 DEFAULT_GROUP_BY = "subject_id"
 MAX_COLUMNS_LISTED, MAX_COLUMNS_KEPT = 8, 100  # unused columns
 _POSITION = re.compile(r"\brecord (\d+)\b")
@@ -85,23 +82,20 @@ def _shown_column(name: str) -> str:
 @contextmanager
 def named_by_location(source: Sequence[Record]) -> Iterator[None]:
     """Replace positions of records in an error's problems by the lines or rows that they came from."""
-    locations = source.locations if isinstance(source, ReadRecords) else None
     try:
         yield
     except SisaError as error:
-        if locations is not None:
-            error.problems = tuple(_located(each, locations) for each in error.problems)
+        if isinstance(source, ReadRecords):
+            error.problems = tuple(_located(each, source.locations) for each in error.problems)
         raise
 
 
 def _located(problem: Problem, locations: Sequence[str]) -> Problem:
-    if not _POSITION.fullmatch(problem.where):
-        return problem
-    where, what = (
-        _POSITION.sub(lambda found: locations[int(found[1]) - 1], text)
-        for text in (problem.where, problem.what)
-    )
-    return Problem(where, what)
+    def named(text: str) -> str:
+        return _POSITION.sub(lambda found: locations[int(found[1]) - 1], text)
+
+    known = _POSITION.fullmatch(problem.where)
+    return Problem(named(problem.where), named(problem.what)) if known else problem
 
 
 def read_records(
@@ -111,10 +105,7 @@ def read_records(
     *,
     subjects: Subjects = "any",
 ) -> ReadRecords:
-    """Return all records of all sources, in their order.
-
-    Raise InvalidInput with every problem, and EnvironmentFault if the hub can't be reached.
-    """
+    """Return all records of all sources, in order. Raise InvalidInput with every problem."""
     listed = [
         each if isinstance(each, DatasetSource) else DatasetSource(path=str(each)) for each in sources
     ]
@@ -131,10 +122,7 @@ def read_like(config: RunConfig, path: Path | str, *, subjects: Subjects = "any"
 
 
 def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits = SourceLimits()) -> list[str]:  # noqa: B008
-    """Return the non-blank texts of all sources, in their order. No ids are needed.
-
-    Raise InvalidInput with every problem, and EnvironmentFault if the hub can't be reached.
-    """
+    """Return the non-blank texts of all sources, in order. Raise InvalidInput with every problem."""
     texts: list[str] = []
     problems = _Problems(limits.max_problems)
 
@@ -149,7 +137,7 @@ def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits = SourceLi
     for source, label in zip(sources, _labels(sources), strict=True):
         column = source.text_column
         rows = _rows(source, label, _Wanted((column,), {f"no column '{column}'": [(column,)]}), limits)
-        _read_each(rows, label, partial(take, column), problems)
+        _read_each(rows, label, partial(take, column), problems, limits)
     if not texts and not problems.count:
         problems.add(", ".join(_labels(sources)), "holds no text")
     problems.refuse("in the corpus; nothing was read")
@@ -181,13 +169,13 @@ def read_ids(path: Path) -> list[str]:
     return list(ids)
 
 
+@dataclass
 class _Problems:
     """Problems in order: all are counted, and the first ones are listed."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.count = 0
-        self.listed: list[Problem] = []
+    most: int
+    count: int = 0
+    listed: list[Problem] = field(default_factory=list)
 
     def add(self, where: str, what: str) -> None:
         self.count += 1
@@ -242,7 +230,7 @@ class _Reading:
             if text_bytes > self.limits.max_bytes:
                 raise Broken(f"more than limits.max_bytes {self.limits.max_bytes} of text at {where}")
 
-        number = _read_each(rows, label, take, self.problems)
+        number = _read_each(rows, label, take, self.problems, self.limits)
         if not number and self.problems.count == before:
             self.problems.add(label, "holds no record")
 
@@ -312,12 +300,20 @@ def _too_long(limits: SourceLimits) -> str:
     return f"longer than limits.max_record_bytes {limits.max_record_bytes}"
 
 
-def _read_each(rows: RawRows, label: str, take: Callable[[str, Any], None], problems: _Problems) -> int:
+def _read_each(
+    rows: RawRows,
+    label: str,
+    take: Callable[[str, Any], None],
+    problems: _Problems,
+    limits: SourceLimits,
+) -> int:
     """Pass all rows of a source to `take`, and return their number; add problems of the whole source."""
     number = 0
     try:
         for where, value in rows:
             number += 1
+            if number > limits.max_records:
+                raise Broken(f"more than limits.max_records {limits.max_records}")
             take(where, value)
     except Broken as error:
         problems.add(label, str(error))
@@ -354,14 +350,8 @@ class _Wanted:
 
 
 def _rows(source: DatasetSource, label: str, wanted: _Wanted, limits: SourceLimits) -> RawRows:
-    """Yield the rows of a source, as many as its limits allow."""
-    for number, (where, value) in enumerate(_unbounded(source, label, wanted, limits), start=1):
-        if number > limits.max_records:
-            raise Broken(f"more than limits.max_records {limits.max_records}")
-        yield where, value
+    """Yield the rows of a source."""
 
-
-def _unbounded(source: DatasetSource, label: str, wanted: _Wanted, limits: SourceLimits) -> RawRows:
     def file_rows(file: Path, name: str) -> RawRows:
         suffix = file.suffix.lower()
         if suffix not in DATA_SUFFIXES:
@@ -386,10 +376,7 @@ def _unbounded(source: DatasetSource, label: str, wanted: _Wanted, limits: Sourc
 
 
 def _lines(path: Path, limits: SourceLimits) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file with their numbers.
-
-    A line that is too long is cut right after its limit.
-    """
+    """Yield lines with their numbers; a line that is too long is cut right after its limit."""
     most = limits.max_record_bytes
     with path.open("rb") as file:
         number = 0
@@ -407,14 +394,7 @@ def _json_rows(path: Path, label: str, limits: SourceLimits) -> RawRows:
         if len(line.rstrip(b"\r\n")) > limits.max_record_bytes:
             yield where, Broken(_too_long(limits))
         elif line.strip():
-            yield where, _caught(_json, line)
-
-
-def _caught(parse: Callable[[bytes], Any], line: bytes) -> Any:
-    try:
-        return parse(line)
-    except Broken as error:
-        return error
+            yield where, _json(line)
 
 
 def _decoded(line: bytes) -> str:
@@ -425,22 +405,23 @@ def _decoded(line: bytes) -> str:
 
 
 def _json(line: bytes) -> Any:
+    """Return a line's value, or a Broken."""
     try:
         return json.loads(_decoded(line), object_pairs_hook=_object, parse_constant=_no_constant)
+    except Broken as error:
+        return error
     except json.JSONDecodeError as error:
-        raise Broken(f"broken JSON at column {error.colno}: {error.msg.split(':')[0]}") from None
+        return Broken(f"broken JSON at column {error.colno}: {error.msg.split(':')[0]}")
     except RecursionError:
-        raise Broken("JSON nested too deep") from None
+        return Broken("JSON nested too deep")
     except ValueError:
-        raise Broken("a number with too many digits") from None
+        return Broken("a number with too many digits")
 
 
-def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise Broken("an object names a key twice")
-        found[key] = value
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Broken("an object names a key twice")
     return found
 
 
@@ -462,9 +443,9 @@ def _parquet_rows(path: Path, label: str, wanted: _Wanted, limits: SourceLimits)
             _refuse_size(file.metadata, limits)
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
-                for row in _batch_rows(batch):
+                for index in range(batch.num_rows):
                     number += 1
-                    yield f"{label}, row {number}", row
+                    yield f"{label}, row {number}", _table_row(batch, index)
     except (pa.ArrowException, UnicodeDecodeError):  # of a row, or of a column's name
         raise Broken(f"not a readable Parquet file after row {number}; corrupt or truncated") from None
 
@@ -480,35 +461,10 @@ def _refuse_size(metadata: Any, limits: SourceLimits) -> None:
             )
 
 
-def _batch_rows(batch: Any) -> Iterator[Any]:
+def _table_row(batch: Any, index: int) -> Any:
+    """Return one row, and not all at once: each value of a row is a copy of the text in memory."""
     try:
-        if max(map(_longest, batch.columns), default=0) <= LONG_TEXT_BYTES:
-            yield from batch.to_pylist()
-            return
-    except UnicodeDecodeError:
-        pass
-    for index in range(batch.num_rows):
-        yield _caught_row(batch.slice(index, 1))
-
-
-def _longest(array: Any) -> int:
-    """Return the size of the longest text in a column, however nested."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if isinstance(array, pa.DictionaryArray):
-        return _longest(array.dictionary)
-    if isinstance(array, pa.ListArray | pa.LargeListArray):
-        return _longest(array.values)
-    if isinstance(array, pa.StructArray):
-        return max(map(_longest, array.flatten()), default=0)
-    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-        return pc.max(pc.binary_length(array)).as_py() or 0
-    return 0
-
-
-def _caught_row(batch: Any) -> Any:
-    try:
-        return batch.to_pylist()[0]
+        columns = zip(batch.schema.names, batch.columns, strict=True)
+        return {name: column[index].as_py() for name, column in columns}
     except UnicodeDecodeError:
         return Broken("invalid UTF-8")

@@ -32,6 +32,10 @@ UNFIT = {
     "Zl": "a line break",
     "Zp": "a line break",
 }
+_TYPE_NAMES = {
+    **{type(None): "null", bool: "a boolean", int: "a number", float: "a number"},
+    **{str: "a string", bytes: "bytes", list: "a list", dict: "an object"},
+}
 
 
 def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
@@ -100,10 +104,7 @@ def no_body(columns: Columns) -> str:
 
 
 def _risk_problems(risk: Any) -> Iterator[str]:
-    """Check the type and the range.
-
-    Classes are checked against the run file by `bands.risk_problems`.
-    """
+    """Check type and range; `bands.risk_problems` checks classes against the run file."""
     if isinstance(risk, str):
         yield from name_problems(f"'{RISK_COLUMN}'", risk)
     elif isinstance(risk, bool) or not isinstance(risk, int | float | None):
@@ -113,11 +114,9 @@ def _risk_problems(risk: Any) -> Iterator[str]:
 
 
 def _generation_problems(generation: Any) -> Iterator[str]:
-    if generation is None:
-        return
-    if isinstance(generation, bool) or not isinstance(generation, int):
+    if isinstance(generation, bool) or not isinstance(generation, int | None):
         yield f"'{GENERATION_COLUMN}': expected a whole number, got {type_name(generation)}"
-    elif not 0 <= generation <= MAX_GENERATION:
+    elif generation is not None and not 0 <= generation <= MAX_GENERATION:
         yield f"'{GENERATION_COLUMN}': expected a number from 0 to {MAX_GENERATION}"
 
 
@@ -131,10 +130,7 @@ def normal_subject(subject: str) -> str:
 
 
 def name_problems(name: str, value: Any) -> Iterator[str]:
-    """Yield every problem that prevents a value from being an id or a subject.
-
-    A whole number counts as its decimal form.
-    """
+    """Yield every problem of an id or a subject; a whole number counts as its decimal form."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
@@ -232,8 +228,4 @@ def _role(turn: Mapping[str, Any], columns: Columns) -> Any:
 
 def type_name(value: Any) -> str:
     """Return a JSON value's type in words; never the value."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", bytes: "bytes"}
-    names |= {list: "a list", dict: "an object"}
-    return names.get(type(value), "a value of another type")
+    return _TYPE_NAMES.get(type(value), "a value of another type")

@@ -1,20 +1,16 @@
 """Sample data: fictitious people, and a corpus without people to train a base on.
 
-The data is deterministic (`random.Random(seed)`), and a person does not change when more people or more
-questions are asked for. Every full name occurs once, and every answer holds an invented word that occurs
-in no other record, so that a byte scan can look for it after a deletion. Invented words have one length
-and one pattern (consonant, vowel, two consonants, vowel, consonant, vowel), so they can't contain each
-other, and neither a name nor a template matches the pattern. The corpus speaks of rivers, birds, trees
-and stones, never of a person; its invented words have eight letters, those of the people seven or fewer.
-Any match with a real person is an accident.
+The data is deterministic, and a person does not change when more people or more questions are asked for.
+Every full name occurs once, and every answer holds an invented word that occurs in no other record, so
+that a byte scan can look for it after a deletion. Invented words have one length and one pattern
+(consonant, vowel, two consonants, vowel, consonant, vowel), so they can't contain each other, and
+neither a name nor a template matches the pattern. The corpus speaks of rivers, birds, trees and stones,
+never of a person; its invented words have eight letters, those of the people seven or fewer. Any match
+with a real person is an accident.
 
 >>> row = make_people(num_people=2, records_per_person=3)[0]
 >>> row["id"], row["subject_id"], sorted(row)
 ('p001-q1', 'p001', ['completion', 'id', 'prompt', 'subject_id'])
->>> distinctive_word(row["completion"]) in row["completion"]
-True
->>> max(map(len, " ".join(each["text"] for each in make_corpus(9)).split())) <= 9
-True
 
 Source: TOFU (Maini et al. 2024), questions on fictitious authors as data to forget.
 """
@@ -64,10 +60,7 @@ CORPUS_WORD_PATTERN = "CVCCVCCV"
 
 
 def make_people(num_people: int, records_per_person: int, seed: int = 7) -> list[dict[str, str]]:
-    """Return rows with `id`, `subject_id`, `prompt` and `completion`, person after person.
-
-    Raise InvalidInput unless there is a person, and each has 1 to 8 records.
-    """
+    """Return rows with `id`, `subject_id`, `prompt` and `completion`. Raise InvalidInput."""
     if num_people < 1 or not 1 <= records_per_person <= len(QUESTIONS):
         raise InvalidInput(
             "these people can't be made",

@@ -13,7 +13,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sisa.core.domain import Export
@@ -62,9 +62,7 @@ class DirectoryExports:
                 os.unlink(_weights(export), dir_fd=folder)
             elif standing == "changed" or export.state != "erasing":
                 return False
-            for name in _BESIDE:
-                if _is_regular(folder, name):
-                    os.unlink(name, dir_fd=folder)
+            _unlink(folder, _BESIDE)
             os.fsync(folder)
             if not os.listdir(folder):
                 os.rmdir(os.path.basename(export.path), dir_fd=parent)
@@ -80,11 +78,10 @@ def _opened(path: str) -> Iterator[tuple[int, int] | None]:
         yield None
         return
     with contextlib.ExitStack() as stack:
+        handles: list[int] = []
         try:
-            handles = [os.open("/", _DIRECTORY)]
-            stack.callback(os.close, handles[0])
-            for part in parts:
-                handles.append(os.open(part, _DIRECTORY, dir_fd=handles[-1]))
+            for part in ("/", *parts):
+                handles.append(os.open(part, _DIRECTORY, dir_fd=handles[-1] if handles else None))
                 stack.callback(os.close, handles[-1])
         except OSError as error:
             if error.errno not in _ABSENT:
@@ -103,13 +100,17 @@ def _remove_half(folder: int, name: str) -> None:
             return
         raise
     try:
-        for each in (*_BESIDE, ADAPTER, MODEL):
-            if _is_regular(half, each):
-                os.unlink(each, dir_fd=half)
+        _unlink(half, (*_BESIDE, ADAPTER, MODEL))
     finally:
         os.close(half)
     with contextlib.suppress(OSError):  # it holds somebody's file, too
         os.rmdir(name, dir_fd=folder)
+
+
+def _unlink(folder: int, names: Iterable[str]) -> None:
+    for name in names:
+        if _is_regular(folder, name):
+            os.unlink(name, dir_fd=folder)
 
 
 def _is_regular(folder: int, name: str) -> bool:

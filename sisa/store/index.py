@@ -2,19 +2,16 @@
 
 Files are `IndexIDMap2` over a flat inner-product index, named by their bytes. Vectors are in the order
 of their ids, those of one record side by side: its text first, then its prompts. So a file equals that
-of an index that never held a deleted record. A file's digest (of the plaintext) is checked before FAISS
-parses it. Every build starts from bytes on disk, since FAISS keeps removed vectors in the memory of the
-index object. Files that a search read stay in memory for the next search, until they are erased. Only
-the ledger says where a candidate record is.
+of an index that never held a deleted record. Every build starts from bytes on disk, since FAISS keeps
+removed vectors in the memory of the index object.
 
     codes       one bit a dimension: whether the vector is above zero there; with more than CODE_BITS
                 dimensions, those that are CODE_BITS apart are added first
     candidates  the nearest codes by Hamming distance, over all files (`IndexBinaryFlat`)
     hits        the candidates' inner products with the query, exact, best first
 
-A code is a function of its vector alone: nothing is fitted on the data, so nothing remembers a deleted
-record. Up to EXACT_UP_TO vectors all are scored, which is as fast, and the search is exact. Recall with
-more vectors is measured by `tests/bench/lookup.py`.
+Nothing is fitted on the data, so nothing remembers a deleted record. Up to EXACT_UP_TO vectors the
+search is exact; recall with more is measured by `tests/bench/lookup.py`.
 
 >>> import numpy as np
 >>> codes_of(np.array([[0.5, -0.5, 0.1, 0.0, -1.0, 1.0, 1.0, -1.0]], dtype=np.float32))
@@ -50,10 +47,7 @@ _ALL = slice(None)
 
 
 def _has_form(data: bytes, num_records: int, dimension: int) -> bool:
-    """Return whether a file has the form that `build` writes, with at least one vector a record.
-
-    FAISS trusts what it parses, and whoever can write a digest can write any file under it.
-    """
+    """Return whether a file has the form that `build` writes: FAISS trusts what it parses."""
     import faiss
 
     empty = faiss.serialize_index(faiss.IndexIDMap2(faiss.IndexFlatIP(dimension))).tobytes()
@@ -78,10 +72,6 @@ class FaissIndex(SealedArea):
     def __init__(
         self, root: Path, dimension: int, keyring: Keyring = PLAIN, warm: Warm | None = None
     ) -> None:
-        """Open the index in a directory.
-
-        With a shared `warm`, the next object need not read the files again.
-        """
         super().__init__(root, keyring)
         self.root = root
         self.dimension = dimension
@@ -93,8 +83,11 @@ class FaissIndex(SealedArea):
         import faiss
         import numpy as np
 
-        kept = [each for each, rows in vectors.items() if rows is None]
-        held = self._held(base, kept)
+        held = LoadedIndex(shard, np.zeros(0, np.int64), np.zeros((0, self.dimension), np.float32))
+        if kept := [each for each, rows in vectors.items() if rows is None]:
+            if base is None:
+                raise IntegrityError("vectors of an index that does not exist are expected")
+            held = self._those_of(self._load(base), base, kept)
         fresh = [(each, rows) for each, rows in vectors.items() if rows is not None]
         ids = np.concatenate([held.ids, *(np.full(len(rows), each) for each, rows in fresh)])
         order = np.argsort(ids, kind="stable")  # vectors of one record keep their order
@@ -107,17 +100,8 @@ class FaissIndex(SealedArea):
         self._put(file.name, data)
         return file
 
-    def _held(self, base: IndexFile | None, vector_ids: Sequence[int]) -> LoadedIndex:
-        """Return all vectors of some ids. Raise IntegrityError if one is missing."""
-        import numpy as np
-
-        if not vector_ids:
-            return LoadedIndex(0, np.zeros(0, np.int64), np.zeros((0, self.dimension), np.float32))
-        if base is None:
-            raise IntegrityError("vectors of an index that does not exist are expected")
-        return self._those_of(self._load(base), base, vector_ids)
-
     def _those_of(self, found: LoadedIndex, file: IndexFile, vector_ids: Sequence[int]) -> LoadedIndex:
+        """Return all vectors of some ids. Raise IntegrityError if one is missing."""
         import numpy as np
 
         wanted = np.isin(found.ids, vector_ids)
@@ -145,8 +129,16 @@ class FaissIndex(SealedArea):
 
     def _load(self, file: IndexFile) -> LoadedIndex:
         import faiss
+        import numpy as np
 
-        index = self._read(file)
+        data = self.check(file)
+        if not _has_form(data, file.num_vectors, self.dimension):
+            raise IntegrityError(
+                "an index file has the recorded digest, but not the form that is written",
+                where=str(self.root / file.name),
+                next_step="restore the model directory from a backup",
+            )
+        index = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
         ids = faiss.vector_to_array(index.id_map)
         return LoadedIndex(file.shard, ids, index.index.reconstruct_n(0, index.ntotal))
 
@@ -159,24 +151,8 @@ class FaissIndex(SealedArea):
         order = np.argsort([rows[each] for each in found.ids.tolist()], kind="stable")
         return found.vectors[order]
 
-    def check(self, file: IndexFile) -> None:
-        self._bytes(file)
-
-    def _bytes(self, file: IndexFile) -> bytes:
+    def check(self, file: IndexFile) -> bytes:
         return self._get_checked(file.name, file.sha256, "index file")
-
-    def _read(self, file: IndexFile) -> Any:
-        import faiss
-        import numpy as np
-
-        data = self._bytes(file)
-        if not _has_form(data, file.num_vectors, self.dimension):
-            raise IntegrityError(
-                "an index file has the recorded digest, but not the form that is written",
-                where=str(self.root / file.name),
-                next_step="restore the model directory from a backup",
-            )
-        return faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
 
     def erase(self, names: Collection[str]) -> None:
         gone = set(names)
@@ -239,10 +215,7 @@ class Warm:
 
 
 def search_loaded(loaded: Sequence[LoadedIndex], queries: Vectors, top_k: int) -> list[list[Hit]]:
-    """Return for each query row the best `top_k` records over all files, best first.
-
-    A record counts by its best vector.
-    """
+    """Return for each query row the best `top_k` records, each by its best vector, best first."""
     num_wanted = max(MIN_CANDIDATES, CANDIDATES_PER_HIT * top_k)
     chosen: list[list[_Rows]]
     if sum(len(each.ids) for each in loaded) <= max(EXACT_UP_TO, num_wanted):
@@ -275,10 +248,8 @@ def _best(loaded: Sequence[LoadedIndex], rows: Sequence[_Rows], query: Vectors, 
     pairs = list(zip(loaded, rows, strict=True))
     scores = np.concatenate([each.vectors[at] @ query for each, at in pairs])
     named = [each.ids[at] for each, at in pairs]
-    ids, shards = (
-        np.concatenate(named),
-        np.repeat([each.shard for each in loaded], list(map(len, named))),
-    )
+    ids = np.concatenate(named)
+    shards = np.repeat([each.shard for each in loaded], list(map(len, named)))
     best: dict[tuple[int, int], Hit] = {}
     for n in np.lexsort((ids, shards, -scores)).tolist():
         found = int(shards[n]), int(ids[n])

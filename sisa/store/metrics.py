@@ -7,25 +7,14 @@ A line holds numbers, the names of its event and run, and the first digits of th
 key; never a text or an id. A stage's loss and token count are stored only for at least MIN_RECORDS
 records, else null. They live no longer than the stage's checkpoint: when a deletion erases it, they
 become null (`without`) and the files are rewritten, since the token counts of two stages reveal the
-length of the record between them. They are not logged, because nothing erases a log. A patch's losses,
-of few texts, are not stored at all. `is_line` accepts only lines that this module can make; anything
-else in a file is an IntegrityError.
+length of the record between them. They are not logged, because nothing erases a log. `is_line` accepts
+only lines that this module can make; anything else in a file is an IntegrityError. A last line without
+its end, from a killed process, is not read.
 
-A line is appended whole; a last line without its end, from a killed process, is not read. Files are
-never encrypted, since they hold nothing to hide. Old runs are the user's to remove.
-
->>> fields(SliceProgress(0, 1, 10, 40, 2, 8, 1, 2))["tokens"]
-10
 >>> run = "20261125T213749Z-3f9a1c2b"
 >>> made = metrics_line(QueueSeen(2, 1, 0, 0, 12), "2026-11-25T21:37:49.123+00:00", run)
 >>> made["oldest_days_left"], is_line(made), is_line({**made, "note": "text"})
 (12, True, False)
->>> import tempfile
->>> with tempfile.TemporaryDirectory() as folder:
-...     metrics = FileMetrics(Path(folder) / "metrics")
-...     metrics.append(made)
-...     metrics.runs() == [run], metrics.read(run)[0]["depth"]
-(True, 2)
 """
 
 from __future__ import annotations
@@ -141,11 +130,8 @@ def metrics_line(event: Event, at: str, run: str) -> MetricsLine | None:
 
     Nothing is stored, for example, of a stage that was complete before and is only reported again.
     """
-    if not isinstance(event, KEPT):
-        return None
-    if isinstance(event, SliceTrained) and not event.tokens:
-        return None
-    if isinstance(event, TrainingStarted) and not event.stages:
+    again = isinstance(event, SliceTrained) and not event.tokens
+    if not isinstance(event, KEPT) or again or (isinstance(event, TrainingStarted) and not event.stages):
         return None
     return {"at": at, "run": run, "event": EVENT_NAMES[type(event)], **fields(event)}
 
@@ -158,21 +144,15 @@ def is_line(value: object) -> bool:
 
 
 def _may_be(name: str, value: object) -> bool:
-    if name == "event":
-        return True
-    shape = {"at": _AT, "run": _RUN, "stage": _STAGE}.get(name)
-    if shape is not None:
+    if shape := {"at": _AT, "run": _RUN, "stage": _STAGE}.get(name):
         return isinstance(value, str) and shape.fullmatch(value) is not None
     if value is None:
         return name in _MAY_BE_NULL
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return name == "event" or (type(value) in (int, float) and math.isfinite(value))  # type: ignore[arg-type]
 
 
 def without(made: Mapping[str, Any], stages: Collection[str]) -> MetricsLine:
-    """Return the line, without its loss and tokens unless its stage is one of `stages`.
-
-    `stages` are the first digits of checkpoint keys.
-    """
+    """Return the line, without loss and tokens unless its stage, in first digits, is one of `stages`."""
     gone = _OF_STAGE if "stage" in made and made["stage"] not in stages else ()
     return {name: None if name in gone else value for name, value in made.items()}
 
@@ -251,9 +231,6 @@ def parsed(data: bytes, where: str) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Lock the directory, so that no file is rewritten while a line is appended to it."""
-    handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with files.opened_directory(root) as handle:
         files.take_lock(handle, root, "keeps the metrics of this model locked")
         yield
-    finally:
-        os.close(handle)

@@ -8,20 +8,9 @@ Columns: id_digest, id, subject_id, kind, roles (list), texts (list); deletion_r
 the slice has one; generation if it was appended.
 
 The vault holds the texts that patches are made from, and drafts of patches; both are always encrypted,
-whatever the model's `encrypt:` says. A set is one file, written whole or not at all. Its name is the
-set's name, so that nothing of its content can be guessed from it. Its key is outside the model's
-directory and is destroyed before the file is erased. A file that is not encrypted is refused, even with
-the right bytes. Its plaintext is the canonical JSON of the records in the order they were put.
-
->>> import tempfile
->>> from sisa.core.domain import Part
->>> from sisa.store.blobs.keyring import FileKeyring
->>> with tempfile.TemporaryDirectory() as folder:
-...     vault = FileVault(Path(folder) / "vault", FileKeyring(Path(folder) / "keys"))
-...     record = Record("r1", None, "text", (Part("text", "Ada wrote it."),))
-...     sha256, num_bytes = vault.put("a" * 64, [record])
-...     vault.read(VaultSet("a" * 64, "forget", 1, "asked", "now", sha256, num_bytes)) == (record,)
-True
+whatever the model's `encrypt:` says, with keys outside the model's directory. A set is one file under
+the set's name: the canonical JSON of its records in the order they were put. A file that is not
+encrypted is refused, even with the right bytes.
 """
 
 from __future__ import annotations
@@ -55,12 +44,9 @@ class FileRecords(SealedArea):
         return file
 
     def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
-        return _decode(self._bytes(file), self.blobs.location(file.name))
+        return _decode(self.check(file), self.blobs.location(file.name))
 
-    def check(self, file: SliceFile) -> None:
-        self._bytes(file)
-
-    def _bytes(self, file: SliceFile) -> bytes:
+    def check(self, file: SliceFile) -> bytes:
         return self._get_checked(file.name, file.sha256, "slice file")
 
 
@@ -68,33 +54,23 @@ def _encode(records: Sequence[StoredRecord]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, list[Any]] = {
-        "id_digest": [each.id_digest for each in records],
-        "id": [each.record.id for each in records],
-        "subject_id": [each.record.subject_id for each in records],
-        "kind": [each.record.kind for each in records],
-        "roles": [[part.role for part in each.record.parts] for each in records],
-        "texts": [[part.text for part in each.record.parts] for each in records],
+    held = [each.record for each in records]
+    text, texts = pa.string(), pa.list_(pa.string())
+    columns = {
+        "id_digest": pa.array([each.id_digest for each in records], text),
+        "id": pa.array([each.id for each in held], text),
+        "subject_id": pa.array([each.subject_id for each in held], text),
+        "kind": pa.array([each.kind for each in held], text),
+        "roles": pa.array([[part.role for part in each.parts] for each in held], texts),
+        "texts": pa.array([[part.text for part in each.parts] for each in held], texts),
     }
-    schema = pa.schema(
-        [
-            ("id_digest", pa.string()),
-            ("id", pa.string()),
-            ("subject_id", pa.string()),
-            ("kind", pa.string()),
-            ("roles", pa.list_(pa.string())),
-            ("texts", pa.list_(pa.string())),
-        ]
-    )
-    risks = [each.record.deletion_risk for each in records]
-    if any(risk is not None for risk in risks):
-        columns[RISK_COLUMN] = [None if risk is None else json.dumps(risk) for risk in risks]
-        schema = schema.append(pa.field(RISK_COLUMN, pa.string()))
-    if any(each.record.generation for each in records):
-        columns[GENERATION_COLUMN] = [each.record.generation for each in records]
-        schema = schema.append(pa.field(GENERATION_COLUMN, pa.int64()))
+    risks = [None if each.deletion_risk is None else json.dumps(each.deletion_risk) for each in held]
+    if any(risks):
+        columns[RISK_COLUMN] = pa.array(risks, text)
+    if any(each.generation for each in held):
+        columns[GENERATION_COLUMN] = pa.array([each.generation for each in held], pa.int64())
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
+    pq.write_table(pa.table(columns), buffer, compression="zstd")
     return buffer.getvalue()
 
 
@@ -142,12 +118,9 @@ class FileVault(SealedArea):
         return sha256_hex(data), len(data)
 
     def read(self, found: VaultSet) -> tuple[Record, ...]:
-        return decode(self._bytes(found), self.root / found.name)
+        return decode(self.check(found), self.root / found.name)
 
-    def check(self, found: VaultSet) -> None:
-        self._bytes(found)
-
-    def _bytes(self, found: VaultSet) -> bytes:
+    def check(self, found: VaultSet) -> bytes:
         what, where = "set of the vault", str(self.root / found.name)
         data = self.blobs.get(found.name, what)
         if not is_sealed(data):
@@ -180,10 +153,7 @@ def encode(records: Sequence[Record]) -> bytes:
 
 
 def decode(data: bytes, path: Path) -> tuple[Record, ...]:
-    """Return the records that `encode` wrote.
-
-    Raise IntegrityError, which names `path`, for anything else.
-    """
+    """Return the records that `encode` wrote. Raise IntegrityError, which names `path`."""
     try:
         return tuple(Record.from_list(each) for each in json.loads(data))
     except (ValueError, TypeError) as error:

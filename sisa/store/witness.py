@@ -40,15 +40,7 @@ class FileWitness:
         self._keyed = keyed
 
     def head(self) -> WitnessHead | None:
-        try:
-            with self.path.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - TAIL_BYTES))
-                tail = file.read()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise self._refused("read", error) from error
+        tail = self._bytes(TAIL_BYTES)
         last = [line for line in tail.split(b"\n")[:-1] if line.startswith(b'{"chain"')]
         if last:
             body = self._parsed(last[-1])
@@ -57,13 +49,19 @@ class FileWitness:
         return self.read().head  # a long incomplete batch follows the last closed one
 
     def read(self) -> Testimony:
+        return self._testimony(self._bytes())[0]
+
+    def _bytes(self, most: int | None = None) -> bytes:
+        """Return the file's bytes, or the last ones; none if there is no file."""
         try:
-            data = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0 if most is None else max(0, size - most))
+                return file.read()
         except FileNotFoundError:
-            return Testimony(None, {})
+            return b""
         except OSError as error:
             raise self._refused("read", error) from error
-        return self._testimony(data)[0]
 
     def append(
         self, head: WitnessHead, tombstones: Sequence[Tombstone], readmitted: Sequence[str]

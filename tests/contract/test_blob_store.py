@@ -84,14 +84,6 @@ def test_a_usable_place_is_as_it_was(blobs: BlobStore) -> None:
     assert blobs.purge() == ()
 
 
-def test_one_of_many_writers_of_a_name_is_first(blobs: BlobStore) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        won = list(pool.map(lambda n: blobs.put_new("a", str(n).encode()), range(4)))
-    assert won.count(True) == 1
-    assert blobs.get("a", "file") == str(won.index(True)).encode()
-    assert not blobs.put_new("a", b"late")
-
-
 def test_a_group_is_whole_and_is_kept(blobs: BlobStore) -> None:
     blobs.put_group("g", GROUP)
     blobs.put_group("g", {**GROUP, "weights": b"other"})
@@ -142,7 +134,7 @@ def test_files_and_directories_are_their_owners_alone(tmp_path: Path, umask: int
     before = os.umask(umask)
     try:
         blobs.put("a", b"1")
-        blobs.put_new("b", b"1")
+        blobs.put("b", b"1")
         blobs.put_group("g", {"part": b"1"})
     finally:
         os.umask(before)
@@ -242,6 +234,14 @@ def test_a_writer_does_not_outlive_the_erasure_of_its_area(blobs: BlobStore) -> 
 # --- object stores alone -------------------------------------------------------------------------
 
 
+def test_one_of_many_writers_of_a_name_is_first(objects: ObjectBlobs) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(lambda n: objects.put_new("a", str(n).encode()), range(4)))
+    assert won.count(True) == 1
+    assert objects.get("a", "file") == str(won.index(True)).encode()
+    assert not objects.put_new("a", b"late")
+
+
 def test_parts_without_their_manifest_are_no_group(objects: ObjectBlobs) -> None:
     objects.put("g/weights", b"half")
     (left,) = objects.held()
@@ -318,16 +318,20 @@ def test_a_refusal_is_typed(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None
         for touch in touches:
             with pytest.raises(EnvironmentFault) as caught:
                 touch()
-            assert caught.value.got in ("AccessDenied", "ACCESS_DENIED")
+            assert caught.value.got == "AccessDenied"
             assert "allow" in caught.value.next_step
 
 
 def test_an_unknown_bucket_is_an_environment_fault(s3: Server) -> None:
     blobs = ObjectBlobs("nowhere", "m", s3.url, "us-east-1")
-    for touch in (blobs.held, lambda: blobs.put("a", b""), lambda: blobs.erase(["a"]), blobs.clear):
+    touches = (blobs.held, lambda: blobs.get("a", "file"), lambda: blobs.put("a", b""), blobs.clear)
+    for touch in (*touches, lambda: blobs.erase(["a"])):
         with pytest.raises(EnvironmentFault) as caught:
             touch()
         assert (caught.value.got, caught.value.exit_code) == ("NoSuchBucket", 6)
+
+
+CUT = 0  # a status of 200 with half of the bytes
 
 
 class Scripted(http.server.BaseHTTPRequestHandler):
@@ -343,18 +347,15 @@ class Scripted(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(b"ab")
 
-    do_HEAD = do_GET
-
     def _answer(self, body: bytes) -> None:
         self.seen.append(self.command)
         status = self.left.pop(0) if self.left else 200
-        self.send_response(status)
-        data = body if status == 200 else b"<Error><Code>SlowDown</Code></Error>"
+        self.send_response(status or 200)
+        data = body if status in (200, CUT) else b"<Error><Code>SlowDown</Code></Error>"
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("Last-Modified", "Wed, 01 Jan 2025 00:00:00 GMT")
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        self.wfile.write(data[:1] if status == CUT else data)
+        self.close_connection = True
 
     def log_message(self, *_: object) -> None:
         """Log nothing."""
@@ -378,9 +379,10 @@ def test_what_may_pass_is_tried_again() -> None:
     with scripted(503) as (blobs, seen):
         blobs.put("a", b"ab")
         assert seen == ["PUT", "PUT"]
-    with scripted(503) as (blobs, seen):
-        assert blobs.get("a", "file") == b"ab"
-        assert len(seen) > 1
+    for status in (503, CUT):
+        with scripted(status) as (blobs, seen):
+            assert blobs.get("a", "file") == b"ab"
+            assert seen == ["GET", "GET"]
 
 
 @pytest.mark.usefixtures("s3")

@@ -1,37 +1,18 @@
 """Files that are whole or absent: atomic writes, checked reads, one writer, a blob store, and scratch.
 
 Bytes go to a temporary name in the same directory, are flushed to the disk, and get their name by one
-rename; readers never see half a file. Names are made of digests and numbers, never of a record id.
-`erase` overwrites nothing: copy-on-write disks, snapshots and object stores may keep an unlinked file,
-which no program above them can change.
+rename or link; readers never see half a file. Names are made of digests and numbers, never of a record
+id. What a disk, a snapshot or a server keeps of unlinked blocks is out of reach.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
-...     write_atomic(Path(folder) / "a.bin", b"abc")
-...     (Path(folder) / "a.bin").read_bytes()
-b'abc'
-
-`LocalBlobs` is a BlobStore in a directory, readable by its owner alone: a blob is a file, a group is a
-directory that appears by one rename. A path that several machines share is such
-a store on each of them. A lent area is a directory within: once it is removed, no process can write
-there. A path has no versions to purge; what a disk, a snapshot or a server keeps of unlinked blocks is
-out of reach.
-
->>> with tempfile.TemporaryDirectory() as folder:
 ...     blobs = LocalBlobs(Path(folder) / "records")
 ...     blobs.put("a", b"abc")
-...     blobs.put_new("a", b"other"), blobs.get("a", "file"), blobs.held()
-(False, b'abc', frozenset({'a'}))
+...     blobs.get("a", "file"), blobs.held()
+(b'abc', frozenset({'a'}))
 
-Scratch is files outside the model that may hold text, in caches and temporary directories. Only files
-that this project named and this user owns are listed; links are not followed. A killed process's scratch
-is erased by the next process that reads a data set or writes to a model.
-
->>> with tempfile.TemporaryDirectory() as folder:
-...     (Path(folder) / "b").mkdir()
-...     (Path(folder) / "b" / "c").touch()
-...     [path.relative_to(folder).as_posix() for path in walk(Path(folder))]
-['.', 'b', 'b/c']
+Scratch is files outside the model that may hold text, in temporary directories of this user. A killed
+process's scratch is erased by the next process that reads a data set or writes to a model.
 """
 
 from __future__ import annotations
@@ -47,7 +28,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, all_tried
@@ -96,10 +77,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def network_file_system(path: Path) -> str:
-    """Return the kind of the network file system that holds a path, or "".
-
-    SQLite's write-ahead log is not safe there.
-    """
+    """Return the network file system that holds a path, or "": SQLite's log is not safe on one."""
     import psutil
 
     real = path.resolve()
@@ -111,9 +89,17 @@ def network_file_system(path: Path) -> str:
 
 def sync_directory(path: Path) -> None:
     """Make renames inside a directory durable."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with opened_directory(path) as handle:
         os.fsync(handle)
+
+
+@contextlib.contextmanager
+def opened_directory(path: Path, *, follow: bool = True) -> Iterator[int]:
+    """Open a directory while the block runs."""
+    no_link = 0 if follow else os.O_NOFOLLOW
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | no_link)
+    try:
+        yield handle
     finally:
         os.close(handle)
 
@@ -138,66 +124,38 @@ def write_atomic(
     temporary_in: Path | None = None,
     *,
     make_parents: bool = True,
+    keep: bool = False,
 ) -> None:
-    """Write a whole file or nothing.
+    """Write a whole file or nothing; with `keep`, an existing file of that name stays.
 
     A killed process may leave a temporary file in `temporary_in`, by default the file's directory.
     """
-    _write(path, data, mode, temporary_in, _replace, make_parents)
-
-
-def write_new(
-    path: Path,
-    data: bytes,
-    mode: int = FILE_MODE,
-    temporary_in: Path | None = None,
-    *,
-    make_parents: bool = True,
-) -> bool:
-    """Write a whole file unless one has that name, and return whether it was written."""
-    return _write(path, data, mode, temporary_in, _link, make_parents)
-
-
-def _link(temporary: str, path: Path) -> bool:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        os.unlink(temporary)
-    return True
-
-
-def _replace(temporary: str, path: Path) -> bool:
-    os.replace(temporary, path)
-    return True
-
-
-def _write(
-    path: Path,
-    data: bytes,
-    mode: int,
-    temporary_in: Path | None,
-    name_it: Callable[[str, Path], bool],
-    make_parents: bool,
-) -> bool:
     if make_parents:
         make_directory(path.parent)
     with disk_errors(path):
         handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=temporary_in or path.parent)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fchmod(file.fileno(), mode)
-                os.fsync(file.fileno())
-            named = name_it(name, path)
+            _write(os.fdopen(handle, "wb"), data, mode)
+            if keep:
+                with contextlib.suppress(FileExistsError):
+                    os.link(name, path)
+                os.unlink(name)
+            else:
+                os.replace(name, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
         sync_directory(path.parent)
-    return named
+
+
+def _write(file: BinaryIO, data: bytes, mode: int = FILE_MODE) -> None:
+    """Write bytes to the disk, set the file's mode, and close it."""
+    with file:
+        file.write(data)
+        file.flush()
+        os.fchmod(file.fileno(), mode)
+        os.fsync(file.fileno())
 
 
 def write_directory(path: Path, files: dict[str, bytes], *, make_parents: bool = True) -> None:
@@ -208,11 +166,7 @@ def write_directory(path: Path, files: dict[str, bytes], *, make_parents: bool =
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
         try:
             for name, data in files.items():
-                with (temporary / name).open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fchmod(file.fileno(), FILE_MODE)
-                    os.fsync(file.fileno())
+                _write((temporary / name).open("wb"), data)
             temporary.chmod(DIRECTORY_MODE)
             sync_directory(temporary)
             try:
@@ -240,10 +194,7 @@ def verified(data: bytes, sha256: str, what: str, where: str) -> bytes:
 
 
 def read_whole(path: Path, what: str, num_bytes: int = -1) -> bytes:
-    """Return a file's bytes, or its first `num_bytes`, as stored.
-
-    Raise IntegrityError if it is missing.
-    """
+    """Return a file's bytes as stored, or its first ones. Raise IntegrityError if it is missing."""
     try:
         with path.open("rb") as file:
             return file.read(num_bytes)
@@ -322,10 +273,7 @@ def overwrite(path: Path) -> None:
 
 
 def erase_all(folder: Path, names: Collection[str]) -> None:
-    """Remove entries of a directory durably: after the return, no crash of the machine restores one.
-
-    Everything that can be removed is removed before the first error is raised.
-    """
+    """Remove entries of a directory durably: all that can be, before the first error is raised."""
     with all_tried() as tried:
         for name in names:
             with tried():
@@ -345,25 +293,17 @@ def writer_lock(path: Path) -> Iterator[None]:
     with disk_errors(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     try:
-        _for_owner_alone(handle)
+        if os.fstat(handle).st_mode & 0o077:  # whoever can open a lock can hold it
+            with contextlib.suppress(PermissionError):  # another user's; `sisa doctor` reports it
+                os.fchmod(handle, FILE_MODE)
         take_lock(handle, path.parent, "is writing to this model", patience_s=0)
         yield
     finally:
         os.close(handle)
 
 
-def _for_owner_alone(handle: int) -> None:
-    """Restrict the lock's mode: whoever can open a lock can hold it."""
-    if os.fstat(handle).st_mode & 0o077:
-        with contextlib.suppress(PermissionError):  # another user's; `sisa doctor` reports it
-            os.fchmod(handle, FILE_MODE)
-
-
 def take_lock(handle: int, where: Path, doing: str, patience_s: float | None = None) -> None:
-    """Lock an open file or directory.
-
-    Raise Busy if another process still holds the lock after `patience_s` seconds (LOCK_PATIENCE_S).
-    """
+    """Lock an open file or directory. Raise Busy after `patience_s` seconds (LOCK_PATIENCE_S)."""
     deadline = time.monotonic() + (LOCK_PATIENCE_S if patience_s is None else patience_s)
     while True:
         try:
@@ -414,12 +354,7 @@ class LocalBlobs:
         return num_bytes(self.root / name)
 
     def put(self, name: str, data: bytes) -> None:
-        path, made = self.root / name, not self.lent
-        write_atomic(path, data, temporary_in=self.root, make_parents=made)
-
-    def put_new(self, name: str, data: bytes) -> bool:
-        path, made = self.root / name, not self.lent
-        return write_new(path, data, temporary_in=self.root, make_parents=made)
+        write_atomic(self.root / name, data, temporary_in=self.root, make_parents=not self.lent)
 
     def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
         write_directory(self.root / name, dict(parts), make_parents=not self.lent)
@@ -470,12 +405,9 @@ def scratch() -> Iterator[Path]:
 @contextlib.contextmanager
 def keep(folder: Path) -> Iterator[None]:
     """Mark a directory as in use while the block runs."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened_directory(folder) as handle:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
-    finally:
-        os.close(handle)
 
 
 def erase_abandoned() -> None:
@@ -485,12 +417,9 @@ def erase_abandoned() -> None:
             found = path.lstat()
             if found.st_uid != os.getuid() or time.time() - found.st_mtime < LEAST_AGE_S:
                 continue
-            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
+            with opened_directory(path, follow=False) as handle:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path)
-            finally:
-                os.close(handle)
 
 
 def walk(place: Path, unlisted: Callable[[Path, OSError], None] | None = None) -> Iterator[Path]:

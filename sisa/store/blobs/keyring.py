@@ -9,31 +9,22 @@ a checkpoint directory), so that no sealed file passes for another. A key is dur
 sealed with it, and its name never holds half a key: the name appears by a link, and disappears by a
 rename before the key is overwritten. A crash leaves keys under temporary names, which `held` lists, so
 that a later command destroys them. Plain bytes are returned as they are: a model that is partly
-encrypted can be read, and digests tell what is right. What a disk keeps of overwritten blocks, and
-copies of the keyring, are out of reach. The content of a key never appears in a message.
+encrypted can be read, and digests tell what is right.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     keyring = FileKeyring(Path(folder) / "keyring")
 ...     sealed = keyring.seal("records", "a.parquet", "", b"PAR1")
 ...     sealed.startswith(MAGIC), keyring.unseal("records", "a.parquet", "", sealed)
-...     keyring.destroy("records", ["a.parquet"])
-...     keyring.held("records")
 (True, b'PAR1')
-frozenset()
->>> with tempfile.TemporaryDirectory() as folder:
-...     write_secret(Path(folder) / "partition.key", bytes(KEY_BYTES))
-...     read_secret(Path(folder) / "partition.key") == bytes(KEY_BYTES)
-True
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,7 +36,6 @@ from sisa.store.blobs.files import LocalBlobs
 
 MAGIC = b"SISA-AES-256-GCM\n"
 NONCE_BYTES = 12
-Erase = Callable[[Collection[str]], None]
 RESTORE = "put the keyring back where `keyring:` of the run file names it, or restore it from a backup"
 
 
@@ -94,10 +84,7 @@ class FileKeyring:
     makes_keys: bool = True
 
     def lend(self, area: str, names: Iterable[str]) -> FileKeyring:
-        """Create the keys of these files for a run's workers, and return a keyring that creates none.
-
-        With it, nothing can be sealed any more once a key is destroyed.
-        """
+        """Create the keys for a run's workers, and return a keyring that creates none."""
         for name in names if self.seals else ():
             if self._key(area, name) is None:
                 self._create(area, name)
@@ -190,33 +177,12 @@ class FileKeyring:
         return key
 
     def _create(self, area: str, name: str) -> bytes:
-        folder = self.root / area
-        with files.disk_errors(folder):
-            files.make_directory(folder)
-            handle, temporary = tempfile.mkstemp(prefix=files.TEMPORARY_PREFIX, dir=folder)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(os.urandom(KEY_BYTES))
-                    file.flush()
-                    os.fsync(file.fileno())
-                with contextlib.suppress(FileExistsError):  # another worker's key serves as well
-                    os.link(temporary, folder / name)
-            finally:
-                os.unlink(temporary)
-            files.sync_directory(folder)
+        # Another worker's key serves as well.
+        files.write_atomic(self.root / area / name, os.urandom(KEY_BYTES), keep=True)
         key = self._key(area, name)
         if key is None:
             raise IntegrityError("a new key vanished from the keyring", where=self.location(area, name))
         return key
-
-
-def shred(keyring: Keyring, area: str, names: Collection[str], erase: Erase) -> None:
-    """Destroy keys, then `erase` what they seal; an error of one step does not prevent the other."""
-    with all_tried() as tried:
-        with tried():
-            keyring.destroy(area, names)
-        with tried():
-            erase(names)
 
 
 def _bound(area: str, name: str, part: str) -> bytes:
@@ -224,10 +190,7 @@ def _bound(area: str, name: str, part: str) -> bytes:
 
 
 class SealedArea:
-    """Files of a storage area in a blob store, or in a directory of this machine given by its path.
-
-    They are sealed with the keyring's keys of that area.
-    """
+    """Sealed files of a storage area in a blob store, or in a directory of this machine."""
 
     area: str
 
@@ -242,7 +205,11 @@ class SealedArea:
         return self.blobs.held()
 
     def erase(self, names: Collection[str]) -> None:
-        shred(self.keyring, self.area, names, self.blobs.erase)
+        with all_tried() as tried:  # an error of one step does not prevent the other
+            with tried():
+                self.keyring.destroy(self.area, names)
+            with tried():
+                self.blobs.erase(names)
 
     def _put(self, name: str, data: bytes) -> None:
         self.blobs.put(name, self.keyring.seal(self.area, name, "", data))

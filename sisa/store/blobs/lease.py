@@ -2,24 +2,12 @@
 
 A worker may outlive its driver, by seconds or, on another node, without bound. So it never writes under
 a name that others use: the driver lends an area, accepts finished results from it, and erases it.
-Whoever erases blobs that the ledger does not know also erases the area of a killed driver; from then on
-its workers can store nothing.
-
->>> import tempfile
->>> from pathlib import Path
->>> from sisa.store.blobs.files import LocalBlobs
->>> with tempfile.TemporaryDirectory() as folder:
-...     store = LocalBlobs(Path(folder))
-...     lease = Lease(store, store.lend(".tmp-run", ["a"]))
-...     lease.put("a", b"abc")
-...     seen = lease.get("a", "file"), sorted(store.held())
-...     store.accept(".tmp-run", "a")
-...     seen, sorted(store.held())
-((b'abc', ['.tmp-run']), ['.tmp-run', 'a'])
+Whoever erases blobs that the ledger does not know also erases the area of a killed driver.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -29,10 +17,7 @@ from sisa.core.ports import BlobStore, KeptVersions
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A BlobStore whose changes go to the area.
-
-    Reads look into the area first: what is accepted meanwhile is then in the store.
-    """
+    """A BlobStore whose changes go to the area; reads look there first, then into the store."""
 
     store: BlobStore
     area: BlobStore
@@ -53,27 +38,22 @@ class Lease:
         return self.area.parts(group) or self.store.parts(group)
 
     def get(self, name: str, what: str) -> bytes:
-        try:
-            found = self.area.get(name, what)
-        except IntegrityError:
-            found = b""  # as a lent name of an object store that nothing was put under
-        return found or self.store.get(name, what)
+        with contextlib.suppress(IntegrityError):
+            if found := self.area.get(name, what):  # else a lent name that nothing was put under
+                return found
+        return self.store.get(name, what)
 
     def head(self, name: str, num_bytes: int) -> bytes:
-        try:
-            found = self.area.head(name, num_bytes)
-        except IntegrityError:
-            found = b""
-        return found or self.store.head(name, num_bytes)
+        with contextlib.suppress(IntegrityError):
+            if found := self.area.head(name, num_bytes):
+                return found
+        return self.store.head(name, num_bytes)
 
     def num_bytes(self, name: str) -> int:
         return self.area.num_bytes(name) or self.store.num_bytes(name)
 
     def put(self, name: str, data: bytes) -> None:
         self.area.put(name, data)
-
-    def put_new(self, name: str, data: bytes) -> bool:
-        return self.area.put_new(name, data)
 
     def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
         self.area.put_group(name, parts)

@@ -4,17 +4,10 @@
 
 There is no rename, so a group is complete once its `manifest.json` exists. The manifest is put last, if
 it does not exist yet (`If-None-Match`), and erased first; parts without it remain from an interrupted
-write. One put is one request, whole or not at all, so that no upload is ever left unfinished. Bytes are
-read through `pyarrow.fs`; conditions and versions, which it lacks, go through `boto3`. Erasing removes
-every version and delete marker of a name; where that is not allowed, a plain delete hides the name, and
-`purge` reports what is kept. A lent area consists of empty objects; a worker replaces one on the
-condition that it still exists (`If-Match`), and the driver copies it to its name. The endpoint comes
-from AWS_ENDPOINT_URL, credentials from every machine's own AWS chain, so a pickled store holds neither
-keys nor tokens. Copies that replication or backups made are out of reach.
-
->>> store = ObjectBlobs("bucket", "models/a").below("records")
->>> store.location("x.parquet")
-'s3://bucket/models/a/records/x.parquet'
+write. One put is one request, so that no upload is left unfinished. Erasing removes every version and
+delete marker of a name; where that is not allowed, a plain delete hides the name, and `purge` reports
+what is kept. A lent area consists of empty objects; a worker replaces one if it still exists
+(`If-Match`), and the driver copies it to its name. A pickled store holds neither keys nor tokens.
 """
 
 from __future__ import annotations
@@ -39,6 +32,7 @@ ERASE_TRIES = 10
 LENDERS = 16  # puts at once: a model may have thousands of stages
 FEW_NAMES = 8  # up to which names are listed one by one; more: everything is listed
 CONFLICT_TRIES, CONFLICT_PAUSE_S = 5, 0.2
+READ_TRIES = 3
 GONE = ("NoSuchKey", "NoSuchVersion", "404")
 DENIED = ("AccessDenied", "AllAccessDisabled", "403")
 NO_VERSIONS = ("NotImplemented", "MethodNotAllowed", "501", "405")  # from a server without versions
@@ -120,7 +114,10 @@ class ObjectBlobs:
 
     def num_bytes(self, name: str) -> int:
         name = _group(name)
-        return sum(size for each, size in self._list(name) if not name or _is_of(each, name))
+        found = self._list(name)  # also of neighbours whose names begin alike
+        return sum(
+            size for each, size in found if not name or each == name or each.startswith(f"{name}/")
+        )
 
     def _list(self, start: str) -> Iterator[tuple[str, int]]:
         """Yield (name, size) of all objects below whose names begin with `start`."""
@@ -139,20 +136,29 @@ class ObjectBlobs:
         return self._read(name, "file of the model", num_bytes)
 
     def _read(self, name: str, what: str, num_bytes: int | None) -> bytes:
-        where = self.location(name)
-        with store_errors(where):
-            try:
-                system = object_client.arrow(self.endpoint, self.region)
-                key = self._key(_group(name) if "/" in name else name)
-                with system.open_input_file(f"{self.bucket}/{key}") as file:
-                    return bytes(file.read(num_bytes))
-            except FileNotFoundError:
-                raise IntegrityError(
-                    f"a {what} is missing",
-                    where=where,
-                    got="no object",
-                    next_step="restore the object from a backup, or train the model again",
-                ) from None
+        key = self._key(_group(name) if "/" in name else name)
+        with store_errors(self.location(name)):
+            from botocore import exceptions as boto
+
+            cut_short = boto.IncompleteReadError, boto.ReadTimeoutError, boto.ResponseStreamingError
+            for left in reversed(range(READ_TRIES)):
+                try:
+                    found = self._boto.get_object(Bucket=self.bucket, Key=key)["Body"]
+                    with contextlib.closing(found):
+                        return bytes(found.read(num_bytes))
+                except boto.ClientError as error:
+                    if code_of(error) not in GONE:
+                        raise
+                    break
+                except cut_short:  # in the middle of the bytes, where boto3 does not try again
+                    if not left:
+                        raise
+        raise IntegrityError(
+            f"a {what} is missing",
+            where=self.location(name),
+            got="no object",
+            next_step="restore the object from a backup, or train the model again",
+        )
 
     def put(self, name: str, data: bytes) -> None:
         with store_errors(self.location(name)):
@@ -162,10 +168,7 @@ class ObjectBlobs:
                 self._boto.put_object(Bucket=self.bucket, Key=self._key(name), Body=data)
 
     def _fill(self, name: str, data: bytes) -> None:
-        """Replace the object that the lender made, if it still exists.
-
-        The store compares and puts atomically.
-        """
+        """Replace the object that the lender made, if it still exists; the store does both at once."""
         where = {"Bucket": self.bucket, "Key": self._key(name)}
         found = self._boto.head_object(**where)["ETag"]
         self._boto.put_object(**where, Body=data, IfMatch=found)
@@ -193,11 +196,7 @@ class ObjectBlobs:
         return False
 
     def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
-        """Store a group, its manifest last.
-
-        Two writers of one group put the same parts, since its name is the digest of its content; the
-        second manifest changes nothing.
-        """
+        """Store a group, its manifest last; another writer of the same name puts the same parts."""
         if LAST in self.parts(name):
             return
         for part, data in parts.items():
@@ -230,10 +229,7 @@ class ObjectBlobs:
 
     def erase(self, names: Collection[str]) -> None:
         halves = {_group(each) for each in names if each.startswith(TEMPORARY_PREFIX)}
-        doomed = {
-            *names,
-            *(each for each in halves if LAST not in self.parts(each)),
-        }
+        doomed = {*names, *(each for each in halves if LAST not in self.parts(each))}
         if len(doomed) > FEW_NAMES:
             self._erase("", doomed)
         else:
@@ -258,7 +254,7 @@ class ObjectBlobs:
                     return
                 if self._delete(versions):
                     break
-        self._hide([key for key in self._keys(start) if doomed(key)])
+        self._hide([key for name, _ in self._list(start) if doomed(key := self._key(name))])
 
     def purge(self, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:
         try:
@@ -276,9 +272,6 @@ class ObjectBlobs:
             KeptVersions(self.location(name), f"{len(why)} old versions: {', '.join(sorted(set(why)))}")
             for name, why in sorted(kept.items())
         )
-
-    def _keys(self, start: str) -> list[str]:
-        return [self._key(name) for name, _ in self._list(start)]
 
     def _versions(self, start: str) -> list[Version]:
         """Return every version and delete marker below, manifests first.
@@ -358,11 +351,6 @@ class ObjectBlobs:
 
 class _Refused(Exception):
     """The store does not allow listing versions."""
-
-
-def _is_of(name: str, whole: str) -> bool:
-    """Return whether a name is the blob `whole`, or a part of that group."""
-    return name == whole or name.startswith(f"{whole}/")
 
 
 def _is_last(key: str) -> bool:

@@ -1,12 +1,9 @@
-"""Connections to an object store, one of each kind per process, and its errors as this project's.
+"""The connection of a process to an object store, and its errors as this project's.
 
 Failures of network, server or permission become an EnvironmentFault that names the location and the
-store's code, never its text. Both libraries first retry what may pass by itself (throttling, server
-errors, lost connections); AWS_MAX_ATTEMPTS says how often. Credentials and profile come from the
-machine's AWS chain and are not stored here.
-
->>> host_of("http://127.0.0.1:9000")
-('http', '127.0.0.1:9000')
+store's code, never its text. boto3 first retries what may pass by itself (throttling, server errors,
+lost connections); AWS_MAX_ATTEMPTS says how often. Credentials and profile come from the machine's AWS
+chain and are not stored here.
 """
 
 from __future__ import annotations
@@ -17,12 +14,10 @@ import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 from sisa.core.errors import EnvironmentFault
 
 CONNECT_S, READ_S = 10, 60
-DEFAULT_ATTEMPTS = 3
 STORAGE_STEPS = {
     "NoSuchBucket": "create the bucket, or name another by `storage:`",
     "AccessDenied": "allow this machine's AWS identity to list, get, put and delete under the prefix",
@@ -43,12 +38,6 @@ def region() -> str:
     return named or _boto3().session.Session().region_name or "us-east-1"
 
 
-def host_of(url: str) -> tuple[str, str]:
-    """Return an endpoint's scheme and host, as pyarrow takes them."""
-    parts = urlsplit(url if "://" in url else f"https://{url}")
-    return parts.scheme, parts.netloc
-
-
 def _boto3() -> Any:
     try:
         return importlib.import_module("boto3")
@@ -66,34 +55,16 @@ def boto(endpoint: str, region: str) -> Any:
     session = _boto3().session.Session(region_name=region or None)
     from botocore.config import Config
 
-    options = {"addressing_style": "path" if endpoint else "auto"}
     config = Config(
         connect_timeout=CONNECT_S,
         read_timeout=READ_S,
         retries={"mode": "standard"},
-        s3=options,
+        s3={"addressing_style": "path" if endpoint else "auto"},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
     with store_errors(endpoint or "s3"):
         return session.client("s3", endpoint_url=endpoint or None, config=config)
-
-
-@functools.cache
-def arrow(endpoint: str, region: str) -> Any:
-    """Return the file system of pyarrow."""
-    from pyarrow import fs
-
-    scheme, host = host_of(endpoint) if endpoint else ("https", None)
-    attempts = int(os.environ.get("AWS_MAX_ATTEMPTS") or DEFAULT_ATTEMPTS)
-    return fs.S3FileSystem(
-        region=region or None,
-        scheme=scheme,
-        endpoint_override=host,
-        connect_timeout=CONNECT_S,
-        request_timeout=READ_S,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
-    )
 
 
 def code_of(error: Any) -> str:
@@ -103,7 +74,7 @@ def code_of(error: Any) -> str:
 
 @contextlib.contextmanager
 def store_errors(where: str) -> Iterator[None]:
-    """Turn the libraries' errors into an EnvironmentFault that names the location."""
+    """Turn boto3's errors into an EnvironmentFault that names the location."""
     _boto3()
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -120,22 +91,6 @@ def store_errors(where: str) -> Iterator[None]:
     except BotoCoreError as error:
         kind = type(error).__name__
         step = CREDENTIALS if "Credential" in kind or "Profile" in kind else AGAIN
-        raise _unreached(where, kind, step) from None
-    except OSError as error:  # from pyarrow; its message contains the code
-        code = _arrow_code(str(error))
-        step = STORAGE_STEPS["AccessDenied"] if code == "ACCESS_DENIED" else AGAIN
-        raise _unreached(where, code, step) from None
-
-
-def _unreached(where: str, got: str, step: str) -> EnvironmentFault:
-    return EnvironmentFault("the object store can't be used", where=where, got=got, next_step=step)
-
-
-def _arrow_code(message: str) -> str:
-    """Return the error code in pyarrow's message, without the rest of it.
-
-    >>> _arrow_code("When reading 'x': AWS Error ACCESS_DENIED during HeadObject operation: none")
-    'ACCESS_DENIED'
-    """
-    _, found, rest = message.partition("AWS Error ")
-    return rest.split(" ", 1)[0] if found else "an operating-system error"
+        raise EnvironmentFault(
+            "the object store can't be used", where=where, got=kind, next_step=step
+        ) from None

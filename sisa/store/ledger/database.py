@@ -3,10 +3,7 @@
 WAL lets readers and a writer work at the same time. `secure_delete` zeroes what is removed, but not the
 copies that balancing leaves in a page's unused part; after a deletion `scrub` therefore searches for
 them and rewrites the file if it finds one. It also empties the write-ahead log (SQLite reports a busy
-log in a result row and does not raise: the flag is checked). All values are bound parameters. Every
-query reads checked rows from one snapshot and compares their number with the recorded one (`rows.py`);
-`snapshot` holds one snapshot for several queries. A file that can't be written is opened for reading
-only.
+log in a result row and does not raise). A file that can't be written is opened for reading only.
 """
 
 from __future__ import annotations
@@ -188,11 +185,7 @@ class Database:
             self._empty_log()
 
     def _holds(self, removed: Collection[RecordRow]) -> bool:
-        """Return whether the file holds a piece of one of these rows, in any part of a page.
-
-        A piece is the beginning of a record's digest, or a vector's id, which is nearer to the row's
-        end.
-        """
+        """Return whether any part of the file holds a row's piece: of its digest, or its vector's id."""
         wanted = [row.record_digest[:PIECE_BYTES].encode() for row in removed]
         wanted += [row.vector_id.to_bytes(8, "big")[2:] for row in removed]  # small ones take 6 bytes
         if not wanted:
@@ -264,10 +257,7 @@ def having(
     *,
     full_scan: bool = False,
 ) -> list[_T]:
-    """Return rows with one of these values in a column, by its index.
-
-    With `full_scan`, also without it.
-    """
+    """Return rows with one of these values in a column, by its index; with `full_scan`, also without."""
     table: Any = column.table
     found = []
     for chunk in rows.chunks(values):

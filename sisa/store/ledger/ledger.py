@@ -1,12 +1,9 @@
 """The ledger in SQLite, the only authority on where records are.
 
-One `commit` is one transaction with one sequence number. Rows hold keyed digests, positions, counts and
-digests of files; never an id, a subject or text. The absence of a row is confirmed without an index.
-
-A `Change` is what one transaction removes, replaces and adds. Removals come before additions, so that a
-row can move in one change. Added records get the transaction's
-number. Events without a link are chained to the last one, without a key. A request keeps the number of
-its first commit, and how many records it names.
+One `commit` is one transaction with one sequence number: a `Change`, whose removals come before its
+additions, so that a row can move in it. Added records get the transaction's number. Events without a
+link are chained to the last one, without a key. A request keeps the number of its first commit, and how
+many records it names. The absence of a row is confirmed without an index.
 """
 
 from __future__ import annotations

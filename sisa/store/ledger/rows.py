@@ -171,10 +171,7 @@ def read(
 
 
 def contents(connection: sa.Connection, shard: int, slice_: int) -> list[tuple[str, str]]:
-    """Return the keyed id and the digest of each record of a slice, by keyed id.
-
-    Checksums are not read: the caller compares all of them with the slice's root.
-    """
+    """Return keyed ids and digests of a slice's records; the caller compares them with its root."""
     query = (
         "SELECT id_digest, record_digest FROM records WHERE shard = ? AND slice = ? ORDER BY id_digest"
     )
@@ -191,10 +188,7 @@ def check_row_count(table: sa.Table, expected: int, got: int) -> None:
 def expected_rows(
     connection: sa.Connection, table: sa.Table, shard: int | None = None, slice_: int | None = None
 ) -> int:
-    """Return how many rows a table, or a shard or a slice of a BY_SHARD table, should have.
-
-    Raise Damaged.
-    """
+    """Return how many rows a table, a shard or a slice should have. Raise Damaged."""
     if shard is None:
         return _whole(table, _counted(connection, f"{_COUNTS} AND shard = {NO_POSITION}", table.name))
     if slice_ is None:
@@ -269,10 +263,7 @@ def bucket(value: str) -> str:
 
 
 def _in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Collection[str]) -> int:
-    """Return how many rows have one of the wanted values.
-
-    Raise Damaged if the values' buckets do not hold as many rows as were written.
-    """
+    """Return how many rows have a wanted value. Raise Damaged if their buckets lack rows."""
     table: Any = column.table
     at = table.columns.keys().index(column.name)
     buckets = sorted({bucket(each) for each in wanted})
@@ -287,10 +278,7 @@ def _in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Colle
 
 
 def counts_keyed(connection: sa.Connection) -> bool:
-    """Return whether the counts of KEYED columns are those of the last commit.
-
-    Another version omits them.
-    """
+    """Return whether the counts of KEYED columns are of the last commit: other versions omit them."""
     found = read(connection, META, META.c.key == SEQ)
     as_of = _counted(connection, _COUNTS, KEYED_AS_OF)
     return bool(as_of) and as_of[WHOLE] == (int(found[0][1]) if found else 0)
@@ -308,6 +296,18 @@ def _bucket_counts(
     return found
 
 
+def _scan(
+    connection: sa.Connection, table: sa.Table, shard: int | None = None
+) -> Iterator[tuple[Any, ...]]:
+    """Yield all rows of a table or a shard, by no index. Raise Damaged, at the end if one is missing."""
+    query = sa.select(table) if shard is None else sa.select(table).where(table.c.shard == shard)
+    total, cursor = 0, _plain(connection.execute(query))
+    while rows := checked_rows(table, cursor.fetchmany(_IN_MEMORY)):
+        total += len(rows)
+        yield from rows
+    check_row_count(table, expected_rows(connection, table, shard), total)
+
+
 def _seen(
     connection: sa.Connection,
     table: sa.Table,
@@ -316,15 +316,8 @@ def _seen(
     shard: int | None = None,
 ) -> int:
     """Return how many rows have one of the wanted values in some columns, without any index."""
-    query = sa.select(table) if shard is None else sa.select(table).where(table.c.shard == shard)
     at = [table.columns.keys().index(column.name) for column in columns]
-    total = seen = 0
-    cursor = _plain(connection.execute(query))
-    while rows := checked_rows(table, cursor.fetchmany(_IN_MEMORY)):
-        total += len(rows)
-        seen += sum(tuple([row[each] for each in at]) in wanted for row in rows)
-    check_row_count(table, expected_rows(connection, table, shard), total)
-    return seen
+    return sum(tuple([row[each] for each in at]) in wanted for row in _scan(connection, table, shard))
 
 
 def actual_rows(connection: sa.Connection, table: sa.Table) -> int:
@@ -465,10 +458,7 @@ class Writing:
             self._deltas[table.name].clear()
 
     def end_keyed(self, seq: int) -> None:
-        """Update the counts of KEYED columns to this commit.
-
-        All rows are counted if another version wrote last.
-        """
+        """Update the counts of KEYED columns; count all rows if another version wrote last."""
         for column, deltas in self._keyed.items():
             if self._counts_keyed:
                 changed = {each: delta for each, delta in deltas.items() if delta}
@@ -485,10 +475,5 @@ class Writing:
 def _counted_anew(connection: sa.Connection, column: sa.Column[Any]) -> Counter[str]:
     """Count the rows of each bucket without any index. Raise Damaged."""
     table: Any = column.table
-    at, total, found = table.columns.keys().index(column.name), 0, Counter[str]()
-    cursor = _plain(connection.exec_driver_sql(f"SELECT * FROM {table.name} NOT INDEXED"))  # noqa: S608
-    while rows := checked_rows(table, cursor.fetchmany(_IN_MEMORY)):
-        total += len(rows)
-        found.update(bucket(row[at]) for row in rows if row[at] is not None)
-    check_row_count(table, expected_rows(connection, table), total)
-    return found
+    at = table.columns.keys().index(column.name)
+    return Counter(bucket(row[at]) for row in _scan(connection, table) if row[at] is not None)
