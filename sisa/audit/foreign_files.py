@@ -67,8 +67,8 @@ class SealedFiles:
 
         Raise Shredded if no held key opens it, and OSError as `open` does.
 
-        >>> from sisa.store.blobs.keyring import PLAIN
-        >>> SealedFiles(PLAIN).plaintext(Path(__file__)) is None
+        >>> from sisa.store.blobs.keyring import FileKeyring
+        >>> SealedFiles(FileKeyring(Path("absent"))).plaintext(Path(__file__)) is None
         True
         """
         with path.open("rb") as file:

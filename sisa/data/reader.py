@@ -131,8 +131,7 @@ def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits = SourceLi
         if isinstance(text, str):
             texts.extend([text] if text.strip() else [])
         else:
-            what = str(value) if isinstance(value, Broken) else f"expected a text in `{column}`"
-            problems.add(where, what)
+            problems.add(where, f"expected a text in `{column}`")
 
     for source, label in zip(sources, _labels(sources), strict=True):
         column = source.text_column
@@ -258,9 +257,6 @@ class _Reading:
             self._seen.update(dict.fromkeys(names))
 
     def _take(self, where: str, value: Any, columns: Columns) -> Record | None:
-        if isinstance(value, Broken):
-            self.problems.add(where, str(value))
-            return None
         if not isinstance(value, Mapping):
             self.problems.add(where, f"expected a JSON object, got {type_name(value)}")
             return None
@@ -314,7 +310,10 @@ def _read_each(
             number += 1
             if number > limits.max_records:
                 raise Broken(f"more than limits.max_records {limits.max_records}")
-            take(where, value)
+            if isinstance(value, Broken):
+                problems.add(where, str(value))
+            else:
+                take(where, value)
     except Broken as error:
         problems.add(label, str(error))
     except OSError as error:

@@ -32,7 +32,7 @@ UNFIT = {
     "Zl": "a line break",
     "Zp": "a line break",
 }
-_TYPE_NAMES = {
+_TYPE_NAMES: dict[type[Any], str] = {
     **{type(None): "null", bool: "a boolean", int: "a number", float: "a number"},
     **{str: "a string", bytes: "bytes", list: "a list", dict: "an object"},
 }

@@ -30,7 +30,6 @@ from sisa.core.ports import (
     ignore_stage,
 )
 from sisa.store.blobs.files import LocalBlobs, absolute
-from sisa.store.blobs.keyring import PLAIN
 
 PROGRESS_EVERY_S = 0.25
 
@@ -44,8 +43,8 @@ class Site:
     base_dir: Path
     base_digest: str
     threads: int
+    keyring: Keyring  # its directory and whether it seals; keys do not travel
     environment: tuple[tuple[str, str], ...] = ()  # variables to set before torch is imported
-    keyring: Keyring = PLAIN  # its directory and whether it seals; keys do not travel
     area: str = "checkpoints"  # area of the checkpoints' keys
     patches_at: BlobStore = field(default_factory=lambda: LocalBlobs(Path()))
     patches: tuple[tuple[str, str], ...] = ()  # to train over: (key, manifest's sha256), lowest first

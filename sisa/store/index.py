@@ -30,7 +30,7 @@ from sisa.core.digest import sha256_hex
 from sisa.core.domain import Hit, IndexFile
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import By, Keyring, Vectors
-from sisa.store.blobs.keyring import PLAIN, SealedArea
+from sisa.store.blobs.keyring import SealedArea
 
 INDEX_AREA = "index"
 HEAD_BYTES = 37  # of each of the two nested indexes; their number of vectors is at 8
@@ -69,9 +69,7 @@ class FaissIndex(SealedArea):
 
     area = INDEX_AREA
 
-    def __init__(
-        self, root: Path, dimension: int, keyring: Keyring = PLAIN, warm: Warm | None = None
-    ) -> None:
+    def __init__(self, root: Path, dimension: int, keyring: Keyring, warm: Warm | None = None) -> None:
         super().__init__(root, keyring)
         self.root = root
         self.dimension = dimension
@@ -131,14 +129,14 @@ class FaissIndex(SealedArea):
         import faiss
         import numpy as np
 
-        data = self.check(file)
+        data = self._bytes(file)
         if not _has_form(data, file.num_vectors, self.dimension):
             raise IntegrityError(
                 "an index file has the recorded digest, but not the form that is written",
                 where=str(self.root / file.name),
                 next_step="restore the model directory from a backup",
             )
-        index = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
+        index: Any = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
         ids = faiss.vector_to_array(index.id_map)
         return LoadedIndex(file.shard, ids, index.index.reconstruct_n(0, index.ntotal))
 
@@ -151,7 +149,10 @@ class FaissIndex(SealedArea):
         order = np.argsort([rows[each] for each in found.ids.tolist()], kind="stable")
         return found.vectors[order]
 
-    def check(self, file: IndexFile) -> bytes:
+    def check(self, file: IndexFile) -> None:
+        self._bytes(file)
+
+    def _bytes(self, file: IndexFile) -> bytes:
         return self._get_checked(file.name, file.sha256, "index file")
 
     def erase(self, names: Collection[str]) -> None:

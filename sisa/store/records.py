@@ -44,9 +44,12 @@ class FileRecords(SealedArea):
         return file
 
     def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
-        return _decode(self.check(file), self.blobs.location(file.name))
+        return _decode(self._bytes(file), self.blobs.location(file.name))
 
-    def check(self, file: SliceFile) -> bytes:
+    def check(self, file: SliceFile) -> None:
+        self._bytes(file)
+
+    def _bytes(self, file: SliceFile) -> bytes:
         return self._get_checked(file.name, file.sha256, "slice file")
 
 
@@ -118,9 +121,12 @@ class FileVault(SealedArea):
         return sha256_hex(data), len(data)
 
     def read(self, found: VaultSet) -> tuple[Record, ...]:
-        return decode(self.check(found), self.root / found.name)
+        return decode(self._bytes(found), self.root / found.name)
 
-    def check(self, found: VaultSet) -> bytes:
+    def check(self, found: VaultSet) -> None:
+        self._bytes(found)
+
+    def _bytes(self, found: VaultSet) -> bytes:
         what, where = "set of the vault", str(self.root / found.name)
         data = self.blobs.get(found.name, what)
         if not is_sealed(data):

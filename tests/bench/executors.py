@@ -41,6 +41,7 @@ from sisa.store.ledger.ledger import SqlLedger
 from tests.bench.deletion import warm
 from tests.bench.equal import Bench
 from tests.endurance.ground import environment, write_json
+from tests.fakes.keyring import PLAIN
 from tests.models.scripted import NUM_SHARDS, NUM_SLICES, make_chains, make_site, open_scripted
 
 OVERHEAD_ROUNDS = 20
@@ -69,7 +70,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         target = bench.folder / "executors" / name
         shutil.rmtree(target, ignore_errors=True)
         records = LocalBlobs(model.directory / "records")
-        return Site(records, LocalBlobs(target), base.directory, base.digest, 1)
+        return Site(records, LocalBlobs(target), base.directory, base.digest, 1, PLAIN)
 
     serial = _timed(lambda each: open_serial(each, {}), site, chains)
     found: dict[str, Any] = {"serial": serial}

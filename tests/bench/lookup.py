@@ -26,6 +26,7 @@ import numpy as np
 from sisa.core.domain import Hit, IndexFile
 from sisa.core.ports import Vectors
 from sisa.store.index import FaissIndex
+from tests.fakes.keyring import PLAIN
 
 DIMENSION, NUM_TOPICS, NUM_QUERIES, TOP_K, NUM_SHARDS = 384, 2000, 50, 10, 8
 
@@ -47,7 +48,7 @@ def unit(vectors: Vectors) -> Vectors:
 
 def measured(vectors: Vectors, queries: Vectors, folder: Path) -> dict[str, Any]:
     """Return times and recall of one set of vectors, split over shards."""
-    index = FaissIndex(folder, DIMENSION)
+    index = FaissIndex(folder, DIMENSION, PLAIN)
     files = [
         index.build(
             shard, "", None, {n: vectors[n : n + 1] for n in range(shard, len(vectors), NUM_SHARDS)}
@@ -101,7 +102,7 @@ def _removes(index: FaissIndex, file: IndexFile, folder: Path) -> bool:
     kept = ids[:1] + ids[2:]
     after = index.build(0, "", file, dict.fromkeys(kept))
     rows = index.vectors(file, kept)
-    scratch = FaissIndex(folder, DIMENSION).build(
+    scratch = FaissIndex(folder, DIMENSION, PLAIN).build(
         0, "", None, dict(zip(kept, rows[:, None], strict=True))
     )
     return (

@@ -39,6 +39,7 @@ from tests.bench.contestants import (
     Theirs,
     Who,
 )
+from tests.fakes.keyring import PLAIN
 
 Key = tuple[Who, int, int]  # a contestant, its threads, and which of several
 
@@ -118,6 +119,7 @@ class Ground:
             self.data.base_dir,
             self.data.base_digest,
             layout.threads,
+            PLAIN,
         )
         made = [self._chain(site, race, layout, shard) for shard in range(layout.shards)]
         shares = [made[worker :: layout.workers] for worker in range(layout.workers)]
@@ -131,7 +133,7 @@ class Ground:
     def _chain(
         self, site: Site, race: Race, layout: Layout, shard: int
     ) -> tuple[Chain, tuple[Tokens, ...]]:
-        store, files = FileRecords(site.records_at), []
+        store, files = FileRecords(site.records_at, PLAIN), []
         numbers = range(shard, len(self.data.records), layout.shards)
         for slice_ in range(layout.slices):
             records = [self.data.records[n] for n in numbers[slice_ :: layout.slices]]

@@ -60,6 +60,7 @@ from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.records import FileRecords
 from sisa.store.witness import FileWitness
+from tests.fakes.keyring import PLAIN
 from tests.fakes.ports import ADAPTER, FakeTrainer, changed, fake_model, fake_recipe
 
 KEY = bytes(range(32))
@@ -164,9 +165,9 @@ class Store:
 
     def __init__(self, folder: Path, scale: Scale) -> None:
         self.folder, self.scale = folder, scale
-        self.records = FileRecords(folder / "records")
-        self.checkpoints = FileCheckpoints(folder / "checkpoints")
-        self.index = FaissIndex(folder / "index", scale.dimension)
+        self.records = FileRecords(folder / "records", PLAIN)
+        self.checkpoints = FileCheckpoints(folder / "checkpoints", PLAIN)
+        self.index = FaissIndex(folder / "index", scale.dimension, PLAIN)
         self.assigner = Assigner(Keyed(KEY), Layout(scale.num_shards, scale.num_slices))
         self.recipe = fake_recipe(scale.num_slices)
 

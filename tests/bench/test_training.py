@@ -23,6 +23,7 @@ from tests.bench.race_ground import (
     run_file,
 )
 from tests.bench.training import draw, over, ratios, summary
+from tests.fakes.keyring import PLAIN
 
 RACE = Race(Path("base"), "q, v", None, epochs=2, batch=8, rate=1e-3)
 
@@ -41,7 +42,7 @@ def test_every_record_is_trained_by_one_worker(tmp_path: Path, layout: Layout) -
     for (who, threads, _), work in way.work:
         assert isinstance(work, Ours)
         assert (who, threads) == ("ours", layout.threads)
-        store = FileRecords(work.site.records_at)
+        store = FileRecords(work.site.records_at, PLAIN)
         for chain, tokens in zip(work.chains, work.tokens, strict=True):
             ids = [each.record.id for file in chain.slices for each in store.read(file)]
             assert sorted(ids) == sorted(f"r{each.input_ids[0]:02}" for each in tokens)

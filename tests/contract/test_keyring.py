@@ -23,8 +23,8 @@ from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import Keyring
 from sisa.store.blobs import files
 from sisa.store.blobs.files import TEMPORARY_PREFIX, LocalBlobs, read_checked
-from sisa.store.blobs.keyring import MAGIC, PLAIN, FileKeyring, is_sealed, reseal_blobs
-from tests.fakes.keyring import FakeKeyring
+from sisa.store.blobs.keyring import MAGIC, FileKeyring, is_sealed, reseal_blobs
+from tests.fakes.keyring import PLAIN, FakeKeyring
 
 OpenKeyring = Callable[[], Keyring]
 SECRET = b"the only copy of this text"

@@ -19,6 +19,7 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import RecordStore, StoredRecord
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.records import FileRecords
+from tests.fakes.keyring import PLAIN
 from tests.fakes.ports import FakeRecords, fake_record
 from tests.fakes.s3_server import fresh_blobs
 
@@ -96,7 +97,7 @@ def test_a_file_depends_on_its_records_alone(store: RecordStore, tmp_path: Path)
     """Writing again, elsewhere, or after other slices gives the same bytes."""
     store.write(0, 0, "before", several(1, 2, 3, 4))
     after = store.write(0, 0, "after", several(1, 3))
-    fresh = FakeRecords() if isinstance(store, FakeRecords) else FileRecords(tmp_path / "fresh")
+    fresh = FakeRecords() if isinstance(store, FakeRecords) else FileRecords(tmp_path / "fresh", PLAIN)
     assert fresh.write(0, 0, "after", several(1, 3)) == after
 
 

@@ -17,8 +17,9 @@ from sisa.core.digest import sha256_hex
 from sisa.core.domain import Part, Record, VaultSet
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import Vault
-from sisa.store.blobs.keyring import PLAIN, FileKeyring, is_sealed
+from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.records import FileVault, encode
+from tests.fakes.keyring import PLAIN
 from tests.fakes.patches import FakeVault
 from tests.fakes.ports import fake_record
 

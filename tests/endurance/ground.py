@@ -31,10 +31,11 @@ from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LEDGER, RECORDS, SCRATC
 from sisa.lm.base.numerics import describe_fingerprint
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.blobs.files import held_names
-from sisa.store.blobs.keyring import PLAIN, FileKeyring, is_sealed
+from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger.ledger import SqlLedger
 from tests.endurance.child import FAILED
+from tests.fakes.keyring import PLAIN
 from tests.fakes.ports import ADAPTER
 
 ROOT = Path(os.path.abspath(__file__)).parents[2]

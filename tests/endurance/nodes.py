@@ -42,6 +42,7 @@ from sisa.store.blobs.files import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.endurance import ground as g
+from tests.fakes.keyring import PLAIN
 from tests.integration.ray.test_kill_worker import make_chain
 from tests.models.clusters import add_node, own_cluster, remove
 from tests.models.scripted import bytes_of, ignore
@@ -92,8 +93,8 @@ def ground(folder: Path, num_shards: int) -> tuple[Site, list[Chain]]:
     """Return a tiny base, slice files, and the chains over them."""
     base = make_tiny_base(folder / "base")
     digest, records = base_digest(base), LocalBlobs(folder / "records")
-    site = Site(records, LocalBlobs(folder / "none"), base, base_digest=digest, threads=1)
-    store, here = FileRecords(records), fingerprint(1)
+    site = Site(records, LocalBlobs(folder / "none"), base, base_digest=digest, threads=1, keyring=PLAIN)
+    store, here = FileRecords(records, PLAIN), fingerprint(1)
     chains = []
     for shard in range(num_shards):
         made = make_chain(store, shard, site)
@@ -111,7 +112,9 @@ def serial(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
 
     target = site.base_dir.with_name("serial")
     trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)
-    SerialExecutor(trainer, FileRecords(site.records_at), FileCheckpoints(target)).run(chains, ignore)
+    SerialExecutor(trainer, FileRecords(site.records_at, PLAIN), FileCheckpoints(target, PLAIN)).run(
+        chains, ignore
+    )
     return bytes_of(target)
 
 

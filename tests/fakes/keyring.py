@@ -8,13 +8,45 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
+from dataclasses import dataclass
 from itertools import count
 
 from sisa.core.digest import canonical_json
 from sisa.core.errors import IntegrityError
-from sisa.store.blobs.keyring import MAGIC
+from sisa.store.blobs.keyring import MAGIC, RESTORE, is_sealed
 
 TAG_BYTES, NONCE_BYTES = 32, 8
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Keyring of a model without encryption: it seals nothing, and refuses sealed bytes."""
+
+    seals: bool = False
+
+    def location(self, area: str, name: str) -> str:
+        return f"{area}/{name}"
+
+    def held(self, area: str) -> frozenset[str]:  # noqa: ARG002
+        return frozenset()
+
+    def seal(self, area: str, name: str, part: str, data: bytes) -> bytes:  # noqa: ARG002
+        return data
+
+    def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:  # noqa: ARG002
+        if is_sealed(data):
+            raise IntegrityError(
+                "a file is encrypted, and there is no keyring",
+                where=self.location(area, name),
+                next_step=RESTORE,
+            )
+        return data
+
+    def destroy(self, area: str, names: Collection[str]) -> None:
+        """Do nothing: there are no keys."""
+
+
+PLAIN = Plain()
 
 
 class FakeKeyring:

@@ -53,7 +53,7 @@ from sisa.flows.wiring.context import Compute, Context, Settings, Stores
 from sisa.planning.bands import Bands
 from sisa.planning.layout import Assigner, Layout, chosen_orders
 from sisa.planning.plan import Recipe, Schedule
-from sisa.store.blobs.keyring import PLAIN
+from tests.fakes.keyring import PLAIN
 from tests.fakes.ledger import FakeLedger
 from tests.fakes.metrics import FakeMetrics
 from tests.fakes.patches import FakePatcher, FakeRuns, FakeVault

@@ -25,6 +25,7 @@ from sisa.lm.base.numerics import fingerprint
 from sisa.store.blobs.files import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
+from tests.fakes.keyring import PLAIN
 
 NODE = "SCRIPTED_NODE"  # an environment variable of a node: its name
 DIGEST = "SCRIPTED_DIGEST"  # another: the fingerprint and self-test digest that the node shows
@@ -86,7 +87,7 @@ class ScriptedTrainer:
 
 
 def open_scripted(site: Site) -> tuple[Trainer, RecordStore, CheckpointStore]:
-    stores = FileRecords(site.records_at), FileCheckpoints(site.checkpoints_at)
+    stores = FileRecords(site.records_at, PLAIN), FileCheckpoints(site.checkpoints_at, PLAIN)
     return ScriptedTrainer(script_of(site)), *stores
 
 
@@ -102,11 +103,11 @@ def folder_of(site: Site) -> Path:
 def make_site(folder: Path) -> Site:
     (folder / "script").mkdir(parents=True, exist_ok=True)
     places = LocalBlobs(folder / "records"), LocalBlobs(folder / "checkpoints")
-    return Site(*places, folder / "script", base_digest="b1", threads=1)
+    return Site(*places, folder / "script", base_digest="b1", threads=1, keyring=PLAIN)
 
 
 def make_chains(site: Site) -> list[Chain]:
-    records = FileRecords(site.records_at)
+    records = FileRecords(site.records_at, PLAIN)
     return [make_chain(records, shard) for shard in range(NUM_SHARDS)]
 
 

@@ -45,37 +45,6 @@ def is_sealed(data: bytes) -> bool:
 
 
 @dataclass(frozen=True)
-class Plain:
-    """Keyring of a model without encryption: it seals nothing, and refuses sealed bytes."""
-
-    seals: bool = False
-
-    def location(self, area: str, name: str) -> str:
-        return f"{area}/{name}"
-
-    def held(self, area: str) -> frozenset[str]:  # noqa: ARG002
-        return frozenset()
-
-    def seal(self, area: str, name: str, part: str, data: bytes) -> bytes:  # noqa: ARG002
-        return data
-
-    def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:  # noqa: ARG002
-        if is_sealed(data):
-            raise IntegrityError(
-                "a file is encrypted, and there is no keyring",
-                where=self.location(area, name),
-                next_step=RESTORE,
-            )
-        return data
-
-    def destroy(self, area: str, names: Collection[str]) -> None:
-        """Do nothing: there are no keys."""
-
-
-PLAIN = Plain()
-
-
-@dataclass(frozen=True)
 class FileKeyring:
     """A Keyring in a directory. With `seals=False` it reads sealed files and seals no new ones."""
 
@@ -194,9 +163,7 @@ class SealedArea:
 
     area: str
 
-    def __init__(
-        self, blobs: BlobStore | Path, keyring: Keyring = PLAIN, area: str | None = None
-    ) -> None:
+    def __init__(self, blobs: BlobStore | Path, keyring: Keyring, area: str | None = None) -> None:
         self.blobs = LocalBlobs(blobs) if isinstance(blobs, Path) else blobs
         self.keyring = keyring
         self.area = self.area if area is None else area

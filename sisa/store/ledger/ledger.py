@@ -68,7 +68,7 @@ class SqlLedger(Database):
     """A Ledger in one SQLite file. With `create=False`, a missing file is an IntegrityError."""
 
     def seq(self) -> int:
-        return int(self.meta().get(rows.SEQ, "0"))
+        return int(self.meta().get(SEQ, "0"))
 
     def meta(self) -> dict[str, str]:
         with self._reading() as connection:
@@ -199,10 +199,8 @@ class SqlLedger(Database):
         return self._all(Tombstone, TOMBSTONES, TOMBSTONES.c.id_digest)
 
     def event_head(self) -> WitnessHead:
-        latest = sa.select(sa.func.max(EVENTS.c.position)).scalar_subquery()
         with self._reading() as connection:
-            found = rows.read(connection, EVENTS, EVENTS.c.position == latest)
-            position, link = (found[0][0], found[0][-2]) if found else (0, "")
+            position, link = _last_event(connection)
             rows.check_row_count(EVENTS, rows.expected_rows(connection, EVENTS), position)
         return WitnessHead(link, position)
 
@@ -329,10 +327,14 @@ def _put_requests(writing: Writing, change: Change, seq: int) -> None:
             writing.put(REQUESTS, [row])
 
 
-def _append_events(writing: Writing, events: Sequence[RequestEvent]) -> None:
+def _last_event(connection: sa.Connection) -> tuple[int, str]:
     latest = sa.select(sa.func.max(EVENTS.c.position)).scalar_subquery()
-    last = rows.read(writing.connection, EVENTS, EVENTS.c.position == latest)
-    position, link = (last[0][0], last[0][-2]) if last else (0, "")
+    found = rows.read(connection, EVENTS, EVENTS.c.position == latest)
+    return (found[0][0], found[0][-2]) if found else (0, "")
+
+
+def _append_events(writing: Writing, events: Sequence[RequestEvent]) -> None:
+    position, link = _last_event(writing.connection)
     chain = []
     for event in events:
         position, link = position + 1, event.link or chained(link, event)

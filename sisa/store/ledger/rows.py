@@ -29,18 +29,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import sqlalchemy as sa
 
-from sisa.core.domain import (
-    Export,
-    Head,
-    HeldCheckpoint,
-    IndexFile,
-    Patch,
-    RecordRow,
-    RequestEvent,
-    SliceFile,
-    Tombstone,
-    VaultSet,
-)
+from sisa.core import domain
 
 SCHEMA_VERSION = 4
 
@@ -79,7 +68,7 @@ COUNTS = _table("counts", _COUNT, key=("name", "shard", "slice", "kind"))
 META = _table("meta", {"key": str, "value": str}, key=("key",))
 RECORDS = _table(
     "records",
-    get_type_hints(RecordRow),
+    get_type_hints(domain.RecordRow),
     sa.UniqueConstraint("id_digest"),
     sa.UniqueConstraint("shard", "vector_id"),
     key=("shard", "slice", "id_digest"),
@@ -88,24 +77,26 @@ RECORDS = _table(
 )
 TOMBSTONES = _table(
     "tombstones",
-    get_type_hints(Tombstone),
+    get_type_hints(domain.Tombstone),
     key=("id_digest",),
     indexed=("subject_digest", "text_digest"),
 )
-SLICES = _table("slices", get_type_hints(SliceFile), key=("shard", "slice"))
-INDEXES = _table("indexes", get_type_hints(IndexFile), key=("shard",))
-HEADS = _table("heads", get_type_hints(Head), key=("shard",))
-CHECKPOINTS = _table("checkpoints", get_type_hints(HeldCheckpoint), key=("key",), indexed=("shard",))
+SLICES = _table("slices", get_type_hints(domain.SliceFile), key=("shard", "slice"))
+INDEXES = _table("indexes", get_type_hints(domain.IndexFile), key=("shard",))
+HEADS = _table("heads", get_type_hints(domain.Head), key=("shard",))
+CHECKPOINTS = _table(
+    "checkpoints", get_type_hints(domain.HeldCheckpoint), key=("key",), indexed=("shard",)
+)
 _REQUEST = {"request_id": str, "seq": int, "num_named": int, "body": str}
 REQUESTS = _table("requests", _REQUEST, key=("request_id",))
 NAMED = _table("named", {"request_id": str, "id_digest": str}, key=("request_id", "id_digest"))
-EXPORTS = _table("exports", get_type_hints(Export), key=("path", "key"))
-_PATCH = {"key": str, **get_type_hints(Patch)}
+EXPORTS = _table("exports", get_type_hints(domain.Export), key=("path", "key"))
+_PATCH = {"key": str, **get_type_hints(domain.Patch)}
 PATCHES = _table("patches", _PATCH, sa.UniqueConstraint("version"), key=("key",))
-VAULT = _table("vault", get_type_hints(VaultSet), key=("name",))
+VAULT = _table("vault", get_type_hints(domain.VaultSet), key=("name",))
 _VAULTED = {"name": str, "id_digest": str}
 VAULTED = _table("vaulted", _VAULTED, key=("name", "id_digest"), indexed=("id_digest",))
-_EVENT = {"position": int, **get_type_hints(RequestEvent)}
+_EVENT = {"position": int, **get_type_hints(domain.RequestEvent)}
 EVENTS = _table("events", _EVENT, key=("position",), indexed=("link",))
 
 
@@ -137,10 +128,10 @@ class Damaged(Exception):
     """A row differs from what was written, or rows are missing; names the table, never a value."""
 
 
-def chunks(values: Sequence[_T], size: int = _IN_CHUNK) -> Iterator[Sequence[_T]]:
+def chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
     """Yield parts of the values that fit into one query."""
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
+    for start in range(0, len(values), _IN_CHUNK):
+        yield values[start : start + _IN_CHUNK]
 
 
 def checksum(table: str, values: tuple[Any, ...]) -> int:
@@ -190,11 +181,9 @@ def expected_rows(
 ) -> int:
     """Return how many rows a table, a shard or a slice should have. Raise Damaged."""
     if shard is None:
-        return _whole(table, _counted(connection, f"{_COUNTS} AND shard = {NO_POSITION}", table.name))
-    if slice_ is None:
-        return _counted(connection, f"{_COUNTS} AND shard = ?", table.name, shard).total()
-    position = (table.name, shard, slice_)
-    return _counted(connection, f"{_COUNTS} AND shard = ? AND slice = ?", *position).total()
+        return _whole(table, _counted(connection, table.name, shard=[NO_POSITION]))
+    only = {"shard": [shard]} if slice_ is None else {"shard": [shard], "slice": [slice_]}
+    return _counted(connection, table.name, **only).total()
 
 
 def read_all(
@@ -215,7 +204,7 @@ def read_all(
 def expected_kinds(connection: sa.Connection) -> Counter[str]:
     """Return how many records of each kind there should be. Raise Damaged."""
     found: Counter[str] = Counter()
-    counts = _counted(connection, _COUNTS, RECORDS.name)
+    counts = _counted(connection, RECORDS.name)
     for (_, _, kind), count in counts.items():
         found[kind] += count
     del found[""]
@@ -227,7 +216,7 @@ def lost_rows(connection: sa.Connection) -> list[str]:
     """Return the names of the tables without the recorded number of rows. Raise Damaged."""
     found = []
     for table in COUNTED:
-        counts = _counted(connection, _COUNTS, table.name)
+        counts = _counted(connection, table.name)
         expected = _whole(table, counts)
         if expected != actual_rows(connection, table):
             found.append(table.name)
@@ -280,7 +269,7 @@ def _in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Colle
 def counts_keyed(connection: sa.Connection) -> bool:
     """Return whether the counts of KEYED columns are of the last commit: other versions omit them."""
     found = read(connection, META, META.c.key == SEQ)
-    as_of = _counted(connection, _COUNTS, KEYED_AS_OF)
+    as_of = _counted(connection, KEYED_AS_OF)
     return bool(as_of) and as_of[WHOLE] == (int(found[0][1]) if found else 0)
 
 
@@ -289,10 +278,9 @@ def _bucket_counts(
 ) -> Counter[str]:
     found: Counter[str] = Counter()
     for chunk in chunks(sorted(buckets)):
-        chosen = ", ".join("?" * len(chunk))
-        query = f"{_COUNTS} AND shard = {NO_POSITION} AND slice = {NO_POSITION} AND kind IN ({chosen})"
-        for (_, _, kind), count in _counted(connection, query, str(column), *chunk).items():
-            found[kind] = count
+        whole = {"shard": [NO_POSITION], "slice": [NO_POSITION], "kind": chunk}
+        counts = _counted(connection, str(column), **whole)
+        found.update({kind: count for (_, _, kind), count in counts.items()})
     return found
 
 
@@ -326,17 +314,14 @@ def actual_rows(connection: sa.Connection, table: sa.Table) -> int:
     return int(connection.exec_driver_sql(query).scalar_one())
 
 
-def _counted(connection: sa.Connection, query: str, *values: Any) -> Counter[CountKey]:
-    rows = checked_rows(COUNTS, _plain(connection.exec_driver_sql(query, values)).fetchall())
+def _counted(connection: sa.Connection, name: str, **only: Sequence[Any]) -> Counter[CountKey]:
+    """Return recorded numbers of rows by position; `only` of some shards, slices or kinds."""
+    query, values = _COUNTS, [name]
+    for column, chosen in only.items():
+        query += f" AND {column} IN ({', '.join('?' * len(chosen))})"
+        values += chosen
+    rows = checked_rows(COUNTS, _plain(connection.exec_driver_sql(query, tuple(values))).fetchall())
     return Counter({(shard, slice_, kind): number for _, shard, slice_, kind, number, _ in rows})
-
-
-def _counts_of(connection: sa.Connection, table: sa.Table, shards: Collection[int]) -> Counter[CountKey]:
-    """Return the numbers of rows by position, of these shards at least."""
-    if len(shards) > _IN_CHUNK:
-        return _counted(connection, _COUNTS, table.name)
-    chosen = ", ".join("?" * len(shards))
-    return _counted(connection, f"{_COUNTS} AND shard IN ({chosen})", table.name, *shards)
 
 
 def _whole(table: sa.Table, counts: Mapping[CountKey, int]) -> int:
@@ -451,7 +436,9 @@ class Writing:
         for table in COUNTED:
             deltas = {position: delta for position, delta in self._deltas[table.name].items() if delta}
             if deltas:
-                before = _counts_of(self.connection, table, {NO_POSITION, *(each[0] for each in deltas)})
+                shards = list({NO_POSITION, *(each[0] for each in deltas)})
+                only = {"shard": shards} if len(shards) <= _IN_CHUNK else {}
+                before = _counted(self.connection, table.name, **only)
                 _whole(table, before)
                 after = {position: before[position] + delta for position, delta in deltas.items()}
                 _put_counts(self.connection, table.name, after)
@@ -466,14 +453,9 @@ class Writing:
                 after = {each: before[each] + delta for each, delta in changed.items()}
             else:
                 self.connection.execute(sa.delete(COUNTS).where(COUNTS.c.name == str(column)))
-                after = _counted_anew(self.connection, column)
+                at = column.table.columns.keys().index(column.name)
+                rows = _scan(self.connection, column.table)
+                after = Counter(bucket(row[at]) for row in rows if row[at] is not None)
             positions = {(NO_POSITION, NO_POSITION, each): count for each, count in after.items()}
             _put_counts(self.connection, str(column), positions)
         _put_counts(self.connection, KEYED_AS_OF, {WHOLE: seq})
-
-
-def _counted_anew(connection: sa.Connection, column: sa.Column[Any]) -> Counter[str]:
-    """Count the rows of each bucket without any index. Raise Damaged."""
-    table: Any = column.table
-    at = table.columns.keys().index(column.name)
-    return Counter(bucket(row[at]) for row in _scan(connection, table) if row[at] is not None)

@@ -17,6 +17,7 @@ from sisa.flows.wiring import wiring
 from sisa.flows.wiring.wiring import CHECKPOINTS
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger.ledger import SqlLedger
+from tests.fakes.keyring import PLAIN
 from tests.models.tiny_model import (
     PEOPLE,
     Cut,
@@ -38,7 +39,7 @@ LAYOUT = {"sisa__shards": 2, "sisa__slices": 3}
 
 def served(directory: Path) -> dict[int, tuple[str | None, bytes]]:
     """Return the served adapters, checked against the ledger."""
-    ledger, store = SqlLedger(directory / wiring.LEDGER), FileCheckpoints(directory / CHECKPOINTS)
+    ledger, store = SqlLedger(directory / wiring.LEDGER), FileCheckpoints(directory / CHECKPOINTS, PLAIN)
     try:
         manifests = {each.key: each.manifest_sha256 for each in ledger.checkpoints()}
         return {

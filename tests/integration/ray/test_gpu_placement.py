@@ -25,6 +25,7 @@ from sisa.core.events import Event, Report
 from sisa.flows.serial import Site
 from sisa.lm.base import numerics
 from sisa.store.blobs.files import LocalBlobs
+from tests.fakes.keyring import PLAIN
 
 pytestmark = pytest.mark.ray
 
@@ -70,7 +71,7 @@ def test_too_few_gpus_are_told_before_any_task_starts(tmp_path: Path) -> None:
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     here = LocalBlobs(tmp_path)
-    return Site(here, here, tmp_path, "b1", 1, precision=CUDA)
+    return Site(here, here, tmp_path, "b1", 1, PLAIN, precision=CUDA)
 
 
 def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from sisa.lm.base.numerics import fingerprint
 from sisa.store.blobs.files import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
+from tests.fakes.keyring import PLAIN
 from tests.models.tiny_base import make_tiny_base
 
 pytestmark = [pytest.mark.ray, pytest.mark.torch]
@@ -55,12 +56,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     directory = tmp_path_factory.mktemp("kill")
     base = make_tiny_base(directory / "base")
     places = LocalBlobs(directory / "records"), LocalBlobs(directory / "checkpoints")
-    return Site(*places, base, base_digest=base_digest(base), threads=1)
+    return Site(*places, base, base_digest=base_digest(base), threads=1, keyring=PLAIN)
 
 
 @pytest.fixture(scope="module")
 def chains(site: Site) -> list[Chain]:
-    return [make_chain(FileRecords(site.records_at), shard, site) for shard in range(NUM_SHARDS)]
+    return [make_chain(FileRecords(site.records_at, PLAIN), shard, site) for shard in range(NUM_SHARDS)]
 
 
 def make_chain(store: FileRecords, shard: int, site: Site) -> Chain:
@@ -108,9 +109,9 @@ def adapters(checkpoints: FileCheckpoints, chains: Sequence[Chain]) -> dict[str,
 def train_serially(site: Site, chains: Sequence[Chain]) -> dict[str, str]:
     from sisa.lm.train.lora import LoraTrainer
 
-    checkpoints = FileCheckpoints(site.base_dir.with_name("serial"))
+    checkpoints = FileCheckpoints(site.base_dir.with_name("serial"), PLAIN)
     trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)
-    SerialExecutor(trainer, FileRecords(site.records_at), checkpoints).run(chains, ignore)
+    SerialExecutor(trainer, FileRecords(site.records_at, PLAIN), checkpoints).run(chains, ignore)
     return adapters(checkpoints, chains)
 
 
@@ -138,4 +139,4 @@ def test_a_killed_worker_changes_no_byte(site: Site, chains: list[Chain], num_wo
     assert [event for event in events if isinstance(event, Notice)]
     trained = [event.job.key for event in events if isinstance(event, SliceTrained)]
     assert len(trained) == len(set(trained)) == NUM_SHARDS * NUM_SLICES
-    assert adapters(FileCheckpoints(here.checkpoints_at), chains) == train_serially(site, chains)
+    assert adapters(FileCheckpoints(here.checkpoints_at, PLAIN), chains) == train_serially(site, chains)

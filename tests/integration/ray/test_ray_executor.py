@@ -32,6 +32,7 @@ from sisa.flows.serial import Site
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
+from tests.fakes.keyring import PLAIN
 from tests.models.clusters import wait_for
 from tests.models.scripted import (
     NUM_SHARDS,
@@ -335,7 +336,7 @@ def test_a_worker_that_outlives_its_driver_stores_nothing_after_the_next_sweep(t
     """Everything but the worker stands still, as behind a network that is cut, when the driver dies."""
     scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
     site = make_site(tmp_path / "m")
-    checkpoints, first = FileCheckpoints(site.checkpoints_at), make_chains(site)[2].jobs[0].key
+    checkpoints, first = FileCheckpoints(site.checkpoints_at, PLAIN), make_chains(site)[2].jobs[0].key
     (script_of(site) / "wait-2.1").touch()
     program = (
         "import sys; from pathlib import Path; from tests.integration.ray import test_ray_executor as t;"
@@ -429,7 +430,7 @@ def wait_for_nodes(address: str, num_nodes: int) -> None:
 def test_the_base_is_carried_to_a_node_that_lacks_it(
     site: Site, two_nodes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = FileRecords(site.records_at)
+    records = FileRecords(site.records_at, PLAIN)
     chains = [make_chain(records, shard) for shard in range(NUM_SHARDS)]
     expected = serial_bytes(site, chains)
     (site.base_dir / "model.safetensors").write_bytes(b"w" * 5000)

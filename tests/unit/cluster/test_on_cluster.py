@@ -17,6 +17,7 @@ from sisa.flows.serial import Site
 from sisa.flows.wiring import upper_houses, wiring
 from sisa.flows.wiring.wiring import OnCluster
 from sisa.store.blobs.files import LocalBlobs
+from tests.fakes.keyring import PLAIN
 
 RUN_FILE = "{datasets: [{path: owner/people}], output_dir: model, cluster: {address: 'old:1'}}"
 
@@ -35,7 +36,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path: Path) -> None:
     there, here = OnCluster("ray", "new:2"), LocalBlobs(tmp_path)
-    site = Site(here, here, tmp_path, "b", 1)
+    site = Site(here, here, tmp_path, "b", 1, PLAIN)
     config = parse_run_file(RUN_FILE, "run.yaml")
     options: Mapping[str, Any] = config.cluster.model_dump(mode="json")
     wiring.find_executor(there)(site, options)

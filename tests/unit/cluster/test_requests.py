@@ -28,6 +28,7 @@ from sisa.flows.wiring.context import Resources
 from sisa.store.blobs.files import writer_lock
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
+from tests.fakes.keyring import PLAIN
 from tests.fakes.ports import FakeTrainer, fake_record
 from tests.models import confessing as care_model
 
@@ -67,7 +68,10 @@ def record(number: int) -> Record:
 
 
 def open_fake(site: Site, _options: Mapping[str, Any]) -> SerialExecutor:
-    records, checkpoints = FileRecords(site.records_at), FileCheckpoints(site.checkpoints_at)
+    records, checkpoints = (
+        FileRecords(site.records_at, PLAIN),
+        FileCheckpoints(site.checkpoints_at, PLAIN),
+    )
     return SerialExecutor(FakeTrainer(), records, checkpoints)
 
 
