@@ -214,22 +214,15 @@ class _Reading:
         self._used: set[str] = set()
         self._has_subjects = False  # whether their column exists
         self._first: dict[str, str] = {}
+        self._text_bytes = 0  # of the present source
 
     def take_all(self, source: DatasetSource, label: str) -> None:
         columns, before = columns_of(source, self.group_by), self.problems.count
         self._used |= set(columns.used)
         needs = {f"no column '{columns.id}'": [(columns.id,)], no_body(columns): columns.bodies.values()}
         rows = _rows(source, label, _Wanted(columns.used, needs, self._see), self.limits)
-        text_bytes = 0
-
-        def take(where: str, value: Any) -> None:
-            nonlocal text_bytes
-            record = self._take(where, value, columns)
-            text_bytes += 0 if record is None else record.num_bytes
-            if text_bytes > self.limits.max_bytes:
-                raise Broken(f"more than limits.max_bytes {self.limits.max_bytes} of text at {where}")
-
-        number = _read_each(rows, label, take, self.problems, self.limits)
+        self._text_bytes = 0
+        number = _read_each(rows, label, partial(self._take, columns), self.problems, self.limits)
         if not number and self.problems.count == before:
             self.problems.add(label, "holds no record")
 
@@ -237,11 +230,8 @@ class _Reading:
         """Return what was read. Raise InvalidInput with every problem."""
         records = self.records
         records.unused_columns = tuple(each for each in self._seen if each not in self._used)
-        absent = {
-            "any": False,
-            "column": not self._has_subjects,
-            "some": all(each.subject_id is None for each in records),
-        }[subjects]
+        unnamed = all(each.subject_id is None for each in records)
+        absent = (subjects == "column" and not self._has_subjects) or (subjects == "some" and unnamed)
         if self.group_by is not None and records and absent and not self.problems.count:
             report = records.subject_report()
             self.problems.add(
@@ -256,40 +246,29 @@ class _Reading:
         if len(self._seen) < MAX_COLUMNS_KEPT:
             self._seen.update(dict.fromkeys(names))
 
-    def _take(self, where: str, value: Any, columns: Columns) -> Record | None:
+    def _take(self, columns: Columns, where: str, value: Any) -> None:
         if not isinstance(value, Mapping):
             self.problems.add(where, f"expected a JSON object, got {type_name(value)}")
-            return None
+            return
         self._see(value)
-        if sum(_num_chars(value.get(each)) for each in columns.body) > self.limits.max_record_bytes:
-            self.problems.add(where, _too_long(self.limits))
-            return None
         problems = list(record_problems(value, columns))
         record_id = value.get(columns.id)
         if isinstance(record_id, str | int):
             first = self._first.setdefault(str(record_id), where)
             if first != where:
                 problems.append(f"the id of {first} again")
+        if not problems:
+            record = record_of(value, columns)
+            if record.num_bytes <= self.limits.max_record_bytes:
+                self.records.append(record)
+                self.records.locations.append(where)
+                self._text_bytes += record.num_bytes
+            else:
+                problems.append(_too_long(self.limits))
         for what in problems:
             self.problems.add(where, what)
-        if problems:
-            return None
-        record = record_of(value, columns)
-        if record.num_bytes > self.limits.max_record_bytes:
-            self.problems.add(where, _too_long(self.limits))
-            return None
-        self.records.append(record)
-        self.records.locations.append(where)
-        return record
-
-
-def _num_chars(value: Any) -> int:
-    """Return the length of all texts in a value, however nested."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(map(_num_chars, value.values()))
-    return sum(map(_num_chars, value)) if isinstance(value, list) else 0
+        if self._text_bytes > self.limits.max_bytes:
+            raise Broken(f"more than limits.max_bytes {self.limits.max_bytes} of text at {where}")
 
 
 def _too_long(limits: SourceLimits) -> str:
@@ -323,21 +302,14 @@ def _read_each(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The columns of a table that are read.
-
-    `needs` maps each message to the choices of columns of which one must exist. `see` receives the names
-    of all columns.
-    """
+    """The columns to read of a table; of each message's choices of columns, one must exist."""
 
     columns: Sequence[str]
     needs: Mapping[str, Iterable[tuple[str, ...]]]
-    see: Callable[[Collection[str]], None] = lambda _: None
+    see: Callable[[Collection[str]], None] = lambda _: None  # receives the names of all columns
 
     def among(self, names: Sequence[str]) -> list[str]:
-        """Return the columns to read of those that a table has.
-
-        Raise Broken for a problem of the whole file.
-        """
+        """Return the columns to read of those that a table has. Raise Broken for the whole file."""
         self.see(names)
         wanted = [name for name in dict.fromkeys(names) if name in self.columns]
         if twice := [name for name in wanted if names.count(name) > 1]:

@@ -16,7 +16,7 @@ Source: the column names of TRL's dataset formats; other names of roles and turn
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sisa.config.config import DEFAULT_COLUMNS, Columns
@@ -46,18 +46,15 @@ def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
     generation = value.get(GENERATION_COLUMN) or None  # 0: not appended
     subject = None if columns.subject is None else value.get(columns.subject)
     subject = None if subject is None else normal_subject(str(subject))
-
-    def made(kind: Kind, parts: Iterable[Part]) -> Record:
-        return Record(str(value[columns.id]), subject, kind, tuple(parts), risk, generation)
-
+    kind: Kind = "completion"
+    parts: tuple[Part, ...]
     if value.get(columns.text) is not None:
-        return made("text", [Part("text", value[columns.text])])
-    if (turns := value.get(columns.messages)) is not None:
-        return made("chat", turns_of(turns, columns))
-    return made(
-        "completion",
-        [Part("prompt", value[columns.prompt]), Part("completion", value[columns.completion])],
-    )
+        kind, parts = "text", (Part("text", value[columns.text]),)
+    elif (turns := value.get(columns.messages)) is not None:
+        kind, parts = "chat", turns_of(turns, columns)
+    else:
+        parts = Part("prompt", value[columns.prompt]), Part("completion", value[columns.completion])
+    return Record(str(value[columns.id]), subject, kind, parts, risk, generation)
 
 
 def turns_of(
@@ -175,8 +172,6 @@ def _messages_problems(value: Any, columns: Columns) -> Iterator[str]:
 def conversation_problems(value: Any, columns: Columns = DEFAULT_COLUMNS) -> Iterator[str]:
     """Yield every problem that prevents a value from being a conversation to continue.
 
-    >>> list(conversation_problems([{"role": "user", "content": "Who?"}]))
-    []
     >>> list(conversation_problems([{"role": "assistant", "content": "Ada."}]))
     ["'messages' does not end with a turn of a user or a tool"]
     """

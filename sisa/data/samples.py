@@ -85,20 +85,15 @@ def make_corpus(num_texts: int, seed: int = 11) -> list[dict[str, str]]:
         while "{" in text:
             word = invented(CORPUS_WORD_PATTERN, source)
             number = str(source.randrange(2, 2100))
-            for name, value in (("{Word}", word.capitalize()), ("{word}", word), ("{number}", number)):
-                if name in text:
-                    text = text.replace(name, value, 1)
-                    break
+            values = {"{Word}": word.capitalize(), "{word}": word, "{number}": number}
+            first = next(name for name in values if name in text)
+            text = text.replace(first, values[first], 1)
         rows.append({"text": text})
     return rows
 
 
 def as_chats(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Return the rows as conversations: a user's turn that asks, and an assistant's that answers.
-
-    >>> as_chats(make_people(1, 1))[0]["messages"][0]["role"]
-    'user'
-    """
+    """Return the rows as conversations: a user's turn that asks, and an assistant's that answers."""
     return [
         {
             "id": row["id"],

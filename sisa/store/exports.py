@@ -42,8 +42,12 @@ class DirectoryExports:
                 return
             parent, folder = found
             for name in os.listdir(folder):
-                if name.startswith(files.TEMPORARY_PREFIX):
-                    _remove_half(folder, name)
+                if name.startswith(files.TEMPORARY_PREFIX):  # was never renamed to its path
+                    with _opened(f"{above}/{name}") as half:
+                        if half is not None:
+                            _unlink(half[1], (*_BESIDE, ADAPTER, MODEL))
+                    with contextlib.suppress(OSError):  # it holds somebody's file, too
+                        os.rmdir(name, dir_fd=folder)
             os.fsync(folder)
             if not os.listdir(folder):
                 os.rmdir(os.path.basename(above), dir_fd=parent)
@@ -89,22 +93,6 @@ def _opened(path: str) -> Iterator[tuple[int, int] | None]:
             yield None
             return
         yield handles[-2], handles[-1]
-
-
-def _remove_half(folder: int, name: str) -> None:
-    """Remove a directory that was never renamed to its path, with the files that are written there."""
-    try:
-        half = os.open(name, _DIRECTORY, dir_fd=folder)
-    except OSError as error:
-        if error.errno in _ABSENT:
-            return
-        raise
-    try:
-        _unlink(half, (*_BESIDE, ADAPTER, MODEL))
-    finally:
-        os.close(half)
-    with contextlib.suppress(OSError):  # it holds somebody's file, too
-        os.rmdir(name, dir_fd=folder)
 
 
 def _unlink(folder: int, names: Iterable[str]) -> None:

@@ -126,10 +126,7 @@ def logged(event: Event) -> MetricsLine:
 
 
 def metrics_line(event: Event, at: str, run: str) -> MetricsLine | None:
-    """Return the line to store of an event, or None when nothing is stored.
-
-    Nothing is stored, for example, of a stage that was complete before and is only reported again.
-    """
+    """Return the line to store of an event; None, for example, if a finished stage is reported again."""
     again = isinstance(event, SliceTrained) and not event.tokens
     if not isinstance(event, KEPT) or again or (isinstance(event, TrainingStarted) and not event.stages):
         return None

@@ -43,8 +43,7 @@ class FilePrefixes(SealedArea):
 
         plain = {each: np.ascontiguousarray(found, np.float32) for each, found in states.items()}
         body = save(plain)
-        data = sha256_hex(body).encode() + b"\n" + body
-        self._put(name, data)
+        self._put(name, sha256_hex(body).encode() + b"\n" + body)
 
     def num_bytes(self, start: str) -> int:
         return sum(self.blobs.num_bytes(each) for each in self.held() if each.startswith(start))

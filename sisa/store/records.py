@@ -116,12 +116,21 @@ class FileVault(SealedArea):
         self.root = root
 
     def put(self, name: str, records: Sequence[Record]) -> tuple[str, int]:
-        data = encode(records)
+        data = canonical_json([each.to_list() for each in records])
         self._put(name, data)
         return sha256_hex(data), len(data)
 
     def read(self, found: VaultSet) -> tuple[Record, ...]:
-        return decode(self._bytes(found), self.root / found.name)
+        data = self._bytes(found)
+        try:
+            return tuple(Record.from_list(each) for each in json.loads(data))
+        except (ValueError, TypeError) as error:
+            raise IntegrityError(
+                "a set of the vault can't be parsed",
+                where=str(self.root / found.name),
+                expected="records as this version writes them",
+                got=type(error).__name__,
+            ) from error
 
     def check(self, found: VaultSet) -> None:
         self._bytes(found)
@@ -151,21 +160,3 @@ class FilePatchDrafts(SealedArea):
 
     def held(self) -> frozenset[str]:
         return super().held() | self.keyring.held(self.area)
-
-
-def encode(records: Sequence[Record]) -> bytes:
-    """Return records as the one byte string of their content."""
-    return canonical_json([each.to_list() for each in records])
-
-
-def decode(data: bytes, path: Path) -> tuple[Record, ...]:
-    """Return the records that `encode` wrote. Raise IntegrityError, which names `path`."""
-    try:
-        return tuple(Record.from_list(each) for each in json.loads(data))
-    except (ValueError, TypeError) as error:
-        raise IntegrityError(
-            "a set of the vault can't be parsed",
-            where=str(path),
-            expected="records as this version writes them",
-            got=type(error).__name__,
-        ) from error

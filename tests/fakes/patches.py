@@ -15,9 +15,13 @@ from sisa.core.domain import Record, VaultSet
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Report
 from sisa.core.ports import CheckpointStore, PatchMade, PatchOrder, Vault
-from sisa.store.records import encode
 
 ADAPTER = "adapter_model.safetensors"
+
+
+def encode(records: Sequence[Record]) -> bytes:
+    """Return the plaintext of a set of the vault."""
+    return canonical_json([each.to_list() for each in records])
 
 
 class FakeVault:

@@ -195,18 +195,17 @@ def verified(data: bytes, sha256: str, what: str, where: str) -> bytes:
 
 def read_whole(path: Path, what: str, num_bytes: int = -1) -> bytes:
     """Return a file's bytes as stored, or its first ones. Raise IntegrityError if it is missing."""
-    try:
-        with path.open("rb") as file:
-            return file.read(num_bytes)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise IntegrityError(
-            f"a {what} is missing",
-            where=str(path),
-            got="no file",
-            next_step="restore the model directory from a backup, or train it again",
-        ) from error
-    except OSError as error:
-        raise EnvironmentFault(f"the disk refused: {error.strerror}", where=str(path)) from error
+    with disk_errors(path):
+        try:
+            with path.open("rb") as file:
+                return file.read(num_bytes)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise IntegrityError(
+                f"a {what} is missing",
+                where=str(path),
+                got="no file",
+                next_step="restore the model directory from a backup, or train it again",
+            ) from error
 
 
 def tampered(where: str, what: str, expected: str, got: str) -> IntegrityError:
@@ -228,10 +227,7 @@ def held_names(folder: Path) -> frozenset[str]:
 
 
 def num_bytes(path: Path) -> int:
-    """Return the size of a file or of all files below a directory; 0 if absent.
-
-    Links are not followed.
-    """
+    """Return the size of a file or of all files below a directory, following no link; 0 if absent."""
     try:
         if path.is_dir() and not path.is_symlink():
             return sum(num_bytes(each) for each in path.iterdir())
@@ -286,10 +282,7 @@ def erase_all(folder: Path, names: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def writer_lock(path: Path) -> Iterator[None]:
-    """Hold the model's only writer lock, a file that its owner alone can open.
-
-    Raise Busy if another process holds it.
-    """
+    """Hold the model's only writer lock, a file for its owner alone. Raise Busy if another holds it."""
     with disk_errors(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     try:
@@ -423,10 +416,7 @@ def erase_abandoned() -> None:
 
 
 def walk(place: Path, unlisted: Callable[[Path, OSError], None] | None = None) -> Iterator[Path]:
-    """Yield a path and everything below it, in order, without following links.
-
-    `unlisted` receives each directory that can't be listed, and the reason.
-    """
+    """Yield a path and all below it, in order; `unlisted` receives directories that can't be listed."""
     yield place
     if place.is_dir() and not place.is_symlink():
         try:

@@ -74,7 +74,8 @@ class ObjectBlobs:
         """Try conditional puts, since some servers ignore them. Raise EnvironmentFault."""
         probe = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         try:
-            if not self.put_new(probe, b"") or self.put_new(probe, b"") or self._ignores_match(probe):
+            first, again = self.put_new(probe, b""), self.put_new(probe, b"")
+            if not first or again or self._put_if(probe, b"", IfMatch='"of-another"'):
                 raise EnvironmentFault(
                     "the object store ignores conditional puts: two writers could overwrite each other",
                     where=self.location(),
@@ -83,19 +84,6 @@ class ObjectBlobs:
                 )
         finally:
             self.erase([probe])
-
-    def _ignores_match(self, probe: str) -> bool:
-        from botocore.exceptions import ClientError
-
-        where = {"Bucket": self.bucket, "Key": self._key(probe)}
-        with store_errors(self.location(probe)):
-            try:
-                self._boto.put_object(**where, Body=b"", IfMatch='"of-another"')
-            except ClientError as error:
-                if code_of(error) not in ("PreconditionFailed", "412"):
-                    raise
-                return False
-        return True
 
     def held(self) -> frozenset[str]:
         blobs: set[str] = set()
@@ -161,30 +149,25 @@ class ObjectBlobs:
         )
 
     def put(self, name: str, data: bytes) -> None:
-        with store_errors(self.location(name)):
-            if self.lent:
-                self._fill(name, data)
-            else:
-                self._boto.put_object(Bucket=self.bucket, Key=self._key(name), Body=data)
-
-    def _fill(self, name: str, data: bytes) -> None:
-        """Replace the object that the lender made, if it still exists; the store does both at once."""
         where = {"Bucket": self.bucket, "Key": self._key(name)}
-        found = self._boto.head_object(**where)["ETag"]
-        self._boto.put_object(**where, Body=data, IfMatch=found)
+        with store_errors(self.location(name)):
+            if self.lent:  # replace the lender's object, if it still exists: the store does both at once
+                where["IfMatch"] = self._boto.head_object(**where)["ETag"]
+            self._boto.put_object(**where, Body=data)
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Store a blob unless one has that name, and return whether it was stored.
+        """Store a blob unless one has that name, and return whether it was stored."""
+        return self._put_if(name, data, IfNoneMatch="*")
 
-        The store answers 412 if it exists, and 409 while another put is under way, which is awaited.
-        """
-        from botocore.exceptions import ClientError
-
-        where = {"Bucket": self.bucket, "Key": self._key(name)}
+    def _put_if(self, name: str, data: bytes, **condition: str) -> bool:
+        """Store a blob on a condition: 412 tells that it fails, 409 that another put is under way."""
+        where = {"Bucket": self.bucket, "Key": self._key(name), **condition}
         with store_errors(self.location(name)):
+            from botocore.exceptions import ClientError
+
             for left in reversed(range(CONFLICT_TRIES)):
                 try:
-                    self._boto.put_object(**where, Body=data, IfNoneMatch="*")
+                    self._boto.put_object(**where, Body=data)
                 except ClientError as error:
                     if code_of(error) in ("PreconditionFailed", "412"):
                         return False
@@ -274,10 +257,7 @@ class ObjectBlobs:
         )
 
     def _versions(self, start: str) -> list[Version]:
-        """Return every version and delete marker below, manifests first.
-
-        Raise _Refused if listing is denied.
-        """
+        """Return all versions and delete markers, manifests first. Raise _Refused if that is denied."""
         from botocore.exceptions import ClientError
 
         found: list[Version] = []
@@ -306,27 +286,18 @@ class ObjectBlobs:
                 return code_of(error) in NO_VERSIONS
 
     def _delete(self, versions: Collection[Version]) -> dict[Version, str]:
-        """Delete versions, older ones first; return the refused ones with the code of the refusal.
-
-        A delete marker stays as long as the version that it hides.
-        """
-        refused = self._delete_versions([each for each in versions if not each.marker])
-        stuck = {each.key for each in refused}
-        free = [each for each in versions if each.marker and each.key not in stuck]
-        return refused | self._delete_versions(free)
-
-    def _delete_versions(self, versions: Collection[Version]) -> dict[Version, str]:
-        doomed = [{"Key": each.key, "VersionId": each.id} for each in versions]
-        codes = {
-            (error["Key"], error.get("VersionId", "")): error["Code"]
-            for error in self._delete_objects(doomed)
-            if error["Code"] not in GONE
-        }
-        return {
-            each: codes.get((each.key, each.id)) or codes[each.key, ""]
-            for each in versions
-            if (each.key, each.id) in codes or (each.key, "") in codes
-        }
+        """Delete versions, then the markers over them; return the refused ones with their codes."""
+        refused: dict[Version, str] = {}
+        for marker in (False, True):  # a marker stays as long as the version that it hides
+            stuck = {each.key for each in refused}
+            doomed = [each for each in versions if each.marker == marker and each.key not in stuck]
+            errors = self._delete_objects([{"Key": each.key, "VersionId": each.id} for each in doomed])
+            codes = {(each["Key"], each.get("VersionId", "")): each["Code"] for each in errors}
+            for each in doomed:
+                code = codes.get((each.key, each.id)) or codes.get((each.key, ""), "")
+                if code and code not in GONE:
+                    refused[each] = code
+        return refused
 
     def _hide(self, keys: Collection[str]) -> None:
         """Hide what still exists by plain deletes. Raise EnvironmentFault if one is refused."""

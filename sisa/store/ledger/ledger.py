@@ -293,15 +293,11 @@ def _remove(writing: Writing, change: Change) -> None:
     writing.remove(HEADS, [(shard,) for shard in change.headless])
     writing.remove(EXPORTS, list(change.unexported))
     writing.remove(SLICES, list(change.emptied))
-    _remove_sets(writing, change.unvaulted)
-
-
-def _remove_sets(writing: Writing, names: Collection[str]) -> None:
-    """Remove sets of the vault, with the rows of their records, which are found without an index."""
-    if names:
-        pairs = rows.read_all(writing.connection, VAULTED)
-        writing.remove(VAULTED, [(name, each) for name, each, _ in pairs if name in set(names)])
-        writing.remove(VAULT, [(name,) for name in names])
+    if change.unvaulted:
+        pairs = rows.read_all(writing.connection, VAULTED)  # without an index
+        gone = [(name, each) for name, each, _ in pairs if name in change.unvaulted]
+        writing.remove(VAULTED, gone)
+        writing.remove(VAULT, [(name,) for name in change.unvaulted])
 
 
 def _put_requests(writing: Writing, change: Change, seq: int) -> None:

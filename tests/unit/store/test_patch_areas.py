@@ -21,7 +21,7 @@ from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring.wiring import PATCHES, RUNS, VAULT
 from sisa.store.blobs.files import TEMPORARY_PREFIX, write_atomic
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
-from sisa.store.records import encode
+from tests.fakes.patches import encode
 from tests.fakes.ports import ADAPTER, changed, fake_record
 from tests.models.confessing import NAME, NUM_RECORDS, build, context_of, delete, record
 
