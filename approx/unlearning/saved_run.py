@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from sisa.store.blobs.files import (
     TEMPORARY_PREFIX,
     erase,
     held_names,
-    read_checked,
     read_whole,
+    verified,
     write_atomic,
 )
 
@@ -88,5 +87,6 @@ class SavedRun:
                 next_step="give them again, or another directory",
             )
         name = f"{digest}{SUFFIX}"
-        data = read_checked(self.directory / name, digest, "saved run", partial(self.unseal, name))
+        path, what = self.directory / name, "saved run"
+        data = verified(self.unseal(name, read_whole(path, what)), digest, what, str(path))
         return read_tensors({name: data}, name), counts

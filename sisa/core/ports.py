@@ -146,11 +146,8 @@ class BlobStore(Protocol):
     def parts(self, group: str) -> frozenset[str]:
         """Return the names of a group's parts; empty for a blob."""
 
-    def get(self, name: str, what: str) -> bytes:
-        """Return a blob's bytes as stored. Raise IntegrityError, which names it `what`, if absent."""
-
-    def head(self, name: str, num_bytes: int) -> bytes:
-        """Return the first bytes of a blob. Raise the errors of `get`."""
+    def get(self, name: str, what: str, num_bytes: int = -1) -> bytes:
+        """Return a blob as stored, or its first bytes. Raise IntegrityError, which names it `what`."""
 
     def num_bytes(self, name: str) -> int:
         """Return the size of a blob or a group; 0 when it is absent."""

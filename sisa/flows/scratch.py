@@ -179,8 +179,8 @@ def _held(directory: Path) -> dict[str, Any]:
 def _held_runs(directory: Path, held: Mapping[str, Any]) -> WordRuns:
     import numpy as np
 
-    path = directory / RUNS_FILE
-    data = files.read_checked(path, held["runs"], "runs of the corpus", lambda sealed: sealed)
+    path, what = directory / RUNS_FILE, "runs of the corpus"
+    data = files.verified(files.read_whole(path, what), held["runs"], what, str(path))
     return np.frombuffer(data, dtype="<u8").astype(np.uint64)
 
 

@@ -180,11 +180,6 @@ def write_directory(path: Path, files: dict[str, bytes], *, make_parents: bool =
         sync_directory(path.parent)
 
 
-def read_checked(path: Path, sha256: str, what: str, unseal: Callable[[bytes], bytes]) -> bytes:
-    """Return a file's plaintext after checking it against the recorded digest."""
-    return verified(unseal(read_whole(path, what)), sha256, what, str(path))
-
-
 def verified(data: bytes, sha256: str, what: str, where: str) -> bytes:
     """Return plaintext with the recorded digest. Raise IntegrityError for any other."""
     found = sha256_hex(data)
@@ -337,11 +332,8 @@ class LocalBlobs:
     def parts(self, group: str) -> frozenset[str]:
         return self.below(group).held()
 
-    def get(self, name: str, what: str) -> bytes:
-        return read_whole(self.root / name, what)
-
-    def head(self, name: str, num_bytes: int) -> bytes:
-        return read_whole(self.root / name, "file of the model", num_bytes)
+    def get(self, name: str, what: str, num_bytes: int = -1) -> bytes:
+        return read_whole(self.root / name, what, num_bytes)
 
     def num_bytes(self, name: str) -> int:
         return num_bytes(self.root / name)

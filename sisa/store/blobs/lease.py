@@ -37,17 +37,11 @@ class Lease:
     def parts(self, group: str) -> frozenset[str]:
         return self.area.parts(group) or self.store.parts(group)
 
-    def get(self, name: str, what: str) -> bytes:
+    def get(self, name: str, what: str, num_bytes: int = -1) -> bytes:
         with contextlib.suppress(IntegrityError):
-            if found := self.area.get(name, what):  # else a lent name that nothing was put under
+            if found := self.area.get(name, what, num_bytes):  # else a lent name without bytes
                 return found
-        return self.store.get(name, what)
-
-    def head(self, name: str, num_bytes: int) -> bytes:
-        with contextlib.suppress(IntegrityError):
-            if found := self.area.head(name, num_bytes):
-                return found
-        return self.store.head(name, num_bytes)
+        return self.store.get(name, what, num_bytes)
 
     def num_bytes(self, name: str) -> int:
         return self.area.num_bytes(name) or self.store.num_bytes(name)

@@ -117,13 +117,7 @@ class ObjectBlobs:
                     if each["Size"] or not self.lent:
                         yield each["Key"].removeprefix(base), each["Size"]
 
-    def get(self, name: str, what: str) -> bytes:
-        return self._read(name, what, None)
-
-    def head(self, name: str, num_bytes: int) -> bytes:
-        return self._read(name, "file of the model", num_bytes)
-
-    def _read(self, name: str, what: str, num_bytes: int | None) -> bytes:
+    def get(self, name: str, what: str, num_bytes: int = -1) -> bytes:
         key = self._key(_group(name) if "/" in name else name)
         with store_errors(self.location(name)):
             from botocore import exceptions as boto
@@ -133,7 +127,7 @@ class ObjectBlobs:
                 try:
                     found = self._boto.get_object(Bucket=self.bucket, Key=key)["Body"]
                     with contextlib.closing(found):
-                        return bytes(found.read(num_bytes))
+                        return bytes(found.read(None if num_bytes < 0 else num_bytes))
                 except boto.ClientError as error:
                     if code_of(error) not in GONE:
                         raise

@@ -22,7 +22,8 @@ from sisa.store.blobs.files import (
     TEMPORARY_PREFIX,
     erase,
     held_names,
-    read_checked,
+    read_whole,
+    verified,
     write_atomic,
     write_directory,
     writer_lock,
@@ -159,17 +160,17 @@ def test_a_file_in_the_way_of_a_directory_is_no_success(tmp_path: Path) -> None:
 def test_checked_reads(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abc")
-    assert read_checked(path, sha256_hex(b"abc"), "slice file", bytes) == b"abc"
+    assert verified(read_whole(path, "slice file"), sha256_hex(b"abc"), "slice file", "") == b"abc"
     with pytest.raises(IntegrityError, match="slice file") as caught:
-        read_checked(path, sha256_hex(b"abd"), "slice file", bytes)
+        verified(b"abc", sha256_hex(b"abd"), "slice file", str(path))
     assert (caught.value.expected, caught.value.got) == (
         f"sha256 {sha256_hex(b'abd')}",
         f"sha256 {sha256_hex(b'abc')}",
     )
     with pytest.raises(IntegrityError, match="missing"):
-        read_checked(tmp_path / "none", "0" * 64, "slice file", bytes)
+        read_whole(tmp_path / "none", "slice file")
     with pytest.raises(EnvironmentFault):
-        read_checked(tmp_path, "0" * 64, "slice file", bytes)
+        read_whole(tmp_path, "slice file")
 
 
 def test_erase_takes_files_directories_and_nothing_else(tmp_path: Path) -> None:
