@@ -3,6 +3,18 @@
 A worker may outlive its driver, by seconds or, on another node, without bound. So it never writes under
 a name that others use: the driver lends an area, accepts finished results from it, and erases it.
 Whoever erases blobs that the ledger does not know also erases the area of a killed driver.
+
+>>> import tempfile
+>>> from pathlib import Path
+>>> from sisa.store.blobs.files import LocalBlobs
+>>> with tempfile.TemporaryDirectory() as folder:
+...     store = LocalBlobs(Path(folder))
+...     lease = Lease(store, store.lend(".tmp-run", ["a"]))
+...     lease.put("a", b"abc")
+...     seen = lease.get("a", "file"), sorted(store.held())
+...     store.accept(".tmp-run", "a")
+...     seen, sorted(store.held())
+((b'abc', ['.tmp-run']), ['.tmp-run', 'a'])
 """
 
 from __future__ import annotations
