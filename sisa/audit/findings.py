@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from sisa.audit.foreign_files import DIRECTORY_AREAS, FILE_AREAS
 from sisa.audit.garbage import KEPT_FILES, STRAY, at_hand, list_garbage
-from sisa.audit.lineage import parse_manifest, parse_patch_manifest
+from sisa.audit.lineage import parse_manifest
 from sisa.config.config import is_uri
 from sisa.core.domain import Head, IndexFile, SliceFile
 from sisa.core.errors import IntegrityError, SisaError, TransientError
@@ -105,18 +105,42 @@ def examine(context: Context, directory: Path, *, with_key: bool = True) -> list
         *forms(context),
         *_kept(context),
     ]
-    for file in context.stores.ledger.slices():
-        what = _damage(lambda file=file: check_slice(context, file, with_key=with_key))  # type: ignore[misc]
-        if what:
-            place = f"{RECORDS}/{file.name}"
-            found.append(finding("slice", "error", place, what, shard=file.shard))
-    found += _indexes(context)
-    found += [*_checkpoints(context), *_patches(context)]
-    found += _exports(context)
-    found += _heads(context)
-    found += _gaps(context)
+    for damaged, check in checks(context, partial(_check_group, context), with_key=with_key):
+        if what := _damage(check):
+            found.append(replace(damaged, what=what))
+    found += [*_unindexed(context), *_exports(context), *wrong_heads(context), *_gaps(context)]
     found += _unknown(context, directory, {each.key for each in found if each.key})
     return found
+
+
+def checks(
+    context: Context, group: Callable[[str, str, str], object], *, with_key: bool = True
+) -> Iterator[tuple[Finding, Callable[[], object]]]:
+    """Yield a check of each file or group that the ledger names, and the finding if it raises.
+
+    `group` checks a checkpoint or a patch, given its area, its key and the digest of its manifest.
+    Patches are named while they are served or trained over, sets of texts while they are held.
+    """
+    ledger = context.stores.ledger
+    for file in ledger.slices():
+        found = finding("slice", "error", f"{RECORDS}/{file.name}", "", shard=file.shard)
+        yield found, partial(check_slice, context, file, with_key=with_key)
+    for index in ledger.indexes():
+        found = finding("index", "error", f"{INDEX}/{index.name}", "", "reindex", shard=index.shard)
+        yield found, partial(check_index, context, index)
+    for held in ledger.checkpoints():
+        place = f"{CHECKPOINTS}/{held.key}"
+        found = finding("checkpoint", "error", place, "", "retrain", shard=held.shard, key=held.key)
+        yield found, partial(group, CHECKPOINTS, held.key, held.manifest_sha256)
+    needed = known_by_area(context)[PATCHES]
+    for patch in ledger.patches():
+        if patch.key in needed:
+            found = finding("patch", "error", f"{PATCHES}/{patch.key}", "", "patches", key=patch.key)
+            yield found, partial(group, PATCHES, patch.key, patch.manifest_sha256)
+    for texts in ledger.vault():
+        if texts.held:
+            found = finding("vault", "error", f"{VAULT}/{texts.name}", "", "patches", key=texts.name)
+            yield found, partial(context.stores.vault.check, texts)
 
 
 def _rows(context: Context, *, with_key: bool) -> Iterator[Finding]:
@@ -151,7 +175,7 @@ def _modes(context: Context, directory: Path) -> Iterator[Finding]:
         yield finding("mode", "warning", ".", f"others may write to it (mode {mode:o})", "mode")
     for path in (*(directory / name for name in KEPT_FILES), Path(context.stores.witness.location())):
         if path.is_file() and (mode := _mode(path)) & OTHERS:
-            yield _open_to_others(directory, path, f"others may use it (mode {mode:o})")
+            yield _open_to_others(path, f"others may use it (mode {mode:o})", directory)
     known = {**known_by_area(context), METRICS: run_files(directory / METRICS)}
     for area, place in sorted(context.stores.blobs.items()):
         if (root := at_hand(place)) is None or not root.is_dir():
@@ -160,14 +184,14 @@ def _modes(context: Context, directory: Path) -> Iterator[Finding]:
         modes = [_mode(each) for each in held if each.exists()]
         if wide := [mode for mode in modes if mode & OTHERS]:
             what = f"others may use {len(wide)} files and directories (mode {max(wide):o})"
-            yield _open_to_others(directory, root, what)
+            yield _open_to_others(root, what, directory)
 
 
 def _mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def _open_to_others(directory: Path, path: Path, what: str) -> Finding:
+def _open_to_others(path: Path, what: str, directory: Path) -> Finding:
     where = path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)
     return finding("mode", "warning", where, what, "mode")
 
@@ -234,18 +258,12 @@ def check_slice(context: Context, file: SliceFile, *, with_key: bool = True) -> 
         raise IntegrityError(f"lacks {len(rows)} records that the ledger holds")
 
 
-def _indexes(context: Context) -> Iterator[Finding]:
+def _unindexed(context: Context) -> Iterator[Finding]:
+    indexed = {index.shard for index in context.stores.ledger.indexes()}
     for head in context.stores.ledger.heads():
-        file = next(iter(context.stores.ledger.indexes(head.shard)), None)
-        rows = context.stores.ledger.rows(head.shard)  # raises if the ledger itself is damaged
-        if file is None and not rows:
-            continue
-        what = "a shard with records has no index"
-        if file is not None:
-            what = _damage(partial(check_index, context, file))
-        if what:
-            where = f"{INDEX}/{file.name}" if file else f"shard {head.shard}"
-            yield finding("index", "error", where, what, "reindex", shard=head.shard)
+        if context.stores.ledger.rows(head.shard) and head.shard not in indexed:
+            what = "a shard with records has no index"
+            yield finding("index", "error", f"shard {head.shard}", what, "reindex", shard=head.shard)
 
 
 def check_index(context: Context, file: IndexFile) -> None:
@@ -254,25 +272,6 @@ def check_index(context: Context, file: IndexFile) -> None:
     if len(wanted) != file.num_vectors:
         raise IntegrityError(f"holds {file.num_vectors} vectors for {len(wanted)} records")
     context.stores.index.vectors(file, wanted)
-
-
-def _checkpoints(context: Context) -> Iterator[Finding]:
-    for each in context.stores.ledger.checkpoints():
-        if what := _damage(partial(_check_group, context, CHECKPOINTS, each.key, each.manifest_sha256)):
-            place = f"{CHECKPOINTS}/{each.key}"
-            yield finding("checkpoint", "error", place, what, "retrain", shard=each.shard, key=each.key)
-
-
-def _patches(context: Context) -> Iterator[Finding]:
-    """Find damaged patches that are served or trained over, and damaged sets of texts for a patch."""
-    needed = known_by_area(context)[PATCHES]
-    for each in context.stores.ledger.patches():
-        check = partial(_check_group, context, PATCHES, each.key, each.manifest_sha256)
-        if each.key in needed and (what := _damage(check)):
-            yield finding("patch", "error", f"{PATCHES}/{each.key}", what, "patches", key=each.key)
-    for found in context.stores.ledger.vault():
-        if found.held and (what := _damage(partial(context.stores.vault.check, found))):
-            yield finding("vault", "error", f"{VAULT}/{found.name}", what, "patches", key=found.name)
 
 
 def _check_group(context: Context, area: str, key: str, manifest_sha256: str) -> None:
@@ -284,7 +283,7 @@ def _check_group(context: Context, area: str, key: str, manifest_sha256: str) ->
         return files.verified(plain, sha256, what, place.location(f"{key}/{name}"))
 
     manifest = checked(MANIFEST, manifest_sha256, "checkpoint manifest")
-    parsed = parse_manifest(manifest) or parse_patch_manifest(manifest)
+    parsed = parse_manifest(manifest)
     if parsed is None or parsed[0].key != key:
         raise IntegrityError("a checkpoint manifest can't be parsed")
     for name, sha256 in parsed[1].items():
@@ -301,18 +300,18 @@ def _exports(context: Context) -> Iterator[Finding]:
             yield Finding("export", "warning", each.path, f"stale, and {found}", "", step)
 
 
-def _heads(context: Context) -> Iterator[Finding]:
-    heads = {head.shard: head for head in context.stores.ledger.heads()}
-    expected = set(range(context.settings.assigner.layout.num_shards))
-    for shard in sorted(expected ^ heads.keys()):
-        what = (
-            "a shard has no head"
-            if shard in expected
-            else "a head of a shard that the layout does not have"
-        )
-        yield finding("head", "error", f"shard {shard}", what, "heads", shard=shard)
-    for shard in sorted(expected & heads.keys()):
-        if what := _wrong_head(context, heads[shard]):
+def wrong_heads(context: Context) -> Iterator[Finding]:
+    """Find heads that do not serve what they should."""
+    held = {head.shard: head for head in context.stores.ledger.heads()}
+    expected = range(context.settings.assigner.layout.num_shards)
+    for shard in sorted({*expected, *held}):
+        if shard not in held:
+            what = "a shard has no head"
+        elif shard not in expected:
+            what = "a head of a shard that the layout does not have"
+        else:
+            what = _wrong_head(context, held[shard])
+        if what:
             yield finding("head", "error", f"shard {shard}", what, "heads", shard=shard)
 
 

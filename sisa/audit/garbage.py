@@ -4,23 +4,22 @@
     sisa gc -m DIR               removes what belongs to the model and is no longer needed
 
 The ledger, the key, the lock and everything that the ledger lists stay. A retired checkpoint leaves the
-ledger in a commit before its bytes are removed. A checkpoint that an interrupted run stored for a
-current target is listed and kept; the next command adopts it. A stray file in the directory is listed
-and kept, since it may be the user's own. Links are removed as links, and their targets are left alone. A
-file's key is destroyed before the file; keys without a file are destroyed as well.
+ledger in a commit before its bytes are removed. Listed, but kept, are a checkpoint that an interrupted
+run stored for a current target, which the next command adopts, and stray files, which may be the user's
+own. Links are removed as links. A file's key is destroyed before the file; so are keys without a file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sisa.audit.lineage import named_files
+from sisa.audit.lineage import parse_manifest
 from sisa.core.errors import IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
 from sisa.flows.reconcile import give_up_lost
@@ -49,6 +48,7 @@ from sisa.flows.wiring.wiring import (
 )
 from sisa.store.blobs import files
 from sisa.store.blobs.files import LocalBlobs
+from sisa.store.checkpoints import MANIFEST
 from sisa.store.metrics import run_files
 
 if TYPE_CHECKING:
@@ -94,12 +94,7 @@ class Collected:
     kept: tuple[KeptVersions, ...] = ()  # old versions that a bucket keeps
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """Pair garbage with the function that erases it; its key is destroyed first."""
-
-    garbage: Garbage
-    erase: Callable[[], None] = lambda: None
+_Item = tuple[Garbage, Callable[[], None]]  # garbage, and the function that erases it
 
 
 def list_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
@@ -107,35 +102,34 @@ def list_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
 
     Entries of the model directory come first, in order of path.
     """
-    return tuple(each.garbage for each in _listed(context, directory))
+    return tuple(garbage for garbage, _ in _listed(context, directory))
 
 
 def _listed(context: Context, directory: Path) -> list[_Item]:
-    retired, waiting = _retired(context), _waiting(context)
     known = {**known_by_area(context), METRICS: run_files(directory / METRICS)}
+    in_area = partial(_in_area, context, directory, _retired(context), _waiting(context))
+    here = LocalBlobs(directory)
     found: list[_Item] = []
     for name in sorted(files.held_names(directory) - KEPT_FILES):
         path = directory / name
+        ours = name.startswith(files.TEMPORARY_PREFIX)
         if name in AREAS and path.is_dir():
-            blobs = context.stores.blobs[name]
-            if path == at_hand(blobs):
-                found += _in_area(context, directory, name, known[name], retired, waiting)
+            if path == at_hand(context.stores.blobs[name]):
+                found += in_area(name, known[name])
             else:
-                found.append(_at(directory, path, UNKNOWN_FILE))
+                found.append(_in(directory, here, name, UNKNOWN_FILE))
         elif name == SCRATCH:
-            found.append(_at(directory, path, REPLAY))
+            found.append(_in(directory, here, name, REPLAY))
         else:
-            ours = name.startswith(files.TEMPORARY_PREFIX)
-            found.append(_at(directory, path, TEMPORARY if ours else STRAY, removable=ours))
+            found.append(_in(directory, here, name, TEMPORARY if ours else STRAY, removable=ours))
     for area, blobs in sorted(context.stores.blobs.items()):
         root = at_hand(blobs)
         if root is not None and root.parent == directory:
             continue
         if area != SCRATCH:
-            found += _in_area(context, directory, area, known[area], retired, waiting)
+            found += in_area(area, known[area])
         elif blobs.held():
-            garbage = Garbage(blobs.location(), blobs.num_bytes(""), REPLAY, True)
-            found.append(_Item(garbage, blobs.clear))
+            found.append((Garbage(blobs.location(), blobs.num_bytes(""), REPLAY, True), blobs.clear))
     return found + _keys(context, known)
 
 
@@ -147,34 +141,36 @@ def at_hand(blobs: BlobStore) -> Path | None:
 def _in_area(
     context: Context,
     directory: Path,
-    area: str,
-    known: frozenset[str],
     retired: frozenset[str],
     waiting: frozenset[str],
+    area: str,
+    known: frozenset[str],
 ) -> list[_Item]:
     blobs = context.stores.blobs[area]
     found: list[_Item] = []
     for entry in sorted(blobs.held()):
-        if entry in known and entry not in retired:
+        if entry in retired:
+            found.append(_in(directory, blobs, entry, RETIRED))
+        elif entry in known:
             if area in (CHECKPOINTS, PATCHES):
-                found += [
-                    _in(directory, blobs, f"{entry}/{name}", SURPLUS)
-                    for name in _surplus(context, blobs, area, entry)
-                ]
-            continue
-        kept = area == CHECKPOINTS and entry in waiting
-        found.append(_in(directory, blobs, entry, _reason(entry, retired, kept), removable=not kept))
+                surplus = _surplus(context, blobs, area, entry)
+                found += [_in(directory, blobs, f"{entry}/{name}", SURPLUS) for name in surplus]
+        elif area == CHECKPOINTS and entry in waiting:
+            found.append(_in(directory, blobs, entry, WAITING, removable=False))
+        else:
+            ours = entry.startswith(files.TEMPORARY_PREFIX)
+            found.append(_in(directory, blobs, entry, TEMPORARY if ours else UNKNOWN_FILE))
     return found
 
 
 def _keys(context: Context, known: Mapping[str, frozenset[str]]) -> list[_Item]:
     """Return keys without a file."""
-    found = []
+    found: list[_Item] = []
     for area in (*AREAS, SCRATCH):
         needed = known.get(area, frozenset()) | _stored(context.stores.blobs[area], area)
         for name in sorted(context.stores.keyring.held(area) - needed):
             path = Path(context.stores.keyring.location(area, name))
-            found.append(_Item(Garbage(str(path), files.num_bytes(path), ORPHAN, True)))
+            found.append((Garbage(str(path), files.num_bytes(path), ORPHAN, True), lambda: None))
     return found
 
 
@@ -187,27 +183,13 @@ def _stored(blobs: BlobStore, area: str) -> frozenset[str]:
     return frozenset[str]().union(*(blobs.below(each).held() for each in names | plain))
 
 
-def _at(directory: Path, path: Path, reason: str, *, removable: bool = True) -> _Item:
-    name = path.relative_to(directory).as_posix()
-    garbage = Garbage(name, files.num_bytes(path), reason, removable)
-    return _Item(garbage, lambda: files.erase_all(path.parent, [path.name]))
-
-
 def _in(directory: Path, blobs: BlobStore, name: str, reason: str, *, removable: bool = True) -> _Item:
     root = at_hand(blobs)
     where = blobs.location(name)
-    if root is not None and root.parent == directory:
-        where = f"{root.name}/{name}"
+    if root is not None and directory in (root, root.parent):
+        where = Path(where).relative_to(directory).as_posix()
     garbage = Garbage(where, blobs.num_bytes(name), reason, removable)
-    return _Item(garbage, lambda: blobs.erase([name]))
-
-
-def _reason(entry: str, retired: frozenset[str], kept: bool) -> str:
-    if entry in retired:
-        return RETIRED
-    if kept:
-        return WAITING
-    return TEMPORARY if entry.startswith(files.TEMPORARY_PREFIX) else UNKNOWN_FILE
+    return garbage, lambda: blobs.erase([name])
 
 
 def _retired(context: Context) -> frozenset[str]:
@@ -236,14 +218,18 @@ def _waiting(context: Context) -> frozenset[str]:
 
 def _surplus(context: Context, blobs: BlobStore, area: str, known: str) -> list[str]:
     """Return files in a known checkpoint or patch that its manifest does not name; none if damaged."""
-    expected = named_files(blobs, known, context.stores.keyring, area)
-    return [] if expected is None else sorted(blobs.parts(known) - expected)
+    try:
+        manifest = blobs.get(f"{known}/{MANIFEST}", "manifest")
+        found = parse_manifest(context.stores.keyring.unseal(area, known, MANIFEST, manifest))
+    except IntegrityError:
+        return []
+    return sorted(blobs.parts(known) - found[1].keys() - {MANIFEST}) if found else []
 
 
 def remove_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
     """Remove what is removable and return it; the caller holds the writer lock."""
-    found = [each for each in _listed(context, directory) if each.garbage.removable]
-    gone = [each.garbage for each in found]
+    found = [each for each in _listed(context, directory) if each[0].removable]
+    gone = [garbage for garbage, _ in found]
     retired = [each.path.rpartition("/")[2] for each in gone if each.reason == RETIRED]
     if retired:
         commit(context, Change(dropped=retired))
@@ -252,9 +238,9 @@ def remove_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
     for area, names in kept.items():
         context.stores.keyring.destroy(area, sorted(context.stores.keyring.held(area) - names))
     with all_tried() as tried:
-        for each in found:
+        for _, erase in found:
             with tried():
-                each.erase()
+                erase()
     return tuple(gone)
 
 
@@ -283,16 +269,14 @@ def undisturbed(directory: Path) -> Iterator[bool]:
     Unlike `writer_lock`, this creates no file, so that a read-only directory can be examined.
     """
     try:
-        handle = os.open(directory / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        file = (directory / LOCK).open("rb")
     except OSError:  # no writer was ever here, or none can write here
         yield True
         return
-    try:
+    with file:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = True
         except BlockingIOError:
             free = False
         yield free
-    finally:
-        os.close(handle)

@@ -2,10 +2,9 @@
 
 A checkpoint's key hashes its whole chain of jobs, and each job hashes the roots of its slices. To prove
 a checkpoint clean, the chain is rebuilt from the rows that are held now and were held when it was
-trained: the last key is the same only if no record of the chain is gone. The proof does not rely on the
-ledger's tombstones. It takes hyper-parameters from the job itself, so it also covers a head that still
-serves under an earlier run file. A manifest that can't be parsed proves nothing. `verify --replay`
-proves whether the weights are those that the job trains.
+trained: the last key is the same only if no record of the chain is gone. The proof does not rely on
+tombstones, nor on the run file: hyper-parameters come from the job itself. `verify --replay` proves
+whether the weights are those that the job trains.
 """
 
 from __future__ import annotations
@@ -14,71 +13,35 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import PatchJob, RecordRow, SliceJob, parse_patch_job
-from sisa.core.errors import IntegrityError
-from sisa.core.ports import BlobStore, Keyring
 from sisa.flows.wiring.context import Context, known_by_area
 from sisa.planning.layout import slice_root
-from sisa.store.checkpoints import CHECKPOINTS_AREA, MANIFEST
 
 Are = Callable[[Mapping[str, str]], bool]
 Fault = tuple[str, str]  # its kind and its description; both are empty if there is none
 NONE: Fault = ("", "")
-_T = TypeVar("_T")
 
 
-def read_manifest(checkpoint: Path, keyring: Keyring) -> tuple[SliceJob, dict[str, str]] | None:
-    """Return a checkpoint directory's job and the SHA-256 of its files; None if they can't be read."""
-    try:
-        data = (checkpoint / MANIFEST).read_bytes()
-        return parse_manifest(keyring.unseal(CHECKPOINTS_AREA, checkpoint.name, MANIFEST, data))
-    except (IntegrityError, OSError):
-        return None
-
-
-def parse_manifest(data: bytes) -> tuple[SliceJob, dict[str, str]] | None:
-    """Return a checkpoint manifest's job and the SHA-256 of its files; None if it can't be parsed."""
-    return _parsed(data, parse_job)
-
-
-def parse_patch_manifest(data: bytes) -> tuple[PatchJob, dict[str, str]] | None:
-    """Return a patch manifest's job and the SHA-256 of its files; None if it can't be parsed."""
-    return _parsed(data, parse_patch_job)
-
-
-def _parsed(data: bytes, parse: Callable[[Any], _T]) -> tuple[_T, dict[str, str]] | None:
+def parse_manifest(data: bytes) -> tuple[SliceJob | PatchJob, dict[str, str]] | None:
+    """Return the job of a checkpoint or a patch and the SHA-256 of its files; None if unreadable."""
     try:
         parsed = json.loads(data)
         names = {str(name): str(sha256) for name, sha256 in parsed["files"].items()}
-        return parse(parsed["job"]), names
-    except (ValueError, KeyError, TypeError, AttributeError):
+        job = parsed["job"]
+        return parse_patch_job(job) if "beneath" in job else _parse_job(job), names
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return None
 
 
-def parse_job(parsed: Any) -> SliceJob:
-    """Return the job in its decoded JSON. Raise TypeError, ValueError or KeyError for anything else."""
+def _parse_job(parsed: Any) -> SliceJob:
     slices = tuple((int(number), str(root)) for number, root in parsed["slices"])
-    first, second = parsed["passes"]
-    lists = {"slices": slices, "passes": (int(first), int(second)), "before": _numbers(parsed["before"])}
-    return SliceJob(**{**parsed, **lists})
-
-
-def _numbers(values: Any) -> tuple[int, ...]:
-    return tuple(int(each) for each in values)
-
-
-def named_files(blobs: BlobStore, key: str, keyring: Keyring, area: str) -> frozenset[str] | None:
-    """Return the file names of a checkpoint or a patch, its manifest included; None if unreadable."""
-    try:
-        data = keyring.unseal(area, key, MANIFEST, blobs.get(f"{key}/{MANIFEST}", "manifest"))
-    except IntegrityError:
-        return None
-    found = parse_manifest(data) if area == CHECKPOINTS_AREA else parse_patch_manifest(data)
-    return None if found is None else frozenset({*found[1], MANIFEST})
+    first, second = (int(each) for each in parsed["passes"])
+    Fraction(first, second)  # refuses no passes at all
+    before = tuple(int(each) for each in parsed["before"])
+    return SliceJob(**{**parsed, "slices": slices, "passes": (first, second), "before": before})
 
 
 def proves_clean(job: SliceJob, rows: Iterable[RecordRow], seq: int, num_slices: int) -> bool:
@@ -146,20 +109,22 @@ class FoundGroups:
 
     def judge(self, manifest: bytes, are: Are) -> Verdict:
         """Judge a group by its manifest; `are` returns whether its files have the given digests."""
-        if patch := parse_patch_manifest(manifest):
-            job, names = patch
+        parsed = parse_manifest(manifest)
+        if parsed is None:
+            fault = "unreadable", "a checkpoint whose manifest can't be parsed"
+            return Verdict("checkpoints", "", {}, fault)
+        job, names = parsed
+        if isinstance(job, PatchJob):
             return Verdict("patches", job.key, names, self._patch(job.key, manifest, are(names)))
-        if parsed := parse_manifest(manifest):
-            stage, names = parsed
-            return Verdict("checkpoints", stage.key, names, self._stage(stage, manifest, are(names)))
-        fault = "unreadable", "a checkpoint whose manifest can't be parsed"
-        return Verdict("checkpoints", "", {}, fault)
+        return Verdict("checkpoints", job.key, names, self._stage(job, manifest, are(names)))
 
     def _patch(self, key: str, manifest: bytes, whole: bool) -> Fault:
         known = self.patches.get(key)
         if known is None:
-            what = "a patch that is no longer served: it may reflect records deleted since"
-            return "stale_patch", what
+            return (
+                "stale_patch",
+                "a patch that is no longer served: it may reflect records deleted since",
+            )
         if sha256_hex(manifest) != known.manifest_sha256 or not whole:
             return "damaged", "a patch whose bytes are not the recorded ones"
         return NONE

@@ -10,9 +10,7 @@
 
 A repair is idempotent and can be interrupted anywhere. While anything is missing that can't be derived
 (a slice file, the ledger, the key), only modes are repaired and nothing is erased: an unknown file may
-be the missing piece. A head moves only to a checkpoint whose bytes were just checked. A stage that is
-trained again under the same fingerprint has the same key and the same bytes. Backups are not restored
-here.
+be the missing piece. A head moves only to a checkpoint whose bytes were just checked.
 """
 
 from __future__ import annotations
@@ -22,22 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sisa.audit.doctor import Diagnosis, diagnose, diagnosis, surroundings
-from sisa.audit.findings import Finding, examine
+from sisa.audit.doctor import Diagnosis, diagnose, surroundings
+from sisa.audit.findings import Finding, RepairKind, examine
 from sisa.audit.garbage import remove_garbage
-from sisa.core.domain import Chain, Head, HeldCheckpoint, SliceJob
+from sisa.core.domain import Chain, HeldCheckpoint, SliceJob
+from sisa.core.events import SliceTrained
 from sisa.core.ports import Change
 from sisa.flows.patches.on_deletion import give_up
 from sisa.flows.reconcile import just_trained, reconcile, train_chains
 from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import (
-    Context,
-    commit,
-    embed_shard,
-    plan_of,
-    view_shard,
-)
+from sisa.flows.wiring.context import Context, commit, embed_shard, plan_of, view_shard
 from sisa.flows.wiring.witness import catch_up, is_behind
 from sisa.planning.layout import index_root
 from sisa.planning.plan import ShardPlan, reached
@@ -67,7 +60,7 @@ def repair(model: Model) -> RepairOutcome:
             _ = model.resources.base  # refuses a changed base before a checkpoint is given up
         done = _mend_sources(context, found) if is_behind(context) else []
         catch_up(context)
-        done += mend(context, model.directory).done
+        done += mend(context, model.directory)
     return RepairOutcome(tuple(done), before, diagnose(model.directory))
 
 
@@ -79,26 +72,26 @@ def _mend_sources(context: Context, found: Sequence[Finding]) -> list[str]:
     return _mend_indexes(context, found) + done
 
 
-def mend(context: Context, directory: Path) -> RepairOutcome:
-    """Repair an opened model; the caller holds the writer lock."""
+def mend(context: Context, directory: Path) -> list[str]:
+    """Repair an opened model, and return what was done; the caller holds the writer lock."""
     found = [*surroundings(directory), *examine(context, directory)]
     done = _mend_modes(directory, found)
-    unwritable = any(each.kind == "read_only" for each in found)
-    if not unwritable and not any(each.lost for each in found):
-        done += _mend_indexes(context, found)
-        done += _mend_patches(context, found)
-        done += _mend_checkpoints(context, found)
-        done += _mend_heads(context, found)
-        removed = remove_garbage(context, directory)
-        if removed:
-            done.append(f"removed {len(removed)} unknown or retired files and directories")
-        done += _mend_forms(context, found)
-        trained = reconcile(context)
-        if trained.slices_trained:
-            done.append(f"trained {trained.slices_trained} stages")
-    after = [*surroundings(directory), *examine(context, directory)]
-    after = [each for each in after if each.kind != "log"]  # this process just wrote to the log
-    return RepairOutcome(tuple(done), diagnosis(directory, found), diagnosis(directory, after))
+    if any(each.lost or each.kind == "read_only" for each in found):
+        return done
+    done += _mend_indexes(context, found)
+    if damaged := [each.key for each in found if each.repair == "patches"]:
+        give_up(context, damaged)
+        done.append(f"gave up {len(damaged)} damaged patches or sets of texts")
+    plans, given_up = _give_up(context, found)
+    done += [*given_up, *close_gaps(context, plans), *_mend_heads(context, found)]
+    if removed := remove_garbage(context, directory):
+        done.append(f"removed {len(removed)} unknown or retired files and directories")
+    if wrong := [each for each in found if each.repair == "reseal"]:
+        reseal_model(context)
+        done.append(f"rewrote {len(wrong)} files or checkpoints, encrypted or plain as the model is")
+    if trained := reconcile(context).slices_trained:
+        done.append(f"trained {trained} stages")
+    return done
 
 
 def _mend_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
@@ -111,53 +104,25 @@ def _mend_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
     return [f"made {len(paths)} files and directories readable by their owner only"] if wrong else []
 
 
-def _mend_forms(context: Context, found: Sequence[Finding]) -> list[str]:
-    wrong = [each for each in found if each.repair == "reseal"]
-    if not wrong:
-        return []
-    reseal_model(context)
-    return [f"rewrote {len(wrong)} files or checkpoints, encrypted or plain as the model is"]
-
-
 def _mend_indexes(context: Context, found: Sequence[Finding]) -> list[str]:
     done = []
-    for shard in sorted({int(f.shard) for f in found if f.repair == "reindex" and f.shard is not None}):
-        rows = context.stores.ledger.rows(shard)
-        if not rows:
-            commit(context, Change(unindexed=[shard]))
-        else:
+    for shard in _shards(found, "reindex"):
+        change = Change(unindexed=[shard])
+        if rows := context.stores.ledger.rows(shard):
             wanted = embed_shard(context, shard, rows)
-            commit(
-                context,
-                Change(indexes=[context.stores.index.build(shard, index_root(rows), None, wanted)]),
-            )
+            change = Change(indexes=[context.stores.index.build(shard, index_root(rows), None, wanted)])
+        commit(context, change)
         done.append(f"built the index of shard {shard} from its slice files")
     return done
 
 
-def _mend_patches(context: Context, found: Sequence[Finding]) -> list[str]:
-    """Give up damaged patches and sets of texts."""
-    damaged = [each.key for each in found if each.repair == "patches"]
-    if not damaged:
-        return []
-    give_up(context, damaged)
-    return [f"gave up {len(damaged)} damaged patches or sets of texts"]
-
-
-def _mend_checkpoints(context: Context, found: Sequence[Finding]) -> list[str]:
-    """Give up damaged checkpoints, then close the gaps that they leave."""
-    plans, done = _give_up(context, found)
-    return done + close_gaps(context, plans)
-
-
 def _give_up(context: Context, found: Sequence[Finding]) -> tuple[list[ShardPlan], list[str]]:
     """Give up damaged checkpoints; return the plans of their shards and of those with gaps."""
-    damaged: dict[int, list[str]] = {}
-    for each in found:
-        if each.repair == "retrain" and each.shard is not None:
-            damaged.setdefault(each.shard, []).extend([each.key] if each.key else [])
     plans, done = [], []
-    for shard, keys in sorted(damaged.items()):
+    for shard in _shards(found, "retrain"):
+        keys = [
+            each.key for each in found if (each.repair, each.shard) == ("retrain", shard) and each.key
+        ]
         plan = plan_of(context, view_shard(context, shard, dropped=keys))
         plans.append(plan)
         if keys:
@@ -171,9 +136,9 @@ def close_gaps(context: Context, plans: Sequence[ShardPlan]) -> list[str]:
     """Train missing stages before a held one again, in every order; return what was done."""
     done: list[str] = []
     chains: list[Chain] = []
-    for plan in (
-        plans if context.settings.recipe.shard_budget is None else ()
-    ):  # a budget leaves gaps on purpose
+    if context.settings.recipe.shard_budget is not None:
+        return done  # a budget leaves gaps on purpose
+    for plan in plans:
         gaps = _gaps(context, plan)
         if gaps and gaps[0].jobs[0].fingerprint != context.compute.fingerprint:
             done.append(
@@ -185,17 +150,13 @@ def close_gaps(context: Context, plans: Sequence[ShardPlan]) -> list[str]:
     if not chains:
         return done
     seq = context.stores.ledger.seq()
-    trained = train_chains(  # one by one: chains of two orders may share their first stages
-        context,
-        chains,
-        lambda stage: _note_stage(context, just_trained(stage, seq)),
-        one_by_one=True,
-    )
+
+    def note(stage: SliceTrained) -> None:
+        commit(context, Change(checkpoints=[just_trained(stage, seq)]))
+
+    # One by one: chains of two orders may share their first stages.
+    trained = train_chains(context, chains, note, one_by_one=True)
     return [*done, f"trained {trained} stages again"]
-
-
-def _note_stage(context: Context, found: HeldCheckpoint) -> None:
-    commit(context, Change(checkpoints=[found]))
 
 
 def _gaps(context: Context, plan: ShardPlan) -> list[Chain]:
@@ -218,11 +179,13 @@ def _gaps(context: Context, plan: ShardPlan) -> list[Chain]:
 
 
 def _mend_heads(context: Context, found: Sequence[Finding]) -> list[str]:
-    shards = sorted({int(f.shard) for f in found if f.repair == "heads" and f.shard is not None})
+    shards = _shards(found, "heads")
     layout = range(context.settings.assigner.layout.num_shards)
-    heads: list[Head] = [
-        plan_of(context, view_shard(context, shard)).head for shard in shards if shard in layout
-    ]
+    heads = [plan_of(context, view_shard(context, shard)).head for shard in shards if shard in layout]
     if shards:
         commit(context, Change(heads=heads, headless=[s for s in shards if s not in layout]))
     return [f"derived {len(shards)} heads from the held checkpoints"] if shards else []
+
+
+def _shards(found: Sequence[Finding], repair: RepairKind) -> list[int]:
+    return sorted({each.shard for each in found if each.repair == repair and each.shard is not None})

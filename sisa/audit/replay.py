@@ -1,10 +1,9 @@
 """Train stages again, each in a process that has trained nothing before.
 
 If one process trained all stages, a replay would not notice state that the trainer carries over from one
-stage to the next. So a clean process, which has only imported what training needs, reads stages from its
-standard input and forks for each one. The fork opens the model, trains the stage from its parent's files
-and exits. Importing torch takes seconds, so the clean process starts with the first replay, serves every
-later one in the same environment, and ends with the process that started it.
+stage to the next. So a clean process, which has only imported what training needs, forks for each stage
+that it reads from its standard input. Importing torch takes seconds, so it serves every replay in the
+same environment, and ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from sisa.core.domain import Chain
 from sisa.core.errors import EnvironmentFault
@@ -112,12 +111,20 @@ class StageRequest:
     key: str
 
 
+class _Running(NamedTuple):
+    """A clean process, its environment, and this end of its standard input and output."""
+
+    environment: Mapping[str, str]
+    process: subprocess.Popen[bytes]
+    line: socket.socket
+
+
 class CleanProcess:
     """Run a process that has only imported modules; start it when first needed. Threads may share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._server: _Server | None = None
+        self._running: _Running | None = None
 
     def train(self, stage: StageRequest, settings: Mapping[str, str]) -> str:
         """Train a stage in a fork, with the environment settings of its precision.
@@ -128,12 +135,15 @@ class CleanProcess:
         late = {name: environment.pop(name) for name in READ_LATE if name in environment}
         request = json.dumps({"stage": asdict(stage), "environment": late})
         with self._lock:
-            if self._server is not None and not self._server.serves(environment):
+            running = self._running
+            if running and (running.environment != environment or running.process.poll() is not None):
                 self.end()
-            if self._server is None:
-                self._server = _Server(environment)
+            self._running = self._running or _started(environment)
+            reply = b""  # stays empty if the process ends before it replies
             try:
-                reply = self._server.ask(request)
+                with contextlib.suppress(ConnectionError):
+                    self._running.line.sendall(request.encode() + b"\n")
+                    reply = self._running.line.recv(REPLY_BYTES)
             except BaseException:  # an interrupted replay must leave no process that still writes
                 self.end()
                 raise
@@ -142,52 +152,35 @@ class CleanProcess:
     def forget(self) -> None:
         """Leave the clean process to the process that this one was forked from."""
         self._lock = threading.Lock()  # a thread that the fork lacks may hold the old one
-        if self._server is not None:
-            self._server.forget()
-        self._server = None
+        if self._running is not None:
+            self._running.line.close()
+            self._running.process.returncode = 0  # another's child, so Popen must not wait for it
+        self._running = None
 
     def end(self) -> int:
         """End the clean process and its fork; return its exit status."""
-        server, self._server = self._server, None
-        return server.end() if server is not None else 0
+        running, self._running = self._running, None
+        if running is None:
+            return 0
+        with contextlib.suppress(OSError), running.line:
+            running.line.shutdown(socket.SHUT_RDWR)
+        return running.process.wait()
 
 
-class _Server:
-    """Hold a running clean process, its environment, and this end of its standard input and output."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
-        here = str(Path(__file__).resolve().parents[2])
-        paths = filter(None, (here, environment.get("PYTHONPATH")))
-        self._line, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", SERVE],
-                env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
-                stderr=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C in a terminal reaches the caller only, which ends this process
-            )
-
-    def serves(self, environment: Mapping[str, str]) -> bool:
-        return self._environment == environment and self._process.poll() is None
-
-    def ask(self, request: str) -> bytes:
-        """Return the reply; empty if the process ended before it sent one."""
-        with contextlib.suppress(ConnectionError):
-            self._line.sendall(request.encode() + b"\n")
-            return self._line.recv(REPLY_BYTES)
-        return b""
-
-    def end(self) -> int:
-        with contextlib.suppress(OSError), self._line:
-            self._line.shutdown(socket.SHUT_RDWR)
-        return self._process.wait()
-
-    def forget(self) -> None:
-        self._line.close()
-        self._process.returncode = 0  # another process's child, so Popen must not wait for it
+def _started(environment: Mapping[str, str]) -> _Running:
+    here = str(Path(__file__).resolve().parents[2])
+    paths = filter(None, (here, environment.get("PYTHONPATH")))
+    line, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", SERVE],
+            env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+            stdin=theirs.fileno(),
+            stdout=theirs.fileno(),
+            stderr=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C in a terminal reaches the caller only, which ends this process
+        )
+    return _Running(environment, process, line)
 
 
 @cache

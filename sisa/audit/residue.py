@@ -13,17 +13,16 @@
     all bytes (`ids`, `texts`)       without the strings that the caller gives
 
 Nothing is changed. Anything that can't be read or judged is residue as well: absence is either proven or
-not. The scan covers the model directory, the model's storage, this program's files in the cache and in
-the temporary directory, the exports that the ledger lists, and the paths in `also`. Each path is
-resolved first. A link inside a scanned place is residue unless it leads into a scanned place, and so is
-a given place without any file. Findings name paths, rows and offsets, never an id or a text. An index
-file is parsed only if its bytes have the digest in its name. Files that the model's keys open are read
-as plaintext. A sealed file that they don't open is *shredded*: it is counted, and is residue only if the
-ledger relies on it. A key without a file is residue.
+not. The scan covers the model directory and storage, this program's files in the cache and the temporary
+directory, the exports that the ledger lists, and the paths in `also`. A link is residue unless it leads
+into a scanned place, and so is a given place without any file. Findings name paths, rows and offsets,
+never an id or a text. An index file is parsed only if its bytes have the digest in its name. A sealed
+file that the model's keys don't open is *shredded*: it is counted, and is residue only if the ledger
+relies on it.
 
 Out of reach: compressed copies, copies that others encrypted, copies of the keyring, other machines,
-backups, replicas and access logs of a bucket, and disk blocks that were freed. Optimizer states copied
-out of a checkpoint directory are found by their manifest alone.
+backups, replicas and access logs of a bucket, freed disk blocks. Optimizer states copied out of a
+checkpoint directory are found by their manifest alone.
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ from sisa.audit.foreign_files import (
     vector_ids,
 )
 from sisa.audit.garbage import SURPLUS, UNKNOWN_FILE, at_hand, list_garbage, undisturbed
-from sisa.audit.lineage import NONE, FoundGroups
+from sisa.audit.lineage import NONE, Are, FoundGroups, Verdict
 from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings
 from sisa.config.config import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
@@ -60,7 +60,7 @@ from sisa.flows.reconcile import export_standing
 from sisa.flows.wiring.context import Context, known_by_area
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.lm.base.packages import cache_dir
-from sisa.store.blobs.files import SCRATCH_PREFIX, LocalBlobs, walk
+from sisa.store.blobs.files import SCRATCH_PREFIX, walk
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.metrics import STAGE_DIGITS, parsed, without
@@ -68,6 +68,7 @@ from sisa.store.metrics import STAGE_DIGITS, parsed, without
 if TYPE_CHECKING:
     from sisa.model import Model
 
+NOT_RECORDED = "not the recorded file, so its content proves nothing"
 LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
 TEMPORARY_PATTERNS = (f"{SCRATCH_PREFIX}*", "sisa-*/r")  # of `scratch` and `ray_session.py`
 
@@ -139,12 +140,15 @@ def scan_residue(
     for place in scanner.places:
         scanner.scan(place, models=place in named)
     scanner.unread([scanner.own[0], *_resolved(also)])
-    stores = _scan_objects(context, scanner.strings, scanner.residue, scanner.counts)
+    stores = {area: each for area, each in sorted(context.stores.blobs.items()) if at_hand(each) is None}
+    for area, blobs in stores.items():
+        scanner.scan_objects(area, blobs)
     scanner.unknown_files()
     scanner.missing_exports()
+    places = [*map(str, scanner.places), *(blobs.location() for blobs in stores.values())]
     return Scan(
         not scanner.residue,
-        tuple(scanner.strings.hidden(str(place)) for place in (*scanner.places, *stores)),
+        tuple(map(scanner.strings.hidden, places)),
         scanner.counts,
         tuple(scanner.residue),
         tuple(scanner.outdated),
@@ -192,8 +196,8 @@ class _Scanner:
             **{self.roots[INDEX] / each.name: each.sha256 for each in context.stores.ledger.indexes()},
         }
 
-    def _found(self, kind: str, path: Path, what: str, position: str = "") -> None:
-        self.residue.append(Residue(kind, self.strings.hidden(str(path)), position, what))
+    def _found(self, kind: str, where: Path | str, what: str, position: str = "") -> None:
+        self.residue.append(Residue(kind, self.strings.hidden(str(where)), position, what))
 
     def scan(self, place: Path, *, models: bool = True) -> None:
         """Read every file below a path.
@@ -203,7 +207,7 @@ class _Scanner:
         """
         before = self.counts["files"]
         for path in walk(place, self._unreadable):
-            self._names(path)
+            self._names(path.name, path.parent)
             try:
                 mode = path.lstat().st_mode
                 if stat.S_ISREG(mode):
@@ -225,9 +229,8 @@ class _Scanner:
         """Report a link that leads out of the scanned places; its target is read where it lies."""
         target = Path(os.path.realpath(path))
         if not target.exists() or not any(target.is_relative_to(each) for each in self.places):
-            self._found(
-                "link", path, "a link to something that was not read: add its target with --also"
-            )
+            what = "a link to something that was not read: add its target with --also"
+            self._found("link", path, what)
 
     def unread(self, named: Sequence[Path]) -> None:
         """Report places without any file: they prove nothing, since a disk may not be mounted."""
@@ -235,9 +238,9 @@ class _Scanner:
             if place in self._empty:
                 self._found("nothing_read", place, "holds no file, so it proves nothing")
 
-    def _names(self, path: Path) -> None:
-        for number in self.strings.in_value(path.name):
-            self._found("string", path.parent, f"string {number + 1} occurs in a name here", "name")
+    def _names(self, name: str, where: Path | str) -> None:
+        for number in self.strings.in_value(name):
+            self._found("string", where, f"string {number + 1} occurs in a name here", "name")
 
     def _file(self, path: Path, *, models: bool) -> None:
         self.counts["files"] += 1
@@ -247,23 +250,27 @@ class _Scanner:
         try:
             plain = self._sealed.plaintext(path)
         except Shredded:
-            self._search(path, None)
+            self._search(path, path, None)
             self._shredded(path)
             return
-        self._search(path, plain)
+        self._search(path, path, plain)
         expected = self._digests.get(path)
         found = expected and (file_sha256(path) if plain is None else sha256_hex(plain))
         if found != expected:
-            self._found("damaged", path, "not the recorded file, so its content proves nothing")
+            self._found("damaged", path, NOT_RECORDED)
             return
         with path.open("rb") if plain is None else io.BytesIO(plain) as file:
             head = file.read(len(PARQUET_MAGIC))
+        ids = None
         if head == PARQUET_MAGIC:
-            self._rows(path, parquet_ids(path if plain is None else io.BytesIO(plain)))
+            ids = parquet_ids(path if plain is None else io.BytesIO(plain))
+        elif path.suffix == ".jsonl" and path.parent != self.roots[METRICS]:
+            ids = json_ids(path)
+        if ids is not None:
+            if self._rows(path, ids, ours=any(each in path.parents for each in self.own)):
+                self.proven.add(path)
         elif path.parent == self.roots[METRICS]:
             self._metrics(path)
-        elif path.suffix == ".jsonl":
-            self._rows(path, json_ids(path))
         elif not models:
             return
         elif path.suffix == ".faiss":
@@ -293,10 +300,10 @@ class _Scanner:
         self.proven.add(path)
         return True
 
-    def _search(self, path: Path, plain: bytes | None) -> None:
+    def _search(self, where: Path | str, path: Path, plain: bytes | None) -> None:
         for place in self.strings.in_file(path, plain):
             what = f"string {place.number + 1} of {len(self.strings)} is here"
-            self._found("string", path, what, place.position)
+            self._found("string", where, what, place.position)
 
     def _shredded(self, path: Path) -> None:
         """Count a sealed file that no key opens as erased, unless the ledger relies on it."""
@@ -320,28 +327,27 @@ class _Scanner:
             self._found("stale_loss", path, "a loss or tokens of a checkpoint that is no longer held")
         self.proven.add(path)
 
-    def _rows(self, path: Path, ids: Iterator[str | None]) -> None:
-        """Check rows: a tombstone's is residue anywhere, an unknown id's in the model's own places."""
-        ours = any(each in path.parents for each in self.own)
-        position, batch = 0, []
-        try:
-            for record_id in ids:
-                batch.append((position, record_id))
-                position += 1
-                if len(batch) == BATCH_ROWS:
-                    self._batch(path, batch, ours)
-                    batch = []
-            self._batch(path, batch, ours)
-        except Unreadable:
-            if ours:
-                self._found("unreadable", path, "can't be decoded, so its rows prove nothing")
-            return
-        self.proven.add(path)
+    def _rows(self, where: Path | str, ids: Iterator[str | None], *, ours: bool) -> bool:
+        """Check rows, and return whether all could be read.
 
-    def _batch(self, path: Path, batch: Sequence[tuple[int, str | None]], ours: bool) -> None:
-        self.counts["rows"] += len(batch)
-        for kind, what, position in not_held(self.context, batch, ours=ours):
-            self._found(kind, path, what, position)
+        A tombstone's row is residue anywhere, an unknown id's in the model's own places (`ours`).
+        """
+        whole, numbered = True, enumerate(ids)
+        while True:
+            batch: list[tuple[int, str | None]] = []
+            try:
+                batch.extend(
+                    islice(numbered, BATCH_ROWS)
+                )  # keeps the rows before one that can't be read
+            except Unreadable:
+                whole = False
+                if ours:
+                    self._found("unreadable", where, "can't be decoded, so its rows prove nothing")
+            self.counts["rows"] += len(batch)
+            for kind, what, position in not_held(self.context, batch, ours=ours):
+                self._found(kind, where, what, position)
+            if len(batch) < BATCH_ROWS:
+                return whole
 
     def _vectors(self, path: Path) -> None:
         data = self._sealed.read(path)
@@ -356,21 +362,23 @@ class _Scanner:
             return
         self.counts["vectors"] += len(found)
         held = self.context.stores.ledger.by_vector(int(shard), found)
-        gone = [at for at, each in enumerate(found) if each not in held]
-        for at in gone:
-            self._found(
-                "deleted_vector", path, "a vector that belongs to no held record", f"vector {at}"
-            )
+        what = "a vector that belongs to no held record"
+        for at in (at for at, each in enumerate(found) if each not in held):
+            self._found("deleted_vector", path, what, f"vector {at}")
         self.proven.add(path)
 
     def _group(self, path: Path) -> None:
+        found = self._judged(path, self._sealed.read(path / MANIFEST), partial(self._are, path))
+        if found.fault == NONE:
+            self.proven |= {path, *(path / each for each in (*found.names, MANIFEST))}
+
+    def _judged(self, where: Path | str, manifest: bytes, are: Are) -> Verdict:
         """Judge a checkpoint or a patch."""
-        found = self._groups.judge(self._sealed.read(path / MANIFEST), partial(self._are, path))
+        found = self._groups.judge(manifest, are)
         self.counts[found.area] += 1
         if found.fault != NONE:
-            self._found(found.fault[0], path, found.fault[1])
-            return
-        self.proven |= {path, *(path / each for each in (*found.names, MANIFEST))}
+            self._found(found.fault[0], where, found.fault[1])
+        return found
 
     def _are(self, directory: Path, names: Mapping[str, str]) -> bool:
         return all(self._is(directory / name, sha256) for name, sha256 in names.items())
@@ -411,111 +419,57 @@ class _Scanner:
         for each in self._exports:
             if each.stale and (found := export_standing(self.context, each)) != "held":
                 what = f"an export that request {each.request_id} made stale is {found}"
-                self._found("missing_export", Path(each.path), what)
+                self._found("missing_export", each.path, what)
 
+    def scan_objects(self, area: str, blobs: BlobStore) -> None:
+        """Scan a storage area in an object store, a blob or a group at a time in memory."""
+        for name in sorted(blobs.held()):
+            where = blobs.location(name)
+            if name not in self._known.get(area, frozenset()):
+                self._found("unknown_file", where, UNKNOWN_FILE)
+            plain = {
+                part: self._object(area, blobs, name, part) for part in sorted(blobs.parts(name)) or [""]
+            }
+            if area == RECORDS:
+                self._stored_slice(name, where, plain.get(""))
+            elif area in (CHECKPOINTS, PATCHES):
+                self._stored_group(area, name, where, plain)
+        for kept in blobs.purge(dry_run=True):
+            self._found("old_versions", kept.where, f"kept by the bucket: {kept.why}")
 
-def _scan_objects(
-    context: Context, strings: SearchStrings, residue: list[Residue], counts: dict[str, int]
-) -> tuple[str, ...]:
-    """Scan the storage areas in an object store, adding to `residue` and `counts`; return their URIs."""
-    areas = {
-        area: blobs
-        for area, blobs in sorted(context.stores.blobs.items())
-        if not isinstance(blobs, LocalBlobs)
-    }
-    for area, blobs in areas.items():
-        residue += _StoredArea(context, area, blobs, strings, counts).scan()
-    return tuple(blobs.location() for blobs in areas.values())
-
-
-@dataclass
-class _StoredArea:
-    """Scan one storage area in an object store; its objects are read into memory, one at a time."""
-
-    context: Context
-    area: str
-    blobs: BlobStore
-    strings: SearchStrings
-    counts: dict[str, int]
-
-    def scan(self) -> Iterator[Residue]:
-        known = known_by_area(self.context).get(self.area, frozenset())
-        for name in sorted(self.blobs.held()):
-            parts = sorted(self.blobs.parts(name))
-            if name not in known:
-                yield self._found("unknown_file", name, UNKNOWN_FILE)
-            plain = {part: self._read(f"{name}/{part}" if part else name) for part in parts or [""]}
-            for part, data in plain.items():
-                yield from self._strings(f"{name}/{part}" if part else name, data)
-            if self.area == RECORDS:
-                yield from self._slice(name, plain.get(""))
-            elif MANIFEST in plain and self.area in (CHECKPOINTS, PATCHES):
-                yield from self._group(name, plain)
-        for kept in self.blobs.purge(dry_run=True):
-            yield Residue("old_versions", kept.where, "", f"kept by the bucket: {kept.why}")
-
-    def _found(self, kind: str, name: str, what: str, position: str = "") -> Residue:
-        return Residue(kind, self.strings.hidden(self.blobs.location(name)), position, what)
-
-    def _read(self, name: str) -> bytes | None:
-        """Return an object's plaintext; None if no held key opens it."""
-        data = self.blobs.get(name, "object")
+    def _object(self, area: str, blobs: BlobStore, group: str, part: str) -> bytes | None:
+        """Search an object for strings, and return its plaintext; None if no held key opens it."""
+        name = f"{group}/{part}" if part else group
+        data = blobs.get(name, "object")
         self.counts["files"] += 1
         self.counts["bytes"] += len(data)
-        group, _, part = name.partition("/")
+        plain = None
         try:
-            return self.context.stores.keyring.unseal(self.area, group, part, data)
+            plain = self.context.stores.keyring.unseal(area, group, part, data)
         except IntegrityError:
             self.counts["shredded"] += is_sealed(data)
-            return None
+        self._names(name, blobs.location())
+        self._search(blobs.location(name), Path(name), plain or b"")
+        return plain
 
-    def _strings(self, name: str, data: bytes | None) -> Iterator[Residue]:
-        for number in self.strings.in_value(name):
-            yield self._found("string", "", f"string {number + 1} occurs in a name here", "name")
-        for found in self.strings.in_file(Path(name), data or b""):
-            what = f"string {found.number + 1} of {len(self.strings)} is here"
-            yield self._found("string", name, what, found.position)
+    def _stored_slice(self, name: str, where: str, data: bytes | None) -> None:
+        recorded = self._digests.get(self.roots[RECORDS] / name)
+        if data is not None and recorded in (None, sha256_hex(data)):
+            self._rows(where, parquet_ids(io.BytesIO(data)), ours=True)
+        elif recorded:
+            self._found("damaged", where, NOT_RECORDED)
 
-    def _slice(self, name: str, data: bytes | None) -> Iterator[Residue]:
-        recorded = self._slices.get(name)
-        if data is None or (recorded and sha256_hex(data) != recorded):
-            if recorded:
-                what = "not the recorded file, so its content proves nothing"
-                yield self._found("damaged", name, what)
-            return
-        ids: list[tuple[int, str | None]] = []
-        try:
-            ids.extend(enumerate(parquet_ids(io.BytesIO(data))))
-        except Unreadable:
-            what = "can't be decoded, so its rows prove nothing"
-            yield self._found("unreadable", name, what)
-        self.counts["rows"] += len(ids)
-        for kind, what, position in not_held(self.context, ids, ours=True):
-            yield self._found(kind, name, what, position)
-
-    def _group(self, key: str, plain: dict[str, bytes | None]) -> Iterator[Residue]:
-        manifest = plain[MANIFEST]
+    def _stored_group(self, area: str, key: str, where: str, plain: Mapping[str, bytes | None]) -> None:
+        manifest = plain.get(MANIFEST)
         if manifest is None:
-            return  # shredded: reported above if unknown, below if damaged
+            return  # shredded: reported above if unknown
         digests = {part: sha256_hex(data) for part, data in plain.items() if data is not None}
-        found = self._groups.judge(manifest, lambda names: names.items() <= digests.items())
-        self.counts[found.area] += 1
-        if found.fault != NONE:
-            yield self._found(found.fault[0], key, found.fault[1])
-        elif (found.area, found.key) != (self.area, key):
-            yield self._found("damaged", key, "its bytes are not those of its name")
-        if not found.key:
-            return
-        for part in sorted(plain.keys() - found.names.keys() - {MANIFEST}):
-            yield self._found("unknown_file", f"{key}/{part}", SURPLUS)
-
-    @cached_property
-    def _groups(self) -> FoundGroups:
-        return FoundGroups(self.context)
-
-    @cached_property
-    def _slices(self) -> dict[str, str]:
-        return {each.name: each.sha256 for each in self.context.stores.ledger.slices()}
+        found = self._judged(where, manifest, lambda names: names.items() <= digests.items())
+        if found.fault == NONE and (found.area, found.key) != (area, key):
+            self._found("damaged", where, "its bytes are not those of its name")
+        surplus = plain.keys() - found.names.keys() - {MANIFEST} if found.key else ()
+        for part in sorted(surplus):
+            self._found("unknown_file", f"{where}/{part}", SURPLUS)
 
 
 def owned_temporary_files() -> list[Path]:

@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
-from sisa.audit.findings import check_index, check_slice, forms
+from sisa.audit.findings import checks, forms, wrong_heads
 from sisa.audit.replay import Apart
 from sisa.core.domain import Chain, Head, IndexFile, Record, RecordRow, WitnessHead
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput, Problem
@@ -36,9 +35,8 @@ from sisa.flows.wiring.context import (
     embed_records,
     held_by_area,
     known_by_area,
-    plan_of,
-    view_shard,
 )
+from sisa.flows.wiring.wiring import CHECKPOINTS, PATCHES
 from sisa.planning.plan import all_paths, reached
 
 Replay = Literal["none", "sample", "all"]
@@ -138,7 +136,8 @@ def verify(
     ]
     proofs = [replace(each, reason=reasons.get(each.shard, "")) for each in proofs]
     findings += [*_differing(proofs), *(_unproved(proofs, replayed) if require_replay else ())]
-    findings += _plain_files(context)
+    if context.stores.keyring.seals:
+        findings += [Problem(each.where, each.what) for each in forms(context)]
     return Verification(not findings, count, tuple(findings), tuple(proofs), vectors)
 
 
@@ -215,49 +214,16 @@ def check_files(context: Context) -> tuple[int, list[Problem]]:
     """Read and check everything that the ledger names; return the number of files and the findings."""
     findings: list[Problem] = []
     count = 0
-
-    def check(where: str, read: Callable[[], object]) -> None:
-        nonlocal count
+    groups = {CHECKPOINTS: context.stores.checkpoints, PATCHES: context.stores.patches}
+    for named, check in checks(context, lambda area, *of: groups[area].load(*of)):
         count += 1
         try:
-            read()
+            check()
         except IntegrityError as error:
             found = f"{error.what} (expected {error.expected}, got {error.got})"
-            findings.append(Problem(where, found if error.expected else error.what))
-
-    for file in context.stores.ledger.slices():
-        check(f"records/{file.name}", partial(check_slice, context, file))
-    for index in context.stores.ledger.indexes():
-        check(f"index/{index.name}", partial(check_index, context, index))
-    for held in context.stores.ledger.checkpoints():
-        load = partial(context.stores.checkpoints.load, held.key, held.manifest_sha256)
-        check(f"checkpoints/{held.key}", load)
-    needed = known_by_area(context)["patches"]
-    for patch in context.stores.ledger.patches():
-        if patch.key in needed:
-            load = partial(context.stores.patches.load, patch.key, patch.manifest_sha256)
-            check(f"patches/{patch.key}", load)
-    for found in context.stores.ledger.vault():
-        if found.held:
-            check(f"vault/{found.name}", partial(context.stores.vault.check, found))
-    return count, findings + _wrong_heads(context) + _unknown_files(context)
-
-
-def _plain_files(context: Context) -> list[Problem]:
-    """Find plain files of an encrypted model."""
-    found = forms(context) if context.stores.keyring.seals else ()
-    return [Problem(each.where, each.what) for each in found]
-
-
-def _wrong_heads(context: Context) -> list[Problem]:
-    """Find heads that are marked as finished but are not the last stage of the held records."""
-    what = "does not serve the model of its records"
-    wrong = []
-    for head in context.stores.ledger.heads():
-        plan = plan_of(context, view_shard(context, head.shard))
-        if head.converged and head.key != plan.head.target:
-            wrong.append(Problem(f"shard {head.shard}", what))
-    return wrong
+            findings.append(Problem(named.where, found if error.expected else error.what))
+    findings += [Problem(each.where, each.what) for each in wrong_heads(context)]
+    return count, findings + _unknown_files(context)
 
 
 def check_vectors(context: Context) -> tuple[int, list[Problem]]:

@@ -69,9 +69,9 @@ def test_threads_share_the_clean_process_and_forks_leave_it_alone() -> None:
     with ThreadPoolExecutor(4) as threads:
         assert set(threads.map(failing, range(8))) == {"IntegrityError"}
     before, num_fds = clean_processes(), psutil.Process().num_fds()
-    server = clean_process()._server
-    assert server is not None
-    line = server._line.fileno()
+    running = clean_process()._running
+    assert running is not None
+    line = running.line.fileno()
     child = os.fork()
     if not child:
         clean_process().end()  # ends nothing: it is the parent's

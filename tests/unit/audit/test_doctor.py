@@ -56,8 +56,10 @@ def kinds(found: Diagnosis) -> list[str]:
 
 
 def repaired(model: Path, **options: Any) -> RepairOutcome:
+    before = diagnose(model)
     with writer_lock(model / wiring.LOCK), context_of(model, **options) as context:
-        return mend(context, model)
+        done = mend(context, model)
+    return RepairOutcome(tuple(done), before, diagnose(model))
 
 
 def state(model: Path) -> tuple[str, list[Head]]:

@@ -22,9 +22,10 @@ import pytest
 from cluster.cli import cli, maintenance
 from cluster.render.render import where
 from sisa.audit.garbage import Garbage, list_garbage, remove_garbage
-from sisa.audit.lineage import proves_clean, read_manifest
+from sisa.audit.lineage import parse_manifest, proves_clean
 from sisa.audit.residue import Scan, scan_residue, sweep_model
 from sisa.audit.search_strings import MIN_BYTES, READ_BYTES, SearchStrings
+from sisa.core.domain import SliceJob
 from sisa.core.errors import Busy, EnvironmentFault, InvalidInput
 from sisa.core.events import EpochTrained
 from sisa.core.ports import Change
@@ -35,7 +36,7 @@ from sisa.flows.wiring.context import held_by_area, known_by_area
 from sisa.model import Model
 from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
-from sisa.store.checkpoints import ADAPTER, FileCheckpoints
+from sisa.store.checkpoints import ADAPTER, MANIFEST, FileCheckpoints
 from sisa.store.index import FaissIndex
 from sisa.store.metrics import MIN_RECORDS, STAGE_DIGITS, FileMetrics, metrics_line
 from sisa.store.records import FileRecords
@@ -365,8 +366,10 @@ def test_many_strings_in_one_pass() -> None:
 def test_a_chain_is_clean_only_while_all_of_its_records_are_held(model: Path) -> None:
     with context_of(model) as context:
         for held in context.stores.ledger.checkpoints():
-            parsed = read_manifest(model / wiring.CHECKPOINTS / held.key, context.stores.keyring)
+            data = (model / wiring.CHECKPOINTS / held.key / MANIFEST).read_bytes()
+            parsed = parse_manifest(data)
             assert parsed is not None
+            assert isinstance(parsed[0], SliceJob)
             rows = context.stores.ledger.rows(held.shard)
             assert proves_clean(parsed[0], rows, held.seq, context.recipe.num_slices)
             touched = [row for row in rows if row.slice in held.prefix]

@@ -132,8 +132,10 @@ def kinds(found: Scan | Diagnosis) -> list[str]:
 
 
 def repaired(model: Path) -> RepairOutcome:
+    before = diagnose(model)
     with context_of(model) as context:
-        return mend(context, model)
+        done = mend(context, model)
+    return RepairOutcome(tuple(done), before, diagnose(model))
 
 
 # --- at rest, and after a deletion ---------------------------------------------------------------
