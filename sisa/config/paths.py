@@ -81,10 +81,8 @@ def shared_path_problems(data: dict[str, Any], directory: Path) -> Iterator[tupl
                 yield path, problem
     for key in ("witness", *(("keyring",) if data.get("encrypt") is True else ())):
         if data.get(key) is None:
-            what = (
-                "missing; null is the state directory of a machine of the cluster: give an absolute path"
-            )
-            yield (key,), what
+            what = "null is the state directory of a machine of the cluster: give an absolute path"
+            yield (key,), f"missing; {what}"
 
 
 def _is_no_path(key: str, value: str) -> bool:

@@ -35,9 +35,8 @@ from sisa.planning.bands import Bands
 # passes make it learn: SmolLM2-135M gives 24 of 25 answers word for word.
 FEW_RECORDS = {"micro_batch_size": 4, "learning_rate": 6e-3, "num_epochs": 8}
 
-NESTED: dict[
-    str, tuple[str, type[Block]]
-] = {  # keys whose value may be a block, and the prefix of its keys
+# Keys whose value may be a block, and the prefix of its keys.
+NESTED: dict[str, tuple[str, type[Block]]] = {
     "base_model": ("base_model.scratch", Scratch),
     "datasets": ("datasets[]", DatasetSource),
     "sisa.bands": ("sisa.bands", Bands),
@@ -104,9 +103,7 @@ def reference() -> Iterator[str]:
 
 
 def _row(name: str, info: FieldInfo, kind: str, effect: str) -> str:
-    default = (
-        "(required)"
-        if info.default is PydanticUndefined
-        else f"`{_yaml(to_jsonable_python(info.default))}`"
-    )
+    default = "(required)"
+    if info.default is not PydanticUndefined:
+        default = f"`{_yaml(to_jsonable_python(info.default))}`"
     return f"| `{name}` | {kind} | {default} | {info.description} | {effect} |"
