@@ -1,21 +1,13 @@
 """Diagnose a model directory: what is wrong, how severe it is, and which repair fixes it.
 
-    surroundings   a running writer, a full or read-only disk, a clock that ran backwards
-    witness        damaged; or ahead of the ledger after a restored backup (repair: delete again)
-    ledger, key    missing, damaged, of another version, not matching: can't be derived again
-    keyring        of an encrypted model: missing, or open to others than its owner
-    slice files    missing or not as recorded: can't be derived again, since only they hold the text
-    index files    derived from the slice files                  (repair: reindex)
-    checkpoints    derived by training                           (repair: retrain)
-    heads          derived from the held checkpoints             (repair: heads)
-    unknown files  and keys without a file                       (repair: sweep)
-    storage        out of reach, or with old versions of erased objects (repair: purge)
-    file modes     (repair: mode); a full log (repair: scrub)
-    forms          plain files in an encrypted model, or the reverse (repair: reseal)
+    writer, disk, clock       a running writer, a full or read-only disk, a clock that ran backwards
+    ledger, key, keyring      missing, damaged, of another version, not matching: can't be derived again
+    witness                   damaged; or ahead of the ledger after a restored backup: delete again
+    storage                   out of reach, or with old versions of erased objects: purge
+    files of the model        `findings.py` examines them, each with its repair
 
 Nothing is changed and torch is not imported. A healthy model has no findings. Findings name files,
-shards and digests, never a record. An `error` makes some command fail; a `warning` does not. `verify
---replay` proves whether the trained bytes are the right ones.
+shards and digests, never a record. An `error` makes some command fail; a `warning` does not.
 """
 
 from __future__ import annotations
@@ -26,22 +18,21 @@ import sqlite3
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sisa.audit.findings import Finding, examine, finding
+from sisa.audit.findings import Finding, examine, finding, said
 from sisa.audit.garbage import AREAS, undisturbed
 from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, Keyed
-from sisa.core.domain import RecordRow
 from sisa.core.errors import InvalidInput, SisaError, TransientError
 from sisa.core.events import silent
 from sisa.core.requests import key_names
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context, Resources
+from sisa.flows.wiring.context import Context, Resources, held_rows
 from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER
 from sisa.flows.wiring.witness import is_behind
 from sisa.store.blobs import files
@@ -91,7 +82,8 @@ def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
         if not free:
             what = "another process is writing to this model, so its files can't be checked now"
             step = "wait until it has finished, then run the same command again"
-            return diagnosis(directory, [Finding("writer", "warning", str(directory), what, "", step)])
+            found = [finding("writer", "warning", str(directory), what, step=step)]
+            return diagnosis(directory, found)
         found = [*surroundings(directory), *_ledger(directory)]
         if diagnosis(directory, found).unopenable:
             return diagnosis(directory, found)
@@ -100,29 +92,27 @@ def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
     return diagnosis(directory, found)
 
 
-def surroundings(directory: Path) -> list[Finding]:
-    """Return findings about the disk, and about a write-ahead log that a killed process left."""
-    found = []
+def surroundings(directory: Path) -> Iterator[Finding]:
+    """Find faults of the disk, and a write-ahead log that a killed process left."""
     for path in (directory, *(directory / area for area in AREAS)):
         if path.is_dir() and not _writable(path):
             step = "make it writable; the model still answers questions"
             what = "can't be written: nothing can be trained, added or deleted"
-            found.append(Finding("read_only", "error", str(path), what, "", step))
+            yield finding("read_only", "error", str(path), what, step=step)
     free = shutil.disk_usage(directory).free
-    needed = LEAST_FREE_BYTES + _largest_checkpoint(directory / CHECKPOINTS)
-    if free < needed:
+    sizes = map(files.num_bytes, (directory / CHECKPOINTS).glob("*"))
+    if free < (needed := LEAST_FREE_BYTES + max(sizes, default=0)):
         step = "free disk space before the next train, add or forget"
         what = f"{free:,} bytes are free, {needed:,} should be"
-        found.append(Finding("disk", "warning", str(directory), what, "", step))
+        yield finding("disk", "warning", str(directory), what, step=step)
     if kind := files.network_file_system(directory):
         step = "move the model to a disk of this machine; `storage:` may stay on the network"
         what = f"the ledger is on a network file system ({kind}), where SQLite is not safe"
-        found.append(Finding("network_disk", "warning", str(directory), what, "", step))
+        yield finding("network_disk", "warning", str(directory), what, step=step)
     log = directory / f"{LEDGER}-wal"
-    if log.is_file() and log.stat().st_size:
-        what = f"holds {log.stat().st_size:,} bytes: a process was killed, or one is reading now"
-        found.append(finding("log", "warning", log.name, what, "scrub"))
-    return found
+    if log.is_file() and (size := log.stat().st_size):
+        what = f"holds {size:,} bytes: a process was killed, or one is reading now"
+        yield finding("log", "warning", log.name, what, "scrub")
 
 
 def _writable(path: Path) -> bool:
@@ -132,12 +122,6 @@ def _writable(path: Path) -> bool:
             return True
     except OSError:
         return False
-
-
-def _largest_checkpoint(folder: Path) -> int:
-    if not folder.is_dir():
-        return 0
-    return max((files.num_bytes(each) for each in folder.iterdir()), default=0)
 
 
 def _query(path: Path, statement: str) -> list[Any]:
@@ -154,30 +138,27 @@ def _ledger(directory: Path) -> Iterator[Finding]:
     try:
         answers = [str(row[0]) for row in _query(path, "PRAGMA integrity_check(20)")]
         version = int(_query(path, "PRAGMA user_version")[0][0])
-        committed = version == SCHEMA_VERSION and bool(
-            _query(path, "SELECT 1 FROM meta WHERE key = 'config'")
-        )
+        known = version == SCHEMA_VERSION
+        committed = known and bool(_query(path, "SELECT 1 FROM meta WHERE key = 'config'"))
     except sqlite3.OperationalError as error:
         step = "give this user access to the directory, and end the processes that use it"
-        yield Finding("ledger_unreadable", "error", LEDGER, f"can't be read: {error}", "", step)
+        yield finding("ledger_unreadable", "error", LEDGER, f"can't be read: {error}", step=step)
         return
-    except sqlite3.DatabaseError as error:
-        yield finding("ledger_damaged", "error", LEDGER, f"the ledger is damaged: {error}")
-        return
-    except UnicodeDecodeError:  # raised for SQLite's own message, which quotes the schema
-        yield finding("ledger_damaged", "error", LEDGER, "the ledger is damaged: its schema is not text")
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        # SQLite's own message quotes a damaged schema, which may not even be text.
+        what = "its schema is not text" if isinstance(error, UnicodeDecodeError) else error
+        yield finding("ledger_damaged", "error", LEDGER, f"the ledger is damaged: {what}")
         return
     if answers != ["ok"]:
         what = f"the ledger is damaged: {len(answers)} faults, the first: {answers[0][:200]}"
         yield finding("ledger_damaged", "error", LEDGER, what)
     elif version not in (0, SCHEMA_VERSION):
         what = f"written by another version (schema {version}, expected {SCHEMA_VERSION})"
-        step = "use the version that wrote it"
-        yield Finding("ledger_schema", "error", LEDGER, what, "", step)
+        yield finding("ledger_schema", "error", LEDGER, what, step="use the version that wrote it")
     elif not committed:
-        what = "the first training was never committed"
         step = "run `sisa train` with the run file again"
-        yield Finding("ledger_empty", "error", LEDGER, what, "", step)
+        what = "the first training was never committed"
+        yield finding("ledger_empty", "error", LEDGER, what, step=step)
 
 
 def clock(directory: Path, now: datetime) -> Iterator[Finding]:
@@ -197,7 +178,7 @@ def clock(directory: Path, now: datetime) -> Iterator[Finding]:
     if ahead_s > CLOCK_TOLERANCE_S:
         what = f"the clock is {ahead_s:,.0f} s behind the newest event of the ledger ({newest})"
         step = "set the clock: due dates and the order of events depend on it"
-        yield Finding("clock", "warning", "system clock", what, "", step)
+        yield finding("clock", "warning", "system clock", what, step=step)
 
 
 def _opened(directory: Path) -> list[Finding]:
@@ -212,36 +193,26 @@ def _opened(directory: Path) -> list[Finding]:
         base, embedder = wiring.named(meta, "base"), wiring.named(meta, "embedder")
         model = wiring.model_id(meta)
     except (SisaError, ValueError, KeyError, TypeError):
-        return [
-            finding(
-                "ledger_meta", "error", LEDGER, "the ledger's description of the model can't be parsed"
-            )
-        ]
+        what = "the ledger's description of the model can't be parsed"
+        return [finding("ledger_meta", "error", LEDGER, what)]
     found, secret = _key(directory, config, model, meta.get("key", ""))
     resources, keyed = Resources(config, base, embedder), Keyed(secret or bytes(KEY_BYTES))
-    opening = wiring.open_context(directory, resources, keyed, model, "serial", silent)
-    with ExitStack() as stack:
-        try:
-            context = stack.enter_context(opening)
-        except TransientError as error:
-            return [*found, Finding("storage", "error", error.where, error.what, "", error.next_step)]
-        except SisaError as error:
-            what, step = error.what, error.next_step
-            return [*found, Finding("ledger_unreadable", "error", LEDGER, what, "", step)]
-        try:
+    opened = False
+    try:
+        with wiring.open_context(directory, resources, keyed, model, "serial", silent) as context:
+            opened = True
             return found + _witness(context) + examine(context, directory, with_key=secret is not None)
-        except TransientError as error:
-            what = f"{error.what} (got {error.got})" if error.got else error.what
-            return [*found, Finding("storage", "error", error.where, what, "", error.next_step)]
-        except SisaError as error:
+    except TransientError as error:
+        return [*found, finding("storage", "error", error.where, said(error), step=error.next_step)]
+    except SisaError as error:
+        if opened:
             return [*found, finding("ledger_damaged", "error", LEDGER, error.what)]
+        step = error.next_step
+        return [*found, finding("ledger_unreadable", "error", LEDGER, error.what, step=step)]
 
 
 def _witness(context: Context) -> list[Finding]:
-    """Find deletions that the witness records and that the ledger lacks or records differently.
-
-    A ledger lacks them after it was restored from a backup.
-    """
+    """Find deletions that the ledger lacks, as after a restored backup, or records differently."""
     where = context.stores.witness.location()
     try:
         witnessed = context.stores.witness.read().tombstones
@@ -251,11 +222,11 @@ def _witness(context: Context) -> list[Finding]:
             what = f"{len(wrong)} deletions are recorded differently than in the witness"
             return [finding("ledger_damaged", "error", LEDGER, what)] if wrong else []
     except SisaError as error:
-        return [Finding("witness", "error", where, error.what, "", error.next_step)]
-    found = context.stores.ledger.lookup(witnessed).values()
-    live = sum(isinstance(each, RecordRow) for each in found)
+        return [finding("witness", "error", where, error.what, step=error.next_step)]
+    live = len(held_rows(context, witnessed))
     what = f"the ledger is behind its witness: {live} deleted records are held again"
-    return [Finding("behind", "error", where, what, "sweep", "any other command deletes them again")]
+    step = "any other command deletes them again"
+    return [finding("behind", "error", where, what, "sweep", step=step)]
 
 
 def _key(
@@ -269,15 +240,12 @@ def _key(
     if name not in key_names(Keyed(secret)):
         return [finding("key", "error", str(path), "the partition key is not this model's")], None
     if not path.is_file():
-        what = (
-            "the partition key is in the wrong place: it belongs in the keyring of an encrypted model, "
-            "else in the model directory"
-        )
+        right = "it belongs in the keyring of an encrypted model, else in the model directory"
+        what = f"the partition key is in the wrong place: {right}"
         step = "the next train, add or forget moves it there"
-        return [Finding("key_place", "warning", str(path), what, "", step)], secret
+        return [finding("key_place", "warning", str(path), what, step=step)], secret
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if path != directory / KEY and mode & 0o077:
-        step = f"chmod 600 {path}"
         what = f"others may read the partition key (mode {mode:o})"
-        return [Finding("mode", "warning", str(path), what, "", step)], secret
+        return [finding("mode", "warning", str(path), what, step=f"chmod 600 {path}")], secret
     return [], secret

@@ -89,11 +89,17 @@ def finding(
     what: str,
     repair: RepairKind = "",
     *,
+    step: str = "",
     shard: int | None = None,
     key: str = "",
 ) -> Finding:
-    """Return a finding with the next step of its repair."""
-    return Finding(kind, severity, where, what, repair, REPAIR_STEPS[repair], shard, key)
+    """Return a finding; without a next `step`, with that of its repair."""
+    return Finding(kind, severity, where, what, repair, step or REPAIR_STEPS[repair], shard, key)
+
+
+def said(error: SisaError) -> str:
+    """Return what an error says of a file: what is wrong, and what was got."""
+    return f"{error.what} (got {error.got})" if error.got else error.what
 
 
 def examine(context: Context, directory: Path, *, with_key: bool = True) -> list[Finding]:
@@ -165,7 +171,7 @@ def _damage(check: Callable[[], object]) -> str:
     except SisaError as error:
         if isinstance(error, TransientError) and is_uri(error.where):
             raise
-        return f"{error.what} (got {error.got})" if error.got else error.what
+        return said(error)
     return ""
 
 
@@ -204,7 +210,7 @@ def _keyring(context: Context) -> Iterator[Finding]:
     needed = [names for area, names in known_by_area(context).items() if keyring.seals or area == VAULT]
     if not keyring.root.is_dir() and any(needed):
         what = "the keyring is missing: sealed files can't be read"
-        yield Finding("keyring", "error", str(keyring.root), what, "", RESTORE)
+        yield finding("keyring", "error", str(keyring.root), what, step=RESTORE)
         return
     areas = [keyring.root / area for area in (*FILE_AREAS, *DIRECTORY_AREAS)]
     keys = [area / name for area in areas for name in sorted(keyring.held(area.name))]
@@ -238,10 +244,7 @@ def _sealed(place: BlobStore, name: str, unreadable: bool) -> bool:
 
 
 def check_slice(context: Context, file: SliceFile, *, with_key: bool = True) -> None:
-    """Raise IntegrityError unless a slice file holds exactly the records of its rows in the ledger.
-
-    `with_key=False` skips the columns that only the right key can confirm.
-    """
+    """Raise IntegrityError unless a slice file holds exactly the records of its rows in the ledger."""
     rows = {row.id_digest: row for row in context.stores.ledger.rows(file.shard, file.slice)}
     if slice_root(rows.values()) != file.root:
         raise IntegrityError("the ledger's rows are not those of its slice file")
@@ -297,7 +300,7 @@ def _exports(context: Context) -> Iterator[Finding]:
             yield finding("export", "error", each.path, "stale, and not erased yet", "sweep")
         elif found:
             step = "remove what is left of it, or put it back; the next train, add or forget erases it"
-            yield Finding("export", "warning", each.path, f"stale, and {found}", "", step)
+            yield finding("export", "warning", each.path, f"stale, and {found}", step=step)
 
 
 def wrong_heads(context: Context) -> Iterator[Finding]:
@@ -345,7 +348,7 @@ def _gaps(context: Context) -> Iterator[Finding]:
                 yield finding("gap", "warning", where, what, "retrain", shard=job.shard)
             else:
                 step = "nothing needs to be done; --repair closes it in the environment that trained it"
-                yield Finding("gap", "warning", where, what, "", step, job.shard)
+                yield finding("gap", "warning", where, what, step=step, shard=job.shard)
 
 
 def _unknown(context: Context, directory: Path, damaged: set[str]) -> Iterator[Finding]:
@@ -354,6 +357,6 @@ def _unknown(context: Context, directory: Path, damaged: set[str]) -> Iterator[F
             continue
         if each.reason == STRAY:
             step = "move it away or remove it; `sisa gc` leaves it alone"
-            yield Finding("stray", "warning", each.path, each.reason, "", step)
+            yield finding("stray", "warning", each.path, each.reason, step=step)
         elif each.removable:
             yield finding("unknown", "warning", each.path, each.reason, "sweep")
