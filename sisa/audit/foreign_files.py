@@ -1,9 +1,8 @@
 """Read files that may lie anywhere and may come from anyone: plaintext, record ids and vectors.
 
 Files are read with the model's own keys. The path of a sealed file names its key: the file's own name,
-or the name of its directory, so a copy in another folder opens like the original. Nothing is written.
-Bytes that can't be decoded raise `Unreadable`; sealed bytes that no held key opens raise `Shredded`. The
-caller decides whether a file may be parsed at all (`residue.py`).
+or the name of its directory, so a copy in another folder opens like the original. The caller decides
+whether a file may be parsed at all (`residue.py`).
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -49,10 +48,7 @@ class Unreadable(Exception):
 
 
 class Shredded(Exception):
-    """Raised for a sealed file that no held key opens.
-
-    Either its key was destroyed, or it never belonged to this model; the bytes do not show which.
-    """
+    """Raised for a sealed file that no held key opens: destroyed, or another model's."""
 
 
 class SealedFiles:
@@ -63,14 +59,7 @@ class SealedFiles:
         self._held = {area: keyring.held(area) for area in (*FILE_AREAS, *DIRECTORY_AREAS)}
 
     def plaintext(self, path: Path) -> bytes | None:
-        """Return the plaintext of a sealed file; None for a plain file.
-
-        Raise Shredded if no held key opens it, and OSError as `open` does.
-
-        >>> from sisa.store.blobs.keyring import FileKeyring
-        >>> SealedFiles(FileKeyring(Path("absent"))).plaintext(Path(__file__)) is None
-        True
-        """
+        """Return the plaintext of a sealed file; None for a plain file. Raise Shredded and OSError."""
         with path.open("rb") as file:
             head = file.read(len(MAGIC))
             if not is_sealed(head):
@@ -96,10 +85,7 @@ class SealedFiles:
 
 
 def parquet_ids(source: Path | io.BytesIO) -> Iterator[str | None]:
-    """Yield the id of each row of a Parquet file.
-
-    Raise Unreadable if it can't be decoded or has no column `id`.
-    """
+    """Yield the id of each row. Raise Unreadable if a file can't be decoded or has no column `id`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

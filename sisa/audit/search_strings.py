@@ -1,10 +1,10 @@
 """Search for given strings in bytes at rest: any file, decoded Parquet, decoded SQLite.
 
-A string is searched as UTF-8, as JSON writes it and as UTF-16, letter by letter as given. The strings
-never leave this module: a match gives a position and the string's number. Strings shorter than five
-bytes (eight, if a digest could contain them) occur by chance, so they are compared with whole decoded
-values only. Files are read in blocks, and all strings are searched in one pass. Text that is compressed
-(other than in Parquet), encrypted, split over SQLite's overflow pages or paraphrased is not found.
+A string is searched as UTF-8, as JSON writes it and as UTF-16. The strings never leave this module: a
+match gives a position and the string's number. Strings shorter than five bytes (eight, if a digest could
+contain them) occur by chance, so they are compared with whole decoded values only. Text that is
+compressed (other than in Parquet), encrypted, split over SQLite's overflow pages or paraphrased is not
+found.
 
 >>> strings = SearchStrings(["Ada L."], ["ada"])
 >>> strings.in_block(b"..Ada L.."), strings.in_value("by Ada L. 1843"), strings.in_id("ada2")
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -116,22 +116,18 @@ class SearchStrings:
         decoded: list[Match] = []
         explained: set[int] = set()
         if head.startswith(PARQUET_MAGIC):
-            source = path if unsealed is None else io.BytesIO(unsealed)
-            decoded, explained = self._in_parquet(source)
+            decoded, explained = self._in_parquet(path if unsealed is None else io.BytesIO(unsealed))
         elif head == SQLITE_MAGIC:
             decoded = self._in_sqlite(path)
-        raw = [each for each in raw if each.number not in explained]
-        return _firsts([*decoded, *raw])
+        return _firsts([*decoded, *(each for each in raw if each.number not in explained)])
 
-    def _in_stream(self, file: Any) -> Iterator[Match]:
-        carried, offset = b"", 0
-        keep = max(self._longest - 1, 0)
+    def _in_stream(self, file: BinaryIO) -> Iterator[Match]:
+        carried, start = b"", 0  # `start` is the offset of what is carried over
         while fresh := file.read(READ_BYTES):
             block = carried + fresh
-            start = offset - len(carried)
             yield from (Match(f"byte {start + at}", number) for at, number in self.in_block(block))
-            offset += len(fresh)
-            carried = block[-keep:] if keep else b""
+            carried = block[max(0, len(block) - self._longest + 1) :]
+            start += len(block) - len(carried)
 
     def _in_parquet(self, path: Path | io.BytesIO) -> tuple[list[Match], set[int]]:
         """Return matches in decoded rows, and the strings that are merely parts of longer ids."""

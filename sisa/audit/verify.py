@@ -1,15 +1,13 @@
 """Verify a model: check digests of everything held, and replay training to the same bytes.
 
 Every held file is read and checked against the ledger. Records are assigned and digested again, which
-must give their rows, and a random sample of their texts is embedded again, which must give their
-vectors. A file that the ledger does not list is a finding.
+must give their rows, and a sample of their texts is embedded again, which must give their vectors.
 
 A replay trains a shard from the base on the records that remain, into a scratch store, and compares
-every file of every stage with the held ones. One process trains the whole chain. The stages of one of
-the shards are then trained a second time, each in its own process from its parent's files, to catch
-state that a process carries over from stage to stage. A shard has `replayed: false` and a reason if a
-comparison would mean nothing: another numerics fingerprint, or a shard that is not at its target.
-Without a replay, weights are known only to be those that the trainer stored.
+every file of every stage with the held ones. One shard's stages are trained a second time, each in its
+own process from its parent's files, to catch state that a process carries over from stage to stage.
+A shard has `replayed: false` and a reason if a comparison would mean nothing: another numerics
+fingerprint, or a shard that is not at its target.
 
 Source: the definition of exact unlearning in Bourtoule et al. 2021, section III (equality of the model
 with one that was trained without the record).
@@ -20,7 +18,7 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from sisa.audit.findings import checks, forms, wrong_heads
@@ -99,8 +97,7 @@ def verify(
     """Check all held bytes, and replay the shards in `replayed` into `scratch`, side by side.
 
     One of these shards is also trained `apart`. With `require_replay`, a shard that holds records and
-    can't be replayed is a finding. So are events that do not continue the `anchor`, a head noted
-    earlier.
+    can't be replayed is a finding; so are events that do not continue the `anchor`.
     """
     try:
         check_consistent(context)
@@ -113,28 +110,30 @@ def verify(
     findings += wrong
     chains: dict[int, list[Chain]] = {}
     reasons: dict[int, str] = {}
-    for head in heads:
-        found = _chains(context, head) if head.shard in replayed and not findings else None
-        if isinstance(found, list):
-            chains[head.shard] = found
-        elif head.shard not in replayed:
-            reasons[head.shard] = "not requested"
+    for head in (head for head in heads if head.shard in replayed):
+        found = "held files are damaged" if findings else _chains(context, head)
+        if isinstance(found, str):
+            reasons[head.shard] = found
         else:
-            reasons[head.shard] = found or "held files are damaged"
+            chains[head.shard] = found
     for order in range(1 + len(context.settings.recipe.orders)):
         now = [each[order] for each in chains.values() if each[order].jobs]
         if now and scratch is not None:
             context.report(training_started(now))
             context.compute.executor_for(scratch).run(now, context.report)
-    again = secrets.choice(sorted(chains)) if chains and apart is not None else None
-    if again is not None and apart is not None:
+    again = None
+    if chains and apart is not None:
+        again = secrets.choice(sorted(chains))
         context.report(Notice(f"shard {again}: trained again, each stage in its own process"))
         apart.train(chains[again])
-    proofs = [
-        _proof(context, head, chains.get(head.shard), scratch, apart if head.shard == again else None)
-        for head in heads
-    ]
-    proofs = [replace(each, reason=reasons.get(each.shard, "")) for each in proofs]
+    proofs = []
+    for head in heads:
+        if scratch is not None and head.shard in chains:
+            alone = apart if head.shard == again else None
+            proofs.append(_proof(context, head, chains[head.shard], scratch, alone))
+        else:
+            reason = reasons.get(head.shard, "not requested")
+            proofs.append(ShardProof(head.shard, head.key, False, None, 0, reason))
     findings += [*_differing(proofs), *(_unproved(proofs, replayed) if require_replay else ())]
     if context.stores.keyring.seals:
         findings += [Problem(each.where, each.what) for each in forms(context)]
@@ -192,14 +191,8 @@ def _chains(context: Context, head: Head) -> list[Chain] | str:
 
 
 def _proof(
-    context: Context,
-    head: Head,
-    chains: Sequence[Chain] | None,
-    scratch: CheckpointStore | None,
-    apart: Apart | None,
+    context: Context, head: Head, chains: Sequence[Chain], scratch: CheckpointStore, apart: Apart | None
 ) -> ShardProof:
-    if chains is None or scratch is None:
-        return ShardProof(head.shard, head.key, False, None, 0)
     known = {each.key for each in context.stores.ledger.checkpoints(head.shard)}
     stages = sorted({job.key for chain in chains for job in chain.jobs} & known)
 
