@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sisa.audit.findings import Finding, examine, finding, said
+from sisa.audit.findings import Finding, examine, said
 from sisa.audit.garbage import AREAS, undisturbed
 from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, Keyed
@@ -82,7 +82,7 @@ def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
         if not free:
             what = "another process is writing to this model, so its files can't be checked now"
             step = "wait until it has finished, then run the same command again"
-            found = [finding("writer", "warning", str(directory), what, step=step)]
+            found = [Finding("writer", "warning", str(directory), what, step=step)]
             return diagnosis(directory, found)
         found = [*surroundings(directory), *_ledger(directory)]
         if diagnosis(directory, found).unopenable:
@@ -98,21 +98,21 @@ def surroundings(directory: Path) -> Iterator[Finding]:
         if path.is_dir() and not _writable(path):
             step = "make it writable; the model still answers questions"
             what = "can't be written: nothing can be trained, added or deleted"
-            yield finding("read_only", "error", str(path), what, step=step)
+            yield Finding("read_only", "error", str(path), what, step=step)
     free = shutil.disk_usage(directory).free
     sizes = map(files.num_bytes, (directory / CHECKPOINTS).glob("*"))
     if free < (needed := LEAST_FREE_BYTES + max(sizes, default=0)):
         step = "free disk space before the next train, add or forget"
         what = f"{free:,} bytes are free, {needed:,} should be"
-        yield finding("disk", "warning", str(directory), what, step=step)
+        yield Finding("disk", "warning", str(directory), what, step=step)
     if kind := files.network_file_system(directory):
         step = "move the model to a disk of this machine; `storage:` may stay on the network"
         what = f"the ledger is on a network file system ({kind}), where SQLite is not safe"
-        yield finding("network_disk", "warning", str(directory), what, step=step)
+        yield Finding("network_disk", "warning", str(directory), what, step=step)
     log = directory / f"{LEDGER}-wal"
     if log.is_file() and (size := log.stat().st_size):
         what = f"holds {size:,} bytes: a process was killed, or one is reading now"
-        yield finding("log", "warning", log.name, what, "scrub")
+        yield Finding("log", "warning", log.name, what, "scrub")
 
 
 def _writable(path: Path) -> bool:
@@ -133,7 +133,7 @@ def _ledger(directory: Path) -> Iterator[Finding]:
     """Find a ledger file that is missing, damaged or of another version."""
     path = directory / LEDGER
     if not path.is_file():
-        yield finding("ledger_missing", "error", LEDGER, "the ledger is missing")
+        yield Finding("ledger_missing", "error", LEDGER, "the ledger is missing")
         return
     try:
         answers = [str(row[0]) for row in _query(path, "PRAGMA integrity_check(20)")]
@@ -142,23 +142,23 @@ def _ledger(directory: Path) -> Iterator[Finding]:
         committed = known and bool(_query(path, "SELECT 1 FROM meta WHERE key = 'config'"))
     except sqlite3.OperationalError as error:
         step = "give this user access to the directory, and end the processes that use it"
-        yield finding("ledger_unreadable", "error", LEDGER, f"can't be read: {error}", step=step)
+        yield Finding("ledger_unreadable", "error", LEDGER, f"can't be read: {error}", step=step)
         return
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         # SQLite's own message quotes a damaged schema, which may not even be text.
         what = "its schema is not text" if isinstance(error, UnicodeDecodeError) else error
-        yield finding("ledger_damaged", "error", LEDGER, f"the ledger is damaged: {what}")
+        yield Finding("ledger_damaged", "error", LEDGER, f"the ledger is damaged: {what}")
         return
     if answers != ["ok"]:
         what = f"the ledger is damaged: {len(answers)} faults, the first: {answers[0][:200]}"
-        yield finding("ledger_damaged", "error", LEDGER, what)
+        yield Finding("ledger_damaged", "error", LEDGER, what)
     elif version not in (0, SCHEMA_VERSION):
         what = f"written by another version (schema {version}, expected {SCHEMA_VERSION})"
-        yield finding("ledger_schema", "error", LEDGER, what, step="use the version that wrote it")
+        yield Finding("ledger_schema", "error", LEDGER, what, step="use the version that wrote it")
     elif not committed:
         step = "run `sisa train` with the run file again"
         what = "the first training was never committed"
-        yield finding("ledger_empty", "error", LEDGER, what, step=step)
+        yield Finding("ledger_empty", "error", LEDGER, what, step=step)
 
 
 def clock(directory: Path, now: datetime) -> Iterator[Finding]:
@@ -178,7 +178,7 @@ def clock(directory: Path, now: datetime) -> Iterator[Finding]:
     if ahead_s > CLOCK_TOLERANCE_S:
         what = f"the clock is {ahead_s:,.0f} s behind the newest event of the ledger ({newest})"
         step = "set the clock: due dates and the order of events depend on it"
-        yield finding("clock", "warning", "system clock", what, step=step)
+        yield Finding("clock", "warning", "system clock", what, step=step)
 
 
 def _opened(directory: Path) -> list[Finding]:
@@ -187,14 +187,14 @@ def _opened(directory: Path) -> list[Finding]:
         with closing(SqlLedger(directory / LEDGER)) as ledger:
             meta = ledger.meta()
     except SisaError as error:
-        return [finding("ledger_damaged", "error", LEDGER, error.what)]
+        return [Finding("ledger_damaged", "error", LEDGER, error.what)]
     try:
         config = RunConfig.from_canonical(meta["config"])
         base, embedder = wiring.named(meta, "base"), wiring.named(meta, "embedder")
         model = wiring.model_id(meta)
     except (SisaError, ValueError, KeyError, TypeError):
         what = "the ledger's description of the model can't be parsed"
-        return [finding("ledger_meta", "error", LEDGER, what)]
+        return [Finding("ledger_meta", "error", LEDGER, what)]
     found, secret = _key(directory, config, model, meta.get("key", ""))
     resources, keyed = Resources(config, base, embedder), Keyed(secret or bytes(KEY_BYTES))
     opened = False
@@ -203,12 +203,12 @@ def _opened(directory: Path) -> list[Finding]:
             opened = True
             return found + _witness(context) + examine(context, directory, with_key=secret is not None)
     except TransientError as error:
-        return [*found, finding("storage", "error", error.where, said(error), step=error.next_step)]
+        return [*found, Finding("storage", "error", error.where, said(error), step=error.next_step)]
     except SisaError as error:
         if opened:
-            return [*found, finding("ledger_damaged", "error", LEDGER, error.what)]
+            return [*found, Finding("ledger_damaged", "error", LEDGER, error.what)]
         step = error.next_step
-        return [*found, finding("ledger_unreadable", "error", LEDGER, error.what, step=step)]
+        return [*found, Finding("ledger_unreadable", "error", LEDGER, error.what, step=step)]
 
 
 def _witness(context: Context) -> list[Finding]:
@@ -220,13 +220,13 @@ def _witness(context: Context) -> list[Finding]:
             known = {each.id_digest: each for each in context.stores.ledger.tombstones()}
             wrong = [key for key, each in witnessed.items() if known.get(key, each) != each]
             what = f"{len(wrong)} deletions are recorded differently than in the witness"
-            return [finding("ledger_damaged", "error", LEDGER, what)] if wrong else []
+            return [Finding("ledger_damaged", "error", LEDGER, what)] if wrong else []
     except SisaError as error:
-        return [finding("witness", "error", where, error.what, step=error.next_step)]
+        return [Finding("witness", "error", where, error.what, step=error.next_step)]
     live = len(held_rows(context, witnessed))
     what = f"the ledger is behind its witness: {live} deleted records are held again"
     step = "any other command deletes them again"
-    return [finding("behind", "error", where, what, "sweep", step=step)]
+    return [Finding("behind", "error", where, what, "sweep", step=step)]
 
 
 def _key(
@@ -236,16 +236,16 @@ def _key(
     try:
         secret = wiring.stored_secret(directory, config, model)
     except SisaError as error:
-        return [finding("key", "error", str(path), error.what)], None
+        return [Finding("key", "error", str(path), error.what)], None
     if name not in key_names(Keyed(secret)):
-        return [finding("key", "error", str(path), "the partition key is not this model's")], None
+        return [Finding("key", "error", str(path), "the partition key is not this model's")], None
     if not path.is_file():
         right = "it belongs in the keyring of an encrypted model, else in the model directory"
         what = f"the partition key is in the wrong place: {right}"
         step = "the next train, add or forget moves it there"
-        return [finding("key_place", "warning", str(path), what, step=step)], secret
+        return [Finding("key_place", "warning", str(path), what, step=step)], secret
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if path != directory / KEY and mode & 0o077:
         what = f"others may read the partition key (mode {mode:o})"
-        return [finding("mode", "warning", str(path), what, step=f"chmod 600 {path}")], secret
+        return [Finding("mode", "warning", str(path), what, step=f"chmod 600 {path}")], secret
     return [], secret

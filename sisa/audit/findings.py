@@ -72,29 +72,18 @@ class Finding:
     where: str
     what: str
     repair: RepairKind = ""
-    next_step: str = ""
+    step: str = ""  # the next one, if it is not that of the repair
     shard: int | None = None
     key: str = ""  # key of a damaged checkpoint, patch or set of texts
+
+    @property
+    def next_step(self) -> str:
+        return self.step or REPAIR_STEPS[self.repair]
 
     @property
     def lost(self) -> bool:
         """Return whether something is missing that can't be derived again."""
         return self.severity == "error" and not self.repair
-
-
-def finding(
-    kind: str,
-    severity: Severity,
-    where: str,
-    what: str,
-    repair: RepairKind = "",
-    *,
-    step: str = "",
-    shard: int | None = None,
-    key: str = "",
-) -> Finding:
-    """Return a finding; without a next `step`, with that of its repair."""
-    return Finding(kind, severity, where, what, repair, step or REPAIR_STEPS[repair], shard, key)
 
 
 def said(error: SisaError) -> str:
@@ -104,13 +93,11 @@ def said(error: SisaError) -> str:
 
 def examine(context: Context, directory: Path, *, with_key: bool = True) -> list[Finding]:
     """Return all findings of an opened model; `with_key=False` skips checks that need the right key."""
-    found = [
-        *_rows(context, with_key=with_key),
-        *_modes(context, directory),
-        *_keyring(context),
-        *forms(context),
-        *_kept(context),
-    ]
+    found = [*_rows(context, with_key=with_key), *_modes(context, directory), *_keyring(context)]
+    found += forms(context)
+    for each in purge(context, dry_run=True):  # old versions may hold deleted text
+        what = f"kept by the bucket: {each.why}"
+        found.append(Finding("old_versions", "warning", each.where, what, "purge"))
     for damaged, check in checks(context, partial(_check_group, context), with_key=with_key):
         if what := _damage(check):
             found.append(replace(damaged, what=what))
@@ -129,39 +116,33 @@ def checks(
     """
     ledger = context.stores.ledger
     for file in ledger.slices():
-        found = finding("slice", "error", f"{RECORDS}/{file.name}", "", shard=file.shard)
+        found = Finding("slice", "error", f"{RECORDS}/{file.name}", "", shard=file.shard)
         yield found, partial(check_slice, context, file, with_key=with_key)
     for index in ledger.indexes():
-        found = finding("index", "error", f"{INDEX}/{index.name}", "", "reindex", shard=index.shard)
+        found = Finding("index", "error", f"{INDEX}/{index.name}", "", "reindex", shard=index.shard)
         yield found, partial(check_index, context, index)
     for held in ledger.checkpoints():
         place = f"{CHECKPOINTS}/{held.key}"
-        found = finding("checkpoint", "error", place, "", "retrain", shard=held.shard, key=held.key)
+        found = Finding("checkpoint", "error", place, "", "retrain", shard=held.shard, key=held.key)
         yield found, partial(group, CHECKPOINTS, held.key, held.manifest_sha256)
     needed = known_by_area(context)[PATCHES]
     for patch in ledger.patches():
         if patch.key in needed:
-            found = finding("patch", "error", f"{PATCHES}/{patch.key}", "", "patches", key=patch.key)
+            found = Finding("patch", "error", f"{PATCHES}/{patch.key}", "", "patches", key=patch.key)
             yield found, partial(group, PATCHES, patch.key, patch.manifest_sha256)
     for texts in ledger.vault():
         if texts.held:
-            found = finding("vault", "error", f"{VAULT}/{texts.name}", "", "patches", key=texts.name)
+            found = Finding("vault", "error", f"{VAULT}/{texts.name}", "", "patches", key=texts.name)
             yield found, partial(context.stores.vault.check, texts)
 
 
 def _rows(context: Context, *, with_key: bool) -> Iterator[Finding]:
     if what := _damage(lambda: check_rows(context.stores.ledger)):
-        yield finding("ledger_damaged", "error", LEDGER, what)
+        yield Finding("ledger_damaged", "error", LEDGER, what)
     ledger, chain = context.stores.ledger, context.settings.chain if with_key else None
     if contradicted(ledger.requests(), ledger.events(), chain):
         what = "the requests' events do not form one chain that leads to their states"
-        yield finding("ledger_damaged", "error", LEDGER, what)
-
-
-def _kept(context: Context) -> Iterator[Finding]:
-    """Find old versions of what was erased or replaced; they may hold deleted text."""
-    for each in purge(context, dry_run=True):
-        yield finding("old_versions", "warning", each.where, f"kept by the bucket: {each.why}", "purge")
+        yield Finding("ledger_damaged", "error", LEDGER, what)
 
 
 def _damage(check: Callable[[], object]) -> str:
@@ -178,7 +159,7 @@ def _damage(check: Callable[[], object]) -> str:
 def _modes(context: Context, directory: Path) -> Iterator[Finding]:
     """Find files and directories that others than their owner may use."""
     if (mode := _mode(directory)) & OTHERS_WRITE:
-        yield finding("mode", "warning", ".", f"others may write to it (mode {mode:o})", "mode")
+        yield Finding("mode", "warning", ".", f"others may write to it (mode {mode:o})", "mode")
     for path in (*(directory / name for name in KEPT_FILES), Path(context.stores.witness.location())):
         if path.is_file() and (mode := _mode(path)) & OTHERS:
             yield _open_to_others(path, f"others may use it (mode {mode:o})", directory)
@@ -199,7 +180,7 @@ def _mode(path: Path) -> int:
 
 def _open_to_others(path: Path, what: str, directory: Path) -> Finding:
     where = path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)
-    return finding("mode", "warning", where, what, "mode")
+    return Finding("mode", "warning", where, what, "mode")
 
 
 def _keyring(context: Context) -> Iterator[Finding]:
@@ -210,20 +191,21 @@ def _keyring(context: Context) -> Iterator[Finding]:
     needed = [names for area, names in known_by_area(context).items() if keyring.seals or area == VAULT]
     if not keyring.root.is_dir() and any(needed):
         what = "the keyring is missing: sealed files can't be read"
-        yield finding("keyring", "error", str(keyring.root), what, step=RESTORE)
+        yield Finding("keyring", "error", str(keyring.root), what, step=RESTORE)
         return
     areas = [keyring.root / area for area in (*FILE_AREAS, *DIRECTORY_AREAS)]
     keys = [area / name for area in areas for name in sorted(keyring.held(area.name))]
     for path in (keyring.root, *areas, *keys):
         if path.exists() and (mode := _mode(path)) & OTHERS:
-            yield finding("mode", "warning", str(path), f"others may use it (mode {mode:o})", "mode")
+            yield Finding("mode", "warning", str(path), f"others may use it (mode {mode:o})", "mode")
 
 
 def forms(context: Context) -> Iterator[Finding]:
     """Find plain files of an encrypted model, and encrypted files and keys of a plain one."""
     seals = context.stores.keyring.seals
     wrong = "encrypted, or still with a key, although the model is not encrypted"
-    wrong = "not encrypted, although the model is" if seals else wrong
+    if seals:
+        wrong = "not encrypted, although the model is"
     for area, names in known_by_area(context).items():
         if area in ALWAYS_SEALED or area not in context.stores.blobs:
             continue
@@ -232,7 +214,7 @@ def forms(context: Context) -> Iterator[Finding]:
             place = context.stores.blobs[area]
             inside = [f"{name}/{part}" for part in place.parts(name)] or [name]
             if name in keys or any(_sealed(place, each, seals) != seals for each in inside):
-                yield finding("form", "warning", f"{area}/{name}", wrong, "reseal")
+                yield Finding("form", "warning", f"{area}/{name}", wrong, "reseal")
 
 
 def _sealed(place: BlobStore, name: str, unreadable: bool) -> bool:
@@ -266,7 +248,7 @@ def _unindexed(context: Context) -> Iterator[Finding]:
     for head in context.stores.ledger.heads():
         if context.stores.ledger.rows(head.shard) and head.shard not in indexed:
             what = "a shard with records has no index"
-            yield finding("index", "error", f"shard {head.shard}", what, "reindex", shard=head.shard)
+            yield Finding("index", "error", f"shard {head.shard}", what, "reindex", shard=head.shard)
 
 
 def check_index(context: Context, file: IndexFile) -> None:
@@ -297,10 +279,10 @@ def _exports(context: Context) -> Iterator[Finding]:
     for each in context.stores.ledger.exports():
         found = export_standing(context, each) if each.stale else ""
         if found == "held":
-            yield finding("export", "error", each.path, "stale, and not erased yet", "sweep")
+            yield Finding("export", "error", each.path, "stale, and not erased yet", "sweep")
         elif found:
             step = "remove what is left of it, or put it back; the next train, add or forget erases it"
-            yield finding("export", "warning", each.path, f"stale, and {found}", step=step)
+            yield Finding("export", "warning", each.path, f"stale, and {found}", step=step)
 
 
 def wrong_heads(context: Context) -> Iterator[Finding]:
@@ -315,7 +297,7 @@ def wrong_heads(context: Context) -> Iterator[Finding]:
         else:
             what = _wrong_head(context, held[shard])
         if what:
-            yield finding("head", "error", f"shard {shard}", what, "heads", shard=shard)
+            yield Finding("head", "error", f"shard {shard}", what, "heads", shard=shard)
 
 
 def _wrong_head(context: Context, head: Head) -> str:
@@ -345,10 +327,10 @@ def _gaps(context: Context) -> Iterator[Finding]:
             where = f"shard {job.shard}, slice {job.slice}"
             what = "a stage before the served one is not held: a deletion would retrain more"
             if job.fingerprint == context.compute.fingerprint:
-                yield finding("gap", "warning", where, what, "retrain", shard=job.shard)
+                yield Finding("gap", "warning", where, what, "retrain", shard=job.shard)
             else:
                 step = "nothing needs to be done; --repair closes it in the environment that trained it"
-                yield finding("gap", "warning", where, what, step=step, shard=job.shard)
+                yield Finding("gap", "warning", where, what, step=step, shard=job.shard)
 
 
 def _unknown(context: Context, directory: Path, damaged: set[str]) -> Iterator[Finding]:
@@ -357,6 +339,6 @@ def _unknown(context: Context, directory: Path, damaged: set[str]) -> Iterator[F
             continue
         if each.reason == STRAY:
             step = "move it away or remove it; `sisa gc` leaves it alone"
-            yield finding("stray", "warning", each.path, each.reason, step=step)
+            yield Finding("stray", "warning", each.path, each.reason, step=step)
         elif each.removable:
-            yield finding("unknown", "warning", each.path, each.reason, "sweep")
+            yield Finding("unknown", "warning", each.path, each.reason, "sweep")

@@ -23,6 +23,7 @@ from sisa.audit.lineage import parse_manifest
 from sisa.core.errors import IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
 from sisa.flows.reconcile import give_up_lost
+from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import (
     Context,
     commit,
@@ -32,20 +33,7 @@ from sisa.flows.wiring.context import (
     purge,
     view_shard,
 )
-from sisa.flows.wiring.wiring import (
-    CHECKPOINTS,
-    INDEX,
-    KEY,
-    LEDGER,
-    LOCK,
-    METRICS,
-    PATCHES,
-    PREFIXES,
-    RECORDS,
-    RUNS,
-    SCRATCH,
-    VAULT,
-)
+from sisa.flows.wiring.wiring import CHECKPOINTS, LEDGER, LOCK, METRICS, PATCHES, SCRATCH
 from sisa.store.blobs import files
 from sisa.store.blobs.files import LocalBlobs
 from sisa.store.checkpoints import MANIFEST
@@ -55,8 +43,11 @@ if TYPE_CHECKING:
     from sisa.model import Model
 
 LEDGER_FILES = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", f"{LEDGER}-journal")
-KEPT_FILES = frozenset({*LEDGER_FILES, KEY, LOCK})
-AREAS = (RECORDS, INDEX, PREFIXES, CHECKPOINTS, PATCHES, VAULT, RUNS, METRICS)
+KEPT_FILES = frozenset({*LEDGER_FILES, wiring.KEY, LOCK})
+AREAS = (
+    *(wiring.RECORDS, wiring.INDEX, wiring.PREFIXES, CHECKPOINTS),
+    *(PATCHES, wiring.VAULT, wiring.RUNS, METRICS),
+)
 
 TEMPORARY = "a temporary file that a killed process left"
 RETIRED = "retired: clean, but no target needs it"
@@ -194,12 +185,9 @@ def _in(directory: Path, blobs: BlobStore, name: str, reason: str, *, removable:
 
 def _retired(context: Context) -> frozenset[str]:
     """Return the checkpoints that the next reconciliation drops; an unfinished shard's still serve."""
-    found: set[str] = set()
-    for head in context.stores.ledger.heads():
-        if head.converged:
-            view = view_shard(context, head.shard)
-            found |= set(plan_of(context, view).retired)
-    return frozenset(found)
+    heads = [head for head in context.stores.ledger.heads() if head.converged]
+    plans = (plan_of(context, view_shard(context, head.shard)) for head in heads)
+    return frozenset(key for plan in plans for key in plan.retired)
 
 
 def _waiting(context: Context) -> frozenset[str]:

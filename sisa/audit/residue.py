@@ -54,6 +54,7 @@ from sisa.audit.lineage import NONE, Are, FoundGroups, Verdict
 from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings
 from sisa.config.config import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
+from sisa.core.domain import Export, HeldCheckpoint
 from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
 from sisa.core.ports import BlobStore
 from sisa.flows.reconcile import export_standing
@@ -68,6 +69,10 @@ from sisa.store.metrics import STAGE_DIGITS, parsed, without
 if TYPE_CHECKING:
     from sisa.model import Model
 
+COUNTED = (
+    *("files", "bytes", "checkpoints", "rows", "vectors", "adapters", "unreadable"),
+    *("shredded", "patches", "kept_by_consent"),
+)
 NOT_RECORDED = "not the recorded file, so its content proves nothing"
 LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
 TEMPORARY_PATTERNS = (f"{SCRATCH_PREFIX}*", "sisa-*/r")  # of `scratch` and `ray_session.py`
@@ -177,10 +182,7 @@ class _Scanner:
         self.strings = strings
         self.residue: list[Residue] = []
         self.outdated: list[str] = []
-        self.counts = dict.fromkeys(
-            ("files", "bytes", "checkpoints", "rows", "vectors", "adapters", "unreadable"), 0
-        )
-        self.counts |= dict.fromkeys(("shredded", "patches", "kept_by_consent"), 0)
+        self.counts = dict.fromkeys(COUNTED, 0)
         self.counts |= {"strings": len(strings), "strings_too_short_for_raw_bytes": strings.num_short}
         self.proven: set[Path] = set()
         self._empty: list[Path] = []
@@ -282,15 +284,14 @@ class _Scanner:
 
     def _kept_by_consent(self, path: Path) -> bool:
         """Return whether a file is a vault set, or part of an unfinished patch, as recorded."""
-        run = self.roots[RUNS] == path.parent.parent and path.parent.name in self._known[RUNS]
-        if not run and path not in self._sets:
-            return False
         what = ""
         if path in self._sets:
             try:
                 self.context.stores.vault.check(self._sets[path])
             except SisaError as error:
                 what = error.what
+        elif self.roots[RUNS] != path.parent.parent or path.parent.name not in self._known[RUNS]:
+            return False
         elif not is_sealed(path.read_bytes()):
             what = "a part of an unfinished patch that is not encrypted"
         if what:
@@ -381,26 +382,26 @@ class _Scanner:
         return found
 
     def _are(self, directory: Path, names: Mapping[str, str]) -> bool:
-        return all(self._is(directory / name, sha256) for name, sha256 in names.items())
-
-    def _is(self, path: Path, sha256: str) -> bool:
         try:
-            return path.is_file() and self._sealed.sha256(path) == sha256
+            return all(
+                (directory / name).is_file() and self._sealed.sha256(directory / name) == sha256
+                for name, sha256 in names.items()
+            )
         except Shredded:
             return False
 
     def _adapter(self, path: Path) -> None:
         self.counts["adapters"] += 1
         sha256 = file_sha256(path)
-        clean = [each for each in self._exports if not each.stale]
-        of = [each.key for each in self._groups.checkpoints.values() if each.adapter_sha256 == sha256]
-        of += [each.key for each in clean if each.adapter_sha256 == sha256]
         if any(each.adapter_sha256 == sha256 for each in self._groups.patches.values()):
             return
+        clean = [each for each in self._exports if not each.stale]
+        made: list[HeldCheckpoint | Export] = [*self._groups.checkpoints.values(), *clean]
+        of = {each.key for each in made if each.adapter_sha256 == sha256}
         if not of:
             what = "an adapter of no held checkpoint: from before a deletion, or of another model"
             self._found("stale_adapter", path, what)
-        elif not self._heads & set(of):
+        elif self._heads.isdisjoint(of):
             self.outdated.append(self.strings.hidden(str(path)))
 
     def unknown_files(self) -> None:
@@ -474,13 +475,8 @@ class _Scanner:
 
 def owned_temporary_files() -> list[Path]:
     """Return this user's scratch outside the model: incomplete caches and temporary directories."""
-    cache = cache_dir()
-    found = [
-        path
-        for depth in ("*", "*/*", "*/*/*")
-        for path in cache.glob(depth)
-        if path.name.startswith(LEFT_OVER_PREFIXES)
-    ]
+    cached = (path for depth in ("*", "*/*", "*/*/*") for path in cache_dir().glob(depth))
+    found = [path for path in cached if path.name.startswith(LEFT_OVER_PREFIXES)]
     for pattern in TEMPORARY_PATTERNS:
         for path in Path(tempfile.gettempdir()).glob(pattern):
             with contextlib.suppress(OSError):  # removed meanwhile

@@ -171,10 +171,7 @@ def _unproved(proofs: Sequence[ShardProof], replayed: Sequence[int]) -> Iterator
 
 
 def _chains(context: Context, head: Head) -> list[Chain] | str:
-    """Return the chains from the base to a shard's deepest held stages, one for each order.
-
-    Return the reason instead if a replay would prove nothing.
-    """
+    """Return a shard's chains to its deepest held stages, by order; or why a replay proves nothing."""
     if not head.converged:
         return "the shard is not at its target yet: run `sisa train` with its run file"
     if head.key is None:
@@ -216,14 +213,15 @@ def check_files(context: Context) -> tuple[int, list[Problem]]:
             found = f"{error.what} (expected {error.expected}, got {error.got})"
             findings.append(Problem(named.where, found if error.expected else error.what))
     findings += [Problem(each.where, each.what) for each in wrong_heads(context)]
-    return count, findings + _unknown_files(context)
+    known = known_by_area(context)
+    what = "a file that the ledger does not know; the next train, add or forget erases it"
+    for folder, names in held_by_area(context).items():
+        findings += [Problem(f"{folder}/{name}", what) for name in sorted(names - known[folder])]
+    return count, findings
 
 
 def check_vectors(context: Context) -> tuple[int, list[Problem]]:
-    """Embed a random sample of records again; return its size, and the indexes that hold other vectors.
-
-    Nothing is embedded if the embedder is not available, or if an index is of an earlier version.
-    """
+    """Embed a sample of records again; return its size, and the indexes that hold other vectors."""
     sampled: list[tuple[IndexFile, RecordRow, Record]] = []
     indexes = {each.shard: each for each in context.stores.ledger.indexes()}
     slices = context.stores.ledger.slices()
@@ -234,33 +232,20 @@ def check_vectors(context: Context) -> tuple[int, list[Problem]]:
             sampled.append((indexes[file.shard], rows[stored.id_digest], stored.record))
     try:
         vectors = embed_records(context, [record for _, _, record in sampled])
-    except (EnvironmentFault, InvalidInput, ConfigConflict):  # no embedder, or an older index
+    except (EnvironmentFault, InvalidInput, ConfigConflict):  # no embedder, or an index without prompts
         return 0, []
     wrong = {
         index.name
         for (index, row, _), wanted in zip(sampled, vectors, strict=True)
-        if _differ(_held_vectors(context, index, row, asks=len(wanted) > 1), wanted)
+        if _differ(context, index, row, wanted)
     }
     what = "holds a vector that is not that of its record's text or question"
     return len(sampled), [Problem(f"index/{name}", what) for name in sorted(wrong)]
 
 
-def _held_vectors(context: Context, index: IndexFile, row: RecordRow, *, asks: bool) -> Vectors:
+def _differ(context: Context, index: IndexFile, row: RecordRow, wanted: Vectors) -> bool:
     import numpy as np
 
-    sides: list[By] = ["text", "asked"] if asks else ["text"]
-    return np.concatenate([context.stores.index.vectors(index, [row.vector_id], by) for by in sides])
-
-
-def _differ(held: Vectors, wanted: Vectors) -> bool:
+    sides: tuple[By, ...] = ("text", "asked") if len(wanted) > 1 else ("text",)
+    held = np.concatenate([context.stores.index.vectors(index, [row.vector_id], by) for by in sides])
     return held.shape != wanted.shape or bool(abs(held - wanted).max() > VECTOR_TOLERANCE)
-
-
-def _unknown_files(context: Context) -> list[Problem]:
-    known = known_by_area(context)
-    what = "a file that the ledger does not know; the next train, add or forget erases it"
-    return [
-        Problem(f"{folder}/{name}", what)
-        for folder, held in held_by_area(context).items()
-        for name in sorted(held - known[folder])
-    ]
