@@ -1,9 +1,8 @@
 """Paths in a run file: made absolute on this machine, or checked before the file goes to another one.
 
 A run file that is sent to a cluster is read there. A relative path would mean a directory of the job's
-package, and a default one would be in the home directory of a temporary pod. So every path must be
-absolute, as on a volume that all nodes mount, and the directories that keep deletions and keys must be
-named. Names of the hub and of packages mean the same everywhere.
+package, and a default one the home directory of a temporary pod. So every path must be absolute, and the
+directories that keep deletions and keys must be named.
 
 >>> data = {"output_dir": "model", "datasets": [{"path": "/shared/a.jsonl"}]}
 >>> for path, what in shared_path_problems(data, Path("/nowhere")):
@@ -92,20 +91,17 @@ def _is_no_path(key: str, value: str) -> bool:
     return value.startswith("pypi:") or (key, value) == ("sisa.embedder", "hashing")
 
 
-def _values(data: dict[str, Any], key: str) -> Iterator[tuple[KeyPath, str]]:
-    for path, value in list(_at(data, key.split("."), ())):
-        if isinstance(value, str):
-            yield path, value
-
-
-def _at(data: Any, parts: list[str], path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    if not parts:
-        yield path, data
-    elif parts[0] == "*" and isinstance(data, list):
+def _values(data: Any, key: str, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the texts at a dotted key below `path`, each with its key path."""
+    part, _, rest = key.partition(".")
+    if not key:
+        if isinstance(data, str):
+            yield path, data
+    elif part == "*" and isinstance(data, list):
         for index, each in enumerate(data):
-            yield from _at(each, parts[1:], (*path, index))
-    elif isinstance(data, dict) and parts[0] in data:
-        yield from _at(data[parts[0]], parts[1:], (*path, parts[0]))
+            yield from _values(each, rest, (*path, index))
+    elif isinstance(data, dict) and part in data:
+        yield from _values(data[part], rest, (*path, part))
 
 
 def _not_absolute(value: str) -> str:

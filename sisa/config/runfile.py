@@ -1,8 +1,7 @@
 """Read a run file: parse its YAML once and list every problem with its line.
 
 Unknown and repeated keys, wrong types, impossible values and conflicts are reported together. `1e-3` is
-a number, as in YAML 1.2. Anchors, aliases, a second document and explicit tags that change a value's
-kind are refused. Reading takes time linear in the file's size.
+a number, as in YAML 1.2. Anchors, aliases, a second document and tags that change a kind are refused.
 
 >>> text = 'datasets: [{path: a.jsonl}]\\noutput_dir: model\\nlearning_rate: 1e-3\\nsisa: {shards: 8}'
 >>> config = parse_run_file(text, "run.yaml")
@@ -84,20 +83,23 @@ def _parse(text: str, where: str, check_paths: PathProblems) -> RunConfig:
         raise _refusal(tree.problems, where)
     for path, what in check_paths(data):
         tree.add(path, what)
-    config = None
     try:
         config = RunConfig.model_validate(data)
+        if not tree.problems:
+            return config
     except ValidationError as error:
         known = {each.where for each in tree.problems}
         for path, what in _explained(error, data):
             tree.add(path, what, known)
-    if tree.problems or config is None:
-        raise _refusal(tree.problems, where)
-    return config
+    raise _refusal(tree.problems, where)
 
 
 def _refusal(problems: list[Problem], where: str) -> InvalidInput:
-    unique = sorted(dict.fromkeys(problems), key=lambda each: _line_of(each.where))
+    def line_of(problem: Problem) -> int:
+        found = re.match(r"line (\d+)", problem.where)
+        return int(found[1]) if found else 0
+
+    unique = sorted(dict.fromkeys(problems), key=line_of)
     listed = unique[:MAX_PROBLEMS]
     if left := len(unique) - len(listed):
         listed.append(Problem("the run file", f"{left} more problems are not listed"))
@@ -107,11 +109,6 @@ def _refusal(problems: list[Problem], where: str) -> InvalidInput:
         next_step="correct the run file; `sisa config schema` describes every key",
         problems=listed,
     )
-
-
-def _line_of(where: str) -> int:
-    found = re.match(r"line (\d+)", where)
-    return int(found[1]) if found else 0
 
 
 @dataclass
@@ -141,8 +138,7 @@ class _Tree:
                 return None
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark
-            self._add(_line(mark), f"not valid YAML: {error.problem}")
+            self._add(_line(error.problem_mark), f"not valid YAML: {error.problem}")
             return None
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
@@ -281,9 +277,9 @@ def _properties(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _followed(schema: dict[str, Any]) -> dict[str, Any]:
-    if "$ref" not in schema:
-        return schema
-    target: dict[str, Any] = raw_schema()["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
+    target: dict[str, Any] = schema
+    if "$ref" in schema:
+        target = raw_schema()["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
     return target
 
 

@@ -31,9 +31,7 @@ DELETE_ACT_DAYS = 45
 
 ACCEPTED: tuple[RequestState, ...] = ("committed", "rolled_back")  # both by one commit
 OPEN: frozenset[RequestState] = frozenset({"received", "approved", "held"})
-UNDER_WAY: frozenset[RequestState] = frozenset(
-    {"committed", "rolled_back", "erased", "erasure_failed", "retrained"}
-)
+UNDER_WAY: tuple[RequestState, ...] = (*ACCEPTED, "erased", "erasure_failed", "retrained")
 BY_HAND: dict[RequestState, frozenset[RequestState]] = {
     "approved": frozenset({"received", "held", "failed"}),
     "held": frozenset({"received", "approved", "failed"}),
@@ -74,10 +72,7 @@ def is_under_way(request: Request) -> bool:
 
 
 def moved(request: Request, state: RequestState, note: str = "") -> Request:
-    """Return a request after a person's decision.
-
-    Raise ConfigConflict if its state does not allow it.
-    """
+    """Return a request after a person's decision. Raise ConfigConflict if its state forbids it."""
     allowed = BY_HAND.get(state, frozenset())
     if request.state not in allowed or is_under_way(request):
         raise ConfigConflict(
@@ -137,17 +132,13 @@ class EventChain:
         """Return the chain of a ledger, given the name of its key."""
         return cls(keyed, named == keyed.name)
 
-    def link(self, before: str, found: RequestEvent) -> str:
-        """Return the link of an event after the one with the link `before`."""
-        return self._link(chained(before, found))
-
     def _link(self, unkeyed: str) -> str:
         return self.keyed.digest("event", unkeyed)
 
     def linked(self, before: str, events: Iterable[RequestEvent]) -> Iterator[RequestEvent]:
         """Yield events with their links."""
         for each in events:
-            before = self.link(before, each)
+            before = self._link(chained(before, each))
             yield replace(each, link=before)
 
     def holds(self, events: Iterable[RequestEvent], link: str = "") -> bool:
@@ -183,22 +174,17 @@ def contradicted(
     chain: EventChain | None,
     link: str = "",
 ) -> bool:
-    """Return whether events are not one chain, or a request differs from what its events say.
+    """Return whether events are not one `chain` (if given), or a request differs from what they say.
 
     A request must be in the state of its last event, and committed when its events say. With `link`,
-    only the events after the one with that link, and their requests, are compared. Without a `chain`,
-    links are not checked.
+    only the events after the one with that link, and their requests, are compared.
     """
     if chain is not None and not chain.holds(events, link):
         return True
-    whole, states = not link, {}
-    committed: dict[str, str] = {}
-    for each in events:
-        states[each.request_id] = each.state
-        if each.state == "committed":
-            committed[each.request_id] = each.at
-    held = {each.request_id: each for each in requests if whole or each.request_id in states}
-    dated = held if whole else committed
+    states = {each.request_id: each.state for each in events}
+    committed = {each.request_id: each.at for each in events if each.state == "committed"}
+    held = {each.request_id: each for each in requests if not link or each.request_id in states}
+    dated = committed if link else held
     if any(held[key].committed_at != committed.get(key, "") for key in dated if key in held):
         return True
     return {key: each.state for key, each in held.items()} != states

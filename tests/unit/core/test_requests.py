@@ -204,7 +204,7 @@ def test_what_is_accepted_and_not_finished_is_under_way(found: tuple[RequestStat
 
 
 def test_nothing_is_both_open_and_under_way() -> None:
-    assert not OPEN & UNDER_WAY
+    assert OPEN.isdisjoint(UNDER_WAY)
 
 
 def test_an_event_tells_the_state_and_its_time() -> None:
