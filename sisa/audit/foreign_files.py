@@ -129,10 +129,7 @@ def not_held(
 
 
 def vector_ids(data: bytes) -> list[int]:
-    """Return the sorted ids of the vectors in a FAISS index's bytes.
-
-    Call it only for bytes whose digest is verified: FAISS parses them in C++.
-    """
+    """Return the sorted ids in a FAISS index, which C++ parses: verify the digest of `data` before."""
     import faiss
     import numpy as np
 

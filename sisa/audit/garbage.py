@@ -89,10 +89,7 @@ _Item = tuple[Garbage, Callable[[], None]]  # garbage, and the function that era
 
 
 def list_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
-    """Return what is retired or unknown to the ledger, in the directory and in the model's storage.
-
-    Entries of the model directory come first, in order of path.
-    """
+    """Return what is retired or unknown to the ledger: in the directory, by path, then in storage."""
     return tuple(garbage for garbage, _ in _listed(context, directory))
 
 
@@ -233,10 +230,7 @@ def remove_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
 
 
 def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) -> Collected:
-    """List garbage, and remove it unless `dry_run`; `lost_exports` gives up stale exports that are gone.
-
-    Raise Busy if something should be removed while another process writes.
-    """
+    """List garbage, and remove it unless `dry_run`, with lost exports if asked. Raise Busy."""
     if dry_run:
         with model._context() as context:
             items = list_garbage(context, model.directory)
@@ -252,10 +246,7 @@ def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) 
 
 @contextlib.contextmanager
 def undisturbed(directory: Path) -> Iterator[bool]:
-    """Keep writers out until the block ends; yield False if one is running.
-
-    Unlike `writer_lock`, this creates no file, so that a read-only directory can be examined.
-    """
+    """Keep writers out of the block, without creating a file; yield False if one is running."""
     try:
         file = (directory / LOCK).open("rb")
     except OSError:  # no writer was ever here, or none can write here

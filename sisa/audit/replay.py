@@ -56,10 +56,7 @@ class Apart:
 
 
 def stages_apart(model: Model, context: Context) -> Apart | None:
-    """Return how to train a model's stages apart; None if the caller passed an executor object.
-
-    The trainer of such an executor is not known, so another process can't use it.
-    """
+    """Return how to train a model's stages apart; None for an executor object of the caller's."""
     if not isinstance(model.executor, str | OnCluster):
         return None
     name = uuid.uuid4().hex
@@ -127,10 +124,7 @@ class CleanProcess:
         self._running: _Running | None = None
 
     def train(self, stage: StageRequest, settings: Mapping[str, str]) -> str:
-        """Train a stage in a fork, with the environment settings of its precision.
-
-        Return the name of the error or the exit status if that failed, and an empty string otherwise.
-        """
+        """Train a stage in a fork; return its error's name or exit status, and "" if it succeeded."""
         environment = {**os.environ, **settings}
         late = {name: environment.pop(name) for name in READ_LATE if name in environment}
         request = json.dumps({"stage": asdict(stage), "environment": late})

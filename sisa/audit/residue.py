@@ -126,10 +126,7 @@ def scan_residue(
     ids: Sequence[str] = (),
     texts: Sequence[str] = (),
 ) -> Scan:
-    """Scan for traces of deleted records, and for the given ids and texts.
-
-    Raise InvalidInput if a path in `also` does not exist.
-    """
+    """Scan for traces of deleted records, and for ids and texts. Raise InvalidInput for lost paths."""
     missing = [number for number, path in enumerate(also, start=1) if not path.exists()]
     if missing:
         raise InvalidInput(

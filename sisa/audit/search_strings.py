@@ -103,10 +103,7 @@ class SearchStrings:
         return path
 
     def in_file(self, path: Path, unsealed: bytes | None = None) -> list[Match]:
-        """Return the first match of each string in a file's bytes, decoded Parquet and decoded SQLite.
-
-        If `unsealed` is given, it is searched instead of the bytes at the path.
-        """
+        """Return each string's first match in a file or, if given, in its `unsealed` bytes."""
         if not len(self):
             return []
         with path.open("rb") if unsealed is None else io.BytesIO(unsealed) as file:

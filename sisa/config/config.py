@@ -137,10 +137,7 @@ LoraLayers = Annotated[str, BeforeValidator(_lora_layers)]
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Names of a source's columns and of the keys of a chat's turns.
-
-    Without a `subject` column, records have no subject.
-    """
+    """Names of a source's columns (a subject's may be missing) and of the keys of a chat's turns."""
 
     id: str = "id"
     subject: str | None = "subject_id"

@@ -41,10 +41,7 @@ OUTSIDE_OUTPUT = {
 
 
 def resolve_paths(data: dict[str, Any], directory: Path) -> Iterator[tuple[KeyPath, str]]:
-    """Make the local paths of a run file absolute, in place, against the directory of the run file.
-
-    Yield (key path, problem) for every path that is missing or lies inside another one.
-    """
+    """Make local paths absolute, in place, against `directory`; yield (key path, problem) of others."""
     for key in (*NAME_KEYS, *PATH_KEYS):
         for path, value in _values(data, key):
             if not NAME_PATTERN.fullmatch(value) or _is_no_path(key, value):

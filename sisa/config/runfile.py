@@ -46,10 +46,7 @@ def load_run_file(path: Path) -> RunConfig:
 
 
 def load_elsewhere(path: Path) -> tuple[str, RunConfig]:
-    """Return the text and the config of a run file that a cluster will read; paths stay as they are.
-
-    Raise InvalidInput with every problem, such as a path that the cluster would not find.
-    """
+    """Return a run file's text and config for a cluster. Raise InvalidInput with every problem."""
     text, directory = _read(path), Path(os.path.abspath(path)).parent
     return text, _parse(text, str(path), lambda data: shared_path_problems(data, directory))
 

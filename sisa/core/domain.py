@@ -151,10 +151,7 @@ class SliceFile(SliceState):
 
 @dataclass(frozen=True, slots=True)
 class IndexFile:
-    """The FAISS file of one shard, named by its bytes; `root` names the vectors that it should hold.
-
-    `num_vectors` counts records. A record has one vector for its text and one for each prompt.
-    """
+    """The FAISS file of one shard: `root` names what it should hold, `num_vectors` counts records."""
 
     shard: int
     root: str
@@ -346,10 +343,7 @@ class Probed:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request for deletion, from its receipt to its outcome. Times are ISO 8601 in UTC.
-
-    `external_id`, `reason`, `approver` and `extension` are kept as given.
-    """
+    """One request for deletion, from receipt to outcome; words are as given, times ISO 8601 in UTC."""
 
     request_id: str
     created_at: str

@@ -66,10 +66,7 @@ class StoredRecord:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Progress of a stage after a step, in tokens, steps and passes.
-
-    At the end of a pass, `num_records` were presented in it, with mean `loss` over their label tokens.
-    """
+    """Progress of a stage after a step; at the end of a pass with its records and their mean loss."""
 
     tokens: int
     total_tokens: int
@@ -376,10 +373,7 @@ class Ledger(Protocol):
         """Apply a change, whole or not at all, and return its sequence number, which added rows get."""
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """Answer all queries of a block from one state, whatever is committed meanwhile.
-
-        Keep the block short: the write-ahead log is not emptied before it ends.
-        """
+        """Answer all queries of a short block from one state, whatever is committed meanwhile."""
 
     def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
         """Empty the write-ahead log; leave no byte of removed rows (None: of any) in the database."""
@@ -544,10 +538,7 @@ class PatchMade:
 
 @dataclass(frozen=True, slots=True)
 class PatchSite:
-    """Where patches are made: absolute paths and names, so that it can be sent to another process.
-
-    `runs_dir` holds unfinished runs, encrypted with the vault's keyring.
-    """
+    """Where patches are made, for any process; unfinished runs in `runs_dir` are encrypted."""
 
     vault_dir: Path
     patches_at: BlobStore

@@ -104,9 +104,9 @@ def fill_past(ledger: SqlLedger, num_requests: int) -> None:
         request = Request(f"req-{number:08d}", "2026-01-01", "2026-02-01", 1, reason="a person asked")
         for state in STATES:
             request = replace(request, state=state, committed_at=now)  # type: ignore[arg-type]
-            entered = event(request, now)
-            link = CHAIN.link(link, entered)
-            events.append({**asdict(entered), "position": len(events) + 1, "link": link})
+            (entered,) = CHAIN.linked(link, [event(request, now)])
+            link = entered.link
+            events.append({**asdict(entered), "position": len(events) + 1})
         body = json.dumps(asdict(request), sort_keys=True)
         requests.append({"request_id": request.request_id, "seq": 1, "num_named": 0, "body": body})
     with ledger._engine.connect() as connection:

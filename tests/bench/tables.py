@@ -17,13 +17,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sisa.config.template import reference
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
+from sisa.config.config import (
+    PATH_FIELDS,
+    Aggregation,
+    DatasetSource,
+    RunConfig,
+    Scratch,
+    json_schema,
+    keys,
+)
+from sisa.config.runfile import in_words
+from sisa.config.template import one_line
+from sisa.core.block import Block
+from sisa.planning.bands import Bands
 from tests.bench import quality, retrained, training, utility
 from tests.bench.tofu_full import table as tofu_full
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
+# Keys of the run file whose value may be a block, and the prefix of its keys.
+NESTED: dict[str, tuple[str, type[Block]]] = {
+    "base_model": ("base_model.scratch", Scratch),
+    "datasets": ("datasets[]", DatasetSource),
+    "sisa.bands": ("sisa.bands", Bands),
+    "sisa.aggregation": ("sisa.aggregation", Aggregation),
+}
 NAMED, ALONE = "MiniLM with names", "MiniLM"
 
 Json = Any
@@ -38,6 +60,32 @@ def rows(header: Sequence[str], cells: Iterable[Sequence[object]]) -> Iterator[s
     """Yield the lines of a Markdown table."""
     for line in (header, ["---"] * len(header), *cells):
         yield "| " + " | ".join(map(str, line)) + " |"
+
+
+def reference() -> Iterator[str]:
+    """Yield the table of all keys of the run file."""
+    schema = json_schema()
+    definitions = schema["$defs"]
+    cells: list[tuple[str, ...]] = []
+    for name, info in keys().items():
+        *block, last = name.split(".")
+        holder: Any = RunConfig.model_fields[block[0]].annotation if block else None
+        within = definitions[holder.__name__] if block else schema
+        extra: Any = info.json_schema_extra
+        cells.append(_key(name, info, in_words(within["properties"][last]), extra["effect"]))
+        prefix, nested = NESTED.get(name, ("", Block))
+        for inner, field in nested.model_fields.items():
+            kind = in_words(definitions[nested.__name__]["properties"][inner])
+            moved = nested is Scratch and inner in PATH_FIELDS
+            cells.append(_key(f"{prefix}.{inner}", field, kind, "none" if moved else extra["effect"]))
+    yield from rows(("key", "type", "default", "meaning", "a change"), cells)
+
+
+def _key(name: str, info: FieldInfo, kind: str, effect: str) -> tuple[str, ...]:
+    default = "(required)"
+    if info.default is not PydanticUndefined:
+        default = f"`{one_line(to_jsonable_python(info.default))}`"
+    return f"`{name}`", kind, default, str(info.description), effect
 
 
 def spread(values: Iterable[float], form: str) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sisa.config.config import keys
-from sisa.config.template import reference
-from tests.bench.tables import generated, stale
+from tests.bench.tables import generated, reference, stale
 
 
 def test_no_table_is_stale() -> None:
