@@ -29,8 +29,8 @@ from cluster.ray.shared_base import BaseManifest, list_base, read_blocks
 from cluster.ray.worker_slots import Placement
 from sisa.core.domain import Chain, SliceJob
 from sisa.core.errors import InvalidInput, Problem
-from sisa.core.events import Event, Notice, Report, SliceTrained
-from sisa.core.ports import BlobStore, Keyring, OnStage, ignore_stage
+from sisa.core.events import Event, Notice, Report, SliceTrained, silent
+from sisa.core.ports import BlobStore, Keyring, OnStage
 from sisa.flows.serial import Site, order_chains
 from sisa.lm.base.numerics import require_device, worker_environment
 from sisa.planning.plan import keeps_prefixes, prefix_name
@@ -67,7 +67,7 @@ class RayExecutor:
         self._prove = prove
         self._num_gpus = num_gpus
 
-    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage) -> None:
+    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
         """Train all chains.
 
         Raise the first error of a worker. Raise EnvironmentFault if Ray or a worker's machine fails, or

@@ -17,15 +17,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sisa.core.digest import file_sha256, sha256_hex
-from sisa.core.domain import Tombstone
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Keyring
-from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.wiring import (
     CHECKPOINTS,
     INDEX,
@@ -109,23 +107,6 @@ def json_ids(path: Path) -> Iterator[str | None]:
                 yield found if isinstance(found, str) and found.encode() else None
             except (ValueError, RecursionError):  # not JSON, or an id that is not text
                 yield None
-
-
-def not_held(
-    context: Context, ids: Sequence[tuple[int, str | None]], *, ours: bool
-) -> Iterator[tuple[str, str, str]]:
-    """Yield (kind, what, position) for each row, given as (row number, id), that is residue.
-
-    A tombstone's row is residue anywhere; a row with an unknown id only in a place that is `ours`.
-    """
-    digests = {at: context.settings.assigner.id_digest(each) for at, each in ids if each is not None}
-    found = context.stores.ledger.lookup(digests.values())
-    for at, digest in digests.items():
-        row = found.get(digest)
-        if isinstance(row, Tombstone):
-            yield "deleted_row", f"a row of a record that request {row.request_id} deleted", f"row {at}"
-        elif row is None and ours:
-            yield "unknown_row", "a row that belongs to no held record", f"row {at}"
 
 
 def vector_ids(data: bytes) -> list[int]:

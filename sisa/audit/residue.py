@@ -45,7 +45,6 @@ from sisa.audit.foreign_files import (
     Shredded,
     Unreadable,
     json_ids,
-    not_held,
     parquet_ids,
     vector_ids,
 )
@@ -54,7 +53,7 @@ from sisa.audit.lineage import NONE, Are, FoundGroups, Verdict
 from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings
 from sisa.config.config import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
-from sisa.core.domain import Export, HeldCheckpoint
+from sisa.core.domain import Export, HeldCheckpoint, Tombstone
 from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
 from sisa.core.ports import BlobStore
 from sisa.flows.reconcile import export_standing
@@ -141,7 +140,9 @@ def scan_residue(
     scanner.places = _resolved([*named, *owned_temporary_files()])
     for place in scanner.places:
         scanner.scan(place, models=place in named)
-    scanner.unread([scanner.own[0], *_resolved(also)])
+    for place in (scanner.own[0], *_resolved(also)):
+        if place in scanner.empty:  # a disk may not be mounted
+            scanner.found("nothing_read", place, "holds no file, so it proves nothing")
     stores = {area: each for area, each in sorted(context.stores.blobs.items()) if at_hand(each) is None}
     for area, blobs in stores.items():
         scanner.scan_objects(area, blobs)
@@ -182,7 +183,7 @@ class _Scanner:
         self.counts = dict.fromkeys(COUNTED, 0)
         self.counts |= {"strings": len(strings), "strings_too_short_for_raw_bytes": strings.num_short}
         self.proven: set[Path] = set()
-        self._empty: list[Path] = []
+        self.empty: list[Path] = []
         self._sealed = SealedFiles(context.stores.keyring)
         self._heads = {head.key for head in context.stores.ledger.heads()}
         self._groups = FoundGroups(context)
@@ -195,7 +196,7 @@ class _Scanner:
             **{self.roots[INDEX] / each.name: each.sha256 for each in context.stores.ledger.indexes()},
         }
 
-    def _found(self, kind: str, where: Path | str, what: str, position: str = "") -> None:
+    def found(self, kind: str, where: Path | str, what: str, position: str = "") -> None:
         self.residue.append(Residue(kind, self.strings.hidden(str(where)), position, what))
 
     def scan(self, place: Path, *, models: bool = True) -> None:
@@ -218,28 +219,22 @@ class _Scanner:
             except OSError as error:
                 self._unreadable(path, error)
         if self.counts["files"] == before:
-            self._empty.append(place)
+            self.empty.append(place)
 
     def _unreadable(self, path: Path, error: OSError) -> None:
         self.counts["unreadable"] += 1
-        self._found("unreadable", path, f"can't be read: {error.strerror}")
+        self.found("unreadable", path, f"can't be read: {error.strerror}")
 
     def _link(self, path: Path) -> None:
         """Report a link that leads out of the scanned places; its target is read where it lies."""
         target = Path(os.path.realpath(path))
         if not target.exists() or not any(target.is_relative_to(each) for each in self.places):
             what = "a link to something that was not read: add its target with --also"
-            self._found("link", path, what)
-
-    def unread(self, named: Sequence[Path]) -> None:
-        """Report places without any file: they prove nothing, since a disk may not be mounted."""
-        for place in named:
-            if place in self._empty:
-                self._found("nothing_read", place, "holds no file, so it proves nothing")
+            self.found("link", path, what)
 
     def _names(self, name: str, where: Path | str) -> None:
         for number in self.strings.in_value(name):
-            self._found("string", where, f"string {number + 1} occurs in a name here", "name")
+            self.found("string", where, f"string {number + 1} occurs in a name here", "name")
 
     def _file(self, path: Path, *, models: bool) -> None:
         self.counts["files"] += 1
@@ -256,7 +251,7 @@ class _Scanner:
         expected = self._digests.get(path)
         found = expected and (file_sha256(path) if plain is None else sha256_hex(plain))
         if found != expected:
-            self._found("damaged", path, NOT_RECORDED)
+            self.found("damaged", path, NOT_RECORDED)
             return
         with path.open("rb") if plain is None else io.BytesIO(plain) as file:
             head = file.read(len(PARQUET_MAGIC))
@@ -292,7 +287,7 @@ class _Scanner:
         elif not is_sealed(path.read_bytes()):
             what = "a part of an unfinished patch that is not encrypted"
         if what:
-            self._found("damaged", path, what)
+            self.found("damaged", path, what)
             return False
         self.counts["kept_by_consent"] += 1
         self.proven.add(path)
@@ -301,14 +296,14 @@ class _Scanner:
     def _search(self, where: Path | str, path: Path, plain: bytes | None) -> None:
         for place in self.strings.in_file(path, plain):
             what = f"string {place.number + 1} of {len(self.strings)} is here"
-            self._found("string", where, what, place.position)
+            self.found("string", where, what, place.position)
 
     def _shredded(self, path: Path) -> None:
         """Count a sealed file that no key opens as erased, unless the ledger relies on it."""
         held = {self.roots[CHECKPOINTS] / key for key in self._groups.checkpoints}
         held |= {self.roots[PATCHES] / key for key in self._groups.patches}
         if path in self._digests or path.parent in held:
-            self._found("damaged", path, "encrypted under a key that is not held")
+            self.found("damaged", path, "encrypted under a key that is not held")
         else:
             self.counts["shredded"] += 1
             self.proven.add(path)
@@ -318,11 +313,11 @@ class _Scanner:
         try:
             found = parsed(path.read_bytes(), str(path))
         except IntegrityError as error:
-            self._found("unreadable", path, error.what)
+            self.found("unreadable", path, error.what)
             return
         stages = {key[:STAGE_DIGITS] for key in self._groups.checkpoints}
         if any(without(line, stages) != line for line in found):
-            self._found("stale_loss", path, "a loss or tokens of a checkpoint that is no longer held")
+            self.found("stale_loss", path, "a loss or tokens of a checkpoint that is no longer held")
         self.proven.add(path)
 
     def _rows(self, where: Path | str, ids: Iterator[str | None], *, ours: bool) -> bool:
@@ -340,10 +335,19 @@ class _Scanner:
             except Unreadable:
                 whole = False
                 if ours:
-                    self._found("unreadable", where, "can't be decoded, so its rows prove nothing")
+                    self.found("unreadable", where, "can't be decoded, so its rows prove nothing")
             self.counts["rows"] += len(batch)
-            for kind, what, position in not_held(self.context, batch, ours=ours):
-                self._found(kind, where, what, position)
+            id_digest = self.context.settings.assigner.id_digest
+            digests = {at: id_digest(each) for at, each in batch if each is not None}
+            rows = self.context.stores.ledger.lookup(digests.values())
+            for at, digest in digests.items():
+                row = rows.get(digest)
+                if isinstance(row, Tombstone):
+                    what = f"a row of a record that request {row.request_id} deleted"
+                    self.found("deleted_row", where, what, f"row {at}")
+                elif row is None and ours:
+                    what = "a row that belongs to no held record"
+                    self.found("unknown_row", where, what, f"row {at}")
             if len(batch) < BATCH_ROWS:
                 return whole
 
@@ -351,18 +355,18 @@ class _Scanner:
         data = self._sealed.read(path)
         shard, _, digest = path.stem.removeprefix("shard-").partition("-")
         if not shard.isdigit() or sha256_hex(data) != digest:
-            self._found("unreadable", path, "its bytes are not those of its name: not parsed")
+            self.found("unreadable", path, "its bytes are not those of its name: not parsed")
             return
         try:
             found = vector_ids(data)
         except (RuntimeError, AttributeError):
-            self._found("unreadable", path, "can't be parsed, so its vectors prove nothing")
+            self.found("unreadable", path, "can't be parsed, so its vectors prove nothing")
             return
         self.counts["vectors"] += len(found)
         held = self.context.stores.ledger.by_vector(int(shard), found)
         what = "a vector that belongs to no held record"
         for at in (at for at, each in enumerate(found) if each not in held):
-            self._found("deleted_vector", path, what, f"vector {at}")
+            self.found("deleted_vector", path, what, f"vector {at}")
         self.proven.add(path)
 
     def _group(self, path: Path) -> None:
@@ -375,7 +379,7 @@ class _Scanner:
         found = self._groups.judge(manifest, are)
         self.counts[found.area] += 1
         if found.fault != NONE:
-            self._found(found.fault[0], where, found.fault[1])
+            self.found(found.fault[0], where, found.fault[1])
         return found
 
     def _are(self, directory: Path, names: Mapping[str, str]) -> bool:
@@ -397,7 +401,7 @@ class _Scanner:
         of = {each.key for each in made if each.adapter_sha256 == sha256}
         if not of:
             what = "an adapter of no held checkpoint: from before a deletion, or of another model"
-            self._found("stale_adapter", path, what)
+            self.found("stale_adapter", path, what)
         elif self._heads.isdisjoint(of):
             self.outdated.append(self.strings.hidden(str(path)))
 
@@ -410,21 +414,21 @@ class _Scanner:
             path = Path(os.path.realpath(path.parent), path.name)
             inside = [p for p in walk(path) if not p.is_dir() or p.is_symlink()]
             if not inside or any(p not in self.proven for p in inside):
-                self._found("unknown_file", path, each.reason)
+                self.found("unknown_file", path, each.reason)
 
     def missing_exports(self) -> None:
         """Report exports that a deletion marked and that can't be found; others are stale adapters."""
         for each in self._exports:
             if each.stale and (found := export_standing(self.context, each)) != "held":
                 what = f"an export that request {each.request_id} made stale is {found}"
-                self._found("missing_export", each.path, what)
+                self.found("missing_export", each.path, what)
 
     def scan_objects(self, area: str, blobs: BlobStore) -> None:
         """Scan a storage area in an object store, a blob or a group at a time in memory."""
         for name in sorted(blobs.held()):
             where = blobs.location(name)
             if name not in self._known.get(area, frozenset()):
-                self._found("unknown_file", where, UNKNOWN_FILE)
+                self.found("unknown_file", where, UNKNOWN_FILE)
             plain = {
                 part: self._object(area, blobs, name, part) for part in sorted(blobs.parts(name)) or [""]
             }
@@ -433,7 +437,7 @@ class _Scanner:
             elif area in (CHECKPOINTS, PATCHES):
                 self._stored_group(area, name, where, plain)
         for kept in blobs.purge(dry_run=True):
-            self._found("old_versions", kept.where, f"kept by the bucket: {kept.why}")
+            self.found("old_versions", kept.where, f"kept by the bucket: {kept.why}")
 
     def _object(self, area: str, blobs: BlobStore, group: str, part: str) -> bytes | None:
         """Search an object for strings, and return its plaintext; None if no held key opens it."""
@@ -455,7 +459,7 @@ class _Scanner:
         if data is not None and recorded in (None, sha256_hex(data)):
             self._rows(where, parquet_ids(io.BytesIO(data)), ours=True)
         elif recorded:
-            self._found("damaged", where, NOT_RECORDED)
+            self.found("damaged", where, NOT_RECORDED)
 
     def _stored_group(self, area: str, key: str, where: str, plain: Mapping[str, bytes | None]) -> None:
         manifest = plain.get(MANIFEST)
@@ -464,10 +468,10 @@ class _Scanner:
         digests = {part: sha256_hex(data) for part, data in plain.items() if data is not None}
         found = self._judged(where, manifest, lambda names: names.items() <= digests.items())
         if found.fault == NONE and (found.area, found.key) != (area, key):
-            self._found("damaged", where, "its bytes are not those of its name")
+            self.found("damaged", where, "its bytes are not those of its name")
         surplus = plain.keys() - found.names.keys() - {MANIFEST} if found.key else ()
         for part in sorted(surplus):
-            self._found("unknown_file", f"{where}/{part}", SURPLUS)
+            self.found("unknown_file", f"{where}/{part}", SURPLUS)
 
 
 def owned_temporary_files() -> list[Path]:

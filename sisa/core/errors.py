@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, ClassVar
 
 _FACTS = ("where", "expected", "got", "next_step")
@@ -39,28 +39,23 @@ class Problem:
     what: str
 
 
+@dataclass(eq=False, repr=False)
 class SisaError(Exception):
     """Base class of every error that this project raises on purpose."""
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(
-        self,
-        what: str,
-        *,
-        where: str = "",
-        expected: str = "",
-        got: str = "",
-        next_step: str = "",
-        problems: Sequence[Problem] = (),
-    ) -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = where
-        self.expected = expected
-        self.got = got
-        self.next_step = next_step
-        self.problems = tuple(problems)
+    what: str
+    _: KW_ONLY
+    where: str = ""
+    expected: str = ""
+    got: str = ""
+    next_step: str = ""
+    problems: Sequence[Problem] = ()
+
+    def __post_init__(self) -> None:
+        super().__init__(self.what)
+        self.problems = tuple(self.problems)
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -78,7 +73,7 @@ class SisaError(Exception):
 
     def as_problems(self, where: str) -> tuple[Problem, ...]:
         """Return the error as problems: its own, or itself as one, at `where` if it names no place."""
-        return self.problems or (Problem(self.where or where, f"{self.what}: {self.got}"),)
+        return tuple(self.problems) or (Problem(self.where or where, f"{self.what}: {self.got}"),)
 
     def to_json(self) -> dict[str, Any]:
         """Return the `error` object that `--json` prints."""
@@ -160,5 +155,6 @@ def all_tried() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     yield tried
     if errors:
         first, *others = errors
-        first.problems += tuple(each for other in others for each in other.as_problems(""))
+        more = (each for other in others for each in other.as_problems(""))
+        first.problems = (*first.problems, *more)
         raise first

@@ -41,7 +41,7 @@ from sisa.core.domain import (
     VaultSet,
     WitnessHead,
 )
-from sisa.core.events import Report, SliceTrained
+from sisa.core.events import Report, SliceTrained, silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,14 +98,10 @@ class Trainer(Protocol):
 OnStage = Callable[[SliceTrained], None]
 
 
-def ignore_stage(_stage: SliceTrained) -> None:
-    """Do nothing with a stage that is stored."""
-
-
 class Executor(Protocol):
     """Runner of chains: each in order, any number side by side. It resumes from what the store holds."""
 
-    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage) -> None:
+    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
         """Run all chains and return when every job's checkpoint is in the store.
 
         `on_stage` gets each stage as soon as its checkpoint is stored, before it is reported; a stage

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sisa.core.domain import DEFAULT_PRECISION, Chain, Precision, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
-from sisa.core.events import EpochTrained, Report, SliceProgress, SliceStarted, SliceTrained
+from sisa.core.events import EpochTrained, Report, SliceProgress, SliceStarted, SliceTrained, silent
 from sisa.core.ports import (
     BlobStore,
     CheckpointStore,
@@ -27,7 +27,6 @@ from sisa.core.ports import (
     StoredRecord,
     Tick,
     Trainer,
-    ignore_stage,
 )
 from sisa.store.blobs.files import LocalBlobs, absolute
 
@@ -155,7 +154,7 @@ class SerialExecutor:
     records: RecordStore
     checkpoints: CheckpointStore
 
-    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage) -> None:
+    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
         for chain in order_chains(chains):
             for stage in train_chain(chain, self.trainer, self.records, self.checkpoints, report):
                 on_stage(stage)

@@ -33,7 +33,7 @@ from sisa.core.domain import (
     WitnessHead,
 )
 from sisa.core.errors import IntegrityError
-from sisa.core.events import Report, SliceTrained
+from sisa.core.events import Report, SliceTrained, silent
 from sisa.core.ports import (
     By,
     CheckpointStore,
@@ -44,7 +44,6 @@ from sisa.core.ports import (
     StoredRecord,
     Tick,
     Vectors,
-    ignore_stage,
 )
 from sisa.core.requests import EventChain
 from sisa.flows.patches.on_deletion import PatchesHook
@@ -283,7 +282,7 @@ class CountingExecutor:
         self.trained: list[SliceJob] = []
         self.before_run: list[Callable[[], None]] = []
 
-    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage) -> None:
+    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
         for look in self.before_run:
             look()
 

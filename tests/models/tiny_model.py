@@ -23,8 +23,8 @@ import yaml
 import sisa
 from cluster.cli.cli import run
 from sisa.core.domain import Chain
-from sisa.core.events import Report, SliceTrained
-from sisa.core.ports import Executor, OnStage, ignore_stage
+from sisa.core.events import Report, SliceTrained, silent
+from sisa.core.ports import Executor, OnStage
 from sisa.data.samples import make_people, to_jsonl
 from sisa.flows.ingest import Taken
 from sisa.flows.serial import Site
@@ -255,9 +255,7 @@ def cut_short(num_slices: int, *, recorded: bool = True) -> OpenExecutor:
         inner = open_serial(site, options)
 
         class Cutting:
-            def run(
-                self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage
-            ) -> None:
+            def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
                 done = 0
 
                 def until_cut(stage: SliceTrained) -> None:
@@ -282,9 +280,7 @@ def looking(look: Callable[[], None]) -> OpenExecutor:
         inner = open_serial(site, options)
 
         class Looking:
-            def run(
-                self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage
-            ) -> None:
+            def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
                 look()
                 inner.run(chains, report, on_stage)
 

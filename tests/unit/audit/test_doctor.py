@@ -25,8 +25,8 @@ from sisa.config.config import RunConfig
 from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Head
 from sisa.core.errors import Busy, InvalidInput
-from sisa.core.events import Report
-from sisa.core.ports import Change, Executor, OnStage, ignore_stage
+from sisa.core.events import Report, silent
+from sisa.core.ports import Change, Executor, OnStage
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import model_digest
@@ -368,7 +368,7 @@ def test_a_gap_is_trained_on_top_of_the_stage_before_it(model: Path) -> None:
         def __init__(self, inner: Executor) -> None:
             self.inner = inner
 
-        def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage) -> None:
+        def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
             seen.extend(chains)
             self.inner.run(chains, report, on_stage)
 
