@@ -67,7 +67,7 @@ def key(default: Any, effect: Effect, text: str, **bounds: Any) -> Any:
     return Field(default, description=text, json_schema_extra={"effect": effect}, **bounds)
 
 
-def described(default: Any, text: str, **bounds: Any) -> Any:
+def field(default: Any, text: str, **bounds: Any) -> Any:
     """Return the field of a block's key with its meaning; the block's own key has the cost."""
     return Field(default, description=text, **bounds)
 
@@ -182,14 +182,14 @@ class TurnKeys(Block):
 class DatasetSource(Block):
     """Source of records (a file, a directory or a hub dataset) and the names of its columns."""
 
-    path: Name = described(..., "JSONL or Parquet file, saved dataset, or hub dataset name.")
-    split: Name = described("train", "Split of a hub or saved dataset; files have none.")
-    id_column: Name = described("id", "Column of the record's id.")
-    text_column: Name = described("text", "Column of a plain text.")
-    prompt_column: Name = described("prompt", "Column of a prompt, not trained on.")
-    completion_column: Name = described("completion", "Column of its completion.")
-    messages_column: Name = described("messages", "Column of a chat's turns.")
-    message_property_mappings: TurnKeys = described(TurnKeys(), "Keys of a turn: role and content.")
+    path: Name = field(..., "JSONL or Parquet file, saved dataset, or hub dataset name.")
+    split: Name = field("train", "Split of a hub or saved dataset; files have none.")
+    id_column: Name = field("id", "Column of the record's id.")
+    text_column: Name = field("text", "Column of a plain text.")
+    prompt_column: Name = field("prompt", "Column of a prompt, not trained on.")
+    completion_column: Name = field("completion", "Column of its completion.")
+    messages_column: Name = field("messages", "Column of a chat's turns.")
+    message_property_mappings: TurnKeys = field(TurnKeys(), "Keys of a turn: role and content.")
 
     @model_validator(mode="after")
     def _columns_once(self) -> DatasetSource:
@@ -215,26 +215,26 @@ class Scratch(Block):
     whose wording it shares.
     """
 
-    corpus: Annotated[tuple[DatasetSource, ...], Field(min_length=1)] = described(
+    corpus: Annotated[tuple[DatasetSource, ...], Field(min_length=1)] = field(
         ..., "Texts without deletable records: JSONL, Parquet or dataset with a column `text`."
     )
-    directory: LocalPath | None = described(
+    directory: LocalPath | None = field(
         None, "Directory of the base; null: beside output_dir, named after it."
     )
-    architecture: Literal["llama"] = described("llama", "Kind of decoder.")
-    vocab_size: Int = described(4096, "Size of the vocabulary.", ge=512, le=1 << 18)
-    layers: Int = described(6, "Decoder layers.", ge=1, le=256)
-    hidden_size: Int = described(320, "Width.", ge=8, le=1 << 15)
-    intermediate_size: Int = described(896, "Width within a layer.", ge=8, le=1 << 17)
-    heads: Int = described(5, "Attention heads; they divide hidden_size.", ge=1, le=1024)
-    context_len: Int = described(256, "Longest text, in tokens.", ge=16, le=1 << 20)
-    tokens: Int = described(1_000_000, "Tokens to train on, repetitions included.", ge=1)
-    batch_size: Int = described(16, "Rows of context_len in a step.", ge=1, le=65_536)
-    learning_rate: Float = described(2e-3, "Peak learning rate (cosine).", gt=0, le=100)
-    weight_decay: Float = described(0.01, "Weight decay per step.", ge=0, le=100)
-    seed: Int = described(42, "Seed of weights and orders.", ge=0, le=(1 << 31) - 1)
-    workers: Int = described(1, "Ray Train workers (data parallel).", ge=1, le=1024)
-    threads: Int = described(1, "CPU threads of a worker.", ge=1, le=1024)
+    architecture: Literal["llama"] = field("llama", "Kind of decoder.")
+    vocab_size: Int = field(4096, "Size of the vocabulary.", ge=512, le=1 << 18)
+    layers: Int = field(6, "Decoder layers.", ge=1, le=256)
+    hidden_size: Int = field(320, "Width.", ge=8, le=1 << 15)
+    intermediate_size: Int = field(896, "Width within a layer.", ge=8, le=1 << 17)
+    heads: Int = field(5, "Attention heads; they divide hidden_size.", ge=1, le=1024)
+    context_len: Int = field(256, "Longest text, in tokens.", ge=16, le=1 << 20)
+    tokens: Int = field(1_000_000, "Tokens to train on, repetitions included.", ge=1)
+    batch_size: Int = field(16, "Rows of context_len in a step.", ge=1, le=65_536)
+    learning_rate: Float = field(2e-3, "Peak learning rate (cosine).", gt=0, le=100)
+    weight_decay: Float = field(0.01, "Weight decay per step.", ge=0, le=100)
+    seed: Int = field(42, "Seed of weights and orders.", ge=0, le=(1 << 31) - 1)
+    workers: Int = field(1, "Ray Train workers (data parallel).", ge=1, le=1024)
+    threads: Int = field(1, "CPU threads of a worker.", ge=1, le=1024)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Scratch:
@@ -247,7 +247,7 @@ class Scratch(Block):
 class ScratchBase(Block):
     """Base that is trained before the first shard and then frozen."""
 
-    scratch: Scratch = described(..., "The base and its corpus.")
+    scratch: Scratch = field(..., "The base and its corpus.")
 
 
 def same_base(one: Any, other: Any) -> bool:
@@ -277,19 +277,17 @@ class Aggregation(Block):
     A bare name stands for a block with that method. No key affects an adapter.
     """
 
-    method: Literal["routed", "mean_prob", "mean_logit", "vote", "merged"] = described(
+    method: Literal["routed", "mean_prob", "mean_logit", "vote", "merged"] = field(
         "routed", "Shards near the prompt; or all: means, vote, or one averaged adapter."
     )
-    top_k: Int = described(1, "Number of shards that a prompt is routed to.", ge=1, le=10_000)
-    temperature: Float = described(
+    top_k: Int = field(1, "Number of shards that a prompt is routed to.", ge=1, le=10_000)
+    temperature: Float = field(
         0.04, "Temperature of the weights; lower favours the nearest shard.", gt=0
     )
-    min_score: Annotated[Float, Field(ge=-2, le=2)] | Literal["auto"] | None = described(
+    min_score: Annotated[Float, Field(ge=-2, le=2)] | Literal["auto"] | None = field(
         "auto", "Lowest score of a shard to answer; auto: as measured per embedder."
     )
-    below: Literal["base", "mean_prob"] = described(
-        "base", "What answers when no shard reaches min_score."
-    )
+    below: Literal["base", "mean_prob"] = field("base", "What answers when no shard reaches min_score.")
 
     @model_validator(mode="before")
     @classmethod
@@ -323,11 +321,7 @@ class SisaBlock(Block):
         "cumulative", "retrain", "Stage r sees slices 1..r (cumulative) or slice r alone (sequential)."
     )
     orders: Int = key(
-        1,
-        "retrain",
-        "Orders that a shard's slices are trained in; the others serve while the first is retrained.",
-        ge=1,
-        le=10_000,
+        1, "retrain", "Training orders; the others serve while the first is retrained.", ge=1, le=10_000
     )
     layerwise: Bool = key(
         False, "retrain", "Whether each slice trains a block of layers of its own, topmost first."
@@ -336,14 +330,10 @@ class SisaBlock(Block):
         None, "none", "Bytes of checkpoints to keep; null: keep the stages of all slices.", ge=1
     )
     bands: Bands | None = key(
-        None,
-        "reset",
-        "Slices by a record's `deletion_risk`, the likeliest to go last: thresholds, classes, unknown.",
+        None, "reset", "Slices by `deletion_risk`, the likeliest last: thresholds, classes, unknown."
     )
     group_by: Name | None = key(
-        "subject_id",
-        "reset",
-        "Column that names the subject; its records share one slice; null: records have no subject.",
+        "subject_id", "reset", "Column of the subject, whose records share one slice; null: no subjects."
     )
     partition_key_file: LocalPath | None = key(
         None, "reset", "File with the secret of the partition; null: make a new one."
@@ -358,9 +348,7 @@ class SisaBlock(Block):
         True, "reindex", "Whether capitalised names count for half of the similarity of two texts."
     )
     aggregation: Aggregation = key(
-        Aggregation(),
-        "none",
-        "Answers: routed (to top_k shards), or all: mean_prob, mean_logit, vote, merged.",
+        Aggregation(), "none", "Answers: routed (to top_k), or all: mean_prob, mean_logit, vote, merged."
     )
 
     @field_validator("orders", "bands")
@@ -405,11 +393,7 @@ class ClusterBlock(Block):
         None, "none", "GPUs of one worker, such as 0.25; null: 1 with device cuda.", ge=0.001, le=64
     )
     max_retries: Int = key(
-        3,
-        "none",
-        "Restarts in a row of a shard whose worker died before it finished a slice.",
-        ge=0,
-        le=1000,
+        3, "none", "Restarts in a row of a shard whose worker died before a slice's end.", ge=0, le=1000
     )
     stall_limit_s: Float | None = key(
         1800.0, "none", "Seconds of silence after which a worker is killed; null: never.", gt=0
@@ -448,19 +432,13 @@ class RunConfig(Block):
     )
     output_dir: LocalPath = key(..., "none", "Directory of the model: adapters, records, index, ledger.")
     storage: Storage | None = key(
-        None,
-        "none",
-        "Storage of slices and checkpoints: a path or s3://BUCKET/PREFIX; null: in output_dir.",
+        None, "none", "Storage of slices and checkpoints: path or s3://BUCKET/PREFIX; null: output_dir."
     )
     witness: LocalPath | None = key(
-        None,
-        "none",
-        "Directory that records deletions outside the model; null: the user's state directory.",
+        None, "none", "Directory outside the model that records deletions; null: user's state directory."
     )
     encrypt: Bool = key(
-        False,
-        "reseal",
-        "Whether to encrypt slices, indexes and checkpoints, each with a key of its own.",
+        False, "reseal", "Whether to encrypt slices, indexes and checkpoints, each with its own key."
     )
     keyring: LocalPath | None = key(
         None, "none", "Directory of the keys, outside output_dir; null: the user's state directory."
@@ -505,13 +483,11 @@ class RunConfig(Block):
     seed: Int = key(42, "retrain", "Seed of adapters, dropout and orders.", ge=0, le=(1 << 63) - 1)
     device: DeviceName = key("cpu", "retrain", "Device that trains shards and answers: cpu or cuda.")
     dtype: Dtype = key(
-        "float32",
-        "retrain",
-        "Data type of the base's weights: float32 or bfloat16; adapters are in float32.",
+        "float32", "retrain", "Type of the base's weights, float32 or bfloat16; adapters are in float32."
     )
-    sisa: SisaBlock = described(SisaBlock(), "The partition, how it is trained, and how it answers.")
-    cluster: ClusterBlock = described(ClusterBlock(), "Where training runs; does not affect the bits.")
-    limits: SourceLimits = described(SourceLimits(), "Limits on the size of one source.")
+    sisa: SisaBlock = field(SisaBlock(), "The partition, how it is trained, and how it answers.")
+    cluster: ClusterBlock = field(ClusterBlock(), "Where training runs; does not affect the bits.")
+    limits: SourceLimits = field(SourceLimits(), "Limits on the size of one source.")
 
     @field_validator("learning_rate", "lora_dropout", "warmup_ratio", "weight_decay", "max_grad_norm")
     @classmethod
