@@ -112,7 +112,6 @@ def checks(
     """Yield a check of each file or group that the ledger names, and the finding if it raises.
 
     `group` checks a checkpoint or a patch, given its area, its key and the digest of its manifest.
-    Patches are named while they are served or trained over, sets of texts while they are held.
     """
     ledger = context.stores.ledger
     for file in ledger.slices():

@@ -61,11 +61,7 @@ ORPHAN = "a key without a file: anyone with a copy of the file can open it"
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """Describe a file or directory to clean up, its size, and whether `sisa gc` removes it.
-
-    `path` is relative to the model directory; for a key, a path in the keyring; for storage elsewhere,
-    absolute or a URI.
-    """
+    """Describe what to clean up: its `path`, relative if it is in the model directory, and its size."""
 
     path: str
     num_bytes: int

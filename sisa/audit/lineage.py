@@ -10,7 +10,7 @@ whether the weights are those that the job trains.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -47,25 +47,20 @@ def _parse_job(parsed: Any) -> SliceJob:
 def proves_clean(job: SliceJob, rows: Iterable[RecordRow], seq: int, num_slices: int) -> bool:
     """Return whether every record that a job's chain touched is among `rows`, the shard's held records.
 
-    `seq` is the ledger's number of the state on which the chain was trained; `num_slices` is the number
-    of slices in a generation.
+    The chain was trained on the ledger's state `seq`; a generation has `num_slices` slices.
     """
     by_slice: dict[int, list[RecordRow]] = {slice_: [] for slice_ in job.prefix}
     for row in rows:
         if row.slice in by_slice and row.seq <= seq:
             by_slice[row.slice].append(row)
-    return all(by_slice.values()) and _rebuilt(job, list(by_slice.items()), num_slices) == job.key
-
-
-def _rebuilt(
-    job: SliceJob, by_slice: Sequence[tuple[int, list[RecordRow]]], num_slices: int
-) -> str | None:
+    if not all(by_slice.values()):
+        return False
     sequential = len(job.slices) == 1
     last = max(num_slices, *(number + 1 for number in job.prefix))
     in_all = Fraction(*job.passes) * (last + 1)  # for a cumulative schedule; see `plan.passes`
     parent: str | None = None
     seen: list[tuple[int, list[RecordRow]]] = []
-    for slice_ in by_slice:
+    for slice_ in by_slice.items():
         seen.append(slice_)
         stage = [slice_] if sequential else seen
         latest = max(num_slices, *(number + 1 for number, _ in seen))
@@ -79,7 +74,7 @@ def _rebuilt(
             passes=(passes.numerator, passes.denominator),
             before=tuple(number for number, _ in seen[:-1]),
         ).key
-    return parent
+    return parent == job.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +90,8 @@ class Verdict:
 class FoundGroups:
     """Judge checkpoints and patches, wherever they were found, by a model's ledger.
 
-    Faults are `damaged` (the bytes are not the recorded ones), `tainted` (a checkpoint not made of held
-    records alone), `stale_patch` (a patch neither served nor trained over) and `unreadable` (a manifest
-    that can't be parsed). Groups that the ledger does not know are judged as well: a checkpoint that was
-    retired, or that belongs to a copy of the model, is clean if all its records are still held.
+    Groups that the ledger does not know are judged as well: a checkpoint that was retired, or that
+    belongs to a copy of the model, is clean if all its records are still held.
     """
 
     def __init__(self, context: Context) -> None:

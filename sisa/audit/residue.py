@@ -200,11 +200,7 @@ class _Scanner:
         self.residue.append(Residue(kind, self.strings.hidden(str(where)), position, what))
 
     def scan(self, place: Path, *, models: bool = True) -> None:
-        """Read every file below a path.
-
-        With `models`, the path may hold parts of this model. Otherwise it holds what other models left
-        in a temporary directory, and only rows are judged.
-        """
+        """Read every file below a path; without `models`, scratch of other models, judge rows alone."""
         before = self.counts["files"]
         for path in walk(place, self._unreadable):
             self._names(path.name, path.parent)

@@ -42,18 +42,13 @@ PathProblems = Callable[[dict[str, Any]], Iterable[tuple[KeyPath, str]]]
 def load_run_file(path: Path) -> RunConfig:
     """Read a run file and make its local paths absolute. Raise InvalidInput with every problem."""
     directory = Path(os.path.abspath(path)).parent
-    return _parse(_read(path), str(path), lambda data: resolve_paths(data, directory))
+    return parse_run_file(_read(path), str(path), lambda data: resolve_paths(data, directory))
 
 
 def load_elsewhere(path: Path) -> tuple[str, RunConfig]:
     """Return a run file's text and config for a cluster. Raise InvalidInput with every problem."""
     text, directory = _read(path), Path(os.path.abspath(path)).parent
-    return text, _parse(text, str(path), lambda data: shared_path_problems(data, directory))
-
-
-def parse_run_file(text: str, where: str) -> RunConfig:
-    """Parse a run file's text; paths stay as they are. Raise InvalidInput with every problem."""
-    return _parse(text, where, lambda _data: ())
+    return text, parse_run_file(text, str(path), lambda data: shared_path_problems(data, directory))
 
 
 def _read(path: Path) -> str:
@@ -72,8 +67,8 @@ def _read(path: Path) -> str:
         raise _refusal([problem], str(path)) from None
 
 
-def _parse(text: str, where: str, check_paths: PathProblems) -> RunConfig:
-    """Return the config of a run file's text; `check_paths` may change the data."""
+def parse_run_file(text: str, where: str, check_paths: PathProblems = lambda _data: ()) -> RunConfig:
+    """Parse a run file's text. Raise InvalidInput with every problem. `check_paths` may change paths."""
     tree = _Tree()
     data = tree.read(text)
     if not isinstance(data, dict):

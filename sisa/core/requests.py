@@ -155,11 +155,7 @@ class EventChain:
 
 
 def key_name(keyed: Keyed) -> str:
-    """Return how a ledger names its key if all its events are linked under it.
-
-    Only the holder of the key can compute the name that an earlier version gave it (`keyed.name`), which
-    allows events without the key, too.
-    """
+    """Return how a ledger names its key if all its events are linked under it."""
     return keyed.digest("name", "events")
 
 
