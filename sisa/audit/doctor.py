@@ -70,8 +70,7 @@ def diagnosis(directory: Path, findings: list[Finding]) -> Diagnosis:
 
 def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
     """Examine the model in a directory. Raise InvalidInput if the directory holds none."""
-    areas = [each for each in (LEDGER, KEY, *AREAS) if (directory / each).exists()]
-    if not areas:
+    if not any((directory / each).exists() for each in (LEDGER, KEY, *AREAS)):
         raise InvalidInput(
             "there is no model in this directory",
             where=str(directory),

@@ -91,7 +91,10 @@ def list_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
 
 def _listed(context: Context, directory: Path) -> list[_Item]:
     known = {**known_by_area(context), METRICS: run_files(directory / METRICS)}
-    in_area = partial(_in_area, context, directory, _retired(context), _waiting(context))
+    converged = [head for head in context.stores.ledger.heads() if head.converged]  # others still serve
+    plans = [plan_of(context, view_shard(context, head.shard)) for head in converged]
+    retired = frozenset(key for plan in plans for key in plan.retired)
+    in_area = partial(_in_area, context, directory, retired, _waiting(context))
     here = LocalBlobs(directory)
     found: list[_Item] = []
     for name in sorted(files.held_names(directory) - KEPT_FILES):
@@ -176,24 +179,15 @@ def _in(directory: Path, blobs: BlobStore, name: str, reason: str, *, removable:
     return garbage, lambda: blobs.erase([name])
 
 
-def _retired(context: Context) -> frozenset[str]:
-    """Return the checkpoints that the next reconciliation drops; an unfinished shard's still serve."""
-    heads = [head for head in context.stores.ledger.heads() if head.converged]
-    plans = (plan_of(context, view_shard(context, head.shard)) for head in heads)
-    return frozenset(key for plan in plans for key in plan.retired)
-
-
 def _waiting(context: Context) -> frozenset[str]:
     """Return whole checkpoints of current targets that an interrupted run stored but did not record."""
     known = {each.key for each in context.stores.ledger.checkpoints()}
-    on_disk = context.stores.checkpoints.held()
+    unknown = context.stores.checkpoints.held() - known
     found = set()
     for shard in open_shards(context):
-        plan = plan_of(context, view_shard(context, shard))
-        for key in plan.stages:
-            if key in on_disk and key not in known:
-                with contextlib.suppress(IntegrityError):
-                    found.add(context.stores.checkpoints.describe(key).key)
+        for key in unknown & plan_of(context, view_shard(context, shard)).stages.keys():
+            with contextlib.suppress(IntegrityError):
+                found.add(context.stores.checkpoints.describe(key).key)
     return frozenset(found)
 
 

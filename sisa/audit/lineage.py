@@ -114,10 +114,8 @@ class FoundGroups:
     def _patch(self, key: str, manifest: bytes, whole: bool) -> Fault:
         known = self.patches.get(key)
         if known is None:
-            return (
-                "stale_patch",
-                "a patch that is no longer served: it may reflect records deleted since",
-            )
+            what = "a patch that is no longer served: it may reflect records deleted since"
+            return "stale_patch", what
         if sha256_hex(manifest) != known.manifest_sha256 or not whole:
             return "damaged", "a patch whose bytes are not the recorded ones"
         return NONE

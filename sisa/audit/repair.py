@@ -58,18 +58,14 @@ def repair(model: Model) -> RepairOutcome:
         found = examine(context, model.directory)
         if any(each.repair == "retrain" for each in found):
             _ = model.resources.base  # refuses a changed base before a checkpoint is given up
-        done = _mend_sources(context, found) if is_behind(context) else []
+        done: list[str] = []
+        if is_behind(context) and not any(each.lost for each in found):
+            # What repeating the deletions needs, without training on records that they delete.
+            _, given_up = _give_up(context, found)
+            done += [*_mend_indexes(context, found), *given_up]
         catch_up(context)
         done += mend(context, model.directory)
     return RepairOutcome(tuple(done), before, diagnose(model.directory))
-
-
-def _mend_sources(context: Context, found: Sequence[Finding]) -> list[str]:
-    """Repair what repeating the deletions needs, without training on records that they delete."""
-    if any(each.lost for each in found):
-        return []
-    _, done = _give_up(context, found)
-    return _mend_indexes(context, found) + done
 
 
 def mend(context: Context, directory: Path) -> list[str]:

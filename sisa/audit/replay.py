@@ -211,7 +211,10 @@ def _train_forked(requests: int, stage: dict[str, Any], environment: dict[str, s
     parent = os.getpid()
     child = os.fork()
     if not child:
-        _end_with(parent)
+        with contextlib.suppress(OSError, AttributeError):  # the kernel ends the child with its parent
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
         _train_and_exit(StageRequest(**stage), environment, failing)
     os.close(failing)
     if failed not in select.select([failed, requests], [], [])[0]:
@@ -234,11 +237,3 @@ def _train_and_exit(stage: StageRequest, environment: dict[str, str], failing: i
         os.write(failing, type(error).__name__.encode())
         os._exit(1)
     os._exit(0)
-
-
-def _end_with(parent: int) -> None:
-    """Make the kernel kill this process when its parent dies; exit if the parent is dead already."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -262,12 +262,9 @@ def same_base(one: Any, other: Any) -> bool:
     return bool(kept[0] == kept[1])
 
 
-def _form(value: Any) -> str:
-    return MADE if isinstance(value, dict | ScratchBase) else NAMED
-
-
 BaseModelKey = Annotated[
-    Annotated[ModelName, Tag(NAMED)] | Annotated[ScratchBase, Tag(MADE)], Discriminator(_form)
+    Annotated[ModelName, Tag(NAMED)] | Annotated[ScratchBase, Tag(MADE)],
+    Discriminator(lambda value: MADE if isinstance(value, dict | ScratchBase) else NAMED),
 ]
 
 

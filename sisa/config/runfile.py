@@ -160,7 +160,8 @@ class _Tree:
 
     def _value(self, node: yaml.Node, path: KeyPath) -> Any:
         self.lines.setdefault(path, _line(node.start_mark))
-        if node.tag != self._usual_tag(node):
+        plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        if node.tag != self.loader.resolve(type(node), node.value, (plain, not plain)):
             self.add(path, f"the tag {shown(node.tag)} isn't allowed")
             return None
         if isinstance(node, yaml.MappingNode):
@@ -168,12 +169,6 @@ class _Tree:
         if isinstance(node, yaml.SequenceNode):
             return [self._value(each, (*path, index)) for index, each in enumerate(node.value)]
         return self._scalar(node, path)
-
-    def _usual_tag(self, node: Any) -> str:
-        """Return the tag of a node without an explicit one."""
-        plain = isinstance(node, yaml.ScalarNode) and node.style is None
-        tag: str = self.loader.resolve(type(node), node.value, (plain, not plain))
-        return tag
 
     def _items(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, Any]]:
         for key_node, value_node in node.value:

@@ -1,11 +1,6 @@
 """Strict, frozen pydantic models: what the blocks of the run file are made of.
 
 Numbers are strict (`true` and `'3'` are not integers) and finite; unknown keys are errors.
-
->>> class Size(Block):
-...     width: Int = 3
->>> Size(width=4).width
-4
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from sisa.core.digest import canonical_json, digest_of
 
@@ -426,13 +426,9 @@ class Precision:
     ({}, {'device': 'cuda', 'dtype': 'bfloat16'})
     """
 
+    names: ClassVar = ("device", "dtype")  # of the keys that a job may have
     device: DeviceName = "cpu"
     dtype: Dtype = "float32"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return the names of the keys that a job may have."""
-        return tuple(_DEFAULTS)
 
     def in_jobs(self) -> dict[str, Any]:
         """Return what a job's `training` says of it."""

@@ -90,9 +90,8 @@ class PatchProgress(Event):
 class QueueSeen(Event):
     """State of the deletion requests.
 
-    `depth` are approved or interrupted and not carried out, `undecided` wait for a decision,
-    `failed_erasures` could not be erased so far. `oldest_days_left` are the days to the earliest due
-    date among all of these, negative when it has passed; None without any.
+    `depth` are approved or interrupted, `undecided` wait for a decision, `failed_erasures` could not be
+    erased so far; the earliest of their due dates is `oldest_days_left` ahead, None without any.
     """
 
     depth: int

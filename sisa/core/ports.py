@@ -296,8 +296,7 @@ class RecordIndex(StoredFiles, Protocol):
     ) -> IndexFile:
         """Write the index of exactly the ids in `vectors`, [n, dimension] each, and return its file.
 
-        The first row is the vector of a record's text, the others those of its prompts. A value of None
-        is copied from `base`.
+        Rows are the vectors of a record's text and of its prompts; None is copied from `base`.
         """
 
     def search(
@@ -608,10 +607,9 @@ class DeletionHook(Protocol[_M]):
         """Name of the hook; a model that needs it can't be opened without it."""
 
     def contribute(self, model: _M, removal: Removal) -> Contribution:
-        """Return what to add to the commit, before the deletion is planned.
+        """Return what to add to the commit, before the deletion is planned; an error stops it.
 
-        It may write files that the commit refers to, and commit what must come first. An error stops the
-        deletion.
+        It may write files that the commit refers to, and commit what must come first.
         """
 
     def erase_unneeded(self, model: _M) -> None:
