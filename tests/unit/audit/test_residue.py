@@ -363,6 +363,14 @@ def test_many_strings_in_one_pass() -> None:
     assert [number for _, number in SearchStrings(texts).in_block(block)] == list(range(500))
 
 
+def test_a_manifest_that_no_trainer_writes_proves_nothing(model: Path) -> None:
+    written = next((model / wiring.CHECKPOINTS).glob(f"*/{MANIFEST}")).read_bytes()
+    body = json.loads(written)
+    body["job"]["passes"] = [1, 0]
+    assert parse_manifest(written) is not None
+    assert [parse_manifest(each) for each in (json.dumps(body).encode(), b"[" * 99_999)] == [None, None]
+
+
 def test_a_chain_is_clean_only_while_all_of_its_records_are_held(model: Path) -> None:
     with context_of(model) as context:
         for held in context.stores.ledger.checkpoints():
