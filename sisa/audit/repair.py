@@ -116,9 +116,8 @@ def _give_up(context: Context, found: Sequence[Finding]) -> tuple[list[ShardPlan
     """Give up damaged checkpoints; return the plans of their shards and of those with gaps."""
     plans, done = [], []
     for shard in _shards(found, "retrain"):
-        keys = [
-            each.key for each in found if (each.repair, each.shard) == ("retrain", shard) and each.key
-        ]
+        here = [each for each in found if each.repair == "retrain" and each.shard == shard]
+        keys = [each.key for each in here if each.key]
         plan = plan_of(context, view_shard(context, shard, dropped=keys))
         plans.append(plan)
         if keys:

@@ -324,10 +324,8 @@ class _Scanner:
         whole, numbered = True, enumerate(ids)
         while True:
             batch: list[tuple[int, str | None]] = []
-            try:
-                batch.extend(
-                    islice(numbered, BATCH_ROWS)
-                )  # keeps the rows before one that can't be read
+            try:  # what comes before a row that can't be read is kept
+                batch.extend(islice(numbered, BATCH_ROWS))
             except Unreadable:
                 whole = False
                 if ours:
