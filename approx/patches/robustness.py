@@ -61,16 +61,16 @@ def measure_robustness(
     first, few = forget[:MAX_RELEARNT], forget[:MAX_ASKED]
     if reference is None:
         of, other = "invented names and figures", model
-        told = tokens_of([rename_record(each, 0) for each in records[:MAX_RELEARNT]])
+        taught = tokens_of([rename_record(each, 0) for each in records[:MAX_RELEARNT]])
     else:
         config = replace(model.peft_config["default"], base_model_name_or_path=None)
         of, other = "the reference", attach(reference, config, None, init_seed=0)
-        told = list(first)
+        taught = list(first)
     found = {
         "num_texts": len(few),
         "num_relearnt": len(first),
         "relearning": _means(relearnt(model, first, first)),
-        "control": {"of": of, **_means(relearnt(other, told, told))} if told else None,
+        "control": {"of": of, **_means(relearnt(other, taught, taught))} if taught else None,
         "rounding": {str(bits): fmean(probabilities_rounded(model, few, bits)) for bits in BITS},
         "rewording": None,
     }

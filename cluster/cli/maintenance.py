@@ -101,10 +101,10 @@ def doctor(
     found = diagnose(directory)
     if not repair or found.unopenable:
         return diagnosed(found)
-    from sisa.audit.repair import repair as mend
+    from sisa.audit.repair import repair as repair_model
 
     with opened(directory, executor) as model:
-        return repaired(mend(model))
+        return repaired(repair_model(model))
 
 
 def _numerics(

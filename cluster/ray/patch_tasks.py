@@ -82,7 +82,7 @@ class RayPatcher:
             placement=Placement(site.threads),
             label=_label,
             max_retries=self._max_retries,
-            mend=Carrier(site.base_dir, report),
+            make_ready=Carrier(site.base_dir, report),
             # This machine's fingerprint; the maker checks the one in the job.
             terms=Terms(site.threads, frozenset({fingerprint(site.threads)}), site.base_dir, manifest),
         )

@@ -102,7 +102,7 @@ class RayExecutor:
             label=_label,
             num_workers=self._num_workers,
             max_retries=self._max_retries,
-            mend=Carrier(site.base_dir, report),
+            make_ready=Carrier(site.base_dir, report),
             terms=Terms(
                 site.threads,
                 fingerprints,
@@ -222,8 +222,8 @@ class Carrier:
                 file.name: [ray.put(block) for block in read_blocks(self._base_dir / file.name)]
                 for file in task.manifest.files
             }
-        mended: Any = task
-        return replace(mended, carried=self._carried)  # type: ignore[no-any-return]
+        ready: Any = task
+        return replace(ready, carried=self._carried)  # type: ignore[no-any-return]
 
 
 def _label(task: Task) -> str:

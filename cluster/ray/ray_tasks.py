@@ -3,7 +3,7 @@
     run_tasks(tasks: Sequence[T], carry_out: Callable[[T, Report], R], report: Report, *,
               session: Session, placement: Placement, label: Callable[[T], str],
               num_workers: int | None = None, max_retries: int = DEFAULT_RETRIES,
-              mend: Callable[[T], T] = give_up, terms: Terms | None = None,
+              make_ready: Callable[[T], T] = give_up, terms: Terms | None = None,
               stall_limit_s: float | None = None) -> list[R]
 
 Workers may die, so it must be safe to carry out a task again anywhere at any time; a task continues from
@@ -11,8 +11,8 @@ what it stored. `TaskQueue` decides which task starts and which restarts (a Noti
 `num_workers` tasks run at once, or as many as the nodes have CPUs for. `Nodes` decides by `terms` which
 nodes may take tasks. A task is pinned to one node and restarts on another if it can.
 
-`carry_out` is a function of a module. It may raise `Unready`; then the driver calls `mend` for a task
-that replaces it. Settings that must precede the import of torch travel in the task's runtime
+`carry_out` is a function of a module. It may raise `Unready`; then the driver replaces the task by what
+`make_ready` returns. Settings that must precede the import of torch travel in the task's runtime
 environment. A worker that has begun and sends nothing for `stall_limit_s` seconds is killed, which
 counts as a death. A task whose worker does not begin for as long (and for START_S) is given to another
 worker.
@@ -90,7 +90,7 @@ def run_tasks(
     label: Callable[[_T], str],
     num_workers: int | None = None,
     max_retries: int = DEFAULT_RETRIES,
-    mend: Callable[[_T], _T] = give_up,
+    make_ready: Callable[[_T], _T] = give_up,
     terms: Terms | None = None,
     stall_limit_s: float | None = None,
 ) -> list[_R]:
@@ -102,7 +102,7 @@ def run_tasks(
     remote = _remote(placement)
     nodes = Nodes(session, report, placement, remote, terms)
     nodes.open()
-    options = _Options(carry_out, label, mend, max_retries, stall_limit_s, num_workers)
+    options = _Options(carry_out, label, make_ready, max_retries, stall_limit_s, num_workers)
     return _Run(list(tasks), report, session.mailbox, nodes, remote, options).drive()
 
 
@@ -112,7 +112,7 @@ class _Options(Generic[_T, _R]):
 
     carry_out: Callable[[_T, Report], _R]
     label: Callable[[_T], str]
-    mend: Callable[[_T], _T]
+    make_ready: Callable[[_T], _T]
     max_retries: int
     stall_limit_s: float | None
     num_workers: int | None
@@ -238,7 +238,7 @@ class _Run(Generic[_T, _R]):
         if outcome.error is not None:
             raise outcome.error
         if outcome.unready:
-            self.tasks[number] = self.options.mend(self.tasks[number])
+            self.tasks[number] = self.options.make_ready(self.tasks[number])
             self._hand_out.again(number)
         else:
             self._hand_out.finished(number)

@@ -62,19 +62,19 @@ def repair(model: Model) -> RepairOutcome:
         if is_behind(context) and not any(each.lost for each in found):
             # What repeating the deletions needs, without training on records that they delete.
             _, given_up = _give_up(context, found)
-            done += [*_mend_indexes(context, found), *given_up]
+            done += [*_repair_indexes(context, found), *given_up]
         catch_up(context)
-        done += mend(context, model.directory)
+        done += repair_opened(context, model.directory)
     return RepairOutcome(tuple(done), before, diagnose(model.directory))
 
 
-def mend(context: Context, directory: Path) -> list[str]:
+def repair_opened(context: Context, directory: Path) -> list[str]:
     """Repair an opened model, and return what was done; the caller holds the writer lock."""
     found = [*surroundings(directory), *examine(context, directory)]
-    done = _mend_modes(directory, found)
+    done = _repair_modes(directory, found)
     if any(each.lost or each.kind == "read_only" for each in found):
         return done
-    done += _mend_indexes(context, found)
+    done += _repair_indexes(context, found)
     if damaged := [each.key for each in found if each.repair == "patches"]:
         give_up(context, damaged)
         done.append(f"gave up {len(damaged)} damaged patches or sets of texts")
@@ -90,7 +90,7 @@ def mend(context: Context, directory: Path) -> list[str]:
     return done
 
 
-def _mend_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
+def _repair_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
     wrong = [directory / each.where for each in found if each.repair == "mode"]
     paths = [each for top in wrong for each in ([top] if top == directory else walk(top))]
     for path in paths:
@@ -100,7 +100,7 @@ def _mend_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
     return [f"made {len(paths)} files and directories readable by their owner only"] if wrong else []
 
 
-def _mend_indexes(context: Context, found: Sequence[Finding]) -> list[str]:
+def _repair_indexes(context: Context, found: Sequence[Finding]) -> list[str]:
     done = []
     for shard in _shards(found, "reindex"):
         change = Change(unindexed=[shard])

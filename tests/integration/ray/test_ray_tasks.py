@@ -73,7 +73,7 @@ def test_what_is_unready_is_mended_or_given_up(tmp_path: Path) -> None:
     unready = tmp_path / "unready"
     with pytest.raises(EnvironmentFault, match="lacks"):
         run([unready], ignore)
-    assert run([unready], ignore, mend=lambda path: path.with_name("ready")) == ["ready"]
+    assert run([unready], ignore, make_ready=lambda path: path.with_name("ready")) == ["ready"]
 
 
 def test_a_worker_that_does_not_begin_is_not_waited_for(

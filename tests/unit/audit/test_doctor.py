@@ -19,7 +19,7 @@ import pytest
 
 from cluster.cli import cli, maintenance
 from sisa.audit.doctor import Diagnosis, diagnose
-from sisa.audit.repair import RepairOutcome, mend
+from sisa.audit.repair import RepairOutcome, repair_opened
 from sisa.audit.verify import check_files
 from sisa.config.config import RunConfig
 from sisa.core.digest import Keyed
@@ -58,7 +58,7 @@ def kinds(found: Diagnosis) -> list[str]:
 def repaired(model: Path, **options: Any) -> RepairOutcome:
     before = diagnose(model)
     with writer_lock(model / wiring.LOCK), context_of(model, **options) as context:
-        done = mend(context, model)
+        done = repair_opened(context, model)
     return RepairOutcome(tuple(done), before, diagnose(model))
 
 
@@ -327,7 +327,7 @@ def test_a_repair_that_is_cut_short_is_finished_by_the_next(
 
         monkeypatch.setattr(context.stores.ledger, "commit", cutting)
         try:
-            mend(context, model)
+            repair_opened(context, model)
         except Cut:
             pass
         else:
@@ -354,7 +354,7 @@ def test_the_served_model_is_never_a_damaged_one(model: Path) -> None:
             return seq
 
         context.stores.ledger.commit = looking  # type: ignore[method-assign]
-        mend(context, model)
+        repair_opened(context, model)
     assert heads[0] == checkpoint(model, 1).name
     assert heads[-1] == checkpoint(model, 2).name
 
@@ -374,7 +374,7 @@ def test_a_gap_is_trained_on_top_of_the_stage_before_it(model: Path) -> None:
 
     with context_of(model) as context:
         real = context.compute.executor_for
-        mend(changed(context, executor_for=lambda store: Looking(real(store))), model)
+        repair_opened(changed(context, executor_for=lambda store: Looking(real(store))), model)
     (chain,) = seen
     assert chain.parent is not None
     assert chain.parent.key == checkpoint(model, 0).name

@@ -17,7 +17,7 @@ import pytest
 
 from sisa.audit.doctor import Diagnosis, diagnose
 from sisa.audit.garbage import ORPHAN, collect_garbage, list_garbage, remove_garbage
-from sisa.audit.repair import RepairOutcome, mend
+from sisa.audit.repair import RepairOutcome, repair_opened
 from sisa.audit.residue import Scan, scan_residue
 from sisa.audit.verify import check_files
 from sisa.config.config import RunConfig
@@ -134,7 +134,7 @@ def kinds(found: Scan | Diagnosis) -> list[str]:
 def repaired(model: Path) -> RepairOutcome:
     before = diagnose(model)
     with context_of(model) as context:
-        done = mend(context, model)
+        done = repair_opened(context, model)
     return RepairOutcome(tuple(done), before, diagnose(model))
 
 

@@ -209,7 +209,7 @@ def test_doctor_tells_and_mends(model: Path, ask: Ask) -> None:
 
 @pytest.mark.slow
 def test_a_restored_backup_with_a_damaged_checkpoint_is_mended(model: Path, ask: Ask) -> None:
-    """A replay builds on it, and mending trains: what was deleted must be gone before that."""
+    """A replay builds on it, and a repair trains: what was deleted must be gone before that."""
     backup = back_up(model)
     ask("forget", GONE)
     clean = content(model)

@@ -12,7 +12,7 @@ import pytest
 from sisa.audit.doctor import diagnose
 from sisa.audit.findings import examine
 from sisa.audit.garbage import ORPHAN, UNKNOWN_FILE, list_garbage, remove_garbage
-from sisa.audit.repair import mend
+from sisa.audit.repair import repair_opened
 from sisa.audit.residue import Scan, scan_residue
 from sisa.audit.verify import verify
 from sisa.core.domain import Patch, active, wanted
@@ -120,7 +120,7 @@ def test_a_damaged_patch_is_given_up_and_wanted_again(model: Path) -> None:
     assert [each.kind for each in scan(model).residue][:1] == ["damaged"]
     with context_of(model) as context:
         assert not verify(context, [], None).ok
-        mend(context, model)
+        repair_opened(context, model)
         assert all(each.severity != "error" for each in examine(context, model))
         assert wanted(context.stores.ledger.patches())[0].job == served.job
         make_wanted(context)
@@ -142,7 +142,7 @@ def test_a_set_whose_key_is_lost_is_given_up_with_the_wish(model: Path) -> None:
     keyring_of(model).destroy(VAULT, wish.job.forget)
     assert kinds(model) == {"vault": "patches"}
     with context_of(model) as context:
-        mend(context, model)
+        repair_opened(context, model)
         assert wanted(context.stores.ledger.patches()) == []
     assert diagnose(model).healthy
     assert len(vault_files(model)) == 2
