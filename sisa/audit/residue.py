@@ -68,7 +68,7 @@ from sisa.store.metrics import STAGE_DIGITS, parsed, without
 if TYPE_CHECKING:
     from sisa.model import Model
 
-COUNTED = (
+SCANNED = (
     *("files", "bytes", "checkpoints", "rows", "vectors", "adapters", "unreadable"),
     *("shredded", "patches", "kept_by_consent"),
 )
@@ -180,7 +180,7 @@ class _Scanner:
         self.strings = strings
         self.residue: list[Residue] = []
         self.outdated: list[str] = []
-        self.counts = dict.fromkeys(COUNTED, 0)
+        self.counts = dict.fromkeys(SCANNED, 0)
         self.counts |= {"strings": len(strings), "strings_too_short_for_raw_bytes": strings.num_short}
         self.proven: set[Path] = set()
         self.empty: list[Path] = []
