@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.cli.command import command, command_group, run_file_argument
-from cluster.jobs.jobs import Job, check_name, job_name
+from cluster.jobs.jobs import Job, check_name
 from cluster.jobs.kuberay import IMAGE, INSTANCE_TYPE, KINDS, manifest
 from cluster.render.render import Result, printable
 
@@ -48,7 +48,8 @@ def submit_job(
     from cluster.jobs.job_flow import submit_training
 
     given = {"--reconfigure": reconfigure, "--allow-deleted": allow_deleted}
-    name = check_name(name) if name else job_name(datetime.now(UTC), secrets.token_hex(4))
+    fresh = f"sisa-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"  # accepted only once
+    name = check_name(name) if name else fresh
     jobs = _open_jobs(address)
     job = submit_training(jobs, run_file, name, [flag for flag, wanted in given.items() if wanted])
     submitted = f"job {name} submitted"

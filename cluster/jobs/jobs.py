@@ -1,11 +1,8 @@
-"""Define jobs on a remote cluster, what is sent with one, and the port to a cluster that runs them.
+"""Define jobs on a remote cluster, and the port to a cluster that runs them.
 
-Pure. A job is sent as a folder of code with a run file and a fixed command. Its metadata names the model
-that it trains, as a digest of the model's path, and nothing else: no record, no id, no secret. A job
-that ended has an exit code, unless the cluster ended it.
+A job's metadata names the model that it trains, as a digest of the model's path, and nothing else: no
+record, no id, no secret. A job that ended has an exit code, unless the cluster ended it.
 
->>> job_name(datetime(2026, 1, 2, 3, 4, 5), "9f")
-'sisa-20260102-030405-9f'
 >>> Job("sisa-a", "FAILED", exit_code=5).ended
 True
 """
@@ -16,7 +13,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -24,9 +20,7 @@ from sisa.core.digest import sha256_hex
 from sisa.core.errors import InvalidInput, Problem
 
 State = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
-ENDED_STATES = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
 MODEL = "sisa_model"  # the metadata key that names the model of a job
-RUN_FILE = "run.yaml"  # the run file's name in the folder
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -42,19 +36,19 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Describe a job as the cluster knows it. `fault` says what ended a job without an exit code."""
+    """Describe a job as the cluster knows it."""
 
     id: str
     state: State
     exit_code: int | None = None
-    fault: str = ""
+    fault: str = ""  # what ended a job without an exit code
     started_s: float | None = None  # since 1970
     ended_s: float | None = None
     said: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ended(self) -> bool:
-        return self.state in ENDED_STATES
+        return self.state in ("STOPPED", "SUCCEEDED", "FAILED")
 
     @property
     def model(self) -> str | None:
@@ -88,17 +82,8 @@ class Jobs(Protocol):
 
 
 def model_digest(output_dir: Path) -> str:
-    """Return a digest that identifies the model at a path without revealing the path.
-
-    >>> model_digest(Path("/shared/a/../m")) == model_digest(Path("/shared/m"))
-    True
-    """
+    """Return a digest that identifies the model at a path without revealing the path."""
     return sha256_hex(os.path.normpath(output_dir).encode())[:32]
-
-
-def job_name(now: datetime, chance: str) -> str:
-    """Return a name for a new job. A cluster accepts each name once."""
-    return f"sisa-{now:%Y%m%d-%H%M%S}-{chance}"
 
 
 def check_name(name: str) -> str:

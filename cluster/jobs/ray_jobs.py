@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -27,12 +27,11 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from cluster.jobs.jobs import Job, State, Submission, taken_name, unknown_job
-from cluster.ray.ray_session import AUTH_MODE, has_token, read_environment
+from cluster.ray.ray_session import AUTH_MODE, changed_environment, first_line, has_token
 from sisa.core.errors import EnvironmentFault, InvalidInput
 
 JOB_CONNECT_S = 5.0
 YOUNG_S, AGAIN_S = 60.0, 0.5  # how long, and how often, to retry on a cluster that has just started
-OVERRIDING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray prefers them to the given address
 TALKATIVE = (
     *("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
     "ray._private.runtime_env.packaging",
@@ -40,24 +39,27 @@ TALKATIVE = (
 
 
 class RayJobs:
-    """Run jobs on a cluster, as `Jobs`.
-
-    Raise InvalidInput for an invalid address, EnvironmentFault if the cluster does not answer.
-    """
+    """Run jobs on a cluster. Raise InvalidInput for an invalid address, else as `Jobs`."""
 
     def __init__(self, address: str) -> None:
         self._address = check_address(address)
         for name in TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
-        with self._translated(), _as_given():
+        # Ray prefers these variables to the given address, and looks for a token only when told to.
+        overriding = dict.fromkeys(("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"))
+        given = {**overriding, AUTH_MODE: os.environ.get(AUTH_MODE, "token")}
+        with self._translated(), changed_environment(given):
             _knock(self._address)
             self._client = JobSubmissionClient(self._address)
 
     def submit(self, submission: Submission) -> None:
-        with self._translated():
-            if self._known(submission.id):
-                raise taken_name(submission.id)
-            self._submit(submission)
+        try:
+            self.get(submission.id)
+        except InvalidInput:
+            with self._translated():
+                self._submit(submission)
+        else:
+            raise taken_name(submission.id)
 
     def get(self, job: str) -> Job:
         with self._translated(job):
@@ -89,6 +91,9 @@ class RayJobs:
             return bool(self._client.stop_job(job))
 
     def _submit(self, submission: Submission) -> None:
+        # A job sends no token to its cluster if the user disabled tokens.
+        disabled = os.environ.get(AUTH_MODE, "").lower() == "disabled"
+        environment = {AUTH_MODE: "disabled"} if disabled else {}
         until = time.monotonic() + YOUNG_S
         while True:
             try:
@@ -96,7 +101,7 @@ class RayJobs:
                     # `exec`: signals that end the job reach the program instead of a shell
                     entrypoint=f"exec {shlex.join(submission.words)}",
                     submission_id=submission.id,
-                    runtime_env={"working_dir": str(submission.folder), "env_vars": _auth_environment()},
+                    runtime_env={"working_dir": str(submission.folder), "env_vars": environment},
                     metadata=dict(submission.said),
                 )
                 return
@@ -105,13 +110,6 @@ class RayJobs:
                 if "No available agent" not in str(error) or time.monotonic() > until:
                     raise
                 time.sleep(AGAIN_S)
-
-    def _known(self, job: str) -> bool:
-        try:
-            self.get(job)
-        except InvalidInput:
-            return False
-        return True
 
     @contextmanager
     def _translated(self, job: str = "") -> Iterator[None]:
@@ -122,7 +120,7 @@ class RayJobs:
             raise EnvironmentFault(
                 "the cluster does not accept the token" if has_token() else "there is no token to send",
                 where=self._address,
-                got=_first_line(error),
+                got=first_line(error),
                 next_step="put the cluster's token into a file and name it by RAY_AUTH_TOKEN_PATH "
                 "(RAY_AUTH_MODE=disabled for a cluster that wants none)",
             ) from None
@@ -131,7 +129,7 @@ class RayJobs:
                 "no Ray cluster can be reached",
                 where=self._address,
                 expected="the address of a head node's dashboard, such as http://127.0.0.1:8265",
-                got=_first_line(error),
+                got=first_line(error),
                 next_step="check the address; if the head node was lost, restart it and submit the job "
                 "again: it continues from what is stored",
             ) from None
@@ -141,7 +139,7 @@ class RayJobs:
             raise EnvironmentFault(
                 "the cluster refused the request",
                 where=self._address,
-                got=_first_line(error),
+                got=first_line(error),
                 next_step="see the dashboard's log on the head node",
             ) from None
 
@@ -163,38 +161,11 @@ def check_address(address: str) -> str:
 
 
 def _knock(address: str) -> None:
-    """Raise OSError if the dashboard does not accept a connection: Ray's client would wait for ever.
-
-    Behind a proxy, do nothing.
-    """
+    """Raise OSError if the dashboard does not accept a connection: Ray's client would wait for ever."""
     parts = urlsplit(address)
-    host = parts.hostname or ""
-    if parts.scheme in getproxies() and not proxy_bypass(host):
-        return
-    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-    socket.create_connection((host, port), timeout=JOB_CONNECT_S).close()
-
-
-@contextmanager
-def _as_given() -> Iterator[None]:
-    """Make Ray's client use the given address and look for a token, until the block ends."""
-    former = {name: os.environ.pop(name, None) for name in OVERRIDING}
-    chosen = AUTH_MODE in os.environ
-    os.environ.setdefault(AUTH_MODE, "token")
-    read_environment()
-    try:
-        yield
-    finally:
-        os.environ |= {name: value for name, value in former.items() if value is not None}
-        if not chosen:
-            del os.environ[AUTH_MODE]
-        read_environment()
-
-
-def _auth_environment() -> dict[str, str]:
-    """Return the job's environment: it sends no token to its cluster if the user disabled tokens."""
-    disabled = os.environ.get(AUTH_MODE, "").lower() == "disabled"
-    return {AUTH_MODE: "disabled"} if disabled else {}
+    host, port = parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme]
+    if parts.scheme not in getproxies() or proxy_bypass(host):
+        socket.create_connection((host, port), timeout=JOB_CONNECT_S).close()
 
 
 async def _next(pieces: AsyncIterator[str]) -> str | None:
@@ -204,17 +175,12 @@ async def _next(pieces: AsyncIterator[str]) -> str | None:
 
 
 def _job(details: Any) -> Job:
-    state: State = str(details.status)  # type: ignore[assignment]
     return Job(
         id=details.submission_id or "",
-        state=state,
+        state=cast(State, str(details.status)),
         exit_code=details.driver_exit_code,
         fault=details.error_type or "",
         started_s=details.start_time / 1000 if details.start_time else None,
         ended_s=details.end_time / 1000 if details.end_time else None,
         said=details.metadata or {},
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300] or type(error).__name__

@@ -1,16 +1,16 @@
 """Evaluate several models: one Ray task per model, or one model after another in this process.
 
-A task opens its model, writes the model's log and returns the rows. A log is continued, so a task that
-is started again repeats at most one batch. Tasks share the CPUs of a node; a task on CUDA takes one GPU.
-A single task needs no Ray.
+A log is continued, so a task that is started again repeats at most one batch. Tasks share the CPUs of a
+node; a task on CUDA takes one GPU. A single task needs no Ray.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,16 +27,13 @@ NOTICE_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """Describe one model to evaluate.
-
-    With `kind` None, the model's own kind of prompt is used. `out` is the directory for logs.
-    """
+    """Describe one model to evaluate."""
 
     spec: str
     split: str
     questions: Sequence[Question] = field(repr=False)
-    out: Path
-    kind: PromptKind | None
+    out: Path  # the directory for logs
+    kind: PromptKind | None  # of prompts; None: the model's own
     template: str
     max_new_tokens: int
     batch_size: int
@@ -54,27 +51,16 @@ def carry_out(task: EvaluationTask, report: Report) -> Evaluated:
     settings = TofuSettings(PromptForm(task.kind or model.kind, task.template), task.max_new_tokens)
     header = header_of(model, task.questions, settings)
     log = task.out / log_name(model, task.split, header)
-    rows = evaluate(
-        model,
-        task.questions,
-        log,
-        settings,
-        batch_size=task.batch_size,
-        progress=_noticing(task.spec, report),
-    )
-    return Evaluated(task.spec, model.digest, log, header.settings, rows)
-
-
-def _noticing(name: str, report: Report) -> Callable[[int, int], None]:
     last = time.monotonic()
 
     def progress(done: int, total: int) -> None:
         nonlocal last
         if done == total or time.monotonic() - last >= NOTICE_EVERY_S:
             last = time.monotonic()
-            report(Notice(f"{name}: {done} of {total} questions"))
+            report(Notice(f"{task.spec}: {done} of {total} questions"))
 
-    return progress
+    rows = evaluate(model, task.questions, log, settings, batch_size=task.batch_size, progress=progress)
+    return Evaluated(task.spec, model.digest, log, header.settings, rows)
 
 
 def run_evaluations(
@@ -93,8 +79,5 @@ def run_evaluations(
     session = connect(address, len(os.sched_getaffinity(0)))
     cpus = max(1, max(alive_cpus(), default=1) // len(tasks))
     placement = Placement(cpus, gpus=int(tasks[0].device.startswith("cuda")))
-    return run_tasks(tasks, carry_out, report, session=session, placement=placement, label=_label)
-
-
-def _label(task: EvaluationTask) -> str:
-    return task.spec
+    label = attrgetter("spec")
+    return run_tasks(tasks, carry_out, report, session=session, placement=placement, label=label)

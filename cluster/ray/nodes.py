@@ -2,12 +2,10 @@
 
 The driver's own node may always train. Every other node, including one that joins later, must first
 prove that it trains the same bits (`proofs.py`). A node that fails the proof never gets a task; a notice
-says why. Before any work, EnvironmentFault is raised if no node may train, or if a node lacks the base
-and the object store is too small to carry it there. A lost node loses its places.
+says why. A lost node loses its places.
 
 Losing the head is fatal: Ray keeps its tables in the head's memory, and an external Redis is not
-assumed. The driver reports the loss after HEAD_LOST_S and ends. Finished work is kept, and the same
-command continues from it.
+assumed.
 
 CPUs used by other jobs of the cluster are not seen: a task waits for the node it was given. Nodes that
 join a run on a local Ray (one node, no address) are not used.
@@ -16,7 +14,6 @@ join a run on a local Ray (one node, no address) are not used.
 from __future__ import annotations
 
 import contextlib
-import queue
 import socket
 import threading
 import time
@@ -25,7 +22,7 @@ from typing import Any
 
 import ray
 
-from cluster.ray.proofs import Proofs, Remote, Terms
+from cluster.ray.proofs import Proof, Proofs, Remote, Terms
 from cluster.ray.ray_session import Session
 from cluster.ray.shared_base import BLOCK_BYTES
 from cluster.ray.worker_slots import Placement, WorkerSlots
@@ -50,12 +47,7 @@ class Nodes:
     """Track which nodes may train and how many workers each of them takes."""
 
     def __init__(
-        self,
-        session: Session,
-        report: Report,
-        placement: Placement,
-        remote: Remote,
-        terms: Terms | None,
+        self, session: Session, report: Report, placement: Placement, remote: Remote, terms: Terms | None
     ) -> None:
         """Create a tracker. With `terms` None, every node may take tasks."""
         self.places = WorkerSlots()
@@ -96,7 +88,6 @@ class Nodes:
             self._raise_none()
 
     def name_of(self, node: str) -> str:
-        """Return a node's name for people."""
         return self._alive[node].name if node in self._alive else node[:8]
 
     def _greet(self, within_s: float = CONNECT_S) -> None:
@@ -131,14 +122,15 @@ class Nodes:
         A lost node is asked again when it is next seen.
         """
         lost = False
-        for node, proof, why in self._proofs.judge() if self._proofs is not None else ():
+        for node, proof in self._proofs.judge() if self._proofs is not None else ():
             if node not in self._alive:
                 continue
-            if proof is None and not why:
+            if proof == "":
                 lost = True
                 self._alive.pop(node)
                 continue
-            if proof is not None and not why and not proof.has_base:
+            why = proof if isinstance(proof, str) else ""
+            if isinstance(proof, Proof) and not proof.has_base:
                 why = self._cannot_carry(node, must_carry)
             if not why:
                 self.places.join(node, self._alive[node].num_places)
@@ -208,14 +200,13 @@ def _listed(within_s: float) -> list[dict[str, Any]] | None:
 
     The call runs in a thread of its own, since a call to a lost head does not return.
     """
-    answer: queue.Queue[list[dict[str, Any]]] = queue.Queue()
+    answer: list[list[dict[str, Any]]] = []
 
     def ask() -> None:
         with contextlib.suppress(Exception):
-            answer.put(ray.nodes())
+            answer.append(ray.nodes())
 
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        return answer.get(timeout=within_s)
-    except queue.Empty:
-        return None
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(within_s)
+    return answer[0] if answer else None

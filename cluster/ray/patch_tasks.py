@@ -2,29 +2,25 @@
 
 A task carries paths, digests and an order, never text. The worker reads the vault itself, so the vault,
 its keyring and the patches must lie where all nodes see them. A worker that dies is started again and
-continues from the state that its run had saved. Orders are checked on the driver, since a check needs no
-weights.
+continues from the state that its run had saved.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import ray
 
 from approx.patches.patching import PatchMaker
 from cluster.ray.proofs import Terms
-from cluster.ray.ray_executor import Carrier, leased, lent_keys, manifest_of
-from cluster.ray.ray_session import Session, connect
+from cluster.ray.ray_executor import carrier, leased, lent_keys, manifest_of
+from cluster.ray.ray_session import connect
 from cluster.ray.ray_tasks import run_tasks
-from cluster.ray.ray_worker import Carried, base_on_this_node
-from cluster.ray.shared_base import BaseManifest
+from cluster.ray.ray_worker import NeedsBase, base_on_this_node
 from cluster.ray.worker_slots import Placement
 from sisa.config.config import RunConfig
-from sisa.core.domain import Record
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Report
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
@@ -36,56 +32,40 @@ from sisa.store.records import DRAFTS_AREA
 
 
 @dataclass(frozen=True, slots=True)
-class PatchTask:
-    """Hold what travels to a worker. The last three fields are those of `ray_worker.Task`."""
+class PatchTask(NeedsBase):
+    """Hold what travels to a worker."""
 
     site: PatchSite
     order: PatchOrder
-    manifest: BaseManifest | None
-    origin: str
-    carried: Carried = field(default_factory=dict)
 
 
-class RayPatcher:
-    """Make patches in a Ray worker, as a `sisa.core.ports.Patcher`."""
+@dataclass
+class RayPatcher(PatchMaker):
+    """Check orders on the driver, since that needs no weights, and make patches in a Ray worker."""
 
-    def __init__(self, site: PatchSite, address: str | None, max_retries: int) -> None:
-        self._site = site
-        self._address = address
-        self._max_retries = max_retries
-        self._here = PatchMaker(site)
-
-    def check(
-        self,
-        settings: Mapping[str, Any],
-        forget: Sequence[Record],
-        retain: Sequence[Record] | None,
-        reference: str = "",
-    ) -> None:
-        """Check an order on the driver, as the Protocol says."""
-        self._here.check(settings, forget, retain, reference)
+    config: RunConfig
 
     def make(self, order: PatchOrder, report: Report) -> PatchMade:
         """Make a patch, as the Protocol says. Also raise EnvironmentFault if Ray or a machine fails."""
-        session = connect(self._address, self._site.threads)
-        with _lent(self._site, order.job.key) as site:
-            return self._made(session, site, order, report)
-
-    def _made(self, session: Session, site: PatchSite, order: PatchOrder, report: Report) -> PatchMade:
+        site, cluster = self.site, self.config.cluster
+        session = connect(cluster.address, site.threads)
         origin = ray.get_runtime_context().get_node_id()
-        manifest = manifest_of(site.base_dir, site.base_digest, self._address)
-        (made,) = run_tasks(
-            [PatchTask(site, order, manifest, origin)],
-            make_remotely,
-            report,
-            session=session,
-            placement=Placement(site.threads),
-            label=_label,
-            max_retries=self._max_retries,
-            make_ready=Carrier(site.base_dir, report),
-            # This machine's fingerprint; the maker checks the one in the job.
-            terms=Terms(site.threads, frozenset({fingerprint(site.threads)}), site.base_dir, manifest),
-        )
+        manifest = manifest_of(site.base_dir, site.base_digest, cluster.address)
+        with _lent(site, order.job.key) as there:
+            (made,) = run_tasks(
+                [PatchTask(there, order, manifest=manifest, origin=origin)],
+                make_remotely,
+                report,
+                session=session,
+                placement=Placement(site.threads),
+                label=lambda _task: "the patch",
+                max_retries=cluster.max_retries,
+                make_ready=carrier(site.base_dir, report),
+                # This machine's fingerprint; the maker checks the one in the job.
+                terms=Terms(
+                    site.threads, frozenset({fingerprint(site.threads)}), site.base_dir, manifest
+                ),
+            )
         return made
 
 
@@ -122,12 +102,3 @@ def make_remotely(task: PatchTask, report: Report) -> PatchMade:
         )
     base_dir = base_on_this_node(task, site.base_dir)
     return PatchMaker(replace(site, base_dir=base_dir)).make(task.order, report)
-
-
-def _label(_task: PatchTask) -> str:
-    return "the patch"
-
-
-def open_patcher(site: PatchSite, config: RunConfig) -> RayPatcher:
-    """Return a patcher that works on the Ray of a run file's `cluster:` block."""
-    return RayPatcher(site, config.cluster.address, config.cluster.max_retries)

@@ -2,10 +2,8 @@
 
     probe on the node: fingerprint, digest of the self-test, is the base there? -> Proof -> may it train?
 
-The driver's own node is the reference; it is probed as soon as another node is. A node is refused if its
-fingerprint differs from the jobs', if its self-test gives another digest than on the driver's node, or
-if its probe fails. A probe whose worker is lost counts as no answer and may be repeated. A proof is kept
-for the life of a node, which its id names.
+The driver's own node is the reference; it is probed as soon as another node is. A probe whose worker is
+lost counts as no answer and may be repeated. A proof is kept for the life of a node, which its id names.
 
 >>> reference = Proof("f1", "d1", has_base=True)
 >>> refusal(Proof("f1", "d1", has_base=False), reference, frozenset({"f1"}))
@@ -16,7 +14,7 @@ for the life of a node, which its id names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,21 +88,15 @@ class Terms:
 
 def refusal(proof: Proof, reference: Proof, fingerprints: frozenset[str]) -> str:
     """Return why a node may not train; empty if it may."""
-    if why := _other_fingerprint(proof, fingerprints):
-        return why
-    if proof.digest != reference.digest:
-        return (
-            f"its self-test gave {proof.digest[:12]}, and {reference.digest[:12]} on the driver's node, "
-            "under one fingerprint (`sisa doctor --numerics` shows it)"
-        )
-    return ""
-
-
-def _other_fingerprint(proof: Proof, fingerprints: frozenset[str]) -> str:
     for wanted in sorted(fingerprints - {proof.fingerprint}):
         return (
             f"its numerics fingerprint is {proof.fingerprint[:12]}, not {wanted[:12]} (another "
             "processor, other package versions or other kernel settings)"
+        )
+    if proof.digest != reference.digest:
+        return (
+            f"its self-test gave {proof.digest[:12]}, and {reference.digest[:12]} on the driver's node, "
+            "under one fingerprint (`sisa doctor --numerics` shows it)"
         )
     return ""
 
@@ -122,9 +114,12 @@ class Proofs:
 
     def ask(self, node: str) -> None:
         """Start the probe of a node, and of the driver's node, unless they have been asked."""
-        for each in (self._origin, node):
-            if each not in self._asked:
-                self._asked[each] = self._probe(each)
+        terms = self._terms
+        for each in {self._origin, node} - self._asked.keys():
+            probe = self._remote(terms.prove, each, num_cpus=0, num_gpus=terms.num_gpus)
+            self._asked[each] = _kept.get((each, terms)) or probe.remote(
+                terms.threads, terms.base_dir, terms.manifest, terms.precision
+            )
 
     def wait(self) -> None:
         """Wait until all probes have answered, or until PROVE_S seconds have passed."""
@@ -140,14 +135,14 @@ class Proofs:
     def pending(self) -> bool:
         return bool(self._asked.keys() - self._judged - {self._origin})
 
-    def judge(self) -> list[tuple[str, Proof | None, str]]:
-        """Return each node that has answered since the last call, with its proof or why it is refused.
+    def judge(self) -> Iterator[tuple[str, Proof | str]]:
+        """Yield each node that has answered since the last call, with its proof or why it is refused.
 
-        A lost node has neither. Raise EnvironmentFault if the driver's own node can't be probed, or if
-        its numerics differ from the driver's.
+        The reason is empty for a lost node. Raise EnvironmentFault if the driver's own node can't be
+        probed, or if its numerics differ from the driver's.
         """
         if not self.pending:
-            return []
+            return
         reference = self._answer(self._origin)
         if isinstance(reference, str):
             raise EnvironmentFault(
@@ -155,35 +150,25 @@ class Proofs:
                 got=reference,
                 next_step="see whether `sisa doctor --numerics` runs there, or use `--executor serial`",
             )
-        if reference and (why := _other_fingerprint(reference, self._terms.fingerprints)):
+        if reference is None:
+            return
+        if why := refusal(reference, reference, self._terms.fingerprints):
             raise EnvironmentFault(
                 "workers on the driver's node would train other bits than the driver",
                 got=why,
                 next_step="start Ray there with the driver's kernel settings (MKL_CBWR, "
                 "ATEN_CPU_CAPABILITY and the like) and package versions",
             )
-        found: list[tuple[str, Proof | None, str]] = []
         for node in self._asked.keys() - self._judged - {self._origin}:
-            proof = self._answer(node) if reference else None
-            if proof is None:
-                continue
+            proof = self._answer(node)
             if proof == "":
                 self.forget(node)
-                found.append((node, None, ""))
-                continue
-            self._judged.add(node)
-            if isinstance(proof, str):
-                found.append((node, None, proof))
-            elif reference:
-                found.append((node, proof, refusal(proof, reference, self._terms.fingerprints)))
-        return found
-
-    def _probe(self, node: str) -> Any:
-        if (node, self._terms) in _kept:
-            return _kept[node, self._terms]
-        probe = self._remote(self._terms.prove, node, num_cpus=0, num_gpus=self._terms.num_gpus)
-        terms = self._terms
-        return probe.remote(terms.threads, terms.base_dir, terms.manifest, terms.precision)
+            elif proof is not None:
+                self._judged.add(node)
+            if isinstance(proof, Proof):
+                yield node, refusal(proof, reference, self._terms.fingerprints) or proof
+            elif proof is not None:
+                yield node, proof
 
     def _answer(self, node: str) -> Proof | str | None:
         """Return a node's proof, why it has none (empty if the node is lost), or None while it runs."""

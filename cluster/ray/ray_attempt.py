@@ -1,8 +1,7 @@
 """Carry out a task in a Ray worker: send events to the driver, and return exceptions as values.
 
-An exception outside the error tree is returned without its message, which may quote a record. The first
-message of a worker names its process, so that a silent worker can be killed. Events go to the mailbox
-with the number of the attempt; the outcome lists all trained stages again.
+An exception outside the error tree is returned without its message, which may quote a record. Events go
+to the mailbox with the number of the attempt; the outcome lists all trained stages again.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Unready(Exception):
 
 @dataclass(frozen=True)
 class Begun:
-    """Name the process of a worker on its node; the first message that it sends."""
+    """Name the process of a worker, so that it can be killed; the first message that it sends."""
 
     pid: int
     created: float
@@ -47,10 +46,9 @@ class Begun:
 class Outcome(Generic[_R]):
     """Hold a task's result, or the reason why it has none, and every stage that it stored."""
 
-    result: _R | None = None
-    error: SisaError | None = None
-    unready: bool = False
-    trained: Sequence[SliceTrained] = ()
+    result: _R | None
+    error: SisaError | Unready | None
+    trained: Sequence[SliceTrained]
 
 
 def end_worker(worker: Begun) -> None:
@@ -83,22 +81,20 @@ def carry_out_remotely(
         posted[:] = [mailbox.put.remote(run_id, (attempt, event))]
 
     mailbox.put.remote(run_id, (attempt, Begun(os.getpid(), psutil.Process().create_time())))
-    result, failed, unready = None, None, False
+    result, failed = None, None
     try:
         result = carry_out(task, report)
-    except Unready:
-        unready = True
-    except SisaError as error:
+    except (SisaError, Unready) as error:
         failed = error
     except Exception as error:
         failed = _describe_fault(error, label)
     with contextlib.suppress(RayError):  # the mailbox may be gone; the outcome repeats what matters
         ray.get(posted, timeout=MAILBOX_S)
-    return Outcome(result, failed, unready, trained)
+    return Outcome(result, failed, trained)
 
 
 def _describe_fault(error: Exception, of: str) -> SisaError:
-    """Translate an exception from outside the error tree, without its message: it may quote a record."""
+    """Translate an exception from outside the error tree, without its message."""
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     places = [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]
     where = f"{of}, {' > '.join(places)}"

@@ -2,11 +2,10 @@
 
     python ray_reaper.py PRIVATE_DIR < pipe from the driver
 
-It reads the pipe. The word OVER means that the driver ended its Ray itself. An end of the pipe without
-it means that the driver was killed: the reaper then kills every process that has the private directory
-in its command line or environment, or a file of it open, and removes the directory. It runs in its own
-session, so that a hang-up or an interrupt of the driver's terminal does not reach it. It imports the
-standard library alone.
+The word OVER means that the driver ended its Ray itself. An end of the pipe without it means that the
+driver was killed: the reaper then kills every process that uses the private directory, and removes it.
+It runs in its own session, so that a hang-up or an interrupt of the driver's terminal does not reach it.
+It imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -44,10 +43,9 @@ def _belonging(private_dir: str) -> list[int]:
 
 
 def _uses(process: Path, private_dir: str) -> bool:
-    """Return whether a process uses the directory.
+    """Return whether a process names the directory in its command line or environment, or has it open.
 
-    Open files are checked as well: Ray's processes change their titles, which may overwrite the command
-    line and the environment they were started with.
+    Ray's processes change their titles, which may overwrite their command line and environment.
     """
     found = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
     return private_dir.encode() in found or any(

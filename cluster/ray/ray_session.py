@@ -4,9 +4,7 @@ A local Ray starts with the first run and ends with `disconnect` or with the pro
 loopback alone and requires its token: a new secret in a file of mode 0600 in the session's private
 directory. The directory is removed at the end, or by `ray_reaper.py` if the process is killed. A Ray
 that the caller started, or that runs at an address, is used and left as it is. Nothing is printed on
-standard output, even when a node is lost. The process's reaction to SIGTERM stays as it was.
-
-Ray Client (`ray://`) and autoscaling are not supported.
+standard output. The process's reaction to SIGTERM stays as it was.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,18 +45,14 @@ AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKE
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Describe a connection to Ray.
-
-    `private_dir` is None if the Ray was started by others. `owned` is true if `connect` made the
-    connection, to its own Ray or to another.
-    """
+    """Describe a connection to Ray."""
 
     job_id: str
     address: str | None
     num_cpus: int
     mailbox: Any
-    owned: bool
-    private_dir: Path | None
+    owned: bool  # whether `connect` made the connection, to its own Ray or to another
+    private_dir: Path | None  # None if the Ray was started by others
     at_end: ExitStack  # undoes what connecting did
 
 
@@ -91,15 +85,11 @@ class Mailbox:
 
 
 class Listener:
-    """Read a run's mailbox.
-
-    A late answer is kept and read by the next call, since its events are no longer in the mailbox. Ray
-    restarts a mailbox that died, empty.
-    """
+    """Read a run's mailbox, which Ray restarts, empty, if it dies."""
 
     def __init__(self, mailbox: Any, run_id: str) -> None:
         self._mailbox, self._run_id = mailbox, run_id
-        self._answer: Any = None  # requested, not yet received
+        self._answer: Any = None  # requested, not yet received: its events left the mailbox
 
     def received(self, timeout_s: float) -> list[Any]:
         """Return the events since the last call; none if no answer arrives in time."""
@@ -136,7 +126,7 @@ def connect(address: str | None, num_cpus: int) -> Session:
         if owned:
             # Ray prints on standard output when a node is lost, whatever the logging settings;
             # a Notice reports the loss instead.
-            at_end.enter_context(_instead(worker, "print_to_stdstream", _print_nothing))
+            at_end.enter_context(_instead(worker, "print_to_stdstream", lambda *_, **__: None))
             if address is None:
                 private_dir = _start(num_cpus, at_end)
             else:
@@ -180,10 +170,6 @@ def _instead(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, former)
 
 
-def _print_nothing(*_: object, **__: object) -> None:
-    """Print nothing: Ray's logs keep what a lost node wrote."""
-
-
 def _init(**options: Any) -> None:
     """Call `ray.init` without output.
 
@@ -208,7 +194,10 @@ def _init(**options: Any) -> None:
 
 
 def _start(num_cpus: int, at_end: ExitStack) -> Path:
-    private_dir = _private_directory()
+    private_dir = Path(tempfile.mkdtemp(prefix="sisa-"))
+    if len(str(private_dir)) > MAX_TEMP_LENGTH:
+        private_dir.rmdir()
+        private_dir = Path(tempfile.mkdtemp(prefix="sisa-", dir="/tmp"))
     at_end.enter_context(_reaped(private_dir))
     at_end.callback(shutil.rmtree, private_dir, ignore_errors=True)
     at_end.enter_context(own_token(private_dir / "token"))
@@ -226,7 +215,7 @@ def _start(num_cpus: int, at_end: ExitStack) -> Path:
     except Exception as error:
         raise EnvironmentFault(
             "a local Ray can't be started",
-            got=_first_line(error),
+            got=first_line(error),
             next_step="free memory and disk space, or train with `--executor serial`",
         ) from error
     return private_dir
@@ -252,39 +241,36 @@ def own_token(path: Path) -> Iterator[None]:
     """
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
-    former = {name: os.environ.pop(name, None) for name in (AUTH_MODE, TOKEN, TOKEN_PATH)}
-    os.environ |= {AUTH_MODE: "token", TOKEN_PATH: str(path)}
-    read_environment()
+    with changed_environment({AUTH_MODE: "token", TOKEN: None, TOKEN_PATH: str(path)}):
+        yield
+
+
+@contextmanager
+def changed_environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Set variables, or remove those that are None, for this process and its Ray; undo it at the end."""
+    former = {name: os.environ.get(name) for name in variables}
+    _set_environment(variables)
     try:
         yield
     finally:
-        for name, value in former.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        read_environment()
+        _set_environment(former)
 
 
-def read_environment() -> None:
-    """Make Ray read its environment again: it reads it on import, and a token once."""
+def _set_environment(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    # Ray reads its environment on import, and a token once.
     ray._raylet.Config.initialize("")
     ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
-
-
-def _private_directory() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="sisa-"))
-    if len(str(path)) > MAX_TEMP_LENGTH:
-        path.rmdir()
-        path = Path(tempfile.mkdtemp(prefix="sisa-", dir="/tmp"))
-    return path
 
 
 def _attach(address: str) -> None:
     # A cluster demands a token if `ray start` found one or was told to. Send one by default; on a
     # node of the cluster (`auto`), send one only if there is one, as a job does.
     if AUTH_MODE not in os.environ and (address != "auto" or has_token()):
-        os.environ[AUTH_MODE] = "token"
-        read_environment()
+        _set_environment({AUTH_MODE: "token"})
     try:
         host, _, port = address.rpartition(":")
         if address != "auto":  # Ray itself would wait for a minute and print
@@ -295,7 +281,7 @@ def _attach(address: str) -> None:
             "no Ray cluster can be reached",
             where=address,
             expected="HOST:PORT of a Ray head node of this Ray and Python version, or `auto`",
-            got=_first_line(error),
+            got=first_line(error),
             next_step="run `ray status` on the head node and check the address and the token "
             "(~/.ray/auth_token; RAY_AUTH_MODE=disabled for a cluster that wants none); without "
             "`address` a local Ray is started",
@@ -307,7 +293,8 @@ def has_token() -> bool:
     return bool(ray._raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of a message, at most 300 characters, or else the error's type."""
     return (str(error).splitlines() or [""])[0][:300] or type(error).__name__
 
 

@@ -1,21 +1,10 @@
 """Run tasks side by side on Ray; restart a task when its worker dies; cancel tasks on an error.
 
-    run_tasks(tasks: Sequence[T], carry_out: Callable[[T, Report], R], report: Report, *,
-              session: Session, placement: Placement, label: Callable[[T], str],
-              num_workers: int | None = None, max_retries: int = DEFAULT_RETRIES,
-              make_ready: Callable[[T], T] = give_up, terms: Terms | None = None,
-              stall_limit_s: float | None = None) -> list[R]
-
 Workers may die, so it must be safe to carry out a task again anywhere at any time; a task continues from
-what it stored. `TaskQueue` decides which task starts and which restarts (a Notice announces it).
-`num_workers` tasks run at once, or as many as the nodes have CPUs for. `Nodes` decides by `terms` which
-nodes may take tasks. A task is pinned to one node and restarts on another if it can.
-
-`carry_out` is a function of a module. It may raise `Unready`; then the driver replaces the task by what
-`make_ready` returns. Settings that must precede the import of torch travel in the task's runtime
-environment. A worker that has begun and sends nothing for `stall_limit_s` seconds is killed, which
-counts as a death. A task whose worker does not begin for as long (and for START_S) is given to another
-worker.
+what it stored. `TaskQueue` decides which task starts and which restarts (a Notice announces it), `Nodes`
+which nodes may take tasks. A task is pinned to one node and restarts on another if it can. A worker that
+has begun and falls silent is killed, which counts as a death; a task whose worker does not begin is
+given to another.
 
 Events arrive through a mailbox, an actor that needs no CPU. The mailbox may die: a task's result lists
 all of its SliceTrained events again, and each is reported once. `report` is called in the driver's
@@ -43,7 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.ray.nodes import Nodes
 from cluster.ray.proofs import LOST, Remote, Terms
-from cluster.ray.ray_attempt import MAILBOX_S, Begun, Outcome, carry_out_remotely, end_worker
+from cluster.ray.ray_attempt import MAILBOX_S, Begun, Outcome, Unready, carry_out_remotely, end_worker
 from cluster.ray.ray_session import Listener, Session
 from cluster.ray.worker_slots import Placement
 from sisa.core.errors import EnvironmentFault
@@ -60,26 +49,6 @@ CANCEL_S = 30.0
 START_S = 120.0  # a worker's start, with its imports, on a busy machine
 
 
-@dataclass
-class _Attempt:
-    """Describe a running task: its number, its node, and when it started or last sent something."""
-
-    number: int
-    node: str
-    received: float
-    worker: Begun | None = None
-    killed: bool = False
-
-
-def give_up(task: _T) -> _T:
-    """Raise EnvironmentFault: by default, a node without what a task needs can't be helped."""
-    raise EnvironmentFault(
-        "a node lacks what a task needs",
-        got=type(task).__name__,
-        next_step="use nodes that share the driver's files",
-    )
-
-
 def run_tasks(
     tasks: Sequence[_T],
     carry_out: Callable[[_T, Report], _R],
@@ -90,53 +59,61 @@ def run_tasks(
     label: Callable[[_T], str],
     num_workers: int | None = None,
     max_retries: int = DEFAULT_RETRIES,
-    make_ready: Callable[[_T], _T] = give_up,
+    make_ready: Callable[[_T], _T] | None = None,
     terms: Terms | None = None,
     stall_limit_s: float | None = None,
 ) -> list[_R]:
     """Run all tasks, started in their order, and return their results in the same order.
 
-    `label` returns a task's name for people. Raise the first error of a task. Raise EnvironmentFault if
-    no node may take tasks, or if Ray or a worker's machine fails.
+    `carry_out` is a function of a module. If it raises `Unready`, `make_ready` replaces the task.
+    `label` returns a task's name for people. `num_workers` tasks run at once, or as many as the nodes
+    have room for; nodes must meet `terms`. A worker is killed when it sends nothing for `stall_limit_s`
+    seconds. Raise the first error of a task. Raise EnvironmentFault if no node may take tasks, or if Ray
+    or a worker's machine fails.
     """
     remote = _remote(placement)
     nodes = Nodes(session, report, placement, remote, terms)
     nodes.open()
-    options = _Options(carry_out, label, make_ready, max_retries, stall_limit_s, num_workers)
-    return _Run(list(tasks), report, session.mailbox, nodes, remote, options).drive()
+    most = len(tasks) if num_workers is None else num_workers
+    options = (label, most, max_retries, make_ready, stall_limit_s)
+    return _Run(list(tasks), carry_out, report, session.mailbox, nodes, remote, *options).drive()
 
 
-@dataclass(frozen=True)
-class _Options(Generic[_T, _R]):
-    """Hold the options of a call of `run_tasks`."""
+@dataclass
+class _Attempt:
+    """Describe an attempt at a task: its node, and when it started or last sent something."""
 
-    carry_out: Callable[[_T, Report], _R]
-    label: Callable[[_T], str]
-    make_ready: Callable[[_T], _T]
-    max_retries: int
-    stall_limit_s: float | None
-    num_workers: int | None
+    number: int
+    task: int
+    node: str
+    received: float
+    worker: Begun | None = None
+    killed: bool = False
 
 
 @dataclass
 class _Run(Generic[_T, _R]):
-    """Drive one call of `run_tasks`; keep waiting, running and reported tasks by their number."""
+    """Drive one call of `run_tasks`; tasks are known by their number."""
 
     tasks: list[_T]
+    carry_out: Callable[[_T, Report], _R]
     report: Report
     mailbox: Any
     nodes: Nodes
     remote: Remote
-    options: _Options[_T, _R]
+    label: Callable[[_T], str]
+    num_workers: int
+    max_retries: int
+    make_ready: Callable[[_T], _T] | None
+    stall_limit_s: float | None
 
     def __post_init__(self) -> None:
         self._run_id = os.urandom(8).hex()
         self._listener = Listener(self.mailbox, self._run_id)
         self._running_in = current_run()
-        self._hand_out = TaskQueue(len(self.tasks), self.options.max_retries)
+        self._hand_out = TaskQueue(len(self.tasks), self.max_retries)
         self._count = count()
-        self._running: dict[Any, int] = {}  # attempts
-        self._attempts: dict[int, _Attempt] = {}  # those under way
+        self._running: dict[Any, _Attempt] = {}  # by reference
         self._failed_on: dict[int, str] = {}  # the node where a task failed last
         self._reported: set[str] = set()
         self._results: dict[int, Any] = {}
@@ -171,36 +148,29 @@ class _Run(Generic[_T, _R]):
         return done
 
     def _hand_out_tasks(self) -> None:
-        places, most = self.nodes.places, self.options.num_workers
-        workers = places.total if most is None else min(most, places.total)
-        while (number := self._hand_out.next_task(workers)) is not None:
-            node = places.take(avoid=self._failed_on.get(number))
+        places = self.nodes.places
+        workers = min(self.num_workers, places.total)
+        while (task := self._hand_out.next_task(workers)) is not None:
+            node = places.take(avoid=self._failed_on.get(task))
             if node is None:
-                self._hand_out.again(number)
+                self._hand_out.again(task)
                 return
-            self._submit(number, node)
+            self._submit(_Attempt(next(self._count), task, node, time.monotonic()))
 
-    def _submit(self, number: int, node: str) -> None:
-        task, attempt, carry_out = self.tasks[number], next(self._count), self.options.carry_out
-        there = self.remote(carry_out_remotely, node, name=getattr(carry_out, "__name__", "task"))
-        reference = there.remote(
-            carry_out,
-            task,
-            self.options.label(task),
-            self.mailbox,
-            self._run_id,
-            attempt,
-            self._running_in,
-        )
-        self._running[reference] = attempt
-        self._attempts[attempt] = _Attempt(number, node, time.monotonic())
+    def _submit(self, attempt: _Attempt) -> None:
+        task, carry_out = self.tasks[attempt.task], self.carry_out
+        name = getattr(carry_out, "__name__", "task")
+        there = self.remote(carry_out_remotely, attempt.node, name=name)
+        sent_to = (self.mailbox, self._run_id, attempt.number, self._running_in)
+        self._running[there.remote(carry_out, task, self.label(task), *sent_to)] = attempt
 
     def _deliver(self) -> None:
         # Outcomes repeat the events that are lost when the mailbox dies.
         events: list[tuple[int, Event | Begun]] = self._listener.received(MAILBOX_S)
-        for attempt, event in events:
+        attempts = {each.number: each for each in self._running.values()}
+        for number, event in events:
             # An event of an earlier attempt says nothing about the present one.
-            under_way = self._attempts.get(attempt)
+            under_way = attempts.get(number)
             if under_way is not None:
                 under_way.received = time.monotonic()
             if isinstance(event, Begun):
@@ -210,7 +180,7 @@ class _Run(Generic[_T, _R]):
             self._report_once(event)
             # A stage that was stored before is reported with zero seconds; it is no progress.
             if isinstance(event, SliceTrained) and event.seconds and under_way is not None:
-                self._hand_out.progressed(under_way.number)
+                self._hand_out.progressed(under_way.task)
 
     def _report_once(self, event: Event) -> None:
         if isinstance(event, SliceTrained):
@@ -220,33 +190,33 @@ class _Run(Generic[_T, _R]):
         self.report(event)
 
     def _settle(self, reference: Any) -> None:
-        attempt = self._attempts.pop(self._running.pop(reference))
-        number = attempt.number
+        attempt = self._running.pop(reference)
+        task = attempt.task
         self.nodes.places.give_back(attempt.node)
         try:
             outcome: Outcome[_R] = ray.get(reference)
         except (*LOST, ObjectLostError) as error:
-            self._failed_on[number] = attempt.node
+            self._failed_on[task] = attempt.node
             self.nodes.look(at_once=True)
             if isinstance(error, TaskUnschedulableError):  # the node was lost before the task began
-                self._hand_out.again(number)
+                self._hand_out.again(task)
             else:
-                self._start_again(number, error)
+                self._start_again(task, error)
             return
         for event in outcome.trained:
             self._report_once(event)
-        if outcome.error is not None:
+        if isinstance(outcome.error, Unready) and self.make_ready is not None:
+            self.tasks[task] = self.make_ready(self.tasks[task])
+            self._hand_out.again(task)
+        elif outcome.error is not None:
             raise outcome.error
-        if outcome.unready:
-            self.tasks[number] = self.options.make_ready(self.tasks[number])
-            self._hand_out.again(number)
         else:
-            self._hand_out.finished(number)
-            self._results[number] = outcome.result
+            self._hand_out.finished(task)
+            self._results[task] = outcome.result
 
-    def _start_again(self, number: int, error: RayError) -> None:
-        again = self._hand_out.died(number)
-        deaths, of = self._hand_out.deaths(number), self.options.label(self.tasks[number])
+    def _start_again(self, task: int, error: RayError) -> None:
+        again = self._hand_out.died(task)
+        deaths, of = self._hand_out.deaths(task), self.label(self.tasks[task])
         if not again:
             raise EnvironmentFault(
                 f"a worker died {deaths} times in a row",
@@ -256,44 +226,38 @@ class _Run(Generic[_T, _R]):
                 "serial`); or it was silent for longer than `stall_limit_s`: raise that; then run the "
                 "command again; finished work is kept",
             )
-        attempt = f"attempt {deaths + 1} of {self.options.max_retries + 1}"
+        attempt = f"attempt {deaths + 1} of {self.max_retries + 1}"
         self.report(Notice(f"the worker of {of} died; its task starts again ({attempt})"))
 
     def _end_stalled(self) -> None:
-        """Kill workers that have fallen silent; each counts as a death of its task."""
-        limit = self.options.stall_limit_s
+        """Kill workers that have fallen silent; give tasks that have not begun to other workers."""
+        limit = self.stall_limit_s
         if limit is None:
             return
-        for reference, attempt in [(each, self._attempts[n]) for each, n in self._running.items()]:
+        for reference, attempt in list(self._running.items()):
             silent_s = time.monotonic() - attempt.received
             if attempt.killed or silent_s <= limit:
                 continue
-            of = self.options.label(self.tasks[attempt.number])
+            of = self.label(self.tasks[attempt.task])
             worker = f"the worker of {of} on node {self.nodes.name_of(attempt.node)}"
-            if attempt.worker is not None:
+            if attempt.worker is not None:  # this counts as a death of its task
                 self.remote(end_worker, attempt.node, num_cpus=0, num_gpus=0).remote(attempt.worker)
                 attempt.killed = True
                 self.report(Notice(f"{worker} was silent for {limit:g} s and is killed"))
             elif silent_s > START_S:
-                self._withdraw(reference)
+                del self._running[reference]
+                ray.cancel(reference, force=True)
+                self.nodes.places.give_back(attempt.node)
+                self._failed_on[attempt.task] = attempt.node
+                self._hand_out.again(attempt.task)
                 self.report(Notice(f"{worker} did not begin for {silent_s:.0f} s; trying another"))
-
-    def _withdraw(self, reference: Any) -> None:
-        """Take back a task that has not begun, to start it on another node if possible."""
-        attempt = self._attempts.pop(self._running.pop(reference))
-        ray.cancel(reference, force=True)
-        self.nodes.places.give_back(attempt.node)
-        self._failed_on[attempt.number] = attempt.node
-        self._hand_out.again(attempt.number)
 
     def _leave_lost_nodes(self) -> None:
         """Restart the tasks of lost nodes elsewhere, without waiting for Ray to give them up."""
-        for reference, number in list(self._running.items()):
-            attempt = self._attempts[number]
-            if attempt.node in self.nodes.places or ray.wait([reference], timeout=0)[0]:
-                continue
-            del self._running[reference], self._attempts[number]
-            self._start_again(attempt.number, NodeDiedError("the node is lost"))
+        for reference, attempt in list(self._running.items()):
+            if attempt.node not in self.nodes.places and not ray.wait([reference], timeout=0)[0]:
+                del self._running[reference]
+                self._start_again(attempt.task, NodeDiedError("the node is lost"))
 
     def _cancel(self) -> None:
         if not self._running or not ray.is_initialized():

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
 from cluster.ray.ray_attempt import Unready
-from cluster.ray.shared_base import BaseManifest, Block, find_base, write_base
+from cluster.ray.shared_base import BaseManifest, find_base, write_base
 from sisa.core.domain import Chain
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Report
@@ -31,29 +31,22 @@ OpenParts = Callable[[Site], Parts]
 Carried = Mapping[str, Sequence[Any]]  # name of a base file -> references to its blocks
 
 
-class NeedsBase(Protocol):
-    """Describe a task that needs the base on its node; `manifest` and `origin` are as in `Task`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeedsBase:
+    """Hold what a task needs to find the base on its node."""
 
-    @property
-    def manifest(self) -> BaseManifest | None: ...
-
-    @property
-    def origin(self) -> str: ...
-
-    @property
-    def carried(self) -> Carried: ...
+    manifest: BaseManifest | None  # None on a single node, which has the base
+    origin: str  # the driver's node
+    carried: Carried = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """Hold what travels to a worker. `manifest` is None on a single node, which has the base."""
+class Task(NeedsBase):
+    """Hold what travels to a worker."""
 
     chain: Chain
     site: Site
     open_parts: OpenParts
-    manifest: BaseManifest | None
-    origin: str  # the driver's node
-    carried: Carried = field(default_factory=dict)
 
 
 def open_parts(site: Site) -> Parts:
@@ -97,8 +90,8 @@ def train_remotely(task: Task, report: Report) -> None:
 def _refuse_other_bits(task: Task) -> None:
     """Raise EnvironmentFault if this worker would train other bits than the driver, or has no device.
 
-    Every worker checks. Ray passes on the settings that it was started with, even on the driver's own
-    node, and a node may hold GPUs of several models.
+    Ray passes on the settings that it was started with, even on the driver's own node, and a node may
+    hold GPUs of several models.
     """
     site = task.site
     require_device(site.precision)
@@ -123,29 +116,18 @@ def base_on_this_node(task: NeedsBase, base_dir: Path) -> Path:
     manifest = task.manifest
     if manifest is None or ray.get_runtime_context().get_node_id() == task.origin:
         return base_dir
-    held = _find_base(base_dir, cache_dir(), manifest)
-    if held is not None:
-        return held
-    if not task.carried:
-        raise Unready
-
-    def blocks(name: str) -> Iterable[Block]:
-        return (ray.get(reference) for reference in task.carried[name])
-
-    return write_base(cache_dir(), manifest, blocks)
+    try:
+        return _found_base(base_dir, cache_dir(), manifest)
+    except Unready:
+        if not task.carried:
+            raise
+    return write_base(cache_dir(), manifest, lambda name: map(ray.get, task.carried[name]))
 
 
 @functools.lru_cache(maxsize=8)
-def _held(base_dir: Path, cache: Path, manifest: BaseManifest) -> Path:
-    """Return where the base is found. A failure is not cached, since the base may be carried here."""
-    held = find_base(base_dir, cache, manifest)
-    if held is None:
-        raise FileNotFoundError
-    return held
-
-
-def _find_base(base_dir: Path, cache: Path, manifest: BaseManifest) -> Path | None:
-    try:
-        return _held(base_dir, cache, manifest)
-    except FileNotFoundError:
-        return None
+def _found_base(base_dir: Path, cache: Path, manifest: BaseManifest) -> Path:
+    """Return where the base is found, or raise Unready, which is not cached: it may be carried here."""
+    found = find_base(base_dir, cache, manifest)
+    if found is None:
+        raise Unready
+    return found

@@ -1,9 +1,8 @@
 """Train a base with Ray Train: Hugging Face's `Trainer` in workers of the run file's cluster.
 
 A job carries paths and a recipe, never text; the texts and the directory for the base must lie where all
-nodes see them. Settings that must precede the import of torch travel in the workers' runtime
-environment. If a worker dies, the training of the base starts again from its beginning. The first worker
-saves the base.
+nodes see them. If a worker dies, the training of the base starts again from its beginning. The first
+worker saves the base.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError
@@ -32,50 +30,45 @@ REFUSED = "refused.json"  # the problems that a worker found, for the driver to 
 
 def train_on_ray(job: BaseJob, cluster: Mapping[str, Any], report: Report) -> None:
     """Train a base in `workers` processes. Raise EnvironmentFault if Ray or a worker fails."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Ray's, about its own settings
-        _train(job, cluster, report)
-
-
-def _train(job: BaseJob, cluster: Mapping[str, Any], report: Report) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
     threads, workers = job.recipe["threads"], job.recipe["workers"]
     session = connect(cluster["address"], threads * workers)
     run_id = secrets.token_hex(8)
-    trainer = TorchTrainer(
-        _in_worker,
-        train_loop_config={
-            "job": job,
-            "mailbox": session.mailbox,
-            "run_id": run_id,
-        },
-        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": threads}),
-        run_config=RunConfig(
-            name=run_id,
-            storage_path=str(job.target.parent),
-            failure_config=FailureConfig(max_failures=cluster["max_retries"]),
-            worker_runtime_env={"env_vars": worker_environment(threads)},
-        ),
-    )
     try:
-        with _reported(session.mailbox, run_id, report), _own_interrupt():
-            trainer.fit()
+        with (
+            warnings.catch_warnings(action="ignore", category=DeprecationWarning),  # of Ray's settings
+            _reported(session.mailbox, run_id, report),
+            _own_interrupt(),
+        ):
+            from ray.train import FailureConfig, RunConfig, ScalingConfig
+            from ray.train.torch import TorchTrainer
+
+            TorchTrainer(
+                _in_worker,
+                train_loop_config={"job": job, "mailbox": session.mailbox, "run_id": run_id},
+                scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": threads}),
+                run_config=RunConfig(
+                    name=run_id,
+                    storage_path=str(job.target.parent),
+                    failure_config=FailureConfig(max_failures=cluster["max_retries"]),
+                    worker_runtime_env={"env_vars": worker_environment(threads)},
+                ),
+            ).fit()
     except Exception as error:
         if not isinstance(error, RayError) and type(error).__module__.partition(".")[0] != "ray":
             raise
-        raise _failed(job, error) from None
-    _raise_refused(job)
+        raise EnvironmentFault(
+            "the base could not be trained on Ray",
+            where=str(job.target.parent),
+            got=type(error).__name__,
+            next_step="check that all nodes see this directory, or train with `--executor serial`",
+        ) from None
+    if (refused := job.target / REFUSED).is_file():
+        raise rebuilt(InvalidInput, json.loads(refused.read_text()))
 
 
 @contextlib.contextmanager
 def _own_interrupt() -> Iterator[None]:
-    """Restore the handler of Ctrl-C when the block ends.
-
-    Ray Train leaves its own handler in the process. Shards are trained next, and Ctrl-C must reach the
-    caller there.
-    """
+    """Restore the handler of Ctrl-C when the block ends, since Ray Train leaves its own."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -124,18 +117,3 @@ def _reported(mailbox: Any, run_id: str, report: Report) -> Iterator[None]:
     finally:
         done.set()
         thread.join(2 * ANSWER_S)
-
-
-def _raise_refused(job: BaseJob) -> None:
-    file = job.target / REFUSED
-    if file.is_file():
-        raise rebuilt(InvalidInput, json.loads(file.read_text()))
-
-
-def _failed(job: BaseJob, error: Exception) -> EnvironmentFault:
-    return EnvironmentFault(
-        "the base could not be trained on Ray",
-        where=str(Path(job.target).parent),
-        got=type(error).__name__,
-        next_step="check that all nodes see this directory, or train with `--executor serial`",
-    )

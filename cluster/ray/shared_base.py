@@ -1,19 +1,14 @@
 """Share one copy of the base model per node, and carry it to a node that lacks it.
 
 Workers memory-map the safetensors of a directory on their own node: the page cache holds one copy for
-all of them, and a write in place stays private (copy on write). The object store only carries *files*.
-Their bytes travel in blocks, are written to the node's cache directory, and are then memory-mapped like
-any other copy. No tensor ever aliases the object store, since a write to one would silently change the
-weights of the other workers.
+all of them, and a write in place stays private (copy on write). The object store only carries *files*,
+in blocks that are written to the node's cache directory. No tensor ever aliases the object store, since
+a write to one would silently change the weights of the other workers.
 
 A directory holds the base if every file has the listed size and sha256: another node may hold another
-model under the same path, and sizes alone do not show that. The check reads each file once per worker
-process, and only on a cluster of several nodes. A carried copy appears under `<cache>/base/<digest>` in
-one rename, whole and checked, or not at all. A lock lets one worker write while the other workers of the
-node wait.
-
-Directories of records, checkpoints and patches must lie on a file system that all nodes share. Each
-worker merges a patch itself: the weights that the patch changes are the worker's own copy.
+model under the same path. The check reads each file once per worker process, and only on a cluster of
+several nodes. A carried copy appears in one rename, whole and checked, or not at all. A lock lets one
+worker write while the other workers of the node wait.
 
 >>> cached_base(Path("/scratch/sisa"), "5e6f").as_posix()
 '/scratch/sisa/base/5e6f'
@@ -21,11 +16,11 @@ worker merges a patch itself: the weights that the patch changes are the worker'
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +60,7 @@ def cached_base(cache: Path, digest: str) -> Path:
     return cache / "base" / digest
 
 
+@functools.lru_cache(maxsize=1)
 def list_base(base_dir: Path, digest: str) -> BaseManifest:
     """Read and hash every file of a base (a flat directory). Raise EnvironmentFault if it has none."""
     found = base_dir.iterdir() if base_dir.is_dir() else iter(())
@@ -82,17 +78,15 @@ def list_base(base_dir: Path, digest: str) -> BaseManifest:
 def holds_base(directory: Path, manifest: BaseManifest) -> bool:
     """Return whether a directory has every file of the base, byte for byte. Compare sizes first."""
     paths = [(directory / file.name, file) for file in manifest.files]
-    if not all(path.is_file() and path.stat().st_size == file.num_bytes for path, file in paths):
-        return False
-    return all(file_sha256(path) == file.sha256 for path, file in paths)
+    return all(path.is_file() and path.stat().st_size == file.num_bytes for path, file in paths) and all(
+        file_sha256(path) == file.sha256 for path, file in paths
+    )
 
 
 def find_base(directory: Path, cache: Path, manifest: BaseManifest) -> Path | None:
     """Return where this node has the base: the driver's path or a carried copy; None if it has none."""
-    for each in (directory, cached_base(cache, manifest.digest)):
-        if holds_base(each, manifest):
-            return each
-    return None
+    places = (directory, cached_base(cache, manifest.digest))
+    return next((each for each in places if holds_base(each, manifest)), None)
 
 
 def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
@@ -114,7 +108,9 @@ def write_base(cache: Path, manifest: BaseManifest, blocks: ReadBlocks) -> Path:
     final = cached_base(cache, manifest.digest)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(final.parent / f".{manifest.digest}.lock"):
+        lock = final.parent / f".{manifest.digest}.lock"
+        with lock.open("w") as file:
+            files.take_lock(file.fileno(), lock, "has been writing this base", COPY_PATIENCE_S)
             if not holds_base(final, manifest):
                 _replace(final, manifest, blocks)
     except OSError as error:
@@ -142,9 +138,8 @@ def _write_file(path: Path, file: BaseFile, blocks: Iterable[Block]) -> None:
     sha256 = hashlib.sha256()
     with path.open("wb") as out:
         for block in blocks:
-            view = block.data
-            sha256.update(view)
-            out.write(view)
+            sha256.update(block.data)
+            out.write(block.data)
         out.flush()
         os.fsync(out.fileno())
     if sha256.hexdigest() != file.sha256:
@@ -155,10 +150,3 @@ def _write_file(path: Path, file: BaseFile, blocks: Iterable[Block]) -> None:
             got=sha256.hexdigest(),
             next_step="run the command again; if it fails again, check the driver's copy",
         )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        files.take_lock(lock.fileno(), path, "has been writing this base", COPY_PATIENCE_S)
-        yield

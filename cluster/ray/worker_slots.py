@@ -1,8 +1,7 @@
 """Count the places of the nodes that may train: each takes one worker, and is taken and given back.
 
-Pure: no clock, no Ray. A task goes to the node with the most free places, so that nodes fill evenly, and
-avoids the node where it last failed if another has a place. A node that is lost loses its places,
-including those in use.
+A task goes to the node with the most free places, so that nodes fill evenly, and avoids the node where
+it last failed if another has a place. A node that is lost loses its places, including those in use.
 
 >>> places = WorkerSlots()
 >>> places.join("a", 1); places.join("b", 2)
@@ -45,36 +44,31 @@ class WorkerSlots:
 
     def __init__(self) -> None:
         self._num: dict[str, int] = {}
-        self._given: dict[str, int] = {}
+        self._free: dict[str, int] = {}
 
     @property
     def total(self) -> int:
-        """Return the number of places, free or in use."""
         return sum(self._num.values())
 
     def __contains__(self, node: str) -> bool:
         return node in self._num
 
     def join(self, node: str, num_places: int) -> None:
-        """Add a node and its places."""
-        self._num[node], self._given[node] = num_places, 0
+        self._num[node] = self._free[node] = num_places
 
     def leave(self, node: str) -> None:
-        """Remove a node and its places."""
         self._num.pop(node, None)
-        self._given.pop(node, None)
+        self._free.pop(node, None)
 
     def take(self, avoid: str | None = None) -> str | None:
         """Take a place and return its node; return None if no place is free."""
-        free = {node: num - self._given[node] for node, num in self._num.items()}
-        open_nodes = [node for node, num in free.items() if num > 0]
-        if not open_nodes:
-            return None
-        chosen = max(open_nodes, key=lambda node: (node != avoid, free[node]))
-        self._given[chosen] += 1
+        free = (node for node, num in self._free.items() if num > 0)
+        chosen = max(free, key=lambda node: (node != avoid, self._free[node]), default=None)
+        if chosen is not None:
+            self._free[chosen] -= 1
         return chosen
 
     def give_back(self, node: str) -> None:
         """Free a place of a node; do nothing if the node is lost."""
-        if node in self._given:
-            self._given[node] -= 1
+        if node in self._free:
+            self._free[node] += 1

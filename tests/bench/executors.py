@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 
 from cluster.ray.ray_executor import RayExecutor
+from cluster.ray.ray_session import disconnect
 from sisa import train_model
 from sisa.core.domain import Chain
 from sisa.core.events import Event
@@ -75,13 +76,13 @@ def measure(bench: Bench) -> dict[str, Any]:
     serial = _timed(lambda each: open_serial(each, {}), site, chains)
     found: dict[str, Any] = {"serial": serial}
     for workers in (1, 2):
-        with RayExecutor(site("none"), num_workers=workers):
-            found[f"ray_{workers}"] = _timed(
-                lambda each, workers=workers: RayExecutor(each, num_workers=workers),  # type: ignore[misc]
-                site,
-                chains,
-            )
-            found[f"ray_{workers}"] |= memory(base.directory)
+        found[f"ray_{workers}"] = _timed(
+            lambda each, workers=workers: RayExecutor(each, num_workers=workers),  # type: ignore[misc]
+            site,
+            chains,
+        )
+        found[f"ray_{workers}"] |= memory(base.directory)
+        disconnect()
     one, two = found["ray_1"], found["ray_2"]
     base_mb = sum(file.stat().st_size for file in base.directory.glob("*.safetensors")) / 2**20
     more = sum(two["base_pss_mb"]) - sum(one["base_pss_mb"])
@@ -112,8 +113,8 @@ def overhead(folder: Path) -> float:
         return taken
 
     serial = seconds(lambda here: SerialExecutor(*open_scripted(here)).run(chains, silent))
-    with RayExecutor(site, num_workers=1, open_parts=open_scripted):
-        on_ray = seconds(lambda here: RayExecutor(here, None, 1, 0, open_scripted).run(chains, silent))
+    on_ray = seconds(lambda here: RayExecutor(here, None, 1, 0, open_scripted).run(chains, silent))
+    disconnect()
     return round((on_ray - serial) / (OVERHEAD_ROUNDS * NUM_SHARDS * NUM_SLICES), 4)
 
 

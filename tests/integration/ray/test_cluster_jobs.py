@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from cluster.cli.cli import run
-from cluster.jobs.job_package import COMMAND
+from cluster.jobs.job_flow import COMMAND
 from cluster.jobs.ray_jobs import RayJobs
 from sisa.core.errors import EnvironmentFault
 from tests.contract.test_jobs import PROMISES, Ground, submit_three

@@ -20,7 +20,7 @@ from cluster.ray.ray_session import connect
 from cluster.ray.ray_tasks import run_tasks
 from cluster.ray.worker_slots import Placement
 from sisa.core.domain import Precision
-from sisa.core.errors import EnvironmentFault, InvalidInput
+from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Report
 from sisa.flows.serial import Site
 from sisa.lm.base import numerics
@@ -86,11 +86,6 @@ def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
     open_executor(replace(site, precision=Precision()), {}).run(anything, ignore)
     assert [each.gpus for each in asked] == [1, 0.25, 2, 0]
     assert [numerics.WORKSPACE in each.environment for each in asked] == [True, True, True, False]
-    with pytest.raises(InvalidInput) as caught:
-        open_executor(replace(site, precision=Precision()), {"num_gpus": 1})
-    assert [each.where for each in caught.value.problems] == ["cluster.num_gpus"]
-    with pytest.raises(InvalidInput, match="nor whole GPUs"):
-        open_executor(site, {"num_gpus": 1.5})
 
 
 @pytest.mark.parametrize(

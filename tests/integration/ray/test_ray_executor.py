@@ -25,6 +25,7 @@ from ray.exceptions import RayError
 from cluster.ray import ray_session
 from cluster.ray.ray_executor import RayExecutor, open_executor
 from cluster.ray.ray_session import Listener, Mailbox
+from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Chain
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError
 from sisa.core.events import Event, Notice, SliceProgress, SliceStarted, SliceTrained
@@ -233,18 +234,18 @@ def test_workers_are_kept_between_runs(site: Site, chains: list[Chain]) -> None:
 
 
 @pytest.mark.usefixtures("own_ray")
-def test_no_text_in_rays_directory_and_no_directory_after_close(site: Site, chains: list[Chain]) -> None:
+def test_no_text_in_rays_directory_and_no_directory_at_the_end(site: Site, chains: list[Chain]) -> None:
     (site.base_dir / "break-0.2").touch()
-    with executor(site) as running:
-        with pytest.raises(SisaError):
-            running.run(chains, ignore)
-        session = ray_session._session
-        assert session is not None
-        assert session.private_dir is not None
-        assert session.private_dir.stat().st_mode & 0o777 == 0o700
-        logs = bytes_of(session.private_dir)
-        assert logs
-        assert not any(b"Quillfeather" in data or b"secret-0" in data for data in logs.values())
+    with pytest.raises(SisaError):
+        executor(site).run(chains, ignore)
+    session = ray_session._session
+    assert session is not None
+    assert session.private_dir is not None
+    assert session.private_dir.stat().st_mode & 0o777 == 0o700
+    logs = bytes_of(session.private_dir)
+    assert logs
+    assert not any(b"Quillfeather" in data or b"secret-0" in data for data in logs.values())
+    ray_session.disconnect()
     assert not session.private_dir.exists()
     assert not ray.is_initialized()
 
@@ -256,8 +257,8 @@ def test_no_node_is_large_enough(site: Site, chains: list[Chain]) -> None:
         with pytest.raises(EnvironmentFault) as caught:
             executor(replace(site, threads=2)).run(chains, ignore)
         assert caught.value.expected.startswith("2 CPUs")
-        with executor(site) as running:
-            running.run(chains, ignore)
+        executor(site).run(chains, ignore)
+        ray_session.disconnect()
         assert ray.is_initialized()  # it is the caller's
     finally:
         ray.shutdown()
@@ -479,8 +480,8 @@ def test_the_mailbox_keeps_runs_apart() -> None:
 
 
 def test_options_of_the_run_file(site: Site) -> None:
-    options = {"num_workers": 0, "max_retries": -1, "address": "ray://h:1", "cpus": 2}
-    with pytest.raises(InvalidInput) as caught:
-        open_executor(site, options)
-    assert len(caught.value.problems) == 4
-    open_executor(site, {"address": None, "num_workers": None, "max_retries": 3})
+    with pytest.raises(InvalidInput, match="Ray Client") as caught:
+        open_executor(site, {"address": "ray://h:1", "max_retries": 3})
+    assert caught.value.where == "cluster.address"
+    config = parse_run_file("{datasets: [{path: a/b}], output_dir: m}", "run.yaml")
+    open_executor(site, config.cluster.model_dump())

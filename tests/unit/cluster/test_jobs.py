@@ -16,7 +16,7 @@ import pytest
 from cluster.cli import jobs as job_commands
 from cluster.cli.cli import run
 from cluster.jobs import job_flow
-from cluster.jobs.job_flow import LOST_S, Clock, follow
+from cluster.jobs.job_flow import LOST_S, follow
 from cluster.jobs.jobs import Job, Submission, check_name, model_digest
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from tests.fakes.jobs import FakeJobs, Play
@@ -214,35 +214,44 @@ def lost(at: str = "no Ray cluster can be reached") -> EnvironmentFault:
 
 
 class Ticking:
-    """A clock that only waiting advances."""
+    """A clock that only waiting advances, in place of the module `time`."""
 
-    def __init__(self) -> None:
-        self.passed = 0.0
-        self.clock = Clock(now=lambda: self.passed, sleep=self._sleep)
+    passed = 0.0
 
-    def _sleep(self, seconds: float) -> None:
+    def monotonic(self) -> float:
+        return self.passed
+
+    def sleep(self, seconds: float) -> None:
         self.passed += max(seconds, 1.0)
+
+
+@pytest.fixture
+def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_flow, "time", Ticking())
 
 
 def followed(play: Play) -> tuple[Job, str]:
     jobs = FakeJobs({"w": play})
     jobs.submit(Submission("a", Path("/nowhere"), ("w",)))
     shown: list[str] = []
-    return follow(jobs, "a", shown.append, Ticking().clock), "".join(shown)
+    return follow(jobs, "a", shown.append), "".join(shown)
 
 
+@pytest.mark.usefixtures("_ticking")
 def test_a_lost_connection_is_taken_up_and_nothing_is_shown_twice() -> None:
     job, shown = followed(Play(pieces=["one ", "two ", lost(), "three ", lost(), lost(), "four"]))
     assert job.state == "SUCCEEDED"
     assert shown == "one two three four"
 
 
+@pytest.mark.usefixtures("_ticking")
 def test_a_cluster_that_stays_away_is_given_up() -> None:
     away: list[str | BaseException] = [lost() for _ in range(int(LOST_S) + 3)]
     with pytest.raises(EnvironmentFault, match="no Ray cluster"):
         followed(Play(pieces=away))
 
 
+@pytest.mark.usefixtures("_ticking")
 def test_a_job_that_does_not_stop_is_told(
     jobs: FakeJobs, play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +259,7 @@ def test_a_job_that_does_not_stop_is_told(
     jobs.submit(Submission("a", Path("/nowhere"), (LAST_WORD,)))
     monkeypatch.setattr(jobs, "stop", lambda _job: True)
     with pytest.raises(EnvironmentFault, match="has not ended"):
-        job_flow.stop(jobs, "a", Ticking().clock)
+        job_flow.stop(jobs, "a")
 
 
 def test_an_address_is_needed(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
