@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,13 +43,7 @@ if TYPE_CHECKING:
 
 
 request = command_group("request", "Requests for deletion: submit, decide, look up.")
-
-
-def on_request(name: str, more: str = "") -> Callable[[Callable[..., Result]], click.Command]:
-    """Register a function of a model's directory and a request as a command."""
-    register = command(name, f"-m model T-17{more}", group=request)
-    argument = click.argument("request_id", metavar="REQUEST")
-    return lambda function: register(model_option(argument(function)))
+request_argument = click.argument("request_id", metavar="REQUEST")
 
 
 @command("submit", "-m model --subject p001 --external-id T-17", group=request)
@@ -110,7 +104,9 @@ def list_(directory: Path) -> Result:
         return requests_listed(model.requests())
 
 
-@on_request("show")
+@command("show", "-m model T-17", group=request)
+@model_option
+@request_argument
 def show_request(directory: Path, request_id: str) -> Result:
     """Show one request and its history."""
     with opened(directory) as model:
@@ -122,7 +118,9 @@ def _decide(directory: Path, request_id: str, state: RequestState, note: str) ->
         return request_shown(model.decide(request_id, state, note))
 
 
-@on_request("approve", " --approver dpo")
+@command("approve", "-m model T-17 --approver dpo", group=request)
+@model_option
+@request_argument
 @click.option("--approver", required=True, help="Who approves.")
 def approve(directory: Path, request_id: str, approver: str) -> Result:
     """Approve a request that was received or held."""
@@ -130,28 +128,36 @@ def approve(directory: Path, request_id: str, approver: str) -> Result:
     return replace(done, lines=[*done.lines, f"next: sisa run -m {directory}"])
 
 
-@on_request("deny", ' --reason "not the person"')
+@command("deny", '-m model T-17 --reason "not the person"', group=request)
+@model_option
+@request_argument
 @option_or_file("--reason", required=True, help="Why; stored as given.")
 def deny(directory: Path, request_id: str, reason: str) -> Result:
     """Refuse a request."""
     return _decide(directory, request_id, "denied", reason)
 
 
-@on_request("hold", ' --reason "court order"')
+@command("hold", '-m model T-17 --reason "court order"', group=request)
+@model_option
+@request_argument
 @option_or_file("--reason", required=True, help="Why; stored as given.")
 def hold(directory: Path, request_id: str, reason: str) -> Result:
     """Put a request under a legal hold; `approve` ends it."""
     return _decide(directory, request_id, "held", reason)
 
 
-@on_request("cancel")
+@command("cancel", "-m model T-17", group=request)
+@model_option
+@request_argument
 @option_or_file("--reason", help="Why; stored as given.")
 def cancel(directory: Path, request_id: str, reason: str | None) -> Result:
     """Withdraw a request that has not run."""
     return _decide(directory, request_id, "cancelled", reason or "")
 
 
-@on_request("extend", ' --reason "complex"')
+@command("extend", '-m model T-17 --reason "complex"', group=request)
+@model_option
+@request_argument
 @option_or_file("--reason", required=True, help="Why; stored as given.")
 def extend(directory: Path, request_id: str, reason: str) -> Result:
     """Extend a request's due date once, by two months (gdpr)."""
