@@ -208,14 +208,15 @@ def test_a_prompt_is_routed_to_the_shard_of_the_nearest_record(tiny: Tiny) -> No
     assert len({each.shards for each in answers}) == 3
 
 
-def test_routing_to_two_shards_asks_the_two_nearest(tiny: Tiny) -> None:
+def test_routing_to_two_shards_asks_the_two_strongest(tiny: Tiny) -> None:
     change_run(tiny.run_file, sisa__aggregation={"method": "routed", "top_k": 2})
     tiny.train()
     model = tiny.open()
-    answer = model.generate(PROMPT, max_new_tokens=1)
-    nearest = list(dict.fromkeys(each.shard for each in model.find(text=PROMPT, top_k=8)))
-    assert answer.shards == tuple(nearest[:2])
-    assert len(answer.shards) == 2
+    (route,) = model.routes([PROMPT])
+    assert len(route.shards) == 2
+    assert route.weights[0] >= route.weights[1] > 0
+    assert set(route.shards) <= {each.shard for each in model.find(text=PROMPT, top_k=8)}
+    assert model.generate(PROMPT, max_new_tokens=1).shards == route.shards
 
 
 def test_mean_prob_averages_the_probabilities_of_all_shards(tiny: Tiny) -> None:
