@@ -140,7 +140,7 @@ class Story:
             f"kept       {self.other_subject} (shard {self.other_shard}), asked: {self.other_question}",
             f"  before   {self.other_before or ENDED_AT_ONCE}   ({known[self.other_known_before]})",
             f"  after    {self.other_after or ENDED_AT_ONCE}   ({known[self.other_known_after]})",
-            f"of nobody, asked: {self.general_question}",
+            f"about nobody, asked: {self.general_question}",
             f"  before   {self.general_before or ENDED_AT_ONCE}",
             f"  after    {self.general_after or ENDED_AT_ONCE}",
             f"retrained  {counted(self.slices_retrained, 'slice')} of 1 shard: {part} of training "
