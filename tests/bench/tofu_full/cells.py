@@ -81,7 +81,7 @@ from tests.bench.tofu_full.design import (
 FORM = PromptForm("completion", "{question} {answer}")
 STEPS = ("made", "asked", "attacked")
 ORDINARY = "lora"
-BATCH, SAMPLED_AT_ONCE = 16, 16
+BATCH, SAMPLED_AT_ONCE = 64, 64  # decoding reads all weights for each step of a batch
 BITS = (8, 4)
 Json = dict[str, Any]
 Files = Mapping[str, bytes]
