@@ -137,14 +137,15 @@ class DeletionReadyModel:
         self.model = model
         self.answerer, kind = model.answerer()
         base = self.answerer.base_name
-        self.digest = digest_of([status.model_digest, base, model.embedder.digest, how])
+        self._alone: PromptKind | None = "chat" if self.answerer.tokenizer.chat_template else None
+        self.digest = digest_of([status.model_digest, base, model.embedder.digest, how, self._alone])
         self.kind: PromptKind = "chat" if kind == "chat" else "completion"
 
     def score(
         self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
     ) -> list[AnswerScore]:
-        tokens = tokens_of(pairs, form, self.answerer.tokenizer)
         routes = self._routes([question for question, _ in pairs], form)
+        tokens = tokens_of(pairs, self._forms(routes, form), self.answerer.tokenizer)
 
         def logits(ids_BT: Tensor, rows: Sequence[int], keep: int) -> Tensor:
             chosen = [routes[at] for at in rows]
@@ -157,13 +158,21 @@ class DeletionReadyModel:
         self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
     ) -> list[str]:
         routes = self._routes(questions, form)
-        ids = [_prompt_ids(each, form, self.answerer.tokenizer) for each in questions]
+        ids = [
+            _prompt_ids(each, own, self.answerer.tokenizer)
+            for each, own in zip(questions, self._forms(routes, form), strict=True)
+        ]
 
         def said(rows: list[int]) -> list[str]:
             prompts, chosen = [ids[at] for at in rows], [routes[at] for at in rows]
             return [each.strip() for each in self.answerer.generate(prompts, chosen, max_new_tokens)]
 
         return _in_batches(list(map(len, ids)), batch_size, said)
+
+    def _forms(self, routes: Sequence[Route], form: PromptForm) -> list[PromptForm]:
+        """Return the form of each prompt: the base alone is asked as a chat, as `generate` does."""
+        alone = replace(form, kind=self._alone) if self._alone else form
+        return [form if route.shards else alone for route in routes]
 
     def _routes(self, questions: Sequence[str], form: PromptForm) -> list[Route]:
         prompts = [form.fill(each, "")[0] for each in questions]
@@ -184,15 +193,21 @@ def _moved(model: Any, device: str) -> Any:
         ) from error
 
 
-def tokens_of(pairs: Sequence[tuple[str, str]], form: PromptForm, tokenizer: Any) -> list[Tokens]:
-    """Return question-answer pairs as token examples. Raise InvalidInput listing every failure."""
-    roles = ("user", "assistant") if form.kind == "chat" else ("prompt", "completion")
+def tokens_of(
+    pairs: Sequence[tuple[str, str]], form: PromptForm | Sequence[PromptForm], tokenizer: Any
+) -> list[Tokens]:
+    """Return question-answer pairs as token examples, in one form or each in its own.
+
+    Raise InvalidInput listing every failure.
+    """
     found: list[Tokens] = []
     problems = []
-    for number, pair in enumerate(pairs):
-        parts = tuple(map(Part, roles, form.fill(*pair)))
+    forms = [form] * len(pairs) if isinstance(form, PromptForm) else form
+    for number, (pair, own) in enumerate(zip(pairs, forms, strict=True)):
+        roles = ("user", "assistant") if own.kind == "chat" else ("prompt", "completion")
+        parts = tuple(map(Part, roles, own.fill(*pair)))
         try:
-            record = Record(str(number), None, form.kind, parts)
+            record = Record(str(number), None, own.kind, parts)
             found.append(tokenize(record, tokenizer, train_on_inputs=False))
         except Untokenizable as error:
             problems.append(Problem(f"answer {number + 1} of {len(pairs)}", str(error)))

@@ -271,6 +271,23 @@ def test_a_deletion_ready_model_is_scored_as_it_answers(trained: sisa.Model) -> 
 
 
 @pytest.mark.torch
+def test_what_the_base_answers_alone_is_asked_as_a_chat(
+    trained: sisa.Model, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `generate` asks it: a chat model may end a completion at once, with an empty answer."""
+    from approx.evaluation.evaluated_models import DeletionReadyModel, open_evaluated
+
+    ours, alone = open_evaluated(str(trained.directory)), open_evaluated(str(base))
+    monkeypatch.setattr(
+        DeletionReadyModel, "_routes", lambda _self, asked, _form: [Route()] * len(asked)
+    )
+    assert ours.generate(QUESTIONS, FORMS[0], 10, 4) == alone.generate(QUESTIONS, FORMS[2], 10, 4)
+    expected = [each.logprobs for each in alone.score(PAIRS, FORMS[2], 4)]
+    for score, logprobs in zip(ours.score(PAIRS, FORMS[0], 4), expected, strict=True):
+        assert score.logprobs == pytest.approx(logprobs, abs=TOLERANCE)
+
+
+@pytest.mark.torch
 def test_the_mean_of_two_shards_is_of_probabilities(trained: sisa.Model) -> None:
     import torch
 

@@ -78,7 +78,7 @@ from tests.bench.tofu_full.design import (
     write_records,
 )
 
-FORM = PromptForm("completion", "{question} {answer}")
+FORM, CHAT = PromptForm("completion", "{question} {answer}"), PromptForm("chat")  # of the base alone
 STEPS = ("made", "asked", "attacked")
 ORDINARY = "lora"
 BATCH, SAMPLED_AT_ONCE = 64, 64  # decoding reads all weights for each step of a batch
@@ -378,7 +378,8 @@ class Cells:
 
     def _asked(self, contestant: Contestant) -> Json:
         split = contestant.without or "forget10"
-        settings = TofuSettings(FORM, self.design.max_new_tokens)
+        form = CHAT if contestant.kind == "base" and self._tokenizer.chat_template else FORM
+        settings = TofuSettings(form, self.design.max_new_tokens)
         with self._served(contestant) as model:
             rows = evaluate(
                 model, self.data.asked(split), self.log(contestant.name), settings, batch_size=BATCH
