@@ -137,8 +137,8 @@ class DeletionReadyModel:
         self.model = model
         self.answerer, kind = model.answerer()
         base = self.answerer.base_name
-        self._alone: PromptKind | None = "chat" if self.answerer.tokenizer.chat_template else None
-        self.digest = digest_of([status.model_digest, base, model.embedder.digest, how, self._alone])
+        alone = self.answerer.form_alone
+        self.digest = digest_of([status.model_digest, base, model.embedder.digest, how, alone])
         self.kind: PromptKind = "chat" if kind == "chat" else "completion"
 
     def score(
@@ -171,7 +171,7 @@ class DeletionReadyModel:
 
     def _forms(self, routes: Sequence[Route], form: PromptForm) -> list[PromptForm]:
         """Return the form of each prompt: the base alone is asked as a chat, as `generate` does."""
-        alone = replace(form, kind=self._alone) if self._alone else form
+        alone = replace(form, kind=self.answerer.form_alone or form.kind)
         return [form if route.shards else alone for route in routes]
 
     def _routes(self, questions: Sequence[str], form: PromptForm) -> list[Route]:

@@ -87,7 +87,7 @@ def ask(
     asked = {shard for route in routes for shard in route.shards}
     answerer = open_answerer(context, resources, asked, open_ledger=open_ledger)
     own = prompt_form(context)
-    alone: Kind = "chat" if answerer.tokenizer.chat_template else own
+    alone = answerer.form_alone or own
     forms = [kind or (own if route.shards else alone) for route in routes]
     ids = [
         encode_prompt(each if isinstance(each, str) else turns_of(each), answerer.tokenizer, form)

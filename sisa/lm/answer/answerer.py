@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,6 +69,11 @@ class Answerer:
         self._ends = end_tokens(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id
         self._pad = self.tokenizer.eos_token_id if pad is None else pad
+
+    @property
+    def form_alone(self) -> Literal["chat"] | None:
+        """Return "chat" if the base has a chat template: it may end other prompts at once."""
+        return "chat" if self.tokenizer.chat_template else None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int
