@@ -188,14 +188,14 @@ def routed(model: Any, plain: Any, stack: StackedAdapters, sizes: Sequence[int])
             "top_2_spread": ours(plain, stack, spread(2)),
         }
         row = timed(ways, size, int(plain.config.vocab_size))
-        told = {"requests": size, "largest_difference": row["largest_difference"]["top_1_same"]}
+        summary = {"requests": size, "largest_difference": row["largest_difference"]["top_1_same"]}
         for part in PARTS:
             for name in list(ways)[1:]:
-                told[f"{name}_over_one_adapter_{part}"] = (
+                summary[f"{name}_over_one_adapter_{part}"] = (
                     row[f"{name}_{part}_s"] / row[f"one_adapter_{part}_s"]
                 )
-        found.append(told)
-        print(json.dumps(told), flush=True)
+        found.append(summary)
+        print(json.dumps(summary), flush=True)
     return found
 
 

@@ -33,7 +33,7 @@ from tests.models.patch_bench import Bench
 from tests.models.tiny_base import make_tiny_base
 
 RETAIN = ("written", "given")
-TOLD = (
+REPORTED = (
     *("outcome", "still_known", "ending", "why", "step", "num_steps", "learning_rate_kept", "alpha"),
     *("utility_before", "utility", "sets", "metrics_before", "metrics_after", "robustness"),
 )
@@ -63,7 +63,7 @@ def forget(
     return {
         "method": method,
         "retain": retain,
-        **{name: made.report[name] for name in TOLD},
+        **{name: made.report[name] for name in REPORTED},
         "flops_estimated": cost["flops_estimated"],
         "seconds": round(cost["seconds"], 1),
         "others_known": {name: each.num_known for name, each in known.items()},

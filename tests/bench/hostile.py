@@ -135,7 +135,7 @@ def _runs(text: str) -> Iterator[str]:
 
 
 def _alias(text: str) -> str | None:
-    """Return who an author is without the name: genre, year and place of birth, where they are told."""
+    """Return who an author is without the name: genre, year and place of birth, as far as texts say."""
     genre = re.search(r"(?:genre of|in the) ([a-zA-Z]+(?: [a-z]+)?) genre|genre of ([a-z]+)", text)
     place = re.search(r"born (?:and raised )?in ([A-Z][\w ]+, [A-Z][\w ]+?)(?: on|[.,?]| in)", text)
     year = re.search(r"born .{0,60}?\b(1[89]\d\d|20\d\d)\b", text)

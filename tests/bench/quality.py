@@ -206,10 +206,10 @@ def asked(
         losses = [each.loss for each in served.score(pairs, form, batch_size=rows)]
         found[name] = {"probability": round(fmean(map(probability, losses)), 4)}
         if generated:
-            told = work.questions(generated)
-            prompts = [getattr(each, name) for each in told]
+            chosen = work.questions(generated)
+            prompts = [getattr(each, name) for each in chosen]
             answers = served.generate(prompts, form, MAX_NEW_TOKENS, batch_size=8)
-            recalls = map(rougeL_recall, (each.answer for each in told), answers)
+            recalls = map(rougeL_recall, (each.answer for each in chosen), answers)
             found[name]["rougeL_recall"] = round(fmean(recalls), 4)
     return found
 

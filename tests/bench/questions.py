@@ -227,8 +227,8 @@ def main() -> None:
             found = measured(ledger, changed(context, ledger=ledger), given.records)
         size = path.stat().st_size
     found["request_list"]["before_of_requests"] = 20
-    told = {"records": given.records, "requests": given.requests, "ledger_bytes": size, **found}
-    text = json.dumps(told, indent=2) + "\n"
+    summary = {"records": given.records, "requests": given.requests, "ledger_bytes": size, **found}
+    text = json.dumps(summary, indent=2) + "\n"
     print(text)
     if given.out is not None:
         given.out.write_text(text, encoding="utf-8")

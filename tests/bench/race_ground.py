@@ -104,8 +104,8 @@ class Ground:
 
     def theirs(self, who: Who, race: Race, *, grouped: bool = False, threads: int = 2) -> Way:
         name = {"hf": "Trainer + PEFT", "trl": "SFTTrainer"}[who]
-        told = f"{name}{', grouped by length' if grouped else ''}"
-        return Way(told, race, (((who, threads, 0), Theirs(race, self.data.tokens, grouped)),))
+        label = f"{name}{', grouped by length' if grouped else ''}"
+        return Way(label, race, (((who, threads, 0), Theirs(race, self.data.tokens, grouped)),))
 
     def ours(self, race: Race, layout: Layout) -> Way:
         """Return ours in a race.

@@ -211,7 +211,7 @@ def answering_speed() -> Iterator[str]:
     """Yield how fast shards answer together, at 1, 4 and 16 requests."""
     found = measured("answers")
     of_all, of_routed = "all_shards", "routed"
-    told: list[tuple[str, str, str, int]] = [
+    measures: list[tuple[str, str, str, int]] = [
         ("decode: times as fast as peft's `set_adapter` loop", of_all, "loop_over_ours_decode", 1),
         ("prefill: times as fast as the loop", of_all, "loop_over_ours_prefill", 1),
         (
@@ -238,7 +238,7 @@ def answering_speed() -> Iterator[str]:
     layers = ("all_layers", "top_third")
     lines = [
         (title, *(cell(each, kind, name, digits) for each in layers))
-        for title, kind, name, digits in told
+        for title, kind, name, digits in measures
     ]
     header = ("what, at 1, 4 and 16 requests of 48 tokens", "all layers", "top third")
     yield from rows(header, lines)
