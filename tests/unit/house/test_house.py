@@ -210,9 +210,8 @@ def test_ruff_refuses_what_runs_data_as_code(code: str) -> None:
 
 def light_modules() -> list[str]:
     """Return the modules with examples that need no torch and no Ray."""
-    rooms = [
-        f"sisa/{room}" for room in ("core", "planning", "config", "data", "store", "flows", "audit")
-    ]
+    names = ("core", "planning", "config", "data", "store", "flows", "audit", "evidence", "verifier")
+    rooms = [f"sisa/{name}" for name in names]
     rooms += ["approx/metrics", "cluster/jobs"]
     files = [path for path in modules(*rooms) if path.name != "__init__.py"]
     found = [relative(path.with_suffix("")).replace("/", ".") for path in files]
@@ -270,6 +269,26 @@ def test_what_answers_at_once_imports_little(code: str, needless: set[str]) -> N
         [sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, check=True
     )
     assert needless & {*done.stderr.split()} == set()
+
+
+VERIFIER_IMPORTS = sys.stdlib_module_names | {"cryptography", "nacl"}
+MAX_VERIFIER_LINES = 600
+
+
+def test_the_verifier_can_be_read_in_an_hour_and_stands_alone() -> None:
+    files = modules("sisa/verifier")
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) < MAX_VERIFIER_LINES
+    imported = {name for path in files for name in absolute_imports(parsed(path))}
+    foreign = {name for name in imported if name.split(".")[0] not in VERIFIER_IMPORTS}
+    assert {name for name in foreign if not f"{name}.".startswith("sisa.verifier.")} == set()
+
+
+def absolute_imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
 
 
 def test_the_console_script_and_python_m_are_one() -> None:

@@ -1,0 +1,1 @@
+"""Evidence of deletions for outsiders: keys, transparency log, certificates, membership proofs."""
