@@ -599,7 +599,7 @@ class DeletionHook(Protocol[_M]):
     """Effect of a deletion on something other than shards that is made from records, such as patches.
 
     Hooks are called in turn. A crash may occur between any two calls, and before `finish`: whatever must
-    not be lost belongs into the commit, and `erase_unneeded` of the next command continues from there.
+    not be lost belongs into the commit, and the next command's `reconcile` continues from there.
     """
 
     @property
@@ -612,5 +612,11 @@ class DeletionHook(Protocol[_M]):
         It may write files that the commit refers to, and commit what must come first.
         """
 
-    def erase_unneeded(self, model: _M) -> None:
-        """Erase what is no longer needed. Every reconciliation calls it before it trains."""
+    def reconcile(self, model: _M) -> None:
+        """Bring what the hook keeps to what remains. Every reconciliation calls it before it trains."""
+
+    def complete(self, model: _M) -> None:
+        """Do what follows when heads have advanced. Every reconciliation calls it, and it raises nothing.
+
+        It looks at what is there, so the next command makes good what a crash or a failure left out.
+        """

@@ -3,9 +3,9 @@
     adopt    stages that an interrupted run stored for the present targets
     erase    every file that the ledger does not list (tainted, retired, half-written), its key first;
              exports that contain what a deletion removed
-    unneeded what hooks keep and nothing needs any more
+    hooks    what hooks keep is brought to what remains
     train    what the targets lack; each stored stage is recorded and moves its shard's head
-    close    requests whose shards have reached their targets
+    close    requests whose shards have reached their targets; hooks complete what follows
     orders   what the other orders lack, one order of all shards after another
     note     what becomes of the prompts of held records
     retire   clean checkpoints that are neither on any order's path nor a head
@@ -108,7 +108,7 @@ def reconcile(context: Context, *, defer: bool = False, removed: Removed = NOTHI
     """
     erase_unknown(context, removed)
     for hook in context.hooks:
-        hook.erase_unneeded(context)
+        hook.reconcile(context)
     plans = [] if defer else [plan for plan in open_plans(context) if plan.train]
     if plans:
         try:
@@ -117,6 +117,8 @@ def reconcile(context: Context, *, defer: bool = False, removed: Removed = NOTHI
             note_failure(context, under_way(context), error)
             raise
     _complete_requests(context)
+    for hook in context.hooks:
+        hook.complete(context)
     others = 0 if defer else _train_orders(context)
     prompts = held_prompts(context, note=True)
     _retire(context)

@@ -3,7 +3,7 @@
     commit    put the texts that a request removes into the vault, if somebody consented; drop a patch
               whose retain set held a removed record, with the patches above it, and want it again
               without that record
-    unneeded  erase texts that no patch needs
+    reconcile erase texts that no patch needs
     finish    make the dropped patches again
 
 A deletion never fails because a patch can't be made again: the patch stays dropped, and a notice says
@@ -65,10 +65,13 @@ class PatchesHook:
         )
         return Contribution(change, kept.by_request(), partial(_make_again, context, found))
 
-    def erase_unneeded(self, context: Context) -> None:
+    def reconcile(self, context: Context) -> None:
         """Erase the texts that no patch needs."""
         if context.stores.ledger.patches() or context.stores.ledger.vault():
             vault_sets.erase_unneeded(context)
+
+    def complete(self, context: Context) -> None:
+        """Do nothing: patches follow in `finish`."""
 
 
 def _changed(context: Context, found: Rederived, shards: Collection[int]) -> list[Patch]:

@@ -479,8 +479,11 @@ class Noting:
         change = Change(meta={self.name: "contributed"})
         return Contribution(change, finish=lambda: self._note(context, "finish"))
 
-    def erase_unneeded(self, context: Context) -> None:
-        self._note(context, "erase_unneeded")
+    def reconcile(self, context: Context) -> None:
+        self._note(context, "reconcile")
+
+    def complete(self, context: Context) -> None:
+        self._note(context, "complete")
 
 
 def test_hooks_join_the_commit_of_a_deletion_and_finish_when_it_is_done(fake: FakeModel) -> None:
@@ -490,8 +493,10 @@ def test_hooks_join_the_commit_of_a_deletion_and_finish_when_it_is_done(fake: Fa
     assert calls == [
         ("one", "contribute", []),
         ("two", "contribute", []),
-        ("one", "erase_unneeded", ["erased"]),
-        ("two", "erase_unneeded", ["erased"]),
+        ("one", "reconcile", ["erased"]),
+        ("two", "reconcile", ["erased"]),
+        ("one", "complete", ["completed"]),
+        ("two", "complete", ["completed"]),
         ("one", "finish", ["completed"]),
         ("two", "finish", ["completed"]),
     ]
@@ -507,7 +512,7 @@ def test_a_crash_before_a_hook_finishes_leaves_the_deletion_to_the_next_command(
         delete(fake, 0)
     fake.before_run.remove(_die)
     reconcile(fake.context)
-    assert [call for _, call, _ in calls] == ["contribute", "erase_unneeded", "erase_unneeded"]
+    assert [call for _, call, _ in calls] == ["contribute", "reconcile", "reconcile", "complete"]
     assert [each.state for each in fake.ledger.requests()] == ["completed"]
 
 
