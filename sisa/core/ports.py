@@ -616,7 +616,7 @@ class DeletionHook(Protocol[_M]):
         """Bring what the hook keeps to what remains. Every reconciliation calls it before it trains."""
 
     def complete(self, model: _M) -> None:
-        """Do what follows when heads have advanced. Every reconciliation calls it, and it raises nothing.
+        """Do what follows when heads have advanced; raise nothing. Every reconciliation calls it.
 
         It looks at what is there, so the next command makes good what a crash or a failure left out.
         """

@@ -26,6 +26,7 @@ EXECUTORS = MappingProxyType({"ray": "cluster.ray.ray_executor:open_executor"})
 PATCHERS = MappingProxyType(
     {"serial": "approx.patches.patching:open_patcher", "ray": "cluster.ray.patch_tasks:RayPatcher"}
 )
+EVIDENCE_HOOK = "sisa.evidence.hook:open_hook"  # a room of `sisa` above the flows
 BASE_TRAINERS = MappingProxyType({"ray": "cluster.ray.scratch_tasks:train_on_ray"})
 
 ROOT = Path(__file__).parents[3]  # the folder that holds `sisa`, `approx` and `cluster`

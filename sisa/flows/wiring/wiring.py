@@ -9,11 +9,12 @@
     DIR/prefixes/        kept hidden states
     STORAGE/MODEL/       records, checkpoints, patches and scratch, where the run file names a `storage:`
     KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR
+    DIR/evidence.sqlite  what evidence of deletions is made from; its keys are outside of DIR
 
 A storage is an absolute path or `s3://BUCKET[/PREFIX]`, and models share it; the endpoint of a server
 other than Amazon's comes from the environment. Index, vault, unfinished runs and metrics always stay in
 DIR. Executors, probes and patchers that use Ray or are approximate are found by name
-(`upper_houses.py`).
+(`upper_houses.py`), and so is the hook that issues certificates, if the model has evidence.
 
 >>> open_areas(Path("m"), "s3://b/p", "0f")["records"].location()
 's3://b/p/0f/records'
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -75,7 +77,8 @@ LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
 PREFIXES = "prefixes"
-HOOKS = (PatchesHook(),)  # called on a deletion, in this order
+HOOKS: tuple[ports.DeletionHook[Context], ...] = (PatchesHook(),)  # called on a deletion, in this order
+EVIDENCE = "evidence.sqlite"
 DESCRIPTION = ("config", "base", "embedder", "key", "model")  # of the ledger's `meta`
 
 OpenExecutor = Callable[[Site, Mapping[str, Any]], ports.Executor]
@@ -109,7 +112,8 @@ def open_context(
         )
         compute = _compute(directory, resources, stores, model, executor)
         noting = recording(report, stores.metrics, _now)
-        context = Context(stores, compute, settings, _now, noting, HOOKS)
+        hooks = (*HOOKS, *evidence_hooks(directory, config, model))
+        context = Context(stores, compute, settings, _now, noting, hooks)
         check_hooks(context)
         _ = context.recipe  # refuses a ledger that lacks a patch beneath its shards
         yield context
@@ -164,6 +168,15 @@ def _compute(
         fingerprint=fingerprint(config.sisa.threads_per_shard, config.precision),
         probe=probe if config.probe else None,
     )
+
+
+def evidence_hooks(
+    directory: Path, config: RunConfig, model: str
+) -> tuple[ports.DeletionHook[Context], ...]:
+    """Return the hook that issues certificates, if the model has signing keys or earlier evidence."""
+    if not (evidence_keys(config, model).is_dir() or (directory / EVIDENCE).exists()):
+        return ()
+    return (pkgutil.resolve_name(upper_houses.EVIDENCE_HOOK)(directory, config, model),)
 
 
 @dataclass(frozen=True)
@@ -439,6 +452,12 @@ def deleted_under(config: RunConfig, keyed: Keyed) -> list[Tombstone]:
 def keyrings(config: RunConfig) -> Path:
     """Return the directory of the keyrings of models with this run file, each under its model's name."""
     return (config.keyring or state_dir() / "keyrings").absolute()
+
+
+def evidence_keys(config: RunConfig, model: str) -> Path:
+    """Return the directory of the keys that sign a model's evidence."""
+    del config
+    return state_dir() / "evidence-keys" / model
 
 
 def open_keyring(config: RunConfig, name: str) -> ports.Keyring:
