@@ -1,0 +1,243 @@
+"""Read signed statements: strict JSON, DSSE envelopes, and the file of public keys.
+
+An envelope (Dead Simple Signing Envelope 1.0.2) is canonical JSON here, so that it has one form:
+`{"payload": BASE64, "payloadType": T, "signatures": [{"keyid", "sig"}]}`. Evidence is an in-toto
+Statement v1. The file of public keys is an envelope, too, signed by its last key:
+
+    {"type": "deletion-ready-model/keys/v1", "model": 32 HEX DIGITS, "log": VKEY, "vrf": 64 HEX DIGITS,
+     "certificates": [{"keyid", "scheme", "public", "since", "until"}, ...]}
+
+`public` is a SubjectPublicKeyInfo (DER, base64), and `keyid` its sha256. A key signs entries of the log
+from `since` on and before `until`; the last key has no `until`. The signature shows that nobody altered
+the file, not whose it is: get the last keyid from the model's owner.
+
+>>> pae("http://example.com/HelloWorld", b"hello world")
+b'DSSEv1 29 http://example.com/HelloWorld 11 hello world'
+>>> strict_json(b'{"a": 1, "b": [true, 0.5]}', "the example")
+{'a': 1, 'b': [True, 0.5]}
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+STATEMENT_TYPE, PAYLOAD_TYPE = "https://in-toto.io/Statement/v1", "application/vnd.in-toto+json"
+KEYS_TYPE = "deletion-ready-model/keys/v1"
+KEYS_PAYLOAD_TYPE = "application/vnd.deletion-ready-model.keys+json"
+ED25519, ECDSA_P256 = "ed25519", "ecdsa-sha2-nistp256"  # as securesystemslib calls them
+MODEL, SHA256_HEX = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
+MAX_BYTES, MAX_DEPTH, MAX_SIGNATURES, MAX_NUMBER = 1 << 25, 32, 16, 1 << 53
+
+
+@dataclass(eq=False)
+class Refused(ValueError):
+    """Evidence that does not show what it should; the only exception that this package raises."""
+
+    what: str
+    where: str = ""
+    expected: str = ""
+    got: str = ""
+    next_step: str = ""
+
+    def __str__(self) -> str:
+        facts = {name: fact for name, fact in vars(self).items() if fact and name != "what"}
+        return "\n  ".join([self.what, *(f"{name}: {fact}" for name, fact in facts.items())])
+
+
+def strict_json(data: bytes, what: str) -> Any:
+    """Return JSON that has one meaning: no doubled members, no huge numbers, text and depth bounded."""
+    if len(data) > MAX_BYTES:
+        raise Refused(f"{what} is too large", expected=f"at most {MAX_BYTES} bytes", got=f"{len(data)}")
+    numbers: Any = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _number)
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_once, **numbers)
+        _check_depth(value, MAX_DEPTH)
+        canonical(value)  # half of a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        got = str(error) if type(error) is ValueError else type(error).__name__
+        raise Refused(f"{what} is not strict JSON", got=got) from None
+    return value
+
+
+def canonical(value: Any) -> bytes:
+    """Return the one form of a JSON value without fractions (RFC 8785)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def members(value: Any, what: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an object with these members alone, each of a type, of a pattern or equal to a text."""
+    if not isinstance(value, dict) or value.keys() != kinds.keys():
+        raise Refused(f"{what} has another form", expected=f"an object of {', '.join(kinds)}")
+    for (name, kind), found in zip(kinds.items(), map(value.get, kinds), strict=True):
+        if isinstance(kind, re.Pattern):
+            right = isinstance(found, str) and bool(kind.fullmatch(found))
+        elif isinstance(kind, str):
+            right = found == kind
+        else:  # JSON's true is no number
+            right = isinstance(found, kind) and isinstance(found, bool) == (kind is bool)
+        if not right:
+            raise Refused(f"{what} has another form or version", where=name, expected=str(kind))
+    return value
+
+
+def base64_bytes(text: str, what: str) -> bytes:
+    """Return the bytes that padded base64 encodes, if it is the one form that does."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        data = b""
+    if base64.b64encode(data).decode() != text:
+        raise Refused(f"{what} is not base64")
+    return data
+
+
+def pae(payload_type: str, payload: bytes) -> bytes:
+    """Return the bytes that a DSSE signature covers."""
+    kind = payload_type.encode("utf-8")
+    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+
+
+@dataclass(frozen=True)
+class CertificateKey:
+    """A key that signs statements, and the entries of the log for which it holds."""
+
+    keyid: str
+    scheme: str
+    public: bytes  # SubjectPublicKeyInfo, DER
+    since: int = 0
+    until: int | None = None
+
+    def holds(self, index: int | None) -> bool:
+        """Return whether the key may sign entry `index`, or what is in no log: only the last key may."""
+        end = MAX_NUMBER if self.until is None else self.until
+        return self.until is None if index is None else self.since <= index < end
+
+    def verifies(self, signature: bytes, message: bytes) -> bool:
+        """Return whether the key signed a message."""
+        key: Any = load_der_public_key(self.public)
+        try:
+            key.verify(signature, message, *([ECDSA(SHA256())] if self.scheme == ECDSA_P256 else []))
+        except InvalidSignature:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class PublicKeys:
+    """What checks a model's evidence: its keys of certificates, oldest first, of the log and the VRF."""
+
+    model: str
+    certificates: tuple[CertificateKey, ...]
+    log: str  # a vkey (C2SP signed note)
+    vrf: bytes
+
+
+def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> dict[str, Any]:
+    """Return the statement in an envelope, signed by a key that holds for entry `index` of the log.
+
+    Without an index, the statement is in no log, and the present key must have signed it.
+    """
+    value, signers = _opened(data, "the envelope", PAYLOAD_TYPE)
+    if not (signed := signers(keys.certificates)):
+        next_step = "check it with the public keys of the model that it speaks of"
+        raise Refused("none of the public keys signed the envelope", next_step=next_step)
+    if not any(key.holds(index) for key in signed):
+        expected = " or ".join(f"an entry from {key.since} to {key.until}" for key in signed)
+        got = "no proof from the log" if index is None else f"entry {index}"
+        raise Refused("the key that signed the envelope did not hold then", expected=expected, got=got)
+    kinds = {"_type": STATEMENT_TYPE, "subject": list, "predicateType": str, "predicate": dict}
+    statement = members(value, "the statement", kinds)
+    for each in statement["subject"]:
+        digest = members(each, "a subject", {"name": str, "digest": dict})["digest"]
+        members(digest, "a subject's digest", {"sha256": SHA256_HEX})
+    return statement
+
+
+def parse_keys(data: bytes) -> PublicKeys:
+    """Return the keys in a file of public keys, which the last of them signed."""
+    value, signers = _opened(data, "the file of public keys", KEYS_PAYLOAD_TYPE)
+    keys = _public_keys(value)
+    if not signers(keys.certificates[-1:]):
+        raise Refused("the file of public keys is not signed by its last key")
+    return keys
+
+
+def _opened(
+    data: bytes, what: str, payload_type: str
+) -> tuple[Any, Callable[[Iterable[CertificateKey]], list[CertificateKey]]]:
+    """Return an envelope's payload, and a function that tells which of some keys signed it."""
+    kinds = {"payload": str, "payloadType": payload_type, "signatures": list}
+    envelope = members(strict_json(data, what), what, kinds)
+    if canonical(envelope) != data:
+        raise Refused(f"{what} is not in canonical form", next_step="get it as it was published")
+    listed = envelope["signatures"][: MAX_SIGNATURES + 1]
+    pairs = [members(each, "a signature", {"keyid": str, "sig": str}) for each in listed]
+    signatures = {each["keyid"]: base64_bytes(each["sig"], "a signature") for each in pairs}
+    if not 0 < len(signatures) == len(listed) <= MAX_SIGNATURES:
+        raise Refused(f"{what} needs 1 to {MAX_SIGNATURES} signatures, each by another key")
+    payload = base64_bytes(envelope["payload"], "the payload")
+
+    def signers(keys: Iterable[CertificateKey]) -> list[CertificateKey]:
+        found = [key for key in keys if key.keyid in signatures]
+        if not all(key.verifies(signatures[key.keyid], pae(payload_type, payload)) for key in found):
+            raise Refused(f"a signature of {what} is wrong")
+        return found
+
+    return strict_json(payload, f"the payload of {what}"), signers
+
+
+def _public_keys(value: Any) -> PublicKeys:
+    kinds = {"type": KEYS_TYPE, "model": MODEL, "certificates": list, "log": str, "vrf": SHA256_HEX}
+    body = members(value, "the file of public keys", kinds)
+    keys = tuple(_certificate_key(each) for each in body["certificates"])
+    bounds: list[Any] = [0, *(each for key in keys for each in (key.since, key.until))]
+    ordered = bounds.pop() is None and None not in bounds and bounds == sorted(bounds)
+    if not ordered or len({key.keyid for key in keys}) < len(keys):
+        raise Refused("the public keys do not follow each other", expected="the last one without end")
+    return PublicKeys(body["model"], keys, body["log"], bytes.fromhex(body["vrf"]))
+
+
+def _certificate_key(value: Any) -> CertificateKey:
+    kinds = {"keyid": str, "scheme": str, "public": str, "since": int, "until": int | None}
+    body = members(value, "a public key", kinds)
+    key = CertificateKey(**{**body, "public": base64_bytes(body["public"], "a public key")})
+    loaded: Any = None
+    with suppress(ValueError, UnsupportedAlgorithm):
+        loaded = load_der_public_key(key.public)
+    is_p256 = getattr(getattr(loaded, "curve", None), "name", "") == "secp256r1"
+    scheme = ED25519 if isinstance(loaded, Ed25519PublicKey) else ECDSA_P256 if is_p256 else "another"
+    if (key.scheme, key.keyid) != (scheme, hashlib.sha256(key.public).hexdigest()):
+        raise Refused("a public key is not of its scheme and keyid", got=f"a key of scheme {scheme}")
+    return key
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a member twice")
+    return found
+
+
+def _number(text: str) -> float:
+    if not abs(number := float(text)) < MAX_NUMBER:  # NaN is not less than anything
+        raise ValueError("a number out of range")
+    return int(text) if text.lstrip("-").isdigit() else number
+
+
+def _check_depth(value: Any, depth: int) -> None:
+    if not depth:
+        raise ValueError("nested too deeply")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(each, depth - 1)
