@@ -126,15 +126,7 @@ class Database:
 
     def _refused(self, error: Any) -> SisaError:
         """Return the typed error for SQLite's; an unknown error counts as damage."""
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        if code not in _BUSY | _SURROUNDINGS:
-            return self._corrupt(str(error))
-        kind = Busy if code in _BUSY else EnvironmentFault
-        return kind(
-            f"the ledger can't be used: {error}",
-            where=str(self._path),
-            next_step="repair the disk or wait for the other process, then run the command again",
-        )
+        return sqlite_fault(error, self._path) or self._corrupt(str(error))
 
     def _corrupt(self, cause: str) -> IntegrityError:
         return IntegrityError(
@@ -214,6 +206,19 @@ class Database:
                     next_step="end the process that reads this model, then run the command again",
                 )
             time.sleep(0.1)
+
+
+def sqlite_fault(error: Any, path: Path) -> SisaError | None:
+    """Return the typed error for a lock or the surroundings of a SQLite file; None for damage."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+    if code not in _BUSY | _SURROUNDINGS:
+        return None
+    kind = Busy if code in _BUSY else EnvironmentFault
+    return kind(
+        f"the database can't be used: {error}",
+        where=str(path),
+        next_step="repair the disk or wait for the other process, then run the command again",
+    )
 
 
 def is_read_only(path: Path) -> bool:

@@ -1,0 +1,311 @@
+"""Keep the sorted Merkle tree of a model's records, and prove that an id is in it, or is not.
+
+`sisa/verifier/membership.py` defines the tree, a function of the set of records alone. At rest it is
+four tables of MODEL/evidence.sqlite:
+
+    leaves    label and keyed id of each record, its place, and since when it is in its shard
+    nodes     hashes of the subtrees of more than BUCKET leaves; those of smaller ones are computed
+    taken     roots and sizes of the ledger's slices, as the tree has them
+    tree      the root, and the public key of the labels
+
+`sync` looks at what is there: it compares the slices whose root has changed, and reads a slice file only
+for ids that are new, so that a deletion reads none. Each changed record rewrites the nodes above one
+subtree of at most BUCKET leaves: O(log N). Before that, the stored nodes beside these must give the
+stored root, so that damage is not built upon.
+
+A date is that of the first `sync` that found the record in its shard. It is in this file alone: a tree
+that is built again dates all of its records anew.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from sisa.core.digest import canonical_json
+from sisa.core.domain import SliceFile
+from sisa.core.errors import IntegrityError
+from sisa.core.events import Notice
+from sisa.evidence.database import damaged, erase_tables, transaction
+from sisa.evidence.vrf import VrfKey
+from sisa.flows.wiring.context import Context, SlicePosition
+from sisa.verifier.membership import EMPTY_TREE, LABEL_BITS, LABEL_BYTES, bit, fold, inner, leaf
+
+BUCKET = 16  # most leaves of a subtree whose hash is not stored
+TABLES = ("leaves", "nodes", "taken", "tree")
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS leaves (
+    label BLOB PRIMARY KEY, id_digest BLOB, shard INTEGER, slice INTEGER, since TEXT
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS leaves_of_slice ON leaves (shard, slice, id_digest, since);
+CREATE TABLE IF NOT EXISTS nodes (prefix TEXT PRIMARY KEY, hash BLOB) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS taken (
+    shard INTEGER, slice INTEGER, root TEXT, num_records INTEGER, PRIMARY KEY (shard, slice)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS tree (name TEXT PRIMARY KEY, value BLOB) STRICT, WITHOUT ROWID;
+"""
+KEY, ROOT = "key", "root"  # rows of `tree`
+
+Row = tuple[bytes, bytes, int, int, str]  # of `leaves`
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The tables of the tree, within a transaction."""
+
+    db: sqlite3.Connection
+
+    def fact(self, name: str, default: bytes) -> bytes:
+        row = self.db.execute("SELECT value FROM tree WHERE name = ?", (name,)).fetchone()
+        return default if row is None else bytes(row[0])
+
+    def put(self, name: str, value: bytes) -> None:
+        self.db.execute("INSERT OR REPLACE INTO tree VALUES (?, ?)", (name, value))
+
+    @property
+    def root(self) -> bytes:
+        return self.fact(ROOT, EMPTY_TREE)
+
+    @property
+    def num_records(self) -> int:
+        return int(self.db.execute("SELECT coalesce(sum(num_records), 0) FROM taken").fetchone()[0])
+
+    def changed(self, slices: Mapping[SlicePosition, SliceFile]) -> list[SlicePosition]:
+        """Return the places of slices that are not as the tree has them."""
+        taken = {
+            (shard, slice_): root for shard, slice_, root, _ in self.db.execute("SELECT * FROM taken")
+        }
+        now = {place: file.root for place, file in slices.items()}
+        return sorted(place for place in taken.keys() | now.keys() if taken.get(place) != now.get(place))
+
+    def take(self, place: SlicePosition, file: SliceFile | None) -> None:
+        """Note a slice as the tree has it now."""
+        self.db.execute("DELETE FROM taken WHERE shard = ? AND slice = ?", place)
+        if file is not None:
+            self.db.execute(
+                "INSERT INTO taken VALUES (?, ?, ?, ?)", (*place, file.root, file.num_records)
+            )
+
+    def of_slice(self, place: SlicePosition) -> dict[bytes, Row]:
+        """Return the rows of a slice by keyed id."""
+        query = "SELECT label, id_digest, shard, slice, since FROM leaves WHERE shard = ? AND slice = ?"
+        return {row[1]: row for row in self.db.execute(query, place)}
+
+    def value(self, label: bytes) -> dict[str, Any] | None:
+        """Return what the tree says of a label; None if it does not have it."""
+        row = self.db.execute("SELECT shard, since FROM leaves WHERE label = ?", (label,)).fetchone()
+        return None if row is None else dict(zip(("shard", "since"), row, strict=True))
+
+    def leaves(self, prefix: str, limit: int) -> list[tuple[bytes, bytes]]:
+        """Return label and hash of the value of the first leaves below a prefix."""
+        query = (
+            "SELECT label, shard, since FROM leaves WHERE label BETWEEN ? AND ? ORDER BY label LIMIT ?"
+        )
+        rows = self.db.execute(query, (_label(prefix, "0"), _label(prefix, "1"), limit))
+        return [(label, _value_hash(shard, since)) for label, shard, since in rows]
+
+    def hash(self, prefix: str = "", changed: Sequence[bytes] = (), *, keep: bool = False) -> bytes:
+        """Return the hash of a subtree, computed anew above the `changed` labels, which are sorted.
+
+        With `keep`, nodes above changed labels are stored, and those that are no more are removed.
+        """
+        query = "SELECT hash FROM nodes WHERE prefix = ?"
+        if not changed and (row := self.db.execute(query, (prefix,)).fetchone()):
+            return bytes(row[0])
+        few = self.leaves(prefix, BUCKET + 1)
+        if len(few) <= BUCKET:
+            if keep and changed:
+                self.db.execute("DELETE FROM nodes WHERE prefix BETWEEN ? AND ?", (prefix, prefix + "2"))
+            return tree_hash(few, len(prefix))
+        middle = bisect_left(changed, _label(prefix + "1", "0"))
+        left = self.hash(prefix + "0", changed[:middle], keep=keep)
+        found = inner(left, self.hash(prefix + "1", changed[middle:], keep=keep))
+        if keep and changed:
+            self.db.execute("INSERT OR REPLACE INTO nodes VALUES (?, ?)", (prefix, found))
+        return found
+
+    def replace(self, gone: Collection[bytes], new: Collection[Row]) -> None:
+        """Remove labels, add leaves, and bring nodes and root along. Raise ValueError for damage."""
+        changed = sorted({*gone, *(row[0] for row in new)})
+        if self.hash(changed=changed) != self.root:
+            raise ValueError("subtrees that do not give the root")
+        self.db.executemany("DELETE FROM leaves WHERE label = ?", ((label,) for label in gone))
+        self.db.executemany("INSERT INTO leaves VALUES (?, ?, ?, ?, ?)", sorted(new))
+        self.put(ROOT, self.hash(changed=changed, keep=True))
+
+    def path(self, label: bytes) -> tuple[list[bytes], tuple[bytes, bytes] | None]:
+        """Return the siblings on a label's way from the root down, and the leaf where it ends."""
+        siblings: list[bytes] = []
+        prefix = ""
+        while len(found := self.leaves(prefix, 2)) > 1:
+            side = bit(label, len(prefix))
+            siblings.append(self.hash(f"{prefix}{1 - side}"))
+            prefix += str(side)
+        return siblings, found[0] if found else None
+
+    def check(self) -> None:
+        """Raise ValueError unless every node is the hash of its children, down to the leaves."""
+        for prefix, stored in self.db.execute("SELECT prefix, hash FROM nodes"):
+            if inner(self.hash(prefix + "0"), self.hash(prefix + "1")) != stored:
+                raise ValueError("a node that is not the hash of its children")
+        if self.hash() != self.root:
+            raise ValueError("nodes that do not give the root")
+
+
+def tree_hash(leaves: Sequence[tuple[bytes, bytes]], depth: int = 0) -> bytes:
+    """Return the hash of a subtree at a depth, given label and hash of the value of its leaves.
+
+    >>> tree_hash([]) == EMPTY_TREE
+    True
+    """
+    if len(leaves) <= 1:
+        return leaf(*leaves[0]) if leaves else EMPTY_TREE
+    sides: tuple[list[tuple[bytes, bytes]], ...] = ([], [])
+    for each in leaves:
+        sides[bit(each[0], depth)].append(each)
+    return inner(*(tree_hash(side, depth + 1) for side in sides))
+
+
+@lru_cache(maxsize=1 << 16)
+def _value_hash(shard: int, since: str) -> bytes:
+    return sha256(canonical_json({"shard": shard, "since": since})).digest()
+
+
+def _label(prefix: str, digit: str) -> bytes:
+    """Return the first label (digit 0) or the last one (1) below a prefix."""
+    return int(prefix.ljust(LABEL_BITS, digit), 2).to_bytes(LABEL_BYTES, "big")
+
+
+class Membership:
+    """The tree of one model, in a file, with the key of its labels."""
+
+    def __init__(self, path: Path, vrf_secret: bytes) -> None:
+        self.path = path
+        self._key = VrfKey(vrf_secret)
+
+    @property
+    def root(self) -> str:
+        """Return the root in hexadecimal. Raise IntegrityError if there is no tree."""
+        with self._tree(write=False) as tree:
+            return tree.root.hex()
+
+    @property
+    def num_records(self) -> int:
+        """Return the number of records. Raise IntegrityError if there is no tree."""
+        with self._tree(write=False) as tree:
+            return tree.num_records
+
+    def sync(self, context: Context) -> tuple[str, str]:
+        """Bring the tree to what the ledger holds; return its roots before and after.
+
+        A damaged tree, or one under another key, is built again, from an empty one.
+        """
+        try:
+            return self._synced(context)
+        except IntegrityError as error:
+            if error.where != str(self.path):
+                raise
+            context.report(Notice(f"the tree of records is built again: {error.got}"))
+        erase_tables(self.path, TABLES)
+        return self._synced(context)
+
+    def check(self) -> None:
+        """Compute every node again. Raise IntegrityError for damage."""
+        with self._tree(write=False) as tree:
+            tree.check()
+
+    def prove(self, record_id: str) -> dict[str, Any]:
+        """Return the proof that an id is in the tree, or that it is not. Raise IntegrityError.
+
+        `vrf` proves the id's label; `present` is what the tree says of it, or None; `neighbour` is the
+        other leaf in its place, if there is one; `path` has the siblings from the root down.
+        """
+        alpha = record_id.encode()
+        label = self._key.output(alpha)[:LABEL_BYTES]
+        with self._tree(write=False) as tree:
+            path, end = tree.path(label)
+            if fold(label, leaf(*end) if end else EMPTY_TREE, path) != tree.root:
+                raise ValueError("a path that does not give the root")
+            present = tree.value(label)
+        other = end if end and end[0] != label else None
+        return {
+            "vrf": self._key.prove(alpha).hex(),
+            "present": present,
+            "neighbour": other and {"label": other[0].hex(), "value_hash": other[1].hex()},
+            "path": [each.hex() for each in path],
+        }
+
+    @contextmanager
+    def _tree(self, *, write: bool) -> Iterator[Tree]:
+        """Open the tables in a transaction. Raise IntegrityError for damage, and for another key."""
+        try:
+            with transaction(self.path, SCHEMA, write=write) as db:
+                tree = Tree(db)
+                if tree.fact(KEY, self._key.public) != self._key.public:
+                    raise ValueError("labels under another key")
+                yield tree
+        except (ValueError, TypeError) as error:  # a damaged row may hold anything
+            raise damaged(self.path, str(error)) from error
+
+    def _synced(self, context: Context) -> tuple[str, str]:
+        slices = {(file.shard, file.slice): file for file in context.stores.ledger.slices()}
+        with self._tree(write=True) as tree:
+            before, changed = tree.root, tree.changed(slices)
+            if changed:
+                gone, new = self._differences(context, tree, changed, slices)
+                tree.replace(gone, new)
+                tree.put(KEY, self._key.public)
+            for place in changed:
+                tree.take(place, slices.get(place))
+            return before.hex(), tree.root.hex()
+
+    def _differences(
+        self,
+        context: Context,
+        tree: Tree,
+        changed: Sequence[SlicePosition],
+        slices: Mapping[SlicePosition, SliceFile],
+    ) -> tuple[list[bytes], list[Row]]:
+        """Return the labels that leave, and the rows that come; what moves keeps its label."""
+        gone: dict[bytes, Row] = {}
+        new: dict[bytes, SlicePosition] = {}
+        for place in changed:
+            held = tree.of_slice(place)
+            now = {bytes.fromhex(each) for each, _ in context.stores.ledger.contents(*place)}
+            gone |= {each: held[each] for each in held.keys() - now}
+            new |= dict.fromkeys(now - held.keys(), place)
+        today, num_new = context.now()[:10], len(new)
+        rows: list[Row] = []
+        for each in gone.keys() & new.keys():
+            label, _, shard, _, since = gone[each]
+            place = new.pop(each)
+            rows.append((label, each, *place, since if place[0] == shard else today))
+        for place in sorted(set(new.values())):
+            labels = self._labels(context, slices[place], new.keys())
+            rows += [(label, each, *place, today) for each, label in labels.items()]
+        if len(rows) < num_new:
+            raise IntegrityError("the ledger holds records that its slice files do not")
+        return [row[0] for row in gone.values()], rows
+
+    def _labels(self, context: Context, file: SliceFile, new: Collection[bytes]) -> dict[bytes, bytes]:
+        """Return the labels of a slice's new records by keyed id; libsodium works in several threads."""
+        stored = [(bytes.fromhex(s.id_digest), s.record.id) for s in context.stores.records.read(file)]
+        ids = {each: name for each, name in stored if each in new}
+
+        def labels_of(names: Sequence[str]) -> list[bytes]:
+            return [self._key.output(name.encode())[:LABEL_BYTES] for name in names]
+
+        names, threads = list(ids.values()), os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(labels_of, (names[at::threads] for at in range(threads))))
+        ordered = [parts[at % threads][at // threads] for at in range(len(names))]
+        return dict(zip(ids, ordered, strict=True))
