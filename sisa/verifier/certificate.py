@@ -1,0 +1,164 @@
+"""Check certificates of deletions, receipts, and the chain of certificates in a whole log.
+
+    {"type": "deletion-ready-model/certificate/v1", "envelope", "entry", "proof"}
+    {"type": "deletion-ready-model/receipt/v1", "id", "salt", "index", "path", "certificate", "proof"}
+
+A certificate file holds the signed envelope, the log's entry for it and the proof that the entry is in
+the log, each as text, so it verifies with the public keys alone. Files have one form: canonical JSON and
+a line break. A signature shows who says something, the log that they said the same to everybody; neither
+shows that it is true.
+
+>>> commitment(bytes(32), "p001-q1").hex()[:16]
+'68db87ca6fee60c2'
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from sisa.verifier.envelope import (
+    SHA256_HEX,
+    PublicKeys,
+    Refused,
+    canonical,
+    members,
+    strict_json,
+    verify_envelope,
+)
+from sisa.verifier.merkle import leaf_hash, verify_inclusion
+from sisa.verifier.note import Checkpoint, verify_proof
+
+URN = "urn:deletion-ready-model:"
+EXACT, MIXED = f"{URN}exact-deletion:v1", f"{URN}mixed-deletion:v1"
+RECTIFICATION, STATE = f"{URN}rectification:v1", f"{URN}state:v1"
+APPROX_REPORT, KEY_HANDOVER = f"{URN}approx-report:v1", f"{URN}key-handover:v1"
+REBUILD, AUDIT, REVOCATIONS = f"{URN}rebuild:v1", f"{URN}audit:v1", f"{URN}revocations:v1"
+CERTIFICATES = (EXACT, MIXED, RECTIFICATION)
+CHAINED = (*CERTIFICATES, STATE)  # statements of what the model holds
+CERTIFICATE_FILE, RECEIPT_FILE = "deletion-ready-model/certificate/v1", "deletion-ready-model/receipt/v1"
+_ENTRY = {"predicateType": str, "sha256": SHA256_HEX}
+_FILE = {"type": CERTIFICATE_FILE, "envelope": str, "entry": str, "proof": str}
+_RECEIPT = {"type": RECEIPT_FILE, "id": str, "salt": SHA256_HEX, "index": int, "path": list}
+_RECEIPT |= {"certificate": SHA256_HEX, "proof": str}
+_LINK = re.compile("(?:[0-9a-f]{64})?")  # nothing, at the beginning
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A verified statement: the sha256 of its envelope, its number in the log, the log's checkpoint."""
+
+    statement: dict[str, Any]
+    sha256: str
+    index: int
+    checkpoint: Checkpoint
+
+    @property
+    def kind(self) -> str:
+        return str(self.statement["predicateType"])
+
+
+def parse_file(data: bytes, what: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the members of a file in its one form. Raise Refused."""
+    if canonical(found := members(strict_json(data, what), what, kinds)) + b"\n" != data:
+        raise Refused(f"{what} is not in the form in which it was written")
+    return found
+
+
+def log_entry(sha256: str, predicate_type: str) -> bytes:
+    """Return the log's entry for a statement, whose envelope has this sha256."""
+    return canonical({"predicateType": predicate_type, "sha256": sha256})
+
+
+def commitment(salt: bytes, record_id: str) -> bytes:
+    """Return what a certificate commits to for a record; without the salt nobody can find the id."""
+    return sha256(b"deletion-ready-model/commitment/v1\x00" + salt + record_id.encode()).digest()
+
+
+def verify_certificate(data: bytes, keys: PublicKeys, receipt: bytes | None = None) -> Certificate:
+    """Return what a certificate file states. Raise Refused; given a receipt, unless it belongs to it."""
+    file = parse_file(data, "the certificate", _FILE)
+    entry, envelope = file["entry"].encode(), file["envelope"].encode()
+    index, checkpoint = verify_proof(file["proof"].encode(), entry, keys.log)
+    statement = _stated(envelope, entry, keys, index)
+    found = Certificate(statement, sha256(envelope).hexdigest(), index, checkpoint)
+    if found.kind not in CERTIFICATES:
+        raise Refused(
+            "this is not a certificate", expected=" or ".join(CERTIFICATES), got=found.kind[:80]
+        )
+    if receipt is not None:
+        verify_receipt(receipt, found, keys)
+    return found
+
+
+def _stated(envelope: bytes, entry: bytes, keys: PublicKeys, index: int) -> dict[str, Any]:
+    """Return the statement of entry `index`, after checking that it says whose and where it is."""
+    statement = verify_envelope(envelope, keys, index)
+    kind, state = statement["predicateType"], statement["predicate"]
+    if log_entry(sha256(envelope).hexdigest(), kind) != entry:
+        raise Refused("the log's entry is not that of the statement", where=f"entry {index}")
+    if kind in CHAINED:
+        what = "the statement's place in the chain"
+        kinds = {"model": keys.model, "sequence": int, "previous": _LINK, "membership": dict}
+        place = members({name: state.get(name) for name in kinds}, what, kinds)
+        roots = {name: place["membership"].get(name) for name in ("before", "after")}
+        members(roots, what, dict.fromkeys(roots, _LINK))
+        if place["sequence"] != index:
+            raise Refused(f"{what} is another one", "", f"entry {place['sequence']}", f"entry {index}")
+    return statement
+
+
+def verify_receipt(data: bytes, certificate: Certificate, keys: PublicKeys) -> str:
+    """Return the id of the record that a receipt shows the certificate to be about. Raise Refused."""
+    receipt = parse_file(data, "the receipt", _RECEIPT)
+    if receipt["certificate"] != certificate.sha256:
+        step = "verify it with the certificate that it was made for"
+        got = receipt["certificate"]
+        raise Refused("the receipt is of another certificate", "", certificate.sha256, got, step)
+    entry = log_entry(certificate.sha256, certificate.kind)
+    if (index := verify_proof(receipt["proof"].encode(), entry, keys.log)[0]) != certificate.index:
+        raise Refused("the receipt is of another entry", "", f"{certificate.index}", f"{index}")
+    tree = certificate.statement["predicate"].get("commitments")
+    tree = members(tree, "the tree of commitments", {"root": SHA256_HEX, "number": int})
+    if not all(isinstance(each, str) and SHA256_HEX.fullmatch(each) for each in receipt["path"]):
+        raise Refused("the receipt's path is not one of hashes")
+    salt, root, *path = map(bytes.fromhex, (receipt["salt"], tree["root"], *receipt["path"]))
+    leaf = leaf_hash(commitment(salt, receipt["id"]))
+    verify_inclusion(leaf, receipt["index"], tree["number"], path, root)
+    return str(receipt["id"])
+
+
+def verify_chain(
+    entries: Iterable[bytes], read: Callable[[str], bytes], keys: PublicKeys
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield sha256 and statement of each entry of a log, after checking the chain up to it.
+
+    `read` returns a file beside the log's by its path. A statement of what the model holds names the one
+    before it and begins where that ended, or (of several requests carried out at once) as it did. Of a
+    rebuild, which another party signed, the bytes alone are checked.
+    """
+    previous, ends = "", ("", "")
+    for index, entry in enumerate(entries):
+        where, named = (
+            f"entry {index}",
+            members(strict_json(entry, "a log entry"), "a log entry", _ENTRY),
+        )
+        envelope = read(f"statements/{named['sha256']}.json")
+        if sha256(envelope).hexdigest() != named["sha256"]:
+            raise Refused("a statement is not the logged one", where)
+        if named["predicateType"] == REBUILD:
+            continue
+        statement = _stated(envelope, entry, keys, index)
+        if named["predicateType"] in CHAINED:
+            state = statement["predicate"]
+            roots = state["membership"]["before"], state["membership"]["after"]
+            if state["previous"] != previous or (roots[0] != ends[1] and roots != ends):
+                expected = f"after {previous or 'none'}, from the records {ends[1] or 'none'}"
+                got = f"after {state['previous'] or 'none'}, from the records {roots[0] or 'none'}"
+                step = "keep this log: a statement was dropped, replaced or moved"
+                raise Refused("the chain is broken", where, expected, got, step)
+            previous, ends = named["sha256"], roots
+        yield named["sha256"], statement
