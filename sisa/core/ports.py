@@ -620,3 +620,6 @@ class DeletionHook(Protocol[_M]):
 
         It looks at what is there, so the next command makes good what a crash or a failure left out.
         """
+
+    def export(self, model: _M, name: str, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        """Return the files of a directory to export under a name, with what the hook adds to them."""

@@ -4,7 +4,8 @@
     merged-adapter   one PEFT directory: the exact mean of the shards' changes, with the sum of the ranks
     merged-model     the full weights, with the mean of the changes in them
 
-    commit a row for every shard of every directory -> write the files -> commit that they are written
+    make the files -> hooks add theirs -> commit a row for every shard of every directory
+                   -> write the files -> commit that they are written
 
 The rows are committed before the files are written, so that no crash leaves an unknown export;
 `reconcile.py` erases exports that a deletion has touched. With active patches, each exported adapter is
@@ -201,7 +202,10 @@ def _written(
             files = of_adapter(resources, files)
             rank = int(json.loads(files[CONFIG]).get("r", 0))
         text = card.text(lora_name(path), [each.shard for each in of], rank, gap)
-        return _Written(path, tuple(of), {**files, CARD: text})
+        files = {**files, CARD: text}
+        for hook in context.hooks:
+            files = hook.export(context, lora_name(path), files)
+        return _Written(path, tuple(of), files)
 
     if form == "peft":
         return [

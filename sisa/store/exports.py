@@ -22,8 +22,9 @@ from sisa.store.blobs import files
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 
 CONFIG, CARD, MODEL = "adapter_config.json", "README.md", "model.safetensors"
+SIGNATURE = "model.sig"  # OpenSSF Model Signing, over the other files
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_BESIDE = (CONFIG, CARD, "config.json", "generation_config.json", *TOKENIZER)
+_BESIDE = (CONFIG, CARD, SIGNATURE, "config.json", "generation_config.json", *TOKENIZER)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link counts as no directory

@@ -17,7 +17,7 @@ from sisa.core.domain import Export
 from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import ExportStore
 from sisa.store.checkpoints import ADAPTER, MANIFEST
-from sisa.store.exports import CONFIG, DirectoryExports
+from sisa.store.exports import CARD, CONFIG, SIGNATURE, DirectoryExports
 from tests.fakes.ports import FakeExports
 
 CONTENT = {ADAPTER: b"adapter", CONFIG: b"{}"}
@@ -72,7 +72,7 @@ def directories() -> DirectoryExports:
 
 
 def test_the_directory_goes_when_it_is_empty(directories: DirectoryExports, place: Path) -> None:
-    directories.write(str(place), CONTENT)
+    directories.write(str(place), {**CONTENT, CARD: b"# a card", SIGNATURE: b"{}"})
     assert directories.erase(export(place))
     assert place.parent.is_dir()
     assert not place.exists()

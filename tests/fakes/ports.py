@@ -245,7 +245,7 @@ class FakeExports:
         if standing == "changed" or (standing == "gone" and export.state != "erasing"):
             return False
         files = self.stored.get(export.path, {})
-        for name in (ADAPTER, "adapter_config.json", "README.md"):
+        for name in (ADAPTER, "adapter_config.json", "README.md", "model.sig"):
             files.pop(name, None)
         if not files:
             self.stored.pop(export.path, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,14 +30,15 @@ from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
 from sisa.flows.export import Card, export_adapters, of_adapter
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import find
+from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.reconcile import reconcile, stale_exports
 from sisa.flows.reconfigure import reset
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Resources
+from sisa.flows.wiring.context import Context, Resources
 from sisa.model import Model
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.blobs.files import TEMPORARY_PREFIX, writer_lock
-from sisa.store.exports import DirectoryExports
+from sisa.store.exports import CARD, SIGNATURE, DirectoryExports
 from sisa.store.ledger.ledger import SqlLedger
 from tests.fakes.ports import ADAPTER, SECRET, FakeModel, changed, fake_model, fake_record
 from tests.models import confessing as care_model
@@ -105,6 +106,27 @@ def test_an_export_is_known_before_its_files_are_written(fake: FakeModel) -> Non
     heads = {head.shard: head.key for head in fake.ledger.heads()}
     assert {each.shard: each.key for each in made} == heads
     assert all(fake.exports.state(each) == "held" for each in made)
+
+
+class Signing(PatchesHook):
+    """A hook that adds a line to each card, and a file over all others."""
+
+    def export(self, context: Context, name: str, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        files = {**super().export(context, name, files), CARD: files[CARD] + name.encode()}
+        return {**files, SIGNATURE: ",".join(sorted(files)).encode()}
+
+
+def test_hooks_add_to_an_export_and_a_deletion_erases_that_with_it(fake: FakeModel) -> None:
+    fake.context = changed(fake.context, hooks=(Signing(),))
+    made = export(fake, "a")
+    for each in made:
+        files = fake.exports.stored[each.path]
+        assert files[SIGNATURE] == b"README.md,adapter_config.json,adapter_model.safetensors"
+        assert files[CARD].endswith(f"v1-{Path(each.path).name}".encode())
+        assert each.adapter_sha256 == sha256_hex(files[ADAPTER])
+    touched = knows(fake, 3)
+    forget(fake, 3)
+    assert {each.path for each in made} - touched == set(fake.exports.stored)
 
 
 def test_an_export_that_could_not_be_written_is_forgotten(fake: FakeModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -484,6 +484,11 @@ class Noting:
 
     def complete(self, context: Context) -> None:
         self._note(context, "complete")
+
+    def export(self, context: Context, name: str, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        del name
+        self._note(context, "export")
+        return files
 
 
 def test_hooks_join_the_commit_of_a_deletion_and_finish_when_it_is_done(fake: FakeModel) -> None:

@@ -1,0 +1,106 @@
+"""Sign the files of an export in the format of OpenSSF Model Signing, `model.sig`.
+
+The file is a Sigstore bundle around a DSSE envelope around an in-toto statement that names every other
+file with its SHA-256. `model_signing verify key` checks it with the public key alone. `check_signature`
+does the same, and accepts only the form that `sign_files` writes. The format's key method knows ECDSA on
+NIST curves alone, so exports have a P-256 key of their own.
+
+>>> key = ec.generate_private_key(ec.SECP256R1())
+>>> digests = {"adapter_model.safetensors": "ab" * 32, "README.md": "cd" * 32}
+>>> signature = sign_files("v1-shard-00000", digests, key)
+>>> check_signature(signature, digests, key.public_key())
+>>> sorted(strict_json(signature, SIGNATURE))
+['dsseEnvelope', 'mediaType', 'verificationMaterial']
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import rfc8785
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from sisa.store.exports import SIGNATURE
+from sisa.verifier.envelope import PAYLOAD_TYPE, Refused, pae, strict_json
+
+PREDICATE = "https://model_signing/signature/v1.0"
+MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+IGNORED = (SIGNATURE, ".git", ".gitattributes", ".github", ".gitignore")  # not signed; hubs add them
+_ECDSA = ec.ECDSA(hashes.SHA256())
+
+
+def sign_files(name: str, digests: Mapping[str, str], key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Return `model.sig` of a directory with these files, each with its sha256."""
+    payload = _payload(name, digests)
+    return _bundle(payload, key.sign(pae(PAYLOAD_TYPE, payload), _ECDSA), key.public_key())
+
+
+def check_signature(data: bytes, digests: Mapping[str, str], public: ec.EllipticCurvePublicKey) -> None:
+    """Raise Refused unless `data` is the signature of exactly these files by this key."""
+    try:
+        envelope = strict_json(data, SIGNATURE)["dsseEnvelope"]
+        payload = base64.b64decode(envelope["payload"], validate=True)
+        signature = base64.b64decode(envelope["signatures"][0]["sig"], validate=True)
+        name = strict_json(payload, SIGNATURE)["subject"][0]["name"]
+        written = _bundle(payload, signature, public) == data
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise _refused("it is malformed") if not isinstance(error, Refused) else error from None
+    if not (isinstance(name, str) and written):
+        raise _refused("it is not a signature of this program's, or another key's")
+    try:
+        public.verify(signature, pae(PAYLOAD_TYPE, payload), _ECDSA)
+    except InvalidSignature:
+        raise _refused("the signature is wrong") from None
+    if payload != _payload(name, digests):
+        step = "get the export again; `model_signing verify key` names the files that differ"
+        raise Refused("the files are not those that were signed", SIGNATURE, next_step=step)
+
+
+def public_pem(public: ec.EllipticCurvePublicKey) -> bytes:
+    """Return a public key as the file that `model_signing verify key --public-key` takes."""
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _payload(name: str, digests: Mapping[str, str]) -> bytes:
+    files = [
+        {"name": each, "algorithm": "sha256", "digest": digest}
+        for each, digest in sorted(digests.items())
+        if each.partition("/")[0] not in IGNORED
+    ]
+    root = hashlib.sha256(b"".join(bytes.fromhex(each["digest"]) for each in files)).hexdigest()
+    how = {
+        "method": "files",
+        "hash_type": "sha256",
+        "allow_symlinks": False,
+        "ignore_paths": list(IGNORED),
+    }
+    statement: Any = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": name, "digest": {"sha256": root}}],
+        "predicateType": PREDICATE,
+        "predicate": {"serialization": how, "resources": files},
+    }
+    return rfc8785.dumps(statement)
+
+
+def _bundle(payload: bytes, signature: bytes, public: ec.EllipticCurvePublicKey) -> bytes:
+    envelope: Any = {
+        "payload": base64.b64encode(payload).decode(),
+        "payloadType": PAYLOAD_TYPE,
+        "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
+    }
+    hint = hashlib.sha256(public_pem(public)).hexdigest()
+    material: Any = {"publicKey": {"hint": hint}, "tlogEntries": []}
+    return rfc8785.dumps(
+        {"mediaType": MEDIA_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope}
+    )
+
+
+def _refused(why: str) -> Refused:
+    return Refused(f"the export's signature is refused: {why}", where=SIGNATURE)
