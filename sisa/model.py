@@ -329,6 +329,12 @@ class Model:
                     prompts=prompts,
                 )
 
+    @asked_again
+    def lineage(self) -> dict[int, list[query.SliceStanding]]:
+        """Return the standing of every slice, by shard: clean, retrained, rolled back or empty."""
+        with self._context(outdated=True) as context, context.stores.ledger.snapshot():
+            return query.slice_standings(context)
+
     def verify(
         self,
         replay: Replay = "none",

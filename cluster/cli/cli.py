@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli import evaluation, jobs, maintenance, metrics, patches, plan, requests
+from cluster.cli import audits, evaluation, jobs, maintenance, metrics, patches, plan, requests
 from cluster.cli.command import (
     PATH,
     ExecutorChoice,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from sisa.flows.ask import Prompt
 
 __all__ = ["FAMILIES", "cli"]
-FAMILIES = (evaluation, jobs, maintenance, metrics, patches, plan, requests)  # all commands
+FAMILIES = (audits, evaluation, jobs, maintenance, metrics, patches, plan, requests)  # all commands
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 EXIT_SIGNAL = 128  # plus the signal's number

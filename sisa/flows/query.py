@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Literal
 
 from sisa.core.domain import (
     Export,
@@ -27,6 +28,7 @@ from sisa.core.ports import Vectors
 from sisa.data.record_rules import normal_subject
 from sisa.flows.reconcile import export_standing, not_erased, under_way
 from sisa.flows.wiring.context import (
+    TRAINED_ANEW,
     Context,
     known_rows,
     lookup,
@@ -122,6 +124,19 @@ class ShardStatus:
     adapter_sha256: str | None
     target: str | None = None  # the head once training is done
     num_stages: int = 0  # slices that hold records: the full `depth`
+
+
+@dataclass(frozen=True)
+class SliceStanding:
+    """Describe a slice of a shard.
+
+    `retrained`: after a deletion, since the model was last trained as a whole. The served head lacks a
+    slice that is `rolled back`, until it is trained.
+    """
+
+    slice: int
+    records: int
+    state: Literal["clean", "retrained", "rolled back", "empty"]
 
 
 def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
@@ -379,3 +394,30 @@ def shards(context: Context) -> list[ShardStatus]:
         for head in ledger.heads()
         for sizes in [counts.get(head.shard, {})]
     ]
+
+
+def slice_standings(context: Context) -> dict[int, list[SliceStanding]]:
+    """Return the standing of every slice of every shard."""
+    ledger = context.stores.ledger
+    prefixes = {each.key: each.prefix for each in ledger.checkpoints()}
+    since = ledger.meta().get(TRAINED_ANEW, "")
+    first: dict[int, int] = {}  # slice that a deletion retrained, by shard
+    for request in ledger.requests():
+        for shard, slice_, _ in request.shards if request.committed_at > since else ():
+            first[shard] = min(slice_, first.get(shard, slice_))
+    return {
+        each.shard: [
+            _standing(slice_, size, prefixes[each.head] if each.head else (), first.get(each.shard))
+            for slice_, size in enumerate(each.slice_records)
+        ]
+        for each in shards(context)
+    }
+
+
+def _standing(slice_: int, size: int, served: Sequence[int], retrained: int | None) -> SliceStanding:
+    if not size:
+        return SliceStanding(slice_, size, "empty")
+    if slice_ not in served:
+        return SliceStanding(slice_, size, "rolled back")
+    again = retrained is not None and slice_ >= retrained
+    return SliceStanding(slice_, size, "retrained" if again else "clean")

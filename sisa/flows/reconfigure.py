@@ -27,6 +27,7 @@ from sisa.flows.reconcile import Trained, train_unrecorded
 from sisa.flows.record_checks import check_generations
 from sisa.flows.wiring.context import (
     ALWAYS_SEALED,
+    TRAINED_ANEW,
     Context,
     commit,
     embed_records,
@@ -87,6 +88,8 @@ def move(context: Context, effects: Collection[Effect], meta: dict[str, str]) ->
     appended = "reset" not in effects and any(file.slice >= num_slices for file in files)
     appended = appended or any(each.record.generation for each in held)
     check_generations(context.settings.recipe.training, (), append=appended)
+    if not {"reset", "retrain"}.isdisjoint(effects):
+        meta = {**meta, TRAINED_ANEW: context.now()}
     if "reset" in effects:
         return reset(context, meta)
     shards = [head.shard for head in context.stores.ledger.heads()] if "retrain" in effects else []

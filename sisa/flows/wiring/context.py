@@ -51,6 +51,7 @@ from sisa.planning.patch_plan import TRAINED_OVER
 from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, prefix_names
 from sisa.store.index import Warm
 
+TRAINED_ANEW = "trained_anew"  # in the ledger's meta: when the model was last trained as a whole
 INDEXED = "text-and-asked-v1"  # of a record: its text, and each thing that is asked in it
 
 

@@ -1,0 +1,260 @@
+"""Make the page that a privacy officer reads: one HTML file, without script, network or record ids.
+
+    facts = read_facts(model, made_by="dpo")       # effects: what the model, its log and its keys say
+    page(report_body(facts))                         # pure: the same facts give the same bytes
+
+What the page shows is in `report_body(facts)`, which `sisa report --json` prints. Whatever people wrote
+(reasons, approvers, external ids, paths) is escaped, isolated from the text around it, and stripped of
+control characters. Consent texts name people, so the page says only that a consent is recorded.
+
+>>> cost_bars([{"committed_at": "2026-01-30T09:00:00+00:00", "record_epochs_retrained": 12}])
+[{'period': '2026-01-30', 'record_epochs': 12, 'share': 1.0}]
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import cache
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from cluster.render.render import counted, printable, share
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from sisa.core.domain import Patch, VaultSet
+    from sisa.flows.lifecycle import RequestView
+    from sisa.flows.query import SliceStanding
+    from sisa.flows.wiring.results import Status
+    from sisa.model import Model
+
+CLOSED = ("completed", "denied", "cancelled")
+MAX_BARS = 24
+SOON_DAYS = 7
+WITNESS_STEP = {
+    "current": "",
+    "absent": "open the model where its witness is kept",
+    "to be caught up": "the next command that writes catches up",
+    "ahead of the ledger": "an older copy was restored: the next command deletes again",
+}
+OF_SHARD = ("shard", "records", "head", "adapter_sha256", "depth", "num_stages", "converged")
+OF_REQUEST = (
+    *("request_id", "external_id", "state", "regime", "created_at", "due", "num_records", "reason"),
+    *("approver", "extension", "num_copies", "copies_included", "committed_at", "shards", "cause"),
+    *("record_epochs_retrained", "record_epochs_full", "record_epochs_others", "seconds"),
+    *("serving_depth", "exports_erased", "model_digest_before", "model_digest_after"),
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Hold what the page is made from."""
+
+    made_at: str
+    made_by: str  # as given; may be empty
+    program: str
+    model: str  # the model's random name
+    encrypted: bool
+    storage: str | None
+    status: Status
+    lineage: Mapping[int, Sequence[SliceStanding]]
+    requests: Sequence[RequestView]
+    patches: Sequence[Patch] = ()
+    vault: Sequence[VaultSet] = ()
+
+
+def read_facts(model: Model, now: str, made_by: str = "") -> Facts:
+    """Read what the page shows; nothing is changed."""
+    from sisa.unlearn import patches
+
+    made, vault, _ = patches(model)
+    return Facts(
+        made_at=now,
+        made_by=made_by,
+        program=f"deletion-ready-model {metadata.version('deletion-ready-model')}",
+        model=model.id,
+        encrypted=model.config.encrypt,
+        storage=model.config.storage,
+        status=model.status(),
+        lineage=model.lineage(),
+        requests=model.requests(),
+        patches=made,
+        vault=vault,
+    )
+
+
+def report_body(found: Facts) -> dict[str, Any]:
+    """Return everything that the page shows, as JSON values."""
+    requests = [_request(view) for view in found.requests]
+    body = {
+        "made_at": found.made_at,
+        "made_by": found.made_by,
+        "program": found.program,
+        "model": _model(found),
+        "lineage": [
+            {
+                **{name: getattr(each, name) for name in OF_SHARD},
+                "slices": [asdict(standing) for standing in found.lineage[each.shard]],
+            }
+            for each in found.status.shards
+        ],
+        "requests": requests,
+        "costs": _batches(found.requests),
+        "patches": [_patch(each) for each in found.patches],
+        "vault": {
+            "sets": sum(each.held for each in found.vault),
+            "records": sum(each.num_records for each in found.vault if each.held),
+        },
+        "exports": [asdict(each) for each in found.status.exports],
+    }
+    return body | {"attention": _attention(body)}
+
+
+def _model(found: Facts) -> dict[str, Any]:
+    status = found.status
+    where, standing = status.witness
+    return {
+        "name": found.model,
+        "directory": status.directory,
+        "digest": status.model_digest,
+        "base": status.base_model,
+        "base_digest": status.base_digest,
+        "records": status.records,
+        "deleted_records": status.deleted_records,
+        "records_without_subject": status.records_without_subject,
+        "record_epochs_full": status.record_epochs_full,
+        "serving_depth": status.serving_depth,
+        "encrypted": found.encrypted,
+        "storage": found.storage,
+        "event_head": asdict(status.event_head),
+        "witness": {"path": where, "standing": standing},
+    }
+
+
+def _request(view: RequestView) -> dict[str, Any]:
+    request = view.request
+    closed_at = view.events[-1].at if view.events and request.state in CLOSED else None
+    return {
+        **{name: getattr(request, name) for name in OF_REQUEST},
+        "days_left": None if request.state in CLOSED else view.days_left,
+        "closed_at": closed_at,
+        "on_time": None if closed_at is None else closed_at[:10] <= request.due,
+        "probed": request.probed and asdict(request.probed),
+        "consent_recorded": bool(request.consent),
+        "events": [{"state": e.state, "at": e.at, "note": e.note} for e in view.events],
+    }
+
+
+def _batches(views: Sequence[RequestView]) -> list[dict[str, Any]]:
+    """Return what each batch of deletions cost; its requests have one commit and the same costs."""
+    batches: dict[str, dict[str, Any]] = {}
+    for request in (view.request for view in views if view.request.committed_at):
+        batch = batches.setdefault(
+            request.committed_at,
+            {
+                "committed_at": request.committed_at,
+                "requests": 0,
+                "records": 0,
+                "record_epochs_retrained": request.record_epochs_retrained,
+                "record_epochs_full": request.record_epochs_full,
+                "seconds": 0.0,
+            },
+        )
+        batch["requests"] += 1
+        batch["records"] += request.num_records
+        batch["seconds"] = max(batch["seconds"], request.seconds)
+    return [batches[at] for at in sorted(batches)]
+
+
+def cost_bars(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the record-epochs of each day, else month, else year: the first that needs few bars."""
+    sums: Counter[str] = Counter()
+    for num_chars in (len("2026-01-30"), len("2026-01"), len("2026")):
+        sums = Counter()
+        for each in batches:
+            sums[each["committed_at"][:num_chars]] += each["record_epochs_retrained"]
+        if len(sums) <= MAX_BARS:
+            break
+    most = max(sums.values(), default=0)
+    return [
+        {"period": period, "record_epochs": sums[period], "share": sums[period] / most if most else 0.0}
+        for period in sorted(sums)[-MAX_BARS:]
+    ]
+
+
+def _patch(patch: Patch) -> dict[str, Any]:
+    return {
+        "version": patch.version,
+        "state": patch.state,
+        "wanted_at": patch.wanted_at,
+        "made_at": patch.made_at,
+        "method": str(patch.job.settings.get("method", "")),
+        "outcome": str(patch.report.get("outcome", "")),
+        "request_id": patch.request_id,
+    }
+
+
+def _attention(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what somebody should act on, the gravest first."""
+    requests = body["requests"]
+    left = [each["days_left"] for each in requests if each["days_left"] is not None]
+    states = Counter(each["state"] for each in requests)
+    rolled_back = sum(s["state"] == "rolled back" for row in body["lineage"] for s in row["slices"])
+    stale = sum(each["standing"] in ("held", "changed", "unreadable") for each in body["exports"])
+    gone = sum(each["standing"] == "gone" for each in body["exports"])
+    witness = body["model"]["witness"]["standing"]
+    soon = sum(0 <= n <= SOON_DAYS for n in left)
+    found = [
+        (sum(n < 0 for n in left), "error", "Open requests past their due date", "run or decide them"),
+        (states["failed"] + states["erasure_failed"], "error", "Failed deletions", "`sisa run` retries"),
+        (stale, "error", "Exports that still hold deleted records", "remove them: `sisa status`"),
+        (gone, "error", "Moved exports that held deleted records", "find and remove every copy"),
+        (soon, "warning", f"Open requests due within {SOON_DAYS} days", "run them in time"),
+        (states["received"], "warning", "Requests that wait for a decision", "approve, deny or hold"),
+        (states["held"], "warning", "Requests under a legal hold", "approve when the hold ends"),
+        (rolled_back, "warning", "Slices rolled back and not retrained yet", "`sisa run` trains them"),
+        (witness != "current", "warning", f"Witness: {witness}", WITNESS_STEP[witness]),
+    ]
+    return [
+        {"severity": severity, "what": what, "count": int(count), "next_step": step}
+        for count, severity, what, step in found
+        if count
+    ]
+
+
+def page(body: Mapping[str, Any]) -> str:
+    """Return the page of what `report_body` returned."""
+    return _template().render(**body, bars=cost_bars(body["costs"]), soon_days=SOON_DAYS)
+
+
+@cache
+def _template() -> jinja2.Template:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cluster.render"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "given": lambda text: printable(str(text)),
+        "moment": _moment,
+        "counted": counted,
+        "share": share,
+    }
+    return environment.get_template("report.html.j2")
+
+
+def _moment(at: str) -> str:
+    """Return a time for readers, to the minute.
+
+    >>> _moment("2026-01-30T09:00:31.123+00:00")
+    '2026-01-30 09:00 UTC'
+    """
+    return datetime.fromisoformat(at).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,123 @@
+"""`sisa report` on a model whose requests are in several states: what it says, writes and leaves out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa.config.runfile import parse_run_file
+from sisa.flows.wiring.context import Resources
+from sisa.train import train_model
+from tests.models import confessing as care_model
+
+Sisa = Callable[..., tuple[int, str, str]]
+HOSTILE = '<script>alert("T-2")</script>'
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pristine") / "model"
+    care_model.build(folder)
+    return folder
+
+
+@pytest.fixture
+def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    care_model.use_fake_resources(monkeypatch)
+    return Path(shutil.copytree(pristine, tmp_path / "model"))
+
+
+@pytest.fixture
+def ask(sisa: Sisa, model: Path) -> Callable[..., dict[str, Any]]:
+    def asked(*arguments: str | Path) -> dict[str, Any]:
+        code, out, err = sisa(*arguments, "-m", model, "--json")
+        assert code == 0, err
+        parsed: dict[str, Any] = json.loads(out)
+        return parsed
+
+    return asked
+
+
+def states(report: dict[str, Any]) -> dict[int, list[str]]:
+    return {row["shard"]: [each["state"] for each in row["slices"]] for row in report["lineage"]}
+
+
+def test_a_model_without_requests_has_a_page(sisa: Sisa, model: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    code, out, _ = sisa("report", "-m", model, "--html", page)
+    assert code == 0
+    assert out.endswith(f"page: {page}\n")
+    assert page.stat().st_mode & 0o077 == 0
+    assert "No request for deletion has been made" in page.read_text(encoding="utf-8")
+
+
+def test_requests_in_several_states_are_on_the_page(
+    ask: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    ids = [care_model.record(number).id for number in range(4)]
+    ask("request", "submit", ids[0], "--external-id", "T-1", "--reason", "asked", "--approver", "dpo")
+    ask("run")
+    ask("request", "submit", ids[1], "--external-id", HOSTILE, "--reason", "\u202etxt.exe")
+    ask("request", "submit", ids[2], "--external-id", "T-3")
+    ask("request", "hold", "T-3", "--reason", "court order")
+    ask("request", "submit", ids[3], "--external-id", "T-4")
+    ask("request", "deny", "T-4", "--reason", "not the person")
+    page = tmp_path / "report.html"
+    found = ask("report", "--html", page, "--made-by", "Ada & sons")
+    assert (found["made_by"], found["html"]) == ("Ada & sons", str(page))
+    assert [each["state"] for each in found["requests"]] == ["completed", "received", "held", "denied"]
+    assert [each["external_id"] for each in found["requests"]] == ["T-1", HOSTILE, "T-3", "T-4"]
+    (batch,) = found["costs"]
+    assert 0 < batch["record_epochs_retrained"] < batch["record_epochs_full"]
+    assert {each["what"] for each in found["attention"]} == {
+        "Requests that wait for a decision",
+        "Requests under a legal hold",
+    }
+    text = page.read_text(encoding="utf-8")
+    assert "Ada &amp; sons" in text
+    assert "&lt;script&gt;alert(&#34;T-2&#34;)&lt;/script&gt;" in text
+    assert "<script" not in text
+    assert "\u202e" not in text
+    assert "court order" in text
+    assert not [each for each in ids if each in text or each in json.dumps(found)]
+
+
+def test_the_lineage_follows_a_deletion(ask: Callable[..., dict[str, Any]]) -> None:
+    assert {each for row in states(ask("report")).values() for each in row} == {"clean"}
+    record = care_model.record(care_model.DELETED).id
+    (place,) = ask("where", record)["records"]
+    shard, slice_ = place["shard"], place["slice"]
+    ask("forget", record, "--defer")
+    after = states(ask("report"))
+    assert after[shard] == ["clean" if n < slice_ else "rolled back" for n in range(3)]
+    ask("run")
+    after = states(ask("report"))
+    assert after[shard] == ["clean" if n < slice_ else "retrained" for n in range(3)]
+    assert after[1 - shard] == ["clean"] * 3
+
+
+def test_training_the_whole_model_again_ends_what_deletions_retrained(
+    ask: Callable[..., dict[str, Any]], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
+    monkeypatch.setattr(Resources, "check_base", lambda _: None)
+    data = model.parent / "people.jsonl"
+    held = [care_model.record(number) for number in range(care_model.NUM_RECORDS)]
+    ask("forget", held[care_model.DELETED].id)
+    rows = [
+        {"id": each.id, "subject_id": each.subject_id, **{part.role: part.text for part in each.parts}}
+        for each in held
+        if each is not held[care_model.DELETED]
+    ]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    run_file = care_model.RUN_FILE.replace("owner/people", str(data)).replace(
+        "output_dir: model", f"output_dir: {model}\nlearning_rate: 0.5"
+    )
+    assert "retrained" in str(states(ask("report")))
+    train_model(parse_run_file(run_file, "run.yaml"), executor="serial", accept_differences=True)
+    assert {each for row in states(ask("report")).values() for each in row} == {"clean"}
