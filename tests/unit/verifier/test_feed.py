@@ -1,0 +1,226 @@
+"""Feeds of revoked adapters: what they say of held files, and what is refused.
+
+Envelopes are built here from the standard library's JSON alone, so that the verifier is not checked
+against the code that writes feeds.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from sisa.verifier.certificate import EXACT, REVOCATIONS
+from sisa.verifier.envelope import (
+    ED25519,
+    PAYLOAD_TYPE,
+    STATEMENT_TYPE,
+    CertificateKey,
+    PublicKeys,
+    Refused,
+    pae,
+)
+from sisa.verifier.feed import check_adapter, check_present, verify_feed
+
+MODEL, OTHER = "0" * 32, "1" * 32
+NOW, EARLIER = "2026-11-02T12:00:00Z", "2026-11-01T12:00:00Z"
+LATER, END, AFTER = "2026-11-03T12:00:00Z", "2026-11-09T12:00:00Z", "2026-11-09T12:00:01Z"
+WEIGHTS, KEPT = b"an adapter that saw a deleted record", b"an adapter that did not"
+REVOCATION = {"certificate": "c" * 64, "date": "2026-11-01"}
+KEY, REPLACED, STRANGER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3))
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def public_keys(key: Ed25519PrivateKey = KEY, model: str = MODEL) -> PublicKeys:
+    def certificate_key(each: Ed25519PrivateKey, *held: Any) -> CertificateKey:
+        public = each.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        return CertificateKey(digest(public), ED25519, public, *held)
+
+    return PublicKeys(model, (certificate_key(REPLACED, 0, 5), certificate_key(key, 5)), "", b"")
+
+
+def canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def signed(
+    predicate: dict[str, Any], key: Ed25519PrivateKey = KEY, kind: str = REVOCATIONS, model: str = MODEL
+) -> bytes:
+    """Return the envelope of a feed, like that of `feed_of` but for what is given."""
+    statement = {
+        "_type": STATEMENT_TYPE,
+        "subject": [{"name": f"deletion-ready-model/{model}", "digest": {"sha256": "a" * 64}}],
+        "predicateType": kind,
+        "predicate": {
+            "model": model,
+            "sequence": 7,
+            "published": NOW,
+            "next_update": END,
+            "revoked": {digest(WEIGHTS): REVOCATION},
+            "reinstated": [],
+            **predicate,
+        },
+    }
+    payload = canonical(statement)
+    sig = base64.b64encode(key.sign(pae(PAYLOAD_TYPE, payload))).decode()
+    keyid = digest(key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+    return canonical(
+        {
+            "payload": base64.b64encode(payload).decode(),
+            "payloadType": PAYLOAD_TYPE,
+            "signatures": [{"keyid": keyid, "sig": sig}],
+        }
+    )
+
+
+def feed_of(**predicate: Any) -> dict[str, Any]:
+    return verify_feed(signed(predicate), public_keys())
+
+
+def test_a_holder_learns_which_weights_must_go(tmp_path: Path) -> None:
+    feed = feed_of()
+    check_present(feed, NOW)
+    for name, data in (("b/adapter_model.safetensors", KEPT), ("a/model.safetensors", WEIGHTS)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "README.md").write_text("no weights")
+    weights, other = tmp_path / "a/model.safetensors", tmp_path / "b/adapter_model.safetensors"
+    assert check_adapter(tmp_path, feed) == {str(weights): digest(WEIGHTS), str(other): digest(KEPT)}
+    assert feed["revoked"] == {digest(WEIGHTS): REVOCATION}
+
+
+def test_a_revoked_file_is_found_under_another_name(tmp_path: Path) -> None:
+    (tmp_path / "renamed.bin").write_bytes(WEIGHTS)
+    (tmp_path / "README.md").write_text("no weights")
+    found = {str(tmp_path / "renamed.bin"): digest(WEIGHTS)}
+    assert (
+        check_adapter(tmp_path, feed_of()) == check_adapter(tmp_path / "renamed.bin", feed_of()) == found
+    )
+
+
+def test_links_to_files_are_followed_and_nothing_is_left_out_unsaid(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    (blobs / "0a").write_bytes(WEIGHTS)
+    (snapshot / "model.safetensors").symlink_to(blobs / "0a")  # as a hub's cache keeps it
+    assert check_adapter(snapshot, feed_of()) == {str(snapshot / "model.safetensors"): digest(WEIGHTS)}
+    (snapshot / "more").symlink_to(blobs)
+    with pytest.raises(Refused, match="link to a directory"):
+        check_adapter(snapshot, feed_of())
+    os.mkfifo(blobs / "pipe.safetensors")  # opening it would wait for a writer
+    with pytest.raises(Refused, match="no weights"):
+        check_adapter(blobs / "pipe.safetensors", feed_of())
+
+
+def test_what_holds_no_weights_is_not_called_clean(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").write_bytes(KEPT)
+    for place in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(Refused, match="no weights"):
+            check_adapter(place, feed_of())
+
+
+def test_a_feed_that_is_out_of_date_is_refused() -> None:
+    check_present(feed_of(), END)
+    with pytest.raises(Refused, match="out of date") as refused:
+        check_present(feed_of(), AFTER)
+    assert END in refused.value.expected
+    assert "get the newest feed" in refused.value.next_step
+
+
+def test_an_older_feed_is_refused() -> None:
+    older, present = feed_of(), feed_of(sequence=8, published=LATER)
+    check_present(present, NOW, since=8, seen=older)
+    check_present(present, NOW, seen=present)
+    refused: list[Callable[[], None]] = [
+        lambda: check_present(older, NOW, seen=present),
+        lambda: check_present(older, NOW, since=8),
+        lambda: check_present(feed_of(published=EARLIER), NOW, seen=older),
+    ]
+    for check in refused:
+        with pytest.raises(Refused, match="behind one seen before"):
+            check()
+
+
+def test_a_later_feed_that_drops_a_revocation_is_refused() -> None:
+    dropped = feed_of(sequence=9, revoked={})
+    check_present(dropped, NOW)  # alone, nothing shows it
+    with pytest.raises(Refused, match="behind one seen before") as refused:
+        check_present(dropped, NOW, seen=feed_of())
+    assert "1 revocations missing" in refused.value.got
+    check_present(feed_of(sequence=9, revoked={}, reinstated=[digest(WEIGHTS)]), NOW, seen=feed_of())
+
+
+@pytest.mark.parametrize(
+    ("feed", "keys", "why"),
+    [
+        (signed({}, STRANGER), public_keys(), "none of the public keys"),
+        (signed({}, REPLACED), public_keys(), "did not hold then"),
+        (signed({}), public_keys(STRANGER), "none of the public keys"),
+        (signed({"model": OTHER}), public_keys(), "the feed has another form or version"),
+        (signed({}), public_keys(model=OTHER), "the feed has another form or version"),
+        (signed({}, kind=EXACT), public_keys(), "no feed"),
+        (signed({}, kind=REVOCATIONS.replace("v1", "v2")), public_keys(), "no feed"),
+        (signed({"more": 1}), public_keys(), "another form"),
+        (signed({"sequence": "7"}), public_keys(), "another form"),
+        (signed({"published": "yesterday"}), public_keys(), "another form"),
+        (signed({"next_update": "2026-11-09"}), public_keys(), "another form"),
+        (signed({"revoked": {"x": "y"}}), public_keys(), "a revocation has another form"),
+        (b"", public_keys(), "not strict JSON"),
+    ],
+)
+def test_what_is_no_feed_of_the_model_is_refused(feed: bytes, keys: PublicKeys, why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        verify_feed(feed, keys)
+
+
+def mutations(data: bytes, others: list[bytes], number: int) -> Iterator[bytes]:
+    """Yield variants of a signed file: bits, cuts, doubled and swapped parts, other files' members."""
+    drawn, value = random.Random(19), json.loads(data)
+    payload = base64.b64decode(value["payload"])
+    while number:
+        at, other = drawn.randrange(len(data)), json.loads(drawn.choice(others))
+        to, name = drawn.randrange(at, len(data)), drawn.choice(sorted(value))
+        flipped = bytearray(payload)
+        flipped[drawn.randrange(len(payload))] ^= 1 << drawn.randrange(8)
+        found = drawn.choice(
+            [
+                data[:at] + bytes([data[at] ^ (1 << drawn.randrange(8))]) + data[at + 1 :],
+                data[:at],
+                data[:at] + data[to:],
+                data[:to] + data[at:],
+                data + data[at:],
+                canonical({**value, name: other[name]}),
+                canonical({key: each for key, each in value.items() if key != name}),
+                canonical({**value, "payload": base64.b64encode(flipped).decode()}),
+                canonical({**value, "signatures": value["signatures"] * 2}),
+                canonical({**value, "signatures": []}),
+                canonical({**value, name: drawn.choice([None, 7, "", [], {}])}),
+            ]
+        )
+        if found != data:
+            number -= 1
+            yield found
+
+
+def test_no_mutation_of_a_feed_is_accepted() -> None:
+    data, others = signed({}), [signed({}, STRANGER), signed({"sequence": 6}), signed({}, kind=EXACT)]
+    keys, tried = public_keys(), 0
+    for mutated in mutations(data, others, 1000):
+        if mutated not in others:
+            tried += 1
+            with pytest.raises(Refused):
+                verify_feed(mutated, keys)
+    assert tried > 950
