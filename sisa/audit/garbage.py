@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from sisa.model import Model
 
 LEDGER_FILES = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", f"{LEDGER}-journal")
-KEPT_FILES = frozenset({*LEDGER_FILES, wiring.KEY, LOCK})
+EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", wiring.LOG)
+KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, wiring.KEY, LOCK})
 AREAS = (
     *(wiring.RECORDS, wiring.INDEX, wiring.PREFIXES, CHECKPOINTS),
     *(PATCHES, wiring.VAULT, wiring.RUNS, METRICS),
@@ -111,7 +112,7 @@ def _listed(context: Context, directory: Path) -> list[_Item]:
             found.append(_in(directory, here, name, TEMPORARY if ours else STRAY, removable=ours))
     for area, blobs in sorted(context.stores.blobs.items()):
         root = at_hand(blobs)
-        if root is not None and root.parent == directory:
+        if (root is not None and root.parent == directory) or area == wiring.LOG:
             continue
         if area != SCRATCH:
             found += in_area(area, known[area])

@@ -58,7 +58,7 @@ from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
 from sisa.core.ports import BlobStore
 from sisa.flows.reconcile import export_standing
 from sisa.flows.wiring.context import Context, known_by_area
-from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, METRICS, PATCHES, RECORDS, RUNS, VAULT
+from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.lm.base.packages import cache_dir
 from sisa.store.blobs.files import SCRATCH_PREFIX, walk
 from sisa.store.blobs.keyring import is_sealed
@@ -421,7 +421,7 @@ class _Scanner:
         """Scan a storage area in an object store, a blob or a group at a time in memory."""
         for name in sorted(blobs.held()):
             where = blobs.location(name)
-            if name not in self._known.get(area, frozenset()):
+            if area != LOG and name not in self._known.get(area, frozenset()):
                 self.found("unknown_file", where, UNKNOWN_FILE)
             plain = {
                 part: self._object(area, blobs, name, part) for part in sorted(blobs.parts(name)) or [""]

@@ -9,7 +9,7 @@
     DIR/prefixes/        kept hidden states
     STORAGE/MODEL/       records, checkpoints, patches and scratch, where the run file names a `storage:`
     KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR
-    DIR/evidence.sqlite  what evidence of deletions is made from; its keys are outside of DIR
+    DIR/evidence.sqlite  what evidence is made from      DIR/log/  its transparency log, to publish
 
 A storage is an absolute path or `s3://BUCKET[/PREFIX]`, and models share it; the endpoint of a server
 other than Amazon's comes from the environment. Index, vault, unfinished runs and metrics always stay in
@@ -78,7 +78,7 @@ RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scrat
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
 PREFIXES = "prefixes"
 HOOKS: tuple[ports.DeletionHook[Context], ...] = (PatchesHook(),)  # called on a deletion, in this order
-EVIDENCE = "evidence.sqlite"
+EVIDENCE, LOG = "evidence.sqlite", "log"
 DESCRIPTION = ("config", "base", "embedder", "key", "model")  # of the ledger's `meta`
 
 OpenExecutor = Callable[[Site, Mapping[str, Any]], ports.Executor]
@@ -491,7 +491,7 @@ def recording(report: Report, metrics: ports.Metrics, now: Callable[[], str]) ->
 
 SCHEME = "s3://"
 LOCAL_AREAS = ("index", "vault", "runs", "metrics")  # stay with the driver
-SHARED_AREAS = ("records", "prefixes", "checkpoints", "patches", "scratch")  # used by workers, too
+SHARED_AREAS = ("records", "prefixes", "checkpoints", "patches", "scratch", LOG)  # where a storage is
 
 
 def open_areas(directory: Path, storage: str | None, model: str) -> dict[str, ports.BlobStore]:
