@@ -132,6 +132,7 @@ def _once(values: tuple[_T, ...], what: str) -> tuple[_T, ...]:
 LocalPath = Annotated[Path, BeforeValidator(_path_name)]
 ModelName = Annotated[Name, AfterValidator(pypi_form)]
 Storage = Annotated[str, BeforeValidator(_storage)]
+SignerUri = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*:[^\x00-\x20\x7f]*$")]
 LoraLayers = Annotated[str, BeforeValidator(_lora_layers)]
 
 
@@ -379,6 +380,17 @@ class SisaBlock(Block):
         return value
 
 
+class SigningBlock(Block):
+    """Keys that sign certificates of deletions. `sisa keys init` makes them; no model needs them."""
+
+    keys: LocalPath | None = key(
+        None, "none", "Directory of the signing keys, outside output_dir; null: user's state directory."
+    )
+    signer: SignerUri | None = key(
+        None, "none", "What signs instead of a key file, such as ssh-agent: or hsm:; null: as made."
+    )
+
+
 class ClusterBlock(Block):
     """Where training runs, and what a worker takes of a node; it does not affect the bits."""
 
@@ -484,6 +496,7 @@ class RunConfig(Block):
     )
     sisa: SisaBlock = field(SisaBlock(), "The partition, how it is trained, and how it answers.")
     cluster: ClusterBlock = field(ClusterBlock(), "Where training runs; does not affect the bits.")
+    signing: SigningBlock = field(SigningBlock(), "Keys that sign certificates of deletions.")
     limits: SourceLimits = field(SourceLimits(), "Limits on the size of one source.")
 
     @field_validator("learning_rate", "lora_dropout", "warmup_ratio", "weight_decay", "max_grad_norm")

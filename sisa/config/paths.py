@@ -25,7 +25,7 @@ from sisa.config.config import HUB, NAME_PATTERN, KeyPath, is_local, is_uri, sho
 # Dotted keys (`*`: every item of a list) that hold a path, and those that hold a path or a name.
 PATH_KEYS = (
     *("output_dir", "storage", "witness", "keyring", "sisa.partition_key_file"),
-    "base_model.scratch.directory",
+    *("signing.keys", "base_model.scratch.directory"),
 )
 NAME_KEYS = ("base_model", "sisa.embedder", "datasets.*.path", "base_model.scratch.corpus.*.path")
 MUST_EXIST = "sisa.partition_key_file"  # the only one of PATH_KEYS
@@ -33,6 +33,7 @@ MUST_EXIST = "sisa.partition_key_file"  # the only one of PATH_KEYS
 OUTSIDE_OUTPUT = {
     "witness": "the witness is",
     "keyring": "the keys are",
+    "signing.keys": "the signing keys are",
     "storage": "the storage is",
     "datasets.*.path": "the data is",
     "base_model.scratch.directory": "the base is",
@@ -57,8 +58,10 @@ def resolve_paths(data: dict[str, Any], directory: Path) -> Iterator[tuple[KeyPa
         for path, value in _values(data, key):
             if _lies_inside(value, data.get("output_dir")):
                 yield path, f"conflict: {what} inside output_dir"
-    if _lies_inside(data.get("keyring"), data.get("storage")):
-        yield ("keyring",), "conflict: the keys are inside the storage"
+    for key in ("keyring", "signing.keys"):
+        for path, value in _values(data, key):
+            if _lies_inside(value, data.get("storage")):
+                yield path, "conflict: the keys are inside the storage"
 
 
 def shared_path_problems(data: dict[str, Any], directory: Path) -> Iterator[tuple[KeyPath, str]]:

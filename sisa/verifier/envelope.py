@@ -53,8 +53,8 @@ class Refused(ValueError):
     next_step: str = ""
 
     def __str__(self) -> str:
-        facts = {name: fact for name, fact in vars(self).items() if fact and name != "what"}
-        return "\n  ".join([self.what, *(f"{name}: {fact}" for name, fact in facts.items())])
+        facts = [f"{name.replace('_', ' ')}: {fact}" for name, fact in vars(self).items() if fact]
+        return "\n  ".join([self.what, *facts[1:]])
 
 
 def strict_json(data: bytes, what: str) -> Any:
@@ -89,7 +89,8 @@ def members(value: Any, what: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
         else:  # JSON's true is no number
             right = isinstance(found, kind) and isinstance(found, bool) == (kind is bool)
         if not right:
-            raise Refused(f"{what} has another form or version", where=name, expected=str(kind))
+            form = getattr(kind, "pattern", None) or getattr(kind, "__name__", kind)
+            raise Refused(f"{what} has another form or version", where=name, expected=str(form))
     return value
 
 

@@ -456,8 +456,7 @@ def keyrings(config: RunConfig) -> Path:
 
 def evidence_keys(config: RunConfig, model: str) -> Path:
     """Return the directory of the keys that sign a model's evidence."""
-    del config
-    return state_dir() / "evidence-keys" / model
+    return (config.signing.keys or state_dir() / "evidence-keys").absolute() / model
 
 
 def open_keyring(config: RunConfig, name: str) -> ports.Keyring:

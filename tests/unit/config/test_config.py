@@ -298,6 +298,8 @@ OTHER: dict[str, Any] = {
     "cluster.max_retries": 7,
     "cluster.stall_limit_s": 7.0,
     "cluster.num_gpus": 0.5,
+    "signing.keys": "other",
+    "signing.signer": "ssh-agent:",
     "limits.max_records": 7,
     "limits.max_record_bytes": 7,
     "limits.max_bytes": 7,
@@ -325,7 +327,7 @@ def test_each_key_has_one_effect() -> None:
         effects.setdefault(found.effect, set()).add(key)
     where = {"base_model", "sisa.shards", "sisa.slices", "sisa.bands", "sisa.group_by"}
     where |= {"sisa.partition_key_file"}
-    blocks = {key for key in OTHER if key.startswith(("cluster.", "limits."))}
+    blocks = {key for key in OTHER if key.startswith(("cluster.", "limits.", "signing."))}
     none = {"output_dir", "datasets", "storage", "witness", "keyring", "probe", "patch_mode"}
     none |= {"prefix_cache_bytes", "sisa.aggregation", "sisa.checkpoint_budget_bytes"}
     assert effects["none"] == blocks | none

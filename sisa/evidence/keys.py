@@ -1,0 +1,370 @@
+"""Keep the keys of a model's evidence, sign with them, and rotate the one that signs statements.
+
+    KEYS/MODEL/               outside the model's directory, mode 0700; files have mode 0600
+      public.json             the file of public keys, published as `keys.json` beside the log
+      KEYID.key               the key that signs statements (Ed25519, PKCS#8 in PEM), or
+      KEYID.signer            the URI of what holds it: an agent, a token, a service (`signers.py`)
+      log.key, vrf.key        32 bytes each: the Ed25519 seed of the log, and the secret of the VRF
+      handover.json           a hand-over that is not in the log yet
+
+KEYID is the sha256 of the public key (SubjectPublicKeyInfo, DER). A rotation writes the hand-over, the
+new key, and the new file of public keys, which decides; then it logs the hand-over, and destroys the old
+key. After a crash `Keys.settle` completes or undoes it.
+
+The old key signs the hand-over to the new one. The signature of a key that is lost or leaked would show
+nothing, so the new key signs then: whoever trusts the old key must get the new one from its owner. What
+the old key signed before the given entry of the log stays valid: nobody can put an entry there now, as
+far as the log is watched.
+
+>>> import tempfile
+>>> from sisa.verifier.envelope import verify_envelope
+>>> with tempfile.TemporaryDirectory() as folder:
+...     keys = create_keys(Path(folder) / "keys", "0f" * 16)
+...     signed = keys.sign({"subject": [], "predicateType": "urn:example:v1", "predicate": {"n": 1}})
+...     verify_envelope(signed, keys.public)["predicate"]
+{'n': 1}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import rfc8785
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+    load_ssh_public_key,
+)
+
+from sisa.config.config import RunConfig
+from sisa.core.digest import KEY_BYTES, sha256_hex
+from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
+from sisa.flows.wiring.wiring import evidence_keys
+from sisa.store.blobs import files
+from sisa.verifier import note
+from sisa.verifier.envelope import (
+    ECDSA_P256,
+    ED25519,
+    KEYS_PAYLOAD_TYPE,
+    KEYS_TYPE,
+    PAYLOAD_TYPE,
+    STATEMENT_TYPE,
+    CertificateKey,
+    PublicKeys,
+    Refused,
+    pae,
+    parse_keys,
+    strict_json,
+)
+from sisa.verifier.note import NoteKey
+
+PUBLIC, HANDOVER, LOG_KEY, VRF_KEY = "public.json", "handover.json", "log.key", "vrf.key"
+KEY, SIGNER = ".key", ".signer"  # suffixes of the file of a key that signs statements
+PUBLISHED = "keys.json"  # the file of public keys, beside the log
+HANDOVER_TYPE = "urn:deletion-ready-model:key-handover:v1"
+MAX_FILE_BYTES = 1 << 20
+Reason = Literal["rotated", "lost", "leaked"]
+Signing = Callable[[bytes], bytes]  # the signature of a message
+
+
+class HandoverLog(Protocol):
+    """What a rotation needs of the log."""
+
+    @property
+    def size(self) -> int: ...
+    def append(self, envelope: bytes, predicate_type: str) -> int: ...
+    def entries(self, start: int = 0) -> Iterator[Any]: ...
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a model's evidence. Nothing secret is in their `repr`."""
+
+    directory: Path
+    public: PublicKeys
+    public_file: bytes = field(repr=False)
+    log_seed: bytes = field(repr=False)
+    vrf_secret: bytes = field(repr=False)
+    signer: str = ""  # the URI of what signs instead of a key file
+
+    @property
+    def model(self) -> str:
+        return self.public.model
+
+    @property
+    def present(self) -> CertificateKey:
+        """Return the public key that signs now."""
+        return self.public.certificates[-1]
+
+    def sign(self, statement: Mapping[str, Any]) -> bytes:
+        """Return the envelope of a statement. Raise EnvironmentFault if the signer fails."""
+        path = self.directory / f"{self.present.keyid}{KEY}"
+        try:
+            private = b"" if self.signer else path.read_bytes()
+        except OSError as error:
+            raise EnvironmentFault(
+                f"the key that signs can't be read: {error.strerror}",
+                where=str(path),
+                next_step="restore it from a backup, or replace it by `sisa keys rotate --lost`",
+            ) from None
+        return _signed(statement, self.present, _signing(self.present, private, self.signer))
+
+    def settle(self, log: HandoverLog) -> None:
+        """Log the hand-over of an interrupted rotation, then destroy the key that it replaced.
+
+        Raise IntegrityError if another entry is in its place.
+        """
+        path, present = self.directory / HANDOVER, self.present.keyid
+        if not path.exists():
+            return
+        envelope = files.read_whole(path, "hand-over of keys")
+        predicate = _payload(envelope)["predicate"]
+        if predicate["keys"] == _body(self.public):  # else the rotation ended before it took effect
+            index = self.present.since - (predicate["reason"] == "rotated")
+            if log.size == index:
+                log.append(envelope, HANDOVER_TYPE)
+            entry = next(log.entries(index)) if index < log.size else None
+            if entry is None or entry.sha256 != sha256_hex(envelope):
+                raise IntegrityError(
+                    "the log does not continue where the keys were rotated",
+                    where=str(path),
+                    expected=f"the hand-over as entry {index}",
+                    got=f"another entry, of {log.size}",
+                    next_step="restore the log's newer files from where it is published",
+                )
+        for each in sorted(self.directory.glob(f"*{KEY}")) + sorted(self.directory.glob(f"*{SIGNER}")):
+            if each.name not in (LOG_KEY, VRF_KEY) and each.stem != present:
+                with files.disk_errors(each):
+                    files.overwrite(each)
+                files.erase(each)
+        files.erase_all(self.directory, [HANDOVER])
+
+
+def init_keys(
+    config: RunConfig, model: str, signer: str = "", public_key: CertificateKey | None = None
+) -> Keys:
+    """Make the keys of a model, where its run file says. Raise ConfigConflict if it has some."""
+    signer = signer or config.signing.signer or ""
+    return create_keys(evidence_keys(config, model), model, signer, public_key)
+
+
+def open_keys(config: RunConfig, model: str) -> Keys | None:
+    """Return the keys of a model; None if it has none. Raise IntegrityError for damaged ones."""
+    found = read_keys(evidence_keys(config, model), model)
+    return replace(found, signer=config.signing.signer) if found and config.signing.signer else found
+
+
+def create_keys(
+    directory: Path, model: str, signer: str = "", public_key: CertificateKey | None = None
+) -> Keys:
+    """Make keys in a new directory; with a signer, its public key instead of a key that signs.
+
+    Raise ConfigConflict for an existing directory, EnvironmentFault if the signer fails.
+    """
+    if directory.exists():
+        raise ConfigConflict(
+            "the model has keys of evidence; nothing was changed",
+            where=str(directory),
+            next_step="`sisa keys rotate` replaces the one that signs",
+        )
+    present, name, data = _new_key(signer, public_key)
+    log_seed, vrf_secret = os.urandom(KEY_BYTES), os.urandom(KEY_BYTES)
+    public = PublicKeys(model, (present,), *_derived(model, log_seed, vrf_secret))
+    made = {name: data, LOG_KEY: log_seed, VRF_KEY: vrf_secret}
+    made[PUBLIC] = _public_file(public, _signing(present, data, signer))
+    files.write_directory(directory, made)
+    return _read(directory, model)
+
+
+def read_keys(directory: Path, model: str) -> Keys | None:
+    """Return the keys in a directory; None if there is none. Raise IntegrityError."""
+    return _read(directory, model) if directory.is_dir() else None
+
+
+def _read(directory: Path, model: str) -> Keys:
+    public_file, log_seed, vrf_secret = (
+        files.read_whole(directory / name, "key of evidence", MAX_FILE_BYTES)
+        for name in (PUBLIC, LOG_KEY, VRF_KEY)
+    )
+    try:
+        public = parse_keys(public_file)
+        if public != PublicKeys(model, public.certificates, *_derived(model, log_seed, vrf_secret)):
+            raise Refused("the keys do not belong together, or to this model")
+    except ValueError as error:  # Refused is one
+        raise _damaged(directory, str(error)) from None
+    key, signer = (directory / f"{public.certificates[-1].keyid}{each}" for each in (KEY, SIGNER))
+    uri = signer.read_text(encoding="utf-8") if signer.exists() and not key.exists() else ""
+    return Keys(directory, public, public_file, log_seed, vrf_secret, uri)
+
+
+def rotate_keys(
+    keys: Keys,
+    log: HandoverLog,
+    reason: Reason = "rotated",
+    until: int | None = None,
+    signer: str = "",
+    public_key: CertificateKey | None = None,
+) -> Keys:
+    """Replace the key that signs, and log the hand-over; the caller holds the writer lock.
+
+    Entries before `until` stay valid under a key that is lost or leaked: by default, all of the log.
+    """
+    keys.settle(log)
+    since = log.size + (reason == "rotated")  # its hand-over is the last entry that the old key signs
+    end = since if until is None else until
+    if not keys.present.since <= end <= since:
+        raise InvalidInput(
+            "the old key can't end there",
+            expected=f"an entry from {keys.present.since} to {since}",
+            got=str(end),
+        )
+    new, name, data = _new_key(signer, public_key, since)
+    if new.keyid in {key.keyid for key in keys.public.certificates}:
+        raise InvalidInput("the new key is an old one", got=f"keyid {new.keyid}")
+    old = (*keys.public.certificates[:-1], replace(keys.present, until=end))
+    public, signing = replace(keys.public, certificates=(*old, new)), _signing(new, data, signer)
+    statement = {
+        "subject": [{"name": "signing-key", "digest": {"sha256": new.keyid}}],
+        "predicateType": HANDOVER_TYPE,
+        "predicate": {"reason": reason, "keys": _body(public)},
+    }
+    handover = keys.sign(statement) if reason == "rotated" else _signed(statement, new, signing)
+    public_file = _public_file(public, signing)
+    files.write_atomic(keys.directory / HANDOVER, handover)
+    files.write_atomic(keys.directory / name, data)
+    files.write_atomic(keys.directory / PUBLIC, public_file)
+    made = _read(keys.directory, keys.model)
+    made.settle(log)
+    return made
+
+
+def read_public_key(path: Path) -> CertificateKey:
+    """Return a public key from a file in PEM or in OpenSSH's form. Raise InvalidInput."""
+    try:
+        data = path.read_bytes()[:MAX_FILE_BYTES]
+    except OSError as error:
+        raise InvalidInput(
+            "the public key can't be read", where=str(path), got=str(error.strerror)
+        ) from None
+    for load in (load_pem_public_key, load_ssh_public_key):
+        with suppress(ValueError, UnsupportedAlgorithm):
+            key: Any = load(data)
+            ed25519, curve = isinstance(key, Ed25519PublicKey), getattr(key, "curve", None)
+            if ed25519 or getattr(curve, "name", "") == "secp256r1":
+                return _certificate_key(key, ED25519 if ed25519 else ECDSA_P256)
+    raise InvalidInput(
+        "this is no public key that can sign certificates",
+        where=str(path),
+        expected="Ed25519 or ECDSA on P-256, in PEM or as OpenSSH writes it",
+    )
+
+
+def _certificate_key(public: Any, scheme: str, since: int = 0) -> CertificateKey:
+    der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return CertificateKey(hashlib.sha256(der).hexdigest(), scheme, der, since)
+
+
+def _new_key(
+    signer: str, public_key: CertificateKey | None, since: int = 0
+) -> tuple[CertificateKey, str, bytes]:
+    """Return a key that signs from entry `since` on, and the name and the bytes of its file."""
+    if not signer and public_key is None:
+        private = Ed25519PrivateKey.generate()
+        key = _certificate_key(private.public_key(), ED25519, since)
+        pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        return key, f"{key.keyid}{KEY}", pem
+    if not signer or public_key is None:
+        raise InvalidInput(
+            "a signer and its public key belong together",
+            expected="both or neither",
+            next_step="give --signer (or `signing.signer` of the run file) and --public-key",
+        )
+    return replace(public_key, since=since), f"{public_key.keyid}{SIGNER}", signer.encode()
+
+
+def _signing(key: CertificateKey, private: bytes, signer: str) -> Signing:
+    """Return what signs with a key: the one in a PEM file, or a signer."""
+    if signer:
+        from sisa.evidence.signers import signature_by
+
+        return partial(signature_by, signer, key)
+    try:
+        found = load_pem_private_key(private, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        found = None
+    if not isinstance(found, Ed25519PrivateKey):
+        raise _damaged(Path(f"{key.keyid}{KEY}"), "no private key in PEM")
+    return found.sign
+
+
+def _signed(statement: Mapping[str, Any], key: CertificateKey, signing: Signing) -> bytes:
+    payload = rfc8785.dumps({"_type": STATEMENT_TYPE, **statement})
+    return _envelope(PAYLOAD_TYPE, payload, key, signing)
+
+
+def _public_file(public: PublicKeys, signing: Signing) -> bytes:
+    payload = rfc8785.dumps(_body(public))
+    return _envelope(KEYS_PAYLOAD_TYPE, payload, public.certificates[-1], signing)
+
+
+def _envelope(payload_type: str, payload: bytes, key: CertificateKey, signing: Signing) -> bytes:
+    """Return a DSSE envelope, whose signature was checked."""
+    message = pae(payload_type, payload)
+    if not key.verifies(signature := signing(message), message):
+        raise EnvironmentFault(
+            "the signer signed with another key than the model's",
+            expected=f"keyid {key.keyid}",
+            next_step="name the signer of that key by `signing.signer` in the run file, or replace the "
+            "key by `sisa keys rotate`",
+        )
+    signatures = [{"keyid": key.keyid, "sig": b64encode(signature).decode()}]
+    envelope = {"payload": b64encode(payload).decode(), "payloadType": payload_type}
+    return rfc8785.dumps({**envelope, "signatures": signatures})
+
+
+def _payload(envelope: bytes) -> Any:
+    return strict_json(b64decode(strict_json(envelope, "the envelope")["payload"]), "the payload")
+
+
+def _body(public: PublicKeys) -> dict[str, Any]:
+    """Return the content of a file of public keys."""
+    listed = [asdict(key) | {"public": b64encode(key.public).decode()} for key in public.certificates]
+    return {
+        "type": KEYS_TYPE,
+        "model": public.model,
+        "certificates": listed,
+        "log": public.log,
+        "vrf": public.vrf.hex(),
+    }
+
+
+def _derived(model: str, log_seed: bytes, vrf_secret: bytes) -> tuple[str, bytes]:
+    """Return the vkey of the log and the public key of the VRF. Raise ValueError for other sizes."""
+    log, vrf = (
+        Ed25519PrivateKey.from_private_bytes(each).public_key().public_bytes_raw()
+        for each in (log_seed, vrf_secret)  # RFC 9381, 5.5: the key of ECVRF is made as Ed25519's
+    )
+    return str(NoteKey(f"deletion-ready-model/{model}", note.ED25519, log)), vrf
+
+
+def _damaged(path: Path, got: str) -> IntegrityError:
+    return IntegrityError(
+        "the keys of the model's evidence are damaged",
+        where=str(path),
+        got=got,
+        next_step="restore them from a backup; `sisa keys rotate --lost` replaces a lost key that signs",
+    )
