@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -338,7 +338,7 @@ class Model:
     def verify(
         self,
         replay: Replay = "none",
-        shard: int | None = None,
+        shard: int | Collection[int] | None = None,
         *,
         apart: bool = True,
         require_replay: bool = False,

@@ -47,6 +47,7 @@ from sisa.store.ledger.ledger import SqlLedger
 def train_model(
     run_file: Path | str | RunConfig,
     *,
+    records: list[Record] | None = None,
     executor: str | OpenExecutor = "ray",
     report: Report | None = None,
     accept_differences: bool = False,
@@ -54,11 +55,12 @@ def train_model(
 ) -> tuple[Model, Taken]:
     """Train a run file's model, or what is missing of it.
 
-    `report` gets the events of `sisa.core.events`, and the model keeps it. Without one, progress is
-    shown on standard error until this function returns. `accept_differences` moves an existing model to
-    a changed run file; without it ConfigConflict lists the differences. A first training refuses records
-    that another model under the same partition key deleted, unless `allow_deleted`; an existing model
-    counts deleted records and never takes them.
+    `records` are trained instead of those of the run file's `datasets`. `report` gets the events of
+    `sisa.core.events`, and the model keeps it. Without one, progress is shown on standard error until
+    this function returns. `accept_differences` moves an existing model to a changed run file; without it
+    ConfigConflict lists the differences. A first training refuses records that another model under the
+    same partition key deleted, unless `allow_deleted`; an existing model counts deleted records and
+    never takes them.
     """
     config = run_file if isinstance(run_file, RunConfig) else load_run_file(Path(run_file))
     with progress() if report is None else nullcontext(report) as shown:
@@ -67,8 +69,11 @@ def train_model(
         _check_keys_outside(config)
         first = not _committed(config.output_dir)
         subjects: Subjects = "some" if first else "any"
-        records = read_records(config.datasets, config.sisa.group_by, config.limits, subjects=subjects)
-        shown(Notice(records.subject_report()))
+        if records is None:
+            records = read_records(
+                config.datasets, config.sisa.group_by, config.limits, subjects=subjects
+            )
+            shown(Notice(records.subject_report()))
         if first:
             _check_no_foreign_files(config.output_dir)
         with named_by_location(records):

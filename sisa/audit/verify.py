@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,13 +72,17 @@ class Verification:
         return sum(each.replayed for each in self.shards)
 
 
-def shards_to_replay(context: Context, replay: Replay, shard: int | None) -> list[int]:
-    """Return the given shard, all shards, or a random one. Raise InvalidInput if it is unknown."""
+def shards_to_replay(
+    context: Context, replay: Replay, chosen: int | Collection[int] | None
+) -> list[int]:
+    """Return the chosen shards, all shards, or a random one. Raise InvalidInput for an unknown one."""
     heads = context.stores.ledger.heads()
-    if shard is not None:
-        if shard not in {head.shard for head in heads}:
-            raise InvalidInput("no such shard", expected=f"0 to {len(heads) - 1}", got=str(shard))
-        return [shard]
+    if chosen is not None:
+        shards = [chosen] if isinstance(chosen, int) else sorted(chosen)
+        if unknown := set(shards) - {head.shard for head in heads}:
+            got = ", ".join(map(str, sorted(unknown)))
+            raise InvalidInput("no such shard", expected=f"0 to {len(heads) - 1}", got=got)
+        return shards
     if replay == "all":
         return [head.shard for head in heads]
     held = [head.shard for head in heads if head.key is not None]

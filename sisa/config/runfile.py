@@ -39,10 +39,18 @@ _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 PathProblems = Callable[[dict[str, Any]], Iterable[tuple[KeyPath, str]]]
 
 
-def load_run_file(path: Path) -> RunConfig:
-    """Read a run file and make its local paths absolute. Raise InvalidInput with every problem."""
+def load_run_file(path: Path, unchecked: Collection[str] = ()) -> RunConfig:
+    """Read a run file and make its local paths absolute. Raise InvalidInput with every problem.
+
+    What the keys named `unchecked` hold need not exist: a caller with other data or keys replaces it.
+    """
     directory = Path(os.path.abspath(path)).parent
-    return parse_run_file(_read(path), str(path), lambda data: resolve_paths(data, directory))
+
+    def check_paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+        found = resolve_paths(data, directory)
+        return ((path, what) for path, what in found if not set(unchecked) & set(path))
+
+    return parse_run_file(_read(path), str(path), check_paths)
 
 
 def load_elsewhere(path: Path) -> tuple[str, RunConfig]:

@@ -223,6 +223,25 @@ class Membership:
         with self._tree(write=False) as tree:
             tree.check()
 
+    def check_records(self, context: Context, shards: Collection[int]) -> None:
+        """Compare the leaves with the ledger's records, and in these shards the labels with their ids.
+
+        Raise IntegrityError unless the tree holds these records, and no others.
+        """
+        slices = {(file.shard, file.slice): file for file in context.stores.ledger.slices()}
+        with self._tree(write=False) as tree:
+            rows = tree.db.execute("SELECT label, id_digest, shard, slice FROM leaves").fetchall()
+            leaves: dict[tuple[int, int], dict[bytes, bytes]] = {place: {} for place in slices}
+            for label, key, *place in rows:
+                leaves.setdefault((place[0], place[1]), {})[key] = label
+            for (shard, slice_), its in leaves.items():
+                file = slices.get((shard, slice_))
+                listed = context.stores.ledger.contents(shard, slice_) if file else []
+                if its.keys() != {bytes.fromhex(each) for each, _ in listed}:
+                    raise ValueError(f"other records than the ledger's, in shard {shard}")
+                if file and shard in shards and its != self._labels(context, file, its):
+                    raise ValueError(f"labels that are not those of the ids, in shard {shard}")
+
     def prove(self, record_id: str) -> dict[str, Any]:
         """Return the proof that an id is in the tree, or that it is not. Raise IntegrityError.
 

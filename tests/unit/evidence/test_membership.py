@@ -303,3 +303,19 @@ def test_a_deletion_writes_a_number_of_nodes_that_hardly_grows(tmp_path: Path) -
             written.append(db.total_changes - before)
     assert written[0] <= 12
     assert written[1] <= written[0] + 6  # sixteen times as many records: four levels more
+
+
+@pytest.mark.parametrize("lie", ["a record left out", "a record under another label"])
+def test_a_tree_that_lies_is_told_by_the_ledger_and_the_ids(kept: Kept, lie: str) -> None:
+    kept.sync()
+    context, shard = kept.model.context, shard_of(kept, 7)
+    kept.tree.check_records(context, [shard])
+    label = KEY.output(fake_record(7).id.encode())[:LABEL_BYTES]
+    with kept.tree._tree(write=True) as tree:
+        query = "SELECT label, id_digest, shard, slice, since FROM leaves WHERE label = ?"
+        (row,) = tree.db.execute(query, (label,)).fetchall()
+        tree.replace([label], [(bytes(32), *row[1:])] if "another" in lie else [])
+    kept.tree.check()  # in itself it is whole
+    with pytest.raises(IntegrityError) as caught:
+        kept.tree.check_records(context, [shard])
+    assert ("labels" if "another" in lie else "other records") in caught.value.got

@@ -1,0 +1,153 @@
+"""Train a certificate's shards again, as a second party, and state what came out.
+
+    certificate + remaining records + run file + partition key  ->  adapters  ->  a statement
+
+The second party trains in a directory of its own, without the operator's model, and signs with a key of
+its own. Shards are isolated, so the records of the named shards are enough; the partition key says which
+they are. The verdict, of each shard and of all (the worst):
+
+    equal                        the same bytes, under the same numerics fingerprint
+    same procedure, other bits   another fingerprint; records, settings and base are the certified ones
+    other procedure              records, settings or base are not the certified ones
+    differs                      the same job under the same fingerprint, and other bytes
+
+A job's key names records, settings, base and fingerprint. Under another fingerprint the key is compared
+that the job has under the certified one, and equality of bytes is never claimed.
+
+>>> key, adapter = "5e6f", "ab" * 32
+>>> RebuiltShard(0, adapter, adapter, key, key, same_numerics=True).verdict
+'equal'
+>>> RebuiltShard(0, adapter, "cd" * 32, key, key, same_numerics=False).verdict
+'same procedure, other bits'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sisa.config.config import RunConfig, ScratchBase
+from sisa.core.digest import Keyed
+from sisa.core.domain import Record
+from sisa.core.errors import InvalidInput
+from sisa.core.events import Report
+from sisa.flows.wiring.wiring import OpenExecutor
+from sisa.model import Model
+from sisa.planning.layout import Assigner
+from sisa.planning.plan import jobs
+from sisa.store.blobs.keyring import read_secret
+from sisa.train import train_model
+
+NOT_GIVEN = ("datasets", "partition_key_file")  # of the operator's run file: other files replace them
+Verdict = Literal["equal", "same procedure, other bits", "other procedure", "differs"]
+VERDICTS: tuple[Verdict, ...] = ("equal", "same procedure, other bits", "other procedure", "differs")
+
+
+@dataclass(frozen=True)
+class CertifiedHead:
+    """A head that a certificate names: the digest of its adapter, its job's key and fingerprint."""
+
+    shard: int
+    adapter_sha256: str
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class RebuiltShard:
+    """Hold what came out for one shard; `rebuilt_key` is under the certified fingerprint."""
+
+    shard: int
+    certified: str
+    rebuilt: str
+    certified_key: str
+    rebuilt_key: str
+    same_numerics: bool
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.certified_key != self.rebuilt_key:
+            return "other procedure"
+        if not self.same_numerics:
+            return "same procedure, other bits"
+        return "equal" if self.certified == self.rebuilt else "differs"
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """Hold the shards that were trained again, and the fingerprint of this environment."""
+
+    shards: tuple[RebuiltShard, ...]
+    fingerprint: str
+    num_records: int  # of these shards
+
+    @property
+    def verdict(self) -> Verdict:
+        return max((each.verdict for each in self.shards), key=VERDICTS.index)
+
+
+def rebuild_shards(
+    certified: Sequence[CertifiedHead],
+    config: RunConfig,
+    records: Sequence[Record],
+    key_file: Path,
+    directory: Path,
+    executor: str | OpenExecutor,
+    report: Report,
+) -> Rebuild:
+    """Train the certified shards from the remaining records in `directory`, and compare.
+
+    Raise InvalidInput if no record belongs to one of the shards.
+    """
+    config = apart(config, key_file, directory)
+    assigner = Assigner(Keyed(read_secret(key_file)), config.layout)
+    wanted = {each.shard for each in certified}
+    found = {shard: [r for r in records if assigner.place(r)[0] == shard] for shard in sorted(wanted)}
+    if absent := [shard for shard, its in found.items() if not its]:
+        raise InvalidInput(
+            "none of the records belongs to a shard that the certificate says is served",
+            where=", ".join(f"shard {shard}" for shard in absent),
+            expected="the remaining records, the model's partition key and its run file",
+            got=f"{len(records)} records",
+            next_step="ask the operator for the file of remaining records and for partition.key",
+        )
+    chosen = [record for its in found.values() for record in its]
+    model, _ = train_model(config, records=chosen, executor=executor, report=report, allow_deleted=True)
+    return _compared(model, certified)
+
+
+def apart(config: RunConfig, key_file: Path, directory: Path) -> RunConfig:
+    """Return the operator's run file for a directory of the second party's own.
+
+    What changes affects no byte of an adapter: where things are stored, encryption, the index.
+    """
+    changed: dict[str, Any] = {
+        "output_dir": directory / "model",
+        "witness": directory / "witness",
+        "storage": None,
+        "encrypt": False,
+        "keyring": None,
+        "sisa": config.sisa.model_copy(update={"partition_key_file": key_file, "embedder": "hashing"}),
+    }
+    if isinstance(config.base_model, ScratchBase):  # by default it lies beside `output_dir`
+        block = config.base_model.scratch.model_copy(update={"directory": Path(config.base)})
+        changed["base_model"] = ScratchBase(scratch=block)
+    return config.model_copy(update=changed)
+
+
+def _compared(model: Model, certified: Sequence[CertifiedHead]) -> Rebuild:
+    with model._context() as context:
+        ledger, here = context.stores.ledger, context.compute.fingerprint
+        rebuilt = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
+        heads = {head.shard: head.key for head in ledger.heads() if head.key is not None}
+        shards = []
+        for each in certified:
+            path = jobs(each.shard, ledger.slices(each.shard), context.recipe, each.fingerprint)
+            same = each.fingerprint == here
+            adapter = rebuilt[heads[each.shard]]
+            shards.append(
+                RebuiltShard(each.shard, each.adapter_sha256, adapter, each.key, path[-1].key, same)
+            )
+        return Rebuild(tuple(shards), here, sum(ledger.counts().values()))
