@@ -38,7 +38,7 @@ from sisa.core.events import Notice
 from sisa.evidence.database import damaged, erase_tables, transaction
 from sisa.evidence.vrf import VrfKey
 from sisa.flows.wiring.context import Context, SlicePosition
-from sisa.verifier.membership import EMPTY_TREE, LABEL_BITS, LABEL_BYTES, bit, fold, inner, leaf
+from sisa.verifier.membership import EMPTY_TREE, LABEL_BITS, LABEL_BYTES, bits, fold, inner, leaf
 
 BUCKET = 16  # most leaves of a subtree whose hash is not stored
 TABLES = ("leaves", "nodes", "taken", "tree")
@@ -145,11 +145,10 @@ class Tree:
     def path(self, label: bytes) -> tuple[list[bytes], tuple[bytes, bytes] | None]:
         """Return the siblings on a label's way from the root down, and the leaf where it ends."""
         siblings: list[bytes] = []
-        prefix = ""
-        while len(found := self.leaves(prefix, 2)) > 1:
-            side = bit(label, len(prefix))
-            siblings.append(self.hash(f"{prefix}{1 - side}"))
-            prefix += str(side)
+        way = bits(label)
+        while len(found := self.leaves(way[: len(siblings)], 2)) > 1:
+            beside = "0" if way[len(siblings)] == "1" else "1"
+            siblings.append(self.hash(way[: len(siblings)] + beside))
         return siblings, found[0] if found else None
 
     def check(self) -> None:
@@ -162,17 +161,15 @@ class Tree:
 
 
 def tree_hash(leaves: Sequence[tuple[bytes, bytes]], depth: int = 0) -> bytes:
-    """Return the hash of a subtree at a depth, given label and hash of the value of its leaves.
+    """Return the hash of a subtree at a depth, given its leaves in order: label and hash of the value.
 
     >>> tree_hash([]) == EMPTY_TREE
     True
     """
     if len(leaves) <= 1:
         return leaf(*leaves[0]) if leaves else EMPTY_TREE
-    sides: tuple[list[tuple[bytes, bytes]], ...] = ([], [])
-    for each in leaves:
-        sides[bit(each[0], depth)].append(each)
-    return inner(*(tree_hash(side, depth + 1) for side in sides))
+    middle = bisect_left(leaves, "1", key=lambda each: bits(each[0])[depth])
+    return inner(tree_hash(leaves[:middle], depth + 1), tree_hash(leaves[middle:], depth + 1))
 
 
 @lru_cache(maxsize=1 << 16)
@@ -245,8 +242,8 @@ class Membership:
     def prove(self, record_id: str) -> dict[str, Any]:
         """Return the proof that an id is in the tree, or that it is not. Raise IntegrityError.
 
-        `vrf` proves the id's label; `present` is what the tree says of it, or None; `neighbour` is the
-        other leaf in its place, if there is one; `path` has the siblings from the root down.
+        `vrf` proves the id's label. `leaf` is what stands in its place: what the tree says of the id,
+        label and hash of another leaf, or None. `path` has the siblings from the root down.
         """
         alpha = record_id.encode()
         label = self._key.output(alpha)[:LABEL_BYTES]
@@ -254,12 +251,11 @@ class Membership:
             path, end = tree.path(label)
             if fold(label, leaf(*end) if end else EMPTY_TREE, path) != tree.root:
                 raise ValueError("a path that does not give the root")
-            present = tree.value(label)
-        other = end if end and end[0] != label else None
+            other = end and {"label": end[0].hex(), "value_hash": end[1].hex()}
+            found = tree.value(label) or other
         return {
             "vrf": self._key.prove(alpha).hex(),
-            "present": present,
-            "neighbour": other and {"label": other[0].hex(), "value_hash": other[1].hex()},
+            "leaf": found,
             "path": [each.hex() for each in path],
         }
 

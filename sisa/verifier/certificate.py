@@ -80,11 +80,7 @@ def commitment(salt: bytes, record_id: str) -> bytes:
 
 def verify_certificate(data: bytes, keys: PublicKeys, receipt: bytes | None = None) -> Certificate:
     """Return what a certificate file states. Raise Refused; given a receipt, unless it belongs to it."""
-    file = parse_file(data, "the certificate", _FILE)
-    entry, envelope = file["entry"].encode(), file["envelope"].encode()
-    index, checkpoint = verify_proof(file["proof"].encode(), entry, keys.log)
-    statement = _stated(envelope, entry, keys, index)
-    found = Certificate(statement, sha256(envelope).hexdigest(), index, checkpoint)
+    found = verify_logged(data, keys)
     if found.kind not in CERTIFICATES:
         raise Refused(
             "this is not a certificate", expected=" or ".join(CERTIFICATES), got=found.kind[:80]
@@ -92,6 +88,15 @@ def verify_certificate(data: bytes, keys: PublicKeys, receipt: bytes | None = No
     if receipt is not None:
         verify_receipt(receipt, found, keys)
     return found
+
+
+def verify_logged(data: bytes, keys: PublicKeys) -> Certificate:
+    """Return any statement of the log, from a file in the form of a certificate's. Raise Refused."""
+    file = parse_file(data, "the certificate", _FILE)
+    entry, envelope = file["entry"].encode(), file["envelope"].encode()
+    index, checkpoint = verify_proof(file["proof"].encode(), entry, keys.log)
+    statement = _stated(envelope, entry, keys, index)
+    return Certificate(statement, sha256(envelope).hexdigest(), index, checkpoint)
 
 
 def _stated(envelope: bytes, entry: bytes, keys: PublicKeys, index: int) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Verify that a record is in the served model, or that it is not: a sorted Merkle tree.
 
-The tree is a binary trie over labels of 32 bytes: the output of a verifiable random function (`vrf.py`)
-for the record's id. A leaf stands at the shortest prefix that no other label shares. With SHA-256:
+The tree is a binary trie over labels of 32 bytes: the first half of the output of a verifiable random
+function (`vrf.py`) for the record's id. A leaf stands at the shortest prefix that no other label shares.
 
-    empty = H(2)                          an absent child, and the root of a tree without leaves
-    leaf  = H(0 || label || H(value))     value: canonical JSON, {"shard":3,"since":"2026-11-02"}
-    inner = H(1 || left || right)         left: the next bit of the label is 0
+    empty = sha256(2)                          an absent child, and the root of a tree without leaves
+    leaf  = sha256(0 || label || sha256(value))         value: {"shard":3,"since":"2026-11-02"}
+    inner = sha256(1 || left || right)         left: the next bit of the label is 0
 
-From the root, the bits of a label lead to one place alone. There the tree has the label's own leaf, or
-else an empty child or another leaf: then the label is not in the tree, whatever else it holds.
+From a root, the bits of a label lead to one place alone. There the tree has the label's own leaf, or
+else an empty child or another leaf: then the label is not in the tree, whatever else it holds. The owner
+of the key decides what the tree says of a shard and a date, and signs it to everybody alike.
 
 >>> label, value = bytes(32), b'{"shard":3,"since":"2026-11-02"}'
 >>> root = leaf(label, sha256(value).digest())
@@ -18,15 +19,68 @@ else an empty child or another leaf: then the label is not in the tree, whatever
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
-from sisa.verifier.envelope import Refused
+from sisa.verifier.certificate import CHAINED, Certificate, parse_file, verify_logged
+from sisa.verifier.envelope import SHA256_HEX, PublicKeys, Refused, canonical, members
+from sisa.verifier.vrf import verify_output
 
+MEMBERSHIP_FILE = "deletion-ready-model/membership-proof/v1"
 LABEL_BYTES, LABEL_BITS = 32, 256
 EMPTY_TREE = sha256(b"\x02").digest()
+_FILE = {"type": MEMBERSHIP_FILE, "id": str, "vrf": re.compile("[0-9a-f]{160}"), "state": str}
+_FILE |= {"leaf": dict | None, "path": list}
 
 Neighbour = tuple[bytes, bytes]  # the label of another leaf, and the hash of its value
+
+
+@dataclass(frozen=True)
+class MembershipProof:
+    """What a proof shows of an id: shard and date, or None if it is not in what a statement is about."""
+
+    record_id: str
+    present: dict[str, Any] | None
+    state: Certificate
+
+
+def verify_membership(data: bytes, keys: PublicKeys) -> MembershipProof:
+    """Return what a membership proof file shows. Raise Refused."""
+    file = parse_file(data, "the membership proof", _FILE)
+    state = verify_logged(file["state"].encode(), keys)
+    if state.kind not in CHAINED:
+        raise Refused("the proof is about no state", "", " or ".join(CHAINED), state.kind[:80])
+    root = bytes.fromhex(state.statement["predicate"]["membership"]["after"])
+    label = verify_output(keys.vrf, file["id"].encode(), bytes.fromhex(file["vrf"]))[:LABEL_BYTES]
+    found, path = file["leaf"], {f"{at}": each for at, each in enumerate(file["path"])}
+    members(path, "a path", dict.fromkeys(path, SHA256_HEX))
+    siblings = [bytes.fromhex(each) for each in path.values()]
+    if found is None:
+        verify_absent(root, label, siblings, None)
+    elif "shard" in found:
+        members(found, "a place", {"shard": int, "since": str})
+        verify_present(root, label, canonical(found), siblings)
+        return MembershipProof(file["id"], found, state)
+    else:
+        members(found, "a neighbour", {"label": SHA256_HEX, "value_hash": SHA256_HEX})
+        other = bytes.fromhex(found["label"]), bytes.fromhex(found["value_hash"])
+        verify_absent(root, label, siblings, other)
+    return MembershipProof(file["id"], None, state)
+
+
+def verify_present(root: bytes, label: bytes, value: bytes, siblings: Sequence[bytes]) -> None:
+    """Raise Refused unless the tree holds this label with this value. Siblings: from the root down."""
+    _verify(root, label, leaf(label, sha256(value).digest()), siblings)
+
+
+def verify_absent(root: bytes, label: bytes, siblings: Sequence[bytes], other: Neighbour | None) -> None:
+    """Raise Refused unless the label's place in the tree is empty, or is that of another label."""
+    if other is not None and (other[0] == label or [len(each) for each in other] != [LABEL_BYTES] * 2):
+        raise Refused("the membership proof does not hold", got="a neighbour that is no other leaf")
+    _verify(root, label, EMPTY_TREE if other is None else leaf(*other), siblings)
 
 
 def leaf(label: bytes, value_hash: bytes) -> bytes:
@@ -39,45 +93,18 @@ def inner(left: bytes, right: bytes) -> bytes:
     return sha256(b"\x01" + left + right).digest()
 
 
-def bit(label: bytes, depth: int) -> int:
-    """Return a bit of a label: 0 leads to the left child of a node at this depth, 1 to the right."""
-    return label[depth // 8] >> (7 - depth % 8) & 1
-
-
-def verify_present(root: bytes, label: bytes, value: bytes, siblings: Sequence[bytes]) -> None:
-    """Raise Refused unless the tree holds this label with this value. Siblings: from the root down."""
-    _verify(root, label, leaf(label, sha256(value).digest()), siblings)
-
-
-def verify_absent(
-    root: bytes, label: bytes, siblings: Sequence[bytes], neighbour: Neighbour | None
-) -> None:
-    """Raise Refused unless the label's place in the tree is empty, or is that of another label."""
-    if neighbour is None:
-        _verify(root, label, EMPTY_TREE, siblings)
-        return
-    other, value_hash = neighbour
-    if other == label or len(value_hash) != LABEL_BYTES:
-        raise _refused("a neighbour that is the label itself")
-    _verify(root, label, leaf(other, value_hash), siblings)
+def bits(label: bytes) -> str:
+    """Return the bits of a label; from the root down, 0 leads to the left and 1 to the right."""
+    return f"{int.from_bytes(label):0{LABEL_BITS}b}"
 
 
 def fold(label: bytes, node: bytes, siblings: Sequence[bytes]) -> bytes:
     """Return the root above a node, to which the bits of a label lead past these siblings."""
-    for depth in reversed(range(len(siblings))):
-        pair = (node, siblings[depth])
-        node = inner(*(reversed(pair) if bit(label, depth) else pair))
+    for sibling, side in reversed(list(zip(siblings, bits(label), strict=False))):
+        node = inner(node, sibling) if side == "0" else inner(sibling, node)
     return node
 
 
 def _verify(root: bytes, label: bytes, node: bytes, siblings: Sequence[bytes]) -> None:
-    if len(label) != LABEL_BYTES or len(siblings) > LABEL_BITS or any(len(s) != 32 for s in siblings):
-        raise _refused("a label or a path of the wrong size")
     if fold(label, node, siblings) != root:
-        raise _refused("a path to another root")
-
-
-def _refused(got: str) -> Refused:
-    return Refused(
-        "the membership proof does not hold", expected="a path to the certified root", got=got
-    )
+        raise Refused("the membership proof does not hold", expected="a path to the certified root")

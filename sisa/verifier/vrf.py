@@ -16,19 +16,15 @@ from __future__ import annotations
 
 from hashlib import sha512
 
-from nacl.bindings import (
-    crypto_core_ed25519_add,
-    crypto_core_ed25519_is_valid_point,
-    crypto_core_ed25519_sub,
-    crypto_scalarmult_ed25519_base_noclamp,
-    crypto_scalarmult_ed25519_noclamp,
-)
+from nacl.bindings import crypto_core_ed25519_add as add
+from nacl.bindings import crypto_core_ed25519_is_valid_point as is_valid_point
+from nacl.bindings import crypto_core_ed25519_sub as subtract
+from nacl.bindings import crypto_scalarmult_ed25519_base_noclamp as times_base
+from nacl.bindings import crypto_scalarmult_ed25519_noclamp as times
 
 from sisa.verifier.envelope import Refused
 
-SUITE = b"\x03"
-POINT_BYTES, CHALLENGE_BYTES, SCALAR_BYTES = 32, 16, 32
-PROOF_BYTES = POINT_BYTES + CHALLENGE_BYTES + SCALAR_BYTES
+SUITE, PROOF_BYTES = b"\x03", 80
 ORDER = 2**252 + 27742317777372353535851937790883648493  # of the prime-order group
 IDENTITY = (1).to_bytes(32, "little")
 
@@ -36,19 +32,13 @@ IDENTITY = (1).to_bytes(32, "little")
 def verify_output(public: bytes, alpha: bytes, proof: bytes) -> bytes:
     """Return the output for `alpha` (64 bytes) that a proof shows. Raise Refused (section 5.3)."""
     validate_key(public)
-    if len(proof) != PROOF_BYTES:
-        raise _refused(f"{len(proof)} bytes")
     gamma, challenge, s = proof[:32], proof[32:48], proof[48:]
-    if int.from_bytes(s, "little") >= ORDER or not crypto_core_ed25519_is_valid_point(gamma):
-        raise _refused("a point or a number that is not in the group")
+    if len(proof) != PROOF_BYTES or int.from_bytes(s, "little") >= ORDER or not is_valid_point(gamma):
+        raise _refused("bytes that are no proof")
     h, c = encode_to_curve(public, alpha), challenge + bytes(16)
     try:  # libsodium refuses a zero result, which no honest proof has
-        u = crypto_core_ed25519_sub(
-            crypto_scalarmult_ed25519_base_noclamp(s), crypto_scalarmult_ed25519_noclamp(c, public)
-        )
-        v = crypto_core_ed25519_sub(
-            crypto_scalarmult_ed25519_noclamp(s, h), crypto_scalarmult_ed25519_noclamp(c, gamma)
-        )
+        u = subtract(times_base(s), times(c, public))
+        v = subtract(times(s, h), times(c, gamma))
     except RuntimeError:
         raise _refused("a zero") from None
     if challenge_of(public, h, gamma, u, v) != challenge:
@@ -58,14 +48,14 @@ def verify_output(public: bytes, alpha: bytes, proof: bytes) -> bytes:
 
 def validate_key(public: bytes) -> None:
     """Raise Refused for a key that is no point, or one of small order (section 5.4.5)."""
-    if len(public) != POINT_BYTES or not crypto_core_ed25519_is_valid_point(public):
-        raise Refused("the public key of labels is no valid point", got=public[:POINT_BYTES].hex())
+    if len(public) != 32 or not is_valid_point(public):
+        raise Refused("the public key of labels is no valid point", got=public[:32].hex())
 
 
 def encode_to_curve(public: bytes, alpha: bytes) -> bytes:
     """Return the point that belongs to an input: try and increment (section 5.4.1.1)."""
     for counter in range(256):
-        tried = sha512(SUITE + b"\x01" + public + alpha + bytes([counter, 0])).digest()[:POINT_BYTES]
+        tried = sha512(SUITE + b"\x01" + public + alpha + bytes([counter, 0])).digest()[:32]
         try:
             point = times_cofactor(tried)
         except RuntimeError:  # about half of all strings are no point
@@ -78,13 +68,13 @@ def encode_to_curve(public: bytes, alpha: bytes) -> bytes:
 def times_cofactor(point: bytes) -> bytes:
     """Return 8 times a point. Raise RuntimeError for bytes that are no point of the curve."""
     for _ in range(3):
-        point = crypto_core_ed25519_add(point, point)
+        point = add(point, point)
     return point
 
 
 def challenge_of(*points: bytes) -> bytes:
     """Return the challenge of the public key and four points (section 5.4.3)."""
-    return sha512(SUITE + b"\x02" + b"".join(points) + b"\x00").digest()[:CHALLENGE_BYTES]
+    return sha512(SUITE + b"\x02" + b"".join(points) + b"\x00").digest()[:16]
 
 
 def output(gamma: bytes) -> bytes:

@@ -48,13 +48,14 @@ from sisa.core.domain import (
     SliceFile,
     record_epochs,
 )
-from sisa.core.ports import Change, CheckpointStore, Executor, StoredRecord, Vectors
+from sisa.core.ports import Change, CheckpointStore, DeletionHook, Executor, StoredRecord, Vectors
 from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
 from sisa.flows.serial import SerialExecutor
 from sisa.flows.wiring.context import Context, lookup
 from sisa.lm.base.numerics import describe_fingerprint
 from sisa.planning.layout import Assigner, Layout, index_root, slice_root
 from sisa.planning.plan import jobs, touched
+from sisa.store.blobs.files import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
@@ -294,7 +295,13 @@ def refuse(*_given: Any) -> Any:
     raise AssertionError("a deletion embeds and counts nothing")
 
 
-def watched_context(store: Store, ledger: SqlLedger, watch: Watch, shards: dict[str, int]) -> Context:
+def watched_context(
+    store: Store,
+    ledger: SqlLedger,
+    watch: Watch,
+    shards: dict[str, int],
+    hooks: Sequence[DeletionHook[Context]] = (),
+) -> Context:
     """Return a context of real parts with a trainer that costs nothing; calls of ports are recorded."""
 
     def executor_for(checkpoints: CheckpointStore) -> Executor:
@@ -303,8 +310,9 @@ def watched_context(store: Store, ledger: SqlLedger, watch: Watch, shards: dict[
     def watched(port: str, inner: Any) -> Any:
         return Watched(port, inner, watch, shards)
 
+    context = fake_model(store.scale.num_shards, store.recipe).context
     return changed(
-        fake_model(store.scale.num_shards, store.recipe).context,
+        context,
         ledger=watched("ledger", ledger),
         witness=watched("witness", FileWitness(store.folder / "witness.jsonl", Keyed(KEY))),
         records=watched("records", store.records),
@@ -314,7 +322,9 @@ def watched_context(store: Store, ledger: SqlLedger, watch: Watch, shards: dict[
         count_tokens=refuse,
         executor_for=executor_for,
         assigner=store.assigner,
+        blobs={"log": LocalBlobs(store.folder / "log")},
         now=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"),
+        hooks=(*context.hooks, *hooks),
     )
 
 
@@ -324,7 +334,9 @@ def io_bytes() -> tuple[int, int]:
     return int(lines["rchar"]), int(lines["wchar"])
 
 
-def delete(store: Store, record_id: str, reason: str) -> Deletion:
+def delete(
+    store: Store, record_id: str, reason: str, hooks: Sequence[DeletionHook[Context]] = ()
+) -> Deletion:
     """Delete one record to the end. Raise AssertionError when no commit cleaned the heads."""
     before = store.ledger()
     row = before.lookup([store.assigner.id_digest(record_id)])[store.assigner.id_digest(record_id)]
@@ -345,7 +357,7 @@ def delete(store: Store, record_id: str, reason: str) -> Deletion:
     started = time.perf_counter()
     ledger = store.ledger()
     watch.note(Call("ledger", "open", None, time.perf_counter() - started, 0, 0, 0))
-    context = watched_context(store, ledger, watch, {each.key: each.shard for each in held})
+    context = watched_context(store, ledger, watch, {each.key: each.shard for each in held}, hooks)
     rows = [each for _, each in lookup(context, [record_id]) if isinstance(each, RecordRow)]
     plan_forget(context, rows)
     plan_s = watch.seconds()

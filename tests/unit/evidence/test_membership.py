@@ -142,11 +142,11 @@ def answer(kept: Kept, number: int) -> dict[str, Any] | None:
     proof = kept.tree.prove(record_id)
     label = verify_output(KEY.public, record_id.encode(), bytes.fromhex(proof["vrf"]))[:LABEL_BYTES]
     path = [bytes.fromhex(each) for each in proof["path"]]
-    root, other = bytes.fromhex(kept.tree.root), proof["neighbour"]
-    if proof["present"] is not None:
-        verify_present(root, label, canonical_json(proof["present"]), path)
-        return dict(proof["present"])
-    neighbour = other and (bytes.fromhex(other["label"]), bytes.fromhex(other["value_hash"]))
+    root, found = bytes.fromhex(kept.tree.root), proof["leaf"]
+    if found and "shard" in found:
+        verify_present(root, label, canonical_json(found), path)
+        return dict(found)
+    neighbour = found and (bytes.fromhex(found["label"]), bytes.fromhex(found["value_hash"]))
     verify_absent(root, label, path, neighbour)
     return None
 
@@ -223,7 +223,7 @@ def test_a_neighbour_shows_its_label_and_a_hash_alone(kept: Kept) -> None:
     known = {fake_record(number).id for number in range(60)}
     for number in range(100, 140):
         proof = kept.tree.prove(fake_record(number).id)
-        assert set(proof["neighbour"] or {}) <= {"label", "value_hash"}
+        assert set(proof["leaf"] or {}) <= {"label", "value_hash"}
         assert not any(each in str(proof) for each in known)
 
 
