@@ -4,7 +4,8 @@
       public.json             the file of public keys, published as `keys.json` beside the log
       KEYID.key               the key that signs statements (Ed25519, PKCS#8 in PEM), or
       KEYID.signer            the URI of what holds it: an agent, a token, a service (`signers.py`)
-      log.key, vrf.key        32 bytes each: the Ed25519 seed of the log, and the secret of the VRF
+      log.key, vrf.key        32 bytes each: the Ed25519 seed of the log, and the secret of the VRF;
+                              the key that signs exports is drawn from the seed
       handover.json           a hand-over that is not in the log yet
 
 KEYID is the sha256 of the public key (SubjectPublicKeyInfo, DER). A rotation writes the hand-over, the
@@ -53,6 +54,7 @@ from cryptography.hazmat.primitives.serialization import (
 from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, sha256_hex
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
+from sisa.evidence.model_signature import export_key
 from sisa.flows.wiring.wiring import evidence_keys
 from sisa.store.blobs import files
 from sisa.verifier import note
@@ -349,16 +351,19 @@ def _body(public: PublicKeys) -> dict[str, Any]:
         "certificates": listed,
         "log": public.log,
         "vrf": public.vrf.hex(),
+        "exports": b64encode(public.exports).decode(),
     }
 
 
-def _derived(model: str, log_seed: bytes, vrf_secret: bytes) -> tuple[str, bytes]:
-    """Return the vkey of the log and the public key of the VRF. Raise ValueError for other sizes."""
+def _derived(model: str, log_seed: bytes, vrf_secret: bytes) -> tuple[str, bytes, bytes]:
+    """Return the public keys of log (a vkey), VRF and exports. Raise ValueError for other sizes."""
     log, vrf = (
         Ed25519PrivateKey.from_private_bytes(each).public_key().public_bytes_raw()
         for each in (log_seed, vrf_secret)  # RFC 9381, 5.5: the key of ECVRF is made as Ed25519's
     )
-    return str(NoteKey(f"deletion-ready-model/{model}", note.ED25519, log)), vrf
+    exports = export_key(log_seed).public_key()
+    der = exports.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return str(NoteKey(f"deletion-ready-model/{model}", note.ED25519, log)), vrf, der
 
 
 def _damaged(path: Path, got: str) -> IntegrityError:

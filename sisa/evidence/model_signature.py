@@ -24,15 +24,49 @@ import rfc8785
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from sisa.store.exports import SIGNATURE
+from sisa.core.digest import sha256_hex
+from sisa.store.checkpoints import ADAPTER
+from sisa.store.exports import CARD, MODEL, SIGNATURE
+from sisa.verifier.certificate import CERTIFICATES
 from sisa.verifier.envelope import PAYLOAD_TYPE, Refused, pae, strict_json
 
 PREDICATE = "https://model_signing/signature/v1.0"
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 IGNORED = (SIGNATURE, ".git", ".gitattributes", ".github", ".gitignore")  # not signed; hubs add them
+P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+REVOKED_BY = """
+A deletion that touches this export revokes it, wherever it was copied to. The deletion's certificate is
+in the log `{log}`, is of a type among {types}, and lists under `revokes` the SHA-256
+of `{weights}`: `{sha256}`.
+So does the operator's feed, beside the log: `sisa check-adapter DIRECTORY --feed revocations.json --key
+keys.json` says offline whether this must go.
+
+`model.sig` signs the other files (OpenSSF Model Signing). With the key beside the log, `model_signing
+verify key DIRECTORY --signature DIRECTORY/model.sig --public-key exports.pem` checks it.
+"""
 _ECDSA = ec.ECDSA(hashes.SHA256())
+
+
+def export_key(log_seed: bytes) -> ec.EllipticCurvePrivateKey:
+    """Return the key that signs exports, drawn from the log's seed (FIPS 186-5, A.2.1)."""
+    drawn = HKDF(hashes.SHA256(), 40, None, b"deletion-ready-model/exports/v1").derive(log_seed)
+    return ec.derive_private_key(int.from_bytes(drawn) % (P256_ORDER - 1) + 1, ec.SECP256R1())
+
+
+def sign_export(
+    log: str, key: ec.EllipticCurvePrivateKey, name: str, files: Mapping[str, bytes]
+) -> dict[str, bytes]:
+    """Return the files of an export: its card says what would revoke it, and `model.sig` signs them."""
+    (weights,) = {ADAPTER, MODEL} & files.keys()
+    types = ", ".join(f"`{each}`" for each in CERTIFICATES)
+    sha256 = sha256_hex(files[weights])
+    revoked_by = REVOKED_BY.format(log=log, types=types, weights=weights, sha256=sha256)
+    signed = {**files, CARD: files[CARD] + revoked_by.encode()}
+    digests = {each: sha256_hex(data) for each, data in signed.items()}
+    return {**signed, SIGNATURE: sign_files(name, digests, key)}
 
 
 def sign_files(name: str, digests: Mapping[str, str], key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -5,7 +5,7 @@ An envelope (Dead Simple Signing Envelope 1.0.2) is canonical JSON here, so that
 Statement v1. The file of public keys is an envelope, too, signed by its last key:
 
     {"type": "deletion-ready-model/keys/v1", "model": 32 HEX DIGITS, "log": VKEY, "vrf": 64 HEX DIGITS,
-     "certificates": [{"keyid", "scheme", "public", "since", "until"}, ...]}
+     "certificates": [{"keyid", "scheme", "public", "since", "until"}, ...], "exports": PUBLIC}
 
 `public` is a SubjectPublicKeyInfo (DER, base64), and `keyid` its sha256. A key signs entries of the log
 from `since` on and before `until`; the last key has no `until`. The signature shows that nobody altered
@@ -144,6 +144,7 @@ class PublicKeys:
     certificates: tuple[CertificateKey, ...]
     log: str  # a vkey (C2SP signed note)
     vrf: bytes
+    exports: bytes = b""  # of `model.sig` in exports: SubjectPublicKeyInfo (DER) of ECDSA on P-256
 
 
 def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> dict[str, Any]:
@@ -202,13 +203,15 @@ def _opened(
 
 def _public_keys(value: Any) -> PublicKeys:
     kinds = {"type": KEYS_TYPE, "model": MODEL, "certificates": list, "log": str, "vrf": SHA256_HEX}
+    kinds["exports"] = str
     body = members(value, "the file of public keys", kinds)
     keys = tuple(_certificate_key(each) for each in body["certificates"])
     bounds: list[Any] = [0, *(each for key in keys for each in (key.since, key.until))]
     ordered = bounds.pop() is None and None not in bounds and bounds == sorted(bounds)
     if not ordered or len({key.keyid for key in keys}) < len(keys):
         raise Refused("the public keys do not follow each other", expected="the last one without end")
-    return PublicKeys(body["model"], keys, body["log"], bytes.fromhex(body["vrf"]))
+    exports = base64_bytes(body["exports"], "the key of exports")
+    return PublicKeys(body["model"], keys, body["log"], bytes.fromhex(body["vrf"]), exports)
 
 
 def _certificate_key(value: Any) -> CertificateKey:

@@ -12,8 +12,16 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from sisa.evidence.model_signature import IGNORED, check_signature, public_pem, sign_files
+from sisa.evidence.model_signature import (
+    IGNORED,
+    check_signature,
+    export_key,
+    public_pem,
+    sign_export,
+    sign_files,
+)
 from sisa.store.exports import SIGNATURE
+from sisa.verifier.certificate import EXACT, MIXED, RECTIFICATION
 from sisa.verifier.envelope import Refused
 
 KEY, STRANGER = (ec.derive_private_key(secret, ec.SECP256R1()) for secret in (7, 8))
@@ -46,6 +54,27 @@ def test_model_signing_verifies_an_export_and_refuses_a_changed_one(tmp_path: Pa
     (folder / SIGNATURE).write_bytes(sign_files("shard-00000", DIGESTS, STRANGER))
     with pytest.raises(ValueError, match="Key mismatch"):
         client.verify(folder, folder / SIGNATURE)
+
+
+def test_an_export_says_what_would_revoke_it_and_the_signature_covers_that() -> None:
+    signed = sign_export("deletion-ready-model/0f", KEY, "v1-shard-00000", FILES)
+    assert signed.keys() == {*FILES, SIGNATURE}
+    card = signed["README.md"].decode()
+    assert card.startswith("# v1-shard-00000\n")
+    digest = hashlib.sha256(FILES["adapter_model.safetensors"]).hexdigest()
+    for each in ("`deletion-ready-model/0f`", EXACT, MIXED, RECTIFICATION, digest, "sisa check-adapter"):
+        assert each in card
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in signed.items()}
+    check_signature(signed[SIGNATURE], digests, KEY.public_key())
+    with pytest.raises(Refused, match="not those that were signed"):
+        check_signature(signed[SIGNATURE], DIGESTS, KEY.public_key())
+
+
+def test_the_key_of_exports_stays_the_same() -> None:
+    """It is drawn from the log's seed: another derivation would disown every export."""
+    drawn = [export_key(bytes([each]) * 32).private_numbers().private_value for each in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert f"{drawn[0]:064x}" == "78e9c831a109fdefb2ee0c4d37a6bc8fcebcb617becb0327ef1336fbdc0ea7b3"
 
 
 def test_our_own_check_reads_the_same_file() -> None:

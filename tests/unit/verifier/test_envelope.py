@@ -45,6 +45,7 @@ Private = Ed25519PrivateKey | ec.EllipticCurvePrivateKey
 NUM_MUTATIONS = 1_000
 MODEL, VKEY, VRF = "0f" * 16, "deletion-ready-model/0f+00000000+AAAA", bytes(range(32))
 OLD, NEW, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in range(3))
+EXPORTS = b"a key of exports"
 P256 = ec.derive_private_key(7, ec.SECP256R1())
 STATEMENT = {
     "_type": STATEMENT_TYPE,
@@ -80,6 +81,7 @@ def envelope(
 def body(*keys: CertificateKey, **other: Any) -> dict[str, Any]:
     listed = [asdict(key) | {"public": b64encode(key.public).decode()} for key in keys]
     whole = {"type": KEYS_TYPE, "model": MODEL, "certificates": listed, "log": VKEY, "vrf": VRF.hex()}
+    whole["exports"] = b64encode(EXPORTS).decode()
     return whole | other
 
 
@@ -87,7 +89,7 @@ def keys_file(content: dict[str, Any], *signers: Private) -> bytes:
     return envelope(content, *signers, payload_type=KEYS_PAYLOAD_TYPE)
 
 
-KEYS = PublicKeys(MODEL, (public(OLD, 0, 4), public(NEW, 4)), VKEY, VRF)
+KEYS = PublicKeys(MODEL, (public(OLD, 0, 4), public(NEW, 4)), VKEY, VRF, EXPORTS)
 
 
 @cache
