@@ -111,30 +111,41 @@ def mean_logprobs_B(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
 
 
 MAX_POSITIONS = 1024  # per forward pass
+TOKENS_AT_ONCE = 8  # so that what is computed over the vocabulary stays in the processor's caches
+TokenScore = tuple[float, bool, float, float]  # of one token, in the order of AnswerScore
 
 
 def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
     """Return the score of each row; the logits may include the last position or not.
 
-    Answer positions are selected before anything is computed over the vocabulary, so a long prompt costs
-    no memory. A word of probability 0 adds nothing to a moment.
+    Only answer positions are computed over the vocabulary, so a long prompt costs no memory.
     """
-    found = []
-    for logits_TV, targets_T, mask_T in zip(logits_BTV, batch.targets_BT, batch.mask_BT, strict=True):
-        logprobs_KV = logprobs_BTV(logits_TV[: len(mask_T)][mask_T])
-        targets_K = targets_T[mask_T]
-        probabilities_KV = logprobs_KV.exp()
-        finite_KV = torch.where(probabilities_KV > 0, logprobs_KV, torch.zeros_like(logprobs_KV))
-        means_K = (probabilities_KV * finite_KV).sum(-1)
-        variances_K = (probabilities_KV * (finite_KV - means_K.unsqueeze(-1)).square()).sum(-1)
-        found.append(
-            AnswerScore(
-                tuple(logprobs_KV.gather(-1, targets_K.unsqueeze(-1)).squeeze(-1).tolist()),
-                tuple((logprobs_KV.argmax(-1) == targets_K).tolist()),
-                tuple(means_K.tolist()),
-                tuple(variances_K.tolist()),
-            )
+    rows = zip(logits_BTV, batch.targets_BT, batch.mask_BT, strict=True)
+    return [
+        AnswerScore(
+            *zip(*token_scores(logits_TV, targets_T[mask_T], mask_T.nonzero()[:, 0]), strict=True)
         )
+        for logits_TV, targets_T, mask_T in rows
+    ]
+
+
+def token_scores(logits_TV: Tensor, targets_K: Tensor, positions_K: Tensor) -> list[TokenScore]:
+    """Return the score of each target at its position. A word of probability 0 adds to no moment."""
+    found: list[TokenScore] = []
+    pieces = (each.split(TOKENS_AT_ONCE) for each in (targets_K, positions_K))
+    for targets_P, positions_P in zip(*pieces, strict=True):
+        logprobs_PV = logprobs_BTV(logits_TV[positions_P])
+        probabilities_PV = logprobs_PV.exp()
+        finite_PV = torch.where(probabilities_PV > 0, logprobs_PV, torch.zeros_like(logprobs_PV))
+        means_P = (probabilities_PV * finite_PV).sum(-1)
+        variances_P = (probabilities_PV * (finite_PV - means_P.unsqueeze(-1)).square()).sum(-1)
+        columns = (
+            logprobs_PV.gather(-1, targets_P.unsqueeze(-1)).squeeze(-1),
+            logprobs_PV.argmax(-1) == targets_P,
+            means_P,
+            variances_P,
+        )
+        found += zip(*(each.tolist() for each in columns), strict=True)
     return found
 
 

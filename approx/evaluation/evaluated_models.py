@@ -13,21 +13,25 @@ ignores the model's own generation config. Shapes are those of `answers.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from approx.evaluation.answers import AnswerBatch, answer_scores, collate, continue_greedily
+from approx.evaluation.answer_tree import can_branch, lay_trees, tree_of, tree_scores
+from approx.evaluation.answers import continue_greedily
 from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm, PromptKind
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.flows.wiring.wiring import LEDGER
+from sisa.lm.answer.prefill import continue_all
 from sisa.lm.answer.route import Route
+from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
 from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, attach, read_config, read_tensors
 from sisa.lm.base.packages import PREFIX
 from sisa.lm.base.tokens import (
@@ -43,7 +47,7 @@ from sisa.lm.base.weights import base_digest, load_frozen, load_tokenizer, local
 from sisa.model import Model, open_model
 
 _T = TypeVar("_T")
-Logits = Callable[[Tensor, Sequence[int], int], Tensor]  # of a batch, its rows, the last positions
+Logits = Callable[[Mapping[str, Tensor], Sequence[int], int], Tensor]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -104,12 +108,12 @@ class HuggingFaceModel:
     ) -> list[AnswerScore]:
         tokens = tokens_of(pairs, form, self.tokenizer)
         _check_lengths(self.model, [len(each.input_ids) for each in tokens])
-        return _scored(tokens, batch_size, self._logits, self.tokenizer)
+        return _scored(pairs, tokens, batch_size, self._logits, self.model, self.tokenizer)
 
-    def _logits(self, ids_BT: Tensor, _rows: Sequence[int], keep: int) -> Tensor:
+    def _logits(self, inputs: Mapping[str, Tensor], _rows: Sequence[int], keep: int) -> Tensor:
         with torch.inference_mode():
-            ids_BT = ids_BT.to(self.model.device)
-            found: Tensor = self.model(input_ids=ids_BT, logits_to_keep=keep, use_cache=False).logits
+            on = {name: each.to(self.model.device) for name, each in inputs.items()}
+            found: Tensor = self.model(**on, logits_to_keep=keep, use_cache=False).logits
             return found.cpu()
 
     def generate(
@@ -118,13 +122,29 @@ class HuggingFaceModel:
         prompts = [_prompt_ids(each, form, self.tokenizer) for each in questions]
         _check_lengths(self.model, [len(each) + max_new_tokens for each in prompts])
 
+        plain = can_branch(self.model, max(map(len, prompts), default=0) + max_new_tokens)
+
         def said(rows: list[int]) -> list[str]:
             ids = [prompts[at] for at in rows]
-            made = continue_greedily(self.model, ids, self._ends, max_new_tokens, batch_rows=batch_size)
+            if plain:
+                made = self._continued(ids, max_new_tokens)
+            else:
+                made = continue_greedily(self.model, ids, self._ends, max_new_tokens, batch_size)
             texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
             return [each.strip() for each in texts]
 
         return _in_batches(list(map(len, prompts)), batch_size, said)
+
+    @torch.inference_mode()
+    def _continued(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Return greedy continuations, whose rows are dropped at their end."""
+        alone, routes = StackedAdapters(self.model, {}), [()] * len(prompts)
+
+        def likeliest(logits_PV: Tensor, _held: Sequence[int], _rows: Rows) -> list[int]:
+            picked: list[int] = logits_PV.argmax(-1).tolist()
+            return picked
+
+        return continue_all(self.model, alone, routes, prompts, likeliest, self._ends, max_new_tokens)
 
 
 class DeletionReadyModel:
@@ -147,12 +167,12 @@ class DeletionReadyModel:
         routes = self._routes([question for question, _ in pairs], form)
         tokens = tokens_of(pairs, self._forms(routes, form), self.answerer.tokenizer)
 
-        def logits(ids_BT: Tensor, rows: Sequence[int], keep: int) -> Tensor:
+        def logits(inputs: Mapping[str, Tensor], rows: Sequence[int], keep: int) -> Tensor:
             chosen = [routes[at] for at in rows]
-            more = {"logits_to_keep": keep, "use_cache": False}
-            return self.answerer.logprobs(chosen, input_ids=ids_BT, **more).cpu()
+            return self.answerer.logprobs(chosen, **inputs, logits_to_keep=keep, use_cache=False).cpu()
 
-        return _scored(tokens, batch_size, logits, self.answerer.tokenizer)
+        of, tokenizer = self.answerer.model, self.answerer.tokenizer
+        return _scored(pairs, tokens, batch_size, logits, of, tokenizer)
 
     def generate(
         self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
@@ -234,21 +254,32 @@ def _check_lengths(model: Any, lengths: Sequence[int]) -> None:
 
 
 def _scored(
-    tokens: Sequence[Tokens], batch_size: int, logits: Logits, tokenizer: Any
+    pairs: Sequence[tuple[str, str]],
+    tokens: Sequence[Tokens],
+    batch_size: int,
+    logits: Logits,
+    model: Any,
+    tokenizer: Any,
 ) -> list[AnswerScore]:
-    """Return scores in order.
+    """Return scores in order; answers to one question that follow each other are one tree.
 
-    `logits` gets a batch without its last token, which is predicted but never read, the positions of
-    its rows, and the number of last positions whose logits are needed: those of answers.
+    `logits` gets the inputs of a batch, an answer of each of its rows, and the number of last columns
+    whose logits are needed.
     """
+    starts = [at for at, (question, _) in enumerate(pairs) if at == 0 or question != pairs[at - 1][0]]
+    if not can_branch(model, max((len(each.input_ids) for each in tokens), default=0)):
+        starts = list(range(len(pairs)))
+    trees = [tree_of(tokens[at:end]) for at, end in pairwise([*starts, len(pairs)])]
 
-    def scores(rows: list[int]) -> list[AnswerScore]:
-        batch = collate([tokens[at] for at in rows])
-        first = int(batch.mask_BT.any(dim=0).nonzero()[0])
-        said = AnswerBatch(batch.ids_BT1, batch.targets_BT[:, first:], batch.mask_BT[:, first:])
-        return answer_scores(logits(batch.ids_BT1[:, :-1], rows, said.mask_BT.shape[1]), said)
+    def scores(rows: list[int]) -> list[list[AnswerScore]]:
+        batch = [trees[row] for row in rows]
+        longest = max(len(each.ids) for each in batch)
+        keep = max(longest - len(each.ids) + each.num_logits for each in batch)
+        found = logits(lay_trees(batch, model.dtype), [starts[row] for row in rows], keep)
+        return [tree_scores(each, longest, tree) for each, tree in zip(found, batch, strict=True)]
 
-    found = _in_batches([len(each.input_ids) for each in tokens], batch_size, scores)
+    size = max(1, batch_size * len(trees) // max(1, len(pairs)))
+    found = chain(*_in_batches([len(each.ids) for each in trees], size, scores))
     return [
         replace(score, num_closing=_num_closing(each, tokenizer))
         for score, each in zip(found, tokens, strict=True)

@@ -21,11 +21,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import InvalidInput
-from sisa.lm.answer.prefill import decode_next, pieces, prefill
+from sisa.lm.answer.prefill import continue_all, pieces
 from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
 from sisa.lm.base.adapter import patched_name
@@ -67,8 +66,6 @@ class Answerer:
             changes = {MERGED: averaged(list(changes.values()))}
         self.stack = StackedAdapters(self.model, changes)
         self._ends = end_tokens(self.model, self.tokenizer)
-        pad = self.tokenizer.pad_token_id
-        self._pad = self.tokenizer.eos_token_id if pad is None else pad
 
     @property
     def form_alone(self) -> Literal["chat"] | None:
@@ -92,27 +89,14 @@ class Answerer:
     def _continued(
         self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int
     ) -> list[list[int]]:
-        on, ids = self.model.device, [torch.tensor(each) for each in prompts]
-        fed = pad_sequence(ids, True, self._pad, "left").to(on)
-        mask = pad_sequence([torch.ones_like(each) for each in ids], True, 0, "left").to(on)
-        answers: list[list[int]] = [[] for _ in prompts]
-        going = set(range(len(prompts)))
+        def likeliest(logits_PV: Tensor, held: Sequence[int], rows: Rows) -> list[int]:
+            combined = self._combined(logits_PV[:, None], [routes[each] for each in held], rows)
+            return [int(each[-1].argmax()) for each in combined]
+
         names = [self._names(route) for route in routes]
-        logits_PV, cache = prefill(self.model, self.stack, names, fed, mask)
-        with self.stack.asking(names) as rows:
-            for step in range(max_new_tokens):
-                combined = self._combined(logits_PV[:, None], routes, rows)
-                picked = [int(each[-1].argmax()) for each in combined]
-                going -= {at for at in going if picked[at] in self._ends}
-                if not going:
-                    break
-                for at in going:
-                    answers[at].append(picked[at])
-                if step + 1 == max_new_tokens:
-                    break
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-                logits_PV = decode_next(self.model, torch.tensor(picked, device=on), mask, cache)
-        return answers
+        return continue_all(
+            self.model, self.stack, names, prompts, likeliest, self._ends, max_new_tokens
+        )
 
     def answer_probability(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route

@@ -1,24 +1,76 @@
-"""Prefill: the prompts of many requests, run through the base piece by piece into one cache.
+"""Greedy answers to many requests: prompts are read piece by piece into one cache, and continued.
 
 A forward over all rows of many requests is slower than several smaller ones, since its intermediate
 results do not fit into the processor's caches. Decoding one token of each row is fastest with all of
-them. The resulting cache equals that of one forward, up to float rounding. Caches without keys and
-values (state-space layers) are not supported.
+them; the rows of answers that have ended are dropped. The cache equals that of one forward, up to float
+rounding. Caches without keys and values (state-space layers) are not supported.
 
 Shapes: Q requests, P rows (in the order of `stacked_adapters.py`), T positions, V words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters, rows_of
 
 POSITIONS = 1600  # of rows, in a forward
+DROPPED_BELOW = 0.8  # of the requests with rows go on; dropping the others copies the cache
+
+Pick = Callable[[Tensor, Sequence[int], Rows], list[int]]  # of logits [P, V], requests and their rows
+
+
+def continue_all(
+    base: Any,
+    stack: StackedAdapters,
+    routes: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    pick: Pick,
+    ends: Collection[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Return what `pick` appends to each prompt, token by token, without the end token."""
+    ids = [torch.tensor(each, device=base.device) for each in prompts]
+    ids_QT = pad_sequence(ids, batch_first=True, padding_side="left")
+    mask_QT = pad_sequence([torch.ones_like(each) for each in ids], True, 0, "left")
+    answers: list[list[int]] = [[] for _ in routes]
+    logits_PV, cache = prefill(base, stack, routes, ids_QT, mask_QT)
+    held = going = list(range(len(routes)))
+    with ExitStack() as asked:
+        rows = asked.enter_context(stack.asking(routes))
+        for step in range(1, max_new_tokens + 1):
+            picked = dict(zip(held, pick(logits_PV, held, rows), strict=True))
+            going = [each for each in going if picked[each] not in ends]
+            for each in going:
+                answers[each].append(picked[each])
+            if not going or step == max_new_tokens:
+                break
+            if len(going) < DROPPED_BELOW * len(held):
+                asked.close()
+                places, before = [held.index(each) for each in going], rows
+                rows = asked.enter_context(stack.asking([routes[each] for each in going]))
+                _drop(cache, places, before, rows)
+                mask_QT, held = mask_QT[places], going
+            mask_QT = torch.cat([mask_QT, torch.ones_like(mask_QT[:, :1])], dim=1)
+            ids_Q = torch.tensor([picked[each] for each in held], device=mask_QT.device)
+            logits_PV = decode_next(base, ids_Q, mask_QT, cache)
+    return answers
+
+
+def _drop(cache: Any, places: Sequence[int], before: Rows, after: Rows) -> None:
+    """Keep the requests at these places of a cache, in the order of the rows after it."""
+    order_P = torch.empty(len(after.requests), dtype=torch.long)
+    for own, place in zip(after.of, places, strict=True):
+        order_P[own] = torch.arange(len(before.requests))[before.of[place]]
+    for layer in cache.layers:
+        kept = order_P if len(layer.keys) == len(before.requests) else torch.tensor(places)
+        layer.keys, layer.values = layer.keys[kept], layer.values[kept]
 
 
 def prefill(

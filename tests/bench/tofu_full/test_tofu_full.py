@@ -11,9 +11,10 @@ import pytest
 
 from sisa.core.errors import ConfigConflict
 from sisa.store.blobs.files import writer_lock
+from tests.bench.leaderboard.cells import Halves
 from tests.bench.leaderboard.fake_cells import write_authors
-from tests.bench.tofu_full.__main__ import main
-from tests.bench.tofu_full.cells import leak_at_k
+from tests.bench.tofu_full.__main__ import argument_parser, cells_of, main
+from tests.bench.tofu_full.cells import FORM, leak_at_k
 from tests.bench.tofu_full.table import table, trials_table
 from tests.models.tiny_base import make_tiny_base
 
@@ -47,9 +48,13 @@ class Bench:
         self.base = make_tiny_base(folder / "base", layers=2)
         self.data = write_tofu(folder / "tofu")
 
-    def __call__(self, *arguments: Any) -> dict[str, Any]:
+    @property
+    def options(self) -> list[str]:
         shared = ("--base", self.base, "--tofu", self.data, "--out", self.out)
-        main([str(each) for each in (*shared, *TINY, *arguments)])
+        return [str(each) for each in (*shared, *TINY)]
+
+    def __call__(self, *arguments: Any) -> dict[str, Any]:
+        main([*self.options, *map(str, arguments)])
         found: dict[str, Any] = json.loads((self.out / "tofu_full.json").read_text())
         return found
 
@@ -108,6 +113,23 @@ def test_assembly_reads_what_cells_wrote(bench: Bench, ran: dict[str, Any]) -> N
     assert any(line.startswith("| ours, 1x4, before | 1 | - / - | - |") for line in lines)
     assert any("1 of 1 adapters equal" in line for line in lines)
     assert any(line.startswith("| ours, 1x4, after an exact deletion | 1 |") for line in lines)
+
+
+@pytest.mark.usefixtures("ran")
+@pytest.mark.parametrize("name", ["1x4-key0-forget10", "lora-without-forget10-seed42", "base"])
+def test_scores_over_kept_lower_states_are_those_of_the_whole_model(bench: Bench, name: str) -> None:
+    cells, states = cells_of(argument_parser().parse_args(bench.options)), bench.out / "states"
+    asked = cells.data.asked("forget10")
+    pairs = [(each.question, text) for each in asked for text in (each.answer, *each.perturbed)]
+    with cells.served(cells.by_name[name]) as model:
+        assert isinstance(model, Halves)
+        wanted = model.whole.score(pairs, FORM, 16)
+        for each in states.iterdir():
+            each.unlink()
+        for kept in (False, True):
+            assert any(states.iterdir()) == kept
+            for one, other in zip(model.score(pairs, FORM, 16), wanted, strict=True):
+                assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 def test_equality_is_of_bytes(bench: Bench, ran: dict[str, Any]) -> None:

@@ -139,6 +139,45 @@ def test_prompts_read_in_pieces_are_gone_on_with_as_if_read_together(
             assert close(other, wanted[-1])
 
 
+@pytest.mark.parametrize("routes", [[[5, 0]] * 4, [[2], [], [5, 0], [5, 0]], [[2], [0], [5], []]])
+def test_answers_that_have_ended_are_dropped(
+    base: Any, adapters: dict[int, Files], routes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others go on as alone. Requests end one after another; at last all left have one route."""
+    import torch
+
+    from sisa.lm.answer.prefill import continue_all
+    from sisa.lm.answer.stacked_adapters import StackedAdapters
+    from sisa.lm.base.low_rank import read_change
+
+    model, _ = load_base(base.directory, base.digest)
+    stack = StackedAdapters(model, {shard: read_change(files) for shard, files in adapters.items()})
+    prompts, lengths, end = [IDS, IDS[:3], IDS[2:], IDS[::-1]], [1, 3, 6, 8], 0
+
+    def answers(requests: list[int]) -> list[list[int]]:
+        said = dict.fromkeys(requests, 0)
+
+        def pick(logits_PV: Any, held: Sequence[int], rows: Any) -> list[int]:
+            logits_PV[:, end] = -torch.inf
+            found = []
+            for own, request in zip(rows.of, (requests[each] for each in held), strict=True):
+                ends = said[request] == lengths[request]
+                found.append(end if ends else int(logits_PV[own].log_softmax(-1).sum(0).argmax()))
+                said[request] += not ends
+            return found
+
+        asked, rows = [routes[each] for each in requests], [prompts[each] for each in requests]
+        with torch.inference_mode():
+            return continue_all(model, stack, asked, rows, pick, {end}, 7)
+
+    one_by_one = [answers([request])[0] for request in range(4)]
+    assert [len(each) for each in one_by_one] == [1, 3, 6, 7]
+    asked = rows_of_forwards(model, monkeypatch)
+    assert answers([0, 1, 2, 3]) == one_by_one
+    of = [max(1, len(each)) for each in routes]
+    assert asked == [sum(of), sum(of), *[sum(of[1:])] * 2, *[sum(of[2:])] * 3]
+
+
 def test_with_keys_and_values_kept_and_rows_padded(base: Any, adapters: dict[int, Files]) -> None:
     import torch
 
