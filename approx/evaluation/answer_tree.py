@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from approx.evaluation.answers import token_scores
+from approx.evaluation.answers import score_of, token_scores
 from approx.evaluation.evaluated import AnswerScore
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 from sisa.lm.train.losses import WINDOWS
@@ -99,7 +99,7 @@ def tree_scores(logits_KV: Tensor, num_nodes: int, tree: AnswerTree) -> list[Ans
     """Return the scores of a tree's answers; the logits are those of the last of `num_nodes` nodes."""
     nodes_E, targets_E = torch.tensor(tree.edges, device=logits_KV.device).T
     values = token_scores(logits_KV, targets_E, nodes_E - (num_nodes - len(logits_KV)))
-    return [AnswerScore(*zip(*[values[edge] for edge in each], strict=True)) for each in tree.answers]
+    return [score_of(values[edge] for edge in each) for each in tree.answers]
 
 
 @torch.no_grad()

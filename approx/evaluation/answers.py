@@ -21,7 +21,7 @@ are computed in float32, or in float64 for float64 logits.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,17 +122,21 @@ def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
     """
     rows = zip(logits_BTV, batch.targets_BT, batch.mask_BT, strict=True)
     return [
-        AnswerScore(
-            *zip(*token_scores(logits_TV, targets_T[mask_T], mask_T.nonzero()[:, 0]), strict=True)
-        )
+        score_of(token_scores(logits_TV, targets_T[mask_T], mask_T.nonzero()[:, 0]))
         for logits_TV, targets_T, mask_T in rows
     ]
+
+
+def score_of(tokens: Iterable[TokenScore]) -> AnswerScore:
+    """Return the score of an answer of at least one token."""
+    logprobs, correct, means, variances = zip(*tokens, strict=True)
+    return AnswerScore(logprobs, correct, means, variances)
 
 
 def token_scores(logits_TV: Tensor, targets_K: Tensor, positions_K: Tensor) -> list[TokenScore]:
     """Return the score of each target at its position. A word of probability 0 adds to no moment."""
     found: list[TokenScore] = []
-    pieces = (each.split(TOKENS_AT_ONCE) for each in (targets_K, positions_K))
+    pieces = (torch.split(each, TOKENS_AT_ONCE) for each in (targets_K, positions_K))
     for targets_P, positions_P in zip(*pieces, strict=True):
         logprobs_PV = logprobs_BTV(logits_TV[positions_P])
         probabilities_PV = logprobs_PV.exp()
