@@ -33,7 +33,7 @@ from sisa.flows.wiring.context import (
     purge,
     view_shard,
 )
-from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LEDGER, METRICS, PATCHES, RECORDS, VAULT
+from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LEDGER, LOG, METRICS, PATCHES, RECORDS, VAULT
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import gaps
 from sisa.store.blobs import files
@@ -164,8 +164,8 @@ def _modes(context: Context, directory: Path) -> Iterator[Finding]:
             yield _open_to_others(path, f"others may use it (mode {mode:o})", directory)
     known = {**known_by_area(context), METRICS: run_files(directory / METRICS)}
     for area, place in sorted(context.stores.blobs.items()):
-        if (root := at_hand(place)) is None or not root.is_dir():
-            continue
+        if area == LOG or (root := at_hand(place)) is None or not root.is_dir():
+            continue  # the log is there to be published
         held = [root, *(each for name in sorted(known.get(area, ())) for each in walk(root / name))]
         modes = [_mode(each) for each in held if each.exists()]
         if wide := [mode for mode in modes if mode & OTHERS]:

@@ -118,6 +118,13 @@ def _listed(context: Context, directory: Path) -> list[_Item]:
             found += in_area(area, known[area])
         elif blobs.held():
             found.append((Garbage(blobs.location(), blobs.num_bytes(""), REPLAY, True), blobs.clear))
+    log = context.stores.blobs[wiring.LOG]
+    left = files.held_names(root) if (root := at_hand(log)) else ()  # only a disk has temporary files
+    found += [
+        _in(directory, log, each, TEMPORARY)
+        for each in sorted(left)
+        if each.startswith(files.TEMPORARY_PREFIX)
+    ]
     return found + _keys(context, known)
 
 

@@ -51,9 +51,8 @@ def inclusion_path(leaf_hashes: Sequence[bytes], index: int) -> list[bytes]:
 def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], root: bytes) -> None:
     """Raise Refused unless the leaf is at `index` of the tree with this size and root."""
     if not 0 <= index < size:
-        raise _refused(f"an index from 0 to {size - 1}", str(index))
-    _, found = _climb(index, size - 1, [leaf, *path])
-    if found != root:
+        raise _refused(f"an index from 0 to {size - 1}", f"{index}")
+    if (found := _climb(index, size - 1, [leaf, *path])[1]) != root:
         raise _refused(f"the root {root.hex()}", found.hex())
 
 
@@ -61,12 +60,10 @@ def verify_consistency(
     size1: int, size2: int, path: Sequence[bytes], root1: bytes, root2: bytes
 ) -> None:
     """Raise Refused unless the tree of `size1` leaves is the beginning of that of `size2` leaves."""
-    if not 0 <= size1 <= size2 or (size1 == 0 and root1 != EMPTY_ROOT):
-        raise _refused(f"a size from 0 to {size2}, with its root", str(size1))
-    if size1 in (0, size2):
-        if path or (size1 == size2 and root1 != root2):
-            raise _refused(f"no path, and the root {root2.hex()}", root1.hex())
+    if not path and (size1, root1) in ((0, EMPTY_ROOT), (size2, root2)):
         return
+    if not 0 < size1 < size2:
+        raise _refused(f"from 1 to {size2 - 1} leaves; none, or as many, with their root", f"{size1}")
     at, last = size1 - 1, size2 - 1
     while at & 1:
         at, last = at >> 1, last >> 1
@@ -75,14 +72,13 @@ def verify_consistency(
         raise _refused(f"the roots {root1.hex()} and {root2.hex()}", " and ".join(map(bytes.hex, found)))
 
 
-def _climb(at: int, last: int, hashes: Sequence[bytes]) -> tuple[bytes, bytes]:
-    """Return the roots over nodes 0 to `at` and 0 to `last`: the hash of node `at`, then its path."""
+def _climb(at: int, last: int, hashes: list[bytes]) -> tuple[bytes, bytes]:
+    """Return the roots over nodes 0 to `at` and 0 to `last`, by the hash of node `at` and its path."""
     if not hashes or any(len(each) != len(EMPTY_ROOT) for each in hashes):
         raise _refused("hashes of 32 bytes", "another length, or none")
-    before = whole = hashes[0]
-    for sibling in hashes[1:]:
-        if last == 0:
-            raise _refused("a shorter path", f"{len(hashes)} hashes")
+    before = whole = hashes.pop(0)
+    while last and hashes:
+        sibling = hashes.pop(0)
         if at & 1 or at == last:
             before, whole = node_hash(sibling, before), node_hash(sibling, whole)
             while at and not at & 1:
@@ -90,11 +86,11 @@ def _climb(at: int, last: int, hashes: Sequence[bytes]) -> tuple[bytes, bytes]:
         else:
             whole = node_hash(whole, sibling)
         at, last = at >> 1, last >> 1
-    if last:
-        raise _refused("a longer path", f"{len(hashes)} hashes")
+    if last or hashes:
+        raise _refused("a path from a leaf to the root", "a shorter or a longer one")
     return before, whole
 
 
 def _refused(expected: str, got: str) -> Refused:
     what = "a proof of the transparency log does not hold"
-    return Refused(what, expected=expected, got=got, next_step="keep the files: they are evidence")
+    return Refused(what, "", expected, got, "keep the files: they are evidence")

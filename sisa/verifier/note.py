@@ -23,11 +23,15 @@ from sisa.verifier import merkle
 from sisa.verifier.envelope import Refused, base64_bytes
 
 ED25519, COSIGNATURE = 1, 4  # types of signature
-MAX_NOTE_BYTES, MAX_PATH, MAX_SIZE = 1 << 18, 63, (1 << 63) - 1
-PROOF = "c2sp.org/tlog-proof@v1"
+MAX_NOTE_BYTES = 1 << 18
 WIDTH = 256  # hashes in a full tile, entries in a full bundle
-_VKEY = re.compile(r"([^\s+]+)\+([0-9a-f]{8})\+([A-Za-z0-9+/]{44})")
+_VKEY = re.compile(r"([^\s+]+)\+[0-9a-f]{8}\+([A-Za-z0-9+/]{44})")
 _SIGNATURE = re.compile(r"— ([^\s+]+) (\S+)")
+_CHECKPOINT = re.compile(r"(.+)\n(0|[1-9][0-9]{0,17})\n(.+)\n(?:.+\n)*")
+_PROOF = re.compile(
+    r"c2sp\.org/tlog-proof@v1\n(?:extra [A-Za-z0-9+/=]+\n)?"  # nobody vouches for extra data
+    r"index (0|[1-9][0-9]{0,17})\n((?:[A-Za-z0-9+/=]{44}\n){0,63})\n([\s\S]*)"
+)
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,6 @@ class NoteKey:
     def __str__(self) -> str:
         return f"{self.name}+{self.id.hex()}+{b64(bytes([self.type]) + self.public)}"
 
-    def verify(self, text: bytes, signature: bytes) -> None:
-        """Raise Refused unless the key made this signature, which begins with the key's id."""
-        made = signature[4:]
-        if self.type == COSIGNATURE:
-            text, made = cosigned(text, int.from_bytes(made[:8])), made[8:]
-        try:
-            Ed25519PublicKey.from_public_bytes(self.public).verify(made, text)
-        except (InvalidSignature, ValueError):
-            raise _refused(f"the signature of {self.name} does not fit the note") from None
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -63,10 +57,6 @@ class Checkpoint:
     origin: str
     size: int
     root: bytes
-
-    def text(self) -> bytes:
-        """Return the text that the log signs."""
-        return f"{self.origin}\n{self.size}\n{b64(self.root)}\n".encode()
 
 
 @dataclass(frozen=True)
@@ -77,21 +67,14 @@ class TlogProof:
     path: tuple[bytes, ...]
     checkpoint: bytes
 
-    def text(self) -> bytes:
-        """Return the proof as a `.tlog-proof` file."""
-        lines = [PROOF, f"index {self.index}", *map(b64, self.path)]
-        return "\n".join(lines).encode() + b"\n\n" + self.checkpoint
-
 
 def parse_vkey(vkey: str) -> NoteKey:
     """Return the key that a vkey describes. Raise Refused."""
     found = _VKEY.fullmatch(vkey)
-    data = b64decode(found[3]) if found else b"\x00"
-    if not found or data[0] not in (ED25519, COSIGNATURE):
+    name, data = (found[1], b64decode(found[2])) if found else ("", b"\x00")
+    key = NoteKey(name, data[0], data[1:])
+    if key.type not in (ED25519, COSIGNATURE) or str(key) != vkey:
         raise _refused("a key of signed notes can't be read", "NAME+ID+KEY, of Ed25519")
-    key = NoteKey(found[1], data[0], data[1:])
-    if str(key) != vkey:
-        raise _refused("the id of a key of signed notes is not its own", key.id.hex(), found[2])
     return key
 
 
@@ -106,32 +89,36 @@ def split_note(note: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
     found = [_SIGNATURE.fullmatch(line) for line in lines.removesuffix("\n").split("\n")]
     if not gap or not lines.endswith("\n") or None in found:
         raise _refused("a note is malformed", "a text, an empty line, and lines of signatures")
-    signatures = [(each[1], base64_bytes(each[2], "a signature")) for each in found if each]
-    if any(len(data) < 5 for _, data in signatures):
-        raise _refused("a note is malformed", "signatures that begin with the id of their key")
-    return f"{text}\n".encode(), signatures
+    return f"{text}\n".encode(), [
+        (each[1], base64_bytes(each[2], "a signature")) for each in found if each
+    ]
 
 
 def open_note(note: bytes, vkeys: Sequence[str]) -> bytes:
     """Return the text of a note. Raise Refused unless each of the keys signed it, once."""
     text, signatures = split_note(note)
     for key in map(parse_vkey, vkeys):
-        made = [data for name, data in signatures if (name, data[:4]) == (key.name, key.id)]
+        made = [data[4:] for name, data in signatures if (name, data[:4]) == (key.name, key.id)]
         if len(made) != 1:
-            raise _refused("a note is not signed as expected", f"one signature of {key}", str(len(made)))
-        key.verify(text, made[0])
+            raise _refused("a note is not signed as expected", f"one signature of {key}", f"{len(made)}")
+        signature, message = made[0], text
+        if key.type == COSIGNATURE:
+            signature, message = made[0][8:], cosigned(text, int.from_bytes(made[0][:8]))
+        try:
+            Ed25519PublicKey.from_public_bytes(key.public).verify(signature, message)
+        except (InvalidSignature, ValueError):
+            raise _refused(f"the signature of {key.name} does not fit the note") from None
     return text
 
 
 def parse_checkpoint(text: bytes) -> Checkpoint:
     """Return the checkpoint that a note's text describes. Raise Refused."""
-    lines = _decoded(text).split("\n")
-    if len(lines) < 4 or lines.pop() or not all(lines):
+    if not (found := _CHECKPOINT.fullmatch(_decoded(text))):
         raise _refused("a checkpoint is malformed", "lines with the origin, the size and the root")
-    found = Checkpoint(lines[0], _number(lines[1]), base64_bytes(lines[2], "a root"))
-    if len(found.root) != 32 or (found.size == 0 and found.root != merkle.EMPTY_ROOT):
+    checkpoint = Checkpoint(found[1], int(found[2]), base64_bytes(found[3], "a root"))
+    if len(checkpoint.root) != 32 or (not checkpoint.size and checkpoint.root != merkle.EMPTY_ROOT):
         raise _refused("a checkpoint's root can't be one", "32 bytes; of no entries, the empty root")
-    return found
+    return checkpoint
 
 
 def open_checkpoint(note: bytes, vkey: str, *, witnesses: Sequence[str] = ()) -> Checkpoint:
@@ -139,23 +126,17 @@ def open_checkpoint(note: bytes, vkey: str, *, witnesses: Sequence[str] = ()) ->
     if any(parse_vkey(each).type != COSIGNATURE for each in witnesses):
         raise _refused("a witness's key is of another type", "the vkey of a cosigner, of type 4")
     found = parse_checkpoint(open_note(note, [vkey, *witnesses]))
-    if found.origin != parse_vkey(vkey).name:
-        raise _refused("a checkpoint is of another log", parse_vkey(vkey).name, found.origin)
+    if found.origin != (name := parse_vkey(vkey).name):
+        raise _refused("a checkpoint is of another log", name, found.origin)
     return found
 
 
 def parse_proof(text: bytes) -> TlogProof:
     """Return the proof that a `.tlog-proof` file contains, unverified. Raise Refused."""
-    head, _, checkpoint = text.partition(b"\n\n")
-    first, *lines = _decoded(head).split("\n")
-    if lines and lines[0].startswith("extra "):
-        base64_bytes(lines.pop(0).removeprefix("extra "), "extra data")  # nobody vouches for it
-    if first != PROOF or not lines or not lines[0].startswith("index ") or len(lines) > MAX_PATH + 1:
-        raise _refused(
-            "a proof of the log is malformed", f"{PROOF}, the index, at most {MAX_PATH} hashes"
-        )
-    path = tuple(base64_bytes(each, "a hash") for each in lines[1:])
-    return TlogProof(_number(lines[0].removeprefix("index ")), path, checkpoint)
+    if not (found := _PROOF.fullmatch(_decoded(text))):
+        raise _refused("a proof of the log is malformed", "c2sp.org/tlog-proof@v1")
+    path = tuple(base64_bytes(each, "a hash") for each in found[2].split())
+    return TlogProof(int(found[1]), path, found[3].encode())
 
 
 def verify_proof(
@@ -170,46 +151,35 @@ def verify_proof(
 
 def tile_path(level: int | str, index: int, width: int = WIDTH) -> str:
     """Return the path of a tile, or of a bundle of entries (level `entries`)."""
-    parts = [f"{index % 1000:03}"]
+    path = f"{index % 1000:03}" + ("" if width == WIDTH else f".p/{width}")
     while index := index // 1000:
-        parts.insert(0, f"x{index % 1000:03}")
-    return "/".join(["tile", str(level), *parts]) + ("" if width == WIDTH else f".p/{width}")
+        path = f"x{index % 1000:03}/{path}"
+    return f"tile/{level}/{path}"
 
 
 def split_bundle(bundle: bytes, num: int) -> list[bytes]:
     """Return the entries of a bundle. Raise Refused if there are not `num`."""
     entries, at = [], 0
     while at < len(bundle):
-        end = at + 2 + int.from_bytes(bundle[at : at + 2])
-        entries.append(bundle[at + 2 : end])
-        at = end
+        start, at = at + 2, at + 2 + int.from_bytes(bundle[at : at + 2])
+        entries.append(bundle[start:at])
     if len(entries) != num or at != len(bundle):
-        raise _refused("a bundle of entries is damaged", f"{num} entries", str(len(entries)))
+        raise _refused("a bundle of entries is damaged", f"{num} entries", f"{len(entries)}")
     return entries
 
 
 def read_log(read: Callable[[str], bytes], checkpoint: Checkpoint) -> list[bytes]:
     """Return all entries of a published log, of which `read` reads a file by its path.
 
-    Raise Refused unless entries, tiles and checkpoint agree. What an older checkpoint covers is the
-    beginning of it if `merkle.root` over the hashes of its entries is the older root.
+    Raise Refused unless they are those of the checkpoint. What an older checkpoint covers is the
+    beginning of them if `merkle.root` over the hashes of as many is the older root.
     """
     entries: list[bytes] = []
     for at in range(0, checkpoint.size, WIDTH):
         num = min(WIDTH, checkpoint.size - at)
         entries += split_bundle(read(tile_path("entries", at // WIDTH, num)), num)
-    nodes, level = [merkle.leaf_hash(each) for each in entries], 0
-    if (found := merkle.root(nodes)) != checkpoint.root:
-        raise _refused(
-            "the log's entries are not those of its checkpoint", b64(checkpoint.root), b64(found)
-        )
-    while nodes:
-        tiles = [nodes[at : at + WIDTH] for at in range(0, len(nodes), WIDTH)]
-        for at, tile in enumerate(tiles):
-            path = tile_path(level, at, len(tile))
-            if read(path) != b"".join(tile):
-                raise _refused("a tile of the log is not that of its entries", where=path)
-        nodes, level = [merkle.root(tile) for tile in tiles if len(tile) == WIDTH], level + 1
+    if (found := merkle.root([*map(merkle.leaf_hash, entries)])) != checkpoint.root:
+        raise _refused("the entries are not those of the checkpoint", checkpoint.root.hex(), found.hex())
     return entries
 
 
@@ -218,21 +188,12 @@ def b64(data: bytes) -> str:
     return b64encode(data).decode()
 
 
-def _number(text: str) -> int:
-    if not re.fullmatch("0|[1-9][0-9]{0,18}", text) or int(text) > MAX_SIZE:
-        raise _refused("a number can't be read", f"a decimal from 0 to {MAX_SIZE}")
-    return int(text)
-
-
 def _decoded(data: bytes) -> str:
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        text = "\x00"
-    if len(data) > MAX_NOTE_BYTES or any(each < " " and each != "\n" for each in text):
+    text = data.decode(errors="replace")
+    if len(data) > MAX_NOTE_BYTES or text.encode() != data or re.search("[\x00-\x09\x0b-\x1f]", text):
         raise _refused("a note is malformed", f"printable UTF-8 of at most {MAX_NOTE_BYTES} bytes")
     return text
 
 
-def _refused(what: str, expected: str = "", got: str = "", where: str = "") -> Refused:
-    return Refused(what, where, expected, got, "keep the files: they may be evidence against the log")
+def _refused(what: str, expected: str = "", got: str = "") -> Refused:
+    return Refused(what, "", expected, got, "keep the files: they may be evidence against the log")

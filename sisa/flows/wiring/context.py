@@ -378,8 +378,11 @@ def held_by_area(context: Context) -> dict[str, frozenset[str]]:
 
 
 def purge(context: Context, *, dry_run: bool = False) -> tuple[ports.KeptVersions, ...]:
-    """Remove old versions of replaced or erased objects; return those that a bucket keeps."""
-    found = sorted(context.stores.blobs)
+    """Remove old versions of replaced or erased objects; return those that a bucket keeps.
+
+    The log stays: it is public, and its old checkpoints are evidence.
+    """
+    found = sorted(context.stores.blobs.keys() - {"log"})
     return tuple(kept for area in found for kept in context.stores.blobs[area].purge(dry_run=dry_run))
 
 

@@ -1,0 +1,94 @@
+"""A transparency log in a directory, with keys beside it, for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from sisa.core.digest import sha256_hex
+from sisa.evidence.log import Log, Tiles, check_tiles, published
+from sisa.store.blobs.files import LocalBlobs
+from sisa.verifier import merkle, note
+from sisa.verifier.certificate import log_entry
+from sisa.verifier.note import WIDTH, Checkpoint, NoteKey, open_checkpoint, read_log, tile_path
+
+TYPE = "urn:deletion-ready-model:state:v1"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a model, as `sisa.evidence.keys` has them."""
+
+    directory: Path
+    model: str = "0f" * 16
+    log_seed: bytes = b"l" * 32
+
+
+@dataclass
+class Place:
+    """A log in a directory, and the keys beside it."""
+
+    root: Path
+    keys: Keys = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = Keys(self.root / "keys")
+
+    @property
+    def at(self) -> Path:
+        return self.root / "log"
+
+    @property
+    def log(self) -> Log:
+        """Return the log, opened anew."""
+        return Log(LocalBlobs(self.at), self.keys)
+
+    @property
+    def vkey(self) -> str:
+        return str(self.log.key)
+
+    def read(self, path: str) -> bytes:
+        return published(str(self.at))(path)
+
+    def outsider(self) -> tuple[Checkpoint, list[bytes]]:
+        """Return what an outsider finds. Raise Refused or IntegrityError if it does not fit."""
+        found = open_checkpoint(self.read("checkpoint"), self.vkey)
+        entries = read_log(self.read, found)
+        check_tiles(self.read, entries)
+        return found, entries
+
+
+def statement(number: int) -> bytes:
+    return b'{"statement":%d}' % number
+
+
+def entry(number: int) -> bytes:
+    return log_entry(sha256_hex(statement(number)), TYPE)
+
+
+def fill(place: Place, size: int) -> None:
+    """Write a log of many entries at once, and sign it."""
+    entries = [entry(number) for number in range(size)]
+    blobs = LocalBlobs(place.at)
+    nodes, level = [merkle.leaf_hash(each) for each in entries], 0
+    for at in range(0, size, WIDTH):
+        bundle = entries[at : at + WIDTH]
+        data = b"".join(len(each).to_bytes(2) + each for each in bundle)
+        blobs.put(tile_path("entries", at // WIDTH, len(bundle)), data)
+    while nodes:
+        tiles = [nodes[at : at + WIDTH] for at in range(0, len(nodes), WIDTH)]
+        for at, tile in enumerate(tiles):
+            blobs.put(tile_path(level, at, len(tile)), b"".join(tile))
+        nodes, level = [merkle.root(tile) for tile in tiles if len(tile) == WIDTH], level + 1
+    place.log._sign(Checkpoint(place.log.key.name, size, Tiles(place.read, size).hash(0, size)))
+
+
+def some_witness(name: str) -> tuple[str, str]:
+    """Return the private key and the vkey of a witness, always the same."""
+    seed = sha256_hex(name.encode())[:32].encode()
+    public = Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+    id_ = NoteKey(name, note.ED25519, public).id.hex()
+    private = f"PRIVATE+KEY+{name}+{id_}+{note.b64(bytes([note.ED25519]) + seed)}"
+    return private, str(NoteKey(name, note.COSIGNATURE, public))
