@@ -9,8 +9,10 @@ checkpoint is judged by its digests alone. `doctor.py` examines the disk, the le
 
 from __future__ import annotations
 
+import sqlite3
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,19 +35,30 @@ from sisa.flows.wiring.context import (
     purge,
     view_shard,
 )
-from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LEDGER, LOG, METRICS, PATCHES, RECORDS, VAULT
+from sisa.flows.wiring.wiring import (
+    CHECKPOINTS,
+    EVIDENCE,
+    INDEX,
+    LEDGER,
+    LOG,
+    METRICS,
+    PATCHES,
+    RECORDS,
+    VAULT,
+)
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import gaps
 from sisa.store.blobs import files
 from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
 from sisa.store.checkpoints import MANIFEST
+from sisa.store.ledger.database import open_journaled
 from sisa.store.metrics import run_files
 
 OTHERS, OTHERS_WRITE = 0o077, 0o022
 Severity = Literal["error", "warning"]
 RepairKind = Literal[
-    "", "reindex", "retrain", "heads", "patches", "sweep", "mode", "scrub", "reseal", "purge"
+    "", "reindex", "retrain", "heads", "patches", "sweep", "mode", "scrub", "reseal", "purge", "evidence"
 ]
 
 REPAIR_STEPS: dict[RepairKind, str] = {
@@ -59,6 +72,8 @@ REPAIR_STEPS: dict[RepairKind, str] = {
     "purge": "`sisa gc` purges them; if that is refused, allow s3:ListBucketVersions and "
     "s3:DeleteObjectVersion, or remove the object lock",
     "reseal": "`sisa doctor --repair` rewrites it as `encrypt:` in the run file says",
+    "evidence": "`sisa doctor --repair` makes it again from the slice files and the log, without what "
+    "receipts of earlier deletions are made from; to keep these, restore it from a backup",
     "scrub": "`sisa doctor --repair` or the next train, add or forget empties it",
 }
 
@@ -102,7 +117,10 @@ def examine(context: Context, directory: Path, *, with_key: bool = True) -> list
         if what := _damage(check):
             found.append(replace(damaged, what=what))
     found += [*_unindexed(context), *_exports(context), *wrong_heads(context), *_gaps(context)]
-    found += _unknown(context, directory, {each.key for each in found if each.key})
+    found += [
+        *_evidence(directory),
+        *_unknown(context, directory, {each.key for each in found if each.key}),
+    ]
     return found
 
 
@@ -133,6 +151,19 @@ def checks(
         if texts.held:
             found = Finding("vault", "error", f"{VAULT}/{texts.name}", "", "patches", key=texts.name)
             yield found, partial(context.stores.vault.check, texts)
+
+
+def _evidence(directory: Path) -> Iterator[Finding]:
+    """Find a damaged file of evidence; its content is checked whenever it is used."""
+    if (path := directory / EVIDENCE).exists():
+        try:
+            with closing(open_journaled(path)) as connection:
+                answers = [str(row[0]) for row in connection.execute("PRAGMA integrity_check(20)")]
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            answers = [type(error).__name__]
+        if answers != ["ok"]:
+            what = f"the evidence is damaged: {answers[0][:200]}"
+            yield Finding("evidence_damaged", "error", EVIDENCE, what, "evidence")
 
 
 def _rows(context: Context, *, with_key: bool) -> Iterator[Finding]:

@@ -5,6 +5,7 @@
     index      built from the slice files, which are checked first
     damaged    checkpoints leave the ledger and heads move to clean ones, in one commit; bytes go later
     patches    damaged ones are given up, and wanted again if their texts are held
+    evidence   a damaged file is erased; `reconcile` makes it again from slice files and the log
     gaps       missing stages before a whole target are trained again, so that the chain is whole
     the rest   `reconcile` erases unknown files, trains targets, advances heads, scrubs the ledger
 
@@ -78,6 +79,9 @@ def repair_opened(context: Context, directory: Path) -> list[str]:
     if damaged := [each.key for each in found if each.repair == "patches"]:
         give_up(context, damaged)
         done.append(f"gave up {len(damaged)} damaged patches or sets of texts")
+    if any(each.repair == "evidence" for each in found):
+        files.erase_all(directory, [wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal"])
+        done.append("erased the damaged evidence, which is made again from the slice files and the log")
     plans, given_up = _give_up(context, found)
     done += [*given_up, *close_gaps(context, plans), *_mend_heads(context, found)]
     if removed := remove_garbage(context, directory):

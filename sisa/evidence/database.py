@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sisa.core.errors import IntegrityError
 from sisa.store.blobs.files import disk_errors, erase_all
-from sisa.store.ledger.database import PATIENCE_S, open_readonly, sqlite_fault
+from sisa.store.ledger.database import PATIENCE_S, open_journaled, sqlite_fault
 
 VERSION = 1
 NEXT_STEP = "build it again from the slice files: `sisa doctor --repair`"
@@ -50,7 +50,7 @@ def _connected(path: Path, write: bool) -> sqlite3.Connection:
     if not write:
         if not path.is_file():
             raise IntegrityError("the model has no evidence", where=str(path), next_step=NEXT_STEP)
-        return open_readonly(path)
+        return open_journaled(path)
     with disk_errors(path):
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     connection = sqlite3.connect(path, timeout=PATIENCE_S, isolation_level=None)

@@ -237,7 +237,18 @@ def open_readonly(path: Path) -> sqlite3.Connection:
     """
     log = path.with_name(f"{path.name}-wal")
     in_log = log.is_file() and log.stat().st_size > 0
-    form = "immutable=1" if is_read_only(path) and not in_log else "mode=ro"
+    return _existing(path, "immutable=1" if is_read_only(path) and not in_log else "mode=ro")
+
+
+def open_journaled(path: Path) -> sqlite3.Connection:
+    """Open a SQLite file without a write-ahead log for reading.
+
+    What a killed writer left in its journal is rolled back, if the file can be written.
+    """
+    return open_readonly(path) if is_read_only(path) else _existing(path, "mode=rw")
+
+
+def _existing(path: Path, form: str) -> sqlite3.Connection:
     uri = f"file:{quote(str(path.absolute()))}?{form}"
     return sqlite3.connect(uri, uri=True, timeout=PATIENCE_S, check_same_thread=False)
 

@@ -19,7 +19,7 @@ from sisa.core.errors import IntegrityError
 from sisa.core.events import Event, Notice
 from sisa.core.ports import StoredRecord
 from sisa.evidence import membership
-from sisa.evidence.database import VERSION
+from sisa.evidence.database import VERSION, transaction
 from sisa.evidence.membership import SCHEMA, TABLES, Membership, Tree, tree_hash
 from sisa.evidence.vrf import VrfKey
 from sisa.flows.deletion import Terms, arrive, forget_at_once
@@ -271,6 +271,20 @@ def test_a_damaged_table_is_not_built_upon(
     assert answer(kept, 7) is None
     assert answer(kept, 9) == {"shard": shard_of(kept, 9), "since": DAY}
     assert any(isinstance(each, Notice) for each in kept.events) == (table != "taken")
+
+
+def test_what_a_killed_writer_left_is_rolled_back(kept: Kept) -> None:
+    kept.sync()
+    root, path = kept.tree.root, kept.tree.path
+    with transaction(path, "") as db:
+        db.execute("PRAGMA cache_size = 1")  # writes pages before the transaction ends
+        db.execute("UPDATE leaves SET since = 'never'")
+        pages, journal = path.read_bytes(), Path(f"{path}-journal").read_bytes()
+        db.execute("UPDATE leaves SET since = ?", (DAY,))
+    path.write_bytes(pages)
+    Path(f"{path}-journal").write_bytes(journal)
+    assert kept.tree.root == root
+    kept.tree.check()
 
 
 def test_another_key_and_another_version_build_the_tree_again(kept: Kept) -> None:
