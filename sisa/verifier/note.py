@@ -59,15 +59,6 @@ class Checkpoint:
     root: bytes
 
 
-@dataclass(frozen=True)
-class TlogProof:
-    """A proof that verifies offline: the entry's index, its path, and the checkpoint as published."""
-
-    index: int
-    path: tuple[bytes, ...]
-    checkpoint: bytes
-
-
 def parse_vkey(vkey: str) -> NoteKey:
     """Return the key that a vkey describes. Raise Refused."""
     found = _VKEY.fullmatch(vkey)
@@ -131,22 +122,22 @@ def open_checkpoint(note: bytes, vkey: str, *, witnesses: Sequence[str] = ()) ->
     return found
 
 
-def parse_proof(text: bytes) -> TlogProof:
-    """Return the proof that a `.tlog-proof` file contains, unverified. Raise Refused."""
+def parse_proof(text: bytes) -> tuple[int, list[bytes], bytes]:
+    """Return a `.tlog-proof`'s index, path and checkpoint, unverified. Raise Refused."""
     if not (found := _PROOF.fullmatch(_decoded(text))):
         raise _refused("a proof of the log is malformed", "c2sp.org/tlog-proof@v1")
-    path = tuple(base64_bytes(each, "a hash") for each in found[2].split())
-    return TlogProof(int(found[1]), path, found[3].encode())
+    path = [base64_bytes(each, "a hash") for each in found[2].split()]
+    return int(found[1]), path, found[3].encode()
 
 
 def verify_proof(
     text: bytes, entry: bytes, vkey: str, *, witnesses: Sequence[str] = ()
 ) -> tuple[int, Checkpoint]:
     """Return the index of an entry, and the checkpoint that covers it. Raise Refused."""
-    proof = parse_proof(text)
-    found = open_checkpoint(proof.checkpoint, vkey, witnesses=witnesses)
-    merkle.verify_inclusion(merkle.leaf_hash(entry), proof.index, found.size, proof.path, found.root)
-    return proof.index, found
+    index, path, checkpoint = parse_proof(text)
+    found = open_checkpoint(checkpoint, vkey, witnesses=witnesses)
+    merkle.verify_inclusion(merkle.leaf_hash(entry), index, found.size, path, found.root)
+    return index, found
 
 
 def tile_path(level: int | str, index: int, width: int = WIDTH) -> str:

@@ -39,9 +39,9 @@ def test_another_reader_accepts_our_logs(tmp_path: Path, size: int) -> None:
     ours, now = Tiles(place.read, size), place.log.checkpoint
     for index in {0, size // 2, size - 1}:
         assert reader.get_entry(index) == entry(index)
-        proof = note.parse_proof(place.log.proof(index))
-        InclusionProof(index, size, list(proof.path)).check(merkle.leaf_hash(entry(index)), now.root)
-        assert list(proof.path) == reader.get_inclusion_proof(index, size).node_hashes
+        _, path, _ = note.parse_proof(place.log.proof(index))
+        InclusionProof(index, size, path).check(merkle.leaf_hash(entry(index)), now.root)
+        assert path == reader.get_inclusion_proof(index, size).node_hashes
     for before in {1, size // 2, size - 1} - {0}:
         theirs = reader.get_consistency_proof(before, size)
         assert theirs.node_hashes == ours.consistency(before)
