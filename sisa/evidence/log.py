@@ -212,7 +212,7 @@ class Log:
         """Write the last bundle with a new entry at its end, and its tiles; return what to sign."""
         index, level, made = before.size, 0, dict[str, bytes]()
         *held, node = map(merkle.leaf_hash, bundle)
-        self._put("entries", index, b"".join(len(each).to_bytes(2) + each for each in bundle), made)
+        self._put("entries", index, encode_bundle(bundle), made)
         while True:
             number, at = divmod(index, WIDTH)
             tile = (self._read(tile_path(level, number, at)) if at else b"") + node
@@ -244,11 +244,13 @@ class Log:
         files.write_atomic(self._signed_at, signed)
         self._blobs.put(CHECKPOINT, signed)
 
+    def signed(self) -> bytes:
+        """Return the checkpoint that was signed last, as the file beside the keys has it; or nothing."""
+        return files.read_whole(self._signed_at, "checkpoint") if self._signed_at.exists() else b""
+
     def _signed(self) -> Checkpoint:
-        """Return the checkpoint that was signed last, as the file beside the keys has it."""
-        if not self._signed_at.exists():
-            return EMPTY
-        return self._opened(files.read_whole(self._signed_at, "checkpoint"), str(self._signed_at))
+        signed = self.signed()
+        return self._opened(signed, str(self._signed_at)) if signed else EMPTY
 
     def _opened(self, signed: bytes, where: str) -> Checkpoint:
         try:
@@ -286,6 +288,19 @@ class Log:
         name = _statement(sha256)
         return files.verified(self._read(name), sha256, "statement", self._blobs.location(name))
 
+    def check(self, witnesses: Sequence[str] = (), seen: Sequence[bytes] = ()) -> Checkpoint:
+        """Check the whole log as an outsider would, who also saw what was signed last. Raise Refused."""
+        seen = [*seen, *([signed] if (signed := self.signed()) else [])]
+        if not seen and not self.note():
+            return EMPTY
+        return check_log(partial(or_full, self._read), str(self.key), witnesses, seen)[0]
+
+    def cosigners(self) -> list[tuple[str, int]]:
+        """Return the names of the witnesses under the published checkpoint, and when they signed."""
+        published = self.note()
+        signatures = note.split_note(published)[1] if published else []
+        return [(name, int.from_bytes(data[4:12])) for name, data in signatures if len(data) == 76]
+
     def _read(self, path: str) -> bytes:
         return self._blobs.get(path, "file of the log")
 
@@ -314,6 +329,11 @@ class Log:
         return now
 
 
+def encode_bundle(entries: Sequence[bytes]) -> bytes:
+    """Return entries as a bundle of them."""
+    return b"".join(len(each).to_bytes(2) + each for each in entries)
+
+
 def checkpoint_text(checkpoint: Checkpoint) -> bytes:
     """Return what a log signs."""
     return f"{checkpoint.origin}\n{checkpoint.size}\n{note.b64(checkpoint.root)}\n".encode()
@@ -335,6 +355,30 @@ def check_tiles(read: Callable[[str], bytes], entries: Sequence[bytes]) -> None:
             if read(path) != b"".join(tile):
                 raise Refused("a tile of the log is not that of its entries", where=path)
         nodes, level = [merkle.root(tile) for tile in tiles if len(tile) == WIDTH], level + 1
+
+
+def check_log(
+    read: Callable[[str], bytes], vkey: str, witnesses: Sequence[str] = (), seen: Sequence[bytes] = ()
+) -> tuple[Checkpoint, list[Checkpoint], list[bytes]]:
+    """Check a whole published log; return its checkpoint, the seen ones and the entries. Raise Refused.
+
+    It continues every checkpoint that was `seen`: none of their entries was rewritten, dropped or moved.
+    All of these witnesses have signed the present one.
+    """
+    now = note.open_checkpoint(read(CHECKPOINT), vkey, witnesses=witnesses)
+    entries = note.read_log(read, now)
+    check_tiles(read, entries)
+    hashes = [merkle.leaf_hash(each) for each in entries]
+    before = [note.open_checkpoint(each, vkey) for each in seen]
+    for each in before:
+        if each.size > now.size or merkle.root(hashes[: each.size]) != each.root:
+            raise Refused(
+                "the log does not continue a checkpoint that was seen: entries were changed or dropped",
+                expected=f"{each.size} entries with the root {each.root.hex()}, and more",
+                got=f"{now.size} entries with the root {now.root.hex()}",
+                next_step="keep both checkpoints: they contradict each other, and the log signed both",
+            )
+    return now, before, entries
 
 
 def parse_entry(index: int, entry: bytes) -> Entry:
@@ -363,17 +407,39 @@ def _damaged(where: str, what: str) -> IntegrityError:
 def published(where: str) -> Callable[[str], bytes]:
     """Return what reads the files of a log in a directory or at an http(s) URL, by their paths.
 
-    What is read raises IntegrityError for a file that is missing or too large, EnvironmentFault for a
-    disk or a network that fails.
+    A file with a checkpoint alone can be read, too. Raise IntegrityError for a file that is missing or
+    too large, EnvironmentFault for a disk or a network that fails.
     """
     if where.startswith(("http://", "https://")):
-        return partial(_fetch, where.rstrip("/"))
+        return partial(or_full, partial(_fetch, where.rstrip("/")))
     if "://" in where:
         raise InvalidInput("a log can't be read from there", expected="a directory, http:// or https://")
-    return partial(_load, Path(where))
+    return partial(or_full, partial(_load, Path(where)))
+
+
+def or_full(read: Callable[[str], bytes], path: str) -> bytes:
+    """Return a file of a log; for a partial tile that is gone, the beginning of the full one."""
+    try:
+        return read(path)
+    except IntegrityError:
+        full, _, width = path.partition(".p/")
+        if not width:
+            raise
+        data = read(full)
+    if path.startswith("tile/entries/"):
+        return encode_bundle(note.split_bundle(data, WIDTH)[: int(width)])
+    return data[: int(width) * 32]
 
 
 def _load(directory: Path, path: str) -> bytes:
+    if directory.is_file():
+        if path != CHECKPOINT:
+            raise InvalidInput(
+                "a checkpoint alone does not show that the log continues another",
+                where=str(directory),
+                next_step="name the directory or the URL of the log instead",
+            )
+        directory, path = directory.parent, directory.name
     with files.disk_errors(directory / path):
         try:
             with (directory / path).open("rb") as file:

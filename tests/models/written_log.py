@@ -8,11 +8,11 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sisa.core.digest import sha256_hex
-from sisa.evidence.log import Log, Tiles, check_tiles, published
+from sisa.evidence.log import Log, Tiles, check_log, published
 from sisa.store.blobs.files import LocalBlobs
 from sisa.verifier import merkle, note
 from sisa.verifier.certificate import log_entry
-from sisa.verifier.note import WIDTH, Checkpoint, NoteKey, open_checkpoint, read_log, tile_path
+from sisa.verifier.note import WIDTH, Checkpoint, NoteKey, tile_path
 
 TYPE = "urn:deletion-ready-model:state:v1"
 
@@ -54,9 +54,7 @@ class Place:
 
     def outsider(self) -> tuple[Checkpoint, list[bytes]]:
         """Return what an outsider finds. Raise Refused or IntegrityError if it does not fit."""
-        found = open_checkpoint(self.read("checkpoint"), self.vkey)
-        entries = read_log(self.read, found)
-        check_tiles(self.read, entries)
+        found, _, entries = check_log(self.read, self.vkey)
         return found, entries
 
 

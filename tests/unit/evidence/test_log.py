@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.evidence import log as logs
-from sisa.evidence.log import Entry, Tiles, check_tiles, cosign, new_witness, published
+from sisa.evidence.log import Entry, Tiles, check_log, check_tiles, cosign, new_witness, published
 from sisa.store.blobs import files
 from sisa.store.blobs.files import LocalBlobs
 from sisa.verifier import merkle, note
@@ -274,6 +274,57 @@ def test_damage_is_named_where_entries_and_statements_are_read(place: Place) -> 
             logs.parse_entry(0, odd)
     with pytest.raises(InvalidInput, match="too long"):
         place.log.append(statement(1), "x" * 0x10000)
+
+
+# --- what an outsider detects --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("dropped", [0, 2, 3, 4, 5]),
+        ("reordered", [1, 0, 2, 3, 4]),
+        ("rewritten", [0, 1, 2, 9, 4]),
+        ("shortened", [0, 1, 2]),
+        ("forked", [0, 1, 2, 9]),
+    ],
+)
+def test_whoever_kept_a_checkpoint_detects_it(place: Place, name: str, numbers: list[int]) -> None:
+    for number in range(4):
+        place.log.append(statement(number), TYPE)
+    kept = place.read("checkpoint")
+    forged = Place(place.root / name)
+    for number in numbers:
+        forged.log.append(statement(number), TYPE)
+    now, seen, entries = check_log(forged.read, place.vkey)  # sound for who kept none
+    assert (now.size, seen, len(entries)) == (len(numbers), [], len(numbers))
+    with pytest.raises(Refused, match="does not continue") as caught:
+        check_log(forged.read, place.vkey, seen=[kept])
+    assert "4 entries" in caught.value.expected
+    place.log.append(statement(4), TYPE)
+    assert [each.size for each in check_log(place.read, place.vkey, seen=[kept])[1]] == [4]
+    shutil.rmtree(place.at)
+    shutil.copytree(forged.at, place.at)
+    with pytest.raises(Refused, match="does not continue"):
+        place.log.check()  # the operator's own check
+
+
+def test_a_reader_of_an_older_checkpoint_is_served_by_full_tiles(place: Place) -> None:
+    fill(place, 255)
+    older = place.read("checkpoint")
+    for number in (255, 256):
+        place.log.append(statement(number), TYPE)
+    assert not (place.at / "tile/0/000.p").exists()
+    assert note.read_log(place.read, open_checkpoint(older, place.vkey)) == [
+        entry(n) for n in range(255)
+    ]
+    assert Tiles(place.read, 255).hash(0, 255) == open_checkpoint(older, place.vkey).root
+    assert place.log.check(seen=[older]).size == 257
+
+
+def test_an_empty_log_is_sound(place: Place) -> None:
+    assert place.log.check() == logs.EMPTY
+    assert place.log.cosigners() == []
 
 
 # --- mutations -----------------------------------------------------------------------------------
