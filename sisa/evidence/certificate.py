@@ -1,0 +1,394 @@
+"""Turn the facts of a deletion into the statement that is signed: an in-toto Statement v1.
+
+A certificate is drafted before the deletion's commit, since what will be erased can be named only while
+it is there, and stated when heads have advanced. `schemas/` describes every field, and README.md beside
+this file lists them. Nothing here reads or writes.
+
+    draft    commitments to the records, what they touched, keyed digests of what will be erased
+    state    what the model holds and serves now, and the statement before this one: the chain
+
+Nobody learns from a statement who was deleted: records, files and checkpoints are named by digests under
+the model's secret, and words that people gave with a request (its external id, reasons, approver) are
+left out. Fractions are decimal text, so that canonical JSON has no floating-point numbers.
+
+>>> decimal(1 / 3), decimal(2)
+('0.333333', '2')
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sisa.core.digest import Keyed
+from sisa.core.domain import (
+    Export,
+    HeldCheckpoint,
+    IndexFile,
+    Patch,
+    Probed,
+    RecordRow,
+    Request,
+    RequestEvent,
+    RequestState,
+    SliceFile,
+)
+from sisa.planning.plan import tainted_checkpoints
+from sisa.verifier.certificate import APPROX_REPORT, EXACT, MIXED, RECTIFICATION, STATE, commitment
+from sisa.verifier.envelope import STATEMENT_TYPE
+from sisa.verifier.merkle import leaf_hash, root
+
+TEST_RESULT, PROVENANCE = (
+    "https://in-toto.io/attestation/test-result/v0.1",
+    "https://slsa.dev/provenance/v1",
+)
+NOT_RUN = "not run"
+COVERS = (
+    "Each record that the commitments name is in no slice file, index, checkpoint or optimizer state of "
+    "the model, and in no export that was still where it was written.",
+    "No parameter of the adapters listed as subjects was trained on these records: every checkpoint "
+    "that they touched was erased, and what depended on it was trained again without them.",
+    "The set of records that remain is the one with the root `membership.after`.",
+)
+DOES_NOT_COVER = (
+    "What the frozen base learnt before any record arrived; `probe` says what was found of that.",
+    "Copies of exports, backups that nobody has restored, and freed disk blocks.",
+    "Source files, which belong to whoever gave them.",
+    "Whether the operator did what this says: `sisa verify --replay` and `sisa rebuild` show that.",
+)
+CLAIMS = {
+    "no_parameter_saw_the_record": "claimed; proved by training again (`sisa verify --replay`)",
+    "does_not_behave_as_if_it_knew": "not claimed here; it is measured, attack by attack",
+    "nobody_can_tell_that_it_was_deleted": "not claimed; whoever asks before and after can see it",
+}
+BACKUPS = "The next command deletes these records from a restored backup: the witness names them."
+
+
+def decimal(number: float) -> str:
+    """Return a number as decimal text of at most six places."""
+    return f"{number:.6f}".rstrip("0").rstrip(".")
+
+
+def erased_name(keyed: Keyed, *parts: str) -> str:
+    """Return the name of something erased: without the model's secret it confirms no guess."""
+    return keyed.digest("erased", *parts)
+
+
+def salt_of(keyed: Keyed, request_id: str, id_digest: str) -> bytes:
+    """Return the salt of a record's commitment; it is computed again for a receipt, and never stored."""
+    return bytes.fromhex(keyed.digest("receipt", request_id, id_digest))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the model holds before a deletion's commit, of the shards concerned."""
+
+    slices: Sequence[SliceFile]
+    indexes: Sequence[IndexFile]
+    checkpoints: Sequence[HeldCheckpoint]
+    states: Collection[str] = ()  # names of files of hidden states of these slices
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What can't be named any more after a deletion's commit."""
+
+    request_id: str
+    commitments: tuple[str, ...]  # sorted, in hex
+    erased: tuple[Mapping[str, Any], ...]
+    touched: tuple[Mapping[str, Any], ...]
+    exports: tuple[str, ...]  # names of those that will be erased
+    restored: bool = False  # a restored backup held the records again
+
+    @property
+    def root(self) -> str:
+        """Return the root of the tree over the commitments; empty without any."""
+        return (
+            root([leaf_hash(bytes.fromhex(each)) for each in self.commitments]).hex()
+            if self.commitments
+            else ""
+        )
+
+
+def draft(
+    keyed: Keyed,
+    request_id: str,
+    rows: Sequence[RecordRow],
+    ids: Mapping[str, str],
+    held: Held,
+    exports: Iterable[Export],
+    *,
+    restored: bool = False,
+) -> Draft:
+    """Return the draft of a request that removes `rows`; `ids` are the records' by keyed id."""
+    made = (commitment(salt_of(keyed, request_id, key), each) for key, each in ids.items())
+    erased: list[dict[str, Any]] = []
+    touched: list[dict[str, Any]] = []
+    for shard in sorted({row.shard for row in rows}):
+        its = [row for row in rows if row.shard == shard]
+        slices = sorted({row.slice for row in its})
+        of_shard = [each for each in held.checkpoints if each.shard == shard]
+        tainted = tainted_checkpoints(of_shard, its)
+        start = f"shard-{shard:05d}-"
+        found = {
+            ("index row", "index"): [row.id_digest for row in its],
+            ("ledger row", "ledger"): [row.id_digest for row in its],
+            ("slice file", "records"): [
+                each.sha256 for each in held.slices if each.shard == shard and each.slice in slices
+            ],
+            ("index file", "index"): [each.sha256 for each in held.indexes if each.shard == shard],
+            ("checkpoint", "checkpoints"): list(tainted),
+            ("optimizer state", "checkpoints"): list(tainted),
+            ("hidden states", "prefixes"): [name for name in held.states if name.startswith(start)],
+        }
+        for (what, where), names in found.items():
+            digests = sorted(erased_name(keyed, what, each) for each in names)
+            if digests:
+                erased.append({"what": what, "where": where, "shard": shard, "digests": digests})
+        touched.append({"shard": shard, "slices": slices, "checkpoints": len(tainted)})
+    left = sorted({erased_name(keyed, "export", each.path, each.key) for each in exports})
+    commitments = tuple(sorted(each.hex() for each in made))
+    return Draft(request_id, commitments, tuple(erased), tuple(touched), tuple(left), restored)
+
+
+@dataclass(frozen=True)
+class Served:
+    """An adapter that a shard serves."""
+
+    shard: int
+    sha256: str
+    key: str
+    fingerprint: str
+    depth: int
+
+
+@dataclass(frozen=True)
+class State:
+    """What the model holds and serves when a statement is made, and where in the log it belongs."""
+
+    model: str
+    base: str  # digest of the frozen base
+    issued_at: str
+    sequence: int  # of its entry in the log
+    previous: str  # sha256 of the last statement about what the model holds
+    before: str  # root of the records that it ended with
+    after: str
+    num_records: int
+    served: tuple[Served, ...]
+    patches: tuple[Patch, ...] = ()  # active ones
+    code: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprints(self) -> list[str]:
+        return sorted({each.fingerprint for each in self.served})
+
+    @property
+    def subject(self) -> list[dict[str, Any]]:
+        """Return what is served: the adapters, and patches beneath them; the base, if there are none."""
+        named = [(f"shard-{each.shard:05d}", each.sha256) for each in self.served]
+        named += [(f"patch-{each.version}", each.adapter_sha256) for each in self.patches]
+        found = named or [("base", self.base)]
+        return [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in found]
+
+    def statement(self, kind: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return a statement of this state, with more about what led to it."""
+        predicate = {
+            "model": self.model,
+            "sequence": self.sequence,
+            "previous": self.previous,
+            "issued_at": self.issued_at,
+            "membership": {"before": self.before, "after": self.after, "num_records": self.num_records},
+            "served": [asdict(each) for each in self.served],
+            "numerics": {"fingerprints": self.fingerprints},
+            "code": dict(self.code),
+        }
+        return _statement(self.subject, kind, {**predicate, **(more or {})})
+
+
+def _statement(subject: Sequence[Any], kind: str, predicate: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "_type": STATEMENT_TYPE,
+        "subject": list(subject),
+        "predicateType": kind,
+        "predicate": dict(predicate),
+    }
+
+
+def state_statement(state: State) -> dict[str, Any]:
+    """Return the statement after training, adding or rolling back: what the model holds and serves."""
+    return state.statement(STATE)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known when a request is completed, besides its draft."""
+
+    request: Request
+    events: Sequence[RequestEvent]  # of the request
+    tombstones: Sequence[str]  # keyed ids of the request's records that are still marked as deleted
+    exports_left: int  # exports that could not be found, and so not be erased
+    old_versions: Sequence[str]  # why a bucket keeps them, one for each place
+    holds: int  # requests under a legal hold
+    rectified: bool  # all of its records were added again
+    passed: Sequence[str]  # checks of the erasure that passed
+
+
+def deletion_statement(keyed: Keyed, drafted: Draft, done: Outcome, state: State) -> dict[str, Any]:
+    """Return the certificate of a completed request; its type is its tier."""
+    request = done.request
+    alike = len(state.fingerprints) <= 1
+    exports = {"what": "export", "where": "exports", "shard": -1, "digests": list(drafted.exports)}
+    more = {
+        "guarantee": "bit-exact" if alike else "same procedure, other bits",
+        "request": _request(request, done.events),
+        "commitments": {"root": drafted.root, "number": len(drafted.commitments)},
+        "touched": list(drafted.touched),
+        "erased": [*drafted.erased, *([exports] if drafted.exports else [])],
+        "remains": _remains(keyed, request, done.tombstones),
+        "backups": {"restored": drafted.restored, "words": BACKUPS},
+        "plan": {
+            "record_epochs_retrained": request.record_epochs_retrained,
+            "record_epochs_other_orders": request.record_epochs_others,
+            "record_epochs_full": request.record_epochs_full,
+            "share_retrained": decimal(
+                request.record_epochs_retrained / request.record_epochs_full
+                if request.record_epochs_full
+                else 0
+            ),
+            "stages": [dict(zip(_STAGES, each, strict=True)) for each in request.shards],
+            "seconds": decimal(request.seconds),
+        },
+        "training": _provenance(request, state),
+        "checks": {"erasure": _checked(done.passed), "sweep": NOT_RUN, "replay": NOT_RUN},
+        "probe": _probe(request.probed),
+        "live_patches": [
+            {"version": each.version, "sha256": each.adapter_sha256} for each in state.patches
+        ],
+        "exceptions": {
+            "exports_not_found": done.exports_left,
+            "old_versions_kept": list(done.old_versions),
+            "text_kept_by_consent": bool(request.vaulted),
+        },
+        "legal_holds": done.holds,
+        "coverage": {"covers": list(COVERS), "does_not_cover": list(DOES_NOT_COVER), "claims": CLAIMS},
+    }
+    kind = RECTIFICATION if done.rectified else EXACT if alike else MIXED
+    return state.statement(kind, more)
+
+
+_STAGES = ("shard", "first_slice", "stages_retrained")
+_TIMES: tuple[RequestState, ...] = ("approved", "committed", "erased", "completed")
+
+
+def _request(request: Request, events: Iterable[RequestEvent]) -> dict[str, Any]:
+    """Return the request without the words that people gave with it."""
+    at = {each.state: each.at for each in events}
+    return {
+        "id": request.request_id,
+        "regime": request.regime,
+        "due": request.due,
+        "extended": bool(request.extension),
+        "num_records": request.num_records,
+        "copies_included": request.copies_included,
+        "times": {"received": request.created_at, **{state: at.get(state, "") for state in _TIMES}},
+    }
+
+
+def _remains(keyed: Keyed, request: Request, tombstones: Iterable[str]) -> list[dict[str, Any]]:
+    """Return what is kept of the request, where and why; its digests are named for it alone."""
+    named = sorted(keyed.digest("remains", request.request_id, each) for each in tombstones)
+    why = "keyed digests of id, subject and text: so that the record is not taken in again unnoticed"
+    found = [
+        {"what": "tombstone", "where": where, "why": why, "digests": named}
+        for where in ("ledger", "witness")
+        if named
+    ]
+    noted = {
+        "ledger": "the request with its times and outcome, and keyed ids of the records that it named",
+        "evidence": "commitments, from which receipts are made",
+        "log": "this certificate",
+    }
+    found += [{"what": "request", "where": at, "why": why, "digests": []} for at, why in noted.items()]
+    if request.vaulted:
+        why = "the text itself, encrypted, by consent, until a patch is made from it"
+        found.append({"what": "text", "where": "vault", "why": why, "digests": []})
+    return found
+
+
+def _provenance(request: Request, state: State) -> dict[str, Any]:
+    """Return the predicate of SLSA Provenance v1 for what was trained again."""
+    return {
+        "predicateType": PROVENANCE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": "urn:deletion-ready-model:shard-training:v1",
+                "externalParameters": {"shards": [shard for shard, _, _ in request.shards]},
+                "internalParameters": {"fingerprints": state.fingerprints},
+                "resolvedDependencies": [{"name": "base", "digest": {"sha256": state.base}}],
+            },
+            "runDetails": {
+                "builder": {"id": "urn:deletion-ready-model:trainer", "version": dict(state.code)},
+                "metadata": {
+                    "invocationId": request.request_id,
+                    "startedOn": request.committed_at,
+                    "finishedOn": state.issued_at,
+                },
+            },
+        },
+    }
+
+
+def _checked(passed: Sequence[str]) -> dict[str, Any]:
+    """Return the predicate of in-toto's test-result v0.1 for the checks that every certificate needs."""
+    return {
+        "predicateType": TEST_RESULT,
+        "predicate": {
+            "result": "PASSED",
+            "configuration": [],
+            "passedTests": list(passed),
+            "warnedTests": [],
+            "failedTests": [],
+        },
+    }
+
+
+def _probe(found: Probed | None) -> dict[str, Any]:
+    if found is None:
+        return {"result": NOT_RUN}
+    told = {
+        name: decimal(each) if isinstance(each, float) else each for name, each in asdict(found).items()
+    }
+    return {"result": "failed" if found.failure else "approximate", **told}
+
+
+def approx_report(patch: Patch, model: str, issued_at: str, sequence: int) -> dict[str, Any]:
+    """Return the statement of a patch's report: approximate, and never a certificate."""
+    subject = {"name": f"patch-{patch.version}", "digest": {"sha256": patch.adapter_sha256}}
+    predicate = {
+        "model": model,
+        "sequence": sequence,
+        "issued_at": issued_at,
+        "patch": {
+            "version": patch.version,
+            "key": patch.key,
+            "base": patch.job.base,
+            "made_at": patch.made_at,
+        },
+        "settings": _decimals(patch.job.settings),
+        "report": _decimals({key: each for key, each in patch.report.items() if key != _OF_RECORDS}),
+        "exact": "no: this is a measurement of an approximate method, and no certificate",
+    }
+    return _statement([subject], APPROX_REPORT, predicate)
+
+
+_OF_RECORDS = "composition"  # measured on records, which may be deleted later; a log forgets nothing
+
+
+def _decimals(value: Any) -> Any:
+    """Return JSON values with fractions as text."""
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return {str(key): _decimals(each) for key, each in value.items()}
+    return [_decimals(each) for each in value] if isinstance(value, list | tuple) else value

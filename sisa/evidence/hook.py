@@ -1,0 +1,409 @@
+"""Issue evidence of what deletions, additions and patches did: a hook on deletions.
+
+    contribute    draft a certificate before the commit, while what will be erased can be named
+    reconcile     drop drafts of what was not committed
+    complete      bring the tree of records to what the ledger holds; sign and log what has no statement:
+                  completed requests, a changed state, patches that were made
+
+`complete` looks at the log, not at what was done, so every command makes good what a crash or a failing
+signer left out. Nothing is stated twice: a signed statement is noted, then logged from that note. A
+failure never stops a deletion; it is reported, and the certificate is pending.
+
+    drafts        what can't be named any more, by request, until its certificate is logged
+    commitments   sorted commitments to a request's records, from which receipts are made
+    signed        the statement that is signed and not yet logged
+    logged        what the log's statements are about: a copy, made again from the log if it is lost
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sisa.config.config import RunConfig
+from sisa.core.digest import canonical_json, digest_of, sha256_hex
+from sisa.core.domain import RecordRow, Request, Tombstone, active
+from sisa.core.errors import IntegrityError, SisaError
+from sisa.core.events import Notice
+from sisa.core.ports import Contribution, Removal
+from sisa.evidence import certificate
+from sisa.evidence.certificate import Draft, Held, Outcome, Served, State, erased_name
+from sisa.evidence.database import transaction
+from sisa.evidence.keys import Keys, open_keys
+from sisa.evidence.log import Log
+from sisa.evidence.membership import Membership
+from sisa.flows.wiring.context import Context, areas, known_by_area, purge, slices_of, stored_in
+from sisa.flows.wiring.wiring import EVIDENCE, LOG
+from sisa.flows.wiring.witness import REPLAYED
+from sisa.lm.base.numerics import PROCEDURE_VERSION
+from sisa.planning.plan import marked, prefix_names
+from sisa.store.blobs.files import TEMPORARY_PREFIX
+from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED
+from sisa.verifier.envelope import base64_bytes
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS drafts (request TEXT PRIMARY KEY, draft TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS commitments (request TEXT PRIMARY KEY, hashes BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS signed (sequence INTEGER, kind TEXT, envelope BLOB) STRICT;
+CREATE TABLE IF NOT EXISTS logged (
+    sequence INTEGER PRIMARY KEY, kind TEXT NOT NULL, sha256 TEXT NOT NULL, about TEXT NOT NULL,
+    before TEXT NOT NULL, after TEXT NOT NULL, subject TEXT NOT NULL
+) STRICT;
+"""
+PENDING = "the certificate is pending"
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What a statement in the log is about: a request, a patch, or what the model holds and serves."""
+
+    sequence: int
+    kind: str
+    sha256: str
+    about: str = ""  # request id, or the patch's key
+    before: str = ""
+    after: str = ""
+    subject: str = ""  # digest of what was served
+
+
+class Evidence:
+    """The tables of one model's evidence, beside its tree of records."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def _tables(self) -> Iterator[sqlite3.Connection]:
+        with transaction(self.path, _SCHEMA) as db:
+            yield db
+
+    def put_drafts(self, drafts: Sequence[Draft]) -> None:
+        """Note drafts and their commitments; a draft of the same request is replaced."""
+        with self._tables() as db:
+            for each in drafts:
+                text = canonical_json({**asdict(each), "commitments": []}).decode()
+                db.execute("INSERT OR REPLACE INTO drafts VALUES (?, ?)", (each.request_id, text))
+                hashes = bytes.fromhex("".join(each.commitments))
+                db.execute("INSERT OR REPLACE INTO commitments VALUES (?, ?)", (each.request_id, hashes))
+
+    def drafts(self) -> dict[str, Draft]:
+        """Return the drafts by request."""
+        with self._tables() as db:
+            rows = db.execute(
+                "SELECT request, draft, hashes FROM drafts JOIN commitments USING (request)"
+            )
+            found = [(request, json.loads(text), hashes) for request, text, hashes in rows]
+        return {
+            request: Draft(**{**_tuples(parsed), "commitments": _split(hashes)})
+            for request, parsed, hashes in found
+        }
+
+    def commitments(self, request_id: str) -> tuple[str, ...]:
+        """Return the commitments of a request, sorted; none if it has none."""
+        with self._tables() as db:
+            query = "SELECT hashes FROM commitments WHERE request = ?"
+            return _split(b"".join(row[0] for row in db.execute(query, (request_id,))))
+
+    def drop(self, requests: Sequence[str], *, commitments: bool) -> None:
+        """Drop the drafts of requests, and their commitments if no certificate names them."""
+        with self._tables() as db:
+            for table in ("drafts", *(["commitments"] if commitments else [])):
+                db.executemany(
+                    f"DELETE FROM {table} WHERE request = ?",  # noqa: S608 (our own table name)
+                    [(each,) for each in requests],
+                )
+
+    def sign(self, sequence: int, kind: str, envelope: bytes) -> None:
+        """Note a signed statement that is to be logged as this entry."""
+        with self._tables() as db:
+            db.execute("DELETE FROM signed")
+            db.execute("INSERT INTO signed VALUES (?, ?, ?)", (sequence, kind, envelope))
+
+    def signed(self) -> tuple[int, str, bytes] | None:
+        """Return the statement that is signed and not yet known to be logged."""
+        with self._tables() as db:
+            found = db.execute("SELECT sequence, kind, envelope FROM signed").fetchone()
+        return found and (found[0], found[1], bytes(found[2]))
+
+    def note(self, found: Logged) -> None:
+        """Note a statement that is in the log; what was signed for its place has been or is void."""
+        with self._tables() as db:
+            values = tuple(asdict(found).values())
+            db.execute("INSERT OR REPLACE INTO logged VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+            db.execute("DELETE FROM signed WHERE sequence <= ?", (found.sequence,))
+
+    def logged(self, log: Log) -> list[Logged]:
+        """Return what the statements of the log are about, in order; note those that are new."""
+        with self._tables() as db:
+            noted = [Logged(*row) for row in db.execute("SELECT * FROM logged ORDER BY sequence")]
+        for each in log.entries(len(noted)):
+            found = about(each.index, each.predicate_type, log.statement(each.sha256))
+            self.note(found)
+            noted.append(found)
+        return noted
+
+
+def _split(hashes: bytes) -> tuple[str, ...]:
+    return tuple(hashes[at : at + 32].hex() for at in range(0, len(hashes), 32))
+
+
+def _tuples(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(each) if isinstance(each, list) else each for key, each in parsed.items()}
+
+
+@dataclass(frozen=True)
+class EvidenceHook:
+    """The hook of one model."""
+
+    directory: Path
+    config: RunConfig
+    model: str
+
+    name = "evidence"
+
+    @property
+    def evidence(self) -> Evidence:
+        return Evidence(self.directory / EVIDENCE)
+
+    def contribute(self, context: Context, removal: Removal) -> Contribution:
+        """Draft the certificates of what is removed; add nothing to the commit."""
+        try:
+            self.evidence.put_drafts([_draft(context, removal, each) for each in removal.requests])
+        except SisaError as error:
+            _report(context, "this deletion can't be certified: no draft could be made", error)
+        return Contribution()
+
+    def reconcile(self, context: Context) -> None:
+        """Drop the drafts of what was not committed."""
+        try:
+            begun = {each.request_id for each in context.stores.ledger.requests() if each.committed_at}
+            if stray := sorted(self.evidence.drafts().keys() - begun):
+                self.evidence.drop(stray, commitments=True)
+        except SisaError as error:
+            _report(context, "drafts of certificates are not up to date", error)
+
+    def complete(self, context: Context) -> None:
+        """Sign and log whatever lacks a statement; report a failure, after which it is pending."""
+        try:
+            self.issue(context)
+        except SisaError as error:
+            _report(context, f"{PENDING}: `sisa certificate issue` tries again", error)
+
+    def issue(self, context: Context) -> list[Logged]:
+        """Sign and log whatever lacks a statement, and return what was logged. Raise SisaError."""
+        if (keys := open_keys(self.config, self.model)) is None:
+            raise IntegrityError(
+                "the keys that sign this model's evidence are missing",
+                where=self.model,
+                next_step="restore them from a backup, or make new ones: `sisa keys init`",
+            )
+        issuing = _Issuing(context, self.evidence, keys, Log(context.stores.blobs[LOG], keys))
+        steps = (issuing.recover, issuing.certificates, issuing.state, issuing.patches)
+        return [made for step in steps for made in step()]
+
+    def pending(self, requests: Sequence[Request]) -> list[str]:
+        """Return the completed requests whose certificates are not logged yet."""
+        drafts = self.evidence.drafts()
+        return [r.request_id for r in requests if r.state == "completed" and r.request_id in drafts]
+
+
+def open_hook(directory: Path, config: RunConfig, model: str) -> EvidenceHook:
+    """Return the hook of a model, for the flows, which find it by name."""
+    return EvidenceHook(directory, config, model)
+
+
+def _report(context: Context, what: str, error: SisaError) -> None:
+    context.report(Notice(f"{what} ({type(error).__name__}: {error.what})"))
+
+
+def _draft(context: Context, removal: Removal, request: Request) -> Draft:
+    """Return the draft of a request's certificate, from what its records touch now."""
+    ledger, keyed = context.stores.ledger, context.settings.chain.keyed
+    rows = removal.named[request.request_id]
+    files = slices_of(context, rows)
+    shards = sorted({row.shard for row in rows})
+    states: frozenset[str] = frozenset()
+    if context.settings.keeps_prefixes:
+        names = prefix_names(files, context.recipe, context.compute.fingerprint)
+        states = context.stores.prefixes.held() & names
+    held = Held(
+        files,
+        [each for shard in shards for each in ledger.indexes(shard)],
+        [each for shard in shards for each in ledger.checkpoints(shard)],
+        states,
+    )
+    ids = {each.id_digest: each.record.id for each in stored_in(context, files, rows)}
+    exports = marked(ledger.exports(), {request.request_id: rows})
+    again = any(
+        each.note == REPLAYED for each in ledger.events() if each.request_id == request.request_id
+    )
+    return certificate.draft(
+        keyed, request.request_id, rows, ids, held, exports, restored=again or request.reason == REPLAYED
+    )
+
+
+def about(sequence: int, kind: str, envelope: bytes) -> Logged:
+    """Return what a logged statement is about."""
+    statement = json.loads(base64_bytes(json.loads(envelope)["payload"], "the payload"))
+    predicate, served = statement["predicate"], digest_of(statement["subject"])
+    name = predicate["request"]["id"] if kind in CERTIFICATES else ""
+    name = predicate["patch"]["key"] if kind == APPROX_REPORT else name
+    roots = predicate["membership"] if kind in CHAINED else {"before": "", "after": ""}
+    return Logged(sequence, kind, sha256_hex(envelope), name, roots["before"], roots["after"], served)
+
+
+@dataclass(frozen=True)
+class _Issuing:
+    """The statements of one model that are to be made now."""
+
+    context: Context
+    evidence: Evidence
+    keys: Keys
+    log: Log
+
+    @cached_property
+    def logged(self) -> list[Logged]:
+        """Return what the log's statements are about, in order; statements made here are added to it."""
+        return self.evidence.logged(self.log)
+
+    def recover(self) -> list[Logged]:
+        """Log what was signed before a crash, and return it; what belongs elsewhere is void."""
+        waiting = self.evidence.signed()
+        return [self._append(*waiting)] if waiting and waiting[0] == len(self.logged) else []
+
+    def _issue(self, statement: Mapping[str, Any]) -> Logged:
+        """Sign a statement, note it, and log it."""
+        kind, sequence = str(statement["predicateType"]), len(self.logged)
+        envelope = self.keys.sign(dict(statement))
+        self.evidence.sign(sequence, kind, envelope)
+        return self._append(sequence, kind, envelope)
+
+    def _append(self, sequence: int, kind: str, envelope: bytes) -> Logged:
+        if (index := self.log.append(envelope, kind)) != sequence:
+            raise IntegrityError(
+                "a statement was logged in another place than it names",
+                expected=f"entry {sequence}",
+                got=f"entry {index}",
+                next_step="`sisa log` shows the log; another process may have written to it",
+            )
+        self.logged.append(found := about(sequence, kind, envelope))
+        self.evidence.note(found)
+        return found
+
+    def certificates(self) -> list[Logged]:
+        """Issue the certificates of completed requests that have a draft and none yet."""
+        drafts = self.evidence.drafts()
+        ledger = self.context.stores.ledger
+        done = [r for r in ledger.requests() if r.state == "completed" and r.request_id in drafts]
+        issued = {each.about for each in self.logged if each.kind in CERTIFICATES}
+        made = []
+        for request in done:
+            if request.request_id not in issued:  # it is, after a crash here or a restored backup
+                drafted = drafts[request.request_id]
+                outcome = _outcome(self.context, request, drafted)
+                keyed = self.context.settings.chain.keyed
+                statement = certificate.deletion_statement(keyed, drafted, outcome, self._state())
+                made.append(self._issue(statement))
+            self.evidence.drop([request.request_id], commitments=False)
+        return made
+
+    def state(self) -> list[Logged]:
+        """State what the model holds and serves, unless the last statement says the same."""
+        now = self._state()
+        last = _last(self.logged)
+        if last is not None and (last.after, last.subject) == (now.after, digest_of(now.subject)):
+            return []
+        return [self._issue(certificate.state_statement(now))]
+
+    def patches(self) -> list[Logged]:
+        """State the reports of patches that were made, each once."""
+        told = {each.about for each in self.logged if each.kind == APPROX_REPORT}
+        made = [each for each in self.context.stores.ledger.patches() if each.adapter_sha256]
+        now, model = self.context.now, self.keys.model
+        return [
+            self._issue(certificate.approx_report(each, model, now(), len(self.logged)))
+            for each in made
+            if each.key not in told
+        ]
+
+    def _state(self) -> State:
+        """Return what the model holds and serves, as the next entry of the log would say it."""
+        ledger, last = self.context.stores.ledger, _last(self.logged)
+        tree = Membership(self.evidence.path, self.keys.vrf_secret)
+        tree.sync(self.context)
+        before = last.after if last else ""
+        if last is not None and last.after == tree.root:
+            before = last.before  # several statements may be about the same change
+        held = {each.key: each for each in ledger.checkpoints()}
+        served = [
+            Served(each.shard, found.adapter_sha256, found.key, found.fingerprint, each.depth)
+            for each in ledger.heads()
+            if each.key is not None and (found := held[each.key])
+        ]
+        return State(
+            model=self.keys.model,
+            base=self.context.settings.base,
+            issued_at=self.context.now(),
+            sequence=len(self.logged),
+            previous=last.sha256 if last else "",
+            before=before,
+            after=tree.root,
+            num_records=tree.num_records,
+            served=tuple(served),
+            patches=tuple(active(ledger.patches())),
+            code={
+                "package": metadata.version("deletion-ready-model"),
+                "procedure_version": str(PROCEDURE_VERSION),
+            },
+        )
+
+
+def _last(logged: Sequence[Logged]) -> Logged | None:
+    """Return the last statement of what the model holds."""
+    return next((each for each in reversed(logged) if each.kind in CHAINED), None)
+
+
+def _outcome(context: Context, request: Request, drafted: Draft) -> Outcome:
+    """Return what became of a completed request, after checking that what it erased is gone."""
+    ledger = context.stores.ledger
+    named = ledger.lookup(ledger.named_by(request.request_id))
+    live = [each for each in named.values() if isinstance(each, RecordRow)]
+    return Outcome(
+        request=request,
+        events=[each for each in ledger.events() if each.request_id == request.request_id],
+        tombstones=[each.id_digest for each in named.values() if isinstance(each, Tombstone)],
+        exports_left=sum(e.stale and e.request_id == request.request_id for e in ledger.exports()),
+        old_versions=[each.why for each in purge(context, dry_run=True)],
+        holds=sum(each.state == "held" for each in ledger.requests()),
+        rectified=bool(live) and len(live) == len(named),
+        passed=_erasure_checks(context, drafted, [] if live else ["checkpoint"]),
+    )
+
+
+def _erasure_checks(context: Context, drafted: Draft, never_again: Sequence[str]) -> list[str]:
+    """Return the names of checks that passed. Raise IntegrityError if something erased is held.
+
+    What is `never_again` held: a record that is added again, as it was, brings its checkpoints back.
+    """
+    keyed, known = context.settings.chain.keyed, known_by_area(context)
+    gone = {name for e in drafted.erased if e["what"] in never_again for name in e["digests"]}
+    held = {erased_name(keyed, "checkpoint", key) for key in context.stores.checkpoints.held()}
+    left = {
+        area: sum(not name.startswith(TEMPORARY_PREFIX) for name in store.held() - known[area])
+        for area, store in areas(context).items()
+    }
+    if not gone.isdisjoint(held) or any(left.values()):
+        raise IntegrityError(
+            "what a deletion erased is still held",
+            got=", ".join(f"{count} files in {area}" for area, count in left.items() if count),
+            next_step="run `sisa gc`, then `sisa certificate issue`",
+        )
+    found = [f"no erased {each} is held" for each in never_again]
+    return [*found, "no file is held that the ledger does not list"]

@@ -1,0 +1,166 @@
+"""Hand out what was issued: certificates as files, and receipts for the people whom they are about.
+
+A file holds all that an outsider needs besides the public keys (`sisa/verifier/certificate.py`).
+A receipt names one record: give it to its requester alone.
+
+    certificate_file(model, "req-...")             a certificate, or any other statement by its sha256
+    receipt_file(model, "req-...", "p001-q1")      shows that the certificate is about this record
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sisa.core.domain import Request
+from sisa.core.errors import InvalidInput, SisaError, UnknownRecord
+from sisa.evidence.certificate import salt_of
+from sisa.evidence.hook import EvidenceHook, Logged, open_hook
+from sisa.evidence.keys import open_keys
+from sisa.evidence.log import Log
+from sisa.flows import lifecycle
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.wiring import LOG
+from sisa.model import Model
+from sisa.verifier.certificate import CERTIFICATE_FILE, CERTIFICATES, RECEIPT_FILE, commitment, log_entry
+from sisa.verifier.envelope import canonical
+from sisa.verifier.merkle import inclusion_path, leaf_hash
+
+
+@dataclass(frozen=True)
+class Issued:
+    """What is in a model's log, and the completed requests whose certificates are not."""
+
+    logged: tuple[Logged, ...]
+    pending: tuple[str, ...]
+
+    @property
+    def certificates(self) -> dict[str, Logged]:
+        """Return the certificates by request."""
+        return {each.about: each for each in self.logged if each.kind in CERTIFICATES}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The evidence of an open model."""
+
+    context: Context
+    hook: EvidenceHook
+    log: Log
+
+    @property
+    def issued(self) -> Issued:
+        requests = self.context.stores.ledger.requests()
+        return Issued(tuple(self.hook.evidence.logged(self.log)), tuple(self.hook.pending(requests)))
+
+    def named(self, name: str) -> Logged:
+        """Return a statement by its sha256, or the certificate of a request. Raise UnknownRecord."""
+        found = self.issued
+        for each in found.logged:
+            if name == each.sha256:
+                return each
+        request = lifecycle.find(self.context, name)
+        if request.request_id in found.certificates:
+            return found.certificates[request.request_id]
+        raise UnknownRecord(
+            "this request has no certificate",
+            where=request.request_id,
+            got="it is pending" if request.request_id in found.pending else f"it is {request.state}",
+            next_step=_next_step(request, pending=request.request_id in found.pending),
+        )
+
+
+def _next_step(request: Request, *, pending: bool) -> str:
+    if pending:
+        return "`sisa certificate issue` signs it"
+    if request.state == "completed":
+        return (
+            "the model had no keys when it was carried out: `sisa keys init` certifies later deletions"
+        )
+    return "a certificate is issued when the request is completed"
+
+
+@contextmanager
+def _reading(model: Model) -> Iterator[_Reading]:
+    """Open a model's evidence. Raise InvalidInput for a model that has no keys."""
+    if (keys := open_keys(model.config, model.id)) is None:
+        raise InvalidInput(
+            "the deletions of this model are not certified: it has no signing keys",
+            where=str(model.directory),
+            next_step="make keys with `sisa keys init`; deletions from then on are certified",
+        )
+    with model._context() as context:
+        hook = open_hook(model.directory, model.config, model.id)
+        yield _Reading(context, hook, Log(context.stores.blobs[LOG], keys))
+
+
+def issued(model: Model) -> Issued:
+    """Return what has been issued for a model. Raise InvalidInput without keys."""
+    with _reading(model) as found:
+        return found.issued
+
+
+def issue(model: Model) -> list[Logged]:
+    """Sign and log whatever lacks a statement; return what was logged. Raise SisaError."""
+    with _reading(model):
+        pass  # refuses a model without keys, and one without evidence
+    with model._writing() as context:
+        return open_hook(model.directory, model.config, model.id).issue(context)
+
+
+def standing(model: Model, request_id: str) -> str:
+    """Return "issued", "pending" or "none" for the certificate of a request."""
+    try:
+        found = issued(model)
+    except SisaError:
+        return "none"
+    if request_id in found.certificates:
+        return "issued"
+    return "pending" if request_id in found.pending else "none"
+
+
+def certificate_file(model: Model, name: str) -> bytes:
+    """Return a certificate, by its request, or any statement, by its sha256, as a file."""
+    with _reading(model) as found:
+        each = found.named(name)
+        envelope, proof = found.log.statement(each.sha256), found.log.proof(each.sequence)
+    entry = log_entry(each.sha256, each.kind).decode()
+    file = {
+        "type": CERTIFICATE_FILE,
+        "envelope": envelope.decode(),
+        "entry": entry,
+        "proof": proof.decode(),
+    }
+    return canonical(file) + b"\n"
+
+
+def receipt_file(model: Model, request_name: str, record_id: str) -> bytes:
+    """Return the receipt of a record of a certified request. Raise UnknownRecord for another record."""
+    with _reading(model) as found:
+        request = lifecycle.find(found.context, request_name)
+        certificate = found.named(request.request_id)
+        hashes = found.hook.evidence.commitments(request.request_id)
+        settings = found.context.settings
+        digest = settings.assigner.id_digest(record_id)
+        salt = salt_of(settings.chain.keyed, request.request_id, digest)
+        made = commitment(salt, record_id)
+        if made.hex() not in hashes:
+            raise UnknownRecord(
+                "the certificate is not about this record",
+                where=request.request_id,
+                next_step="`sisa where ID` says by which request a record was deleted",
+            )
+        proof = found.log.proof(certificate.sequence)
+    index = hashes.index(made.hex())
+    path = inclusion_path([leaf_hash(bytes.fromhex(each)) for each in hashes], index)
+    file = {
+        "type": RECEIPT_FILE,
+        "id": record_id,
+        "salt": salt.hex(),
+        "index": index,
+        "path": [each.hex() for each in path],
+        "certificate": certificate.sha256,
+        "proof": proof.decode(),
+    }
+    return canonical(file) + b"\n"

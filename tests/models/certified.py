@@ -1,0 +1,80 @@
+"""A model of fakes whose deletions are certified: keys, log and tree of records are real."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sisa.config.config import RunConfig
+from sisa.core.domain import RecordRow, Request
+from sisa.core.events import Event, Notice
+from sisa.evidence.hook import Evidence, EvidenceHook, Logged
+from sisa.evidence.keys import Keys, init_keys
+from sisa.evidence.log import Log
+from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.ingest import add, train
+from sisa.flows.patches.on_deletion import PatchesHook
+from sisa.flows.wiring.wiring import LOG
+from sisa.store.blobs.files import LocalBlobs
+from tests.fakes.ports import FakeModel, changed, fake_model, fake_recipe, fake_record
+
+NAME = "0f" * 16
+BASE = "ba" * 32
+
+
+@dataclass
+class Certified:
+    """The model, its hook, and what it reported."""
+
+    fake: FakeModel
+    hook: EvidenceHook
+    keys: Keys
+    notices: list[str]
+
+    @property
+    def log(self) -> Log:
+        return Log(self.fake.context.stores.blobs[LOG], self.keys)
+
+    @property
+    def evidence(self) -> Evidence:
+        return self.hook.evidence
+
+    @property
+    def logged(self) -> list[Logged]:
+        return self.evidence.logged(self.log)
+
+    def rows(self, *numbers: int) -> list[RecordRow]:
+        digest = self.fake.context.settings.assigner.id_digest
+        found = self.fake.ledger.lookup(digest(fake_record(each).id) for each in numbers)
+        return [each for each in found.values() if isinstance(each, RecordRow)]
+
+    def forget(self, *numbers: int, defer: bool = False, **terms: Any) -> Request:
+        """Delete records by their numbers, in one request."""
+        arrival = arrive(self.fake.context, self.rows(*numbers), (), Terms(approver="a person", **terms))
+        return forget_at_once(self.fake.context, arrival, defer=defer).requests[0]
+
+    def add(self, *numbers: int, again: bool = False) -> None:
+        add(self.fake.context, [fake_record(each) for each in numbers], allow_deleted=again)
+
+
+def certified(directory: Path, numbers: int = 12, num_shards: int = 3, **options: Any) -> Certified:
+    """Return a trained model with keys."""
+    settings = {"datasets": [{"path": "rows.jsonl"}], "output_dir": "model"}
+    config = RunConfig.model_validate({**settings, "signing": {"keys": str(directory / "keys")}})
+    keys = init_keys(config, NAME)
+    fake = fake_model(num_shards, replace(fake_recipe(), base=BASE), **options)
+    hook, notices = EvidenceHook(directory, config, NAME), list[str]()
+
+    def report(event: Event) -> None:
+        if isinstance(event, Notice):
+            notices.append(event.text)
+
+    fake.context = changed(
+        fake.context,
+        hooks=(PatchesHook(), hook),
+        blobs={LOG: LocalBlobs(directory / LOG)},
+        report=report,
+    )
+    train(fake.context, [fake_record(each) for each in range(numbers)])
+    return Certified(fake, hook, keys, notices)

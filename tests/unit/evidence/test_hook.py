@@ -1,0 +1,389 @@
+"""The hook that issues certificates, over fakes: what is stated, when, and after a failure."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from sisa.core.domain import Patch, PatchJob
+from sisa.core.errors import EnvironmentFault
+from sisa.core.ports import Change
+from sisa.evidence.hook import Evidence
+from sisa.evidence.keys import Keys
+from sisa.evidence.log import Log
+from sisa.flows.reconcile import reconcile
+from sisa.flows.wiring.context import commit
+from sisa.flows.wiring.witness import catch_up
+from sisa.verifier.certificate import (
+    APPROX_REPORT,
+    CERTIFICATES,
+    EXACT,
+    MIXED,
+    RECTIFICATION,
+    STATE,
+    verify_chain,
+)
+from sisa.verifier.note import read_log
+from tests.fakes.ports import changed, fake_record
+from tests.models.certified import Certified, certified
+from tests.property.test_histories import Crash, Fuse, wire
+from tests.property.test_witness import Saved
+
+SCHEMA = json.loads((resources.files("sisa.evidence") / "schemas/statements.json").read_text("utf-8"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Certified:
+    return certified(tmp_path)
+
+
+def statements(model: Certified) -> list[dict[str, Any]]:
+    """Return the statements of the log, after checking chain, signatures and schema."""
+    blobs = model.fake.context.stores.blobs["log"]
+
+    def read(path: str) -> bytes:
+        return blobs.get(path, "file of the log")
+
+    entries = read_log(read, model.log.checkpoint)
+    found = [each for _, each in verify_chain(entries, read, model.keys.public)]
+    for each in found:
+        VALIDATOR.validate(each)
+    return found
+
+
+def kinds(model: Certified) -> list[str]:
+    return [each["predicateType"] for each in statements(model)]
+
+
+def test_a_training_a_deletion_and_an_addition_are_stated(model: Certified) -> None:
+    assert kinds(model) == [STATE]
+    request = model.forget(1, 2, 3, reason="secret words", external_id="T-17")
+    model.add(100)
+    found = statements(model)
+    assert [each["predicateType"] for each in found] == [STATE, EXACT, STATE]
+    stated = found[1]["predicate"]
+    assert stated["request"]["id"] == request.request_id
+    assert stated["commitments"]["number"] == 3
+    assert stated["membership"]["before"] == found[0]["predicate"]["membership"]["after"]
+    assert [each["predicate"]["membership"]["num_records"] for each in found] == [12, 9, 10]
+    assert not model.notices
+    told = json.dumps(found)
+    assert not any(each in told for each in ("secret words", "T-17", "a person"))
+
+
+def test_the_subjects_are_the_heads_that_are_served(model: Certified) -> None:
+    model.forget(1)
+    held = {each.key: each.adapter_sha256 for each in model.fake.ledger.checkpoints()}
+    served = {f"shard-{h.shard:05d}": held[h.key] for h in model.fake.ledger.heads() if h.key}
+    subject = statements(model)[-1]["subject"]
+    assert {each["name"]: each["digest"]["sha256"] for each in subject} == served
+    model.forget(*range(12))
+    assert [each["name"] for each in statements(model)[-1]["subject"]] == ["base"]
+
+
+def test_what_was_erased_is_named_without_plain_digests(model: Certified) -> None:
+    rows = model.rows(1)
+    files = [each.sha256 for each in model.fake.ledger.slices(rows[0].shard)]
+    keys = [each.key for each in model.fake.ledger.checkpoints(rows[0].shard)]
+    model.forget(1)
+    stated = statements(model)[-1]["predicate"]
+    found = {each["what"]: len(each["digests"]) for each in stated["erased"]}
+    assert {"index row", "slice file", "index file", "checkpoint", "optimizer state"} <= found.keys()
+    assert found["checkpoint"] == found["optimizer state"] == stated["touched"][0]["checkpoints"]
+    told = json.dumps(stated["erased"])
+    assert not any(each in told for each in [*files, *keys, rows[0].id_digest, rows[0].text_digest])
+
+
+def test_nothing_is_stated_twice(model: Certified) -> None:
+    model.forget(1)
+    before = kinds(model)
+    for _ in range(2):
+        reconcile(model.fake.context)
+    assert kinds(model) == before
+    assert model.hook.issue(model.fake.context) == []
+
+
+def test_a_deferred_deletion_is_certified_when_it_is_trained(model: Certified) -> None:
+    model.forget(1, defer=True)
+    assert kinds(model) == [STATE, STATE]  # heads have rolled back, and a record less remains
+    assert not model.notices
+    reconcile(model.fake.context)
+    found = statements(model)
+    assert [each["predicateType"] for each in found[2:]] == [EXACT]
+    roots = [each["predicate"]["membership"] for each in found]
+    assert roots[2] == roots[1]
+    assert roots[1]["before"] == roots[0]["after"] != roots[1]["after"]
+
+
+def test_requests_of_one_batch_have_a_certificate_each(model: Certified) -> None:
+    one, two = model.forget(1, defer=True), model.forget(2, defer=True)
+    reconcile(model.fake.context)
+    found = [each for each in statements(model) if each["predicateType"] in CERTIFICATES]
+    assert [each["predicate"]["request"]["id"] for each in found] == [one.request_id, two.request_id]
+
+
+def test_a_record_that_is_added_again_makes_a_rectification(model: Certified) -> None:
+    model.forget(1, defer=True)
+    model.add(1, again=True)
+    assert kinds(model)[-1] == RECTIFICATION
+    stated = statements(model)[-1]["predicate"]
+    assert "tombstone" not in {each["what"] for each in stated["remains"]}
+    assert stated["membership"]["num_records"] == 12
+
+
+def test_shards_under_several_fingerprints_are_another_tier(model: Certified) -> None:
+    model.fake.context = changed(model.fake.context, fingerprint="another")
+    model.forget(1)
+    stated = statements(model)[-1]
+    assert stated["predicateType"] == MIXED
+    assert stated["predicate"]["guarantee"] == "same procedure, other bits"
+
+
+def test_a_failing_signer_stops_nothing(model: Certified, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Keys, "sign", _fails_to_sign)
+        request = model.forget(1)
+        assert request.state == "completed"
+        assert model.hook.pending(model.fake.ledger.requests()) == [request.request_id]
+    assert kinds(model) == [STATE]
+    assert any("pending" in each and "token" in each for each in model.notices)
+    reconcile(model.fake.context)
+    assert kinds(model) == [STATE, EXACT]
+    assert model.hook.pending(model.fake.ledger.requests()) == []
+
+
+def _fails_to_sign(*_: object) -> bytes:
+    raise EnvironmentFault("the token is not plugged in")
+
+
+def test_missing_keys_stop_nothing(model: Certified, tmp_path: Path) -> None:
+    (tmp_path / "keys").rename(tmp_path / "away")
+    assert model.forget(1).state == "completed"
+    assert any("keys" in each for each in model.notices)
+    (tmp_path / "away").rename(tmp_path / "keys")
+    reconcile(model.fake.context)
+    assert kinds(model) == [STATE, EXACT]
+
+
+def test_a_draft_of_what_was_not_committed_is_dropped(
+    model: Certified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(model.fake.ledger, "commit", _fails)
+        with pytest.raises(EnvironmentFault):
+            model.forget(1)
+    assert len(model.evidence.drafts()) == 1
+    reconcile(model.fake.context)
+    assert model.evidence.drafts() == {}
+    assert kinds(model) == [STATE]
+
+
+def _fails(_change: Change) -> int:
+    raise EnvironmentFault("the disk is full")
+
+
+def test_lost_notes_are_made_again_from_the_log(model: Certified, tmp_path: Path) -> None:
+    model.forget(1)
+    before, logged = kinds(model), model.logged
+    (tmp_path / "evidence.sqlite").unlink()
+    reconcile(model.fake.context)
+    assert kinds(model) == before
+    assert model.logged == logged
+
+
+def test_a_restored_backup_is_certified_once(model: Certified) -> None:
+    saved = Saved(model.fake)
+    request = model.forget(1)
+    saved.restore(model.fake)
+    catch_up(model.fake.context)
+    reconcile(model.fake.context)
+    found = statements(model)
+    certificates = [each for each in found if each["predicateType"] in CERTIFICATES]
+    assert [each["predicate"]["request"]["id"] for each in certificates] == [request.request_id]
+    assert model.evidence.drafts() == {}
+    assert model.fake.ledger.requests()[-1].state == "completed"
+
+
+def test_a_deletion_that_only_a_restored_backup_completes_is_certified(
+    model: Certified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = Saved(model.fake)
+    with monkeypatch.context() as patched:
+        patched.setattr(Keys, "sign", _fails_to_sign)
+        model.forget(1)
+    assert kinds(model) == [STATE]
+    saved.restore(model.fake)
+    catch_up(model.fake.context)
+    reconcile(model.fake.context)
+    found = statements(model)
+    assert [each["predicateType"] for each in found] == [STATE, EXACT]
+    assert found[-1]["predicate"]["backups"]["restored"]
+    assert found[-1]["predicate"]["commitments"]["number"] == 1
+
+
+def test_what_was_signed_is_logged_later(model: Certified, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise EnvironmentFault("the bucket is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Log, "append", fail)
+        model.forget(1)
+    signed = model.evidence.signed()
+    assert kinds(model) == [STATE]
+    reconcile(model.fake.context)
+    assert signed is not None
+    assert model.log.statement(model.logged[1].sha256) == signed[2]
+
+
+def test_a_patch_has_a_report_of_its_own_type(model: Certified) -> None:
+    job = PatchJob(BASE_DIGEST, (), ("set",), "written", {"rate": 0.1}, "fingerprint")
+    report = {"utility": 0.25, "composition": {"base": 1}, "approximate": True}
+    at = "2026-01-01T00:00:00.000+00:00"
+    patch = Patch(1, job, "active", at, made_at=at, adapter_sha256="cd" * 32, report=report)
+    commit(model.fake.context, Change(patches=[patch]))
+    model.hook.complete(model.fake.context)
+    found = statements(model)
+    assert [each["predicateType"] for each in found] == [STATE, STATE, APPROX_REPORT]
+    assert found[-1]["predicate"]["report"] == {"approximate": True, "utility": "0.25"}
+    assert {each["name"] for each in found[1]["subject"]} >= {"patch-1"}
+    reconcile(model.fake.context)
+    assert len(statements(model)) == 3
+
+
+BASE_DIGEST = "ba" * 32
+
+EVIDENCE_EFFECTS = {
+    Evidence: ("put_drafts", "drop", "sign", "note"),
+    Log: ("append",),
+}
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_crash_at_any_effect_loses_no_certificate_and_makes_none_twice(
+    after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Die at each effect in turn, of the deletion and of its evidence; then run the next command."""
+    for at in itertools.count(1):
+        directory = tmp_path / f"{at}"
+        directory.mkdir()
+        model, fuse = certified(directory, 3, num_shards=1), Fuse(at, after)
+        one = model.forget(0, defer=True)
+        with monkeypatch.context() as patched:
+            for kind, names in EVIDENCE_EFFECTS.items():
+                for name in names:
+                    patched.setattr(kind, name, fuse.guard(getattr(kind, name)))
+            wire(model.fake, fuse, {"ledger": ("commit",), "witness": ("append",)})
+            with contextlib.suppress(Crash):
+                model.forget(1)
+        dead, fuse.blown = fuse.blown, True
+        catch_up(model.fake.context)
+        reconcile(model.fake.context)
+        if model.rows(1):
+            model.forget(1)
+        found = [each for each in statements(model) if each["predicateType"] in CERTIFICATES]
+        ids = [each["predicate"]["request"]["id"] for each in found]
+        assert len(ids) == len(set(ids)) == 2, at
+        assert one.request_id in ids
+        assert all(each["predicate"]["commitments"]["number"] == 1 for each in found)
+        assert model.evidence.drafts() == {}
+        assert model.evidence.signed() is None
+        if not dead:
+            assert at > 12
+            return
+
+
+def every_guess(record_id: str, text: str) -> Iterator[bytes]:
+    """Yield digests of an id and a text, under every prefix and framing that the formats use."""
+    bodies = [each.encode() for each in (record_id, text, record_id + text, text + record_id)]
+    bodies += [json.dumps([record_id]).encode(), json.dumps(record_id).encode()]
+    prefixes = [
+        *(b"", b"\x00", b"\x01", b"\x02", b"deletion-ready-model/commitment/v1\x00"),
+        *(b"deletion-ready-model/commitment/v1\x00" + bytes(32), b"sisa/id", b"sisa/text"),
+        *(b"sisa/record", b"sisa/subject", b"sisa/erased", b"sisa/receipt", b"sisa/remains"),
+    ]
+    for body in bodies:
+        for prefix in prefixes:
+            framed = prefix + len(body).to_bytes(8, "big") + body
+            for data in (prefix + body, framed):
+                once = hashlib.sha256(data).digest()
+                yield once
+                yield hashlib.sha256(once).digest()
+                yield hashlib.sha256(b"\x00" + once).digest()  # as a leaf
+
+
+def test_nobody_learns_from_what_is_published_who_was_deleted(model: Certified, tmp_path: Path) -> None:
+    """Try every id and text of the data set against all certificates, the log and the public keys."""
+    model.forget(1, 2)
+    model.forget(7)
+    files = [each for each in (tmp_path / "log").rglob("*") if each.is_file()]
+    payloads = [json.dumps(each).encode() for each in statements(model)]
+    public = b"\n".join([*(each.read_bytes() for each in files), *payloads, model.keys.public_file])
+    for number in range(12):
+        record = fake_record(number)
+        assert record.id.encode() not in public
+        assert record.text.encode() not in public
+        for guess in every_guess(record.id, record.text):
+            assert guess not in public
+            assert guess.hex().encode() not in public
+            assert guess.hex()[:16].encode() not in public
+
+
+def test_every_field_of_the_schema_is_described() -> None:
+    def undescribed(node: Any, path: str) -> Iterator[str]:
+        for name, each in node.get("properties", {}).items():
+            if "description" not in each:
+                yield f"{path}.{name}"
+            yield from undescribed(each, f"{path}.{name}")
+            yield from undescribed(each.get("items", {}), f"{path}.{name}[]")
+
+    parts = {"statement": {k: v for k, v in SCHEMA.items() if k != "$defs"}, **SCHEMA["$defs"]}
+    assert [each for name, part in parts.items() for each in undescribed(part, name)] == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda stated: stated.pop("probe"),
+        lambda stated: stated["request"].update(id=3),
+        lambda stated: stated.update(more=1),
+        lambda stated: stated["membership"].update(after="x"),
+    ],
+)
+def test_the_schema_refuses_other_forms(model: Certified, damage: Callable[[Any], Any]) -> None:
+    model.forget(1)
+    stated = statements(model)[-1]
+    damage(stated["predicate"])
+    with pytest.raises(jsonschema.ValidationError):
+        VALIDATOR.validate(stated)
+
+
+def test_a_draft_survives_its_way_through_the_file(model: Certified) -> None:
+    model.forget(1, defer=True)
+    (found,) = model.evidence.drafts().values()
+    model.evidence.put_drafts([found])
+    assert list(model.evidence.drafts().values()) == [found]
+    assert dataclasses.asdict(found)["commitments"] == found.commitments
+
+
+@pytest.mark.parametrize("name", ["deletion", "approx_report"])
+def test_the_readme_lists_every_field_as_the_schema_describes_it(name: str) -> None:
+    def rows(node: Any, start: str = "") -> Iterator[str]:
+        for field, each in node.get("properties", {}).items():
+            yield f"| `{start}{field}` | {each['description']} |"
+            inner = each["items"] if each.get("type") == "array" else each
+            yield from rows(inner, f"{start}{field}{'[]' * (inner is not each)}.")
+
+    text = (resources.files("sisa.evidence") / "README.md").read_text("utf-8")
+    table = text.partition(f"<!-- table: {name} -->")[2].partition("<!-- end of table -->")[0]
+    assert table.strip().splitlines()[2:] == list(rows(SCHEMA["$defs"][name]))
