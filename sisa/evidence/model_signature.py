@@ -31,7 +31,7 @@ from sisa.core.digest import sha256_hex
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CARD, MODEL, SIGNATURE
 from sisa.verifier.certificate import CERTIFICATES
-from sisa.verifier.envelope import PAYLOAD_TYPE, Refused, pae, strict_json
+from sisa.verifier.envelope import PAYLOAD_TYPE, Refused, base64_bytes, pae, strict_json
 
 PREDICATE = "https://model_signing/signature/v1.0"
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -71,29 +71,34 @@ def sign_export(
 
 def sign_files(name: str, digests: Mapping[str, str], key: ec.EllipticCurvePrivateKey) -> bytes:
     """Return `model.sig` of a directory with these files, each with its sha256."""
-    payload = _payload(name, digests)
+    payload = _payload(name, _signable(digests))
     return _bundle(payload, key.sign(pae(PAYLOAD_TYPE, payload), _ECDSA), key.public_key())
 
 
 def check_signature(data: bytes, digests: Mapping[str, str], public: ec.EllipticCurvePublicKey) -> None:
     """Raise Refused unless `data` is the signature of exactly these files by this key."""
+    signed, found = signed_files(data, public), _signable(digests)
+    if differing := sorted(name for name, _ in signed.items() ^ found.items()):
+        got = ", ".join(dict.fromkeys(differing))
+        raise Refused("the files are not those that were signed", SIGNATURE, got=f"{got} differ")
+
+
+def signed_files(data: bytes, public: ec.EllipticCurvePublicKey) -> dict[str, str]:
+    """Return the sha256 of each signed file by its name. Raise Refused if another key signed."""
     try:
         envelope = strict_json(data, SIGNATURE)["dsseEnvelope"]
-        payload = base64.b64decode(envelope["payload"], validate=True)
-        signature = base64.b64decode(envelope["signatures"][0]["sig"], validate=True)
-        name = strict_json(payload, SIGNATURE)["subject"][0]["name"]
-        written = _bundle(payload, signature, public) == data
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise _refused("it is malformed") if not isinstance(error, Refused) else error from None
-    if not (isinstance(name, str) and written):
-        raise _refused("it is not a signature of this program's, or another key's")
-    try:
+        payload = base64_bytes(envelope["payload"], SIGNATURE)
+        signature = base64_bytes(envelope["signatures"][0]["sig"], SIGNATURE)
+        statement = strict_json(payload, SIGNATURE)
+        signed = {each["name"]: each["digest"] for each in statement["predicate"]["resources"]}
+        form = _payload(statement["subject"][0]["name"], signed), _bundle(payload, signature, public)
         public.verify(signature, pae(PAYLOAD_TYPE, payload), _ECDSA)
-    except InvalidSignature:
-        raise _refused("the signature is wrong") from None
-    if payload != _payload(name, digests):
-        step = "get the export again; `model_signing verify key` names the files that differ"
-        raise Refused("the files are not those that were signed", SIGNATURE, next_step=step)
+    except (AttributeError, LookupError, TypeError, ValueError, InvalidSignature) as error:
+        got = type(error).__name__
+        raise Refused("the export's signature is malformed, or wrong", SIGNATURE, got=got) from None
+    if form != (payload, data):
+        raise Refused("the export's signature is another key's, or of another form", SIGNATURE)
+    return signed
 
 
 def public_pem(public: ec.EllipticCurvePublicKey) -> bytes:
@@ -101,11 +106,14 @@ def public_pem(public: ec.EllipticCurvePublicKey) -> bytes:
     return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
+def _signable(digests: Mapping[str, str]) -> dict[str, str]:
+    return {name: each for name, each in digests.items() if name.partition("/")[0] not in IGNORED}
+
+
 def _payload(name: str, digests: Mapping[str, str]) -> bytes:
     files = [
         {"name": each, "algorithm": "sha256", "digest": digest}
         for each, digest in sorted(digests.items())
-        if each.partition("/")[0] not in IGNORED
     ]
     root = hashlib.sha256(b"".join(bytes.fromhex(each["digest"]) for each in files)).hexdigest()
     how = {
@@ -134,7 +142,3 @@ def _bundle(payload: bytes, signature: bytes, public: ec.EllipticCurvePublicKey)
     return rfc8785.dumps(
         {"mediaType": MEDIA_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope}
     )
-
-
-def _refused(why: str) -> Refused:
-    return Refused(f"the export's signature is refused: {why}", where=SIGNATURE)
