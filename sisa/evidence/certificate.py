@@ -53,7 +53,8 @@ COVERS = (
 )
 DOES_NOT_COVER = (
     "What the frozen base learnt before any record arrived; `probe` says what was found of that.",
-    "Copies of exports, backups that nobody has restored, and freed disk blocks.",
+    "Copies of exports, whose holders `revokes` tells what must go; backups that nobody has restored; "
+    "freed disk blocks.",
     "Source files, which belong to whoever gave them.",
     "Whether the operator did what this says: `sisa verify --replay` and `sisa rebuild` show that.",
 )
@@ -99,6 +100,7 @@ class Draft:
     erased: tuple[Mapping[str, Any], ...]
     touched: tuple[Mapping[str, Any], ...]
     exports: tuple[str, ...]  # names of those that will be erased
+    revokes: tuple[str, ...]  # sha256 of the adapters of which copies must go
     restored: bool = False  # a restored backup held the records again
 
     @property
@@ -118,6 +120,7 @@ def draft(
     ids: Mapping[str, str],
     held: Held,
     exports: Iterable[Export],
+    revokes: Collection[str],
     *,
     restored: bool = False,
 ) -> Draft:
@@ -149,7 +152,15 @@ def draft(
         touched.append({"shard": shard, "slices": slices, "checkpoints": len(tainted)})
     left = sorted({erased_name(keyed, "export", each.path, each.key) for each in exports})
     commitments = tuple(sorted(each.hex() for each in made))
-    return Draft(request_id, commitments, tuple(erased), tuple(touched), tuple(left), restored)
+    return Draft(
+        request_id,
+        commitments,
+        tuple(erased),
+        tuple(touched),
+        tuple(left),
+        tuple(sorted(revokes)),
+        restored,
+    )
 
 
 @dataclass(frozen=True)
@@ -245,6 +256,7 @@ def deletion_statement(keyed: Keyed, drafted: Draft, done: Outcome, state: State
         "commitments": {"root": drafted.root, "number": len(drafted.commitments)},
         "touched": list(drafted.touched),
         "erased": [*drafted.erased, *([exports] if drafted.exports else [])],
+        "revokes": list(drafted.revokes),
         "remains": _remains(keyed, request, done.tombstones),
         "backups": {"restored": drafted.restored, "words": BACKUPS},
         "plan": {

@@ -29,7 +29,7 @@ from typing import Any
 
 from sisa.config.config import RunConfig
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
-from sisa.core.domain import RecordRow, Request, Tombstone, active
+from sisa.core.domain import Export, RecordRow, Request, Tombstone, active
 from sisa.core.errors import IntegrityError, SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Contribution, Removal
@@ -37,13 +37,23 @@ from sisa.evidence import certificate
 from sisa.evidence.certificate import Draft, Held, Outcome, Served, State, erased_name
 from sisa.evidence.database import transaction
 from sisa.evidence.keys import Keys, open_keys
-from sisa.evidence.log import Log
+from sisa.evidence.log import Log, origin
 from sisa.evidence.membership import Membership
-from sisa.flows.wiring.context import Context, areas, known_by_area, purge, slices_of, stored_in
+from sisa.evidence.model_signature import export_key, sign_export
+from sisa.flows.wiring.context import (
+    Context,
+    areas,
+    known_by_area,
+    purge,
+    slices_of,
+    stored_in,
+    trained_over,
+)
 from sisa.flows.wiring.wiring import EVIDENCE, LOG
 from sisa.flows.wiring.witness import REPLAYED
 from sisa.lm.base.numerics import PROCEDURE_VERSION
-from sisa.planning.plan import marked, prefix_names
+from sisa.planning.patch_plan import lineage
+from sisa.planning.plan import marked, prefix_names, tainted_checkpoints
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED
 from sisa.verifier.envelope import base64_bytes
@@ -196,6 +206,13 @@ class EvidenceHook:
         except SisaError as error:
             _report(context, f"{PENDING}: `sisa certificate issue` tries again", error)
 
+    def export(self, context: Context, name: str, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        """Return the files of an export with `model.sig`, and a card that says what would revoke it."""
+        del context
+        if (keys := open_keys(self.config, self.model)) is None:
+            return files
+        return sign_export(origin(self.model), export_key(keys.log_seed), name, files)
+
     def issue(self, context: Context) -> list[Logged]:
         """Sign and log whatever lacks a statement, and return what was logged. Raise SisaError."""
         if (keys := open_keys(self.config, self.model)) is None:
@@ -241,12 +258,35 @@ def _draft(context: Context, removal: Removal, request: Request) -> Draft:
     )
     ids = {each.id_digest: each.record.id for each in stored_in(context, files, rows)}
     exports = marked(ledger.exports(), {request.request_id: rows})
+    revokes = _revoked(context, rows, exports)
     again = any(
         each.note == REPLAYED for each in ledger.events() if each.request_id == request.request_id
     )
     return certificate.draft(
-        keyed, request.request_id, rows, ids, held, exports, restored=again or request.reason == REPLAYED
+        keyed,
+        request.request_id,
+        rows,
+        ids,
+        held,
+        exports,
+        revokes,
+        restored=again or request.reason == REPLAYED,
     )
+
+
+def _revoked(context: Context, rows: Sequence[RecordRow], exports: Sequence[Export]) -> set[str]:
+    """Return the sha256 of adapters that these records touched, held or exported, patches included."""
+    ledger = context.stores.ledger
+    sets = ledger.sets_with([row.id_digest for row in rows])
+    patches = lineage(ledger.patches(), {name for names in sets.values() for name in names})
+    keys, held = {each.key for each in patches}, ledger.checkpoints()
+    tainted = set(tainted_checkpoints(held, rows))
+    if not keys.isdisjoint(trained_over(ledger)):
+        tainted = {each.key for each in held}
+    over = [each for each in ledger.exports() if not keys.isdisjoint(each.patches)]
+    found = {each.adapter_sha256 for each in held if each.key in tainted}
+    found |= {each.adapter_sha256 for each in (*exports, *over)}
+    return (found | {each.adapter_sha256 for each in patches}) - {""}
 
 
 def about(sequence: int, kind: str, envelope: bytes) -> Logged:

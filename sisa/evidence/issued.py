@@ -17,7 +17,7 @@ from sisa.core.domain import Request
 from sisa.core.errors import InvalidInput, SisaError, UnknownRecord
 from sisa.evidence.certificate import salt_of
 from sisa.evidence.hook import EvidenceHook, Logged, open_hook
-from sisa.evidence.keys import open_keys
+from sisa.evidence.keys import Keys, open_keys
 from sisa.evidence.log import Log
 from sisa.flows import lifecycle
 from sisa.flows.wiring.context import Context
@@ -42,11 +42,12 @@ class Issued:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class Reading:
     """The evidence of an open model."""
 
     context: Context
     hook: EvidenceHook
+    keys: Keys
     log: Log
 
     @property
@@ -82,7 +83,7 @@ def _next_step(request: Request, *, pending: bool) -> str:
 
 
 @contextmanager
-def _reading(model: Model) -> Iterator[_Reading]:
+def reading(model: Model) -> Iterator[Reading]:
     """Open a model's evidence. Raise InvalidInput for a model that has no keys."""
     if (keys := open_keys(model.config, model.id)) is None:
         raise InvalidInput(
@@ -92,18 +93,18 @@ def _reading(model: Model) -> Iterator[_Reading]:
         )
     with model._context() as context:
         hook = open_hook(model.directory, model.config, model.id)
-        yield _Reading(context, hook, Log(context.stores.blobs[LOG], keys))
+        yield Reading(context, hook, keys, Log(context.stores.blobs[LOG], keys))
 
 
 def issued(model: Model) -> Issued:
     """Return what has been issued for a model. Raise InvalidInput without keys."""
-    with _reading(model) as found:
+    with reading(model) as found:
         return found.issued
 
 
 def issue(model: Model) -> list[Logged]:
     """Sign and log whatever lacks a statement; return what was logged. Raise SisaError."""
-    with _reading(model):
+    with reading(model):
         pass  # refuses a model without keys, and one without evidence
     with model._writing() as context:
         return open_hook(model.directory, model.config, model.id).issue(context)
@@ -122,7 +123,7 @@ def standing(model: Model, request_id: str) -> str:
 
 def certificate_file(model: Model, name: str) -> bytes:
     """Return a certificate, by its request, or any statement, by its sha256, as a file."""
-    with _reading(model) as found:
+    with reading(model) as found:
         each = found.named(name)
         envelope, proof = found.log.statement(each.sha256), found.log.proof(each.sequence)
     entry = log_entry(each.sha256, each.kind).decode()
@@ -137,7 +138,7 @@ def certificate_file(model: Model, name: str) -> bytes:
 
 def receipt_file(model: Model, request_name: str, record_id: str) -> bytes:
     """Return the receipt of a record of a certified request. Raise UnknownRecord for another record."""
-    with _reading(model) as found:
+    with reading(model) as found:
         request = lifecycle.find(found.context, request_name)
         certificate = found.named(request.request_id)
         hashes = found.hook.evidence.commitments(request.request_id)

@@ -72,7 +72,7 @@ def certified(directory: Path, numbers: int = 12, num_shards: int = 3, **options
 
     fake.context = changed(
         fake.context,
-        hooks=(PatchesHook(), hook),
+        hooks=(hook, PatchesHook()),
         blobs={LOG: LocalBlobs(directory / LOG)},
         report=report,
     )

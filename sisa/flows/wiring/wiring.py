@@ -112,7 +112,7 @@ def open_context(
         )
         compute = _compute(directory, resources, stores, model, executor)
         noting = recording(report, stores.metrics, _now)
-        hooks = (*HOOKS, *evidence_hooks(directory, config, model))
+        hooks = (*evidence_hooks(directory, config, model), *HOOKS)  # evidence sees what is before all
         context = Context(stores, compute, settings, _now, noting, hooks)
         check_hooks(context)
         _ = context.recipe  # refuses a ledger that lacks a patch beneath its shards

@@ -1,0 +1,130 @@
+"""Publish which adapters deletions revoked, so that holders of copies learn what must go.
+
+    certificates in the log, drafts of those that are pending  ->  a signed feed beside the log
+
+`sisa/verifier/feed.py` checks a feed. All of it follows from log, drafts and ledger, so nothing else is
+kept. Its number is that of the log's entries, with those that deletions under way will add. An adapter
+that was made again to the same bytes, since the same records were given again, is reinstated.
+
+The digest of an adapter names nobody: it is one of weights that the model served or exported. To confirm
+a guess by it, one would have to train with the guess and with all other records of its shard, which the
+partition key places and orders.
+
+>>> revoked = {"aa": {"certificate": "c1", "date": "2026-11-01"}, "bb": {"certificate": "", "date": ""}}
+>>> now = datetime(2026, 11, 2)
+>>> said = feed_statement("0f", Checkpoint("log", 4, bytes(32)), 1, revoked, {"aa"}, now)["predicate"]
+>>> said["sequence"], list(said["revoked"]), said["reinstated"], said["next_update"]
+(5, ['bb'], ['aa'], '2026-11-09T00:00:00Z')
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode
+from collections.abc import Set
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from sisa.evidence.issued import Reading, reading
+from sisa.evidence.log import origin
+from sisa.flows.wiring.wiring import LOG
+from sisa.model import Model
+from sisa.store.blobs.files import write_atomic
+from sisa.verifier.certificate import REVOCATIONS
+from sisa.verifier.note import Checkpoint
+
+FEED = "revocations.json"  # beside the log
+VALID_DAYS = 7
+TIME = "%Y-%m-%dT%H:%M:%SZ"
+
+Revoked = dict[str, dict[str, str]]  # certificate and date by adapter
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a feed was published, its number and times, and how many adapters it names."""
+
+    feed: str
+    sequence: int
+    published: str
+    next_update: str
+    revoked: int
+    pending: int  # of these, by deletions whose certificates are not issued yet
+    reinstated: int
+
+
+def publish(model: Model, to: Path | None = None, days: int = VALID_DAYS) -> Published:
+    """Sign a feed and write it to a file, by default beside the log. Raise InvalidInput without keys."""
+    with reading(model) as found:
+        statement, beside = feed_of(found, days), found.context.stores.blobs[LOG]
+        envelope = found.keys.sign(statement)
+        if to is None:
+            beside.put(FEED, envelope)
+        else:
+            write_atomic(to, envelope, mode=0o644)
+    said = statement["predicate"]
+    return Published(
+        feed=str(to or beside.location(FEED)),
+        sequence=said["sequence"],
+        published=said["published"],
+        next_update=said["next_update"],
+        revoked=len(said["revoked"]),
+        pending=sum(not each["certificate"] for each in said["revoked"].values()),
+        reinstated=len(said["reinstated"]),
+    )
+
+
+def feed_of(found: Reading, days: int = VALID_DAYS) -> dict[str, Any]:
+    """Return the feed of a model as a statement that is to be signed."""
+    revoked, num_waiting = _revoked(found)
+    ledger, now = found.context.stores.ledger, datetime.fromisoformat(found.context.now())
+    held = {each.adapter_sha256 for each in ledger.checkpoints()}
+    held |= {each.adapter_sha256 for each in ledger.exports() if not each.stale}
+    return feed_statement(found.keys.model, found.log.checkpoint, num_waiting, revoked, held, now, days)
+
+
+def _revoked(found: Reading) -> tuple[Revoked, int]:
+    """Return what deletions revoked, and the number of those whose certificates are not logged yet."""
+    drafts = found.hook.evidence.drafts()  # before the log: what is certified meanwhile is in both
+    certified = found.issued.certificates
+    waiting = [
+        each
+        for each in found.context.stores.ledger.requests()
+        if each.committed_at and each.request_id in drafts.keys() - certified.keys()
+    ]
+    revoked: Revoked = {}
+    for request in waiting:
+        pending = {"certificate": "", "date": request.committed_at[:10]}
+        revoked |= dict.fromkeys(drafts[request.request_id].revokes, pending)
+    for each in sorted(certified.values(), key=lambda each: -each.sequence):  # the earliest is named
+        envelope = json.loads(found.log.statement(each.sha256))
+        said = json.loads(b64decode(envelope["payload"]))["predicate"]
+        by = {"certificate": each.sha256, "date": said["request"]["times"]["committed"][:10]}
+        revoked |= dict.fromkeys(said["revokes"], by)
+    return revoked, len(waiting)
+
+
+def feed_statement(
+    model: str,
+    log: Checkpoint,
+    num_waiting: int,
+    revoked: Revoked,
+    held: Set[str],
+    now: datetime,
+    days: int = VALID_DAYS,
+) -> dict[str, Any]:
+    """Return a feed: what was revoked and is not `held` again, as of the log with a checkpoint."""
+    return {
+        "subject": [{"name": origin(model), "digest": {"sha256": log.root.hex()}}],
+        "predicateType": REVOCATIONS,
+        "predicate": {
+            "model": model,
+            "sequence": log.size + num_waiting,
+            "published": now.strftime(TIME),
+            "next_update": (now + timedelta(days)).strftime(TIME),
+            "revoked": {name: by for name, by in revoked.items() if name not in held},
+            "reinstated": sorted(revoked.keys() & held),
+        },
+    }

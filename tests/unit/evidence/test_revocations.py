@@ -1,0 +1,196 @@
+"""Feeds of revocations: they name every adapter that a deleted record touched, and no other.
+
+The fake trainer's weights name the records that touched them, so that what a copy knows is read from its
+bytes, not from the plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jsonschema
+import pytest
+
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Export, active
+from sisa.core.ports import Change
+from sisa.evidence.issued import Reading
+from sisa.evidence.revocations import feed_of
+from sisa.flows.export import export_adapters
+from sisa.flows.patches.patching import Wish, make_wanted, shards_over, want
+from sisa.flows.reconcile import reconcile
+from sisa.flows.wiring.context import commit
+from sisa.verifier.envelope import STATEMENT_TYPE, Refused
+from sisa.verifier.feed import check_present, verify_feed
+from tests.fakes.ports import ADAPTER, fake_record
+from tests.models.certified import Certified, certified
+
+SCHEMA = json.loads((resources.files("sisa.evidence") / "schemas/statements.json").read_text("utf-8"))
+PARTS: Any = SimpleNamespace(config=SimpleNamespace(base="base", base_name="base", dtype="float32"))
+END = "2026-01-08T00:00:00Z"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Certified:
+    return certified(tmp_path)
+
+
+def copies(model: Certified, name: str) -> dict[str, bytes]:
+    """Export the model, and return copies of the weights, which no deletion reaches, by their digest."""
+    held = model.fake.exports.stored
+    before = set(held)
+    export_adapters(model.fake.context, PARTS, Path("no-such-folder") / name)
+    weights = [held[path][ADAPTER] for path in held.keys() - before]
+    return {sha256_hex(each): each for each in weights}
+
+
+def statement(model: Certified) -> dict[str, Any]:
+    return feed_of(Reading(model.fake.context, model.hook, model.keys, model.log))
+
+
+def feed(model: Certified) -> dict[str, Any]:
+    """Return the predicate of a feed, signed and verified."""
+    return verify_feed(model.keys.sign(statement(model)), model.keys.public)
+
+
+def knows(weights: bytes, number: int) -> bool:
+    return fake_record(number).id in json.loads(weights)["touched"]
+
+
+def test_a_deletion_revokes_the_copies_that_it_touched(model: Certified) -> None:
+    assert feed(model)["revoked"] == {}
+    taken = copies(model, "a")
+    model.forget(3)
+    said = feed(model)
+    touched = {name for name, weights in taken.items() if knows(weights, 3)}
+    assert touched == taken.keys() & said["revoked"].keys()
+    (certificate,) = [each for each in model.logged if each.about]
+    by = {"certificate": certificate.sha256, "date": "2026-01-01"}
+    assert [said["revoked"][each] for each in touched] == [by]
+    assert (said["sequence"], said["next_update"]) == (model.log.size, END)
+    stated = {"_type": STATEMENT_TYPE, **statement(model)}
+    jsonschema.validate(stated, SCHEMA)
+    assert stated["subject"][0]["digest"] == {"sha256": model.log.checkpoint.root.hex()}
+
+
+def test_checkpoints_that_were_never_exported_are_revoked_too(model: Certified) -> None:
+    (shard,) = {each.shard for each in model.rows(3)}
+    held = {each.key: each.adapter_sha256 for each in model.fake.ledger.checkpoints(shard)}
+    weights = {held[key]: model.fake.checkpoints.stored[key][ADAPTER] for key in held}
+    model.forget(3)
+    assert feed(model)["revoked"].keys() == {name for name, each in weights.items() if knows(each, 3)}
+
+
+def test_copies_are_revoked_before_the_certificate_is_issued(model: Certified) -> None:
+    taken, before = copies(model, "a"), feed(model)
+    model.forget(next(each for each in range(12) if model.rows(each)[0].slice == 0), defer=True)
+    during = feed(model)
+    assert {each["certificate"] for each in during["revoked"].values()} == {""}
+    assert not taken.keys().isdisjoint(during["revoked"])
+    reconcile(model.fake.context)
+    after = feed(model)
+    assert after["revoked"].keys() == during["revoked"].keys()
+    assert {len(each["certificate"]) for each in after["revoked"].values()} == {64}
+    for older, newer in ((before, during), (during, after)):
+        check_present(newer, END, older["sequence"], older)
+    with pytest.raises(Refused, match="behind one seen before"):
+        check_present(before, END, seen=during)
+
+
+def test_of_two_deletions_the_first_that_revoked_a_copy_is_named(model: Certified) -> None:
+    one, other = 3, next(each for each in range(12) if each != 3 and together(model, each, 3))
+    taken = copies(model, "a")
+    first, _ = model.forget(one, defer=True), model.forget(other)
+    (revoked,) = {name for name, weights in taken.items() if knows(weights, one)}
+    certificates = {each.about: each.sha256 for each in model.logged}
+    assert feed(model)["revoked"][revoked]["certificate"] == certificates[first.request_id]
+
+
+def together(model: Certified, one: int, other: int) -> bool:
+    (shard,) = {each.shard for each in model.rows(one)}
+    return {each.shard for each in model.rows(other)} == {shard}
+
+
+def test_an_adapter_that_was_made_again_from_the_same_records_is_reinstated(model: Certified) -> None:
+    taken = copies(model, "a")
+    model.forget(3)
+    before = feed(model)
+    model.add(3, again=True)
+    (back,) = taken.keys() & before["revoked"].keys()
+    assert {each.adapter_sha256 for each in model.fake.ledger.checkpoints()} >= {back}
+    after = feed(model)
+    assert back in after["reinstated"]
+    assert back not in after["revoked"]
+    check_present(after, END, seen=before)
+    model.forget(3)
+    assert back in feed(model)["revoked"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_over_a_history_copies_are_revoked_if_and_only_if_they_knew_a_deleted_record(
+    tmp_path: Path, seed: int
+) -> None:
+    drawn, model = random.Random(seed), certified(tmp_path, 15)
+    taken, live, deleted, seen = copies(model, "first"), set(range(15)), set[int](), feed(model)
+    for step in range(8):
+        if step % 3 == 2:
+            new = {100 + 2 * step, 101 + 2 * step}
+            model.add(*sorted(new))
+            live |= new
+        else:
+            gone = set(drawn.sample(sorted(live), 2))
+            model.forget(*gone, defer=drawn.random() < 0.5)
+            live, deleted = live - gone, deleted | gone
+        present = feed(model)
+        guilty = {name for name, each in taken.items() if any(knows(each, n) for n in deleted)}
+        assert taken.keys() & present["revoked"].keys() == guilty
+        check_present(present, END, seen=seen)
+        seen, taken = present, taken | copies(model, f"step-{step}")
+
+
+def test_a_feed_names_digests_of_weights_and_nobody(model: Certified) -> None:
+    taken = copies(model, "a")
+    held = {each.adapter_sha256 for each in model.fake.ledger.checkpoints()}
+    rows = model.rows(1, 2)
+    ids = [fake_record(each).id for each in (1, 2)]
+    model.forget(1, 2, reason="secret words", external_id="T-17")
+    text = json.dumps(statement(model))
+    assert statement(model)["predicate"]["revoked"].keys() <= held | taken.keys()
+    digests = {value for row in rows for value in (row.id_digest, row.text_digest, row.subject_digest)}
+    guesses = {hashlib.sha256(each.encode()).hexdigest() for each in ids}
+    assert not any(each in text for each in (*ids, *filter(None, digests), *guesses, "secret", "T-17"))
+
+
+def test_what_stands_on_a_patch_that_a_record_touched_is_revoked(model: Certified) -> None:
+    """The patch was made with the record in its retain set; its export is of another shard."""
+    want(model.fake.context, Wish({"method": "npo"}, [fake_record(50)], [fake_record(3)], "asked"))
+    patch = make_wanted(model.fake.context).patch
+    assert patch is not None
+    copy = Export("/out", 99, (0,), 0, "key", "cc" * 32, "2026-01-01", patches=(patch.key,))
+    other = replace(copy, path="/other", adapter_sha256="dd" * 32, patches=())
+    commit(model.fake.context, Change(exports=[copy, other]))
+    model.forget(4)
+    assert {"cc" * 32, patch.adapter_sha256}.isdisjoint(feed(model)["revoked"])
+    model.forget(3)
+    assert {"cc" * 32, patch.adapter_sha256} <= feed(model)["revoked"].keys()
+    assert "dd" * 32 not in feed(model)["revoked"]
+
+
+def test_shards_that_were_trained_over_such_a_patch_are_revoked(model: Certified) -> None:
+    """Its retain set held a text that became a record later."""
+    context = model.fake.context
+    want(context, Wish({"method": "npo"}, [fake_record(50)], [fake_record(51)], "asked"))
+    make_wanted(context)
+    shards_over(context, active(model.fake.ledger.patches()))
+    reconcile(context)
+    model.add(51)
+    held = {each.adapter_sha256 for each in model.fake.ledger.checkpoints()}
+    model.forget(51)
+    assert held <= feed(model)["revoked"].keys()
