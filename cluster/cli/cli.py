@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli import audits, evaluation, jobs, maintenance, metrics, patches, plan, requests
+from cluster.cli import audits, evaluation, evidence, jobs, maintenance, metrics, patches, plan, requests
 from cluster.cli.command import (
     PATH,
     ExecutorChoice,
@@ -42,7 +42,7 @@ from cluster.observe.reporting import log_format_of, open_log, watched
 from cluster.render import render
 from cluster.render.render import Result
 from sisa.core.domain import WitnessHead
-from sisa.core.errors import EnvironmentFault, InvalidInput, Problem, SisaError
+from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem, SisaError
 from sisa.flows.wiring.progress import new_run, running
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from sisa.flows.ask import Prompt
 
 __all__ = ["FAMILIES", "cli"]
-FAMILIES = (audits, evaluation, jobs, maintenance, metrics, patches, plan, requests)  # all commands
+FAMILIES = (audits, evaluation, evidence, jobs, maintenance, metrics, patches, plan, requests)
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 EXIT_SIGNAL = 128  # plus the signal's number
@@ -367,7 +367,18 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
         why = error.strerror or type(error).__name__
         return _fail(EnvironmentFault(f"the operating system refused: {why}"), as_json)
     except Exception as error:
+        if (refused := _refused(error)) is not None:
+            return _fail(refused, as_json)
         return _fail(_internal(error), as_json, "InternalFault")
+
+
+def _refused(error: Exception) -> SisaError | None:
+    """Return what the verifier refused as an error of this program; None for other errors."""
+    verifier = sys.modules.get("sisa.verifier.envelope")  # light commands do not load it
+    if verifier is None or not isinstance(error, verifier.Refused):
+        return None
+    facts = {name: getattr(error, name) for name in ("where", "expected", "got", "next_step")}
+    return IntegrityError(error.what, **facts)
 
 
 def _refuse_bad_encoding(arguments: Sequence[str]) -> None:

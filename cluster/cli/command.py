@@ -187,6 +187,14 @@ def read_text(file: Path) -> str:
         raise InvalidInput("the file can't be read", where=str(file), got=str(got)) from None
 
 
+def read_bytes(file: Path) -> bytes:
+    """Read a file that the command line names. Raise InvalidInput if it can't be read."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidInput("the file can't be read", where=str(file), got=str(error.strerror)) from None
+
+
 def read_lines(file: Path) -> list[str]:
     """Read the lines of a file that are not blank. Raise InvalidInput if there are none."""
     lines = [line for line in read_text(file).splitlines() if line.strip()]

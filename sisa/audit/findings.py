@@ -21,7 +21,7 @@ from typing import Literal
 from sisa.audit.foreign_files import DIRECTORY_AREAS, FILE_AREAS
 from sisa.audit.garbage import KEPT_FILES, STRAY, at_hand, list_garbage
 from sisa.audit.lineage import parse_manifest
-from sisa.config.config import is_uri
+from sisa.config.config import RunConfig, is_uri
 from sisa.core.domain import Head, IndexFile, SliceFile
 from sisa.core.errors import IntegrityError, SisaError, TransientError
 from sisa.core.ports import BlobStore
@@ -45,6 +45,8 @@ from sisa.flows.wiring.wiring import (
     PATCHES,
     RECORDS,
     VAULT,
+    evidence_keys,
+    model_id,
 )
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import gaps
@@ -109,7 +111,7 @@ def said(error: SisaError) -> str:
 def examine(context: Context, directory: Path, *, with_key: bool = True) -> list[Finding]:
     """Return all findings of an opened model; `with_key=False` skips checks that need the right key."""
     found = [*_rows(context, with_key=with_key), *_modes(context, directory), *_keyring(context)]
-    found += forms(context)
+    found += [*_evidence_keys(context), *forms(context)]
     for each in purge(context, dry_run=True):  # old versions may hold deleted text
         what = f"kept by the bucket: {each.why}"
         found.append(Finding("old_versions", "warning", each.where, what, "purge"))
@@ -202,6 +204,15 @@ def _modes(context: Context, directory: Path) -> Iterator[Finding]:
         if wide := [mode for mode in modes if mode & OTHERS]:
             what = f"others may use {len(wide)} files and directories (mode {max(wide):o})"
             yield _open_to_others(root, what, directory)
+
+
+def _evidence_keys(context: Context) -> Iterator[Finding]:
+    """Find keys of evidence that others than their owner may use."""
+    meta = context.stores.ledger.meta()
+    place = evidence_keys(RunConfig.from_canonical(meta["config"]), model_id(meta))
+    for path in walk(place) if place.is_dir() else ():
+        if (mode := _mode(path)) & OTHERS:
+            yield Finding("mode", "warning", str(path), f"others may use it (mode {mode:o})", "mode")
 
 
 def _mode(path: Path) -> int:

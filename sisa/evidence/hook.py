@@ -36,7 +36,7 @@ from sisa.core.ports import Contribution, Removal
 from sisa.evidence import certificate
 from sisa.evidence.certificate import Draft, Held, Outcome, Served, State, erased_name
 from sisa.evidence.database import transaction
-from sisa.evidence.keys import Keys, open_keys
+from sisa.evidence.keys import Keys, open_keys, open_log
 from sisa.evidence.log import Log, origin
 from sisa.evidence.membership import Membership
 from sisa.evidence.model_signature import export_key, sign_export
@@ -221,7 +221,7 @@ class EvidenceHook:
                 where=self.model,
                 next_step="restore them from a backup, or make new ones: `sisa keys init`",
             )
-        issuing = _Issuing(context, self.evidence, keys, Log(context.stores.blobs[LOG], keys))
+        issuing = _Issuing(context, self.evidence, keys, open_log(keys, context.stores.blobs[LOG]))
         steps = (issuing.recover, issuing.certificates, issuing.state, issuing.patches)
         return [made for step in steps for made in step()]
 

@@ -31,12 +31,12 @@ from __future__ import annotations
 import hashlib
 import os
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import rfc8785
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -54,10 +54,13 @@ from cryptography.hazmat.primitives.serialization import (
 from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, sha256_hex
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
+from sisa.core.ports import BlobStore
+from sisa.evidence.log import Log, origin
 from sisa.evidence.model_signature import export_key
-from sisa.flows.wiring.wiring import evidence_keys
+from sisa.flows.wiring.wiring import LOG, evidence_keys, open_areas
 from sisa.store.blobs import files
 from sisa.verifier import note
+from sisa.verifier.certificate import KEY_HANDOVER
 from sisa.verifier.envelope import (
     ECDSA_P256,
     ED25519,
@@ -74,22 +77,15 @@ from sisa.verifier.envelope import (
 )
 from sisa.verifier.note import NoteKey
 
+if TYPE_CHECKING:
+    from sisa.model import Model
+
 PUBLIC, HANDOVER, LOG_KEY, VRF_KEY = "public.json", "handover.json", "log.key", "vrf.key"
 KEY, SIGNER = ".key", ".signer"  # suffixes of the file of a key that signs statements
 PUBLISHED = "keys.json"  # the file of public keys, beside the log
-HANDOVER_TYPE = "urn:deletion-ready-model:key-handover:v1"
-MAX_FILE_BYTES = 1 << 20
+MAX_KEY_FILE_BYTES = 1 << 20
 Reason = Literal["rotated", "lost", "leaked"]
 Signing = Callable[[bytes], bytes]  # the signature of a message
-
-
-class HandoverLog(Protocol):
-    """What a rotation needs of the log."""
-
-    @property
-    def size(self) -> int: ...
-    def append(self, envelope: bytes, predicate_type: str) -> int: ...
-    def entries(self, start: int = 0) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ class Keys:
             ) from None
         return _signed(statement, self.present, _signing(self.present, private, self.signer))
 
-    def settle(self, log: HandoverLog) -> None:
+    def settle(self, log: Log) -> None:
         """Log the hand-over of an interrupted rotation, then destroy the key that it replaced.
 
         Raise IntegrityError if another entry is in its place.
@@ -135,10 +131,12 @@ class Keys:
             return
         envelope = files.read_whole(path, "hand-over of keys")
         predicate = _payload(envelope)["predicate"]
-        if predicate["keys"] == _body(self.public):  # else the rotation ended before it took effect
+        if predicate["keys"] == public_body(
+            self.public
+        ):  # else the rotation ended before it took effect
             index = self.present.since - (predicate["reason"] == "rotated")
             if log.size == index:
-                log.append(envelope, HANDOVER_TYPE)
+                log.append(envelope, KEY_HANDOVER)
             entry = next(log.entries(index)) if index < log.size else None
             if entry is None or entry.sha256 != sha256_hex(envelope):
                 raise IntegrityError(
@@ -154,6 +152,72 @@ class Keys:
                     files.overwrite(each)
                 files.erase(each)
         files.erase_all(self.directory, [HANDOVER])
+
+
+def open_log(keys: Keys, blobs: BlobStore) -> Log:
+    """Return a model's log to append to, once the keys are settled and published beside it.
+
+    The caller holds the writer lock. Raise IntegrityError.
+    """
+    log = Log(blobs, keys)
+    keys.settle(log)
+    if PUBLISHED not in blobs.held() or blobs.get(PUBLISHED, "file of public keys") != keys.public_file:
+        blobs.put(PUBLISHED, keys.public_file)
+    return log
+
+
+def log_blobs(model: Model) -> BlobStore:
+    """Return where the log of a model lies."""
+    return open_areas(model.directory, model.config.storage, model.id)[LOG]
+
+
+def handovers(keys: Keys, blobs: BlobStore) -> list[str]:
+    """Return where the statements lie that handed over from key to key, oldest first."""
+    logged = (each for each in Log(blobs, keys).entries() if each.predicate_type == KEY_HANDOVER)
+    return [blobs.location(f"statements/{each.sha256}.json") for each in logged]
+
+
+def keys_of(model: Model) -> Keys:
+    """Return the keys of a model. Raise InvalidInput if it has none."""
+    if (keys := open_keys(model.config, model.id)) is None:
+        raise InvalidInput(
+            "the model has no keys of evidence, so its deletions are not certified",
+            where=str(evidence_keys(model.config, model.id)),
+            next_step=f"make them: sisa keys init -m {model.directory}",
+        )
+    return keys
+
+
+def start_evidence(model: Model, signer: str = "", public_key: CertificateKey | None = None) -> Keys:
+    """Make the keys of a model, and publish the public ones. Raise ConfigConflict if it has some."""
+    with model._locked():
+        blobs = log_blobs(model)
+        if not evidence_keys(model.config, model.id).exists() and blobs.held():
+            raise ConfigConflict(
+                "the model has a log of evidence, which other keys signed; nothing was changed",
+                where=blobs.location(),
+                next_step="restore its keys from a backup, or move the log away: evidence begins anew, "
+                "and what was certified before is checked with the old keys and the old log",
+            )
+        keys = init_keys(model.config, model.id, signer, public_key)
+        open_log(keys, blobs)
+    return keys
+
+
+def rotate(
+    model: Model,
+    reason: Reason = "rotated",
+    until: int | None = None,
+    signer: str = "",
+    public_key: CertificateKey | None = None,
+) -> Keys:
+    """Replace the key that signs a model's statements. Raise Busy while another process writes."""
+    with model._locked():
+        keys, blobs = keys_of(model), log_blobs(model)
+        signer = signer or model.config.signing.signer or ""
+        new = rotate_keys(keys, open_log(keys, blobs), reason, until, signer, public_key)
+        open_log(new, blobs)
+    return new
 
 
 def init_keys(
@@ -199,7 +263,7 @@ def read_keys(directory: Path, model: str) -> Keys | None:
 
 def _read(directory: Path, model: str) -> Keys:
     public_file, log_seed, vrf_secret = (
-        files.read_whole(directory / name, "key of evidence", MAX_FILE_BYTES)
+        files.read_whole(directory / name, "key of evidence", MAX_KEY_FILE_BYTES)
         for name in (PUBLIC, LOG_KEY, VRF_KEY)
     )
     try:
@@ -215,7 +279,7 @@ def _read(directory: Path, model: str) -> Keys:
 
 def rotate_keys(
     keys: Keys,
-    log: HandoverLog,
+    log: Log,
     reason: Reason = "rotated",
     until: int | None = None,
     signer: str = "",
@@ -241,8 +305,8 @@ def rotate_keys(
     public, signing = replace(keys.public, certificates=(*old, new)), _signing(new, data, signer)
     statement = {
         "subject": [{"name": "signing-key", "digest": {"sha256": new.keyid}}],
-        "predicateType": HANDOVER_TYPE,
-        "predicate": {"reason": reason, "keys": _body(public)},
+        "predicateType": KEY_HANDOVER,
+        "predicate": {"reason": reason, "keys": public_body(public)},
     }
     handover = keys.sign(statement) if reason == "rotated" else _signed(statement, new, signing)
     public_file = _public_file(public, signing)
@@ -257,7 +321,7 @@ def rotate_keys(
 def read_public_key(path: Path) -> CertificateKey:
     """Return a public key from a file in PEM or in OpenSSH's form. Raise InvalidInput."""
     try:
-        data = path.read_bytes()[:MAX_FILE_BYTES]
+        data = path.read_bytes()[:MAX_KEY_FILE_BYTES]
     except OSError as error:
         raise InvalidInput(
             "the public key can't be read", where=str(path), got=str(error.strerror)
@@ -319,7 +383,7 @@ def _signed(statement: Mapping[str, Any], key: CertificateKey, signing: Signing)
 
 
 def _public_file(public: PublicKeys, signing: Signing) -> bytes:
-    payload = rfc8785.dumps(_body(public))
+    payload = rfc8785.dumps(public_body(public))
     return _envelope(KEYS_PAYLOAD_TYPE, payload, public.certificates[-1], signing)
 
 
@@ -342,7 +406,7 @@ def _payload(envelope: bytes) -> Any:
     return strict_json(b64decode(strict_json(envelope, "the envelope")["payload"]), "the payload")
 
 
-def _body(public: PublicKeys) -> dict[str, Any]:
+def public_body(public: PublicKeys) -> dict[str, Any]:
     """Return the content of a file of public keys."""
     listed = [asdict(key) | {"public": b64encode(key.public).decode()} for key in public.certificates]
     return {
@@ -363,7 +427,7 @@ def _derived(model: str, log_seed: bytes, vrf_secret: bytes) -> tuple[str, bytes
     )
     exports = export_key(log_seed).public_key()
     der = exports.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return str(NoteKey(f"deletion-ready-model/{model}", note.ED25519, log)), vrf, der
+    return str(NoteKey(origin(model), note.ED25519, log)), vrf, der
 
 
 def _damaged(path: Path, got: str) -> IntegrityError:

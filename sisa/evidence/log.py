@@ -41,13 +41,13 @@ from sisa.verifier.note import COSIGNATURE, ED25519, WIDTH, Checkpoint, NoteKey,
 
 CHECKPOINT, STATEMENTS = "checkpoint", "statements"
 SIGNED = "signed-checkpoint"  # beside the keys
-EMPTY = Checkpoint("", 0, merkle.EMPTY_ROOT)
+NO_ENTRIES = Checkpoint("", 0, merkle.EMPTY_ROOT)
 MAX_ENTRY_BYTES = 0xFFFF
 MAX_FILE_BYTES = WIDTH * (2 + MAX_ENTRY_BYTES)  # a full bundle
 TIMEOUT_S = 20
 PRIVATE = "PRIVATE+KEY"
 _PRIVATE = re.compile(r"PRIVATE\+KEY\+([^\s+]+)\+([0-9a-f]{8})\+([A-Za-z0-9+/]{44})")
-RESTORE = (
+RESTORE_LOG = (
     "restore the log's newer files from where it is published, or from a newer backup; nothing is "
     "signed until then"
 )
@@ -161,7 +161,7 @@ class Log:
     def checkpoint(self) -> Checkpoint:
         """Return the published checkpoint; that of no entries if there is none. Raise IntegrityError."""
         published = self.note()
-        return self._opened(published, self._blobs.location(CHECKPOINT)) if published else EMPTY
+        return self._opened(published, self._blobs.location(CHECKPOINT)) if published else NO_ENTRIES
 
     def note(self) -> bytes:
         """Return the published checkpoint with its signatures; nothing if there is none."""
@@ -200,7 +200,7 @@ class Log:
                 where=self._blobs.location(),
                 expected=f"the {signed.size} entries of {self._signed_at}",
                 got=f"{published.size} entries published: {error.what}",
-                next_step=RESTORE,
+                next_step=RESTORE_LOG,
             ) from error
         if signed.size < last.size:
             files.write_atomic(self._signed_at, self.note())
@@ -250,7 +250,7 @@ class Log:
 
     def _signed(self) -> Checkpoint:
         signed = self.signed()
-        return self._opened(signed, str(self._signed_at)) if signed else EMPTY
+        return self._opened(signed, str(self._signed_at)) if signed else NO_ENTRIES
 
     def _opened(self, signed: bytes, where: str) -> Checkpoint:
         try:
@@ -292,7 +292,7 @@ class Log:
         """Check the whole log as an outsider would, who also saw what was signed last. Raise Refused."""
         seen = [*seen, *([signed] if (signed := self.signed()) else [])]
         if not seen and not self.note():
-            return EMPTY
+            return NO_ENTRIES
         return check_log(partial(or_full, self._read), str(self.key), witnesses, seen)[0]
 
     def cosigners(self) -> list[tuple[str, int]]:
@@ -401,7 +401,7 @@ def signature_line(name: str, signature: bytes) -> bytes:
 
 
 def _damaged(where: str, what: str) -> IntegrityError:
-    return IntegrityError(what, where=where, next_step=RESTORE)
+    return IntegrityError(what, where=where, next_step=RESTORE_LOG)
 
 
 def published(where: str) -> Callable[[str], bytes]:
@@ -519,7 +519,7 @@ def cosign(
     files.make_directory(state.absolute().parent)
     with files.opened_directory(state.absolute().parent) as handle:
         files.take_lock(handle, state, "cosigns with a state in this directory")
-        seen = EMPTY
+        seen = NO_ENTRIES
         if state.exists():
             seen = note.open_checkpoint(files.read_whole(state, "checkpoint"), log_vkey)
         Tiles(read, checkpoint.size).check_follows(seen, checkpoint)

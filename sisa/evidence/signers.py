@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import os
 import socket
+from functools import partial
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
@@ -33,7 +34,7 @@ from sisa.verifier.envelope import ECDSA_P256, CertificateKey
 PIN = "SISA_SIGNER_PIN"
 SIGN_REQUEST, SIGN_RESPONSE = b"\x0d", b"\x0e"
 MAX_REPLY_BYTES = 4096
-PATIENCE_S = 120.0  # somebody may have to touch a token
+AGENT_PATIENCE_S = 120.0  # somebody may have to touch a token
 
 
 def signature_by(uri: str, key: CertificateKey, message: bytes) -> bytes:
@@ -41,7 +42,8 @@ def signature_by(uri: str, key: CertificateKey, message: bytes) -> bytes:
     public: Any = load_der_public_key(key.public)
     try:
         known = SSlibKey.from_crypto(public, key.keyid, key.scheme)
-        return bytes.fromhex(Signer.from_priv_key_uri(uri, known, _secret).sign(message).signature)
+        signer = Signer.from_priv_key_uri(uri, known, partial(_secret, uri))
+        return bytes.fromhex(signer.sign(message).signature)
     except SisaError:
         raise
     except Exception as error:  # each signer has its own errors, and their texts may hold secrets
@@ -60,10 +62,10 @@ def failed_signer(uri: str, got: str) -> EnvironmentFault:
     )
 
 
-def _secret(name: str) -> str:
+def _secret(uri: str, name: str) -> str:
     if found := os.environ.get(PIN):
         return found
-    raise EnvironmentFault(f"the signer asks for its {name}", next_step=f"set ${PIN}")
+    raise failed_signer(uri, f"it asks for its {name}, and ${PIN} is not set")
 
 
 class AgentSigner(Signer):
@@ -98,7 +100,7 @@ class AgentSigner(Signer):
         blob = public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[1]
         request = SIGN_REQUEST + _string(base64.b64decode(blob)) + _string(payload) + bytes(4)
         with socket.socket(socket.AF_UNIX) as agent:
-            agent.settimeout(PATIENCE_S)
+            agent.settimeout(AGENT_PATIENCE_S)
             agent.connect(self._socket_path)
             agent.sendall(_string(request))
             with agent.makefile("rb") as answer:

@@ -19,11 +19,11 @@ b'DSSEv1 29 http://example.com/HelloWorld 11 hello world'
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -96,13 +96,11 @@ def members(value: Any, what: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
 
 def base64_bytes(text: str, what: str) -> bytes:
     """Return the bytes that padded base64 encodes, if it is the one form that does."""
-    try:
-        data = base64.b64decode(text, validate=True)
-    except ValueError:
-        data = b""
-    if base64.b64encode(data).decode() != text:
-        raise Refused(f"{what} is not base64")
-    return data
+    with suppress(ValueError):
+        data = b64decode(text, validate=True)
+        if b64encode(data).decode() == text:
+            return data
+    raise Refused(f"{what} is not base64")
 
 
 def pae(payload_type: str, payload: bytes) -> bytes:
@@ -129,11 +127,13 @@ class CertificateKey:
     def verifies(self, signature: bytes, message: bytes) -> bool:
         """Return whether the key signed a message."""
         key: Any = load_der_public_key(self.public)
-        try:
+        with suppress(InvalidSignature):
             key.verify(signature, message, *([ECDSA(SHA256())] if self.scheme == ECDSA_P256 else []))
-        except InvalidSignature:
-            return False
-        return True
+            return True
+        return False
+
+
+Choose = Callable[[Any], Sequence[CertificateKey]]  # from an envelope's payload, the keys to check it by
 
 
 @dataclass(frozen=True)
@@ -152,56 +152,52 @@ def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> 
 
     Without an index, the statement is in no log, and the present key must have signed it.
     """
-    value, signers = _opened(data, "the envelope", PAYLOAD_TYPE)
-    if not (signed := signers(keys.certificates)):
-        next_step = "check it with the public keys of the model that it speaks of"
-        raise Refused("none of the public keys signed the envelope", next_step=next_step)
+    value, signed = _opened(data, "the envelope", PAYLOAD_TYPE, lambda _: keys.certificates)
     if not any(key.holds(index) for key in signed):
-        expected = " or ".join(f"an entry from {key.since} to {key.until}" for key in signed)
+        what = "the key that signed it did not hold then" if signed else "no known key signed it"
+        expected = " or ".join(f"one for entries from {key.since} to {key.until}" for key in signed)
         got = "no proof from the log" if index is None else f"entry {index}"
-        raise Refused("the key that signed the envelope did not hold then", expected=expected, got=got)
+        raise Refused(what, "the envelope", expected, got, "get the public keys of its model and time")
     kinds = {"_type": STATEMENT_TYPE, "subject": list, "predicateType": str, "predicate": dict}
     statement = members(value, "the statement", kinds)
     for each in statement["subject"]:
-        digest = members(each, "a subject", {"name": str, "digest": dict})["digest"]
-        members(digest, "a subject's digest", {"sha256": SHA256_HEX})
+        named = members(each, "a subject", {"name": str, "digest": dict})
+        members(named["digest"], "the digest of a subject", {"sha256": SHA256_HEX})
     return statement
 
 
 def parse_keys(data: bytes) -> PublicKeys:
     """Return the keys in a file of public keys, which the last of them signed."""
-    value, signers = _opened(data, "the file of public keys", KEYS_PAYLOAD_TYPE)
-    keys = _public_keys(value)
-    if not signers(keys.certificates[-1:]):
+    what, choose = "the file of public keys", lambda value: public_keys(value).certificates[-1:]
+    value, signed = _opened(data, what, KEYS_PAYLOAD_TYPE, choose)
+    if not signed:
         raise Refused("the file of public keys is not signed by its last key")
-    return keys
+    return public_keys(value)
 
 
 def _opened(
-    data: bytes, what: str, payload_type: str
-) -> tuple[Any, Callable[[Iterable[CertificateKey]], list[CertificateKey]]]:
-    """Return an envelope's payload, and a function that tells which of some keys signed it."""
+    data: bytes, what: str, payload_type: str, choose: Choose
+) -> tuple[Any, list[CertificateKey]]:
+    """Return an envelope's payload, and those of the chosen keys that signed it."""
     kinds = {"payload": str, "payloadType": payload_type, "signatures": list}
     envelope = members(strict_json(data, what), what, kinds)
     if canonical(envelope) != data:
         raise Refused(f"{what} is not in canonical form", next_step="get it as it was published")
-    listed = envelope["signatures"][: MAX_SIGNATURES + 1]
-    pairs = [members(each, "a signature", {"keyid": str, "sig": str}) for each in listed]
-    signatures = {each["keyid"]: base64_bytes(each["sig"], "a signature") for each in pairs}
-    if not 0 < len(signatures) == len(listed) <= MAX_SIGNATURES:
+    made = [members(each, "a signature", {"keyid": str, "sig": str}) for each in envelope["signatures"]]
+    signatures = {each["keyid"]: base64_bytes(each["sig"], "a signature") for each in made}
+    if not 0 < len(signatures) == len(made) <= MAX_SIGNATURES:
         raise Refused(f"{what} needs 1 to {MAX_SIGNATURES} signatures, each by another key")
     payload = base64_bytes(envelope["payload"], "the payload")
 
-    def signers(keys: Iterable[CertificateKey]) -> list[CertificateKey]:
-        found = [key for key in keys if key.keyid in signatures]
-        if not all(key.verifies(signatures[key.keyid], pae(payload_type, payload)) for key in found):
-            raise Refused(f"a signature of {what} is wrong")
-        return found
-
-    return strict_json(payload, f"the payload of {what}"), signers
+    value = strict_json(payload, f"the payload of {what}")
+    signed = [key for key in choose(value) if key.keyid in signatures]
+    if not all(key.verifies(signatures[key.keyid], pae(payload_type, payload)) for key in signed):
+        raise Refused(f"a signature of {what} is wrong")
+    return value, signed
 
 
-def _public_keys(value: Any) -> PublicKeys:
+def public_keys(value: Any) -> PublicKeys:
+    """Return the keys in the payload of a file of public keys, whoever signed it."""
     kinds = {"type": KEYS_TYPE, "model": MODEL, "certificates": list, "log": str, "vrf": SHA256_HEX}
     kinds["exports"] = str
     body = members(value, "the file of public keys", kinds)
@@ -218,13 +214,13 @@ def _certificate_key(value: Any) -> CertificateKey:
     kinds = {"keyid": str, "scheme": str, "public": str, "since": int, "until": int | None}
     body = members(value, "a public key", kinds)
     key = CertificateKey(**{**body, "public": base64_bytes(body["public"], "a public key")})
-    loaded: Any = None
+    scheme = ""
     with suppress(ValueError, UnsupportedAlgorithm):
-        loaded = load_der_public_key(key.public)
-    is_p256 = getattr(getattr(loaded, "curve", None), "name", "") == "secp256r1"
-    scheme = ED25519 if isinstance(loaded, Ed25519PublicKey) else ECDSA_P256 if is_p256 else "another"
+        loaded: Any = load_der_public_key(key.public)
+        is_p256 = getattr(getattr(loaded, "curve", None), "name", "") == "secp256r1"
+        scheme = ED25519 if isinstance(loaded, Ed25519PublicKey) else ECDSA_P256 * is_p256
     if (key.scheme, key.keyid) != (scheme, hashlib.sha256(key.public).hexdigest()):
-        raise Refused("a public key is not of its scheme and keyid", got=f"a key of scheme {scheme}")
+        raise Refused("a public key is not of its scheme and keyid", expected=scheme or "a known scheme")
     return key
 
 

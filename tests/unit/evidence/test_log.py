@@ -323,7 +323,7 @@ def test_a_reader_of_an_older_checkpoint_is_served_by_full_tiles(place: Place) -
 
 
 def test_an_empty_log_is_sound(place: Place) -> None:
-    assert place.log.check() == logs.EMPTY
+    assert place.log.check() == logs.NO_ENTRIES
     assert place.log.cosigners() == []
 
 

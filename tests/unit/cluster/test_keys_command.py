@@ -1,0 +1,191 @@
+"""`sisa keys`: what it makes, shows, rotates and refuses, in words, JSON and exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa.audit.doctor import diagnose
+from sisa.audit.repair import repair
+from sisa.config.config import RunConfig, state_dir
+from sisa.flows.wiring import wiring
+from sisa.model import open_model
+from sisa.store.blobs.files import writer_lock
+from sisa.verifier.envelope import Refused, parse_keys, verify_envelope
+from tests.models.confessing import NAME, build, use_fake_resources
+
+Ask = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    build(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    use_fake_resources(monkeypatch)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return Path(shutil.copytree(trained, tmp_path / "model"))
+
+
+@pytest.fixture
+def ask(sisa: Callable[..., tuple[int, str, str]]) -> Ask:
+    """Run a command; return its exit code, its JSON, and all that it printed."""
+
+    def run(*arguments: Any) -> tuple[int, dict[str, Any], str]:
+        code, out, err = sisa(*arguments, "--json")
+        return code, json.loads(out), out + err
+
+    return run
+
+
+def test_keys_are_made_shown_and_rotated(model: Path, ask: Ask, tmp_path: Path) -> None:
+    code, made, _ = ask("keys", "init", "-m", model)
+    assert code == 0
+    assert Path(made["directory"]) == tmp_path / "state" / "sisa" / "evidence-keys" / NAME
+    assert ask("keys", "show", "-m", model)[:2] == (0, made)
+    published = Path(made["published"])
+    assert published == model / "log" / "keys.json"
+    assert published.read_bytes() == Path(made["public_keys"]).read_bytes()
+    assert parse_keys(published.read_bytes()).certificates[-1].keyid == made["keyid"]
+    code, new, _ = ask("keys", "rotate", "-m", model)
+    assert code == 0
+    assert [each["keyid"] for each in new["certificates"]] == [made["keyid"], new["keyid"]]
+    assert [(each["since"], each["until"]) for each in new["certificates"]] == [(0, 1), (1, None)]
+    assert (new["log"], new["vrf"]) == (made["log"], made["vrf"])
+    (handover,) = (model / "log" / "statements").iterdir()
+    keys = parse_keys(published.read_bytes())
+    assert verify_envelope(handover.read_bytes(), keys, 0)["predicate"]["reason"] == "rotated"
+    code, last, _ = ask("keys", "rotate", "-m", model, "--leaked", "--until", 1)
+    assert [each["until"] for each in last["certificates"]] == [1, 1, None]
+    with pytest.raises(Refused):
+        verify_envelope(handover.read_bytes(), parse_keys(published.read_bytes()), 1)
+
+
+def test_an_auditor_follows_the_hand_overs_offline(model: Path, ask: Ask, tmp_path: Path) -> None:
+    _, made, _ = ask("keys", "init", "-m", model)
+    old = shutil.copy(made["published"], tmp_path / "old.json")
+    assert ask("keys", "check", made["published"], "--trusted", old)[0] == 0
+    for _ in range(2):
+        _, new, _ = ask("keys", "rotate", "-m", model)
+    first, second = new["handovers"]
+    check = ("keys", "check", new["published"], "--trusted", old)
+    code, found, _ = ask(*check, "--handover", first, "--handover", second)
+    expected = {"ok": True, "model": NAME, "keyid": new["keyid"], "handovers": 2}
+    assert (code, found) == (0, expected)
+    for wrong in ([], [first], [second], [second, first], [first, second, second]):
+        given = [part for each in wrong for part in ("--handover", each)]
+        code, error, _ = ask(*check, *given)
+        assert (code, error["error"]["type"]) == (4, "IntegrityError")
+    _, lost, _ = ask("keys", "rotate", "-m", model, "--lost")
+    older = [part for each in lost["handovers"] for part in ("--handover", each)]
+    assert ask("keys", "check", lost["published"], "--trusted", old, *older)[0] == 4
+
+
+def test_words_name_the_file_and_the_key(
+    model: Path, ask: Ask, sisa: Callable[..., tuple[int, str, str]]
+) -> None:
+    _, made, _ = ask("keys", "init", "-m", model)
+    code, words, _ = sisa("keys", "show", "-m", model)
+    assert code == 0
+    assert made["published"] in words
+    assert made["keyid"] in words
+
+
+def test_nothing_secret_is_printed_or_logged(
+    model: Path, ask: Ask, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    printed = [ask("keys", *each, "-m", model)[2] for each in (("init",), ("show",), ("rotate",))]
+    keys = model.parent / "state" / "sisa" / "evidence-keys" / NAME
+    for path in keys.glob("*.key"):
+        data = path.read_bytes()
+        forms = [data.hex(), data.split(b"\n")[1].decode()] if data.startswith(b"-") else [data.hex()]
+        assert not any(each in text for each in forms for text in (*printed, caplog.text))
+        assert data not in b"".join(each.read_bytes() for each in model.rglob("*") if each.is_file())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["show"], 2, "sisa keys init"),
+        (["rotate"], 2, "sisa keys init"),
+        (["rotate", "--until", "3"], 2, "--lost or --leaked"),
+        (["init", "--signer", "ssh-agent:"], 2, "--public-key"),
+        (["init", "--public-key", "nowhere.pem"], 2, "nowhere.pem"),
+    ],
+)
+def test_bad_usage_changes_nothing(
+    model: Path, ask: Ask, arguments: list[str], code: int, says: str
+) -> None:
+    found, error, text = ask("keys", *arguments, "-m", model)
+    assert (found, says in text) == (code, True)
+    assert error["error"]["message"]
+    assert not (model / "log").exists()
+    assert not (model.parent / "state" / "sisa" / "evidence-keys").exists()
+
+
+def test_keys_and_logs_are_not_replaced(model: Path, ask: Ask) -> None:
+    _, made, _ = ask("keys", "init", "-m", model)
+    assert ask("keys", "init", "-m", model)[0] == 2
+    shutil.move(made["directory"], model.parent / "elsewhere")
+    code, error, _ = ask("keys", "init", "-m", model)  # other keys could not go on with the log
+    assert (code, error["error"]["type"]) == (2, "ConfigConflict")
+    assert not Path(made["directory"]).exists()
+
+
+def test_another_writer_keeps_keys_from_being_made(model: Path, ask: Ask) -> None:
+    with writer_lock(model / wiring.LOCK):
+        assert ask("keys", "init", "-m", model)[0] == 5
+
+
+def test_damaged_keys_end_with_an_integrity_failure(model: Path, ask: Ask) -> None:
+    _, made, _ = ask("keys", "init", "-m", model)
+    Path(made["public_keys"]).write_bytes(b"{}")
+    code, error, _ = ask("keys", "show", "-m", model)
+    assert (code, error["error"]["type"]) == (4, "IntegrityError")
+
+
+def test_what_the_verifier_refuses_is_an_integrity_failure(
+    model: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise Refused("a proof is wrong", "proof.json", "a root", "another", "get it again")
+
+    monkeypatch.setattr("sisa.evidence.keys.keys_of", refuse)
+    code, error, _ = ask("keys", "show", "-m", model)
+    assert code == 4
+    facts = {"where": "proof.json", "expected": "a root", "got": "another", "next_step": "get it again"}
+    assert (
+        error["error"]
+        == {"type": "IntegrityError", "message": "a proof is wrong", "problems": []} | facts
+    )
+
+
+def test_the_run_file_names_the_directory(model: Path, tmp_path: Path) -> None:
+    config = RunConfig.from_canonical(wiring.read_description(model)["config"])
+    assert wiring.evidence_keys(config, NAME) == state_dir() / "evidence-keys" / NAME
+    there = config.model_validate({**config.model_dump(), "signing": {"keys": tmp_path / "there"}})
+    assert wiring.evidence_keys(there, NAME) == tmp_path / "there" / NAME
+
+
+def test_the_doctor_finds_keys_that_others_may_read(model: Path, ask: Ask) -> None:
+    _, made, _ = ask("keys", "init", "-m", model)
+    assert diagnose(model).healthy
+    keys = Path(made["directory"])
+    keys.chmod(0o755)
+    (keys / "log.key").chmod(0o644)
+    found = diagnose(model).findings
+    assert {(each.kind, each.where) for each in found} == {
+        ("mode", str(each)) for each in (keys, keys / "log.key")
+    }
+    assert repair(open_model(model)).after.healthy
