@@ -129,12 +129,13 @@ class Keys:
         path, present = self.directory / HANDOVER, self.present.keyid
         if not path.exists():
             return
-        envelope = files.read_whole(path, "hand-over of keys")
-        predicate = _payload(envelope)["predicate"]
-        if predicate["keys"] == public_body(
-            self.public
-        ):  # else the rotation ended before it took effect
-            index = self.present.since - (predicate["reason"] == "rotated")
+        envelope = _held(path)
+        try:
+            reason, body = map(_payload(envelope)["predicate"].get, ("reason", "keys"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise _damaged(path, "no hand-over of keys") from None
+        if body == public_body(self.public):  # else the rotation ended before it took effect
+            index = self.present.since - (reason == "rotated")
             if log.size == index:
                 log.append(envelope, KEY_HANDOVER)
             entry = next(log.entries(index)) if index < log.size else None
@@ -262,10 +263,7 @@ def read_keys(directory: Path, model: str) -> Keys | None:
 
 
 def _read(directory: Path, model: str) -> Keys:
-    public_file, log_seed, vrf_secret = (
-        files.read_whole(directory / name, "key of evidence", MAX_KEY_FILE_BYTES)
-        for name in (PUBLIC, LOG_KEY, VRF_KEY)
-    )
+    public_file, log_seed, vrf_secret = (_held(directory / name) for name in (PUBLIC, LOG_KEY, VRF_KEY))
     try:
         public = parse_keys(public_file)
         if public != PublicKeys(model, public.certificates, *_derived(model, log_seed, vrf_secret)):
@@ -273,7 +271,7 @@ def _read(directory: Path, model: str) -> Keys:
     except ValueError as error:  # Refused is one
         raise _damaged(directory, str(error)) from None
     key, signer = (directory / f"{public.certificates[-1].keyid}{each}" for each in (KEY, SIGNER))
-    uri = signer.read_text(encoding="utf-8") if signer.exists() and not key.exists() else ""
+    uri = _held(signer).decode("utf-8", "replace") if signer.exists() and not key.exists() else ""
     return Keys(directory, public, public_file, log_seed, vrf_secret, uri)
 
 
@@ -428,6 +426,15 @@ def _derived(model: str, log_seed: bytes, vrf_secret: bytes) -> tuple[str, bytes
     exports = export_key(log_seed).public_key()
     der = exports.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return str(NoteKey(origin(model), note.ED25519, log)), vrf, der
+
+
+def _held(path: Path) -> bytes:
+    with files.disk_errors(path):
+        try:
+            with path.open("rb") as file:
+                return file.read(MAX_KEY_FILE_BYTES)
+        except FileNotFoundError:
+            raise _damaged(path, "no file") from None
 
 
 def _damaged(path: Path, got: str) -> IntegrityError:

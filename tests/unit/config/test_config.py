@@ -225,6 +225,7 @@ def test_absent_paths_are_problems(tmp_path: Path) -> None:
         "base_model: ./base\ndatasets:\n- path: people.jsonl\n- path: a/b/c\n- path: model/a.jsonl\n"
         "- path: ../data\noutput_dir: model\nkeyring: model/keys\n"
         "sisa:\n  partition_key_file: key\n  embedder: /embedder\nfoo: 1\n"
+        "signing: {keys: model/signing, signer: agent}\n"
     )
     with pytest.raises(InvalidInput) as caught:
         load_run_file(run)
@@ -233,6 +234,7 @@ def test_absent_paths_are_problems(tmp_path: Path) -> None:
         *("line 5: datasets[2].path", "line 6: datasets[3].path", "line 8: keyring"),
         "line 10: sisa.partition_key_file",
         *("line 11: sisa.embedder", "line 12: foo"),
+        *("line 13: signing.keys", "line 13: signing.signer"),
     ]
 
 

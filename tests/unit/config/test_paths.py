@@ -70,6 +70,7 @@ def test_what_means_the_same_everywhere(data: dict[str, Any]) -> None:
         ({"witness": "~/witness"}, ("witness",)),
         ({"encrypt": True}, ("keyring",)),
         ({"keyring": "keys"}, ("keyring",)),
+        ({"signing": {"keys": "keys"}}, ("signing", "keys")),
         ({"storage": "storage"}, ("storage",)),
         ({"output_dir": "s3://bucket/model"}, ("output_dir",)),
         ({"base_model": "./base"}, ("base_model",)),

@@ -166,6 +166,14 @@ def test_damaged_keys_are_found(keys: Keys, name: str, data: bytes | None) -> No
     assert caught.value.next_step
 
 
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"payload":"e30="}', b'{"payload":"bnVsbA=="}', b"\xff"])
+def test_a_damaged_hand_over_is_found(tmp_path: Path, keys: Keys, data: bytes) -> None:
+    (keys.directory / HANDOVER).write_bytes(data)
+    with pytest.raises(IntegrityError):
+        keys.settle(log_of(tmp_path, keys))
+    assert keys.sign(STATEMENT)
+
+
 def test_keys_of_another_model_are_found(keys: Keys) -> None:
     with pytest.raises(IntegrityError):
         read_keys(keys.directory, "f0" * 16)
