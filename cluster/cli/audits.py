@@ -24,7 +24,10 @@ def report(directory: Path, target: Path | None, made_by: str) -> Result:
     with opened(directory) as model:
         facts = read_facts(model, datetime.now(UTC).isoformat(timespec="milliseconds"), made_by)
     body = json.loads(json.dumps(report_body(facts)))
-    lines = [f"{each['severity']}: {each['what']}: {each['count']}" for each in body["attention"]]
+    lines = [
+        f"{each['severity']}: {each['what']}" + (f": {each['count']}" if each["count"] else "")
+        for each in body["attention"]
+    ]
     lines += [f"{counted(len(body['requests']), 'request')}, {counted(len(lines), 'point')} to act on"]
     if target is not None:
         write_atomic(target, page(body).encode())

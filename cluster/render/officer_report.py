@@ -14,14 +14,19 @@ control characters. Consent texts name people, so the page says only that a cons
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from cluster.render.render import counted, printable, share
+from sisa.core.errors import Busy, SisaError
+from sisa.evidence.log import CHECKPOINT, SIGNED, check_log
+from sisa.verifier import note
+from sisa.verifier.certificate import CERTIFICATES, CHAINED, URN, verify_chain
+from sisa.verifier.envelope import PublicKeys, Refused, parse_keys
 
 if TYPE_CHECKING:
     import jinja2
@@ -32,8 +37,10 @@ if TYPE_CHECKING:
     from sisa.flows.wiring.results import Status
     from sisa.model import Model
 
+Attention = tuple[int, str, str, str]  # count (True: not counted), severity, what, next step
 CLOSED = ("completed", "denied", "cancelled")
 MAX_BARS = 24
+NUM_READS = 3  # of a model that others change
 SOON_DAYS = 7
 WITNESS_STEP = {
     "current": "",
@@ -51,6 +58,86 @@ OF_REQUEST = (
 
 
 @dataclass(frozen=True)
+class Statement:
+    """Name a statement that verifies: its type, its number in the log, and its request if it has one."""
+
+    kind: str
+    sha256: str
+    index: int | None
+    request_id: str
+
+    @property
+    def name(self) -> str:
+        """Return the type without prefix and version.
+
+        >>> Statement("urn:deletion-ready-model:exact-deletion:v1", "", 0, "").name
+        'exact-deletion'
+        """
+        return self.kind.removeprefix(URN).rpartition(":")[0] or self.kind
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Hold what an outsider finds in the log and the public keys; `fault` says why nothing more."""
+
+    keyid: str = ""  # of the key that signs now
+    origin: str = ""
+    size: int = 0
+    root: str = ""
+    cosigners: tuple[str, ...] = ()  # named by the checkpoint; their keys are not known here
+    statements: tuple[Statement, ...] = ()  # that verify
+    served: Mapping[str, str] = field(default_factory=dict)  # sha256 by name, as last stated
+    fault: str = ""
+    pending: tuple[str, ...] = ()  # completed requests whose certificates are not logged yet
+
+
+def check_evidence(
+    read: Callable[[str], bytes], own: PublicKeys | None = None, kept: bytes = b""
+) -> Evidence:
+    """Return what verifies of a published log, of which `read` reads a file by its path.
+
+    `own` are the public keys that belong to the model's secret ones, if these are here. `kept` is a
+    checkpoint that somebody kept: the log must continue from it.
+    """
+    found = Evidence()
+    try:
+        keys = parse_keys(read("keys.json"))
+        found = replace(found, keyid=keys.certificates[-1].keyid)
+        if own is not None and own != keys:
+            raise Refused("the published keys are not the model's own")
+        checkpoint, _, entries = check_log(read, keys.log, seen=[kept] if kept else [])
+        names = {name for name, _ in note.split_note(read(CHECKPOINT))[1]} - {checkpoint.origin}
+        found = replace(
+            found,
+            origin=checkpoint.origin,
+            size=checkpoint.size,
+            root=checkpoint.root.hex(),
+            cosigners=tuple(sorted(names)),
+        )
+        for sha256, stated in verify_chain(entries, read, keys):
+            found = replace(found, statements=(*found.statements, _statement(sha256, stated)))
+            if stated["predicateType"] in CHAINED:
+                served = {each["name"]: each["digest"]["sha256"] for each in stated["subject"]}
+                found = replace(found, served=served)
+    except (Refused, SisaError) as error:
+        where = f" ({error.where})" if error.where else ""
+        found = replace(found, fault=f"{error.what}{where}")
+    return found
+
+
+def _statement(sha256: str, stated: Mapping[str, Any]) -> Statement:
+    predicate = stated["predicate"]
+    request, index = predicate.get("request"), predicate.get("sequence")
+    name = request.get("id") if isinstance(request, dict) else None
+    return Statement(
+        kind=str(stated["predicateType"]),
+        sha256=sha256,
+        index=index if isinstance(index, int) else None,
+        request_id=name if isinstance(name, str) else "",
+    )
+
+
+@dataclass(frozen=True)
 class Facts:
     """Hold what the page is made from."""
 
@@ -65,13 +152,27 @@ class Facts:
     requests: Sequence[RequestView]
     patches: Sequence[Patch] = ()
     vault: Sequence[VaultSet] = ()
+    evidence: Evidence | None = None  # None: the model has no keys of evidence
 
 
 def read_facts(model: Model, now: str, made_by: str = "") -> Facts:
-    """Read what the page shows; nothing is changed."""
+    """Read what the page shows, and check the log; nothing is changed. Raise Busy if others write."""
+    for _ in range(NUM_READS):
+        found = _read_once(model, now, made_by)
+        after = model.status()
+        if (after.event_head, after.shards) == (found.status.event_head, found.status.shards):
+            return found
+    raise Busy(
+        "another process keeps changing this model",
+        where=str(model.directory),
+        next_step="wait until it has finished, then run the same command again",
+    )
+
+
+def _read_once(model: Model, now: str, made_by: str) -> Facts:
     from sisa.unlearn import patches
 
-    made, vault, _ = patches(model)
+    status, requests, (made, vault, _) = model.status(), model.requests(), patches(model)
     return Facts(
         made_at=now,
         made_by=made_by,
@@ -79,17 +180,40 @@ def read_facts(model: Model, now: str, made_by: str = "") -> Facts:
         model=model.id,
         encrypted=model.config.encrypt,
         storage=model.config.storage,
-        status=model.status(),
+        status=status,
         lineage=model.lineage(),
-        requests=model.requests(),
+        requests=requests,
         patches=made,
         vault=vault,
+        evidence=_read_evidence(model, requests),
     )
+
+
+def _read_evidence(model: Model, requests: Sequence[RequestView]) -> Evidence | None:
+    """Return what verifies of a model's evidence; None if it has no keys."""
+    from sisa.evidence.hook import open_hook
+    from sisa.evidence.keys import log_blobs, open_keys
+
+    keys, blobs = open_keys(model.config, model.id), log_blobs(model)
+    if keys is None and not blobs.held():
+        return None
+    hook = open_hook(model.directory, model.config, model.id)
+    pending = tuple(hook.pending([each.request for each in requests]))
+    signed = keys and keys.directory / SIGNED
+    kept = signed.read_bytes() if signed and signed.exists() else b""
+    if keys and not kept and not blobs.num_bytes(CHECKPOINT):
+        return Evidence(keys.present.keyid, pending=pending)  # nothing was signed yet
+    found = check_evidence(
+        lambda path: blobs.get(path, "file of the log"), keys.public if keys else None, kept
+    )
+    return replace(found, pending=pending)
 
 
 def report_body(found: Facts) -> dict[str, Any]:
     """Return everything that the page shows, as JSON values."""
-    requests = [_request(view) for view in found.requests]
+    requests = [
+        {**_request(view), "certificate": _certificate(view, found.evidence)} for view in found.requests
+    ]
     body = {
         "made_at": found.made_at,
         "made_by": found.made_by,
@@ -103,6 +227,7 @@ def report_body(found: Facts) -> dict[str, Any]:
             for each in found.status.shards
         ],
         "requests": requests,
+        "evidence": found.evidence and _evidence(found, found.evidence),
         "costs": _batches(found.requests),
         "patches": [_patch(each) for each in found.patches],
         "vault": {
@@ -146,6 +271,37 @@ def _request(view: RequestView) -> dict[str, Any]:
         "probed": request.probed and asdict(request.probed),
         "consent_recorded": bool(request.consent),
         "events": [{"state": e.state, "at": e.at, "note": e.note} for e in view.events],
+    }
+
+
+def _certificate(view: RequestView, evidence: Evidence | None) -> dict[str, Any]:
+    """Return whether a request's deletion is certified, and by which entry of the log."""
+    name, standing = view.request.request_id, "none"
+    for each in evidence.statements if evidence else ():
+        if each.request_id == name and each.kind in CERTIFICATES:
+            return {
+                "standing": "verified",
+                "kind": each.name,
+                "sha256": each.sha256,
+                "index": each.index,
+            }
+    if evidence and view.request.state == "completed":
+        standing = "unverified" if evidence.fault else standing
+        standing = "pending" if name in evidence.pending else standing
+    return {"standing": standing, "kind": "", "sha256": "", "index": None}
+
+
+def _evidence(found: Facts, evidence: Evidence) -> dict[str, Any]:
+    known = {view.request.request_id for view in found.requests}
+    served = {f"shard-{e.shard:05d}": e.adapter_sha256 for e in found.status.shards if e.adapter_sha256}
+    stated = {name: each for name, each in evidence.served.items() if name.startswith("shard-")}
+    about = [each.request_id for each in evidence.statements if each.kind in CERTIFICATES]
+    return {
+        **{name: getattr(evidence, name) for name in ("keyid", "origin", "size", "root", "cosigners")},
+        "fault": evidence.fault,
+        "statements": dict(Counter(each.name for each in evidence.statements)),
+        "of_unknown_requests": sum(each not in known for each in about),
+        "states_what_is_served": stated == served,
     }
 
 
@@ -207,22 +363,47 @@ def _attention(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     stale = sum(each["standing"] in ("held", "changed", "unreadable") for each in body["exports"])
     gone = sum(each["standing"] == "gone" for each in body["exports"])
     witness = body["model"]["witness"]["standing"]
+    pending = sum(each["certificate"]["standing"] == "pending" for each in requests)
     soon = sum(0 <= n <= SOON_DAYS for n in left)
-    found = [
+    found: list[Attention] = [
         (sum(n < 0 for n in left), "error", "Open requests past their due date", "run or decide them"),
         (states["failed"] + states["erasure_failed"], "error", "Failed deletions", "`sisa run` retries"),
         (stale, "error", "Exports that still hold deleted records", "remove them: `sisa status`"),
         (gone, "error", "Moved exports that held deleted records", "find and remove every copy"),
+        *_about_evidence(body["evidence"], pending),
         (soon, "warning", f"Open requests due within {SOON_DAYS} days", "run them in time"),
         (states["received"], "warning", "Requests that wait for a decision", "approve, deny or hold"),
         (states["held"], "warning", "Requests under a legal hold", "approve when the hold ends"),
         (rolled_back, "warning", "Slices rolled back and not retrained yet", "`sisa run` trains them"),
         (witness != "current", "warning", f"Witness: {witness}", WITNESS_STEP[witness]),
     ]
+    found = [each for each in found if each[0]]
     return [
-        {"severity": severity, "what": what, "count": int(count), "next_step": step}
-        for count, severity, what, step in found
-        if count
+        {
+            "severity": severity,
+            "what": what,
+            "count": None if count is True else count,
+            "next_step": step,
+        }
+        for count, severity, what, step in sorted(found, key=lambda each: each[1])
+    ]
+
+
+def _about_evidence(evidence: Mapping[str, Any] | None, pending: int) -> list[Attention]:
+    """Return what is wrong with the evidence."""
+    if evidence is None:
+        return [(True, "warning", "Deletions are not certified", "`sisa keys init` makes keys")]
+    unknown, stale = evidence["of_unknown_requests"], not evidence["states_what_is_served"]
+    return [
+        (bool(evidence["fault"]), "error", "The log does not verify", "keep it, and find out why"),
+        (unknown, "error", "Certificates of requests that the model does not know", "`sisa doctor`"),
+        (pending, "warning", "Certificates that are pending", "`sisa certificate issue` signs them"),
+        (
+            stale and not evidence["fault"],
+            "warning",
+            "The log's last statement is not about what is served now",
+            "`sisa certificate issue` states it",
+        ),
     ]
 
 

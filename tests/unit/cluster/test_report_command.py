@@ -77,6 +77,7 @@ def test_requests_in_several_states_are_on_the_page(
     assert {each["what"] for each in found["attention"]} == {
         "Requests that wait for a decision",
         "Requests under a legal hold",
+        "Deletions are not certified",
     }
     text = page.read_text(encoding="utf-8")
     assert "Ada &amp; sons" in text
@@ -121,3 +122,52 @@ def test_training_the_whole_model_again_ends_what_deletions_retrained(
     assert "retrained" in str(states(ask("report")))
     train_model(parse_run_file(run_file, "run.yaml"), executor="serial", accept_differences=True)
     assert {each for row in states(ask("report")).values() for each in row} == {"clean"}
+
+
+def of_evidence(report: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return the fault of the evidence, and the standing of each request's certificate."""
+    return report["evidence"]["fault"], [each["certificate"]["standing"] for each in report["requests"]]
+
+
+def log_files(model: Path) -> list[Path]:
+    return [path for path in sorted((model / "log").rglob("*")) if path.is_file()]
+
+
+def test_certificates_are_checked_as_an_outsider_would(
+    ask: Callable[..., dict[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    ids = [care_model.record(number).id for number in range(3)]
+    ask("forget", ids[0])
+    ask("keys", "init")
+    report = ask("report")
+    assert (report["evidence"]["fault"], of_evidence(report)[1]) == ("", ["none"])
+    ask("forget", ids[1])
+    shutil.copytree(model / "log", tmp_path / "before")
+    ask("forget", ids[2])
+    page = tmp_path / "report.html"
+    report = ask("report", "--html", page)
+    assert of_evidence(report) == ("", ["none", "verified", "verified"])
+    assert report["evidence"]["statements"]["exact-deletion"] == 2
+    assert report["evidence"]["states_what_is_served"] is True
+    assert [each["severity"] for each in report["attention"]] == []
+    assert "certificate verified" in page.read_text(encoding="utf-8")
+
+    last = report["requests"][-1]["certificate"]
+    statement = model / "log" / "statements" / f"{last['sha256']}.json"
+    whole = statement.read_bytes()
+    statement.write_bytes(whole.replace(b"payload", b"Payload", 1))
+    fault, standings = of_evidence(ask("report"))
+    assert fault.startswith("a statement is not the logged one")
+    assert standings == ["unverified", "verified", "unverified"]
+    statement.unlink()
+    assert of_evidence(ask("report"))[1] == ["unverified", "verified", "unverified"]
+    statement.write_bytes(whole)
+    assert of_evidence(ask("report")) == ("", ["none", "verified", "verified"])
+
+    shutil.rmtree(model / "log")
+    shutil.copytree(tmp_path / "before", model / "log")
+    fault, standings = of_evidence(ask("report"))
+    assert fault.startswith("the log does not continue a checkpoint that was seen")
+    assert standings == ["unverified"] * 3
+    shutil.rmtree(model / "log")
+    assert of_evidence(ask("report"))[1] == ["unverified"] * 3

@@ -8,15 +8,27 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cluster.render.officer_report import MAX_BARS, Facts, cost_bars, page, report_body
+from cluster.render import officer_report
+from cluster.render.officer_report import (
+    MAX_BARS,
+    Evidence,
+    Facts,
+    Statement,
+    cost_bars,
+    page,
+    report_body,
+)
 from sisa.core.domain import Patch, PatchJob, Probed, Request, RequestEvent, VaultSet, WitnessHead
+from sisa.core.errors import Busy
 from sisa.flows.lifecycle import RequestView
 from sisa.flows.query import ExportStatus, ShardStatus, SliceStanding
 from sisa.flows.wiring.results import Status
+from sisa.verifier.certificate import EXACT, STATE
 
 NOW = "2026-02-10T12:00:00.000+00:00"
 STATES = ("clean", "retrained", "rolled back", "empty")
@@ -97,6 +109,15 @@ def facts(num_shards: int = 4, num_slices: int = 4, words: str = "as given") -> 
         requests=requests,
         patches=[Patch(1, job, "active", NOW, NOW, request_id="req-a", report={"outcome": words})],
         vault=[VaultSet("set", "forget", 2, words, NOW, "s", 9)],
+        evidence=Evidence(
+            keyid="c" * 64,
+            origin=f"deletion-ready-model/{words}",
+            size=2,
+            root="f" * 64,
+            cosigners=(words,),
+            statements=(Statement(STATE, "1" * 64, 0, ""), Statement(EXACT, "2" * 64, 1, "req-a")),
+            served={f"shard-{n:05d}": "a" * 64 for n in range(num_shards)},
+        ),
     )
 
 
@@ -104,7 +125,14 @@ def bare() -> Facts:
     """Return facts of a model without requests, exports, patches and shards."""
     full = facts(0)
     status = replace(full.status, requests=(), exports=(), witness=("/w", "current"))
-    return replace(full, status=status, requests=[], patches=[], vault=[], storage=None, made_by="")
+    bare = replace(full, status=status, requests=[], patches=[], vault=[], storage=None, made_by="")
+    return replace(bare, evidence=Evidence())
+
+
+def with_evidence(**values: Any) -> Facts:
+    full = facts()
+    assert full.evidence is not None
+    return replace(full, evidence=replace(full.evidence, **values))
 
 
 def html(found: Facts) -> str:
@@ -187,7 +215,13 @@ def faults(text: str) -> Iterator[str]:
     yield from re.findall(r"url\(|@import|https?:|srcset", re.sub(r"<bdi.*?</bdi>", "", text))
 
 
-@pytest.mark.parametrize("found", [facts(), bare(), replace(facts(), encrypted=True)])
+@pytest.mark.parametrize(
+    "found",
+    [
+        *(facts(), bare(), replace(facts(), encrypted=True), replace(facts(), evidence=None)),
+        with_evidence(statements=(), fault="the chain is broken", size=0, cosigners=()),
+    ],
+)
 def test_the_page_is_sound(found: Facts) -> None:
     assert list(faults(html(found))) == []
 
@@ -227,6 +261,18 @@ def test_a_consent_is_recorded_and_not_quoted() -> None:
     assert "consent" not in found["requests"][0]
 
 
+def test_a_model_that_others_keep_changing_is_not_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = facts()
+    states = [replace(full.status, event_head=WitnessHead("e", count)) for count in (1, 2, 2, 2)]
+    model: Any = SimpleNamespace(status=lambda: states.pop(0), directory="model")
+    read = lambda *_: replace(full, status=model.status())  # noqa: E731
+    monkeypatch.setattr(officer_report, "_read_once", read)
+    assert officer_report.read_facts(model, NOW).status.event_head.num_events == 2
+    states[:] = [replace(full.status, event_head=WitnessHead("e", count)) for count in range(6)]
+    with pytest.raises(Busy):
+        officer_report.read_facts(model, NOW)
+
+
 def test_the_same_facts_give_the_same_bytes() -> None:
     assert html(facts()) == html(facts())
 
@@ -256,9 +302,51 @@ def test_what_needs_somebody_comes_first() -> None:
     assert counts["Failed deletions"] == 1
     assert counts["Exports that still hold deleted records"] == 1
     assert counts["Requests under a legal hold"] == 1
-    assert counts["Witness: absent"] == 1
+    assert counts["Witness: absent"] is None
     assert report_body(bare())["attention"] == []
     assert "Nothing waits" in html(bare())
+
+
+@pytest.mark.parametrize(
+    ("found", "standing", "words"),
+    [
+        (facts(), "verified", "certificate verified"),
+        (with_evidence(statements=(), pending=("req-a",)), "pending", "certificate pending"),
+        (with_evidence(statements=(), fault="the chain is broken"), "unverified", "the chain is broken"),
+        (with_evidence(statements=()), "none", "not certified"),
+        (replace(facts(), evidence=None), "none", "Deletions of this model are not certified"),
+    ],
+)
+def test_a_completed_deletion_is_certified_or_says_why_not(
+    found: Facts, standing: str, words: str
+) -> None:
+    requests = report_body(found)["requests"]
+    assert [each["certificate"]["standing"] for each in requests] == [standing, *["none"] * 5]
+    assert words in html(found)
+
+
+@pytest.mark.parametrize(
+    ("found", "what", "severity"),
+    [
+        (replace(facts(), evidence=None), "Deletions are not certified", "warning"),
+        (with_evidence(fault="the chain is broken"), "The log does not verify", "error"),
+        (
+            with_evidence(served={}),
+            "The log's last statement is not about what is served now",
+            "warning",
+        ),
+        (with_evidence(pending=("req-a",), statements=()), "Certificates that are pending", "warning"),
+        (
+            with_evidence(statements=(Statement(EXACT, "2" * 64, 1, "req-z"),)),
+            "Certificates of requests that the model does not know",
+            "error",
+        ),
+    ],
+)
+def test_evidence_that_is_wrong_needs_somebody(found: Facts, what: str, severity: str) -> None:
+    assert what not in str(report_body(facts())["attention"])
+    told = [each for each in report_body(found)["attention"] if what in each["what"]]
+    assert [each["severity"] for each in told] == [severity]
 
 
 def test_a_request_that_was_closed_late_says_so() -> None:
