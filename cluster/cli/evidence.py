@@ -1,15 +1,17 @@
-"""Give evidence of deletions to outsiders: `sisa keys`."""
+"""Give evidence of deletions to outsiders: `sisa keys` and `sisa log`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from cluster.cli.command import PATH, command, command_group, model_option, opened, read_bytes
+from cluster.cli.command import PATH, command, command_group, model_option, opened, read_bytes, read_text
 from cluster.render.render import Result
+from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from sisa.evidence.keys import Keys, Reason
@@ -137,3 +139,168 @@ def _shown(model: Model, found: Keys) -> Result:
     ]
     named = {"signer": found.signer or None, "keyid": found.present.keyid}
     return Result({**places, **named, **body}, lines)
+
+
+log = command_group("log", "Show, check and cosign the transparency log of a model's statements.")
+key_option = click.option(
+    "--key", "key_file", required=True, type=PATH, help="The model's public keys, or a log's vkey."
+)
+witness_option = click.option(
+    "--witness", "witnesses", multiple=True, metavar="VKEY", help="A witness that must have signed."
+)
+
+
+def _entries(number: int) -> str:
+    return f"{number:,} {'entry' if number == 1 else 'entries'}"
+
+
+def log_vkey(key_file: Path) -> str:
+    """Return the key of the log: from a file of public keys, or as a line of its own."""
+    from sisa.verifier.envelope import parse_keys
+    from sisa.verifier.note import parse_vkey
+
+    data = read_bytes(key_file)
+    if data.lstrip()[:1] == b"{":
+        return parse_keys(data).log
+    return str(parse_vkey(data.decode(errors="replace").strip()))
+
+
+@command("show", "-m model", group=log)
+@model_option
+@click.option("--last", "num_last", default=10, type=click.IntRange(0), help="Entries to list.")
+def show_log(directory: Path, num_last: int) -> Result:
+    """Show the log's checkpoint, who cosigned it, and the last entries."""
+    from sisa.evidence.keys import keys_of, log_blobs
+    from sisa.evidence.log import Log
+
+    with opened(directory) as model:
+        found, where = Log(log_blobs(model), keys_of(model)), log_blobs(model).location()
+        now, cosigners = found.checkpoint, found.cosigners()
+        entries = list(found.entries(max(0, now.size - num_last)))
+    body = {
+        "origin": found.key.name,
+        "vkey": str(found.key),
+        "location": where,
+        "size": now.size,
+        "root": now.root.hex(),
+        "cosigned": [{"name": name, "at": _instant(at)} for name, at in cosigners],
+        "entries": [{"index": e.index, "type": e.predicate_type, "sha256": e.sha256} for e in entries],
+    }
+    lines = [
+        f"{found.key.name}: {_entries(now.size)}, in {where}",
+        f"root  {now.root.hex()}",
+        f"key   {found.key}",
+        *(f"cosigned by {name} at {_instant(at)}" for name, at in cosigners),
+        *(f"{each.index:6}  {each.sha256}  {each.predicate_type}" for each in entries),
+    ]
+    return Result(body, lines)
+
+
+def _instant(seconds: int) -> str:
+    """Return a time that a witness gave, in seconds since 1970, in ISO 8601."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat()
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds} s since 1970"
+
+
+@command("check", "https://example.com/log --key keys.json --seen checkpoint-of-may", group=log)
+@click.argument("where", required=False)
+@click.option("-m", "--model", "directory", type=PATH, help="Check this model's own log instead.")
+@click.option("--key", "key_file", type=PATH, help="The model's public keys, or a log's vkey.")
+@witness_option
+@click.option("--seen", type=PATH, multiple=True, help="A checkpoint of this log that you kept.")
+def check_log_command(
+    where: str | None,
+    directory: Path | None,
+    key_file: Path | None,
+    witnesses: tuple[str, ...],
+    seen: tuple[Path, ...],
+) -> Result:
+    """Check a whole log, in a directory or at a URL: signatures, entries, tiles, continuity."""
+    from sisa.evidence.log import Log, check_log, published
+
+    kept = [read_bytes(each) for each in seen]
+    if directory is not None and where is None and key_file is None:
+        from sisa.evidence.keys import keys_of, log_blobs
+
+        with opened(directory) as model:
+            now = Log(log_blobs(model), keys_of(model)).check(witnesses, kept)
+    elif where is not None and key_file is not None and directory is None:
+        now, _, _ = check_log(published(where), log_vkey(key_file), witnesses, kept)
+    else:
+        raise click.UsageError("give a directory or a URL with --key, or -m alone")
+    body = {"ok": True, "origin": now.origin, "size": now.size, "root": now.root.hex()}
+    lines = [f"{now.origin}: {_entries(now.size)}, all as its checkpoint says"]
+    lines += [f"continues {each}" for each in seen]
+    lines += [f"cosigned by {each.partition('+')[0]}" for each in witnesses]
+    return Result(body | {"seen": len(seen), "witnesses": len(witnesses)}, lines)
+
+
+@command("proof", "-m model 3 > entry-3.tlog-proof", group=log)
+@model_option
+@click.argument("index", type=click.IntRange(0))
+def prove_entry(directory: Path, index: int) -> Result:
+    """Print the proof that an entry is in the log, as a .tlog-proof file."""
+    from sisa.evidence.keys import keys_of, log_blobs
+    from sisa.evidence.log import Log
+
+    with opened(directory) as model:
+        text = Log(log_blobs(model), keys_of(model)).proof(index).decode()
+    return Result({"index": index, "proof": text}, text.removesuffix("\n").split("\n"))
+
+
+@command("witness-key", "witness.example.com/w1 witness.key", group=log)
+@click.argument("name")
+@click.argument("file", type=PATH)
+def make_witness_key(name: str, file: Path) -> Result:
+    """Make a witness's key, in a new file, and print its vkey. NAME is a URL without its scheme."""
+    from sisa.evidence.log import new_witness
+    from sisa.store.blobs.files import write_atomic
+
+    if file.exists():
+        raise InvalidInput("the file exists", where=str(file), next_step="name a new file")
+    private, vkey = new_witness(name)
+    write_atomic(file, f"{private}\n".encode())
+    return Result({"name": name, "key_file": str(file), "vkey": vkey}, [vkey])
+
+
+@command("cosign", "URL --key keys.json --witness-key witness.key --state witness.state", group=log)
+@click.argument("where")
+@key_option
+@click.option("--witness-key", "witness_key", required=True, type=PATH, help="The witness's key.")
+@click.option(
+    "--state", required=True, type=PATH, help="The witness's file for this log: what it signed last."
+)
+def cosign_log(where: str, key_file: Path, witness_key: Path, state: Path) -> Result:
+    """Cosign a log's checkpoint, as its witness, if it continues the one that was signed before.
+
+    WHERE is the log's directory or URL; at first, the file of a checkpoint will do. The line of the
+    signature is printed: the operator adds it by `sisa log add-cosignature`.
+    """
+    from sisa.evidence.log import cosign, published
+
+    vkey, private = log_vkey(key_file), read_text(witness_key)
+    seen, now, line = cosign(published(where), vkey, private, state)
+    body = {"origin": now.origin, "size": now.size, "root": now.root.hex(), "seen_size": seen.size}
+    return Result(body | {"cosignature": line.decode()}, [line.decode().removesuffix("\n")])
+
+
+@command("add-cosignature", "-m model cosignature --witness VKEY", group=log)
+@model_option
+@click.argument("file", type=PATH)
+@click.option(
+    "--witness", "witnesses", multiple=True, required=True, metavar="VKEY", help="Whose signature it is."
+)
+def add_cosignature(directory: Path, file: Path, witnesses: tuple[str, ...]) -> Result:
+    """Add a witness's signature to the published checkpoint. FILE has its line, or the whole note."""
+    from sisa.evidence.keys import keys_of, log_blobs
+    from sisa.evidence.log import Log
+
+    given = read_bytes(file)
+    with opened(directory) as model, model._locked():
+        found = Log(log_blobs(model), keys_of(model))
+        now = found.add_cosignatures(given, witnesses)
+        names = [name for name, _ in found.cosigners()]
+    body = {"size": now.size, "root": now.root.hex(), "cosigned": names}
+    return Result(body, [f"{_entries(now.size)}, cosigned by {', '.join(names)}"])

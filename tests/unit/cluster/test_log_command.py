@@ -1,0 +1,166 @@
+"""`sisa log`: what it shows, checks, proves and cosigns, in words, JSON and exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa.evidence.keys import keys_of, log_blobs
+from sisa.evidence.log import Log
+from sisa.model import open_model
+from sisa.verifier.note import verify_proof
+from tests.models.confessing import NAME, build, use_fake_resources
+from tests.models.written_log import TYPE, entry, statement
+
+Ask = Callable[..., tuple[int, dict[str, Any], str]]
+HEAVY = ("torch", "ray", "faiss", "numpy", "transformers", "sqlalchemy", "pydantic")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    build(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def ask(sisa: Callable[..., tuple[int, str, str]]) -> Ask:
+    """Run a command; return its exit code, its JSON, and all that it printed."""
+
+    def run(*arguments: Any) -> tuple[int, dict[str, Any], str]:
+        code, out, err = sisa(*arguments, "--json")
+        return code, json.loads(out), out + err
+
+    return run
+
+
+@pytest.fixture
+def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Ask) -> Path:
+    """Return a model with keys and three statements in its log."""
+    use_fake_resources(monkeypatch)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    directory = Path(shutil.copytree(trained, tmp_path / "model"))
+    assert ask("keys", "init", "-m", directory)[0] == 0
+    for number in range(3):
+        append(directory, number)
+    return directory
+
+
+def append(directory: Path, number: int) -> int:
+    found = open_model(directory)
+    return Log(log_blobs(found), keys_of(found)).append(statement(number), TYPE)
+
+
+def test_a_log_is_shown_checked_and_proved(model: Path, ask: Ask, tmp_path: Path) -> None:
+    at, keys = model / "log", model / "log" / "keys.json"
+    code, shown, _ = ask("log", "show", "-m", model, "--last", 2)
+    assert (code, shown["origin"], shown["size"]) == (0, f"deletion-ready-model/{NAME}", 3)
+    assert (shown["location"], shown["cosigned"]) == (str(at), [])
+    assert [each["index"] for each in shown["entries"]] == [1, 2]
+    logged = json.loads(entry(2))
+    assert shown["entries"][1] == {"index": 2, "type": TYPE, "sha256": logged["sha256"]}
+    code, proved, _ = ask("log", "proof", "-m", model, 1)
+    assert code == 0
+    assert verify_proof(proved["proof"].encode(), entry(1), shown["vkey"])[0] == 1
+    kept = shutil.copy(at / "checkpoint", tmp_path / "kept")
+    append(model, 3)
+    for where in (("-m", model), (at, "--key", keys)):
+        code, checked, _ = ask("log", "check", *where, "--seen", kept)
+        assert (code, checked["ok"], checked["size"], checked["seen"]) == (0, True, 4, 1)
+    assert ask("log", "proof", "-m", model, 4)[0] == 2
+
+
+def test_a_witness_and_the_operator_cosign(
+    model: Path, ask: Ask, sisa: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    at, keys = model / "log", model / "log" / "keys.json"
+    key, state = tmp_path / "witness.key", tmp_path / "witness.state"
+    code, made, _ = ask("log", "witness-key", "witness.example/w1", key)
+    assert (code, made["name"], key.stat().st_mode & 0o777) == (0, "witness.example/w1", 0o600)
+    assert ask("log", "witness-key", "witness.example/w1", key)[0] == 2  # not twice
+    witness = ("--key", keys, "--witness-key", key, "--state", state)
+    code, line, _ = sisa("log", "cosign", at, *witness)
+    assert (code, line.count("\n"), line[:21]) == (0, 1, "— witness.example/w1 ")
+    (tmp_path / "line").write_text(line)
+    add = ("log", "add-cosignature", "-m", model, tmp_path / "line", "--witness", made["vkey"])
+    code, added, _ = ask(*add)
+    assert (code, added["size"], added["cosigned"]) == (0, 3, ["witness.example/w1"])
+    (shown,) = ask("log", "show", "-m", model)[1]["cosigned"]
+    assert (shown["name"], shown["at"][:2]) == ("witness.example/w1", "20")
+    check = ("log", "check", at, "--key", keys, "--witness", made["vkey"])
+    assert ask(*check)[0] == 0
+    append(model, 3)
+    code, failed, _ = ask(*check)  # the new checkpoint is not cosigned yet
+    assert (code, failed["error"]["message"]) == (4, "a note is not signed as expected")
+    code, again, _ = ask("log", "cosign", at, *witness)
+    assert (code, again["seen_size"], again["size"]) == (0, 3, 4)
+    assert ask(*add)[0] == 4  # of the former checkpoint
+    assert ask("log", "cosign", at / "checkpoint", *witness)[0] == 0  # the file alone: nothing new
+    append(model, 4)
+    code, failed, _ = ask("log", "cosign", at / "checkpoint", *witness)
+    assert (code, failed["error"]["next_step"][:18]) == (2, "name the directory")
+
+
+def test_a_log_that_was_set_back_fails(model: Path, ask: Ask, tmp_path: Path) -> None:
+    at, keys = model / "log", model / "log" / "keys.json"
+    backup = shutil.copytree(at, tmp_path / "backup")
+    append(model, 3)
+    kept = shutil.copy(at / "checkpoint", tmp_path / "kept")
+    shutil.rmtree(at)
+    shutil.copytree(backup, at)
+    for where in (("-m", model), (at, "--key", keys, "--seen", kept)):
+        code, failed, _ = ask("log", "check", *where)
+        assert (code, failed["error"]["message"][:48]) == (
+            4,
+            "the log does not continue a checkpoint that was ",
+        )
+    assert ask("log", "check", at, "--key", keys)[0] == 0  # who kept nothing sees nothing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["check", "absent", "--key", "KEYS"], 4),
+        (["check", "LOG", "--key", "absent"], 2),
+        (["check", "LOG", "--key", "JUNK"], 4),
+        (["check", "LOG", "--key", "KEYS", "--seen", "JUNK"], 4),
+        (["check", "LOG", "--key", "KEYS", "--witness", "junk"], 4),
+        (["check", "ftp://example.com/log", "--key", "KEYS"], 2),
+        (["cosign", "LOG", "--key", "KEYS", "--witness-key", "JUNK", "--state", "absent"], 2),
+        (["witness-key", "two words", "absent"], 4),
+        (["check", "http://127.0.0.1:9/log", "--key", "KEYS"], 6),
+    ],
+)
+def test_bad_input_is_typed(
+    model: Path, ask: Ask, tmp_path: Path, arguments: list[str], code: int
+) -> None:
+    (tmp_path / "junk").write_bytes(b"\xff{junk")
+    paths = {"LOG": model / "log", "KEYS": model / "log/keys.json", "JUNK": tmp_path / "junk"}
+    given = [paths.get(each, tmp_path / each if each == "absent" else each) for each in arguments]
+    found, failed, _ = ask("log", *given)
+    assert found == code
+    error = failed["error"]
+    assert error["message"]
+    assert error["next_step"] or error["expected"] or error["got"]
+
+
+def test_usage_is_checked(model: Path, sisa: Callable[..., tuple[int, str, str]]) -> None:
+    for given in ([], [model / "log"], ["-m", model, model / "log"], ["-m", model, "--key", "k"]):
+        assert sisa("log", "check", *given)[0] == 2
+
+
+def test_a_log_is_checked_without_heavy_packages(model: Path) -> None:
+    given = ["log", "check", str(model / "log"), "--key", str(model / "log/keys.json")]
+    code = (
+        f"import sys; from cluster.cli.cli import run; code = run({given!r}); "
+        f"print(code, sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "0 []"
