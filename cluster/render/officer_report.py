@@ -120,8 +120,7 @@ def check_evidence(
                 served = {each["name"]: each["digest"]["sha256"] for each in stated["subject"]}
                 found = replace(found, served=served)
     except (Refused, SisaError) as error:
-        where = f" ({error.where})" if error.where else ""
-        found = replace(found, fault=f"{error.what}{where}")
+        found = replace(found, fault=_fault(error))
     return found
 
 
@@ -193,20 +192,29 @@ def _read_evidence(model: Model, requests: Sequence[RequestView]) -> Evidence | 
     """Return what verifies of a model's evidence; None if it has no keys."""
     from sisa.evidence.hook import open_hook
     from sisa.evidence.keys import log_blobs, open_keys
+    from sisa.flows.wiring.wiring import EVIDENCE
 
-    keys, blobs = open_keys(model.config, model.id), log_blobs(model)
-    if keys is None and not blobs.held():
-        return None
-    hook = open_hook(model.directory, model.config, model.id)
-    pending = tuple(hook.pending([each.request for each in requests]))
-    signed = keys and keys.directory / SIGNED
-    kept = signed.read_bytes() if signed and signed.exists() else b""
+    blobs = log_blobs(model)
+    try:
+        keys = open_keys(model.config, model.id)
+        if keys is None and not blobs.held() and not (model.directory / EVIDENCE).exists():
+            return None
+        hook = open_hook(model.directory, model.config, model.id)
+        pending = tuple(hook.pending([each.request for each in requests]))
+        signed = keys and keys.directory / SIGNED
+        kept = signed.read_bytes() if signed and signed.exists() else b""
+    except SisaError as error:
+        return Evidence(fault=_fault(error))
     if keys and not kept and not blobs.num_bytes(CHECKPOINT):
         return Evidence(keys.present.keyid, pending=pending)  # nothing was signed yet
     found = check_evidence(
         lambda path: blobs.get(path, "file of the log"), keys.public if keys else None, kept
     )
     return replace(found, pending=pending)
+
+
+def _fault(error: Refused | SisaError) -> str:
+    return f"{error.what} ({error.where})" if error.where else error.what
 
 
 def report_body(found: Facts) -> dict[str, Any]:

@@ -104,8 +104,12 @@ class Evidence:
                 db.execute("INSERT OR REPLACE INTO commitments VALUES (?, ?)", (each.request_id, hashes))
 
     def drafts(self) -> dict[str, Draft]:
-        """Return the drafts by request."""
-        with self._tables() as db:
+        """Return the drafts by request; nothing is written."""
+        if not self.path.is_file():
+            return {}
+        with transaction(self.path, "", write=False) as db:
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'drafts'").fetchone():
+                return {}
             rows = db.execute(
                 "SELECT request, draft, hashes FROM drafts JOIN commitments USING (request)"
             )

@@ -171,3 +171,26 @@ def test_certificates_are_checked_as_an_outsider_would(
     assert standings == ["unverified"] * 3
     shutil.rmtree(model / "log")
     assert of_evidence(ask("report"))[1] == ["unverified"] * 3
+    (Path(ask("keys", "show")["directory"]) / "vrf.key").write_bytes(b"short")
+    assert of_evidence(ask("report"))[1] == ["unverified"] * 3
+
+
+def test_a_certificate_that_can_not_be_signed_is_pending(ask: Callable[..., dict[str, Any]]) -> None:
+    directory = Path(ask("keys", "init")["directory"])
+    ask("forget", care_model.record(0).id)
+    directory.rename(directory.with_name("elsewhere"))
+    ask("forget", care_model.record(1).id)
+    report = ask("report")
+    assert of_evidence(report) == ("", ["verified", "pending"])
+    assert "Certificates that are pending" in {each["what"] for each in report["attention"]}
+    directory.with_name("elsewhere").rename(directory)
+    ask("run")
+    assert of_evidence(ask("report")) == ("", ["verified", "verified"])
+
+
+def test_a_report_writes_nothing_into_the_model(ask: Callable[..., dict[str, Any]], model: Path) -> None:
+    ask("keys", "init")
+    ask("forget", care_model.record(0).id)
+    kept = {path: path.read_bytes() for path in sorted(model.rglob("*")) if path.is_file()}
+    ask("report")
+    assert {path: path.read_bytes() for path in sorted(model.rglob("*")) if path.is_file()} == kept
