@@ -1,15 +1,20 @@
-"""Show a model to people who check it: `sisa report`."""
+"""Show a model to people who check it: `sisa report`, `sisa revocations` and `sisa check-adapter`."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cluster.cli.command import PATH, command, model_option, opened
+from cluster.cli.command import PATH, command, command_group, model_option, opened, read_bytes
 from cluster.render.render import Result, counted
+from sisa.core.errors import InvalidInput
+
+EXIT_REVOKED = 7
 
 
 @command("report", "-m model --html report.html")
@@ -33,3 +38,91 @@ def report(directory: Path, target: Path | None, made_by: str) -> Result:
         write_atomic(target, page(body).encode())
         lines.append(f"page: {target}")
     return Result(body | {"html": str(target) if target else None}, lines)
+
+
+revocations = command_group(
+    "revocations", "Tell the holders of copies which adapters deletions revoked."
+)
+
+
+@command("publish", "-m model", group=revocations)
+@model_option
+@click.option(
+    "-o",
+    "--output",
+    "target",
+    type=PATH,
+    help="File to write; by default revocations.json beside the log.",
+)
+@click.option("--days", default=7, type=click.IntRange(1, 366), help="Days after which it is refused.")
+def publish_feed(directory: Path, target: Path | None, days: int) -> Result:
+    """Sign the feed of all adapters that deletions revoked."""
+    from sisa.evidence.revocations import publish
+
+    with opened(directory) as model:
+        found = publish(model, target, days)
+    lines = [
+        f"feed      {found.feed}",
+        f"number    {found.sequence}, valid until {found.next_update}",
+        f"revoked   {counted(found.revoked, 'adapter')}, {found.pending} of them by deletions that are "
+        "not certified yet",
+    ]
+    return Result(asdict(found), lines)
+
+
+@command("check-adapter", "adapters/v1/shard-00000 --feed revocations.json --key keys.json")
+@click.argument("held", metavar="DIRECTORY", type=PATH)
+@click.option("--feed", "feed_file", required=True, type=PATH, help="The newest feed of revocations.")
+@click.option("--key", "key_file", required=True, type=PATH, help="The model's public keys.")
+@click.option(
+    "--not-older-than",
+    "seen",
+    metavar="NUMBER|FEED",
+    help="Number of a feed, or a feed that you kept: refuse one that is behind it.",
+)
+def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None) -> Result:
+    """Tell offline whether copies of adapters must go. Exit with 7 if a deletion revoked one."""
+    from sisa.evidence.model_signature import signed_weights
+    from sisa.verifier.envelope import parse_keys
+    from sisa.verifier.feed import check_adapter, check_present, verify_feed
+
+    if not held.exists():
+        raise InvalidInput(
+            "there is nothing to check", where=str(held), expected="a directory or a file"
+        )
+    keys = parse_keys(read_bytes(key_file))
+    feed = verify_feed(read_bytes(feed_file), keys)
+    kept = None if seen is None or seen.isdecimal() else verify_feed(read_bytes(Path(seen)), keys)
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    check_present(feed, now, int(seen) if seen and seen.isdecimal() else 0, kept)
+    files = check_adapter(held.resolve() if held.is_dir() else held, feed)
+    revoked = {
+        path: feed["revoked"][sha256] for path, sha256 in files.items() if sha256 in feed["revoked"]
+    }
+    signed = [] if revoked else signed_weights(files, keys.exports)
+    return checked(feed, files, revoked, signed)
+
+
+def checked(
+    feed: dict[str, Any], files: dict[str, str], revoked: dict[str, dict[str, str]], signed: list[str]
+) -> Result:
+    """Render which weights files were revoked, and which are as they were exported."""
+    lines, rows = [], []
+    for path, sha256 in files.items():
+        by = revoked.get(path)
+        if by is None:
+            lines.append(
+                f"not revoked  {path}" + (", as exported (model.sig)" if path in signed else "")
+            )
+        else:
+            certificate = f"certificate {by['certificate']}"
+            named = certificate if by["certificate"] else "a deletion that is not certified yet"
+            lines.append(f"REVOKED      {path}: by {named} on {by['date']}: delete it, and copies of it")
+        row = {"path": path, "sha256": sha256, "revoked": by is not None, "signed": path in signed}
+        rows.append(row | {name: by[name] if by else None for name in ("certificate", "date")})
+    facts = {name: feed[name] for name in ("model", "sequence", "published", "next_update")}
+    number, until = counted(len(feed["revoked"]), "adapter"), f"valid until {feed['next_update']}"
+    lines.append(f"feed {feed['sequence']} of {feed['published']}, {until}: {number} revoked")
+    return Result(
+        {"revoked": bool(revoked), "files": rows, **facts}, lines, EXIT_REVOKED if revoked else 0
+    )

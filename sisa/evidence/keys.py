@@ -56,7 +56,7 @@ from sisa.core.digest import KEY_BYTES, sha256_hex
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.ports import BlobStore
 from sisa.evidence.log import Log, origin
-from sisa.evidence.model_signature import export_key
+from sisa.evidence.model_signature import export_key, public_pem
 from sisa.flows.wiring.wiring import LOG, evidence_keys, open_areas
 from sisa.store.blobs import files
 from sisa.verifier import note
@@ -83,6 +83,7 @@ if TYPE_CHECKING:
 PUBLIC, HANDOVER, LOG_KEY, VRF_KEY = "public.json", "handover.json", "log.key", "vrf.key"
 KEY, SIGNER = ".key", ".signer"  # suffixes of the file of a key that signs statements
 PUBLISHED = "keys.json"  # the file of public keys, beside the log
+EXPORTS = "exports.pem"  # beside it: the public key of exports, for `model_signing verify key`
 MAX_KEY_FILE_BYTES = 1 << 20
 Reason = Literal["rotated", "lost", "leaked"]
 Signing = Callable[[bytes], bytes]  # the signature of a message
@@ -162,8 +163,10 @@ def open_log(keys: Keys, blobs: BlobStore) -> Log:
     """
     log = Log(blobs, keys)
     keys.settle(log)
-    if PUBLISHED not in blobs.held() or blobs.get(PUBLISHED, "file of public keys") != keys.public_file:
-        blobs.put(PUBLISHED, keys.public_file)
+    exports = public_pem(export_key(keys.log_seed).public_key())
+    for name, data in ((PUBLISHED, keys.public_file), (EXPORTS, exports)):
+        if name not in blobs.held() or blobs.get(name, "file of public keys") != data:
+            blobs.put(name, data)
     return log
 
 

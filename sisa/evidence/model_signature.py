@@ -18,6 +18,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import rfc8785
@@ -25,7 +26,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
 from sisa.core.digest import sha256_hex
 from sisa.store.checkpoints import ADAPTER
@@ -45,7 +46,7 @@ So does the operator's feed, beside the log: `sisa check-adapter DIRECTORY --fee
 keys.json` says offline whether this must go.
 
 `model.sig` signs the other files (OpenSSF Model Signing). With the key beside the log, `model_signing
-verify key DIRECTORY --signature DIRECTORY/model.sig --public-key exports.pem` checks it.
+verify key DIRECTORY --signature DIRECTORY/model.sig --public_key exports.pem` checks it.
 """
 _ECDSA = ec.ECDSA(hashes.SHA256())
 
@@ -101,8 +102,29 @@ def signed_files(data: bytes, public: ec.EllipticCurvePublicKey) -> dict[str, st
     return signed
 
 
+def signed_weights(files: Mapping[str, str], public: bytes) -> list[str]:
+    """Return the paths of those weights (sha256 by path) that a `model.sig` beside them signs.
+
+    Raise Refused if it signs other weights, or if another key than `public` (DER) made it.
+    """
+    signed = []
+    for path, sha256 in files.items():
+        beside = Path(path).with_name(SIGNATURE)
+        if not beside.is_file():
+            continue
+        key = load_der_public_key(public)
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise Refused("the model's public keys name none of exports", expected="ECDSA on P-256")
+        listed = signed_files(beside.read_bytes(), key).get(Path(path).name)
+        if listed != sha256:
+            what, step = "these weights are not those that were exported", "get the export again"
+            raise Refused(what, path, listed or "no such file", sha256, step)
+        signed.append(path)
+    return signed
+
+
 def public_pem(public: ec.EllipticCurvePublicKey) -> bytes:
-    """Return a public key as the file that `model_signing verify key --public-key` takes."""
+    """Return a public key as the file that `model_signing verify key --public_key` takes."""
     return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 

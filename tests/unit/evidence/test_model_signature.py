@@ -51,7 +51,7 @@ def test_model_signing_verifies_an_export_and_refuses_a_changed_one(tmp_path: Pa
     client = verifying.Config().use_elliptic_key_verifier(public_key=tmp_path / "exports.pem")
     client.verify(folder, folder / SIGNATURE)
     (folder / "adapter_model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(ValueError, match=r"Hash mismatch for 'adapter_model\.safetensors'"):
+    with pytest.raises(ValueError, match=r"Hash mismatch for .*adapter_model"):
         client.verify(folder, folder / SIGNATURE)
     (folder / SIGNATURE).write_bytes(sign_files("shard-00000", DIGESTS, STRANGER))
     with pytest.raises(ValueError, match="Key mismatch"):
