@@ -22,7 +22,10 @@ EXIT_REVOKED = 7
 @click.option("--html", "target", type=PATH, help="File to write; one that exists is replaced.")
 @click.option("--made-by", default="", show_default=False, help="Who makes the report; shown as given.")
 def report(directory: Path, target: Path | None, made_by: str) -> Result:
-    """Make one page for a privacy officer: requests, certificates, lineage, costs, what is covered."""
+    """Make one page for a privacy officer.
+
+    It shows requests, certificates, lineage, costs, and what is covered.
+    """
     from cluster.render.officer_report import page, read_facts, report_body
     from sisa.store.blobs.files import write_atomic
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sisa.evidence.keys import Keys, Reason
     from sisa.model import Model
 
-keys = command_group("keys", "Make, show and rotate the keys that sign evidence of deletions.")
+keys = command_group("keys", "Make, show and rotate the keys that sign evidence.")
 
 
 def signer_options(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -52,7 +52,7 @@ def make_keys(directory: Path, signer: str, public_key: Path | None) -> Result:
 @command("show", "-m model", group=keys)
 @model_option
 def show_keys(directory: Path) -> Result:
-    """Show a model's public keys, and where the file is that checks its certificates."""
+    """Show a model's public keys, and where their file is."""
     from sisa.evidence.keys import keys_of
 
     with opened(directory) as model:
@@ -141,7 +141,7 @@ def _shown(model: Model, found: Keys) -> Result:
     return Result({**places, **named, **body}, lines)
 
 
-log = command_group("log", "Show, check and cosign the transparency log of a model's statements.")
+log = command_group("log", "Show, check and cosign the transparency log.")
 key_option = click.option(
     "--key", "key_file", required=True, type=PATH, help="The model's public keys, or a log's vkey."
 )
@@ -169,7 +169,7 @@ def log_vkey(key_file: Path) -> str:
 @model_option
 @click.option("--last", "num_last", default=10, type=click.IntRange(0), help="Entries to list.")
 def show_log(directory: Path, num_last: int) -> Result:
-    """Show the log's checkpoint, who cosigned it, and the last entries."""
+    """Show the checkpoint, its witnesses and the last entries."""
     from sisa.evidence.keys import keys_of, log_blobs
     from sisa.evidence.log import Log
 
@@ -217,7 +217,10 @@ def check_log_command(
     witnesses: tuple[str, ...],
     seen: tuple[Path, ...],
 ) -> Result:
-    """Check a whole log, in a directory or at a URL: signatures, entries, tiles, continuity."""
+    """Check a whole log, in a directory or at a URL.
+
+    It checks signatures, entries and tiles, and that the log continues every checkpoint that was seen.
+    """
     from sisa.evidence.log import Log, check_log, published
 
     kept = [read_bytes(each) for each in seen]
@@ -241,7 +244,7 @@ def check_log_command(
 @model_option
 @click.argument("index", type=click.IntRange(0))
 def prove_entry(directory: Path, index: int) -> Result:
-    """Print the proof that an entry is in the log, as a .tlog-proof file."""
+    """Print the proof of an entry, as a .tlog-proof file."""
     from sisa.evidence.keys import keys_of, log_blobs
     from sisa.evidence.log import Log
 
@@ -254,7 +257,10 @@ def prove_entry(directory: Path, index: int) -> Result:
 @click.argument("name")
 @click.argument("file", type=PATH)
 def make_witness_key(name: str, file: Path) -> Result:
-    """Make a witness's key, in a new file, and print its vkey. NAME is a URL without its scheme."""
+    """Make a witness's key in a new file. Print its vkey.
+
+    NAME is a URL without its scheme.
+    """
     from sisa.evidence.log import new_witness
     from sisa.store.blobs.files import write_atomic
 
@@ -273,10 +279,11 @@ def make_witness_key(name: str, file: Path) -> Result:
     "--state", required=True, type=PATH, help="The witness's file for this log: what it signed last."
 )
 def cosign_log(where: str, key_file: Path, witness_key: Path, state: Path) -> Result:
-    """Cosign a log's checkpoint, as its witness, if it continues the one that was signed before.
+    """Cosign a log's checkpoint, as its witness.
 
-    WHERE is the log's directory or URL; at first, the file of a checkpoint will do. The line of the
-    signature is printed: the operator adds it by `sisa log add-cosignature`.
+    It must continue the one that was signed before. WHERE is the log's directory or URL; at first, the
+    file of a checkpoint will do. The line of the signature is printed: the operator adds it by `sisa log
+    add-cosignature`.
     """
     from sisa.evidence.log import cosign, published
 
@@ -293,7 +300,10 @@ def cosign_log(where: str, key_file: Path, witness_key: Path, state: Path) -> Re
     "--witness", "witnesses", multiple=True, required=True, metavar="VKEY", help="Whose signature it is."
 )
 def add_cosignature(directory: Path, file: Path, witnesses: tuple[str, ...]) -> Result:
-    """Add a witness's signature to the published checkpoint. FILE has its line, or the whole note."""
+    """Add a witness's signature to the checkpoint.
+
+    FILE has the line of the signature, or the whole note.
+    """
     from sisa.evidence.keys import keys_of, log_blobs
     from sisa.evidence.log import Log
 

@@ -103,7 +103,10 @@ def test_the_commands_are_those_of_the_readme() -> None:
             "forget",
             "gc",
         ),
-        *("generate", "init", "metrics", "plan", "quickstart"),
+        *("generate", "init"),
+        *(f"keys {each}" for each in ("check", "init", "rotate", "show")),
+        *("log add-cosignature", "log check", "log cosign", "log proof", "log show", "log witness-key"),
+        *("metrics", "plan", "quickstart", "report"),
         *(f"request {each}" for each in ("approve", "cancel", "deny", "extend", "hold", "list")),
         *(
             "request show",
@@ -175,7 +178,10 @@ def test_wrong_usage_is_2(sisa: Sisa, arguments: list[str]) -> None:
     assert "--help` shows options and an example" in error["next_step"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["approx"], ["cluster"], ["config"], ["eval"], ["request"]])
+GROUPS = ("approx", "cluster", "config", "eval", "keys", "log", "request")
+
+
+@pytest.mark.parametrize("arguments", [[], *([each] for each in GROUPS)])
 def test_no_command_shows_help_and_is_2(sisa: Sisa, arguments: list[str]) -> None:
     code, out, err = sisa(*arguments)
     assert (code, out) == (2, "")
