@@ -165,7 +165,7 @@ def open_log(keys: Keys, blobs: BlobStore) -> Log:
     keys.settle(log)
     exports = public_pem(export_key(keys.log_seed).public_key())
     for name, data in ((PUBLISHED, keys.public_file), (EXPORTS, exports)):
-        if name not in blobs.held() or blobs.get(name, "file of public keys") != data:
+        if not blobs.num_bytes(name) or blobs.get(name, "file of public keys") != data:
             blobs.put(name, data)
     return log
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,16 @@ def test_an_auditor_follows_the_hand_overs_offline(model: Path, ask: Ask, tmp_pa
     _, lost, _ = ask("keys", "rotate", "-m", model, "--lost")
     older = [part for each in lost["handovers"] for part in ("--handover", each)]
     assert ask("keys", "check", lost["published"], "--trusted", old, *older)[0] == 4
+
+
+def test_an_auditor_needs_little(model: Path, ask: Ask) -> None:
+    _, made, _ = ask("keys", "init", "-m", model)
+    arguments = ["keys", "check", made["published"], "--trusted", made["public_keys"]]
+    code = f"import sys; from cluster.cli.cli import run; run({arguments!r}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "cryptography" in loaded
+    assert not loaded & {"torch", "ray", "numpy", "faiss", "pydantic", "sqlalchemy", "securesystemslib"}
 
 
 def test_words_name_the_file_and_the_key(
