@@ -83,7 +83,7 @@ if TYPE_CHECKING:
 PUBLIC, HANDOVER, LOG_KEY, VRF_KEY = "public.json", "handover.json", "log.key", "vrf.key"
 KEY, SIGNER = ".key", ".signer"  # suffixes of the file of a key that signs statements
 PUBLISHED = "keys.json"  # the file of public keys, beside the log
-EXPORTS = "exports.pem"  # beside it: the public key of exports, for `model_signing verify key`
+EXPORTS_KEY = "exports.pem"  # beside it: the public key of exports, for `model_signing verify key`
 MAX_KEY_FILE_BYTES = 1 << 20
 Reason = Literal["rotated", "lost", "leaked"]
 Signing = Callable[[bytes], bytes]  # the signature of a message
@@ -164,7 +164,7 @@ def open_log(keys: Keys, blobs: BlobStore) -> Log:
     log = Log(blobs, keys)
     keys.settle(log)
     exports = public_pem(export_key(keys.log_seed).public_key())
-    for name, data in ((PUBLISHED, keys.public_file), (EXPORTS, exports)):
+    for name, data in ((PUBLISHED, keys.public_file), (EXPORTS_KEY, exports)):
         if not blobs.num_bytes(name) or blobs.get(name, "file of public keys") != data:
             blobs.put(name, data)
     return log

@@ -41,8 +41,13 @@ from sisa.store.blobs.keyring import read_secret
 from sisa.train import train_model
 
 NOT_GIVEN = ("datasets", "partition_key_file")  # of the operator's run file: other files replace them
-Verdict = Literal["equal", "same procedure, other bits", "other procedure", "differs"]
-VERDICTS: tuple[Verdict, ...] = ("equal", "same procedure, other bits", "other procedure", "differs")
+RebuildVerdict = Literal["equal", "same procedure, other bits", "other procedure", "differs"]
+VERDICTS: tuple[RebuildVerdict, ...] = (
+    "equal",
+    "same procedure, other bits",
+    "other procedure",
+    "differs",
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class RebuiltShard:
     same_numerics: bool
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> RebuildVerdict:
         if self.certified_key != self.rebuilt_key:
             return "other procedure"
         if not self.same_numerics:
@@ -84,7 +89,7 @@ class Rebuild:
     num_records: int  # of these shards
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> RebuildVerdict:
         return max((each.verdict for each in self.shards), key=VERDICTS.index)
 
 

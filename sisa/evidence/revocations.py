@@ -37,7 +37,7 @@ from sisa.verifier.note import Checkpoint
 
 FEED = "revocations.json"  # beside the log
 VALID_DAYS = 7
-TIME = "%Y-%m-%dT%H:%M:%SZ"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 Revoked = dict[str, dict[str, str]]  # certificate and date by adapter
 
@@ -122,8 +122,8 @@ def feed_statement(
         "predicate": {
             "model": model,
             "sequence": log.size + num_waiting,
-            "published": now.strftime(TIME),
-            "next_update": (now + timedelta(days)).strftime(TIME),
+            "published": now.strftime(TIME_FORMAT),
+            "next_update": (now + timedelta(days)).strftime(TIME_FORMAT),
             "revoked": {name: by for name, by in revoked.items() if name not in held},
             "reinstated": sorted(revoked.keys() & held),
         },
