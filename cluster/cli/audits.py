@@ -6,13 +6,16 @@ import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cluster.cli.command import PATH, command, command_group, model_option, opened, read_bytes
 from cluster.render.render import Result, counted
 from sisa.core.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from sisa.verifier.envelope import PublicKeys
 
 EXIT_REVOKED = 7
 
@@ -83,7 +86,8 @@ def publish_feed(directory: Path, target: Path | None, days: int) -> Result:
     metavar="NUMBER|FEED",
     help="Number of a feed, or a feed that you kept: refuse one that is behind it.",
 )
-def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None) -> Result:
+@click.option("--log", "log", metavar="DIR|URL", help="The published log: the feed must be complete.")
+def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None, log: str | None) -> Result:
     """Tell offline whether copies of adapters must go. Exit with 7 if a deletion revoked one."""
     from sisa.evidence.model_signature import signed_weights
     from sisa.verifier.envelope import parse_keys
@@ -98,12 +102,37 @@ def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None) ->
     kept = None if seen is None or seen.isdecimal() else verify_feed(read_bytes(Path(seen)), keys)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     check_present(feed, now, int(seen) if seen and seen.isdecimal() else 0, kept)
+    if log is not None:
+        _check_complete(feed, log, keys)
     files = check_adapter(held.resolve() if held.is_dir() else held, feed)
     revoked = {
         path: feed["revoked"][sha256] for path, sha256 in files.items() if sha256 in feed["revoked"]
     }
     signed = [] if revoked else signed_weights(files, keys.exports)
     return checked(feed, files, revoked, signed)
+
+
+def _check_complete(feed: dict[str, Any], log: str, keys: PublicKeys) -> None:
+    """Raise Refused if a certificate in a published log revokes what the feed does not name."""
+    from sisa.evidence.log import check_log, published
+    from sisa.verifier.certificate import CERTIFICATES, verify_chain
+    from sisa.verifier.envelope import Refused
+
+    read = published(log)
+    _, _, entries = check_log(read, keys.log)
+    known = {*feed["revoked"], *map(str, feed["reinstated"])}
+    for certificate, statement in verify_chain(entries, read, keys):
+        if statement["predicateType"] not in CERTIFICATES:
+            continue
+        revokes = statement["predicate"].get("revokes")
+        if not isinstance(revokes, list) or not known.issuperset(map(str, revokes)):
+            raise Refused(
+                "the feed does not name what a certificate in the log revokes",
+                where=f"certificate {certificate}",
+                expected=f"a feed of {len(entries)} entries, without gaps",
+                got=f"a feed of {feed['sequence']} entries",
+                next_step="get the newest feed; if this is it, keep it and the log: they contradict",
+            )
 
 
 def checked(

@@ -10,9 +10,11 @@ from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
+from sisa.evidence.keys import read_keys
 from sisa.verifier.certificate import EXACT
 from tests.models.confessing import DELETED, NAME, build, record, use_fake_resources
 
@@ -125,6 +127,26 @@ def test_an_older_feed_is_refused(model: Path, ask: Ask, copies: Path, tmp_path:
         assert error["message"] == "the feed is behind one seen before"
         assert error["next_step"] == "get the newest feed"
     ask("check-adapter", copies, *published(model, "--not-older-than", old), code=7)
+
+
+def test_a_feed_that_leaves_out_what_a_certificate_revoked_is_refused(
+    model: Path, ask: Ask, copies: Path
+) -> None:
+    """By an old one that is still valid, and by an operator who signs a shorter one."""
+    ask("revocations", "publish", "-m", model)
+    forget(model, ask)
+    held = (copies, *published(model, "--log", model / "log"))
+    error = ask("check-adapter", *held, code=4)["error"]
+    assert error["message"] == "the feed does not name what a certificate in the log revokes"
+    ask("revocations", "publish", "-m", model)
+    ask("check-adapter", *held, code=7)
+    keys = read_keys(model.parent / "state" / "sisa" / "evidence-keys" / NAME, NAME)
+    assert keys is not None
+    feed = model / "log" / "revocations.json"
+    statement = json.loads(b64decode(json.loads(feed.read_bytes())["payload"]))
+    statement["predicate"]["revoked"].popitem()
+    feed.write_bytes(keys.sign(statement))
+    assert ask("check-adapter", *held, code=4)["error"] == {**error, "got": ANY}
 
 
 def test_what_is_no_feed_of_the_model_is_refused(

@@ -72,6 +72,12 @@ def test_an_export_says_what_would_revoke_it_and_the_signature_covers_that() -> 
         check_signature(signed[SIGNATURE], DIGESTS, KEY.public_key())
 
 
+def test_the_card_of_a_merged_model_names_its_weights() -> None:
+    files = {"README.md": b"# v1-merged-model\n", "config.json": b"{}", "model.safetensors": b"whole"}
+    card = sign_export("deletion-ready-model/0f", KEY, "v1-merged-model", files)["README.md"].decode()
+    assert f"`model.safetensors`: `{hashlib.sha256(b'whole').hexdigest()}`" in card
+
+
 def test_the_key_of_exports_stays_the_same() -> None:
     """It is drawn from the log's seed: another derivation would disown every export."""
     drawn = [export_key(bytes([each]) * 32).private_numbers().private_value for each in (0, 0, 1)]

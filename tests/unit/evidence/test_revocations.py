@@ -17,6 +17,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+from google.protobuf.json_format import ParseDict
+from in_toto_attestation.v1.statement import Statement
+from in_toto_attestation.v1.statement_pb2 import Statement as StatementPb
 
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Export, active
@@ -77,6 +80,8 @@ def test_a_deletion_revokes_the_copies_that_it_touched(model: Certified) -> None
     assert (said["sequence"], said["next_update"]) == (model.log.size, END)
     stated = {"_type": STATEMENT_TYPE, **statement(model)}
     jsonschema.validate(stated, SCHEMA)
+    in_toto = ParseDict(stated, StatementPb())
+    Statement.copy_from_pb(in_toto).validate()
     assert stated["subject"][0]["digest"] == {"sha256": model.log.checkpoint.root.hex()}
 
 
