@@ -106,7 +106,7 @@ class Tiles:
         if path not in self._held:
             self._held[path] = self._read(path)
             if len(self._held[path]) != width * 32:
-                raise _damaged(path, "a tile of the log has another size")
+                raise Refused("a tile of the log has another size", where=path)
         return self._held[path]
 
     def inclusion(self, index: int) -> list[bytes]:
@@ -260,10 +260,17 @@ class Log:
 
     def proof(self, index: int) -> bytes:
         """Return the `.tlog-proof` of an entry, against the published checkpoint. Raise InvalidInput."""
-        published, size = self.note(), self.size
-        if not 0 <= index < size:
-            raise InvalidInput("the log has no such entry", expected=f"below {size}", got=str(index))
-        return proof_text(index, Tiles(self._read, size).inclusion(index), published)
+        published, now = self.note(), self.checkpoint
+        if not 0 <= index < now.size:
+            raise InvalidInput("the log has no such entry", expected=f"below {now.size}", got=str(index))
+        try:
+            tiles = Tiles(self._read, now.size)
+            path, leaf = tiles.inclusion(index), tiles.hash(index, index + 1)
+            merkle.verify_inclusion(leaf, index, now.size, path, now.root)
+        except Refused as error:
+            what = f"the log's tiles are not those of its checkpoint: {error.what}"
+            raise _damaged(self._blobs.location(error.where), what) from error
+        return proof_text(index, path, published)
 
     def entries(self, start: int = 0) -> Iterator[Entry]:
         """Yield the entries from number `start` on. Raise IntegrityError for a damaged bundle."""
@@ -522,7 +529,16 @@ def cosign(
         seen = NO_ENTRIES
         if state.exists():
             seen = note.open_checkpoint(files.read_whole(state, "checkpoint"), log_vkey)
-        Tiles(read, checkpoint.size).check_follows(seen, checkpoint)
+        try:
+            Tiles(read, checkpoint.size).check_follows(seen, checkpoint)
+        except Refused as error:
+            raise Refused(
+                "the log does not continue the checkpoint that this witness signed last",
+                where=str(state),
+                expected=f"{seen.size} entries with the root {seen.root.hex()}, and more",
+                got=f"{checkpoint.size} entries with the root {checkpoint.root.hex()}: {error.what}",
+                next_step="if it is no older copy of the log, keep both checkpoints: they are evidence",
+            ) from error
         files.write_atomic(state, signed)
     at = int(time.time() if now is None else now)
     made = key.id + at.to_bytes(8) + signer.sign(note.cosigned(checkpoint_text(checkpoint), at))

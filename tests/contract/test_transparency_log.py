@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from sisa.audit.findings import examine
+from sisa.audit.garbage import list_garbage, remove_garbage
+from sisa.audit.residue import scan_residue
+from sisa.config.runfile import parse_run_file
 from sisa.core.ports import BlobStore
 from sisa.evidence.log import Log, check_tiles
+from sisa.flows.wiring.context import Context, purge
+from sisa.flows.wiring.wiring import LOG
 from sisa.store.blobs.files import LocalBlobs
 from sisa.verifier import note
 from tests.fakes.s3_server import fresh_blobs
+from tests.models.confessing import RUN_FILE, context_of, record, train_in
 from tests.models.written_log import TYPE, Keys, Place, entry, fill, statement
 
 
@@ -46,3 +54,41 @@ def test_a_log_grows_over_the_edge_of_a_tile(blobs: BlobStore, tmp_path: Path) -
         assert not blobs.below(f"tile/{kind}").parts("000.p")  # the partial ones are gone
         assert blobs.below(f"tile/{kind}").parts("001.p") == {"1", "2"}
     note.verify_proof(log.proof(256), entry(256), place.vkey)
+
+
+@pytest.fixture(params=["disk", "objects"])
+def model(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Context, Path]]:
+    """Yield a model, one of them with a storage in a bucket that keeps versions."""
+    storage = None
+    if request.param == "objects":
+        found = fresh_blobs(server := request.getfixturevalue("s3"))
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.url)
+        storage = f"s3://{found.bucket}/{found.prefix}"
+    config = parse_run_file(RUN_FILE, "run.yaml").model_copy(update={"storage": storage})
+    train_in(tmp_path / "model", config, [record(number) for number in range(6)])
+    with context_of(tmp_path / "model") as context:
+        yield context, tmp_path / "model"
+
+
+def test_a_log_is_no_garbage_and_no_residue(model: tuple[Context, Path], tmp_path: Path) -> None:
+    context, directory = model
+    keys, blobs = Keys(tmp_path / "keys"), context.stores.blobs[LOG]
+    for number in range(3):
+        Log(blobs, keys).append(statement(number), TYPE)
+    assert list_garbage(context, directory) == ()
+    assert purge(context, dry_run=True) == ()
+    scan = scan_residue(context, directory, texts=["a text that is nowhere"])
+    assert (scan.residue, scan.clean) == ((), True)
+    found = scan_residue(context, directory, texts=[TYPE])  # the log is searched
+    assert {each.kind for each in found.residue} == {"string"}
+    assert examine(context, directory) == []
+    if isinstance(blobs, LocalBlobs):
+        (blobs.root / ".tmp-abc").write_bytes(b"left by a killed process")
+        blobs.root.chmod(0o755)  # to be published
+        (left,) = list_garbage(context, directory)
+        assert (left.path, left.removable) == ("log/.tmp-abc", True)
+        assert [each.kind for each in examine(context, directory)] == ["unknown"]
+        remove_garbage(context, directory)
+    assert Log(blobs, keys).check().size == 3

@@ -261,6 +261,17 @@ def test_a_damaged_log_signs_nothing(place: Place, name: str) -> None:
     assert place.log.append(statement(3), TYPE) == 3
 
 
+@pytest.mark.parametrize("name", ["tile/0/000.p/3", "checkpoint"])
+def test_a_damaged_log_proves_nothing(place: Place, name: str) -> None:
+    for number in range(3):
+        place.log.append(statement(number), TYPE)
+    data = (place.at / name).read_bytes()
+    for damaged in (data[:-1], data[:70] + b"x" + data[71:]):
+        (place.at / name).write_bytes(damaged)
+        with pytest.raises(IntegrityError):
+            place.log.proof(0)
+
+
 def test_damage_is_named_where_entries_and_statements_are_read(place: Place) -> None:
     place.log.append(statement(0), TYPE)
     (path,) = place.at.glob("statements/*")
@@ -439,8 +450,9 @@ def test_a_witness_refuses_a_log_that_was_rewritten(place: Place, tmp_path: Path
         for number in numbers:
             forged.log.append(statement(number), TYPE)
         assert len(forged.outsider()[1]) == len(numbers)  # signed, and sound for who saw no other
-        with pytest.raises(Refused, match="does not hold"):
+        with pytest.raises(Refused, match="does not continue the checkpoint") as caught:
             cosign(forged.read, place.vkey, private, state)
+        assert caught.value.expected.startswith("4 entries")
     other = another_log(place)
     with pytest.raises(Refused, match="not signed as expected"):
         cosign(other.read, place.vkey, private, state)
