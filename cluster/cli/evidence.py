@@ -1,7 +1,8 @@
-"""Give evidence of deletions to outsiders: `sisa keys` and `sisa log`."""
+"""Give evidence to outsiders: `sisa keys`, `sisa log`, `sisa prove`, `sisa verify-proof`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,13 +10,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cluster.cli.command import PATH, command, command_group, model_option, opened, read_bytes, read_text
+from cluster.cli.command import (
+    PATH,
+    STANDARD_INPUT,
+    command,
+    command_group,
+    model_option,
+    opened,
+    read_bytes,
+    read_text,
+)
 from cluster.render.render import Result
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from sisa.evidence.keys import Keys, Reason
     from sisa.model import Model
+    from sisa.verifier.envelope import PublicKeys
+    from sisa.verifier.membership import MembershipProof
 
 keys = command_group("keys", "Make, show and rotate the keys that sign evidence.")
 
@@ -314,3 +326,94 @@ def add_cosignature(directory: Path, file: Path, witnesses: tuple[str, ...]) -> 
         names = [name for name, _ in found.cosigners()]
     body = {"size": now.size, "root": now.root.hex(), "cosigned": names}
     return Result(body, [f"{_entries(now.size)}, cosigned by {', '.join(names)}"])
+
+
+@command("prove", "p001-q1 -m model -o proof.json")
+@click.argument("record", metavar="ID")
+@model_option
+@click.option("-o", "--output", "target", required=True, type=PATH, help="File to write.")
+def write_proof(record: str, directory: Path, target: Path) -> Result:
+    """Prove to a person whether the model holds their record. Write a file."""
+    from sisa.evidence.issued import membership_file
+    from sisa.evidence.keys import keys_of
+    from sisa.store.blobs.files import write_atomic
+    from sisa.verifier.membership import verify_membership
+
+    if record == str(STANDARD_INPUT):  # others can see a command line
+        record = read_text(STANDARD_INPUT).rstrip("\n")
+    with opened(directory) as model:
+        data, keys = membership_file(model, record), keys_of(model)
+    proof = _proof(verify_membership(data, keys.public))
+    write_atomic(target, data)
+    return Result({"file": str(target), **proof.json}, [*proof.lines, f"written: {target}"])
+
+
+@command("verify-proof", "proof.json --key keys.json --log log")
+@click.argument("file", type=PATH)
+@click.option("--key", "key_file", required=True, type=PATH, help="The model's public keys.")
+@click.option(
+    "--log",
+    "published_log",
+    metavar="DIR|URL",
+    help="The published log: check that nothing newer is stated.",
+)
+def verify_proof_file(file: Path, key_file: Path, published_log: str | None) -> Result:
+    """Check offline whether a model holds a record. Exit with 4 if the proof is refused."""
+    from sisa.verifier.envelope import parse_keys
+    from sisa.verifier.membership import verify_membership
+
+    public = parse_keys(read_bytes(key_file))
+    data = read_bytes(file)
+    found = verify_membership(data, public)
+    if published_log is not None:
+        _check_newest(found, data, public, published_log)
+    proof = _proof(found)
+    newest = "nothing newer is stated in the log"
+    if published_log is None:
+        newest = "whether something newer is stated, the published log says: --log"
+    body = {"ok": True, "newest": None if published_log is None else True}
+    return Result(body | proof.json, [*proof.lines, f"  {newest}"])
+
+
+def _proof(found: MembershipProof) -> Result:
+    state, present = found.state, found.present or {}
+    stated = state.statement["predicate"]
+    as_of = str(stated.get("issued_at", "an unknown time"))
+    where = f"in shard {present['shard']} since {present['since']}" if present else "not in the model"
+    body = {
+        "id": found.record_id,
+        "present": bool(present),
+        "shard": present.get("shard"),
+        "since": present.get("since"),
+        "as_of": as_of,
+        "model": stated["model"],
+        "root": stated["membership"]["after"],
+        "entry": state.index,
+        "log_size": state.checkpoint.size,
+    }
+    lines = [
+        f"{found.record_id}: {where}, as served at {as_of}",
+        f"  model {stated['model']}, entry {state.index} of a log of {state.checkpoint.size}",
+    ]
+    return Result(body, lines)
+
+
+def _check_newest(found: MembershipProof, proof: bytes, keys: PublicKeys, where: str) -> None:
+    """Check a whole log. Raise Refused if its newest statement is about other records than the proof."""
+    from sisa.evidence.log import check_log, published
+    from sisa.verifier.certificate import CHAINED, verify_chain
+    from sisa.verifier.envelope import Refused
+    from sisa.verifier.note import parse_proof
+
+    read, logged = published(where), json.loads(json.loads(proof)["state"])["proof"].encode()
+    _, _, entries = check_log(read, keys.log, seen=[parse_proof(logged)[2]])
+    chain = [each for _, each in verify_chain(entries, read, keys) if each["predicateType"] in CHAINED]
+    newest, root = chain[-1]["predicate"], found.state.statement["predicate"]["membership"]["after"]
+    if newest["membership"]["after"] != root:
+        raise Refused(
+            "the proof is about an older state than the newest one in the log",
+            where=where,
+            expected=f"the records of entry {newest['sequence']}",
+            got=f"those of entry {found.state.index}",
+            next_step="ask the model's owner for a new proof",
+        )

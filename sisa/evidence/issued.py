@@ -1,10 +1,11 @@
-"""Hand out what was issued: certificates as files, and receipts for the people whom they are about.
+"""Hand out what was issued as files: certificates, receipts, and membership proofs.
 
 A file holds all that an outsider needs besides the public keys (`sisa/verifier/certificate.py`).
-A receipt names one record: give it to its requester alone.
+Receipts and membership proofs name one record: give them to its requester alone.
 
     certificate_file(model, "req-...")             a certificate, or any other statement by its sha256
     receipt_file(model, "req-...", "p001-q1")      shows that the certificate is about this record
+    membership_file(model, "p001-q1")              shows whether the model holds this record
 """
 
 from __future__ import annotations
@@ -14,17 +15,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sisa.core.domain import Request
-from sisa.core.errors import InvalidInput, SisaError, UnknownRecord
+from sisa.core.errors import InvalidInput, Outdated, SisaError, UnknownRecord
 from sisa.evidence.certificate import salt_of
 from sisa.evidence.hook import EvidenceHook, Logged, open_hook
 from sisa.evidence.keys import Keys, open_keys
 from sisa.evidence.log import Log
+from sisa.evidence.membership import Membership
 from sisa.flows import lifecycle
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.wiring import LOG
 from sisa.model import Model
-from sisa.verifier.certificate import CERTIFICATE_FILE, CERTIFICATES, RECEIPT_FILE, commitment, log_entry
+from sisa.verifier.certificate import (
+    CERTIFICATE_FILE,
+    CERTIFICATES,
+    CHAINED,
+    RECEIPT_FILE,
+    commitment,
+    log_entry,
+)
 from sisa.verifier.envelope import canonical
+from sisa.verifier.membership import MEMBERSHIP_FILE
 from sisa.verifier.merkle import inclusion_path, leaf_hash
 
 
@@ -124,15 +134,35 @@ def standing(model: Model, request_id: str) -> str:
 def certificate_file(model: Model, name: str) -> bytes:
     """Return a certificate, by its request, or any statement, by its sha256, as a file."""
     with reading(model) as found:
-        each = found.named(name)
-        envelope, proof = found.log.statement(each.sha256), found.log.proof(each.sequence)
-    entry = log_entry(each.sha256, each.kind).decode()
+        return _file(found.log, found.named(name))
+
+
+def _file(log: Log, each: Logged) -> bytes:
     file = {
         "type": CERTIFICATE_FILE,
-        "envelope": envelope.decode(),
-        "entry": entry,
-        "proof": proof.decode(),
+        "envelope": log.statement(each.sha256).decode(),
+        "entry": log_entry(each.sha256, each.kind).decode(),
+        "proof": log.proof(each.sequence).decode(),
     }
+    return canonical(file) + b"\n"
+
+
+def membership_file(model: Model, record_id: str) -> bytes:
+    """Return the proof that an id is in the model, or that it is not, by the newest statement.
+
+    Raise Outdated if the model has changed since.
+    """
+    with reading(model) as found:
+        stated = [each for each in found.issued.logged if each.kind in CHAINED]
+        tree = Membership(found.hook.evidence.path, found.keys.vrf_secret)
+        if not stated or tree.root != stated[-1].after or tree.is_behind(found.context):
+            raise Outdated(
+                "no statement says what the model holds now",
+                where=str(model.directory),
+                next_step="`sisa certificate issue` makes one",
+            )
+        proof, state = tree.prove(record_id), _file(found.log, stated[-1]).decode()
+    file = {"type": MEMBERSHIP_FILE, "id": record_id, "state": state, **proof}
     return canonical(file) + b"\n"
 
 

@@ -182,6 +182,10 @@ def _label(prefix: str, digit: str) -> bytes:
     return int(prefix.ljust(LABEL_BITS, digit), 2).to_bytes(LABEL_BYTES, "big")
 
 
+def _slices(context: Context) -> dict[SlicePosition, SliceFile]:
+    return {(file.shard, file.slice): file for file in context.stores.ledger.slices()}
+
+
 class Membership:
     """The tree of one model, in a file, with the key of its labels."""
 
@@ -200,6 +204,11 @@ class Membership:
         """Return the number of records. Raise IntegrityError if there is no tree."""
         with self._tree(write=False) as tree:
             return tree.num_records
+
+    def is_behind(self, context: Context) -> bool:
+        """Return whether the ledger's slices are others than the tree has. Raise IntegrityError."""
+        with self._tree(write=False) as tree:
+            return bool(tree.changed(_slices(context)))
 
     def sync(self, context: Context) -> tuple[str, str]:
         """Bring the tree to what the ledger holds; return its roots before and after.
@@ -272,7 +281,7 @@ class Membership:
             raise damaged(self.path, str(error)) from error
 
     def _synced(self, context: Context) -> tuple[str, str]:
-        slices = {(file.shard, file.slice): file for file in context.stores.ledger.slices()}
+        slices = _slices(context)
         with self._tree(write=True) as tree:
             before, changed = tree.root, tree.changed(slices)
             if changed:

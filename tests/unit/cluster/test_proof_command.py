@@ -1,0 +1,148 @@
+"""`sisa prove` and `sisa verify-proof`: a person asks whether a model holds their record."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa.audit.doctor import diagnose
+from sisa.audit.repair import repair
+from sisa.evidence.issued import issue
+from sisa.evidence.keys import start_evidence
+from sisa.flows.wiring.wiring import EVIDENCE
+from sisa.model import open_model
+from tests.models.confessing import build, record, use_fake_resources
+
+Ask = Callable[..., dict[str, Any]]
+ID, OTHER = record(1).id, record(2).id
+HEAVY = {"torch", "ray", "faiss", "numpy", "transformers", "sqlalchemy", "pydantic", "scipy"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    build(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a model with keys and a first statement; `keys.json` and `log` lie beside it."""
+    use_fake_resources(monkeypatch)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    directory = Path(shutil.copytree(trained, tmp_path / "model"))
+    (tmp_path / "keys.json").write_bytes(start_evidence(open_model(directory)).public_file)
+    issue(open_model(directory))
+    (tmp_path / "log").symlink_to(directory / "log")
+    return directory
+
+
+@pytest.fixture
+def ask(sisa: Callable[..., tuple[int, str, str]]) -> Ask:
+    """Run a command; return its JSON with its exit code."""
+
+    def run(*arguments: Any) -> dict[str, Any]:
+        code, out, _ = sisa(*arguments, "--json")
+        return {**json.loads(out), "code": code}
+
+    return run
+
+
+def prove(ask: Ask, model: Path, record_id: str, name: str = "proof.json") -> dict[str, Any]:
+    return ask("prove", record_id, "-m", model, "-o", model.parent / name)
+
+
+def verify(ask: Ask, model: Path, *options: Any, name: str = "proof.json") -> dict[str, Any]:
+    return ask("verify-proof", model.parent / name, "--key", model.parent / "keys.json", *options)
+
+
+def test_a_person_learns_that_a_record_is_there_and_that_it_is_gone(model: Path, ask: Ask) -> None:
+    said = prove(ask, model, ID)
+    held = verify(ask, model)
+    assert (held["code"], held["ok"], held["id"], held["present"]) == (0, True, ID, True)
+    assert {name: said[name] for name in ("shard", "since", "as_of", "root")}.items() <= held.items()
+    assert held["newest"] is None
+    assert verify(ask, model, "--log", model / "log")["newest"] is True
+
+    open_model(model, executor="serial").forget([ID])
+    gone = prove(ask, model, ID, "later.json")
+    assert (gone["present"], gone["shard"], gone["since"]) == (False, None, None)
+    later = verify(ask, model, "--log", model / "log", name="later.json")
+    assert (later["code"], later["present"], later["newest"]) == (0, False, True)
+    assert later["entry"] > held["entry"]
+
+    old = verify(ask, model)  # it is about its own time, and says which
+    assert (old["code"], old["present"], old["as_of"]) == (0, True, held["as_of"])
+    refused = verify(ask, model, "--log", model / "log")
+    assert (refused["code"], refused["error"]["type"]) == (4, "IntegrityError")
+    assert "older" in refused["error"]["message"]
+
+
+def test_words_say_what_is_known(model: Path, sisa: Callable[..., tuple[int, str, str]]) -> None:
+    proof, keys = model.parent / "proof.json", model.parent / "keys.json"
+    for record_id, words in ((ID, "in shard"), ("nobody", "not in the model")):
+        assert sisa("prove", record_id, "-m", model, "-o", proof)[0] == 0
+        code, out, _ = sisa("verify-proof", proof, "--key", keys)
+        assert code == 0
+        assert out.startswith(f"{record_id}: {words}")
+
+
+def test_a_log_that_was_set_back_is_refused(model: Path, ask: Ask) -> None:
+    before = shutil.copytree(model / "log", model.parent / "before")
+    open_model(model, executor="serial").forget([ID])
+    prove(ask, model, ID)
+    assert verify(ask, model, "--log", before)["code"] == 4
+
+
+def test_a_proof_needs_a_statement_about_what_is_held(model: Path, ask: Ask) -> None:
+    proof = model.parent / "proof.json"
+    (model / EVIDENCE).write_bytes(b"x" * 8192)
+    damaged = prove(ask, model, ID)
+    assert (damaged["code"], damaged["error"]["type"]) == (4, "IntegrityError")
+    assert "doctor --repair" in damaged["error"]["next_step"]
+    assert not proof.exists()
+    found = [(each.kind, each.repair) for each in diagnose(model).findings]
+    assert ("evidence_damaged", "evidence") in found
+    assert repair(open_model(model, executor="serial")).after.healthy
+    assert prove(ask, model, ID)["present"] is True
+    assert verify(ask, model, "--log", model / "log")["newest"] is True
+
+
+def test_bad_files_are_refused_with_what_is_wrong(model: Path, ask: Ask) -> None:
+    folder = model.parent
+    prove(ask, model, ID)
+    for name, data in (("cut", (folder / "proof.json").read_bytes()[:-40]), ("keys", b"{}\n")):
+        (folder / name).write_bytes(data)
+        refused = verify(ask, model, name=name)
+        assert refused["code"] == 4
+        assert refused["error"]["message"]
+    missing = verify(ask, model, name="missing")
+    assert (missing["code"], missing["error"]["type"]) == (2, "InvalidInput")
+    other = ask("verify-proof", folder / "proof.json", "--key", folder / "proof.json")
+    assert other["code"] == 4
+
+
+def test_a_proof_is_checked_without_the_model_and_its_libraries(model: Path, ask: Ask) -> None:
+    prove(ask, model, ID)
+    shutil.copytree(model / "log", model.parent / "published")
+    model.rename(model.parent / "away")
+    arguments = ["verify-proof", "proof.json", "--key", "keys.json", "--log", "published"]
+    code = (
+        f"from cluster.cli.cli import run; code = run({arguments})\n"
+        "import sys, time; print(time.process_time(), code, *sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=model.parent, capture_output=True, text=True, check=True
+    )
+    seconds, exit_code, *modules = done.stderr.split()
+    assert exit_code == "0"
+    assert HEAVY & set(modules) == set()
+    assert float(seconds) < 1
+    assert ID in done.stdout
