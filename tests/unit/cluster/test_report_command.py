@@ -56,6 +56,13 @@ def test_a_model_without_requests_has_a_page(sisa: Sisa, model: Path, tmp_path: 
     assert "No request for deletion has been made" in page.read_text(encoding="utf-8")
 
 
+def test_a_directory_is_no_page(sisa: Sisa, model: Path, tmp_path: Path) -> None:
+    code, _, err = sisa("report", "-m", model, "--html", tmp_path)
+    assert code == 6
+    assert str(tmp_path) in err
+    assert "internal" not in err
+
+
 def test_requests_in_several_states_are_on_the_page(
     ask: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
