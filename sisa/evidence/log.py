@@ -541,5 +541,5 @@ def cosign(
             ) from error
         files.write_atomic(state, signed)
     at = int(time.time() if now is None else now)
-    made = key.id + at.to_bytes(8) + signer.sign(note.cosigned(checkpoint_text(checkpoint), at))
+    made = key.id + at.to_bytes(8) + signer.sign(note.cosigned(note.split_note(signed)[0], at))
     return seen, checkpoint, signature_line(key.name, made)

@@ -15,7 +15,9 @@ from sisa.core.ports import BlobStore
 from sisa.evidence.log import Log, check_tiles
 from sisa.flows.wiring.context import Context, purge
 from sisa.flows.wiring.wiring import LOG
+from sisa.store.blobs import object_client
 from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.object_blobs import ObjectBlobs
 from sisa.verifier import note
 from tests.fakes.s3_server import fresh_blobs
 from tests.models.confessing import RUN_FILE, context_of, record, train_in
@@ -54,6 +56,14 @@ def test_a_log_grows_over_the_edge_of_a_tile(blobs: BlobStore, tmp_path: Path) -
         assert not blobs.below(f"tile/{kind}").parts("000.p")  # the partial ones are gone
         assert blobs.below(f"tile/{kind}").parts("001.p") == {"1", "2"}
     note.verify_proof(log.proof(256), entry(256), place.vkey)
+    if isinstance(blobs, ObjectBlobs):  # as tlog-tiles demands where a bucket serves it
+        client = object_client.boto(blobs.endpoint, blobs.region)
+        kinds = {
+            name: client.head_object(Bucket=blobs.bucket, Key=f"{blobs.prefix}/{name}")["ContentType"]
+            for name in ("checkpoint", "tile/0/000", "tile/entries/001.p/2")
+        }
+        assert kinds.pop("checkpoint") == "text/plain; charset=utf-8"
+        assert set(kinds.values()) == {"application/octet-stream"}
 
 
 @pytest.fixture(params=["disk", "objects"])

@@ -33,6 +33,8 @@ LENDERS = 16  # puts at once: a model may have thousands of stages
 FEW_NAMES = 8  # up to which names are listed one by one; more: everything is listed
 CONFLICT_TRIES, CONFLICT_PAUSE_S = 5, 0.2
 READ_TRIES = 3
+PLAIN = {"ContentType": "application/octet-stream"}
+SERVED = {"checkpoint": {"ContentType": "text/plain; charset=utf-8", "CacheControl": "no-cache"}}
 GONE = ("NoSuchKey", "NoSuchVersion", "404")
 DENIED = ("AccessDenied", "AllAccessDisabled", "403")
 NO_VERSIONS = ("NotImplemented", "MethodNotAllowed", "501", "405")  # from a server without versions
@@ -147,7 +149,7 @@ class ObjectBlobs:
         with store_errors(self.location(name)):
             if self.lent:  # replace the lender's object, if it still exists: the store does both at once
                 where["IfMatch"] = self._boto.head_object(**where)["ETag"]
-            self._boto.put_object(**where, Body=data)
+            self._boto.put_object(**where, Body=data, **SERVED.get(name, PLAIN))  # a log's is published
 
     def put_new(self, name: str, data: bytes) -> bool:
         """Store a blob unless one has that name, and return whether it was stored."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -430,6 +431,16 @@ def test_a_witness_signs_what_continues_what_it_saw(place: Place) -> None:
     with pytest.raises(Refused, match="not signed as expected"):  # of the new one, not yet
         open_checkpoint(place.read("checkpoint"), place.vkey, witnesses=[vkey])
     assert oct(state.stat().st_mode)[-3:] == "600"
+
+
+def test_a_witness_signs_extension_lines_as_well(place: Place) -> None:
+    place.log.append(statement(0), TYPE)
+    text = logs.checkpoint_text(place.log.checkpoint) + b"an extension\n"
+    made = place.log.key.id + Ed25519PrivateKey.from_private_bytes(place.keys.log_seed).sign(text)
+    LocalBlobs(place.at).put("checkpoint", text + b"\n" + logs.signature_line(place.log.key.name, made))
+    private, vkey = some_witness("w")
+    line = cosign(place.read, place.vkey, private, place.root / "state")[2]
+    open_checkpoint(place.read("checkpoint") + line, place.vkey, witnesses=[vkey])
 
 
 def test_a_witness_refuses_a_log_that_was_rewritten(place: Place, tmp_path: Path) -> None:
