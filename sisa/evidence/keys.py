@@ -319,6 +319,32 @@ def rotate_keys(
     return made
 
 
+def sign_with_file(statement: Mapping[str, Any], key_file: Path) -> tuple[bytes, bytes]:
+    """Return a statement's envelope under a private key of another party, and its public key in PEM.
+
+    Raise InvalidInput unless the file holds an Ed25519 key in PEM.
+    """
+    try:
+        private = load_pem_private_key(key_file.read_bytes(), None)
+    except OSError as error:
+        got = error.strerror or type(error).__name__
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        got = "no private key in PEM, or one with a password"
+    else:
+        if isinstance(private, Ed25519PrivateKey):
+            public = private.public_key()
+            pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+            return _signed(statement, _certificate_key(public, ED25519), private.sign), pem
+        got = "a key of another kind"
+    raise InvalidInput(
+        "the key that is to sign can't be used",
+        where=str(key_file),
+        expected="an Ed25519 private key in PEM",
+        got=got,
+        next_step=f"make one: openssl genpkey -algorithm ed25519 -out {key_file}",
+    )
+
+
 def read_public_key(path: Path) -> CertificateKey:
     """Return a public key from a file in PEM or in OpenSSH's form. Raise InvalidInput."""
     try:

@@ -23,31 +23,31 @@ that the job has under the certified one, and equality of bytes is never claimed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sisa.config.config import RunConfig, ScratchBase
+from sisa.config.runfile import load_run_file
 from sisa.core.digest import Keyed
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Report
-from sisa.flows.wiring.wiring import OpenExecutor
+from sisa.data.reader import read_like
+from sisa.evidence.keys import keys_of, open_log
+from sisa.flows.wiring.wiring import LOG, OpenExecutor
 from sisa.model import Model
 from sisa.planning.layout import Assigner
 from sisa.planning.plan import jobs
 from sisa.store.blobs.keyring import read_secret
 from sisa.train import train_model
+from sisa.verifier.certificate import REBUILD, Certificate
+from sisa.verifier.envelope import SHA256_HEX, CertificateKey, Refused, members, verify_envelope
 
 NOT_GIVEN = ("datasets", "partition_key_file")  # of the operator's run file: other files replace them
 RebuildVerdict = Literal["equal", "same procedure, other bits", "other procedure", "differs"]
-VERDICTS: tuple[RebuildVerdict, ...] = (
-    "equal",
-    "same procedure, other bits",
-    "other procedure",
-    "differs",
-)
+VERDICTS: tuple[RebuildVerdict, ...] = get_args(RebuildVerdict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,13 @@ class CertifiedHead:
     adapter_sha256: str
     key: str
     fingerprint: str
+
+    @classmethod
+    def parsed(cls, served: Any) -> CertifiedHead:
+        """Return what a certificate says of a shard. Raise Refused for another form."""
+        kinds = {"shard": int, "sha256": SHA256_HEX, "key": SHA256_HEX, "fingerprint": SHA256_HEX}
+        found = members(served, "a served adapter", kinds | {"depth": int})
+        return cls(found["shard"], found["sha256"], found["key"], found["fingerprint"])
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,45 @@ class Rebuild:
     @property
     def verdict(self) -> RebuildVerdict:
         return max((each.verdict for each in self.shards), key=VERDICTS.index)
+
+
+def rebuild(
+    certificate: Certificate,
+    shards: Collection[int],
+    run_file: Path,
+    records: Path,
+    key_file: Path,
+    directory: Path,
+    executor: str | OpenExecutor,
+    report: Report,
+) -> Rebuild:
+    """Train the shards of a verified certificate in `directory`, and compare: those that its request
+    touched, unless `shards` names others. Raise InvalidInput.
+    """
+    config = load_run_file(run_file, NOT_GIVEN)
+    remaining = read_like(config, records)
+    heads = certified_heads(certificate.statement["predicate"], shards)
+    return rebuild_shards(heads, config, remaining, key_file, directory, executor, report)
+
+
+def certified_heads(predicate: Mapping[str, Any], shards: Collection[int] = ()) -> list[CertifiedHead]:
+    """Return the served heads of these shards, or of those that the request touched."""
+    served = [CertifiedHead.parsed(each) for each in predicate["served"]]
+    wanted = set(shards) or {each["shard"] for each in predicate.get("touched", [])}
+    found = [each for each in served if each.shard in wanted]
+    if missing := set(shards) - {each.shard for each in served}:
+        got = ", ".join(map(str, sorted(missing)))
+    elif not found:
+        got = "the shards that the request touched serve no adapter now"
+    else:
+        return found
+    names = ", ".join(str(each.shard) for each in served) or "none"
+    raise InvalidInput(
+        "the certificate names no adapter of these shards",
+        expected=f"shards that serve one: {names}",
+        got=got,
+        next_step="name shards with --shard",
+    )
 
 
 def rebuild_shards(
@@ -156,3 +202,43 @@ def _compared(model: Model, certified: Sequence[CertifiedHead]) -> Rebuild:
                 RebuiltShard(each.shard, each.adapter_sha256, adapter, each.key, path[-1].key, same)
             )
         return Rebuild(tuple(shards), here, sum(ledger.counts().values()))
+
+
+def rebuild_statement(found: Rebuild, certificate: Certificate, at: str) -> dict[str, Any]:
+    """Return what the second party signs."""
+    subject = [
+        {"name": f"shard-{each.shard:05d}", "digest": {"sha256": each.rebuilt}} for each in found.shards
+    ]
+    predicate = {
+        "model": certificate.statement["predicate"]["model"],
+        "certificate": certificate.sha256,
+        "entry": certificate.index,
+        "at": at,
+        "verdict": found.verdict,
+        "fingerprint": found.fingerprint,
+        "num_records": found.num_records,
+        "shards": [asdict(each) | {"verdict": each.verdict} for each in found.shards],
+    }
+    return {"subject": subject, "predicateType": REBUILD, "predicate": predicate}
+
+
+def add_rebuild(model: Model, envelope: bytes, public_key: CertificateKey) -> int:
+    """Log a second party's statement beside the model's own, and return the number of its entry.
+
+    Raise Refused unless that key signed it and it speaks of a certificate of this log.
+    """
+    keys = keys_of(model)
+    parties = replace(keys.public, certificates=(replace(public_key, since=0, until=None),))
+    statement = verify_envelope(envelope, parties)
+    predicate = statement["predicate"] if statement["predicateType"] == REBUILD else {}
+    with model._writing() as context:
+        log = open_log(keys, context.stores.blobs[LOG])
+        logged = {each.sha256: each for each in log.entries()}
+        known = logged.get(predicate.get("certificate", ""))
+        if predicate.get("model") != model.id or known is None:
+            raise Refused(
+                "the rebuild is not of this model's certificates",
+                expected=f"a certificate in the log of {model.id}",
+                got=str(predicate.get("certificate"))[:64],
+            )
+        return log.append(envelope, REBUILD)

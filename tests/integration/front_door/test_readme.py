@@ -93,7 +93,7 @@ def test_the_daily_commands_are_among_the_examples() -> None:
 
 
 def test_every_command_has_an_example() -> None:
-    shown = {shlex.split(line)[1] for line in examples()} | {"quickstart", "add", "eval"}
+    shown = {shlex.split(line)[1] for line in examples()} | {"quickstart", "add", "eval", "rebuild"}
     assert shown == set(cli.commands)
 
 

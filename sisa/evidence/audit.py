@@ -1,0 +1,298 @@
+"""Audit a model as it is now: replay shards that a seed draws, check all evidence, and report.
+
+    doctor        the directory has no error, and the ledger is not behind its witness
+    replay        every stored byte is the recorded one; the drawn shards, trained again, are the same
+    sweep         no deleted record left a trace, here or in a listed export
+    log           entries, tiles and checkpoint agree, and continue each checkpoint that was kept
+    chain         every statement is signed, and takes up where the one before it ended
+    certificates  each completed request has one, which says what the ledger says
+    membership    the tree holds the ledger's records, under their ids in the drawn shards, and its root
+                  is the last certified one
+    heads         the served adapters are the last certified ones
+
+The drawing can be done again by anyone: of the shards that hold records, those whose sha256 of
+"deletion-ready-model/audit/v1", the seed and the shard's number, joined by line breaks, is least. Choose
+the seed after the state to be audited is fixed: an operator who knows it knows what will be trained.
+
+>>> drawn("a seed", range(8), 3)
+[4, 5, 7]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from sisa.audit.doctor import CLOCK_TOLERANCE_S, diagnose
+from sisa.audit.residue import sweep_model
+from sisa.core.digest import sha256_hex
+from sisa.core.errors import Problem, SisaError
+from sisa.evidence.keys import PUBLISHED, Keys, open_keys, open_log
+from sisa.evidence.log import CHECKPOINT, Log, check_log, or_full
+from sisa.evidence.membership import Membership
+from sisa.flows.reconcile import under_way
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.wiring import EVIDENCE, LOG
+from sisa.model import Model
+from sisa.verifier.certificate import AUDIT, CERTIFICATES, CHAINED, verify_chain
+from sisa.verifier.envelope import PublicKeys, Refused, parse_keys
+
+DRAWING = "deletion-ready-model/audit/v1"
+NO_EVIDENCE = "the model has no log: `sisa keys init` makes its keys"
+
+
+@dataclass(frozen=True)
+class Check:
+    """Hold one check of an audit: it passed if it found nothing. `skipped` says why it was not made."""
+
+    name: str
+    findings: tuple[Problem, ...] = ()
+    skipped: str = ""
+
+    @property
+    def result(self) -> str:
+        return "skipped" if self.skipped else "failed" if self.findings else "passed"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Hold the result of an audit; without keys it has no envelope and no entry in the log."""
+
+    model: str
+    at: str
+    seed: str
+    sample: int
+    shards: tuple[int, ...]
+    served: Mapping[int, str]
+    checks: tuple[Check, ...]
+    envelope: bytes = b""
+    index: int | None = None
+
+    @property
+    def passed(self) -> bool:
+        return all(each.result != "failed" for each in self.checks)
+
+
+def drawn(seed: str, shards: Iterable[int], sample: int) -> list[int]:
+    """Return the shards that a seed draws, in their order."""
+
+    def lot(shard: int) -> str:
+        return sha256_hex(f"{DRAWING}\n{seed}\n{shard}".encode())
+
+    return sorted(sorted(shards, key=lot)[:sample])
+
+
+def audit_model(
+    model: Model,
+    sample: int,
+    seed: str,
+    *,
+    public: PublicKeys | None = None,
+    kept: Sequence[bytes] = (),
+    witnesses: Sequence[str] = (),
+) -> Audit:
+    """Audit a model; sign and log the result if its keys are here.
+
+    `public` are keys that the auditor holds, by default those beside the log; `kept` are checkpoints of
+    the log that somebody kept, `witnesses` the keys of those who must have cosigned it. Nothing is
+    changed but the log.
+    """
+    doctor = _check("doctor", partial(_ill, model.directory))  # before another step catches up
+    shards = drawn(seed, [each.shard for each in model.status().shards if each.records], sample)
+    replay = _check("replay", partial(_unequal, model, shards))
+    sweep = _check("sweep", partial(_left, model))
+    with model._writing() as context:
+        keys = open_keys(model.config, model.id)
+        read = partial(or_full, partial(context.stores.blobs[LOG].get, what="file of the log"))
+        held = (public, kept, witnesses)
+        evidence = _Evidence(context, model.directory, shards, keys, *held, read)
+        found = [_check(name, partial(find, evidence), evidence.lacks) for name, find in ABOUT_EVIDENCE]
+        checks = (doctor, replay, sweep, *found)
+        done = Audit(model.id, context.now(), seed, sample, tuple(shards), evidence.served, checks)
+        if keys is None:
+            return done
+        done = replace(done, envelope=keys.sign(audit_statement(done, model.directory)))
+        with suppress(SisaError):  # a log that was set back or has forked takes nothing: see `log` above
+            log = open_log(keys, context.stores.blobs[LOG])
+            return replace(done, index=log.append(done.envelope, AUDIT))
+        return done
+
+
+def audit_statement(done: Audit, directory: Path) -> dict[str, Any]:
+    """Return what is signed. Paths outside the model are left out: the log is published."""
+
+    def inside(where: str) -> str:
+        within = where.startswith(f"{directory.absolute()}{os.sep}")
+        outside = os.path.isabs(where) and not within
+        return "outside the model" if outside else os.path.relpath(where, directory) if within else where
+
+    checks = [
+        {
+            "name": each.name,
+            "result": each.result,
+            "findings": [{"where": inside(found.where), "what": found.what} for found in each.findings],
+        }
+        for each in done.checks
+    ]
+    predicate = {
+        "model": done.model,
+        "at": done.at,
+        "seed": done.seed,
+        "sample": done.sample,
+        "shards": list(done.shards),
+        "checks": checks,
+        "passed": done.passed,
+    }
+    subject = [
+        {"name": f"shard-{shard:05d}", "digest": {"sha256": each}} for shard, each in done.served.items()
+    ]
+    return {"subject": subject, "predicateType": AUDIT, "predicate": predicate}
+
+
+def _check(name: str, find: Callable[[], Iterable[Problem]], skipped: str = "") -> Check:
+    if skipped:
+        return Check(name, skipped=skipped)
+    try:
+        return Check(name, tuple(find()))
+    except SisaError as error:
+        return Check(name, error.as_problems(name))
+    except Refused as error:
+        return Check(name, (Problem(error.where or name, f"{error.what}: {error.got}"),))
+
+
+def _ill(directory: Path) -> Iterator[Problem]:
+    for each in diagnose(directory).findings:
+        if each.severity == "error":
+            yield Problem(each.where, each.what)
+
+
+def _unequal(model: Model, shards: Sequence[int]) -> Iterable[Problem]:
+    if not shards:
+        return model.verify().findings
+    return model.verify("sample", shards, require_replay=True).findings
+
+
+def _left(model: Model) -> Iterator[Problem]:
+    for each in sweep_model(model).residue:
+        yield Problem(each.where, f"{each.what} ({each.position})" if each.position else each.what)
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """The evidence of an open model, and what the auditor holds of it."""
+
+    context: Context
+    directory: Path
+    shards: Sequence[int]  # that were drawn
+    keys: Keys | None
+    given: PublicKeys | None
+    kept: Sequence[bytes]
+    witnesses: Sequence[str]
+    read: Callable[[str], bytes]  # a file of the log by its path
+
+    @property
+    def lacks(self) -> str:
+        """Return why there is nothing to check; empty if there is."""
+        return "" if self.keys or self.context.stores.blobs[LOG].num_bytes(CHECKPOINT) else NO_EVIDENCE
+
+    @cached_property
+    def public(self) -> PublicKeys:
+        return self.given or (self.keys.public if self.keys else parse_keys(self.read(PUBLISHED)))
+
+    @cached_property
+    def entries(self) -> list[bytes]:
+        """Return the log's entries, which its checkpoint covers."""
+        return check_log(self.read, self.public.log)[2]
+
+    @cached_property
+    def statements(self) -> list[dict[str, Any]]:
+        """Return the statements of the log that the model's keys signed, in order."""
+        return [statement for _, statement in verify_chain(self.entries, self.read, self.public)]
+
+    @property
+    def chained(self) -> list[dict[str, Any]]:
+        """Return the statements about what the model holds: an unbroken chain."""
+        return [each for each in self.statements if each["predicateType"] in CHAINED]
+
+    @property
+    def certificates(self) -> dict[str, dict[str, Any]]:
+        """Return the predicates of certificates by request."""
+        found = [each["predicate"] for each in self.chained if each["predicateType"] in CERTIFICATES]
+        return {each["request"]["id"]: each for each in found}
+
+    def forked(self) -> Iterable[Problem]:
+        """Find a log that contradicts itself, or does not continue a checkpoint that was kept."""
+        beside = Log(self.context.stores.blobs[LOG], self.keys).signed() if self.keys else b""
+        kept = [*self.kept, beside] if beside else self.kept
+        check_log(self.read, self.public.log, self.witnesses, kept)
+        return ()
+
+    def broken(self) -> Iterator[Problem]:
+        """Find a broken chain, dates that run backwards, and records that left without a request."""
+        dates = [datetime.fromisoformat(each["predicate"]["issued_at"]) for each in self.chained]
+        for (before, after), each in zip(pairwise(dates), self.chained[1:], strict=True):
+            if (before - after).total_seconds() > CLOCK_TOLERANCE_S:
+                what = "is dated before the statement that precedes it"
+                yield Problem(f"entry {each['predicate']['sequence']}", what)
+        sizes = [each["predicate"]["membership"]["num_records"] for each in self.chained]
+        left = sum(max(0, before - after) for before, after in pairwise(sizes))
+        waiting = [each.num_records for each in under_way(self.context)]
+        named = sum(each["commitments"]["number"] for each in self.certificates.values()) + sum(waiting)
+        if left > named:
+            what = f"{left} records left the model, and requests account for {named}"
+            yield Problem("log", what)
+
+    def uncertified(self) -> Iterator[Problem]:
+        """Find completed requests without a certificate, and certificates that contradict the ledger."""
+        first = self.chained[0]["predicate"]["issued_at"] if self.chained else ""
+        known = {each.request_id: each for each in self.context.stores.ledger.requests()}
+        done = {name for name, each in known.items() if each.state == "completed"}
+        for name in sorted(done - self.certificates.keys()):
+            if known[name].committed_at >= first:
+                yield Problem(name, "is completed, and has no certificate: `sisa certificate issue`")
+        for name, predicate in self.certificates.items():
+            times, request = predicate["request"]["times"], known.get(name)
+            if request is None:
+                yield Problem(name, "has a certificate, and the ledger does not know the request")
+            elif (request.created_at, request.committed_at) != (times["received"], times["committed"]):
+                yield Problem(name, "the ledger dates it otherwise than its certificate does")
+
+    def misplaced(self) -> Iterator[Problem]:
+        """Find a tree that is not that of the ledger, or not the last certified one."""
+        if self.keys is not None:
+            tree = Membership(self.directory / EVIDENCE, self.keys.vrf_secret)
+            tree.check()
+            tree.check_records(self.context, self.shards)
+            if self.chained and self.chained[-1]["predicate"]["membership"]["after"] != tree.root:
+                yield Problem("tree of records", "its root is not the last certified one")
+
+    @property
+    def served(self) -> dict[int, str]:
+        """Return the digest of the adapter that each shard serves."""
+        ledger = self.context.stores.ledger
+        held = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
+        return {each.shard: held[each.key] for each in ledger.heads() if each.key is not None}
+
+    def other_heads(self) -> Iterator[Problem]:
+        """Find served adapters that are not those of the last certificate or statement."""
+        now, said = self.served, self.chained[-1]["predicate"]["served"] if self.chained else []
+        certified = {each["shard"]: each["sha256"] for each in said}
+        for shard in sorted(now.keys() | certified.keys()):
+            if now.get(shard) != certified.get(shard):
+                yield Problem(f"shard {shard}", "serves another adapter than the last certified one")
+
+
+ABOUT_EVIDENCE = (
+    ("log", _Evidence.forked),
+    ("chain", _Evidence.broken),
+    ("certificates", _Evidence.uncertified),
+    ("membership", _Evidence.misplaced),
+    ("heads", _Evidence.other_heads),
+)

@@ -1,0 +1,571 @@
+"""What an operator may try, and which check catches it: each attack is carried out on a real model.
+
+The model is real but for its trainer; keys, log, tree of records, ledger and witness are real. The table
+in `sisa/evidence/README.md` is the one that these tests carry out. Where nothing catches an attack, a
+test shows that, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa.audit.residue import sweep_model
+from sisa.config.config import state_dir
+from sisa.core.digest import Keyed
+from sisa.core.domain import RecordRow, RequestEvent
+from sisa.core.errors import EnvironmentFault, Problem
+from sisa.core.ports import Change
+from sisa.core.requests import chained
+from sisa.evidence.audit import Audit, Check, audit_model, audit_statement, drawn
+from sisa.evidence.issued import certificate_file, issue, receipt_file
+from sisa.evidence.keys import PUBLISHED, Keys, create_keys, keys_of, start_evidence
+from sisa.evidence.log import CHECKPOINT, SIGNED, Log, cosign, new_witness, published
+from sisa.evidence.membership import Membership
+from sisa.evidence.vrf import VrfKey
+from sisa.flows.deletion import _write_remaining, plan_forget
+from sisa.flows.reconcile import reconcile
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.context import commit, lookup
+from sisa.model import Model
+from sisa.store.blobs.files import LocalBlobs
+from sisa.store.checkpoints import ADAPTER, MANIFEST
+from sisa.verifier.certificate import (
+    AUDIT,
+    CERTIFICATES,
+    STATE,
+    log_entry,
+    verify_certificate,
+    verify_receipt,
+)
+from sisa.verifier.envelope import PublicKeys, Refused, canonical, strict_json, verify_envelope
+from sisa.verifier.membership import LABEL_BYTES, verify_absent, verify_present
+from sisa.verifier.vrf import verify_output
+from tests.fakes.ports import SECRET
+from tests.models.confessing import build, open_fake, record, use_fake_resources
+from tests.unit.audit import test_rewritten_history
+from tests.unit.audit.test_rewritten_history import date_back, put, take_witness_away
+
+README = Path(__file__).resolve().parents[3] / "sisa" / "evidence" / "README.md"
+NOBODY = "nothing"
+STATE_HOME = "XDG_STATE_HOME"
+ATTACKS: dict[str, str] = {}  # what the operator does, and what catches it: the table of the README
+
+
+def attack(what: str, caught_by: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Put an attack, which the test carries out, into the table."""
+
+    def register(test: Callable[..., None]) -> Callable[..., None]:
+        ATTACKS[what] = caught_by
+        return test
+
+    return register
+
+
+@dataclass
+class Operator:
+    """A model that its operator holds with its keys, and what outsiders hold of it."""
+
+    directory: Path
+    kept: list[bytes] = field(default_factory=list)  # checkpoints that outsiders kept
+
+    @property
+    def model(self) -> Model:
+        return Model(self.directory, executor=open_fake)
+
+    @property
+    def keys(self) -> Keys:
+        return keys_of(self.model)
+
+    @property
+    def log(self) -> Path:
+        return self.directory / wiring.LOG
+
+    def forget(self, *numbers: int) -> str:
+        """Delete records; return the request's id."""
+        done = self.model.forget([record(each).id for each in numbers])
+        assert done.request is not None
+        return done.request.request_id
+
+    def keep(self) -> bytes:
+        """Let an outsider keep the checkpoint as it is published now."""
+        self.kept.append((self.log / CHECKPOINT).read_bytes())
+        return self.kept[-1]
+
+    def audit(self, *kept: bytes, sample: int = 0) -> Audit:
+        return audit_model(self.model, sample, "a seed", kept=kept)
+
+    def failed(self, *kept: bytes, sample: int = 0) -> set[str]:
+        """Return the checks of an audit that failed."""
+        return {each.name for each in self.audit(*kept, sample=sample).checks if each.findings}
+
+
+@pytest.fixture(scope="module")
+def _template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a certified model of 24 records, of which one was deleted, and its keys."""
+    folder = tmp_path_factory.mktemp("operator")
+    with pytest.MonkeyPatch.context() as patch:
+        use_fake_resources(patch)
+        patch.setenv(STATE_HOME, str(folder / "state"))
+        build(folder / "model")
+        operator = Operator(folder / "model")
+        start_evidence(operator.model)
+        certify(operator)
+        operator.forget(3)
+    return folder
+
+
+@pytest.fixture
+def operator(_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Operator:
+    """Return a copy of the model for one test to attack."""
+    use_fake_resources(monkeypatch)
+    shutil.copytree(_template / "model", tmp_path / "model")
+    shutil.copytree(_template / "state", os.environ[STATE_HOME], dirs_exist_ok=True)
+    return Operator(tmp_path / "model")
+
+
+def test_an_honest_operator_passes(operator: Operator) -> None:
+    found = operator.audit(operator.keep(), sample=2)
+    assert [each for each in found.checks if each.result != "passed"] == []
+    assert len(found.shards) == 2
+
+
+def test_the_readme_has_the_table_of_these_attacks() -> None:
+    rows = [f"| {what} | {caught_by} |" for what, caught_by in ATTACKS.items()]
+    assert "\n".join(["| the operator | caught by |", "| --- | --- |", *rows, ""]) in README.read_text()
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+def proof_of(operator: Operator, number: int) -> tuple[bytes, bytes, dict[str, Any]]:
+    """Return the root of the tree, a record's label, and the operator's honest proof."""
+    name, keys = record(number).id.encode(), operator.keys
+    tree = Membership(operator.directory / wiring.EVIDENCE, keys.vrf_secret)
+    proof = tree.prove(record(number).id)
+    return (
+        bytes.fromhex(tree.root),
+        verify_output(keys.public.vrf, name, unhex(proof["vrf"]))[:LABEL_BYTES],
+        proof,
+    )
+
+
+def unhex(text: str) -> bytes:
+    return bytes.fromhex(text)
+
+
+@attack("says of a held record that it is absent", "the membership proof")
+def test_a_held_record_is_denied(operator: Operator) -> None:
+    root, label, proof = proof_of(operator, 5)
+    path = [unhex(each) for each in proof["path"]]
+    value = canonical(proof["leaf"])
+    verify_present(root, label, value, path)
+    for siblings in (path, path[:-1], []):
+        for neighbour in (None, (label, sha256(value).digest()), (bytes(32), sha256(value).digest())):
+            with pytest.raises(Refused):
+                verify_absent(root, label, siblings, neighbour)
+
+
+@attack("proves with the label of another record", "the VRF's proof")
+def test_a_label_is_false(operator: Operator) -> None:
+    deleted = operator.keys.public.vrf, record(3).id.encode()  # absent, so its label would do
+    proof = unhex(proof_of(operator, 3)[2]["vrf"])
+    verify_output(*deleted, proof)
+    other = record(5).id.encode()
+    for false in (proof, VrfKey(bytes(32)).prove(other)):  # another key's proof of the right id
+        with pytest.raises(Refused):
+            verify_output(operator.keys.public.vrf, other, false)
+
+
+@attack("leaves a held record out of the tree", "`sisa audit`: membership")
+def test_a_held_record_is_left_out_of_the_tree(operator: Operator) -> None:
+    tree = Membership(operator.directory / wiring.EVIDENCE, operator.keys.vrf_secret)
+    _, label, _ = proof_of(operator, 5)
+    with tree._tree(write=True) as tables:
+        tables.replace([label], [])
+    certify(operator)  # so the false root is the certified one
+    assert operator.failed() == {"membership"}
+
+
+def certify(operator: Operator) -> None:
+    """Sign and log the present state, whatever it is."""
+    assert issue(operator.model)
+
+
+@attack("deletes records without a request", "`sisa audit`: chain")
+def test_records_vanish_without_a_request(operator: Operator) -> None:
+    with operator.model._writing() as context:
+        ((_, row),) = lookup(context, [record(5).id])
+        assert isinstance(row, RecordRow)
+        plan = plan_forget(context, [row])
+        slices, indexes = _write_remaining(context, plan)
+        heads, emptied = [each.head for each in plan.plans], plan.emptied
+        gone = Change(removed=plan.removed, dropped=plan.tainted, heads=heads, emptied=emptied)
+        commit(context, replace(gone, slices=slices, indexes=indexes))
+        reconcile(context)
+    assert operator.failed() == {"chain"}
+
+
+@attack("gives a receipt for another record", "the receipt")
+def test_a_receipt_is_made_out_to_another_record(operator: Operator) -> None:
+    request, other = operator.forget(5), operator.forget(6)
+    keys = operator.keys.public
+    certificate = verify_certificate(certificate_file(operator.model, request), keys)
+    receipt = receipt_file(operator.model, request, record(5).id)
+    assert verify_receipt(receipt, certificate, keys) == record(5).id
+    renamed = canonical(strict_json(receipt, "it") | {"id": record(6).id}) + b"\n"
+    for false in (renamed, receipt_file(operator.model, other, record(6).id)):
+        with pytest.raises(Refused):
+            verify_receipt(false, certificate, keys)
+
+
+# --- certificates --------------------------------------------------------------------------------
+
+
+@attack("issues a certificate of a deletion that never was", "`sisa audit`: certificates")
+def test_a_certificate_without_a_deletion(operator: Operator) -> None:
+    def invented(predicate: dict[str, Any]) -> None:
+        predicate["request"]["id"] = "req-invented"
+
+    state_again(operator, invented)
+    assert operator.failed() == {"certificates"}
+
+
+def state_again(operator: Operator, change: Callable[[dict[str, Any]], None]) -> None:
+    """Sign and log the last certificate once more, with changes that fit into the chain."""
+    keys, log = operator.keys, Log(LocalBlobs(operator.log), operator.keys)
+    last = [each for each in log.entries() if each.predicate_type in CERTIFICATES][-1]
+    statement = payload(log.statement(last.sha256))
+    predicate = statement["predicate"]
+    predicate |= {"sequence": log.size, "previous": last.sha256}
+    predicate["membership"]["before"] = predicate["membership"]["after"]
+    change(predicate)
+    log.append(keys.sign({name: statement[name] for name in STATED}), last.predicate_type)
+
+
+STATED = ("subject", "predicateType", "predicate")
+
+
+def payload(envelope: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(b64decode(json.loads(envelope)["payload"]))
+    return found
+
+
+@attack("never issues a certificate", "`sisa audit`: certificates")
+def test_a_certificate_is_withheld(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> bytes:
+        raise EnvironmentFault("the signer does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Keys, "sign", fails)
+        operator.forget(5)
+    assert operator.failed() == {"certificates", "heads", "membership"}
+
+
+@attack("re-signs a certificate with another key", "the signature")
+def test_a_certificate_is_signed_again_by_another_key(operator: Operator, tmp_path: Path) -> None:
+    request = operator.forget(5)
+    forged, _ = signed_elsewhere(operator, request, tmp_path)
+    honest = strict_json(certificate_file(operator.model, request), "it")
+    mixed = canonical(honest | {"envelope": strict_json(forged, "it")["envelope"]}) + b"\n"
+    for each in (forged, mixed):
+        with pytest.raises(Refused):
+            verify_certificate(each, operator.keys.public)
+
+
+@attack("hands out other keys with other evidence", f"{NOBODY}, unless the keyid comes another way")
+def test_all_evidence_is_under_other_keys(operator: Operator, tmp_path: Path) -> None:
+    forged, keys = signed_elsewhere(operator, operator.forget(5), tmp_path)
+    verify_certificate(forged, keys)
+    assert keys.certificates[-1].keyid != operator.keys.public.certificates[-1].keyid
+
+
+def signed_elsewhere(operator: Operator, request: str, at: Path) -> tuple[bytes, PublicKeys]:
+    """Return a request's certificate, signed and logged by other keys, and these."""
+    file = strict_json(certificate_file(operator.model, request), "it")
+    other, statement = create_keys(at / "other", operator.keys.model), payload(file["envelope"].encode())
+    envelope, kind = other.sign({name: statement[name] for name in STATED}), statement["predicateType"]
+    log, index = Log(LocalBlobs(at / "log"), other), statement["predicate"]["sequence"]
+    for number in range(index):
+        log.append(b"%d" % number, STATE)
+    assert log.append(envelope, kind) == index
+    entry = log_entry(sha256(envelope).hexdigest(), kind).decode()
+    forged = {**file, "envelope": envelope.decode(), "entry": entry, "proof": log.proof(index).decode()}
+    return canonical(forged) + b"\n", other.public
+
+
+@attack("dates a certificate before the statement that precedes it", "`sisa audit`: chain")
+def test_a_certificate_is_dated_back(operator: Operator) -> None:
+    def earlier(predicate: dict[str, Any]) -> None:
+        predicate["issued_at"] = "2001-01-01T00:00:00.000+00:00"
+
+    state_again(operator, earlier)
+    assert "chain" in operator.failed()
+
+
+@attack("writes down a request with a false time of arrival", NOBODY)
+def test_a_request_is_dated_when_it_is_written_down(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wiring, "_now", lambda: "2999-01-01T00:00:00.000+00:00")  # years too late
+    request = operator.forget(5)
+    monkeypatch.undo()
+    assert operator.failed() <= {"doctor"}  # which warns of a clock alone
+    certified = verify_certificate(certificate_file(operator.model, request), operator.keys.public)
+    assert certified.statement["predicate"]["request"]["times"]["received"].startswith("2999")
+
+
+# --- what is served ------------------------------------------------------------------------------
+
+
+def serve_another(operator: Operator, number: int) -> None:
+    """Replace the adapter that a record's shard serves, with all digests that lead to it."""
+    model = operator.model
+    shard = model.where([record(number).id])[0].shard
+    (head,) = (each for each in model.status().shards if each.shard == shard)
+    folder = operator.directory / wiring.CHECKPOINTS / str(head.head)
+    adapter = (folder / ADAPTER).read_bytes() + b" "
+    (folder / ADAPTER).write_bytes(adapter)
+    manifest = (folder / MANIFEST).read_bytes()
+    changed = manifest.replace(str(head.adapter_sha256).encode(), sha256(adapter).hexdigest().encode())
+    assert changed != manifest
+    (folder / MANIFEST).write_bytes(changed)
+    rewrite(
+        operator.directory,
+        "checkpoints",
+        "key",
+        str(head.head),
+        {
+            str(head.adapter_sha256): sha256(adapter).hexdigest(),
+            sha256(manifest).hexdigest(): sha256(changed).hexdigest(),
+        },
+    )
+
+
+def rewrite(directory: Path, table: str, key: str, value: str, changes: dict[str, str]) -> None:
+    """Change a row of the ledger together with its checksum."""
+    with closing(sqlite3.connect(directory / wiring.LEDGER)) as connection:
+        select = f"SELECT * FROM {table} WHERE {key} = ?"  # noqa: S608
+        (row,) = connection.execute(select, (value,)).fetchall()
+        text = list(row[:-1])
+        for old, new in changes.items():
+            text = [each.replace(old, new) if isinstance(each, str) else each for each in text]
+        put(connection, table, key, tuple(text))
+        connection.commit()
+
+
+@attack("serves another adapter than the certified one", "`sisa audit`: heads, replay")
+def test_another_adapter_is_served(operator: Operator) -> None:
+    serve_another(operator, 5)
+    assert operator.failed() == {"heads"}
+    assert operator.failed(sample=2) == {"heads", "replay"}
+
+
+@attack("certifies an adapter that was trained on other records", "`sisa audit`: replay; `sisa rebuild`")
+def test_an_adapter_of_other_records_is_certified(operator: Operator) -> None:
+    serve_another(operator, 5)
+    certify(operator)
+    assert operator.failed() == set()  # no shard was drawn
+    assert operator.failed(sample=2) == {"replay"}
+
+
+@attack(
+    "keeps a copy of the model or of an export elsewhere, and answers from it",
+    f"{NOBODY}; `sisa sweep --also` where it is, and `sisa check-adapter` for who holds it",
+)
+def test_a_copy_is_kept(operator: Operator, tmp_path: Path) -> None:
+    shutil.copytree(operator.directory / wiring.CHECKPOINTS, tmp_path / "copy")
+    operator.forget(5)
+    assert operator.failed(sample=2) == set()
+    found = sweep_model(operator.model, also=[tmp_path / "copy"])
+    assert {each.kind for each in found.residue} == {"tainted"}
+
+
+# --- the log -------------------------------------------------------------------------------------
+
+
+@attack("drops a certificate from what is published", "`sisa audit`: chain")
+def test_a_certificate_is_dropped(operator: Operator) -> None:
+    last = list(Log(LocalBlobs(operator.log), operator.keys).entries())[-1]
+    (operator.log / f"statements/{last.sha256}.json").unlink()
+    assert "chain" in operator.failed()
+
+
+@contextmanager
+def new_log(operator: Operator, at: Path) -> Iterator[tuple[Log, list[tuple[str, bytes]]]]:
+    """Yield an empty log under the model's keys, and what its log states; then put it in its place."""
+    keys = operator.keys
+    old = Log(LocalBlobs(operator.log), keys)
+    listed = [(each.predicate_type, old.statement(each.sha256)) for each in old.entries()]
+    (at / "keys").mkdir()
+    made = Log(LocalBlobs(at / "log"), replace(keys, directory=at / "keys"))
+    yield made, listed
+    shutil.rmtree(operator.log)
+    shutil.copytree(at / "log", operator.log)
+    (operator.log / PUBLISHED).write_bytes(keys.public_file)
+    shutil.copy(at / "keys" / SIGNED, keys.directory)  # what the keys remember is set back as well
+
+
+@attack("reorders the log, and signs it anew", "`sisa audit`: chain; a checkpoint that somebody kept")
+def test_the_log_is_reordered(operator: Operator, tmp_path: Path) -> None:
+    kept = operator.keep()
+    with new_log(operator, tmp_path) as (log, listed):
+        for kind, envelope in reversed(listed):
+            log.append(envelope, kind)
+    assert "chain" in operator.failed()
+    assert "log" in operator.failed(kept)
+
+
+@attack("rewrites the log from its beginning, and signs it anew", "a checkpoint that somebody kept")
+def test_the_log_is_rewritten(operator: Operator, tmp_path: Path) -> None:
+    kept = operator.keep()
+    with new_log(operator, tmp_path) as (log, listed):
+        kind, envelope = listed[-1]
+        statement = payload(envelope)
+        first = {"sequence": 0, "previous": ""}
+        statement["predicate"] |= first
+        statement["predicate"]["membership"]["before"] = ""
+        log.append(operator.keys.sign({name: statement[name] for name in STATED}), kind)
+    assert "log" in operator.failed(kept)
+
+
+@attack("forks the log for two audiences", "two checkpoints that are compared; a witness's cosignature")
+def test_the_log_is_forked(operator: Operator, tmp_path: Path) -> None:
+    private, _ = new_witness("witness.example/1")
+    state, log_key = tmp_path / "seen", operator.keys.public.log
+    cosign(published(str(operator.log)), log_key, private, state)
+    saved = save(operator, tmp_path / "saved", memory=True)
+    operator.forget(5)
+    one = operator.keep()
+    cosign(published(str(operator.log)), log_key, private, state)
+    saved()
+    operator.forget(6)
+    assert operator.failed() == set()  # each audience alone sees a whole log
+    assert operator.failed(one) == {"log"}
+    with pytest.raises(Refused):
+        cosign(published(str(operator.log)), log_key, private, state)
+
+
+# --- backups and the ledger ----------------------------------------------------------------------
+
+
+def save(
+    operator: Operator, at: Path, *, witness: bool = False, memory: bool = False
+) -> Callable[[], None]:
+    """Make a backup; return what restores it. `memory`: what the keys remember, and the witness, too."""
+    places = [operator.directory]
+    places += [state_dir() / "witness"] if witness or memory else []
+    places += [operator.keys.directory] if memory else []
+    for number, each in enumerate(places):
+        shutil.copytree(each, at / str(number))
+
+    def restore() -> None:
+        for number, each in enumerate(places):
+            shutil.rmtree(each)
+            shutil.copytree(at / str(number), each)
+
+    return restore
+
+
+@attack("restores a backup of the model", "the witness, which deletes again; `sisa audit`: log")
+def test_a_backup_is_restored(operator: Operator, tmp_path: Path) -> None:
+    restore = save(operator, tmp_path / "saved")
+    operator.forget(5)
+    restore()
+    assert {"doctor", "log"} <= operator.failed()
+    (found,) = operator.model.where([record(5).id])
+    assert found.state == "deleted"
+
+
+@attack("restores a backup of the model and its witness", "`sisa audit`: log (the keys remember)")
+def test_a_backup_is_restored_with_its_witness(operator: Operator, tmp_path: Path) -> None:
+    restore = save(operator, tmp_path / "saved", witness=True)
+    operator.forget(5)
+    restore()
+    (found,) = operator.model.where([record(5).id])
+    assert found.state == "trained"
+    assert operator.failed() == {"log"}
+
+
+@attack(
+    "restores a backup of the model, its witness and its keys",
+    f"a checkpoint or a certificate that somebody kept; else {NOBODY}",
+)
+def test_all_is_restored(operator: Operator, tmp_path: Path) -> None:
+    restore = save(operator, tmp_path / "saved", memory=True)
+    operator.forget(5)
+    kept = operator.keep()
+    restore()
+    assert operator.failed() == set()
+    restore()
+    assert operator.failed(kept) == {"log"}
+
+
+@attack("edits the ledger together with its checksums", "`sisa audit`: replay (the chain of events)")
+def test_the_ledger_is_edited_without_the_partition_key(operator: Operator) -> None:
+    take_witness_away(operator.directory)
+    date_back(operator.directory, "the change on")
+    assert "replay" in operator.failed()
+
+
+@attack("edits the ledger under the partition key", "`sisa audit`: certificates")
+def test_the_ledger_is_edited_under_the_key(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_witness_away(operator.directory)
+    keyed = Keyed(SECRET)
+
+    def under_the_key(link: str, event: RequestEvent) -> str:
+        return keyed.digest("event", chained(link, event))
+
+    monkeypatch.setattr(test_rewritten_history, "chained", under_the_key)
+    date_back(operator.directory, "the first on")
+    assert operator.failed() == {"certificates"}
+
+
+def test_a_model_without_keys_is_audited_without_a_signature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_fake_resources(monkeypatch)
+    build(tmp_path / "model")
+    found = Operator(tmp_path / "model").audit(sample=1)
+    assert (found.passed, found.envelope, found.index) == (True, b"", None)
+    skipped = {each.name for each in found.checks if each.result == "skipped"}
+    assert skipped == {"log", "chain", "certificates", "membership", "heads"}
+
+
+def test_the_report_is_signed_and_logged(operator: Operator) -> None:
+    found = operator.audit(sample=1)
+    log = Log(LocalBlobs(operator.log), operator.keys)
+    assert log.statement(list(log.entries())[-1].sha256) == found.envelope
+    statement = verify_envelope(found.envelope, operator.keys.public, found.index)
+    assert (statement["predicateType"], statement["predicate"]["passed"]) == (AUDIT, True)
+    assert statement["predicate"]["shards"] == list(found.shards)
+
+
+def test_a_published_report_names_no_path_outside_the_model(operator: Operator) -> None:
+    inside, outside = operator.directory / "records" / "a", Path.home() / "secret"
+    places = (str(inside), str(outside), "shard 1")
+    findings = tuple(Problem(each, "what is wrong") for each in places)
+    done = replace(operator.audit(), checks=(Check("sweep", findings),))
+    (check,) = audit_statement(done, operator.directory)["predicate"]["checks"]
+    where = ["records/a", "outside the model", "shard 1"]
+    assert [each["where"] for each in check["findings"]] == where
+
+
+def test_the_drawing_is_documented_and_depends_on_the_seed() -> None:
+    def lot(shard: int) -> str:
+        return sha256(f"deletion-ready-model/audit/v1\n2026\n{shard}".encode()).hexdigest()
+
+    assert drawn("2026", range(50), 5) == sorted(sorted(range(50), key=lot)[:5])
+    assert len({tuple(drawn(str(seed), range(50), 5)) for seed in range(20)}) == 20
+    assert drawn("2026", [3, 1], 9) == [1, 3]
