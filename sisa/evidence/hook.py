@@ -13,13 +13,14 @@ failure never stops a deletion; it is reported, and the certificate is pending.
     commitments   sorted commitments to a request's records, from which receipts are made
     signed        the statement that is signed and not yet logged
     logged        what the log's statements are about: a copy, made again from the log if it is lost
+    adapters      those that were held and are not revoked: which slices, as of which commit
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,7 +30,7 @@ from typing import Any
 
 from sisa.config.config import RunConfig
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
-from sisa.core.domain import Export, RecordRow, Request, Tombstone, active
+from sisa.core.domain import ANY_SHARD, Export, HeldCheckpoint, RecordRow, Request, Tombstone, active
 from sisa.core.errors import IntegrityError, SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Contribution, Removal
@@ -41,6 +42,7 @@ from sisa.evidence.log import Log, origin
 from sisa.evidence.membership import Membership
 from sisa.evidence.model_signature import export_key, sign_export
 from sisa.flows.wiring.context import (
+    TRAINED_ANEW,
     Context,
     areas,
     known_by_area,
@@ -53,7 +55,7 @@ from sisa.flows.wiring.wiring import EVIDENCE, LOG
 from sisa.flows.wiring.witness import REPLAYED
 from sisa.lm.base.numerics import PROCEDURE_VERSION
 from sisa.planning.patch_plan import lineage
-from sisa.planning.plan import marked, prefix_names, tainted_checkpoints
+from sisa.planning.plan import marked, prefix_names, tainted_checkpoints, touched
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED
 from sisa.verifier.envelope import base64_bytes
@@ -66,6 +68,11 @@ CREATE TABLE IF NOT EXISTS logged (
     sequence INTEGER PRIMARY KEY, kind TEXT NOT NULL, sha256 TEXT NOT NULL, about TEXT NOT NULL,
     before TEXT NOT NULL, after TEXT NOT NULL, subject TEXT NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS adapters (
+    sha256 TEXT PRIMARY KEY, shard INTEGER NOT NULL, prefix TEXT NOT NULL, seq INTEGER NOT NULL,
+    anew TEXT NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS adapters_of_shard ON adapters (shard);
 """
 PENDING = "the certificate is pending"
 
@@ -134,6 +141,40 @@ class Evidence:
                     [(each,) for each in requests],
                 )
 
+    def note_adapters(self, held: Iterable[HeldCheckpoint], seq: int, anew: str) -> None:
+        """Note adapters that are held; any record of commit `seq` may be in those of before `anew`."""
+        with self._tables() as db:
+            db.execute(
+                "UPDATE adapters SET shard = ?, prefix = '[]', seq = ?, anew = ? WHERE anew != ?",
+                (ANY_SHARD, seq, anew, anew),
+            )
+            db.executemany(
+                "INSERT INTO adapters VALUES (?, ?, ?, ?, ?) ON CONFLICT (sha256) DO UPDATE "
+                "SET (shard, prefix, seq) = (excluded.shard, excluded.prefix, excluded.seq) "
+                "WHERE seq != excluded.seq",
+                [(e.adapter_sha256, e.shard, json.dumps(e.prefix), e.seq, anew) for e in held],
+            )
+
+    def adapters(self, shards: Collection[int], seq: int, anew: str) -> list[Export]:
+        """Return the adapters of shards that were ever held and are not revoked, as if exported."""
+        with self._tables() as db:
+            rows = db.execute(
+                "SELECT sha256, shard, prefix, seq, anew FROM adapters "
+                "WHERE anew != ? OR shard IN (SELECT value FROM json_each(?))",
+                (anew, json.dumps([ANY_SHARD, *shards])),
+            )
+            return [
+                Export("", shard, tuple(json.loads(prefix)), made, "", sha256, "")
+                if of == anew
+                else Export("", ANY_SHARD, (), seq, "", sha256, "")
+                for sha256, shard, prefix, made, of in rows
+            ]
+
+    def drop_adapters(self, revoked: Iterable[str]) -> None:
+        """Drop adapters that a certificate in the log revokes."""
+        with self._tables() as db:
+            db.executemany("DELETE FROM adapters WHERE sha256 = ?", [(each,) for each in revoked])
+
     def sign(self, sequence: int, kind: str, envelope: bytes) -> None:
         """Note a signed statement that is to be logged as this entry."""
         with self._tables() as db:
@@ -188,8 +229,12 @@ class EvidenceHook:
 
     def contribute(self, context: Context, removal: Removal) -> Contribution:
         """Draft the certificates of what is removed; add nothing to the commit."""
+        ledger = context.stores.ledger
+        shards = {row.shard for row in removal.rows.values()}
         try:
-            self.evidence.put_drafts([_draft(context, removal, each) for each in removal.requests])
+            held = self.evidence.adapters(shards, ledger.seq(), ledger.meta().get(TRAINED_ANEW, ""))
+            drafts = [_draft(context, removal, each, held) for each in removal.requests]
+            self.evidence.put_drafts(drafts)
         except SisaError as error:
             _report(context, "this deletion can't be certified: no draft could be made", error)
         return Contribution()
@@ -205,7 +250,10 @@ class EvidenceHook:
 
     def complete(self, context: Context) -> None:
         """Sign and log whatever lacks a statement; report a failure, after which it is pending."""
+        ledger = context.stores.ledger
         try:
+            anew = ledger.meta().get(TRAINED_ANEW, "")
+            self.evidence.note_adapters(ledger.checkpoints(), ledger.seq(), anew)
             self.issue(context)
         except SisaError as error:
             _report(context, f"{PENDING}: `sisa certificate issue` tries again", error)
@@ -244,8 +292,8 @@ def _report(context: Context, what: str, error: SisaError) -> None:
     context.report(Notice(f"{what} ({type(error).__name__}: {error.what})"))
 
 
-def _draft(context: Context, removal: Removal, request: Request) -> Draft:
-    """Return the draft of a request's certificate, from what its records touch now."""
+def _draft(context: Context, removal: Removal, request: Request, noted: Iterable[Export]) -> Draft:
+    """Return the draft of a request's certificate, from what its records touch now, or did."""
     ledger, keyed = context.stores.ledger, context.settings.chain.keyed
     rows = removal.named[request.request_id]
     files = slices_of(context, rows)
@@ -262,7 +310,8 @@ def _draft(context: Context, removal: Removal, request: Request) -> Draft:
     )
     ids = {each.id_digest: each.record.id for each in stored_in(context, files, rows)}
     exports = marked(ledger.exports(), {request.request_id: rows})
-    revokes = _revoked(context, rows, exports)
+    former = [each for each in noted if any(touched(each, row) for row in rows)]
+    revokes = _revoked(context, rows, [*exports, *former])
     again = any(
         each.note == REPLAYED for each in ledger.events() if each.request_id == request.request_id
     )
@@ -355,6 +404,7 @@ class _Issuing:
                 keyed = self.context.settings.chain.keyed
                 statement = certificate.deletion_statement(keyed, drafted, outcome, self._state())
                 made.append(self._issue(statement))
+            self.evidence.drop_adapters(drafts[request.request_id].revokes)
             self.evidence.drop([request.request_id], commitments=False)
         return made
 
