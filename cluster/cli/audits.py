@@ -62,9 +62,7 @@ def report(directory: Path, target: Path | None, made_by: str) -> Result:
     return Result(body | {"html": str(target) if target else None}, lines)
 
 
-revocations = command_group(
-    "revocations", "Tell the holders of copies which adapters deletions revoked."
-)
+revocations = command_group("revocations", "Tell holders of copies which adapters are revoked.")
 
 
 @command("publish", "-m model", group=revocations)

@@ -130,7 +130,7 @@ def add(
 @model_option
 @ids_options
 def show_where(directory: Path, ids: list[str]) -> Result:
-    """Show the shard, slice, checkpoints and heads of each record."""
+    """Show shard, slice, checkpoints and heads of each record."""
     if not ids:
         raise click.UsageError("give at least one ID or --ids-file")
     with opened(directory) as model:

@@ -44,7 +44,7 @@ retrain_option = click.option(
 )
 
 
-approx = command_group("approx", "Measure and reduce what the frozen base knows; never exact.")
+approx = command_group("approx", "Measure and reduce what the base knows; never exact.")
 
 
 @command("probe", "-m model --file texts.jsonl", group=approx)
