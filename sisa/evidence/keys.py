@@ -175,12 +175,6 @@ def log_blobs(model: Model) -> BlobStore:
     return open_areas(model.directory, model.config.storage, model.id)[LOG]
 
 
-def handovers(keys: Keys, blobs: BlobStore) -> list[str]:
-    """Return where the statements lie that handed over from key to key, oldest first."""
-    logged = (each for each in Log(blobs, keys).entries() if each.predicate_type == KEY_HANDOVER)
-    return [blobs.location(f"statements/{each.sha256}.json") for each in logged]
-
-
 def keys_of(model: Model) -> Keys:
     """Return the keys of a model. Raise InvalidInput if it has none."""
     if (keys := open_keys(model.config, model.id)) is None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -26,7 +26,6 @@ from sisa.verifier.envelope import (
     Refused,
     canonical,
     members,
-    public_keys,
     strict_json,
     verify_envelope,
 )
@@ -168,15 +167,3 @@ def verify_chain(
                 raise Refused("the chain is broken", where, expected, got, step)
             previous, ends = named["sha256"], roots
         yield named["sha256"], statement
-
-
-def successor(keys: PublicKeys, handover: bytes) -> PublicKeys:
-    """Return the keys to which the present one of some known keys handed over. Raise Refused."""
-    statement = verify_envelope(handover, keys)
-    named = members(statement["predicate"], "the hand-over", {"reason": "rotated", "keys": dict})
-    new = public_keys(named["keys"])
-    before = [(key.keyid, key.since) for key in new.certificates[:-1]]
-    found = statement["predicateType"], replace(new, certificates=keys.certificates), before
-    if found != (KEY_HANDOVER, keys, [(key.keyid, key.since) for key in keys.certificates]):
-        raise Refused("this is no hand-over from the known keys to the next")
-    return new

@@ -13,6 +13,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from sisa.core.errors import (
     InvalidInput,
     SisaError,
 )
+from sisa.evidence.handovers import follow
 from sisa.evidence.keys import (
     HANDOVER,
     LOG_KEY,
@@ -47,15 +49,16 @@ from sisa.evidence.keys import (
     VRF_KEY,
     Keys,
     create_keys,
+    public_body,
     read_keys,
     read_public_key,
     rotate_keys,
 )
-from sisa.evidence.log import Log
+from sisa.evidence.log import Log, check_log, published
 from sisa.store.blobs import files
 from sisa.store.blobs.files import LocalBlobs
-from sisa.verifier.certificate import KEY_HANDOVER, successor
-from sisa.verifier.envelope import Refused, parse_keys, verify_envelope
+from sisa.verifier.certificate import KEY_HANDOVER
+from sisa.verifier.envelope import PublicKeys, Refused, parse_keys, verify_envelope
 
 MODEL = "0f" * 16
 STATEMENT = {
@@ -73,6 +76,12 @@ def keys(tmp_path: Path) -> Keys:
 
 def log_of(tmp_path: Path, keys: Keys) -> Log:
     return Log(LocalBlobs(tmp_path / "log"), keys)
+
+
+def followed(tmp_path: Path, known: PublicKeys) -> PublicKeys:
+    """Return the keys to which known ones were handed over in the published log."""
+    read = published(str(tmp_path / "log"))
+    return follow(known, check_log(read, known.log)[2], read)
 
 
 def secrets(directory: Path) -> list[bytes]:
@@ -201,7 +210,6 @@ def test_the_old_key_hands_over_to_the_new_one(tmp_path: Path, keys: Keys) -> No
     handover = verify_envelope(log.statement(entry.sha256), keys.public)  # whoever has the old file
     assert handover["predicate"]["keys"]["certificates"][-1]["keyid"] == new.present.keyid
     assert verify_envelope(log.statement(entry.sha256), new.public, 1) == handover
-    assert successor(keys.public, log.statement(entry.sha256)) == new.public
     assert verify_envelope(first, new.public, 0)
     for data, index in ((first, 2), (first, None), (new.sign(STATEMENT), 1)):
         with pytest.raises(Refused):
@@ -231,8 +239,59 @@ def test_a_lost_or_leaked_keys_certificates_stay_valid_up_to_an_entry(
     (entry,) = log.entries(2)
     handover = log.statement(entry.sha256)
     assert verify_envelope(handover, new.public, 2)["predicate"]["reason"] == reason
-    with pytest.raises(Refused):  # it shows nothing to whoever trusts the old key alone
-        successor(keys.public, handover)
+    with pytest.raises(Refused, match="lost or leaked"):  # the old key shows nothing of the new one
+        followed(tmp_path, keys.public)
+    assert followed(tmp_path, new.public) == new.public
+
+
+def test_keys_are_followed_over_many_rotations(tmp_path: Path, keys: Keys) -> None:
+    log = log_of(tmp_path, keys)
+    files_of_keys = [keys.public]
+    for n in range(4):
+        log.append(keys.sign({**STATEMENT, "predicate": {"n": n}}), "urn:example:v1")
+        keys = rotate_keys(keys, log)
+        files_of_keys.append(keys.public)
+    assert [followed(tmp_path, each) for each in files_of_keys] == [keys.public] * 5
+    with pytest.raises(Refused):
+        follow(keys.public, [b"{}"], str.encode)
+
+
+def forged_handover(keys: Keys, thief: Keys, since: int) -> bytes:
+    """Return a hand-over to a thief's key, signed by the stolen one."""
+    old = replace(keys.present, until=since)
+    new = replace(keys.public, certificates=(old, replace(thief.present, since=since)))
+    return keys.sign(
+        {
+            "subject": [{"name": "signing-key", "digest": {"sha256": thief.present.keyid}}],
+            "predicateType": KEY_HANDOVER,
+            "predicate": {"reason": "rotated", "keys": public_body(new)},
+        }
+    )
+
+
+def test_a_stolen_key_signs_nothing_after_its_end(tmp_path: Path, keys: Keys) -> None:
+    """Nor does it hand over to a thief's key, but where the thief has the log's key, too."""
+    thief = create_keys(tmp_path / "thief", MODEL)
+    log = log_of(tmp_path, keys)
+    log.append(keys.sign(STATEMENT), "urn:example:v1")
+    private = (keys.directory / f"{keys.present.keyid}.key").read_bytes()
+    new = rotate_keys(keys, log, "leaked", 1)
+    (keys.directory / f"{keys.present.keyid}.key").write_bytes(private)  # as the thief still has it
+    certificate = keys.sign({**STATEMENT, "predicate": {"n": 1}})
+    for index in (None, 1, 2, 3):
+        with pytest.raises(Refused):
+            verify_envelope(certificate, new.public, index)
+    for since in (0, 1, 2, 3):  # in a second log, which the thief signs
+        place = tmp_path / f"{since}"
+        (place / "keys").mkdir(parents=True)
+        other = log_of(place, replace(keys, directory=place / "keys"))
+        other.append(keys.sign(STATEMENT), "urn:example:v1")
+        other.append(forged_handover(keys, thief, since), KEY_HANDOVER)
+        if since == 2:
+            assert followed(place, keys.public).certificates[-1].keyid == thief.present.keyid
+            continue  # witnesses, and whoever kept a checkpoint, tell this log from the true one
+        with pytest.raises(Refused):
+            followed(place, keys.public)
 
 
 @pytest.mark.parametrize("until", [-1, 1, 9])
