@@ -41,6 +41,7 @@ from sisa.flows.wiring.context import Context, SlicePosition
 from sisa.verifier.membership import EMPTY_TREE, LABEL_BITS, LABEL_BYTES, bits, fold, inner, leaf
 
 BUCKET = 16  # most leaves of a subtree whose hash is not stored
+MANY = 10_000  # labels, of which a core computes some 6,000 in a second
 TABLES = ("leaves", "nodes", "taken", "tree")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS leaves (
@@ -313,6 +314,8 @@ class Membership:
             label, _, shard, _, since = gone[each]
             place = new.pop(each)
             rows.append((label, each, *place, since if place[0] == shard else today))
+        if len(new) >= MANY:
+            context.report(Notice(f"computing the labels of {len(new):,} records for membership proofs"))
         for place in sorted(set(new.values())):
             labels = self._labels(context, slices[place], new.keys())
             rows += [(label, each, *place, today) for each, label in labels.items()]

@@ -156,8 +156,12 @@ def shard_of(kept: Kept, number: int) -> int:
     return row.shard
 
 
-def test_the_tree_follows_additions_and_deletions(kept: Kept) -> None:
+def test_the_tree_follows_additions_and_deletions(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "MANY", 60)
     empty, first = kept.sync()
+    assert [each.text for each in kept.events if isinstance(each, Notice)] == [
+        "computing the labels of 60 records for membership proofs"
+    ]
     assert (empty, kept.tree.num_records) == (EMPTY_TREE.hex(), 60)
     assert answer(kept, 7) == {"shard": shard_of(kept, 7), "since": DAY}
     assert answer(kept, 60) is None
