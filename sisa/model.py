@@ -46,7 +46,7 @@ from sisa.flows import lifecycle, query
 from sisa.flows.ask import Answer, Prompt, ask, open_answerer, prompt_form, routes_of
 from sisa.flows.deletion import Terms, arrive, copies, forget_at_once, plan_forget
 from sisa.flows.export import export_adapters
-from sisa.flows.ingest import Taken, add, train
+from sisa.flows.ingest import Rectified, Taken, add, rectify, train
 from sisa.flows.reconcile import finish_written, held_prompts, reconcile, stale_exports, under_way
 from sisa.flows.scratch import guard
 from sisa.flows.wiring import wiring
@@ -135,6 +135,14 @@ class Model:
         with named_by_location(source), self._writing() as context:
             guarded = partial(guard, self.config)
             return add(context, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
+
+    def rectify(self, source: Path | str | Sequence[Record]) -> Rectified:
+        """Replace held records by new versions of the same ids, exactly. Raise UnknownRecord."""
+        if isinstance(source, str | Path):
+            source = read_like(self.config, source, subjects="column")
+        with named_by_location(source), self._writing() as context:
+            _ = self.resources.base  # refuses a changed base before anything is erased
+            return rectify(context, source, [partial(guard, self.config)])
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; the records of `source` are only compared with the held ones."""

@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli import audits, evaluation, evidence, jobs, maintenance, metrics, patches, plan, requests
+from cluster.cli import (
+    audits,
+    certificates,
+    evaluation,
+    evidence,
+    jobs,
+    maintenance,
+    metrics,
+    patches,
+    plan,
+    requests,
+)
 from cluster.cli.command import (
     PATH,
     ExecutorChoice,
@@ -37,6 +48,7 @@ from cluster.cli.command import (
     read_text,
     read_turns,
     run_file_argument,
+    with_certificate,
 )
 from cluster.observe.reporting import log_format_of, open_log, watched
 from cluster.render import render
@@ -50,7 +62,10 @@ if TYPE_CHECKING:
     from sisa.flows.ask import Prompt
 
 __all__ = ["FAMILIES", "cli"]
-FAMILIES = (audits, evaluation, evidence, jobs, maintenance, metrics, patches, plan, requests)
+FAMILIES = (
+    *(audits, certificates, evaluation, evidence, jobs, maintenance, metrics),
+    *(patches, plan, requests),
+)
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 EXIT_SIGNAL = 128  # plus the signal's number
@@ -190,7 +205,7 @@ def forget(
         if dry_run:
             return render.forget_plan(model.plan_forget(ids, subject=subject))
         done = model.forget(ids, subject=subject, consent=consent, defer=defer)
-        return render.forgotten(done, directory)
+        return with_certificate(render.forgotten(done, directory), model, done.request)
 
 
 @command("status", "-m model")

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +21,7 @@ from cluster.render.render import Result
 from sisa.core.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
+    from sisa.core.domain import Request
     from sisa.flows.ask import Prompt
     from sisa.flows.wiring.wiring import OpenExecutor
     from sisa.model import Model
@@ -27,7 +29,20 @@ if TYPE_CHECKING:
 
 ExecutorChoice: TypeAlias = "str | OpenExecutor"
 STANDARD_INPUT = Path("-")
+MAX_SUMMARY = 200  # characters of a command's summary
 PATH = click.Path(path_type=Path)
+
+
+class _WholeSummary(click.Command):
+    """A command whose summary is shown whole among others; click would cut it after a line."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        del limit
+        return super().get_short_help_str(MAX_SUMMARY)
+
+
+class _WholeGroup(_WholeSummary, click.Group):
+    """A group with such a summary."""
 
 
 @click.group(
@@ -42,7 +57,7 @@ def cli() -> None:
 
 def command_group(name: str, help: str) -> click.Group:
     """Add a group of commands to the root group."""
-    made = click.Group(name, help=help)
+    made = _WholeGroup(name, help=help)
     cli.add_command(made)
     return made
 
@@ -61,7 +76,8 @@ def command(
 
         option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
         path = name if group is cli else f"{group.name} {name}"
-        made = click.command(name, epilog=f"\b\nExample:\n  sisa {path} {example}")(option(invoke))
+        epilog = f"\b\nExample:\n  sisa {path} {example}"
+        made = click.command(name, cls=_WholeSummary, epilog=epilog)(option(invoke))
         group.add_command(made)
         return made
 
@@ -174,6 +190,25 @@ def opened(directory: Path, executor: ExecutorChoice = "ray") -> Iterator[Model]
 
     with watched() as report:
         yield open_model(directory, executor=executor, report=report)
+
+
+def with_certificate(result: Result, model: Model, request: Request | None) -> Result:
+    """Return what a command prints, and how the certificate of a request that was carried out stands."""
+    from sisa.flows.wiring.wiring import has_evidence
+
+    if request is None or not request.committed_at:
+        return replace(result, json={**result.json, "certificate": request and "none"})
+    found, line = "none", "certificate: none, for the model has no signing keys (`sisa keys init`)"
+    if has_evidence(model.directory, model.config, model.id):
+        from sisa.evidence.issued import standing
+
+        found = standing(model, request.request_id)
+        line = {
+            "issued": f"certificate: `sisa certificate show -m {model.directory} {request.request_id}`",
+            "pending": "certificate: pending, until what it deleted is trained again and it is signed",
+            "none": "certificate: none",
+        }[found]
+    return replace(result, json={**result.json, "certificate": found}, lines=[*result.lines, line])
 
 
 def read_text(file: Path) -> str:

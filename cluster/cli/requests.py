@@ -22,6 +22,7 @@ from cluster.cli.command import (
     opened,
     option_or_file,
     option_or_input,
+    with_certificate,
 )
 from cluster.observe.reporting import say
 from cluster.render.render import (
@@ -110,12 +111,16 @@ def list_(directory: Path) -> Result:
 def show_request(directory: Path, request_id: str) -> Result:
     """Show one request and its history."""
     with opened(directory) as model:
-        return request_shown(model.request(request_id))
+        return _shown(model, model.request(request_id))
+
+
+def _shown(model: Model, view: RequestView) -> Result:
+    return with_certificate(request_shown(view), model, view.request)
 
 
 def _decide(directory: Path, request_id: str, state: RequestState, note: str) -> Result:
     with opened(directory) as model:
-        return request_shown(model.decide(request_id, state, note))
+        return _shown(model, model.decide(request_id, state, note))
 
 
 @command("approve", "-m model T-17 --approver dpo", group=request)
@@ -162,7 +167,7 @@ def cancel(directory: Path, request_id: str, reason: str | None) -> Result:
 def extend(directory: Path, request_id: str, reason: str) -> Result:
     """Extend a request's due date once, by two months (gdpr)."""
     with opened(directory) as model:
-        return request_shown(model.extend(request_id, reason))
+        return _shown(model, model.extend(request_id, reason))
 
 
 def _join_cluster(model: Model) -> None:

@@ -1,6 +1,6 @@
-"""Add records: `train` adds the first ones, `add` adds others.
+"""Add records: `train` adds the first ones, `add` adds others, `rectify` replaces held ones.
 
-Both decide what remains, commit it and reconcile. New slice and index files are written under new names
+They decide what remains, commit it and reconcile. New slice and index files are written under new names
 before the commit that makes them current; the reconciliation erases the old ones. A crash anywhere
 leaves the old or the new state and some unlisted files, and the next reconciliation has the same result.
 """
@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sisa.core.domain import Head, Record, RecordRow, SliceFile, SliceState, Tombstone
+from sisa.core.domain import Head, Record, RecordRow, Request, SliceFile, SliceState, Tombstone
+from sisa.core.errors import Problem, UnknownRecord
 from sisa.core.ports import Change, StoredRecord, Vectors
 from sisa.data.record_rules import normal_subject
+from sisa.flows.deletion import Terms, arrive, forget_at_once
 from sisa.flows.reconcile import HeldPrompts, check_rows, reconcile
 from sisa.flows.record_checks import check_added, check_generations, check_trained, check_unchanged
 from sisa.flows.wiring.context import (
@@ -27,6 +29,8 @@ from sisa.flows.wiring.context import (
 )
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import ShardPlan
+
+RECTIFY = "sisa rectify"  # approves and names the deletions of a rectification
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,59 @@ def add(
     taken = _taken(context, added=len(fresh), held=len(records) - len(fresh))
     carried = {record.generation for record in fresh}
     return replace(taken, generation=generation if generation in carried else None)
+
+
+@dataclass(frozen=True)
+class Rectified:
+    """Describe what `rectify` did: the request that deleted the old versions, None without any."""
+
+    request: Request | None
+    taken: Taken
+
+
+def rectify(
+    context: Context,
+    records: Sequence[Record],
+    checks: Sequence[Callable[[Sequence[Record]], object]] = (),
+) -> Rectified:
+    """Delete the held records of these ids exactly, add the new versions, and train once.
+
+    An unchanged record is skipped. A rectification that was cut short after the deletion is continued.
+    Raise UnknownRecord for ids that are not held, InvalidInput with every problem of the new versions.
+    """
+    settled, found = _settled(context, records)
+    digests = [context.settings.assigner.id_digest(each.id) for each in settled]
+    begun = {r.request_id for r in context.stores.ledger.requests() if r.reason == RECTIFY}
+    problems = [
+        Problem(f"record {number}", "no record with its id is held")
+        for number, digest in enumerate(digests, start=1)
+        if not isinstance(each := found.get(digest), RecordRow)
+        and not (each is not None and each.request_id in begun)
+    ]
+    if problems:
+        raise UnknownRecord(
+            f"{len(problems)} of {len(settled)} records replace nothing; nothing was changed",
+            next_step="add new records with `sisa add`",
+            problems=problems,
+        )
+    check_added(context, settled, {}, (context.compute.count_tokens, *checks), allow_deleted=True)
+    rows = {key: each for key, each in found.items() if isinstance(each, RecordRow)}
+    changed = [
+        record
+        for record, digest in zip(settled, digests, strict=True)
+        if digest not in rows
+        or rows[digest].record_digest != context.settings.assigner.row(record, 0).record_digest
+    ]
+    names = {context.settings.assigner.id_digest(each.id) for each in changed}
+    old = [row for key, row in rows.items() if key in names]
+    request = None
+    if old:
+        arrival = arrive(context, old, (), Terms(approver=RECTIFY, reason=RECTIFY))
+        (request,) = forget_at_once(context, arrival, defer=True).requests
+    taken = add(context, changed, allow_deleted=True, checks=checks)
+    held = {each.request_id: each for each in context.stores.ledger.requests()}
+    taken = replace(taken, already_held=len(settled) - len(changed))
+    return Rectified(request and held[request.request_id], taken)
 
 
 def _commit_added(

@@ -179,7 +179,10 @@ def make_wanted(
 
 
 def _settled(context: Context) -> tuple[int, int]:
-    """Erase texts that no patch needs and unlisted files of patches; return the sets erased and kept."""
+    """Erase texts that no patch needs and unlisted files of patches; let hooks complete what follows.
+
+    Return the numbers of sets erased and kept.
+    """
     counts = vault_sets.erase_unneeded(context)
     known, held, keyring = known_by_area(context), areas(context), context.stores.keyring
     keyring.destroy("patches", sorted(keyring.held("patches") - known["patches"]))
@@ -187,6 +190,8 @@ def _settled(context: Context) -> tuple[int, int]:
         held[area].erase(sorted(held[area].held() - known[area]))
     purge(context)
     context.stores.ledger.scrub()
+    for hook in context.hooks:
+        hook.complete(context)
     return counts
 
 

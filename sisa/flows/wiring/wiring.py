@@ -170,11 +170,16 @@ def _compute(
     )
 
 
+def has_evidence(directory: Path, config: RunConfig, model: str) -> bool:
+    """Return whether deletions are certified: the model has signing keys or earlier evidence."""
+    return evidence_keys(config, model).is_dir() or (directory / EVIDENCE).exists()
+
+
 def evidence_hooks(
     directory: Path, config: RunConfig, model: str
 ) -> tuple[ports.DeletionHook[Context], ...]:
-    """Return the hook that issues certificates, if the model has signing keys or earlier evidence."""
-    if not (evidence_keys(config, model).is_dir() or (directory / EVIDENCE).exists()):
+    """Return the hook that issues certificates, if deletions are certified."""
+    if not has_evidence(directory, config, model):
         return ()
     return (pkgutil.resolve_name(upper_houses.EVIDENCE_HOOK)(directory, config, model),)
 

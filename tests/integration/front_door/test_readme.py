@@ -122,7 +122,10 @@ def test_the_examples_run_one_after_another(
 
 
 def _shrink(run_file: Path, base: Path) -> None:
-    """Let the README's commands use a base of a few kilobytes."""
+    """Let the README's commands use a base of a few kilobytes, and correct one of its records."""
+    rows = [json.loads(line) for line in (run_file.parent / "people.jsonl").read_text().splitlines()]
+    corrected = [{**row, "completion": "Corrected."} for row in rows if row["id"] == "p006-q1"]
+    (run_file.parent / "corrected.jsonl").write_text(to_jsonl(corrected))
     chosen = yaml.safe_load(run_file.read_text())
     chosen |= {"base_model": str(base), "num_epochs": 1}
     run_file.write_text(yaml.safe_dump(chosen))

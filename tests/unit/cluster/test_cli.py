@@ -86,8 +86,9 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 COMMANDS = """
 add audit check-adapter doctor export find forget gc generate init metrics plan prove quickstart rebuild
-report run simulate status sweep train verify verify-proof where
+receipt rectify report run simulate status sweep train verify verify-certificate verify-proof where
 approx: patches probe release revert show unlearn
+certificate: export issue list show
 cluster: logs manifest status stop submit
 config: schema
 eval: tofu

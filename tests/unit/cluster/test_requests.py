@@ -203,7 +203,7 @@ def test_list_and_show_know_a_request_by_either_name(ask: Ask) -> None:
     assert all(set(each) == REQUEST_KEYS for each in listed)
     shown = ask("request", "show", "T-1")
     assert shown == ask("request", "show", first["request_id"])
-    assert set(shown) == REQUEST_KEYS | {"events"}
+    assert set(shown) == REQUEST_KEYS | {"events", "certificate"}
     assert [set(each) for each in shown["events"]] == [{"request_id", "state", "at", "note", "link"}]
     assert {name: shown[name] for name in listed[0]} == listed[0]
 

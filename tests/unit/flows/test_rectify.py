@@ -1,0 +1,97 @@
+"""Rectification: the old version of a record is deleted exactly, the new one added, in one training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from sisa.core.domain import Part, Record
+from sisa.core.errors import InvalidInput, UnknownRecord
+from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.ingest import rectify, train
+from tests.fakes.ports import ADAPTER, FakeModel, fake_model, fake_record
+from tests.property.test_histories import assert_equal
+
+
+@pytest.fixture
+def fake() -> FakeModel:
+    found = fake_model()
+    train(found.context, [fake_record(each) for each in range(12)])
+    found.trained.clear()
+    return found
+
+
+def corrected(number: int) -> Record:
+    return replace(
+        fake_record(number), parts=(Part("prompt", "who?"), Part("completion", f"not {number}"))
+    )
+
+
+def test_the_result_is_that_of_training_on_the_new_version(fake: FakeModel) -> None:
+    done = rectify(fake.context, [corrected(3), fake_record(4)])
+    assert (done.taken.added, done.taken.already_held) == (1, 1)
+    assert done.request is not None
+    assert (done.request.state, done.request.num_records) == ("completed", 1)
+    scratch = fake_model()
+    train(scratch.context, [corrected(n) if n == 3 else fake_record(n) for n in range(12)])
+    assert_equal(fake, scratch)
+    keys = [job.key for job in fake.trained]
+    assert len(keys) == len(set(keys)) == done.taken.slices_trained
+
+
+def test_what_is_unchanged_is_left_alone(fake: FakeModel) -> None:
+    done = rectify(fake.context, [fake_record(3)])
+    assert (done.request, done.taken.added, done.taken.already_held, fake.trained) == (None, 0, 1, [])
+
+
+def test_a_record_that_is_not_held_is_refused(fake: FakeModel) -> None:
+    digest = fake.context.settings.assigner.id_digest
+    rows = list(fake.ledger.lookup([digest(fake_record(5).id)]).values())
+    forget_at_once(fake.context, arrive(fake.context, rows, (), Terms(approver="a person")))  # type: ignore[arg-type]
+    before = fake.ledger.seq()
+    with pytest.raises(UnknownRecord) as error:
+        rectify(fake.context, [corrected(3), corrected(50), corrected(5)])
+    assert [each.where for each in error.value.problems] == ["record 2", "record 3"]
+    assert fake.ledger.seq() == before
+
+
+def test_a_bad_new_version_is_refused_before_anything_is_deleted(fake: FakeModel) -> None:
+    before = fake.ledger.seq()
+    with pytest.raises(InvalidInput):
+        rectify(fake.context, [corrected(3), corrected(3)])
+
+    def refuse(_: object) -> None:
+        raise InvalidInput("too long")
+
+    with pytest.raises(InvalidInput, match="too long"):
+        rectify(fake.context, [corrected(3)], [refuse])
+    assert fake.ledger.seq() == before
+
+
+class Died(Exception):
+    """Raised where the process dies."""
+
+
+def test_a_rectification_that_was_cut_short_is_continued(fake: FakeModel) -> None:
+    """A crash after the deletion leaves neither version; the same command adds the new one."""
+    context = fake.context
+
+    def die(_: object) -> list[int]:
+        raise Died
+
+    calls = iter([context.compute.count_tokens, die])
+    broken = replace(
+        context, compute=replace(context.compute, count_tokens=lambda some: next(calls)(some))
+    )
+    with pytest.raises(Died):
+        rectify(broken, [corrected(3)])
+    served = [json.loads(fake.checkpoints.stored[h.key][ADAPTER]) for h in fake.ledger.heads() if h.key]
+    assert not any(fake_record(3).id in each["touched"] for each in served)
+    done = rectify(context, [corrected(3)])
+    assert (done.request, done.taken.added) == (None, 1)
+    scratch = fake_model()
+    train(scratch.context, [corrected(n) if n == 3 else fake_record(n) for n in range(12)])
+    assert_equal(fake, scratch)
+    assert [each.state for each in fake.ledger.requests()] == ["completed"]
