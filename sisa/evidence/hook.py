@@ -55,7 +55,7 @@ from sisa.flows.wiring.wiring import EVIDENCE, LOG
 from sisa.flows.wiring.witness import REPLAYED
 from sisa.lm.base.numerics import PROCEDURE_VERSION
 from sisa.planning.patch_plan import lineage
-from sisa.planning.plan import marked, prefix_names, tainted_checkpoints, touched
+from sisa.planning.plan import marked, prefix_names, touched
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED
 from sisa.verifier.envelope import base64_bytes
@@ -332,12 +332,12 @@ def _revoked(context: Context, rows: Sequence[RecordRow], exports: Sequence[Expo
     ledger = context.stores.ledger
     sets = ledger.sets_with([row.id_digest for row in rows])
     patches = lineage(ledger.patches(), {name for names in sets.values() for name in names})
-    keys, held = {each.key for each in patches}, ledger.checkpoints()
-    tainted = set(tainted_checkpoints(held, rows))
-    if not keys.isdisjoint(trained_over(ledger)):
-        tainted = {each.key for each in held}
+    keys = {each.key for each in patches}
+    beneath_all = not keys.isdisjoint(trained_over(ledger))
+    shards = [None] if beneath_all else sorted({row.shard for row in rows})
+    held = [each for shard in shards for each in ledger.checkpoints(shard)]
     over = [each for each in ledger.exports() if not keys.isdisjoint(each.patches)]
-    found = {each.adapter_sha256 for each in held if each.key in tainted}
+    found = {e.adapter_sha256 for e in held if beneath_all or any(touched(e, row) for row in rows)}
     found |= {each.adapter_sha256 for each in (*exports, *over)}
     return (found | {each.adapter_sha256 for each in patches}) - {""}
 
