@@ -260,6 +260,22 @@ def prove_entry(directory: Path, index: int) -> Result:
     return Result({"index": index, "proof": text}, text.removesuffix("\n").split("\n"))
 
 
+@command("request", "-m model --old 12 > request", group=log)
+@model_option
+@click.option("--old", default=0, type=click.IntRange(0), help="Entries that the witness has seen.")
+def request_cosignature(directory: Path, old: int) -> Result:
+    """Print what asks a witness to cosign the checkpoint.
+
+    It has the form of C2SP's tlog-witness, add-checkpoint, and is a file for `sisa log cosign`.
+    """
+    from sisa.evidence.keys import keys_of, log_blobs
+    from sisa.evidence.log import Log
+
+    with opened(directory) as model:
+        text = Log(log_blobs(model), keys_of(model)).request(old).decode()
+    return Result({"old": old, "request": text}, text.removesuffix("\n").split("\n"))
+
+
 @command("witness-key", "witness.example.com/w1 witness.key", group=log)
 @click.argument("name")
 @click.argument("file", type=PATH)
@@ -288,9 +304,9 @@ def make_witness_key(name: str, file: Path) -> Result:
 def cosign_log(where: str, key_file: Path, witness_key: Path, state: Path) -> Result:
     """Cosign a log's checkpoint, as its witness.
 
-    It must continue the one that was signed before. WHERE is the log's directory or URL; at first, the
-    file of a checkpoint will do. The line of the signature is printed: the operator adds it by `sisa log
-    add-cosignature`.
+    It must continue the one that was signed before. WHERE is the log's directory or URL, a file that
+    `sisa log request` printed or, at first, a checkpoint. The line of the signature is printed: the
+    operator adds it by `sisa log add-cosignature`.
     """
     from sisa.evidence.log import cosign, published
 

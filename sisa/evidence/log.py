@@ -36,7 +36,7 @@ from sisa.core.ports import BlobStore
 from sisa.store.blobs import files
 from sisa.verifier import merkle, note
 from sisa.verifier.certificate import log_entry
-from sisa.verifier.envelope import SHA256_HEX, Refused, members, strict_json
+from sisa.verifier.envelope import SHA256_HEX, Refused, base64_bytes, members, strict_json
 from sisa.verifier.note import COSIGNATURE, ED25519, WIDTH, Checkpoint, NoteKey, tile_path
 
 CHECKPOINT, STATEMENTS = "checkpoint", "statements"
@@ -47,6 +47,7 @@ MAX_FILE_BYTES = WIDTH * (2 + MAX_ENTRY_BYTES)  # a full bundle
 TIMEOUT_S = 20
 PRIVATE = "PRIVATE+KEY"
 _PRIVATE = re.compile(r"PRIVATE\+KEY\+([^\s+]+)\+([0-9a-f]{8})\+([A-Za-z0-9+/]{44})")
+_REQUEST = re.compile(rb"old (?:0|[1-9][0-9]{0,17})(?:\n[A-Za-z0-9+/=]{44}){0,63}")
 RESTORE_LOG = (
     "restore the log's newer files from where it is published, or from a newer backup; nothing is "
     "signed until then"
@@ -272,6 +273,14 @@ class Log:
             raise _damaged(self._blobs.location(error.where), what) from error
         return proof_text(index, path, published)
 
+    def request(self, old: int) -> bytes:
+        """Return what asks a witness that has seen `old` entries to cosign: C2SP's add-checkpoint."""
+        published, now = self.note(), self.checkpoint
+        if not 0 <= old <= now.size or not published:
+            raise InvalidInput("no witness has seen that", expected=f"0 to {now.size}", got=str(old))
+        lines = [f"old {old}", *map(note.b64, Tiles(self._read, now.size).consistency(old))]
+        return "\n".join(lines).encode() + b"\n\n" + published
+
     def entries(self, start: int = 0) -> Iterator[Entry]:
         """Yield the entries from number `start` on. Raise IntegrityError for a damaged bundle."""
         size = self.size
@@ -444,7 +453,7 @@ def _load(directory: Path, path: str) -> bytes:
             raise InvalidInput(
                 "a checkpoint alone does not show that the log continues another",
                 where=str(directory),
-                next_step="name the directory or the URL of the log instead",
+                next_step="name the log's directory or URL, or what `sisa log request` prints",
             )
         directory, path = directory.parent, directory.name
     with files.disk_errors(directory / path):
@@ -512,16 +521,25 @@ def parse_witness(text: str) -> tuple[NoteKey, Ed25519PrivateKey]:
     )
 
 
+def _asked(data: bytes) -> tuple[bytes, list[bytes] | None]:
+    """Return the checkpoint of a request with its proof of consistency, or a checkpoint without one."""
+    head, _, checkpoint = data.partition(b"\n\n")
+    if not _REQUEST.fullmatch(head):
+        return data, None
+    return checkpoint, [base64_bytes(each, "a hash") for each in head.decode().split("\n")[1:]]
+
+
 def cosign(
     read: Callable[[str], bytes], log_vkey: str, private: str, state: Path, now: float | None = None
 ) -> tuple[Checkpoint, Checkpoint, bytes]:
     """Cosign a log's checkpoint; return the one seen before, this one, and the line of the signature.
 
-    `state` is the witness's own file, the checkpoint it signed last; it is replaced before the line is
-    returned. Raise Refused or IntegrityError if the log does not continue that one.
+    In place of the checkpoint, `read` may return a request. `state` is the witness's own file, the
+    checkpoint that it signed last; it is replaced before the line is returned. Raise Refused or
+    IntegrityError if the log does not continue that one.
     """
     key, signer = parse_witness(private.strip())
-    signed = read(CHECKPOINT)
+    signed, asked = _asked(read(CHECKPOINT))
     checkpoint = note.open_checkpoint(signed, log_vkey)
     files.make_directory(state.absolute().parent)
     with files.opened_directory(state.absolute().parent) as handle:
@@ -530,7 +548,10 @@ def cosign(
         if state.exists():
             seen = note.open_checkpoint(files.read_whole(state, "checkpoint"), log_vkey)
         try:
-            Tiles(read, checkpoint.size).check_follows(seen, checkpoint)
+            if asked is None:
+                Tiles(read, checkpoint.size).check_follows(seen, checkpoint)
+            else:
+                merkle.verify_consistency(seen.size, checkpoint.size, asked, seen.root, checkpoint.root)
         except Refused as error:
             raise Refused(
                 "the log does not continue the checkpoint that this witness signed last",

@@ -93,7 +93,7 @@ cluster: logs manifest status stop submit
 config: schema
 eval: tofu
 keys: check init rotate show
-log: add-cosignature add-rebuild check cosign proof show witness-key
+log: add-cosignature add-rebuild check cosign proof request show witness-key
 request: approve cancel deny extend hold list show submit
 revocations: publish
 routing: calibrate

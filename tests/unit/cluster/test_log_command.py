@@ -105,7 +105,13 @@ def test_a_witness_and_the_operator_cosign(
     assert ask("log", "cosign", at / "checkpoint", *witness)[0] == 0  # the file alone: nothing new
     append(model, 4)
     code, failed, _ = ask("log", "cosign", at / "checkpoint", *witness)
-    assert (code, failed["error"]["next_step"][:18]) == (2, "name the directory")
+    assert (code, failed["error"]["next_step"][:14]) == (2, "name the log's")
+    code, request, _ = sisa("log", "request", "-m", model, "--old", 4)
+    (tmp_path / "request").write_text(request)
+    code, again, _ = ask("log", "cosign", tmp_path / "request", *witness)  # by somebody without the log
+    assert (code, again["seen_size"], again["size"]) == (0, 4, 5)
+    assert ask("log", "cosign", tmp_path / "request", *witness)[0] == 4  # it has seen 5 by now
+    assert ask("log", "request", "-m", model, "--old", 6)[0] == 2
 
 
 def test_a_log_that_was_set_back_fails(model: Path, ask: Ask, tmp_path: Path) -> None:

@@ -433,6 +433,33 @@ def test_a_witness_signs_what_continues_what_it_saw(place: Place) -> None:
     assert oct(state.stat().st_mode)[-3:] == "600"
 
 
+def test_a_request_is_enough_for_a_witness(place: Place) -> None:
+    private, vkey = some_witness("w")
+    state, file = place.root / "state", place.root / "request"
+    with pytest.raises(InvalidInput, match="no witness has seen that"):
+        place.log.request(0)  # of a log without a checkpoint
+    before = 0
+    for size in (1, 2, 5, 255, 256, 300):
+        shutil.rmtree(place.at, ignore_errors=True)
+        fill(place, size)
+        asked = place.log.request(before)
+        head, _, checkpoint = asked.partition(b"\n\n")
+        assert (head.split(b"\n")[0], checkpoint) == (b"old %d" % before, place.read("checkpoint"))
+        for damaged in (asked[:-9], asked.replace(b"old %d" % before, b"old x"), asked[len(head) :]):
+            file.write_bytes(damaged)
+            with pytest.raises((Refused, InvalidInput)):
+                cosign(published(str(file)), place.vkey, private, state)
+        file.write_bytes(asked)
+        seen, now, line = cosign(published(str(file)), place.vkey, private, state)
+        assert (seen.size, now.size) == (before, size)
+        open_checkpoint(checkpoint + line, place.vkey, witnesses=[vkey])
+        before = size
+    for mutant in mutants(place.log.request(5), 100, seed=5):
+        file.write_bytes(mutant)
+        with pytest.raises((Refused, InvalidInput)):
+            cosign(published(str(file)), place.vkey, private, state)
+
+
 def test_a_witness_signs_extension_lines_as_well(place: Place) -> None:
     place.log.append(statement(0), TYPE)
     text = logs.checkpoint_text(place.log.checkpoint) + b"an extension\n"
