@@ -193,10 +193,10 @@ def _deletion_words(stated: Mapping[str, Any]) -> Iterator[str]:
         yield f"  touched: shard {each['shard']}, slices {slices}"
     erased: Counter[str] = Counter()
     for each in stated["erased"]:
-        erased[f"{each['what']} ({each['where']})"] += len(each["digests"])
+        erased[f"{each['what']} ({each['where']})"] += each["number"]
     yield from (f"  erased: {what}: {count}" for what, count in erased.items())
     for each in stated["remains"]:
-        count = f"{len(each['digests'])} " if each["digests"] else ""
+        count = f"{each['number']} " if each["number"] else ""
         yield f"  remains: {count}{each['what']} ({each['where']}): {each['why']}"
     epochs = f"{plan['record_epochs_retrained']} of {plan['record_epochs_full']} record-epochs"
     yield f"  retrained: {epochs}, in {plan['seconds']} s"

@@ -44,6 +44,8 @@ TEST_RESULT, PROVENANCE = (
     "https://slsa.dev/provenance/v1",
 )
 NOT_RUN = "not run"
+OF_RECORDS = ("index row", "ledger row", "tombstone")  # one for each record
+MAX_LISTED = 1_000  # of these that a certificate lists; of more, the root over them
 COVERS = (
     "Each record that the commitments name is in no slice file, index, checkpoint or optimizer state of "
     "the model, and in no export that was still where it was written.",
@@ -99,18 +101,24 @@ class Draft:
     commitments: tuple[str, ...]  # sorted, in hex
     erased: tuple[Mapping[str, Any], ...]
     touched: tuple[Mapping[str, Any], ...]
-    exports: tuple[str, ...]  # names of those that will be erased
     revokes: tuple[str, ...]  # sha256 of the adapters of which copies must go
-    restored: bool = False  # a restored backup held the records again
 
-    @property
-    def root(self) -> str:
-        """Return the root of the tree over the commitments; empty without any."""
-        return (
-            root([leaf_hash(bytes.fromhex(each)) for each in self.commitments]).hex()
-            if self.commitments
-            else ""
-        )
+
+def tree_over(digests: Sequence[str]) -> dict[str, Any]:
+    """Return the root of the tree over digests and their number; no root without any.
+
+    >>> tree_over([])
+    {'number': 0, 'root': ''}
+    """
+    leaves = [leaf_hash(bytes.fromhex(each)) for each in digests]
+    return {"number": len(leaves), "root": root(leaves).hex() if leaves else ""}
+
+
+def things(what: str, where: str, digests: Iterable[str] = (), **more: Any) -> dict[str, Any]:
+    """Return things of one kind by their digests; of the rows of many records, the root alone."""
+    names = sorted(digests)
+    listed = [] if what in OF_RECORDS and len(names) > MAX_LISTED else names
+    return {"what": what, "where": where, **more, **tree_over(names), "digests": listed}
 
 
 def draft(
@@ -121,8 +129,6 @@ def draft(
     held: Held,
     exports: Iterable[Export],
     revokes: Collection[str],
-    *,
-    restored: bool = False,
 ) -> Draft:
     """Return the draft of a request that removes `rows`; `ids` are the records' by keyed id."""
     made = (commitment(salt_of(keyed, request_id, key), each) for key, each in ids.items())
@@ -145,22 +151,16 @@ def draft(
             ("optimizer state", "checkpoints"): list(tainted),
             ("hidden states", "prefixes"): [name for name in held.states if name.startswith(start)],
         }
-        for (what, where), names in found.items():
-            digests = sorted(erased_name(keyed, what, each) for each in names)
-            if digests:
-                erased.append({"what": what, "where": where, "shard": shard, "digests": digests})
+        erased += [
+            things(what, where, [erased_name(keyed, what, each) for each in names], shard=shard)
+            for (what, where), names in found.items()
+            if names
+        ]
         touched.append({"shard": shard, "slices": slices, "checkpoints": len(tainted)})
-    left = sorted({erased_name(keyed, "export", each.path, each.key) for each in exports})
+    if left := {erased_name(keyed, "export", each.path, each.key) for each in exports}:
+        erased.append(things("export", "exports", left, shard=-1))
     commitments = tuple(sorted(each.hex() for each in made))
-    return Draft(
-        request_id,
-        commitments,
-        tuple(erased),
-        tuple(touched),
-        tuple(left),
-        tuple(sorted(revokes)),
-        restored,
-    )
+    return Draft(request_id, commitments, tuple(erased), tuple(touched), tuple(sorted(revokes)))
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,7 @@ class Outcome:
     old_versions: Sequence[str]  # why a bucket keeps them, one for each place
     holds: int  # requests under a legal hold
     rectified: bool  # all of its records were added again
+    restored: bool  # a restored backup held the records again
     passed: Sequence[str]  # checks of the erasure that passed
 
 
@@ -249,16 +250,15 @@ def deletion_statement(keyed: Keyed, drafted: Draft, done: Outcome, state: State
     """Return the certificate of a completed request; its type is its tier."""
     request = done.request
     alike = len(state.fingerprints) <= 1
-    exports = {"what": "export", "where": "exports", "shard": -1, "digests": list(drafted.exports)}
     more = {
         "guarantee": "bit-exact" if alike else "same procedure, other bits",
         "request": _request(request, done.events),
-        "commitments": {"root": drafted.root, "number": len(drafted.commitments)},
+        "commitments": tree_over(drafted.commitments),
         "touched": list(drafted.touched),
-        "erased": [*drafted.erased, *([exports] if drafted.exports else [])],
+        "erased": list(drafted.erased),
         "revokes": list(drafted.revokes),
         "remains": _remains(keyed, request, done.tombstones),
-        "backups": {"restored": drafted.restored, "words": BACKUPS},
+        "backups": {"restored": done.restored, "words": BACKUPS},
         "plan": {
             "record_epochs_retrained": request.record_epochs_retrained,
             "record_epochs_other_orders": request.record_epochs_others,
@@ -311,20 +311,16 @@ def _remains(keyed: Keyed, request: Request, tombstones: Iterable[str]) -> list[
     """Return what is kept of the request, where and why; its digests are named for it alone."""
     named = sorted(keyed.digest("remains", request.request_id, each) for each in tombstones)
     why = "keyed digests of id, subject and text: so that the record is not taken in again unnoticed"
-    found = [
-        {"what": "tombstone", "where": where, "why": why, "digests": named}
-        for where in ("ledger", "witness")
-        if named
-    ]
+    found = [things("tombstone", at, named, why=why) for at in ("ledger", "witness") if named]
     noted = {
         "ledger": "the request with its times and outcome, and keyed ids of the records that it named",
         "evidence": "commitments, from which receipts are made",
         "log": "this certificate",
     }
-    found += [{"what": "request", "where": at, "why": why, "digests": []} for at, why in noted.items()]
+    found += [things("request", at, why=why) for at, why in noted.items()]
     if request.vaulted:
         why = "the text itself, encrypted, by consent, until a patch is made from it"
-        found.append({"what": "text", "where": "vault", "why": why, "digests": []})
+        found.append(things("text", "vault", why=why))
     return found
 
 

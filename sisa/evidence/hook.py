@@ -308,23 +308,15 @@ def _draft(context: Context, removal: Removal, request: Request, noted: Iterable
         [each for shard in shards for each in ledger.checkpoints(shard)],
         states,
     )
-    ids = {each.id_digest: each.record.id for each in stored_in(context, files, rows)}
+    ids: dict[str, str] = {}
+    try:
+        ids = {each.id_digest: each.record.id for each in stored_in(context, files, rows)}
+    except SisaError as error:  # the deletion itself may need none of these files
+        _report(context, "the certificate will name no record, and there will be no receipts", error)
     exports = marked(ledger.exports(), {request.request_id: rows})
     former = [each for each in noted if any(touched(each, row) for row in rows)]
     revokes = _revoked(context, rows, [*exports, *former])
-    again = any(
-        each.note == REPLAYED for each in ledger.events() if each.request_id == request.request_id
-    )
-    return certificate.draft(
-        keyed,
-        request.request_id,
-        rows,
-        ids,
-        held,
-        exports,
-        revokes,
-        restored=again or request.reason == REPLAYED,
-    )
+    return certificate.draft(keyed, request.request_id, rows, ids, held, exports, revokes)
 
 
 def _revoked(context: Context, rows: Sequence[RecordRow], exports: Sequence[Export]) -> set[str]:
@@ -469,14 +461,16 @@ def _outcome(context: Context, request: Request, drafted: Draft) -> Outcome:
     ledger = context.stores.ledger
     named = ledger.lookup(ledger.named_by(request.request_id))
     live = [each for each in named.values() if isinstance(each, RecordRow)]
+    events = [each for each in ledger.events() if each.request_id == request.request_id]
     return Outcome(
         request=request,
-        events=[each for each in ledger.events() if each.request_id == request.request_id],
+        events=events,
         tombstones=[each.id_digest for each in named.values() if isinstance(each, Tombstone)],
         exports_left=sum(e.stale and e.request_id == request.request_id for e in ledger.exports()),
         old_versions=[each.why for each in purge(context, dry_run=True)],
         holds=sum(each.state == "held" for each in ledger.requests()),
         rectified=bool(live) and len(live) == len(named),
+        restored=any(each.note == REPLAYED for each in events),
         passed=_erasure_checks(context, drafted, [] if live else ["checkpoint"]),
     )
 

@@ -105,6 +105,33 @@ def test_what_was_erased_is_named_without_plain_digests(model: Certified) -> Non
     assert not any(each in told for each in [*files, *keys, rows[0].id_digest, rows[0].text_digest])
 
 
+def test_a_certificate_of_many_records_names_their_rows_by_a_root_alone(
+    model: Certified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sisa.evidence.certificate.MAX_LISTED", 2)
+    model.forget(1, 2, 3, 4, 5, 6, 7)
+    stated = statements(model)[-1]["predicate"]
+    (tombstones, _) = [each for each in stated["remains"] if each["what"] == "tombstone"]
+    assert (tombstones["number"], tombstones["digests"], len(tombstones["root"])) == (7, [], 64)
+    for each in stated["erased"]:
+        row = each["what"] in ("index row", "ledger row")
+        assert len(each["digests"]) == (0 if row and each["number"] > 2 else each["number"])
+
+
+def test_a_damaged_slice_file_does_not_stop_a_deletion_that_needs_none(model: Certified) -> None:
+    """A certificate without receipts is better than none."""
+    (row,) = model.rows(1)
+    names = [each.name for each in model.fake.ledger.slices(row.shard) if each.slice == row.slice]
+    model.fake.records.erase(names)
+    digests = {each.id_digest for each in model.fake.ledger.rows(row.shard, row.slice)}
+    digest = model.fake.context.settings.assigner.id_digest
+    model.forget(*(n for n in range(12) if digest(fake_record(n).id) in digests))
+    stated = statements(model)[-1]
+    assert stated["predicateType"] == EXACT
+    assert stated["predicate"]["commitments"] == {"number": 0, "root": ""}
+    assert any("no receipts" in each for each in model.notices)
+
+
 def test_nothing_is_stated_twice(model: Certified) -> None:
     model.forget(1)
     before = kinds(model)
