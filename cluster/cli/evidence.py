@@ -26,7 +26,7 @@ from sisa.core.errors import InvalidInput
 if TYPE_CHECKING:
     from sisa.evidence.keys import Keys, Reason
     from sisa.model import Model
-    from sisa.verifier.envelope import PublicKeys
+    from sisa.verifier.envelope import CertificateKey, PublicKeys
     from sisa.verifier.membership import MembershipProof
 
 keys = command_group("keys", "Make, show and rotate the keys that sign evidence.")
@@ -123,6 +123,12 @@ def check_keys(file: Path, trusted: Path, where: str | None) -> Result:
     return Result(told, [f"the keys follow from the trusted ones; the last key is {keyid}"])
 
 
+def _time_of(key: CertificateKey) -> str:
+    if key.until is None:
+        return f"entries from {key.since} on"
+    return f"entries {key.since} to {key.until - 1}" if key.since < key.until else "no entries"
+
+
 def _shown(model: Model, found: Keys) -> Result:
     from sisa.evidence.keys import PUBLIC, PUBLISHED, log_blobs, public_body
 
@@ -135,8 +141,7 @@ def _shown(model: Model, found: Keys) -> Result:
     lines = [
         f"signs     {found.signer or 'a key file'}, in {found.directory}",
         *(
-            f"key       {each.keyid}, {each.scheme}, entries from {each.since} "
-            + ("on" if each.until is None else f"to {each.until - 1}")
+            f"key       {each.keyid}, {each.scheme}, {_time_of(each)}"
             for each in found.public.certificates
         ),
         f"log       {found.public.log}",

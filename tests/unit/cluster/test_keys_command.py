@@ -107,7 +107,10 @@ def test_words_name_the_file_and_the_key(
     code, words, _ = sisa("keys", "show", "-m", model)
     assert code == 0
     assert made["published"] in words
-    assert made["keyid"] in words
+    assert f"{made['keyid']}, ed25519, entries from 0 on" in words
+    words = sisa("keys", "rotate", "-m", model, "--leaked", "--until", "0")[1]
+    assert f"{made['keyid']}, ed25519, no entries" in words
+    assert "entries 0 to 1\n" in sisa("keys", "rotate", "-m", model)[1]
 
 
 def test_nothing_secret_is_printed_or_logged(
