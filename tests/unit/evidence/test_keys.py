@@ -46,19 +46,23 @@ from sisa.evidence.keys import (
     HANDOVER,
     LOG_KEY,
     PUBLIC,
+    PUBLISHED,
     VRF_KEY,
     Keys,
     create_keys,
+    open_log,
     public_body,
     read_keys,
     read_public_key,
     rotate_keys,
 )
 from sisa.evidence.log import Log, check_log, published
+from sisa.flows.wiring.wiring import LOG
 from sisa.store.blobs import files
 from sisa.store.blobs.files import LocalBlobs
-from sisa.verifier.certificate import KEY_HANDOVER
+from sisa.verifier.certificate import EXACT, KEY_HANDOVER, STATE, verify_chain
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys, verify_envelope
+from tests.models.certified import certified
 
 MODEL = "0f" * 16
 STATEMENT = {
@@ -254,6 +258,29 @@ def test_keys_are_followed_over_many_rotations(tmp_path: Path, keys: Keys) -> No
     assert [followed(tmp_path, each) for each in files_of_keys] == [keys.public] * 5
     with pytest.raises(Refused):
         follow(keys.public, [b"{}"], str.encode)
+
+
+def test_certificates_are_checked_across_rotations(tmp_path: Path) -> None:
+    """Also what was signed before a rotation and not logged, which is signed anew."""
+    model = certified(tmp_path)
+    first, blobs = model.keys.public, model.fake.context.stores.blobs[LOG]
+    model.forget(1)
+    keys = rotate_keys(model.keys, open_log(model.keys, blobs))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "append", lambda *_: (_ for _ in ()).throw(EnvironmentFault("no disk")))
+        model.forget(2)
+    second = (keys := rotate_keys(keys, open_log(keys, blobs))).public
+    model.forget(3)
+    keys = rotate_keys(keys, open_log(keys, blobs), "leaked")
+    model.forget(4)
+    read = published(str(tmp_path / "log"))
+    entries = check_log(read, first.log)[2]
+    kinds = [each["predicateType"] for _, each in verify_chain(entries, read, keys.public)]
+    assert kinds == [STATE, EXACT, *[KEY_HANDOVER] * 2, EXACT, EXACT, KEY_HANDOVER, EXACT]
+    assert parse_keys(read(PUBLISHED)) == keys.public
+    assert follow(first, entries[:6], read) == second
+    with pytest.raises(Refused):
+        list(verify_chain(entries, read, second))
 
 
 def forged_handover(keys: Keys, thief: Keys, since: int) -> bytes:
