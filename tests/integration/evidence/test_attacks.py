@@ -21,6 +21,9 @@ from typing import Any
 
 import pytest
 
+from cluster.cli import cli
+from cluster.cli.audits import EXIT_REVOKED
+from cluster.render.render import EXIT_INTEGRITY
 from sisa.audit.residue import sweep_model
 from sisa.config.config import state_dir
 from sisa.core.digest import Keyed
@@ -33,6 +36,7 @@ from sisa.evidence.issued import certificate_file, issue, receipt_file
 from sisa.evidence.keys import PUBLISHED, Keys, create_keys, keys_of, start_evidence
 from sisa.evidence.log import CHECKPOINT, SIGNED, Log, cosign, new_witness, published
 from sisa.evidence.membership import Membership
+from sisa.evidence.revocations import FEED, publish
 from sisa.evidence.vrf import VrfKey
 from sisa.flows.deletion import _write_remaining, plan_forget
 from sisa.flows.reconcile import reconcile
@@ -390,6 +394,30 @@ def test_a_copy_is_kept(operator: Operator, tmp_path: Path) -> None:
     assert operator.failed(sample=2) == set()
     found = sweep_model(operator.model, also=[tmp_path / "copy"])
     assert {each.kind for each in found.residue} == {"tainted"}
+
+
+@attack(
+    "leaves an adapter out of the feed of revocations, or hands out an old feed",
+    "`sisa check-adapter`: `--log`, or `--not-older-than` with a feed that somebody kept",
+)
+def test_a_revocation_is_withheld(operator: Operator, tmp_path: Path) -> None:
+    def check(feed: Path, *options: str | Path) -> int:
+        given = ["--feed", feed, "--key", operator.log / PUBLISHED, *options]
+        return cli.run([str(each) for each in ("check-adapter", tmp_path / "copy", *given)])
+
+    shutil.copytree(operator.directory / wiring.CHECKPOINTS, tmp_path / "copy")
+    old, short, honest = tmp_path / "old.json", tmp_path / "short.json", operator.log / FEED
+    publish(operator.model, old)
+    operator.forget(5)
+    publish(operator.model)
+    assert check(honest, "--log", operator.log) == EXIT_REVOKED
+    statement = json.loads(b64decode(json.loads(honest.read_bytes())["payload"]))
+    statement["predicate"]["revoked"] = {}
+    short.write_bytes(operator.keys.sign(statement))
+    for withholding in (old, short):
+        assert check(withholding) == 0
+        assert check(withholding, "--log", operator.log) == EXIT_INTEGRITY
+        assert check(withholding, "--not-older-than", honest) == EXIT_INTEGRITY
 
 
 # --- the log -------------------------------------------------------------------------------------
