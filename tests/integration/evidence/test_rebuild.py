@@ -8,14 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 
 from sisa.config.runfile import load_run_file
 from sisa.core.errors import InvalidInput
 from sisa.core.events import silent
 from sisa.data.reader import read_like
+from sisa.evidence.issued import certificate_file
+from sisa.evidence.keys import keys_of, start_evidence
 from sisa.evidence.rebuild import NOT_GIVEN, CertifiedHead, Rebuild, rebuild_shards
 from sisa.planning.plan import jobs
-from tests.models.tiny_model import PEOPLE, Row, Tiny, ids_of, of_people, without, write_rows
+from tests.models.tiny_model import PEOPLE, Row, Tiny, command, ids_of, of_people, without, write_rows
 
 pytestmark = pytest.mark.torch
 ELSEWHERE = "f" * 64  # the fingerprint of another machine
@@ -67,6 +76,47 @@ def made_elsewhere(tiny: Tiny, head: CertifiedHead) -> str:
     with tiny.open()._context() as context:
         slices = context.stores.ledger.slices(head.shard)
         return jobs(head.shard, slices, context.recipe, ELSEWHERE)[-1].key
+
+
+def test_a_signed_rebuild_is_logged_beside_the_certificate(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.open()
+    start_evidence(model)
+    request = model.forget(subject="p006").request
+    assert request is not None
+    second = tmp_path / "second"
+    second.mkdir()
+    files = {
+        "certificate.json": certificate_file(model, request.request_id),
+        "keys.json": keys_of(model).public_file,
+        "run.yaml": tiny.run_file.read_bytes(),
+        "partition.key": (tiny.folder / "shared.key").read_bytes(),
+        "mine.pem": Ed25519PrivateKey.generate().private_bytes(
+            Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        ),
+    }
+    for name, data in files.items():
+        (second / name).write_bytes(data)
+    write_rows(second / "remaining.jsonl", without(PEOPLE, ids_of(of_people("p006"))))
+    given = ["rebuild", second / "certificate.json", "--key", second / "keys.json", "--run"]
+    given += [second / "run.yaml", "--records", second / "remaining.jsonl"]
+    given += ["--partition-key", second / "partition.key", "--executor", "serial"]
+    given += ["--sign-with", second / "mine.pem", "-o", second / "rebuild.json"]
+    done = command(capsys, *given)
+    assert (done.code, done.json["verdict"]) == (0, "equal")
+    public = Path(done.json["public_key"])
+
+    add = ["log", "add-rebuild", "-m", tiny.directory, second / "rebuild.json", "--public-key"]
+    entry = command(capsys, *add, public)
+    assert entry.json["entry"] == 1
+    other = Ed25519PrivateKey.generate().public_key()
+    (second / "other.pem").write_bytes(
+        other.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    assert command(capsys, *add, second / "other.pem").code == 4
+    found = command(capsys, "audit", "-m", tiny.directory, "--sample", 0, "--executor", "serial")
+    assert (found.code, found.json["passed"], found.json["entry"]) == (0, True, 2)
 
 
 def test_records_that_do_not_remain_show(tiny: Tiny, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[3] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-FIRST, CHOOSE, ROUTING, BASE = NOTEBOOKS
+FIRST, CHOOSE, ROUTING, BASE, AUDITOR = NOTEBOOKS
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 MACHINE_PATHS = re.compile(r"(?<![\w.])/(home|root|tmp|work|usr|Users|mnt|opt|var)\b|[A-Z]:\\\\|\.venv")
 MAGIC = re.compile(r"^%.*$", re.MULTILINE)
@@ -202,3 +202,21 @@ def test_what_the_base_knew_is_noticed_and_less_is_said(run_here: Callable[[Path
     assert "1 set erased from the vault" in cells["again"][0]
     assert len(lines(cells, "limits-of")) > 3
     assert "texts to forget, erased" in cells["after"][0]
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_an_auditor_checks_a_deletion_without_the_model(run_here: Callable[[Path], Cells]) -> None:
+    cells = run_here(AUDITOR)
+    assert "torch loaded: False" in cells["check"][0]
+    assert "exit code 0" in cells["check"][0]
+    assert "remaining  14 records" in cells["verify"][0]
+    assert "named: []" in cells["covers"][0]
+    for name, number in (("forged", 5), ("denied", 3)):
+        assert cells[name][0].count(":\n    ") == number
+        assert "NOT CAUGHT" not in cells[name][0]
+    absent, present = lines(cells, "absence")
+    assert "is not there" in absent
+    assert "'shard':" in present
+    assert lines(cells, "chain") == lines(cells, "tree") == ["1 figures"]
+    assert [line.rpartition(" ")[2] for line in lines(cells, "kept")] == ["True", "False", "False"]
