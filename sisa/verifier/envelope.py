@@ -154,7 +154,9 @@ def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> 
     """
     value, signed = _opened(data, "the envelope", PAYLOAD_TYPE, lambda _: keys.certificates)
     if not any(key.holds(index) for key in signed):
-        what = "the key that signed it did not hold then" if signed else "no known key signed it"
+        what = (
+            "the key that signed it did not hold then" if signed else "none of the public keys signed it"
+        )
         expected = " or ".join(f"one for entries from {key.since} to {key.until}" for key in signed)
         got = "no proof from the log" if index is None else f"entry {index}"
         raise Refused(what, "the envelope", expected, got, "get the public keys of its model and time")
