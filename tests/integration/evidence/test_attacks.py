@@ -32,7 +32,7 @@ from sisa.core.errors import EnvironmentFault, Problem
 from sisa.core.ports import Change
 from sisa.core.requests import chained
 from sisa.evidence.audit import Audit, Check, audit_model, audit_statement, drawn
-from sisa.evidence.issued import certificate_file, issue, receipt_file
+from sisa.evidence.issued import certificate_file, issue, membership_file, receipt_file
 from sisa.evidence.keys import PUBLISHED, Keys, create_keys, keys_of, start_evidence
 from sisa.evidence.log import CHECKPOINT, SIGNED, Log, cosign, new_witness, published
 from sisa.evidence.membership import Membership
@@ -54,7 +54,7 @@ from sisa.verifier.certificate import (
     verify_receipt,
 )
 from sisa.verifier.envelope import PublicKeys, Refused, canonical, strict_json, verify_envelope
-from sisa.verifier.membership import LABEL_BYTES, verify_absent, verify_present
+from sisa.verifier.membership import LABEL_BYTES, verify_absent, verify_membership, verify_present
 from sisa.verifier.vrf import verify_output
 from tests.fakes.ports import SECRET
 from tests.models.confessing import build, open_fake, record, use_fake_resources
@@ -200,6 +200,32 @@ def test_a_held_record_is_left_out_of_the_tree(operator: Operator) -> None:
         tables.replace([label], [])
     certify(operator)  # so the false root is the certified one
     assert operator.failed() == {"membership"}
+
+
+@attack("answers by an older state, in which a record was there or not", "`sisa verify-proof`: `--log`")
+def test_an_answer_is_old(operator: Operator, tmp_path: Path) -> None:
+    proof, keys = tmp_path / "proof.json", tmp_path / "keys.json"
+    proof.write_bytes(membership_file(operator.model, record(5).id))
+    keys.write_bytes(operator.keys.public_file)
+    check = ["verify-proof", str(proof), "--key", str(keys)]
+    assert cli.run([*check, "--log", str(operator.log)]) == 0
+    operator.forget(5)
+    assert cli.run([*check, "--log", str(operator.log)]) == EXIT_INTEGRITY
+    assert cli.run(check) == 0  # it says of which time it is
+
+
+@attack("dates a record falsely in the tree", NOBODY)
+def test_a_record_is_dated_falsely(operator: Operator) -> None:
+    tree = Membership(operator.directory / wiring.EVIDENCE, operator.keys.vrf_secret)
+    _, label, _ = proof_of(operator, 5)
+    with tree._tree(write=True) as tables:
+        row = tables.db.execute("SELECT * FROM leaves WHERE label = ?", (label,)).fetchone()
+        tables.replace([label], [(*row[:4], "2001-01-01")])
+    certify(operator)
+    said = verify_membership(membership_file(operator.model, record(5).id), operator.keys.public)
+    assert said.present is not None
+    assert said.present["since"] == "2001-01-01"
+    assert operator.failed() == set()
 
 
 def certify(operator: Operator) -> None:
