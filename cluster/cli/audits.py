@@ -273,7 +273,7 @@ def rebuild(
     executor: ExecutorChoice,
 ) -> Result:
     """Train certified shards again, without the model."""
-    from sisa.evidence.keys import sign_with_file
+    from sisa.evidence.keys import read_private_key, sign_by
     from sisa.evidence.rebuild import rebuild as train_again
     from sisa.evidence.rebuild import rebuild_statement
     from sisa.store.blobs.files import scratch, write_atomic
@@ -282,25 +282,32 @@ def rebuild(
 
     if (own_key is None) != (output is None):
         raise click.UsageError("--sign-with and --output belong together")
+    private = None if own_key is None else read_private_key(own_key)
     checked = verify_certificate(read_bytes(certificate), parse_keys(read_bytes(public)))
     with ExitStack() as stack:
         place = directory or stack.enter_context(scratch())
         report = stack.enter_context(watched())
         found = train_again(checked, shards, run_file, records, secret, place, executor, report)
-    if own_key is not None and output is not None:
+    if private is not None and output is not None:
         made = rebuild_statement(found, checked, datetime.now(UTC).isoformat(timespec="seconds"))
-        envelope, pem = sign_with_file(made, own_key)
+        envelope, pem = sign_by(made, private)
         write_atomic(output, envelope)
         write_atomic(output.with_suffix(".pub.pem"), pem)
     return rebuilt(found, checked.sha256, output)
 
 
 def rebuilt(found: Rebuild, certificate: str, output: Path | None) -> Result:
+    failed = found.verdict in ("other procedure", "differs")
     lines = [
         f"certificate {certificate}",
         *(f"shard {each.shard}: {each.verdict}" for each in found.shards),
         f"{counted(found.num_records, 'record')}, fingerprint {found.fingerprint[:16]}: {found.verdict}",
     ]
+    if found.verdict == "other procedure":
+        lines.append(
+            f"records, run file, partition key or base are not those of the certificate: "
+            f"{found.num_certified} records remained, and the file has {found.num_given}"
+        )
     if output is not None:
         lines.append(f"signed: {output}, by the key in {output.with_suffix('.pub.pem')}")
     shards = [asdict(each) | {"verdict": each.verdict} for each in found.shards]
@@ -309,11 +316,12 @@ def rebuilt(found: Rebuild, certificate: str, output: Path | None) -> Result:
         "verdict": found.verdict,
         "fingerprint": found.fingerprint,
         "num_records": found.num_records,
+        "num_given": found.num_given,
+        "num_certified": found.num_certified,
         "shards": shards,
         "statement": str(output) if output else None,
         "public_key": str(output.with_suffix(".pub.pem")) if output else None,
     }
-    failed = found.verdict in ("other procedure", "differs")
     return Result(body, lines, EXIT_INTEGRITY if failed else 0)
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sisa.verifier.certificate import Certificate
     from sisa.verifier.envelope import PublicKeys
 
+TIMES = ("received", "approved", "committed", "erased", "completed")
 certificate = command_group("certificate", "Show, export and issue certificates of deletions.")
 stated_argument = click.argument("name", metavar="REQUEST")
 output_option = click.option("-o", "--output", "target", required=True, type=PATH, help="File to write.")
@@ -186,7 +187,8 @@ def _deletion_words(stated: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a certificate says of its request, in the order in which it is asked for."""
     request, plan, checks = stated["request"], stated["plan"], stated["checks"]
     yield f"  request {request['id']} ({request['regime']}, due {request['due']})"
-    yield f"  {', '.join(f'{name} {at}' for name, at in request['times'].items() if at)}"
+    times = {state: request["times"][state] for state in TIMES}
+    yield f"  {', '.join(f'{state} {at}' for state, at in times.items() if at)}"
     yield f"  guarantee: {stated['guarantee']}"
     for each in stated["touched"]:
         slices = ", ".join(map(str, each["slices"]))

@@ -313,11 +313,8 @@ def rotate_keys(
     return made
 
 
-def sign_with_file(statement: Mapping[str, Any], key_file: Path) -> tuple[bytes, bytes]:
-    """Return a statement's envelope under a private key of another party, and its public key in PEM.
-
-    Raise InvalidInput unless the file holds an Ed25519 key in PEM.
-    """
+def read_private_key(key_file: Path) -> Ed25519PrivateKey:
+    """Return the private key of another party. Raise InvalidInput unless it is Ed25519 in PEM."""
     try:
         private = load_pem_private_key(key_file.read_bytes(), None)
     except OSError as error:
@@ -326,9 +323,7 @@ def sign_with_file(statement: Mapping[str, Any], key_file: Path) -> tuple[bytes,
         got = "no private key in PEM, or one with a password"
     else:
         if isinstance(private, Ed25519PrivateKey):
-            public = private.public_key()
-            pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-            return _signed(statement, _certificate_key(public, ED25519), private.sign), pem
+            return private
         got = "a key of another kind"
     raise InvalidInput(
         "the key that is to sign can't be used",
@@ -337,6 +332,13 @@ def sign_with_file(statement: Mapping[str, Any], key_file: Path) -> tuple[bytes,
         got=got,
         next_step=f"make one: openssl genpkey -algorithm ed25519 -out {key_file}",
     )
+
+
+def sign_by(statement: Mapping[str, Any], private: Ed25519PrivateKey) -> tuple[bytes, bytes]:
+    """Return a statement's envelope under the key of another party, and its public key in PEM."""
+    public = private.public_key()
+    pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return _signed(statement, _certificate_key(public, ED25519), private.sign), pem
 
 
 def read_public_key(path: Path) -> CertificateKey:

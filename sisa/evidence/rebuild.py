@@ -94,6 +94,8 @@ class Rebuild:
     shards: tuple[RebuiltShard, ...]
     fingerprint: str
     num_records: int  # of these shards
+    num_given: int = 0  # in the file
+    num_certified: int = 0  # that remained in the whole model
 
     @property
     def verdict(self) -> RebuildVerdict:
@@ -115,8 +117,11 @@ def rebuild(
     """
     config = load_run_file(run_file, NOT_GIVEN)
     remaining = read_like(config, records)
-    heads = certified_heads(certificate.statement["predicate"], shards)
-    return rebuild_shards(heads, config, remaining, key_file, directory, executor, report)
+    predicate = certificate.statement["predicate"]
+    heads = certified_heads(predicate, shards)
+    found = rebuild_shards(heads, config, remaining, key_file, directory, executor, report)
+    num_certified = predicate["membership"]["num_records"]
+    return replace(found, num_given=len(remaining), num_certified=num_certified)
 
 
 def certified_heads(predicate: Mapping[str, Any], shards: Collection[int] = ()) -> list[CertifiedHead]:

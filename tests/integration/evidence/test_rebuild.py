@@ -102,9 +102,12 @@ def test_a_signed_rebuild_is_logged_beside_the_certificate(
     given = ["rebuild", second / "certificate.json", "--key", second / "keys.json", "--run"]
     given += [second / "run.yaml", "--records", second / "remaining.jsonl"]
     given += ["--partition-key", second / "partition.key", "--executor", "serial"]
-    given += ["--sign-with", second / "mine.pem", "-o", second / "rebuild.json"]
-    done = command(capsys, *given)
+    given += ["-o", second / "rebuild.json", "--sign-with"]
+    refused = command(capsys, *given, second / "keys.json")  # before anything is trained
+    assert (refused.code, refused.error["expected"]) == (2, "an Ed25519 private key in PEM")
+    done = command(capsys, *given, second / "mine.pem")
     assert (done.code, done.json["verdict"]) == (0, "equal")
+    assert (done.json["num_given"], done.json["num_certified"]) == (22, 22)
     public = Path(done.json["public_key"])
 
     add = ["log", "add-rebuild", "-m", tiny.directory, second / "rebuild.json", "--public-key"]
