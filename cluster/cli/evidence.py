@@ -54,11 +54,14 @@ def signer_options(function: Callable[..., Result]) -> Callable[..., Result]:
 @signer_options
 def make_keys(directory: Path, signer: str, public_key: Path | None) -> Result:
     """Make a model's keys, outside of it. Its deletions are certified from then on."""
+    from sisa.evidence.issued import state_what_is_held
     from sisa.evidence.keys import read_public_key, start_evidence
 
     given = None if public_key is None else read_public_key(public_key)
     with opened(directory) as model:
-        return _shown(model, start_evidence(model, signer, given))
+        made = start_evidence(model, signer, given)
+        state_what_is_held(model)
+        return _shown(model, made)
 
 
 @command("show", "-m model", group=keys)

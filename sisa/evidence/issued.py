@@ -120,6 +120,12 @@ def issue(model: Model) -> list[Logged]:
         return open_hook(model.directory, model.config, model.id).issue(context)
 
 
+def state_what_is_held(model: Model) -> None:
+    """State what a model with new keys holds: the beginning of its chain. Report a failure."""
+    with model._writing() as context:
+        open_hook(model.directory, model.config, model.id).complete(context)
+
+
 def standing(model: Model, request_id: str) -> str:
     """Return "issued", "pending" or "none" for the certificate of a request."""
     hook = open_hook(model.directory, model.config, model.id)

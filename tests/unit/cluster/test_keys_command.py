@@ -53,6 +53,7 @@ def ask(sisa: Callable[..., tuple[int, str, str]]) -> Ask:
 def test_keys_are_made_shown_and_rotated(model: Path, ask: Ask, tmp_path: Path) -> None:
     code, made, _ = ask("keys", "init", "-m", model)
     assert code == 0
+    (stated,) = (model / "log" / "statements").iterdir()  # what the model holds
     assert Path(made["directory"]) == tmp_path / "state" / "sisa" / "evidence-keys" / NAME
     assert ask("keys", "show", "-m", model)[:2] == (0, made)
     published = Path(made["published"])
@@ -62,15 +63,15 @@ def test_keys_are_made_shown_and_rotated(model: Path, ask: Ask, tmp_path: Path) 
     code, new, _ = ask("keys", "rotate", "-m", model)
     assert code == 0
     assert [each["keyid"] for each in new["certificates"]] == [made["keyid"], new["keyid"]]
-    assert [(each["since"], each["until"]) for each in new["certificates"]] == [(0, 1), (1, None)]
+    assert [(each["since"], each["until"]) for each in new["certificates"]] == [(0, 2), (2, None)]
     assert (new["log"], new["vrf"]) == (made["log"], made["vrf"])
-    (handover,) = (model / "log" / "statements").iterdir()
+    (handover,) = {*(model / "log" / "statements").iterdir()} - {stated}
     keys = parse_keys(published.read_bytes())
-    assert verify_envelope(handover.read_bytes(), keys, 0)["predicate"]["reason"] == "rotated"
-    code, last, _ = ask("keys", "rotate", "-m", model, "--leaked", "--until", 1)
-    assert [each["until"] for each in last["certificates"]] == [1, 1, None]
+    assert verify_envelope(handover.read_bytes(), keys, 1)["predicate"]["reason"] == "rotated"
+    code, last, _ = ask("keys", "rotate", "-m", model, "--leaked", "--until", 2)
+    assert [each["until"] for each in last["certificates"]] == [2, 2, None]
     with pytest.raises(Refused):
-        verify_envelope(handover.read_bytes(), parse_keys(published.read_bytes()), 1)
+        verify_envelope(handover.read_bytes(), parse_keys(published.read_bytes()), 2)
 
 
 def test_an_auditor_follows_the_hand_overs(model: Path, ask: Ask, tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_words_name_the_file_and_the_key(
     assert f"{made['keyid']}, ed25519, entries from 0 on" in words
     words = sisa("keys", "rotate", "-m", model, "--leaked", "--until", "0")[1]
     assert f"{made['keyid']}, ed25519, no entries" in words
-    assert "entries 0 to 1\n" in sisa("keys", "rotate", "-m", model)[1]
+    assert "entries 1 to 2\n" in sisa("keys", "rotate", "-m", model)[1]
 
 
 def test_nothing_secret_is_printed_or_logged(

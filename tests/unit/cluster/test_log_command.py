@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sisa.evidence.keys import keys_of, log_blobs
+from sisa.evidence.keys import keys_of, log_blobs, start_evidence
 from sisa.evidence.log import Log
 from sisa.model import open_model
 from sisa.verifier.note import verify_proof
@@ -42,12 +42,12 @@ def ask(sisa: Callable[..., tuple[int, str, str]]) -> Ask:
 
 
 @pytest.fixture
-def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Ask) -> Path:
+def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a model with keys and three statements in its log."""
     use_fake_resources(monkeypatch)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     directory = Path(shutil.copytree(trained, tmp_path / "model"))
-    assert ask("keys", "init", "-m", directory)[0] == 0
+    start_evidence(open_model(directory))
     for number in range(3):
         append(directory, number)
     return directory
