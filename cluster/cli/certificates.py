@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,16 +61,22 @@ def _line(each: Logged) -> str:
 @model_option
 @stated_argument
 def show_certificate(directory: Path, name: str) -> Result:
-    """Show the certificate of a request, or any statement by its sha256, in words."""
-    from sisa.evidence.issued import certificate_file
+    """Show the certificate of a request, or any statement by its sha256, in words.
+
+    The checks in the log about the adapters that it names follow.
+    """
+    from sisa.evidence.issued import certificate_file, results_of_checks
     from sisa.evidence.keys import open_keys
     from sisa.verifier.certificate import verify_logged
 
     with opened(directory) as model:
         data, keys = certificate_file(model, name), open_keys(model.config, model.id)
+        checked = results_of_checks(model)
     if keys is None:
         raise AssertionError("a model without keys has no certificates")
-    return shown(verify_logged(data, keys.public))
+    done = shown(found := verify_logged(data, keys.public))
+    about = checks_about(found.statement, checked)
+    return Result(done.json | {"checks": about}, [*done.lines, *_check_lines(found.statement, about)])
 
 
 @command("export", "-m model T-17 -o certificate.json", group=certificate)
@@ -95,6 +101,17 @@ def issue_certificates(directory: Path) -> Result:
         found = issue(model)
     lines = [_line(each) for each in found] or ["nothing was pending"]
     return Result({"issued": [asdict(each) for each in found]}, lines)
+
+
+@command("provenance", "-m model", group=certificate)
+@model_option
+def state_provenance(directory: Path) -> Result:
+    """State how the served adapters were trained, as SLSA Provenance. Log it, once."""
+    from sisa.evidence.attestations import provenance
+
+    with opened(directory) as model:
+        found = provenance(model)
+    return Result({"statements": [asdict(each) for each in found]}, [_line(each) for each in found])
 
 
 @command("receipt", "-m model T-17 p001-q1 -o receipt.json")
@@ -133,23 +150,87 @@ def verify_certificate_file(file: Path, keys: Path, receipt: Path | None, log: s
     given = None if receipt is None else read_bytes(receipt)
     found = verify_certificate(read_bytes(file), public, given)
     done = shown(found)
-    statements = None if log is None else _check_log(log, read_bytes(file), public)
+    logged = None if log is None else _check_log(log, read_bytes(file), public)
+    about = None if logged is None else checks_about(found.statement, logged)
+    statements = None if logged is None else len(logged)
     lines = [f"valid: entry {found.index} of a log of {found.checkpoint.size}, signed by {public.model}"]
     lines += ["the receipt is of this certificate"] if receipt is not None else []
     lines += [f"the log holds: {counted(statements, 'statement')}"] if statements is not None else []
-    body = {"ok": True, "receipt": receipt is not None, "log_statements": statements}
-    return Result(body | done.json, [*lines, *done.lines])
+    body = {"ok": True, "receipt": receipt is not None, "log_statements": statements, "checks": about}
+    checked = [] if about is None else _check_lines(found.statement, about)
+    return Result(body | done.json, [*lines, *done.lines, *checked])
 
 
-def _check_log(where: str, certificate_file: bytes, keys: PublicKeys) -> int:
-    """Check a whole log, which the certificate is in, and return its number of statements."""
+def _check_log(
+    where: str, certificate_file: bytes, keys: PublicKeys
+) -> list[tuple[str, dict[str, Any]]]:
+    """Check a whole log, which the certificate is in, and return its statements by sha256."""
     from sisa.evidence.log import check_log, published
     from sisa.verifier.certificate import verify_chain
     from sisa.verifier.note import parse_proof
 
     read, proof = published(where), json.loads(certificate_file)["proof"].encode()
     _, _, entries = check_log(read, keys.log, seen=[parse_proof(proof)[2]])
-    return len(list(verify_chain(entries, read, keys)))
+    return list(verify_chain(entries, read, keys))
+
+
+def checks_about(
+    stated: Mapping[str, Any], statements: Iterable[tuple[str, Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return what the checks among statements say of adapters that a statement names."""
+    from sisa.verifier.certificate import AUDIT, TEST_RESULT
+
+    named, found = _digests(stated), []
+    for sha256, each in statements:
+        if each["predicateType"] in (AUDIT, TEST_RESULT) and (same := named & _digests(each)):
+            try:
+                said = _audited(each) if each["predicateType"] == AUDIT else _tested(each)
+            except (
+                KeyError,
+                TypeError,
+                ValueError,
+                AttributeError,
+            ):  # signed, of another form than ours
+                said = {"check": "of an unknown form", "result": "UNKNOWN", "at": ""}
+            found.append({"sha256": sha256, "adapters": len(same), **said})
+    return found
+
+
+def _digests(statement: Mapping[str, Any]) -> set[str]:
+    return {each["digest"]["sha256"] for each in statement["subject"]}
+
+
+def _tested(statement: Mapping[str, Any]) -> dict[str, Any]:
+    stated = statement["predicate"]
+    (run,) = stated["configuration"]
+    tests = {name: list(map(str, stated[f"{name}Tests"])) for name in ("passed", "warned", "failed")}
+    at = str(run["annotations"]["at"])
+    return {"check": str(run["name"]), "result": str(stated["result"]), "at": at, **tests}
+
+
+def _audited(statement: Mapping[str, Any]) -> dict[str, Any]:
+    stated = statement["predicate"]
+    results = [(str(each["name"]), str(each["result"])) for each in stated["checks"]]
+    kinds = {"passed": "passed", "skipped": "warned", "failed": "failed"}
+    tests = {kinds[end]: [name for name, result in results if result == end] for end in kinds}
+    result = "PASSED" if stated["passed"] is True else "FAILED"
+    return {"check": "audit", "result": result, "at": str(stated["at"]), **tests}
+
+
+def _check_lines(stated: Mapping[str, Any], about: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the checks about a statement's adapters, in words; what did not pass is named."""
+    number = len(_digests(stated))
+    nothing = "  checks: the log has none of these adapters"
+    for each in about:
+        nothing = ""
+        yield (
+            f"  check: {each['check']} {each['result']} at {each['at']}, "
+            f"of {each['adapters']} of {counted(number, 'adapter')}"
+        )
+        for end in ("passed", "warned", "failed"):
+            yield from (f"    {end}: {name}" for name in each.get(end, ()))
+    if nothing:
+        yield nothing
 
 
 def shown(found: Certificate) -> Result:
@@ -202,7 +283,10 @@ def _deletion_words(stated: Mapping[str, Any]) -> Iterator[str]:
         yield f"  remains: {count}{each['what']} ({each['where']}): {each['why']}"
     epochs = f"{plan['record_epochs_retrained']} of {plan['record_epochs_full']} record-epochs"
     yield f"  retrained: {epochs}, in {plan['seconds']} s"
-    yield f"  sweep: {checks['sweep']}; replay: {checks['replay']}; probe: {stated['probe']['result']}"
+    for name in ("sweep", "replay"):
+        found = checks[name]
+        yield f"  {name}: {found if isinstance(found, str) else found['predicate']['result']}"
+    yield f"  probe: {stated['probe']['result']}"
     left = stated["exceptions"]
     yield f"  exports not found: {left['exports_not_found']}; legal holds: {stated['legal_holds']}"
     yield from (f"  old versions kept: {why}" for why in left["old_versions_kept"])

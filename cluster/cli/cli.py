@@ -250,12 +250,16 @@ def verify(
     anchor: WitnessHead | None,
     executor: ExecutorChoice,
 ) -> Result:
-    """Check every stored byte. --replay trains again and compares."""
+    """Check every stored byte. --replay trains again, compares, and logs the result."""
     if replay == "none" and (shard is not None or require_replay):
         replay = "sample"
     with opened(directory, executor) as model:
-        found = model.verify(replay, shard, require_replay=require_replay, anchor=anchor)
-        return render.verified(found)
+        if replay == "none":
+            return render.verified(model.verify(anchor=anchor))
+        from sisa.evidence.attestations import replayed
+
+        found, stated = replayed(model, replay, shard, require_replay=require_replay, anchor=anchor)
+        return render.stated(render.verified(found), stated)
 
 
 @command("generate", '-m model --prompt "Where was Mara born?"')

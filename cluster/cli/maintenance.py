@@ -21,7 +21,7 @@ from cluster.cli.command import (
     opened,
     read_lines,
 )
-from cluster.render.render import EXIT_INTEGRITY, Result, counted, old_versions
+from cluster.render.render import EXIT_INTEGRITY, Result, counted, old_versions, stated
 from sisa.core.domain import DeviceName, Dtype, Precision
 
 if TYPE_CHECKING:
@@ -57,13 +57,14 @@ def gc(directory: Path, dry_run: bool, lost_exports: bool) -> Result:
 @click.option("--also", multiple=True, type=PATH, help="Also search here, such as an export.")
 def sweep(directory: Path, ids: list[str], text_file: Path | None, also: tuple[Path, ...]) -> Result:
     """Prove that no deleted record left a trace. Otherwise list the traces."""
-    from sisa.audit.residue import sweep_model
+    from sisa.evidence.attestations import swept
 
     ids = list(dict.fromkeys(ids))
     lines = read_lines(text_file) if text_file else []
     texts = list(dict.fromkeys(line.strip() for line in lines))
     with opened(directory) as model:
-        return scanned(sweep_model(model, also=also, ids=ids, texts=texts))
+        found, result = swept(model, also=also, ids=ids, texts=texts)
+        return stated(scanned(found), result)
 
 
 @command("doctor", "-m model")

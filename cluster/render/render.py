@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sisa.audit.verify import Verification
     from sisa.core.domain import Probed
     from sisa.core.ports import KeptVersions
+    from sisa.evidence.attestations import Stated
     from sisa.flows.ask import Answer
     from sisa.flows.deletion import Forgetting
     from sisa.flows.ingest import Taken
@@ -362,6 +363,15 @@ def verified(found: Verification) -> Result:
     lines.append("ok" if found.ok else "NOT OK")
     code = 0 if found.ok else EXIT_INTEGRITY
     return Result({**asdict(found), "replayed": found.replayed}, lines, code)
+
+
+def stated(done: Result, found: Stated) -> Result:
+    """Add to the result of a check whether the model's log has it; the verdict stays the last line."""
+    line = f"not logged: {found.not_logged}"
+    if found.entry is not None:
+        line = f"logged: entry {found.entry}, {found.result}"
+    body = {**done.json, "entry": found.entry, "not_logged": found.not_logged}
+    return replace(done, json=body, lines=[*done.lines[:-1], line, *done.lines[-1:]])
 
 
 def answer(found: Answer, alone: bool = False) -> Result:

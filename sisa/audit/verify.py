@@ -39,6 +39,7 @@ from sisa.planning.plan import all_paths, reached
 
 Replay = Literal["none", "sample", "all"]
 EMPTY = "the shard holds no records"
+NOT_REQUESTED = "not requested"  # the reason of a shard that was not to be replayed
 SAMPLED_SLICES, SAMPLED_RECORDS = 16, 4  # slices, and records of each, to embed again
 VECTOR_TOLERANCE = 1e-3  # per component of a unit vector: other processors round differently
 
@@ -136,7 +137,7 @@ def verify(
             alone = apart if head.shard == again else None
             proofs.append(_proof(context, head, chains[head.shard], scratch, alone))
         else:
-            reason = reasons.get(head.shard, "not requested")
+            reason = reasons.get(head.shard, NOT_REQUESTED)
             proofs.append(ShardProof(head.shard, head.key, False, None, 0, reason))
     findings += [*_differing(proofs), *(_unproved(proofs, replayed) if require_replay else ())]
     if context.stores.keyring.seals:

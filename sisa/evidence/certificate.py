@@ -35,14 +35,21 @@ from sisa.core.domain import (
     SliceFile,
 )
 from sisa.planning.plan import tainted_checkpoints
-from sisa.verifier.certificate import APPROX_REPORT, EXACT, MIXED, RECTIFICATION, STATE, commitment
+from sisa.verifier.certificate import (
+    APPROX_REPORT,
+    EXACT,
+    MIXED,
+    RECTIFICATION,
+    STATE,
+    TEST_RESULT,
+    URN,
+    commitment,
+)
 from sisa.verifier.envelope import STATEMENT_TYPE
 from sisa.verifier.merkle import leaf_hash, root
 
-TEST_RESULT, PROVENANCE = (
-    "https://in-toto.io/attestation/test-result/v0.1",
-    "https://slsa.dev/provenance/v1",
-)
+PROVENANCE = "https://slsa.dev/provenance/v1"
+SHARD_TRAINING = f"{URN}shard-training:v1"
 NOT_RUN = "not run"
 OF_RECORDS = ("index row", "ledger row", "tombstone")  # one for each record
 MAX_LISTED = 1_000  # of these that a certificate lists; of more, the root over them
@@ -174,6 +181,14 @@ class Served:
     depth: int
 
 
+def subject_of(served: Iterable[Served], patches: Iterable[Patch], base: str) -> list[dict[str, Any]]:
+    """Return what is served: the adapters, and patches beneath them; the base, if there are none."""
+    named = [(f"shard-{each.shard:05d}", each.sha256) for each in served]
+    named += [(f"patch-{each.version}", each.adapter_sha256) for each in patches]
+    found = named or [("base", base)]
+    return [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in found]
+
+
 @dataclass(frozen=True)
 class State:
     """What the model holds and serves when a statement is made, and where in the log it belongs."""
@@ -196,11 +211,7 @@ class State:
 
     @property
     def subject(self) -> list[dict[str, Any]]:
-        """Return what is served: the adapters, and patches beneath them; the base, if there are none."""
-        named = [(f"shard-{each.shard:05d}", each.sha256) for each in self.served]
-        named += [(f"patch-{each.version}", each.adapter_sha256) for each in self.patches]
-        found = named or [("base", self.base)]
-        return [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in found]
+        return subject_of(self.served, self.patches, self.base)
 
     def statement(self, kind: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return a statement of this state, with more about what led to it."""
@@ -272,7 +283,7 @@ def deletion_statement(keyed: Keyed, drafted: Draft, done: Outcome, state: State
             "seconds": decimal(request.seconds),
         },
         "training": _provenance(request, state),
-        "checks": {"erasure": _checked(done.passed), "sweep": NOT_RUN, "replay": NOT_RUN},
+        "checks": {"erasure": Results(done.passed).embedded(), "sweep": NOT_RUN, "replay": NOT_RUN},
         "probe": _probe(request.probed),
         "live_patches": [
             {"version": each.version, "sha256": each.adapter_sha256} for each in state.patches
@@ -330,7 +341,7 @@ def _provenance(request: Request, state: State) -> dict[str, Any]:
         "predicateType": PROVENANCE,
         "predicate": {
             "buildDefinition": {
-                "buildType": "urn:deletion-ready-model:shard-training:v1",
+                "buildType": SHARD_TRAINING,
                 "externalParameters": {"shards": [shard for shard, _, _ in request.shards]},
                 "internalParameters": {"fingerprints": state.fingerprints},
                 "resolvedDependencies": [{"name": "base", "digest": {"sha256": state.base}}],
@@ -347,18 +358,31 @@ def _provenance(request: Request, state: State) -> dict[str, Any]:
     }
 
 
-def _checked(passed: Sequence[str]) -> dict[str, Any]:
-    """Return the predicate of in-toto's test-result v0.1 for the checks that every certificate needs."""
-    return {
-        "predicateType": TEST_RESULT,
-        "predicate": {
-            "result": "PASSED",
-            "configuration": [],
-            "passedTests": list(passed),
-            "warnedTests": [],
-            "failedTests": [],
-        },
-    }
+@dataclass(frozen=True)
+class Results:
+    """The names of tests that passed, passed with a warning, and failed."""
+
+    passed: Sequence[str] = ()
+    warned: Sequence[str] = ()
+    failed: Sequence[str] = ()
+
+    @property
+    def result(self) -> str:
+        return "FAILED" if self.failed else "WARNED" if self.warned else "PASSED"
+
+    def predicate(self, configuration: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """Return the predicate of in-toto's test-result v0.1."""
+        return {
+            "result": self.result,
+            "configuration": list(configuration),
+            "passedTests": list(self.passed),
+            "warnedTests": list(self.warned),
+            "failedTests": list(self.failed),
+        }
+
+    def embedded(self) -> dict[str, Any]:
+        """Return the predicate with its type, as part of another one."""
+        return {"predicateType": TEST_RESULT, "predicate": self.predicate()}
 
 
 def _probe(found: Probed | None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import ANY_SHARD, Export, HeldCheckpoint, RecordRow, Request, Tombstone, active
 from sisa.core.errors import IntegrityError, SisaError
 from sisa.core.events import Notice
-from sisa.core.ports import Contribution, Removal
+from sisa.core.ports import Contribution, Ledger, Removal
 from sisa.evidence import certificate
 from sisa.evidence.certificate import Draft, Held, Outcome, Served, State, erased_name
 from sisa.evidence.database import transaction
@@ -427,12 +427,6 @@ class _Issuing:
         before = last.after if last else ""
         if last is not None and last.after == tree.root:
             before = last.before  # several statements may be about the same change
-        held = {each.key: each for each in ledger.checkpoints()}
-        served = [
-            Served(each.shard, found.adapter_sha256, found.key, found.fingerprint, each.depth)
-            for each in ledger.heads()
-            if each.key is not None and (found := held[each.key])
-        ]
         return State(
             model=self.keys.model,
             base=self.context.settings.base,
@@ -442,13 +436,23 @@ class _Issuing:
             before=before,
             after=tree.root,
             num_records=tree.num_records,
-            served=tuple(served),
+            served=tuple(served_by(ledger)),
             patches=tuple(active(ledger.patches())),
             code={
                 "package": metadata.version("deletion-ready-model"),
                 "procedure_version": str(PROCEDURE_VERSION),
             },
         )
+
+
+def served_by(ledger: Ledger) -> list[Served]:
+    """Return the adapter that each shard serves."""
+    held = {each.key: each for each in ledger.checkpoints()}
+    return [
+        Served(each.shard, found.adapter_sha256, found.key, found.fingerprint, each.depth)
+        for each in ledger.heads()
+        if each.key is not None and (found := held[each.key])
+    ]
 
 
 def _last(logged: Sequence[Logged]) -> Logged | None:

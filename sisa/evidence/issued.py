@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from sisa.core.domain import Request
 from sisa.core.errors import InvalidInput, Outdated, SisaError, UnknownRecord
@@ -26,14 +27,16 @@ from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.wiring import LOG
 from sisa.model import Model
 from sisa.verifier.certificate import (
+    AUDIT,
     CERTIFICATE_FILE,
     CERTIFICATES,
     CHAINED,
     RECEIPT_FILE,
+    TEST_RESULT,
     commitment,
     log_entry,
 )
-from sisa.verifier.envelope import canonical
+from sisa.verifier.envelope import canonical, verify_envelope
 from sisa.verifier.membership import MEMBERSHIP_FILE
 from sisa.verifier.merkle import inclusion_path, leaf_hash
 
@@ -135,6 +138,19 @@ def standing(model: Model, request_id: str) -> str:
     except SisaError:  # without keys or log it is pending
         pass
     return "pending" if request_id in hook.evidence.drafts() else "none"
+
+
+def results_of_checks(model: Model) -> list[tuple[str, dict[str, Any]]]:
+    """Return the statements in the log of what checks found, with their sha256, in order."""
+    with reading(model) as found:
+        named = [each for each in found.issued.logged if each.kind in (AUDIT, TEST_RESULT)]
+        return [
+            (
+                each.sha256,
+                verify_envelope(found.log.statement(each.sha256), found.keys.public, each.sequence),
+            )
+            for each in named
+        ]
 
 
 def certificate_file(model: Model, name: str) -> bytes:

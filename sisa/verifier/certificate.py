@@ -37,6 +37,7 @@ EXACT, MIXED = f"{URN}exact-deletion:v1", f"{URN}mixed-deletion:v1"
 RECTIFICATION, STATE = f"{URN}rectification:v1", f"{URN}state:v1"
 APPROX_REPORT, KEY_HANDOVER = f"{URN}approx-report:v1", f"{URN}key-handover:v1"
 REBUILD, AUDIT, REVOCATIONS = f"{URN}rebuild:v1", f"{URN}audit:v1", f"{URN}revocations:v1"
+TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 CERTIFICATES = (EXACT, MIXED, RECTIFICATION)
 CHAINED = (*CERTIFICATES, STATE)  # statements of what the model holds
 CERTIFICATE_FILE, RECEIPT_FILE = "deletion-ready-model/certificate/v1", "deletion-ready-model/receipt/v1"

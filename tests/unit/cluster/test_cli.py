@@ -88,7 +88,7 @@ COMMANDS = """
 add audit check-adapter doctor export find forget gc generate init metrics plan prove quickstart rebuild
 receipt rectify report run simulate status sweep train verify verify-certificate verify-proof where
 approx: patches probe release revert show unlearn
-certificate: export issue list show
+certificate: export issue list provenance show
 cluster: logs manifest status stop submit
 config: schema
 eval: tofu

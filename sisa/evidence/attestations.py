@@ -1,0 +1,234 @@
+"""State what checks of a model found, and how its adapters were trained: predicates that in-toto vetted.
+
+    replayed       verify a model; the result is stated as test-result v0.1
+    swept          scan a model for traces; the result is stated as test-result v0.1
+    provenance     how the served adapters were trained, as SLSA Provenance v1
+
+`test-result` and not `svr`, which can't say that something failed. Subjects are the adapters that are
+served. Results name shards, kinds and numbers: no id, no text and no path. Whether a result is logged
+changes nothing of the check itself.
+
+>>> sweep_results(Scan(True, ("model",), {"files": 9, "strings": 0}, (), ())).passed
+['no trace of a deleted record (files: 9, places: 1)']
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sisa.audit.residue import Scan, sweep_model
+from sisa.audit.verify import EMPTY, NOT_REQUESTED, Replay, Verification
+from sisa.core.digest import digest_of
+from sisa.core.domain import HeldCheckpoint, WitnessHead, active
+from sisa.core.errors import SisaError
+from sisa.evidence.certificate import PROVENANCE, SHARD_TRAINING, Results, Served, decimal, subject_of
+from sisa.evidence.hook import Logged, about, open_hook, served_by
+from sisa.evidence.keys import keys_of, open_log
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.wiring import LOG, has_evidence
+from sisa.lm.base.numerics import LIBRARIES, PROCEDURE_VERSION
+from sisa.model import Model
+from sisa.verifier.certificate import CHAINED, TEST_RESULT, URN
+from sisa.verifier.envelope import Refused, base64_bytes
+
+NO_KEYS = "the model has no keys: `sisa keys init` makes them"
+CHANGED = "the model changed meanwhile: run the command again"
+
+
+@dataclass(frozen=True)
+class Stated:
+    """The entry of a result in the log; without one, `not_logged` says why."""
+
+    entry: int | None = None
+    result: str = ""
+    not_logged: str = ""
+
+
+def replayed(
+    model: Model,
+    replay: Replay,
+    shard: int | None = None,
+    *,
+    require_replay: bool = False,
+    anchor: WitnessHead | None = None,
+) -> tuple[Verification, Stated]:
+    """Verify a model with a replay, and log the result."""
+    seq = model._seq()
+    found = model.verify(replay, shard, require_replay=require_replay, anchor=anchor)
+    return found, _log(model, "replay", replay_results(found), seq)
+
+
+def swept(
+    model: Model, *, also: Sequence[Path] = (), ids: Sequence[str] = (), texts: Sequence[str] = ()
+) -> tuple[Scan, Stated]:
+    """Scan a model for traces, and log the result."""
+    seq = model._seq()
+    found = sweep_model(model, also=also, ids=ids, texts=texts)
+    return found, _log(model, "sweep", sweep_results(found), seq)
+
+
+def replay_results(found: Verification) -> Results:
+    """Return the results of a verification, shard by shard."""
+    passed, warned, failed = list[str](), list[str](), list[str]()
+    for each in found.shards:
+        name = f"shard-{each.shard:05d}"
+        for equal, how in (
+            (each.equal, "trained from scratch"),
+            (each.equal_apart, "trained stage by stage, each in its own process"),
+        ):
+            if equal is not None:
+                (passed if equal else failed).append(f"{name} {how}: {_BYTES[equal]}")
+        if not each.replayed and each.reason not in (NOT_REQUESTED, EMPTY):
+            warned.append(f"{name} not replayed: {each.reason}")
+    if found.ok:
+        passed.append(f"stored files have the recorded bytes (files: {found.files_checked})")
+    else:
+        failed.append(f"findings: {len(found.findings)}")
+    return Results(passed, warned, failed)
+
+
+_BYTES = {True: "equal bytes", False: "other bytes"}
+
+
+def sweep_results(found: Scan) -> Results:
+    """Return the results of a scan, in numbers alone."""
+    counts, kinds = found.scanned, Counter(each.kind for each in found.residue)
+    failed = [f"traces of kind {kind}: {number}" for kind, number in sorted(kinds.items())]
+    passed = []
+    if not failed:
+        where = f"files: {counts['files']}, places: {len(found.places)}"
+        passed.append(f"no trace of a deleted record ({where})")
+    if counts["strings"] and not kinds["string"]:
+        passed.append(f"no given id or text (strings: {counts['strings']})")
+    short = counts.get("strings_too_short_for_raw_bytes")
+    warned = [f"too short for raw bytes, compared with values alone (strings: {short})"] if short else []
+    return Results(passed, warned, failed)
+
+
+def _log(model: Model, check: str, results: Results, seq: int) -> Stated:
+    """Sign and log results about what a model serves, unless it is no longer at commit `seq`."""
+    if not has_evidence(model.directory, model.config, model.id):
+        return Stated(not_logged=NO_KEYS)
+    try:
+        keys = keys_of(model)
+        with model._writing() as context:
+            if context.stores.ledger.seq() != seq:
+                return Stated(not_logged=CHANGED)
+            described = configuration(check, model.id, context.now())
+            envelope = keys.sign(
+                {
+                    "subject": _subject(context),
+                    "predicateType": TEST_RESULT,
+                    "predicate": results.predicate([described]),
+                }
+            )
+            entry = open_log(keys, context.stores.blobs[LOG]).append(envelope, TEST_RESULT)
+    except (SisaError, Refused) as error:
+        return Stated(not_logged=error.what)
+    return Stated(entry, results.result)
+
+
+def configuration(check: str, model: str, at: str) -> dict[str, Any]:
+    """Return what was run, when, and on which model, as in-toto's ResourceDescriptor."""
+    version = metadata.version("deletion-ready-model")
+    noted = {"model": model, "at": at, "package": version}
+    return {"name": check, "uri": f"{URN}{check}:v1", "annotations": noted}
+
+
+def _subject(context: Context) -> list[dict[str, Any]]:
+    ledger = context.stores.ledger
+    return subject_of(served_by(ledger), active(ledger.patches()), context.settings.base)
+
+
+def provenance(model: Model) -> list[Logged]:
+    """State how the served adapters were trained, a statement for each numerics fingerprint.
+
+    What the log states already is not stated again. Return the statements. Raise SisaError.
+    """
+    keys = keys_of(model)
+    with model._writing() as context:
+        log = open_log(keys, context.stores.blobs[LOG])
+        known = open_hook(model.directory, model.config, model.id).evidence.logged(log)
+        whole = digest_of(_subject(context))
+        first = next((e for e in known if e.kind in CHAINED and e.subject == whole), None)
+        state = _predicate(log.statement(first.sha256)) if first else {}
+        served = served_by(context.stores.ledger)
+        made = []
+        for fingerprint in sorted({each.fingerprint for each in served}):
+            some = [each for each in served if each.fingerprint == fingerprint]
+            subject = subject_of(some, (), context.settings.base)
+            same = [e for e in known if e.kind == PROVENANCE and e.subject == digest_of(subject)]
+            if same:
+                made.append(same[-1])
+                continue
+            predicate = trained(context, model, some, state)
+            statement = {"subject": subject, "predicateType": PROVENANCE, "predicate": predicate}
+            envelope = keys.sign(statement)
+            made.append(about(log.append(envelope, PROVENANCE), PROVENANCE, envelope))
+    return made
+
+
+def _predicate(envelope: bytes) -> dict[str, Any]:
+    payload = base64_bytes(json.loads(envelope)["payload"], "the payload")
+    found: dict[str, Any] = json.loads(payload)["predicate"]
+    return found
+
+
+def trained(
+    context: Context, model: Model, served: Sequence[Served], state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the predicate of SLSA Provenance v1 for adapters of one fingerprint; `state` stated them.
+
+    The run file is named by a digest, records by the root of their tree: nobody's data is in it.
+    """
+    recipe, fingerprint = context.recipe, served[0].fingerprint
+    settings = [recipe.num_slices, recipe.schedule, recipe.num_epochs, dict(recipe.training)]
+    held = {each.key: each for each in context.stores.ledger.checkpoints()}
+    named = {"base": context.settings.base, "embedder": model.embedder.digest}
+    named |= {f"patch-{e.version}": e.adapter_sha256 for e in active(context.stores.ledger.patches())}
+    named["records"] = state.get("membership", {}).get("after", "")
+    packages = LIBRARIES if fingerprint == context.compute.fingerprint else ()
+    return {
+        "buildDefinition": {
+            "buildType": SHARD_TRAINING,
+            "externalParameters": {
+                "settings": {"digest": {"sha256": digest_of(settings)}},
+                "shards": [each.shard for each in served],
+            },
+            "internalParameters": {
+                "adapters": {f"shard-{each.shard:05d}": _cost(held[each.key]) for each in served}
+            },
+            "resolvedDependencies": [
+                *({"name": n, "digest": {"sha256": sha256}} for n, sha256 in named.items() if sha256),
+                *(
+                    {"name": name, "uri": f"pkg:pypi/{name}@{metadata.version(name)}"}
+                    for name in packages
+                ),
+            ],
+        },
+        "runDetails": {
+            "builder": {"id": f"{URN}numerics:{fingerprint}", "version": _code(packages)},
+            "metadata": {
+                "invocationId": f"{URN}{model.id}:{state.get('sequence', '')}",
+                **({"finishedOn": state["issued_at"]} if state else {}),
+            },
+        },
+    }
+
+
+def _cost(held: HeldCheckpoint) -> dict[str, Any]:
+    """Return what the last stage of an adapter cost; `job` names all that it depends on."""
+    return {"job": held.key, "record_epochs": held.record_epochs, "seconds": decimal(held.seconds)}
+
+
+def _code(packages: Collection[str]) -> dict[str, str]:
+    if not packages:  # of another environment, whose versions only the fingerprint covers
+        return {}
+    version = metadata.version("deletion-ready-model")
+    return {"deletion-ready-model": version, "procedure": str(PROCEDURE_VERSION)}

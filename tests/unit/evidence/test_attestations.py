@@ -1,0 +1,249 @@
+"""Results of checks and provenance of training: what the log states, by which commands, and for whom."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from google.protobuf.json_format import ParseDict
+from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
+from in_toto_attestation.predicates.test_result.v0.test_result_pb2 import TestResult as ResultPb
+from in_toto_attestation.v1.statement import Statement
+from in_toto_attestation.v1.statement_pb2 import Statement as StatementPb
+
+import sisa.model
+from cluster.cli import cli
+from cluster.cli.certificates import checks_about
+from sisa.audit.residue import Residue, Scan
+from sisa.audit.verify import EMPTY, ShardProof, Verification
+from sisa.core.errors import EnvironmentFault
+from sisa.evidence.attestations import replay_results, sweep_results
+from sisa.evidence.certificate import PROVENANCE
+from sisa.evidence.issued import results_of_checks
+from sisa.evidence.keys import Keys, keys_of
+from sisa.model import open_model
+from sisa.store.blobs import files
+from sisa.verifier.certificate import EXACT, STATE, TEST_RESULT, verify_chain
+from sisa.verifier.note import open_checkpoint, read_log
+from tests.models.confessing import build, record, use_fake_resources
+
+SCHEMA = json.loads((resources.files("sisa.evidence") / "schemas/statements.json").read_text("utf-8"))
+Ask = Callable[..., tuple[int, dict[str, Any]]]
+REQUEST = ("--executor", "serial")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    build(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def ask(capfd: pytest.CaptureFixture[str]) -> Ask:
+    """Run a command; return its exit code and its JSON."""
+
+    def run(*arguments: Any) -> tuple[int, dict[str, Any]]:
+        code = cli.run([*map(str, arguments), "--json"])
+        return code, json.loads(capfd.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def bare(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a model without keys, which a fake trains."""
+    use_fake_resources(monkeypatch)
+    monkeypatch.setattr(sisa.model, "stages_apart", lambda *_: None)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return Path(shutil.copytree(trained, tmp_path / "model"))
+
+
+@pytest.fixture
+def model(bare: Path, ask: Ask) -> Path:
+    """Return a model with keys."""
+    assert ask("keys", "init", "-m", bare)[0] == 0
+    assert ask("certificate", "issue", "-m", bare)[0] == 0
+    return bare
+
+
+def statements(directory: Path) -> list[dict[str, Any]]:
+    """Return the log's statements, checked as an outsider does, by schema and by in-toto's types."""
+    keys = keys_of(open_model(directory)).public
+
+    def read(path: str) -> bytes:
+        return (directory / "log" / path).read_bytes()
+
+    now = open_checkpoint(read("checkpoint"), keys.log)
+    found = [each for _, each in verify_chain(read_log(read, now), read, keys)]
+    for each in found:
+        jsonschema.validate(each, SCHEMA)
+        Statement.copy_from_pb(ParseDict(each, StatementPb())).validate()
+    return found
+
+
+def test_a_replay_and_a_sweep_are_logged_about_what_is_served(model: Path, ask: Ask) -> None:
+    replayed, scanned = (
+        ask("verify", "-m", model, "--replay", "all", *REQUEST),
+        ask("sweep", "-m", model, record(3).id),
+    )
+    assert [(code, body["entry"], body["not_logged"]) for code, body in (replayed,)] == [(0, 1, "")]
+    assert scanned[1]["entry"] == 2
+    state, replay, sweep = statements(model)
+    assert state["predicateType"] == STATE
+    for each in (replay, sweep):
+        assert each["predicateType"] == TEST_RESULT
+        assert each["subject"] == state["subject"]
+        assert ParseDict(each["predicate"], ResultPb()).result == each["predicate"]["result"]
+    assert replay["predicate"]["result"] == "PASSED"
+    assert replay["predicate"]["passedTests"][0] == "shard-00000 trained from scratch: equal bytes"
+    assert (scanned[0], sweep["predicate"]["result"]) == (4, "FAILED")  # that record is held
+    number = len(scanned[1]["residue"])
+    assert sweep["predicate"]["failedTests"] == [f"traces of kind string: {number}"]
+
+
+def test_a_check_that_is_no_replay_logs_nothing(model: Path, ask: Ask) -> None:
+    code, body = ask("verify", "-m", model)
+    assert (code, "entry" in body) == (0, False)
+    assert len(statements(model)) == 1
+
+
+def test_a_sweep_logs_numbers_alone(model: Path, ask: Ask, tmp_path: Path) -> None:
+    place = tmp_path / "a-telling-name"
+    place.mkdir()
+    (place / "left.txt").write_text(record(5).text)
+    (tmp_path / "texts").write_text(record(5).text)
+    given = ("sweep", "-m", model, record(5).id, "--text-file", tmp_path / "texts", "--also", place)
+    assert ask(*given)[0] == 4
+    published = b"".join(each.read_bytes() for each in (model / "log").rglob("*") if each.is_file())
+    told = published + json.dumps(statements(model)).encode()
+    for each in (record(5).id, record(5).text, place.name, str(tmp_path)):
+        assert each.encode() not in told
+
+
+def without_keys(_directory: Path, _patched: pytest.MonkeyPatch) -> str:
+    return "has no keys"
+
+
+def read_only(_directory: Path, patched: pytest.MonkeyPatch) -> str:
+    def refuse(*_: object) -> None:
+        raise EnvironmentFault("the directory can't be written")
+
+    patched.setattr(files, "writer_lock", refuse)
+    return "can't be written"
+
+
+def failing_signer(_directory: Path, patched: pytest.MonkeyPatch) -> str:
+    def refuse(*_: object) -> bytes:
+        raise EnvironmentFault("the token is not plugged in")
+
+    patched.setattr(Keys, "sign", refuse)
+    return "not plugged in"
+
+
+@pytest.mark.parametrize("fault", [without_keys, read_only, failing_signer])
+def test_a_result_that_cannot_be_logged_is_the_same(
+    fault: Callable[[Path, pytest.MonkeyPatch], str],
+    bare: Path,
+    ask: Ask,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if fault is not without_keys:
+        ask("keys", "init", "-m", bare)
+    why = fault(bare, monkeypatch)
+    code, body = ask("sweep", "-m", bare, "nobody")
+    assert (code, body["clean"], body["entry"]) == (0, True, None)
+    assert why in body["not_logged"]
+    if fault is not read_only:  # a replay needs the lock anyway
+        code, body = ask("verify", "-m", bare, "--replay", "all", *REQUEST)
+        assert (code, body["ok"], body["entry"]) == (0, True, None)
+        assert why in body["not_logged"]
+    assert (bare / "log" / "checkpoint").exists() is False
+
+
+def test_checks_are_named_beside_the_certificate_they_are_about(
+    model: Path, ask: Ask, tmp_path: Path
+) -> None:
+    keys, file = model / "log" / "keys.json", tmp_path / "certificate.json"
+    ask("verify", "-m", model, "--replay", "all", *REQUEST)
+    request = ask("forget", "-m", model, record(7).id, *REQUEST)[1]["request_id"]
+    ask("sweep", "-m", model, record(7).id)
+    ask("certificate", "export", "-m", model, request, "-o", file)
+    shown = ask("certificate", "show", "-m", model, request)[1]
+    code, checked = ask("verify-certificate", file, "--key", keys, "--log", model / "log")
+    assert (code, shown["type"]) == (0, EXACT)
+    assert checked["checks"] == shown["checks"]
+    replay, sweep = shown["checks"]
+    assert (sweep["check"], sweep["result"], sweep["adapters"]) == ("sweep", "PASSED", 2)
+    assert sweep["passed"][1:] == ["no given id or text (strings: 1)"]
+    assert sweep["at"] > shown["statement"]["predicate"]["issued_at"]
+    assert (replay["check"], replay["adapters"]) == ("replay", 1)  # the other shard has a new adapter
+    assert ask("verify-certificate", file, "--key", keys)[1]["checks"] is None
+
+
+def test_a_check_of_another_form_is_told_as_unknown(model: Path, ask: Ask) -> None:
+    ask("sweep", "-m", model)
+    ((sha256, stated),) = results_of_checks(open_model(model))
+    for strange in ({}, {"configuration": [3]}, {"configuration": [{"name": 1, "annotations": []}]}):
+        other = {**stated, "predicate": strange}
+        (found,) = checks_about(stated, [(sha256, other)])
+        assert (found["result"], found["sha256"]) == ("UNKNOWN", sha256)
+    elsewhere = {**stated, "subject": [{"name": "base", "digest": {"sha256": "0" * 64}}]}
+    assert checks_about(stated, [(sha256, elsewhere)]) == []
+
+
+def test_provenance_states_once_how_adapters_were_trained(model: Path, ask: Ask) -> None:
+    code, body = ask("certificate", "provenance", "-m", model)
+    assert (code, len(body["statements"])) == (0, 1)
+    assert ask("certificate", "provenance", "-m", model)[1] == body
+    state, stated = statements(model)
+    assert (stated["predicateType"], stated["subject"]) == (PROVENANCE, state["subject"])
+    parsed = ParseDict(stated["predicate"], Provenance())
+    build_ = parsed.build_definition
+    fingerprint = state["predicate"]["numerics"]["fingerprints"][0]
+    assert parsed.run_details.builder.id == f"urn:deletion-ready-model:numerics:{fingerprint}"
+    digests = {each.name: each.digest["sha256"] for each in build_.resolved_dependencies if each.digest}
+    assert digests["base"] == "b" * 64
+    assert digests["records"] == state["predicate"]["membership"]["after"]
+    assert {"torch", "numpy"} <= {each.name for each in build_.resolved_dependencies if each.uri}
+    told = json.dumps(stated)
+    assert not any(each in told for each in ("owner/people", str(model), record(0).id))
+    ask("forget", "-m", model, record(7).id, *REQUEST)
+    assert ask("certificate", "provenance", "-m", model)[1] != body
+
+
+PROOF = ShardProof(3, "key", True, True, 2)
+
+
+@pytest.mark.parametrize(
+    ("proof", "ok", "result", "name"),
+    [
+        (PROOF, True, "PASSED", "shard-00003 trained from scratch: equal bytes"),
+        (dataclasses.replace(PROOF, equal=False), False, "FAILED", "trained from scratch: other bytes"),
+        (dataclasses.replace(PROOF, equal_apart=False), False, "FAILED", "own process: other bytes"),
+        (ShardProof(3, "key", False, None, 0, "another machine"), True, "WARNED", "another machine"),
+        (ShardProof(3, None, False, None, 0, EMPTY), True, "PASSED", "stored files"),
+    ],
+)
+def test_results_of_a_replay(proof: ShardProof, ok: bool, result: str, name: str) -> None:
+    findings = () if ok else (object(),)
+    found = replay_results(Verification(ok, 9, findings, (proof,)))  # type: ignore[arg-type]
+    assert found.result == result
+    where = {"PASSED": found.passed, "WARNED": found.warned, "FAILED": found.failed}[result]
+    assert any(name in each for each in where)
+
+
+def test_results_of_a_sweep_name_kinds_and_numbers() -> None:
+    counts = {"files": 9, "strings": 2, "strings_too_short_for_raw_bytes": 1}
+    left = Residue("unreadable", "/home/ada/file", "byte 3", "can't be read")
+    found = sweep_results(Scan(False, ("model", "/home/ada"), counts, (left, left), ()))
+    assert found.failed == ["traces of kind unreadable: 2"]
+    assert found.passed == ["no given id or text (strings: 2)"]
+    assert len(found.warned) == 1
