@@ -35,9 +35,8 @@ from sisa.evidence.audit import Audit, Check, audit_model, audit_statement, draw
 from sisa.evidence.issued import certificate_file, issue, membership_file, receipt_file
 from sisa.evidence.keys import PUBLISHED, Keys, create_keys, keys_of, start_evidence
 from sisa.evidence.log import CHECKPOINT, SIGNED, Log, cosign, new_witness, published
-from sisa.evidence.membership import Membership
+from sisa.evidence.membership import Membership, VrfKey
 from sisa.evidence.revocations import FEED, publish
-from sisa.evidence.vrf import VrfKey
 from sisa.flows.deletion import _write_remaining, plan_forget
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import wiring

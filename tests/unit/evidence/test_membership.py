@@ -20,8 +20,7 @@ from sisa.core.events import Event, Notice
 from sisa.core.ports import StoredRecord
 from sisa.evidence import membership
 from sisa.evidence.database import VERSION, transaction
-from sisa.evidence.membership import SCHEMA, TABLES, Membership, Tree, tree_hash
-from sisa.evidence.vrf import VrfKey
+from sisa.evidence.membership import SCHEMA, TABLES, Membership, Tree, VrfKey, tree_hash
 from sisa.flows.deletion import Terms, arrive, forget_at_once
 from sisa.flows.ingest import add, train
 from sisa.flows.wiring.context import Context, lookup

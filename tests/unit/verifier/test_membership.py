@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from sisa.evidence.membership import SCHEMA, Tree, tree_hash
-from sisa.evidence.vrf import VrfKey
+from sisa.evidence.membership import SCHEMA, Tree, VrfKey, tree_hash
 from sisa.verifier.certificate import APPROX_REPORT
 from sisa.verifier.envelope import Refused
 from sisa.verifier.membership import (
