@@ -45,7 +45,7 @@ from sisa.verifier.certificate import (
     URN,
     commitment,
 )
-from sisa.verifier.envelope import STATEMENT_TYPE
+from sisa.verifier.envelope import MAX_NUMBER, STATEMENT_TYPE
 from sisa.verifier.merkle import leaf_hash, root
 
 PROVENANCE = "https://slsa.dev/provenance/v1"
@@ -418,8 +418,8 @@ _OF_RECORDS = "composition"  # measured on records, which may be deleted later; 
 
 
 def _decimals(value: Any) -> Any:
-    """Return JSON values with fractions as text."""
-    if isinstance(value, float):
+    """Return JSON values with fractions, and numbers that other parsers would round, as text."""
+    if isinstance(value, float) or (type(value) is int and abs(value) >= MAX_NUMBER):
         return repr(value)
     if isinstance(value, Mapping):
         return {str(key): _decimals(each) for key, each in value.items()}

@@ -22,7 +22,7 @@ import json
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -58,7 +58,7 @@ from sisa.planning.patch_plan import lineage
 from sisa.planning.plan import marked, prefix_names, touched
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED
-from sisa.verifier.envelope import base64_bytes
+from sisa.verifier.envelope import Refused, base64_bytes
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS drafts (request TEXT PRIMARY KEY, draft TEXT NOT NULL) STRICT;
@@ -255,7 +255,7 @@ class EvidenceHook:
             anew = ledger.meta().get(TRAINED_ANEW, "")
             self.evidence.note_adapters(ledger.checkpoints(), ledger.seq(), anew)
             self.issue(context)
-        except SisaError as error:
+        except (SisaError, Refused) as error:
             _report(context, f"{PENDING}: `sisa certificate issue` tries again", error)
 
     def export(self, context: Context, name: str, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
@@ -288,7 +288,7 @@ def open_hook(directory: Path, config: RunConfig, model: str) -> EvidenceHook:
     return EvidenceHook(directory, config, model)
 
 
-def _report(context: Context, what: str, error: SisaError) -> None:
+def _report(context: Context, what: str, error: SisaError | Refused) -> None:
     context.report(Notice(f"{what} ({type(error).__name__}: {error.what})"))
 
 
@@ -335,13 +335,25 @@ def _revoked(context: Context, rows: Sequence[RecordRow], exports: Sequence[Expo
 
 
 def about(sequence: int, kind: str, envelope: bytes) -> Logged:
-    """Return what a logged statement is about."""
-    statement = json.loads(base64_bytes(json.loads(envelope)["payload"], "the payload"))
-    predicate, served = statement["predicate"], digest_of(statement["subject"])
-    name = predicate["request"]["id"] if kind in CERTIFICATES else ""
-    name = predicate["patch"]["key"] if kind == APPROX_REPORT else name
-    roots = predicate["membership"] if kind in CHAINED else {"before": "", "after": ""}
-    return Logged(sequence, kind, sha256_hex(envelope), name, roots["before"], roots["after"], served)
+    """Return what a logged statement is about; others than the hook's are not parsed."""
+    found = Logged(sequence, kind, sha256_hex(envelope))
+    if kind not in (*CHAINED, APPROX_REPORT):
+        return found
+    try:
+        statement = json.loads(base64_bytes(json.loads(envelope)["payload"], "the payload"))
+        predicate = statement["predicate"]
+        if kind == APPROX_REPORT:
+            return replace(found, about=predicate["patch"]["key"])
+        roots, served = predicate["membership"], digest_of(statement["subject"])
+        name = predicate["request"]["id"] if kind in CERTIFICATES else ""
+        return replace(found, about=name, before=roots["before"], after=roots["after"], subject=served)
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            "a statement of the log is of another form",
+            where=f"entry {sequence}, {found.sha256}",
+            got=type(error).__name__,
+            next_step="`sisa log check` checks the log; restore it from where it is published",
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -142,11 +143,21 @@ def test_an_auditor_needs_little(certified: Tiny) -> None:
         "print(*sorted(sys.modules), file=sys.stderr)"
     )
     keys = str(certified.folder / "keys.json")
+    check = ("verify-certificate", str(file), "--key", keys, "--json")
     done = subprocess.run(
-        [sys.executable, "-c", code, "verify-certificate", str(file), "--key", keys, "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", code, *check], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout)["ok"]
     assert HEAVY & {*done.stderr.split()} == set()
+    took = min(process_seconds(*check) - process_seconds("--version") for _ in range(3))
+    assert took < 0.3  # beside the start of any command, which takes 0.2 s on an idle machine
+    assert min(process_seconds(*check) for _ in range(2)) < 1
+
+
+def process_seconds(*arguments: str) -> float:
+    """Return the processor's time of a command, which other processes hardly change."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "sisa", *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -29,6 +29,7 @@ from sisa.verifier.certificate import (
     CERTIFICATES,
     EXACT,
     MIXED,
+    REBUILD,
     RECTIFICATION,
     STATE,
     verify_chain,
@@ -220,6 +221,20 @@ def _fails(_change: Change) -> int:
     raise EnvironmentFault("the disk is full")
 
 
+def test_what_another_party_signed_is_logged_and_not_parsed(model: Certified) -> None:
+    model.log.append(b"no JSON at all", REBUILD)
+    model.forget(1)
+    assert kinds(model) == [STATE, EXACT]
+    assert [each.sequence for each in model.logged] == [0, 1, 2]
+    assert not model.notices
+
+
+def test_a_damaged_statement_stops_no_deletion(model: Certified) -> None:
+    model.log.append(b"{}", STATE)
+    assert model.forget(1).state == "completed"
+    assert any("pending" in each and "another form" in each for each in model.notices)
+
+
 def test_lost_notes_are_made_again_from_the_log(model: Certified, tmp_path: Path) -> None:
     model.forget(1)
     before, logged = kinds(model), model.logged
@@ -274,7 +289,8 @@ def test_what_was_signed_is_logged_later(model: Certified, monkeypatch: pytest.M
 
 
 def test_a_patch_has_a_report_of_its_own_type(model: Certified) -> None:
-    job = PatchJob(BASE_DIGEST, (), ("set",), "written", {"rate": 0.1}, "fingerprint")
+    settings = {"rate": 0.1, "seed": 2**63}
+    job = PatchJob(BASE_DIGEST, (), ("set",), "written", settings, "fingerprint")
     report = {"utility": 0.25, "composition": {"base": 1}, "approximate": True}
     at = "2026-01-01T00:00:00.000+00:00"
     patch = Patch(1, job, "active", at, made_at=at, adapter_sha256="cd" * 32, report=report)
@@ -283,6 +299,7 @@ def test_a_patch_has_a_report_of_its_own_type(model: Certified) -> None:
     found = statements(model)
     assert [each["predicateType"] for each in found] == [STATE, STATE, APPROX_REPORT]
     assert found[-1]["predicate"]["report"] == {"approximate": True, "utility": "0.25"}
+    assert found[-1]["predicate"]["settings"] == {"rate": "0.1", "seed": f"{2**63}"}
     assert {each["name"] for each in found[1]["subject"]} >= {"patch-1"}
     reconcile(model.fake.context)
     assert len(statements(model)) == 3

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from sisa.config.config import RunConfig
 from sisa.core.errors import EnvironmentFault
 from sisa.flows.wiring import upper_houses
 from sisa.flows.wiring.upper_houses import ROOT, check_upper_houses
+from sisa.flows.wiring.wiring import EVIDENCE, evidence_hooks, evidence_keys
 
 FOREIGN = "raise SystemExit('a foreign module was imported')\n"
 
@@ -92,3 +94,17 @@ def test_another_search_path_may_lack_ours_and_not_hide_it(tmp_path: Path) -> No
     with pytest.raises(EnvironmentFault) as caught:
         check_upper_houses([str(tmp_path), str(ROOT)])
     assert caught.value.where == str(tmp_path / "cluster.py")
+
+
+def test_the_hook_of_certificates_is_loaded_for_models_with_evidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    settings = {"datasets": [{"path": "rows.jsonl"}], "output_dir": "model"}
+    config, model = RunConfig.model_validate(settings), "0f" * 16
+    assert evidence_hooks(tmp_path, config, model) == ()
+    evidence_keys(config, model).mkdir(parents=True)
+    assert [each.name for each in evidence_hooks(tmp_path, config, model)] == ["evidence"]
+    evidence_keys(config, model).rmdir()
+    (tmp_path / EVIDENCE).touch()  # keys that are missing must not go unnoticed
+    assert [each.name for each in evidence_hooks(tmp_path, config, model)] == ["evidence"]
