@@ -40,6 +40,7 @@ from sisa.evidence.membership import Membership
 from sisa.flows.reconcile import under_way
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.wiring import EVIDENCE, LOG
+from sisa.flows.wiring.witness import REPLAYED
 from sisa.model import Model
 from sisa.verifier.certificate import AUDIT, CERTIFICATES, CHAINED, verify_chain
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys
@@ -252,7 +253,9 @@ class _Evidence:
     def uncertified(self) -> Iterator[Problem]:
         """Find completed requests without a certificate, and certificates that contradict the ledger."""
         first = self.chained[0]["predicate"]["issued_at"] if self.chained else ""
-        known = {each.request_id: each for each in self.context.stores.ledger.requests()}
+        ledger = self.context.stores.ledger
+        known = {each.request_id: each for each in ledger.requests()}
+        again = {each.request_id for each in ledger.events() if each.note == REPLAYED}
         done = {name for name, each in known.items() if each.state == "completed"}
         for name in sorted(done - self.certificates.keys()):
             if known[name].committed_at >= first:
@@ -261,6 +264,8 @@ class _Evidence:
             times, request = predicate["request"]["times"], known.get(name)
             if request is None:
                 yield Problem(name, "has a certificate, and the ledger does not know the request")
+            elif name in again:
+                continue  # carried out once more after a backup was restored: the certificate is older
             elif (request.created_at, request.committed_at) != (times["received"], times["committed"]):
                 yield Problem(name, "the ledger dates it otherwise than its certificate does")
 

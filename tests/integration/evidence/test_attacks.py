@@ -541,6 +541,18 @@ def test_a_backup_is_restored(operator: Operator, tmp_path: Path) -> None:
     assert found.state == "deleted"
 
 
+def test_a_backup_that_has_caught_up_with_witness_and_log_passes(
+    operator: Operator, tmp_path: Path
+) -> None:
+    restore = save(operator, tmp_path / "saved")
+    operator.forget(5)
+    shutil.copytree(operator.log, tmp_path / "published")
+    restore()
+    shutil.copytree(tmp_path / "published", operator.log, dirs_exist_ok=True)
+    operator.model.run()
+    assert operator.failed(sample=2) == set()
+
+
 @attack("restores a backup of the model and its witness", "`sisa audit`: log (the keys remember)")
 def test_a_backup_is_restored_with_its_witness(operator: Operator, tmp_path: Path) -> None:
     restore = save(operator, tmp_path / "saved", witness=True)
