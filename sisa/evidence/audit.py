@@ -103,13 +103,16 @@ def audit_model(
 
     `public` are keys that the auditor holds, by default those beside the log; `kept` are checkpoints of
     the log that somebody kept, `witnesses` the keys of those who must have cosigned it. Nothing is
-    changed but the log.
+    changed but the log. Raise Busy if another process wrote meanwhile.
     """
     doctor = _check("doctor", partial(_ill, model.directory))  # before another step catches up
     shards = drawn(seed, [each.shard for each in model.status().shards if each.records], sample)
+    seq = model._seq()
     replay = _check("replay", partial(_unequal, model, shards))
     sweep = _check("sweep", partial(_left, model))
     with model._writing() as context:
+        if context.stores.ledger.seq() != seq:  # what was replayed is not what is there now
+            raise model._busy()
         keys = open_keys(model.config, model.id)
         read = partial(or_full, partial(context.stores.blobs[LOG].get, what="file of the log"))
         held = (public, kept, witnesses)

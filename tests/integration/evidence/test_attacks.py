@@ -24,11 +24,11 @@ import pytest
 from cluster.cli import cli
 from cluster.cli.audits import EXIT_REVOKED
 from cluster.render.render import EXIT_INTEGRITY
-from sisa.audit.residue import sweep_model
+from sisa.audit.residue import Scan, sweep_model
 from sisa.config.config import state_dir
 from sisa.core.digest import Keyed
 from sisa.core.domain import RecordRow, RequestEvent
-from sisa.core.errors import EnvironmentFault, Problem
+from sisa.core.errors import Busy, EnvironmentFault, Problem
 from sisa.core.ports import Change
 from sisa.core.requests import chained
 from sisa.evidence.audit import Audit, Check, audit_model, audit_statement, drawn
@@ -615,6 +615,17 @@ def test_the_report_is_signed_and_logged(operator: Operator) -> None:
     statement = verify_envelope(found.envelope, operator.keys.public, found.index)
     assert (statement["predicateType"], statement["predicate"]["passed"]) == (AUDIT, True)
     assert statement["predicate"]["shards"] == list(found.shards)
+
+
+def test_one_report_is_about_one_state(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disturbed(model: Model) -> Scan:
+        found = sweep_model(model)
+        operator.forget(5)
+        return found
+
+    monkeypatch.setattr("sisa.evidence.audit.sweep_model", disturbed)
+    with pytest.raises(Busy):
+        operator.audit()
 
 
 def test_a_published_report_names_no_path_outside_the_model(operator: Operator) -> None:
