@@ -49,6 +49,7 @@ from cluster.cli.command import (
     read_turns,
     run_file_argument,
     with_certificate,
+    with_pending,
 )
 from cluster.observe.reporting import log_format_of, open_log, watched
 from cluster.render import render
@@ -213,7 +214,7 @@ def forget(
 def show_status(directory: Path) -> Result:
     """Show shards, slices, records, heads, requests and sizes."""
     with opened(directory) as model:
-        return render.status(model.status())
+        return with_pending(render.status(model.status()), model)
 
 
 def _event_head(_context: click.Context, _option: click.Parameter, given: Any) -> WitnessHead | None:

@@ -211,6 +211,20 @@ def with_certificate(result: Result, model: Model, request: Request | None) -> R
     return replace(result, json={**result.json, "certificate": found}, lines=[*result.lines, line])
 
 
+def with_pending(result: Result, model: Model) -> Result:
+    """Return what a command prints, and the completed requests whose certificates are pending."""
+    from sisa.flows.wiring.wiring import has_evidence
+
+    found: list[str] | None = None  # not certified
+    lines = list(result.lines)
+    if has_evidence(model.directory, model.config, model.id):
+        from sisa.evidence.issued import pending
+
+        found = pending(model)
+        lines += [f"certificates pending: {len(found)} (`sisa certificate issue`)"] * bool(found)
+    return replace(result, json={**result.json, "certificates_pending": found}, lines=lines)
+
+
 def read_text(file: Path) -> str:
     """Read a file that the command line names. Raise InvalidInput if it can't be read as UTF-8."""
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,26 +31,21 @@ if TYPE_CHECKING:
 keys = command_group("keys", "Make, show and rotate the keys that sign evidence.")
 
 
-def signer_options(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Add `--signer` and `--public-key`."""
-    of_signer = click.option(
-        "--signer",
-        default="",
-        show_default=False,
-        help="What signs instead of a key file: a URI such as ssh-agent:, hsm: or awskms:KEY.",
-    )
-    of_key = click.option(
-        "--public-key",
-        "public_key",
-        type=PATH,
-        help="Public key of the signer, in PEM or OpenSSH's form.",
-    )
-    return of_signer(of_key(function))
+signer_option = click.option(
+    "--signer",
+    default="",
+    show_default=False,
+    help="What signs instead of a key file: a URI such as ssh-agent:, hsm: or awskms:KEY.",
+)
+public_key_option = click.option(
+    "--public-key", "public_key", type=PATH, help="Public key of the signer, in PEM or OpenSSH's form."
+)
 
 
 @command("init", "-m model", group=keys)
 @model_option
-@signer_options
+@signer_option
+@public_key_option
 def make_keys(directory: Path, signer: str, public_key: Path | None) -> Result:
     """Make a model's keys, outside of it. Its deletions are certified from then on."""
     from sisa.evidence.issued import state_what_is_held
@@ -85,7 +79,8 @@ def show_keys(directory: Path) -> Result:
     type=click.IntRange(0),
     help="With --lost or --leaked: the first entry of the log that the old key may not have signed.",
 )
-@signer_options
+@signer_option
+@public_key_option
 def rotate_key(
     directory: Path, reason: Reason | None, until: int | None, signer: str, public_key: Path | None
 ) -> Result:

@@ -129,6 +129,13 @@ def state_what_is_held(model: Model) -> None:
         open_hook(model.directory, model.config, model.id).complete(context)
 
 
+def pending(model: Model) -> list[str]:
+    """Return the completed requests whose certificates are not logged yet, with or without keys."""
+    return open_hook(model.directory, model.config, model.id).pending(
+        [each.request for each in model.requests()]
+    )
+
+
 def standing(model: Model, request_id: str) -> str:
     """Return "issued", "pending" or "none" for the certificate of a request."""
     hook = open_hook(model.directory, model.config, model.id)

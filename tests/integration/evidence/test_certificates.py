@@ -9,10 +9,12 @@ import sys
 
 import pytest
 
+from sisa.core.errors import EnvironmentFault
 from sisa.data.samples import to_jsonl
 from sisa.evidence.issued import certificate_file, issue, receipt_file
-from sisa.evidence.keys import init_keys
+from sisa.evidence.keys import Keys, init_keys
 from sisa.verifier.certificate import EXACT, RECTIFICATION, STATE, verify_certificate
+from sisa.verifier.envelope import PublicKeys, parse_keys
 from tests.models.tiny_model import PEOPLE, Done, Tiny, command
 
 pytestmark = pytest.mark.torch
@@ -81,17 +83,37 @@ def test_a_receipt_is_for_a_record_of_the_request(
     refused = command(capsys, *receipt, "p002-q1", "-o", certified.folder / "r.json")
     assert (refused.code, refused.error["type"]) == (3, "UnknownRecord")
     assert "p002" not in refused.out
-    keys = init_public(certified)
+    keys = public_keys(certified)
     mine = receipt_file(model, one.request_id, "p001-q1")
     verify_certificate(certificate_file(model, one.request_id), keys, mine)
     with pytest.raises(ValueError, match="another certificate"):
         verify_certificate(certificate_file(model, other.request_id), keys, mine)
 
 
-def init_public(tiny: Tiny):  # type: ignore[no-untyped-def]
-    from sisa.verifier.envelope import parse_keys
-
+def public_keys(tiny: Tiny) -> PublicKeys:
     return parse_keys((tiny.folder / "keys.json").read_bytes())
+
+
+def test_what_is_pending_is_said_and_issued_later(
+    certified: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise EnvironmentFault("the token is not plugged in")
+
+    model = ("-m", certified.directory)
+    with monkeypatch.context() as patched:
+        patched.setattr(Keys, "sign", fail)
+        done = command(capsys, "forget", *model, "p001-q1", "--executor", "serial")
+        assert (done.code, done.json["certificate"]) == (0, "pending")
+        refused = sisa(certified, capsys, "certificate", "issue")
+        assert (refused.code, refused.error["type"]) == (6, "EnvironmentFault")
+    name = done.json["request_id"]
+    assert command(capsys, "status", *model).json["certificates_pending"] == [name]
+    assert sisa(certified, capsys, "certificate", "show", name).code == 3
+    (issued,) = sisa(certified, capsys, "certificate", "issue").json["issued"]
+    assert (issued["kind"], issued["about"]) == (EXACT, name)
+    assert command(capsys, "status", *model).json["certificates_pending"] == []
+    assert sisa(certified, capsys, "request", "show", name).json["certificate"] == "issued"
 
 
 def test_a_rectification_is_one_certificate(certified: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +131,7 @@ def test_a_rectification_is_one_certificate(certified: Tiny, capsys: pytest.Capt
 def test_a_model_without_keys_says_so(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     request = tiny.open().forget(["p001-q1"]).request
     assert request is not None
+    assert command(capsys, "status", "-m", tiny.directory).json["certificates_pending"] is None
     for arguments in (("list",), ("issue",), ("show", request.request_id)):
         refused = sisa(tiny, capsys, "certificate", *arguments)
         assert (refused.code, refused.error["type"]) == (2, "InvalidInput")
