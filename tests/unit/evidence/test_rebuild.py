@@ -61,7 +61,12 @@ def test_a_certificate_of_another_form_is_refused(wrong: dict[str, Any]) -> None
 
 def test_a_second_party_changes_nothing_that_affects_an_adapter(tmp_path: Path) -> None:
     scratch = {"scratch": {"corpus": [{"path": "corpus.jsonl"}]}}
-    given = {"datasets": [{"path": "a.jsonl"}], "output_dir": "model", "base_model": scratch}
+    given = {
+        "datasets": [{"path": "a.jsonl"}],
+        "output_dir": "model",
+        "base_model": scratch,
+        "sequence_len": 64,
+    }
     config = RunConfig.model_validate({**given, "encrypt": True, "storage": "/s", "keyring": "/k"})
     changed = apart(config, tmp_path / "key", tmp_path)
     assert changed.base == config.base  # which by default lies beside the operator's model
