@@ -33,14 +33,14 @@ from sisa.core.ports import Change
 from sisa.core.requests import chained
 from sisa.evidence.audit import Audit, Check, audit_model, audit_statement, drawn
 from sisa.evidence.issued import certificate_file, issue, membership_file, receipt_file
-from sisa.evidence.keys import PUBLISHED, Keys, create_keys, keys_of, start_evidence
+from sisa.evidence.keys import PUBLISHED, Keys, create_keys, keys_of, rotate, start_evidence
 from sisa.evidence.log import CHECKPOINT, SIGNED, Log, cosign, new_witness, published
 from sisa.evidence.membership import Membership, VrfKey
 from sisa.evidence.revocations import FEED, publish
-from sisa.flows.deletion import _write_remaining, plan_forget
+from sisa.flows.deletion import Terms, _write_remaining, plan_forget
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import commit, lookup
+from sisa.flows.wiring.context import Resources, commit, held_rows, lookup
 from sisa.model import Model
 from sisa.store.blobs.files import LocalBlobs
 from sisa.store.checkpoints import ADAPTER, MANIFEST
@@ -101,6 +101,14 @@ class Operator:
         assert done.request is not None
         return done.request.request_id
 
+    @property
+    def numbers(self) -> list[int]:
+        """Return the numbers of the held records."""
+        known = {record(number).id: number for number in range(40)}
+        with self.model._context() as context:
+            digests = {context.settings.assigner.id_digest(each): known[each] for each in known}
+            return sorted(digests[each.id_digest] for each in held_rows(context, digests))
+
     def keep(self) -> bytes:
         """Let an outsider keep the checkpoint as it is published now."""
         self.kept.append((self.log / CHECKPOINT).read_bytes())
@@ -142,6 +150,26 @@ def test_an_honest_operator_passes(operator: Operator) -> None:
     found = operator.audit(operator.keep(), sample=2)
     assert [each for each in found.checks if each.result != "passed"] == []
     assert len(found.shards) == 2
+
+
+def test_an_honest_operator_passes_whatever_has_happened(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1] * len(records))
+    kept, model = operator.keep(), operator.model
+    model.forget([record(5).id], defer=True)
+    assert operator.failed(kept) == set()  # erased, not trained, not certified yet
+    model.run()
+    model.add([record(30), record(31)])
+    for number in (6, 7):
+        model.submit([record(number).id], terms=Terms(approver="a person"))
+    model.run()
+    model.add([record(5)], allow_deleted=True)
+    rotate(model)
+    operator.forget(30, 31, 8)
+    operator.forget(*operator.numbers)
+    assert operator.numbers == []
+    assert operator.failed(kept, sample=9) == set()
 
 
 def test_the_readme_has_the_table_of_these_attacks() -> None:
