@@ -102,13 +102,17 @@ class Evidence:
             yield db
 
     def put_drafts(self, drafts: Sequence[Draft]) -> None:
-        """Note drafts and their commitments; a draft of the same request is replaced."""
+        """Note drafts and their commitments, in place of earlier ones of the same requests.
+
+        The commitments of a certificate stay: of a restored backup, a draft may name fewer records.
+        """
         with self._tables() as db:
             for each in drafts:
                 text = canonical_json({**asdict(each), "commitments": []}).decode()
                 db.execute("INSERT OR REPLACE INTO drafts VALUES (?, ?)", (each.request_id, text))
-                hashes = bytes.fromhex("".join(each.commitments))
-                db.execute("INSERT OR REPLACE INTO commitments VALUES (?, ?)", (each.request_id, hashes))
+                named, hashes = each.request_id, bytes.fromhex("".join(each.commitments))
+                if not db.execute("SELECT 1 FROM logged WHERE about = ?", (named,)).fetchone():
+                    db.execute("INSERT OR REPLACE INTO commitments VALUES (?, ?)", (named, hashes))
 
     def drafts(self) -> dict[str, Draft]:
         """Return the drafts by request; nothing is written."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sisa.core.domain import Request
-from sisa.core.errors import InvalidInput, Outdated, SisaError, UnknownRecord
-from sisa.evidence.certificate import salt_of
+from sisa.core.errors import IntegrityError, InvalidInput, Outdated, SisaError, UnknownRecord
+from sisa.evidence.certificate import salt_of, tree_over
 from sisa.evidence.hook import EvidenceHook, Logged, open_hook
 from sisa.evidence.keys import Keys, open_keys
 from sisa.evidence.log import Log
@@ -196,11 +196,25 @@ def membership_file(model: Model, record_id: str) -> bytes:
 
 
 def receipt_file(model: Model, request_name: str, record_id: str) -> bytes:
-    """Return the receipt of a record of a certified request. Raise UnknownRecord for another record."""
+    """Return the receipt of a record of a certified request.
+
+    Raise UnknownRecord for another record, IntegrityError if the commitments are lost.
+    """
     with reading(model) as found:
         request = lifecycle.find(found.context, request_name)
         certificate = found.named(request.request_id)
         hashes = found.hook.evidence.commitments(request.request_id)
+        envelope = found.log.statement(certificate.sha256)
+        statement = verify_envelope(envelope, found.keys.public, certificate.sequence)
+        stated = statement["predicate"]["commitments"]
+        if tree_over(hashes) != stated:
+            raise IntegrityError(
+                "the commitments of this certificate are lost, and with them its receipts",
+                where=str(found.hook.evidence.path),
+                expected=f"{stated['number']} with the root {stated['root']}",
+                got=f"{len(hashes)}",
+                next_step="restore this file from a newer backup",
+            )
         settings = found.context.settings
         digest = settings.assigner.id_digest(record_id)
         salt = salt_of(settings.chain.keyed, request.request_id, digest)

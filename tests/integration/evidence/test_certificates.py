@@ -83,6 +83,13 @@ def test_a_receipt_is_for_a_record_of_the_request(
     refused = command(capsys, *receipt, "p002-q1", "-o", certified.folder / "r.json")
     assert (refused.code, refused.error["type"]) == (3, "UnknownRecord")
     assert "p002" not in refused.out
+    file = certified.directory / "evidence.sqlite"
+    kept = file.read_bytes()
+    file.unlink()  # it is made again from log and slices, without the commitments
+    lost = command(capsys, *receipt, "p001-q1", "-o", certified.folder / "r.json")
+    assert (lost.code, lost.error["type"]) == (4, "IntegrityError")
+    assert "commitments" in lost.error["message"]
+    file.write_bytes(kept)
     keys = public_keys(certified)
     mine = receipt_file(model, one.request_id, "p001-q1")
     verify_certificate(certificate_file(model, one.request_id), keys, mine)

@@ -18,6 +18,7 @@ import pytest
 from sisa.core.domain import Patch, PatchJob
 from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import Change
+from sisa.evidence.certificate import Draft
 from sisa.evidence.hook import Evidence
 from sisa.evidence.keys import Keys
 from sisa.evidence.log import Log
@@ -255,6 +256,16 @@ def test_a_restored_backup_is_certified_once(model: Certified) -> None:
     assert [each["predicate"]["request"]["id"] for each in certificates] == [request.request_id]
     assert model.evidence.drafts() == {}
     assert model.fake.ledger.requests()[-1].state == "completed"
+
+
+def test_a_restored_backup_does_not_replace_commitments(model: Certified) -> None:
+    request = model.forget(1, 2)
+    before = model.evidence.commitments(request.request_id)
+    model.evidence.put_drafts([Draft(request.request_id, ("ab" * 32,), (), (), ())])
+    assert model.evidence.commitments(request.request_id) == before
+    reconcile(model.fake.context)
+    assert model.evidence.drafts() == {}
+    assert len([each for each in kinds(model) if each in CERTIFICATES]) == 1
 
 
 def test_a_deletion_that_only_a_restored_backup_completes_is_certified(
