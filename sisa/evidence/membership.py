@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256, sha512
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -293,10 +294,10 @@ class Membership:
 
         Raise IntegrityError unless the tree holds these records, and no others.
         """
-        slices = {(file.shard, file.slice): file for file in context.stores.ledger.slices()}
+        slices = _slices(context)
         with self._tree(write=False) as tree:
             rows = tree.db.execute("SELECT label, id_digest, shard, slice FROM leaves").fetchall()
-            leaves: dict[tuple[int, int], dict[bytes, bytes]] = {place: {} for place in slices}
+            leaves: dict[SlicePosition, dict[bytes, bytes]] = {place: {} for place in slices}
             for label, key, *place in rows:
                 leaves.setdefault((place[0], place[1]), {})[key] = label
             for (shard, slice_), its in leaves.items():
@@ -390,7 +391,7 @@ class Membership:
             return [self._key.output(name.encode())[:LABEL_BYTES] for name in names]
 
         names, threads = list(ids.values()), os.cpu_count() or 1
+        size = -(-len(names) // threads) or 1
         with ThreadPoolExecutor(threads) as pool:
-            parts = list(pool.map(labels_of, (names[at::threads] for at in range(threads))))
-        ordered = [parts[at % threads][at // threads] for at in range(len(names))]
-        return dict(zip(ids, ordered, strict=True))
+            parts = pool.map(labels_of, (names[at : at + size] for at in range(0, len(names), size)))
+            return dict(zip(ids, chain.from_iterable(parts), strict=True))

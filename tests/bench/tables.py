@@ -298,6 +298,44 @@ def costs() -> Iterator[str]:
     yield from rows(("what", "measured"), lines)
 
 
+def evidence() -> Iterator[str]:
+    """Yield what evidence adds to a deletion, and what its tree of records costs."""
+    found = measured("membership")
+    without, with_ = found["without_evidence"], found["with_evidence"]
+    each, first, nodes = found["processor_seconds_each"], found["first_tree"], found["nodes_rewritten"]
+    records, processor = f"{found['records']:,} records", "of_which_processor_seconds"
+    lines = [
+        (f"from a request to clean heads, {records}, without evidence", _clean_heads(without)),
+        (
+            f"the same with evidence: {found['clean_heads_with_over_without']} times",
+            _clean_heads(with_),
+        ),
+        (
+            "of which processor time, p50, without and with",
+            ", ".join(f"{part[processor]['p50']:.2f} s" for part in (without, with_)),
+        ),
+        (
+            "to the end (certificate signed and logged), training faked, p50, without and with",
+            ", ".join(f"{part['to_the_end_seconds']['p50']:.2f} s" for part in (without, with_)),
+        ),
+        (
+            "nodes of the tree that a deletion rewrites, p50 and most",
+            f"{nodes['p50']:.0f}, {nodes['max']} of {found['stored_nodes']:,}",
+        ),
+        ("labels that a core computes", f"{1 / each['label']:,.0f} in a second"),
+        (
+            f"the first tree of {records}, with all labels, on {found['machine']['cpus']} cores",
+            f"{first['seconds']:.0f} s; {first['processor_seconds']:.0f} s of processor time",
+        ),
+        (
+            "a label's proof, and its verification, in processor time",
+            ", ".join(f"{each[name] * 1000:.2f} ms" for name in ("proof", "verification")),
+        ),
+        ("`evidence.sqlite`", f"{found['evidence_bytes'] / 1e6:.0f} MB"),
+    ]
+    yield from rows(("what", "measured"), lines)
+
+
 def _records(size: Json) -> str:
     return f"{size['records']:,} records"
 
@@ -468,6 +506,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "tofu-full-nine": of("tofu_full", tofu_full.nine_table),
         "utility": of("utility", utility.table),
         "costs": costs,
+        "evidence": evidence,
         "steps": of("profile_step", step_table),
         "shares": shares,
         "depths": of("retrained", retrained.depth_table),
