@@ -32,8 +32,9 @@ import io
 import os
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -50,7 +51,7 @@ from sisa.audit.foreign_files import (
 )
 from sisa.audit.garbage import SURPLUS, UNKNOWN_FILE, at_hand, list_garbage, undisturbed
 from sisa.audit.lineage import NONE, Are, FoundGroups, Verdict
-from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings
+from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings, is_short
 from sisa.config.config import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.domain import Export, HeldCheckpoint, Tombstone
@@ -156,6 +157,67 @@ def scan_residue(
         tuple(scanner.residue),
         tuple(scanner.outdated),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """Hold what a search of a model's own files read and left out, and the files by string in them."""
+
+    num_files: int
+    num_bytes: int
+    num_left_out: int
+    found: Mapping[str, int] = field(repr=False)
+
+
+def search_model(
+    context: Context, directory: Path, ids: Sequence[str], texts: Sequence[str], max_bytes: int
+) -> Searched:
+    """Search a model's own files for what was deleted, smaller ones first, up to a number of bytes.
+
+    The rows of its slices are those of held records, so there an id is compared with ids alone. Strings
+    that are too short for raw bytes are searched nowhere else. Objects in a bucket are left out.
+    """
+    strings = [each for each in dict.fromkeys((*ids, *texts)) if not is_short(each)]
+    search, sealed = SearchStrings(strings), SealedFiles(context.stores.keyring)
+    slices = {each.name for each in context.stores.ledger.slices()}
+    found, read, left_out = Counter[str](), [0, 0], _num_objects(context)
+    for size, path in sorted(_own_files(context, directory)):
+        if read[1] + size > max_bytes:
+            left_out += 1
+            continue
+        try:
+            plain = sealed.plaintext(path)
+            if path.name in slices:
+                rows = parquet_ids(path if plain is None else io.BytesIO(plain))
+                found.update({each for each in rows if each is not None}.intersection(ids))
+            else:
+                hits = {each.number for each in search.in_file(path, plain, tables=False)}
+                hits |= {*search.in_value(path.name)}
+                found.update(strings[number] for number in hits)
+        except FileNotFoundError:
+            continue
+        except (OSError, Unreadable):
+            left_out += 1
+            continue
+        except Shredded:
+            pass  # no key opens it
+        read = [read[0] + 1, read[1] + size]
+    return Searched(*read, left_out, found)
+
+
+def _own_files(context: Context, directory: Path) -> Iterator[tuple[int, Path]]:
+    """Yield the files of a model on this machine with their sizes."""
+    roots = [root for each in context.stores.blobs.values() if (root := at_hand(each)) is not None]
+    for place in _resolved([directory, *roots]):
+        for path in walk(place):
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISREG((facts := path.lstat()).st_mode):
+                    yield facts.st_size, path
+
+
+def _num_objects(context: Context) -> int:
+    stores = [each for each in context.stores.blobs.values() if at_hand(each) is None]
+    return sum(len(each.held()) for each in stores)
 
 
 def _resolved(paths: Iterable[Path]) -> list[Path]:

@@ -66,7 +66,7 @@ class SearchStrings:
     @property
     def num_short(self) -> int:
         """Return the number of strings that are too short to be searched in raw bytes."""
-        return sum(_short(value) for value in self._values)
+        return sum(is_short(value) for value in self._values)
 
     def in_block(self, block: bytes) -> list[tuple[int, int]]:
         """Return (offset, number) for every occurrence of a string in a block of bytes."""
@@ -88,7 +88,7 @@ class SearchStrings:
 
     def _is_in(self, number: int, value: str) -> bool:
         each = self._values[number]
-        return each == value if _short(each) else each in value
+        return each == value if is_short(each) else each in value
 
     def in_id(self, value: str) -> list[int]:
         """Return the numbers of the texts that a decoded id contains and of the ids that it equals."""
@@ -98,12 +98,15 @@ class SearchStrings:
     def hidden(self, path: str) -> str:
         """Return a path with the strings masked, since a file may be named like one."""
         for value in self._values:
-            if value in path and not _short(value):
+            if value in path and not is_short(value):
                 path = path.replace(value, "*")
         return path
 
-    def in_file(self, path: Path, unsealed: bytes | None = None) -> list[Match]:
-        """Return each string's first match in a file or, if given, in its `unsealed` bytes."""
+    def in_file(self, path: Path, unsealed: bytes | None = None, *, tables: bool = True) -> list[Match]:
+        """Return each string's first match in a file or, if given, in its `unsealed` bytes.
+
+        Without `tables`, pages of SQLite are searched, and not each of their values for each string.
+        """
         if not len(self):
             return []
         with path.open("rb") if unsealed is None else io.BytesIO(unsealed) as file:
@@ -114,7 +117,7 @@ class SearchStrings:
         explained: set[int] = set()
         if head.startswith(PARQUET_MAGIC):
             decoded, explained = self._in_parquet(path if unsealed is None else io.BytesIO(unsealed))
-        elif head == SQLITE_MAGIC:
+        elif head == SQLITE_MAGIC and tables:
             decoded = self._in_sqlite(path)
         return _firsts([*decoded, *(each for each in raw if each.number not in explained)])
 
@@ -163,7 +166,7 @@ class SearchStrings:
     def _in_statement(self, statement: str) -> list[int]:
         text = statement.replace("''", "'")
         return [
-            n for n, each in enumerate(self._values) if (f"'{each}'" if _short(each) else each) in text
+            n for n, each in enumerate(self._values) if (f"'{each}'" if is_short(each) else each) in text
         ]
 
 
@@ -184,10 +187,10 @@ def _forms(value: str) -> set[bytes]:
         json.dumps(value)[1:-1].encode(),
         json.dumps(value, ensure_ascii=False)[1:-1].encode(),
     }
-    return set() if _short(value) else forms
+    return set() if is_short(value) else forms
 
 
-def _short(value: str) -> bool:
+def is_short(value: str) -> bool:
     """Return whether a string occurs in random bytes, or in digests, by chance."""
     least = MIN_HEX_BYTES if set(value) <= set("0123456789abcdef") else MIN_BYTES
     return len(value.encode()) < least

@@ -389,6 +389,9 @@ class SigningBlock(Block):
     signer: SignerUri | None = key(
         None, "none", "What signs instead of a key file, such as ssh-agent: or hsm:; null: as made."
     )
+    sweep: bool = key(
+        True, "none", "Search the model's files for what was deleted, for its certificate."
+    )
 
 
 class ClusterBlock(Block):

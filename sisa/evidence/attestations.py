@@ -30,6 +30,7 @@ from sisa.core.errors import SisaError
 from sisa.evidence.certificate import PROVENANCE, SHARD_TRAINING, Results, Served, decimal, subject_of
 from sisa.evidence.hook import Logged, about, open_hook, served_by
 from sisa.evidence.keys import keys_of, open_log
+from sisa.evidence.log import Log
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.wiring import LOG, has_evidence
 from sisa.lm.base.numerics import LIBRARIES, PROCEDURE_VERSION
@@ -157,13 +158,13 @@ def provenance(model: Model) -> list[Logged]:
         known = open_hook(model.directory, model.config, model.id).evidence.logged(log)
         whole = digest_of(_subject(context))
         first = next((e for e in known if e.kind in CHAINED and e.subject == whole), None)
-        state = _predicate(log.statement(first.sha256)) if first else {}
+        state = _statement(log, first)["predicate"] if first else {}
         served = served_by(context.stores.ledger)
-        made = []
+        stated, made = [each for each in known if each.kind == PROVENANCE], []
         for fingerprint in sorted({each.fingerprint for each in served}):
             some = [each for each in served if each.fingerprint == fingerprint]
             subject = subject_of(some, (), context.settings.base)
-            same = [e for e in known if e.kind == PROVENANCE and e.subject == digest_of(subject)]
+            same = [each for each in stated if _statement(log, each)["subject"] == subject]
             if same:
                 made.append(same[-1])
                 continue
@@ -174,9 +175,9 @@ def provenance(model: Model) -> list[Logged]:
     return made
 
 
-def _predicate(envelope: bytes) -> dict[str, Any]:
-    payload = base64_bytes(json.loads(envelope)["payload"], "the payload")
-    found: dict[str, Any] = json.loads(payload)["predicate"]
+def _statement(log: Log, each: Logged) -> dict[str, Any]:
+    payload = base64_bytes(json.loads(log.statement(each.sha256))["payload"], "the payload")
+    found: dict[str, Any] = json.loads(payload)
     return found
 
 

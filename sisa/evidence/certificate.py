@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sisa.audit.residue import Searched
 from sisa.core.digest import Keyed
 from sisa.core.domain import (
     Export,
@@ -255,6 +256,7 @@ class Outcome:
     rectified: bool  # all of its records were added again
     restored: bool  # a restored backup held the records again
     passed: Sequence[str]  # checks of the erasure that passed
+    sweep: Mapping[str, Any] | str  # what a search for what was deleted found; or why there was none
 
 
 def deletion_statement(keyed: Keyed, drafted: Draft, done: Outcome, state: State) -> dict[str, Any]:
@@ -283,7 +285,7 @@ def deletion_statement(keyed: Keyed, drafted: Draft, done: Outcome, state: State
             "seconds": decimal(request.seconds),
         },
         "training": _provenance(request, state),
-        "checks": {"erasure": Results(done.passed).embedded(), "sweep": NOT_RUN, "replay": NOT_RUN},
+        "checks": {"erasure": Results(done.passed).embedded(), "sweep": done.sweep, "replay": NOT_RUN},
         "probe": _probe(request.probed),
         "live_patches": [
             {"version": each.version, "sha256": each.adapter_sha256} for each in state.patches
@@ -383,6 +385,19 @@ class Results:
     def embedded(self) -> dict[str, Any]:
         """Return the predicate with its type, as part of another one."""
         return {"predicateType": TEST_RESULT, "predicate": self.predicate()}
+
+
+def search_results(strings: Collection[str], searched: Searched) -> Results:
+    """Return what a search of the model's own files found of some ids and texts, in numbers alone."""
+    files = f"files: {searched.num_files}, bytes: {searched.num_bytes}"
+    what = f"deleted ids and texts (searched: {len(strings)}; {files})"
+    found = sum(bool(searched.found.get(each)) for each in strings)
+    left_out = searched.num_left_out
+    return Results(
+        passed=[] if found else [f"{what}: none found"],
+        warned=[f"not searched, for their size or place (files: {left_out})"] if left_out else [],
+        failed=[f"{what}: {found} found"] if found else [],
+    )
 
 
 def _probe(found: Probed | None) -> dict[str, Any]:

@@ -22,20 +22,30 @@ import json
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sisa.audit.residue import search_model
 from sisa.config.config import RunConfig
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
-from sisa.core.domain import ANY_SHARD, Export, HeldCheckpoint, RecordRow, Request, Tombstone, active
+from sisa.core.domain import (
+    ANY_SHARD,
+    Export,
+    HeldCheckpoint,
+    Record,
+    RecordRow,
+    Request,
+    Tombstone,
+    active,
+)
 from sisa.core.errors import IntegrityError, SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Contribution, Ledger, Removal
 from sisa.evidence import certificate
-from sisa.evidence.certificate import Draft, Held, Outcome, Served, State, erased_name
+from sisa.evidence.certificate import NOT_RUN, Draft, Held, Outcome, Served, State, erased_name
 from sisa.evidence.database import transaction
 from sisa.evidence.keys import Keys, open_keys, open_log
 from sisa.evidence.log import Log, origin
@@ -75,6 +85,9 @@ CREATE TABLE IF NOT EXISTS adapters (
 CREATE INDEX IF NOT EXISTS adapters_of_shard ON adapters (shard);
 """
 PENDING = "the certificate is pending"
+MAX_STRINGS, MAX_SEARCHED_BYTES = 200, 64 * 2**20  # half a second of a core
+LATER = f"{NOT_RUN}: another command finished the deletion, or its records could not be read"
+NOT_WANTED = f"{NOT_RUN}: the run file has `signing.sweep: false`"
 
 
 @dataclass(frozen=True)
@@ -224,6 +237,8 @@ class EvidenceHook:
     directory: Path
     config: RunConfig
     model: str
+    named: dict[str, Mapping[str, Record]] = field(default_factory=dict, repr=False, compare=False)
+    # what is being removed, by request and keyed id: in memory alone, until the deletion is completed
 
     name = "evidence"
 
@@ -237,8 +252,13 @@ class EvidenceHook:
         shards = {row.shard for row in removal.rows.values()}
         try:
             held = self.evidence.adapters(shards, ledger.seq(), ledger.meta().get(TRAINED_ANEW, ""))
-            drafts = [_draft(context, removal, each, held) for each in removal.requests]
+            found = {each.request_id: _records(context, removal, each) for each in removal.requests}
+            drafts = [
+                _draft(context, removal, each, held, found[each.request_id]) for each in removal.requests
+            ]
             self.evidence.put_drafts(drafts)
+            if self.config.signing.sweep:
+                self.named.update(found)
         except SisaError as error:
             _report(context, "this deletion can't be certified: no draft could be made", error)
         return Contribution()
@@ -261,6 +281,8 @@ class EvidenceHook:
             self.issue(context)
         except (SisaError, Refused) as error:
             _report(context, f"{PENDING}: `sisa certificate issue` tries again", error)
+        finally:
+            self.named.clear()
 
     def export(self, context: Context, name: str, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
         """Return the files of an export with `model.sig`, and a card that says what would revoke it."""
@@ -277,7 +299,9 @@ class EvidenceHook:
                 where=self.model,
                 next_step="restore them from a backup, or make new ones: `sisa keys init`",
             )
-        issuing = _Issuing(context, self.evidence, keys, open_log(keys, context.stores.blobs[LOG]))
+        log = open_log(keys, context.stores.blobs[LOG])
+        why = LATER if self.config.signing.sweep else NOT_WANTED
+        issuing = _Issuing(context, self.evidence, keys, log, self.directory, self.named, why)
         steps = (issuing.recover, issuing.certificates, issuing.state, issuing.patches)
         return [made for step in steps for made in step()]
 
@@ -296,7 +320,23 @@ def _report(context: Context, what: str, error: SisaError | Refused) -> None:
     context.report(Notice(f"{what} ({type(error).__name__}: {error.what})"))
 
 
-def _draft(context: Context, removal: Removal, request: Request, noted: Iterable[Export]) -> Draft:
+def _records(context: Context, removal: Removal, request: Request) -> dict[str, Record]:
+    """Return the records that a request removes, by keyed id; none if a file can't be read."""
+    rows = removal.named[request.request_id]
+    try:
+        return {e.id_digest: e.record for e in stored_in(context, slices_of(context, rows), rows)}
+    except SisaError as error:  # the deletion itself may need none of these files
+        _report(context, "the certificate will name no record, and there will be no receipts", error)
+        return {}
+
+
+def _draft(
+    context: Context,
+    removal: Removal,
+    request: Request,
+    noted: Iterable[Export],
+    records: Mapping[str, Record],
+) -> Draft:
     """Return the draft of a request's certificate, from what its records touch now, or did."""
     ledger, keyed = context.stores.ledger, context.settings.chain.keyed
     rows = removal.named[request.request_id]
@@ -312,11 +352,7 @@ def _draft(context: Context, removal: Removal, request: Request, noted: Iterable
         [each for shard in shards for each in ledger.checkpoints(shard)],
         states,
     )
-    ids: dict[str, str] = {}
-    try:
-        ids = {each.id_digest: each.record.id for each in stored_in(context, files, rows)}
-    except SisaError as error:  # the deletion itself may need none of these files
-        _report(context, "the certificate will name no record, and there will be no receipts", error)
+    ids = {key: each.id for key, each in records.items()}
     exports = marked(ledger.exports(), {request.request_id: rows})
     former = [each for each in noted if any(touched(each, row) for row in rows)]
     revokes = _revoked(context, rows, [*exports, *former])
@@ -368,6 +404,14 @@ class _Issuing:
     evidence: Evidence
     keys: Keys
     log: Log
+    directory: Path
+    named: Mapping[str, Mapping[str, Record]] = field(repr=False)  # removed now, by request and keyed id
+    not_swept: str  # why there is no search for what other requests removed
+
+    @cached_property
+    def swept(self) -> dict[str, Mapping[str, Any] | str]:
+        """Return by request what a search for what it removed found, or why there was none."""
+        return _search(self.context, self.directory, self.named)
 
     @cached_property
     def logged(self) -> list[Logged]:
@@ -408,7 +452,8 @@ class _Issuing:
         for request in done:
             if request.request_id not in issued:  # it is, after a crash here or a restored backup
                 drafted = drafts[request.request_id]
-                outcome = _outcome(self.context, request, drafted)
+                sweep = self.swept.get(request.request_id, self.not_swept)
+                outcome = _outcome(self.context, request, drafted, sweep)
                 keyed = self.context.settings.chain.keyed
                 statement = certificate.deletion_statement(keyed, drafted, outcome, self._state())
                 made.append(self._issue(statement))
@@ -476,7 +521,9 @@ def _last(logged: Sequence[Logged]) -> Logged | None:
     return next((each for each in reversed(logged) if each.kind in CHAINED), None)
 
 
-def _outcome(context: Context, request: Request, drafted: Draft) -> Outcome:
+def _outcome(
+    context: Context, request: Request, drafted: Draft, sweep: Mapping[str, Any] | str
+) -> Outcome:
     """Return what became of a completed request, after checking that what it erased is gone."""
     ledger = context.stores.ledger
     named = ledger.lookup(ledger.named_by(request.request_id))
@@ -492,7 +539,31 @@ def _outcome(context: Context, request: Request, drafted: Draft) -> Outcome:
         rectified=bool(live) and len(live) == len(named),
         restored=any(each.note == REPLAYED for each in events),
         passed=_erasure_checks(context, drafted, [] if live else ["checkpoint"]),
+        sweep=sweep,
     )
+
+
+def _search(
+    context: Context, directory: Path, named: Mapping[str, Mapping[str, Record]]
+) -> dict[str, Mapping[str, Any] | str]:
+    """Search once for what some requests removed; return what was found, by request, in numbers.
+
+    An id that was given again is not searched for, and a record that could not be read can't be.
+    """
+    live = context.stores.ledger.lookup([key for records in named.values() for key in records])
+    given: dict[str, tuple[list[str], list[str]]] = {}
+    for request, records in named.items():
+        gone = [each.id for key, each in records.items() if not isinstance(live.get(key), RecordRow)]
+        if records:
+            given[request] = gone, [part.text for each in records.values() for part in each.parts]
+    ids, texts = ({each for pair in given.values() for each in pair[at]} for at in (0, 1))
+    if (number := len(ids | texts)) > MAX_STRINGS:
+        return dict.fromkeys(given, f"{NOT_RUN}: {number:,} ids and texts, more than {MAX_STRINGS}")
+    searched = search_model(context, directory, sorted(ids), sorted(texts), MAX_SEARCHED_BYTES)
+    return {
+        request: certificate.search_results({*gone, *parts}, searched).embedded()
+        for request, (gone, parts) in given.items()
+    }
 
 
 def _erasure_checks(context: Context, drafted: Draft, never_again: Sequence[str]) -> list[str]:

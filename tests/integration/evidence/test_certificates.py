@@ -62,6 +62,7 @@ def test_a_deletion_is_certified_for_whoever_has_the_public_keys(
     stated = done.json["statement"]["predicate"]
     assert stated["commitments"]["number"] == 2
     assert stated["checks"]["replay"] == "not run"
+    assert stated["checks"]["sweep"]["predicate"]["result"] == "PASSED"
     heads = {each["sha256"] for each in stated["served"]}
     assert heads == {each["digest"]["sha256"] for each in done.json["statement"]["subject"]}
 

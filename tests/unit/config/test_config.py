@@ -302,6 +302,7 @@ OTHER: dict[str, Any] = {
     "cluster.num_gpus": 0.5,
     "signing.keys": "other",
     "signing.signer": "ssh-agent:",
+    "signing.sweep": False,
     "limits.max_records": 7,
     "limits.max_record_bytes": 7,
     "limits.max_bytes": 7,

@@ -14,10 +14,13 @@ from typing import Any
 
 import jsonschema
 import pytest
+from google.protobuf.json_format import ParseDict
+from in_toto_attestation.predicates.test_result.v0.test_result_pb2 import TestResult as ResultPb
 
 from sisa.core.domain import Patch, PatchJob
 from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import Change
+from sisa.evidence import hook
 from sisa.evidence.certificate import Draft
 from sisa.evidence.hook import Evidence
 from sisa.evidence.keys import Keys
@@ -33,6 +36,7 @@ from sisa.verifier.certificate import (
     REBUILD,
     RECTIFICATION,
     STATE,
+    TEST_RESULT,
     verify_chain,
 )
 from sisa.verifier.note import read_log
@@ -444,3 +448,83 @@ def test_the_readme_lists_every_field_as_the_schema_describes_it(name: str) -> N
     text = (resources.files("sisa.evidence") / "README.md").read_text("utf-8")
     table = text.partition(f"<!-- table: {name} -->")[2].partition("<!-- end of table -->")[0]
     assert table.strip().splitlines()[2:] == list(rows(SCHEMA["$defs"][name]))
+
+
+def sweep_of(model: Certified) -> Any:
+    found = [each for each in statements(model) if each["predicateType"] in CERTIFICATES]
+    return found[-1]["predicate"]["checks"]["sweep"]
+
+
+def test_a_certificate_says_what_a_search_for_what_was_deleted_found(
+    model: Certified, tmp_path: Path
+) -> None:
+    model.forget(1, 2)
+    found = sweep_of(model)
+    assert found["predicateType"] == TEST_RESULT
+    assert ParseDict(found["predicate"], ResultPb()).result == "PASSED"
+    (name,) = found["predicate"]["passedTests"]
+    assert name.startswith("deleted ids and texts (searched: 6; files: ")
+    assert name.endswith("): none found")
+    assert model.hook.named == {}
+    (tmp_path / "left-behind").write_text(f"... {fake_record(3).parts[0].text} ...")
+    (tmp_path / f"of-{fake_record(4).id}").touch()
+    model.forget(3)
+    assert sweep_of(model)["predicate"]["failedTests"][0].endswith("): 1 found")
+    model.forget(4)
+    assert sweep_of(model)["predicate"]["result"] == "FAILED"
+
+
+def test_the_search_is_for_the_records_of_each_request(model: Certified, tmp_path: Path) -> None:
+    """What is given again is not searched for; another request's finding is not this one's."""
+    (tmp_path / "left-behind").write_text(fake_record(3).text)
+    one, other = model.forget(3, defer=True), model.forget(4, defer=True)
+    model.hook.named.update(
+        {
+            each.request_id: {
+                model.fake.context.settings.assigner.id_digest(fake_record(number).id): fake_record(
+                    number
+                )
+            }
+            for each, number in ((one, 3), (other, 4))
+        }
+    )
+    reconcile(model.fake.context)
+    found = [each["predicate"] for each in statements(model) if each["predicateType"] in CERTIFICATES]
+    results = {e["request"]["id"]: e["checks"]["sweep"]["predicate"]["result"] for e in found}
+    assert results == {one.request_id: "FAILED", other.request_id: "PASSED"}
+
+
+def test_a_deletion_that_another_command_finishes_is_not_searched_for(model: Certified) -> None:
+    model.forget(1, defer=True)
+    reconcile(model.fake.context)
+    assert sweep_of(model).startswith("not run: another command")
+
+
+def test_a_search_that_is_not_wanted_or_too_large_is_not_made(
+    model: Certified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(hook, "MAX_STRINGS", 5)
+        model.forget(1, 2)
+    assert sweep_of(model) == "not run: 6 ids and texts, more than 5"
+    with monkeypatch.context() as patched:
+        patched.setattr(hook, "MAX_SEARCHED_BYTES", 100)
+        model.forget(3)
+    assert sweep_of(model)["predicate"]["result"] == "WARNED"
+    signing = model.hook.config.signing.model_copy(update={"sweep": False})
+    config = model.hook.config.model_copy(update={"signing": signing})
+    model.fake.context = changed(
+        model.fake.context, hooks=(dataclasses.replace(model.hook, config=config, named={}),)
+    )
+    model.forget(4)
+    assert sweep_of(model).endswith("`signing.sweep: false`")
+
+
+def test_nothing_of_what_is_searched_for_is_written(model: Certified, tmp_path: Path) -> None:
+    model.forget(1)
+    model.forget(2, defer=True)
+    written = [each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()]
+    written.append(repr(model.hook).encode())
+    for number in (1, 2):
+        told = fake_record(number)
+        assert not any(each.encode() in data for each in (told.id, told.text) for data in written)
