@@ -180,9 +180,10 @@ def search_model(
     strings = [each for each in dict.fromkeys((*ids, *texts)) if not is_short(each)]
     search, sealed = SearchStrings(strings), SealedFiles(context.stores.keyring)
     slices = {each.name for each in context.stores.ledger.slices()}
-    found, read, left_out = Counter[str](), [0, 0], _num_objects(context)
+    found, num_files, num_bytes = Counter[str](), 0, 0
+    left_out = _num_objects(context)
     for size, path in sorted(_own_files(context, directory)):
-        if read[1] + size > max_bytes:
+        if num_bytes + size > max_bytes:
             left_out += 1
             continue
         try:
@@ -201,8 +202,8 @@ def search_model(
             continue
         except Shredded:
             pass  # no key opens it
-        read = [read[0] + 1, read[1] + size]
-    return Searched(*read, left_out, found)
+        num_files, num_bytes = num_files + 1, num_bytes + size
+    return Searched(num_files, num_bytes, left_out, found)
 
 
 def _own_files(context: Context, directory: Path) -> Iterator[tuple[int, Path]]:

@@ -557,6 +557,8 @@ def _search(
         if records:
             given[request] = gone, [part.text for each in records.values() for part in each.parts]
     ids, texts = ({each for pair in given.values() for each in pair[at]} for at in (0, 1))
+    if not given:
+        return {}
     if (number := len(ids | texts)) > MAX_STRINGS:
         return dict.fromkeys(given, f"{NOT_RUN}: {number:,} ids and texts, more than {MAX_STRINGS}")
     searched = search_model(context, directory, sorted(ids), sorted(texts), MAX_SEARCHED_BYTES)
