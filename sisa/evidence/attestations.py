@@ -124,7 +124,7 @@ def _log(model: Model, check: str, results: Results, seq: int) -> Stated:
             described = configuration(check, model.id, context.now())
             envelope = keys.sign(
                 {
-                    "subject": _subject(context),
+                    "subject": served_subject(context),
                     "predicateType": TEST_RESULT,
                     "predicate": results.predicate([described]),
                 }
@@ -142,7 +142,8 @@ def configuration(check: str, model: str, at: str) -> dict[str, Any]:
     return {"name": check, "uri": f"{URN}{check}:v1", "annotations": noted}
 
 
-def _subject(context: Context) -> list[dict[str, Any]]:
+def served_subject(context: Context) -> list[dict[str, Any]]:
+    """Return what the model serves now, as statements name it."""
     ledger = context.stores.ledger
     return subject_of(served_by(ledger), active(ledger.patches()), context.settings.base)
 
@@ -156,7 +157,7 @@ def provenance(model: Model) -> list[Logged]:
     with model._writing() as context:
         log = open_log(keys, context.stores.blobs[LOG])
         known = open_hook(model.directory, model.config, model.id).evidence.logged(log)
-        whole = digest_of(_subject(context))
+        whole = digest_of(served_subject(context))
         first = next((e for e in known if e.kind in CHAINED and e.subject == whole), None)
         state = _statement(log, first)["predicate"] if first else {}
         served = served_by(context.stores.ledger)

@@ -21,7 +21,7 @@ the seed after the state to be audited is fixed: an operator who knows it knows 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -34,6 +34,8 @@ from sisa.audit.doctor import CLOCK_TOLERANCE_S, diagnose
 from sisa.audit.residue import sweep_model
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import Problem, SisaError
+from sisa.evidence.attestations import served_subject
+from sisa.evidence.hook import served_by
 from sisa.evidence.keys import PUBLISHED, Keys, open_keys, open_log
 from sisa.evidence.log import CHECKPOINT, Log, check_log, or_full
 from sisa.evidence.membership import Membership
@@ -71,7 +73,7 @@ class Audit:
     seed: str
     sample: int
     shards: tuple[int, ...]
-    served: Mapping[int, str]
+    subject: list[dict[str, Any]]  # what is served, as statements name it
     checks: tuple[Check, ...]
     envelope: bytes = b""
     index: int | None = None
@@ -119,7 +121,8 @@ def audit_model(
         evidence = _Evidence(context, model.directory, shards, keys, *held, read)
         found = [_check(name, partial(find, evidence), evidence.lacks) for name, find in ABOUT_EVIDENCE]
         checks = (doctor, replay, sweep, *found)
-        done = Audit(model.id, context.now(), seed, sample, tuple(shards), evidence.served, checks)
+        subject = served_subject(context)
+        done = Audit(model.id, context.now(), seed, sample, tuple(shards), subject, checks)
         if keys is None:
             return done
         done = replace(done, envelope=keys.sign(audit_statement(done, model.directory)))
@@ -154,10 +157,7 @@ def audit_statement(done: Audit, directory: Path) -> dict[str, Any]:
         "checks": checks,
         "passed": done.passed,
     }
-    subject = [
-        {"name": f"shard-{shard:05d}", "digest": {"sha256": each}} for shard, each in done.served.items()
-    ]
-    return {"subject": subject, "predicateType": AUDIT, "predicate": predicate}
+    return {"subject": done.subject, "predicateType": AUDIT, "predicate": predicate}
 
 
 def _check(name: str, find: Callable[[], Iterable[Problem]], skipped: str = "") -> Check:
@@ -281,16 +281,10 @@ class _Evidence:
             if self.chained and self.chained[-1]["predicate"]["membership"]["after"] != tree.root:
                 yield Problem("tree of records", "its root is not the last certified one")
 
-    @property
-    def served(self) -> dict[int, str]:
-        """Return the digest of the adapter that each shard serves."""
-        ledger = self.context.stores.ledger
-        held = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
-        return {each.shard: held[each.key] for each in ledger.heads() if each.key is not None}
-
     def other_heads(self) -> Iterator[Problem]:
         """Find served adapters that are not those of the last certificate or statement."""
-        now, said = self.served, self.chained[-1]["predicate"]["served"] if self.chained else []
+        now = {each.shard: each.sha256 for each in served_by(self.context.stores.ledger)}
+        said = self.chained[-1]["predicate"]["served"] if self.chained else []
         certified = {each["shard"]: each["sha256"] for each in said}
         for shard in sorted(now.keys() | certified.keys()):
             if now.get(shard) != certified.get(shard):

@@ -35,6 +35,8 @@ from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Report
 from sisa.data.reader import read_like
+from sisa.evidence.certificate import Served
+from sisa.evidence.hook import served_by
 from sisa.evidence.keys import keys_of, open_log
 from sisa.flows.wiring.wiring import LOG, OpenExecutor
 from sisa.model import Model
@@ -46,25 +48,15 @@ from sisa.verifier.certificate import REBUILD, Certificate
 from sisa.verifier.envelope import SHA256_HEX, CertificateKey, Refused, members, verify_envelope
 
 NOT_GIVEN = ("datasets", "partition_key_file")  # of the operator's run file: other files replace them
+_SERVED = {
+    "shard": int,
+    "sha256": SHA256_HEX,
+    "key": SHA256_HEX,
+    "fingerprint": SHA256_HEX,
+    "depth": int,
+}
 RebuildVerdict = Literal["equal", "same procedure, other bits", "other procedure", "differs"]
 VERDICTS: tuple[RebuildVerdict, ...] = get_args(RebuildVerdict)
-
-
-@dataclass(frozen=True)
-class CertifiedHead:
-    """A head that a certificate names: the digest of its adapter, its job's key and fingerprint."""
-
-    shard: int
-    adapter_sha256: str
-    key: str
-    fingerprint: str
-
-    @classmethod
-    def parsed(cls, served: Any) -> CertifiedHead:
-        """Return what a certificate says of a shard. Raise Refused for another form."""
-        kinds = {"shard": int, "sha256": SHA256_HEX, "key": SHA256_HEX, "fingerprint": SHA256_HEX}
-        found = members(served, "a served adapter", kinds | {"depth": int})
-        return cls(found["shard"], found["sha256"], found["key"], found["fingerprint"])
 
 
 @dataclass(frozen=True)
@@ -124,9 +116,9 @@ def rebuild(
     return replace(found, num_given=len(remaining), num_certified=num_certified)
 
 
-def certified_heads(predicate: Mapping[str, Any], shards: Collection[int] = ()) -> list[CertifiedHead]:
+def certified_heads(predicate: Mapping[str, Any], shards: Collection[int] = ()) -> list[Served]:
     """Return the served heads of these shards, or of those that the request touched."""
-    served = [CertifiedHead.parsed(each) for each in predicate["served"]]
+    served = [Served(**members(each, "a served adapter", _SERVED)) for each in predicate["served"]]
     wanted = set(shards) or {each["shard"] for each in predicate.get("touched", [])}
     found = [each for each in served if each.shard in wanted]
     if missing := set(shards) - {each.shard for each in served}:
@@ -145,7 +137,7 @@ def certified_heads(predicate: Mapping[str, Any], shards: Collection[int] = ()) 
 
 
 def rebuild_shards(
-    certified: Sequence[CertifiedHead],
+    certified: Sequence[Served],
     config: RunConfig,
     records: Sequence[Record],
     key_file: Path,
@@ -193,18 +185,16 @@ def apart(config: RunConfig, key_file: Path, directory: Path) -> RunConfig:
     return config.model_copy(update=changed)
 
 
-def _compared(model: Model, certified: Sequence[CertifiedHead]) -> Rebuild:
+def _compared(model: Model, certified: Sequence[Served]) -> Rebuild:
     with model._context() as context:
         ledger, here = context.stores.ledger, context.compute.fingerprint
-        rebuilt = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
-        heads = {head.shard: head.key for head in ledger.heads() if head.key is not None}
+        rebuilt = {each.shard: each.sha256 for each in served_by(ledger)}
         shards = []
         for each in certified:
             path = jobs(each.shard, ledger.slices(each.shard), context.recipe, each.fingerprint)
             same = each.fingerprint == here
-            adapter = rebuilt[heads[each.shard]]
             shards.append(
-                RebuiltShard(each.shard, each.adapter_sha256, adapter, each.key, path[-1].key, same)
+                RebuiltShard(each.shard, each.sha256, rebuilt[each.shard], each.key, path[-1].key, same)
             )
         return Rebuild(tuple(shards), here, sum(ledger.counts().values()))
 

@@ -20,9 +20,11 @@ from sisa.config.runfile import load_run_file
 from sisa.core.errors import InvalidInput
 from sisa.core.events import silent
 from sisa.data.reader import read_like
+from sisa.evidence.certificate import Served
+from sisa.evidence.hook import served_by
 from sisa.evidence.issued import certificate_file
 from sisa.evidence.keys import keys_of, start_evidence
-from sisa.evidence.rebuild import NOT_GIVEN, CertifiedHead, Rebuild, rebuild_shards
+from sisa.evidence.rebuild import NOT_GIVEN, Rebuild, rebuild_shards
 from sisa.planning.plan import jobs
 from tests.models.tiny_model import PEOPLE, Row, Tiny, command, ids_of, of_people, without, write_rows
 
@@ -30,18 +32,13 @@ pytestmark = pytest.mark.torch
 ELSEWHERE = "f" * 64  # the fingerprint of another machine
 
 
-def certified(tiny: Tiny, *shards: int) -> list[CertifiedHead]:
-    """Return what a certificate says of served heads."""
+def certified(tiny: Tiny, *shards: int) -> list[Served]:
+    """Return what a certificate says of served adapters."""
     with tiny.open()._context() as context:
-        held = {each.key: each for each in context.stores.ledger.checkpoints()}
-        heads = {head.shard: held[str(head.key)] for head in context.stores.ledger.heads()}
-    return [
-        CertifiedHead(shard, heads[shard].adapter_sha256, heads[shard].key, heads[shard].fingerprint)
-        for shard in shards
-    ]
+        return [each for each in served_by(context.stores.ledger) if each.shard in shards]
 
 
-def rebuilt(tiny: Tiny, heads: Sequence[CertifiedHead], rows: Sequence[Row], at: Path) -> Rebuild:
+def rebuilt(tiny: Tiny, heads: Sequence[Served], rows: Sequence[Row], at: Path) -> Rebuild:
     """Rebuild with nothing of the operator's but run file, key and records."""
     at.mkdir(exist_ok=True)
     shutil.copy(tiny.run_file, at)
@@ -56,13 +53,13 @@ def test_a_second_party_rebuilds_the_certified_bytes(tiny: Tiny, tmp_path: Path)
     (head,), rows, at = certified(tiny, 1), without(PEOPLE, ids_of(of_people("p006"))), tmp_path / "b"
     found = rebuilt(tiny, [head], rows, at)
     assert (found.verdict, found.num_records) == ("equal", 4)  # p004 and p010: one shard alone
-    assert found.shards[0].rebuilt == head.adapter_sha256
+    assert found.shards[0].rebuilt == head.sha256
 
-    served_another = replace(head, adapter_sha256="0" * 64)
+    served_another = replace(head, sha256="0" * 64)
     assert rebuilt(tiny, [head, served_another], rows, at).verdict == "differs"
     key = made_elsewhere(tiny, head)
     assert key != head.key
-    elsewhere = replace(head, adapter_sha256="0" * 64, key=key, fingerprint=ELSEWHERE)
+    elsewhere = replace(head, sha256="0" * 64, key=key, fingerprint=ELSEWHERE)
     assert rebuilt(tiny, [elsewhere], rows, at).verdict == "same procedure, other bits"
     assert rebuilt(tiny, [replace(elsewhere, key=head.key)], rows, at).verdict == "other procedure"
     others = certified(tiny, 0, 2)
@@ -71,7 +68,7 @@ def test_a_second_party_rebuilds_the_certified_bytes(tiny: Tiny, tmp_path: Path)
     assert refused.value.where == "shard 0, shard 2"
 
 
-def made_elsewhere(tiny: Tiny, head: CertifiedHead) -> str:
+def made_elsewhere(tiny: Tiny, head: Served) -> str:
     """Return the key of the same job under another fingerprint."""
     with tiny.open()._context() as context:
         slices = context.stores.ledger.slices(head.shard)
