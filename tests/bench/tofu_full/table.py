@@ -11,7 +11,6 @@ row has a value only where the cell behind it was finished; `missing` lists the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -361,53 +360,94 @@ def _at(row: Any, path: Sequence[str]) -> float | None:
 
 
 def draw(found: Json, to: Path, split: ForgetSplit = "forget10") -> None:
-    """Draw utility against the distance from a model that never saw the records, and what attacks bring
-    back: a dot for each row, hollow before the records were forgotten."""
+    """Draw utility against what is left of the forgotten answers, and what attacks bring back.
+
+    A dot is a model, or the mean over its keys or seeds; it is hollow before the records were forgotten,
+    and an arrow leads from there to what became of it.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
-    rows = [row for row in found["rows"] if row["split"] == split]
-    named: set[str] = set()
-    for number, row in enumerate(rows):
-        style = _style(row)
-        if style["label"] in named:
-            del style["label"]
-        named.add(style.get("label", ""))
-        away = _at(row, ("forget_quality", "statistic"))
-        useful = _at(row, ("model_utility", "value"))
-        left.scatter([math.nan if away is None else away], [useful or 0.0], **style)
-        if row["attacked"]:
-            aside = 0.6 * number / max(1, len(rows) - 1) - 0.3
-            heights = [row["attacked"][each]["value"] for each in ATTACKS]
-            style.pop("label", None)
-            right.scatter([place + aside for place in range(len(ATTACKS))], heights, **style)
-    left.set_xlabel("distance of truth ratios from a model that never saw them (D)")
-    left.set_ylabel("model utility")
-    left.set_xlim(left=0)
-    left.set_ylim(bottom=0)
-    right.set_xticks(
-        range(len(ATTACKS)),
-        [each.replace(", ", "\n").replace("of k", "of\nk") for each in ATTACKS.values()],
-    )
-    right.set_ylabel("how much of a forgotten answer comes back")
-    right.set_ylim(bottom=0)
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+    models = groups(found, split)
+    _draw_models(left, models)
+    _draw_attacks(right, models)
     for axis in (left, right):
         axis.grid(visible=True, color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
     figure.legend(fontsize=8, loc="outside lower center", ncols=5)
     figure.suptitle(f"TOFU, {split}: what a model is good for, and what it still knows")
     figure.savefig(to, dpi=110)
 
 
+def _draw_models(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
+    known = ("forget", "exact_memorisation", "value"), ("model_utility", "value")
+    places = {
+        name: place
+        for name, some in models
+        if None not in (place := tuple(_middle(some, path) for path in known))
+    }
+    before = {some[0]["kind"]: name for name, some in models if some[0]["state"] == "trained on all"}
+    for name, some in models:
+        if name not in places:
+            continue
+        axis.scatter(*[[each] for each in places[name]], **_style(some[0]))
+        axis.annotate(
+            _short(some[0]), places[name], (7, 4), textcoords="offset points", fontsize=8,
+            color=COLOURS[some[0]["kind"]],
+        )  # fmt: skip
+        source = before.get({"method": "lora"}.get(some[0]["kind"], some[0]["kind"]))
+        if some[0]["state"] in ("deleted", "unlearned") and source in places:
+            arrow = {"arrowstyle": "->", "color": COLOURS[some[0]["kind"]], "alpha": 0.5, "shrinkA": 6,
+                     "shrinkB": 6}  # fmt: skip
+            axis.annotate("", places[name], places[source], arrowprops=arrow)
+    axis.set_xlabel("tokens of forgotten answers that the model predicts (exact memorisation)")
+    axis.set_ylabel("model utility")
+    axis.set_ylim(bottom=0)
+
+
+def _draw_attacks(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
+    attacked = [(name, some) for name, some in models if all(row["attacked"] for row in some)]
+    for number, (_, some) in enumerate(attacked):
+        aside = 0.6 * number / max(1, len(attacked) - 1) - 0.3
+        heights = [_middle(some, ("attacked", each, "value")) for each in ATTACKS]
+        places = [place + aside for place in range(len(ATTACKS))]
+        axis.scatter(places, heights, label=_short(some[0]), **_style(some[0]))
+    axis.set_xticks(
+        range(len(ATTACKS)),
+        [each.replace(", ", ",\n").replace(" of k", "\nof k") for each in ATTACKS.values()],
+        fontsize=8,
+    )
+    axis.set_ylabel("probability of a forgotten answer\n(best of k samples: ROUGE-L recall)")
+    axis.set_ylim(bottom=0)
+
+
+def _middle(some: Sequence[Json], path: Sequence[str]) -> float | None:
+    values = [each for each in (_at(row, path) for row in some) if each is not None]
+    return fmean(values) if values else None
+
+
+def _short(row: Json) -> str:
+    """Return the name of a row in the plot."""
+    if row["kind"] == "method":
+        names = {"npo": "NPO", "simnpo": "SimNPO", "graddiff": "GradDiff", "kl_minimisation": "KL"}
+        return f"{names.get(row['method'], row['method'])} {row['budget']:.0%}, {row['rate']:g}"
+    if row["kind"] == "base":
+        return "base"
+    who = f"ours {row['layout']}" if row["kind"] == "ours" else "ordinary LoRA"
+    states = {"trained on all": "before", "deleted": "after", "trained without": "never trained on them"}
+    return f"{who}, {states[row['state']]}"
+
+
 def _style(row: Json) -> Json:
     colour = COLOURS[row["kind"]]
     names = {"npo": "^", "simnpo": "v", "graddiff": "D", "kl_minimisation": "P"}
-    label = title(row).rpartition(", rate")[0] or title(row)
+    plain = "s" if row["layout"] == "16x4" else "o"
+    marker = {"trained without": "*", "base": "X"}.get(row["state"], plain)
     return {
-        "marker": names.get(row["method"], "s" if row["layout"] == "16x4" else "o"),
+        "marker": names.get(row["method"], marker),
         "edgecolors": colour,
         "facecolors": "none" if row["state"] == "trained on all" else colour,
-        "s": 90 if row["budget"] == 0.2 else 45,
-        "label": label.removeprefix("ordinary LoRA, ") if row["method"] else label,
+        "s": 90 if row["budget"] == 0.2 or row["state"] == "trained without" else 50,
     }
