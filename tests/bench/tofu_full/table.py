@@ -376,18 +376,19 @@ def draw(found: Json, to: Path, split: ForgetSplit = "forget10") -> None:
         axis.grid(visible=True, color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=5)
+    if right.get_legend_handles_labels()[0]:
+        figure.legend(fontsize=8, loc="outside lower center", ncols=5)
     figure.suptitle(f"TOFU, {split}: what a model is good for, and what it still knows")
     figure.savefig(to, dpi=110)
 
 
 def _draw_models(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
     known = ("forget", "exact_memorisation", "value"), ("model_utility", "value")
-    places = {
-        name: place
-        for name, some in models
-        if None not in (place := tuple(_middle(some, path) for path in known))
-    }
+    places: dict[str, tuple[float, float]] = {}
+    for name, some in models:
+        left, useful = (_middle(some, path) for path in known)
+        if left is not None and useful is not None:
+            places[name] = left, useful
     before = {some[0]["kind"]: name for name, some in models if some[0]["state"] == "trained on all"}
     for name, some in models:
         if name not in places:
@@ -404,7 +405,8 @@ def _draw_models(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
             axis.annotate("", places[name], places[source], arrowprops=arrow)
     axis.set_xlabel("tokens of forgotten answers that the model predicts (exact memorisation)")
     axis.set_ylabel("model utility")
-    axis.set_ylim(bottom=0)
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1.15 * max((useful for _, useful in places.values()), default=1.0))
 
 
 def _draw_attacks(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
@@ -419,6 +421,8 @@ def _draw_attacks(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
         [each.replace(", ", ",\n").replace(" of k", "\nof k") for each in ATTACKS.values()],
         fontsize=8,
     )
+    axis.set_xlim(-0.5, len(ATTACKS) - 0.5)
+    axis.set_visible(bool(attacked))
     axis.set_ylabel("probability of a forgotten answer\n(best of k samples: ROUGE-L recall)")
     axis.set_ylim(bottom=0)
 
