@@ -166,9 +166,9 @@ def test_a_later_feed_that_drops_a_revocation_is_refused() -> None:
 @pytest.mark.parametrize(
     ("feed", "keys", "why"),
     [
-        (signed({}, STRANGER), public_keys(), "no known key signed it"),
+        (signed({}, STRANGER), public_keys(), "none of the public keys signed it"),
         (signed({}, REPLACED), public_keys(), "did not hold then"),
-        (signed({}), public_keys(STRANGER), "no known key signed it"),
+        (signed({}), public_keys(STRANGER), "none of the public keys signed it"),
         (signed({"model": OTHER}), public_keys(), "the feed has another form or version"),
         (signed({}), public_keys(model=OTHER), "the feed has another form or version"),
         (signed({}, kind=EXACT), public_keys(), "no feed"),
