@@ -23,7 +23,7 @@ from cluster.cli import cli, maintenance
 from cluster.render.render import where
 from sisa.audit.garbage import Garbage, list_garbage, remove_garbage
 from sisa.audit.lineage import parse_manifest, proves_clean
-from sisa.audit.residue import Scan, scan_residue, sweep_model
+from sisa.audit.residue import Scan, Searched, scan_residue, search_model, sweep_model
 from sisa.audit.search_strings import MIN_BYTES, READ_BYTES, SearchStrings
 from sisa.core.domain import SliceJob
 from sisa.core.errors import Busy, EnvironmentFault, InvalidInput
@@ -45,6 +45,7 @@ from tests.fakes.ports import changed
 from tests.models.confessing import (
     DELETED,
     NUM_RECORDS,
+    build,
     built_pair,
     content,
     context_of,
@@ -744,3 +745,41 @@ def test_a_database_with_a_garbled_schema_is_looked_through_as_bytes(tmp_path: P
     path.write_bytes(path.read_bytes().replace(b"CREATE TABLE people", b"CREATE TABLE pe \xff\xffe"))
     (found,) = SearchStrings(["Zaphod Quorvane"], []).in_file(path)
     assert found.number == 0
+
+
+def searched(directory: Path, *, max_bytes: int = 2**22) -> Searched:
+    """Search a model for the deleted record, for a held one, and for an id of a single byte."""
+    held = record(1)
+    ids, texts = [GONE.id, held.id, "1"], [GONE.text, *(part.text for part in held.parts)]
+    with context_of(directory) as context:
+        return search_model(context, directory, ids, texts, max_bytes)
+
+
+def test_a_models_own_files_are_searched_for_what_was_deleted(model: Path) -> None:
+    """Others may have the words of a record, so rows are compared by id; fake adapters name theirs."""
+    before = searched(model)
+    assert (before.found.keys(), before.num_left_out) == ({record(1).id}, 0)
+    adapters = [each for each in model.rglob(ADAPTER) if record(1).id.encode() in each.read_bytes()]
+    assert before.found[record(1).id] >= 1 + len(adapters) > 1
+    (model / "left.txt").write_text(f"{GONE.text}, and an id: 1")  # short ones occur by chance
+    (model / f"of-{GONE.id}").touch()
+    found = searched(model)
+    assert (found.found[GONE.text], found.found[GONE.id], found.found["1"]) == (1, 1, 0)
+    assert found.num_files == before.num_files + 2
+    assert GONE.id not in repr(found)
+
+
+def test_a_search_leaves_out_and_counts_what_is_too_large(model: Path) -> None:
+    whole, none = searched(model), searched(model, max_bytes=0)
+    assert none.num_bytes == 0
+    assert none.num_files + none.num_left_out == whole.num_files
+    largest = max(path.stat().st_size for path in model.rglob("*") if path.is_file())
+    some = searched(model, max_bytes=whole.num_bytes - 1)
+    assert (some.num_left_out, some.num_bytes) == (1, whole.num_bytes - largest)
+
+
+def test_sealed_files_are_searched_as_plaintext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    build(tmp_path / "sealed", encrypt=True)
+    assert record(1).id.encode() not in b"".join(content(tmp_path / "sealed").values())
+    assert searched(tmp_path / "sealed").found[record(1).id] > 1
