@@ -562,6 +562,9 @@ def _search(
     if (number := len(ids | texts)) > MAX_STRINGS:
         return dict.fromkeys(given, f"{NOT_RUN}: {number:,} ids and texts, more than {MAX_STRINGS}")
     searched = search_model(context, directory, sorted(ids), sorted(texts), MAX_SEARCHED_BYTES)
+    if found := len(searched.found):
+        what = f"ids and texts that were deleted and are still in the model's directory: {found}"
+        context.report(Notice(f"{what}; `sisa sweep` says where"))
     return {
         request: certificate.search_results({*gone, *parts}, searched).embedded()
         for request, (gone, parts) in given.items()

@@ -466,10 +466,12 @@ def test_a_certificate_says_what_a_search_for_what_was_deleted_found(
     assert name.startswith("deleted ids and texts (searched: 6; files: ")
     assert name.endswith("): none found")
     assert model.hook.named == {}
+    assert model.notices == []
     (tmp_path / "left-behind").write_text(f"... {fake_record(3).parts[0].text} ...")
     (tmp_path / f"of-{fake_record(4).id}").touch()
     model.forget(3)
     assert sweep_of(model)["predicate"]["failedTests"][0].endswith("): 1 found")
+    assert model.notices[-1].endswith("directory: 1; `sisa sweep` says where")
     model.forget(4)
     assert sweep_of(model)["predicate"]["result"] == "FAILED"
 
