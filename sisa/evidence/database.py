@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from sisa.core.errors import IntegrityError
-from sisa.store.blobs.files import disk_errors, erase_all
+from sisa.store.blobs.files import disk_errors
 from sisa.store.ledger.database import PATIENCE_S, open_journaled, sqlite_fault
 
 VERSION = 1
@@ -57,16 +57,6 @@ def _connected(path: Path, write: bool) -> sqlite3.Connection:
     for pragma in ("secure_delete=ON", "synchronous=FULL", "cache_size=-65536"):
         connection.execute(f"PRAGMA {pragma}").close()
     return connection
-
-
-def erase_tables(path: Path, tables: Sequence[str]) -> None:
-    """Drop tables; of a file that is too damaged for that, erase all."""
-    try:
-        with transaction(path, "") as db:
-            for table in tables:
-                db.execute(f"DROP TABLE IF EXISTS {table}")
-    except IntegrityError:
-        erase_all(path.parent, [path.name, f"{path.name}-journal"])
 
 
 def damaged(path: Path, got: str) -> IntegrityError:

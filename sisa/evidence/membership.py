@@ -44,7 +44,7 @@ from sisa.core.digest import canonical_json
 from sisa.core.domain import SliceFile
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
-from sisa.evidence.database import damaged, erase_tables, transaction
+from sisa.evidence.database import damaged, transaction
 from sisa.flows.wiring.context import Context, SlicePosition
 from sisa.verifier.membership import EMPTY_TREE, LABEL_BITS, LABEL_BYTES, bits, fold, inner, leaf
 from sisa.verifier.vrf import challenge_of, encode_to_curve, output
@@ -273,7 +273,8 @@ class Membership:
     def sync(self, context: Context) -> tuple[str, str]:
         """Bring the tree to what the ledger holds; return its roots before and after.
 
-        A damaged tree, or one under another key, is built again, from an empty one.
+        A damaged tree, or one under another key, is built again, from an empty one. Raise IntegrityError
+        for a file that is damaged as a whole.
         """
         try:
             return self._synced(context)
@@ -281,7 +282,9 @@ class Membership:
             if error.where != str(self.path):
                 raise
             context.report(Notice(f"the tree of records is built again: {error.got}"))
-        erase_tables(self.path, TABLES)
+        with transaction(self.path, "") as db:  # the other tables of the file stay
+            for table in TABLES:
+                db.execute(f"DROP TABLE IF EXISTS {table}")
         return self._synced(context)
 
     def check(self) -> None:
