@@ -17,10 +17,12 @@ from cluster.cli.command import (
     ExecutorChoice,
     command,
     command_group,
+    evidence_in,
     executor_option,
     model_option,
     opened,
     read_bytes,
+    read_public_keys,
 )
 from cluster.cli.evidence import log, witness_option
 from cluster.observe.reporting import watched
@@ -104,14 +106,13 @@ def publish_feed(directory: Path, target: Path | None, days: int) -> Result:
 def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None, log: str | None) -> Result:
     """Tell offline whether copies of adapters must go. Exit with 7 if a deletion revoked one."""
     from sisa.evidence.model_signature import signed_weights
-    from sisa.verifier.envelope import parse_keys
     from sisa.verifier.feed import check_adapter, check_present, verify_feed
 
     if not held.exists():
         raise InvalidInput(
             "there is nothing to check", where=str(held), expected="a directory or a file"
         )
-    keys = parse_keys(read_bytes(key_file))
+    keys = read_public_keys(key_file)
     feed = verify_feed(read_bytes(feed_file), keys)
     kept = None if seen is None or seen.isdecimal() else verify_feed(read_bytes(Path(seen)), keys)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -198,10 +199,9 @@ def audit(
     """Check all evidence and a drawn sample; sign a report."""
     from sisa.evidence.audit import audit_model
     from sisa.store.blobs.files import write_atomic
-    from sisa.verifier.envelope import parse_keys
 
     seed = seed if seed is not None else secrets.token_hex(SEED_BYTES)
-    public = None if key_file is None else parse_keys(read_bytes(key_file))
+    public = None if key_file is None else read_public_keys(key_file)
     kept = [read_bytes(each) for each in seen]
     with opened(directory, executor) as model:
         found = audit_model(model, sample, seed, public=public, kept=kept, witnesses=witnesses)
@@ -278,12 +278,13 @@ def rebuild(
     from sisa.evidence.rebuild import rebuild_statement
     from sisa.store.blobs.files import scratch, write_atomic
     from sisa.verifier.certificate import verify_certificate
-    from sisa.verifier.envelope import parse_keys
 
     if (own_key is None) != (output is None):
         raise click.UsageError("--sign-with and --output belong together")
     private = None if own_key is None else read_private_key(own_key)
-    checked = verify_certificate(read_bytes(certificate), parse_keys(read_bytes(public)))
+    keys = read_public_keys(public)
+    with evidence_in(certificate):
+        checked = verify_certificate(read_bytes(certificate), keys)
     with ExitStack() as stack:
         place = directory or stack.enter_context(scratch())
         report = stack.enter_context(watched())

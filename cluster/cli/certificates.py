@@ -17,10 +17,12 @@ from cluster.cli.command import (
     ExecutorChoice,
     command,
     command_group,
+    evidence_in,
     executor_option,
     model_option,
     opened,
     read_bytes,
+    read_public_keys,
     read_text,
 )
 from cluster.render.render import Result, counted
@@ -144,11 +146,11 @@ def _written(target: Path, data: bytes) -> Result:
 def verify_certificate_file(file: Path, keys: Path, receipt: Path | None, log: str | None) -> Result:
     """Check a certificate offline, without the model. Exit with 4 if it is refused."""
     from sisa.verifier.certificate import verify_certificate
-    from sisa.verifier.envelope import parse_keys
 
-    public = parse_keys(read_bytes(keys))
+    public = read_public_keys(keys)
     given = None if receipt is None else read_bytes(receipt)
-    found = verify_certificate(read_bytes(file), public, given)
+    with evidence_in(file):
+        found = verify_certificate(read_bytes(file), public, given)
     done = shown(found)
     logged = None if log is None else _check_log(log, read_bytes(file), public)
     about = None if logged is None else checks_about(found.statement, logged)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sisa.flows.ask import Prompt
     from sisa.flows.wiring.wiring import OpenExecutor
     from sisa.model import Model
+    from sisa.verifier.envelope import PublicKeys
 
 
 ExecutorChoice: TypeAlias = "str | OpenExecutor"
@@ -242,6 +243,29 @@ def read_bytes(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise InvalidInput("the file can't be read", where=str(file), got=str(error.strerror)) from None
+
+
+@contextmanager
+def evidence_in(
+    file: Path, next_step: str = "get the file again from whoever gave it"
+) -> Iterator[None]:
+    """Name a file where the verifier refuses it and names no place."""
+    from sisa.verifier.envelope import Refused
+
+    try:
+        yield
+    except Refused as error:
+        error.where = error.where or str(file)
+        error.next_step = error.next_step or next_step
+        raise
+
+
+def read_public_keys(file: Path) -> PublicKeys:
+    """Read a model's file of public keys. Raise InvalidInput, or Refused."""
+    from sisa.verifier.envelope import parse_keys
+
+    with evidence_in(file, "get keys.json, which is published beside the model's log"):
+        return parse_keys(read_bytes(file))
 
 
 def read_lines(file: Path) -> list[str]:

@@ -14,9 +14,11 @@ from cluster.cli.command import (
     STANDARD_INPUT,
     command,
     command_group,
+    evidence_in,
     model_option,
     opened,
     read_bytes,
+    read_public_keys,
     read_text,
 )
 from cluster.render.render import Result
@@ -102,9 +104,9 @@ def check_keys(file: Path, trusted: Path, where: str | None) -> Result:
     """Check, without the model, that public keys follow from older ones. Exit with 4 if they do not."""
     from sisa.evidence.handovers import follow
     from sisa.evidence.log import check_log, published
-    from sisa.verifier.envelope import Refused, parse_keys
+    from sisa.verifier.envelope import Refused
 
-    known, found = (parse_keys(read_bytes(each)) for each in (trusted, file))
+    known, found = (read_public_keys(each) for each in (trusted, file))
     if where is not None:
         read = published(where)
         known = follow(known, check_log(read, known.log)[2], read)
@@ -373,12 +375,12 @@ def write_proof(record: str, directory: Path, target: Path) -> Result:
 )
 def verify_proof_file(file: Path, key_file: Path, published_log: str | None) -> Result:
     """Check offline whether a model holds a record. Exit with 4 if the proof is refused."""
-    from sisa.verifier.envelope import parse_keys
     from sisa.verifier.membership import verify_membership
 
-    public = parse_keys(read_bytes(key_file))
+    public = read_public_keys(key_file)
     data = read_bytes(file)
-    found = verify_membership(data, public)
+    with evidence_in(file):
+        found = verify_membership(data, public)
     if published_log is not None:
         _check_newest(found, data, public, published_log)
     proof = _proof(found)
