@@ -406,7 +406,7 @@ def _draw_models(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
     axis.set_xlabel("tokens of forgotten answers that the model predicts (exact memorisation)")
     axis.set_ylabel("model utility")
     axis.set_xlim(0, 1)
-    axis.set_ylim(0, 1.15 * max((useful for _, useful in places.values()), default=1.0))
+    axis.set_ylim(0, 1.15 * max((useful for _, useful in places.values()), default=0.0) or 1.0)
 
 
 def _draw_attacks(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
