@@ -10,7 +10,7 @@ Receipts and membership proofs name one record: give them to its requester alone
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,7 @@ from sisa.verifier.certificate import (
 )
 from sisa.verifier.envelope import canonical, verify_envelope
 from sisa.verifier.membership import MEMBERSHIP_FILE
-from sisa.verifier.merkle import inclusion_path, leaf_hash
+from sisa.verifier.merkle import leaf_hash, parents
 
 
 @dataclass(frozen=True)
@@ -238,3 +238,13 @@ def receipt_file(model: Model, request_name: str, record_id: str) -> bytes:
         "proof": proof.decode(),
     }
     return canonical(file) + b"\n"
+
+
+def inclusion_path(leaf_hashes: Sequence[bytes], index: int) -> list[bytes]:
+    """Return the path that shows the leaf at `index`: siblings, from the leaf to the root."""
+    path: list[bytes] = []
+    level = leaf_hashes
+    while len(level) > 1:
+        path += level[index ^ 1 : (index ^ 1) + 1]  # the last of an odd number has no sibling
+        level, index = parents(level), index >> 1
+    return path

@@ -83,9 +83,7 @@ def verify_certificate(data: bytes, keys: PublicKeys, receipt: bytes | None = No
     """Return what a certificate file states. Raise Refused; given a receipt, unless it belongs to it."""
     found = verify_logged(data, keys)
     if found.kind not in CERTIFICATES:
-        raise Refused(
-            "this is not a certificate", expected=" or ".join(CERTIFICATES), got=found.kind[:80]
-        )
+        raise Refused("this is not a certificate", "", " or ".join(CERTIFICATES), found.kind[:80])
     if receipt is not None:
         verify_receipt(receipt, found, keys)
     return found
@@ -120,10 +118,9 @@ def _stated(envelope: bytes, entry: bytes, keys: PublicKeys, index: int) -> dict
 def verify_receipt(data: bytes, certificate: Certificate, keys: PublicKeys) -> str:
     """Return the id of the record that a receipt shows the certificate to be about. Raise Refused."""
     receipt = parse_file(data, "the receipt", _RECEIPT)
-    if receipt["certificate"] != certificate.sha256:
+    if (of := receipt["certificate"]) != certificate.sha256:
         step = "verify it with the certificate that it was made for"
-        got = receipt["certificate"]
-        raise Refused("the receipt is of another certificate", "", certificate.sha256, got, step)
+        raise Refused("the receipt is of another certificate", "", certificate.sha256, of, step)
     entry = log_entry(certificate.sha256, certificate.kind)
     if (index := verify_proof(receipt["proof"].encode(), entry, keys.log)[0]) != certificate.index:
         raise Refused("the receipt is of another entry", "", f"{certificate.index}", f"{index}")
@@ -148,10 +145,7 @@ def verify_chain(
     """
     previous, ends = "", ("", "")
     for index, entry in enumerate(entries):
-        where, named = (
-            f"entry {index}",
-            members(strict_json(entry, "a log entry"), "a log entry", _ENTRY),
-        )
+        where, named = f"entry {index}", members(strict_json(entry, "an entry"), "an entry", _ENTRY)
         envelope = read(f"statements/{named['sha256']}.json")
         if sha256(envelope).hexdigest() != named["sha256"]:
             raise Refused("a statement is not the logged one", where)

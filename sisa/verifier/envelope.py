@@ -154,9 +154,7 @@ def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> 
     """
     value, signed = _opened(data, "the envelope", PAYLOAD_TYPE, lambda _: keys.certificates)
     if not any(key.holds(index) for key in signed):
-        what = (
-            "the key that signed it did not hold then" if signed else "none of the public keys signed it"
-        )
+        what = "its key did not hold then" if signed else "none of the public keys signed it"
         expected = " or ".join(f"one for entries from {key.since} to {key.until}" for key in signed)
         got = "no proof from the log" if index is None else f"entry {index}"
         raise Refused(what, "the envelope", expected, got, "get the public keys of its model and time")
@@ -177,11 +175,9 @@ def parse_keys(data: bytes) -> PublicKeys:
     return public_keys(value)
 
 
-def _opened(
-    data: bytes, what: str, payload_type: str, choose: Choose
-) -> tuple[Any, list[CertificateKey]]:
+def _opened(data: bytes, what: str, kind: str, choose: Choose) -> tuple[Any, list[CertificateKey]]:
     """Return an envelope's payload, and those of the chosen keys that signed it."""
-    kinds = {"payload": str, "payloadType": payload_type, "signatures": list}
+    kinds = {"payload": str, "payloadType": kind, "signatures": list}
     envelope = members(strict_json(data, what), what, kinds)
     if canonical(envelope) != data:
         raise Refused(f"{what} is not in canonical form", next_step="get it as it was published")
@@ -193,7 +189,7 @@ def _opened(
 
     value = strict_json(payload, f"the payload of {what}")
     signed = [key for key in choose(value) if key.keyid in signatures]
-    if not all(key.verifies(signatures[key.keyid], pae(payload_type, payload)) for key in signed):
+    if not all(key.verifies(signatures[key.keyid], pae(kind, payload)) for key in signed):
         raise Refused(f"a signature of {what} is wrong")
     return value, signed
 

@@ -20,15 +20,16 @@ from sisa.verifier.certificate import REVOCATIONS
 from sisa.verifier.envelope import PublicKeys, Refused, members, verify_envelope
 
 WEIGHTS = ".safetensors"
+Feed = dict[str, Any]
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
-def verify_feed(data: bytes, keys: PublicKeys) -> dict[str, Any]:
+def verify_feed(data: bytes, keys: PublicKeys) -> Feed:
     """Return a feed that the model's present key signed, whatever its time. Raise Refused."""
     statement = verify_envelope(data, keys)
     if (kind := statement["predicateType"]) != REVOCATIONS:
         raise Refused("this is no feed", "", REVOCATIONS, kind[:80])
-    kinds: dict[str, Any] = {"model": keys.model, "sequence": int, "revoked": dict, "reinstated": list}
+    kinds: Feed = {"model": keys.model, "sequence": int, "revoked": dict, "reinstated": list}
     kinds |= {"published": TIME, "next_update": TIME}
     feed = members(statement["predicate"], "the feed", kinds)
     for each in feed["revoked"].values():
@@ -36,9 +37,7 @@ def verify_feed(data: bytes, keys: PublicKeys) -> dict[str, Any]:
     return feed
 
 
-def check_present(
-    feed: dict[str, Any], now: str, since: int = 0, seen: dict[str, Any] | None = None
-) -> None:
+def check_present(feed: Feed, now: str, since: int = 0, seen: Feed | None = None) -> None:
     """Raise Refused unless a feed is valid now, is number `since` or later, and continues one seen."""
     step = "get the newest feed"
     if now > feed["next_update"]:
@@ -52,7 +51,7 @@ def check_present(
         raise Refused("the feed is behind one seen before", "", f"number {least} or later", got, step)
 
 
-def check_adapter(held: Path, feed: dict[str, Any]) -> dict[str, str]:
+def check_adapter(held: Path, feed: Feed) -> dict[str, str]:
     """Return the SHA-256 of each weights file in a directory, and of revoked ones by other names."""
     found = [each for each in hashed(held) if each[1] in feed["revoked"] or each[0].endswith(WEIGHTS)]
     if not found:

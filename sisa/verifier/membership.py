@@ -58,16 +58,14 @@ def verify_membership(data: bytes, keys: PublicKeys) -> MembershipProof:
     found, path = file["leaf"], {f"{at}": each for at, each in enumerate(file["path"])}
     members(path, "a path", dict.fromkeys(path, SHA256_HEX))
     siblings = [bytes.fromhex(each) for each in path.values()]
-    if found is None:
-        verify_absent(root, label, siblings, None)
-    elif "shard" in found:
-        members(found, "a place", {"shard": int, "since": str})
-        verify_present(root, label, canonical(found), siblings)
-        return MembershipProof(file["id"], found, state)
-    else:
+    if found and "shard" in found:
+        place = members(found, "a place", {"shard": int, "since": str})
+        verify_present(root, label, canonical(place), siblings)
+        return MembershipProof(file["id"], place, state)
+    if found is not None:
         members(found, "a neighbour", {"label": SHA256_HEX, "value_hash": SHA256_HEX})
-        other = bytes.fromhex(found["label"]), bytes.fromhex(found["value_hash"])
-        verify_absent(root, label, siblings, other)
+    other = found and (bytes.fromhex(found["label"]), bytes.fromhex(found["value_hash"]))
+    verify_absent(root, label, siblings, other)
     return MembershipProof(file["id"], None, state)
 
 

@@ -1,7 +1,7 @@
 """Merkle trees of RFC 6962, section 2.1: hashes, roots, and proofs of inclusion and consistency.
 
 >>> leaves = [leaf_hash(entry) for entry in (b"a", b"b", b"c")]
->>> verify_inclusion(leaves[2], 2, 3, inclusion_path(leaves, 2), root(leaves))
+>>> verify_inclusion(leaves[2], 2, 3, [node_hash(*leaves[:2])], root(leaves))
 >>> verify_consistency(2, 3, [leaves[2]], root(leaves[:2]), root(leaves))
 """
 
@@ -29,23 +29,14 @@ def root(leaf_hashes: Sequence[bytes]) -> bytes:
     """Return the root of the tree over some leaves, or over complete subtrees and a last smaller one."""
     level = leaf_hashes
     while len(level) > 1:
-        level = _parents(level)
+        level = parents(level)
     return level[0] if level else EMPTY_ROOT
 
 
-def _parents(level: Sequence[bytes]) -> list[bytes]:
+def parents(level: Sequence[bytes]) -> list[bytes]:
+    """Return the nodes above those of a level; the last of an odd number stays as it is."""
     pairs = (level[at : at + 2] for at in range(0, len(level), 2))
     return [node_hash(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
-
-
-def inclusion_path(leaf_hashes: Sequence[bytes], index: int) -> list[bytes]:
-    """Return the path that shows the leaf at `index`: siblings, from the leaf to the root."""
-    path: list[bytes] = []
-    level = leaf_hashes
-    while len(level) > 1:
-        path += level[index ^ 1 : (index ^ 1) + 1]  # the last of an odd number has no sibling
-        level, index = _parents(level), index >> 1
-    return path
 
 
 def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], root: bytes) -> None:

@@ -80,9 +80,8 @@ def split_note(note: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
     found = [_SIGNATURE.fullmatch(line) for line in lines.removesuffix("\n").split("\n")]
     if not gap or not lines.endswith("\n") or None in found:
         raise _refused("a note is malformed", "a text, an empty line, and lines of signatures")
-    return f"{text}\n".encode(), [
-        (each[1], base64_bytes(each[2], "a signature")) for each in found if each
-    ]
+    signatures = [(each[1], base64_bytes(each[2], "a signature")) for each in found if each]
+    return f"{text}\n".encode(), signatures
 
 
 def open_note(note: bytes, vkeys: Sequence[str]) -> bytes:

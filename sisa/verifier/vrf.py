@@ -83,6 +83,4 @@ def output(gamma: bytes) -> bytes:
 
 
 def _refused(got: str) -> Refused:
-    return Refused(
-        "the proof of a label does not hold", expected="a proof under the public key", got=got
-    )
+    return Refused("the proof of a label does not hold", "", "a proof under the public key", got)

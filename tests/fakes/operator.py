@@ -14,6 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from sisa.evidence.issued import inclusion_path
 from sisa.evidence.log import checkpoint_text, proof_text
 from sisa.verifier import merkle, note
 from sisa.verifier.certificate import STATE
@@ -83,7 +84,7 @@ class Operator:
         text = checkpoint_text(note.Checkpoint(self._vkey.name, len(leaves), merkle.root(leaves)))
         made = base64.b64encode(self._vkey.id + self._log_key.sign(text)).decode()
         checkpoint = text + f"\n— {self._vkey.name} {made}\n".encode()
-        path = tuple(merkle.inclusion_path(leaves, index))
+        path = tuple(inclusion_path(leaves, index))
         return proof_text(index, path, checkpoint).decode()
 
     def certificate(self, index: int) -> bytes:

@@ -8,6 +8,7 @@ from hashlib import sha256
 
 import pytest
 
+from sisa.evidence.issued import inclusion_path
 from sisa.verifier import merkle
 from sisa.verifier.certificate import (
     EXACT,
@@ -36,7 +37,7 @@ def receipt_of(found: Operator, index: int, number: int) -> bytes:
         "id": IDS[number],
         "salt": SALTS[number].hex(),
         "index": number,
-        "path": [each.hex() for each in merkle.inclusion_path(leaves, number)],
+        "path": [each.hex() for each in inclusion_path(leaves, number)],
         "certificate": json.loads(found.entries[index])["sha256"],
         "proof": found.proof(index),
     }

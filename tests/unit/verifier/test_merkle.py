@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sisa.evidence.issued import inclusion_path
 from sisa.verifier import merkle
 from sisa.verifier.envelope import Refused
 
@@ -85,7 +86,7 @@ def test_hashes() -> None:
 @pytest.mark.parametrize(("index", "size", "hexed"), INCLUSION)
 def test_published_proofs_of_inclusion(index: int, size: int, hexed: list[str]) -> None:
     path, leaf = unhexed(hexed), HASHES[index]
-    assert merkle.inclusion_path(HASHES[:size], index) == path
+    assert inclusion_path(HASHES[:size], index) == path
     merkle.verify_inclusion(leaf, index, size, path, root_of(size))
     wrong = [
         *((leaf, each, size, path, root_of(size)) for each in (index - 1, index + 1, index ^ 2)),
@@ -170,7 +171,7 @@ def test_what_is_proved_verifies_and_nothing_else(size: int, data: st.DataObject
     if not size:
         return
     index = data.draw(st.integers(0, size - 1))
-    found = merkle.inclusion_path(hashes, index)
+    found = inclusion_path(hashes, index)
     merkle.verify_inclusion(hashes[index], index, size, found, root)
     other = data.draw(st.integers(0, size - 1).filter(lambda each: each != index)) if size > 1 else 1
     with pytest.raises(Refused):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from sisa.evidence.issued import inclusion_path
 from sisa.evidence.log import checkpoint_text, proof_text
 from sisa.verifier import merkle, note
 from sisa.verifier.envelope import Refused, base64_bytes
@@ -154,7 +155,7 @@ def proof_of(num: int, index: int, extra: str = "") -> tuple[bytes, bytes]:
     entries = [str(each).encode() for each in range(num)]
     hashes = [merkle.leaf_hash(each) for each in entries]
     checkpoint = signed(checkpoint_text(Checkpoint(KEY.name, num, merkle.root(hashes))))
-    text = proof_text(index, merkle.inclusion_path(hashes, index), checkpoint)
+    text = proof_text(index, inclusion_path(hashes, index), checkpoint)
     return text.replace(b"index", f"{extra}index".encode(), 1), entries[index]
 
 
