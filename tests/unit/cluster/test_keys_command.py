@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import subprocess
@@ -20,34 +19,9 @@ from sisa.flows.wiring import wiring
 from sisa.model import open_model
 from sisa.store.blobs.files import writer_lock
 from sisa.verifier.envelope import Refused, parse_keys, verify_envelope
-from tests.models.confessing import NAME, build, use_fake_resources
+from tests.models.confessing import NAME
 
 Ask = Callable[..., tuple[int, dict[str, Any], str]]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    build(folder / "model")
-    return folder / "model"
-
-
-@pytest.fixture
-def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    use_fake_resources(monkeypatch)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return Path(shutil.copytree(trained, tmp_path / "model"))
-
-
-@pytest.fixture
-def ask(sisa: Callable[..., tuple[int, str, str]]) -> Ask:
-    """Run a command; return its exit code, its JSON, and all that it printed."""
-
-    def run(*arguments: Any) -> tuple[int, dict[str, Any], str]:
-        code, out, err = sisa(*arguments, "--json")
-        return code, json.loads(out), out + err
-
-    return run
 
 
 def test_keys_are_made_shown_and_rotated(model: Path, ask: Ask, tmp_path: Path) -> None:

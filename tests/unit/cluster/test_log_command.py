@@ -16,41 +16,20 @@ from sisa.evidence.keys import keys_of, log_blobs, start_evidence
 from sisa.evidence.log import Log
 from sisa.model import open_model
 from sisa.verifier.note import verify_proof
-from tests.models.confessing import NAME, build, use_fake_resources
+from tests.models.confessing import NAME
 from tests.models.written_log import TYPE, entry, statement
 
 Ask = Callable[..., tuple[int, dict[str, Any], str]]
 HEAVY = ("torch", "ray", "faiss", "numpy", "transformers", "sqlalchemy", "pydantic")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    build(folder / "model")
-    return folder / "model"
-
-
 @pytest.fixture
-def ask(sisa: Callable[..., tuple[int, str, str]]) -> Ask:
-    """Run a command; return its exit code, its JSON, and all that it printed."""
-
-    def run(*arguments: Any) -> tuple[int, dict[str, Any], str]:
-        code, out, err = sisa(*arguments, "--json")
-        return code, json.loads(out), out + err
-
-    return run
-
-
-@pytest.fixture
-def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def model(model: Path) -> Path:
     """Return a model with keys and three statements in its log."""
-    use_fake_resources(monkeypatch)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    directory = Path(shutil.copytree(trained, tmp_path / "model"))
-    start_evidence(open_model(directory))
+    start_evidence(open_model(model))
     for number in range(3):
-        append(directory, number)
-    return directory
+        append(model, number)
+    return model
 
 
 def append(directory: Path, number: int) -> int:

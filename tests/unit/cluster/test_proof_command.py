@@ -18,30 +18,20 @@ from sisa.evidence.issued import issue
 from sisa.evidence.keys import start_evidence
 from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.model import open_model
-from tests.models.confessing import build, record, use_fake_resources
+from tests.models.confessing import record
 
 Ask = Callable[..., dict[str, Any]]
 ID, OTHER = record(1).id, record(2).id
 HEAVY = {"torch", "ray", "faiss", "numpy", "transformers", "sqlalchemy", "pydantic", "scipy"}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    build(folder / "model")
-    return folder / "model"
-
-
 @pytest.fixture
-def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def model(model: Path, tmp_path: Path) -> Path:
     """Return a model with keys and a first statement; `keys.json` and `log` lie beside it."""
-    use_fake_resources(monkeypatch)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    directory = Path(shutil.copytree(trained, tmp_path / "model"))
-    (tmp_path / "keys.json").write_bytes(start_evidence(open_model(directory)).public_file)
-    issue(open_model(directory))
-    (tmp_path / "log").symlink_to(directory / "log")
-    return directory
+    (tmp_path / "keys.json").write_bytes(start_evidence(open_model(model)).public_file)
+    issue(open_model(model))
+    (tmp_path / "log").symlink_to(model / "log")
+    return model
 
 
 @pytest.fixture

@@ -16,23 +16,9 @@ import pytest
 
 from sisa.evidence.keys import read_keys
 from sisa.verifier.certificate import EXACT
-from tests.models.confessing import DELETED, NAME, build, record, use_fake_resources
+from tests.models.confessing import DELETED, NAME, record
 
 Ask = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    build(folder / "model")
-    return folder / "model"
-
-
-@pytest.fixture
-def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    use_fake_resources(monkeypatch)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return Path(shutil.copytree(trained, tmp_path / "model"))
 
 
 @pytest.fixture
