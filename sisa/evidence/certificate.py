@@ -196,15 +196,15 @@ class State:
 
     model: str
     base: str  # digest of the frozen base
-    issued_at: str
-    sequence: int  # of its entry in the log
-    previous: str  # sha256 of the last statement about what the model holds
-    before: str  # root of the records that it ended with
-    after: str
+    after: str  # root of the records
     num_records: int
     served: tuple[Served, ...]
     patches: tuple[Patch, ...] = ()  # active ones
     code: Mapping[str, Any] = field(default_factory=dict)
+    issued_at: str = ""
+    sequence: int = 0  # of its entry in the log
+    previous: str = ""  # sha256 of the last statement about what the model holds
+    before: str = ""  # root of the records that it ended with
 
     @property
     def fingerprints(self) -> list[str]:
@@ -403,10 +403,10 @@ def search_results(strings: Collection[str], searched: Searched) -> Results:
 def _probe(found: Probed | None) -> dict[str, Any]:
     if found is None:
         return {"result": NOT_RUN}
-    told = {
+    numbers = {
         name: decimal(each) if isinstance(each, float) else each for name, each in asdict(found).items()
     }
-    return {"result": "failed" if found.failure else "approximate", **told}
+    return {"result": "failed" if found.failure else "approximate", **numbers}
 
 
 def approx_report(patch: Patch, model: str, issued_at: str, sequence: int) -> dict[str, Any]:

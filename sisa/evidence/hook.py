@@ -414,6 +414,29 @@ class _Issuing:
         return _search(self.context, self.directory, self.named)
 
     @cached_property
+    def old_versions(self) -> list[str]:
+        """Return why a bucket keeps old versions of erased objects, one for each place."""
+        return [each.why for each in purge(self.context, dry_run=True)]
+
+    @cached_property
+    def held(self) -> State:
+        """Return what the model holds and serves, which no statement changes."""
+        tree = Membership(self.evidence.path, self.keys.vrf_secret)
+        tree.sync(self.context)
+        return State(
+            model=self.keys.model,
+            base=self.context.settings.base,
+            after=tree.root,
+            num_records=tree.num_records,
+            served=tuple(served_by(self.context.stores.ledger)),
+            patches=tuple(active(self.context.stores.ledger.patches())),
+            code={
+                "package": metadata.version("deletion-ready-model"),
+                "procedure_version": str(PROCEDURE_VERSION),
+            },
+        )
+
+    @cached_property
     def logged(self) -> list[Logged]:
         """Return what the log's statements are about, in order; statements made here are added to it."""
         return self.evidence.logged(self.log)
@@ -453,7 +476,7 @@ class _Issuing:
             if request.request_id not in issued:  # it is, after a crash here or a restored backup
                 drafted = drafts[request.request_id]
                 sweep = self.swept.get(request.request_id, self.not_swept)
-                outcome = _outcome(self.context, request, drafted, sweep)
+                outcome = _outcome(self.context, request, drafted, sweep, self.old_versions)
                 keyed = self.context.settings.chain.keyed
                 statement = certificate.deletion_statement(keyed, drafted, outcome, self._state())
                 made.append(self._issue(statement))
@@ -471,38 +494,27 @@ class _Issuing:
 
     def patches(self) -> list[Logged]:
         """State the reports of patches that were made, each once."""
-        told = {each.about for each in self.logged if each.kind == APPROX_REPORT}
+        stated = {each.about for each in self.logged if each.kind == APPROX_REPORT}
         made = [each for each in self.context.stores.ledger.patches() if each.adapter_sha256]
         now, model = self.context.now, self.keys.model
         return [
             self._issue(certificate.approx_report(each, model, now(), len(self.logged)))
             for each in made
-            if each.key not in told
+            if each.key not in stated
         ]
 
     def _state(self) -> State:
         """Return what the model holds and serves, as the next entry of the log would say it."""
-        ledger, last = self.context.stores.ledger, _last(self.logged)
-        tree = Membership(self.evidence.path, self.keys.vrf_secret)
-        tree.sync(self.context)
+        last = _last(self.logged)
         before = last.after if last else ""
-        if last is not None and last.after == tree.root:
+        if last is not None and last.after == self.held.after:
             before = last.before  # several statements may be about the same change
-        return State(
-            model=self.keys.model,
-            base=self.context.settings.base,
+        return replace(
+            self.held,
             issued_at=self.context.now(),
             sequence=len(self.logged),
             previous=last.sha256 if last else "",
             before=before,
-            after=tree.root,
-            num_records=tree.num_records,
-            served=tuple(served_by(ledger)),
-            patches=tuple(active(ledger.patches())),
-            code={
-                "package": metadata.version("deletion-ready-model"),
-                "procedure_version": str(PROCEDURE_VERSION),
-            },
         )
 
 
@@ -522,7 +534,11 @@ def _last(logged: Sequence[Logged]) -> Logged | None:
 
 
 def _outcome(
-    context: Context, request: Request, drafted: Draft, sweep: Mapping[str, Any] | str
+    context: Context,
+    request: Request,
+    drafted: Draft,
+    sweep: Mapping[str, Any] | str,
+    old_versions: Sequence[str],
 ) -> Outcome:
     """Return what became of a completed request, after checking that what it erased is gone."""
     ledger = context.stores.ledger
@@ -534,7 +550,7 @@ def _outcome(
         events=events,
         tombstones=[each.id_digest for each in named.values() if isinstance(each, Tombstone)],
         exports_left=sum(e.stale and e.request_id == request.request_id for e in ledger.exports()),
-        old_versions=[each.why for each in purge(context, dry_run=True)],
+        old_versions=old_versions,
         holds=sum(each.state == "held" for each in ledger.requests()),
         rectified=bool(live) and len(live) == len(named),
         restored=any(each.note == REPLAYED for each in events),
