@@ -102,8 +102,7 @@ def rotate_key(
 @click.option("--log", "where", help="The log, a directory or a URL: follow the hand-overs in it.")
 def check_keys(file: Path, trusted: Path, where: str | None) -> Result:
     """Check, without the model, that public keys follow from older ones. Exit with 4 if they do not."""
-    from sisa.evidence.handovers import follow
-    from sisa.evidence.log import check_log, published
+    from sisa.evidence.log import check_log, follow, published
     from sisa.verifier.envelope import Refused
 
     known, found = (read_public_keys(each) for each in (trusted, file))
@@ -119,8 +118,8 @@ def check_keys(file: Path, trusted: Path, where: str | None) -> Result:
             got=f"the last key {found.certificates[-1].keyid}",
             next_step="give --log; or ask the model's owner, on another way, for the present keyid",
         )
-    told = {"ok": True, "model": known.model, "keyid": keyid, "num_keys": len(known.certificates)}
-    return Result(told, [f"the keys follow from the trusted ones; the last key is {keyid}"])
+    body = {"ok": True, "model": known.model, "keyid": keyid, "num_keys": len(known.certificates)}
+    return Result(body, [f"the keys follow from the trusted ones; the last key is {keyid}"])
 
 
 def _time_of(key: CertificateKey) -> str:

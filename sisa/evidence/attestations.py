@@ -14,7 +14,6 @@ changes nothing of the check itself.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,13 +29,13 @@ from sisa.core.errors import SisaError
 from sisa.evidence.certificate import PROVENANCE, SHARD_TRAINING, Results, Served, decimal, subject_of
 from sisa.evidence.hook import Logged, about, open_hook, served_by
 from sisa.evidence.keys import keys_of, open_log
-from sisa.evidence.log import Log
+from sisa.evidence.log import statement_in
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.wiring import LOG, has_evidence
 from sisa.lm.base.numerics import LIBRARIES, PROCEDURE_VERSION
 from sisa.model import Model
 from sisa.verifier.certificate import CHAINED, TEST_RESULT, URN
-from sisa.verifier.envelope import Refused, base64_bytes
+from sisa.verifier.envelope import Refused
 
 NO_KEYS = "the model has no keys: `sisa keys init` makes them"
 CHANGED = "the model changed meanwhile: run the command again"
@@ -159,13 +158,13 @@ def provenance(model: Model) -> list[Logged]:
         known = open_hook(model.directory, model.config, model.id).evidence.logged(log)
         whole = digest_of(served_subject(context))
         first = next((e for e in known if e.kind in CHAINED and e.subject == whole), None)
-        state = _statement(log, first)["predicate"] if first else {}
+        state = statement_in(log.statement(first.sha256))["predicate"] if first else {}
         served = served_by(context.stores.ledger)
         stated, made = [each for each in known if each.kind == PROVENANCE], []
         for fingerprint in sorted({each.fingerprint for each in served}):
             some = [each for each in served if each.fingerprint == fingerprint]
             subject = subject_of(some, (), context.settings.base)
-            same = [each for each in stated if _statement(log, each)["subject"] == subject]
+            same = [e for e in stated if statement_in(log.statement(e.sha256))["subject"] == subject]
             if same:
                 made.append(same[-1])
                 continue
@@ -174,12 +173,6 @@ def provenance(model: Model) -> list[Logged]:
             envelope = keys.sign(statement)
             made.append(about(log.append(envelope, PROVENANCE), PROVENANCE, envelope))
     return made
-
-
-def _statement(log: Log, each: Logged) -> dict[str, Any]:
-    payload = base64_bytes(json.loads(log.statement(each.sha256))["payload"], "the payload")
-    found: dict[str, Any] = json.loads(payload)
-    return found
 
 
 def trained(

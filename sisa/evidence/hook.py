@@ -48,7 +48,7 @@ from sisa.evidence import certificate
 from sisa.evidence.certificate import NOT_RUN, Draft, Held, Outcome, Served, State, erased_name
 from sisa.evidence.database import transaction
 from sisa.evidence.keys import Keys, open_keys, open_log
-from sisa.evidence.log import Log, origin
+from sisa.evidence.log import Log, origin, statement_in
 from sisa.evidence.membership import Membership
 from sisa.evidence.model_signature import export_key, sign_export
 from sisa.flows.wiring.context import (
@@ -68,7 +68,7 @@ from sisa.planning.patch_plan import lineage
 from sisa.planning.plan import marked, prefix_names, touched
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED
-from sisa.verifier.envelope import Refused, base64_bytes
+from sisa.verifier.envelope import Refused
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS drafts (request TEXT PRIMARY KEY, draft TEXT NOT NULL) STRICT;
@@ -380,7 +380,7 @@ def about(sequence: int, kind: str, envelope: bytes) -> Logged:
     if kind not in (*CHAINED, APPROX_REPORT):
         return found
     try:
-        statement = json.loads(base64_bytes(json.loads(envelope)["payload"], "the payload"))
+        statement = statement_in(envelope)
         predicate = statement["predicate"]
         if kind == APPROX_REPORT:
             return replace(found, about=predicate["patch"]["key"])

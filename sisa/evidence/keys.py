@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -55,7 +55,7 @@ from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, sha256_hex
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.ports import BlobStore
-from sisa.evidence.log import Log, origin
+from sisa.evidence.log import Log, origin, statement_in
 from sisa.evidence.model_signature import export_key, public_pem
 from sisa.flows.wiring.wiring import LOG, evidence_keys, open_areas
 from sisa.store.blobs import files
@@ -73,7 +73,6 @@ from sisa.verifier.envelope import (
     Refused,
     pae,
     parse_keys,
-    strict_json,
 )
 from sisa.verifier.note import NoteKey
 
@@ -132,7 +131,7 @@ class Keys:
             return
         envelope = _held(path)
         try:
-            reason, body = map(_payload(envelope)["predicate"].get, ("reason", "keys"))
+            reason, body = map(statement_in(envelope)["predicate"].get, ("reason", "keys"))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise _damaged(path, "no hand-over of keys") from None
         if body == public_body(self.public):  # else the rotation ended before it took effect
@@ -423,10 +422,6 @@ def _envelope(payload_type: str, payload: bytes, key: CertificateKey, signing: S
     signatures = [{"keyid": key.keyid, "sig": b64encode(signature).decode()}]
     envelope = {"payload": b64encode(payload).decode(), "payloadType": payload_type}
     return rfc8785.dumps({**envelope, "signatures": signatures})
-
-
-def _payload(envelope: bytes) -> Any:
-    return strict_json(b64decode(strict_json(envelope, "the envelope")["payload"]), "the payload")
 
 
 def public_body(public: PublicKeys) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Keep a model's transparency log in blobs, in the formats of C2SP, and cosign another's.
+"""Keep a model's transparency log in blobs, in the formats of C2SP; check and cosign another's.
 
     checkpoint                     the log's size and root, signed by the log's key and by witnesses
     tile/<L>/<N>[.p/<W>]           hashes of the Merkle tree, 256 to a tile; a partial one has W
@@ -23,10 +23,10 @@ import urllib.error
 import urllib.request
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -35,8 +35,16 @@ from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.ports import BlobStore
 from sisa.store.blobs import files
 from sisa.verifier import merkle, note
-from sisa.verifier.certificate import log_entry
-from sisa.verifier.envelope import SHA256_HEX, Refused, base64_bytes, members, strict_json
+from sisa.verifier.certificate import ENTRY_FORM, KEY_HANDOVER, log_entry
+from sisa.verifier.envelope import (
+    PublicKeys,
+    Refused,
+    base64_bytes,
+    members,
+    public_keys,
+    strict_json,
+    verify_envelope,
+)
 from sisa.verifier.note import COSIGNATURE, ED25519, WIDTH, Checkpoint, NoteKey, tile_path
 
 CHECKPOINT, STATEMENTS = "checkpoint", "statements"
@@ -180,7 +188,7 @@ class Log:
         last = self._bundle(before.size - 1, before.size) if before.size else []
         if last and last[-1] == entry:
             return before.size - 1  # logged before a crash, and not noted by the caller
-        self._blobs.put(_statement(sha256), envelope)
+        self._blobs.put(_statement_path(sha256), envelope)
         self._sign(self._write(before, [*last, entry] if before.size % WIDTH else [entry]))
         return before.size
 
@@ -301,7 +309,7 @@ class Log:
 
     def statement(self, sha256: str) -> bytes:
         """Return a statement by its sha256. Raise IntegrityError if it is missing or changed."""
-        name = _statement(sha256)
+        name = _statement_path(sha256)
         return files.verified(self._read(name), sha256, "statement", self._blobs.location(name))
 
     def check(self, witnesses: Sequence[str] = (), seen: Sequence[bytes] = ()) -> Checkpoint:
@@ -400,15 +408,67 @@ def check_log(
 def parse_entry(index: int, entry: bytes) -> Entry:
     """Return what an entry names. Raise IntegrityError."""
     try:
-        kinds = {"predicateType": str, "sha256": SHA256_HEX}
-        found = members(strict_json(entry, "an entry"), "an entry", kinds)
+        found = members(strict_json(entry, "an entry"), "an entry", ENTRY_FORM)
     except Refused as error:
         raise _damaged(f"entry {index} of the log", f"{error.what}: {error.got}") from error
     return Entry(index, found["predicateType"], found["sha256"])
 
 
-def _statement(sha256: str) -> str:
+def statement_in(envelope: bytes) -> dict[str, Any]:
+    """Return the statement in an envelope, unverified: of the model's own log, whose bytes are known.
+
+    Raise ValueError, TypeError or KeyError for another form.
+    """
+    sealed = strict_json(envelope, "the envelope")["payload"]
+    found: dict[str, Any] = strict_json(base64_bytes(sealed, "the payload"), "the payload")
+    return found
+
+
+def _statement_path(sha256: str) -> str:
     return f"{STATEMENTS}/{sha256}.json"
+
+
+def follow(known: PublicKeys, entries: Sequence[bytes], read: Callable[[str], bytes]) -> PublicKeys:
+    """Return the keys to which known ones were handed over, of a log that was checked. Raise Refused.
+
+    `read` returns a file beside the log's by its path. The old key signs a regular hand-over, and it
+    counts at its own place in the log alone: whoever steals a key that signs statements, but not the
+    log's, can't hand over to a key of theirs. The hand-over of a lost or leaked key is signed by the new
+    one; to whoever trusts the old one it shows nothing.
+
+    >>> known = PublicKeys("0f" * 16, (), "", b"")
+    >>> follow(known, [], str.encode) == known
+    True
+    """
+    for index, entry in enumerate(entries):
+        named = members(strict_json(entry, "an entry"), "an entry", ENTRY_FORM)
+        if named["predicateType"] == KEY_HANDOVER and index >= known.certificates[-1].since:
+            envelope = read(_statement_path(named["sha256"]))
+            if sha256_hex(envelope) != named["sha256"]:
+                raise Refused("a hand-over is not the logged one", f"entry {index}")
+            known = _successor(known, envelope, index)
+    return known
+
+
+def _successor(known: PublicKeys, handover: bytes, index: int) -> PublicKeys:
+    try:
+        statement = verify_envelope(handover, known, index)
+    except Refused as error:
+        raise Refused(
+            "the known key did not sign the hand-over: it was lost or leaked, or this is a forgery",
+            where=f"entry {index}",
+            got=error.what,
+            next_step="ask the model's owner, on another way, for the present keyid",
+        ) from None
+    named = members(statement["predicate"], "the hand-over", {"reason": str, "keys": dict})
+    new = public_keys(named["keys"])
+    if new == known:  # that of the known key itself, which followed a lost one
+        return known
+    *before, last = known.certificates
+    ended = (*before, replace(last, until=index + 1), replace(new.certificates[-1], since=index + 1))
+    if new != replace(known, certificates=ended):
+        raise Refused("the hand-over goes on from other keys, or elsewhere", f"entry {index}")
+    return new
 
 
 def signature_line(name: str, signature: bytes) -> bytes:

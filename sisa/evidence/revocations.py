@@ -19,8 +19,6 @@ partition key places and orders.
 
 from __future__ import annotations
 
-import json
-from base64 import b64decode
 from collections.abc import Set
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -28,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sisa.evidence.issued import Reading, reading
-from sisa.evidence.log import origin
+from sisa.evidence.log import origin, statement_in
 from sisa.flows.wiring.wiring import LOG
 from sisa.model import Model
 from sisa.store.blobs.files import write_atomic
@@ -99,8 +97,7 @@ def _revoked(found: Reading) -> tuple[Revoked, int]:
         pending = {"certificate": "", "date": request.committed_at[:10]}
         revoked |= dict.fromkeys(drafts[request.request_id].revokes, pending)
     for each in sorted(certified.values(), key=lambda each: -each.sequence):  # the earliest is named
-        envelope = json.loads(found.log.statement(each.sha256))
-        said = json.loads(b64decode(envelope["payload"]))["predicate"]
+        said = statement_in(found.log.statement(each.sha256))["predicate"]
         by = {"certificate": each.sha256, "date": said["request"]["times"]["committed"][:10]}
         revoked |= dict.fromkeys(said["revokes"], by)
     return revoked, len(waiting)

@@ -41,7 +41,7 @@ TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 CERTIFICATES = (EXACT, MIXED, RECTIFICATION)
 CHAINED = (*CERTIFICATES, STATE)  # statements of what the model holds
 CERTIFICATE_FILE, RECEIPT_FILE = "deletion-ready-model/certificate/v1", "deletion-ready-model/receipt/v1"
-_ENTRY = {"predicateType": str, "sha256": SHA256_HEX}
+ENTRY_FORM = {"predicateType": str, "sha256": SHA256_HEX}
 _FILE = {"type": CERTIFICATE_FILE, "envelope": str, "entry": str, "proof": str}
 _RECEIPT = {"type": RECEIPT_FILE, "id": str, "salt": SHA256_HEX, "index": int, "path": list}
 _RECEIPT |= {"certificate": SHA256_HEX, "proof": str}
@@ -145,7 +145,7 @@ def verify_chain(
     """
     previous, ends = "", ("", "")
     for index, entry in enumerate(entries):
-        where, named = f"entry {index}", members(strict_json(entry, "an entry"), "an entry", _ENTRY)
+        where, named = f"entry {index}", members(strict_json(entry, "an entry"), "an entry", ENTRY_FORM)
         envelope = read(f"statements/{named['sha256']}.json")
         if sha256(envelope).hexdigest() != named["sha256"]:
             raise Refused("a statement is not the logged one", where)

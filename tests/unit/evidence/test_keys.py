@@ -41,7 +41,6 @@ from sisa.core.errors import (
     InvalidInput,
     SisaError,
 )
-from sisa.evidence.handovers import follow
 from sisa.evidence.keys import (
     HANDOVER,
     LOG_KEY,
@@ -56,7 +55,7 @@ from sisa.evidence.keys import (
     read_public_key,
     rotate_keys,
 )
-from sisa.evidence.log import Log, check_log, published
+from sisa.evidence.log import Log, check_log, follow, published
 from sisa.flows.wiring.wiring import LOG
 from sisa.store.blobs import files
 from sisa.store.blobs.files import LocalBlobs
