@@ -19,8 +19,10 @@ from cluster.cli.command import (
     command_group,
     evidence_in,
     executor_option,
+    logged_statements,
     model_option,
     opened,
+    public_keys_option,
     read_bytes,
     read_public_keys,
 )
@@ -95,7 +97,7 @@ def publish_feed(directory: Path, target: Path | None, days: int) -> Result:
 @command("check-adapter", "adapters/v1/shard-00000 --feed revocations.json --key keys.json")
 @click.argument("held", metavar="DIRECTORY", type=PATH)
 @click.option("--feed", "feed_file", required=True, type=PATH, help="The newest feed of revocations.")
-@click.option("--key", "key_file", required=True, type=PATH, help="The model's public keys.")
+@public_keys_option
 @click.option(
     "--not-older-than",
     "seen",
@@ -129,14 +131,12 @@ def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None, lo
 
 def _check_complete(feed: dict[str, Any], log: str, keys: PublicKeys) -> None:
     """Raise Refused if a certificate in a published log revokes what the feed does not name."""
-    from sisa.evidence.log import check_log, published
-    from sisa.verifier.certificate import CERTIFICATES, verify_chain
+    from sisa.verifier.certificate import CERTIFICATES
     from sisa.verifier.envelope import Refused
 
-    read = published(log)
-    _, _, entries = check_log(read, keys.log)
+    num_entries, statements = logged_statements(log, keys)
     known = {*feed["revoked"], *map(str, feed["reinstated"])}
-    for certificate, statement in verify_chain(entries, read, keys):
+    for certificate, statement in statements:
         if statement["predicateType"] not in CERTIFICATES:
             continue
         revokes = statement["predicate"].get("revokes")
@@ -144,7 +144,7 @@ def _check_complete(feed: dict[str, Any], log: str, keys: PublicKeys) -> None:
             raise Refused(
                 "the feed does not name what a certificate in the log revokes",
                 where=f"certificate {certificate}",
-                expected=f"a feed of {len(entries)} entries, without gaps",
+                expected=f"a feed of {num_entries} entries, without gaps",
                 got=f"a feed of {feed['sequence']} entries",
                 next_step="get the newest feed; if this is it, keep it and the log: they contradict",
             )
@@ -239,7 +239,7 @@ def audited(found: Audit, output: Path | None) -> Result:
     "--partition-key partition.key --sign-with mine.pem -o rebuild.json",
 )
 @click.argument("certificate", type=PATH)
-@click.option("--key", "public", required=True, type=PATH, help="The model's public keys.")
+@public_keys_option
 @click.option("--run", "run_file", required=True, type=PATH, help="The model's run file.")
 @click.option("--records", required=True, type=PATH, help="File of the records that remain.")
 @click.option(
@@ -262,7 +262,7 @@ def audited(found: Audit, output: Path | None) -> Result:
 @executor_option
 def rebuild(
     certificate: Path,
-    public: Path,
+    key_file: Path,
     run_file: Path,
     records: Path,
     secret: Path,
@@ -282,7 +282,7 @@ def rebuild(
     if (own_key is None) != (output is None):
         raise click.UsageError("--sign-with and --output belong together")
     private = None if own_key is None else read_private_key(own_key)
-    keys = read_public_keys(public)
+    keys = read_public_keys(key_file)
     with evidence_in(certificate):
         checked = verify_certificate(read_bytes(certificate), keys)
     with ExitStack() as stack:

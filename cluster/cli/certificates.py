@@ -13,29 +13,29 @@ import click
 
 from cluster.cli.command import (
     PATH,
-    STANDARD_INPUT,
     ExecutorChoice,
     command,
     command_group,
     evidence_in,
     executor_option,
+    logged_statements,
     model_option,
     opened,
+    output_option,
+    public_keys_option,
     read_bytes,
     read_public_keys,
-    read_text,
+    record_argument,
 )
 from cluster.render.render import Result, counted
 
 if TYPE_CHECKING:
     from sisa.evidence.hook import Logged
     from sisa.verifier.certificate import Certificate
-    from sisa.verifier.envelope import PublicKeys
 
 TIMES = ("received", "approved", "committed", "erased", "completed")
 certificate = command_group("certificate", "Show, export and issue certificates of deletions.")
 stated_argument = click.argument("name", metavar="REQUEST")
-output_option = click.option("-o", "--output", "target", required=True, type=PATH, help="File to write.")
 
 
 @command("list", "-m model", group=certificate)
@@ -119,14 +119,12 @@ def state_provenance(directory: Path) -> Result:
 @command("receipt", "-m model T-17 p001-q1 -o receipt.json")
 @model_option
 @stated_argument
-@click.argument("record", metavar="ID")
+@record_argument
 @output_option
 def write_receipt(directory: Path, name: str, record: str, target: Path) -> Result:
     """Write a receipt, which shows that a certificate is about this record, for its requester alone."""
     from sisa.evidence.issued import receipt_file
 
-    if record == str(STANDARD_INPUT):  # others can see a command line
-        record = read_text(STANDARD_INPUT).rstrip("\n")
     with opened(directory) as model:
         return _written(target, receipt_file(model, name, record))
 
@@ -140,19 +138,21 @@ def _written(target: Path, data: bytes) -> Result:
 
 @command("verify-certificate", "certificate.json --key keys.json --log log")
 @click.argument("file", type=PATH)
-@click.option("--key", "keys", required=True, type=PATH, help="The model's public keys.")
+@public_keys_option
 @click.option("--receipt", type=PATH, help="A receipt: show that the certificate is about its record.")
 @click.option("--log", "log", metavar="DIR|URL", help="The published log: check all of it.")
-def verify_certificate_file(file: Path, keys: Path, receipt: Path | None, log: str | None) -> Result:
+def verify_certificate_file(file: Path, key_file: Path, receipt: Path | None, log: str | None) -> Result:
     """Check a certificate offline, without the model. Exit with 4 if it is refused."""
     from sisa.verifier.certificate import verify_certificate
 
-    public = read_public_keys(keys)
+    public = read_public_keys(key_file)
     given = None if receipt is None else read_bytes(receipt)
     with evidence_in(file):
         found = verify_certificate(read_bytes(file), public, given)
     done = shown(found)
-    logged = None if log is None else _check_log(log, read_bytes(file), public)
+    logged = None
+    if log is not None:
+        _, logged = logged_statements(log, public, json.loads(read_bytes(file))["proof"])
     about = None if logged is None else checks_about(found.statement, logged)
     statements = None if logged is None else len(logged)
     lines = [f"valid: entry {found.index} of a log of {found.checkpoint.size}, signed by {public.model}"]
@@ -161,19 +161,6 @@ def verify_certificate_file(file: Path, keys: Path, receipt: Path | None, log: s
     body = {"ok": True, "receipt": receipt is not None, "log_statements": statements, "checks": about}
     checked = [] if about is None else _check_lines(found.statement, about)
     return Result(body | done.json, [*lines, *done.lines, *checked])
-
-
-def _check_log(
-    where: str, certificate_file: bytes, keys: PublicKeys
-) -> list[tuple[str, dict[str, Any]]]:
-    """Check a whole log, which the certificate is in, and return its statements by sha256."""
-    from sisa.evidence.log import check_log, published
-    from sisa.verifier.certificate import verify_chain
-    from sisa.verifier.note import parse_proof
-
-    read, proof = published(where), json.loads(certificate_file)["proof"].encode()
-    _, _, entries = check_log(read, keys.log, seen=[parse_proof(proof)[2]])
-    return list(verify_chain(entries, read, keys))
 
 
 def checks_about(

@@ -155,11 +155,19 @@ def option_or_file(
 def option_or_input(option: str, *, help: str, **options: Any) -> Callable[..., Any]:
     """Add an option that reads standard input for `-`, as its value may not be for a command line."""
 
-    def read(_context: click.Context, _option: click.Parameter, given: Any) -> Any:
-        return read_text(STANDARD_INPUT).rstrip("\n") if given == str(STANDARD_INPUT) else given
-
     help = f"{help.rstrip('.')}; `-`: standard input."
-    return click.option(option, callback=read, help=help, **options)
+    return click.option(option, callback=_or_input, help=help, **options)
+
+
+def _or_input(_context: click.Context, _parameter: click.Parameter, given: Any) -> Any:
+    return read_text(STANDARD_INPUT).rstrip("\n") if given == str(STANDARD_INPUT) else given
+
+
+record_argument = click.argument("record", metavar="ID", callback=_or_input)
+output_option = click.option("-o", "--output", "target", required=True, type=PATH, help="File to write.")
+public_keys_option = click.option(
+    "--key", "key_file", required=True, type=PATH, help="The model's public keys."
+)
 
 
 def ids_options(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -266,6 +274,23 @@ def read_public_keys(file: Path) -> PublicKeys:
 
     with evidence_in(file, "get keys.json, which is published beside the model's log"):
         return parse_keys(read_bytes(file))
+
+
+def logged_statements(
+    where: str, keys: PublicKeys, proof: str | None = None
+) -> tuple[int, list[tuple[str, dict[str, Any]]]]:
+    """Check a whole published log; return its number of entries, and its statements by sha256, in order.
+
+    With the proof of an entry, the log must continue the proof's checkpoint. Raise Refused.
+    """
+    from sisa.evidence.log import check_log, published
+    from sisa.verifier.certificate import verify_chain
+    from sisa.verifier.note import parse_proof
+
+    read = published(where)
+    seen = [] if proof is None else [parse_proof(proof.encode())[2]]
+    entries = check_log(read, keys.log, seen=seen)[2]
+    return len(entries), list(verify_chain(entries, read, keys))
 
 
 def read_lines(file: Path) -> list[str]:

@@ -11,15 +11,18 @@ import click
 
 from cluster.cli.command import (
     PATH,
-    STANDARD_INPUT,
     command,
     command_group,
     evidence_in,
+    logged_statements,
     model_option,
     opened,
+    output_option,
+    public_keys_option,
     read_bytes,
     read_public_keys,
     read_text,
+    record_argument,
 )
 from cluster.render.render import Result
 from sisa.core.errors import InvalidInput
@@ -181,11 +184,10 @@ def log_vkey(key_file: Path) -> str:
 @click.option("--last", "num_last", default=10, type=click.IntRange(0), help="Entries to list.")
 def show_log(directory: Path, num_last: int) -> Result:
     """Show the checkpoint, its witnesses and the last entries."""
-    from sisa.evidence.keys import keys_of, log_blobs
-    from sisa.evidence.log import Log
+    from sisa.evidence.keys import log_blobs, log_of
 
     with opened(directory) as model:
-        found, where = Log(log_blobs(model), keys_of(model)), log_blobs(model).location()
+        found, where = log_of(model), log_blobs(model).location()
         now, cosigners = found.checkpoint, found.cosigners()
         entries = list(found.entries(max(0, now.size - num_last)))
     body = {
@@ -232,14 +234,14 @@ def check_log_command(
 
     It checks signatures, entries and tiles, and that the log continues every checkpoint that was seen.
     """
-    from sisa.evidence.log import Log, check_log, published
+    from sisa.evidence.log import check_log, published
 
     kept = [read_bytes(each) for each in seen]
     if directory is not None and where is None and key_file is None:
-        from sisa.evidence.keys import keys_of, log_blobs
+        from sisa.evidence.keys import log_of
 
         with opened(directory) as model:
-            now = Log(log_blobs(model), keys_of(model)).check(witnesses, kept)
+            now = log_of(model).check(witnesses, kept)
     elif where is not None and key_file is not None and directory is None:
         now, _, _ = check_log(published(where), log_vkey(key_file), witnesses, kept)
     else:
@@ -256,11 +258,10 @@ def check_log_command(
 @click.argument("index", type=click.IntRange(0))
 def prove_entry(directory: Path, index: int) -> Result:
     """Print the proof of an entry, as a .tlog-proof file."""
-    from sisa.evidence.keys import keys_of, log_blobs
-    from sisa.evidence.log import Log
+    from sisa.evidence.keys import log_of
 
     with opened(directory) as model:
-        text = Log(log_blobs(model), keys_of(model)).proof(index).decode()
+        text = log_of(model).proof(index).decode()
     return Result({"index": index, "proof": text}, text.removesuffix("\n").split("\n"))
 
 
@@ -272,11 +273,10 @@ def request_cosignature(directory: Path, old: int) -> Result:
 
     It has the form of C2SP's tlog-witness, add-checkpoint, and is a file for `sisa log cosign`.
     """
-    from sisa.evidence.keys import keys_of, log_blobs
-    from sisa.evidence.log import Log
+    from sisa.evidence.keys import log_of
 
     with opened(directory) as model:
-        text = Log(log_blobs(model), keys_of(model)).request(old).decode()
+        text = log_of(model).request(old).decode()
     return Result({"old": old, "request": text}, text.removesuffix("\n").split("\n"))
 
 
@@ -331,12 +331,11 @@ def add_cosignature(directory: Path, file: Path, witnesses: tuple[str, ...]) -> 
 
     FILE has the line of the signature, or the whole note.
     """
-    from sisa.evidence.keys import keys_of, log_blobs
-    from sisa.evidence.log import Log
+    from sisa.evidence.keys import log_of
 
     given = read_bytes(file)
     with opened(directory) as model, model._locked():
-        found = Log(log_blobs(model), keys_of(model))
+        found = log_of(model)
         now = found.add_cosignatures(given, witnesses)
         names = [name for name, _ in found.cosigners()]
     body = {"size": now.size, "root": now.root.hex(), "cosigned": names}
@@ -344,9 +343,9 @@ def add_cosignature(directory: Path, file: Path, witnesses: tuple[str, ...]) -> 
 
 
 @command("prove", "p001-q1 -m model -o proof.json")
-@click.argument("record", metavar="ID")
+@record_argument
 @model_option
-@click.option("-o", "--output", "target", required=True, type=PATH, help="File to write.")
+@output_option
 def write_proof(record: str, directory: Path, target: Path) -> Result:
     """Prove to a person whether the model holds their record. Write a file."""
     from sisa.evidence.issued import membership_file
@@ -354,8 +353,6 @@ def write_proof(record: str, directory: Path, target: Path) -> Result:
     from sisa.store.blobs.files import write_atomic
     from sisa.verifier.membership import verify_membership
 
-    if record == str(STANDARD_INPUT):  # others can see a command line
-        record = read_text(STANDARD_INPUT).rstrip("\n")
     with opened(directory) as model:
         data, keys = membership_file(model, record), keys_of(model)
     proof = _proof(verify_membership(data, keys.public))
@@ -365,7 +362,7 @@ def write_proof(record: str, directory: Path, target: Path) -> Result:
 
 @command("verify-proof", "proof.json --key keys.json --log log")
 @click.argument("file", type=PATH)
-@click.option("--key", "key_file", required=True, type=PATH, help="The model's public keys.")
+@public_keys_option
 @click.option(
     "--log",
     "published_log",
@@ -415,14 +412,11 @@ def _proof(found: MembershipProof) -> Result:
 
 def _check_newest(found: MembershipProof, proof: bytes, keys: PublicKeys, where: str) -> None:
     """Check a whole log. Raise Refused if its newest statement is about other records than the proof."""
-    from sisa.evidence.log import check_log, published
-    from sisa.verifier.certificate import CHAINED, verify_chain
+    from sisa.verifier.certificate import CHAINED
     from sisa.verifier.envelope import Refused
-    from sisa.verifier.note import parse_proof
 
-    read, logged = published(where), json.loads(json.loads(proof)["state"])["proof"].encode()
-    _, _, entries = check_log(read, keys.log, seen=[parse_proof(logged)[2]])
-    chain = [each for _, each in verify_chain(entries, read, keys) if each["predicateType"] in CHAINED]
+    _, statements = logged_statements(where, keys, json.loads(json.loads(proof)["state"])["proof"])
+    chain = [each for _, each in statements if each["predicateType"] in CHAINED]
     newest, root = chain[-1]["predicate"], found.state.statement["predicate"]["membership"]["after"]
     if newest["membership"]["after"] != root:
         raise Refused(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.render.render import counted, printable, share
 from sisa.core.errors import Busy, SisaError
-from sisa.evidence.log import CHECKPOINT, SIGNED, check_log
+from sisa.evidence.log import CHECKPOINT, Log, check_log
 from sisa.verifier import note
 from sisa.verifier.certificate import CERTIFICATES, CHAINED, URN, verify_chain
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys
@@ -201,8 +201,7 @@ def _read_evidence(model: Model, requests: Sequence[RequestView]) -> Evidence | 
             return None
         hook = open_hook(model.directory, model.config, model.id)
         pending = tuple(hook.pending([each.request for each in requests]))
-        signed = keys and keys.directory / SIGNED
-        kept = signed.read_bytes() if signed and signed.exists() else b""
+        kept = Log(blobs, keys).signed() if keys else b""
     except SisaError as error:
         return Evidence(fault=_fault(error))
     if keys and not kept and not blobs.num_bytes(CHECKPOINT):

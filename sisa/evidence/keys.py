@@ -185,6 +185,11 @@ def keys_of(model: Model) -> Keys:
     return keys
 
 
+def log_of(model: Model) -> Log:
+    """Return the log of a model. Raise InvalidInput if the model has no keys."""
+    return Log(log_blobs(model), keys_of(model))
+
+
 def start_evidence(model: Model, signer: str = "", public_key: CertificateKey | None = None) -> Keys:
     """Make the keys of a model, and publish the public ones. Raise ConfigConflict if it has some."""
     with model._locked():

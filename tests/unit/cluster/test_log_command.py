@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from sisa.evidence.keys import keys_of, log_blobs, start_evidence
-from sisa.evidence.log import Log
+from sisa.evidence.keys import log_of, start_evidence
 from sisa.model import open_model
 from sisa.verifier.note import verify_proof
 from tests.models.confessing import NAME
@@ -33,8 +32,7 @@ def model(model: Path) -> Path:
 
 
 def append(directory: Path, number: int) -> int:
-    found = open_model(directory)
-    return Log(log_blobs(found), keys_of(found)).append(statement(number), TYPE)
+    return log_of(open_model(directory)).append(statement(number), TYPE)
 
 
 def test_a_log_is_shown_checked_and_proved(model: Path, ask: Ask, tmp_path: Path) -> None:
