@@ -180,19 +180,18 @@ def rectify(
         )
     check_added(context, settled, {}, (context.compute.count_tokens, *checks), allow_deleted=True)
     rows = {key: each for key, each in found.items() if isinstance(each, RecordRow)}
-    changed = [
-        record
+    changed = {
+        digest: record
         for record, digest in zip(settled, digests, strict=True)
         if digest not in rows
         or rows[digest].record_digest != context.settings.assigner.row(record, 0).record_digest
-    ]
-    names = {context.settings.assigner.id_digest(each.id) for each in changed}
-    old = [row for key, row in rows.items() if key in names]
+    }
+    old = [row for key, row in rows.items() if key in changed]
     request = None
     if old:
         arrival = arrive(context, old, (), Terms(approver=RECTIFY, reason=RECTIFY))
         (request,) = forget_at_once(context, arrival, defer=True).requests
-    taken = add(context, changed, allow_deleted=True, checks=checks)
+    taken = add(context, list(changed.values()), allow_deleted=True, checks=checks)
     held = {each.request_id: each for each in context.stores.ledger.requests()}
     taken = replace(taken, already_held=len(settled) - len(changed))
     return Rectified(request and held[request.request_id], taken)
