@@ -28,7 +28,7 @@ from torch import Tensor
 from approx.evaluation.answers import score_of, token_scores
 from approx.evaluation.evaluated import AnswerScore
 from sisa.lm.base.tokens import NO_LOSS, Tokens
-from sisa.lm.train.losses import WINDOWS
+from sisa.lm.train.losses import has_window
 
 # Relative to the norm; a base that adds something of its own to attention is off by more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 0.1}
@@ -105,9 +105,7 @@ def tree_scores(logits_KV: Tensor, num_nodes: int, tree: AnswerTree) -> list[Ans
 @torch.no_grad()
 def can_branch(model: Any, longest: int) -> bool:
     """Return whether a causal model's logits on trees are those of answers of up to `longest` tokens."""
-    configs = [each.config for each in model.modules() if hasattr(each, "config")]
-    windows = [getattr(config, name, None) for config in configs for name in WINDOWS]
-    if any(isinstance(each, int) and each < longest for each in windows):
+    if has_window(model, longest):
         return False
     tree = tree_of([Tokens(each, each) for each in PROBES])
     inputs = {name: each.to(model.device) for name, each in lay_trees([tree], model.dtype).items()}

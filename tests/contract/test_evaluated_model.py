@@ -169,6 +169,32 @@ def test_a_hugging_face_model_is_scored_as_transformers_does(base: Path) -> None
         assert score.correct == tuple((logprobs.argmax(-1) == torch.tensor(said)).tolist())
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("family", "others", "expected"),
+    [
+        ("llama", {}, True),
+        ("mistral", {"sliding_window": 64}, True),
+        ("mistral", {"sliding_window": 8}, False),
+        ("mamba", {}, False),
+    ],
+)
+def test_where_answers_share_what_they_begin_with(
+    family: str, others: dict[str, Any], expected: bool
+) -> None:
+    """Not where tokens look back within a window, or attention is of another kind: a row each."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from approx.evaluation.answer_tree import can_branch
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **sizes, **heads, initializer_range=0.5, **others)
+    assert can_branch(AutoModelForCausalLM.from_config(config).eval(), longest=32) == expected
+
+
 # The template, and how many tokens with loss close an answer of it.
 TEMPLATES = {
     "line break after the end token": (CHAT_TEMPLATE, 1),

@@ -99,6 +99,12 @@ def _configs(base: Any) -> list[Any]:
     return list(found.values())
 
 
+def has_window(base: Any, longest: int) -> bool:
+    """Return whether a base looks back over fewer than `longest` tokens, as far as it says so."""
+    windows = [getattr(config, name, None) for config in _configs(base) for name in WINDOWS]
+    return any(isinstance(each, int) and each < longest for each in windows)
+
+
 def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Return positions [1, N] that restart at each record."""
     return torch.cat([torch.arange(each, device=device) for each in lengths])[None]
@@ -107,9 +113,8 @@ def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
 @torch.no_grad()
 def packs(base: Any, longest: int) -> bool:
     """Return whether packed records of up to `longest` tokens have the states of each alone."""
-    windows = [getattr(config, name, None) for config in _configs(base) for name in WINDOWS]
     decoder = base.get_decoder()
-    if decoder is None or any(isinstance(each, int) and each < longest for each in windows):
+    if decoder is None or has_window(base, longest):
         return False
     try:
         apart, moved = (_states(base, decoder, first, NEXT) for first in (ONE, OTHER))
