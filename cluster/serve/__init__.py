@@ -1,0 +1,1 @@
+"""Answers and requests over HTTP, on Ray Serve."""

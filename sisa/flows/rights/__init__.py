@@ -1,0 +1,1 @@
+"""Rights of a data subject beside erasure: access, restriction, recipients."""
