@@ -12,7 +12,6 @@ import re
 import signal
 import stat
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +54,14 @@ from cluster.observe.reporting import log_format_of, open_log, watched
 from cluster.render import render
 from cluster.render.render import Result
 from sisa.core.domain import WitnessHead
-from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem, SisaError
+from sisa.core.errors import (
+    EnvironmentFault,
+    IntegrityError,
+    InvalidInput,
+    Problem,
+    SisaError,
+    internal_fault,
+)
 from sisa.flows.wiring.progress import new_run, running
 
 if TYPE_CHECKING:
@@ -389,7 +395,7 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
     except Exception as error:
         if (refused := _refused(error)) is not None:
             return _fail(refused, as_json)
-        return _fail(_internal(error), as_json, "InternalFault")
+        return _fail(internal_fault(error), as_json, "InternalFault")
 
 
 def _refused(error: Exception) -> SisaError | None:
@@ -408,17 +414,6 @@ def _refuse_bad_encoding(arguments: Sequence[str]) -> None:
     if bad:
         problems = [Problem(f"argument {n}", "bytes that are not UTF-8") for n in bad]
         raise InvalidInput("the command line is not valid UTF-8", problems=problems)
-
-
-def _internal(error: Exception) -> SisaError:
-    """Return where a bug is; its message may contain record text."""
-    if os.environ.get("SISA_DEBUG"):
-        traceback.print_exc()
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return SisaError(
-        f"internal fault: {type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}",
-        next_step="report it; SISA_DEBUG=1 prints the whole traceback, which may hold record text",
-    )
 
 
 def _fail(error: SisaError, as_json: bool, kind: str = "", code: int | None = None) -> int:

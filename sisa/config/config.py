@@ -419,6 +419,22 @@ class ClusterBlock(Block):
         return value
 
 
+class ServiceBlock(Block):
+    """What `sisa serve` listens on, takes in and does when a deletion meets a running answer."""
+
+    host: Name = key("127.0.0.1", "none", "Address to listen on; others than loopback need tokens.")
+    port: Int = key(8808, "none", "Port to listen on.", ge=1, le=65_535)
+    on_deletion: Literal["retry", "end"] = key(
+        "retry",
+        "none",
+        "Answers that a deletion cuts: answer again by clean models, or end in an error.",
+    )
+    max_concurrent: Int = key(
+        32, "none", "Answers that a replica writes at once; more wait.", ge=1, le=4096
+    )
+    max_body_bytes: Int = key(1 << 20, "none", "Bytes of a request's body.", ge=1024, le=1 << 30)
+
+
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
 
@@ -500,6 +516,7 @@ class RunConfig(Block):
     sisa: SisaBlock = field(SisaBlock(), "The partition, how it is trained, and how it answers.")
     cluster: ClusterBlock = field(ClusterBlock(), "Where training runs; does not affect the bits.")
     signing: SigningBlock = field(SigningBlock(), "Keys that sign certificates of deletions.")
+    service: ServiceBlock = field(ServiceBlock(), "How the model is served over HTTP.")
     limits: SourceLimits = field(SourceLimits(), "Limits on the size of one source.")
 
     @field_validator("learning_rate", "lora_dropout", "warmup_ratio", "weight_decay", "max_grad_norm")

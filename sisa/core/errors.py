@@ -23,9 +23,12 @@ with exit 1.
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 _FACTS = ("where", "expected", "got", "next_step")
@@ -132,6 +135,17 @@ class Outdated(TransientError):
 
 class EnvironmentFault(TransientError):
     """Disk, network, a missing package or the cluster failed."""
+
+
+def internal_fault(error: Exception) -> SisaError:
+    """Return where a bug is; its message may contain record text."""
+    if os.environ.get("SISA_DEBUG"):
+        traceback.print_exception(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return SisaError(
+        f"internal fault: {type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}",
+        next_step="report it; SISA_DEBUG=1 prints the whole traceback, which may hold record text",
+    )
 
 
 @contextmanager

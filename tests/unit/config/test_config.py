@@ -303,6 +303,11 @@ OTHER: dict[str, Any] = {
     "signing.keys": "other",
     "signing.signer": "ssh-agent:",
     "signing.sweep": False,
+    "service.host": "localhost",
+    "service.port": 7,
+    "service.on_deletion": "end",
+    "service.max_concurrent": 7,
+    "service.max_body_bytes": 7777,
     "limits.max_records": 7,
     "limits.max_record_bytes": 7,
     "limits.max_bytes": 7,
@@ -330,7 +335,7 @@ def test_each_key_has_one_effect() -> None:
         effects.setdefault(found.effect, set()).add(key)
     where = {"base_model", "sisa.shards", "sisa.slices", "sisa.bands", "sisa.group_by"}
     where |= {"sisa.partition_key_file"}
-    blocks = {key for key in OTHER if key.startswith(("cluster.", "limits.", "signing."))}
+    blocks = {key for key in OTHER if key.startswith(("cluster.", "limits.", "service.", "signing."))}
     none = {"output_dir", "datasets", "storage", "witness", "keyring", "probe", "patch_mode"}
     none |= {"prefix_cache_bytes", "sisa.aggregation", "sisa.checkpoint_budget_bytes"}
     assert effects["none"] == blocks | none

@@ -1,0 +1,41 @@
+"""A service over a small model of fakes, and a client of it, for the tests of this room."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from cluster.serve.app import Service, build_app
+from sisa.config.config import ServiceBlock
+from sisa.model import open_model
+from tests.fakes.answers import FakeAnswers
+from tests.models.confessing import build, use_fake_resources
+
+LOOPBACK = "http://127.0.0.1"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model of fakes that the tests of a file share, and change in copies."""
+    folder = tmp_path_factory.mktemp("trained")
+    build(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def service(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
+    """Return a service without tokens over a copy of the model."""
+    use_fake_resources(monkeypatch)
+    directory = Path(shutil.copytree(trained, tmp_path / "model"))
+    return Service(open_model(directory), FakeAnswers(), tokens=None, settings=ServiceBlock())
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[TestClient]:
+    """Return a client of the service, as one on the same machine."""
+    with TestClient(build_app(service), base_url=LOOPBACK) as made:
+        yield made
