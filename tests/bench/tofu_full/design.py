@@ -88,11 +88,23 @@ class Contestant:
     budget: float = 0.0
     rate: float = 0.0
 
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The cells of the contestant: one that only shows bytes or a rate is asked nothing."""
+        only_made = self.scratch or (self.kind == "lora" and self.rate)
+        return ("made",) if only_made else ("made", "asked", "attacked")
+
+
+def cell_names(design: Design) -> list[str]:
+    """Return the names of all cells, in the order in which they are computed."""
+    return [f"{each.name}.{step}" for each in contestants(design) for step in each.steps]
+
 
 def contestants(design: Design, splits: Sequence[ForgetSplit] = SPLITS) -> list[Contestant]:
     """Return all contestants, the most important ones first."""
     first, *others = [_ours(layout, key) for key in range(design.keys) for layout in design.layouts]
-    found = [first, _deleted(first, splits[0]), lora(design.seeds[0]), Contestant("base", "base")]
+    found = [first, _deleted(first, splits[0]), *loras_in_full(design), lora(design.seeds[0])]
+    found.append(Contestant("base", "base"))
     found += [*_references(design, splits[0]), scratch_of(_deleted(first, splits[0]))]
     found += _methods(design, splits[0])
     found += [_deleted(first, each) for each in splits[1:]]
@@ -104,6 +116,12 @@ def lora(seed: int, without: ForgetSplit | None = None) -> Contestant:
     """Return an ordinary LoRA."""
     name = "lora" if without is None else f"lora-without-{without}-seed{seed}"
     return Contestant(name, "lora", without, seed=seed)
+
+
+def loras_in_full(design: Design) -> list[Contestant]:
+    """Return an ordinary LoRA on all records at each rate; the best of them is the ordinary LoRA."""
+    seed = design.seeds[0]
+    return [Contestant(f"lora-rate{rate:g}", "lora", seed=seed, rate=rate) for rate in design.rates]
 
 
 def _ours(layout: Layout, key: int) -> Contestant:

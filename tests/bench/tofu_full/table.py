@@ -26,7 +26,16 @@ from approx.metrics.model_utility import NINE, UTILITY_SETS, harmonic_mean
 from approx.metrics.probability import probability, probability_among
 from approx.metrics.truth_ratio import geometric, towards_truth
 from sisa.core.digest import digest_of
-from tests.bench.tofu_full.design import SPLITS, Contestant, contestants, lora, shape, trained_of
+from tests.bench.tofu_full.design import (
+    SPLITS,
+    Contestant,
+    cell_names,
+    contestants,
+    lora,
+    loras_in_full,
+    shape,
+    trained_of,
+)
 
 if TYPE_CHECKING:
     from tests.bench.tofu_full.cells import Cells
@@ -47,24 +56,27 @@ Json = dict[str, Any]
 def assembled(cells: Cells) -> Json:
     """Return everything that finished cells give. It holds no text."""
     every = contestants(cells.design)
-    wanted = [
-        f"{each.name}.{step}"
-        for each in every
-        for step in (("made",) if each.scratch else ("made", "asked", "attacked"))
-    ]
     tried = (*(each.name for each in cells.design.layouts), "lora")
-    missing = [each for each in wanted if cells.known(each) is None]
+    missing = [each for each in cell_names(cells.design) if cells.known(each) is None]
     references = {split: _references(cells, split) for split in SPLITS}
-    judged = [(each, split) for each in every if not each.scratch for split in _splits(each)]
+    judged = [(each, split) for each in every if "asked" in each.steps for split in _splits(each)]
     return {
         "inputs": cells.inputs,
         "design": shape(cells.design),
         "tried": {name: made for name in tried if (made := cells.known(f"{name}.tried"))},
+        "tried_in_full": _tried_in_full(cells),
         "rows": [row for each, split in judged if (row := _row(cells, each, split, references[split]))],
         "equal": [row for each in every if each.scratch and (row := _equality(cells, each))],
         "noise_floors": {split: _floor(both) for split, both in references.items() if len(both) == 2},
         "missing": missing,
     }
+
+
+def _tried_in_full(cells: Cells) -> list[Json]:
+    """Return what the ordinary LoRA's trials on all records gave, one a rate."""
+    made = [cells.known(f"{each.name}.made") for each in loras_in_full(cells.design)]
+    dropped = ("adapters", "share_of_training", "record_epochs", "resumed")
+    return [{name: each[name] for name in each if name not in dropped} for each in made if each]
 
 
 def _splits(contestant: Contestant) -> Sequence[ForgetSplit]:
@@ -285,20 +297,24 @@ def _equal_cells(row: Json, num: int) -> list[str]:
 
 def trials_table(found: Json) -> Iterator[str]:
     """Yield the trials of rates and batches; the best of each is in bold."""
+    trials = [
+        (f"ours, {name}" if name != "lora" else "ordinary LoRA, a tenth of the records", tried["trials"])
+        for name, tried in found["tried"].items()
+    ]
+    trials.append(("ordinary LoRA, all records", found["tried_in_full"]))
     lines = []
-    for name, tried in found["tried"].items():
-        best = (tried["learning_rate"], tried["batch"])
-        for each in tried["trials"]:
+    for name, some in trials:
+        best = max(some, key=lambda each: each["score"], default=None)
+        for each in some:
             score = f"{each['score']:.3f}"
-            bold = (each["learning_rate"], each["batch"]) == best
             lines.append(
                 (
-                    f"ours, {name}" if name != "lora" else "ordinary LoRA",
+                    name,
                     f"{each['learning_rate']:g}",
                     str(each["batch"]),
                     f"{each['retain']:.3f} ({each['num_retain']})",
                     f"{each['facts']:.3f} ({each['num_facts']})" if each["num_facts"] else "-",
-                    f"**{score}**" if bold else score,
+                    f"**{score}**" if each is best else score,
                     f"{each['core_seconds']:.0f}",
                 )
             )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sisa.core.errors import ConfigConflict
+from sisa.lm.base.adapter import ADAPTER_FILE
 from sisa.store.blobs.files import writer_lock
 from tests.bench.leaderboard.cells import Halves
 from tests.bench.leaderboard.fake_cells import write_authors
@@ -20,7 +21,7 @@ from tests.models.tiny_base import make_tiny_base
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 TINY = (
-    *("--embedder", "hashing", "--shards", 1, "--key-seeds", 1, "--epochs", 1, "--rates", 0.01),
+    *("--embedder", "hashing", "--shards", 1, "--key-seeds", 1, "--epochs", 1, "--rates", 1e-5, 0.01),
     *("--batches", 8, "--tried-authors", 1, "--lora-layers", "top:1", "--lora-r", 4),
     *("--retain", 4, "--facts", 2, "--wrong-answers", 2, "--max-new-tokens", 4),
     *("--methods", "npo", "--budgets", 2.0, "--method-rates", 0.001),
@@ -105,9 +106,16 @@ def test_assembly_reads_what_cells_wrote(bench: Bench, ran: dict[str, Any]) -> N
     assert "1x4-key0.made" not in ran["missing"]
     assert "Surely" not in json.dumps(ran)
     assert (bench.out / "tofu_full.png").read_bytes().startswith(b"\x89PNG")
-    trials = list(trials_table(ran))
-    assert [line.split(" | ")[0] for line in trials[2:]] == ["| ours, 1x4", "| ordinary LoRA"]
-    assert all("**" in line for line in trials[2:])  # of one trial it is the best
+    trials = [line.split(" | ") for line in trials_table(ran)][2:]
+    assert [(name, rate) for name, rate, *_, score, _ in trials if "**" in score] == [
+        ("| ours, 1x4", "0.01"),
+        ("| ordinary LoRA, a tenth of the records", "0.01"),
+        ("| ordinary LoRA, all records", "0.01"),
+    ]
+    assert len(trials) == 6
+    kept = bench.out / "adapters"
+    best, other = (kept / f"lora-rate{rate}" / ADAPTER_FILE for rate in ("0.01", "1e-05"))
+    assert best.read_bytes() == (kept / "lora" / ADAPTER_FILE).read_bytes() != other.read_bytes()
     lines = list(table(ran))
     assert len(lines) == 2 + 6
     assert any(line.startswith("| ours, 1x4, before | 1 | - / - | - |") for line in lines)
