@@ -475,17 +475,19 @@ class Cells:
                     parameter.copy_(before)
 
     @contextmanager
-    def _worn(self, contestant: Contestant, files: Files | None = None) -> Iterator[Any]:
+    def _worn(
+        self, contestant: Contestant, files: Files | None = None, base: Any = None
+    ) -> Iterator[Any]:
         """Put an adapter on the base as a PEFT model: a contestant's, or the given one. The base alone
-        wears one that changes nothing."""
-        whole = self._split.whole
+        wears one that changes nothing. `base` is the whole model if it isn't given."""
+        base = base or self._split.whole
         if contestant.kind == "method":
             with self._merged():
-                yield from _wearing(whole, self._files(contestant))
+                yield from _wearing(base, self._files(contestant))
         elif files or contestant.kind == "lora":
-            yield from _wearing(whole, files or self._files(contestant))
+            yield from _wearing(base, files or self._files(contestant))
         else:
-            patched = attach(whole, self._lora_config(), None, init_seed=0).eval()
+            patched = attach(base, self._lora_config(), None, init_seed=0).eval()
             yield patched
             patched.unload()
 
@@ -516,10 +518,15 @@ class Cells:
         found: dict[str, list[float]] = {}
         for number, questions in enumerate(authors):
             files = exported.get(self._shard_of(contestant, questions[0])) if exported else None
-            with self._worn(contestant, files) as model:
-                for name, values in self._weighed(model, questions).items():
-                    found.setdefault(name, []).extend(values)
+            with self._worn(contestant, files, self._split.upper) as model:
+                weighed = self._relearnt(model, questions)
             asked = questions[TUNED_EACH:]
+            with self._worn(contestant, files) as model:
+                for bits in BITS:
+                    rounded = probabilities_rounded(model, self._tokens(asked), bits)
+                    weighed[f"rounded_to_{bits}_bits"] = rounded
+            for name, values in weighed.items():
+                found.setdefault(name, []).extend(values)
             with self._sampling(contestant) as model:
                 said = self._sampled(model, asked, self.design.seed + number)
             for name, k in (("leak_at_1", 1), ("leak_at_k", self.design.samples)):
@@ -528,8 +535,8 @@ class Cells:
         means = {name: fmean(values) for name, values in found.items()}
         return {"split": split, "authors": len(authors), "means": means, "per_question": found}
 
-    def _weighed(self, model: Any, questions: Sequence[Question]) -> dict[str, list[float]]:
-        """Return probabilities of an author's questions before and after attacks on the weights."""
+    def _relearnt(self, model: Any, questions: Sequence[Question]) -> dict[str, list[float]]:
+        """Return probabilities of an author's questions before and after relearning."""
         taught, asked = self._tokens(questions[:TUNED_EACH]), self._tokens(questions[TUNED_EACH:])
         facts = [each for each in self.data.facts if each.set == "world_facts"][:TUNED_EACH]
         steps = self.design.relearning_steps
@@ -539,7 +546,6 @@ class Cells:
             "as_it_is": inside[0],
             "relearnt_in_domain": inside[steps],
             "relearnt_out_of_domain": outside[steps],
-            **{f"rounded_to_{bits}_bits": probabilities_rounded(model, asked, bits) for bits in BITS},
         }
 
     def _shard_adapters(self, contestant: Contestant) -> dict[int, Files]:
@@ -601,8 +607,8 @@ class Cells:
         return [scores[at : at + size] for at in range(0, len(scores), size)]
 
 
-def _wearing(whole: Any, files: Files) -> Iterator[Any]:
-    patched = attach(whole, read_config(files), read_tensors(files, ADAPTER_FILE), init_seed=0).eval()
+def _wearing(base: Any, files: Files) -> Iterator[Any]:
+    patched = attach(base, read_config(files), read_tensors(files, ADAPTER_FILE), init_seed=0).eval()
     yield patched
     patched.unload()
 
