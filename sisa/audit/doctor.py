@@ -38,7 +38,7 @@ from sisa.flows.wiring.witness import is_behind
 from sisa.store.blobs import files
 from sisa.store.ledger.database import open_readonly
 from sisa.store.ledger.ledger import SqlLedger
-from sisa.store.ledger.rows import SCHEMA_VERSION
+from sisa.store.ledger.rows import SCHEMA_VERSION, UPGRADED
 
 LEAST_FREE_BYTES = 64 * 2**20
 CLOCK_TOLERANCE_S = 1.0
@@ -137,7 +137,7 @@ def _ledger(directory: Path) -> Iterator[Finding]:
     try:
         answers = [str(row[0]) for row in _query(path, "PRAGMA integrity_check(20)")]
         version = int(_query(path, "PRAGMA user_version")[0][0])
-        known = version == SCHEMA_VERSION
+        known = version in (SCHEMA_VERSION, *UPGRADED)
         committed = known and bool(_query(path, "SELECT 1 FROM meta WHERE key = 'config'"))
     except sqlite3.OperationalError as error:
         step = "give this user access to the directory, and end the processes that use it"
@@ -151,7 +151,7 @@ def _ledger(directory: Path) -> Iterator[Finding]:
     if answers != ["ok"]:
         what = f"the ledger is damaged: {len(answers)} faults, the first: {answers[0][:200]}"
         yield Finding("ledger_damaged", "error", LEDGER, what)
-    elif version not in (0, SCHEMA_VERSION):
+    elif version != 0 and not known:
         what = f"written by another version (schema {version}, expected {SCHEMA_VERSION})"
         yield Finding("ledger_schema", "error", LEDGER, what, step="use the version that wrote it")
     elif not committed:

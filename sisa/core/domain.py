@@ -128,6 +128,31 @@ class Tombstone:
 
 
 @dataclass(frozen=True, slots=True)
+class Identity:
+    """The keyed digest of one of a record's identifiers, such as an email address, and its keyed id."""
+
+    key: str
+    id_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """An identifier on a deletion list of California's DROP, named by DROP's id of it.
+
+    `key` is that of the matching `Identity`; empty once the consumer withdrew. `file` is the name of the
+    list's file without its suffix. `status` is what was reported last; 0: nothing yet.
+    """
+
+    item: str
+    key: str
+    file: str
+    request_id: str = ""  # that deletes the one consumer who matched
+    num_consumers: int = 0  # who matched at the last import
+    status: int = 0
+    reported_at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SliceState:
     """The records of one (shard, slice), named by the digest of their content; never empty."""
 

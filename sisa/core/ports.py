@@ -24,6 +24,7 @@ from sisa.core.domain import (
     Head,
     HeldCheckpoint,
     Hit,
+    Identity,
     IndexFile,
     Patch,
     PatchJob,
@@ -40,6 +41,7 @@ from sisa.core.domain import (
     Tombstone,
     VaultSet,
     WitnessHead,
+    WorkItem,
 )
 from sisa.core.events import Report, SliceTrained, silent
 
@@ -339,6 +341,9 @@ class Change:
     vault: Sequence[VaultSet] = ()  # put, by name
     vaulted: Sequence[tuple[str, str]] = ()  # (set, keyed id of a record whose text is in it)
     unvaulted: Collection[str] = ()  # sets whose rows go, with those of `vaulted`
+    identities: Sequence[Identity] = ()
+    unidentified: Collection[str] = ()  # keyed ids of records whose identities go
+    work_items: Sequence[WorkItem] = ()  # put, by item
     meta: Mapping[str, str] = field(default_factory=dict)
     readmitted: Sequence[str] = ()  # keyed ids among `added` that were deleted before; for the witness
 
@@ -371,7 +376,10 @@ class Ledger(Protocol):
         """Answer all queries of a short block from one state, whatever is committed meanwhile."""
 
     def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
-        """Empty the write-ahead log; leave no byte of removed rows (None: of any) in the database."""
+        """Empty the write-ahead log; leave no byte of removed rows (None: of any) in the database.
+
+        Of identities, those that this object removed are meant as well.
+        """
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
         """Return rows and tombstones by keyed id."""
@@ -416,6 +424,14 @@ class Ledger(Protocol):
 
         `full_scan` reads every row, so that none is missed even in a damaged ledger.
         """
+
+    def identities(
+        self, *, keys: Collection[str] | None = None, id_digests: Collection[str] | None = None
+    ) -> list[Identity]:
+        """Return the identities with one of these keys, or of one of these records; or else all."""
+
+    def work_items(self, keys: Collection[str] | None = None) -> list[WorkItem]:
+        """Return the identifiers on DROP's lists with one of these keys, or all, by item."""
 
     def requests(self) -> list[Request]:
         """Return all requests, oldest first."""

@@ -29,6 +29,7 @@ from sisa.core.domain import (
     Export,
     Head,
     HeldCheckpoint,
+    Identity,
     IndexFile,
     Patch,
     PatchJob,
@@ -38,6 +39,7 @@ from sisa.core.domain import (
     SliceFile,
     Tombstone,
     VaultSet,
+    WorkItem,
 )
 from sisa.core.errors import Busy, IntegrityError, SisaError
 from sisa.core.ports import Change, Ledger
@@ -180,6 +182,17 @@ vault_sets = st.builds(
     st.booleans(),
     numbers.map("req-{}".format),
 )
+identity_keys = numbers.map(lambda number: named("identity", number % 3))
+record_ids = numbers.map(lambda number: named("record id", number))
+work_items = st.builds(
+    WorkItem,
+    numbers.map(lambda number: f"item{number:08d}"),
+    identity_keys | st.just(""),
+    st.sampled_from(["20260801_4821_Email", "20260801_4821_NDZ"]),
+    numbers.map("req-{}".format),
+    st.integers(0, 3),
+    st.sampled_from([0, 3, 5]),
+)
 changes = st.builds(
     Change,
     added=some(records_of_subjects, lambda each: each.id_digest),
@@ -209,6 +222,9 @@ changes = st.builds(
         st.tuples(set_names, numbers.map(lambda number: named("record id", number))), lambda each: each
     ),
     unvaulted=some(set_names, lambda each: each),
+    identities=some(st.builds(Identity, identity_keys, record_ids), lambda each: each),
+    unidentified=some(record_ids, lambda each: each),
+    work_items=some(work_items, lambda each: each.item),
     meta=st.dictionaries(st.sampled_from(["config", "base"]), st.text("ab'\";-- ", max_size=5)),
 )
 
@@ -244,6 +260,12 @@ def answers(ledger: Ledger) -> dict[str, Any]:
         "vaulted": [ledger.vaulted(named("set", number)) for number in NUMBERS],
         "sets_with": ledger.sets_with(ids),
         "sets_with none": ledger.sets_with([]),
+        "identities": ledger.identities(),
+        "identities of keys": ledger.identities(keys=[named("identity", 1), "none"]),
+        "identities of records": ledger.identities(id_digests=ids),
+        "identities of none": ledger.identities(keys=[]),
+        "work_items": ledger.work_items(),
+        "work_items of keys": ledger.work_items([named("identity", 1), "none"]),
         "num_tombstones": ledger.num_tombstones(),
         "lost": ledger.lost(),
     }
@@ -462,6 +484,30 @@ def test_scrub_leaves_nothing_in_the_unused_part_of_pages(path: Path) -> None:
             assert len(ledger.rows(row(1).shard)) > 0
 
 
+def test_scrub_leaves_no_key_of_a_removed_identity(path: Path) -> None:
+    """One in ten of such ledgers keeps a copy until then."""
+
+    def identity(number: int) -> Identity:
+        return Identity(named("identity", number), named("record id", number))
+
+    source, held = random.Random(4), set(range(400))
+    with opened(path, create=True) as ledger:
+        ledger.commit(Change(identities=[identity(number) for number in held]))
+        for start in range(1000, 1360, 30):
+            removed = set(source.sample(sorted(held), source.choice([1, 2, 40])))
+            fresh = set(range(start, start + source.randrange(30)))
+            ledger.commit(Change(unidentified=[identity(n).id_digest for n in removed]))
+            ledger.commit(Change(identities=[identity(number) for number in fresh]))
+            held = held - removed | fresh
+        gone = {*range(400), *range(1000, 1360)} - held
+        ledger._empty_log()
+        keys = [identity(n).key[: database_module.PIECE_BYTES].encode() for n in gone]
+        assert any(key in path.read_bytes() for key in keys), "nothing to find: this proves nothing"
+        ledger.scrub()
+        assert not any(key in bytes_at_rest(path) for key in keys)
+        assert len(ledger.identities()) == len(held)
+
+
 def test_scrub_finds_the_end_of_a_row_whose_beginning_is_overwritten(path: Path) -> None:
     with opened(path, create=True) as ledger:
         ledger.commit(Change(added=[row(1)]))
@@ -655,13 +701,59 @@ def test_a_new_ledger_says_which_version_wrote_it(path: Path) -> None:
     assert user_version == SCHEMA_VERSION
 
 
+SCHEMAS = {
+    4: "ae2ebf4c3a4c1bf09218cd1ca2bd1dce0031832baf46b4df0f9cca5a3c36ea84",
+    5: "a6e52b547be3af37de4f4decc89674420f90c4b6c92b81d882e1f6209a3edc59",
+}
+
+
+def tables_digest(path: Path) -> str:
+    with contextlib.closing(sqlite3.connect(path)) as raw:
+        found = raw.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    return digest_of(sorted(statement for (statement,) in found))
+
+
 def test_the_tables_of_this_schema_stay(sql: SqlLedger, path: Path) -> None:
     """The tables follow the fields of the nouns: a field more is another schema."""
     sql.close()
-    with contextlib.closing(sqlite3.connect(path)) as raw:
-        found = raw.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
-    schemas = {4: "ae2ebf4c3a4c1bf09218cd1ca2bd1dce0031832baf46b4df0f9cca5a3c36ea84"}
-    assert digest_of(sorted(statement for (statement,) in found)) == schemas[SCHEMA_VERSION]
+    assert tables_digest(path) == SCHEMAS[SCHEMA_VERSION]
+
+
+def back_to_version_4(path: Path) -> None:
+    for statement in (
+        "DROP TABLE identities",
+        "DROP TABLE work_items",
+        "DELETE FROM counts WHERE name LIKE 'identities%' OR name LIKE 'work_items%'",
+        "PRAGMA user_version = 4",
+    ):
+        execute(path, statement)
+    assert tables_digest(path) == SCHEMAS[4]
+
+
+def test_a_ledger_of_version_4_gets_the_tables_that_it_lacks(path: Path) -> None:
+    with opened(path, create=True) as ledger:
+        full(ledger)
+        ledger.commit(Change(unidentified=[named("record id", n) for n in NUMBERS]))
+        before = answers(ledger)
+    back_to_version_4(path)
+    with opened(path) as ledger:
+        assert answers(ledger) == {**before, "work_items": [], "work_items of keys": []}
+        ledger.commit(Change(identities=[Identity(named("identity", 1), named("record id", 1))]))
+        assert len(ledger.identities(keys=[named("identity", 1)])) == 1
+        assert ledger.lost() == []
+    assert tables_digest(path) == SCHEMAS[SCHEMA_VERSION]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_ledger_of_version_4_that_is_read_only_says_how_to_go_on(path: Path) -> None:
+    with opened(path, create=True) as ledger:
+        full(ledger)
+    back_to_version_4(path)
+    path.chmod(0o400)
+    with pytest.raises(IntegrityError, match="another version") as refused:
+        SqlLedger(path)
+    assert "open it once" in refused.value.next_step
+    path.chmod(0o600)
 
 
 def test_a_statement_is_compiled_once_for_all_ledgers(tmp_path: Path) -> None:
@@ -704,6 +796,14 @@ def full(ledger: Ledger) -> None:
             patches=[Patch(n, patch_job(n), "active", "2026") for n in (1, 2)],
             vault=[VaultSet(named("set", n), "retain", 2, "asked", "2026", "s", 1) for n in (1, 2)],
             vaulted=[(named("set", n), named("record id", 4)) for n in (1, 2)],
+            identities=[
+                Identity(named("identity", key), named("record id", n))
+                for key, n in ((1, 1), (1, 4), (2, 4))
+            ],
+            work_items=[
+                WorkItem("item1", named("identity", 1), "20260801_4821_Email", "r0", 1),
+                WorkItem("item2", named("identity", 2), "20260801_4821_NDZ", status=5),
+            ],
             meta={"config": "x"},
         )
     )
@@ -735,6 +835,8 @@ def replies(ledger: Ledger) -> dict[str, Any]:
         "patches": ledger.patches,
         "vault": ledger.vault,
         "vaulted": lambda: ledger.vaulted(named("set", 1)),
+        "identities": ledger.identities,
+        "work_items": ledger.work_items,
         "sets_with": lambda: ledger.sets_with([named("record id", 4)]),
     }
     for shard in SHARDS:
@@ -746,6 +848,11 @@ def replies(ledger: Ledger) -> dict[str, Any]:
         asked[f"lookup {number}"] = partial(ledger.lookup, [named("record id", number)])
         who, texts = named("subject", number), {named("text", number)}
         asked[f"subject {number}"] = partial(ledger.by_subject, who, number % 3)
+        asked[f"identity {number}"] = partial(ledger.identities, keys=[named("identity", number)])
+        asked[f"identities {number}"] = partial(
+            ledger.identities, id_digests=[named("record id", number)]
+        )
+        asked[f"items {number}"] = partial(ledger.work_items, [named("identity", number)])
         asked[f"text {number}"] = partial(ledger.by_text, texts, full_scan=True)
     found: dict[str, Any] = {}
     for name, question in asked.items():
@@ -810,7 +917,7 @@ def test_a_lost_row_is_missed(whole: Full, path: Path, table: str, which: str) -
         assert ledger.lost() == [table]
 
 
-@pytest.mark.parametrize("sort", ["record id", "text", "subject"])
+@pytest.mark.parametrize("sort", ["record id", "text", "subject", "identity"])
 def test_a_flipped_bit_in_a_row_or_an_index_is_refused(path: Path, sort: str) -> None:
     """SQLite notices neither: a row that its index does not name is as good as gone."""
     with opened(path, create=True) as ledger:
@@ -893,6 +1000,7 @@ def test_an_emptied_index_hides_no_row_from_a_commit(whole: Full, path: Path) ->
         Change(exports=[Export("/out", 1, (0, 1), 1, "k", "a", "2026", "tainted", "r0")]),
         Change(requests=[Request("r0", "2026", "2027", 3)]),
         Change(slices=[SliceFile(1, 1, "r", 5, "s", 1)]),
+        Change(unidentified=[named("record id", 4)]),
         Change(meta={"config": "y"}),
     ]
     expected = [answers_after(change) for change in changes_]

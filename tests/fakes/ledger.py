@@ -13,6 +13,7 @@ from sisa.core.domain import (
     Export,
     Head,
     HeldCheckpoint,
+    Identity,
     IndexFile,
     Patch,
     RecordRow,
@@ -22,6 +23,7 @@ from sisa.core.domain import (
     Tombstone,
     VaultSet,
     WitnessHead,
+    WorkItem,
 )
 from sisa.core.ports import Change
 from sisa.core.requests import chained
@@ -44,6 +46,8 @@ class _Tables:
     patches: dict[str, Patch] = field(default_factory=dict)
     vault: dict[str, VaultSet] = field(default_factory=dict)
     vaulted: set[tuple[str, str]] = field(default_factory=set)
+    identities: set[tuple[str, str]] = field(default_factory=set)
+    work_items: dict[str, WorkItem] = field(default_factory=dict)
 
 
 class FakeLedger:
@@ -85,6 +89,9 @@ class FakeLedger:
         t.patches.update({each.key: each for each in change.patches})
         t.vault.update({each.name: each for each in change.vault})
         t.vaulted |= set(change.vaulted)
+        t.identities = {pair for pair in t.identities if pair[1] not in change.unidentified}
+        t.identities |= {(each.key, each.id_digest) for each in change.identities}
+        t.work_items.update({each.item: each for each in change.work_items})
         t.meta.update(change.meta)
         for request in change.requests:
             first, _ = t.requests.get(request.request_id, (t.seq, request))
@@ -175,6 +182,18 @@ class FakeLedger:
 
     def events(self, after: int = 0) -> list[RequestEvent]:
         return self.tables.events[after:]
+
+    def identities(
+        self, *, keys: Collection[str] | None = None, id_digests: Collection[str] | None = None
+    ) -> list[Identity]:
+        found = [Identity(*pair) for pair in sorted(self.tables.identities)]
+        if keys is not None:
+            return [each for each in found if each.key in keys]
+        return [each for each in found if id_digests is None or each.id_digest in id_digests]
+
+    def work_items(self, keys: Collection[str] | None = None) -> list[WorkItem]:
+        found = [each for _, each in sorted(self.tables.work_items.items())]
+        return [each for each in found if keys is None or each.key in keys]
 
     def requests(self) -> list[Request]:
         found = sorted(self.tables.requests.values(), key=lambda each: (each[0], each[1].request_id))

@@ -28,7 +28,7 @@ from sisa.core.domain import RecordRow, parse_patch_job
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, SisaError
 from sisa.store.blobs.files import disk_errors
 from sisa.store.ledger import rows
-from sisa.store.ledger.rows import SCHEMA_VERSION, schema
+from sisa.store.ledger.rows import SCHEMA_VERSION, UPGRADED, schema
 
 SCRUB_PATIENCE_S = 10.0
 FEW_ROWS = 4  # up to which removed rows are searched for; for more, rewriting the file is faster
@@ -87,6 +87,7 @@ class Database:
             self._engine = sa.create_engine(url, connect_args={"timeout": PATIENCE_S}, **shared)
             sa.event.listen(self._engine, "connect", _set_pragmas)
         self._snapshot: sa.Connection | None = None
+        self._unscrubbed: set[str] = set()  # keys of identities that this object removed
         try:
             self._open(create)
         except BaseException:
@@ -101,14 +102,30 @@ class Database:
                 rows.begin_counts(connection)
                 connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 version = SCHEMA_VERSION
+        step = "restore it from a backup, or use the version that wrote it"
+        if version in UPGRADED and is_read_only(self._path):
+            step = "open it once where it can be written, for example with `sisa status`"
+        elif version in UPGRADED:
+            version = self._upgraded()
         if version != SCHEMA_VERSION:
             raise IntegrityError(
                 "the ledger is empty or was written by another version",
                 where=str(self._path),
                 expected=f"schema {SCHEMA_VERSION}",
                 got=f"schema {version}",
-                next_step="restore it from a backup, or use the version that wrote it",
+                next_step=step,
             )
+
+    def _upgraded(self) -> int:
+        """Add what an earlier version did not have, unless another process just did."""
+        with self._guard(), self._engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            if connection.exec_driver_sql("PRAGMA user_version").scalar_one() in UPGRADED:
+                schema.create_all(connection)
+                rows.begin_counts(connection, upgraded=True)
+                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            connection.commit()
+        return SCHEMA_VERSION
 
     def close(self) -> None:
         self._engine.dispose()
@@ -170,16 +187,19 @@ class Database:
 
     def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
         self._empty_log()  # works even if the disk is too full to rewrite the ledger
-        if removed is None or len(removed) > FEW_ROWS or self._holds(removed):
+        gone = len(removed or ()) + len(self._unscrubbed)
+        if removed is None or gone > FEW_ROWS or self._holds(removed):
             with self._guard(), self._engine.connect() as connection:
                 alone = connection.execution_options(isolation_level="AUTOCOMMIT")
                 alone.exec_driver_sql("VACUUM")
             self._empty_log()
+        self._unscrubbed.clear()
 
     def _holds(self, removed: Collection[RecordRow]) -> bool:
         """Return whether any part of the file holds a row's piece: of its digest, or its vector's id."""
         wanted = [row.record_digest[:PIECE_BYTES].encode() for row in removed]
         wanted += [row.vector_id.to_bytes(8, "big")[2:] for row in removed]  # small ones take 6 bytes
+        wanted += [key[:PIECE_BYTES].encode() for key in self._unscrubbed]
         if not wanted:
             return False
         self._engine.dispose()  # closing the file would end the locks that a connection has on it

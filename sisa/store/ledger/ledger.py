@@ -22,6 +22,7 @@ from sisa.core.domain import (
     Export,
     Head,
     HeldCheckpoint,
+    Identity,
     IndexFile,
     Patch,
     Probed,
@@ -32,6 +33,7 @@ from sisa.core.domain import (
     Tombstone,
     VaultSet,
     WitnessHead,
+    WorkItem,
 )
 from sisa.core.ports import Change
 from sisa.core.requests import chained
@@ -43,6 +45,7 @@ from sisa.store.ledger.rows import (
     EVENTS,
     EXPORTS,
     HEADS,
+    IDENTITIES,
     INDEXES,
     META,
     NAMED,
@@ -54,6 +57,7 @@ from sisa.store.ledger.rows import (
     TOMBSTONES,
     VAULT,
     VAULTED,
+    WORK_ITEMS,
     Writing,
 )
 
@@ -77,8 +81,10 @@ class SqlLedger(Database):
     def commit(self, change: Change) -> int:
         with self._guard(), self._engine.connect() as connection:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
+            removed = _identified(connection, change.unidentified)
             seq = apply(connection, change)
             connection.commit()
+        self._unscrubbed.update(each.key for each in removed)
         return seq
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
@@ -182,6 +188,26 @@ class SqlLedger(Database):
     def exports(self) -> list[Export]:
         return self._all(Export, EXPORTS, EXPORTS.c.path, EXPORTS.c.key)
 
+    def identities(
+        self, *, keys: Collection[str] | None = None, id_digests: Collection[str] | None = None
+    ) -> list[Identity]:
+        with self._reading() as connection:
+            if keys is not None:
+                wanted = sorted(keys)
+                found = having(connection, Identity, IDENTITIES.c.key, wanted, full_scan=True)
+            elif id_digests is not None:
+                found = _identified(connection, id_digests)
+            else:
+                found = made(Identity, IDENTITIES, rows.read_all(connection, IDENTITIES))
+        return sorted(found, key=attrgetter("key", "id_digest"))
+
+    def work_items(self, keys: Collection[str] | None = None) -> list[WorkItem]:
+        if keys is None:
+            return self._all(WorkItem, WORK_ITEMS, WORK_ITEMS.c.item)
+        with self._reading() as connection:
+            found = having(connection, WorkItem, WORK_ITEMS.c.key, sorted(keys), full_scan=True)
+        return sorted(found, key=attrgetter("item"))
+
     def requests(self) -> list[Request]:
         order = (REQUESTS.c.seq, REQUESTS.c.request_id)
         with self._reading() as connection:
@@ -274,6 +300,8 @@ def apply(connection: sa.Connection, change: Change) -> int:
         (VAULT, change.vault),
         (EXPORTS, change.exports),
         (PATCHES, change.patches),
+        (IDENTITIES, change.identities),
+        (WORK_ITEMS, change.work_items),
     ):
         writing.put(table, [_row(table, each) for each in values])
     writing.put(VAULTED, [{"name": name, "id_digest": each} for name, each in change.vaulted])
@@ -293,11 +321,18 @@ def _remove(writing: Writing, change: Change) -> None:
     writing.remove(HEADS, [(shard,) for shard in change.headless])
     writing.remove(EXPORTS, list(change.unexported))
     writing.remove(SLICES, list(change.emptied))
+    if change.unidentified:
+        gone = _identified(writing.connection, change.unidentified)
+        writing.remove(IDENTITIES, [(each.key, each.id_digest) for each in gone])
     if change.unvaulted:
         pairs = rows.read_all(writing.connection, VAULTED)  # without an index
-        gone = [(name, each) for name, each, _ in pairs if name in change.unvaulted]
-        writing.remove(VAULTED, gone)
+        writing.remove(VAULTED, [(n, each) for n, each, _ in pairs if n in change.unvaulted])
         writing.remove(VAULT, [(name,) for name in change.unvaulted])
+
+
+def _identified(connection: sa.Connection, id_digests: Collection[str]) -> list[Identity]:
+    whose = sorted(id_digests)
+    return having(connection, Identity, IDENTITIES.c.id_digest, whose, full_scan=True)
 
 
 def _put_requests(writing: Writing, change: Change, seq: int) -> None:

@@ -2,7 +2,8 @@
 
 Rows hold keyed digests, positions, counts and digests of files; never an id, a subject or text. What a
 person writes about a request (reason, approver, external id, consent) is kept as given, and so are the
-paths of exports. There are no migrations: a ledger of another version is refused.
+paths of exports. A ledger of version 4 gets the tables that it lacks when it is opened to be written;
+other versions are refused.
 
 SQLite detects damaged pages, not a damaged value. So the last column of every row is the CRC-32 of the
 others, checked whenever the row is read. A lost row has no checksum, so `counts` holds the number of
@@ -31,7 +32,8 @@ import sqlalchemy as sa
 
 from sisa.core import domain
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+UPGRADED = (4,)  # versions without the tables that this one adds
 
 schema = sa.MetaData()
 
@@ -96,6 +98,14 @@ PATCHES = _table("patches", _PATCH, sa.UniqueConstraint("version"), key=("key",)
 VAULT = _table("vault", get_type_hints(domain.VaultSet), key=("name",))
 _VAULTED = {"name": str, "id_digest": str}
 VAULTED = _table("vaulted", _VAULTED, key=("name", "id_digest"), indexed=("id_digest",))
+IDENTITIES = _table(
+    "identities",
+    get_type_hints(domain.Identity),
+    key=("key", "id_digest"),
+    indexed=("id_digest",),
+    sqlite_with_rowid=False,
+)
+WORK_ITEMS = _table("work_items", get_type_hints(domain.WorkItem), key=("item",), indexed=("key",))
 _EVENT = {"position": int, **get_type_hints(domain.RequestEvent)}
 EVENTS = _table("events", _EVENT, key=("position",), indexed=("link",))
 
@@ -105,11 +115,11 @@ SEQ = "seq"  # key in `meta` of the number of the last commit
 NO_POSITION = -1  # shard and slice in `counts` of a whole table
 WHOLE = (NO_POSITION, NO_POSITION, "")
 BY_SHARD = (RECORDS, SLICES, INDEXES, CHECKPOINTS)
-GROWING = (TOMBSTONES, NAMED)  # too large to be scanned when rows are added
-KEYED = tuple(
-    table.columns[name]
-    for table in (RECORDS, TOMBSTONES)
-    for name in ("id_digest", "subject_digest", "text_digest")
+GROWING = (TOMBSTONES, NAMED, IDENTITIES, WORK_ITEMS)  # too large to be scanned when rows are added
+KEYED = (
+    *(RECORDS.c.id_digest, RECORDS.c.subject_digest, RECORDS.c.text_digest),
+    *(TOMBSTONES.c.id_digest, TOMBSTONES.c.subject_digest, TOMBSTONES.c.text_digest),
+    *(IDENTITIES.c.key, IDENTITIES.c.id_digest, WORK_ITEMS.c.key),
 )
 KEYED_AS_OF = "keyed"  # name in `counts` of the last commit that the counts of KEYED columns include
 BUCKET_DIGITS = 3  # of a keyed digest: 4,096 buckets, each with 244 of a million records
@@ -330,11 +340,12 @@ def _whole(table: sa.Table, counts: Mapping[CountKey, int]) -> int:
     return counts[WHOLE]
 
 
-def begin_counts(connection: sa.Connection) -> None:
-    """Write the counts of a new ledger: no table has rows."""
-    for table in COUNTED:
+def begin_counts(connection: sa.Connection, *, upgraded: bool = False) -> None:
+    """Write the counts of a new ledger, or of the tables that an earlier version did not have."""
+    for table in (IDENTITIES, WORK_ITEMS) if upgraded else COUNTED:
         _put_counts(connection, table.name, {WHOLE: 0})
-    _put_counts(connection, KEYED_AS_OF, {WHOLE: 0})
+    if not upgraded:
+        _put_counts(connection, KEYED_AS_OF, {WHOLE: 0})
 
 
 def _put_counts(connection: sa.Connection, name: str, counts: Mapping[CountKey, int]) -> None:
@@ -424,7 +435,7 @@ class Writing:
         if table in BY_SHARD:
             for position in map(_position_of(table), values):
                 deltas[position] += sign
-        for column in KEYED if self._counts_keyed and table in (RECORDS, TOMBSTONES) else ():
+        for column in KEYED if self._counts_keyed else ():
             if column.table is table:
                 at, counts = table.columns.keys().index(column.name), self._keyed[column]
                 for row in values:
