@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import logging
 import pkgutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -45,7 +45,9 @@ from sisa.model import Model
 if TYPE_CHECKING:
     from cluster.serve.tokens import Tokens
 
-ROUTERS: tuple[str, ...] = ()  # "cluster.serve.MODULE:NAME_router", in the order of the document
+ROUTERS: tuple[str, ...] = (  # in the order of the document
+    "cluster.serve.answers_api:answers_router",
+)
 OPENAI = "/v1/"  # paths below speak OpenAI's dialect
 STATUSES = {InvalidInput: 400, UnknownRecord: 404, ConfigConflict: 409, Busy: 503, Outdated: 503}
 RETRY_AFTER_S = 2
@@ -59,19 +61,66 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Question:
-    """What to answer, and how; `shards` are those that the caller may read (None: all)."""
+    """What to answer, and how."""
 
     prompt: Prompt
-    kind: Kind | None = None
-    max_new_tokens: int = 48
-    shards: frozenset[int] | None = None
+    kind: Kind | None = None  # the form of a text; None: as the model was trained
+    max_new_tokens: int | None = None  # None: DEFAULT_TOKENS, or as many as fit
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None  # most likely tokens to name at each position; None: no probabilities
+    shards: frozenset[int] | None = None  # those that the caller may read; None: all
+    alone: bool = False  # ask the base alone
+    whole: bool = True  # nobody sees a piece before the end, so the answer may begin again
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer: its bytes, its log-probability, and the likeliest tokens in its place."""
+
+    data: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Started:
+    """An answer begins, or begins again after a deletion: what came before is void."""
+
+    shards: tuple[int, ...]  # whose models answer; none: the base alone
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next part of an answer; tokens are given if probabilities were asked for."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """An answer is complete."""
+
+    reason: Literal["stop", "length"]
+    num_tokens: int
+
+
+AnswerEvent = Started | Piece | Ended
 
 
 class Answers(Protocol):
     """What answers questions: a replica's engine, or a fake."""
 
-    def generate(self, question: Question) -> AsyncIterator[Any]:
-        """Yield the answer in pieces."""
+    def answer(self, questions: Sequence[Question]) -> AsyncGenerator[tuple[int, AnswerEvent]]:
+        """Yield what happens to each question, by its position, until all have ended.
+
+        Raise InvalidInput for a question that can't be answered, before anything is yielded; Outdated
+        where a deletion cuts an answer that may not begin again. Closing the generator gives them up.
+        """
 
 
 @dataclass(frozen=True)
@@ -82,6 +131,11 @@ class Service:
     answers: Answers
     tokens: Tokens | None  # None: loopback, and everybody who reaches it may do everything
     settings: ServiceBlock
+
+    @property
+    def name(self) -> str:
+        """Return the model's name for clients: that of its directory."""
+        return self.model.directory.resolve().name
 
 
 class Refusal(HTTPException):
@@ -166,8 +220,7 @@ class _Guard:
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SisaError)  # noqa: S101 - as registered
-    status = next((code for kind, code in STATUSES.items() if isinstance(error, kind)), 500)
-    return _response(request, status, error)
+    return _response(request, _status(error), error)
 
 
 async def _on_refusal(request: Request, error: Exception) -> JSONResponse:
@@ -182,9 +235,10 @@ async def _on_schema(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - as registered
     found = [(".".join(map(str, each["loc"])), str(each["msg"])) for each in error.errors()]
     problems = [Problem(*each) for each in found[:MAX_LISTED]]
-    param = ".".join(map(str, error.errors()[0]["loc"][1:])) if found else None
+    first = error.errors()[0]
     refused = SisaError("the request does not fit its schema", problems=problems)
-    return _response(request, 422, refused, param=param)
+    param = ".".join(map(str, first["loc"][1:])) or None
+    return _response(request, 422, refused, param=param, code=first["type"])
 
 
 def _response(
@@ -199,17 +253,38 @@ def _response(
     """Return an error in the form of its path; a class of `sisa.core.errors` names its kind."""
     retry = {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}
     headers = {**retry, **(headers or {})}
-    facts, name = _facts(request, status, error), type(error).__name__
-    typed = type(error) is not SisaError
+    facts, name = _facts(request, status, error), _kind(error)
     if request.url.path.startswith(OPENAI):
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        message = "; ".join([error.what, *(f"{key}: {each}" for key, each in facts.items())])
-        code = code or (name if typed else None)
-        body = {"message": message, "type": kind, "param": param, "code": code}
-        return JSONResponse({"error": body}, status, headers)
-    kind = f"{PROBLEM}{name}" if typed else "about:blank"
+        body = _openai_body(status, error, facts, code or name, param)
+        return JSONResponse(body, status, headers)
+    kind = f"{PROBLEM}{name}" if name else "about:blank"
     about = {"type": kind, "title": HTTPStatus(status).phrase, "status": status, "detail": error.what}
     return JSONResponse(about | facts, status, headers, media_type="application/problem+json")
+
+
+def stream_error(request: Request, error: SisaError) -> dict[str, Any]:
+    """Return OpenAI's form of an error after the response has begun."""
+    status = _status(error)
+    return _openai_body(status, error, _facts(request, status, error), _kind(error), None)
+
+
+def _openai_body(
+    status: int, error: SisaError, facts: Mapping[str, Any], code: str | None, param: str | None
+) -> dict[str, Any]:
+    said = [f"{key}: {each}" for key, each in facts.items() if key != "problems"]
+    said += [f"{each['where']}: {each['what']}" for each in facts.get("problems", ())]
+    message = "; ".join([error.what, *said])
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _kind(error: SisaError) -> str | None:
+    """Return the name of a typed error; what only HTTP refuses has none."""
+    return None if type(error) is SisaError else type(error).__name__
+
+
+def _status(error: SisaError) -> int:
+    return next((code for kind, code in STATUSES.items() if isinstance(error, kind)), 500)
 
 
 def _facts(request: Request, status: int, error: SisaError) -> dict[str, Any]:
