@@ -48,9 +48,19 @@ from sisa.flows.deletion import Terms, arrive, copies, forget_at_once, plan_forg
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
 from sisa.flows.reconcile import finish_written, held_prompts, reconcile, stale_exports, under_way
+from sisa.flows.rights.restriction import Restriction, lift, restrict
 from sisa.flows.scratch import guard
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context, Resources, lookup, model_digest, view_shards
+from sisa.flows.wiring.context import (
+    Context,
+    Resources,
+    lookup,
+    model_digest,
+    restricted_rows,
+    restrictions,
+    served_heads,
+    view_shards,
+)
 from sisa.flows.wiring.progress import running
 from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 from sisa.flows.wiring.wiring import LEDGER, LOCK, SCRATCH, Description, OpenExecutor, open_areas
@@ -279,6 +289,19 @@ class Model:
             context.report(seen)
             return seen
 
+    def restrict(self, subject: str) -> Restriction:
+        """Store a subject's records, and serve none of them, until `release`. Raise UnknownRecord.
+
+        No shard serves a checkpoint that saw one; nothing is erased or trained.
+        """
+        with self._writing() as context:
+            return restrict(context, subject)
+
+    def release(self, subject: str) -> Restriction:
+        """End a restriction: the same is served as before it. Raise ConfigConflict without one."""
+        with self._writing() as context:
+            return lift(context, subject)
+
     def run(self) -> tuple[Request, ...]:
         """Carry out all approved requests as one batch, and finish deferred or interrupted ones.
 
@@ -327,7 +350,7 @@ class Model:
                     witness=(context.stores.witness.location(), witness_standing(context)),
                     event_head=ledger.event_head(),
                     num_orders=1 + len(recipe.orders),
-                    serving_depth=serving_depth(heads, views),
+                    serving_depth=serving_depth(served_heads(ledger), views),
                     record_epochs_full=full,
                     checkpoint_budget_bytes=config.sisa.checkpoint_budget_bytes,
                     records_without_subject=ledger.num_without_subject()[0],
@@ -335,6 +358,8 @@ class Model:
                     record_epochs_others=full_record_epochs(views, recipe, recipe.orders) - full,
                     form=prompt_form(context),
                     prompts=prompts,
+                    restricted_subjects=len(restrictions(ledger).since),
+                    restricted_records=len(restricted_rows(ledger)),
                 )
 
     @asked_again

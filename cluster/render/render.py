@@ -115,10 +115,12 @@ def _located(each: Location) -> list[str]:
         by = f"deleted at {each.deleted_at} by {each.request_id}"
         return [f"{each.id}: {by} (was in {place}; {_gone(each)})", *patches]
     place += f" (generation {each.generation})" if each.generation else ""
+    head = "  <- head, not served now" if each.restricted_since else "  <- served head"
     return [
         f"{each.id}: {each.state}, {place}, in {counted(len(each.checkpoints), 'checkpoint')}",
+        *[f"    restricted since {each.restricted_since}: not served"] * bool(each.restricted_since),
         *(
-            f"    slice {touch.slice}  {touch.key}{'  <- served head' if touch.is_head else ''}"
+            f"    slice {touch.slice}  {touch.key}{head if touch.is_head else ''}"
             for touch in each.checkpoints
         ),
         *(f"    exported to {path}" for path in each.exports),
@@ -308,6 +310,8 @@ def status(found: Status) -> Result:
         head = each.head[:16] + "..." if each.head else "none (the base)"
         target = "the base" if each.target is None else f"{each.target[:16]}..."
         waiting = "" if each.converged else f"  (clean; {target} is to be trained)"
+        if found.restricted_records and each.served != each.head:
+            waiting += f"  (restricted: serves {counted(each.served_depth, 'slice')})"
         depth = f"{each.depth}/{each.num_stages}"
         lines.append(f"{each.shard:5}  {each.records:7}  {per_slice:20} {depth:>5}  {head}{waiting}")
     others = found.num_orders - 1
@@ -316,6 +320,9 @@ def status(found: Status) -> Result:
         f"served: {100 * found.serving_depth:.1f}% of the shards' slices; training from scratch: "
         f"{found.record_epochs_full} record-epochs{more if others else ''}"
     )
+    if number := found.restricted_records:
+        of = counted(found.restricted_subjects, "subject")
+        lines.append(f"restricted, so stored and not served: {counted(number, 'record')} of {of}")
     lines += [f"prompts go to shards in the form: {found.form}", *prompts(found.prompts)]
     if found.checkpoint_budget_bytes is not None:
         budget = f"{found.checkpoint_bytes:,} bytes of a budget of {found.checkpoint_budget_bytes:,}"

@@ -419,11 +419,26 @@ class WitnessHead:
 
 
 @dataclass(frozen=True, slots=True)
+class Restrictions:
+    """Subjects whose records are stored and not served (GDPR Art. 18), by keyed digest: since when.
+
+    `number` counts all changes that were ever made, so that of two ledgers the newer one is known.
+    """
+
+    number: int = 0
+    since: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_RESTRICTIONS = Restrictions()
+
+
+@dataclass(frozen=True, slots=True)
 class Testimony:
-    """What a witness recorded: the newest head, None without one, and the tombstones in force."""
+    """What a witness recorded: the newest head, None without one, and what is in force."""
 
     head: WitnessHead | None
     tombstones: Mapping[str, Tombstone]  # by keyed id
+    restrictions: Restrictions = NO_RESTRICTIONS
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from sisa.core.domain import (
     DEFAULT_PRECISION,
+    NO_RESTRICTIONS,
     Chain,
     Export,
     Head,
@@ -34,6 +35,7 @@ from sisa.core.domain import (
     RecordRow,
     Request,
     RequestEvent,
+    Restrictions,
     SavedCheckpoint,
     SliceFile,
     SliceJob,
@@ -384,8 +386,10 @@ class Ledger(Protocol):
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
         """Return rows and tombstones by keyed id."""
 
-    def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
-        """Return the held and the deleted records of a subject, all of one shard."""
+    def by_subject(
+        self, subject_digest: str, shard: int | None = None
+    ) -> tuple[list[RecordRow], list[Tombstone]]:
+        """Return the held and the deleted records of a subject, the held ones all of one shard."""
 
     def num_without_subject(self) -> tuple[int, int]:
         """Return the numbers of held and of deleted records without a subject."""
@@ -501,10 +505,20 @@ class Witness(Protocol):
     def read(self) -> Testimony:
         """Return everything recorded."""
 
+    def num_restrictions(self) -> int:
+        """Return the number of the newest restrictions, without reading the rest; 0 without any."""
+
     def append(
-        self, head: WitnessHead, tombstones: Sequence[Tombstone], readmitted: Sequence[str]
+        self,
+        head: WitnessHead,
+        tombstones: Sequence[Tombstone],
+        readmitted: Sequence[str],
+        restrictions: Restrictions = NO_RESTRICTIONS,
     ) -> None:
-        """Record deletions and readmitted keyed ids, whole or not at all, and then the head."""
+        """Record deletions and readmitted keyed ids, whole or not at all, and then the head.
+
+        Restrictions are recorded if they are newer than the recorded ones.
+        """
 
     def location(self) -> str:
         """Return where the witness is stored."""

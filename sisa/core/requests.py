@@ -28,6 +28,7 @@ from sisa.core.errors import ConfigConflict, InvalidInput
 
 GDPR_MONTHS, GDPR_EXTENSION_MONTHS = 1, 2
 DELETE_ACT_DAYS = 45
+RECTIFY = "sisa rectify"  # approves and names the deletions of a rectification
 
 ACCEPTED: tuple[RequestState, ...] = ("committed", "rolled_back")  # both by one commit
 OPEN: frozenset[RequestState] = frozenset({"received", "approved", "held"})

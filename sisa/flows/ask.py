@@ -35,7 +35,8 @@ from sisa.flows.wiring.context import (
     live_heads,
     patch_files,
     route_of,
-    search_each,
+    routing_hits,
+    servable,
     slices_of,
     stored_in,
 )
@@ -162,7 +163,7 @@ def _index(context: Context, block: SisaBlock) -> Index:
 
     return Index(
         embed=context.compute.embed,
-        search=lambda queries, top_k: search_each(context, queries, top_k, by="asked"),
+        search=lambda queries, top_k: routing_hits(context, queries, top_k),
         vectors=vectors,
         has_names=block.names,
     )
@@ -213,19 +214,20 @@ def open_answerer(
 def _check_of(
     open_ledger: OpenLedger, seq: int, keys: frozenset[str], patches: Sequence[str]
 ) -> Callable[[], None]:
-    """Return a check that raises Outdated once the ledger drops an adapter or changes the patches."""
+    """Return a check that raises Outdated once an adapter may not be served or the patches change."""
 
     def check() -> None:
         nonlocal seq
         with open_ledger() as ledger, ledger.snapshot():
             if ledger.seq() == seq:
                 return
-            held = {each.key for each in ledger.checkpoints()}
+            held = servable(ledger)
             same = [each.key for each in active(ledger.patches())] == patches
             now = ledger.seq()
         if not (same and keys <= held):
             raise Outdated(
-                "the model has changed since its adapters were loaded: they may contain deleted records",
+                "the model has changed since its adapters were loaded: they may contain records that "
+                "are deleted or restricted by now",
                 next_step="load them again by `answerer()` or `as_transformers()`, or run the command "
                 "again",
             )

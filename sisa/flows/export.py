@@ -38,7 +38,15 @@ from sisa.core.events import Notice, Report
 from sisa.core.ports import Change
 from sisa.flows.ask import merged_gap
 from sisa.flows.reconcile import finish_written
-from sisa.flows.wiring.context import Context, Resources, commit, model_digest, patch_files
+from sisa.flows.wiring.context import (
+    Context,
+    Resources,
+    commit,
+    live_heads,
+    model_digest,
+    patch_files,
+    served_heads,
+)
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CARD, CONFIG, MODEL
 
@@ -70,6 +78,7 @@ class Card:
     num_patches: int
     made_at: str
     dtype: Dtype = "float32"
+    num_held_back: int = 0  # shards that serve less while the processing of records is restricted
 
     def text(self, name: str, shards: Sequence[int], rank: int = 0, gap: Gap | None = None) -> bytes:
         """Return the card of a directory that holds the given shards; `rank` is the adapter's."""
@@ -87,6 +96,9 @@ class Card:
             f"- deletions so far: {self.num_deleted}",
             f"- approximate patches in it: {self.num_patches}",
         ]
+        if self.num_held_back:
+            held_back = "- shards that are an earlier checkpoint or left out, for a restriction"
+            lines.append(f"{held_back}: {self.num_held_back}")
         if gap is not None:
             count, routed, merged = gap
             lines += [
@@ -190,7 +202,7 @@ def _written(
 ) -> list[_Written]:
     ledger = context.stores.ledger
     known = {each.key: each for each in ledger.checkpoints()}
-    heads = [known[head.key] for head in ledger.heads() if head.key is not None]
+    heads = [known[key] for _, key in sorted(live_heads(context).items())]
     adapters = [context.stores.checkpoints.load(each.key, each.manifest_sha256) for each in heads]
     patches = patch_files(context.stores.patches, active(ledger.patches()))
     card = _card(context, resources, form, len(patches), now)
@@ -234,6 +246,7 @@ def _card(context: Context, resources: Resources, form: ExportForm, num_patches:
         num_patches=num_patches,
         made_at=now,
         dtype=resources.config.dtype,
+        num_held_back=sum(a != b for a, b in zip(ledger.heads(), served_heads(ledger), strict=True)),
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from sisa.core.domain import Head, Record, RecordRow, Request, SliceFile, SliceState, Tombstone
 from sisa.core.errors import Problem, UnknownRecord
 from sisa.core.ports import Change, StoredRecord, Vectors
+from sisa.core.requests import RECTIFY
 from sisa.data.record_rules import normal_subject
 from sisa.flows.deletion import Terms, arrive, forget_at_once
 from sisa.flows.reconcile import HeldPrompts, check_rows, reconcile
@@ -29,8 +30,6 @@ from sisa.flows.wiring.context import (
 )
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import ShardPlan
-
-RECTIFY = "sisa rectify"  # approves and names the deletions of a rectification
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ from sisa.flows.wiring.context import (
     Context,
     known_rows,
     lookup,
+    restrictions,
     search_each,
+    served_heads,
     slices_of,
     stored_in,
     view_shards,
@@ -79,6 +81,7 @@ class Location:
     vault: tuple[VaultSet, ...] = ()  # sets that hold its text now
     kept_states: tuple[str, ...] = ()  # files of hidden states of its slice
     generation: int = 0  # in which it was appended
+    restricted_since: str | None = None  # it is stored and not served
     not_erased: Mapping[str, int | None] = field(default_factory=dict)  # from `reconcile.not_erased`
 
 
@@ -124,6 +127,8 @@ class ShardStatus:
     adapter_sha256: str | None
     target: str | None = None  # the head once training is done
     num_stages: int = 0  # slices that hold records: the full `depth`
+    served: str | None = None  # the head, unless that saw a restricted record; None: nothing
+    served_depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,7 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
         {e.shard: e.held for e in view_shards(context, sorted({row.shard for row in live}))},
         ledger.exports() if live else (),
         sorted(context.stores.prefixes.held()) if live else (),
+        restrictions(ledger).since,
     )
     deleted_by = {each.request_id for each in rows.values() if isinstance(each, Tombstone)}
     begun = under_way(context) if deleted_by else ()
@@ -205,6 +211,7 @@ class _Lineage:
     checkpoints: Mapping[int, Sequence[HeldCheckpoint]]  # by shard
     exports: Sequence[Export]
     states: Sequence[str]  # files of hidden states
+    restricted: Mapping[str, str]  # subjects, since when
 
 
 def _location(
@@ -230,6 +237,7 @@ def _location(
         exports=tuple(each.path for each in lineage.exports if touched(each, held)),
         kept_states=tuple(prefixes.location(name) for name in lineage.states if name.startswith(start)),
         generation=context.settings.assigner.layout.generation(held.slice),
+        restricted_since=lineage.restricted.get(held.subject_digest or ""),
     )
 
 
@@ -390,8 +398,10 @@ def shards(context: Context) -> list[ShardStatus]:
             adapter_sha256=held[head.key].adapter_sha256 if head.key else None,
             target=head.target,
             num_stages=sum(map(bool, sizes.values())),
+            served=serves.key,
+            served_depth=serves.depth,
         )
-        for head in ledger.heads()
+        for head, serves in zip(ledger.heads(), served_heads(ledger), strict=True)
         for sizes in [counts.get(head.shard, {})]
     ]
 

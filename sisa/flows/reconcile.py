@@ -61,8 +61,10 @@ from sisa.flows.wiring.context import (
     plan_of,
     plans_of,
     purge,
+    restricted_rows,
+    restrictions,
     route_of,
-    search_each,
+    routing_hits,
     view_shard,
     view_shards,
 )
@@ -374,7 +376,8 @@ def held_prompts(context: Context, *, note: bool = False) -> HeldPrompts | None:
         return None
     indexes = sorted([each.shard, each.sha256] for each in context.stores.ledger.indexes())
     how = block.model_dump(mode="json", include={"aggregation", "embedder"})
-    state = digest_of([indexes, sorted(live_heads(context)), how])
+    number = restrictions(context.stores.ledger).number
+    state = digest_of([indexes, sorted(live_heads(context)), how, *([number] if number else [])])
     noted = json.loads(context.stores.ledger.meta().get(HELD_PROMPTS, "null"))
     if noted and noted["of"] == state:
         return HeldPrompts(**noted["found"]) if noted["found"] else None
@@ -396,12 +399,14 @@ def _look_up_prompts(context: Context, block: SisaBlock) -> HeldPrompts | None:
     how = block.aggregation.model_copy(update={"below": "base"})
     block = block.model_copy(update={"aggregation": how})
     live, counted = frozenset(live_heads(context)), [0, 0, 0]
+    silent = {row.id_digest for row in restricted_rows(context.stores.ledger)}
     for file in files:
         rows = context.stores.ledger.rows(file.shard)[: -(-MAX_LOOKED_UP // len(files))]
-        asking = sorted(row.vector_id for row in rows if row.kind != "text")
+        heard = [row for row in rows if row.kind != "text" and row.id_digest not in silent]
+        asking = sorted(row.vector_id for row in heard)
         try:
             vectors = context.stores.index.vectors(file, asking, by="asked")
-            found = search_each(context, vectors, NUM_ROUTING_HITS, by="asked")
+            found = routing_hits(context, vectors, NUM_ROUTING_HITS)
         except SisaError:
             return None  # `sisa doctor` says what is damaged
         routes = [route_of(context, block, hits, live) for hits in found]

@@ -219,6 +219,34 @@ def touched(made: HeldCheckpoint | Export, row: RecordRow) -> bool:
     return row.seq <= made.seq
 
 
+def held_back(
+    heads: Iterable[Head], held: Iterable[HeldCheckpoint], restricted: Collection[RecordRow]
+) -> list[Head]:
+    """Return what shards serve while the processing of some records is restricted.
+
+    A head that saw one of them gives way to the deepest held checkpoint of its shard that saw none, of
+    whatever order, or to nothing. What is planned and trained does not depend on it.
+
+    >>> head = Head(0, None, 0, "t")
+    >>> held_back([head], [], []) == [head]
+    True
+    """
+    made: dict[int, dict[str, HeldCheckpoint]] = {}
+    for each in held:
+        made.setdefault(each.shard, {})[each.key] = each
+    found = []
+    for head in heads:
+        here = made.get(head.shard, {})
+        gone = {key for key, each in here.items() if any(touched(each, row) for row in restricted)}
+        if head.key in gone:
+            left = [each for key, each in here.items() if key not in gone]
+            best = max(left, key=lambda each: (len(each.prefix), each.seq, each.key), default=None)
+            depth = len(best.prefix) if best else 0
+            head = replace(head, key=best.key if best else None, depth=depth)
+        found.append(head)
+    return found
+
+
 def marked(exports: Iterable[Export], removed: Mapping[str, Collection[RecordRow]]) -> list[Export]:
     """Return the clean exports that a removed record touched, tainted by the first such request."""
     by: dict[tuple[str, str], str] = {}  # shards that were exported together are erased together

@@ -3,7 +3,10 @@ back.
 
     {"tombstone": [...]}    a deletion
     {"readmitted": "..."}   a deleted id that was allowed in again
+    {"restrictions": {...}, "number": ...}    all subjects whose records are not served, and since when
     {"head": ..., "num_events": ..., "chain": ..., "mac": ...}    closes a batch: the event log's head
+
+A closing line also has the number of the newest restrictions, if there ever were any.
 
 A batch counts once its closing line is complete; the next append drops an incomplete one. `chain` hashes
 all lines so far, and `mac` authenticates it with the partition key, so that nobody without the key can
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sisa.core.digest import Keyed, canonical_json, digest_of
-from sisa.core.domain import Testimony, Tombstone, WitnessHead
+from sisa.core.domain import NO_RESTRICTIONS, Restrictions, Testimony, Tombstone, WitnessHead
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.store.blobs import files
 
@@ -40,13 +43,22 @@ class FileWitness:
         self._keyed = keyed
 
     def head(self) -> WitnessHead | None:
+        closing = self._closing()
+        return self.read().head if closing is None else _head(closing)
+
+    def num_restrictions(self) -> int:
+        closing = self._closing()
+        return self.read().restrictions.number if closing is None else closing.get("restrictions", 0)
+
+    def _closing(self) -> dict[str, Any] | None:
+        """Return the last closing line; None if a long incomplete batch follows it, or none is there."""
         tail = self._bytes(TAIL_BYTES)
         last = [line for line in tail.split(b"\n")[:-1] if line.startswith(b'{"chain"')]
-        if last:
-            body = self._parsed(last[-1])
-            self._refuse_unkeyed(body, body["chain"], "mac" in body)
-            return _head(body)
-        return self.read().head  # a long incomplete batch follows the last closed one
+        if not last:
+            return None
+        body = self._parsed(last[-1])
+        self._refuse_unkeyed(body, body["chain"], "mac" in body)
+        return body
 
     def read(self) -> Testimony:
         return self._testimony(self._bytes())[0]
@@ -64,15 +76,23 @@ class FileWitness:
             raise self._refused("read", error) from error
 
     def append(
-        self, head: WitnessHead, tombstones: Sequence[Tombstone], readmitted: Sequence[str]
+        self,
+        head: WitnessHead,
+        tombstones: Sequence[Tombstone],
+        readmitted: Sequence[str],
+        restrictions: Restrictions = NO_RESTRICTIONS,
     ) -> None:
         with self._locked() as file:
-            chain, end = self._end(file)
+            chain, end, number = self._end(file)
             bodies: list[dict[str, Any]] = [{"tombstone": list(astuple(each))} for each in tombstones]
             bodies += [{"readmitted": each} for each in readmitted]
+            if restrictions.number > number:
+                number = restrictions.number
+                bodies.append({"restrictions": dict(restrictions.since), "number": number})
             for body in bodies:
                 chain = digest_of([chain, body])
-            closing = {"head": head.link, "num_events": head.num_events}
+            closing: dict[str, Any] = {"head": head.link, "num_events": head.num_events}
+            closing |= {"restrictions": number} if number else {}
             chain = digest_of([chain, closing])
             bodies.append({**closing, "chain": chain, "mac": self._mac(chain)})
             file.truncate(end)
@@ -84,8 +104,8 @@ class FileWitness:
     def location(self) -> str:
         return str(self.path)
 
-    def _end(self, file: BinaryIO) -> tuple[str, int]:
-        """Return the chain of the last closed batch, and the offset of its end."""
+    def _end(self, file: BinaryIO) -> tuple[str, int, int]:
+        """Return the chain of the last closed batch, the offset of its end, and its restrictions."""
         size = file.seek(0, os.SEEK_END)
         start = max(0, size - TAIL_BYTES)
         file.seek(start)
@@ -93,9 +113,11 @@ class FileWitness:
         whole = tail[: tail.rfind(b"\n") + 1]
         line = whole[whole.rfind(b"\n", 0, -1) + 1 :]
         if line.startswith(b'{"chain"') and (start == 0 or len(line) < len(whole)):
-            return str(self._parsed(line)["chain"]), start + len(whole)
+            closing = self._parsed(line)
+            return str(closing["chain"]), start + len(whole), closing.get("restrictions", 0)
         file.seek(0)
-        return self._testimony(file.read())[1:]
+        testimony, chain, end = self._testimony(file.read())
+        return chain, end, testimony.restrictions.number
 
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
@@ -114,6 +136,7 @@ class FileWitness:
     def _testimony(self, data: bytes) -> tuple[Testimony, str, int]:
         """Return the closed batches' testimony, the last one's chain, and the offset of its end."""
         found: dict[str, Tombstone] = {}
+        restricted = NO_RESTRICTIONS
         batch: list[dict[str, Any]] = []
         head: WitnessHead | None = None
         chain, closed, at, end = "", "", 0, 0
@@ -132,9 +155,9 @@ class FileWitness:
             keyed = keyed or mac is not None
             self._refuse_unkeyed({"mac": mac}, chain, keyed)
             for each in batch:
-                self._take(each, found)
+                restricted = self._take(each, found) or restricted
             head, batch, closed, end = _head(body), [], chain, at
-        return Testimony(head, found), closed, end
+        return Testimony(head, found, restricted), closed, end
 
     def _mac(self, chain: str) -> str:
         return self._keyed.digest("witness", chain)
@@ -144,8 +167,11 @@ class FileWitness:
         if keyed and body["mac"] != self._mac(chain):
             raise self._damaged("lines that were written without the model's key")
 
-    def _take(self, body: dict[str, Any], found: dict[str, Tombstone]) -> None:
+    def _take(self, body: dict[str, Any], found: dict[str, Tombstone]) -> Restrictions | None:
+        """Apply a line to the tombstones, or return the restrictions that it holds."""
         try:
+            if "restrictions" in body:
+                return Restrictions(int(body["number"]), dict(body["restrictions"]))
             if "readmitted" in body:
                 found.pop(str(body["readmitted"]), None)
             else:
@@ -153,11 +179,14 @@ class FileWitness:
                 found[tombstone.id_digest] = tombstone
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged("a line of another form") from error
+        return None
 
     def _parsed(self, line: bytes) -> dict[str, Any]:
         try:
             body = json.loads(line)
             kinds = {"chain": str, "head": str, "num_events": int} if "chain" in body else {}
+            if kinds and "restrictions" in body:
+                kinds["restrictions"] = int
             if not isinstance(body, dict) or any(
                 not isinstance(body.get(key), kind) for key, kind in kinds.items()
             ):

@@ -239,6 +239,7 @@ def answers(ledger: Ledger) -> dict[str, Any]:
         "meta": ledger.meta(),
         "lookup": ledger.lookup([*ids, named("record id", 999)]),
         "by_subject": [ledger.by_subject(named("subject", each), each) for each in SHARDS],
+        "by_subject anywhere": [ledger.by_subject(named("subject", each)) for each in SHARDS],
         "num_without_subject": ledger.num_without_subject(),
         "by_vector": [ledger.by_vector(shard, vectors) for shard in SHARDS],
         "no vectors": ledger.by_vector(0, []),

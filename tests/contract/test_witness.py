@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from sisa.core import domain
 from sisa.core.digest import Keyed, canonical_json, digest_of
-from sisa.core.domain import Tombstone, WitnessHead
+from sisa.core.domain import Restrictions, Tombstone, WitnessHead
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import Witness
 from sisa.store.witness import TAIL_BYTES, FileWitness
@@ -67,6 +67,26 @@ def test_what_is_told_adds_up(witness: Witness) -> None:
     again = replace(tombstone(2), request_id="req-2")
     witness.append(head(4), [again], ())
     assert witness.read().tombstones[again.id_digest] == again
+
+
+def test_the_newest_restrictions_count(witness: Witness) -> None:
+    assert witness.num_restrictions() == 0
+    newest = Restrictions(2, {"b": "2026-01-02"})
+    for told in (Restrictions(1, {"a": "2026-01-01"}), newest, Restrictions(1)):
+        witness.append(head(1), [tombstone(1)], (), told)
+    witness.append(head(2), (), ())
+    assert witness.num_restrictions() == 2
+    assert witness.read() == domain.Testimony(head(2), {tombstone(1).id_digest: tombstone(1)}, newest)
+
+
+def test_a_long_torn_batch_hides_no_restriction(file: FileWitness) -> None:
+    file.append(head(8), (), (), Restrictions(4, {"a": "2026-01-01"}))
+    file.append(head(9), [tombstone(n) for n in range(100)], ())
+    lines = file.path.read_bytes().splitlines(keepends=True)
+    file.path.write_bytes(b"".join(lines[:-1]))
+    assert file.num_restrictions() == 4
+    file.append(head(10), (), ())
+    assert (file.num_restrictions(), file.read().restrictions.number) == (4, 4)
 
 
 steps = st.lists(st.tuples(st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9))), max_size=8)

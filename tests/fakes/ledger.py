@@ -116,10 +116,12 @@ class FakeLedger:
                 found[digest] = held
         return found
 
-    def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
+    def by_subject(
+        self, subject_digest: str, shard: int | None = None
+    ) -> tuple[list[RecordRow], list[Tombstone]]:
         t = self.tables
         live = [row for row in t.records.values() if row.subject_digest == subject_digest]
-        assert {row.shard for row in live} <= {shard}
+        assert shard is None or {row.shard for row in live} <= {shard}
         dead = [each for each in t.tombstones.values() if each.subject_digest == subject_digest]
         return _ordered(live), sorted(dead, key=lambda each: each.id_digest)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from sisa.core.digest import Keyed, canonical_json, sha256_hex
 from sisa.core.domain import (
+    NO_RESTRICTIONS,
     Chain,
     Export,
     Hit,
@@ -25,6 +26,7 @@ from sisa.core.domain import (
     PatchJob,
     PatchMode,
     Record,
+    Restrictions,
     SavedCheckpoint,
     SliceFile,
     SliceJob,
@@ -262,13 +264,21 @@ class FakeWitness:
     def read(self) -> Testimony:
         return self.told
 
+    def num_restrictions(self) -> int:
+        return self.told.restrictions.number
+
     def append(
-        self, head: WitnessHead, tombstones: Sequence[Tombstone], readmitted: Sequence[str]
+        self,
+        head: WitnessHead,
+        tombstones: Sequence[Tombstone],
+        readmitted: Sequence[str],
+        restrictions: Restrictions = NO_RESTRICTIONS,
     ) -> None:
         standing = {**self.told.tombstones, **{each.id_digest: each for each in tombstones}}
         for each in readmitted:
             standing.pop(each, None)
-        self.told = Testimony(head, standing)
+        newest = max(self.told.restrictions, restrictions, key=lambda each: each.number)
+        self.told = Testimony(head, standing, newest)
 
     def location(self) -> str:
         return "memory"

@@ -21,6 +21,7 @@ from sisa.config.config import RunConfig, SisaBlock
 from sisa.core import ports
 from sisa.core.digest import digest_of, patched_digest
 from sisa.core.domain import (
+    Head,
     HeldCheckpoint,
     Hit,
     IndexFile,
@@ -29,6 +30,7 @@ from sisa.core.domain import (
     PatchMode,
     Record,
     RecordRow,
+    Restrictions,
     SliceFile,
     SliceState,
     Tombstone,
@@ -44,14 +46,23 @@ from sisa.core.errors import (
     UnknownRecord,
 )
 from sisa.core.events import Report
-from sisa.core.requests import EventChain
+from sisa.core.requests import RECTIFY, EventChain
 from sisa.lm.answer.route import Route, choose_route, resolve_aggregation
 from sisa.planning.layout import Assigner, index_root, slice_root
 from sisa.planning.patch_plan import TRAINED_OVER
-from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, prefix_names
+from sisa.planning.plan import (
+    Recipe,
+    ShardPlan,
+    ShardView,
+    held_back,
+    plan_shard,
+    prefix_names,
+    touched,
+)
 from sisa.store.index import Warm
 
 TRAINED_ANEW = "trained_anew"  # in the ledger's meta: when the model was last trained as a whole
+RESTRICTIONS = "restrictions"  # in the ledger's meta: whose records are stored and not served
 INDEXED = "text-and-asked-v1"  # of a record: its text, and each thing that is asked in it
 
 
@@ -246,16 +257,35 @@ class Context:
 
 
 def commit(context: Context, change: ports.Change) -> int:
-    """Commit a transaction, and record its requests and deletions in the witness.
+    """Commit a transaction, and record its requests, deletions and restrictions in the witness.
 
     After a crash between the two, the next writer completes the record (`witness.py`).
     """
     ledger, chain = context.stores.ledger, context.settings.chain
+    if change.removed and RESTRICTIONS not in change.meta:
+        change = replace(change, meta={**change.meta, **_ended(ledger, change)})
     before = ledger.event_head().link if change.events else ""
     seq = ledger.commit(replace(change, events=[*chain.linked(before, change.events)]))
-    if "model" in change.meta or change.events or change.tombstones or change.readmitted:
-        context.stores.witness.append(ledger.event_head(), change.tombstones, change.readmitted)
+    named = not {"model", RESTRICTIONS}.isdisjoint(change.meta)
+    if named or change.events or change.tombstones or change.readmitted:
+        context.stores.witness.append(
+            ledger.event_head(), change.tombstones, change.readmitted, restrictions(ledger)
+        )
     return seq
+
+
+def _ended(ledger: ports.Ledger, change: ports.Change) -> dict[str, str]:
+    """Return what a change leaves of the restrictions whose subjects lose their last record by it.
+
+    A rectification adds the records again, so it ends none.
+    """
+    known, gone = restrictions(ledger), {row.id_digest for row in change.removed}
+    moved = {row.subject_digest for row in change.removed} - {r.subject_digest for r in change.added}
+    ended = [each for each in known.since if each in moved]
+    ended = [each for each in ended if all(r.id_digest in gone for r in ledger.by_subject(each)[0])]
+    if not ended or any(each.reason == RECTIFY for each in change.requests):
+        return {}
+    return restricting(known, {e: at for e, at in known.since.items() if e not in ended})
 
 
 def model_digest(context: Context) -> str:
@@ -270,9 +300,38 @@ def model_digest(context: Context) -> str:
     return context.settings.assigner.model_digest(heads, stack)
 
 
+def restricting(known: Restrictions, since: Mapping[str, str]) -> dict[str, str]:
+    """Return the ledger's meta for other restrictions than the known ones."""
+    return {RESTRICTIONS: json.dumps([known.number + 1, dict(since)], sort_keys=True)}
+
+
+def restrictions(ledger: ports.Ledger) -> Restrictions:
+    """Return whose records are stored and not served."""
+    number, since = json.loads(ledger.meta().get(RESTRICTIONS, "[0, {}]"))
+    return Restrictions(number, since)
+
+
+def restricted_rows(ledger: ports.Ledger) -> list[RecordRow]:
+    """Return the held records that are stored and not served."""
+    return [row for each in sorted(restrictions(ledger).since) for row in ledger.by_subject(each)[0]]
+
+
+def served_heads(ledger: ports.Ledger) -> list[Head]:
+    """Return what each shard serves: its head, unless that saw a record that is restricted."""
+    heads, restricted = ledger.heads(), restricted_rows(ledger)
+    shards = sorted({row.shard for row in restricted})
+    return held_back(heads, [e for shard in shards for e in ledger.checkpoints(shard)], restricted)
+
+
+def servable(ledger: ports.Ledger) -> frozenset[str]:
+    """Return the keys of the held checkpoints that saw no restricted record."""
+    rows = restricted_rows(ledger)
+    return frozenset(e.key for e in ledger.checkpoints() if not any(touched(e, row) for row in rows))
+
+
 def live_heads(context: Context) -> dict[int, str]:
     """Return the key of the served adapter of each shard that serves one."""
-    return {head.shard: head.key for head in context.stores.ledger.heads() if head.key is not None}
+    return {head.shard: head.key for head in served_heads(context.stores.ledger) if head.key is not None}
 
 
 def search_each(
@@ -289,6 +348,13 @@ def search_each(
         [replace(hit, score=hit.score / square) for hit in hits]
         for hits, square in zip(found, own, strict=True)
     ]
+
+
+def routing_hits(context: Context, queries: ports.Vectors, top_k: int) -> list[list[Hit]]:
+    """Return the best hits for prompts, as if no restricted record were in the index."""
+    hidden = {(row.shard, row.vector_id) for row in restricted_rows(context.stores.ledger)}
+    found = search_each(context, queries, top_k + len(hidden), by="asked")
+    return [[hit for hit in hits if (hit.shard, hit.vector_id) not in hidden][:top_k] for hits in found]
 
 
 def route_of(

@@ -43,6 +43,8 @@ class Status:
     records_without_subject: int = 0
     form: Kind = "text"  # in which prompts are put to shards
     prompts: HeldPrompts | None = None
+    restricted_subjects: int = 0  # whose records are stored and not served
+    restricted_records: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ A restored model directory brings back its own, older ledger. The witness is out
 holds the head of the event log and the tombstones. A ledger that does not know the witness's head is
 behind it.
 
-    behind    what the witness records as deleted is removed again in one commit, under the requests that
-              deleted it; tombstones that the ledger lacks are restored; bytes are erased
+    behind    restrictions become those of the witness; what it records as deleted is removed again in
+              one commit, under the requests that deleted it; tombstones that the ledger lacks are
+              restored; bytes are erased
     ahead     (a crash fell between a commit and its record in the witness) the witness is updated
     absent    (another machine, or a new place for it) the witness is written
 
@@ -22,26 +23,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from sisa.core.domain import RecordRow, Request, Tombstone
+from sisa.core.domain import RecordRow, Request, Restrictions, Tombstone
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
 from sisa.core.ports import Change, Removal
 from sisa.core.requests import due_date, event
 from sisa.flows.deletion import commit_removed
 from sisa.flows.reconcile import check_consistent, erase_unknown
-from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.context import Context, restricting, restrictions
 
 WitnessStanding = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
 REPLAYED = "replayed from the witness"
 
 
 def is_behind(context: Context) -> bool:
-    """Return whether the ledger does not know the witness's head.
+    """Return whether the ledger does not know the witness's head, or has older restrictions.
 
     The witness is read first: a ledger that is written meanwhile can only be ahead of it.
     """
-    head = context.stores.witness.head()
-    return head is not None and head.link != "" and not context.stores.ledger.has_event(head.link)
+    head, number = context.stores.witness.head(), context.stores.witness.num_restrictions()
+    ledger = context.stores.ledger
+    unknown = head is not None and head.link != "" and not ledger.has_event(head.link)
+    return unknown or (number > 0 and number > restrictions(ledger).number)
 
 
 def witness_standing(context: Context) -> WitnessStanding:
@@ -60,18 +63,34 @@ def catch_up(context: Context) -> None:
     head = witness.head()
     if is_behind(context):
         apply_testimony(context)
-    elif head != ledger.event_head():
+    elif head != ledger.event_head() or restrictions(ledger).number > witness.num_restrictions():
         known = witness.read().tombstones
         missing = [each for each in ledger.tombstones() if known.get(each.id_digest) != each]
         live = ledger.lookup(each.id_digest for each in missing)  # of readmitted ids, a row
         dead = [each for each in missing if not isinstance(live[each.id_digest], RecordRow)]
-        witness.append(ledger.event_head(), dead, ())
+        witness.append(ledger.event_head(), dead, (), restrictions(ledger))
+
+
+def _restrict_again(context: Context, restricted: Restrictions) -> None:
+    """Bring newer restrictions of the witness into force, and end those that have ended since.
+
+    The witness is told nothing: its head is still to be compared.
+    """
+    if restricted.number > restrictions(context.stores.ledger).number:
+        number = len(restricted.since)
+        what = f"a backup was restored: restrictions are as they were since ({number} in force)"
+        context.report(Notice(what))
+        before = replace(restricted, number=restricted.number - 1)
+        context.stores.ledger.commit(Change(meta=restricting(before, restricted.since)))
 
 
 def apply_testimony(context: Context) -> None:
     """Delete again and erase what the witness records as deleted; training is left to `reconcile`."""
     check_consistent(context)  # a damaged ledger must not be taken for an older one
     ledger, testimony = context.stores.ledger, context.stores.witness.read()
+    _restrict_again(context, testimony.restrictions)
+    if not is_behind(context):
+        return
     dead = testimony.tombstones
     found = ledger.lookup(dead)
     again = [each for key, each in dead.items() if not isinstance(found.get(key), Tombstone)]
@@ -99,7 +118,7 @@ def apply_testimony(context: Context) -> None:
                 "after the last deletion: of an encrypted model an older one can't be read where "
                 "records were deleted",
             ) from error
-    context.stores.witness.append(ledger.event_head(), (), ())
+    context.stores.witness.append(ledger.event_head(), (), (), restrictions(ledger))
     if again:
         erase_unknown(context)
 

@@ -99,7 +99,9 @@ class SqlLedger(Database):
                 rows.check_hidden(connection, table.c.id_digest, asked, 0)
         return found
 
-    def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
+    def by_subject(
+        self, subject_digest: str, shard: int | None = None
+    ) -> tuple[list[RecordRow], list[Tombstone]]:
         held, gone, asked = RECORDS.c.subject_digest, TOMBSTONES.c.subject_digest, [subject_digest]
         with self._reading() as connection:
             live = having(connection, RecordRow, held, asked)
