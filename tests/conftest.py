@@ -28,6 +28,7 @@ from _pytest.nodeid import coerce_node_id
 from hypothesis import settings
 
 from tests.examples import FULL
+from tests.fakes.postgres_server import PostgresServer, running_postgres
 from tests.fakes.s3_server import Server, environment, running
 
 TURNS = ("ray", "slow", "torch")  # markers, in the order in which they follow the fast tests
@@ -93,6 +94,13 @@ def s3(_s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     for name, value in environment(_s3_server).items():
         monkeypatch.setenv(name, value)
     return _s3_server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """Return a real PostgreSQL server; the first test that asks for it starts it."""
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.fixture

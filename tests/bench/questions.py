@@ -47,6 +47,7 @@ from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
 from sisa.flows.wiring.context import Context, lookup
 from sisa.planning.layout import index_root, root_of, slice_root
 from sisa.store.ledger import rows
+from sisa.store.ledger.database import Sqlite
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.rows import EVENTS, REQUESTS
 from tests.fakes.ports import SECRET, changed, fake_model, fake_recipe
@@ -109,7 +110,7 @@ def fill_past(ledger: SqlLedger, num_requests: int) -> None:
             events.append({**asdict(entered), "position": len(events) + 1})
         body = json.dumps(asdict(request), sort_keys=True)
         requests.append({"request_id": request.request_id, "seq": 1, "num_named": 0, "body": body})
-    with ledger._engine.connect() as connection:
+    with ledger.backend.engine.connect() as connection:
         writing = rows.Writing(connection)
         writing.insert(EVENTS, events)
         writing.insert(REQUESTS, requests)
@@ -148,7 +149,7 @@ def rewriting() -> Iterator[None]:
 
     with (
         patch.object(SqlLedger, "contents", contents),
-        patch.object(SqlLedger, "_holds", lambda _, removed: len(removed) > 0),
+        patch.object(Sqlite, "holds", lambda _, removed, *__: len(removed) > 0),
     ):
         yield
 

@@ -1,7 +1,8 @@
-"""Test the contract of Ledger over the fake and SQLite.
+"""Test the contract of Ledger over the fake, SQLite and a real PostgreSQL.
 
 Any sequence of changes gives equal answers from both to every question. A change is applied completely
-or not at all. Nothing of a removed row stays in the file. Damage is a typed error.
+or not at all. Nothing of a removed row stays in the file. Damage is a typed error. What PostgreSQL does
+in its own way is in `test_postgres_ledger.py`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import random
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from hypothesis import given, settings
@@ -51,6 +54,7 @@ from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.rows import SCHEMA_VERSION, schema
 from tests.examples import num_examples
 from tests.fakes.ledger import FakeLedger
+from tests.fakes.postgres_server import PostgresServer
 
 T = TypeVar("T")
 NUMBERS = range(6)
@@ -273,8 +277,8 @@ def answers(ledger: Ledger) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def opened(path: Path, *, create: bool = False) -> Iterator[SqlLedger]:
-    ledger = SqlLedger(path, create=create)
+def opened(place: Path | str, *, create: bool = False) -> Iterator[SqlLedger]:
+    ledger = SqlLedger(place, create=create)
     try:
         yield ledger
     finally:
@@ -286,18 +290,31 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger.sqlite"
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest, path: Path) -> Path | str:
+    """Return where a ledger can be made, in either database."""
+    return path if request.param == "sqlite" else request.getfixturevalue("postgres").new_url()
+
+
 @pytest.fixture
-def sql(path: Path) -> Iterator[SqlLedger]:
+def sql(place: Path | str) -> Iterator[SqlLedger]:
+    with opened(place, create=True) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def in_file(path: Path) -> Iterator[SqlLedger]:
     with opened(path, create=True) as ledger:
         yield ledger
 
 
-@pytest.fixture(params=["fake", "sql"])
+@pytest.fixture(params=["fake", "sqlite", "postgres"])
 def ledger(request: pytest.FixtureRequest, path: Path) -> Iterator[Ledger]:
     if request.param == "fake":
         yield FakeLedger()
     else:
-        with opened(path, create=True) as found:
+        server = request.getfixturevalue("postgres") if request.param == "postgres" else None
+        with opened(server.new_url() if server else path, create=True) as found:
             yield found
 
 
@@ -315,16 +332,28 @@ def without_rows_held(ledger: Ledger, change: Change) -> Change:
 def test_any_history_gives_equal_answers(
     tmp_path_factory: pytest.TempPathFactory, history: list[Change]
 ) -> None:
+    _compare(history, tmp_path_factory.mktemp("ledger") / "ledger.sqlite")
+
+
+@pytest.mark.slow
+@settings(max_examples=num_examples(100, share=20))
+@given(history=st.lists(changes, min_size=1, max_size=5))
+def test_any_history_gives_equal_answers_from_postgres(
+    postgres: PostgresServer, history: list[Change]
+) -> None:
+    _compare(history, postgres.new_url())
+
+
+def _compare(history: list[Change], place: Path | str) -> None:
     fake = FakeLedger()
-    path = tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
-    with opened(path, create=True) as sql:
+    with opened(place, create=True) as sql:
         assert answers(sql) == answers(fake)
         for change in history:
             possible = without_rows_held(fake, change)
             assert sql.commit(possible) == fake.commit(possible)
             assert answers(sql) == answers(fake)
         sql.scrub()
-    with opened(path) as again:
+    with opened(place) as again:
         assert answers(again) == answers(fake)
 
 
@@ -441,14 +470,44 @@ def test_a_change_that_dies_halfway_changes_nothing(
     assert answers(sql) == before
 
 
-def test_reopening_gives_the_same_answers(path: Path) -> None:
-    with opened(path, create=True) as ledger:
+def test_reopening_gives_the_same_answers(place: Path | str) -> None:
+    with opened(place, create=True) as ledger:
         ledger.commit(Change(added=[row(1), row(2, subject=2)], meta={"config": "x"}))
         before = answers(ledger)
-    with opened(path) as again:
+    with opened(place) as again:
         assert answers(again) == before
-    with opened(path, create=True) as again:
+    with opened(place, create=True) as again:
         assert answers(again) == before
+
+
+def test_writers_follow_one_another(place: Path | str) -> None:
+    """Each commit continues from the last one, also from several threads and connections."""
+    numbers = range(8)
+    with opened(place, create=True):
+        pass
+
+    def write(number: int) -> int:
+        with opened(place) as ledger:
+            event = RequestEvent(f"r{number}", "received", "2026")
+            return ledger.commit(Change(added=[row(number)], events=[event]))
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(write, numbers))
+    with opened(place) as ledger:
+        assert sorted(found) == [number + 1 for number in numbers]
+        assert (ledger.seq(), ledger.event_head().num_events, ledger.lost()) == (8, 8, [])
+
+
+def test_whoever_watches_is_woken_by_a_commit(place: Path | str) -> None:
+    with opened(place, create=True) as ledger, opened(place) as other, ledger.watch() as wait:
+        assert not wait(0.05)
+        other.commit(Change(heads=[Head(0, None, 0, None)]))
+        assert wait(5)
+        with ThreadPoolExecutor(1) as pool:
+            woken = pool.submit(wait, 30)
+            other.commit(Change(heads=[Head(1, None, 0, None)]))
+            assert woken.result(10)
+        assert ledger.seq() == 2
 
 
 def bytes_at_rest(path: Path) -> bytes:
@@ -501,7 +560,7 @@ def test_scrub_leaves_no_key_of_a_removed_identity(path: Path) -> None:
             ledger.commit(Change(identities=[identity(number) for number in fresh]))
             held = held - removed | fresh
         gone = {*range(400), *range(1000, 1360)} - held
-        ledger._empty_log()
+        ledger.backend._empty_log()  # type: ignore[attr-defined]
         keys = [identity(n).key[: database_module.PIECE_BYTES].encode() for n in gone]
         assert any(key in path.read_bytes() for key in keys), "nothing to find: this proves nothing"
         ledger.scrub()
@@ -511,40 +570,37 @@ def test_scrub_leaves_no_key_of_a_removed_identity(path: Path) -> None:
 
 def test_scrub_finds_the_end_of_a_row_whose_beginning_is_overwritten(path: Path) -> None:
     with opened(path, create=True) as ledger:
+        backend: Any = ledger.backend
         ledger.commit(Change(added=[row(1)]))
         ledger.scrub()
-        assert (ledger._holds([row(1)]), ledger._holds([row(2)])) == (True, False)
+        assert (backend.holds([row(1)]), backend.holds([row(2)])) == (True, False)
         path.write_bytes(path.read_bytes().replace(named("content", 1).encode(), bytes(64)))
-        assert (ledger._holds([row(1)]), ledger._holds([row(2)])) == (True, False)
+        assert (backend.holds([row(1)]), backend.holds([row(2)])) == (True, False)
 
 
-@pytest.mark.parametrize("kind", ["sql", "fake"])
-def test_the_contents_of_a_slice_are_those_of_its_root(path: Path, kind: str) -> None:
+def test_the_contents_of_a_slice_are_those_of_its_root(ledger: Ledger) -> None:
     held = [row(number) for number in range(60)]
     places = sorted({(each.shard, each.slice) for each in held})
     here = {place: [each for each in held if (each.shard, each.slice) == place] for place in places}
     files = [SliceFile(*place, slice_root(its), len(its), "f", 9) for place, its in here.items()]
-    ledger: Any = SqlLedger(path, create=True) if kind == "sql" else FakeLedger()
     ledger.commit(Change(added=held, slices=files[1:]))
     ledger.commit(Change(slices=files[:1]))
     for file in files:
         assert root_of(ledger.contents(file.shard, file.slice)) == file.root
         assert len(ledger.contents(file.shard, file.slice)) == file.num_records
     assert ledger.contents(0, 9) == []
-    if kind == "sql":
-        ledger.close()
 
 
 @pytest.mark.parametrize("column", ["record_digest", "id_digest", "slice"])
-def test_a_damaged_or_lost_row_is_no_content_of_a_slice(path: Path, column: str) -> None:
+def test_a_damaged_or_lost_row_is_no_content_of_a_slice(place: Path | str, column: str) -> None:
     held = [row(number) for number in range(0, 60, 6)]  # all of one slice
     root = SliceFile(0, 0, slice_root(held), len(held), "f", 9)
-    with opened(path, create=True) as ledger:
+    with opened(place, create=True) as ledger:
         ledger.commit(Change(added=held, slices=[root]))
         assert len(ledger.contents(0, 0)) == len(held)
         value = 1 if column == "slice" else named("other", 1)
         change = f"UPDATE records SET {column} = ? WHERE id_digest = ?"  # noqa: S608
-        execute(path, change, (value, held[0].id_digest))
+        execute(place, change, (value, held[0].id_digest))
         with pytest.raises(IntegrityError, match="damaged"):
             ledger.contents(0, 0)
 
@@ -575,9 +631,9 @@ def test_scrub_leaves_no_digest_of_a_removed_row(path: Path, count: int) -> None
     assert subjects_left == {number // 3 for number in held}
 
 
-def test_every_connection_zeroes_what_it_removes(sql: SqlLedger) -> None:
+def test_every_connection_zeroes_what_it_removes(in_file: SqlLedger) -> None:
     """Some builds of SQLite do so by default, others do not; the test above can't tell them apart."""
-    with sql._engine.connect() as one, sql._engine.connect() as other:
+    with in_file.backend.engine.connect() as one, in_file.backend.engine.connect() as other:
         for connection in (one, other):
             assert connection.exec_driver_sql("PRAGMA secure_delete").scalar() == 1
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
@@ -714,9 +770,9 @@ def tables_digest(path: Path) -> str:
     return digest_of(sorted(statement for (statement,) in found))
 
 
-def test_the_tables_of_this_schema_stay(sql: SqlLedger, path: Path) -> None:
+def test_the_tables_of_this_schema_stay(in_file: SqlLedger, path: Path) -> None:
     """The tables follow the fields of the nouns: a field more is another schema."""
-    sql.close()
+    in_file.close()
     assert tables_digest(path) == SCHEMAS[SCHEMA_VERSION]
 
 
@@ -768,8 +824,8 @@ def test_a_statement_is_compiled_once_for_all_ledgers(tmp_path: Path) -> None:
     assert 0 < found[0] == found[1]
 
 
-def test_only_the_owner_may_read_the_ledger(sql: SqlLedger, path: Path) -> None:
-    sql.commit(Change(added=[row(1)]))
+def test_only_the_owner_may_read_the_ledger(in_file: SqlLedger, path: Path) -> None:
+    in_file.commit(Change(added=[row(1)]))
     for each in path.parent.glob(path.name + "*"):
         assert stat.S_IMODE(os.stat(each).st_mode) == 0o600, each.name
 
@@ -814,10 +870,15 @@ TABLES = [table.name for table in rows_module.COUNTED]
 COLUMNS = [(table.name, column.name) for table in schema.sorted_tables for column in table.columns]
 
 
-def execute(path: Path, *statement: Any) -> None:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute(*statement)
-        connection.commit()
+def execute(place: Path | str, statement: str, values: tuple[Any, ...] = ()) -> None:
+    """Run a statement past the ledger; `?` stands for a value."""
+    if isinstance(place, Path):
+        with contextlib.closing(sqlite3.connect(place)) as connection:
+            connection.execute(statement, values)
+            connection.commit()
+    else:
+        with psycopg.connect(place) as connection:
+            connection.execute(statement.replace("?", "%s").encode(), values or None)
 
 
 def replies(ledger: Ledger) -> dict[str, Any]:
@@ -939,12 +1000,12 @@ def test_a_flipped_bit_in_a_row_or_an_index_is_refused(path: Path, sort: str) ->
     assert refused > places // 2 > 1
 
 
-def test_a_loss_is_not_mended_by_a_commit(path: Path) -> None:
-    with opened(path, create=True) as ledger:
+def test_a_loss_is_not_mended_by_a_commit(place: Path | str) -> None:
+    with opened(place, create=True) as ledger:
         full(ledger)
-    execute(path, "DELETE FROM named WHERE crc = (SELECT min(crc) FROM named)")
-    execute(path, "DELETE FROM tombstones WHERE id_digest = ?", (named("record id", 5),))
-    with opened(path) as ledger:
+    execute(place, "DELETE FROM named WHERE crc = (SELECT min(crc) FROM named)")
+    execute(place, "DELETE FROM tombstones WHERE id_digest = ?", (named("record id", 5),))
+    with opened(place) as ledger:
         ledger.commit(Change(tombstones=[tombstone(3)], removed=[row(1)]))
         with contextlib.suppress(IntegrityError):
             ledger.commit(Change(named=[("r0", named("record id", 1)), ("r0", named("record id", 5))]))
@@ -954,17 +1015,17 @@ def test_a_loss_is_not_mended_by_a_commit(path: Path) -> None:
                 question()
 
 
-def test_what_is_removed_is_checked_first(path: Path) -> None:
-    with opened(path, create=True) as ledger:
+def test_what_is_removed_is_checked_first(place: Path | str) -> None:
+    with opened(place, create=True) as ledger:
         full(ledger)
-    execute(path, "UPDATE records SET num_tokens = 99")
-    with opened(path) as ledger, pytest.raises(IntegrityError, match="damaged"):
+    execute(place, "UPDATE records SET num_tokens = 99")
+    with opened(place) as ledger, pytest.raises(IntegrityError, match="damaged"):
         ledger.commit(Change(removed=[row(1)]))
 
 
-def test_a_reader_sees_one_state_while_another_process_writes(path: Path) -> None:
+def test_a_reader_sees_one_state_while_another_process_writes(place: Path | str) -> None:
     """Rows and their number are read separately: another process may commit in between."""
-    with opened(path, create=True) as ledger, opened(path) as reader:
+    with opened(place, create=True) as ledger, opened(place) as reader:
         read = rows_module.read
 
         def slow(connection: Any, table: sa.Table, *where: Any, **options: Any) -> Any:

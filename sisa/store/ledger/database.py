@@ -1,9 +1,21 @@
-"""Open the ledger's SQLite file, read checked rows from snapshots of it, and write in transactions.
+"""Open the ledger's database, read checked rows from snapshots of it, and write in transactions.
 
-WAL lets readers and a writer work at the same time. `secure_delete` zeroes what is removed, but not the
-copies that balancing leaves in a page's unused part; after a deletion `scrub` therefore searches for
-them and rewrites the file if it finds one. It also empties the write-ahead log (SQLite reports a busy
-log in a result row and does not raise). A file that can't be written is opened for reading only.
+A ledger is one SQLite file, or the tables of one PostgreSQL schema (`postgres.py`, imported when it is
+needed). Each is a `Backend`; everything above is the same for both.
+
+SQLite: WAL lets readers and a writer work at the same time. `secure_delete` zeroes what is removed, but
+not the copies that balancing leaves in a page's unused part; after a deletion `scrub` therefore searches
+for them and rewrites the file if it finds one. It also empties the write-ahead log (SQLite reports a
+busy log in a result row and does not raise). A file that can't be written is opened for reading only.
+
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as folder:
+...     database = Database(Path(folder) / "ledger.sqlite", create=True)
+...     with database.watch() as wait:
+...         woken = wait(0.0)
+...     database.close()
+...     woken, database.read_only
+(False, False)
 """
 
 from __future__ import annotations
@@ -14,10 +26,11 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 
 import sqlalchemy as sa
@@ -26,7 +39,7 @@ from sqlalchemy.util import LRUCache
 
 from sisa.core.domain import RecordRow, parse_patch_job
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, SisaError
-from sisa.store.blobs.files import disk_errors
+from sisa.store.blobs.files import disk_errors, num_bytes
 from sisa.store.ledger import rows
 from sisa.store.ledger.rows import SCHEMA_VERSION, UPGRADED, schema
 
@@ -34,6 +47,7 @@ SCRUB_PATIENCE_S = 10.0
 FEW_ROWS = 4  # up to which removed rows are searched for; for more, rewriting the file is faster
 PIECE_BYTES = 16
 SCAN_BYTES = 1 << 22
+WATCH_POLL_S = 0.05  # a question takes microseconds
 PATIENCE_S = 10.0  # for SQLite's own locks, which are held briefly
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _SURROUNDINGS = {
@@ -42,6 +56,7 @@ _SURROUNDINGS = {
 }
 
 _T = TypeVar("_T")
+Watch = Callable[[float], bool]  # wait so many seconds; return early, and True, after a commit
 _PARSED: dict[str, Callable[[Any], Any]] = {  # values of columns that a row holds in another form
     "prefix": lambda text: tuple(map(int, json.loads(text))),
     "patches": lambda text: tuple(json.loads(text)),
@@ -51,9 +66,11 @@ _PARSED: dict[str, Callable[[Any], Any]] = {  # values of columns that a row hol
 }
 
 
-class _Statements(LRUCache[Any, Any]):
-    """Statements that were compiled for any ledger of this process, without their values. A key begins
-    with the dialect's object, which is another one in each engine, but always SQLite's."""
+class Statements(LRUCache[Any, Any]):
+    """Statements that were compiled for any ledger of one kind in this process, without their values.
+
+    A key begins with the dialect's object, which is another one in each engine.
+    """
 
     def get(self, key: Any, default: Any = None) -> Any:
         return super().get(key[1:], default)
@@ -62,32 +79,84 @@ class _Statements(LRUCache[Any, Any]):
         super().__setitem__(key[1:], value)
 
 
-_STATEMENTS = _Statements(capacity=500)
+_STATEMENTS = Statements(capacity=500)
+
+
+class Backend(Protocol):
+    """What one kind of database does in its own way."""
+
+    where: str  # for messages, without a password
+    engine: sa.Engine
+    errors: tuple[type[Exception], ...]  # of the driver, also as SQLAlchemy wraps them
+    upgrades: bool  # whether opening brings up an older schema
+    upgrade_step: str  # what does so otherwise
+
+    @property
+    def read_only(self) -> bool:
+        """Return whether nothing can be committed here."""
+
+    def reading(self) -> AbstractContextManager[sa.Connection]:
+        """Provide a connection whose queries all see one state."""
+
+    def writing(self) -> AbstractContextManager[sa.Connection]:
+        """Provide the connection of the only writer; commit when the block ends without an error."""
+
+    def version(self, connection: sa.Connection) -> int:
+        """Return the version of the schema; 0 without one."""
+
+    def create(self, connection: sa.Connection) -> None:
+        """Create the tables of the present schema."""
+
+    def upgrade(self, connection: sa.Connection, version: int) -> None:
+        """Bring up the tables of an older schema."""
+
+    def stamp(self, connection: sa.Connection, version: int) -> None:
+        """Write the version of the schema."""
+
+    def watch(self) -> AbstractContextManager[Watch]:
+        """Provide a function that waits for another's commit."""
+
+    def fault(self, error: Any) -> SisaError | None:
+        """Return the typed error for a lock or the surroundings; None for damage."""
+
+    def num_bytes(self) -> int:
+        """Return the size of everything stored."""
+
+    def scrub(self, removed: Collection[RecordRow] | None, keys: Collection[str]) -> None:
+        """See `Ledger.scrub`; `keys` are those of removed identities."""
+
+
+def backend_at(place: Path | str, *, create: bool = False) -> Backend:
+    """Return the backend of a SQLite file, by its path, or of a PostgreSQL schema, by its URL."""
+    if isinstance(place, Path):
+        return Sqlite(place, create=create)
+    from sisa.store.ledger.postgres import Postgres
+
+    return Postgres(place)
+
+
+@contextlib.contextmanager
+def typed(own: Backend) -> Iterator[None]:
+    """Raise typed errors for those of a driver and for damage."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise damaged_ledger(own.where, "text that is not UTF-8") from error
+    except rows.Damaged as error:
+        raise damaged_ledger(own.where, str(error)) from error
+    except own.errors as error:
+        cause = getattr(error, "orig", None) or error  # the bare cursor's errors have no orig
+        raise own.fault(cause) or damaged_ledger(own.where, said(cause)) from error
 
 
 class Database:
-    """One SQLite file. With `create=False`, a missing file is an IntegrityError."""
+    """A ledger's database. With `create=False`, a missing one is an IntegrityError."""
 
-    def __init__(self, path: Path, *, create: bool = False) -> None:
-        self._path = path
-        if create:
-            # SQLite gives this mode to the write-ahead log and the shared memory beside it, too.
-            with disk_errors(path):
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        elif not path.exists():
-            raise IntegrityError("the ledger is missing", where=str(path))
-        elif path.is_file() and path.stat().st_size == 0:
-            raise self._corrupt("an empty file")  # SQLite would write a header into it
-        shared = {"execution_options": {"compiled_cache": _STATEMENTS}}
-        if is_read_only(path):
-            reading = {"creator": lambda: open_readonly(path), "poolclass": sa.QueuePool}
-            self._engine = sa.create_engine("sqlite://", **reading, **shared)
-        else:
-            url = sa.URL.create("sqlite", database=str(path))
-            self._engine = sa.create_engine(url, connect_args={"timeout": PATIENCE_S}, **shared)
-            sa.event.listen(self._engine, "connect", _set_pragmas)
+    def __init__(self, place: Path | str, *, create: bool = False) -> None:
+        """Open a SQLite file by its path, or a PostgreSQL schema by its URL."""
+        self.backend = backend_at(place, create=create)
         self._snapshot: sa.Connection | None = None
-        self._unscrubbed: set[str] = set()  # keys of identities that this object removed
+        self.unscrubbed: set[str] = set()  # keys of identities that this object removed
         try:
             self._open(create)
         except BaseException:
@@ -95,63 +164,53 @@ class Database:
             raise
 
     def _open(self, create: bool) -> None:
-        with self._guard(), self._engine.begin() as connection:
-            version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-            if create and version == 0:
-                schema.create_all(connection)
-                rows.begin_counts(connection)
-                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        own = self.backend
+        with self._guard():
+            with own.reading() as connection:
+                version = own.version(connection)
+            if (create and version == 0) or (own.upgrades and version in UPGRADED):
+                _bring_up(own)
                 version = SCHEMA_VERSION
-        step = "restore it from a backup, or use the version that wrote it"
-        if version in UPGRADED and is_read_only(self._path):
-            step = "open it once where it can be written, for example with `sisa status`"
-        elif version in UPGRADED:
-            version = self._upgraded()
         if version != SCHEMA_VERSION:
             raise IntegrityError(
                 "the ledger is empty or was written by another version",
-                where=str(self._path),
+                where=own.where,
                 expected=f"schema {SCHEMA_VERSION}",
                 got=f"schema {version}",
-                next_step=step,
+                next_step=own.upgrade_step
+                if version in UPGRADED
+                else "restore it from a backup, or use the version that wrote it",
             )
 
-    def _upgraded(self) -> int:
-        """Add what an earlier version did not have, unless another process just did."""
-        with self._guard(), self._engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            if connection.exec_driver_sql("PRAGMA user_version").scalar_one() in UPGRADED:
-                schema.create_all(connection)
-                rows.begin_counts(connection, upgraded=True)
-                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            connection.commit()
-        return SCHEMA_VERSION
+    @property
+    def read_only(self) -> bool:
+        return self.backend.read_only
 
-    def close(self) -> None:
-        self._engine.dispose()
+    @property
+    def where(self) -> str:
+        return self.backend.where
+
+    def num_bytes(self) -> int:
+        with self._guard():
+            return self.backend.num_bytes()
 
     @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            yield
-        except (DatabaseError, sqlite3.DatabaseError) as error:
-            raise self._refused(getattr(error, "orig", error)) from error  # the bare cursor has no orig
-        except UnicodeDecodeError as error:
-            raise self._corrupt("text that is not UTF-8") from error
-        except rows.Damaged as error:
-            raise self._corrupt(str(error)) from error
+    def watch(self) -> Iterator[Watch]:
+        """Provide a function that waits for a commit of another, and returns whether it saw one.
 
-    def _refused(self, error: Any) -> SisaError:
-        """Return the typed error for SQLite's; an unknown error counts as damage."""
-        return sqlite_fault(error, self._path) or self._corrupt(str(error))
+        Its argument is the most seconds to wait. It may return True for nothing.
+        """
+        with self._guard(), self.backend.watch() as wait:
+            yield wait
+
+    def close(self) -> None:
+        self.backend.engine.dispose()
+
+    def _guard(self) -> AbstractContextManager[None]:
+        return typed(self.backend)
 
     def _corrupt(self, cause: str) -> IntegrityError:
-        return IntegrityError(
-            "the ledger is damaged",
-            where=str(self._path),
-            got=cause,
-            next_step="restore the model directory from a backup",
-        )
+        return damaged_ledger(self.backend.where, cause)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
@@ -159,16 +218,14 @@ class Database:
             if self._snapshot is not None:
                 yield self._snapshot
                 return
-            with self._engine.connect() as connection:
-                connection.exec_driver_sql("BEGIN")  # so that all comparisons use one snapshot
+            with self.backend.reading() as connection:
                 yield connection
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             with self._guard():
-                connection = stack.enter_context(self._engine.connect())
-                connection.exec_driver_sql("BEGIN")
+                connection = stack.enter_context(self.backend.reading())
             self._snapshot = connection
             stack.callback(setattr, self, "_snapshot", None)
             yield
@@ -186,23 +243,108 @@ class Database:
             return made(kind, table, rows.read_all(connection, table, shard, slice_, order))
 
     def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
+        with self._guard():
+            self.backend.scrub(removed, self.unscrubbed)
+        self.unscrubbed.clear()
+
+
+class Sqlite:
+    """A Backend in one file; it is created empty if asked."""
+
+    errors: tuple[type[Exception], ...] = (DatabaseError, sqlite3.DatabaseError)
+
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        self._path, self.where = path, str(path)
+        if create:
+            # SQLite gives this mode to the write-ahead log and the shared memory beside it, too.
+            with disk_errors(path):
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        elif not path.exists():
+            raise IntegrityError("the ledger is missing", where=str(path))
+        elif path.is_file() and path.stat().st_size == 0:  # SQLite would write a header into it
+            raise damaged_ledger(str(path), "an empty file")
+        self.read_only = is_read_only(path)
+        self.upgrades = not self.read_only
+        self.upgrade_step = "open it once where it can be written, for example with `sisa status`"
+        shared = {"execution_options": {"compiled_cache": _STATEMENTS}}
+        if self.read_only:
+            reading = {"creator": lambda: open_readonly(path), "poolclass": sa.QueuePool}
+            self.engine = sa.create_engine("sqlite://", **reading, **shared)
+        else:
+            url = sa.URL.create("sqlite", database=str(path))
+            self.engine = sa.create_engine(url, connect_args={"timeout": PATIENCE_S}, **shared)
+            sa.event.listen(self.engine, "connect", _set_pragmas)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        with self.engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN")  # so that all comparisons use one snapshot
+            yield connection
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        with self.engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield connection
+            connection.commit()
+
+    def version(self, connection: sa.Connection) -> int:
+        return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+
+    def create(self, connection: sa.Connection) -> None:
+        schema.create_all(connection)
+
+    def upgrade(self, connection: sa.Connection, version: int) -> None:
+        from sisa.store.ledger.migrations import upgrade
+
+        upgrade(connection, version)
+
+    def stamp(self, connection: sa.Connection, version: int) -> None:
+        connection.exec_driver_sql(f"PRAGMA user_version = {version}")
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Watch]:
+        with contextlib.closing(open_readonly(self._path)) as connection:
+
+            def seen() -> int:  # SQLite counts the commits of other connections
+                return int(connection.execute("PRAGMA data_version").fetchone()[0])
+
+            last = seen()
+
+            def wait(timeout_s: float) -> bool:
+                nonlocal last
+                deadline = time.monotonic() + timeout_s
+                while (before := last) == (last := seen()):
+                    if (left := deadline - time.monotonic()) <= 0:
+                        return False
+                    time.sleep(min(WATCH_POLL_S, left))
+                return last != before
+
+            yield wait
+
+    def fault(self, error: Any) -> SisaError | None:
+        return sqlite_fault(error, self._path)
+
+    def num_bytes(self) -> int:
+        return num_bytes(self._path)
+
+    def scrub(self, removed: Collection[RecordRow] | None, keys: Collection[str]) -> None:
         self._empty_log()  # works even if the disk is too full to rewrite the ledger
-        gone = len(removed or ()) + len(self._unscrubbed)
-        if removed is None or gone > FEW_ROWS or self._holds(removed):
-            with self._guard(), self._engine.connect() as connection:
+        gone = len(removed or ()) + len(keys)
+        if removed is None or gone > FEW_ROWS or self.holds(removed, keys):
+            with self.engine.connect() as connection:
                 alone = connection.execution_options(isolation_level="AUTOCOMMIT")
                 alone.exec_driver_sql("VACUUM")
             self._empty_log()
-        self._unscrubbed.clear()
 
-    def _holds(self, removed: Collection[RecordRow]) -> bool:
+    def holds(self, removed: Collection[RecordRow], keys: Collection[str] = ()) -> bool:
         """Return whether any part of the file holds a row's piece: of its digest, or its vector's id."""
         wanted = [row.record_digest[:PIECE_BYTES].encode() for row in removed]
         wanted += [row.vector_id.to_bytes(8, "big")[2:] for row in removed]  # small ones take 6 bytes
-        wanted += [key[:PIECE_BYTES].encode() for key in self._unscrubbed]
+        wanted += [key[:PIECE_BYTES].encode() for key in keys]
         if not wanted:
             return False
-        self._engine.dispose()  # closing the file would end the locks that a connection has on it
+        self.engine.dispose()  # closing the file would end the locks that a connection has on it
         before = b""
         with disk_errors(self._path), self._path.open("rb") as file:
             while block := file.read(SCAN_BYTES):
@@ -215,17 +357,65 @@ class Database:
     def _empty_log(self) -> None:
         deadline = time.monotonic() + SCRUB_PATIENCE_S
         while True:
-            with self._guard(), self._engine.connect() as connection:
+            with self.engine.connect() as connection:
                 busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
             if not busy:
                 return
             if time.monotonic() > deadline:
                 raise Busy(
                     "a reader keeps the ledger's write-ahead log open",
-                    where=str(self._path),
+                    where=self.where,
                     next_step="end the process that reads this model, then run the command again",
                 )
             time.sleep(0.1)
+
+
+def upgrade_ledger(place: Path | str) -> bool:
+    """Bring the schema of a ledger up to the present one; return whether it was older.
+
+    Older programs can't open the ledger afterwards. So what several nodes share is brought up on request
+    alone. Raise IntegrityError for a ledger that is empty or of a later version.
+    """
+    own = backend_at(place)
+    try:
+        with typed(own):
+            with own.reading() as connection:
+                older = own.version(connection) in UPGRADED
+            if older:
+                _bring_up(own)
+    finally:
+        own.engine.dispose()
+    Database(place).close()
+    return older
+
+
+def _bring_up(own: Backend) -> None:
+    """Make the tables, or those that an older schema lacks, unless another process just did."""
+    with own.writing() as connection:
+        version = own.version(connection)
+        if version == 0:
+            own.create(connection)
+            rows.begin_counts(connection)
+        elif version in UPGRADED:
+            own.upgrade(connection, version)
+        if version == 0 or version in UPGRADED:
+            own.stamp(connection, SCHEMA_VERSION)
+
+
+def damaged_ledger(where: str, cause: str) -> IntegrityError:
+    """Return the error for rows or files that are not the ones that were written."""
+    return IntegrityError(
+        "the ledger is damaged",
+        where=where,
+        got=cause,
+        next_step="restore the model directory from a backup",
+    )
+
+
+def said(error: Any) -> str:
+    """Return a driver's message without the values of rows, which PostgreSQL adds as a detail."""
+    diagnosis = getattr(error, "diag", None)
+    return str(getattr(diagnosis, "message_primary", None) or error)
 
 
 def sqlite_fault(error: Any, path: Path) -> SisaError | None:

@@ -1,4 +1,4 @@
-"""The ledger in SQLite, the only authority on where records are.
+"""The ledger in SQL, the only authority on where records are.
 
 One `commit` is one transaction with one sequence number: a `Change`, whose removals come before its
 additions, so that a row can move in it. Added records get the transaction's number. Events without a
@@ -69,7 +69,7 @@ class _Vaulted:
 
 
 class SqlLedger(Database):
-    """A Ledger in one SQLite file. With `create=False`, a missing file is an IntegrityError."""
+    """A Ledger in SQL. With `create=False`, a missing one is an IntegrityError."""
 
     def seq(self) -> int:
         return int(self.meta().get(SEQ, "0"))
@@ -79,12 +79,10 @@ class SqlLedger(Database):
             return {key: value for key, value, _ in rows.read_all(connection, META)}
 
     def commit(self, change: Change) -> int:
-        with self._guard(), self._engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        with self._guard(), self.backend.writing() as connection:
             removed = _identified(connection, change.unidentified)
             seq = apply(connection, change)
-            connection.commit()
-        self._unscrubbed.update(each.key for each in removed)
+        self.unscrubbed.update(each.key for each in removed)
         return seq
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:

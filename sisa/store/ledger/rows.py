@@ -2,12 +2,11 @@
 
 Rows hold keyed digests, positions, counts and digests of files; never an id, a subject or text. What a
 person writes about a request (reason, approver, external id, consent) is kept as given, and so are the
-paths of exports. A ledger of version 4 gets the tables that it lacks when it is opened to be written;
-other versions are refused.
+paths of exports. `migrations/` brings up an older ledger; other versions are refused.
 
-SQLite detects damaged pages, not a damaged value. So the last column of every row is the CRC-32 of the
-others, checked whenever the row is read. A lost row has no checksum, so `counts` holds the number of
-rows of each table, by shard, slice and kind if it has them. Every write updates it in the same
+A database may detect damaged pages, not a damaged value. So the last column of every row is the CRC-32
+of the others, checked whenever the row is read. A lost row has no checksum, so `counts` holds the number
+of rows of each table, by shard, slice and kind if it has them. Every write updates it in the same
 transaction, and every reading of all rows is compared with it. For KEYED columns `counts` also holds how
 many rows have a value with each prefix: the few rows of its bucket prove that a keyed digest is absent.
 What is removed or replaced is read and checked first, so that a loss is never counted as a removal.
@@ -22,6 +21,7 @@ covers the values' Python spelling in ASCII, which is the same in every version 
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -38,7 +38,14 @@ UPGRADED = (4,)  # versions without the tables that this one adds
 schema = sa.MetaData()
 
 
-_TYPES = {int: sa.Integer, bool: sa.Integer, float: sa.Float}  # all others are text, most of them JSON
+# PostgreSQL's integers are shorter, and its texts are ordered by a language unless told otherwise.
+_NUMBER = sa.Integer().with_variant(sa.BigInteger(), "postgresql")
+_TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+_TYPES: dict[Any, Any] = {
+    int: _NUMBER,
+    bool: _NUMBER,
+    float: sa.Float(),
+}  # all others are text, most of them JSON
 
 
 def _table(
@@ -54,8 +61,9 @@ def _table(
     columns: list[sa.Column[Any]] = [
         sa.Column(
             each,
-            _TYPES.get(kind, sa.Text),
+            _TYPES.get(kind, _TEXT),
             primary_key=each in key,
+            autoincrement=False,
             nullable=type(None) in get_args(kind),
             index=each in indexed,
         )
@@ -125,7 +133,12 @@ KEYED_AS_OF = "keyed"  # name in `counts` of the last commit that the counts of 
 BUCKET_DIGITS = 3  # of a keyed digest: 4,096 buckets, each with 244 of a million records
 COUNTED = tuple(table for table in schema.sorted_tables if table is not COUNTS)
 _IN_CHUNK = 500  # SQLite's limit of bound parameters is far above, on every build
-_COUNTS = "SELECT * FROM counts WHERE name = ?"  # text: compiling it would take longer than running it
+_COUNTS = "SELECT * FROM counts WHERE name = ?"
+_PUT_COUNT = sa.text(
+    "INSERT INTO counts VALUES (:name, :shard, :slice, :kind, :num_rows, :crc) "
+    "ON CONFLICT (name, shard, slice, kind) "
+    "DO UPDATE SET num_rows = excluded.num_rows, crc = excluded.crc"
+)
 _IN_MEMORY = 10_000
 _FEW = 16  # most shards that are scanned one by one and not all at once
 _SEEDS = {table.name: zlib.crc32(table.name.encode()) for table in schema.sorted_tables}
@@ -163,6 +176,14 @@ def _plain(result: sa.CursorResult[Any]) -> Any:
     return result.cursor
 
 
+def _streamed(connection: sa.Connection, query: sa.Select[Any]) -> Any:
+    """Return a cursor that does not read all rows at once: PostgreSQL's own would."""
+    if connection.dialect.name == "sqlite":
+        return _plain(connection.execute(query))
+    options = {"stream_results": True, "max_row_buffer": _IN_MEMORY}
+    return connection.execute(query, execution_options=options)
+
+
 def read(
     connection: sa.Connection, table: sa.Table, *where: Any, order: Sequence[Any] = ()
 ) -> list[tuple[Any, ...]]:
@@ -176,8 +197,15 @@ def contents(connection: sa.Connection, shard: int, slice_: int) -> list[tuple[s
     query = (
         "SELECT id_digest, record_digest FROM records WHERE shard = ? AND slice = ? ORDER BY id_digest"
     )
-    found: list[tuple[str, str]] = _plain(connection.exec_driver_sql(query, (shard, slice_))).fetchall()
+    found: list[tuple[str, str]] = _driven(connection, query, (shard, slice_)).fetchall()
     return found
+
+
+def _driven(connection: sa.Connection, query: str, values: tuple[Any, ...]) -> Any:
+    """Return the cursor of a query without compiling it, which would take longer than running it."""
+    if connection.dialect.paramstyle != "qmark":
+        query = query.replace("?", "%s")
+    return _plain(connection.exec_driver_sql(query, values))
 
 
 def check_row_count(table: sa.Table, expected: int, got: int) -> None:
@@ -299,10 +327,11 @@ def _scan(
 ) -> Iterator[tuple[Any, ...]]:
     """Yield all rows of a table or a shard, by no index. Raise Damaged, at the end if one is missing."""
     query = sa.select(table) if shard is None else sa.select(table).where(table.c.shard == shard)
-    total, cursor = 0, _plain(connection.execute(query))
-    while rows := checked_rows(table, cursor.fetchmany(_IN_MEMORY)):
-        total += len(rows)
-        yield from rows
+    total = 0
+    with contextlib.closing(_streamed(connection, query)) as cursor:
+        while rows := checked_rows(table, cursor.fetchmany(_IN_MEMORY)):
+            total += len(rows)
+            yield from rows
     check_row_count(table, expected_rows(connection, table, shard), total)
 
 
@@ -330,7 +359,7 @@ def _counted(connection: sa.Connection, name: str, **only: Sequence[Any]) -> Cou
     for column, chosen in only.items():
         query += f" AND {column} IN ({', '.join('?' * len(chosen))})"
         values += chosen
-    rows = checked_rows(COUNTS, _plain(connection.exec_driver_sql(query, tuple(values))).fetchall())
+    rows = checked_rows(COUNTS, _driven(connection, query, tuple(values)).fetchall())
     return Counter({(shard, slice_, kind): number for _, shard, slice_, kind, number, _ in rows})
 
 
@@ -340,20 +369,17 @@ def _whole(table: sa.Table, counts: Mapping[CountKey, int]) -> int:
     return counts[WHOLE]
 
 
-def begin_counts(connection: sa.Connection, *, upgraded: bool = False) -> None:
-    """Write the counts of a new ledger, or of the tables that an earlier version did not have."""
-    for table in (IDENTITIES, WORK_ITEMS) if upgraded else COUNTED:
-        _put_counts(connection, table.name, {WHOLE: 0})
-    if not upgraded:
-        _put_counts(connection, KEYED_AS_OF, {WHOLE: 0})
+def begin_counts(connection: sa.Connection, names: Collection[str] = ()) -> None:
+    """Write the counts of a new ledger, or of new tables of an older one: they have no rows."""
+    for name in names or (*(table.name for table in COUNTED), KEYED_AS_OF):
+        _put_counts(connection, name, {WHOLE: 0})
 
 
 def _put_counts(connection: sa.Connection, name: str, counts: Mapping[CountKey, int]) -> None:
     if not counts:
         return
     values = [(name, *position, count) for position, count in counts.items()]
-    insert = sa.insert(COUNTS).prefix_with("OR REPLACE")
-    connection.execute(insert, [_sealed(COUNTS, each) for each in values])
+    connection.execute(_PUT_COUNT, [_sealed(COUNTS, each) for each in values])
 
 
 def _sealed(table: sa.Table, values: tuple[Any, ...]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Revisions of the ledger's tables, each named after the schema that it makes."""
