@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -43,7 +43,17 @@ from sisa.core.errors import (
 from sisa.core.events import Notice, QueueSeen, Report, silent
 from sisa.data.reader import named_by_location, read_like
 from sisa.flows import lifecycle, query
-from sisa.flows.ask import Answer, Prompt, ask, open_answerer, prompt_form, routes_of
+from sisa.flows.ask import (
+    Answer,
+    Prompt,
+    Routed,
+    Serving,
+    ask,
+    open_answerer,
+    prompt_form,
+    route_and_encode,
+    routes_of,
+)
 from sisa.flows.deletion import Terms, arrive, copies, forget_at_once, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
@@ -444,6 +454,32 @@ class Model:
         """
         with self._context() as context:
             return open_answerer(context, self.resources, open_ledger=self._ledger), prompt_form(context)
+
+    @asked_again
+    def serving(self, /, **limits: int) -> Serving:
+        """Return the constituent models served now, to answer many requests with for a long time.
+
+        `adopt` keeps them current. `limits` are those of `sisa.lm.answer.continuous.ContinuousBatching`.
+        """
+        with self._context() as context:
+            return Serving(context, self.resources, **limits)
+
+    @asked_again
+    def adopt(self, serving: Serving) -> list[Hashable]:
+        """Replace loaded models that are no longer served; return the keys of requests that this cut.
+
+        Without a commit since the last call, this only reads a number from the ledger.
+        """
+        if self._seq() == serving.served.seq:
+            return []
+        with self._context() as context:
+            return serving.adopt(context, self.resources)
+
+    @asked_again
+    def routed(self, prompts: Sequence[Prompt], *, kind: Kind | None = None) -> list[Routed]:
+        """Return the token ids and the route of each prompt. Raise InvalidInput."""
+        with self._context() as context:
+            return route_and_encode(context, self.resources, prompts, kind)
 
     def as_transformers(self, **options: Any) -> AggregatedModel:
         """Return the served models as a `PreTrainedModel` with `generate`, for tools without shards.

@@ -13,13 +13,16 @@ How probable the models find the answers of records that they hold is measured o
 each shard by keyed digest, so that the choice depends on the remaining records alone. Records whose text
 a patch should forget are left out, and so are records on which their shard's served checkpoint was not
 trained. Only numbers are returned: no text, no id.
+
+A service keeps its constituents loaded (`Serving`). It compares the heads that it has with those that
+are served now, and replaces only what has changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +40,7 @@ from sisa.flows.wiring.context import (
     route_of,
     routing_hits,
     servable,
+    served_heads,
     slices_of,
     stored_in,
 )
@@ -45,6 +49,7 @@ from sisa.planning.plan import touched
 
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
+    from sisa.lm.answer.continuous import Key
     from sisa.lm.answer.lookup import Index, Said
 
 FORM = "form"  # key in the ledger's meta: the form in which shards get prompts
@@ -69,6 +74,39 @@ class Answer:
         return not self.text
 
 
+@dataclass(frozen=True)
+class Routed:
+    """A prompt's token ids and the shards that answer it, as of commit `seq` of the ledger."""
+
+    ids: list[int]
+    route: Route
+    seq: int
+
+
+@dataclass(frozen=True)
+class ServedHeads:
+    """What is served at one moment: the heads by shard, the patches beneath, and what says how."""
+
+    seq: int  # of the ledger's last commit
+    heads: Mapping[int, str]  # keys of checkpoints
+    manifests: Mapping[str, str]  # of all checkpoints that may be served, by key
+    stack: tuple[Patch, ...]
+    settings: tuple[str, ...]  # the run file and the base
+
+    @classmethod
+    def read(cls, ledger: Ledger) -> ServedHeads:
+        """Return what a ledger says is served now."""
+        with ledger.snapshot():
+            may = servable(ledger)
+            return cls(
+                ledger.seq(),
+                {head.shard: head.key for head in served_heads(ledger) if head.key is not None},
+                {each.key: each.manifest_sha256 for each in ledger.checkpoints() if each.key in may},
+                tuple(active(ledger.patches())),
+                tuple(ledger.meta().get(name, "") for name in ("config", "base")),
+            )
+
+
 OpenLedger = Callable[[], AbstractContextManager[Ledger]]
 
 
@@ -81,21 +119,47 @@ def ask(
     open_ledger: OpenLedger,
 ) -> list[Answer]:
     """Return the answers to prompts, in order. Raise InvalidInput or IntegrityError."""
-    from sisa.lm.base.tokens import encode_prompt
-
     _check_answerable(prompts, kind)
     routes = routes_of(context, resources, prompts)
     asked = {shard for route in routes for shard in route.shards}
     answerer = open_answerer(context, resources, asked, open_ledger=open_ledger)
-    own = prompt_form(context)
-    alone = answerer.form_alone or own
-    forms = [kind or (own if route.shards else alone) for route in routes]
-    ids = [
-        encode_prompt(each if isinstance(each, str) else turns_of(each), answerer.tokenizer, form)
-        for each, form in zip(prompts, forms, strict=True)
-    ]
+    ids = _encoded(context, prompts, routes, answerer.tokenizer, answerer.form_alone, kind)
     texts = answerer.generate(ids, routes, max_new_tokens)
     return [Answer(text.strip(), route.shards) for text, route in zip(texts, routes, strict=True)]
+
+
+def route_and_encode(
+    context: Context, resources: Resources, prompts: Sequence[Prompt], kind: Kind | None
+) -> list[Routed]:
+    """Return what a batch needs to answer each prompt. Raise InvalidInput."""
+    _check_answerable(prompts, kind)
+    seq, tokenizer = context.stores.ledger.seq(), resources.tokenizer
+    alone: Kind | None = "chat" if tokenizer.chat_template else None
+    routes = routes_of(context, resources, prompts)
+    ids = _encoded(context, prompts, routes, tokenizer, alone, kind)
+    return [Routed(each, route, seq) for each, route in zip(ids, routes, strict=True)]
+
+
+def _encoded(
+    context: Context,
+    prompts: Sequence[Prompt],
+    routes: Sequence[Route],
+    tokenizer: Any,
+    alone: Kind | None,
+    kind: Kind | None,
+) -> list[list[int]]:
+    """Return the prompts' token ids in the form of `kind`, or in the one that each route expects."""
+    from sisa.lm.base.tokens import encode_prompt
+
+    own = prompt_form(context)
+    return [
+        encode_prompt(
+            each if isinstance(each, str) else turns_of(each),
+            tokenizer,
+            kind or (own if route.shards else alone or own),
+        )
+        for each, route in zip(prompts, routes, strict=True)
+    ]
 
 
 def _check_answerable(prompts: Sequence[Prompt], kind: Kind | None) -> None:
@@ -176,64 +240,104 @@ def open_answerer(
     stack: Sequence[Patch] | None = None,
     how: str | None = None,
     open_ledger: OpenLedger | None = None,
+    now: ServedHeads | None = None,
 ) -> Answerer:
     """Open the models of some shards, or of all shards that serve one.
 
     They lie over the active patches or those of `stack`, combined as the run file or `how` says. With
     `open_ledger` they refuse to answer once outdated; without, the caller keeps writers out. Raise
-    IntegrityError.
+    IntegrityError. `now` is what is served, if it has been read.
     """
-    ledger = context.stores.ledger
     from sisa.lm.answer.answerer import Answerer
 
-    with ledger.snapshot():
-        seq = ledger.seq()
-        live = live_heads(context)
-        manifests = {each.key: each.manifest_sha256 for each in ledger.checkpoints()}
-        stack = active(ledger.patches()) if stack is None else stack
-    asked = sorted(live if shards is None else shards)
-    if any(live.get(shard) not in manifests for shard in asked):
-        raise IntegrityError(
-            "a shard should answer, but its checkpoint is not held",
-            next_step="run `sisa verify`; restore the model directory from a backup",
-        )
-    adapters = {
-        each: context.stores.checkpoints.load(live[each], manifests[live[each]]) for each in asked
-    }
+    now = now or ServedHeads.read(context.stores.ledger)
+    stack = now.stack if stack is None else stack
+    asked = sorted(now.heads if shards is None else shards)
+    adapters = _load(context, now, asked)
     patches = patch_files(context.stores.patches, stack)
     base, block = resources.base, resources.config.sisa
     method, threads = how or block.aggregation.method, block.threads_per_shard
     on = resources.config.precision
     answerer = Answerer(base.directory, base.digest, adapters, threads, patches, method, on)
     if open_ledger is not None:
-        keys = frozenset(live[each] for each in asked)
-        answerer.check_current = _check_of(open_ledger, seq, keys, [each.key for each in stack])
+        of_these = replace(now, heads={shard: now.heads[shard] for shard in asked}, stack=tuple(stack))
+        answerer.check_current = _check_of(open_ledger, of_these)
     return answerer
 
 
-def _check_of(
-    open_ledger: OpenLedger, seq: int, keys: frozenset[str], patches: Sequence[str]
-) -> Callable[[], None]:
+def _load(context: Context, now: ServedHeads, shards: Collection[int]) -> dict[int, dict[str, bytes]]:
+    """Return the files of some shards' heads. Raise IntegrityError."""
+    if any(now.heads.get(shard) not in now.manifests for shard in shards):
+        raise IntegrityError(
+            "a shard should answer, but its checkpoint is not held",
+            next_step="run `sisa verify`; restore the model directory from a backup",
+        )
+    keys = {shard: now.heads[shard] for shard in shards}
+    load = context.stores.checkpoints.load
+    return {shard: load(key, now.manifests[key]) for shard, key in keys.items()}
+
+
+def _check_of(open_ledger: OpenLedger, loaded: ServedHeads) -> Callable[[], None]:
     """Return a check that raises Outdated once an adapter may not be served or the patches change."""
+    seq, patches = loaded.seq, [each.key for each in loaded.stack]
 
     def check() -> None:
         nonlocal seq
-        with open_ledger() as ledger, ledger.snapshot():
+        with open_ledger() as ledger:
             if ledger.seq() == seq:
                 return
-            held = servable(ledger)
-            same = [each.key for each in active(ledger.patches())] == patches
-            now = ledger.seq()
-        if not (same and keys <= held):
+            now = ServedHeads.read(ledger)
+        held = set(loaded.heads.values()) <= now.manifests.keys()
+        if not held or [each.key for each in now.stack] != patches:
             raise Outdated(
                 "the model has changed since its adapters were loaded: they may contain records that "
                 "are deleted or restricted by now",
                 next_step="load them again by `answerer()` or `as_transformers()`, or run the command "
                 "again",
             )
-        seq = now
+        seq = now.seq
 
     return check
+
+
+class Serving:
+    """A batch whose constituents are kept at what the model serves."""
+
+    def __init__(self, context: Context, resources: Resources, **limits: int) -> None:
+        """Load all constituents; `limits` are those of ContinuousBatching. Raise IntegrityError."""
+        from sisa.lm.answer.continuous import ContinuousBatching
+
+        self.served = ServedHeads.read(context.stores.ledger)
+        self.batch = ContinuousBatching(open_answerer(context, resources, now=self.served), **limits)
+        self._former: list[tuple[int, str]] = []  # heads that requests may still run on
+        self._cut: list[Key] = []
+
+    def adopt(self, context: Context, resources: Resources) -> list[Key]:
+        """Replace what is no longer served; return the keys of requests that this cut.
+
+        What is tainted is dropped first, so that it answers nothing even if this raises IntegrityError;
+        the next call then loads what is missing, and returns all keys.
+        """
+        now = ServedHeads.read(context.stores.ledger)
+        tainted = {shard for shard, key in self.served.heads.items() if key not in now.manifests}
+        former = {shard for shard, key in self._former if key not in now.manifests}
+        self._cut += self.batch.switch(dict.fromkeys(tainted), tainted | former)
+        heads = {shard: key for shard, key in self.served.heads.items() if shard not in tainted}
+        before = self.served = replace(self.served, heads=heads)
+        if (before.stack, before.settings) != (now.stack, now.settings):
+            self._cut += self.batch.switch(open_answerer(context, resources, now=now))
+            self._former = []
+        else:
+            shards = before.heads.keys() | now.heads.keys()
+            changed = {shard for shard in shards if before.heads.get(shard) != now.heads.get(shard)}
+            adapters: dict[int, dict[str, bytes] | None] = dict.fromkeys(changed)
+            adapters |= _load(context, now, changed & now.heads.keys())
+            self._cut += self.batch.switch(adapters)
+            self._former += [(shard, key) for shard, key in heads.items() if shard in changed]
+        self._former = [(shard, key) for shard, key in self._former if key in now.manifests]
+        self.served = now
+        cut, self._cut = self._cut, []
+        return cut
 
 
 def prompt_form(context: Context) -> Kind:

@@ -15,6 +15,7 @@ Shapes: B requests, P rows (a constituent of a request), T positions, K tokens o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +29,12 @@ from sisa.lm.answer.prefill import continue_all, pieces
 from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
 from sisa.lm.base.adapter import patched_name
-from sisa.lm.base.low_rank import averaged, read_change
+from sisa.lm.base.low_rank import LowRankChange, averaged, read_change
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import end_tokens
 from sisa.lm.base.weights import load_patched
 
 MAX_ROWS = 64  # in one forward
-MERGED = -1  # the name of the mean of all shards' adapters
 TIE_SHARE = 1e-3  # of mean_prob in a vote
 
 
@@ -60,12 +60,47 @@ class Answerer:
         self.check_current: Callable[[], None] = lambda: None
         self.model, self.tokenizer = load_patched(base_dir, base_digest, patches, precision)
         self.base_name = patched_name(base_digest, patches)
-        self.shards = frozenset(adapters)
-        changes = {shard: read_change(files) for shard, files in sorted(adapters.items())}
-        if method == "merged" and changes:
-            changes = {MERGED: averaged(list(changes.values()))}
-        self.stack = StackedAdapters(self.model, changes)
-        self._ends = end_tokens(self.model, self.tokenizer)
+        self.ends = end_tokens(self.model, self.tokenizer)
+        self.stack = StackedAdapters(self.model, {})
+        self._names: dict[int, int] = {}  # of each shard's constituent, in the stack
+        self._num_put = 0
+        self._merged: dict[int, LowRankChange] = {}
+        self.replace(adapters)
+
+    def replace(self, adapters: Mapping[int, Mapping[str, bytes] | None]) -> dict[int, int]:
+        """Answer for these shards with other adapters (None: with none any more).
+
+        Return the shards of former constituents, and their names in the stack, which still holds them;
+        the caller drops them. Raise IntegrityError, changing nothing, if an adapter is damaged.
+        """
+        if not adapters:
+            return {}
+        held = {shard: files for shard, files in sorted(adapters.items()) if files is not None}
+        read: dict[int, LowRankChange] = {shard: read_change(files) for shard, files in held.items()}
+        former = self._names
+        if self.method == "merged":
+            merged = {shard: each for shard, each in self._merged.items() if shard not in adapters}
+            merged = dict(sorted((merged | read).items()))
+            name = self._put(averaged([*merged.values()])) if merged else 0
+            self._merged, self._names = merged, dict.fromkeys(merged, name)
+            return former
+        names = {shard: name for shard, name in former.items() if shard not in adapters}
+        self._names = names | {shard: self._put(change) for shard, change in read.items()}
+        return {shard: former[shard] for shard in adapters if shard in former}
+
+    def _put(self, change: LowRankChange) -> int:
+        self._num_put += 1
+        self.stack.put(self._num_put, change)
+        return self._num_put
+
+    @property
+    def shards(self) -> frozenset[int]:
+        """Return the shards that a model is loaded for."""
+        return frozenset(self._names)
+
+    def pin(self) -> None:
+        """Set this thread to the threads and kernels that the model asks for."""
+        pin_threads(*self._pinned)
 
     @property
     def form_alone(self) -> Literal["chat"] | None:
@@ -76,11 +111,11 @@ class Answerer:
         self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int
     ) -> list[str]:
         """Return the greedy continuation of each prompt, without the end token."""
-        pin_threads(*self._pinned)
-        self._check_shards(routes)
+        self.pin()
+        self.check_shards(routes)
         texts: list[str] = []
         with torch.inference_mode():
-            for start, end in pieces([self._names(route) for route in routes], 1, MAX_ROWS):
+            for start, end in pieces([self.names(route) for route in routes], 1, MAX_ROWS):
                 self.check_current()
                 answers = self._continued(prompts[start:end], routes[start:end], max_new_tokens)
                 texts += self.tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -93,10 +128,8 @@ class Answerer:
             combined = self._combined(logits_PV[:, None], [routes[each] for each in held], rows)
             return [int(each[-1].argmax()) for each in combined]
 
-        names = [self._names(route) for route in routes]
-        return continue_all(
-            self.model, self.stack, names, prompts, likeliest, self._ends, max_new_tokens
-        )
+        names = [self.names(route) for route in routes]
+        return continue_all(self.model, self.stack, names, prompts, likeliest, self.ends, max_new_tokens)
 
     def answer_probability(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route
@@ -115,12 +148,12 @@ class Answerer:
 
     def logprobs(self, routes: Sequence[Route], **inputs: Any) -> Tensor:
         """Return the log-probabilities [B, T, V] of a forward. Raise InvalidInput for other shards."""
-        pin_threads(*self._pinned)
+        self.pin()
         cache = inputs.get("past_key_values")
         if cache is None or cache.get_seq_length() == 0:  # else the answer began earlier
             self.check_current()
-        self._check_shards(routes)
-        names = [self._names(route) for route in routes]
+        self.check_shards(routes)
+        names = [self.names(route) for route in routes]
         whole = [(0, len(routes))]
         if not inputs.get("use_cache"):  # with a cache, all rows need one forward
             whole = list(pieces(names, inputs["input_ids"].shape[1]))
@@ -150,10 +183,24 @@ class Answerer:
             found.append(combine(logits, torch.tensor(weights).to(logits.device), self.method))
         return found
 
-    def _names(self, route: Route) -> Sequence[int]:
-        return (MERGED,) if self.method == "merged" and route.shards else route.shards
+    def names(self, route: Route) -> Sequence[int]:
+        """Return the names of a route's constituents in the stack."""
+        return tuple(dict.fromkeys(self._names[shard] for shard in route.shards))
 
-    def _check_shards(self, routes: Sequence[Route]) -> None:
+    def check_length(self, num_prompt_tokens: int, max_new_tokens: int) -> None:
+        """Raise InvalidInput if a prompt and its answer are longer than the base can read."""
+        most = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        if not 0 < num_prompt_tokens <= most - max_new_tokens:
+            raise InvalidInput(
+                "the base model can't read a prompt and an answer of this length",
+                where="prompt",
+                expected=f"1 to {most - max_new_tokens} tokens with max_new_tokens {max_new_tokens}",
+                got=f"{num_prompt_tokens} tokens",
+                next_step="shorten the prompt, or ask for fewer new tokens",
+            )
+
+    def check_shards(self, routes: Sequence[Route]) -> None:
+        """Raise InvalidInput if no model is loaded for a shard."""
         asked = {shard for route in routes for shard in route.shards}
         if missing := sorted(asked - self.shards):
             raise InvalidInput(

@@ -6,14 +6,17 @@
     above     base products over all rows at once; LoRA as two batched products with each row's matrices:
               y = x W + (x A[row]) B[row]. If all requests have the same route, each adapter's matrices
               are read once for all requests, not once per row
+    decode    one token of each row (`decoding`): the matrices of all adapters in use stand side by side,
+              y = x W + own(x [A A' ..]) [B B' ..], where `own` sets to zero what is another adapter's
 
-The base's weights are never written to. Ranks are padded with zeros to the largest one, the scale is
-folded into B, and the base alone is an adapter of zeros. Results differ from those of one constituent at
-a time by float rounding alone. Adapters are in float32; over a base in another dtype, each sum is
-rounded to it once. Dropout, and adapters on modules before the layers, are not supported.
+Adapters can be put in and dropped between forwards. The base's weights are never written to. Ranks are
+padded with zeros to the largest one, the scale is folded into B, and the base alone is an adapter of
+zeros. Results differ from those of one constituent at a time by float rounding alone. Adapters are in
+float32; over a base in another dtype, each sum is rounded to it once. Dropout, and adapters on modules
+before the layers, are not supported.
 
-Shapes: Q requests, P rows, T positions, I and O features of a module, R rank, N adapters, G groups of
-rows with one adapter, V words.
+Shapes: Q requests, P rows, T positions, I and O features of a module, R rank, G groups of rows, X
+positions of all rows of a group, V words.
 
     stack = StackedAdapters(base, {0: read_change(files), 3: read_change(other_files)})
     with stack.asking([[0, 3], [3]]) as rows:
@@ -35,6 +38,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from sisa.core.errors import IntegrityError
 from sisa.lm.base.adapter import ADAPTER_FILE
@@ -72,18 +77,49 @@ def rows_of(routes: Sequence[Sequence[int]]) -> Rows:
 
 
 class StackedLinear(nn.Module):
-    """A linear module of the base, with the matrices of all adapters."""
+    """A linear module of the base, with the matrices of the adapters that change it."""
 
-    def __init__(self, base: Any, down_NRI: Tensor, up_NRO: Tensor) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__()
         self.base = base
-        self._all = (down_NRI, up_NRO)
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}  # down [R, I] and up [R, O]
+        num_outputs, num_inputs = shape_of(base)
+        like = torch.empty(0, device=base.weight.device)
+        self._alone = like.new_zeros(0, num_inputs), like.new_zeros(0, num_outputs)
         self._groups: tuple[Tensor, Tensor] | None = None
+        self._beside: tuple[Tensor, Tensor] | None = None
+        self._foreign_GRX: Tensor | None = None
 
-    def choose(self, adapters_G: Tensor | None) -> None:
-        """Set the adapter of each group of rows; None leaves the base alone."""
-        down, up = self._all
-        self._groups = None if adapters_G is None else (down[adapters_G], up[adapters_G])
+    def put(self, name: int, factors: Factors) -> None:
+        """Hold the matrices of an adapter."""
+        device = self.base.weight.device
+        self.held[name] = factors.a_RI.to(device), factors.b_OR.T.contiguous().to(device)
+
+    def rank(self, name: int) -> int:
+        """Return the rank of an adapter, 0 if it does not change this module."""
+        return len(self.held[name][0]) if name in self.held else 0
+
+    def choose(self, groups: Sequence[int | None]) -> None:
+        """Set the adapter of each group of rows; none, or no groups, leaves the base alone."""
+        down_GRI, up_GRO = self._padded(groups) if groups else self._alone
+        self._groups = (down_GRI, up_GRO) if down_GRI.numel() else None
+        self._foreign_GRX = None
+
+    def put_side_by_side(self, names: Sequence[int], rank: int) -> None:
+        """Put the matrices of some adapters into one pair, each padded to `rank`."""
+        down_GRI, up_GRO = self._padded([*names], rank)
+        self._beside = down_GRI.flatten(0, 1)[None], up_GRO.flatten(0, 1)[None]
+
+    def choose_beside(self, foreign_GRX: Tensor) -> None:
+        """Set the adapters that stand side by side; `foreign_GRX` says what a row is not given."""
+        self._groups, self._foreign_GRX = self._beside, foreign_GRX
+
+    def _padded(self, names: Sequence[int | None], rank: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the matrices of adapters, stacked, with zeros up to the largest rank or `rank`."""
+        found = [self._alone if name is None else self.held.get(name, self._alone) for name in names]
+        down_GRI, up_GRO = (pad_sequence([each[n] for each in found], True) for n in (0, 1))
+        missing = (0, 0, 0, max(0, rank - down_GRI.shape[1]))
+        return pad(down_GRI, missing), pad(up_GRO, missing)
 
     def forward(self, x_PTI: Tensor) -> Tensor:
         y_PTO: Tensor = self.base(x_PTI)
@@ -94,6 +130,8 @@ class StackedLinear(nn.Module):
         y_GXO = y_PTO.view(len(down_GRI), -1, y_PTO.shape[-1])
         # with the thin matrix on the left: faster than x A
         low_GRX = torch.bmm(down_GRI, x_GXI.mT.to(down_GRI.dtype))
+        if self._foreign_GRX is not None:
+            low_GRX.masked_fill_(self._foreign_GRX, 0)
         if y_GXO.dtype == low_GRX.dtype:
             y_GXO.baddbmm_(low_GRX.mT, up_GRO)  # in place: nobody else holds the base's output
             return y_PTO
@@ -101,40 +139,89 @@ class StackedLinear(nn.Module):
 
 
 class StackedAdapters:
-    """Adapters by name (shard) on a base, whose modules are the caller's own and are replaced."""
+    """Adapters by name (a number) on a base, whose modules are the caller's own and are replaced."""
 
     def __init__(self, base: Any, adapters: Mapping[int, LowRankChange]) -> None:
         """Stack adapters over a base. Raise IntegrityError if an adapter does not fit the base."""
-        self._places = {name: number for number, name in enumerate(sorted(adapters))}
-        changes = [adapters[name] for name in self._places]
-        adapted = {module for each in changes for module in each}
-        modules = dict(base.named_modules())
-        self._linears = [
-            _put_stacked(base, module, modules.get(module), [each.get(module) for each in changes])
-            for module in sorted(adapted)
-        ]
-        for layer in _layers_above(base, adapted):
-            layer.register_forward_pre_hook(self._expand, with_kwargs=True)
+        self._base, self._device = base, next(base.parameters()).device
+        self._linears: dict[str, StackedLinear] = {}
+        self._hooks: list[Any] = []
         self._requests_P: Tensor | None = None
-        self._device = next(base.parameters()).device
+        self._beside: list[int] = []  # adapters that stand side by side
+        self._rank = 0
+        self.num_shared = 0  # layers below the first adapted one
+        for name, change in sorted(adapters.items()):
+            self.put(name, change)
+
+    def put(self, name: int, change: LowRankChange) -> None:
+        """Hold an adapter under a new name. Raise IntegrityError if it does not fit the base."""
+        modules = dict(self._base.named_modules())
+        for module, factors in change.items():
+            _check_fits(modules.get(module), factors)
+        for module, factors in change.items():
+            if module not in self._linears:
+                self._linears[module] = StackedLinear(modules[module])
+                self._base.set_submodule(module, self._linears[module])
+            self._linears[module].put(name, factors)
+        self._expand_above()
+
+    def drop(self, name: int) -> None:
+        """Forget an adapter; a name that is not held is ignored."""
+        for each in self._linears.values():
+            each.held.pop(name, None)
+        if name in self._beside:
+            self._put_side_by_side([each for each in self._beside if each != name])
 
     @contextmanager
     def asking(self, routes: Sequence[Sequence[int]]) -> Iterator[Rows]:
         """Run the base's forwards with the adapters of these routes; yield their outputs' rows."""
         rows = rows_of(routes)
-        self._requests_P = torch.tensor(rows.requests, device=self._device)
-        self._num_requests = len(routes)
-        alone = len(self._places)  # the adapter of zeros
-        chosen = [alone if name is None else self._places[name] for name in rows.groups]
-        chosen_G = torch.tensor(chosen, device=self._device)
-        try:
-            for each in self._linears:
-                each.choose(chosen_G)
+        with self._expanding(rows.requests, len(routes)):
+            for each in self._linears.values():
+                each.choose(rows.groups)
             yield rows
+
+    @contextmanager
+    def decoding(self, routes: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Run forwards of one token per row; the rows of a request follow one another.
+
+        The adapters of one call stay side by side for the next ones.
+        """
+        names = [name for route in routes for name in route or (None,)]
+        requests = [number for number, route in enumerate(routes) for _ in route or (None,)]
+        used = [each for each in dict.fromkeys(names) if each is not None]
+        if not set(used).issubset(self._beside):
+            self._put_side_by_side(used)
+        foreign_PG = torch.tensor([[each != name for each in self._beside] for name in names]).bool()
+        foreign_1RX = foreign_PG.T.repeat_interleave(self._rank, 0)[None].to(self._device)
+        with self._expanding(requests, len(routes)):
+            for each in self._linears.values() if used else ():
+                each.choose_beside(foreign_1RX)
+            yield
+
+    def _put_side_by_side(self, names: list[int]) -> None:
+        ranks = [each.rank(name) for each in self._linears.values() for name in names]
+        self._beside, self._rank = names, max(ranks, default=0)
+        for each in self._linears.values():
+            each.put_side_by_side(names, self._rank)
+
+    @contextmanager
+    def _expanding(self, requests: Sequence[int], num_requests: int) -> Iterator[None]:
+        self._requests_P = torch.tensor(requests, device=self._device)
+        self._num_requests = num_requests
+        try:
+            yield
         finally:
             self._requests_P = None
-            for each in self._linears:
-                each.choose(None)
+            for each in self._linears.values():
+                each.choose(())
+
+    def _expand_above(self) -> None:
+        """Expand requests to rows from the first adapted layer on."""
+        for hook in self._hooks:
+            hook.remove()
+        layers, self.num_shared = _layers_above(self._base, set(self._linears))
+        self._hooks = [each.register_forward_pre_hook(self._expand, with_kwargs=True) for each in layers]
 
     def _expand(self, _layer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Expand a layer's inputs from one row per request to one row per constituent."""
@@ -151,24 +238,12 @@ class StackedAdapters:
         return value[rows_P] if narrow else value
 
 
-def _put_stacked(base: Any, module: str, held: Any, parts: Sequence[Factors | None]) -> StackedLinear:
-    """Replace one module of the base; the last adapter is zero and stands for the base alone."""
-    shape = shape_of(held)
+def _check_fits(held: Any, factors: Factors) -> None:
+    shape = shape_of(held.base if isinstance(held, StackedLinear) else held)
     if not shape:
         raise _unfit("matrices of a module that the base does not have, or that is not linear")
-    num_outputs, num_inputs = shape
-    rank = max(len(each.a_RI) for each in parts if each is not None)
-    down = torch.zeros(len(parts) + 1, rank, num_inputs, device=held.weight.device)
-    up = torch.zeros(len(parts) + 1, rank, num_outputs, device=held.weight.device)
-    for number, part in enumerate(parts):
-        if part is not None:
-            if (part.b_OR.shape[0], part.a_RI.shape[1]) != shape:
-                raise _unfit("matrices of another shape")
-            down[number, : len(part.a_RI)] = part.a_RI
-            up[number, : len(part.a_RI)] = part.b_OR.T
-    stacked = StackedLinear(held, down, up)
-    base.set_submodule(module, stacked)
-    return stacked
+    if (factors.b_OR.shape[0], factors.a_RI.shape[1]) != shape:
+        raise _unfit("matrices of another shape")
 
 
 def _unfit(got: str) -> IntegrityError:
@@ -180,14 +255,18 @@ def _unfit(got: str) -> IntegrityError:
     )
 
 
-def _layers_above(base: Any, modules: set[str]) -> list[Any]:
-    """Return the layers from the first adapted one on; all of them if a module outside is adapted."""
+def _layers_above(base: Any, modules: set[str]) -> tuple[list[Any], int]:
+    """Return the layers from the first adapted one on, and how many there are below.
+
+    Return all layers if a module outside of them is adapted.
+    """
     lists = {name: each for name, each in base.named_modules() if isinstance(each, nn.ModuleList)}
     inside = {
         name: [m.removeprefix(f"{name}.") for m in modules if m.startswith(f"{name}.")] for name in lists
     }
     name = max(lists, key=lambda each: (len(inside[each]), -len(each)), default="")
     if not modules or not lists or not inside[name]:
-        return []
+        return [], 0
     first = min(int(module.partition(".")[0]) for module in inside[name])
-    return list(lists[name])[first if len(inside[name]) == len(modules) else 0 :]
+    first = first if len(inside[name]) == len(modules) else 0
+    return list(lists[name])[first:], first
