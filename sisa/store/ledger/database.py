@@ -146,7 +146,7 @@ def typed(own: Backend) -> Iterator[None]:
         raise damaged_ledger(own.where, str(error)) from error
     except own.errors as error:
         cause = getattr(error, "orig", None) or error  # the bare cursor's errors have no orig
-        raise own.fault(cause) or damaged_ledger(own.where, said(cause)) from error
+        raise own.fault(cause) or damaged_ledger(own.where, message_of(cause)) from error
 
 
 class Database:
@@ -412,7 +412,7 @@ def damaged_ledger(where: str, cause: str) -> IntegrityError:
     )
 
 
-def said(error: Any) -> str:
+def message_of(error: Any) -> str:
     """Return a driver's message without the values of rows, which PostgreSQL adds as a detail."""
     diagnosis = getattr(error, "diag", None)
     return str(getattr(diagnosis, "message_primary", None) or error)

@@ -26,7 +26,7 @@ import sqlalchemy as sa
 
 from sisa.core.domain import RecordRow
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, InvalidInput, SisaError
-from sisa.store.ledger.database import PATIENCE_S, SCRUB_PATIENCE_S, Statements, Watch, said
+from sisa.store.ledger.database import PATIENCE_S, SCRUB_PATIENCE_S, Statements, Watch, message_of
 from sisa.store.ledger.rows import IDENTITIES, NAMED, RECORDS, TOMBSTONES, schema
 
 try:
@@ -220,7 +220,7 @@ def postgres_fault(error: Any, where: str) -> SisaError | None:
         kind, step = InvalidInput, "leave out what PostgreSQL can't store, such as the character NUL"
     else:
         return None
-    return kind(f"the database can't be used: {said(error)}", where=where, next_step=step)
+    return kind(f"the database can't be used: {message_of(error)}", where=where, next_step=step)
 
 
 @contextlib.contextmanager
@@ -229,7 +229,7 @@ def guarded(where: str) -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        raise postgres_fault(error, where) or EnvironmentFault(said(error), where=where) from error
+        raise postgres_fault(error, where) or EnvironmentFault(message_of(error), where=where) from error
 
 
 @contextlib.contextmanager

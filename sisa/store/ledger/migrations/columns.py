@@ -16,7 +16,7 @@ def text(name: str, **options: Any) -> sa.Column[Any]:
     return sa.Column(name, kind, **{"nullable": False, **options})
 
 
-def key(name: str, **options: Any) -> sa.Column[Any]:
+def key_text(name: str, **options: Any) -> sa.Column[Any]:
     return text(name, primary_key=True, **options)
 
 

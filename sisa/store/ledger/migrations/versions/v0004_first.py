@@ -8,28 +8,40 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from sisa.store.ledger.migrations.columns import key, number, position, text
+from sisa.store.ledger.migrations.columns import key_text, number, position, text
 
 revision = "0004"
 down_revision = None
 
 
 def upgrade() -> None:
+    _settings()
+    _records()
+    _files()
+    _checkpoints()
+    _requests()
+    _patches()
+
+
+def _settings() -> None:
     op.create_table(
         "counts",
-        key("name"),
+        key_text("name"),
         position("shard"),
         position("slice"),
-        key("kind"),
+        key_text("kind"),
         number("num_rows"),
         number("crc"),
     )
-    op.create_table("meta", key("key"), text("value"), number("crc"))
+    op.create_table("meta", key_text("key"), text("value"), number("crc"))
+
+
+def _records() -> None:
     op.create_table(
         "records",
         position("shard"),
         position("slice"),
-        key("id_digest"),
+        key_text("id_digest"),
         text("subject_digest", nullable=True, index=True),
         text("record_digest"),
         text("text_digest", index=True),
@@ -44,7 +56,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "tombstones",
-        key("id_digest"),
+        key_text("id_digest"),
         text("subject_digest", nullable=True, index=True),
         text("text_digest", index=True),
         number("shard"),
@@ -54,6 +66,9 @@ def upgrade() -> None:
         number("checkpoints_erased"),
         number("crc"),
     )
+
+
+def _files() -> None:
     op.create_table(
         "slices",
         position("shard"),
@@ -81,9 +96,12 @@ def upgrade() -> None:
         text("target", nullable=True),
         number("crc"),
     )
+
+
+def _checkpoints() -> None:
     op.create_table(
         "checkpoints",
-        key("key"),
+        key_text("key"),
         number("shard", index=True),
         text("prefix"),
         number("seq"),
@@ -96,13 +114,9 @@ def upgrade() -> None:
         number("crc"),
     )
     op.create_table(
-        "requests", key("request_id"), number("seq"), number("num_named"), text("body"), number("crc")
-    )
-    op.create_table("named", key("request_id"), key("id_digest"), number("crc"))
-    op.create_table(
         "exports",
-        key("path"),
-        key("key"),
+        key_text("path"),
+        key_text("key"),
         number("shard"),
         text("prefix"),
         number("seq"),
@@ -114,9 +128,34 @@ def upgrade() -> None:
         text("form"),
         number("crc"),
     )
+
+
+def _requests() -> None:
+    op.create_table(
+        "requests",
+        key_text("request_id"),
+        number("seq"),
+        number("num_named"),
+        text("body"),
+        number("crc"),
+    )
+    op.create_table("named", key_text("request_id"), key_text("id_digest"), number("crc"))
+    op.create_table(
+        "events",
+        position("position"),
+        text("request_id"),
+        text("state"),
+        text("at"),
+        text("note"),
+        text("link", index=True),
+        number("crc"),
+    )
+
+
+def _patches() -> None:
     op.create_table(
         "patches",
-        key("key"),
+        key_text("key"),
         number("version"),
         text("job"),
         text("state"),
@@ -132,7 +171,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "vault",
-        key("name"),
+        key_text("name"),
         text("role"),
         number("num_records"),
         text("consent"),
@@ -143,14 +182,4 @@ def upgrade() -> None:
         text("request_id"),
         number("crc"),
     )
-    op.create_table("vaulted", key("name"), key("id_digest", index=True), number("crc"))
-    op.create_table(
-        "events",
-        position("position"),
-        text("request_id"),
-        text("state"),
-        text("at"),
-        text("note"),
-        text("link", index=True),
-        number("crc"),
-    )
+    op.create_table("vaulted", key_text("name"), key_text("id_digest", index=True), number("crc"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alembic import op
 
-from sisa.store.ledger.migrations.columns import key, number, text
+from sisa.store.ledger.migrations.columns import key_text, number, text
 from sisa.store.ledger.rows import begin_counts
 
 revision = "0005"
@@ -13,11 +13,15 @@ down_revision = "0004"
 
 def upgrade() -> None:
     op.create_table(
-        "identities", key("key"), key("id_digest", index=True), number("crc"), sqlite_with_rowid=False
+        "identities",
+        key_text("key"),
+        key_text("id_digest", index=True),
+        number("crc"),
+        sqlite_with_rowid=False,
     )
     op.create_table(
         "work_items",
-        key("item"),
+        key_text("item"),
         text("key", index=True),
         text("file"),
         text("request_id"),
