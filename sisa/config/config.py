@@ -419,6 +419,15 @@ class ClusterBlock(Block):
         return value
 
 
+class EngineSource(Block):
+    """A server of another engine that loads exports of this model, with this project's plugin in it."""
+
+    url: Annotated[str, StringConstraints(pattern=r"^https?://[^/\s?#@]+(/[^\s?#]*)?$")] = field(
+        ..., "URL of the engine's server, such as http://127.0.0.1:8000."
+    )
+    token_file: LocalPath | None = field(None, "File with the engine's API key; null: it has none.")
+
+
 class ServiceBlock(Block):
     """What `sisa serve` listens on, takes in and does when a deletion meets a running answer."""
 
@@ -433,6 +442,9 @@ class ServiceBlock(Block):
         32, "none", "Answers that a replica writes at once; more wait.", ge=1, le=4096
     )
     max_body_bytes: Int = key(1 << 20, "none", "Bytes of a request's body.", ge=1024, le=1 << 30)
+    engines: tuple[EngineSource, ...] = key(
+        (), "none", "Other engines that load exports of this model; each deletion reaches them."
+    )
 
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")

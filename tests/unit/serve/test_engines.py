@@ -1,0 +1,97 @@
+"""What engines hold of a model, asked over real HTTP of the plugin's routes with a stand-in engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from cluster.serve.engines import EngineHolds, engines_hold
+from cluster.serve.vllm_plugin import Evictions, ExportedAdapters, RevocationEndpoints
+from sisa.config.config import EngineSource, ServiceBlock
+from tests.models.job_cluster import free_port
+from tests.unit.serve.test_vllm_plugin import StandIn, put
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.config.port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def engine() -> StandIn:
+    return StandIn()
+
+
+def engine_app(engine: StandIn, exports: Path, token: str) -> FastAPI:
+    app = FastAPI()
+    RevocationEndpoints().attach_router(app)
+    app.state.sisa = Evictions(ExportedAdapters(exports), engine, engine)
+
+    @app.middleware("http")
+    async def guarded(request: Request, call_next: Any) -> Any:  # as vLLM's --api-key
+        if request.headers.get("authorization") != f"Bearer {token}":
+            return JSONResponse({}, 401)
+        return await call_next(request)
+
+    return app
+
+
+def model(url: str, exported: list[str], token_file: Path | None) -> Any:
+    exports = [SimpleNamespace(adapter_sha256=each, standing=None) for each in exported]
+    exports.append(SimpleNamespace(adapter_sha256="stale", standing="gone"))
+    block = ServiceBlock(engines=(EngineSource(url=url, token_file=token_file),))
+    return SimpleNamespace(
+        status=lambda: SimpleNamespace(exports=exports), config=SimpleNamespace(service=block)
+    )
+
+
+def test_an_erased_adapter_is_named_until_the_engine_sweeps(tmp_path: Path, engine: StandIn) -> None:
+    exports, token = tmp_path / "exports", tmp_path / "token"
+    kept, erased = put(exports, 0, b"kept"), put(exports, 1, b"erased")
+    for each in (kept, erased):
+        engine.ask(each)
+    token.write_text("secret\n")
+    with serving(engine_app(engine, exports, "secret")) as url:
+        asked = model(url, [kept], token)
+        (exports / "v1/shard-00001/adapter_model.safetensors").unlink()
+        (found,) = engines_hold(asked)
+        assert found == EngineHolds(url, tuple(sorted([kept, erased])), (erased,))
+        assert not found.clean
+        (found,) = engines_hold(asked, sweep=True)
+        assert found == EngineHolds(url, (kept,))
+        assert found.clean
+        del engine.lora_requests[kept]
+        (found,) = engines_hold(asked)
+        assert (found.nameless, found.clean) == (1, False)
+        (found,) = engines_hold(model(url, [kept], None))
+        assert (found.fault, found.clean) == ("HTTPError 401", False)
+    (found,) = engines_hold(asked)
+    assert (found.held, found.clean) == ((), False)
+    assert "URLError" in found.fault
+    assert asyncio.run(engine.list_loras()) == {1}
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "http://user@host/", "ftp://x", "http://a b"])
+def test_an_engine_has_a_plain_web_address(url: str) -> None:
+    with pytest.raises(ValueError, match="url"):
+        EngineSource(url=url)
