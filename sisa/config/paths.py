@@ -25,7 +25,7 @@ from sisa.config.config import HUB, NAME_PATTERN, KeyPath, is_local, is_uri, sho
 # Dotted keys (`*`: every item of a list) that hold a path, and those that hold a path or a name.
 PATH_KEYS = (
     *("output_dir", "storage", "witness", "keyring", "sisa.partition_key_file"),
-    *("signing.keys", "base_model.scratch.directory"),
+    *("signing.keys", "base_model.scratch.directory", "service.engines.*.token_file"),
 )
 NAME_KEYS = ("base_model", "sisa.embedder", "datasets.*.path", "base_model.scratch.corpus.*.path")
 MUST_EXIST = "sisa.partition_key_file"  # the only one of PATH_KEYS

@@ -308,6 +308,7 @@ OTHER: dict[str, Any] = {
     "service.on_deletion": "end",
     "service.max_concurrent": 7,
     "service.max_body_bytes": 7777,
+    "service.engines": [{"url": "http://127.0.0.1:8000"}],
     "limits.max_records": 7,
     "limits.max_record_bytes": 7,
     "limits.max_bytes": 7,
