@@ -8,11 +8,12 @@ one to a changed run file; `unlearn.py` makes patches.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from sisa.audit.garbage import undisturbed
 from sisa.audit.replay import scratch_store, stages_apart
 from sisa.audit.verify import Replay, Verification, shards_to_replay, verify
-from sisa.core.digest import Keyed
+from sisa.core.digest import Keyed, digest_of
 from sisa.core.domain import (
     ExportForm,
     Kind,
@@ -71,6 +72,7 @@ from sisa.flows.wiring.context import (
     served_heads,
     view_shards,
 )
+from sisa.flows.wiring.group import GroupLedger
 from sisa.flows.wiring.progress import running
 from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 from sisa.flows.wiring.wiring import LEDGER, LOCK, SCRATCH, Description, OpenExecutor, open_areas
@@ -118,6 +120,14 @@ def asked_again(question: Callable[Concatenate[Model, _P], _T]) -> Callable[Conc
     return asking
 
 
+@dataclass(frozen=True)
+class _Group:
+    """The shards that may be read, and the rule by which records are assigned to them."""
+
+    shards: frozenset[int]
+    partition: str
+
+
 class Model:
     """A deletion-ready model in a directory.
 
@@ -139,7 +149,25 @@ class Model:
             )
         self.executor = executor
         self.report = report
+        self._group: _Group | None = None
         self._take(wiring.describe(self.directory))
+
+    @property
+    def partition(self) -> str:
+        """Return the name of the rule that assigns records to shards: others are other people's."""
+        return digest_of([self._meta.get("key"), self.config.sisa.shards, self.config.sisa.group_by])
+
+    def within(self, shards: Collection[int], partition: str) -> Model:
+        """Return the model as those see it who may read some shards alone.
+
+        Records, requests and adapters of other shards are as if they did not exist, and no file of them
+        is opened. What concerns the whole model raises ConfigConflict, and so does every call once the
+        records are assigned by another rule than `partition`.
+        """
+        self._catch_up()
+        found = copy.copy(self)
+        found._group = _Group(frozenset(shards), partition)
+        return found
 
     def add(
         self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False, append: bool = False
@@ -255,7 +283,7 @@ class Model:
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
     ) -> lifecycle.Submitted:
         """Submit a request that waits to be approved and run. Raise UnknownRecord, ConfigConflict."""
-        with self._writing() as context:
+        with self._writing(whole=False) as context:
             live, dead = _named(context, ids, subject)
             found = copies(context, live, full_scan=True)
             near = query.near(context, live, NEAR_DUPLICATE, found) if live else []
@@ -276,12 +304,12 @@ class Model:
 
     def decide(self, request_id: str, state: RequestState, note: str = "") -> lifecycle.RequestView:
         """Move a request to approved, held, denied or cancelled. Raise ConfigConflict."""
-        with self._writing() as context:
+        with self._writing(whole=False) as context:
             return lifecycle.viewed(context, lifecycle.decide(context, request_id, state, note))
 
     def extend(self, request_id: str, reason: str) -> lifecycle.RequestView:
         """Extend a request's due date once, with a reason. Raise ConfigConflict."""
-        with self._writing() as context:
+        with self._writing(whole=False) as context:
             return lifecycle.viewed(context, lifecycle.extend(context, request_id, reason))
 
     @asked_again
@@ -550,6 +578,8 @@ class Model:
         `locked`: the caller holds the writer lock. `as_it_is`: do not catch up. `outdated`: accept a
         read-only copy that is behind its witness, for which EnvironmentFault is raised otherwise.
         """
+        if outdated or as_it_is:
+            self._check_whole()
         self._catch_up()
         with wiring.open_context(
             self.directory, self.resources, Keyed(self.secret), self.id, self.executor, self.report
@@ -569,11 +599,35 @@ class Model:
                 if not read_only:
                     with files.writer_lock(self.directory / LOCK):
                         catch_up(context)
-            yield context
+            yield context if locked else self._seen(context)
+        if self._group is not None and wiring.read_description(self.directory) != self._meta:
+            raise Outdated("the model was reconfigured meanwhile", next_step="ask again")
+
+    def _check_whole(self) -> None:
+        """Raise ConfigConflict if only some shards may be read here."""
+        if self._group is not None:
+            raise ConfigConflict(
+                "this concerns the whole model, of which only some shards may be read here",
+                next_step="ask who may read all shards",
+            )
+
+    def _seen(self, context: Context) -> Context:
+        """Return what may be seen here of an open model. Raise ConfigConflict for a former partition."""
+        if self._group is None:
+            return context
+        if self._group.partition != self.partition:
+            raise ConfigConflict(
+                "the records were assigned to shards anew since these shards were named",
+                next_step="name the shards again: `sisa token add --shards`",
+            )
+        ledger = GroupLedger(context.stores.ledger, self._group.shards)
+        return replace(context, stores=replace(context.stores, ledger=ledger))
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, *, whole: bool = True) -> Iterator[None]:
         """Hold the writer lock over the present model. Raise Busy."""
+        if whole:
+            self._check_whole()
         wiring.check_executor(self.executor)  # refuses an unknown one before anything is written
         with running(), files.writer_lock(self.directory / LOCK):
             self._catch_up()
@@ -582,10 +636,10 @@ class Model:
             yield
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[Context]:
-        with self._locked(), self._context(locked=True) as context:
+    def _writing(self, *, whole: bool = True) -> Iterator[Context]:
+        with self._locked(whole=whole), self._context(locked=True) as context:
             finish_written(context)
-            yield context
+            yield self._seen(context)
 
     def _clear_scratch(self) -> None:
         """Erase what a replay stored, its keys first, and the temporary texts of killed processes."""

@@ -29,6 +29,7 @@ from cluster.cli import (
     patches,
     plan,
     requests,
+    serve,
 )
 from cluster.cli.command import (
     PATH,
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "cli"]
 FAMILIES = (
     *(audits, certificates, evaluation, evidence, jobs, maintenance, metrics),
-    *(patches, plan, requests),
+    *(patches, plan, requests, serve),
 )
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130

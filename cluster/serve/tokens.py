@@ -3,21 +3,74 @@
     @requests_router.post("/requests")
     def submit(caller: Annotated[Caller, Depends(may("submit"))]) -> ...
 
-A service without tokens listens on loopback alone, and its caller is `local`, who may do everything.
+A token is 256 random bits, shown once. `MODEL/tokens.json` (mode 0600) keeps its SHA-256, which nobody
+can turn back; a slow hash is for words that people choose. The file is read for every request, so that a
+new or a revoked token counts at once, in every replica. Each token is compared in constant time, and all
+of them are, whichever fits. When a token was last used is not kept.
+
+A service without the file listens on loopback alone, and its caller is `local`, who may do everything.
+Once the file exists, tokens are demanded, even if all of them have expired.
+
+>>> sorted(ROLES["officer"] - ROLES["operator"])
+['access', 'decide']
+>>> sorted(ROLES["operator"] - ROLES["officer"])
+['erase', 'operate']
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import hmac
+import ipaddress
+import json
+import math
+import os
+import re
+import secrets
+import ssl
+import stat
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+from urllib.parse import urlsplit
 
-from fastapi import Request
+from fastapi import Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from limits import RateLimitItem, RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
 
 from cluster.serve.app import Refusal, service_of
+from sisa.config.config import Tls
+from sisa.core.block import Block
+from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.model import Model
+from sisa.store.blobs import files
 
 Scope = Literal["answer", "read", "submit", "decide", "erase", "access", "operate"]
+Role = Literal["reader", "officer", "operator"]
+
 SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
+_READER: frozenset[Scope] = frozenset({"answer", "read"})
+ROLES: Mapping[Role, frozenset[Scope]] = {
+    "reader": _READER,
+    "officer": _READER | {"submit", "decide", "access"},
+    "operator": _READER | {"submit", "erase", "operate"},
+}
+OF_THE_WHOLE: frozenset[Scope] = frozenset({"erase", "operate"})  # not for some shards alone
+
+FILE = "tokens.json"
+PREFIX = "sisa_"  # by which scanners for leaked secrets know it
+TOKEN_BYTES = 32
+MAX_TOKEN_CHARS = 128
+DAYS = 90
+FAILURES_PER_MINUTE = 30  # of one address; then 429 instead of 401
+RATE_PER_MINUTE = 600  # of one token, unless the run file says otherwise
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -28,36 +81,315 @@ class Caller:
     role: str
     scopes: frozenset[Scope]
     shards: frozenset[int] | None = None  # None: all
+    partition: str = ""  # in which the shards were named
+
+    def view(self, model: Model) -> Model:
+        """Return the model as this caller may see it. What it raises hides other shards, too."""
+        return model if self.shards is None else model.within(self.shards, self.partition)
 
 
 LOCAL = Caller("local", "local", SCOPES)
 
 
-class Tokens(Protocol):
-    """The tokens that a service accepts."""
+class AccessToken(Block):
+    """A token at rest; a revoked one has no digest."""
+
+    name: str
+    role: Role
+    scopes: tuple[Scope, ...]
+    shards: tuple[int, ...] | None
+    partition: str
+    made_at: str
+    expires_at: str
+    revoked_at: str | None = None
+    sha256: str | None
+
+    def state(self, now: datetime) -> Literal["active", "expired", "revoked"]:
+        """Return whether it is valid."""
+        if self.sha256 is None:
+            return "revoked"
+        return "active" if now < datetime.fromisoformat(self.expires_at) else "expired"
+
+    @property
+    def caller(self) -> Caller:
+        """Return who calls with it."""
+        shards = None if self.shards is None else frozenset(self.shards)
+        return Caller(self.name, self.role, frozenset(self.scopes), shards, self.partition)
+
+
+class _File(Block):
+    tokens: tuple[AccessToken, ...] = ()
+
+
+class Tokens:
+    """The tokens of a model, and how often each one, and each failing address, may call."""
+
+    def __init__(
+        self,
+        directory: Path,
+        per_minute: int = RATE_PER_MINUTE,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """Take the tokens of a model's directory; `per_minute` is of each token and this process."""
+        self._directory, self._path, self._now = directory, directory / FILE, now
+        self._rate = MovingWindowRateLimiter(MemoryStorage())
+        self._calls = RateLimitItemPerMinute(per_minute, namespace="calls")
+        self._failures = RateLimitItemPerMinute(FAILURES_PER_MINUTE, namespace="failures")
+        self._demanded = False
+
+    def demanded(self) -> bool:
+        """Return whether there are tokens or were any: a lost file opens no door."""
+        self._demanded = self._demanded or self._path.exists()
+        return self._demanded
+
+    def listed(self) -> list[tuple[AccessToken, str]]:
+        """Return all tokens with their states, by name."""
+        now = self._now()
+        return sorted(((each, each.state(now)) for each in self._read()), key=lambda e: e[0].name)
+
+    def add(
+        self,
+        name: str,
+        role: Role,
+        *,
+        scopes: Collection[Scope] = (),
+        shards: Collection[int] | None = None,
+        partition: str = "",
+        days: int = DAYS,
+    ) -> tuple[AccessToken, str]:
+        """Make a token and return it with its text, which is kept nowhere.
+
+        `scopes` narrow the role. Raise InvalidInput, or ConfigConflict for a name that is in use.
+        """
+        chosen = frozenset(scopes) or ROLES[role] - (OF_THE_WHOLE if shards is not None else frozenset())
+        _check(name, role, chosen, shards)
+        text, now = PREFIX + secrets.token_urlsafe(TOKEN_BYTES), self._now()
+        made = AccessToken(
+            name=name,
+            role=role,
+            scopes=tuple(sorted(chosen)),
+            shards=None if shards is None else tuple(sorted(set(shards))),
+            partition=partition if shards is not None else "",
+            made_at=_shown(now),
+            expires_at=_shown(now + timedelta(days=days)),
+            sha256=hashlib.sha256(text.encode()).hexdigest(),
+        )
+        with self._changing() as held:
+            for each in held:
+                if each.name.casefold() == name.casefold() and each.state(now) == "active":
+                    raise ConfigConflict(
+                        "a token of this name is in use",
+                        got=each.name,
+                        next_step="revoke it first, or choose another name: a name is one person's",
+                    )
+            held[:] = [each for each in held if each.name.casefold() != name.casefold()]
+            held.append(made)
+        return made, text
+
+    def revoke(self, name: str) -> AccessToken:
+        """End a token at once. Raise InvalidInput for an unknown name."""
+        with self._changing() as held:
+            for at, each in enumerate(held):
+                if each.name.casefold() == name.casefold() and each.sha256 is not None:
+                    ended = {"sha256": None, "revoked_at": _shown(self._now())}
+                    held[at] = each.model_copy(update=ended)
+                    return held[at]
+        raise InvalidInput("no token of this name can be revoked", next_step="`sisa token list`")
 
     def caller(self, bearer: str) -> Caller | None:
-        """Return whose token this is; None if nobody's."""
+        """Return whose token this is; None if nobody's, or if it has expired or was revoked."""
+        if not bearer.isascii() or len(bearer) > MAX_TOKEN_CHARS:
+            return None
+        given, now, found = hashlib.sha256(bearer.encode()).hexdigest(), self._now(), None
+        for each in self._read():
+            same = hmac.compare_digest(each.sha256 or "", given)
+            if same and each.state(now) == "active":
+                found = each.caller
+        return found
+
+    def check_rate(self, caller: Caller) -> None:
+        """Raise Refusal (429) for a token that calls too often."""
+        self._hit(self._calls, caller.name, "this token has sent too many requests")
+
+    def fail(self, address: str) -> None:
+        """Note a failed attempt. Raise Refusal (429) for an address that fails too often."""
+        self._hit(self._failures, address, "too many failed attempts")
+
+    def _hit(self, limit: RateLimitItem, whose: str, what: str) -> None:
+        if not self._rate.hit(limit, whose):
+            wait_s = max(
+                1, math.ceil(self._rate.get_window_stats(limit, whose).reset_time - time.time())
+            )
+            headers = {"Retry-After": str(wait_s)}
+            expected = f"at most {limit.amount} a minute"
+            raise Refusal(429, what, "rate_limit_exceeded", expected=expected, headers=headers)
+
+    def _read(self) -> tuple[AccessToken, ...]:
+        """Return all tokens. Raise IntegrityError if others may have written the file."""
+        try:
+            with self._path.open("rb") as file:
+                found, data = os.fstat(file.fileno()), file.read()
+        except FileNotFoundError:
+            return ()
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or found.st_uid not in (os.getuid(), 0):
+            raise _damaged(self._path, "a file that others can write")
+        try:
+            return _File.model_validate_json(data).tokens
+        except ValueError:
+            raise _damaged(self._path, "something else") from None
+
+    @contextmanager
+    def _changing(self) -> Iterator[list[AccessToken]]:
+        """Yield all tokens, and write what is left of them in the end; one process at a time."""
+        with files.disk_errors(self._directory), files.opened_directory(self._directory) as handle:
+            files.take_lock(handle, self._directory, "is changing this model's tokens")
+            held = list(self._read())
+            yield held
+            body = {"tokens": [each.model_dump(mode="json") for each in held]}
+            files.write_atomic(self._path, json.dumps(body, indent=1).encode() + b"\n")
 
 
-def may(scope: Scope) -> Callable[[Request], Caller]:
-    """Return the dependency that admits callers with a scope. It raises Refusal: 401 or 403."""
+def _check(name: str, role: Role, scopes: frozenset[Scope], shards: Collection[int] | None) -> None:
+    if not _NAME.fullmatch(name) or name.casefold() == LOCAL.name:
+        raise InvalidInput(
+            "a token can't have this name",
+            expected=f"1 to 64 letters, digits and ._@- in ASCII, and not `{LOCAL.name}`",
+        )
+    if beyond := scopes - ROLES[role]:
+        raise InvalidInput(
+            f"a token of role {role} can't have these scopes",
+            expected=f"among {', '.join(sorted(ROLES[role]))}",
+            got=", ".join(sorted(beyond)),
+        )
+    if shards is not None and (whole := scopes & OF_THE_WHOLE):
+        raise InvalidInput(
+            "a token for some shards can't have scopes that concern the whole model",
+            got=", ".join(sorted(whole)),
+            next_step="leave them out, or --shards",
+        )
+    if shards is not None and not shards:
+        raise InvalidInput("a token for some shards needs one", next_step="name a shard")
 
-    def admitted(request: Request) -> Caller:
+
+def _shown(time_: datetime) -> str:
+    return time_.isoformat(timespec="seconds")
+
+
+def _damaged(path: Path, got: str) -> IntegrityError:
+    return IntegrityError(
+        "the tokens can't be used",
+        where=str(path),
+        expected="a file as `sisa token add` writes it, which its owner alone can write",
+        got=got,
+        next_step="restore it, or remove it and add tokens again",
+    )
+
+
+_bearer = HTTPBearer(auto_error=False, description="A token that `sisa token add` printed.")
+
+
+class May:
+    """The dependency that admits callers with a scope. It raises Refusal: 401, 403 or 429."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope: Scope = scope
+
+    def __call__(
+        self,
+        request: Request,
+        given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None,
+    ) -> Caller:
+        """Return who calls."""
         tokens = service_of(request).tokens
-        caller = LOCAL if tokens is None else tokens.caller(_bearer(request))
-        if caller is None:
-            step = "send `Authorization: Bearer TOKEN`"
-            challenge = {"WWW-Authenticate": "Bearer"}
-            raise Refusal(401, "no valid token", "invalid_api_key", next_step=step, headers=challenge)
+        if tokens is None or not tokens.demanded():
+            caller = _local(request)
+        else:
+            caller = _known(tokens, request, given.credentials if given else "")
         request.state.caller = caller
-        if scope not in caller.scopes:
-            raise Refusal(403, "the token does not allow this", expected=f"a token with scope {scope}")
+        if self.scope not in caller.scopes:
+            expected = f"a token with scope {self.scope}"
+            raise Refusal(403, "the token does not allow this", expected=expected)
         return caller
 
-    return admitted
+
+def may(scope: Scope) -> May:
+    """Return the dependency that admits callers with a scope."""
+    return May(scope)
 
 
-def _bearer(request: Request) -> str:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    return token if scheme.lower() == "bearer" else ""
+def _known(tokens: Tokens, request: Request, bearer: str) -> Caller:
+    caller = tokens.caller(bearer)
+    if caller is None:
+        tokens.fail(request.client.host if request.client else "")
+        step = "send `Authorization: Bearer TOKEN`"
+        challenge = {"WWW-Authenticate": "Bearer"}
+        raise Refusal(401, "no valid token", "invalid_api_key", next_step=step, headers=challenge)
+    tokens.check_rate(caller)
+    return caller
+
+
+def _local(request: Request) -> Caller:
+    """Return the caller on this machine. Raise Refusal for a page of another site in a browser here."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise Refusal(403, "a page of another site sent this", next_step="use a token")
+    return LOCAL
+
+
+def check_listening(host: str, tokens: Tokens) -> None:
+    """Raise ConfigConflict if others than this machine could call and no token is active."""
+    if is_loopback(host) or any(state == "active" for _, state in tokens.listed()):
+        return
+    raise ConfigConflict(
+        "the service would listen to other machines, and no token is active",
+        where="service.host",
+        expected="127.0.0.1, ::1 or localhost, or tokens",
+        got=host,
+        next_step="`sisa token add -m DIR NAME --role reader` makes one",
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0"), is_loopback("example.org")
+    (True, True, False, False)
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def tls_files(tls: Tls | None) -> dict[str, str]:
+    """Return uvicorn's options for TLS, which are Ray Serve's as well; none without TLS.
+
+    Raise InvalidInput unless the certificate fits the key, and the key is its owner's alone.
+    """
+    if tls is None:
+        return {}
+    try:
+        found = tls.key.stat()
+        others = stat.S_IMODE(found.st_mode) & 0o077
+        if others or found.st_uid not in (os.getuid(), 0):
+            raise _unusable(tls, f"a key that others can read (mode {stat.S_IMODE(found.st_mode):o})")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls.cert, tls.key, password=_refuse_password)
+    except OSError as error:  # ssl.SSLError is one
+        reason = getattr(error, "reason", None) or error.strerror or type(error).__name__
+        raise _unusable(tls, reason) from None
+    return {"ssl_certfile": str(tls.cert.absolute()), "ssl_keyfile": str(tls.key.absolute())}
+
+
+def _refuse_password() -> str:
+    raise OSError("the key is sealed by a password")
+
+
+def _unusable(tls: Tls, got: str) -> InvalidInput:
+    return InvalidInput(
+        "TLS can't be used",
+        where=f"service.tls: {tls.cert}, {tls.key}",
+        expected="a certificate in PEM and its key, unsealed, of mode 0600",
+        got=got,
+        next_step="correct the paths, or `chmod 600` the key",
+    )

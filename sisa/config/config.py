@@ -428,6 +428,13 @@ class EngineSource(Block):
     token_file: LocalPath | None = field(None, "File with the engine's API key; null: it has none.")
 
 
+class Tls(Block):
+    """Certificate and key with which a service speaks HTTPS, in PEM."""
+
+    cert: LocalPath = field(..., "Certificate, with those between it and its root.")
+    key: LocalPath = field(..., "Its key, unsealed; only its owner may read it.")
+
+
 class ServiceBlock(Block):
     """What `sisa serve` listens on, takes in and does when a deletion meets a running answer."""
 
@@ -445,6 +452,11 @@ class ServiceBlock(Block):
     engines: tuple[EngineSource, ...] = key(
         (), "none", "Other engines that load exports of this model; each deletion reaches them."
     )
+    rate_per_minute: Int = key(600, "none", "Requests of one token in a minute, of each replica.", ge=1)
+    four_eyes: Bool = key(
+        False, "none", "Whether who submits a request may not approve it; commands as well as HTTP."
+    )
+    tls: Tls | None = key(None, "none", "Files for HTTPS: {cert: PATH, key: PATH}; null: HTTP.")
 
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")

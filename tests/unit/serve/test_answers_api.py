@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from cluster.serve.app import Service, build_app
-from cluster.serve.tokens import Caller, Scope
+from cluster.serve.tokens import Caller, Scope, Tokens
 from sisa.core.errors import Outdated
 from tests.fakes.answers import FakeAnswers
 from tests.unit.serve.conftest import LOOPBACK
@@ -251,13 +252,17 @@ def test_a_cut_answer_is_an_error_to_try_again(ask: Ask, answers: FakeAnswers) -
     assert found.json()["error"]["code"] == "Outdated"
 
 
-class OneToken:
+class OneToken(Tokens):
     """A token that may answer, and perhaps read."""
 
     def __init__(self, *scopes: Scope) -> None:
+        super().__init__(Path("nowhere"))
         self.one = Caller("app", "app", frozenset(scopes), frozenset({1}))
 
-    def caller(self, _bearer: str) -> Caller | None:
+    def demanded(self) -> bool:
+        return True
+
+    def caller(self, bearer: str) -> Caller | None:  # noqa: ARG002
         """Return the one caller."""
         return self.one
 

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from cluster.serve import app as serving
 from cluster.serve.app import Service, build_app
-from cluster.serve.tokens import SCOPES, Caller, may
+from cluster.serve.tokens import SCOPES, Caller, Tokens, may
 from sisa.core.errors import (
     Busy,
     ConfigConflict,
@@ -36,8 +36,11 @@ ERRORS: list[tuple[Callable[..., SisaError], int]] = [
 ]
 
 
-class KnownTokens:
+class KnownTokens(Tokens):
     """Two tokens: an operator's, and a reader's."""
+
+    def demanded(self) -> bool:
+        return True
 
     def caller(self, bearer: str) -> Caller | None:
         """Return whose it is."""
@@ -77,7 +80,9 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def guarded(service: Service) -> Iterator[TestClient]:
     """Return a client of the service with tokens."""
-    with TestClient(build_app(replace(service, tokens=KnownTokens())), base_url=LOOPBACK) as made:
+    with TestClient(
+        build_app(replace(service, tokens=KnownTokens(service.model.directory))), base_url=LOOPBACK
+    ) as made:
         yield made
 
 

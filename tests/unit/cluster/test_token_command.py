@@ -1,0 +1,74 @@
+"""`sisa token`: made once, listed without secrets, revoked at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from cluster.cli.serve import ROLE_NAMES, SCOPE_NAMES
+from cluster.serve.tokens import FILE, ROLES, Role, Scope, Tokens
+from sisa.model import open_model
+
+Ask = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+def test_a_token_is_shown_once(model: Path, ask: Ask) -> None:
+    code, made, _ = ask("token", "add", "-m", model, "anna", "--role", "officer", "--days", "7")
+    assert code == 0
+    text = made.pop("token")
+    assert set(made["scopes"]) == ROLES["officer"]
+    found = Tokens(model).caller(text)
+    assert found is not None
+    assert (found.name, found.shards) == ("anna", None)
+    _, listed, printed = ask("token", "list", "-m", model)
+    assert listed == {"tokens": [made]}
+    assert text not in printed + (model / FILE).read_text()
+    code, ended, _ = ask("token", "revoke", "-m", model, "anna")
+    assert (code, ended["state"], Tokens(model).caller(text)) == (0, "revoked", None)
+    assert ask("token", "revoke", "-m", model, "anna")[0] == 2
+
+
+def test_a_token_for_some_shards_is_bound_to_the_models_partition(model: Path, ask: Ask) -> None:
+    _, made, _ = ask("token", "add", "-m", model, "anna", "--role", "reader", "--shards", "1,0,1")
+    assert made["shards"] == [0, 1]
+    found = Tokens(model).caller(made["token"])
+    assert found is not None
+    opened = open_model(model)
+    assert found.partition == opened.partition
+    assert found.view(opened).requests() == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["a b", "--role", "reader"],
+        ["anna", "--role", "root"],
+        ["anna"],
+        ["anna", "--role", "reader", "--scope", "decide"],
+        ["anna", "--role", "reader", "--shards", "2"],
+        ["anna", "--role", "reader", "--shards", "-1"],
+        ["anna", "--role", "reader", "--shards", ""],
+        ["anna", "--role", "operator", "--shards", "0", "--scope", "operate"],
+        ["anna", "--role", "reader", "--days", "0"],
+    ],
+)
+def test_bad_arguments_make_no_token(model: Path, ask: Ask, wrong: list[str]) -> None:
+    code, error, _ = ask("token", "add", "-m", model, *wrong)
+    assert (code, error["error"]["type"] in ("UsageError", "InvalidInput")) == (2, True)
+    assert not (model / FILE).exists()
+
+
+def test_the_command_line_knows_the_roles_and_scopes() -> None:
+    assert (get_args(Role), get_args(Scope)) == (ROLE_NAMES, SCOPE_NAMES)
+
+
+def test_tokens_need_no_torch_and_no_ray(model: Path) -> None:
+    arguments = ["token", "add", "-m", str(model), "anna", "--role", "reader"]
+    code = f"import sys; from cluster.cli.cli import run; run({arguments!r}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"torch", "ray", "transformers", "peft", "faiss"}
