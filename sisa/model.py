@@ -1,8 +1,8 @@
 """Provide a model in a directory: add, where, find, forget, verify, generate, export.
 
-A writer holds the lock of the model's directory; a second writer gets `Busy`. If a caller or a machine
-is at fault, every method raises errors of `sisa.core.errors` alone. `train.py` trains a model and moves
-one to a changed run file; `unlearn.py` makes patches.
+A writer holds the lock of the model's directory; a second writer gets `Busy`. Requests are taken in
+beside a writer. If a caller or a machine is at fault, every method raises errors of `sisa.core.errors`
+alone. `train.py` trains a model and moves one to a changed run file; `unlearn.py` makes patches.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import (
     Context,
     Resources,
+    is_behind,
     lookup,
     model_digest,
     restricted_rows,
@@ -76,7 +77,7 @@ from sisa.flows.wiring.group import GroupLedger
 from sisa.flows.wiring.progress import running
 from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 from sisa.flows.wiring.wiring import LEDGER, LOCK, SCRATCH, Description, OpenExecutor, open_areas
-from sisa.flows.wiring.witness import catch_up, is_behind, witness_standing
+from sisa.flows.wiring.witness import catch_up, witness_standing
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
 from sisa.planning.plan import estimate_seconds, full_record_epochs, serving_depth
@@ -133,6 +134,7 @@ class Model:
 
     An object may live long: each call adopts what another process has since committed. Reads see the
     model after it has caught up with its witness; writes hold the directory's lock from before that.
+    Requests are submitted and decided without that lock, also while a deletion trains; restrictions too.
     """
 
     def __init__(
@@ -283,12 +285,22 @@ class Model:
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
     ) -> lifecycle.Submitted:
         """Submit a request that waits to be approved and run. Raise UnknownRecord, ConfigConflict."""
-        with self._writing(whole=False) as context:
+        alike = self._alike(ids, subject)
+        with self._deciding() as context:
             live, dead = _named(context, ids, subject)
+            request = lifecycle.submit(context, live, dead, terms or Terms())
+        return lifecycle.Submitted(request, *alike)
+
+    @asked_again
+    def _alike(
+        self, ids: Sequence[str], subject: str | None
+    ) -> tuple[tuple[str, ...], tuple[query.Candidate, ...]]:
+        """Return the ids of exact copies of records, and near-duplicates."""
+        with self._context() as context:
+            live, _ = _named(context, ids, subject)
             found = copies(context, live, full_scan=True)
             near = query.near(context, live, NEAR_DUPLICATE, found) if live else []
-            request = lifecycle.submit(context, live, dead, terms or Terms())
-            return lifecycle.Submitted(request, tuple(query.ids_of(context, found)), tuple(near))
+            return tuple(query.ids_of(context, found)), tuple(near)
 
     @asked_again
     def requests(self) -> list[lifecycle.RequestView]:
@@ -304,12 +316,12 @@ class Model:
 
     def decide(self, request_id: str, state: RequestState, note: str = "") -> lifecycle.RequestView:
         """Move a request to approved, held, denied or cancelled. Raise ConfigConflict."""
-        with self._writing(whole=False) as context:
+        with self._deciding() as context:
             return lifecycle.viewed(context, lifecycle.decide(context, request_id, state, note))
 
     def extend(self, request_id: str, reason: str) -> lifecycle.RequestView:
         """Extend a request's due date once, with a reason. Raise ConfigConflict."""
-        with self._writing(whole=False) as context:
+        with self._deciding() as context:
             return lifecycle.viewed(context, lifecycle.extend(context, request_id, reason))
 
     @asked_again
@@ -332,12 +344,12 @@ class Model:
 
         No shard serves a checkpoint that saw one; nothing is erased or trained.
         """
-        with self._writing() as context:
+        with self._deciding(whole=True) as context:
             return restrict(context, subject)
 
     def release(self, subject: str) -> Restriction:
         """End a restriction: the same is served as before it. Raise ConfigConflict without one."""
-        with self._writing() as context:
+        with self._deciding(whole=True) as context:
             return lift(context, subject)
 
     def run(self) -> tuple[Request, ...]:
@@ -600,7 +612,11 @@ class Model:
                     with files.writer_lock(self.directory / LOCK):
                         catch_up(context)
             yield context if locked else self._seen(context)
-        if self._group is not None and wiring.read_description(self.directory) != self._meta:
+        if self._group is not None:
+            self._check_current()
+
+    def _check_current(self) -> None:
+        if wiring.read_description(self.directory) != self._meta:
             raise Outdated("the model was reconfigured meanwhile", next_step="ask again")
 
     def _check_whole(self) -> None:
@@ -639,6 +655,19 @@ class Model:
     def _writing(self, *, whole: bool = True) -> Iterator[Context]:
         with self._locked(whole=whole), self._context(locked=True) as context:
             finish_written(context)
+            yield self._seen(context)
+
+    @contextlib.contextmanager
+    def _deciding(self, *, whole: bool = False) -> Iterator[Context]:
+        """Keep other commits out, but not a writer that trains. Raise Busy."""
+        if whole:
+            self._check_whole()
+        self._catch_up()
+        every = copy.copy(self)
+        every._group = None
+        with running(), every._context() as context, context.stores.ledger.exclusive():
+            self._check_current()
+            catch_up(context)  # a process may have been killed before it told the witness
             yield self._seen(context)
 
     def _clear_scratch(self) -> None:

@@ -30,16 +30,24 @@ from sisa.flows.reconcile import Trained, erase_unknown, under_way
 from sisa.flows.record_checks import check_all, check_generations, check_not_deleted, check_risks
 from sisa.flows.scratch import guard, prepare_base
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context, Resources, commit, indexed_digest, trained_over
+from sisa.flows.wiring.context import (
+    Context,
+    Resources,
+    commit,
+    indexed_digest,
+    is_behind,
+    trained_over,
+)
 from sisa.flows.wiring.progress import progress, running
 from sisa.flows.wiring.wiring import LEDGER, LOCK, OpenExecutor
-from sisa.flows.wiring.witness import catch_up, is_behind
+from sisa.flows.wiring.witness import catch_up
 from sisa.lm.base.numerics import require_device
 from sisa.model import Model
 from sisa.planning.bands import unnamed
 from sisa.planning.layout import Assigner
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import read_secret
+from sisa.store.ledger.database import COMMIT_LOCK
 from sisa.store.ledger.ledger import SqlLedger
 
 
@@ -346,7 +354,8 @@ def _committed(directory: Path) -> bool:
 
 def _check_no_foreign_files(directory: Path) -> None:
     """Raise InvalidInput if a first training would write among files that are not a model's."""
-    ours = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", wiring.KEY, LOCK, wiring.SCRATCH, *AREAS}
+    ledger = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", LOCK, COMMIT_LOCK}
+    ours = {*ledger, wiring.KEY, wiring.SCRATCH, *AREAS}
     if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
         raise InvalidInput(
             "output_dir holds something that is not a model",

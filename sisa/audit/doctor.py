@@ -32,9 +32,8 @@ from sisa.core.errors import InvalidInput, SisaError, TransientError
 from sisa.core.events import silent
 from sisa.core.requests import key_names
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context, Resources, held_rows
+from sisa.flows.wiring.context import Context, Resources, held_rows, is_behind
 from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER
-from sisa.flows.wiring.witness import is_behind
 from sisa.store.blobs import files
 from sisa.store.ledger.database import open_readonly
 from sisa.store.ledger.ledger import SqlLedger

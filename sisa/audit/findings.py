@@ -172,7 +172,9 @@ def _rows(context: Context, *, with_key: bool) -> Iterator[Finding]:
     if what := _damage(lambda: check_rows(context.stores.ledger)):
         yield Finding("ledger_damaged", "error", LEDGER, what)
     ledger, chain = context.stores.ledger, context.settings.chain if with_key else None
-    if contradicted(ledger.requests(), ledger.events(), chain):
+    with ledger.snapshot():
+        requests, events = ledger.requests(), ledger.events()
+    if contradicted(requests, events, chain):
         what = "the requests' events do not form one chain that leads to their states"
         yield Finding("ledger_damaged", "error", LEDGER, what)
 

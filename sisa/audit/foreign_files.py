@@ -34,6 +34,7 @@ from sisa.flows.wiring.wiring import (
     SCRATCH,
     VAULT,
 )
+from sisa.store.blobs.files import read_beside
 from sisa.store.blobs.keyring import MAGIC, is_sealed
 
 FILE_AREAS = (RECORDS, INDEX, VAULT, PREFIXES)  # areas that hold files
@@ -58,7 +59,7 @@ class SealedFiles:
 
     def plaintext(self, path: Path) -> bytes | None:
         """Return the plaintext of a sealed file; None for a plain file. Raise Shredded and OSError."""
-        with path.open("rb") as file:
+        with read_beside(path) as file:
             head = file.read(len(MAGIC))
             if not is_sealed(head):
                 return None

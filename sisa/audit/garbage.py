@@ -37,6 +37,7 @@ from sisa.flows.wiring.wiring import CHECKPOINTS, LEDGER, LOCK, METRICS, PATCHES
 from sisa.store.blobs import files
 from sisa.store.blobs.files import LocalBlobs
 from sisa.store.checkpoints import MANIFEST
+from sisa.store.ledger.database import COMMIT_LOCK
 from sisa.store.metrics import run_files
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 LEDGER_FILES = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", f"{LEDGER}-journal")
 EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", wiring.LOG)
-KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, wiring.KEY, LOCK})
+KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, wiring.KEY, LOCK, COMMIT_LOCK})
 AREAS = (
     *(wiring.RECORDS, wiring.INDEX, wiring.PREFIXES, CHECKPOINTS),
     *(PATCHES, wiring.VAULT, wiring.RUNS, METRICS),

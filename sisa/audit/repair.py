@@ -31,8 +31,8 @@ from sisa.flows.patches.on_deletion import give_up
 from sisa.flows.reconcile import just_trained, reconcile, train_chains
 from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context, commit, embed_shard, plan_of, view_shard
-from sisa.flows.wiring.witness import catch_up, is_behind
+from sisa.flows.wiring.context import Context, commit, embed_shard, is_behind, plan_of, view_shard
+from sisa.flows.wiring.witness import catch_up
 from sisa.planning.layout import index_root
 from sisa.planning.plan import ShardPlan, reached
 from sisa.store.blobs import files

@@ -61,7 +61,7 @@ from sisa.flows.reconcile import export_standing
 from sisa.flows.wiring.context import Context, known_by_area
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.lm.base.packages import cache_dir
-from sisa.store.blobs.files import SCRATCH_PREFIX, walk
+from sisa.store.blobs.files import SCRATCH_PREFIX, read_beside, walk
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.metrics import STAGE_DIGITS, parsed, without
@@ -312,7 +312,7 @@ class _Scanner:
         if found != expected:
             self.found("damaged", path, NOT_RECORDED)
             return
-        with path.open("rb") if plain is None else io.BytesIO(plain) as file:
+        with read_beside(path) if plain is None else io.BytesIO(plain) as file:
             head = file.read(len(PARQUET_MAGIC))
         ids = None
         if head == PARQUET_MAGIC:

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from sisa.store.blobs.files import read_beside
 from sisa.store.ledger.database import open_readonly
 
 MIN_BYTES, MIN_HEX_BYTES = 5, 8
@@ -109,7 +110,7 @@ class SearchStrings:
         """
         if not len(self):
             return []
-        with path.open("rb") if unsealed is None else io.BytesIO(unsealed) as file:
+        with read_beside(path) if unsealed is None else io.BytesIO(unsealed) as file:
             head = file.read(len(SQLITE_MAGIC))
             file.seek(0)
             raw = _firsts(self._in_stream(file))

@@ -374,6 +374,12 @@ class Ledger(Protocol):
     def commit(self, change: Change) -> int:
         """Apply a change, whole or not at all, and return its sequence number, which added rows get."""
 
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Keep other such blocks out of a short one that reads, decides and commits; blocks may nest.
+
+        Every process that commits takes part. Raise Busy if another block lasts too long.
+        """
+
     def snapshot(self) -> AbstractContextManager[None]:
         """Answer all queries of a short block from one state, whatever is committed meanwhile."""
 

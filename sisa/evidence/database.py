@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sisa.core.errors import IntegrityError
-from sisa.store.blobs.files import disk_errors
+from sisa.store.blobs.files import database_in_use, disk_errors
 from sisa.store.ledger.database import PATIENCE_S, open_journaled, sqlite_fault
 
 VERSION = 1
@@ -28,7 +28,7 @@ def transaction(path: Path, schema: str, *, write: bool = True) -> Iterator[sqli
     and EnvironmentFault for the surroundings.
     """
     try:
-        with contextlib.closing(_connected(path, write)) as connection:
+        with database_in_use(path), contextlib.closing(_connected(path, write)) as connection:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if write and version == 0:
                 connection.execute(f"PRAGMA user_version = {VERSION}")
@@ -51,8 +51,9 @@ def _connected(path: Path, write: bool) -> sqlite3.Connection:
         if not path.is_file():
             raise IntegrityError("the model has no evidence", where=str(path), next_step=NEXT_STEP)
         return open_journaled(path)
-    with disk_errors(path):
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    if not path.exists():  # closing it ends locks that this process has on it
+        with disk_errors(path):
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     connection = sqlite3.connect(path, timeout=PATIENCE_S, isolation_level=None)
     for pragma in ("secure_delete=ON", "synchronous=FULL", "cache_size=-65536"):
         connection.execute(f"PRAGMA {pragma}").close()

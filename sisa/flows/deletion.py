@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
@@ -37,7 +37,7 @@ from sisa.core.domain import (
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Change, Contribution, KeptVersions, Probe, Removal, merged
-from sisa.core.requests import ACCEPTED, due_date, event, is_under_way, moved
+from sisa.core.requests import ACCEPTED, due_date, event, moved
 from sisa.flows.reconcile import (
     HELD_PROMPTS,
     check_rows,
@@ -186,10 +186,27 @@ def forget_at_once(context: Context, arrival: Arrival, *, defer: bool = False) -
     """Add an approved request to the ledger and carry it out in the same commit.
 
     A failure before the commit changes nothing; after a crash, the next command finishes the deletion.
-    With `defer`, bytes are erased now and training is left to a later command.
+    With `defer`, bytes are erased now and training is left to a later command. Raise ConfigConflict for
+    a legal hold.
     """
-    named = {arrival.request.request_id: arrival.rows}
-    return delete(context, Removal([arrival.request], named), arrival.change(), defer=defer)
+    removal = Removal([arrival.request], {arrival.request.request_id: arrival.rows})
+
+    def attempt() -> Deleted:
+        _check_no_hold(context, removal.rows)
+        return delete(context, removal, arrival.change(), defer=defer)
+
+    return until_undisturbed(attempt)
+
+
+class Overtaken(Exception):
+    """Somebody decided about a request after it was read; nothing was committed."""
+
+
+def until_undisturbed(attempt: Callable[[], Deleted]) -> Deleted:
+    """Repeat a deletion, which reads the requests again, until nobody decides meanwhile."""
+    while True:
+        with contextlib.suppress(Overtaken):
+            return attempt()
 
 
 def delete(context: Context, removal: Removal, arriving: Change, *, defer: bool = False) -> Deleted:
@@ -197,12 +214,16 @@ def delete(context: Context, removal: Removal, arriving: Change, *, defer: bool 
 
     The served model is clean after the commit; in the end the bytes are gone and the affected suffixes
     are retrained. Raise the errors of the effects; a failure before the commit leaves the requests
-    failed, with the type of the error as the cause.
+    failed, with the type of the error as the cause. Raise Overtaken if somebody cancelled, held or
+    extended one of the requests, or held its records, before the commit.
     """
     held = slices_of(context, removal.rows.values())
     try:
         contributed = _commit_or_note(context, removal, arriving)  # the served model is clean
         _probe_removed(context, removal.named, held)  # before the text is erased
+    except Overtaken:
+        erase_unknown(context)  # the files that were written for the commit
+        raise
     except SisaError:
         with contextlib.suppress(SisaError):  # what can be erased after the commit is erased anyway
             if under_way(context):
@@ -220,10 +241,7 @@ def _commit_or_note(context: Context, removal: Removal, arriving: Change) -> lis
     try:
         return commit_removed(context, removal, arriving)
     except SisaError as error:
-        asked = {each.request_id for each in removal.requests}
-        with contextlib.suppress(SisaError):  # the ledger may be what failed
-            found = [each for each in context.stores.ledger.requests() if each.request_id in asked]
-            note_failure(context, [each for each in found if not is_under_way(each)], error)
+        note_failure(context, removal.requests, error)
         raise
 
 
@@ -243,14 +261,16 @@ def _probe_removed(
         for request_id, rows in named.items()
         if rows
     }
-    asked = [
-        replace(request, probed=outcomes[request.request_id])
-        for request in context.stores.ledger.requests()
-        if request.request_id in outcomes
-    ]
-    unknown = [each.vaulted for each in asked if each.vaulted and _is_unknown(outcomes[each.request_id])]
-    changed = [replace(each, vaulted="") if each.vaulted in unknown else each for each in asked]
-    commit(context, Change(requests=changed, unvaulted=unknown))
+    with context.stores.ledger.exclusive():
+        asked = [
+            replace(request, probed=outcomes[request.request_id])
+            for request in context.stores.ledger.requests()
+            if request.request_id in outcomes
+        ]
+        vaulted = [each for each in asked if each.vaulted]
+        unknown = [each.vaulted for each in vaulted if _is_unknown(outcomes[each.request_id])]
+        changed = [replace(each, vaulted="") if each.vaulted in unknown else each for each in asked]
+        commit(context, Change(requests=changed, unvaulted=unknown))
 
 
 def _is_unknown(outcome: Probed) -> bool:
@@ -278,22 +298,29 @@ def commit_removed(
     """Commit what remains: rows are removed, heads roll back; return the contributions of hooks.
 
     `arriving` is added in the same transaction; `held_too` also deletes records under a legal hold.
-    Raise ConfigConflict for a hold, IntegrityError for damaged files.
+    Raise Overtaken if somebody decided about the requests meanwhile, IntegrityError for damaged files.
     """
     check_rows(context.stores.ledger)
     rows = removal.rows
-    if not held_too:
-        _check_no_hold(context, rows)
     contributed = [hook.contribute(context, removal) for hook in context.hooks]
     planned = plan_forget(context, list(rows.values()))
     if planned.removed:
         check_sources(context, planned.plans)
     vaulted = {key: name for each in contributed for key, name in each.vaulted.items()}
     own = _remaining(context, removal, planned, vaulted)
-    commit(
-        context, merged([*(each.change for each in contributed), replace(arriving, requests=()), own])
-    )
+    change = merged([*(each.change for each in contributed), replace(arriving, requests=()), own])
+    with context.stores.ledger.exclusive():
+        if not held_too and _is_overtaken(context, removal):
+            raise Overtaken
+        commit(context, change)
     return contributed
+
+
+def _is_overtaken(context: Context, removal: Removal) -> bool:
+    """Return whether a request has changed since it was read, or its records are under a hold."""
+    present = {each.request_id: each for each in context.stores.ledger.requests()}
+    changed = any(present.get(each.request_id, each) != each for each in removal.requests)
+    return changed or bool(_holds(context, removal.rows))
 
 
 def _remaining(
@@ -336,14 +363,16 @@ def _write_remaining(context: Context, planned: Forgetting) -> tuple[list[SliceF
     return slices, indexes
 
 
-def _check_no_hold(context: Context, named: Collection[str]) -> None:
+def _holds(context: Context, named: Collection[str]) -> list[str]:
+    """Return the held requests that name one of these records."""
     ledger, named = context.stores.ledger, frozenset(named)
-    problems = [
-        Problem(request.request_id, "holds records that were named")
-        for request in ledger.requests()
-        if request.state == "held" and not named.isdisjoint(ledger.named_by(request.request_id))
-    ]
-    if problems:
+    held = [each.request_id for each in ledger.requests() if each.state == "held"]
+    return [each for each in held if not named.isdisjoint(ledger.named_by(each))]
+
+
+def _check_no_hold(context: Context, named: Collection[str]) -> None:
+    held = _holds(context, named)
+    if problems := [Problem(each, "holds records that were named") for each in held]:
         raise ConfigConflict(
             "some of these records are under a legal hold; nothing was changed",
             next_step="`sisa request approve` or `sisa request cancel` ends a hold",

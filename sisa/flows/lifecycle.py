@@ -18,7 +18,15 @@ from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
 from sisa.core.events import QueueSeen
 from sisa.core.ports import Change, Removal
 from sisa.core.requests import days_left, event, extended, moved
-from sisa.flows.deletion import Terms, arrive, delete, plan_forget, rows_named
+from sisa.flows.deletion import (
+    Deleted,
+    Terms,
+    arrive,
+    delete,
+    plan_forget,
+    rows_named,
+    until_undisturbed,
+)
 from sisa.flows.query import Candidate
 from sisa.flows.reconcile import open_plans, under_way
 from sisa.flows.wiring.context import Context, commit
@@ -53,15 +61,16 @@ def submit(
 
     Raise ConfigConflict for an external id that stands for other records.
     """
-    arrived = arrive(context, rows, deleted, terms, full_scan=True)
-    asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
-    known = _known(context, terms, asked, arrived.named)
-    if known is None:
-        commit(context, arrived.change())
-        return arrived.request
-    if terms.approver is not None and known.state == "received":
-        return decide(context, known.request_id, "approved", terms.approver)
-    return known
+    with context.stores.ledger.exclusive():
+        arrived = arrive(context, rows, deleted, terms, full_scan=True)
+        asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
+        known = _known(context, terms, asked, arrived.named)
+        if known is None:
+            commit(context, arrived.change())
+            return arrived.request
+        if terms.approver is not None and known.state == "received":
+            return decide(context, known.request_id, "approved", terms.approver)
+        return known
 
 
 def _known(
@@ -129,16 +138,18 @@ def decide(context: Context, request_id: str, state: RequestState, note: str) ->
         raise InvalidInput(f"a request is not {state} without a reason", next_step="give --reason")
     if state == "approved" and not note.strip():
         raise InvalidInput("an approval names its approver", next_step="give --approver")
-    request = moved(find(context, request_id), state, note)
-    commit(context, Change(requests=[request], events=[event(request, context.now(), note)]))
+    with context.stores.ledger.exclusive():
+        request = moved(find(context, request_id), state, note)
+        commit(context, Change(requests=[request], events=[event(request, context.now(), note)]))
     return request
 
 
 def extend(context: Context, request_id: str, reason: str) -> Request:
     """Extend the due date by what the regime allows. Raise ConfigConflict or InvalidInput."""
-    request = extended(find(context, request_id), reason)
-    note = f"extended to {request.due}: {reason}"
-    commit(context, Change(requests=[request], events=[event(request, context.now(), note)]))
+    with context.stores.ledger.exclusive():
+        request = extended(find(context, request_id), reason)
+        note = f"extended to {request.due}: {reason}"
+        commit(context, Change(requests=[request], events=[event(request, context.now(), note)]))
     return request
 
 
@@ -158,13 +169,20 @@ def approved(context: Context) -> list[Request]:
 
 
 def carry_out(context: Context, requests: Sequence[Request]) -> tuple[Request, ...]:
-    """Delete what these requests name, as one batch; leave unapproved requests as they are."""
+    """Delete what these requests name, as one batch; leave unapproved requests as they are.
+
+    A request that somebody cancels, denies or holds before the commit is left out of it.
+    """
     asked = {request.request_id for request in requests}
-    due = [each for each in approved(context) if each.request_id in asked]
-    named = {each.request_id: rows_named(context, each) for each in due}
-    done = delete(context, Removal(due, named), Change()).requests if due else ()
-    after = {request.request_id: request for request in done}
-    return tuple(after.get(request.request_id, request) for request in requests)
+
+    def attempt() -> Deleted:
+        due = [each for each in approved(context) if each.request_id in asked]
+        named = {each.request_id: rows_named(context, each) for each in due}
+        return delete(context, Removal(due, named), Change()) if due else Deleted()
+
+    until_undisturbed(attempt)
+    present = {each.request_id: each for each in context.stores.ledger.requests()}
+    return tuple(present[request.request_id] for request in requests)
 
 
 def plan_run(context: Context) -> RunPlan:

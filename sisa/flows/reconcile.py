@@ -150,14 +150,18 @@ def _chain(context: Context, shard: int, missing: Missing) -> Chain:
     return Chain(shard, missing.train, missing.parent, tuple(context.stores.ledger.slices(shard)))
 
 
-def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> None:
-    """Raise IntegrityError if the ledger lost rows; of its history, check the events after `since`."""
+def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> WitnessHead:
+    """Raise IntegrityError if the ledger lost rows; of its history, check the events after `since`.
+
+    Return the last event that was checked.
+    """
     ledger = context.stores.ledger
-    events = ledger.events(since.num_events)
+    with ledger.snapshot():  # people decide about requests meanwhile
+        events, held = ledger.events(since.num_events), ledger.requests()
     check_rows(ledger)
     heads, slices = ledger.heads(), ledger.slices()
     known = {each.key for each in ledger.checkpoints()}
-    requests = contradicted(ledger.requests(), events, context.settings.chain, since.link)
+    requests = contradicted(held, events, context.settings.chain, since.link)
     lost = {
         "heads": len(heads) != context.settings.assigner.layout.num_shards,
         "records or slices": sum(ledger.kinds().values()) != sum(f.num_records for f in slices),
@@ -166,14 +170,14 @@ def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> None:
         "requests or events": requests,
     }
     _raise_lost([name for name, each in lost.items() if each])
+    return WitnessHead(events[-1].link, since.num_events + len(events)) if events else since
 
 
 def _check_since_last_time(context: Context) -> None:
     """Refuse contradictions in the history since the last checked event; `verify` checks all of it."""
     kept = json.loads(context.stores.ledger.meta().get(CHECKED, "null"))
     since = WitnessHead(*kept) if kept else BEGINNING
-    check_consistent(context, since)
-    head = context.stores.ledger.event_head()
+    head = check_consistent(context, since)
     if head.num_events - since.num_events >= MANY_EVENTS:
         commit(context, Change(meta={CHECKED: json.dumps([head.link, head.num_events])}))
 
@@ -240,17 +244,29 @@ def _erase(context: Context, spared: Collection[str], removed: Removed) -> None:
     if waiting and (kept := purge(context)):
         what = f"old versions of erased objects are kept at {len(kept)} places"
         notes = {r.request_id: "; ".join(filter(None, (notes.get(r.request_id), what))) for r in waiting}
-    _move(context, [replace(request, state="erased", cause="") for request in waiting], notes)
+    _move(context, waiting, lambda each: replace(each, state="erased", cause=""), notes)
 
 
 def _move(
-    context: Context, requests: Sequence[Request], notes: Mapping[str, str] = MappingProxyType({})
-) -> None:
-    """Commit requests in their new states, each with its note."""
-    if requests:
-        now = context.now()
-        events = [event(each, now, notes.get(each.request_id, "")) for each in requests]
-        commit(context, Change(requests=requests, events=events))
+    context: Context,
+    seen: Sequence[Request],
+    becoming: Callable[[Request], Request],
+    notes: Mapping[str, str] = MappingProxyType({}),
+) -> list[Request]:
+    """Commit and return requests in their new states, each with its note.
+
+    They are read again: one that was extended meanwhile stays extended, and one in another state than
+    was seen is left alone.
+    """
+    with context.stores.ledger.exclusive():
+        states = {each.request_id: each.state for each in seen}
+        present = context.stores.ledger.requests()
+        moved = [becoming(each) for each in present if states.get(each.request_id) == each.state]
+        if moved:
+            now = context.now()
+            events = [event(each, now, notes.get(each.request_id, "")) for each in moved]
+            commit(context, Change(requests=moved, events=events))
+    return moved
 
 
 def note_failure(
@@ -260,7 +276,7 @@ def note_failure(
     cause = type(error).__name__
     notes = {request.request_id: cause for request in requests}
     with contextlib.suppress(SisaError):  # the ledger may be what failed
-        _move(context, [replace(request, state=state, cause=cause) for request in requests], notes)
+        _move(context, requests, lambda each: replace(each, state=state, cause=cause), notes)
 
 
 def open_plans(context: Context) -> list[ShardPlan]:
@@ -318,16 +334,16 @@ def _train(context: Context, chains: Sequence[Chain]) -> None:
 
 
 def train_unrecorded(
-    context: Context, plans: Sequence[ShardPlan], slices: Sequence[SliceFile], seq: int
+    context: Context, plans: Sequence[ShardPlan], slices: Sequence[SliceFile]
 ) -> list[HeldCheckpoint]:
-    """Train plans whose slices no commit lists yet; return the stages for the commit `seq` to record."""
+    """Train plans whose slices no commit lists yet; return the stages, for their commit to number."""
     chains = [
         Chain(plan.shard, plan.train, None, tuple(f for f in slices if f.shard == plan.shard))
         for plan in plans
         if plan.train
     ]
     found: list[HeldCheckpoint] = []
-    train_chains(context, chains, lambda stage: found.append(just_trained(stage, seq)))
+    train_chains(context, chains, lambda stage: found.append(just_trained(stage, 0)))
     return found
 
 
@@ -443,10 +459,8 @@ def _complete_requests(context: Context) -> None:
     if not done:
         return
     after, now = model_digest(context), context.now()
-    _move(context, [replace(request, state="retrained") for request in done])
-    finished = [completed(request, now, after) for request in done]
-    _move(context, finished)
-    for each in finished:
+    trained = _move(context, done, lambda each: replace(each, state="retrained"))
+    for each in _move(context, trained, lambda each: completed(each, now, after)):
         context.report(DeletionCompleted(each.num_records, len(each.shards), each.seconds))
 
 
@@ -514,13 +528,14 @@ def _erase_stale(context: Context) -> None:
                 else:
                     left.append(replace(each, state="tainted"))
         counts = Counter(name for name, _ in {(each.request_id, each.path) for each in erased})
-        counted = [
-            replace(request, exports_erased=request.exports_erased + counts[request.request_id])
-            for request in context.stores.ledger.requests()
-            if request.request_id in counts
-        ]
         names = [each.name for each in erased]
-        commit(context, Change(exports=left, unexported=names, requests=counted))
+        with context.stores.ledger.exclusive():
+            counted = [
+                replace(request, exports_erased=request.exports_erased + counts[request.request_id])
+                for request in context.stores.ledger.requests()
+                if request.request_id in counts
+            ]
+            commit(context, Change(exports=left, unexported=names, requests=counted))
 
 
 def export_standing(context: Context, export: Export) -> str:
@@ -540,11 +555,12 @@ def give_up_lost(context: Context) -> tuple[str, ...]:
     """Drop the rows of stale exports that are gone, and return their paths: the user vouches for it."""
     lost = [each for each in stale_exports(context) if export_standing(context, each) == "gone"]
     counts = Counter(each.request_id for each in lost)
-    events = [
-        event(request, context.now(), f"{counts[request.request_id]} lost exports were given up")
-        for request in context.stores.ledger.requests()
-        if request.request_id in counts
-    ]
-    if lost:
-        commit(context, Change(unexported=[each.name for each in lost], events=events))
+    with context.stores.ledger.exclusive():
+        events = [
+            event(request, context.now(), f"{counts[request.request_id]} lost exports were given up")
+            for request in context.stores.ledger.requests()
+            if request.request_id in counts
+        ]
+        if lost:
+            commit(context, Change(unexported=[each.name for each in lost], events=events))
     return tuple(dict.fromkeys(each.path for each in lost))

@@ -125,11 +125,11 @@ def reset(context: Context, meta: dict[str, str]) -> Trained:
     shards = range(context.settings.assigner.layout.num_shards)
     views = [ShardView(n, tuple(f for f in slices if f.shard == n), ()) for n in shards]
     plans = plans_of(context, views)
-    seq = context.stores.ledger.seq() + 1  # of the commit below, which adds the rows, too
-    trained = train_unrecorded(context, plans, slices, seq)
+    trained = train_unrecorded(context, plans, slices)
     views = [replace(v, held=tuple(e for e in trained if e.shard == v.shard)) for v in views]
     heads = [plan.head for plan in plans_of(context, views)]
-    commit(context, _moved(context, rows, slices, indexes, heads, trained, meta))
+    with context.stores.ledger.exclusive():  # so that checkpoints get the number of their rows
+        commit(context, _moved(context, rows, slices, indexes, heads, trained, meta))
     epochs = sum(plan.record_epochs for plan in plans)
     return Trained(epochs, sum(len(plan.train) for plan in plans))
 
@@ -160,6 +160,7 @@ def _moved(
     meta: dict[str, str],
 ) -> Change:
     old = context.stores.ledger
+    seq = old.seq() + 1  # of this commit
     former = [each for each in old.patches() if each.job.base != context.settings.base]
     gone = [replace(e, state="dropped") for e in former if e.state in ("active", "wanted")]
     if gone:
@@ -175,11 +176,11 @@ def _moved(
         unindexed=sorted({file.shard for file in old.indexes()} - {file.shard for file in indexes}),
         heads=heads,
         headless=[head.shard for head in old.heads() if head.shard >= len(heads)],
-        checkpoints=trained,
+        checkpoints=[replace(each, seq=seq) for each in trained],
         dropped=[each.key for each in old.checkpoints()],
         patches=gone,
         exports=[  # any record deleted later may be in them
-            replace(each, shard=ANY_SHARD, prefix=(), seq=old.seq() + 1)
+            replace(each, shard=ANY_SHARD, prefix=(), seq=seq)
             for each in old.exports()
             if not each.stale
         ],

@@ -13,6 +13,7 @@ import os
 import random
 import sqlite3
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -306,6 +307,29 @@ def sql(place: Path | str) -> Iterator[SqlLedger]:
 def in_file(path: Path) -> Iterator[SqlLedger]:
     with opened(path, create=True) as ledger:
         yield ledger
+
+
+def test_exclusive_blocks_keep_each_other_out_and_nest(place: Path | str) -> None:
+    def count(ledger: Ledger) -> None:
+        for _ in range(5):
+            with ledger.exclusive(), contextlib.suppress(KeyError), ledger.exclusive():
+                number = int(ledger.meta().get("config", "0"))
+                with ledger.exclusive():
+                    ledger.commit(Change(meta={"config": str(number + 1)}))
+                raise KeyError
+
+    def count_apart() -> None:
+        with opened(place) as other:
+            count(other)
+
+    with opened(place, create=True) as ledger:
+        doing = (partial(count, ledger), partial(count, ledger), count_apart, count_apart)
+        threads = [threading.Thread(target=each) for each in doing]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        assert ledger.meta()["config"] == "20"
 
 
 @pytest.fixture(params=["fake", "sqlite", "postgres"])

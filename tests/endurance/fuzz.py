@@ -200,7 +200,7 @@ class Box:
             name = path.relative_to(self.model).as_posix()
             if path.is_symlink():
                 found[name] = f"link to {os.readlink(path)}"
-            elif path.is_file() and not name.endswith(("-wal", "-shm", "-journal")) and name != "lock":
+            elif path.is_file() and not name.endswith(("-wal", "-shm", "-journal", "lock")):
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 

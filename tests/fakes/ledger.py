@@ -5,9 +5,11 @@ It keeps everything in `tables`. It has no damage, and no readers beside a write
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sisa.core.domain import (
     Export,
@@ -53,6 +55,7 @@ class _Tables:
 class FakeLedger:
     def __init__(self) -> None:
         self.tables = _Tables()
+        self.alone: AbstractContextManager[Any] = threading.RLock()
 
     def seq(self) -> int:
         return self.tables.seq
@@ -101,6 +104,9 @@ class FakeLedger:
             link = t.events[-1].link if t.events else ""
             t.events.append(replace(event, link=event.link or chained(link, event)))
         return t.seq
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        return self.alone
 
     def snapshot(self) -> AbstractContextManager[None]:
         return nullcontext()

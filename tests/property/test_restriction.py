@@ -23,6 +23,7 @@ from sisa.flows.ingest import rectify
 from sisa.flows.reconcile import reconcile
 from sisa.flows.rights.restriction import lift, restrict
 from sisa.flows.wiring.context import (
+    is_behind,
     live_heads,
     restricted_rows,
     restrictions,
@@ -31,7 +32,7 @@ from sisa.flows.wiring.context import (
     servable,
     served_heads,
 )
-from sisa.flows.wiring.witness import catch_up, is_behind
+from sisa.flows.wiring.witness import catch_up
 from tests.examples import num_examples
 from tests.fakes.ports import ADAPTER, FakeModel, fake_embed
 from tests.property.test_histories import (

@@ -120,8 +120,10 @@ def erase_unneeded(context: Context) -> tuple[int, int]:
         ledger.patches(), context.settings.patch_mode, sets, deletable(context), elsewhere
     )
     if erased or gone:
-        cleared = [replace(each, vaulted="") for each in ledger.requests() if each.vaulted in set(gone)]
-        commit(context, Change(vault=erased, unvaulted=gone, requests=cleared))
+        with ledger.exclusive():
+            held = [each for each in ledger.requests() if each.vaulted in set(gone)]
+            cleared = [replace(each, vaulted="") for each in held]
+            commit(context, Change(vault=erased, unvaulted=gone, requests=cleared))
     names = {each.name for each in erased} | set(gone)
     context.stores.vault.erase(sorted(names))
     before = {each.name for each in sets if each.held}

@@ -259,18 +259,21 @@ class Context:
 def commit(context: Context, change: ports.Change) -> int:
     """Commit a transaction, and record its requests, deletions and restrictions in the witness.
 
-    After a crash between the two, the next writer completes the record (`witness.py`).
+    After a crash between the two, the next such commit or the next writer completes the record. A change
+    that depends on what was read is read, decided and committed within one `ledger.exclusive()`, since
+    people decide about requests while a deletion trains.
     """
-    ledger, chain = context.stores.ledger, context.settings.chain
-    if change.removed and RESTRICTIONS not in change.meta:
-        change = replace(change, meta={**change.meta, **_ended(ledger, change)})
-    before = ledger.event_head().link if change.events else ""
-    seq = ledger.commit(replace(change, events=[*chain.linked(before, change.events)]))
-    named = not {"model", RESTRICTIONS}.isdisjoint(change.meta)
-    if named or change.events or change.tombstones or change.readmitted:
-        context.stores.witness.append(
-            ledger.event_head(), change.tombstones, change.readmitted, restrictions(ledger)
-        )
+    ledger, witness, chain = context.stores.ledger, context.stores.witness, context.settings.chain
+    with ledger.exclusive():
+        if change.removed and RESTRICTIONS not in change.meta:
+            change = replace(change, meta={**change.meta, **_ended(ledger, change)})
+        before = ledger.event_head()
+        seq = ledger.commit(replace(change, events=[*chain.linked(before.link, change.events)]))
+        named = not {"model", RESTRICTIONS}.isdisjoint(change.meta)
+        if named or change.events or change.tombstones or change.readmitted:
+            current = witness.head() == before or is_behind(context)  # behind: it catches up now
+            dead = change.tombstones if current else unrecorded(context)
+            witness.append(ledger.event_head(), dead, change.readmitted, restrictions(ledger))
     return seq
 
 
@@ -286,6 +289,25 @@ def _ended(ledger: ports.Ledger, change: ports.Change) -> dict[str, str]:
     if not ended or any(each.reason == RECTIFY for each in change.requests):
         return {}
     return restricting(known, {e: at for e, at in known.since.items() if e not in ended})
+
+
+def is_behind(context: Context) -> bool:
+    """Return whether the ledger does not know the witness's head, or has older restrictions.
+
+    The witness is read first: a ledger that is written meanwhile can only be ahead of it.
+    """
+    head, number = context.stores.witness.head(), context.stores.witness.num_restrictions()
+    ledger = context.stores.ledger
+    unknown = head is not None and head.link != "" and not ledger.has_event(head.link)
+    return unknown or (number > 0 and number > restrictions(ledger).number)
+
+
+def unrecorded(context: Context) -> list[Tombstone]:
+    """Return the deletions that the witness lacks: a process was killed before it recorded them."""
+    ledger, known = context.stores.ledger, context.stores.witness.read().tombstones
+    missing = [each for each in ledger.tombstones() if known.get(each.id_digest) != each]
+    live = ledger.lookup(each.id_digest for each in missing)  # of readmitted ids, a row
+    return [each for each in missing if not isinstance(live[each.id_digest], RecordRow)]
 
 
 def model_digest(context: Context) -> str:

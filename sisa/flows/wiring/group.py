@@ -65,6 +65,9 @@ class GroupLedger:
                 )
         return self._whole.commit(change)
 
+    def exclusive(self) -> AbstractContextManager[None]:
+        return self._whole.exclusive()
+
     def snapshot(self) -> AbstractContextManager[None]:
         return self._whole.snapshot()
 

@@ -30,21 +30,16 @@ from sisa.core.ports import Change, Removal
 from sisa.core.requests import due_date, event
 from sisa.flows.deletion import commit_removed
 from sisa.flows.reconcile import check_consistent, erase_unknown
-from sisa.flows.wiring.context import Context, restricting, restrictions
+from sisa.flows.wiring.context import (
+    Context,
+    is_behind,
+    restricting,
+    restrictions,
+    unrecorded,
+)
 
 WitnessStanding = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
 REPLAYED = "replayed from the witness"
-
-
-def is_behind(context: Context) -> bool:
-    """Return whether the ledger does not know the witness's head, or has older restrictions.
-
-    The witness is read first: a ledger that is written meanwhile can only be ahead of it.
-    """
-    head, number = context.stores.witness.head(), context.stores.witness.num_restrictions()
-    ledger = context.stores.ledger
-    unknown = head is not None and head.link != "" and not ledger.has_event(head.link)
-    return unknown or (number > 0 and number > restrictions(ledger).number)
 
 
 def witness_standing(context: Context) -> WitnessStanding:
@@ -60,15 +55,14 @@ def witness_standing(context: Context) -> WitnessStanding:
 def catch_up(context: Context) -> None:
     """Bring ledger and witness together; the caller holds the writer lock."""
     ledger, witness = context.stores.ledger, context.stores.witness
-    head = witness.head()
-    if is_behind(context):
-        apply_testimony(context)
-    elif head != ledger.event_head() or restrictions(ledger).number > witness.num_restrictions():
-        known = witness.read().tombstones
-        missing = [each for each in ledger.tombstones() if known.get(each.id_digest) != each]
-        live = ledger.lookup(each.id_digest for each in missing)  # of readmitted ids, a row
-        dead = [each for each in missing if not isinstance(live[each.id_digest], RecordRow)]
-        witness.append(ledger.event_head(), dead, (), restrictions(ledger))
+    with ledger.exclusive():
+        if is_behind(context):
+            apply_testimony(context)
+        elif (
+            witness.head() != ledger.event_head()
+            or restrictions(ledger).number > witness.num_restrictions()
+        ):
+            witness.append(ledger.event_head(), unrecorded(context), (), restrictions(ledger))
 
 
 def _restrict_again(context: Context, restricted: Restrictions) -> None:

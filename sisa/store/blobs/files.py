@@ -24,7 +24,9 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -276,15 +278,18 @@ def erase_all(folder: Path, names: Collection[str]) -> None:
 
 
 @contextlib.contextmanager
-def writer_lock(path: Path) -> Iterator[None]:
-    """Hold the model's only writer lock, a file for its owner alone. Raise Busy if another holds it."""
+def writer_lock(path: Path, patience_s: float | None = 0) -> Iterator[None]:
+    """Hold a lock, a file for its owner alone; `patience_s` is that of `take_lock`.
+
+    Raise Busy if another process, or another thread of this one, holds it.
+    """
     with disk_errors(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     try:
         if os.fstat(handle).st_mode & 0o077:  # whoever can open a lock can hold it
             with contextlib.suppress(PermissionError):  # another user's; `sisa doctor` reports it
                 os.fchmod(handle, FILE_MODE)
-        take_lock(handle, path.parent, "is writing to this model", patience_s=0)
+        take_lock(handle, path.parent, "is writing to this model", patience_s)
         yield
     finally:
         os.close(handle)
@@ -305,6 +310,59 @@ def take_lock(handle: int, where: Path, doing: str, patience_s: float | None = N
                     next_step="wait until it has finished, then run the same command again",
                 ) from error
         time.sleep(0.05)
+
+
+_SQLITE_FILES = ("-wal", "-shm", "-journal")  # beside a database
+_databases: dict[str, list[BinaryIO]] = {}  # open in this process: handles that are still to be closed
+_users = Counter[str]()  # of each of them
+_using = threading.Lock()
+
+
+@contextlib.contextmanager
+def database_in_use(path: Path) -> Iterator[None]:
+    """Note that this process has a SQLite database open while the block runs; see `read_beside`."""
+    name = os.path.realpath(path)
+    with _using:
+        _users[name] += 1
+    try:
+        yield
+    finally:
+        with _using:
+            _users[name] -= 1
+            if not _users[name]:
+                del _users[name]
+                for each in _databases.pop(name, ()):
+                    each.close()
+
+
+@contextlib.contextmanager
+def read_beside(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, which may be a database's, to read its bytes beside connections of this process.
+
+    Closing any handle of a file ends every POSIX lock that the process has on it, SQLite's too: another
+    process would take an open database for unused and delete the log to which this one writes. So the
+    handle is closed with the last connection, and used again until then.
+    """
+    name = os.path.realpath(path)
+    for suffix in _SQLITE_FILES:
+        name = name.removesuffix(suffix)
+    with database_in_use(Path(name)):
+        with _using:
+            kept = _databases.setdefault(name, [])
+            same = (each for each in kept if os.path.samestat(os.fstat(each.fileno()), path.stat()))
+            file = next(same, None) or path.open("rb")
+            if file in kept:
+                kept.remove(file)
+        file.seek(0)
+        try:
+            yield file
+        finally:
+            with _using:
+                kept.append(file)
+                gone = [each for each in kept if not os.fstat(each.fileno()).st_nlink]
+                for each in gone:  # nobody locks a deleted file
+                    kept.remove(each)
+                    each.close()
 
 
 @dataclass(frozen=True, slots=True)

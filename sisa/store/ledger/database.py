@@ -24,6 +24,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -39,10 +40,17 @@ from sqlalchemy.util import LRUCache
 
 from sisa.core.domain import RecordRow, parse_patch_job
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, SisaError
-from sisa.store.blobs.files import disk_errors, num_bytes
+from sisa.store.blobs.files import (
+    database_in_use,
+    disk_errors,
+    num_bytes,
+    read_beside,
+    writer_lock,
+)
 from sisa.store.ledger import rows
 from sisa.store.ledger.rows import SCHEMA_VERSION, UPGRADED, schema
 
+COMMIT_LOCK = "commit.lock"  # beside the file: who commits, decides about what was read, or both
 SCRUB_PATIENCE_S = 10.0
 FEW_ROWS = 4  # up to which removed rows are searched for; for more, rewriting the file is faster
 PIECE_BYTES = 16
@@ -101,6 +109,12 @@ class Backend(Protocol):
     def writing(self) -> AbstractContextManager[sa.Connection]:
         """Provide the connection of the only writer; commit when the block ends without an error."""
 
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Hold the lock of all who commit. Raise Busy."""
+
+    def close(self) -> None:
+        """Close all connections."""
+
     def version(self, connection: sa.Connection) -> int:
         """Return the version of the schema; 0 without one."""
 
@@ -157,6 +171,7 @@ class Database:
         self.backend = backend_at(place, create=create)
         self._snapshot: sa.Connection | None = None
         self.unscrubbed: set[str] = set()  # keys of identities that this object removed
+        self._alone, self._depth = threading.RLock(), 0  # of `exclusive`
         try:
             self._open(create)
         except BaseException:
@@ -204,7 +219,7 @@ class Database:
             yield wait
 
     def close(self) -> None:
-        self.backend.engine.dispose()
+        self.backend.close()
 
     def _guard(self) -> AbstractContextManager[None]:
         return typed(self.backend)
@@ -220,6 +235,15 @@ class Database:
                 return
             with self.backend.reading() as connection:
                 yield connection
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with self._alone, contextlib.ExitStack() as stack:
+            if not self._depth:
+                stack.enter_context(self.backend.exclusive())
+            self._depth += 1
+            stack.callback(setattr, self, "_depth", self._depth - 1)
+            yield
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -274,6 +298,15 @@ class Sqlite:
             url = sa.URL.create("sqlite", database=str(path))
             self.engine = sa.create_engine(url, connect_args={"timeout": PATIENCE_S}, **shared)
             sa.event.listen(self.engine, "connect", _set_pragmas)
+        self._used = contextlib.ExitStack()
+        self._used.enter_context(database_in_use(path))
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        return writer_lock(self._path.with_name(COMMIT_LOCK), patience_s=None)
+
+    def close(self) -> None:
+        self.engine.dispose()
+        self._used.close()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sa.Connection]:
@@ -344,9 +377,8 @@ class Sqlite:
         wanted += [key[:PIECE_BYTES].encode() for key in keys]
         if not wanted:
             return False
-        self.engine.dispose()  # closing the file would end the locks that a connection has on it
         before = b""
-        with disk_errors(self._path), self._path.open("rb") as file:
+        with disk_errors(self._path), read_beside(self._path) as file:
             while block := file.read(SCAN_BYTES):
                 block = before + block
                 if any(each in block for each in wanted):
@@ -384,7 +416,7 @@ def upgrade_ledger(place: Path | str) -> bool:
             if older:
                 _bring_up(own)
     finally:
-        own.engine.dispose()
+        own.close()
     Database(place).close()
     return older
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import sqlalchemy as sa
@@ -111,6 +112,12 @@ class Postgres:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_key('transaction')})")
             yield connection
             connection.exec_driver_sql(f"SELECT pg_notify('{CHANNEL}', current_schema())")
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        return advisory_lock(self.where, "commit", "is writing to this model", PATIENCE_S)
+
+    def close(self) -> None:
+        self.engine.dispose()
 
     def version(self, connection: sa.Connection) -> int:
         query = (

@@ -33,6 +33,7 @@ from sisa.flows.wiring.context import model_digest
 from sisa.store.blobs.files import write_atomic, writer_lock
 from sisa.store.blobs.keyring import write_secret
 from sisa.store.checkpoints import ADAPTER, MANIFEST
+from sisa.store.ledger.database import COMMIT_LOCK
 from tests.fakes.ports import SECRET, changed
 from tests.models.confessing import NAME, THEN, built_pair, content, context_of, use_fake_resources
 
@@ -123,7 +124,7 @@ def test_modes_that_are_too_open_are_told_by_room(model: Path) -> None:
     found = diagnose(model).findings
     told = {each.where: each.what for each in found if not each.where.startswith(f"{wiring.LEDGER}-")}
     rooms = {wiring.RECORDS, wiring.INDEX, wiring.CHECKPOINTS}
-    assert told.keys() == {".", wiring.KEY, wiring.LEDGER, wiring.LOCK, *rooms}
+    assert told.keys() == {".", wiring.KEY, wiring.LEDGER, wiring.LOCK, COMMIT_LOCK, *rooms}
     assert told["."] == "others may write to it (mode 777)"
     num_held = sum(1 for _ in (model / wiring.CHECKPOINTS).rglob("*"))
     assert f"others may use {1 + num_held} files and directories" in told[wiring.CHECKPOINTS]

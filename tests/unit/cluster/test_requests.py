@@ -353,12 +353,16 @@ def test_external_ids_are_idempotent(ask: Ask) -> None:
     assert len(ask("request", "list")["requests"]) == 1
 
 
-def test_a_second_writer_is_5_and_readers_are_not_kept_out(ask: Ask, model: Path) -> None:
+def test_a_second_writer_is_5_and_neither_readers_nor_requests_are_kept_out(
+    ask: Ask, model: Path
+) -> None:
     ask("request", "submit", "id-0003", "--external-id", "T-1")
     with writer_lock(model / wiring.LOCK):
-        for command in (["request", "submit", "id-0003"], ["request", "cancel", "T-1"], ["run"]):
-            assert ask(*command, "--json", code=5)["error"]["type"] == "Busy"
-        for command in (["request", "list"], ["request", "show", "T-1"], ["run", "--plan"]):
+        assert ask("run", "--json", code=5)["error"]["type"] == "Busy"
+        for command in (
+            *(["request", "list"], ["request", "show", "T-1"], ["run", "--plan"]),
+            *(["request", "submit", "id-0004"], ["request", "cancel", "T-1"]),
+        ):
             ask(*command)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -260,3 +262,40 @@ def test_every_known_disk_error_has_its_next_step(tmp_path: Path) -> None:
         steps.add(caught.value.next_step)
         assert os.strerror(code) in caught.value.what
     assert len(steps) == 5
+
+
+USE = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM t'); c.close()"
+
+
+@pytest.mark.parametrize(("read", "kept"), [(files.read_beside, True), (lambda p: p.open("rb"), False)])
+def test_bytes_are_read_beside_an_open_database(
+    tmp_path: Path, read: Callable[[Path], AbstractContextManager[BinaryIO]], kept: bool
+) -> None:
+    """Another process must not take the database for unused, and delete the log that is written to."""
+    path = tmp_path / "a.sqlite"
+    with files.database_in_use(path), closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA journal_mode=WAL").close()
+        database.execute("CREATE TABLE t (a)").close()
+        for name in (path, tmp_path / "a.sqlite-wal", tmp_path / "a.sqlite-shm", path):
+            with read(name) as file:
+                assert file.read(1)
+        subprocess.run([sys.executable, "-c", USE, str(path)], check=True)
+        assert (tmp_path / "a.sqlite-wal").exists() == kept
+    assert not files._databases
+    assert not files._users
+
+
+def test_handles_of_one_file_are_used_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.sqlite"
+    path.write_bytes(b"abc")
+    with files.database_in_use(path):
+        for _ in range(3):
+            with files.read_beside(path) as one, files.read_beside(path) as other:
+                assert (one.read(), other.read()) == (b"abc", b"abc")
+        (kept,) = files._databases.values()
+        assert len(kept) == 2
+        path.unlink()
+        path.write_bytes(b"another")
+        with files.read_beside(path) as file:
+            assert file.read() == b"another"
+        assert [os.fstat(each.fileno()).st_nlink for each in kept] == [1]
