@@ -103,10 +103,7 @@ def stop_job(job: str, address: str) -> Result:
 @click.option("--image", default=IMAGE, help="Image that holds this program.")
 @click.option("--instance-type", default=INSTANCE_TYPE, help="Instance type of all nodes.")
 def print_manifest(kind: Any, gpu: bool, image: str, instance_type: str) -> Result:
-    """Print a KubeRay manifest.
-
-    It is a RayJob, a RayCluster, or the volume that both share.
-    """
+    """Print a manifest for KubeRay, the volume that its pods share, or a Grafana dashboard."""
     text = manifest(kind, gpu=gpu, image=image, instance_type=instance_type)
     return Result({"kind": kind, "gpu": gpu, "manifest": text}, [text.rstrip("\n")])
 

@@ -1,4 +1,4 @@
-"""Read the manifests for KubeRay in `manifests/`: RayJob, RayCluster, and the volume that both share.
+"""Read the manifests in `manifests/`: RayJob, RayCluster, RayService, their volume, Grafana's dashboard.
 
 A manifest is printed as written, with the image and the instance type of the nodes filled in. Nothing is
 applied, and no manifest contains a secret: KubeRay makes the tokens (`authOptions`).
@@ -15,8 +15,9 @@ from typing import Literal
 
 from sisa.core.errors import InvalidInput, Problem
 
-Kind = Literal["rayjob", "raycluster", "volume"]
-KINDS: tuple[Kind, ...] = ("rayjob", "raycluster", "volume")
+Kind = Literal["rayjob", "raycluster", "rayservice", "volume", "grafana"]
+KINDS: tuple[Kind, ...] = ("rayjob", "raycluster", "rayservice", "volume", "grafana")
+FILES = {"volume": "volume.yaml", "grafana": "grafana.json"}  # alike with and without a GPU
 IMAGE = "deletion-ready-model:0.1.0"
 INSTANCE_TYPE = "INSTANCE-TYPE"  # a placeholder: no instance type exists on every cluster
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
@@ -36,6 +37,6 @@ def manifest(
         raise InvalidInput(
             "the manifest can't be filled in", problems=problems, next_step="correct them"
         )
-    name = f"{kind}-gpu.yaml" if gpu and kind != "volume" else f"{kind}.yaml"
+    name = FILES.get(kind, f"{kind}{'-gpu' * gpu}.yaml")
     text = files("cluster.jobs").joinpath("manifests", name).read_text(encoding="utf-8")
     return text.replace(IMAGE, image).replace(INSTANCE_TYPE, instance_type)

@@ -1,7 +1,8 @@
 """Manifests for KubeRay: what they say, against the fields that KubeRay and Kubernetes know.
 
-SISA_CRDS=DIRECTORY checks them against the CRDs of a release, too (`ray.io_rayjobs.yaml` and
-`ray.io_rayclusters.yaml`, from `ray-operator/config/crd/bases` in KubeRay's source).
+SISA_CRDS=DIRECTORY checks them against the CRDs of a release, too (`ray.io_rayjobs.yaml`,
+`ray.io_rayclusters.yaml` and `ray.io_rayservices.yaml`, from `ray-operator/config/crd/bases` in
+KubeRay's source).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from sisa.core.errors import InvalidInput
 ROOT = Path(__file__).resolve().parents[3]
 SCHEMA = json.loads((ROOT / "tests" / "golden" / "kuberay_v1.json").read_text())
 CRDS = Path(os.environ.get("SISA_CRDS", "no-crds"))
-VARIANTS = [(kind, gpu) for kind in KINDS for gpu in (False, True)]
+CLUSTERS: tuple[Kind, ...] = ("rayjob", "raycluster", "rayservice")
+VARIANTS: list[tuple[Kind, bool]] = [(kind, gpu) for kind in CLUSTERS for gpu in (False, True)]
 
 
 def parsed(kind: Kind, gpu: bool = False) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def parsed(kind: Kind, gpu: bool = False) -> dict[str, Any]:
 
 def cluster_of(found: dict[str, Any]) -> dict[str, Any]:
     spec: dict[str, Any] = found["spec"]
-    return spec.get("rayClusterSpec", spec)  # type: ignore[no-any-return]
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
 
 
 def pods(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -46,7 +48,7 @@ def pods(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [group["template"]["spec"] for group in groups]
 
 
-@pytest.mark.parametrize(("kind", "gpu"), VARIANTS)
+@pytest.mark.parametrize(("kind", "gpu"), [*VARIANTS, ("volume", False)])
 def test_every_manifest_fits_the_schema(kind: Kind, gpu: bool) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.validate(parsed(kind, gpu), SCHEMA)
@@ -71,7 +73,7 @@ def served(crd: dict[str, Any], version: str) -> Any:
 
 
 @pytest.mark.skipif(not CRDS.is_dir(), reason="no CRDs of KubeRay: set SISA_CRDS to their directory")
-@pytest.mark.parametrize(("kind", "gpu"), [each for each in VARIANTS if each[0] != "volume"])
+@pytest.mark.parametrize(("kind", "gpu"), VARIANTS)
 def test_every_manifest_fits_the_crds(kind: Kind, gpu: bool) -> None:
     crd = yaml.safe_load((CRDS / f"ray.io_{kind}s.yaml").read_text())
     jsonschema.validate(parsed(kind, gpu), served(crd, "v1"))
@@ -103,7 +105,7 @@ def test_a_crd_refuses_fields_that_it_does_not_know() -> None:
 
 def test_every_file_is_one_of_them() -> None:
     files = {path.stem for path in (ROOT / "cluster" / "jobs" / "manifests").iterdir()}
-    assert files == {"rayjob", "rayjob-gpu", "raycluster", "raycluster-gpu", "volume"}
+    assert files == {*KINDS, *(f"{kind}-gpu" for kind in CLUSTERS)}
 
 
 CHANGES: list[Any] = [
@@ -127,8 +129,7 @@ def test_the_schema_refuses_a_slip(change: Any) -> None:
     assert not jsonschema.Draft202012Validator(SCHEMA).is_valid(slipped)
 
 
-@pytest.mark.parametrize("kind", ["rayjob", "raycluster"])
-@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(("kind", "gpu"), VARIANTS)
 def test_what_each_cluster_needs(kind: Kind, gpu: bool) -> None:
     found = parsed(kind, gpu)
     claim = parsed("volume")
@@ -156,6 +157,31 @@ def test_a_job_and_a_cluster_are_the_same_but_for_the_job(gpu: bool) -> None:
     assert cluster_of(job) == cluster_of(cluster)
     assert job["spec"]["entrypoint"] == "sisa train /shared/run.yaml --address auto"
     assert job["spec"]["backoffLimit"] > 0  # a lost driver is followed by another
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_service_is_a_cluster_with_an_application_of_ours(gpu: bool) -> None:
+    service, cluster = parsed("rayservice", gpu), cluster_of(parsed("raycluster", gpu))
+    for place, pod in enumerate(pods(service)):
+        (container,) = pod["containers"]
+        assert {"name": "serve", "containerPort": 8000} in container["ports"]
+        container["ports"] = [each for each in container["ports"] if each["name"] != "serve"]
+        if place:
+            del container["ports"]
+    (group,) = cluster_of(service)["workerGroupSpecs"]
+    assert group.pop("minReplicas") == 1  # somebody answers
+    assert cluster["workerGroupSpecs"][0].pop("minReplicas") == 0
+    assert cluster_of(service) == cluster
+
+
+def test_ray_accepts_the_config_of_the_service() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    said = yaml.safe_load(parsed("rayservice")["spec"]["serveConfigV2"])
+    config = ServeDeploySchema.model_validate(said)
+    assert config.model_dump(exclude_unset=True, mode="json") == said  # unknown keys would be dropped
+    (application,) = config.applications
+    assert application.args == {"model": "/shared/model"}
 
 
 def test_the_versions_are_those_of_this_project() -> None:
