@@ -285,15 +285,15 @@ class Model:
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
     ) -> lifecycle.Submitted:
         """Submit a request that waits to be approved and run. Raise UnknownRecord, ConfigConflict."""
-        alike = self._alike(ids, subject)
+        alike = self.alike(ids, subject=subject)
         with self._deciding() as context:
             live, dead = _named(context, ids, subject)
             request = lifecycle.submit(context, live, dead, terms or Terms())
         return lifecycle.Submitted(request, *alike)
 
     @asked_again
-    def _alike(
-        self, ids: Sequence[str], subject: str | None
+    def alike(
+        self, ids: Sequence[str] = (), *, subject: str | None = None
     ) -> tuple[tuple[str, ...], tuple[query.Candidate, ...]]:
         """Return the ids of exact copies of records, and near-duplicates."""
         with self._context() as context:
@@ -331,12 +331,13 @@ class Model:
             return lifecycle.plan_run(context)
 
     @asked_again
-    def queue(self) -> QueueSeen:
-        """Return the number of requests in each state, and report it."""
+    def queue(self, *, recorded: bool = True) -> QueueSeen:
+        """Return the number of requests in each state, and report it unless `recorded` is false."""
         with running(), self._context() as context:
             with context.stores.ledger.snapshot():
                 seen = lifecycle.queue_seen(context)
-            context.report(seen)
+            if recorded:
+                context.report(seen)
             return seen
 
     def restrict(self, subject: str) -> Restriction:
@@ -417,6 +418,13 @@ class Model:
         """Return the standing of every slice, by shard: clean, retrained, rolled back or empty."""
         with self._context(outdated=True) as context, context.stores.ledger.snapshot():
             return query.slice_standings(context)
+
+    @asked_again
+    def shards(self) -> list[tuple[query.ShardStatus, list[query.SliceStanding]]]:
+        """Return every shard and the standing of its slices, of one moment."""
+        with self._context(outdated=True) as context, context.stores.ledger.snapshot():
+            standings = query.slice_standings(context)
+            return [(each, standings[each.shard]) for each in query.shards(context)]
 
     def verify(
         self,

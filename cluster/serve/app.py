@@ -47,7 +47,10 @@ if TYPE_CHECKING:
 
 ROUTERS: tuple[str, ...] = (  # in the order of the document
     "cluster.serve.answers_api:answers_router",
+    "cluster.serve.console:console_router",
+    "cluster.serve.metrics:metrics_router",
 )
+MEASURED = "cluster.serve.metrics:measured"  # by name, too: it imports from here
 OPENAI = "/v1/"  # paths below speak OpenAI's dialect
 STATUSES = {InvalidInput: 400, UnknownRecord: 404, ConfigConflict: 409, Busy: 503, Outdated: 503}
 RETRY_AFTER_S = 2
@@ -167,7 +170,7 @@ def service_of(request: Request) -> Service:
 def build_app(service: Service) -> FastAPI:
     """Return the application of a service, with every router."""
     app = FastAPI(title="The deletion-ready model", docs_url=None, redoc_url=None)
-    app.state.service = service
+    app.state.service, app.state.meters = pkgutil.resolve_name(MEASURED)(service)
     if service.tokens is None:  # a web page must not reach it under a name of its own
         hosts = [*LOOPBACK, service.settings.host]
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)

@@ -83,6 +83,12 @@ def feed_of(found: Reading, days: int = VALID_DAYS) -> dict[str, Any]:
     return feed_statement(found.keys.model, found.log.checkpoint, num_waiting, revoked, held, now, days)
 
 
+def num_revoked(model: Model) -> int:
+    """Return how many adapters deletions revoked so far. Raise InvalidInput without keys."""
+    with reading(model) as found:
+        return len(_revoked(found)[0])
+
+
 def _revoked(found: Reading) -> tuple[Revoked, int]:
     """Return what deletions revoked, and the number of those whose certificates are not logged yet."""
     drafts = found.hook.evidence.drafts()  # before the log: what is certified meanwhile is in both

@@ -1,0 +1,103 @@
+"""Serve the console at `/console`, and two questions of it: `/lineage` and `/requests/plan`.
+
+The page, its style and its script are package data, without a build step. They hold no data and need no
+token; everything they show comes from the service's API, with the caller's token. The policy lets a
+browser load and call nothing but this service, and run no script from markup, and makes it refuse data
+as HTML (Trusted Types). The style is that of the officer's page (`cluster/render/templates/look.css`).
+
+>>> [each for each in POLICY.split("; ") if each.startswith("script")]
+["script-src 'self'"]
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict
+
+from cluster.render.render import forget_plan
+from cluster.serve.app import Refusal, Service, service_of
+from cluster.serve.tokens import Caller, may
+
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+PAGES = {
+    "index.html": ("cluster.serve", "console", "text/html"),
+    "console.css": ("cluster.serve", "console", "text/css"),
+    "console.js": ("cluster.serve", "console", "text/javascript"),
+    "look.css": ("cluster.render", "templates", "text/css"),
+}
+OF_SHARD = ("shard", "records", "head", "depth", "num_stages", "converged")
+
+console_router = APIRouter()
+
+
+@console_router.get("/console", include_in_schema=False)
+@console_router.get("/console/{name}", include_in_schema=False)
+def console_page(name: str = "index.html") -> Response:
+    """Return a file of the console."""
+    if name not in PAGES:
+        raise Refusal(404, "the console has no such file")
+    package, folder, kind = PAGES[name]
+    return Response(files(package).joinpath(folder, name).read_bytes(), 200, HEADERS, kind)
+
+
+@console_router.get("/lineage", summary="Every slice of every shard, and the heads that are served")
+def lineage(
+    service: Annotated[Service, Depends(service_of)], caller: Annotated[Caller, Depends(may("read"))]
+) -> dict[str, Any]:
+    """Return which slices are clean, retrained, rolled back, restricted or empty."""
+    rows = [
+        {
+            **{name: getattr(shard, name) for name in OF_SHARD},
+            "slices": [asdict(each) for each in slices],
+        }
+        for shard, slices in service.model.shards()
+        if caller.shards is None or shard.shard in caller.shards
+    ]
+    return {"model": service.model.id, "shards": rows}
+
+
+class Named(BaseModel):
+    """Records by their ids, or all records of a subject."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ids: list[str] = []
+    subject: str | None = None
+
+
+@console_router.post("/requests/plan", summary="What a request would erase and retrain; changes nothing")
+def plan(
+    named: Named,
+    service: Annotated[Service, Depends(service_of)],
+    _caller: Annotated[Caller, Depends(may("submit"))],
+) -> dict[str, Any]:
+    """Return the price of a deletion, with exact copies and near-duplicates of what it names."""
+    planned = service.model.plan_forget(named.ids, subject=named.subject)
+    copies, near = service.model.alike(named.ids, subject=named.subject)
+    return forget_plan(planned).json | {"copies": copies, "near": [asdict(each) for each in near]}

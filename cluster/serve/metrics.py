@@ -1,0 +1,156 @@
+"""Measure the service for Prometheus, at `/metrics` (scope `operate`).
+
+    scrape_configs:
+      - job_name: sisa
+        authorization: {credentials_file: /etc/prometheus/sisa.token}
+        static_configs: [{targets: ["127.0.0.1:8808"]}]
+
+What the ledger says (the queue, slices retrained, adapters revoked) is read at each scrape; series that
+`sisa run --watch` exports through Ray have the same names here. What was answered is counted by the
+process that answered. No label names a record, a text, a token or a caller.
+
+>>> meters = AnswerMeters()
+>>> meters.answered(Ended("stop", num_tokens=7), shards=(1, 4))
+>>> meters.registry.get_sample_value("sisa_answers_total", {"route": "several"})
+1.0
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from cluster.observe.reporting import SERIES, readings
+from cluster.serve.app import AnswerEvent, Answers, Ended, Piece, Question, Service, Started
+from cluster.serve.tokens import Caller, may
+from sisa.core.errors import InvalidInput
+from sisa.evidence.revocations import num_revoked
+from sisa.flows.wiring.progress import Meter
+from sisa.model import Model
+
+ROUTE_NAMES = ("base", "one", "several")  # by how many shards answer
+FIRST_TOKEN_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+FINISHED = ("retrained", "completed")  # states of requests whose slices are trained again
+
+metrics_router = APIRouter()
+
+
+class AnswerMeters:
+    """What one process has answered."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        tokens = "Tokens of complete answers"
+        self._tokens = Counter("sisa_answer_tokens", tokens, registry=self.registry)
+        answers = "Complete answers, by who gave them: the base alone, one shard, several shards"
+        self._answers = Counter("sisa_answers", answers, ["route"], registry=self.registry)
+        self._first_token = Histogram(
+            "sisa_time_to_first_token_seconds",
+            "Seconds from a question until its answer begins",
+            buckets=FIRST_TOKEN_S,
+            registry=self.registry,
+        )
+        for name in ROUTE_NAMES:
+            self._answers.labels(name)
+
+    def began(self, seconds: float) -> None:
+        """Count the beginning of an answer."""
+        self._first_token.observe(seconds)
+
+    def answered(self, ended: Ended, shards: Sequence[int]) -> None:
+        """Count a complete answer."""
+        self._tokens.inc(ended.num_tokens)
+        self._answers.labels(ROUTE_NAMES[min(len(shards), 2)]).inc()
+
+
+class MeasuredAnswers:
+    """Answers that are measured on their way."""
+
+    def __init__(self, answers: Answers, meters: AnswerMeters) -> None:
+        self._answers, self._meters = answers, meters
+
+    async def answer(self, questions: Sequence[Question]) -> AsyncGenerator[tuple[int, AnswerEvent]]:
+        """Yield what the answers yield."""
+        asked_at, begun = time.perf_counter(), set[int]()
+        shards: dict[int, tuple[int, ...]] = {}
+        async with aclosing(self._answers.answer(questions)) as events:
+            async for number, event in events:
+                if isinstance(event, Started):
+                    shards[number] = event.shards
+                elif isinstance(event, Piece) and number not in begun:
+                    begun.add(number)
+                    self._meters.began(time.perf_counter() - asked_at)
+                elif isinstance(event, Ended):
+                    self._meters.answered(event, shards[number])
+                yield number, event
+
+
+class ModelMeters(Collector):
+    """What a model's ledger and log say of its requests, read when it is asked for."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._revoked: tuple[int, int | None] = (-1, None)  # as of how many accepted requests
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the queue, the slices that deletions trained again, and the adapters they revoked."""
+        for name, value in readings(self._model.queue(recorded=False), Meter(), 0.0).items():
+            if not math.isnan(value):
+                yield GaugeMetricFamily(name, SERIES[name][1], value)
+        accepted = [each.request for each in self._model.requests() if each.request.committed_at]
+        batches = {  # requests of one batch share its commit
+            (each.committed_at, shard): num_slices
+            for each in accepted
+            if each.state in FINISHED
+            for shard, _, num_slices in each.shards
+        }
+        retrained = "Slices that deletions trained again"
+        yield CounterMetricFamily("sisa_slices_retrained", retrained, sum(batches.values()))
+        if (revoked := self._num_revoked(len(accepted))) is not None:
+            what = "Adapters that deletions revoked, and that no holder may use"
+            yield GaugeMetricFamily("sisa_revoked_adapters", what, revoked)
+
+    def _num_revoked(self, num_accepted: int) -> int | None:
+        """Return how many adapters were revoked, read again after a deletion; None without keys."""
+        if self._revoked[0] != num_accepted:
+            try:
+                self._revoked = (num_accepted, num_revoked(self._model))
+            except InvalidInput:
+                self._revoked = (num_accepted, None)
+        return self._revoked[1]
+
+
+class Together(Collector):
+    """Several collectors as one."""
+
+    def __init__(self, *collectors: Collector | CollectorRegistry) -> None:
+        self._collectors = collectors
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what each of them has."""
+        for each in self._collectors:
+            yield from each.collect()
+
+
+def measured(service: Service) -> tuple[Service, Collector]:
+    """Return a service whose answers are measured, and everything that is measured of it."""
+    meters = AnswerMeters()
+    with_meters = replace(service, answers=MeasuredAnswers(service.answers, meters))
+    return with_meters, Together(ModelMeters(service.model), meters.registry)
+
+
+@metrics_router.get("/metrics", response_class=Response, summary="Everything measured, for Prometheus")
+def read_metrics(request: Request, _caller: Annotated[Caller, Depends(may("operate"))]) -> Response:
+    """Return all series, in the format that the client prefers."""
+    encode, kind = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(request.app.state.meters), media_type=kind)

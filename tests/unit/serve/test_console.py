@@ -1,0 +1,154 @@
+"""The console's files: that they load nothing and trust nothing, and the questions of its own."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from cluster.serve.app import Service, build_app
+from cluster.serve.console import PAGES
+from cluster.serve.tokens import SCOPES, Caller
+from tests.models.confessing import record
+from tests.models.tiny_model import all_files
+from tests.unit.render.test_officer_report import contrast, pairs, style
+from tests.unit.serve.conftest import LOOPBACK
+
+FILES = Path(__file__).resolve().parents[3] / "cluster" / "serve" / "console"
+HTML, CSS, SCRIPT = (
+    (FILES / name).read_text(encoding="utf-8") for name in ("index.html", "console.css", "console.js")
+)
+
+
+@pytest.mark.parametrize("name", ["", *PAGES])
+def test_every_file_is_served_with_the_policy(client: TestClient, name: str) -> None:
+    answer = client.get(f"/console/{name}".rstrip("/"))
+    assert answer.status_code == 200
+    policy = dict(each.split(" ", 1) for each in answer.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert policy["require-trusted-types-for"] == "'script'"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("name", ["none.js", "..%2Fapp.py", "..%2F..%2F..%2Fpyproject.toml"])
+def test_no_other_file_is_served(client: TestClient, name: str) -> None:
+    assert client.get(f"/console/{name}").status_code == 404
+
+
+def test_the_files_are_all_there_are() -> None:
+    assert {path.name for path in FILES.iterdir()} == set(PAGES) - {"look.css"}
+
+
+@pytest.mark.parametrize("text", [HTML, CSS, SCRIPT])
+def test_nothing_is_loaded_from_elsewhere(text: str) -> None:
+    assert re.findall(r"https?:|//[a-z]+\.|url\(|@import|import\(|\bfrom ['\"]", text) == []
+
+
+def test_the_page_has_no_script_or_style_in_its_markup() -> None:
+    assert re.findall(r"<style|\sstyle=|\son\w+=|javascript:", HTML) == []
+    assert re.findall(r"<script[^>]*>(.*?)</script>", HTML, re.S) == [""]
+
+
+def test_the_script_makes_no_markup_of_data() -> None:
+    words = "innerHTML|outerHTML|insertAdjacentHTML|document.write|eval|Function|setHTML|srcdoc"
+    assert re.findall(rf"[.\b]({words})\b\s*[(=]", SCRIPT) == []
+    assert re.findall("localStorage|document.cookie|sessionStorage[.[]", SCRIPT) == []
+
+
+def test_the_script_and_the_page_name_the_same_elements() -> None:
+    made = set(re.findall(r'\bid: "([\w-]+)"', SCRIPT)) | set(re.findall(r'table\("([\w-]+)"', SCRIPT))
+    held = set(re.findall(r'\bid="([\w-]+)"', HTML)) | made
+    asked = set(re.findall(r'\$\("([\w-]+)"\)', SCRIPT))
+    listed = re.findall(r"for \(const id of \[([^\]]+)\]\)", SCRIPT)
+    asked |= {name for each in listed for name in re.findall(r'"([\w-]+)"', each)}
+    assert len(asked) > 30
+    assert asked - held == set()
+    referred = set(re.findall(r'(?:for|aria-labelledby|aria-describedby)="([\w-]+)"', HTML))
+    assert referred - held == set()
+
+
+def test_every_control_has_a_label() -> None:
+    labels = set(re.findall(r'<label for="([\w-]+)"', HTML))
+    controls = re.findall(r"<(?:input|select|textarea)[^>]*>", HTML)
+    ids = {re.findall(r'id="([\w-]+)"', each)[0] for each in controls if 'type="radio"' not in each}
+    assert ids - labels == {"include-copies"}  # inside its label
+    assert len(re.findall(r'<label class="choice"><input', HTML)) == len(controls) - len(labels)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_all_text_has_the_contrast_of_wcag_aa(scheme: int) -> None:
+    colours = style()[scheme]
+    found = {
+        pair: contrast(colours[pair[1]], colours[pair[2]])
+        for pair in pairs(re.findall(r"([^{}]+)\{([^{}]*)\}", re.sub(r"/\*.*?\*/", "", CSS, flags=re.S)))
+    }
+    assert len(found) > 10
+    assert {pair: round(ratio, 2) for pair, ratio in found.items() if ratio < 4.5} == {}
+
+
+# --- questions -----------------------------------------------------------------------------------
+
+
+def test_the_lineage_is_that_of_the_model(client: TestClient, service: Service) -> None:
+    model = service.model
+    model.forget([record(3).id])
+    found = client.get("/lineage").json()
+    assert found["model"] == model.id
+    slices = {each["shard"]: each["slices"] for each in found["shards"]}
+    assert slices == {
+        shard: [{"slice": s.slice, "records": s.records, "state": s.state} for s in standings]
+        for shard, standings in model.lineage().items()
+    }
+    assert {each["state"] for row in slices.values() for each in row} >= {"clean", "retrained"}
+    heads = {each.shard: (each.head, each.depth) for each in model.status().shards}
+    assert {each["shard"]: (each["head"], each["depth"]) for each in found["shards"]} == heads
+    assert str(model.directory) not in client.get("/lineage").text
+
+
+class OfShard:
+    """One token, of an officer who may read shard 1 alone; another may only read."""
+
+    def caller(self, bearer: str) -> Caller | None:
+        """Return whose it is."""
+        scopes = SCOPES if bearer == "officer" else frozenset({"read"} & SCOPES)
+        return Caller("x", "officer", scopes, frozenset({1}))
+
+
+def test_a_token_of_a_shard_sees_that_shard_alone(service: Service) -> None:
+    client = TestClient(build_app(replace(service, tokens=OfShard())), base_url=LOOPBACK)
+    bearer = {"Authorization": "Bearer officer"}
+    assert [each["shard"] for each in client.get("/lineage", headers=bearer).json()["shards"]] == [1]
+
+
+def test_who_may_only_read_can_not_plan(service: Service) -> None:
+    client = TestClient(build_app(replace(service, tokens=OfShard())), base_url=LOOPBACK)
+    asked = {"headers": {"Authorization": "Bearer reader"}, "json": {"ids": [record(3).id]}}
+    assert client.get("/lineage", headers=asked["headers"]).status_code == 200
+    assert client.post("/requests/plan", **asked).status_code == 403
+
+
+def test_a_plan_says_what_a_deletion_then_does(client: TestClient, service: Service) -> None:
+    model, before = service.model, all_files(service.model.directory)
+    planned = client.post("/requests/plan", json={"ids": [record(3).id]}).json()
+    assert all_files(model.directory) == before
+    done = model.forget([record(3).id]).request
+    assert done is not None
+    assert planned["dry_run"]
+    assert [tuple(each.values()) for each in planned["shards"]] == list(done.shards)
+    assert planned["record_epochs_retrained"] == done.record_epochs_retrained
+    assert planned["copies"] == []
+
+
+BAD: list[Any] = [{}, {"ids": ["id-0003"], "subject": "s"}, {"ids": "id-0003"}, {"id": ["id-0003"]}]
+
+
+@pytest.mark.parametrize("body", [*BAD, {"ids": ["unknown"]}, {"subject": "unknown"}])
+def test_a_bad_plan_is_refused(client: TestClient, body: Any) -> None:
+    answer = client.post("/requests/plan", json=body)
+    assert 400 <= answer.status_code < 500
+    assert answer.headers["content-type"] == "application/problem+json"
