@@ -415,7 +415,7 @@ class Model:
 
     @asked_again
     def lineage(self) -> dict[int, list[query.SliceStanding]]:
-        """Return the standing of every slice, by shard: clean, retrained, rolled back or empty."""
+        """Return the standing of every slice, by shard: clean, retrained, restricted, ..."""
         with self._context(outdated=True) as context, context.stores.ledger.snapshot():
             return query.slice_standings(context)
 

@@ -51,7 +51,7 @@ PAGES = {
     "console.js": ("cluster.serve", "console", "text/javascript"),
     "look.css": ("cluster.render", "templates", "text/css"),
 }
-OF_SHARD = ("shard", "records", "head", "depth", "num_stages", "converged")
+OF_SHARD = ("shard", "records", "head", "depth", "served", "served_depth", "num_stages", "converged")
 
 console_router = APIRouter()
 

@@ -135,13 +135,13 @@ class ShardStatus:
 class SliceStanding:
     """Describe a slice of a shard.
 
-    `retrained`: after a deletion, since the model was last trained as a whole. The served head lacks a
-    slice that is `rolled back`, until it is trained.
+    `retrained`: after a deletion, since the model was last trained as a whole. The head lacks a slice
+    that is `rolled back`, until it is trained. It has one that is `restricted`, and is not served.
     """
 
     slice: int
     records: int
-    state: Literal["clean", "retrained", "rolled back", "empty"]
+    state: Literal["clean", "retrained", "rolled back", "restricted", "empty"]
 
 
 def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
@@ -409,7 +409,7 @@ def shards(context: Context) -> list[ShardStatus]:
 def slice_standings(context: Context) -> dict[int, list[SliceStanding]]:
     """Return the standing of every slice of every shard."""
     ledger = context.stores.ledger
-    prefixes = {each.key: each.prefix for each in ledger.checkpoints()}
+    prefixes = {each.key: each.prefix for each in ledger.checkpoints()} | {None: ()}
     since = ledger.meta().get(TRAINED_ANEW, "")
     first: dict[int, int] = {}  # slice that a deletion retrained, by shard
     for request in ledger.requests():
@@ -417,17 +417,19 @@ def slice_standings(context: Context) -> dict[int, list[SliceStanding]]:
             first[shard] = min(slice_, first.get(shard, slice_))
     return {
         each.shard: [
-            _standing(slice_, size, prefixes[each.head] if each.head else (), first.get(each.shard))
+            _standing(slice_, size, prefixes[each.head], prefixes[each.served], first.get(each.shard))
             for slice_, size in enumerate(each.slice_records)
         ]
         for each in shards(context)
     }
 
 
-def _standing(slice_: int, size: int, served: Sequence[int], retrained: int | None) -> SliceStanding:
+def _standing(
+    slice_: int, size: int, trained: Sequence[int], served: Sequence[int], retrained: int | None
+) -> SliceStanding:
     if not size:
         return SliceStanding(slice_, size, "empty")
     if slice_ not in served:
-        return SliceStanding(slice_, size, "rolled back")
+        return SliceStanding(slice_, size, "restricted" if slice_ in trained else "rolled back")
     again = retrained is not None and slice_ >= retrained
     return SliceStanding(slice_, size, "retrained" if again else "clean")

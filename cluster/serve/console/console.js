@@ -33,7 +33,7 @@ const SLICES = { // state: class, sign, meaning
   clean: ["c", "●", "trained on its records; no deletion has touched it"],
   retrained: ["t", "↻", "trained again, without the deleted records, after a deletion"],
   "rolled back": ["r", "↶", "not in the served model until it is trained"],
-  restricted: ["x", "⊘", "holds a record whose use is restricted, and is not served until that is released"],
+  restricted: ["x", "⊘", "trained on a record whose use is restricted, and not served until that is released"],
   empty: ["e", "–", "holds no records"],
 };
 
@@ -271,8 +271,8 @@ function showGrid(shards) {
   const rows = shards.map((each) => h("tr", {},
     h("th", { scope: "row" }, String(each.shard)),
     ...Array.from({ length: columns }, (_, n) => (each.slices[n] ? cell(each.slices[n]) : h("td", { class: "e" }, "–"))),
-    h("td", {}, `${each.served_depth ?? each.depth} of ${each.num_stages}`),
-    h("td", { class: "head" }, each.head ? h("span", { title: each.head }, code(each.head.slice(0, 12))) : "the base alone")));
+    h("td", {}, `${each.served_depth} of ${each.num_stages}`),
+    h("td", { class: "head" }, each.served ? h("span", { title: each.served }, code(each.served.slice(0, 12))) : "the base alone")));
   const names = ["Shard", ...Array.from({ length: columns }, (_, n) => `slice ${n}`), "served", "head"];
   fill($("grid"), ...table("grid-label", "Slices with the number of records in each, what each shard serves, and its head", names, rows, "grid"));
 }

@@ -186,7 +186,7 @@ def test_ray_accepts_the_config_of_the_service() -> None:
 
 def test_the_versions_are_those_of_this_project() -> None:
     oldest = cluster_of(parsed("raycluster"))["rayVersion"].removesuffix(".0")
-    assert f'"ray[default]>={oldest},' in (ROOT / "pyproject.toml").read_text()
+    assert f'"ray[default,serve]>={oldest},' in (ROOT / "pyproject.toml").read_text()
     assert IMAGE.endswith(f":{importlib.metadata.version('deletion-ready-model')}")
 
 

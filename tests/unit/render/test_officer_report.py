@@ -31,7 +31,7 @@ from sisa.flows.wiring.results import Status
 from sisa.verifier.certificate import EXACT, STATE
 
 NOW = "2026-02-10T12:00:00.000+00:00"
-STATES = ("clean", "retrained", "rolled back", "empty")
+STATES = ("clean", "retrained", "rolled back", "restricted", "empty")
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src=http://evil.example/x onerror=alert(1)>',
@@ -65,7 +65,7 @@ def facts(num_shards: int = 4, num_slices: int = 4, words: str = "as given") -> 
         for n in range(num_shards)
     )
     lineage = {
-        n: [SliceStanding(s, s, STATES[(n + s) % 4] if s else "empty") for s in range(num_slices)]  # type: ignore[arg-type]
+        n: [SliceStanding(s, s, STATES[(n + s) % 5] if s else "empty") for s in range(num_slices)]  # type: ignore[arg-type]
         for n in range(num_shards)
     }
     cost: dict[str, Any] = {"record_epochs_retrained": 20, "record_epochs_full": 90, "seconds": 2.5}
@@ -282,12 +282,12 @@ def test_two_hundred_shards_fit() -> None:
     text = html(facts(num_shards=200, num_slices=16))
     assert len(text.encode()) < 1_000_000
     assert list(faults(text)) == []
-    assert len(re.findall(r'<td class="[ctre]"', text)) == 200 * 16
+    assert len(re.findall(r'<td class="[ctrxe]"', text)) == 200 * 16
 
 
 def test_each_cell_of_the_grid_says_its_state_without_colour() -> None:
     text = html(facts())
-    cells = re.findall(r'<td class="[ctre]" title="([^"]*)" aria-label="([^"]*)">([^<]*)<', text)
+    cells = re.findall(r'<td class="[ctrxe]" title="([^"]*)" aria-label="([^"]*)">([^<]*)<', text)
     assert len(cells) == 16
     assert all(title == label for title, label, _ in cells)
     shown = {title.split(",")[0]: sign.split()[0] for title, _, sign in cells}
