@@ -422,7 +422,7 @@ class Model:
     @asked_again
     def shards(self) -> list[tuple[query.ShardStatus, list[query.SliceStanding]]]:
         """Return every shard and the standing of its slices, of one moment."""
-        with self._context(outdated=True) as context, context.stores.ledger.snapshot():
+        with self._context() as context, context.stores.ledger.snapshot():
             standings = query.slice_standings(context)
             return [(each, standings[each.shard]) for each in query.shards(context)]
 

@@ -76,8 +76,7 @@ def lineage(
             **{name: getattr(shard, name) for name in OF_SHARD},
             "slices": [asdict(each) for each in slices],
         }
-        for shard, slices in service.model.shards()
-        if caller.shards is None or shard.shard in caller.shards
+        for shard, slices in caller.view(service.model).shards()
     ]
     return {"model": service.model.id, "shards": rows}
 
@@ -95,9 +94,10 @@ class Named(BaseModel):
 def plan(
     named: Named,
     service: Annotated[Service, Depends(service_of)],
-    _caller: Annotated[Caller, Depends(may("submit"))],
+    caller: Annotated[Caller, Depends(may("submit"))],
 ) -> dict[str, Any]:
     """Return the price of a deletion, with exact copies and near-duplicates of what it names."""
-    planned = service.model.plan_forget(named.ids, subject=named.subject)
-    copies, near = service.model.alike(named.ids, subject=named.subject)
+    model = caller.view(service.model)
+    planned = model.plan_forget(named.ids, subject=named.subject)
+    copies, near = model.alike(named.ids, subject=named.subject)
     return forget_plan(planned).json | {"copies": copies, "near": [asdict(each) for each in near]}

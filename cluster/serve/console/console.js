@@ -182,7 +182,8 @@ function signOut(why = "") {
 
 async function refresh() {
   clearTimeout(timer);
-  const [{ requests }, lineage] = await Promise.all([call("/requests"), call("/lineage")]);
+  const lineage = await call("/lineage"); // first alone: an attempt without a valid token counts once
+  const { requests } = await call("/requests");
   const now = JSON.stringify([requests, lineage]);
   if (now !== seen) {
     seen = now;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from cluster.serve.app import Service, build_app
 from cluster.serve.console import PAGES
-from cluster.serve.tokens import SCOPES, Caller
+from cluster.serve.tokens import Role, Tokens
 from sisa.config.config import ServiceBlock
 from sisa.config.runfile import parse_run_file
 from sisa.model import open_model
@@ -136,26 +137,35 @@ def test_a_restriction_shows_what_is_not_served(tmp_path: Path, monkeypatch: pyt
     assert client.get("/lineage").json()["shards"] == before
 
 
-class OfShard:
-    """One token, of an officer who may read shard 1 alone; another may only read."""
+@pytest.fixture
+def as_holder(service: Service) -> Callable[..., TestClient]:
+    """Return what makes a client that holds a token."""
+    tokens = Tokens(service.model.directory)
+    app = build_app(replace(service, tokens=tokens))
 
-    def caller(self, bearer: str) -> Caller | None:
-        """Return whose it is."""
-        scopes = SCOPES if bearer == "officer" else frozenset({"read"} & SCOPES)
-        return Caller("x", "officer", scopes, frozenset({1}))
+    def holding(role: Role, shards: set[int] | None = None) -> TestClient:
+        _, text = tokens.add(f"of-{role}", role, shards=shards, partition=service.model.partition)
+        return TestClient(app, LOOPBACK, headers={"Authorization": f"Bearer {text}"})
 
-
-def test_a_token_of_a_shard_sees_that_shard_alone(service: Service) -> None:
-    client = TestClient(build_app(replace(service, tokens=OfShard())), base_url=LOOPBACK)
-    bearer = {"Authorization": "Bearer officer"}
-    assert [each["shard"] for each in client.get("/lineage", headers=bearer).json()["shards"]] == [1]
+    return holding
 
 
-def test_who_may_only_read_can_not_plan(service: Service) -> None:
-    client = TestClient(build_app(replace(service, tokens=OfShard())), base_url=LOOPBACK)
-    asked = {"headers": {"Authorization": "Bearer reader"}, "json": {"ids": [record(3).id]}}
-    assert client.get("/lineage", headers=asked["headers"]).status_code == 200
-    assert client.post("/requests/plan", **asked).status_code == 403
+def test_a_token_of_a_shard_sees_that_shard_alone(
+    as_holder: Callable[..., TestClient], service: Service
+) -> None:
+    client = as_holder("officer", {1})
+    assert [each["shard"] for each in client.get("/lineage").json()["shards"]] == [1]
+    ids = [record(number).id for number in range(NUM_RECORDS)]
+    shards = {place.id: place.shard for place in service.model.where(ids)}
+    for name in ids[:6]:
+        status = client.post("/requests/plan", json={"ids": [name]}).status_code
+        assert status == (200 if shards[name] == 1 else 404)
+
+
+def test_who_may_only_read_can_not_plan(as_holder: Callable[..., TestClient]) -> None:
+    client = as_holder("reader")
+    assert client.get("/lineage").status_code == 200
+    assert client.post("/requests/plan", json={"ids": [record(3).id]}).status_code == 403
 
 
 def test_a_plan_says_what_a_deletion_then_does(client: TestClient, service: Service) -> None:

@@ -179,7 +179,9 @@ def test_no_series_names_a_record_a_text_or_a_caller(client: TestClient, service
 
 
 def test_only_an_operator_may_read_them(service: Service) -> None:
-    client = TestClient(build_app(replace(service, tokens=KnownTokens())), base_url=LOOPBACK)
+    client = TestClient(
+        build_app(replace(service, tokens=KnownTokens(service.model.directory))), base_url=LOOPBACK
+    )
     status = {
         token: client.get("/metrics", headers={"Authorization": f"Bearer {token}"}).status_code
         for token in ("op", "re", "forged")
