@@ -88,7 +88,8 @@ def test_every_control_has_a_label() -> None:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_all_text_has_the_contrast_of_wcag_aa(scheme: int) -> None:
-    colours = style()[scheme]
+    light, dark, _ = style()
+    colours = dark if scheme else light
     found = {
         pair: contrast(colours[pair[1]], colours[pair[2]])
         for pair in pairs(re.findall(r"([^{}]+)\{([^{}]*)\}", re.sub(r"/\*.*?\*/", "", CSS, flags=re.S)))
