@@ -76,14 +76,13 @@ from sisa.flows.wiring.context import (
 from sisa.flows.wiring.group import GroupLedger
 from sisa.flows.wiring.progress import running
 from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
-from sisa.flows.wiring.wiring import LEDGER, LOCK, SCRATCH, Description, OpenExecutor, open_areas
+from sisa.flows.wiring.wiring import LEDGER, SCRATCH, Description, OpenExecutor, open_areas
 from sisa.flows.wiring.witness import catch_up, witness_standing
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
 from sisa.planning.plan import estimate_seconds, full_record_epochs, serving_depth
-from sisa.store.blobs import files
 from sisa.store.blobs.files import erase_abandoned
-from sisa.store.ledger.database import is_read_only
+from sisa.store.ledger.database import Watch
 from sisa.store.ledger.ledger import SqlLedger
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ class Model:
     ) -> None:
         """Open an existing model. Raise InvalidInput if there is none, IntegrityError if damaged."""
         self.directory = Path(directory)
-        if not (self.directory / LEDGER).is_file():
+        if not wiring.has_ledger(self.directory):
             raise InvalidInput(
                 "there is no model in this directory",
                 where=str(self.directory),
@@ -397,7 +396,10 @@ class Model:
                     shards=tuple(query.shards(context)),
                     requests=tuple(ledger.requests()),
                     exports=exports,
-                    sizes_bytes={LEDGER: files.num_bytes(self.directory / LEDGER), **sizes},
+                    sizes_bytes={
+                        wiring.ledger_name(self.directory): ledger.num_bytes(),
+                        **sizes,
+                    },
                     witness=(context.stores.witness.location(), witness_standing(context)),
                     event_head=ledger.event_head(),
                     num_orders=1 + len(recipe.orders),
@@ -553,8 +555,17 @@ class Model:
         with self._context() as context:
             return [each.path for each in stale_exports(context)]
 
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Watch]:
+        """Provide a function that waits for a commit, some seconds at most; it returns whether one came.
+
+        Once the ledger is moved, it raises or waits in vain: bound the wait, and compare.
+        """
+        with self._ledger() as ledger, ledger.watch() as wait:
+            yield wait
+
     def _ledger(self) -> AbstractContextManager[SqlLedger]:
-        return contextlib.closing(SqlLedger(self.directory / LEDGER))
+        return wiring.open_ledger(self.directory)
 
     def _seq(self) -> int:
         """Return the number of the ledger's last commit, or 0 if the ledger can't be read."""
@@ -607,7 +618,7 @@ class Model:
             if locked:
                 catch_up(context)
             elif not as_it_is and is_behind(context):
-                read_only = is_read_only(self.directory / LEDGER)
+                read_only = context.stores.ledger.read_only
                 if read_only and not outdated:
                     raise EnvironmentFault(
                         "this copy of the model still holds what was deleted since it was made, and it "
@@ -617,7 +628,7 @@ class Model:
                         "it here",
                     )
                 if not read_only:
-                    with files.writer_lock(self.directory / LOCK):
+                    with wiring.writer_lock(self.directory):
                         catch_up(context)
             yield context if locked else self._seen(context)
         if self._group is not None:
@@ -653,7 +664,8 @@ class Model:
         if whole:
             self._check_whole()
         wiring.check_executor(self.executor)  # refuses an unknown one before anything is written
-        with running(), files.writer_lock(self.directory / LOCK):
+        with running(), wiring.writer_lock(self.directory):
+            wiring.finish_move(self.directory)
             self._catch_up()
             wiring.keep_key(self.directory, self.config, self.id, self.secret)
             self._clear_scratch()

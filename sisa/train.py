@@ -9,11 +9,11 @@ from __future__ import annotations
 import secrets
 import uuid
 from collections import Counter
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from sisa.audit.garbage import AREAS
+from sisa.audit.garbage import AREAS, LEDGER_FILES
 from sisa.config.config import Difference, Effect, RunConfig, differences, is_uri
 from sisa.config.runfile import load_run_file
 from sisa.core.digest import KEY_BYTES, Keyed
@@ -47,8 +47,7 @@ from sisa.planning.bands import unnamed
 from sisa.planning.layout import Assigner
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import read_secret
-from sisa.store.ledger.database import COMMIT_LOCK
-from sisa.store.ledger.ledger import SqlLedger
+from sisa.store.ledger.database import COMMIT_LOCK, ledger_version
 
 
 @running()
@@ -138,22 +137,25 @@ def _first_training(
     wiring.witness_of(config, keyed, uuid.uuid4().hex).check_writable()
     if config.storage is not None:
         wiring.storage_root(config.storage).check_usable()
+    if config.ledger is not None:
+        ledger_version(config.ledger)  # can be reached, and may be used
     prepare_base(config, records, executor, report)
     resources.count_tokens(records)
     resources.check_base()
     form = usual_kind(Counter[str](record.kind for record in records))
     meta = {**resources.meta(), FORM: form, "key": key_name(keyed)}
     files.make_directory(directory)
-    if kind := files.network_file_system(directory):
-        what = "its ledger is not safe there; only `storage:` may be"
+    if config.ledger is None and (kind := files.network_file_system(directory)):
+        what = "its ledger is not safe there; name a server by `ledger:`, or only `storage:` there"
         report(Notice(f"output_dir is on a network file system ({kind}): {what}"))
-    with files.writer_lock(directory / LOCK):
+    with wiring.writer_lock(directory, config.ledger):
         if _committed(directory):
             raise Busy(
                 "another process has trained this model meanwhile",
                 where=str(directory),
                 next_step="run the same command again",
             )
+        wiring.claim_ledger(directory, config.ledger)
         name = _new_name(config)
         wiring.keep_key(directory, config, name, secret)
         with wiring.open_context(
@@ -185,7 +187,7 @@ def _new_name(config: RunConfig) -> str:
     Keys and areas of an encrypted model, or of one in a storage, contain its name. Such a model keeps
     its name through interrupted attempts, so that abandoned files can be found again.
     """
-    with closing(SqlLedger(config.output_dir / LEDGER, create=True)) as ledger:
+    with wiring.open_ledger(config.output_dir, create=True) as ledger:
         name = ledger.meta().get("model") or uuid.uuid4().hex
         if config.encrypt or config.storage:
             ledger.commit(Change(meta={"model": name}))
@@ -234,6 +236,14 @@ def _check_move(model: Model, config: RunConfig, *, accept_differences: bool) ->
             next_step="restore it, or train a new model",
         )
     _check_keys_moved(model, config)
+    if model.config.ledger != config.ledger:
+        raise ConfigConflict(
+            "a model's ledger is moved by a command of its own",
+            where="ledger",
+            expected=model.config.ledger or "null",
+            got=config.ledger or "null",
+            next_step="run `sisa ledger move -m DIR --to URL` (or `--to file`), or restore the key",
+        )
     if model.config.storage != config.storage:
         raise ConfigConflict(
             "a model's storage can't change: what is held would have to be moved",
@@ -334,12 +344,12 @@ def _replay_first(old: Context, *, moving: bool) -> None:
 
 def _committed(directory: Path) -> bool:
     """Return whether a first training reached its commit. Raise IntegrityError for a lost ledger."""
-    if (directory / LEDGER).is_file():
+    if wiring.has_ledger(directory):
         # `create`, since its creation may have been interrupted.
-        with closing(SqlLedger(directory / LEDGER, create=True)) as ledger:
+        with wiring.open_ledger(directory, create=True) as ledger:
             if "config" in ledger.meta():
                 return True
-    index_alone = files.held_names(directory / wiring.INDEX) and not (directory / LEDGER).exists()
+    index_alone = files.held_names(directory / wiring.INDEX) and not wiring.has_ledger(directory)
     if files.held_names(directory / wiring.CHECKPOINTS) or index_alone:
         # Checkpoints are written after the first commit, an index after the ledger's file.
         raise IntegrityError(
@@ -354,8 +364,7 @@ def _committed(directory: Path) -> bool:
 
 def _check_no_foreign_files(directory: Path) -> None:
     """Raise InvalidInput if a first training would write among files that are not a model's."""
-    ledger = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", LOCK, COMMIT_LOCK}
-    ours = {*ledger, wiring.KEY, wiring.SCRATCH, *AREAS}
+    ours = {*LEDGER_FILES, LOCK, COMMIT_LOCK, wiring.KEY, wiring.SCRATCH, *AREAS}
     if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
         raise InvalidInput(
             "output_dir holds something that is not a model",

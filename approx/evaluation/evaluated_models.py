@@ -28,7 +28,7 @@ from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm,
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
-from sisa.flows.wiring.wiring import LEDGER
+from sisa.flows.wiring.wiring import has_ledger
 from sisa.lm.answer.prefill import continue_all
 from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
@@ -59,7 +59,7 @@ def open_evaluated(spec: str, device: str = "cpu", dtype: Dtype = "float32") -> 
     from transformers import AutoModelForCausalLM
 
     directory = Path(spec).expanduser()
-    if (directory / LEDGER).is_file():
+    if has_ledger(directory):
         return DeletionReadyModel(open_model(directory, executor="serial"))
     name, base, files = spec, spec, dict[str, bytes]()
     if (directory / CONFIG_FILE).is_file():

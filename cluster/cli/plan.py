@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,13 +200,11 @@ def calibrate(run_file: Path, file: Path) -> Result:
 
 def _measured(config: RunConfig) -> tuple[float, float]:
     """Return a model's mean bytes of a stage and record-epochs a second; zeros if there is no model."""
-    from sisa.flows.wiring.wiring import LEDGER
-    from sisa.store.ledger.ledger import SqlLedger
+    from sisa.flows.wiring.wiring import has_ledger, open_ledger
 
-    file = config.output_dir / LEDGER
-    if not file.is_file():
+    if not has_ledger(config.output_dir):
         return 0.0, 0.0
-    with closing(SqlLedger(file)) as ledger:
+    with open_ledger(config.output_dir) as ledger:
         held = ledger.checkpoints()
     seconds = sum(each.seconds for each in held)
     work = sum(each.record_epochs for each in held)

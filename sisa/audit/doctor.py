@@ -33,10 +33,9 @@ from sisa.core.events import silent
 from sisa.core.requests import key_names
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context, Resources, held_rows, is_behind
-from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER
+from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER, LEDGER_URL
 from sisa.store.blobs import files
 from sisa.store.ledger.database import open_readonly
-from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.rows import SCHEMA_VERSION, UPGRADED
 
 LEAST_FREE_BYTES = 64 * 2**20
@@ -69,7 +68,7 @@ def diagnosis(directory: Path, findings: list[Finding]) -> Diagnosis:
 
 def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
     """Examine the model in a directory. Raise InvalidInput if the directory holds none."""
-    if not any((directory / each).exists() for each in (LEDGER, KEY, *AREAS)):
+    if not any((directory / each).exists() for each in (LEDGER, LEDGER_URL, KEY, *AREAS)):
         raise InvalidInput(
             "there is no model in this directory",
             where=str(directory),
@@ -103,8 +102,9 @@ def surroundings(directory: Path) -> Iterator[Finding]:
         step = "free disk space before the next train, add or forget"
         what = f"{free:,} bytes are free, {needed:,} should be"
         yield Finding("disk", "warning", str(directory), what, step=step)
-    if kind := files.network_file_system(directory):
-        step = "move the model to a disk of this machine; `storage:` may stay on the network"
+    on_server = wiring.ledger_name(directory) == LEDGER_URL
+    if not on_server and (kind := files.network_file_system(directory)):
+        step = "move the model to a disk of this machine, or its ledger to a server (`sisa ledger move`)"
         what = f"the ledger is on a network file system ({kind}), where SQLite is not safe"
         yield Finding("network_disk", "warning", str(directory), what, step=step)
     log = directory / f"{LEDGER}-wal"
@@ -129,6 +129,9 @@ def _query(path: Path, statement: str) -> list[Any]:
 
 def _ledger(directory: Path) -> Iterator[Finding]:
     """Find a ledger file that is missing, damaged or of another version."""
+    if wiring.ledger_name(directory) == LEDGER_URL:
+        yield from _on_server(directory)
+        return
     path = directory / LEDGER
     if not path.is_file():
         yield Finding("ledger_missing", "error", LEDGER, "the ledger is missing")
@@ -159,16 +162,27 @@ def _ledger(directory: Path) -> Iterator[Finding]:
         yield Finding("ledger_empty", "error", LEDGER, what, step=step)
 
 
+def _on_server(directory: Path) -> Iterator[Finding]:
+    """Find a ledger that can't be reached, is empty, damaged or of another version."""
+    try:
+        with wiring.open_ledger(directory) as ledger:
+            committed = "config" in ledger.meta()
+    except SisaError as error:
+        kind = "ledger_unreadable" if isinstance(error, TransientError) else "ledger_damaged"
+        yield Finding(kind, "error", error.where, said(error), step=error.next_step)
+        return
+    if not committed:
+        step, what = "run `sisa train` with the run file again", "the first training was never committed"
+        yield Finding("ledger_empty", "error", LEDGER_URL, what, step=step)
+
+
 def clock(directory: Path, now: datetime) -> Iterator[Finding]:
     """Find a clock that is behind the newest time in the ledger."""
-    path = directory / LEDGER
-    newest = ""
-    for (table,) in _query(path, "SELECT name FROM sqlite_master WHERE type = 'table'"):
-        for column in _query(path, f'PRAGMA table_info("{table}")'):
-            if column[1] == "at" or str(column[1]).endswith("_at"):
-                # Names come from the ledger's own schema; they can't be bound as parameters.
-                latest = f'SELECT max("{column[1]}") FROM "{table}"'  # noqa: S608
-                newest = max(newest, str(_query(path, latest)[0][0] or ""))
+    try:
+        with wiring.open_ledger(directory) as ledger:
+            newest = ledger.newest_time()
+    except SisaError:
+        return  # reported elsewhere
     try:
         ahead_s = (datetime.fromisoformat(newest) - now).total_seconds() if newest else 0.0
     except (ValueError, TypeError):
@@ -182,7 +196,7 @@ def clock(directory: Path, now: datetime) -> Iterator[Finding]:
 def _opened(directory: Path) -> list[Finding]:
     """Return findings about the key, and those that need an open ledger."""
     try:
-        with closing(SqlLedger(directory / LEDGER)) as ledger:
+        with wiring.open_ledger(directory) as ledger:
             meta = ledger.meta()
     except SisaError as error:
         return [Finding("ledger_damaged", "error", LEDGER, error.what)]

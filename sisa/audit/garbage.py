@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sisa.audit.lineage import parse_manifest
-from sisa.core.errors import IntegrityError, all_tried
+from sisa.core.errors import Busy, IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
 from sisa.flows.reconcile import give_up_lost
 from sisa.flows.wiring import wiring
@@ -43,7 +43,10 @@ from sisa.store.metrics import run_files
 if TYPE_CHECKING:
     from sisa.model import Model
 
-LEDGER_FILES = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", f"{LEDGER}-journal")
+LEDGER_FILES = (
+    *(LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", f"{LEDGER}-journal"),
+    *(wiring.LEDGER_URL, wiring.LEDGERS_LEFT),
+)
 EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", wiring.LOG)
 KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, wiring.KEY, LOCK, COMMIT_LOCK})
 AREAS = (
@@ -234,7 +237,7 @@ def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) 
         with model._context() as context:
             items = list_garbage(context, model.directory)
             return Collected(True, items, 0, 0, kept=purge(context, dry_run=True))
-    with files.writer_lock(model.directory / LOCK), model._context(locked=True) as context:
+    with wiring.writer_lock(model.directory), model._context(locked=True) as context:
         items = list_garbage(context, model.directory)
         removed = remove_garbage(context, model.directory)
         given_up = give_up_lost(context) if lost_exports else ()
@@ -246,6 +249,15 @@ def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) 
 @contextlib.contextmanager
 def undisturbed(directory: Path) -> Iterator[bool]:
     """Keep writers out of the block, without creating a file; yield False if one is running."""
+    if isinstance(place := wiring.ledger_place(directory), str):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(wiring.lock_beside(place))
+                free = True
+            except Busy:
+                free = False
+            yield free
+        return
     try:
         file = (directory / LOCK).open("rb")
     except OSError:  # no writer was ever here, or none can write here

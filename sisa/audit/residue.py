@@ -58,6 +58,7 @@ from sisa.core.domain import Export, HeldCheckpoint, Tombstone
 from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
 from sisa.core.ports import BlobStore
 from sisa.flows.reconcile import export_standing
+from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context, known_by_area
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.lm.base.packages import cache_dir
@@ -147,9 +148,13 @@ def scan_residue(
     stores = {area: each for area, each in sorted(context.stores.blobs.items()) if at_hand(each) is None}
     for area, blobs in stores.items():
         scanner.scan_objects(area, blobs)
+    server = wiring.ledger_place(directory)
+    if isinstance(server, str):
+        scanner.scan_rows(server, directory)
     scanner.unknown_files()
     scanner.missing_exports()
     places = [*map(str, scanner.places), *(blobs.location() for blobs in stores.values())]
+    places += [server] if isinstance(server, str) else []
     return Scan(
         not scanner.residue,
         tuple(map(scanner.strings.hidden, places)),
@@ -495,6 +500,14 @@ class _Scanner:
                 self._stored_group(area, name, where, plain)
         for kept in blobs.purge(dry_run=True) if area != LOG else ():
             self.found("old_versions", kept.where, f"kept by the bucket: {kept.why}")
+
+    def scan_rows(self, server: str, directory: Path) -> None:
+        """Search the rows of a ledger on a server, whose files are out of reach."""
+        with wiring.open_ledger(directory) as ledger:
+            for table, value in ledger.values() if len(self.strings) else ():
+                for number in self.strings.in_value(value):
+                    what = f"string {number + 1} of {len(self.strings)} is here"
+                    self.found("string", server, what, f"table {table}")
 
     def _object(self, area: str, blobs: BlobStore, group: str, part: str) -> bytes | None:
         """Search an object for strings, and return its plaintext; None if no held key opens it."""

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -118,6 +119,19 @@ def _lora_layers(value: Any) -> Any:
     return value
 
 
+def ledger_url(value: Any) -> str:
+    """Return the URL of a ledger. Raise a conflict for anything else, and for one with a password."""
+    parts = urlsplit(value) if isinstance(value, str) and NAME_PATTERN.fullmatch(value) else None
+    if parts is None or parts.scheme != "postgresql":
+        raise conflict("expected postgresql://[USER@]HOST[:PORT]/DATABASE[?OPTIONS], as libpq reads it")
+    secret = {"password", "sslpassword"} & parse_qs(parts.query).keys()
+    if secret or ":" in parts.netloc.rpartition("@")[0]:
+        raise conflict(
+            "a password must not be here: put it into ~/.pgpass, PGPASSWORD or a service file"
+        )
+    return str(value)
+
+
 _T = TypeVar("_T")
 
 
@@ -133,6 +147,7 @@ LocalPath = Annotated[Path, BeforeValidator(_path_name)]
 ModelName = Annotated[Name, AfterValidator(pypi_form)]
 Storage = Annotated[str, BeforeValidator(_storage)]
 SignerUri = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*:[^\x00-\x20\x7f]*$")]
+LedgerUrl = Annotated[str, BeforeValidator(ledger_url)]
 LoraLayers = Annotated[str, BeforeValidator(_lora_layers)]
 
 
@@ -485,6 +500,9 @@ class RunConfig(Block):
     output_dir: LocalPath = key(..., "none", "Directory of the model: adapters, records, index, ledger.")
     storage: Storage | None = key(
         None, "none", "Storage of slices and checkpoints: path or s3://BUCKET/PREFIX; null: output_dir."
+    )
+    ledger: LedgerUrl | None = key(
+        None, "none", "Ledger of several nodes: postgresql://HOST/DATABASE; null: a file in output_dir."
     )
     witness: LocalPath | None = key(
         None, "none", "Directory outside the model that records deletions; null: user's state directory."

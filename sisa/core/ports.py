@@ -380,6 +380,13 @@ class Ledger(Protocol):
         Every process that commits takes part. Raise Busy if another block lasts too long.
         """
 
+    @property
+    def read_only(self) -> bool:
+        """Return whether nothing can be committed here."""
+
+    def num_bytes(self) -> int:
+        """Return the size at rest."""
+
     def snapshot(self) -> AbstractContextManager[None]:
         """Answer all queries of a short block from one state, whatever is committed meanwhile."""
 

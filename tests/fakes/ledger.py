@@ -57,6 +57,11 @@ class FakeLedger:
         self.tables = _Tables()
         self.alone: AbstractContextManager[Any] = threading.RLock()
 
+    read_only = False
+
+    def num_bytes(self) -> int:
+        return 0
+
     def seq(self) -> int:
         return self.tables.seq
 

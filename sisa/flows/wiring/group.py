@@ -52,6 +52,13 @@ class GroupLedger:
     def seq(self) -> int:
         return self._whole.seq()
 
+    @property
+    def read_only(self) -> bool:
+        return self._whole.read_only
+
+    def num_bytes(self) -> int:
+        return self._whole.num_bytes()
+
     def meta(self) -> dict[str, str]:
         return self._whole.meta()
 

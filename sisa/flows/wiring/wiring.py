@@ -1,8 +1,9 @@
 """Wire the real parts of a model directory into a `Context`.
 
-    DIR/ledger.sqlite    the ledger             DIR/records/      slices as Parquet
-    DIR/partition.key    the secret, mode 0600  DIR/index/        FAISS, one file per shard
-    DIR/lock             one writer             DIR/checkpoints/  a directory per stage
+    DIR/ledger.sqlite    the ledger, or         DIR/records/      slices as Parquet
+    DIR/ledger.url       where it is            DIR/index/        FAISS, one file per shard
+    DIR/partition.key    the secret, mode 0600  DIR/checkpoints/  a directory per stage
+    DIR/lock             one writer
     DIR/scratch/         replays; erased by     DIR/patches/      a directory per patch
                          the next writer        DIR/vault/        a sealed file per set of texts
     DIR/metrics/         numbers, a file a run  DIR/runs/         unfinished patches, sealed
@@ -36,11 +37,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sisa.config.config import RunConfig, state_dir
+from sisa.config.config import RunConfig, ledger_url, state_dir
 from sisa.core import ports
 from sisa.core.digest import Keyed
 from sisa.core.domain import Probed, Record, Tombstone, active, wanted
-from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Event, QueueSeen, Report, silent
 from sisa.core.requests import EventChain, key_names
 from sisa.flows.patches.on_deletion import PatchesHook
@@ -67,6 +68,7 @@ from sisa.store.blobs.object_blobs import ObjectBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
+from sisa.store.ledger.database import ledger_version
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics, metrics_line
 from sisa.store.prefixes import FilePrefixes
@@ -74,6 +76,8 @@ from sisa.store.records import FilePatchDrafts, FileRecords, FileVault
 from sisa.store.witness import FileWitness
 
 LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
+LEDGER_URL = "ledger.url"  # names a ledger on a server, in place of the file
+LEDGERS_LEFT = "ledger.left"  # URLs of ledgers to erase, unless LEDGER_URL names them: see `moving.py`
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
 PREFIXES = "prefixes"
@@ -100,7 +104,7 @@ def open_context(
 ) -> Iterator[Context]:
     """Open a model by its name, until the end of the block. Raise IntegrityError, ConfigConflict."""
     config = resources.config
-    with contextlib.closing(SqlLedger(directory / LEDGER, create=create)) as ledger:
+    with open_ledger(directory, create=create) as ledger:
         stores = _open_stores(directory, resources, keyed, model, ledger)
         settings = Settings(
             assigner=Assigner(keyed, config.layout),
@@ -117,6 +121,86 @@ def open_context(
         check_hooks(context)
         _ = context.recipe  # refuses a ledger that lacks a patch beneath its shards
         yield context
+
+
+def ledger_place(directory: Path) -> Path | str:
+    """Return where a model's ledger is: the URL that its directory names, or the path of its file."""
+    try:
+        text = (directory / LEDGER_URL).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return directory / LEDGER
+    except (OSError, UnicodeDecodeError) as error:
+        raise EnvironmentFault(f"can't be read: {error}", where=str(directory / LEDGER_URL)) from error
+    try:
+        return ledger_url(text)
+    except ValueError as error:
+        where, step = str(directory / LEDGER_URL), "restore it from a backup"
+        raise IntegrityError("names no ledger", where=where, got=str(error), next_step=step) from None
+
+
+def has_ledger(directory: Path) -> bool:
+    """Return whether a directory has a ledger, or names one."""
+    return any((directory / each).is_file() for each in (LEDGER, LEDGER_URL))
+
+
+def ledger_name(directory: Path) -> str:
+    """Return the name of the file that is the ledger, or names it."""
+    return LEDGER if isinstance(ledger_place(directory), Path) else LEDGER_URL
+
+
+def open_ledger(directory: Path, *, create: bool = False) -> AbstractContextManager[SqlLedger]:
+    """Open a model's ledger until the end of the block. Raise IntegrityError, EnvironmentFault."""
+    return contextlib.closing(SqlLedger(ledger_place(directory), create=create))
+
+
+def claim_ledger(directory: Path, url: str | None) -> None:
+    """Let a new model have its ledger at a URL. Raise ConfigConflict if it is not free for it."""
+    here = ledger_place(directory)
+    if isinstance(here, str) and here != url:
+        raise ConfigConflict(
+            "the directory names another ledger than the run file",
+            where=str(directory / LEDGER_URL),
+            expected=url or "no ledger on a server",
+            got=here,
+            next_step="correct the run file, or choose an empty directory",
+        )
+    if url is None or here == url:
+        return
+    if ledger_version(url) != 0:
+        raise ConfigConflict(
+            "there is a ledger already, of another model or of another directory",
+            where=url,
+            next_step="give each model a database or a schema of its own",
+        )
+    files.write_atomic(directory / LEDGER_URL, f"{url}\n".encode())
+
+
+@contextlib.contextmanager
+def writer_lock(directory: Path, url: str | None = None) -> Iterator[None]:
+    """Hold a model's only writer lock, beside its ledger; a new model's will be at `url`. Raise Busy."""
+    place = ledger_place(directory)
+    with lock_beside(place if isinstance(place, str) else url or place):
+        if ledger_place(directory) != place:
+            raise Busy("the ledger has just been moved", where=str(directory), next_step="try again")
+        yield
+
+
+def finish_move(directory: Path) -> None:
+    """Erase what a killed move of the ledger left, if one did; the caller holds the writer lock."""
+    both = all((directory / each).is_file() for each in (LEDGER, LEDGER_URL))
+    if both or (directory / LEDGERS_LEFT).is_file():
+        from sisa.flows.wiring.moving import erase_left
+
+        erase_left(directory)
+
+
+def lock_beside(place: Path | str) -> AbstractContextManager[None]:
+    """Return the writer lock of a ledger: a file beside its own, or a lock of its server."""
+    if isinstance(place, Path):
+        return files.writer_lock(place.with_name(LOCK))
+    from sisa.store.ledger.postgres import advisory_lock
+
+    return advisory_lock(place, "writer", "is writing to this model")
 
 
 def _open_stores(
@@ -199,7 +283,7 @@ class Description:
 
 def read_description(directory: Path) -> dict[str, str]:
     """Return the ledger's description of its model. Raise InvalidInput if it was never committed."""
-    with contextlib.closing(SqlLedger(directory / LEDGER)) as ledger:
+    with open_ledger(directory) as ledger:
         meta = ledger.meta()
     if "config" not in meta:
         raise InvalidInput(

@@ -139,6 +139,9 @@ class Backend(Protocol):
     def scrub(self, removed: Collection[RecordRow] | None, keys: Collection[str]) -> None:
         """See `Ledger.scrub`; `keys` are those of removed identities."""
 
+    def erase(self) -> None:
+        """Remove all tables."""
+
 
 def backend_at(place: Path | str, *, create: bool = False) -> Backend:
     """Return the backend of a SQLite file, by its path, or of a PostgreSQL schema, by its URL."""
@@ -370,6 +373,11 @@ class Sqlite:
                 alone.exec_driver_sql("VACUUM")
             self._empty_log()
 
+    def erase(self) -> None:
+        with self.writing() as connection:
+            schema.drop_all(connection)
+            self.stamp(connection, 0)
+
     def holds(self, removed: Collection[RecordRow], keys: Collection[str] = ()) -> bool:
         """Return whether any part of the file holds a row's piece: of its digest, or its vector's id."""
         wanted = [row.record_digest[:PIECE_BYTES].encode() for row in removed]
@@ -419,6 +427,16 @@ def upgrade_ledger(place: Path | str) -> bool:
         own.close()
     Database(place).close()
     return older
+
+
+def ledger_version(place: Path | str) -> int:
+    """Return the version of a ledger's schema; 0 if there are no tables."""
+    own = backend_at(place)
+    try:
+        with typed(own), own.reading() as connection:
+            return own.version(connection)
+    finally:
+        own.engine.dispose()
 
 
 def _bring_up(own: Backend) -> None:

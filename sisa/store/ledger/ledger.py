@@ -8,9 +8,10 @@ many records it names. The absence of a row is confirmed without an index.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from operator import attrgetter
@@ -39,7 +40,7 @@ from sisa.core.ports import Change
 from sisa.core.requests import chained
 from sisa.planning.layout import root_of
 from sisa.store.ledger import rows
-from sisa.store.ledger.database import Database, having, made
+from sisa.store.ledger.database import Database, having, ledger_version, made
 from sisa.store.ledger.rows import (
     CHECKPOINTS,
     EVENTS,
@@ -234,6 +235,29 @@ class SqlLedger(Database):
         with self._reading() as connection:
             return bool(rows.read(connection, EVENTS, EVENTS.c.link == link))
 
+    def copy(self, source: SqlLedger) -> dict[str, int]:
+        """Replace all rows by those of another ledger, compare them, and return their numbers by table.
+
+        It is one transaction. Raise IntegrityError for damage in either.
+        """
+        with self._guard(), source._reading() as theirs, self.backend.writing() as own:
+            return rows.copy_rows(theirs, own)
+
+    def newest_time(self) -> str:
+        """Return the latest time in any row; "" if there is none."""
+        columns = [each for table in rows.COUNTED for each in table.columns]
+        times = [each for each in columns if each.name == "at" or each.name.endswith("_at")]
+        with self._reading() as connection:
+            found = [connection.execute(sa.select(sa.func.max(each))).scalar_one() for each in times]
+        return max((str(each) for each in found if each), default="")
+
+    def values(self) -> Iterator[tuple[str, str]]:
+        """Yield each text of each row, with the name of its table."""
+        with self._reading() as connection:
+            for table in rows.COUNTED:
+                for row in rows.read(connection, table):
+                    yield from ((table.name, each) for each in row if isinstance(each, str))
+
     def lost(self) -> list[str]:
         with self._reading() as connection:
             return rows.lost_rows(connection)
@@ -256,6 +280,16 @@ class SqlLedger(Database):
         for each in sorted(found, key=lambda row: row.name):
             named.setdefault(each.id_digest, []).append(each.name)
         return named
+
+
+def erase_ledger(url: str, model: str) -> None:
+    """Erase all tables of a model's ledger on a server, or of an empty one; spare another model's."""
+    if ledger_version(url) == 0:
+        return
+    with contextlib.closing(SqlLedger(url)) as ledger:
+        if ledger.meta().get("model", model) == model:
+            with ledger._guard():
+                ledger.backend.erase()
 
 
 _BY_ID = attrgetter("id_digest")

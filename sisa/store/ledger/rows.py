@@ -395,6 +395,38 @@ def _values(table: sa.Table, row: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def copy_rows(source: sa.Connection, target: sa.Connection) -> dict[str, int]:
+    """Replace all rows of a target by a source's; return their numbers by table.
+
+    All are read back and compared. Raise Damaged for damage in either, and for a difference.
+    """
+    if lost := lost_rows(source):
+        raise Damaged(f"lost rows of {', '.join(lost)}")
+    found = {}
+    for table in schema.sorted_tables:
+        target.execute(sa.delete(table))
+        query = sa.select(table).order_by(*table.primary_key)
+        with contextlib.closing(_streamed(source, query)) as cursor:
+            while block := checked_rows(table, cursor.fetchmany(_IN_MEMORY)):
+                names = table.columns.keys()
+                target.execute(sa.insert(table), [dict(zip(names, row, strict=True)) for row in block])
+        found[table.name] = _compare(table, _streamed(source, query), _streamed(target, query))
+    return found
+
+
+def _compare(table: sa.Table, old: Any, new: Any) -> int:
+    """Return how many rows two cursors yield. Raise Damaged unless they are equal."""
+    number = 0
+    with contextlib.closing(old), contextlib.closing(new):
+        while True:
+            before, after = (list(map(tuple, each.fetchmany(_IN_MEMORY))) for each in (old, new))
+            if before != after:
+                raise Damaged(f"a row of {table.name} that was copied wrongly")
+            if not before:
+                return number
+            number += len(before)
+
+
 def _position_of(table: sa.Table) -> Callable[[tuple[Any, ...]], CountKey]:
     columns = table.columns.keys()
     if table is RECORDS:

@@ -1,0 +1,125 @@
+"""Move a model's ledger to a server, to another one, or back to a file, with all rows compared.
+
+    MODEL/ledger.url     names the ledger's server: while it is there, it is the ledger
+    MODEL/ledger.left    URLs that a move writes to, or moved away from: what MODEL/ledger.url does not
+                         name of them is erased
+
+The new ledger is filled and compared in one transaction. Writing or removing MODEL/ledger.url is the
+move: before it, the old ledger is the model's, and afterwards the new one. What a killed move left is
+erased by the next writer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sisa.config.config import RunConfig
+from sisa.core.errors import Busy, ConfigConflict, InvalidInput
+from sisa.core.ports import Change
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.wiring import LEDGER, LEDGER_URL, LEDGERS_LEFT, ledger_place, lock_beside
+from sisa.store.blobs import files
+from sisa.store.ledger.database import ledger_version
+from sisa.store.ledger.ledger import SqlLedger, erase_ledger
+
+UNFINISHED = f"{files.TEMPORARY_PREFIX}{LEDGER}"  # a file that a move fills
+SQLITE_FILES = ("", "-wal", "-shm", "-journal")  # after the name of a database
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerMoved:
+    """Where a ledger was and is, its last commit, and its rows by table, all compared."""
+
+    before: str
+    now: str
+    seq: int
+    rows: dict[str, int]
+
+
+def move_ledger(directory: Path, to: str | None) -> LedgerMoved:
+    """Move a model's ledger to a URL, or to a file in its directory. Raise ConfigConflict, Busy.
+
+    The target must be empty. The model's run file, as the ledger keeps it, names the new place.
+    """
+    wiring.describe(directory)  # refuses what is no model, or another model's key
+    place = ledger_place(directory)
+    target = directory / LEDGER if to is None else to
+    if target == place:
+        raise InvalidInput("the ledger is there already", where=str(target))
+    with _alone(directory, place, target):
+        erase_left(directory)
+        if isinstance(target, str) and ledger_version(target) != 0:
+            raise ConfigConflict(
+                "there is a ledger already, of another model or of another directory",
+                where=target,
+                next_step="give each model a database or a schema of its own",
+            )
+        urls = [each for each in (place, target) if isinstance(each, str)]
+        files.write_atomic(directory / LEDGERS_LEFT, "\n".join(urls).encode())
+        moved = _filled(directory, place, target)
+        if isinstance(target, str):
+            files.write_atomic(directory / LEDGER_URL, f"{target}\n".encode())
+        else:
+            files.erase_all(directory, [LEDGER_URL])
+        erase_left(directory)
+    return moved
+
+
+@contextlib.contextmanager
+def _alone(directory: Path, place: Path | str, target: Path | str) -> Iterator[None]:
+    """Keep writers and whoever decides about requests out, at both places."""
+    with contextlib.ExitStack() as stack:
+        for each in (place, target):
+            stack.enter_context(lock_beside(each))
+        if ledger_place(directory) != place:
+            raise Busy("the ledger has just been moved", where=str(directory), next_step="try again")
+        yield
+
+
+def _filled(directory: Path, place: Path | str, target: Path | str) -> LedgerMoved:
+    """Fill and compare the new ledger, which then names its place in the run file."""
+    new = target if isinstance(target, str) else directory / UNFINISHED
+    with (
+        contextlib.closing(SqlLedger(place)) as old,
+        contextlib.closing(SqlLedger(new, create=True)) as ledger,
+    ):
+        rows = ledger.copy(old)
+        config = RunConfig.from_canonical(ledger.meta()["config"])
+        named = config.model_copy(update={"ledger": target if isinstance(target, str) else None})
+        seq = ledger.commit(Change(meta={"config": named.to_canonical()}))
+        ledger.scrub()
+    if isinstance(new, Path):
+        with files.disk_errors(directory):
+            new.rename(directory / LEDGER)
+            files.sync_directory(directory)
+    return LedgerMoved(str(place), str(target), seq, rows)
+
+
+def erase_left(directory: Path) -> None:
+    """Erase the ledgers that a move left, if one did; the caller holds the writer lock."""
+    place, left = ledger_place(directory), directory / LEDGERS_LEFT
+    if isinstance(place, str):
+        _erase_file(directory / LEDGER)
+    if left.is_file():
+        _erase_file(directory / UNFINISHED)
+        for url in left.read_text(encoding="utf-8").split():
+            if url != place:
+                erase_ledger(url, _model(directory))
+        files.erase_all(directory, [LEDGERS_LEFT])
+
+
+def _model(directory: Path) -> str:
+    with wiring.open_ledger(directory) as ledger:
+        return wiring.model_id(ledger.meta())
+
+
+def _erase_file(path: Path) -> None:
+    """Overwrite and remove a SQLite ledger and the files beside it."""
+    held = [each for each in (Path(f"{path}{suffix}") for suffix in SQLITE_FILES) if each.exists()]
+    with files.disk_errors(path):
+        for each in held:
+            files.overwrite(each)
+    files.erase_all(path.parent, [each.name for each in held])
