@@ -628,7 +628,7 @@ class Model:
                         "it here",
                     )
                 if not read_only:
-                    with wiring.writer_lock(self.directory):
+                    with wiring.model_lock(self.directory):
                         catch_up(context)
             yield context if locked else self._seen(context)
         if self._group is not None:
@@ -664,7 +664,7 @@ class Model:
         if whole:
             self._check_whole()
         wiring.check_executor(self.executor)  # refuses an unknown one before anything is written
-        with running(), wiring.writer_lock(self.directory):
+        with running(), wiring.model_lock(self.directory):
             wiring.finish_move(self.directory)
             self._catch_up()
             wiring.keep_key(self.directory, self.config, self.id, self.secret)

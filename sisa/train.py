@@ -148,7 +148,7 @@ def _first_training(
     if config.ledger is None and (kind := files.network_file_system(directory)):
         what = "its ledger is not safe there; name a server by `ledger:`, or only `storage:` there"
         report(Notice(f"output_dir is on a network file system ({kind}): {what}"))
-    with wiring.writer_lock(directory, config.ledger):
+    with wiring.model_lock(directory, config.ledger):
         if _committed(directory):
             raise Busy(
                 "another process has trained this model meanwhile",

@@ -237,7 +237,7 @@ def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) 
         with model._context() as context:
             items = list_garbage(context, model.directory)
             return Collected(True, items, 0, 0, kept=purge(context, dry_run=True))
-    with wiring.writer_lock(model.directory), model._context(locked=True) as context:
+    with wiring.model_lock(model.directory), model._context(locked=True) as context:
         items = list_garbage(context, model.directory)
         removed = remove_garbage(context, model.directory)
         given_up = give_up_lost(context) if lost_exports else ()

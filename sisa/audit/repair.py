@@ -55,7 +55,7 @@ def repair(model: Model) -> RepairOutcome:
     """Diagnose a model, repair it, and diagnose it again. Raise Busy while another process writes."""
     wiring.check_executor(model.executor)  # before anything is written
     before = diagnose(model.directory)
-    with wiring.writer_lock(model.directory), model._context(as_it_is=True) as context:
+    with wiring.model_lock(model.directory), model._context(as_it_is=True) as context:
         found = examine(context, model.directory)
         if any(each.repair == "retrain" for each in found):
             _ = model.resources.base  # refuses a changed base before a checkpoint is given up

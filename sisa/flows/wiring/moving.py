@@ -22,7 +22,7 @@ from sisa.core.ports import Change
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.wiring import LEDGER, LEDGER_URL, LEDGERS_LEFT, ledger_place, lock_beside
 from sisa.store.blobs import files
-from sisa.store.ledger.database import ledger_version
+from sisa.store.ledger.database import backend_at, ledger_version
 from sisa.store.ledger.ledger import SqlLedger, erase_ledger
 
 UNFINISHED = f"{files.TEMPORARY_PREFIX}{LEDGER}"  # a file that a move fills
@@ -74,6 +74,9 @@ def _alone(directory: Path, place: Path | str, target: Path | str) -> Iterator[N
     with contextlib.ExitStack() as stack:
         for each in (place, target):
             stack.enter_context(lock_beside(each))
+        own = backend_at(place)
+        stack.callback(own.close)
+        stack.enter_context(own.exclusive())
         if ledger_place(directory) != place:
             raise Busy("the ledger has just been moved", where=str(directory), next_step="try again")
         yield

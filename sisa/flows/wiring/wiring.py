@@ -176,7 +176,7 @@ def claim_ledger(directory: Path, url: str | None) -> None:
 
 
 @contextlib.contextmanager
-def writer_lock(directory: Path, url: str | None = None) -> Iterator[None]:
+def model_lock(directory: Path, url: str | None = None) -> Iterator[None]:
     """Hold a model's only writer lock, beside its ledger; a new model's will be at `url`. Raise Busy."""
     place = ledger_place(directory)
     with lock_beside(place if isinstance(place, str) else url or place):

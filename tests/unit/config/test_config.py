@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.config.config import TRAINING_KEYS, RunConfig, differences, json_schema, keys
+from sisa.config.config import TRAINING_KEYS, RunConfig, differences, json_schema, keys, ledger_url
 from sisa.config.runfile import load_run_file, parse_run_file
 from sisa.config.template import commented_run_file
 from sisa.core.errors import IntegrityError, InvalidInput
@@ -256,6 +257,7 @@ OTHER: dict[str, Any] = {
     "datasets": [{"path": "other"}],
     "output_dir": "other",
     "storage": "s3://bucket/other",
+    "ledger": "postgresql://host/other",
     "encrypt": True,
     "keyring": "other",
     "lora_r": 4,
@@ -340,7 +342,7 @@ def test_each_key_has_one_effect() -> None:
     where = {"base_model", "sisa.shards", "sisa.slices", "sisa.bands", "sisa.group_by"}
     where |= {"sisa.partition_key_file"}
     blocks = {key for key in OTHER if key.startswith(("cluster.", "limits.", "service.", "signing."))}
-    none = {"output_dir", "datasets", "storage", "witness", "keyring", "probe", "patch_mode"}
+    none = {"output_dir", "datasets", "storage", "ledger", "witness", "keyring", "probe", "patch_mode"}
     none |= {"prefix_cache_bytes", "sisa.aggregation", "sisa.checkpoint_budget_bytes"}
     assert effects["none"] == blocks | none
     assert effects["reseal"] == {"encrypt"}
@@ -457,3 +459,34 @@ def test_a_base_that_is_neither() -> None:
     ((where, what),) = problems("datasets: [{path: a/b}]\noutput_dir: model\nbase_model: [1]\n")
     assert where == "line 3: base_model"
     assert what == "expected a printable string or a mapping, got [1]"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://db/models",
+        "postgresql://sisa@db:5433/m?options=-csearch_path%3Da",
+        "postgresql:///?service=m",
+    ],
+)
+def test_a_ledger_is_named_as_libpq_names_databases(url: str) -> None:
+    assert ledger_url(url) == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://sisa:hunter2@db/models",
+        "postgresql://db/models?password=hunter2",
+        "postgresql://db/models?sslpassword=hunter2",
+        "postgres://hunter2/models",
+        "sqlite:///hunter2",
+        "hunter2",
+        "",
+        7,
+    ],
+)
+def test_a_ledger_with_a_password_or_another_scheme_is_refused_and_not_quoted(url: Any) -> None:
+    ((where, what),) = problems(f"{MINIMAL}ledger: {json.dumps(url)}\n")
+    assert "ledger" in where
+    assert "hunter2" not in what

@@ -99,7 +99,7 @@ def test_sweep_searches_the_rows_of_a_server(directory: Path, url: str) -> None:
 
 def test_a_second_writer_is_busy_on_any_node(directory: Path, url: str) -> None:
     move_ledger(directory, url)
-    with wiring.writer_lock(directory):
+    with wiring.model_lock(directory):
         with pytest.raises(Busy, match="is writing to this model"):
             open_model(directory).forget([record(1).id])
         assert [each.kind for each in diagnose(directory).findings] == ["writer"]
