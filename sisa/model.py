@@ -313,10 +313,15 @@ class Model:
         with self._context() as context, context.stores.ledger.snapshot():
             return lifecycle.viewed(context, lifecycle.find(context, request_id))
 
-    def decide(self, request_id: str, state: RequestState, note: str = "") -> lifecycle.RequestView:
-        """Move a request to approved, held, denied or cancelled. Raise ConfigConflict."""
+    def decide(
+        self, request_id: str, state: RequestState, note: str = "", *, by: str = ""
+    ) -> lifecycle.RequestView:
+        """Move a request to approved, held, denied or cancelled, in the name `by`.
+
+        Without `by`, the note of an approval is the approver's name. Raise ConfigConflict.
+        """
         with self._deciding() as context:
-            return lifecycle.viewed(context, lifecycle.decide(context, request_id, state, note))
+            return lifecycle.viewed(context, lifecycle.decide(context, request_id, state, note, by))
 
     def extend(self, request_id: str, reason: str) -> lifecycle.RequestView:
         """Extend a request's due date once, with a reason. Raise ConfigConflict."""

@@ -61,6 +61,7 @@ request_argument = click.argument("request_id", metavar="REQUEST")
     help="Sets the due date: a month, or 45 days.",
 )
 @click.option("--due", help="Due date, YYYY-MM-DD, instead of the regime's.")
+@click.option("--submitter", default="", show_default=False, help="Who submits it, for four eyes.")
 @click.option("--approver", help="Approve at once, in this name.")
 @click.option("--include-duplicates", is_flag=True, help="Also delete exact copies under other ids.")
 @consent_option
@@ -73,6 +74,7 @@ def submit_request(
     reason: str | None,
     regime: Regime,
     due: str | None,
+    submitter: str,
     approver: str | None,
     include_duplicates: bool,
     consent: str,
@@ -89,6 +91,7 @@ def submit_request(
         regime=regime,
         due=due,
         approver=approver,
+        submitter=submitter,
         include_copies=include_duplicates,
         consent=consent,
     )

@@ -397,6 +397,7 @@ class Request:
     probed: Probed | None = None  # None: not probed, or interrupted
     consent: str = ""  # to keep the text, encrypted, until a patch is made from it
     vaulted: str = ""  # the vault's set that holds the text
+    submitter: str = ""  # who submitted it: a token's name, or the name that was given
 
 
 @dataclass(frozen=True, slots=True)

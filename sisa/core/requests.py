@@ -18,6 +18,7 @@ ledger form one hash chain. Time is an argument.
 from __future__ import annotations
 
 import calendar
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime, timedelta
@@ -85,6 +86,30 @@ def moved(request: Request, state: RequestState, note: str = "") -> Request:
         )
     approver = note or request.approver if state == "approved" else request.approver
     return replace(request, state=state, approver=approver, cause="")
+
+
+def check_four_eyes(submitter: str, approver: str | None) -> None:
+    """Raise ConfigConflict if nobody is known to submit a request, or the same person approves it.
+
+    >>> check_four_eyes("anna", None)
+    >>> check_four_eyes("anna", "ben")
+    """
+    if not submitter.strip():
+        raise ConfigConflict(
+            "this model asks for four eyes, and nobody is named who submits this",
+            where="service.four_eyes",
+            next_step="`sisa request submit --submitter WHO`; then somebody else approves it",
+        )
+    if approver is not None and _person(approver) == _person(submitter):
+        raise ConfigConflict(
+            "this model asks for four eyes: who submits a request may not approve it",
+            where="service.four_eyes",
+            next_step="let somebody else approve it",
+        )
+
+
+def _person(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def extended(request: Request, reason: str) -> Request:

@@ -37,7 +37,7 @@ from sisa.core.domain import (
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Change, Contribution, KeptVersions, Probe, Removal, merged
-from sisa.core.requests import ACCEPTED, due_date, event, moved
+from sisa.core.requests import ACCEPTED, check_four_eyes, due_date, event, moved
 from sisa.flows.reconcile import (
     HELD_PROMPTS,
     check_rows,
@@ -437,6 +437,7 @@ class Terms:
     approver: str | None = None  # approves at once
     include_copies: bool = False
     consent: str = ""  # to keep the text, encrypted, for a patch, if the base alone knows it
+    submitter: str = ""  # who submits it; may not approve it where the run file asks for four eyes
 
 
 def copies(context: Context, rows: Sequence[RecordRow], *, full_scan: bool) -> list[RecordRow]:
@@ -454,7 +455,15 @@ def arrive(
     *,
     full_scan: bool = False,
 ) -> Arrival:
-    """Return a new request that is not in the ledger yet. Raise InvalidInput for a bad due date."""
+    """Return a new request that is not in the ledger yet.
+
+    Raise InvalidInput for a bad due date or a nameless approval, and ConfigConflict if four eyes should
+    see it and do not.
+    """
+    if terms.approver is not None and not terms.approver.strip():
+        raise InvalidInput("an approval names its approver", next_step="give --approver")
+    if context.settings.four_eyes:
+        check_four_eyes(terms.submitter, terms.approver)
     found = copies(context, rows, full_scan=full_scan or terms.include_copies)
     taken = [*rows, *(found if terms.include_copies else [])]
     named = {row.id_digest for row in taken} | {each.id_digest for each in deleted}
@@ -470,6 +479,7 @@ def arrive(
         num_copies=len(found),
         copies_included=terms.include_copies,
         consent=terms.consent.strip(),
+        submitter=terms.submitter.strip(),
     )
     states = [request]
     if terms.approver is not None:

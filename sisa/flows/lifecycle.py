@@ -17,7 +17,7 @@ from sisa.core.domain import RecordRow, Request, RequestEvent, RequestState, Tom
 from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
 from sisa.core.events import QueueSeen
 from sisa.core.ports import Change, Removal
-from sisa.core.requests import days_left, event, extended, moved
+from sisa.core.requests import check_four_eyes, days_left, event, extended, moved
 from sisa.flows.deletion import (
     Deleted,
     Terms,
@@ -132,15 +132,22 @@ def viewed(context: Context, request: Request) -> RequestView:
     return RequestView(request, days_left(request.due, context.now()), tuple(passed))
 
 
-def decide(context: Context, request_id: str, state: RequestState, note: str) -> Request:
-    """Approve, hold, deny or cancel a request. Raise UnknownRecord, ConfigConflict or InvalidInput."""
+def decide(context: Context, request_id: str, state: RequestState, note: str, by: str = "") -> Request:
+    """Approve, hold, deny or cancel a request, in the name `by`; an approval's note is a name, too.
+
+    Raise UnknownRecord, ConfigConflict (of its state, or of four eyes) or InvalidInput.
+    """
     if state in ("denied", "held") and not note.strip():
         raise InvalidInput(f"a request is not {state} without a reason", next_step="give --reason")
-    if state == "approved" and not note.strip():
+    approver, said = by or note, f"{by}: {note}" if by and note else by or note
+    if state == "approved" and not approver.strip():
         raise InvalidInput("an approval names its approver", next_step="give --approver")
     with context.stores.ledger.exclusive():
-        request = moved(find(context, request_id), state, note)
-        commit(context, Change(requests=[request], events=[event(request, context.now(), note)]))
+        found = find(context, request_id)
+        request = moved(found, state, approver)
+        if state == "approved" and context.settings.four_eyes:
+            check_four_eyes(found.submitter, approver)
+        commit(context, Change(requests=[request], events=[event(request, context.now(), said)]))
     return request
 
 

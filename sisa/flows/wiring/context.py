@@ -230,6 +230,7 @@ class Settings:
     chain: EventChain  # of the ledger's events
     keeps_prefixes: bool = False  # whether hidden states may be kept
     routing: SisaBlock | None = None  # how prompts are answered; fakes answer none
+    four_eyes: bool = False  # whether who submits a request may not approve it
 
     @property
     def base(self) -> str:

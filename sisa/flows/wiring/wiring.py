@@ -113,6 +113,7 @@ def open_context(
             chain=EventChain.of(keyed, ledger.meta().get("key")),
             keeps_prefixes=config.prefix_cache_bytes > 0,
             routing=config.sisa,
+            four_eyes=config.service.four_eyes,
         )
         compute = _compute(directory, resources, stores, model, executor)
         noting = recording(report, stores.metrics, _now)
