@@ -56,7 +56,7 @@ return {
   contrast: Math.min(...texts.map(contrast)),
   texts: texts.length,
   hidden: texts.filter(e => e.checkVisibility() && e.getBoundingClientRect().width == 0).length,
-  unreachable: scrolling.filter(e => e.tabIndex < 0).length,
+  unreachable: scrolling.filter(e => e.tabIndex < 0 && !e.querySelector("button, a, input")).length,
   scrolling: scrolling.length,
   reordered: all.filter(e => e.tabIndex > 0).length,
   first: all.find(e => e.tabIndex == 0).className,

@@ -1,7 +1,7 @@
 // The console: everything it shows and does goes through the service's own API.
 //
-// The token is a variable of this module. sessionStorage would outlive a reload, but browsers write it to
-// the disk of a profile, where a token has no business; so a reload asks for it again.
+// The token is a variable of this module, so a reload asks for it again. sessionStorage would outlive the
+// reload, but browsers write it to the disk of a profile, where a token has no business.
 // Data becomes text nodes and attributes (`h`), never markup; the page's policy (`require-trusted-types-for`)
 // makes a browser refuse innerHTML.
 
@@ -28,7 +28,9 @@ const DECISIONS = { // by state: what the service allows
   held: ["approve", "deny", "extend", "cancel"], failed: ["approve", "hold", "deny", "cancel"],
 };
 const NEEDS_REASON = ["deny", "hold", "extend"];
-const DONE = { approve: "Approved.", deny: "Denied.", hold: "Put under a hold.", extend: "Extended.", cancel: "Cancelled." };
+const READY = ["approved", "failed"]; // to be carried out
+const NAMES = { approve: "Approve", deny: "Deny", hold: "Hold", extend: "Extend", cancel: "Withdraw" };
+const DONE = { approve: "Approved.", deny: "Denied.", hold: "Put under a hold.", extend: "Extended.", cancel: "Withdrawn." };
 const SLICES = { // state: class, sign, meaning
   clean: ["c", "●", "trained on its records; no deletion has touched it"],
   retrained: ["t", "↻", "trained again, without the deleted records, after a deletion"],
@@ -256,6 +258,7 @@ function showQueue(requests) {
   const open = requests.filter((each) => !CLOSED.includes(each.state)).sort((one, other) => one.due.localeCompare(other.due));
   const closed = requests.filter((each) => CLOSED.includes(each.state)).reverse();
   const wasOpen = $("closed")?.open ?? open.length === 0;
+  $("run").hidden = !open.some((each) => READY.includes(each.state));
   fill($("queue"),
     ...(open.length ? table("queue-label", "Open, the most urgent first", names, open.map(row)) : [h("p", {}, "No request is open.")]),
     closed.length ? h("details", { id: "closed", open: wasOpen }, h("summary", { id: "closed-summary" }, `Closed: ${counted(closed.length, "request")}`),
@@ -276,6 +279,12 @@ function showGrid(shards) {
     h("td", { class: "head" }, each.served ? h("span", { title: each.served }, code(each.served.slice(0, 12))) : "the base alone")));
   const names = ["Shard", ...Array.from({ length: columns }, (_, n) => `slice ${n}`), "served", "head"];
   fill($("grid"), ...table("grid-label", "Slices with the number of records in each, what each shard serves, and its head", names, rows, "grid"));
+}
+
+async function run() {
+  const { requests } = await call("/requests/run", {});
+  say(`${counted(requests.length, "request")} will be carried out now.`);
+  await refresh();
 }
 
 // --- one request -----------------------------------------------------------------------------------
@@ -313,10 +322,9 @@ async function showRequest(id) {
       ...found.events.map((each) => h("li", {}, h("strong", {}, WORDS[each.state] || each.state), " ", moment(each.at), ...(each.note ? [h("br"), given(each.note)] : [])))),
     found.certificate === "issued" ? h("p", {}, h("button", { type: "button", id: "save-certificate", click: (event) => attempt(event.currentTarget, () => saveCertificate(found.request_id), "request-") }, "Save the certificate")) : null);
   const allowed = (DECISIONS[found.state] || []).filter((each) => each !== "extend" || (found.regime === "gdpr" && !found.extension));
-  const name = (each) => each[0].toUpperCase() + each.slice(1);
   $("decide-form").hidden = !allowed.length;
   fill($("decisions"), ...allowed.map((each) =>
-    h("button", { type: "submit", value: each, id: `decide-${each}`, class: each === "approve" ? "primary" : "" }, name(each))));
+    h("button", { type: "submit", value: each, id: `decide-${each}`, class: each === "approve" ? "primary" : "" }, NAMES[each])));
 }
 
 // Return to where the request is in the queue now; what is closed may lie in a folded list.
@@ -332,7 +340,8 @@ async function decide(decision) {
     $("note").focus();
     throw new Fault(400, { detail: "This decision needs a reason." });
   }
-  await call(`/requests/${encodeURIComponent(shown)}/${decision}`, note ? { reason: note } : {});
+  const body = decision === "approve" || !note ? {} : { reason: note }; // an approval names the caller
+  await call(`/requests/${encodeURIComponent(shown)}/${decision}`, body);
   $("decide-form").reset();
   await showRequest(shown);
   say(DONE[decision], "request-");
@@ -390,7 +399,7 @@ function showPlan(found) {
     ]),
     ...(found.copies.length ? [h("h4", {}, "Exact copies under other ids"), h("ul", {}, ...found.copies.map((each) => h("li", {}, given(each))))] : []),
     ...(found.near.length
-      ? table("near-label", "Near-duplicates, which stay unless you add them", ["Record", "Likeness", "Shard", "Slice", ""], found.near.map((each, n) => hit(each, `near-${n}`, false)))
+      ? table("near-label", "Near-duplicates, which stay unless you add them", HITS, found.near.map((each, n) => hit(each, `near-${n}`)))
       : [h("p", { class: "small" }, "No near-duplicates were found.")]));
   $("copies-choice").hidden = !found.copies.length;
   $("include-copies").checked = false;
@@ -417,10 +426,12 @@ function stale() {
 
 // --- finding ---------------------------------------------------------------------------------------
 
-function hit(each, id, withText) {
+const HITS = ["Record", "Likeness", "Shard", "Slice", "Subject", ""];
+
+function hit(each, id) {
   return h("tr", {}, h("th", { scope: "row" }, given(each.id)), h("td", { class: "number" }, each.score.toFixed(3)),
     h("td", { class: "number" }, String(each.shard)), h("td", { class: "number" }, String(each.slice)),
-    withText ? h("td", { class: "text" }, given(each.text ?? "")) : null,
+    h("td", {}, each.subject === null ? "none" : given(each.subject)),
     h("td", {}, h("button", { type: "button", class: "quiet", id, click: () => addId(each.id), "aria-label": `Add ${each.id} to the request` }, "Add")));
 }
 
@@ -435,11 +446,11 @@ function addId(id) {
 }
 
 async function find() {
-  const { hits } = await call("/find", { text: $("text").value, show_text: true });
-  fill($("hits"), ...(hits.length
-    ? table("hits-label", "The nearest records, the most alike first", ["Record", "Likeness", "Shard", "Slice", "Text", ""], hits.map((each, n) => hit(each, `hit-${n}`, true)))
-    : [h("p", {}, "Nothing was found.")]));
-  say(`${counted(hits.length, "record")} found.`, "find-");
+  const { candidates } = await call("/find", { text: $("text").value });
+  fill($("hits"), ...(candidates.length
+    ? table("hits-label", "The nearest records, the most alike first", HITS, candidates.map((each, n) => hit(each, `hit-${n}`)))
+    : []));
+  say(`${counted(candidates.length, "record")} found.`, "find-");
 }
 
 // --- wiring ----------------------------------------------------------------------------------------
@@ -460,6 +471,7 @@ onSubmit("find-form", find, "find-");
 onSubmit("decide-form", (control) => decide(control.value), "request-");
 $("erase-form").addEventListener("input", () => (chooseBy(), stale()));
 $("send").addEventListener("click", (event) => attempt(event.currentTarget, send, "erase-"));
+$("run").addEventListener("click", (event) => attempt(event.currentTarget, run));
 $("sign-out").addEventListener("click", () => signOut());
 $("close").addEventListener("click", () => $("request").close());
 $("request").addEventListener("close", closed);
