@@ -40,6 +40,7 @@ from cluster.cli.command import (
     consent_option,
     executor_option,
     ids_options,
+    log_format_option,
     model_option,
     opened,
     option_or_file,
@@ -297,6 +298,8 @@ def verify(
     is_flag=True,
     help="Leave out the shards that answered: they reveal whether a person's records are stored.",
 )
+@click.option("--no-service", is_flag=True, help="Load the model, even if a service of it runs.")
+@log_format_option
 def generate(
     directory: Path,
     prompt: str | None,
@@ -306,6 +309,7 @@ def generate(
     kind: Any,
     max_new_tokens: int,
     answer_only: bool,
+    no_service: bool,
 ) -> Result:
     """Answer with the aggregated constituent models."""
     if (prompt is None) == (file is None):
@@ -321,8 +325,10 @@ def generate(
             [*before, *([{"role": "user", "content": each}] if isinstance(each, str) else each)]
             for each in asked
         ]
-    with opened(directory) as model:
-        found = model.generate_all(asked, max_new_tokens=max_new_tokens, kind=kind)
+    found = None if no_service else serve.ask_running(directory, asked, max_new_tokens, kind)
+    if found is None:
+        with opened(directory) as model:
+            found = model.generate_all(asked, max_new_tokens=max_new_tokens, kind=kind)
     return render.answers(found, answer_only) if file else render.answer(found[0], answer_only)
 
 

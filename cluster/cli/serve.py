@@ -1,24 +1,79 @@
-"""Say who may call a model's service: `sisa token`."""
+"""Serve a model over HTTP (`sisa serve`), and say who may call it (`sisa token`)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli.command import command, command_group, model_option, opened
+from cluster.cli.command import command, command_group, log_format_option, model_option, opened
+from cluster.observe.reporting import watched
 from cluster.render.render import Result
-from sisa.core.errors import InvalidInput
+from sisa.core.domain import Kind
+from sisa.core.errors import EnvironmentFault, InvalidInput
+from sisa.core.events import Notice
 
 if TYPE_CHECKING:
     from cluster.serve.tokens import AccessToken, Role, Scope, Tokens
+    from sisa.flows.ask import Answer, Prompt
 
 ROLE_NAMES = ("reader", "officer", "operator")
 SCOPE_NAMES = ("answer", "read", "submit", "decide", "erase", "access", "operate")
 
 token = command_group("token", "Tokens of the model's service: who may call it, and what for.")
 name_argument = click.argument("name")
+
+
+@command("serve", "-m model --port 8808")
+@model_option
+@click.option("--host", help="Address to listen on; by default the run file's.", show_default=False)
+@click.option("--port", type=click.IntRange(1, 65_535), help="Port; by default the run file's.")
+@click.option(
+    "--replicas", "num_replicas", default=1, type=click.IntRange(1, 1000), help="Copies of the model."
+)
+@click.option("--stop", is_flag=True, help="Stop the service of this model that runs here.")
+@click.option("--status", "look", is_flag=True, help="Show whether one runs, and where.")
+@log_format_option
+def serve(
+    directory: Path, host: str | None, port: int | None, num_replicas: int, stop: bool, look: bool
+) -> Result:
+    """Answer over HTTP as OpenAI does, until Ctrl-C."""
+    from cluster.serve import service
+
+    if stop or look:
+        found = service.stop_service(directory) if stop else service.find_service(directory)
+        said = "stopped" if stop else "running"
+        where = {"url": found and found.url, "pid": found and found.pid}
+        line = f"{said}: {found.url} (process {found.pid})" if found else "no service of this model runs"
+        return Result({said: found is not None, **where}, [line])
+    with opened(directory) as model:
+        settings = model.config.service
+        address = host or settings.host, port or settings.port
+        with service.started(directory, model.config, *address, num_replicas) as running:
+            model.report(Notice(f"serving {running.url} ({num_replicas} replicas); Ctrl-C stops it"))
+            service.wait_until_ended()
+        url, pid = running.url, running.pid
+    return Result({"url": url, "pid": pid, "replicas": num_replicas}, [f"stopped: {url}"])
+
+
+def ask_running(
+    directory: Path, prompts: Sequence[Prompt], max_new_tokens: int, kind: Kind | None
+) -> list[Answer] | None:
+    """Return the answers of the model's running service; None if there is none, or if it fails."""
+    from cluster.serve import service
+
+    running = service.find_service(directory)
+    if running is None:
+        return None
+    with watched() as report:
+        report(Notice(f"asking the service at {running.url} (--no-service: load the model here)"))
+        try:
+            return service.ask_service(running, prompts, max_new_tokens, kind)
+        except EnvironmentFault as error:
+            report(Notice(f"{error.what} ({error.got}); loading the model here"))
+            return None
 
 
 def _numbers(_context: click.Context, _option: click.Parameter, given: Any) -> list[int] | None:

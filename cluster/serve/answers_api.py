@@ -48,6 +48,7 @@ from sisa.flows.ask import Prompt
 BASE = "base"
 OWNER = "deletion-ready-model"
 MAX_TOKENS = 100_000
+REPLACED = "\ufffd"  # in the text of a token that is no whole character
 MAX_CHOICES, MAX_PROMPTS, MAX_STOPS, MAX_TOP = 16, 64, 16, 20
 
 answers_router = APIRouter(prefix="/v1", tags=["answers"])
@@ -226,9 +227,9 @@ class Dialect:
     def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
         if not tokens:
             return None
-        texts = [each.data.decode(errors="replace") for each in tokens]
+        texts = [each.text for each in tokens]
         starts = [offset + sum(map(len, texts[:at])) for at in range(len(texts))]
-        tops = [{data.decode(errors="replace"): each for data, each in token.top} for token in tokens]
+        tops = [dict(each.top) for each in tokens]
         of = [each.logprob for each in tokens]
         return {"tokens": texts, "token_logprobs": of, "top_logprobs": tops, "text_offset": starts}
 
@@ -268,14 +269,16 @@ class ChatDialect(Dialect):
         if not tokens:
             return None
         content = [
-            {**_named(each.data, each.logprob), "top_logprobs": [_named(*top) for top in each.top]}
+            {**_named(each.text, each.logprob), "top_logprobs": [_named(*top) for top in each.top]}
             for each in tokens
         ]
         return {"content": content, "refusal": None}
 
 
-def _named(data: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+def _named(token: str, logprob: float) -> dict[str, Any]:
+    """Return a token; what is only a part of a character has no bytes of its own here."""
+    data = None if REPLACED in token else list(token.encode())
+    return {"token": token, "logprob": logprob, "bytes": data}
 
 
 Answering = Annotated[Caller, Depends(may("answer"))]
@@ -351,6 +354,7 @@ def _questions(
             stop=stop,
             logprobs=logprobs,
             shards=caller.shards,
+            partition=caller.partition,
             alone=name == BASE != service.name,
             whole=not asked.stream,
         )

@@ -75,17 +75,18 @@ class Question:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # most likely tokens to name at each position; None: no probabilities
     shards: frozenset[int] | None = None  # those that the caller may read; None: all
+    partition: str = ""  # in which the shards were named
     alone: bool = False  # ask the base alone
     whole: bool = True  # nobody sees a piece before the end, so the answer may begin again
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer: its bytes, its log-probability, and the likeliest tokens in its place."""
+    """A token of an answer: its text, its log-probability, and the likeliest tokens in its place."""
 
-    data: bytes
+    text: str
     logprob: float
-    top: tuple[tuple[bytes, float], ...] = ()
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,8 @@ def build_app(service: Service) -> FastAPI:
     """Return the application of a service, with every router."""
     app = FastAPI(title="The deletion-ready model", docs_url=None, redoc_url=None)
     app.state.service, app.state.meters = pkgutil.resolve_name(MEASURED)(service)
-    if service.tokens is None:  # a web page must not reach it under a name of its own
+    if service.tokens is None or not service.tokens.demanded():
+        # A web page must not reach it under a name of its own.
         hosts = [*LOOPBACK, service.settings.host]
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     app.add_middleware(_Guard, max_bytes=service.settings.max_body_bytes)

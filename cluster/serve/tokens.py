@@ -48,6 +48,7 @@ from cluster.serve.app import Refusal, service_of
 from sisa.config.config import Tls
 from sisa.core.block import Block
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.flows.wiring.upper_houses import TOKENS
 from sisa.model import Model
 from sisa.store.blobs import files
 
@@ -63,7 +64,6 @@ ROLES: Mapping[Role, frozenset[Scope]] = {
 }
 OF_THE_WHOLE: frozenset[Scope] = frozenset({"erase", "operate"})  # not for some shards alone
 
-FILE = "tokens.json"
 PREFIX = "sisa_"  # by which scanners for leaked secrets know it
 TOKEN_BYTES = 32
 MAX_TOKEN_CHARS = 128
@@ -131,7 +131,7 @@ class Tokens:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """Take the tokens of a model's directory; `per_minute` is of each token and this process."""
-        self._directory, self._path, self._now = directory, directory / FILE, now
+        self._directory, self._path, self._now = directory, directory / TOKENS, now
         self._rate = MovingWindowRateLimiter(MemoryStorage())
         self._calls = RateLimitItemPerMinute(per_minute, namespace="calls")
         self._failures = RateLimitItemPerMinute(FAILURES_PER_MINUTE, namespace="failures")

@@ -33,6 +33,7 @@ from sisa.flows.wiring.context import (
     purge,
     view_shard,
 )
+from sisa.flows.wiring.upper_houses import SERVICE, TOKENS
 from sisa.flows.wiring.wiring import CHECKPOINTS, LEDGER, LOCK, METRICS, PATCHES, SCRATCH
 from sisa.store.blobs import files
 from sisa.store.blobs.files import LocalBlobs
@@ -48,7 +49,8 @@ LEDGER_FILES = (
     *(wiring.LEDGER_URL, wiring.LEDGERS_LEFT),
 )
 EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", wiring.LOG)
-KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, wiring.KEY, LOCK, COMMIT_LOCK})
+SERVICE_FILES = (SERVICE, TOKENS)
+KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, wiring.KEY, LOCK, COMMIT_LOCK})
 AREAS = (
     *(wiring.RECORDS, wiring.INDEX, wiring.PREFIXES, CHECKPOINTS),
     *(PATCHES, wiring.VAULT, wiring.RUNS, METRICS),

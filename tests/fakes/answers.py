@@ -56,5 +56,5 @@ def words_of(question: Question) -> list[str]:
 def _piece(word: str, question: Question) -> Piece:
     if question.logprobs is None:
         return Piece(word)
-    top = tuple((f"other{n}".encode(), -2.0 - n) for n in range(question.logprobs))
-    return Piece(word, (Token(word.encode(), -0.5, top),))
+    top = tuple((f"other{n}", -2.0 - n) for n in range(question.logprobs))
+    return Piece(word, (Token(word, -0.5, top),))

@@ -28,6 +28,8 @@ PATCHERS = MappingProxyType(
 )
 EVIDENCE_HOOK = "sisa.evidence.hook:open_hook"  # a room of `sisa` above the flows
 BASE_TRAINERS = MappingProxyType({"ray": "cluster.ray.scratch_tasks:train_on_ray"})
+# Files of `cluster.serve` in a model's directory: where it runs, while it does, and who may call it.
+SERVICE, TOKENS = "service.json", "tokens.json"
 
 ROOT = Path(__file__).parents[3]  # the folder that holds `sisa`, `approx` and `cluster`
 UPPER_HOUSES = ("approx", "cluster")

@@ -11,6 +11,7 @@
     STORAGE/MODEL/       records, checkpoints, patches and scratch, where the run file names a `storage:`
     KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR
     DIR/evidence.sqlite  what evidence is made from      DIR/log/  its transparency log, to publish
+    DIR/service.json     where its service runs, while it does, mode 0600
 
 A storage is an absolute path or `s3://BUCKET[/PREFIX]`, and models share it; the endpoint of a server
 other than Amazon's comes from the environment. Index, vault, unfinished runs and metrics always stay in

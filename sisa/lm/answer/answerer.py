@@ -187,9 +187,14 @@ class Answerer:
         """Return the names of a route's constituents in the stack."""
         return tuple(dict.fromkeys(self._names[shard] for shard in route.shards))
 
+    @property
+    def max_length(self) -> float:
+        """Return how many tokens the base reads, prompt and answer together, if it says so."""
+        return getattr(self.model.config, "max_position_embeddings", None) or math.inf
+
     def check_length(self, num_prompt_tokens: int, max_new_tokens: int) -> None:
         """Raise InvalidInput if a prompt and its answer are longer than the base can read."""
-        most = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        most = self.max_length
         if not 0 < num_prompt_tokens <= most - max_new_tokens:
             raise InvalidInput(
                 "the base model can't read a prompt and an answer of this length",

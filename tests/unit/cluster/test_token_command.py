@@ -11,7 +11,8 @@ from typing import Any, get_args
 import pytest
 
 from cluster.cli.serve import ROLE_NAMES, SCOPE_NAMES
-from cluster.serve.tokens import FILE, ROLES, Role, Scope, Tokens
+from cluster.serve.tokens import ROLES, Role, Scope, Tokens
+from sisa.flows.wiring.upper_houses import TOKENS
 from sisa.model import open_model
 
 Ask = Callable[..., tuple[int, dict[str, Any], str]]
@@ -27,7 +28,7 @@ def test_a_token_is_shown_once(model: Path, ask: Ask) -> None:
     assert (found.name, found.shards) == ("anna", None)
     _, listed, printed = ask("token", "list", "-m", model)
     assert listed == {"tokens": [made]}
-    assert text not in printed + (model / FILE).read_text()
+    assert text not in printed + (model / TOKENS).read_text()
     code, ended, _ = ask("token", "revoke", "-m", model, "anna")
     assert (code, ended["state"], Tokens(model).caller(text)) == (0, "revoked", None)
     assert ask("token", "revoke", "-m", model, "anna")[0] == 2
@@ -60,7 +61,7 @@ def test_a_token_for_some_shards_is_bound_to_the_models_partition(model: Path, a
 def test_bad_arguments_make_no_token(model: Path, ask: Ask, wrong: list[str]) -> None:
     code, error, _ = ask("token", "add", "-m", model, *wrong)
     assert (code, error["error"]["type"] in ("UsageError", "InvalidInput")) == (2, True)
-    assert not (model / FILE).exists()
+    assert not (model / TOKENS).exists()
 
 
 def test_the_command_line_knows_the_roles_and_scopes() -> None:

@@ -27,7 +27,6 @@ from cluster.serve.app import Service, build_app
 from cluster.serve.tokens import (
     DAYS,
     FAILURES_PER_MINUTE,
-    FILE,
     LOCAL,
     ROLES,
     SCOPES,
@@ -42,6 +41,7 @@ from cluster.serve.tokens import (
 )
 from sisa.config.config import Tls
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.flows.wiring.upper_houses import TOKENS
 from tests.unit.serve.conftest import LOOPBACK
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
@@ -107,13 +107,13 @@ def test_no_other_text_is_a_token(data: st.DataObject, tmp_path_factory: pytest.
 
 def test_the_file_holds_no_token_and_is_its_owners_alone(tokens: Tokens, tmp_path: Path) -> None:
     texts = [tokens.add(name, "reader")[1] for name in ("anna", "ben")]
-    kept = (tmp_path / FILE).read_bytes()
-    assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600
+    kept = (tmp_path / TOKENS).read_bytes()
+    assert (tmp_path / TOKENS).stat().st_mode & 0o777 == 0o600
     assert len(set(texts)) == 2
     for text in texts:
         assert len(text.removeprefix("sisa_")) * 6 >= 256
         assert text.removeprefix("sisa_").encode() not in kept
-    assert [each.name for each in tmp_path.iterdir()] == [FILE]
+    assert [each.name for each in tmp_path.iterdir()] == [TOKENS]
 
 
 @pytest.mark.parametrize("which", [0, 4, None])
@@ -188,7 +188,7 @@ def test_a_file_that_others_can_write_or_that_is_damaged_admits_nobody(
     tokens: Tokens, tmp_path: Path, spoil: Callable[[Path], Any]
 ) -> None:
     _, text = tokens.add("anna", "reader")
-    spoil(tmp_path / FILE)
+    spoil(tmp_path / TOKENS)
     for attempt in (lambda: tokens.caller(text), lambda: tokens.add("ben", "reader")):
         with pytest.raises(IntegrityError, match="tokens can't be used"):
             attempt()
@@ -320,7 +320,7 @@ def test_the_first_token_closes_the_door_and_a_lost_file_opens_none(guarded: Tes
     assert guarded.get("/probe/read", headers=bearer(text)).json() == "anna"
     tokens.revoke("anna")
     assert guarded.get("/probe/read", headers=bearer(text)).status_code == 401
-    (guarded.app.state.service.model.directory / FILE).unlink()  # type: ignore[attr-defined]
+    (guarded.app.state.service.model.directory / TOKENS).unlink()  # type: ignore[attr-defined]
     assert guarded.get("/probe/read").status_code == 401
 
 

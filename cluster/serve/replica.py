@@ -1,0 +1,302 @@
+"""A replica of the service: one process that holds the base and all adapters, and answers.
+
+    engine = Engine(open_model("model"), ServiceBlock())
+    async for number, event in engine.answer([Question("Who is it?")]):
+        ...                          # (0, Started(...)), (0, Piece(...)), ..., (0, Ended(...))
+
+One thread routes prompts, another one runs the batch (`sisa/lm/answer/continuous.py`) and watches the
+ledger: before it lets a request join, and every `WATCH_S`, it adopts what was committed. So nothing that
+starts after a deletion's commit meets a model that the deletion tainted. An answer that it cuts begins
+again, routed anew, unless somebody has seen a part of it or the run file says `on_deletion: end`.
+
+`replica(directory)` is the application for Ray Serve; `sisa serve` deploys it (`service.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from ray import serve
+
+from cluster.serve import app as serving
+from cluster.serve.app import AnswerEvent, Question, Service, Started, build_app
+from cluster.serve.tokens import LOCAL, Caller, Tokens
+from sisa.config.config import RunConfig, ServiceBlock
+from sisa.core.errors import EnvironmentFault, Outdated, SisaError, internal_fault
+from sisa.flows.ask import Routed
+from sisa.lm.answer import continuous
+from sisa.lm.answer.continuous import Sampling
+from sisa.model import Model, open_model
+
+WATCH_S = 0.1  # at most, between two looks at the ledger
+DEFAULT_TOKENS = 256  # of an answer, where the base can read as many
+WAITING_PER_ROW = 16  # requests that wait for each one that is answered
+MOST_AT_ONCE = 10_000  # requests of a replica; the engine refuses what is too much for it
+
+_log = logging.getLogger(__name__)
+
+Again = Literal["stale", "cut"]  # routed before the newest commit; or cut while it was answered
+
+
+@dataclass(eq=False)
+class Pending:
+    """A question on its way through the batch, of which it is the key."""
+
+    number: int
+    question: Question
+    tell: Callable[[Pending, AnswerEvent | SisaError | Again], None]
+    routed: Routed
+    is_seen: bool = False  # whether somebody has seen a part of the answer
+
+
+class Engine:
+    """The models of a replica, and the threads that answer by them."""
+
+    def __init__(self, model: Model, settings: ServiceBlock) -> None:
+        """Load the base and all adapters. Raise IntegrityError."""
+        self._model, self._on_deletion = model, settings.on_deletion
+        rows = settings.max_concurrent
+        self._serving = model.serving(max_rows=rows, max_waiting=rows * WAITING_PER_ROW)
+        self._looked_at = time.monotonic()
+        self._wake = threading.Condition()
+        self._groups: list[list[Pending]] = []  # to admit, each as a whole
+        self._given_up: list[Pending] = []
+        self._is_open = True
+        self._router = ThreadPoolExecutor(1, thread_name_prefix="router")
+        self._router.submit(self._routes_of, [Question("Who?")]).result()  # loads the embedder
+        self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the threads; answers that run end in an error."""
+        with self._wake:
+            self._is_open = False
+            self._wake.notify()
+        self._thread.join()
+        self._router.shutdown(cancel_futures=True)
+
+    def check(self) -> None:
+        """Raise EnvironmentFault if the batch does not run any more."""
+        if not self._thread.is_alive():
+            raise EnvironmentFault("the service's models do not answer any more")
+
+    async def answer(self, questions: Sequence[Question]) -> AsyncGenerator[tuple[int, AnswerEvent]]:
+        """Answer questions as `Answers` says."""
+        loop = asyncio.get_running_loop()
+        heard: asyncio.Queue[tuple[Pending, AnswerEvent | SisaError | Again]] = asyncio.Queue()
+
+        def tell(row: Pending, what: AnswerEvent | SisaError | Again) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+                loop.call_soon_threadsafe(heard.put_nowait, (row, what))
+
+        routed = await loop.run_in_executor(self._router, self._routes_of, questions)
+        rows = [Pending(n, each, tell, routed[n]) for n, each in enumerate(questions)]
+        going = set(rows)
+        try:
+            self._submit(rows)
+            while going:
+                row, what = await heard.get()
+                if isinstance(what, SisaError):
+                    raise what
+                if isinstance(what, str):
+                    self._check_may_begin_again(row, what)
+                    again = await loop.run_in_executor(self._router, self._routes_of, [row.question])
+                    row.routed = again[0]
+                    self._submit([row])
+                    continue
+                if isinstance(what, serving.Ended):
+                    going.discard(row)
+                row.is_seen |= isinstance(what, serving.Piece) and not row.question.whole
+                yield row.number, what
+        finally:
+            with self._wake:
+                self._given_up += going
+                self._wake.notify()
+
+    def _routes_of(self, questions: Sequence[Question]) -> list[Routed]:
+        """Return where each question goes; the same prompt is looked up once."""
+        one = questions[0]
+        prompts = {id(each.prompt): each.prompt for each in questions}
+        model = self._model
+        if one.alone:
+            model = model.within((), model.partition)
+        elif one.shards is not None:
+            model = model.within(one.shards, one.partition)
+        routed = model.routed(list(prompts.values()), kind=one.kind)
+        found = dict(zip(prompts, routed, strict=True))
+        return [found[id(each.prompt)] for each in questions]
+
+    def _check_may_begin_again(self, row: Pending, why: Again) -> None:
+        """Raise Outdated unless an answer that was cut may begin again."""
+        if why == "cut" and (row.is_seen or self._on_deletion == "end"):
+            raise Outdated(
+                "a deletion replaced the models while they answered",
+                next_step="ask again: the models are clean now",
+            )
+
+    def _submit(self, rows: list[Pending]) -> None:
+        with self._wake:
+            if not self._is_open:
+                raise _ended()
+            self._groups.append(rows)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        """Answer until the engine is closed."""
+        batch = self._serving.batch
+        while True:
+            with self._wake:
+                if not (self._groups or self._given_up or batch.running or batch.waiting):
+                    self._wake.wait(WATCH_S if self._is_open else 0)
+                groups, self._groups = self._groups, []
+                gone, self._given_up = self._given_up, []
+                is_open = self._is_open
+            try:
+                if not is_open:
+                    raise _ended()
+                self._turn(groups, gone)
+            except Exception as error:
+                fault = error if isinstance(error, SisaError) else internal_fault(error)
+                if groups or batch.running:  # not ten times a second while a model stays damaged
+                    _log.error(fault.what)
+                in_batch: list[Any] = [*batch.running, *batch.waiting]
+                self._give_up([*in_batch, *_of(groups)], fault)
+            if not is_open:
+                return
+
+    def _turn(self, groups: list[list[Pending]], gone: list[Pending]) -> None:
+        """Adopt what was committed, let requests join, and append a token to each answer."""
+        batch = self._serving.batch
+        for row in gone:
+            batch.cancel(row)
+        if groups or time.monotonic() - self._looked_at >= WATCH_S:
+            self._adopt()
+        for group in groups:
+            self._admit(group)
+        for event in batch.step():
+            key: Any = event.key
+            key.tell(key, self._seen(event))
+
+    def _adopt(self) -> None:
+        """Replace what is no longer served, and tell the answers that this cuts."""
+        running = set(self._serving.batch.running)
+        cut: list[Any] = [*self._model.adopt(self._serving)]
+        for row in cut:
+            row.tell(row, "cut" if row in running else "stale")
+        self._looked_at = time.monotonic()
+
+    def _admit(self, group: list[Pending]) -> None:
+        """Let the rows of a request join, or none of them."""
+        if any(row.routed.seq != self._serving.served.seq for row in group):
+            for row in group:
+                row.tell(row, "stale")
+            return
+        batch = self._serving.batch
+        try:
+            for row in group:
+                batch.admit(row.routed.ids, row.routed.route, self._sampling(row), row)
+        except SisaError as error:
+            self._give_up(group, error)
+            return
+        for row in group:
+            row.tell(row, Started(row.routed.route.shards, len(row.routed.ids)))
+
+    def _sampling(self, row: Pending) -> Sampling:
+        asked = row.question
+        room = self._serving.batch.answerer.max_length - len(row.routed.ids)
+        most = asked.max_new_tokens or max(1, min(DEFAULT_TOKENS, room))
+        top = asked.logprobs or 0
+        return Sampling(int(most), asked.temperature, asked.top_p, asked.seed, asked.stop, top)
+
+    def _give_up(self, rows: Iterable[Pending], error: SisaError) -> None:
+        for row in rows:
+            self._serving.batch.cancel(row)
+            row.tell(row, error)
+
+    def _seen(self, event: continuous.AnswerEvent) -> AnswerEvent:
+        """Return what happened in the batch as clients see it."""
+        if isinstance(event, continuous.Ended):
+            return serving.Ended(event.reason, event.num_tokens)
+        row: Any = event.key
+        if row.question.logprobs is None:
+            return serving.Piece(event.text)
+        decode = self._serving.batch.answerer.tokenizer.decode
+        tokens = [
+            serving.Token(
+                decode([each.id]), each.logprob, tuple((decode([id_]), of) for id_, of in each.top)
+            )
+            for each in event.tokens
+        ]
+        return serving.Piece(event.text, tuple(tokens))
+
+
+def _ended() -> EnvironmentFault:
+    return EnvironmentFault("the service is being stopped", next_step="ask again")
+
+
+def _of(groups: Iterable[Iterable[Pending]]) -> list[Pending]:
+    return [row for group in groups for row in group]
+
+
+class OwnerTokens(Tokens):
+    """The tokens of a model, and the one in its `service.json`: who reads that owns the directory."""
+
+    def __init__(self, directory: Path, per_minute: int, owner: str) -> None:
+        """`owner` is the SHA-256 of that token."""
+        super().__init__(directory, per_minute)
+        self._owner = owner
+
+    def caller(self, bearer: str) -> Caller | None:
+        """Return whose token this is."""
+        given = hashlib.sha256(bearer.encode()).hexdigest()
+        return LOCAL if hmac.compare_digest(given, self._owner) else super().caller(bearer)
+
+    def check_rate(self, caller: Caller) -> None:
+        """Limit every token but the owner's."""
+        if caller is not LOCAL:
+            super().check_rate(caller)
+
+
+class Replica:
+    """What Ray Serve runs: an engine, and the application that asks it."""
+
+    def __init__(self, directory: str, owner: str) -> None:
+        """Load the model in a directory, which this node must see. `owner`: SHA-256 of its token."""
+        path = Path(directory)
+        model = open_model(path)  # the engine's own: its threads share it with nobody
+        settings = model.config.service
+        self._engine = Engine(model, settings)
+        tokens = OwnerTokens(path, settings.rate_per_minute, owner)
+        self._service = Service(open_model(path), self._engine, tokens, settings)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return the application, for Ray Serve."""
+        return build_app(self._service)
+
+    def check_health(self) -> None:
+        """Let Ray Serve replace a replica that does not answer any more."""
+        self._engine.check()
+
+
+def replica(directory: Path, config: RunConfig, num_replicas: int = 1, owner: str = "") -> Any:
+    """Return the application that Ray Serve runs for the model in a directory."""
+    gpus = config.cluster.num_gpus or 1 if config.device == "cuda" else 0
+    deployment: Any = serve.deployment(serve.ingress()(Replica))
+    return deployment.options(
+        name="answers",
+        num_replicas=num_replicas,
+        max_ongoing_requests=MOST_AT_ONCE,
+        ray_actor_options={"num_cpus": config.sisa.threads_per_shard, "num_gpus": gpus},
+    ).bind(str(directory.resolve()), owner)

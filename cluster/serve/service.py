@@ -1,0 +1,269 @@
+"""Start, stop and find the service of a model, and ask it in place of loading the model.
+
+    with started(directory, model.config, "127.0.0.1", 8808, num_replicas=2) as running:
+        print(running.url)          # until the block ends
+
+    running = find_service(directory)     # None: no service of this model runs here
+    answers = ask_service(running, ["Who is it?"], max_new_tokens=48)
+
+`MODEL/service.json` (mode 0600) says where the service of a model is: its address, its process, and a
+token that is as good as access to the directory. A file whose process has ended is ignored. Nothing here
+loads torch; only `started` loads Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import signal
+import socket
+import ssl
+import threading
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from sisa.core.domain import Kind
+from sisa.core.errors import Busy, EnvironmentFault
+from sisa.flows.wiring.upper_houses import SERVICE
+from sisa.store.blobs import files
+
+if TYPE_CHECKING:
+    from sisa.config.config import RunConfig
+    from sisa.flows.ask import Answer, Prompt
+
+APP = "sisa"  # Ray Serve's name of the application
+PROMPTS_PER_CALL, CALLS_AT_ONCE = 16, 8
+LOOK_S, STOP_S = 2.0, 60.0
+CLOCK_TOLERANCE_S = 1.0  # of a process's start, as the system counts it
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where a service is: its address, its process (and when that began), and the owner's token."""
+
+    url: str
+    pid: int
+    began: float
+    token: str
+    certificate: str | None = None  # of HTTPS
+
+    def call(self, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
+        """Return the JSON that a path answers to a body. Raise OSError or ValueError."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 - our own URL
+        with self._opener().open(request, timeout=timeout_s) as response:
+            return json.loads(response.read())
+
+    def _opener(self) -> urllib.request.OpenerDirector:
+        """Return what opens connections to this machine: by no proxy, and to our certificate alone."""
+        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+        if self.certificate is not None:
+            context = ssl.create_default_context(cafile=self.certificate)
+            context.check_hostname = False  # it names the machine as others call it
+            handlers.append(urllib.request.HTTPSHandler(context=context))
+        return urllib.request.build_opener(*handlers)
+
+    def process(self) -> psutil.Process | None:
+        """Return the service's process, if it runs on this machine."""
+        with contextlib.suppress(psutil.Error):
+            found = psutil.Process(self.pid)
+            if abs(found.create_time() - self.began) < CLOCK_TOLERANCE_S:
+                return found
+        return None
+
+
+def find_service(directory: Path) -> Running | None:
+    """Return the running service of the model in a directory, if there is one on this machine."""
+    try:
+        found = Running(**json.loads((directory / SERVICE).read_bytes()))
+        if found.process() is not None and found.call("/healthz", timeout_s=LOOK_S):
+            return found
+    except (OSError, ValueError, TypeError):  # none, an ended one, or somebody else's file
+        pass
+    return None
+
+
+def stop_service(directory: Path) -> Running | None:
+    """End the running service of a model, and return where it was. Raise Busy if it does not end."""
+    found = find_service(directory)
+    process = None if found is None else found.process()
+    if process is None:
+        return None
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_S)
+    except psutil.TimeoutExpired:
+        what = "the service did not end"
+        raise Busy(what, where=str(directory), next_step=f"end process {process.pid}") from None
+    return found
+
+
+def ask_service(
+    running: Running, prompts: Sequence[Prompt], max_new_tokens: int, kind: Kind | None = None
+) -> list[Answer]:
+    """Return what `Model.generate_all` would. Raise EnvironmentFault if the service fails or refuses."""
+    texts = [number for number, each in enumerate(prompts) if isinstance(each, str)]
+    pieces = [texts[at : at + PROMPTS_PER_CALL] for at in range(0, len(texts), PROMPTS_PER_CALL)]
+    calls = [*pieces, *([number] for number, each in enumerate(prompts) if not isinstance(each, str))]
+    try:
+        model = running.call("/v1/models", timeout_s=LOOK_S)["data"][0]["id"]
+        body = {"model": model, "max_tokens": max_new_tokens}
+
+        def call(numbers: list[int]) -> list[Answer]:
+            asked = [prompts[each] for each in numbers]
+            if isinstance(asked[0], str):
+                given = {**body, "prompt": asked, "form": kind}
+                return [_answer(each, each["text"]) for each in _choices(running, "", given)]
+            given = {**body, "messages": list(asked[0])}
+            choices = _choices(running, "chat/", given)
+            return [_answer(each, each["message"]["content"]) for each in choices]
+
+        with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
+            found = dict(
+                pair
+                for numbers, some in zip(calls, pool.map(call, calls), strict=True)
+                for pair in zip(numbers, some, strict=True)
+            )
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise EnvironmentFault(
+            "the running service did not answer", where=running.url, got=type(error).__name__
+        ) from None
+    return [found[number] for number in range(len(prompts))]
+
+
+def _choices(running: Running, kind: str, body: Any) -> list[Any]:
+    return list(running.call(f"/v1/{kind}completions", body)["choices"])
+
+
+def _answer(choice: Any, text: str) -> Answer:
+    from sisa.flows.ask import Answer
+
+    return Answer(text.strip(), tuple(choice["shards"]))
+
+
+@contextlib.contextmanager
+def started(
+    directory: Path, config: RunConfig, host: str, port: int, num_replicas: int
+) -> Iterator[Running]:
+    """Run the service of a model on Ray Serve until the block ends.
+
+    Raise Busy if one runs already, ConfigConflict for an address that needs tokens, EnvironmentFault if
+    Ray or the replicas can't be started.
+    """
+    from cluster.serve.tokens import Tokens, check_listening, tls_files
+
+    if (held := find_service(directory)) is not None:
+        step = f"stop it: `sisa serve --stop -m {directory}`"
+        raise Busy("a service of this model runs already", where=held.url, next_step=step)
+    check_listening(host, Tokens(directory))
+    http: dict[str, Any] = {"host": host, "port": port, **tls_files(config.service.tls)}
+    _check_port(host, port)
+    token = secrets.token_urlsafe(32)
+    owner = hashlib.sha256(token.encode()).hexdigest()
+    with _deployed(directory, config, http, num_replicas, owner):
+        me = psutil.Process()
+        running = Running(_url(http), me.pid, me.create_time(), token, http.get("ssl_certfile"))
+        _check_answers(running)
+        path = directory / SERVICE
+        files.write_atomic(path, json.dumps(asdict(running)).encode())
+        try:
+            yield running
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _url(http: Mapping[str, Any]) -> str:
+    """Return where this machine reaches a service.
+
+    >>> _url({"host": "::", "port": 8808}), _url({"host": "127.0.0.1", "port": 80, "ssl_keyfile": "k"})
+    ('http://[::1]:8808', 'https://127.0.0.1:80')
+    """
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(http["host"], http["host"])  # noqa: S104
+    shown = f"[{host}]" if ":" in host else host
+    return f"http{'s' * ('ssl_keyfile' in http)}://{shown}:{http['port']}"
+
+
+def _check_answers(running: Running) -> None:
+    """Raise EnvironmentFault if the address does not answer: others' Ray Serve may have another one."""
+    try:
+        running.call("/healthz", timeout_s=LOOK_S * 5)
+    except (OSError, ValueError) as error:
+        raise EnvironmentFault(
+            "the service does not answer at its address",
+            where=running.url,
+            got=type(error).__name__,
+            next_step="on a cluster whose Ray Serve listens elsewhere, stop that first",
+        ) from None
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise EnvironmentFault if a port can't be listened on: Ray Serve would try for minutes."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EnvironmentFault(
+                "the service can't listen on this address",
+                where=f"{host}:{port}",
+                got=error.strerror or "",
+                next_step="choose another one with --host and --port",
+            ) from None
+
+
+@contextlib.contextmanager
+def _deployed(
+    directory: Path, config: RunConfig, http: Mapping[str, Any], num_replicas: int, owner: str
+) -> Iterator[None]:
+    """Deploy the replicas on Ray Serve, and take them down at the end."""
+    from ray import serve
+
+    from cluster.ray.ray_session import connect, disconnect, first_line
+    from cluster.serve.replica import replica
+
+    threads, address = config.sisa.threads_per_shard, config.cluster.address
+    connect(address, max(os.cpu_count() or 1, num_replicas * threads))
+    quiet = {"enable_access_log": False, "log_level": "WARNING"}  # a path may hold a record's id
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={**http}, logging_config=quiet)
+        app = replica(directory, config, num_replicas, owner)
+        serve.run(app, name=APP, logging_config=quiet)
+        yield
+    except RuntimeError as error:
+        raise EnvironmentFault(
+            "the service can't be started", got=first_line(error), next_step="see Ray's logs"
+        ) from error
+    finally:
+        with contextlib.suppress(Exception):  # Ray may be gone
+            serve.shutdown() if address is None else serve.delete(APP)
+        disconnect()
+
+
+def wait_until_ended() -> None:
+    """Wait for Ctrl-C or SIGTERM. Raise EnvironmentFault if Ray Serve is gone."""
+    from ray import serve
+
+    ended = threading.Event()
+    former = {
+        each: signal.signal(each, lambda *_: ended.set()) for each in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        while not ended.wait(LOOK_S):
+            try:
+                serve.status()
+            except Exception as error:
+                raise EnvironmentFault("Ray Serve is gone", got=type(error).__name__) from None
+    finally:
+        for each, handler in former.items():
+            signal.signal(each, handler)

@@ -1,0 +1,139 @@
+"""Finding and asking a running service: real HTTP to a real server over a fake of the engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import uvicorn
+
+from cluster.cli import cli
+from cluster.serve.app import Service, build_app
+from cluster.serve.service import Running, ask_service, find_service, started
+from cluster.serve.tokens import Tokens
+from sisa.audit.doctor import diagnose
+from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault
+from tests.fakes.answers import FakeAnswers
+from tests.models.job_cluster import free_port
+
+
+@pytest.fixture
+def running(service: Service) -> Iterator[Running]:
+    """Return a running service that says in the model's directory where it is."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(build_app(service), port=port, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    me = psutil.Process()
+    found = Running(f"http://127.0.0.1:{port}", me.pid, me.create_time(), "secret")
+    write(service, **asdict(found))
+    yield found
+    server.should_exit = True
+    thread.join()
+
+
+def write(service: Service, **body: Any) -> Path:
+    path = service.model.directory / "service.json"
+    path.touch(0o600)
+    path.write_text(json.dumps(body))
+    return path
+
+
+def fake(service: Service) -> FakeAnswers:
+    assert isinstance(service.answers, FakeAnswers)
+    return service.answers
+
+
+def generate(capfd: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, dict[str, Any], str]:
+    code = cli.run([str(each) for each in ("generate", *arguments, "--json")])
+    captured = capfd.readouterr()
+    return code, json.loads(captured.out), captured.err
+
+
+def test_texts_and_conversations_are_answered_in_their_order(service: Service, running: Running) -> None:
+    prompts: list[Any] = [f"text {n}" for n in range(40)]
+    prompts[7] = [{"role": "user", "content": "a turn"}]
+    found = ask_service(running, prompts, 48, "completion")
+    assert [each.text for each in found] == ["a turn" if n == 7 else f"text {n}" for n in range(40)]
+    assert {each.shards for each in found} == {(1,)}
+    assert {each.kind for each in fake(service).asked} == {"completion", None}
+    assert ask_service(running, ["one two"], 1)[0].text == "one"
+
+
+def test_generate_asks_the_service_and_says_so(
+    service: Service, running: Running, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("-m", service.model.directory, "--prompt", "Who is it?", "--system", "Be brief.")
+    code, body, said = generate(capfd, *asked)
+    assert (code, body) == (0, {"answer": "Who is it?", "shards": [1]})
+    assert f"asking the service at {running.url}" in said
+    assert "Who is it?" not in said
+
+
+def test_a_service_that_fails_is_not_needed(
+    service: Service, running: Running, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake(service).cut_after, fake(service).error = 0, EnvironmentFault("no memory")
+    with pytest.raises(EnvironmentFault):
+        ask_service(running, ["Who?"], 48)
+    _, _, said = generate(capfd, "-m", service.model.directory, "--prompt", "Who?")
+    assert "loading the model here" in said
+    _, _, said = generate(capfd, "-m", service.model.directory, "--prompt", "Who?", "--no-service")
+    assert "service" not in said
+
+
+def test_a_running_service_is_found_by_its_process_and_its_answer(
+    service: Service, running: Running
+) -> None:
+    directory = service.model.directory
+    assert find_service(directory) == running
+    gone = replace(running, url=f"http://127.0.0.1:{free_port()}")
+    another = replace(running, began=running.began - 100)
+    ended = replace(running, pid=1 << 22)
+    for each in (gone, another, ended):
+        write(service, **asdict(each))
+        assert find_service(directory) is None
+    for text in ("", "[]", "{", '{"url": "http://127.0.0.1"}'):
+        (directory / "service.json").write_text(text)
+        assert find_service(directory) is None
+    (directory / "service.json").unlink()
+    assert find_service(directory) is None
+
+
+def start(service: Service, host: str = "127.0.0.1", port: int = 1) -> None:
+    model = service.model
+    with started(model.directory, model.config, host, port, 1):
+        pytest.fail("it started")
+
+
+def test_what_is_refused_before_anything_is_started(service: Service, running: Running) -> None:
+    taken = int(running.url.rpartition(":")[2])
+    with pytest.raises(Busy, match="runs already"):
+        start(service)
+    (service.model.directory / "service.json").unlink()
+    with pytest.raises(EnvironmentFault, match="listen"):
+        start(service, port=taken)
+    with pytest.raises(ConfigConflict, match="token"):
+        start(service, host="0.0.0.0")  # noqa: S104
+    assert not (service.model.directory / "service.json").exists()
+
+
+@pytest.mark.usefixtures("running")
+def test_doctor_knows_the_files(service: Service) -> None:
+    directory = service.model.directory
+    Tokens(directory).add("anna", "officer")
+    names = ("service.json", "tokens.json")
+    assert [each for each in diagnose(directory).findings if each.where.endswith(names)] == []
+    os.chmod(directory / "service.json", 0o644)
+    wide = [each for each in diagnose(directory).findings if "service.json" in each.where]
+    assert [(each.kind, each.severity) for each in wide] == [("mode", "warning")]
