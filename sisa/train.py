@@ -78,7 +78,11 @@ def train_model(
         subjects: Subjects = "some" if first else "any"
         if records is None:
             records = read_records(
-                config.datasets, config.sisa.group_by, config.limits, subjects=subjects
+                config.datasets,
+                config.sisa.group_by,
+                config.limits,
+                subjects=subjects,
+                identifiers=config.identifiers.columns,
             )
             shown(Notice(records.subject_report()))
         if first:

@@ -163,6 +163,7 @@ class Columns:
     messages: str = "messages"
     role: str = "role"
     content: str = "content"
+    identifiers: tuple[tuple[str, str], ...] = ()  # (identifier, its column)
 
     @property
     def bodies(self) -> dict[Kind, tuple[str, ...]]:
@@ -182,7 +183,8 @@ class Columns:
     def used(self) -> tuple[str, ...]:
         """Return all columns that make up a record."""
         subject = () if self.subject is None else (self.subject,)
-        return (*self.body, self.id, *subject, RISK_COLUMN, GENERATION_COLUMN)
+        identifiers = (column for _, column in self.identifiers)
+        return (*self.body, self.id, *subject, RISK_COLUMN, GENERATION_COLUMN, *identifiers)
 
 
 DEFAULT_COLUMNS = Columns()
@@ -395,6 +397,28 @@ class SisaBlock(Block):
         return value
 
 
+class Identifiers(Block):
+    """Columns that identify a record's person on the deletion lists of California's DROP.
+
+    They are read when records are taken in, hashed as DROP hashes them, and kept as keyed digests.
+    """
+
+    email: Name | None = key(None, "none", "Column of email addresses.")
+    phone: Name | None = key(None, "none", "Column of phone numbers.")
+    maid: Name | None = key(None, "none", "Column of mobile advertising ids.")
+    ctv_id: Name | None = key(None, "none", "Column of ids of connected televisions.")
+    first_name: Name | None = key(None, "none", "Column of first names.")
+    last_name: Name | None = key(None, "none", "Column of last names.")
+    date_of_birth: Name | None = key(None, "none", "Column of dates of birth.")
+    zip: Name | None = key(None, "none", "Column of ZIP codes.")
+    vin: Name | None = key(None, "none", "Column of vehicle identification numbers.")
+
+    @property
+    def columns(self) -> tuple[tuple[str, str], ...]:
+        """Return the identifiers with a column."""
+        return tuple((name, column) for name, column in self if column is not None)
+
+
 class SigningBlock(Block):
     """Keys that sign certificates of deletions. `sisa keys init` makes them; no model needs them."""
 
@@ -557,6 +581,7 @@ class RunConfig(Block):
     )
     sisa: SisaBlock = field(SisaBlock(), "The partition, how it is trained, and how it answers.")
     cluster: ClusterBlock = field(ClusterBlock(), "Where training runs; does not affect the bits.")
+    identifiers: Identifiers = field(Identifiers(), "Columns that identify persons on DROP's lists.")
     signing: SigningBlock = field(SigningBlock(), "Keys that sign certificates of deletions.")
     service: ServiceBlock = field(ServiceBlock(), "How the model is served over HTTP.")
     limits: SourceLimits = field(SourceLimits(), "Limits on the size of one source.")
@@ -645,11 +670,14 @@ class RunConfig(Block):
             ) from None
 
 
-def columns_of(source: DatasetSource, group_by: str | None) -> Columns:
+def columns_of(
+    source: DatasetSource, group_by: str | None, identifiers: tuple[tuple[str, str], ...] = ()
+) -> Columns:
     """Return the names of a source's columns."""
     keys = source.message_property_mappings
     bodies = (source.text_column, source.prompt_column, source.completion_column)
-    return Columns(source.id_column, group_by, *bodies, source.messages_column, keys.role, keys.content)
+    turns = (source.messages_column, keys.role, keys.content)
+    return Columns(source.id_column, group_by, *bodies, *turns, identifiers)
 
 
 TRAINING_KEYS = (

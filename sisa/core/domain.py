@@ -58,6 +58,8 @@ class Record:
     parts: tuple[Part, ...] = field(repr=False)
     deletion_risk: Risk = field(default=None, repr=False)
     generation: int | None = field(default=None, repr=False)  # of appended records, from 1
+    # (list, hash) by which DROP finds its person, as the source gave them; not part of the record.
+    identifiers: tuple[tuple[str, str], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def text(self) -> str:
@@ -81,7 +83,7 @@ class Record:
         return tuple(dict.fromkeys(each for each in texts if each.strip()))
 
     def canonical(self) -> str:
-        """Return the content that the record's digest covers: all fields."""
+        """Return the content that the record's digest covers: all fields but the identifiers."""
         return canonical_json(self.to_list()).decode()
 
     def to_list(self) -> list[Any]:

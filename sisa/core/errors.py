@@ -27,7 +27,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -99,6 +99,32 @@ class RejectedRequest(SisaError):
 
 class InvalidInput(RejectedRequest):
     """A run file, a record file or an argument is wrong."""
+
+
+@dataclass
+class Problems:
+    """Problems in order: all are counted, and the first ones are listed."""
+
+    most: int
+    count: int = 0
+    listed: list[Problem] = field(default_factory=list)
+
+    def add(self, where: str, what: str) -> None:
+        self.count += 1
+        if len(self.listed) < self.most:
+            self.listed.append(Problem(where, what))
+
+    def refuse(self, what: str) -> None:
+        """Raise InvalidInput if there are any problems."""
+        if not self.count:
+            return
+        if left := self.count - len(self.listed):
+            self.listed.append(Problem("limits.max_problems", f"{left} more problems are not listed"))
+        raise InvalidInput(
+            f"{self.count} problem{'s' * (self.count != 1)} {what}",
+            next_step="correct the files and run the command again",
+            problems=self.listed,
+        )
 
 
 class ConfigConflict(RejectedRequest):

@@ -5,6 +5,7 @@ name files, lines and rows, never a text or an id. Ids are unique over all sourc
 what is read of a source and how many problems are listed.
 
 >>> import tempfile
+>>> from sisa.core.errors import InvalidInput
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     file = Path(folder, "people.jsonl")
 ...     _ = file.write_text('{"id": "r1", "text": "Ada wrote."}\\n{"id": "r1", "text": "Again."}\\n')
@@ -25,7 +26,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -41,8 +42,9 @@ from sisa.config.config import (
     short,
 )
 from sisa.core.domain import Record
-from sisa.core.errors import InvalidInput, Problem, SisaError
+from sisa.core.errors import Problem, Problems, SisaError
 from sisa.data.dataset_export import Broken, export_rows
+from sisa.data.drop_lists import hashes, identifier_problems, on_no_list
 from sisa.data.record_rules import name_problems, no_body, record_of, record_problems, type_name
 from sisa.store.blobs.files import scratch
 
@@ -104,12 +106,13 @@ def read_records(
     limits: SourceLimits = SourceLimits(),  # noqa: B008 - frozen
     *,
     subjects: Subjects = "any",
+    identifiers: tuple[tuple[str, str], ...] = (),
 ) -> ReadRecords:
     """Return all records of all sources, in order. Raise InvalidInput with every problem."""
     listed = [
         each if isinstance(each, DatasetSource) else DatasetSource(path=str(each)) for each in sources
     ]
-    reading = _Reading(group_by, limits)
+    reading = _Reading(group_by, limits, identifiers)
     for source, label in zip(listed, _labels(listed), strict=True):
         reading.take_all(source, label)
     return reading.result(subjects)
@@ -118,13 +121,16 @@ def read_records(
 def read_like(config: RunConfig, path: Path | str, *, subjects: Subjects = "any") -> ReadRecords:
     """Return the records of one more source, with the column names of the run file's first source."""
     source = config.datasets[0].model_copy(update={"path": str(path), "split": "train"})
-    return read_records([source], config.sisa.group_by, config.limits, subjects=subjects)
+    named = config.identifiers.columns
+    return read_records(
+        [source], config.sisa.group_by, config.limits, subjects=subjects, identifiers=named
+    )
 
 
 def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits = SourceLimits()) -> list[str]:  # noqa: B008
     """Return the non-blank texts of all sources, in order. Raise InvalidInput with every problem."""
     texts: list[str] = []
-    problems = _Problems(limits.max_problems)
+    problems = Problems(limits.max_problems)
 
     def take(column: str, where: str, value: Any) -> None:
         text = value.get(column) if isinstance(value, Mapping) else value
@@ -147,7 +153,7 @@ def read_ids(path: Path) -> list[str]:
     """Return the ids of a file, one a line, each once. Raise InvalidInput with every problem."""
     ids: dict[str, None] = {}
     limits = SourceLimits()
-    problems = _Problems(limits.max_problems)
+    problems = Problems(limits.max_problems)
     try:
         for number, line in _lines(path, limits):
             where = f"{path.name}, line {number}"
@@ -168,32 +174,6 @@ def read_ids(path: Path) -> list[str]:
     return list(ids)
 
 
-@dataclass
-class _Problems:
-    """Problems in order: all are counted, and the first ones are listed."""
-
-    most: int
-    count: int = 0
-    listed: list[Problem] = field(default_factory=list)
-
-    def add(self, where: str, what: str) -> None:
-        self.count += 1
-        if len(self.listed) < self.most:
-            self.listed.append(Problem(where, what))
-
-    def refuse(self, what: str) -> None:
-        """Raise InvalidInput if there are any problems."""
-        if not self.count:
-            return
-        if left := self.count - len(self.listed):
-            self.listed.append(Problem("limits.max_problems", f"{left} more problems are not listed"))
-        raise InvalidInput(
-            f"{self.count} problem{'s' * (self.count != 1)} {what}",
-            next_step="correct the files and run the command again",
-            problems=self.listed,
-        )
-
-
 def _labels(sources: Sequence[DatasetSource]) -> list[str]:
     """Return short names for messages; whole paths if two files share a name."""
     short = [Path(each.path).name if os.path.exists(each.path) else each.path for each in sources]
@@ -204,20 +184,24 @@ def _labels(sources: Sequence[DatasetSource]) -> list[str]:
 class _Reading:
     """Records and problems so far, and where each id first occurred."""
 
-    def __init__(self, group_by: str | None, limits: SourceLimits) -> None:
+    def __init__(
+        self, group_by: str | None, limits: SourceLimits, identifiers: tuple[tuple[str, str], ...]
+    ) -> None:
         self.group_by = group_by
         self.limits = limits
+        self._identifiers = identifiers
         self.records = ReadRecords()
         self.records.group_by = group_by
-        self.problems = _Problems(limits.max_problems)
+        self.problems = Problems(limits.max_problems)
         self._seen: dict[str, None] = {}  # names of columns
         self._used: set[str] = set()
         self._has_subjects = False  # whether their column exists
+        self._absent = dict(identifiers)  # of the identifiers, whose column was not seen yet
         self._first: dict[str, str] = {}
         self._text_bytes = 0  # of the present source
 
     def take_all(self, source: DatasetSource, label: str) -> None:
-        columns, before = columns_of(source, self.group_by), self.problems.count
+        columns, before = columns_of(source, self.group_by, self._identifiers), self.problems.count
         self._used |= set(columns.used)
         needs = {f"no column '{columns.id}'": [(columns.id,)], no_body(columns): columns.bodies.values()}
         rows = _rows(source, label, _Wanted(columns.used, needs, self._see), self.limits)
@@ -238,11 +222,16 @@ class _Reading:
                 "sisa.group_by",
                 f"{report}; name the column, or set `group_by: null` if records have no subject",
             )
+        for key in on_no_list(name for name, _ in self._identifiers):
+            self.problems.add(f"identifiers.{key}", "on no list of DROP without others: name these, too")
+        for key, column in self._absent.items() if subjects != "any" and records else ():
+            self.problems.add(f"identifiers.{key}", f"no record has a column '{column}'")
         self.problems.refuse("in the records; nothing was read")
         return records
 
     def _see(self, names: Collection[str]) -> None:
         self._has_subjects = self._has_subjects or self.group_by in names
+        self._absent = {key: column for key, column in self._absent.items() if column not in names}
         if len(self._seen) < MAX_COLUMNS_KEPT:
             self._seen.update(dict.fromkeys(names))
 
@@ -252,13 +241,16 @@ class _Reading:
             return
         self._see(value)
         problems = list(record_problems(value, columns))
+        named = {name: value.get(column) for name, column in columns.identifiers}
+        for name, column in columns.identifiers:
+            problems += identifier_problems(name, column, named[name])
         record_id = value.get(columns.id)
         if isinstance(record_id, str | int):
             first = self._first.setdefault(str(record_id), where)
             if first != where:
                 problems.append(f"the id of {first} again")
         if not problems:
-            record = record_of(value, columns)
+            record = replace(record_of(value, columns), identifiers=tuple(hashes(named)))
             if record.num_bytes <= self.limits.max_record_bytes:
                 self.records.append(record)
                 self.records.locations.append(where)
@@ -279,7 +271,7 @@ def _read_each(
     rows: RawRows,
     label: str,
     take: Callable[[str, Any], None],
-    problems: _Problems,
+    problems: Problems,
     limits: SourceLimits,
 ) -> int:
     """Pass all rows of a source to `take`, and return their number; add problems of the whole source."""

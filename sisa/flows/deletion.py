@@ -335,6 +335,7 @@ def _remaining(
     ]
     return Change(
         removed=planned.removed,
+        unidentified=_unidentified(removal),
         tombstones=_tombstones(context, planned, removal.named, now),
         slices=slices,
         emptied=planned.emptied,
@@ -347,6 +348,13 @@ def _remaining(
         events=[RequestEvent(each.request_id, state, now) for each in accepted for state in ACCEPTED],
         meta={HELD_PROMPTS: "null"},  # it is noted again when all is done
     )
+
+
+def _unidentified(removal: Removal) -> list[str]:
+    """Return the removed records whose identities go; under the Delete Act they keep persons out."""
+    kept = [each.request_id for each in removal.requests if each.regime == "delete-act"]
+    staying = {row.id_digest for request_id in kept for row in removal.named[request_id]}
+    return sorted(removal.rows.keys() - staying)
 
 
 def _write_remaining(context: Context, planned: Forgetting) -> tuple[list[SliceFile], list[IndexFile]]:

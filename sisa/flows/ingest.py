@@ -17,7 +17,13 @@ from sisa.core.requests import RECTIFY
 from sisa.data.record_rules import normal_subject
 from sisa.flows.deletion import Terms, arrive, forget_at_once
 from sisa.flows.reconcile import HeldPrompts, check_rows, reconcile
-from sisa.flows.record_checks import check_added, check_generations, check_trained, check_unchanged
+from sisa.flows.record_checks import (
+    HeldOrDeleted,
+    check_added,
+    check_generations,
+    check_trained,
+    check_unchanged,
+)
 from sisa.flows.wiring.context import (
     Context,
     check_sources,
@@ -57,6 +63,7 @@ def train(context: Context, records: Sequence[Record], meta: Mapping[str, str] |
         check_trained(context, records, found)
         held = sum(isinstance(each, RecordRow) for each in found.values())
         new = len(records) - len(found)
+        _identify(context, records, found)
         return _taken(context, held=held, deleted=len(found) - held, new=new)
     heads = [Head(shard, None, 0, None) for shard in range(context.settings.assigner.layout.num_shards)]
     _commit_added(context, records, heads, meta or {})
@@ -136,12 +143,30 @@ def add(
         for record in records
         if not isinstance(found.get(assigner.id_digest(record.id)), RecordRow)
     ]
+    _identify(context, records, found)
     if fresh:
         readmitted = [each.id_digest for each in found.values() if isinstance(each, Tombstone)]
         _commit_added(context, fresh, readmitted=readmitted)
     taken = _taken(context, added=len(fresh), held=len(records) - len(fresh))
     carried = {record.generation for record in fresh}
     return replace(taken, generation=generation if generation in carried else None)
+
+
+def _identify(context: Context, records: Sequence[Record], found: HeldOrDeleted) -> None:
+    """Replace the identities of held records by those that their source has now; keep them without."""
+    assigner, ledger = context.settings.assigner, context.stores.ledger
+    given = {assigner.id_digest(each.id): each for each in records if each.identifiers}
+    held = [key for key in given if isinstance(found.get(key), RecordRow)]
+    if not held:
+        return
+    before: dict[str, set[str]] = {key: set() for key in held}
+    for each in ledger.identities(id_digests=held):
+        before[each.id_digest].add(each.key)
+    now = {key: assigner.identities(given[key]) for key in held}
+    changed = [key for key in held if {each.key for each in now[key]} != before[key]]
+    if changed:
+        new = [each for key in changed for each in now[key]]
+        commit(context, Change(unidentified=changed, identities=new))
 
 
 @dataclass(frozen=True)
@@ -238,6 +263,7 @@ def _commit_added(
             heads=moved,
             meta=meta or {},
             readmitted=readmitted,
+            identities=[each for record in records for each in assigner.identities(record)],
         ),
     )
 

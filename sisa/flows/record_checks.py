@@ -87,7 +87,7 @@ def check_added(
         lambda: _check_unique_ids(records),
         lambda: check_unchanged(context, records, found, unplaced),
         lambda: check_risks(bands, records, _other_risks(context, fresh)),
-        *(() if allow_deleted else (check_new,)),
+        *(() if allow_deleted else (check_new, lambda: _check_identities(context, fresh))),
         *(lambda check=check: check(records) for check in checks),
     )
 
@@ -174,6 +174,33 @@ def _other_risks(context: Context, fresh: Sequence[tuple[int, Record]]) -> list[
         for n, record in fresh
         if known.get(record.subject_id, record.deletion_risk) != record.deletion_risk
     ]
+
+
+def _check_identities(context: Context, fresh: Sequence[tuple[int, Record]]) -> None:
+    """Raise InvalidInput for records of whoever is on a deletion list, or was deleted as such."""
+    ledger, assigner = context.stores.ledger, context.settings.assigner
+    keys = {n: {each.key for each in assigner.identities(record)} for n, record in fresh}
+    asked = {key for each in keys.values() for key in each}
+    if not asked:
+        return
+    kept = ledger.identities(keys=asked)
+    found = ledger.lookup(each.id_digest for each in kept)
+    why = {
+        each.key: f"its person was deleted at {gone.deleted_at} by request {gone.request_id}"
+        for each in kept
+        if isinstance(gone := found.get(each.id_digest), Tombstone)
+    }
+    why |= {each.key: "its person is on a deletion list of DROP" for each in ledger.work_items(asked)}
+    problems = [
+        Problem(f"record {n + 1}", why[min(its & why.keys())])
+        for n, its in keys.items()
+        if its & why.keys()
+    ]
+    _raise_problems(
+        problems,
+        "are of persons who had themselves deleted",
+        "leave them out of the file, or say --allow-deleted",
+    )
 
 
 def check_not_deleted(

@@ -34,7 +34,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from sisa.core.digest import Keyed, digest_of
-from sisa.core.domain import Record, RecordRow, Risk
+from sisa.core.domain import Identity, Record, RecordRow, Risk
 from sisa.planning.bands import Bands
 
 VECTOR_ID_BITS = 63  # FAISS ids are signed 64-bit
@@ -69,6 +69,16 @@ class Assigner:
 
     def subject_digest(self, subject_id: str) -> str:
         return self._keyed.digest("subject", subject_id)
+
+    def identity_key(self, kind: str, hashed: str) -> str:
+        """Return the key of an identifier, given the list of DROP that has it and its hash there."""
+        return self._keyed.digest("identity", kind, hashed)
+
+    def identities(self, record: Record) -> list[Identity]:
+        """Return the identities of a record, given its identifiers."""
+        name = self.id_digest(record.id)
+        keys = [self.identity_key(*each) for each in record.identifiers]
+        return [Identity(key, name) for key in dict.fromkeys(keys)]
 
     def set_name(self, role: str, records: Sequence[Record]) -> str:
         """Return the name of a vault set: a keyed digest of its content."""

@@ -1,0 +1,382 @@
+"""Read the deletion lists of California's DROP, standardise and hash identifiers, write responses.
+
+Data brokers download a ZIP of lists from the Delete Request and Opt-out Platform, one CSV a list. A row
+is a *work item*: DROP's id of it and the hash of an identifier. Whoever standardises and hashes his own
+identifiers by the same rules finds out whom he holds, and answers each work item with a status.
+
+>>> standardised("zip", "91790-3771"), standardised("first_name", "Juan Pablo")
+('91790', 'juanpablo')
+>>> hashes({"email": "Anna.Smith@Domain.com"})
+[('Email', 'KA18MT/ph6IHYjzT9zwETySDQyvSh87YuoSBpOQtkhE=')]
+>>> upload_name("20260312_4821_Email", "part01")
+'20260312_4821_Email_part01.csv'
+>>> responses({"A7kP2xQ9Lm4R": 5})
+b'Id,Status\\nA7kP2xQ9Lm4R,5\\n'
+
+`read_download` returns a whole ZIP or raises InvalidInput with every problem. Problems name files and
+lines, never an id or a hash.
+
+Source: privacy.ca.gov, "DROP for data brokers", technical specifications, version 1.2.0 (2 July 2026):
+"Working with the data" (lists, columns, standardisation, hashing, examples), "Reference" (statuses, file
+names) and the DROP Data Broker API (patterns of ids, hashes and names). These pages do not give all that
+is needed; where they don't, nothing is guessed:
+
+- *Dates of birth* are `YYYYMMDD`. Which spellings a broker may hold is not said; here those that can be
+  read in one way only: `1985-07-04`, `19850704`, `July 4, 1985`.
+- *Names* transliterate "supported" Greek and Cyrillic letters. The table below is the one on which
+  public implementations of version 1.2.0 agree. Letters of other scripts stay as they are, composed
+  (NFC); whether DROP composes them is not said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import re
+import unicodedata
+import zipfile
+import zlib
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from functools import partial
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from typing import IO, Any
+
+from sisa.config.config import SourceLimits
+from sisa.core.errors import Problems
+from sisa.data.dataset_export import Broken
+from sisa.data.record_rules import type_name
+
+# Each list, and the identifiers of which its hashes are made, in their order.
+LISTS: dict[str, tuple[str, ...]] = {
+    "Email": ("email",),
+    "Phone": ("phone",),
+    "MAID": ("maid",),
+    "CTVID": ("ctv_id",),
+    "NDZ": ("first_name", "last_name", "date_of_birth", "zip"),
+    "NameVIN": ("first_name", "last_name", "vin"),
+}
+REMOVED = "Removed"  # a file of withdrawn work items, not a list
+EXEMPTED, DELETED, OPTED_OUT, NOT_FOUND = 2, 3, 4, 5
+STATUSES = {EXEMPTED: "exempted", DELETED: "deleted", OPTED_OUT: "opted out", NOT_FOUND: "not found"}
+CYCLE_DAYS = 45  # between two downloads, and from a download to its responses, at most
+
+MAX_FILES, MAX_LINE_BYTES = 64, 256  # of a ZIP, and of a line in it
+MAX_VALUES = 10  # of one identifier of a record
+_NAME = re.compile(rf"(\d{{8}})_(\d{{4}})_({'|'.join(LISTS)}|{REMOVED})\.csv")
+_ITEM = re.compile(r"[A-Za-z0-9]{12}")
+_HASH = re.compile(r"[A-Za-z0-9+/]{43}=")
+_SUFFIX = re.compile(r"[A-Za-z0-9]{1,10}")
+_ZIP_PLUS_4 = re.compile(r"([0-9]{5})[\s-]*[0-9]{4}")
+_LETTERS = {
+    **dict(zip("αβγδεζηικλμνξοπρσςτυφω", "avgdeziiklmnxoprsstyfo", strict=True)),
+    **{"θ": "th", "χ": "ch", "ψ": "ps"},
+    **dict(zip("абвгдезийклмнопрстуфыэєіїґў", "abvgdeziyklmnoprstufyeeiigu", strict=True)),
+    **{"ё": "yo", "ж": "zh", "х": "kh", "ц": "ts", "ч": "ch", "ш": "sh", "щ": "shch", "ъ": "", "ь": ""},  # noqa: RUF001
+    **{"ю": "yu", "я": "ya"},
+    **dict(zip("øðłđħŋıŀ", "odldhnil", strict=True)),
+    **{"ß": "ss", "æ": "ae", "œ": "oe", "þ": "th", "ĳ": "ij"},
+}
+_FOLDED = ("LATIN ", "GREEK ", "CYRILLIC ")
+
+
+def _email(text: str) -> str:
+    return "".join(text.split()).lower()
+
+
+def _phone(text: str) -> str:
+    return re.sub("[^0-9]", "", text)[-10:]
+
+
+def _zip(text: str) -> str:
+    plus_4 = _ZIP_PLUS_4.fullmatch(text.strip())
+    return _alphanumeric(plus_4[1] if plus_4 else text).lstrip("0")[:5]
+
+
+def _alphanumeric(text: str) -> str:
+    return re.sub("[^0-9a-z]", "", text.lower())
+
+
+def _hexadecimal(text: str) -> str:
+    return re.sub("[^0-9a-f]", "", text.lower())
+
+
+def _day(text: str) -> str:
+    text = text.strip()
+    for form in ("%Y-%m-%d", "%B %d, %Y", "%b %d, %Y", *["%Y%m%d"] * (len(text) == 8)):
+        with contextlib.suppress(ValueError):
+            return f"{datetime.strptime(text, form):%Y%m%d}".zfill(8)
+    return text and "?"
+
+
+def _name(text: str) -> str:
+    lowered = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+    kept = "".join(map(_folded, lowered))
+    return unicodedata.normalize("NFC", "".join(each for each in kept if each.isalnum()))
+
+
+def _folded(letter: str) -> str:
+    """Return a Latin, Greek or Cyrillic letter in ASCII where possible; any other as it is."""
+    if letter in _LETTERS or letter.isascii():
+        return _LETTERS.get(letter, letter)
+    if not unicodedata.name(letter, "").startswith(_FOLDED):
+        return letter
+    base = unicodedata.normalize("NFKD", letter)
+    plain = [each for each in base if not unicodedata.combining(each)]
+    return letter if plain == [letter] else "".join(map(_folded, plain))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    standardise: Callable[[str], str]
+    form: str = ""  # that a standardised value must have, as a regular expression
+    expected: str = ""
+
+
+_RULES = {
+    "email": _Rule(_email),
+    "phone": _Rule(_phone),
+    "first_name": _Rule(_name),
+    "last_name": _Rule(_name),
+    "date_of_birth": _Rule(_day, "[0-9]{8}", "a date, as 1985-07-04"),
+    "zip": _Rule(_zip),
+    "maid": _Rule(_hexadecimal, ".{32}", "32 hexadecimal digits"),
+    "ctv_id": _Rule(_alphanumeric, ".{8,32}", "8 to 32 letters and digits"),
+    "vin": _Rule(_alphanumeric, ".{17}", "17 letters and digits"),
+}
+
+
+def standardised(identifier: str, value: str) -> str:
+    """Return an identifier as it is hashed; empty if nothing of it is left. Raise ValueError."""
+    rule = _RULES[identifier]
+    found = rule.standardise(value)
+    if found and rule.form and not re.fullmatch(rule.form, found):
+        raise ValueError(f"expected {rule.expected}")
+    return found
+
+
+def on_no_list(identifiers: Iterable[str]) -> list[str]:
+    """Return identifiers that are on no list without others that are missing.
+
+    >>> on_no_list(["email", "vin", "last_name"])
+    ['last_name', 'vin']
+    """
+    given = set(identifiers)
+    whole = [parts for parts in LISTS.values() if given.issuperset(parts)]
+    return sorted(given.difference(*whole))
+
+
+def identifier_problems(identifier: str, column: str, value: Any) -> Iterator[str]:
+    """Yield every problem of a column's value, which is an identifier or a list of them."""
+    values = value if isinstance(value, list) else [value]
+    if len(values) > MAX_VALUES:
+        yield f"'{column}': expected at most {MAX_VALUES} values, got {len(values)}"
+    for each in values[:MAX_VALUES]:
+        text = _text(each)
+        if text is None:
+            yield f"'{column}': expected a string or a whole number, got {type_name(each)}"
+            continue
+        try:
+            standardised(identifier, text)
+        except ValueError as error:
+            yield f"'{column}': {error}"
+
+
+def hashes(identifiers: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return every (list, hash) that a person's identifiers give, without those of a list's parts."""
+    texts = {name: _texts(name, value) for name, value in identifiers.items()}
+    found = []
+    for kind, names in LISTS.items():
+        for values in product(*(texts.get(name, []) for name in names)):
+            parts = [_hashed(value) for value in values]
+            found.append((kind, parts[0] if len(parts) == 1 else _hashed("".join(parts))))
+    return found
+
+
+def _hashed(text: str) -> str:
+    return b64encode(sha256(text.encode()).digest()).decode()
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    given = [_text(each) for each in (value if isinstance(value, list) else [value])]
+    found = [standardised(name, each) for each in given if each]
+    return [each for each in dict.fromkeys(found) if each]
+
+
+def _text(value: Any) -> str | None:
+    """Return the text of a string, a whole number or a date; None for anything else."""
+    if isinstance(value, datetime | date):
+        return f"{value:%Y-%m-%d}"
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A row of a list: DROP's id of a work item, the list, and the hash of an identifier."""
+
+    item: str
+    kind: str
+    hash: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Download:
+    """The lists of one ZIP: day and broker of its names, and the rows by file, without `.csv`."""
+
+    day: date
+    broker: str
+    lists: Mapping[str, Sequence[Listed]]
+    removed: Sequence[Listed] = ()
+    removed_file: str = ""
+
+
+def kind_of(file: str) -> str:
+    """Return the list of a file's name: `Email` of `20260312_4821_Email`."""
+    return file.split("_")[2]
+
+
+def day_of(file: str) -> date:
+    """Return the day of a file's name."""
+    return datetime.strptime(file[:8], "%Y%m%d").date()
+
+
+def due_day(file: str) -> date:
+    """Return the last day for the responses to a file."""
+    return day_of(file) + timedelta(days=CYCLE_DAYS)
+
+
+def read_download(path: Path, limits: SourceLimits = SourceLimits()) -> Download:  # noqa: B008 - frozen
+    """Return the lists of a ZIP as DROP gives it. Raise InvalidInput with every problem."""
+    reading = _Reading(Problems(limits.max_problems), limits)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            reading.take(archive)
+    except OSError as error:
+        reading.problems.add(path.name, f"can't be read: {error.strerror or 'corrupt or truncated'}")
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError):
+        reading.problems.add(path.name, "not a readable ZIP; corrupt, truncated or encrypted")
+    except Broken as error:
+        reading.problems.add(path.name, str(error))
+    reading.problems.refuse("in the download; nothing was imported")
+    day, broker = next(iter(reading.names.values()))
+    removed = next((each for each in reading.rows if kind_of(each) == REMOVED), "")
+    rows = reading.rows.pop(removed, [])
+    return Download(day_of(day), broker, reading.rows, rows, removed)
+
+
+class _Reading:
+    """Rows and problems so far, and where each work item first occurred."""
+
+    def __init__(self, problems: Problems, limits: SourceLimits) -> None:
+        self.problems = problems
+        self.limits = limits
+        self.names: dict[str, tuple[str, str]] = {}  # file -> day, broker
+        self.rows: dict[str, list[Listed]] = {}
+        self._first: dict[str, str] = {}
+        self._left = limits.max_bytes
+
+    def take(self, archive: zipfile.ZipFile) -> None:
+        entries = archive.infolist()
+        if len(entries) > MAX_FILES:
+            raise Broken(f"{len(entries)} files, more than {MAX_FILES}")
+        for number, entry in enumerate(entries, start=1):
+            named = _NAME.fullmatch(entry.filename)
+            if named is None or not _is_day(named[1]):
+                what = f"expected YYYYMMDD_BROKER_LIST.csv with a list of {', '.join((*LISTS, REMOVED))}"
+                self.problems.add(f"file {number} of {len(entries)}", what)
+            elif (file := entry.filename.removesuffix(".csv")) in self.rows:
+                self.problems.add(entry.filename, "two files of one name")
+            else:
+                self.names[file], self.rows[file] = (named[1], named[2]), []
+                with archive.open(entry) as opened:
+                    self._file(file, opened)
+        if not entries:
+            self.problems.add("the ZIP", "holds no file")
+        if len(set(self.names.values())) > 1:
+            self.problems.add("the ZIP", "holds files of several days or brokers")
+
+    def _file(self, file: str, opened: IO[bytes]) -> None:
+        kind, name = kind_of(file), f"{file}.csv"
+        columns = ["ID", "Hash", "ListType"] if kind == REMOVED else ["ID", "Hash"]
+        lines = self._lines(name, opened)
+        if next(lines, ("", None))[1] != columns:
+            self.problems.add(f"{name}, line 1", f"expected the header {','.join(columns)}")
+            return
+        for number, (where, cells) in enumerate(lines, start=1):
+            if number > self.limits.max_records:
+                raise Broken(f"more than limits.max_records {self.limits.max_records} in {name}")
+            if cells is not None:
+                self._row(where, cells, columns, kind, self.rows[file])
+
+    def _lines(self, name: str, opened: IO[bytes]) -> Iterator[tuple[str, list[str] | None]]:
+        """Yield the cells of each line; None after a line that can't be read. Raise Broken."""
+        number = 0
+        while line := opened.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{name}, line {number}"
+            self._left -= len(line)
+            if self._left < 0:  # however small the ZIP is, and whatever size it states
+                raise Broken(f"more than limits.max_bytes {self.limits.max_bytes} at {where}")
+            if len(line) > MAX_LINE_BYTES:
+                self.problems.add(where, f"longer than {MAX_LINE_BYTES} bytes; the rest was not read")
+                return
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            try:
+                (cells,) = csv.reader([line.decode("ascii")], strict=True)
+            except (UnicodeDecodeError, ValueError, csv.Error):
+                self.problems.add(where, "not a line of CSV")
+                yield where, None
+                continue
+            yield where, cells
+
+    def _row(
+        self, where: str, cells: list[str], columns: list[str], kind: str, rows: list[Listed]
+    ) -> None:
+        if len(cells) != len(columns):
+            self.problems.add(where, f"expected {len(columns)} columns, got {len(cells)}")
+            return
+        item, hashed, kind = cells[0], cells[1], cells[2] if kind == REMOVED else kind
+        before = self.problems.count
+        add = partial(self.problems.add, where)
+        if not _ITEM.fullmatch(item):
+            add("ID: expected 12 letters and digits")
+        elif (first := self._first.setdefault(item, where)) != where:
+            add(f"the ID of {first} again")
+        if not _HASH.fullmatch(hashed) or b64encode(b64decode(hashed)).decode() != hashed:
+            add(f"Hash: expected 44 characters of base64, a SHA-256; got {len(hashed)} characters")
+        if kind not in LISTS:
+            add(f"ListType: expected one of {', '.join(LISTS)}")
+        if self.problems.count == before:
+            rows.append(Listed(item, kind, hashed))
+
+
+def _is_day(text: str) -> bool:
+    try:
+        datetime.strptime(text, "%Y%m%d")
+    except ValueError:
+        return False
+    return True
+
+
+def is_suffix(text: str) -> bool:
+    """Return whether a text may be the suffix of a response's name: up to 10 letters and digits."""
+    return _SUFFIX.fullmatch(text) is not None
+
+
+def upload_name(file: str, suffix: str = "") -> str:
+    """Return the name of a response to a list; further responses to it need suffixes of their own."""
+    return f"{file}_{suffix}.csv" if suffix else f"{file}.csv"
+
+
+def responses(statuses: Mapping[str, int]) -> bytes:
+    """Return the CSV that reports the status of each work item."""
+    return "\n".join(["Id,Status", *(f"{item},{n}" for item, n in statuses.items()), ""]).encode()

@@ -1,0 +1,457 @@
+"""Answer the deletion lists of California's DROP: import them, submit requests, report statuses.
+
+    sisa drop import    match the work items with the identities of held records; one request a consumer
+    (approve, run)      as any request
+    sisa drop report    a status for each work item that is settled
+
+A *consumer* is a subject, or a record without one. A work item that matches one consumer becomes a
+request under `delete-act` for all of the consumer's records; further work items of the same consumer
+join it. One that matches several consumers is no deletion: all of them are to be opted out of sale and
+sharing, which is the broker's act, so it is reported only when the caller says that it was done.
+
+    no consumer held                  5  not found
+    one, the request completed        3  deleted
+    one, the request denied           2  exempted
+    several, and opted out            4  opted out
+
+Every import matches all work items again, those of earlier downloads too: what was not found may have
+come in since. A status that changed is reported as an amendment. What is removed from the lists is
+withdrawn: its requests are cancelled unless they were carried out, and it no longer keeps records out.
+
+The ledger holds DROP's ids of work items, and keyed digests in place of the hashes, which anybody can
+compute from a guess.
+
+Source: privacy.ca.gov, DROP for data brokers: "Processing DROP requests", "Integration workflow",
+"Working with the data", "Reference"; California Code of Regulations, title 11, section 7613 (match,
+several consumers, kept identifiers).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date, timedelta
+from functools import partial
+from pathlib import Path
+
+from sisa.core.domain import RecordRow, Request, WorkItem
+from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, Problem, Problems
+from sisa.core.ports import Change, merged
+from sisa.core.requests import OPEN, days_left, event, is_under_way, moved
+from sisa.data.drop_lists import (
+    CYCLE_DAYS,
+    DELETED,
+    EXEMPTED,
+    NOT_FOUND,
+    OPTED_OUT,
+    Download,
+    Listed,
+    day_of,
+    due_day,
+    is_suffix,
+    kind_of,
+    responses,
+    upload_name,
+)
+from sisa.flows import query
+from sisa.flows.deletion import Arrival, Terms, arrive
+from sisa.flows.wiring.context import Context, commit, held_rows
+from sisa.store.blobs import files
+
+META = "drop"  # in the ledger's meta: the broker, and the day of the last download
+REASON = "California DROP"
+AMEND = "amend"  # folder of the responses that correct earlier ones
+FEW_KEYS = 1000  # above, all identities are read at once
+CLOSED = ("denied", "cancelled", "completed")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Describe an import: counts of work items, and the requests that it made or cancelled."""
+
+    downloaded: str
+    broker: str
+    new: int
+    known: int  # from an earlier import of the same lists
+    withdrawn: int
+    matched: int  # of all open ones, by one consumer each
+    shared: int  # by several consumers
+    not_found: int
+    requests: tuple[str, ...]
+    cancelled: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A work item that somebody's records match, with their ids if they were asked for."""
+
+    item: str
+    kind: str
+    consumers: int
+    request_id: str
+    due: str
+    ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Describe where the 45-day cycle stands."""
+
+    broker: str
+    downloaded: str
+    next_access: str
+    days_left: int  # until then
+    work_items: int  # on the lists now
+    withdrawn: int
+    open: int  # without a reported status
+    overdue: int  # of these
+    to_report: int  # settled, or changed since the report
+    to_opt_out: int  # matched by several consumers, not reported as opted out
+
+
+@dataclass(frozen=True)
+class Details:
+    """Hold where the cycle stands, and what waits for a decision, a run or an opt-out."""
+
+    standing: Standing
+    matched: tuple[Matched, ...]
+    records_without_identity: int
+
+
+@dataclass(frozen=True)
+class Reported:
+    """Describe a report: names of the files to upload and to amend, and work items by status."""
+
+    directory: str
+    upload: tuple[str, ...]
+    amend: tuple[str, ...]
+    statuses: Mapping[int, int]
+    open: int  # work items that have no status yet
+
+
+def import_lists(context: Context, download: Download, approver: str | None = None) -> Imported:
+    """Take in a download, match all open work items, and submit requests, in one commit.
+
+    The same download again changes nothing. Raise InvalidInput with every contradiction to what was
+    imported before, ConfigConflict for another broker's download.
+    """
+    ledger = context.stores.ledger
+    known = {each.item: each for each in ledger.work_items()}
+    _check_known(context, download, known)
+    arrived = {each.item: each for each in _arrived(context, download, known)}
+    withdrawn = {each.item: each for each in _withdrawn(download, known)}
+    items = known | arrived | withdrawn
+    requests = {each.request_id: each for each in ledger.requests()}
+    cancelled = _cancelled(items.values(), withdrawn, requests)
+    requests |= {each.request_id: each for each in cancelled}
+    matched = _match(context, items.values(), requests)
+    arrivals, joined = _requests(context, matched, requests, download.day, approver)
+    for item, consumers in matched.items():
+        request = joined.get(item, items[item].request_id)
+        items[item] = replace(items[item], num_consumers=len(consumers), request_id=request)
+    own = Change(
+        work_items=[each for item, each in sorted(items.items()) if each != known.get(item)],
+        requests=cancelled,
+        events=[event(each, context.now(), "withdrawn at DROP") for each in cancelled],
+        unidentified=_lifted(context, withdrawn.values(), items.values(), requests),
+        meta=_meta(context, download),
+    )
+    if own.work_items or own.meta[META] != ledger.meta().get(META):
+        commit(context, merged([*(each.change() for each in arrivals), own]))
+    if withdrawn:
+        ledger.scrub(None)  # nothing is left of the keys of those who withdrew
+    sizes = Counter(min(len(each), 2) for each in matched.values())
+    return Imported(
+        downloaded=download.day.isoformat(),
+        broker=download.broker,
+        new=len(arrived),
+        known=sum(map(len, download.lists.values())) - len(arrived),
+        withdrawn=len(withdrawn),
+        matched=sizes[1],
+        shared=sizes[2],
+        not_found=sizes[0],
+        requests=tuple(each.request.request_id for each in arrivals),
+        cancelled=tuple(each.request_id for each in cancelled),
+    )
+
+
+def _check_known(context: Context, download: Download, known: Mapping[str, WorkItem]) -> None:
+    """Raise InvalidInput for work items that came before with another hash, or of another broker."""
+    before = _cycle(context)
+    if before and before["broker"] != download.broker:
+        raise ConfigConflict(
+            "the download is another data broker's; nothing was imported",
+            expected=f"data broker {before['broker']}",
+            got=f"data broker {download.broker}",
+            next_step="give the download of this model's broker",
+        )
+    problems = Problems(1000)
+    listed = {each.item for rows in download.lists.values() for each in rows}
+    for file, rows in [*download.lists.items(), (download.removed_file, download.removed)]:
+        for number, each in enumerate(rows, start=1):
+            held, where = known.get(each.item), f"{file}.csv, row {number}"
+            if held is not None and held.key not in ("", _key(context, each)):
+                problems.add(where, "the ID came before with another hash or list")
+            if file == download.removed_file and each.item in listed:
+                problems.add(where, "the ID is on a list of the same download")
+    problems.refuse("in the download; nothing was imported")
+
+
+def _key(context: Context, listed: Listed) -> str:
+    return context.settings.assigner.identity_key(listed.kind, listed.hash)
+
+
+def _arrived(context: Context, download: Download, known: Mapping[str, WorkItem]) -> Iterable[WorkItem]:
+    """Yield the work items that are new, or were withdrawn before this download's day."""
+    for file, rows in download.lists.items():
+        for each in rows:
+            held = known.get(each.item)
+            if held is None or (not held.key and day_of(held.file) < download.day):
+                yield WorkItem(each.item, _key(context, each), file)
+
+
+def _withdrawn(download: Download, known: Mapping[str, WorkItem]) -> Iterable[WorkItem]:
+    """Yield the work items that this download removes, without their keys."""
+    for each in download.removed:
+        held = known.get(each.item)
+        if held is None:
+            yield WorkItem(each.item, "", download.removed_file)
+        elif held.key and day_of(held.file) <= download.day:
+            yield replace(held, key="", file=download.removed_file)
+
+
+def _match(
+    context: Context, items: Iterable[WorkItem], requests: Mapping[str, Request]
+) -> dict[str, list[list[RecordRow]]]:
+    """Return the consumers, as their held rows, whom each open work item matches."""
+    open_ = [each for each in items if each.key and _is_open(each, requests)]
+    by_key: dict[str, list[WorkItem]] = {}
+    for each in open_:
+        by_key.setdefault(each.key, []).append(each)
+    ledger = context.stores.ledger
+    pairs = ledger.identities(keys=by_key) if len(by_key) <= FEW_KEYS else ledger.identities()
+    pairs = [each for each in pairs if each.key in by_key]
+    rows = {row.id_digest: row for row in held_rows(context, {each.id_digest for each in pairs})}
+    found: dict[str, dict[str, RecordRow]] = {each.item: {} for each in open_}
+    for pair in pairs:
+        if (row := rows.get(pair.id_digest)) is not None:
+            for each in by_key[pair.key]:
+                found[each.item].setdefault(row.subject_digest or row.id_digest, row)
+    return {
+        item: [_all_of(context, row) for _, row in sorted(consumers.items())]
+        for item, consumers in found.items()
+    }
+
+
+def _is_open(item: WorkItem, requests: Mapping[str, Request]) -> bool:
+    """Return whether a work item is to be matched: no request stands for it, or its request is over."""
+    request = requests.get(item.request_id)
+    return request is None or request.state in ("cancelled", "completed")
+
+
+def _all_of(context: Context, row: RecordRow) -> list[RecordRow]:
+    """Return all held records of a record's consumer."""
+    if row.subject_digest is None:
+        return [row]
+    return context.stores.ledger.by_subject(row.subject_digest, row.shard)[0]
+
+
+def _requests(
+    context: Context,
+    matched: Mapping[str, Sequence[Sequence[RecordRow]]],
+    requests: Mapping[str, Request],
+    downloaded: date,
+    approver: str | None,
+) -> tuple[list[Arrival], dict[str, str]]:
+    """Return a new request for each consumer without an open one, and the request of each work item."""
+    named = {
+        frozenset(context.stores.ledger.named_by(each.request_id)): each.request_id
+        for each in requests.values()
+        if each.reason == REASON and each.state not in CLOSED
+    }
+    used = {each.external_id for each in requests.values()}
+    due = (downloaded + timedelta(days=CYCLE_DAYS)).isoformat()
+    arrivals, joined = [], {}
+    for item, consumers in sorted(matched.items()):
+        if len(consumers) != 1:
+            continue
+        rows = consumers[0]
+        whose = frozenset(row.id_digest for row in rows)
+        if whose not in named:
+            again = next(n for n in range(1, len(used) + 2) if _external_id(item, n) not in used)
+            name = _external_id(item, again)
+            terms = Terms(external_id=name, reason=REASON, regime="delete-act", approver=approver)
+            new = arrive(context, rows, (), terms)
+            arrivals.append(replace(new, request=replace(new.request, due=due)))
+            named[whose] = new.request.request_id
+            used.add(name)
+        joined[item] = named[whose]
+    return arrivals, joined
+
+
+def _external_id(item: str, number: int) -> str:
+    return f"DROP-{item}" if number == 1 else f"DROP-{item}-{number}"
+
+
+def _cancelled(
+    items: Iterable[WorkItem], withdrawn: Collection[str], requests: Mapping[str, Request]
+) -> list[Request]:
+    """Return the requests of withdrawn work items alone, cancelled unless they were carried out."""
+    wanted = {each.request_id for each in items if each.key}
+    ended = {each.request_id for each in items if each.item in withdrawn} - wanted - {""}
+    may = OPEN | {"failed"}
+    return [
+        moved(requests[each], "cancelled")
+        for each in sorted(ended & requests.keys())
+        if requests[each].state in may and not is_under_way(requests[each])
+    ]
+
+
+def _lifted(
+    context: Context,
+    withdrawn: Iterable[WorkItem],
+    items: Iterable[WorkItem],
+    requests: Mapping[str, Request],
+) -> list[str]:
+    """Return the deleted records that withdrawn work items alone kept out of the model."""
+    wanted = {each.request_id for each in items if each.key}
+    ended = {each.request_id for each in withdrawn} - wanted
+    named = [
+        record
+        for each in sorted(ended & requests.keys())
+        if requests[each].committed_at
+        for record in context.stores.ledger.named_by(each)
+    ]
+    return sorted(set(named) - {row.id_digest for row in held_rows(context, named)})
+
+
+def _cycle(context: Context) -> dict[str, str]:
+    found: dict[str, str] = json.loads(context.stores.ledger.meta().get(META, "{}"))
+    return found
+
+
+def _meta(context: Context, download: Download) -> dict[str, str]:
+    latest = max(_cycle(context).get("downloaded", ""), download.day.isoformat())
+    return {META: json.dumps({"broker": download.broker, "downloaded": latest}, sort_keys=True)}
+
+
+def _outcome(item: WorkItem, requests: Mapping[str, Request], *, opted_out: bool) -> int:
+    """Return the status of a work item; 0 while it is not settled."""
+    if not item.key:
+        return 0
+    if item.num_consumers > 1:
+        return OPTED_OUT if opted_out else 0
+    request = requests.get(item.request_id)
+    if item.num_consumers == 0 and (request is None or request.state == "cancelled"):
+        return NOT_FOUND
+    state = request.state if request else ""
+    return {"completed": DELETED, "denied": EXEMPTED}.get(state, 0)
+
+
+def standing(context: Context) -> Standing | None:
+    """Return where the cycle stands; None before the first import."""
+    cycle = _cycle(context)
+    if not cycle:
+        return None
+    ledger, now = context.stores.ledger, context.now()
+    items = ledger.work_items()
+    requests = {each.request_id: each for each in ledger.requests()}
+    listed = [each for each in items if each.key]
+    open_ = [each for each in listed if not each.status]
+    next_access = (date.fromisoformat(cycle["downloaded"]) + timedelta(days=CYCLE_DAYS)).isoformat()
+    settled = partial(_outcome, requests=requests, opted_out=False)
+    return Standing(
+        broker=cycle["broker"],
+        downloaded=cycle["downloaded"],
+        next_access=next_access,
+        days_left=days_left(next_access, now),
+        work_items=len(listed),
+        withdrawn=len(items) - len(listed),
+        open=len(open_),
+        overdue=sum(due_day(each.file).isoformat() < now[:10] for each in open_),
+        to_report=sum(settled(each) not in (0, each.status) for each in listed),
+        to_opt_out=sum(each.num_consumers > 1 and each.status != OPTED_OUT for each in listed),
+    )
+
+
+def details(context: Context, *, show_ids: bool = False) -> Details | None:
+    """Return where the cycle stands and what waits, with the ids of records if asked for."""
+    found = standing(context)
+    if found is None:
+        return None
+    ledger = context.stores.ledger
+    requests = {each.request_id: each for each in ledger.requests()}
+    waiting = [
+        each
+        for each in ledger.work_items()
+        if each.num_consumers and not _outcome(each, requests, opted_out=each.status == OPTED_OUT)
+    ]
+    whose = _match(context, waiting, {}) if show_ids else {}
+    matched = [
+        Matched(
+            item=each.item,
+            kind=kind_of(each.file),
+            consumers=each.num_consumers,
+            request_id=each.request_id if each.num_consumers == 1 else "",
+            due=due_day(each.file).isoformat(),
+            ids=tuple(query.ids_of(context, [row for rows in whose.get(each.item, ()) for row in rows])),
+        )
+        for each in waiting
+        if each.key
+    ]
+    identified = held_rows(context, {each.id_digest for each in ledger.identities()})
+    return Details(found, tuple(matched), sum(ledger.counts().values()) - len(identified))
+
+
+def report(context: Context, directory: Path, *, opted_out: bool, suffix: str = "") -> Reported:
+    """Write the responses that are due into a directory, then note in the ledger what they say.
+
+    A list's first response has the list's name; a further one, and each amendment (in the folder
+    `amend`), has a suffix of its own. If the process is killed before the ledger notes it, the same
+    statuses are written again. Raise InvalidInput if a file exists already.
+    """
+    ledger, now = context.stores.ledger, context.now()
+    requests = {each.request_id: each for each in ledger.requests()}
+    items = ledger.work_items()
+    if suffix and not is_suffix(suffix):
+        raise InvalidInput("a suffix has up to 10 letters and digits", got=f"{len(suffix)} characters")
+    answered = {each.file for each in items if each.status}
+    moment = "".join(each for each in now[2:16] if each.isdigit())
+    contents: dict[str, dict[str, int]] = {}
+    changed = []
+    for each in items:
+        status = _outcome(each, requests, opted_out=opted_out)
+        if status in (0, each.status):
+            continue
+        name = upload_name(each.file, suffix or (moment if each.file in answered else ""))
+        contents.setdefault(f"{AMEND}/{name}" if each.status else name, {})[each.item] = status
+        changed.append(replace(each, status=status, reported_at=now))
+    _write(directory, {name: responses(statuses) for name, statuses in contents.items()})
+    if changed:
+        commit(context, Change(work_items=changed))
+    done = {each.item for each in changed}
+    return Reported(
+        directory=str(directory),
+        upload=tuple(sorted(each for each in contents if "/" not in each)),
+        amend=tuple(sorted(each for each in contents if "/" in each)),
+        statuses=dict(sorted(Counter(each.status for each in changed).items())),
+        open=sum(bool(each.key) and not each.status and each.item not in done for each in items),
+    )
+
+
+def _write(directory: Path, contents: Mapping[str, bytes]) -> None:
+    problems = [Problem(name, "exists already") for name in contents if (directory / name).exists()]
+    if problems:
+        raise InvalidInput(
+            "responses are not overwritten; nothing was reported",
+            where=str(directory),
+            next_step="name another directory",
+            problems=problems,
+        )
+    if directory.exists() and not directory.is_dir():
+        raise EnvironmentFault("the directory is a file", where=str(directory))
+    for name, data in sorted(contents.items()):
+        files.make_directory((directory / name).parent)
+        files.write_atomic(directory / name, data)
