@@ -42,6 +42,7 @@ from sisa.core.errors import (
     SisaError,
 )
 from sisa.core.events import Notice, QueueSeen, Report, silent
+from sisa.data.drop_lists import read_download
 from sisa.data.reader import named_by_location, read_like
 from sisa.flows import lifecycle, query
 from sisa.flows.ask import (
@@ -59,6 +60,7 @@ from sisa.flows.deletion import Terms, arrive, copies, forget_at_once, plan_forg
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
 from sisa.flows.reconcile import finish_written, held_prompts, reconcile, stale_exports, under_way
+from sisa.flows.rights import drop
 from sisa.flows.rights.restriction import Restriction, lift, restrict
 from sisa.flows.scratch import guard
 from sisa.flows.wiring import wiring
@@ -343,6 +345,37 @@ class Model:
             if recorded:
                 context.report(seen)
             return seen
+
+    def drop_import(self, file: Path | str, *, approver: str | None = None) -> drop.Imported:
+        """Import a download of California's DROP, and submit a request for each consumer it matches.
+
+        With `approver`, new requests are approved at once. Raise InvalidInput with every problem.
+        """
+        download = read_download(Path(file), self.config.limits)
+        with self._writing() as context:
+            return drop.import_lists(context, download, approver)
+
+    def drop_report(
+        self, directory: Path | str, *, opted_out: bool = False, suffix: str = ""
+    ) -> drop.Reported:
+        """Write the responses to DROP that are due; `opted_out` states that shared ones were opted out.
+
+        `suffix` distinguishes several responses to one list. Raise InvalidInput if a file exists.
+        """
+        with self._writing() as context:
+            return drop.report(context, Path(directory), opted_out=opted_out, suffix=suffix)
+
+    @asked_again
+    def drop_standing(self) -> drop.Standing | None:
+        """Return where the 45-day cycle of DROP stands; None before the first import."""
+        with self._context() as context, context.stores.ledger.snapshot():
+            return drop.standing(context)
+
+    @asked_again
+    def drop_details(self, *, show_ids: bool = False) -> drop.Details | None:
+        """Return the same, and what waits for a decision, a run or an opt-out."""
+        with self._context() as context, context.stores.ledger.snapshot():
+            return drop.details(context, show_ids=show_ids)
 
     def restrict(self, subject: str) -> Restriction:
         """Store a subject's records, and serve none of them, until `release`. Raise UnknownRecord.

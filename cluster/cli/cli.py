@@ -29,6 +29,7 @@ from cluster.cli import (
     patches,
     plan,
     requests,
+    rights,
     serve,
 )
 from cluster.cli.command import (
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "cli"]
 FAMILIES = (
     *(audits, certificates, evaluation, evidence, jobs, maintenance, metrics),
-    *(patches, plan, requests, serve),
+    *(patches, plan, requests, rights, serve),
 )
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130

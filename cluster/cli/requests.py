@@ -24,6 +24,7 @@ from cluster.cli.command import (
     option_or_input,
     with_certificate,
 )
+from cluster.cli.rights import standing_line
 from cluster.observe.reporting import say
 from cluster.render.render import (
     Result,
@@ -39,6 +40,7 @@ from cluster.render.render import (
 if TYPE_CHECKING:
     from sisa.core.domain import Regime, Request, RequestState
     from sisa.flows.lifecycle import RequestView, Submitted
+    from sisa.flows.rights.drop import Standing
     from sisa.model import Model
     from sisa.planning.batching import RunPlan
 
@@ -105,7 +107,7 @@ def submit_request(
 def list_(directory: Path) -> Result:
     """List all requests with their state, due date and days left."""
     with opened(directory) as model:
-        return requests_listed(model.requests())
+        return requests_listed(model.requests(), model.drop_standing())
 
 
 @command("show", "-m model T-17", group=request)
@@ -231,9 +233,11 @@ def _body(view: RequestView) -> dict[str, Any]:
     return asdict(view.request) | {"days_left": view.days_left}
 
 
-def requests_listed(views: Sequence[RequestView]) -> Result:
+def requests_listed(views: Sequence[RequestView], cycle: Standing | None = None) -> Result:
     lines = [_line(view) for view in views] or ["no requests"]
-    return Result({"requests": [_body(view) for view in views]}, lines)
+    lines += [standing_line(cycle)] if cycle else []
+    body = {"requests": [_body(view) for view in views], "drop": asdict(cycle) if cycle else None}
+    return Result(body, lines)
 
 
 def request_shown(view: RequestView) -> Result:

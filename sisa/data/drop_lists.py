@@ -109,7 +109,7 @@ def _day(text: str) -> str:
     text = text.strip()
     for form in ("%Y-%m-%d", "%B %d, %Y", "%b %d, %Y", *["%Y%m%d"] * (len(text) == 8)):
         with contextlib.suppress(ValueError):
-            return f"{datetime.strptime(text, form):%Y%m%d}".zfill(8)
+            return datetime.strptime(text, form).date().isoformat().replace("-", "")
     return text and "?"
 
 
@@ -192,12 +192,13 @@ def hashes(identifiers: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     for kind, names in LISTS.items():
         for values in product(*(texts.get(name, []) for name in names)):
-            parts = [_hashed(value) for value in values]
-            found.append((kind, parts[0] if len(parts) == 1 else _hashed("".join(parts))))
+            parts = [hash_of(value) for value in values]
+            found.append((kind, parts[0] if len(parts) == 1 else hash_of("".join(parts))))
     return found
 
 
-def _hashed(text: str) -> str:
+def hash_of(text: str) -> str:
+    """Return the hash of a standardised identifier: SHA-256 in base64."""
     return b64encode(sha256(text.encode()).digest()).decode()
 
 
@@ -210,7 +211,7 @@ def _texts(name: str, value: Any) -> list[str]:
 def _text(value: Any) -> str | None:
     """Return the text of a string, a whole number or a date; None for anything else."""
     if isinstance(value, datetime | date):
-        return f"{value:%Y-%m-%d}"
+        return value.isoformat()[:10]
     if value is None:
         return ""
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
