@@ -369,7 +369,7 @@ class Model:
     def drop_standing(self) -> drop.Standing | None:
         """Return where the 45-day cycle of DROP stands; None before the first import."""
         with self._context() as context, context.stores.ledger.snapshot():
-            return drop.standing(context)
+            return drop.cycle_standing(context)
 
     @asked_again
     def drop_details(self, *, show_ids: bool = False) -> drop.Details | None:

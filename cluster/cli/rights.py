@@ -21,7 +21,7 @@ drop = command_group("drop", "California's DROP: import deletion lists, report s
 @model_option
 @click.argument("file", metavar="ZIP", type=PATH)
 @click.option("--approver", help="Approve the new requests at once, in this name.")
-def import_lists(directory: Path, file: Path, approver: str | None) -> Result:
+def drop_import(directory: Path, file: Path, approver: str | None) -> Result:
     """Import a download of DROP; submit a request for each consumer whom it matches."""
     with opened(directory) as model:
         return imported(model.drop_import(file, approver=approver), directory)
@@ -36,7 +36,7 @@ def import_lists(directory: Path, file: Path, approver: str | None) -> Result:
     help="State that all consumers who share an identifier were opted out of sale and sharing.",
 )
 @click.option("--suffix", default="", help="Suffix of the names: up to 10 letters and digits.")
-def report(directory: Path, target: Path, opted_out: bool, suffix: str) -> Result:
+def drop_report(directory: Path, target: Path, opted_out: bool, suffix: str) -> Result:
     """Write the responses that are due, to be uploaded to DROP."""
     with opened(directory) as model:
         return reported(model.drop_report(target, opted_out=opted_out, suffix=suffix))
@@ -45,7 +45,7 @@ def report(directory: Path, target: Path, opted_out: bool, suffix: str) -> Resul
 @command("status", "-m model", group=drop)
 @model_option
 @click.option("--show-ids", is_flag=True, help="Show the ids of the records that are matched.")
-def status(directory: Path, show_ids: bool) -> Result:
+def drop_status(directory: Path, show_ids: bool) -> Result:
     """Show the 45-day cycle: next access, open and overdue work items, and what they wait for."""
     with opened(directory) as model:
         return status_shown(model.drop_details(show_ids=show_ids))

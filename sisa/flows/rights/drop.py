@@ -60,7 +60,7 @@ from sisa.flows.deletion import Arrival, Terms, arrive
 from sisa.flows.wiring.context import Context, commit, held_rows
 from sisa.store.blobs import files
 
-META = "drop"  # in the ledger's meta: the broker, and the day of the last download
+CYCLE = "drop"  # in the ledger's meta: the broker, and the day of the last download
 REASON = "California DROP"
 AMEND = "amend"  # folder of the responses that correct earlier ones
 FEW_KEYS = 1000  # above, all identities are read at once
@@ -158,7 +158,7 @@ def import_lists(context: Context, download: Download, approver: str | None = No
         unidentified=_lifted(context, withdrawn.values(), items.values(), requests),
         meta=_meta(context, download),
     )
-    if own.work_items or own.meta[META] != ledger.meta().get(META):
+    if own.work_items or own.meta[CYCLE] != ledger.meta().get(CYCLE):
         commit(context, merged([*(each.change() for each in arrivals), own]))
     if withdrawn:
         ledger.scrub(None)  # nothing is left of the keys of those who withdrew
@@ -328,13 +328,13 @@ def _lifted(
 
 
 def _cycle(context: Context) -> dict[str, str]:
-    found: dict[str, str] = json.loads(context.stores.ledger.meta().get(META, "{}"))
+    found: dict[str, str] = json.loads(context.stores.ledger.meta().get(CYCLE, "{}"))
     return found
 
 
 def _meta(context: Context, download: Download) -> dict[str, str]:
     latest = max(_cycle(context).get("downloaded", ""), download.day.isoformat())
-    return {META: json.dumps({"broker": download.broker, "downloaded": latest}, sort_keys=True)}
+    return {CYCLE: json.dumps({"broker": download.broker, "downloaded": latest}, sort_keys=True)}
 
 
 def _outcome(item: WorkItem, requests: Mapping[str, Request], *, opted_out: bool) -> int:
@@ -350,7 +350,7 @@ def _outcome(item: WorkItem, requests: Mapping[str, Request], *, opted_out: bool
     return {"completed": DELETED, "denied": EXEMPTED}.get(state, 0)
 
 
-def standing(context: Context) -> Standing | None:
+def cycle_standing(context: Context) -> Standing | None:
     """Return where the cycle stands; None before the first import."""
     cycle = _cycle(context)
     if not cycle:
@@ -378,7 +378,7 @@ def standing(context: Context) -> Standing | None:
 
 def details(context: Context, *, show_ids: bool = False) -> Details | None:
     """Return where the cycle stands and what waits, with the ids of records if asked for."""
-    found = standing(context)
+    found = cycle_standing(context)
     if found is None:
         return None
     ledger = context.stores.ledger

@@ -91,6 +91,7 @@ approx: patches probe release revert show unlearn
 certificate: export issue list provenance show
 cluster: logs manifest status stop submit
 config: schema
+drop: import report status
 eval: tofu
 keys: check init rotate show
 log: add-cosignature add-rebuild check cosign proof request show witness-key

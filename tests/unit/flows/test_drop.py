@@ -16,7 +16,7 @@ from sisa.data.drop_lists import Download, Listed, hashes
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import carry_out, decide
 from sisa.flows.rights import drop
-from sisa.flows.rights.drop import details, import_lists, standing
+from sisa.flows.rights.drop import cycle_standing, details, import_lists
 from sisa.flows.wiring.context import Context
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 
@@ -241,10 +241,10 @@ def test_contradictions_are_refused_whole(fake: FakeModel) -> None:
 
 
 def test_the_cycle_is_shown(fake: FakeModel, tmp_path: Path) -> None:
-    assert standing(fake.context) is None
+    assert cycle_standing(fake.context) is None
     assert details(fake.context) is None
     import_lists(fake.context, download(*ALL))
-    found = standing(fake.context)
+    found = cycle_standing(fake.context)
     assert found is not None
     assert (found.next_access, found.days_left) == ("2026-09-26", 44)
     assert (found.work_items, found.open, found.overdue) == (5, 5, 0)
@@ -259,7 +259,7 @@ def test_the_cycle_is_shown(fake: FakeModel, tmp_path: Path) -> None:
     }
     assert not any(each.ids for each in details(fake.context).matched)  # type: ignore[union-attr]
     drop.report(fake.context, tmp_path / "r", opted_out=True)
-    late = standing(at(fake, "2026-09-27T00:00:00+00:00"))
+    late = cycle_standing(at(fake, "2026-09-27T00:00:00+00:00"))
     assert late is not None
     assert (late.open, late.overdue, late.days_left, late.to_opt_out) == (3, 3, -1, 0)
 
