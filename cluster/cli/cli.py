@@ -25,7 +25,6 @@ from cluster.cli import (
     evidence,
     jobs,
     maintenance,
-    metrics,
     patches,
     plan,
     requests,
@@ -73,7 +72,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "cli"]
 FAMILIES = (
-    *(audits, certificates, evaluation, evidence, jobs, maintenance, metrics),
+    *(audits, certificates, evaluation, evidence, jobs, maintenance),
     *(patches, plan, requests, rights, serve),
 )
 

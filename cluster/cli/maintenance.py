@@ -1,4 +1,5 @@
-"""Collect garbage, look for residue, and diagnose a model: `sisa gc`, `sisa sweep` and `sisa doctor`.
+"""Collect garbage, look for residue, diagnose, and show what runs measured: `sisa gc`, `sisa sweep`,
+`sisa doctor` and `sisa metrics`.
 
 The strings that `sweep` looks for are never printed.
 """
@@ -21,6 +22,7 @@ from cluster.cli.command import (
     opened,
     read_lines,
 )
+from cluster.observe.curves import points, summary, to_mlflow, to_tensorboard
 from cluster.render.render import EXIT_INTEGRITY, Result, counted, old_versions, stated
 from sisa.core.domain import DeviceName, Dtype, Precision
 
@@ -214,3 +216,43 @@ def tested(found: Numerics) -> Result:
         lines += [f"  {each}" for each in found.digests]
     body = asdict(found) | {"repeats": found.repeats}
     return Result(body, lines, 0 if found.repeats else EXIT_INTEGRITY)
+
+
+@command("metrics", "-m model --to tensorboard my-board")
+@model_option
+@click.option(
+    "--to",
+    "target",
+    type=(click.Choice(["tensorboard", "mlflow"]), str),
+    metavar="TOOL PLACE",
+    help="Send the curves to a tool: `tensorboard DIRECTORY`, or `mlflow URI`.",
+)
+@click.option("--run", "named", multiple=True, help="Only this run. Repeatable.")
+def metrics(directory: Path, target: tuple[str, str] | None, named: tuple[str, ...]) -> Result:
+    """Show what each run measured. --to sends it to TensorBoard or MLflow."""
+    from sisa.flows.wiring.wiring import METRICS
+    from sisa.store.metrics import FileMetrics
+
+    with opened(directory):
+        held = FileMetrics(directory / METRICS)
+    runs = {run: held.read(run) for run in named or held.runs()}
+    found = [{"run": run, **summary(lines)} for run, lines in runs.items()]
+    shown = [_run_row(each) for each in found] or ["nothing was measured yet"]
+    if target is not None:
+        tool, place = target
+        curves = {run: points(lines) for run, lines in runs.items()}
+        if tool == "tensorboard":
+            to_tensorboard(Path(place), curves)
+        else:
+            to_mlflow(place, directory.resolve().parent.name or "sisa", curves)
+        shown.append(f"{len(runs)} runs are in {tool}, {place}")
+    return Result({"runs": found, "passed_on": list(target) if target else None}, shown)
+
+
+def _run_row(of: dict[str, Any]) -> str:
+    speed = "" if of["tokens_per_second"] is None else f", {of['tokens_per_second']:.0f} tok/s a worker"
+    loss = "" if of["last_loss"] is None else f", last loss {of['last_loss']:.4f}"
+    deletions = f", {counted(of['deletions'], 'deletion')}" * bool(of["deletions"])
+    failed = f", {counted(of['erasure_failures'], 'erasure')} FAILED" * bool(of["erasure_failures"])
+    done = f"{counted(of['slices_trained'], 'slice')}, {counted(of['tokens'], 'token')}"
+    return f"{of['run']}: {done}{speed}{loss}{deletions}{failed}"

@@ -302,7 +302,6 @@ OTHER: dict[str, Any] = {
     "cluster.max_retries": 7,
     "cluster.stall_limit_s": 7.0,
     "cluster.num_gpus": 0.5,
-        if key.startswith(("cluster.", "identifiers.", "limits.", "service.", "signing."))
     "signing.keys": "other",
     "signing.signer": "ssh-agent:",
     "signing.sweep": False,
@@ -351,7 +350,8 @@ def test_each_key_has_one_effect() -> None:
         effects.setdefault(found.effect, set()).add(key)
     where = {"base_model", "sisa.shards", "sisa.slices", "sisa.bands", "sisa.group_by"}
     where |= {"sisa.partition_key_file"}
-    blocks = {key for key in OTHER if key.startswith(("cluster.", "limits.", "service.", "signing."))}
+    named = ("cluster.", "identifiers.", "limits.", "service.", "signing.")
+    blocks = {key for key in OTHER if key.startswith(named)}
     none = {"output_dir", "datasets", "storage", "ledger", "witness", "keyring", "probe", "patch_mode"}
     none |= {"prefix_cache_bytes", "sisa.aggregation", "sisa.checkpoint_budget_bytes"}
     assert effects["none"] == blocks | none
