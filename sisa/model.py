@@ -346,14 +346,16 @@ class Model:
                 context.report(seen)
             return seen
 
-    def drop_import(self, file: Path | str, *, approver: str | None = None) -> drop.Imported:
+    def drop_import(
+        self, file: Path | str, *, approver: str | None = None, submitter: str = ""
+    ) -> drop.Imported:
         """Import a download of California's DROP, and submit a request for each consumer it matches.
 
         With `approver`, new requests are approved at once. Raise InvalidInput with every problem.
         """
         download = read_download(Path(file), self.config.limits)
         with self._writing() as context:
-            return drop.import_lists(context, download, approver)
+            return drop.import_lists(context, download, approver, submitter)
 
     def drop_report(
         self, directory: Path | str, *, opted_out: bool = False, suffix: str = ""

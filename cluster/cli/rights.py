@@ -20,11 +20,12 @@ drop = command_group("drop", "California's DROP: import deletion lists, report s
 @command("import", "-m model 20260812_4821_DROP.zip", group=drop)
 @model_option
 @click.argument("file", metavar="ZIP", type=PATH)
+@click.option("--submitter", default="", show_default=False, help="Who submits them, for four eyes.")
 @click.option("--approver", help="Approve the new requests at once, in this name.")
-def drop_import(directory: Path, file: Path, approver: str | None) -> Result:
+def drop_import(directory: Path, file: Path, submitter: str, approver: str | None) -> Result:
     """Import a download of DROP; submit a request for each consumer whom it matches."""
     with opened(directory) as model:
-        return imported(model.drop_import(file, approver=approver), directory)
+        return imported(model.drop_import(file, approver=approver, submitter=submitter), directory)
 
 
 @command("report", "-m model -o responses", group=drop)

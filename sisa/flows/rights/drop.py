@@ -131,7 +131,9 @@ class Reported:
     open: int  # work items that have no status yet
 
 
-def import_lists(context: Context, download: Download, approver: str | None = None) -> Imported:
+def import_lists(
+    context: Context, download: Download, approver: str | None = None, submitter: str = ""
+) -> Imported:
     """Take in a download, match all open work items, and submit requests, in one commit.
 
     The same download again changes nothing. Raise InvalidInput with every contradiction to what was
@@ -147,7 +149,8 @@ def import_lists(context: Context, download: Download, approver: str | None = No
     cancelled = _cancelled(items.values(), withdrawn, requests)
     requests |= {each.request_id: each for each in cancelled}
     matched = _match(context, items.values(), requests)
-    arrivals, joined = _requests(context, matched, requests, download.day, approver)
+    asked = Terms(reason=REASON, regime="delete-act", approver=approver, submitter=submitter)
+    arrivals, joined = _requests(context, matched, requests, download.day, asked)
     for item, consumers in matched.items():
         request = joined.get(item, items[item].request_id)
         items[item] = replace(items[item], num_consumers=len(consumers), request_id=request)
@@ -263,7 +266,7 @@ def _requests(
     matched: Mapping[str, Sequence[Sequence[RecordRow]]],
     requests: Mapping[str, Request],
     downloaded: date,
-    approver: str | None,
+    asked: Terms,
 ) -> tuple[list[Arrival], dict[str, str]]:
     """Return a new request for each consumer without an open one, and the request of each work item."""
     named = {
@@ -282,8 +285,7 @@ def _requests(
         if whose not in named:
             again = next(n for n in range(1, len(used) + 2) if _external_id(item, n) not in used)
             name = _external_id(item, again)
-            terms = Terms(external_id=name, reason=REASON, regime="delete-act", approver=approver)
-            new = arrive(context, rows, (), terms)
+            new = arrive(context, rows, (), replace(asked, external_id=name))
             arrivals.append(replace(new, request=replace(new.request, due=due)))
             named[whose] = new.request.request_id
             used.add(name)

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import cli, metrics
+from cluster.cli import cli, maintenance
 from cluster.observe.curves import Curves, points, summary
 from sisa.flows.wiring import wiring
 from sisa.store.metrics import KEPT, FileMetrics, without
 from tests.models import confessing as care_model
 from tests.unit.store.test_metrics import EVENTS, RUN, kept
 
-assert metrics  # registers its command
 LINES = [kept(event) for event in EVENTS if isinstance(event, KEPT)]
 
 
@@ -84,7 +83,7 @@ def test_runs_are_passed_on(
         asked.append((uri, experiment))
         taken.update({run: len(found) for run, found in curves.items()})
 
-    monkeypatch.setattr(metrics, "to_mlflow", to_fake)
+    monkeypatch.setattr(maintenance, "to_mlflow", to_fake)
     assert cli.run(["metrics", "-m", str(model), "--to", "mlflow", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed_on"] == ["mlflow", str(tmp_path)]
     assert (taken, asked) == ({RUN: 13}, [(str(tmp_path), model.parent.name)])
