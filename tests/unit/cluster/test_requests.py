@@ -54,7 +54,7 @@ REQUEST_KEYS |= {
     "exports_erased",
 }
 REQUEST_KEYS |= {"probed", "seconds", "model_digest_before", "model_digest_after"}
-REQUEST_KEYS |= {"consent", "vaulted"}
+REQUEST_KEYS |= {"consent", "vaulted", "submitter"}
 
 
 def record(number: int) -> Record:

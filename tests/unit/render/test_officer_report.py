@@ -46,6 +46,7 @@ def request(name: str, words: str = "as given", **values: Any) -> RequestView:
     given: dict[str, Any] = {
         "external_id": words,
         "reason": words,
+        "submitter": words,
         "approver": words,
         "extension": words,
     }
