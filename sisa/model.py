@@ -61,6 +61,7 @@ from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
 from sisa.flows.reconcile import finish_written, held_prompts, reconcile, stale_exports, under_way
 from sisa.flows.rights import drop
+from sisa.flows.rights.access import held_of, recipients_of
 from sisa.flows.rights.restriction import Restriction, lift, restrict
 from sisa.flows.scratch import guard
 from sisa.flows.wiring import wiring
@@ -379,18 +380,40 @@ class Model:
         with self._context() as context, context.stores.ledger.snapshot():
             return drop.details(context, show_ids=show_ids)
 
+    @asked_again
+    def access(self, ids: Sequence[str] = (), *, subject: str | None = None) -> dict[str, Any]:
+        """Return what is held of a person as JSON values (`rights/access.schema.json`)."""
+        with self._context() as context, context.stores.ledger.snapshot():
+            return held_of(context, self.config, *_named(context, ids, subject), subject)
+
+    @asked_again
+    def recipients(self, ids: Sequence[str] = (), *, subject: str | None = None) -> dict[str, Any]:
+        """Return which exports hold what a person's records touched, as `access` does."""
+        with self._context() as context, context.stores.ledger.snapshot():
+            return recipients_of(context, *_named(context, ids, subject), subject)
+
     def restrict(self, subject: str) -> Restriction:
         """Store a subject's records, and serve none of them, until `release`. Raise UnknownRecord.
 
         No shard serves a checkpoint that saw one; nothing is erased or trained.
         """
         with self._deciding(whole=True) as context:
-            return restrict(context, subject)
+            found = restrict(context, subject)
+        self._complete()
+        return found
 
     def release(self, subject: str) -> Restriction:
         """End a restriction: the same is served as before it. Raise ConfigConflict without one."""
         with self._deciding(whole=True) as context:
-            return lift(context, subject)
+            found = lift(context, subject)
+        self._complete()
+        return found
+
+    def _complete(self) -> None:
+        """Let hooks state what was decided; if another process writes, it does that in the end."""
+        with contextlib.suppress(Busy), self._writing() as context:
+            for hook in context.hooks:
+                hook.complete(context)
 
     def run(self) -> tuple[Request, ...]:
         """Carry out all approved requests as one batch, and finish deferred or interrupted ones.

@@ -27,7 +27,7 @@ from cluster.cli.command import (
     read_public_keys,
     record_argument,
 )
-from cluster.render.render import Result, counted
+from cluster.render.render import Result, counted, rectified
 
 if TYPE_CHECKING:
     from sisa.evidence.hook import Logged
@@ -292,17 +292,4 @@ def _deletion_words(stated: Mapping[str, Any]) -> Iterator[str]:
 def rectify(directory: Path, file: Path, executor: ExecutorChoice) -> Result:
     """Replace held records by new versions of the same ids, exactly. One certificate states both."""
     with opened(directory, executor) as model:
-        done = model.rectify(file)
-    taken, request = done.taken, done.request
-    lines = [f"replaced {counted(taken.added, 'record')}, {taken.already_held} unchanged"]
-    lines += [f"  request {request.request_id}: {request.state}"] if request else []
-    lines.append(f"  trained {counted(taken.slices_trained, 'slice')}; model {taken.model_digest[:16]}")
-    body = {
-        "request_id": request and request.request_id,
-        "replaced": taken.added,
-        "unchanged": taken.already_held,
-        "slices_trained": taken.slices_trained,
-        "record_epochs_trained": taken.record_epochs_trained,
-        "model_digest": taken.model_digest,
-    }
-    return Result(body, lines)
+        return rectified(model.rectify(file))

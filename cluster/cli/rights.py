@@ -1,18 +1,155 @@
-"""Carry out rights other than erasure, and requests that a regulator passes on: `sisa drop ...`."""
+"""Carry out rights other than erasure, and what a regulator passes on: `sisa access`, `sisa recipients`,
+`sisa restrict`, `sisa release` and `sisa drop ...`.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli.command import PATH, command, command_group, model_option, opened
-from cluster.render.render import Result, counted
+from cluster.cli.command import (
+    PATH,
+    STANDARD_INPUT,
+    command,
+    command_group,
+    ids_options,
+    model_option,
+    opened,
+    option_or_file,
+)
+from cluster.observe.reporting import say
+from cluster.render.render import Result, counted, restricted
+from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from sisa.evidence.attestations import Right
     from sisa.flows.rights.drop import Details, Imported, Reported, Standing
+    from sisa.model import Model
+
+STANDARD_OUTPUT = STANDARD_INPUT  # `-`
+subject_option = option_or_file("--subject", help="Whose records.")
+whose_option = option_or_file("--subject", required=True, help="Whose records.")
+
+
+@command("access", "-m model --subject p001 -o p001.json")
+@model_option
+@ids_options
+@subject_option
+@click.option(
+    "-o", "--output", "target", required=True, type=PATH, help="New file; `-`: standard output."
+)
+def write_access(directory: Path, ids: list[str], subject: str | None, target: Path) -> Result:
+    """Write all that is held of a person to a JSON file, for them to read and take along."""
+    if target != STANDARD_OUTPUT and os.path.lexists(target):
+        raise _exists(target)
+    with opened(directory) as model:
+        found = model.access(_asked(ids, subject), subject=subject)
+        missing = [name for name, each in found["processing"]["controller"].items() if each is None]
+        if missing:
+            keys = ", ".join(f"privacy.{name}" for name in missing)
+            say(f"null, since the run file does not say it: {keys}")
+        if target == STANDARD_OUTPUT:
+            return _told(model, "access", found, ids or [str(subject)])
+        from sisa.flows.rights.access import as_file
+
+        data = as_file(found)
+        _write_new(target, data)
+        entry, not_logged = _stated(model, "access", data, ids or [str(subject)])
+    counts = {name: len(found[name]) for name in ("records", "deleted", "requests", "recipients")}
+    said = ", ".join(f"{name}: {count}" for name, count in counts.items())
+    body = {"file": str(target), "num_bytes": len(data), **counts, "missing": missing}
+    lines = [f"wrote {target} ({said}); it is personal data: hand it to that person alone"]
+    return Result(
+        body | {"entry": entry, "not_logged": not_logged}, [*lines, _logged(entry, not_logged)]
+    )
+
+
+@command("recipients", "-m model --subject p001")
+@model_option
+@ids_options
+@subject_option
+def list_recipients(directory: Path, ids: list[str], subject: str | None) -> Result:
+    """List the exports that hold what a person's records touched."""
+    with opened(directory) as model:
+        found = model.recipients(_asked(ids, subject), subject=subject)
+        return _told(model, "recipients", found, ids or [str(subject)])
+
+
+@command("restrict", "-m model --subject p001")
+@model_option
+@whose_option
+def restrict_person(directory: Path, subject: str) -> Result:
+    """Store a person's records and serve none of them, until released; nothing is retrained."""
+    with opened(directory) as model:
+        found, told = model.restrict(subject), model.recipients(subject=subject)["recipients"]
+    return restricted(found, told)
+
+
+@command("release", "-m model --subject p001")
+@model_option
+@whose_option
+def release_person(directory: Path, subject: str) -> Result:
+    """End the restriction of a person's records: they are served as before."""
+    with opened(directory) as model:
+        found = model.release(subject)
+    return restricted(found)
+
+
+def _asked(ids: list[str], subject: str | None) -> list[str]:
+    if bool(ids) == (subject is not None):
+        raise click.UsageError("give IDs (or --ids-file), or --subject")
+    return ids
+
+
+def _told(model: Model, right: Right, found: dict[str, Any], named: Sequence[str]) -> Result:
+    """Return what is told on standard output: with `--json`, the bytes whose sha256 is stated."""
+    from sisa.flows.rights.access import as_file
+
+    data = as_file(found)
+    say(_logged(*_stated(model, right, data, named)))
+    if right == "access":
+        return Result(found, [data.decode().rstrip("\n")])
+    lines = [f"{each['path']}: {each['standing']}{', STALE' * each['stale']}" for each in found[right]]
+    return Result(found, lines or ["nothing was exported that these records touched"])
+
+
+def _stated(model: Model, right: Right, data: bytes, named: Sequence[str]) -> tuple[int | None, str]:
+    from sisa.evidence.attestations import handed_out
+
+    done = handed_out(model, right, data, named)
+    return done.entry, done.not_logged
+
+
+def _logged(entry: int | None, why: str) -> str:
+    return f"not logged: {why}" if entry is None else f"logged: entry {entry}"
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Write a file for its owner alone. Raise InvalidInput if there is one, EnvironmentFault."""
+    from sisa.store.blobs.files import FILE_MODE, disk_errors
+
+    try:
+        with disk_errors(path):
+            try:
+                handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
+            except FileExistsError:
+                raise _exists(path) from None
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+    except BaseException as error:
+        if not isinstance(error, InvalidInput):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _exists(path: Path) -> InvalidInput:
+    return InvalidInput("there is a file already", where=str(path), next_step="name a new file")
+
 
 drop = command_group("drop", "California's DROP: import deletion lists, report statuses.")
 

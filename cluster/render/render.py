@@ -9,7 +9,7 @@ The JSON keys are a contract (README, "The JSON contract"): keys are added, neve
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from sisa.evidence.attestations import Stated
     from sisa.flows.ask import Answer
     from sisa.flows.deletion import Forgetting
-    from sisa.flows.ingest import Taken
+    from sisa.flows.ingest import Rectified, Taken
     from sisa.flows.query import Candidate, Location
     from sisa.flows.reconcile import HeldPrompts
+    from sisa.flows.rights.restriction import Restriction
     from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 
 EXIT_INTEGRITY = 4
@@ -147,6 +148,38 @@ def found(hits: Sequence[Candidate]) -> Result:
         rows.append(f"{h.score:8.4f}  shard {h.shard}  slice {h.slice}  {h.match:8}{h.id}  ({of})")
         rows += [f"          {h.text}"] if h.text is not None else []
     return Result({"hits": [asdict(each) for each in hits]}, rows or ["no record matches"])
+
+
+def rectified(found: Rectified) -> Result:
+    taken, request = found.taken, found.request
+    lines = [f"replaced {counted(taken.added, 'record')}, {taken.already_held} unchanged"]
+    lines += [f"  request {request.request_id}: {request.state}"] if request else []
+    lines.append(f"  trained {counted(taken.slices_trained, 'slice')}; model {taken.model_digest[:16]}")
+    body = {
+        "request_id": request and request.request_id,
+        "replaced": taken.added,
+        "unchanged": taken.already_held,
+        "slices_trained": taken.slices_trained,
+        "record_epochs_trained": taken.record_epochs_trained,
+        "model_digest": taken.model_digest,
+    }
+    return Result(body, lines)
+
+
+def restricted(found: Restriction, told: Sequence[Mapping[str, Any]] = ()) -> Result:
+    """Render a restriction or its end, and whom to tell of it: exports that were made before."""
+    records = counted(found.num_records, "record")
+    lines = [f"restricted since {found.since}: {records}" if found.since else f"released: {records}"]
+    lines += [f"  shard {shard} serves {depth} of {of} slices" for shard, depth, of in found.served]
+    lines += [f"  exported before, so tell whoever uses it: {each['path']}" for each in told]
+    body = {
+        "since": found.since,
+        "changed": found.changed,
+        "records": found.num_records,
+        "served": [list(each) for each in found.served],
+        "recipients": list(told),
+    }
+    return Result(body, lines)
 
 
 def meanwhile(of: Request | Forgetting) -> list[str]:

@@ -49,6 +49,7 @@ ROUTERS: tuple[str, ...] = (  # in the order of the document
     "cluster.serve.answers_api:answers_router",
     "cluster.serve.console:console_router",
     "cluster.serve.metrics:metrics_router",
+    "cluster.serve.rights_api:rights_router",
 )
 MEASURED = "cluster.serve.metrics:measured"  # by name, too: it imports from here
 OPENAI = "/v1/"  # paths below speak OpenAI's dialect

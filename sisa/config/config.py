@@ -433,6 +433,18 @@ class SigningBlock(Block):
     )
 
 
+class PrivacyBlock(Block):
+    """What a controller tells people about their data (GDPR Art. 15); `sisa access` hands it on."""
+
+    contact: Name | None = key(None, "none", "Who is responsible, and how to reach them.")
+    purposes: Name | None = key(None, "none", "What the records are used for, and on what ground.")
+    categories: Name | None = key(None, "none", "Which kinds of personal data the records hold.")
+    source: Name | None = key(None, "none", "Where the records come from.")
+    retention: Name | None = key(None, "none", "How long records are kept, or what decides it.")
+    disclosed_to: Name | None = key(None, "none", "Who receives answers or adapters, and where.")
+    decisions: Name | None = key(None, "none", "Whether answers decide about people, and how.")
+
+
 class ClusterBlock(Block):
     """Where training runs, and what a worker takes of a node; it does not affect the bits."""
 
@@ -583,6 +595,7 @@ class RunConfig(Block):
     cluster: ClusterBlock = field(ClusterBlock(), "Where training runs; does not affect the bits.")
     identifiers: Identifiers = field(Identifiers(), "Columns that identify persons on DROP's lists.")
     signing: SigningBlock = field(SigningBlock(), "Keys that sign certificates of deletions.")
+    privacy: PrivacyBlock = field(PrivacyBlock(), "What people who ask for their data are told.")
     service: ServiceBlock = field(ServiceBlock(), "How the model is served over HTTP.")
     limits: SourceLimits = field(SourceLimits(), "Limits on the size of one source.")
 

@@ -2,6 +2,7 @@
 
     replayed       verify a model; the result is stated as test-result v0.1
     swept          scan a model for traces; the result is stated as test-result v0.1
+    handed_out     that a person was given what is held of them, or its recipients
     provenance     how the served adapters were trained, as SLSA Provenance v1
 
 `test-result` and not `svr`, which can't say that something failed. Subjects are the adapters that are
@@ -14,19 +15,28 @@ changes nothing of the check itself.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sisa.audit.residue import Scan, sweep_model
 from sisa.audit.verify import EMPTY, NOT_REQUESTED, Replay, Verification
-from sisa.core.digest import digest_of
+from sisa.core.digest import Keyed, digest_of, sha256_hex
 from sisa.core.domain import HeldCheckpoint, WitnessHead, active
 from sisa.core.errors import SisaError
-from sisa.evidence.certificate import PROVENANCE, SHARD_TRAINING, Results, Served, decimal, subject_of
+from sisa.evidence.certificate import (
+    PROVENANCE,
+    SHARD_TRAINING,
+    Results,
+    Served,
+    access,
+    decimal,
+    subject_of,
+)
 from sisa.evidence.hook import Logged, about, open_hook, served_by
 from sisa.evidence.keys import keys_of, open_log
 from sisa.evidence.log import statement_in
@@ -37,6 +47,7 @@ from sisa.model import Model
 from sisa.verifier.certificate import CHAINED, TEST_RESULT, URN
 from sisa.verifier.envelope import Refused
 
+Right = Literal["access", "recipients"]
 NO_KEYS = "the model has no keys: `sisa keys init` makes them"
 CHANGED = "the model changed meanwhile: run the command again"
 
@@ -145,6 +156,28 @@ def served_subject(context: Context) -> list[dict[str, Any]]:
     """Return what the model serves now, as statements name it."""
     ledger = context.stores.ledger
     return subject_of(served_by(ledger), active(ledger.patches()), context.settings.base)
+
+
+def handed_out(model: Model, right: Right, data: bytes, named: Iterable[str]) -> Stated:
+    """State that a file was given to a person, who is named by their subject or by ids.
+
+    The statement has the sha256 of the file and numbers. If another process writes, it is made when that
+    has ended.
+    """
+    if not has_evidence(model.directory, model.config, model.id):
+        return Stated(not_logged=NO_KEYS)
+    hook = open_hook(model.directory, model.config, model.id)
+    sha256, found = sha256_hex(data), json.loads(data)
+    counts = {f"num_{name}": len(found.get(name, ())) for name in ("records", "deleted", "recipients")}
+    said = access(Keyed(model.secret), right, named, found["made_at"], counts)
+    try:
+        hook.evidence.put_given(sha256, said)
+        with model._writing() as context:
+            made = hook.issue(context)
+    except (SisaError, Refused) as error:
+        return Stated(not_logged=f"pending ({error.what})")
+    entry = next((each.sequence for each in made if each.about == sha256), None)
+    return Stated(entry, right, "" if entry is not None else "it is stated already")
 
 
 def provenance(model: Model) -> list[Logged]:

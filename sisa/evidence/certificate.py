@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sisa.audit.residue import Searched
-from sisa.core.digest import Keyed
+from sisa.core.digest import Keyed, digest_of
 from sisa.core.domain import (
     Export,
     HeldCheckpoint,
@@ -33,6 +33,7 @@ from sisa.core.domain import (
     Request,
     RequestEvent,
     RequestState,
+    Restrictions,
     SliceFile,
 )
 from sisa.planning.plan import tainted_checkpoints
@@ -51,6 +52,7 @@ from sisa.verifier.merkle import leaf_hash, root
 
 PROVENANCE = "https://slsa.dev/provenance/v1"
 SHARD_TRAINING = f"{URN}shard-training:v1"
+ACCESS, RESTRICTION = f"{URN}access:v1", f"{URN}restriction:v1"
 NOT_RUN = "not run"
 OF_RECORDS = ("index row", "ledger row", "tombstone")  # one for each record
 MAX_LISTED = 1_000  # of these that a certificate lists; of more, the root over them
@@ -407,6 +409,56 @@ def _probe(found: Probed | None) -> dict[str, Any]:
         name: decimal(each) if isinstance(each, float) else each for name, each in asdict(found).items()
     }
     return {"result": "failed" if found.failure else "approximate", **numbers}
+
+
+def restriction(
+    keyed: Keyed,
+    found: Restrictions,
+    counts: Mapping[str | None, int],
+    heads: Sequence[Served],
+    served: Sequence[Served],
+) -> dict[str, Any]:
+    """Return what a statement says of restrictions: numbers, times and keyed digests."""
+    now = {each.shard: each for each in served}
+    return {
+        "number": found.number,
+        "in_force": [
+            {
+                "person": keyed.digest("restriction", each, since),
+                "since": since,
+                "num_records": counts.get(each, 0),
+            }
+            for each, since in sorted(found.since.items(), key=lambda pair: (pair[1], pair[0]))
+        ],
+        "held_back": [
+            {
+                "shard": each.shard,
+                "head": each.sha256,
+                "served": now[each.shard].sha256 if each.shard in now else "",
+            }
+            for each in heads
+            if now.get(each.shard) != each
+        ],
+    }
+
+
+def restricted(said: Mapping[str, Any]) -> str:
+    """Return the digest of what a statement says of restrictions, whenever it was signed."""
+    return digest_of([said["number"], said["in_force"], said["held_back"]])
+
+
+def access(
+    keyed: Keyed, right: str, names: Iterable[str], at: str, counts: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return what a statement says of a file for a person, who is named by records or subject."""
+    return {"right": right, "at": at, "person": keyed.digest("access", at, *sorted(names)), **counts}
+
+
+def right_statement(
+    kind: str, predicate: Mapping[str, Any], subject: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return a statement about the right of a person other than erasure."""
+    return _statement(subject, kind, predicate)
 
 
 def approx_report(patch: Patch, model: str, issued_at: str, sequence: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ failure never stops a deletion; it is reported, and the certificate is pending.
 
     drafts        what can't be named any more, by request, until its certificate is logged
     commitments   sorted commitments to a request's records, from which receipts are made
+    given         what was told to a person, and is to be stated: the sha256 of the file, and numbers
     signed        the statement that is signed and not yet logged
     logged        what the log's statements are about: a copy, made again from the log if it is lost
     adapters      those that were held and are not revoked: which slices, as of which commit
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +36,7 @@ from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import (
     ANY_SHARD,
     Export,
+    Head,
     HeldCheckpoint,
     Record,
     RecordRow,
@@ -45,7 +48,17 @@ from sisa.core.errors import IntegrityError, SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Contribution, Ledger, Removal
 from sisa.evidence import certificate
-from sisa.evidence.certificate import NOT_RUN, Draft, Held, Outcome, Served, State, erased_name
+from sisa.evidence.certificate import (
+    ACCESS,
+    NOT_RUN,
+    RESTRICTION,
+    Draft,
+    Held,
+    Outcome,
+    Served,
+    State,
+    erased_name,
+)
 from sisa.evidence.database import transaction
 from sisa.evidence.keys import Keys, open_keys, open_log
 from sisa.evidence.log import Log, origin, statement_in
@@ -57,6 +70,9 @@ from sisa.flows.wiring.context import (
     areas,
     known_by_area,
     purge,
+    restricted_rows,
+    restrictions,
+    served_heads,
     slices_of,
     stored_in,
     trained_over,
@@ -73,6 +89,7 @@ from sisa.verifier.envelope import Refused
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS drafts (request TEXT PRIMARY KEY, draft TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS commitments (request TEXT PRIMARY KEY, hashes BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS given (sha256 TEXT PRIMARY KEY, predicate TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS signed (sequence INTEGER, kind TEXT, envelope BLOB) STRICT;
 CREATE TABLE IF NOT EXISTS logged (
     sequence INTEGER PRIMARY KEY, kind TEXT NOT NULL, sha256 TEXT NOT NULL, about TEXT NOT NULL,
@@ -97,10 +114,10 @@ class Logged:
     sequence: int
     kind: str
     sha256: str
-    about: str = ""  # request id, or the patch's key
+    about: str = ""  # request id, the patch's key, or the sha256 of a file that was handed out
     before: str = ""
     after: str = ""
-    subject: str = ""  # digest of what was served
+    subject: str = ""  # digest of what was served; of a restriction, of what it says
 
 
 class Evidence:
@@ -192,6 +209,18 @@ class Evidence:
         with self._tables() as db:
             db.executemany("DELETE FROM adapters WHERE sha256 = ?", [(each,) for each in revoked])
 
+    def put_given(self, sha256: str, predicate: Mapping[str, Any]) -> None:
+        """Note a file that was handed to a person; it is stated with what is issued next."""
+        with self._tables() as db:
+            text = canonical_json(dict(predicate)).decode()
+            db.execute("INSERT OR REPLACE INTO given VALUES (?, ?)", (sha256, text))
+
+    def given(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the files that were handed out and are not stated yet, with what is to be stated."""
+        with self._tables() as db:
+            rows = db.execute("SELECT sha256, predicate FROM given ORDER BY rowid").fetchall()
+        return [(sha256, json.loads(text)) for sha256, text in rows]
+
     def sign(self, sequence: int, kind: str, envelope: bytes) -> None:
         """Note a signed statement that is to be logged as this entry."""
         with self._tables() as db:
@@ -209,6 +238,7 @@ class Evidence:
         with self._tables() as db:
             values = tuple(asdict(found).values())
             db.execute("INSERT OR REPLACE INTO logged VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+            db.execute("DELETE FROM given WHERE sha256 = ?", (found.about,))
             db.execute("DELETE FROM signed WHERE sequence <= ?", (found.sequence,))
 
     def logged(self, log: Log) -> list[Logged]:
@@ -302,7 +332,10 @@ class EvidenceHook:
         log = open_log(keys, context.stores.blobs[LOG])
         why = LATER if self.config.signing.sweep else NOT_WANTED
         issuing = _Issuing(context, self.evidence, keys, log, self.directory, self.named, why)
-        steps = (issuing.recover, issuing.certificates, issuing.state, issuing.patches)
+        steps = (
+            *(issuing.recover, issuing.certificates, issuing.state, issuing.patches),
+            *(issuing.restrictions, issuing.given),
+        )
         return [made for step in steps for made in step()]
 
     def pending(self, requests: Sequence[Request]) -> list[str]:
@@ -377,13 +410,17 @@ def _revoked(context: Context, rows: Sequence[RecordRow], exports: Sequence[Expo
 def about(sequence: int, kind: str, envelope: bytes) -> Logged:
     """Return what a logged statement is about; others than the hook's are not parsed."""
     found = Logged(sequence, kind, sha256_hex(envelope))
-    if kind not in (*CHAINED, APPROX_REPORT):
+    if kind not in (*CHAINED, APPROX_REPORT, ACCESS, RESTRICTION):
         return found
     try:
         statement = statement_in(envelope)
         predicate = statement["predicate"]
         if kind == APPROX_REPORT:
             return replace(found, about=predicate["patch"]["key"])
+        if kind == ACCESS:
+            return replace(found, about=statement["subject"][0]["digest"]["sha256"])
+        if kind == RESTRICTION:
+            return replace(found, subject=certificate.restricted(predicate))
         roots, served = predicate["membership"], digest_of(statement["subject"])
         name = predicate["request"]["id"] if kind in CERTIFICATES else ""
         return replace(found, about=name, before=roots["before"], after=roots["after"], subject=served)
@@ -503,6 +540,37 @@ class _Issuing:
             if each.key not in stated
         ]
 
+    def restrictions(self) -> list[Logged]:
+        """State whose processing is restricted and what is served, unless the log says the same."""
+        ledger = self.context.stores.ledger
+        known, rows = restrictions(ledger), restricted_rows(ledger)
+        if not known.number:
+            return []
+        counts = Counter(row.subject_digest for row in rows)
+        keyed, served = self.context.settings.chain.keyed, served_by(ledger, served_heads(ledger))
+        said = certificate.restriction(keyed, known, counts, served_by(ledger), served)
+        stated = [each.subject for each in self.logged if each.kind == RESTRICTION]
+        if stated[-1:] == [certificate.restricted(said)]:
+            return []
+        subject = certificate.subject_of(served, active(ledger.patches()), self.context.settings.base)
+        return [self._issue(certificate.right_statement(RESTRICTION, self._signed_now(said), subject))]
+
+    def given(self) -> list[Logged]:
+        """State the files that were handed to people, each once."""
+        return [
+            self._issue(
+                certificate.right_statement(
+                    ACCESS,
+                    self._signed_now(said),
+                    [{"name": "file", "digest": {"sha256": sha256}}],
+                )
+            )
+            for sha256, said in self.evidence.given()
+        ]
+
+    def _signed_now(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        return {"model": self.keys.model, "issued_at": self.context.now(), **said}
+
     def _state(self) -> State:
         """Return what the model holds and serves, as the next entry of the log would say it."""
         last = _last(self.logged)
@@ -518,12 +586,12 @@ class _Issuing:
         )
 
 
-def served_by(ledger: Ledger) -> list[Served]:
-    """Return the adapter that each shard serves."""
+def served_by(ledger: Ledger, heads: Sequence[Head] | None = None) -> list[Served]:
+    """Return the adapters of some heads, or of all heads."""
     held = {each.key: each for each in ledger.checkpoints()}
     return [
         Served(each.shard, found.adapter_sha256, found.key, found.fingerprint, each.depth)
-        for each in ledger.heads()
+        for each in (ledger.heads() if heads is None else heads)
         if each.key is not None and (found := held[each.key])
     ]
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -173,13 +174,15 @@ def test_a_restored_backup_does_not_serve_what_was_restricted_since(
     model = Restricted(replace(history, steps=()))
     for right in before:
         model.change(right)
-    backup = copy.deepcopy([vars(each) for each in stores_of(model.fake)])
+    backup = copy.deepcopy(held_in(model.fake))
     for right in since:
         model.change(right)
     if deleted_too and model.remaining:
         model.step("forget", (min(model.remaining),))
-    for store, held in zip(stores_of(model.fake), backup, strict=True):
-        vars(store).update(held)
+    model.fake.ledger.tables = backup[0]
+    for files, held in zip(held_in(model.fake)[1:], backup[1:], strict=True):
+        files.clear()
+        files.update(held)
     changed = restrictions(model.fake.ledger).number < model.fake.witness.told.restrictions.number
     assert is_behind(model.fake.context) >= changed
     catch_up(model.fake.context)
@@ -190,8 +193,8 @@ def test_a_restored_backup_does_not_serve_what_was_restricted_since(
     model.check_no_residue()
 
 
-def stores_of(fake: FakeModel) -> list[object]:
-    return [fake.ledger, fake.records, fake.checkpoints, fake.index]
+def held_in(fake: FakeModel) -> list[Any]:
+    return [fake.ledger.tables, fake.records.stored, fake.checkpoints.stored, fake.index.stored]
 
 
 def first(*numbers: int, orders: int = 1) -> Restricted:

@@ -44,7 +44,7 @@ class Restriction:
 def restrict(context: Context, subject_id: str) -> Restriction:
     """Restrict a subject's records; a restriction that is in force stays as it is.
 
-    Raise UnknownRecord if no record of the subject is held.
+    The caller keeps other commits out. Raise UnknownRecord if no record of the subject is held.
     """
     rows, _ = query.of_subject(context, subject_id)
     if not rows:
@@ -54,8 +54,8 @@ def restrict(context: Context, subject_id: str) -> Restriction:
         )
     subject, known = str(rows[0].subject_digest), restrictions(context.stores.ledger)
     if subject not in known.since:
-        change = restricting(known, {**known.since, subject: context.now()})
-        commit(context, Change(meta=change))
+        change = Change(meta=restricting(known, {**known.since, subject: context.now()}))
+        commit(context, change)
     return _restriction(context, subject, changed=subject not in known.since)
 
 

@@ -85,8 +85,9 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 
 COMMANDS = """
-add audit check-adapter doctor export find forget gc generate init metrics plan prove quickstart rebuild
-receipt rectify report run simulate status sweep train verify verify-certificate verify-proof where
+access add audit check-adapter doctor export find forget gc generate init metrics plan prove quickstart
+rebuild receipt recipients rectify release report restrict run simulate status sweep train verify
+verify-certificate verify-proof where
 approx: patches probe release revert show unlearn
 certificate: export issue list provenance show
 cluster: logs manifest status stop submit

@@ -436,7 +436,11 @@ def test_a_draft_survives_its_way_through_the_file(model: Certified) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["deletion", "approx_report", "revocations", "test_result", "provenance"]
+    "name",
+    [
+        *("deletion", "approx_report", "revocations", "test_result", "provenance"),
+        *("access", "restriction"),
+    ],
 )
 def test_the_readme_lists_every_field_as_the_schema_describes_it(name: str) -> None:
     def rows(node: Any, start: str = "") -> Iterator[str]:

@@ -1,0 +1,111 @@
+"""The rights of a person beside erasure, over HTTP: access, recipients, rectify, restrict and release.
+
+    POST /rights/access      {"subject": "p001"}       what is held of them, as a file
+    POST /rights/restrict    {"subject": "p001"}       stored and not served, until released
+
+People are named in bodies, never in addresses, which servers and proxies log. What is handed out is
+stated in the model's log by its sha256 if the model has keys; `Log-Entry` names the entry. Restrictions
+are stated in any case, at the latest by the next command that writes. A token for some shards gets what
+lies there; what changes the model needs one for all shards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Response
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cluster.render.render import rectified, restricted
+from cluster.serve.app import Service, service_of
+from cluster.serve.tokens import Caller, may
+from sisa.evidence.attestations import Right, handed_out
+from sisa.flows.rights.access import as_file
+from sisa.store.blobs.files import scratch
+
+MAX_IDS, MAX_RECORDS = 10_000, 10_000
+
+rights_router = APIRouter(prefix="/rights", tags=["rights"])
+Naming = Annotated[str, Field(min_length=1)]
+Open = Annotated[Service, Depends(service_of)]
+Decider = Annotated[Caller, Depends(may("decide"))]
+Collector = Annotated[Caller, Depends(may("access"))]
+
+
+class Subject(BaseModel):
+    """Whose records."""
+
+    model_config = ConfigDict(extra="forbid")
+    subject: Naming
+
+
+class Person(BaseModel):
+    """Whose records: a subject, or the ids of records that have none."""
+
+    model_config = ConfigDict(extra="forbid")
+    subject: Naming | None = None
+    ids: Annotated[list[Naming], Field(max_length=MAX_IDS)] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one(self) -> Person:
+        if bool(self.ids) == (self.subject is not None):
+            raise ValueError("give a subject or ids")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        return self.ids or [str(self.subject)]
+
+
+class Corrected(BaseModel):
+    """New versions of held records, with the columns of the run file's first source."""
+
+    model_config = ConfigDict(extra="forbid")
+    records: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_RECORDS)]
+
+
+@rights_router.post("/access")
+def hand_out_access(person: Person, service: Open, caller: Collector) -> Response:
+    """Return all that is held of a person, as a file (GDPR Art. 15 and 20)."""
+    found = caller.view(service.model).access(person.ids, subject=person.subject)
+    return _handed(service, "access", found, person.names)
+
+
+@rights_router.post("/recipients")
+def hand_out_recipients(person: Person, service: Open, caller: Collector) -> Response:
+    """Return the exports that hold what a person's records touched (Art. 19)."""
+    found = caller.view(service.model).recipients(person.ids, subject=person.subject)
+    return _handed(service, "recipients", found, person.names)
+
+
+@rights_router.post("/rectify")
+def rectify_records(given: Corrected, service: Open, caller: Decider) -> dict[str, Any]:
+    """Replace held records by new versions (Art. 16); return when what they touched is trained again."""
+    with scratch() as folder:
+        file = folder / "records.jsonl"
+        file.write_text("".join(f"{json.dumps(each)}\n" for each in given.records))
+        return rectified(caller.view(service.model).rectify(file)).json
+
+
+@rights_router.post("/restrict")
+def restrict_subject(named: Subject, service: Open, caller: Decider) -> dict[str, Any]:
+    """Store a person's records and serve none of them, until released (Art. 18)."""
+    model = caller.view(service.model)
+    found, told = model.restrict(named.subject), model.recipients(subject=named.subject)["recipients"]
+    return restricted(found, told).json
+
+
+@rights_router.post("/release")
+def release_subject(named: Subject, service: Open, caller: Decider) -> dict[str, Any]:
+    """End a restriction: the same is served as before it."""
+    return restricted(caller.view(service.model).release(named.subject)).json
+
+
+def _handed(service: Service, right: Right, found: dict[str, Any], names: Iterable[str]) -> Response:
+    data = as_file(found)
+    done = handed_out(service.model, right, data, names)
+    headers = {"Cache-Control": "no-store"}
+    headers |= {} if done.entry is None else {"Log-Entry": str(done.entry)}
+    return Response(data, media_type="application/json", headers=headers)

@@ -1,0 +1,181 @@
+"""Collect what is held of a person, for them to read and to take along (GDPR Art. 15 and 20).
+
+The result is one JSON object, described by `access.schema.json`. It holds every record of the person as
+`sisa add` reads it, where each lies and what it touched, what is left of deleted ones, the requests that
+named them, and who received what they touched. It holds nothing of anybody else: of requests and sets of
+texts that others share, only what concerns this person, and no word that staff wrote.
+
+What a controller must say and a program can't know comes from the run file's block `privacy`; what is
+missing there is null, to be filled in before the file is handed out. Records without the person's
+subject, and other people's records that mention them, are not found: look these up by content, and ask
+for them by their ids.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+from sisa.config.config import RunConfig
+from sisa.core.domain import GENERATION_COLUMN, Record, RecordRow, Tombstone, VaultSet
+from sisa.flows import query
+from sisa.flows.rights.recipients import recipients
+from sisa.flows.wiring.context import (
+    Context,
+    model_digest,
+    restrictions,
+    slices_of,
+    stored_in,
+)
+
+ACCESS_FILE = "deletion-ready-model/access/v1"
+RECIPIENTS_FILE = "deletion-ready-model/recipients/v1"
+USE = (
+    "Language models (LoRA adapters over a frozen base) are trained on the records and answer prompts; "
+    "an index of the records chooses the models that answer."
+)
+RIGHTS = (
+    "Art. 16: to have a record corrected",
+    "Art. 17: to have a record deleted, exactly, from the data and from the model",
+    "Art. 18: to have records stored and not used in answers",
+    "Art. 20: to take the records along: they are in this file",
+    "Art. 21: to object to the processing",
+    "Art. 77: to complain to a supervisory authority",
+)
+
+
+def held_of(
+    context: Context,
+    config: RunConfig,
+    rows: Sequence[RecordRow],
+    dead: Sequence[Tombstone],
+    subject: str | None = None,
+) -> dict[str, Any]:
+    """Return what is held of a person, given the rows of their held and deleted records."""
+    since = restrictions(context.stores.ledger).since
+    restricted = [since[subject] for row in rows if (subject := row.subject_digest or "") in since]
+    own = config.sisa
+    return {
+        **_begun(context, ACCESS_FILE, subject),
+        "restricted_since": min(restricted, default=None),
+        "model": {
+            "name": context.stores.ledger.meta().get("model", ""),
+            "digest": model_digest(context),
+            "base": config.base_name,
+            "base_digest": context.settings.base,
+            "program": f"deletion-ready-model {metadata.version('deletion-ready-model')}",
+        },
+        "processing": {
+            "controller": config.privacy.model_dump(mode="json"),
+            "use": USE,
+            "settings": {"shards": own.shards, "slices": own.slices, **config.training()},
+        },
+        "records": _records(context, rows),
+        "deleted": [_deleted(context, each) for each in dead],
+        "requests": _requests(context, rows, dead),
+        "recipients": [asdict(each) for each in recipients(context, rows, dead)],
+        "rights": list(RIGHTS),
+    }
+
+
+def recipients_of(
+    context: Context, rows: Sequence[RecordRow], dead: Sequence[Tombstone], subject: str | None = None
+) -> dict[str, Any]:
+    """Return who received what these records touched: the recipients of `held_of` alone."""
+    found = [asdict(each) for each in recipients(context, rows, dead)]
+    return {**_begun(context, RECIPIENTS_FILE, subject), "recipients": found}
+
+
+def _begun(context: Context, kind: str, subject: str | None) -> dict[str, Any]:
+    """Return how a file begins; by its salt, a published digest of it confirms no guess of the rest."""
+    salt = secrets.token_hex(32)
+    return {"type": kind, "salt": salt, "made_at": context.now(), "subject": subject}
+
+
+def as_file(found: dict[str, Any]) -> bytes:
+    """Return the bytes of an access file: JSON in ASCII, so that no reader changes a character."""
+    return json.dumps(found, indent=2).encode() + b"\n"
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """Return a record as a line of JSON that `sisa add` reads.
+
+    >>> from sisa.core.domain import Part
+    >>> row_of(Record("r1", None, "text", (Part("text", "Ada wrote."),)))
+    {'id': 'r1', 'text': 'Ada wrote.'}
+    """
+    body: dict[str, Any] = {each.role: each.text for each in record.parts}
+    if record.kind == "chat":
+        body = {"messages": [{"role": each.role, "content": each.text} for each in record.parts]}
+    placed = {"deletion_risk": record.deletion_risk, GENERATION_COLUMN: record.generation}
+    named = {"id": record.id, "subject_id": record.subject_id, **body, **placed}
+    return {name: each for name, each in named.items() if each is not None}
+
+
+def _records(context: Context, rows: Sequence[RecordRow]) -> list[dict[str, Any]]:
+    stored = {e.id_digest: e.record for e in stored_in(context, slices_of(context, rows), rows)}
+    held = [(stored[row.id_digest], row) for row in rows if row.id_digest in stored]
+    places = query.where(context, [record.id for record, _ in held])
+    return [
+        {
+            "data": row_of(record),
+            "num_tokens": row.num_tokens,
+            "shard": place.shard,
+            "slice": place.slice,
+            "state": place.state,
+            "checkpoints": [asdict(each) for each in place.checkpoints],
+            "num_cached_states": len(place.kept_states),
+            "patches": [asdict(each) for each in place.patches],
+            "vault": [_kept(each) for each in place.vault],
+        }
+        for (record, row), place in zip(held, places, strict=True)
+    ]
+
+
+def _kept(found: VaultSet) -> dict[str, Any]:
+    """Return what a set of texts in the vault says of one of its records."""
+    return {"role": found.role, "consent": found.consent, "put_at": found.put_at}
+
+
+def _deleted(context: Context, row: Tombstone) -> dict[str, Any]:
+    """Return what is left of a deleted record; its text, if somebody consented to keep that."""
+    ledger, digest = context.stores.ledger, context.settings.assigner.id_digest
+    names = ledger.sets_with([row.id_digest]).get(row.id_digest, [])
+    sets = [each for each in ledger.vault() if each.name in names and each.held]
+    texts = [e for s in sets for e in context.stores.vault.read(s) if digest(e.id) == row.id_digest]
+    return {
+        "request_id": row.request_id,
+        "deleted_at": row.deleted_at,
+        "shard": row.shard,
+        "slice": row.slice,
+        "num_checkpoints_erased": row.checkpoints_erased,
+        "data": row_of(texts[0]) if texts else None,
+        "vault": [_kept(each) for each in sets],
+    }
+
+
+def _requests(
+    context: Context, rows: Iterable[RecordRow], dead: Iterable[Tombstone]
+) -> list[dict[str, Any]]:
+    """Return the requests that named one of these records, with how many of them each named."""
+    ledger = context.stores.ledger
+    own = {row.id_digest for row in rows} | {each.id_digest for each in dead}
+    counts = {r: len(own.intersection(ledger.named_by(r.request_id))) for r in ledger.requests()}
+    return [
+        {
+            "request_id": request.request_id,
+            "external_id": request.external_id,
+            "regime": request.regime,
+            "state": request.state,
+            "created_at": request.created_at,
+            "due": request.due,
+            "committed_at": request.committed_at,
+            "num_records": count,
+        }
+        for request, count in counts.items()
+        if count
+    ]

@@ -1,0 +1,341 @@
+"""The rights of a person beside erasure, by command and by API, over a model of fakes with keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from hashlib import sha256
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from fastapi.testclient import TestClient
+
+from cluster.cli import cli
+from cluster.serve.app import Service, build_app
+from cluster.serve.tokens import ROLES, Scope, Tokens
+from sisa.config.config import ServiceBlock
+from sisa.config.runfile import parse_run_file
+from sisa.core.domain import Part, Record
+from sisa.data.reader import read_records
+from sisa.evidence.keys import keys_of
+from sisa.flows.rights.access import row_of
+from sisa.flows.wiring.context import Resources
+from sisa.model import Model, open_model
+from sisa.verifier.certificate import verify_chain
+from sisa.verifier.note import open_checkpoint, read_log
+from tests.fakes.answers import FakeAnswers
+from tests.fakes.ports import fake_record
+from tests.models.confessing import RUN_FILE, content, train_in, use_fake_resources
+
+LOOPBACK = "http://127.0.0.1"
+URN = "urn:deletion-ready-model:"
+SCHEMAS = ("sisa.evidence", "schemas/statements.json"), ("sisa.flows.rights", "access.schema.json")
+STATEMENTS, FILES = (json.loads((resources.files(a) / b).read_text("utf-8")) for a, b in SCHEMAS)
+PAGE = Path(__file__).parents[3] / "cluster/serve/README.md"
+PRIVACY = "privacy: {contact: dpo@example.com, purposes: to answer questions}\n"
+WHO, OTHER = "p1", "p2"
+Sisa = Callable[..., tuple[int, str, str]]
+
+
+def records() -> list[Record]:
+    return [fake_record(number, f"p{number % 6}") for number in range(18)]
+
+
+def of(subject: str) -> list[Record]:
+    return [each for each in records() if each.subject_id == subject]
+
+
+def corrected(subject: str) -> list[dict[str, Any]]:
+    parts = (Part("prompt", "who?"), Part("completion", "somebody else"))
+    return [row_of(replace(each, parts=parts)) for each in of(subject)[:1]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model with subjects that the tests share, and change in copies."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_in(folder / "model", parse_run_file(RUN_FILE + PRIVACY, "run.yaml"), records())
+    return folder / "model"
+
+
+@pytest.fixture
+def sisa(capfd: pytest.CaptureFixture[str]) -> Sisa:
+    """Run a command; return its exit code, standard output and standard error."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        code = cli.run([str(each) for each in arguments])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def bare(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    use_fake_resources(monkeypatch)
+    monkeypatch.setattr(Resources, "count_tokens", lambda _, some: [1 for _ in some])
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return Path(shutil.copytree(trained, tmp_path / "model"))
+
+
+@pytest.fixture
+def model(bare: Path, sisa: Sisa) -> Path:
+    """Return a copy of the model, with keys."""
+    assert sisa("keys", "init", "-m", bare)[0] == 0
+    return bare
+
+
+@pytest.fixture
+def client(model: Path) -> Iterator[TestClient]:
+    with TestClient(build_app(service_of(model)), base_url=LOOPBACK) as made:
+        yield made
+
+
+def service_of(directory: Path, tokens: Any = None) -> Service:
+    return Service(open_model(directory), FakeAnswers(), tokens=tokens, settings=ServiceBlock())
+
+
+def statements(directory: Path) -> list[dict[str, Any]]:
+    """Return the log's statements, after checking chain, signatures and schema as an outsider does."""
+    keys = keys_of(open_model(directory)).public
+
+    def read(path: str) -> bytes:
+        return (directory / "log" / path).read_bytes()
+
+    entries = read_log(read, open_checkpoint(read("checkpoint"), keys.log))
+    found = [each for _, each in verify_chain(entries, read, keys)]
+    for each in found:
+        jsonschema.validate(each, STATEMENTS)
+    return found
+
+
+def kinds(directory: Path) -> list[str]:
+    return [each["predicateType"].removeprefix(URN) for each in statements(directory)]
+
+
+def told_of_others(text: str, subject: str) -> list[str]:
+    """Return what a text says of other people: their names, ids and texts."""
+    strings = [(str(e.subject_id), e.id, *(part.text for part in e.parts)) for e in records()]
+    own = {each for said in strings if said[0] == subject for each in said}
+    return [each for said in strings for each in said if each not in own and f'"{each}"' in text]
+
+
+def test_an_access_file_holds_everything_of_a_person_and_nothing_of_others(
+    model: Path, sisa: Sisa, tmp_path: Path
+) -> None:
+    assert sisa("export", "-m", model, "--to", tmp_path / "out")[0] == 0
+    assert sisa("forget", "-m", model, of(WHO)[0].id, of(OTHER)[0].id, "--executor", "serial")[0] == 0
+    assert sisa("restrict", "-m", model, "--subject", WHO)[0] == 0
+    assert sisa("export", "-m", model, "--to", tmp_path / "again")[0] == 0
+    file = tmp_path / "p1.json"
+    code, out, _ = sisa("access", "-m", model, "--subject", f" {WHO} ", "-o", file, "--json")
+    done, found = json.loads(out), json.loads(file.read_text())
+    jsonschema.validate(found, FILES)
+    assert (code, done["records"], done["deleted"], done["requests"]) == (0, 2, 1, 1)
+    assert done["missing"] == ["categories", "source", "retention", "disclosed_to", "decisions"]
+    assert found["processing"]["controller"]["contact"] == "dpo@example.com"
+    assert found["restricted_since"] is not None
+    assert found["requests"][0]["num_records"] == 1
+    assert found["recipients"] == []  # one export was erased, the other does not hold these records
+    assert told_of_others(file.read_text(), WHO) == []
+    lines = tmp_path / "taken.jsonl"
+    lines.write_text("".join(json.dumps(each["data"]) + "\n" for each in found["records"]))
+    assert sorted(read_records([lines]), key=lambda e: e.id) == of(WHO)[1:]
+    for each in found["records"]:
+        assert each["state"] == "trained"
+        assert any(touch["is_head"] for touch in each["checkpoints"])
+
+
+def test_an_access_file_is_for_its_owner_alone_and_overwrites_nothing(
+    model: Path, sisa: Sisa, tmp_path: Path
+) -> None:
+    file, link = tmp_path / "p1.json", tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere")
+    umask = os.umask(0)
+    try:
+        assert sisa("access", "-m", model, "--subject", WHO, "-o", file)[0] == 0
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    before, logged = file.read_bytes(), len(statements(model))
+    for target in (file, link, tmp_path):
+        code, _, err = sisa("access", "-m", model, "--subject", WHO, "-o", target)
+        assert code == 2
+        assert "there is a file already" in err
+    assert file.read_bytes() == before
+    assert not (tmp_path / "elsewhere").exists()
+    assert len(statements(model)) == logged
+
+
+@pytest.mark.parametrize("command", ["access", "recipients"])
+def test_what_is_handed_out_is_stated_by_its_bytes_alone(model: Path, sisa: Sisa, command: str) -> None:
+    more = ("-o", "-") if command == "access" else ()
+    code, out, err = sisa(command, "-m", model, *(e.id for e in of(WHO)), *more, "--json")
+    jsonschema.validate(json.loads(out), FILES)
+    stated = statements(model)[-1]
+    assert code == 0
+    assert "logged: entry 1" in err
+    assert stated["subject"][0]["digest"]["sha256"] == sha256(out.encode()).hexdigest()
+    said = stated["predicate"]
+    assert (said["right"], said["num_records"]) == (command, 3 * (command == "access"))
+    published = b"".join(e.read_bytes() for e in (model / "log").rglob("*") if e.is_file())
+    assert not any(each.id.encode() in published for each in of(WHO))
+    assert WHO.encode() + b'"' not in published
+
+
+def test_what_a_busy_model_can_not_state_is_stated_next(model: Path, sisa: Sisa) -> None:
+    with open_model(model)._locked():
+        code, out, err = sisa("access", "-m", model, "--subject", WHO, "-o", "-")
+    assert code == 0
+    assert "not logged: pending" in err
+    assert json.loads(out)["subject"] == WHO
+    assert kinds(model) == ["state:v1"]
+    assert sisa("certificate", "issue", "-m", model)[0] == 0
+    assert sisa("certificate", "issue", "-m", model)[0] == 0
+    assert kinds(model) == ["state:v1", "access:v1"]
+
+
+def test_a_restriction_is_in_force_while_another_process_writes(model: Path, sisa: Sisa) -> None:
+    with open_model(model)._locked():
+        code, out, _ = sisa("restrict", "-m", model, "--subject", WHO, "--json")
+    assert (code, json.loads(out)["changed"]) == (0, True)
+    assert kinds(model) == ["state:v1"]
+    assert sisa("certificate", "issue", "-m", model)[0] == 0
+    assert kinds(model) == ["state:v1", "restriction:v1"]
+
+
+def test_a_model_without_keys_hands_out_and_restricts_all_the_same(bare: Path, sisa: Sisa) -> None:
+    code, _, err = sisa("access", "-m", bare, "--subject", WHO, "-o", "-")
+    assert (code, "has no keys" in err) == (0, True)
+    assert sisa("restrict", "-m", bare, "--subject", WHO)[0] == 0
+    assert not (bare / "log").exists()
+
+
+def test_a_restriction_is_stated_with_what_is_served_instead(model: Path, sisa: Sisa) -> None:
+    before = content(model)
+    code, out, _ = sisa("restrict", "-m", model, "--subject", WHO, "--json")
+    assert (code, json.loads(out)["changed"]) == (0, True)
+    restricted = statements(model)[-1]
+    assert restricted["predicate"]["in_force"][0]["num_records"] == 3
+    assert len(restricted["predicate"]["held_back"]) == 1
+    status = json.loads(sisa("status", "-m", model, "--json")[1])
+    (held,) = [each for each in status["shards"] if each["served"] != each["head"]]
+    assert (status["restricted_subjects"], status["restricted_records"]) == (1, 3)
+    assert held["shard"] == restricted["predicate"]["held_back"][0]["shard"]
+    where = json.loads(sisa("where", "-m", model, of(WHO)[0].id, of(OTHER)[0].id, "--json")[1])
+    assert [each["restricted_since"] is None for each in where["records"]] == [False, True]
+    assert content(model) == before
+    assert sisa("release", "-m", model, "--subject", WHO)[0] == 0
+    assert statements(model)[-1]["predicate"]["in_force"] == []
+    assert statements(model)[-1]["subject"] == statements(model)[0]["subject"]
+    assert sisa("release", "-m", model, "--subject", WHO)[0] == 2
+    assert content(model) == before
+
+
+def test_an_unknown_person_is_refused(model: Path, sisa: Sisa, client: TestClient) -> None:
+    for command in (("access", "-o", "-"), ("recipients",), ("restrict",), ("release",)):
+        assert sisa(command[0], "-m", model, "--subject", "nobody", *command[1:])[0] == 3
+        assert client.post(f"/rights/{command[0]}", json={"subject": "nobody"}).status_code == 404
+    assert kinds(model) == ["state:v1"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"subject": ""}, {"subject": WHO, "ids": ["a"]}, {"subject": WHO, "more": 1}, {"ids": [1]}],
+)
+def test_a_body_of_another_form_is_refused(client: TestClient, body: dict[str, Any]) -> None:
+    assert client.post("/rights/access", json=body).status_code == 422
+
+
+NEEDED: dict[str, Scope] = {
+    "access": "access",
+    "recipients": "access",
+    "rectify": "decide",
+    "restrict": "decide",
+    "release": "decide",
+}
+
+
+@pytest.mark.parametrize("right", NEEDED)
+def test_a_right_needs_its_scope_and_the_shard_of_the_person(model: Path, right: str) -> None:
+    opened, tokens = open_model(model), Tokens(model)
+    (place,) = opened.where([of(WHO)[0].id])
+    scopes = ROLES["officer"] - {NEEDED[right]}
+    bearers = {"less": tokens.add("less", "officer", scopes=scopes)[1]}
+    for name, shard in (("here", place.shard), ("there", 1 - place.shard)):
+        bearers[name] = tokens.add(name, "officer", shards=[shard], partition=opened.partition)[1]
+    bearers["all"] = tokens.add("all", "officer")[1]
+    body = {"records": corrected(WHO)} if right == "rectify" else {"subject": WHO}
+    codes = {}
+    with TestClient(build_app(service_of(model, tokens)), base_url=LOOPBACK) as client:
+        for name, bearer in bearers.items():
+            headers = {"Authorization": f"Bearer {bearer}"}
+            codes[name] = client.post(f"/rights/{right}", json=body, headers=headers).status_code
+    if NEEDED[right] == "access":
+        assert codes == {"less": 403, "here": 200, "there": 404, "all": 200}
+    else:
+        changed = 409 if right == "release" else 200  # nothing is restricted
+        assert codes == {"less": 403, "here": 409, "there": 409, "all": changed}
+
+
+def test_a_bad_correction_is_refused_whole(model: Path, client: TestClient) -> None:
+    before = content(model)
+    given = [*corrected(WHO), {"id": of(OTHER)[0].id}, {"no": "id"}]
+    found = client.post("/rights/rectify", json={"records": given})
+    assert found.status_code == 400
+    assert {each["where"] for each in found.json()["problems"]} == {
+        "records.jsonl, line 2",
+        "records.jsonl, line 3",
+    }
+    assert content(model) == before
+
+
+def rows() -> list[list[str]]:
+    """Return the cells of the table of rights, without their marks."""
+    table = PAGE.read_text().partition("<!-- table: rights -->")[2].partition("<!-- end of table -->")[0]
+    return [
+        [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+        for line in table.strip().splitlines()[2:]
+    ]
+
+
+@pytest.mark.parametrize("how", ["command", "api"])
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+def test_each_row_of_the_table_of_rights(
+    row: list[str], how: str, model: Path, sisa: Sisa, client: TestClient, tmp_path: Path
+) -> None:
+    """Carry a right out as its row says, and find the evidence that the row names."""
+    _, command, path, evidence = row
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(each) + "\n" for each in corrected(WHO)))
+    if "release" in command:
+        assert sisa("restrict", "-m", model, "--subject", WHO)[0] == 0
+    before = len(statements(model))
+    if how == "command":
+        names = {
+            "DIR": str(model),
+            "WHO": WHO,
+            "OUT": str(tmp_path / "out"),
+            "NEW": str(tmp_path / "new.jsonl"),
+        }
+        words = [names.get(each, each) for each in command.split()[1:]]
+        more = ["--executor", "serial"] if words[0] in ("rectify", "forget") else []
+        assert sisa(*words, *more)[0] == 0
+    else:
+        body: dict[str, Any] = {"records": corrected(WHO)} if "rectify" in path else {"subject": WHO}
+        assert client.post(path.removeprefix("POST "), json=body).status_code == 200
+    assert kinds(model)[before:][-1:] == [evidence]
+
+
+def test_a_model_answers_a_restriction_at_once(model: Path) -> None:
+    """What was loaded before a restriction is outdated by it."""
+    opened: Model = open_model(model)
+    assert opened.restrict(WHO).changed
+    assert not opened.restrict(WHO).changed
+    assert len(opened.recipients(subject=WHO)["recipients"]) == 0
