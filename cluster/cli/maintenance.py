@@ -1,5 +1,7 @@
-"""Collect garbage, look for residue, diagnose, and show what runs measured: `sisa gc`, `sisa sweep`,
-`sisa doctor` and `sisa metrics`.
+"""Collect garbage, look for residue, diagnose, show what runs measured, and move a ledger.
+
+The commands are `sisa gc`, `sisa sweep`, `sisa doctor`, `sisa metrics`, `sisa ledger move` and
+`sisa ledger upgrade`.
 
 The strings that `sweep` looks for are never printed.
 """
@@ -16,6 +18,7 @@ from cluster.cli.command import (
     PATH,
     ExecutorChoice,
     command,
+    command_group,
     executor_option,
     ids_options,
     model_option,
@@ -25,6 +28,7 @@ from cluster.cli.command import (
 from cluster.observe.curves import points, summary, to_mlflow, to_tensorboard
 from cluster.render.render import EXIT_INTEGRITY, Result, counted, old_versions, stated
 from sisa.core.domain import DeviceName, Dtype, Precision
+from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from sisa.audit.doctor import Diagnosis
@@ -108,6 +112,42 @@ def doctor(
 
     with opened(directory, executor) as model:
         return repaired(repair_model(model))
+
+
+ledger = command_group("ledger", "Move the ledger to a server and back; bring up an older one.")
+
+
+@command("move", "-m model --to postgresql://db.example/models", group=ledger)
+@model_option
+@click.option("--to", required=True, help="postgresql://HOST/DATABASE, without a password; or `file`.")
+def move(directory: Path, to: str) -> Result:
+    """Move the ledger to PostgreSQL, or back to a file; compare every row, then erase the old one."""
+    from sisa.config.config import ledger_url
+    from sisa.flows.wiring.moving import move_ledger
+
+    try:
+        url = None if to == "file" else ledger_url(to)
+    except ValueError as error:
+        raise InvalidInput(str(error), where="--to") from None
+    moved = move_ledger(directory, url)
+    lines = [
+        f"moved {sum(moved.rows.values()):,} rows of {counted(len(moved.rows), 'table')}, all compared:",
+        f"  from {moved.before} (erased)",
+        f"  to   {moved.now}",
+        f"write into the run file: `ledger: {url or 'null'}`",
+    ]
+    return Result(asdict(moved), lines)
+
+
+@command("upgrade", "-m model", group=ledger)
+@model_option
+def upgrade(directory: Path) -> Result:
+    """Bring the ledger of an earlier version up to this one. Earlier versions can't open it then."""
+    from sisa.flows.wiring.moving import upgrade_model
+
+    place, older = upgrade_model(directory)
+    said = "brought up to this version" if older else "is of this version: nothing was changed"
+    return Result({"ledger": place, "upgraded": older}, [f"{place}: {said}"])
 
 
 def _numerics(

@@ -22,7 +22,7 @@ from sisa.core.ports import Change
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.wiring import LEDGER, LEDGER_URL, LEDGERS_LEFT, ledger_place, lock_beside
 from sisa.store.blobs import files
-from sisa.store.ledger.database import backend_at, ledger_version
+from sisa.store.ledger.database import backend_at, ledger_version, upgrade_ledger
 from sisa.store.ledger.ledger import SqlLedger, erase_ledger
 
 UNFINISHED = f"{files.TEMPORARY_PREFIX}{LEDGER}"  # a file that a move fills
@@ -44,7 +44,9 @@ def move_ledger(directory: Path, to: str | None) -> LedgerMoved:
 
     The target must be empty. The model's run file, as the ledger keeps it, names the new place.
     """
-    wiring.describe(directory)  # refuses what is no model, or another model's key
+    if not wiring.has_ledger(directory):
+        raise InvalidInput("there is no model in this directory", where=str(directory))
+    wiring.describe(directory)  # refuses what was never committed, and another model's key
     place = ledger_place(directory)
     target = directory / LEDGER if to is None else to
     if target == place:
@@ -112,6 +114,15 @@ def erase_left(directory: Path) -> None:
             if url != place:
                 erase_ledger(url, _model(directory))
         files.erase_all(directory, [LEDGERS_LEFT])
+
+
+def upgrade_model(directory: Path) -> tuple[str, bool]:
+    """Bring up the ledger of an earlier version; return where it is, and whether it was one."""
+    if not wiring.has_ledger(directory):
+        raise InvalidInput("there is no model in this directory", where=str(directory))
+    place = ledger_place(directory)
+    with wiring.model_lock(directory):
+        return str(place), upgrade_ledger(place)
 
 
 def _model(directory: Path) -> str:

@@ -187,10 +187,15 @@ def model_lock(directory: Path, url: str | None = None) -> Iterator[None]:
         yield
 
 
+def move_is_unfinished(directory: Path) -> bool:
+    """Return whether a killed move of the ledger left something to erase."""
+    both = all((directory / each).is_file() for each in (LEDGER, LEDGER_URL))
+    return both or (directory / LEDGERS_LEFT).is_file()
+
+
 def finish_move(directory: Path) -> None:
     """Erase what a killed move of the ledger left, if one did; the caller holds the writer lock."""
-    both = all((directory / each).is_file() for each in (LEDGER, LEDGER_URL))
-    if both or (directory / LEDGERS_LEFT).is_file():
+    if move_is_unfinished(directory):
         from sisa.flows.wiring.moving import erase_left
 
         erase_left(directory)

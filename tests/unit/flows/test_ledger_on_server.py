@@ -226,6 +226,8 @@ def test_a_killed_move_is_finished_or_undone(
             ended = _dies(directory, target, number, monkeypatch)
             assert all_rows(directory) == before, number
             model = open_model(directory)
+            left = [each for each in diagnose(directory).findings if each.kind == "ledger_left"]
+            assert bool(left) == wiring.move_is_unfinished(directory)
             with model._locked():  # as every writer begins
                 pass
             assert all_rows(directory) == before, number
