@@ -28,6 +28,7 @@ from sisa.core.domain import (
     Record,
     RecordRow,
     Request,
+    RequestEvent,
     RequestState,
     Tombstone,
     WitnessHead,
@@ -315,6 +316,13 @@ class Model:
         """Return one request by its id or external id, with its history. Raise UnknownRecord."""
         with self._context() as context, context.stores.ledger.snapshot():
             return lifecycle.viewed(context, lifecycle.find(context, request_id))
+
+    @asked_again
+    def request_events(self) -> tuple[list[RequestEvent], dict[str, Request]]:
+        """Return all events of requests, in order, and the requests by id, both of one state."""
+        with self._context() as context, context.stores.ledger.snapshot():
+            ledger = context.stores.ledger
+            return ledger.events(), {each.request_id: each for each in ledger.requests()}
 
     def decide(
         self, request_id: str, state: RequestState, note: str = "", *, by: str = ""

@@ -204,6 +204,8 @@ def run_requests(
     directory: Path, only_plan: bool, once: bool, watch: bool, every: int, executor: ExecutorChoice
 ) -> Result:
     """Carry out approved requests as one batch."""
+    from cluster.serve.worker import carry_out_due
+
     if only_plan + once + watch > 1:
         raise click.UsageError("give one of --plan, --once and --watch")
     with opened(directory, executor) as model:
@@ -212,10 +214,8 @@ def run_requests(
         if watch:
             _join_cluster(model)
         while watch:
-            model.queue()
-            if model.plan_run().choice == "run now":
-                say(ran(model.run(), model.exports_missing(), directory).text)
-                model.queue()
+            if done := carry_out_due(model):
+                say(ran(done, model.exports_missing(), directory).text)
             time.sleep(every)
         return ran(model.run(), model.exports_missing(), directory)
 

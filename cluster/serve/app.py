@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 ROUTERS: tuple[str, ...] = (  # in the order of the document
     "cluster.serve.answers_api:answers_router",
+    "cluster.serve.requests_api:requests_router",
+    "cluster.serve.opendsr:opendsr_router",
     "cluster.serve.console:console_router",
     "cluster.serve.metrics:metrics_router",
     "cluster.serve.rights_api:rights_router",
@@ -55,6 +57,7 @@ MEASURED = "cluster.serve.metrics:measured"  # by name, too: it imports from her
 OPENAI = "/v1/"  # paths below speak OpenAI's dialect
 STATUSES = {InvalidInput: 400, UnknownRecord: 404, ConfigConflict: 409, Busy: 503, Outdated: 503}
 RETRY_AFTER_S = 2
+_DOCUMENTED = (400, 401, 403, 404, 409, 413, 422, 429, 500, 503)
 MAX_LISTED = 100  # problems of one request
 FACTS = ("where", "expected", "got", "next_step", "problems")
 PROBLEM = "urn:deletion-ready-model:problem:"
@@ -183,8 +186,22 @@ def build_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_schema)
     app.get("/healthz", summary="Whether the service runs")(_healthz)
     for name in ROUTERS:
-        app.include_router(pkgutil.resolve_name(name))
+        router = pkgutil.resolve_name(name)
+        app.include_router(router, responses=_refusals(f"{router.prefix}/".startswith(OPENAI)))
     return app
+
+
+def _refusals(openai: bool) -> dict[int | str, dict[str, Any]]:
+    """Return how the errors of a router's endpoints look, for the OpenAPI document."""
+    if openai:
+        facts = {name: {"type": ["string", "null"]} for name in ("message", "type", "param", "code")}
+        media, body = "application/json", {"error": {"type": "object", "properties": facts}}
+    else:
+        media = "application/problem+json"
+        body = {name: {"type": "string"} for name in ("type", "title", "detail", *FACTS[:-1])}
+        body |= {"status": {"type": "integer"}, "problems": {"type": "array"}}
+    content = {media: {"schema": {"type": "object", "properties": body}}}
+    return {code: {"description": HTTPStatus(code).phrase, "content": content} for code in _DOCUMENTED}
 
 
 async def _healthz() -> dict[str, str]:

@@ -33,7 +33,7 @@ from sisa.flows.wiring.context import (
     purge,
     view_shard,
 )
-from sisa.flows.wiring.upper_houses import SERVICE, TOKENS
+from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.flows.wiring.wiring import CHECKPOINTS, LEDGER, LOCK, METRICS, PATCHES, SCRATCH
 from sisa.store.blobs import files
 from sisa.store.blobs.files import LocalBlobs
@@ -49,7 +49,7 @@ LEDGER_FILES = (
     *(wiring.LEDGER_URL, wiring.LEDGERS_LEFT),
 )
 EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", wiring.LOG)
-SERVICE_FILES = (SERVICE, TOKENS)
+SERVICE_FILES = (SERVICE, TOKENS, SERVICE_STATE, f"{SERVICE_STATE}-journal")
 KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, wiring.KEY, LOCK, COMMIT_LOCK})
 AREAS = (
     *(wiring.RECORDS, wiring.INDEX, wiring.PREFIXES, CHECKPOINTS),

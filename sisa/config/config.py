@@ -44,7 +44,15 @@ from pydantic.fields import FieldInfo
 
 from sisa.core.block import Block, Bool, Float, Int, conflict
 from sisa.core.digest import canonical_json
-from sisa.core.domain import GENERATION_COLUMN, DeviceName, Dtype, Kind, PatchMode, Precision
+from sisa.core.domain import (
+    GENERATION_COLUMN,
+    DeviceName,
+    Dtype,
+    Kind,
+    PatchMode,
+    Precision,
+    RequestState,
+)
 from sisa.core.errors import IntegrityError
 from sisa.planning.bands import RISK_COLUMN, Bands
 from sisa.planning.layout import MAX_MATCHED, Layout, chosen_orders
@@ -486,6 +494,26 @@ class Tls(Block):
     key: LocalPath = field(..., "Its key, unsealed; only its owner may read it.")
 
 
+class WebhookReceiver(Block):
+    """Where changes of requests are reported, as Standard Webhooks."""
+
+    url: Annotated[str, StringConstraints(pattern=r"^https?://[^/\s?#@]+(/[^\s#]*)?$")] = field(
+        ..., "URL that takes the messages."
+    )
+    secret_file: LocalPath = field(..., "File with the secret that signs, `whsec_...`, of mode 0600.")
+    events: tuple[RequestState, ...] = field((), "States to report; empty: all of them.")
+
+
+class OpenDsrBlock(Block):
+    """Who answers as a processor of OpenDSR requests."""
+
+    domain: Name = field(..., "Domain of the service, for which the certificate is issued.")
+    controller_id: Name = field(..., "Name of the controller, in responses.")
+    certificate: LocalPath = field(..., "Certificate (PEM) whose key signs responses and callbacks.")
+    key: LocalPath = field(..., "Its RSA or EC key, unsealed; only its owner may read it.")
+    callback_hosts: tuple[Name, ...] = field((), "Hosts that callbacks may go to, by HTTPS.")
+
+
 class ServiceBlock(Block):
     """What `sisa serve` listens on, takes in and does when a deletion meets a running answer."""
 
@@ -506,6 +534,12 @@ class ServiceBlock(Block):
     rate_per_minute: Int = key(600, "none", "Requests of one token in a minute, of each replica.", ge=1)
     four_eyes: Bool = key(
         False, "none", "Whether who submits a request may not approve it; commands as well as HTTP."
+    )
+    webhooks: tuple[WebhookReceiver, ...] = key(
+        (), "none", "Receivers of changes of requests: {url, secret_file, events}."
+    )
+    opendsr: OpenDsrBlock | None = key(
+        None, "none", "Names and keys for OpenDSR; null: it is not spoken."
     )
     tls: Tls | None = key(None, "none", "Files for HTTPS: {cert: PATH, key: PATH}; null: HTTP.")
 

@@ -26,6 +26,7 @@ from sisa.config.config import HUB, NAME_PATTERN, KeyPath, is_local, is_uri, sho
 PATH_KEYS = (
     *("output_dir", "storage", "witness", "keyring", "sisa.partition_key_file"),
     *("signing.keys", "base_model.scratch.directory", "service.engines.*.token_file"),
+    *("service.webhooks.*.secret_file", "service.opendsr.certificate", "service.opendsr.key"),
     *("service.tls.cert", "service.tls.key"),
 )
 NAME_KEYS = ("base_model", "sisa.embedder", "datasets.*.path", "base_model.scratch.corpus.*.path")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sisa.core.errors import IntegrityError
@@ -20,12 +20,23 @@ VERSION = 1
 NEXT_STEP = "build it again from the slice files: `sisa doctor --repair`"
 
 
+def damaged(path: Path, got: str) -> IntegrityError:
+    """Return the error for a file that is not as it was written."""
+    return IntegrityError("the evidence is damaged", where=str(path), got=got, next_step=NEXT_STEP)
+
+
 @contextlib.contextmanager
-def transaction(path: Path, schema: str, *, write: bool = True) -> Iterator[sqlite3.Connection]:
+def transaction(
+    path: Path,
+    schema: str,
+    *,
+    write: bool = True,
+    damaged: Callable[[Path, str], IntegrityError] = damaged,
+) -> Iterator[sqlite3.Connection]:
     """Run a block in one transaction, on tables that `schema` creates where they are missing.
 
-    Raise IntegrityError for a damaged file or one of another version, and if there is none to read; Busy
-    and EnvironmentFault for the surroundings.
+    Raise IntegrityError (that of `damaged`) for a damaged file or one of another version, and if there
+    is none to read; Busy and EnvironmentFault for the surroundings.
     """
     try:
         with database_in_use(path), contextlib.closing(_connected(path, write)) as connection:
@@ -58,8 +69,3 @@ def _connected(path: Path, write: bool) -> sqlite3.Connection:
     for pragma in ("secure_delete=ON", "synchronous=FULL", "cache_size=-65536"):
         connection.execute(f"PRAGMA {pragma}").close()
     return connection
-
-
-def damaged(path: Path, got: str) -> IntegrityError:
-    """Return the error for a file that is not as it was written."""
-    return IntegrityError("the evidence is damaged", where=str(path), got=got, next_step=NEXT_STEP)

@@ -27,6 +27,7 @@ PATCHERS = MappingProxyType(
     {"serial": "approx.patches.patching:open_patcher", "ray": "cluster.ray.patch_tasks:RayPatcher"}
 )
 EVIDENCE_HOOK = "sisa.evidence.hook:open_hook"  # a room of `sisa` above the flows
+SERVICE_STATE = "service.sqlite"  # in a model's directory: what `cluster.serve` must not forget
 BASE_TRAINERS = MappingProxyType({"ray": "cluster.ray.scratch_tasks:train_on_ray"})
 # Files of `cluster.serve` in a model's directory: where it runs, while it does, and who may call it.
 SERVICE, TOKENS = "service.json", "tokens.json"

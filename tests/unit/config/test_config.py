@@ -311,6 +311,13 @@ OTHER: dict[str, Any] = {
     "service.max_concurrent": 7,
     "service.max_body_bytes": 7777,
     "service.engines": [{"url": "http://127.0.0.1:8000"}],
+    "service.webhooks": [{"url": "https://dpo.example/hooks", "secret_file": "hook.secret"}],
+    "service.opendsr": {
+        "domain": "model.example",
+        "controller_id": "acme",
+        "certificate": "cert.pem",
+        "key": "key.pem",
+    },
     "service.rate_per_minute": 7,
     "service.four_eyes": True,
     "service.tls": {"cert": "cert.pem", "key": "key.pem"},

@@ -22,7 +22,7 @@ def keys_that_hold_paths(block: type[Block], before: str = "") -> set[str]:
         if "Path" in text:
             found.add(before + name)
         for inner in blocks_of(info.annotation):
-            step = ".*." if "tuple" in text and "Source" in text else "."
+            step = ".*." if "tuple" in text and ("Source" in text or "Receiver" in text) else "."
             found |= keys_that_hold_paths(inner, f"{before}{name}{step}")
         if block.__name__ == "DatasetSource" and name == "path":
             found.add(before + name)

@@ -1,0 +1,393 @@
+"""Requests for deletion over HTTP: submit, look up, decide, carry out, and prove.
+
+    POST /requests                     {"subject": "p001", "external_id": "T-17"}
+    POST /requests/T-17/approve        {}
+    POST /requests/run                 {}             carry out what is approved, now
+    GET  /requests/T-17/certificate
+
+A request is named by its own id or by its external id. Requests are taken in and decided while a
+deletion trains. With an `Idempotency-Key`, a repeated call does nothing again and gives the same
+response; the key with another body is refused. The service remembers keys for a week, by keyed digest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from cluster.serve.app import Refusal, Service, service_of
+from cluster.serve.tokens import Caller, may
+from cluster.serve.webhooks import ServiceState
+from sisa.core.digest import Keyed
+from sisa.core.domain import Regime, RequestState
+from sisa.evidence.issued import certificate_file, receipt_file
+from sisa.flows.deletion import Terms
+from sisa.flows.lifecycle import RequestView
+from sisa.flows.query import Candidate
+
+_MAX_IDS, _MAX_CHARS, _MAX_TOP = 10_000, 2_000, 100
+_JSON = "application/json"
+_FILE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "A signed file.", "content": {_JSON: {"schema": {"type": "object"}}}}
+}
+
+requests_router = APIRouter(tags=["requests"])
+_Open = Annotated[Service, Depends(service_of)]
+_Reading = Annotated[Caller, Depends(may("read"))]
+_Submitting = Annotated[Caller, Depends(may("submit"))]
+_Deciding = Annotated[Caller, Depends(may("decide"))]
+_Text = Annotated[str, StringConstraints(min_length=1, max_length=_MAX_CHARS)]
+
+
+class _Body(BaseModel):
+    """A body without other keys."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Named(_Body):
+    """Whose records: their ids, or a subject."""
+
+    ids: Annotated[list[_Text], Field(max_length=_MAX_IDS)] = Field([], description="Ids of records.")
+    subject: _Text | None = Field(None, description="All records of a subject, in place of ids.")
+
+    @model_validator(mode="after")
+    def _one(self) -> _Named:
+        if bool(self.ids) == (self.subject is not None):
+            raise ValueError("give either ids or a subject")
+        return self
+
+
+class ErasureAsked(_Named):
+    """A request for deletion."""
+
+    external_id: Annotated[str, StringConstraints(pattern=r"^[!-~]{1,200}$")] | None = Field(
+        None, description="Your own name for it; the same name with the same records adds no request."
+    )
+    reason: str = Field("", max_length=_MAX_CHARS, description="Why; stored as given: no personal data.")
+    regime: Regime = Field("gdpr", description="Sets the due date: a month, or 45 days.")
+    due: date | None = Field(None, description="A due date in place of the regime's.")
+    include_copies: bool = Field(False, description="Also delete exact copies under other ids.")
+
+
+class _Reason(_Body):
+    """Why somebody decides so."""
+
+    reason: _Text = Field(description="Stored as given: no personal data.")
+
+
+class _OptionalReason(_Body):
+    """Why somebody decides so, if they say."""
+
+    reason: str = Field("", max_length=_MAX_CHARS, description="Stored as given: no personal data.")
+
+
+class Searched(_Body):
+    """What to look records up by: exactly one of them."""
+
+    text: _Text | None = Field(None, description="Content.")
+    subject: _Text | None = Field(None, description="A subject.")
+    like: _Text | None = Field(None, description="The id of a record: its near-duplicates.")
+    top: int = Field(10, ge=1, le=_MAX_TOP, description="Most candidates.")
+
+    @model_validator(mode="after")
+    def _one(self) -> Searched:
+        if sum(each is not None for each in (self.text, self.subject, self.like)) != 1:
+            raise ValueError("give exactly one of text, subject and like")
+        return self
+
+
+class EventShown(BaseModel):
+    """A state that a request entered."""
+
+    state: RequestState
+    at: str = Field(description="ISO 8601, in UTC.")
+    note: str = Field(description="Who approved, or why.")
+
+
+class RequestShown(BaseModel):
+    """A request for deletion. It names no record."""
+
+    request_id: str
+    external_id: str | None
+    state: RequestState
+    regime: Regime
+    created_at: str
+    due: str = Field(description="The last day for it.")
+    days_left: int = Field(description="Negative when it is overdue.")
+    num_records: int
+    num_copies: int = Field(description="Exact copies found under other ids.")
+    copies_included: bool
+    reason: str
+    approver: str | None
+    extension: str = Field(description="Why it was extended; empty if it was not.")
+    committed_at: str = Field(description="Since when nothing served has seen the records.")
+    cause: str = Field(description="Kind of the error that failed it.")
+    record_epochs_retrained: int
+    record_epochs_full: int
+    seconds: float = Field(description="From its commit until all was trained again.")
+    events: list[EventShown]
+
+
+class CandidateShown(BaseModel):
+    """A record that a search proposes."""
+
+    id: str
+    score: float
+    shard: int
+    slice: int
+    match: str = Field(description="`subject` if the ledger named it, `content` if the index did.")
+    subject: str | None
+
+
+class SubmittedShown(RequestShown):
+    """A request, and what else it might mean: none of it is deleted unless it is named."""
+
+    copies: list[str] = Field(description="Ids of exact copies.")
+    near: list[CandidateShown] = Field(description="Near-duplicates.")
+
+
+class RequestsShown(BaseModel):
+    """Requests, oldest first."""
+
+    requests: list[RequestShown]
+
+
+class CandidatesShown(BaseModel):
+    """What a search proposes, best first."""
+
+    candidates: list[CandidateShown]
+
+
+class RunAsked(BaseModel):
+    """What is carried out next."""
+
+    requests: list[str] = Field(description="Requests that are approved and under no hold.")
+
+
+class Receipted(_Body):
+    """Whose receipt."""
+
+    id: _Text = Field(description="The record's id.")
+
+
+class ShardShown(BaseModel):
+    """Where a record is, or by which request it was deleted."""
+
+    id: str
+    state: str
+    shard: int
+    slice: int
+    deleted_at: str | None
+    request_id: str | None
+
+
+def _shown(view: RequestView, **more: Any) -> dict[str, Any]:
+    """Return a request as clients see it."""
+    events = [{"state": e.state, "at": e.at, "note": e.note} for e in view.events]
+    return {**asdict(view.request), "days_left": view.days_left, "events": events, **more}
+
+
+@dataclass(frozen=True)
+class Once:
+    """A call that is to be done once: the digests of its key and of what it asks."""
+
+    state: ServiceState
+    key: str
+    asked: str
+
+    def do(self, act: Callable[[], str], again: Callable[[str], str]) -> str:
+        """Do it and return the id of its request; for a key that was used, do what `again` does."""
+        if not self.key:
+            return act()
+        done = self.state.used(self.key, self.asked)
+        if done is None:
+            step = "send another key for another call"
+            raise Refusal(422, "this Idempotency-Key was used for another call", next_step=step)
+        if done:
+            return again(done)
+        found = act()
+        self.state.note_done(self.key, found)
+        return found
+
+
+async def _once(
+    request: Request,
+    service: _Open,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            pattern=r"^[!-~]{1,200}$",
+            description="A name of this call that you choose, such as a UUID: repeat it with the call.",
+        ),
+    ] = None,
+) -> Once:
+    """Return how often this call is done: once for its key."""
+    keyed, caller = Keyed(service.model.secret), getattr(request.state, "caller", None)
+    name = json.dumps([caller.name if caller else "", idempotency_key or ""])
+    body = (await request.body()).decode("utf-8", "replace")
+    asked = keyed.digest("idempotent call", json.dumps([request.method, request.url.path, body]))
+    key = keyed.digest("idempotency key", name) if idempotency_key else ""
+    return Once(ServiceState(service.model.directory), key, asked)
+
+
+_Repeatable = Annotated[Once, Depends(_once)]
+
+
+@requests_router.post("/requests", name="submit_request", status_code=201, response_model=SubmittedShown)
+def _submit(
+    asked: ErasureAsked, service: _Open, caller: _Submitting, call: _Repeatable
+) -> dict[str, Any]:
+    """Submit a request. It waits to be approved; nothing is deleted before."""
+    model = caller.view(service.model)
+    external_id = asked.external_id or (call.key and f"key-{call.key[:32]}") or None
+    terms = Terms(
+        external_id=external_id,
+        reason=asked.reason,
+        regime=asked.regime,
+        due=None if asked.due is None else asked.due.isoformat(),
+        include_copies=asked.include_copies,
+        submitter=caller.name,
+    )
+    done: dict[str, Any] = {}
+
+    def act(_known: str = "") -> str:
+        made = model.submit(asked.ids, subject=asked.subject, terms=terms)
+        done.update(copies=list(made.copies), near=[_candidate(each) for each in made.near])
+        return made.request.request_id
+
+    return _shown(model.request(call.do(act, act)), **done)
+
+
+def _candidate(found: Candidate) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in CandidateShown.model_fields}
+
+
+@requests_router.get("/requests", name="list_requests", response_model=RequestsShown)
+def _requests(
+    service: _Open,
+    caller: _Reading,
+    state: Annotated[RequestState | None, Query(description="Only those in this state.")] = None,
+) -> dict[str, Any]:
+    """List requests with their due dates and days left."""
+    views = caller.view(service.model).requests()
+    return {"requests": [_shown(each) for each in views if state in (None, each.request.state)]}
+
+
+@requests_router.post("/requests/run", name="run_requests", status_code=202, response_model=RunAsked)
+def _run(
+    _asked: _Body, service: _Open, _caller: Annotated[Caller, Depends(may("erase"))]
+) -> dict[str, Any]:
+    """Have the service's worker carry out what is approved now, as one batch, whatever its price."""
+    ServiceState(service.model.directory).ask_to_run()
+    return {"requests": list(service.model.plan_run().requests)}
+
+
+@requests_router.get("/requests/{request_id}", name="show_request", response_model=RequestShown)
+def _request(request_id: str, service: _Open, caller: _Reading) -> dict[str, Any]:
+    """Return one request with its history."""
+    return _shown(caller.view(service.model).request(request_id))
+
+
+def _decide(
+    service: Service, caller: Caller, call: Once, request_id: str, state: RequestState, note: str
+) -> dict[str, Any]:
+    model = caller.view(service.model)
+
+    def act() -> str:
+        return model.decide(request_id, state, note, by=caller.name).request.request_id
+
+    return _shown(model.request(call.do(act, str)))
+
+
+@requests_router.post(
+    "/requests/{request_id}/approve", name="approve_request", response_model=RequestShown
+)
+def _approve(
+    request_id: str, _asked: _Body, service: _Open, caller: _Deciding, call: _Repeatable
+) -> dict[str, Any]:
+    """Approve a request in the caller's name; it ends a legal hold, too."""
+    return _decide(service, caller, call, request_id, "approved", "")
+
+
+@requests_router.post("/requests/{request_id}/deny", name="deny_request", response_model=RequestShown)
+def _deny(
+    request_id: str, asked: _Reason, service: _Open, caller: _Deciding, call: _Repeatable
+) -> dict[str, Any]:
+    """Refuse a request."""
+    return _decide(service, caller, call, request_id, "denied", asked.reason)
+
+
+@requests_router.post("/requests/{request_id}/hold", name="hold_request", response_model=RequestShown)
+def _hold(
+    request_id: str, asked: _Reason, service: _Open, caller: _Deciding, call: _Repeatable
+) -> dict[str, Any]:
+    """Put a request under a legal hold: nothing deletes its records until it is approved."""
+    return _decide(service, caller, call, request_id, "held", asked.reason)
+
+
+@requests_router.post(
+    "/requests/{request_id}/cancel", name="cancel_request", response_model=RequestShown
+)
+def _cancel(
+    request_id: str, asked: _OptionalReason, service: _Open, caller: _Deciding, call: _Repeatable
+) -> dict[str, Any]:
+    """Withdraw a request whose deletion is not committed."""
+    return _decide(service, caller, call, request_id, "cancelled", asked.reason)
+
+
+@requests_router.post(
+    "/requests/{request_id}/extend", name="extend_request", response_model=RequestShown
+)
+def _extend(
+    request_id: str, asked: _Reason, service: _Open, caller: _Deciding, call: _Repeatable
+) -> dict[str, Any]:
+    """Extend the due date once, by two months (GDPR Art. 12(3))."""
+    model = caller.view(service.model)
+
+    def act() -> str:
+        return model.extend(request_id, asked.reason).request.request_id
+
+    return _shown(model.request(call.do(act, str)))
+
+
+@requests_router.get(
+    "/requests/{request_id}/certificate",
+    name="export_certificate",
+    response_class=Response,
+    responses=_FILE,
+)
+def _certificate(request_id: str, service: _Open, caller: _Reading) -> Response:
+    """Return the certificate of a completed request, which `sisa verify-certificate` checks offline."""
+    found = caller.view(service.model).request(request_id)
+    return Response(certificate_file(service.model, found.request.request_id), media_type=_JSON)
+
+
+@requests_router.post(
+    "/requests/{request_id}/receipt", name="make_receipt", response_class=Response, responses=_FILE
+)
+def _receipt(request_id: str, asked: Receipted, service: _Open, caller: _Submitting) -> Response:
+    """Return the receipt that the certificate of a request is about a record."""
+    found = caller.view(service.model).request(request_id)
+    return Response(receipt_file(service.model, found.request.request_id, asked.id), media_type=_JSON)
+
+
+@requests_router.get("/records/{record_id:path}/shards", name="locate_record", response_model=ShardShown)
+def _shards(record_id: str, service: _Open, caller: _Reading) -> dict[str, Any]:
+    """Return the shard and slice of a record, or by which request it was deleted."""
+    (found,) = caller.view(service.model).where([record_id])
+    return asdict(found)
+
+
+@requests_router.post("/find", name="find_records", response_model=CandidatesShown)
+def _find(asked: Searched, service: _Open, caller: _Reading) -> dict[str, Any]:
+    """Look records up by content, subject or likeness. Their text is not shown."""
+    model = caller.view(service.model)
+    found = model.find(text=asked.text, subject=asked.subject, like=asked.like, top_k=asked.top)
+    return {"candidates": [_candidate(each) for each in found]}

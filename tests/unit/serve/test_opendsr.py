@@ -1,0 +1,183 @@
+"""OpenDSR's vocabulary: what is served is signed, and what can't be served is refused clearly."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from fastapi.testclient import TestClient
+
+from cluster.serve.app import Service, build_app
+from cluster.serve.webhooks import Courier
+from sisa.config.config import OpenDsrBlock, ServiceBlock
+from sisa.config.runfile import parse_run_file
+from sisa.model import open_model
+from tests.fakes.answers import FakeAnswers
+from tests.fakes.ports import fake_record
+from tests.models.confessing import RUN_FILE, train_in, use_fake_resources
+
+DOMAIN, CALLBACK = "model.example", "https://controller.example/callbacks"
+NAME = "a7551968-d5d6-44b2-9831-815ac9017798"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("trained") / "model"
+    records = [fake_record(number, f"subject-{number % 4}") for number in range(12)]
+    train_in(directory, parse_run_file(RUN_FILE, "run.yaml"), records)
+    return directory
+
+
+def block(folder: Path, key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> OpenDsrBlock:
+    """Return the block of a self-signed certificate."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, DOMAIN)])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = made.serial_number(1).not_valid_before(now).not_valid_after(now + timedelta(days=1))
+    (folder / "cert.pem").write_bytes(
+        made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    )
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8)
+    (folder / "key.pem").write_bytes(key.private_bytes(*form, serialization.NoEncryption()))
+    (folder / "key.pem").chmod(0o600)
+    return OpenDsrBlock(
+        domain=DOMAIN,
+        controller_id="acme",
+        certificate=folder / "cert.pem",
+        key=folder / "key.pem",
+        callback_hosts=("controller.example",),
+    )
+
+
+@pytest.fixture(params=["rsa", "ec"])
+def service(
+    request: pytest.FixtureRequest, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Service:
+    use_fake_resources(monkeypatch)
+    rsa_too = request.param == "rsa"
+    key = rsa.generate_private_key(65537, 2048) if rsa_too else ec.generate_private_key(ec.SECP256R1())
+    model = open_model(Path(shutil.copytree(trained, tmp_path / "model")))
+    settings = ServiceBlock(opendsr=block(tmp_path, key))
+    config = model.config.model_copy(update={"service": settings})
+    monkeypatch.setattr(model, "config", config)
+    monkeypatch.setattr(model, "_catch_up", lambda: None)
+    return Service(model, FakeAnswers(), tokens=None, settings=settings)
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[TestClient]:
+    with TestClient(build_app(service), base_url="http://127.0.0.1") as made:
+        yield made
+
+
+def asked(**changed: Any) -> dict[str, Any]:
+    identity = {
+        "identity_type": "controller_customer_id",
+        "identity_value": "subject-1",
+        "identity_format": "raw",
+    }
+    return {
+        "regulation": "gdpr",
+        "subject_request_id": NAME,
+        "subject_request_type": "erasure",
+        "submitted_time": "2026-10-02T15:00:00Z",
+        "subject_identities": [identity],
+        "api_version": "1.0",
+        "status_callback_urls": [CALLBACK],
+        "extensions": {DOMAIN: {"property_id": "1"}},
+        **changed,
+    }
+
+
+def verify(client: TestClient, body: bytes, headers: Any) -> dict[str, Any]:
+    """Check a signature as a controller does: by the certificate that discovery names."""
+    assert headers["X-OpenDSR-Processor-Domain"] == DOMAIN
+    where = client.get("/opendsr/discovery").json()["processor_certificate"]
+    assert where == f"http://{DOMAIN}/opendsr/certificate"
+    key = x509.load_pem_x509_certificate(client.get("/opendsr/certificate").content).public_key()
+    signature = base64.b64decode(headers["X-OpenDSR-Signature"])
+    if isinstance(key, rsa.RSAPublicKey):
+        key.verify(signature, body, padding.PKCS1v15(), hashes.SHA256())
+    else:
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        key.verify(signature, body, ec.ECDSA(hashes.SHA256()))
+    found: dict[str, Any] = json.loads(body)
+    return found
+
+
+def test_an_erasure_from_receipt_to_callback(client: TestClient, service: Service) -> None:
+    got: list[tuple[str, bytes, Any]] = []
+    courier = Courier(service.model, lambda *given: got.append(given) or 202)  # type: ignore[func-returns-value]
+    courier.turn()
+    response = client.post("/opendsr/requests", json=asked())
+    assert response.status_code == 201
+    made = verify(client, response.content, response.headers)
+    assert json.loads(base64.b64decode(made["encoded_request"])) == asked()
+    assert (made["controller_id"], made["subject_request_id"]) == ("acme", NAME)
+    assert client.post("/opendsr/requests", json=asked()).status_code == 201  # the same request
+    response = client.get(f"/opendsr/requests/{NAME}")
+    assert verify(client, response.content, response.headers)["request_status"] == "pending"
+    service.model.decide(NAME, "approved", "dpo")
+    service.model.run()
+    courier.turn()
+    assert client.get(f"/opendsr/requests/{NAME}").json()["request_status"] == "completed"
+    said = [verify(client, body, headers) for _, body, headers in got]
+    assert [each["request_status"] for each in said] == ["pending", "in_progress", "completed"]
+    assert {(url, each["status_callback_url"]) for (url, _, _), each in zip(got, said, strict=True)} == {
+        (CALLBACK, CALLBACK)
+    }
+    assert client.delete(f"/opendsr/requests/{NAME}").status_code == 409
+
+
+def test_a_pending_request_is_cancelled(client: TestClient) -> None:
+    client.post("/opendsr/requests", json=asked(regulation="ccpa"))
+    assert client.get(f"/requests/{NAME}").json()["regime"] == "delete-act"
+    response = client.delete(f"/opendsr/requests/{NAME}")
+    assert response.status_code == 202
+    assert verify(client, response.content, response.headers)["subject_request_id"] == NAME
+    assert client.get(f"/opendsr/requests/{NAME}").json()["request_status"] == "cancelled"
+
+
+IDENTITY = asked()["subject_identities"][0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "status"),
+    [
+        ({"subject_request_type": "access"}, 400),
+        ({"subject_identities": [{**IDENTITY, "identity_type": "email"}]}, 400),
+        ({"subject_identities": [{**IDENTITY, "identity_format": "sha256"}]}, 400),
+        ({"subject_identities": [IDENTITY, {**IDENTITY, "identity_value": "subject-2"}]}, 400),
+        ({"subject_identities": [{**IDENTITY, "identity_value": "nobody"}]}, 404),
+        ({"status_callback_urls": ["http://controller.example/"]}, 400),
+        ({"status_callback_urls": ["https://169.254.169.254/"]}, 400),
+        ({"status_callback_urls": ["https://a@controller.example/"]}, 400),
+        ({"subject_request_id": "T-1"}, 422),
+        ({"regulation": "lgpd"}, 422),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    client: TestClient, changed: dict[str, Any], status: int
+) -> None:
+    response = client.post("/opendsr/requests", json=asked(**changed))
+    assert response.status_code == status, response.text
+    assert "nobody" not in response.text
+    assert client.get("/requests").json() == {"requests": []}
+
+
+def test_without_keys_there_is_no_opendsr(service: Service) -> None:
+    without = Service(service.model, service.answers, None, ServiceBlock())
+    with TestClient(build_app(without), base_url="http://127.0.0.1") as client:
+        for path in ("discovery", "certificate", f"requests/{NAME}"):
+            response = client.get(f"/opendsr/{path}")
+            assert response.status_code == 404
+            assert "service.opendsr" in response.json()["next_step"]
