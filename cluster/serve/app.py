@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import pkgutil
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -43,6 +43,8 @@ from sisa.flows.ask import Prompt
 from sisa.model import Model
 
 if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
     from cluster.serve.tokens import Tokens
 
 ROUTERS: tuple[str, ...] = (  # in the order of the document
@@ -139,6 +141,7 @@ class Service:
     answers: Answers
     tokens: Tokens | None  # None: loopback, and everybody who reaches it may do everything
     settings: ServiceBlock
+    measured_everywhere: Callable[[], list[Metric]] | None = None  # None: this is the only process
 
     @property
     def name(self) -> str:

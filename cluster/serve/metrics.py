@@ -7,7 +7,8 @@
 
 What the ledger says (the queue, slices retrained, adapters revoked) is read at each scrape; series that
 `sisa run --watch` exports through Ray have the same names here. What was answered is counted by the
-process that answered. No label names a record, a text, a token or a caller.
+replica that answered; whichever replica is scraped asks all of them. No label names a record, a text, a
+token or a caller.
 
 >>> meters = AnswerMeters()
 >>> meters.answered(Ended("stop", num_tokens=7), shards=(1, 4))
@@ -62,6 +63,14 @@ class AnswerMeters:
         )
         for name in ROUTE_NAMES:
             self._answers.labels(name)
+
+    def of(self, replica: str) -> list[Metric]:
+        """Return all series, labelled with the replica that has them."""
+        found = list(self.registry.collect())
+        for each in found:
+            named = [one._replace(labels={**one.labels, "replica": replica}) for one in each.samples]
+            each.samples = named
+        return found
 
     def began(self, seconds: float) -> None:
         """Count the beginning of an answer."""
@@ -130,23 +139,29 @@ class ModelMeters(Collector):
         return self._revoked[1]
 
 
-class Together(Collector):
-    """Several collectors as one."""
+class ServiceMeters(Collector):
+    """Everything that is measured of a service."""
 
-    def __init__(self, *collectors: Collector | CollectorRegistry) -> None:
-        self._collectors = collectors
+    def __init__(self, service: Service) -> None:
+        self.answers = AnswerMeters()
+        self._model, self._everywhere = ModelMeters(service.model), service.measured_everywhere
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what each of them has."""
-        for each in self._collectors:
-            yield from each.collect()
+        """Yield the model's series, then those of all replicas, one family after the other."""
+        yield from self._model.collect()
+        families: dict[str, Metric] = {}
+        own = self.answers.registry.collect
+        for each in self._everywhere() if self._everywhere else own():
+            families.setdefault(each.name, each)
+            if families[each.name] is not each:
+                families[each.name].samples += each.samples
+        yield from families.values()
 
 
-def measured(service: Service) -> tuple[Service, Collector]:
+def measured(service: Service) -> tuple[Service, ServiceMeters]:
     """Return a service whose answers are measured, and everything that is measured of it."""
-    meters = AnswerMeters()
-    with_meters = replace(service, answers=MeasuredAnswers(service.answers, meters))
-    return with_meters, Together(ModelMeters(service.model), meters.registry)
+    meters = ServiceMeters(service)
+    return replace(service, answers=MeasuredAnswers(service.answers, meters.answers)), meters
 
 
 @metrics_router.get("/metrics", response_class=Response, summary="Everything measured, for Prometheus")

@@ -21,18 +21,18 @@ import hmac
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import FastAPI
 from ray import serve
 
 from cluster.serve import app as serving
 from cluster.serve.app import AnswerEvent, Question, Service, Started, build_app
-from cluster.serve.tokens import LOCAL, Caller, Tokens
+from cluster.serve.tokens import LOCAL, Caller, Tokens, check_listening
 from sisa.config.config import RunConfig, ServiceBlock
 from sisa.core.errors import EnvironmentFault, Outdated, SisaError, internal_fault
 from sisa.flows.ask import Routed
@@ -40,9 +40,15 @@ from sisa.lm.answer import continuous
 from sisa.lm.answer.continuous import Sampling
 from sisa.model import Model, open_model
 
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+    from cluster.serve.metrics import ServiceMeters
+
 WATCH_S = 0.1  # at most, between two looks at the ledger
 DEFAULT_TOKENS = 256  # of an answer, where the base can read as many
 WAITING_PER_ROW = 16  # requests that wait for each one that is answered
+PATIENCE_S = 5.0  # with other replicas, for what they have measured
 MOST_AT_ONCE = 10_000  # requests of a replica; the engine refuses what is too much for it
 
 _log = logging.getLogger(__name__)
@@ -254,9 +260,13 @@ class OwnerTokens(Tokens):
     """The tokens of a model, and the one in its `service.json`: who reads that owns the directory."""
 
     def __init__(self, directory: Path, per_minute: int, owner: str) -> None:
-        """`owner` is the SHA-256 of that token."""
+        """`owner` is the SHA-256 of that token; empty: there is no such file, and nobody is local."""
         super().__init__(directory, per_minute)
         self._owner = owner
+
+    def demanded(self) -> bool:
+        """Return whether tokens are demanded."""
+        return not self._owner or super().demanded()
 
     def caller(self, bearer: str) -> Caller | None:
         """Return whose token this is."""
@@ -279,15 +289,39 @@ class Replica:
         settings = model.config.service
         self._engine = Engine(model, settings)
         tokens = OwnerTokens(path, settings.rate_per_minute, owner)
-        self._service = Service(open_model(path), self._engine, tokens, settings)
+        self._service = Service(open_model(path), self._engine, tokens, settings, _measured_everywhere)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application, for Ray Serve."""
-        return build_app(self._service)
+        self._app = build_app(self._service)
+        return self._app
+
+    def measured(self) -> list[Metric]:
+        """Return what this replica has measured of its answers."""
+        meters: ServiceMeters = self._app.state.meters
+        return meters.answers.of(serve.get_replica_context().replica_id.unique_id)
 
     def check_health(self) -> None:
         """Let Ray Serve replace a replica that does not answer any more."""
         self._engine.check()
+
+
+def _measured_everywhere() -> list[Metric]:
+    """Return what all replicas have measured; one that ends meanwhile has nothing any more."""
+    here = serve.get_replica_context()
+    handle = serve.get_deployment_handle(here.deployment, here.app_name)
+    found = handle.broadcast("measured").results(timeout_s=PATIENCE_S, return_exceptions=True)
+    return [each for families in found if isinstance(families, list) for each in families]
+
+
+def application(args: Mapping[str, str]) -> Any:
+    """Return the application for a config file of Ray Serve, such as the RayService manifest's.
+
+    `args` names the `model`'s directory. Raise ConfigConflict without an active token.
+    """
+    directory = Path(args["model"])
+    check_listening("0.0.0.0", Tokens(directory))  # noqa: S104 - where such a file has it listen
+    return replica(directory, open_model(directory).config)
 
 
 def replica(directory: Path, config: RunConfig, num_replicas: int = 1, owner: str = "") -> Any:

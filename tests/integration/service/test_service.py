@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.cli import cli
 from cluster.serve.service import Running, find_service
@@ -188,6 +190,31 @@ def test_the_commands_ask_the_running_service(served: Served, ask: Ask, tmp_path
     code, refused, _ = ask("serve", "-m", served.directory, "--port", free_port())
     assert (code, refused["error"]["type"]) == (5, "Busy")
     assert ask("doctor", "-m", served.directory)[1]["healthy"]
+
+
+def test_each_replica_shows_what_all_have_answered(served: Served) -> None:
+    def answered() -> dict[str, float]:
+        """Return the answers of each replica so far."""
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(scrape()):
+            for each in family.samples:
+                if each.name == "sisa_answers_total":
+                    found[each.labels["replica"]] = found.get(each.labels["replica"], 0) + each.value
+        return found
+
+    def scrape() -> str:
+        bearer = {"Authorization": f"Bearer {served.running.token}"}
+        asked = urllib.request.Request(f"{served.running.url}/metrics", headers=bearer)  # noqa: S310
+        with urllib.request.urlopen(asked) as response:  # noqa: S310
+            return str(response.read().decode())
+
+    before, client = answered(), served.client()
+    assert len(before) == 2
+    for number in range(6):
+        client.completions.create(model="model", prompt=prompt_of(PEOPLE[number]), **SHOWN)
+    after = [answered() for _ in range(4)]  # whichever replica is asked
+    assert all(each == after[0] for each in after)
+    assert sum(after[0].values()) == sum(before.values()) + 6
 
 
 def seen(client: openai.OpenAI, prompt: str) -> tuple[float, ...]:

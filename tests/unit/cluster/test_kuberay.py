@@ -8,6 +8,7 @@ KubeRay's source).
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.metadata
 import json
 import os
@@ -182,6 +183,8 @@ def test_ray_accepts_the_config_of_the_service() -> None:
     assert config.model_dump(exclude_unset=True, mode="json") == said  # unknown keys would be dropped
     (application,) = config.applications
     assert application.args == {"model": "/shared/model"}
+    module, _, name = str(application.import_path).partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_the_versions_are_those_of_this_project() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.jobs.kuberay import manifest
@@ -162,6 +163,26 @@ def test_an_answer_that_nobody_waits_for_is_given_up() -> None:
     )
     assert answers.closed
     assert meters.registry.get_sample_value("sisa_answer_tokens_total") == 0
+
+
+def test_every_replica_shows_what_all_of_them_answered(service: Service) -> None:
+    replicas = {name: AnswerMeters() for name in ("a", "b")}
+
+    def everywhere() -> list[Metric]:
+        return [family for name, each in replicas.items() for family in each.of(name)]
+
+    client = TestClient(build_app(replace(service, measured_everywhere=everywhere)), LOOPBACK)
+    replicas["a"].answered(Ended("stop", 5), (1,))
+    replicas["b"].answered(Ended("stop", 3), ())
+    assert value(client, "sisa_answers_total", replica="a", route="one") == 1
+    assert value(client, "sisa_answers_total", replica="b", route="one") == 0
+    tokens = [value(client, "sisa_answer_tokens_total", replica=name) for name in replicas]
+    assert tokens == [5, 3]
+    lines = client.get("/metrics").text.splitlines()
+    heads = [each for each in lines if each.startswith("# TYPE")]
+    assert len(set(heads)) == len(heads)  # a family is written once
+    del replicas["a"]
+    assert value(client, "sisa_answers_total", replica="a", route="one") is None
 
 
 def ask(client: TestClient, text: str) -> None:
