@@ -1,21 +1,26 @@
-"""Serve a model over HTTP (`sisa serve`), and say who may call it (`sisa token`)."""
+"""Serve a model over HTTP (`sisa serve`); say who may call it (`sisa token`); look at other engines
+(`sisa engines`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cluster.cli.audits import EXIT_REVOKED
 from cluster.cli.command import command, command_group, log_format_option, model_option, opened
 from cluster.observe.reporting import watched
-from cluster.render.render import Result
+from cluster.render.render import Result, counted
 from sisa.core.domain import Kind
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.events import Notice
 
 if TYPE_CHECKING:
+    from cluster.serve.engines import EngineHolds
     from cluster.serve.tokens import AccessToken, Role, Scope, Tokens
     from sisa.flows.ask import Answer, Prompt
 
@@ -159,3 +164,25 @@ def _line(found: AccessToken, state: str) -> str:
     shards = "" if found.shards is None else f", shards {', '.join(map(str, found.shards))} alone"
     until = f"until {found.expires_at}" if found.revoked_at is None else f"since {found.revoked_at}"
     return f"{found.name:<9} {found.role} ({', '.join(found.scopes)}){shards}, {state} {until}"
+
+
+@command("engines", "-m model --sweep")
+@model_option
+@click.option("--sweep", is_flag=True, help="Have them let go of what was erased first.")
+def show_engines(directory: Path, sweep: bool) -> Result:
+    """Show what other engines hold of the exports. Exit with 7 if they hold what was erased."""
+    from cluster.serve.engines import engines_hold
+
+    with opened(directory) as model:
+        found = engines_hold(model, sweep=sweep)
+    lines = [_engine_line(each) for each in found] or ["no engine is named (service.engines)"]
+    lines += [f"  erased: {name}" for each in found for name in each.erased]
+    body = {"engines": [{**asdict(each), "clean": each.clean} for each in found]}
+    return Result(body, lines, 0 if all(each.clean for each in found) else EXIT_REVOKED)
+
+
+def _engine_line(found: EngineHolds) -> str:
+    if found.fault:
+        return f"{found.url}: can't be asked ({found.fault})"
+    held = f"{found.url}: holds {counted(len(found.held), 'adapter')}"
+    return f"{held}, {len(found.erased)} of them erased; {found.nameless} more without a name"

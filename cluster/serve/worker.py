@@ -3,7 +3,8 @@
     with working(open_model("model")):       # beside a service, until the block ends
         ...
 
-`carry_out_due` is one turn: `sisa run --watch` takes it as well. There is one worker for a model; where
+`carry_out_due` is one turn: `sisa run --watch` takes it as well. Engines that load exports are told to
+let go of what was erased. There is one worker for a model; where
 another command writes at the moment, the worker tries again. `POST /requests/run` has it carry out what
 is approved whatever the plan says.
 """
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from cluster.serve.engines import engines_hold
 from sisa.core.domain import Request
 from sisa.core.errors import SisaError, internal_fault
 
@@ -35,6 +37,9 @@ def carry_out_due(model: Model, *, now: bool = False) -> tuple[Request, ...]:
     if not now and model.plan_run().choice != "run now":
         return ()
     done = model.run()
+    for each in engines_hold(model, sweep=True) if done else ():
+        if not each.clean:  # an engine sweeps itself, too; `sisa engines` looks again
+            _log.warning("%s holds %d erased adapters %s", each.url, len(each.erased), each.fault)
     model.queue()
     return done
 

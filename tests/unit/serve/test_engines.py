@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from cluster.cli.cli import run
 from cluster.serve.engines import EngineHolds, engines_hold
 from cluster.serve.vllm_plugin import Evictions, ExportedAdapters, RevocationEndpoints
+from cluster.serve.worker import carry_out_due
 from sisa.config.config import EngineSource, ServiceBlock
 from tests.models.job_cluster import free_port
 from tests.unit.serve.test_vllm_plugin import StandIn, put
@@ -95,3 +98,48 @@ def test_an_erased_adapter_is_named_until_the_engine_sweeps(tmp_path: Path, engi
 def test_an_engine_has_a_plain_web_address(url: str) -> None:
     with pytest.raises(ValueError, match="url"):
         EngineSource(url=url)
+
+
+def test_the_command_fails_while_an_engine_holds_what_was_erased(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = [EngineHolds("http://one", ("aa", "bb"), ("bb",), 1), EngineHolds("http://two", ("aa",))]
+    swept: list[bool] = []
+
+    def holds(_model: Any, *, sweep: bool) -> list[EngineHolds]:
+        swept.append(sweep)
+        return found
+
+    monkeypatch.setattr("cluster.serve.engines.engines_hold", holds)
+    monkeypatch.setattr("cluster.cli.serve.opened", lambda _directory: nullcontext())
+    assert run(["engines", "-m", str(tmp_path)]) == 7
+    assert capsys.readouterr().out.splitlines() == [
+        "http://one: holds 2 adapters, 1 of them erased; 1 more without a name",
+        "http://two: holds 1 adapter, 0 of them erased; 0 more without a name",
+        "  erased: bb",
+    ]
+    del found[0]
+    assert run(["engines", "-m", str(tmp_path), "--sweep", "--json"]) == 0
+    (each,) = json.loads(capsys.readouterr().out)["engines"]
+    assert (each["url"], each["clean"], swept) == ("http://two", True, [False, True])
+
+
+def test_the_worker_has_engines_sweep_after_a_deletion(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    swept: list[bool] = []
+    held = EngineHolds("http://one", fault="URLError")
+
+    def holds(_model: Any, *, sweep: bool) -> list[EngineHolds]:
+        swept.append(sweep)
+        return [held]
+
+    monkeypatch.setattr("cluster.serve.worker.engines_hold", holds)
+    done: list[str] = []
+    busy = cast(Any, SimpleNamespace(queue=lambda: None, run=lambda: tuple(done)))
+    assert carry_out_due(busy, now=True) == ()
+    assert swept == []
+    done.append("request")
+    assert len(carry_out_due(busy, now=True)) == 1
+    assert swept == [True]
+    assert "http://one holds 0 erased adapters URLError" in caplog.text
