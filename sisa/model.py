@@ -363,7 +363,7 @@ class Model:
         With `approver`, new requests are approved at once. Raise InvalidInput with every problem.
         """
         download = read_download(Path(file), self.config.limits)
-        with self._writing() as context:
+        with self._deciding() as context:
             return drop.import_lists(context, download, approver, submitter)
 
     def drop_report(
@@ -373,7 +373,7 @@ class Model:
 
         `suffix` distinguishes several responses to one list. Raise InvalidInput if a file exists.
         """
-        with self._writing() as context:
+        with self._deciding() as context:
             return drop.report(context, Path(directory), opted_out=opted_out, suffix=suffix)
 
     @asked_again

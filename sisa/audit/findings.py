@@ -27,6 +27,7 @@ from sisa.core.errors import IntegrityError, SisaError, TransientError
 from sisa.core.ports import BlobStore
 from sisa.core.requests import contradicted
 from sisa.flows.reconcile import check_rows, export_standing
+from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring.context import (
     ALWAYS_SEALED,
     Context,
@@ -60,7 +61,18 @@ from sisa.store.metrics import run_files
 OTHERS, OTHERS_WRITE = 0o077, 0o022
 Severity = Literal["error", "warning"]
 RepairKind = Literal[
-    "", "reindex", "retrain", "heads", "patches", "sweep", "mode", "scrub", "reseal", "purge", "evidence"
+    "",
+    "reindex",
+    "retrain",
+    "heads",
+    "patches",
+    "sweep",
+    "mode",
+    "scrub",
+    "reseal",
+    "purge",
+    "evidence",
+    "identities",
 ]
 
 REPAIR_STEPS: dict[RepairKind, str] = {
@@ -76,6 +88,7 @@ REPAIR_STEPS: dict[RepairKind, str] = {
     "reseal": "`sisa doctor --repair` rewrites it as `encrypt:` in the run file says",
     "evidence": "`sisa doctor --repair` makes it again from the slice files and the log, without what "
     "receipts of earlier deletions are made from; to keep these, restore it from a backup",
+    "identities": "`sisa doctor --repair` removes them",
     "scrub": "`sisa doctor --repair` or the next train, add or forget empties it",
 }
 
@@ -118,6 +131,9 @@ def examine(context: Context, directory: Path, *, with_key: bool = True) -> list
     for damaged, check in checks(context, partial(_check_group, context), with_key=with_key):
         if what := _damage(check):
             found.append(replace(damaged, what=what))
+    if strays := len(stray_identities(context)):
+        what = f"identities are kept of {strays} records that are not held"
+        found.append(Finding("identities", "error", LEDGER, what, "identities"))
     found += [*_unindexed(context), *_exports(context), *wrong_heads(context), *_gaps(context)]
     found += [
         *_evidence(directory),

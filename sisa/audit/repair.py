@@ -30,6 +30,7 @@ from sisa.core.ports import Change
 from sisa.flows.patches.on_deletion import give_up
 from sisa.flows.reconcile import just_trained, reconcile, train_chains
 from sisa.flows.reconfigure import reseal_model
+from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context, commit, embed_shard, is_behind, plan_of, view_shard
 from sisa.flows.wiring.witness import catch_up
@@ -82,6 +83,9 @@ def repair_opened(context: Context, directory: Path) -> list[str]:
     if any(each.repair == "evidence" for each in found):
         files.erase_all(directory, [wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal"])
         done.append("erased the damaged evidence, which is made again from the slice files and the log")
+    if strays := stray_identities(context):
+        commit(context, Change(unidentified=strays))
+        done.append(f"removed the identities of {len(strays)} records that are not held")
     plans, given_up = _give_up(context, found)
     done += [*given_up, *close_gaps(context, plans), *_mend_heads(context, found)]
     if removed := remove_garbage(context, directory):

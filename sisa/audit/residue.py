@@ -8,6 +8,7 @@
     exports that a deletion marked   erased; one that can't be found can't be excluded
     patches, anywhere                bytes as recorded; served or trained over
     files of metrics                 numbers only; losses and tokens of held checkpoints only
+    identities in the ledger         of held records, or of those that the Delete Act keeps out
     vault sets, unfinished patches   as recorded and sealed; kept by consent, so not searched
     an object store                  as in a directory; without old versions of erased objects
     all bytes (`ids`, `texts`)       without the strings that the caller gives
@@ -58,9 +59,20 @@ from sisa.core.domain import Export, HeldCheckpoint, Tombstone
 from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
 from sisa.core.ports import BlobStore
 from sisa.flows.reconcile import export_standing
+from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context, known_by_area
-from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT
+from sisa.flows.wiring.wiring import (
+    CHECKPOINTS,
+    INDEX,
+    LEDGER,
+    LOG,
+    METRICS,
+    PATCHES,
+    RECORDS,
+    RUNS,
+    VAULT,
+)
 from sisa.lm.base.packages import cache_dir
 from sisa.store.blobs.files import SCRATCH_PREFIX, read_beside, walk
 from sisa.store.blobs.keyring import is_sealed
@@ -153,6 +165,9 @@ def scan_residue(
         scanner.scan_rows(server, directory)
     scanner.unknown_files()
     scanner.missing_exports()
+    if strays := len(stray_identities(context)):
+        what = f"identities of {strays} records that are not held"
+        scanner.found("identities", directory / LEDGER, what)
     places = [*map(str, scanner.places), *(blobs.location() for blobs in stores.values())]
     places += [server] if isinstance(server, str) else []
     return Scan(

@@ -329,6 +329,17 @@ def _lifted(
     return sorted(set(named) - {row.id_digest for row in held_rows(context, named)})
 
 
+def stray_identities(context: Context) -> list[str]:
+    """Return the records with identities that are not held and that no such request deleted."""
+    ledger = context.stores.ledger
+    kept = {each.id_digest for each in ledger.identities()}
+    kept -= {row.id_digest for row in held_rows(context, kept)}
+    for request in ledger.requests() if kept else ():
+        if request.regime == "delete-act" and request.committed_at:
+            kept.difference_update(ledger.named_by(request.request_id))
+    return sorted(kept)
+
+
 def _cycle(context: Context) -> dict[str, str]:
     found: dict[str, str] = json.loads(context.stores.ledger.meta().get(CYCLE, "{}"))
     return found

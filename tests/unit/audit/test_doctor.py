@@ -23,7 +23,7 @@ from sisa.audit.repair import RepairOutcome, repair_opened
 from sisa.audit.verify import check_files
 from sisa.config.config import RunConfig
 from sisa.core.digest import Keyed
-from sisa.core.domain import Chain, Head
+from sisa.core.domain import Chain, Head, Identity
 from sisa.core.errors import Busy, InvalidInput
 from sisa.core.events import Report, silent
 from sisa.core.ports import Change, Executor, OnStage
@@ -650,3 +650,20 @@ def test_an_unknown_executor_is_refused_before_anything_is_mended(sisa: Sisa, mo
 
 def test_doctor_where_no_model_is(sisa: Sisa, tmp_path: Path) -> None:
     assert sisa("doctor", "-m", tmp_path)[0] == 2
+
+
+def test_identities_of_records_that_are_not_held_are_found_and_removed(model: Path, sisa: Sisa) -> None:
+    """Whoever was deleted may be found by them: a deletion erases them, a repair what it left."""
+    with context_of(model) as context:
+        ledger = context.stores.ledger
+        held, gone = ledger.rows(0)[0].id_digest, ledger.tombstones()[0].id_digest
+        pairs = [Identity(f"{n}" * 64, each) for n, each in enumerate((held, gone, "f" * 64))]
+        ledger.commit(Change(identities=pairs))
+    (found,) = diagnose(model).findings
+    assert (found.kind, found.severity) == ("identities", "error")
+    assert "of 2 records" in found.what
+    code, swept, _ = sisa("sweep", "-m", model)
+    assert (code, [each["kind"] for each in swept["residue"]]) == (4, ["identities"])
+    assert repaired(model).after.healthy
+    with context_of(model) as context:
+        assert context.stores.ledger.identities() == pairs[:1]
