@@ -57,7 +57,7 @@ def held_of(
 ) -> dict[str, Any]:
     """Return what is held of a person, given the rows of their held and deleted records."""
     since = restrictions(context.stores.ledger).since
-    restricted = [since[subject] for row in rows if (subject := row.subject_digest or "") in since]
+    restricted = [since[whose] for row in rows if (whose := row.subject_digest or "") in since]
     own = config.sisa
     return {
         **_begun(context, ACCESS_FILE, subject),
