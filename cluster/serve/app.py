@@ -55,7 +55,7 @@ ROUTERS: tuple[str, ...] = (  # in the order of the document
     "cluster.serve.metrics:metrics_router",
     "cluster.serve.rights_api:rights_router",
 )
-MEASURED = "cluster.serve.metrics:measured"  # by name, too: it imports from here
+MEASURED = "cluster.serve.metrics:with_meters"  # by name, too: it imports from here
 OPENAI = "/v1/"  # paths below speak OpenAI's dialect
 STATUSES = {InvalidInput: 400, UnknownRecord: 404, ConfigConflict: 409, Busy: 503, Outdated: 503}
 RETRY_AFTER_S = 2

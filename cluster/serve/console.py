@@ -17,10 +17,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict
 
 from cluster.render.render import forget_plan
 from cluster.serve.app import Refusal, Service, service_of
+from cluster.serve.requests_api import RecordsNamed
 from cluster.serve.tokens import Caller, may
 
 POLICY = "; ".join(
@@ -51,9 +51,9 @@ PAGES = {
     "console.js": ("cluster.serve", "console", "text/javascript"),
     "look.css": ("cluster.render", "templates", "text/css"),
 }
-OF_SHARD = ("shard", "records", "head", "depth", "served", "served_depth", "num_stages", "converged")
+_OF_SHARD = ("shard", "records", "head", "depth", "served", "served_depth", "num_stages", "converged")
 
-console_router = APIRouter()
+console_router = APIRouter(tags=["console"])
 
 
 @console_router.get("/console", include_in_schema=False)
@@ -73,7 +73,7 @@ def lineage(
     """Return which slices are clean, retrained, rolled back, restricted or empty."""
     rows = [
         {
-            **{name: getattr(shard, name) for name in OF_SHARD},
+            **{name: getattr(shard, name) for name in _OF_SHARD},
             "slices": [asdict(each) for each in slices],
         }
         for shard, slices in caller.view(service.model).shards()
@@ -81,18 +81,9 @@ def lineage(
     return {"model": service.model.id, "shards": rows}
 
 
-class Named(BaseModel):
-    """Records by their ids, or all records of a subject."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    ids: list[str] = []
-    subject: str | None = None
-
-
 @console_router.post("/requests/plan", summary="What a request would erase and retrain; changes nothing")
-def plan(
-    named: Named,
+def plan_request(
+    named: RecordsNamed,
     service: Annotated[Service, Depends(service_of)],
     caller: Annotated[Caller, Depends(may("submit"))],
 ) -> dict[str, Any]:

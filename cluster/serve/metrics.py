@@ -43,7 +43,7 @@ ROUTE_NAMES = ("base", "one", "several")  # by how many shards answer
 FIRST_TOKEN_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 FINISHED = ("retrained", "completed")  # states of requests whose slices are trained again
 
-metrics_router = APIRouter()
+metrics_router = APIRouter(tags=["metrics"])
 
 
 class AnswerMeters:
@@ -158,13 +158,18 @@ class ServiceMeters(Collector):
         yield from families.values()
 
 
-def measured(service: Service) -> tuple[Service, ServiceMeters]:
+def with_meters(service: Service) -> tuple[Service, ServiceMeters]:
     """Return a service whose answers are measured, and everything that is measured of it."""
     meters = ServiceMeters(service)
     return replace(service, answers=MeasuredAnswers(service.answers, meters.answers)), meters
 
 
-@metrics_router.get("/metrics", response_class=Response, summary="Everything measured, for Prometheus")
+@metrics_router.get(
+    "/metrics",
+    summary="Everything that is measured, for Prometheus",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}},
+)
 def read_metrics(request: Request, _caller: Annotated[Caller, Depends(may("operate"))]) -> Response:
     """Return all series, in the format that the client prefers."""
     encode, kind = choose_encoder(request.headers.get("accept", ""))

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 WATCH_S = 0.1  # at most, between two looks at the ledger
 DEFAULT_TOKENS = 256  # of an answer, where the base can read as many
 WAITING_PER_ROW = 16  # requests that wait for each one that is answered
-PATIENCE_S = 5.0  # with other replicas, for what they have measured
+_METERS_WAIT_S = 5.0  # with other replicas, for what they have measured
 MOST_AT_ONCE = 10_000  # requests of a replica; the engine refuses what is too much for it
 
 _log = logging.getLogger(__name__)
@@ -310,7 +310,7 @@ def _measured_everywhere() -> list[Metric]:
     """Return what all replicas have measured; one that ends meanwhile has nothing any more."""
     here = serve.get_replica_context()
     handle = serve.get_deployment_handle(here.deployment, here.app_name)
-    found = handle.broadcast("measured").results(timeout_s=PATIENCE_S, return_exceptions=True)
+    found = handle.broadcast("measured").results(timeout_s=_METERS_WAIT_S, return_exceptions=True)
     return [each for families in found if isinstance(families, list) for each in families]
 
 

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -26,7 +26,7 @@ from cluster.serve.tokens import Caller, may
 from cluster.serve.webhooks import ServiceState
 from sisa.core.digest import Keyed
 from sisa.core.domain import Regime, RequestState
-from sisa.evidence.issued import certificate_file, receipt_file
+from sisa.evidence.issued import certificate_file, receipt_file, standing
 from sisa.flows.deletion import Terms
 from sisa.flows.lifecycle import RequestView
 from sisa.flows.query import Candidate
@@ -51,20 +51,20 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class _Named(_Body):
+class RecordsNamed(_Body):
     """Whose records: their ids, or a subject."""
 
     ids: Annotated[list[_Text], Field(max_length=_MAX_IDS)] = Field([], description="Ids of records.")
     subject: _Text | None = Field(None, description="All records of a subject, in place of ids.")
 
     @model_validator(mode="after")
-    def _one(self) -> _Named:
+    def _one(self) -> RecordsNamed:
         if bool(self.ids) == (self.subject is not None):
             raise ValueError("give either ids or a subject")
         return self
 
 
-class ErasureAsked(_Named):
+class ErasureAsked(RecordsNamed):
     """A request for deletion."""
 
     external_id: Annotated[str, StringConstraints(pattern=r"^[!-~]{1,200}$")] | None = Field(
@@ -132,7 +132,16 @@ class RequestShown(BaseModel):
     record_epochs_retrained: int
     record_epochs_full: int
     seconds: float = Field(description="From its commit until all was trained again.")
+    shards: list[tuple[int, int, int]] = Field(
+        description="What it trains again: shard, first slice, number of slices."
+    )
     events: list[EventShown]
+
+
+class OneRequestShown(RequestShown):
+    """A request, and whether its deletion is certified."""
+
+    certificate: Literal["issued", "pending", "none"]
 
 
 class CandidateShown(BaseModel):
@@ -289,10 +298,11 @@ def _run(
     return {"requests": list(service.model.plan_run().requests)}
 
 
-@requests_router.get("/requests/{request_id}", name="show_request", response_model=RequestShown)
+@requests_router.get("/requests/{request_id}", name="show_request", response_model=OneRequestShown)
 def _request(request_id: str, service: _Open, caller: _Reading) -> dict[str, Any]:
     """Return one request with its history."""
-    return _shown(caller.view(service.model).request(request_id))
+    found = caller.view(service.model).request(request_id)
+    return _shown(found, certificate=standing(service.model, found.request.request_id))
 
 
 def _decide(
