@@ -37,7 +37,7 @@ from sisa.lm.answer.slots import Slots
 
 MAX_WAITING = 256
 MAX_POSITIONS = 32_768  # rows times their longest request: what keys and values may take
-JOINED_POSITIONS = 512  # of prompts, in one step: running requests wait for them
+JOINED_POSITIONS = 256  # of prompts, in one step: running requests wait for them
 REPLACED = "\ufffd"  # stands for bytes that are no character, or not yet one
 
 Key = Hashable
@@ -136,8 +136,7 @@ class Text:
         if not final:
             self._text = self._text.rstrip(REPLACED)
         stops = [at for each in self._stop if (at := self._text.find(each, self._out)) >= 0]
-        end = len(self._text) if final else len(self._text) - self._undecided()
-        end = min([end, *stops])
+        end = min(stops, default=len(self._text) - (0 if final else self._undecided()))
         ready = [start < end or (final and not stops) for start in self._starts[self._num_out :]]
         tokens = self._tokens[self._num_out : self._num_out + sum(ready)]
         text, self._out = self._text[self._out : end], end
@@ -347,7 +346,8 @@ class ContinuousBatching:
     def _leave(self, places: Collection[int]) -> None:
         """Remove running requests, and constituents that nobody runs on any more."""
         if places:
-            kept = self._slots.leave(places)
+            with torch.inference_mode():
+                kept = self._slots.leave(places)
             self._running = [self._running[each] for each in kept]
         used = {name for each in self._running for name in each.names}
         for name in self._former.keys() - used:

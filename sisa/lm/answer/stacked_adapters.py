@@ -31,7 +31,7 @@ Rows(requests=[0, 1, 0, 1], groups=[0, 3], of=(slice(0, 4, 2), slice(1, 4, 2)))
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -107,7 +107,7 @@ class StackedLinear(nn.Module):
 
     def put_side_by_side(self, names: Sequence[int], rank: int) -> None:
         """Put the matrices of some adapters into one pair, each padded to `rank`."""
-        down_GRI, up_GRO = self._padded([*names], rank)
+        down_GRI, up_GRO = self._padded([*names] or [None], rank)
         self._beside = down_GRI.flatten(0, 1)[None], up_GRO.flatten(0, 1)[None]
 
     def choose_beside(self, foreign_GRX: Tensor) -> None:
@@ -153,6 +153,11 @@ class StackedAdapters:
         for name, change in sorted(adapters.items()):
             self.put(name, change)
 
+    @property
+    def linears(self) -> Collection[StackedLinear]:
+        """Return the modules that an adapter changes."""
+        return self._linears.values()
+
     def put(self, name: int, change: LowRankChange) -> None:
         """Hold an adapter under a new name. Raise IntegrityError if it does not fit the base."""
         modules = dict(self._base.named_modules())
@@ -167,7 +172,7 @@ class StackedAdapters:
 
     def drop(self, name: int) -> None:
         """Forget an adapter; a name that is not held is ignored."""
-        for each in self._linears.values():
+        for each in self.linears:
             each.held.pop(name, None)
         if name in self._beside:
             self._put_side_by_side([each for each in self._beside if each != name])
@@ -177,7 +182,7 @@ class StackedAdapters:
         """Run the base's forwards with the adapters of these routes; yield their outputs' rows."""
         rows = rows_of(routes)
         with self._expanding(rows.requests, len(routes)):
-            for each in self._linears.values():
+            for each in self.linears:
                 each.choose(rows.groups)
             yield rows
 
@@ -195,14 +200,14 @@ class StackedAdapters:
         foreign_PG = torch.tensor([[each != name for each in self._beside] for name in names]).bool()
         foreign_1RX = foreign_PG.T.repeat_interleave(self._rank, 0)[None].to(self._device)
         with self._expanding(requests, len(routes)):
-            for each in self._linears.values() if used else ():
+            for each in self.linears if used else ():
                 each.choose_beside(foreign_1RX)
             yield
 
     def _put_side_by_side(self, names: list[int]) -> None:
-        ranks = [each.rank(name) for each in self._linears.values() for name in names]
+        ranks = [each.rank(name) for each in self.linears for name in names]
         self._beside, self._rank = names, max(ranks, default=0)
-        for each in self._linears.values():
+        for each in self.linears:
             each.put_side_by_side(names, self._rank)
 
     @contextmanager
@@ -213,7 +218,7 @@ class StackedAdapters:
             yield
         finally:
             self._requests_P = None
-            for each in self._linears.values():
+            for each in self.linears:
                 each.choose(())
 
     def _expand_above(self) -> None:
