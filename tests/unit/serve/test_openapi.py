@@ -1,0 +1,89 @@
+"""The service keeps what its OpenAPI document promises, whatever it is sent."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.schemas import BaseSchema
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from cluster.serve.app import Service, build_app
+from cluster.serve.tokens import LOCAL, Caller, Tokens
+from sisa.config.config import ServiceBlock
+from sisa.model import open_model
+from tests.examples import num_examples
+from tests.fakes.answers import FakeAnswers
+from tests.models.confessing import use_fake_resources
+
+NUM_CALLS = num_examples(2_000)
+BEYOND = [positive_data_acceptance]  # a schema does not say that a due date has not passed
+HEADERS = {"Authorization": "Bearer known"}
+
+
+class KnownToken(Tokens):
+    """Tokens of which one may do everything, as often as it likes."""
+
+    def demanded(self) -> bool:
+        return True
+
+    def caller(self, bearer: str) -> Caller | None:
+        return LOCAL if bearer == "known" else None
+
+    def check_rate(self, caller: Caller) -> None:
+        """Refuse nobody."""
+
+    def fail(self, address: str) -> None:
+        """Note nothing."""
+
+
+@pytest.fixture(scope="module")
+def app(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
+    """Return the application over one copy of a model: its state is whatever was called before."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_fake_resources(patch)
+        directory = Path(shutil.copytree(trained, tmp_path_factory.mktemp("served") / "model"))
+        block = ServiceBlock(host="testserver")
+        return build_app(Service(open_model(directory), FakeAnswers(), KnownToken(directory), block))
+
+
+@pytest.fixture(scope="module")
+def document(app: FastAPI) -> BaseSchema:
+    return schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda each: each.name.lower())
+def test_the_service_keeps_its_document(
+    document: BaseSchema, mode: GenerationMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every answer has a documented status, type and schema; none is a fault of the server."""
+    use_fake_resources(monkeypatch)
+    operations = [each.ok() for each in document.get_all_operations()]
+    calls = st.one_of([each.as_strategy(generation_mode=mode) for each in operations])
+
+    @settings(
+        max_examples=NUM_CALLS // 2,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(calls)
+    def check(case: schemathesis.Case) -> None:
+        case.call_and_validate(headers=HEADERS, excluded_checks=BEYOND)
+
+    check()
+
+
+def test_every_operation_is_described(document: BaseSchema) -> None:
+    for path, operations in document.raw_schema["paths"].items():
+        for operation in operations.values():
+            assert operation.get("summary"), path
+            assert operation.get("description") or operation["summary"], path
+            assert set(operation["responses"]) - {"422"}, path
