@@ -46,6 +46,7 @@ def serve(
 ) -> Result:
     """Answer over HTTP as OpenAI does, until Ctrl-C."""
     from cluster.serve import service
+    from cluster.serve.worker import working
 
     if stop or look:
         found = service.stop_service(directory) if stop else service.find_service(directory)
@@ -56,7 +57,10 @@ def serve(
     with opened(directory) as model:
         settings = model.config.service
         address = host or settings.host, port or settings.port
-        with service.started(directory, model.config, *address, num_replicas) as running:
+        with (
+            service.started(directory, model.config, *address, num_replicas) as running,
+            working(directory, model.report),
+        ):
             model.report(Notice(f"serving {running.url} ({num_replicas} replicas); Ctrl-C stops it"))
             service.wait_until_ended()
         url, pid = running.url, running.pid

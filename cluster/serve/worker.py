@@ -1,6 +1,6 @@
 """Carry out approved requests when their due dates and prices say so, and report on all of them.
 
-    with working(open_model("model")):       # beside a service, until the block ends
+    with working(Path("model")):       # beside a service, until the block ends
         ...
 
 `carry_out_due` is one turn: `sisa run --watch` takes it as well. Engines that load exports are told to
@@ -16,11 +16,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.serve.engines import engines_hold
 from sisa.core.domain import Request
 from sisa.core.errors import SisaError, internal_fault
+from sisa.core.events import Report, silent
 
 if TYPE_CHECKING:
     from sisa.model import Model
@@ -45,17 +47,21 @@ def carry_out_due(model: Model, *, now: bool = False) -> tuple[Request, ...]:
 
 
 @contextlib.contextmanager
-def working(model: Model) -> Iterator[None]:
+def working(directory: Path, report: Report = silent) -> Iterator[None]:
     """Run the worker and the courier of a model, each in a thread, until the block ends.
 
-    A deletion that is under way then is finished by the next command or worker. Raise InvalidInput for
-    a webhook whose secret can't be used.
+    On a running cluster the worker trains there, else in this process: Ray's own processors here are the
+    replicas'. A deletion that is under way at the end is finished by the next command or worker. Raise
+    InvalidInput for a webhook whose secret can't be used.
     """
     from cluster.serve.webhooks import Courier, ServiceState, check_receivers
+    from sisa.model import open_model
 
+    model = open_model(directory, report=report)
+    model.executor = "ray" if model.config.cluster.address else "serial"
     check_receivers(model.config.service)
-    ended, courier, last = threading.Event(), Courier(model), [float("-inf")]
-    state = ServiceState(model.directory)
+    ended, courier, last = threading.Event(), Courier(open_model(directory)), [float("-inf")]
+    state = ServiceState(directory)
 
     def work() -> None:
         asked = state.take_run()

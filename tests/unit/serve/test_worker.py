@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from cluster.cli import cli
+from cluster.serve import service as service_module
 from cluster.serve import worker
 from cluster.serve.app import Service
 from cluster.serve.webhooks import ServiceState
@@ -38,7 +41,7 @@ def test_what_is_due_is_carried_out_and_what_waits_waits(model: Model) -> None:
     tomorrow = (datetime.now(UTC) + timedelta(days=1)).date().isoformat()
     model.submit(["id-0003"], terms=Terms(external_id="due", due=tomorrow, approver="dpo"))
     model.submit(["id-0004"], terms=Terms(external_id="undecided", due=tomorrow))
-    with working(model):
+    with working(model.directory):
         until(lambda: state(model, "due") == "completed")
     assert state(model, "undecided") == "received"
     assert carry_out_due(model) == ()
@@ -60,7 +63,20 @@ def test_what_was_asked_for_is_carried_out_although_another_writes_first(
     monkeypatch.setattr(worker, "EVERY_S", 3_600.0)
     model.submit(["id-0003"], terms=Terms(external_id="T-1", approver="dpo"))
     ServiceState(model.directory).ask_to_run()
-    with working(model):
+    with working(model.directory):
         until(lambda: state(model, "T-1") == "completed")
     assert failed
     assert not ServiceState(model.directory).take_run()
+
+
+def test_a_service_has_a_worker(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.submit(["id-0003"], terms=Terms(external_id="T-1", approver="dpo"))
+    ServiceState(model.directory).ask_to_run()
+    here = service_module.Running("http://127.0.0.1:8808", 1, 0.0, "t")
+    monkeypatch.setattr(service_module, "started", lambda *_: nullcontext(here))
+
+    def end() -> None:
+        until(lambda: state(model, "T-1") == "completed")
+
+    monkeypatch.setattr(service_module, "wait_until_ended", end)
+    assert cli.run(["serve", "-m", str(model.directory)]) == 0
