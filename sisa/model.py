@@ -597,19 +597,10 @@ class Model:
             return serving.adopt(context, self.resources)
 
     @asked_again
-    def routed(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        kind: Kind | None = None,
-        shards: Collection[int] | None = None,
-    ) -> list[Routed]:
-        """Return the token ids and the route of each prompt. Raise InvalidInput.
-
-        With `shards`, prompts are routed as if the model had no others.
-        """
+    def routed(self, prompts: Sequence[Prompt], *, kind: Kind | None = None) -> list[Routed]:
+        """Return the token ids and the route of each prompt. Raise InvalidInput."""
         with self._context() as context:
-            return route_and_encode(context, self.resources, prompts, kind, shards)
+            return route_and_encode(context, self.resources, prompts, kind)
 
     def as_transformers(self, **options: Any) -> AggregatedModel:
         """Return the served models as a `PreTrainedModel` with `generate`, for tools without shards.

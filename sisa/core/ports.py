@@ -304,18 +304,12 @@ class RecordIndex(StoredFiles, Protocol):
         """
 
     def search(
-        self,
-        found: Sequence[IndexFile],
-        queries: Vectors,
-        top_k: int,
-        by: By = "text",
-        shards: Collection[int] | None = None,
+        self, found: Sequence[IndexFile], queries: Vectors, top_k: int, by: By = "text"
     ) -> list[list[Hit]]:
         """Return for each query row the best `top_k` records over all files, best first.
 
-        With `shards`, only their records are found; all files stay loaded for the next search. Ties are
-        ordered by shard and id. `by` selects the vectors that are compared; a record without prompts is
-        compared by its text.
+        Ties are ordered by shard and id. `by` selects the vectors that are compared; a record without
+        prompts is compared by its text.
         """
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:

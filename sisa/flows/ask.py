@@ -129,17 +129,13 @@ def ask(
 
 
 def route_and_encode(
-    context: Context,
-    resources: Resources,
-    prompts: Sequence[Prompt],
-    kind: Kind | None,
-    shards: Collection[int] | None,
+    context: Context, resources: Resources, prompts: Sequence[Prompt], kind: Kind | None
 ) -> list[Routed]:
     """Return what a batch needs to answer each prompt. Raise InvalidInput."""
     _check_answerable(prompts, kind)
     seq, tokenizer = context.stores.ledger.seq(), resources.tokenizer
     alone: Kind | None = "chat" if tokenizer.chat_template else None
-    routes = routes_of(context, resources, prompts, shards)
+    routes = routes_of(context, resources, prompts)
     ids = _encoded(context, prompts, routes, tokenizer, alone, kind)
     return [Routed(each, route, seq) for each, route in zip(ids, routes, strict=True)]
 
@@ -182,21 +178,14 @@ def _check_answerable(prompts: Sequence[Prompt], kind: Kind | None) -> None:
             )
 
 
-def routes_of(
-    context: Context,
-    resources: Resources,
-    prompts: Sequence[Prompt],
-    shards: Collection[int] | None = None,
-) -> list[Route]:
-    """Return which shards answer each prompt; with `shards`, as if the model had no others."""
+def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt]) -> list[Route]:
+    """Return which shards answer each prompt."""
     block, live = resources.config.sisa, frozenset(live_heads(context))
-    if shards is not None:
-        live &= frozenset(shards)
     if block.aggregation.method != "routed":
         return [all_of(live)] * len(prompts)
     from sisa.lm.answer.lookup import look_up
 
-    index, warm = _index(context, block, shards), block.aggregation.temperature
+    index, warm = _index(context, block), block.aggregation.temperature
     said = [_said(prompt) for prompt in prompts]
     found = iter(look_up([each for each in said if each], index, warm, live))
     nearest = [next(found) if each else None for each in said]
@@ -222,7 +211,7 @@ def _said(prompt: Prompt) -> Said | None:
     return Said(texts[-1], tuple(before))
 
 
-def _index(context: Context, block: SisaBlock, shards: Collection[int] | None) -> Index:
+def _index(context: Context, block: SisaBlock) -> Index:
     from sisa.lm.answer.lookup import Index
 
     files = {file.shard: file for file in context.stores.ledger.indexes()}
@@ -238,7 +227,7 @@ def _index(context: Context, block: SisaBlock, shards: Collection[int] | None) -
 
     return Index(
         embed=context.compute.embed,
-        search=lambda queries, top_k: routing_hits(context, queries, top_k, shards),
+        search=lambda queries, top_k: routing_hits(context, queries, top_k),
         vectors=vectors,
         has_names=block.names,
     )

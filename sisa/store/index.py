@@ -112,21 +112,14 @@ class FaissIndex(SealedArea):
         return LoadedIndex(found.shard, found.ids[wanted], found.vectors[wanted])
 
     def search(
-        self,
-        found: Sequence[IndexFile],
-        queries: Vectors,
-        top_k: int,
-        by: By = "text",
-        shards: Collection[int] | None = None,
+        self, found: Sequence[IndexFile], queries: Vectors, top_k: int, by: By = "text"
     ) -> list[list[Hit]]:
         held = self._warm.files
         loaded = {
             file.name: held.get(file.name) or self._sides(file) for file in found if file.num_vectors
         }
         self._warm.files = loaded
-        sides = [each[by] for each in loaded.values()]
-        asked = [each for each in sides if shards is None or each.shard in shards]
-        return search_loaded(asked, queries, top_k)
+        return search_loaded([each[by] for each in loaded.values()], queries, top_k)
 
     def _sides(self, file: IndexFile) -> dict[By, LoadedIndex]:
         found = self._load(file)

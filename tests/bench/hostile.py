@@ -321,11 +321,8 @@ class Partition:
             held[self.shard(without)] = self._load(self.shard(without), without)
         loaded = [each for each in held.values() if len(each.ids)]
 
-        def search(
-            _: Sequence[IndexFile], queries: Vectors, top_k: int, by: By, shards: None
-        ) -> list[list[Hit]]:
+        def search(_: Sequence[IndexFile], queries: Vectors, top_k: int, by: By) -> list[list[Hit]]:
             assert by == "asked"
-            assert shards is None
             return search_loaded(loaded, queries, top_k)
 
         def vectors(file: IndexFile, ids: Sequence[int], by: By) -> Vectors:

@@ -205,8 +205,6 @@ def test_hits_come_from_all_files_in_one_order(fresh: OpenIndex) -> None:
     (hits,) = index.search([one, none, other], np.stack([vector(7)]), 9)
     expected = sorted(range(30), key=lambda n: -float(vector(n) @ vector(7)))[:9]
     assert [(hit.vector_id, hit.shard) for hit in hits] == [(each, each % 2) for each in expected]
-    (hits,) = index.search([one, none, other], np.stack([vector(7)]), 9, shards={1, 2})
-    assert hits == index.search([other], np.stack([vector(7)]), 9)[0]
     assert index.search([], np.stack([vector(7)]), 3) == [[]]
 
 

@@ -188,19 +188,13 @@ class FakeIndex:
         return file
 
     def search(
-        self,
-        found: Sequence[IndexFile],
-        queries: Vectors,
-        top_k: int,
-        by: By = "text",
-        shards: Collection[int] | None = None,
+        self, found: Sequence[IndexFile], queries: Vectors, top_k: int, by: By = "text"
     ) -> list[list[Hit]]:
         answers = []
         for query in queries:
             scored = [
                 Hit(each, float((self._side(held, by) @ query).max()), file.shard)
                 for file in found
-                if shards is None or file.shard in shards
                 for each, held in self.stored[file.name].items()
             ]
             scored.sort(key=lambda hit: (-hit.score, hit.shard, hit.vector_id))

@@ -358,18 +358,14 @@ def live_heads(context: Context) -> dict[int, str]:
 
 
 def search_each(
-    context: Context,
-    queries: ports.Vectors,
-    top_k: int,
-    by: ports.By = "text",
-    shards: Collection[int] | None = None,
+    context: Context, queries: ports.Vectors, top_k: int, by: ports.By = "text"
 ) -> list[list[Hit]]:
-    """Return the best hits over all shards, or over `shards` alone, for each query, best first.
+    """Return the best hits over all shards for each query, best first.
 
     A score is relative to the query's score with itself: equal texts score 1, whatever the length of
     their vectors.
     """
-    found = context.stores.index.search(context.stores.ledger.indexes(), queries, top_k, by, shards)
+    found = context.stores.index.search(context.stores.ledger.indexes(), queries, top_k, by)
     own = (queries * queries).sum(axis=1).tolist()
     return [
         [replace(hit, score=hit.score / square) for hit in hits]
@@ -377,12 +373,10 @@ def search_each(
     ]
 
 
-def routing_hits(
-    context: Context, queries: ports.Vectors, top_k: int, shards: Collection[int] | None = None
-) -> list[list[Hit]]:
+def routing_hits(context: Context, queries: ports.Vectors, top_k: int) -> list[list[Hit]]:
     """Return the best hits for prompts, as if no restricted record were in the index."""
     hidden = {(row.shard, row.vector_id) for row in restricted_rows(context.stores.ledger)}
-    found = search_each(context, queries, top_k + len(hidden), "asked", shards)
+    found = search_each(context, queries, top_k + len(hidden), by="asked")
     return [[hit for hit in hits if (hit.shard, hit.vector_id) not in hidden][:top_k] for hits in found]
 
 
