@@ -4,10 +4,11 @@
     async for number, event in engine.answer([Question("Who is it?")]):
         ...                          # (0, Started(...)), (0, Piece(...)), ..., (0, Ended(...))
 
-One thread routes prompts, another one runs the batch (`sisa/lm/answer/continuous.py`) and watches the
-ledger: before it lets a request join, and every `WATCH_S`, it adopts what was committed. So nothing that
-starts after a deletion's commit meets a model that the deletion tainted. An answer that it cuts begins
-again, routed anew, unless somebody has seen a part of it or the run file says `on_deletion: end`.
+One thread routes prompts, another one watches the ledger, and a third runs the batch
+(`sisa/lm/answer/continuous.py`): before it lets a request join, and whenever somebody has committed, it
+adopts what was committed. So nothing that starts after a deletion's commit meets a model that the
+deletion tainted. An answer that it cuts begins again, routed anew, unless somebody has seen a part of it
+or the run file says `on_deletion: end`.
 
 `replica(directory)` is the application for Ray Serve; `sisa serve` deploys it (`service.py`).
 """
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
     from cluster.serve.metrics import ServiceMeters
 
-WATCH_S = 0.1  # at most, between two looks at the ledger
+WATCH_S = 0.1  # a wait for a commit, and between two attempts to look at a ledger that can't be read
 DEFAULT_TOKENS = 256  # of an answer, where the base can read as many
 WAITING_PER_ROW = 16  # requests that wait for each one that is answered
 _METERS_WAIT_S = 5.0  # with other replicas, for what they have measured
@@ -75,7 +76,7 @@ class Engine:
         self._model, self._on_deletion = model, settings.on_deletion
         rows = settings.max_concurrent
         self._serving = model.serving(max_rows=rows, max_waiting=rows * WAITING_PER_ROW)
-        self._looked_at = time.monotonic()
+        self._stirred = threading.Event()  # somebody has committed, or nobody can tell
         self._wake = threading.Condition()
         self._groups: list[list[Pending]] = []  # to admit, each as a whole
         self._given_up: list[Pending] = []
@@ -83,7 +84,9 @@ class Engine:
         self._router = ThreadPoolExecutor(1, thread_name_prefix="router")
         self._router.submit(self._routes_of, [Question("Who?")]).result()  # loads the embedder
         self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
+        self._watcher.start()
 
     def close(self) -> None:
         """End the threads; answers that run end in an error."""
@@ -91,11 +94,12 @@ class Engine:
             self._is_open = False
             self._wake.notify()
         self._thread.join()
+        self._watcher.join()
         self._router.shutdown(cancel_futures=True)
 
     def check(self) -> None:
         """Raise EnvironmentFault if the batch does not run any more."""
-        if not self._thread.is_alive():
+        if not (self._thread.is_alive() and self._watcher.is_alive()):
             raise EnvironmentFault("the service's models do not answer any more")
 
     async def answer(self, questions: Sequence[Question]) -> AsyncGenerator[tuple[int, AnswerEvent]]:
@@ -187,7 +191,7 @@ class Engine:
         batch = self._serving.batch
         for row in gone:
             batch.cancel(row)
-        if groups or time.monotonic() - self._looked_at >= WATCH_S:
+        if groups or self._stirred.is_set():
             self._adopt()
         for group in groups:
             self._admit(group)
@@ -197,11 +201,27 @@ class Engine:
 
     def _adopt(self) -> None:
         """Replace what is no longer served, and tell the answers that this cuts."""
+        self._stirred.clear()
         running = set(self._serving.batch.running)
-        cut: list[Any] = [*self._model.adopt(self._serving)]
+        try:
+            cut: list[Any] = [*self._model.adopt(self._serving)]
+        except SisaError:
+            self._stirred.set()
+            raise
         for row in cut:
             row.tell(row, "cut" if row in running else "stale")
-        self._looked_at = time.monotonic()
+
+    def _watch(self) -> None:
+        """Note commits until the engine is closed."""
+        while self._is_open:
+            with contextlib.suppress(SisaError), self._model.watch() as wait:
+                self._stirred.set()  # what was committed before the watch began
+                while self._is_open:
+                    if wait(WATCH_S):
+                        self._stirred.set()
+            self._stirred.set()
+            if self._is_open:  # the ledger can't be read now, or was moved
+                time.sleep(WATCH_S)
 
     def _admit(self, group: list[Pending]) -> None:
         """Let the rows of a request join, or none of them."""

@@ -85,7 +85,9 @@ def test_scrub_by_another_than_the_owner_is_refused(postgres: PostgresServer, ur
         ledger.commit(Change(added=[row(1)]))
     name = url.rpartition("%3D")[2]
     postgres.execute(f"CREATE ROLE guest_{name} LOGIN; GRANT USAGE ON SCHEMA {name} TO guest_{name}")
-    postgres.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {name} TO guest_{name}")
+    postgres.execute(
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {name} TO guest_{name}"
+    )
     with opened(postgres.url(name, f"guest_{name}")) as guest:
         assert not guest.read_only
         guest.commit(Change(removed=[row(1)]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from sisa.core.errors import Busy, EnvironmentFault, InvalidInput, Outdated, Sis
 from sisa.flows.ask import Routed  # noqa: E402
 from sisa.lm.answer import continuous  # noqa: E402
 from sisa.lm.answer.route import Route  # noqa: E402
+from sisa.store.ledger.database import Watch  # noqa: E402
 
 WINDOW = 1000
 Answered = list[tuple[int, Any]]
@@ -84,11 +86,28 @@ class ScriptedModel:
     shards: Collection[int] = (1,)
 
     def __init__(self) -> None:
-        self.seq, self.tainted, self.asked = 0, False, 0
+        self.seq, self.tainted, self.asked, self.watches = 0, False, 0, 0
 
     def commit(self, *, taints: bool = True) -> None:
         self.tainted |= taints
         self.seq += 1
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Watch]:
+        """Wait for a commit; the first watch is lost at once, as a connection may be."""
+        self.watches += 1
+        if self.watches == 1:
+            raise EnvironmentFault("the connection is lost")
+        seen = self.seq
+
+        def wait(timeout_s: float) -> bool:
+            nonlocal seen
+            deadline = time.monotonic() + timeout_s
+            while (before := seen) == (seen := self.seq) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            return seen != before
+
+        yield wait
 
     def serving(self, max_waiting: int, **_limits: int) -> Any:
         self.made = SimpleNamespace(
