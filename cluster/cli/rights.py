@@ -23,7 +23,8 @@ from cluster.cli.command import (
     option_or_file,
 )
 from cluster.observe.reporting import say
-from cluster.render.render import Result, counted, restricted
+from cluster.render.render import Result, counted, engine_lines, restricted
+from cluster.serve.engines import with_engines
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def write_access(directory: Path, ids: list[str], subject: str | None, target: P
     if target != STANDARD_OUTPUT and os.path.lexists(target):
         raise _exists(target)
     with opened(directory) as model:
-        found = model.access(_asked(ids, subject), subject=subject)
+        found = with_engines(model, model.access(_asked(ids, subject), subject=subject))
         missing = [name for name, each in found["processing"]["controller"].items() if each is None]
         if missing:
             keys = ", ".join(f"privacy.{name}" for name in missing)
@@ -76,7 +77,7 @@ def write_access(directory: Path, ids: list[str], subject: str | None, target: P
 def list_recipients(directory: Path, ids: list[str], subject: str | None) -> Result:
     """List the exports that hold what a person's records touched."""
     with opened(directory) as model:
-        found = model.recipients(_asked(ids, subject), subject=subject)
+        found = with_engines(model, model.recipients(_asked(ids, subject), subject=subject))
         return _told(model, "recipients", found, ids or [str(subject)])
 
 
@@ -86,7 +87,8 @@ def list_recipients(directory: Path, ids: list[str], subject: str | None) -> Res
 def restrict_person(directory: Path, subject: str) -> Result:
     """Store a person's records and serve none of them, until released; nothing is retrained."""
     with opened(directory) as model:
-        found, told = model.restrict(subject), model.recipients(subject=subject)["recipients"]
+        found = model.restrict(subject)
+        told = with_engines(model, model.recipients(subject=subject))
     return restricted(found, told)
 
 
@@ -115,6 +117,7 @@ def _told(model: Model, right: Right, found: dict[str, Any], named: Sequence[str
     if right == "access":
         return Result(found, [data.decode().rstrip("\n")])
     lines = [f"{each['path']}: {each['standing']}{', STALE' * each['stale']}" for each in found[right]]
+    lines += engine_lines(found["engines"])
     return Result(found, lines or ["nothing was exported that these records touched"])
 
 

@@ -166,20 +166,32 @@ def rectified(found: Rectified) -> Result:
     return Result(body, lines)
 
 
-def restricted(found: Restriction, told: Sequence[Mapping[str, Any]] = ()) -> Result:
-    """Render a restriction or its end, and whom to tell of it: exports that were made before."""
+def restricted(found: Restriction, told: Mapping[str, Any] | None = None) -> Result:
+    """Render a restriction or its end, and whom to tell of it: users of earlier exports, and engines."""
+    exports, engines = (list(told[name]) if told else [] for name in ("recipients", "engines"))
     records = counted(found.num_records, "record")
     lines = [f"restricted since {found.since}: {records}" if found.since else f"released: {records}"]
     lines += [f"  shard {shard} serves {depth} of {of} slices" for shard, depth, of in found.served]
-    lines += [f"  exported before, so tell whoever uses it: {each['path']}" for each in told]
+    lines += [f"  exported before, so tell whoever uses it: {each['path']}" for each in exports]
+    lines += engine_lines(engines)
     body = {
         "since": found.since,
         "changed": found.changed,
         "records": found.num_records,
         "served": [list(each) for each in found.served],
-        "recipients": list(told),
+        "recipients": exports,
+        "engines": engines,
     }
     return Result(body, lines)
+
+
+def engine_lines(engines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each engine that holds what was exported, or could not be asked."""
+    return [
+        f"engine {each['url']}: "
+        + (each["fault"] or f"holds {counted(len(each['adapters']), 'adapter')} of these exports")
+        for each in engines
+    ]
 
 
 def meanwhile(of: Request | Forgetting) -> list[str]:

@@ -47,6 +47,22 @@ def engines_hold(model: Model, *, sweep: bool = False) -> list[EngineHolds]:
     return [_holds(each, exported, sweep) for each in model.config.service.engines]
 
 
+def with_engines(model: Model, found: dict[str, Any]) -> dict[str, Any]:
+    """Return a file for a person with the engines that hold an adapter of its recipients now.
+
+    An engine that could not be asked is named with the fault: it may hold one.
+    """
+    given = {each["adapter_sha256"] for each in found["recipients"]}
+    held = engines_hold(model) if model.config.service.engines else []
+    some = [(each, sorted(given.intersection(each.held))) for each in held]
+    engines = [
+        {"url": each.url, "adapters": adapters, "fault": each.fault}
+        for each, adapters in some
+        if adapters or each.fault
+    ]
+    return {**found, "engines": engines}
+
+
 def _holds(engine: EngineSource, exported: set[str], sweep: bool) -> EngineHolds:
     try:
         said = _asked(engine, "sweep" if sweep else "adapters", "POST" if sweep else "GET")

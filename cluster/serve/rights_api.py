@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.render.render import rectified, restricted
 from cluster.serve.app import Service, service_of
+from cluster.serve.engines import with_engines
 from cluster.serve.tokens import Caller, may
 from sisa.evidence.attestations import Right, handed_out
 from sisa.flows.rights.access import as_file
@@ -93,8 +94,8 @@ def rectify_records(given: Corrected, service: Open, caller: Decider) -> dict[st
 def restrict_subject(named: Subject, service: Open, caller: Decider) -> dict[str, Any]:
     """Store a person's records and serve none of them, until released (Art. 18)."""
     model = caller.view(service.model)
-    found, told = model.restrict(named.subject), model.recipients(subject=named.subject)["recipients"]
-    return restricted(found, told).json
+    found = model.restrict(named.subject)
+    return restricted(found, with_engines(model, model.recipients(subject=named.subject))).json
 
 
 @rights_router.post("/release")
@@ -104,7 +105,7 @@ def release_subject(named: Subject, service: Open, caller: Decider) -> dict[str,
 
 
 def _handed(service: Service, right: Right, found: dict[str, Any], names: Iterable[str]) -> Response:
-    data = as_file(found)
+    data = as_file(with_engines(service.model, found))
     done = handed_out(service.model, right, data, names)
     headers = {"Cache-Control": "no-store"}
     headers |= {} if done.entry is None else {"Log-Entry": str(done.entry)}

@@ -18,14 +18,15 @@ import pytest
 from fastapi.testclient import TestClient
 
 from cluster.cli import cli
+from cluster.serve import engines
 from cluster.serve.app import Service, build_app
 from cluster.serve.tokens import ROLES, Scope, Tokens
-from sisa.config.config import ServiceBlock
+from sisa.config.config import EngineSource, ServiceBlock
 from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Part, Record
 from sisa.data.reader import read_records
 from sisa.evidence.keys import keys_of
-from sisa.flows.rights.access import row_of
+from sisa.flows.rights.access import as_file, row_of
 from sisa.flows.wiring.context import Resources
 from sisa.model import Model, open_model
 from sisa.verifier.certificate import verify_chain
@@ -297,6 +298,28 @@ def test_a_bad_correction_is_refused_whole(model: Path, client: TestClient) -> N
     assert content(model) == before
 
 
+def test_engines_that_hold_what_was_exported_are_named(
+    model: Path, sisa: Sisa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sisa("export", "-m", model, "--to", tmp_path / "out")[0] == 0
+    (first,) = json.loads(sisa("recipients", "-m", model, "--subject", WHO, "--json")[1])["recipients"]
+    answers = {"a": {"held": [first["adapter_sha256"], "f" * 64], "named": [], "nameless": []}}
+
+    def asked(engine: EngineSource, *_: str) -> Any:
+        return answers[engine.url.removeprefix("http://")]
+
+    named = tuple(EngineSource(url=f"http://{each}") for each in "ab")
+    monkeypatch.setattr(engines, "_asked", asked)
+    opened = open_model(model)
+    opened.config = opened.config.model_copy(update={"service": ServiceBlock(engines=named)})
+    found = engines.with_engines(opened, opened.recipients(subject=WHO))
+    jsonschema.validate(json.loads(as_file(found)), FILES)
+    assert [(e["url"], e["adapters"], e["fault"]) for e in found["engines"]] == [
+        ("http://a", [first["adapter_sha256"]], ""),
+        ("http://b", [], "KeyError"),
+    ]
+
+
 def rows() -> list[list[str]]:
     """Return the cells of the table of rights, without their marks."""
     table = PAGE.read_text().partition("<!-- table: rights -->")[2].partition("<!-- end of table -->")[0]
@@ -329,7 +352,12 @@ def test_each_row_of_the_table_of_rights(
         assert sisa(*words, *more)[0] == 0
     else:
         body: dict[str, Any] = {"records": corrected(WHO)} if "rectify" in path else {"subject": WHO}
-        assert client.post(path.removeprefix("POST "), json=body).status_code == 200
+        done = client.post(path.removeprefix("POST "), json=body)
+        assert done.status_code in (200, 201)
+        if "/requests" in path:  # it waits for a decision, and for the worker
+            asked = done.json()["request_id"]
+            assert client.post(f"/requests/{asked}/approve", json={}).status_code == 200
+            open_model(model).run()
     assert kinds(model)[before:][-1:] == [evidence]
 
 
