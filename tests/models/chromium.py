@@ -17,7 +17,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,7 @@ class Page:
 
     def until(self, expression: str) -> None:
         """Wait until an expression is true."""
-        end = time.monotonic() + PATIENCE_S
-        while not self.value(f"Boolean({expression})"):
-            assert time.monotonic() < end, f"never true: {expression}"
-            time.sleep(0.02)
+        wait(lambda: bool(self.value(f"Boolean({expression})")), expression)
 
     def press(self, key: str, *, shift: bool = False) -> None:
         """Press and release a key."""
@@ -141,6 +138,14 @@ class Page:
         path.write_bytes(base64.b64decode(found["data"]))
 
 
+def wait(happened: Callable[[], bool], what: str) -> None:
+    """Wait until something has happened."""
+    end = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < end, f"never: {what}"
+        time.sleep(0.02)
+
+
 @contextmanager
 def browser(folder: Path) -> Iterator[Page]:
     """Start Chromium with a profile in a folder, and yield its page."""
@@ -165,10 +170,8 @@ def browser(folder: Path) -> Iterator[Page]:
 
 def _address(profile: Path) -> str:
     """Return the address of the first page's DevTools, once Chromium has written its port."""
-    end, port = time.monotonic() + PATIENCE_S, profile / "DevToolsActivePort"
-    while not (port.exists() and port.read_text().count("\n")):
-        assert time.monotonic() < end, "Chromium did not start"
-        time.sleep(0.05)
+    port = profile / "DevToolsActivePort"
+    wait(lambda: port.exists() and port.read_text().count("\n") > 0, "Chromium's start")
     with urlopen(f"http://127.0.0.1:{port.read_text().splitlines()[0]}/json") as answer:
         targets = json.load(answer)
     (found,) = (each["webSocketDebuggerUrl"] for each in targets if each["type"] == "page")

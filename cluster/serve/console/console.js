@@ -101,7 +101,8 @@ class Fault extends Error {
   }
 }
 
-async function call(path, body, more = {}) {
+// Return the response; throw a Fault for a refusal.
+async function ask(path, body, more = {}) {
   const headers = { Accept: "application/json", ...more };
   if (token) headers.Authorization = `Bearer ${token}`;
   if (body !== undefined) headers["Content-Type"] = "application/json";
@@ -112,9 +113,11 @@ async function call(path, body, more = {}) {
   } catch {
     throw new Fault(0, { detail: "The service can't be reached." });
   }
-  if (answer.ok) return answer.json();
+  if (answer.ok) return answer;
   throw new Fault(answer.status, await answer.json().catch(() => ({ detail: `The service answered ${answer.status}.` })));
 }
+
+const call = async (...asked) => (await ask(...asked)).json();
 
 // --- what is said ----------------------------------------------------------------------------------
 
@@ -350,8 +353,8 @@ async function decide(decision) {
 }
 
 async function saveCertificate(id) {
-  const found = await call(`/requests/${encodeURIComponent(id)}/certificate`);
-  const url = URL.createObjectURL(new Blob([JSON.stringify(found, null, 2)], { type: "application/json" }));
+  const found = await ask(`/requests/${encodeURIComponent(id)}/certificate`);
+  const url = URL.createObjectURL(await found.blob()); // as it was written, to the byte
   h("a", { href: url, download: `${id}.certificate.json` }).click();
   URL.revokeObjectURL(url);
   say("Saved. `sisa verify-certificate` checks the file without this service.", "request-");

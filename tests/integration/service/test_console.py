@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 import uvicorn
 
+from cluster.cli.cli import run
 from cluster.serve.app import Service, build_app
 from cluster.serve.tokens import Tokens
 from sisa.config.config import ServiceBlock
+from sisa.evidence.issued import certificate_file, state_what_is_held
+from sisa.evidence.keys import init_keys
 from sisa.flows.deletion import Terms
 from sisa.model import Model, open_model
 from tests.fakes.answers import FakeAnswers
-from tests.models.chromium import CHROMIUM, Page, browser
+from tests.models.chromium import CHROMIUM, Page, browser, wait
 from tests.models.confessing import build, record, use_fake_resources
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
@@ -222,6 +225,27 @@ def test_records_are_found_and_added_to_a_request(page: Page, site: Site) -> Non
     assert page.value("document.getElementById('ids').value") == page.value(
         "document.querySelector('#hits tbody th').textContent"
     )
+
+
+def test_a_certificate_is_saved_and_verifies(
+    page: Page, site: Site, model: Model, tmp_path: Path
+) -> None:
+    init_keys(model.config, model.id)
+    state_what_is_held(model)
+    model.submit([record(3).id], terms=Terms(approver="dpo"))
+    (done,) = model.run()
+    page.send("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    sign_in(page, site)
+    page.value("document.querySelector('#closed button').click()")
+    page.until(f"{DIALOG}.open && document.getElementById('save-certificate')")
+    page.value("document.getElementById('save-certificate').click()")
+    page.until("document.getElementById('request-said').textContent.startsWith('Saved.')")
+    file = tmp_path / f"{done.request_id}.certificate.json"
+    wait(file.exists, "the download")
+    assert file.read_bytes() == certificate_file(model, done.request_id)
+    keys = model.directory / "log" / "keys.json"
+    assert run(["verify-certificate", str(file), "--key", str(keys)]) == 0
+    assert faults(page) == []
 
 
 def test_an_unknown_record_is_refused_in_words(page: Page, site: Site, model: Model) -> None:
