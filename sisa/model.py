@@ -69,6 +69,7 @@ from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import (
     Context,
     Resources,
+    held_state,
     is_behind,
     lookup,
     model_digest,
@@ -637,6 +638,12 @@ class Model:
 
     def _ledger(self) -> AbstractContextManager[SqlLedger]:
         return wiring.open_ledger(self.directory)
+
+    def _held_state(self) -> str:
+        """Return what the model holds and serves, as a digest; empty if the ledger can't be read."""
+        with contextlib.suppress(SisaError), self._ledger() as ledger:
+            return held_state(ledger)
+        return ""
 
     def _seq(self) -> int:
         """Return the number of the ledger's last commit, or 0 if the ledger can't be read."""

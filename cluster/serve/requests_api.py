@@ -45,13 +45,13 @@ _Deciding = Annotated[Caller, Depends(may("decide"))]
 _Text = Annotated[str, StringConstraints(min_length=1, max_length=_MAX_CHARS)]
 
 
-class _Body(BaseModel):
-    """A body without other keys."""
+class NothingMore(BaseModel):
+    """A body without other keys than its own; alone, an empty one."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class RecordsNamed(_Body):
+class RecordsNamed(NothingMore):
     """Whose records: their ids, or a subject."""
 
     ids: Annotated[list[_Text], Field(max_length=_MAX_IDS)] = Field([], description="Ids of records.")
@@ -76,19 +76,19 @@ class ErasureAsked(RecordsNamed):
     include_copies: bool = Field(False, description="Also delete exact copies under other ids.")
 
 
-class _Reason(_Body):
+class ReasonGiven(NothingMore):
     """Why somebody decides so."""
 
     reason: _Text = Field(description="Stored as given: no personal data.")
 
 
-class _OptionalReason(_Body):
+class Withdrawal(NothingMore):
     """Why somebody decides so, if they say."""
 
     reason: str = Field("", max_length=_MAX_CHARS, description="Stored as given: no personal data.")
 
 
-class Searched(_Body):
+class Searched(NothingMore):
     """What to look records up by: exactly one of them."""
 
     text: _Text | None = Field(None, description="Content.")
@@ -180,7 +180,7 @@ class RunAsked(BaseModel):
     requests: list[str] = Field(description="Requests that are approved and under no hold.")
 
 
-class Receipted(_Body):
+class Receipted(NothingMore):
     """Whose receipt."""
 
     id: _Text = Field(description="The record's id.")
@@ -291,7 +291,7 @@ def _requests(
 
 @requests_router.post("/requests/run", name="run_requests", status_code=202, response_model=RunAsked)
 def _run(
-    _asked: _Body, service: _Open, _caller: Annotated[Caller, Depends(may("erase"))]
+    _asked: NothingMore, service: _Open, _caller: Annotated[Caller, Depends(may("erase"))]
 ) -> dict[str, Any]:
     """Have the service's worker carry out what is approved now, as one batch, whatever its price."""
     ServiceState(service.model.directory).ask_to_run()
@@ -320,7 +320,7 @@ def _decide(
     "/requests/{request_id}/approve", name="approve_request", response_model=RequestShown
 )
 def _approve(
-    request_id: str, _asked: _Body, service: _Open, caller: _Deciding, call: _Repeatable
+    request_id: str, _asked: NothingMore, service: _Open, caller: _Deciding, call: _Repeatable
 ) -> dict[str, Any]:
     """Approve a request in the caller's name; it ends a legal hold, too."""
     return _decide(service, caller, call, request_id, "approved", "")
@@ -328,7 +328,7 @@ def _approve(
 
 @requests_router.post("/requests/{request_id}/deny", name="deny_request", response_model=RequestShown)
 def _deny(
-    request_id: str, asked: _Reason, service: _Open, caller: _Deciding, call: _Repeatable
+    request_id: str, asked: ReasonGiven, service: _Open, caller: _Deciding, call: _Repeatable
 ) -> dict[str, Any]:
     """Refuse a request."""
     return _decide(service, caller, call, request_id, "denied", asked.reason)
@@ -336,7 +336,7 @@ def _deny(
 
 @requests_router.post("/requests/{request_id}/hold", name="hold_request", response_model=RequestShown)
 def _hold(
-    request_id: str, asked: _Reason, service: _Open, caller: _Deciding, call: _Repeatable
+    request_id: str, asked: ReasonGiven, service: _Open, caller: _Deciding, call: _Repeatable
 ) -> dict[str, Any]:
     """Put a request under a legal hold: nothing deletes its records until it is approved."""
     return _decide(service, caller, call, request_id, "held", asked.reason)
@@ -346,7 +346,7 @@ def _hold(
     "/requests/{request_id}/cancel", name="cancel_request", response_model=RequestShown
 )
 def _cancel(
-    request_id: str, asked: _OptionalReason, service: _Open, caller: _Deciding, call: _Repeatable
+    request_id: str, asked: Withdrawal, service: _Open, caller: _Deciding, call: _Repeatable
 ) -> dict[str, Any]:
     """Withdraw a request whose deletion is not committed."""
     return _decide(service, caller, call, request_id, "cancelled", asked.reason)
@@ -356,7 +356,7 @@ def _cancel(
     "/requests/{request_id}/extend", name="extend_request", response_model=RequestShown
 )
 def _extend(
-    request_id: str, asked: _Reason, service: _Open, caller: _Deciding, call: _Repeatable
+    request_id: str, asked: ReasonGiven, service: _Open, caller: _Deciding, call: _Repeatable
 ) -> dict[str, Any]:
     """Extend the due date once, by two months (GDPR Art. 12(3))."""
     model = caller.view(service.model)

@@ -40,7 +40,7 @@ from sisa.evidence.certificate import (
 from sisa.evidence.hook import Logged, about, open_hook, served_by
 from sisa.evidence.keys import keys_of, open_log
 from sisa.evidence.log import statement_in
-from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.context import Context, held_state
 from sisa.flows.wiring.wiring import LOG, has_evidence
 from sisa.lm.base.numerics import LIBRARIES, PROCEDURE_VERSION
 from sisa.model import Model
@@ -70,18 +70,18 @@ def replayed(
     anchor: WitnessHead | None = None,
 ) -> tuple[Verification, Stated]:
     """Verify a model with a replay, and log the result."""
-    seq = model._seq()
+    held = model._held_state()
     found = model.verify(replay, shard, require_replay=require_replay, anchor=anchor)
-    return found, _log(model, "replay", replay_results(found), seq)
+    return found, _log(model, "replay", replay_results(found), held)
 
 
 def swept(
     model: Model, *, also: Sequence[Path] = (), ids: Sequence[str] = (), texts: Sequence[str] = ()
 ) -> tuple[Scan, Stated]:
     """Scan a model for traces, and log the result."""
-    seq = model._seq()
+    held = model._held_state()
     found = sweep_model(model, also=also, ids=ids, texts=texts)
-    return found, _log(model, "sweep", sweep_results(found), seq)
+    return found, _log(model, "sweep", sweep_results(found), held)
 
 
 def replay_results(found: Verification) -> Results:
@@ -122,14 +122,14 @@ def sweep_results(found: Scan) -> Results:
     return Results(passed, warned, failed)
 
 
-def _log(model: Model, check: str, results: Results, seq: int) -> Stated:
-    """Sign and log results about what a model serves, unless it is no longer at commit `seq`."""
+def _log(model: Model, check: str, results: Results, held: str) -> Stated:
+    """Sign and log results about what a model serves, unless that is no longer `held`."""
     if not has_evidence(model.directory, model.config, model.id):
         return Stated(not_logged=NO_KEYS)
     try:
         keys = keys_of(model)
         with model._writing() as context:
-            if context.stores.ledger.seq() != seq:
+            if held_state(context.stores.ledger) != held:
                 return Stated(not_logged=CHANGED)
             described = configuration(check, model.id, context.now())
             envelope = keys.sign(

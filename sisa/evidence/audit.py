@@ -40,7 +40,7 @@ from sisa.evidence.keys import PUBLISHED, Keys, open_keys, open_log
 from sisa.evidence.log import CHECKPOINT, Log, check_log, or_full
 from sisa.evidence.membership import Membership
 from sisa.flows.reconcile import under_way
-from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.context import Context, held_state
 from sisa.flows.wiring.wiring import EVIDENCE, LOG
 from sisa.flows.wiring.witness import REPLAYED
 from sisa.model import Model
@@ -109,11 +109,11 @@ def audit_model(
     """
     doctor = _check("doctor", partial(_ill, model.directory))  # before another step catches up
     shards = drawn(seed, [each.shard for each in model.status().shards if each.records], sample)
-    seq = model._seq()
+    state = model._held_state()
     replay = _check("replay", partial(_unequal, model, shards))
     sweep = _check("sweep", partial(_left, model))
     with model._writing() as context:
-        if context.stores.ledger.seq() != seq:  # what was replayed is not what is there now
+        if held_state(context.stores.ledger) != state:  # what was replayed is not what is there now
             raise model._busy()
         keys = open_keys(model.config, model.id)
         read = partial(or_full, partial(context.stores.blobs[LOG].get, what="file of the log"))

@@ -311,6 +311,14 @@ def unrecorded(context: Context) -> list[Tombstone]:
     return [each for each in missing if not isinstance(live[each.id_digest], RecordRow)]
 
 
+def held_state(ledger: ports.Ledger) -> str:
+    """Return a digest of what a ledger holds and serves, which requests that come in do not change."""
+    with ledger.snapshot():
+        held = [[each.name for each in ledger.slices()], [each.key for each in ledger.checkpoints()]]
+        served = [[each.key for each in served_heads(ledger)], [e.key for e in active(ledger.patches())]]
+        return digest_of([held, served, ledger.num_tombstones()])
+
+
 def model_digest(context: Context) -> str:
     """Return the keyed digest of all heads' adapters in shard order, and of active patches, if any.
 

@@ -21,14 +21,15 @@ from in_toto_attestation.v1.statement_pb2 import Statement as StatementPb
 import sisa.model
 from cluster.cli import cli
 from cluster.cli.certificates import checks_about
-from sisa.audit.residue import Residue, Scan
+from sisa.audit.residue import Residue, Scan, sweep_model
 from sisa.audit.verify import EMPTY, ShardProof, Verification
 from sisa.core.errors import EnvironmentFault
+from sisa.evidence import attestations
 from sisa.evidence.attestations import replay_results, sweep_results
 from sisa.evidence.certificate import PROVENANCE
 from sisa.evidence.issued import results_of_checks
 from sisa.evidence.keys import Keys, keys_of
-from sisa.model import open_model
+from sisa.model import Model, open_model
 from sisa.store.blobs import files
 from sisa.verifier.certificate import EXACT, STATE, TEST_RESULT, verify_chain
 from sisa.verifier.note import open_checkpoint, read_log
@@ -251,3 +252,23 @@ def test_results_of_a_sweep_name_kinds_and_numbers() -> None:
     assert found.failed == ["traces of kind unreadable: 2"]
     assert found.passed == ["no given id or text (strings: 2)"]
     assert len(found.warned) == 1
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "logged"),
+    [(lambda m: m.submit(["id-0001"]), True), (lambda m: m.forget(["id-0001"]), False)],
+    ids=["a request came in", "a record was deleted"],
+)
+def test_a_result_is_logged_unless_the_model_has_changed_meanwhile(
+    model: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[Model], object], logged: bool
+) -> None:
+    opened = open_model(model)
+
+    def swept_beside(*given: Any, **options: Any) -> Scan:
+        found = sweep_model(*given, **options)
+        meanwhile(open_model(model))
+        return found
+
+    monkeypatch.setattr(attestations, "sweep_model", swept_beside)
+    _, stated = attestations.swept(opened)
+    assert (stated.entry is not None, stated.not_logged == attestations.CHANGED) == (logged, not logged)
