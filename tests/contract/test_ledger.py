@@ -360,7 +360,7 @@ def test_any_history_gives_equal_answers(
 
 
 @pytest.mark.slow
-@settings(max_examples=num_examples(100, share=20))
+@settings(max_examples=num_examples(100, share=34))
 @given(history=st.lists(changes, min_size=1, max_size=5))
 def test_any_history_gives_equal_answers_from_postgres(
     postgres: PostgresServer, history: list[Change]

@@ -11,6 +11,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 import sqlalchemy as sa
 
 from sisa.core.digest import digest_of
-from sisa.core.domain import HeldCheckpoint
+from sisa.core.domain import Head, HeldCheckpoint
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.ports import Change
 from sisa.store.ledger import database, migrations
@@ -32,6 +33,7 @@ from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.postgres import advisory_lock
 from sisa.store.ledger.rows import SCHEMA_VERSION, schema
 from tests.contract.test_ledger import answers, execute, full, named, opened, replies, row
+from tests.examples import num_examples
 from tests.fakes.postgres_server import PostgresServer
 
 
@@ -218,6 +220,39 @@ def test_nothing_is_committed_once_a_lock_is_lost(postgres: PostgresServer, url:
         with pytest.raises(EnvironmentFault):
             ledger.commit(Change(added=[row(2)]))
         assert ledger.seq() == 1
+
+
+COMMITS = """
+import sys
+from sisa.core.domain import Head, RequestEvent
+from sisa.core.ports import Change
+from sisa.store.ledger.ledger import SqlLedger
+ledger = SqlLedger(sys.argv[1])
+for number in range(100_000):
+    with ledger.exclusive():
+        event = RequestEvent(f"r{number}", "received", "2026")
+        ledger.commit(Change(heads=[Head(0, str(number), 1, None)], events=[event]))
+    print(ledger.seq(), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(num_examples(10, share=10)))
+def test_a_killed_process_leaves_whole_commits_and_no_lock(url: str, seed: int) -> None:
+    with opened(url, create=True) as ledger:
+        child = subprocess.Popen([sys.executable, "-c", COMMITS, url], stdout=-1, text=True)
+        assert child.stdout is not None
+        told = [child.stdout.readline() for _ in range(3)][-1]
+        time.sleep(random.Random(seed).random() / 20)
+        child.kill()
+        told = ([told, *child.communicate()[0].splitlines()])[-1]
+        with ledger.exclusive():
+            seq = ledger.commit(Change(heads=[Head(1, None, 0, None)]))
+        assert seq - 1 in (int(told), int(told) + 1)
+        (first, second) = ledger.heads()
+        assert (first.key, second.key) == (str(seq - 2), None)
+        assert ledger.event_head().num_events == seq - 1
+        assert ledger.lost() == []
 
 
 # --- one schema

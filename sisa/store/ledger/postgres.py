@@ -40,6 +40,7 @@ except ImportError:
     ) from None
 
 CHANNEL = "sisa_ledger"
+REWRITING_S = 120.0  # most that a reader waits while `scrub` rewrites a table
 POLL_S = 0.05  # between two attempts to take a lock
 _STATEMENTS = Statements(capacity=500)
 _BUSY = (
@@ -57,9 +58,11 @@ _held: dict[
 ] = {}  # by URL: the sessions of this process that hold locks
 
 
-def _connected(url: str, *, autocommit: bool = False) -> psycopg.Connection[Any]:
+def _connected(
+    url: str, *, autocommit: bool = False, patience_s: float = REWRITING_S
+) -> psycopg.Connection[Any]:
     connection = psycopg.connect(url, connect_timeout=int(PATIENCE_S), autocommit=True)
-    connection.execute(f"SET lock_timeout = {int(SCRUB_PATIENCE_S * 1000)}")
+    connection.execute(f"SET lock_timeout = {int(patience_s * 1000)}")
     connection.autocommit = autocommit
     return connection
 
@@ -109,7 +112,11 @@ class Postgres:
         for each in _held.get(self.where, ()):
             each.execute("SELECT 1")  # a lost session has lost its lock: nothing is committed without it
         with self.engine.begin() as connection:
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_key('transaction')})")
+            connection.exec_driver_sql(
+                f"SET LOCAL lock_timeout = {int(SCRUB_PATIENCE_S * 1000)}; "
+                f"SELECT pg_advisory_xact_lock({_key('transaction')}); "
+                f"SET LOCAL lock_timeout = {int(REWRITING_S * 1000)}"
+            )
             yield connection
             connection.exec_driver_sql(f"SELECT pg_notify('{CHANNEL}', current_schema())")
 
@@ -175,7 +182,7 @@ class Postgres:
             spared = set()
         tables = ", ".join(table.name for table in schema.sorted_tables if table not in spared)
         notices: list[psycopg.errors.Diagnostic] = []
-        with _connected(self.where, autocommit=True) as connection:
+        with _connected(self.where, autocommit=True, patience_s=SCRUB_PATIENCE_S) as connection:
             connection.add_notice_handler(notices.append)
             connection.execute(f"VACUUM (FULL) {tables}".encode())
         if notices:  # PostgreSQL leaves out the tables of other roles, and does not raise

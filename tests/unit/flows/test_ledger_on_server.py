@@ -7,7 +7,9 @@ that is not the model's stays.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,30 @@ def test_a_second_writer_is_busy_on_any_node(directory: Path, url: str) -> None:
             open_model(directory).forget([record(1).id])
         assert [each.kind for each in diagnose(directory).findings] == ["writer"]
         assert open_model(directory).where([record(1).id])  # readers don't wait
+
+
+def test_people_decide_on_other_nodes_while_one_deletes(directory: Path, url: str) -> None:
+    """Each thread has its own connections, as each node would; the chain of events stays one."""
+    move_ledger(directory, url)
+
+    def delete_some() -> None:
+        for number in (1, 2, 3):
+            open_model(directory).forget([record(number).id])
+
+    def decide(node: int) -> None:
+        model = open_model(directory)
+        for number in range(3):
+            name = f"T-{node}-{number}"
+            model.submit([record(10 + 3 * node + number).id], terms=Terms(external_id=name))
+            model.decide(name, "denied", "a reason")
+
+    with ThreadPoolExecutor(3) as pool:
+        for each in [pool.submit(delete_some), *(pool.submit(decide, node) for node in (0, 1))]:
+            each.result(120)
+    model = open_model(directory)
+    assert Counter(each.request.state for each in model.requests()) == {"completed": 3, "denied": 6}
+    assert model.verify().ok
+    assert diagnose(directory).healthy
 
 
 def test_a_new_head_wakes_whoever_watches(directory: Path, url: str) -> None:
