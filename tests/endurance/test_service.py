@@ -1,0 +1,29 @@
+"""Run a seeded short soak of the service: deletions beside clients, with kills.
+
+The full run is `python -m tests.endurance.service --out tests/endurance/service.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.endurance.service import main
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("own_ray")
+def test_a_served_model_loses_nothing_and_shows_nothing_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    numbers = ["--deletions", "2", "--minutes", "0", "--kill-every", "1", "--seed", "5"]
+    assert main([*numbers, "--out", str(tmp_path / "service.json")]) == 0
+    found = json.loads((tmp_path / "service.json").read_text())
+    assert found["failures"] == []
+    assert found["deletions"] == 2
+    assert found["comparisons"] > 0
+    assert sum(found["kills"].values()) > 0
