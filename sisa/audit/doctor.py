@@ -32,7 +32,7 @@ from sisa.core.errors import InvalidInput, SisaError, TransientError
 from sisa.core.events import silent
 from sisa.core.requests import key_names
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context, Resources, held_rows, is_behind
+from sisa.flows.wiring.context import Context, Resources, held_rows, is_behind, restrictions
 from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER, LEDGER_URL, LEDGERS_LEFT
 from sisa.store.blobs import files
 from sisa.store.ledger.database import open_readonly
@@ -217,7 +217,8 @@ def _opened(directory: Path) -> list[Finding]:
     try:
         with wiring.open_context(directory, resources, keyed, model, "serial", silent) as context:
             opened = True
-            return found + _witness(context) + examine(context, directory, with_key=secret is not None)
+            found += [*_witness(context), *_restrictions(context)]
+            return found + examine(context, directory, with_key=secret is not None)
     except TransientError as error:
         return [*found, Finding("storage", "error", error.where, said(error), step=error.next_step)]
     except SisaError as error:
@@ -228,11 +229,15 @@ def _opened(directory: Path) -> list[Finding]:
 
 
 def _witness(context: Context) -> list[Finding]:
-    """Find deletions that the ledger lacks, as after a restored backup, or records differently."""
-    where = context.stores.witness.location()
+    """Find deletions and restrictions that the ledger lacks, or that it records differently."""
+    where, own = context.stores.witness.location(), restrictions(context.stores.ledger)
     try:
-        witnessed = context.stores.witness.read().tombstones
+        testimony = context.stores.witness.read()
+        witnessed, told = testimony.tombstones, testimony.restrictions
         if not is_behind(context):
+            if told.number == own.number and told != own:
+                what = "restrictions are recorded differently than in the witness"
+                return [Finding("ledger_damaged", "error", LEDGER, what)]
             known = {each.id_digest: each for each in context.stores.ledger.tombstones()}
             wrong = [key for key, each in witnessed.items() if known.get(key, each) != each]
             what = f"{len(wrong)} deletions are recorded differently than in the witness"
@@ -241,8 +246,18 @@ def _witness(context: Context) -> list[Finding]:
         return [Finding("witness", "error", where, error.what, step=error.next_step)]
     live = len(held_rows(context, witnessed))
     what = f"the ledger is behind its witness: {live} deleted records are held again"
-    step = "any other command deletes them again"
+    what += ", and restrictions are not as they were" if told.number > own.number else ""
+    step = "any other command deletes and restricts them again"
     return [Finding("behind", "error", where, what, "sweep", step=step)]
+
+
+def _restrictions(context: Context) -> Iterator[Finding]:
+    """Find restrictions of subjects of whom nothing is held."""
+    ledger = context.stores.ledger
+    if count := sum(not ledger.by_subject(each)[0] for each in restrictions(ledger).since):
+        what = f"{count} restrictions are of subjects without records"
+        step = "a rectification was cut short: run it again; or `sisa release` ends the restriction"
+        yield Finding("restriction", "warning", LEDGER, what, step=step)
 
 
 def _key(

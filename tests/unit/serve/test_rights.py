@@ -21,13 +21,15 @@ from cluster.cli import cli
 from cluster.serve import engines
 from cluster.serve.app import Service, build_app
 from cluster.serve.tokens import ROLES, Scope, Tokens
+from sisa.audit.doctor import diagnose
 from sisa.config.config import EngineSource, ServiceBlock
 from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Part, Record
+from sisa.core.ports import Change
 from sisa.data.reader import read_records
 from sisa.evidence.keys import keys_of
 from sisa.flows.rights.access import as_file, row_of
-from sisa.flows.wiring.context import Resources
+from sisa.flows.wiring.context import Resources, commit, live_heads, restricting, restrictions
 from sisa.model import Model, open_model
 from sisa.verifier.certificate import verify_chain
 from sisa.verifier.note import open_checkpoint, read_log
@@ -238,6 +240,32 @@ def test_a_restriction_is_stated_with_what_is_served_instead(model: Path, sisa: 
     assert statements(model)[-1]["subject"] == statements(model)[0]["subject"]
     assert sisa("release", "-m", model, "--subject", WHO)[0] == 2
     assert content(model) == before
+
+
+def test_a_restored_backup_does_not_serve_what_was_restricted_since(
+    model: Path, sisa: Sisa, tmp_path: Path
+) -> None:
+    backup = Path(shutil.copytree(model, tmp_path / "backup"))
+    assert sisa("restrict", "-m", model, "--subject", WHO)[0] == 0
+    assert diagnose(model).healthy
+    shutil.rmtree(model)
+    backup.rename(model)
+    (found,) = diagnose(model).findings
+    assert (found.kind, found.what.endswith("restrictions are not as they were")) == ("behind", True)
+    heads = {each.shard: each.head for each in open_model(model).status().shards}
+    with open_model(model)._context() as context:
+        assert live_heads(context) != heads
+    assert open_model(model).status().restricted_records == 3
+    assert diagnose(model).ok
+
+
+def test_the_doctor_names_a_restriction_of_nobody(model: Path) -> None:
+    """It is left where a rectification of somebody's only record was cut short."""
+    with open_model(model)._writing() as context:
+        known = restrictions(context.stores.ledger)
+        commit(context, Change(meta=restricting(known, {"0" * 64: "2026-01-01T00:00:00+00:00"})))
+    (found,) = diagnose(model).findings
+    assert (found.kind, found.severity) == ("restriction", "warning")
 
 
 def test_an_unknown_person_is_refused(model: Path, sisa: Sisa, client: TestClient) -> None:
