@@ -169,6 +169,8 @@ def show_where(directory: Path, ids: list[str]) -> Result:
 @option_or_input("--like", metavar="ID", help="Find near-duplicates of a record.")
 @click.option("--top", "top_k", default=10, type=click.IntRange(1, 10_000), help="Number of results.")
 @click.option("--show-text", is_flag=True, help="Show the beginning of each record's text.")
+@serve.no_service_option
+@log_format_option
 def find(
     directory: Path,
     text: str | None,
@@ -177,12 +179,17 @@ def find(
     like: str | None,
     top_k: int,
     show_text: bool,
+    no_service: bool,
 ) -> Result:
     """Find records by content, subject or likeness. Prints score, shard, slice and subject."""
     if sum(each is not None for each in (text, file, subject, like)) != 1:
         raise click.UsageError("give exactly one of --text, --file, --subject and --like")
     if file is not None:
         text = read_text(file)
+    if text is not None and not (show_text or no_service):  # a service shows no text
+        found = serve.find_in_service(directory, text, top_k)
+        if found is not None:
+            return render.found(found)
     with opened(directory) as model:
         hits = model.find(text=text, subject=subject, like=like, top_k=top_k, show_text=show_text)
         return render.found(hits)
@@ -298,7 +305,7 @@ def verify(
     is_flag=True,
     help="Leave out the shards that answered: they reveal whether a person's records are stored.",
 )
-@click.option("--no-service", is_flag=True, help="Load the model, even if a service of it runs.")
+@serve.no_service_option
 @log_format_option
 def generate(
     directory: Path,
@@ -325,7 +332,7 @@ def generate(
             [*before, *([{"role": "user", "content": each}] if isinstance(each, str) else each)]
             for each in asked
         ]
-    found = None if no_service else serve.ask_running(directory, asked, max_new_tokens, kind)
+    found = None if no_service else serve.generate_by_service(directory, asked, max_new_tokens, kind)
     if found is None:
         with opened(directory) as model:
             found = model.generate_all(asked, max_new_tokens=max_new_tokens, kind=kind)

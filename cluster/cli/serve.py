@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,14 +21,20 @@ from sisa.core.events import Notice
 
 if TYPE_CHECKING:
     from cluster.serve.engines import EngineHolds
+    from cluster.serve.service import Running
     from cluster.serve.tokens import AccessToken, Role, Scope, Tokens
     from sisa.flows.ask import Answer, Prompt
+    from sisa.flows.query import Candidate
 
 ROLE_NAMES = ("reader", "officer", "operator")
 SCOPE_NAMES = ("answer", "read", "submit", "decide", "erase", "access", "operate")
 
 token = command_group("token", "Tokens of the model's service: who may call it, and what for.")
 name_argument = click.argument("name")
+_Found = TypeVar("_Found")
+no_service_option = click.option(
+    "--no-service", is_flag=True, help="Load the model, even if a service of it runs."
+)
 
 
 @command("serve", "-m model --port 8808")
@@ -67,10 +73,8 @@ def serve(
     return Result({"url": url, "pid": pid, "replicas": num_replicas}, [f"stopped: {url}"])
 
 
-def ask_running(
-    directory: Path, prompts: Sequence[Prompt], max_new_tokens: int, kind: Kind | None
-) -> list[Answer] | None:
-    """Return the answers of the model's running service; None if there is none, or if it fails."""
+def by_service(directory: Path, ask: Callable[[Running], _Found]) -> _Found | None:
+    """Return what the model's running service answers; None if there is none, or if it fails."""
     from cluster.serve import service
 
     running = service.find_service(directory)
@@ -79,10 +83,26 @@ def ask_running(
     with watched() as report:
         report(Notice(f"asking the service at {running.url} (--no-service: load the model here)"))
         try:
-            return service.ask_service(running, prompts, max_new_tokens, kind)
+            return ask(running)
         except EnvironmentFault as error:
             report(Notice(f"{error.what} ({error.got}); loading the model here"))
             return None
+
+
+def generate_by_service(
+    directory: Path, prompts: Sequence[Prompt], max_new_tokens: int, kind: Kind | None
+) -> list[Answer] | None:
+    """Return the answers of the model's running service, if there is one."""
+    from cluster.serve.service import ask_service
+
+    return by_service(directory, lambda running: ask_service(running, prompts, max_new_tokens, kind))
+
+
+def find_in_service(directory: Path, text: str, top_k: int) -> list[Candidate] | None:
+    """Return the records that the model's running service finds, if there is one."""
+    from cluster.serve.service import find_by_service
+
+    return by_service(directory, lambda running: find_by_service(running, text, top_k))
 
 
 def _numbers(_context: click.Context, _option: click.Parameter, given: Any) -> list[int] | None:

@@ -10,7 +10,8 @@ adopts what was committed. So nothing that starts after a deletion's commit meet
 deletion tainted. An answer that it cuts begins again, routed anew, unless somebody has seen a part of it
 or the run file says `on_deletion: end`.
 
-`replica(directory)` is the application for Ray Serve; `sisa serve` deploys it (`service.py`).
+`sisa serve` deploys `replica(...)` (`service.py`); a config file of Ray Serve names `application`
+(`cluster/jobs/manifests/rayservice.yaml`).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ WATCH_S = 0.1  # a wait for a commit, and between two attempts to look at a ledg
 DEFAULT_TOKENS = 256  # of an answer, where the base can read as many
 WAITING_PER_ROW = 16  # requests that wait for each one that is answered
 _METERS_WAIT_S = 5.0  # with other replicas, for what they have measured
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # a path may hold a record's id
 MOST_AT_ONCE = 10_000  # requests of a replica; the engine refuses what is too much for it
 
 _log = logging.getLogger(__name__)
@@ -75,7 +77,8 @@ class Engine:
         """Load the base and all adapters. Raise IntegrityError."""
         self._model, self._on_deletion = model, settings.on_deletion
         rows = settings.max_concurrent
-        self._serving = model.serving(max_rows=rows, max_waiting=rows * WAITING_PER_ROW)
+        self._limits = {"max_rows": rows, "max_waiting": rows * WAITING_PER_ROW}
+        self._serving = model.serving(**self._limits)
         self._stirred = threading.Event()  # somebody has committed, or nobody can tell
         self._wake = threading.Condition()
         self._groups: list[list[Pending]] = []  # to admit, each as a whole
@@ -158,15 +161,15 @@ class Engine:
 
     def _submit(self, rows: list[Pending]) -> None:
         with self._wake:
-            if not self._is_open:
+            if not (self._is_open and self._thread.is_alive()):
                 raise _ended()
             self._groups.append(rows)
             self._wake.notify()
 
     def _run(self) -> None:
         """Answer until the engine is closed."""
-        batch = self._serving.batch
         while True:
+            batch = self._serving.batch
             with self._wake:
                 if not (self._groups or self._given_up or batch.running or batch.waiting):
                     self._wake.wait(WATCH_S if self._is_open else 0)
@@ -178,13 +181,24 @@ class Engine:
                     raise _ended()
                 self._turn(groups, gone)
             except Exception as error:
-                fault = error if isinstance(error, SisaError) else internal_fault(error)
-                if groups or batch.running:  # not ten times a second while a model stays damaged
-                    _log.error(fault.what)
-                in_batch: list[Any] = [*batch.running, *batch.waiting]
-                self._give_up([*in_batch, *_of(groups)], fault)
+                self._end_all([row for group in groups for row in group], error)
             if not is_open:
                 return
+
+    def _end_all(self, new: Iterable[Pending], error: Exception) -> None:
+        """Tell all who wait what went wrong; after a fault of our own, load the models again."""
+        batch = self._serving.batch
+        rows: list[Any] = [*batch.running, *batch.waiting, *new]
+        fault = error if isinstance(error, SisaError) else internal_fault(error)
+        if rows:  # not ten times a second while a model stays damaged
+            _log.error(fault.what)
+        for row in rows:
+            row.tell(row, fault)
+        if fault is not error:
+            self._serving = self._model.serving(**self._limits)
+            return
+        for row in rows:
+            batch.cancel(row)
 
     def _turn(self, groups: list[list[Pending]], gone: list[Pending]) -> None:
         """Adopt what was committed, let requests join, and append a token to each answer."""
@@ -205,7 +219,7 @@ class Engine:
         running = set(self._serving.batch.running)
         try:
             cut: list[Any] = [*self._model.adopt(self._serving)]
-        except SisaError:
+        except BaseException:
             self._stirred.set()
             raise
         for row in cut:
@@ -270,10 +284,6 @@ class Engine:
 
 def _ended() -> EnvironmentFault:
     return EnvironmentFault("the service is being stopped", next_step="ask again")
-
-
-def _of(groups: Iterable[Iterable[Pending]]) -> list[Pending]:
-    return [row for group in groups for row in group]
 
 
 class OwnerTokens(Tokens):
@@ -352,5 +362,6 @@ def replica(directory: Path, config: RunConfig, num_replicas: int = 1, owner: st
         name="answers",
         num_replicas=num_replicas,
         max_ongoing_requests=MOST_AT_ONCE,
+        logging_config=QUIET,
         ray_actor_options={"num_cpus": config.sisa.threads_per_shard, "num_gpus": gpus},
     ).bind(str(directory.resolve()), owner)

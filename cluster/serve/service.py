@@ -39,6 +39,7 @@ from sisa.store.blobs import files
 if TYPE_CHECKING:
     from sisa.config.config import RunConfig
     from sisa.flows.ask import Answer, Prompt
+    from sisa.flows.query import Candidate
 
 APP = "sisa"  # Ray Serve's name of the application
 PROMPTS_PER_CALL, CALLS_AT_ONCE = 16, 8
@@ -115,7 +116,7 @@ def ask_service(
     texts = [number for number, each in enumerate(prompts) if isinstance(each, str)]
     pieces = [texts[at : at + PROMPTS_PER_CALL] for at in range(0, len(texts), PROMPTS_PER_CALL)]
     calls = [*pieces, *([number] for number, each in enumerate(prompts) if not isinstance(each, str))]
-    try:
+    with _answering(running):
         model = running.call("/v1/models", timeout_s=LOOK_S)["data"][0]["id"]
         body = {"model": model, "max_tokens": max_new_tokens}
 
@@ -134,11 +135,27 @@ def ask_service(
                 for numbers, some in zip(calls, pool.map(call, calls), strict=True)
                 for pair in zip(numbers, some, strict=True)
             )
+    return [found[number] for number in range(len(prompts))]
+
+
+def find_by_service(running: Running, text: str, top_k: int) -> list[Candidate]:
+    """Return what `Model.find` would. Raise EnvironmentFault if the service fails or refuses."""
+    from sisa.flows.query import Candidate
+
+    with _answering(running):
+        found = running.call("/find", {"text": text, "top": top_k})["candidates"]
+        return [Candidate(**each) for each in found]
+
+
+@contextlib.contextmanager
+def _answering(running: Running) -> Iterator[None]:
+    """Raise EnvironmentFault if a service does not answer as it should."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise EnvironmentFault(
             "the running service did not answer", where=running.url, got=type(error).__name__
         ) from None
-    return [found[number] for number in range(len(prompts))]
 
 
 def _choices(running: Running, kind: str, body: Any) -> list[Any]:
@@ -230,15 +247,15 @@ def _deployed(
     from ray import serve
 
     from cluster.ray.ray_session import connect, disconnect, first_line
-    from cluster.serve.replica import replica
+    from cluster.serve.replica import QUIET, replica
 
     threads, address = config.sisa.threads_per_shard, config.cluster.address
-    connect(address, max(os.cpu_count() or 1, num_replicas * threads))
-    quiet = {"enable_access_log": False, "log_level": "WARNING"}  # a path may hold a record's id
+    training = max(os.cpu_count() or 1, (config.cluster.num_workers or 1) * threads)
+    connect(address, training + num_replicas * threads)  # a deletion trains beside the replicas
     try:
-        serve.start(proxy_location="HeadOnly", http_options={**http}, logging_config=quiet)
+        serve.start(proxy_location="HeadOnly", http_options={**http}, logging_config=QUIET)
         app = replica(directory, config, num_replicas, owner)
-        serve.run(app, name=APP, logging_config=quiet)
+        serve.run(app, name=APP, logging_config=QUIET)
         yield
     except RuntimeError as error:
         raise EnvironmentFault(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -138,16 +140,17 @@ def test_openais_client(served: Served) -> None:
 
 
 def test_openais_async_client_and_seeds(served: Served) -> None:
-    async def ask(seed: int, number: int) -> str:
+    async def ask(client: openai.AsyncOpenAI, seed: int, number: int) -> str:
         found = await client.completions.create(
             model="model", prompt=prompt_of(PEOPLE[number]), seed=seed, temperature=1, max_tokens=TOKENS
         )
         return found.choices[0].text
 
     async def all_of_it() -> list[str]:
-        return await asyncio.gather(*(ask(seed, number) for seed in (1, 2, 1) for number in range(6)))
+        async with openai.AsyncOpenAI(base_url=served.url, api_key="any", max_retries=0) as client:
+            asked = [ask(client, seed, number) for seed in (1, 2, 1) for number in range(6)]
+            return await asyncio.gather(*asked)
 
-    client = openai.AsyncOpenAI(base_url=served.url, api_key="any", max_retries=0)
     found = asyncio.run(all_of_it())
     assert found[:6] == found[12:], "the same seed, whatever is answered beside it"
     assert found[:6] != found[6:12]
@@ -175,6 +178,22 @@ def test_lm_eval_asks_it_unchanged(served: Served) -> None:
     assert found == expected
 
 
+def test_rays_logs_hold_no_text_and_no_path(served: Served) -> None:
+    secret = "Bepu Quagfubwick"
+    served.client().completions.create(model="model", prompt=secret, **SHOWN)
+    with pytest.raises(openai.NotFoundError):
+        served.client().models.retrieve("Quagfubwick")
+    started = " ".join(
+        part
+        for each in psutil.Process(served.process.pid).children(recursive=True)
+        for part in each.cmdline()
+    )
+    (session,) = set(re.findall(r"/\S*/r/session_[0-9]\S*?(?=/)", started))
+    logs = [each for each in Path(session, "logs").rglob("*") if each.is_file()]
+    assert any("serve" in each.as_posix() for each in logs)
+    assert [each for each in logs if b"Quagfubwick" in each.read_bytes()] == []
+
+
 def test_the_commands_ask_the_running_service(served: Served, ask: Ask, tmp_path: Path) -> None:
     rows = [{"prompt": prompt_of(PEOPLE[0])}, {"messages": [{"role": "user", "content": "Who?"}]}]
     file = tmp_path / "prompts.jsonl"
@@ -189,7 +208,8 @@ def test_the_commands_ask_the_running_service(served: Served, ask: Ask, tmp_path
     assert (code, state["running"], state["url"]) == (0, True, served.running.url)
     code, refused, _ = ask("serve", "-m", served.directory, "--port", free_port())
     assert (code, refused["error"]["type"]) == (5, "Busy")
-    assert ask("doctor", "-m", served.directory)[1]["healthy"]
+    found = ask("doctor", "-m", served.directory)[1]["findings"]
+    assert [each for each in found if "service" in each["where"]] == []
 
 
 def test_each_replica_shows_what_all_have_answered(served: Served) -> None:

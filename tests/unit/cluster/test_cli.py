@@ -85,9 +85,9 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 
 COMMANDS = """
-access add audit check-adapter doctor export find forget gc generate init metrics plan prove quickstart
-rebuild receipt recipients rectify release report restrict run simulate status sweep train verify
-verify-certificate verify-proof where
+access add audit check-adapter doctor engines export find forget gc generate init metrics plan prove
+quickstart rebuild receipt recipients rectify release report restrict run serve simulate status sweep
+train verify verify-certificate verify-proof where
 approx: patches probe release revert show unlearn
 certificate: export issue list provenance show
 cluster: logs manifest status stop submit
@@ -95,10 +95,12 @@ config: schema
 drop: import report status
 eval: tofu
 keys: check init rotate show
+ledger: move upgrade
 log: add-cosignature add-rebuild check cosign proof request show witness-key
 request: approve cancel deny extend hold list show submit
 revocations: publish
 routing: calibrate
+token: add list revoke
 """
 
 

@@ -222,7 +222,7 @@ def light_modules() -> list[str]:
     found = [relative(path.with_suffix("")).replace("/", ".") for path in files]
     found += ["sisa.model", "sisa.train", "sisa.unlearn", "sisa.lm.answer.hashing"]
     found += ["cluster.cli.cli", "cluster.cli.jobs", "cluster.render.render"]
-    found += ["cluster.render.officer_report"]
+    found += ["cluster.render.officer_report", "cluster.serve.service", "cluster.serve.tokens"]
     found += [f"cluster.observe.{name}" for name in ("curves", "json_log", "reporting")]
     found += ["approx.evaluation.evaluated", "approx.evaluation.tofu"]
     found += [f"approx.evaluation.tofu_{name}" for name in ("aggregates", "evaluation", "log")]

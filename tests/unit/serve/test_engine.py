@@ -17,7 +17,12 @@ import pytest
 
 pytestmark = pytest.mark.torch
 
-from cluster.serve.app import Ended, Piece, Question, Started  # noqa: E402
+from cluster.serve.app import (  # noqa: E402
+    Ended,
+    Piece,
+    Question,
+    Started,
+)
 from cluster.serve.replica import Engine  # noqa: E402
 from sisa.config.config import ServiceBlock  # noqa: E402
 from sisa.core.errors import Busy, EnvironmentFault, InvalidInput, Outdated, SisaError  # noqa: E402

@@ -80,6 +80,21 @@ def test_generate_asks_the_service_and_says_so(
     assert "Who is it?" not in said
 
 
+def test_find_asks_the_service_for_the_same_records(
+    service: Service, running: Running, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["find", "-m", str(service.model.directory), "--text", "record 7", "--top", "3", "--json"]
+    assert cli.run(asked) == 0
+    there = capfd.readouterr()
+    assert f"asking the service at {running.url}" in there.err
+    for others in (["--no-service"], ["--show-text"]):
+        assert cli.run([*asked, *others]) == 0
+        here = capfd.readouterr()
+        assert "service" not in here.err
+        shown = [{**each, "text": None} for each in json.loads(here.out)["hits"]]
+        assert shown == json.loads(there.out)["hits"] != []
+
+
 def test_a_service_that_fails_is_not_needed(
     service: Service, running: Running, capfd: pytest.CaptureFixture[str]
 ) -> None:
