@@ -190,12 +190,12 @@ class StackedAdapters:
     def decoding(self, routes: Sequence[Sequence[int]]) -> Iterator[None]:
         """Run forwards of one token per row; the rows of a request follow one another.
 
-        The adapters of one call stay side by side for the next ones.
+        The adapters of one call stay side by side for the next ones, unless most are not used.
         """
         names = [name for route in routes for name in route or (None,)]
         requests = [number for number, route in enumerate(routes) for _ in route or (None,)]
         used = [each for each in dict.fromkeys(names) if each is not None]
-        if not set(used).issubset(self._beside):
+        if not set(used).issubset(self._beside) or len(self._beside) > 2 * len(used):
             self._put_side_by_side(used)
         foreign_PG = torch.tensor([[each != name for each in self._beside] for name in names]).bool()
         foreign_1RX = foreign_PG.T.repeat_interleave(self._rank, 0)[None].to(self._device)
