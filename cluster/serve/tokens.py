@@ -135,7 +135,7 @@ class Tokens:
         self._rate = MovingWindowRateLimiter(MemoryStorage())
         self._calls = RateLimitItemPerMinute(per_minute, namespace="calls")
         self._failures = RateLimitItemPerMinute(FAILURES_PER_MINUTE, namespace="failures")
-        self._demanded = False
+        self._demanded = self._path.exists()
 
     def demanded(self) -> bool:
         """Return whether there are tokens or were any: a lost file opens no door."""

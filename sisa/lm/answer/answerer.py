@@ -215,6 +215,13 @@ class Answerer:
                 got=", ".join(map(str, missing)),
                 next_step="choose among the live shards",
             )
+        if any(route.shards and not self._merged.keys() <= set(route.shards) for route in routes):
+            raise InvalidInput(
+                "the mean of all shards can't answer for some of them: it contains the others",
+                where="sisa.aggregation",
+                expected="a route to all shards, with `merged`",
+                next_step="use another aggregation for tokens that may read some shards alone",
+            )
 
 
 def combine(logits_PTV: Tensor, weights_P: Tensor, method: str) -> Tensor:

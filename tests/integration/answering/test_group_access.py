@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import sisa
+from sisa.core.errors import InvalidInput
 from sisa.flows.ask import Answer
 from sisa.store.checkpoints import FileCheckpoints
 from tests.models.opened_files import opened_files
@@ -79,3 +80,15 @@ def test_a_groups_answers_depend_on_its_own_shards_alone(tiny: Tiny) -> None:
     foreign = [each.id for each in model.where(ids_of(PEOPLE)) if each.shard != OWN]
     model.forget(foreign)
     assert asked(model) == before
+
+
+def test_a_mean_that_contains_others_does_not_answer_for_a_group(tiny: Tiny) -> None:
+    """A service has one mean of all shards loaded; a group's route must not reach it."""
+    change_run(tiny.run_file, sisa__aggregation="merged")
+    tiny.train()
+    model = tiny.open()
+    answerer, _ = model.answerer()
+    group = model.within({OWN}, model.partition)
+    with pytest.raises(InvalidInput, match="contains the others"):
+        answerer.generate([[1]], group.routes(PROMPTS[:1]), 1)
+    assert len(answerer.generate([[1]], model.routes(PROMPTS[:1]), 1)) == 1
