@@ -434,12 +434,10 @@ with writer_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
-WRITERS: list[Line] = [
+WRITERS: list[Line] = [  # requests are submitted and decided beside a writer
     FORGET,
     ("run", *AT, *SERIAL),
-    SUBMIT,
     EXPORT,
-    ("request approve", *AT, "T-1", "--approver", "dpo"),
     ("add", *AT, "later.jsonl", *SERIAL),
     ("train", "run.yaml", *SERIAL),
     ("verify", *AT, "--replay", "all", *SERIAL),

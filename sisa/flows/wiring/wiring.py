@@ -3,7 +3,7 @@
     DIR/ledger.sqlite    the ledger, or         DIR/records/      slices as Parquet
     DIR/ledger.url       where it is            DIR/index/        FAISS, one file per shard
     DIR/partition.key    the secret, mode 0600  DIR/checkpoints/  a directory per stage
-    DIR/lock             one writer
+    DIR/lock             one writer             DIR/commit.lock   one commit at a time
     DIR/scratch/         replays; erased by     DIR/patches/      a directory per patch
                          the next writer        DIR/vault/        a sealed file per set of texts
     DIR/metrics/         numbers, a file a run  DIR/runs/         unfinished patches, sealed
@@ -12,6 +12,7 @@
     KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR
     DIR/evidence.sqlite  what evidence is made from      DIR/log/  its transparency log, to publish
     DIR/service.json     where its service runs, while it does, mode 0600
+    DIR/service.sqlite   reports of its service that wait, and keys of calls that were made
 
 A storage is an absolute path or `s3://BUCKET[/PREFIX]`, and models share it; the endpoint of a server
 other than Amazon's comes from the environment. Index, vault, unfinished runs and metrics always stay in

@@ -23,7 +23,7 @@ from tests.examples import num_examples
 from tests.fakes.answers import FakeAnswers
 from tests.models.confessing import use_fake_resources
 
-NUM_CALLS = num_examples(2_000)
+NUM_CALLS = num_examples(1_200)
 BEYOND: list[Any] = [positive_data_acceptance]  # a schema does not say that a due date has not passed
 HEADERS = {"Authorization": "Bearer known"}
 

@@ -58,13 +58,13 @@ def block(folder: Path, key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> 
     )
 
 
-@pytest.fixture(params=["rsa", "ec"])
+@pytest.fixture
 def service(
     request: pytest.FixtureRequest, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Service:
     use_fake_resources(monkeypatch)
-    rsa_too = request.param == "rsa"
-    key = rsa.generate_private_key(65537, 2048) if rsa_too else ec.generate_private_key(ec.SECP256R1())
+    by_rsa = getattr(request, "param", "") == "rsa"
+    key = rsa.generate_private_key(65537, 2048) if by_rsa else ec.generate_private_key(ec.SECP256R1())
     model = open_model(Path(shutil.copytree(trained, tmp_path / "model")))
     settings = ServiceBlock(opendsr=block(tmp_path, key))
     config = model.config.model_copy(update={"service": settings})
@@ -114,6 +114,7 @@ def verify(client: TestClient, body: bytes, headers: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("service", ["rsa", "ec"], indirect=True)
 def test_an_erasure_from_receipt_to_callback(client: TestClient, service: Service) -> None:
     got: list[tuple[str, bytes, Any]] = []
     courier = Courier(service.model, lambda *given: got.append(given) or 202)  # type: ignore[func-returns-value]
