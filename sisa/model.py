@@ -364,28 +364,41 @@ class Model:
         With `approver`, new requests are approved at once. Raise InvalidInput with every problem.
         """
         download = read_download(Path(file), self.config.limits)
-        with self._deciding() as context:
+        with self._deciding(whole=True) as context:
             return drop.import_lists(context, download, approver, submitter)
 
     def drop_report(
-        self, directory: Path | str, *, opted_out: bool = False, suffix: str = ""
+        self,
+        directory: Path | str,
+        *,
+        opted_out: bool = False,
+        again: bool = False,
+        suffix: str = "",
     ) -> drop.Reported:
         """Write the responses to DROP that are due; `opted_out` states that shared ones were opted out.
 
-        `suffix` distinguishes several responses to one list. Raise InvalidInput if a file exists.
+        `again` also writes what was reported before, and `suffix` distinguishes several responses to one
+        list. Raise InvalidInput if a file exists.
         """
-        with self._deciding() as context:
-            return drop.report(context, Path(directory), opted_out=opted_out, suffix=suffix)
+        with self._deciding(whole=True) as context:
+            options = {"opted_out": opted_out, "again": again}
+            return drop.report(context, Path(directory), suffix=suffix, **options)
 
     @asked_again
     def drop_standing(self) -> drop.Standing | None:
-        """Return where the 45-day cycle of DROP stands; None before the first import."""
+        """Return where the 45-day cycle of DROP stands; None before the first import.
+
+        It concerns the whole model: None, too, if only some shards may be read here.
+        """
+        if self._group is not None:
+            return None
         with self._context() as context, context.stores.ledger.snapshot():
             return drop.cycle_standing(context)
 
     @asked_again
     def drop_details(self, *, show_ids: bool = False) -> drop.Details | None:
         """Return the same, and what waits for a decision, a run or an opt-out."""
+        self._check_whole()
         with self._context() as context, context.stores.ledger.snapshot():
             return drop.details(context, show_ids=show_ids)
 

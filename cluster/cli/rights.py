@@ -176,11 +176,13 @@ def drop_import(directory: Path, file: Path, submitter: str, approver: str | Non
     is_flag=True,
     help="State that all consumers who share an identifier were opted out of sale and sharing.",
 )
+@click.option("--again", is_flag=True, help="Also write what was reported before, if it was lost.")
 @click.option("--suffix", default="", help="Suffix of the names: up to 10 letters and digits.")
-def drop_report(directory: Path, target: Path, opted_out: bool, suffix: str) -> Result:
+def drop_report(directory: Path, target: Path, opted_out: bool, again: bool, suffix: str) -> Result:
     """Write the responses that are due, to be uploaded to DROP."""
     with opened(directory) as model:
-        return reported(model.drop_report(target, opted_out=opted_out, suffix=suffix))
+        done = model.drop_report(target, opted_out=opted_out, again=again, suffix=suffix)
+        return reported(done)
 
 
 @command("status", "-m model", group=drop)

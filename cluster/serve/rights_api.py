@@ -2,6 +2,8 @@
 
     POST /rights/access      {"subject": "p001"}       what is held of them, as a file
     POST /rights/restrict    {"subject": "p001"}       stored and not served, until released
+    POST /rights/drop/import  a ZIP                    California's DROP: its lists become requests
+    POST /rights/drop/report  {"opted_out": false}     the responses that are due
 
 People are named in bodies, never in addresses, which servers and proxies log. What is handed out is
 stated in the model's log by its sha256 if the model has keys; `Log-Entry` names the entry. Restrictions
@@ -13,9 +15,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Body, Depends, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.render.render import rectified, restricted
@@ -32,6 +36,8 @@ rights_router = APIRouter(prefix="/rights", tags=["rights"])
 Naming = Annotated[str, Field(min_length=1)]
 Open = Annotated[Service, Depends(service_of)]
 Decider = Annotated[Caller, Depends(may("decide"))]
+Submitter = Annotated[Caller, Depends(may("submit"))]
+Reader = Annotated[Caller, Depends(may("read"))]
 Collector = Annotated[Caller, Depends(may("access"))]
 
 
@@ -102,6 +108,50 @@ def restrict_subject(named: Subject, service: Open, caller: Decider) -> dict[str
 def release_subject(named: Subject, service: Open, caller: Decider) -> dict[str, Any]:
     """End a restriction: the same is served as before it."""
     return restricted(caller.view(service.model).release(named.subject)).json
+
+
+class Asked(BaseModel):
+    """Which responses to DROP are wanted."""
+
+    model_config = ConfigDict(extra="forbid")
+    opted_out: bool = False  # all consumers who share an identifier were opted out
+    again: bool = False  # what was reported before, too
+
+
+@rights_router.post("/drop/import")
+def import_drop(
+    archive: Annotated[bytes, Body(media_type="application/octet-stream")],
+    service: Open,
+    caller: Submitter,
+) -> dict[str, Any]:
+    """Import a download of California's DROP; submit a request for each consumer whom it matches."""
+    with scratch() as folder:
+        file = folder / "download.zip"
+        file.write_bytes(archive)
+        return asdict(caller.view(service.model).drop_import(file, submitter=caller.name))
+
+
+@rights_router.post("/drop/report")
+def report_drop(asked: Asked, service: Open, caller: Decider) -> dict[str, Any]:
+    """Return the responses to DROP that are due, by the names of the files to upload and to amend."""
+    with scratch() as folder:
+        model = caller.view(service.model)
+        done = model.drop_report(folder / "responses", opted_out=asked.opted_out, again=asked.again)
+        texts = {each: Path(done.directory, each).read_text() for each in (*done.upload, *done.amend)}
+    return {
+        "upload": {each: texts[each] for each in done.upload},
+        "amend": {Path(each).name: texts[each] for each in done.amend},
+        "statuses": {str(status): count for status, count in done.statuses.items()},
+        "open": done.open,
+    }
+
+
+@rights_router.get("/drop")
+def show_drop(service: Open, caller: Reader) -> dict[str, Any]:
+    """Return where DROP's 45-day cycle stands, and what it waits for; no ids of records."""
+    found = caller.view(service.model).drop_details()
+    empty: dict[str, Any] = {"standing": None, "matched": [], "records_without_identity": None}
+    return empty if found is None else asdict(found)
 
 
 def _handed(service: Service, right: Right, found: dict[str, Any], names: Iterable[str]) -> Response:

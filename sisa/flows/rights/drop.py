@@ -418,16 +418,24 @@ def details(context: Context, *, show_ids: bool = False) -> Details | None:
     return Details(found, tuple(matched), sum(ledger.counts().values()) - len(identified))
 
 
-def report(context: Context, directory: Path, *, opted_out: bool, suffix: str = "") -> Reported:
+def report(
+    context: Context,
+    directory: Path,
+    *,
+    opted_out: bool = False,
+    again: bool = False,
+    suffix: str = "",
+) -> Reported:
     """Write the responses that are due into a directory, then note in the ledger what they say.
 
     A list's first response has the list's name; a further one, and each amendment (in the folder
-    `amend`), has a suffix of its own. If the process is killed before the ledger notes it, the same
-    statuses are written again. Raise InvalidInput if a file exists already.
+    `amend`), has a suffix of its own. With `again`, what was reported before is written once more, for
+    files that were lost. If the process is killed before the ledger notes it, the same statuses are
+    written again. Raise InvalidInput if a file exists already.
     """
     ledger, now = context.stores.ledger, context.now()
     requests = {each.request_id: each for each in ledger.requests()}
-    items = ledger.work_items()
+    items = [each for each in ledger.work_items() if each.key]
     if suffix and not is_suffix(suffix):
         raise InvalidInput("a suffix has up to 10 letters and digits", got=f"{len(suffix)} characters")
     answered = {each.file for each in items if each.status}
@@ -435,22 +443,25 @@ def report(context: Context, directory: Path, *, opted_out: bool, suffix: str = 
     contents: dict[str, dict[str, int]] = {}
     changed = []
     for each in items:
-        status = _outcome(each, requests, opted_out=opted_out)
-        if status in (0, each.status):
+        status = _outcome(each, requests, opted_out=opted_out) or each.status
+        if status == 0 or (status == each.status and not again):
             continue
         name = upload_name(each.file, suffix or (moment if each.file in answered else ""))
-        contents.setdefault(f"{AMEND}/{name}" if each.status else name, {})[each.item] = status
-        changed.append(replace(each, status=status, reported_at=now))
+        amends = each.status not in (0, status)
+        contents.setdefault(f"{AMEND}/{name}" if amends else name, {})[each.item] = status
+        if status != each.status:
+            changed.append(replace(each, status=status, reported_at=now))
     _write(directory, {name: responses(statuses) for name, statuses in contents.items()})
     if changed:
         commit(context, Change(work_items=changed))
-    done = {each.item for each in changed}
+    settled = {each.item for each in changed}
+    written = Counter(status for each in contents.values() for status in each.values())
     return Reported(
         directory=str(directory),
         upload=tuple(sorted(each for each in contents if "/" not in each)),
         amend=tuple(sorted(each for each in contents if "/" in each)),
-        statuses=dict(sorted(Counter(each.status for each in changed).items())),
-        open=sum(bool(each.key) and not each.status and each.item not in done for each in items),
+        statuses=dict(sorted(written.items())),
+        open=sum(not each.status for each in items if each.item not in settled),
     )
 
 

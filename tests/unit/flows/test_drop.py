@@ -136,9 +136,14 @@ def test_a_whole_cycle(fake: FakeModel, tmp_path: Path) -> None:
         "20260812_4821_Phone.csv": {"Shared": 4},
     }
     assert (done.open, done.statuses) == (0, {2: 1, 3: 2, 4: 1})
-    again = drop.report(fake.context, tmp_path / "again", opted_out=True)
-    assert (again.upload, again.amend, again.statuses) == ((), (), {})
-    assert not (tmp_path / "again").exists()
+    nothing = drop.report(fake.context, tmp_path / "nothing", opted_out=True)
+    assert (nothing.upload, nothing.amend, nothing.statuses) == ((), (), {})
+    assert not (tmp_path / "nothing").exists()
+    drop.report(fake.context, tmp_path / "lost", again=True, suffix="again")
+    assert reported(tmp_path / "lost") == {
+        "20260812_4821_Email_again.csv": {"Ada": 3, "AdaToo": 3, "Bob": 2, "Nobody": 5},
+        "20260812_4821_Phone_again.csv": {"Shared": 4},
+    }
     context = at(fake, "2026-09-21T09:00:00+00:00")
     late = listed("Late", email("nobody"))
     second = import_lists(context, download(late, removed=[ALL[2], ALL[0]], day=LATER))
