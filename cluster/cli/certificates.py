@@ -251,6 +251,13 @@ def _words(found: Certificate) -> Iterator[str]:
         yield f"  served: {heads}"
     if "request" in stated:
         yield from _deletion_words(stated)
+    if "right" in stated:
+        records = counted(stated["num_records"], "record")
+        yield f"  {stated['right']} of {records}, made at {stated['at']}"
+    for each in stated.get("in_force", ()):
+        yield f"  restricted since {each['since']}: {counted(each['num_records'], 'record')}"
+    for each in stated.get("held_back", ()):
+        yield f"  shard {each['shard']} serves {each['served'] or 'nothing'} instead of {each['head']}"
 
 
 def _deletion_words(stated: Mapping[str, Any]) -> Iterator[str]:

@@ -20,10 +20,14 @@ from hypothesis import strategies as st
 
 from sisa.core.domain import Head, Part
 from sisa.core.errors import ConfigConflict, UnknownRecord
+from sisa.core.ports import Contribution, Removal
+from sisa.flows.ask import ServedHeads
 from sisa.flows.ingest import rectify
+from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.reconcile import reconcile
 from sisa.flows.rights.restriction import lift, restrict
 from sisa.flows.wiring.context import (
+    Context,
     is_behind,
     live_heads,
     restricted_rows,
@@ -35,7 +39,7 @@ from sisa.flows.wiring.context import (
 )
 from sisa.flows.wiring.witness import catch_up
 from tests.examples import num_examples
-from tests.fakes.ports import ADAPTER, FakeModel, fake_embed
+from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_embed
 from tests.property.test_histories import (
     SUBJECTS,
     Fuse,
@@ -249,6 +253,42 @@ def test_a_deletion_of_the_last_record_alone_ends_a_restriction() -> None:
     assert list(restrictions(model.fake.ledger).since) == [
         model.fake.context.settings.assigner.subject_digest("bob")
     ]
+    assert model.fake.witness.told.restrictions == restrictions(model.fake.ledger)
+
+
+def test_a_head_that_saw_a_restricted_record_may_not_be_served_any_more() -> None:
+    """A service compares what it has loaded with this."""
+    model = first()
+    before = ServedHeads.read(model.fake.ledger)
+    model.change(("restrict", "ada"))
+    during = ServedHeads.read(model.fake.ledger)
+    gone = set(before.heads.values()) - set(during.heads.values())
+    assert gone
+    assert gone.isdisjoint(during.manifests)
+    model.change(("release", "ada"))
+    assert replace(ServedHeads.read(model.fake.ledger), seq=before.seq) == before
+
+
+class Meddling(PatchesHook):
+    """Restrict somebody in the middle of a deletion, before its commit."""
+
+    name = "meddling"
+
+    def contribute(self, model: Context, removal: Removal) -> Contribution:
+        del removal
+        restrict(model, "ada")
+        return Contribution()
+
+
+@pytest.mark.parametrize(("subject", "left"), [("bob", 1), ("ada", 0)])
+def test_a_restriction_in_the_middle_of_a_deletion_is_kept_or_ends_with_it(
+    subject: str, left: int
+) -> None:
+    model = first()
+    model.fake.context = changed(model.fake.context, hooks=(Meddling(), PatchesHook()))
+    model.restricted = {"ada"} if left else set()
+    model.step("subject", tuple(n for n in model.remaining if subject_of(n) == subject))
+    assert len(restrictions(model.fake.ledger).since) == left
     assert model.fake.witness.told.restrictions == restrictions(model.fake.ledger)
 
 
