@@ -163,7 +163,7 @@ async function signIn(given_) {
   $("sign-out").hidden = !token;
   if (token) {
     say("Signed in.");
-    $("content").focus();
+    $("content").focus({ preventScroll: true });
   }
 }
 
@@ -316,7 +316,7 @@ async function showRequest(id) {
       ["Records", String(found.num_records)],
       ["Exact copies", found.num_copies ? `${found.num_copies}, ${found.copies_included ? "" : "not "}included` : null],
       ["Approved by", found.approver ? given(found.approver) : null],
-      ["Retrained", found.committed_at ? found.shards.map(([shard, first, count]) => `shard ${shard}: ${counted(count, "slice")} from ${first} on`).join("; ") || "nothing" : null],
+      ["Retrained", found.committed_at ? found.shards.filter(([, , count]) => count).map(([shard, first, count]) => `shard ${shard}: ${counted(count, "slice")} from ${first} on`).join("; ") || "nothing" : null],
       ["Cost of its batch", found.committed_at ? `${found.record_epochs_retrained} of ${found.record_epochs_full} record-epochs (${share(found.record_epochs_retrained, found.record_epochs_full)}), ${found.seconds.toFixed(1)} s` : null],
       ["Cause of the failure", found.cause ? given(found.cause) : null],
     ]),

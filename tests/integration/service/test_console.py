@@ -45,7 +45,7 @@ STOP = """
 @contextmanager
 def serving(service: Service) -> Iterator[str]:
     """Serve on a free port of this machine, and yield its address."""
-    server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

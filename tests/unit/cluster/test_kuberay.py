@@ -175,6 +175,7 @@ def test_a_service_is_a_cluster_with_an_application_of_ours(gpu: bool) -> None:
     assert cluster_of(service) == cluster
 
 
+@pytest.mark.torch
 def test_ray_accepts_the_config_of_the_service() -> None:
     from ray.serve.schema import ServeDeploySchema
 
