@@ -17,15 +17,18 @@ import pytest
 
 pytestmark = pytest.mark.torch
 
-from cluster.serve.app import (  # noqa: E402
-    Ended,
-    Piece,
-    Question,
-    Started,
-)
-from cluster.serve.replica import Engine  # noqa: E402
+from cluster.serve.app import Ended, Piece, Question, Service, Started  # noqa: E402
+from cluster.serve.replica import Engine, OwnerTokens, application  # noqa: E402
+from cluster.serve.tokens import Tokens  # noqa: E402
 from sisa.config.config import ServiceBlock  # noqa: E402
-from sisa.core.errors import Busy, EnvironmentFault, InvalidInput, Outdated, SisaError  # noqa: E402
+from sisa.core.errors import (  # noqa: E402
+    Busy,
+    ConfigConflict,
+    EnvironmentFault,
+    InvalidInput,
+    Outdated,
+    SisaError,
+)
 from sisa.flows.ask import Routed  # noqa: E402
 from sisa.lm.answer import continuous  # noqa: E402
 from sisa.lm.answer.route import Route  # noqa: E402
@@ -374,3 +377,16 @@ def test_a_stopped_engine_says_so(model: ScriptedModel) -> None:
             asyncio.run(ask_and_stop(engine))
         with pytest.raises(EnvironmentFault):
             engine.check()
+
+
+def test_a_config_file_starts_no_service_without_tokens(service: Service) -> None:
+    directory = service.model.directory
+    asked = {"model": str(directory)}
+    with pytest.raises(ConfigConflict, match="no token is active"):
+        application(asked)
+    Tokens(directory).add("anna", "officer")
+    assert application(asked)._bound_deployment.name == "answers"
+    (directory / "tokens.json").unlink()
+    assert not Tokens(directory).demanded()
+    assert OwnerTokens(directory, 600, "").demanded()  # a replica that starts later opens no door
+    assert OwnerTokens(directory, 600, "").caller("") is None
