@@ -60,8 +60,10 @@ def _user(folder: Path, here: Path) -> tuple[dict[str, Any], Path]:
     try:
         subprocess.run([here / "postgres", "--version"], check=True, capture_output=True, **options)
     except OSError:  # a directory above is root's alone
-        shutil.copytree(here.parent, folder / "programs", symlinks=True)
-        here = folder / "programs" / here.name
+        top, package = here.parents[2], here.parents[1]  # its libraries lie beside it
+        for each in (package, package.with_suffix(".libs")):
+            shutil.copytree(each, folder / each.name, symlinks=True)
+        here = folder / here.relative_to(top)
     return options, here
 
 

@@ -265,7 +265,7 @@ def test_a_killed_move_is_finished_or_undone(
             assert held.isdisjoint({wiring.LEDGERS_LEFT, moving.UNFINISHED}), number
             assert model.config.ledger == (now if isinstance(now, str) else None), number
             assert model.verify().ok
-        number += 1 if is_full() else 3
+        number += 1 if is_full() else 5
     assert number > 12
 
 
