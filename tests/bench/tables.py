@@ -24,8 +24,12 @@ from sisa.config.config import (
     PATH_FIELDS,
     Aggregation,
     DatasetSource,
+    EngineSource,
+    OpenDsrBlock,
     RunConfig,
     Scratch,
+    Tls,
+    WebhookReceiver,
     json_schema,
     keys,
 )
@@ -45,6 +49,10 @@ NESTED: dict[str, tuple[str, type[Block]]] = {
     "datasets": ("datasets[]", DatasetSource),
     "sisa.bands": ("sisa.bands", Bands),
     "sisa.aggregation": ("sisa.aggregation", Aggregation),
+    "service.engines": ("service.engines[]", EngineSource),
+    "service.webhooks": ("service.webhooks[]", WebhookReceiver),
+    "service.opendsr": ("service.opendsr", OpenDsrBlock),
+    "service.tls": ("service.tls", Tls),
 }
 NAMED, ALONE = "MiniLM with names", "MiniLM"
 
