@@ -24,7 +24,6 @@ from cluster.cli.command import (
 )
 from cluster.observe.reporting import say
 from cluster.render.render import Result, counted, engine_lines, restricted
-from cluster.serve.engines import with_engines
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -46,6 +45,8 @@ whose_option = option_or_file("--subject", required=True, help="Whose records.")
 )
 def write_access(directory: Path, ids: list[str], subject: str | None, target: Path) -> Result:
     """Write all that is held of a person to a JSON file, for them to read and take along."""
+    from cluster.serve.engines import with_engines
+
     if target != STANDARD_OUTPUT and os.path.lexists(target):
         raise _exists(target)
     with opened(directory) as model:
@@ -76,6 +77,8 @@ def write_access(directory: Path, ids: list[str], subject: str | None, target: P
 @subject_option
 def list_recipients(directory: Path, ids: list[str], subject: str | None) -> Result:
     """List the exports that hold what a person's records touched."""
+    from cluster.serve.engines import with_engines
+
     with opened(directory) as model:
         found = with_engines(model, model.recipients(_asked(ids, subject), subject=subject))
         return _told(model, "recipients", found, ids or [str(subject)])
@@ -86,6 +89,8 @@ def list_recipients(directory: Path, ids: list[str], subject: str | None) -> Res
 @whose_option
 def restrict_person(directory: Path, subject: str) -> Result:
     """Store a person's records and serve none of them, until released; nothing is retrained."""
+    from cluster.serve.engines import with_engines
+
     with opened(directory) as model:
         found = model.restrict(subject)
         told = with_engines(model, model.recipients(subject=subject))

@@ -110,7 +110,7 @@ def release_subject(named: Subject, service: Open, caller: Decider) -> dict[str,
     return restricted(caller.view(service.model).release(named.subject)).json
 
 
-class Asked(BaseModel):
+class Wanted(BaseModel):
     """Which responses to DROP are wanted."""
 
     model_config = ConfigDict(extra="forbid")
@@ -132,7 +132,7 @@ def import_drop(
 
 
 @rights_router.post("/drop/report")
-def report_drop(asked: Asked, service: Open, caller: Decider) -> dict[str, Any]:
+def report_drop(asked: Wanted, service: Open, caller: Decider) -> dict[str, Any]:
     """Return the responses to DROP that are due, by the names of the files to upload and to amend."""
     with scratch() as folder:
         model = caller.view(service.model)
