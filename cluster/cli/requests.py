@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -189,6 +189,18 @@ def _join_cluster(model: Model) -> None:
         connect(address, 0)
 
 
+def _watch(model: Model, directory: Path, every: int) -> NoReturn:
+    """Carry requests out when the plan or somebody says so, and report changes, until interrupted."""
+    from cluster.serve.worker import carry_out_asked, reporting
+
+    _join_cluster(model)
+    with reporting(directory):
+        while True:
+            if done := carry_out_asked(model):
+                say(ran(done, model.exports_missing(), directory).text)
+            time.sleep(every)
+
+
 @command("run", "-m model --plan")
 @model_option
 @click.option(
@@ -204,19 +216,13 @@ def run_requests(
     directory: Path, only_plan: bool, once: bool, watch: bool, every: int, executor: ExecutorChoice
 ) -> Result:
     """Carry out approved requests as one batch."""
-    from cluster.serve.worker import carry_out_due
-
     if only_plan + once + watch > 1:
         raise click.UsageError("give one of --plan, --once and --watch")
     with opened(directory, executor) as model:
         if only_plan:
             return run_planned(model.plan_run())
         if watch:
-            _join_cluster(model)
-        while watch:
-            if done := carry_out_due(model):
-                say(ran(done, model.exports_missing(), directory).text)
-            time.sleep(every)
+            _watch(model, directory, every)
         return ran(model.run(), model.exports_missing(), directory)
 
 

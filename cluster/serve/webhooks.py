@@ -172,6 +172,8 @@ class ServiceState:
 
     def take_run(self) -> bool:
         """Return whether somebody asked to carry out requests, and forget it."""
+        if not self._path.exists():
+            return False
         with self._tables() as db:
             return db.execute("DELETE FROM wanted").rowcount > 0
 

@@ -3,10 +3,10 @@
     with working(Path("model")):       # beside a service, until the block ends
         ...
 
-`carry_out_due` is one turn: `sisa run --watch` takes it as well. Engines that load exports are told to
-let go of what was erased. There is one worker for a model; where
-another command writes at the moment, the worker tries again. `POST /requests/run` has it carry out what
-is approved whatever the plan says.
+`carry_out_asked` is one turn, and `sisa run --watch` takes the same and reports as well, where no
+`sisa serve` runs. Engines that load exports are told to let go of what was erased. There is one worker
+for a model; where another command writes at the moment, it tries again. `POST /requests/run` has it
+carry out what is approved whatever the plan says.
 """
 
 from __future__ import annotations
@@ -46,6 +46,20 @@ def carry_out_due(model: Model, *, now: bool = False) -> tuple[Request, ...]:
     return done
 
 
+def carry_out_asked(model: Model, *, plan: bool = True) -> tuple[Request, ...]:
+    """Carry requests out if somebody asked for it or, with `plan`, if they are due; return them."""
+    from cluster.serve.webhooks import ServiceState
+
+    state = ServiceState(model.directory)
+    asked = state.take_run()
+    try:
+        return carry_out_due(model, now=asked) if asked or plan else ()
+    except SisaError:
+        if asked:
+            state.ask_to_run()
+        raise
+
+
 @contextlib.contextmanager
 def working(directory: Path, report: Report = silent) -> Iterator[None]:
     """Run the worker and the courier of a model, each in a thread, until the block ends.
@@ -54,39 +68,51 @@ def working(directory: Path, report: Report = silent) -> Iterator[None]:
     replicas'. A deletion that is under way at the end is finished by the next command or worker. Raise
     InvalidInput for a webhook whose secret can't be used.
     """
-    from cluster.serve.webhooks import Courier, ServiceState, check_receivers
     from sisa.model import open_model
 
     model = open_model(directory, report=report)
     model.executor = "ray" if model.config.cluster.address else "serial"
-    check_receivers(model.config.service)
-    ended, courier, last = threading.Event(), Courier(open_model(directory)), [float("-inf")]
-    state = ServiceState(directory)
+    last = float("-inf")
 
     def work() -> None:
-        asked = state.take_run()
-        if asked or time.monotonic() - last[0] >= EVERY_S:
-            try:
-                carry_out_due(model, now=asked)
-            except SisaError:
-                if asked:
-                    state.ask_to_run()
-                raise
-            finally:
-                last[0] = time.monotonic()
+        nonlocal last
+        planned = time.monotonic() - last >= EVERY_S
+        last = time.monotonic() if planned else last
+        carry_out_asked(model, plan=planned)
 
-    threads = [
-        threading.Thread(target=_repeat, args=(turn, ended), name=name, daemon=True)
-        for name, turn in (("worker", work), ("courier", courier.turn))
-    ]
-    for each in threads:
-        each.start()
+    with reporting(directory), _thread("worker", work):
+        yield
+
+
+@contextlib.contextmanager
+def reporting(directory: Path) -> Iterator[None]:
+    """Report changes of requests in a thread until the block ends, if the run file says to whom.
+
+    Raise InvalidInput for a webhook whose secret can't be used.
+    """
+    from cluster.serve.webhooks import Courier, check_receivers
+    from sisa.model import open_model
+
+    model = open_model(directory)
+    settings = model.config.service
+    check_receivers(settings)
+    with contextlib.ExitStack() as stack:
+        if settings.webhooks or settings.opendsr:
+            stack.enter_context(_thread("courier", Courier(model).turn))
+        yield
+
+
+@contextlib.contextmanager
+def _thread(name: str, turn: Callable[[], object]) -> Iterator[None]:
+    """Take turns in a thread until the block ends."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_repeat, args=(turn, ended), name=name, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
-        for each in threads:
-            each.join(PATIENCE_S)
+        thread.join(PATIENCE_S)
 
 
 def _repeat(turn: Callable[[], object], ended: threading.Event) -> None:

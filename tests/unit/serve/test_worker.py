@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -13,11 +15,14 @@ from cluster.cli import cli
 from cluster.serve import service as service_module
 from cluster.serve import worker
 from cluster.serve.app import Service
-from cluster.serve.webhooks import ServiceState
-from cluster.serve.worker import carry_out_due, working
+from cluster.serve.webhooks import Courier, ServiceState
+from cluster.serve.worker import carry_out_due, reporting, working
+from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy
 from sisa.flows.deletion import Terms
-from sisa.model import Model
+from sisa.model import Model, open_model
+from tests.fakes.ports import fake_record
+from tests.models.confessing import RUN_FILE, train_in, use_fake_resources
 
 
 @pytest.fixture
@@ -80,3 +85,25 @@ def test_a_service_has_a_worker(model: Model, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(service_module, "wait_until_ended", end)
     assert cli.run(["serve", "-m", str(model.directory)]) == 0
+
+
+def test_watching_reports_as_a_service_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake_resources(monkeypatch)
+    monkeypatch.setattr(worker, "LOOK_S", 0.01)
+    secret = tmp_path / "hook.secret"
+    secret.write_text("whsec_c2VjcmV0IG9mIGEgdGVzdA==")
+    secret.chmod(0o600)
+    hooks = f"service: {{webhooks: [{{url: 'http://127.0.0.1:9/', secret_file: {secret}}}]}}\n"
+    config = parse_run_file(RUN_FILE + hooks, "run.yaml")
+    train_in(tmp_path / "model", config, [fake_record(number) for number in range(6)])
+    got: list[str] = []
+
+    def take(_url: str, body: bytes, _headers: object) -> int:
+        got.append(json.loads(body)["data"]["state"])
+        return 200
+
+    monkeypatch.setattr(Courier.__init__, "__defaults__", (take, time.time))
+    with reporting(tmp_path / "model"):
+        until(lambda: ServiceState(tmp_path / "model").seen() is not None)
+        open_model(tmp_path / "model").submit(["id-0003"])
+        until(lambda: got == ["received"])
