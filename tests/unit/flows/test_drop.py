@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -291,3 +292,39 @@ def test_responses_are_not_overwritten(fake: FakeModel, tmp_path: Path) -> None:
         drop.report(fake.context, tmp_path, opted_out=True, suffix="not-a-suffix")
     drop.report(fake.context, tmp_path, opted_out=True, suffix="part01")
     assert (tmp_path / "20260812_4821_Email_part01.csv").stat().st_mode & 0o777 == 0o600
+
+
+@contextmanager
+def killed_at_the_commit() -> Iterator[None]:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drop, "commit", killed)
+        yield
+
+
+def test_a_crash_before_the_ledger_notes_a_report_repeats_it(fake: FakeModel, tmp_path: Path) -> None:
+    import_lists(fake.context, download(*ALL))
+    with killed_at_the_commit(), pytest.raises(KeyboardInterrupt):
+        drop.report(fake.context, tmp_path / "first", opted_out=True)
+    drop.report(fake.context, tmp_path / "second", opted_out=True)
+    assert reported(tmp_path / "first") == reported(tmp_path / "second") != {}
+
+
+def test_an_import_is_one_commit_or_nothing(fake: FakeModel) -> None:
+    with killed_at_the_commit(), pytest.raises(KeyboardInterrupt):
+        import_lists(fake.context, download(*ALL))
+    assert (fake.ledger.work_items(), fake.ledger.requests()) == ([], [])
+    seq = fake.ledger.seq()
+    import_lists(fake.context, download(*ALL))
+    assert fake.ledger.seq() == seq + 1
+
+
+def test_four_eyes_hold_for_imports(fake: FakeModel) -> None:
+    context = changed(fake.context, four_eyes=True)
+    for approver, submitter in ((None, ""), ("anna", "anna")):
+        with pytest.raises(ConfigConflict, match="four eyes"):
+            import_lists(context, download(*ALL), approver, submitter)
+    import_lists(context, download(*ALL), "ben", "anna")
+    assert {(each.state, each.submitter) for each in fake.ledger.requests()} == {("approved", "anna")}
