@@ -141,7 +141,7 @@ def pin_threads(threads: int, precision: Precision = DEFAULT_PRECISION) -> None:
     torch.set_flush_denormal(False)
     torch.backends.mkldnn.set_flags(True)  # type: ignore[no-untyped-call]
     torch.set_float32_matmul_precision("highest")
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # the same switch, without importing the compiler
     # A debugging aid that costs time; the flag above turns it on.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
