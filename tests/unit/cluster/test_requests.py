@@ -192,7 +192,7 @@ def test_submit_tells_the_request(ask: Ask) -> None:
 
 
 def test_list_and_show_know_a_request_by_either_name(ask: Ask) -> None:
-    assert ask("request", "list") == {"requests": []}
+    assert ask("request", "list") == {"requests": [], "drop": None}
     first = ask("request", "submit", "id-0003", "--external-id", "T-1")
     ask("request", "submit", "--subject", "subject-1", "--approver", "dpo")
     listed = ask("request", "list")["requests"]
@@ -339,7 +339,7 @@ def test_an_unknown_request_is_3(ask: Ask, decision: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("named", [["id-9999"], ["--subject", "nobody"], ["--find-like", "id-9999"]])
 def test_an_unknown_record_is_3_and_no_request(ask: Ask, named: list[str]) -> None:
     assert ask("request", "submit", *named, code=3)["error"]["type"] == "UnknownRecord"
-    assert ask("request", "list") == {"requests": []}
+    assert ask("request", "list") == {"requests": [], "drop": None}
 
 
 def test_external_ids_are_idempotent(ask: Ask) -> None:
