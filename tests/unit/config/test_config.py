@@ -13,7 +13,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.config.config import TRAINING_KEYS, RunConfig, differences, json_schema, keys, ledger_url
+from sisa.config.config import (
+    TRAINING_KEYS,
+    PrivacyBlock,
+    RunConfig,
+    differences,
+    json_schema,
+    keys,
+    ledger_url,
+)
 from sisa.config.runfile import load_run_file, parse_run_file
 from sisa.config.template import commented_run_file
 from sisa.core.errors import IntegrityError, InvalidInput
@@ -304,6 +312,7 @@ OTHER: dict[str, Any] = {
     "cluster.num_gpus": 0.5,
     "signing.keys": "other",
     "signing.signer": "ssh-agent:",
+    **{f"privacy.{name}": "as we say" for name in PrivacyBlock.model_fields},
     "signing.sweep": False,
     "service.host": "localhost",
     "service.port": 7,
@@ -357,7 +366,7 @@ def test_each_key_has_one_effect() -> None:
         effects.setdefault(found.effect, set()).add(key)
     where = {"base_model", "sisa.shards", "sisa.slices", "sisa.bands", "sisa.group_by"}
     where |= {"sisa.partition_key_file"}
-    named = ("cluster.", "identifiers.", "limits.", "service.", "signing.")
+    named = ("cluster.", "identifiers.", "limits.", "privacy.", "service.", "signing.")
     blocks = {key for key in OTHER if key.startswith(named)}
     none = {"output_dir", "datasets", "storage", "ledger", "witness", "keyring", "probe", "patch_mode"}
     none |= {"prefix_cache_bytes", "sisa.aggregation", "sisa.checkpoint_budget_bytes"}
