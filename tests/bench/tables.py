@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -249,6 +250,39 @@ def answering_speed() -> Iterator[str]:
         for title, kind, name, digits in measures
     ]
     header = ("what, at 1, 4 and 16 requests of 48 tokens", "all layers", "top third")
+    yield from rows(header, lines)
+
+
+def throughput() -> Iterator[str]:
+    """Yield what many clients at once get, against one after another."""
+    found = measured("throughput")
+    lines = []
+    for each in found["settings"]:
+
+        def mid(way: str, name: str, rounds: Json = each["rounds"]) -> float:
+            return float(median(one[way][name] for one in rounds))
+
+        ways = ("generate", "alone", "together")
+        least, middle, most = each["together_over_one_by_one_s"]
+        lines.append(
+            (
+                each["threads"],
+                ", ".join(f"{mid(way, 'tokens_per_s'):.1f}" for way in ways),
+                f"{middle:.1f} ({least:.1f} to {most:.1f})",
+                f"{each['together_over_one_by_one_core_s'][1]:.1f}",
+                f"{mid('alone', 'first_token_s_p50'):.2f} s",
+                ", ".join(f"{mid('together', f'first_token_s_{p}'):.2f} s" for p in ("p50", "p95")),
+            )
+        )
+    together = f"{found['clients']} clients"
+    header = (
+        "threads",
+        f"tokens/s: `generate`, one client, {together}",
+        f"{together} over the faster of both",
+        "by core-seconds",
+        "first token, one client",
+        f"{together}, p50 and p95",
+    )
     yield from rows(header, lines)
 
 
@@ -507,6 +541,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "hostile-general": hostile_general,
         "quality": of("quality", quality.table),
         "answering-speed": answering_speed,
+        "throughput": throughput,
         "questions": questions,
         "forgetting": forgetting,
         "tofu-full-trials": of("tofu_full", tofu_full.trials_table),
