@@ -34,6 +34,18 @@ def test_a_year_old_model_moves_by_one_command_and_back(
     assert ask("status", "-m", model)[1]["deleted_records"] == 1
 
 
+def test_a_deletion_is_certified_with_a_ledger_on_a_server(
+    model: Path, ask: Ask, postgres: PostgresServer
+) -> None:
+    assert ask("ledger", "move", "-m", model, "--to", postgres.new_url())[0] == 0
+    assert ask("keys", "init", "-m", model)[0] == 0
+    assert ask("forget", "-m", model, record(7).id)[0] == 0
+    _, found, _ = ask("certificate", "list", "-m", model)
+    assert found["pending"] == []
+    kinds = [each["kind"].split(":")[2] for each in found["statements"]]
+    assert kinds == ["state", "exact-deletion"]
+
+
 def test_a_ledger_is_brought_up(model: Path, ask: Ask) -> None:
     expected = {"ledger": str(model / wiring.LEDGER), "upgraded": False}
     assert ask("ledger", "upgrade", "-m", model)[:2] == (0, expected)
