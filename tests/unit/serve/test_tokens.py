@@ -45,7 +45,8 @@ from sisa.flows.wiring.upper_houses import TOKENS
 from tests.unit.serve.conftest import LOOPBACK
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
-OPEN = {"/healthz", "/openapi.json"}  # needs no token: tells nothing about a model
+# Need no token: they tell nothing about a model; OpenDSR publishes the certificate of its processor.
+OPEN = {"/healthz", "/openapi.json", "/opendsr/certificate"}
 
 
 class Clock:
