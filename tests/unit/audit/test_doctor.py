@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 
 from cluster.cli import cli, maintenance
+from cluster.serve.tokens import Tokens
 from sisa.audit.doctor import Diagnosis, diagnose
 from sisa.audit.repair import RepairOutcome, repair_opened
 from sisa.audit.verify import check_files
 from sisa.config.config import RunConfig
 from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Head, Identity
-from sisa.core.errors import Busy, InvalidInput
+from sisa.core.errors import Busy, IntegrityError, InvalidInput
 from sisa.core.events import Report, silent
 from sisa.core.ports import Change, Executor, OnStage
 from sisa.flows.reconcile import reconcile
@@ -130,6 +131,23 @@ def test_modes_that_are_too_open_are_told_by_room(model: Path) -> None:
     assert f"others may use {1 + num_held} files and directories" in told[wiring.CHECKPOINTS]
     assert repaired(model).after.healthy
     assert {path for path in model.rglob("*") if path.stat().st_mode & 0o077} == set()
+
+
+def test_modes_of_a_services_files_are_told_and_mended(
+    model: Path, service_files: tuple[str, ...]
+) -> None:
+    """Whoever reads them learns a token or the requests; whoever writes them admits anybody."""
+    assert diagnose(model).healthy
+    for name in service_files:
+        (model / name).chmod(0o666)
+    found = diagnose(model)
+    told = {(each.where, each.kind, each.repair) for each in found.findings}
+    assert told == {(name, "mode", "mode") for name in service_files}
+    with pytest.raises(IntegrityError, match="tokens can't be used"):
+        Tokens(model).listed()
+    assert repaired(model).after.healthy
+    assert {(model / name).stat().st_mode & 0o777 for name in service_files} == {0o600}
+    assert [each.name for each, _ in Tokens(model).listed()] == ["anna"]
 
 
 # --- a healthy model, and none ---------------------------------------------------------------------

@@ -33,6 +33,7 @@ from sisa.flows import reconcile
 from sisa.flows.ingest import add
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import held_by_area, known_by_area
+from sisa.flows.wiring.upper_houses import SERVICE_STATE
 from sisa.model import Model
 from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
@@ -416,6 +417,18 @@ def test_index_bytes_that_are_not_those_of_their_name_are_not_parsed(model: Path
 
 def test_a_clean_model_has_no_garbage(model: Path) -> None:
     assert listed(model) == {}
+
+
+def test_the_files_of_a_service_are_no_garbage_and_no_residue(
+    model: Path, service_files: tuple[str, ...]
+) -> None:
+    assert listed(model) == {}
+    assert scan(model, ids=[GONE.id], texts=[GONE.text]).clean
+    with context_of(model) as context:
+        assert remove_garbage(context, model) == ()
+    assert [name for name in service_files if not (model / name).exists()] == []
+    (model / f"{SERVICE_STATE}.old").touch()  # only looks like one of them
+    assert list(listed(model)) == [f"{SERVICE_STATE}.old"]
 
 
 def test_garbage_of_every_kind_is_listed_with_its_reason(model: Path) -> None:
