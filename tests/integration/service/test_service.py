@@ -7,25 +7,36 @@ its commit never gets an answer of a model that the deletion tainted, and nobody
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import datetime
+import ipaddress
 import json
 import re
+import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.cli import cli
 from cluster.serve.service import Running, find_service
+from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE
+from sisa.flows.wiring.wiring import RECORDS
 from sisa.model import Model, open_model
 from tests.models.job_cluster import free_port
 from tests.models.tiny_model import PEOPLE, train_scratch
@@ -50,8 +61,48 @@ class Served:
     def url(self) -> str:
         return f"{self.running.url}/v1"
 
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key="none is asked for", max_retries=0)
+    def client(self, **options: Any) -> openai.OpenAI:
+        """Return OpenAI's client, with the token of the directory's owner."""
+        return openai.OpenAI(base_url=self.url, api_key=self.running.token, max_retries=0, **options)
+
+    def session(self) -> Path:
+        """Return the directory of its Ray's session."""
+        started = " ".join(
+            part
+            for each in psutil.Process(self.process.pid).children(recursive=True)
+            for part in each.cmdline()
+        )
+        (found,) = set(re.findall(r"/\S*/r/session_[0-9]\S*?(?=/)", started))
+        return Path(found)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, num_replicas: int) -> Iterator[Served]:
+    """Serve the model in a folder; what the command says goes to `out` and `err` beside it."""
+    directory = folder / "model"
+    command = [sys.executable, "-m", "sisa", "serve", "-m", directory, "--json"]
+    command += ["--replicas", num_replicas, "--port", free_port()]
+    out, err = folder / "out", folder / "err"
+    with (
+        out.open("w") as out_file,
+        err.open("w") as err_file,
+        subprocess.Popen([*map(str, command)], stdout=out_file, stderr=err_file) as process,
+    ):
+        while "serving http" not in err.read_text():
+            assert process.poll() is None, err.read_text() + out.read_text()
+            time.sleep(0.1)
+        running = find_service(directory)
+        assert running is not None
+        try:
+            yield Served(directory, process, running)
+            assert cli.run(["serve", "-m", str(directory), "--stop"]) == 0
+            assert process.wait(timeout=STOP_S) == 0, err.read_text()
+            said = {"url": running.url, "pid": process.pid, "replicas": num_replicas}
+            assert json.loads(out.read_text()) == said
+            assert not (directory / SERVICE).exists()
+            assert cli.run(["serve", "-m", str(directory), "--stop"]) == 0
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -60,34 +111,8 @@ def served(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder = tmp_path_factory.mktemp("served")
     outside = {name: str(folder / name) for name in ("witness", "keyring")}
     train_scratch(folder, tiny_base, PEOPLE, **outside)
-    directory = folder / "model"
-    command = [sys.executable, "-m", "sisa", "serve", "-m", directory, "--replicas", "2", "--json"]
-    with subprocess.Popen(
-        [*map(str, command), "--port", str(free_port())],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stderr is not None
-        heard = []
-        for line in process.stderr:
-            heard.append(line)
-            if "serving http" in line:
-                break
-        else:
-            pytest.fail("".join(heard) + process.communicate()[0])
-        running = find_service(directory)
-        assert running is not None
-        try:
-            yield Served(directory, process, running)
-            assert cli.run(["serve", "-m", str(directory), "--stop"]) == 0
-            out, err = process.communicate(timeout=STOP_S)
-            assert process.returncode == 0, err
-            assert json.loads(out) == {"url": running.url, "pid": process.pid, "replicas": 2}
-            assert not (directory / "service.json").exists()
-            assert cli.run(["serve", "-m", str(directory), "--stop"]) == 0
-        finally:
-            process.kill()
+    with serving(folder, 2) as served:
+        yield served
 
 
 @pytest.fixture
@@ -146,8 +171,10 @@ def test_openais_async_client_and_seeds(served: Served) -> None:
         )
         return found.choices[0].text
 
+    key = served.running.token
+
     async def all_of_it() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=served.url, api_key="any", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=served.url, api_key=key, max_retries=0) as client:
             asked = [ask(client, seed, number) for seed in (1, 2, 1) for number in range(6)]
             return await asyncio.gather(*asked)
 
@@ -158,10 +185,11 @@ def test_openais_async_client_and_seeds(served: Served) -> None:
     assert [each.shards for each in base.choices] == [[], []]
 
 
-def test_lm_eval_asks_it_unchanged(served: Served) -> None:
+def test_lm_eval_asks_it_unchanged(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalChatCompletion
 
+    monkeypatch.setenv("OPENAI_API_KEY", served.running.token)
     model = LocalChatCompletion(base_url=f"{served.url}/chat/completions", model="model")
     turns: list[Any] = [[{"role": "user", "content": prompt_of(each)}] for each in PEOPLE[:2]]
     how = {"until": ["\n\n"], "max_gen_toks": TOKENS, "do_sample": False}
@@ -178,20 +206,125 @@ def test_lm_eval_asks_it_unchanged(served: Served) -> None:
     assert found == expected
 
 
-def test_rays_logs_hold_no_text_and_no_path(served: Served) -> None:
-    secret = "Bepu Quagfubwick"
-    served.client().completions.create(model="model", prompt=secret, **SHOWN)
-    with pytest.raises(openai.NotFoundError):
-        served.client().models.retrieve("Quagfubwick")
-    started = " ".join(
-        part
-        for each in psutil.Process(served.process.pid).children(recursive=True)
-        for part in each.cmdline()
-    )
-    (session,) = set(re.findall(r"/\S*/r/session_[0-9]\S*?(?=/)", started))
-    logs = [each for each in Path(session, "logs").rglob("*") if each.is_file()]
-    assert any("serve" in each.as_posix() for each in logs)
-    assert [each for each in logs if b"Quagfubwick" in each.read_bytes()] == []
+# --- what is logged --------------------------------------------------------------------------------
+
+NOBODY, UNKNOWN = "Bepu Quagfubwick", "Quagfubwick-1"  # a person and a record that no model holds
+UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+
+
+@dataclass
+class Caller:
+    """Call the API with a token."""
+
+    http: httpx2.Client
+    token: str
+
+    def __call__(self, expected: int, method: str, path: str, body: Any = None, **sent: Any) -> Any:
+        headers = {"Authorization": f"Bearer {self.token}", **sent.pop("headers", {})}
+        if isinstance(body, bytes):
+            sent["content"] = body
+        elif body is not None:
+            sent["json"] = body
+        found = self.http.request(method, path, headers=headers, **sent)
+        assert found.status_code == expected, found.text
+        return found.json() if "json" in found.headers.get("Content-Type", "") else found.text
+
+
+def written(served: Served) -> list[Path]:
+    """Return what the service has written: all but the slices, which hold the records."""
+    folder = served.directory.parent
+    given = {folder / "people.jsonl", folder / "run.yaml"}
+    there = [*folder.rglob("*"), *served.session().rglob("*")]
+    slices = served.directory / RECORDS
+    return [
+        each for each in there if each.is_file() and each not in given and slices not in each.parents
+    ]
+
+
+def holding(paths: Collection[Path], strings: Collection[str]) -> list[tuple[Path, str]]:
+    """Return which files hold which strings."""
+    found = []
+    for path in paths:
+        data = path.read_bytes()
+        found += [(path, each) for each in strings if each.encode() in data]
+    return found
+
+
+@contextlib.contextmanager
+def failing(served: Served, statement: str) -> Iterator[None]:
+    """Have each use of an idempotency key run a statement in the service's database."""
+    path = served.directory / SERVICE_STATE
+    with contextlib.closing(sqlite3.connect(path)) as state:
+        state.execute(f"CREATE TRIGGER fault AFTER INSERT ON used BEGIN {statement}; END")
+        yield
+        state.execute("DROP TRIGGER fault")
+
+
+def is_refused(forged: Caller, reader: Caller, officer: Caller, ids: tuple[str, str], text: str) -> None:
+    """Send what is refused, in every way that quotes a record."""
+    asked = {"model": "model", "messages": [{"role": "user", "content": text}]}
+    forged(401, "POST", "/v1/chat/completions", asked)
+    forged(401, "GET", f"/records/{ids[0]}/shards")
+    reader(403, "POST", "/requests", {"ids": ids})
+    reader(422, "POST", "/v1/chat/completions", {**asked, "messages": text})
+    reader(422, "POST", "/v1/chat/completions", {**asked, "tools": [text]})
+    reader(404, "POST", "/v1/completions", {"model": text, "prompt": text})
+    reader(404, "GET", f"/records/{UNKNOWN}/shards")
+    reader(404, "GET", f"/{UNKNOWN}", params={"text": text})
+    reader(403, "GET", f"/{UNKNOWN}", headers={**UPGRADE, "Sec-WebSocket-Key": "a" * 22 + "=="})
+    json_type = {"Content-Type": "application/json"}
+    officer(422, "POST", "/requests", f'{{"ids": ["{ids[0]}", "{text}"'.encode(), headers=json_type)
+    officer(422, "POST", "/requests", {"ids": {ids[0]: text}})
+    officer(404, "POST", "/requests", {"ids": [UNKNOWN]})
+    officer(404, "POST", f"/requests/{UNKNOWN}/approve", {})
+
+
+def test_no_token_no_id_and_no_text_is_logged(served: Served, ask: Ask) -> None:
+    """Of a session that asks, is refused, meets faults of the service, and has a record deleted."""
+    added = ("token", "add", "-m", served.directory)
+    roles = ("reader", "officer", "operator")
+    tokens = {each: str(ask(*added, each, "--role", each)[1]["token"]) for each in roles}
+    tokens["nobody"] = tokens["officer"][:-8] + "Quagfubw"
+    ids, row = (PEOPLE[-1]["id"], PEOPLE[-2]["id"]), PEOPLE[-1]
+    text = f"{row['prompt']}{row['completion']} {NOBODY}"
+    with httpx2.Client(base_url=served.running.url, timeout=STOP_S) as http:
+        reader, officer, operator, forged = (Caller(http, each) for each in tokens.values())
+        asked = {"model": "model", "prompt": text, "max_tokens": TOKENS}
+        reader(200, "POST", "/v1/completions", asked)
+        reader(200, "POST", "/find", {"text": text})
+        head = {"Authorization": f"Bearer {reader.token}"}
+        longer = {**asked, "max_tokens": 64, "stream": True}
+        with http.stream("POST", "/v1/completions", json=longer, headers=head) as streamed:
+            assert next(streamed.iter_lines()).startswith("data: ")  # and goes away
+        is_refused(forged, reader, officer, ids, text)
+        for statement in ("DELETE FROM used", f"SELECT RAISE(ABORT, '{text}')"):
+            with failing(served, statement):
+                officer(500, "POST", "/requests", {"ids": ids[:1]}, headers={"Idempotency-Key": ids[0]})
+        officer(200, "POST", "/rights/access", {"ids": ids})
+        wanted = {"ids": ids[:1], "external_id": "T-1"}
+        officer(201, "POST", "/requests", wanted, headers={"Idempotency-Key": ids[0]})
+        officer(200, "POST", "/requests/T-1/approve", {})
+        operator(202, "POST", "/requests/run", {})
+        until = time.monotonic() + STOP_S
+        while reader(200, "GET", "/requests/T-1")["state"] != "completed":
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        reader(404, "GET", f"/records/{ids[0]}/shards")
+    strings = [*tokens.values(), *ids, row["prompt"], row["completion"], "Quagfubw"]
+    paths = written(served)
+    assert holding(paths, strings) == []
+    own = served.running.token
+    assert holding(paths, [own]) == [(served.directory / SERVICE, own)]
+    # All that was said is among what was read: the command's words, a replica's, and what is planted.
+    (fault,) = {path for path, _ in holding(paths, ["internal fault: TypeError in webhooks.py"])}
+    assert fault.is_relative_to(served.session())
+    assert holding(paths, ["serving http"]) == [(served.directory.parent / "err", "serving http")]
+    planted = served.session() / "logs" / "planted.log"
+    planted.write_text(f"refused {tokens['nobody']}\n")
+    try:
+        assert {path for path, _ in holding(written(served), strings)} == {planted}
+    finally:
+        planted.unlink()
 
 
 def test_the_commands_ask_the_running_service(served: Served, ask: Ask, tmp_path: Path) -> None:
@@ -289,3 +422,49 @@ def test_a_deletion_under_load(served: Served) -> None:
     assert len(deferred) == 1, "both replicas serve the same heads within a second"
     last = {what for at, what in answers if at >= arrived_at + 1.0} | {seen(client, prompt)}
     assert len(last) == 1
+
+
+# --- TLS -------------------------------------------------------------------------------------------
+
+
+def certified(folder: Path) -> tuple[Path, Path]:
+    """Return a certificate for this machine that signs itself, and its key."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "service.test")])
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = made.serial_number(x509.random_serial_number())
+    made = made.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    signed = made.add_extension(here, critical=False).sign(key, hashes.SHA256())
+    cert_file, key_file = folder / "cert.pem", folder / "key.pem"
+    cert_file.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    key_file.touch(0o600)
+    forms = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    key_file.write_bytes(key.private_bytes(serialization.Encoding.PEM, *forms))
+    return cert_file, key_file
+
+
+def test_https(tiny_base: Path, tmp_path: Path, ask: Ask) -> None:
+    cert, key = certified(tmp_path)
+    block = {"tls": {"cert": str(cert), "key": str(key)}}
+    small = {"sisa_block": {"shards": 1, "slices": 1}, "num_epochs": 1, "service": block}
+    train_scratch(tmp_path, tiny_base, PEOPLE[:4], **small)
+    with serving(tmp_path, 1) as served:
+        url = served.running.url
+        assert url.startswith("https://127.0.0.1:")
+        trusting = httpx2.Client(verify=ssl.create_default_context(cafile=str(cert)))
+        with served.client(http_client=trusting) as client:
+            prompt = prompt_of(PEOPLE[0])
+            answer = client.completions.create(model="model", prompt=prompt, **SHOWN).choices[0].text
+            parts = client.completions.create(model="model", prompt=prompt, stream=True, **SHOWN)
+            assert "".join(each.choices[0].text for each in parts if each.choices) == answer
+        command = ("generate", "-m", served.directory, "--prompt", prompt, "--max-new-tokens", TOKENS)
+        code, found, said = ask(*command)
+        assert (code, f"asking the service at {url}" in said) == (0, True)
+        assert found["answers"][0]["answer"] == answer.strip()
+        assert "loading the model here" not in said.replace("(--no-service: load the model here)", "")
+        with pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx2.get(f"{url}/healthz")
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(f"{url.replace('https', 'http')}/healthz")
+        assert ask("serve", "-m", served.directory, "--status")[1]["url"] == url
