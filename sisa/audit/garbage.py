@@ -44,10 +44,9 @@ from sisa.store.metrics import run_files
 if TYPE_CHECKING:
     from sisa.model import Model
 
-SQLITE_FILES = ("", "-wal", "-shm", "-journal")  # suffixes of a database and of what lies beside it
-LEDGER_FILES = (*(LEDGER + each for each in SQLITE_FILES), wiring.LEDGER_URL, wiring.LEDGERS_LEFT)
+LEDGER_FILES = (*(LEDGER + each for each in files.SQLITE_FILES), wiring.LEDGER_URL, wiring.LEDGERS_LEFT)
 EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", wiring.LOG)
-SERVICE_FILES = (SERVICE, TOKENS, *(SERVICE_STATE + each for each in SQLITE_FILES))
+SERVICE_FILES = (SERVICE, TOKENS, *(SERVICE_STATE + each for each in files.SQLITE_FILES))
 KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, wiring.KEY, LOCK, COMMIT_LOCK})
 AREAS = (
     *(wiring.RECORDS, wiring.INDEX, wiring.PREFIXES, CHECKPOINTS),

@@ -26,7 +26,6 @@ from sisa.store.ledger.database import backend_at, ledger_version, upgrade_ledge
 from sisa.store.ledger.ledger import SqlLedger, erase_ledger
 
 UNFINISHED = f"{files.TEMPORARY_PREFIX}{LEDGER}"  # a file that a move fills
-SQLITE_FILES = ("", "-wal", "-shm", "-journal")  # after the name of a database
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +131,7 @@ def _model(directory: Path) -> str:
 
 def _erase_file(path: Path) -> None:
     """Overwrite and remove a SQLite ledger and the files beside it."""
-    held = [each for each in (Path(f"{path}{suffix}") for suffix in SQLITE_FILES) if each.exists()]
+    held = [each for each in (Path(f"{path}{suffix}") for suffix in files.SQLITE_FILES) if each.exists()]
     with files.disk_errors(path):
         for each in held:
             files.overwrite(each)

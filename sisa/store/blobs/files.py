@@ -312,7 +312,7 @@ def take_lock(handle: int, where: Path, doing: str, patience_s: float | None = N
         time.sleep(0.05)
 
 
-_SQLITE_FILES = ("-wal", "-shm", "-journal")  # beside a database
+SQLITE_FILES = ("", "-wal", "-shm", "-journal")  # a database and what lies beside it: ends of names
 _databases: dict[str, list[BinaryIO]] = {}  # open in this process: handles that are still to be closed
 _users = Counter[str]()  # of each of them
 _using = threading.Lock()
@@ -344,7 +344,7 @@ def read_beside(path: Path) -> Iterator[BinaryIO]:
     handle is closed with the last connection, and used again until then.
     """
     name = os.path.realpath(path)
-    for suffix in _SQLITE_FILES:
+    for suffix in SQLITE_FILES:
         name = name.removesuffix(suffix)
     with database_in_use(Path(name)):
         with _using:

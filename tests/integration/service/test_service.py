@@ -54,7 +54,7 @@ class Served:
     """A model and the command that serves it."""
 
     directory: Path
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     running: Running
 
     @property
