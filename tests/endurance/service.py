@@ -229,6 +229,9 @@ class Soak:
             each.start()
         began = time.monotonic()
         try:
+            while len(self.seen) < CLIENTS:  # so that heads were seen before the first deletion
+                expect(time.monotonic() < began + START_S, "nothing is answered")
+                time.sleep(0.1)
             for number in range(num_deletions):
                 wait = began + 60 * minutes * number / num_deletions - time.monotonic()
                 time.sleep(max(0.0, wait))
