@@ -212,10 +212,11 @@ class Cells:
         an ordinary LoRA ten times as many in full: its trials choose the batch, and the rate is tried in
         full.
         """
-        tried = self.once(f"{contestant.layout.name if contestant.layout else ORDINARY}.tried")
-        if contestant.without and not contestant.layout:
-            tried = self.once(f"{ORDINARY}.made")
-        return contestant.rate or tried["learning_rate"], tried["batch"]
+        if contestant.layout:
+            best = self.once(f"{contestant.layout.name}.tried")
+        else:
+            best = self.once(f"{ORDINARY}.made" if contestant.without else f"{ORDINARY}.tried")
+        return contestant.rate or best["learning_rate"], best["batch"]
 
     def _run_file(
         self, name: str, of: Contestant, numbers: Sequence[int], rate: float, batch: int, shards: int = 0
