@@ -141,18 +141,17 @@ def _write_new(path: Path, data: bytes) -> None:
     """Write a file for its owner alone. Raise InvalidInput if there is one, EnvironmentFault."""
     from sisa.store.blobs.files import FILE_MODE, disk_errors
 
-    try:
-        with disk_errors(path):
-            try:
-                handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
-            except FileExistsError:
-                raise _exists(path) from None
+    with disk_errors(path):
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
+        except FileExistsError:
+            raise _exists(path) from None
+        try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
-    except BaseException as error:
-        if not isinstance(error, InvalidInput):
+        except BaseException:
             path.unlink(missing_ok=True)
-        raise
+            raise
 
 
 def _exists(path: Path) -> InvalidInput:

@@ -177,6 +177,14 @@ def test_an_access_file_is_for_its_owner_alone_and_overwrites_nothing(
     assert len(statements(model)) == logged
 
 
+def test_a_file_that_can_not_be_made_is_named(model: Path, sisa: Sisa, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file" / "p1.json", tmp_path / ("p" * 300)):
+        code, out, _ = sisa("access", "-m", model, "--subject", WHO, "-o", target, "--json")
+        assert (code, json.loads(out)["error"]["where"]) == (6, str(target))
+    assert kinds(model) == ["state:v1"]
+
+
 @pytest.mark.parametrize("command", ["access", "recipients"])
 def test_what_is_handed_out_is_stated_by_its_bytes_alone(model: Path, sisa: Sisa, command: str) -> None:
     more = ("-o", "-") if command == "access" else ()
