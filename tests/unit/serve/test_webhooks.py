@@ -188,6 +188,24 @@ def test_a_message_is_given_up(
     assert receivers.states()[-1] == "cancelled"
 
 
+def test_a_receiver_that_the_run_file_names_no_more_gets_nothing_more(
+    model: Model,
+    courier: Courier,
+    receivers: Receivers,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    receivers.statuses[URL] = 500
+    submit(model)
+    courier.turn()
+    rest = ServiceBlock(webhooks=model.config.service.webhooks[1:])
+    monkeypatch.setattr(model, "config", model.config.model_copy(update={"service": rest}))
+    clock.at += RETRY_S[0]
+    courier.turn()
+    assert receivers.states() == ["received"]
+    assert ServiceState(model.directory).waiting() == []
+
+
 def test_a_crash_between_delivery_and_its_note_delivers_again_under_the_same_id(
     model: Model, courier: Courier, receivers: Receivers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
