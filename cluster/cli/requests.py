@@ -24,12 +24,12 @@ from cluster.cli.command import (
     option_or_input,
     with_certificate,
 )
-from cluster.cli.rights import standing_line
 from cluster.observe.reporting import say
 from cluster.render.render import (
     Result,
     base_hint,
     counted,
+    drop_standing,
     meanwhile,
     missing_exports,
     probed,
@@ -241,7 +241,7 @@ def _body(view: RequestView) -> dict[str, Any]:
 
 def requests_listed(views: Sequence[RequestView], cycle: Standing | None = None) -> Result:
     lines = [_line(view) for view in views] or ["no requests"]
-    lines += [standing_line(cycle)] if cycle else []
+    lines += [drop_standing(cycle)] if cycle else []
     body = {"requests": [_body(view) for view in views], "drop": asdict(cycle) if cycle else None}
     return Result(body, lines)
 

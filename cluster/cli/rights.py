@@ -23,12 +23,12 @@ from cluster.cli.command import (
     option_or_file,
 )
 from cluster.observe.reporting import say
-from cluster.render.render import Result, counted, engine_lines, restricted
+from cluster.render.render import Result, counted, drop_shown, engine_lines, restricted
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from sisa.evidence.attestations import Right
-    from sisa.flows.rights.drop import Details, Imported, Reported, Standing
+    from sisa.flows.rights.drop import Imported, Reported
     from sisa.model import Model
 
 STANDARD_OUTPUT = STANDARD_INPUT  # `-`
@@ -195,7 +195,7 @@ def drop_report(directory: Path, target: Path, opted_out: bool, again: bool, suf
 def drop_status(directory: Path, show_ids: bool) -> Result:
     """Show the 45-day cycle: next access, open and overdue work items, and what they wait for."""
     with opened(directory) as model:
-        return status_shown(model.drop_details(show_ids=show_ids))
+        return drop_shown(model.drop_details(show_ids=show_ids))
 
 
 def imported(done: Imported, directory: Path) -> Result:
@@ -218,29 +218,3 @@ def reported(done: Reported) -> Result:
     lines += [f"  to upload: {done.directory}/{each}" for each in done.upload]
     lines += [f"  to amend:  {done.directory}/{each}" for each in done.amend]
     return Result({**asdict(done), "statuses": {str(k): n for k, n in done.statuses.items()}}, lines)
-
-
-def standing_line(found: Standing) -> str:
-    """Return the cycle in one line."""
-    return (
-        f"DROP: next access due {found.next_access}, {counted(found.days_left, 'day')} left; "
-        f"{counted(found.open, 'work item')} open, {found.overdue} overdue"
-    )
-
-
-def status_shown(found: Details | None) -> Result:
-    if found is None:
-        empty: dict[str, Any] = {"standing": None, "matched": [], "records_without_identity": None}
-        return Result(empty, ["no download of DROP was imported"])
-    standing = found.standing
-    lines = [
-        standing_line(standing),
-        f"  {counted(standing.work_items, 'work item')} on the lists, {standing.withdrawn} withdrawn, "
-        f"{standing.to_report} to report, {standing.to_opt_out} to opt out",
-        f"  {counted(found.records_without_identity, 'record')} without an identity can't be matched",
-    ]
-    for each in found.matched:
-        what = each.request_id or f"opt out {each.consumers} consumers"
-        lines.append(f"  {each.item} ({each.kind}), due {each.due}: {what}")
-        lines += [f"    {name}" for name in each.ids]
-    return Result(asdict(found), lines)

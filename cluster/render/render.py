@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sisa.flows.ingest import Rectified, Taken
     from sisa.flows.query import Candidate, Location
     from sisa.flows.reconcile import HeldPrompts
+    from sisa.flows.rights.drop import Details, Standing
     from sisa.flows.rights.restriction import Restriction
     from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 
@@ -192,6 +193,32 @@ def engine_lines(engines: Sequence[Mapping[str, Any]]) -> list[str]:
         + (each["fault"] or f"holds {counted(len(each['adapters']), 'adapter')} of these exports")
         for each in engines
     ]
+
+
+def drop_standing(found: Standing) -> str:
+    """Return where DROP's cycle stands, in one line."""
+    return (
+        f"DROP: next access due {found.next_access}, {counted(found.days_left, 'day')} left; "
+        f"{counted(found.open, 'work item')} open, {found.overdue} overdue"
+    )
+
+
+def drop_shown(found: Details | None) -> Result:
+    if found is None:
+        empty: dict[str, Any] = {"standing": None, "matched": [], "records_without_identity": None}
+        return Result(empty, ["no download of DROP was imported"])
+    standing = found.standing
+    lines = [
+        drop_standing(standing),
+        f"  {counted(standing.work_items, 'work item')} on the lists, {standing.withdrawn} withdrawn, "
+        f"{standing.to_report} to report, {standing.to_opt_out} to opt out",
+        f"  {counted(found.records_without_identity, 'record')} without an identity can't be matched",
+    ]
+    for each in found.matched:
+        what = each.request_id or f"opt out {each.consumers} consumers"
+        lines.append(f"  {each.item} ({each.kind}), due {each.due}: {what}")
+        lines += [f"    {name}" for name in each.ids]
+    return Result(asdict(found), lines)
 
 
 def meanwhile(of: Request | Forgetting) -> list[str]:

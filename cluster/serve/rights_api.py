@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cluster.render.render import rectified, restricted
+from cluster.render.render import drop_shown, rectified, restricted
 from cluster.serve.app import Service, service_of
 from cluster.serve.engines import with_engines
 from cluster.serve.tokens import Caller, may
@@ -149,9 +149,7 @@ def report_drop(asked: Wanted, service: Open, caller: Decider) -> dict[str, Any]
 @rights_router.get("/drop")
 def show_drop(service: Open, caller: Reader) -> dict[str, Any]:
     """Return where DROP's 45-day cycle stands, and what it waits for; no ids of records."""
-    found = caller.view(service.model).drop_details()
-    empty: dict[str, Any] = {"standing": None, "matched": [], "records_without_identity": None}
-    return empty if found is None else asdict(found)
+    return drop_shown(caller.view(service.model).drop_details()).json
 
 
 def _handed(service: Service, right: Right, found: dict[str, Any], names: Iterable[str]) -> Response:
