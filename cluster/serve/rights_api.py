@@ -20,20 +20,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from cluster.render.render import drop_shown, rectified, restricted
 from cluster.serve.app import Service, service_of
 from cluster.serve.engines import with_engines
+from cluster.serve.requests_api import NothingMore, RecordsNamed
 from cluster.serve.tokens import Caller, may
 from sisa.evidence.attestations import Right, handed_out
 from sisa.flows.rights.access import as_file
 from sisa.store.blobs.files import scratch
 
-MAX_IDS, MAX_RECORDS = 10_000, 10_000
+MAX_RECORDS = 10_000
 
 rights_router = APIRouter(prefix="/rights", tags=["rights"])
-Naming = Annotated[str, Field(min_length=1)]
 Open = Annotated[Service, Depends(service_of)]
 Decider = Annotated[Caller, Depends(may("decide"))]
 Submitter = Annotated[Caller, Depends(may("submit"))]
@@ -41,35 +41,23 @@ Reader = Annotated[Caller, Depends(may("read"))]
 Collector = Annotated[Caller, Depends(may("access"))]
 
 
-class Subject(BaseModel):
+class Subject(NothingMore):
     """Whose records."""
 
-    model_config = ConfigDict(extra="forbid")
-    subject: Naming
+    subject: Annotated[str, Field(min_length=1)]
 
 
-class Person(BaseModel):
+class Person(RecordsNamed):
     """Whose records: a subject, or the ids of records that have none."""
-
-    model_config = ConfigDict(extra="forbid")
-    subject: Naming | None = None
-    ids: Annotated[list[Naming], Field(max_length=MAX_IDS)] = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _one(self) -> Person:
-        if bool(self.ids) == (self.subject is not None):
-            raise ValueError("give a subject or ids")
-        return self
 
     @property
     def names(self) -> list[str]:
         return self.ids or [str(self.subject)]
 
 
-class Corrected(BaseModel):
+class Corrected(NothingMore):
     """New versions of held records, with the columns of the run file's first source."""
 
-    model_config = ConfigDict(extra="forbid")
     records: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_RECORDS)]
 
 
@@ -110,10 +98,9 @@ def release_subject(named: Subject, service: Open, caller: Decider) -> dict[str,
     return restricted(caller.view(service.model).release(named.subject)).json
 
 
-class Wanted(BaseModel):
+class Wanted(NothingMore):
     """Which responses to DROP are wanted."""
 
-    model_config = ConfigDict(extra="forbid")
     opted_out: bool = False  # all consumers who share an identifier were opted out
     again: bool = False  # what was reported before, too
 
