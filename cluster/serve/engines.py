@@ -42,7 +42,9 @@ class EngineHolds:
 
 
 def engines_hold(model: Model, *, sweep: bool = False) -> list[EngineHolds]:
-    """Return what each engine of the run file holds, after it was told to sweep or as it is."""
+    """Return what each engine of the run file holds; with `sweep`, after it has swept."""
+    if not model.config.service.engines:  # spares the model's whole status
+        return []
     exported = {each.adapter_sha256 for each in model.status().exports if each.standing is None}
     return [_holds(each, exported, sweep) for each in model.config.service.engines]
 
@@ -53,8 +55,7 @@ def with_engines(model: Model, found: dict[str, Any]) -> dict[str, Any]:
     An engine that could not be asked is named with the fault: it may hold one.
     """
     given = {each["adapter_sha256"] for each in found["recipients"]}
-    held = engines_hold(model) if model.config.service.engines else []
-    some = [(each, sorted(given.intersection(each.held))) for each in held]
+    some = [(each, sorted(given.intersection(each.held))) for each in engines_hold(model)]
     engines = [
         {"url": each.url, "adapters": adapters, "fault": each.fault}
         for each, adapters in some

@@ -94,6 +94,12 @@ def test_an_erased_adapter_is_named_until_the_engine_sweeps(tmp_path: Path, engi
     assert asyncio.run(engine.list_loras()) == {1}
 
 
+def test_a_model_without_engines_is_not_read() -> None:
+    block = SimpleNamespace(service=ServiceBlock())
+    bare: Any = SimpleNamespace(status=lambda: pytest.fail("its status was read"), config=block)
+    assert engines_hold(bare, sweep=True) == []
+
+
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "http://user@host/", "ftp://x", "http://a b"])
 def test_an_engine_has_a_plain_web_address(url: str) -> None:
     with pytest.raises(ValueError, match="url"):
