@@ -30,7 +30,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 
 from cluster.serve.app import Refusal, Service, service_of
 from cluster.serve.tokens import Caller, may
-from cluster.serve.webhooks import ServiceState, expected_by, opendsr_signature, opendsr_status
+from cluster.serve.webhooks import ServiceState, expected_by, opendsr_headers, opendsr_status
 from sisa.config.config import OpenDsrBlock
 from sisa.core.domain import Regime, Request
 from sisa.core.errors import InvalidInput, UnknownRecord
@@ -42,7 +42,7 @@ _VERSION = "1.0"
 _CERTIFICATE = "/opendsr/certificate"
 _JSON = "application/json"
 _SIGNED: dict[int | str, dict[str, Any]] = {
-    "2XX": {"description": "Signed _JSON.", "content": {_JSON: {"schema": {"type": "object"}}}}
+    "2XX": {"description": "Signed JSON.", "content": {_JSON: {"schema": {"type": "object"}}}}
 }
 _PEM: dict[int | str, dict[str, Any]] = {
     200: {"description": "PEM.", "content": {"application/x-pem-file": {"schema": {"type": "string"}}}}
@@ -230,7 +230,7 @@ def _discovery_dsr(http: HttpRequest, service: _Open, _caller: _Reading) -> Resp
     "/certificate", name="show_processor_certificate", response_class=Response, responses=_PEM
 )
 def _certificate_dsr(service: _Open) -> Response:
-    """Return the certificate (_PEM) whose key signs responses and callbacks."""
+    """Return the certificate (PEM) whose key signs responses and callbacks."""
     path = _block(service).certificate
     with disk_errors(path):
         return Response(path.read_bytes(), media_type="application/x-pem-file")
@@ -249,11 +249,7 @@ def _status(block: OpenDsrBlock, request: Request) -> dict[str, Any]:
 
 def _signed(block: OpenDsrBlock, code: int, body: dict[str, Any]) -> Response:
     data = json.dumps(body).encode()
-    headers = {
-        "X-OpenDSR-Processor-Domain": block.domain,
-        "X-OpenDSR-Signature": opendsr_signature(block, data),
-        "Cache-Control": "no-store",
-    }
+    headers = {**opendsr_headers(block, data), "Cache-Control": "no-store"}
     return Response(data, code, headers, media_type=_JSON)
 
 

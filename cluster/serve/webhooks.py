@@ -292,7 +292,7 @@ class Courier:
     ) -> bool:
         at = datetime.fromtimestamp(self._now(), UTC)
         if message.form == "opendsr":
-            headers = callback_headers(settings, message.body.encode())
+            headers = opendsr_headers(_block_of(settings), message.body.encode())
         else:
             signed = [each.sign(message.id, at, message.body) for each in signers[message.url]]
             headers = {
@@ -340,15 +340,6 @@ def callback_body(
     }
 
 
-def callback_headers(settings: ServiceBlock, body: bytes) -> dict[str, str]:
-    """Return the headers that sign a body. Raise InvalidInput for a key that can't be used."""
-    block = _block_of(settings)
-    return {
-        "X-OpenDSR-Processor-Domain": block.domain,
-        "X-OpenDSR-Signature": opendsr_signature(block, body),
-    }
-
-
 def _block_of(settings: ServiceBlock) -> OpenDsrBlock:
     if settings.opendsr is None:
         step = "restore the block, so that its callbacks can be sent"
@@ -356,8 +347,8 @@ def _block_of(settings: ServiceBlock) -> OpenDsrBlock:
     return settings.opendsr
 
 
-def opendsr_signature(block: OpenDsrBlock, body: bytes) -> str:
-    """Return the signature of a body, in base64. Raise InvalidInput for a key that can't be used."""
+def opendsr_headers(block: OpenDsrBlock, body: bytes) -> dict[str, str]:
+    """Return the headers that sign a body. Raise InvalidInput for a key that can't be used."""
     with disk_errors(block.key):
         mode, pem = block.key.stat().st_mode, block.key.read_bytes()
     try:
@@ -375,7 +366,10 @@ def opendsr_signature(block: OpenDsrBlock, body: bytes) -> str:
             expected="an RSA or EC key in PEM, unsealed, in a file of mode 0600",
             got=f"mode {stat.S_IMODE(mode):o}" if mode & 0o077 else "another file",
         )
-    return base64.b64encode(signature).decode()
+    return {
+        "X-OpenDSR-Processor-Domain": block.domain,
+        "X-OpenDSR-Signature": base64.b64encode(signature).decode(),
+    }
 
 
 def expected_by(request: Request) -> str:
