@@ -194,7 +194,7 @@ class Soak:
             expect(time.monotonic() < deadline, f"{name} was not carried out")
             time.sleep(0.1)
         self.deletions.append(Deletion(shard, asked_at, time.monotonic()))
-        self.held.remove(who)
+        self.held = [each for each in self.held if each != who]  # clients choose from it meanwhile
         self.deleted.append(who)
 
     def _shard(self, record: str) -> int:
