@@ -259,9 +259,9 @@ async def _on_refusal(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_schema(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - as registered
-    found = [(".".join(map(str, each["loc"])), str(each["msg"])) for each in error.errors()]
-    problems = [Problem(*each) for each in found[:MAX_LISTED]]
-    first = error.errors()[0]
+    errors = error.errors()
+    problems = [Problem(".".join(map(str, e["loc"])), str(e["msg"])) for e in errors[:MAX_LISTED]]
+    first = errors[0]
     refused = SisaError("the request does not fit its schema", problems=problems)
     param = ".".join(map(str, first["loc"][1:])) or None
     return _response(request, 422, refused, param=param, code=first["type"])

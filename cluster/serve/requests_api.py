@@ -238,8 +238,8 @@ async def _once(
     ] = None,
 ) -> Once:
     """Return how often this call is done: once for its key."""
-    keyed, caller = Keyed(service.model.secret), getattr(request.state, "caller", None)
-    name = json.dumps([caller.name if caller else "", idempotency_key or ""])
+    keyed = Keyed(service.model.secret)
+    name = json.dumps([request.state.caller.name, idempotency_key or ""])  # `may` has set it
     body = (await request.body()).decode("utf-8", "replace")
     asked = keyed.digest("idempotent call", json.dumps([request.method, request.url.path, body]))
     key = keyed.digest("idempotency key", name) if idempotency_key else ""

@@ -35,7 +35,8 @@ import logging
 import stat
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -140,10 +141,8 @@ class ServiceState:
     def __init__(self, directory: Path) -> None:
         self._path = directory / SERVICE_STATE
 
-    @contextlib.contextmanager
-    def _tables(self) -> Iterator[Connection]:
-        with transaction(self._path, _SCHEMA, damaged=_damaged) as db:
-            yield db
+    def _tables(self) -> AbstractContextManager[Connection]:
+        return transaction(self._path, _SCHEMA, damaged=_damaged)
 
     def used(self, key: str, asked: str) -> str | None:
         """Note a use of an idempotency key.
