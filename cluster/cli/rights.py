@@ -56,7 +56,7 @@ def write_access(directory: Path, ids: list[str], subject: str | None, target: P
             keys = ", ".join(f"privacy.{name}" for name in missing)
             say(f"null, since the run file does not say it: {keys}")
         if target == STANDARD_OUTPUT:
-            return _told(model, "access", found, ids or [str(subject)])
+            return _shown(model, "access", found, ids or [str(subject)])
         from sisa.flows.rights.access import as_file
 
         data = as_file(found)
@@ -81,7 +81,7 @@ def list_recipients(directory: Path, ids: list[str], subject: str | None) -> Res
 
     with opened(directory) as model:
         found = with_engines(model, model.recipients(_asked(ids, subject), subject=subject))
-        return _told(model, "recipients", found, ids or [str(subject)])
+        return _shown(model, "recipients", found, ids or [str(subject)])
 
 
 @command("restrict", "-m model --subject p001")
@@ -93,8 +93,7 @@ def restrict_person(directory: Path, subject: str) -> Result:
 
     with opened(directory) as model:
         found = model.restrict(subject)
-        told = with_engines(model, model.recipients(subject=subject))
-    return restricted(found, told)
+        return restricted(found, with_engines(model, model.recipients(subject=subject)))
 
 
 @command("release", "-m model --subject p001")
@@ -113,8 +112,8 @@ def _asked(ids: list[str], subject: str | None) -> list[str]:
     return ids
 
 
-def _told(model: Model, right: Right, found: dict[str, Any], named: Sequence[str]) -> Result:
-    """Return what is told on standard output: with `--json`, the bytes whose sha256 is stated."""
+def _shown(model: Model, right: Right, found: dict[str, Any], named: Sequence[str]) -> Result:
+    """Return what goes to standard output: with `--json`, the bytes whose sha256 is stated."""
     from sisa.flows.rights.access import as_file
 
     data = as_file(found)

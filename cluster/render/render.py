@@ -167,9 +167,9 @@ def rectified(found: Rectified) -> Result:
     return Result(body, lines)
 
 
-def restricted(found: Restriction, told: Mapping[str, Any] | None = None) -> Result:
-    """Render a restriction or its end, and whom to tell of it: users of earlier exports, and engines."""
-    exports, engines = (list(told[name]) if told else [] for name in ("recipients", "engines"))
+def restricted(found: Restriction, holders: Mapping[str, Any] | None = None) -> Result:
+    """Render a restriction or its end, and who holds earlier exports: users, and engines."""
+    exports, engines = (list(holders[name]) if holders else [] for name in ("recipients", "engines"))
     records = counted(found.num_records, "record")
     lines = [f"restricted since {found.since}: {records}" if found.since else f"released: {records}"]
     lines += [f"  shard {shard} serves {depth} of {of} slices" for shard, depth, of in found.served]

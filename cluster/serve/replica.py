@@ -58,6 +58,7 @@ MOST_AT_ONCE = 10_000  # requests of a replica; the engine refuses what is too m
 _log = logging.getLogger(__name__)
 
 Again = Literal["stale", "cut"]  # routed before the newest commit; or cut while it was answered
+Happened = AnswerEvent | SisaError | Again
 
 
 @dataclass(eq=False)
@@ -66,9 +67,13 @@ class Pending:
 
     number: int
     question: Question
-    tell: Callable[[Pending, AnswerEvent | SisaError | Again], None]
     routed: Routed
+    put: Callable[[tuple[Pending, Happened]], object]  # from any thread
     is_seen: bool = False  # whether somebody has seen a part of the answer
+
+    def report(self, what: Happened) -> None:
+        """Pass on what happened to the answer."""
+        self.put((self, what))
 
 
 class Engine:
@@ -80,7 +85,7 @@ class Engine:
         rows = settings.max_concurrent
         self._limits = {"max_rows": rows, "max_waiting": rows * WAITING_PER_ROW}
         self._serving = model.serving(**self._limits)
-        self._stirred = threading.Event()  # somebody has committed, or nobody can tell
+        self._stirred = threading.Event()  # somebody has committed, or may have
         self._wake = threading.Condition()
         self._groups: list[list[Pending]] = []  # to admit, each as a whole
         self._given_up: list[Pending] = []
@@ -109,19 +114,19 @@ class Engine:
     async def answer(self, questions: Sequence[Question]) -> AsyncGenerator[tuple[int, AnswerEvent]]:
         """Answer questions as `Answers` says."""
         loop = asyncio.get_running_loop()
-        heard: asyncio.Queue[tuple[Pending, AnswerEvent | SisaError | Again]] = asyncio.Queue()
+        events: asyncio.Queue[tuple[Pending, Happened]] = asyncio.Queue()
 
-        def tell(row: Pending, what: AnswerEvent | SisaError | Again) -> None:
+        def put(event: tuple[Pending, Happened]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
-                loop.call_soon_threadsafe(heard.put_nowait, (row, what))
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         routed = await loop.run_in_executor(self._router, self._routes_of, questions)
-        rows = [Pending(n, each, tell, routed[n]) for n, each in enumerate(questions)]
+        rows = [Pending(n, each, routed[n], put) for n, each in enumerate(questions)]
         going = set(rows)
         try:
             self._submit(rows)
             while going:
-                row, what = await heard.get()
+                row, what = await events.get()
                 if isinstance(what, SisaError):
                     raise what
                 if isinstance(what, str):
@@ -187,14 +192,14 @@ class Engine:
                 return
 
     def _end_all(self, new: Iterable[Pending], error: Exception) -> None:
-        """Tell all who wait what went wrong; after a fault of our own, load the models again."""
+        """Report an error to all who wait; after a fault of our own, load the models again."""
         batch = self._serving.batch
         rows: list[Any] = [*batch.running, *batch.waiting, *new]
         fault = error if isinstance(error, SisaError) else internal_fault(error)
         if rows:  # not ten times a second while a model stays damaged
             _log.error(fault.what)
         for row in rows:
-            row.tell(row, fault)
+            row.report(fault)
         if fault is not error:
             self._serving = self._model.serving(**self._limits)
             return
@@ -212,10 +217,10 @@ class Engine:
             self._admit(group)
         for event in batch.step():
             key: Any = event.key
-            key.tell(key, self._seen(event))
+            key.report(self._seen(event))
 
     def _adopt(self) -> None:
-        """Replace what is no longer served, and tell the answers that this cuts."""
+        """Replace what is no longer served, and report which answers this cuts."""
         self._stirred.clear()
         running = set(self._serving.batch.running)
         try:
@@ -224,7 +229,7 @@ class Engine:
             self._stirred.set()
             raise
         for row in cut:
-            row.tell(row, "cut" if row in running else "stale")
+            row.report("cut" if row in running else "stale")
 
     def _watch(self) -> None:
         """Note commits until the engine is closed."""
@@ -242,17 +247,19 @@ class Engine:
         """Let the rows of a request join, or none of them."""
         if any(row.routed.seq != self._serving.served.seq for row in group):
             for row in group:
-                row.tell(row, "stale")
+                row.report("stale")
             return
         batch = self._serving.batch
         try:
             for row in group:
                 batch.admit(row.routed.ids, row.routed.route, self._sampling(row), row)
         except SisaError as error:
-            self._give_up(group, error)
+            for row in group:
+                batch.cancel(row)
+                row.report(error)
             return
         for row in group:
-            row.tell(row, Started(row.routed.route.shards, len(row.routed.ids)))
+            row.report(Started(row.routed.route.shards, len(row.routed.ids)))
 
     def _sampling(self, row: Pending) -> Sampling:
         asked = row.question
@@ -260,11 +267,6 @@ class Engine:
         most = asked.max_new_tokens or max(1, min(DEFAULT_TOKENS, room))
         top = asked.logprobs or 0
         return Sampling(int(most), asked.temperature, asked.top_p, asked.seed, asked.stop, top)
-
-    def _give_up(self, rows: Iterable[Pending], error: SisaError) -> None:
-        for row in rows:
-            self._serving.batch.cancel(row)
-            row.tell(row, error)
 
     def _seen(self, event: continuous.AnswerEvent) -> AnswerEvent:
         """Return what happened in the batch as clients see it."""

@@ -4,7 +4,7 @@
         ...
 
 `carry_out_asked` is one turn, and `sisa run --watch` takes the same and reports as well, where no
-`sisa serve` runs. Engines that load exports are told to let go of what was erased. There is one worker
+`sisa serve` runs. Engines that load exports are asked to let go of what was erased. There is one worker
 for a model; where another command writes at the moment, it tries again. `POST /requests/run` has it
 carry out what is approved whatever the plan says.
 """
