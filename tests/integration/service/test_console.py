@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from cluster.cli.cli import run
 from cluster.serve.app import Service, build_app
@@ -25,6 +22,7 @@ from sisa.model import Model, open_model
 from tests.fakes.answers import FakeAnswers
 from tests.models.chromium import CHROMIUM, Page, browser, wait
 from tests.models.confessing import build, record, use_fake_resources
+from tests.models.local_server import served
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 
@@ -40,22 +38,6 @@ STOP = """
   return [focused.id || focused.className || focused.tagName, inside && outlined];
 })()
 """
-
-
-@contextmanager
-def serving(service: Service) -> Iterator[str]:
-    """Serve on a free port of this machine, and yield its address."""
-    server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="warning", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +75,7 @@ def site(model: Model) -> Iterator[Site]:
     """Return the console of a service with an officer."""
     tokens = Tokens(model.directory)
     _, token = tokens.add("officer", "officer")
-    with serving(Service(model, FakeAnswers(), tokens, ServiceBlock())) as address:
+    with served(build_app(Service(model, FakeAnswers(), tokens, ServiceBlock()))) as address:
         yield Site(f"{address}/console", token)
 
 
@@ -300,7 +282,7 @@ def unnamed(page: Page) -> list[str]:
 
 
 def test_a_service_without_tokens_asks_for_none(page: Page, model: Model) -> None:
-    with serving(Service(model, FakeAnswers(), None, ServiceBlock())) as address:
+    with served(build_app(Service(model, FakeAnswers(), None, ServiceBlock()))) as address:
         page.events.clear()
         page.open(f"{address}/console")
         page.until("!document.getElementById('signed-in').hidden")

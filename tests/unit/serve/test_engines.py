@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
@@ -22,22 +18,8 @@ from cluster.serve.engines import EngineHolds, engines_hold
 from cluster.serve.vllm_plugin import Evictions, ExportedAdapters, RevocationEndpoints
 from cluster.serve.worker import carry_out_due
 from sisa.config.config import EngineSource, ServiceBlock
-from tests.models.job_cluster import free_port
+from tests.models.local_server import served
 from tests.unit.serve.test_vllm_plugin import StandIn, put
-
-
-@contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.config.port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture
@@ -74,7 +56,7 @@ def test_an_erased_adapter_is_named_until_the_engine_sweeps(tmp_path: Path, engi
     for each in (kept, erased):
         engine.ask(each)
     token.write_text("secret\n")
-    with serving(engine_app(engine, exports, "secret")) as url:
+    with served(engine_app(engine, exports, "secret")) as url:
         asked = model(url, [kept], token)
         (exports / "v1/shard-00001/adapter_model.safetensors").unlink()
         (found,) = engines_hold(asked)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import psutil
 import pytest
-import uvicorn
 
 from cluster.cli import cli
 from cluster.serve.app import Service, build_app
@@ -23,23 +20,17 @@ from sisa.audit.doctor import diagnose
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault
 from tests.fakes.answers import FakeAnswers
 from tests.models.job_cluster import free_port
+from tests.models.local_server import served
 
 
 @pytest.fixture
 def running(service: Service) -> Iterator[Running]:
     """Return a running service that says in the model's directory where it is."""
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(build_app(service), port=port, log_level="error", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
     me = psutil.Process()
-    found = Running(f"http://127.0.0.1:{port}", me.pid, me.create_time(), "secret")
-    write(service, **asdict(found))
-    yield found
-    server.should_exit = True
-    thread.join()
+    with served(build_app(service)) as url:
+        found = Running(url, me.pid, me.create_time(), "secret")
+        write(service, **asdict(found))
+        yield found
 
 
 def write(service: Service, **body: Any) -> Path:
