@@ -21,6 +21,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
@@ -228,7 +229,7 @@ class Dialect:
         if not tokens:
             return None
         texts = [each.text for each in tokens]
-        starts = [offset + sum(map(len, texts[:at])) for at in range(len(texts))]
+        starts = [*accumulate(map(len, texts[:-1]), initial=offset)]
         tops = [dict(each.top) for each in tokens]
         of = [each.logprob for each in tokens]
         return {"tokens": texts, "token_logprobs": of, "top_logprobs": tops, "text_offset": starts}
