@@ -176,12 +176,10 @@ class Answerer:
 
     def _combined(self, logits_PTV: Tensor, routes: Sequence[Route], rows: Rows) -> list[Tensor]:
         """Return the combined log-probabilities [T, V] of each request."""
-        found = []
-        for route, own in zip(routes, rows.of, strict=True):
-            logits = logits_PTV[own]
-            weights = route.weights if len(logits) == len(route.shards) else [1.0]
-            found.append(combine(logits, torch.tensor(weights).to(logits.device), self.method))
-        return found
+        return [
+            combine(logits_PTV[own], torch.tensor(route.weights), self.method)
+            for route, own in zip(routes, rows.of, strict=True)
+        ]
 
     def names(self, route: Route) -> Sequence[int]:
         """Return the names of a route's constituents in the stack."""
@@ -232,7 +230,8 @@ def combine(logits_PTV: Tensor, weights_P: Tensor, method: str) -> Tensor:
     vote        sum_i w_i [argmax p_i]: majority vote (section IV) with a thousandth of mean_prob,
                 which breaks ties and keeps every probability above 0
 
-    Every other method is combined as mean_prob is.
+    Every other method is combined as mean_prob is. One constituent alone needs no weight. The weights
+    may lie on another device than the logits.
 
     >>> logits = torch.tensor([[[0.9, 0.1]], [[0.6, 0.4]]]).log()
     >>> combine(logits, torch.tensor([0.5, 0.5]), "mean_prob").exp()
@@ -241,13 +240,14 @@ def combine(logits_PTV: Tensor, weights_P: Tensor, method: str) -> Tensor:
     logs_PTV = logits_PTV.float().log_softmax(-1)
     if len(logs_PTV) == 1:
         return logs_PTV[0]
-    weights_P11 = weights_P.float()[:, None, None]
+    weights_P = weights_P.to(logs_PTV)
+    weights_P11 = weights_P[:, None, None]
     if method == "mean_logit":
         return (weights_P11 * logs_PTV).sum(0).log_softmax(-1)
     mean_TV = (logs_PTV + weights_P11.log()).logsumexp(0)
     if method != "vote":
         return mean_TV
     picked_TP = logs_PTV.argmax(-1).T
-    weights_TP = weights_P.float().expand(picked_TP.shape)
+    weights_TP = weights_P.expand(picked_TP.shape)
     votes_TV = torch.zeros_like(mean_TV).scatter_add_(-1, picked_TP, weights_TP)
     return ((1 - TIE_SHARE) * votes_TV + TIE_SHARE * mean_TV.exp()).log()

@@ -338,7 +338,7 @@ class ContinuousBatching:
             return logits_PV.float().log_softmax(-1)
         parts = torch.split(logits_PV[:, None], [max(1, len(each.names)) for each in requests])
         found = [
-            combine(part, torch.tensor(each.route.weights or (1.0,)), self.answerer.method)
+            combine(part, torch.tensor(each.route.weights), self.answerer.method)
             for part, each in zip(parts, requests, strict=True)
         ]
         return torch.cat(found)

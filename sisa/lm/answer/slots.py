@@ -57,14 +57,15 @@ class Slots:
         ids_QT = pad_sequence(ids, batch_first=True, padding_side="left")
         mask_QT = pad_sequence([torch.ones_like(each) for each in ids], True, 0, "left")
         logits_PV, read = prefill(self._base, self._stack, routes, ids_QT, mask_QT)
-        places_P = torch.arange(len(logits_PV))
+        places_Q = torch.arange(len(routes), device=logits_PV.device)
+        places_P = torch.arange(len(logits_PV), device=logits_PV.device)
         order_P = torch.cat([places_P[own] for own in rows_of(routes).of])
         if not self._layers:
             self._layers = [SlotLayer(self, each) for each in read.layers]
         self._make_room(ids_QT.shape[1])
         for number, (layer, new) in enumerate(zip(self._layers, read.layers, strict=True)):
             shared = number < self._stack.num_shared
-            layer.join(new, torch.arange(len(routes)) if shared else order_P)
+            layer.join(new, places_Q if shared else order_P)
         self._routes += routes
         self._lengths += map(len, prompts)
         return logits_PV[order_P]

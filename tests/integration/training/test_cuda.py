@@ -159,27 +159,63 @@ def files(base: BaseFiles) -> dict[str, bytes]:
     return trainer.train(job_for(base), None, RECORDS, lambda *_: None)
 
 
+def on_meta(
+    base: BaseFiles,
+    adapters: dict[int, dict[str, bytes]],
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
+    """Return an answerer whose base is on the `meta` device."""
+    from sisa.lm.answer import answerer as answering
+    from sisa.lm.base.weights import load_patched
+
+    def loaded(*of: Any) -> Any:
+        model, tokenizer = load_patched(*of)
+        return model.to("meta"), tokenizer
+
+    monkeypatch.setattr(answering, "load_patched", loaded)
+    return answering.Answerer(base.directory, base.digest, adapters, 1, method=method)
+
+
 @pytest.mark.parametrize("method", ["routed", "mean_logit", "vote", "merged"])
 def test_answers_stay_on_the_bases_device(
     method: str, base: BaseFiles, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
-    from sisa.lm.answer import answerer as answering
-    from sisa.lm.base.weights import load_patched
-
-    def on_meta(*of: Any) -> Any:
-        model, tokenizer = load_patched(*of)
-        return model.to("meta"), tokenizer
-
-    monkeypatch.setattr(answering, "load_patched", on_meta)
-    asked = answering.Answerer(base.directory, base.digest, {0: files, 1: files}, 1, method=method)
+    asked = on_meta(base, {0: files, 1: files}, method, monkeypatch)
     routes, ids = [all_of((0, 1)), Route()], torch.tensor([[5, 6, 7], [8, 9, 10]])
     ran = watched(lambda: asked.logprobs(routes, input_ids=ids, attention_mask=torch.ones_like(ids)))
     assert ran["linear"] > 10
     again = watched(lambda: asked.generate([[5, 6], [7, 8, 9]], routes, 3))
     assert again["argmax"] >= 4
     assert again["linear"] > 10
+
+
+@pytest.mark.parametrize("method", ["mean_prob", "mean_logit", "vote", "merged"])
+def test_a_running_batch_stays_on_the_bases_device(
+    method: str, base: BaseFiles, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the choice of tokens, which is made on the CPU."""
+    from sisa.lm.answer.continuous import ContinuousBatching, Sampling, Token
+
+    def chosen(batch: Any, logits_PV: Any, requests: Any) -> list[Any]:
+        logs_QV = batch._combined(logits_PV, requests)
+        assert (logs_QV.device.type, len(logs_QV)) == ("meta", len(requests))
+        return [(each, Token(0, 0.0)) for each in requests]
+
+    def answer() -> None:
+        for key, (length, route) in enumerate([(3, all_of((0, 1))), (1, Route()), (4, all_of((0, 1)))]):
+            batch.admit([5, 6, 7], route, Sampling(max_new_tokens=length), key)
+            batch.step()
+        while batch.running or batch.waiting:
+            batch.step()
+
+    monkeypatch.setattr(ContinuousBatching, "_chosen", chosen)
+    asked = on_meta(base, {0: files, 1: files}, method, monkeypatch)
+    asked.ends = frozenset()
+    batch = ContinuousBatching(asked)
+    assert watched(answer)["linear"] > 10
 
 
 # --- what is set ----------------------------------------------------------------------------------
