@@ -157,8 +157,8 @@ def main() -> None:
     adapters = {shard: adapter(base, shard) for shard in range(NUM_SHARDS)}
     threads = [int(each) for each in given.threads.split(",")]
     settings = [measured(base, adapters, each, given.rounds) for each in threads]
-    told = {"clients": NUM_CLIENTS, "shards": NUM_SHARDS, "rank": RANK, "answer_tokens": ANSWER_TOKENS}
-    found = {**environment(), **told, "settings": settings}
+    fixed = {"clients": NUM_CLIENTS, "shards": NUM_SHARDS, "rank": RANK, "answer_tokens": ANSWER_TOKENS}
+    found = {**environment(), **fixed, "settings": settings}
     if given.out is not None:
         write_json(given.out, found)
 

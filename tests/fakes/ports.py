@@ -256,16 +256,16 @@ class FakeExports:
 
 class FakeWitness:
     def __init__(self) -> None:
-        self.told = Testimony(None, {})
+        self.testimony = Testimony(None, {})
 
     def head(self) -> WitnessHead | None:
-        return self.told.head
+        return self.testimony.head
 
     def read(self) -> Testimony:
-        return self.told
+        return self.testimony
 
     def num_restrictions(self) -> int:
-        return self.told.restrictions.number
+        return self.testimony.restrictions.number
 
     def append(
         self,
@@ -274,11 +274,11 @@ class FakeWitness:
         readmitted: Sequence[str],
         restrictions: Restrictions = NO_RESTRICTIONS,
     ) -> None:
-        standing = {**self.told.tombstones, **{each.id_digest: each for each in tombstones}}
+        standing = {**self.testimony.tombstones, **{each.id_digest: each for each in tombstones}}
         for each in readmitted:
             standing.pop(each, None)
-        newest = max(self.told.restrictions, restrictions, key=lambda each: each.number)
-        self.told = Testimony(head, standing, newest)
+        newest = max(self.testimony.restrictions, restrictions, key=lambda each: each.number)
+        self.testimony = Testimony(head, standing, newest)
 
     def location(self) -> str:
         return "memory"

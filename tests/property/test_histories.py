@@ -311,6 +311,6 @@ def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after:
     train(scratch.context, [model.record(number) for number in sorted(model.remaining)])
     assert_equal(model.fake, scratch)
     assert all(request.state == "completed" for request in model.fake.ledger.requests())
-    told = model.fake.witness.told
-    assert not model.fake.ledger.events() or told.head == model.fake.ledger.event_head()
-    assert told.tombstones == model.fake.ledger.tables.tombstones
+    testimony = model.fake.witness.testimony
+    assert not model.fake.ledger.events() or testimony.head == model.fake.ledger.event_head()
+    assert testimony.tombstones == model.fake.ledger.tables.tombstones

@@ -132,8 +132,8 @@ def check(people: People) -> None:
     fake, people.deciding = people.fake, True  # from now on nobody decides
     requests, events = fake.ledger.requests(), fake.ledger.events()
     assert not contradicted(requests, events, fake.context.settings.chain)
-    assert fake.witness.told.head == fake.ledger.event_head()
-    assert fake.witness.told.tombstones == fake.ledger.tables.tombstones
+    assert fake.witness.testimony.head == fake.ledger.event_head()
+    assert fake.witness.testimony.tombstones == fake.ledger.tables.tombstones
     by_id = {each.request_id: each for each in requests}
     assert people.accepted == [each for each in people.accepted if each[0] in by_id]
     for request_id, move in people.accepted:
@@ -214,7 +214,7 @@ def crashed() -> FakeModel:
     with contextlib.suppress(Crash):
         run(fake)
     assert fake.ledger.tables.tombstones
-    assert not fake.witness.told.tombstones
+    assert not fake.witness.testimony.tombstones
     return fake
 
 
@@ -225,8 +225,8 @@ def test_a_decision_after_a_crash_records_what_the_dead_process_could_not(
     people = People(crashed, {})
     people.decide(*decision)
     assert len(people.accepted) == 1
-    assert crashed.witness.told.head == crashed.ledger.event_head()
-    assert crashed.witness.told.tombstones == crashed.ledger.tables.tombstones
+    assert crashed.witness.testimony.head == crashed.ledger.event_head()
+    assert crashed.witness.testimony.tombstones == crashed.ledger.tables.tombstones
     catch_up(crashed.context)
     reconcile(crashed.context)
     check(people)

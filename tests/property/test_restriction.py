@@ -164,7 +164,7 @@ def test_a_crash_leaves_a_restriction_made_or_not_made_and_the_witness_agrees(
                 (model.restricted | {subject}) if name in now else model.restricted - {subject}
             )
         model.check_served()
-        assert model.fake.witness.told.restrictions == restrictions(model.fake.ledger)
+        assert model.fake.witness.testimony.restrictions == restrictions(model.fake.ledger)
 
 
 @pytest.mark.slow
@@ -187,12 +187,12 @@ def test_a_restored_backup_does_not_serve_what_was_restricted_since(
     for files, held in zip(held_in(model.fake)[1:], backup[1:], strict=True):
         files.clear()
         files.update(held)
-    changed = restrictions(model.fake.ledger).number < model.fake.witness.told.restrictions.number
+    changed = restrictions(model.fake.ledger).number < model.fake.witness.testimony.restrictions.number
     assert is_behind(model.fake.context) >= changed
     catch_up(model.fake.context)
     reconcile(model.fake.context)
     assert not is_behind(model.fake.context)
-    assert restrictions(model.fake.ledger) == model.fake.witness.told.restrictions
+    assert restrictions(model.fake.ledger) == model.fake.witness.testimony.restrictions
     model.check_served()
     model.check_no_residue()
 
@@ -253,7 +253,7 @@ def test_a_deletion_of_the_last_record_alone_ends_a_restriction() -> None:
     assert list(restrictions(model.fake.ledger).since) == [
         model.fake.context.settings.assigner.subject_digest("bob")
     ]
-    assert model.fake.witness.told.restrictions == restrictions(model.fake.ledger)
+    assert model.fake.witness.testimony.restrictions == restrictions(model.fake.ledger)
 
 
 def test_a_head_that_saw_a_restricted_record_may_not_be_served_any_more() -> None:
@@ -289,7 +289,7 @@ def test_a_restriction_in_the_middle_of_a_deletion_is_kept_or_ends_with_it(
     model.restricted = {"ada"} if left else set()
     model.step("subject", tuple(n for n in model.remaining if subject_of(n) == subject))
     assert len(restrictions(model.fake.ledger).since) == left
-    assert model.fake.witness.told.restrictions == restrictions(model.fake.ledger)
+    assert model.fake.witness.testimony.restrictions == restrictions(model.fake.ledger)
 
 
 def test_restricting_twice_keeps_the_first_time() -> None:

@@ -112,10 +112,10 @@ class History:
     def check(self, expected: set[int]) -> None:
         assert self.live() == expected
         assert not is_behind(self.fake.context)
-        told = self.fake.witness.told
-        assert told.head == self.fake.ledger.event_head()
+        testimony = self.fake.witness.testimony
+        assert testimony.head == self.fake.ledger.event_head()
         digest = self.fake.context.settings.assigner.id_digest
-        assert set(told.tombstones) == {digest(record(n).id) for n in self.deleted}
+        assert set(testimony.tombstones) == {digest(record(n).id) for n in self.deleted}
         self.check_clean(expected)
         scratch = fake_model(self.num_shards, self.recipe)
         train(scratch.context, [record(n) for n in sorted(expected)])

@@ -41,7 +41,7 @@ def answerer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Answerer(base.directory, base.digest, adapters, threads=1)
 
 
-class Heard:
+class Transcript:
     """What a batch has said so far, by request."""
 
     def __init__(self, batch: ContinuousBatching) -> None:
@@ -65,7 +65,7 @@ class Heard:
             came += [(event.key, token) for token in event.tokens]
         return came
 
-    def to_the_end(self) -> Heard:
+    def to_the_end(self) -> Transcript:
         while self.batch.running or self.batch.waiting:
             self.step()
         return self
@@ -76,13 +76,13 @@ def test_greedy_texts_are_those_of_generate(answerer: Answerer, max_rows: int) -
     from sisa.lm.answer.continuous import ContinuousBatching, Sampling
 
     lengths = [9, 4, 12, 1, 7, 12]
-    heard = Heard(ContinuousBatching(answerer, max_rows=max_rows))
+    transcript = Transcript(ContinuousBatching(answerer, max_rows=max_rows))
     for number, (prompt, route) in enumerate(zip(PROMPTS, ROUTES, strict=True)):
-        heard.batch.admit(prompt, route, Sampling(max_new_tokens=lengths[number]), number)
-    heard.to_the_end()
+        transcript.batch.admit(prompt, route, Sampling(max_new_tokens=lengths[number]), number)
+    transcript.to_the_end()
     for number, (prompt, route) in enumerate(zip(PROMPTS, ROUTES, strict=True)):
-        assert heard.text[number] == answerer.generate([prompt], [route], lengths[number])[0]
-        ended = heard.ended[number]
+        assert transcript.text[number] == answerer.generate([prompt], [route], lengths[number])[0]
+        ended = transcript.ended[number]
         assert (ended.reason, ended.num_tokens) == ("length", lengths[number])
         assert ended.num_prompt_tokens == len(prompt)
 
@@ -93,32 +93,32 @@ def test_requests_join_others_that_run(answerer: Answerer, monkeypatch: pytest.M
     from sisa.lm.answer.continuous import ContinuousBatching, Sampling
 
     monkeypatch.setattr(slots, "SPARE_COLUMNS", 5)
-    heard = Heard(ContinuousBatching(answerer))
+    transcript = Transcript(ContinuousBatching(answerer))
     for number, (prompt, route) in enumerate(zip(PROMPTS, ROUTES, strict=True)):
-        heard.batch.admit(prompt, route, Sampling(max_new_tokens=20), number)
-        heard.step()
-        heard.step()
-    said = heard.to_the_end().text
+        transcript.batch.admit(prompt, route, Sampling(max_new_tokens=20), number)
+        transcript.step()
+        transcript.step()
+    said = transcript.to_the_end().text
     assert [said[number] for number in range(len(ROUTES))] == answerer.generate(PROMPTS, ROUTES, 20)
 
 
 def test_an_end_token_ends_an_answer_and_is_no_part_of_it(answerer: Answerer) -> None:
     from sisa.lm.answer.continuous import ContinuousBatching, Sampling
 
-    def answered() -> Heard:
+    def answered() -> Transcript:
         batch = ContinuousBatching(answerer)
         batch.admit(PROMPTS[0], ROUTES[0], Sampling(max_new_tokens=8), "a")
-        return Heard(batch).to_the_end()
+        return Transcript(batch).to_the_end()
 
     ids = [each.id for each in answered().tokens["a"]]
     usual, answerer.ends = answerer.ends, frozenset({ids[3]})
     try:
-        heard = answered()
+        transcript = answered()
     finally:
         answerer.ends = usual
     kept = ids[: ids.index(ids[3])]
-    assert [each.id for each in heard.tokens.get("a", [])] == kept
-    assert (heard.ended["a"].reason, heard.ended["a"].num_tokens) == ("stop", len(kept))
+    assert [each.id for each in transcript.tokens.get("a", [])] == kept
+    assert (transcript.ended["a"].reason, transcript.ended["a"].num_tokens) == ("stop", len(kept))
 
 
 def test_log_probabilities_are_those_of_the_combined_distribution(
@@ -127,13 +127,13 @@ def test_log_probabilities_are_those_of_the_combined_distribution(
     from sisa.lm.answer.continuous import ContinuousBatching, Sampling
 
     monkeypatch.setattr(answerer, "ends", frozenset())  # a drawn end token would leave nothing to see
-    heard = Heard(ContinuousBatching(answerer))
+    transcript = Transcript(ContinuousBatching(answerer))
     how = Sampling(max_new_tokens=5, temperature=1.5, logprobs=3, seed=1)
     for number, (prompt, route) in enumerate(zip(PROMPTS, ROUTES, strict=True)):
-        heard.batch.admit(prompt, route, how, number)
-    heard.to_the_end()
+        transcript.batch.admit(prompt, route, how, number)
+    transcript.to_the_end()
     for number, (prompt, route) in enumerate(zip(PROMPTS, ROUTES, strict=True)):
-        tokens = heard.tokens[number]
+        tokens = transcript.tokens[number]
         assert len(tokens) == 5
         logs_KV = answerer.answer_probabilities_KV(prompt, [each.id for each in tokens], route).log()
         for token, logs_V in zip(tokens, logs_KV, strict=True):
@@ -148,14 +148,14 @@ def test_a_seed_draws_the_same_beside_others(answerer: Answerer) -> None:
     def sampling(seed: int) -> Sampling:
         return Sampling(max_new_tokens=8, temperature=0.8, top_p=0.9, seed=seed)
 
-    together = Heard(ContinuousBatching(answerer))
+    together = Transcript(ContinuousBatching(answerer))
     for number, (prompt, route) in enumerate(zip(PROMPTS, ROUTES, strict=True)):
         together.batch.admit(prompt, route, sampling(number), number)
     together.to_the_end()
     for number, (prompt, route) in enumerate(zip(PROMPTS, ROUTES, strict=True)):
         alone = ContinuousBatching(answerer)
         alone.admit(prompt, route, sampling(number), number)
-        assert Heard(alone).to_the_end().text.get(number) == together.text.get(number)
+        assert Transcript(alone).to_the_end().text.get(number) == together.text.get(number)
 
 
 def test_what_cannot_be_answered_is_refused(answerer: Answerer) -> None:
@@ -274,34 +274,34 @@ def test_an_answer_is_the_same_whatever_is_answered_beside_it(
     """In any order of arrival, among requests that are cancelled, with any room."""
     from sisa.lm.answer import continuous
 
-    def batch(**limits: int) -> Heard:
-        return Heard(continuous.ContinuousBatching(stepwise, **limits))
+    def batch(**limits: int) -> Transcript:
+        return Transcript(continuous.ContinuousBatching(stepwise, **limits))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(continuous, "Slots", Stepwise)
-        heard, arrived, cancelled = batch(max_rows=data.draw(st.integers(1, 8))), 0, set()
-        while arrived < len(requests) or heard.batch.running or heard.batch.waiting:
+        transcript, arrived, cancelled = batch(max_rows=data.draw(st.integers(1, 8))), 0, set()
+        while arrived < len(requests) or transcript.batch.running or transcript.batch.waiting:
             do = data.draw(st.sampled_from(["admit", "step", "step", "cancel"]))
             if do == "admit" and arrived < len(requests):
                 prompt, route, how = requests[arrived]
-                heard.batch.admit(prompt, route, continuous.Sampling(**how), arrived)
+                transcript.batch.admit(prompt, route, continuous.Sampling(**how), arrived)
                 arrived += 1
             elif do == "cancel" and arrived and data.draw(st.booleans()):
                 key = data.draw(st.integers(0, arrived - 1))
-                cancelled |= {key} - heard.ended.keys()
-                heard.batch.cancel(key)
+                cancelled |= {key} - transcript.ended.keys()
+                transcript.batch.cancel(key)
             else:
-                heard.step()
+                transcript.step()
         for number, (prompt, route, how) in enumerate(requests):
             alone = batch()
             alone.batch.admit(prompt, route, continuous.Sampling(**how), number)
             alone.to_the_end()
-            told, wanted = heard.text.get(number, ""), alone.text.get(number, "")
+            said, wanted = transcript.text.get(number, ""), alone.text.get(number, "")
             if number in cancelled:
-                assert number not in heard.ended
-                assert wanted.startswith(told)
+                assert number not in transcript.ended
+                assert wanted.startswith(said)
             else:
-                assert (told, heard.ended[number]) == (wanted, alone.ended[number])
+                assert (said, transcript.ended[number]) == (wanted, alone.ended[number])
 
 
 # --- a switch of heads ----------------------------------------------------------------------------
@@ -381,14 +381,14 @@ class Detector:
         self.now: dict[int, int] = {shard: next(self._unused) for shard in range(3)}
         self.words = {*self.now.values()}
         self.answerer = confessing.answerer(self.now)
-        self.heard = Heard(ContinuousBatching(self.answerer, max_rows=5))
+        self.transcript = Transcript(ContinuousBatching(self.answerer, max_rows=5))
         self.routes: dict[int, Route] = {}
         self.may: dict[int, set[int]] = {}  # by request
         self.given_up: set[int] = set()
 
     @property
     def batch(self) -> ContinuousBatching:
-        return self.heard.batch
+        return self.transcript.batch
 
     def admit(self, shards: Collection[int]) -> None:
         from sisa.lm.answer.continuous import Sampling
@@ -398,7 +398,7 @@ class Detector:
         self.routes[key], self.may[key] = route, {self.now[shard] for shard in route.shards}
 
     def step(self) -> None:
-        for key, token in self.heard.step():
+        for key, token in self.transcript.step():
             assert token.id in (self.may[key] or {token.id} - self.words)
 
     def cancel(self, key: int) -> None:
@@ -438,7 +438,7 @@ class Detector:
     def finish(self) -> None:
         while self.batch.running or self.batch.waiting:
             self.step()
-        assert self.heard.ended.keys() | self.given_up == self.routes.keys()
+        assert self.transcript.ended.keys() | self.given_up == self.routes.keys()
         loaded = {name for each in self.answerer.stack.linears for name in each.held}
         assert len(loaded) == len(self.now)
 
@@ -498,4 +498,4 @@ def test_what_was_cut_is_answered_by_the_clean_head(confessing: Confessing, word
     detector.finish()
     clean = confessing.answerer(detector.now)
     wanted = clean.generate([PROMPTS[1], PROMPTS[2]], [detector.routes[1], detector.routes[2]], 6)
-    assert [detector.heard.text[key] for key in (1, 2)] == wanted
+    assert [detector.transcript.text[key] for key in (1, 2)] == wanted

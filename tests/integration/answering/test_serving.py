@@ -12,7 +12,7 @@ from sisa.flows.ask import ServedHeads, Serving
 from sisa.flows.wiring.wiring import CHECKPOINTS, LEDGER
 from sisa.model import Model
 from sisa.store.ledger.ledger import SqlLedger
-from tests.integration.answering.test_continuous import Heard
+from tests.integration.answering.test_continuous import Transcript
 from tests.models.tiny_model import PEOPLE, Tiny, change_run, looking
 
 pytestmark = pytest.mark.torch
@@ -22,11 +22,11 @@ ASKED = {row["subject_id"]: row["prompt"] for row in PEOPLE}
 GONE, BESIDE, ELSEWHERE = "p006", "p004", "p003"  # shard 1, slices 1 and 0; shard 2
 
 
-def open_serving(model: Model) -> tuple[Serving, Heard]:
+def open_serving(model: Model) -> tuple[Serving, Transcript]:
     """Open a batch whose answers don't end before their length."""
     serving = model.serving()
     serving.batch.answerer.ends = frozenset()
-    return serving, Heard(serving.batch)
+    return serving, Transcript(serving.batch)
 
 
 def admit(model: Model, serving: Serving, *subjects: str) -> None:
@@ -48,10 +48,10 @@ def alone(model: Model, subject: str) -> str:
 
 def test_a_deletion_cuts_what_it_tainted_and_nothing_else(tiny: Tiny) -> None:
     model = tiny.open()
-    serving, heard = open_serving(model)
+    serving, transcript = open_serving(model)
     assert model.adopt(serving) == []
     admit(model, serving, GONE, ELSEWHERE)
-    heard.step()
+    transcript.step()
     wanted = {ELSEWHERE: alone(model, ELSEWHERE)}
     seen: dict[str, Any] = {}
 
@@ -59,7 +59,7 @@ def test_a_deletion_cuts_what_it_tainted_and_nothing_else(tiny: Tiny) -> None:
         seen["cut"] = model.adopt(serving)
         seen["running"] = serving.batch.running
         admit(model, serving, BESIDE)  # meets the head that has been rolled back
-        heard.step()
+        transcript.step()
         wanted[BESIDE] = alone(model, BESIDE)
         seen["heads"] = serving.served.heads
 
@@ -67,36 +67,36 @@ def test_a_deletion_cuts_what_it_tainted_and_nothing_else(tiny: Tiny) -> None:
     assert (seen["cut"], seen["running"]) == ([GONE], [ELSEWHERE])
     assert model.adopt(serving) == [], "a clean head was replaced by a clean one"
     assert serving.served.heads[1] != seen["heads"][1]
-    heard.to_the_end()
-    assert {key: heard.text[key] for key in wanted} == wanted
-    heard.text.clear()
-    heard.ended.clear()
+    transcript.to_the_end()
+    assert {key: transcript.text[key] for key in wanted} == wanted
+    transcript.text.clear()
+    transcript.ended.clear()
     admit(model, serving, BESIDE, ELSEWHERE)
-    heard.to_the_end()
-    assert heard.text == {subject: alone(model, subject) for subject in (BESIDE, ELSEWHERE)}
+    transcript.to_the_end()
+    assert transcript.text == {subject: alone(model, subject) for subject in (BESIDE, ELSEWHERE)}
 
 
 def test_another_run_file_replaces_everything(tiny: Tiny) -> None:
     model = tiny.open()
-    serving, heard = open_serving(model)
+    serving, transcript = open_serving(model)
     admit(model, serving, ELSEWHERE)
-    heard.step()
+    transcript.step()
     change_run(tiny.run_file, sisa__aggregation={"method": "merged"})
     tiny.train(accept_differences=True)
     assert model.adopt(serving) == [ELSEWHERE]
     serving.batch.answerer.ends = frozenset()
     assert serving.batch.answerer.method == "merged"
     admit(model, serving, ELSEWHERE)
-    assert heard.to_the_end().text[ELSEWHERE].endswith(alone(model, ELSEWHERE))
+    assert transcript.to_the_end().text[ELSEWHERE].endswith(alone(model, ELSEWHERE))
 
 
 def test_damage_is_an_error_and_what_is_tainted_is_dropped_before(tiny: Tiny) -> None:
     from sisa.lm.base.adapter import ADAPTER_FILE
 
     model = tiny.open()
-    serving, heard = open_serving(model)
+    serving, transcript = open_serving(model)
     admit(model, serving, GONE)
-    heard.step()
+    transcript.step()
     tiny.open().forget(subject=GONE)
     with contextlib.closing(SqlLedger(tiny.directory / LEDGER)) as ledger:
         head = ServedHeads.read(ledger).heads[1]
