@@ -40,6 +40,7 @@ from sisa.lm.base.tokens import (
     Untokenizable,
     encode_prompt,
     end_tokens,
+    form_alone,
     tokenize,
     without_closing,
 )
@@ -157,7 +158,7 @@ class DeletionReadyModel:
         self.model = model
         self.answerer, kind = model.answerer()
         base = self.answerer.base_name
-        alone = self.answerer.form_alone
+        alone = form_alone(self.answerer.tokenizer)
         self.digest = digest_of([status.model_digest, base, model.embedder.digest, how, alone])
         self.kind: PromptKind = "chat" if kind == "chat" else "completion"
 
@@ -191,7 +192,7 @@ class DeletionReadyModel:
 
     def _forms(self, routes: Sequence[Route], form: PromptForm) -> list[PromptForm]:
         """Return the form of each prompt: the base alone is asked as a chat, as `generate` does."""
-        alone = replace(form, kind=self.answerer.form_alone or form.kind)
+        alone = replace(form, kind=form_alone(self.answerer.tokenizer) or form.kind)
         return [form if route.shards else alone for route in routes]
 
     def _routes(self, questions: Sequence[str], form: PromptForm) -> list[Route]:

@@ -85,7 +85,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class ServedHeads:
-    """What is served at one moment: the heads by shard, the patches beneath, and what says how."""
+    """What is served at one moment: the heads by shard, the patches beneath, and the settings."""
 
     seq: int  # of the ledger's last commit
     heads: Mapping[int, str]  # keys of checkpoints
@@ -123,7 +123,7 @@ def ask(
     routes = routes_of(context, resources, prompts)
     asked = {shard for route in routes for shard in route.shards}
     answerer = open_answerer(context, resources, asked, open_ledger=open_ledger)
-    ids = _encoded(context, prompts, routes, answerer.tokenizer, answerer.form_alone, kind)
+    ids = _encoded(context, prompts, routes, answerer.tokenizer, kind)
     texts = answerer.generate(ids, routes, max_new_tokens)
     return [Answer(text.strip(), route.shards) for text, route in zip(texts, routes, strict=True)]
 
@@ -133,10 +133,9 @@ def route_and_encode(
 ) -> list[Routed]:
     """Return what a batch needs to answer each prompt. Raise InvalidInput."""
     _check_answerable(prompts, kind)
-    seq, tokenizer = context.stores.ledger.seq(), resources.tokenizer
-    alone: Kind | None = "chat" if tokenizer.chat_template else None
+    seq = context.stores.ledger.seq()
     routes = routes_of(context, resources, prompts)
-    ids = _encoded(context, prompts, routes, tokenizer, alone, kind)
+    ids = _encoded(context, prompts, routes, resources.tokenizer, kind)
     return [Routed(each, route, seq) for each, route in zip(ids, routes, strict=True)]
 
 
@@ -145,18 +144,18 @@ def _encoded(
     prompts: Sequence[Prompt],
     routes: Sequence[Route],
     tokenizer: Any,
-    alone: Kind | None,
     kind: Kind | None,
 ) -> list[list[int]]:
     """Return the prompts' token ids in the form of `kind`, or in the one that each route expects."""
-    from sisa.lm.base.tokens import encode_prompt
+    from sisa.lm.base.tokens import encode_prompt, form_alone
 
     own = prompt_form(context)
+    alone = form_alone(tokenizer) or own
     return [
         encode_prompt(
             each if isinstance(each, str) else turns_of(each),
             tokenizer,
-            kind or (own if route.shards else alone or own),
+            kind or (own if route.shards else alone),
         )
         for each, route in zip(prompts, routes, strict=True)
     ]

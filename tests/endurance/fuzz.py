@@ -409,7 +409,7 @@ def product() -> Iterator[None]:
     from tests.endurance.cheap import cheap_resources
 
     class Answerer:
-        tokenizer, form_alone = None, None
+        tokenizer = types.SimpleNamespace(chat_template=None)
 
         def __init__(self, *_: Any) -> None: ...
 

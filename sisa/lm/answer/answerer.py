@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,11 +101,6 @@ class Answerer:
     def pin(self) -> None:
         """Set this thread to the threads and kernels that the model asks for."""
         pin_threads(*self._pinned)
-
-    @property
-    def form_alone(self) -> Literal["chat"] | None:
-        """Return "chat" if the base has a chat template: it may end other prompts at once."""
-        return "chat" if self.tokenizer.chat_template else None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int

@@ -224,6 +224,11 @@ def _render(turns: Sequence[Part], tokenizer: Any, *, opened: bool) -> list[int]
     return ids
 
 
+def form_alone(tokenizer: Any) -> Literal["chat"] | None:
+    """Return "chat" if the base has a chat template: asked alone, it may end other prompts at once."""
+    return "chat" if tokenizer.chat_template else None
+
+
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """Return the ids that end an answer."""
     configured = getattr(model.generation_config, "eos_token_id", None)
