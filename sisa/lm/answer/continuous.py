@@ -121,24 +121,24 @@ class Text:
 
     def __init__(self, decode: Callable[[Any], str], stop: Sequence[str]) -> None:
         self._decode, self._stop = decode, stop
-        self._tokens: list[Token] = []
+        self.tokens: list[Token] = []
         self._starts: list[int] = []  # where each token begins in the text
         self._text, self._num_out, self._out = "", 0, 0
 
     def add(self, token: Token) -> None:
         """Append a token."""
         self._starts.append(len(self._text))
-        self._tokens.append(token)
+        self.tokens.append(token)
 
     def put_out(self, *, final: bool) -> tuple[str, tuple[Token, ...], bool]:
         """Return text and tokens that are not out yet, and whether a stop text was reached."""
-        self._text = self._decode([each.id for each in self._tokens])
+        self._text = self._decode([each.id for each in self.tokens])
         if not final:
             self._text = self._text.rstrip(REPLACED)
         stops = [at for each in self._stop if (at := self._text.find(each, self._out)) >= 0]
         end = min(stops, default=len(self._text) - (0 if final else self._undecided()))
         ready = [start < end or (final and not stops) for start in self._starts[self._num_out :]]
-        tokens = self._tokens[self._num_out : self._num_out + sum(ready)]
+        tokens = self.tokens[self._num_out : self._num_out + sum(ready)]
         text, self._out = self._text[self._out : end], end
         self._num_out += len(tokens)
         return text, tuple(tokens), bool(stops)
@@ -166,8 +166,6 @@ class _Request:
     uniform: random.Random
     num_rows: int
     names: Sequence[int] = ()  # of the constituents that it runs on
-    last: int = 0  # the newest token
-    num_tokens: int = 0
 
     @property
     def num_positions(self) -> int:
@@ -179,13 +177,13 @@ class _Request:
         is_end = token.id in ends
         if not is_end:
             self.text.add(token)
-            self.last, self.num_tokens = token.id, self.num_tokens + 1
-        is_full = self.num_tokens == self.sampling.max_new_tokens
+        num_tokens = len(self.text.tokens)
+        is_full = num_tokens == self.sampling.max_new_tokens
         text, tokens, stopped = self.text.put_out(final=is_end or is_full)
         events: list[AnswerEvent] = [Piece(self.key, text, tokens)] if text or tokens else []
         if is_end or stopped or is_full:
             reason: EndReason = "stop" if is_end or stopped else "length"
-            events.append(Ended(self.key, reason, len(self.prompt), self.num_tokens))
+            events.append(Ended(self.key, reason, len(self.prompt), num_tokens))
         return events
 
 
@@ -250,7 +248,7 @@ class ContinuousBatching:
                 self._running += new
                 events += self._take(logits_PV, new)
             if self._running:
-                logits_PV = self._slots.decode([each.last for each in self._running])
+                logits_PV = self._slots.decode([each.text.tokens[-1].id for each in self._running])
                 events += self._take(logits_PV, self._running)
         return events
 

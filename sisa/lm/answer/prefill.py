@@ -36,9 +36,7 @@ def continue_all(
     max_new_tokens: int,
 ) -> list[list[int]]:
     """Return what `pick` appends to each prompt, token by token, without the end token."""
-    ids = [torch.tensor(each, device=base.device) for each in prompts]
-    ids_QT = pad_sequence(ids, batch_first=True, padding_side="left")
-    mask_QT = pad_sequence([torch.ones_like(each) for each in ids], True, 0, "left")
+    ids_QT, mask_QT = padded(prompts, base.device)
     answers: list[list[int]] = [[] for _ in routes]
     logits_PV, cache = prefill(base, stack, routes, ids_QT, mask_QT)
     held = going = list(range(len(routes)))
@@ -71,6 +69,19 @@ def _drop(cache: Any, places: Sequence[int], before: Rows, after: Rows) -> None:
     for layer in cache.layers:
         kept = order_P if len(layer.keys) == len(before.requests) else torch.tensor(places)
         layer.keys, layer.values = layer.keys[kept], layer.values[kept]
+
+
+def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the ids of prompts, padded on the left, and their mask.
+
+    >>> padded([[5, 6], [7]], torch.device("cpu"))
+    (tensor([[5, 6],
+            [0, 7]]), tensor([[1, 1],
+            [0, 1]]))
+    """
+    ids = [torch.tensor(each, device=device) for each in prompts]
+    mask_QT = pad_sequence([torch.ones_like(each) for each in ids], True, 0, "left")
+    return pad_sequence(ids, True, 0, "left"), mask_QT
 
 
 def prefill(

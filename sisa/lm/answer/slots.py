@@ -27,10 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from sisa.lm.answer.prefill import prefill
+from sisa.lm.answer.prefill import padded, prefill
 from sisa.lm.answer.stacked_adapters import StackedAdapters, rows_of
 
 SPARE_COLUMNS = 256  # of new tensors
@@ -53,9 +52,7 @@ class Slots:
 
     def join(self, routes: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read the prompts of new requests; return their last logits [P, V]."""
-        ids = [torch.tensor(each, device=self._base.device) for each in prompts]
-        ids_QT = pad_sequence(ids, batch_first=True, padding_side="left")
-        mask_QT = pad_sequence([torch.ones_like(each) for each in ids], True, 0, "left")
+        ids_QT, mask_QT = padded(prompts, self._base.device)
         logits_PV, read = prefill(self._base, self._stack, routes, ids_QT, mask_QT)
         places_Q = torch.arange(len(routes), device=logits_PV.device)
         places_P = torch.arange(len(logits_PV), device=logits_PV.device)
