@@ -160,11 +160,14 @@ class Model:
 
     @property
     def partition(self) -> str:
-        """Return the name of the rule that assigns records to shards: others are other people's."""
+        """Return the name of the rule that assigns records to shards.
+
+        Under another rule, a shard of the same number holds other people's records.
+        """
         return digest_of([self._meta.get("key"), self.config.sisa.shards, self.config.sisa.group_by])
 
     def within(self, shards: Collection[int], partition: str) -> Model:
-        """Return the model as those see it who may read some shards alone.
+        """Return the model for a caller who may read only these shards.
 
         Records, requests and adapters of other shards are as if they did not exist, and no file of them
         is opened. What concerns the whole model raises ConfigConflict, and so does every call once the
@@ -397,7 +400,7 @@ class Model:
 
     @asked_again
     def drop_details(self, *, show_ids: bool = False) -> drop.Details | None:
-        """Return the same, and what waits for a decision, a run or an opt-out."""
+        """Return where DROP's cycle stands, and what waits for a decision, a run or an opt-out."""
         self._check_whole()
         with self._context() as context, context.stores.ledger.snapshot():
             return drop.details(context, show_ids=show_ids)
@@ -410,7 +413,7 @@ class Model:
 
     @asked_again
     def recipients(self, ids: Sequence[str] = (), *, subject: str | None = None) -> dict[str, Any]:
-        """Return which exports hold what a person's records touched, as `access` does."""
+        """Return which exports a person's records touched, as JSON values."""
         with self._context() as context, context.stores.ledger.snapshot():
             return recipients_of(context, *_named(context, ids, subject), subject)
 
@@ -721,7 +724,7 @@ class Model:
                 if not read_only:
                     with wiring.model_lock(self.directory):
                         catch_up(context)
-            yield context if locked else self._seen(context)
+            yield self._seen(context)
         if self._group is not None:
             self._check_current()
 
@@ -750,10 +753,9 @@ class Model:
         return replace(context, stores=replace(context.stores, ledger=ledger))
 
     @contextlib.contextmanager
-    def _locked(self, *, whole: bool = True) -> Iterator[None]:
-        """Hold the writer lock over the present model. Raise Busy."""
-        if whole:
-            self._check_whole()
+    def _locked(self) -> Iterator[None]:
+        """Hold the writer lock over the present model, of which all shards may be read. Raise Busy."""
+        self._check_whole()
         wiring.check_executor(self.executor)  # refuses an unknown one before anything is written
         with running(), wiring.model_lock(self.directory):
             wiring.finish_move(self.directory)
@@ -763,10 +765,10 @@ class Model:
             yield
 
     @contextlib.contextmanager
-    def _writing(self, *, whole: bool = True) -> Iterator[Context]:
-        with self._locked(whole=whole), self._context(locked=True) as context:
+    def _writing(self) -> Iterator[Context]:
+        with self._locked(), self._context(locked=True) as context:
             finish_written(context)
-            yield self._seen(context)
+            yield context
 
     @contextlib.contextmanager
     def _deciding(self, *, whole: bool = False) -> Iterator[Context]:
@@ -778,7 +780,7 @@ class Model:
         every._group = None
         with running(), every._context() as context, context.stores.ledger.exclusive():
             self._check_current()
-            catch_up(context)  # a process may have been killed before it told the witness
+            catch_up(context)  # a process may have been killed before it wrote to the witness
             yield self._seen(context)
 
     def _clear_scratch(self) -> None:

@@ -1,4 +1,4 @@
-"""Show a ledger as those see it who may read some shards alone.
+"""Show a ledger to a caller who may read only some shards.
 
 Records, requests, heads and exports of other shards are as if they did not exist, so whatever reads a
 ledger (routing, `find`, `where`, requests) is limited by reading it through `GroupLedger`: it neither
@@ -140,7 +140,7 @@ class GroupLedger:
         return [each for each in found if each.id_digest in seen]
 
     def work_items(self, keys: Collection[str] | None = None) -> list[WorkItem]:  # noqa: ARG002
-        return []  # whoever reads some shards alone takes no list for the whole model
+        return []  # DROP's lists are of the whole model
 
     def requests(self) -> list[Request]:
         return [each for each in self._whole.requests() if self._sees(each.request_id)]
