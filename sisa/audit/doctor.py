@@ -34,6 +34,7 @@ from sisa.core.requests import key_names
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context, Resources, held_rows, is_behind, restrictions
 from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER, LEDGER_URL, LEDGERS_LEFT
+from sisa.flows.wiring.witness import unknown_deletions
 from sisa.store.blobs import files
 from sisa.store.ledger.database import open_readonly
 from sisa.store.ledger.rows import SCHEMA_VERSION, UPGRADED
@@ -233,20 +234,20 @@ def _witness(context: Context) -> list[Finding]:
     where, own = context.stores.witness.location(), restrictions(context.stores.ledger)
     try:
         testimony = context.stores.witness.read()
-        witnessed, told = testimony.tombstones, testimony.restrictions
+        newer = testimony.restrictions.number - own.number
         if not is_behind(context):
-            if told.number == own.number and told != own:
+            if not newer and testimony.restrictions != own:
                 what = "restrictions are recorded differently than in the witness"
                 return [Finding("ledger_damaged", "error", LEDGER, what)]
             known = {each.id_digest: each for each in context.stores.ledger.tombstones()}
-            wrong = [key for key, each in witnessed.items() if known.get(key, each) != each]
+            wrong = [k for k, each in testimony.tombstones.items() if known.get(k, each) != each]
             what = f"{len(wrong)} deletions are recorded differently than in the witness"
             return [Finding("ledger_damaged", "error", LEDGER, what)] if wrong else []
     except SisaError as error:
         return [Finding("witness", "error", where, error.what, step=error.next_step)]
-    live = len(held_rows(context, witnessed))
+    live = len(held_rows(context, unknown_deletions(context.stores.ledger, testimony)))
     what = f"the ledger is behind its witness: {live} deleted records are held again"
-    what += ", and restrictions are not as they were" if told.number > own.number else ""
+    what += ", and restrictions are not as they were" if newer > 0 else ""
     step = "any other command deletes and restricts them again"
     return [Finding("behind", "error", where, what, "sweep", step=step)]
 

@@ -200,5 +200,47 @@ def test_catching_up_does_not_call_deleted_what_was_allowed_in_again() -> None:
     history.check({1})
 
 
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_readmission_is_recorded_after_a_crash(at: int) -> None:
+    """It moves no event, so the heads of ledger and witness are equal after the crash, too."""
+    history = History(2, 2, "cumulative")
+    for kind, numbers in (("add", (1, 2)), ("forget", (1,))):
+        history.step(kind, numbers)
+    wire(history.fake, Fuse(at, after=True), {"ledger": ("commit",), "witness": ("append",)})
+    with pytest.raises(Crash):
+        history.step("readmit", (1,))
+    history.next_command()
+    history.deleted = set()
+    history.check({1, 2})
+
+
+def test_a_backup_from_a_crash_keeps_what_was_allowed_in_again() -> None:
+    history = History(2, 2, "cumulative")
+    for kind, numbers in (("add", (1, 2, 3)), ("forget", (1,))):
+        history.step(kind, numbers)
+    wire(history.fake, Fuse(1, after=True), {"ledger": ("commit",)})
+    with pytest.raises(Crash):
+        history.step("readmit", (1,))
+    history.step("save", ())
+    history.next_command()
+    for kind, numbers in (("forget", (2,)), ("restore", (0,))):
+        history.step(kind, numbers)
+    history.deleted = {2}
+    history.check({1, 3})
+
+
+def test_a_restored_ledger_knows_which_deletion_of_a_record_was_the_last() -> None:
+    history = History(2, 2, "cumulative")
+    steps: tuple[Step, ...] = (
+        *(("add", (1, 2)), ("forget", (1,)), ("save", ())),
+        *(("readmit", (1,)), ("forget", (1,)), ("restore", (0,))),
+    )
+    for kind, numbers in steps:
+        history.step(kind, numbers)
+    history.deleted = {1}
+    history.check({2})
+    assert history.fake.witness.told.tombstones == history.fake.ledger.tables.tombstones
+
+
 def _die(*_: object) -> None:
     raise Crash

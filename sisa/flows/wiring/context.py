@@ -63,6 +63,7 @@ from sisa.store.index import Warm
 
 TRAINED_ANEW = "trained_anew"  # in the ledger's meta: when the model was last trained as a whole
 RESTRICTIONS = "restrictions"  # in the ledger's meta: whose records are stored and not served
+READMITTED = "readmitted"  # in the ledger's meta, until the witness knows that deleted ids came in again
 INDEXED = "text-and-asked-v1"  # of a record: its text, and each thing that is asked in it
 
 
@@ -268,14 +269,26 @@ def commit(context: Context, change: ports.Change) -> int:
     with ledger.exclusive():
         if change.removed and RESTRICTIONS not in change.meta:
             change = replace(change, meta={**change.meta, **_ended(ledger, change)})
+        if change.readmitted:  # moves no event: after a crash the heads alone would not differ
+            change = replace(change, meta={**change.meta, READMITTED: "unrecorded"})
         before = ledger.event_head()
         seq = ledger.commit(replace(change, events=[*chain.linked(before.link, change.events)]))
         named = not {"model", RESTRICTIONS}.isdisjoint(change.meta)
         if named or change.events or change.tombstones or change.readmitted:
             current = witness.head() == before or is_behind(context)  # behind: it catches up now
-            dead = change.tombstones if current else unrecorded(context)
-            witness.append(ledger.event_head(), dead, change.readmitted, restrictions(ledger))
+            new = (change.tombstones, change.readmitted) if current else unrecorded(context)
+            witness.append(ledger.event_head(), *new, restrictions(ledger))
+        if change.readmitted:
+            ledger.commit(ports.Change(meta={READMITTED: ""}))
     return seq
+
+
+def record_rest(context: Context) -> None:
+    """Record in the witness what it lacks of a ledger that is not behind it."""
+    ledger = context.stores.ledger
+    context.stores.witness.append(ledger.event_head(), *unrecorded(context), restrictions(ledger))
+    if ledger.meta().get(READMITTED):
+        ledger.commit(ports.Change(meta={READMITTED: ""}))
 
 
 def _ended(ledger: ports.Ledger, change: ports.Change) -> dict[str, str]:
@@ -303,12 +316,21 @@ def is_behind(context: Context) -> bool:
     return unknown or (number > 0 and number > restrictions(ledger).number)
 
 
-def unrecorded(context: Context) -> list[Tombstone]:
-    """Return the deletions that the witness lacks: a process was killed before it recorded them."""
+def is_unrecorded(context: Context) -> bool:
+    """Return whether the witness lacks something: a process was killed before it recorded that."""
+    ledger, witness = context.stores.ledger, context.stores.witness
+    if witness.head() != ledger.event_head() or ledger.meta().get(READMITTED):
+        return True
+    return restrictions(ledger).number > witness.num_restrictions()
+
+
+def unrecorded(context: Context) -> tuple[list[Tombstone], list[str]]:
+    """Return the deletions that the witness lacks, and the ids that it takes for deleted still."""
     ledger, known = context.stores.ledger, context.stores.witness.read().tombstones
     missing = [each for each in ledger.tombstones() if known.get(each.id_digest) != each]
-    live = ledger.lookup(each.id_digest for each in missing)  # of readmitted ids, a row
-    return [each for each in missing if not isinstance(live[each.id_digest], RecordRow)]
+    asked = {*known, *(each.id_digest for each in missing)}
+    live = {row.id_digest for row in held_rows(context, asked)}  # came in again
+    return [each for each in missing if each.id_digest not in live], sorted(live & known.keys())
 
 
 def held_state(ledger: ports.Ledger) -> str:

@@ -19,23 +19,25 @@ witness that is restored together with the model goes unnoticed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Literal
 
-from sisa.core.domain import RecordRow, Request, Restrictions, Tombstone
+from sisa.core.domain import RecordRow, Request, Restrictions, Testimony, Tombstone
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
-from sisa.core.ports import Change, Removal
+from sisa.core.ports import Change, Ledger, Removal
 from sisa.core.requests import due_date, event
 from sisa.flows.deletion import commit_removed
 from sisa.flows.reconcile import check_consistent, erase_unknown
 from sisa.flows.wiring.context import (
     Context,
+    held_rows,
     is_behind,
+    is_unrecorded,
+    record_rest,
     restricting,
     restrictions,
-    unrecorded,
 )
 
 WitnessStanding = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
@@ -49,26 +51,22 @@ def witness_standing(context: Context) -> WitnessStanding:
         return "absent"
     if is_behind(context):
         return "ahead of the ledger"
-    return "current" if head == context.stores.ledger.event_head() else "to be caught up"
+    return "to be caught up" if is_unrecorded(context) else "current"
 
 
 def catch_up(context: Context) -> None:
     """Bring ledger and witness together; the caller holds the writer lock."""
-    ledger, witness = context.stores.ledger, context.stores.witness
-    with ledger.exclusive():
+    with context.stores.ledger.exclusive():
         if is_behind(context):
             apply_testimony(context)
-        elif (
-            witness.head() != ledger.event_head()
-            or restrictions(ledger).number > witness.num_restrictions()
-        ):
-            witness.append(ledger.event_head(), unrecorded(context), (), restrictions(ledger))
+        elif is_unrecorded(context):
+            record_rest(context)
 
 
 def _restrict_again(context: Context, restricted: Restrictions) -> None:
     """Bring newer restrictions of the witness into force, and end those that have ended since.
 
-    The witness is told nothing: its head is still to be compared.
+    Nothing is written to the witness: its head is still to be compared.
     """
     if restricted.number > restrictions(context.stores.ledger).number:
         number = len(restricted.since)
@@ -85,21 +83,19 @@ def apply_testimony(context: Context) -> None:
     _restrict_again(context, testimony.restrictions)
     if not is_behind(context):
         return
-    dead = testimony.tombstones
-    found = ledger.lookup(dead)
-    again = [each for key, each in dead.items() if not isinstance(found.get(key), Tombstone)]
-    live = [each for each in found.values() if isinstance(each, RecordRow)]
+    again = unknown_deletions(ledger, testimony)
+    live = held_rows(context, again)
     text = f"a backup was restored: {len(live)} records that were deleted since are deleted again"
     witnessed = testimony.head.num_events if testimony.head else 0
     if (lost := witnessed - ledger.event_head().num_events) > 0:
         text += f"; {lost} events are lost: submit requests that came in since once more"
     context.report(Notice(text))
     if again:
-        named: dict[str, list[RecordRow]] = {each.request_id: [] for each in again}
+        named: dict[str, list[RecordRow]] = {each.request_id: [] for each in again.values()}
         for row in live:
-            named[dead[row.id_digest].request_id].append(row)
-        requests, change = _requests_again(context, again)
-        absent = [each for each in again if each.id_digest not in found]
+            named[again[row.id_digest].request_id].append(row)
+        requests, change = _requests_again(context, again.values())
+        absent = [again[key] for key in again.keys() - {row.id_digest for row in live}]
         try:
             removal = Removal(requests, named)
             commit_removed(context, removal, replace(change, tombstones=absent), held_too=True)
@@ -112,12 +108,21 @@ def apply_testimony(context: Context) -> None:
                 "after the last deletion: of an encrypted model an older one can't be read where "
                 "records were deleted",
             ) from error
-    context.stores.witness.append(ledger.event_head(), (), (), restrictions(ledger))
+    record_rest(context)
     if again:
         erase_unknown(context)
 
 
-def _requests_again(context: Context, again: Sequence[Tombstone]) -> tuple[list[Request], Change]:
+def unknown_deletions(ledger: Ledger, testimony: Testimony) -> dict[str, Tombstone]:
+    """Return what a witness records as deleted and the ledger does not, by keyed id.
+
+    A record that is held although its ledger knows of its deletion came in again afterwards.
+    """
+    known = {each.id_digest: each for each in ledger.tombstones()}
+    return {key: each for key, each in testimony.tombstones.items() if known.get(key) != each}
+
+
+def _requests_again(context: Context, again: Collection[Tombstone]) -> tuple[list[Request], Change]:
     """Return the requests that deleted these records, approved again, and what adds them to the ledger.
 
     A request that the ledger lacks is made again.
