@@ -81,9 +81,8 @@ class SqlLedger(Database):
 
     def commit(self, change: Change) -> int:
         with self._guard(), self.backend.writing() as connection:
-            removed = _identified(connection, change.unidentified)
-            seq = apply(connection, change)
-        self.unscrubbed.update(each.key for each in removed)
+            seq, unidentified = _apply(connection, change)
+        self.unscrubbed |= unidentified
         return seq
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
@@ -318,12 +317,15 @@ def _row(table: sa.Table, held: Any) -> dict[str, Any]:
     return values
 
 
-def apply(connection: sa.Connection, change: Change) -> int:
-    """Write a change, and return the number of its transaction. Raise rows.Damaged."""
+def _apply(connection: sa.Connection, change: Change) -> tuple[int, set[str]]:
+    """Write a change; return its transaction's number, and the keys of the identities that it removed.
+
+    Raise rows.Damaged.
+    """
     before = rows.read(connection, META, META.c.key == SEQ)
     seq = int(before[0][1]) + 1 if before else 1
     writing = Writing(connection)
-    _remove(writing, change)
+    unidentified = _remove(writing, change)
     writing.insert(RECORDS, [{**asdict(row), "seq": seq} for row in change.added])
     for table, values in (
         (TOMBSTONES, change.tombstones),
@@ -345,23 +347,24 @@ def apply(connection: sa.Connection, change: Change) -> int:
     _append_events(writing, change.events)
     writing.end()
     writing.end_keyed(seq)
-    return seq
+    return seq, unidentified
 
 
-def _remove(writing: Writing, change: Change) -> None:
+def _remove(writing: Writing, change: Change) -> set[str]:
+    """Remove rows; return the keys of the removed identities."""
     writing.remove(RECORDS, [(each.id_digest,) for each in change.removed])
     writing.remove(CHECKPOINTS, [(key,) for key in change.dropped])
     writing.remove(INDEXES, [(shard,) for shard in change.unindexed])
     writing.remove(HEADS, [(shard,) for shard in change.headless])
     writing.remove(EXPORTS, list(change.unexported))
     writing.remove(SLICES, list(change.emptied))
-    if change.unidentified:
-        gone = _identified(writing.connection, change.unidentified)
-        writing.remove(IDENTITIES, [(each.key, each.id_digest) for each in gone])
+    gone = _identified(writing.connection, change.unidentified)
+    writing.remove(IDENTITIES, [(each.key, each.id_digest) for each in gone])
     if change.unvaulted:
         pairs = rows.read_all(writing.connection, VAULTED)  # without an index
         writing.remove(VAULTED, [(n, each) for n, each, _ in pairs if n in change.unvaulted])
         writing.remove(VAULT, [(name,) for name in change.unvaulted])
+    return {each.key for each in gone}
 
 
 def _identified(connection: sa.Connection, id_digests: Collection[str]) -> list[Identity]:
