@@ -534,6 +534,17 @@ def test_whoever_watches_is_woken_by_a_commit(place: Path | str) -> None:
         assert ledger.seq() == 2
 
 
+def test_watching_leaves_errors_of_another_database_alone(place: Path | str) -> None:
+    foreign = sqlite3.DatabaseError("of another database")
+    with (
+        opened(place, create=True) as ledger,
+        pytest.raises(sqlite3.DatabaseError) as caught,
+        ledger.watch(),
+    ):
+        raise foreign
+    assert caught.value is foreign
+
+
 def bytes_at_rest(path: Path) -> bytes:
     """Return the bytes of the database, its write-ahead log and SQLite's other files."""
     return b"".join(each.read_bytes() for each in path.parent.glob(path.name + "*"))

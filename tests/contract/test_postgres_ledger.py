@@ -131,6 +131,9 @@ def test_a_lost_connection_is_a_fault_of_the_surroundings(
         with pytest.raises(EnvironmentFault):
             ledger.seq()
     assert ledger.seq() == 1  # on a new connection
+    postgres.execute(end)
+    with pytest.raises(EnvironmentFault):
+        _ = ledger.read_only
 
 
 def test_a_server_that_is_not_there_is_a_fault_of_the_surroundings(tmp_path: Path) -> None:

@@ -202,7 +202,8 @@ class Database:
 
     @property
     def read_only(self) -> bool:
-        return self.backend.read_only
+        with self._guard():
+            return self.backend.read_only
 
     @property
     def where(self) -> str:
@@ -218,8 +219,15 @@ class Database:
 
         Its argument is the most seconds to wait. It may return True for nothing.
         """
-        with self._guard(), self.backend.watch() as wait:
-            yield wait
+        with contextlib.ExitStack() as stack:
+            with self._guard():
+                wait = stack.enter_context(self.backend.watch())
+
+            def typed_wait(timeout_s: float) -> bool:
+                with self._guard():
+                    return wait(timeout_s)
+
+            yield typed_wait
 
     def close(self) -> None:
         self.backend.close()
@@ -416,27 +424,19 @@ def upgrade_ledger(place: Path | str) -> bool:
     Older programs can't open the ledger afterwards. So what several nodes share is brought up on request
     alone. Raise IntegrityError for a ledger that is empty or of a later version.
     """
-    own = backend_at(place)
-    try:
-        with typed(own):
-            with own.reading() as connection:
-                older = own.version(connection) in UPGRADED
-            if older:
-                _bring_up(own)
-    finally:
-        own.close()
+    with contextlib.closing(backend_at(place)) as own, typed(own):
+        with own.reading() as connection:
+            older = own.version(connection) in UPGRADED
+        if older:
+            _bring_up(own)
     Database(place).close()
     return older
 
 
 def ledger_version(place: Path | str) -> int:
     """Return the version of a ledger's schema; 0 if there are no tables."""
-    own = backend_at(place)
-    try:
-        with typed(own), own.reading() as connection:
-            return own.version(connection)
-    finally:
-        own.engine.dispose()
+    with contextlib.closing(backend_at(place)) as own, typed(own), own.reading() as connection:
+        return own.version(connection)
 
 
 def _bring_up(own: Backend) -> None:

@@ -43,19 +43,14 @@ CHANNEL = "sisa_ledger"
 REWRITING_S = 120.0  # most that a reader waits while `scrub` rewrites a table
 POLL_S = 0.05  # between two attempts to take a lock
 _STATEMENTS = Statements(capacity=500)
-_BUSY = (
-    "55P03",
-    "40001",
-    "40P01",
-    "57014",
-)  # a lock, a conflict, a deadlock, a statement that ran too long
+# A lock, a conflict, a deadlock, a statement that ran too long.
+_BUSY = ("55P03", "40001", "40P01", "57014")
 _SURROUNDINGS = ("08", "25", "28", "3D", "3F", "42501", "53", "54", "57", "58")  # SQLSTATE begins with
 _KEEP_ALIVE = (
     "SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3"
 )
-_held: dict[
-    str, list[psycopg.Connection[Any]]
-] = {}  # by URL: the sessions of this process that hold locks
+# By URL: the sessions of this process that hold locks.
+_held: dict[str, list[psycopg.Connection[Any]]] = {}
 
 
 def _connected(
@@ -175,9 +170,8 @@ class Postgres:
 
     def scrub(self, removed: Collection[RecordRow] | None, keys: Collection[str]) -> None:
         """Rewrite the tables; those that may be large only if they lost rows, and readers wait."""
-        spared = (
-            {TOMBSTONES, NAMED} | (set() if removed else {RECORDS}) | (set() if keys else {IDENTITIES})
-        )
+        spared = {TOMBSTONES, NAMED}
+        spared |= (set() if removed else {RECORDS}) | (set() if keys else {IDENTITIES})
         if removed is None:
             spared = set()
         tables = ", ".join(table.name for table in schema.sorted_tables if table not in spared)
@@ -194,21 +188,17 @@ class Postgres:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Watch]:
-        with guarded(self.where):
-            connection = _connected(self.where, autocommit=True)
-        with connection:
-            with guarded(self.where):
-                connection.execute(f"LISTEN {CHANNEL}")
-                (own,) = connection.execute("SELECT current_schema()").fetchone() or ("",)
+        with _connected(self.where, autocommit=True) as connection:
+            connection.execute(f"LISTEN {CHANNEL}")
+            (own,) = connection.execute("SELECT current_schema()").fetchone() or ("",)
 
             def wait(timeout_s: float) -> bool:
-                with guarded(self.where):
-                    deadline = time.monotonic() + timeout_s
-                    while (left := deadline - time.monotonic()) > 0:
-                        for note in connection.notifies(timeout=left, stop_after=1):
-                            if note.payload == own:
-                                return True
-                    return False
+                deadline = time.monotonic() + timeout_s
+                while (left := deadline - time.monotonic()) > 0:
+                    for note in connection.notifies(timeout=left, stop_after=1):
+                        if note.payload == own:
+                            return True
+                return False
 
             yield wait
 
