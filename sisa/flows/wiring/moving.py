@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sisa.config.config import RunConfig
-from sisa.core.errors import Busy, ConfigConflict, InvalidInput
+from sisa.core.errors import InvalidInput
 from sisa.core.ports import Change
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.wiring import LEDGER, LEDGER_URL, LEDGERS_LEFT, ledger_place, lock_beside
 from sisa.store.blobs import files
-from sisa.store.ledger.database import backend_at, ledger_version, upgrade_ledger
+from sisa.store.ledger.database import backend_at, upgrade_ledger
 from sisa.store.ledger.ledger import SqlLedger, erase_ledger
 
 UNFINISHED = f"{files.TEMPORARY_PREFIX}{LEDGER}"  # a file that a move fills
@@ -46,18 +46,11 @@ def move_ledger(directory: Path, to: str | None) -> LedgerMoved:
     if not wiring.has_ledger(directory):
         raise InvalidInput("there is no model in this directory", where=str(directory))
     wiring.describe(directory)  # refuses what was never committed, and another model's key
-    place = ledger_place(directory)
     target = directory / LEDGER if to is None else to
-    if target == place:
-        raise InvalidInput("the ledger is there already", where=str(target))
-    with _alone(directory, place, target):
+    with _alone(directory, target) as place:
         erase_left(directory)
-        if isinstance(target, str) and ledger_version(target) != 0:
-            raise ConfigConflict(
-                "there is a ledger already, of another model or of another directory",
-                where=target,
-                next_step="give each model a database or a schema of its own",
-            )
+        if isinstance(target, str):
+            wiring.check_free(target)
         urls = [each for each in (place, target) if isinstance(each, str)]
         files.write_atomic(directory / LEDGERS_LEFT, "\n".join(urls).encode())
         moved = _filled(directory, place, target)
@@ -70,17 +63,13 @@ def move_ledger(directory: Path, to: str | None) -> LedgerMoved:
 
 
 @contextlib.contextmanager
-def _alone(directory: Path, place: Path | str, target: Path | str) -> Iterator[None]:
-    """Keep writers and whoever decides about requests out, at both places."""
-    with contextlib.ExitStack() as stack:
-        for each in (place, target):
-            stack.enter_context(lock_beside(each))
-        own = backend_at(place)
-        stack.callback(own.close)
-        stack.enter_context(own.exclusive())
-        if ledger_place(directory) != place:
-            raise Busy("the ledger has just been moved", where=str(directory), next_step="try again")
-        yield
+def _alone(directory: Path, target: Path | str) -> Iterator[Path | str]:
+    """Keep writers and whoever decides about requests out, at both places; provide the present one."""
+    with wiring.model_lock(directory) as place:
+        if target == place:
+            raise InvalidInput("the ledger is there already", where=str(target))
+        with contextlib.closing(backend_at(place)) as own, lock_beside(target), own.exclusive():
+            yield place
 
 
 def _filled(directory: Path, place: Path | str, target: Path | str) -> LedgerMoved:
@@ -119,8 +108,7 @@ def upgrade_model(directory: Path) -> tuple[str, bool]:
     """Bring up the ledger of an earlier version; return where it is, and whether it was one."""
     if not wiring.has_ledger(directory):
         raise InvalidInput("there is no model in this directory", where=str(directory))
-    place = ledger_place(directory)
-    with wiring.model_lock(directory):
+    with wiring.model_lock(directory) as place:
         return str(place), upgrade_ledger(place)
 
 

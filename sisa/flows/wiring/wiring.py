@@ -169,23 +169,31 @@ def claim_ledger(directory: Path, url: str | None) -> None:
         )
     if url is None or here == url:
         return
+    check_free(url)
+    files.write_atomic(directory / LEDGER_URL, f"{url}\n".encode())
+
+
+def check_free(url: str) -> None:
+    """Raise ConfigConflict if there is a ledger at a URL."""
     if ledger_version(url) != 0:
         raise ConfigConflict(
             "there is a ledger already, of another model or of another directory",
             where=url,
             next_step="give each model a database or a schema of its own",
         )
-    files.write_atomic(directory / LEDGER_URL, f"{url}\n".encode())
 
 
 @contextlib.contextmanager
-def model_lock(directory: Path, url: str | None = None) -> Iterator[None]:
-    """Hold a model's only writer lock, beside its ledger; a new model's will be at `url`. Raise Busy."""
+def model_lock(directory: Path, url: str | None = None) -> Iterator[Path | str]:
+    """Hold a model's only writer lock, beside its ledger; a new model's will be at `url`.
+
+    Provide the place of the present ledger. Raise Busy.
+    """
     place = ledger_place(directory)
     with lock_beside(place if isinstance(place, str) else url or place):
         if ledger_place(directory) != place:
             raise Busy("the ledger has just been moved", where=str(directory), next_step="try again")
-        yield
+        yield place
 
 
 def move_is_unfinished(directory: Path) -> bool:
