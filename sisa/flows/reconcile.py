@@ -415,11 +415,11 @@ def _look_up_prompts(context: Context, block: SisaBlock) -> HeldPrompts | None:
     how = block.aggregation.model_copy(update={"below": "base"})
     block = block.model_copy(update={"aggregation": how})
     live, counted = frozenset(live_heads(context)), [0, 0, 0]
-    silent = {row.id_digest for row in restricted_rows(context.stores.ledger)}
+    restricted = {row.id_digest for row in restricted_rows(context.stores.ledger)}
     for file in files:
         rows = context.stores.ledger.rows(file.shard)[: -(-MAX_LOOKED_UP // len(files))]
-        heard = [row for row in rows if row.kind != "text" and row.id_digest not in silent]
-        asking = sorted(row.vector_id for row in heard)
+        served = [row for row in rows if row.kind != "text" and row.id_digest not in restricted]
+        asking = sorted(row.vector_id for row in served)
         try:
             vectors = context.stores.index.vectors(file, asking, by="asked")
             found = routing_hits(context, vectors, NUM_ROUTING_HITS)

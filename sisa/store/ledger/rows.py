@@ -38,14 +38,11 @@ UPGRADED = (4,)  # versions without the tables that this one adds
 schema = sa.MetaData()
 
 
-# PostgreSQL's integers are shorter, and its texts are ordered by a language unless told otherwise.
+# By default, PostgreSQL's integers are shorter, and its texts are in the order of a language.
 _NUMBER = sa.Integer().with_variant(sa.BigInteger(), "postgresql")
 _TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
-_TYPES: dict[Any, Any] = {
-    int: _NUMBER,
-    bool: _NUMBER,
-    float: sa.Float(),
-}  # all others are text, most of them JSON
+# All others are text, most of them JSON.
+_TYPES: dict[Any, Any] = {int: _NUMBER, bool: _NUMBER, float: sa.Float()}
 
 
 def _table(
