@@ -36,6 +36,7 @@ from cluster.render.render import (
     retrained,
     share,
 )
+from sisa.core.requests import CLOSED
 
 if TYPE_CHECKING:
     from sisa.core.domain import Regime, Request, RequestState
@@ -229,8 +230,8 @@ def run_requests(
 def _line(view: RequestView) -> str:
     request = view.request
     name = f" ({request.external_id})" if request.external_id else ""
-    closed = request.state in ("completed", "denied", "cancelled")
-    left = "" if closed else f", due {request.due}, {counted(view.days_left, 'day')} left"
+    days = f", due {request.due}, {counted(view.days_left, 'day')} left"
+    left = "" if request.state in CLOSED else days
     records = counted(request.num_records, "record")
     return f"{request.request_id}{name}: {request.state}, {records}{left}"
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.render.render import counted, printable, share
 from sisa.core.errors import Busy, SisaError
+from sisa.core.requests import CLOSED
 from sisa.evidence.log import CHECKPOINT, Log, check_log
 from sisa.verifier import note
 from sisa.verifier.certificate import CERTIFICATES, CHAINED, URN, verify_chain
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from sisa.model import Model
 
 Attention = tuple[int, str, str, str]  # count (True: not counted), severity, what, next step
-CLOSED = ("completed", "denied", "cancelled")
 MAX_BARS = 24
 NUM_READS = 3  # of a model that others change
 SOON_DAYS = 7

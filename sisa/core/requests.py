@@ -33,6 +33,7 @@ RECTIFY = "sisa rectify"  # approves and names the deletions of a rectification
 
 ACCEPTED: tuple[RequestState, ...] = ("committed", "rolled_back")  # both by one commit
 OPEN: frozenset[RequestState] = frozenset({"received", "approved", "held"})
+CLOSED: frozenset[RequestState] = frozenset({"completed", "denied", "cancelled"})
 UNDER_WAY: tuple[RequestState, ...] = (*ACCEPTED, "erased", "erasure_failed", "retrained")
 BY_HAND: dict[RequestState, frozenset[RequestState]] = {
     "approved": frozenset({"received", "held", "failed"}),
@@ -73,10 +74,15 @@ def is_under_way(request: Request) -> bool:
     return request.state in UNDER_WAY or (request.state == "failed" and request.committed_at != "")
 
 
+def may_become(request: Request, state: RequestState) -> bool:
+    """Return whether people may move a request to a state."""
+    return request.state in BY_HAND.get(state, frozenset()) and not is_under_way(request)
+
+
 def moved(request: Request, state: RequestState, note: str = "") -> Request:
     """Return a request after a person's decision. Raise ConfigConflict if its state forbids it."""
-    allowed = BY_HAND.get(state, frozenset())
-    if request.state not in allowed or is_under_way(request):
+    if not may_become(request, state):
+        allowed = BY_HAND.get(state, frozenset())
         raise ConfigConflict(
             f"a request that is {request.state} can't become {state}",
             where=request.request_id,
@@ -116,8 +122,7 @@ def extended(request: Request, reason: str) -> Request:
     """Return a request with a due date two months later. Raise InvalidInput or ConfigConflict."""
     if not reason.strip():
         raise InvalidInput("an extension needs a reason", next_step="give --reason")
-    finished = request.state in ("completed", "denied", "cancelled")
-    if request.regime != "gdpr" or request.extension or finished:
+    if request.regime != "gdpr" or request.extension or request.state in CLOSED:
         raise ConfigConflict(
             "this request can't be extended",
             where=request.request_id,

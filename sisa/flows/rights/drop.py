@@ -30,16 +30,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from sisa.core.domain import RecordRow, Request, WorkItem
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, Problem, Problems
 from sisa.core.ports import Change, merged
-from sisa.core.requests import OPEN, days_left, event, is_under_way, moved
+from sisa.core.requests import CLOSED, days_left, event, may_become, moved
 from sisa.data.drop_lists import (
     CYCLE_DAYS,
     DELETED,
@@ -64,7 +65,6 @@ CYCLE = "drop"  # in the ledger's meta: the broker, and the day of the last down
 REASON = "California DROP"
 AMEND = "amend"  # folder of the responses that correct earlier ones
 FEW_KEYS = 1000  # above, all identities are read at once
-CLOSED = ("denied", "cancelled", "completed")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def import_lists(
     withdrawn = {each.item: each for each in _withdrawn(download, known)}
     items = known | arrived | withdrawn
     requests = {each.request_id: each for each in ledger.requests()}
-    cancelled = _cancelled(items.values(), withdrawn, requests)
+    ended = _ended(items.values(), withdrawn)  # before work items that are left get other requests
+    cancelled = _cancelled(ended, requests)
     requests |= {each.request_id: each for each in cancelled}
     matched = _match(context, items.values(), requests)
     asked = Terms(reason=REASON, regime="delete-act", approver=approver, submitter=submitter)
@@ -158,7 +159,7 @@ def import_lists(
         work_items=[each for item, each in sorted(items.items()) if each != known.get(item)],
         requests=cancelled,
         events=[event(each, context.now(), "withdrawn at DROP") for each in cancelled],
-        unidentified=_lifted(context, withdrawn.values(), items.values(), requests),
+        unidentified=_lifted(context, ended, requests),
         meta=_meta(context, download),
     )
     if own.work_items or own.meta[CYCLE] != ledger.meta().get(CYCLE):
@@ -242,10 +243,8 @@ def _match(
         if (row := rows.get(pair.id_digest)) is not None:
             for each in by_key[pair.key]:
                 found[each.item].setdefault(row.subject_digest or row.id_digest, row)
-    return {
-        item: [_all_of(context, row) for _, row in sorted(consumers.items())]
-        for item, consumers in found.items()
-    }
+    whole = {whose: _all_of(context, row) for each in found.values() for whose, row in each.items()}
+    return {item: [whole[each] for each in sorted(its)] for item, its in found.items()}
 
 
 def _is_open(item: WorkItem, requests: Mapping[str, Request]) -> bool:
@@ -283,8 +282,7 @@ def _requests(
         rows = consumers[0]
         whose = frozenset(row.id_digest for row in rows)
         if whose not in named:
-            again = next(n for n in range(1, len(used) + 2) if _external_id(item, n) not in used)
-            name = _external_id(item, again)
+            name = next(each for each in _external_ids(item) if each not in used)
             new = arrive(context, rows, (), replace(asked, external_id=name))
             arrivals.append(replace(new, request=replace(new.request, due=due)))
             named[whose] = new.request.request_id
@@ -293,37 +291,30 @@ def _requests(
     return arrivals, joined
 
 
-def _external_id(item: str, number: int) -> str:
-    return f"DROP-{item}" if number == 1 else f"DROP-{item}-{number}"
+def _external_ids(item: str) -> Iterator[str]:
+    """Yield the external ids that a work item's requests may have, in their order."""
+    yield f"DROP-{item}"
+    yield from (f"DROP-{item}-{number}" for number in count(2))
 
 
-def _cancelled(
-    items: Iterable[WorkItem], withdrawn: Collection[str], requests: Mapping[str, Request]
-) -> list[Request]:
-    """Return the requests of withdrawn work items alone, cancelled unless they were carried out."""
+def _ended(items: Iterable[WorkItem], withdrawn: Mapping[str, WorkItem]) -> list[str]:
+    """Return the requests that stood for withdrawn work items alone."""
     wanted = {each.request_id for each in items if each.key}
-    ended = {each.request_id for each in items if each.item in withdrawn} - wanted - {""}
-    may = OPEN | {"failed"}
-    return [
-        moved(requests[each], "cancelled")
-        for each in sorted(ended & requests.keys())
-        if requests[each].state in may and not is_under_way(requests[each])
-    ]
+    return sorted({each.request_id for each in withdrawn.values()} - wanted - {""})
 
 
-def _lifted(
-    context: Context,
-    withdrawn: Iterable[WorkItem],
-    items: Iterable[WorkItem],
-    requests: Mapping[str, Request],
-) -> list[str]:
-    """Return the deleted records that withdrawn work items alone kept out of the model."""
-    wanted = {each.request_id for each in items if each.key}
-    ended = {each.request_id for each in withdrawn} - wanted
+def _cancelled(ended: Iterable[str], requests: Mapping[str, Request]) -> list[Request]:
+    """Return requests whose work items are withdrawn, cancelled unless they were carried out."""
+    held = [requests[each] for each in ended if each in requests]
+    return [moved(each, "cancelled") for each in held if may_become(each, "cancelled")]
+
+
+def _lifted(context: Context, ended: Iterable[str], requests: Mapping[str, Request]) -> list[str]:
+    """Return the deleted records that requests kept out of the model, now that these have ended."""
     named = [
         record
-        for each in sorted(ended & requests.keys())
-        if requests[each].committed_at
+        for each in ended
+        if each in requests and requests[each].committed_at
         for record in context.stores.ledger.named_by(each)
     ]
     return sorted(set(named) - {row.id_digest for row in held_rows(context, named)})

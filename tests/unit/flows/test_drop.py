@@ -199,6 +199,16 @@ def test_whoever_was_deleted_stays_out_until_the_withdrawal(fake: FakeModel) -> 
     assert held == {row.id_digest for shard in range(3) for row in fake.ledger.rows(shard)}
 
 
+def test_one_withdrawal_of_two_lets_nothing_in_again(fake: FakeModel) -> None:
+    """Whoever is deleted a second time for a work item that is left is still deleted for the first."""
+    both = import_lists(fake.context, download(*ALL[:2])).requests
+    run(fake.context, *both)
+    add(fake.context, [record(10, "ada", **email("ada"))], allow_deleted=True)
+    assert len(import_lists(fake.context, download(removed=[ALL[0]], day=LATER)).requests) == 1
+    with pytest.raises(InvalidInput, match="had themselves deleted"):
+        add(fake.context, [record(11, "eve", **phone("916 555 0100"))])
+
+
 def test_other_deletions_leave_no_identity(fake: FakeModel) -> None:
     from sisa.flows.deletion import Terms
     from sisa.flows.lifecycle import submit
