@@ -166,7 +166,7 @@ def on_no_list(identifiers: Iterable[str]) -> list[str]:
     ['last_name', 'vin']
     """
     given = set(identifiers)
-    whole = [parts for parts in LISTS.values() if given.issuperset(parts)]
+    whole = [names for names in LISTS.values() if given.issuperset(names)]
     return sorted(given.difference(*whole))
 
 
@@ -187,13 +187,13 @@ def identifier_problems(identifier: str, column: str, value: Any) -> Iterator[st
 
 
 def hashes(identifiers: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return every (list, hash) that a person's identifiers give, without those of a list's parts."""
+    """Return every (list, hash) of a person's identifiers; a list of several needs all of them."""
     texts = {name: _texts(name, value) for name, value in identifiers.items()}
     found = []
     for kind, names in LISTS.items():
         for values in product(*(texts.get(name, []) for name in names)):
-            parts = [hash_of(value) for value in values]
-            found.append((kind, parts[0] if len(parts) == 1 else hash_of("".join(parts))))
+            hashed = [hash_of(value) for value in values]
+            found.append((kind, hashed[0] if len(hashed) == 1 else hash_of("".join(hashed))))
     return found
 
 
@@ -295,17 +295,17 @@ class _Reading:
                 self.problems.add(entry.filename, "two files of one name")
             else:
                 self.names[file], self.rows[file] = (named[1], named[2]), []
-                with archive.open(entry) as opened:
-                    self._file(file, opened)
+                with archive.open(entry) as stream:
+                    self._file(file, stream)
         if not entries:
             self.problems.add("the ZIP", "holds no file")
         if len(set(self.names.values())) > 1:
             self.problems.add("the ZIP", "holds files of several days or brokers")
 
-    def _file(self, file: str, opened: IO[bytes]) -> None:
+    def _file(self, file: str, stream: IO[bytes]) -> None:
         kind, name = kind_of(file), f"{file}.csv"
         columns = ["ID", "Hash", "ListType"] if kind == REMOVED else ["ID", "Hash"]
-        lines = self._lines(name, opened)
+        lines = self._lines(name, stream)
         if next(lines, ("", None))[1] != columns:
             self.problems.add(f"{name}, line 1", f"expected the header {','.join(columns)}")
             return
@@ -315,10 +315,10 @@ class _Reading:
             if cells is not None:
                 self._row(where, cells, columns, kind, self.rows[file])
 
-    def _lines(self, name: str, opened: IO[bytes]) -> Iterator[tuple[str, list[str] | None]]:
+    def _lines(self, name: str, stream: IO[bytes]) -> Iterator[tuple[str, list[str] | None]]:
         """Yield the cells of each line; None after a line that can't be read. Raise Broken."""
         number = 0
-        while line := opened.readline(MAX_LINE_BYTES + 1):
+        while line := stream.readline(MAX_LINE_BYTES + 1):
             number += 1
             where = f"{name}, line {number}"
             self._left -= len(line)
@@ -362,7 +362,7 @@ class _Reading:
 
 def _is_day(text: str) -> bool:
     try:
-        datetime.strptime(text, "%Y%m%d")
+        day_of(text)
     except ValueError:
         return False
     return True

@@ -543,10 +543,10 @@ class _Issuing:
     def restrictions(self) -> list[Logged]:
         """State whose processing is restricted and what is served, unless the log says the same."""
         ledger = self.context.stores.ledger
-        known, rows = restrictions(ledger), restricted_rows(ledger)
+        known = restrictions(ledger)
         if not known.number:
             return []
-        counts = Counter(row.subject_digest for row in rows)
+        counts = Counter(row.subject_digest for row in restricted_rows(ledger))
         keyed, served = self.context.settings.chain.keyed, served_by(ledger, served_heads(ledger))
         said = certificate.restriction(keyed, known, counts, served_by(ledger), served)
         stated = [each.subject for each in self.logged if each.kind == RESTRICTION]

@@ -75,7 +75,7 @@ def held_of(
             "settings": {"shards": own.shards, "slices": own.slices, **config.training()},
         },
         "records": _records(context, rows),
-        "deleted": [_deleted(context, each) for each in dead],
+        "deleted": _deleted(context, dead),
         "requests": _requests(context, rows, dead),
         "recipients": [asdict(each) for each in recipients(context, rows, dead)],
         "rights": list(RIGHTS),
@@ -119,20 +119,20 @@ def row_of(record: Record) -> dict[str, Any]:
 def _records(context: Context, rows: Sequence[RecordRow]) -> list[dict[str, Any]]:
     stored = {e.id_digest: e.record for e in stored_in(context, slices_of(context, rows), rows)}
     held = [(stored[row.id_digest], row) for row in rows if row.id_digest in stored]
-    places = query.where(context, [record.id for record, _ in held])
+    locations = query.where(context, [record.id for record, _ in held])
     return [
         {
             "data": row_of(record),
             "num_tokens": row.num_tokens,
-            "shard": place.shard,
-            "slice": place.slice,
-            "state": place.state,
-            "checkpoints": [asdict(each) for each in place.checkpoints],
-            "num_cached_states": len(place.kept_states),
-            "patches": [asdict(each) for each in place.patches],
-            "vault": [_kept(each) for each in place.vault],
+            "shard": found.shard,
+            "slice": found.slice,
+            "state": found.state,
+            "checkpoints": [asdict(each) for each in found.checkpoints],
+            "num_cached_states": len(found.kept_states),
+            "patches": [asdict(each) for each in found.patches],
+            "vault": [_kept(each) for each in found.vault],
         }
-        for (record, row), place in zip(held, places, strict=True)
+        for (record, row), found in zip(held, locations, strict=True)
     ]
 
 
@@ -141,21 +141,29 @@ def _kept(found: VaultSet) -> dict[str, Any]:
     return {"role": found.role, "consent": found.consent, "put_at": found.put_at}
 
 
-def _deleted(context: Context, row: Tombstone) -> dict[str, Any]:
-    """Return what is left of a deleted record; its text, if somebody consented to keep that."""
+def _deleted(context: Context, dead: Sequence[Tombstone]) -> list[dict[str, Any]]:
+    """Return what is left of deleted records; their texts, if somebody consented to keep them."""
     ledger, digest = context.stores.ledger, context.settings.assigner.id_digest
-    names = ledger.sets_with([row.id_digest]).get(row.id_digest, [])
-    sets = [each for each in ledger.vault() if each.name in names and each.held]
-    texts = [e for s in sets for e in context.stores.vault.read(s) if digest(e.id) == row.id_digest]
-    return {
-        "request_id": row.request_id,
-        "deleted_at": row.deleted_at,
-        "shard": row.shard,
-        "slice": row.slice,
-        "num_checkpoints_erased": row.checkpoints_erased,
-        "data": row_of(texts[0]) if texts else None,
-        "vault": [_kept(each) for each in sets],
-    }
+    names = ledger.sets_with([each.id_digest for each in dead])
+    named = {name for each in names.values() for name in each}
+    sets = {each.name: each for each in ledger.vault() if each.name in named and each.held}
+    texts: dict[str, Record] = {}
+    for each in sets.values():
+        for record in context.stores.vault.read(each):
+            if (key := digest(record.id)) in names:
+                texts.setdefault(key, record)
+    return [
+        {
+            "request_id": row.request_id,
+            "deleted_at": row.deleted_at,
+            "shard": row.shard,
+            "slice": row.slice,
+            "num_checkpoints_erased": row.checkpoints_erased,
+            "data": row_of(texts[row.id_digest]) if row.id_digest in texts else None,
+            "vault": [_kept(sets[name]) for name in names.get(row.id_digest, ()) if name in sets],
+        }
+        for row in dead
+    ]
 
 
 def _requests(

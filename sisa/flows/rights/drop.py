@@ -468,5 +468,4 @@ def _write(directory: Path, contents: Mapping[str, bytes]) -> None:
     if directory.exists() and not directory.is_dir():
         raise EnvironmentFault("the directory is a file", where=str(directory))
     for name, data in sorted(contents.items()):
-        files.make_directory((directory / name).parent)
         files.write_atomic(directory / name, data)

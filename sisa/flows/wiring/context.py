@@ -57,7 +57,7 @@ from sisa.planning.plan import (
     held_back,
     plan_shard,
     prefix_names,
-    touched,
+    tainted_checkpoints,
 )
 from sisa.store.index import Warm
 
@@ -378,8 +378,9 @@ def served_heads(ledger: ports.Ledger) -> list[Head]:
 
 def servable(ledger: ports.Ledger) -> frozenset[str]:
     """Return the keys of the held checkpoints that saw no restricted record."""
-    rows = restricted_rows(ledger)
-    return frozenset(e.key for e in ledger.checkpoints() if not any(touched(e, row) for row in rows))
+    made = ledger.checkpoints()
+    gone = {*tainted_checkpoints(made, restricted_rows(ledger))}
+    return frozenset(each.key for each in made if each.key not in gone)
 
 
 def live_heads(context: Context) -> dict[int, str]:
