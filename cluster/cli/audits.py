@@ -66,7 +66,7 @@ def report(directory: Path, target: Path | None, made_by: str) -> Result:
     return Result(body | {"html": str(target) if target else None}, lines)
 
 
-revocations = command_group("revocations", "Tell holders of copies which adapters are revoked.")
+revocations = command_group("revocations", "Inform holders of copies which adapters are revoked.")
 
 
 @command("publish", "-m model", group=revocations)
@@ -106,7 +106,7 @@ def publish_feed(directory: Path, target: Path | None, days: int) -> Result:
 )
 @click.option("--log", "log", metavar="DIR|URL", help="The published log: the feed must be complete.")
 def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None, log: str | None) -> Result:
-    """Tell offline whether copies of adapters must go. Exit with 7 if a deletion revoked one."""
+    """Check offline whether copies of adapters must go. Exit with 7 if a deletion revoked one."""
     from sisa.evidence.model_signature import signed_weights
     from sisa.verifier.feed import check_adapter, check_present, verify_feed
 

@@ -119,7 +119,7 @@ def check_keys(file: Path, trusted: Path, where: str | None) -> Result:
             where=str(file),
             expected=f"the last key {keyid}",
             got=f"the last key {found.certificates[-1].keyid}",
-            next_step="give --log; or ask the model's owner, on another way, for the present keyid",
+            next_step="give --log; or ask the owner for the present keyid through another channel",
         )
     body = {"ok": True, "model": known.model, "keyid": keyid, "num_keys": len(known.certificates)}
     return Result(body, [f"the keys follow from the trusted ones; the last key is {keyid}"])
@@ -149,7 +149,7 @@ def _shown(model: Model, found: Keys) -> Result:
         f"log       {found.public.log}",
         f"VRF       {found.public.vrf.hex()}",
         f"published {places['published']}: certificates are checked with this file",
-        "Tell the last key's id to whoever checks them, on another way than the file. Back the keys up.",
+        "Give the last key's id to whoever checks them, but not with the file. Back the keys up.",
     ]
     named = {"signer": found.signer or None, "keyid": found.present.keyid}
     return Result({**places, **named, **body}, lines)

@@ -129,11 +129,11 @@ def _lora_layers(value: Any) -> Any:
 
 def ledger_url(value: Any) -> str:
     """Return the URL of a ledger. Raise a conflict for anything else, and for one with a password."""
-    parts = urlsplit(value) if isinstance(value, str) and NAME_PATTERN.fullmatch(value) else None
-    if parts is None or parts.scheme != "postgresql":
+    url = urlsplit(value) if isinstance(value, str) and NAME_PATTERN.fullmatch(value) else None
+    if url is None or url.scheme != "postgresql":
         raise conflict("expected postgresql://[USER@]HOST[:PORT]/DATABASE[?OPTIONS], as libpq reads it")
-    secret = {"password", "sslpassword"} & parse_qs(parts.query).keys()
-    if secret or ":" in parts.netloc.rpartition("@")[0]:
+    secret = {"password", "sslpassword"} & parse_qs(url.query).keys()
+    if secret or ":" in url.netloc.rpartition("@")[0]:
         raise conflict(
             "a password must not be here: put it into ~/.pgpass, PGPASSWORD or a service file"
         )
@@ -442,7 +442,7 @@ class SigningBlock(Block):
 
 
 class PrivacyBlock(Block):
-    """What a controller tells people about their data (GDPR Art. 15); `sisa access` hands it on."""
+    """What a controller must state to people who ask for their data (GDPR Art. 15)."""
 
     contact: Name | None = key(None, "none", "Who is responsible, and how to reach them.")
     purposes: Name | None = key(None, "none", "What the records are used for, and on what ground.")
@@ -488,10 +488,10 @@ class EngineSource(Block):
 
 
 class Tls(Block):
-    """Certificate and key with which a service speaks HTTPS, in PEM."""
+    """Certificate and key of a service's HTTPS, in PEM."""
 
-    cert: LocalPath = field(..., "Certificate, with those between it and its root.")
-    key: LocalPath = field(..., "Its key, unsealed; only its owner may read it.")
+    cert: LocalPath = field(..., "Certificate, followed by its intermediates.")
+    key: LocalPath = field(..., "Its key, without a password; readable by its owner alone.")
 
 
 class WebhookReceiver(Block):
@@ -510,7 +510,7 @@ class OpenDsrBlock(Block):
     domain: Name = field(..., "Domain of the service, for which the certificate is issued.")
     controller_id: Name = field(..., "Name of the controller, in responses.")
     certificate: LocalPath = field(..., "Certificate (PEM) whose key signs responses and callbacks.")
-    key: LocalPath = field(..., "Its RSA or EC key, unsealed; only its owner may read it.")
+    key: LocalPath = field(..., "Its RSA or EC key, without a password; readable by its owner alone.")
     callback_hosts: tuple[Name, ...] = field((), "Hosts that callbacks may go to, by HTTPS.")
 
 
@@ -522,25 +522,25 @@ class ServiceBlock(Block):
     on_deletion: Literal["retry", "end"] = key(
         "retry",
         "none",
-        "Answers that a deletion cuts: answer again by clean models, or end in an error.",
+        "Answers that a deletion cuts off: start again on clean models, or end in an error.",
     )
     max_concurrent: Int = key(
-        32, "none", "Answers that a replica writes at once; more wait.", ge=1, le=4096
+        32, "none", "Answers that a replica generates at once; more wait.", ge=1, le=4096
     )
-    max_body_bytes: Int = key(1 << 20, "none", "Bytes of a request's body.", ge=1024, le=1 << 30)
+    max_body_bytes: Int = key(1 << 20, "none", "Most bytes of a request's body.", ge=1024, le=1 << 30)
     engines: tuple[EngineSource, ...] = key(
         (), "none", "Other engines that load exports of this model; each deletion reaches them."
     )
-    rate_per_minute: Int = key(600, "none", "Requests of one token in a minute, of each replica.", ge=1)
+    rate_per_minute: Int = key(
+        600, "none", "Requests that each replica accepts from one token in a minute.", ge=1
+    )
     four_eyes: Bool = key(
-        False, "none", "Whether who submits a request may not approve it; commands as well as HTTP."
+        False, "none", "Whether submitters may not approve their own requests, by HTTP or command."
     )
     webhooks: tuple[WebhookReceiver, ...] = key(
         (), "none", "Receivers of changes of requests: {url, secret_file, events}."
     )
-    opendsr: OpenDsrBlock | None = key(
-        None, "none", "Names and keys for OpenDSR; null: it is not spoken."
-    )
+    opendsr: OpenDsrBlock | None = key(None, "none", "Names and keys for OpenDSR; null: OpenDSR is off.")
     tls: Tls | None = key(None, "none", "Files for HTTPS: {cert: PATH, key: PATH}; null: HTTP.")
 
 
@@ -629,7 +629,7 @@ class RunConfig(Block):
     cluster: ClusterBlock = field(ClusterBlock(), "Where training runs; does not affect the bits.")
     identifiers: Identifiers = field(Identifiers(), "Columns that identify persons on DROP's lists.")
     signing: SigningBlock = field(SigningBlock(), "Keys that sign certificates of deletions.")
-    privacy: PrivacyBlock = field(PrivacyBlock(), "What people who ask for their data are told.")
+    privacy: PrivacyBlock = field(PrivacyBlock(), "What `sisa access` states besides the data.")
     service: ServiceBlock = field(ServiceBlock(), "How the model is served over HTTP.")
     limits: SourceLimits = field(SourceLimits(), "Limits on the size of one source.")
 

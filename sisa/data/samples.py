@@ -4,7 +4,7 @@ The data is deterministic, and a person does not change when more people or more
 Every full name occurs once, and every answer holds an invented word that occurs in no other record, so
 that a byte scan can look for it after a deletion. Invented words have one length and one pattern
 (consonant, vowel, two consonants, vowel, consonant, vowel), so they can't contain each other, and
-neither a name nor a template matches the pattern. The corpus speaks of rivers, birds, trees and stones,
+neither a name nor a template matches the pattern. The corpus is about rivers, birds, trees and stones,
 never of a person; its invented words have eight letters, those of the people seven or fewer. Any match
 with a real person is an accident.
 

@@ -11,7 +11,7 @@ failure never stops a deletion; it is reported, and the certificate is pending.
 
     drafts        what can't be named any more, by request, until its certificate is logged
     commitments   sorted commitments to a request's records, from which receipts are made
-    given         what was told to a person, and is to be stated: the sha256 of the file, and numbers
+    given         files handed to people, and not stated yet: the sha256 of each, and numbers
     signed        the statement that is signed and not yet logged
     logged        what the log's statements are about: a copy, made again from the log if it is lost
     adapters      those that were held and are not revoked: which slices, as of which commit

@@ -458,7 +458,7 @@ def _successor(known: PublicKeys, handover: bytes, index: int) -> PublicKeys:
             "the known key did not sign the hand-over: it was lost or leaked, or this is a forgery",
             where=f"entry {index}",
             got=error.what,
-            next_step="ask the model's owner, on another way, for the present keyid",
+            next_step="ask the owner for the present keyid through another channel",
         ) from None
     named = members(statement["predicate"], "the hand-over", {"reason": str, "keys": dict})
     new = public_keys(named["keys"])

@@ -220,7 +220,7 @@ def rebuild_statement(found: Rebuild, certificate: Certificate, at: str) -> dict
 def add_rebuild(model: Model, envelope: bytes, public_key: CertificateKey) -> int:
     """Log a second party's statement beside the model's own, and return the number of its entry.
 
-    Raise Refused unless that key signed it and it speaks of a certificate of this log.
+    Raise Refused unless that key signed it and it is about a certificate of this log.
     """
     keys = keys_of(model)
     parties = replace(keys.public, certificates=(replace(public_key, since=0, until=None),))

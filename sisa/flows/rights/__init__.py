@@ -1,1 +1,1 @@
-"""Rights of a data subject beside erasure: access, restriction, recipients."""
+"""Rights of a data subject beside erasure: access, restriction, recipients; and California's DROP."""

@@ -2,7 +2,7 @@
 
 An export holds what its checkpoint saw, and what the patches in it were made from. One that is stale is
 named until it is erased, since somebody may still use it. Copies that others made are not known here;
-`sisa revocations publish` tells their holders.
+`sisa revocations publish` informs their holders.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from sisa.core.digest import digest_of
 from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import EnvironmentFault
 
-# Raised with every change of code that reaches the bits of a stage: tests/procedure.py tells how.
+# Raised with every change of code that reaches the bits of a stage: tests/procedure.py says how.
 PROCEDURE_VERSION = 5
 MMAP_THRESHOLD_BYTES, TRIM_THRESHOLD_BYTES = 64 << 20, 256 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h

@@ -41,14 +41,14 @@ def train_base(
     recipe: Mapping[str, Any],
     texts: Path,
     target: Path,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     prepare: Callable[[Any], Any] = lambda trainer: trainer,
     *,
     saves: bool = True,
 ) -> None:
     """Train a tokenizer and a decoder, and save them in `target` unless another worker `saves` them.
 
-    `tell` receives messages about the progress; `prepare` may wrap the `Trainer`, for several workers.
+    `report` receives messages about the progress; `prepare` may wrap the `Trainer`, for several workers.
     Raise InvalidInput if the corpus is too small.
     """
     logging.disable_progress_bar()
@@ -56,16 +56,18 @@ def train_base(
     corpus = [str(json.loads(line)) for line in texts.read_text(encoding="utf-8").splitlines()]
     tokenizer = make_tokenizer(corpus, recipe["vocab_size"])
     rows = pack(tokenizer, corpus, recipe["context_len"])
-    tell(f"the corpus has {len(rows) * recipe['context_len']:,} tokens, the vocabulary {len(tokenizer)}")
+    report(
+        f"the corpus has {len(rows) * recipe['context_len']:,} tokens, the vocabulary {len(tokenizer)}"
+    )
     torch.manual_seed(recipe["seed"])
     model = LlamaForCausalLM(_config(recipe, tokenizer))
-    tell(f"the base has {model.num_parameters():,} parameters")
+    report(f"the base has {model.num_parameters():,} parameters")
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
             args=_arguments(recipe, scratch),
             train_dataset=[{"input_ids": row, "labels": row} for row in rows],
-            callbacks=[_Telling(tell)],
+            callbacks=[_Reporting(report)],
         )
         trainer.remove_callback(PrinterCallback)  # it prints on standard output
         prepare(trainer).train()
@@ -150,11 +152,11 @@ def _arguments(recipe: Mapping[str, Any], scratch: str) -> Any:
     )
 
 
-class _Telling(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
+class _Reporting(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
             at = f"step {state.global_step} of {state.max_steps}"
-            self._tell(f"base: {at}, loss {float(logs['loss']):.3f}")
+            self._report(f"base: {at}, loss {float(logs['loss']):.3f}")

@@ -9,7 +9,7 @@ a checkpoint directory), so that no sealed file passes for another. A key is dur
 sealed with it, and its name never holds half a key: the name appears by a link, and disappears by a
 rename before the key is overwritten. A crash leaves keys under temporary names, which `held` lists, so
 that a later command destroys them. Plain bytes are returned as they are: a model that is partly
-encrypted can be read, and digests tell what is right.
+encrypted can be read, and digests show what is right.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:

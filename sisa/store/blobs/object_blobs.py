@@ -156,7 +156,7 @@ class ObjectBlobs:
         return self._put_if(name, data, IfNoneMatch="*")
 
     def _put_if(self, name: str, data: bytes, **condition: str) -> bool:
-        """Store a blob on a condition: 412 tells that it fails, 409 that another put is under way."""
+        """Store a blob on a condition: 412 means that it fails, 409 that another put is under way."""
         where = {"Bucket": self.bucket, "Key": self._key(name), **condition}
         with store_errors(self.location(name)):
             from botocore.exceptions import ClientError
