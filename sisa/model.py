@@ -1,6 +1,6 @@
 """Provide a model in a directory: add, where, find, forget, verify, generate, export.
 
-A writer holds the lock of the model's directory; a second writer gets `Busy`. Requests are taken in
+A writer holds the lock of the model's directory; a second writer gets `Busy`. Requests are submitted
 beside a writer. If a caller or a machine is at fault, every method raises errors of `sisa.core.errors`
 alone. `train.py` trains a model and moves one to a changed run file; `unlearn.py` makes patches.
 """

@@ -408,7 +408,7 @@ class SisaBlock(Block):
 class Identifiers(Block):
     """Columns that identify a record's person on the deletion lists of California's DROP.
 
-    They are read when records are taken in, hashed as DROP hashes them, and kept as keyed digests.
+    They are read with the records, hashed as DROP hashes them, and kept as keyed digests.
     """
 
     email: Name | None = key(None, "none", "Column of email addresses.")
@@ -515,7 +515,7 @@ class OpenDsrBlock(Block):
 
 
 class ServiceBlock(Block):
-    """What `sisa serve` listens on, takes in and does when a deletion meets a running answer."""
+    """Where `sisa serve` listens, what it accepts, and what a deletion does to running answers."""
 
     host: Name = key("127.0.0.1", "none", "Address to listen on; others than loopback need tokens.")
     port: Int = key(8808, "none", "Port to listen on.", ge=1, le=65_535)

@@ -1,8 +1,8 @@
 """Read the deletion lists of California's DROP, standardise and hash identifiers, write responses.
 
 Data brokers download a ZIP of lists from the Delete Request and Opt-out Platform, one CSV a list. A row
-is a *work item*: DROP's id of it and the hash of an identifier. Whoever standardises and hashes his own
-identifiers by the same rules finds out whom he holds, and answers each work item with a status.
+is a *work item*: DROP's id of it and the hash of an identifier. A broker standardises and hashes its own
+identifiers by the same rules, compares, and answers each work item with a status.
 
 >>> standardised("zip", "91790-3771"), standardised("first_name", "Juan Pablo")
 ('91790', 'juanpablo')
@@ -18,11 +18,10 @@ lines, never an id or a hash.
 
 Source: privacy.ca.gov, "DROP for data brokers", technical specifications, version 1.2.0 (2 July 2026):
 "Working with the data" (lists, columns, standardisation, hashing, examples), "Reference" (statuses, file
-names) and the DROP Data Broker API (patterns of ids, hashes and names). These pages do not give all that
-is needed; where they don't, nothing is guessed:
+names) and the DROP Data Broker API (patterns of ids, hashes and names). What these pages leave open:
 
-- *Dates of birth* are `YYYYMMDD`. Which spellings a broker may hold is not said; here those that can be
-  read in one way only: `1985-07-04`, `19850704`, `July 4, 1985`.
+- *Dates of birth* are `YYYYMMDD`. Which spellings a broker may hold is not said; only those that can be
+  read in one way are accepted here: `1985-07-04`, `19850704`, `July 4, 1985`.
 - *Names* transliterate "supported" Greek and Cyrillic letters. The table below is the one on which
   public implementations of version 1.2.0 agree. Letters of other scripts stay as they are, composed
   (NFC); whether DROP composes them is not said.

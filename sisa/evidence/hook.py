@@ -5,9 +5,9 @@
     complete      bring the tree of records to what the ledger holds; sign and log what has no statement:
                   completed requests, a changed state, patches that were made
 
-`complete` looks at the log, not at what was done, so every command makes good what a crash or a failing
-signer left out. Nothing is stated twice: a signed statement is noted, then logged from that note. A
-failure never stops a deletion; it is reported, and the certificate is pending.
+`complete` compares with the log, so every command signs what a crash or a failing signer left out.
+Nothing is stated twice: a signed statement is noted, then logged from that note. A failure never stops
+a deletion; it is reported, and the certificate is pending.
 
     drafts        what can't be named any more, by request, until its certificate is logged
     commitments   sorted commitments to a request's records, from which receipts are made
