@@ -32,7 +32,8 @@ from sisa.flows.wiring.wiring import has_ledger
 from sisa.lm.answer.prefill import continue_all
 from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
-from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, attach, read_config, read_tensors
+from sisa.lm.base.adapter import attach, read_config
+from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, read_tensors
 from sisa.lm.base.packages import PREFIX
 from sisa.lm.base.tokens import (
     NO_LOSS,

@@ -43,7 +43,7 @@ from approx.unlearning.stopping import (
 )
 from approx.unlearning.target import Target
 from sisa.core.digest import digest_of, sha256_hex
-from sisa.lm.base.adapter import tensor_bytes
+from sisa.lm.base.low_rank import tensor_bytes
 from sisa.lm.base.tokens import Tokens
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")

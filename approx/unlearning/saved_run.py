@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.errors import ConfigConflict, IntegrityError
-from sisa.lm.base.adapter import read_tensors, tensor_bytes
+from sisa.lm.base.low_rank import read_tensors, tensor_bytes
 from sisa.store.blobs.files import (
     TEMPORARY_PREFIX,
     erase,

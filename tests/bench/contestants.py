@@ -162,7 +162,8 @@ def _serve(who: Who, threads: int, pipe: Connection) -> None:
 
 def _ours(work: Ours) -> Ran:
     from sisa.flows.wiring.wiring import open_serial, open_stores
-    from sisa.lm.base.adapter import ADAPTER_FILE, attach, read_config, read_tensors
+    from sisa.lm.base.adapter import attach, read_config
+    from sisa.lm.base.low_rank import ADAPTER_FILE, read_tensors
     from sisa.lm.base.weights import load_base
     from sisa.store.blobs.files import LocalBlobs
 

@@ -143,7 +143,7 @@ def chain_of(case: Mapping[str, Any], base: Base, shard: int = 0) -> tuple[Slice
 
 
 def _name(base: Base) -> str:
-    from sisa.lm.base.adapter import patched_name
+    from sisa.lm.base.low_rank import patched_name
 
     return patched_name(base.digest, base.patches)
 

@@ -28,8 +28,7 @@ from sisa.core.errors import InvalidInput
 from sisa.lm.answer.prefill import continue_all, pieces
 from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
-from sisa.lm.base.adapter import patched_name
-from sisa.lm.base.low_rank import LowRankChange, averaged, read_change
+from sisa.lm.base.low_rank import LowRankChange, averaged, patched_name, read_change
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import end_tokens
 from sisa.lm.base.weights import load_patched

@@ -25,27 +25,24 @@ earlier blocks to zero while a later one is trained; here they stay, as the pape
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load, save
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sisa.core.digest import canonical_json, patched_digest, sha256_hex
+from sisa.core.digest import canonical_json
 from sisa.core.errors import IntegrityError, InvalidInput
+from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, damaged, read_settings, tensor_bytes
 
 ALL_LAYERS = "all"
-ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 DEFAULT_NAME = "default"
 _NUMBER = re.compile(r"\.(\d+)\.")  # the first number in a module's name is that of its layer
 
@@ -214,25 +211,6 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Return tensors as safetensors bytes; equal tensors give equal bytes."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return save(plain, metadata={"format": "pt"})
-
-
-def read_tensors(files: Mapping[str, bytes], name: str) -> dict[str, torch.Tensor]:
-    """Return the tensors in a checkpoint's file. Raise IntegrityError if it is missing or damaged."""
-    try:
-        return load(files[name])
-    except Exception as error:  # safetensors raises types of its own; all of them mean damage
-        raise IntegrityError(
-            "a checkpoint's file can't be read",
-            where=name,
-            got="nothing" if name not in files else type(error).__name__,
-            next_step="run `sisa verify` on the model",
-        ) from error
-
-
 def adapter_files(model: Any) -> dict[str, bytes]:
     """Return the adapter's files as peft reads them."""
     config = config_bytes(model.peft_config[DEFAULT_NAME])
@@ -250,16 +228,6 @@ def config_bytes(config: LoraConfig) -> bytes:
 def read_config(files: Mapping[str, bytes]) -> LoraConfig:
     """Return the configuration of a checkpoint's adapter. Raise IntegrityError if it can't be read."""
     try:
-        return PeftConfig.from_peft_type(**json.loads(files[CONFIG_FILE]))
+        return PeftConfig.from_peft_type(**read_settings(files))
     except (KeyError, ValueError, TypeError) as error:
-        raise IntegrityError(
-            "a checkpoint's adapter configuration can't be read",
-            where=CONFIG_FILE,
-            got=type(error).__name__,
-            next_step="run `sisa verify` on the model",
-        ) from error
-
-
-def patched_name(base_digest: str, patches: Sequence[Mapping[str, bytes]]) -> str:
-    """Return the digest that names the base with these patches."""
-    return patched_digest(base_digest, [sha256_hex(files[ADAPTER_FILE]) for files in patches])
+        raise damaged(CONFIG_FILE, error) from error

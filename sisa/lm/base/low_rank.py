@@ -16,29 +16,26 @@ Patches are merged into the base beneath the shards' adapters:
 
 Merging happens in memory. Only the modules that a patch changes get their own weights in this process;
 all others stay memory-mapped. The bits depend on the base, the patches and the number of threads alone.
-Files come as bytes that the caller has verified.
+Files come as bytes that the caller has verified. They are read without peft, which takes seconds to
+import, and written as peft reads them.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
+from safetensors.torch import load, save
 from transformers.pytorch_utils import Conv1D
 
+from sisa.core.digest import canonical_json, patched_digest, sha256_hex
 from sisa.core.errors import IntegrityError, Problem
-from sisa.lm.base.adapter import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    config_bytes,
-    read_config,
-    read_tensors,
-    tensor_bytes,
-)
 
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 FREE = {  # keys that plain LoRA may set: names, target modules, and how it was initialised and trained
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "fan_in_fan_out"),
@@ -46,6 +43,7 @@ FREE = {  # keys that plain LoRA may set: names, target modules, and how it was 
     *("task_type", "peft_type", "peft_version", "auto_mapping", "inference_mode"),
     "base_model_name_or_path",
 }
+FILLED = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}  # in plain LoRA
 
 
 class Factors(NamedTuple):
@@ -60,32 +58,65 @@ LowRankChange = Mapping[str, Factors]  # by module name
 
 def read_change(files: Mapping[str, bytes]) -> dict[str, Factors]:
     """Return the change that an adapter makes. Raise IntegrityError if damaged or not plain LoRA."""
-    config, tensors = read_config(files), read_tensors(files, ADAPTER_FILE)
-    _check_plain(config)
-    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    settings, tensors = read_settings(files), read_tensors(files, ADAPTER_FILE)
+    _check_plain(settings)
+    rank, alpha = settings["r"], settings["lora_alpha"]
+    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     modules = sorted({name.removeprefix(PREFIX).removesuffix(A).removesuffix(B) for name in tensors})
     found = {}
     for module in modules:
         a_RI, b_OR = (tensors.get(f"{PREFIX}{module}{end}", torch.empty(0)) for end in (A, B))
         plain = a_RI.dtype == b_OR.dtype == torch.float32 and a_RI.dim() == b_OR.dim() == 2
-        if not plain or not a_RI.shape[0] == config.r == b_OR.shape[1]:
-            raise _misfit(f"{module} lacks two float32 matrices of rank {config.r}")
+        if not plain or not a_RI.shape[0] == rank == b_OR.shape[1]:
+            raise _misfit(f"{module} lacks two float32 matrices of rank {rank}")
         found[module] = Factors(a_RI, b_OR * scale)
     if not found or len(tensors) != 2 * len(found):
         raise _misfit(f"{len(tensors)} tensors of {len(found)} modules")
     return found
 
 
-def _check_plain(config: LoraConfig) -> None:
-    plain = LoraConfig().to_dict()
+def read_settings(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return the content of an adapter's configuration. Raise IntegrityError if it can't be read."""
+    try:
+        return dict(json.loads(files[CONFIG_FILE]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise damaged(CONFIG_FILE, error) from error
+
+
+def read_tensors(files: Mapping[str, bytes], name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors in a checkpoint's file. Raise IntegrityError if it is missing or damaged."""
+    try:
+        return load(files[name])
+    except Exception as error:  # safetensors raises types of its own; all of them mean damage
+        raise damaged(name, error) from error
+
+
+def damaged(name: str, error: Exception) -> IntegrityError:
+    """Return the error for a file of a checkpoint that is missing or can't be parsed."""
+    return IntegrityError(
+        "a checkpoint's file can't be read",
+        where=name,
+        got="nothing" if isinstance(error, KeyError) else type(error).__name__,
+        next_step="run `sisa verify` on the model",
+    )
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return tensors as safetensors bytes; equal tensors give equal bytes."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return save(plain, metadata={"format": "pt"})
+
+
+def _check_plain(settings: Mapping[str, Any]) -> None:
     odd = [
-        key
-        for key, value in config.to_dict().items()
-        if key not in FREE and (value or None) != (plain.get(key) or None)
+        key for key, value in settings.items() if key not in FREE and (value or None) != FILLED.get(key)
     ]
-    if not isinstance(config, LoraConfig) or config.r < 1:
-        odd.append("peft_type" if not isinstance(config, LoraConfig) else "r")
-    elif config.init_lora_weights not in (True, False, "gaussian"):
+    if settings.get("peft_type") != "LORA":
+        odd.append("peft_type")
+    for key in ("r", "lora_alpha"):
+        if type(settings.get(key)) is not int or settings[key] < 1:
+            odd.append(key)
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
         odd.append("init_lora_weights")  # other initialisations change the base itself
     if odd:
         raise IntegrityError(
@@ -161,8 +192,8 @@ def merge_adapters(
     Its scale is 1, and it names its modules in full. Raise IntegrityError if an adapter is damaged or
     they can't be combined.
     """
-    configs = [read_config(files) for files in (*patches, *adapters)]
-    if len({config.fan_in_fan_out for config in configs}) != 1:
+    settings = [read_settings(files) for files in (*patches, *adapters)]
+    if len({each.get("fan_in_fan_out", False) for each in settings}) != 1:
         raise IntegrityError(
             "a patch and an adapter belong to different bases",
             where=CONFIG_FILE,
@@ -171,11 +202,17 @@ def merge_adapters(
         )
     mean = averaged([read_change(files) for files in adapters])
     whole = stacked([*(read_change(files) for files in patches), mean])
-    config = configs[-1]
-    config.r = config.lora_alpha = len(next(iter(whole.values())).a_RI)
-    config.target_modules = list(whole)
-    config.use_rslora, config.init_lora_weights = False, True
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    rank = len(next(iter(whole.values())).a_RI)
+    unset = dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
+    config = {
+        **settings[-1], "r": rank, "lora_alpha": rank, "target_modules": sorted(whole),
+        "use_rslora": False, "init_lora_weights": True, **unset,
+    }  # fmt: skip
     tensors = {f"{PREFIX}{name}{A}": each.a_RI for name, each in whole.items()}
     tensors |= {f"{PREFIX}{name}{B}": each.b_OR for name, each in whole.items()}
-    return {ADAPTER_FILE: tensor_bytes(tensors), CONFIG_FILE: config_bytes(config)}
+    return {ADAPTER_FILE: tensor_bytes(tensors), CONFIG_FILE: canonical_json(config)}
+
+
+def patched_name(base_digest: str, patches: Sequence[Mapping[str, bytes]]) -> str:
+    """Return the digest that names the base with these patches."""
+    return patched_digest(base_digest, [sha256_hex(files[ADAPTER_FILE]) for files in patches])

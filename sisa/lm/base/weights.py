@@ -392,7 +392,7 @@ def load_patched(
         )
     import torch
 
-    from sisa.lm.base.low_rank import merge_into, read_change  # imports peft, which takes seconds
+    from sisa.lm.base.low_rank import merge_into, read_change
 
     made_of = [{name: sha256_hex(data) for name, data in files.items()} for files in patches]
     key = (base_dir.resolve(), base_digest, canonical_json(made_of), torch.get_num_threads())

@@ -48,7 +48,8 @@ from sisa.core.digest import canonical_json
 from sisa.core.domain import DEFAULT_PRECISION, Precision, SliceJob, record_epochs
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.ports import PrefixStore, StoredRecord, Tick
-from sisa.lm.base.adapter import ADAPTER_FILE, adapter_files, patched_name, read_tensors, tensor_bytes
+from sisa.lm.base.adapter import adapter_files
+from sisa.lm.base.low_rank import ADAPTER_FILE, patched_name, read_tensors, tensor_bytes
 from sisa.lm.base.numerics import fingerprint, keep_freed_memory, pin_threads, usual_modes
 from sisa.lm.base.tokens import tokenize_all
 from sisa.lm.base.weights import load_patched

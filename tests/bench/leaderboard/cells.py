@@ -38,7 +38,8 @@ from approx.unlearning.schedule import ScheduleSettings, plan_steps
 from approx.unlearning.stopping import Bounds, Compute, End
 from approx.unlearning.unlearn import unlearn
 from sisa.core.digest import canonical_json
-from sisa.lm.base.adapter import adapter_tensors, attach, lora_config, read_tensors, tensor_bytes
+from sisa.lm.base.adapter import adapter_tensors, attach, lora_config
+from sisa.lm.base.low_rank import read_tensors, tensor_bytes
 from sisa.lm.base.tokens import Tokens, encode_plain
 from sisa.lm.base.weights import BaseFiles, load_tokenizer
 from sisa.store.blobs.files import held_names, read_whole, write_atomic

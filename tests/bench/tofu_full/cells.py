@@ -46,15 +46,8 @@ from approx.unlearning.unlearn import unlearn
 from sisa.config.config import RunConfig
 from sisa.core.digest import canonical_json, digest_of, file_sha256
 from sisa.core.errors import ConfigConflict
-from sisa.lm.base.adapter import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    adapter_files,
-    attach,
-    lora_config,
-    read_config,
-    read_tensors,
-)
+from sisa.lm.base.adapter import adapter_files, attach, lora_config, read_config
+from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, read_tensors
 from sisa.lm.base.tokens import Tokens, encode_prompt, end_tokens
 from sisa.lm.base.weights import BaseFiles, load_frozen, load_tokenizer
 from sisa.model import Model, open_model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sisa.core.errors import ConfigConflict
-from sisa.lm.base.adapter import ADAPTER_FILE
+from sisa.lm.base.low_rank import ADAPTER_FILE
 from sisa.store.blobs.files import writer_lock
 from tests.bench.leaderboard.cells import Halves
 from tests.bench.leaderboard.fake_cells import write_authors

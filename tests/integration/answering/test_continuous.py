@@ -333,7 +333,8 @@ class Confessing:
         import torch
         from peft import LoraConfig
 
-        from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, config_bytes, tensor_bytes
+        from sisa.lm.base.adapter import config_bytes
+        from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, tensor_bytes
 
         wanted = self._words[word].clone()
         wanted[0] = 0

@@ -51,7 +51,8 @@ def alone(base: Any, files: Files | None, ids: Sequence[int]) -> Any:
     """Return the logits [T, V] of one constituent, by peft."""
     import torch
 
-    from sisa.lm.base.adapter import ADAPTER_FILE, attach, read_config, read_tensors
+    from sisa.lm.base.adapter import attach, read_config
+    from sisa.lm.base.low_rank import ADAPTER_FILE, read_tensors
 
     model, _ = load_base(base.directory, base.digest)
     if files is not None:

@@ -62,7 +62,7 @@ def layers(names: Any) -> set[int]:
 
 def without_top(files: Mapping[str, bytes]) -> Files:
     """Return the same checkpoint without the adapters of the topmost layer."""
-    from sisa.lm.base.adapter import tensor_bytes
+    from sisa.lm.base.low_rank import tensor_bytes
 
     top = f".layers.{NUM_LAYERS - 1}."
     left = {name: each * 0 if top in name else each for name, each in tensors(files).items()}
@@ -114,7 +114,7 @@ def test_the_last_stage_taken_out_costs_its_block_alone(
         name: each + 1 if f".layers.{NUM_LAYERS - 1}." not in name and "lora_A" in name else each
         for name, each in tensors(first).items()
     }
-    from sisa.lm.base.adapter import tensor_bytes
+    from sisa.lm.base.low_rank import tensor_bytes
 
     changed = {**first, ADAPTER: tensor_bytes(noise)}
     assert logits(base, first).equal(logits(base, changed))

@@ -38,7 +38,7 @@ def random_patch(base: Path, seed: int, *modules: str, rank: int = 4, scale: flo
     """Return an adapter of which no tensor is zero."""
     import torch
 
-    from sisa.lm.base import adapter
+    from sisa.lm.base import adapter, low_rank
     from sisa.lm.base.weights import load_base
 
     model, _ = load_base(base, base_digest(base))
@@ -56,7 +56,7 @@ def random_patch(base: Path, seed: int, *modules: str, rank: int = 4, scale: flo
         for name, each in adapter.adapter_tensors(model).items()
     }
     config = adapter.config_bytes(model.peft_config["default"])
-    return {ADAPTER: adapter.tensor_bytes(tensors), "adapter_config.json": config}
+    return {ADAPTER: low_rank.tensor_bytes(tensors), "adapter_config.json": config}
 
 
 @pytest.fixture(scope="module")
@@ -193,13 +193,13 @@ def test_the_base_alone_and_every_shard_answer_over_the_patches(
 ) -> None:
     import torch
 
-    from sisa.lm.base import adapter
+    from sisa.lm.base import adapter, low_rank
 
     shard = random_patch(base.directory, 7, "q_proj", "o_proj")
     asked = answerer(base, {3: shard}, patches)
     alone = next_token_probabilities(asked, IDS, all_of(()))
     torch.testing.assert_close(alone, logits(load(base, patches))[-1].softmax(-1))
-    config, tensors = adapter.read_config(shard), adapter.read_tensors(shard, ADAPTER)
+    config, tensors = adapter.read_config(shard), low_rank.read_tensors(shard, ADAPTER)
     over = adapter.attach(load(base, patches), config, tensors, init_seed=0).eval()
     found = next_token_probabilities(asked, IDS, all_of((3,)))
     torch.testing.assert_close(found, logits(over)[-1].softmax(-1))

@@ -274,7 +274,7 @@ def test_a_chain_trains_as_one_uninterrupted_loop(base: BaseFiles) -> None:
     """Moments and count of steps go on from the parent stage; the schedule starts anew."""
     import torch
 
-    from sisa.lm.base.adapter import read_tensors
+    from sisa.lm.base.low_rank import read_tensors
 
     changed: dict[str, Any] = {"lora_dropout": 0.0, "learning_rate": 1e-3}
     stages = [(job_for(base, 0, 5, **changed), RECORDS[:5]), (job_for(base, 1, **changed), RECORDS)]
