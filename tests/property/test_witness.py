@@ -239,7 +239,7 @@ def test_a_restored_ledger_knows_which_deletion_of_a_record_was_the_last() -> No
         history.step(kind, numbers)
     history.deleted = {1}
     history.check({2})
-    assert history.fake.witness.told.tombstones == history.fake.ledger.tables.tombstones
+    assert history.fake.witness.testimony.tombstones == history.fake.ledger.tables.tombstones
 
 
 def _die(*_: object) -> None:
