@@ -191,12 +191,34 @@ class Cells:
         return made
 
     def _best_in_full(self, contestant: Contestant) -> Json:
-        """Take over the best of the ordinary LoRAs that were trained on all records, one a rate."""
-        made = {each: self.once(f"{each.name}.made") for each in loras_in_full(self.design)}
+        """Take over the best of the ordinary LoRAs that were trained on all records, one a rate.
+
+        A rate may make answers likely and yet ruin those that the model writes, so the ROUGE-L recall of
+        written answers counts as much as their probability.
+        """
+        made = {}
+        for each in loras_in_full(self.design):
+            found = self.once(f"{each.name}.made")
+            likely: Json = {name: found[name] for name in ("retain", "facts") if name in found}
+            means = {**likely, **self._written(each)}
+            made[each] = {**found, **means, "score": harmonic_mean([*means.values()])}
         best = max(made, key=lambda each: made[each]["score"])
         for name, data in self._files(best).items():
             write_atomic(self._adapter(contestant) / name, data)
-        return made[best]
+        return {**made[best], "trials": [*made.values()]}
+
+    def _written(self, contestant: Contestant) -> Json:
+        """Return the mean ROUGE-L recall of the answers that a model writes to the tuned questions."""
+        questions = self.data.tuned
+        with self.served(contestant) as model:
+            said = model.generate(
+                [each.question for each in questions], FORM, self.design.max_new_tokens, BATCH
+            )
+        found: dict[str, list[float]] = {}
+        for each, text in zip(questions, said, strict=True):
+            name = "written_retain" if each.set == "retain" else "written_facts"
+            found.setdefault(name, []).append(rougeL_recall(each.answer, text))
+        return {name: fmean(values) for name, values in found.items()}
 
     def _best(self, contestant: Contestant) -> tuple[float, int]:
         """Return the rate and the batch of the best trial.

@@ -32,7 +32,6 @@ from tests.bench.tofu_full.design import (
     cell_names,
     contestants,
     lora,
-    loras_in_full,
     shape,
     trained_of,
 )
@@ -49,6 +48,7 @@ ATTACKS = {
     "rounded_to_8_bits": "8 bits",
     "rounded_to_4_bits": "4 bits",
 }
+WRITTEN = ("written_retain", "written_facts")  # of trials on all records
 COLOURS = {"base": "#999999", "ours": "#009e73", "lora": "#0072b2", "method": "#d55e00"}
 Json = dict[str, Any]
 
@@ -74,9 +74,9 @@ def assembled(cells: Cells) -> Json:
 
 def _tried_in_full(cells: Cells) -> list[Json]:
     """Return what the ordinary LoRA's trials on all records gave, one a rate."""
-    made = [cells.known(f"{each.name}.made") for each in loras_in_full(cells.design)]
     dropped = ("adapters", "share_of_training", "record_epochs", "resumed")
-    return [{name: each[name] for name in each if name not in dropped} for each in made if each]
+    trials = (cells.known("lora.made") or {"trials": []})["trials"]
+    return [{name: each[name] for name in each if name not in dropped} for each in trials]
 
 
 def _splits(contestant: Contestant) -> Sequence[ForgetSplit]:
@@ -314,11 +314,15 @@ def trials_table(found: Json) -> Iterator[str]:
                     str(each["batch"]),
                     f"{each['retain']:.3f} ({each['num_retain']})",
                     f"{each['facts']:.3f} ({each['num_facts']})" if each["num_facts"] else "-",
+                    *(f"{each[of]:.3f}" if of in each else "-" for of in WRITTEN),
                     f"**{score}**" if each is best else score,
                     f"{each['core_seconds']:.0f}",
                 )
             )
-    header = ("model", "rate", "batch", "answers (n)", "facts (n)", "harmonic mean", "core-seconds")
+    header = (
+        *("model", "rate", "batch", "answers (n)", "facts (n)", "written answers", "written facts"),
+        *("harmonic mean", "core-seconds"),
+    )
     yield from _lines(header, lines)
 
 
