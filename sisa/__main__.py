@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import sys
 from typing import Any
 
 from sisa.core.errors import EnvironmentFault
 from sisa.flows.wiring.upper_houses import COMMAND, load
+from sisa.lm.base.quick_import import import_quickly
+
+ASK_ONCE = ("find", "generate")  # commands that train nothing
 
 
 def main() -> Any:
@@ -19,6 +24,9 @@ def main() -> Any:
             print(json.dumps({"error": fault.to_json()}, indent=2))
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(fault.exit_code)
+    if sys.argv[1:2] and sys.argv[1] in ASK_ONCE:
+        import_quickly()
+    atexit.register(gc.freeze)  # torch's objects are not collected at the end, which takes a second
     return command()
 
 

@@ -21,6 +21,7 @@ are served now, and replaces only what has changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
@@ -120,7 +121,11 @@ def ask(
 ) -> list[Answer]:
     """Return the answers to prompts, in order. Raise InvalidInput or IntegrityError."""
     _check_answerable(prompts, kind)
-    routes = routes_of(context, resources, prompts)
+    with ThreadPoolExecutor(1) as beside:  # the base is hashed while torch is imported
+        beside.submit(lambda: resources.base)
+        import sisa.lm.answer.answerer  # noqa: F401
+
+        routes = routes_of(context, resources, prompts)
     asked = {shard for route in routes for shard in route.shards}
     answerer = open_answerer(context, resources, asked, open_ledger=open_ledger)
     ids = _encoded(context, prompts, routes, answerer.tokenizer, kind)

@@ -10,8 +10,44 @@ import pytest
 
 from sisa.core.digest import file_sha256
 from sisa.lm.base import weights
+from tests.models.tiny_base import make_tiny_base
+from tests.models.tiny_model import Tiny
 
 pytestmark = pytest.mark.torch
+HEAVY = "'accelerate', 'peft', 'scipy', 'torch.distributed.tensor', 'torch._dynamo.convert_frame'"
+COMMAND = f"""
+import sys
+from sisa.__main__ import main
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code
+assert sys.modules["torch"]
+assert not any(map(sys.modules.get, [{HEAVY}]))
+"""
+LOGITS = """
+import hashlib, sys
+from pathlib import Path
+from sisa.lm.base.quick_import import import_quickly
+base, digest, *quickly = sys.argv[1:]
+if quickly:
+    import_quickly()
+import torch
+from sisa.lm.base.weights import load_base
+model, _ = load_base(Path(base), digest)
+assert bool(quickly) != ("torch._dynamo.convert_frame" in sys.modules)
+print(hashlib.sha256(model(torch.arange(40).reshape(2, 20)).logits.numpy().tobytes()).hexdigest())
+assert torch.compile(lambda a: a + 1, backend="eager")(torch.ones(1)) == 2
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+"""
+
+
+def process(code: str, *arguments: object) -> str:
+    """Run code in a process of its own, and return what it prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def test_pinning_imports_no_compiler_and_is_as_strict() -> None:
@@ -22,8 +58,17 @@ def test_pinning_imports_no_compiler_and_is_as_strict() -> None:
         "assert not torch.is_deterministic_algorithms_warn_only_enabled()\n"
         "assert not {'torch._inductor', 'torch._dynamo'} & sys.modules.keys()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process(code)
+
+
+def test_a_command_that_asks_once_imports_nothing_that_takes_longer(tiny: Tiny) -> None:
+    assert process(COMMAND, "generate", "-m", tiny.directory, "--prompt", "Where was Mara born?")
+
+
+def test_a_quick_import_changes_no_bit_and_keeps_the_compiler(tmp_path: Path) -> None:
+    base = make_tiny_base(tmp_path / "base")
+    digest = weights.base_digest(base)
+    assert process(LOGITS, base, digest, "quickly") == process(LOGITS, base, digest)
 
 
 def test_a_process_reads_a_models_bytes_once_until_they_change(
