@@ -253,6 +253,21 @@ def answering_speed() -> Iterator[str]:
     yield from rows(header, lines)
 
 
+def cold() -> Iterator[str]:
+    """Yield the time of a command that asks once."""
+    header = ("process", "seconds", "core-seconds", "over importing torch")
+    lines = [
+        (
+            name,
+            f"{each['seconds']:.1f}",
+            f"{each['core_seconds']:.1f}",
+            f"{each['over_importing_torch']:.1f}",
+        )
+        for name, each in measured("cold")["ways"].items()
+    ]
+    yield from rows(header, lines)
+
+
 def throughput() -> Iterator[str]:
     """Yield what many clients at once get, against one after another."""
     found = measured("throughput")
@@ -541,6 +556,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "hostile-general": hostile_general,
         "quality": of("quality", quality.table),
         "answering-speed": answering_speed,
+        "cold": cold,
         "throughput": throughput,
         "questions": questions,
         "forgetting": forgetting,
