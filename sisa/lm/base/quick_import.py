@@ -1,10 +1,10 @@
 """Import transformers in a third of the time, in a process that asks a model once and ends.
 
 Most of the time that importing transformers takes goes to what such a process never uses: SciPy, for the
-losses of object detectors; accelerate; tensors that are sharded over machines; and torch's compiler.
-transformers works on machines without the first three, so they are hidden from it. It imports the
-compiler everywhere, so a module stands for it, whose decorators return functions as they are. The
-compiler itself is loaded once anything else is asked of it. Answers are the same to the bit.
+losses of object detectors; tensors that are sharded over machines; and torch's compiler. transformers
+works on machines without the first two, so they are hidden from it. It imports the compiler everywhere,
+so a module stands for it, whose decorators return functions as they are. The compiler itself is loaded
+once anything else is asked of it. Answers are the same to the bit.
 
 What is hidden stays hidden, so only a process that runs one command may call this.
 
@@ -23,7 +23,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-HIDDEN = ("accelerate", "scipy")
 COMPILER = "torch._dynamo"
 MANY_OBJECTS = 2_000_000  # more than imports make, so that no garbage is collected during them
 TRANSFORM = f"{COMPILER}._trace_wrapped_higher_order_op"  # transformers imports a class from it
@@ -52,7 +51,7 @@ def _hide() -> None:
     import torch
 
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
-    modules.update(dict.fromkeys(HIDDEN))  # None makes an import fail as if there were no module
+    modules["scipy"] = None  # makes an import fail as if there were no module
     torch.distributed.is_available = lambda: False
     if COMPILER not in sys.modules:
         sys.modules.update({name: _Compiler(name) for name in (COMPILER, TRANSFORM)})

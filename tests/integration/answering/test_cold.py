@@ -14,7 +14,7 @@ from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import Tiny
 
 pytestmark = pytest.mark.torch
-HEAVY = "'accelerate', 'peft', 'scipy', 'torch.distributed.tensor', 'torch._dynamo.convert_frame'"
+HEAVY = "'peft', 'scipy', 'torch.distributed.tensor', 'torch._dynamo.convert_frame'"
 COMMAND = f"""
 import sys
 from sisa.__main__ import main
