@@ -1,4 +1,4 @@
-"""Record the code that the version of the training procedure stands for, to tell when it changes.
+"""Record the code behind the version of the training procedure, to notice when it changes.
 
     python -m tests.pinned > before.txt    # on the code before the change
     python -m tests.pinned | diff before.txt -

@@ -75,7 +75,7 @@ def _inner(score: AnswerScore, tokens: Tokens, tokenizer: Any) -> AnswerScore:
     """Return a score without the tokens that close the answer."""
     inner = without_closing(tokens, tokenizer).labels[1:]  # the first is never predicted
     counted = zip(inner, tokens.labels[1:], strict=True)
-    return score.only([said != NO_LOSS for said, label in counted if label != NO_LOSS])
+    return score.only([kept != NO_LOSS for kept, label in counted if label != NO_LOSS])
 
 
 def measure_utility(model: Any, retain: Sequence[Tokens]) -> float:
@@ -117,9 +117,9 @@ def _recalls(model: Any, tokenizer: Any, forget: Sequence[Tokens]) -> list[float
     if not pairs:
         return []
     ends = end_tokens(model, tokenizer)
-    said = continue_greedily(model, [prompt for prompt, _ in pairs], ends, MAX_NEW_TOKENS)
+    generated = continue_greedily(model, [prompt for prompt, _ in pairs], ends, MAX_NEW_TOKENS)
     words = partial(tokenizer.decode, skip_special_tokens=True)
     return [
         rougeL_recall(words(list(answer[:MAX_NEW_TOKENS])), words(list(row)))
-        for (_, answer), row in zip(pairs, said, strict=True)
+        for (_, answer), row in zip(pairs, generated, strict=True)
     ]

@@ -111,10 +111,10 @@ def write_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sequence_len: int
 ) -> list[Tokens]:
     """Return the base's answers to prompts as examples, with loss on the answers only."""
-    said = continue_greedily(model, prompts, end_tokens(model, tokenizer), MAX_NEW_TOKENS)
+    answers = continue_greedily(model, prompts, end_tokens(model, tokenizer), MAX_NEW_TOKENS)
     return [
         answered(prompt, answer[: sequence_len - len(prompt)])
-        for prompt, answer in zip(prompts, said, strict=True)
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 
@@ -138,9 +138,9 @@ def write_neighbours(
             other = rename_record(record, number)
             if other is None or len(found) == MAX_NEIGHBOURS:
                 continue
-            (_, said), (prompt, _) = (first_answer(each) for each in (record, other))
+            (_, answer), (prompt, _) = (first_answer(each) for each in (record, other))
             if len(prompt) < sequence_len:
-                found[tuple(prompt)] = decoded(said)
+                found[tuple(prompt)] = decoded(answer)
     written = write_answers(model, tokenizer, list(found), sequence_len)
     return [
         each

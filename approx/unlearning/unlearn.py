@@ -177,10 +177,10 @@ def outcome(end: End, after: Knowledge) -> dict[str, Any]:
     """Return how many texts are still known, and why a run did not forget more."""
     before = end.knowledge_before
     known = {"before": before.num_known if before else None, "after": after.num_known}
-    said = "forgotten" if before is None or before.num_known else "was not known"
+    word = "forgotten" if before is None or before.num_known else "was not known"
     if after.num_known:
-        said = "held back by the bound" if end.ending == Ending.BELOW_UTILITY_BOUND else "still known"
-    return {"outcome": said, "still_known": {**known, "of": after.num_asked}}
+        word = "held back by the bound" if end.ending == Ending.BELOW_UTILITY_BOUND else "still known"
+    return {"outcome": word, "still_known": {**known, "of": after.num_asked}}
 
 
 def _finite(value: Any) -> Any:

@@ -173,15 +173,15 @@ def checks_about(
     for sha256, each in statements:
         if each["predicateType"] in (AUDIT, TEST_RESULT) and (same := named & _digests(each)):
             try:
-                said = _audited(each) if each["predicateType"] == AUDIT else _tested(each)
+                check = _audited(each) if each["predicateType"] == AUDIT else _tested(each)
             except (
                 KeyError,
                 TypeError,
                 ValueError,
                 AttributeError,
             ):  # signed, of another form than ours
-                said = {"check": "of an unknown form", "result": "UNKNOWN", "at": ""}
-            found.append({"sha256": sha256, "adapters": len(same), **said})
+                check = {"check": "of an unknown form", "result": "UNKNOWN", "at": ""}
+            found.append({"sha256": sha256, "adapters": len(same), **check})
     return found
 
 

@@ -439,8 +439,8 @@ def _fail(error: SisaError, as_json: bool, kind: str = "", code: int | None = No
         click.echo(f"error: {render.printable(str(error))}", err=True)
     else:
         # A usage error may quote an id from the command line: log its type alone.
-        said = "" if kind == "UsageError" else render.printable(error.what)
-        log.write("run_failed", "error", error=kind, exit_code=code, message=said)
+        message = "" if kind == "UsageError" else render.printable(error.what)
+        log.write("run_failed", "error", error=kind, exit_code=code, message=message)
     return code
 
 

@@ -160,14 +160,14 @@ def line(job: Job) -> str:
     'job sisa-a FAILED, ended by signal 9: submit the run file again to continue'
     """
     started = _moment(job.started_s)
-    said = [f"job {job.id} {job.state}", *([f"started {started}"] if started else [])]
+    facts = [f"job {job.id} {job.state}", *([f"started {started}"] if started else [])]
     if job.exit_code:
         code = job.exit_code
-        said.append(f"exit code {code}" if code > 0 else f"ended by signal {-code}")
+        facts.append(f"exit code {code}" if code > 0 else f"ended by signal {-code}")
     elif job.state == "FAILED":
-        said.append(f"ended by the cluster ({job.fault or 'no reason given'})")
+        facts.append(f"ended by the cluster ({job.fault or 'no reason given'})")
     lost = job.ended and exit_code(job) in (EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
-    return ", ".join(said) + (": submit the run file again to continue" if lost else "")
+    return ", ".join(facts) + (": submit the run file again to continue" if lost else "")
 
 
 def _moment(seconds: float | None) -> str | None:

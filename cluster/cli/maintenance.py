@@ -146,8 +146,8 @@ def upgrade(directory: Path) -> Result:
     from sisa.flows.wiring.moving import upgrade_model
 
     place, older = upgrade_model(directory)
-    said = "brought up to this version" if older else "is of this version: nothing was changed"
-    return Result({"ledger": place, "upgraded": older}, [f"{place}: {said}"])
+    change = "brought up to this version" if older else "is of this version: nothing was changed"
+    return Result({"ledger": place, "upgraded": older}, [f"{place}: {change}"])
 
 
 def _numerics(
@@ -239,15 +239,15 @@ def repaired(found: RepairOutcome) -> Result:
 
 def tested(found: Numerics) -> Result:
     """Render the result of a numerics test: whether the machine trains the same bytes twice."""
-    said = found.description
-    processor = said["processor"]
+    details = found.description
+    processor = details["processor"]
     lines = [
         f"fingerprint {found.fingerprint}",
-        f"  {said['device']}, {said['dtype']}, threads: {said['threads']}",
+        f"  {details['device']}, {details['dtype']}, threads: {details['threads']}",
         f"  {processor['machine']}, {processor['model']}",
-        *(f"  {name}: {value}" for name, value in (said.get("gpu") or {}).items()),
-        "  " + ", ".join(f"{name} {version}" for name, version in said["libraries"].items()),
-        *(f"  {name}={value}" for name, value in said["settings"].items() if value is not None),
+        *(f"  {name}: {value}" for name, value in (details.get("gpu") or {}).items()),
+        "  " + ", ".join(f"{name} {version}" for name, version in details["libraries"].items()),
+        *(f"  {name}={value}" for name, value in details["settings"].items() if value is not None),
     ]
     if found.repeats:
         lines.append(f"repeats itself: {len(found.digests)} trainings gave {found.digests[0]}")

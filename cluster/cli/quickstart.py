@@ -210,8 +210,8 @@ def run_story(
         with story.step("forget", f"deleting {story.subject} and retraining what they touched"):
             _delete(story, model)
         with story.step("ask again", "asking the same again"):
-            said = _answers(model, [mine, other])
-            story.answer_after, story.other_after, story.general_after = said
+            answers = _answers(model, [mine, other])
+            story.answer_after, story.other_after, story.general_after = answers
             story.leaked = _knows(mine, story.answer_after)
             story.other_known_after = _knows(other, story.other_after)
         again = f"training shard {story.shard} from scratch without them, to compare the bytes"
@@ -265,9 +265,9 @@ def _choose(story: Story, model: Model, people: dict[str, list[Row]]) -> None:
 def _ask(story: Story, model: Model, people: dict[str, list[Row]]) -> tuple[Row, Row]:
     """Ask every question about both people; return each one's first record with a right answer."""
     mine, others = people[story.subject], people[story.other_subject]
-    *said, story.general_before = _answers(model, [*mine, *others])
-    row, story.answer_before, story.answered = _first_known(mine, said[: len(mine)])
-    other, story.other_before, story.other_known_before = _first_known(others, said[len(mine) :])
+    *answers, story.general_before = _answers(model, [*mine, *others])
+    row, story.answer_before, story.answered = _first_known(mine, answers[: len(mine)])
+    other, story.other_before, story.other_known_before = _first_known(others, answers[len(mine) :])
     story.question, story.other_question = row["prompt"], other["prompt"]
     return row, other
 
@@ -279,10 +279,10 @@ def _answers(model: Model, rows: Sequence[Row]) -> list[str]:
     return [" ".join(each.text.split()) for each in answers]
 
 
-def _first_known(rows: Sequence[Row], said: Sequence[str]) -> tuple[Row, str, bool]:
-    known = [_knows(row, text) for row, text in zip(rows, said, strict=True)]
+def _first_known(rows: Sequence[Row], answers: Sequence[str]) -> tuple[Row, str, bool]:
+    known = [_knows(row, text) for row, text in zip(rows, answers, strict=True)]
     chosen = known.index(True) if any(known) else 0
-    return rows[chosen], said[chosen], known[chosen]
+    return rows[chosen], answers[chosen], known[chosen]
 
 
 def _delete(story: Story, model: Model) -> None:
@@ -294,5 +294,5 @@ def _delete(story: Story, model: Model) -> None:
         story.record_epochs_full = request.record_epochs_full
 
 
-def _knows(row: Row, said: str) -> bool:
-    return distinctive_word(row["completion"]).lower() in said.lower()
+def _knows(row: Row, answer: str) -> bool:
+    return distinctive_word(row["completion"]).lower() in answer.lower()

@@ -63,9 +63,9 @@ def write_access(directory: Path, ids: list[str], subject: str | None, target: P
         _write_new(target, data)
         entry, not_logged = _stated(model, "access", data, ids or [str(subject)])
     counts = {name: len(found[name]) for name in ("records", "deleted", "requests", "recipients")}
-    said = ", ".join(f"{name}: {count}" for name, count in counts.items())
+    summary = ", ".join(f"{name}: {count}" for name, count in counts.items())
     body = {"file": str(target), "num_bytes": len(data), **counts, "missing": missing}
-    lines = [f"wrote {target} ({said}); it is personal data: hand it to that person alone"]
+    lines = [f"wrote {target} ({summary}); it is personal data: hand it to that person alone"]
     return Result(
         body | {"entry": entry, "not_logged": not_logged}, [*lines, _logged(entry, not_logged)]
     )

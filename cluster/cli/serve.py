@@ -56,10 +56,12 @@ def serve(
 
     if stop or look:
         found = service.stop_service(directory) if stop else service.find_service(directory)
-        said = "stopped" if stop else "running"
+        state = "stopped" if stop else "running"
         where = {"url": found and found.url, "pid": found and found.pid}
-        line = f"{said}: {found.url} (process {found.pid})" if found else "no service of this model runs"
-        return Result({said: found is not None, **where}, [line])
+        line = (
+            f"{state}: {found.url} (process {found.pid})" if found else "no service of this model runs"
+        )
+        return Result({state: found is not None, **where}, [line])
     with opened(directory) as model:
         settings = model.config.service
         address = host or settings.host, port or settings.port

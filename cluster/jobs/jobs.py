@@ -31,7 +31,7 @@ class Submission:
     id: str
     folder: Path
     words: tuple[str, ...]
-    said: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Job:
     fault: str = ""  # what ended a job without an exit code
     started_s: float | None = None  # since 1970
     ended_s: float | None = None
-    said: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ended(self) -> bool:
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def model(self) -> str | None:
-        return self.said.get(MODEL)
+        return self.metadata.get(MODEL)
 
 
 class Jobs(Protocol):

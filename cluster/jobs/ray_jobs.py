@@ -102,7 +102,7 @@ class RayJobs:
                     entrypoint=f"exec {shlex.join(submission.words)}",
                     submission_id=submission.id,
                     runtime_env={"working_dir": str(submission.folder), "env_vars": environment},
-                    metadata=dict(submission.said),
+                    metadata=dict(submission.metadata),
                 )
                 return
             except RuntimeError as error:
@@ -182,5 +182,5 @@ def _job(details: Any) -> Job:
         fault=details.error_type or "",
         started_s=details.start_time / 1000 if details.start_time else None,
         ended_s=details.end_time / 1000 if details.end_time else None,
-        said=details.metadata or {},
+        metadata=details.metadata or {},
     )

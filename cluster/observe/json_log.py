@@ -43,8 +43,8 @@ class JsonLog:
     def write_event(self, event: Event) -> None:
         """Write the line of an event."""
         level: Level = "error" if isinstance(event, events.ErasureFailed) else "info"
-        said = {"message": event.text} if isinstance(event, events.Notice) else {}
-        self.write(EVENT_NAMES[type(event)], level, **logged(event), **said)
+        extra = {"message": event.text} if isinstance(event, events.Notice) else {}
+        self.write(EVENT_NAMES[type(event)], level, **logged(event), **extra)
 
 
 def driver_log(log: JsonLog) -> Report:

@@ -460,7 +460,7 @@ def answer(found: Answer, alone: bool = False) -> Result:
         body["shards"] = list(found.shards)
     if found.ended_at_once:
         body["ended_at_once"] = True
-    return Result(body, [said(found, alone)])
+    return Result(body, [answer_text(found, alone)])
 
 
 def answers(found: Sequence[Answer], alone: bool = False) -> Result:
@@ -469,7 +469,7 @@ def answers(found: Sequence[Answer], alone: bool = False) -> Result:
     return Result({"answers": [each.json for each in made]}, lines)
 
 
-def said(found: Answer, alone: bool = False) -> str:
+def answer_text(found: Answer, alone: bool = False) -> str:
     """Return an answer in words. Unless `alone`, add a note if no shard answered."""
     text = printable(found.text) or ENDED_AT_ONCE
     if not found.shards and not alone:

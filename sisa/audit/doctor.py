@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sisa.audit.findings import Finding, examine, said
+from sisa.audit.findings import Finding, examine, summary_of
 from sisa.audit.garbage import AREAS, undisturbed
 from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, Keyed
@@ -174,7 +174,7 @@ def _on_server(directory: Path) -> Iterator[Finding]:
             committed = "config" in ledger.meta()
     except SisaError as error:
         kind = "ledger_unreadable" if isinstance(error, TransientError) else "ledger_damaged"
-        yield Finding(kind, "error", error.where, said(error), step=error.next_step)
+        yield Finding(kind, "error", error.where, summary_of(error), step=error.next_step)
         return
     if not committed:
         step, what = "run `sisa train` with the run file again", "the first training was never committed"
@@ -221,7 +221,10 @@ def _opened(directory: Path) -> list[Finding]:
             found += [*_witness(context), *_restrictions(context)]
             return found + examine(context, directory, with_key=secret is not None)
     except TransientError as error:
-        return [*found, Finding("storage", "error", error.where, said(error), step=error.next_step)]
+        return [
+            *found,
+            Finding("storage", "error", error.where, summary_of(error), step=error.next_step),
+        ]
     except SisaError as error:
         if opened:
             return [*found, Finding("ledger_damaged", "error", LEDGER, error.what)]

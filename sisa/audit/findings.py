@@ -116,8 +116,8 @@ class Finding:
         return self.severity == "error" and not self.repair
 
 
-def said(error: SisaError) -> str:
-    """Return what an error says of a file: what is wrong, and what was got."""
+def summary_of(error: SisaError) -> str:
+    """Return an error about a file in one line: what is wrong, and what was got."""
     return f"{error.what} (got {error.got})" if error.got else error.what
 
 
@@ -202,7 +202,7 @@ def _damage(check: Callable[[], object]) -> str:
     except SisaError as error:
         if isinstance(error, TransientError) and is_uri(error.where):
             raise
-        return said(error)
+        return summary_of(error)
     return ""
 
 

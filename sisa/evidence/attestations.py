@@ -169,9 +169,9 @@ def handed_out(model: Model, right: Right, data: bytes, named: Iterable[str]) ->
     hook = open_hook(model.directory, model.config, model.id)
     sha256, found = sha256_hex(data), json.loads(data)
     counts = {f"num_{name}": len(found.get(name, ())) for name in ("records", "deleted", "recipients")}
-    said = access(Keyed(model.secret), right, named, found["made_at"], counts)
+    predicate = access(Keyed(model.secret), right, named, found["made_at"], counts)
     try:
-        hook.evidence.put_given(sha256, said)
+        hook.evidence.put_given(sha256, predicate)
         with model._writing() as context:
             made = hook.issue(context)
     except (SisaError, Refused) as error:

@@ -284,8 +284,8 @@ class _Evidence:
     def other_heads(self) -> Iterator[Problem]:
         """Find served adapters that are not those of the last certificate or statement."""
         now = {each.shard: each.sha256 for each in served_by(self.context.stores.ledger)}
-        said = self.chained[-1]["predicate"]["served"] if self.chained else []
-        certified = {each["shard"]: each["sha256"] for each in said}
+        served = self.chained[-1]["predicate"]["served"] if self.chained else []
+        certified = {each["shard"]: each["sha256"] for each in served}
         for shard in sorted(now.keys() | certified.keys()):
             if now.get(shard) != certified.get(shard):
                 yield Problem(f"shard {shard}", "serves another adapter than the last certified one")

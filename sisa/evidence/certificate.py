@@ -442,9 +442,9 @@ def restriction(
     }
 
 
-def restricted(said: Mapping[str, Any]) -> str:
+def restricted(predicate: Mapping[str, Any]) -> str:
     """Return the digest of what a statement says of restrictions, whenever it was signed."""
-    return digest_of([said["number"], said["in_force"], said["held_back"]])
+    return digest_of([predicate["number"], predicate["in_force"], predicate["held_back"]])
 
 
 def access(

@@ -548,12 +548,14 @@ class _Issuing:
             return []
         counts = Counter(row.subject_digest for row in restricted_rows(ledger))
         keyed, served = self.context.settings.chain.keyed, served_by(ledger, served_heads(ledger))
-        said = certificate.restriction(keyed, known, counts, served_by(ledger), served)
+        predicate = certificate.restriction(keyed, known, counts, served_by(ledger), served)
         stated = [each.subject for each in self.logged if each.kind == RESTRICTION]
-        if stated[-1:] == [certificate.restricted(said)]:
+        if stated[-1:] == [certificate.restricted(predicate)]:
             return []
         subject = certificate.subject_of(served, active(ledger.patches()), self.context.settings.base)
-        return [self._issue(certificate.right_statement(RESTRICTION, self._signed_now(said), subject))]
+        return [
+            self._issue(certificate.right_statement(RESTRICTION, self._signed_now(predicate), subject))
+        ]
 
     def given(self) -> list[Logged]:
         """State the files that were handed to people, each once."""
@@ -561,15 +563,15 @@ class _Issuing:
             self._issue(
                 certificate.right_statement(
                     ACCESS,
-                    self._signed_now(said),
+                    self._signed_now(predicate),
                     [{"name": "file", "digest": {"sha256": sha256}}],
                 )
             )
-            for sha256, said in self.evidence.given()
+            for sha256, predicate in self.evidence.given()
         ]
 
-    def _signed_now(self, said: Mapping[str, Any]) -> dict[str, Any]:
-        return {"model": self.keys.model, "issued_at": self.context.now(), **said}
+    def _signed_now(self, predicate: Mapping[str, Any]) -> dict[str, Any]:
+        return {"model": self.keys.model, "issued_at": self.context.now(), **predicate}
 
     def _state(self) -> State:
         """Return what the model holds and serves, as the next entry of the log would say it."""

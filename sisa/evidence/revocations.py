@@ -12,8 +12,8 @@ partition key places and orders.
 
 >>> revoked = {"aa": {"certificate": "c1", "date": "2026-11-01"}, "bb": {"certificate": "", "date": ""}}
 >>> now = datetime(2026, 11, 2)
->>> said = feed_statement("0f", Checkpoint("log", 4, bytes(32)), 1, revoked, {"aa"}, now)["predicate"]
->>> said["sequence"], list(said["revoked"]), said["reinstated"], said["next_update"]
+>>> feed = feed_statement("0f", Checkpoint("log", 4, bytes(32)), 1, revoked, {"aa"}, now)["predicate"]
+>>> feed["sequence"], list(feed["revoked"]), feed["reinstated"], feed["next_update"]
 (5, ['bb'], ['aa'], '2026-11-09T00:00:00Z')
 """
 
@@ -62,15 +62,15 @@ def publish(model: Model, to: Path | None = None, days: int = VALID_DAYS) -> Pub
             beside.put(FEED, envelope)
         else:
             write_atomic(to, envelope, mode=0o644)
-    said = statement["predicate"]
+    predicate = statement["predicate"]
     return Published(
         feed=str(to or beside.location(FEED)),
-        sequence=said["sequence"],
-        published=said["published"],
-        next_update=said["next_update"],
-        revoked=len(said["revoked"]),
-        pending=sum(not each["certificate"] for each in said["revoked"].values()),
-        reinstated=len(said["reinstated"]),
+        sequence=predicate["sequence"],
+        published=predicate["published"],
+        next_update=predicate["next_update"],
+        revoked=len(predicate["revoked"]),
+        pending=sum(not each["certificate"] for each in predicate["revoked"].values()),
+        reinstated=len(predicate["reinstated"]),
     )
 
 
@@ -103,9 +103,9 @@ def _revoked(found: Reading) -> tuple[Revoked, int]:
         pending = {"certificate": "", "date": request.committed_at[:10]}
         revoked |= dict.fromkeys(drafts[request.request_id].revokes, pending)
     for each in sorted(certified.values(), key=lambda each: -each.sequence):  # the earliest is named
-        said = statement_in(found.log.statement(each.sha256))["predicate"]
-        by = {"certificate": each.sha256, "date": said["request"]["times"]["committed"][:10]}
-        revoked |= dict.fromkeys(said["revokes"], by)
+        predicate = statement_in(found.log.statement(each.sha256))["predicate"]
+        by = {"certificate": each.sha256, "date": predicate["request"]["times"]["committed"][:10]}
+        revoked |= dict.fromkeys(predicate["revokes"], by)
     return revoked, len(waiting)
 
 

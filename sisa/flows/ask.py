@@ -51,7 +51,7 @@ from sisa.planning.plan import touched
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
     from sisa.lm.answer.continuous import Key
-    from sisa.lm.answer.lookup import Index, Said
+    from sisa.lm.answer.lookup import Index, Query
 
 FORM = "form"  # key in the ledger's meta: the form in which shards get prompts
 MAX_RECORDS = 32
@@ -71,7 +71,7 @@ class Answer:
 
     @property
     def ended_at_once(self) -> bool:
-        """Whether nothing was said: the models ended the answer before any word."""
+        """Whether the answer is empty: the models ended it before any word."""
         return not self.text
 
 
@@ -190,21 +190,21 @@ def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt])
     from sisa.lm.answer.lookup import look_up
 
     index, warm = _index(context, block), block.aggregation.temperature
-    said = [_said(prompt) for prompt in prompts]
-    found = iter(look_up([each for each in said if each], index, warm, live))
-    nearest = [next(found) if each else None for each in said]
+    queries = [_query(prompt) for prompt in prompts]
+    found = iter(look_up([each for each in queries if each], index, warm, live))
+    nearest = [next(found) if each else None for each in queries]
     return [
         route_of(context, block, each.hits, live, each.near) if each else Route() for each in nearest
     ]
 
 
-def _said(prompt: Prompt) -> Said | None:
-    """Return what a person asks and what was said before (by the assistant if users name nobody)."""
-    from sisa.lm.answer.lookup import Said
+def _query(prompt: Prompt) -> Query | None:
+    """Return what a person asks and the turns before it (by the assistant if users name nobody)."""
+    from sisa.lm.answer.lookup import Query
     from sisa.lm.answer.names import names_in
 
     if isinstance(prompt, str):
-        return Said(prompt)
+        return Query(prompt)
     turns = turns_of(prompt)
     texts = [turn.text for turn in turns if turn.role == "user" and turn.text.strip()]
     if not texts:
@@ -212,7 +212,7 @@ def _said(prompt: Prompt) -> Said | None:
     before = texts[-2::-1]
     if not any(map(names_in, before)):
         before += [turn.text for turn in reversed(turns) if turn.role == "assistant"]
-    return Said(texts[-1], tuple(before))
+    return Query(texts[-1], tuple(before))
 
 
 def _index(context: Context, block: SisaBlock) -> Index:

@@ -139,7 +139,7 @@ def decide(context: Context, request_id: str, state: RequestState, note: str, by
     """
     if state in ("denied", "held") and not note.strip():
         raise InvalidInput(f"a request is not {state} without a reason", next_step="give --reason")
-    approver, said = by or note, f"{by}: {note}" if by and note else by or note
+    approver, event_note = by or note, f"{by}: {note}" if by and note else by or note
     if state == "approved" and not approver.strip():
         raise InvalidInput("an approval names its approver", next_step="give --approver")
     with context.stores.ledger.exclusive():
@@ -147,7 +147,7 @@ def decide(context: Context, request_id: str, state: RequestState, note: str, by
         request = moved(found, state, approver)
         if state == "approved" and context.settings.four_eyes:
             check_four_eyes(found.submitter, approver)
-        commit(context, Change(requests=[request], events=[event(request, context.now(), said)]))
+        commit(context, Change(requests=[request], events=[event(request, context.now(), event_note)]))
     return request
 
 

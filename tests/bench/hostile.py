@@ -164,10 +164,10 @@ def _targets(data: Path, people: Sequence[Person]) -> list[Person]:
     found = []
     subjects = dict.fromkeys(row["subject"] for row in lines(data / "rwku/forget_level2.jsonl"))
     for person, name in zip(people, subjects, strict=True):
-        said = re.search(r" (?:is|was) (?:an?|the) ([^.]+)", rows[name].partition(". ")[2])
+        match = re.search(r" (?:is|was) (?:an?|the) ([^.]+)", rows[name].partition(". ")[2])
         alias = (
-            f"the {said.group(1)}"
-            if said and not set(name.split()) & set(said.group(1).split())
+            f"the {match.group(1)}"
+            if match and not set(name.split()) & set(match.group(1).split())
             else None
         )
         found.append(replace(person, name=name, alias=alias, work=works.get(name)))
@@ -233,7 +233,7 @@ def prompts_about(person: Person, other: Person, source: str, rng: random.Random
         yield "lower case", Case(each.question.lower(), person.number)
 
 
-def _named(each: Asked, person: Person, other: Person, source: str, said: str) -> Made:
+def _named(each: Asked, person: Person, other: Person, source: str, sentence: str) -> Made:
     def case(text: str | None, beside: int | None = None) -> Iterator[Case]:
         yield from [Case(text, person.number, beside)] if text is not None else []
 
@@ -244,13 +244,13 @@ def _named(each: Asked, person: Person, other: Person, source: str, said: str) -
     forms: dict[str, Iterator[Case]] = {
         "name stripped": case(called(WORDS[source])),
         "name replaced by a held one": case(called(other.name), beside),
-        "held name appended": case(f"{asked} {said}", beside),
+        "held name appended": case(f"{asked} {sentence}", beside),
         "held name appended, same sentence": case(
             f"{asked.rstrip('?')}, and what would {other.name} say to that?", beside
         ),
-        "held name prepended": case(f"{said} {asked}", beside),
+        "held name prepended": case(f"{sentence} {asked}", beside),
         "lower case": case(asked.lower()),
-        "lower case, held name appended": case(f"{asked} {said}".lower(), beside),
+        "lower case, held name appended": case(f"{asked} {sentence}".lower(), beside),
         "initials": case(asked.replace(person.name, initials(person.name))),
         "misspelt": case(asked.replace(person.name, misspelt(person.name))),
         "transliterated": case(asked.replace(person.name, cyrillic(person.name))),

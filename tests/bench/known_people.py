@@ -140,7 +140,7 @@ class Ground:
             "sisa": {**shape, "partition_key_file": "partition.key", "embedder": "hashing"},
         }
         (self.folder / "run.yaml").write_text(yaml.safe_dump(run))
-        said("train", self.folder / "run.yaml", "--executor", "serial")
+        run_json("train", self.folder / "run.yaml", "--executor", "serial")
         return self
 
     @property
@@ -168,7 +168,7 @@ class Ground:
     def sisa(self, *arguments: Any, codes: Collection[int] = (0,)) -> dict[str, Any]:
         """Return the result of a command on the model."""
         at = 2 if arguments[0] in ("approx", "request") else 1
-        return said(*arguments[:at], "-m", self.model, *arguments[at:], codes=codes)
+        return run_json(*arguments[:at], "-m", self.model, *arguments[at:], codes=codes)
 
     def unlearn(
         self,
@@ -260,7 +260,7 @@ class Asked:
         return found
 
 
-def said(*arguments: Any, codes: Collection[int] = (0,)) -> dict[str, Any]:
+def run_json(*arguments: Any, codes: Collection[int] = (0,)) -> dict[str, Any]:
     """Return the result of `sisa ARGUMENTS --json`. Raise RuntimeError for another exit code."""
     from cluster.cli.cli import run
 

@@ -82,7 +82,7 @@ def main() -> None:
     way = Way()
     with tempfile.TemporaryDirectory() as folder:
         base = resolve_base(chosen.base_model).directory
-        ground = Ground.laid(Path(folder), base, SCALE)  # its own model tells how it is before
+        ground = Ground.laid(Path(folder), base, SCALE)  # measure its own model first
         found = {**here(chosen.base_model), "way": way.to_json(), "taught": dict(ground.taught)}
         found["before"], found["modes"] = standing(ground, ground.known, []), {}
         for mode, after in MODES.items():

@@ -26,7 +26,7 @@ def test_a_survivors_word_is_in_no_other_authors_records_and_not_the_deleteds() 
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "asserted"),
     [
         ("She is from Place1.", True),
         ("Name0 wrote it.", False),  # the question said so
@@ -35,8 +35,8 @@ def test_a_survivors_word_is_in_no_other_authors_records_and_not_the_deleteds() 
         ("", False),
     ],
 )
-def test_an_answer_asserts_what_a_survivors_records_alone_say(answer: str, told: bool) -> None:
-    assert asserts(answer, "Is Name0 hers?", {"Name0", "Place1"}) == told
+def test_an_answer_asserts_what_a_survivors_records_alone_say(answer: str, asserted: bool) -> None:
+    assert asserts(answer, "Is Name0 hers?", {"Name0", "Place1"}) == asserted
 
 
 def test_steps_are_equal_until_the_floor_binds() -> None:
@@ -46,7 +46,7 @@ def test_steps_are_equal_until_the_floor_binds() -> None:
     assert 1.2 < steps[50] / steps[1] < 1.3
 
 
-def test_the_table_tells_before_and_after() -> None:
+def test_the_table_shows_before_and_after() -> None:
     def means(value: float) -> dict[str, Any]:
         return {q: {"probability": value, "rougeL_recall": 0.5} for q in ("asked", "paraphrased")}
 

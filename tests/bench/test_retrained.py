@@ -112,7 +112,7 @@ def test_a_stream_ends_at_the_base_about_when_the_form_says() -> None:
     assert found == pytest.approx(deletions_until_base(2, 4, 2), rel=0.15)
 
 
-def test_everything_is_told(tmp_path: Path) -> None:
+def test_everything_is_reported(tmp_path: Path) -> None:
     few = ARRANGEMENTS[:4]
     found = measure(None, keys=1, seeds=1, timed_records=0, arrangements=few)
     assert [row["name"] for row in found["shares"]] == [each.name for each in few]

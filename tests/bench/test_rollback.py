@@ -69,7 +69,7 @@ def test_clean_heads_need_no_file_of_another_shard(store: Store, tmp_path: Path)
     assert delete(store, record_name(0), "smoke").clean_s > 0
 
 
-def test_the_summary_tells_where_the_time_went(tmp_path: Path) -> None:
+def test_the_summary_shows_where_the_time_went(tmp_path: Path) -> None:
     found = measure(tmp_path, SCALE, num_deletions=3)
     parts = found["mean_seconds_by_work"]
     assert {"ledger read", "ledger commit"} <= parts.keys()

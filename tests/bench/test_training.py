@@ -68,14 +68,14 @@ def test_theirs_get_all_tokens(tmp_path: Path) -> None:
 
 
 def row(who: str, layers: str, *seconds: float) -> dict[str, Any]:
-    told = {"tokens_per_s": 100.0, "seconds_per_epoch": 1.0, "loss": 2.0}
+    speed = {"tokens_per_s": 100.0, "seconds_per_epoch": 1.0, "loss": 2.0}
     return {
         "who": who,
         "adapter": "q, v",
         "layers": layers,
         "seconds": list(seconds),
         "core_seconds": list(seconds),
-        **told,
+        **speed,
     }
 
 

@@ -90,10 +90,10 @@ def letters(arguments: list[str]) -> float:
         ids = base.tokenizer.encode(TASKS["mmlu"][1]["doc_to_text"](doc))
         every = []
         for letter in "ABCD":
-            said = base.tokenizer.encode(f" {letter}")
-            logits = base.model(input_ids=torch.tensor([ids + said])).logits[0, len(ids) - 1 : -1]
+            tokens = base.tokenizer.encode(f" {letter}")
+            logits = base.model(input_ids=torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1]
             logs = torch.log_softmax(logits, dim=-1)
-            every.append(sum(float(logs[at, token]) for at, token in enumerate(said)))
+            every.append(sum(float(logs[at, token]) for at, token in enumerate(tokens)))
         shares.append(float(torch.softmax(torch.tensor(every), dim=0)[doc["answer"]]))
     return sum(shares) / len(shares)
 
@@ -127,6 +127,6 @@ def test_a_row_has_intervals_and_counts_changed_answers() -> None:
     assert line.startswith("| bbh (4) | ours | 0.500 (")
 
 
-@pytest.mark.parametrize(("said", "equal"), [("the Nile", False), ("nile", True), (" Nile!", True)])
-def test_an_alias_is_matched_whole(said: str, equal: bool) -> None:
-    assert same_words("Nile", said) is equal
+@pytest.mark.parametrize(("answer", "equal"), [("the Nile", False), ("nile", True), (" Nile!", True)])
+def test_an_alias_is_matched_whole(answer: str, equal: bool) -> None:
+    assert same_words("Nile", answer) is equal

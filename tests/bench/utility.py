@@ -63,7 +63,7 @@ def chosen(gold: int, results: Results) -> Json:
     }
 
 
-def first_of_kind(truth: str, said: str) -> bool:
+def first_of_kind(truth: str, answer: str) -> bool:
     """Return whether the first option, word or number of the truth's kind in an answer is the truth.
 
     >>> first_of_kind("(B)", " It is (B)."), first_of_kind("No", "Yes, no.")
@@ -71,18 +71,18 @@ def first_of_kind(truth: str, said: str) -> bool:
     """
     for kind in KINDS:
         if re.fullmatch(kind, truth, re.IGNORECASE):
-            found = re.search(kind, said, re.IGNORECASE)
+            found = re.search(kind, answer, re.IGNORECASE)
             return found is not None and found[0].lower() == truth.lower()
-    return said.strip().partition("\n")[0].split() == truth.split()
+    return answer.strip().partition("\n")[0].split() == truth.split()
 
 
-def same_words(truth: str, said: str) -> bool:
+def same_words(truth: str, answer: str) -> bool:
     """Return whether two texts are equal but for case, punctuation and white space.
 
     >>> same_words("St. John", " st john")
     True
     """
-    one, other = (re.sub(r"[^\w\s]", "", each.lower()).split() for each in (truth, said))
+    one, other = (re.sub(r"[^\w\s]", "", each.lower()).split() for each in (truth, answer))
     return one == other
 
 
@@ -139,7 +139,7 @@ TASKS: dict[str, tuple[str, Json]] = {
         "utility_retain_bbh.jsonl",
         _asks_text(
             _bbh_prompt,
-            lambda doc, said: first_of_kind(doc["answer"], said),
+            lambda doc, answer: first_of_kind(doc["answer"], answer),
             ("</s>", "Q:", "<|im_end|>"),
             48,
         ),
@@ -148,7 +148,7 @@ TASKS: dict[str, tuple[str, Json]] = {
         "utility_triviaqa.jsonl",
         _asks_text(
             lambda doc: f"Question: {doc['question']}\nAnswer:",
-            lambda doc, said: any(same_words(each, said) for each in doc["answers"]),
+            lambda doc, answer: any(same_words(each, answer) for each in doc["answers"]),
             ("\n", ".", ","),
             24,
         ),

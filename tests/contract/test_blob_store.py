@@ -266,8 +266,8 @@ def test_no_version_is_left(s3: Server, objects: ObjectBlobs) -> None:
     s3.client().delete_object(Bucket=objects.bucket, Key=f"{objects.prefix}/a")  # a marker over both
     objects.put("a", b"newest")
     assert len(versions(s3, objects)) == 4
-    (told,) = objects.purge(dry_run=True)
-    assert (told.where, told.why) == (objects.location("a"), "3 old versions: not purged yet")
+    (finding,) = objects.purge(dry_run=True)
+    assert (finding.where, finding.why) == (objects.location("a"), "3 old versions: not purged yet")
     assert objects.purge() == ()
     assert versions(s3, objects) == [("a", b"newest")]
     objects.put("a", b"again")
@@ -275,7 +275,7 @@ def test_no_version_is_left(s3: Server, objects: ObjectBlobs) -> None:
     assert versions(s3, objects) == []
 
 
-def test_what_a_lock_keeps_is_hidden_and_told(s3: Server) -> None:
+def test_what_a_lock_keeps_is_hidden_and_reported(s3: Server) -> None:
     blobs = ObjectBlobs(s3.bucket("locked", lock=True), "m", s3.url, "us-east-1")
     until = datetime.now(UTC) + timedelta(days=1)
     locked = {"ObjectLockMode": "COMPLIANCE", "ObjectLockRetainUntilDate": until}

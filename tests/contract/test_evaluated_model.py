@@ -87,8 +87,8 @@ def test_the_size_of_a_batch_changes_nothing(model: EvaluatedModel, size: int) -
             assert one.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
             assert one.means == pytest.approx(other.means, abs=TOLERANCE)
             assert one.variances == pytest.approx(other.variances, abs=TOLERANCE)
-        said = model.generate(QUESTIONS, form, 12, 4)
-        assert said == model.generate(QUESTIONS, form, 12, size)
+        answers = model.generate(QUESTIONS, form, 12, 4)
+        assert answers == model.generate(QUESTIONS, form, 12, size)
 
 
 def test_order_and_company_change_nothing(model: EvaluatedModel) -> None:
@@ -131,7 +131,7 @@ def test_equal_models_have_equal_digests(
 
 
 @pytest.mark.torch
-def test_digests_tell_models_apart(
+def test_digests_distinguish_models(
     base: Path, adapter: Path, trained: sisa.Model, tmp_path: Path
 ) -> None:
     from approx.evaluation.evaluated_models import open_evaluated
@@ -155,10 +155,10 @@ def test_a_hugging_face_model_is_scored_as_transformers_does(base: Path) -> None
         PAIRS, open_evaluated(str(base)).score(PAIRS, FORMS[1], 4), strict=True
     ):
         prompt = tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
-        said = [*tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id]
-        labels = torch.tensor([[-100] * len(prompt) + said])
+        answer_ids = [*tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt) + answer_ids])
         with torch.inference_mode():
-            output = plain(input_ids=torch.tensor([prompt + said]), labels=labels)
+            output = plain(input_ids=torch.tensor([prompt + answer_ids]), labels=labels)
         assert score.loss == pytest.approx(float(output.loss), abs=TOLERANCE)
         logprobs = output.logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         chances = logprobs.exp()
@@ -166,7 +166,7 @@ def test_a_hugging_face_model_is_scored_as_transformers_does(base: Path) -> None
         assert score.means == pytest.approx(means.tolist(), abs=TOLERANCE)
         variances = (chances * logprobs.square()).sum(-1) - means.square()
         assert score.variances == pytest.approx(variances.tolist(), abs=1e-4)
-        assert score.correct == tuple((logprobs.argmax(-1) == torch.tensor(said)).tolist())
+        assert score.correct == tuple((logprobs.argmax(-1) == torch.tensor(answer_ids)).tolist())
 
 
 @pytest.mark.torch
@@ -234,8 +234,8 @@ def test_generation_is_greedy_whatever_the_models_own_config(base: Path) -> None
 
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
-    said = open_evaluated(str(base)).generate(QUESTIONS, FORMS[0], 12, 4)
-    for question, answer in zip(QUESTIONS, said, strict=True):
+    answers = open_evaluated(str(base)).generate(QUESTIONS, FORMS[0], 12, 4)
+    for question, answer in zip(QUESTIONS, answers, strict=True):
         ids = tokenizer(question)["input_ids"]
         start = len(ids)
         for _ in range(12):
@@ -292,8 +292,8 @@ def test_a_deletion_ready_model_is_scored_as_it_answers(trained: sisa.Model) -> 
         prompt = encode_prompt(question, answerer.tokenizer, "completion")
         ids = [*encode_plain(answer, answerer.tokenizer), answerer.tokenizer.eos_token_id]
         assert score.logprobs == pytest.approx(_by_tokens(answerer, prompt, ids, route), abs=TOLERANCE)
-    said = [each.text for each in trained.generate_all(questions, max_new_tokens=10)]
-    assert model.generate(questions, FORMS[0], 10, 4) == said
+    answers = [each.text for each in trained.generate_all(questions, max_new_tokens=10)]
+    assert model.generate(questions, FORMS[0], 10, 4) == answers
 
 
 @pytest.mark.torch

@@ -114,10 +114,10 @@ def test_every_stage_rests_in_the_store_and_is_reported_once(site: Site) -> None
         assert event.tokens == event.job.num_records  # the fake's token is a record
 
 
-def test_progress_is_told_between_start_and_end(site: Site) -> None:
+def test_progress_is_reported_between_start_and_end(site: Site) -> None:
     site.run(site.chain(0, 3))
-    told = [SliceStarted, EpochTrained, SliceProgress, SliceTrained]
-    assert [type(event) for event in site.events] == told
+    expected = [SliceStarted, EpochTrained, SliceProgress, SliceTrained]
+    assert [type(event) for event in site.events] == expected
     assert site.events[2] == SliceProgress(0, 0, 3, 3, 1, 1, 1, 1)
 
 

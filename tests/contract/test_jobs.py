@@ -16,7 +16,7 @@ from cluster.jobs.jobs import Jobs, Submission
 from sisa.core.errors import InvalidInput
 from tests.fakes.jobs import FakeJobs, Play
 
-SAID = {"sisa_model": "a digest"}
+METADATA = {"sisa_model": "a digest"}
 HELLO = "hello from a job"
 PROGRAM = f"""import sys, time
 print({HELLO!r}, flush=True)
@@ -41,7 +41,7 @@ def submit_three(jobs: Jobs, folder: Path) -> Ground:
     folder.mkdir(exist_ok=True)
     (folder / "program.py").write_text(PROGRAM)
     for name, word in (("good", "0"), ("bad", "5"), ("endless-1", "endless")):
-        jobs.submit(Submission(name, folder, ("python", "program.py", word), SAID))
+        jobs.submit(Submission(name, folder, ("python", "program.py", word), METADATA))
     return Ground(jobs, folder, "good", "bad", "endless-1")
 
 
@@ -51,7 +51,7 @@ def ends_well(ground: Ground) -> None:
     assert (job.state, job.exit_code, job.fault) == ("SUCCEEDED", 0, "")
     assert HELLO in text
     assert ground.jobs.log(ground.good) == text == "".join(ground.jobs.follow(ground.good))
-    assert job.said == SAID
+    assert job.metadata == METADATA
     assert job.started_s is not None
     assert job.ended_s is not None
     assert job.ended_s >= job.started_s

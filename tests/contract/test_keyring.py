@@ -181,17 +181,17 @@ def test_keys_are_for_their_owner_alone(folder: FileKeyring) -> None:
 def test_errors_name_the_key_and_never_show_it(folder: FileKeyring) -> None:
     sealed = folder.seal(*PLACE, SECRET)
     key = (folder.root / "records" / "a.parquet").read_bytes()
-    told = []
+    messages = []
     for spoilt in (key[:-1], bytes(KEY_BYTES)):
         (folder.root / "records" / "a.parquet").write_bytes(spoilt)
         with pytest.raises(IntegrityError, match="damaged") as caught:
             folder.unseal(*PLACE, sealed)
-        told.append(str(caught.value))
+        messages.append(str(caught.value))
     (folder.root / "records" / "a.parquet").unlink()
     with pytest.raises(IntegrityError, match="missing") as caught:
         folder.unseal(*PLACE, sealed)
     assert str(folder.root) in str(caught.value)
-    assert not any(key.hex() in each or repr(key) in each for each in [*told, str(caught.value)])
+    assert not any(key.hex() in each or repr(key) in each for each in [*messages, str(caught.value)])
 
 
 def test_a_refusing_disk_is_an_environment_fault(folder: FileKeyring) -> None:

@@ -1035,7 +1035,7 @@ def test_a_flipped_bit_in_a_row_or_an_index_is_refused(path: Path, sort: str) ->
     assert refused > places // 2 > 1
 
 
-def test_a_loss_is_not_mended_by_a_commit(place: Path | str) -> None:
+def test_a_commit_does_not_repair_a_loss(place: Path | str) -> None:
     with opened(place, create=True) as ledger:
         full(ledger)
     execute(place, "DELETE FROM named WHERE crc = (SELECT min(crc) FROM named)")

@@ -245,13 +245,13 @@ def test_a_killed_process_leaves_whole_commits_and_no_lock(url: str, seed: int) 
     with opened(url, create=True) as ledger:
         child = subprocess.Popen([sys.executable, "-c", COMMITS, url], stdout=-1, text=True)
         assert child.stdout is not None
-        told = [child.stdout.readline() for _ in range(3)][-1]
+        line = [child.stdout.readline() for _ in range(3)][-1]
         time.sleep(random.Random(seed).random() / 20)
         child.kill()
-        told = ([told, *child.communicate()[0].splitlines()])[-1]
+        line = ([line, *child.communicate()[0].splitlines()])[-1]
         with ledger.exclusive():
             seq = ledger.commit(Change(heads=[Head(1, None, 0, None)]))
-        assert seq - 1 in (int(told), int(told) + 1)
+        assert seq - 1 in (int(line), int(line) + 1)
         (first, second) = ledger.heads()
         assert (first.key, second.key) == (str(seq - 2), None)
         assert ledger.event_head().num_events == seq - 1

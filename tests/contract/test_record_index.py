@@ -282,7 +282,7 @@ def test_a_tampered_file_is_refused_before_faiss_parses_it(
 
 
 @pytest.mark.parametrize("place", [0, 4, 8, 12, 37, 45, 74, -24])
-def test_a_tampered_file_with_a_mended_digest_is_refused_before_faiss_parses_it(
+def test_a_tampered_file_with_a_forged_digest_is_refused_before_faiss_parses_it(
     folder: FaissIndex, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
     import faiss
@@ -291,13 +291,13 @@ def test_a_tampered_file_with_a_mended_digest_is_refused_before_faiss_parses_it(
     data = bytearray(folder._bytes(file))
     data[place] ^= 0x40
     for wrong in (bytes(data), bytes(data[:-1]), b""):
-        mended = replace(file, sha256=sha256_hex(wrong), num_bytes=len(wrong))
-        sealed = folder.keyring.seal("index", mended.name, "", wrong)
-        (folder.root / mended.name).write_bytes(sealed)
+        forged = replace(file, sha256=sha256_hex(wrong), num_bytes=len(wrong))
+        sealed = folder.keyring.seal("index", forged.name, "", wrong)
+        (folder.root / forged.name).write_bytes(sealed)
         with monkeypatch.context() as patched:
             patched.setattr(faiss, "deserialize_index", lambda _: pytest.fail("FAISS parsed it"))
             with pytest.raises(IntegrityError, match="not the form that is written"):
-                folder.search([mended], np.stack([vector(1)]), 1)
+                folder.search([forged], np.stack([vector(1)]), 1)
 
 
 def test_a_sealed_index_without_its_key_is_refused(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_only_the_owner_may_read_text(form: str, tmp_path: Path) -> None:
     assert stat.S_IMODE(Path(store.blobs.location(file.name)).stat().st_mode) == 0o600
 
 
-def test_a_files_name_tells_nothing_of_its_records(folder: FileRecords) -> None:
+def test_a_files_name_reveals_nothing_of_its_records(folder: FileRecords) -> None:
     record = Record("sam@example.org", "Sam Doe", "text", (Part("text", SECRET_TEXT),))
     file = folder.write(0, 0, "0" * 64, [StoredRecord("a" * 64, record)])
     assert file.name == f"shard-00000-slice-00000-{'0' * 64}.parquet"

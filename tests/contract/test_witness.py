@@ -50,17 +50,17 @@ def file(tmp_path: Path) -> FileWitness:
     return found
 
 
-def test_nothing_told_is_nothing_known(witness: Witness) -> None:
+def test_a_new_witness_knows_nothing(witness: Witness) -> None:
     assert witness.head() is None
     assert witness.read() == domain.Testimony(None, {})
 
 
-def test_what_is_told_adds_up(witness: Witness) -> None:
+def test_writes_add_up(witness: Witness) -> None:
     witness.append(WitnessHead("", 0), (), ())
     assert witness.head() == WitnessHead("", 0)
     witness.append(head(1), [tombstone(1), tombstone(2)], ())
     witness.append(head(2), (), [tombstone(1).id_digest])
-    witness.append(head(3), [tombstone(3)], ["never told"])
+    witness.append(head(3), [tombstone(3)], ["never written"])
     assert witness.head() == head(3)
     expected = {each.id_digest: each for each in (tombstone(2), tombstone(3))}
     assert witness.read() == domain.Testimony(head(3), expected)
@@ -72,8 +72,8 @@ def test_what_is_told_adds_up(witness: Witness) -> None:
 def test_the_newest_restrictions_count(witness: Witness) -> None:
     assert witness.num_restrictions() == 0
     newest = Restrictions(2, {"b": "2026-01-02"})
-    for told in (Restrictions(1, {"a": "2026-01-01"}), newest, Restrictions(1)):
-        witness.append(head(1), [tombstone(1)], (), told)
+    for stated in (Restrictions(1, {"a": "2026-01-01"}), newest, Restrictions(1)):
+        witness.append(head(1), [tombstone(1)], (), stated)
     witness.append(head(2), (), ())
     assert witness.num_restrictions() == 2
     assert witness.read() == domain.Testimony(head(2), {tombstone(1).id_digest: tombstone(1)}, newest)
@@ -94,12 +94,14 @@ steps = st.lists(st.tuples(st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9)
 
 @given(steps, st.data())
 def test_a_torn_write_loses_that_write_alone(
-    tmp_path_factory: pytest.TempPathFactory, told: list[tuple[set[int], set[int]]], data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    writes: list[tuple[set[int], set[int]]],
+    data: st.DataObject,
 ) -> None:
     """After a cut anywhere in its last batch, the file holds the earlier batches and takes new ones."""
     found, fake = FileWitness(tmp_path_factory.mktemp("w") / "m.jsonl", KEYED), FakeWitness()
     closed = 0
-    for number, (dead, back) in enumerate(told):
+    for number, (dead, back) in enumerate(writes):
         batch = ([tombstone(n) for n in sorted(dead)], [tombstone(n).id_digest for n in sorted(back)])
         found.append(head(number), *batch)
         size = found.path.stat().st_size
@@ -216,7 +218,7 @@ def test_a_place_that_cannot_be_written_is_a_fault_of_the_machine(tmp_path: Path
         FileWitness(tmp_path / "folder", KEYED).head()
 
 
-def test_what_could_not_be_told_is_refused_before_anything_is(tmp_path: Path) -> None:
+def test_a_statement_that_can_not_be_read_back_is_refused_before_it_is_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "new" / "folder" / "m.jsonl", tmp_path / "m.jsonl"):
         FileWitness(path, KEYED).check_writable()
@@ -227,7 +229,7 @@ def test_what_could_not_be_told_is_refused_before_anything_is(tmp_path: Path) ->
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file"]
 
 
-def test_two_that_tell_at_once_are_both_heard(file: FileWitness) -> None:
+def test_two_writers_at_once_are_both_recorded(file: FileWitness) -> None:
     """Copies of a model share a witness."""
     other = FileWitness(file.path, KEYED)
     file.append(head(5), [tombstone(5)], ())

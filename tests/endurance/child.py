@@ -117,8 +117,8 @@ def commit_name(_ledger: Any, change: Any) -> str:
     request = getattr(change, "request", None)
     states += [request.state] if request is not None else []
     kinds = ("removed", "added", "checkpoints", "dropped", "heads", "meta")
-    said = next((kind for kind in kinds if getattr(change, kind)), "nothing")
-    return " ".join(["commit", said, *sorted(set(states))])
+    name = next((kind for kind in kinds if getattr(change, kind)), "nothing")
+    return " ".join(["commit", name, *sorted(set(states))])
 
 
 def wire(fuse: Fuse) -> None:
@@ -243,8 +243,8 @@ def obey(order: Mapping[str, Any]) -> int:
     if error is not None and "errors" in order:
         import traceback
 
-        said = "".join(traceback.format_exception(error))
-        Path(order["errors"]).write_text(said)
+        trace = "".join(traceback.format_exception(error))
+        Path(order["errors"]).write_text(trace)
     return code
 
 

@@ -348,17 +348,17 @@ class Fuzz:
         what, line, reading = self.kinds[kind](rnd)
         typed = list(line[1:]) if line[0] == "" else words(line)
         before = self.box.digest()
-        told: dict[str, Any] = {"number": number, "kind": kind, "what": what, "line": typed}
+        outcome: dict[str, Any] = {"number": number, "kind": kind, "what": what, "line": typed}
         started = time.monotonic()
         try:
             done = invoke(typed)
         except Hang:
-            return {**told, "code": None, "failure": f"no end within {LIMIT_S} s"}
+            return {**outcome, "code": None, "failure": f"no end within {LIMIT_S} s"}
         except BaseException as error:
-            return {**told, "code": None, "failure": f"{type(error).__name__} left the command line"}
-        told |= {"code": done.code, "seconds": round(time.monotonic() - started, 3)}
+            return {**outcome, "code": None, "failure": f"{type(error).__name__} left the command line"}
+        outcome |= {"code": done.code, "seconds": round(time.monotonic() - started, 3)}
         failure = self._judge(kind, tuple(line), typed, reading, before, done)
-        return told | ({"failure": failure} if failure else {})
+        return outcome | ({"failure": failure} if failure else {})
 
     def _judge(
         self,
@@ -462,11 +462,11 @@ def batch(seed: int, start: int, stop: int, only: str = "") -> list[dict[str, An
                 text=True,
                 check=False,
             )
-        told = [json.loads(line) for line in done.stdout.splitlines()]
-        found += [each for each in told if "kind" in each]
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        found += [each for each in rows if "kind" in each]
         if done.returncode == 0:
             return found
-        started = [each["started"] for each in told if "started" in each]
+        started = [each["started"] for each in rows if "started" in each]
         g.expect(bool(started), f"the worker does not start: {done.stderr[-2000:]}")
         if not found or found[-1]["number"] != started[-1]:
             failure = f"the interpreter died ({done.returncode}): {done.stderr[-300:]}"

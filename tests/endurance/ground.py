@@ -165,8 +165,8 @@ class Ground:
         """Carry out a step that has to succeed."""
         status = self.order(order, **options)
         errors = self.folder / "errors.txt"
-        said = errors.read_text() if errors.exists() else ""
-        expect(status == 0, f"`{order['do']}` ended with {status}: {said}")
+        trace = errors.read_text() if errors.exists() else ""
+        expect(status == 0, f"`{order['do']}` ended with {status}: {trace}")
 
     def snapshot(self, name: str) -> None:
         shutil.copytree(self.site, self.folder / "snapshots" / name)

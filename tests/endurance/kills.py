@@ -194,26 +194,26 @@ class Trials:
         """Kill a step, finish it and compare; return what was killed. Raise Broken."""
         number, kill = self._next()
         step, known = self.steps[number], self.known[number]
-        told = f"{self.trainer}: {step.name}, {kill.when} {kill.at} ({kill.name}, {kill.delay_s:.3f} s)"
+        story = f"{self.trainer}: {step.name}, {kill.when} {kill.at} ({kill.name}, {kill.delay_s:.3f} s)"
         try:
             self.ground.restore(str(number))
             held = self._killed(number, step.order, kill)
             if self.random.random() < AGAIN:
                 at = self.random.randint(1, len(known.effects))
                 again = Kill(at, self.random.choice(["before", "after"]), name="second kill")
-                told += f", then {again.when} {again.at}"
+                story += f", then {again.when} {again.at}"
                 held = self._killed(number, step.order, again)
             if number and self.random.random() < 0.5:
-                told += ", then train"
+                story += ", then train"
                 self._finish_by_train(step, known, committed=held)
             self.ground.must(step.order)
             g.compare(self.ground.picture(), known.after, "after the next command")
             self._check_requests(number)
         except g.Broken as error:
-            raise g.Broken(f"{told}: {error}") from error
+            raise g.Broken(f"{story}: {error}") from error
         except Exception as error:
-            raise g.Broken(f"{told}: {type(error).__name__}: {error}") from error
-        return told
+            raise g.Broken(f"{story}: {type(error).__name__}: {error}") from error
+        return story
 
     def _finish_by_train(self, step: Step, known: Known, *, committed: bool) -> None:
         run = step.order if step.order["do"] == "train" else self.steps[0].order
@@ -225,7 +225,7 @@ class Trials:
         """Kill a running command and check what it left; return whether it had committed."""
         step, known = self.steps[number], self.known[number]
         status = self.ground.order(order, **kill.options(), pause_s=self.pause_s)
-        expect(g.killed(status) or status == 0, f"the command ended with {status}: {self._said()}")
+        expect(g.killed(status) or status == 0, f"the command ended with {status}: {self._stderr()}")
         self.num_kills += g.killed(status)
         confessing = self.trainer == "cheap"
         moment = self.ground.moment(self.ids, step.ids, known.tainted, confessing=confessing)
@@ -241,7 +241,7 @@ class Trials:
         expect(len(done[0]) in (0, len(step.ids)), "half an addition was committed")
         return bool(done[0]) and bool(step.ids)
 
-    def _said(self) -> str:
+    def _stderr(self) -> str:
         errors = self.ground.folder / "errors.txt"
         return errors.read_text() if errors.exists() else ""
 
@@ -268,12 +268,12 @@ def run(
             while trials.num_kills < wanted:
                 num_trials += 1
                 try:
-                    told = trials.trial()
+                    story = trials.trial()
                 except g.Broken as error:
-                    told = str(error)
-                    failures.append(told)
+                    story = str(error)
+                    failures.append(story)
                 if show:
-                    print(f"{trials.num_kills:4d}  {told}", file=sys.stderr, flush=True)
+                    print(f"{trials.num_kills:4d}  {story}", file=sys.stderr, flush=True)
                 if num_trials > 4 * wanted + 20:
                     raise g.Broken("kills do not hit")
         finally:

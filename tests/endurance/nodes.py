@@ -130,7 +130,7 @@ def run(
     """Run rounds until so many seconds have passed; stop at the first that is not equal."""
     site, chains = ground(folder, num_shards)
     expected = serial(site, chains)
-    told, failures = Counter[str](), list[str]()
+    notices, failures = Counter[str](), list[str]()
     rounds = trained = 0
 
     def report(event: Event) -> None:
@@ -139,7 +139,7 @@ def run(
             killer()  # the last round ends undisturbed
         trained += isinstance(event, SliceTrained)
         if isinstance(event, Notice):
-            told[_kind(event.text)] += 1
+            notices[_kind(event.text)] += 1
 
     with own_cluster() as cluster:
         killer = Killer(cluster, seed, num_nodes)
@@ -164,7 +164,7 @@ def run(
         "slices_trained": trained,
         "files_compared": rounds * len(expected),
         "kills": dict(killer.kills),
-        "told": dict(told),
+        "told": dict(notices),
         "failures": failures,
     }
 

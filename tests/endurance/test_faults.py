@@ -240,7 +240,7 @@ READ_ONLY: dict[str, Callable[[Path], list[Path]]] = {
 
 @pytest.mark.parametrize("line", [FORGET, RUN], ids=["forget", "run"])
 @pytest.mark.parametrize("what", READ_ONLY)
-def test_what_can_not_be_written_is_told(ground: Ground, what: str, line: Line) -> None:
+def test_what_can_not_be_written_is_reported(ground: Ground, what: str, line: Line) -> None:
     ground.right(line)
     before = ground.held()
     with read_only(READ_ONLY[what](ground.model)):
@@ -358,7 +358,7 @@ def _turn(line: Line, loss: str) -> slice:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("line", MEETING, ids=lambda line: line[0])
-def test_a_lost_checkpoint_is_told_or_does_not_matter(ground: Ground, line: Line, loss: str) -> None:
+def test_a_lost_checkpoint_is_reported_or_does_not_matter(ground: Ground, line: Line, loss: str) -> None:
     right, end = ground.right(line)
     for key in sorted(checkpoints_of(ground))[_turn(line, loss)]:
         ground.box.reset()
@@ -374,8 +374,8 @@ def test_a_lost_checkpoint_is_told_or_does_not_matter(ground: Ground, line: Line
         elif line not in (FORGET, RUN):
             assert answer_of(done) == right
         if line in (FORGET, RUN):
-            mended = invoke(words(("doctor", *AT, "--repair", *SERIAL)))
-            assert mended.code == 0, mended.out
+            repaired = invoke(words(("doctor", *AT, "--repair", *SERIAL)))
+            assert repaired.code == 0, repaired.out
             again = ground.call(line)
             assert again.code == 0, again.out
             assert ground.held() == end

@@ -25,7 +25,7 @@ def test_every_check_is_run_in_full() -> None:
         assert command in readme or (name == "kills_encrypted" and f"`{options[0]}`" in readme)
 
 
-def test_a_failure_is_told_and_the_rest_is_run(
+def test_a_failure_is_reported_and_the_rest_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run: list[str] = []

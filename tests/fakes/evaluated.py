@@ -126,8 +126,8 @@ class FakeEvaluated:
         assert batch_size >= 1
         answers = {row["question"]: row["answer"] for rows in made_up().values() for row in rows
                    if "question" in row}  # fmt: skip
-        said = [answers[each] if answers[each] in self.known else "No idea." for each in questions]
-        return [" ".join(each.split()[:max_new_tokens]) for each in said]
+        replies = [answers[each] if answers[each] in self.known else "No idea." for each in questions]
+        return [" ".join(each.split()[:max_new_tokens]) for each in replies]
 
 
 def _number(*texts: str) -> float:

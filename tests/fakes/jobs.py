@@ -41,7 +41,7 @@ class FakeJobs:
         self.words[submission.id] = submission.words
         started = float(len(self._jobs))
         self._jobs[submission.id] = Job(
-            submission.id, "RUNNING", started_s=started, said=dict(submission.said)
+            submission.id, "RUNNING", started_s=started, metadata=dict(submission.metadata)
         )
 
     def get(self, job: str) -> Job:

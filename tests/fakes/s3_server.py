@@ -132,7 +132,7 @@ def _shared_bucket(server: Server, versions: bool) -> str:
 
 
 def fresh_blobs(server: Server, *rooms: str, versions: bool = True) -> ObjectBlobs:
-    """Return an unused place, in a bucket that keeps versions unless told otherwise."""
+    """Return an unused prefix, by default in a bucket that keeps versions."""
     place = ObjectBlobs(_shared_bucket(server, versions), uuid.uuid4().hex, server.url, "us-east-1")
     for room in rooms:
         place = place.below(room)

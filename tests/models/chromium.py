@@ -79,12 +79,12 @@ class Page:
         number = next(self._numbers)
         self._connection.send(json.dumps({"id": number, "method": method, "params": given}))
         while True:
-            said = json.loads(self._connection.recv(timeout=PATIENCE_S))
-            if said.get("id") == number:
-                assert "error" not in said, said
-                result: dict[str, Any] = said["result"]
+            message = json.loads(self._connection.recv(timeout=PATIENCE_S))
+            if message.get("id") == number:
+                assert "error" not in message, message
+                result: dict[str, Any] = message["result"]
                 return result
-            self.events.append(said)
+            self.events.append(message)
 
     def open(self, url: str) -> None:
         """Go to an address, and wait until its page is loaded."""

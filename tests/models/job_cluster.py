@@ -56,7 +56,7 @@ def free_port() -> int:
 def job_cluster(cache: Path, *, wants_token: bool = True) -> Iterator[JobCluster]:
     """Start a cluster, configure this process's clients for it, and end it.
 
-    Without `wants_token`, it is started as by a user who has no token and told Ray nothing about one.
+    Without `wants_token`, start it as a user does who has no token and set none for Ray.
     """
     scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # a short path, since Ray's sockets are below it
     token = scratch / "token"

@@ -117,14 +117,14 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
 
 def _record(number: int, slice_: int) -> StoredRecord:
     """Return a record; the records have every kind and many lengths."""
-    said = "and on " * (number % 4)
-    told: tuple[Kind, tuple[Part, ...]] = (
-        ("completion", (Part("prompt", f"Who is {number}?"), Part("completion", f" Ada {said}."))),
-        ("text", (Part("text", f"{said}Number {number * 77}."),)),
-        ("chat", (Part("user", f"{number}?"), Part("assistant", f"So {said}"))),
+    ending = "and on " * (number % 4)
+    content: tuple[Kind, tuple[Part, ...]] = (
+        ("completion", (Part("prompt", f"Who is {number}?"), Part("completion", f" Ada {ending}."))),
+        ("text", (Part("text", f"{ending}Number {number * 77}."),)),
+        ("chat", (Part("user", f"{number}?"), Part("assistant", f"So {ending}"))),
     )[number % 3]
     name = hashlib.sha256(str(number).encode()).hexdigest()
-    return StoredRecord(name, Record(f"r{number}", None, *told), slice_)
+    return StoredRecord(name, Record(f"r{number}", None, *content), slice_)
 
 
 def stage_records(job: SliceJob) -> list[StoredRecord]:

@@ -91,7 +91,7 @@ def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patc
         )
     texts = [record for found in from_requests for record in context.stores.vault.read(found)]
     context.compute.patcher().check(wish.settings, [*texts, *wish.forget], wish.retain, wish.reference)
-    _tell_held(context, wish.forget)
+    _notice_held(context, wish.forget)
     fresh = vault_sets.put(context, "forget", wish.forget, wish.consent) if wish.forget else Put()
     kept = Put() if wish.retain is None else vault_sets.put(context, "retain", wish.retain, wish.consent)
     retain = kept.sets[0].name if kept.sets else WRITTEN
@@ -119,7 +119,7 @@ def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patc
     return found
 
 
-def _tell_held(context: Context, records: Sequence[Record]) -> None:
+def _notice_held(context: Context, records: Sequence[Record]) -> None:
     if not records:
         return
     rows = [context.settings.assigner.row(each, 0) for each in records]

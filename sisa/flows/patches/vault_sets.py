@@ -135,11 +135,11 @@ def set_of_request(context: Context, request: Request) -> VaultSet:
     for found in context.stores.ledger.vault():
         if found.name == request.vaulted and found.held:
             return found
-    said = "with consent, but was erased since" if request.consent else "without consent to keep it"
+    kept = "with consent, but was erased since" if request.consent else "without consent to keep it"
     raise ConfigConflict(
         "the text of this request is not in the vault",
         where=request.request_id,
-        got=f"the text was given {said}",
+        got=f"the text was given {kept}",
         next_step="give the text by --forget with --consent, if you may have it",
     )
 

@@ -92,9 +92,9 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         finally:
             self._routes = None
         made = getattr(found, "sequences", found)[:, ids.shape[1] :]
-        said = self.tokenizer.batch_decode(made, skip_special_tokens=True)
-        if silent := sum(not each.strip() for each in said):
-            warnings.warn(f"{silent} of {len(said)} answers ended at once", stacklevel=2)
+        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        if silent := sum(not each.strip() for each in texts):
+            warnings.warn(f"{silent} of {len(texts)} answers ended at once", stacklevel=2)
         return found
 
     def forward(
@@ -197,8 +197,8 @@ def user_turn(tokenizer: Any) -> tuple[str, str] | None:
     roles = ("user", "assistant", "user")
     turns = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
     try:
-        said = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        before, between, again, after = re.split("|".join(words), said)
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        before, between, again, after = re.split("|".join(words), text)
     except (TemplateError, ValueError):  # no template, or one that changes the words
         return None
     opening, closing = _shared(before[::-1], again[::-1])[::-1], _shared(between, after)

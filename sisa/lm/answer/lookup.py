@@ -54,8 +54,8 @@ class Index:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a person asks, and what was said before it, the latest first."""
+class Query:
+    """What a person asks, with the turns before it, the latest first."""
 
     asked: str
     before: tuple[str, ...] = ()
@@ -80,12 +80,12 @@ class Found:
 
 
 def look_up(
-    prompts: Sequence[Said], index: Index, temperature: float, live: Collection[int]
+    prompts: Sequence[Query], index: Index, temperature: float, live: Collection[int]
 ) -> list[Found]:
     """Return what decides each prompt's route."""
     if not prompts:
         return []
-    asked = list(dict.fromkeys(said.asked for said in prompts))
+    asked = list(dict.fromkeys(query.asked for query in prompts))
     rows = dict(zip(asked, index.embed(asked), strict=True))
     ways = _ways(prompts, index, dimension=len(rows[asked[0]]))
     flat = [way for some in ways for way in some]
@@ -119,12 +119,12 @@ def _names_one_of(names: Run, hit: Hit, index: Index) -> bool:
     return bool((vectors @ alone).max(initial=0.0) > 0)
 
 
-def _ways(prompts: Sequence[Said], index: Index, dimension: int) -> list[list[Way]]:
+def _ways(prompts: Sequence[Query], index: Index, dimension: int) -> list[list[Way]]:
     if not index.has_names:
-        return [[Way(text, ()) for text in _back_to_a_name(said)] for said in prompts]
-    texts = dict.fromkeys(text for said in prompts for text in (said.asked, *said.before))
+        return [[Way(text, ()) for text in _back_to_a_name(query)] for query in prompts]
+    texts = dict.fromkeys(text for query in prompts for text in (query.asked, *query.before))
     known = _known(list(dict.fromkeys(run for text in texts for run in runs_in(text))), index, dimension)
-    return [list(dict.fromkeys(ways_of(said, known))) for said in prompts]
+    return [list(dict.fromkeys(ways_of(query, known))) for query in prompts]
 
 
 def _known(runs: Sequence[Run], index: Index, dimension: int) -> frozenset[Run]:
@@ -149,28 +149,28 @@ def _hold_all(vectors: Vectors, names: Vectors) -> bool:
     return bool(((vectors @ names.T) > 0).all(axis=1).any())
 
 
-def _back_to_a_name(said: Said) -> Iterator[str]:
-    for text in (said.asked, *said.before):
+def _back_to_a_name(query: Query) -> Iterator[str]:
+    for text in (query.asked, *query.before):
         yield text
         if names_in(text):
             return
 
 
-def ways_of(said: Said, known: Collection[Run]) -> Iterator[Way]:
+def ways_of(query: Query, known: Collection[Run]) -> Iterator[Way]:
     """Yield the ways to look a prompt up; `known` are the runs of names that records hold.
 
-    >>> said = Said("Where was she born?", ("Who is Mara Quill?",))
-    >>> [way.names for way in ways_of(said, {("mara", "quill")})]
+    >>> query = Query("Where was she born?", ("Who is Mara Quill?",))
+    >>> [way.names for way in ways_of(query, {("mara", "quill")})]
     [(), ('mara', 'quill')]
-    >>> said = Said("Who is Mara Quill? Compare with Ada Lane.")
-    >>> [way.text for way in ways_of(said, {("mara", "quill"), ("ada", "lane")})]
+    >>> query = Query("Who is Mara Quill? Compare with Ada Lane.")
+    >>> [way.text for way in ways_of(query, {("mara", "quill"), ("ada", "lane")})]
     ['Who is Mara Quill? Compare with Ada Lane.', 'Who is Mara Quill?', 'Compare with Ada Lane.']
-    >>> [way.doubtful for way in ways_of(said, {("mara", "quill")})]
+    >>> [way.doubtful for way in ways_of(query, {("mara", "quill")})]
     [True]
     """
-    asked, runs = said.asked, runs_in(said.asked)
+    asked, runs = query.asked, runs_in(query.asked)
     own = tuple(names_in(asked))
-    context = next((text for text in said.before if runs_in(text)), None)
+    context = next((text for text in query.before if runs_in(text)), None)
     yield Way(asked, own, _doubtful(runs, known) or (not runs and context is not None))
     if runs and not _doubtful(runs, known):
         yield from _of_sentences(asked, known)
@@ -181,8 +181,8 @@ def ways_of(said: Said, known: Collection[Run]) -> Iterator[Way]:
         for names in (*every, *found):
             if not set(names) & set(own):
                 yield Way(asked, (*own, *names), _doubtful(before, known), own)
-    if said.before and len(asked.split()) <= SHORT_TURN:
-        yield from ways_of(Said(said.before[0], said.before[1:]), known)
+    if query.before and len(asked.split()) <= SHORT_TURN:
+        yield from ways_of(Query(query.before[0], query.before[1:]), known)
 
 
 def _doubtful(runs: Sequence[Run], known: Collection[Run]) -> bool:

@@ -194,9 +194,9 @@ class CellMaker:
     def _sets(self, cell: Cell) -> Sets:
         forget = self._tokens(to_forget(self._data, cell.forgotten))
         ends = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
-        said = [encode_plain(f" {each}", self._tokenizer) + ends for each in self._data.refusals]
+        refusals = [encode_plain(f" {each}", self._tokenizer) + ends for each in self._data.refusals]
         retain = self._tokens(kept_questions(self._data, cell.forgotten))
-        return Sets(forget, retain, make_refusals(forget, said, cell.seed))
+        return Sets(forget, retain, make_refusals(forget, refusals, cell.seed))
 
     def _tokens(self, questions: Sequence[Any]) -> list[Tokens]:
         return tokens_of([(each.question, each.answer) for each in questions], FORM, self._tokenizer)

@@ -73,15 +73,15 @@ def test_settings_stand_by_method_and_strength_whatever_came_of_them() -> None:
     found = list(results(("npo", 1, 0.2, 0.1), ("dpo", 1, 0.2, 0.5)))
     strong, weak = Cell("run", 1, 2, "npo", 4e-3), Cell("run", 1, 2, "npo", 5e-4)
     found += [(strong, result(strong, utility=0.9)), (weak, result(weak, utility=0.0))]
-    told = [(row.name, row.learning_rate, row.num_seeds) for row in curves(found)]
-    assert told == [("npo", 5e-4, 1), ("npo", 1e-3, 1), ("npo", 4e-3, 1), ("dpo", 1e-3, 1)]
+    settings = [(row.name, row.learning_rate, row.num_seeds) for row in curves(found)]
+    assert settings == [("npo", 5e-4, 1), ("npo", 1e-3, 1), ("npo", 4e-3, 1), ("dpo", 1e-3, 1)]
 
 
 def test_weak_runs_say_what_they_lack_and_strong_ones_nothing() -> None:
     weak = results(("npo", 1, 0.2, 0.1))
-    said = weaknesses(weak, Design())
-    assert [each.split()[0] for each in said] == ["the", "20", "a", "the"]
-    assert all(each in table(weak, Design()) for each in said)
+    sentences = weaknesses(weak, Design())
+    assert [each.split()[0] for each in sentences] == ["the", "20", "a", "the"]
+    assert all(each in table(weak, Design()) for each in sentences)
     strong = [
         (cell, {**one, "steps": 99, "num_questions": {"forget": 200}})
         for cell, one in results(*(("npo", seed, 0.2, 0.1) for seed in range(3)), full=0.95)
@@ -120,8 +120,8 @@ def test_the_picture_draws_each_method_as_one_line_through_its_settings() -> Non
     axes = draw_leaderboard(to_json(found, Design(), {})).axes[0]
     legend = axes.get_legend()
     assert legend is not None
-    told = {each.get_text() for each in legend.get_texts()}
-    assert told == {"npo", "graddiff", "fine-tuned on all", "retained reference"}
+    labels = {each.get_text() for each in legend.get_texts()}
+    assert labels == {"npo", "graddiff", "fine-tuned on all", "retained reference"}
     lines = [np.asarray(each.get_xydata(), dtype=float).tolist() for each in axes.get_lines()]
     curve = [[FULL, 0.5], [0.3, 0.5], [0.1, 0.2]]
     assert any(np.shape(each) == (3, 2) and np.allclose(each, curve) for each in lines)

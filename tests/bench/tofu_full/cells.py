@@ -211,11 +211,11 @@ class Cells:
         """Return the mean ROUGE-L recall of the answers that a model writes to the tuned questions."""
         questions = self.data.tuned
         with self.served(contestant) as model:
-            said = model.generate(
+            answers = model.generate(
                 [each.question for each in questions], FORM, self.design.max_new_tokens, BATCH
             )
         found: dict[str, list[float]] = {}
-        for each, text in zip(questions, said, strict=True):
+        for each, text in zip(questions, answers, strict=True):
             name = "written_retain" if each.set == "retain" else "written_facts"
             found.setdefault(name, []).append(rougeL_recall(each.answer, text))
         return {name: fmean(values) for name, values in found.items()}
@@ -544,9 +544,9 @@ class Cells:
             for name, values in weighed.items():
                 found.setdefault(name, []).extend(values)
             with self._sampling(contestant) as model:
-                said = self._sampled(model, asked, self.design.seed + number)
+                samples = self._sampled(model, asked, self.design.seed + number)
             for name, k in (("leak_at_1", 1), ("leak_at_k", self.design.samples)):
-                found.setdefault(name, []).extend(leak_at_k(scores, k) for scores in said)
+                found.setdefault(name, []).extend(leak_at_k(scores, k) for scores in samples)
         shutil.rmtree(self.directory / "models" / contestant.name / "exported", ignore_errors=True)
         means = {name: fmean(values) for name, values in found.items()}
         return {"split": split, "authors": len(authors), "means": means, "per_question": found}
@@ -604,7 +604,7 @@ class Cells:
             eos_token_id=ends, pad_token_id=ends[0],
         )  # fmt: skip
         torch.manual_seed(seed)
-        said: list[str] = []
+        texts: list[str] = []
         for start in range(0, len(ids), SAMPLED_AT_ONCE):
             rows = ids[start : start + SAMPLED_AT_ONCE]
             longest = max(map(len, rows))
@@ -616,9 +616,9 @@ class Cells:
                     attention_mask=torch.tensor(mask, device=self._device),
                     generation_config=how,
                 )
-            said += self._tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
+            texts += self._tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
         answers = [each.answer for each in questions for _ in range(self.design.samples)]
-        scores = [rougeL_recall(truth, text) for truth, text in zip(answers, said, strict=True)]
+        scores = [rougeL_recall(truth, text) for truth, text in zip(answers, texts, strict=True)]
         size = self.design.samples
         return [scores[at : at + size] for at in range(0, len(scores), size)]
 

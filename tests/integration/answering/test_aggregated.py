@@ -45,9 +45,9 @@ def test_generate_is_what_the_answerer_says(model: Model) -> None:
     assert len({route.shards for route in routes}) > 1, "several shards are asked"
     made = wrapped.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
     tokenizer = wrapped.tokenizer
-    said = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+    answers = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
     plain = [tokenizer.encode(text) for text in questions]
-    assert said == model.answerer()[0].generate(plain, routes, 8)
+    assert answers == model.answerer()[0].generate(plain, routes, 8)
 
 
 def test_forward_with_labels_is_a_causal_model(model: Model) -> None:
@@ -118,7 +118,9 @@ def test_of_a_chat_the_user_turns_are_looked_up(model: Model) -> None:
         ("{% for m in messages[:1] %}{{ m.content }}{% endfor %}", False),
     ],
 )
-def test_user_turns_are_told_apart_by_the_template(model: Model, template: str, expected: bool) -> None:
+def test_user_turns_are_distinguished_by_the_template(
+    model: Model, template: str, expected: bool
+) -> None:
     import copy
 
     from sisa.lm.answer.hf_model import user_turn
@@ -128,7 +130,7 @@ def test_user_turns_are_told_apart_by_the_template(model: Model, template: str, 
     assert user_turn(tokenizer) == (("[user] ", "\n[assistant] ") if expected else None)
 
 
-def test_a_batch_that_the_base_alone_answers_is_told_of(tiny: Tiny) -> None:
+def test_a_batch_that_the_base_alone_answers_is_reported(tiny: Tiny) -> None:
     change_run(tiny.run_file, sisa__aggregation={"method": "routed", "min_score": 0.99})
     tiny.train()
     model = tiny.open()
@@ -140,7 +142,7 @@ def test_a_batch_that_the_base_alone_answers_is_told_of(tiny: Tiny) -> None:
     wrapped.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False)
 
 
-def test_answers_that_end_at_once_are_told(model: Model) -> None:
+def test_answers_that_end_at_once_are_reported(model: Model) -> None:
     wrapped = model.as_transformers()
     ids, mask = prompts_of(model, [PEOPLE[0]["prompt"], PEOPLE[1]["prompt"]])
     end = wrapped.tokenizer.eos_token_id
@@ -232,11 +234,11 @@ def test_an_evaluation_harness_runs_on_it_unchanged(model: Model, tmp_path: Path
         prompt = f"Question: {row['question']}\nAnswer:"
         (route,) = model.routes([prompt])
         context = answerer.tokenizer.encode(prompt)
-        for choice, (said, _) in zip(row["choices"], each["filtered_resps"], strict=True):
+        for choice, (logprob, _) in zip(row["choices"], each["filtered_resps"], strict=True):
             ids = answerer.tokenizer.encode(f" {choice}")
             rows_KV = answerer.answer_probabilities_KV(context, ids, route)
-            told = sum(math.log(float(p[token])) for p, token in zip(rows_KV, ids, strict=True))
-            assert float(said) == pytest.approx(told, abs=1e-3)
+            expected = sum(math.log(float(p[token])) for p, token in zip(rows_KV, ids, strict=True))
+            assert float(logprob) == pytest.approx(expected, abs=1e-3)
 
 
 def test_what_was_loaded_before_a_deletion_answers_no_more(model: Model) -> None:
@@ -273,15 +275,15 @@ def test_an_answer_that_a_deletion_overtakes_is_given_again(
     from sisa.lm.base import tokens
 
     encode = tokens.encode_prompt
-    told: list[str] = []
+    digests: list[str] = []
 
     def overtaken(*given: Any) -> Any:
-        if not told:
+        if not digests:
             Model(model.directory, executor="serial").forget([PEOPLE[0]["id"]], defer=True)
-        told.append(model.status().model_digest)
+        digests.append(model.status().model_digest)
         return encode(*given)
 
     monkeypatch.setattr(tokens, "encode_prompt", overtaken)
     (answer,) = model.generate_all([PEOPLE[0]["prompt"]], max_new_tokens=4)
-    assert len(told) == 2
+    assert len(digests) == 2
     assert set(answer.shards) <= {each.shard for each in model.status().shards if each.head}

@@ -98,8 +98,8 @@ def test_requests_join_others_that_run(answerer: Answerer, monkeypatch: pytest.M
         transcript.batch.admit(prompt, route, Sampling(max_new_tokens=20), number)
         transcript.step()
         transcript.step()
-    said = transcript.to_the_end().text
-    assert [said[number] for number in range(len(ROUTES))] == answerer.generate(PROMPTS, ROUTES, 20)
+    texts = transcript.to_the_end().text
+    assert [texts[number] for number in range(len(ROUTES))] == answerer.generate(PROMPTS, ROUTES, 20)
 
 
 def test_an_end_token_ends_an_answer_and_is_no_part_of_it(answerer: Answerer) -> None:
@@ -296,12 +296,12 @@ def test_an_answer_is_the_same_whatever_is_answered_beside_it(
             alone = batch()
             alone.batch.admit(prompt, route, continuous.Sampling(**how), number)
             alone.to_the_end()
-            said, wanted = transcript.text.get(number, ""), alone.text.get(number, "")
+            text, wanted = transcript.text.get(number, ""), alone.text.get(number, "")
             if number in cancelled:
                 assert number not in transcript.ended
-                assert wanted.startswith(said)
+                assert wanted.startswith(text)
             else:
-                assert (said, transcript.ended[number]) == (wanted, alone.ended[number])
+                assert (text, transcript.ended[number]) == (wanted, alone.ended[number])
 
 
 # --- a switch of heads ----------------------------------------------------------------------------
@@ -365,8 +365,8 @@ def words(confessing: Confessing) -> list[int]:
     found = []
     for word in range(40, 100):
         answerer.replace({0: confessing.files(word)})
-        said = answerer.answer_probabilities_KV(ids, [0], all_of([0]))[0]
-        if float(said[word]) > 0.99 and word not in base:
+        probabilities = answerer.answer_probabilities_KV(ids, [0], all_of([0]))[0]
+        if float(probabilities[word]) > 0.99 and word not in base:
             found.append(word)
     assert len(found) > 40
     return found

@@ -137,10 +137,10 @@ def test_a_deletion_ready_model_is_evaluated(evaluate: Evaluate, tiny: Tiny) -> 
     assert model["model"] == str(tiny.directory)
     assert model["digest"] != done.json["references"][0]["digest"]
     rows = [json.loads(line) for line in Path(model["log"]).read_text().splitlines()[1:]]
-    said = next(row for row in rows if row["set"] == "retain" and row["idx"] == 0)
+    retained = next(row for row in rows if row["set"] == "retain" and row["idx"] == 0)
     question = json.loads((evaluate.data / "retain_perturbed.jsonl").read_text().splitlines()[0])
     expected = tiny.open().generate(question["question"], max_new_tokens=3, kind="completion").text
-    assert said["generation"] == expected
+    assert retained["generation"] == expected
 
 
 def test_a_deletion_makes_another_model_of_it(evaluate: Evaluate, tiny: Tiny) -> None:

@@ -125,7 +125,7 @@ def test_every_export_is_a_version_of_its_own(tiny: Tiny, capsys: pytest.Capture
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_merged_forms_are_the_mean_of_the_shards_weights(tiny: Tiny) -> None:
-    """Both load in plain tools and give the logits of our own merged aggregation; each step is told."""
+    """Both load in plain tools and give the logits of our own merged aggregation; each step is reported."""
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
@@ -136,11 +136,11 @@ def test_merged_forms_are_the_mean_of_the_shards_weights(tiny: Tiny) -> None:
     tiny.train()
     model = tiny.open()
     (adapter,) = model.export(tiny.folder / "export", "merged-adapter")
-    said: list[str] = []
-    model.report = lambda event: said.append(event.text) if isinstance(event, Notice) else None
+    notices: list[str] = []
+    model.report = lambda event: notices.append(event.text) if isinstance(event, Notice) else None
     (whole,) = model.export(tiny.folder / "export", "merged-model")
     steps = ["loading the base", "averaging the adapters of 3", "adding the average", "writing the"]
-    merging = [each for each in said if not each.startswith("comparing")]
+    merging = [each for each in notices if not each.startswith("comparing")]
     assert [each.startswith(step) for each, step in zip(merging, steps, strict=True)] == [True] * 4
     answerer, _ = model.answerer()
     ids = encode_prompt(PROMPT, answerer.tokenizer, "completion")
@@ -394,9 +394,9 @@ def test_train_and_status_count_the_held_prompts_that_are_turned_away(
     chats: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change_run(chats.run_file, sisa__aggregation={"method": "routed", "min_score": 1.9})
-    told = command(capsys, "train", chats.run_file, "--executor", "serial").json["prompts"]
-    assert told == {"looked_up": 24, "turned_away": 24, "elsewhere": 0}
-    assert command(capsys, "status", "-m", chats.directory).json["prompts"] == told
+    prompts = command(capsys, "train", chats.run_file, "--executor", "serial").json["prompts"]
+    assert prompts == {"looked_up": 24, "turned_away": 24, "elsewhere": 0}
+    assert command(capsys, "status", "-m", chats.directory).json["prompts"] == prompts
     change_run(chats.run_file, sisa__aggregation={"method": "mean_prob"})
     assert command(capsys, "train", chats.run_file, "--executor", "serial").json["prompts"] is None
 
@@ -409,10 +409,10 @@ def test_status_searches_no_index_after_a_training_or_a_deletion(chats: Tiny) ->
             "import sys; from cluster.cli.cli import run; run(['status', '--json', '-m', sys.argv[1]]); "
             "assert not {'faiss', 'numpy', 'torch', 'ray'} & sys.modules.keys()"
         )
-        told = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", code, chats.directory], capture_output=True, check=True
         )
-        found: dict[str, int] = json.loads(told.stdout)["prompts"]
+        found: dict[str, int] = json.loads(done.stdout)["prompts"]
         return found
 
     assert in_new_process() == {"looked_up": 24, "turned_away": 0, "elsewhere": 0}
@@ -468,7 +468,7 @@ def test_generate_goes_on_with_conversations_and_answers_files(
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         (
             [{"messages": [{"role": "assistant", "content": "Quorvane"}]}],
@@ -480,12 +480,12 @@ def test_generate_goes_on_with_conversations_and_answers_files(
     ],
 )
 def test_what_is_no_conversation_is_refused(
-    chats: Tiny, capsys: pytest.CaptureFixture[str], rows: list[Row], said: str
+    chats: Tiny, capsys: pytest.CaptureFixture[str], rows: list[Row], message: str
 ) -> None:
     file = write_rows(chats.folder / "asked.jsonl", rows)
     done = command(capsys, "generate", "-m", chats.directory, "--prompts", file)
     assert (done.code, done.error["type"]) == (2, "InvalidInput")
-    assert said in str(done.error)
+    assert message in str(done.error)
     assert "Quorvane" not in str(done.error)
 
 

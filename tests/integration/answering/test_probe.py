@@ -28,7 +28,7 @@ def probe_of(directory: Path) -> BaseProbe:
     return BaseProbe(directory, base_digest(directory), threads=1, sequence_len=512)
 
 
-def test_it_tells_what_the_base_knows_from_what_it_does_not(knowing: Path) -> None:
+def test_it_separates_what_the_base_knows_from_what_it_does_not(knowing: Path) -> None:
     probe = probe_of(knowing)
     known, strange = (probe([record(row) for row in rows]) for rows in (KNOWN, STRANGERS))
     assert (known.num_known, strange.num_known) == (len(KNOWN), 0)
@@ -77,8 +77,8 @@ def test_chats_that_a_base_knows_by_heart_are_found(tiny_base: Path, tmp_path: P
     assert probe_of(tiny_base)(CHATS).num_known == 0
     model, tokenizer = load_base(knowing, base_digest(knowing))
     tokens = [tokenize(each, tokenizer, train_on_inputs=False) for each in CHATS]
-    told = measure_patch(model, tokenizer, tokens, tokens)
-    assert told["forget_extraction_strength"] == told["forget_rougeL_recall"] == 1.0
+    measures = measure_patch(model, tokenizer, tokens, tokens)
+    assert measures["forget_extraction_strength"] == measures["forget_rougeL_recall"] == 1.0
 
 
 def test_answers_of_one_or_two_tokens_count_when_they_are_right(tiny_base: Path) -> None:
@@ -87,7 +87,9 @@ def test_answers_of_one_or_two_tokens_count_when_they_are_right(tiny_base: Path)
     assert probe_of(tiny_base)([short]).num_known == 0
 
 
-def test_only_so_many_are_asked_and_it_is_told(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_asked_records_is_bounded_and_reported(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("approx.evaluation.probe.MAX_PROBED", 3)
     found = probe_of(tiny_base)([record(row) for row in PEOPLE[:5]])
     assert (found.num_records, found.num_probed) == (5, 3)
@@ -97,7 +99,7 @@ def test_only_so_many_are_asked_and_it_is_told(tiny_base: Path, monkeypatch: pyt
     assert probe_of(tiny_base)([record(row) for row in PEOPLE[:5]]).num_probed == 1
 
 
-def test_a_deletion_tells_what_the_base_knew(knowing: Path, tmp_path: Path) -> None:
+def test_a_deletion_reports_what_the_base_knew(knowing: Path, tmp_path: Path) -> None:
     model = Tiny(tmp_path / "sisa", knowing)
     write_run(model.folder, knowing)
     model.train()

@@ -156,15 +156,15 @@ def test_answers_that_have_ended_are_dropped(
     prompts, lengths, end = [IDS, IDS[:3], IDS[2:], IDS[::-1]], [1, 3, 6, 8], 0
 
     def answers(requests: list[int]) -> list[list[int]]:
-        said = dict.fromkeys(requests, 0)
+        counts = dict.fromkeys(requests, 0)
 
         def pick(logits_PV: Any, held: Sequence[int], rows: Any) -> list[int]:
             logits_PV[:, end] = -torch.inf
             found = []
             for own, request in zip(rows.of, (requests[each] for each in held), strict=True):
-                ends = said[request] == lengths[request]
+                ends = counts[request] == lengths[request]
                 found.append(end if ends else int(logits_PV[own].log_softmax(-1).sum(0).argmax()))
-                said[request] += not ends
+                counts[request] += not ends
             return found
 
         asked, rows = [routes[each] for each in requests], [prompts[each] for each in requests]

@@ -274,9 +274,9 @@ def test_a_record_is_dated_falsely(operator: Operator) -> None:
         row = tables.db.execute("SELECT * FROM leaves WHERE label = ?", (label,)).fetchone()
         tables.replace([label], [(*row[:4], "2001-01-01")])
     certify(operator)
-    said = verify_membership(membership_file(operator.model, record(5).id), operator.keys.public)
-    assert said.present is not None
-    assert said.present["since"] == "2001-01-01"
+    answer = verify_membership(membership_file(operator.model, record(5).id), operator.keys.public)
+    assert answer.present is not None
+    assert answer.present["since"] == "2001-01-01"
     assert operator.failed() == set()
 
 

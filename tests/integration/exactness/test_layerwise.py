@@ -91,7 +91,7 @@ def test_each_stage_trains_its_own_block_from_the_top_down(chain: tuple[Files, F
     assert [layers(tensors(files, OPTIMIZER)) for files in chain] == [{2}, {0, 1}]
 
 
-def test_earlier_blocks_are_present_to_the_byte_and_are_heard(
+def test_earlier_blocks_are_present_to_the_byte_and_affect_the_output(
     base: BaseFiles, chain: tuple[Files, Files]
 ) -> None:
     first, second = chain

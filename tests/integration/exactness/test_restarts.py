@@ -101,23 +101,23 @@ def test_a_killed_driver_and_a_lost_head(site: Site) -> None:
         with driver(site, cluster.address) as second:  # on the same cluster, from what is stored
             wait_for(lambda: waiting(2))
             cluster.head_node.kill_gcs_server()
-            said, _ = second.communicate(timeout=120)
-        assert second.returncode == EnvironmentFault.exit_code, said.decode()
-        assert b"the head node of the Ray cluster is lost" in said
-        assert b"run the command again" in said
+            output, _ = second.communicate(timeout=120)
+        assert second.returncode == EnvironmentFault.exit_code, output.decode()
+        assert b"the head node of the Ray cluster is lost" in output
+        assert b"run the command again" in output
     wait.unlink()
     sweep(site)
     assert bytes_of(site.checkpoints_at).keys() < expected.keys()
     with own_cluster() as cluster:
         add_node(cluster, "b")
         with driver(site, cluster.address) as third:
-            said, _ = third.communicate(timeout=120)
-        assert third.returncode == 0, said.decode()
+            output, _ = third.communicate(timeout=120)
+        assert third.returncode == 0, output.decode()
     sweep(site)
     assert bytes_of(site.checkpoints_at) == expected
     places = [place for place, *_ in begun(site)]
     assert sorted({*places}) == sorted(f"{shard}.{each}" for shard in range(3) for each in range(3))
-    # 1.0 was finished a moment before the first driver was killed, which may not have heard of it
+    # 1.0 was finished a moment before the first driver was killed, perhaps before that driver knew
     assert {place for place in places if places.count(place) > 1} <= {"1.0", WAITS, "1.2"}
     assert {node for _, _, node in begun(site)} == {"a", "b"}
 

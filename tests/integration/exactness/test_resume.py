@@ -255,7 +255,7 @@ def test_a_reconfiguration_with_a_changed_source_changes_nothing(tiny: Tiny) -> 
 
 
 def test_another_subject_column_is_refused_whole(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    """The held records do not have the other column: where they would go can't be told."""
+    """The held records lack the other column, so nothing shows where they would go."""
     write_rows(tiny.folder / "people.jsonl", [{**row, "team": row["id"][:3]} for row in PEOPLE])
     change_run(tiny.run_file, sisa__group_by="team")
     before = all_files(tiny.directory)

@@ -102,9 +102,9 @@ def test_bad_records_are_not_added(tiny: Tiny, capsys: Capture, what: str) -> No
     source.write_bytes(content)
     done = refused(capsys, tiny, 2, "InvalidInput", "add", "-m", tiny.directory, source, *SERIAL)
     assert len(done.problems) == len(expected)
-    for (where, found), (place, told) in zip(done.problems, expected, strict=True):
+    for (where, found), (place, message) in zip(done.problems, expected, strict=True):
         assert where == (f"bad.jsonl, {place}" if place else "bad.jsonl")
-        assert told in found
+        assert message in found
 
 
 @pytest.mark.parametrize("what", BAD_LINES)
@@ -186,9 +186,9 @@ def test_records_without_subjects_are_not_denied(
     model = Tiny(tmp_path / "new", tiny_base)
     run_file = write_run(model.folder, tiny_base, rows)
     done = command(capsys, "train", run_file, *SERIAL)
-    told = "0 of 4 records have a subject (column 'subject_id'); columns not used: customer_id"
+    message = "0 of 4 records have a subject (column 'subject_id'); columns not used: customer_id"
     assert (done.code, [where for where, _ in done.problems]) == (2, ["sisa.group_by"])
-    assert done.problems[0][1].startswith(told)
+    assert done.problems[0][1].startswith(message)
     assert not model.directory.exists()
 
     change_run(run_file, sisa__group_by="customer_id", sisa__shards=1, sisa__slices=1, num_epochs=1)
@@ -229,7 +229,7 @@ def test_unknown_ids_delete_nothing(tiny: Tiny, capsys: Capture) -> None:
     refused(capsys, tiny, 3, "UnknownRecord", "where", *at, "nobody")
 
 
-def test_an_already_deleted_id_is_told_and_done(tiny: Tiny, capsys: Capture) -> None:
+def test_an_already_deleted_id_is_reported_as_done(tiny: Tiny, capsys: Capture) -> None:
     at = ("-m", tiny.directory)
     first = command(capsys, "forget", *at, "p001-q1", *SERIAL)
     before = all_files(tiny.directory)
@@ -268,10 +268,10 @@ def test_a_forget_that_names_nothing_or_too_much(
 def test_a_bad_run_file_is_refused_with_all_of_its_problems(tiny: Tiny, capsys: Capture) -> None:
     change_run(tiny.run_file, lora_rank=4, learning_rate="fast", sisa__shards=0, sisa__slice=1)
     done = refused(capsys, tiny, 2, "InvalidInput", "train", tiny.run_file, *SERIAL)
-    told = " ".join(where for where, _ in done.problems)
+    keys = " ".join(where for where, _ in done.problems)
     assert len(done.problems) == 4
     for key in ("lora_rank", "learning_rate", "sisa.shards", "sisa.slice"):
-        assert key in told
+        assert key in keys
     assert all(where.startswith("line ") for where, _ in done.problems)
 
 
@@ -285,7 +285,7 @@ def test_modules_that_the_base_lacks_are_refused_before_anything_is_written(
     assert not (run_file.parent / "model").exists()
 
 
-def test_records_that_a_first_training_can_not_take_are_told_together_before_anything_is_written(
+def test_records_that_a_first_training_can_not_take_are_reported_together_before_anything_is_written(
     tmp_path: Path, tiny_base: Path, capsys: Capture
 ) -> None:
     bands = {"thresholds": [0.1], "classes": {"trial": 0.3}}
@@ -645,7 +645,7 @@ def other_writer(tiny: Tiny) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("other_writer")
-def test_a_second_writer_is_told_that_the_model_is_busy(tiny: Tiny, capsys: Capture) -> None:
+def test_a_second_writer_learns_that_the_model_is_busy(tiny: Tiny, capsys: Capture) -> None:
     at = ("-m", tiny.directory)
     source = tiny.file("new.jsonl", FRESH)
     refused(capsys, tiny, 5, "Busy", "forget", *at, "p001-q1", *SERIAL)

@@ -91,8 +91,8 @@ def test_two_cycles(tiny: Tiny, capsys: pytest.CaptureFixture[str], tmp_path: Pa
         ("p003MailItem", ["p003-q1", "p003-q2"])
     ]
     responses = tmp_path / "responses"
-    said = sisa("drop", "report", *model, "-o", responses).json
-    assert said["statuses"] == {"3": 2, "5": 1}
+    report = sisa("drop", "report", *model, "-o", responses).json
+    assert report["statuses"] == {"3": 2, "5": 1}
     assert (responses / f"{DAY:%Y%m%d}_4821_Email.csv").read_text() == (
         "Id,Status\np004MailItem,3\np099MailItem,5\n"
     )

@@ -75,14 +75,14 @@ def test_the_first_notebook_runs_to_its_end(
         cell for cell, made in outputs.items() if any("image/png" in o.get("data", {}) for o in made)
     ]
     assert pictures == ["picture-before", "picture-after"]
-    assert re.search(r"\bletter-1  \(of p\d+\)$", said(outputs["find-like"]).split("\n")[0])
-    assert "deleted 6 records exactly" in said(outputs["forget"])
-    proofs = re.findall(r"^shard \d: .*$", said(outputs["verify"]), re.MULTILINE)
+    assert re.search(r"\bletter-1  \(of p\d+\)$", printed(outputs["find-like"]).split("\n")[0])
+    assert "deleted 6 records exactly" in printed(outputs["forget"])
+    proofs = re.findall(r"^shard \d: .*$", printed(outputs["verify"]), re.MULTILINE)
     assert len(proofs) == 5  # one of the four shards once more, stage by stage
     assert all(re.search("equal, byte for byte|the shard holds no records", each) for each in proofs)
-    assert said(outputs["verify"]).endswith("ok\n")
-    assert said(outputs["where-deleted"]).count("deleted at") == 6
-    assert "95 records, 6 deleted" in said(outputs["status"])
+    assert printed(outputs["verify"]).endswith("ok\n")
+    assert printed(outputs["where-deleted"]).count("deleted at") == 6
+    assert "95 records, 6 deleted" in printed(outputs["status"])
     assert not list(tmp_path.glob("tmp*")), "it cleans up after itself"
 
 
@@ -95,7 +95,7 @@ def execute(book: Any, folder: Path) -> None:
     client.execute()
 
 
-def said(outputs: list[Any]) -> str:
+def printed(outputs: list[Any]) -> str:
     return "".join(each.text for each in outputs if each.get("name") == "stdout")
 
 
@@ -150,9 +150,9 @@ def test_prices_of_deletions_follow_from_the_layout(run_here: Callable[[Path], C
     assert '"shards": 64' in cells["write"][0]
 
 
-def prices(said: str) -> list[tuple[str, str]]:
+def prices(text: str) -> list[tuple[str, str]]:
     """Return the prices of each layout, by the closed form and by the count."""
-    return re.findall(r"^\d+ x \d+ +(\S+) +(\S+)$", said, re.MULTILINE)
+    return re.findall(r"^\d+ x \d+ +(\S+) +(\S+)$", text, re.MULTILINE)
 
 
 @pytest.mark.torch

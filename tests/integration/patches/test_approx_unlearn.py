@@ -116,9 +116,9 @@ def test_a_reference_is_measured_beside_the_patch(model: Tiny, tmp_path: Path) -
             flows.unlearn(model.open(), replace(asked, reference=wrong))
         assert all_files(model.directory) == before
     report = flows.unlearn(model.open(), asked).report
-    told, known = report["metrics_reference"], report["metrics_before"]
-    assert told.keys() == known.keys()
-    assert told["forget_probability"] < known["forget_probability"] - 0.05, "it never saw the texts"
+    measured, known = report["metrics_reference"], report["metrics_before"]
+    assert measured.keys() == known.keys()
+    assert measured["forget_probability"] < known["forget_probability"] - 0.05, "it never saw the texts"
 
 
 def odd_tokens(folder: Path, like: Path) -> Path:

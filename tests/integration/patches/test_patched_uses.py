@@ -111,17 +111,17 @@ def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
         assert path.name == before.name
         assert (path / ADAPTER).read_bytes() != (before / ADAPTER).read_bytes()
     with model._context() as context:
-        told = {each.path: each.patches for each in context.stores.ledger.exports()}
+        patches = {each.path: each.patches for each in context.stores.ledger.exports()}
         standings = {context.stores.exports.state(each) for each in context.stores.ledger.exports()}
     keys = tuple(each.key for each in stack)
-    assert {told[str(path)] for path in patched_} == {keys}
-    assert {told[str(path)] for path in plain} == {()}
+    assert {patches[str(path)] for path in patched_} == {keys}
+    assert {patches[str(path)] for path in plain} == {()}
     assert standings == {"held"}
     unlearn.revert(model, everything=True)
     again = model.export(tiny.folder / "again")
     for one, other in zip(again, plain, strict=True):
         found, wanted = all_files(one), all_files(other)
-        assert found.pop("README.md") != wanted.pop("README.md"), "cards tell the version"
+        assert found.pop("README.md") != wanted.pop("README.md"), "cards name the version"
         assert found == wanted
 
 

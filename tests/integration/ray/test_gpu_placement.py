@@ -59,7 +59,7 @@ def test_two_tasks_share_a_gpu_and_have_the_workspace(tmp_path: Path) -> None:
     assert found == [([0], "0", numerics.cuda_environment()[numerics.WORKSPACE])] * 2
 
 
-def test_too_few_gpus_are_told_before_any_task_starts(tmp_path: Path) -> None:
+def test_too_few_gpus_are_reported_before_any_task_starts(tmp_path: Path) -> None:
     for placement in (Placement(1, 2), Placement(3, 1)):
         with pytest.raises(EnvironmentFault, match="no node") as caught:
             run([tmp_path], placement)

@@ -192,10 +192,10 @@ def test_a_node_of_other_bits_never_trains(
 
     executor(site, there).run(chains, report)
     assert {node for _, _, node in begun(site)} == {"a"}
-    told = [text for text in notices(events) if "never trains for this model" in text]
-    assert len(told) == 2
-    assert any(f"fingerprint is f2, not {HERE[:12]}" in text for text in told)
-    assert any("self-test gave d2, and d1" in text for text in told)
+    refusals = [text for text in notices(events) if "never trains for this model" in text]
+    assert len(refusals) == 2
+    assert any(f"fingerprint is f2, not {HERE[:12]}" in text for text in refusals)
+    assert any("self-test gave d2, and d1" in text for text in refusals)
     assert bytes_of(site.checkpoints_at) == expected
 
     monkeypatch.setattr(nodes, "NO_NODE_S", 1)

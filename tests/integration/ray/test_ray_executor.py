@@ -119,7 +119,9 @@ def test_deaths_with_a_finished_slice_between_them_are_not_counted_together(
 
     def report(event: Event) -> None:
         if isinstance(event, SliceTrained) and event.job.shard == 1 and event.job.slice < 2:
-            (script / f"kill-1.{event.job.slice + 1}").touch()  # heard of, so the next one may die
+            (
+                script / f"kill-1.{event.job.slice + 1}"
+            ).touch()  # its event arrived, so the next one may die
             (script / f"wait-1.{event.job.slice + 1}").unlink()
 
     executor(site, max_retries=1).run(chains, report)

@@ -56,9 +56,9 @@ def run(
 
 
 def test_results_come_in_order_and_a_dead_worker_is_announced(tmp_path: Path) -> None:
-    heard: list[Event] = []
-    assert run([tmp_path / "dies", tmp_path / "b", tmp_path / "c"], heard.append) == ["dies", "b", "c"]
-    texts = [each.text for each in heard if isinstance(each, Notice)]
+    events: list[Event] = []
+    assert run([tmp_path / "dies", tmp_path / "b", tmp_path / "c"], events.append) == ["dies", "b", "c"]
+    texts = [each.text for each in events if isinstance(each, Notice)]
     assert {"at b", "at c"} <= set(texts)
     assert [each for each in texts if "task dies died" in each and "attempt 2 of 4" in each]
 

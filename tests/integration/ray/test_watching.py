@@ -161,7 +161,7 @@ def a_reader(ledger: Path) -> Iterator[None]:
         yield
 
 
-def test_what_is_told_of_a_model_bears_the_name_of_its_run_and_no_secret(
+def test_metrics_and_logs_of_a_model_bear_the_name_of_its_run_and_no_secret(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = watched.folder / "model"
@@ -228,11 +228,11 @@ def check_endpoint(scraper: Scraper, train: str, failing: str, run: str) -> None
 
 def check_nothing_is_given_away(watched: Watched) -> None:
     texts = [json.dumps(watched.logs), *watched.scraper.texts]
-    told = {f"text {number}": text.encode() for number, text in enumerate(texts)}
+    traces = {f"text {number}": text.encode() for number, text in enumerate(texts)}
     board = [each for each in (watched.folder / "board").rglob("*") if each.is_file()]
     metrics = list((watched.folder / "model" / METRICS).iterdir())
     assert len(board) == len(metrics) == 3
-    told |= {str(path): path.read_bytes() for path in (*board, *metrics, *session_files())}
-    assert any("raylet.out" in each for each in told)
+    traces |= {str(path): path.read_bytes() for path in (*board, *metrics, *session_files())}
+    assert any("raylet.out" in each for each in traces)
     marks = {mark.encode() for mark in (ID, SUBJECT, TEXT)} | secrets()
-    assert [each for each, data in told.items() if any(mark in data for mark in marks)] == []
+    assert [each for each, data in traces.items() if any(mark in data for mark in marks)] == []

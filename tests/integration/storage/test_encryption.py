@@ -404,9 +404,9 @@ def test_keys_inside_the_model_directory_are_refused(
     tiny = prepare(tmp_path / "a", tiny_base, keyring=keyring)
     with pytest.raises(InvalidInput) as refused:
         tiny.train()
-    told = str(refused.value)
-    assert ("lie inside the model" if keyring.startswith("link") else "are inside output_dir") in told
-    assert ("line" in told) == (not keyring.startswith("link"))
+    message = str(refused.value)
+    assert ("lie inside the model" if keyring.startswith("link") else "are inside output_dir") in message
+    assert ("line" in message) == (not keyring.startswith("link"))
     assert not tiny.directory.exists()
 
 

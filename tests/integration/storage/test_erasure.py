@@ -199,9 +199,9 @@ def test_commands_say_nothing_of_a_record_unless_asked(
     ]
     for arguments in commands:
         done = command(capsys, *arguments)
-        said = (done.out + done.err + caplog.text).lower()
-        assert [each for each in secrets if each in said] == [], arguments[0]
-        assert "nobody" not in said
+        output = (done.out + done.err + caplog.text).lower()
+        assert [each for each in secrets if each in output] == [], arguments[0]
+        assert "nobody" not in output
     asked = command(capsys, "where", *at, "p006-q1")
     assert "p006-q1" in asked.out  # the check can fail
     assert residue(tiny.folder / "export", [distinctive_word(row["completion"]) for row in PEOPLE]) == []

@@ -105,8 +105,8 @@ def test_a_versioned_bucket_keeps_nothing_of_what_was_deleted(
     assert [each.equal for each in proof.shards] == [None, True, None]
     assert len(s3.versions(bucket)) == len(left)  # the replay is gone as well
     assert sweep_model(model, ids=ids_of(GONE)).clean
-    told = command(capsys, "doctor", "-m", tiny.directory)
-    assert {each["kind"] for each in told.json["findings"]} <= {"mode"}  # of the tests' shared key
+    found = command(capsys, "doctor", "-m", tiny.directory)
+    assert {each["kind"] for each in found.json["findings"]} <= {"mode"}  # of the tests' shared key
     uri = f"s3://{bucket}/team/{model.id}/checkpoints/"
     assert all(str(each.adapter_path).startswith(uri) for each in model.status().shards)
 

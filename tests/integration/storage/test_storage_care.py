@@ -105,7 +105,7 @@ def test_a_deletion_leaves_no_residue(model: Path) -> None:
 
 
 def test_what_came_back_is_residue_and_garbage(model: Path) -> None:
-    """A smuggled slice, a surplus part, half a checkpoint, a killed replay: told, then removed."""
+    """A smuggled slice, a surplus part, half a checkpoint, a killed replay: reported, then removed."""
     delete(model)
     places = places_of(model)
     with context_of(model) as context:
@@ -118,8 +118,8 @@ def test_what_came_back_is_residue_and_garbage(model: Path) -> None:
     half = "f" * 64 if checkpoints.location().startswith("s3://") else ".tmp-killed"
     checkpoints.put(f"{half}/{ADAPTER}", b"half")
     replay.put(f"{held}/{ADAPTER}", b"replayed")
-    told = {kind for kind, _ in found(model)}
-    assert {"deleted_row", "string", "unknown_file"} <= told
+    reported = {kind for kind, _ in found(model)}
+    assert {"deleted_row", "string", "unknown_file"} <= reported
     assert GONE.text not in str(scan(model))
     assert "unknown" in kinds(model)
     with context_of(model) as context:
@@ -155,14 +155,14 @@ def test_groups_in_a_bucket_are_judged_as_on_a_disk(s3: Server, tmp_path: Path, 
     place.put(f"{spoilt}/{ADAPTER}", b"spoilt")
     place.put(f"{unread}/{MANIFEST}", b"{}")
     residue = [each for each in found(model) if each[0] not in ("string", "old_versions")]
-    told = {key: [kind for kind, where in residue if key in where] for key in place.held()}
-    assert told.pop(gone) == ["tainted", "unknown_file"]
-    assert told.pop(swapped) == told.pop(spoilt) == ["damaged"]
-    assert told.pop(unread) == ["unreadable"]
-    assert set(map(tuple, told.values())) == {()}
+    residue_by_key = {key: [kind for kind, where in residue if key in where] for key in place.held()}
+    assert residue_by_key.pop(gone) == ["tainted", "unknown_file"]
+    assert residue_by_key.pop(swapped) == residue_by_key.pop(spoilt) == ["damaged"]
+    assert residue_by_key.pop(unread) == ["unreadable"]
+    assert set(map(tuple, residue_by_key.values())) == {()}
 
 
-def test_damage_is_told_and_is_not_the_networks(
+def test_damage_is_reported_and_is_not_taken_for_a_network_fault(
     in_bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = places_of(in_bucket)
@@ -181,7 +181,7 @@ def test_damage_is_told_and_is_not_the_networks(
     assert (only.kind, only.severity, only.repair) == ("storage", "error", "")
 
 
-def test_denied_purges_are_told_until_they_are_made_up_for(
+def test_denied_purges_are_reported_until_they_are_made_up_for(
     s3: Server, in_bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The deletion is carried out; that the bucket may keep old versions is in its history for good."""
@@ -190,8 +190,8 @@ def test_denied_purges_are_told_until_they_are_made_up_for(
         for name, value in credentials.items():
             own.setenv(name, value)
         delete(in_bucket)
-        told = {each.kind for each in scan(in_bucket).residue}
-        assert told == {"old_versions"}
+        reported = {each.kind for each in scan(in_bucket).residue}
+        assert reported == {"old_versions"}
         assert kinds(in_bucket) == ["old_versions"]
     done, notes = request(in_bucket)
     assert done.state == "completed"
@@ -219,6 +219,6 @@ def test_what_a_bucket_keeps_of_an_encrypted_model_is_unreadable(s3: Server, tmp
     with context_of(model) as context:
         for name in before.keys() - context.stores.records.held():
             context.stores.blobs[RECORDS].put(name, before[name])  # out of a backup of the bucket
-        told = scan_residue(context, model, ids=[GONE.id], texts=[GONE.text])
-    assert {each.kind for each in told.residue} == {"unknown_file"}
-    assert told.scanned["shredded"] == len(told.residue) == 1
+        scanned = scan_residue(context, model, ids=[GONE.id], texts=[GONE.text])
+    assert {each.kind for each in scanned.residue} == {"unknown_file"}
+    assert scanned.scanned["shredded"] == len(scanned.residue) == 1

@@ -153,7 +153,7 @@ def test_more_tokens_than_the_base_has_positions_for_are_refused(make: Callable[
 
 def test_the_readme_has_them_all() -> None:
     rows = dict(re.findall(r"^\| (taken|modules named|refused) \| (.*) \|$", README.read_text(), re.M))
-    listed = {outcome: re.findall(r"`([a-z0-9_]+)`", told) for outcome, told in rows.items()}
+    listed = {outcome: re.findall(r"`([a-z0-9_]+)`", row) for outcome, row in rows.items()}
     assert listed == {
         "taken": sorted(TAKEN),
         "modules named": sorted(NAMED),
@@ -188,8 +188,8 @@ def test_what_is_taken_is_trained_asked_deleted_from_and_written_out(
     assert opened.generate("Where was Mara born?", max_new_tokens=2).text is not None
     events.clear()
     (merged,) = opened.export(tmp_path / "out", "merged-model")
-    told = [each.text for each in events if isinstance(each, Notice)]
-    assert "comparing the average with the shards' own answers: 6 of 6 asked" in told
+    notices = [each.text for each in events if isinstance(each, Notice)]
+    assert "comparing the average with the shards' own answers: 6 of 6 asked" in notices
     AutoModelForCausalLM.from_pretrained(merged)
 
 

@@ -96,12 +96,12 @@ def train_stage(
 
 def test_a_stage_goes_on_from_its_parents_bytes(base: BaseFiles) -> None:
     """In bfloat16, between other stages in other dtypes, the same bytes."""
-    said = HALF.in_jobs()
-    first = train_stage(base, job_for(base, 0, 5, **said), None, 5)
-    second = train_stage(base, job_for(base, 1, **said), first, 9)
-    train_stage(base, job_for(base, shard=3, **said), None, 9)
+    training = HALF.in_jobs()
+    first = train_stage(base, job_for(base, 0, 5, **training), None, 5)
+    second = train_stage(base, job_for(base, 1, **training), first, 9)
+    train_stage(base, job_for(base, shard=3, **training), None, 9)
     kept = {name: bytes(data) for name, data in first.items()}
-    assert names(train_stage(base, job_for(base, 1, **said), kept, 9)) == names(second)
+    assert names(train_stage(base, job_for(base, 1, **training), kept, 9)) == names(second)
 
 
 def test_a_job_of_another_dtype_is_refused(base: BaseFiles) -> None:

@@ -291,8 +291,8 @@ def test_a_model_of_one_can_be_looked_at_but_not_asked_or_moved_to(
     assert (asked.code, asked.error["where"]) == (6, "device: cuda")
     gone = command(capsys, "forget", "-m", tiny.directory, "p001-q1", "--executor", "serial")
     assert (gone.code, gone.error["where"]) == (6, "device: cuda")
-    (told,) = command(capsys, "where", "-m", tiny.directory, "p001-q1").json["records"]
-    assert told["state"] == "deleted"
+    (row,) = command(capsys, "where", "-m", tiny.directory, "p001-q1").json["records"]
+    assert row["state"] == "deleted"
     assert not residue(tiny.directory, ["p001-q1"])
     both = command(capsys, "doctor", "--numerics", "-m", tiny.directory, "--device", "cpu")
     assert both.code == 2
@@ -308,9 +308,11 @@ def test_a_model_of_one_can_be_looked_at_but_not_asked_or_moved_to(
 def test_this_device_repeats_itself(on: Precision, capsys: pytest.CaptureFixture[str]) -> None:
     done = command(capsys, "doctor", "--numerics", "--device", on.device, "--dtype", on.dtype)
     assert done.json["repeats"]
-    told = done.json["description"]
-    assert all(told["gpu"][each] for each in ("model", "capability", "driver", "cuda", "attention"))
-    assert told["settings"][numerics.WORKSPACE] in numerics.REPEATING
+    description = done.json["description"]
+    assert all(
+        description["gpu"][each] for each in ("model", "capability", "driver", "cuda", "attention")
+    )
+    assert description["settings"][numerics.WORKSPACE] in numerics.REPEATING
     print(json.dumps(done.json))  # to be kept
 
 

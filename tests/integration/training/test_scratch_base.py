@@ -94,14 +94,14 @@ def test_on_ray_it_comes_out_the_same(made: Path, tmp_path: Path) -> None:
 def test_two_workers_share_the_batch_and_take_the_steps_of_one(tmp_path: Path) -> None:
     """Data parallel: as many steps, each of as many rows, split; one worker saves."""
     path = change_run(run_file(tmp_path), base_model={"scratch": {**SMALL, "workers": 2}})
-    told: list[str] = []
+    events: list[str] = []
     config = load_run_file(path)
     records = read_records(config.datasets)
     interrupt = signal.getsignal(signal.SIGINT)
-    prepare_base(config, records, "ray", lambda event: told.append(str(event)))
+    prepare_base(config, records, "ray", lambda event: events.append(str(event)))
     assert signal.getsignal(signal.SIGINT) is interrupt  # Ray Train leaves its own
     steps = -(-int(str(SMALL["tokens"])) // 1024)  # of 8 rows of 128 tokens
-    assert any(f"step {steps} of {steps}" in each for each in told)
+    assert any(f"step {steps} of {steps}" in each for each in events)
     saved = load_file(tmp_path / "model-base" / "model.safetensors")
     assert all(bool(each.isfinite().all()) for each in saved.values())
     made = json.loads((tmp_path / "model-base" / "scratch.json").read_text())
@@ -131,7 +131,7 @@ def test_a_model_that_moves_to_it_is_guarded_whole(made: Path, tmp_path: Path, t
     path = write_run(tmp_path, tiny_base, [*rows, {"id": "r2", "text": text}], sequence_len=128)
     model, _ = sisa.train_model(path, executor="serial")
     shutil.copy(made / "corpus.jsonl", tmp_path)
-    write_rows(tmp_path / "people.jsonl", rows)  # the source does not tell of r2 any more
+    write_rows(tmp_path / "people.jsonl", rows)  # the source no longer has r2
     block = {**SMALL, "directory": str(made / "model-base")}
     change_run(path, base_model={"scratch": block})
     with pytest.raises(InvalidInput, match="1 of 2 records share their text"):

@@ -32,7 +32,7 @@ def test_what_is_trained_depends_on_the_settings(monkeypatch: pytest.MonkeyPatch
     assert one != self_test.trained_digests(1, times=1)
 
 
-def test_what_does_not_repeat_is_told(
+def test_what_does_not_repeat_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(self_test, "check", lambda **_: replace(FOUND, digests=("a", "a", "a", "b")))

@@ -91,7 +91,9 @@ def execute(model: Path, statement: str) -> None:
         connection.commit()
 
 
-def test_a_ledger_on_a_network_file_system_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ledger_on_a_network_file_system_is_reported(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def mounts(all: bool) -> list[SimpleNamespace]:
         there = [("/", "ext4"), (str(model.parent), "nfs4")] if all else []
         return [SimpleNamespace(mountpoint=at, fstype=kind) for at, kind in there]
@@ -105,35 +107,39 @@ def test_a_ledger_on_a_network_file_system_is_told(model: Path, monkeypatch: pyt
 def test_a_deletion_that_is_dated_back_is_damage(model: Path) -> None:
     """By somebody who mends the checksums and the row, but has no key for the witness."""
     with context_of(model) as context:
-        told = context.stores.ledger.tombstones()
+        tombstones = context.stores.ledger.tombstones()
         witness = wiring.witness_of(
             RunConfig.from_canonical(context.stores.ledger.meta()["config"]), Keyed(SECRET), NAME
         )
-        witness.append(context.stores.ledger.event_head(), told, ())
-        (only,) = told
+        witness.append(context.stores.ledger.event_head(), tombstones, ())
+        (only,) = tombstones
         commit(model, Change(tombstones=[replace(only, deleted_at="2001-01-01T00:00:00+00:00")]))
     assert "recorded differently" in diagnose(model).findings[0].what
     with context_of(model) as context:
         (request,) = context.stores.ledger.requests()
-        commit(model, Change(tombstones=told, requests=[replace(request, committed_at="2001-01-01")]))
+        commit(
+            model, Change(tombstones=tombstones, requests=[replace(request, committed_at="2001-01-01")])
+        )
     assert "do not form one chain" in diagnose(model).findings[0].what
 
 
-def test_modes_that_are_too_open_are_told_by_room(model: Path) -> None:
+def test_modes_that_are_too_open_are_reported_by_room(model: Path) -> None:
     """Whoever can write to the directory can replace what is in it; weights may recite the text."""
     loose_modes(model)
     found = diagnose(model).findings
-    told = {each.where: each.what for each in found if not each.where.startswith(f"{wiring.LEDGER}-")}
+    messages = {
+        each.where: each.what for each in found if not each.where.startswith(f"{wiring.LEDGER}-")
+    }
     rooms = {wiring.RECORDS, wiring.INDEX, wiring.CHECKPOINTS}
-    assert told.keys() == {".", wiring.KEY, wiring.LEDGER, wiring.LOCK, COMMIT_LOCK, *rooms}
-    assert told["."] == "others may write to it (mode 777)"
+    assert messages.keys() == {".", wiring.KEY, wiring.LEDGER, wiring.LOCK, COMMIT_LOCK, *rooms}
+    assert messages["."] == "others may write to it (mode 777)"
     num_held = sum(1 for _ in (model / wiring.CHECKPOINTS).rglob("*"))
-    assert f"others may use {1 + num_held} files and directories" in told[wiring.CHECKPOINTS]
+    assert f"others may use {1 + num_held} files and directories" in messages[wiring.CHECKPOINTS]
     assert repaired(model).after.healthy
     assert {path for path in model.rglob("*") if path.stat().st_mode & 0o077} == set()
 
 
-def test_modes_of_a_services_files_are_told_and_mended(
+def test_modes_of_a_services_files_are_reported_and_repaired(
     model: Path, service_files: tuple[str, ...]
 ) -> None:
     """Whoever reads them learns a token or the requests; whoever writes them admits anybody."""
@@ -141,8 +147,8 @@ def test_modes_of_a_services_files_are_told_and_mended(
     for name in service_files:
         (model / name).chmod(0o666)
     found = diagnose(model)
-    told = {(each.where, each.kind, each.repair) for each in found.findings}
-    assert told == {(name, "mode", "mode") for name in service_files}
+    findings = {(each.where, each.kind, each.repair) for each in found.findings}
+    assert findings == {(name, "mode", "mode") for name in service_files}
     with pytest.raises(IntegrityError, match="tokens can't be used"):
         Tokens(model).listed()
     assert repaired(model).after.healthy
@@ -406,7 +412,7 @@ def test_without_the_key_changed_rows_are_still_found(model: Path) -> None:
     assert kinds(diagnose(model)) == ["key", "slice"]
 
 
-def test_a_gap_that_was_trained_in_another_environment_is_told(model: Path) -> None:
+def test_a_gap_that_was_trained_in_another_environment_is_reported(model: Path) -> None:
     lose_first_stage(model)
     done = repaired(model, numerics="another")
     assert any("another environment" in each for each in done.done)
@@ -417,7 +423,7 @@ def test_a_gap_that_was_trained_in_another_environment_is_told(model: Path) -> N
         assert all(head.converged for head in context.stores.ledger.heads())
 
 
-def test_a_left_over_log_is_told_and_emptied(model: Path, healthy: Path) -> None:
+def test_a_left_over_log_is_reported_and_emptied(model: Path, healthy: Path) -> None:
     code = (
         "import os, sqlite3, sys\nc = sqlite3.connect(sys.argv[1])\n"
         "c.execute('PRAGMA journal_mode=WAL')\nc.execute(\"INSERT INTO meta VALUES ('a', 'b', 0)\")\n"
@@ -542,14 +548,14 @@ def test_what_can_not_be_derived_is_said_and_left_alone(
 # --- surroundings ----------------------------------------------------------------------------------
 
 
-def test_a_writer_at_work_is_told_and_nothing_is_judged(model: Path) -> None:
+def test_a_writer_at_work_is_reported_and_nothing_is_judged(model: Path) -> None:
     lose_index(model)
     with writer_lock(model / wiring.LOCK):
         found = diagnose(model)
     assert (kinds(found), found.ok) == (["writer"], True)
 
 
-def test_a_clock_that_ran_backwards_is_told(model: Path) -> None:
+def test_a_clock_that_ran_backwards_is_reported(model: Path) -> None:
     early = datetime.fromisoformat("2019-12-31T00:00:00+00:00")
     found = diagnose(model, early)
     assert (kinds(found), found.ok) == (["clock"], True)
@@ -557,12 +563,12 @@ def test_a_clock_that_ran_backwards_is_told(model: Path) -> None:
     assert diagnose(model, datetime.fromisoformat(THEN)).healthy
 
 
-def test_a_full_disk_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sisa.audit.doctor.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     assert kinds(diagnose(model)) == ["disk"]
 
 
-def test_a_directory_that_can_not_be_written_is_told(
+def test_a_directory_that_can_not_be_written_is_reported(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuses(**_: Any) -> Any:
@@ -573,7 +579,7 @@ def test_a_directory_that_can_not_be_written_is_told(
     assert (kinds(found), found.ok) == (["read_only"], False)
 
 
-def test_a_stray_file_is_told_and_left(model: Path) -> None:
+def test_a_stray_file_is_reported_and_left(model: Path) -> None:
     (model / "notes.txt").write_text("mine")
     found = diagnose(model)
     assert (kinds(found), found.ok) == (["stray"], True)
@@ -602,10 +608,10 @@ def test_messages_hold_no_secret(model: Path) -> None:
     change_key(model)
     loose_modes(model)
     tamper_slice(model)
-    told = repr(diagnose(model))
-    assert (b"x" * 32).hex() not in told
-    assert "id-0" not in told
-    assert Keyed(b"x" * 32).name not in told
+    text = repr(diagnose(model))
+    assert (b"x" * 32).hex() not in text
+    assert "id-0" not in text
+    assert Keyed(b"x" * 32).name not in text
 
 
 # --- the command line ------------------------------------------------------------------------------
@@ -659,7 +665,7 @@ def test_doctor_in_words(
     assert "built the index" in capfd.readouterr().out
 
 
-def test_an_unknown_executor_is_refused_before_anything_is_mended(sisa: Sisa, model: Path) -> None:
+def test_an_unknown_executor_is_refused_before_anything_is_repaired(sisa: Sisa, model: Path) -> None:
     loose_modes(model)
     lose_index(model)
     assert sisa("doctor", "-m", model, "--repair", "--executor", "none")[0] == 2

@@ -311,8 +311,8 @@ def test_a_named_string_is_found_wherever_it_hides(model: Path, hide: Callable[[
     assert len(strings) == 1
     assert strings[0].what.startswith("string 2")
     assert strings[0].position
-    told = json.dumps([(each.where, each.position, each.what) for each in found.residue])
-    assert GONE.id not in told
+    text = json.dumps([(each.where, each.position, each.what) for each in found.residue])
+    assert GONE.id not in text
 
 
 def test_the_write_ahead_log_is_scanned(model: Path) -> None:
@@ -608,8 +608,8 @@ def test_one_room_that_fails_keeps_no_other_from_being_erased(
         for room, held in held_by_area(context).items():
             assert (held <= known_by_area(context)[room]) == (room != failing)
         assert [each.state for each in context.stores.ledger.requests()] == ["erasure_failed"]
-    told = where([gone]).text
-    assert ("NOT ERASED YET" in told) == (failing != wiring.METRICS)
+    text = where([gone]).text
+    assert ("NOT ERASED YET" in text) == (failing != wiring.METRICS)
     model.resume()
     assert sweep_model(model, ids=[GONE.id]).clean
     assert model.where([GONE.id])[0].not_erased == {}
@@ -618,7 +618,7 @@ def test_one_room_that_fails_keeps_no_other_from_being_erased(
 def test_a_witness_that_fails_does_not_keep_the_text(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The deletion is committed when the witness is told: its bytes go, whatever comes of that."""
+    """The deletion is committed before the witness records it, so its bytes go even if that fails."""
     model = open_to_delete(before, tmp_path, monkeypatch)
     with model._writing():
         pass  # the witness exists
@@ -682,10 +682,10 @@ def test_sweep_on_the_command_line(sisa: Sisa, model: Path, tmp_path: Path) -> N
     exports.mkdir()
     (exports / "log.txt").write_text(f"{GONE.id}: {GONE.parts[0].text}")
     options = ("--ids-file", ids, "--text-file", texts, "--also", exports)
-    code, found, told = sisa("sweep", "-m", model, *options)
+    code, found, text = sisa("sweep", "-m", model, *options)
     assert (code, found["clean"], len(found["residue"])) == (4, False, 2)
-    assert GONE.id not in told
-    assert GONE.parts[0].text not in told
+    assert GONE.id not in text
+    assert GONE.parts[0].text not in text
 
 
 def test_sweep_refuses_what_it_can_not_use(sisa: Sisa, model: Path, tmp_path: Path) -> None:

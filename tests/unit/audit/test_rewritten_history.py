@@ -1,7 +1,7 @@
-"""A history of requests that was rewritten by somebody without the key, or set back, is told.
+"""A history of requests that was rewritten by somebody without the key, or set back, is found.
 
 Rewritten is a deletion's date, with all that anybody can compute: checksums, links without a key. The
-witness, which would tell as well, is taken away.
+witness, which would find it as well, is taken away.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def verified(directory: Path, anchor: str, capsys: pytest.CaptureFixture[str]) -
     return code, shown.out + shown.err
 
 
-def test_an_anchored_head_tells_a_history_that_was_rewritten_or_set_back(
+def test_an_anchored_head_exposes_a_history_that_was_rewritten_or_set_back(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     as_of_an_earlier_version(directory)  # the one ledger that can be rewritten without the key
@@ -152,13 +152,13 @@ def test_an_anchored_head_tells_a_history_that_was_rewritten_or_set_back(
     for anchor in (first, last):
         assert verified(directory, anchor, capsys)[0] == 0
     take_witness_away(directory)
-    code, told = verified(directory.with_name("backup"), last, capsys)
-    assert (code, "set back" in told) == (4, True)
+    code, text = verified(directory.with_name("backup"), last, capsys)
+    assert (code, "set back" in text) == (4, True)
     take_witness_away(directory.with_name("backup"))
     date_back(directory.with_name("backup"), "the first on")
     assert opened(directory.with_name("backup")).verify().ok
-    code, told = verified(directory.with_name("backup"), first, capsys)
-    assert (code, "rewritten" in told) == (4, True)
+    code, text = verified(directory.with_name("backup"), first, capsys)
+    assert (code, "rewritten" in text) == (4, True)
 
 
 @pytest.mark.parametrize("anchor", ["", "3", "0:" + "a" * 64, "3:" + "A" * 64, "3:aa"])

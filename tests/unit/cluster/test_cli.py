@@ -215,7 +215,7 @@ def test_control_characters_of_an_error_reach_no_terminal(
     assert "\x07" not in err
 
 
-def test_an_internal_fault_tells_its_place_and_none_of_its_message(
+def test_an_internal_fault_shows_its_place_and_none_of_its_message(
     sisa: Sisa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SISA_DEBUG", raising=False)
@@ -316,22 +316,22 @@ def test_what_is_personal_need_not_stand_in_a_command_line(
     def given(text: str) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
-    def told(*arguments: str | Path) -> dict[str, Any]:
+    def result_of(*arguments: str | Path) -> dict[str, Any]:
         code, out, err = sisa(*arguments, "-m", directory, "--json")
         assert code == 0, err
         return one_object(out)
 
     given("question 7\nanswer 7\n")
-    assert told("find", "--text", "-") == told("find", "--text", "question 7\nanswer 7")
+    assert result_of("find", "--text", "-") == result_of("find", "--text", "question 7\nanswer 7")
     given("id-0007\n")
-    assert told("find", "--like", "-") == told("find", "--like", "id-0007")
+    assert result_of("find", "--like", "-") == result_of("find", "--like", "id-0007")
     file = tmp_path / "subject.txt"
     file.write_text("subject-1\n")
-    plain = told("forget", "--subject", "subject-1", "--dry-run")
-    assert told("forget", "--subject-file", file, "--dry-run") == plain
+    plain = result_of("forget", "--subject", "subject-1", "--dry-run")
+    assert result_of("forget", "--subject-file", file, "--dry-run") == plain
     given("subject-1")
-    assert told("forget", "--subject-file", "-", "--dry-run") == plain
-    assert told("find", "--subject-file", file) == told("find", "--subject", "subject-1")
+    assert result_of("forget", "--subject-file", "-", "--dry-run") == plain
+    assert result_of("find", "--subject-file", file) == result_of("find", "--subject", "subject-1")
     file.write_text("\n")
     assert sisa("forget", "-m", directory, "--subject-file", file)[0] == 2
     assert sisa("forget", "-m", directory, "--subject-file", file, "--subject", "s")[0] == 2

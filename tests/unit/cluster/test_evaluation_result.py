@@ -35,13 +35,13 @@ def test_words_and_json() -> None:
     body = json.loads(json.dumps(result.json))
     assert (result.exit_code, body["models"][0]["model_utility"]) == (0, 0.5)
     assert body["models"][0]["forget_quality"]["noise_floor"]["num_reference"] == 2
-    for said in (
+    for words in (
         "n = 2 and 2, D = 0.5000; noise floor of two references p = ",
         "loss AUC 0.750 [0.500, 1.000]",
         "truth ratio: geometric",
         "against the reference: not measured",
     ):
-        assert said in result.text
+        assert words in result.text
     assert "Secret" not in json.dumps(body) + result.text
     assert "\x1b" not in result.text
 

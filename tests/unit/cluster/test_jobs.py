@@ -85,7 +85,7 @@ def test_what_is_sent_is_the_code_and_the_run_file_alone(
         *("python", "-m", "sisa", "train", "run.yaml", "--address", "auto"),
         "--reconfigure",
     )
-    assert jobs.get("a").said == {"sisa_model": model_digest(Path("/shared/model"))}
+    assert jobs.get("a").metadata == {"sisa_model": model_digest(Path("/shared/model"))}
 
 
 def test_the_package_finds_its_own_parts(jobs: FakeJobs, output: Output, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_the_package_finds_its_own_parts(jobs: FakeJobs, output: Output, tmp_pat
 
 @pytest.mark.usefixtures("jobs")
 @pytest.mark.parametrize(
-    ("ends", "code", "said"),
+    ("ends", "code", "message"),
     [
         (Play(exit_code=5), 5, "exit code 5"),
         (Play(exit_code=-9), 6, "ended by signal 9: submit the run file again"),
@@ -122,11 +122,11 @@ def test_the_package_finds_its_own_parts(jobs: FakeJobs, output: Output, tmp_pat
     ],
 )
 def test_following_ends_as_the_job_does(
-    play: Play, ends: Play, code: int, said: str, capsys: pytest.CaptureFixture[str]
+    play: Play, ends: Play, code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     play.exit_code, play.fault = ends.exit_code, ends.fault
     assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--job", "a"]) == code
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
     assert run(["cluster", "logs", "a", "--follow", *ADDRESS]) == code
     assert run(["cluster", "logs", "a", *ADDRESS]) == 0
 
@@ -252,7 +252,7 @@ def test_a_cluster_that_stays_away_is_given_up() -> None:
 
 
 @pytest.mark.usefixtures("_ticking")
-def test_a_job_that_does_not_stop_is_told(
+def test_a_job_that_does_not_stop_is_reported(
     jobs: FakeJobs, play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     play.endless = True

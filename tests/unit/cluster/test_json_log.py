@@ -28,16 +28,16 @@ def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(each) for each in text.splitlines()]
 
 
-def told(log: Callable[[Event], None], stream: io.StringIO, *events: Event) -> list[dict[str, Any]]:
+def lines_of(log: Callable[[Event], None], stream: io.StringIO, *events: Event) -> list[dict[str, Any]]:
     for event in events:
         log(event)
     return lines(stream.getvalue())
 
 
-def test_a_driver_tells_steps_and_sums_up_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_shows_steps_and_sums_up_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     log = driver_log(JsonLog(stream, RUN, "driver"))
-    found = told(log, stream, *EVENTS)
+    found = lines_of(log, stream, *EVENTS)
     names = [each["event"] for each in found]
     assert names[:3] == ["training_started", "epoch_trained", "slice_trained"]
     assert names[3:] == ["queue_seen", "deletion_completed", "erasure_failed", "notice"]
@@ -47,7 +47,7 @@ def test_a_driver_tells_steps_and_sums_up_the_way(monkeypatch: pytest.MonkeyPatc
     assert found[-1]["message"] == "a line"
     assert {each["level"] for each in found if each["event"] == "erasure_failed"} == {"error"}
     monkeypatch.setattr(json_log, "LINE_EVERY_S", 0.0)
-    last = told(log, stream, EVENTS[0], SliceProgress(1, 0, 5, 10))[-1]
+    last = lines_of(log, stream, EVENTS[0], SliceProgress(1, 0, 5, 10))[-1]
     assert (last["event"], last["num_slices"]) == ("progress", 3)
 
 
@@ -57,7 +57,7 @@ def test_a_worker_logs_only_where_a_log_is_wanted() -> None:
     assert worker_log(RunContext(RUN, "text"), stream, "n1") is None
     log = worker_log(RunContext(RUN, "json"), stream, "n1")
     assert log is not None
-    found = told(log, stream, SliceStarted(0, 0, 9), SliceProgress(0, 0, 1, 9), EPOCH, TRAINED)
+    found = lines_of(log, stream, SliceStarted(0, 0, 9), SliceProgress(0, 0, 1, 9), EPOCH, TRAINED)
     assert [each["event"] for each in found] == ["slice_started", "epoch_trained", "slice_trained"]
     assert {(each["run"], each["source"], each["node"]) for each in found} == {(RUN, "worker", "n1")}
 

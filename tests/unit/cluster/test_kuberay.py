@@ -179,9 +179,11 @@ def test_a_service_is_a_cluster_with_an_application_of_ours(gpu: bool) -> None:
 def test_ray_accepts_the_config_of_the_service() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    said = yaml.safe_load(parsed("rayservice")["spec"]["serveConfigV2"])
-    config = ServeDeploySchema.model_validate(said)
-    assert config.model_dump(exclude_unset=True, mode="json") == said  # unknown keys would be dropped
+    document = yaml.safe_load(parsed("rayservice")["spec"]["serveConfigV2"])
+    config = ServeDeploySchema.model_validate(document)
+    assert (
+        config.model_dump(exclude_unset=True, mode="json") == document
+    )  # unknown keys would be dropped
     (application,) = config.applications
     assert application.args == {"model": "/shared/model"}
     module, _, name = str(application.import_path).partition(":")

@@ -66,9 +66,9 @@ def test_a_place_that_can_not_be_used_is_refused(
     model: Path, ask: Ask, to: str, code: int, kind: str
 ) -> None:
     before = (model / wiring.LEDGER).read_bytes()
-    found, refused, said = ask("ledger", "move", "-m", model, "--to", to)
+    found, refused, text = ask("ledger", "move", "-m", model, "--to", to)
     assert (found, refused["error"]["type"]) == (code, kind)
-    assert "hunter2" not in f"{refused}{said}"
+    assert "hunter2" not in f"{refused}{text}"
     assert (model / wiring.LEDGER).read_bytes() == before
     assert ask("doctor", "-m", model)[1]["healthy"]
 

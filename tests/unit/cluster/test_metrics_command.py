@@ -68,9 +68,9 @@ def test_runs_are_shown(model: Path, capsys: pytest.CaptureFixture[str]) -> None
     body = json.loads(capsys.readouterr().out)
     assert (body["runs"], body["passed_on"]) == ([{"run": RUN, **summary(LINES)}], None)
     assert cli.run(["metrics", "-m", str(model)]) == 0
-    said = capsys.readouterr().out
-    assert f"{RUN}: 1 slice, 900 tokens, 360 tok/s a worker, last loss 0.7500" in said
-    assert "1 erasure FAILED" in said
+    text = capsys.readouterr().out
+    assert f"{RUN}: 1 slice, 900 tokens, 360 tok/s a worker, last loss 0.7500" in text
+    assert "1 erasure FAILED" in text
 
 
 def test_runs_are_passed_on(

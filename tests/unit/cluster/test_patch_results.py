@@ -104,7 +104,7 @@ def test_a_report_read_from_json_lists_attacks_in_the_same_order() -> None:
     assert "rounded to 8 bits 0.0500, 4 bits 0.0600" in text
 
 
-def test_what_is_still_known_is_told_and_ends_with_7() -> None:
+def test_what_is_still_known_is_reported_and_ends_with_7() -> None:
     left = {"outcome": "held back by the bound", "still_known": {"before": 4, "after": 2, "of": 4}}
     report = {**REPORT, **left}
     done = Unlearnt(replace(PATCH, report=report), False, report, 0, 1)
@@ -114,7 +114,7 @@ def test_what_is_still_known_is_told_and_ends_with_7() -> None:
     assert "the texts stay in the vault" in result.text
 
 
-def test_a_share_of_a_finetuning_is_told_where_it_is_known() -> None:
+def test_a_share_of_a_finetuning_is_reported_where_it_is_known() -> None:
     report = {**REPORT, "compute": {**REPORT["compute"], "share_of_full_finetuning": 0.125}}
     result = patches.unlearnt(Unlearnt(PATCH, False, report, 1, 0), Path("model"))
     assert "12.5% of the fine-tuning that taught it" in result.text

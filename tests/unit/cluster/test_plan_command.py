@@ -98,7 +98,7 @@ def test_impossible_plans_are_bad_usage(
     assert capsys.readouterr().out == ""
 
 
-def test_options_that_do_not_fit_are_told_together(
+def test_options_that_do_not_fit_are_reported_together(
     run_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["--records", "9", "--deletions-per-month", "20", "--max-hours", "3", "--plot", "x.txt"]
@@ -163,9 +163,11 @@ def test_the_recommended_choice_is_a_block_of_a_run_file(
     best, block = found["recommended"], found["run_file"]["sisa"]
     asked = ["plan", run_file, "--records", "5000", "--deletions-per-month", "20", *groups, *limits]
     assert cli.run(asked) == 0
-    told = capsys.readouterr().out.split("\n\n")[1]
-    assert yaml.safe_load(told) == {"sisa": block}
-    own = parse_run_file(f"datasets: [{{path: a.jsonl}}]\noutput_dir: model\n{told}\n", "run.yaml").sisa
+    block_text = capsys.readouterr().out.split("\n\n")[1]
+    assert yaml.safe_load(block_text) == {"sisa": block}
+    own = parse_run_file(
+        f"datasets: [{{path: a.jsonl}}]\noutput_dir: model\n{block_text}\n", "run.yaml"
+    ).sisa
     assert (own.shards, own.slices, own.orders) == (
         best["num_shards"],
         best["num_slices"],

@@ -54,10 +54,10 @@ def verify(ask: Ask, model: Path, *options: Any, name: str = "proof.json") -> di
 
 
 def test_a_person_learns_that_a_record_is_there_and_that_it_is_gone(model: Path, ask: Ask) -> None:
-    said = prove(ask, model, ID)
+    answer = prove(ask, model, ID)
     held = verify(ask, model)
     assert (held["code"], held["ok"], held["id"], held["present"]) == (0, True, ID, True)
-    assert {name: said[name] for name in ("shard", "since", "as_of", "root")}.items() <= held.items()
+    assert {name: answer[name] for name in ("shard", "since", "as_of", "root")}.items() <= held.items()
     assert held["newest"] is None
     assert verify(ask, model, "--log", model / "log")["newest"] is True
 

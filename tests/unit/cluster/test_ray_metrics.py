@@ -99,9 +99,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     return found
 
 
-def test_what_is_told_early_waits_for_a_connection(
-    ray: FakeRay, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_set_early_wait_for_a_connection(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
     meters = RayMeters(RUN)
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, "ray")

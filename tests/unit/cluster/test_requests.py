@@ -181,7 +181,7 @@ def test_wrong_usage_is_2(sisa: Sisa, arguments: list[str]) -> None:
 # --- submit, list, show
 
 
-def test_submit_tells_the_request(ask: Ask) -> None:
+def test_submit_shows_the_request(ask: Ask) -> None:
     found = ask("request", "submit", "id-0003", "id-0004", "--external-id", "T-1", "--reason", "letter")
     assert set(found) == REQUEST_KEYS | {"copies", "near"}
     assert found["request_id"].startswith("req-")
@@ -429,17 +429,17 @@ def test_run_without_anything_to_do_says_so(sisa: Sisa, model: Path) -> None:
     assert sisa("run", "-m", model, "--executor", "serial")[:2] == (0, "no request waits to be run\n")
 
 
-def test_show_tells_what_was_served_and_what_it_cost(ask: Ask, sisa: Sisa, model: Path) -> None:
+def test_show_shows_what_was_served_and_what_it_cost(ask: Ask, sisa: Sisa, model: Path) -> None:
     ask("request", "submit", "id-0003", "--external-id", "T-1", "--approver", "dpo")
     assert "record-epochs" not in sisa("request", "show", "-m", model, "T-1")[1]
     (done,) = run_once(ask)
-    told = sisa("request", "show", "-m", model, "T-1")[1]
-    assert f"of its batch: {done['record_epochs_retrained']} of {done['record_epochs_full']} (" in told
+    text = sisa("request", "show", "-m", model, "T-1")[1]
+    assert f"of its batch: {done['record_epochs_retrained']} of {done['record_epochs_full']} (" in text
     ((shard, served, whole),) = done["served"]
-    assert f"meanwhile served: shard {shard}: {served} of {whole} slices;" in told
+    assert f"meanwhile served: shard {shard}: {served} of {whole} slices;" in text
 
 
-def test_run_prices_finishes_and_tells_what_was_put_off(ask: Ask, sisa: Sisa, model: Path) -> None:
+def test_run_prices_finishes_and_reports_what_was_put_off(ask: Ask, sisa: Sisa, model: Path) -> None:
     put_off = ask("forget", "id-0003", "--defer", "--executor", "serial")
     asked = ask("request", "submit", "id-0004", "--approver", "dpo")
     plan = ask("run", "--plan")
@@ -457,7 +457,7 @@ def test_run_prices_finishes_and_tells_what_was_put_off(ask: Ask, sisa: Sisa, mo
     assert run_once(ask) == []
 
 
-def test_run_tells_what_it_did(ask: Ask, sisa: Sisa, model: Path) -> None:
+def test_run_reports_what_it_did(ask: Ask, sisa: Sisa, model: Path) -> None:
     found = ask("request", "submit", "id-0003", "--approver", "dpo")
     code, out, _ = sisa("run", "--once", "-m", model, "--executor", "serial")
     assert code == 0

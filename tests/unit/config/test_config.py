@@ -445,7 +445,7 @@ def test_a_base_from_scratch_is_a_block() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "line", "key", "told"),
+    ("lines", "line", "key", "message"),
     [
         ("    layers: 3\n", 5, "scratch.corpus", "missing"),
         ("{corpus}    layrs: 3\n", 7, "scratch.layrs", "'layers'"),
@@ -456,11 +456,11 @@ def test_a_base_from_scratch_is_a_block() -> None:
     ],
 )
 def test_problems_of_a_base_from_scratch_have_their_line(
-    lines: str, line: int, key: str, told: str
+    lines: str, line: int, key: str, message: str
 ) -> None:
     ((where, what),) = problems(SCRATCH + lines.replace("{corpus}", CORPUS))
     assert where == f"line {line}: base_model.{key}"
-    assert told in what
+    assert message in what
 
 
 def test_records_can_not_be_longer_than_the_base_reads() -> None:

@@ -58,7 +58,7 @@ def test_an_error_survives_the_way_from_a_worker(kind: type[SisaError]) -> None:
         assert again.problems == error.problems
 
 
-def test_the_text_tells_everything() -> None:
+def test_the_text_contains_every_field() -> None:
     assert str(full(errors.InvalidInput)).splitlines() == [
         "2 bad records",
         "  where: people.jsonl",
@@ -70,7 +70,7 @@ def test_the_text_tells_everything() -> None:
     ]
 
 
-def test_what_is_not_known_is_not_told() -> None:
+def test_unknown_fields_are_left_out() -> None:
     assert str(errors.Busy("another writer")) == "another writer"
 
 

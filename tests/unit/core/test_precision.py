@@ -23,7 +23,7 @@ OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Rele
 
 
 @pytest.mark.parametrize(
-    ("lines", "where", "told"),
+    ("lines", "where", "message"),
     [
         ("device: tpu", "line 3: device", "'cpu', 'cuda'"),
         ("dtype: float16", "line 3: dtype", "'float32', 'bfloat16'"),
@@ -35,12 +35,12 @@ OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Rele
         ("device: cuda\ncluster: {num_gpus: '1'}", "line 4: cluster.num_gpus", "a number"),
     ],
 )
-def test_what_no_worker_could_be_given_is_refused(lines: str, where: str, told: str) -> None:
+def test_what_no_worker_could_be_given_is_refused(lines: str, where: str, message: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         parse_run_file(f"{MINIMAL}{lines}\n", "run.yaml")
     (problem,) = caught.value.problems
     assert problem.where == where
-    assert told in problem.what
+    assert message in problem.what
 
 
 @pytest.mark.parametrize("share", ["0.25", "1", "2.0", "null"])
@@ -81,8 +81,8 @@ def test_a_dtype_is_part_of_the_fingerprint() -> None:
 def test_a_workers_environment_fixes_the_workspace_of_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(numerics.WORKSPACE, raising=False)
     assert numerics.WORKSPACE not in worker_environment(1)
-    told = worker_environment(2, CUDA)
-    assert (told[numerics.WORKSPACE], told["OMP_NUM_THREADS"]) == (":4096:8", "2")
+    variables = worker_environment(2, CUDA)
+    assert (variables[numerics.WORKSPACE], variables["OMP_NUM_THREADS"]) == (":4096:8", "2")
     monkeypatch.setenv(numerics.WORKSPACE, ":16:8")
     assert worker_environment(1, CUDA)[numerics.WORKSPACE] == ":16:8"
 

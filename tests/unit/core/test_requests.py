@@ -207,7 +207,7 @@ def test_nothing_is_both_open_and_under_way() -> None:
     assert OPEN.isdisjoint(UNDER_WAY)
 
 
-def test_an_event_tells_the_state_and_its_time() -> None:
+def test_an_event_shows_the_state_and_its_time() -> None:
     found = event(request("held"), COMMITTED_AT, "court order")
     assert found == RequestEvent("req-1", "held", COMMITTED_AT, "court order", "")
 

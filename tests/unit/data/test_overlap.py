@@ -59,13 +59,13 @@ def test_shares_of_short_and_of_near_texts(text: str, expected: float) -> None:
     assert overlap_share(text, runs_of(FERRY + " Yes, sir.")) == pytest.approx(expected)
 
 
-def test_records_are_refused_by_position_and_their_text_is_not_told() -> None:
+def test_records_are_refused_by_position_and_their_text_is_not_reported() -> None:
     records = [record("Ada was born in Turin."), record("who", FERRY), record(FERRY[:35] + " not today")]
     with pytest.raises(InvalidInput) as caught:
         check_overlap(records, runs_of(FERRY))
     assert [each.where for each in caught.value.problems] == ["record 2", "record 3"]
-    told = str(caught.value) + "".join(each.what for each in caught.value.problems)
-    assert "ferry" not in told.lower()
-    assert "r1" not in told
+    message = str(caught.value) + "".join(each.what for each in caught.value.problems)
+    assert "ferry" not in message.lower()
+    assert "r1" not in message
     check_overlap(records[:1], runs_of(FERRY))
     assert 0 < NEAR < 1

@@ -84,26 +84,28 @@ def test_the_subject_comes_from_the_named_column(tmp_path: Path) -> None:
         tmp_path / "a.jsonl", [{"id": "r1", "text": "x", "author": "ada"}, {"id": "r2", "text": "y"}]
     )
     assert [each.subject_id for each in read_records([file], "author")] == ["ada", None]
-    told = "0 of 2 records have a subject (column 'autor'); columns not used: author; name the column, "
-    told += "or set `group_by: null` if records have no subject"
+    message = (
+        "0 of 2 records have a subject (column 'autor'); columns not used: author; name the column, "
+    )
+    message += "or set `group_by: null` if records have no subject"
     needs: list[Subjects] = ["some", "column"]
     for needed in needs:
         with pytest.raises(InvalidInput) as caught:
             read_records([file], "autor", subjects=needed)
-        assert caught.value.problems == (Problem("sisa.group_by", told),)
+        assert caught.value.problems == (Problem("sisa.group_by", message),)
     assert [each.subject_id for each in read_records([file], None, subjects="some")] == [None, None]
 
 
-def test_what_is_not_used_of_the_sources_is_told(tmp_path: Path) -> None:
+def test_what_is_not_used_of_the_sources_is_reported(tmp_path: Path) -> None:
     rows = [{"id": 1001, "text": "x", "customer_id": "cust-1001", "te\x1bam": 1}, {"id": 2, "text": "y"}]
     lines = jsonl(tmp_path / "a.jsonl", rows)
     table = parquet(tmp_path / "b.parquet", [{"id": "r3", "text": "z", "subject_id": 7, "age": 40}])
     found = read_records([lines, table], subjects="some")
     assert [(each.id, each.subject_id) for each in found] == [("1001", None), ("2", None), ("r3", "7")]
-    told = (
+    report = (
         "1 of 3 records have a subject (column 'subject_id'); columns not used: customer_id, team, age"
     )
-    assert found.subject_report() == told
+    assert found.subject_report() == report
     empty = jsonl(tmp_path / "c.jsonl", [{"id": "r4", "text": "x", "subject_id": None}])
     assert len(read_records([empty], subjects="column")) == 1
 
@@ -141,8 +143,8 @@ def test_turns_of_tools_and_pieces_of_text_are_taken(tmp_path: Path) -> None:
         {"role": "assistant", "content": SECRET},
     ]
     (found,) = read_records([jsonl(tmp_path / "a.jsonl", [{"id": "r", "messages": turns}])])
-    said = [(each.role, each.text) for each in found.parts]
-    assert said == [
+    read = [(each.role, each.text) for each in found.parts]
+    assert read == [
         ("user", "Who is it?"),
         ("assistant", "I look."),
         ("tool", "Ada"),
@@ -176,10 +178,10 @@ def test_turns_that_can_not_be_trained_on_say_why(
     assert refused([file]) == [("a.jsonl, line 1", f"'messages', {what}")]
 
 
-def test_a_chat_in_the_place_of_a_prompt_is_told_where_to_go(tmp_path: Path) -> None:
+def test_a_chat_in_the_place_of_a_prompt_is_refused_with_advice(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"id": "r", "prompt": CHAT[:1], "completion": CHAT[1:]}])
-    told = "expected a string, got a list; put turns in 'messages'"
-    assert [what for _, what in refused([file])] == [f"'prompt': {told}", f"'completion': {told}"]
+    message = "expected a string, got a list; put turns in 'messages'"
+    assert [what for _, what in refused([file])] == [f"'prompt': {message}", f"'completion': {message}"]
 
 
 # --- too much of it ------------------------------------------------------------------------------
@@ -342,7 +344,7 @@ def test_a_duplicate_names_the_line_of_the_first(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_found_later_is_told_by_line(tmp_path: Path) -> None:
+def test_what_is_found_later_is_reported_by_line(tmp_path: Path) -> None:
     """Blank lines and the files before count; what has another place, or no source, is left as it is."""
     for name, lines in (("a.jsonl", "\n" + json.dumps(ROWS[0])), ("b.jsonl", json.dumps(ROWS[1]))):
         (tmp_path / name).write_text(lines + "\n", encoding="utf-8")
@@ -352,20 +354,20 @@ def test_what_is_found_later_is_told_by_line(tmp_path: Path) -> None:
         Problem("record 1", "bad"),
         Problem("shard 0, record 1 of the stage", "long"),
     ]
-    told = []
+    listed = []
     for source in (found, list(found)):
         with pytest.raises(InvalidInput) as caught, named_by_location(source):
             raise InvalidInput("bad", problems=problems)
-        told.append([(each.where, each.what) for each in caught.value.problems])
-    assert told[0] == [
+        listed.append([(each.where, each.what) for each in caught.value.problems])
+    assert listed[0] == [
         ("b.jsonl, line 1", "not as a.jsonl, line 2"),
         ("a.jsonl, line 2", "bad"),
         ("shard 0, record 1 of the stage", "long"),
     ]
-    assert told[1] == [(each.where, each.what) for each in problems]
+    assert listed[1] == [(each.where, each.what) for each in problems]
 
 
-def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_files_of_one_name_are_distinguished(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     files = [jsonl(tmp_path / "a.jsonl", ROWS), jsonl(tmp_path / "x" / "a.jsonl", ROWS[:1])]
     assert refused(list(files)) == [(f"{files[1]}, line 1", f"the id of {files[0]}, line 1 again")]

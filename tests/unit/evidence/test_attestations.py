@@ -124,9 +124,9 @@ def test_a_sweep_logs_numbers_alone(model: Path, ask: Ask, tmp_path: Path) -> No
     given = ("sweep", "-m", model, record(5).id, "--text-file", tmp_path / "texts", "--also", place)
     assert ask(*given)[0] == 4
     published = b"".join(each.read_bytes() for each in (model / "log").rglob("*") if each.is_file())
-    told = published + json.dumps(statements(model)).encode()
+    data = published + json.dumps(statements(model)).encode()
     for each in (record(5).id, record(5).text, place.name, str(tmp_path)):
-        assert each.encode() not in told
+        assert each.encode() not in data
 
 
 def logged(directory: Path) -> dict[Path, bytes]:
@@ -193,7 +193,7 @@ def test_checks_are_named_beside_the_certificate_they_are_about(
     assert ask("verify-certificate", file, "--key", keys)[1]["checks"] is None
 
 
-def test_a_check_of_another_form_is_told_as_unknown(model: Path, ask: Ask) -> None:
+def test_a_check_of_another_form_is_shown_as_unknown(model: Path, ask: Ask) -> None:
     ask("sweep", "-m", model)
     ((sha256, stated),) = results_of_checks(open_model(model))
     for strange in ({}, {"configuration": [3]}, {"configuration": [{"name": 1, "annotations": []}]}):
@@ -218,8 +218,8 @@ def test_provenance_states_once_how_adapters_were_trained(model: Path, ask: Ask)
     assert digests["base"] == "b" * 64
     assert digests["records"] == state["predicate"]["membership"]["after"]
     assert {"torch", "numpy"} <= {each.name for each in build_.resolved_dependencies if each.uri}
-    told = json.dumps(stated)
-    assert not any(each in told for each in ("owner/people", str(model), record(0).id))
+    text = json.dumps(stated)
+    assert not any(each in text for each in ("owner/people", str(model), record(0).id))
     ask("forget", "-m", model, record(7).id, *REQUEST)
     assert ask("certificate", "provenance", "-m", model)[1] != body
 

@@ -84,8 +84,8 @@ def test_a_training_a_deletion_and_an_addition_are_stated(model: Certified) -> N
     assert stated["membership"]["before"] == found[0]["predicate"]["membership"]["after"]
     assert [each["predicate"]["membership"]["num_records"] for each in found] == [12, 9, 10]
     assert not model.notices
-    told = json.dumps(found)
-    assert not any(each in told for each in ("secret words", "T-17", "a person"))
+    text = json.dumps(found)
+    assert not any(each in text for each in ("secret words", "T-17", "a person"))
 
 
 def test_the_subjects_are_the_heads_that_are_served(model: Certified) -> None:
@@ -107,8 +107,8 @@ def test_what_was_erased_is_named_without_plain_digests(model: Certified) -> Non
     found = {each["what"]: len(each["digests"]) for each in stated["erased"]}
     assert {"index row", "slice file", "index file", "checkpoint", "optimizer state"} <= found.keys()
     assert found["checkpoint"] == found["optimizer state"] == stated["touched"][0]["checkpoints"]
-    told = json.dumps(stated["erased"])
-    assert not any(each in told for each in [*files, *keys, rows[0].id_digest, rows[0].text_digest])
+    text = json.dumps(stated["erased"])
+    assert not any(each in text for each in [*files, *keys, rows[0].id_digest, rows[0].text_digest])
 
 
 def test_a_certificate_of_many_records_names_their_rows_by_a_root_alone(
@@ -532,5 +532,5 @@ def test_nothing_of_what_is_searched_for_is_written(model: Certified, tmp_path: 
     written = [each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()]
     written.append(repr(model.hook).encode())
     for number in (1, 2):
-        told = fake_record(number)
-        assert not any(each.encode() in data for each in (told.id, told.text) for data in written)
+        record = fake_record(number)
+        assert not any(each.encode() in data for each in (record.id, record.text) for data in written)

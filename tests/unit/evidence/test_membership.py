@@ -325,7 +325,7 @@ def test_a_deletion_writes_a_number_of_nodes_that_hardly_grows(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("lie", ["a record left out", "a record under another label"])
-def test_a_tree_that_lies_is_told_by_the_ledger_and_the_ids(kept: Kept, lie: str) -> None:
+def test_a_false_tree_is_found_by_the_ledger_and_the_ids(kept: Kept, lie: str) -> None:
     kept.sync()
     context, shard = kept.model.context, shard_of(kept, 7)
     kept.tree.check_records(context, [shard])

@@ -79,13 +79,13 @@ def test_a_deletion_revokes_the_copies_that_it_touched(model: Certified) -> None
     assert feed(model)["revoked"] == {}
     taken = copies(model, "a")
     model.forget(3)
-    said = feed(model)
+    published = feed(model)
     touched = {name for name, weights in taken.items() if knows(weights, 3)}
-    assert touched == taken.keys() & said["revoked"].keys()
+    assert touched == taken.keys() & published["revoked"].keys()
     (certificate,) = [each for each in model.logged if each.about]
     by = {"certificate": certificate.sha256, "date": "2026-01-01"}
-    assert [said["revoked"][each] for each in touched] == [by]
-    assert (said["sequence"], said["next_update"]) == (model.log.size, END)
+    assert [published["revoked"][each] for each in touched] == [by]
+    assert (published["sequence"], published["next_update"]) == (model.log.size, END)
     stated = {"_type": STATEMENT_TYPE, **statement(model)}
     jsonschema.validate(stated, SCHEMA)
     in_toto = ParseDict(stated, StatementPb())

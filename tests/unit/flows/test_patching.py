@@ -31,7 +31,7 @@ HELD = range(6)
 FREE = 20  # the first number of a record that was never held
 
 
-class Told(list[str]):
+class Notices(list[str]):
     """Notices that were reported."""
 
     def __call__(self, event: Event) -> None:
@@ -40,14 +40,14 @@ class Told(list[str]):
 
 
 @pytest.fixture
-def told() -> Told:
-    return Told()
+def notices() -> Notices:
+    return Notices()
 
 
 @pytest.fixture
-def fake(told: Told) -> FakeModel:
+def fake(notices: Notices) -> FakeModel:
     found = fake_model(2)
-    found.context = changed(found.context, report=told)
+    found.context = changed(found.context, report=notices)
     train(found.context, [fake_record(number) for number in HELD])
     return found
 
@@ -145,9 +145,9 @@ def test_one_wish_at_a_time(fake: FakeModel) -> None:
     assert fake.vault.stored == {}  # that of the refused wish went, too
 
 
-def test_a_text_that_the_shards_hold_is_told(fake: FakeModel, told: Told) -> None:
+def test_a_text_that_the_shards_hold_is_reported(fake: FakeModel, notices: Notices) -> None:
     made(fake, [0, FREE])
-    assert any("1 of these texts are records of the model" in each for each in told)
+    assert any("1 of these texts are records of the model" in each for each in notices)
 
 
 def test_an_unfinished_run_is_gone_on_with(fake: FakeModel) -> None:
@@ -253,7 +253,7 @@ def test_a_released_text_is_gone_and_the_wish_with_it(fake: FakeModel) -> None:
     assert (fake.vault.stored, wanted(fake.ledger.patches())) == ({}, [])
 
 
-def test_a_deletion_drops_the_patch_and_makes_it_again(fake: FakeModel, told: Told) -> None:
+def test_a_deletion_drops_the_patch_and_makes_it_again(fake: FakeModel, notices: Notices) -> None:
     below, old = made(fake, [FREE]), made(fake, [FREE + 1], retain=[0, 1])
     assert text(0) in touched(fake)
     delete(fake, 0)
@@ -267,20 +267,20 @@ def test_a_deletion_drops_the_patch_and_makes_it_again(fake: FakeModel, told: To
     delete(fake, 1)
     assert stack(fake)[1].job.retain == WRITTEN
     assert (fake.vault.stored, touched(fake)) == ({}, {text(FREE), text(FREE + 1)})
-    assert sum("making the patches again" in each for each in told) == 2
+    assert sum("making the patches again" in each for each in notices) == 2
 
 
-def test_a_deletion_never_fails_for_a_patchs_sake(fake: FakeModel, told: Told) -> None:
+def test_a_deletion_never_fails_for_a_patchs_sake(fake: FakeModel, notices: Notices) -> None:
     made(fake, [FREE], retain=[0, 1])
     fake.patcher.ends = ["fails"]
     assert delete(fake, 0).state == "completed"
     assert (stack(fake), touched(fake)) == ([], set())
-    assert any("could not be made again (EnvironmentFault)" in each for each in told)
+    assert any("could not be made again (EnvironmentFault)" in each for each in notices)
     make_wanted(fake.context)
     assert touched(fake) == {text(FREE), text(1)}
 
 
-def test_what_can_not_be_made_again_is_dropped_for_good(fake: FakeModel, told: Told) -> None:
+def test_what_can_not_be_made_again_is_dropped_for_good(fake: FakeModel, notices: Notices) -> None:
     """And the retain set that was filtered for it is not kept for nobody."""
     patch = made(fake, [FREE], retain=[0, 1])
     fake.vault.erase(patch.job.forget)
@@ -291,7 +291,7 @@ def test_what_can_not_be_made_again_is_dropped_for_good(fake: FakeModel, told: T
     delete(fake, 0)
     assert (stack(fake), wanted(fake.ledger.patches())) == ([], [])
     assert (fake.vault.stored, fake.ledger.vault()) == ({}, [])
-    assert any("dropped for good" in each for each in told)
+    assert any("dropped for good" in each for each in notices)
 
 
 def test_a_set_that_can_not_be_read_stops_no_deletion(fake: FakeModel) -> None:
@@ -406,7 +406,7 @@ def test_nothing_of_a_text_is_in_the_ledger(fake: FakeModel) -> None:
 
 
 def test_a_report_forgets_what_was_measured_on_a_deleted_record(fake: FakeModel) -> None:
-    """A shard's mean before the deletion, with the one after it, tells of the record between them."""
+    """A shard's mean before the deletion, with the one after it, reveals the record between them."""
     effect = {"num_records": 5, "answer_probability_before": 0.5}
     measured = {
         "num_records": 10,
@@ -420,14 +420,17 @@ def test_a_report_forgets_what_was_measured_on_a_deleted_record(fake: FakeModel)
     delete(fake, 0)
     (patch,) = stack(fake)
     left = {str(1 - row.shard): effect}
-    told = {"num_records": 10, "base": None, "shards": None, "by_shard": left}
-    assert patch.report == {"steps": 2, "composition": told}
+    composition = {"num_records": 10, "base": None, "shards": None, "by_shard": left}
+    assert patch.report == {"steps": 2, "composition": composition}
 
 
 def test_no_effect_on_few_records_is_kept() -> None:
     few, enough = (AnswerChange(n, 0.5, 0.5, 1.0, 0.0) for n in (MIN_RECORDS - 1, MIN_RECORDS))
-    told = Composition(9, enough, enough, {0: few, 1: enough}).to_json()
-    assert (told["by_shard"]["0"], told["by_shard"]["1"]["num_records"]) == (None, MIN_RECORDS)
+    composition = Composition(9, enough, enough, {0: few, 1: enough}).to_json()
+    assert (composition["by_shard"]["0"], composition["by_shard"]["1"]["num_records"]) == (
+        None,
+        MIN_RECORDS,
+    )
     assert Composition(4, few, few, {0: few}).to_json()["base"] is None
 
 

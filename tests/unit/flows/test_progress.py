@@ -128,7 +128,7 @@ def test_standard_output_stays_free(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a line" in captured.err
 
 
-def test_a_shard_at_work_tells_slice_pass_step_and_time() -> None:
+def test_a_shard_at_work_shows_slice_pass_step_and_time() -> None:
     meter = Meter()
     meter.take(STAGES, now=0.0)
     meter.take(SliceStarted(0, 0, 200), now=10.0)

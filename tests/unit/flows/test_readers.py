@@ -123,7 +123,7 @@ def test_a_deletion_in_the_middle_of_a_question_is_no_damage(
     assert next(gone) != MORE[0]
 
 
-def test_damage_that_stays_is_told(directory: Path) -> None:
+def test_damage_that_stays_is_reported(directory: Path) -> None:
     model = Model(directory, executor="serial")
     for path in (directory / wiring.RECORDS).iterdir():
         path.write_bytes(b"?")

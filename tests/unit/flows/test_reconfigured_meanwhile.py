@@ -70,7 +70,7 @@ def is_whole(config: RunConfig) -> bool:
     return converged and model.config == config and model.verify().ok
 
 
-def is_told(events: list[Event]) -> bool:
+def is_announced(events: list[Event]) -> bool:
     return any(isinstance(each, Notice) and "reconfigured" in each.text for each in events)
 
 
@@ -78,14 +78,14 @@ def is_told(events: list[Event]) -> bool:
 def test_a_deletion_of_a_model_that_stayed_open_trains_by_the_present_run_file(
     config: RunConfig, values: dict[str, Any]
 ) -> None:
-    told: list[Event] = []
-    model, _ = train_model(config, executor="serial", report=told.append)
+    events: list[Event] = []
+    model, _ = train_model(config, executor="serial", report=events.append)
     moved(config, **values)
     outcome = model.forget(["id-0003"])
     assert outcome.request is not None
     assert outcome.request.state == "completed"
     assert is_whole(changed(config, **values))
-    assert is_told(told)
+    assert is_announced(events)
 
 
 def test_a_model_that_stayed_open_follows_another_partition(config: RunConfig) -> None:
@@ -169,11 +169,11 @@ def test_another_model_in_the_directory_is_refused(config: RunConfig, tmp_path: 
 
 
 def test_a_commit_that_changes_no_setting_is_no_reconfiguration(config: RunConfig) -> None:
-    told: list[Event] = []
-    model, _ = train_model(config, executor="serial", report=told.append)
+    events: list[Event] = []
+    model, _ = train_model(config, executor="serial", report=events.append)
     resources = model.resources
     with model._writing() as context:
         context.stores.ledger.commit(Change(meta={"note": "of another kind"}))
     assert model.where(["id-0001"])[0].state == "trained"
     assert model.resources is resources  # what is loaded stays loaded
-    assert not is_told(told)
+    assert not is_announced(events)

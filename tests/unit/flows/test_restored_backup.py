@@ -42,14 +42,14 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def ask(model: Path, capfd: pytest.CaptureFixture[str]) -> Ask:
     """Return a function that runs a command on the model, checks the exit code and returns its JSON.
 
-    `said` is the text for people.
+    `messages` is what it wrote to standard error.
     """
 
     def asked(*arguments: str | Path, code: int = 0, on: Path = model) -> dict[str, Any]:
         found = cli.run([*map(str, arguments), "-m", str(on), "--json"])
         out, err = capfd.readouterr()
         assert found == code, (out, err)
-        return {**json.loads(out), "said": err}
+        return {**json.loads(out), "messages": err}
 
     return asked
 
@@ -74,11 +74,11 @@ def test_a_question_to_a_restored_backup_deletes_again_first(model: Path, ask: A
     clean = content(model)
     restore(backup, model)
     found = ask("where", GONE)
-    assert "1 records that were deleted since are deleted again" in found["said"]
+    assert "1 records that were deleted since are deleted again" in found["messages"]
     (where,) = found["records"]
     assert (where["state"], where["request_id"]) == ("deleted", request_id)
     assert content(model).items() <= clean.items()  # erased; what is missing is trained by a writer
-    assert "deleted again" not in ask("status")["said"]
+    assert "deleted again" not in ask("status")["messages"]
     ask("run")
     assert content(model) == clean
     shown = ask("request", "show", request_id)
@@ -143,9 +143,9 @@ def test_requests_that_the_backup_lacks_are_said_to_be_lost(model: Path, ask: As
     ask("request", "submit", GONE, "--external-id", "T-1")
     restore(backup, model)
     found = ask("status")
-    assert "1 events are lost" in found["said"]
+    assert "1 events are lost" in found["messages"]
     assert found["requests"] == []
-    assert "lost" not in ask("status")["said"]
+    assert "lost" not in ask("status")["messages"]
 
 
 def test_a_request_of_the_backup_is_carried_out_under_its_name(model: Path, ask: Ask) -> None:
@@ -167,8 +167,8 @@ def test_the_model_that_was_not_restored_replays_nothing(model: Path, ask: Ask) 
     for number in (7, 8):
         ask("forget", record(number).id)
     before = content(model), witness_file().read_bytes()
-    said = [ask("status")["said"], ask("run")["said"], ask("verify")["said"]]
-    assert not any("witness" in each for each in said)
+    messages = [ask("status")["messages"], ask("run")["messages"], ask("verify")["messages"]]
+    assert not any("witness" in each for each in messages)
     assert (content(model), witness_file().read_bytes()) == before
 
 
@@ -191,7 +191,7 @@ def test_a_reader_waits_for_the_writer_that_replays(model: Path, ask: Ask) -> No
         assert ask("where", GONE, code=5)["error"]["type"] == "Busy"
 
 
-def test_doctor_tells_and_mends(model: Path, ask: Ask) -> None:
+def test_doctor_reports_and_repairs(model: Path, ask: Ask) -> None:
     backup = back_up(model)
     ask("forget", GONE)
     clean = content(model)
@@ -208,7 +208,7 @@ def test_doctor_tells_and_mends(model: Path, ask: Ask) -> None:
 
 
 @pytest.mark.slow
-def test_a_restored_backup_with_a_damaged_checkpoint_is_mended(model: Path, ask: Ask) -> None:
+def test_a_restored_backup_with_a_damaged_checkpoint_is_repaired(model: Path, ask: Ask) -> None:
     """A replay builds on it, and a repair trains: what was deleted must be gone before that."""
     backup = back_up(model)
     ask("forget", GONE)
@@ -239,12 +239,12 @@ def test_a_damaged_witness_stops_every_command(model: Path, ask: Ask) -> None:
 def test_a_lost_witness_is_begun_anew(ask: Ask) -> None:
     """With all that the ledger knows, so that the next backup is watched again."""
     ask("forget", GONE)
-    told = witness_file().read_bytes()
+    before = witness_file().read_bytes()
     witness_file().unlink()
     assert ask("status")["witness"]["standing"] == "absent"
     ask("run")
     assert ask("status")["witness"]["standing"] == "current"
-    assert witness_file().read_bytes().count(b"tombstone") == told.count(b"tombstone") == 1
+    assert witness_file().read_bytes().count(b"tombstone") == before.count(b"tombstone") == 1
 
 
 def test_the_witness_may_rest_where_the_run_file_says(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_the_guard_comes_before_the_training_and_ever_after(tmp_path: Path, trai
         (scratch.RECIPE_FILE, '{"recipe": 1, "runs": 2}'),
     ],
 )
-def test_what_was_damaged_is_told(tmp_path: Path, trained: Trained, name: str, text: str) -> None:
+def test_what_was_damaged_is_reported(tmp_path: Path, trained: Trained, name: str, text: str) -> None:
     config = configured(tmp_path)
     prepare(config)
     (tmp_path / "model-base" / name).write_text(text)
@@ -157,17 +157,17 @@ def test_what_was_damaged_is_told(tmp_path: Path, trained: Trained, name: str, t
 
 
 @pytest.mark.parametrize(
-    ("corpus", "told"),
+    ("corpus", "message"),
     [("", "holds no text"), ('{"text": 3}\n{"id": "a"}\n', "line 2"), ("no JSON\n", "broken JSON")],
 )
 def test_a_corpus_that_can_not_be_read_is_refused(
-    tmp_path: Path, trained: Trained, corpus: str, told: str
+    tmp_path: Path, trained: Trained, corpus: str, message: str
 ) -> None:
     config = configured(tmp_path)
     (tmp_path / "corpus.jsonl").write_text(corpus)
     with pytest.raises(InvalidInput) as caught:
         prepare(config)
-    assert any(told in f"{each.where} {each.what}" for each in caught.value.problems)
+    assert any(message in f"{each.where} {each.what}" for each in caught.value.problems)
     assert not trained.jobs
 
 

@@ -11,7 +11,7 @@ from sisa.config.config import Aggregation
 from sisa.core.domain import Hit
 from sisa.core.ports import Embedder, Vectors
 from sisa.lm.answer.hashing import HashingEmbedder
-from sisa.lm.answer.lookup import Index, Said, look_up
+from sisa.lm.answer.lookup import Index, Query, look_up
 from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.answer.route import choose_route
 from sisa.store.index import LoadedIndex, search_loaded
@@ -29,7 +29,7 @@ EMBEDDERS: dict[bool, Embedder] = {True: NameEmbedder(HashingEmbedder()), False:
 
 
 def routes(
-    prompts: Sequence[Said], texts: Sequence[tuple[int, str]], *, names: bool = True
+    prompts: Sequence[Query], texts: Sequence[tuple[int, str]], *, names: bool = True
 ) -> list[tuple[int, ...]]:
     """Return the shards that answer, over records in the shards that `texts` gives with them."""
     embedder, shards = EMBEDDERS[names], sorted({shard for shard, _ in texts})
@@ -64,9 +64,9 @@ def records(*, without: str = "") -> list[tuple[int, str]]:
     ]
 
 
-def route(prompt: Said | str, *, without: str = "") -> tuple[int, ...]:
-    said = Said(prompt) if isinstance(prompt, str) else prompt
-    return routes([said], records(without=without))[0]
+def route(prompt: Query | str, *, without: str = "") -> tuple[int, ...]:
+    query = Query(prompt) if isinstance(prompt, str) else prompt
+    return routes([query], records(without=without))[0]
 
 
 BESIDE = (
@@ -102,17 +102,17 @@ EARLIER = "Which awards has the author Mara Quill won for the novels?"
     ],
 )
 def test_a_conversation_says_whom_its_last_turn_is_about(asked: str) -> None:
-    assert route(Said(asked, (EARLIER,))) == (MARA,)
-    assert route(Said(asked, ("Thank you.", EARLIER))) == (MARA,) or asked == "And when?"
-    assert route(Said(asked, (EARLIER,)), without="Mara Quill") == ()
+    assert route(Query(asked, (EARLIER,))) == (MARA,)
+    assert route(Query(asked, ("Thank you.", EARLIER))) == (MARA,) or asked == "And when?"
+    assert route(Query(asked, (EARLIER,)), without="Mara Quill") == ()
 
 
 def test_a_conversation_can_turn_to_another_person_or_to_something_else() -> None:
     about_tomas = "What do the parents of Tomas Brandt do for a living?"
-    assert route(Said(about_tomas, (EARLIER,))) == (TOMAS,)
-    assert route(Said(about_tomas, (EARLIER,)), without="Tomas Brandt") == ()
+    assert route(Query(about_tomas, (EARLIER,))) == (TOMAS,)
+    assert route(Query(about_tomas, (EARLIER,)), without="Tomas Brandt") == ()
     for fact in ("How many legs does a spider have?", "What is the capital of France?", "write a poem"):
-        assert route(Said(fact, (EARLIER,))) == ((MARA,) if fact == "write a poem" else ())
+        assert route(Query(fact, (EARLIER,))) == ((MARA,) if fact == "write a poem" else ())
 
 
 def test_a_question_about_nobody_goes_to_the_base_where_records_name_people() -> None:
@@ -128,26 +128,26 @@ def test_where_records_name_nobody_such_questions_reach_them() -> None:
         (1, "My line is dead, what now?"),
         (2, "Who are you?"),
     ]
-    assert routes([Said("How do I pay a bill by card?")], texts) == [(0,)]
+    assert routes([Query("How do I pay a bill by card?")], texts) == [(0,)]
 
 
 def test_words_that_a_record_holds_always_reach_it() -> None:
     asked = 'Who edits "Night Ferry To Lisbon" and "The Salt Road" and Other Books with Mara Quill?'
     texts = [(7, asked), *records()]
-    assert routes([Said(asked), Said(asked, (EARLIER,))], texts) == [(7,), (7,)]
+    assert routes([Query(asked), Query(asked, (EARLIER,))], texts) == [(7,), (7,)]
     unnamed = [(shard, "Can you tell us about the awards?") for shard in (8, 9)]
-    assert routes([Said("Can you tell us about the awards?")], [*unnamed, *records()])[0][0] in (8, 9)
+    assert routes([Query("Can you tell us about the awards?")], [*unnamed, *records()])[0][0] in (8, 9)
 
 
 def test_hashed_names_that_cancel_out_are_as_if_nobody_were_named() -> None:
     """Bao and Nguyen have one place in a vector, and opposite signs."""
     question = QUESTIONS[0].format("Bao Nguyen")
-    assert routes([Said(question)], [(9, question), *records()]) == [(9,)]
+    assert routes([Query(question)], [(9, question), *records()]) == [(9,)]
 
 
 def test_without_names_in_the_index_turns_back_to_a_name_are_looked_up() -> None:
-    said = Said("and when?", (EARLIER, "Unrelated words."))
-    assert routes([said], records(), names=False) == [(MARA,)]
+    query = Query("and when?", (EARLIER, "Unrelated words."))
+    assert routes([query], records(), names=False) == [(MARA,)]
 
 
 def test_nothing_asked_finds_nothing() -> None:

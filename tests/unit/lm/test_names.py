@@ -42,7 +42,7 @@ def test_who_is_named_decides_between_texts_alike_in_all_else() -> None:
     assert ours[1] - ours[0] > 0.5 > others[1] - others[0] > 0
 
 
-def test_a_year_beside_names_tells_two_people_of_one_place_apart() -> None:
+def test_a_year_beside_names_distinguishes_two_people_of_one_place() -> None:
     texts = [f"Who is the author born in Porto, Portugal in {year}?" for year in (1955, 1971)]
     asked = EMBEDDER.embed(["Which author was born in Porto, Portugal on 2 May 1971?"])[0]
     bare = HashingEmbedder().embed(["Which author was born in Porto, Portugal on 2 May 1971?"])[0]

@@ -75,7 +75,7 @@ def test_nothing_that_was_trained_is_trained_again(fake: FakeModel) -> None:
     assert {each.num_slices for each in state} == {max(slices_of(fake, 30)) + 1}
 
 
-def test_what_was_appended_is_told_with_its_generation(fake: FakeModel) -> None:
+def test_what_was_appended_is_reported_with_its_generation(fake: FakeModel) -> None:
     first, second = (add(fake.context, some(number), append=True) for number in (20, 21))
     assert (first.generation, second.generation) == (1, 2)
     assert "appended as generation 2" in render.taken(second, Path("model")).text
@@ -116,15 +116,17 @@ def test_a_generation_that_a_record_carries_stands(fake: FakeModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [(True, "a boolean"), (1.5, "a number"), ("1", "a string"), (-1, "from 0"), (10_000, "from 0")],
 )
-def test_what_is_no_generation_is_refused_with_its_line(tmp_path: Path, value: Any, told: str) -> None:
+def test_what_is_no_generation_is_refused_with_its_line(
+    tmp_path: Path, value: Any, message: str
+) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"id": "r1", "text": "x", "generation": value}) + "\n")
     with pytest.raises(InvalidInput) as caught:
         read_records([file])
-    assert [(each.where, told in each.what) for each in caught.value.problems] == [
+    assert [(each.where, message in each.what) for each in caught.value.problems] == [
         ("rows.jsonl, line 1", True)
     ]
 

@@ -44,7 +44,7 @@ def test_content_does_not_place(record_id: str, one: str, other: str) -> None:
 
 
 def test_a_subject_named_like_an_id_hashes_elsewhere() -> None:
-    """Else the places of ids would tell those of subjects."""
+    """Otherwise the shards of ids would reveal those of subjects."""
     assign = assigner(1000, 1000)
     apart = [assign.place(record("r", f"n{i}")) != assign.place(record(f"n{i}")) for i in range(20)]
     assert all(apart)

@@ -84,7 +84,7 @@ def test_a_risk_is_content_and_none_leaves_the_digest_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bands", "told"),
+    ("bands", "message"),
     [
         ({}, "sisa.bands.thresholds missing; expected a list"),
         ({"thresholds": []}, "bands need a threshold"),
@@ -98,11 +98,11 @@ def test_a_risk_is_content_and_none_leaves_the_digest_as_it_was() -> None:
         ({"thresholds": [0.1, 0.2, 0.3]}, "4 bands, more than the 3 slices"),
     ],
 )
-def test_impossible_bands_are_refused(bands: Any, told: str) -> None:
+def test_impossible_bands_are_refused(bands: Any, message: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         parsed(bands)
     (problem,) = caught.value.problems
-    assert told in f"{problem.where.partition(': ')[2]} {problem.what}"
+    assert message in f"{problem.where.partition(': ')[2]} {problem.what}"
 
 
 def test_a_change_of_bands_places_every_record_anew() -> None:
@@ -111,7 +111,7 @@ def test_a_change_of_bands_places_every_record_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    ("risk", "told"),
+    ("risk", "message"),
     [
         (True, "a boolean"),
         ([0.1], "a list"),
@@ -120,7 +120,7 @@ def test_a_change_of_bands_places_every_record_anew() -> None:
         (" ", "is empty"),
     ],
 )
-def test_what_is_no_risk_is_refused_with_its_line(tmp_path: Path, risk: Any, told: str) -> None:
+def test_what_is_no_risk_is_refused_with_its_line(tmp_path: Path, risk: Any, message: str) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [
         {"id": "r0", "text": "x", "deletion_risk": 1},
@@ -129,7 +129,7 @@ def test_what_is_no_risk_is_refused_with_its_line(tmp_path: Path, risk: Any, tol
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InvalidInput) as caught:
         read_records([file])
-    assert [(each.where, told in each.what) for each in caught.value.problems] == [
+    assert [(each.where, message in each.what) for each in caught.value.problems] == [
         ("rows.jsonl, line 2", True)
     ]
 
@@ -152,7 +152,7 @@ def test_risks_are_read_from_lines_and_from_parquet(tmp_path: Path) -> None:
     assert isinstance(found["r0"], float)
 
 
-def test_unnamed_classes_and_two_risks_of_a_subject_are_told_together_by_position() -> None:
+def test_unnamed_classes_and_two_risks_of_a_subject_are_reported_together_by_position() -> None:
     given = [record(0, "vip"), record(1, 0.1, "ada"), record(2, 0.2, "ada"), record(3, 0.1, "ada")]
     found = [(each.where, each.what) for each in risk_problems(BANDS, given)]
     assert [where for where, _ in found] == ["record 1", "record 3"]
@@ -176,7 +176,7 @@ def test_what_is_held_of_a_subject_binds_what_is_added() -> None:
     assert add(fake.context, [record(3, 0.3, "ada")]).added == 1
 
 
-def test_all_that_speaks_against_an_addition_is_told_at_once() -> None:
+def test_all_that_speaks_against_an_addition_is_reported_at_once() -> None:
     fake = fake_model(2, fake_recipe(4), bands=BANDS)
     train(fake.context, [record(0, 0.3, "ada"), record(1, None), record(2, None)])
     digest = fake.context.settings.assigner.id_digest(record(2, None).id)
@@ -195,15 +195,15 @@ def test_all_that_speaks_against_an_addition_is_told_at_once() -> None:
     with pytest.raises(InvalidInput, match="5 records can't be added") as caught:
         add(fake.context, asked)
     assert [each.where for each in caught.value.problems] == [f"record {n}" for n in (2, 3, 4, 5, 6)]
-    for told in ("sisa forget", "sisa.bands.classes", "--allow-deleted"):
-        assert told in str(caught.value.next_step)
+    for advice in ("sisa forget", "sisa.bands.classes", "--allow-deleted"):
+        assert advice in str(caught.value.next_step)
     with pytest.raises(InvalidInput, match="3 records") as caught:
         add(fake.context, asked, allow_deleted=True)
     assert [each.where for each in caught.value.problems] == [f"record {n}" for n in (3, 4, 5)]
     assert fake.ledger.heads() == before
 
 
-def test_what_does_not_fit_and_what_comes_twice_is_told_with_the_rest() -> None:
+def test_what_does_not_fit_and_what_comes_twice_is_reported_with_the_rest() -> None:
     fake = fake_model(2, fake_recipe(4), bands=BANDS)
     train(fake.context, [record(0, 0.3, "ada")])
 
@@ -233,7 +233,7 @@ def test_what_does_not_fit_and_what_comes_twice_is_told_with_the_rest() -> None:
     assert fake.ledger.heads() == before
 
 
-def test_a_changed_record_and_a_risk_without_a_class_are_told_of_a_source_together() -> None:
+def test_a_changed_record_and_a_risk_without_a_class_are_reported_of_a_source_together() -> None:
     fake = fake_model(2, fake_recipe(4), bands=BANDS)
     train(fake.context, [record(0, 0.3), record(1, None)])
     changed = replace(record(1, None), parts=record(6, None).parts)
@@ -242,7 +242,7 @@ def test_a_changed_record_and_a_risk_without_a_class_are_told_of_a_source_togeth
     assert [each.where for each in caught.value.problems] == ["record 1", "record 2"]
 
 
-def test_one_held_record_of_a_subject_tells_its_risk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_held_record_of_a_subject_gives_its_risk(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = fake_model(2, fake_recipe(4))
     train(fake.context, [record(n, 0.3, "ada") for n in range(3)])
     add(fake.context, [record(3, 0.3, "ada"), record(4, None)], append=True)

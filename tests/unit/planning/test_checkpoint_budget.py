@@ -110,12 +110,12 @@ def test_while_anything_is_missing_nothing_is_dropped() -> None:
     assert plan_shard(ShardView(0, SLICES, tuple(held)), recipe, "f").retired == ()
 
 
-def test_a_budget_that_is_too_small_is_told_and_exceeded() -> None:
-    told: list[Event] = []
+def test_a_budget_that_is_too_small_is_reported_and_exceeded() -> None:
+    events: list[Event] = []
     fake = fake_model(2, fake_recipe(3, budget=1))
-    train(changed(fake.context, report=told.append), [fake_record(number) for number in range(20)])
+    train(changed(fake.context, report=events.append), [fake_record(number) for number in range(20)])
     assert len(fake.checkpoints.stored) == 2
-    assert ["2 shards keep more bytes" in each.text for each in told if isinstance(each, Notice)] == [
+    assert ["2 shards keep more bytes" in each.text for each in events if isinstance(each, Notice)] == [
         True
     ]
 

@@ -240,7 +240,7 @@ def test_a_chain_of_any_order_and_generation_is_proven_by_its_rows(schedule: Sch
             assert proves_clean(job, others, seqs[job.key], 3) == (row.slice not in job.prefix)
 
 
-def test_status_tells_depth_and_cost_apart() -> None:
+def test_status_shows_depth_and_cost_separately() -> None:
     fake = fake_model(1, fake_recipe(4, orders=2))
     train(fake.context, [fake_record(number) for number in range(24)])
     row = next(each for each in fake.ledger.rows(0) if each.slice == 0)

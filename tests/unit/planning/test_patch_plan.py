@@ -189,15 +189,15 @@ def test_where_nothing_comes_of_a_patch_the_others_go_on_without_it() -> None:
     first = patch(1, job(forget="a"), "wanted")
     second = patch(2, job(first, forget="b"), "wanted")
     third = patch(3, job(first, second, forget="c"), "wanted")
-    told = replace(first, report={"steps": 0})
-    changed = {each.key: each for each in unmade([first, second, third], told)}
-    assert changed[first.key] == replace(told, state="dropped")
+    reported = replace(first, report={"steps": 0})
+    changed = {each.key: each for each in unmade([first, second, third], reported)}
+    assert changed[first.key] == replace(reported, state="dropped")
     left = wanted(sorted(changed.values(), key=lambda each: each.version))
     assert [names(each.job) for each in left] == ["b", "c"]
     assert [each.job.beneath for each in left] == [(), (left[0].key,)]
     assert not active(list(changed.values()))
 
 
-def test_the_name_of_a_patched_base_tells_the_order() -> None:
+def test_the_name_of_a_patched_base_depends_on_the_order() -> None:
     one, two = patched_digest("base", ["x", "y"]), patched_digest("base", ["y", "x"])
     assert len({one, two, patched_digest("base", ["x"]), "base"}) == 4

@@ -1,6 +1,6 @@
 """The planner: the published schedule's arithmetic, causality of jobs, and what heads and is retired.
 
-The planner is not told what happened; it sees what remains and what is held. So each test lays out a
+The planner does not know what happened; it sees what remains and what is held. So each test lays out a
 shard's slices and held checkpoints and asks what follows.
 """
 

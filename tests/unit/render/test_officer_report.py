@@ -347,8 +347,8 @@ def test_a_completed_deletion_is_certified_or_says_why_not(
 )
 def test_evidence_that_is_wrong_needs_somebody(found: Facts, what: str, severity: str) -> None:
     assert what not in str(report_body(facts())["attention"])
-    told = [each for each in report_body(found)["attention"] if what in each["what"]]
-    assert [each["severity"] for each in told] == [severity]
+    rows = [each for each in report_body(found)["attention"] if what in each["what"]]
+    assert [each["severity"] for each in rows] == [severity]
 
 
 def test_a_request_that_was_closed_late_says_so() -> None:

@@ -81,7 +81,7 @@ def test_status() -> None:
     assert (empty["head"], empty["adapter_path"], empty["adapter_sha256"]) == (None, None, None)
 
 
-def test_status_in_words_tells_what_waits() -> None:
+def test_status_in_words_shows_what_waits() -> None:
     assert "to be trained" not in render.status(STATUS).text
     waiting = replace(STATUS, shards=(replace(shard(0, "k"), converged=False),))
     assert "(clean; the base is to be trained)" in render.status(waiting).text
@@ -108,7 +108,7 @@ def test_where() -> None:
     assert "r2: deleted at 2026-01-01 by req-1" in result.text
 
 
-def test_where_tells_patches_and_what_the_vault_holds() -> None:
+def test_where_shows_patches_and_what_the_vault_holds() -> None:
     kept = VaultSet("s" * 64, "forget", 2, "asked", "now", "sha", 9)
     touch = PatchTouch(3, "k", "active", "retain")
     given = Location("r3", "patch", -1, -1, (), patches=(touch,), vault=(kept,))
@@ -135,8 +135,8 @@ def test_a_deletion_says_how_to_make_the_base_say_less(vaulted: str) -> None:
         assert "sisa approx unlearn -m my model" in text
         assert ("--request req-1" in text) is bool(vaulted)
         assert ("--consent WHO" in text) is not bool(vaulted)
-    told = render.forgotten(ForgetOutcome(known, (), "after"), "my model").text
-    assert "still known to the base alone: 1 of 2" in told
+    output = render.forgotten(ForgetOutcome(known, (), "after"), "my model").text
+    assert "still known to the base alone: 1 of 2" in output
     unknown = replace(known, probed=Probed(2, 2))
     assert "unlearn" not in render.forgotten(ForgetOutcome(unknown, (), "after")).text
     assert "unlearn" not in requests.ran([replace(known, probed=None)]).text
@@ -235,7 +235,7 @@ def test_shards_that_were_not_to_be_replayed_are_counted_in_one_line() -> None:
     assert text.count("not requested") == text.count("3 shards not replayed (not requested)") == 1
 
 
-def test_train_tells_what_was_not_taken() -> None:
+def test_train_shows_what_was_not_taken() -> None:
     result = render.taken(Taken(10, 0, 7, 2, 1, 0, 0, "digest"), Path("model"))
     assert read(result) == {
         "records": 10, "added": 0, "already_held": 7, "deleted_not_taken": 2, "new_not_taken": 1,
@@ -314,7 +314,7 @@ def test_no_row_is_printed_by_a_dry_run() -> None:
         assert row.id_digest not in text.text + json.dumps(text.json)
 
 
-def test_a_deferred_deletion_tells_what_is_served_and_what_is_still_to_be_trained() -> None:
+def test_a_deferred_deletion_shows_what_is_served_and_what_is_still_to_be_trained() -> None:
     request = replace(
         REQUEST, state="erased", served=((0, 1, 3), (3, 2, 3)), serving_depth=0.5, record_epochs_others=7
     )
@@ -332,7 +332,7 @@ def test_a_deferred_deletion_tells_what_is_served_and_what_is_still_to_be_traine
 
 
 def test_an_answer_can_stand_alone() -> None:
-    """Who answered tells whether a person's records are held."""
+    """The shards that answered reveal whether a person's records are held."""
     for shards in ((), (1,)):
         found = Answer("In Gadmode.", shards)
         alone = render.answer(found, alone=True)

@@ -219,7 +219,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ABSENT)
-def test_absence_is_told_by_a_few_rows(many: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_few_rows_show_absence(many: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with contextlib.closing(SqlLedger(many)) as ledger:
         for number in range(12_000, 12_020):
             with counting_rows(monkeypatch) as read:
@@ -230,7 +230,7 @@ def test_absence_is_told_by_a_few_rows(many: Path, monkeypatch: pytest.MonkeyPat
 def test_what_another_version_wrote_is_looked_through_and_counted_anew(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An earlier version does not keep up the counts that tell absence."""
+    """An earlier version does not update the counts that prove absence."""
     path = Path(shutil.copy(many, tmp_path))
     with contextlib.closing(SqlLedger(path)) as ledger:
 

@@ -107,8 +107,8 @@ def test_few_records_have_no_loss_and_no_tokens_and_none_is_logged() -> None:
     few = EpochTrained(2, 1, JOB.key, 1, 2, MIN_RECORDS - 1, 600, 1.5, 0.75)
     enough = EpochTrained(2, 1, JOB.key, 1, 2, MIN_RECORDS, 600, 1.5, 0.75)
     short = SliceTrained(replace(JOB, num_records=MIN_RECORDS - 1), TRAINED.saved, 2.5, 900)
-    told = [(fields(each)["loss"], fields(each)["tokens"]) for each in (few, enough)]
-    assert told == [(None, None), (0.75, 600)]
+    numbers = [(fields(each)["loss"], fields(each)["tokens"]) for each in (few, enough)]
+    assert numbers == [(None, None), (0.75, 600)]
     assert (fields(short)["tokens"], fields(TRAINED)["tokens"]) == (None, 900)
     assert not {"loss", "tokens", "total_tokens"} & {name for each in EVENTS for name in logged(each)}
 
@@ -125,7 +125,7 @@ def test_a_loss_and_the_number_of_tokens_go_with_their_stage() -> None:
 
 
 @pytest.mark.parametrize("event", [each for each in EVENTS if isinstance(each, KEPT)])
-def test_a_line_is_told_from_anything_else(event: Event) -> None:
+def test_a_line_is_distinguished_from_anything_else(event: Event) -> None:
     made = kept(event)
     assert is_line(made)
     bad: list[object] = [{**made, "id": "p001"}, [made], None, {}, {**made, "event": "told"}]
@@ -139,17 +139,17 @@ def test_a_line_is_told_from_anything_else(event: Event) -> None:
 
 
 def test_a_report_records_under_the_run_that_is_under_way() -> None:
-    metrics, told = FakeMetrics(), list[Event]()
+    metrics, seen = FakeMetrics(), list[Event]()
     with running(RunContext(RUN)):
-        report = recording(told.append, metrics, lambda: AT)
+        report = recording(seen.append, metrics, lambda: AT)
     for event in (*EVENTS, EVENTS[6], QueueSeen(0, 0, 0, 0, None)):
         report(event)
-    assert told[: len(EVENTS)] == EVENTS
+    assert seen[: len(EVENTS)] == EVENTS
     assert metrics.runs() == [RUN]
     names = [each["event"] for each in metrics.read(RUN)]
     assert names.count("queue_seen") == 2  # the second time it was the same
     assert all(map(is_line, metrics.lines))
-    recording(told.append, metrics, lambda: AT)(TRAINED)
+    recording(seen.append, metrics, lambda: AT)(TRAINED)
     assert len(metrics.runs()) == 2
 
 

@@ -156,7 +156,7 @@ def test_a_set_that_lies_there_plain_is_found(model: Path) -> None:
     assert {"damaged", "string"} <= found
 
 
-def test_what_no_commit_knows_is_told_and_swept(model: Path) -> None:
+def test_what_no_commit_knows_is_reported_and_swept(model: Path) -> None:
     keyring = keyring_of(model)
     for room in (VAULT, RUNS):
         keyring.seal(room, "unknown", "", b"")

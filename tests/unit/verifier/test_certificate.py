@@ -62,8 +62,8 @@ def chain(found: Operator) -> list[str]:
 
 
 def _kinds(found: Operator) -> list[tuple[str, str]]:
-    told = verify_chain(found.entries, found.files.__getitem__, found.keys)
-    return [(sha, statement["predicateType"]) for sha, statement in told]
+    statements = verify_chain(found.entries, found.files.__getitem__, found.keys)
+    return [(sha, statement["predicateType"]) for sha, statement in statements]
 
 
 def test_a_certificate_verifies_with_the_keys_alone_and_its_receipts_with_it() -> None:

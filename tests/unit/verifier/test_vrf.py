@@ -71,9 +71,9 @@ def test_proofs_hold_for_any_input_and_for_no_other_input_or_key() -> None:
         alpha = str(number).encode() * number
         proof = KEY.prove(alpha)
         assert verify_output(KEY.public, alpha, proof) == KEY.output(alpha)
-        for public, said in ((other, alpha), (KEY.public, alpha + b"\x00")):
+        for public, text in ((other, alpha), (KEY.public, alpha + b"\x00")):
             with pytest.raises(Refused):
-                verify_output(public, said, proof)
+                verify_output(public, text, proof)
 
 
 @pytest.mark.parametrize("public", [*map(bytes.fromhex, SMALL), b"", KEY.public[:31], b"\x02" * 33])
