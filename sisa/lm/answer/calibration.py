@@ -27,7 +27,7 @@ from sisa.core.digest import sha256_hex
 from sisa.core.domain import Hit, Record
 from sisa.core.errors import InvalidInput
 from sisa.core.ports import Embedder, Vectors
-from sisa.lm.answer.lookup import Index, Said, look_up
+from sisa.lm.answer.lookup import Index, Query, look_up
 from sisa.lm.answer.route import resolve_aggregation
 
 MAX_ASKED = 500  # prompts; the records of all are looked through
@@ -151,7 +151,7 @@ class _Public:
                 ([number], held),
                 (self._of_subject[record.subject_id or ""], deleted),
             ):
-                (found,) = look_up([Said(record.asked[0])], self._without(left_out), warm, live)
+                (found,) = look_up([Query(record.asked[0])], self._without(left_out), warm, live)
                 into.append(found.near)
         return held, deleted
 

@@ -125,7 +125,7 @@ def test_every_export_is_a_version_of_its_own(tiny: Tiny, capsys: pytest.Capture
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_merged_forms_are_the_mean_of_the_shards_weights(tiny: Tiny) -> None:
-    """Both load in plain tools and give the logits of our own merged aggregation; each step is reported."""
+    """Both load in plain tools and give the logits of our own aggregation; each step is reported."""
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
