@@ -142,7 +142,7 @@ class Model:
     """
 
     def __init__(
-        self, directory: Path | str, *, executor: str | OpenExecutor = "ray", report: Report = silent
+        self, directory: Path | str, *, executor: str | OpenExecutor = "auto", report: Report = silent
     ) -> None:
         """Open an existing model. Raise InvalidInput if there is none, IntegrityError if damaged."""
         self.directory = Path(directory)
@@ -791,7 +791,7 @@ class Model:
 
 
 def open_model(
-    directory: Path | str, *, executor: str | OpenExecutor = "ray", report: Report = silent
+    directory: Path | str, *, executor: str | OpenExecutor = "auto", report: Report = silent
 ) -> Model:
     """Open the model in a directory."""
     return Model(directory, executor=executor, report=report)

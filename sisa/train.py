@@ -55,7 +55,7 @@ def train_model(
     run_file: Path | str | RunConfig,
     *,
     records: list[Record] | None = None,
-    executor: str | OpenExecutor = "ray",
+    executor: str | OpenExecutor = "auto",
     report: Report | None = None,
     accept_differences: bool = False,
     allow_deleted: bool = False,

@@ -103,7 +103,11 @@ def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @log_format_option
     @click.option(
-        "--executor", "name", default="ray", help="ray, or serial: the same bytes without Ray."
+        "--executor",
+        "name",
+        default="auto",
+        help="ray; serial: the same bytes in this process; auto: Ray, unless a single shard is to be "
+        "trained here.",
     )
     @click.option(
         "--address",
@@ -123,7 +127,7 @@ def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
             raise click.UsageError("--address needs --executor ray: the serial executor uses no cluster")
         from sisa.flows.wiring.wiring import OnCluster
 
-        return function(executor=OnCluster(name, address), **arguments)
+        return function(executor=OnCluster("ray" if name == "auto" else name, address), **arguments)
 
     return invoke
 
@@ -193,7 +197,7 @@ consent_option = click.option(
 
 
 @contextmanager
-def opened(directory: Path, executor: ExecutorChoice = "ray") -> Iterator[Model]:
+def opened(directory: Path, executor: ExecutorChoice = "auto") -> Iterator[Model]:
     """Open the model in a directory and show its progress."""
     from sisa.model import open_model
 

@@ -236,7 +236,7 @@ def _fetch(config: RunConfig, executor: ExecutorChoice) -> None:
             beside.submit(resolve_base, config.base),
             beside.submit(fetch_package, parse_package(config.sisa.embedder)),
         )
-        if executor == "ray":
+        if executor in ("auto", "ray"):
             from cluster.ray.ray_session import connect
 
             connect(config.cluster.address, len(os.sched_getaffinity(0)))

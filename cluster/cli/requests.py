@@ -181,7 +181,7 @@ def _join_cluster(model: Model) -> None:
     from sisa.flows.wiring.wiring import OnCluster
 
     executor = model.executor
-    address = model.config.cluster.address if executor == "ray" else None
+    address = model.config.cluster.address if executor in ("auto", "ray") else None
     if isinstance(executor, OnCluster):
         address = executor.address
     if address is not None:

@@ -101,7 +101,7 @@ def cheap_resources() -> Iterator[None]:
     find = wiring.find_executor
 
     def find_cheap(executor: Any) -> Any:
-        return open_cheap if executor in ("serial", "ray") else find(executor)
+        return open_cheap if executor in ("auto", "serial", "ray") else find(executor)
 
     swaps = {Resources: CheapResources, find: find_cheap, wiring.find_probe: lambda: open_cheap_probe}
     done: list[tuple[Any, str, Any]] = []

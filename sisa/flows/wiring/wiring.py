@@ -42,7 +42,7 @@ from typing import Any
 from sisa.config.config import RunConfig, ledger_url, state_dir
 from sisa.core import ports
 from sisa.core.digest import Keyed
-from sisa.core.domain import Probed, Record, Tombstone, active, wanted
+from sisa.core.domain import Chain, Probed, Record, Tombstone, active, wanted
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Event, QueueSeen, Report, silent
 from sisa.core.requests import EventChain, key_names
@@ -432,9 +432,25 @@ class OnCluster:
         return find_executor(self.name)(site, {**options, "address": self.address})
 
 
+@dataclass(frozen=True, slots=True)
+class _Auto:
+    """An executor that trains on Ray, or a single chain in this process unless a cluster is named.
+
+    Starting Ray takes longer than most shards of a deletion.
+    """
+
+    site: Site
+    options: Mapping[str, Any]
+
+    def run(self, chains: Sequence[Chain], report: Report, on_stage: ports.OnStage = silent) -> None:
+        here = len(chains) == 1 and self.options.get("address") is None
+        found = find_executor("serial" if here else "ray")(self.site, self.options)
+        found.run(chains, report, on_stage)
+
+
 def check_executor(executor: str | OpenExecutor) -> None:
     """Raise InvalidInput if no executor has this name. Nothing is loaded, since Ray takes seconds."""
-    names = ["serial", *upper_houses.EXECUTORS]
+    names = ["auto", "serial", *upper_houses.EXECUTORS]
     name = executor.name if isinstance(executor, OnCluster) else executor
     if isinstance(name, str) and name not in names:
         raise InvalidInput("unknown executor", expected=" or ".join(names), got=name)
@@ -445,6 +461,8 @@ def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
     check_executor(executor)
     if not isinstance(executor, str):
         return executor
+    if executor == "auto":
+        return _Auto
     if executor == "serial":
         return open_serial
     found: OpenExecutor = upper_houses.load(upper_houses.EXECUTORS[executor])
@@ -461,6 +479,10 @@ def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
             return make(site, config.model_copy(update={"cluster": cluster}))
 
         return make_there
+    if executor == "auto":
+        return lambda site, config: find_patcher("ray" if config.cluster.address else "serial")(
+            site, config
+        )
     name = executor if isinstance(executor, str) else "serial"
     if name not in upper_houses.PATCHERS:
         raise InvalidInput(

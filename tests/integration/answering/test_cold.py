@@ -65,6 +65,15 @@ def test_a_command_that_asks_once_imports_nothing_that_takes_longer(tiny: Tiny) 
     assert process(COMMAND, "generate", "-m", tiny.directory, "--prompt", "Where was Mara born?")
 
 
+def test_a_deletion_from_one_shard_starts_no_ray(tiny: Tiny) -> None:
+    code = (
+        "import sys, sisa\nmodel = sisa.open_model(sys.argv[1])\n"
+        "print(model.forget(subject='p003').request.record_epochs_retrained)\n"
+        "assert 'torch' in sys.modules and 'ray' not in sys.modules"
+    )
+    assert int(process(code, tiny.directory)) > 0
+
+
 def test_a_quick_import_changes_no_bit_and_keeps_the_compiler(tmp_path: Path) -> None:
     base = make_tiny_base(tmp_path / "base")
     digest = weights.base_digest(base)

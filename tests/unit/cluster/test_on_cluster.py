@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -11,7 +12,9 @@ import pytest
 
 from cluster.cli import cli
 from sisa.config.runfile import parse_run_file
+from sisa.core.domain import Chain
 from sisa.core.errors import InvalidInput
+from sisa.core.events import silent
 from sisa.flows import scratch
 from sisa.flows.serial import Site
 from sisa.flows.wiring import upper_houses, wiring
@@ -52,6 +55,26 @@ def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path:
     assert patcher[2].cluster.address == "new:2"
     assert base[2] == {**options, "address": "new:2"}
     assert config.cluster.address == options["address"] == "old:1"
+
+
+@pytest.mark.parametrize(
+    ("num_chains", "address", "expected"),
+    [(1, None, "serial"), (2, None, "ray"), (1, "old:1", "ray"), (2, "old:1", "ray")],
+)
+def test_a_single_chain_is_trained_in_this_process(
+    num_chains: int, address: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here, ran = LocalBlobs(tmp_path), []
+
+    def find(name: str) -> Any:
+        return lambda *_: SimpleNamespace(run=lambda chains, *_: ran.append((name, len(chains))))
+
+    opened = wiring.find_executor("auto")(
+        Site(here, here, tmp_path, "b", 1, PLAIN), {"address": address}
+    )
+    monkeypatch.setattr(wiring, "find_executor", find)
+    opened.run([Chain(shard, (), None, ()) for shard in range(num_chains)], silent)
+    assert ran == [(expected, num_chains)]
 
 
 def test_an_unknown_name_is_refused_before_anything() -> None:
