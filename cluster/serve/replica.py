@@ -81,8 +81,7 @@ class Engine:
 
     def __init__(self, model: Model, settings: ServiceBlock) -> None:
         """Load the base and all adapters. Raise IntegrityError."""
-        self._model, self._on_deletion = model, settings.on_deletion
-        rows = settings.max_concurrent
+        self._model, rows = model, settings.max_concurrent
         self._limits = {"max_rows": rows, "max_waiting": rows * WAITING_PER_ROW}
         self._serving = model.serving(**self._limits)
         self._stirred = threading.Event()  # somebody has committed, or may have
@@ -158,8 +157,11 @@ class Engine:
         return [found[id(each.prompt)] for each in questions]
 
     def _check_may_begin_again(self, row: Pending, why: Again) -> None:
-        """Raise Outdated unless an answer that was cut may begin again."""
-        if why == "cut" and (row.is_seen or self._on_deletion == "end"):
+        """Raise Outdated unless an answer that was cut may begin again.
+
+        The model has caught up with the commit that cut it, and so with the run file.
+        """
+        if why == "cut" and (row.is_seen or self._model.config.service.on_deletion == "end"):
             raise Outdated(
                 "a deletion replaced the models while they answered",
                 next_step="ask again: the models are clean now",

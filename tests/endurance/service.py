@@ -41,14 +41,16 @@ import requests
 
 from cluster.serve.service import find_service
 from sisa.data.samples import make_people
+from sisa.flows.wiring.upper_houses import SERVICE
 from tests.endurance.ground import Broken, expect
 from tests.models.job_cluster import free_port
 from tests.models.tiny_base import make_tiny_base
-from tests.models.tiny_model import train_scratch, without
+from tests.models.tiny_model import Row, ids_of, train_scratch, without
 
 CLIENTS, SHARDS, SPARE, TOKENS = 16, 4, 12, 4
 PATIENCE_S, START_S, SETTLE_S = 60.0, 180.0, 300.0
 REPLICA, DRIVER = "replica", "driver"
+OWN = "soak-"  # how the names of its requests begin
 Numbers = tuple[float, ...]
 
 
@@ -88,6 +90,14 @@ class Service:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def token(self) -> str:
+        """Return the owner's token; each start makes another one."""
+        try:
+            return str(json.loads((self.directory / SERVICE).read_bytes())["token"])
+        except (OSError, ValueError):
+            return "none"
+
     def start(self) -> None:
         """Start the service and wait until it answers, as a supervisor does that tries again."""
         deadline = time.monotonic() + START_S
@@ -112,16 +122,21 @@ class Service:
             self.process.wait()
             self.start()
             return True
-        found = [each for each in psutil.process_iter(["cmdline"]) if _is_replica(each, self.process)]
+        found = self.replicas()
         if found:
             random.choice(found).kill()
         return bool(found)
 
-    def stop(self) -> None:
-        """End the service as Ctrl-C does."""
+    def replicas(self) -> list[psutil.Process]:
+        """Return the processes of its replicas."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(PATIENCE_S)
+        return [each for each in psutil.process_iter(["cmdline"]) if _is_replica(each, self.process)]
+
+    def stop(self) -> None:
+        """End the service as Ctrl-C does, if it runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(PATIENCE_S)
 
 
 def _is_replica(process: psutil.Process, driver: subprocess.Popen[bytes]) -> bool:
@@ -134,18 +149,30 @@ def _is_replica(process: psutil.Process, driver: subprocess.Popen[bytes]) -> boo
         return False
 
 
-class Soak:
-    """The clients, the deletions and the kills of one run."""
+def train(folder: Path, base: Path, rows: Sequence[Row], shards: int) -> None:
+    """Train a model whose shards have one slice, in `folder/model`."""
+    outside = {name: str(folder / name) for name in ("witness", "keyring")}
+    train_scratch(folder, base, rows, sisa_block={"shards": shards, "slices": 1}, **outside)
 
-    def __init__(self, folder: Path, seed: int, num_deletions: int) -> None:
-        self.random = random.Random(seed)
-        self.rows = make_people(num_deletions + SPARE, 2)
-        self.base = make_tiny_base(folder / "base")
-        self.block = {"shards": SHARDS, "slices": 1}
-        outside = {name: str(folder / name) for name in ("witness", "keyring")}
-        train_scratch(folder, self.base, self.rows, sisa_block=self.block, **outside)
-        self.service = Service(folder)
-        self.held = sorted({row["subject_id"] for row in self.rows})
+
+@dataclass
+class Soak:
+    """The clients, the deletions and the kills of one run, on a service that runs.
+
+    `rows` are all on which its model was trained. Clients ask about the people in `held`, and these are
+    deleted.
+    """
+
+    service: Service
+    base: Path
+    rows: Sequence[Row]
+    shards: int
+    held: list[str]
+    seed: int
+    num_clients: int = CLIENTS
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
         self.random.shuffle(self.held)
         self.deleted: list[str] = []
         self.deletions: list[Deletion] = []
@@ -159,7 +186,8 @@ class Soak:
     def ask_on(self, seed: int) -> None:
         """Ask about held people until the end."""
         own = random.Random(seed)
-        client = openai.OpenAI(base_url=f"{self.service.url}/v1", api_key="none", max_retries=0)
+        url, token = f"{self.service.url}/v1", lambda: self.service.token
+        client = openai.OpenAI(base_url=url, api_key=token, max_retries=0)
         while not self.over.is_set():
             of = own.choice(self.held)
             prompt = str(next(row["prompt"] for row in self.rows if row["subject_id"] == of))
@@ -185,7 +213,7 @@ class Soak:
     def delete(self, who: str) -> None:
         """Have a person deleted over HTTP, and wait for the commit."""
         (shard,) = {self._shard(row["id"]) for row in self.rows if row["subject_id"] == who}
-        name, asked_at = f"soak-{who}", time.monotonic()
+        name, asked_at = f"{OWN}{who}", time.monotonic()
         self._post("/requests", {"subject": who, "external_id": name})
         self._post(f"/requests/{name}/approve", {}, done=("approved",))
         self._post("/requests/run", {})
@@ -200,9 +228,13 @@ class Soak:
     def _shard(self, record: str) -> int:
         return int(self._get(f"/records/{record}/shards")["shard"])
 
+    @property
+    def _bearer(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.service.token}"}
+
     def _get(self, path: str) -> Any:
         def call() -> Any:
-            answer = requests.get(self.service.url + path, timeout=PATIENCE_S)
+            answer = requests.get(self.service.url + path, timeout=PATIENCE_S, headers=self._bearer)
             answer.raise_for_status()
             return answer.json()
 
@@ -212,7 +244,8 @@ class Soak:
         """Post until it is answered; one that was done before a kill is refused by its state."""
 
         def call() -> None:
-            answer = requests.post(self.service.url + path, json=body, timeout=PATIENCE_S)
+            url, headers = self.service.url + path, self._bearer
+            answer = requests.post(url, json=body, timeout=PATIENCE_S, headers=headers)
             if answer.status_code == 409 and done:
                 return
             answer.raise_for_status()
@@ -221,15 +254,21 @@ class Soak:
 
     # The run
 
-    def run(self, num_deletions: int, minutes: float, kill_every: int) -> None:
+    def run(
+        self,
+        num_deletions: int,
+        minutes: float,
+        kill_every: int,
+        kinds: Sequence[str] = (REPLICA, REPLICA, DRIVER),
+    ) -> None:
         """Delete people one after another beside the clients, and kill something after some of them."""
-        self.service.start()
-        clients = [threading.Thread(target=self.ask_on, args=(number,)) for number in range(CLIENTS)]
+        numbers = range(self.num_clients)
+        clients = [threading.Thread(target=self.ask_on, args=(each,)) for each in numbers]
         for each in clients:
             each.start()
         began = time.monotonic()
         try:
-            while len(self.seen) < CLIENTS:  # so that heads were seen before the first deletion
+            while len(self.seen) < self.num_clients:  # so that heads were seen before the first deletion
                 expect(time.monotonic() < began + START_S, "nothing is answered")
                 time.sleep(0.1)
             for number in range(num_deletions):
@@ -237,21 +276,20 @@ class Soak:
                 time.sleep(max(0.0, wait))
                 self.delete(self.held[self.random.randrange(len(self.held))])
                 if number % kill_every == kill_every - 1:
-                    what = self.random.choice([REPLICA, REPLICA, DRIVER])
+                    what = self.random.choice(kinds)
                     self.kills[what] += self.service.kill(what)
             self._settle()
         finally:
             self.over.set()
             for each in clients:
                 each.join()
-            if self.service.process is not None and self.service.process.poll() is None:
-                self.service.stop()
 
     def _settle(self) -> None:
         """Wait until every request is completed."""
         deadline = time.monotonic() + SETTLE_S
         while True:
-            states = Counter(each["state"] for each in self._get("/requests")["requests"])
+            own = self._get("/requests")["requests"]
+            states = Counter(e["state"] for e in own if (e["external_id"] or "").startswith(OWN))
             if set(states) == {"completed"}:
                 break
             expect(time.monotonic() < deadline, f"requests did not complete: {dict(states)}")
@@ -290,20 +328,20 @@ class Soak:
             for each in self._after(deletion)
         )
 
-    def differences(self) -> list[str]:
-        """Return what differs from a training from scratch on the records that remain."""
+    def differences(self, folder: Path) -> list[str]:
+        """Return what differs from a training from scratch, in a folder, on the records that remain."""
         from sisa.model import open_model
 
-        gone = [row["id"] for row in self.rows if row["subject_id"] in self.deleted]
-        folder = self.service.folder / "scratch"
-        outside = {name: str(folder / name) for name in ("witness", "keyring")}
-        rows = without(self.rows, gone)
-        scratch = train_scratch(folder, self.base, rows, sisa_block=self.block, **outside)
+        model = open_model(self.service.directory)
+        gone = [each.id for each in model.where(ids_of(self.rows)) if each.state == "deleted"]
+        wanted = {row["id"] for row in self.rows if row["subject_id"] in self.deleted}
+        train(folder, self.base, without(self.rows, gone), self.shards)
         mine, theirs = (
-            {each.shard: each.adapter_sha256 for each in model.status().shards}
-            for model in (open_model(self.service.directory), scratch)
+            {each.shard: each.adapter_sha256 for each in found.status().shards}
+            for found in (model, open_model(folder / "model"))
         )
-        return [f"shard {shard}" for shard in mine if mine[shard] != theirs[shard]]
+        held = [f"record {each} is held" for each in sorted(wanted.difference(gone))]
+        return held + [f"shard {shard}" for shard in mine if mine[shard] != theirs[shard]]
 
 
 def _answer(client: openai.OpenAI, prompt: str) -> Seen:
@@ -327,13 +365,22 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     os.environ["HF_HUB_OFFLINE"] = "1"
     began, failures = time.monotonic(), []
-    with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(Path(folder), chosen.seed, chosen.deletions)
+    rows = make_people(chosen.deletions + SPARE, 2)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base, service = make_tiny_base(folder / "base"), Service(folder)
+        train(folder, base, rows, SHARDS)
+        soak = Soak(
+            service, base, rows, SHARDS, sorted({row["subject_id"] for row in rows}), chosen.seed
+        )
         try:
+            service.start()
             soak.run(chosen.deletions, chosen.minutes, chosen.kill_every)
-            failures += soak.differences()
+            failures += soak.differences(folder / "scratch")
         except Broken as error:
             failures.append(str(error))
+        finally:
+            service.stop()
     failures += soak.lost
     tainted = soak.tainted()
     found = {

@@ -1,7 +1,8 @@
 """A real service: `sisa serve` with two replicas on Ray Serve, and real clients of OpenAI's API.
 
-The model is tiny and real. A deletion runs beside clients that ask without a pause: what is asked after
-its commit never gets an answer of a model that the deletion tainted, and nobody is dropped.
+The model is tiny and real. Deletions run beside clients that ask without a pause: what is asked after a
+commit never gets an answer of a model that the deletion tainted, and nobody is dropped, though a replica
+is killed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
@@ -37,14 +39,16 @@ from cluster.cli import cli
 from cluster.serve.service import Running, find_service
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE
 from sisa.flows.wiring.wiring import RECORDS
-from sisa.model import Model, open_model
+from sisa.model import open_model
+from sisa.train import train_model
+from tests.endurance.service import REPLICA, Service, Soak, train
 from tests.models.job_cluster import free_port
-from tests.models.tiny_model import PEOPLE, train_scratch
+from tests.models.tiny_model import PEOPLE, change_run, train_scratch
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("own_ray")]
 
 STOP_S = 60.0
-TOKENS = 6
+SHARDS, TOKENS = 3, 6
 Ask = Callable[..., tuple[int, dict[str, Any], str]]
 SHOWN: Any = {"max_tokens": TOKENS, "temperature": 0}
 
@@ -109,8 +113,7 @@ def serving(folder: Path, num_replicas: int) -> Iterator[Served]:
 def served(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Serve a model that the tests of this file share; the last one stops it."""
     folder = tmp_path_factory.mktemp("served")
-    outside = {name: str(folder / name) for name in ("witness", "keyring")}
-    train_scratch(folder, tiny_base, PEOPLE, **outside)
+    train(folder, tiny_base, PEOPLE, SHARDS)
     with serving(folder, 2) as served:
         yield served
 
@@ -346,27 +349,25 @@ def test_the_commands_ask_the_running_service(served: Served, ask: Ask, tmp_path
     assert [each for each in found if "service" in each["where"]] == []
 
 
+def answered(served: Served) -> dict[str, float]:
+    """Return how many answers each replica has given so far."""
+    bearer = {"Authorization": f"Bearer {served.running.token}"}
+    asked = urllib.request.Request(f"{served.running.url}/metrics", headers=bearer)  # noqa: S310
+    with urllib.request.urlopen(asked) as response:  # noqa: S310
+        families = text_string_to_metric_families(response.read().decode())
+    found: dict[str, float] = {}
+    for each in (each for family in families for each in family.samples):
+        if each.name == "sisa_answers_total":
+            found[each.labels["replica"]] = found.get(each.labels["replica"], 0) + each.value
+    return found
+
+
 def test_each_replica_shows_what_all_have_answered(served: Served) -> None:
-    def answered() -> dict[str, float]:
-        """Return the answers of each replica so far."""
-        found: dict[str, float] = {}
-        for family in text_string_to_metric_families(scrape()):
-            for each in family.samples:
-                if each.name == "sisa_answers_total":
-                    found[each.labels["replica"]] = found.get(each.labels["replica"], 0) + each.value
-        return found
-
-    def scrape() -> str:
-        bearer = {"Authorization": f"Bearer {served.running.token}"}
-        asked = urllib.request.Request(f"{served.running.url}/metrics", headers=bearer)  # noqa: S310
-        with urllib.request.urlopen(asked) as response:  # noqa: S310
-            return str(response.read().decode())
-
-    before, client = answered(), served.client()
+    before, client = answered(served), served.client()
     assert len(before) == 2
     for number in range(6):
         client.completions.create(model="model", prompt=prompt_of(PEOPLE[number]), **SHOWN)
-    after = [answered() for _ in range(4)]  # whichever replica is asked
+    after = [answered(served) for _ in range(4)]  # whichever replica is asked
     assert all(each == after[0] for each in after)
     assert sum(after[0].values()) == sum(before.values()) + 6
 
@@ -379,50 +380,77 @@ def seen(client: openai.OpenAI, prompt: str) -> tuple[float, ...]:
     return tuple(round(each, 3) for each in held.token_logprobs or [])
 
 
-def test_a_deletion_under_load(served: Served) -> None:
-    """By the heads' own numbers: each state of the shard's head gives other probabilities."""
-    model: Model = open_model(served.directory, executor="serial")
-    client, person = served.client(), PEOPLE[0]["subject_id"]
-    prompt = prompt_of(PEOPLE[0])
-    tainted = seen(client, prompt)
-    answers: list[tuple[float, tuple[float, ...]]] = []  # when it was asked, and what was seen
-    failures: list[Exception] = []
-    over = threading.Event()
+def test_a_soak_with_a_killed_replica(served: Served, tiny_base: Path, tmp_path: Path) -> None:
+    """Delete people beside clients, and kill a replica: a share of `tests.endurance.service`."""
+    service = Service(served.directory.parent, urlsplit(served.running.url).port or 0, served.process)
+    held = sorted({row["subject_id"] for row in PEOPLE[:16]})  # the other tests delete others
+    soak = Soak(service, tiny_base, PEOPLE, SHARDS, held, seed=1, num_clients=6)
+    soak.run(num_deletions=2, minutes=0, kill_every=2, kinds=[REPLICA])
+    assert soak.lost == []
+    assert soak.kills == {REPLICA: 1}
+    assert soak.num_compared() > 0
+    assert soak.tainted() == []
+    assert soak.differences(tmp_path) == []
+    until = time.monotonic() + STOP_S
+    while len(answered(served)) < 2:  # Ray Serve replaces it
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    client = served.client()
+    assert len({seen(client, prompt_of(PEOPLE[0])) for _ in range(6)}) == 1
 
-    def ask_on() -> None:
+
+@contextlib.contextmanager
+def run_file_says(served: Served, **block: Any) -> Iterator[None]:
+    """Change the run file's `service` block while the model is served; change it back, and train."""
+    run_file = served.directory.parent / "run.yaml"
+    train_model(change_run(run_file, service=block), executor="serial")
+    try:
+        yield
+    finally:
+        train_model(change_run(run_file, service={}), executor="serial")
+
+
+def test_a_deletion_ends_answers_where_the_run_file_says_so(served: Served) -> None:
+    """A service follows the run file: `on_deletion: end` cuts whole answers off, too.
+
+    Each state of the shard's head gives other probabilities, and shows itself by them.
+    """
+    model, client, row = open_model(served.directory, executor="serial"), served.client(), PEOPLE[20]
+    long: Any = {"model": "model", "prompt": prompt_of(row), "max_tokens": 300, "temperature": 2}
+    over, running = threading.Event(), threading.Semaphore(0)
+    errors: dict[bool, list[openai.APIError]] = {True: [], False: []}
+
+    def ask_on(stream: bool) -> None:
         own = served.client()
         while not over.is_set():
-            asked_at = time.monotonic()
             try:
-                answers.append((asked_at, seen(own, prompt)))
-            except openai.OpenAIError as error:
-                failures.append(error)
+                found = own.completions.create(**long, stream=stream)
+                for _ in found if stream else ():
+                    running.release()
+            except openai.APIError as error:
+                errors[stream].append(error)
 
-    clients = [threading.Thread(target=ask_on) for _ in range(6)]
-    for each in clients:
-        each.start()
-    try:
-        while len(answers) + len(failures) < len(clients):  # some are answered before the deletion
-            time.sleep(0.05)
-        model.forget(subject=person, defer=True)
-        committed_at = time.monotonic()
-        time.sleep(1.0)
-        deferred = {seen(client, prompt) for _ in range(6)}
-        model.run()
-        arrived_at = time.monotonic()
-        time.sleep(1.0)
-    finally:
-        over.set()
+    with run_file_says(served, on_deletion="end"):
+        tainted = seen(client, prompt_of(row))
+        clients = [threading.Thread(target=ask_on, args=(number % 2 == 0,)) for number in range(6)]
         for each in clients:
-            each.join()
-    assert failures == []
-    assert tainted in [what for at, what in answers if at < committed_at]
-    after = [what for at, what in answers if at >= committed_at]
-    assert len(after) > 10
-    assert tainted not in after, "asked after the commit, answered by a model that had seen the record"
-    assert len(deferred) == 1, "both replicas serve the same heads within a second"
-    last = {what for at, what in answers if at >= arrived_at + 1.0} | {seen(client, prompt)}
-    assert len(last) == 1
+            each.start()
+        try:
+            assert all(running.acquire(timeout=STOP_S) for _ in range(30))
+            model.forget(subject=row["subject_id"], defer=True)
+            rolled_back = {seen(client, prompt_of(row)) for _ in range(6)}
+        finally:
+            over.set()
+            for each in clients:
+                each.join()
+    assert len(rolled_back) == 1, "both replicas serve the same head at once"
+    assert tainted not in rolled_back
+    assert {each.code for some in errors.values() for each in some} == {"Outdated"}
+    assert all(errors.values()), "streams and whole answers were cut"
+    assert {getattr(each, "status_code", None) for each in errors[False]} == {503}
+    trained = {seen(client, prompt_of(row)) for _ in range(6)}
+    assert len(trained) == 1
+    assert trained.isdisjoint({tainted, *rolled_back})
 
 
 # --- TLS -------------------------------------------------------------------------------------------

@@ -95,6 +95,11 @@ class ScriptedModel:
 
     def __init__(self) -> None:
         self.seq, self.tainted, self.asked, self.watches = 0, False, 0, 0
+        self.config = SimpleNamespace(service=ServiceBlock(max_concurrent=2))
+
+    def set(self, on_deletion: Any) -> None:
+        """Change the run file."""
+        self.config.service = ServiceBlock(max_concurrent=2, on_deletion=on_deletion)
 
     def commit(self, *, taints: bool = True) -> None:
         self.tainted |= taints
@@ -164,10 +169,9 @@ def engine(model: ScriptedModel) -> Iterator[Engine]:
 
 @contextlib.contextmanager
 def opened(model: ScriptedModel, on_deletion: Any) -> Iterator[Engine]:
+    model.set(on_deletion)
     scripted: Any = model
-    with contextlib.closing(
-        Engine(scripted, ServiceBlock(max_concurrent=2, on_deletion=on_deletion))
-    ) as made:
+    with contextlib.closing(Engine(scripted, scripted.config.service)) as made:
         yield made
 
 
@@ -261,9 +265,12 @@ def test_what_was_seen_ends_in_an_error(engine: Engine, model: ScriptedModel) ->
     assert model.made.batch.running == []
 
 
-def test_a_run_file_may_end_all_that_is_cut(model: ScriptedModel) -> None:
-    with opened(model, "end") as engine:
+@pytest.mark.parametrize("before", ["end", "retry"])
+def test_a_run_file_may_end_all_that_is_cut(model: ScriptedModel, before: str) -> None:
+    """As it is when the deletion commits: a service follows a run file that is changed meanwhile."""
+    with opened(model, before) as engine:
         slowly(model)
+        model.set("end")
         with pytest.raises(Outdated):
             asyncio.run(cut_while_running(engine, model, Question("a", max_new_tokens=LONG)))
 
