@@ -406,10 +406,26 @@ class Model:
             return drop.details(context, show_ids=show_ids)
 
     @asked_again
-    def access(self, ids: Sequence[str] = (), *, subject: str | None = None) -> dict[str, Any]:
-        """Return what is held of a person as JSON values (`rights/access.schema.json`)."""
+    def access(
+        self, ids: Sequence[str] = (), *, subject: str | None = None, digest: str | None = None
+    ) -> dict[str, Any]:
+        """Return what is held of a person as JSON values (`rights/access.schema.json`).
+
+        `digest` names the subject in place of `subject`, as `subject_digest` does.
+        """
         with self._context() as context, context.stores.ledger.snapshot():
-            return held_of(context, self.config, *_named(context, ids, subject), subject)
+            if digest is None:
+                return held_of(context, self.config, *_named(context, ids, subject), subject)
+            found = held_of(context, self.config, *query.of_digest(context, digest))
+            names = (each["data"].get("subject_id") for each in found["records"])
+            return {**found, "subject": next(names, None)}
+
+    @asked_again
+    def subject_digest(self, subject: str) -> str:
+        """Return the keyed digest that names a subject at rest. Raise UnknownRecord."""
+        with self._context() as context:
+            live, dead = query.of_subject(context, subject)
+            return str((live or dead)[0].subject_digest)
 
     @asked_again
     def recipients(self, ids: Sequence[str] = (), *, subject: str | None = None) -> dict[str, Any]:

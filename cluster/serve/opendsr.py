@@ -1,17 +1,22 @@
-"""Requests for erasure in the vocabulary of OpenDSR 1.0 (formerly OpenGDPR).
+"""Requests for erasure and access in the vocabulary of OpenDSR 1.0 (formerly OpenGDPR).
 
-    POST   /opendsr/requests                        {"regulation": "gdpr", "subject_request_id": ...}
-    GET    /opendsr/requests/{subject_request_id}   its status
-    DELETE /opendsr/requests/{subject_request_id}   cancels it while it is pending
-    GET    /opendsr/discovery                       what is supported
-    GET    /opendsr/certificate                     the certificate that signed the responses
+    POST   /opendsr/requests                               {"subject_request_type": "erasure", ...}
+    GET    /opendsr/requests/{subject_request_id}          its status
+    GET    /opendsr/requests/{subject_request_id}/results  what is held of the person, once
+    DELETE /opendsr/requests/{subject_request_id}          cancels it while it is pending
+    GET    /opendsr/discovery                              what is supported
+    GET    /opendsr/certificate                            the certificate that signed the responses
 
-A `subject_request_id` is a request's external id. Every response is signed by the key of
-`service.opendsr` (RSA with PKCS #1 v1.5 or ECDSA, with SHA-256); without that block there is no OpenDSR
-here. What can't be served is refused with 400: other types than `erasure`, other identities than
-`controller_customer_id` in the form `raw` (a subject), several subjects in one request, and callbacks to
-hosts that the block does not list. A request waits for approval as any other, which OpenDSR calls
-`pending`; a denied one is `cancelled`.
+Every response is signed by the key of `service.opendsr` (RSA with PKCS #1 v1.5 or ECDSA, with SHA-256);
+without that block there is no OpenDSR here. What can't be served is refused with 400: other identities
+than `controller_customer_id` in the form `raw` (a subject), several subjects in one request, and
+callbacks to hosts that the block does not list.
+
+An `erasure` is a request whose external id is the `subject_request_id`. It waits for approval as any
+other, which OpenDSR calls `pending`; a denied one is `cancelled`. `access` and `portability` are
+`completed` at once: the file is made when somebody whose token has the scope `access` opens the
+`results_url`. It is handed out once, within a week. Until then the service keeps keyed digests of the
+request's name and of the subject.
 
 Source: OpenDSR specification 1.0, sections 5 to 9 (github.com/opengdpr/OpenDSR, specification.md).
 """
@@ -19,6 +24,7 @@ Source: OpenDSR specification 1.0, sections 5 to 9 (github.com/opengdpr/OpenDSR,
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -29,13 +35,22 @@ from fastapi import Request as HttpRequest
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
 from cluster.serve.app import Refusal, Service, service_of
+from cluster.serve.rights_api import Collector, handed
 from cluster.serve.tokens import Caller, may
-from cluster.serve.webhooks import ServiceState, expected_by, opendsr_headers, opendsr_status
+from cluster.serve.webhooks import (
+    Call,
+    Delivery,
+    ServiceState,
+    expected_by,
+    opendsr_headers,
+    opendsr_status,
+    status_body,
+)
 from sisa.config.config import OpenDsrBlock
+from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import Regime, Request
-from sisa.core.errors import InvalidInput, UnknownRecord
+from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
 from sisa.flows.deletion import Terms
-from sisa.flows.lifecycle import RequestView
 from sisa.store.blobs.files import disk_errors
 
 _VERSION = "1.0"
@@ -47,6 +62,7 @@ _SIGNED: dict[int | str, dict[str, Any]] = {
 _PEM: dict[int | str, dict[str, Any]] = {
     200: {"description": "PEM.", "content": {"application/x-pem-file": {"schema": {"type": "string"}}}}
 }
+_HANDED_OUT = "handed out"  # how a request for access has ended
 _REGIMES: dict[str, Regime] = {"gdpr": "gdpr", "ccpa": "delete-act"}
 
 opendsr_router = APIRouter(prefix="/opendsr", tags=["opendsr"])
@@ -108,40 +124,78 @@ def _submit_dsr(
     asked: DataSubjectRequest,
     service: _Open,
     caller: _Submitting,
+    http: HttpRequest,
     body: Annotated[bytes, Depends(_raw)],
 ) -> Response:
-    """Take in a request for erasure; it waits to be approved."""
+    """Take in a request: for erasure, which waits to be approved, for access or for portability."""
     block = _block(service)
     (subject,) = _subjects(asked)
     _check_callbacks(block, asked.status_callback_urls)
-    model = caller.view(service.model)
-    regime = _REGIMES[asked.regulation]
-    terms = Terms(asked.subject_request_id, "OpenDSR", regime, submitter=caller.name)
-    made = model.submit(subject=subject, terms=terms).request
-    ServiceState(model.directory).add_callbacks(made.request_id, asked.status_callback_urls)
+    submit = _submit_erasure if asked.subject_request_type == "erasure" else _submit_access
+    expected, received = submit(service, caller, asked, subject, http)
     return _signed(
         block,
         201,
         {
             "controller_id": block.controller_id,
-            "expected_completion_time": expected_by(made),
-            "received_time": _rfc3339(made.created_at),
+            "expected_completion_time": expected,
+            "received_time": received,
             "encoded_request": base64.b64encode(body).decode(),
             "subject_request_id": asked.subject_request_id,
         },
     )
 
 
+def _submit_erasure(
+    service: Service, caller: Caller, asked: DataSubjectRequest, subject: str, _http: HttpRequest
+) -> tuple[str, str]:
+    """Submit a request for erasure; return by when it is expected, and when it was received."""
+    name, state = asked.subject_request_id, ServiceState(service.model.directory)
+    if state.call(_key(service, name)):
+        raise _taken()
+    terms = Terms(name, "OpenDSR", _REGIMES[asked.regulation], submitter=caller.name)
+    made = caller.view(service.model).submit(subject=subject, terms=terms).request
+    state.add_callbacks(made.request_id, asked.status_callback_urls)
+    return expected_by(made), _rfc3339(made.created_at)
+
+
+def _submit_access(
+    service: Service, caller: Caller, asked: DataSubjectRequest, subject: str, http: HttpRequest
+) -> tuple[str, str]:
+    """Note a request for access, and queue its callbacks; return when it is completed, and received."""
+    name, state = asked.subject_request_id, ServiceState(service.model.directory)
+    digest = caller.view(service.model).subject_digest(subject)
+    key, wanted = _key(service, name), f"{asked.subject_request_type} {digest}"
+    if _erasure(service, caller, name) or state.used(key, wanted) is None:
+        raise _taken()
+    call = _call(service, name)
+    status = _access_status(service, http, name, call)
+    state.queue(
+        Delivery(
+            f"msg_{sha256_hex(name.encode())[:32]}",
+            url,
+            "opendsr",
+            json.dumps({**status, "status_callback_url": url}),
+        )
+        for url in asked.status_callback_urls
+    )
+    at = _of_seconds(call.at)
+    return at, at
+
+
+def _key(service: Service, subject_request_id: str) -> str:
+    """Return by which key the service knows a request for access."""
+    return Keyed(service.model.secret).digest("OpenDSR request", subject_request_id)
+
+
+def _taken() -> ConfigConflict:
+    return ConfigConflict(
+        "another request has this subject_request_id", next_step="send each request under its own"
+    )
+
+
 def _subjects(asked: DataSubjectRequest) -> set[str]:
     """Return the only subject that a request names. Raise InvalidInput for what can't be served."""
-    if asked.subject_request_type != "erasure":
-        raise InvalidInput(
-            "this type of request is not served by OpenDSR here",
-            where="subject_request_type",
-            expected="erasure",
-            got=asked.subject_request_type,
-            next_step="what is held of a person: POST /rights/access",
-        )
     kinds = {(each.identity_type, each.identity_format) for each in asked.subject_identities}
     found = {each.identity_value for each in asked.subject_identities}
     if kinds != {("controller_customer_id", "raw")} or len(found) != 1:
@@ -173,11 +227,25 @@ def _check_callbacks(block: OpenDsrBlock, urls: list[str]) -> None:
             )
 
 
-def _view(service: Service, caller: Caller, subject_request_id: str) -> RequestView:
-    view = caller.view(service.model).request(subject_request_id)
-    if view.request.external_id != subject_request_id:
+def _erasure(service: Service, caller: Caller, subject_request_id: str) -> Request | None:
+    """Return the request for erasure of this name, if there is one."""
+    with contextlib.suppress(UnknownRecord):
+        found = caller.view(service.model).request(subject_request_id).request
+        return found if found.external_id == subject_request_id else None
+    return None
+
+
+def _call(service: Service, subject_request_id: str) -> Call:
+    """Return the request for access of this name. Raise UnknownRecord."""
+    found = ServiceState(service.model.directory).call(_key(service, subject_request_id))
+    if found is None:
         raise UnknownRecord("there is no such request")
-    return view
+    return found
+
+
+def _access(service: Service, caller: Caller, call: Call) -> dict[str, Any]:
+    """Return what is held of the person of a request for access. Raise UnknownRecord."""
+    return caller.view(service.model).access(digest=call.asked.split()[1])
 
 
 @opendsr_router.get(
@@ -186,10 +254,46 @@ def _view(service: Service, caller: Caller, subject_request_id: str) -> RequestV
     response_class=Response,
     responses=_SIGNED,
 )
-def _status_dsr(subject_request_id: _Uuid4, service: _Open, caller: _Reading) -> Response:
+def _status_dsr(
+    subject_request_id: _Uuid4, service: _Open, caller: _Reading, http: HttpRequest
+) -> Response:
     """Return the status of a request."""
     block = _block(service)
-    return _signed(block, 200, _status(block, _view(service, caller, subject_request_id).request))
+    if found := _erasure(service, caller, subject_request_id):
+        status = opendsr_status(found.state if found.state != "failed" else "approved")
+        body = status_body(block, subject_request_id, status, expected_by(found))
+    else:
+        call = _call(service, subject_request_id)
+        if caller.shards is not None:
+            _access(service, caller, call)  # a person of other shards is not known
+        body = _access_status(service, http, subject_request_id, call)
+    return _signed(block, 200, {**body, "api_version": _VERSION})
+
+
+def _access_status(service: Service, http: HttpRequest, name: str, call: Call) -> dict[str, Any]:
+    """Return the status of a request for access: completed, with its results until they are fetched."""
+    block = _block(service)
+    url = f"{http.url.scheme}://{block.domain}{opendsr_router.prefix}/requests/{name}/results"
+    more = {} if call.request else {"results_url": url}
+    return status_body(block, name, "completed", _of_seconds(call.at), **more)
+
+
+@opendsr_router.get(
+    "/requests/{subject_request_id}/results",
+    name="hand_out_results",
+    response_class=Response,
+    responses=_SIGNED,
+)
+def _results_dsr(subject_request_id: _Uuid4, service: _Open, caller: Collector) -> Response:
+    """Return what is held of a person, as a file, once (GDPR Art. 15 and 20)."""
+    block, call = _block(service), _call(service, subject_request_id)
+    found = _access(service, caller, call)
+    if not ServiceState(service.model.directory).end(_key(service, subject_request_id), _HANDED_OUT):
+        step = "send another request, or `POST /rights/access`"
+        raise ConfigConflict("these results were handed out already", next_step=step)
+    made = handed(service, "access", found, [found["subject"] or call.asked.split()[1]])
+    made.headers.update(opendsr_headers(block, bytes(made.body)))
+    return made
 
 
 @opendsr_router.delete(
@@ -202,7 +306,10 @@ def _status_dsr(subject_request_id: _Uuid4, service: _Open, caller: _Reading) ->
 def _cancel_dsr(subject_request_id: _Uuid4, service: _Open, caller: _Submitting) -> Response:
     """Cancel a request while it is pending."""
     block = _block(service)
-    found = _view(service, caller, subject_request_id).request
+    found = _erasure(service, caller, subject_request_id)
+    if found is None:
+        _call(service, subject_request_id)
+        raise ConfigConflict("a request for access is completed at once, and can't be cancelled")
     caller.view(service.model).decide(found.request_id, "cancelled", "OpenDSR", by=caller.name)
     body = {
         "controller_id": block.controller_id,
@@ -220,7 +327,7 @@ def _discovery_dsr(http: HttpRequest, service: _Open, _caller: _Reading) -> Resp
     body = {
         "api_version": _VERSION,
         "supported_identities": [{"identity_type": "controller_customer_id", "identity_format": "raw"}],
-        "supported_subject_request_types": ["erasure"],
+        "supported_subject_request_types": ["erasure", "access", "portability"],
         "processor_certificate": f"{http.url.scheme}://{block.domain}{_CERTIFICATE}",
     }
     return _signed(block, 200, body)
@@ -236,17 +343,6 @@ def _certificate_dsr(service: _Open) -> Response:
         return Response(path.read_bytes(), media_type="application/x-pem-file")
 
 
-def _status(block: OpenDsrBlock, request: Request) -> dict[str, Any]:
-    state = request.state if request.state != "failed" else "approved"
-    return {
-        "controller_id": block.controller_id,
-        "expected_completion_time": expected_by(request),
-        "subject_request_id": request.external_id,
-        "request_status": opendsr_status(state),
-        "api_version": _VERSION,
-    }
-
-
 def _signed(block: OpenDsrBlock, code: int, body: dict[str, Any]) -> Response:
     data = json.dumps(body).encode()
     headers = {**opendsr_headers(block, data), "Cache-Control": "no-store"}
@@ -255,3 +351,7 @@ def _signed(block: OpenDsrBlock, code: int, body: dict[str, Any]) -> Response:
 
 def _rfc3339(time: str) -> str:
     return datetime.fromisoformat(time).isoformat(timespec="seconds")
+
+
+def _of_seconds(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")

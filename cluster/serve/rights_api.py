@@ -65,14 +65,14 @@ class Corrected(NothingMore):
 def hand_out_access(person: Person, service: Open, caller: Collector) -> Response:
     """Return all that is held of a person, as a file (GDPR Art. 15 and 20)."""
     found = caller.view(service.model).access(person.ids, subject=person.subject)
-    return _handed(service, "access", found, person.names)
+    return handed(service, "access", found, person.names)
 
 
 @rights_router.post("/recipients")
 def hand_out_recipients(person: Person, service: Open, caller: Collector) -> Response:
     """Return the exports that hold what a person's records touched (Art. 19)."""
     found = caller.view(service.model).recipients(person.ids, subject=person.subject)
-    return _handed(service, "recipients", found, person.names)
+    return handed(service, "recipients", found, person.names)
 
 
 @rights_router.post("/rectify")
@@ -139,7 +139,8 @@ def show_drop(service: Open, caller: Reader) -> dict[str, Any]:
     return drop_shown(caller.view(service.model).drop_details()).json
 
 
-def _handed(service: Service, right: Right, found: dict[str, Any], names: Iterable[str]) -> Response:
+def handed(service: Service, right: Right, found: dict[str, Any], names: Iterable[str]) -> Response:
+    """Return what was found of a person as a file, and state in the log that it was handed out."""
     data = as_file(with_engines(service.model, found))
     done = handed_out(service.model, right, data, names)
     headers = {"Cache-Control": "no-store"}

@@ -19,7 +19,8 @@ replaced. Redirects are not followed.
 MODEL/service.sqlite holds what a service must not forget when it is started again; nothing of it names a
 record or a person, and a lost file loses messages that wait, no request:
 
-    used       digests of idempotency keys and of the calls that used them, for a week
+    used       digests of idempotency keys and of the calls that used them, for a week; those of
+               OpenDSR's requests for access are their keyed names and subjects
     wanted     whether somebody asked to carry out requests now
     callbacks  where to report on a request, as its sender asked
     seen       up to which event of the ledger messages are queued
@@ -135,6 +136,15 @@ class Delivery:
     due: float | None = 0.0  # seconds since the epoch
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call that is to be done once: what it asks, what it has led to, and when it was made."""
+
+    asked: str
+    request: str  # empty: it has not ended
+    at: float
+
+
 class ServiceState:
     """The state of the services of one model."""
 
@@ -158,6 +168,19 @@ class ServiceState:
                 "SELECT asked, request FROM used WHERE key = ?", (key,)
             ).fetchone()
         return request if known == asked else None
+
+    def call(self, key: str) -> Call | None:
+        """Return the call that has used a key, if one did within a week."""
+        query = "SELECT asked, request, at FROM used WHERE key = ? AND at >= ?"
+        with self._tables() as db:
+            row = db.execute(query, (key, time.time() - KEY_S)).fetchone()
+        return row and Call(*row)
+
+    def end(self, key: str, request: str) -> bool:
+        """Note that the call of a key has ended, once; return whether it had not before."""
+        with self._tables() as db:
+            query = "UPDATE used SET request = ? WHERE key = ? AND request = ''"
+            return db.execute(query, (request, key)).rowcount > 0
 
     def note_done(self, key: str, request: str) -> None:
         """Note that the call of a key has led to a request."""
@@ -195,12 +218,13 @@ class ServiceState:
             row = db.execute("SELECT events FROM seen").fetchone()
         return row and int(row[0])
 
-    def queue(self, deliveries: Iterable[Delivery], events: int) -> None:
-        """Queue deliveries of all events up to a number, in one transaction."""
+    def queue(self, deliveries: Iterable[Delivery], events: int | None = None) -> None:
+        """Queue deliveries, of all events up to a number if one is given, in one transaction."""
         with self._tables() as db:
             rows = [astuple(each) for each in deliveries]
             db.executemany("INSERT OR IGNORE INTO queue VALUES (?, ?, ?, ?, ?, ?)", rows)
-            db.execute("INSERT OR REPLACE INTO seen VALUES (1, ?)", (events,))
+            if events is not None:
+                db.execute("INSERT OR REPLACE INTO seen VALUES (1, ?)", (events,))
 
     def waiting(self) -> list[Delivery]:
         """Return the deliveries that wait, the oldest first."""
@@ -325,17 +349,16 @@ def opendsr_status(state: RequestState) -> DsrStatus | None:
     return None if state == "failed" else "cancelled"
 
 
-def callback_body(
-    settings: ServiceBlock, request: Request, state: RequestState, url: str
+def status_body(
+    block: OpenDsrBlock, name: str | None, status: DsrStatus | None, expected: str, **more: str
 ) -> dict[str, Any]:
-    """Return what a callback says of a request that entered a state. Raise InvalidInput."""
-    block = _block_of(settings)
+    """Return what a status or a callback says of a request, given its `subject_request_id`."""
     return {
         "controller_id": block.controller_id,
-        "status_callback_url": url,
-        "subject_request_id": request.external_id,
-        "request_status": opendsr_status(state),
-        "expected_completion_time": expected_by(request),
+        "subject_request_id": name,
+        "request_status": status,
+        "expected_completion_time": expected,
+        **more,
     }
 
 
@@ -403,7 +426,9 @@ def _messages(
         if status and reported.get(each.request_id) != status:
             reported[each.request_id] = status
             for url in callbacks.get(each.request_id, ()):
-                said = callback_body(settings, request, each.state, url)
+                more = {"status_callback_url": url}
+                due = expected_by(request)
+                said = status_body(_block_of(settings), request.external_id, status, due, **more)
                 yield Delivery(name, url, "opendsr", json.dumps(said))
 
 

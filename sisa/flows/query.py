@@ -161,6 +161,14 @@ def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list
     )
 
 
+def of_digest(context: Context, digest: str) -> tuple[list[RecordRow], list[Tombstone]]:
+    """Return all records of a subject, given its keyed digest. Raise UnknownRecord if there is none."""
+    live, dead = context.stores.ledger.by_subject(digest)
+    if not live and not dead:
+        raise UnknownRecord("this model has never held a record of that subject")
+    return live, dead
+
+
 def where(context: Context, ids: Sequence[str]) -> list[Location]:
     """Return where each record is and what it influenced. Raise UnknownRecord."""
     ledger = context.stores.ledger

@@ -1,7 +1,7 @@
 """Run a seeded short soak of the service: deletions beside clients, with kills.
 
 The full run is `python -m tests.endurance.service --out tests/endurance/service.json`. The test suite
-runs a share with one kill on a service that other tests ask (`tests/integration/service/test_service.py`).
+runs a share with one kill on the service of `tests/integration/service/test_service.py`.
 """
 
 from __future__ import annotations

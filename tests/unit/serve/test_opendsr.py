@@ -6,9 +6,11 @@ import base64
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from cryptography import x509
@@ -17,9 +19,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from fastapi.testclient import TestClient
 
 from cluster.serve.app import Service, build_app
+from cluster.serve.tokens import Role, Tokens
 from cluster.serve.webhooks import Courier
 from sisa.config.config import OpenDsrBlock, ServiceBlock
 from sisa.config.runfile import parse_run_file
+from sisa.evidence.keys import init_keys
 from sisa.model import open_model
 from tests.fakes.answers import FakeAnswers
 from tests.fakes.ports import fake_record
@@ -148,17 +152,97 @@ def test_a_pending_request_is_cancelled(client: TestClient) -> None:
     assert client.get(f"/opendsr/requests/{NAME}").json()["request_status"] == "cancelled"
 
 
+@pytest.mark.parametrize("kind", ["access", "portability"])
+def test_what_is_held_of_a_person_is_handed_out_once(
+    client: TestClient, service: Service, kind: str
+) -> None:
+    model, got = service.model, list[tuple[str, bytes, Any]]()
+    init_keys(model.config, model.id)
+    courier = Courier(model, lambda *given: got.append(given) or 202)  # type: ignore[func-returns-value]
+    courier.turn()
+    for _ in range(2):  # the same request
+        response = client.post("/opendsr/requests", json=asked(subject_request_type=kind))
+        assert response.status_code == 201, response.text
+    made = verify(client, response.content, response.headers)
+    assert made["expected_completion_time"] == made["received_time"]
+    response = client.get(f"/opendsr/requests/{NAME}")
+    status = verify(client, response.content, response.headers)
+    assert status["request_status"] == "completed"
+    assert status["results_url"] == f"http://{DOMAIN}/opendsr/requests/{NAME}/results"
+    courier.turn()
+    ((url, body, headers),) = got
+    del status["api_version"]
+    assert verify(client, body, headers) == {**status, "status_callback_url": url}
+    assert b"subject-1" not in (model.directory / "service.sqlite").read_bytes()
+
+    response = client.get(urlsplit(status["results_url"]).path)
+    assert response.headers["Log-Entry"]
+    found = verify(client, response.content, response.headers)
+    expected = client.post("/rights/access", json={"subject": "subject-1"}).json()
+    drawn = {"salt": "", "made_at": ""}
+    assert {**found, **drawn} == {**expected, **drawn}
+    assert found["records"] != []
+    assert client.get(f"/opendsr/requests/{NAME}/results").status_code == 409
+    after = client.get(f"/opendsr/requests/{NAME}").json()
+    assert (after["request_status"], "results_url" in after) == ("completed", False)
+
+
+def test_a_request_for_access_asks_for_no_decision(client: TestClient, service: Service) -> None:
+    """It is listed nowhere, can't be cancelled, and keeps its name for itself."""
+    client.post("/opendsr/requests", json=asked(subject_request_type="access"))
+    assert client.get("/requests").json() == {"requests": []}
+    assert client.delete(f"/opendsr/requests/{NAME}").status_code == 409
+    for others in ("erasure", "portability"):
+        assert (
+            client.post("/opendsr/requests", json=asked(subject_request_type=others)).status_code == 409
+        )
+    another = NAME.replace("a7", "b7")
+    client.post("/opendsr/requests", json=asked(subject_request_id=another))
+    wanted = asked(subject_request_id=another, subject_request_type="access")
+    assert client.post("/opendsr/requests", json=wanted).status_code == 409
+    for unknown in ("", "/results"):
+        assert client.get(f"/opendsr/requests/{NAME.replace('a7', 'c7')}{unknown}").status_code == 404
+    service.model.forget(subject="subject-1")
+    left = client.get(f"/opendsr/requests/{NAME}/results").json()
+    assert (left["subject"], left["records"], len(left["deleted"])) == (None, [], 3)
+
+
+def test_who_may_open_the_results(service: Service) -> None:
+    model, tokens = service.model, Tokens(service.model.directory)
+    shard = model.where([fake_record(1).id])[0].shard
+
+    def bearer(name: str, role: Role, shards: list[int] | None = None) -> dict[str, str]:
+        partition = model.partition if shards else ""
+        return {
+            "Authorization": f"Bearer {tokens.add(name, role, shards=shards, partition=partition)[1]}"
+        }
+
+    operator, own = bearer("operator", "operator"), bearer("own", "officer", [shard])
+    others = bearer("others", "officer", [1 - shard])
+    guarded = replace(service, tokens=Tokens(model.directory))
+    with TestClient(build_app(guarded), base_url="http://127.0.0.1") as client:
+        wanted, where = asked(subject_request_type="access"), f"/opendsr/requests/{NAME}"
+        assert client.post("/opendsr/requests", json=wanted, headers=operator).status_code == 201
+        assert client.get(where, headers=operator).status_code == 200
+        assert client.get(f"{where}/results", headers=operator).status_code == 403
+        for path in (where, f"{where}/results"):
+            assert client.get(path, headers=others).status_code == 404
+            assert client.get(path, headers=own).status_code == 200
+
+
 IDENTITY = asked()["subject_identities"][0]
+NOBODY = {**IDENTITY, "identity_value": "nobody"}
 
 
 @pytest.mark.parametrize(
     ("changed", "status"),
     [
-        ({"subject_request_type": "access"}, 400),
+        ({"subject_request_type": "rectification"}, 422),
+        ({"subject_request_type": "access", "subject_identities": [NOBODY]}, 404),
         ({"subject_identities": [{**IDENTITY, "identity_type": "email"}]}, 400),
         ({"subject_identities": [{**IDENTITY, "identity_format": "sha256"}]}, 400),
         ({"subject_identities": [IDENTITY, {**IDENTITY, "identity_value": "subject-2"}]}, 400),
-        ({"subject_identities": [{**IDENTITY, "identity_value": "nobody"}]}, 404),
+        ({"subject_identities": [NOBODY]}, 404),
         ({"status_callback_urls": ["http://controller.example/"]}, 400),
         ({"status_callback_urls": ["https://169.254.169.254/"]}, 400),
         ({"status_callback_urls": ["https://a@controller.example/"]}, 400),
