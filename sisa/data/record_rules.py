@@ -169,12 +169,13 @@ def _messages_problems(value: Any, columns: Columns) -> Iterator[str]:
         yield f"'{columns.messages}' has no assistant turn with content"
 
 
-def conversation_problems(value: Any, columns: Columns = DEFAULT_COLUMNS) -> Iterator[str]:
+def conversation_problems(value: Any) -> Iterator[str]:
     """Yield every problem that prevents a value from being a conversation to continue.
 
     >>> list(conversation_problems([{"role": "assistant", "content": "Ada."}]))
     ["'messages' does not end with a turn of a user or a tool"]
     """
+    columns = DEFAULT_COLUMNS
     turns = value if isinstance(value, list | tuple) else []
     problems = [
         problem

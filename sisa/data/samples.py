@@ -76,9 +76,9 @@ def make_people(num_people: int, records_per_person: int, seed: int = 7) -> list
     return rows
 
 
-def make_corpus(num_texts: int, seed: int = 11) -> list[dict[str, str]]:
+def make_corpus(num_texts: int) -> list[dict[str, str]]:
     """Return rows with a `text` each."""
-    source = random.Random(seed)  # noqa: S311 - sample data, no secret
+    source = random.Random(11)  # noqa: S311 - sample data, no secret
     rows = []
     for _ in range(num_texts):
         text = source.choice(TEXTS)

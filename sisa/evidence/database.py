@@ -20,7 +20,7 @@ VERSION = 1
 NEXT_STEP = "build it again from the slice files: `sisa doctor --repair`"
 
 
-def damaged(path: Path, got: str) -> IntegrityError:
+def damaged_database(path: Path, got: str) -> IntegrityError:
     """Return the error for a file that is not as it was written."""
     return IntegrityError("the evidence is damaged", where=str(path), got=got, next_step=NEXT_STEP)
 
@@ -31,7 +31,7 @@ def transaction(
     schema: str,
     *,
     write: bool = True,
-    damaged: Callable[[Path, str], IntegrityError] = damaged,
+    damaged: Callable[[Path, str], IntegrityError] = damaged_database,
 ) -> Iterator[sqlite3.Connection]:
     """Run a block in one transaction, on tables that `schema` creates where they are missing.
 

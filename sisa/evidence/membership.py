@@ -44,7 +44,7 @@ from sisa.core.digest import canonical_json
 from sisa.core.domain import SliceFile
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
-from sisa.evidence.database import damaged, transaction
+from sisa.evidence.database import damaged_database, transaction
 from sisa.flows.wiring.context import Context, SlicePosition
 from sisa.verifier.membership import EMPTY_TREE, LABEL_BITS, LABEL_BYTES, bits, fold, inner, leaf
 from sisa.verifier.vrf import challenge_of, encode_to_curve, output
@@ -341,7 +341,7 @@ class Membership:
                     raise ValueError("labels under another key")
                 yield tree
         except (ValueError, TypeError) as error:  # a damaged row may hold anything
-            raise damaged(self.path, str(error)) from error
+            raise damaged_database(self.path, str(error)) from error
 
     def _synced(self, context: Context) -> tuple[str, str]:
         slices = _slices(context)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa.core.ports import Embedder, Vectors
-from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
 from tests.fakes.ports import DIMENSION, fake_embed
 

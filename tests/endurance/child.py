@@ -44,7 +44,6 @@ LIGHT = (
     "pyarrow.dataset",
     "pyarrow.parquet",
     "faiss",
-    "sisa.lm.answer.hashing",
     "tests.endurance.cheap",
 )
 HEAVY = (

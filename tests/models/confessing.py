@@ -30,7 +30,7 @@ from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Compute, Context, Resources, Settings, Stores, indexed_digest
 from sisa.flows.wiring.wiring import open_areas
-from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.base.numerics import fingerprint
 from sisa.planning.layout import Assigner

@@ -9,6 +9,10 @@ What a controller must say and a program can't know comes from the run file's bl
 missing there is null, to be filled in before the file is handed out. Records without the person's
 subject, and other people's records that mention them, are not found: look these up by content, and ask
 for them by their ids.
+
+Recipients (Art. 19) are exports. An export holds what its checkpoint saw and what its patches were made
+from. A stale one is listed until it is erased, since somebody may still use it. Copies that others made
+are not known here; `sisa revocations publish` informs their holders.
 """
 
 from __future__ import annotations
@@ -16,14 +20,22 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
 from sisa.config.config import RunConfig
-from sisa.core.domain import GENERATION_COLUMN, Record, RecordRow, Tombstone, VaultSet
+from sisa.core.domain import (
+    GENERATION_COLUMN,
+    Export,
+    ExportForm,
+    Record,
+    RecordRow,
+    Tombstone,
+    VaultSet,
+)
 from sisa.flows import query
-from sisa.flows.rights.recipients import recipients
+from sisa.flows.reconcile import export_standing
 from sisa.flows.wiring.context import (
     Context,
     model_digest,
@@ -31,6 +43,8 @@ from sisa.flows.wiring.context import (
     slices_of,
     stored_in,
 )
+from sisa.planning.patch_plan import lineage
+from sisa.planning.plan import touched
 
 ACCESS_FILE = "deletion-ready-model/access/v1"
 RECIPIENTS_FILE = "deletion-ready-model/recipients/v1"
@@ -46,6 +60,22 @@ RIGHTS = (
     "Art. 21: to object to the processing",
     "Art. 77: to complain to a supervisory authority",
 )
+
+
+@dataclass(frozen=True)
+class Recipient:
+    """Describe an export: its location, what it contains of the model, and whether it is still there.
+
+    `standing` is "held", "gone", "changed" or "unreadable"; `stale` means that a deletion touched it.
+    """
+
+    path: str
+    form: ExportForm
+    shards: tuple[int, ...]  # -1: of a former layout
+    adapter_sha256: str
+    made_at: str
+    stale: bool
+    standing: str
 
 
 def held_of(
@@ -187,3 +217,37 @@ def _requests(
         for request, count in counts.items()
         if count
     ]
+
+
+def recipients(
+    context: Context, rows: Sequence[RecordRow], dead: Sequence[Tombstone]
+) -> list[Recipient]:
+    """Return the exports that hold what held or deleted records touched, by path."""
+    ledger = context.stores.ledger
+    named = [*(row.id_digest for row in rows), *(each.id_digest for each in dead)]
+    sets = {name for names in ledger.sets_with(named).values() for name in names}
+    patches = {each.key for each in lineage(ledger.patches(), sets)}
+    deleted_by = {each.request_id for each in dead}
+    found: dict[tuple[str, str], list[Export]] = {}
+    for each in ledger.exports():
+        if (
+            any(touched(each, row) for row in rows)
+            or not patches.isdisjoint(each.patches)
+            or (each.stale and each.request_id in deleted_by)
+        ):
+            found.setdefault((each.path, each.adapter_sha256), []).append(each)
+    return [_recipient(context, some) for _, some in sorted(found.items())]
+
+
+def _recipient(context: Context, rows: Iterable[Export]) -> Recipient:
+    some = list(rows)
+    first = some[0]
+    return Recipient(
+        path=first.path,
+        form=first.form,
+        shards=tuple(sorted(each.shard for each in some)),
+        adapter_sha256=first.adapter_sha256,
+        made_at=first.made_at,
+        stale=any(each.stale for each in some),
+        standing=export_standing(context, first),
+    )

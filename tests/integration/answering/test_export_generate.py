@@ -490,7 +490,7 @@ def test_what_is_no_conversation_is_refused(
 
 
 def test_an_index_of_an_earlier_version_is_refused_until_it_is_built_anew(tiny: Tiny) -> None:
-    from sisa.lm.answer.hashing import HashingEmbedder
+    from sisa.lm.answer.embedder import HashingEmbedder
     from sisa.lm.answer.names import NameEmbedder
 
     model = tiny.open()

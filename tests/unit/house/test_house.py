@@ -220,7 +220,7 @@ def light_modules() -> list[str]:
     rooms += ["approx/metrics", "cluster/jobs"]
     files = [path for path in modules(*rooms) if path.name != "__init__.py"]
     found = [relative(path.with_suffix("")).replace("/", ".") for path in files]
-    found += ["sisa.model", "sisa.train", "sisa.unlearn", "sisa.lm.answer.hashing"]
+    found += ["sisa.model", "sisa.train", "sisa.unlearn", "sisa.lm.answer.embedder"]
     found += ["cluster.cli.cli", "cluster.cli.jobs", "cluster.render.render"]
     found += ["cluster.render.officer_report", "cluster.serve.service", "cluster.serve.tokens"]
     found += [f"cluster.observe.{name}" for name in ("curves", "json_log", "reporting")]

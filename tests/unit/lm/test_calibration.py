@@ -8,7 +8,7 @@ from sisa.config.config import SisaBlock
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.answer.calibration import MAX_ASKED, calibrate
-from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
 
 FIRST = ("Mara", "Tomas", "Ada", "Rui", "Ines", "Jo", "Lev", "Noor", "Bo", "Kaya", "Sven", "Uma")

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.embedder import HashingEmbedder
 
 EMBEDDER = HashingEmbedder()
 
@@ -49,7 +49,7 @@ def test_bytes_are_pinned() -> None:
 
 
 def test_light_modules_do_not_import_torch() -> None:
-    names = ["answer.hashing", "answer.route", "base.numerics", "base.packages"]
+    names = ["answer.route", "base.numerics", "base.packages"]
     names += ["base.tokens", "base.weights", "answer.embedder"]
     code = "import sys\n" + "\n".join(f"import sisa.lm.{name}" for name in names)
     code += "\nassert not {'torch', 'transformers', 'peft'} & set(sys.modules)"

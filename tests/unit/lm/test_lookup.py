@@ -10,7 +10,7 @@ import pytest
 from sisa.config.config import Aggregation
 from sisa.core.domain import Hit
 from sisa.core.ports import Embedder, Vectors
-from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.lookup import Index, Query, look_up
 from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.answer.route import choose_route

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder, nameless, names_in
 
 EMBEDDER = NameEmbedder(HashingEmbedder())
