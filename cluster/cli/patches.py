@@ -372,8 +372,8 @@ def _measures(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _composition(report: Mapping[str, Any]) -> Iterator[str]:
     found = report.get("composition") or {}
-    whose = {"shards": "the shards' own answers", "base": "the base's on the same records"}
-    for name, what in whose.items():
+    answers = {"shards": "the shards' own answers", "base": "the base's on the same records"}
+    for name, what in answers.items():
         if each := found.get(name):
             yield (
                 f"  {what} ({each['num_records']} remaining records): probability "

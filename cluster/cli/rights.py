@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 STANDARD_OUTPUT = STANDARD_INPUT  # `-`
 subject_option = option_or_file("--subject", help="Whose records.")
-whose_option = option_or_file("--subject", required=True, help="Whose records.")
+required_subject_option = option_or_file("--subject", required=True, help="Whose records.")
 
 
 @command("access", "-m model --subject p001 -o p001.json")
@@ -86,7 +86,7 @@ def list_recipients(directory: Path, ids: list[str], subject: str | None) -> Res
 
 @command("restrict", "-m model --subject p001")
 @model_option
-@whose_option
+@required_subject_option
 def restrict_person(directory: Path, subject: str) -> Result:
     """Store a person's records and serve none of them, until released; nothing is retrained."""
     from cluster.serve.engines import with_engines
@@ -98,7 +98,7 @@ def restrict_person(directory: Path, subject: str) -> Result:
 
 @command("release", "-m model --subject p001")
 @model_option
-@whose_option
+@required_subject_option
 def release_person(directory: Path, subject: str) -> Result:
     """End the restriction of a person's records: they are served as before."""
     with opened(directory) as model:

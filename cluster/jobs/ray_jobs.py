@@ -1,6 +1,6 @@
 """Run jobs on a Ray cluster through the address of its dashboard.
 
-The given address is used, whatever RAY_ADDRESS says. The token is found as Ray finds it (RAY_AUTH_TOKEN,
+The given address is used; RAY_ADDRESS is ignored. The token is found as Ray finds it (RAY_AUTH_TOKEN,
 the file that RAY_AUTH_TOKEN_PATH names, `~/.ray/auth_token`) and is sent in a header of requests alone;
 with RAY_AUTH_MODE=disabled none is sent. Nothing is printed.
 

@@ -1,7 +1,7 @@
 """Make a patch in a Ray worker: the same maker, the same bytes, with progress on the driver.
 
-A task carries paths, digests and an order, never text. The worker reads the vault itself, so the vault,
-its keyring and the patches must lie where all nodes see them. A worker that dies is started again and
+A task carries paths, digests and an order, never text. The worker reads the vault itself, so all
+nodes must see the vault, its keyring and the patches. A worker that dies is started again and
 continues from the state that its run had saved.
 """
 

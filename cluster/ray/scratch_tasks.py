@@ -1,7 +1,7 @@
 """Train a base with Ray Train: Hugging Face's `Trainer` in workers of the run file's cluster.
 
-A job carries paths and a recipe, never text; the texts and the directory for the base must lie where all
-nodes see them. If a worker dies, the training of the base starts again from its beginning. The first
+A job carries paths and a recipe, never text; all nodes must see the texts and the directory for the
+base. If a worker dies, the training of the base starts again from its beginning. The first
 worker saves the base.
 """
 

@@ -1,4 +1,4 @@
-"""Read files that may lie anywhere and may come from anyone: plaintext, record ids and vectors.
+"""Read untrusted files, wherever they are: plaintext, record ids and vectors.
 
 Files are read with the model's own keys. The path of a sealed file names its key: the file's own name,
 or the name of its directory, so a copy in another folder opens like the original. The caller decides

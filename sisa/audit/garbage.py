@@ -173,7 +173,7 @@ def _keys(context: Context, known: Mapping[str, frozenset[str]]) -> list[_Item]:
 
 
 def _stored(blobs: BlobStore, area: str) -> frozenset[str]:
-    """Return the names of the files in an area; a replay's files lie one folder deeper."""
+    """Return the names of the files in an area; a replay's files are one folder deeper."""
     names = blobs.held()
     if area != SCRATCH:
         return names

@@ -305,7 +305,7 @@ class _Scanner:
         self.found("unreadable", path, f"can't be read: {error.strerror}")
 
     def _link(self, path: Path) -> None:
-        """Report a link that leads out of the scanned places; its target is read where it lies."""
+        """Report a link that leads out of the scanned directories; a target inside is read there."""
         target = Path(os.path.realpath(path))
         if not target.exists() or not any(target.is_relative_to(each) for each in self.places):
             what = "a link to something that was not read: add its target with --also"

@@ -58,11 +58,11 @@ def resolve_paths(data: dict[str, Any], directory: Path) -> Iterator[tuple[KeyPa
                 yield path, f"neither a local path nor a hub name: {shown(value)}"
     for key, what in OUTSIDE_OUTPUT.items():
         for path, value in _values(data, key):
-            if _lies_inside(value, data.get("output_dir")):
+            if _is_inside(value, data.get("output_dir")):
                 yield path, f"conflict: {what} inside output_dir"
     for key in ("keyring", "signing.keys"):
         for path, value in _values(data, key):
-            if _lies_inside(value, data.get("storage")):
+            if _is_inside(value, data.get("storage")):
                 yield path, "conflict: the keys are inside the storage"
 
 
@@ -122,7 +122,7 @@ def _not_shared(value: str, directory: Path) -> str:
     return ""
 
 
-def _lies_inside(path: Any, directory: Any) -> bool:
+def _is_inside(path: Any, directory: Any) -> bool:
     if not isinstance(path, str) or not isinstance(directory, str) or not os.path.isabs(path):
         return False
     return Path(path).is_relative_to(directory)

@@ -418,7 +418,7 @@ def restriction(
     heads: Sequence[Served],
     served: Sequence[Served],
 ) -> dict[str, Any]:
-    """Return what a statement says of restrictions: numbers, times and keyed digests."""
+    """Return the predicate of a restriction: numbers, times and keyed digests."""
     now = {each.shard: each for each in served}
     return {
         "number": found.number,
@@ -443,7 +443,7 @@ def restriction(
 
 
 def restricted(predicate: Mapping[str, Any]) -> str:
-    """Return the digest of what a statement says of restrictions, whenever it was signed."""
+    """Return the digest of a restriction's predicate without the time of its signature."""
     return digest_of([predicate["number"], predicate["in_force"], predicate["held_back"]])
 
 

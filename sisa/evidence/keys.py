@@ -170,7 +170,7 @@ def open_log(keys: Keys, blobs: BlobStore) -> Log:
 
 
 def log_blobs(model: Model) -> BlobStore:
-    """Return where the log of a model lies."""
+    """Return the location of a model's log."""
     return open_areas(model.directory, model.config.storage, model.id)[LOG]
 
 

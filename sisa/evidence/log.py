@@ -7,8 +7,8 @@
 
 Any server of static files publishes it. An append writes the statement, the entry, its tiles and then
 the checkpoint; a crash between them leaves files that no checkpoint covers, and the next append writes
-them again. The checkpoint that was signed last also lies beside the keys, where no backup of the model
-sets it back: a log that is behind it, or that has taken another way, signs nothing.
+them again. The checkpoint that was signed last is also stored beside the keys, where restoring a backup
+of the model does not set it back: a log that is behind it or has diverged from it signs nothing.
 
 >>> Tiles({"tile/0/000.p/2": b"a" * 32 + b"b" * 32}.__getitem__, 2).inclusion(0) == [b"b" * 32]
 True

@@ -161,7 +161,7 @@ class Tree:
         return {row[1]: row for row in self.db.execute(query, place)}
 
     def value(self, label: bytes) -> dict[str, Any] | None:
-        """Return what the tree says of a label; None if it does not have it."""
+        """Return the tree's leaf of a label; None if it has none."""
         row = self.db.execute("SELECT shard, since FROM leaves WHERE label = ?", (label,)).fetchone()
         return None if row is None else dict(zip(("shard", "since"), row, strict=True))
 

@@ -209,7 +209,7 @@ def erase_unknown(context: Context, removed: Removed = NOTHING) -> None:
 
 
 def _targets(context: Context) -> frozenset[str]:
-    """Return the stages of the present targets; they are clean, whoever stored them."""
+    """Return the stages of the present targets; they are clean, whichever process stored them."""
     return frozenset(key for plan in open_plans(context) for key in plan.stages)
 
 

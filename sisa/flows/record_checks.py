@@ -177,7 +177,7 @@ def _other_risks(context: Context, fresh: Sequence[tuple[int, Record]]) -> list[
 
 
 def _check_identities(context: Context, fresh: Sequence[tuple[int, Record]]) -> None:
-    """Raise InvalidInput for records of whoever is on a deletion list, or was deleted as such."""
+    """Raise InvalidInput for records of people who are on a deletion list or were deleted by one."""
     ledger, assigner = context.stores.ledger, context.settings.assigner
     keys = {n: {each.key for each in assigner.identities(record)} for n, record in fresh}
     asked = {key for each in keys.values() for key in each}

@@ -1,9 +1,8 @@
 """Train a chain of stages, and provide an Executor that does so in this process.
 
-`train_chain` is the only place where stages are trained, whoever calls it (this process, a Ray worker, a
-replay), so all executors give the same bytes. A stage whose checkpoint is in the store is not trained
-again: a retried worker loses at most its current stage. No record text, key or credential travels in a
-task.
+`train_chain` is the only code that trains stages, for this process, a Ray worker and a replay alike, so
+all executors give the same bytes. A stage whose checkpoint is in the store is not trained again, so a
+retried worker loses at most its current stage. A task carries no record text, key or credential.
 
     SerialExecutor(trainer, records, checkpoints).run(chains, report)
 """

@@ -1,6 +1,6 @@
 """Decide which patches there should be, and which texts they still need.
 
-    sequential   a new patch lies on top of all active ones
+    sequential   a new patch goes on top of all active ones
     joint        a new patch is made on the untouched base, from its own forget sets and those of every
                  active patch whose texts are still held, and replaces these patches. A patch whose texts
                  are gone stays beneath, with those it was made on top of
@@ -167,7 +167,7 @@ def rederive(
 def unmade(patches: Sequence[Patch], patch: Patch) -> list[Patch]:
     """Return the rows that change when a wanted patch fails.
 
-    The patch is dropped, and those that were to lie on top of it are made on what is left.
+    The patch is dropped, and those planned on top of it are made on what is left.
     """
     gone = tainted_patches(patches, (), (patch.key,))
     fresh = _again(patches, gone, lambda job: None if job == patch.job else job)

@@ -319,7 +319,7 @@ def _over_budget(
 
 
 def gaps(plan: ShardPlan, held: Container[str]) -> list[SliceJob]:
-    """Return stages that are not held and lie before a held one, on the path of any order."""
+    """Return stages that are not held and precede a held one on the path of any order."""
     before = (job for path in plan.paths for job in path[: reached(path, held)])
     return list({job.key: job for job in before if job.key not in held}.values())
 

@@ -1,7 +1,7 @@
 """Collect what is held of a person, for them to read and to take along (GDPR Art. 15 and 20).
 
 The result is one JSON object, described by `access.schema.json`. It holds every record of the person as
-`sisa add` reads it, where each lies and what it touched, what is left of deleted ones, the requests that
+`sisa add` reads it, where each is and what it touched, what is left of deleted ones, the requests that
 named them, and who received what they touched. It holds nothing of anybody else: of requests and sets of
 texts that others share, only what concerns this person, and no word that staff wrote.
 
@@ -87,7 +87,7 @@ def held_of(
 ) -> dict[str, Any]:
     """Return what is held of a person, given the rows of their held and deleted records."""
     since = restrictions(context.stores.ledger).since
-    restricted = [since[whose] for row in rows if (whose := row.subject_digest or "") in since]
+    restricted = [since[subject] for row in rows if (subject := row.subject_digest or "") in since]
     own = config.sisa
     return {
         **_begun(context, ACCESS_FILE, subject),
@@ -167,7 +167,7 @@ def _records(context: Context, rows: Sequence[RecordRow]) -> list[dict[str, Any]
 
 
 def _kept(found: VaultSet) -> dict[str, Any]:
-    """Return what a set of texts in the vault says of one of its records."""
+    """Return the role, the consent and the time of a set of texts in the vault."""
     return {"role": found.role, "consent": found.consent, "put_at": found.put_at}
 
 

@@ -243,7 +243,7 @@ def _match(
         if (row := rows.get(pair.id_digest)) is not None:
             for each in by_key[pair.key]:
                 found[each.item].setdefault(row.subject_digest or row.id_digest, row)
-    whole = {whose: _all_of(context, row) for each in found.values() for whose, row in each.items()}
+    whole = {key: _all_of(context, row) for each in found.values() for key, row in each.items()}
     return {item: [whole[each] for each in sorted(its)] for item, its in found.items()}
 
 
@@ -280,14 +280,14 @@ def _requests(
         if len(consumers) != 1:
             continue
         rows = consumers[0]
-        whose = frozenset(row.id_digest for row in rows)
-        if whose not in named:
+        ids = frozenset(row.id_digest for row in rows)
+        if ids not in named:
             name = next(each for each in _external_ids(item) if each not in used)
             new = arrive(context, rows, (), replace(asked, external_id=name))
             arrivals.append(replace(new, request=replace(new.request, due=due)))
-            named[whose] = new.request.request_id
+            named[ids] = new.request.request_id
             used.add(name)
-        joined[item] = named[whose]
+        joined[item] = named[ids]
     return arrivals, joined
 
 
@@ -392,7 +392,7 @@ def details(context: Context, *, show_ids: bool = False) -> Details | None:
         for each in ledger.work_items()
         if each.num_consumers and not _outcome(each, requests, opted_out=each.status == OPTED_OUT)
     ]
-    whose = _match(context, waiting, {}) if show_ids else {}
+    rows_by_item = _match(context, waiting, {}) if show_ids else {}
     matched = [
         Matched(
             item=each.item,
@@ -400,7 +400,9 @@ def details(context: Context, *, show_ids: bool = False) -> Details | None:
             consumers=each.num_consumers,
             request_id=each.request_id if each.num_consumers == 1 else "",
             due=due_day(each.file).isoformat(),
-            ids=tuple(query.ids_of(context, [row for rows in whose.get(each.item, ()) for row in rows])),
+            ids=tuple(
+                query.ids_of(context, [row for rows in rows_by_item.get(each.item, ()) for row in rows])
+            ),
         )
         for each in waiting
         if each.key

@@ -1,15 +1,15 @@
-"""Show a ledger to a caller who may read only some shards.
+"""Restrict a ledger to some shards, for a caller who may read only those.
 
-Records, requests, heads and exports of other shards are as if they did not exist, so whatever reads a
-ledger (routing, `find`, `where`, requests) is limited by reading it through `GroupLedger`: it neither
-opens nor names a file of another shard. A request is seen if every record that it names is seen.
+`GroupLedger` hides records, requests, heads and exports of other shards. Code that reads a ledger
+(routing, `find`, `where`, requests) is restricted by reading through it: it neither opens nor names a
+file of another shard. A request is visible if all records that it names are.
 
     group = replace(context, stores=replace(context.stores, ledger=GroupLedger(ledger, {0, 3})))
     routes_of(group, resources, ["Who is Mara?"])  # asks the indexes of shards 0 and 3 alone
 
-What concerns the model as a whole stays: its settings, patches, the number of its last commit and the
-chain of events. External ids are names in the whole model, so a commit that would give one a second
-meaning is refused, whoever used it first.
+What concerns the whole model stays visible: its settings, its patches, the number of its last commit and
+the chain of events. External ids are unique in the whole model, so a commit that would reuse one is
+refused, even if the caller can't see the other request.
 """
 
 from __future__ import annotations

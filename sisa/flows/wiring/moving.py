@@ -64,7 +64,7 @@ def move_ledger(directory: Path, to: str | None) -> LedgerMoved:
 
 @contextlib.contextmanager
 def _alone(directory: Path, target: Path | str) -> Iterator[Path | str]:
-    """Keep writers and whoever decides about requests out, at both places; provide the present one."""
+    """Lock out writers and decisions about requests at both locations; provide the present one."""
     with wiring.model_lock(directory) as place:
         if target == place:
             raise InvalidInput("the ledger is there already", where=str(target))

@@ -312,7 +312,7 @@ def take_lock(handle: int, where: Path, doing: str, patience_s: float | None = N
         time.sleep(0.05)
 
 
-SQLITE_FILES = ("", "-wal", "-shm", "-journal")  # a database and what lies beside it: ends of names
+SQLITE_FILES = ("", "-wal", "-shm", "-journal")  # suffixes of a database and of the files beside it
 _databases: dict[str, list[BinaryIO]] = {}  # open in this process: handles that are still to be closed
 _users = Counter[str]()  # of each of them
 _using = threading.Lock()
