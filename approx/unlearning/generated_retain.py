@@ -1,9 +1,9 @@
 """The retain set that the base writes itself: answers to neutral prompts, and about neighbours.
 
-A patch must keep how the base speaks. The base's own greedy answers show that without any user's record
-in the patch, so that no later deletion affects it; they need not be true. Neighbours are the questions
-to forget, asked about invented names; without them a patch also takes from others what it takes from
-one person. An answer about a neighbour that repeats the text to forget is left out.
+A patch must preserve the base's usual answers. The base's own greedy answers show that without any
+user's record in the patch, so that no later deletion affects it; they need not be true. Neighbours are
+the questions to forget, asked about invented names; without them a patch also takes from others what it
+takes from one person. An answer about a neighbour that repeats the text to forget is left out.
 
 Neutral prompts are put as a turn of the user where the tokenizer has a chat template; neighbours are
 asked in the form of the records. Names are recognised by their capitals, so there are no neighbours in

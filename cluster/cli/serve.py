@@ -194,7 +194,7 @@ def _line(found: AccessToken, state: str) -> str:
 
 @command("engines", "-m model --sweep")
 @model_option
-@click.option("--sweep", is_flag=True, help="Have them let go of what was erased first.")
+@click.option("--sweep", is_flag=True, help="First make the engines drop what was erased.")
 def show_engines(directory: Path, sweep: bool) -> Result:
     """Show what other engines hold of the exports. Exit with 7 if they hold what was erased."""
     from cluster.serve.engines import engines_hold

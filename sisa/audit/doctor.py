@@ -256,7 +256,7 @@ def _witness(context: Context) -> list[Finding]:
 
 
 def _restrictions(context: Context) -> Iterator[Finding]:
-    """Find restrictions of subjects of whom nothing is held."""
+    """Find restrictions of subjects without held records."""
     ledger = context.stores.ledger
     if count := sum(not ledger.by_subject(each)[0] for each in restrictions(ledger).since):
         what = f"{count} restrictions are of subjects without records"

@@ -20,11 +20,11 @@ Source: privacy.ca.gov, "DROP for data brokers", technical specifications, versi
 "Working with the data" (lists, columns, standardisation, hashing, examples), "Reference" (statuses, file
 names) and the DROP Data Broker API (patterns of ids, hashes and names). What these pages leave open:
 
-- *Dates of birth* are `YYYYMMDD`. Which spellings a broker may hold is not said; only those that can be
-  read in one way are accepted here: `1985-07-04`, `19850704`, `July 4, 1985`.
+- *Dates of birth* are `YYYYMMDD`. The specification does not list the spellings that a broker may hold;
+  only those that can be read in one way are accepted here: `1985-07-04`, `19850704`, `July 4, 1985`.
 - *Names* transliterate "supported" Greek and Cyrillic letters. The table below is the one on which
   public implementations of version 1.2.0 agree. Letters of other scripts stay as they are, composed
-  (NFC); whether DROP composes them is not said.
+  (NFC); the specification does not state whether DROP composes them.
 """
 
 from __future__ import annotations

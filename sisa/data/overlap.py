@@ -1,4 +1,4 @@
-"""Overlap of wording: runs of words, hashed, of a corpus against records.
+"""Compare the wording of records with that of a corpus, by hashed runs of words.
 
     runs     all runs of `RUN` words of a text, without case and punctuation; a shorter text is one run
     share    the part of a record's distinct runs that the corpus has

@@ -5,9 +5,9 @@
     handed_out     that a person was given what is held of them, or its recipients
     provenance     how the served adapters were trained, as SLSA Provenance v1
 
-`test-result` and not `svr`, which can't say that something failed. Subjects are the adapters that are
-served. Results name shards, kinds and numbers: no id, no text and no path. Whether a result is logged
-changes nothing of the check itself.
+The predicate is `test-result` and not `svr`, which can't express a failure. Subjects are the adapters
+that are served. Results name shards, kinds and numbers: no id, no text and no path. Logging a result
+does not affect the check itself.
 
 >>> sweep_results(Scan(True, ("model",), {"files": 9, "strings": 0}, (), ())).passed
 ['no trace of a deleted record (files: 9, places: 1)']

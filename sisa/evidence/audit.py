@@ -4,13 +4,13 @@
     replay        every stored byte is the recorded one; the drawn shards, trained again, are the same
     sweep         no deleted record left a trace, here or in a listed export
     log           entries, tiles and checkpoint agree, and continue each checkpoint that was kept
-    chain         every statement is signed, and takes up where the one before it ended
-    certificates  each completed request has one, which says what the ledger says
+    chain         every statement is signed, and begins where the one before it ended
+    certificates  each completed request has one, which agrees with the ledger
     membership    the tree holds the ledger's records, under their ids in the drawn shards, and its root
                   is the last certified one
     heads         the served adapters are the last certified ones
 
-The drawing can be done again by anyone: of the shards that hold records, those whose sha256 of
+Anyone can repeat the draw: it takes those shards with records whose sha256 of
 "deletion-ready-model/audit/v1", the seed and the shard's number, joined by line breaks, is least. Choose
 the seed after the state to be audited is fixed: an operator who knows it knows what will be trained.
 

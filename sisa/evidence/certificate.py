@@ -1,8 +1,8 @@
 """Turn the facts of a deletion into the statement that is signed: an in-toto Statement v1.
 
-A certificate is drafted before the deletion's commit, since what will be erased can be named only while
-it is there, and stated when heads have advanced. `schemas/` describes every field, and README.md beside
-this file lists them. Nothing here reads or writes.
+A certificate is drafted before the deletion's commit, while what will be erased can still be named, and
+stated when heads have advanced. `schemas/` describes every field, and README.md beside this file lists
+them. Nothing here reads or writes.
 
     draft    commitments to the records, what they touched, keyed digests of what will be erased
     state    what the model holds and serves now, and the statement before this one: the chain

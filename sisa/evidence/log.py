@@ -467,7 +467,7 @@ def _successor(known: PublicKeys, handover: bytes, index: int) -> PublicKeys:
     *before, last = known.certificates
     ended = (*before, replace(last, until=index + 1), replace(new.certificates[-1], since=index + 1))
     if new != replace(known, certificates=ended):
-        raise Refused("the hand-over goes on from other keys, or elsewhere", f"entry {index}")
+        raise Refused("the hand-over continues from other keys, or from another entry", f"entry {index}")
     return new
 
 

@@ -11,10 +11,10 @@ four tables of MODEL/evidence.sqlite:
 `sync` looks at what is there: it compares the slices whose root has changed, and reads a slice file only
 for ids that are new, so that a deletion reads none. Each changed record rewrites the nodes above one
 subtree of at most BUCKET leaves: O(log N). Before that, the stored nodes beside these must give the
-stored root, so that damage is not built upon.
+stored root, so that no root is computed from damaged nodes.
 
-A date is that of the first `sync` that found the record in its shard. It is in this file alone: a tree
-that is built again dates all of its records anew.
+A date is that of the first `sync` that found the record in its shard. No other file has it: a rebuilt
+tree gives all of its records new dates.
 """
 
 from __future__ import annotations

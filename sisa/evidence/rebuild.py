@@ -3,16 +3,16 @@
     certificate + remaining records + run file + partition key  ->  adapters  ->  a statement
 
 The second party trains in a directory of its own, without the operator's model, and signs with a key of
-its own. Shards are isolated, so the records of the named shards are enough; the partition key says which
-they are. The verdict, of each shard and of all (the worst):
+its own. Shards are isolated, so the records of the named shards are enough; the partition key determines
+them. The verdict, of each shard and of all (the worst):
 
     equal                        the same bytes, under the same numerics fingerprint
     same procedure, other bits   another fingerprint; records, settings and base are the certified ones
     other procedure              records, settings or base are not the certified ones
     differs                      the same job under the same fingerprint, and other bytes
 
-A job's key names records, settings, base and fingerprint. Under another fingerprint the key is compared
-that the job has under the certified one, and equality of bytes is never claimed.
+A job's key names records, settings, base and fingerprint. Under another fingerprint, the key is computed
+as if under the certified one and compared; equality of bytes is then never claimed.
 
 >>> key, adapter = "5e6f", "ab" * 32
 >>> RebuiltShard(0, adapter, adapter, key, key, same_numerics=True).verdict

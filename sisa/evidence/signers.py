@@ -1,7 +1,7 @@
-"""Sign with a key that is in no file of this project: by an agent, a token or a service.
+"""Sign with a key outside this project's files: in an agent, a token or a service.
 
 Signers are those of securesystemslib, by their URI: `hsm:` (PKCS#11), `awskms:`, `azurekms:`, `gcpkms:`,
-`hv:` (HashiCorp Vault), `tkey:` and `file2:`, each with the packages that it asks for. `ssh-agent:` is
+`hv:` (HashiCorp Vault), `tkey:` and `file2:`, each with the packages that it needs. `ssh-agent:` is
 added here: the agent (ssh-agent, gpg-agent and others) listens at the socket that `$SSH_AUTH_SOCK`
 names, or `$VARIABLE` for `ssh-agent:VARIABLE`. A signer that asks for a PIN gets `$SISA_SIGNER_PIN`.
 

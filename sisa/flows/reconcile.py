@@ -7,7 +7,7 @@
     train    what the targets lack; each stored stage is recorded and moves its shard's head
     close    requests whose shards have reached their targets; hooks complete what follows
     orders   what the other orders lack, one order of all shards after another
-    note     what becomes of the prompts of held records
+    note     how the prompts of held records would be routed
     retire   clean checkpoints that are neither on any order's path nor a head
     scrub    the ledger's own pages
 
@@ -74,7 +74,9 @@ from sisa.store.index import EXACT_UP_TO
 from sisa.store.metrics import STAGE_DIGITS
 
 MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
-HELD_PROMPTS = "held_prompts"  # in the ledger's meta: what becomes of held prompts, and in which state
+HELD_PROMPTS = (
+    "held_prompts"  # in the ledger's meta: how held prompts would be routed, and in which state
+)
 CHECKED = "events_checked"  # key in the ledger's `meta`: link and number of the last checked event
 MANY_EVENTS = 256  # number of new events after which the last checked one is stored
 BEGINNING = WitnessHead("", 0)
@@ -383,7 +385,7 @@ def training_started(chains: Sequence[Chain]) -> TrainingStarted:
 
 
 def held_prompts(context: Context, *, note: bool = False) -> HeldPrompts | None:
-    """Return what becomes of held prompts: as noted in this state of the model, or looked up.
+    """Return how held prompts would be routed: as noted in this state of the model, or looked up.
 
     With `note`, it is noted in the ledger, so that `sisa status` need not search for it.
     """

@@ -1,1 +1,1 @@
-"""Where torch lives, and nowhere else."""
+"""The language model: the only code that imports torch."""

@@ -1,4 +1,4 @@
-"""Decide when to carry requests out: now, or together with those still to come.
+"""Decide when to carry requests out: now, or together with later ones.
 
 Costs are expected record-epochs. Arrivals are assumed to be as frequent as in the past and spread evenly
 over the records. Of several deletions in one shard the one in the earliest slice decides the cost, since

@@ -9,8 +9,8 @@ Shards are independent, so only the order within a shard matters, and the k-th r
 counted at once: 1,000,000 deletions over 10,000 shards take a hundred steps, not a million. A seed
 decides all draws.
 
-The closed forms assume equal shards. Hashed shards differ in size, and a record is more likely to be in
-a large one: a request costs (1 - 1/S) points more on average. Only order 0 is counted, and every stage is
+The closed forms assume equal shards. Hashed shards differ in size, and a record is more likely in a
+large one: a request costs (1 - 1/S) points more on average. Only order 0 is counted. Every stage is
 assumed to be held; `layout_advice.py` prices other orders and a checkpoint budget.
 
 >>> round(points_one_by_one(num_records=1000, num_shards=10, num_deletions=2), 2)

@@ -8,7 +8,7 @@ Columns: id_digest, id, subject_id, kind, roles (list), texts (list); deletion_r
 the slice has one; generation if it was appended.
 
 The vault holds the texts that patches are made from, and drafts of patches; both are always encrypted,
-whatever the model's `encrypt:` says, with keys outside the model's directory. A set is one file under
+even without `encrypt:`, with keys outside the model's directory. A set is one file under
 the set's name: the canonical JSON of its records in the order they were put. A file that is not
 encrypted is refused, even with the right bytes.
 """

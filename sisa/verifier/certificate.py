@@ -5,8 +5,8 @@
 
 A certificate file holds the signed envelope, the log's entry for it and the proof that the entry is in
 the log, each as text, so it verifies with the public keys alone. Files have one form: canonical JSON and
-a line break. A signature shows who says something, the log that they said the same to everybody; neither
-shows that it is true.
+a line break. A signature shows who made a statement, and the log that everybody got the same one;
+neither shows that it is true.
 
 >>> commitment(bytes(32), "p001-q1").hex()[:16]
 '68db87ca6fee60c2'

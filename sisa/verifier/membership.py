@@ -1,7 +1,7 @@
 """Verify that a record is in the served model, or that it is not: a sorted Merkle tree.
 
 The tree is a binary trie over labels of 32 bytes: the first half of the output of a verifiable random
-function (`vrf.py`) for the record's id. A leaf stands at the shortest prefix that no other label shares.
+function (`vrf.py`) for the record's id. A leaf is at the shortest prefix that no other label shares.
 
     empty = sha256(2)                          an absent child, and the root of a tree without leaves
     leaf  = sha256(0 || label || sha256(value))         value: {"shard":3,"since":"2026-11-02"}
@@ -9,7 +9,7 @@ function (`vrf.py`) for the record's id. A leaf stands at the shortest prefix th
 
 From a root, the bits of a label lead to one place alone. There the tree has the label's own leaf, or
 else an empty child or another leaf: then the label is not in the tree, whatever else it holds. The owner
-of the key decides what the tree says of a shard and a date, and signs it to everybody alike.
+of the key determines each leaf's shard and date, and signs the same tree for everybody.
 
 >>> label, value = bytes(32), b'{"shard":3,"since":"2026-11-02"}'
 >>> root = leaf(label, sha256(value).digest())

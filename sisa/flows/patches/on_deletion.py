@@ -6,8 +6,8 @@
     reconcile erase texts that no patch needs
     finish    make the dropped patches again
 
-A deletion never fails because a patch can't be made again: the patch stays dropped, and a notice says
-so. Until it is made again, the base is served without it. If shards were trained over a dropped patch,
+A deletion never fails because a patch can't be made again: the patch stays dropped, and a notice reports
+it. Until it is made again, the base is served without it. If shards were trained over a dropped patch,
 everything trained over it is dropped in a separate commit before the deletion's.
 """
 

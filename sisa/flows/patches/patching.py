@@ -1,8 +1,8 @@
-"""Want, make and revert patches; they are always approximate.
+"""Request, make and revert patches; they are always approximate.
 
     want    put the texts into the vault -> commit the wish
     make    make what is wanted, lowest first -> commit each; from then on it is served beneath every
-            shard -> erase the texts that no patch needs: those of which nothing is known any more
+            shard -> erase the texts that no patch needs: those that the base no longer knows
 
 The ledger holds a wish before anything is computed, so the same command continues an interrupted one.
 There is one wish at a time. `approx/patches/` makes patches; `planning/patch_plan.py` decides which

@@ -3,7 +3,7 @@
 The result is one JSON object, described by `access.schema.json`. It holds every record of the person as
 `sisa add` reads it, where each is and what it touched, what is left of deleted ones, the requests that
 named them, and who received what they touched. It holds nothing of anybody else: of requests and sets of
-texts that others share, only what concerns this person, and no word that staff wrote.
+texts that others share, only what concerns this person, and nothing that staff wrote.
 
 What a controller must say and a program can't know comes from the run file's block `privacy`; what is
 missing there is null, to be filled in before the file is handed out. Records without the person's

@@ -6,17 +6,18 @@
 
 A *consumer* is a subject, or a record without one. A work item that matches one consumer becomes a
 request under `delete-act` for all of the consumer's records; further work items of the same consumer
-join it. One that matches several consumers is no deletion: all of them are to be opted out of sale and
-sharing, which is the broker's act, so it is reported only when the caller says that it was done.
+join it. One that matches several consumers deletes nobody: the broker must opt all of them out of sale
+and sharing, so this status is reported only when the caller confirms that it was done.
 
     no consumer held                  5  not found
     one, the request completed        3  deleted
     one, the request denied           2  exempted
     several, and opted out            4  opted out
 
-Every import matches all work items again, those of earlier downloads too: what was not found may have
-come in since. A status that changed is reported as an amendment. What is removed from the lists is
-withdrawn: its requests are cancelled unless they were carried out, and it no longer keeps records out.
+Every import matches all work items again, those of earlier downloads too: a consumer who was not found
+may have been added since. A status that changed is reported as an amendment. What is removed from the
+lists is withdrawn: its requests are cancelled unless they were carried out, and it no longer keeps
+records out.
 
 The ledger holds DROP's ids of work items, and keyed digests in place of the hashes, which anybody can
 compute from a guess.

@@ -4,9 +4,9 @@
     MODEL/ledger.left    URLs that a move writes to, or moved away from: what MODEL/ledger.url does not
                          name of them is erased
 
-The new ledger is filled and compared in one transaction. Writing or removing MODEL/ledger.url is the
-move: before it, the old ledger is the model's, and afterwards the new one. What a killed move left is
-erased by the next writer.
+The new ledger is filled and compared in one transaction. Writing or removing MODEL/ledger.url
+completes the move: before, the model uses the old ledger, and afterwards the new one. The next writer
+erases what a killed move left.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
     nameless   [its vector, 0] / sqrt(2)       compares with others as the other embedder alone would
 
 A name is a capitalised word that does not begin a sentence, without its `'s`. Beside names a year counts
-as one: who was born in Porto in 1955 is not who was born there in 1971. Nothing is fitted on data
-and there is no list of names, so a vector depends on its text alone. Embedders of meaning confuse one
-novelist with another, but records are about somebody, and most questions say about whom. A score is
-relative to the query's own (`sisa/flows/query.py`), so equal texts score 1, named or not. Texts in
-scripts without capitals, and prompts in lower case, name nobody. Nicknames and names that begin a
-sentence are missed, and in German every noun counts as a name.
+as one: who was born in Porto in 1955 is not who was born there in 1971. Nothing is fitted on data and
+there is no list of names, so a vector depends on its text alone. Embedders of meaning confuse one
+novelist with another, but records are about somebody, and most questions name them. A score is relative
+to the query's own (`sisa/flows/query.py`), so equal texts score 1, named or not. Texts in scripts
+without capitals, and prompts in lower case, name nobody. Nicknames and names that begin a sentence are
+missed, and in German every noun counts as a name.
 
 >>> names_in("Was Mara Quill's debut set in Porto? She says no. Mara did.")
 ['mara', 'quill', 'porto']

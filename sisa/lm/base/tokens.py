@@ -6,7 +6,7 @@
     chat         the tokenizer's own template; each assistant turn's text bears loss, with the control
                  token that ends it but without a line break that the template puts after that token
 
-If the tokenizer uses a beginning token, it stands once at the start. Control strings inside a record
+If the tokenizer uses a beginning token, the record starts with one. Control strings inside a record
 ("<|im_end|>") are tokenized as plain text, so a record can't forge a turn or an end. A record longer
 than `sequence_len` is a problem (`refuse`) or keeps its first tokens (`truncate`). Problems name
 positions, never text. Tools and images in chats are not supported.

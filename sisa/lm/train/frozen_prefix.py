@@ -2,9 +2,9 @@
 
 Nothing is trained below the lowest adapted layer, so the states that enter it are a pure function of the
 base (with the patches beneath) and the record. They are always computed for each record alone, at its
-own length, with the base in evaluation mode: neither batch mates nor order nor stage reaches their bits,
-and neither does it matter whether they were kept or computed again. A base whose layers can't be run
-apart, bit for bit, is refused.
+own length, with the base in evaluation mode: their bits depend on neither batch, order nor stage, nor on
+whether they were cached or computed again. A base whose layers can't be run apart, bit for bit, is
+refused.
 
 Legend: B rows, T positions, H hidden.
 

@@ -1,9 +1,9 @@
 """The LoRA trainer: one stage of training as a pure function of its inputs, to the byte.
 
-A stage starts from bytes: its parent's files, or the base and a seed. This is so in the process that
-trained the parent as in any other, so resuming runs the same code. The base is never written to. What a
-process did before reaches no bit: each stage has modules of its own (`trainable.py`), and torch has its
-default modes while it runs. Encoder-decoder models, and more than one device at once, are not supported.
+A stage starts from bytes: its parent's files, or the base and a seed. The process that trained the
+parent does the same, so resuming runs the same code. The base is never written to. What a process did
+before affects no bit: each stage has modules of its own (`trainable.py`), and torch has its default
+modes while it runs. Encoder-decoder models, and more than one device at once, are not supported.
 
     files = LoraTrainer(directory, digest, threads=1).train(job, None, records, print)
 

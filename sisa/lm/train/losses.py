@@ -1,8 +1,8 @@
-"""The loss of a micro-batch: cross-entropy summed over its label tokens, and nothing computed beyond.
+"""The loss of a micro-batch: cross-entropy summed over its label tokens, and nothing else.
 
-Records lie packed in one row, end to end and without padding. For a base that can't be run so, they lie
-in rows padded on the right, without an attention mask: under causal attention a real token never sees
-padding. The head is computed on the hidden states that predict a label alone. It is frozen, so its
+Records are packed into one row, end to end and without padding. For a base that can't be run so, they
+are in rows padded on the right, without an attention mask: under causal attention a real token never
+sees padding. The head is computed on the hidden states that predict a label alone. It is frozen, so its
 gradient is computed together with the loss and no logits are kept. If a model's head does more than one
 product (scaled or capped logits, a head with an adapter), the model's own forward computes the logits at
 the positions that any row needs. `loss_form` decides both by comparing bits of the base.

@@ -2,7 +2,7 @@
 
 Failures of network, server or permission become an EnvironmentFault that names the location and the
 store's code, never its text. boto3 first retries what may pass by itself (throttling, server errors,
-lost connections); AWS_MAX_ATTEMPTS says how often. Credentials and profile come from the machine's AWS
+lost connections); AWS_MAX_ATTEMPTS sets how often. Credentials and profile come from the machine's AWS
 chain and are not stored here.
 """
 

@@ -1,10 +1,10 @@
-"""Bring up the tables of an older ledger with alembic, whatever the database.
+"""Upgrade the tables of an older ledger with alembic, in any database.
 
 A revision is a file in `versions/`, named after the schema that it makes; SQLite keeps the number in the
 file (`user_version`), PostgreSQL in the table `alembic_version`. A new PostgreSQL ledger is made by all
 revisions, a new SQLite file by `rows.schema`; a test holds both equal. To change the tables, change the
 nouns and `rows.py`, raise SCHEMA_VERSION and add a revision. A row's checksum covers its columns, so a
-revision that changes columns writes the checksums anew (`rows.checksum`); one that adds a table begins
+revision that changes columns rewrites the checksums (`rows.checksum`); one that adds a table begins
 its count (`rows.begin_counts`).
 """
 
