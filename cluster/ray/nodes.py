@@ -2,7 +2,7 @@
 
 The driver's own node may always train. Every other node, including one that joins later, must first
 prove that it trains the same bits (`proofs.py`). A node that fails the proof never gets a task; a notice
-says why. A lost node loses its places.
+says why. A lost node loses its slots.
 
 Losing the head is fatal: Ray keeps its tables in the head's memory, and an external Redis is not
 assumed.
@@ -30,16 +30,16 @@ from sisa.core.errors import EnvironmentFault, Problem
 from sisa.core.events import Notice, Report
 
 LOOK_EVERY_S = 2.0
-NO_NODE_S = 60.0  # how long a run without any place waits for a node before it gives up
+NO_NODE_S = 60.0  # how long a run without any slot waits for a node before it gives up
 HEAD_LOST_S, CONNECT_S = 15.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """Describe a live node: its name for people, its places and the size of its object store."""
+    """Describe a live node: its name for people, its slots and the size of its object store."""
 
     name: str
-    num_places: int
+    num_slots: int
     store_bytes: int
 
 
@@ -50,26 +50,26 @@ class Nodes:
         self, session: Session, report: Report, placement: Placement, remote: Remote, terms: Terms | None
     ) -> None:
         """Create a tracker. With `terms` None, every node may take tasks."""
-        self.places = WorkerSlots()
+        self.slots = WorkerSlots()
         self._session, self._report = session, report
         self._placement, self._terms = placement, terms
         self._origin: str = ray.get_runtime_context().get_node_id()
         self._proofs = Proofs(self._origin, terms, remote) if terms and terms.manifest else None
         self._alive: dict[str, _Node] = {}
         self._refused: dict[str, str] = {}
-        self._looked = self._head_reported = self._had_places = time.monotonic()
+        self._looked = self._head_reported = self._had_slots = time.monotonic()
 
     def open(self) -> None:
         """Admit the nodes that are present. Raise EnvironmentFault if none of them can do any work."""
         unsure = True
-        while unsure and not self.places.total and time.monotonic() - self._had_places < NO_NODE_S:
+        while unsure and not self.slots.total and time.monotonic() - self._had_slots < NO_NODE_S:
             self._greet(within_s=NO_NODE_S)
             if self._proofs is not None:
                 self._proofs.wait()
             unsure = self._judge(must_carry=True)
-            if unsure and not self.places.total:
+            if unsure and not self.slots.total:
                 time.sleep(LOOK_EVERY_S)  # a node that died a moment ago still counts as alive
-        if not self.places.total:
+        if not self.slots.total:
             self._raise_none()
 
     def look(self, at_once: bool = False) -> None:
@@ -82,9 +82,9 @@ class Nodes:
             return  # any call to the head would block
         self._greet()
         self._judge(must_carry=False)
-        if self.places.total or (self._proofs is not None and self._proofs.pending):
-            self._had_places = now
-        elif now - self._had_places > NO_NODE_S:
+        if self.slots.total or (self._proofs is not None and self._proofs.pending):
+            self._had_slots = now
+        elif now - self._had_slots > NO_NODE_S:
             self._raise_none()
 
     def name_of(self, node: str) -> str:
@@ -99,20 +99,20 @@ class Nodes:
             name = self._alive.pop(node).name
             if self._proofs is not None:
                 self._proofs.forget(node)
-            if node in self.places:
-                self.places.leave(node)
-                self._report(Notice(f"node {name} is lost; places for {self.places.total} workers left"))
+            if node in self.slots:
+                self.slots.leave(node)
+                self._report(Notice(f"node {name} is lost; places for {self.slots.total} workers left"))
         for node in alive.keys() - self._alive.keys():
             resources = alive[node]["Resources"]
             found = self._alive[node] = _Node(
                 f"{alive[node]['NodeManagerAddress']} ({node[:8]})",
-                self._placement.num_places(resources),
+                self._placement.num_slots(resources),
                 int(resources.get("object_store_memory", 0)),
             )
-            if not found.num_places:
+            if not found.num_slots:
                 continue
             if self._terms is None or node == self._origin:
-                self.places.join(node, found.num_places)
+                self.slots.join(node, found.num_slots)
             elif self._proofs is not None:
                 self._proofs.ask(node)
 
@@ -133,7 +133,7 @@ class Nodes:
             if isinstance(proof, Proof) and not proof.has_base:
                 why = self._cannot_carry(node, must_carry)
             if not why:
-                self.places.join(node, self._alive[node].num_places)
+                self.slots.join(node, self._alive[node].num_slots)
                 continue
             self._refused[node] = why
             self._report(Notice(f"node {self._alive[node].name} never trains for this model: {why}"))

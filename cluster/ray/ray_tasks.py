@@ -148,10 +148,10 @@ class _Run(Generic[_T, _R]):
         return done
 
     def _hand_out_tasks(self) -> None:
-        places = self.nodes.places
-        workers = min(self.num_workers, places.total)
+        slots = self.nodes.slots
+        workers = min(self.num_workers, slots.total)
         while (task := self._hand_out.next_task(workers)) is not None:
-            node = places.take(avoid=self._failed_on.get(task))
+            node = slots.take(avoid=self._failed_on.get(task))
             if node is None:
                 self._hand_out.again(task)
                 return
@@ -192,7 +192,7 @@ class _Run(Generic[_T, _R]):
     def _settle(self, reference: Any) -> None:
         attempt = self._running.pop(reference)
         task = attempt.task
-        self.nodes.places.give_back(attempt.node)
+        self.nodes.slots.give_back(attempt.node)
         try:
             outcome: Outcome[_R] = ray.get(reference)
         except (*LOST, ObjectLostError) as error:
@@ -247,7 +247,7 @@ class _Run(Generic[_T, _R]):
             elif silent_s > START_S:
                 del self._running[reference]
                 ray.cancel(reference, force=True)
-                self.nodes.places.give_back(attempt.node)
+                self.nodes.slots.give_back(attempt.node)
                 self._failed_on[attempt.task] = attempt.node
                 self._hand_out.again(attempt.task)
                 self.report(Notice(f"{worker} did not begin for {silent_s:.0f} s; trying another"))
@@ -255,7 +255,7 @@ class _Run(Generic[_T, _R]):
     def _leave_lost_nodes(self) -> None:
         """Restart the tasks of lost nodes elsewhere, without waiting for Ray to give them up."""
         for reference, attempt in list(self._running.items()):
-            if attempt.node not in self.nodes.places and not ray.wait([reference], timeout=0)[0]:
+            if attempt.node not in self.nodes.slots and not ray.wait([reference], timeout=0)[0]:
                 del self._running[reference]
                 self._start_again(attempt.task, NodeDiedError("the node is lost"))
 

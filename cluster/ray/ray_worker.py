@@ -1,6 +1,6 @@
 """Train one shard's chain in a Ray worker with `sisa.flows.serial.train_chain`.
 
-A task carries places and digests, never text or credentials, so no record content reaches Ray's object
+A task carries paths and digests, never text or credentials, so no record content reaches Ray's object
 store, spill or logs.
 
 The memory of a live worker may hold text of records that it trained on until the Ray session ends.

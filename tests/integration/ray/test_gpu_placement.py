@@ -89,7 +89,7 @@ def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("placement", "node", "places"),
+    ("placement", "node", "slots"),
     [
         (Placement(1, 0.1), {"CPU": 64, "GPU": 1}, 10),
         (Placement(1, 0.3), {"CPU": 64, "GPU": 2}, 6),
@@ -100,5 +100,5 @@ def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
         (Placement(2), {"CPU": 9}, 4),
     ],
 )
-def test_places_of_a_node(placement: Placement, node: dict[str, float], places: int) -> None:
-    assert placement.num_places(node) == places
+def test_slots_of_a_node(placement: Placement, node: dict[str, float], slots: int) -> None:
+    assert placement.num_slots(node) == slots

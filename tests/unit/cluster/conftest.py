@@ -1,4 +1,4 @@
-"""The command line as the tests of this room type it, and a small model to type it for."""
+"""A command's JSON, and a copy of a small model, for the tests of this room."""
 
 from __future__ import annotations
 
@@ -10,20 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import cli
-from tests.models.confessing import build, use_fake_resources
-
-
-@pytest.fixture
-def sisa(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command; return its exit code, standard output and standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        code = cli.run([str(each) for each in arguments])
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+from tests.models.confessing import use_fake_resources
 
 
 @pytest.fixture
@@ -37,14 +24,6 @@ def ask(
         return code, json.loads(out), out + err
 
     return run
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model of fakes that the tests of a file share, and change in copies."""
-    folder = tmp_path_factory.mktemp("trained")
-    build(folder / "model")
-    return folder / "model"
 
 
 @pytest.fixture

@@ -9,42 +9,42 @@ from cluster.ray.worker_slots import Placement, WorkerSlots
 
 
 def two() -> WorkerSlots:
-    places = WorkerSlots()
-    places.join("a", 2)
-    places.join("b", 1)
-    return places
+    slots = WorkerSlots()
+    slots.join("a", 2)
+    slots.join("b", 1)
+    return slots
 
 
 def test_nodes_fill_evenly_and_no_further() -> None:
-    places = two()
-    assert sorted(str(places.take()) for _ in range(4)) == ["None", "a", "a", "b"]
-    places.give_back("b")
-    assert places.take() == "b"
+    slots = two()
+    assert sorted(str(slots.take()) for _ in range(4)) == ["None", "a", "a", "b"]
+    slots.give_back("b")
+    assert slots.take() == "b"
 
 
 def test_a_node_is_avoided_while_another_has_a_place() -> None:
-    places = two()
-    assert places.take(avoid="a") == "b"
-    assert places.take(avoid="a") == "a"
+    slots = two()
+    assert slots.take(avoid="a") == "b"
+    assert slots.take(avoid="a") == "a"
 
 
 def test_a_lost_node_has_no_places() -> None:
-    places = two()
-    assert places.take() == "a"
-    places.leave("a")
-    places.give_back("a")  # what ran there ends later
-    assert places.total == 1
-    assert "a" not in places
-    assert [places.take(), places.take()] == ["b", None]
+    slots = two()
+    assert slots.take() == "a"
+    slots.leave("a")
+    slots.give_back("a")  # what ran there ends later
+    assert slots.total == 1
+    assert "a" not in slots
+    assert [slots.take(), slots.take()] == ["b", None]
 
 
 @pytest.mark.parametrize(
-    ("placement", "num_places"),
+    ("placement", "num_slots"),
     [(Placement(2), 4), (Placement(3), 2), (Placement(1, gpus=1), 2), (Placement(9), 0)],
 )
-def test_places_of_a_node(placement: Placement, num_places: int) -> None:
-    assert placement.num_places({"CPU": 8.0, "GPU": 2.0, "memory": 1e9}) == num_places
-    assert placement.num_places({}) == 0
+def test_slots_of_a_node(placement: Placement, num_slots: int) -> None:
+    assert placement.num_slots({"CPU": 8.0, "GPU": 2.0, "memory": 1e9}) == num_slots
+    assert placement.num_slots({}) == 0
 
 
 @pytest.mark.parametrize(

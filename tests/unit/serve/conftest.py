@@ -13,17 +13,9 @@ from cluster.serve.app import Service, build_app
 from sisa.config.config import ServiceBlock
 from sisa.model import open_model
 from tests.fakes.answers import FakeAnswers
-from tests.models.confessing import build, use_fake_resources
+from tests.models.confessing import use_fake_resources
 
 LOOPBACK = "http://127.0.0.1"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model of fakes that the tests of a file share, and change in copies."""
-    folder = tmp_path_factory.mktemp("trained")
-    build(folder / "model")
-    return folder / "model"
 
 
 @pytest.fixture

@@ -1,0 +1,31 @@
+"""The command line, and a small trained model, for the tests of several rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import cli
+from tests.models.confessing import build
+
+
+@pytest.fixture
+def sisa(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command; return its exit code, standard output and standard error."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        code = cli.run([str(each) for each in arguments])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model of fakes that the tests of a file share, and change in copies."""
+    folder = tmp_path_factory.mktemp("trained")
+    build(folder / "model")
+    return folder / "model"
