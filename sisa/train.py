@@ -203,7 +203,7 @@ def _check_keys_outside(config: RunConfig) -> None:
     within += [Path(config.storage)] if config.storage and not is_uri(config.storage) else []
     if any(keys.is_relative_to(each.resolve()) for each in within):
         raise InvalidInput(
-            "the keys would lie inside the model, so a copy of the model would include its keys",
+            "the keys would be inside the model, so a copy of the model would include its keys",
             where=str(keys),
             next_step="name another directory by `keyring:`",
         )
@@ -242,7 +242,7 @@ def _check_move(model: Model, config: RunConfig, *, accept_differences: bool) ->
     _check_keys_moved(model, config)
     if model.config.ledger != config.ledger:
         raise ConfigConflict(
-            "a model's ledger is moved by a command of its own",
+            "a model's ledger can't change by training: a command moves it",
             where="ledger",
             expected=model.config.ledger or "null",
             got=config.ledger or "null",

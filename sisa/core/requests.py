@@ -102,13 +102,13 @@ def check_four_eyes(submitter: str, approver: str | None) -> None:
     """
     if not submitter.strip():
         raise ConfigConflict(
-            "this model asks for four eyes, and nobody is named who submits this",
+            "this model requires four eyes, but no submitter is named",
             where="service.four_eyes",
             next_step="`sisa request submit --submitter WHO`; then somebody else approves it",
         )
     if approver is not None and _person(approver) == _person(submitter):
         raise ConfigConflict(
-            "this model asks for four eyes: who submits a request may not approve it",
+            "this model requires four eyes: the submitter of a request may not approve it",
             where="service.four_eyes",
             next_step="let somebody else approve it",
         )

@@ -270,7 +270,7 @@ class _Evidence:
             elif name in again:
                 continue  # carried out once more after a backup was restored: the certificate is older
             elif (request.created_at, request.committed_at) != (times["received"], times["committed"]):
-                yield Problem(name, "the ledger dates it otherwise than its certificate does")
+                yield Problem(name, "the ledger and its certificate have different dates")
 
     def misplaced(self) -> Iterator[Problem]:
         """Find a tree that is not that of the ledger, or not the last certified one."""

@@ -493,7 +493,7 @@ class _Issuing:
     def _append(self, sequence: int, kind: str, envelope: bytes) -> Logged:
         if (index := self.log.append(envelope, kind)) != sequence:
             raise IntegrityError(
-                "a statement was logged in another place than it names",
+                "a statement was logged at another index than it names",
                 expected=f"entry {sequence}",
                 got=f"entry {index}",
                 next_step="`sisa log` shows the log; another process may have written to it",

@@ -330,7 +330,7 @@ def read_private_key(key_file: Path) -> Ed25519PrivateKey:
             return private
         got = "a key of another kind"
     raise InvalidInput(
-        "the key that is to sign can't be used",
+        "the signing key can't be used",
         where=str(key_file),
         expected="an Ed25519 private key in PEM",
         got=got,
@@ -360,7 +360,7 @@ def read_public_key(path: Path) -> CertificateKey:
             if ed25519 or getattr(curve, "name", "") == "secp256r1":
                 return _certificate_key(key, ED25519 if ed25519 else ECDSA_P256)
     raise InvalidInput(
-        "this is no public key that can sign certificates",
+        "this public key can't sign certificates",
         where=str(path),
         expected="Ed25519 or ECDSA on P-256, in PEM or as OpenSSH writes it",
     )

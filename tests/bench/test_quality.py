@@ -19,7 +19,7 @@ def people(*places: tuple[str, str]) -> list[dict[str, str]]:
     ]
 
 
-def test_a_survivors_word_is_in_no_other_authors_records_and_not_the_deleteds() -> None:
+def test_a_survivors_word_is_in_no_other_records_deleted_or_held() -> None:
     full = people(*[(f"Name{n}", f"Place{n}") for n in range(max(DELETED) + 1)])
     words = words_of_survivors(full, [0, 1, DELETED[0]])
     assert words == {"Name0", "Place0", "Name1", "Place1"}

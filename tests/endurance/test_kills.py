@@ -39,7 +39,7 @@ def test_killed_processes_end_in_the_bytes_of_never_having_been_killed(
     assert "state left behind" in capfd.readouterr().out
 
 
-def test_killed_processes_of_an_encrypted_model_leave_no_key_and_no_file_too_many(
+def test_killed_processes_of_an_encrypted_model_leave_no_stray_key_or_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert killed(tmp_path, monkeypatch, 8, 0, "--encrypt")["encrypted"]

@@ -285,7 +285,7 @@ def test_modules_that_the_base_lacks_are_refused_before_anything_is_written(
     assert not (run_file.parent / "model").exists()
 
 
-def test_records_that_a_first_training_can_not_take_are_reported_together_before_anything_is_written(
+def test_a_first_training_reports_all_bad_records_before_it_writes(
     tmp_path: Path, tiny_base: Path, capsys: Capture
 ) -> None:
     bands = {"thresholds": [0.1], "classes": {"trial": 0.3}}

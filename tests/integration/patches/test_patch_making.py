@@ -186,7 +186,7 @@ def test_what_was_cut_short_goes_on_to_the_same_bytes(
     assert not bench.site.vault_keyring.held(DRAFTS_AREA)
 
 
-def test_a_search_for_a_scale_that_is_cut_short_again_and_again_comes_to_its_end(bench: Bench) -> None:
+def test_a_search_for_a_scale_that_is_interrupted_repeatedly_ends(bench: Bench) -> None:
     asked = settings("task_arithmetic", max_utility_drop=0.5, alphas=[8.0, 64.0], num_epochs=2)
     rounds = 0
     while (made := bench.make(bench.order(asked, FORGET, KEEP, max_seconds=1e-6))).unfinished:

@@ -116,7 +116,7 @@ def test_a_replay_that_differs_is_a_finding() -> None:
     assert render.verified(found).exit_code == 4
 
 
-def test_a_trainer_that_keeps_something_is_found_by_processes_of_their_own() -> None:
+def test_a_trainer_that_keeps_state_is_found_by_separate_processes() -> None:
     """Equal in one go, as ever; different stage by stage."""
     model = fake_model()
     context = trained_by(model.context, Resuming)

@@ -353,9 +353,7 @@ def test_external_ids_are_idempotent(ask: Ask) -> None:
     assert len(ask("request", "list")["requests"]) == 1
 
 
-def test_a_second_writer_is_5_and_neither_readers_nor_requests_are_kept_out(
-    ask: Ask, model: Path
-) -> None:
+def test_a_second_writer_exits_with_5_and_readers_and_requests_go_on(ask: Ask, model: Path) -> None:
     ask("request", "submit", "id-0003", "--external-id", "T-1")
     with writer_lock(model / wiring.LOCK):
         assert ask("run", "--json", code=5)["error"]["type"] == "Busy"

@@ -55,7 +55,7 @@ def config_with(**changed: str) -> RunConfig:
     return RunConfig.model_validate({"datasets": datasets, "output_dir": Path("model"), **changed})
 
 
-def test_a_change_of_either_is_another_job_and_the_usual_ones_are_named_in_none() -> None:
+def test_another_device_or_dtype_is_another_job_and_defaults_are_in_none() -> None:
     assert set(config_with().training()) == set(TRAINING_KEYS)
     slices = [SliceState(0, 0, "root", 3)]
     keys = [

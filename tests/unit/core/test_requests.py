@@ -274,7 +274,7 @@ def test_events_must_be_one_chain_that_leads_to_the_states() -> None:
 
 
 @given(st.lists(events, min_size=1, max_size=6), st.data())
-def test_events_without_the_key_stand_at_the_beginning_of_an_earlier_versions_ledger_alone(
+def test_unkeyed_events_come_first_and_only_in_a_ledger_of_an_earlier_version(
     history: list[RequestEvent], data: st.DataObject
 ) -> None:
     keyed_from = data.draw(st.integers(0, len(history)))

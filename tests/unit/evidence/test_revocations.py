@@ -172,7 +172,7 @@ def test_over_a_history_copies_are_revoked_if_and_only_if_they_knew_a_deleted_re
 
 
 @pytest.mark.parametrize("crash", [True, False])
-def test_copies_from_before_a_new_layout_are_revoked_by_any_record_of_then(
+def test_copies_of_a_former_layout_are_revoked_by_any_record_of_that_time(
     model: Certified, crash: bool
 ) -> None:
     """What was where is no longer known. A crash leaves out the reconciliation after the move."""

@@ -1,4 +1,4 @@
-"""Where the run file asks for four eyes, who submits a request never approves it, whichever way."""
+"""Where the run file requires four eyes, the submitter of a request never approves it, in any way.
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_request_from_before_needs_a_submitter_too() -> None:
     row = next(row for s in range(9) for row in context.stores.ledger.rows(s))
     former = changed(context, four_eyes=False)
     known = submit(former, [row], (), Terms())
-    with pytest.raises(ConfigConflict, match="nobody is named"):
+    with pytest.raises(ConfigConflict, match="no submitter is named"):
         decide(context, known.request_id, "approved", "ben")
     assert decide(context, known.request_id, "cancelled", "").state == "cancelled"
 

@@ -176,7 +176,7 @@ def test_what_is_held_of_a_subject_binds_what_is_added() -> None:
     assert add(fake.context, [record(3, 0.3, "ada")]).added == 1
 
 
-def test_all_that_speaks_against_an_addition_is_reported_at_once() -> None:
+def test_every_problem_of_an_addition_is_reported_at_once() -> None:
     fake = fake_model(2, fake_recipe(4), bands=BANDS)
     train(fake.context, [record(0, 0.3, "ada"), record(1, None), record(2, None)])
     digest = fake.context.settings.assigner.id_digest(record(2, None).id)
@@ -203,7 +203,7 @@ def test_all_that_speaks_against_an_addition_is_reported_at_once() -> None:
     assert fake.ledger.heads() == before
 
 
-def test_what_does_not_fit_and_what_comes_twice_is_reported_with_the_rest() -> None:
+def test_unfit_and_repeated_records_are_reported_with_the_rest() -> None:
     fake = fake_model(2, fake_recipe(4), bands=BANDS)
     train(fake.context, [record(0, 0.3, "ada")])
 
@@ -233,7 +233,7 @@ def test_what_does_not_fit_and_what_comes_twice_is_reported_with_the_rest() -> N
     assert fake.ledger.heads() == before
 
 
-def test_a_changed_record_and_a_risk_without_a_class_are_reported_of_a_source_together() -> None:
+def test_a_changed_record_and_a_risk_without_a_class_are_reported_together() -> None:
     fake = fake_model(2, fake_recipe(4), bands=BANDS)
     train(fake.context, [record(0, 0.3), record(1, None)])
     changed = replace(record(1, None), parts=record(6, None).parts)

@@ -21,7 +21,7 @@ def total_s(some: list[list[int]], fleet: Fleet) -> float:
 
 
 @given(tasks, workers)
-def test_without_deaths_all_is_trained_once_within_the_bounds_of_list_scheduling(
+def test_without_deaths_each_task_runs_once_within_the_bounds_of_list_scheduling(
     some: list[list[int]], num_workers: int
 ) -> None:
     """Graham 1969: no list schedule ends later than the mean load plus the longest task."""

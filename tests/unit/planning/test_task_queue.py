@@ -24,7 +24,7 @@ def test_tasks_start_in_order_and_what_must_start_again_comes_first() -> None:
     assert started(hand_out, 3) == [3]
 
 
-def test_deaths_in_a_row_are_counted_and_what_was_stored_begins_the_count_anew() -> None:
+def test_deaths_in_a_row_are_counted_and_a_stored_result_resets_the_count() -> None:
     hand_out = TaskQueue(num_tasks=2, max_retries=2)
     for _ in range(10):  # as often as it likes, as long as it gets on
         for deaths in (1, 2):
