@@ -1,4 +1,4 @@
-"""Where the run file requires four eyes, the submitter of a request never approves it, in any way.
+"""Where the run file requires four eyes, the submitter of a request never approves it, in any way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PEOPLE = ["anna", "Anna ", "ANNA", "\uff21nna", "ben", ""]  # the first four are
 
 
 def asking() -> Context:
-    """Return a model that asks for four eyes."""
+    """Return a model that requires four eyes."""
     fake = fake_model()
     train(fake.context, [fake_record(number, f"s{number}") for number in range(4)])
     return changed(fake.context, four_eyes=True)
