@@ -47,7 +47,8 @@ def own_cluster(**head: Any) -> Iterator[Cluster]:
                 "_system_config": {"health_check_period_ms": 1000},  # a lost node is noticed in 5 s
             }
             # Otherwise Ray writes the address where `address="auto"` of other processes looks.
-            with mock.patch("ray._private.utils.write_ray_address"):
+            written = mock.patch("ray._private.utils.write_ray_address")
+            with written, ray_session.without_needless_processes():
                 cluster.add_node(**{**options, **head})
             yield cluster
             ray_session.disconnect()
