@@ -22,6 +22,7 @@ pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[3]
 SOON_S = 20.0  # of a busy machine
+BEGUN = {"ray": "model/checkpoints/.tmp-*", "serial": "model/records/*"}  # what training makes first
 
 
 @pytest.fixture
@@ -47,6 +48,7 @@ def start(scratch: Path, *arguments: str) -> subprocess.Popen[str]:
 def processes_of(command: subprocess.Popen[str]) -> list[psutil.Process]:
     found = psutil.Process(command.pid).children(recursive=True)
     assert {"raylet", "gcs_server"} <= {each.name() for each in found}
+    assert "monitor.py" not in " ".join(word for each in found for word in each.cmdline())  # needless
     return found
 
 
@@ -55,14 +57,14 @@ def are_gone(started: list[psutil.Process]) -> bool:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(("by", "executor"), [(signal.SIGTERM, "ray"), (signal.SIGHUP, "serial")])
 def test_a_command_that_is_asked_to_end_says_how_to_go_on(
-    by: signal.Signals, scratch: Path, tmp_path: Path, tiny_base: Path
+    by: signal.Signals, executor: str, scratch: Path, tmp_path: Path, tiny_base: Path
 ) -> None:
-    run_file = write_run(tmp_path, tiny_base, num_epochs=400)
-    with start(scratch, "-m", "sisa", "train", str(run_file)) as command:
-        wait_for(lambda: list(tmp_path.glob("model/checkpoints/.tmp-*")), 120)
-        started = processes_of(command)
+    run_file = write_run(tmp_path, tiny_base, num_epochs=400, cluster={"num_workers": 1})
+    with start(scratch, "-m", "sisa", "train", str(run_file), "--executor", executor) as command:
+        wait_for(lambda: list(tmp_path.glob(BEGUN[executor])), 120)
+        started = processes_of(command) if executor == "ray" else []
         command.send_signal(by)
         out, err = command.communicate(timeout=60)
     assert (command.returncode, out) == (128 + by, ""), err
