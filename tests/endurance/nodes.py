@@ -127,7 +127,7 @@ def run(
     num_shards: int = NUM_SHARDS,
     show: bool = False,
 ) -> dict[str, Any]:
-    """Run rounds until so many seconds have passed; stop at the first that is not equal."""
+    """Run rounds until so many seconds have passed and something was killed, or one is not equal."""
     site, chains = ground(folder, num_shards)
     expected = serial(site, chains)
     notices, failures = Counter[str](), list[str]()
@@ -144,7 +144,7 @@ def run(
     with own_cluster() as cluster:
         killer = Killer(cluster, seed, num_nodes)
         started = time.monotonic()
-        while not failures and time.monotonic() - started < seconds:
+        while not failures and (time.monotonic() - started < seconds or not killer.kills):
             target = folder / f"round-{rounds}"
             here = replace(site, checkpoints_at=LocalBlobs(target))
             RayExecutor(here, cluster.address, None, MAX_RETRIES).run(chains, report)

@@ -1,4 +1,4 @@
-"""Kill nodes and workers at random for some seconds: equal to the serial executor.
+"""Kill a node while chains train on a cluster: equal to the serial executor.
 
 The full run is `python -m tests.endurance.nodes --seconds 600 --out tests/endurance/nodes.json`.
 """
@@ -16,8 +16,8 @@ from tests.endurance.nodes import run
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_ray")
 def test_random_kills_of_nodes_change_no_byte(tmp_path: Path) -> None:
-    # The round that is under way is finished.
-    found = run(tmp_path, seed=3, seconds=15, num_nodes=2, num_shards=3)
+    # A second is over before the first kill, so there is one, and its round is finished.
+    found = run(tmp_path, seed=3, seconds=1, num_nodes=2, num_shards=2)
     assert found["failures"] == []
-    assert sum(found["kills"].values()) > 0
+    assert found["kills"] == {"node": 1}
     assert found["rounds"] > 0
