@@ -9,11 +9,17 @@ rewritten.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import sisa
+from cluster.ray.ray_executor import open_executor
+from sisa.core.ports import Executor
+from sisa.flows.serial import Site
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS, OpenExecutor
 from tests.models.forked import run_forked
 from tests.models.tiny_model import (
@@ -65,7 +71,7 @@ def run_file_of(folder: Path, base: Path, rows: list[Row], schedule: str, **clus
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_history_ends_in_the_bytes_of_training_from_scratch(
+def test_a_history_ends_in_the_bytes_of_training_from_scratch_here_and_in_a_fresh_process(
     tmp_path: Path, tiny_base: Path, schedule: str
 ) -> None:
     model = live_a_life(run_file_of(tmp_path / "a", tiny_base, FIRST, schedule))
@@ -76,6 +82,11 @@ def test_a_history_ends_in_the_bytes_of_training_from_scratch(
     assert adapters(model.directory) == adapters(scratch.directory)
     assert held_files(model.directory) == held_files(scratch.directory)
     assert model.status().model_digest == scratch.status().model_digest
+    elsewhere = run_file_of(tmp_path / "c", tiny_base, REMAINING, schedule)
+    assert run_forked(IN_A_FRESH_PROCESS, elsewhere) == 0
+    digest, files = json.loads((tmp_path / "c" / "found.json").read_text())
+    assert held_files(model.directory) == files
+    assert model.status().model_digest == digest
     proof = model.verify(replay="all")
     assert proof.ok
     assert [each.equal for each in proof.shards] == [True, True, True]
@@ -127,28 +138,19 @@ def test_what_is_appended_trains_new_slices_alone_and_keeps_the_law(
     assert model.verify(replay="all").ok
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_history_ends_in_the_bytes_of_a_fresh_process(
-    tmp_path: Path, tiny_base: Path, schedule: str
-) -> None:
-    model = live_a_life(run_file_of(tmp_path / "a", tiny_base, FIRST, schedule))
-    run_file = run_file_of(tmp_path / "b", tiny_base, REMAINING, schedule)
-    assert run_forked(IN_A_FRESH_PROCESS, run_file) == 0
-    digest, files = json.loads((tmp_path / "b" / "found.json").read_text())
-    assert held_files(model.directory) == files
-    assert model.status().model_digest == digest
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_history_on_ray_ends_in_the_bytes_of_serial_training(tmp_path: Path, tiny_base: Path) -> None:
     scratch = run_file_of(tmp_path / "serial", tiny_base, REMAINING, "cumulative")
     expected = held_files(sisa.train_model(scratch, executor="serial")[0].directory)
-    for num_workers in (1, 2):
-        folder = tmp_path / f"ray-{num_workers}"
-        run_file = run_file_of(folder, tiny_base, FIRST, "cumulative", num_workers=num_workers)
-        model = live_a_life(run_file, executor="ray")
-        assert held_files(model.directory) == expected, f"{num_workers} workers"
+    numbers = cycle((2, 1))
+
+    def open_on_ray(site: Site, options: Mapping[str, Any]) -> Executor:
+        return open_executor(site, {**options, "num_workers": next(numbers)})
+
+    model = live_a_life(run_file_of(tmp_path / "ray", tiny_base, FIRST, "cumulative"), open_on_ray)
+    assert held_files(model.directory) == expected
+    assert next(numbers) == 1  # each number trained
 
 
 def test_other_records_give_other_bytes(tmp_path: Path, tiny_base: Path, tiny: Tiny) -> None:
