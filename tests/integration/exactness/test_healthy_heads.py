@@ -108,7 +108,7 @@ def test_another_layout_is_trained_before_it_is_taken(
     change_run(write_run(scratch.folder, tiny_base, without(PEOPLE, gone)), **LAYOUT)
     scratch.train()
     assert held_files(tiny.directory) == held_files(scratch.directory)
-    assert tiny.open().verify(replay="all").ok
+    assert tiny.open().verify().ok
 
 
 def test_a_deletion_after_a_cut_move_is_of_the_old_layout(

@@ -135,7 +135,7 @@ def test_what_is_appended_trains_new_slices_alone_and_keeps_the_law(
     )
     assert held_files(model.directory) == held_files(scratch.directory)
     assert model.status().model_digest == scratch.status().model_digest
-    assert model.verify(replay="all").ok
+    assert model.verify().ok
 
 
 @pytest.mark.ray
@@ -174,7 +174,7 @@ def test_deleting_every_record_of_a_shard(tmp_path: Path, tiny_base: Path, tiny:
     emptied = model.status().shards[1]
     assert (emptied.head, emptied.depth, emptied.records) == (None, 0, 0)
     assert model.status().model_digest == scratch.status().model_digest
-    assert model.verify(replay="all").ok
+    assert model.verify().ok
 
 
 def test_adding_to_a_shard_that_was_emptied(tmp_path: Path, tiny_base: Path, tiny: Tiny) -> None:

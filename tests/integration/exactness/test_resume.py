@@ -75,7 +75,7 @@ def test_a_first_training_goes_on_where_it_was_cut(
     after = identities(cut.directory / "checkpoints")
     assert {name: after[name] for name in stored} == stored
     assert held_files(cut.directory) == held_files(tiny.directory)
-    assert cut.open().verify(replay="all").ok
+    assert cut.open().verify().ok
 
 
 def test_a_first_training_goes_on_after_sigkill_in_the_middle_of_a_slice(
@@ -216,7 +216,7 @@ def test_reconfigure_moves_to_the_model_of_the_new_run_file(
     scratch.train()
     assert held_files(tiny.directory) == held_files(scratch.directory)
     assert tiny.train().slices_trained == 0
-    assert tiny.open().verify(replay="all").ok
+    assert tiny.open().verify().ok
 
 
 def test_a_reconfiguration_that_was_cut_goes_on(tmp_path: Path, tiny_base: Path, tiny: Tiny) -> None:
@@ -344,7 +344,7 @@ def test_reconfigure_moves_to_the_changed_base(rebased: Tiny, tmp_path: Path) ->
     rebased.train(accept_differences=True)
     scratch = train_scratch(tmp_path / "scratch", rebased.base, PEOPLE)
     assert held_files(rebased.directory) == held_files(scratch.directory)
-    assert rebased.open().verify(replay="all").ok
+    assert rebased.open().verify().ok
 
 
 # --- deleted records and a first training --------------------------------------------------------

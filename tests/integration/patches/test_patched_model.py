@@ -169,7 +169,7 @@ def test_what_was_cut_short_over_a_patch_is_gone_on_with(
     assert tiny.open().resume().slices_trained > 0
     expected = patched(tmp_path / "scratch", tiny.base, PEOPLE, made[:1])
     assert adapters(tiny.directory) == adapters(expected.directory)
-    assert tiny.open().verify(replay="all").ok
+    assert tiny.open().verify().ok
 
 
 def test_reverted_with_retraining_it_is_the_plain_model_again(tiny: Tiny, made: list[Files]) -> None:
@@ -183,7 +183,7 @@ def test_reverted_with_retraining_it_is_the_plain_model_again(tiny: Tiny, made: 
     assert over != plain
     unlearn.retrain(model)
     assert adapters(tiny.directory) == plain
-    assert model.verify(replay="all").ok
+    assert model.verify().ok
 
 
 def test_an_encrypted_model_is_trained_over_patches_too(
@@ -228,7 +228,7 @@ def test_patches_of_a_former_base_are_dropped_with_it(
     assert unlearn.patches(moved)[2] == ()
     scratch = train_scratch(tmp_path / "scratch", other, PEOPLE)
     assert adapters(tiny.directory) == adapters(scratch.directory)
-    assert moved.verify(replay="all").ok
+    assert moved.verify().ok
     assert not list((tiny.directory / PATCHES).iterdir())
 
 
@@ -243,7 +243,7 @@ def test_another_layout_keeps_patches_and_what_is_over_them(
     expected = patched(tmp_path / "scratch", tiny.base, PEOPLE, made[:1], sisa_block={"shards": 2})
     assert adapters(tiny.directory) == adapters(expected.directory)
     assert len(unlearn.served(tiny.open())) == 1
-    assert tiny.open().verify(replay="all").ok
+    assert tiny.open().verify().ok
 
 
 def test_patches_follow_encrypt_and_the_vault_stays_sealed(
