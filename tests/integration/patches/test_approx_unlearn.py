@@ -104,7 +104,8 @@ def test_every_method_makes_a_patch_that_can_be_taken_back(model: Tiny, method: 
     assert ([each.state for each in patches], over) == (["reverted"], ())
     kept = report["still_known"]["after"] > 0  # so that it can be tried again
     assert [(each.role, each.held) for each in sets] == ([("forget", True)] if kept else [])
-    assert opened.verify(replay="sample").ok
+    assert adapters(model.directory) == before
+    assert opened.verify().ok
 
 
 def test_a_reference_is_measured_beside_the_patch(model: Tiny, tmp_path: Path) -> None:
