@@ -292,7 +292,7 @@ def patched(base: Base) -> Base:
     return replace(base, patches=(random_patch(base.directory, 1),))
 
 
-@pytest.mark.parametrize("case", drawn_cases(num_examples(180, share=30)), ids=str)
+@pytest.mark.parametrize("case", drawn_cases(num_examples(180, share=36)), ids=str)
 def test_all_ways_to_a_stage_give_the_same_bytes(
     case: dict[str, Any], bases: dict[str, Base], fresh: ProcessPoolExecutor
 ) -> None:

@@ -161,7 +161,7 @@ def test_the_readme_has_them_all() -> None:
     }
 
 
-FEW = ("bloom", "gemma2", "mixtral")
+FEW = ("gemma2", "mixtral")
 
 
 @pytest.mark.parametrize(
