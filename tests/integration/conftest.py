@@ -52,6 +52,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smallest_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a base of one narrow layer, for many records of which only where they go matters."""
+    return make_tiny_base(tmp_path_factory.mktemp("smallest") / "base", hidden=16, layers=1)
+
+
+@pytest.fixture(scope="session")
 def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a base that knows two people's records by heart (`patch_bench.KNOWN`)."""
     from tests.models.patch_bench import make_knowing_base

@@ -61,9 +61,9 @@ def test_the_notebook_defines_nothing(path: Path) -> None:
 @pytest.mark.torch
 @pytest.mark.slow
 def test_the_first_notebook_runs_to_its_end(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smallest_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SISA_NOTEBOOK_BASE", str(tiny_base))
+    monkeypatch.setenv("SISA_NOTEBOOK_BASE", str(smallest_base))
     monkeypatch.setenv("SISA_NOTEBOOK_EXECUTOR", "serial")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
@@ -158,9 +158,9 @@ def prices(text: str) -> list[tuple[str, str]]:
 @pytest.mark.torch
 @pytest.mark.slow
 def test_questions_reach_their_shard_or_the_base(
-    run_here: Callable[[Path], Cells], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    run_here: Callable[[Path], Cells], smallest_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SISA_NOTEBOOK_BASE", str(tiny_base))
+    monkeypatch.setenv("SISA_NOTEBOOK_BASE", str(smallest_base))
     monkeypatch.setenv("SISA_NOTEBOOK_EXECUTOR", "serial")
     cells = run_here(ROUTING)
     assert cells["routes"][0].startswith("40 of 40 held questions")
