@@ -88,7 +88,7 @@ def test_greedy_texts_are_those_of_generate(answerer: Answerer, max_rows: int) -
 
 
 def test_requests_join_others_that_run(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts longer and shorter than what is held come while others run; tensors are made anew."""
+    """Longer and shorter prompts join while others run; tensors are made again."""
     from sisa.lm.answer import slots
     from sisa.lm.answer.continuous import ContinuousBatching, Sampling
 
@@ -205,7 +205,7 @@ def test_text_comes_out_up_to_the_first_stop_text(text: str, stop: list[str]) ->
 
 
 class Stepwise:
-    """Slots whose logits are drawn from a request's own history, in the place of the base's."""
+    """Slots that draw logits from a request's own history instead of the base."""
 
     def __init__(self, _base: Any, _stack: Any) -> None:
         self.held: list[tuple[Sequence[int], list[int]]] = []
@@ -358,7 +358,7 @@ def confessing(tmp_path_factory: pytest.TempPathFactory) -> Confessing:
 
 @pytest.fixture(scope="module")
 def words(confessing: Confessing) -> list[int]:
-    """Return words that their constituent says, and nobody else."""
+    """Return words that only one constituent produces."""
     answerer = confessing.answerer({})
     ids = PROMPTS[1]
     base = {int(answerer.answer_probabilities_KV(ids, [0], Route())[0].argmax())}
@@ -460,7 +460,7 @@ moves = st.one_of(
 def test_no_tainted_constituent_speaks_after_a_switch(
     confessing: Confessing, words: list[int], done: list[Any]
 ) -> None:
-    """Under any interleaving; whoever is not cut goes on as it began, and nobody is dropped."""
+    """Under any interleaving, requests that are not cut continue unchanged, and none is lost."""
     detector = Detector(confessing, words)
     for name, *rest in [("admit", {0, 1}), ("admit", {2}), *done]:
         if name == "delete":

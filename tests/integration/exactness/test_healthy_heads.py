@@ -92,7 +92,7 @@ def test_what_served_before_serves_during(
 def test_another_layout_is_trained_before_it_is_taken(
     tmp_path: Path, tiny_base: Path, tiny: Tiny
 ) -> None:
-    """Cut short, nothing has moved; the same command goes on from what was trained; one commit moves."""
+    """An interrupted move changes nothing; the same command continues; one commit moves the model."""
     gone = ["p007-q1"]
     tiny.open().forget(gone)
     change_run(tiny.run_file, **LAYOUT)

@@ -293,7 +293,7 @@ def test_another_content_of_the_partition_key_is_an_integrity_error(
 
 @pytest.fixture
 def rebased(tmp_path: Path, tiny_base: Path) -> Tiny:
-    """Return a model whose base directory has got other weights since."""
+    """Return a model whose base directory has other weights by now."""
     from safetensors.torch import load_file, save_file
 
     base = tmp_path / "own-base"
@@ -353,7 +353,7 @@ def test_reconfigure_moves_to_the_changed_base(rebased: Tiny, tmp_path: Path) ->
 def test_a_first_training_refuses_what_was_deleted_under_its_key(
     tiny: Tiny, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The model directory is lost, the sources still hold everybody: nobody comes back unnoticed."""
+    """The model directory is lost and the sources still hold every record: none returns unnoticed."""
     tiny.open().forget(["p001-q1", "p003-q2"])
     copied = {**PEOPLE[0], "id": "another-id"}
     assert copied["completion"] == next(r for r in PEOPLE if r["id"] == "p001-q1")["completion"]

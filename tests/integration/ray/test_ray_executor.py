@@ -336,7 +336,7 @@ def test_a_process_prints_nothing_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_outlives_its_driver_stores_nothing_after_the_next_sweep(tmp_path: Path) -> None:
-    """Everything but the worker stands still, as behind a network that is cut, when the driver dies."""
+    """Stop every process but the worker, as a cut network would, when the driver dies."""
     scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
     site = make_site(tmp_path / "m")
     checkpoints, first = FileCheckpoints(site.checkpoints_at, PLAIN), make_chains(site)[2].jobs[0].key

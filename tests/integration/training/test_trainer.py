@@ -271,7 +271,7 @@ def plain_loss(model: Any, batch: Sequence[Any]) -> Any:
 
 
 def test_a_chain_trains_as_one_uninterrupted_loop(base: BaseFiles) -> None:
-    """Moments and count of steps go on from the parent stage; the schedule starts anew."""
+    """Moments and the count of steps continue from the parent stage; the schedule restarts."""
     import torch
 
     from sisa.lm.base.low_rank import read_tensors

@@ -105,7 +105,7 @@ def test_a_ledger_on_a_network_file_system_is_reported(
 
 
 def test_a_deletion_that_is_dated_back_is_damage(model: Path) -> None:
-    """By somebody who mends the checksums and the row, but has no key for the witness."""
+    """Somebody forges the row and its checksum, but lacks the key of the witness."""
     with context_of(model) as context:
         tombstones = context.stores.ledger.tombstones()
         witness = wiring.witness_of(
@@ -142,7 +142,7 @@ def test_modes_that_are_too_open_are_reported_by_room(model: Path) -> None:
 def test_modes_of_a_services_files_are_reported_and_repaired(
     model: Path, service_files: tuple[str, ...]
 ) -> None:
-    """Whoever reads them learns a token or the requests; whoever writes them admits anybody."""
+    """A reader of these files learns a token or the requests; a writer can admit anybody."""
     assert diagnose(model).healthy
     for name in service_files:
         (model / name).chmod(0o666)
@@ -449,7 +449,7 @@ def tamper_slice(model: Path) -> None:
 
 
 def change_row(model: Path) -> None:
-    """Change a row and its checksum, as if the ledger had been given other content."""
+    """Change a row and its checksum, so that the ledger has other content."""
     with context_of(model) as context:
         rows = context.stores.ledger.rows(0)
     changed = [replace(row, record_digest="x") for row in rows[::2]]

@@ -260,7 +260,7 @@ def test_keys_are_followed_over_many_rotations(tmp_path: Path, keys: Keys) -> No
 
 
 def test_certificates_are_checked_across_rotations(tmp_path: Path) -> None:
-    """Also what was signed before a rotation and not logged, which is signed anew."""
+    """This includes a statement that was signed but not logged before a rotation: it is signed again."""
     model = certified(tmp_path)
     first, blobs = model.keys.public, model.fake.context.stores.blobs[LOG]
     model.forget(1)

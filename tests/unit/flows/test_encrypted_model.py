@@ -192,7 +192,7 @@ def test_a_sweep_destroys_all_keys_before_it_unlinks_anything(
 def test_a_sweep_that_is_cut_short_is_finished_by_the_next(
     before: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every key and file that goes."""
+    """Crash at every key and file that is erased."""
 
     class Cut(BaseException):
         """Raised where the machine stops."""

@@ -289,7 +289,7 @@ def test_one_of_several_requests_is_named(fake: FakeModel) -> None:
 
 
 def test_exports_outlive_a_new_layout_and_are_still_erased(fake: FakeModel) -> None:
-    """What was where is no longer known: an export that may hold the record goes, later ones do not."""
+    """The former positions are unknown: exports that may hold the record are erased, later ones stay."""
     old = export(fake, "a")
     layout = Layout(2, 3)
     context = changed(fake.context, assigner=Assigner(Keyed(SECRET), layout))

@@ -164,7 +164,7 @@ def test_what_concerns_the_whole_model_is_refused(group: Model, model: Model, na
 
 
 def test_shards_named_under_another_partition_show_nothing(model: Model) -> None:
-    """After a move to other shards, the same number stands for other people."""
+    """After records move to other shards, the same shard number means other people."""
     former = model.within({OWN}, "another partition")
     for question in QUESTIONS.values():
         with pytest.raises(ConfigConflict, match="anew"):

@@ -281,7 +281,7 @@ def test_a_deletion_never_fails_for_a_patchs_sake(fake: FakeModel, notices: Noti
 
 
 def test_what_can_not_be_made_again_is_dropped_for_good(fake: FakeModel, notices: Notices) -> None:
-    """And the retain set that was filtered for it is not kept for nobody."""
+    """The retain set that was filtered for it is not kept, either."""
     patch = made(fake, [FREE], retain=[0, 1])
     fake.vault.erase(patch.job.forget)
     commit(

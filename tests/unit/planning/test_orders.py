@@ -122,7 +122,7 @@ def test_equal_prefixes_are_one_checkpoint() -> None:
 
 @given(schedules, st.lists(st.integers(0, 5), min_size=3, max_size=8), st.integers(1, 3))
 def test_no_key_names_its_order(schedule: Schedule, sizes: list[int], num_orders: int) -> None:
-    """A stage is what its own prefix makes it, whichever order it is met in; counts price it alike."""
+    """A stage depends on its own prefix, not on the order that reaches it; counts price it equally."""
     recipe = recipe_of(3, rotations(3, num_orders), schedule)
     slices = states(*sizes)
     found = plan(recipe, slices)

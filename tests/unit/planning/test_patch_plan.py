@@ -70,7 +70,7 @@ def test_a_joint_patch_does_not_depend_on_the_joint_patches_before_it() -> None:
 
 
 def test_a_patch_that_stays_keeps_those_that_it_was_made_upon() -> None:
-    """Else a record in the lower one's retain set would go on in the upper one, and nobody knew."""
+    """Otherwise a record in the lower one's retain set would persist unnoticed in the upper one."""
     stack = stack_of("a", "b", "c")
     assert next_job(stack, {"a", "c", "d"}, "joint", job(), ("d",)) == job(*stack[:2], forget="cd")
 
@@ -110,7 +110,7 @@ def test_an_active_patch_needs_its_texts_in_joint_mode_alone() -> None:
 
 
 def test_what_a_deletion_may_drop_keeps_its_texts() -> None:
-    """That of the patch whose retain set holds records of the model, and of those upon it."""
+    """Keep the texts of the patch whose retain set holds records, and of patches on top of it."""
     stack = stack_of("a", "b", "c", retains="-r-")
     sets = [vault_set(each) for each in "abc"] + [vault_set("r", retain=True)]
     assert needed(stack, "sequential", sets, {"r"}) == {"b", "c", "r"}

@@ -305,7 +305,7 @@ def test_verify_hashes_the_whole_history() -> None:
 def test_a_deletion_looks_for_its_own_rows_and_one_cut_short_for_any(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Writing a ledger anew takes as long as it is large."""
+    """Rewriting a ledger takes time in proportion to its size."""
     model = trained(2)
     looked_for: list[Any] = []
     monkeypatch.setattr(model.ledger, "scrub", lambda removed=(): looked_for.append(removed))
