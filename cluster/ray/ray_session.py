@@ -279,7 +279,7 @@ def _set_environment(variables: Mapping[str, str | None]) -> None:
 
 
 def _attach(address: str) -> None:
-    # A cluster demands a token if `ray start` found one or was told to. Send one by default; on a
+    # A cluster demands a token if `ray start` found one or got RAY_AUTH_MODE. Send one by default; on a
     # node of the cluster (`auto`), send one only if there is one, as a job does.
     if AUTH_MODE not in os.environ and (address != "auto" or has_token()):
         _set_environment({AUTH_MODE: "token"})

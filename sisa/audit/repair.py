@@ -87,7 +87,7 @@ def repair_opened(context: Context, directory: Path) -> list[str]:
         commit(context, Change(unidentified=strays))
         done.append(f"removed the identities of {len(strays)} records that are not held")
     plans, given_up = _give_up(context, found)
-    done += [*given_up, *close_gaps(context, plans), *_mend_heads(context, found)]
+    done += [*given_up, *close_gaps(context, plans), *_repair_heads(context, found)]
     if removed := remove_garbage(context, directory):
         done.append(f"removed {len(removed)} unknown or retired files and directories")
     if wrong := [each for each in found if each.repair == "reseal"]:
@@ -181,7 +181,7 @@ def _gaps(context: Context, plan: ShardPlan) -> list[Chain]:
     return list(gaps.values())
 
 
-def _mend_heads(context: Context, found: Sequence[Finding]) -> list[str]:
+def _repair_heads(context: Context, found: Sequence[Finding]) -> list[str]:
     shards = _shards(found, "heads")
     layout = range(context.settings.assigner.layout.num_shards)
     heads = [plan_of(context, view_shard(context, shard)).head for shard in shards if shard in layout]

@@ -189,7 +189,7 @@ def _asked_of(texts: Sequence[str]) -> Question:
 def user_turn(tokenizer: Any) -> tuple[str, str] | None:
     """Return the text before and after a user's turn in the tokenizer's chat template.
 
-    Return None if there is no template, or if turns can't be told apart in its output.
+    Return None if there is no template, or if its output does not separate turns.
     """
     from jinja2.exceptions import TemplateError
 

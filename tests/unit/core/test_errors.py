@@ -38,7 +38,7 @@ def full(kind: type[SisaError]) -> SisaError:
         where="people.jsonl",
         expected="an id",
         got="none",
-        next_step="mend the file",
+        next_step="correct the file",
         problems=[Problem("line 3", "no id"), Problem("line 9", "empty text")],
     )
 
@@ -66,7 +66,7 @@ def test_the_text_contains_every_field() -> None:
         "  got: none",
         "  - line 3: no id",
         "  - line 9: empty text",
-        "  next step: mend the file",
+        "  next step: correct the file",
     ]
 
 
@@ -82,7 +82,7 @@ def test_the_json_form_is_a_contract() -> None:
         "where": "people.jsonl",
         "expected": "an id",
         "got": "none",
-        "next_step": "mend the file",
+        "next_step": "correct the file",
         "problems": [{"where": "line 3", "what": "no id"}, {"where": "line 9", "what": "empty text"}],
     }
 
