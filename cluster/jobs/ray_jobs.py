@@ -45,7 +45,7 @@ class RayJobs:
         self._address = check_address(address)
         for name in TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
-        # Ray prefers these variables to the given address, and looks for a token only in AUTH_MODE "token".
+        # Ray prefers these variables to the given address, and needs the mode "token" to look for one.
         overriding = dict.fromkeys(("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"))
         given = {**overriding, AUTH_MODE: os.environ.get(AUTH_MODE, "token")}
         with self._translated(), changed_environment(given):
