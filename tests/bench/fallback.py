@@ -60,13 +60,12 @@ def measured(ground: Ground) -> dict[str, Any]:
     return {**found, "neutral_utility": round(asked.neutral(), 4)}
 
 
-def run(ground: Ground, ways: Mapping[str, Way]) -> dict[str, Any]:
-    """Erase one person, then make a patch in each way.
+def run(ground: Ground, request: Mapping[str, Any], ways: Mapping[str, Way]) -> dict[str, Any]:
+    """Make a patch in each way for the person whom a request erased.
 
     The first patch is made from the vault's text, which is then erased, and the others from text given
     again.
     """
-    request = erase(ground, FORGOTTEN)
     others = [each for each in ground.known if each != FORGOTTEN]
     before = measured(ground)
     found = {}
@@ -100,7 +99,7 @@ def main() -> None:
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         ground = Ground.laid(Path(folder), resolve_base(chosen.base_model).directory, Scale())
-        found = {**here(chosen.base_model), **run(ground, BENCH)}
+        found = {**here(chosen.base_model), **run(ground, erase(ground, FORGOTTEN), BENCH)}
     chosen.out.write_text(json.dumps(found, indent=2) + "\n")
     for name, each in {"no patch": found["without_patch"], **found["patches"]}.items():
         print(f"{name}: {each['forgotten']}, others {each['others']}")

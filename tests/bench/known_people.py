@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -123,8 +124,15 @@ class Ground:
         """Return another model over the same base."""
         return replace(self, folder=folder).trained(settings)
 
+    def copied(self, folder: Path, **settings: Any) -> Ground:
+        """Return a copy of the model as it is now; train it no further."""
+        for name in ("model", "witness", "keys"):  # keys are made when something is sealed
+            if (self.folder / name).exists():
+                shutil.copytree(self.folder / name, folder / name)
+        return replace(self, folder=folder).trained(settings)
+
     def trained(self, settings: Mapping[str, Any]) -> Ground:
-        """Train the model."""
+        """Train the model, or move it to changed settings."""
         (self.folder / "people.jsonl").write_text(to_jsonl(self.people))
         (self.folder / "partition.key").write_text(KEY)
         shape = {"shards": self.scale.shards, "slices": self.scale.slices}

@@ -6,6 +6,7 @@ others. `tests/bench/fallback.py` does the same on a real base, with numbers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,29 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     return Ground.laid(folder, make_tiny_base(folder / "base", hidden=96), TINY)
 
 
+@dataclass(frozen=True)
+class Erased:
+    """A model from which one person was deleted whom the base knows, for tests to copy."""
+
+    ground: Ground
+    request: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def found(ground: Ground) -> dict[str, Any]:
-    return fallback.run(ground, {"kept": Way(settings=PACE), "written": Way(keep=False, settings=SHORT)})
+def erased(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Erased:
+    copy = ground.copied(tmp_path_factory.mktemp("erased"))
+    return Erased(copy, fallback.erase(copy, fallback.FORGOTTEN))
+
+
+@pytest.fixture(scope="module")
+def patched(erased: Erased, tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    return erased.ground.copied(tmp_path_factory.mktemp("patched"))
+
+
+@pytest.fixture(scope="module")
+def found(erased: Erased, patched: Ground) -> dict[str, Any]:
+    ways = {"kept": Way(settings=PACE), "written": Way(keep=False, settings=SHORT)}
+    return fallback.run(patched, erased.request, ways)
 
 
 def test_the_base_still_knows_what_was_deleted_exactly(found: dict[str, Any]) -> None:
@@ -62,13 +83,12 @@ def test_whoever_is_in_the_retain_set_stays_known(found: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_defaults_search_until_nothing_is_known(ground: Ground, tmp_path: Path, keep: bool) -> None:
+def test_the_defaults_search_until_nothing_is_known(erased: Erased, tmp_path: Path, keep: bool) -> None:
     """Within a bound that leaves room for it: a tiny base has one set of weights for all it says."""
-    again = ground.beside(tmp_path)
-    request = fallback.erase(again, fallback.FORGOTTEN)
+    again = erased.ground.copied(tmp_path)
     others = [each for each in again.known if each != fallback.FORGOTTEN]
     way = Way(keep=keep, settings={"max_utility_drop": 0.4})
-    done = again.unlearn(way, others, requests=[request["request_id"]])
+    done = again.unlearn(way, others, requests=[erased.request["request_id"]])
     report = done["report"]
     assert report["still_known"] == {"before": 2, "after": 0, "of": 2}
     assert report["outcome"] == "forgotten"
@@ -78,28 +98,27 @@ def test_the_defaults_search_until_nothing_is_known(ground: Ground, tmp_path: Pa
     assert again.probed(fallback.FORGOTTEN)["num_known"] == 0
 
 
-def test_a_bound_that_leaves_no_room_is_told_and_the_text_stays(ground: Ground, tmp_path: Path) -> None:
-    again = ground.beside(tmp_path)
-    request = fallback.erase(again, fallback.FORGOTTEN)
+def test_a_bound_that_leaves_no_room_is_told_and_the_text_stays(erased: Erased, tmp_path: Path) -> None:
+    again = erased.ground.copied(tmp_path)
+    requests = [erased.request["request_id"]]
     tight = Way("gradient_ascent", keep=False, settings={"max_utility_drop": 0.0, "num_rounds": 2})
-    done = again.unlearn(tight, [], requests=[request["request_id"]])
+    done = again.unlearn(tight, [], requests=requests)
     assert (done["report"]["outcome"], done["sets_erased"]) == ("held back by the bound", 0)
     assert done["report"]["still_known"]["after"] > 0
     (held,) = again.sisa("approx", "patches")["vault"]
     assert held["held"]
-    free = Way(keep=False, settings=PACE)
-    done = again.unlearn(free, [], requests=[request["request_id"]])
+    done = again.unlearn(Way(keep=False, settings=SHORT), [], requests=requests)
     assert (done["report"]["outcome"], done["sets_erased"]) == ("forgotten", 1)
 
 
 @pytest.mark.usefixtures("found")
-def test_the_shards_are_exact_beneath_a_patch(ground: Ground) -> None:
-    assert sisa.open_model(ground.model, executor="serial").verify(replay="all").ok
+def test_the_shards_are_exact_beneath_a_patch(patched: Ground) -> None:
+    assert sisa.open_model(patched.model, executor="serial").verify(replay="all").ok
 
 
 @pytest.mark.parametrize("mode", sequential.MODES)
 def test_two_erasures_one_after_another(ground: Ground, tmp_path: Path, mode: str) -> None:
-    again = ground.beside(tmp_path, patch_mode=mode)
+    again = ground.copied(tmp_path, patch_mode=mode)
     rows = list(sequential.run(again, Way(settings=PACE), (1, 2)))
     assert [row["known"] for row in rows] == [0, 0]
     assert rows[-1]["num_beneath"] == (1 if mode == "sequential" else 0)
