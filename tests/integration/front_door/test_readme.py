@@ -61,8 +61,8 @@ def headings(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("house", HOUSES)
 def test_every_room_is_on_the_map(house: str) -> None:
-    text = words(f"{house}/README.md")
-    deep = [each for each in rooms(house) if f"| `{each}/` |" not in text]
+    told = words(f"{house}/README.md")
+    deep = [each for each in rooms(house) if f"| `{each}/` |" not in told]
     assert [each for each in deep if any((ROOT / house / each).glob("[!_]*.py"))] == []
 
 
@@ -104,13 +104,13 @@ def test_the_examples_run_one_after_another(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    tiny_base: Path,
+    smallest_base: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for line in examples():
         assert run(shlex.split(line, comments=True)[1:]) == 0, (line, capsys.readouterr().err)
         if line.startswith("sisa init"):
-            _shrink(tmp_path / "my-model" / "run.yaml", tiny_base)
+            _shrink(tmp_path / "my-model" / "run.yaml", smallest_base)
     rows = make_people(22, 5)[-10:]
     (tmp_path / "new.jsonl").write_text(to_jsonl(rows))
     assert run(["add", "-m", "my-model/model", "new.jsonl", "--json"]) == 0
@@ -127,7 +127,7 @@ def _shrink(run_file: Path, base: Path) -> None:
     corrected = [{**row, "completion": "Corrected."} for row in rows if row["id"] == "p006-q1"]
     (run_file.parent / "corrected.jsonl").write_text(to_jsonl(corrected))
     chosen = yaml.safe_load(run_file.read_text())
-    chosen |= {"base_model": str(base), "num_epochs": 1}
+    chosen |= {"base_model": str(base), "num_epochs": 1, "cluster": {"num_workers": 1}}
     run_file.write_text(yaml.safe_dump(chosen))
 
 
