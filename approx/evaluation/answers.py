@@ -175,6 +175,30 @@ def _batches(examples: Sequence[Tokens]) -> Iterator[list[Tokens]]:
         yield rows
 
 
+def gradient_squares(model: Any, examples: Sequence[Tokens]) -> list[list[float]]:
+    """Return the squared norms of each answer's gradient, one for each tensor that is trained.
+
+    The loss is the mean over the answer's tokens. Of a frozen model all tensors count. No gradient is
+    left behind, and none that was accumulated is changed.
+    """
+    frozen = not any(each.requires_grad for each in model.parameters())
+    counted = [each for each in model.parameters() if frozen or each.requires_grad]
+    found = []
+    try:
+        for each in counted:
+            each.requires_grad_(True)
+        for example in examples:
+            batch, columns_K = collate([example]).to(model.device).at_answers()
+            loss = -mean_logprobs_B(logits_at(model, batch.ids_BT1[:, :-1], columns_K), batch).sum()
+            gradients = torch.autograd.grad(loss, counted, allow_unused=True)
+            squares = [each.float().square().sum().item() for each in gradients if each is not None]
+            found.append(squares)
+    finally:
+        for each in counted:
+            each.requires_grad_(not frozen)
+    return found
+
+
 BATCH_ROWS = 16
 
 

@@ -21,11 +21,13 @@ from approx.evaluation.tofu_log import LogRow
 from approx.metrics import model_utility as utility
 from approx.metrics.auc import Auc, auc
 from approx.metrics.forget_quality import ForgetQuality, forget_quality
+from approx.metrics.membership import lira_scores
+from approx.metrics.privleak import PrivLeak, privleak
 from approx.metrics.probability import probability, probability_among
 from approx.metrics.truth_ratio import VARIANTS, Variant, towards_one, towards_truth
 from sisa.core.errors import InvalidInput
 
-ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
+ATTACK_SCORES = ("loss", "zlib", "min_k", "min_k_plus_plus")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class ForgetSet:
 class Aggregates:
     """Everything that a log and its references give.
 
-    `attacks` is the AUC of forget against holdout questions, None without a holdout.
+    `attacks` is the AUC of forget against holdout questions, None without a holdout: of
+    ATTACK_SCORES, with a reference of `reference`, and with two of `lira`. `privleak` needs both and
+    compares with the first reference.
     `attacks_against_reference` is the AUC of the forget questions' scores under the model against those
     under the reference: at 0.5 no attack distinguishes the two models.
     """
@@ -58,6 +62,7 @@ class Aggregates:
     aggregate: float | None
     attacks: dict[str, Auc] | None
     attacks_against_reference: dict[str, Auc] | None
+    privleak: PrivLeak | None = None
 
 
 def aggregates(
@@ -76,18 +81,20 @@ def aggregates(
     useful = utility.model_utility(nine)
     judged = quality(rows, *references, variant=variant) if references else None
     names = dict.fromkeys(row.set for row in rows)
+    forget, holdout = forget_rows(rows), [row for row in rows if row.set == HOLDOUT]
     return Aggregates(
         num_questions={name: sum(row.set == name for row in rows) for name in names},
         truth_ratio=variant,
         nine=nine,
         model_utility=useful,
-        forget=_forget_means(forget_rows(rows), variant),
+        forget=_forget_means(forget, variant),
         forget_quality=judged,
         aggregate=utility.aggregate(judged.p_value, useful) if judged else None,
-        attacks=_attacks(forget_rows(rows), [row for row in rows if row.set == HOLDOUT], seed),
+        attacks=_attacks(forget, holdout, seed, references=references),
         attacks_against_reference=_attacks(
-            forget_rows(rows), forget_rows(references[0]) if references else [], seed, paired=True
+            forget, forget_rows(references[0]) if references else [], seed, paired=True
         ),
+        privleak=_privleak(forget, holdout, references[0], seed) if references else None,
     )
 
 
@@ -169,14 +176,56 @@ def _forget_means(rows: Sequence[LogRow], variant: Variant) -> ForgetSet:
 
 
 def _attacks(
-    members: Sequence[LogRow], others: Sequence[LogRow], seed: int, *, paired: bool = False
+    members: Sequence[LogRow],
+    others: Sequence[LogRow],
+    seed: int,
+    *,
+    paired: bool = False,
+    references: Sequence[Sequence[LogRow]] = (),
 ) -> dict[str, Auc] | None:
     """Return the AUC of each attack, or None with fewer than two texts on a side or without scores."""
     sides = (members, others)
-    scores = {name: [[getattr(row, name) for row in side] for side in sides] for name in ATTACKS}
+    scores = {name: [[getattr(row, name) for row in side] for side in sides] for name in ATTACK_SCORES}
     if any(len(side) < 2 or None in side for both in scores.values() for side in both):
         return None
+    scores |= _calibrated(sides, references)
     return {name: auc(*both, paired=paired, seed=seed) for name, both in scores.items()}
+
+
+def _calibrated(
+    sides: Sequence[Sequence[LogRow]], references: Sequence[Sequence[LogRow]]
+) -> dict[str, list[list[float]]]:
+    """Return the scores of attacks that need references; only those asked the same questions count."""
+    asked = [row for side in sides for row in side]
+    losses = [[-each for each in _scores(asked, log, "loss")] for log in (asked, *references)]
+    own, *others = [each for each in losses if each]
+    if not others:
+        return {}
+    scores = {"reference": [there - here for here, there in zip(own, others[0], strict=True)]}
+    if len(others) > 1:
+        scores["lira"] = lira_scores(own, others)
+    num = len(sides[0])
+    return {name: [each[:num], each[num:]] for name, each in scores.items()}
+
+
+def _privleak(
+    forget: Sequence[LogRow], holdout: Sequence[LogRow], retrained: Sequence[LogRow], seed: int
+) -> PrivLeak | None:
+    """Return PrivLeak, or None with fewer than two texts on a side, without scores, or undefined."""
+    own, other = (
+        (_scores(forget, log, "min_40"), _scores(holdout, log, "min_40"))
+        for log in ([*forget, *holdout], retrained)
+    )
+    if min(map(len, (*own, *other))) < 2 or min(other[0]) > max(other[1]):
+        return None
+    return privleak(own, other, seed=seed)
+
+
+def _scores(asked: Sequence[LogRow], log: Sequence[LogRow], name: str) -> list[float]:
+    """Return a log's scores of the asked questions, or none if one has no score in it."""
+    held = {row.place: getattr(row, name) for row in log}
+    found = [each for row in asked if (each := held.get(row.place)) is not None]
+    return found if len(found) == len(asked) else []
 
 
 def _mean_or_none(values: Sequence[float | None]) -> float | None:

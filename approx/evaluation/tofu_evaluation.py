@@ -24,6 +24,7 @@ from approx.metrics.memorisation import (
     extraction_strength,
     rougeL_recall,
 )
+from approx.metrics.privleak import MIN_K
 from sisa.core.digest import canonical_json, digest_of
 from sisa.core.errors import ConfigConflict, InvalidInput
 
@@ -144,5 +145,6 @@ def _row(question: Question, scores: Iterator[AnswerScore], generated: str | Non
         loss=loss_score(bare.logprobs),
         zlib=zlib_score(bare.logprobs, question.answer),
         min_k=min_k_score(bare.logprobs),
+        min_40=min_k_score(bare.logprobs, MIN_K),
         min_k_plus_plus=min_k_plus_plus_score(bare.logprobs, bare.means, bare.variances),
     )

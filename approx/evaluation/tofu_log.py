@@ -55,8 +55,9 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 class LogRow:
     """The measurements of one question.
 
-    Losses are per token, in nats; None where the set is not asked for it. The last seven fields are
-    absent from locuslab's logs. `num_token_said` leaves out the tokens that close an answer.
+    Losses are per token, in nats; None where the set is not asked for it. The last eight fields are
+    absent from locuslab's logs. `num_token_said` leaves out the tokens that close an answer;
+    `min_40` is Min-K% with PrivLeak's k.
     """
 
     set: str
@@ -75,6 +76,7 @@ class LogRow:
     min_k: Number | None = None
     min_k_plus_plus: Number | None = None
     num_token_said: int | None = None
+    min_40: Number | None = None
 
     @property
     def place(self) -> tuple[str, int]:

@@ -15,6 +15,8 @@ case.
 >>> found = auc([3.0, 2.0], [1.0, 2.0])
 >>> found.value, found.num_members, found.num_nonmembers
 (0.875, 2, 2)
+>>> reading(auc([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]))
+'every member scores below every non-member: over-unlearned, and as recognisable as if remembered'
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def auc(
         raise ValueError("scores that are not finite")
     interval = bootstrap(
         sides,
-        _area,
+        area,
         n_resamples=num_resamples,
         paired=paired,
         vectorized=True,
@@ -68,11 +70,33 @@ def auc(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     bounds = float(interval.low), float(interval.high)
-    return Auc(float(_area(sides[0], sides[1])), *bounds, CONFIDENCE, *map(len, sides))
+    return Auc(float(area(sides[0], sides[1])), *bounds, CONFIDENCE, *map(len, sides))
 
 
-def _area(members: Any, nonmembers: Any, axis: int = -1) -> Any:
+def area(members: Any, nonmembers: Any, axis: int = -1) -> Any:
+    """Return the AUC along an axis of both arrays of scores."""
     num, others = members.shape[axis], nonmembers.shape[axis]
     ranks = rankdata(np.concatenate([members, nonmembers], axis=axis), axis=axis)
     total = np.take(ranks, range(num), axis=axis).sum(axis=axis)
     return (total - num * (num + 1) / 2) / (num * others)
+
+
+NEAR_ZERO = 0.05
+
+
+def reading(found: Auc) -> str:
+    """Return what an AUC means for members that a model should have forgotten.
+
+    An AUC far below 0.5 is no success: whoever turns the attack around recognises the members.
+    """
+    if found.low <= 0.5 <= found.high:
+        return "no evidence: members and non-members look alike to this attack"
+    if found.low > 0.5:
+        return "members are recognised: the model still knows them"
+    if found.value == 0:
+        below = "every member scores below every non-member"
+    elif found.value < NEAR_ZERO:
+        below = "nearly every member scores below the non-members"
+    else:
+        return "members score below non-members: over-unlearned, which gives them away, too"
+    return f"{below}: over-unlearned, and as recognisable as if remembered"

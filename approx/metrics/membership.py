@@ -34,14 +34,49 @@ because of that guard alone. Source: Zhang et al. (2025, arXiv 2404.02936), equa
 
 >>> min_k_plus_plus_score([-1.0, -6.0], [-2.0, -2.0], [4.0, 4.0], k=1.0)
 -0.75
+
+**Reference**, the loss calibrated by a model that never saw the text. Formula: score = mean
+log-probability under the model - the same under the reference. Limits: the reference must know the
+language and the subject equally well, and have the same tokenizer; a reference that was trained on the
+text hides it. Source: Watson et al. (2022, arXiv 2111.08440); Carlini et al. (2021, arXiv 2012.07805),
+section 5.2.
+
+>>> reference_score([-1.0, -3.0], [-2.0, -4.0])
+1.0
+
+**Gradient norm**, of the loss with respect to the trained parameters: small where training has
+converged. Formula: score = -sqrt(sum over parameters of ||d loss / d theta||^2), loss the mean over the
+text's tokens; `gradient_squares` in `approx/evaluation/answers.py` computes the terms. Limits: it needs
+the weights and a backward pass for each text, and norms compare only over the same parameters.
+open-unlearning and mimir take the mean of the tensors' norms instead. Source: Wang et al. (2024, arXiv
+2402.17012).
+
+>>> gradient_norm_score([9.0, 16.0])
+-5.0
+
+**LiRA**, offline: how unlikely a text's confidence is under models that never saw it. Formula: phi =
+log(p / (1 - p)) with p = exp(-loss); over the references, phi ~ N(mu, sigma^2) for each text; score =
+(phi - mu) / sigma, whose normal distribution function is the paper's Lambda, without its saturation at
+1. sigma^2 is each text's unbiased variance from OWN_VARIANCE references on, else the mean of the
+variances over all texts; sigma is at least MIN_DEVIATION. Limits: with a handful of references mu is
+rough, and the score ranks almost as the reference attack does. Only the distribution without the text
+is fitted, so the score is no likelihood ratio of both, as the online attack has. References must differ
+in their training data or seed, not in kind. Source: Carlini et al. (2022, arXiv 2112.03570), section IV
+and equation 4.
+
+>>> [round(each, 3) for each in lira_scores([0.1], [[0.7], [0.9]])]
+[9.498]
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 def loss_score(token_logprobs: Sequence[float]) -> float:
@@ -87,3 +122,48 @@ def min_k_plus_plus_score(
     deviation = np.sqrt(np.maximum(np.array(variances, dtype=np.float64), MIN_VARIANCE))
     standardised = (np.array(token_logprobs, dtype=np.float64) - np.array(means)) / deviation
     return min_k_score(standardised.tolist(), k)
+
+
+def reference_score(token_logprobs: Sequence[float], reference_logprobs: Sequence[float]) -> float:
+    """Return nats per token above the reference. Raise ValueError for no tokens."""
+    return loss_score(token_logprobs) - loss_score(reference_logprobs)
+
+
+def gradient_norm_score(squares: Sequence[float]) -> float:
+    """Return the negative norm from the squared norms of its tensors. Raise ValueError for none."""
+    if len(squares) == 0:
+        raise ValueError("a gradient of no parameters")
+    return -math.sqrt(math.fsum(squares))
+
+
+OWN_VARIANCE = 64  # references; with fewer, one variance is more stable (the paper's section VI)
+MIN_DEVIATION = 1e-6
+MIN_LOSS = 1e-12
+
+
+def lira_scores(losses: Sequence[float], references: Sequence[Sequence[float]]) -> list[float]:
+    """Return the score of each text from its mean loss, and its losses under each reference.
+
+    Raise ValueError for fewer than 2 references, and for losses that are not finite or not of the same
+    texts.
+    """
+    if len(references) < 2:
+        raise ValueError("LiRA needs two or more references")
+    if {len(each) for each in references} != {len(losses)}:
+        raise ValueError("losses of different texts")
+    above_RN = _confidences(losses) - _confidences(references)  # exactly 0 for equal models
+    variances_N = above_RN.var(axis=0, ddof=1)
+    if len(references) < OWN_VARIANCE:
+        variances_N = np.full_like(variances_N, variances_N.mean())
+    found: list[float] = (
+        above_RN.mean(axis=0) / np.maximum(np.sqrt(variances_N), MIN_DEVIATION)
+    ).tolist()
+    return found
+
+
+def _confidences(losses: Sequence[float] | Sequence[Sequence[float]]) -> Array:
+    """Return log(p / (1 - p)) of p = exp(-loss), without overflow for large losses."""
+    kept = np.maximum(np.array(losses, dtype=np.float64), MIN_LOSS)
+    if not np.isfinite(kept).all():
+        raise ValueError("losses that are not finite")
+    return -kept - np.log(-np.expm1(-kept))

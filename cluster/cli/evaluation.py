@@ -143,9 +143,27 @@ def _words(split: str, model: Evaluated, found: Aggregates) -> list[str]:
     if found.aggregate is not None:
         lines.append(f"  forget quality and utility together {found.aggregate:.4g}")
     lines.append(f"  membership, forget against holdout: {_attacks(found.attacks, '--holdout')}")
+    lines += _over_unlearned(found.attacks)
     against = _attacks(found.attacks_against_reference, "--reference with scores")
-    lines += [f"  the same questions against the reference: {against}", f"  log {model.log}"]
-    return lines
+    lines.append(f"  the same questions against the reference: {against}")
+    lines += _over_unlearned(found.attacks_against_reference)
+    if (leak := found.privleak) is not None:
+        lines.append(
+            f"  PrivLeak {leak.value:+.1f}% [{leak.low:+.1f}, {leak.high:+.1f}]: 0 is the reference, "
+            "below 0 still recognised, above 0 over-unlearned"
+        )
+    return [*lines, f"  log {model.log}"]
+
+
+def _over_unlearned(found: Mapping[str, Auc] | None) -> list[str]:
+    """Return what AUCs below 0.5 mean, each reading with its attacks."""
+    from approx.metrics.auc import reading
+
+    named: dict[str, list[str]] = {}
+    for name, each in (found or {}).items():
+        if each.high < 0.5:
+            named.setdefault(reading(each), []).append(name)
+    return [f"    {', '.join(names)}: {words}" for words, names in named.items()]
 
 
 def _quality(found: ForgetQuality | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from approx.evaluation import answers
-from approx.evaluation.answers import answer_logprobs_BT, collate, mean_logprobs_B, sum_logprobs_B
+from approx.evaluation.answers import (
+    answer_logprobs_BT,
+    collate,
+    gradient_squares,
+    mean_logprobs_B,
+    sum_logprobs_B,
+)
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 pytestmark = pytest.mark.torch
@@ -71,3 +78,54 @@ def test_the_example_in_the_docstring_holds() -> None:
     import doctest
 
     assert doctest.testmod(answers).failed == 0
+
+
+class TwoParameters(torch.nn.Module):
+    """A model of three words whose logits are (a, b * the word before, 0)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(torch.tensor(each)) for each in (0.3, -0.2))
+
+    def forward(
+        self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, use_cache: bool
+    ) -> SimpleNamespace:
+        assert not use_cache
+        ids = input_ids[:, logits_to_keep].float()
+        return SimpleNamespace(logits=torch.stack([self.a + 0 * ids, self.b * ids, 0 * ids], dim=-1))
+
+
+def test_the_gradient_of_an_answer_by_hand_and_by_autograd() -> None:
+    """d loss / d logit is p - 1 at the true word and p elsewhere, averaged over the answer's tokens."""
+    model = TwoParameters()
+    found = gradient_squares(model, [Tokens([2, 1, 0], [NO_LOSS, 1, 0]), Tokens([1, 1], [NO_LOSS, 1])])
+
+    def share(word: int, before: int) -> float:
+        odds = [math.exp(0.3), math.exp(-0.2 * before), 1.0]
+        return odds[word] / sum(odds)
+
+    by_a = [(share(0, 2) + share(0, 1) - 1) / 2, share(0, 1)]
+    by_b = [((share(1, 2) - 1) * 2 + share(1, 1)) / 2, share(1, 1) - 1]
+    for squares, *gradient in zip(found, by_a, by_b, strict=True):
+        assert squares == pytest.approx([each**2 for each in gradient])
+    loss = torch.nn.functional.cross_entropy(
+        torch.stack([model.a, model.b * 1, model.a * 0])[None], torch.tensor([1])
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    grads = [model.a.grad, model.b.grad]
+    assert found[1] == pytest.approx([float(each**2) for each in grads if each is not None])
+    again = gradient_squares(model, [Tokens([1, 1], [NO_LOSS, 1])])
+    assert again == [found[1]]
+    assert [model.a.grad, model.b.grad] == grads
+
+
+def test_only_trained_tensors_count_and_of_a_frozen_model_all() -> None:
+    model, example = TwoParameters(), Tokens([2, 1, 0], [NO_LOSS, 1, 0])
+    (whole,) = gradient_squares(model, [example])
+    model.a.requires_grad_(False)
+    assert gradient_squares(model, [example]) == [whole[1:]]
+    model.b.requires_grad_(False)
+    assert gradient_squares(model, [example]) == [whole]
+    assert not any(each.requires_grad for each in model.parameters())

@@ -7,6 +7,8 @@ Identical models give forget quality 1 and AUC 0.5; a model that knows nothing h
 from __future__ import annotations
 
 import math
+import random
+import statistics
 import zlib
 from collections.abc import Sequence
 from itertools import combinations, pairwise, product
@@ -15,13 +17,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx.metrics.auc import auc
+from approx.metrics.auc import auc, reading
 from approx.metrics.forget_quality import forget_quality
 from approx.metrics.membership import (
     MIN_VARIANCE,
+    OWN_VARIANCE,
+    gradient_norm_score,
+    lira_scores,
     loss_score,
     min_k_plus_plus_score,
     min_k_score,
+    reference_score,
     zlib_score,
 )
 from approx.metrics.memorisation import (
@@ -31,6 +37,7 @@ from approx.metrics.memorisation import (
     rougeL_recall,
 )
 from approx.metrics.model_utility import NINE, aggregate, harmonic_mean, model_utility
+from approx.metrics.privleak import privleak
 from approx.metrics.probability import probability, probability_among
 from approx.metrics.truth_ratio import VARIANTS, arithmetic, geometric, towards_one, towards_truth
 
@@ -182,6 +189,48 @@ def test_impossible_arguments_of_attacks() -> None:
             min_k_score([-1.0], k)
     with pytest.raises(ValueError, match="lengths"):
         min_k_plus_plus_score([-1.0], [0.0, 0.0], [1.0])
+    with pytest.raises(ValueError, match="no parameters"):
+        gradient_norm_score([])
+    for references, said in (([[1.0]], "two or more"), ([[1.0], [1.0, 2.0]], "different texts")):
+        with pytest.raises(ValueError, match=said):
+            lira_scores([1.0], references)
+    with pytest.raises(ValueError, match="finite"):
+        lira_scores([math.inf], [[1.0], [2.0]])
+
+
+def test_the_reference_calibrates_by_its_own_loss() -> None:
+    assert reference_score([-1.0, -3.0], [-5.0, -3.0]) == 2
+    assert reference_score([-1.0, -3.0], [-3.0, -1.0]) == 0
+
+
+def test_lira_by_hand() -> None:
+    """Two texts under three references: the mean and the variance of their log-odds, written out."""
+    own, held = [0.5, 1.5], [[1.0, 1.2], [2.0, 1.0], [1.5, 1.4]]
+
+    def odds(loss: float) -> float:
+        p = math.exp(-loss)
+        return math.log(p / (1 - p))
+
+    columns = [[odds(each[text]) for each in held] for text in (0, 1)]
+    means = [sum(each) / 3 for each in columns]
+    variances = [
+        sum((value - mean) ** 2 for value in each) / 2 for each, mean in zip(columns, means, strict=True)
+    ]
+    deviation = math.sqrt(sum(variances) / 2)
+    wanted = [(odds(loss) - mean) / deviation for loss, mean in zip(own, means, strict=True)]
+    assert lira_scores(own, held) == pytest.approx(wanted)
+    many = [each for each in held for _ in range(OWN_VARIANCE)]
+    spread = [statistics.stdev([odds(each[text]) for each in many]) for text in (0, 1)]
+    wanted = [(odds(loss) - mean) / own_s for loss, mean, own_s in zip(own, means, spread, strict=True)]
+    assert lira_scores(own, many) == pytest.approx(wanted)
+    assert lira_scores([0.0, 1e4], [[1.0, 1e4], [1.1, 1e4]])[1] == 0
+
+
+@given(st.lists(st.floats(0, 50), min_size=2, max_size=8), st.integers(2, 4))
+def test_equal_models_have_no_calibrated_score(losses: list[float], references: int) -> None:
+    assert lira_scores(losses, [losses] * references) == [0.0] * len(losses)
+    found = auc(lira_scores(losses, [losses] * references), [0.0, 0.0], num_resamples=20)
+    assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
 
 
 # --- AUC -----------------------------------------------------------------------------------------
@@ -203,8 +252,6 @@ def test_identical_models_have_auc_one_half(values: list[float]) -> None:
 
 
 def test_the_interval_is_seeded_and_holds_the_truth() -> None:
-    import random
-
     source = random.Random(3)
     covered = 0
     for _ in range(40):
@@ -215,6 +262,58 @@ def test_the_interval_is_seeded_and_holds_the_truth() -> None:
         assert found != auc(members, others, num_resamples=300, seed=6)
         covered += found.low <= 0.7602 <= found.high  # Phi(1 / sqrt 2)
     assert covered >= 33
+
+
+@pytest.mark.parametrize(
+    ("members", "others", "said"),
+    [
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], "no evidence"),
+        ([4.0, 5.0, 6.0], [1.0, 2.0, 3.0], "still knows"),
+        ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0], "every member scores below every"),
+        ([*range(20), 20.5], [20.0, *range(21, 40)], "nearly every member scores below the"),
+        ([*range(20), 30.5], range(15, 35), "score below non-members: over-unlearned"),
+    ],
+)
+def test_an_auc_in_words(members: Sequence[float], others: Sequence[float], said: str) -> None:
+    assert said in reading(auc(members, others, num_resamples=200))
+
+
+def counted(some: Sequence[float], others: Sequence[float]) -> float:
+    return sum((m > n) + (m == n) / 2 for m, n in product(some, others)) / len(some) / len(others)
+
+
+@given(scores, scores, st.randoms())
+def test_privleak_by_counting_pairs(
+    forget: list[float], holdout: list[float], source: random.Random
+) -> None:
+    """MUSE's orientation: the holdout is the side that scores higher."""
+    retrained = [source.sample(each, len(each)) for each in (forget, holdout)]
+    if (base := counted(retrained[1], retrained[0])) == 0:
+        with pytest.raises(ValueError, match="nothing to compare"):
+            privleak((forget, holdout), (retrained[0], retrained[1]), num_resamples=20)
+        return
+    shifted = [each + 1 for each in forget]
+    found = privleak((shifted, holdout), (retrained[0], retrained[1]), num_resamples=50)
+    assert found.value == pytest.approx((counted(holdout, shifted) - base) / base * 100)
+    assert found.auc_retrained == pytest.approx(1 - base)
+    assert found.low <= found.high
+    assert math.isfinite(found.low + found.high)
+
+
+@given(scores, scores)
+def test_identical_models_have_privleak_zero(forget: list[float], holdout: list[float]) -> None:
+    if counted(holdout, forget) > 0:
+        found = privleak((forget, holdout), (forget, holdout), num_resamples=50)
+        assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+
+
+def test_privleak_has_the_benchmark_s_signs() -> None:
+    knows, seen, unseen = [9.0, 8.0, 7.0], [1.0, 2.0, 3.0], [1.5, 2.5, 3.5]
+    known, retrained = (knows, unseen), (seen, unseen)
+    assert privleak(known, retrained).value == -100
+    assert privleak(([-each for each in knows], unseen), retrained).value == pytest.approx(50)
+    with pytest.raises(ValueError, match="finite"):
+        privleak(([math.nan, 1.0], unseen), ([1.0, 2.0], unseen))
 
 
 def test_what_auc_refuses() -> None:

@@ -190,6 +190,37 @@ def test_a_holdout_lets_attacks_be_measured(questions: list[Question], tmp_path:
     assert aggregates(rows_of(KNOWS_ALL, questions, tmp_path, "none")).attacks is None
 
 
+def test_references_calibrate_attacks_and_give_privleak(
+    questions: list[Question], tmp_path: Path
+) -> None:
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text("".join(f'{{"question": "q{n}", "answer": "never said {n}"}}\n' for n in range(5)))
+    asked = [*questions, *read_holdout(unseen)]
+    known, retained = (
+        rows_of(model, asked, tmp_path, name)
+        for model, name in ((KNOWS_ALL, "known"), (RETAINED, "retained"))
+    )
+    one = aggregates(known, [retained])
+    assert one.attacks is not None
+    assert one.attacks["reference"].value == 1.0
+    assert "lira" not in one.attacks
+    assert one.privleak is not None
+    assert one.privleak.value == -100
+    both = aggregates(known, [retained, retained])
+    assert both.attacks is not None
+    assert both.attacks["lira"].value == 1.0
+    same = aggregates(retained, [retained, retained])
+    assert same.privleak is not None
+    assert (same.privleak.value, same.privleak.low, same.privleak.high) == (0, 0, 0)
+    assert same.attacks is not None
+    assert [same.attacks[name].value for name in ("reference", "lira")] == [0.5, 0.5]
+    without = aggregates(known, [[row for row in retained if row.set != "holdout"]])
+    assert without.attacks is not None
+    assert (without.attacks.keys() & {"reference", "lira"}, without.privleak) == (set(), None)
+    recognises = [replace(row, min_40=5.0 if row.set == SPLIT else -5.0) for row in retained]
+    assert aggregates(known, [recognises]).privleak is None, "nothing to compare with"
+
+
 def test_a_reference_of_other_questions_is_refused(questions: list[Question], tmp_path: Path) -> None:
     rows = rows_of(KNOWS_ALL, questions, tmp_path)
     other = replace(rows[-1], ground_truth="another answer")

@@ -12,6 +12,7 @@ from approx.evaluation.tofu_log import LogRow
 from approx.metrics.auc import Auc
 from approx.metrics.forget_quality import forget_quality
 from approx.metrics.model_utility import NINE
+from approx.metrics.privleak import PrivLeak
 from cluster.cli import evaluation
 
 ROW = LogRow("forget01", 0, 0.7, 3, "Secret answer", 0.9, (1.0,), 1.0, "Secret words")
@@ -44,6 +45,17 @@ def test_words_and_json() -> None:
         assert words in result.text
     assert "Secret" not in json.dumps(body) + result.text
     assert "\x1b" not in result.text
+
+
+def test_an_auc_far_below_one_half_and_privleak_in_words() -> None:
+    below = {"loss": Auc(0.0, 0.0, 0.0, 0.95, 40, 40), "zlib": AUC}
+    leak = PrivLeak(92.0, 80.0, 100.0, 0.95, 0.04, 0.5, 40, 40)
+    over = replace(FOUND, attacks=below, privleak=leak)
+    text = evaluation.measured("forget01", [(MODEL, over)], [MODEL]).text
+    assert "loss: every member scores below every non-member: over-unlearned" in text
+    assert "PrivLeak +92.0% [+80.0, +100.0]" in text
+    plain = evaluation.measured("forget01", [(MODEL, FOUND)], [MODEL]).text
+    assert "over-unlearned" not in plain
 
 
 def test_what_was_not_measured_says_what_it_needs() -> None:
