@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 from approx.evaluation.probe import answers_to_probe
 from approx.patches import patch_measures
 from approx.patches.patch_settings import PatchSettings, parse_settings
-from approx.patches.robustness import measure_robustness
 from approx.unlearning import examples
 from approx.unlearning.generated_retain import prompts_that_fit, write_answers, write_neighbours
 from approx.unlearning.saved_run import SavedRun
@@ -282,7 +281,8 @@ class _Making:
         self.report(Notice("measuring how robust the patch is: relearning, rounding, other wordings"))
         length = self.settings.sequence_len
         model, tokenizer = self._model, self._tokenizer
-        return measure_robustness(model, tokenizer, self.forget, self.sets.forget, length, reference)
+        sets = self.forget, self.sets.forget
+        return patch_measures.measure_robustness(model, tokenizer, *sets, length, reference)
 
     def files(self) -> dict[str, bytes]:
         """Return the patch as PEFT reads it."""

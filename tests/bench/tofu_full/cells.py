@@ -23,13 +23,15 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
-from math import comb, fsum
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
+from approx.attacks.quantisation import probabilities_rounded
+from approx.attacks.relearning import relearnt
+from approx.attacks.sampling import leak_at_k
 from approx.evaluation.evaluated import EvaluatedModel, PromptForm
 from approx.evaluation.evaluated_models import DeletionReadyModel, HuggingFaceModel, tokens_of
 from approx.evaluation.tofu import Question
@@ -38,7 +40,6 @@ from approx.methods.registry import make_method
 from approx.metrics.memorisation import rougeL_recall
 from approx.metrics.model_utility import harmonic_mean
 from approx.metrics.probability import probability, probability_among
-from approx.patches.robustness import probabilities_rounded, relearnt
 from approx.unlearning.examples import Sets
 from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.stopping import Compute
@@ -648,19 +649,3 @@ def _digests(model: Model) -> Json:
     """Return the digests of the weights that each shard serves."""
     shards = model.status().shards
     return {"adapters": {str(each.shard): each.adapter_sha256 for each in shards if each.adapter_sha256}}
-
-
-def leak_at_k(scores: Sequence[float], k: int) -> float:
-    """Return how much of an answer the best of k sampled ones gives away, in expectation.
-
-    Formula: of n >= k samples with scores s_(1) <= ... <= s_(n), the expected best of k drawn without
-    replacement, sum_i s_(i) C(i-1, k-1) / C(n, k), which is unbiased for the best of k new samples.
-
-    Source: Reisizadeh et al. (2025, arXiv 2511.04934); the estimator as that of pass@k (Chen et al.
-    2021).
-
-    Limits: it depends on the temperature, and rises with k for any model that says anything, so it must
-    be compared with a model that never saw the text.
-    """
-    ordered, ways = sorted(scores), comb(len(scores), k)
-    return fsum(score * comb(at, k - 1) for at, score in enumerate(ordered)) / ways

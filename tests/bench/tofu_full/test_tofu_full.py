@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from approx.attacks.sampling import leak_at_k
 from sisa.core.errors import ConfigConflict
 from sisa.lm.base.low_rank import ADAPTER_FILE
 from sisa.store.blobs.files import writer_lock
 from tests.bench.leaderboard.cells import Halves
 from tests.bench.leaderboard.fake_cells import write_authors
 from tests.bench.tofu_full.__main__ import argument_parser, cells_of, main
-from tests.bench.tofu_full.cells import FORM, leak_at_k
+from tests.bench.tofu_full.cells import FORM
 from tests.bench.tofu_full.table import table, trials_table
 from tests.models.tiny_base import make_tiny_base
 

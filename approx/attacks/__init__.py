@@ -1,0 +1,1 @@
+"""Attacks on forgetting, one per file: what comes back, and what gives a text away."""
