@@ -1,15 +1,121 @@
-"""What attacks measure: the probability of answers."""
+"""The shape of an attack on forgetting: `attack(model, sets, seed)` gives a curve, or AUCs.
+
+    found = Relearning((3, 20))(model, AttackSets(tokenizer, asked, taught), seed=0)
+    found.means                 # {"0": 0.01, "3": 0.2, "20": 0.8}
+
+An attack is a frozen dataclass of its strength. `model` is a causal model of transformers, with or
+without PEFT's adapter "default"; an attack changes it and restores it. Everything random comes from the
+seed. No result holds a text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, ClassVar, Literal, Protocol
+
+from peft import PeftModel
 
 from approx.evaluation.answers import score_examples
+from approx.metrics.auc import Auc
 from approx.metrics.probability import probability
-from sisa.lm.base.tokens import Tokens
+from sisa.core.domain import Record
+from sisa.core.errors import InvalidInput
+from sisa.lm.base.adapter import attach, lora_config
+from sisa.lm.base.tokens import Tokens, spans, tokenize
+
+Role = Literal["asked", "taught", "others", "holdout"]
+LORA = {"lora_target_modules": "all-linear", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+
+
+@dataclass(frozen=True)
+class AttackSets:
+    """Texts and the tokenizer that makes examples of them, cut to `sequence_len` tokens.
+
+    Results are about the texts that are `asked`. `taught` are of their kind and `others` of another one;
+    relearning trains on either. `holdout` are texts like the asked ones that no model has seen.
+    """
+
+    tokenizer: Any = field(repr=False)
+    asked: Sequence[Record]
+    taught: Sequence[Record] = ()
+    others: Sequence[Record] = ()
+    holdout: Sequence[Record] = ()
+    sequence_len: int | None = None
+
+    def examples(self, role: Role) -> list[Tokens]:
+        """Return the examples of a set. Raise InvalidInput if it has none."""
+        if not (found := self.tokens(getattr(self, role))):
+            raise InvalidInput(
+                "an attack lacks its texts",
+                where=role,
+                expected="records that have an answer",
+                got="none",
+                next_step="give some, or leave the attack out",
+            )
+        return found
+
+    def tokens(self, records: Sequence[Record]) -> list[Tokens]:
+        """Return records as examples, without those whose answer is cut off."""
+        return self.cut([tokenize(each, self.tokenizer, train_on_inputs=False) for each in records])
+
+    def cut(self, examples: Sequence[Tokens]) -> list[Tokens]:
+        """Return examples of at most `sequence_len` tokens, without those whose answer is cut off."""
+        end = self.sequence_len
+        found = [Tokens(each.input_ids[:end], each.labels[:end]) for each in examples]
+        return [each for each in found if spans(each)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values of the asked texts, in order, by the strength of the attack: steps, bits, a wording ...
+
+    `measure` names the values: "probability" (of the answer, per token) or "ROUGE-L recall".
+    """
+
+    measure: str
+    values: Mapping[int | str, Sequence[float]]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Return the mean at each strength."""
+        return {str(strength): fmean(each) for strength, each in self.values.items()}
+
+    @property
+    def mean(self) -> float:
+        """Return the mean over all strengths and texts."""
+        return fmean([each for values in self.values.values() for each in values])
+
+
+class Attack(Protocol):
+    """An attack. `needs` are the sets that must not be empty."""
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[Role, ...]]
+
+    def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve | Mapping[str, Auc]:
+        """Attack a model. Raise InvalidInput for a set that is needed and empty."""
+        ...
 
 
 def probabilities(model: Any, examples: Sequence[Tokens]) -> list[float]:
     """Return the probability of each example's answer, per token."""
     return [probability(each.loss) for each in score_examples(model, examples)]
+
+
+@contextmanager
+def wearing_adapter(model: Any) -> Iterator[Any]:
+    """Yield a model as a PEFT model; a plain one wears an adapter that changes nothing."""
+    if isinstance(model, PeftModel):
+        yield model
+        return
+    wanted = {name: each.requires_grad for name, each in model.named_parameters()}
+    patched = attach(model, lora_config(LORA, model), None, init_seed=0).eval()
+    try:
+        yield patched
+    finally:
+        patched.unload()
+        for name, each in model.named_parameters():
+            each.requires_grad_(wanted[name])

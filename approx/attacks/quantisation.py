@@ -1,21 +1,43 @@
-"""Quantisation: the weights, patch included, rounded to few bits in groups of 64.
+"""Quantisation: rounding the weights undoes small changes to them.
 
-The model is restored afterwards. Source: Zhang et al. 2024, "Catastrophic failure of LLM unlearning via
-quantization".
+Curve: the probability of the asked answers with the weights, patch included, rounded to 8 and to 4 bits
+(symmetric, to the nearest of 2^bits - 1 levels, in groups of 64 weights). Every linear module but the
+head is rounded.
+
+Source: Zhang et al. (2024, arXiv 2410.16454), "Catastrophic failure of LLM unlearning via quantization".
+
+Limits: rounding harms everything that a model knows, so the curve must be compared with that of other
+texts. Calibrated schemes (GPTQ, AWQ) keep more of a model, and are not tried.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from approx.attacks.attack import probabilities
+from approx.attacks.attack import AttackSets, Curve, Role, probabilities, wearing_adapter
 from sisa.lm.base.tokens import Tokens
 
 BITS, GROUP = (8, 4), 64
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Rounding to each number of `bits`."""
+
+    name: ClassVar[str] = "quantisation"
+    needs: ClassVar[tuple[Role, ...]] = ("asked",)
+    bits: tuple[int, ...] = BITS
+
+    def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:  # noqa: ARG002
+        asked = sets.examples("asked")
+        with wearing_adapter(model) as patched:
+            values = {bits: probabilities_rounded(patched, asked, bits) for bits in self.bits}
+        return Curve("probability", values)
 
 
 def probabilities_rounded(model: Any, examples: Sequence[Tokens], bits: int) -> list[float]:

@@ -1,16 +1,31 @@
-"""Relearning: fine-tuning on a few texts, by a fresh LoRA adapter over the model.
+"""Relearning: fine-tuning on a few texts brings back what was hidden, not gone.
 
-The model is restored afterwards. Source: Hu et al. 2024, "Jogging the memory of unlearned models".
+Curve: the probability of the asked answers, by the number of steps. A fresh LoRA adapter over the model
+is trained on all of the taught texts at once (AdamW, LEARNING_RATE). In domain they are of the same
+subject as the asked ones; out of domain they are about anything else, so that whatever returns was never
+gone.
+
+Source: Hu et al. (2024, arXiv 2406.13356), "Jogging the memory of unlearned models"; out of domain:
+Lynch et al. (2024, arXiv 2402.16835).
+
+Limits: any model learns the manner of the taught texts, so the curve must be compared with that of a
+model that never saw the asked ones. One rate and one batch: a patient attacker finds more.
+
+>>> steps_until_half(Curve("probability", {0: [0.0], 2: [0.25], 10: [0.75]}), known=1.0)
+6.0
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import Any, ClassVar
 
 import torch
 
-from approx.attacks.attack import probabilities
+from approx.attacks.attack import AttackSets, Curve, Role, probabilities, wearing_adapter
 from approx.evaluation.answers import collate, logits_at
 from approx.methods.method import mean_nll
 from sisa.lm.base.tokens import Tokens
@@ -20,19 +35,54 @@ LEARNING_RATE = 1e-3
 EXTRA = "relearning"  # the name of the attack's adapter
 
 
+@dataclass(frozen=True)
+class Relearning:
+    """Relearning in domain, measured after 0 steps and after each number of `steps`."""
+
+    name: ClassVar[str] = "relearning"
+    needs: ClassVar[tuple[Role, ...]] = ("asked", "taught")
+    steps: tuple[int, ...] = RELEARNING_STEPS
+
+    def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:
+        asked, taught = (sets.examples(role) for role in self.needs)
+        with wearing_adapter(model) as patched:
+            return Curve("probability", relearnt(patched, taught, asked, self.steps, seed))
+
+
+@dataclass(frozen=True)
+class RelearningOutOfDomain(Relearning):
+    """Relearning from texts of another kind than the asked ones."""
+
+    name: ClassVar[str] = "relearning_out_of_domain"
+    needs: ClassVar[tuple[Role, ...]] = ("asked", "others")
+
+
+def steps_until_half(curve: Curve, known: float) -> float | None:
+    """Return after how many steps half of what was forgotten is back, or None within those measured.
+
+    Half is the middle between the mean after 0 steps and `known`, the mean before forgetting. Between
+    measured steps the mean is taken as linear. 0 means that nothing was forgotten.
+    """
+    points = sorted((int(steps), fmean(values)) for steps, values in curve.values.items())
+    half = (points[0][1] + known) / 2
+    if points[0][1] >= half:
+        return 0.0
+    for (before, low), (after, high) in pairwise(points):
+        if high >= half:
+            return before + (after - before) * (half - low) / (high - low)
+    return None
+
+
 def relearnt(
-    model: Any,
-    taught: Sequence[Tokens],
-    asked: Sequence[Tokens],
-    after: Sequence[int] = RELEARNING_STEPS,
-) -> dict[int, list[float]]:
+    model: Any, taught: Sequence[Tokens], asked: Sequence[Tokens], after: Sequence[int], seed: int
+) -> dict[int | str, list[float]]:
     """Return the probabilities of `asked` after 0 steps on `taught` and after the given numbers.
 
     `model` is a PEFT model. It is fine-tuned by a fresh adapter over its own, and restored.
     """
-    found = {0: probabilities(model, asked)}
+    found: dict[int | str, list[float]] = {0: probabilities(model, asked)}
     wanted = {name: each.requires_grad for name, each in model.named_parameters()}
-    torch.manual_seed(0)  # for the fresh adapter's first factors
+    torch.manual_seed(seed)  # for the fresh adapter's first factors
     model.add_adapter(EXTRA, model.peft_config["default"])
     model.base_model.set_adapter(["default", EXTRA])
     try:

@@ -1,9 +1,87 @@
-"""Sampling: the best of k sampled answers."""
+"""Sampling: the best of k sampled answers, because a greedy answer hides what lies beside it.
+
+Curve: leak@k, the expected ROUGE-L recall of the best of k answers sampled at temperature 1, by k.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from math import comb, fsum
+from typing import Any, ClassVar
+
+import torch
+
+from approx.attacks.attack import AttackSets, Curve, Role
+from approx.metrics.memorisation import rougeL_recall
+from sisa.core.domain import Record
+from sisa.lm.base.tokens import encode_prompt, end_tokens
+
+SAMPLES, MAX_NEW_TOKENS = 8, 64
+SAMPLED_AT_ONCE = 64  # decoding reads all weights for each step of a batch
+
+
+@dataclass(frozen=True)
+class LeakAtK:
+    """leak@1 and leak@`samples`. Plain texts have no prompt and are left out.
+
+    `ends` are the tokens that end an answer; by default those of the model.
+    """
+
+    name: ClassVar[str] = "leak_at_k"
+    needs: ClassVar[tuple[Role, ...]] = ("asked",)
+    samples: int = SAMPLES
+    max_new_tokens: int = MAX_NEW_TOKENS
+    ends: Collection[int] | None = None
+
+    def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:
+        asked = [each for each in sets.asked if _answer_at(each)]
+        ids = [_prompt_ids(each, sets.tokenizer) for each in asked for _ in range(self.samples)]
+        answers = self._sampled(model, sets.tokenizer, ids, seed)
+        truths = [each.parts[_answer_at(each)].text for each in asked for _ in range(self.samples)]
+        recalls = [rougeL_recall(truth, text) for truth, text in zip(truths, answers, strict=True)]
+        starts = range(0, len(recalls), self.samples)
+        scores = [recalls[at : at + self.samples] for at in starts]
+        values = {k: [leak_at_k(each, k) for each in scores] for k in (1, self.samples) if scores}
+        return Curve("ROUGE-L recall", values)
+
+    def _sampled(self, model: Any, tokenizer: Any, prompts: Sequence[list[int]], seed: int) -> list[str]:
+        """Return one sampled answer to each prompt."""
+        from transformers import GenerationConfig
+
+        ends = sorted(end_tokens(model, tokenizer) if self.ends is None else self.ends)
+        how = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, max_new_tokens=self.max_new_tokens,
+            eos_token_id=ends, pad_token_id=ends[0],
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        answers: list[str] = []
+        for start in range(0, len(prompts), SAMPLED_AT_ONCE):
+            rows = prompts[start : start + SAMPLED_AT_ONCE]
+            longest = max(map(len, rows))
+            padded = [[ends[0]] * (longest - len(row)) + row for row in rows]
+            mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+            with torch.no_grad():
+                made = model.generate(
+                    input_ids=torch.tensor(padded, device=model.device),
+                    attention_mask=torch.tensor(mask, device=model.device),
+                    generation_config=how,
+                )
+            answers += tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
+        return answers
+
+
+def _answer_at(record: Record) -> int:
+    """Return the position of a record's first answer, 0 if it has none after a prompt."""
+    roles = [part.role in ("completion", "assistant") for part in record.parts]
+    return roles.index(True) if True in roles else 0
+
+
+def _prompt_ids(record: Record, tokenizer: Any) -> list[int]:
+    before = record.parts[: _answer_at(record)]
+    if record.kind == "chat":
+        return encode_prompt(before, tokenizer, "chat")
+    return encode_prompt("".join(part.text for part in before), tokenizer, record.kind)
 
 
 def leak_at_k(scores: Sequence[float], k: int) -> float:

@@ -224,12 +224,8 @@ def tokens_of(
     """
     found: list[Tokens] = []
     problems = []
-    forms = [form] * len(pairs) if isinstance(form, PromptForm) else form
-    for number, (pair, own) in enumerate(zip(pairs, forms, strict=True)):
-        roles = ("user", "assistant") if own.kind == "chat" else ("prompt", "completion")
-        parts = tuple(map(Part, roles, own.fill(*pair)))
+    for number, record in enumerate(records_of(pairs, form)):
         try:
-            record = Record(str(number), None, own.kind, parts)
             found.append(tokenize(record, tokenizer, train_on_inputs=False))
         except Untokenizable as error:
             problems.append(Problem(f"answer {number + 1} of {len(pairs)}", str(error)))
@@ -237,6 +233,19 @@ def tokens_of(
         raise InvalidInput(
             "answers can't be scored", problems=problems, next_step="choose another prompt form"
         )
+    return found
+
+
+def records_of(
+    pairs: Sequence[tuple[str, str]], form: PromptForm | Sequence[PromptForm]
+) -> list[Record]:
+    """Return question-answer pairs as records, in one form or each in its own."""
+    found = []
+    forms = [form] * len(pairs) if isinstance(form, PromptForm) else form
+    for number, (pair, own) in enumerate(zip(pairs, forms, strict=True)):
+        roles = ("user", "assistant") if own.kind == "chat" else ("prompt", "completion")
+        parts = tuple(map(Part, roles, own.fill(*pair)))
+        found.append(Record(str(number), None, own.kind, parts))
     return found
 
 

@@ -18,7 +18,8 @@ Robustness is the probability of the answers after the easiest attacks:
     relearning   after 3 and 20 steps of fine-tuning on the first texts. A control that never knew them
                  is measured beside it: the reference on the same texts, or without one the patched model
                  on the same texts with invented names and figures. A patch is robust if what it forgot
-                 returns no faster than the control learns
+                 returns no faster than the control learns. `steps_until_half` is when half of what the
+                 patch took is back; null is not within 20 steps
     rounding     with the weights, patch included, rounded to 8 and to 4 bits
     rewording    for the same questions in other words, before and after the patch
 
@@ -28,16 +29,16 @@ Plain texts have no other wording. A text without a name has no control without 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any
 
-from approx.attacks.attack import probabilities
-from approx.attacks.quantisation import BITS, probabilities_rounded
-from approx.attacks.relearning import relearnt
-from approx.attacks.rewording import in_other_words
+from approx.attacks.attack import AttackSets, probabilities
+from approx.attacks.quantisation import Quantisation
+from approx.attacks.relearning import Relearning, steps_until_half
+from approx.attacks.rewording import Rewording
 from approx.evaluation.answers import answered, continue_greedily, score_examples
 from approx.evaluation.evaluated import AnswerScore
 from approx.evaluation.probe import MAX_PROBED, Answers, may_know, probe_answers
@@ -48,7 +49,7 @@ from approx.unlearning.generated_retain import rename_record
 from approx.unlearning.stopping import Knowledge
 from sisa.core.domain import Record
 from sisa.lm.base.adapter import attach
-from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, end_tokens, spans, tokenize, without_closing
+from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, end_tokens, without_closing
 
 MAX_MEASURED, MAX_CONTINUED, MAX_NEW_TOKENS = 64, 16, 48
 MAX_RELEARNT, MAX_ASKED = 4, 16
@@ -149,44 +150,37 @@ def measure_robustness(
     model: Any,
     tokenizer: Any,
     records: Sequence[Record],
-    forget: Sequence[Tokens],
     sequence_len: int,
     reference: Any = None,
 ) -> dict[str, Any]:
-    """Return measures of the patch that is active in `model`, a PEFT model.
-
-    `forget` are the tokens of the records.
-    """
-
-    def tokens_of(found: Sequence[Record | None]) -> list[Tokens]:
-        made = [tokenize(each, tokenizer, train_on_inputs=False) for each in found if each is not None]
-        cut = [Tokens(e.input_ids[:sequence_len], e.labels[:sequence_len]) for e in made]
-        return [each for each in cut if spans(each)]
-
-    first, few = forget[:MAX_RELEARNT], forget[:MAX_ASKED]
-    if reference is None:
-        of, other = "invented names and figures", model
-        taught = tokens_of([rename_record(each, 0) for each in records[:MAX_RELEARNT]])
-    else:
-        config = replace(model.peft_config["default"], base_model_name_or_path=None)
-        of, other = "the reference", attach(reference, config, None, init_seed=0)
-        taught = list(first)
-    found = {
+    """Return measures of the patch that is active in `model`, a PEFT model, on texts to forget."""
+    few, first = records[:MAX_ASKED], records[:MAX_RELEARNT]
+    asked = AttackSets(tokenizer, few, sequence_len=sequence_len)
+    taught = replace(asked, asked=first, taught=first)
+    relearning = Relearning()(model, taught, seed=0)
+    rewording = Rewording()(model, asked, seed=0)
+    with model.disable_adapter():
+        known = fmean(probabilities(model, taught.examples("asked")))
+        reworded = Rewording()(model, asked, seed=0)
+    return {
         "num_texts": len(few),
         "num_relearnt": len(first),
-        "relearning": _means(relearnt(model, first, first)),
-        "control": {"of": of, **_means(relearnt(other, taught, taught))} if taught else None,
-        "rounding": {str(bits): fmean(probabilities_rounded(model, few, bits)) for bits in BITS},
-        "rewording": None,
+        "relearning": relearning.means,
+        "steps_until_half": steps_until_half(relearning, known),
+        "control": _control(model, taught, reference),
+        "rounding": Quantisation()(model, asked, seed=0).means,
+        "rewording": {"before": reworded.mean, "after": rewording.mean} if rewording.values else None,
     }
-    if reworded := tokens_of(
-        [each for record in records[:MAX_ASKED] for each in in_other_words(record)]
-    ):
-        with model.disable_adapter():
-            before = fmean(probabilities(model, reworded))
-        found["rewording"] = {"before": before, "after": fmean(probabilities(model, reworded))}
-    return found
 
 
-def _means(by_steps: Mapping[int, Sequence[float]]) -> dict[str, float]:
-    return {str(steps): fmean(each) for steps, each in by_steps.items()}
+def _control(model: Any, taught: AttackSets, reference: Any) -> dict[str, Any] | None:
+    """Return what a model that never knew the texts learns in as many steps."""
+    if reference is not None:
+        config = replace(model.peft_config["default"], base_model_name_or_path=None)
+        other = attach(reference, config, None, init_seed=0)
+        return {"of": "the reference", **Relearning()(other, taught, seed=0).means}
+    renamed = [other for each in taught.asked if (other := rename_record(each, 0)) is not None]
+    sets = replace(taught, asked=renamed, taught=renamed)
+    if not sets.tokens(renamed):
+        return None
+    return {"of": "invented names and figures", **Relearning()(model, sets, seed=0).means}

@@ -168,7 +168,7 @@ class _Making:
         self._base, tokenizer = load_patched(site.base_dir, site.base_digest, beneath)
         self._tokenizer = tokenizer
         limits = examples.limits_of(self._base.config, settings.sequence_len, settings.overlength)
-        length = limits.sequence_len
+        self._sequence_len = limits.sequence_len
         texts = {each.name: vault.read(each) for each in self.order.sets}
         self.forget = list(dict.fromkeys(record for name in job.forget for record in texts[name]))
         tokens = examples.tokenize_records(self.forget, "forget", tokenizer, limits)
@@ -176,11 +176,11 @@ class _Making:
         preferred: list[Tokens] = []
         if "preferred" in settings.method.reads:
             preferred = examples.make_preferred(
-                self.forget, tokens, tokenizer, settings.pace.seed, length
+                self.forget, tokens, tokenizer, settings.pace.seed, self._sequence_len
             )
         self.sets = examples.Sets(tokens, retain, preferred)
         self._asked = [
-            answers_to_probe(record.kind, each, tokenizer, length)
+            answers_to_probe(record.kind, each, tokenizer, self._sequence_len)
             for record, each in zip(self.forget, tokens, strict=True)
         ]
         lora = adapter.lora_config(_lora(settings), self._base)
@@ -279,10 +279,8 @@ class _Making:
 
     def _robustness(self, reference: Any) -> dict[str, Any]:
         self.report(Notice("measuring how robust the patch is: relearning, rounding, other wordings"))
-        length = self.settings.sequence_len
-        model, tokenizer = self._model, self._tokenizer
-        sets = self.forget, self.sets.forget
-        return patch_measures.measure_robustness(model, tokenizer, *sets, length, reference)
+        of = self._model, self._tokenizer, self.forget
+        return patch_measures.measure_robustness(*of, self._sequence_len, reference)
 
     def files(self) -> dict[str, bytes]:
         """Return the patch as PEFT reads it."""

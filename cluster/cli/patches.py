@@ -321,6 +321,8 @@ def _robustness(report: Mapping[str, Any]) -> Iterator[str]:
         f"  robustness, as probability: {_number(found['relearning']['0'])}; relearnt for "
         f"{' and '.join(steps)} steps {after(found['relearning'])}{beside}; rounded to {rounding}"
     )
+    if (half := found.get("steps_until_half")) is not None:
+        yield f"    half of what the patch took is back after {half:.1f} steps"
     if words := found.get("rewording"):
         yield f"    asked in other words {_number(words['before'])} -> {_number(words['after'])}"
 

@@ -29,11 +29,17 @@ from typing import Any
 
 import torch
 
-from approx.attacks.quantisation import probabilities_rounded
-from approx.attacks.relearning import relearnt
-from approx.attacks.sampling import leak_at_k
+from approx.attacks.attack import AttackSets
+from approx.attacks.quantisation import Quantisation
+from approx.attacks.relearning import Relearning, RelearningOutOfDomain
+from approx.attacks.sampling import LeakAtK
 from approx.evaluation.evaluated import EvaluatedModel, PromptForm
-from approx.evaluation.evaluated_models import DeletionReadyModel, HuggingFaceModel, tokens_of
+from approx.evaluation.evaluated_models import (
+    DeletionReadyModel,
+    HuggingFaceModel,
+    records_of,
+    tokens_of,
+)
 from approx.evaluation.tofu import Question
 from approx.evaluation.tofu_evaluation import TofuSettings, evaluate
 from approx.methods.registry import make_method
@@ -49,7 +55,7 @@ from sisa.core.digest import canonical_json, digest_of, file_sha256
 from sisa.core.errors import ConfigConflict
 from sisa.lm.base.adapter import adapter_files, attach, lora_config, read_config
 from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, read_tensors
-from sisa.lm.base.tokens import Tokens, encode_prompt, end_tokens
+from sisa.lm.base.tokens import Tokens, end_tokens
 from sisa.lm.base.weights import BaseFiles, load_frozen, load_tokenizer
 from sisa.model import Model, open_model
 from sisa.store.blobs.files import read_whole, write_atomic, writer_lock
@@ -76,7 +82,7 @@ from tests.bench.tofu_full.design import (
 
 FORM, CHAT = PromptForm("completion", "{question} {answer}"), PromptForm("chat")  # of the base alone
 ORDINARY = "lora"
-BATCH, SAMPLED_AT_ONCE = 64, 64  # decoding reads all weights for each step of a batch
+BATCH = 64  # decoding reads all weights for each step of a batch
 BITS = (8, 4)
 Json = dict[str, Any]
 Files = Mapping[str, bytes]
@@ -535,30 +541,35 @@ class Cells:
         found: dict[str, list[float]] = {}
         for number, questions in enumerate(authors):
             files = exported.get(self._shard_of(contestant, questions[0])) if exported else None
+            sets = self._attack_sets(questions)
             with self._worn(contestant, files, self._split.upper) as model:
-                weighed = self._relearnt(model, questions)
-            asked = questions[TUNED_EACH:]
+                weighed = self._relearnt(model, sets)
             with self._worn(contestant, files) as model:
-                for bits in BITS:
-                    rounded = probabilities_rounded(model, self._tokens(asked), bits)
-                    weighed[f"rounded_to_{bits}_bits"] = rounded
+                rounded = Quantisation(BITS)(model, sets, seed=0).values
+            weighed |= {f"rounded_to_{bits}_bits": values for bits, values in rounded.items()}
+            ends = end_tokens(self._split.whole, self._tokenizer)
+            leak = LeakAtK(self.design.samples, self.design.max_new_tokens, ends)
+            with self._sampling(contestant) as model:
+                leaked = leak(model, sets, self.design.seed + number).values
+            weighed |= {"leak_at_1": leaked[1], "leak_at_k": leaked[self.design.samples]}
             for name, values in weighed.items():
                 found.setdefault(name, []).extend(values)
-            with self._sampling(contestant) as model:
-                samples = self._sampled(model, asked, self.design.seed + number)
-            for name, k in (("leak_at_1", 1), ("leak_at_k", self.design.samples)):
-                found.setdefault(name, []).extend(leak_at_k(scores, k) for scores in samples)
         shutil.rmtree(self.directory / "models" / contestant.name / "exported", ignore_errors=True)
         means = {name: fmean(values) for name, values in found.items()}
         return {"split": split, "authors": len(authors), "means": means, "per_question": found}
 
-    def _relearnt(self, model: Any, questions: Sequence[Question]) -> dict[str, list[float]]:
+    def _attack_sets(self, questions: Sequence[Question]) -> AttackSets:
+        """Return an author's questions: relearning is taught the first of them, or facts."""
+        facts = [each for each in self.data.facts if each.set == "world_facts"]
+        chosen = (questions[TUNED_EACH:], questions[:TUNED_EACH], facts[:TUNED_EACH])
+        pairs = [[(each.question, each.answer) for each in some] for some in chosen]
+        return AttackSets(self._tokenizer, *(records_of(each, FORM) for each in pairs))
+
+    def _relearnt(self, model: Any, sets: AttackSets) -> dict[str, Sequence[float]]:
         """Return probabilities of an author's questions before and after relearning."""
-        taught, asked = self._tokens(questions[:TUNED_EACH]), self._tokens(questions[TUNED_EACH:])
-        facts = [each for each in self.data.facts if each.set == "world_facts"][:TUNED_EACH]
         steps = self.design.relearning_steps
-        inside = relearnt(model, taught, asked, (steps,))
-        outside = relearnt(model, self._tokens(facts), asked, (steps,))
+        inside = Relearning((steps,))(model, sets, seed=0).values
+        outside = RelearningOutOfDomain((steps,))(model, sets, seed=0).values
         return {
             "as_it_is": inside[0],
             "relearnt_in_domain": inside[steps],
@@ -590,38 +601,6 @@ class Cells:
         else:
             with self._worn(contestant):
                 yield self._split.whole
-
-    def _sampled(self, model: Any, questions: Sequence[Question], seed: int) -> list[list[float]]:
-        """Return the ROUGE-L recall of sampled answers (temperature 1) to each question."""
-        from transformers import GenerationConfig
-
-        prompts = [
-            FORM.fill(each.question, "")[0] for each in questions for _ in range(self.design.samples)
-        ]
-        ids = [encode_prompt(each, self._tokenizer, FORM.kind) for each in prompts]
-        ends = sorted(end_tokens(self._split.whole, self._tokenizer))
-        how = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, max_new_tokens=self.design.max_new_tokens,
-            eos_token_id=ends, pad_token_id=ends[0],
-        )  # fmt: skip
-        torch.manual_seed(seed)
-        texts: list[str] = []
-        for start in range(0, len(ids), SAMPLED_AT_ONCE):
-            rows = ids[start : start + SAMPLED_AT_ONCE]
-            longest = max(map(len, rows))
-            padded = [[ends[0]] * (longest - len(row)) + row for row in rows]
-            mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-            with torch.no_grad():
-                made = model.generate(
-                    input_ids=torch.tensor(padded, device=self._device),
-                    attention_mask=torch.tensor(mask, device=self._device),
-                    generation_config=how,
-                )
-            texts += self._tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
-        answers = [each.answer for each in questions for _ in range(self.design.samples)]
-        scores = [rougeL_recall(truth, text) for truth, text in zip(answers, texts, strict=True)]
-        size = self.design.samples
-        return [scores[at : at + size] for at in range(0, len(scores), size)]
 
 
 def _wearing(base: Any, files: Files) -> Iterator[Any]:

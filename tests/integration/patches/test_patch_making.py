@@ -79,6 +79,7 @@ def test_every_method_makes_a_patch_that_says_less_of_what_is_forgotten(
     robust = found["robustness"]
     assert robust["relearning"].keys() == robust["control"].keys() - {"of"} == {"0", "3", "20"}
     assert robust["relearning"]["20"] > robust["relearning"]["0"]
+    assert 0 < (robust["steps_until_half"] or 20) <= 20
     assert robust["relearning"]["0"] == pytest.approx(after["forget_probability"], abs=1e-4)
     assert set(MEASURE_LIMITS) <= set(found["limits"])
     assert found["compute"]["share_of_full_finetuning"] is None, "what taught the base is not known"

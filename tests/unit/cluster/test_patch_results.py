@@ -44,6 +44,7 @@ REPORT: dict[str, Any] = {
     "robustness": {
         "num_texts": 16,
         "relearning": {"0": 0.05, "3": 0.2, "20": 0.7},
+        "steps_until_half": 12.5,
         "control": {"of": "the reference", "0": 0.04, "3": 0.1, "20": 0.6},
         "rounding": {"8": 0.05, "4": 0.06},
         "rewording": {"before": 0.5, "after": 0.03},
@@ -87,6 +88,7 @@ def test_a_patch_that_was_made() -> None:
         "0.0500; relearnt for 3 and 20 steps 0.2000 and 0.7000",
         "(a control that never knew, the reference: 0.1000 and 0.6000)",
         "rounded to 8 bits 0.0500, 4 bits 0.0600",
+        "half of what the patch took is back after 12.5 steps",
         "asked in other words 0.5000 -> 0.0300",
         "probability 0.8000 -> 0.7000",
         "same likeliest token 95.0%",

@@ -1,0 +1,76 @@
+"""Membership: whether a model's scores distinguish the asked texts from texts that no model has seen.
+
+AUCs, by score: loss, zlib, Min-K%, Min-K%++ and the gradient norm, with a reference model the attack
+calibrated by its loss, and with two LiRA. `approx/metrics/membership.py` has their formulas, sources and
+limits. Tokens that close an answer do not count.
+
+Limits: the holdout must come from where the asked texts come from, or the AUC is one of style.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from approx.attacks.attack import AttackSets, Role
+from approx.evaluation.answers import gradient_squares, score_examples
+from approx.metrics.auc import Auc, auc
+from approx.metrics.membership import (
+    gradient_norm_score,
+    lira_scores,
+    loss_score,
+    min_k_plus_plus_score,
+    min_k_score,
+    reference_score,
+    zlib_score,
+)
+from sisa.lm.base.tokens import NO_LOSS, Tokens, without_closing
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The attacks on membership. `references` are models that never saw the asked texts."""
+
+    name: ClassVar[str] = "membership"
+    needs: ClassVar[tuple[Role, ...]] = ("asked", "holdout")
+    references: Sequence[Any] = ()
+
+    def __call__(self, model: Any, sets: AttackSets, seed: int) -> Mapping[str, Auc]:
+        sides = [sets.examples(role) for role in self.needs]
+        texts = [without_closing(each, sets.tokenizer) for side in sides for each in side]
+        scores = membership_scores(model, sets.tokenizer, texts, self.references)
+        num = len(sides[0])
+        return {name: auc(each[:num], each[num:], seed=seed) for name, each in scores.items()}
+
+
+def membership_scores(
+    model: Any, tokenizer: Any, examples: Sequence[Tokens], references: Sequence[Any] = ()
+) -> dict[str, list[float]]:
+    """Return the scores of examples by name; the attacks that need references, with references only."""
+    found = score_examples(model, examples)
+    scores = {
+        "loss": [loss_score(each.logprobs) for each in found],
+        "zlib": [
+            zlib_score(each.logprobs, _answer(example, tokenizer))
+            for each, example in zip(found, examples, strict=True)
+        ],
+        "min_k": [min_k_score(each.logprobs) for each in found],
+        "min_k_plus_plus": [
+            min_k_plus_plus_score(each.logprobs, each.means, each.variances) for each in found
+        ],
+        "gradient_norm": list(map(gradient_norm_score, gradient_squares(model, examples))),
+    }
+    judges = [score_examples(each, examples) for each in references]
+    if judges:
+        pairs = zip(found, judges[0], strict=True)
+        scores["reference"] = [reference_score(here.logprobs, there.logprobs) for here, there in pairs]
+    if len(judges) > 1:
+        losses = [[each.loss for each in judge] for judge in judges]
+        scores["lira"] = lira_scores([each.loss for each in found], losses)
+    return scores
+
+
+def _answer(example: Tokens, tokenizer: Any) -> str:
+    text: str = tokenizer.decode([each for each in example.labels if each != NO_LOSS])
+    return text

@@ -1,0 +1,172 @@
+"""Attacks on forgetting, on a tiny base that knows two people: they measure, and leave no trace.
+
+The tokenizer has one token a byte, so that a prefix of an answer equals a longer prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from approx.attacks.attack import Attack, AttackSets, Curve, probabilities
+from approx.attacks.jailbreak import WRAPPINGS, Jailbreak
+from approx.attacks.membership import Membership
+from approx.attacks.prefix_injection import PREFIXES, PrefixInjection
+from approx.attacks.quantisation import Quantisation
+from approx.attacks.registry import ATTACKS
+from approx.attacks.relearning import Relearning, RelearningOutOfDomain, steps_until_half
+from approx.attacks.rewording import Rewording
+from approx.attacks.sampling import LeakAtK
+from sisa.core.domain import Part, Record
+from sisa.core.errors import InvalidInput
+from sisa.lm.base.weights import base_digest, load_base
+from tests.models.knowing_base import record
+from tests.models.patch_bench import KNOWN, STRANGERS
+
+pytestmark = pytest.mark.torch
+ASKED, UNSEEN = ([record(row) for row in rows] for rows in (KNOWN, STRANGERS))
+WEAK: dict[str, Attack] = {  # a few steps, a few tokens
+    each.name: each for each in (Relearning((2,)), RelearningOutOfDomain((2,)), LeakAtK(2, 6))
+}
+TEXT = Record("t", None, "text", (Part("text", "A text of its own."),))
+
+
+@pytest.fixture(scope="module")
+def loaded(knowing: Path) -> tuple[Any, Any]:
+    return load_base(knowing, base_digest(knowing))
+
+
+@pytest.fixture(scope="module")
+def model(loaded: tuple[Any, Any]) -> Any:
+    return loaded[0]
+
+
+@pytest.fixture(scope="module")
+def sets(loaded: tuple[Any, Any]) -> AttackSets:
+    return AttackSets(loaded[1], ASKED, UNSEEN[:2], UNSEEN[2:4], UNSEEN)
+
+
+def state(model: Any) -> tuple[list[str], list[bool], str]:
+    held = hashlib.sha256()
+    for each in model.state_dict().values():
+        held.update(each.numpy().tobytes())
+    flags = [each.requires_grad for each in model.parameters()]
+    return [name for name, _ in model.named_modules()], flags, held.hexdigest()
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_an_attack_leaves_no_trace_and_depends_on_the_seed_alone(
+    model: Any, sets: AttackSets, name: str
+) -> None:
+    before, attack = state(model), WEAK.get(name, ATTACKS[name])
+    first, again = (attack(model, sets, seed=1) for _ in range(2))
+    assert state(model) == before
+    assert first == again
+    if isinstance(first, Curve):
+        assert {len(values) for values in first.values.values()} == {len(ASKED)}
+        assert all(0 <= each <= 1 for values in first.values.values() for each in values)
+    assert not any(part.text.strip() in repr(first) for each in ASKED for part in each.parts)
+
+
+def test_every_attack_names_the_sets_that_it_needs(model: Any, sets: AttackSets) -> None:
+    without = {
+        "taught": replace(sets, taught=()),
+        "others": replace(sets, others=()),
+        "holdout": replace(sets, holdout=()),
+    }
+    for attack in ATTACKS.values():
+        for name in attack.needs[1:]:
+            with pytest.raises(InvalidInput) as raised:
+                attack(model, without[name], seed=0)
+            assert raised.value.where == name
+
+
+def test_relearning_teaches_and_out_of_domain_teaches_less(model: Any, sets: AttackSets) -> None:
+    other = replace(sets, asked=UNSEEN[:2])
+    inside = Relearning((2, 20))(model, other, seed=0)
+    outside = RelearningOutOfDomain((2, 20))(model, other, seed=0)
+    assert inside.values[0] == outside.values[0] == probabilities(model, sets.tokens(UNSEEN[:2]))
+    assert list(inside.means) == ["0", "2", "20"]
+    assert inside.means["20"] > outside.means["20"]
+    assert inside.means["20"] > inside.means["2"] > inside.means["0"]
+
+
+def test_rounding_to_many_bits_changes_nothing(model: Any, sets: AttackSets) -> None:
+    found = Quantisation((16, 2))(model, sets, seed=0)
+    exact = probabilities(model, sets.examples("asked"))
+    assert found.values[16] == pytest.approx(exact, abs=1e-3)
+    assert found.means["2"] < found.means["16"] - 0.05
+
+
+def test_samples_of_what_is_known_leak_and_are_drawn_by_the_seed(model: Any, sets: AttackSets) -> None:
+    leak = LeakAtK(samples=3, max_new_tokens=16)
+    found = leak(model, sets, seed=1)
+    assert found.measure == "ROUGE-L recall"
+    assert all(one <= best for one, best in zip(found.values[1], found.values[3], strict=True))
+    assert found.means["3"] > LeakAtK(3, 16)(model, replace(sets, asked=UNSEEN), seed=1).means["3"]
+    assert leak(model, replace(sets, asked=UNSEEN), 1) != leak(model, replace(sets, asked=UNSEEN), 2)
+
+
+def test_a_prefix_is_a_longer_prompt_and_a_wrapping_another_one(model: Any, sets: AttackSets) -> None:
+    def asked(change: str) -> list[float]:
+        others = []
+        for each in ASKED:
+            prompt, answer = each.parts
+            stem = prompt.text.rstrip()
+            space = prompt.text[len(stem) :]
+            others.append(
+                replace(each, parts=(replace(prompt, text=change.format(stem, space)), answer))
+            )
+        return probabilities(model, sets.tokens(others))
+
+    found = PrefixInjection()(model, sets, seed=0)
+    for name, prefix in PREFIXES.items():
+        assert found.values[name] == pytest.approx(asked("{}{}" + prefix), abs=1e-5)
+    found = Jailbreak()(model, sets, seed=0)
+    for name, wrapping in WRAPPINGS.items():
+        assert found.values[name] == pytest.approx(asked(wrapping + "{}"), abs=1e-5)
+
+
+def test_what_is_known_is_recognised_and_equal_references_calibrate_it_away(
+    model: Any, sets: AttackSets
+) -> None:
+    found = Membership((model, model))(model, sets, seed=0)
+    assert {name: each.value for name, each in found.items() if each.value != 0.5} == dict.fromkeys(
+        ("loss", "zlib", "min_k", "min_k_plus_plus", "gradient_norm"), 1.0
+    )
+    for name in ("reference", "lira"):
+        assert (found[name].value, found[name].low, found[name].high) == (0.5, 0.5, 0.5)
+
+
+def test_texts_that_an_attack_cannot_use_are_left_out(model: Any, sets: AttackSets) -> None:
+    plain = replace(sets, asked=[TEXT])
+    for attack in (Rewording(), Jailbreak(), LeakAtK()):
+        assert attack(model, plain, seed=0).values == {}
+    assert replace(sets, sequence_len=5).tokens([*ASKED, TEXT]) == sets.cut(
+        replace(sets, sequence_len=5).tokens([TEXT])
+    )
+    with pytest.raises(InvalidInput, match="lacks its texts"):
+        replace(sets, sequence_len=5).examples("asked")
+
+
+@pytest.mark.parametrize(
+    ("values", "known", "steps"),
+    [
+        ({0: [0.0], 3: [0.2], 20: [0.8]}, 0.4, 3.0),
+        ({20: [0.8, 0.6], 0: [0.1, 0.1], 3: [0.1, 0.1]}, 0.9, 3 + 17 * 0.4 / 0.6),
+        ({0: [0.1], 3: [0.2], 20: [0.3]}, 0.9, None),
+        ({0: [0.9], 3: [0.95]}, 0.9, 0.0),
+        ({0: [0.9], 3: [0.95]}, 0.5, 0.0),
+    ],
+)
+def test_steps_until_half_is_back(
+    values: Mapping[int | str, list[float]], known: float, steps: float | None
+) -> None:
+    assert steps_until_half(Curve("probability", values), known) == (
+        None if steps is None else pytest.approx(steps)
+    )
