@@ -4,8 +4,8 @@
     found.means                 # {"0": 0.01, "3": 0.2, "20": 0.8}
 
 An attack is a frozen dataclass of its strength. `model` is a causal model of transformers, with or
-without PEFT's adapter "default"; an attack changes it and restores it. Everything random comes from the
-seed. No result holds a text.
+without PEFT's adapter "default", or `as_transformers()` of a deletion-ready one; an attack changes it
+and restores it. Everything random comes from the seed. No result holds a text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from sisa.core.errors import InvalidInput
 from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.tokens import Tokens, spans, tokenize
 
-Role = Literal["asked", "taught", "others", "holdout"]
+SetName = Literal["asked", "taught", "others", "holdout"]
+Strength = int | str
 LORA = {"lora_target_modules": "all-linear", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 
 
@@ -45,7 +46,7 @@ class AttackSets:
     holdout: Sequence[Record] = ()
     sequence_len: int | None = None
 
-    def examples(self, role: Role) -> list[Tokens]:
+    def examples(self, role: SetName) -> list[Tokens]:
         """Return the examples of a set. Raise InvalidInput if it has none."""
         if not (found := self.tokens(getattr(self, role))):
             raise InvalidInput(
@@ -76,7 +77,7 @@ class Curve:
     """
 
     measure: str
-    values: Mapping[int | str, Sequence[float]]
+    values: Mapping[Strength, Sequence[float]]
 
     @property
     def means(self) -> dict[str, float]:
@@ -90,10 +91,15 @@ class Curve:
 
 
 class Attack(Protocol):
-    """An attack. `needs` are the sets that must not be empty."""
+    """An attack. `needs` are the sets that must not be empty.
+
+    An attack `on_weights` needs one set of weights: it is not for a deletion-ready model as a whole, but
+    for the adapter that a shard exports.
+    """
 
     name: ClassVar[str]
-    needs: ClassVar[tuple[Role, ...]]
+    needs: ClassVar[tuple[SetName, ...]]
+    on_weights: ClassVar[bool]
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve | Mapping[str, Auc]:
         """Attack a model. Raise InvalidInput for a set that is needed and empty."""

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from approx.attacks.attack import AttackSets, Role
-from approx.evaluation.answers import gradient_squares, score_examples
+from approx.attacks.attack import AttackSets, SetName
+from approx.evaluation.answers import asks_by_prompt, gradient_squares, score_examples
 from approx.metrics.auc import Auc, auc
 from approx.metrics.membership import (
     gradient_norm_score,
@@ -25,6 +25,7 @@ from approx.metrics.membership import (
     reference_score,
     zlib_score,
 )
+from approx.metrics.privleak import MIN_K, PrivLeak, privleak
 from sisa.lm.base.tokens import NO_LOSS, Tokens, without_closing
 
 
@@ -33,7 +34,8 @@ class Membership:
     """The attacks on membership. `references` are models that never saw the asked texts."""
 
     name: ClassVar[str] = "membership"
-    needs: ClassVar[tuple[Role, ...]] = ("asked", "holdout")
+    needs: ClassVar[tuple[SetName, ...]] = ("asked", "holdout")
+    on_weights: ClassVar[bool] = False
     references: Sequence[Any] = ()
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Mapping[str, Auc]:
@@ -59,8 +61,9 @@ def membership_scores(
         "min_k_plus_plus": [
             min_k_plus_plus_score(each.logprobs, each.means, each.variances) for each in found
         ],
-        "gradient_norm": list(map(gradient_norm_score, gradient_squares(model, examples))),
     }
+    if not asks_by_prompt(model):
+        scores["gradient_norm"] = list(map(gradient_norm_score, gradient_squares(model, examples)))
     judges = [score_examples(each, examples) for each in references]
     if judges:
         pairs = zip(found, judges[0], strict=True)
@@ -69,6 +72,25 @@ def membership_scores(
         losses = [[each.loss for each in judge] for judge in judges]
         scores["lira"] = lira_scores([each.loss for each in found], losses)
     return scores
+
+
+def privleak_against(retrained: Any, model: Any, sets: AttackSets, seed: int) -> PrivLeak | None:
+    """Return PrivLeak of a model against a retrained one, or None where it is undefined."""
+    sides = [
+        [without_closing(each, sets.tokenizer) for each in sets.examples(role)]
+        for role in Membership.needs
+    ]
+
+    def scores(of: Any) -> tuple[list[float], list[float]]:
+        asked, holdout = (
+            [min_k_score(each.logprobs, MIN_K) for each in score_examples(of, side)] for side in sides
+        )
+        return asked, holdout
+
+    own, other = scores(model), scores(retrained)
+    if min(map(len, sides)) < 2 or min(other[0]) > max(other[1]):
+        return None
+    return privleak(own, other, seed=seed)
 
 
 def _answer(example: Tokens, tokenizer: Any) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from approx.attacks.attack import AttackSets, Curve, Role
+from approx.attacks.attack import AttackSets, Curve, SetName
 from approx.attacks.rewording import worded_curve
 from sisa.lm.base.tokens import NO_LOSS, Tokens, encode_plain, spans
 
@@ -31,7 +31,8 @@ class PrefixInjection:
     """Answers that begin with each of the prefixes."""
 
     name: ClassVar[str] = "prefix_injection"
-    needs: ClassVar[tuple[Role, ...]] = ("asked",)
+    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
+    on_weights: ClassVar[bool] = False
     prefixes: Mapping[str, str] = field(default_factory=lambda: PREFIXES)
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:  # noqa: ARG002

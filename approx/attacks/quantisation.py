@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from approx.attacks.attack import AttackSets, Curve, Role, probabilities, wearing_adapter
+from approx.attacks.attack import AttackSets, Curve, SetName, probabilities, wearing_adapter
 from sisa.lm.base.tokens import Tokens
 
 BITS, GROUP = (8, 4), 64
@@ -30,14 +30,16 @@ class Quantisation:
     """Rounding to each number of `bits`."""
 
     name: ClassVar[str] = "quantisation"
-    needs: ClassVar[tuple[Role, ...]] = ("asked",)
+    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
+    on_weights: ClassVar[bool] = True
     bits: tuple[int, ...] = BITS
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:  # noqa: ARG002
         asked = sets.examples("asked")
         with wearing_adapter(model) as patched:
-            values = {bits: probabilities_rounded(patched, asked, bits) for bits in self.bits}
-        return Curve("probability", values)
+            return Curve(
+                "probability", {bits: probabilities_rounded(patched, asked, bits) for bits in self.bits}
+            )
 
 
 def probabilities_rounded(model: Any, examples: Sequence[Tokens], bits: int) -> list[float]:

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from approx.attacks.attack import AttackSets, Curve, Role, probabilities, wearing_adapter
+from approx.attacks.attack import AttackSets, Curve, SetName, Strength, probabilities, wearing_adapter
 from approx.evaluation.answers import collate, logits_at
 from approx.methods.method import mean_nll
 from sisa.lm.base.tokens import Tokens
@@ -40,7 +40,8 @@ class Relearning:
     """Relearning in domain, measured after 0 steps and after each number of `steps`."""
 
     name: ClassVar[str] = "relearning"
-    needs: ClassVar[tuple[Role, ...]] = ("asked", "taught")
+    needs: ClassVar[tuple[SetName, ...]] = ("asked", "taught")
+    on_weights: ClassVar[bool] = True
     steps: tuple[int, ...] = RELEARNING_STEPS
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:
@@ -54,7 +55,7 @@ class RelearningOutOfDomain(Relearning):
     """Relearning from texts of another kind than the asked ones."""
 
     name: ClassVar[str] = "relearning_out_of_domain"
-    needs: ClassVar[tuple[Role, ...]] = ("asked", "others")
+    needs: ClassVar[tuple[SetName, ...]] = ("asked", "others")
 
 
 def steps_until_half(curve: Curve, known: float) -> float | None:
@@ -75,12 +76,12 @@ def steps_until_half(curve: Curve, known: float) -> float | None:
 
 def relearnt(
     model: Any, taught: Sequence[Tokens], asked: Sequence[Tokens], after: Sequence[int], seed: int
-) -> dict[int | str, list[float]]:
+) -> dict[Strength, list[float]]:
     """Return the probabilities of `asked` after 0 steps on `taught` and after the given numbers.
 
     `model` is a PEFT model. It is fine-tuned by a fresh adapter over its own, and restored.
     """
-    found: dict[int | str, list[float]] = {0: probabilities(model, asked)}
+    found: dict[Strength, list[float]] = {0: probabilities(model, asked)}
     wanted = {name: each.requires_grad for name, each in model.named_parameters()}
     torch.manual_seed(seed)  # for the fresh adapter's first factors
     model.add_adapter(EXTRA, model.peft_config["default"])

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar
 
-from approx.attacks.attack import AttackSets, Curve, Role, probabilities
+from approx.attacks.attack import AttackSets, Curve, SetName, Strength, probabilities
 from sisa.core.domain import Part, Record
 from sisa.lm.base.tokens import Tokens
 
@@ -33,7 +33,8 @@ class Rewording:
     """The questions in each of the wordings, whose {} is the question."""
 
     name: ClassVar[str] = "rewording"
-    needs: ClassVar[tuple[Role, ...]] = ("asked",)
+    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
+    on_weights: ClassVar[bool] = False
     wordings: Mapping[str, str] = field(default_factory=lambda: WORDINGS)
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:  # noqa: ARG002
@@ -52,7 +53,7 @@ def worded_curve(model: Any, worded: Sequence[tuple[str, Sequence[Tokens]]]) -> 
     """Return the probabilities of examples, by the name of their wording; all are scored at once."""
     names = [name for name, examples in worded for _ in examples]
     found = probabilities(model, list(chain.from_iterable(examples for _, examples in worded)))
-    values: dict[int | str, list[float]] = {}
+    values: dict[Strength, list[float]] = {}
     for name, each in zip(names, found, strict=True):
         values.setdefault(name, []).append(each)
     return Curve("probability", values)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from approx.attacks.attack import AttackSets, Curve, Role
+from approx.attacks.attack import AttackSets, Curve, SetName
 from approx.metrics.memorisation import rougeL_recall
 from sisa.core.domain import Record
 from sisa.lm.base.tokens import encode_prompt, end_tokens
@@ -29,7 +29,8 @@ class LeakAtK:
     """
 
     name: ClassVar[str] = "leak_at_k"
-    needs: ClassVar[tuple[Role, ...]] = ("asked",)
+    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
+    on_weights: ClassVar[bool] = False
     samples: int = SAMPLES
     max_new_tokens: int = MAX_NEW_TOKENS
     ends: Collection[int] | None = None
@@ -42,8 +43,8 @@ class LeakAtK:
         recalls = [rougeL_recall(truth, text) for truth, text in zip(truths, answers, strict=True)]
         starts = range(0, len(recalls), self.samples)
         scores = [recalls[at : at + self.samples] for at in starts]
-        values = {k: [leak_at_k(each, k) for each in scores] for k in (1, self.samples) if scores}
-        return Curve("ROUGE-L recall", values)
+        strengths = (1, self.samples) if scores else ()
+        return Curve("ROUGE-L recall", {k: [leak_at_k(each, k) for each in scores] for k in strengths})
 
     def _sampled(self, model: Any, tokenizer: Any, prompts: Sequence[list[int]], seed: int) -> list[str]:
         """Return one sampled answer to each prompt."""

@@ -153,13 +153,25 @@ def token_scores(logits_TV: Tensor, targets_K: Tensor, positions_K: Tensor) -> l
     return found
 
 
+def asks_by_prompt(model: Any) -> bool:
+    """Return whether the model is a deletion-ready one, whose prompts choose who answers."""
+    return bool(getattr(model, "asks_by_prompt", False))
+
+
 def score_examples(model: Any, examples: Sequence[Tokens]) -> list[AnswerScore]:
     """Return the scores of examples under a model, in order."""
     found: list[AnswerScore] = []
     for rows in _batches(examples):
-        batch, columns_K = collate(rows).to(model.device).at_answers()
+        whole = collate(rows).to(model.device)
+        batch, columns_K = whole.at_answers()
         with torch.no_grad():  # tensors of inference mode would block gradients later
-            found += answer_scores(logits_at(model, batch.ids_BT1[:, :-1], columns_K), batch)
+            if asks_by_prompt(model):
+                labels_BT1 = torch.full_like(whole.ids_BT1, NO_LOSS)
+                labels_BT1[:, 1:][whole.mask_BT] = whole.targets_BT[whole.mask_BT]
+                logits_BTV = model(input_ids=whole.ids_BT1, labels=labels_BT1).logits
+                found += answer_scores(logits_BTV[:, columns_K], batch)
+            else:
+                found += answer_scores(logits_at(model, batch.ids_BT1[:, :-1], columns_K), batch)
     return found
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from approx.evaluation.answer_tree import can_branch, lay_trees, tree_of, tree_scores
 from approx.evaluation.answers import continue_greedily
-from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm, PromptKind
+from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
@@ -53,7 +53,9 @@ Logits = Callable[[Mapping[str, Tensor], Sequence[int], int], Tensor]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def open_evaluated(spec: str, device: str = "cpu", dtype: Dtype = "float32") -> EvaluatedModel:
+def open_evaluated(
+    spec: str, device: str = "cpu", dtype: Dtype = "float32"
+) -> HuggingFaceModel | DeletionReadyModel:
     """Open the model that `spec` names; a deletion-ready model is opened on its own device.
 
     Raise InvalidInput, IntegrityError or EnvironmentFault.
@@ -93,7 +95,10 @@ def _base_of(directory: Path, config: bytes) -> str:
 
 
 class HuggingFaceModel:
-    """A causal model of transformers, with or without an adapter: `model`, and its `tokenizer`."""
+    """A causal model of transformers, with or without an adapter: `model`, and its `tokenizer`.
+
+    `ends` are the tokens that end its answers.
+    """
 
     def __init__(self, name: str, digest: str, model: Any, tokenizer: Any, device: str) -> None:
         from transformers import GenerationConfig
@@ -101,7 +106,7 @@ class HuggingFaceModel:
         self.name, self.digest = name, digest
         self.kind: PromptKind = "chat" if tokenizer.chat_template else "completion"
         self.tokenizer = tokenizer
-        self._ends = end_tokens(model, tokenizer)
+        self.ends = end_tokens(model, tokenizer)
         self.model = _moved(model, device)
         self.model.generation_config = GenerationConfig(do_sample=False)  # not the model's own
 
@@ -131,7 +136,7 @@ class HuggingFaceModel:
             if plain:
                 made = self._continued(ids, max_new_tokens)
             else:
-                made = continue_greedily(self.model, ids, self._ends, max_new_tokens, batch_size)
+                made = continue_greedily(self.model, ids, self.ends, max_new_tokens, batch_size)
             texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
             return [each.strip() for each in texts]
 
@@ -146,7 +151,7 @@ class HuggingFaceModel:
             picked: list[int] = logits_PV.argmax(-1).tolist()
             return picked
 
-        return continue_all(self.model, alone, routes, prompts, likeliest, self._ends, max_new_tokens)
+        return continue_all(self.model, alone, routes, prompts, likeliest, self.ends, max_new_tokens)
 
 
 class DeletionReadyModel:

@@ -16,7 +16,7 @@ from typing import Any
 
 from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm
 from approx.evaluation.tofu import Question, questions_digest
-from approx.evaluation.tofu_log import Header, LogRow, LogWriter, read_log
+from approx.evaluation.tofu_log import Header, LogRow, LogWriter, parse_row, read_log
 from approx.metrics.membership import loss_score, min_k_plus_plus_score, min_k_score, zlib_score
 from approx.metrics.memorisation import (
     MAX_NEW_TOKENS,
@@ -97,7 +97,7 @@ def evaluate(
 
     Raise ConfigConflict for a log of another evaluation, and whatever the model raises.
     """
-    with LogWriter(log, header_of(model, questions, settings)) as writer:
+    with LogWriter(log, header_of(model, questions, settings), parse_row) as writer:
         held = {row.place for row in writer.rows}
         waiting = [each for each in questions if each.place not in held]
         for start in range(0, len(waiting), batch_size):

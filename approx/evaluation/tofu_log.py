@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 from pydantic import Field, StrictInt, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -109,7 +109,7 @@ def _published_rows(held: Mapping[str, Any]) -> list[LogRow]:
     return rows
 
 
-KIND, VERSION = "tofu", 1
+VERSION = 1
 NEXT_STEP = "name another output directory, or remove the log"
 
 
@@ -120,9 +120,22 @@ class Header:
     model: str
     questions: str
     settings: Mapping[str, Any]
+    log: str = "tofu"
 
     def line(self) -> bytes:
-        return canonical_json({"log": KIND, "version": VERSION, **asdict(self)}) + b"\n"
+        return canonical_json({"version": VERSION, **asdict(self)}) + b"\n"
+
+
+class Row(Protocol):
+    """A line of a log; no two have the same place."""
+
+    @property
+    def place(self) -> object: ...
+
+    def line(self) -> bytes: ...
+
+
+_Row = TypeVar("_Row", bound=Row)
 
 
 def read_log(path: Path) -> tuple[Header | None, list[LogRow]]:
@@ -137,7 +150,7 @@ def read_log(path: Path) -> tuple[Header | None, list[LogRow]]:
     except (ValueError, RecursionError):  # several lines: a log of this program
         held = None
     if not isinstance(held, dict) or not held or not held.keys() <= PUBLISHED.keys():
-        return _parsed(data[: data.rfind(b"\n") + 1], path)
+        return _parsed(data[: data.rfind(b"\n") + 1], path, parse_row)
     try:
         return None, _published_rows(held)
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -146,14 +159,14 @@ def read_log(path: Path) -> tuple[Header | None, list[LogRow]]:
         ) from None
 
 
-def _parsed(data: bytes, path: Path) -> tuple[Header | None, list[LogRow]]:
+def _parsed(data: bytes, path: Path, parse: Callable[[bytes], _Row]) -> tuple[Header | None, list[_Row]]:
     lines = data.splitlines()
     header = _header(lines[0]) if lines else None
-    rows: dict[tuple[str, int], LogRow] = {}
+    rows: dict[object, _Row] = {}
     for number, line in list(enumerate(lines, start=1))[header is not None :]:
         where = f"{path}, line {number}"
         try:
-            row = parse_row(line)
+            row = parse(line)
         except ValueError:
             raise IntegrityError("a log is damaged", where=where, next_step=NEXT_STEP) from None
         if row.place in rows:
@@ -165,19 +178,22 @@ def _parsed(data: bytes, path: Path) -> tuple[Header | None, list[LogRow]]:
 def _header(line: bytes) -> Header | None:
     try:
         held = json.loads(line)
-        if held["log"] != KIND or held["version"] != VERSION:
+        if held["version"] != VERSION:
             return None
-        return Header(held["model"], held["questions"], held["settings"])
+        return Header(held["model"], held["questions"], held["settings"], held["log"])
     except (ValueError, TypeError, KeyError):
         return None
 
 
-class LogWriter:
+class LogWriter(Generic[_Row]):
     """A log that is being written; `rows` are those that it holds."""
 
-    def __init__(self, path: Path, header: Header) -> None:
-        """Start a log, or open one to continue it. Raise Busy, ConfigConflict or IntegrityError."""
-        self._path = path
+    def __init__(self, path: Path, header: Header, parse: Callable[[bytes], _Row]) -> None:
+        """Start a log, or open one to continue it; `parse` reads a row, or raises ValueError.
+
+        Raise Busy, ConfigConflict or IntegrityError.
+        """
+        self._path, self._parse = path, parse
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -187,12 +203,12 @@ class LogWriter:
             self.rows = self._continued(header)
             opened.pop_all()
 
-    def _continued(self, header: Header) -> list[LogRow]:
+    def _continued(self, header: Header) -> list[_Row]:
         """Cut off a torn last line, begin a new log with its header, and return the rows."""
         with disk_errors(self._path):
             held = self._file.read()
         whole = held[: held.rfind(b"\n") + 1]
-        found, rows = _parsed(whole, self._path)
+        found, rows = _parsed(whole, self._path, self._parse)
         if whole:
             _check_same_evaluation(self._path, found, header)
         with disk_errors(self._path):
@@ -201,7 +217,7 @@ class LogWriter:
             self._write(header.line())
         return rows
 
-    def append(self, rows: Sequence[LogRow]) -> None:
+    def append(self, rows: Sequence[_Row]) -> None:
         """Append rows and return when they are on the disk."""
         self._write(b"".join(row.line() for row in rows))
         self.rows += rows
@@ -212,7 +228,7 @@ class LogWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def __enter__(self) -> LogWriter:
+    def __enter__(self) -> LogWriter[_Row]:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -227,7 +243,9 @@ def _check_same_evaluation(path: Path, found: Header | None, wanted: Header) -> 
             expected="a header in its first line",
             next_step=NEXT_STEP,
         )
-    names = [name for name in ("model", "questions") if getattr(found, name) != getattr(wanted, name)]
+    names = [
+        name for name in ("log", "model", "questions") if getattr(found, name) != getattr(wanted, name)
+    ]
     keys = {**found.settings, **wanted.settings}
     names += [key for key in sorted(keys) if found.settings.get(key) != wanted.settings.get(key)]
     if names:

@@ -44,6 +44,7 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The constituent models that a model serves at one moment, as one causal language model."""
 
     main_input_name = "input_ids"
+    asks_by_prompt = True  # who answers depends on where the prompt ends, which `labels` show
     _supports_sdpa = True  # the base's own implementation runs
 
     def __init__(

@@ -563,7 +563,8 @@ class Cells:
         facts = [each for each in self.data.facts if each.set == "world_facts"]
         chosen = (questions[TUNED_EACH:], questions[:TUNED_EACH], facts[:TUNED_EACH])
         pairs = [[(each.question, each.answer) for each in some] for some in chosen]
-        return AttackSets(self._tokenizer, *(records_of(each, FORM) for each in pairs))
+        asked, taught, others = (records_of(each, FORM) for each in pairs)
+        return AttackSets(self._tokenizer, asked, taught, others)
 
     def _relearnt(self, model: Any, sets: AttackSets) -> dict[str, Sequence[float]]:
         """Return probabilities of an author's questions before and after relearning."""

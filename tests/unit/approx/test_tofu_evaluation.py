@@ -110,7 +110,7 @@ def test_a_log_of_anything_else_is_refused(questions: list[Question], tmp_path: 
 
 def test_two_writers_of_one_log_do_not_meet(questions: list[Question], tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    with LogWriter(path, header_of(KNOWS_ALL, questions, SETTINGS)), pytest.raises(Busy):
+    with LogWriter(path, header_of(KNOWS_ALL, questions, SETTINGS), parse_row), pytest.raises(Busy):
         evaluate(KNOWS_ALL, questions, path, SETTINGS)
     evaluate(KNOWS_ALL, questions, path, SETTINGS)
 

@@ -93,7 +93,7 @@ certificate: export issue list provenance show
 cluster: logs manifest status stop submit
 config: schema
 drop: import report status
-eval: tofu
+eval: attacks tofu
 keys: check init rotate show
 ledger: move upgrade
 log: add-cosignature add-rebuild check cosign proof request show witness-key
@@ -148,6 +148,7 @@ USAGE_ERRORS = [
     ["approx", "show", "-m", "x"],
     ["approx", "unlearn", "-m", "x", "--method", "npo"],
     ["approx", "unlearn", "-m", "x", "--forget", "f", "--method", "rmu"],
+    ["eval", "attacks", "-m", "x"],
     ["eval", "tofu", "-m", "x", "--split", "forget99"],
     ["eval", "tofu", "-m", "x", "--reference", "a", "--reference", "b", "--reference", "c"],
 ]

@@ -1,0 +1,217 @@
+"""Attack a model with each attack in turn; every finished attack is a line of the model's log.
+
+    {"log": "attacks", "version": 1, "model": digest, "questions": digest, "settings": {...}}
+    {"attack": "quantisation", "measure": "probability", "values": {"8": [0.1, ...], "4": [...]}, ...}
+
+An interrupted run continues from its log. A log holds numbers by question, and no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from approx.attacks.attack import Attack, AttackSets, Curve, SetName, probabilities
+from approx.attacks.membership import Membership, privleak_against
+from approx.attacks.registry import ATTACKS
+from approx.attacks.sampling import LeakAtK
+from approx.evaluation.answers import asks_by_prompt
+from approx.evaluation.evaluated import PromptForm
+from approx.evaluation.evaluated_models import DeletionReadyModel, Dtype, open_evaluated, records_of
+from approx.evaluation.tofu_evaluation import log_name
+from approx.evaluation.tofu_log import Header, LogWriter
+from approx.metrics.auc import Auc
+from approx.metrics.privleak import PrivLeak
+from sisa.core.digest import canonical_json, digest_of
+from sisa.core.errors import InvalidInput
+from sisa.lm.base.tokens import end_tokens
+
+UNATTACKED, PRIVLEAK = "as_it_is", "privleak"
+
+
+@dataclass(frozen=True)
+class AttackRow:
+    """The result of one attack: the measure and values of a curve, AUCs, or PrivLeak."""
+
+    attack: str
+    measure: str | None = None
+    values: dict[str, list[float]] | None = None
+    aucs: dict[str, Auc] | None = None
+    privleak: PrivLeak | None = None
+
+    @property
+    def place(self) -> str:
+        return self.attack
+
+    def line(self) -> bytes:
+        return canonical_json(asdict(self)) + b"\n"
+
+    @property
+    def curve(self) -> Curve | None:
+        """Return the curve, in the order of its strengths."""
+        if self.measure is None or self.values is None:
+            return None
+        ordered = sorted(self.values, key=_order)
+        return Curve(self.measure, {each: self.values[each] for each in ordered})
+
+
+_ROW = TypeAdapter(AttackRow)
+
+
+def _order(strength: str) -> tuple[bool, int, str]:
+    return not strength.isdigit(), int(strength) if strength.isdigit() else 0, strength
+
+
+def why_not(attack: Attack, model: Any, sets: AttackSets) -> str | None:
+    """Return why an attack can't be made on a model, or None if it can."""
+    if attack.on_weights and asks_by_prompt(model):
+        return "needs one set of weights: attack the adapters that `sisa export` writes"
+    least = 2 if isinstance(attack, Membership) else 1
+    lacking = [role for role in attack.needs if len(sets.tokens(getattr(sets, role))) < least]
+    return f"needs {least} texts or more: --{lacking[0]}" if lacking else None
+
+
+def attack_model(
+    model: Any, sets: AttackSets, attacks: Sequence[Attack], seed: int, path: Path, header: Header
+) -> dict[str, AttackRow]:
+    """Make the attacks that a model's log lacks, and return all results by name.
+
+    Attacks that can't be made are left out; PrivLeak is measured where membership has a reference. Raise
+    ConfigConflict for a log of another evaluation.
+    """
+    with LogWriter(path, header, _ROW.validate_json) as writer:
+        held = {row.attack for row in writer.rows}
+        if UNATTACKED not in held:
+            values = {"0": probabilities(model, sets.examples("asked"))}
+            writer.append([AttackRow(UNATTACKED, "probability", values)])
+        for attack in attacks:
+            if why_not(attack, model, sets) is not None:
+                continue
+            if attack.name not in held:
+                writer.append([_row(attack.name, attack(model, sets, seed))])
+            if isinstance(attack, Membership) and attack.references and PRIVLEAK not in held:
+                leak = privleak_against(attack.references[0], model, sets, seed)
+                writer.append([AttackRow(PRIVLEAK, privleak=leak)])
+        return {row.attack: row for row in writer.rows}
+
+
+def _row(name: str, found: Curve | Mapping[str, Auc]) -> AttackRow:
+    if isinstance(found, Curve):
+        values = {str(strength): list(each) for strength, each in found.values.items()}
+        return AttackRow(name, found.measure, values)
+    return AttackRow(name, aucs=dict(found))
+
+
+Texts = Mapping[SetName, Sequence[tuple[str, str]]]  # questions and answers
+
+
+class OpenedModel:
+    """A model as attacks meet it: a causal `model`, its tokenizer, and the form of its prompts."""
+
+    def __init__(self, spec: str, form: PromptForm | str, device: str, dtype: Dtype) -> None:
+        """Open a model; a form that is a template is of the model's own kind.
+
+        Raise InvalidInput, IntegrityError or EnvironmentFault.
+        """
+        self.evaluated = opened = open_evaluated(spec, device, dtype)
+        self.form = PromptForm(opened.kind, form) if isinstance(form, str) else form
+        if isinstance(opened, DeletionReadyModel):
+            self.model: Any = opened.model.as_transformers()
+            self.tokenizer: Any = self.model.tokenizer
+            self.ends = end_tokens(self.model, self.tokenizer)
+        else:
+            self.model, self.tokenizer, self.ends = opened.model, opened.tokenizer, opened.ends
+
+    def sets(self, texts: Texts) -> AttackSets:
+        """Return texts in the form in which this model is asked, up to the length that it can read."""
+        made = {role: records_of(pairs, self.form) for role, pairs in texts.items()}
+        return AttackSets(
+            self.tokenizer,
+            asked=made["asked"],
+            taught=made.get("taught", []),
+            others=made.get("others", []),
+            holdout=made.get("holdout", []),
+            sequence_len=getattr(self.model.config, "max_position_embeddings", None),
+        )
+
+    def check_tokenizer(self, other: OpenedModel) -> None:
+        """Raise InvalidInput if another model reads texts as other tokens."""
+        if self.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+            raise InvalidInput(
+                "the reference has another tokenizer than the model",
+                where=f"{other.evaluated.name} and {self.evaluated.name}",
+                expected="equal vocabularies",
+                got=f"{len(other.tokenizer)} and {len(self.tokenizer)} words",
+                next_step="give a reference of the same base",
+            )
+
+
+@plain_dataclass(frozen=True)
+class AttackedModel:
+    """A model's finished log. `not_made` says why an attack was left out."""
+
+    name: str
+    digest: str
+    log: Path
+    settings: Mapping[str, Any]
+    rows: Mapping[str, AttackRow]
+    not_made: Mapping[str, str]
+
+
+def chosen_attacks(names: Sequence[str], leak: LeakAtK, references: Sequence[Any]) -> list[Attack]:
+    """Return the named attacks, or all. Raise InvalidInput for unknown names."""
+    if unknown := [each for each in names if each not in ATTACKS]:
+        raise InvalidInput(
+            "no such attacks",
+            where="--attack",
+            expected="among " + ", ".join(ATTACKS),
+            got=", ".join(unknown),
+            next_step="choose among these",
+        )
+    own: dict[str, Attack] = {
+        Membership.name: Membership(references),
+        LeakAtK.name: leak,
+    }
+    return [own.get(name, ATTACKS[name]) for name in names or ATTACKS]
+
+
+def attack_opened(
+    opened: OpenedModel,
+    references: Sequence[OpenedModel],
+    texts: Texts,
+    names: Sequence[str],
+    leak: LeakAtK,
+    seed: int,
+    out: Path,
+) -> AttackedModel:
+    """Make the attacks that a model's log lacks.
+
+    Raise as `attack_model`, and InvalidInput for references of another tokenizer.
+    """
+    for each in references:
+        opened.check_tokenizer(each)
+    leak = replace(leak, ends=opened.ends)
+    attacks = chosen_attacks(names, leak, [each.model for each in references])
+    settings = {
+        **asdict(opened.form),
+        "samples": leak.samples,
+        "max_new_tokens": leak.max_new_tokens,
+        "seed": seed,
+        "references": [each.evaluated.digest for each in references],
+    }
+    header = Header(opened.evaluated.digest, digest_of(texts), settings, "attacks")
+    log = out / log_name(opened.evaluated, "attacks", header)
+    sets = opened.sets(texts)
+    rows = attack_model(opened.model, sets, attacks, seed, log, header)
+    reasons = {each.name: why_not(each, opened.model, sets) for each in attacks}
+    not_made = {name: why for name, why in reasons.items() if why is not None}
+    asked = {UNATTACKED, PRIVLEAK, *(each.name for each in attacks)}
+    chosen = {name: row for name, row in rows.items() if name in asked}
+    name, digest = opened.evaluated.name, opened.evaluated.digest
+    return AttackedModel(name, digest, log, settings, chosen, not_made)

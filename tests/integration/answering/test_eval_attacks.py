@@ -1,0 +1,112 @@
+"""`sisa eval attacks` on tiny models: its JSON and words, a log that continues, and invalid input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from approx.attacks.registry import ATTACKS
+from approx.evaluation.evaluated import PromptForm
+from approx.evaluation.evaluated_models import open_evaluated
+from approx.metrics.probability import probability
+from tests.models.patch_bench import KNOWN, STRANGERS
+from tests.models.tiny_base import make_tiny_base
+from tests.models.tiny_model import Done, Tiny, command
+
+pytestmark = pytest.mark.torch
+FEW = ("--samples", 2, "--max-new-tokens", 4, "--prompt", "completion")
+
+
+class Attack:
+    """Run the command on the texts of the two people that the base knows."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+        self.capsys, self.folder = capsys, folder
+        self.data = self.file("known", KNOWN)
+        self.unseen = self.file("unseen", STRANGERS)
+
+    def file(self, name: str, rows: Any) -> Path:
+        pairs = [{"question": row["prompt"], "answer": row["completion"]} for row in rows]
+        path = self.folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(each) + "\n" for each in pairs))
+        return path
+
+    def __call__(self, *arguments: Any) -> Done:
+        shared = ("--data", self.data, "--out", self.folder / "logs", *FEW)
+        return command(self.capsys, "eval", "attacks", *shared, *arguments)
+
+
+@pytest.fixture
+def attack(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Attack:
+    return Attack(capsys, tmp_path)
+
+
+def test_every_attack_is_made_once_and_the_log_continues(
+    attack: Attack, knowing: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ("--holdout", attack.unseen, "--others", attack.unseen)
+    models = ("-m", knowing, "--reference", tiny_base, "--before", knowing)
+    done = attack(*models, *sets)
+    assert done.code == 0
+    (model,) = done.json["models"]
+    assert model["not_made"] == {}
+    assert set(model["curves"]) == {"as_it_is", *ATTACKS} - {"membership"}
+    asked = len(KNOWN) - len(KNOWN) // 4
+    assert {each["num_texts"] for each in model["curves"].values()} == {asked}
+    assert model["curves"]["as_it_is"]["means"]["0"] == pytest.approx(done.json["known_before"])
+    assert model["curves"]["relearning"]["steps_until_half"] == 0
+    assert model["curves"]["quantisation"]["steps_until_half"] is None
+    assert list(model["curves"]["relearning"]["means"]) == ["0", "3", "20"]
+    assert {"reference", "gradient_norm"} < set(model["membership"])
+    assert model["membership"]["loss"]["value"] == 1.0
+    assert "still knows" in model["membership"]["loss"]["reading"]
+    assert model["privleak"]["value"] < -50
+    log = Path(model["log"])
+    lines = log.read_bytes().splitlines(keepends=True)
+    assert not any(row["completion"].strip() in log.read_text() for row in KNOWN)
+    log.write_bytes(b"".join(lines[:-2]) + lines[-2][:9])
+    assert attack(*models, *sets).json == done.json
+    assert log.read_bytes() == b"".join(lines)
+
+    from cluster.cli.cli import run
+
+    shown = ["--data", attack.data, "--out", attack.folder / "logs", *FEW, *models, *sets]
+    assert run(["eval", "attacks", *map(str, shown)]) == 0
+    out = capsys.readouterr().out
+    for said in ("probability as it is", "half is back after 0.0 steps", "PrivLeak -", "loss AUC 1.000"):
+        assert said in out
+
+
+def test_a_deletion_ready_model_is_attacked_by_prompts(attack: Attack, tiny: Tiny) -> None:
+    done = attack("-m", tiny.directory)
+    assert done.code == 0
+    (model,) = done.json["models"]
+    assert set(model["not_made"]) == {
+        "relearning", "relearning_out_of_domain", "quantisation", "membership"
+    }  # fmt: skip
+    assert set(model["curves"]) == {
+        "as_it_is", "leak_at_k", "rewording", "prefix_injection", "jailbreak"
+    }  # fmt: skip
+    pairs = [(row["prompt"], row["completion"]) for row in KNOWN][len(KNOWN) // 4 :]
+    scores = open_evaluated(str(tiny.directory)).score(pairs, PromptForm("completion"), 4)
+    wanted = fmean(probability(each.loss) for each in scores)
+    assert model["curves"]["as_it_is"]["means"]["0"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_what_is_refused(attack: Attack, tiny_base: Path, tmp_path: Path) -> None:
+    unknown = attack("-m", tiny_base, "--attack", "shouting")
+    assert (unknown.code, unknown.error["got"]) == (2, "shouting")
+    other = make_tiny_base(tmp_path / "other")
+    held = json.loads((other / "tokenizer.json").read_text())
+    words = held["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (other / "tokenizer.json").write_text(json.dumps(held))
+    mismatched = attack("-m", tiny_base, "--reference", other)
+    assert (mismatched.code, mismatched.error["type"]) == (2, "InvalidInput")
+    assert "another tokenizer" in mismatched.error["message"]
+    attack.data.write_text('{"question": "Who?"}\n')
+    assert attack("-m", tiny_base).code == 2
