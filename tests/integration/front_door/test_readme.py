@@ -61,8 +61,8 @@ def headings(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("house", HOUSES)
 def test_every_room_is_on_the_map(house: str) -> None:
-    told = words(f"{house}/README.md")
-    deep = [each for each in rooms(house) if f"| `{each}/` |" not in told]
+    text = words(f"{house}/README.md")
+    deep = [each for each in rooms(house) if f"| `{each}/` |" not in text]
     assert [each for each in deep if any((ROOT / house / each).glob("[!_]*.py"))] == []
 
 
