@@ -107,16 +107,19 @@ def test_assembly_reads_what_cells_wrote(bench: Bench, ran: dict[str, Any]) -> N
     assert "1x4-key0.made" not in ran["missing"]
     assert "Surely" not in json.dumps(ran)
     assert (bench.out / "tofu_full.png").read_bytes().startswith(b"\x89PNG")
+    in_full = ran["tried_in_full"]
+    assert all({"retain", "written_retain"} <= each.keys() for each in in_full)
+    best, other = sorted(in_full, key=lambda each: each["score"], reverse=True)
     trials = [line.split(" | ") for line in trials_table(ran)][2:]
     assert [(name, rate) for name, rate, *_, score, _ in trials if "**" in score] == [
         ("| ours, 1x4", "0.01"),
         ("| ordinary LoRA, a tenth of the records", "0.01"),
-        ("| ordinary LoRA, all records", "0.01"),
+        ("| ordinary LoRA, all records", f"{best['learning_rate']:g}"),
     ]
     assert len(trials) == 6
     kept = bench.out / "adapters"
-    best, other = (kept / f"lora-rate{rate}" / ADAPTER_FILE for rate in ("0.01", "1e-05"))
-    assert best.read_bytes() == (kept / "lora" / ADAPTER_FILE).read_bytes() != other.read_bytes()
+    taken, left = (kept / f"lora-rate{each['learning_rate']:g}" / ADAPTER_FILE for each in (best, other))
+    assert taken.read_bytes() == (kept / "lora" / ADAPTER_FILE).read_bytes() != left.read_bytes()
     lines = list(table(ran))
     assert len(lines) == 2 + 6
     assert any(line.startswith("| ours, 1x4, before | 1 | - / - | - |") for line in lines)
