@@ -1,4 +1,4 @@
-"""Log-probabilities, scores and greedy continuations of answers under a causal model.
+"""Log-probabilities, scores and continuations of answers under a causal model.
 
 Shapes: B examples, T positions of the longest one, V words of the vocabulary, K answer tokens of one
 row. Position t of a row predicts the token at t + 1; `mask_BT` is true where that token belongs to an
@@ -21,7 +21,7 @@ are computed in float32, or in float64 for float64 logits.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,11 @@ class AnswerBatch:
     def num_tokens_B(self) -> Tensor:
         """Return the number of answer tokens of each row."""
         return self.mask_BT.sum(dim=1)
+
+    @property
+    def answer_ids_N(self) -> Tensor:
+        """Return all answer tokens, row after row."""
+        return self.targets_BT[self.mask_BT]
 
     def at_answers(self) -> tuple[AnswerBatch, Tensor]:
         """Return the batch cut to the columns where some row has an answer token, and those columns."""
@@ -227,16 +232,42 @@ def continue_greedily(
     Rows are padded on the left, with a mask, in batches of one size and in the given order, so the same
     rows give the same tokens. The model's own generation config is not used.
     """
+    chosen = {"do_sample": False, "min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
+    return _continued(model, prompts, ends, batch_rows, chosen)
+
+
+def continue_sampled(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    ends: Collection[int],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[list[int]]:
+    """Return a continuation of each prompt, drawn from the model's whole distribution.
+
+    The same rows and seed give the same tokens on one machine. The caller's random state is unchanged.
+    """
+    chosen = {
+        **{"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0},
+        **{"min_new_tokens": 1, "max_new_tokens": max_new_tokens},
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _continued(model, prompts, ends, BATCH_ROWS, chosen)
+
+
+def _continued(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    ends: Collection[int],
+    batch_rows: int,
+    chosen: Mapping[str, Any],
+) -> list[list[int]]:
     from transformers import GenerationConfig
 
     pad = min(ends, default=0)
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad,
-    )
+    config = GenerationConfig(**chosen, eos_token_id=sorted(ends) or None, pad_token_id=pad)
     found = []
     for start in range(0, len(prompts), batch_rows):
         rows = prompts[start : start + batch_rows]

@@ -5,7 +5,8 @@ whole batch.
 
 A method is a frozen dataclass. Making one with values for which its loss is not defined raises
 InvalidInput with all of them. The reference is the model as it was before. A loss holds no state, draws
-no random number and never sees a model. A retain term of weight 0 is not computed.
+no random number and never sees a model. A retain term of weight 0 is not computed. Where a weight
+changes from step to step, the method computes the next one, and the loop holds it.
 
 A mean over tokens runs over all answer tokens of the batch, and a mean over examples over its rows;
 prompt and padding never count (TOFU and open-unlearning average the KL over both, so that its weight
@@ -38,13 +39,19 @@ def mean_nll(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
 
 def mean_kl(reference_BTV: Tensor, current_BTV: Tensor, batch: AnswerBatch) -> Tensor:
     """Return KL(reference || current) per answer token of the batch, in nats."""
-    num_positions = batch.targets_BT.shape[1]
-    reference_NV = logprobs_BTV(reference_BTV[:, :num_positions][batch.mask_BT])
-    current_NV = logprobs_BTV(current_BTV[:, :num_positions][batch.mask_BT])
+    reference_NV = answer_logprobs_NV(reference_BTV, batch)
+    current_NV = answer_logprobs_NV(current_BTV, batch)
     return (reference_NV.exp() * (reference_NV - current_NV)).sum(dim=-1).mean()
 
 
+def answer_logprobs_NV(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
+    """Return the log-probabilities of all words at each answer token of the batch, row after row."""
+    return logprobs_BTV(logits_BTV[:, : batch.targets_BT.shape[1]][batch.mask_BT])
+
+
+Family = Literal["ascent", "preference", "distillation", "behaviour", "flattening", "task vectors"]
 Role = Literal["forget", "retain", "preferred"]
+Alternative = Literal["refusals", "alternates"]
 RetainLoss = Literal["nll", "kl"]
 RETAIN_LOSSES = ("nll", "kl")
 RETAIN: frozenset[Role] = frozenset({"retain"})
@@ -89,15 +96,21 @@ class Method:
 
     A method defines F (`forget_term`), and as fields what can be chosen of the weights and
     `retain_loss`. `positive` and `not_negative` name the fields with such values, and `looks_at` the
-    sets that F reads. `compares_answers` are those of them for which F needs the reference, as the
-    log-probability of the whole answer, which is the same at every step.
+    sets that F reads. Of these, F needs the reference for `compares_answers`, as the log-probability of
+    the whole answer, which is the same at every step, and for `compares_tokens`, as the logits of each
+    answer token. `prefers` says what the preferred answers are, for methods that read them.
+
+    Name, family and paper are what `sisa approx methods` and the README list.
     """
 
     name: ClassVar[str]
+    family: ClassVar[Family]
+    paper: ClassVar[str]
     positive: ClassVar[tuple[str, ...]] = ("beta", "forget_weight")
     not_negative: ClassVar[tuple[str, ...]] = ("retain_weight",)
     looks_at: ClassVar[frozenset[Role]] = frozenset({"forget"})
-    compares_answers: ClassVar[frozenset[Role]] = frozenset()
+    compares_tokens: ClassVar[frozenset[Role]] = frozenset()
+    prefers: ClassVar[Alternative] = "refusals"
 
     @property
     def forget_weight(self) -> float:
@@ -112,13 +125,14 @@ class Method:
         return "nll"
 
     def __post_init__(self) -> None:
+        check_values(self.name, self.problems())
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for each value for which the loss is not defined."""
         given = asdict(self)
-        check_values(
-            self.name,
-            above_zero(**{each: given[each] for each in self.positive if each in given}),
-            at_least_zero(**{each: given[each] for each in self.not_negative if each in given}),
-            one_of(RETAIN_LOSSES, retain_loss=self.retain_loss),
-        )
+        yield from above_zero(**{each: given[each] for each in self.positive if each in given})
+        yield from at_least_zero(**{each: given[each] for each in self.not_negative if each in given})
+        yield from one_of(RETAIN_LOSSES, retain_loss=self.retain_loss)
 
     @property
     def reads(self) -> frozenset[Role]:
@@ -126,19 +140,42 @@ class Method:
         return self.looks_at | RETAIN if self.retain_weight > 0 else self.looks_at
 
     @property
+    def compares_answers(self) -> frozenset[Role]:
+        """Return the sets for which F needs the reference's log-probability of each whole answer."""
+        return frozenset()
+
+    @property
     def compares(self) -> frozenset[Role]:
-        """Return those of them for which it needs the reference."""
-        kept = self.retain_weight > 0 and self.retain_loss == "kl"
-        return self.compares_answers | RETAIN if kept else self.compares_answers
+        """Return the sets for which the loss needs the reference."""
+        kept = "retain" in self.reads and self.retain_loss == "kl"
+        return self.compares_answers | self.compares_tokens | (RETAIN if kept else frozenset())
+
+    @property
+    def min_answer_tokens(self) -> int:
+        """Return the number of answer tokens that each forget example must have."""
+        return 1
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         """Return F, a scalar."""
         raise NotImplementedError
 
+    def next_retain_weight(
+        self,
+        weight: float,  # noqa: ARG002
+        retain: float | None,  # noqa: ARG002
+        num_epochs: float,  # noqa: ARG002
+    ) -> float | None:
+        """Return the weight of the retain term in the next step, or None where it is constant.
+
+        `weight` and `retain` are the weight and the retain term of this step, and `num_epochs` the
+        passes over the forget set after it.
+        """
+        return None
+
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         """Return the loss over the rows of one batch, which has the roles that `reads` names."""
         total = self.forget_weight * self.forget_term(rows)
-        if self.retain_weight == 0:
+        if "retain" not in self.reads:
             return Losses(total, None)
         kept = rows["retain"]
         if self.retain_loss == "nll":
@@ -183,6 +220,11 @@ def whole_numbers(low: float = -math.inf, high: float = math.inf, **values: obje
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
     return _unfit(values, fits, f"a whole number{span}")
+
+
+def booleans(**values: object) -> Iterator[Problem]:
+    """Yield a problem for each value that is neither true nor false."""
+    return _unfit(values, lambda value: isinstance(value, bool), "true or false")
 
 
 def one_of(allowed: tuple[str, ...], **values: str) -> Iterator[Problem]:

@@ -10,21 +10,29 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from approx.methods.dpo import Dpo, IdkDpo
-from approx.methods.graddiff import GradDiff
-from approx.methods.gradient_ascent import GradientAscent
-from approx.methods.kl_minimisation import KlMinimisation
+from approx.methods.ascent.graddiff import GradDiff
+from approx.methods.ascent.gradient_ascent import GradientAscent
+from approx.methods.ascent.kl_minimisation import KlMinimisation
+from approx.methods.ascent.satimp import SatImp
+from approx.methods.ascent.wga import Wga
+from approx.methods.distillation.ceu import Ceu
+from approx.methods.distillation.undial import Undial
+from approx.methods.idk_nll import IdkNll
 from approx.methods.method import Method
-from approx.methods.npo import Npo
-from approx.methods.simnpo import SimNpo
+from approx.methods.pdu import Pdu
+from approx.methods.preference.altpo import AltPo
+from approx.methods.preference.dpo import Dpo, IdkDpo
+from approx.methods.preference.npo import Npo
+from approx.methods.preference.simnpo import SimNpo
 from approx.methods.task_arithmetic import TaskArithmetic
 from sisa.core.errors import InvalidInput, Problem
 
 METHODS: Mapping[str, type[Method]] = {
     each.name: each
     for each in (
-        *(GradientAscent, GradDiff, KlMinimisation),
-        *(Dpo, IdkDpo, Npo, SimNpo, TaskArithmetic),
+        *(GradientAscent, GradDiff, KlMinimisation, Wga, SatImp),
+        *(Dpo, IdkDpo, AltPo, Npo, SimNpo),
+        *(Ceu, Undial, IdkNll, Pdu, TaskArithmetic),
     )
 }
 

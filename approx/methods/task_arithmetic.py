@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from approx.methods.method import Method, Role, Rows, above_zero, at_least_zero, check_values, mean_nll
+from approx.methods.method import Family, Method, Role, Rows, above_zero, at_least_zero, mean_nll
 from sisa.core.errors import InvalidInput, Problem
 
 GRID = (
@@ -40,12 +40,12 @@ class TaskArithmetic(Method):
     alpha: float | None = None
     alphas: tuple[float, ...] = GRID
     name: ClassVar[str] = "task_arithmetic"
+    family: ClassVar[Family] = "task vectors"
+    paper: ClassVar[str] = "Ilharco et al. 2023, Editing models with task arithmetic"
 
-    def __post_init__(self) -> None:
-        given = {} if self.alpha is None else {"alpha": self.alpha}
-        check_values(self.name, at_least_zero(**given), self._bad_grid())
-
-    def _bad_grid(self) -> Iterator[Problem]:
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for each scale that is not a number above 0."""
+        yield from at_least_zero(**({} if self.alpha is None else {"alpha": self.alpha}))
         if not self.alphas:
             yield Problem("alphas", "none given")
         yield from above_zero(**{f"alphas[{number}]": each for number, each in enumerate(self.alphas)})

@@ -127,6 +127,22 @@ def settings_of(
     return parse_settings({"method": method, **blocks, **texts}, *problems).to_json()
 
 
+def describe_methods() -> list[dict[str, Any]]:
+    """Return each method: what it is, what it needs, and its hyper-parameters in a patch."""
+    found = []
+    for name, kind in METHODS.items():
+        given = dict(METHOD_DEFAULTS.get(name, {}))
+        method = make_method(name, given)
+        needs = {
+            "retain": "retain" in method.reads,
+            "reference": bool(method.compares),
+            "preferred": method.prefers if "preferred" in method.reads else None,
+        }
+        about = {"name": name, "family": kind.family, "paper": kind.paper}
+        found.append({**about, "needs": needs, "defaults": asdict(method)})
+    return found
+
+
 def parse_settings(given: Mapping[str, Any], *found: Problem) -> PatchSettings:
     """Return validated settings. Raise InvalidInput with every problem, those already `found` too."""
     problems = [*found, *(Problem(each, "unknown") for each in given if each not in NAMES)]

@@ -22,9 +22,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from approx.evaluation.probe import answers_to_probe
+from approx.methods.preference.altpo import AltPo
 from approx.patches import patch_measures
 from approx.patches.patch_settings import PatchSettings, parse_settings
 from approx.unlearning import examples
+from approx.unlearning.alternates import write_alternates
 from approx.unlearning.generated_retain import prompts_that_fit, write_answers, write_neighbours
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
@@ -173,12 +175,8 @@ class _Making:
         self.forget = list(dict.fromkeys(record for name in job.forget for record in texts[name]))
         tokens = examples.tokenize_records(self.forget, "forget", tokenizer, limits)
         retain = self._retain(texts.get(job.retain), limits)
-        preferred: list[Tokens] = []
-        if "preferred" in settings.method.reads:
-            preferred = examples.make_preferred(
-                self.forget, tokens, tokenizer, settings.pace.seed, self._sequence_len
-            )
-        self.sets = examples.Sets(tokens, retain, preferred)
+        self._tokens = tokens
+        self.sets = self._sets(retain)
         self._asked = [
             answers_to_probe(record.kind, each, tokenizer, self._sequence_len)
             for record, each in zip(self.forget, tokens, strict=True)
@@ -210,8 +208,24 @@ class _Making:
         self.judged = (judged + more_judged) or tokens
         return tokens + trained + more_trained
 
+    def _sets(self, retain: Sequence[Tokens]) -> examples.Sets:
+        """Return the sets to train on: with alternates, each forget example once with each of them."""
+        method, seed, tokens = self.settings.method, self.settings.pace.seed, self._tokens
+        length = self._sequence_len
+        if "preferred" not in method.reads:
+            return examples.Sets(tokens, retain)
+        if not isinstance(method, AltPo):
+            preferred = examples.make_preferred(self.forget, tokens, self._tokenizer, seed, length)
+            return examples.Sets(tokens, retain, preferred)
+        self.report(Notice("the base writes other answers to the questions to forget"))
+        written = write_alternates(
+            *(self._base, self._tokenizer, self.forget, method.num_alternates, seed, length)
+        )
+        pairs = [(each, other) for each, found in zip(tokens, written, strict=True) for other in found]
+        return examples.Sets([each for each, _ in pairs], retain, [other for _, other in pairs])
+
     def _measured(self, model: Any) -> dict[str, float]:
-        return patch_measures.measure_patch(model, self._tokenizer, self.sets.forget, self.judged)
+        return patch_measures.measure_patch(model, self._tokenizer, self._tokens, self.judged)
 
     def _known(self, model: Any, thorough: bool) -> Knowledge:
         return patch_measures.measure_knowledge(model, self._tokenizer, self._asked, thorough=thorough)
@@ -237,7 +251,7 @@ class _Making:
     def report_of(self, end: End, *, measured: bool) -> dict[str, Any]:
         """Return the ApproxReport as JSON, with the sets and whether a patch was made."""
         made = measured and _changes_anything(end)
-        forget, judged = len(self.sets.forget), len(self.judged)
+        forget, judged = len(self._tokens), len(self.judged)
         found = ApproxReport(
             method=self.settings.method,
             settings=self.settings.pace,

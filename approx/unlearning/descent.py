@@ -11,8 +11,9 @@ rate and with a heavier retain term. The run ends when enough is forgotten, afte
 when a loss or a gradient is not finite. The model then holds the best weights.
 
 Within any positive time limit a run takes at least one step, so that a run that is continued again and
-again finishes. A continued run gives the same bits as one without interruption: order and rate are
-functions of the step and of the measurements, and nothing draws a random number.
+again finishes. A continued run gives the same bits as one without interruption: order, rate and the
+weight of the retain term are functions of the step and of the measurements, and nothing draws a random
+number.
 
     end = Descent(target, sets, method, settings, bounds, None, log, time.monotonic).run()
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,7 @@ class _Counts:
     rate: float
     step: int = 0
     hold: float = 1.0
+    retain_weight: float | None = None  # where the method changes it from step to step
     why: str = ""
     seconds: float = 0.0  # before this process
     tokens_trained: int = 0
@@ -193,8 +195,22 @@ class Descent:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self.progress(self._log(sums, norm))
+        log = self._log(sums, norm)
+        self._now.retain_weight = self._next_retain_weight(log.retain)
+        self.progress(log)
         return True
+
+    def _next_retain_weight(self, retain: float | None) -> float | None:
+        present, settings = self._now.retain_weight, self.settings
+        weight = self.method.retain_weight if present is None else present
+        num_batches = (self._now.step + 1) * settings.gradient_accumulation_steps
+        num_epochs = num_batches / -(-len(self.sets.forget) // settings.batch_size)
+        return self.method.next_retain_weight(weight, retain, num_epochs)
+
+    def _present_method(self) -> Method:
+        weight = self._now.retain_weight
+        method = self.method if weight is None else replace(self.method, retain_weight=weight)
+        return with_retain_factor(method, self._now.hold)
 
     def _diverged(self, what: str) -> bool:
         self._optimizer.zero_grad(set_to_none=True)
@@ -214,7 +230,7 @@ class Descent:
             num_tokens = batch.ids_BT1.numel()
             self._now.tokens_trained += num_tokens if trained else 0
             self._now.tokens_forward += num_tokens * (compare + (not trained))
-        return with_retain_factor(self.method, self._now.hold).loss(rows)
+        return self._present_method().loss(rows)
 
     def _examples(self, role: Role) -> Sequence[Tokens]:
         examples: Sequence[Tokens] = getattr(self.sets, role)

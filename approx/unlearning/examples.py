@@ -80,8 +80,9 @@ def _set_problems(sets: Sets, method: Method) -> Iterator[Problem]:
         yield Problem("preferred", f"{len(sets.preferred)} answers, {expected}")
     for role, examples in vars(sets).items():
         for number, each in enumerate(examples, 1):
-            if all(label == NO_LOSS for label in each.labels[1:]):
-                yield Problem(f"{role} example {number}", "has no answer token")
+            count, least = num_answer_tokens(each), method.min_answer_tokens if role == "forget" else 1
+            if count < least:
+                yield Problem(f"{role} example {number}", _too_short(count, least))
     kept = {tuple(each.input_ids): number for number, each in enumerate(sets.retain, 1)}
     for number, each in enumerate(sets.forget, 1):
         if (other := kept.get(tuple(each.input_ids))) is not None:
@@ -89,6 +90,15 @@ def _set_problems(sets: Sets, method: Method) -> Iterator[Problem]:
     for number, (one, unwanted) in enumerate(zip(sets.preferred, sets.forget, strict=False), 1):
         if one.input_ids == unwanted.input_ids:
             yield Problem(f"preferred example {number}", "is the answer to forget")
+
+
+def num_answer_tokens(tokens: Tokens) -> int:
+    """Return the number of answer tokens that are predicted: the first token is not."""
+    return sum(label != NO_LOSS for label in tokens.labels[1:])
+
+
+def _too_short(count: int, least: int) -> str:
+    return f"has {count} answer tokens, expected {least} or more" if count else "has no answer token"
 
 
 REFUSALS = (
@@ -114,14 +124,11 @@ def make_refusals(
     follows. The seed and the example's position choose it. Raise InvalidInput for examples without a
     prompt.
     """
-    made, problems = [], []
-    for number, each in enumerate(forget):
-        where = f"forget example {number + 1}"
-        start = next((at for at, label in enumerate(each.labels) if label != NO_LOSS), 0)
-        if start == 0:
-            problems.append(Problem(where, "has no prompt that could be refused"))
-        chosen = list(refusals[_draw(seed, number) % len(refusals)])
-        made.append(answered(each.input_ids[:start], chosen))
+    problems = [
+        Problem(f"forget example {number}", "has no prompt that could be refused")
+        for number, each in enumerate(forget, 1)
+        if not first_prompt(each)
+    ]
     if problems:
         raise InvalidInput(
             "no refusals can be made",
@@ -129,7 +136,16 @@ def make_refusals(
             next_step="correct the forget set, or use a method without preferred answers",
             problems=problems,
         )
-    return made
+    return [
+        answered(first_prompt(each), list(refusals[_draw(seed, number) % len(refusals)]))
+        for number, each in enumerate(forget)
+    ]
+
+
+def first_prompt(tokens: Tokens) -> list[int]:
+    """Return all token ids before the first answer."""
+    start = next((at for at, label in enumerate(tokens.labels) if label != NO_LOSS), 0)
+    return list(tokens.input_ids[:start])
 
 
 def _draw(seed: int, number: int) -> int:
@@ -181,7 +197,8 @@ def text_problems(
         if records is not None and not records:
             yield Problem(role, "no records")
         elif records:
-            yield from _of(partial(tokenize_records, records, role, tokenizer, limits))
+            least = method.min_answer_tokens if method is not None and role == "forget" else 1
+            yield from _of(partial(_check_records, records, role, tokenizer, limits, least))
     if retain:
         yield from _of(partial(check_disjoint, forget, retain))
     if method is not None and "preferred" in method.reads:
@@ -190,6 +207,16 @@ def text_problems(
             for number, each in enumerate(forget, 1)
             if each.kind == "text"
         )
+
+
+def _check_records(
+    records: Sequence[Record], role: str, tokenizer: Any, limits: Limits, least: int
+) -> None:
+    tokens = tokenize_records(records, role, tokenizer, limits)
+    counts = ((number, num_answer_tokens(each)) for number, each in enumerate(tokens, 1))
+    short = [Problem(f"{role} record {n}", _too_short(k, least)) for n, k in counts if k < least]
+    if short:
+        raise InvalidInput("answers are too short for the method", problems=short)
 
 
 def _of(check: Callable[[], object]) -> tuple[Problem, ...]:
@@ -220,14 +247,14 @@ def make_preferred(
         groups.setdefault((record.kind, record.parts[-1].text[:1].isspace()), []).append(number)
     found: dict[int, Tokens] = {}
     for (kind, spaced), numbers in groups.items():
-        refusals = [_closed(" " * spaced + each, kind, tokenizer) for each in REFUSALS]
+        refusals = [closed(" " * spaced + each, kind, tokenizer) for each in REFUSALS]
         made = make_refusals([tokens[number] for number in numbers], refusals, seed)
         found |= dict(zip(numbers, made, strict=True))
     whole = [found[number] for number in range(len(records))]
     return [Tokens(each.input_ids[:sequence_len], each.labels[:sequence_len]) for each in whole]
 
 
-def _closed(answer: str, kind: Kind, tokenizer: Any) -> list[int]:
+def closed(answer: str, kind: Kind, tokenizer: Any) -> list[int]:
     """Return the token ids of an answer with the tokens that close it."""
     roles = ("user", "assistant") if kind == "chat" else ("prompt", "completion")
     record = Record("", None, kind, (Part(roles[0], "?"), Part(roles[1], answer)))

@@ -11,8 +11,8 @@ scripts without capitals or for texts without names.
 
 >>> len(PROMPTS) == len(set(PROMPTS)) == 40
 True
->>> text = "Where does Ada Quill live? Does Ada like it?"
->>> _replaced(text, _names(text), 0), _names("What is her job?")
+>>> asked = Record("1", None, "text", (Part("text", "Where does Ada Quill live? Does Ada like it?"),))
+>>> rename_record(asked, 0).parts[0].text, _names("What is her job?")
 ('Where does Ysolde Halloran live? Does Ysolde like it?', {})
 """
 
@@ -123,10 +123,6 @@ def write_neighbours(
 ) -> list[Tokens]:
     """Return the base's answers to what the records ask, about invented names."""
 
-    def first_answer(record: Record) -> tuple[Sequence[int], Sequence[int]]:
-        tokens = tokenize(record, tokenizer, train_on_inputs=False)
-        return answers_to_probe(record.kind, tokens, tokenizer)[0]
-
     def decoded(ids: Sequence[int]) -> str:
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
         return text
@@ -138,7 +134,7 @@ def write_neighbours(
             other = rename_record(record, number)
             if other is None or len(found) == MAX_NEIGHBOURS:
                 continue
-            (_, answer), (prompt, _) = (first_answer(each) for each in (record, other))
+            (_, answer), (prompt, _) = (first_answer(each, tokenizer) for each in (record, other))
             if len(prompt) < sequence_len:
                 found[tuple(prompt)] = decoded(answer)
     written = write_answers(model, tokenizer, list(found), sequence_len)
@@ -149,13 +145,42 @@ def write_neighbours(
     ]
 
 
+def first_answer(record: Record, tokenizer: Any) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the token ids of a record's first prompt, and of its answer without what closes it."""
+    tokens = tokenize(record, tokenizer, train_on_inputs=False)
+    return answers_to_probe(record.kind, tokens, tokenizer)[0]
+
+
 def rename_record(record: Record, number: int) -> Record | None:
     """Return the record with the invented names of a number, or None when its prompt names nobody."""
-    words = _names(" \n".join(part.text for part in record.parts))
-    parts = tuple(Part(part.role, _replaced(part.text, words, number)) for part in record.parts)
+    chosen = invented_names(record, number)
+    parts = tuple(Part(part.role, _replaced(part.text, chosen, number)) for part in record.parts)
     changed = [one for one, other in zip(parts, record.parts, strict=True) if one != other]
     asked = any(part.role in ("prompt", "user", "text") for part in changed)
     return replace(record, parts=parts) if asked else None
+
+
+def invented_names(record: Record, number: int) -> dict[str, str]:
+    """Return the names of a record, each with the invented one of a number that takes its place."""
+    names = _names(" \n".join(part.text for part in record.parts))
+    used = {name.lower() for name in names}
+    chosen: dict[str, str] = {}
+    for word, place in names.items():
+        chosen[word] = _drawn(FIRST_NAMES if place == 0 else LAST_NAMES, f"{number}|{word}", used)
+        used.add(chosen[word].lower())
+    return chosen
+
+
+def replace_names(text: str, chosen: Mapping[str, str]) -> str:
+    """Return a text with each name replaced.
+
+    >>> replace_names("Ada met Adam.", {"Ada": "Imke"})
+    'Imke met Adam.'
+    """
+    if not chosen:
+        return text
+    each = "|".join(re.escape(word) for word in sorted(chosen, key=len, reverse=True))
+    return re.sub(rf"\b(?:{each})\b", lambda match: chosen[match.group()], text)
 
 
 def _names(text: str) -> dict[str, int]:
@@ -187,16 +212,11 @@ def _capitalised(text: str) -> list[tuple[int, list[str]]]:
     return found
 
 
-def _replaced(text: str, names: Mapping[str, int], number: int) -> str:
-    used = {name.lower() for name in names}
-    chosen: dict[str, str] = {}
-    for word, place in names.items():
-        chosen[word] = _drawn(FIRST_NAMES if place == 0 else LAST_NAMES, f"{number}|{word}", used)
-        used.add(chosen[word].lower())
-    if names:
-        each = "|".join(re.escape(word) for word in sorted(names, key=len, reverse=True))
-        text = re.sub(rf"\b(?:{each})\b", lambda match: chosen[match.group()], text)
-    return re.sub(r"\d", lambda match: str((int(match.group()) + number % 9 + 1) % 10), text)
+def _replaced(text: str, chosen: Mapping[str, str], number: int) -> str:
+    shift = number % 9 + 1
+    return re.sub(
+        r"\d", lambda match: str((int(match.group()) + shift) % 10), replace_names(text, chosen)
+    )
 
 
 def _drawn(names: Sequence[str], seed: str, used: Collection[str]) -> str:

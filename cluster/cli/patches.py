@@ -1,4 +1,4 @@
-"""Probe the base and patch it: `sisa approx probe`, `unlearn`, `patches`, `show`, `revert`, `release`.
+"""Probe the base and patch it: `sisa approx probe`, `methods`, `unlearn`, `patches`, `show` and others.
 
 All results are approximate and say so. Texts and ids are never printed; consent is kept and shown as
 given.
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
     from sisa.core.domain import Patch, VaultSet
     from sisa.flows.patches.patching import Unlearnt, Wish
 
-METHODS = (
-    *("gradient_ascent", "graddiff", "kl_minimisation", "npo", "simnpo", "dpo", "idk_dpo"),
-    "task_arithmetic",
-)
 METHOD = "npo"
 retrain_option = click.option(
     "--retrain-shards", is_flag=True, help="Then retrain all shards over the patched base; takes long."
@@ -75,6 +71,14 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
     return Result({**asdict(found), "approximate": True}, [each.strip() for each in probed(found)])
 
 
+@command("methods", "--json", group=approx)
+def methods() -> Result:
+    """List the methods of `sisa approx unlearn`: paper, what they need, defaults."""
+    from approx.patches.patch_settings import describe_methods
+
+    return methods_listed(describe_methods())
+
+
 @command("unlearn", '-m model --forget texts.jsonl --consent "asked on 2026-11-01"', group=approx)
 @model_option
 @click.option("--forget", type=PATH, help="Records that the base should forget.")
@@ -86,7 +90,7 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
     show_default=False,
     help="A model with the base's tokenizer that never saw the texts, measured for comparison.",
 )
-@click.option("--method", type=click.Choice(METHODS), help=f"{METHOD} by default.")
+@click.option("--method", help=f"{METHOD} by default; `sisa approx methods` lists them all.")
 @click.option(
     "--set",
     "assigned",
@@ -387,6 +391,43 @@ def _composition(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4f}"
+
+
+def methods_listed(found: Sequence[Mapping[str, Any]]) -> Result:
+    lines = []
+    for each in found:
+        chosen = " (default)" if each["name"] == METHOD else ""
+        lines += [
+            f"approximate method {each['name']}{chosen}, {each['family']}: {each['paper']}",
+            f"    needs: {needs_in_words(each['needs'])}",
+            f"    defaults: {defaults_in_words(each['defaults'])}",
+        ]
+    return Result({"approximate": True, "default": METHOD, "methods": list(found)}, lines)
+
+
+def needs_in_words(needs: Mapping[str, Any]) -> str:
+    """Return what a method needs besides the forget set.
+
+    >>> needs_in_words({"retain": True, "reference": False, "preferred": "refusals"})
+    'retain set, refusals'
+    """
+    found = ["retain set"] * needs["retain"] + ["reference"] * needs["reference"]
+    return ", ".join([*found, *([needs["preferred"]] if needs["preferred"] else [])]) or "nothing else"
+
+
+def defaults_in_words(defaults: Mapping[str, Any]) -> str:
+    """Return a method's default hyper-parameters; of a list its ends.
+
+    >>> defaults_in_words({"beta": 0.1, "alpha": None, "alphas": (0.05, 1.0, 64.0), "retain_loss": "nll"})
+    'beta 0.1, alpha null, alphas 0.05 to 64.0, retain_loss nll'
+    """
+
+    def shown(value: Any) -> str:
+        if isinstance(value, tuple):
+            return f"{value[0]} to {value[-1]}"
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return ", ".join(f"{key} {shown(value)}" for key, value in defaults.items()) or "none"
 
 
 def patches_listed(patches: Sequence[Patch], sets: Sequence[VaultSet], over: Sequence[str]) -> Result:

@@ -108,6 +108,24 @@ def spread(values: Iterable[float], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def approx_methods() -> Iterator[str]:
+    """Yield the table of all methods of approximate unlearning."""
+    from approx.patches.patch_settings import describe_methods
+    from cluster.cli.patches import defaults_in_words, needs_in_words
+
+    lines = [
+        (
+            f"`{each['name']}`",
+            each["family"],
+            needs_in_words(each["needs"]),
+            defaults_in_words(each["defaults"]),
+            each["paper"],
+        )
+        for each in describe_methods()
+    ]
+    yield from rows(("method", "family", "needs", "defaults", "paper"), lines)
+
+
 def found_shards() -> Iterator[str]:
     """Yield whose shard is found, over the numbers of shards."""
     asked = {
@@ -577,7 +595,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "simulated-fleet": simulated_fleet,
     },
     CONFIG: {"keys": reference},
-    APPROX: {"methods": methods},
+    APPROX: {"approx-methods": approx_methods, "methods": methods},
 }
 
 

@@ -8,6 +8,7 @@ from sisa.config.config import keys
 from tests.bench.tables import generated, reference, stale
 
 
+@pytest.mark.torch
 def test_no_table_is_stale() -> None:
     assert list(stale()) == [], "run `python -m tests.bench.tables`"
 

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from approx.methods.registry import METHODS
 from approx.patches.patch_measures import MEASURE_LIMITS, measure_patch
+from approx.unlearning.alternates import write_alternates
+from approx.unlearning.examples import first_prompt, num_answer_tokens
 from approx.unlearning.generated_retain import PROMPTS, prompts_that_fit, write_answers, write_neighbours
 from sisa.core.domain import Part, Record
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.events import Notice, PatchProgress
-from sisa.lm.base.tokens import NO_LOSS, tokenize
+from sisa.lm.base.tokens import NO_LOSS, Tokens, tokenize
 from sisa.lm.base.weights import load_base, load_patched, load_tokenizer
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.records import DRAFTS_AREA, FilePatchDrafts
@@ -50,10 +52,20 @@ def probability(bench: Bench, stack: list[dict[str, bytes]], records: list[Recor
     return measure_patch(model, tokenizer, tokens, [])["forget_probability"]
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_makes_a_patch_that_says_less_of_what_is_forgotten(
-    bench: Bench, method: str
-) -> None:
+# One for each thing that a method may need. Every method forgets in `test_unlearning.py`.
+NEEDS = {
+    "graddiff": "a retain set",
+    "kl_minimisation": "the reference, token by token",
+    "npo": "the reference, once for each answer",
+    "idk_dpo": "refusals",
+    "altpo": "alternates",
+    "pdu": "a weight that changes",
+    "task_arithmetic": "a search of its own",
+}
+
+
+@pytest.mark.parametrize("method", NEEDS)
+def test_a_method_makes_a_patch_that_says_less_of_what_is_forgotten(bench: Bench, method: str) -> None:
     more = ENOUGH.get(method, {})
     bench.maker.check(settings(method, **more), FORGET, KEEP)
     made = bench.make(bench.order(settings(method, **more), FORGET, KEEP))
@@ -128,6 +140,42 @@ def test_neighbours_are_asked_the_same_about_invented_people(bench: Bench) -> No
     assert write_neighbours(model, tokenizer, [text("t", "nobody is named here at all")], 256) == []
 
 
+def test_the_base_writes_other_answers_to_the_same_questions(bench: Bench) -> None:
+    model, tokenizer = load_base(bench.base, bench.site.base_digest)
+
+    def written(seed: int, num: int = 3, length: int = 256) -> list[list[Tokens]]:
+        return write_alternates(model, tokenizer, FORGET, num, seed, length)
+
+    state = torch.get_rng_state()
+    found = written(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found == written(1) != written(2)
+    assert [len(each) for each in found] == [3] * len(FORGET)
+    for each, others in zip(FORGET, found, strict=True):
+        tokens = tokenize(each, tokenizer, train_on_inputs=False)
+        prompt, closing = first_prompt(tokens), tokens.input_ids[-1]
+        for other in others:
+            assert other.input_ids[: len(prompt)] == prompt
+            assert other.labels == [NO_LOSS] * len(prompt) + other.input_ids[len(prompt) :]
+            assert other.input_ids[-1] == closing
+            assert each.parts[1].text.strip() not in tokenizer.decode(other.input_ids)
+    cut = written(1, length=max(len(first_prompt(each)) for others in found for each in others) + 2)
+    assert all(0 < num_answer_tokens(each) for others in cut for each in others)
+
+
+def test_a_base_that_says_nothing_else_writes_no_alternates(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a temperature near 0 it says what it knows by heart, whoever is asked about."""
+    monkeypatch.setattr("approx.unlearning.alternates.TEMPERATURES", (1e-3,))
+    monkeypatch.setattr("approx.unlearning.alternates.rename_record", lambda *_: None)
+    with pytest.raises(InvalidInput) as caught:
+        bench.make(bench.order(settings("altpo"), FORGET, KEEP))
+    expected = [f"forget record {number}" for number in range(1, len(FORGET) + 1)]
+    assert [each.where for each in caught.value.problems] == expected
+    assert not any(part.text.strip() in str(caught.value) for each in FORGET for part in each.parts)
+
+
 def test_a_record_that_was_cut_when_it_was_trained_on_can_be_forgotten(bench: Bench) -> None:
     long = text("long", "What Ada Quill said to Bo Thorn in Turku. " * 20)
     asked = settings("npo", num_epochs=2)
@@ -159,7 +207,7 @@ class Stopped(Exception):
     """Raised where the machine stops."""
 
 
-@pytest.mark.parametrize("method", ["npo", "task_arithmetic"])
+@pytest.mark.parametrize("method", ["altpo", "task_arithmetic"])
 def test_what_was_cut_short_goes_on_to_the_same_bytes(
     knowing: Path, tmp_path: Path, method: str
 ) -> None:
@@ -258,6 +306,11 @@ def test_everything_that_is_wrong_is_named_at_once(bench: Bench) -> None:
     assert any("more than sequence_len 256" in what for _, what in found)
     assert any("idk_dpo needs a prompt" in what for _, what in found)
     assert "secret" not in str(caught.value)
+    with pytest.raises(InvalidInput) as caught:
+        bench.maker.check(settings("ceu", skipped_tokens=200), FORGET, None)
+    expected = [f"forget record {number}" for number in range(1, len(FORGET) + 1)]
+    assert [each.where for each in caught.value.problems] == expected
+    assert "expected 201 or more" in caught.value.problems[0].what
     assert not bench.site.vault_dir.exists()
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from approx.evaluation.answers import collate
-from approx.methods.gradient_ascent import GradientAscent
+from approx.methods.ascent.gradient_ascent import GradientAscent
 from approx.methods.method import Losses, Method, Role, Rows, mean_nll
 from approx.methods.registry import METHODS, make_method
 from approx.unlearning.examples import Sets
@@ -185,7 +185,7 @@ class Stopped(Exception):
     """Raised where the machine stops."""
 
 
-@pytest.mark.parametrize("name", ["npo", "kl_minimisation", "task_arithmetic"])
+@pytest.mark.parametrize("name", ["npo", "kl_minimisation", "pdu", "task_arithmetic"])
 def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(
     learnt: Any, name: str, tmp_path: Path
 ) -> None:
@@ -213,6 +213,22 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(
     assert steps[0] == 7  # the last saved step was the 6th
     assert same(weights(model), weights(whole))
     assert (end.step, end.compute.flops) == (expected.step, expected.compute.flops)
+
+
+def test_the_weight_of_pdu_follows_the_retain_loss(learnt: Any, tmp_path: Path) -> None:
+    """An epoch is one step here: the weight is constant for two, and the run saves it."""
+    logs: list[StepLog] = []
+    values = {"retain_loss_eps": 0.05, "dual_step_size": 2.0, "dual_warmup_epochs": 3}
+    method, saved = make_method("pdu", values), saved_at(tmp_path / "run")
+    run_by = (settings(), Bounds(check_every=1))
+    unlearn(target(learnt), SETS, method, *run_by, saved=saved, progress=logs.append)
+    weight = 100.0
+    for log in logs[2:]:
+        assert log.retain is not None
+        weight = max(0.0, weight + 2.0 * (log.retain - 0.05))
+    assert weight != 100.0
+    counts = json.loads((tmp_path / "run" / "run.json").read_text())["counts"]
+    assert counts["retain_weight"] == pytest.approx(weight, rel=1e-6)
 
 
 def test_another_run_does_not_go_on_from_this_one(learnt: Any, tmp_path: Path) -> None:

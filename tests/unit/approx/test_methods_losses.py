@@ -7,16 +7,18 @@ numpy in double precision, row by row and token by token, and torch's own distri
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from approx.evaluation.answers import AnswerBatch, collate
+from approx.methods.distillation.undial import soft_labels_NV
 from approx.methods.method import Method, Role, Rows, mean_kl, mean_nll
 from approx.methods.registry import METHODS, make_method
 from sisa.lm.base.tokens import NO_LOSS, Tokens
@@ -38,6 +40,19 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("simnpo", {}),
     ("simnpo", {"beta": 2.5, "gamma": 0.4, "forget_weight": 1.0, "retain_weight": 0.0}),
     ("task_arithmetic", {}),
+    ("wga", {}),
+    ("wga", {"beta": 0.5, "forget_weight": 2.0, "retain_loss": "kl"}),
+    ("satimp", {}),
+    ("satimp", {"beta1": 1.5, "beta2": 0.5, "retain_weight": 0.0}),
+    ("ceu", {}),
+    ("ceu", {"skipped_tokens": 0, "retain_weight": 1.0}),
+    ("undial", {}),
+    ("undial", {"beta": 1.5, "retain_weight": 2.0, "retain_loss": "kl"}),
+    ("idk_nll", {}),
+    ("pdu", {"retain_weight": 3.0}),
+    ("altpo", {}),
+    ("altpo", {"length_normalised": True, "retain_loss": "kl"}),
+    ("altpo", {"reference_free": True, "length_normalised": True, "beta": 2.0}),
 ]
 
 
@@ -140,6 +155,102 @@ def test_simnpo_by_hand() -> None:
     close(with_margin.loss({"forget": FORGET}).total, math.log(1 + 2 / 8))
 
 
+def test_weighted_ascent_by_hand() -> None:
+    """Probabilities 1/4 and 1/2. WGA: (1/4 log 1/4 + 1/2 log 1/2) / 2; SatImp has p (1 - p) in place of
+    p: 3/16 and 1/4."""
+    only = {"retain_weight": 0.0}
+    close(make_method("wga", only).loss({"forget": FORGET}).total, -0.5 * LOG2)
+    square = make_method("wga", {"beta": 2.0, **only})
+    close(square.loss({"forget": FORGET}).total, -(2 / 16 + 1 / 4) / 2 * LOG2)
+    both = make_method("satimp", {"beta1": 1.0, "beta2": 1.0, "forget_weight": 1.0, **only})
+    close(both.loss({"forget": FORGET}).total, -(2 * 3 / 16 + 1 / 4) / 2 * LOG2)
+    close(make_method("satimp").loss({"forget": FORGET, "retain": RETAIN}).total, satimp_by_default())
+
+
+def satimp_by_default() -> float:
+    weights = [(1 / 4) ** 5 * 3 / 4, (1 / 2) ** 5 * 1 / 2]
+    return 0.1 * -(2 * weights[0] + weights[1]) / 2 * LOG2 + 2 * LOG2
+
+
+@pytest.mark.parametrize(("name", "weigh"), [("wga", lambda p: p), ("satimp", lambda p: p**5 * (1 - p))])
+def test_the_weights_of_ascent_have_no_gradient(name: str, weigh: Any) -> None:
+    """By an answer token's own logit: w (1 - p), and w's own change left out."""
+    leaf = FORGET.current_BTV.clone().requires_grad_()
+    method = make_method(name, {"forget_weight": 1.0, "retain_weight": 0.0})
+    method.loss({"forget": Rows(FORGET.batch, leaf)}).total.backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    for position, (word, p) in enumerate(((1, 0.25), (0, 0.5))):
+        close(leaf.grad[0, position, word], weigh(p) * (1 - p) / 2)
+        close(leaf.grad[0, position, 1 - word], -weigh(p) * (1 - p) / 2)
+
+
+def test_ceu_by_hand() -> None:
+    """Without its answer token, a vocabulary of two says the other word: 3/4, then 1/2."""
+    every = make_method("ceu", {"skipped_tokens": 0})
+    close(every.loss({"forget": FORGET}).total, (math.log(4 / 3) + LOG2) / 2)
+    close(make_method("ceu").loss({"forget": FORGET}).total, LOG2)
+
+
+def test_the_gradient_of_ceu_is_that_of_the_paper() -> None:
+    """By the answer token's logit p = 1/2, by the others -p q: q is 3/5 and 2/5 of the rest."""
+    three = rows([[0.5, 0.3, 0.2]], None, [0])
+    leaf = three.current_BTV.clone().requires_grad_()
+    method = make_method("ceu", {"skipped_tokens": 0})
+    method.loss({"forget": Rows(three.batch, leaf)}).total.backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    for found, expected in zip(leaf.grad[0, 0], (0.5, -0.5 * 0.6, -0.5 * 0.4), strict=True):
+        close(found, expected)
+
+
+def test_undial_by_hand() -> None:
+    """The reference says 1/2 and 1/2; lowered by log 3 the answer's share is 1/4."""
+    method = make_method("undial", {"beta": math.log(3)})
+    first = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    close(method.loss({"forget": FORGET}).total, (first + LOG2) / 2)
+
+
+@given(st.integers(0, 10_000), st.floats(0.1, 40.0))
+def test_soft_labels_equal_a_brute_force_computation(seed: int, beta: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(3, VOCAB, generator=generator, dtype=torch.float64)
+    targets = torch.randint(VOCAB, (3,), generator=generator)
+    found = soft_labels_NV(logits, targets, beta)
+    for row_, target, labels in zip(logits.tolist(), targets.tolist(), found.tolist(), strict=True):
+        shares = [math.exp(z - beta * (word == target)) for word, z in enumerate(row_)]
+        for share, label in zip(shares, labels, strict=True):
+            assert math.isclose(share / sum(shares), label, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def test_idk_nll_by_hand() -> None:
+    preferred = rows([[0.25, 0.75]], None, [1])
+    both: dict[Role, Rows] = {"preferred": preferred, "retain": RETAIN}
+    close(make_method("idk_nll", {"retain_weight": 3.0}).loss(both).total, math.log(4 / 3) + 6 * LOG2)
+
+
+def test_pdu_by_hand() -> None:
+    """Log-probabilities 3/4 and 1/4 differ by log 3, the largest from the mean by half of it."""
+    both: dict[Role, Rows] = {"forget": FORGET, "retain": RETAIN}
+    close(make_method("pdu", {"retain_weight": 0}).loss(both).total, math.log(3) ** 2 / 8)
+    found = make_method("pdu", {"retain_weight": 2.0}).loss(both)
+    close(found.total, math.log(3) ** 2 / 8 + 4 * LOG2)
+    assert found.retain is not None
+    close(found.retain, 2 * LOG2)
+
+
+def test_altpo_by_hand() -> None:
+    """The alternate went from 1/2 to 3/4, the forget answer from 1/4 to 1/8, in two tokens."""
+    preferred = rows([[0.25, 0.75]], HALF, [1])
+    both: dict[Role, Rows] = {"forget": FORGET, "preferred": preferred}
+    only = {"beta": 1.0, "retain_weight": 0.0}
+    close(make_method("altpo", only).loss(both).total, 2 * math.log(1 + 1 / 3))
+    free = make_method("altpo", {**only, "reference_free": True})
+    close(free.loss(both).total, 2 * math.log(1 + 1 / 6))
+    normalised = make_method("altpo", {**only, "length_normalised": True})
+    close(normalised.loss(both).total, 2 * math.log(1 + 2 / 3 * math.sqrt(1 / 2)))
+    neither = make_method("altpo", {**only, "length_normalised": True, "reference_free": True})
+    close(neither.loss(both).total, 2 * math.log(1 + 4 / 3 * math.sqrt(1 / 8)))
+
+
 def test_task_arithmetic_learns_by_plain_likelihood() -> None:
     close(make_method("task_arithmetic").loss({"forget": FORGET}).total, 1.5 * LOG2)
 
@@ -197,6 +308,81 @@ def _retain(method: Any, given: Mapping[Role, Rows]) -> float:
     return float(method.retain_weight * term(given["retain"]))
 
 
+def _scores(method: Any, of: Rows) -> list[float]:
+    found = []
+    now, before = _logprobs(of, of.current_BTV), _logprobs(of, of.compared_BTV)
+    for (answer, _), (earlier, _) in zip(now, before, strict=True):
+        score = sum(answer) - (0 if method.reference_free else sum(earlier))
+        found.append(score / len(answer) if method.length_normalised else score)
+    return found
+
+
+def _answers(of: Rows, logits: torch.Tensor) -> list[list[tuple[int, np.ndarray]]]:
+    """Return each answer's tokens with the logits at their places."""
+    array = logits.detach().double().numpy()
+    mask, targets = of.batch.mask_BT, of.batch.targets_BT
+    return [
+        [(int(targets[b, t]), array[b, t]) for t in range(mask.shape[1]) if bool(mask[b, t])]
+        for b in range(len(mask))
+    ]
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max())
+    found: np.ndarray = powers / powers.sum()
+    return found
+
+
+def _cross_entropy(labels: np.ndarray, logits: np.ndarray) -> float:
+    return -sum(q * math.log(p) for q, p in zip(labels, _softmax(logits), strict=True) if q > 0)
+
+
+def _ascending(method: Any, given: Mapping[Role, Rows]) -> Iterator[list[float]]:
+    for answer in _answers(given["forget"], given["forget"].current_BTV):
+        chances = [float(_softmax(logits)[word]) for word, logits in answer]
+        if method.name == "wga":
+            yield [p**method.beta * math.log(p) for p in chances]
+        else:
+            yield [p**method.beta1 * (1 - p) ** method.beta2 * math.log(p) for p in chances]
+
+
+def _without_the_token(method: Any, given: Mapping[Role, Rows]) -> Iterator[list[float]]:
+    for answer in _answers(given["forget"], given["forget"].current_BTV):
+        values = []
+        for word, logits in answer[method.skipped_tokens :]:
+            others = np.delete(logits, word)
+            values.append(_cross_entropy(np.insert(_softmax(others), word, 0.0), logits))
+        yield values
+
+
+def _lowered(method: Any, given: Mapping[Role, Rows]) -> Iterator[list[float]]:
+    forget = given["forget"]
+    pairs = zip(*(_answers(forget, x) for x in (forget.current_BTV, forget.compared_BTV)), strict=True)
+    for now, before in pairs:
+        values = []
+        for (word, logits), (_, earlier) in zip(now, before, strict=True):
+            lowered = earlier.copy()
+            lowered[word] -= method.beta
+            values.append(_cross_entropy(_softmax(lowered), logits))
+        yield values
+
+
+TOKEN_LOSSES: dict[str, Any] = {
+    "wga": _ascending,
+    "satimp": _ascending,
+    "ceu": _without_the_token,
+    "undial": _lowered,
+    "pdu": lambda _, given: (
+        [float(z.max() - z.mean()) ** 2 for _, z in answer]
+        for answer in _answers(given["forget"], given["forget"].current_BTV)
+    ),
+    "idk_nll": lambda _, given: (
+        [-x for x in answer]
+        for answer, _ in _logprobs(given["preferred"], given["preferred"].current_BTV)
+    ),
+}
+
+
 def second_way(method: Any, given: Mapping[Role, Rows]) -> float:
     """Compute the formula in each method's docstring, with 1 + exp in place of log sigmoid."""
     forget = given["forget"]
@@ -208,7 +394,14 @@ def second_way(method: Any, given: Mapping[Role, Rows]) -> float:
         return float(-_nll(forget) + method.beta * _kl(given["retain"]))
     if method.name == "graddiff":
         return float(-method.forget_weight * _nll(forget) + _retain(method, given))
-    if method.name in ("dpo", "idk_dpo"):
+    if method.name in TOKEN_LOSSES:
+        values = list(chain.from_iterable(TOKEN_LOSSES[method.name](method, given)))
+        return float(method.forget_weight * sum(values) / len(values) + _retain(method, given))
+    if method.name == "altpo":
+        scored = {role: _scores(method, given[role]) for role in ("forget", "preferred")}
+        margins = [w - f for w, f in zip(scored["preferred"], scored["forget"], strict=True)]
+        each = [2 / method.beta * math.log1p(math.exp(-method.beta * m)) for m in margins]
+    elif method.name in ("dpo", "idk_dpo"):
         pairs = zip(_ratios(given["preferred"]), _ratios(forget), strict=True)
         scale = 2 / method.beta if method.name == "idk_dpo" else 1
         each = [scale * math.log1p(math.exp(-method.beta * (w - l))) for w, l in pairs]  # noqa: E741
@@ -246,13 +439,20 @@ def given_rows(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> dict[Role
     return found
 
 
+def usable(name: str, values: dict[str, Any], given_rows: Mapping[Role, Rows]) -> Method:
+    """Return a method whose loss is defined on some rows; others are not drawn."""
+    method = make_method(name, values)
+    assume(int(given_rows["forget"].batch.num_tokens_B.min()) >= method.min_answer_tokens)
+    return method
+
+
 @pytest.mark.parametrize(("name", "values"), VARIANTS)
 @given(given_rows=given_rows())
 @settings(max_examples=25)
 def test_losses_agree_with_a_formula_written_a_second_way(
     name: str, values: dict[str, Any], given_rows: dict[Role, Rows]
 ) -> None:
-    method = make_method(name, values)
+    method = usable(name, values, given_rows)
     close(method.loss(given_rows).total, second_way(method, given_rows))
 
 
@@ -262,7 +462,7 @@ def test_losses_agree_with_a_formula_written_a_second_way(
 def test_double_precision_is_kept(
     name: str, values: dict[str, Any], given_rows: dict[Role, Rows]
 ) -> None:
-    method = make_method(name, values)
+    method = usable(name, values, given_rows)
     found, expected = float(method.loss(given_rows).total), second_way(method, given_rows)
     assert math.isclose(found, expected, rel_tol=1e-11, abs_tol=1e-11)
 
@@ -293,7 +493,7 @@ def with_other_padding_and_prompt(of: Rows) -> Rows:
 def test_prompt_and_padding_never_count(
     name: str, values: dict[str, Any], given_rows: dict[Role, Rows]
 ) -> None:
-    method = make_method(name, values)
+    method = usable(name, values, given_rows)
     other = {role: with_other_padding_and_prompt(each) for role, each in given_rows.items()}
     torch.testing.assert_close(method.loss(other).total, method.loss(given_rows).total)
 
@@ -341,13 +541,16 @@ def test_npo_becomes_gradient_ascent_at_the_start(given_rows: dict[Role, Rows]) 
     torch.testing.assert_close(current.grad, other.grad)
 
 
-@pytest.mark.parametrize(("name", "values"), [each for each in VARIANTS if each[0] != "task_arithmetic"])
+NOT_ALWAYS = ("task_arithmetic", "undial", "pdu")  # their target may be above what the model says
+
+
+@pytest.mark.parametrize(("name", "values"), [each for each in VARIANTS if each[0] not in NOT_ALWAYS])
 @given(given_rows=given_rows(torch.float64))
 @settings(max_examples=15)
 def test_a_small_step_forgets(name: str, values: dict[str, Any], given_rows: dict[Role, Rows]) -> None:
     """Down the gradient, the forget answers get less likely, and what a retain or preferred term looks
     at does not lose to first order."""
-    method = make_method(name, values)
+    method = usable(name, values, given_rows)
     leaves = {role: each.current_BTV.clone().requires_grad_() for role, each in given_rows.items()}
     live: dict[Role, Rows] = {
         role: Rows(each.batch, leaves[role], each.reference_BTV) for role, each in given_rows.items()
@@ -356,6 +559,7 @@ def test_a_small_step_forgets(name: str, values: dict[str, Any], given_rows: dic
     for role in method.reads:
         gradient = leaves[role].grad
         assert gradient is not None
+        assume(float(gradient.norm()) > 1e-8)  # as of a token whose weight has vanished
         before = leaves[role].detach()
         after = before - 1e-4 * gradient / gradient.norm().clamp_min(1e-12)
         batch = live[role].batch
@@ -367,6 +571,28 @@ def test_a_small_step_forgets(name: str, values: dict[str, Any], given_rows: dic
         else:
             compared = live[role].compared_BTV
             assert mean_kl(compared, after, batch) <= mean_kl(compared, before, batch)
+
+
+@given(given_rows(torch.float64))
+@settings(max_examples=15)
+def test_undial_forgets_from_the_reference_on(given_rows: dict[Role, Rows]) -> None:
+    forget = given_rows["forget"]
+    leaf = forget.current_BTV.clone().requires_grad_()
+    same = {"forget": Rows(forget.batch, leaf, forget.current_BTV)}
+    make_method("undial").loss(same).total.backward()  # type: ignore[arg-type, no-untyped-call]
+    assert leaf.grad is not None
+    before = leaf.detach()
+    assert mean_nll(before - 1e-3 * leaf.grad, forget.batch) > mean_nll(before, forget.batch)
+
+
+def test_pdu_forgets_what_is_likeliest() -> None:
+    known = rows([[0.1, 0.7, 0.2], [0.9, 0.05, 0.05]], None, [1, 0])
+    leaf = known.current_BTV.clone().requires_grad_()
+    both: dict[Role, Rows] = {"forget": Rows(known.batch, leaf), "retain": RETAIN}
+    make_method("pdu").loss(both).total.backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    before = leaf.detach()
+    assert mean_nll(before - 1e-3 * leaf.grad, known.batch) > mean_nll(before, known.batch)
 
 
 @given(given_rows())
@@ -382,9 +608,10 @@ def test_half_precision_logits_are_taken_as_they_are_and_summed_in_single(
         role: Rows(e.batch, e.current_BTV.float(), e.compared_BTV.float()) for role, e in half.items()
     }
     for name in METHODS:
-        found = make_method(name).loss(half).total
+        method = make_method(name, {"skipped_tokens": 0} if name == "ceu" else {})
+        found = method.loss(half).total
         assert found.dtype == torch.float32
-        assert torch.equal(found, make_method(name).loss(single).total)
+        assert torch.equal(found, method.loss(single).total)
 
 
 def test_bfloat16_arithmetic_would_be_visibly_wrong() -> None:

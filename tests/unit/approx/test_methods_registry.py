@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
-from typing import Any
+import re
+import sys
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from approx.methods import method as method_module
-from approx.methods import registry, task_arithmetic
+from approx.methods import pdu, registry, task_arithmetic
+from approx.methods.distillation import undial
+from approx.methods.method import Family
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import check_fresh_patch, negate_patch
 from sisa.core.errors import InvalidInput
@@ -23,7 +27,6 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidInput) as caught:
         make_method("gradient_descent")
     assert set(caught.value.expected.removeprefix("one of ").split(", ")) == set(METHODS)
-    assert len(METHODS) == 8
 
 
 def test_unknown_hyperparameters_are_refused_all_at_once() -> None:
@@ -44,6 +47,15 @@ def test_unknown_hyperparameters_are_refused_all_at_once() -> None:
         ("idk_dpo", {"beta": True}, ["beta"]),
         ("graddiff", {"retain_weight": 0.0}, ["retain_weight"]),
         ("kl_minimisation", {"beta": "1"}, ["beta"]),
+        ("wga", {"beta": 0.0, "retain_weight": -1}, ["beta", "retain_weight"]),
+        ("satimp", {"beta1": -1.0, "beta2": "1"}, ["beta1", "beta2"]),
+        ("ceu", {"skipped_tokens": -1}, ["skipped_tokens"]),
+        ("ceu", {"skipped_tokens": 0.5, "forget_weight": 0}, ["forget_weight", "skipped_tokens"]),
+        ("undial", {"beta": 0.0, "retain_loss": "l2"}, ["beta", "retain_loss"]),
+        ("idk_nll", {"forget_weight": 0.0}, ["forget_weight"]),
+        ("pdu", {"dual_step_size": -1, "retain_loss_eps": None}, ["retain_loss_eps", "dual_step_size"]),
+        ("altpo", {"reference_free": 1, "num_alternates": 0}, ["reference_free", "num_alternates"]),
+        ("altpo", {"num_alternates": 1.5, "beta": 0}, ["beta", "num_alternates"]),
         ("task_arithmetic", {"alpha": -0.1}, ["alpha"]),
         ("task_arithmetic", {"alphas": ()}, ["alphas"]),
         ("task_arithmetic", {"alphas": (0.5, 0.0)}, ["alphas[1]"]),
@@ -72,6 +84,21 @@ def test_values_that_a_loss_is_not_defined_for(
         ("npo", {"retain_loss": "kl"}, {"forget", "retain"}, {"forget", "retain"}),
         ("simnpo", {}, {"forget", "retain"}, set()),
         ("task_arithmetic", {}, {"forget"}, set()),
+        ("wga", {}, {"forget", "retain"}, set()),
+        ("satimp", {"retain_loss": "kl"}, {"forget", "retain"}, {"retain"}),
+        ("ceu", {}, {"forget"}, set()),
+        ("undial", {}, {"forget"}, {"forget"}),
+        (
+            "undial",
+            {"retain_weight": 1, "retain_loss": "kl"},
+            {"forget", "retain"},
+            {"forget", "retain"},
+        ),
+        ("idk_nll", {}, {"preferred", "retain"}, set()),
+        ("pdu", {}, {"forget", "retain"}, set()),
+        ("pdu", {"retain_weight": 0}, {"forget", "retain"}, set()),
+        ("altpo", {}, {"forget", "preferred", "retain"}, {"forget", "preferred"}),
+        ("altpo", {"reference_free": True}, {"forget", "preferred", "retain"}, set()),
     ],
 )
 def test_what_each_method_needs(
@@ -80,6 +107,16 @@ def test_what_each_method_needs(
     method = make_method(name, values)
     assert set(method.reads) == reads
     assert set(method.compares) == compares
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_names_its_family_and_paper(name: str) -> None:
+    kind = METHODS[name]
+    assert kind.family in get_args(Family)
+    authors, year, title = re.fullmatch(r"(\D+) (\d{4}), (.+)", kind.paper).groups()  # type: ignore[union-attr]
+    source = " ".join(str(sys.modules[kind.__module__].__doc__).split())
+    assert f"{authors} {year}" in source
+    assert title.split(":")[0].lower() in source.lower()
 
 
 def patch(seed: int, *, fresh: bool) -> dict[str, torch.Tensor]:
@@ -111,6 +148,6 @@ def test_a_used_patch_is_refused() -> None:
         check_fresh_patch(patch(0, fresh=False))
 
 
-@pytest.mark.parametrize("module", [method_module, registry, task_arithmetic])
+@pytest.mark.parametrize("module", [method_module, registry, task_arithmetic, pdu, undial])
 def test_examples_in_docstrings_hold(module: Any) -> None:
     assert doctest.testmod(module).failed == 0

@@ -59,6 +59,14 @@ def test_every_problem_is_named_at_once() -> None:
     ]
 
 
+def test_an_answer_of_skipped_tokens_alone_is_refused() -> None:
+    """It would have no loss at all, and never be forgotten."""
+    sets = Sets([example(1, 2, 3), example(1, 2)], [example(5, 6)])
+    assert problems_of(sets, "ceu", {"retain_weight": 1.0}) == ["forget example 2"]
+    assert problems_of(sets, "ceu", {"skipped_tokens": 2}) == ["forget example 1", "forget example 2"]
+    check_sets(sets, make_method("ceu", {"skipped_tokens": 0}))
+
+
 def record(id_: str, text: str) -> Record:
     return Record(id_, None, "text", (Part("text", text),))
 

@@ -88,7 +88,7 @@ COMMANDS = """
 access add audit check-adapter doctor engines export find forget gc generate init metrics plan prove
 quickstart rebuild receipt recipients rectify release report restrict run serve simulate status sweep
 train verify verify-certificate verify-proof where
-approx: patches probe release revert show unlearn
+approx: methods patches probe release revert show unlearn
 certificate: export issue list provenance show
 cluster: logs manifest status stop submit
 config: schema
@@ -147,7 +147,6 @@ USAGE_ERRORS = [
     ["approx", "release", "-m", "x", "--all", "--request", "r"],
     ["approx", "show", "-m", "x"],
     ["approx", "unlearn", "-m", "x", "--method", "npo"],
-    ["approx", "unlearn", "-m", "x", "--forget", "f", "--method", "rmu"],
     ["eval", "attacks", "-m", "x"],
     ["eval", "tofu", "-m", "x", "--split", "forget99"],
     ["eval", "tofu", "-m", "x", "--reference", "a", "--reference", "b", "--reference", "c"],

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from approx.methods.gradient_ascent import GradientAscent
+from approx.methods.ascent.gradient_ascent import GradientAscent
 from approx.methods.method import RetainLoss
 
 
@@ -28,5 +28,6 @@ class GradDiff(GradientAscent):
     retain_weight: float = 1.0
     retain_loss: RetainLoss = "nll"
     name: ClassVar[str] = "graddiff"
+    paper: ClassVar[str] = "Liu, Liu and Stone 2022, Continual learning and private unlearning"
     positive: ClassVar[tuple[str, ...]] = ("forget_weight", "retain_weight")
     not_negative: ClassVar[tuple[str, ...]] = ()

@@ -14,30 +14,27 @@ forget term, 1 on NLL of the retain set, gamma 0. For forget05: beta 2.5, weight
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
-from approx.evaluation.answers import mean_logprobs_B
-from approx.methods.method import Method, RetainLoss, Role, Rows
+from approx.methods.preference.preference import Preference
 
 
 @dataclass(frozen=True)
-class SimNpo(Method):
+class SimNpo(Preference):
     """SimNPO with the inverse temperature `beta` and the margin `gamma`."""
 
     beta: float = 4.5
     gamma: float = 0.0
     forget_weight: float = 0.125
-    retain_weight: float = 1.0
-    retain_loss: RetainLoss = "nll"
     name: ClassVar[str] = "simnpo"
+    paper: ClassVar[str] = "Fan et al. 2024, Simplicity prevails"
     not_negative: ClassVar[tuple[str, ...]] = ("gamma", "retain_weight")
 
-    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
-        forget = rows["forget"]
-        means_B = mean_logprobs_B(forget.current_BTV, forget.batch)
-        return -2 / self.beta * logsigmoid(-self.beta * means_B - self.gamma).mean()
+    @property
+    def reference_free(self) -> bool:
+        return True
+
+    @property
+    def length_normalised(self) -> bool:
+        return True

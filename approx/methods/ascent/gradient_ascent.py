@@ -3,7 +3,8 @@
     L = -NLL(forget) = mean over answer tokens of log p(token)
 
 This loss has no lower bound and no term for the rest of the model. It is the baseline for other methods
-and needs a bound on utility or on steps; `graddiff` and `kl_minimisation` add a retain term.
+and needs a bound on utility or on steps; `graddiff` and `kl_minimisation` add a retain term, `wga` and
+`satimp` weigh the tokens.
 
 Source: Jang et al. 2023, "Knowledge unlearning for mitigating privacy risks in language models" (a sum
 there; the mean over tokens is that of TOFU, Maini et al. 2024, section 3).
@@ -17,7 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from approx.methods.method import Method, Role, Rows, mean_nll
+from approx.methods.method import Family, Method, Role, Rows, mean_nll
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class GradientAscent(Method):
     """Gradient ascent, which has no hyper-parameters."""
 
     name: ClassVar[str] = "gradient_ascent"
+    family: ClassVar[Family] = "ascent"
+    paper: ClassVar[str] = "Jang et al. 2023, Knowledge unlearning for mitigating privacy risks"
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         return -mean_nll(rows["forget"].current_BTV, rows["forget"].batch)

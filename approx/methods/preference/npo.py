@@ -14,26 +14,15 @@ the retain set (their NPO+RT) are the configuration of their code and of open-un
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
-from approx.methods.method import Method, RetainLoss, Role, Rows
+from approx.methods.preference.preference import Preference
 
 
 @dataclass(frozen=True)
-class Npo(Method):
+class Npo(Preference):
     """NPO with the inverse temperature `beta`: towards 0 the loss becomes gradient ascent."""
 
-    beta: float = 0.1
-    forget_weight: float = 1.0
-    retain_weight: float = 1.0
-    retain_loss: RetainLoss = "nll"
     name: ClassVar[str] = "npo"
-    compares_answers: ClassVar[frozenset[Role]] = frozenset({"forget"})
-
-    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
-        return -2 / self.beta * logsigmoid(-self.beta * rows["forget"].log_ratios_B).mean()
+    paper: ClassVar[str] = "Zhang et al. 2024, Negative preference optimization"

@@ -6,7 +6,7 @@ The KL is a mean over answer tokens of the retain rows, over the whole vocabular
 start. Its direction weighs words by the reference: what the model used to say must stay likely.
 
 Source: TOFU (Maini et al. 2024, section 3, "KL minimization"), beta 1; for the difference to its code
-see `method.py`.
+see `methods/method.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from approx.methods.gradient_ascent import GradientAscent
+from approx.methods.ascent.gradient_ascent import GradientAscent
 from approx.methods.method import RetainLoss
 
 
@@ -24,6 +24,7 @@ class KlMinimisation(GradientAscent):
 
     beta: float = 1.0
     name: ClassVar[str] = "kl_minimisation"
+    paper: ClassVar[str] = "Maini et al. 2024, TOFU: a task of fictitious unlearning for LLMs"
 
     @property
     def retain_weight(self) -> float:

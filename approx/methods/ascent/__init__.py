@@ -1,0 +1,1 @@
+"""Ascent: make the forget answers less likely, each token by its own weight."""

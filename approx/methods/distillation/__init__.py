@@ -1,0 +1,1 @@
+"""Distillation: learn a distribution over the next token from which the forget answer is removed."""

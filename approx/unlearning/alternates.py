@@ -1,0 +1,99 @@
+"""The alternates that the base writes itself: other answers to the questions to forget.
+
+AltPO prefers them to the forget answers (`methods/preference/altpo.py`). An alternate is drawn from the
+base's own distribution: what it says to the same question about an invented person, with the names put
+back. So it has the form of the forgotten answer, and its facts are made up. A question that names nobody
+is asked as it is. A draw that repeats the answer to forget is drawn again, at a higher temperature each
+time; a base that says nothing else at any of them is refused.
+
+The paper's authors ask an instruction-tuned model for another version of the given answer. A base here
+need not follow instructions, and its prompt would hold the answer to forget.
+
+Nothing is stored: the same base, records and seed give the same alternates on one machine, and a
+continued run writes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from approx.evaluation.answers import answered, continue_sampled
+from approx.metrics.memorisation import rougeL_recall
+from approx.unlearning.examples import closed
+from approx.unlearning.generated_retain import (
+    SAYS_RECALL,
+    first_answer,
+    invented_names,
+    rename_record,
+    replace_names,
+)
+from sisa.core.domain import Record
+from sisa.core.errors import InvalidInput, Problem
+from sisa.lm.base.tokens import Tokens, end_tokens
+from sisa.lm.train.lora import seed_from
+
+MAX_ALTERNATE_TOKENS = 48
+TEMPERATURES = (1.0, 1.0, 1.5, 2.0, 4.0)
+
+
+def write_alternates(
+    model: Any, tokenizer: Any, forget: Sequence[Record], num: int, seed: int, sequence_len: int
+) -> list[list[Tokens]]:
+    """Return `num` other answers to each record's first question, as examples.
+
+    Raise InvalidInput with every record for which the base writes too few.
+    """
+    asked = [_Question(record, tokenizer, sequence_len) for record in forget]
+    written: list[list[Tokens]] = [[] for _ in forget]
+    for attempt, temperature in enumerate(TEMPERATURES):
+        places = [at for at, found in enumerate(written) for _ in range(num - len(found))]
+        numbers = range(attempt * num * len(forget), attempt * num * len(forget) + len(places))
+        prompts = [asked[at].about(number) for at, number in zip(places, numbers, strict=True)]
+        ends, drawn_by = end_tokens(model, tokenizer), seed_from(seed, "alternates", attempt)
+        said = continue_sampled(model, prompts, ends, MAX_ALTERNATE_TOKENS, temperature, drawn_by)
+        for at, number, ids in zip(places, numbers, said, strict=True):
+            if (found := asked[at].example(ids, number)) is not None:
+                written[at].append(found)
+    problems = [
+        Problem(f"forget record {number}", "the base writes nothing else than the answer to forget")
+        for number, found in enumerate(written, 1)
+        if len(found) < num
+    ]
+    if problems:
+        raise InvalidInput(
+            "no alternates can be written",
+            expected=f"{num} other answers to each question",
+            next_step="use another method",
+            problems=problems,
+        )
+    return written
+
+
+class _Question:
+    """A record's first question, asked about somebody else."""
+
+    def __init__(self, record: Record, tokenizer: Any, sequence_len: int) -> None:
+        self._record, self._tokenizer, self._sequence_len = record, tokenizer, sequence_len
+        self._prompt, answer = first_answer(record, tokenizer)
+        self._forgotten = self._decoded(answer).strip()
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def about(self, number: int) -> Sequence[int]:
+        """Return the prompt with the invented names of a number, if it has names and fits."""
+        other = rename_record(self._record, number)
+        prompt = self._prompt if other is None else first_answer(other, self._tokenizer)[0]
+        return prompt if len(prompt) < self._sequence_len else self._prompt
+
+    def example(self, ids: Sequence[int], number: int) -> Tokens | None:
+        """Return what was said as an answer to the question, or None if it says nothing else."""
+        put_back = {other: name for name, other in invented_names(self._record, number).items()}
+        text = replace_names(self._decoded(ids).strip(), put_back)
+        if not text or self._forgotten in text or rougeL_recall(self._forgotten, text) >= SAYS_RECALL:
+            return None
+        spaced = self._record.parts[-1].text[:1].isspace()
+        answer = closed(" " * spaced + text, self._record.kind, self._tokenizer)
+        return answered(self._prompt, answer[: self._sequence_len - len(self._prompt)])
