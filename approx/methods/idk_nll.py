@@ -6,7 +6,7 @@
 Both are means over answer tokens. The forget answers are not read: they become less likely only because
 refusals take their place. This teaches a behaviour, and the knowledge stays beneath it.
 
-Source: "IdkNLL" of open-unlearning (Dorna et al. 2025), which has no trainer for it: `GradDiff`
+Source: Dorna et al. 2025, "OpenUnlearning". Their code has no trainer for it: it is `GradDiff`
 (`src/trainer/unlearn/grad_diff.py`) on refusals as the forget set, with a weight of -1, which makes its
 ascent a descent. It is the NLL counterpart of TOFU's preference optimization (Maini et al. 2024).
 Weights of 1 are the defaults of that trainer.

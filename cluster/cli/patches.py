@@ -418,7 +418,7 @@ def needs_in_words(needs: Mapping[str, Any]) -> str:
 def defaults_in_words(defaults: Mapping[str, Any]) -> str:
     """Return a method's default hyper-parameters; of a list its ends.
 
-    >>> defaults_in_words({"beta": 0.1, "alpha": None, "alphas": (0.05, 1.0, 64.0), "retain_loss": "nll"})
+    >>> defaults_in_words({"beta": 0.1, "alpha": None, "alphas": (0.05, 64.0), "retain_loss": "nll"})
     'beta 0.1, alpha null, alphas 0.05 to 64.0, retain_loss nll'
     """
 
