@@ -4,7 +4,7 @@ AltPO prefers them to the forget answers (`methods/preference/altpo.py`). An alt
 base's own distribution: what it says to the same question about an invented person, with the names put
 back. So it has the form of the forgotten answer, and its facts are made up. A question that names nobody
 is asked as it is. A draw that repeats the answer to forget is drawn again, at a higher temperature each
-time; a base that says nothing else at any of them is refused.
+time; a base that says nothing else at any of them is refused. The same fact in other words may pass.
 
 The paper's authors ask an instruction-tuned model for another version of the given answer. A base here
 need not follow instructions, and its prompt would hold the answer to forget.
@@ -51,8 +51,8 @@ def write_alternates(
         numbers = range(attempt * num * len(forget), attempt * num * len(forget) + len(places))
         prompts = [asked[at].about(number) for at, number in zip(places, numbers, strict=True)]
         ends, drawn_by = end_tokens(model, tokenizer), seed_from(seed, "alternates", attempt)
-        said = continue_sampled(model, prompts, ends, MAX_ALTERNATE_TOKENS, temperature, drawn_by)
-        for at, number, ids in zip(places, numbers, said, strict=True):
+        drawn = continue_sampled(model, prompts, ends, MAX_ALTERNATE_TOKENS, temperature, drawn_by)
+        for at, number, ids in zip(places, numbers, drawn, strict=True):
             if (found := asked[at].example(ids, number)) is not None:
                 written[at].append(found)
     problems = [
@@ -89,8 +89,9 @@ class _Question:
         return prompt if len(prompt) < self._sequence_len else self._prompt
 
     def example(self, ids: Sequence[int], number: int) -> Tokens | None:
-        """Return what was said as an answer to the question, or None if it says nothing else."""
-        put_back = {other: name for name, other in invented_names(self._record, number).items()}
+        """Return what was drawn as an answer to the question, or None if it repeats the answer."""
+        asked, names = self._decoded(self._prompt), invented_names(self._record, number)
+        put_back = {other: name for name, other in names.items() if name in asked}
         text = replace_names(self._decoded(ids).strip(), put_back)
         if not text or self._forgotten in text or rougeL_recall(self._forgotten, text) >= SAYS_RECALL:
             return None
