@@ -209,7 +209,7 @@ class Descent:
 
     def _present_method(self) -> Method:
         weight = self._now.retain_weight
-        method = self.method if weight is None else replace(self.method, retain_weight=weight)
+        method = self.method if weight is None else replace(self.method, **{"retain_weight": weight})
         return with_retain_factor(method, self._now.hold)
 
     def _diverged(self, what: str) -> bool:
