@@ -41,12 +41,14 @@ def make_method(name: str, hyperparameters: Mapping[str, Any] | None = None) -> 
     """Return a method with the given hyper-parameters. Raise InvalidInput for unknown names."""
     given = hyperparameters or {}
     if name not in METHODS:
+        names = "one of " + ", ".join(METHODS)
         raise InvalidInput(
             "no such method",
             where="method",
-            expected="one of " + ", ".join(METHODS),
+            expected=names,
             got=name,
-            next_step="choose one of these",
+            next_step="choose one of these; `sisa approx methods` describes them",
+            problems=[Problem("method", f"{name!r}, expected {names}")],
         )
     known = [each.name for each in fields(METHODS[name])]
     unknown = [each for each in given if each not in known]
