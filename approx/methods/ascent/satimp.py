@@ -9,9 +9,10 @@ defaults the weight is largest at p = 5 / 6. A text that is known by heart has w
 everywhere, so its first steps are small.
 
 Source: Yang et al. 2025, "Exploring criteria of loss reweighting to enhance LLM unlearning". Defaults
-are those of open-unlearning (`src/trainer/unlearn/satimp.py`, `configs/trainer/SatImp.yaml`): beta1 5,
-beta2 1, weight 0.1 on the forget term and 1 on NLL of the retain set. The note beside them, and the
-paper, have the weights the other way round, 1 and 0.1.
+are those of the paper and of open-unlearning's code (`src/trainer/unlearn/satimp.py`): beta1 5, beta2 1,
+weight 1 on the forget term and 0.1 on NLL of the retain set. Its `configs/trainer/SatImp.yaml` has the
+weights the other way round; with these a tiny model that knew three answers by heart (NLL 0.0305) still
+knew them after 24 steps (0.0306).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from approx.methods.ascent.wga import WeightedAscent
 class SatImp(WeightedAscent):
     """SatImp with the powers `beta1` (saturation) and `beta2` (importance) of the weight."""
 
-    forget_weight: float = 0.1
+    retain_weight: float = 0.1
     beta1: float = 5.0
     beta2: float = 1.0
     name: ClassVar[str] = "satimp"

@@ -169,7 +169,7 @@ def test_weighted_ascent_by_hand() -> None:
 
 def satimp_by_default() -> float:
     weights = [(1 / 4) ** 5 * 3 / 4, (1 / 2) ** 5 * 1 / 2]
-    return 0.1 * -(2 * weights[0] + weights[1]) / 2 * LOG2 + 2 * LOG2
+    return -(2 * weights[0] + weights[1]) / 2 * LOG2 + 0.1 * 2 * LOG2
 
 
 @pytest.mark.parametrize(("name", "weigh"), [("wga", lambda p: p), ("satimp", lambda p: p**5 * (1 - p))])
