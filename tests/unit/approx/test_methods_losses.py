@@ -334,7 +334,8 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _cross_entropy(labels: np.ndarray, logits: np.ndarray) -> float:
-    return -sum(q * math.log(p) for q, p in zip(labels, _softmax(logits), strict=True) if q > 0)
+    pairs = zip(labels.tolist(), _softmax(logits).tolist(), strict=True)
+    return -sum(float(q) * math.log(p) for q, p in pairs if q > 0)
 
 
 def _ascending(method: Any, given: Mapping[Role, Rows]) -> Iterator[list[float]]:
