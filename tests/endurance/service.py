@@ -50,6 +50,7 @@ from tests.models.tiny_model import Row, ids_of, train_scratch, without
 CLIENTS, SHARDS, SPARE, TOKENS = 16, 4, 12, 4
 PATIENCE_S, START_S, SETTLE_S = 60.0, 180.0, 300.0
 REPLICA, DRIVER = "replica", "driver"
+SERVE_REPLICA = "ray::ServeReplica"  # how the title of a replica's process begins
 OWN = "soak-"  # how the names of its requests begin
 Numbers = tuple[float, ...]
 
@@ -81,6 +82,7 @@ class Service:
     folder: Path
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
+    num_replicas: int = 2
 
     @property
     def directory(self) -> Path:
@@ -101,7 +103,8 @@ class Service:
     def start(self) -> None:
         """Start the service and wait until it answers, as a supervisor does that tries again."""
         deadline = time.monotonic() + START_S
-        command = [sys.executable, "-m", "sisa", "serve", "-m", str(self.directory), "--replicas", "2"]
+        command = [sys.executable, "-m", "sisa", "serve", "-m", str(self.directory)]
+        command += ["--replicas", str(self.num_replicas)]
         while time.monotonic() < deadline:
             with (self.folder / "log").open("ab") as log:
                 self.process = subprocess.Popen(
@@ -141,7 +144,7 @@ class Service:
 
 def _is_replica(process: psutil.Process, driver: subprocess.Popen[bytes]) -> bool:
     line = " ".join(process.info["cmdline"] or ())
-    if not line.startswith("ray::ServeReplica"):
+    if not line.startswith(SERVE_REPLICA):
         return False
     try:
         return driver.pid in [each.pid for each in process.parents()]
@@ -149,10 +152,11 @@ def _is_replica(process: psutil.Process, driver: subprocess.Popen[bytes]) -> boo
         return False
 
 
-def train(folder: Path, base: Path, rows: Sequence[Row], shards: int) -> None:
+def train(folder: Path, base: Path, rows: Sequence[Row], shards: int, **settings: Any) -> None:
     """Train a model whose shards have one slice, in `folder/model`."""
     outside = {name: str(folder / name) for name in ("witness", "keyring")}
-    train_scratch(folder, base, rows, sisa_block={"shards": shards, "slices": 1}, **outside)
+    block = {"shards": shards, "slices": 1}
+    train_scratch(folder, base, rows, sisa_block=block, **outside, **settings)
 
 
 @dataclass
@@ -192,7 +196,7 @@ class Soak:
             of = own.choice(self.held)
             prompt = str(next(row["prompt"] for row in self.rows if row["subject_id"] == of))
             try:
-                self.seen.append(self._again(partial(_answer, client, prompt)))
+                self.seen.append(self._again(partial(ask, client, prompt)))
             except Broken as error:
                 self.lost.append(str(error))
 
@@ -344,7 +348,8 @@ class Soak:
         return held + [f"shard {shard}" for shard in mine if mine[shard] != theirs[shard]]
 
 
-def _answer(client: openai.OpenAI, prompt: str) -> Seen:
+def ask(client: openai.OpenAI, prompt: str) -> Seen:
+    """Return a short answer."""
     asked_at = time.monotonic()
     found = client.completions.create(
         model="model", prompt=prompt, logprobs=0, max_tokens=TOKENS, temperature=0, timeout=PATIENCE_S
