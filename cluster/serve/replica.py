@@ -52,6 +52,7 @@ DEFAULT_TOKENS = 256  # of an answer, where the base can read as many
 WAITING_PER_ROW = 16  # requests that wait for each one that is answered
 _METERS_WAIT_S = 5.0  # with other replicas, for what they have measured
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # a path may hold a record's id
+AS_OTHERS = {"RAY_worker_niceness": "0"}  # Ray's workers give way to all else, such as a deletion
 CHECK_S = 3.0  # between looks at a replica; one that fails three times is replaced
 MOST_AT_ONCE = 10_000  # requests of a replica; the engine refuses what is too much for it
 
@@ -370,5 +371,9 @@ def replica(directory: Path, config: RunConfig, num_replicas: int = 1, owner: st
         health_check_period_s=CHECK_S,
         graceful_shutdown_wait_loop_s=CHECK_S / 10,
         logging_config=QUIET,
-        ray_actor_options={"num_cpus": config.sisa.threads_per_shard, "num_gpus": gpus},
+        ray_actor_options={
+            "num_cpus": config.sisa.threads_per_shard,
+            "num_gpus": gpus,
+            "runtime_env": {"env_vars": AS_OTHERS},
+        },
     ).bind(str(directory.resolve()), owner)

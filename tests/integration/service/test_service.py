@@ -395,6 +395,7 @@ def test_a_soak_with_a_killed_replica(served: Served, tiny_base: Path, tmp_path:
     while len(answered(served)) < 2:  # Ray Serve replaces it
         assert time.monotonic() < until
         time.sleep(0.2)
+    assert {each.nice() for each in service.replicas()} == {psutil.Process().nice()}
     client = served.client()
     assert len({seen(client, prompt_of(PEOPLE[0])) for _ in range(6)}) == 1
 
