@@ -70,7 +70,7 @@ def test_the_json_contract(evaluate: Evaluate, tiny_base: Path, other_base: Path
     assert set(reference) == named
     assert set(model) == named | {
         *("num_questions", "truth_ratio", "nine", "model_utility", "forget", "forget_quality"),
-        *("aggregate", "attacks", "attacks_against_reference"),
+        *("aggregate", "attacks", "attacks_against_reference", "privleak"),
     }
     assert len(model["nine"]) == 9
     assert set(model["forget_quality"]) == {
