@@ -87,11 +87,11 @@ def held_of(
 ) -> dict[str, Any]:
     """Return what is held of a person, given the rows of their held and deleted records."""
     since = restrictions(context.stores.ledger).since
-    restricted = [since[subject] for row in rows if (subject := row.subject_digest or "") in since]
+    owners = {row.subject_digest or "" for row in rows}
     own = config.sisa
     return {
         **_begun(context, ACCESS_FILE, subject),
-        "restricted_since": min(restricted, default=None),
+        "restricted_since": min((since[each] for each in owners & since.keys()), default=None),
         "model": {
             "name": context.stores.ledger.meta().get("model", ""),
             "digest": model_digest(context),
