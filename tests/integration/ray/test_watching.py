@@ -102,11 +102,11 @@ class Watched:
     logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def command(self, name: str, *arguments: str) -> int:
-        """Carry out `sisa ARGUMENTS` with a JSON log; its exit code."""
+        """Carry out `sisa ARGUMENTS` on Ray with a JSON log; its exit code."""
         out, err = io.StringIO(), io.StringIO()
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                return cli.run([*arguments, "--log-format", "json"])
+                return cli.run([*arguments, "--executor", "ray", "--log-format", "json"])
         finally:
             self.logs[name] = [json.loads(line) for line in err.getvalue().splitlines()]
 
