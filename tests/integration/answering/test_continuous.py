@@ -27,6 +27,7 @@ pytestmark = pytest.mark.torch
 
 SHARDS, LAYERS = (0, 2, 5), 4
 ROUTES = [all_of([0]), all_of([5, 0, 2]), Route(), all_of([2]), all_of([0, 5]), all_of([2])]
+NUM_TOKENS = 6
 PROMPTS = [[(7 * q + t) % 250 for t in range(3 + 2 * q)] for q in range(len(ROUTES))]
 
 
@@ -361,7 +362,9 @@ def words(confessing: Confessing) -> list[int]:
     """Return words that only one constituent produces."""
     answerer = confessing.answerer({})
     ids = PROMPTS[1]
-    base = {int(answerer.answer_probabilities_KV(ids, [0], Route())[0].argmax())}
+    answerer.pin()
+    alone = answerer._continued(PROMPTS, [Route()] * len(PROMPTS), NUM_TOKENS)
+    base = {token for answer in alone for token in answer}
     found = []
     for word in range(40, 100):
         answerer.replace({0: confessing.files(word)})
@@ -395,7 +398,7 @@ class Detector:
         from sisa.lm.answer.continuous import Sampling
 
         key, route = len(self.routes), all_of(self.now.keys() & shards)
-        self.batch.admit(PROMPTS[key % len(PROMPTS)], route, Sampling(max_new_tokens=6), key)
+        self.batch.admit(PROMPTS[key % len(PROMPTS)], route, Sampling(max_new_tokens=NUM_TOKENS), key)
         self.routes[key], self.may[key] = route, {self.now[shard] for shard in route.shards}
 
     def step(self) -> None:
