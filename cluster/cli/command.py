@@ -127,7 +127,7 @@ def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
             raise click.UsageError("--address needs --executor ray: the serial executor uses no cluster")
         from sisa.flows.wiring.wiring import OnCluster
 
-        return function(executor=OnCluster("ray" if name == "auto" else name, address), **arguments)
+        return function(executor=OnCluster(name, address), **arguments)
 
     return invoke
 

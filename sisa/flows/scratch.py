@@ -137,8 +137,6 @@ def find_base_trainer(executor: str | OpenExecutor) -> TrainBase:
         return lambda job, cluster, report: train(job, {**cluster, **there}, report)
     if executor == "serial" or not isinstance(executor, str):
         return train_here
-    if executor == "auto":
-        executor = "ray"
     if executor not in upper_houses.BASE_TRAINERS:
         raise InvalidInput(
             "no executor of this name trains a base",

@@ -4,7 +4,7 @@ Other packages and a user's own modules may have these names, so a name is loade
 `check_upper_houses` has found both packages beside `sisa`.
 
 >>> sorted(EXECUTORS), sorted(PATCHERS), sorted(BASE_TRAINERS)
-(['ray'], ['ray', 'serial'], ['ray'])
+(['ray'], ['ray', 'serial'], ['auto', 'ray'])
 >>> check_upper_houses()
 """
 
@@ -28,7 +28,9 @@ PATCHERS = MappingProxyType(
 )
 EVIDENCE_HOOK = "sisa.evidence.hook:open_hook"  # a room of `sisa` above the flows
 SERVICE_STATE = "service.sqlite"  # in a model's directory: what `cluster.serve` must not forget
-BASE_TRAINERS = MappingProxyType({"ray": "cluster.ray.scratch_tasks:train_on_ray"})
+BASE_TRAINERS = MappingProxyType(
+    dict.fromkeys(("auto", "ray"), "cluster.ray.scratch_tasks:train_on_ray")
+)
 # Files of `cluster.serve` in a model's directory: where it runs, while it does, and who may call it.
 SERVICE, TOKENS = "service.json", "tokens.json"
 

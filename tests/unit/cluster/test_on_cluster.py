@@ -57,6 +57,15 @@ def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path:
     assert config.cluster.address == options["address"] == "old:1"
 
 
+def test_auto_makes_patches_and_bases_on_the_named_cluster(seen: list[Any]) -> None:
+    there, config = OnCluster("auto", "new:2"), parse_run_file(RUN_FILE, "run.yaml")
+    wiring.find_patcher(there)(None, config)  # type: ignore[arg-type]
+    scratch.find_base_trainer(there)(None, {}, lambda _: None)  # type: ignore[arg-type]
+    (made, _, given), (trained, _, options, _) = seen
+    assert (made, given.cluster.address) == (upper_houses.PATCHERS["ray"], "new:2")
+    assert (trained, options) == (upper_houses.BASE_TRAINERS["ray"], {"address": "new:2"})
+
+
 @pytest.mark.parametrize(
     ("num_chains", "address", "expected"),
     [(1, None, "serial"), (2, None, "ray"), (1, "old:1", "ray"), (2, "old:1", "ray")],
