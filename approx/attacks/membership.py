@@ -25,7 +25,7 @@ from approx.metrics.membership import (
     reference_score,
     zlib_score,
 )
-from approx.metrics.privleak import MIN_K, PrivLeak, privleak
+from approx.metrics.privleak import MIN_K, PrivLeak, privleak_or_none
 from sisa.lm.base.tokens import NO_LOSS, Tokens, without_closing
 
 
@@ -87,10 +87,7 @@ def privleak_against(retrained: Any, model: Any, sets: AttackSets, seed: int) ->
         )
         return asked, holdout
 
-    own, other = scores(model), scores(retrained)
-    if min(map(len, sides)) < 2 or min(other[0]) > max(other[1]):
-        return None
-    return privleak(own, other, seed=seed)
+    return privleak_or_none(scores(model), scores(retrained), seed=seed)
 
 
 def _answer(example: Tokens, tokenizer: Any) -> str:

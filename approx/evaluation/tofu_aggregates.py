@@ -22,7 +22,7 @@ from approx.metrics import model_utility as utility
 from approx.metrics.auc import Auc, auc
 from approx.metrics.forget_quality import ForgetQuality, forget_quality
 from approx.metrics.membership import lira_scores
-from approx.metrics.privleak import PrivLeak, privleak
+from approx.metrics.privleak import PrivLeak, privleak_or_none
 from approx.metrics.probability import probability, probability_among
 from approx.metrics.truth_ratio import VARIANTS, Variant, towards_one, towards_truth
 from sisa.core.errors import InvalidInput
@@ -216,9 +216,7 @@ def _privleak(
         (_scores(forget, log, "min_40"), _scores(holdout, log, "min_40"))
         for log in ([*forget, *holdout], retrained)
     )
-    if min(map(len, (*own, *other))) < 2 or min(other[0]) > max(other[1]):
-        return None
-    return privleak(own, other, seed=seed)
+    return privleak_or_none(own, other, seed=seed)
 
 
 def _scores(asked: Sequence[LogRow], log: Sequence[LogRow], name: str) -> list[float]:

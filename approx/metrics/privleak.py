@@ -97,5 +97,12 @@ def privleak(
     )
 
 
+def privleak_or_none(model: Sides, retrained: Sides, *, seed: int = 0) -> PrivLeak | None:
+    """Return PrivLeak, or None where it is undefined: fewer than 2 texts on a side, or A_retrained 0."""
+    if min(map(len, (*model, *retrained))) < 2 or min(retrained[0]) > max(retrained[1]):
+        return None
+    return privleak(model, retrained, seed=seed)
+
+
 def _leak(auc_model: Any, auc_retrained: Any, least: float = 0.0) -> Any:
     return (auc_retrained - auc_model) / np.maximum(1 - auc_retrained, least) * 100
