@@ -117,11 +117,20 @@ def wearing_adapter(model: Any) -> Iterator[Any]:
     if isinstance(model, PeftModel):
         yield model
         return
+    with trained_as_before(model):
+        patched = attach(model, lora_config(LORA, model), None, init_seed=0).eval()
+        try:
+            yield patched
+        finally:
+            patched.unload()
+
+
+@contextmanager
+def trained_as_before(model: Any) -> Iterator[None]:
+    """Restore at the end of the block which of a model's parameters are trained."""
     wanted = {name: each.requires_grad for name, each in model.named_parameters()}
-    patched = attach(model, lora_config(LORA, model), None, init_seed=0).eval()
     try:
-        yield patched
+        yield
     finally:
-        patched.unload()
         for name, each in model.named_parameters():
             each.requires_grad_(wanted[name])

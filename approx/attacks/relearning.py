@@ -25,7 +25,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from approx.attacks.attack import AttackSets, Curve, SetName, Strength, probabilities, wearing_adapter
+from approx.attacks.attack import (
+    AttackSets,
+    Curve,
+    SetName,
+    Strength,
+    probabilities,
+    trained_as_before,
+    wearing_adapter,
+)
 from approx.evaluation.answers import collate, logits_at
 from approx.methods.method import mean_nll
 from sisa.lm.base.tokens import Tokens
@@ -82,27 +90,25 @@ def relearnt(
     `model` is a PEFT model. It is fine-tuned by a fresh adapter over its own, and restored.
     """
     found: dict[Strength, list[float]] = {0: probabilities(model, asked)}
-    wanted = {name: each.requires_grad for name, each in model.named_parameters()}
-    torch.manual_seed(seed)  # for the fresh adapter's first factors
-    model.add_adapter(EXTRA, model.peft_config["default"])
-    model.base_model.set_adapter(["default", EXTRA])
-    try:
-        for name, each in model.named_parameters():
-            each.requires_grad_(f".{EXTRA}." in name)
-        trained = [each for each in model.parameters() if each.requires_grad]
-        optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0.0, foreach=False)
-        batch = collate(taught).to(model.device)
-        for step in range(1, max(after) + 1):
-            optimizer.zero_grad(set_to_none=True)
-            cut, columns_K = batch.at_answers()
-            logits_BKV = logits_at(model, cut.ids_BT1, columns_K)
-            mean_nll(logits_BKV, cut).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            if step in after:
-                found[step] = probabilities(model, asked)
-    finally:
-        model.delete_adapter(EXTRA)
-        model.base_model.set_adapter("default")
-        for name, each in model.named_parameters():
-            each.requires_grad_(wanted[name])
+    with trained_as_before(model):
+        torch.manual_seed(seed)  # for the fresh adapter's first factors
+        model.add_adapter(EXTRA, model.peft_config["default"])
+        model.base_model.set_adapter(["default", EXTRA])
+        try:
+            for name, each in model.named_parameters():
+                each.requires_grad_(f".{EXTRA}." in name)
+            trained = [each for each in model.parameters() if each.requires_grad]
+            optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0.0, foreach=False)
+            batch = collate(taught).to(model.device)
+            for step in range(1, max(after) + 1):
+                optimizer.zero_grad(set_to_none=True)
+                cut, columns_K = batch.at_answers()
+                logits_BKV = logits_at(model, cut.ids_BT1, columns_K)
+                mean_nll(logits_BKV, cut).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                if step in after:
+                    found[step] = probabilities(model, asked)
+        finally:
+            model.delete_adapter(EXTRA)
+            model.base_model.set_adapter("default")
     return found
