@@ -9,13 +9,11 @@ An interrupted run continues from its log. A log holds numbers by question, and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from pydantic.dataclasses import dataclass
 
 from approx.attacks.attack import Attack, AttackSets, Curve, SetName, probabilities
 from approx.attacks.membership import Membership, privleak_against
@@ -82,8 +80,8 @@ def attack_model(
 ) -> dict[str, AttackRow]:
     """Make the attacks that a model's log lacks, and return all results by name.
 
-    Attacks that can't be made are left out; PrivLeak is measured where membership has a reference. Raise
-    ConfigConflict for a log of another evaluation.
+    PrivLeak is measured where membership has a reference. Raise ConfigConflict for a log of another
+    evaluation.
     """
     with LogWriter(path, header, _ROW.validate_json) as writer:
         held = {row.attack for row in writer.rows}
@@ -91,8 +89,6 @@ def attack_model(
             values = {"0": probabilities(model, sets.examples("asked"))}
             writer.append([AttackRow(UNATTACKED, "probability", values)])
         for attack in attacks:
-            if why_not(attack, model, sets) is not None:
-                continue
             if attack.name not in held:
                 writer.append([_row(attack.name, attack(model, sets, seed))])
             if isinstance(attack, Membership) and attack.references and PRIVLEAK not in held:
@@ -152,7 +148,7 @@ class OpenedModel:
             )
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class AttackedModel:
     """A model's finished log. `not_made` says why an attack was left out."""
 
@@ -208,9 +204,10 @@ def attack_opened(
     header = Header(opened.evaluated.digest, digest_of(texts), settings, "attacks")
     log = out / log_name(opened.evaluated, "attacks", header)
     sets = opened.sets(texts)
-    rows = attack_model(opened.model, sets, attacks, seed, log, header)
     reasons = {each.name: why_not(each, opened.model, sets) for each in attacks}
     not_made = {name: why for name, why in reasons.items() if why is not None}
+    made = [each for each in attacks if each.name not in not_made]
+    rows = attack_model(opened.model, sets, made, seed, log, header)
     asked = {UNATTACKED, PRIVLEAK, *(each.name for each in attacks)}
     chosen = {name: row for name, row in rows.items() if name in asked}
     name, digest = opened.evaluated.name, opened.evaluated.digest
