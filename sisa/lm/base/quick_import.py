@@ -1,12 +1,15 @@
-"""Import transformers in a third of the time, in a process that asks a model once and ends.
+"""Import torch and transformers in half of the time, in a process that asks a model once and ends.
 
-Most of the time that importing transformers takes goes to what such a process never uses: SciPy, for the
-losses of object detectors; tensors that are sharded over machines; and torch's compiler. transformers
-works on machines without the first two, so they are hidden from it. It imports the compiler everywhere,
-so a module stands for it, whose decorators return functions as they are. The compiler itself is loaded
-once anything else is asked of it. Answers are the same to the bit.
+Most of the time that these imports take goes to what such a process never uses, which is left out here:
 
-What is hidden stays hidden, so only a process that runs one command may call this.
+    hidden        SciPy, accelerate, tensors that are sharded over machines: transformers works without
+    stood for     torch's compiler, its export, its Python kernels for tensors without data: a module
+                  stands for each, and all are loaded once anything is asked of one
+    read once     the files of transformers' 500 models, which it searches for names twice
+    compiled late the 1,200 patterns in which transformers rewrites the names of weights
+
+The libraries of torch are loaded beside other imports. Answers are the same to the bit. What is hidden
+stays hidden, so only a process that runs one command may call this.
 
     import_quickly()
     from transformers import AutoModelForCausalLM
@@ -14,34 +17,57 @@ What is hidden stays hidden, so only a process that runs one command may call th
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 import importlib
 import importlib.util
+import os
+import re
 import sys
+import threading
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
-COMPILER = "torch._dynamo"
-MANY_OBJECTS = 2_000_000  # more than imports make, so that no garbage is collected during them
+HIDDEN = ("accelerate", "scipy")
+COMPILER, EXPORT, META = "torch._dynamo", "torch.export", "torch._meta_registrations"
 TRANSFORM = f"{COMPILER}._trace_wrapped_higher_order_op"  # transformers imports a class from it
+STANDING = (META, EXPORT, COMPILER, TRANSFORM)  # in the order in which they can be loaded
+LIBRARIES = ("libtorch_cpu.so", "libtorch_python.so")
+MANY_OBJECTS = 2_000_000  # more than imports make, so that no garbage is collected during them
 
 
 def import_quickly() -> None:
-    """Hide what answering does not use, once this process imports transformers."""
+    """Leave out what answering does not use, once this process imports torch and transformers."""
     gc.set_threshold(MANY_OBJECTS)
+    threading.Thread(target=_load_libraries, daemon=True).start()
     sys.meta_path.insert(0, _Finder())
 
 
-class _Finder(MetaPathFinder):
-    """Notice which modules are imported; find those of the compiler after loading it."""
+def _load_libraries() -> None:
+    """Load torch's libraries without the interpreter's lock, which an import would hold."""
+    found = importlib.util.find_spec("torch")
+    for name in LIBRARIES if found and found.origin and sys.platform == "linux" else ():
+        path = Path(str(found.origin)).parent / "lib" / name  # type: ignore[union-attr]
+        ctypes.CDLL(None).dlopen(os.fsencode(path), os.RTLD_NOW)
 
-    def find_spec(self, name: str, _path: Any = None, _target: Any = None) -> ModuleSpec | None:
-        if name == "transformers":
+
+class _Finder(MetaPathFinder):
+    """Notice which modules are imported; change some, and find what a standing module has loaded."""
+
+    def find_spec(self, name: str, path: Any = None, _target: Any = None) -> ModuleSpec | None:
+        if name == "torch":
+            _stand_for(META, EXPORT)
+        elif name == "transformers":
             _hide()
-        elif name.startswith(f"{COMPILER}.") and isinstance(sys.modules[COMPILER], _Compiler):
-            _load_compiler()
+        elif name in _CHANGES:
+            return _changed(PathFinder.find_spec(name, path), _CHANGES[name])
+        elif isinstance(sys.modules.get(name.rpartition(".")[0]), _Standing):
+            _load()
             held = sys.modules.get(name)
             return ModuleSpec(name, _Held(held)) if held else importlib.util.find_spec(name)
         return None
@@ -51,17 +77,23 @@ def _hide() -> None:
     import torch
 
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
-    modules["scipy"] = None  # makes an import fail as if there were no module
+    modules.update(dict.fromkeys(HIDDEN))  # None makes an import fail as if there were no module
     torch.distributed.is_available = lambda: False
     if COMPILER not in sys.modules:
-        sys.modules.update({name: _Compiler(name) for name in (COMPILER, TRANSFORM)})
+        _stand_for(COMPILER, TRANSFORM)
 
 
-def _load_compiler() -> None:
-    for name in (COMPILER, TRANSFORM):
-        if isinstance(sys.modules.get(name), _Compiler):
-            del sys.modules[name]
-    importlib.import_module(TRANSFORM)
+def _stand_for(*names: str) -> None:
+    sys.modules.update({name: _Standing(name) for name in names if name not in sys.modules})
+
+
+def _load() -> None:
+    """Load all modules that others stand for."""
+    standing = [name for name in STANDING if isinstance(sys.modules.get(name), _Standing)]
+    for name in standing:
+        del sys.modules[name]
+    for name in standing:
+        importlib.import_module(name)
 
 
 def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
@@ -69,8 +101,8 @@ def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
     return function or _unchanged
 
 
-class _Compiler(ModuleType):
-    """A module that stands for one of the compiler's."""
+class _Standing(ModuleType):
+    """A module that stands for another. As the compiler, its decorators return functions as they are."""
 
     disable = allow_in_graph = assume_constant_result = staticmethod(_unchanged)
 
@@ -80,13 +112,13 @@ class _Compiler(ModuleType):
 
     @staticmethod
     def TransformGetItemToIndex() -> Any:
-        _load_compiler()
+        _load()
         return sys.modules[TRANSFORM].TransformGetItemToIndex()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        _load_compiler()
+        _load()
         return getattr(sys.modules[self.__name__], name)
 
 
@@ -101,3 +133,42 @@ class _Held(Loader):
 
     def exec_module(self, _module: ModuleType) -> None:
         pass
+
+
+def _changed(spec: ModuleSpec | None, change: Callable[[Any], None]) -> ModuleSpec | None:
+    """Return the spec of a module that is changed once it was imported."""
+    if spec is not None and spec.loader is not None:
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            change(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+    return spec
+
+
+def _read_once(import_utils: Any) -> None:
+    scan, names = import_utils.create_import_structure_from_path, import_utils.fetch__all__
+    import_utils.create_import_structure_from_path = functools.cache(scan.__wrapped__)
+    import_utils.fetch__all__ = lambda text: names(text[max(0, text.rfind("\n__all__")) :])
+
+
+def _compile_late(core_model_loading: Any) -> None:
+    core_model_loading.re = SimpleNamespace(**{**vars(re), "compile": _Pattern})
+
+
+class _Pattern:
+    """A regular expression that is compiled once it is used."""
+
+    def __init__(self, *given: Any) -> None:
+        self._given = given
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(re.compile(*self._given), name)
+
+
+_CHANGES: dict[str, Callable[[Any], None]] = {
+    "transformers.core_model_loading": _compile_late,
+    "transformers.utils.import_utils": _read_once,
+}

@@ -14,7 +14,10 @@ from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import Tiny
 
 pytestmark = pytest.mark.torch
-HEAVY = "'peft', 'scipy', 'torch.distributed.tensor', 'torch._dynamo.convert_frame'"
+HEAVY = (
+    "'accelerate', 'peft', 'scipy', 'sympy', 'torch._decomp', 'torch._dynamo.convert_frame', "
+    "'torch.distributed.tensor', 'torch.export.unflatten'"
+)
 COMMAND = f"""
 import sys
 from sisa.__main__ import main
@@ -35,10 +38,13 @@ if quickly:
 import torch
 from sisa.lm.base.weights import load_base
 model, _ = load_base(Path(base), digest)
-assert bool(quickly) != ("torch._dynamo.convert_frame" in sys.modules)
+heavy = {"sympy", "torch._decomp", "torch._dynamo.convert_frame"} & sys.modules.keys()
+assert len(heavy) == (0 if quickly else 3)
 print(hashlib.sha256(model(torch.arange(40).reshape(2, 20)).logits.numpy().tobytes()).hexdigest())
 assert torch.compile(lambda a: a + 1, backend="eager")(torch.ones(1)) == 2
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+assert torch.export.Dim("rows").__name__ == "rows"
+assert torch.ones(3, device="meta").normal_().is_meta and "torch._decomp" in sys.modules
 """
 
 
