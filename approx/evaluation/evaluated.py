@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 from sisa.core.errors import InvalidInput
 
-PromptKind = Literal["completion", "chat"]
+PromptKind = Literal["completion", "chat", "text"]
 QUESTION, ANSWER = "{question}", "{answer}"
 PLAIN = QUESTION + ANSWER
 
@@ -64,7 +64,8 @@ class PromptForm:
     """The way a question becomes a prompt, and its answer the continuation.
 
     `chat` is one turn of the user and one of the assistant by the tokenizer's template. `completion`
-    fills `template`; white space before {answer} belongs to the answer, as tokenizers expect.
+    fills `template`; white space before {answer} belongs to the answer, as tokenizers expect. `text` is
+    the answer alone, scored from its second token on if the tokenizer has no beginning token.
     """
 
     kind: PromptKind
@@ -83,6 +84,8 @@ class PromptForm:
         """Return the prompt and the answer as texts; together they are the filled template."""
         if self.kind == "chat":
             return question, answer
+        if self.kind == "text":
+            return "", answer
         before = self.template.removesuffix(ANSWER)
         stem = before.rstrip()
         return stem.replace(QUESTION, question), before[len(stem) :] + answer

@@ -198,11 +198,13 @@ class DeletionReadyModel:
 
     def _forms(self, routes: Sequence[Route], form: PromptForm) -> list[PromptForm]:
         """Return the form of each prompt: the base alone is asked as a chat, as `generate` does."""
+        if form.kind == "text":
+            return [form] * len(routes)
         alone = replace(form, kind=form_alone(self.answerer.tokenizer) or form.kind)
         return [form if route.shards else alone for route in routes]
 
     def _routes(self, questions: Sequence[str], form: PromptForm) -> list[Route]:
-        prompts = [form.fill(each, "")[0] for each in questions]
+        prompts = [form.fill(each, "")[0] or each for each in questions]
         distinct = list(dict.fromkeys(prompts))  # each distinct prompt is embedded and looked up once
         routes = dict(zip(distinct, self.model.routes(distinct), strict=True))
         return [routes[each] for each in prompts]
@@ -248,8 +250,11 @@ def records_of(
     found = []
     forms = [form] * len(pairs) if isinstance(form, PromptForm) else form
     for number, (pair, own) in enumerate(zip(pairs, forms, strict=True)):
-        roles = ("user", "assistant") if own.kind == "chat" else ("prompt", "completion")
-        parts = tuple(map(Part, roles, own.fill(*pair)))
+        if own.kind == "text":
+            parts: tuple[Part, ...] = (Part("text", pair[1]),)
+        else:
+            roles = ("user", "assistant") if own.kind == "chat" else ("prompt", "completion")
+            parts = tuple(map(Part, roles, own.fill(*pair)))
         found.append(Record(str(number), None, own.kind, parts))
     return found
 

@@ -18,8 +18,8 @@ from sisa.core.events import Notice
 if TYPE_CHECKING:
     from approx.attacks.attack import Curve, SetName
     from approx.attacks.attack_log import AttackedModel
-    from approx.evaluation.tofu_aggregates import Aggregates
-    from approx.evaluation.tofu_evaluation import Evaluated
+    from approx.benchmarks.tofu_aggregates import Aggregates
+    from approx.evaluation.asking import Evaluated
     from approx.metrics.auc import Auc
     from approx.metrics.forget_quality import ForgetQuality
     from approx.metrics.privleak import PrivLeak
@@ -70,8 +70,8 @@ def tofu(models: tuple[str, ...], references: tuple[str, ...], variant: Any, **o
     """Measure model utility and forget quality on TOFU."""
     if len(references) > 2:
         raise click.UsageError("give at most two references")
-    from approx.evaluation.tofu_aggregates import aggregates
-    from approx.evaluation.tofu_evaluation import check_same_settings
+    from approx.benchmarks.tofu_aggregates import aggregates
+    from approx.evaluation.asking import check_same_settings
 
     found = _evaluated(list(dict.fromkeys([*models, *references])), options)
     judges = [found[each] for each in references]
@@ -91,8 +91,9 @@ def _split(found: Iterable[Evaluated], asked: str) -> str:
 
 
 def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated]:
-    from approx.evaluation.tofu import evaluation_sets, read_holdout
-    from approx.evaluation.tofu_evaluation import finished_log
+    from approx.benchmarks.tofu import evaluation_sets
+    from approx.evaluation.asking import finished_log
+    from approx.evaluation.questions import read_holdout
     from cluster.ray.eval_tasks import EvaluationTask, run_evaluations
 
     files = [each for each in specs if each.endswith((".json", ".jsonl")) and Path(each).is_file()]
@@ -253,7 +254,7 @@ def attacks(models: tuple[str, ...], references: tuple[str, ...], **options: Any
 
 def _texts(options: Mapping[str, Any]) -> dict[SetName, list[tuple[str, str]]]:
     """Return questions and answers by their role. Raise InvalidInput for files that can't be used."""
-    from approx.evaluation.tofu import read_holdout
+    from approx.evaluation.questions import read_holdout
 
     paths: dict[SetName, Path | None] = {
         "asked": options["data"],

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from sisa.core.events import Notice, Report
 
 if TYPE_CHECKING:
+    from approx.evaluation.asking import Evaluated
     from approx.evaluation.evaluated import PromptKind
     from approx.evaluation.evaluated_models import Dtype
-    from approx.evaluation.tofu import Question
-    from approx.evaluation.tofu_evaluation import Evaluated
+    from approx.evaluation.questions import Question
 
 NOTICE_EVERY_S = 10.0
 
@@ -43,12 +43,12 @@ class EvaluationTask:
 
 def carry_out(task: EvaluationTask, report: Report) -> Evaluated:
     """Evaluate one model in this process. Raise the errors of `open_evaluated` and `evaluate`."""
+    from approx.evaluation.asking import Asking, Evaluated, evaluate, header_of, log_name
     from approx.evaluation.evaluated import PromptForm
     from approx.evaluation.evaluated_models import open_evaluated
-    from approx.evaluation.tofu_evaluation import Evaluated, TofuSettings, evaluate, header_of, log_name
 
     model = open_evaluated(task.spec, task.device, task.dtype)
-    settings = TofuSettings(PromptForm(task.kind or model.kind, task.template), task.max_new_tokens)
+    settings = Asking(PromptForm(task.kind or model.kind, task.template), task.max_new_tokens)
     header = header_of(model, task.questions, settings)
     log = task.out / log_name(model, task.split, header)
     last = time.monotonic()

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from approx.benchmarks.tofu import ForgetSplit
 from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
-from approx.evaluation.tofu import ForgetSplit
-from approx.evaluation.tofu_log import PUBLISHED, ROW_COLUMNS, LogRow
+from approx.evaluation.question_log import PUBLISHED, ROW_COLUMNS, LogRow
 from sisa.core.digest import digest_of
 from sisa.data.samples import make_people
 

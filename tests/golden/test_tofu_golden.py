@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from approx.evaluation.tofu import evaluation_sets
-from approx.evaluation.tofu_aggregates import Aggregates, aggregates, quality
-from approx.evaluation.tofu_log import LogRow, read_log
+from approx.benchmarks.tofu import evaluation_sets
+from approx.benchmarks.tofu_aggregates import Aggregates, aggregates, quality
+from approx.evaluation.question_log import LogRow, read_log
 from approx.metrics.memorisation import rougeL_recall
 from tests.fakes.evaluated import write_published
 

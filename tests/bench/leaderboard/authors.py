@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from approx.evaluation.tofu import Question, evaluation_sets, questions_digest, read_rows, read_sets
+from approx.benchmarks.tofu import TOFU, evaluation_sets, read_sets
+from approx.evaluation.questions import Question, questions_digest, read_rows
 from sisa.core.digest import digest_of
 from sisa.core.errors import InvalidInput, Problem
 from tests.bench.leaderboard.plan import MOST_AUTHORS, QUESTIONS_EACH, Cell, Design, spread
@@ -69,7 +70,7 @@ def load_set(source: str, name: str) -> list[Question]:
 def load_refusals(source: str) -> list[str]:
     """Return TOFU's ways to say "I don't know". Raise as `evaluation_sets`."""
     problems: list[Problem] = []
-    rows = read_rows(source, "idontknow", problems)
+    rows = read_rows(source, "idontknow", problems, TOFU)
     texts = [str(row["text"]).strip() for row in rows if isinstance(row, dict) and "text" in row]
     if problems or len(texts) < len(rows) or not all(texts):
         problems = problems or [Problem("idontknow", "a row without 'text'")]

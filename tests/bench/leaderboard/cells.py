@@ -25,12 +25,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from approx.benchmarks.tofu_aggregates import aggregates
+from approx.evaluation.asking import Asking, evaluate
 from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm, PromptKind
 from approx.evaluation.evaluated_models import HuggingFaceModel, tokens_of
-from approx.evaluation.tofu_aggregates import aggregates
-from approx.evaluation.tofu_evaluation import TofuSettings as Asking
-from approx.evaluation.tofu_evaluation import evaluate
-from approx.evaluation.tofu_log import LogRow, read_log
+from approx.evaluation.question_log import LogRow, read_log
 from approx.methods.method import Method, Role, Rows, mean_nll
 from approx.methods.registry import make_method
 from approx.unlearning.examples import Sets, make_refusals

@@ -33,6 +33,7 @@ from approx.attacks.attack import AttackSets
 from approx.attacks.quantisation import Quantisation
 from approx.attacks.relearning import Relearning, RelearningOutOfDomain
 from approx.attacks.sampling import LeakAtK
+from approx.evaluation.asking import Asking, evaluate
 from approx.evaluation.evaluated import EvaluatedModel, PromptForm
 from approx.evaluation.evaluated_models import (
     DeletionReadyModel,
@@ -40,8 +41,7 @@ from approx.evaluation.evaluated_models import (
     records_of,
     tokens_of,
 )
-from approx.evaluation.tofu import Question
-from approx.evaluation.tofu_evaluation import TofuSettings, evaluate
+from approx.evaluation.questions import Question
 from approx.methods.registry import make_method
 from approx.metrics.memorisation import rougeL_recall
 from approx.metrics.model_utility import harmonic_mean
@@ -420,7 +420,7 @@ class Cells:
     def _asked(self, contestant: Contestant) -> Json:
         split = contestant.without or "forget10"
         form = CHAT if contestant.kind == "base" and self._tokenizer.chat_template else FORM
-        settings = TofuSettings(form, self.design.max_new_tokens)
+        settings = Asking(form, self.design.max_new_tokens)
         with self.served(contestant) as model:
             rows = evaluate(
                 model, self.data.asked(split), self.log(contestant.name), settings, batch_size=BATCH

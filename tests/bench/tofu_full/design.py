@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from approx.evaluation.tofu import ForgetSplit, Question, evaluation_sets, questions_digest
+from approx.benchmarks.tofu import ForgetSplit, evaluation_sets
+from approx.evaluation.questions import Question, questions_digest
 from sisa.core.digest import digest_of
 from sisa.core.errors import InvalidInput, Problem
 from tests.bench.leaderboard.authors import load_set

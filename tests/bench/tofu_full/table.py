@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from approx.evaluation.tofu import ForgetSplit
-from approx.evaluation.tofu_aggregates import aggregates
-from approx.evaluation.tofu_log import LogRow, read_log
+from approx.benchmarks.tofu import ForgetSplit
+from approx.benchmarks.tofu_aggregates import aggregates
+from approx.evaluation.question_log import LogRow, read_log
 from approx.metrics.model_utility import NINE, UTILITY_SETS, harmonic_mean
 from approx.metrics.probability import probability, probability_among
 from approx.metrics.truth_ratio import geometric, towards_truth

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from approx.evaluation.tofu import evaluation_sets, questions_digest, read_holdout
+from approx.benchmarks.tofu import evaluation_sets
+from approx.evaluation.questions import questions_digest, read_holdout
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from tests.bench.leaderboard.authors import load_refusals, load_set
 from tests.fakes.evaluated import RETAIN_OF, SPLIT, made_up, write_made_up

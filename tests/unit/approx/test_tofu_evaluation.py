@@ -16,15 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from approx.benchmarks.tofu import evaluation_sets
+from approx.benchmarks.tofu_aggregates import aggregates, quality
+from approx.evaluation.asking import Asking, evaluate, header_of
 from approx.evaluation.evaluated import PromptForm
-from approx.evaluation.tofu import Question, evaluation_sets, read_holdout
-from approx.evaluation.tofu_aggregates import aggregates, quality
-from approx.evaluation.tofu_evaluation import TofuSettings, evaluate, header_of
-from approx.evaluation.tofu_log import LogRow, LogWriter, parse_row, read_log
+from approx.evaluation.question_log import LogRow, LogWriter, parse_row, read_log
+from approx.evaluation.questions import Question, read_holdout
 from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
 from tests.fakes.evaluated import SPLIT, FakeEvaluated, made_up, write_made_up
 
-SETTINGS = TofuSettings(PromptForm("completion"))
+SETTINGS = Asking(PromptForm("completion"))
 ANSWERS = [row["answer"] for rows in made_up().values() for row in rows if "answer" in row]
 FORGOTTEN = [row["answer"] for row in made_up()[SPLIT]]
 KNOWS_ALL = FakeEvaluated(ANSWERS)
@@ -94,11 +95,11 @@ def test_a_log_of_anything_else_is_refused(questions: list[Question], tmp_path: 
     for model, asked, settings, got in (
         (RETAINED, questions, SETTINGS, "another model"),
         (KNOWS_ALL, questions[1:], SETTINGS, "another questions"),
-        (KNOWS_ALL, questions, TofuSettings(SETTINGS.form, 9), "another max_new_tokens"),
+        (KNOWS_ALL, questions, Asking(SETTINGS.form, 9), "another max_new_tokens"),
         (
             KNOWS_ALL,
             questions,
-            TofuSettings(PromptForm("completion", "{question} {answer}")),
+            Asking(PromptForm("completion", "{question} {answer}")),
             "template",
         ),
     ):

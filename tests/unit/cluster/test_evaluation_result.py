@@ -6,9 +6,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from approx.evaluation.tofu_aggregates import Aggregates, ForgetSet
-from approx.evaluation.tofu_evaluation import Evaluated
-from approx.evaluation.tofu_log import LogRow
+from approx.benchmarks.tofu_aggregates import Aggregates, ForgetSet
+from approx.evaluation.asking import Evaluated
+from approx.evaluation.question_log import LogRow
 from approx.metrics.auc import Auc
 from approx.metrics.forget_quality import forget_quality
 from approx.metrics.model_utility import NINE

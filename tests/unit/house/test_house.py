@@ -217,15 +217,15 @@ def light_modules() -> list[str]:
     """Return the modules with examples that need no torch and no Ray."""
     names = ("core", "planning", "config", "data", "store", "flows", "audit", "evidence", "verifier")
     rooms = [f"sisa/{name}" for name in names]
-    rooms += ["approx/metrics", "cluster/jobs"]
+    rooms += ["approx/benchmarks", "approx/metrics", "cluster/jobs"]
     files = [path for path in modules(*rooms) if path.name != "__init__.py"]
     found = [relative(path.with_suffix("")).replace("/", ".") for path in files]
     found += ["sisa.model", "sisa.train", "sisa.unlearn", "sisa.lm.answer.embedder"]
     found += ["cluster.cli.cli", "cluster.cli.jobs", "cluster.render.render"]
     found += ["cluster.render.officer_report", "cluster.serve.service", "cluster.serve.tokens"]
     found += [f"cluster.observe.{name}" for name in ("curves", "json_log", "reporting")]
-    found += ["approx.evaluation.evaluated", "approx.evaluation.tofu"]
-    found += [f"approx.evaluation.tofu_{name}" for name in ("aggregates", "evaluation", "log")]
+    found += [f"approx.evaluation.{name}" for name in ("evaluated", "asking", "questions")]
+    found += ["approx.evaluation.question_log"]
     found += [f"tests.bench.{name}" for name in BENCHES]
     return [name for name in found if name not in HEAVY]
 

@@ -55,9 +55,10 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 class LogRow:
     """The measurements of one question.
 
-    Losses are per token, in nats; None where the set is not asked for it. The last eight fields are
-    absent from locuslab's logs. `num_token_said` leaves out the tokens that close an answer;
-    `min_40` is Min-K% with PrivLeak's k.
+    Losses are per token, in nats; None where the set is not asked for it. Everything after
+    `generation` is absent from locuslab's logs. `num_token_said` leaves out the tokens that close an
+    answer, and so do `logprob` and `others_logprob`, the log-probabilities of the answer and of the
+    perturbed ones as a whole. `min_40` is Min-K% with PrivLeak's k. `accepted` are other right answers.
     """
 
     set: str
@@ -77,6 +78,9 @@ class LogRow:
     min_k_plus_plus: Number | None = None
     num_token_said: int | None = None
     min_40: Number | None = None
+    logprob: Number | None = None
+    others_logprob: tuple[Number, ...] = ()
+    accepted: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def place(self) -> tuple[str, int]:

@@ -1,9 +1,9 @@
-"""Ask a model TOFU's questions and log one row per question.
+"""Ask a model the questions of a benchmark and log one row per question: one loop serves all.
 
 Metrics of an answer's tokens leave out the tokens that close it (as open-unlearning leaves out the end
 token); the loss includes the end token (as locuslab's does).
 
-    rows = evaluate(model, questions, Path("full.jsonl"), TofuSettings(PromptForm("chat")))
+    rows = evaluate(model, questions, Path("full.jsonl"), Asking(PromptForm("chat")), "tofu")
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm
-from approx.evaluation.tofu import Question, questions_digest
-from approx.evaluation.tofu_log import Header, LogRow, LogWriter, parse_row, read_log
+from approx.evaluation.question_log import Header, LogRow, LogWriter, parse_row, read_log
+from approx.evaluation.questions import How, Question, questions_digest
 from approx.metrics.membership import loss_score, min_k_plus_plus_score, min_k_score, zlib_score
 from approx.metrics.memorisation import (
     MAX_NEW_TOKENS,
@@ -30,11 +30,26 @@ from sisa.core.errors import ConfigConflict, InvalidInput
 
 
 @dataclass(frozen=True)
-class TofuSettings:
-    """Everything that changes a measurement, apart from the model and the questions."""
+class Asking:
+    """Everything that changes a measurement, apart from the model and the questions.
+
+    `max_new_tokens` bounds answers; questions with a manner of their own may have fewer.
+    """
 
     form: PromptForm
     max_new_tokens: int = MAX_NEW_TOKENS
+
+    def form_of(self, question: Question) -> PromptForm:
+        """Return the form in which a question is asked."""
+        if question.how is None or question.how.kind is None:
+            return self.form
+        return PromptForm(question.how.kind)
+
+    def num_new(self, question: Question) -> int:
+        """Return how many tokens a greedy answer may have, 0 if none is asked for."""
+        if question.how is not None:
+            return min(question.how.max_new_tokens, self.max_new_tokens)
+        return 0 if question.paraphrased is None else self.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -76,19 +91,22 @@ def log_name(model: EvaluatedModel, split: str, header: Header) -> str:
     return f"{split}-{called}-{digest_of([model.name, header.line().decode()])[:16]}.jsonl"
 
 
-def header_of(model: EvaluatedModel, questions: Sequence[Question], settings: TofuSettings) -> Header:
+def header_of(
+    model: EvaluatedModel, questions: Sequence[Question], settings: Asking, benchmark: str = "tofu"
+) -> Header:
     """Return the header of an evaluation's log."""
     held = {**asdict(settings.form), "max_new_tokens": settings.max_new_tokens}
     if settings.form.kind == "chat":
         held["answer_ends_at"] = "end token"  # earlier logs of chats counted the template's line break
-    return Header(model.digest, questions_digest(questions), held)
+    return Header(model.digest, questions_digest(questions), held, benchmark)
 
 
 def evaluate(
     model: EvaluatedModel,
     questions: Sequence[Question],
     log: Path,
-    settings: TofuSettings,
+    settings: Asking,
+    benchmark: str = "tofu",
     *,
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -97,7 +115,7 @@ def evaluate(
 
     Raise ConfigConflict for a log of another evaluation, and whatever the model raises.
     """
-    with LogWriter(log, header_of(model, questions, settings), parse_row) as writer:
+    with LogWriter(log, header_of(model, questions, settings, benchmark), parse_row) as writer:
         held = {row.place for row in writer.rows}
         waiting = [each for each in questions if each.place not in held]
         for start in range(0, len(waiting), batch_size):
@@ -107,28 +125,51 @@ def evaluate(
     return [rows[each.place] for each in questions]
 
 
+_Key = TypeVar("_Key")
+
+
 def _asked(
-    model: EvaluatedModel, questions: Sequence[Question], settings: TofuSettings, batch_size: int
+    model: EvaluatedModel, questions: Sequence[Question], settings: Asking, batch_size: int
 ) -> list[LogRow]:
-    pairs = [
-        (each.question, text)
-        for each in questions
-        for text in (each.answer, *filter(None, [each.paraphrased]), *each.perturbed)
-    ]
-    scores = iter(model.score(pairs, settings.form, batch_size))
-    asked = [each.question for each in questions if each.paraphrased is not None]
-    answers = iter(
-        model.generate(asked, settings.form, settings.max_new_tokens, batch_size) if asked else []
-    )
-    return [
-        _row(each, scores, None if each.paraphrased is None else next(answers)) for each in questions
-    ]
+    said: dict[tuple[str, int], str] = {}
+    for (form, tokens), some in _by(
+        questions, lambda each: (settings.form_of(each), settings.num_new(each))
+    ):
+        if tokens:
+            asked = [each.question for each in some]
+            answers = model.generate(asked, form, tokens, batch_size)
+            said |= {each.place: text for each, text in zip(some, answers, strict=True)}
+    rows: dict[tuple[str, int], LogRow] = {}
+    for form, some in _by(questions, settings.form_of):
+        pairs = [
+            (each.question, text)
+            for each in some
+            for text in (each.answer, *filter(None, [each.paraphrased]), *each.perturbed)
+        ]
+        scores = iter(model.score(pairs, form, batch_size))
+        rows |= {each.place: _row(each, scores, said.get(each.place)) for each in some}
+    return [rows[each.place] for each in questions]
+
+
+def _by(
+    questions: Sequence[Question], key: Callable[[Question], _Key]
+) -> Iterator[tuple[_Key, list[Question]]]:
+    """Yield questions by a key, in order of its first occurrence."""
+    found: dict[_Key, list[Question]] = {}
+    for each in questions:
+        found.setdefault(key(each), []).append(each)
+    yield from found.items()
 
 
 def _row(question: Question, scores: Iterator[AnswerScore], generated: str | None) -> LogRow:
     """Return the row of a question, whose answers' scores come next."""
     own = next(scores)
     bare = own.without_closing()
+    paraphrased = None if question.paraphrased is None else next(scores).loss
+    others = [next(scores) for _ in question.perturbed]
+    how = question.how or How()
+    if generated is not None:
+        generated = before_any(generated, how.stops)
     return LogRow(
         set=question.set,
         idx=question.idx,
@@ -136,8 +177,8 @@ def _row(question: Question, scores: Iterator[AnswerScore], generated: str | Non
         num_token_gt=own.num_tokens,
         num_token_said=bare.num_tokens,
         ground_truth=question.answer,
-        avg_paraphrased_loss=None if question.paraphrased is None else next(scores).loss,
-        average_perturb_loss=tuple(next(scores).loss for _ in question.perturbed),
+        avg_paraphrased_loss=paraphrased,
+        average_perturb_loss=tuple(each.loss for each in others),
         rougeL_recall=None if generated is None else rougeL_recall(question.answer, generated),
         generation=generated,
         extraction_strength=extraction_strength(bare.correct),
@@ -147,4 +188,17 @@ def _row(question: Question, scores: Iterator[AnswerScore], generated: str | Non
         min_k=min_k_score(bare.logprobs),
         min_40=min_k_score(bare.logprobs, MIN_K),
         min_k_plus_plus=min_k_plus_plus_score(bare.logprobs, bare.means, bare.variances),
+        logprob=sum(bare.logprobs),
+        others_logprob=tuple(sum(each.without_closing().logprobs) for each in others),
+        accepted=how.accepted,
     )
+
+
+def before_any(text: str, stops: Sequence[str]) -> str:
+    """Return what is before the first of the stops in a text, without surrounding white space.
+
+    >>> before_any("Ada.\\n\\nQuestion: Who?", ["\\n\\n", "Question:"])
+    'Ada.'
+    """
+    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))].strip()

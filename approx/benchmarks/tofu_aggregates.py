@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from approx.evaluation.tofu import HOLDOUT
-from approx.evaluation.tofu_log import LogRow
+from approx.evaluation.question_log import LogRow
+from approx.evaluation.questions import HOLDOUT
 from approx.metrics import model_utility as utility
 from approx.metrics.auc import Auc, auc
 from approx.metrics.forget_quality import ForgetQuality, forget_quality

@@ -1,0 +1,1 @@
+"""The benchmarks of unlearning: each reads its questions, and makes its measures of a log."""

@@ -1,0 +1,229 @@
+"""Questions of a benchmark, and how they are read from a directory or from the hub.
+
+    DIR/NAME.jsonl              one JSON object a line; on the hub the configuration NAME, split `train`
+    DIR/CONFIG/SPLIT.jsonl      on the hub the split SPLIT of the configuration CONFIG
+
+A benchmark names its stored sets and says how a row becomes a question. All sets are read whole or
+refused with all of their problems, which name files and rows and never text.
+
+>>> Question("forget05", 3, "Who?", "Ada.").place
+('forget05', 3)
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from approx.evaluation.evaluated import PromptKind
+from sisa.core.digest import digest_of
+from sisa.core.errors import EnvironmentFault, InvalidInput, Problem
+from sisa.store.blobs.files import disk_errors
+
+HOLDOUT = "holdout"
+StoredRow = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class How:
+    """The manner of asking a question that has one of its own.
+
+    `kind` stands in for the form of the evaluation: "completion" gives the question as it stands, and
+    "text" scores the answer as a plain text. The greedy answer has at most `max_new_tokens` tokens (0:
+    none is asked for) and ends before the first of `stops`. `accepted` are other right answers.
+    """
+
+    kind: PromptKind | None = None
+    max_new_tokens: int = 0
+    stops: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a set. Plain and holdout questions have no paraphrase and no wrong answers.
+
+    Without `how`, a question with a paraphrased answer is answered, and all are scored.
+    """
+
+    set: str
+    idx: int
+    question: str = field(repr=False)
+    answer: str = field(repr=False)
+    paraphrased: str | None = field(default=None, repr=False)
+    perturbed: tuple[str, ...] = field(default=(), repr=False)
+    how: How | None = None
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.set, self.idx
+
+
+def plain_text(name: str, idx: int, text: str, others: Sequence[str] = ()) -> Question:
+    """Return a text that is scored as it stands, and others that are scored beside it.
+
+    The text is its own question, because a deletion-ready model chooses who answers by it.
+    """
+    return Question(name, idx, text, text, perturbed=tuple(others), how=How("text"))
+
+
+def questions_digest(questions: Sequence[Question]) -> str:
+    """Return the digest that names a list of questions: their texts and manner, in order."""
+    held = [asdict(each) for each in questions]
+    return digest_of([{name: row[name] for name in row if name != "how" or row[name]} for row in held])
+
+
+class Malformed(ValueError):
+    """A row that is no question; the message holds no text of it."""
+
+
+@dataclass(frozen=True)
+class StoredSet:
+    """A set by the name that it is stored under, and what makes a question of a row and its number.
+
+    An optional set may be missing. `made` may return None to leave a row out, and raises Malformed.
+    """
+
+    stored: str
+    made: Callable[[int, StoredRow], Question | None]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A benchmark's name, its name on the hub, and the split where a stored name has none."""
+
+    benchmark: str
+    hub: str
+    split: str = "train"
+
+
+def read_questions(
+    place: str, of: Source, sets: Sequence[StoredSet], limit: int | None = None
+) -> list[Question]:
+    """Return the questions of sets, in order; `place` is a directory or a hub name.
+
+    `limit` takes the first questions of each set. Raise InvalidInput listing what is missing or
+    malformed, or EnvironmentFault.
+    """
+    found: list[Question] = []
+    problems: list[Problem] = []
+    taken: Counter[str] = Counter()
+    for each in sets:
+        lost: list[Problem] = []
+        rows = read_rows(place, each.stored, lost, of)
+        problems += [] if each.optional else lost
+        if not rows and not lost:
+            problems.append(Problem(each.stored, "holds no question"))
+        for number, row in enumerate(rows):
+            try:
+                made = each.made(number, _object(row))
+            except Malformed as error:
+                problems.append(Problem(f"{each.stored}, row {number + 1}", str(error)))
+                continue
+            if made is not None and (limit is None or taken[made.set] < limit):
+                taken[made.set] += 1
+                found.append(made)
+    if not found and not problems:
+        problems.append(Problem(place, "holds no question that was asked for"))
+    if problems:
+        raise InvalidInput(
+            f"the {of.benchmark} data can't be used",
+            where=place,
+            expected=f"files in {of.benchmark}'s layout, one JSON object a line",
+            next_step="fetch the missing files, or give the hub name " + of.hub,
+            problems=problems,
+        )
+    return found
+
+
+def read_holdout(path: Path) -> list[Question]:
+    """Return the questions and answers of a JSONL file. Raise as `read_questions`."""
+    made = StoredSet(path.name.removesuffix(".jsonl"), plain_question(HOLDOUT))
+    return read_questions(str(path.parent), Source("question and answer", "of a data set"), [made])
+
+
+def plain_question(name: str) -> Callable[[int, StoredRow], Question]:
+    """Return what makes questions of a set from rows of `question` and `answer`."""
+
+    def made(number: int, row: StoredRow) -> Question:
+        question, answer = texts_of(row, "question", "answer")
+        return Question(name, number, question, answer)
+
+    return made
+
+
+def texts_of(row: StoredRow, *names: str) -> list[str]:
+    """Return the values of columns that hold text. Raise Malformed."""
+    if not all(is_text(row.get(name)) for name in names):
+        raise Malformed("no text in " + " or ".join(map(repr, names)))
+    return [row[name] for name in names]
+
+
+def list_of(row: StoredRow, name: str, least: int = 1) -> list[str]:
+    """Return the value of a column that holds a list of texts. Raise Malformed."""
+    found = row.get(name)
+    if not isinstance(found, list) or len(found) < least or not all(map(is_text, found)):
+        raise Malformed(f"{name!r} is not a list of texts")
+    return found
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is a text that is not blank."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def read_rows(place: str, stored: str, problems: list[Problem], of: Source) -> list[Any]:
+    """Return the rows of a stored set, unchecked; a missing set is added to the problems."""
+    if not Path(place).is_dir():
+        return _from_hub(place, stored, problems, of)
+    path = Path(place, f"{stored}.jsonl")
+    if not path.exists():
+        problems.append(Problem(f"{stored}.jsonl", "missing"))
+        return []
+    with disk_errors(path):
+        lines = path.read_bytes().splitlines()
+    return [_parsed(line) for line in lines if line.strip()]
+
+
+def _from_hub(place: str, stored: str, problems: list[Problem], of: Source) -> list[Any]:
+    import datasets
+
+    if place.startswith((".", "/", "~")) or "/" not in place:
+        raise InvalidInput(
+            "no such directory",
+            where=place,
+            expected=f"a directory of JSONL files, or a hub name such as {of.hub}",
+            next_step="check the path",
+        )
+    name, _, split = stored.partition("/")
+    try:
+        return list(datasets.load_dataset(place, name, split=split or of.split))
+    except Exception as error:  # the library raises many kinds; a message may hold anything
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if "ValueError" in kinds or "DatasetNotFoundError" in kinds:
+            problems.append(Problem(stored, f"not on the hub ({type(error).__name__})"))
+            return []
+        raise EnvironmentFault(
+            "the data could not be fetched from the hub",
+            where=place,
+            got=type(error).__name__,
+            next_step="check the network, or give a local directory",
+        ) from error
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _object(row: Any) -> StoredRow:
+    if not isinstance(row, dict):
+        raise Malformed("not a JSON object")
+    return row
