@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from approx.evaluation.answers import AnswerBatch, answer_logprobs_BT, logprobs_BTV, sum_logprobs_B
@@ -49,7 +50,21 @@ def answer_logprobs_NV(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
     return logprobs_BTV(logits_BTV[:, : batch.targets_BT.shape[1]][batch.mask_BT])
 
 
-Family = Literal["ascent", "preference", "distillation", "behaviour", "flattening", "task vectors"]
+def answer_values_NV(values_BTV: Tensor, batch: AnswerBatch) -> Tensor:
+    """Return logits or hidden states at each answer token, row after row, in float32 or float64."""
+    values_NV = values_BTV[:, : batch.targets_BT.shape[1]][batch.mask_BT]
+    return values_NV.to(torch.promote_types(values_NV.dtype, torch.float32))
+
+
+Family = Literal[
+    "ascent",
+    "preference",
+    "distillation",
+    "behaviour",
+    "flattening",
+    "representation",
+    "task vectors",
+]
 Role = Literal["forget", "retain", "preferred"]
 Alternative = Literal["refusals", "alternates"]
 RetainLoss = Literal["nll", "kl"]
@@ -59,7 +74,10 @@ RETAIN: frozenset[Role] = frozenset({"retain"})
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples of one role with their current logits, and the reference's where the method compares."""
+    """Examples of one role with their current logits, and the reference's where the method compares.
+
+    For a method that acts at a layer, the layer's hidden states are in place of logits: V units.
+    """
 
     batch: AnswerBatch
     current_BTV: Tensor
@@ -124,6 +142,11 @@ class Method:
     def retain_loss(self) -> RetainLoss:
         return "nll"
 
+    @property
+    def layer(self) -> int | None:
+        """Return the number of the layer whose hidden states the loss reads, or None for logits."""
+        return None
+
     def __post_init__(self) -> None:
         check_values(self.name, self.problems())
 
@@ -159,6 +182,12 @@ class Method:
         """Return F, a scalar."""
         raise NotImplementedError
 
+    def retain_term(self, kept: Rows) -> Tensor:
+        """Return R, a scalar."""
+        if self.retain_loss == "nll":
+            return mean_nll(kept.current_BTV, kept.batch)
+        return mean_kl(kept.compared_BTV, kept.current_BTV, kept.batch)
+
     def next_retain_weight(
         self,
         weight: float,  # noqa: ARG002
@@ -177,11 +206,7 @@ class Method:
         total = self.forget_weight * self.forget_term(rows)
         if "retain" not in self.reads:
             return Losses(total, None)
-        kept = rows["retain"]
-        if self.retain_loss == "nll":
-            retain = mean_nll(kept.current_BTV, kept.batch)
-        else:
-            retain = mean_kl(kept.compared_BTV, kept.current_BTV, kept.batch)
+        retain = self.retain_term(rows["retain"])
         return Losses(total + self.retain_weight * retain, retain.detach())
 
 

@@ -29,10 +29,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from approx.methods.method import Family, Method, RetainLoss, Role, Rows
+from approx.methods.method import Family, Method, RetainLoss, Role, Rows, answer_values_NV
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,7 @@ class Pdu(Method):
     looks_at: ClassVar[frozenset[Role]] = frozenset({"forget", "retain"})
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
-        batch, logits_BTV = rows["forget"].batch, rows["forget"].current_BTV
-        logits_NV = logits_BTV[:, : batch.targets_BT.shape[1]][batch.mask_BT]
-        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        logits_NV = answer_values_NV(rows["forget"].current_BTV, rows["forget"].batch)
         return (logits_NV.amax(dim=-1) - logits_NV.mean(dim=-1)).square().mean()
 
     def next_retain_weight(self, weight: float, retain: float | None, num_epochs: float) -> float:

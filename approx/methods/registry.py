@@ -24,6 +24,7 @@ from approx.methods.preference.altpo import AltPo
 from approx.methods.preference.dpo import Dpo, IdkDpo
 from approx.methods.preference.npo import Npo
 from approx.methods.preference.simnpo import SimNpo
+from approx.methods.rmu import Rmu
 from approx.methods.task_arithmetic import TaskArithmetic
 from sisa.core.errors import InvalidInput, Problem
 
@@ -32,7 +33,7 @@ METHODS: Mapping[str, type[Method]] = {
     for each in (
         *(GradientAscent, GradDiff, KlMinimisation, Wga, SatImp),
         *(Dpo, IdkDpo, AltPo, Npo, SimNpo),
-        *(Ceu, Undial, IdkNll, Pdu, TaskArithmetic),
+        *(Ceu, Undial, IdkNll, Pdu, Rmu, TaskArithmetic),
     )
 }
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from approx.patches import patch_measures
 from approx.patches.patch_settings import PatchSettings, parse_settings
 from approx.unlearning import examples
 from approx.unlearning.alternates import write_alternates
+from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.generated_retain import prompts_that_fit, write_answers, write_neighbours
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
@@ -176,6 +177,8 @@ class _Making:
         tokens = examples.tokenize_records(self.forget, "forget", tokenizer, limits)
         retain = self._retain(texts.get(job.retain), limits)
         self._tokens = tokens
+        method = choose_layer(settings.method, self._base, tokens, retain)
+        self.settings = settings = replace(settings, method=method)
         self.sets = self._sets(retain)
         self._asked = [
             answers_to_probe(record.kind, each, tokenizer, self._sequence_len)

@@ -226,7 +226,9 @@ class Descent:
             known = self._reference.get(role)
             compare = role in self.method.compares and known is None
             reference_B = None if known is None else known[places]
-            rows[role] = self.target.rows(batch, compare=compare, reference_answers_B=reference_B)
+            rows[role] = self.target.rows(
+                batch, compare=compare, reference_answers_B=reference_B, layer=self.method.layer
+            )
             num_tokens = batch.ids_BT1.numel()
             self._now.tokens_trained += num_tokens if trained else 0
             self._now.tokens_forward += num_tokens * (compare + (not trained))

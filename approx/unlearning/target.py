@@ -1,7 +1,7 @@
 """The model that is changed: a LoRA patch over frozen weights.
 
-Shapes: B examples, T positions, V words; K positions where the next token of some row belongs to an
-answer.
+Shapes: B examples, T positions, V words or a layer's units; K positions where the next token of some
+row belongs to an answer.
 
 The LoRA tensors that require a gradient are trained, and no other may require one. They must be in
 float32, because in half precision updates of this size round away. The reference is the model before the
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from approx.evaluation.answers import AnswerBatch, logits_at, sum_logprobs_B
 from approx.methods.method import Rows
+from approx.unlearning.causal_tracing import hidden_at
 from sisa.core.errors import IntegrityError, InvalidInput, Problem
 
 
@@ -40,18 +41,27 @@ class Target:
         return sum_logprobs_B(self._reference(cut.ids_BT1, columns_K), cut)
 
     def rows(
-        self, batch: AnswerBatch, *, compare: bool, reference_answers_B: Tensor | None = None
+        self,
+        batch: AnswerBatch,
+        *,
+        compare: bool,
+        reference_answers_B: Tensor | None = None,
+        layer: int | None = None,
     ) -> Rows:
-        """Return a batch, cut to its answer positions, with logits."""
+        """Return a batch, cut to its answer positions, with logits or a layer's hidden states."""
         cut, columns_K = batch.to(self.model.device).at_answers()
-        reference_BKV = self._reference(cut.ids_BT1, columns_K) if compare else None
-        return Rows(
-            cut, logits_at(self.model, cut.ids_BT1, columns_K), reference_BKV, reference_answers_B
-        )
+        reference_BKV = self._reference(cut.ids_BT1, columns_K, layer) if compare else None
+        current_BKV = self._values(cut.ids_BT1, columns_K, layer)
+        return Rows(cut, current_BKV, reference_BKV, reference_answers_B)
 
-    def _reference(self, ids_BT1: Tensor, columns_K: Tensor) -> Tensor:
+    def _reference(self, ids_BT1: Tensor, columns_K: Tensor, layer: int | None = None) -> Tensor:
         with torch.no_grad(), self.model.disable_adapter():
+            return self._values(ids_BT1, columns_K, layer)
+
+    def _values(self, ids_BT1: Tensor, columns_K: Tensor, layer: int | None) -> Tensor:
+        if layer is None:
             return logits_at(self.model, ids_BT1, columns_K)
+        return hidden_at(self.model, layer, ids_BT1, columns_K)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy of the trained parameters."""

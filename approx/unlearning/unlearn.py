@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from approx.methods.method import Method
 from approx.methods.task_arithmetic import TaskArithmetic, check_fresh_patch, negate_patch
+from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.descent import Descent
 from approx.unlearning.examples import Sets, check_sets
 from approx.unlearning.saved_run import SavedRun
@@ -45,6 +46,7 @@ def unlearn(
     """
     check_sets(sets, method)
     target = Target(model)
+    method = choose_layer(method, target.model, sets.forget, sets.retain)
     if isinstance(method, TaskArithmetic):
         settings = replace(settings, num_rounds=1)  # the search is over the scale instead
     run = Descent(target, sets, method, settings, bounds, saved, progress, clock)

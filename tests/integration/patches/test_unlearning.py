@@ -20,6 +20,8 @@ from approx.evaluation.answers import collate
 from approx.methods.ascent.gradient_ascent import GradientAscent
 from approx.methods.method import Losses, Method, Role, Rows, mean_nll
 from approx.methods.registry import METHODS, make_method
+from approx.methods.rmu import Rmu
+from approx.unlearning.causal_tracing import choose_layer, trace_layers
 from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.schedule import ScheduleSettings
@@ -179,6 +181,41 @@ def test_accumulated_batches_are_one_batch(learnt: Any) -> None:
         unlearn(target(learnt), SETS, method, settings(**changes), Bounds(), progress=logs.append)
         norms.append(logs[0].gradient_norm)
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def states(model: Any, examples: list[Tokens], layer: int) -> torch.Tensor:
+    """Return what a layer leaves where an answer token is predicted, [N, D]."""
+    batch = collate(examples, pad_id=0)
+    with torch.no_grad():
+        found = model(input_ids=batch.ids_BT1, output_hidden_states=True, use_cache=False)
+    hidden: torch.Tensor = found.hidden_states[layer + 1][:, :-1][batch.mask_BT]
+    return hidden
+
+
+def test_rmu_moves_forget_states_to_the_control_vector_and_leaves_the_others(learnt: Any) -> None:
+    """The control vector is one direction: all forget states turn to it, no retained one does."""
+    method = Rmu(layer=0)
+    model = target(learnt)
+    unlearn(model, SETS, method, settings(num_epochs=40), Bounds())
+    before, after = states(learnt, FORGET, 0), states(model, FORGET, 0)
+    controls = method.controls_ND(before)
+    assert (after - controls).norm() < 0.75 * (before - controls).norm()
+    turned = torch.nn.functional.cosine_similarity(after, controls)
+    assert float(turned.min()) > 0.8 > 0.5 > float(torch.cosine_similarity(before, controls).max())
+    kept = states(learnt, RETAIN, 0)
+    moved = (states(model, RETAIN, 0) - kept).norm(dim=1) / kept.norm(dim=1)
+    assert float(moved.max()) < 0.15 < 1 < float((after - before).norm(dim=1).min())
+    upper = {name: each for name, each in model.named_parameters() if ".layers.1." in name}
+    assert not any(bool(each.any()) for name, each in upper.items() if "lora_B" in name)
+
+
+def test_the_layer_of_rmu_is_measured_and_must_be_there(learnt: Any) -> None:
+    measured = choose_layer(make_method("rmu"), learnt, FORGET, RETAIN)
+    effects = trace_layers(learnt, FORGET, RETAIN)
+    assert effects[measured.layer or 0] == max(effects)
+    assert choose_layer(make_method("npo"), learnt, FORGET, RETAIN) == make_method("npo")
+    with pytest.raises(InvalidInput, match="no such layer"):
+        unlearn(target(learnt), SETS, make_method("rmu", {"layer": 2}), settings(), Bounds())
 
 
 class Stopped(Exception):

@@ -58,7 +58,7 @@ def test_flat_values_find_their_blocks() -> None:
 @pytest.mark.parametrize(
     ("method", "values", "where"),
     [
-        ("rmu", {}, {"method"}),
+        ("gradient_descent", {}, {"method"}),
         ("npo", {"betta": 1, "speed": 2}, {"betta", "speed"}),
         (
             "npo",
