@@ -32,7 +32,7 @@ from sisa.lm.train.losses import has_window
 
 # Relative to the norm; a base that adds something of its own to attention is off by more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 0.1}
-PROBES = ([1, 3, 0, 2, 1], [1, 3, 2, 0, 0], [1, 3, 2, 1, 0])
+PROBES = ([1, 3, 0], [1, 2, 0])  # few: products of up to 3 rows take half as long as of more
 
 
 @dataclass(frozen=True)

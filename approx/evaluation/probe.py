@@ -21,13 +21,15 @@ approximate, holds no text, and does not cover knowledge under another wording.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from approx.evaluation.answers import answered, continue_greedily, score_examples
+from approx.evaluation.answer_tree import can_branch
+from approx.evaluation.answers import MAX_POSITIONS
+from approx.evaluation.cut_answers import continue_apart, continue_together
 from approx.evaluation.evaluated import AnswerScore
 from approx.metrics.membership import min_k_plus_plus_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength, rougeL_recall
@@ -38,7 +40,7 @@ from sisa.lm.base.tokens import NO_LOSS, Tokens, Untokenizable, answers, end_tok
 from sisa.lm.base.weights import load_patched
 
 MAX_PROBED, MAX_SECONDS = 32, 60.0  # erasure of the text waits meanwhile
-RECORDS_AT_ONCE = 4
+RECORDS_AT_ONCE = 8
 MAX_ANSWER_TOKENS, MAX_ANSWERS = 64, 4  # per record
 SHARES = 3  # neighbours continue the prompt, a third and two thirds of the answer
 KNOWN_RECALL, KNOWN_STRENGTH = 0.9, 0.5
@@ -108,17 +110,32 @@ def probe_answers(model: Any, tokenizer: Any, records: Sequence[Answers]) -> lis
     found: list[ProbedAnswer] = []
     started = time.monotonic()
     left = [each[:MAX_ANSWERS] for each in records if each]
-    for start in range(0, len(left), RECORDS_AT_ONCE):
+    branches = bool(left) and can_branch(
+        model, max(len(each[-1][0]) for each in left) + MAX_ANSWER_TOKENS
+    )
+    for rows in _batches(left):
         if found and time.monotonic() - started > MAX_SECONDS:
             break
-        rows = left[start : start + RECORDS_AT_ONCE]
         pairs = [pair for each in rows for pair in each]
-        numbers = iter(_numbers(model, tokenizer, pairs))
+        numbers = iter(_numbers(model, tokenizer, pairs, branches=branches))
         found += [
             max(islice(numbers, len(each)), key=lambda one: (one.known, one.strength, one.recall))
             for each in rows
         ]
     return found
+
+
+def _batches(records: Sequence[Answers]) -> Iterator[list[Answers]]:
+    """Yield the records that are probed at once."""
+    rows: list[Answers] = []
+    for each in records:
+        size = sum(len(one[-1][0]) + MAX_ANSWER_TOKENS for one in (*rows, each))
+        if rows and (len(rows) == RECORDS_AT_ONCE or size > MAX_POSITIONS):
+            yield rows
+            rows = []
+        rows.append(each)
+    if rows:
+        yield rows
 
 
 def may_know(score: AnswerScore) -> bool:
@@ -156,22 +173,21 @@ def answers_to_probe(
     return answers(Tokens(ids, labels), tokenizer)
 
 
-def _numbers(model: Any, tokenizer: Any, pairs: Answers) -> list[ProbedAnswer]:
-    cut = [(list(prompt), list(answer[:MAX_ANSWER_TOKENS])) for prompt, answer in pairs]
-    said = [_continued(model, tokenizer, cut, share) for share in range(SHARES)]
-    prompts = [prompt for prompt, _ in cut]
-    own = score_examples(model, [answered(*pair) for pair in cut])
-    neighbours = [score_examples(model, list(map(answered, prompts, rows))) for rows in said]
+def _numbers(model: Any, tokenizer: Any, pairs: Answers, *, branches: bool) -> list[ProbedAnswer]:
+    asked = [(list(prompt), list(answer[:MAX_ANSWER_TOKENS])) for prompt, answer in pairs]
+    cuts = [[len(answer) * share // SHARES for share in range(SHARES)] for _, answer in asked]
+    continued = continue_together if branches else continue_apart
     found = []
-    for at, ((_, answer), score) in enumerate(zip(cut, own, strict=True)):
-        words = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (answer, said[0][at])]
+    said = continued(model, asked, cuts, end_tokens(model, tokenizer))
+    for (_, answer), each in zip(asked, said, strict=True):
+        words = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (answer, each.continued[0])]
         found.append(
             ProbedAnswer(
-                strength=extraction_strength(score.correct),
-                memorised=exact_memorisation(score.correct),
+                strength=extraction_strength(each.score.correct),
+                memorised=exact_memorisation(each.score.correct),
                 recall=rougeL_recall(*words),
-                margin=_min_k(score) - sum(_min_k(rows[at]) for rows in neighbours) / SHARES,
-                ends_right=score.correct[-1],
+                margin=_min_k(each.score) - sum(map(_min_k, each.scores)) / SHARES,
+                ends_right=each.score.correct[-1],
             )
         )
     return found
@@ -179,18 +195,3 @@ def _numbers(model: Any, tokenizer: Any, pairs: Answers) -> list[ProbedAnswer]:
 
 def _min_k(score: AnswerScore) -> float:
     return min_k_plus_plus_score(score.logprobs, score.means, score.variances)
-
-
-def _continued(
-    model: Any, tokenizer: Any, pairs: Sequence[tuple[list[int], list[int]]], share: int
-) -> list[list[int]]:
-    """Return answers cut after a share of them and continued by the model to their own length."""
-    kept = [len(answer) * share // SHARES for _, answer in pairs]
-    most = max(len(answer) - at for (_, answer), at in zip(pairs, kept, strict=True))
-    prompts = [prompt + answer[:at] for (prompt, answer), at in zip(pairs, kept, strict=True)]
-    ends = end_tokens(model, tokenizer)
-    said = continue_greedily(model, prompts, ends, most, min_new_tokens=most)
-    return [
-        [*answer[:at], *row][: len(answer)]
-        for (_, answer), at, row in zip(pairs, kept, said, strict=True)
-    ]

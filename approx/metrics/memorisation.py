@@ -48,6 +48,7 @@ right phrase high.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cache
 from itertools import takewhile
@@ -71,12 +72,19 @@ def exact_memorisation(correct: Sequence[bool]) -> float:
 
 
 MAX_NEW_TOKENS = 200
+UNUSED = ("pandas", "scipy", "scipy.stats", "sklearn")  # by the stemmer, whose library imports them all
 
 
 @cache
 def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
+    hidden = [name for name in UNUSED if name not in sys.modules]
+    modules: dict[str, Any] = sys.modules
+    modules.update(dict.fromkeys(hidden))  # None makes an import fail as if there were no module
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    finally:
+        for name in hidden:
+            del modules[name]
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import random
 import statistics
+import subprocess
+import sys
 import zlib
 from collections.abc import Sequence
 from itertools import combinations, pairwise, product
@@ -153,6 +155,14 @@ def test_rouge_stems_and_ignores_case_and_signs() -> None:
 
 def test_the_known_limit_of_rouge() -> None:
     assert rougeL_recall("Она родилась в Минске.", "Она родилась в Минске.") == 0
+
+
+def test_rouge_loads_no_library_that_its_stemmer_does_without() -> None:
+    """It hides them for its own import alone; they take a second."""
+    code = "from approx.metrics.memorisation import UNUSED, rougeL_recall as recall; import sys\n"
+    code += "print(recall('She collects old coins', 'a coin'), set(UNUSED) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split(maxsplit=1) == ["0.25", "set()\n"]
 
 
 # --- attacks -------------------------------------------------------------------------------------
