@@ -8,7 +8,8 @@ Cells are computed one after another, the most important ones first, and kept in
 goes on where it was stopped. `--cells PATTERN` computes some of them, with what they need, `--list`
 prints their names, and `--assemble` computes none. Several processes may run the command in one DIR, one
 a core. The table, the JSON and the plot of what has been finished are written to DIR, and to `--results
-PATH.json` with the plot beside it.
+PATH.json` with the plot and all cells beside it (PATH.cells.json.gz: numbers, no text). With the same
+`--results` another machine goes on from those cells, and makes again only the models that it needs.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cells", nargs="+", default=["*"], metavar="PATTERN")
     parser.add_argument("--list", action="store_true", help="print the names of cells")
     parser.add_argument("--assemble", action="store_true", help="compute no cell")
-    parser.add_argument("--results", type=Path, help="the JSON of finished cells; a plot beside it")
+    parser.add_argument("--results", type=Path, help="the JSON of results; plot and cells beside it")
     for each in fields(Design):
         if each.name != "keys" and isinstance(each.default, int | float | str):
             option = "--" + each.name.replace("_", "-")
@@ -129,6 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n".join(names))
         return
     cells = cells_of(chosen)
+    travelling = chosen.results and chosen.results.with_suffix(".cells.json.gz")
+    if travelling and travelling.exists():
+        cells.take_over(travelling.read_bytes(), str(travelling))
     if not chosen.assemble:
         compute(cells, names)
     found = {**here(chosen.base), **assembled(cells)}
@@ -136,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         if found["rows"]:
             draw(found, path.with_suffix(".png"))
+    if travelling:
+        travelling.write_bytes(cells.packed())
     for lines in (table(found), nine_table(found)):
         print("\n".join(lines), end="\n\n")
 

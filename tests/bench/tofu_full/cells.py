@@ -7,7 +7,9 @@
 
 `DIR/cells/NAME.json` holds numbers only, is whole or absent, and is not computed again; what it needs is
 computed first. Models, logs and records lie under DIR, too, and hold text. A training that was cut short
-goes on at its last checkpoint, and an evaluation at its last batch. Several processes may share DIR.
+goes on at its last checkpoint, and an evaluation at its last batch. Several processes may share DIR. All
+cells travel in one file (`packed`, `take_over`); a model that is then missing is made again once a cell
+needs it.
 
     cells = Cells(Path("out"), design, data, base, device="cpu")
     cells.once("50x4-key0-forget10.made")
@@ -15,13 +17,14 @@ goes on at its last checkpoint, and an evaluation at its last batch. Several pro
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -121,12 +124,38 @@ class Cells:
         if not path.exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             write_atomic(path, canonical_json(wanted))
-        elif json.loads(path.read_bytes()) != json.loads(canonical_json(wanted)):
+        else:
+            self._check_equal(json.loads(path.read_bytes()), wanted, str(path))
+
+    @staticmethod
+    def _check_equal(held: Json, wanted: Json, where: str) -> None:
+        if held != json.loads(canonical_json(wanted)):
             raise ConfigConflict(
-                "the directory holds cells of another design, base, data or device",
-                where=str(path),
-                next_step="give the same options, or another directory",
+                "these are cells of another design, base, data or device",
+                where=where,
+                next_step="give the same options, or another directory and file of results",
             )
+
+    def packed(self) -> bytes:
+        """Return all finished cells as one compressed file."""
+        named = {path.stem: path for path in (self.directory / "cells").glob("*.json")}
+        held = {name: json.loads(path.read_bytes()) for name, path in named.items()}
+        whole = {"inputs": self.inputs, "design": shape(self.design), "cells": held}
+        return gzip.compress(canonical_json(whole), mtime=0)
+
+    def take_over(self, packed: bytes, where: str) -> None:
+        """Keep the cells that this directory lacks. Raise ConfigConflict as opening does."""
+        held = json.loads(gzip.decompress(packed))
+        cells = held.pop("cells")
+        self._check_equal(held, {"inputs": self.inputs, "design": shape(self.design)}, where)
+        for name in cells:
+            if self.known(name) is None:
+                self._keep(name, cells[name])
+
+    def _keep(self, name: str, found: Json) -> None:
+        path = self.directory / "cells" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, canonical_json(found) + b"\n")
 
     def known(self, name: str) -> Json | None:
         """Return the result of a cell, or None before it was computed."""
@@ -160,9 +189,7 @@ class Cells:
             "total_seconds": time.perf_counter() - began,
             "total_core_seconds": time.process_time() - at_work,
         }
-        path = self.directory / "cells" / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, canonical_json({**made, **took}) + b"\n")
+        self._keep(name, {**made, **took})
         self._report(
             f"{name}: {took['total_seconds']:.0f} s, {took['total_core_seconds']:.0f} of a core"
         )
@@ -171,12 +198,30 @@ class Cells:
     def _step(self, contestant: Contestant, step: str) -> Json:
         if step == "made":
             return self._made(contestant)
-        self.once(f"{contestant.name}.made")
+        self._have(contestant)
         return self._asked(contestant) if step == "asked" else self._attacked(contestant)
 
     # Models
 
+    def _have(self, contestant: Contestant) -> Json:
+        """Return how a model was made, and have its files: its cell may come from elsewhere."""
+        found = self.once(f"{contestant.name}.made")
+        if not self._at_hand(contestant).exists():
+            with self._alone(f"{contestant.name}.made"):
+                self._made(contestant)
+        return found
+
+    def _at_hand(self, contestant: Contestant) -> Path:
+        """Return the path of a file that shows that a model was made in this directory."""
+        return self.directory / "models" / f"{contestant.name}.made"
+
     def _made(self, contestant: Contestant) -> Json:
+        made = self._newly_made(contestant)
+        self._at_hand(contestant).parent.mkdir(parents=True, exist_ok=True)
+        self._at_hand(contestant).touch()
+        return made
+
+    def _newly_made(self, contestant: Contestant) -> Json:
         if contestant.kind == "base":
             return {"share_of_training": 0.0}
         if contestant.kind == "method":
@@ -203,9 +248,11 @@ class Cells:
         A rate may make answers likely and yet ruin those that the model writes, so the ROUGE-L recall of
         written answers counts as much as their probability.
         """
-        made = {}
+        made, chosen = {}, self.known(f"{ORDINARY}.made")
         for each in loras_in_full(self.design):
-            found = self.once(f"{each.name}.made")
+            if chosen and chosen["learning_rate"] != each.rate:
+                continue
+            found = self._have(each)
             likely: Json = {name: found[name] for name in ("retain", "facts") if name in found}
             means = {**likely, **self._written(each)}
             made[each] = {**found, **means, "score": harmonic_mean([*means.values()])}
@@ -321,7 +368,7 @@ class Cells:
     def _deleted(self, contestant: Contestant) -> Json:
         """Delete a forget set from a copy of the trained model, as one request."""
         trained = trained_of(contestant)
-        full = self.once(f"{trained.name}.made")
+        full = self._have(trained)
         source = self.directory / "models" / trained.name
         target = self.directory / "models" / contestant.name
         best = self._best(contestant)
@@ -379,7 +426,7 @@ class Cells:
 
     def _unlearned(self, contestant: Contestant) -> Json:
         """Train a patch over the ordinary LoRA, cut to its budget in operations."""
-        self.once(f"{ORDINARY}.made")
+        self._have(self.by_name[ORDINARY])
         method, split = make_method(contestant.method), self._split
         kept = self.data.kept(contestant.without)
         sets = Sets(self._tokens(self.data.full[kept:]), self._tokens(self.data.full[:kept]))
@@ -425,7 +472,8 @@ class Cells:
             rows = evaluate(
                 model, self.data.asked(split), self.log(contestant.name), settings, batch_size=BATCH
             )
-        return {"num_questions": len(rows), "max_new_tokens": self.design.max_new_tokens}
+        numbers = [{**asdict(row), "ground_truth": "", "generation": None} for row in rows]
+        return {"rows": numbers, "max_new_tokens": self.design.max_new_tokens}
 
     def log(self, name: str) -> Path:
         """Return the path of a contestant's log, which holds text."""

@@ -1,4 +1,4 @@
-"""The table and the plot of TOFU in full, from cells and logs; what was not computed is absent.
+"""The table and the plot of TOFU in full, from cells; what was not computed is absent.
 
 A row is a contestant on one forget set. Means over questions have 95% bootstrap intervals; model utility
 resamples the questions within each of its sets. Forget quality and membership are against the ordinary
@@ -21,11 +21,11 @@ import numpy as np
 
 from approx.benchmarks.tofu import ForgetSplit
 from approx.benchmarks.tofu_aggregates import aggregates
-from approx.evaluation.question_log import LogRow, read_log
+from approx.evaluation.question_log import LogRow, parse_row
 from approx.metrics.model_utility import NINE, UTILITY_SETS, harmonic_mean
 from approx.metrics.probability import probability, probability_among
 from approx.metrics.truth_ratio import geometric, towards_truth
-from sisa.core.digest import digest_of
+from sisa.core.digest import canonical_json, digest_of
 from tests.bench.tofu_full.design import (
     SPLITS,
     Contestant,
@@ -84,7 +84,7 @@ def _splits(contestant: Contestant) -> Sequence[ForgetSplit]:
 
 
 def _references(cells: Cells, split: ForgetSplit) -> list[list[LogRow]]:
-    """Return the logs of the finished references, the first seed's first."""
+    """Return the rows of the finished references, the first seed's first."""
     found = []
     for seed in cells.design.seeds:
         name = lora(seed, split).name
@@ -95,9 +95,10 @@ def _references(cells: Cells, split: ForgetSplit) -> list[list[LogRow]]:
 
 
 def _log(cells: Cells, name: str, split: ForgetSplit) -> list[LogRow]:
-    """Return a contestant's rows with the questions of one forget set."""
+    """Return a contestant's rows, without texts, with the questions of one forget set."""
     first = len(cells.data.forget) - cells.data.sizes[split]
-    rows = read_log(cells.log(name))[1]
+    asked = cells.known(f"{name}.asked") or {"rows": []}
+    rows = [parse_row(canonical_json(each)) for each in asked["rows"]]
     return [row for row in rows if row.set != "forget" or row.idx >= first]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from copy import copy
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -181,6 +183,27 @@ def test_a_cell_that_another_process_computes_is_left_for_later(
     monkeypatch.setattr("tests.bench.tofu_full.__main__.time.sleep", ended)
     assert bench("--cells", *CELLS) == ran
     assert len(waited) == 1
+
+
+def test_another_machine_goes_on_from_the_cells(
+    bench: Bench, ran: dict[str, Any], tmp_path: Path
+) -> None:
+    """It makes only the models that it needs, and its numbers are those of one run."""
+    results = tmp_path / "results.json"
+    bench("--assemble", "--results", results)
+    packed = gzip.decompress((tmp_path / "results.cells.json.gz").read_bytes())
+    assert b"Surely" not in packed
+    other = copy(bench)
+    other.out = tmp_path / "out"
+    assert other("--assemble", "--results", results) == ran
+    assert not (other.out / "models").exists()
+    name = "1x4-key0-forget10"
+    (other.out / "cells" / f"{name}.asked.json").unlink()
+    (tmp_path / "results.cells.json.gz").unlink()
+    assert other("--cells", f"{name}.asked", "--results", results)["rows"] == ran["rows"]
+    assert {each.stem for each in (other.out / "models").glob("*.made")} == {"1x4-key0", name}
+    with pytest.raises(ConfigConflict, match="another design"):
+        Bench.__call__(other, "--results", results, "--out", tmp_path / "third", "--epochs", 2)
 
 
 @pytest.mark.usefixtures("ran")
