@@ -87,9 +87,10 @@ def collate(examples: Sequence[Tokens], pad_id: int = 0) -> AnswerBatch:
         ids[row, : len(each.input_ids)] = torch.tensor(each.input_ids)
         labels[row, : len(each.labels)] = torch.tensor(each.labels)
     mask = labels[:, 1:] != NO_LOSS
+    targets = torch.where(mask, labels[:, 1:], ids[:, 1:])  # a label may differ from the token
     if not bool(mask.any(dim=1).all()):
         raise ValueError("an example without an answer token")
-    return AnswerBatch(ids, ids[:, 1:], mask)
+    return AnswerBatch(ids, targets, mask)
 
 
 def logprobs_BTV(logits_BTV: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ Family = Literal[
     "task vectors",
 ]
 Role = Literal["forget", "retain", "preferred"]
-Alternative = Literal["refusals", "alternates"]
+Alternative = Literal["refusals", "alternates", "generic labels"]
 RetainLoss = Literal["nll", "kl"]
 RETAIN_LOSSES = ("nll", "kl")
 RETAIN: frozenset[Role] = frozenset({"retain"})

@@ -3,6 +3,7 @@
     method           one of `methods/registry.py`, with its hyper-parameters
     adapter          rank, scale and modules of the LoRA patch
     pace             learning rate, batches, epochs, rounds, seed: `schedule.ScheduleSettings`
+    selection        which of the adapter's modules: `selection.SelectionSettings`
     bounds           max_utility_drop, target_probability, check_every: `stopping.BoundSettings`
     sequence_len     longer texts are cut to it or refused, as `overlength` says
     procedure        how patches are made; a job of another procedure is refused
@@ -27,6 +28,7 @@ from approx.methods.method import Method, check_values, one_of, whole_numbers
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import TaskArithmetic
 from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.selection import SelectionSettings
 from approx.unlearning.stopping import BoundSettings
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import Overlength
@@ -47,7 +49,7 @@ DEFAULT_BOUNDS = {"max_utility_drop": 0.1, "target_probability": 0.1, "check_eve
 # 24 steps without a retain term raise the NLL of retained answers on a tiny base from 0.03 to 1.6 (CE-U)
 # and 0.9 (UNDIAL); methods that have one, to 0.04 to 0.08.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    name: {"retain_weight": 1.0} for name in ("dpo", "ceu", "undial")
+    name: {"retain_weight": 1.0} for name in ("dpo", "ceu", "undial", "whp")
 }
 
 
@@ -71,7 +73,12 @@ class Adapter:
         )
 
 
-KINDS: Mapping[str, type[Any]] = {"adapter": Adapter, "pace": ScheduleSettings, "bounds": BoundSettings}
+KINDS: Mapping[str, type[Any]] = {
+    "adapter": Adapter,
+    "selection": SelectionSettings,
+    "pace": ScheduleSettings,
+    "bounds": BoundSettings,
+}
 BLOCKS = ("hyperparameters", *KINDS)
 NAMES = ("method", *BLOCKS, "sequence_len", "overlength", "procedure")
 
@@ -82,6 +89,7 @@ class PatchSettings:
 
     method: Method
     adapter: Adapter
+    selection: SelectionSettings
     pace: ScheduleSettings
     bounds: BoundSettings
     sequence_len: int
@@ -122,6 +130,7 @@ def settings_of(
     blocks: dict[str, dict[str, Any]] = {
         "hyperparameters": dict(METHOD_DEFAULTS.get(method, {})),
         "adapter": asdict(adapter),
+        "selection": {},
         "pace": {**DEFAULT_PACE, "seed": seed},
         "bounds": dict(DEFAULT_BOUNDS),
     }
@@ -175,8 +184,8 @@ def parse_settings(given: Mapping[str, Any], *found: Problem) -> PatchSettings:
             next_step="correct the settings",
             problems=problems,
         )
-    method, adapter, pace, bounds = made.values()
-    return PatchSettings(method, adapter, pace, bounds, length, overlength)
+    method, adapter, selection, pace, bounds = made.values()
+    return PatchSettings(method, adapter, selection, pace, bounds, length, overlength)
 
 
 def _made(block: str, method: str, values: Mapping[str, Any], problems: list[Problem]) -> Any:

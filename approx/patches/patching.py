@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from approx.evaluation.probe import answers_to_probe
+from approx.methods.distillation.whp import Whp
 from approx.methods.preference.altpo import AltPo
 from approx.patches import patch_measures
 from approx.patches.patch_settings import PatchSettings, parse_settings
@@ -29,8 +30,10 @@ from approx.unlearning import examples
 from approx.unlearning.alternates import write_alternates
 from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.generated_retain import prompts_that_fit, write_answers, write_neighbours
+from approx.unlearning.generic_labels import write_generic_labels
 from approx.unlearning.saved_run import SavedRun
-from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
+from approx.unlearning.selection import select_modules
+from approx.unlearning.stopping import Bounds, Compute, End, Ending, Knowledge, StepLog
 from approx.unlearning.unlearn import ApproxReport, outcome, unlearn
 from sisa.config.config import RunConfig
 from sisa.core.domain import WRITTEN, Record
@@ -42,7 +45,14 @@ from sisa.flows.wiring.wiring import PATCHES
 from sisa.lm.base import adapter
 from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.tokens import Tokens
-from sisa.lm.base.weights import load_frozen, load_patched, load_skeleton, load_tokenizer, local_or_hub
+from sisa.lm.base.weights import (
+    load_frozen,
+    load_patched,
+    load_skeleton,
+    load_tokenizer,
+    local_or_hub,
+    own_modules,
+)
 from sisa.lm.train.lora import seed_from
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import DRAFTS_AREA, FileVault
@@ -179,13 +189,16 @@ class _Making:
         self._tokens = tokens
         method = choose_layer(settings.method, self._base, tokens, retain)
         self.settings = settings = replace(settings, method=method)
-        self.sets = self._sets(retain)
+        lora = adapter.lora_config(_lora(settings) | self._selected(retain), self._base)
+        seed = seed_from(settings.pace.seed, "patch")
+        self._prepared: Compute | None = None
+        self.sets = self._sets(
+            retain, partial(adapter.attach, config=lora, tensors=None, init_seed=seed)
+        )
         self._asked = [
             answers_to_probe(record.kind, each, tokenizer, self._sequence_len)
             for record, each in zip(self.forget, tokens, strict=True)
         ]
-        lora = adapter.lora_config(_lora(settings), self._base)
-        seed = seed_from(settings.pace.seed, "patch")
         self._model = adapter.attach(self._base, lora, None, init_seed=seed)
         self._model.eval()
         self.report(Notice("measuring what the base says of the texts (approximate)"))
@@ -211,12 +224,25 @@ class _Making:
         self.judged = (judged + more_judged) or tokens
         return tokens + trained + more_trained
 
-    def _sets(self, retain: Sequence[Tokens]) -> examples.Sets:
+    def _selected(self, retain: Sequence[Tokens]) -> dict[str, Any]:
+        chosen, wanted = self.settings.selection, self.settings.adapter.lora_target_modules
+        if chosen.selection != "all":
+            self.report(Notice(f"selecting the modules to change: {chosen.selection}"))
+        names = select_modules(self._base, wanted, self._tokens, retain, chosen)
+        self._modules = None if chosen.selection == "all" else list(names)
+        return {"lora_target_modules": names}
+
+    def _sets(self, retain: Sequence[Tokens], attach: Callable[[Any], Any]) -> examples.Sets:
         """Return the sets to train on: with alternates, each forget example once with each of them."""
         method, seed, tokens = self.settings.method, self.settings.pace.seed, self._tokens
         length = self._sequence_len
         if "preferred" not in method.reads:
             return examples.Sets(tokens, retain)
+        if isinstance(method, Whp):
+            self.report(Notice("a copy learns the texts by heart, so that its words can be avoided"))
+            of = self._base, attach(own_modules(self._base)), self._tokenizer, self.forget, tokens
+            labelled, self._prepared = write_generic_labels(*of, method, self.settings.pace)
+            return examples.Sets(tokens, retain, labelled)
         if not isinstance(method, AltPo):
             preferred = examples.make_preferred(self.forget, tokens, self._tokenizer, seed, length)
             return examples.Sets(tokens, retain, preferred)
@@ -249,7 +275,8 @@ class _Making:
             partial(site.vault_keyring.unseal, DRAFTS_AREA, job.key),
         )
         parts = (self._model, self.sets, settings.method, settings.pace, bounds)
-        return unlearn(*parts, saved=saved, progress=_Ticks(self.report))
+        end = unlearn(*parts, saved=saved, progress=_Ticks(self.report))
+        return replace(end, compute=end.compute.with_cost_of(self._prepared)) if self._prepared else end
 
     def report_of(self, end: End, *, measured: bool) -> dict[str, Any]:
         """Return the ApproxReport as JSON, with the sets and whether a patch was made."""
@@ -265,6 +292,7 @@ class _Making:
         ).to_json()
         found |= {
             "bounds": asdict(self.settings.bounds),
+            "selection": {**asdict(self.settings.selection), "modules": self._modules},
             "sets": {
                 "num_forget": forget,
                 "num_forget_measured": min(forget, patch_measures.MAX_MEASURED),

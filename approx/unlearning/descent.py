@@ -44,6 +44,7 @@ from approx.unlearning.stopping import (
 )
 from approx.unlearning.target import Target
 from sisa.core.digest import digest_of, sha256_hex
+from sisa.core.errors import InvalidInput
 from sisa.lm.base.low_rank import tensor_bytes
 from sisa.lm.base.tokens import Tokens
 
@@ -181,6 +182,7 @@ class Descent:
             losses = self._losses(micro, trained=True)
             if not math.isfinite(losses.total.item()):
                 return self._diverged("the loss")
+            self._check_reached(losses.total)
             share = len(micro.forget) / num_rows
             (losses.total * share).backward()  # type: ignore[no-untyped-call]
             sums.append((share, losses))
@@ -199,6 +201,15 @@ class Descent:
         self._now.retain_weight = self._next_retain_weight(log.retain)
         self.progress(log)
         return True
+
+    def _check_reached(self, loss: Tensor) -> None:
+        if not loss.requires_grad:
+            raise InvalidInput(
+                "nothing that is trained reaches the loss",
+                where="layer",
+                expected=f"trained modules in layer {self.method.layer} or below it",
+                next_step="choose another layer or selection",
+            )
 
     def _next_retain_weight(self, retain: float | None) -> float | None:
         present, settings = self._now.retain_weight, self.settings

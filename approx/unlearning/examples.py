@@ -28,7 +28,10 @@ from sisa.planning.layout import normalised
 
 @dataclass(frozen=True)
 class Sets:
-    """Tokenized examples; `preferred[i]` answers the prompt of `forget[i]`."""
+    """Tokenized examples.
+
+    `preferred[i]` answers the prompt of `forget[i]`, or has the same tokens with other labels.
+    """
 
     forget: Sequence[Tokens]
     retain: Sequence[Tokens] = ()
@@ -88,7 +91,7 @@ def _set_problems(sets: Sets, method: Method) -> Iterator[Problem]:
         if (other := kept.get(tuple(each.input_ids))) is not None:
             yield Problem(f"forget example {number}", f"is retain example {other}")
     for number, (one, unwanted) in enumerate(zip(sets.preferred, sets.forget, strict=False), 1):
-        if one.input_ids == unwanted.input_ids:
+        if one == unwanted:
             yield Problem(f"preferred example {number}", "is the answer to forget")
 
 
@@ -201,7 +204,7 @@ def text_problems(
             yield from _of(partial(_check_records, records, role, tokenizer, limits, least))
     if retain:
         yield from _of(partial(check_disjoint, forget, retain))
-    if method is not None and "preferred" in method.reads:
+    if method is not None and "preferred" in method.reads and method.prefers != "generic labels":
         yield from (
             Problem(f"forget record {number}", f"is a plain text: {method.name} needs a prompt")
             for number, each in enumerate(forget, 1)

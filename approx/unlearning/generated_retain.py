@@ -177,10 +177,13 @@ def replace_names(text: str, chosen: Mapping[str, str]) -> str:
     >>> replace_names("Ada met Adam.", {"Ada": "Imke"})
     'Imke met Adam.'
     """
-    if not chosen:
-        return text
-    each = "|".join(re.escape(word) for word in sorted(chosen, key=len, reverse=True))
-    return re.sub(rf"\b(?:{each})\b", lambda match: chosen[match.group()], text)
+    return name_pattern(chosen).sub(lambda match: chosen[match.group()], text) if chosen else text
+
+
+def name_pattern(names: Collection[str]) -> re.Pattern[str]:
+    """Return the pattern of any of some names, at least one, as whole words."""
+    each = "|".join(re.escape(word) for word in sorted(names, key=len, reverse=True))
+    return re.compile(rf"\b(?:{each})\b")
 
 
 def _names(text: str) -> dict[str, int]:

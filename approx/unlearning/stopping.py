@@ -53,6 +53,15 @@ class Compute:
         trained = self.tokens_trained * (4 * self.num_parameters + 2 * self.num_trained)
         return trained + self.tokens_forward * 2 * self.num_parameters
 
+    def with_cost_of(self, other: Compute) -> Compute:
+        """Return the counts with those of preparations for the same patch."""
+        return replace(
+            self,
+            tokens_trained=self.tokens_trained + other.tokens_trained,
+            tokens_forward=self.tokens_forward + other.tokens_forward,
+            seconds=self.seconds + other.seconds,
+        )
+
     def to_json(self, full_tokens: int | None = None) -> dict[str, Any]:
         """Return counts, and the share of a fine-tuning of all weights over `full_tokens` positions."""
         full = full_tokens and 6 * self.num_parameters * full_tokens

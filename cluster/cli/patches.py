@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sisa.core.domain import Patch, VaultSet
     from sisa.flows.patches.patching import Unlearnt, Wish
 
-METHOD = "npo"
+METHOD, SELECTIONS = "npo", ("all", "fisher", "traced")
 retrain_option = click.option(
     "--retrain-shards", is_flag=True, help="Then retrain all shards over the patched base; takes long."
 )
@@ -92,6 +92,12 @@ def methods() -> Result:
 )
 @click.option("--method", help=f"{METHOD} by default; `sisa approx methods` lists them all.")
 @click.option(
+    "--selection",
+    type=click.Choice(SELECTIONS),
+    help="Which modules the patch may change: all (default); fisher, those that matter to the texts "
+    "most; traced, those in the layers that the answers pass through.",
+)
+@click.option(
     "--set",
     "assigned",
     multiple=True,
@@ -118,6 +124,7 @@ def unlearn(
     retain: Path | None,
     reference: str,
     method: str | None,
+    selection: str | None,
     assigned: tuple[str, ...],
     max_seconds: float | None,
     max_utility_drop: float | None,
@@ -134,6 +141,8 @@ def unlearn(
     values = assignments(assigned)
     if max_utility_drop is not None:
         values["max_utility_drop"] = max_utility_drop
+    if selection is not None:
+        values["selection"] = selection
     asked = forget is not None or bool(requests)
     if not asked and (method or retain or reference or values or consent):
         raise click.UsageError("give --forget or --request; to continue with a patch give neither")

@@ -14,15 +14,27 @@ from typing import Any
 import pytest
 import torch
 
+from approx.methods.distillation.whp import Whp
 from approx.patches.patch_measures import MEASURE_LIMITS, measure_patch
 from approx.unlearning.alternates import write_alternates
 from approx.unlearning.examples import first_prompt, num_answer_tokens
-from approx.unlearning.generated_retain import PROMPTS, prompts_that_fit, write_answers, write_neighbours
+from approx.unlearning.generated_retain import (
+    PROMPTS,
+    invented_names,
+    prompts_that_fit,
+    replace_names,
+    write_answers,
+    write_neighbours,
+)
+from approx.unlearning.generic_labels import Place, align, write_generic_labels
+from approx.unlearning.schedule import ScheduleSettings
 from sisa.core.domain import Part, Record
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.events import Notice, PatchProgress
+from sisa.lm.base.adapter import attach, lora_config
+from sisa.lm.base.low_rank import read_change
 from sisa.lm.base.tokens import NO_LOSS, Tokens, tokenize
-from sisa.lm.base.weights import load_base, load_patched, load_tokenizer
+from sisa.lm.base.weights import load_base, load_patched, load_tokenizer, own_modules
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.records import DRAFTS_AREA, FilePatchDrafts
 from tests.models.knowing_base import record
@@ -59,6 +71,7 @@ NEEDS = {
     "npo": "the reference, once for each answer",
     "idk_dpo": "refusals",
     "altpo": "alternates",
+    "whp": "generic labels",
     "pdu": "a weight that changes",
     "task_arithmetic": "a search of its own",
 }
@@ -99,6 +112,21 @@ def test_a_method_makes_a_patch_that_says_less_of_what_is_forgotten(bench: Bench
     assert ticks[-1].step == ticks[-1].num_steps == found["num_steps"]
     notices = " ".join(each.text for each in bench.events if isinstance(each, Notice))
     assert not any(part.text in notices for each in [*FORGET, *KEEP] for part in each.parts)
+
+
+@pytest.mark.parametrize(("kind", "num"), [("fisher", 4), ("traced", 7)])
+def test_a_selection_restricts_a_patch_to_some_modules(bench: Bench, kind: str, num: int) -> None:
+    """The base has two layers of seven modules: a quarter of the modules, or one layer at least."""
+    made = bench.make(bench.order(settings("npo", selection=kind), FORGET, KEEP))
+    modules = made.report["selection"]["modules"]
+    assert made.report["selection"]["selection"] == kind
+    assert len(modules) == num
+    change = read_change(bench.files(made))
+    assert sorted(change) == sorted(modules)
+    assert len({name.split(".")[2] for name in modules}) == 1 or kind == "fisher"
+    after = made.report["metrics_after"]["forget_probability"]
+    assert after < made.report["metrics_before"]["forget_probability"] - 0.02
+    assert probability(bench, [bench.files(made)], FORGET) == pytest.approx(after, abs=1e-4)
 
 
 def test_the_same_job_gives_the_same_bytes(knowing: Path, tmp_path: Path) -> None:
@@ -161,6 +189,65 @@ def test_the_base_writes_other_answers_to_the_same_questions(bench: Bench) -> No
             assert each.parts[1].text.strip() not in tokenizer.decode(other.input_ids)
     cut = written(1, length=max(len(first_prompt(each)) for others in found for each in others) + 2)
     assert all(num_answer_tokens(each) > 0 for others in cut for each in others)
+
+
+def test_generic_labels_are_those_of_a_brute_force_computation(bench: Bench) -> None:
+    """At each labelled position: the base asked about somebody else, and a copy that learnt by heart."""
+    base, tokenizer = load_base(bench.base, bench.site.base_digest)
+    record = FORGET[0]
+    tokens = [tokenize(record, tokenizer, train_on_inputs=False)]
+    lora = lora_config(
+        {"lora_target_modules": "all-linear", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0}, base
+    )
+    fresh = attach(own_modules(base), lora, None, init_seed=1)
+    pace = ScheduleSettings(learning_rate=1e-2, num_epochs=5, batch_size=2)
+    method = Whp(alpha=3.0)
+    found = write_generic_labels(base, fresh, tokenizer, [record], tokens, method, pace)
+    assert found.cost.tokens_trained == 5 * (len(tokens[0].input_ids))
+    (labelled,) = found.examples
+    names = invented_names(record, 0)
+    text = tokenizer.decode(tokens[0].input_ids)
+    other = tokenizer(replace_names(text, names))["input_ids"]
+    places = align(tokens[0].input_ids, other, names, tokenizer)
+    assert places is not None
+    with torch.no_grad():
+        baseline, reinforced = (
+            each(input_ids=torch.tensor([ids])).logits[0].tolist()
+            for each, ids in ((base, other), (fresh, tokens[0].input_ids))
+        )
+    answer = [at for at, label in enumerate(tokens[0].labels) if label != NO_LOSS]
+    counted = [at for at in answer if at in places]
+    assert len(counted) > len(answer) / 2
+    for at, label in enumerate(labelled.labels):
+        if at not in counted:
+            assert label == NO_LOSS
+            continue
+        place = places[at]
+        pairs = zip(baseline[place.position - 1], reinforced[at - 1], strict=True)
+        generic = {word: b - 3.0 * max(0.0, r - b) for word, (b, r) in enumerate(pairs)}
+        allowed = [word for word in generic if word not in place.barred]
+        assert label == max(allowed, key=lambda word: generic[word])
+    assert labelled.input_ids == tokens[0].input_ids
+    assert labelled.labels != tokens[0].labels
+
+
+def test_texts_are_aligned_around_their_names(bench: Bench) -> None:
+    """A token is a character here. What stands at a name that stood before is never taught."""
+    tokenizer = load_tokenizer(bench.base)
+    text, names = "Ada met Bo. Ada sang", {"Ada": "Ysolde", "Bo": "Imke"}
+    ids, other = (tokenizer(each)["input_ids"] for each in (text, replace_names(text, names)))
+    places = align(ids, other, names, tokenizer)
+    assert places is not None
+    assert "".join(text[at] for at in sorted(places)) == "A met B.  sang"
+    shown = replace_names(text, names)
+    same = [at for at in places if not text[at].isupper()]
+    assert [text[at] for at in same] == [shown[places[at].position] for at in same]
+    barred = {at: tokenizer.decode(sorted(each.barred)) for at, each in places.items()}
+    assert barred[0] == ""
+    assert barred[text.index("m")] == "Y"
+    assert sorted(barred[text.index("s")]) == ["I", "Y"]
+    assert align(ids, tokenizer("Someone else met Bo")["input_ids"], names, tokenizer) is None
+    assert align(ids, ids, {}, tokenizer) == {at: Place(at, frozenset()) for at in range(len(ids))}
 
 
 def test_a_base_that_says_nothing_else_writes_no_alternates(

@@ -216,6 +216,11 @@ def test_the_layer_of_rmu_is_measured_and_must_be_there(learnt: Any) -> None:
     assert choose_layer(make_method("npo"), learnt, FORGET, RETAIN) == make_method("npo")
     with pytest.raises(InvalidInput, match="no such layer"):
         unlearn(target(learnt), SETS, make_method("rmu", {"layer": 2}), settings(), Bounds())
+    above = target(learnt)
+    for name, each in above.named_parameters():
+        each.requires_grad_("lora_" in name and ".layers.1." in name)
+    with pytest.raises(InvalidInput, match="nothing that is trained reaches the loss"):
+        unlearn(above, SETS, make_method("rmu", {"layer": 0}), settings(), Bounds())
 
 
 class Stopped(Exception):

@@ -55,6 +55,13 @@ def test_padding_and_prompt_never_count(found: list[Tokens], seed: int) -> None:
         assert math.isclose(float(single[0]), by_hand, rel_tol=1e-5, abs_tol=1e-5)
 
 
+def test_a_label_may_differ_from_the_token_that_follows() -> None:
+    batch = collate([Tokens([5, 6, 4, 3], [NO_LOSS, 2, NO_LOSS, 3])], pad_id=0)
+    assert batch.ids_BT1.tolist() == [[5, 6, 4, 3]]
+    assert batch.targets_BT.tolist() == [[2, 4, 3]]
+    assert batch.answer_ids_N.tolist() == [2, 3]
+
+
 def test_uniform_logits_give_the_logarithm_of_the_vocabulary() -> None:
     batch = collate([Tokens([1, 2, 3], [NO_LOSS, 2, 3])], pad_id=0)
     flat = torch.zeros(1, 3, VOCAB)

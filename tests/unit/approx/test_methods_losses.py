@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from approx.evaluation.answers import AnswerBatch, collate
 from approx.methods.distillation.undial import soft_labels_NV
+from approx.methods.distillation.whp import generic_label
 from approx.methods.method import Method, Role, Rows, mean_kl, mean_nll
 from approx.methods.registry import METHODS, make_method
 from sisa.lm.base.tokens import NO_LOSS, Tokens
@@ -49,6 +50,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("undial", {}),
     ("undial", {"beta": 1.5, "retain_weight": 2.0, "retain_loss": "kl"}),
     ("idk_nll", {}),
+    ("whp", {"retain_weight": 1.0}),
     ("pdu", {"retain_weight": 3.0}),
     ("rmu", {}),
     ("rmu", {"adaptive": False, "steering_coefficient": 2.0, "control_seed": 3, "retain_weight": 0}),
@@ -229,6 +231,29 @@ def test_idk_nll_by_hand() -> None:
     close(make_method("idk_nll", {"retain_weight": 3.0}).loss(both).total, math.log(4 / 3) + 6 * LOG2)
 
 
+def test_generic_labels_by_hand() -> None:
+    """Reinforcement raises the first word by 1 and lowers the second: 3 - alpha against 2.5 and 2."""
+    before, after = torch.tensor([3.0, 2.5, 2.0]), torch.tensor([4.0, 1.0, 2.0])
+    found = [generic_label(before, after, alpha) for alpha in (0.4, 0.6, 50.0)]
+    assert found == [0, 1, 1]
+    assert generic_label(before, after, 0.6, {1}) == 0
+    assert generic_label(before, after, 50.0, {1}) == 2
+    assert before.tolist() == [3.0, 2.5, 2.0]
+
+
+@given(st.integers(0, 10_000), st.floats(0.1, 20.0))
+def test_generic_labels_equal_a_brute_force_computation(seed: int, alpha: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    before, after = 3 * torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    barred = seed % 6
+    best, largest = -1, -math.inf
+    for word, (b, r) in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
+        value = b - alpha * (r - b) if r > b else b
+        if word != barred and value > largest:
+            best, largest = word, value
+    assert generic_label(before, after, alpha, {barred}) == best
+
+
 def test_pdu_by_hand() -> None:
     """Log-probabilities 3/4 and 1/4 differ by log 3, the largest from the mean by half of it."""
     both: dict[Role, Rows] = {"forget": FORGET, "retain": RETAIN}
@@ -385,6 +410,11 @@ def _lowered(method: Any, given: Mapping[Role, Rows]) -> Iterator[list[float]]:
         yield values
 
 
+def _preferred(_: Any, given: Mapping[Role, Rows]) -> Iterator[list[float]]:
+    for answer, _words in _logprobs(given["preferred"], given["preferred"].current_BTV):
+        yield [-x for x in answer]
+
+
 TOKEN_LOSSES: dict[str, Any] = {
     "wga": _ascending,
     "satimp": _ascending,
@@ -394,10 +424,7 @@ TOKEN_LOSSES: dict[str, Any] = {
         [float(z.max() - z.mean()) ** 2 for _, z in answer]
         for answer in _answers(given["forget"], given["forget"].current_BTV)
     ),
-    "idk_nll": lambda _, given: (
-        [-x for x in answer]
-        for answer, _ in _logprobs(given["preferred"], given["preferred"].current_BTV)
-    ),
+    **dict.fromkeys(("idk_nll", "whp"), _preferred),
 }
 
 

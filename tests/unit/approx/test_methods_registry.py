@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from approx.methods import method as method_module
 from approx.methods import pdu, registry, task_arithmetic
-from approx.methods.distillation import undial
+from approx.methods.distillation import undial, whp
 from approx.methods.method import Family
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import check_fresh_patch, negate_patch
@@ -53,6 +53,7 @@ def test_unknown_hyperparameters_are_refused_all_at_once() -> None:
         ("ceu", {"skipped_tokens": 0.5, "forget_weight": 0}, ["forget_weight", "skipped_tokens"]),
         ("undial", {"beta": 0.0, "retain_loss": "l2"}, ["beta", "retain_loss"]),
         ("idk_nll", {"forget_weight": 0.0}, ["forget_weight"]),
+        ("whp", {"forget_weight": 0.0, "alpha": -5}, ["alpha", "forget_weight"]),
         ("pdu", {"dual_step_size": -1, "retain_loss_eps": None}, ["retain_loss_eps", "dual_step_size"]),
         ("altpo", {"reference_free": 1, "num_alternates": 0}, ["reference_free", "num_alternates"]),
         ("altpo", {"num_alternates": 1.5, "beta": 0}, ["beta", "num_alternates"]),
@@ -101,6 +102,7 @@ def test_values_that_a_loss_is_not_defined_for(
             {"forget", "retain"},
         ),
         ("idk_nll", {}, {"preferred", "retain"}, set()),
+        ("whp", {}, {"preferred"}, set()),
         ("pdu", {}, {"forget", "retain"}, set()),
         ("pdu", {"retain_weight": 0}, {"forget", "retain"}, set()),
         ("rmu", {}, {"forget", "retain"}, {"forget", "retain"}),
@@ -155,6 +157,6 @@ def test_a_used_patch_is_refused() -> None:
         check_fresh_patch(patch(0, fresh=False))
 
 
-@pytest.mark.parametrize("module", [method_module, registry, task_arithmetic, pdu, undial])
+@pytest.mark.parametrize("module", [method_module, registry, task_arithmetic, pdu, undial, whp])
 def test_examples_in_docstrings_hold(module: Any) -> None:
     assert doctest.testmod(module).failed == 0

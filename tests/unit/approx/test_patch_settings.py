@@ -43,9 +43,11 @@ def test_flat_values_find_their_blocks() -> None:
         "max_utility_drop": None,
         "alpha": 0.5,
         "check_every": 3,
+        "selection": "traced",
     }
     found = settings_of("task_arithmetic", values, Adapter())
     assert found["hyperparameters"] == {"alpha": 0.5, "alphas": [0.5]}
+    assert found["selection"] == {"selection": "traced", "selected_share": 0.25}
     assert found["pace"]["num_epochs"] == 2
     assert found["adapter"] == {"lora_r": 2, "lora_alpha": 16, "lora_target_modules": ["q_proj"]}
     assert found["bounds"] == {
@@ -70,6 +72,8 @@ def test_flat_values_find_their_blocks() -> None:
         ("npo", {"lora_r": True, "lora_target_modules": []}, {"lora_r", "lora_target_modules"}),
         ("npo", {"check_every": 0.5, "max_utility_drop": -1}, {"check_every", "max_utility_drop"}),
         ("npo", {"learning_rate": float("nan"), "max_steps": "x"}, {"learning_rate", "max_steps"}),
+        ("npo", {"selection": "some", "selected_share": 0}, {"selection", "selected_share"}),
+        ("npo", {"selected_share": "half"}, {"selected_share"}),
         ("task_arithmetic", {"max_utility_drop": None}, {"alpha"}),
         ("task_arithmetic", {"alphas": 5}, {"hyperparameters"}),
         ("gradient_ascent", {"beta": 1}, {"beta"}),
