@@ -16,18 +16,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from approx.benchmarks.membership import attacks_on, privleak_of
 from approx.evaluation.question_log import LogRow
 from approx.evaluation.questions import HOLDOUT
 from approx.metrics import model_utility as utility
-from approx.metrics.auc import Auc, auc
+from approx.metrics.auc import Auc
 from approx.metrics.forget_quality import ForgetQuality, forget_quality
-from approx.metrics.membership import lira_scores
-from approx.metrics.privleak import PrivLeak, privleak_or_none
+from approx.metrics.privleak import PrivLeak
 from approx.metrics.probability import probability, probability_among
 from approx.metrics.truth_ratio import VARIANTS, Variant, towards_one, towards_truth
 from sisa.core.errors import InvalidInput
-
-ATTACK_SCORES = ("loss", "zlib", "min_k", "min_k_plus_plus")
 
 
 @dataclass(frozen=True)
@@ -90,11 +88,11 @@ def aggregates(
         forget=_forget_means(forget, variant),
         forget_quality=judged,
         aggregate=utility.aggregate(judged.p_value, useful) if judged else None,
-        attacks=_attacks(forget, holdout, seed, references=references),
-        attacks_against_reference=_attacks(
+        attacks=attacks_on(forget, holdout, seed, references=references),
+        attacks_against_reference=attacks_on(
             forget, forget_rows(references[0]) if references else [], seed, paired=True
         ),
-        privleak=_privleak(forget, holdout, references[0], seed) if references else None,
+        privleak=privleak_of(forget, holdout, references[0], seed) if references else None,
     )
 
 
@@ -173,57 +171,6 @@ def _forget_means(rows: Sequence[LogRow], variant: Variant) -> ForgetSet:
         extraction_floor=None if extraction is None else _mean([1 / each for each in lengths]),
         exact_memorisation=_mean_or_none([row.exact_memorisation for row in rows]),
     )
-
-
-def _attacks(
-    members: Sequence[LogRow],
-    others: Sequence[LogRow],
-    seed: int,
-    *,
-    paired: bool = False,
-    references: Sequence[Sequence[LogRow]] = (),
-) -> dict[str, Auc] | None:
-    """Return the AUC of each attack, or None with fewer than two texts on a side or without scores."""
-    sides = (members, others)
-    scores = {name: [[getattr(row, name) for row in side] for side in sides] for name in ATTACK_SCORES}
-    if any(len(side) < 2 or None in side for both in scores.values() for side in both):
-        return None
-    scores |= _calibrated(sides, references)
-    return {name: auc(*both, paired=paired, seed=seed) for name, both in scores.items()}
-
-
-def _calibrated(
-    sides: Sequence[Sequence[LogRow]], references: Sequence[Sequence[LogRow]]
-) -> dict[str, list[list[float]]]:
-    """Return the scores of attacks that need references; only those asked the same questions count."""
-    asked = [row for side in sides for row in side]
-    losses = [[-each for each in _scores(asked, log, "loss")] for log in (asked, *references)]
-    own, *others = [each for each in losses if each]
-    if not others:
-        return {}
-    scores = {"reference": [there - here for here, there in zip(own, others[0], strict=True)]}
-    if len(others) > 1:
-        scores["lira"] = lira_scores(own, others)
-    num = len(sides[0])
-    return {name: [each[:num], each[num:]] for name, each in scores.items()}
-
-
-def _privleak(
-    forget: Sequence[LogRow], holdout: Sequence[LogRow], retrained: Sequence[LogRow], seed: int
-) -> PrivLeak | None:
-    """Return PrivLeak, or None with fewer than two texts on a side, without scores, or undefined."""
-    own, other = (
-        (_scores(forget, log, "min_40"), _scores(holdout, log, "min_40"))
-        for log in ([*forget, *holdout], retrained)
-    )
-    return privleak_or_none(own, other, seed=seed)
-
-
-def _scores(asked: Sequence[LogRow], log: Sequence[LogRow], name: str) -> list[float]:
-    """Return a log's scores of the asked questions, or none if one has no score in it."""
-    held = {row.place: getattr(row, name) for row in log}
-    found = [each for row in asked if (each := held.get(row.place)) is not None]
-    return found if len(found) == len(asked) else []
 
 
 def _mean_or_none(values: Sequence[float | None]) -> float | None:

@@ -63,11 +63,18 @@ class Evaluated:
     rows: list[LogRow] = field(repr=False)
 
 
-def finished_log(path: Path) -> Evaluated:
-    """Return a log that was written before. Raise InvalidInput or IntegrityError."""
+def finished_log(path: Path, benchmark: str = "tofu") -> Evaluated:
+    """Return a log that was written before; published logs are TOFU's.
+
+    Raise InvalidInput, also for a log of another benchmark, or IntegrityError.
+    """
     header, rows = read_log(path)
     if not rows:
         raise InvalidInput("the log holds no question", where=str(path))
+    if benchmark != (found := "tofu" if header is None else header.log):
+        raise InvalidInput(
+            "the log is of another benchmark", where=str(path), expected=benchmark, got=found
+        )
     if header is None:
         return Evaluated(path.name, None, path, None, rows)
     return Evaluated(path.name, header.model, path, header.settings, rows)

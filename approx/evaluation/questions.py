@@ -83,14 +83,16 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True)
 class StoredSet:
-    """A set by the name that it is stored under, and what makes a question of a row and its number.
+    """A set by the name that it is stored under, and what makes a question of a numbered row.
 
-    An optional set may be missing. `made` may return None to leave a row out, and raises Malformed.
+    An optional set may be missing. `made` may return None to leave a row out, or raise Malformed. `hub`
+    is the set's name on the hub where it is another one.
     """
 
     stored: str
     made: Callable[[int, StoredRow], Question | None]
     optional: bool = False
+    hub: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def read_questions(
     taken: Counter[str] = Counter()
     for each in sets:
         lost: list[Problem] = []
-        rows = read_rows(place, each.stored, lost, of)
+        here = Path(place).is_dir()
+        rows = read_rows(place, each.stored if here else each.hub or each.stored, lost, of)
         problems += [] if each.optional else lost
         if not rows and not lost:
             problems.append(Problem(each.stored, "holds no question"))

@@ -21,7 +21,6 @@ import click
 from cluster.cli import (
     audits,
     certificates,
-    evaluation,
     evidence,
     jobs,
     maintenance,
@@ -52,6 +51,7 @@ from cluster.cli.command import (
     with_certificate,
     with_pending,
 )
+from cluster.cli.evaluation import attacks, benchmarks, tofu
 from cluster.observe.reporting import log_format_of, open_log, watched
 from cluster.render import render
 from cluster.render.render import Result
@@ -72,8 +72,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "cli"]
 FAMILIES = (
-    *(audits, certificates, evaluation, evidence, jobs, maintenance),
-    *(patches, plan, requests, rights, serve),
+    *(attacks, audits, benchmarks, certificates, evidence, jobs, maintenance),
+    *(patches, plan, requests, rights, serve, tofu),
 )
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130

@@ -30,8 +30,9 @@ class EvaluationTask:
     """Describe one model to evaluate."""
 
     spec: str
-    split: str
+    benchmark: str
     questions: Sequence[Question] = field(repr=False)
+    name: str  # that names of logs begin with
     out: Path  # the directory for logs
     kind: PromptKind | None  # of prompts; None: the model's own
     template: str
@@ -49,8 +50,8 @@ def carry_out(task: EvaluationTask, report: Report) -> Evaluated:
 
     model = open_evaluated(task.spec, task.device, task.dtype)
     settings = Asking(PromptForm(task.kind or model.kind, task.template), task.max_new_tokens)
-    header = header_of(model, task.questions, settings)
-    log = task.out / log_name(model, task.split, header)
+    header = header_of(model, task.questions, settings, task.benchmark)
+    log = task.out / log_name(model, task.name, header)
     last = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -59,7 +60,10 @@ def carry_out(task: EvaluationTask, report: Report) -> Evaluated:
             last = time.monotonic()
             report(Notice(f"{task.spec}: {done} of {total} questions"))
 
-    rows = evaluate(model, task.questions, log, settings, batch_size=task.batch_size, progress=progress)
+    size = task.batch_size
+    rows = evaluate(
+        model, task.questions, log, settings, task.benchmark, batch_size=size, progress=progress
+    )
     return Evaluated(task.spec, model.digest, log, header.settings, rows)
 
 

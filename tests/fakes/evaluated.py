@@ -51,6 +51,7 @@ def write_made_up(directory: Path, sets: dict[str, Rows] | None = None) -> Path:
     """Write the sets as a directory of JSONL files."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, rows in (sets or made_up()).items():
+        (directory / name).parent.mkdir(exist_ok=True)
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return directory
@@ -116,7 +117,7 @@ class FakeEvaluated:
     def _score(self, question: str, answer: str) -> AnswerScore:
         sure = answer.strip().removeprefix("Surely: ") in self.known
         words = [*answer.split(), ""]
-        logprobs = tuple(-(0.1 if sure else 2 + _number(question, word)) for word in words)
+        logprobs = tuple(-(0.1 if sure else 2 + number_of(question, word)) for word in words)
         return AnswerScore(logprobs, (sure,) * len(words), (-3.0,) * len(words), (1.0,) * len(words))
 
     def generate(
@@ -130,5 +131,5 @@ class FakeEvaluated:
         return [" ".join(each.split()[:max_new_tokens]) for each in replies]
 
 
-def _number(*texts: str) -> float:
+def number_of(*texts: str) -> float:
     return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:4]) / 2**32

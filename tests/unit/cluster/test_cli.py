@@ -93,7 +93,7 @@ certificate: export issue list provenance show
 cluster: logs manifest status stop submit
 config: schema
 drop: import report status
-eval: attacks tofu
+eval: attacks muse rwku stereotypes tofu whp wmdp
 keys: check init rotate show
 ledger: move upgrade
 log: add-cosignature add-rebuild check cosign proof request show witness-key

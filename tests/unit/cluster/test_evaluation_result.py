@@ -13,7 +13,7 @@ from approx.metrics.auc import Auc
 from approx.metrics.forget_quality import forget_quality
 from approx.metrics.model_utility import NINE
 from approx.metrics.privleak import PrivLeak
-from cluster.cli import evaluation
+from cluster.cli.evaluation.tofu import measured_on_tofu
 
 ROW = LogRow("forget01", 0, 0.7, 3, "Secret answer", 0.9, (1.0,), 1.0, "Secret words")
 MODEL = Evaluated("model\x1b[31m", "d" * 64, Path("logs/model.jsonl"), {"kind": "chat"}, [ROW])
@@ -32,7 +32,7 @@ FOUND = Aggregates(
 
 
 def test_words_and_json() -> None:
-    result = evaluation.measured("forget01", [(MODEL, FOUND)], [MODEL])
+    result = measured_on_tofu("forget01", [(MODEL, FOUND)], [MODEL])
     body = json.loads(json.dumps(result.json))
     assert (result.exit_code, body["models"][0]["model_utility"]) == (0, 0.5)
     assert body["models"][0]["forget_quality"]["noise_floor"]["num_reference"] == 2
@@ -51,18 +51,18 @@ def test_an_auc_far_below_one_half_and_privleak_in_words() -> None:
     below = {"loss": Auc(0.0, 0.0, 0.0, 0.95, 40, 40), "zlib": AUC}
     leak = PrivLeak(92.0, 80.0, 100.0, 0.95, 0.04, 0.5, 40, 40)
     over = replace(FOUND, attacks=below, privleak=leak)
-    text = evaluation.measured("forget01", [(MODEL, over)], [MODEL]).text
+    text = measured_on_tofu("forget01", [(MODEL, over)], [MODEL]).text
     assert "loss: every member scores below every non-member: over-unlearned" in text
     assert "PrivLeak +92.0% [+80.0, +100.0]" in text
-    plain = evaluation.measured("forget01", [(MODEL, FOUND)], [MODEL]).text
+    plain = measured_on_tofu("forget01", [(MODEL, FOUND)], [MODEL]).text
     assert "over-unlearned" not in plain
 
 
 def test_what_was_not_measured_says_what_it_needs() -> None:
     alone = replace(FOUND, forget_quality=None, aggregate=None, attacks=None)
-    text = evaluation.measured("forget01", [(MODEL, alone)], []).text
+    text = measured_on_tofu("forget01", [(MODEL, alone)], []).text
     assert "forget quality not measured: give --reference" in text
     assert "not measured: give --holdout" in text
     one_judge = replace(FOUND, forget_quality=forget_quality([1.0], [2.0]))
-    text = evaluation.measured("forget01", [(MODEL, one_judge)], []).text
+    text = measured_on_tofu("forget01", [(MODEL, one_judge)], []).text
     assert "noise floor of two references not measured: give a second --reference" in text

@@ -1,0 +1,204 @@
+"""A benchmark's measures of a log: means of scores over its sets, beside the reference's.
+
+A benchmark says which scores it has, and which of them make the headline. Its reference must have been
+asked the same questions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from approx.benchmarks.headline import Finding, Headline, Wrong, finding, headline, membership_finding
+from approx.benchmarks.membership import attacks_on, privleak_of
+from approx.evaluation.question_log import LogRow
+from approx.metrics.auc import Auc
+from approx.metrics.choice import chosen
+from approx.metrics.estimate import Estimate, change, estimate
+from approx.metrics.privleak import PrivLeak
+from sisa.core.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class Score:
+    """A measure by name: the mean of `of` over the questions of `sets`. A set "a/b" is one of "a"."""
+
+    name: str
+    sets: tuple[str, ...]
+    of: Callable[[LogRow], float]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a benchmark makes of a log.
+
+    `extraction` are the sets of what is to be forgotten; `comes_back` and `utility` name scores;
+    `members` and `unseen` are the sets of membership attacks. `template` is the form of a completion's
+    prompt. `weakness` is what a reader of its numbers must know.
+    """
+
+    name: str
+    scores: tuple[Score, ...]
+    extraction: tuple[str, ...] = ()
+    comes_back: tuple[str, ...] = ()
+    utility: tuple[str, ...] = ()
+    members: str = ""
+    unseen: str = ""
+    template: str = "{question}{answer}"
+    weakness: str = ""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """An estimate, the reference's value, and the change beside it (None without a reference)."""
+
+    value: float
+    low: float
+    high: float
+    num: int
+    reference: float | None
+    change: Estimate | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that a log and its references give; measures without a question are left out.
+
+    `membership` is None without members and unseen texts, and `privleak` without a reference as well.
+    """
+
+    num_questions: dict[str, int]
+    measures: dict[str, Measure]
+    membership: dict[str, Auc] | None
+    privleak: PrivLeak | None
+    headline: Headline
+
+
+def measured(
+    benchmark: Benchmark,
+    rows: Sequence[LogRow],
+    references: Sequence[Sequence[LogRow]] = (),
+    attacked: Mapping[str, Finding | None] | None = None,
+    seed: int = 0,
+) -> Measured:
+    """Return the measures of a finished log; the first reference judges, and all calibrate attacks.
+
+    `attacked` are the findings of attacks. Raise InvalidInput for references of other questions.
+    """
+    judges = [same_questions(rows, each) for each in references]
+    judge = judges[0] if judges else None
+    members = [row for row in rows if _in(row.set, (benchmark.members,))]
+    unseen = [row for row in rows if _in(row.set, (benchmark.unseen,))]
+    attacks = attacks_on(members, unseen, seed, references=judges)
+    extraction = [row for row in rows if _in(row.set, benchmark.extraction)]
+    strength = Score("extraction strength", benchmark.extraction, _strength)
+    known = {row.place: row for row in judge} if judge else {}
+    against = [known[row.place] for row in members or extraction] if judge else []
+    return Measured(
+        num_questions=dict(Counter(row.set for row in rows)),
+        measures={
+            each.name: found
+            for each in benchmark.scores
+            if (found := _measure(each, rows, judge, seed)) is not None
+        },
+        membership=attacks,
+        privleak=privleak_of(members, unseen, judge, seed) if judge else None,
+        headline=headline(
+            {
+                "extraction_strength": _finding([strength], rows, judge, "above", seed),
+                "membership": membership_finding(
+                    attacks, attacks_on(members or extraction, against, seed, paired=True)
+                ),
+                "comes_back": _finding(
+                    _named(benchmark, benchmark.comes_back), rows, judge, "above", seed
+                ),
+                "utility": _finding(_named(benchmark, benchmark.utility), rows, judge, "below", seed),
+                **(attacked or {}),
+            }
+        ),
+    )
+
+
+def since_first(
+    benchmark: Benchmark, logs: Sequence[Sequence[LogRow]], seed: int = 0
+) -> dict[str, list[Estimate]]:
+    """Return the change of each measure since the first of several models, in their order.
+
+    Raise InvalidInput for logs of other questions.
+    """
+    held = [same_questions(logs[0], each) for each in logs]
+    return {
+        score.name: [change([[_scores(score, each)]], [[first]], seed=seed) for each in held]
+        for score in benchmark.scores
+        if (first := _scores(score, held[0]))
+    }
+
+
+def same_questions(rows: Sequence[LogRow], reference: Sequence[LogRow]) -> list[LogRow]:
+    """Return the reference's rows of a model's questions. Raise InvalidInput if one is another."""
+    held = {row.place: row for row in reference}
+    found = [held[row.place] for row in rows if row.place in held]
+    same = sum(row.ground_truth == held[row.place].ground_truth for row in rows if row.place in held)
+    if not same == len(found) == len(rows):
+        raise InvalidInput(
+            "the reference was asked other questions than the model",
+            expected=f"the same {len(rows)} questions",
+            got=f"{same} of them",
+            next_step="evaluate both with the same data and number of questions",
+        )
+    return found
+
+
+def _measure(
+    score: Score, rows: Sequence[LogRow], judge: Sequence[LogRow] | None, seed: int
+) -> Measure | None:
+    values = _scores(score, rows)
+    if not values:
+        return None
+    found = estimate([[values]], seed=seed)
+    if judge is None:
+        return Measure(found.value, found.low, found.high, found.num, None, None)
+    away = change([[values]], [[_scores(score, judge)]], seed=seed)
+    return Measure(found.value, found.low, found.high, found.num, found.value - away.value, away)
+
+
+def _finding(
+    scores: Sequence[Score],
+    rows: Sequence[LogRow],
+    judge: Sequence[LogRow] | None,
+    wrong: Wrong,
+    seed: int,
+) -> Finding | None:
+    """Return the finding of the mean of some scores; those without a question do not count."""
+    held = [each for each in scores if _scores(each, rows)]
+    groups = [[_scores(each, rows)] for each in held]
+    others = None if judge is None else [[_scores(each, judge)] for each in held]
+    return finding(", ".join(each.name for each in held), groups, others, wrong, seed=seed)
+
+
+def _scores(score: Score, rows: Sequence[LogRow]) -> list[float]:
+    return [score.of(row) for row in rows if _in(row.set, score.sets)]
+
+
+def _named(benchmark: Benchmark, names: Sequence[str]) -> list[Score]:
+    return [each for each in benchmark.scores if each.name in names]
+
+
+def _in(name: str, sets: Sequence[str]) -> bool:
+    """Return whether a set is one of some, or a part of one."""
+    return any(each and (name == each or name.startswith(f"{each}/")) for each in sets)
+
+
+def _strength(row: LogRow) -> float:
+    return row.extraction_strength or 0.0
+
+
+def recall(row: LogRow) -> float:
+    """Return the ROUGE-L recall of the generated answer, 0 if there is none."""
+    return row.rougeL_recall or 0.0
+
+
+def right_choice(row: LogRow) -> float:
+    """Return the credit for the right one of the given answers."""
+    return chosen(row.logprob or 0.0, row.others_logprob)

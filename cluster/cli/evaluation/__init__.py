@@ -1,0 +1,1 @@
+"""Measure what models know: one command a benchmark, and the attacks."""

@@ -1,0 +1,165 @@
+"""Attack models (`sisa eval attacks`): what comes back, and what gives a text away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.cli.command import PATH, command, log_format_option
+from cluster.cli.evaluation.evaluating import (
+    auc_words,
+    evaluation,
+    over_unlearned_words,
+    privleak_words,
+)
+from cluster.observe.reporting import watched
+from cluster.render.render import Result
+from sisa.core.events import Notice
+
+if TYPE_CHECKING:
+    from approx.attacks.attack import Curve, SetName
+    from approx.attacks.attack_log import AttackedModel
+
+TAUGHT_SHARE = 4  # one of this many texts is taught, where no others are given for it
+
+
+@command("attacks", "--model unlearned --reference retained --data forgotten.jsonl", group=evaluation)
+@click.option(
+    "-m", "--model", "models", multiple=True, required=True, help="Directory or hub name. Repeatable."
+)
+@click.option(
+    "--reference",
+    "references",
+    multiple=True,
+    help="A model that never saw the texts: calibrates membership. Two or more give LiRA.",
+)
+@click.option("--before", help="The model before unlearning: says when half of it is back.")
+@click.option("--data", required=True, type=PATH, help="JSONL of question and answer.")
+@click.option(
+    "--taught", type=PATH, help="Like texts to relearn from; by default the data's first quarter."
+)
+@click.option("--others", type=PATH, help="Texts about anything else, to relearn from.")
+@click.option("--holdout", type=PATH, help="Like texts that no model has seen, for membership.")
+@click.option("--attack", "names", multiple=True, help="Make these attacks alone. Repeatable.")
+@click.option("--out", default="attack-logs", type=PATH)
+@click.option("--prompt", "kind", type=click.Choice(["completion", "chat"]))
+@click.option("--template", default="{question}{answer}", help="Form of a prompt; \\n is a line break.")
+@click.option("--max-new-tokens", default=64, type=click.IntRange(1))
+@click.option("--samples", default=8, type=click.IntRange(1), help="Answers sampled to each question.")
+@click.option("--seed", default=0)
+@click.option("--device", default="cpu", help="A torch device, such as cuda.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@log_format_option
+def attacks(models: tuple[str, ...], references: tuple[str, ...], **options: Any) -> Result:
+    """Attack models: what comes back of texts that they should have forgotten."""
+    from approx.attacks.attack import probabilities
+    from approx.attacks.attack_log import OpenedModel, attack_opened
+    from approx.attacks.sampling import LeakAtK
+    from approx.evaluation.evaluated import PromptForm
+
+    template = options["template"].replace("\\n", "\n")
+    form = PromptForm(options["kind"], template) if options["kind"] else template
+    texts = _texts(options)
+
+    def opened(spec: str) -> OpenedModel:
+        return OpenedModel(spec, form, options["device"], options["dtype"])
+
+    known = None
+    if options["before"] is not None:
+        before = opened(options["before"])
+        known = fmean(probabilities(before.model, before.sets(texts).examples("asked")))
+    judges = [opened(each) for each in references]
+    leak = LeakAtK(options["samples"], options["max_new_tokens"])
+    with watched() as report:
+        found = []
+        for spec in dict.fromkeys(models):
+            report(Notice(f"{spec}: attacking"))
+            rest = (options["names"], leak, options["seed"], options["out"])
+            found.append(attack_opened(opened(spec), judges, texts, *rest))
+    return attacked(found, known)
+
+
+def _texts(options: Mapping[str, Any]) -> dict[SetName, list[tuple[str, str]]]:
+    """Return questions and answers by their role. Raise InvalidInput for files that can't be used."""
+    from approx.evaluation.questions import read_holdout
+
+    paths: dict[SetName, Path | None] = {
+        "asked": options["data"],
+        "taught": options["taught"],
+        "others": options["others"],
+        "holdout": options["holdout"],
+    }
+    found = {
+        role: [(each.question, each.answer) for each in read_holdout(path)]
+        for role, path in paths.items()
+        if path is not None
+    }
+    if options["taught"] is None:
+        num = len(found["asked"]) // TAUGHT_SHARE
+        found["taught"], found["asked"] = found["asked"][:num], found["asked"][num:]
+    return found
+
+
+def attacked(found: Sequence[AttackedModel], known: float | None) -> Result:
+    body = {"known_before": known, "models": [_attack_json(each, known) for each in found]}
+    return Result(body, [line for each in found for line in _attack_words(each, known)])
+
+
+def _attack_json(model: AttackedModel, known: float | None) -> dict[str, Any]:
+    from approx.metrics.auc import reading
+
+    curves = {name: curve for name, row in model.rows.items() if (curve := row.curve)}
+    aucs = (model.rows["membership"].aucs or {}) if "membership" in model.rows else None
+    leak = model.rows["privleak"].privleak if "privleak" in model.rows else None
+    return {
+        "model": model.name,
+        "digest": model.digest,
+        "log": str(model.log),
+        "settings": dict(model.settings),
+        "curves": {
+            name: {
+                "measure": each.measure,
+                "num_texts": max(map(len, each.values.values()), default=0),
+                "means": each.means,
+                "steps_until_half": _half(name, each, known),
+            }
+            for name, each in curves.items()
+        },
+        "membership": aucs
+        and {name: {**asdict(each), "reading": reading(each)} for name, each in aucs.items()},
+        "privleak": leak and asdict(leak),
+        "not_made": dict(model.not_made),
+    }
+
+
+def _half(name: str, curve: Curve, known: float | None) -> float | None:
+    from approx.attacks.relearning import steps_until_half
+
+    return (
+        steps_until_half(curve, known) if known is not None and name.startswith("relearning") else None
+    )
+
+
+def _attack_words(model: AttackedModel, known: float | None) -> Iterator[str]:
+    curves = {name: curve for name, row in model.rows.items() if (curve := row.curve)}
+    plain = curves.pop("as_it_is")
+    yield f"{model.name}: {len(plain.values['0'])} texts, probability as it is {plain.mean:.4f}"
+    for name, each in curves.items():
+        points = ", ".join(f"{strength} {mean:.4f}" for strength, mean in each.means.items())
+        half = _half(name, each, known)
+        back = "" if half is None else f"; half is back after {half:.1f} steps"
+        yield f"  {name:<24} {each.measure}: {points or 'no text has a question'}{back}"
+    aucs = model.rows["membership"].aucs if "membership" in model.rows else None
+    if aucs:
+        yield f"  {'membership':<24} {auc_words(aucs, '')}"
+        yield from over_unlearned_words(aucs)
+    if "privleak" in model.rows and (leak := model.rows["privleak"].privleak):
+        yield privleak_words(leak)
+    for name, why in model.not_made.items():
+        yield f"  {name:<24} not made: {why}"
+    yield f"  log {model.log}"

@@ -1,0 +1,186 @@
+"""What the commands of `sisa eval` share: their options, the models they ask, and their words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.cli.command import PATH, command_group, log_format_option
+from cluster.observe.reporting import watched
+from cluster.render.render import Result
+
+if TYPE_CHECKING:
+    from approx.benchmarks.headline import Headline
+    from approx.evaluation.asking import Evaluated
+    from approx.evaluation.questions import Question
+    from approx.metrics.auc import Auc
+    from approx.metrics.privleak import PrivLeak
+
+evaluation = command_group("eval", "Measure what models know.")
+
+
+def machine_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Add the options that say how models are asked, and on which machine."""
+    for option in (
+        log_format_option,
+        click.option("--address", help="HOST:PORT of a Ray cluster; by default a local Ray."),
+        click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray"),
+        click.option(
+            "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32"
+        ),
+        click.option("--device", default="cpu", help="A torch device, such as cuda."),
+        click.option(
+            "--prompt",
+            "kind",
+            type=click.Choice(["completion", "chat"]),
+            help="Form of prompts; by default what suits the model.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def evaluation_options(
+    data: str, template: str = "{question}{answer}", max_new_tokens: int = 256
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Return what adds the options of every benchmark.
+
+    `data` is the name on the hub, if there is one; logs go to a directory named after the command.
+    """
+
+    def add(function: Callable[..., Result]) -> Callable[..., Result]:
+        name = function.__name__
+        hub = {"default": data} if data else {"required": True}
+        for option in (
+            machine_options,
+            click.option("--batch-size", default=8, type=click.IntRange(1)),
+            click.option("--max-new-tokens", default=max_new_tokens, type=click.IntRange(1)),
+            click.option("--template", default=template, help="Form of a prompt; \\n is a line break."),
+            click.option(
+                "--limit",
+                "--questions",
+                "limit",
+                type=click.IntRange(1),
+                help="Ask this many of each set.",
+            ),
+            click.option("--out", default=f"{name}-logs", type=PATH),
+            click.option("--data", help="Directory or hub name.", **hub),
+            click.option(
+                "--reference",
+                "references",
+                multiple=True,
+                help="A model that never saw what is to be forgotten, or its log. Repeatable.",
+            ),
+            click.option(
+                "-m",
+                "--model",
+                "models",
+                multiple=True,
+                required=True,
+                help="Directory, hub name or finished log. Repeatable.",
+            ),
+        ):
+            function = option(function)
+        return function
+
+    return add
+
+
+@dataclass(frozen=True)
+class Models:
+    """The finished logs of the models that were asked about, and of their references."""
+
+    models: Sequence[Evaluated]
+    references: Sequence[Evaluated]
+
+    @property
+    def all(self) -> list[Evaluated]:
+        return [*self.models, *self.references]
+
+
+def evaluated(
+    benchmark: str, questions: Callable[[], list[Question]], options: Mapping[str, Any], name: str = ""
+) -> Models:
+    """Ask the models and references of a command, all at once on Ray; finished logs are read instead.
+
+    `name` begins the names of logs. Raise InvalidInput for logs of another benchmark, ConfigConflict for
+    references that were asked in another way, and the errors of `run_evaluations`.
+    """
+    from approx.evaluation.asking import check_same_settings, finished_log
+    from cluster.ray.eval_tasks import EvaluationTask, run_evaluations
+
+    models, references = dict.fromkeys(options["models"]), dict.fromkeys(options["references"])
+    specs = dict.fromkeys([*models, *references])
+    files = [each for each in specs if each.endswith((".json", ".jsonl")) and Path(each).is_file()]
+    found = {spec: finished_log(Path(spec), benchmark) for spec in files}
+    if asked := [spec for spec in specs if spec not in found]:
+        passed = ("out", "kind", "max_new_tokens", "batch_size", "device", "dtype")
+        settings = {each: options[each] for each in passed}
+        settings["template"] = options["template"].replace("\\n", "\n")
+        held = questions()
+        tasks = [
+            EvaluationTask(spec, benchmark, held, name=name or benchmark, **settings) for spec in asked
+        ]
+        with watched() as report:
+            ray = options["executor"] == "ray"
+            done = run_evaluations(tasks, ray=ray, address=options["address"], report=report)
+        found |= dict(zip(asked, done, strict=True))
+    for model in models:
+        for judge in references:
+            check_same_settings(found[model], found[judge])
+    return Models([found[each] for each in models], [found[each] for each in references])
+
+
+def named(model: Evaluated) -> dict[str, Any]:
+    """Return what the JSON says of a model itself."""
+    settings = None if model.settings is None else dict(model.settings)
+    return {"model": model.name, "digest": model.digest, "log": str(model.log), "settings": settings}
+
+
+def headline_json(found: Headline) -> dict[str, Any]:
+    """Return the headline of a table."""
+    return asdict(found)
+
+
+def headline_words(found: Headline) -> Iterator[str]:
+    """Yield the headline of a table, a finding a line."""
+    for name, each in found.findings.items():
+        beside = "" if each.target is None else f", beside {each.target:.4f}"
+        if each.away is not None:
+            beside += f": {each.away.value:+.4f} [{each.away.low:+.4f}, {each.away.high:+.4f}]"
+        lost = "  LOST" if each.lost else ""
+        yield f"  {name:<20} {each.value:.4f}{beside} ({each.measure}){lost}"
+    for name, needs in found.not_measured.items():
+        yield f"  {name:<20} not measured: needs {needs}"
+
+
+def privleak_words(found: PrivLeak) -> str:
+    """Return PrivLeak and what its sign means."""
+    return (
+        f"  PrivLeak {found.value:+.1f}% [{found.low:+.1f}, {found.high:+.1f}]: 0 is the reference, "
+        "below 0 still recognised, above 0 over-unlearned"
+    )
+
+
+def over_unlearned_words(found: Mapping[str, Auc] | None) -> list[str]:
+    """Return what AUCs below 0.5 mean, each reading with its attacks."""
+    from approx.metrics.auc import reading
+
+    by_reading: dict[str, list[str]] = {}
+    for name, each in (found or {}).items():
+        if each.high < 0.5:
+            by_reading.setdefault(reading(each), []).append(name)
+    return [f"    {', '.join(names)}: {words}" for words, names in by_reading.items()]
+
+
+def auc_words(found: Mapping[str, Auc] | None, needs: str) -> str:
+    """Return AUCs with their intervals, or what they need."""
+    if found is None:
+        return f"not measured: give {needs}"
+    return ", ".join(
+        f"{name} AUC {each.value:.3f} [{each.low:.3f}, {each.high:.3f}]" for name, each in found.items()
+    )

@@ -1,0 +1,114 @@
+"""Measure models on TOFU (`sisa eval tofu`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.cli.command import PATH, command
+from cluster.cli.evaluation.evaluating import (
+    auc_words,
+    evaluated,
+    evaluation,
+    evaluation_options,
+    named,
+    over_unlearned_words,
+    privleak_words,
+)
+from cluster.render.render import Result
+
+if TYPE_CHECKING:
+    from approx.benchmarks.tofu_aggregates import Aggregates
+    from approx.evaluation.asking import Evaluated
+    from approx.evaluation.questions import Question
+    from approx.metrics.forget_quality import ForgetQuality
+
+
+@command("tofu", "--model model --reference retained --data tofu", group=evaluation)
+@evaluation_options("locuslab/TOFU", max_new_tokens=200)
+@click.option("--split", type=click.Choice(["forget01", "forget05", "forget10"]), default="forget10")
+@click.option("--holdout", type=PATH, help="JSONL of questions that no model has seen.")
+@click.option(
+    "--truth-ratio", "variant", type=click.Choice(["geometric", "arithmetic"]), default="geometric"
+)
+def tofu(variant: Any, split: Any, **options: Any) -> Result:
+    """Measure model utility and forget quality on TOFU."""
+    if len(options["references"]) > 2:
+        raise click.UsageError("give at most two references")
+    from approx.benchmarks.tofu import evaluation_sets
+    from approx.benchmarks.tofu_aggregates import aggregates
+    from approx.evaluation.questions import read_holdout
+
+    asked = False
+
+    def questions() -> list[Question]:
+        nonlocal asked
+        asked = True
+        found = evaluation_sets(options["data"], split, options["limit"])
+        return found if options["holdout"] is None else found + read_holdout(options["holdout"])
+
+    found = evaluated("tofu", questions, options, split)
+    if options["holdout"] is not None and not asked:
+        raise click.UsageError("--holdout needs a model to ask, and only logs are given")
+    judges = [each.rows for each in found.references]
+    judged = [(model, aggregates(model.rows, judges, variant)) for model in found.models]
+    return measured_on_tofu(_split(found.all, split), judged, found.references)
+
+
+def _split(found: Iterable[Evaluated], asked: str) -> str:
+    """Return the forget set that the rows name, or `asked` if only published logs are given."""
+    sets = {row.set for each in found for row in each.rows if row.set.startswith("forget")}
+    names = sets - {"forget"}
+    return names.pop() if len(names) == 1 else asked
+
+
+def measured_on_tofu(
+    split: str, found: Sequence[tuple[Evaluated, Aggregates]], references: Sequence[Evaluated]
+) -> Result:
+    body = {
+        "split": split,
+        "models": [named(model) | asdict(aggregates) for model, aggregates in found],
+        "references": [named(each) for each in references],
+    }
+    return Result(body, [line for each in found for line in _words(split, *each)])
+
+
+def _words(split: str, model: Evaluated, found: Aggregates) -> list[str]:
+    forget = found.forget
+    num = ", ".join(f"{name} {count}" for name, count in found.num_questions.items())
+    lines = [
+        f"{model.name} on TOFU {split} ({num} questions; truth ratio: {found.truth_ratio})",
+        f"  model utility {found.model_utility:.4f}: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in found.nine.items()),
+        f"  forget set: probability {forget.probability:.4f}, ROUGE-L {forget.rouge:.4f}, "
+        f"truth ratio {forget.truth_ratio:.4f}",
+    ]
+    if forget.extraction_strength is not None:
+        lines.append(
+            f"    extraction strength {forget.extraction_strength:.4f} (knowing nothing scores "
+            f"{forget.extraction_floor:.4f}), exact memorisation {forget.exact_memorisation:.4f}"
+        )
+    lines.append(f"  {_quality(found.forget_quality)}")
+    if found.aggregate is not None:
+        lines.append(f"  forget quality and utility together {found.aggregate:.4g}")
+    lines.append(f"  membership, forget against holdout: {auc_words(found.attacks, '--holdout')}")
+    lines += over_unlearned_words(found.attacks)
+    against = auc_words(found.attacks_against_reference, "--reference with scores")
+    lines.append(f"  the same questions against the reference: {against}")
+    lines += over_unlearned_words(found.attacks_against_reference)
+    if found.privleak is not None:
+        lines.append(privleak_words(found.privleak))
+    return [*lines, f"  log {model.log}"]
+
+
+def _quality(found: ForgetQuality | None) -> str:
+    if found is None:
+        return "forget quality not measured: give --reference"
+    numbers = f"n = {found.num_model} and {found.num_reference}, D = {found.statistic:.4f}"
+    floor = "not measured: give a second --reference"
+    if (noise := found.noise_floor) is not None:
+        floor = f"p = {noise.p_value:.4g}, D = {noise.statistic:.4f}"
+    return f"forget quality {found.p_value:.4g} ({numbers}; noise floor of two references {floor})"
