@@ -551,11 +551,11 @@ def bytes_at_rest(path: Path) -> bytes:
 
 
 def test_scrub_leaves_nothing_in_the_unused_part_of_pages(path: Path) -> None:
-    """Balancing a B-tree leaves copies that `secure_delete` does not zero: in 7 of 40 such ledgers.
+    """Balancing a B-tree leaves copies that `secure_delete` does not zero: in 4 of 40 such ledgers.
 
     If nothing of the removed rows is left, nothing is rewritten.
     """
-    for seed in (2, 5):
+    for seed in (1, 12):
         source, file = random.Random(seed), path.with_name(f"{seed}.sqlite")
         with opened(file, create=True) as ledger:
             held = set(range(400))
@@ -573,19 +573,19 @@ def test_scrub_leaves_nothing_in_the_unused_part_of_pages(path: Path) -> None:
             assert left, "nothing to find: this proves nothing"
             ledger.scrub([row(each) for each in sorted(gone - left)[: database_module.FEW_ROWS]])
             assert file.read_bytes() == before
-            ledger.scrub([row(each) for each in (min(gone - left), min(left))] if seed == 2 else None)
+            ledger.scrub([row(each) for each in (min(gone - left), min(left))] if seed == 1 else None)
             after = bytes_at_rest(file)
             assert not any(named("content", each).encode() in after for each in gone)
             assert len(ledger.rows(row(1).shard)) > 0
 
 
 def test_scrub_leaves_no_key_of_a_removed_identity(path: Path) -> None:
-    """One in ten of such ledgers keeps a copy until then."""
+    """One in fifteen of such ledgers keeps a copy until then."""
 
     def identity(number: int) -> Identity:
         return Identity(named("identity", number), named("record id", number))
 
-    source, held = random.Random(4), set(range(400))
+    source, held = random.Random(23), set(range(400))
     with opened(path, create=True) as ledger:
         ledger.commit(Change(identities=[identity(number) for number in held]))
         for start in range(1000, 1360, 30):

@@ -546,7 +546,11 @@ def having(
     return found
 
 
+_SAFE = ("journal_mode=WAL", "secure_delete=ON", "synchronous=FULL", "foreign_keys=ON")
+CACHE_KIB = 65_536  # at most; with less, pages of indexes are written more than once in a large commit
+
+
 def _set_pragmas(connection: Any, _record: Any) -> None:
     # Pragmas belong to a connection, not to the file: they are set on every connect.
-    for pragma in ("journal_mode=WAL", "secure_delete=ON", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in (*_SAFE, f"cache_size=-{CACHE_KIB}"):
         connection.execute(f"PRAGMA {pragma}").close()

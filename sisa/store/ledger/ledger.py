@@ -292,6 +292,7 @@ def erase_ledger(url: str, model: str) -> None:
 
 
 _BY_ID = attrgetter("id_digest")
+_RECORD = attrgetter(*RECORDS.columns.keys()[: -len((SEQ, "crc"))])  # the columns before the last two
 
 
 @lru_cache(maxsize=1 << 15)  # a flow asks for all requests several times, and few of them change
@@ -326,7 +327,7 @@ def _apply(connection: sa.Connection, change: Change) -> tuple[int, set[str]]:
     seq = int(before[0][1]) + 1 if before else 1
     writing = Writing(connection)
     unidentified = _remove(writing, change)
-    writing.insert(RECORDS, [{**asdict(row), "seq": seq} for row in change.added])
+    writing.insert_values(RECORDS, [(*_RECORD(row), seq) for row in change.added])
     for table, values in (
         (TOMBSTONES, change.tombstones),
         (SLICES, change.slices),

@@ -131,9 +131,8 @@ BUCKET_DIGITS = 3  # of a keyed digest: 4,096 buckets, each with 244 of a millio
 COUNTED = tuple(table for table in schema.sorted_tables if table is not COUNTS)
 _IN_CHUNK = 500  # SQLite's limit of bound parameters is far above, on every build
 _COUNTS = "SELECT * FROM counts WHERE name = ?"
-_PUT_COUNT = sa.text(
-    "INSERT INTO counts VALUES (:name, :shard, :slice, :kind, :num_rows, :crc) "
-    "ON CONFLICT (name, shard, slice, kind) "
+_PUT_COUNT = (
+    "INSERT INTO counts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name, shard, slice, kind) "
     "DO UPDATE SET num_rows = excluded.num_rows, crc = excluded.crc"
 )
 _IN_MEMORY = 10_000
@@ -198,8 +197,13 @@ def contents(connection: sa.Connection, shard: int, slice_: int) -> list[tuple[s
     return found
 
 
-def _driven(connection: sa.Connection, query: str, values: tuple[Any, ...]) -> Any:
-    """Return the cursor of a query without compiling it, which would take longer than running it."""
+def _driven(
+    connection: sa.Connection, query: str, values: tuple[Any, ...] | list[tuple[Any, ...]]
+) -> Any:
+    """Return the cursor of a query without compiling it, which would take longer than running it.
+
+    A list of values runs it for each of them.
+    """
     if connection.dialect.paramstyle != "qmark":
         query = query.replace("?", "%s")
     return _plain(connection.exec_driver_sql(query, values))
@@ -373,15 +377,14 @@ def begin_counts(connection: sa.Connection, names: Collection[str] = ()) -> None
 
 
 def _put_counts(connection: sa.Connection, name: str, counts: Mapping[CountKey, int]) -> None:
-    if not counts:
-        return
-    values = [(name, *position, count) for position, count in counts.items()]
-    connection.execute(_PUT_COUNT, [_sealed(COUNTS, each) for each in values])
+    if counts:
+        values = [(name, *position, count) for position, count in counts.items()]
+        _driven(connection, _PUT_COUNT, [_sealed(COUNTS, each) for each in values])
 
 
-def _sealed(table: sa.Table, values: tuple[Any, ...]) -> dict[str, Any]:
-    """Return a row with its checksum, by column."""
-    return dict(zip(table.columns.keys(), (*values, checksum(table.name, values)), strict=True))
+def _sealed(table: sa.Table, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a row with its checksum."""
+    return (*values, checksum(table.name, values))
 
 
 def _values(table: sa.Table, row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -424,6 +427,11 @@ def _compare(table: sa.Table, old: Any, new: Any) -> int:
             number += len(before)
 
 
+def _key_of(table: sa.Table) -> Callable[[tuple[Any, ...]], Any]:
+    columns = table.columns.keys()
+    return itemgetter(*(columns.index(column.name) for column in table.primary_key))
+
+
 def _position_of(table: sa.Table) -> Callable[[tuple[Any, ...]], CountKey]:
     columns = table.columns.keys()
     if table is RECORDS:
@@ -443,10 +451,16 @@ class Writing:
 
     def insert(self, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add new rows, given by column."""
+        self.insert_values(table, [_values(table, row) for row in rows])
+
+    def insert_values(self, table: sa.Table, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Add new rows, given as the values of all columns but the checksum."""
         if rows:
-            values = [_values(table, row) for row in rows]
-            self._count(table, values, 1)
-            self.connection.execute(sa.insert(table), [_sealed(table, each) for each in values])
+            self._count(table, rows, 1)
+            # in the order of the key, so that neighbours are written to one page
+            sealed = [_sealed(table, each) for each in sorted(rows, key=_key_of(table))]
+            query = f"INSERT INTO {table.name} VALUES ({', '.join('?' * len(table.columns))})"  # noqa: S608
+            _driven(self.connection, query, sealed)
 
     def put(self, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows, replacing those with the same primary key; a key always belongs to one shard."""
@@ -488,14 +502,14 @@ class Writing:
         deltas = self._deltas[table.name]
         deltas[WHOLE] += sign * len(values)
         if table in BY_SHARD:
-            for position in map(_position_of(table), values):
-                deltas[position] += sign
+            for position, number in Counter(map(_position_of(table), values)).items():
+                deltas[position] += sign * number
         for column in KEYED if self._counts_keyed else ():
             if column.table is table:
                 at, counts = table.columns.keys().index(column.name), self._keyed[column]
-                for row in values:
-                    if row[at] is not None:
-                        counts[bucket(row[at])] += sign
+                held = Counter(bucket(row[at]) for row in values if row[at] is not None)
+                for each, number in held.items():
+                    counts[each] += sign * number
 
     def end(self) -> None:
         """Write the numbers of rows that changed."""
