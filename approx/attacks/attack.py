@@ -36,7 +36,8 @@ class AttackSets:
     """Texts and the tokenizer that makes examples of them, cut to `sequence_len` tokens.
 
     Results are about the texts that are `asked`. `taught` are of their kind and `others` of another one;
-    relearning trains on either. `holdout` are texts like the asked ones that no model has seen.
+    relearning trains on either. `holdout` are texts like the asked ones that no model has seen. `also`
+    are sets of other questions to the same knowledge, by a name for each.
     """
 
     tokenizer: Any = field(repr=False)
@@ -45,6 +46,7 @@ class AttackSets:
     others: Sequence[Record] = ()
     holdout: Sequence[Record] = ()
     sequence_len: int | None = None
+    also: Mapping[str, Sequence[Record]] = field(default_factory=dict)
 
     def examples(self, role: SetName) -> list[Tokens]:
         """Return the examples of a set. Raise InvalidInput if it has none."""

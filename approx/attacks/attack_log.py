@@ -9,14 +9,17 @@ An interrupted run continues from its log. A log holds numbers by question, and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from approx.attacks.attack import Attack, AttackSets, Curve, SetName, probabilities
+from approx.attacks.depth import Depth, of_one_shape
+from approx.attacks.linear_probe import LEAST, LinearProbe
 from approx.attacks.membership import Membership, privleak_against
+from approx.attacks.other_questions import OtherQuestions
 from approx.attacks.registry import ATTACKS
 from approx.attacks.sampling import LeakAtK
 from approx.evaluation.answers import asks_by_prompt
@@ -70,9 +73,17 @@ def why_not(attack: Attack, model: Any, sets: AttackSets) -> str | None:
     """Return why an attack can't be made on a model, or None if it can."""
     if attack.on_weights and asks_by_prompt(model):
         return "needs one set of weights: attack the adapters that `sisa export` writes"
-    least = 2 if isinstance(attack, Membership) else 1
+    if isinstance(attack, OtherQuestions) and not sets.also:
+        return "needs sets of questions: --also NAME=FILE"
+    if isinstance(attack, Depth):
+        if attack.before is None or attack.retained is None:
+            return "needs two models: --before and --reference"
+        if not of_one_shape(model, attack.before, attack.retained):
+            return "needs models of one base: --before and --reference"
+    least = {Membership.name: 2, LinearProbe.name: LEAST}.get(attack.name, 1)
     lacking = [role for role in attack.needs if len(sets.tokens(getattr(sets, role))) < least]
-    return f"needs {least} texts or more: --{lacking[0]}" if lacking else None
+    option = "".join("data" if each == "asked" else each for each in lacking[:1])
+    return f"needs {least} texts or more: --{option}" if lacking else None
 
 
 def attack_model(
@@ -104,7 +115,8 @@ def _row(name: str, found: Curve | Mapping[str, Auc]) -> AttackRow:
     return AttackRow(name, aucs=dict(found))
 
 
-Texts = Mapping[SetName, Sequence[tuple[str, str]]]  # questions and answers
+Asked = Sequence[tuple[str, str]]  # questions and answers
+Texts = Mapping[SetName, Asked]
 
 
 class OpenedModel:
@@ -124,7 +136,7 @@ class OpenedModel:
         else:
             self.model, self.tokenizer, self.ends = opened.model, opened.tokenizer, opened.ends
 
-    def sets(self, texts: Texts) -> AttackSets:
+    def sets(self, texts: Texts, also: Mapping[str, Asked] | None = None) -> AttackSets:
         """Return texts in the form in which this model is asked, up to the length that it can read."""
         made = {role: records_of(pairs, self.form) for role, pairs in texts.items()}
         return AttackSets(
@@ -134,6 +146,7 @@ class OpenedModel:
             others=made.get("others", []),
             holdout=made.get("holdout", []),
             sequence_len=getattr(self.model.config, "max_position_embeddings", None),
+            also={name: records_of(pairs, self.form) for name, pairs in (also or {}).items()},
         )
 
     def check_tokenizer(self, other: OpenedModel) -> None:
@@ -160,9 +173,23 @@ class AttackedModel:
     not_made: Mapping[str, str]
 
 
-def chosen_attacks(names: Sequence[str], leak: LeakAtK, references: Sequence[Any]) -> list[Attack]:
+@dataclass(frozen=True)
+class AttackOrder:
+    """What is attacked, and how: everything but the models."""
+
+    texts: Texts
+    out: Path
+    also: Mapping[str, Asked] = field(default_factory=dict)
+    names: Sequence[str] = ()
+    leak: LeakAtK = field(default_factory=LeakAtK)
+    seed: int = 0
+
+
+def chosen_attacks(
+    order: AttackOrder, leak: LeakAtK, references: Sequence[Any], before: Any = None
+) -> list[Attack]:
     """Return the named attacks, or all. Raise InvalidInput for unknown names."""
-    if unknown := [each for each in names if each not in ATTACKS]:
+    if unknown := [each for each in order.names if each not in ATTACKS]:
         raise InvalidInput(
             "no such attacks",
             where="--attack",
@@ -173,42 +200,45 @@ def chosen_attacks(names: Sequence[str], leak: LeakAtK, references: Sequence[Any
     own: dict[str, Attack] = {
         Membership.name: Membership(references),
         LeakAtK.name: leak,
+        Depth.name: Depth(before, references[0] if references else None),
     }
-    return [own.get(name, ATTACKS[name]) for name in names or ATTACKS]
+    return [own.get(name, ATTACKS[name]) for name in order.names or ATTACKS]
 
 
 def attack_opened(
     opened: OpenedModel,
     references: Sequence[OpenedModel],
-    texts: Texts,
-    names: Sequence[str],
-    leak: LeakAtK,
-    seed: int,
-    out: Path,
+    order: AttackOrder,
+    before: OpenedModel | None = None,
 ) -> AttackedModel:
     """Make the attacks that a model's log lacks.
 
-    Raise as `attack_model`, and InvalidInput for references of another tokenizer.
+    Raise as `attack_model`, and InvalidInput for other models of another tokenizer.
     """
-    for each in references:
+    others = [*references, *filter(None, [before])]
+    for each in others:
         opened.check_tokenizer(each)
-    leak = replace(leak, ends=opened.ends)
-    attacks = chosen_attacks(names, leak, [each.model for each in references])
+    leak = replace(order.leak, ends=opened.ends)
+    judges = [each.model for each in references]
+    attacks = chosen_attacks(order, leak, judges, before and before.model)
     settings = {
         **asdict(opened.form),
         "samples": leak.samples,
         "max_new_tokens": leak.max_new_tokens,
-        "seed": seed,
+        "seed": order.seed,
         "references": [each.evaluated.digest for each in references],
     }
-    header = Header(opened.evaluated.digest, digest_of(texts), settings, "attacks")
-    log = out / log_name(opened.evaluated, "attacks", header)
-    sets = opened.sets(texts)
+    also = {"also": order.also} if order.also else {}
+    if before is not None:
+        settings["before"] = before.evaluated.digest
+    header = Header(opened.evaluated.digest, digest_of({**order.texts, **also}), settings, "attacks")
+    log = order.out / log_name(opened.evaluated, "attacks", header)
+    sets = opened.sets(order.texts, order.also)
     reasons = {each.name: why_not(each, opened.model, sets) for each in attacks}
     not_made = {name: why for name, why in reasons.items() if why is not None}
     made = [each for each in attacks if each.name not in not_made]
-    rows = attack_model(opened.model, sets, made, seed, log, header)
-    asked = {UNATTACKED, PRIVLEAK, *(each.name for each in attacks)}
-    chosen = {name: row for name, row in rows.items() if name in asked}
+    rows = attack_model(opened.model, sets, made, order.seed, log, header)
+    wanted = {UNATTACKED, PRIVLEAK, *(each.name for each in attacks)}
+    chosen = {name: row for name, row in rows.items() if name in wanted}
     name, digest = opened.evaluated.name, opened.evaluated.digest
     return AttackedModel(name, digest, log, settings, chosen, not_made)

@@ -1,7 +1,7 @@
 """All attacks by name, at their default strength.
 
 >>> sorted(ATTACKS)[:3], ATTACKS["relearning"].needs
-(['jailbreak', 'leak_at_k', 'membership'], ('asked', 'taught'))
+(['depth', 'jailbreak', 'leak_at_k'], ('asked', 'taught'))
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from approx.attacks.attack import Attack
+from approx.attacks.depth import Depth
 from approx.attacks.jailbreak import Jailbreak
+from approx.attacks.linear_probe import LinearProbe
 from approx.attacks.membership import Membership
+from approx.attacks.other_questions import OtherQuestions
 from approx.attacks.prefix_injection import PrefixInjection
 from approx.attacks.quantisation import Quantisation
 from approx.attacks.relearning import Relearning, RelearningOutOfDomain
@@ -19,6 +22,7 @@ from approx.attacks.sampling import LeakAtK
 
 _ALL: tuple[Attack, ...] = (
     *(Membership(), Relearning(), RelearningOutOfDomain(), Quantisation()),
-    *(LeakAtK(), Rewording(), PrefixInjection(), Jailbreak()),
+    *(LeakAtK(), Rewording(), PrefixInjection(), Jailbreak(), OtherQuestions()),
+    *(LinearProbe(), Depth()),
 )
 ATTACKS: Mapping[str, Attack] = {each.name: each for each in _ALL}

@@ -61,7 +61,7 @@ def choose_layer(
     if method.layer is None:
         effects = trace_layers(model, forget, retain)
         return replace(method, **{"layer": effects.index(max(effects))})
-    count = len(_layers(model))
+    count = len(decoder_layers(model))
     if method.layer >= count:
         raise InvalidInput(
             "the model has no such layer",
@@ -73,7 +73,8 @@ def choose_layer(
     return method
 
 
-def _layers(model: Any) -> list[Any]:
+def decoder_layers(model: Any) -> list[Any]:
+    """Return a causal model's layers, from the lowest up; a PEFT model's are those of its base."""
     return list(layers_of(_plain(model))[1])
 
 
@@ -83,17 +84,17 @@ def _plain(model: Any) -> Any:
 
 
 def _effects(model: Any, examples: Sequence[Tokens], seed: int) -> list[float]:
-    batch, layers = collate(examples[:MAX_TRACED]).to(model.device), _layers(model)
+    batch, layers = collate(examples[:MAX_TRACED]).to(model.device), decoder_layers(model)
     changes: list[Tensor] = []
-    with _hooked([(each, partial(_keep_change, into=changes)) for each in layers]):
+    with hooked([(each, partial(_keep_change, into=changes)) for each in layers]):
         clean = _score(model, batch)
     embeddings = _plain(model).get_input_embeddings()
     noisy = (embeddings, partial(_added, noise_BTD=_noise_BTD(embeddings.weight, batch, seed)))
-    with _hooked([noisy]):
+    with hooked([noisy]):
         corrupted = _score(model, batch)
     effects = []
     for layer, change in zip(layers, changes, strict=True):
-        with _hooked([noisy, (layer, partial(_restored, change=change))]):
+        with hooked([noisy, (layer, partial(_restored, change=change))]):
             effects.append(_score(model, batch) - corrupted)
     lost = clean - corrupted
     return [each / lost if lost else 0.0 for each in effects]
@@ -124,10 +125,10 @@ def hidden_at(model: Any, layer: int, ids_BT1: Tensor, columns_K: Tensor) -> Ten
     found: list[Tensor] = []
 
     def leave(_: Any, args: Any, given: Any, output: Any) -> None:  # noqa: ARG001
-        found.append(_states(output))
+        found.append(states_of(output))
         raise _Reached
 
-    with _hooked([(_layers(model)[layer], leave)]), suppress(_Reached):
+    with hooked([(decoder_layers(model)[layer], leave)]), suppress(_Reached):
         model(input_ids=ids_BT1, use_cache=False)
     return found[0][:, columns_K]
 
@@ -136,14 +137,16 @@ Hook = Callable[..., Any]
 
 
 @contextmanager
-def _hooked(hooks: Sequence[tuple[Any, Hook]]) -> Iterator[None]:
+def hooked(hooks: Sequence[tuple[Any, Hook]]) -> Iterator[None]:
+    """Have modules call forward hooks (with keyword arguments) in the block."""
     with ExitStack() as stack:
         for module, hook in hooks:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 
-def _states(output: Any) -> Tensor:
+def states_of(output: Any) -> Tensor:
+    """Return the hidden states that a layer left."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
 
@@ -154,7 +157,7 @@ def _entered(args: tuple[Any, ...], given: dict[str, Any]) -> Tensor:
 
 
 def _keep_change(_: Any, args: Any, given: Any, output: Any, *, into: list[Tensor]) -> None:
-    into.append(_states(output) - _entered(args, given))
+    into.append(states_of(output) - _entered(args, given))
 
 
 def _added(_: Any, args: Any, given: Any, output: Tensor, *, noise_BTD: Tensor) -> Tensor:  # noqa: ARG001

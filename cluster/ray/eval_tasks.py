@@ -1,4 +1,4 @@
-"""Evaluate several models: one Ray task per model, or one model after another in this process.
+"""Evaluate or attack several models: one Ray task per model, or one after another in this process.
 
 A log is continued, so a task that is started again repeats at most one batch. Tasks share the CPUs of a
 node; a task on CUDA takes one GPU. A single task needs no Ray.
@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, TypeVar
 
 from sisa.core.events import Notice, Report
 
 if TYPE_CHECKING:
+    from approx.attacks.attack_log import AttackedModel, AttackOrder
     from approx.evaluation.asking import Evaluated
-    from approx.evaluation.evaluated import PromptKind
+    from approx.evaluation.evaluated import PromptForm, PromptKind
     from approx.evaluation.evaluated_models import Dtype
     from approx.evaluation.questions import Question
 
 NOTICE_EVERY_S = 10.0
+_Task = TypeVar("_Task", "EvaluationTask", "AttackTask")
+_Done = TypeVar("_Done")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,46 @@ def carry_out(task: EvaluationTask, report: Report) -> Evaluated:
     return Evaluated(task.spec, model.digest, log, header.settings, rows)
 
 
+@dataclass(frozen=True)
+class AttackTask:
+    """Describe one model to attack. A form that is a template is of the model's own kind."""
+
+    spec: str
+    references: Sequence[str]
+    before: str | None
+    order: AttackOrder = field(repr=False)
+    form: PromptForm | str
+    device: str
+    dtype: Dtype
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A model's attacks, and how well the model before unlearning knew the asked texts."""
+
+    model: AttackedModel
+    known_before: float | None
+
+
+def carry_out_attacks(task: AttackTask, report: Report) -> Attacked:
+    """Attack one model in this process. Raise the errors of `attack_opened`."""
+    from approx.attacks.attack import probabilities
+    from approx.attacks.attack_log import OpenedModel, attack_opened
+
+    report(Notice(f"{task.spec}: attacking"))
+
+    def opened(spec: str) -> OpenedModel:
+        return OpenedModel(spec, task.form, task.device, task.dtype)
+
+    before, known = None, None
+    if task.before is not None:
+        before = opened(task.before)
+        asked = before.sets(task.order.texts).examples("asked")
+        known = fmean(probabilities(before.model, asked))
+    judges = [opened(each) for each in task.references]
+    return Attacked(attack_opened(opened(task.spec), judges, task.order, before), known)
+
+
 def run_evaluations(
     tasks: Sequence[EvaluationTask], *, ray: bool, address: str | None, report: Report
 ) -> list[Evaluated]:
@@ -74,8 +118,26 @@ def run_evaluations(
 
     Raise the first error of a task; the logs keep what was done before it.
     """
+    return _run(tasks, carry_out, ray=ray, address=address, report=report)
+
+
+def run_attacks(
+    tasks: Sequence[AttackTask], *, ray: bool, address: str | None, report: Report
+) -> list[Attacked]:
+    """Run all tasks and return their results in order. Raise as `run_evaluations`."""
+    return _run(tasks, carry_out_attacks, ray=ray, address=address, report=report)
+
+
+def _run(
+    tasks: Sequence[_Task],
+    carry: Callable[[_Task, Report], _Done],
+    *,
+    ray: bool,
+    address: str | None,
+    report: Report,
+) -> list[_Done]:
     if not ray or len(tasks) < 2:
-        return [carry_out(each, report) for each in tasks]
+        return [carry(each, report) for each in tasks]
     from cluster.ray.ray_session import alive_cpus, connect
     from cluster.ray.ray_tasks import run_tasks
     from cluster.ray.worker_slots import Placement
@@ -84,4 +146,4 @@ def run_evaluations(
     cpus = max(1, max(alive_cpus(), default=1) // len(tasks))
     placement = Placement(cpus, gpus=int(tasks[0].device.startswith("cuda")))
     label = attrgetter("spec")
-    return run_tasks(tasks, carry_out, report, session=session, placement=placement, label=label)
+    return run_tasks(tasks, carry, report, session=session, placement=placement, label=label)

@@ -5,27 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli.command import PATH, command, log_format_option
+from cluster.cli.command import PATH, command
 from cluster.cli.evaluation.evaluating import (
+    attacked_models,
     auc_words,
     evaluation,
+    machine_options,
     over_unlearned_words,
     privleak_words,
+    taught_first,
 )
-from cluster.observe.reporting import watched
 from cluster.render.render import Result
-from sisa.core.events import Notice
 
 if TYPE_CHECKING:
     from approx.attacks.attack import Curve, SetName
     from approx.attacks.attack_log import AttackedModel
-
-TAUGHT_SHARE = 4  # one of this many texts is taught, where no others are given for it
 
 
 @command("attacks", "--model unlearned --reference retained --data forgotten.jsonl", group=evaluation)
@@ -47,62 +45,50 @@ TAUGHT_SHARE = 4  # one of this many texts is taught, where no others are given 
 @click.option("--holdout", type=PATH, help="Like texts that no model has seen, for membership.")
 @click.option("--attack", "names", multiple=True, help="Make these attacks alone. Repeatable.")
 @click.option("--out", default="attack-logs", type=PATH)
-@click.option("--prompt", "kind", type=click.Choice(["completion", "chat"]))
+@click.option("--also", multiple=True, help="NAME=FILE: other questions to the same. Repeatable.")
 @click.option("--template", default="{question}{answer}", help="Form of a prompt; \\n is a line break.")
 @click.option("--max-new-tokens", default=64, type=click.IntRange(1))
 @click.option("--samples", default=8, type=click.IntRange(1), help="Answers sampled to each question.")
 @click.option("--seed", default=0)
-@click.option("--device", default="cpu", help="A torch device, such as cuda.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
-@log_format_option
+@machine_options
 def attacks(models: tuple[str, ...], references: tuple[str, ...], **options: Any) -> Result:
     """Attack models: what comes back of texts that they should have forgotten."""
-    from approx.attacks.attack import probabilities
-    from approx.attacks.attack_log import OpenedModel, attack_opened
+    from approx.attacks.attack_log import AttackOrder
     from approx.attacks.sampling import LeakAtK
-    from approx.evaluation.evaluated import PromptForm
 
-    template = options["template"].replace("\\n", "\n")
-    form = PromptForm(options["kind"], template) if options["kind"] else template
-    texts = _texts(options)
-
-    def opened(spec: str) -> OpenedModel:
-        return OpenedModel(spec, form, options["device"], options["dtype"])
-
-    known = None
-    if options["before"] is not None:
-        before = opened(options["before"])
-        known = fmean(probabilities(before.model, before.sets(texts).examples("asked")))
-    judges = [opened(each) for each in references]
+    texts, also = _texts(options)
     leak = LeakAtK(options["samples"], options["max_new_tokens"])
-    with watched() as report:
-        found = []
-        for spec in dict.fromkeys(models):
-            report(Notice(f"{spec}: attacking"))
-            rest = (options["names"], leak, options["seed"], options["out"])
-            found.append(attack_opened(opened(spec), judges, texts, *rest))
-    return attacked(found, known)
+    order = AttackOrder(texts, options["out"], also, options["names"], leak, options["seed"])
+    found = attacked_models(list(dict.fromkeys(models)), references, order, options)
+    return attacked([each.model for each in found], found[0].known_before)
 
 
-def _texts(options: Mapping[str, Any]) -> dict[SetName, list[tuple[str, str]]]:
-    """Return questions and answers by their role. Raise InvalidInput for files that can't be used."""
-    from approx.evaluation.questions import read_holdout
+def _texts(
+    options: Mapping[str, Any],
+) -> tuple[dict[SetName, list[tuple[str, str]]], dict[str, list[tuple[str, str]]]]:
+    """Return questions and answers by their role, and those of other sets by name.
 
+    Raise InvalidInput for files that can't be used.
+    """
     paths: dict[SetName, Path | None] = {
         "asked": options["data"],
         "taught": options["taught"],
         "others": options["others"],
         "holdout": options["holdout"],
     }
-    found = {
-        role: [(each.question, each.answer) for each in read_holdout(path)]
-        for role, path in paths.items()
-        if path is not None
-    }
+    found = {role: _pairs(path) for role, path in paths.items() if path is not None}
     if options["taught"] is None:
-        num = len(found["asked"]) // TAUGHT_SHARE
-        found["taught"], found["asked"] = found["asked"][:num], found["asked"][num:]
-    return found
+        found["taught"], found["asked"] = taught_first(found["asked"])
+    also = [each.partition("=") for each in options["also"]]
+    if not all(name and path for name, _, path in also):
+        raise click.UsageError("--also takes NAME=FILE")
+    return found, {name: _pairs(Path(path)) for name, _, path in also}
+
+
+def _pairs(path: Path) -> list[tuple[str, str]]:
+    from approx.evaluation.questions import read_holdout
+
+    return [(each.question, each.answer) for each in read_holdout(path)]
 
 
 def attacked(found: Sequence[AttackedModel], known: float | None) -> Result:
@@ -116,6 +102,7 @@ def _attack_json(model: AttackedModel, known: float | None) -> dict[str, Any]:
     curves = {name: curve for name, row in model.rows.items() if (curve := row.curve)}
     aucs = (model.rows["membership"].aucs or {}) if "membership" in model.rows else None
     leak = model.rows["privleak"].privleak if "privleak" in model.rows else None
+    probes = model.rows["linear_probe"].aucs if "linear_probe" in model.rows else None
     return {
         "model": model.name,
         "digest": model.digest,
@@ -133,6 +120,7 @@ def _attack_json(model: AttackedModel, known: float | None) -> dict[str, Any]:
         "membership": aucs
         and {name: {**asdict(each), "reading": reading(each)} for name, each in aucs.items()},
         "privleak": leak and asdict(leak),
+        "linear_probe": probes and {layer: asdict(each) for layer, each in probes.items()},
         "not_made": dict(model.not_made),
     }
 
@@ -153,11 +141,15 @@ def _attack_words(model: AttackedModel, known: float | None) -> Iterator[str]:
         points = ", ".join(f"{strength} {mean:.4f}" for strength, mean in each.means.items())
         half = _half(name, each, known)
         back = "" if half is None else f"; half is back after {half:.1f} steps"
+        if half is None and known is not None and name.startswith("relearning"):
+            back = f"; half is not back within {list(each.values)[-1]} steps"
         yield f"  {name:<24} {each.measure}: {points or 'no text has a question'}{back}"
     aucs = model.rows["membership"].aucs if "membership" in model.rows else None
     if aucs:
         yield f"  {'membership':<24} {auc_words(aucs, '')}"
         yield from over_unlearned_words(aucs)
+    if "linear_probe" in model.rows and (probes := model.rows["linear_probe"].aucs):
+        yield f"  {'linear_probe':<24} {auc_words(probes, '')}"
     if "privleak" in model.rows and (leak := model.rows["privleak"].privleak):
         yield privleak_words(leak)
     for name, why in model.not_made.items():

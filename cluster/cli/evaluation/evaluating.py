@@ -14,12 +14,15 @@ from cluster.observe.reporting import watched
 from cluster.render.render import Result
 
 if TYPE_CHECKING:
+    from approx.attacks.attack_log import AttackOrder
     from approx.benchmarks.headline import Headline
     from approx.evaluation.asking import Evaluated
     from approx.evaluation.questions import Question
     from approx.metrics.auc import Auc
     from approx.metrics.privleak import PrivLeak
+    from cluster.ray.eval_tasks import Attacked
 
+TAUGHT_SHARE = 4  # one of this many texts is taught, where no others are given for it
 evaluation = command_group("eval", "Measure what models know.")
 
 
@@ -133,6 +136,29 @@ def evaluated(
         for judge in references:
             check_same_settings(found[model], found[judge])
     return Models([found[each] for each in models], [found[each] for each in references])
+
+
+def attacked_models(
+    specs: Sequence[str], references: Sequence[str], order: AttackOrder, options: Mapping[str, Any]
+) -> list[Attacked]:
+    """Attack models, all at once on Ray. Raise the errors of `run_attacks`."""
+    from approx.evaluation.evaluated import PromptForm
+    from cluster.ray.eval_tasks import AttackTask, run_attacks
+
+    template = options["template"].replace("\\n", "\n")
+    form = PromptForm(options["kind"], template) if options["kind"] else template
+    how = (options["device"], options["dtype"])
+    before = options["before"]
+    tasks = [AttackTask(spec, tuple(references), before, order, form, *how) for spec in specs]
+    with watched() as report:
+        ray = options["executor"] == "ray"
+        return run_attacks(tasks, ray=ray, address=options["address"], report=report)
+
+
+def taught_first(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return the first quarter of texts, to relearn from, and the rest, to be asked."""
+    num = len(pairs) // TAUGHT_SHARE
+    return pairs[:num], pairs[num:]
 
 
 def named(model: Evaluated) -> dict[str, Any]:

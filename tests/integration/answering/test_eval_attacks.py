@@ -46,17 +46,22 @@ def attack(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Attack:
 
 
 def test_every_attack_is_made_once_and_the_log_continues(
-    attack: Attack, knowing: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+    attack: Attack, knowing: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sets = ("--holdout", attack.unseen, "--others", attack.unseen)
-    models = ("-m", knowing, "--reference", tiny_base, "--before", knowing)
+    also = ("--also", f"aliases={attack.data}")
+    sets = ("--holdout", attack.unseen, "--others", attack.unseen, *also)
+    models = ("-m", knowing, "--reference", knowing.parent / "plain", "--before", knowing)
     done = attack(*models, *sets)
     assert done.code == 0
     (model,) = done.json["models"]
-    assert model["not_made"] == {}
-    assert set(model["curves"]) == {"as_it_is", *ATTACKS} - {"membership"}
+    assert model["not_made"] == {"linear_probe": "needs 4 texts or more: --data"}
+    curves = dict(model["curves"])
+    assert set(curves) == {"as_it_is", *ATTACKS} - {"membership", "linear_probe"}
     asked = len(KNOWN) - len(KNOWN) // 4
-    assert {each["num_texts"] for each in model["curves"].values()} == {asked}
+    assert curves.pop("other_questions")["num_texts"] == len(KNOWN)
+    assert curves.pop("depth")["means"]["all"] == 0, "nothing was forgotten"
+    assert {each["num_texts"] for each in curves.values()} == {asked}
+    assert model["linear_probe"] is None
     assert model["curves"]["as_it_is"]["means"]["0"] == pytest.approx(done.json["known_before"])
     assert model["curves"]["relearning"]["steps_until_half"] == 0
     assert model["curves"]["quantisation"]["steps_until_half"] is None
@@ -86,7 +91,8 @@ def test_a_deletion_ready_model_is_attacked_by_prompts(attack: Attack, tiny: Tin
     assert done.code == 0
     (model,) = done.json["models"]
     assert set(model["not_made"]) == {
-        "relearning", "relearning_out_of_domain", "quantisation", "membership"
+        "relearning", "relearning_out_of_domain", "quantisation", "membership", "depth",
+        "linear_probe", "other_questions",
     }  # fmt: skip
     assert set(model["curves"]) == {
         "as_it_is", "leak_at_k", "rewording", "prefix_injection", "jailbreak"
@@ -95,6 +101,16 @@ def test_a_deletion_ready_model_is_attacked_by_prompts(attack: Attack, tiny: Tin
     scores = open_evaluated(str(tiny.directory)).score(pairs, PromptForm("completion"), 4)
     wanted = fmean(probability(each.loss) for each in scores)
     assert model["curves"]["as_it_is"]["means"]["0"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_depth_score_needs_models_of_one_base(
+    attack: Attack, knowing: Path, tiny_base: Path
+) -> None:
+    others = ("--reference", tiny_base, "--before", knowing, "--attack", "depth")
+    more = ("--attack", "linear_probe", "--taught", attack.unseen)
+    (model,) = attack("-m", knowing, *others, *more).json["models"]
+    assert "one base" in model["not_made"]["depth"]
+    assert set(model["linear_probe"]) == {"layer 0", "layer 1"}
 
 
 def test_what_is_refused(attack: Attack, tiny_base: Path, tmp_path: Path) -> None:
@@ -110,3 +126,4 @@ def test_what_is_refused(attack: Attack, tiny_base: Path, tmp_path: Path) -> Non
     assert "another tokenizer" in mismatched.error["message"]
     attack.data.write_text('{"question": "Who?"}\n')
     assert attack("-m", tiny_base).code == 2
+    assert attack("-m", tiny_base, "--also", "aliases").code == 2

@@ -11,17 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from approx.attacks.attack import Attack, AttackSets, Curve, probabilities
+from approx.attacks.depth import Depth, patched_gaps
 from approx.attacks.jailbreak import WRAPPINGS, Jailbreak
+from approx.attacks.linear_probe import LinearProbe, held_out_scores, ridge
 from approx.attacks.membership import Membership
+from approx.attacks.other_questions import OtherQuestions
 from approx.attacks.prefix_injection import PREFIXES, PrefixInjection
 from approx.attacks.quantisation import Quantisation
 from approx.attacks.registry import ATTACKS
 from approx.attacks.relearning import Relearning, RelearningOutOfDomain, steps_until_half
 from approx.attacks.rewording import Rewording
 from approx.attacks.sampling import LeakAtK
+from approx.metrics.auc import auc
+from approx.unlearning.causal_tracing import hidden_at
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.weights import base_digest, load_base
@@ -47,8 +54,16 @@ def model(loaded: tuple[Any, Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
+def plain(knowing: Path) -> Any:
+    """Return the model before it was taught: one that never saw the texts."""
+    never = knowing.parent / "plain"
+    return load_base(never, base_digest(never))[0]
+
+
+@pytest.fixture(scope="module")
 def sets(loaded: tuple[Any, Any]) -> AttackSets:
-    return AttackSets(loaded[1], ASKED, UNSEEN[:2], UNSEEN[2:4], UNSEEN)
+    also = {"aliases": ASKED}
+    return AttackSets(loaded[1], ASKED, UNSEEN[:2], UNSEEN[2:4], UNSEEN, also=also)
 
 
 def state(model: Any) -> tuple[list[str], list[bool], str]:
@@ -61,9 +76,10 @@ def state(model: Any) -> tuple[list[str], list[bool], str]:
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_an_attack_leaves_no_trace_and_depends_on_the_seed_alone(
-    model: Any, sets: AttackSets, name: str
+    model: Any, plain: Any, sets: AttackSets, name: str
 ) -> None:
-    before, attack = state(model), WEAK.get(name, ATTACKS[name])
+    attacks = {**ATTACKS, **WEAK, "depth": Depth(model, plain)}
+    before, attack = state(model), attacks[name]
     first, again = (attack(model, sets, seed=1) for _ in range(2))
     assert state(model) == before
     assert first == again
@@ -170,3 +186,61 @@ def test_steps_until_half_is_back(
     assert steps_until_half(Curve("probability", values), known) == (
         None if steps is None else pytest.approx(steps)
     )
+
+
+def test_the_depth_score_is_0_of_the_model_itself_and_1_of_one_that_never_saw(
+    model: Any, plain: Any, sets: AttackSets
+) -> None:
+    attack = Depth(model, plain)
+    intact, erased = (attack(each, sets, seed=0).values["all"] for each in (model, plain))
+    assert list(intact) == [0.0] * len(ASKED)
+    assert list(erased) == [1.0] * len(ASKED)
+    with pytest.raises(InvalidInput, match="lacks a model"):
+        Depth(model)(model, sets, seed=0)
+
+
+def test_states_of_the_last_layer_are_read_by_the_target_s_head(
+    model: Any, plain: Any, sets: AttackSets
+) -> None:
+    (example,) = sets.tokens(ASKED[:1])
+    ids = torch.tensor([example.input_ids])
+    labelled = [at for at, label in enumerate(example.labels) if label != -100]
+    predicted = [example.input_ids[at] for at in labelled]
+    columns = torch.tensor(labelled) - 1
+
+    def score(source: Any) -> float:
+        hidden = hidden_at(source, -1, ids, columns)
+        with torch.no_grad():
+            logits = model.lm_head(model.model.norm(hidden))[0]
+        return float(logits.log_softmax(-1)[range(len(predicted)), predicted].mean())
+
+    gaps = patched_gaps(model, plain, example)
+    assert gaps[-1] == pytest.approx(score(model) - score(plain), abs=1e-4)
+    assert patched_gaps(model, model, example) == [0.0] * len(gaps)
+
+
+def test_a_probe_finds_a_planted_direction_and_nothing_in_noise() -> None:
+    drawn = np.random.default_rng(0)
+    own, other = drawn.normal(size=(2, 40, 8))
+    folds = [list(range(at, at + 8)) for at in range(0, 40, 8)]
+    noise = auc(*held_out_scores(own, other, folds), paired=True)
+    assert noise.low < 0.5 < noise.high
+    assert auc(*held_out_scores(own + 4, other, folds), paired=True).value == 1.0
+    features, targets = drawn.normal(size=(5, 3)), drawn.normal(size=5)
+    primal = np.linalg.solve(features.T @ features + 3 * np.eye(3), features.T @ targets)
+    assert ridge(features, targets) == pytest.approx(primal)
+
+
+def test_a_probe_tells_what_is_known_in_the_upper_layers(model: Any, sets: AttackSets) -> None:
+    found = LinearProbe()(model, sets, seed=0)
+    assert list(found) == ["layer 0", "layer 1"]
+    assert all(each.num_members == len(ASKED) for each in found.values())
+    with pytest.raises(InvalidInput, match="more texts"):
+        LinearProbe()(model, replace(sets, asked=ASKED[:3]), seed=0)
+
+
+def test_other_questions_are_asked_by_the_name_of_their_set(model: Any, sets: AttackSets) -> None:
+    other = replace(sets, also={"same": ASKED[:2], "unknown": UNSEEN[:1]})
+    found = OtherQuestions()(model, other, seed=0)
+    assert found.values["same"] == probabilities(model, sets.tokens(ASKED[:2]))
+    assert len(found.values["unknown"]) == 1

@@ -1,0 +1,130 @@
+"""Linear probe: whether hidden states tell a question's own answer from another question's.
+
+AUC by layer: a linear classifier reads the mean hidden state over an answer's tokens, once with each
+question's own answer and once with that of another question, and must tell them apart on questions that
+it was not fitted on. 0.5 means that the states of this layer hold nothing of it that a line finds.
+
+Formula: ridge regression of +1 and -1 on features that are standardised by the fitted texts, w = X'
+(X X' + D I)^-1 y with D features; questions are cut into FOLDS folds, and answers are exchanged within
+a fold, so that no answer is both fitted on and judged. AUC over all held-out scores, with a paired
+interval.
+
+Source: Lynch et al. 2024, "Eight methods to evaluate robust unlearning in LLMs" (arXiv 2402.16835),
+section on latent knowledge, by supervised probes; Alain and Bengio 2016 (arXiv 1610.01644).
+
+Limits: a probe also finds what fits grammatically ("in 1990" as an answer to "Where?"), so compare with
+a model that never saw the texts; exchanged answers of one kind (all birthplaces) are fairer. With few
+texts the AUC is noise. What no line finds another reader may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from approx.attacks.attack import AttackSets, SetName
+from approx.evaluation.answers import answered, collate, logits_at
+from approx.metrics.auc import Auc, auc
+from approx.metrics.membership import Array
+from approx.unlearning.causal_tracing import decoder_layers, hooked, states_of
+from sisa.core.errors import InvalidInput
+from sisa.lm.base.tokens import Tokens, spans, without_closing
+
+FOLDS, LEAST = 5, 4  # texts: two folds of two
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A probe of each layer."""
+
+    name: ClassVar[str] = "linear_probe"
+    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
+    on_weights: ClassVar[bool] = True
+
+    def __call__(self, model: Any, sets: AttackSets, seed: int) -> Mapping[str, Auc]:
+        asked = [without_closing(each, sets.tokenizer) for each in sets.examples("asked")]
+        if len(asked) < LEAST:
+            raise InvalidInput(
+                "a probe needs more texts",
+                where="asked",
+                expected=f"{LEAST} or more",
+                got=str(len(asked)),
+            )
+        folds = folds_of(len(asked))
+        pairs = [_parted(each) for each in asked]
+        swapped = {at: fold[(place + 1) % len(fold)] for fold in folds for place, at in enumerate(fold)}
+        own = states_LND(model, [answered(*pair) for pair in pairs])
+        other = states_LND(
+            model, [answered(pairs[at][0], pairs[swapped[at]][1]) for at in range(len(pairs))]
+        )
+        found = {}
+        for layer, (own_ND, other_ND) in enumerate(zip(own, other, strict=True)):
+            scores = held_out_scores(own_ND, other_ND, folds)
+            found[f"layer {layer}"] = auc(*scores, paired=True, seed=seed)
+        return found
+
+
+def folds_of(num: int) -> list[list[int]]:
+    """Return the numbers below `num` in runs of two or more.
+
+    >>> folds_of(5)
+    [[0, 1], [2, 3, 4]]
+    """
+    count = min(FOLDS, num // 2)
+    ends = [num * fold // count for fold in range(count + 1)]
+    return [list(range(*ends[fold : fold + 2])) for fold in range(count)]
+
+
+def held_out_scores(
+    own_ND: Array, other_ND: Array, folds: Sequence[Sequence[int]]
+) -> tuple[list[float], list[float]]:
+    """Return the probe's scores of own and of exchanged answers, each by a probe not fitted on them."""
+    own, other = np.zeros(len(own_ND)), np.zeros(len(other_ND))
+    for fold in folds:
+        kept = [at for at in range(len(own_ND)) if at not in fold]
+        fitted = np.concatenate([own_ND[kept], other_ND[kept]])
+        middle, spread = fitted.mean(axis=0), fitted.std(axis=0) + 1e-8
+        weights = ridge((fitted - middle) / spread, np.repeat([1.0, -1.0], len(kept)))
+        for scores, states in ((own, own_ND), (other, other_ND)):
+            scores[fold] = (states[fold] - middle) / spread @ weights
+    return own.tolist(), other.tolist()
+
+
+def ridge(features_ND: Array, targets_N: Array) -> Array:
+    """Return the weights of ridge regression with penalty D, by the dual form."""
+    num, width = features_ND.shape
+    kernel = features_ND @ features_ND.T + width * np.eye(num)
+    found: Array = features_ND.T @ np.linalg.solve(kernel, targets_N)
+    return found
+
+
+def states_LND(model: Any, examples: Sequence[Tokens]) -> list[Array]:
+    """Return each layer's hidden states, means over an answer's tokens, of examples in order."""
+    found: list[list[Array]] = [[] for _ in decoder_layers(model)]
+    for example in examples:
+        batch = collate([example]).to(model.device)
+        ids_BT1, own_T = batch.ids_BT1, batch.mask_BT[0]
+        hooks = [
+            (layer, partial(_keep_mean, into=into, own_T=own_T))
+            for layer, into in zip(decoder_layers(model), found, strict=True)
+        ]
+        with hooked(hooks), torch.no_grad():
+            logits_at(model, ids_BT1, torch.tensor([0], device=model.device))
+    return [np.stack(each) for each in found]
+
+
+def _keep_mean(_: Any, args: Any, given: Any, output: Any, *, into: list[Array], own_T: Tensor) -> None:  # noqa: ARG001
+    states_TD = states_of(output)[0, 1:][own_T]
+    into.append(states_TD.double().mean(dim=0).cpu().numpy())
+
+
+def _parted(example: Tokens) -> tuple[list[int], list[int]]:
+    """Return the prompt and the first answer of an example."""
+    span = spans(example)[0]
+    return example.input_ids[: span.start], example.input_ids[span.start : span.stop]
