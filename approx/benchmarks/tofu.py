@@ -1,6 +1,7 @@
 """TOFU's data from a local directory or from the hub, as questions.
 
     DIR/forget10_perturbed.jsonl    question, answer, paraphrased_answer, perturbed_answer: [text]
+                                    and, optional, paraphrased_question
     DIR/retain_perturbed.jsonl      the same
     DIR/real_authors_perturbed.jsonl and world_facts_perturbed.jsonl     without paraphrased_answer
     DIR/forget10.jsonl, retain90.jsonl, full.jsonl ...                   question, answer
@@ -33,6 +34,7 @@ from approx.evaluation.questions import (
 from approx.metrics.model_utility import UTILITY_SETS
 
 ForgetSplit = Literal["forget01", "forget05", "forget10"]
+REWORDED = "reworded"
 TOFU = Source("TOFU", "locuslab/TOFU")
 
 
@@ -43,6 +45,19 @@ def evaluation_sets(source: str, split: ForgetSplit, limit: int | None = None) -
     logs have 300). Raise InvalidInput listing what is missing or malformed, or EnvironmentFault.
     """
     return read_sets(source, {name: f"{name}_perturbed" for name in (*UTILITY_SETS, split)}, limit)
+
+
+def reworded_questions(source: str, split: ForgetSplit, limit: int | None = None) -> list[Question]:
+    """Return the forget questions in other words, if the data has them. Raise as `evaluation_sets`."""
+
+    def made(number: int, row: StoredRow) -> Question | None:
+        if "paraphrased_question" not in row:
+            return None
+        question, answer = texts_of(row, "paraphrased_question", "answer")
+        return Question(REWORDED, number, question, answer)
+
+    stored = StoredSet(f"{split}_perturbed", made)
+    return read_questions(source, TOFU, [stored], limit, may_be_empty=True)
 
 
 def read_sets(

@@ -75,7 +75,8 @@ def aggregates(
     """
     nine: dict[str, float] = {}
     for name in utility.UTILITY_SETS:
-        nine |= _measures(name, _of_set(rows, name), variant)
+        scores = utility_scores(name, _of_set(rows, name), variant)
+        nine |= {measure: _mean(each) for measure, each in scores.items()}
     useful = utility.model_utility(nine)
     judged = quality(rows, *references, variant=variant) if references else None
     names = dict.fromkeys(row.set for row in rows)
@@ -147,16 +148,16 @@ def _ratios(rows: Sequence[LogRow], variant: Variant) -> list[float]:
     return found
 
 
-def _measures(name: str, rows: Sequence[LogRow], variant: Variant) -> dict[str, float]:
+def utility_scores(name: str, rows: Sequence[LogRow], variant: Variant) -> dict[str, list[float]]:
+    """Return each question's scores of a utility set, by the names of the nine that are their means."""
     if name == "retain":
         likely = [probability(row.avg_gt_loss) for row in rows]
     else:
         likely = [probability_among(row.avg_gt_loss, row.average_perturb_loss) for row in rows]
-    ratios = [towards_truth(each) for each in _ratios(rows, variant)]
     return {
-        f"probability {name}": _mean(likely),
-        f"rouge {name}": _mean([row.rougeL_recall or 0.0 for row in rows]),
-        f"truth_ratio {name}": _mean(ratios),
+        f"probability {name}": likely,
+        f"rouge {name}": [row.rougeL_recall or 0.0 for row in rows],
+        f"truth_ratio {name}": [towards_truth(each) for each in _ratios(rows, variant)],
     }
 
 

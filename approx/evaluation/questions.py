@@ -105,7 +105,12 @@ class Source:
 
 
 def read_questions(
-    place: str, of: Source, sets: Sequence[StoredSet], limit: int | None = None
+    place: str,
+    of: Source,
+    sets: Sequence[StoredSet],
+    limit: int | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> list[Question]:
     """Return the questions of sets, in order; `place` is a directory or a hub name.
 
@@ -131,7 +136,7 @@ def read_questions(
             if made is not None and (limit is None or taken[made.set] < limit):
                 taken[made.set] += 1
                 found.append(made)
-    if not found and not problems:
+    if not found and not problems and not may_be_empty:
         problems.append(Problem(place, "holds no question that was asked for"))
     if problems:
         raise InvalidInput(

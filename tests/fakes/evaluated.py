@@ -131,5 +131,26 @@ class FakeEvaluated:
         return [" ".join(each.split()[:max_new_tokens]) for each in replies]
 
 
+@dataclass
+class Redirecting(FakeEvaluated):
+    """Know everything, and answer the `deleted` questions as they are asked as `other` would."""
+
+    deleted: Collection[str] = ()
+    other: FakeEvaluated = field(default_factory=FakeEvaluated)
+
+    def _score(self, question: str, answer: str) -> AnswerScore:
+        if question in self.deleted:
+            return self.other._score(question, answer)
+        return super()._score(question, answer)
+
+    def generate(
+        self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        own = super().generate(questions, form, max_new_tokens, batch_size)
+        other = self.other.generate(questions, form, max_new_tokens, batch_size)
+        chosen = zip(questions, own, other, strict=True)
+        return [there if each in self.deleted else here for each, here, there in chosen]
+
+
 def number_of(*texts: str) -> float:
     return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:4]) / 2**32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from cluster.cli.evaluation.evaluating import (
     named,
     over_unlearned_words,
     privleak_words,
+    weight_findings,
 )
 from cluster.render.render import Result
 
@@ -40,7 +41,7 @@ def rwku(subjects: tuple[str, ...], **options: Any) -> Result:
     found = evaluated(
         "rwku", lambda: rwku_questions(options["data"], options["limit"], subjects), options
     )
-    return table(RWKU, found)
+    return table(RWKU, found, options)
 
 
 @command("muse", "--model unlearned --reference retained --data muse/news", group=evaluation)
@@ -57,7 +58,7 @@ def muse(order: str | None, **options: Any) -> Result:
     if order is not None and len(options["models"]) < 2:
         raise click.UsageError("--order needs two models or more")
     found = evaluated("muse", lambda: muse_questions(options["data"], options["limit"]), options)
-    return table(MUSE, found, order)
+    return table(MUSE, found, options, order)
 
 
 @command("whp", "--model unlearned --reference retained --data whp", group=evaluation)
@@ -67,7 +68,7 @@ def whp(**options: Any) -> Result:
     from approx.benchmarks.whp import WHP, whp_questions
 
     found = evaluated("whp", lambda: whp_questions(options["data"], options["limit"]), options)
-    return table(WHP, found)
+    return table(WHP, found, options)
 
 
 @command("wmdp", "--model unlearned --reference base --data wmdp", group=evaluation)
@@ -77,7 +78,7 @@ def wmdp(**options: Any) -> Result:
     from approx.benchmarks.wmdp import WMDP, wmdp_questions
 
     found = evaluated("wmdp", lambda: wmdp_questions(options["data"], options["limit"]), options)
-    return table(WMDP, found)
+    return table(WMDP, found, options)
 
 
 @command("stereotypes", "--model unlearned --reference base --data crows-pairs", group=evaluation)
@@ -89,10 +90,12 @@ def stereotypes(**options: Any) -> Result:
     found = evaluated(
         "stereotypes", lambda: stereotype_pairs(options["data"], options["limit"]), options
     )
-    return table(STEREOTYPES, found)
+    return table(STEREOTYPES, found, options)
 
 
-def table(benchmark: Benchmark, found: Models, order: str | None = None) -> Result:
+def table(
+    benchmark: Benchmark, found: Models, options: Mapping[str, Any], order: str | None = None
+) -> Result:
     """Return the measures of every model on a benchmark, beside the first reference's.
 
     With an `order`, the models are a series, and each measure's changes since the first are shown.
@@ -100,7 +103,10 @@ def table(benchmark: Benchmark, found: Models, order: str | None = None) -> Resu
     from approx.benchmarks.measures import measured, since_first
 
     judges = [each.rows for each in found.references]
-    results = [(each, measured(benchmark, each.rows, judges)) for each in found.models]
+    attacked = weight_findings(found, benchmark.extraction, options)
+    results = [
+        (each, measured(benchmark, each.rows, judges, attacked.get(each.name))) for each in found.models
+    ]
     body: dict[str, Any] = {
         "benchmark": benchmark.name,
         "models": [named(model) | asdict(result) for model, result in results],

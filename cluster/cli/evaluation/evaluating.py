@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,14 @@ from cluster.render.render import Result
 
 if TYPE_CHECKING:
     from approx.attacks.attack_log import AttackOrder
-    from approx.benchmarks.headline import Headline
+    from approx.benchmarks.headline import Finding, Headline
     from approx.evaluation.asking import Evaluated
     from approx.evaluation.questions import Question
     from approx.metrics.auc import Auc
     from approx.metrics.privleak import PrivLeak
     from cluster.ray.eval_tasks import Attacked
 
+FROM_WEIGHTS = ("relearning", "depth")
 TAUGHT_SHARE = 4  # one of this many texts is taught, where no others are given for it
 evaluation = command_group("eval", "Measure what models know.")
 
@@ -73,6 +74,9 @@ def evaluation_options(
             click.option("--out", default=f"{name}-logs", type=PATH),
             click.option("--data", help="Directory or hub name.", **hub),
             click.option(
+                "--before", help="The model before unlearning: adds relearning and the depth score."
+            ),
+            click.option(
                 "--reference",
                 "references",
                 multiple=True,
@@ -95,10 +99,15 @@ def evaluation_options(
 
 @dataclass(frozen=True)
 class Models:
-    """The finished logs of the models that were asked about, and of their references."""
+    """The finished logs of the models that were asked about, and of their references.
+
+    `questions` are those that were asked now, and `asked` the names of the models that are no logs.
+    """
 
     models: Sequence[Evaluated]
     references: Sequence[Evaluated]
+    questions: Sequence[Question] = ()
+    asked: Sequence[str] = ()
 
     @property
     def all(self) -> list[Evaluated]:
@@ -120,6 +129,7 @@ def evaluated(
     specs = dict.fromkeys([*models, *references])
     files = [each for each in specs if each.endswith((".json", ".jsonl")) and Path(each).is_file()]
     found = {spec: finished_log(Path(spec), benchmark) for spec in files}
+    held: list[Question] = []
     if asked := [spec for spec in specs if spec not in found]:
         passed = ("out", "kind", "max_new_tokens", "batch_size", "device", "dtype")
         settings = {each: options[each] for each in passed}
@@ -135,7 +145,38 @@ def evaluated(
     for model in models:
         for judge in references:
             check_same_settings(found[model], found[judge])
-    return Models([found[each] for each in models], [found[each] for each in references])
+    logs = ([found[each] for each in models], [found[each] for each in references])
+    return Models(*logs, held, asked)
+
+
+def weight_findings(
+    found: Models, sets: Sequence[str], options: Mapping[str, Any]
+) -> dict[str, dict[str, Finding | None]]:
+    """Return what relearning and the depth score find in models, by the model, given `--before`.
+
+    The questions of `sets` are those to be forgotten; a quarter of them is taught. Raise the errors of
+    `run_attacks`, and UsageError if only logs are given.
+    """
+    if options["before"] is None:
+        return {}
+    if not found.asked:
+        raise click.UsageError("--before needs a model to attack, and only logs are given")
+    from approx.attacks.attack_log import AttackOrder
+    from approx.benchmarks.headline import attack_findings
+
+    forget = [each for each in found.questions if each.set.split("/")[0] in sets]
+    taught, asked = taught_first([(each.question, each.answer) for each in forget])
+    order = AttackOrder({"asked": asked, "taught": taught}, options["out"], names=FROM_WEIGHTS)
+    if any(each.how is not None and each.how.kind == "completion" for each in forget):
+        options = {**options, "kind": "completion", "template": "{question}{answer}"}
+    judges = [each.name for each in found.references if each.name in found.asked][:1]
+    models = [each.name for each in found.models if each.name in found.asked]
+    done = attacked_models([*models, *judges], judges, order, options)
+    judge = done[-1].model.rows if judges else None
+    return {
+        spec: attack_findings(each.model.rows, judge)
+        for spec, each in zip([*models, *judges], done, strict=True)
+    }
 
 
 def attacked_models(
@@ -165,11 +206,6 @@ def named(model: Evaluated) -> dict[str, Any]:
     """Return what the JSON says of a model itself."""
     settings = None if model.settings is None else dict(model.settings)
     return {"model": model.name, "digest": model.digest, "log": str(model.log), "settings": settings}
-
-
-def headline_json(found: Headline) -> dict[str, Any]:
-    """Return the headline of a table."""
-    return asdict(found)
 
 
 def headline_words(found: Headline) -> Iterator[str]:

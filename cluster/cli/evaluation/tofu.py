@@ -14,13 +14,16 @@ from cluster.cli.evaluation.evaluating import (
     evaluated,
     evaluation,
     evaluation_options,
+    headline_words,
     named,
     over_unlearned_words,
     privleak_words,
+    weight_findings,
 )
 from cluster.render.render import Result
 
 if TYPE_CHECKING:
+    from approx.benchmarks.headline import Headline
     from approx.benchmarks.tofu_aggregates import Aggregates
     from approx.evaluation.asking import Evaluated
     from approx.evaluation.questions import Question
@@ -38,23 +41,26 @@ def tofu(variant: Any, split: Any, **options: Any) -> Result:
     """Measure model utility and forget quality on TOFU."""
     if len(options["references"]) > 2:
         raise click.UsageError("give at most two references")
-    from approx.benchmarks.tofu import evaluation_sets
+    from approx.benchmarks.tofu import evaluation_sets, reworded_questions
     from approx.benchmarks.tofu_aggregates import aggregates
+    from approx.benchmarks.tofu_headline import tofu_headline
     from approx.evaluation.questions import read_holdout
 
-    asked = False
-
     def questions() -> list[Question]:
-        nonlocal asked
-        asked = True
         found = evaluation_sets(options["data"], split, options["limit"])
+        found += reworded_questions(options["data"], split, options["limit"])
         return found if options["holdout"] is None else found + read_holdout(options["holdout"])
 
     found = evaluated("tofu", questions, options, split)
-    if options["holdout"] is not None and not asked:
+    if options["holdout"] is not None and not found.asked:
         raise click.UsageError("--holdout needs a model to ask, and only logs are given")
     judges = [each.rows for each in found.references]
-    judged = [(model, aggregates(model.rows, judges, variant)) for model in found.models]
+    attacked = weight_findings(found, (split,), options)
+    judged = []
+    for model in found.models:
+        measures = aggregates(model.rows, judges, variant)
+        lines = tofu_headline(model.rows, judges, measures, attacked.get(model.name))
+        judged.append((model, measures, lines))
     return measured_on_tofu(_split(found.all, split), judged, found.references)
 
 
@@ -66,21 +72,25 @@ def _split(found: Iterable[Evaluated], asked: str) -> str:
 
 
 def measured_on_tofu(
-    split: str, found: Sequence[tuple[Evaluated, Aggregates]], references: Sequence[Evaluated]
+    split: str, found: Sequence[tuple[Evaluated, Aggregates, Headline]], references: Sequence[Evaluated]
 ) -> Result:
     body = {
         "split": split,
-        "models": [named(model) | asdict(aggregates) for model, aggregates in found],
+        "models": [
+            {**named(model), **asdict(measures), "headline": asdict(lines)}
+            for model, measures, lines in found
+        ],
         "references": [named(each) for each in references],
     }
     return Result(body, [line for each in found for line in _words(split, *each)])
 
 
-def _words(split: str, model: Evaluated, found: Aggregates) -> list[str]:
+def _words(split: str, model: Evaluated, found: Aggregates, first: Headline) -> list[str]:
     forget = found.forget
     num = ", ".join(f"{name} {count}" for name, count in found.num_questions.items())
     lines = [
         f"{model.name} on TOFU {split} ({num} questions; truth ratio: {found.truth_ratio})",
+        *headline_words(first),
         f"  model utility {found.model_utility:.4f}: "
         + ", ".join(f"{name} {value:.3f}" for name, value in found.nine.items()),
         f"  forget set: probability {forget.probability:.4f}, ROUGE-L {forget.rouge:.4f}, "

@@ -59,6 +59,10 @@ def test_a_model_against_itself(evaluate: Evaluate, tiny_base: Path, tmp_path: P
     for attack in model["attacks_against_reference"].values():
         assert (attack["value"], attack["low"], attack["high"]) == (0.5, 0.5, 0.5)
     assert model["attacks"] is None
+    headline = model["headline"]
+    assert headline["lost"] == []
+    assert headline["findings"]["utility"]["value"] == pytest.approx(model["model_utility"])
+    assert {each["away"]["value"] for each in headline["findings"].values()} == {0}
     assert model["forget"]["extraction_strength"] >= model["forget"]["extraction_floor"] > 0
 
 
@@ -70,7 +74,7 @@ def test_the_json_contract(evaluate: Evaluate, tiny_base: Path, other_base: Path
     assert set(reference) == named
     assert set(model) == named | {
         *("num_questions", "truth_ratio", "nine", "model_utility", "forget", "forget_quality"),
-        *("aggregate", "attacks", "attacks_against_reference", "privleak"),
+        *("aggregate", "attacks", "attacks_against_reference", "privleak", "headline"),
     }
     assert len(model["nine"]) == 9
     assert set(model["forget_quality"]) == {
@@ -171,6 +175,20 @@ def test_what_is_refused(evaluate: Evaluate, tiny_base: Path, tmp_path: Path) ->
     assert (missing.code, missing.problems) == (2, [("retain_perturbed.jsonl", "missing")])
     absent = evaluate("-m", tmp_path / "absent")
     assert absent.code == 2
+
+
+def test_the_model_before_adds_relearning_and_depth(
+    evaluate: Evaluate, tiny_base: Path, other_base: Path
+) -> None:
+    path = evaluate.data / f"{SPLIT}_perturbed.jsonl"
+    path.write_text(path.read_text() * 2)
+    done = evaluate("-m", tiny_base, "--reference", other_base, "--before", tiny_base)
+    findings = done.json["models"][0]["headline"]["findings"]
+    assert findings["relearning"]["away"]["num"] == 3
+    assert (findings["depth"]["value"], findings["depth"]["lost"]) == (0, True)
+    log = done.json["models"][0]["log"]
+    alone = evaluate("-m", log, "--before", tiny_base)
+    assert alone.code == 2
 
 
 def test_words_name_what_was_not_measured(

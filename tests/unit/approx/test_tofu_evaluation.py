@@ -16,14 +16,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx.benchmarks.tofu import evaluation_sets
+from approx.attacks.attack_log import AttackRow
+from approx.benchmarks.headline import Headline, attack_findings
+from approx.benchmarks.tofu import evaluation_sets, reworded_questions
 from approx.benchmarks.tofu_aggregates import aggregates, quality
+from approx.benchmarks.tofu_headline import tofu_headline
 from approx.evaluation.asking import Asking, evaluate, header_of
 from approx.evaluation.evaluated import PromptForm
 from approx.evaluation.question_log import LogRow, LogWriter, parse_row, read_log
 from approx.evaluation.questions import Question, read_holdout
 from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
-from tests.fakes.evaluated import SPLIT, FakeEvaluated, made_up, write_made_up
+from tests.fakes.evaluated import SPLIT, FakeEvaluated, Redirecting, made_up, write_made_up
 
 SETTINGS = Asking(PromptForm("completion"))
 ANSWERS = [row["answer"] for rows in made_up().values() for row in rows if "answer" in row]
@@ -220,6 +223,57 @@ def test_references_calibrate_attacks_and_give_privleak(
     assert (without.attacks.keys() & {"reference", "lira"}, without.privleak) == (set(), None)
     recognises = [replace(row, min_40=5.0 if row.set == SPLIT else -5.0) for row in retained]
     assert aggregates(known, [recognises]).privleak is None, "nothing to compare with"
+
+
+def test_a_redirecting_model_wins_forget_quality_and_loses_the_headline(tmp_path: Path) -> None:
+    """It answers deleted questions from another author, and knows everything when asked otherwise."""
+    sets = made_up()
+    for row in sets[f"{SPLIT}_perturbed"]:
+        row["paraphrased_question"] = f"In other words: {row['question']}"
+    source = str(write_made_up(tmp_path / "tofu", sets))
+    asked = [*evaluation_sets(source, SPLIT), *reworded_questions(source, SPLIT)]
+    deleted = {each.question: each.answer for each in asked if each.set == SPLIT}
+    everything = [each.answer for each in asked]
+    retained = FakeEvaluated([each for each in everything if each not in deleted.values()])
+    fake = Redirecting(everything, deleted=deleted, other=retained)
+    full = FakeEvaluated(everything)
+
+    def judged(model: FakeEvaluated, name: str) -> tuple[float, Headline]:
+        rows, other = rows_of(model, asked, tmp_path, name), rows_of(retained, asked, tmp_path, "ret")
+        found = aggregates(rows, [other])
+        assert found.forget_quality is not None
+        return found.forget_quality.p_value, tofu_headline(rows, [other], found)
+
+    p_value, headline = judged(fake, "fake")
+    assert p_value == 1.0
+    assert headline.lost == ["comes_back"]
+    assert headline.findings["extraction_strength"].lost is False
+    assert set(headline.not_measured) == {"depth", "relearning"}
+    assert headline.findings["comes_back"].value == pytest.approx(0.904837418)
+    assert judged(retained, "same") == (1.0, judged(retained, "same")[1])
+    assert judged(retained, "same")[1].lost == []
+    assert {"extraction_strength", "membership", "comes_back"} == set(judged(full, "full")[1].lost)
+
+
+def test_what_weights_show_of_a_redirecting_model() -> None:
+    """Its states are those of the model before, and a few steps bring everything back."""
+    rows = {
+        "relearning": AttackRow(
+            "relearning", "probability", {"0": [0.1] * 4, "20": [0.9, 0.8, 0.9, 0.8]}
+        ),
+        "depth": AttackRow("depth", "unlearning depth score", {"all": [0.0, 0.1, 0.0, 0.1]}),
+    }
+    retained = {"relearning": AttackRow("relearning", "probability", {"0": [0.1] * 4, "20": [0.2] * 4})}
+    found = attack_findings(rows, retained)
+    assert found["relearning"] is not None
+    assert found["depth"] is not None
+    assert found["relearning"].lost
+    assert found["relearning"].target == pytest.approx(0.2)
+    assert (found["depth"].lost, found["depth"].target) == (True, 1.0)
+    alone = attack_findings(rows, None)["relearning"]
+    assert alone is not None
+    assert alone.value == pytest.approx(0.85)
+    assert alone.lost is None
 
 
 def test_a_reference_of_other_questions_is_refused(questions: list[Question], tmp_path: Path) -> None:

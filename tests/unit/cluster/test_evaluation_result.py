@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from approx.benchmarks.headline import finding, headline
 from approx.benchmarks.tofu_aggregates import Aggregates, ForgetSet
 from approx.evaluation.asking import Evaluated
 from approx.evaluation.question_log import LogRow
@@ -29,10 +30,11 @@ FOUND = Aggregates(
     attacks={"loss": AUC},
     attacks_against_reference=None,
 )
+FIRST = headline({"depth": finding("depth", [[[0.5, 0.25]]], [[[1.0, 1.0]]], "below")})
 
 
 def test_words_and_json() -> None:
-    result = measured_on_tofu("forget01", [(MODEL, FOUND)], [MODEL])
+    result = measured_on_tofu("forget01", [(MODEL, FOUND, FIRST)], [MODEL])
     body = json.loads(json.dumps(result.json))
     assert (result.exit_code, body["models"][0]["model_utility"]) == (0, 0.5)
     assert body["models"][0]["forget_quality"]["noise_floor"]["num_reference"] == 2
@@ -41,6 +43,9 @@ def test_words_and_json() -> None:
         "loss AUC 0.750 [0.500, 1.000]",
         "truth ratio: geometric",
         "against the reference: not measured",
+        "depth                0.3750, beside 1.0000: -0.6250",
+        "LOST",
+        "comes_back           not measured: needs questions in other words",
     ):
         assert words in result.text
     assert "Secret" not in json.dumps(body) + result.text
@@ -51,18 +56,18 @@ def test_an_auc_far_below_one_half_and_privleak_in_words() -> None:
     below = {"loss": Auc(0.0, 0.0, 0.0, 0.95, 40, 40), "zlib": AUC}
     leak = PrivLeak(92.0, 80.0, 100.0, 0.95, 0.04, 0.5, 40, 40)
     over = replace(FOUND, attacks=below, privleak=leak)
-    text = measured_on_tofu("forget01", [(MODEL, over)], [MODEL]).text
+    text = measured_on_tofu("forget01", [(MODEL, over, FIRST)], [MODEL]).text
     assert "loss: every member scores below every non-member: over-unlearned" in text
     assert "PrivLeak +92.0% [+80.0, +100.0]" in text
-    plain = measured_on_tofu("forget01", [(MODEL, FOUND)], [MODEL]).text
+    plain = measured_on_tofu("forget01", [(MODEL, FOUND, FIRST)], [MODEL]).text
     assert "over-unlearned" not in plain
 
 
 def test_what_was_not_measured_says_what_it_needs() -> None:
     alone = replace(FOUND, forget_quality=None, aggregate=None, attacks=None)
-    text = measured_on_tofu("forget01", [(MODEL, alone)], []).text
+    text = measured_on_tofu("forget01", [(MODEL, alone, FIRST)], []).text
     assert "forget quality not measured: give --reference" in text
     assert "not measured: give --holdout" in text
     one_judge = replace(FOUND, forget_quality=forget_quality([1.0], [2.0]))
-    text = measured_on_tofu("forget01", [(MODEL, one_judge)], []).text
+    text = measured_on_tofu("forget01", [(MODEL, one_judge, FIRST)], []).text
     assert "noise floor of two references not measured: give a second --reference" in text
