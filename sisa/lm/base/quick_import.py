@@ -1,10 +1,12 @@
-"""Import torch and transformers in half of the time, in a process that asks a model once and ends.
+"""Import torch and transformers in half of the time, in a process that runs one command and ends.
 
 Most of the time that these imports take goes to what such a process never uses, which is left out here:
 
     hidden        SciPy, accelerate, tensors that are sharded over machines: transformers works without
-    stood for     torch's compiler, its export, its Python kernels for tensors without data: a module
-                  stands for each, and all are loaded once anything is asked of one
+                  (a process that trains has accelerate, and hides SciPy from transformers alone)
+    stood for     torch's compiler, its export, its Python kernels for tensors without data (needed for
+                  random numbers, so not to train): a module stands for each, and all are loaded once
+                  anything is asked of one
     read once     the files of transformers' 500 models, which it searches for names twice
     compiled late the 1,200 patterns in which transformers rewrites the names of weights
 
@@ -41,11 +43,15 @@ LIBRARIES = ("libtorch_cpu.so", "libtorch_python.so")
 MANY_OBJECTS = 2_000_000  # more than imports make, so that no garbage is collected during them
 
 
-def import_quickly() -> None:
-    """Leave out what answering does not use, once this process imports torch and transformers."""
-    gc.set_threshold(MANY_OBJECTS)
+def import_quickly(*, trains: bool = False) -> None:
+    """Leave out what answering does not use, once this process imports torch and transformers.
+
+    With `trains`, keep what training uses besides.
+    """
+    if not trains:
+        gc.set_threshold(MANY_OBJECTS)
     threading.Thread(target=_load_libraries, daemon=True).start()
-    sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _Finder(trains=trains))
 
 
 def _load_libraries() -> None:
@@ -59,11 +65,15 @@ def _load_libraries() -> None:
 class _Finder(MetaPathFinder):
     """Notice which modules are imported; change some, and find what a standing module has loaded."""
 
+    def __init__(self, *, trains: bool) -> None:
+        self._standing = (EXPORT,) if trains else (META, EXPORT)
+        self._hidden = () if trains else HIDDEN
+
     def find_spec(self, name: str, path: Any = None, _target: Any = None) -> ModuleSpec | None:
         if name == "torch":
-            _stand_for(META, EXPORT)
+            _stand_for(*self._standing)
         elif name == "transformers":
-            _hide()
+            _hide(*self._hidden)
         elif name in _CHANGES:
             return _changed(PathFinder.find_spec(name, path), _CHANGES[name])
         elif isinstance(sys.modules.get(name.rpartition(".")[0]), _Standing):
@@ -73,11 +83,11 @@ class _Finder(MetaPathFinder):
         return None
 
 
-def _hide() -> None:
+def _hide(*names: str) -> None:
     import torch
 
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
-    modules.update(dict.fromkeys(HIDDEN))  # None makes an import fail as if there were no module
+    modules.update(dict.fromkeys(names))  # None makes an import fail as if there were no module
     torch.distributed.is_available = lambda: False
     if COMPILER not in sys.modules:
         _stand_for(COMPILER, TRANSFORM)
@@ -105,6 +115,7 @@ class _Standing(ModuleType):
     """A module that stands for another. As the compiler, its decorators return functions as they are."""
 
     disable = allow_in_graph = assume_constant_result = staticmethod(_unchanged)
+    graph_break = staticmethod(_unchanged)  # optimizers call it, and nothing is compiled
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -149,6 +160,7 @@ def _changed(spec: ModuleSpec | None, change: Callable[[Any], None]) -> ModuleSp
 
 
 def _read_once(import_utils: Any) -> None:
+    import_utils.is_scipy_available = lambda: False
     scan, names = import_utils.create_import_structure_from_path, import_utils.fetch__all__
     import_utils.create_import_structure_from_path = functools.cache(scan.__wrapped__)
     import_utils.fetch__all__ = lambda text: names(text[max(0, text.rfind("\n__all__")) :])

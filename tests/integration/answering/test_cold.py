@@ -47,6 +47,32 @@ assert torch.export.Dim("rows").__name__ == "rows"
 assert torch.ones(3, device="meta").normal_().is_meta and "torch._decomp" in sys.modules
 """
 
+TRAINED = """
+import hashlib, sys
+from pathlib import Path
+from sisa.lm.base.quick_import import import_quickly
+base, digest, *quickly = sys.argv[1:]
+if quickly:
+    import_quickly(trains=True)
+from sisa.core.domain import Part, Record, SliceJob
+from sisa.core.ports import StoredRecord
+from sisa.lm.train.lora import LoraTrainer
+training = dict(
+    lora_r=2, lora_alpha=4, lora_dropout=0.1, lora_target_modules="all-linear", optimizer="adamw_torch",
+    learning_rate=0.01, lr_scheduler="linear", warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0,
+    micro_batch_size=2, gradient_accumulation_steps=1, seed=1, sequence_len=64, overlength="refuse",
+    train_on_inputs=False,
+)
+text = Record("r", None, "text", (Part("text", "A mill by the river."),))
+job = SliceJob(0, 0, None, ((0, ""),), 1, (2, 1), training, digest, "f")
+files = LoraTrainer(Path(base), digest, 1).train(job, None, [StoredRecord("r", text)], lambda _: None)
+heavy = {"scipy", "torch._dynamo.convert_frame"} & sys.modules.keys()
+assert len(heavy) == (0 if quickly else 2)
+print([hashlib.sha256(files[name]).hexdigest() for name in sorted(files)])
+import scipy.stats
+from accelerate import Accelerator
+"""
+
 
 def process(code: str, *arguments: object) -> str:
     """Run code in a process of its own, and return what it prints."""
@@ -84,6 +110,13 @@ def test_a_quick_import_changes_no_bit_and_keeps_the_compiler(tmp_path: Path) ->
     base = make_tiny_base(tmp_path / "base")
     digest = weights.base_digest(base)
     assert process(LOGITS, base, digest, "quickly") == process(LOGITS, base, digest)
+
+
+def test_a_quick_import_changes_no_bit_of_training(tmp_path: Path) -> None:
+    """What others import of SciPy and accelerate remains at hand."""
+    base = make_tiny_base(tmp_path / "base")
+    digest = weights.base_digest(base)
+    assert process(TRAINED, base, digest, "quickly") == process(TRAINED, base, digest)
 
 
 def test_a_process_reads_a_models_bytes_once_until_they_change(
