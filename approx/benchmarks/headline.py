@@ -118,15 +118,23 @@ def membership_finding(
 
 
 def attack_findings(
-    rows: Mapping[str, AttackRow], reference: Mapping[str, AttackRow] | None, *, seed: int = 0
+    rows: Mapping[str, AttackRow],
+    reference: Mapping[str, AttackRow] | None,
+    half_after: float | None = None,
+    *,
+    seed: int = 0,
 ) -> dict[str, Finding | None]:
-    """Return the findings of a model's attack log beside that of its reference: relearning and depth."""
+    """Return the findings of a model's attack log beside that of its reference: relearning and depth.
+
+    `half_after` is the number of steps after which half of what was forgotten is back, if it is.
+    """
     found: dict[str, Finding | None] = {}
     if "relearning" in rows and (curve := rows["relearning"].curve):
         steps = list(curve.values)[-1]
         other = None if reference is None else reference["relearning"].curve
         judge = None if other is None else [[list(other.values[steps])]]
-        measure = f"probability after {steps} steps"
+        back = "not back" if half_after is None else f"back after {half_after:.1f} steps"
+        measure = f"probability after {steps} steps; half of it is {back}"
         found["relearning"] = finding(measure, [[list(curve.values[steps])]], judge, "above", seed=seed)
     if "depth" in rows and (curve := rows["depth"].curve) and curve.values.get("all"):
         scores = [[list(curve.values["all"])]]

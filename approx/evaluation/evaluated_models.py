@@ -24,7 +24,9 @@ from torch import Tensor
 
 from approx.evaluation.answer_tree import can_branch, lay_trees, tree_of, tree_scores
 from approx.evaluation.answers import continue_greedily
+from approx.evaluation.asking import Asking
 from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
+from approx.evaluation.questions import Question
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
@@ -208,6 +210,44 @@ class DeletionReadyModel:
         distinct = list(dict.fromkeys(prompts))  # each distinct prompt is embedded and looked up once
         routes = dict(zip(distinct, self.model.routes(distinct), strict=True))
         return [routes[each] for each in prompts]
+
+
+TEMPLATE_TOKENS = 256  # that a form may add to the bytes of a question and an answer
+
+
+def check_fits(
+    model: HuggingFaceModel | DeletionReadyModel, questions: Sequence[Question], asking: Asking
+) -> None:
+    """Check that a model can read each question with its answers, before any is asked.
+
+    Raise InvalidInput listing every question that is too long. A text has no more tokens than bytes, so
+    only long ones are tokenized.
+    """
+    own = model.answerer if isinstance(model, DeletionReadyModel) else model
+    tokenizer, config = own.tokenizer, own.model.config
+    if (limit := getattr(config, "max_position_embeddings", None)) is None:
+        return
+    problems = []
+    for each in questions:
+        form, num_new = asking.form_of(each), asking.num_new(each)
+        texts = [each.answer, *filter(None, [each.paraphrased]), *each.perturbed]
+        longest = max(len(text.encode()) for text in texts)
+        if len(each.question.encode()) + max(longest, num_new) + TEMPLATE_TOKENS <= limit:
+            continue
+        examples = tokens_of([(each.question, text) for text in texts], form, tokenizer)
+        lengths = [len(example.input_ids) for example in examples]
+        if num_new:
+            lengths.append(len(_prompt_ids(each.question, form, tokenizer)) + num_new)
+        if max(lengths) > limit:
+            problems.append(Problem(f"{each.set} {each.idx}", f"{max(lengths)} tokens"))
+    if problems:
+        raise InvalidInput(
+            f"{len(problems)} questions with their answers are longer than the model can read",
+            where=model.name,
+            expected=f"at most {limit} tokens",
+            next_step="lower --max-new-tokens, or leave these sets out",
+            problems=problems,
+        )
 
 
 def _moved(model: Any, device: str) -> Any:

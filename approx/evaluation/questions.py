@@ -155,6 +155,24 @@ def read_holdout(path: Path) -> list[Question]:
     return read_questions(str(path.parent), Source("question and answer", "of a data set"), [made])
 
 
+def check_apart(name: str, asked: Sequence[str], **others: Sequence[str]) -> None:
+    """Check that no question of a set is in another. Raise InvalidInput listing every one that is."""
+    held = set(asked)
+    problems = [
+        Problem(f"{other}, question {number + 1}", f"is in {name}, too")
+        for other, questions in others.items()
+        for number, question in enumerate(questions)
+        if question in held
+    ]
+    if problems:
+        raise InvalidInput(
+            "sets that must be apart overlap",
+            expected=f"no question of {name} in another set",
+            next_step="remove these questions from one of the sets",
+            problems=problems,
+        )
+
+
 def plain_question(name: str) -> Callable[[int, StoredRow], Question]:
     """Return what makes questions of a set from rows of `question` and `answer`."""
 

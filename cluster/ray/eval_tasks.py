@@ -47,13 +47,14 @@ class EvaluationTask:
 
 
 def carry_out(task: EvaluationTask, report: Report) -> Evaluated:
-    """Evaluate one model in this process. Raise the errors of `open_evaluated` and `evaluate`."""
+    """Evaluate one model in this process. Raise as `open_evaluated`, `check_fits` and `evaluate`."""
     from approx.evaluation.asking import Asking, Evaluated, evaluate, header_of, log_name
     from approx.evaluation.evaluated import PromptForm
-    from approx.evaluation.evaluated_models import open_evaluated
+    from approx.evaluation.evaluated_models import check_fits, open_evaluated
 
     model = open_evaluated(task.spec, task.device, task.dtype)
     settings = Asking(PromptForm(task.kind or model.kind, task.template), task.max_new_tokens)
+    check_fits(model, task.questions, settings)
     header = header_of(model, task.questions, settings, task.benchmark)
     log = task.out / log_name(model, task.name, header)
     last = time.monotonic()

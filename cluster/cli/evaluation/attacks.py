@@ -70,6 +70,8 @@ def _texts(
 
     Raise InvalidInput for files that can't be used.
     """
+    from approx.evaluation.questions import check_apart
+
     paths: dict[SetName, Path | None] = {
         "asked": options["data"],
         "taught": options["taught"],
@@ -79,6 +81,8 @@ def _texts(
     found = {role: _pairs(path) for role, path in paths.items() if path is not None}
     if options["taught"] is None:
         found["taught"], found["asked"] = taught_first(found["asked"])
+    apart = {role: [question for question, _ in pairs] for role, pairs in found.items()}
+    check_apart("data", apart.pop("asked"), **apart)
     also = [each.partition("=") for each in options["also"]]
     if not all(name and path for name, _, path in also):
         raise click.UsageError("--also takes NAME=FILE")

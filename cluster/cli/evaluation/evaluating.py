@@ -174,9 +174,19 @@ def weight_findings(
     done = attacked_models([*models, *judges], judges, order, options)
     judge = done[-1].model.rows if judges else None
     return {
-        spec: attack_findings(each.model.rows, judge)
+        spec: attack_findings(each.model.rows, judge, half_back(each))
         for spec, each in zip([*models, *judges], done, strict=True)
     }
+
+
+def half_back(found: Attacked) -> float | None:
+    """Return after how many steps of relearning half of what was forgotten is back, if it is."""
+    from approx.attacks.relearning import steps_until_half
+
+    curve = found.model.rows["relearning"].curve if "relearning" in found.model.rows else None
+    if curve is None or found.known_before is None:
+        return None
+    return steps_until_half(curve, found.known_before)
 
 
 def attacked_models(

@@ -44,12 +44,16 @@ def tofu(variant: Any, split: Any, **options: Any) -> Result:
     from approx.benchmarks.tofu import evaluation_sets, reworded_questions
     from approx.benchmarks.tofu_aggregates import aggregates
     from approx.benchmarks.tofu_headline import tofu_headline
-    from approx.evaluation.questions import read_holdout
+    from approx.evaluation.questions import check_apart, read_holdout
 
     def questions() -> list[Question]:
         found = evaluation_sets(options["data"], split, options["limit"])
         found += reworded_questions(options["data"], split, options["limit"])
-        return found if options["holdout"] is None else found + read_holdout(options["holdout"])
+        unseen = [] if options["holdout"] is None else read_holdout(options["holdout"])
+        check_apart(
+            "TOFU", [each.question for each in found], holdout=[each.question for each in unseen]
+        )
+        return found + unseen
 
     found = evaluated("tofu", questions, options, split)
     if options["holdout"] is not None and not found.asked:

@@ -127,3 +127,7 @@ def test_what_is_refused(attack: Attack, tiny_base: Path, tmp_path: Path) -> Non
     attack.data.write_text('{"question": "Who?"}\n')
     assert attack("-m", tiny_base).code == 2
     assert attack("-m", tiny_base, "--also", "aliases").code == 2
+    asked = attack.file("known", KNOWN)
+    overlap = attack("-m", tiny_base, "--holdout", asked, "--taught", attack.unseen)
+    assert overlap.error["message"] == "sets that must be apart overlap"
+    assert len(overlap.problems) == len(KNOWN)

@@ -103,3 +103,16 @@ def test_what_is_refused(evaluate: Evaluate, tiny_base: Path) -> None:
     assert missing.problems == [("completions.jsonl", "missing")]
     nobody = evaluate("rwku", "-m", tiny_base, "--subject", "Nobody")
     assert (nobody.code, nobody.error["got"]) == (2, "Nobody")
+
+
+def test_questions_that_the_model_can_not_read_are_listed_before_any_is_asked(
+    evaluate: Evaluate, tiny_base: Path
+) -> None:
+    rows = muse_rows()
+    rows["privleak/forget"][1]["text"] = "long " * 200
+    rows["verbmem/forget"][2]["prompt"] = "long " * 110
+    write_made_up(evaluate.folder / "muse", rows)
+    done = evaluate("muse", "-m", tiny_base)
+    assert (done.code, done.error["type"]) == (2, "InvalidInput")
+    assert [where for where, _ in done.problems] == ["verbmem 2", "privleak forget 1"]
+    assert not (evaluate.folder / "logs").exists()

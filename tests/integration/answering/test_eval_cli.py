@@ -185,6 +185,7 @@ def test_the_model_before_adds_relearning_and_depth(
     done = evaluate("-m", tiny_base, "--reference", other_base, "--before", tiny_base)
     findings = done.json["models"][0]["headline"]["findings"]
     assert findings["relearning"]["away"]["num"] == 3
+    assert "half of it is back after 0.0 steps" in findings["relearning"]["measure"]
     assert (findings["depth"]["value"], findings["depth"]["lost"]) == (0, True)
     log = done.json["models"][0]["log"]
     alone = evaluate("-m", log, "--before", tiny_base)
