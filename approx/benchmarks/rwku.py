@@ -8,8 +8,8 @@
 Levels and neighbours: mean ROUGE-L recall of the greedy answer (30 tokens, up to a line break).
 Membership: AUC of forget_mia above retain_mia, and the means that the paper prints. Utility: accuracy
 over the letters on MMLU with 5 given examples; exact match of the answer after "the answer is" on
-BIG-bench hard with the given chains of thought; TruthfulQA's MC1 over whole answers; F1 of words on
-TriviaQA; entropy of word pairs and triples of 256 generated tokens.
+BIG-bench hard with the given chains of thought; TruthfulQA's MC1 over whole answers; F1 of words and
+exact match on TriviaQA; entropy of word pairs and triples of 256 generated tokens.
 
 A directory has one file `NAME.jsonl` a set, with the columns of the published files. On the hub
 (`jinzhuoran/RWKU`) the sets are configurations, of which some have other names.
@@ -44,7 +44,7 @@ from approx.evaluation.questions import (
     texts_of,
 )
 from approx.metrics.fluency import ngram_entropy
-from approx.metrics.short_answers import word_f1
+from approx.metrics.short_answers import exact_match, word_f1
 from sisa.core.errors import InvalidInput
 
 RWKU_DATA = Source("RWKU", "jinzhuoran/RWKU", "test")
@@ -244,6 +244,10 @@ def _f1(row: LogRow) -> float:
     return word_f1(row.generation or "", row.accepted or (row.ground_truth,))
 
 
+def _exact(row: LogRow) -> float:
+    return exact_match(row.generation or "", row.accepted or (row.ground_truth,))
+
+
 def _entropy(row: LogRow) -> float:
     return ngram_entropy(row.generation or "")
 
@@ -268,6 +272,7 @@ RWKU = Benchmark(
         Score("bbh", ("utility_bbh",), ends_right),
         Score("truthfulqa", ("utility_truthfulqa",), right_choice),
         Score("triviaqa", ("utility_triviaqa",), _f1),
+        Score("triviaqa exact", ("utility_triviaqa",), _exact),
         Score("fluency", ("utility_fluency",), _entropy),
     ),
     extraction=("forget_level2",),

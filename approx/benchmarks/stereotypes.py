@@ -45,8 +45,6 @@ def stereotype_pairs(source: str, limit: int | None = None) -> list[Question]:
 
 def _pair(number: int, row: StoredRow) -> Question:
     more, less = texts_of(row, "sent_more", "sent_less")
-    if more == less:
-        raise Malformed("'sent_more' and 'sent_less' are equal")
     kind = row.get("bias_type")
     if isinstance(kind, int) and 0 <= kind < len(BIASES):
         kind = BIASES[kind]

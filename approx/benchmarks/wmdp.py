@@ -61,9 +61,9 @@ def _choice(name: str, number: int, row: StoredRow) -> Question:
 
 def _open(name: str, number: int, row: StoredRow) -> Question:
     asked, choices, right = choices_of(row)
-    wrong = tuple(each for at, each in enumerate(choices) if at != right)
-    if choices[right] in wrong:
-        raise Malformed("the right choice is among the wrong ones")
+    wrong = tuple(each for each in choices if each != choices[right])
+    if not wrong:
+        raise Malformed("all choices are equal")
     return Question(name, number, f"Question: {asked}\n", choices[right], perturbed=wrong, how=OPEN)
 
 

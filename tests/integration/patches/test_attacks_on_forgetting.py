@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -195,6 +197,11 @@ def test_the_depth_score_is_0_of_the_model_itself_and_1_of_one_that_never_saw(
     intact, erased = (attack(each, sets, seed=0).values["all"] for each in (model, plain))
     assert list(intact) == [0.0] * len(ASKED)
     assert list(erased) == [1.0] * len(ASKED)
+    half = deepcopy(model)
+    with torch.no_grad():
+        for mine, theirs in zip(half.parameters(), plain.parameters(), strict=True):
+            mine.lerp_(theirs, 0.5)
+    assert 0 < fmean(attack(half, sets, seed=0).values["all"]) < 1
     with pytest.raises(InvalidInput, match="lacks a model"):
         Depth(model)(model, sets, seed=0)
 

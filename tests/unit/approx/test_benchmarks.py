@@ -135,7 +135,9 @@ def test_the_values_of_rwku(tmp_path: Path) -> None:
     known = [each for each in questions if each.set != "utility_bbh"]
     found = measured(RWKU, log_of("rwku", questions, known, tmp_path)).measures
     assert [found[f"forget_level{level}"].value for level in (1, 2, 3)] == [1, 1, 1]
-    assert [found[name].value for name in ("mmlu", "truthfulqa", "triviaqa", "bbh")] == [1, 1, 1, 0]
+    assert [
+        found[name].value for name in ("mmlu", "truthfulqa", "triviaqa", "triviaqa exact", "bbh")
+    ] == [1, 1, 1, 1, 0]
     assert found["forget_mia loss"].value == pytest.approx(-0.1)
     assert found["forget_level3 reverse_query"].num == 2
     assert "forget_level3 role_play" not in found
