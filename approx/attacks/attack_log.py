@@ -78,8 +78,9 @@ def why_not(attack: Attack, model: Any, sets: AttackSets) -> str | None:
     if isinstance(attack, Depth):
         if attack.before is None or attack.retained is None:
             return "needs two models: --before and --reference"
-        if not of_one_shape(model, attack.before, attack.retained):
-            return "needs models of one base: --before and --reference"
+        models = (model, attack.before, attack.retained)
+        if any(map(asks_by_prompt, models)) or not of_one_shape(*models):
+            return "needs models of one base, each of one set of weights: --before and --reference"
     least = {Membership.name: 2, LinearProbe.name: LEAST}.get(attack.name, 1)
     lacking = [role for role in attack.needs if len(sets.tokens(getattr(sets, role))) < least]
     option = "".join("data" if each == "asked" else each for each in lacking[:1])

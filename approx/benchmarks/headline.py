@@ -131,7 +131,8 @@ def attack_findings(
     found: dict[str, Finding | None] = {}
     if "relearning" in rows and (curve := rows["relearning"].curve):
         steps = list(curve.values)[-1]
-        other = None if reference is None else reference["relearning"].curve
+        judged = (reference or {}).get("relearning")
+        other = judged.curve if judged else None
         judge = None if other is None else [[list(other.values[steps])]]
         back = "not back" if half_after is None else f"back after {half_after:.1f} steps"
         measure = f"probability after {steps} steps; half of it is {back}"

@@ -192,6 +192,15 @@ def test_the_model_before_adds_relearning_and_depth(
     assert alone.code == 2
 
 
+def test_a_deletion_ready_reference_has_no_weights_to_attack(evaluate: Evaluate, tiny: Tiny) -> None:
+    path = evaluate.data / f"{SPLIT}_perturbed.jsonl"
+    path.write_text(path.read_text() * 2)
+    models = ("-m", tiny.base, "--reference", tiny.directory, "--before", tiny.base)
+    headline = evaluate(*models, tokens=3).json["models"][0]["headline"]
+    assert headline["findings"]["relearning"]["target"] is None
+    assert "one set of weights" in headline["not_measured"]["depth"]
+
+
 def test_words_name_what_was_not_measured(
     capsys: pytest.CaptureFixture[str], evaluate: Evaluate, tiny_base: Path
 ) -> None:
