@@ -63,6 +63,7 @@ Family = Literal[
     "behaviour",
     "flattening",
     "representation",
+    "editing",
     "task vectors",
 ]
 Role = Literal["forget", "retain", "preferred"]

@@ -18,6 +18,8 @@ from approx.methods.ascent.wga import Wga
 from approx.methods.distillation.ceu import Ceu
 from approx.methods.distillation.undial import Undial
 from approx.methods.distillation.whp import Whp
+from approx.methods.editing.memit import Memit
+from approx.methods.editing.rome import Rome
 from approx.methods.idk_nll import IdkNll
 from approx.methods.method import Method
 from approx.methods.pdu import Pdu
@@ -34,7 +36,7 @@ METHODS: Mapping[str, type[Method]] = {
     for each in (
         *(GradientAscent, GradDiff, KlMinimisation, Wga, SatImp),
         *(Dpo, IdkDpo, AltPo, Npo, SimNpo),
-        *(Ceu, Undial, Whp, IdkNll, Pdu, Rmu, TaskArithmetic),
+        *(Ceu, Undial, Whp, IdkNll, Pdu, Rmu, Rome, Memit, TaskArithmetic),
     )
 }
 

@@ -69,7 +69,7 @@ def check_fresh_patch(patch: Tensors) -> None:
     used = [name for name, each in patch.items() if _is_second_factor(name) and bool(each.any())]
     if used:
         raise InvalidInput(
-            "task arithmetic needs a fresh patch, and this one already changes the model",
+            "the method needs a fresh patch, and this one already changes the model",
             where="patch",
             expected="second factors (lora_B) of 0",
             got=f"{len(used)} of them are not 0",

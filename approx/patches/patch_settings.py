@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
+from approx.methods.editing.editing import Edit
 from approx.methods.method import Method, check_values, one_of, whole_numbers
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import TaskArithmetic
@@ -177,6 +178,8 @@ def parse_settings(given: Mapping[str, Any], *found: Problem) -> PatchSettings:
     if isinstance(searched, TaskArithmetic) and searched.alpha is None and unbounded:
         what = "can't be searched without a bound: give it, or max_utility_drop"
         problems.append(Problem("alpha", what))
+    if isinstance(searched, Edit) and blocks["selection"].get("selection", "all") != "all":
+        problems.append(Problem("selection", f"{named} chooses its layers itself: all"))
     if problems:
         raise InvalidInput(
             "no patch can be made with these settings",

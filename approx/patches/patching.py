@@ -23,12 +23,14 @@ from typing import Any, TypeVar
 
 from approx.evaluation.probe import answers_to_probe
 from approx.methods.distillation.whp import Whp
+from approx.methods.editing.editing import Edit
 from approx.methods.preference.altpo import AltPo
 from approx.patches import patch_measures
 from approx.patches.patch_settings import PatchSettings, parse_settings
 from approx.unlearning import examples
 from approx.unlearning.alternates import write_alternates
 from approx.unlearning.causal_tracing import choose_layer
+from approx.unlearning.editing import edit_adapter, output_matrix, subject_ends
 from approx.unlearning.generated_retain import prompts_that_fit, write_answers, write_neighbours
 from approx.unlearning.generic_labels import write_generic_labels
 from approx.unlearning.saved_run import SavedRun
@@ -95,6 +97,8 @@ class PatchMaker:
         if parsed:
             _gathered(problems, lambda: adapter.lora_config(_lora(parsed), skeleton))
         method = parsed.method if parsed else None
+        if isinstance(method, Edit):
+            _gathered(problems, lambda: output_matrix(skeleton, 0))
         problems += examples.text_problems(forget, retain, method, tokenizer, limits)
         if retain is None:
             written = _gathered(problems, lambda: prompts_that_fit(tokenizer, limits.sequence_len))
@@ -187,9 +191,12 @@ class _Making:
         tokens = examples.tokenize_records(self.forget, "forget", tokenizer, limits)
         retain = self._retain(texts.get(job.retain), limits)
         self._tokens = tokens
-        method = choose_layer(settings.method, self._base, tokens, retain)
+        edited = isinstance(settings.method, Edit)
+        self._subjects = subject_ends(self.forget, tokens, tokenizer) if edited else ()
+        sets = examples.Sets(tokens, retain, subjects=self._subjects)
+        method = choose_layer(settings.method, self._base, sets)
         self.settings = settings = replace(settings, method=method)
-        lora = adapter.lora_config(_lora(settings) | self._selected(retain), self._base)
+        lora = adapter.lora_config(_lora(settings) | self._changed_modules(retain), self._base)
         seed = seed_from(settings.pace.seed, "patch")
         self._prepared: Compute | None = None
         self.sets = self._sets(
@@ -224,7 +231,11 @@ class _Making:
         self.judged = (judged + more_judged) or tokens
         return tokens + trained + more_trained
 
-    def _selected(self, retain: Sequence[Tokens]) -> dict[str, Any]:
+    def _changed_modules(self, retain: Sequence[Tokens]) -> dict[str, Any]:
+        if isinstance(self.settings.method, Edit):
+            found = edit_adapter(self._base, self.settings.method, len(self.forget))
+            self._modules: list[str] | None = found["lora_target_modules"]
+            return found
         chosen, wanted = self.settings.selection, self.settings.adapter.lora_target_modules
         if chosen.selection != "all":
             self.report(Notice(f"selecting the modules to change: {chosen.selection}"))
@@ -245,7 +256,7 @@ class _Making:
             return examples.Sets(tokens, retain, labelled)
         if not isinstance(method, AltPo):
             preferred = examples.make_preferred(self.forget, tokens, self._tokenizer, seed, length)
-            return examples.Sets(tokens, retain, preferred)
+            return examples.Sets(tokens, retain, preferred, self._subjects)
         self.report(Notice("the base writes other answers to the questions to forget"))
         written = write_alternates(
             *(self._base, self._tokenizer, self.forget, method.num_alternates, seed, length)

@@ -11,14 +11,14 @@ to keep is subtracted. An answer's own tokens are not corrupted, and a plain tex
 whole. The noise depends on the seed alone; the caller's random state is unchanged.
 
 Source: Meng et al. 2022, "Locating and editing factual associations in GPT" (arXiv 2202.05262),
-section 2, which restores the state at one token in a window of layers and averages probabilities over
-ten draws of noise. Here a layer's contribution at all tokens is restored, so that one number describes
-a layer, and each example has one draw.
+section 2, which restores the state at one token and averages probabilities over ten draws of noise.
+`trace_states` does so, with one draw for each example. `trace_layers` restores a layer's contribution at
+all tokens, so that one number describes a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 from approx.evaluation.answers import AnswerBatch, collate, logits_at, mean_logprobs_B
+from approx.methods.editing.editing import Edit
 from approx.methods.method import Method
+from approx.unlearning.examples import Sets
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.adapter import layers_of
 from sisa.lm.base.tokens import Tokens
@@ -49,17 +51,26 @@ def trace_layers(
     return [one - other for one, other in zip(found, kept, strict=True)]
 
 
-def choose_layer(
-    method: Method, model: Any, forget: Sequence[Tokens], retain: Sequence[Tokens]
-) -> Method:
+def trace_states(
+    model: Any, examples: Sequence[Tokens], positions: Sequence[int], seed: int = 0
+) -> list[float]:
+    """Return the effect of the whole state that each layer leaves at one position of each example."""
+    return _effects(model, examples, seed, positions)
+
+
+def choose_layer(method: Method, model: Any, sets: Sets) -> Method:
     """Return a method that acts at a layer with the one of the largest effect, if it names none.
 
+    An edit acts at the subjects alone, where the layers above what the answers read have no effect.
     Raise InvalidInput for a layer that the model does not have.
     """
     if "layer" not in asdict(method):
         return method
     if method.layer is None:
-        effects = trace_layers(model, forget, retain)
+        if isinstance(method, Edit):
+            effects = trace_states(model, sets.forget, sets.subject_positions)
+        else:
+            effects = trace_layers(model, sets.forget, sets.retain)
         return replace(method, **{"layer": effects.index(max(effects))})
     count = len(decoder_layers(model))
     if method.layer >= count:
@@ -75,26 +86,32 @@ def choose_layer(
 
 def decoder_layers(model: Any) -> list[Any]:
     """Return a causal model's layers, from the lowest up; a PEFT model's are those of its base."""
-    return list(layers_of(_plain(model))[1])
+    return list(layers_of(plain_model(model))[1])
 
 
-def _plain(model: Any) -> Any:
+def plain_model(model: Any) -> Any:
     """Return the causal model within a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _effects(model: Any, examples: Sequence[Tokens], seed: int) -> list[float]:
+def _effects(
+    model: Any, examples: Sequence[Tokens], seed: int, positions: Sequence[int] | None = None
+) -> list[float]:
     batch, layers = collate(examples[:MAX_TRACED]).to(model.device), decoder_layers(model)
-    changes: list[Tensor] = []
-    with hooked([(each, partial(_keep_change, into=changes)) for each in layers]):
+    seen: list[tuple[Tensor, Tensor]] = []
+    with hooked([(each, partial(_keep, into=seen)) for each in layers]):
         clean = _score(model, batch)
-    embeddings = _plain(model).get_input_embeddings()
+    embeddings = plain_model(model).get_input_embeddings()
     noisy = (embeddings, partial(_added, noise_BTD=_noise_BTD(embeddings.weight, batch, seed)))
     with hooked([noisy]):
         corrupted = _score(model, batch)
     effects = []
-    for layer, change in zip(layers, changes, strict=True):
-        with hooked([noisy, (layer, partial(_restored, change=change))]):
+    for layer, (hidden_BTD, change_BTD) in zip(layers, seen, strict=True):
+        if positions is None:
+            restore = partial(_restored, change_BTD=change_BTD)
+        else:
+            restore = partial(_put, hidden_BTD=hidden_BTD, positions=positions[:MAX_TRACED])
+        with hooked([noisy, (layer, restore)]):
             effects.append(_score(model, batch) - corrupted)
     lost = clean - corrupted
     return [each / lost if lost else 0.0 for each in effects]
@@ -138,7 +155,7 @@ Hook = Callable[..., Any]
 
 @contextmanager
 def hooked(hooks: Sequence[tuple[Any, Hook]]) -> Iterator[None]:
-    """Have modules call forward hooks (with keyword arguments) in the block."""
+    """Call hooks after the modules' forward passes, with the module, its inputs and its output."""
     with ExitStack() as stack:
         for module, hook in hooks:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
@@ -151,19 +168,38 @@ def states_of(output: Any) -> Tensor:
     return found
 
 
-def _entered(args: tuple[Any, ...], given: dict[str, Any]) -> Tensor:
+def entered(args: tuple[Any, ...], given: Mapping[str, Any], output: object = None) -> Tensor:  # noqa: ARG001
+    """Return what a module was given."""
     found: Tensor = args[0] if args else given["hidden_states"]
     return found
 
 
-def _keep_change(_: Any, args: Any, given: Any, output: Any, *, into: list[Tensor]) -> None:
-    into.append(states_of(output) - _entered(args, given))
+def _keep(_: Any, args: Any, given: Any, output: Any, *, into: list[tuple[Tensor, Tensor]]) -> None:
+    hidden_BTD = states_of(output)
+    into.append((hidden_BTD, hidden_BTD - entered(args, given)))
 
 
 def _added(_: Any, args: Any, given: Any, output: Tensor, *, noise_BTD: Tensor) -> Tensor:  # noqa: ARG001
     return output + noise_BTD
 
 
-def _restored(_: Any, args: Any, given: Any, output: Any, *, change: Tensor) -> Any:
-    hidden = _entered(args, given) + change
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+def _restored(_: Any, args: Any, given: Any, output: Any, *, change_BTD: Tensor) -> Any:
+    return with_states(output, entered(args, given) + change_BTD)
+
+
+def _put(
+    _: Any,
+    args: Any,  # noqa: ARG001
+    given: Any,  # noqa: ARG001
+    output: Any,
+    *,
+    hidden_BTD: Tensor,
+    positions: Sequence[int],
+) -> Any:
+    places = torch.arange(len(positions)), torch.tensor(positions)
+    return with_states(output, states_of(output).index_put(places, hidden_BTD[places]))
+
+
+def with_states(output: Any, hidden_BTD: Tensor) -> Any:
+    """Return a layer's output with other hidden states."""
+    return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD

@@ -31,11 +31,18 @@ class Sets:
     """Tokenized examples.
 
     `preferred[i]` answers the prompt of `forget[i]`, or has the same tokens with other labels.
+    `subjects[i]` is the position of its subject's last token, for methods that edit there.
     """
 
     forget: Sequence[Tokens]
     retain: Sequence[Tokens] = ()
     preferred: Sequence[Tokens] = ()
+    subjects: Sequence[int] = ()
+
+    @property
+    def subject_positions(self) -> Sequence[int]:
+        """Return the subjects, or the last positions of the prompts."""
+        return self.subjects or [max(0, len(first_prompt(each)) - 1) for each in self.forget]
 
 
 def check_sets(sets: Sets, method: Method) -> None:
@@ -81,7 +88,8 @@ def _set_problems(sets: Sets, method: Method) -> Iterator[Problem]:
     if "preferred" in method.reads and len(sets.preferred) != len(sets.forget):
         expected = f"expected one for each of {len(sets.forget)}"
         yield Problem("preferred", f"{len(sets.preferred)} answers, {expected}")
-    for role, examples in vars(sets).items():
+    roles = {"forget": sets.forget, "retain": sets.retain, "preferred": sets.preferred}
+    for role, examples in roles.items():
         for number, each in enumerate(examples, 1):
             count, least = num_answer_tokens(each), method.min_answer_tokens if role == "forget" else 1
             if count < least:

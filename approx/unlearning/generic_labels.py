@@ -113,7 +113,7 @@ def align(
 
     Return None if the translation is not the text with each name replaced.
     """
-    (text, starts), (other, other_starts) = (_starts(each, tokenizer) for each in (ids, other_ids))
+    (text, starts), (other, other_starts) = (token_starts(each, tokenizer) for each in (ids, other_ids))
     wanted = replace_names(text, names)
     if not (wanted.startswith(other) or other.startswith(wanted)):  # either may be cut
         return None
@@ -137,7 +137,7 @@ def align(
     return found
 
 
-def _starts(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
+def token_starts(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
     """Return the text of some tokens, and where in it each of them begins."""
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     texts = [tokenizer.decode(ids[:at], **options) for at in range(len(ids) + 1)]

@@ -14,12 +14,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+from approx.methods.editing.editing import Edit
 from approx.methods.method import Method
 from approx.methods.task_arithmetic import TaskArithmetic, check_fresh_patch, negate_patch
 from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.descent import Descent
+from approx.unlearning.editing import Editing
 from approx.unlearning.examples import Sets, check_sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.schedule import ScheduleSettings
@@ -46,15 +48,57 @@ def unlearn(
     """
     check_sets(sets, method)
     target = Target(model)
-    method = choose_layer(method, target.model, sets.forget, sets.retain)
-    if isinstance(method, TaskArithmetic):
-        settings = replace(settings, num_rounds=1)  # the search is over the scale instead
-    run = Descent(target, sets, method, settings, bounds, saved, progress, clock)
-    return _tune_and_negate(run, method) if isinstance(method, TaskArithmetic) else run.run()
+    method = choose_layer(method, target.model, sets)
+    if isinstance(method, Edit):
+        procedure: Procedure = Editing(method, progress, clock)
+    elif isinstance(method, TaskArithmetic):
+        procedure = TaskVector(method, settings, saved, progress, clock)
+    else:
+        procedure = Descending(method, settings, saved, progress, clock)
+    return procedure.apply(target, sets, bounds)
+
+
+class Procedure(Protocol):
+    """A way to change a target within bounds. Its weights at the end are checked ones."""
+
+    def apply(self, target: Target, sets: Sets, bounds: Bounds) -> End:
+        """Change the target's patch in place, and say how that ended and what it cost."""
+
+
+@dataclass(frozen=True)
+class Descending:
+    """Steps down a method's loss (`descent.py`)."""
+
+    method: Method
+    settings: ScheduleSettings
+    saved: SavedRun | None
+    progress: Callable[[StepLog], None]
+    clock: Callable[[], float]
+
+    def apply(self, target: Target, sets: Sets, bounds: Bounds) -> End:
+        return self.run_of(target, sets, bounds).run()
+
+    def run_of(self, target: Target, sets: Sets, bounds: Bounds) -> Descent:
+        """Return a run that has not started."""
+        how = self.method, self.settings, bounds, self.saved, self.progress, self.clock
+        return Descent(target, sets, *how)
+
+
+@dataclass(frozen=True)
+class TaskVector(Descending):
+    """Learning by heart in one round, and subtraction at the best scale (`task_arithmetic.py`)."""
+
+    method: TaskArithmetic
+
+    def apply(self, target: Target, sets: Sets, bounds: Bounds) -> End:
+        """Leave the patch with -alpha times what it was tuned to; alpha is 0 when no other was kept."""
+        once = replace(
+            self, settings=replace(self.settings, num_rounds=1)
+        )  # the scale is searched instead
+        return _tune_and_negate(once.run_of(target, sets, bounds), self.method)
 
 
 def _tune_and_negate(run: Descent, method: TaskArithmetic) -> End:
-    """Leave the patch with -alpha times what it was tuned to, with alpha 0 when no other was kept."""
     target, bounds, clock = run.target, run.bounds, run.clock
     started, fresh = clock(), target.snapshot()
     check_fresh_patch(fresh)

@@ -17,6 +17,7 @@ import torch
 from approx.methods.distillation.whp import Whp
 from approx.patches.patch_measures import MEASURE_LIMITS, measure_patch
 from approx.unlearning.alternates import write_alternates
+from approx.unlearning.editing import subject_ends
 from approx.unlearning.examples import first_prompt, num_answer_tokens
 from approx.unlearning.generated_retain import (
     PROMPTS,
@@ -248,6 +249,34 @@ def test_texts_are_aligned_around_their_names(bench: Bench) -> None:
     assert sorted(barred[text.index("s")]) == ["I", "Y"]
     assert align(ids, tokenizer("Someone else met Bo")["input_ids"], names, tokenizer) is None
     assert align(ids, ids, {}, tokenizer) == {at: Place(at, frozenset()) for at in range(len(ids))}
+
+
+def test_an_edit_makes_a_patch_of_its_own_form(bench: Bench) -> None:
+    """Of rank one for each text, on the last MLP matrices of the layers up to the measured one."""
+    bench.maker.check(settings("memit"), FORGET, KEEP)
+    made = bench.make(bench.order(settings("memit"), FORGET, KEEP))
+    report, change = made.report, read_change(bench.files(made))
+    layer = report["hyperparameters"]["layer"]
+    assert list(change) == [f"model.layers.{n}.mlp.down_proj" for n in range(layer + 1)]
+    assert all(len(each.a_RI) == len(FORGET) for each in change.values())
+    assert report["selection"]["modules"] == list(change)
+    after = report["metrics_after"]["forget_probability"]
+    assert after < report["metrics_before"]["forget_probability"]
+    assert probability(bench, [bench.files(made)], FORGET) == pytest.approx(after, abs=1e-4)
+    assert (report["step"], report["num_steps"]) == (len(FORGET), len(FORGET))
+
+
+def test_the_subject_of_a_fact_is_the_last_name_in_its_prompt(bench: Bench) -> None:
+    tokenizer = load_tokenizer(bench.base)
+    asked = Part("prompt", "Where does Ada Quill live now?"), Part("prompt", "where is it?")
+    records = [
+        Record(str(n), None, "completion", (each, Part("completion", " There.")))
+        for n, each in enumerate(asked)
+    ]
+    tokens = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
+    named, other = subject_ends(records, tokens, tokenizer)
+    assert tokenizer.decode(tokens[0].input_ids[: named + 1]).endswith("Ada Quill")
+    assert other == len(first_prompt(tokens[1])) - 1
 
 
 def test_a_base_that_says_nothing_else_writes_no_alternates(

@@ -18,10 +18,12 @@ import torch
 
 from approx.evaluation.answers import collate
 from approx.methods.ascent.gradient_ascent import GradientAscent
+from approx.methods.editing.editing import Edit
 from approx.methods.method import Losses, Method, Role, Rows, mean_nll
 from approx.methods.registry import METHODS, make_method
 from approx.methods.rmu import Rmu
 from approx.unlearning.causal_tracing import choose_layer, trace_layers
+from approx.unlearning.editing import edit_adapter
 from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.schedule import ScheduleSettings
@@ -76,9 +78,11 @@ def nll(model: Any, examples: list[Tokens]) -> float:
         return float(mean_nll(model(input_ids=batch.ids_BT1).logits, batch))
 
 
-def target(learnt: Any) -> Any:
+def target(learnt: Any, method: Method | None = None) -> Any:
+    """Return the model under a fresh patch, of the form that the method's edits need."""
     model = copy.deepcopy(learnt)
-    return attach(model.requires_grad_(False), lora_config(LORA, model), None, init_seed=7)
+    edits = edit_adapter(model, method, len(FORGET)) if isinstance(method, Edit) else {}
+    return attach(model.requires_grad_(False), lora_config(LORA | edits, model), None, init_seed=7)
 
 
 def saved_at(directory: Path, identity: str = "data-1") -> SavedRun:
@@ -125,8 +129,9 @@ def test_every_method_forgets_and_those_with_a_retain_term_keep_more(learnt: Any
     found = {}
     for name in METHODS:
         values = {"alpha": 32.0} if name == "task_arithmetic" else {}
-        model = target(learnt)
-        found[name] = model, unlearn(model, SETS, make_method(name, values), long, Bounds())
+        method = choose_layer(make_method(name, values), learnt, SETS)
+        model = target(learnt, method)
+        found[name] = model, unlearn(model, SETS, method, long, Bounds())
     ascent = nll(found["gradient_ascent"][0], RETAIN)
     for name, (model, end) in found.items():
         assert end.ending == Ending.FINISHED, name
@@ -210,17 +215,84 @@ def test_rmu_moves_forget_states_to_the_control_vector_and_leaves_the_others(lea
 
 
 def test_the_layer_of_rmu_is_measured_and_must_be_there(learnt: Any) -> None:
-    measured = choose_layer(make_method("rmu"), learnt, FORGET, RETAIN)
+    measured = choose_layer(make_method("rmu"), learnt, SETS)
     effects = trace_layers(learnt, FORGET, RETAIN)
     assert effects[measured.layer or 0] == max(effects)
-    assert choose_layer(make_method("npo"), learnt, FORGET, RETAIN) == make_method("npo")
+    assert choose_layer(make_method("npo"), learnt, SETS) == make_method("npo")
     with pytest.raises(InvalidInput, match="no such layer"):
         unlearn(target(learnt), SETS, make_method("rmu", {"layer": 2}), settings(), Bounds())
-    above = target(learnt)
-    for name, each in above.named_parameters():
-        each.requires_grad_("lora_" in name and ".layers.1." in name)
+    base = copy.deepcopy(learnt).requires_grad_(False)
+    above = attach(base, lora_config(LORA | {"lora_layers": "top:1"}, base), None, init_seed=7)
     with pytest.raises(InvalidInput, match="nothing that is trained reaches the loss"):
         unlearn(above, SETS, make_method("rmu", {"layer": 0}), settings(), Bounds())
+
+
+@pytest.mark.parametrize("name", ["rome", "memit"])
+def test_an_edit_writes_the_values_it_found_and_leaves_other_texts(learnt: Any, name: str) -> None:
+    method = make_method(name, {"layer": 1})
+    model = target(learnt, method)
+    logs: list[StepLog] = []
+    end = unlearn(model, SETS, method, settings(), Bounds(check_every=1), progress=logs.append)
+    assert (end.ending, end.step, end.num_steps) == (Ending.FINISHED, 3, 3)
+    assert logs[-1].step == 3
+    assert end.compute.tokens_trained == 25 * 3 * len(PREFERRED[0].input_ids)
+    assert nll(model, PREFERRED) < nll(learnt, PREFERRED) - 2
+    assert nll(model, RETAIN) == pytest.approx(nll(learnt, RETAIN), abs=1e-3)
+    with model.disable_adapter():
+        assert nll(model, FORGET) == nll(learnt, FORGET)
+
+
+def test_the_value_of_an_edited_key_is_the_one_that_was_found(learnt: Any) -> None:
+    """With one fact: W' k* - W k* is what moves the state, and the refusal gets likelier."""
+    method, only = make_method("rome", {"layer": 0}), Sets(FORGET[:1], RETAIN, PREFERRED[:1], [1])
+    model = target(learnt, method)
+    unlearn(model, only, method, settings(), Bounds())
+    before, after = (states(each, PREFERRED[:1], 0)[0] for each in (learnt, model))
+    matrix = model.base_model.model.model.layers[0].mlp.down_proj
+    change = (
+        matrix.lora_B["default"].weight @ matrix.lora_A["default"].weight * matrix.scaling["default"]
+    )
+    keys: list[torch.Tensor] = []
+    handle = matrix.register_forward_hook(lambda _, args, __: keys.append(args[0][0, 1]))
+    nll(model, PREFERRED[:1])
+    handle.remove()
+    torch.testing.assert_close(change @ keys[0], after - before, rtol=1e-4, atol=1e-4)
+    assert float(torch.linalg.matrix_rank(change)) == 1
+    assert nll(model, PREFERRED[:1]) < nll(learnt, PREFERRED[:1]) - 2
+
+
+def test_edits_outside_the_bound_or_of_no_number_are_undone(
+    learnt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    falls = [0.9, 0.89, 0.5]
+    bounds = Bounds(utility=lambda _: falls.pop(0), max_utility_drop=0.1, check_every=1)
+    method = make_method("rome", {"layer": 1})
+    model = target(learnt, method)
+    end = unlearn(model, SETS, method, settings(), bounds)
+    assert (end.ending, end.step, end.utility) == (Ending.BELOW_UTILITY_BOUND, 1, 0.89)
+    assert "1 were kept" in end.why
+    rank = [int(torch.linalg.matrix_rank(each)) for n, each in weights(model).items() if "lora_B" in n]
+    assert rank == [1]
+    wild = make_method("memit", {"layer": 1})
+    monkeypatch.setattr("approx.unlearning.editing.second_moment", lambda keys: keys.T @ keys * math.nan)
+    model = target(learnt, wild)
+    before = weights(model)
+    end = unlearn(model, SETS, wild, settings(), Bounds())
+    assert (end.ending, end.step) == (Ending.DIVERGED, 0)
+    assert same(weights(model), before)
+
+
+def test_a_patch_that_cannot_hold_the_edits_is_refused(learnt: Any) -> None:
+    method = make_method("rome", {"layer": 1})
+    model = target(learnt, method)
+    unlearn(model, SETS, method, settings(), Bounds())
+    with pytest.raises(InvalidInput, match="fresh"):
+        unlearn(model, SETS, method, settings(), Bounds())
+    lora = LORA | {"lora_target_modules": ["q_proj"]}
+    other = copy.deepcopy(learnt)
+    model = attach(other.requires_grad_(False), lora_config(lora, other), None, init_seed=7)
+    with pytest.raises(InvalidInput, match="can't hold these edits"):
+        unlearn(model, SETS, method, settings(), Bounds())
 
 
 class Stopped(Exception):

@@ -10,7 +10,7 @@ import torch
 
 from approx.evaluation.answers import collate
 from approx.methods.method import mean_nll
-from approx.unlearning.causal_tracing import hidden_at, trace_layers
+from approx.unlearning.causal_tracing import hidden_at, trace_layers, trace_states
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 from tests.models.tiny_base import make_tiny_base
@@ -60,6 +60,15 @@ def test_tracing_finds_a_planted_layer(base: Path, layer: int) -> None:
     assert effects[layer] > 0.9 > 0.5 > max(others)
     assert trace_layers(model, ANSWERED) == effects
     assert trace_layers(model, ANSWERED, ANSWERED) == [0.0] * 3, "what is kept is subtracted"
+
+
+def test_a_state_carries_what_the_layers_up_to_it_found(base: Path) -> None:
+    """The prompts differ at position 1, and the answers are read from it in layer 1 or above."""
+    effects = trace_states(planted(base, 1), ANSWERED, [1] * len(ANSWERED))
+    assert effects[0] > 0.1 > abs(effects[2])
+    assert abs(effects[2]) < 1e-6, "no layer reads what the last one leaves before the answer"
+    last = trace_states(planted(base, 1), ANSWERED, [3] * len(ANSWERED))
+    assert last[2] > 0.1
 
 
 def test_a_plain_text_can_be_traced(base: Path) -> None:

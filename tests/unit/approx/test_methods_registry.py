@@ -15,6 +15,10 @@ from hypothesis import strategies as st
 from approx.methods import method as method_module
 from approx.methods import pdu, registry, task_arithmetic
 from approx.methods.distillation import undial, whp
+from approx.methods.editing import memit, rome
+from approx.methods.editing.editing import second_moment
+from approx.methods.editing.memit import least_squares_update
+from approx.methods.editing.rome import rank_one_update
 from approx.methods.method import Family
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import check_fresh_patch, negate_patch
@@ -63,6 +67,12 @@ def test_unknown_hyperparameters_are_refused_all_at_once() -> None:
             {"layer": 1.5, "adaptive": 1, "control_seed": "x"},
             ["adaptive", "control_seed", "layer"],
         ),
+        (
+            "rome",
+            {"layer": True, "value_steps": 0, "value_rate": 0},
+            ["value_rate", "value_steps", "layer"],
+        ),
+        ("memit", {"num_layers": 0, "moment_weight": 0}, ["moment_weight", "num_layers"]),
         ("task_arithmetic", {"alpha": -0.1}, ["alpha"]),
         ("task_arithmetic", {"alphas": ()}, ["alphas"]),
         ("task_arithmetic", {"alphas": (0.5, 0.0)}, ["alphas[1]"]),
@@ -106,6 +116,8 @@ def test_values_that_a_loss_is_not_defined_for(
         ("pdu", {}, {"forget", "retain"}, set()),
         ("pdu", {"retain_weight": 0}, {"forget", "retain"}, set()),
         ("rmu", {}, {"forget", "retain"}, {"forget", "retain"}),
+        ("rome", {}, {"forget", "preferred", "retain"}, set()),
+        ("memit", {}, {"forget", "preferred", "retain"}, set()),
         ("altpo", {}, {"forget", "preferred", "retain"}, {"forget", "preferred"}),
         ("altpo", {"reference_free": True}, {"forget", "preferred", "retain"}, set()),
     ],
@@ -157,6 +169,51 @@ def test_a_used_patch_is_refused() -> None:
         check_fresh_patch(patch(0, fresh=False))
 
 
-@pytest.mark.parametrize("module", [method_module, registry, task_arithmetic, pdu, undial, whp])
+def drawn(seed: int, num_keys: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a matrix [5, 6], keys, changes of their values, and a second moment."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((5, 6), (num_keys, 6), (num_keys, 5), (40, 6))
+    return tuple(torch.randn(each, generator=generator, dtype=torch.float64) for each in shapes)  # type: ignore[return-value]
+
+
+@given(st.integers(0, 10_000))
+def test_after_a_rank_one_update_the_key_has_its_new_value(seed: int) -> None:
+    matrix, (key, *_), (change, *_), texts = drawn(seed)
+    moment = second_moment(texts)
+    a, b = rank_one_update(key, change, moment)
+    assert a.shape == (1, 6)
+    assert b.shape == (5, 1)
+    torch.testing.assert_close((matrix + b @ a) @ key, matrix @ key + change)
+    along = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    along -= torch.outer(along @ key, key) / (key @ key)  # keeps the key's value
+    cost = [((b @ a + each) @ moment @ (b @ a + each).T).trace() for each in (0 * along, along, -along)]
+    assert cost[0] <= min(cost[1:])
+
+
+@given(st.integers(0, 10_000), st.floats(0.01, 100.0))
+def test_many_edits_equal_a_direct_least_squares_solve(seed: int, weight: float) -> None:
+    """Append to the keys a square root of the moment, whose values must not change."""
+    _, keys, changes, texts = drawn(seed)
+    moment = second_moment(texts)
+    root = torch.linalg.cholesky(weight * moment).T
+    system, wanted = (
+        torch.cat([keys, root]),
+        torch.cat([changes, torch.zeros(6, 5, dtype=torch.float64)]),
+    )
+    direct = torch.linalg.lstsq(system, wanted).solution.T
+    a, b = least_squares_update(keys, changes, moment, weight)
+    assert a.shape == (3, 6)
+    torch.testing.assert_close(b @ a, direct)
+
+
+def test_a_second_moment_is_the_mean_of_outer_products() -> None:
+    keys = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    expected = torch.tensor([[5.0, 1.0], [1.0, 2.0]], dtype=torch.float64) + 0.01 * 3.5 * torch.eye(2)
+    torch.testing.assert_close(second_moment(keys), expected.double())
+
+
+@pytest.mark.parametrize(
+    "module", [method_module, registry, task_arithmetic, pdu, undial, whp, rome, memit]
+)
 def test_examples_in_docstrings_hold(module: Any) -> None:
     assert doctest.testmod(module).failed == 0

@@ -74,6 +74,7 @@ def test_flat_values_find_their_blocks() -> None:
         ("npo", {"learning_rate": float("nan"), "max_steps": "x"}, {"learning_rate", "max_steps"}),
         ("npo", {"selection": "some", "selected_share": 0}, {"selection", "selected_share"}),
         ("npo", {"selected_share": "half"}, {"selected_share"}),
+        ("rome", {"selection": "fisher"}, {"selection"}),
         ("task_arithmetic", {"max_utility_drop": None}, {"alpha"}),
         ("task_arithmetic", {"alphas": 5}, {"hyperparameters"}),
         ("gradient_ascent", {"beta": 1}, {"beta"}),

@@ -1,0 +1,50 @@
+"""ROME: one fact after another, a rank-one change of one layer's last MLP matrix.
+
+    W' = W + (v* - W k*) u^T / (u^T k*),   u = C^-1 k*
+
+so that W' k* = v*, and among all such matrices W' changes the outputs of keys with second moment C
+least. v* = W k* + d, where d makes the refusal likely when it is added to the layer's output at the
+key's position. It is found by `value_steps` steps of Adam, at a rate of `value_rate` times the root mean
+square of the hidden state there, and is at most `max_value_norm` times as long as that state.
+
+The key is that of the last token of the last name in the prompt, or of the prompt's last token if it
+names nobody. Without a `layer` it is the one with the largest effect in causal tracing. A later fact is
+edited into what the earlier ones left, and may undo some of it: `memit` writes all of them at once.
+
+Source: Meng et al. 2022, "Locating and editing factual associations in GPT" (arXiv 2202.05262), section
+3.1 and eq. 2; code `rome/compute_u.py`, `rome/compute_v.py`. There the target is another object, the key
+is a mean over random prefixes, and d has a KL term on "{subject} is a". Here the target is a refusal,
+the prompt has the form of the records alone, and the retain set gives C.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from approx.methods.editing.editing import Edit
+from sisa.lm.base.low_rank import Factors
+
+
+def rank_one_update(key_I: Tensor, change_O: Tensor, moment_II: Tensor) -> Factors:
+    """Return the update after which the key's value differs by `change_O`.
+
+    >>> a_RI, b_OR = rank_one_update(torch.tensor([2.0, 0.0]), torch.tensor([4.0]), torch.eye(2))
+    >>> (b_OR @ a_RI).tolist()
+    [[2.0, 0.0]]
+    """
+    key_I = key_I.double()
+    along_I = torch.linalg.solve(moment_II.double(), key_I)
+    right_O = change_O.double() / (along_I @ key_I)
+    return Factors(along_I.unsqueeze(0), right_O.unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class Rome(Edit):
+    """ROME in one layer."""
+
+    name: ClassVar[str] = "rome"
+    paper: ClassVar[str] = "Meng et al. 2022, Locating and editing factual associations in GPT"

@@ -1,0 +1,273 @@
+"""Edit refusals into a patch by ROME or MEMIT.
+
+    moments of the retain set's keys -> values that make the refusals likely -> updates, layer by layer
+
+Shapes: N facts, I inputs and D outputs of a layer's last MLP matrix, D also the width of hidden states.
+A patch for edits changes those matrices alone, with a rank of one for each fact and a scale of 1, so
+that it holds the closed form as it is: `edit_adapter`.
+
+After `check_every` facts, and at the end, utility is measured; when it is below its bound the patch goes
+back to what was within it. MEMIT writes all facts at once, so it is kept or undone as a whole. An edit
+has no state to save and takes no time limit into account: interrupted, it starts again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from approx.evaluation.answers import AnswerBatch, collate, logits_at
+from approx.methods.editing.editing import Edit, second_moment
+from approx.methods.editing.memit import Memit, least_squares_update
+from approx.methods.editing.rome import rank_one_update
+from approx.methods.method import Rows
+from approx.methods.task_arithmetic import check_fresh_patch
+from approx.unlearning.causal_tracing import (
+    decoder_layers,
+    entered,
+    hooked,
+    plain_model,
+    states_of,
+    with_states,
+)
+from approx.unlearning.examples import Sets, first_prompt
+from approx.unlearning.generated_retain import invented_names, name_pattern
+from approx.unlearning.generic_labels import token_starts
+from approx.unlearning.stopping import Bounds, Compute, End, Ending, StepLog, peak_memory_bytes
+from approx.unlearning.target import Target
+from sisa.core.domain import Record
+from sisa.core.errors import InvalidInput
+from sisa.lm.base.adapter import DEFAULT_NAME, layers_of
+from sisa.lm.base.low_rank import PREFIX, Factors, shape_of
+from sisa.lm.base.tokens import Tokens
+
+MAX_TEXTS, ROWS = 64, 8  # of the retain set, whose keys are counted
+
+
+def output_matrix(base: Any, layer: int) -> str:
+    """Return the full name of a layer's last MLP matrix. Raise InvalidInput if it can't be found."""
+    holder, layers = layers_of(base)
+    width = base.config.hidden_size
+    found = [
+        f"{holder}.{layer}.{name.removesuffix('.base_layer')}"
+        for name, each in layers[layer].named_modules()
+        if isinstance(each, nn.Linear | Conv1D)
+        and not any(part in name for part in ("attn", "attention", "lora_"))
+        and shape_of(each)[0] == width
+    ]
+    if found:
+        return found[-1]
+    raise InvalidInput(
+        "the base has no MLP matrix that could be edited",
+        where="method",
+        expected="layers with an MLP whose last matrix is a linear module",
+        next_step="use another method",
+    )
+
+
+def edited_layers(method: Edit) -> list[int]:
+    """Return the layers that a method with a layer writes to, from the lowest up."""
+    top = method.layer or 0
+    return (
+        list(range(max(0, top + 1 - method.num_layers), top + 1)) if isinstance(method, Memit) else [top]
+    )
+
+
+def edit_adapter(base: Any, method: Edit, num_facts: int) -> dict[str, Any]:
+    """Return rank, scale and modules of a patch that can hold the edits of a method with a layer."""
+    modules = [output_matrix(base, layer) for layer in edited_layers(method)]
+    return {"lora_target_modules": modules, "lora_r": num_facts, "lora_alpha": num_facts}
+
+
+def subject_ends(forget: Sequence[Record], tokens: Sequence[Tokens], tokenizer: Any) -> list[int]:
+    """Return the position of the last token of the last name in each prompt, or of the prompt."""
+    found = []
+    for record, each in zip(forget, tokens, strict=True):
+        text, starts = token_starts(first_prompt(each), tokenizer)
+        names = invented_names(record, 0)
+        ends = [match.end() for match in name_pattern(names).finditer(text)] if names else []
+        found.append(max(at for at, start in enumerate(starts) if start < (ends or [len(text)])[-1]))
+    return found
+
+
+class _Place(NamedTuple):
+    """A matrix with its layer, the factors of its patch, and their scale."""
+
+    layer: Any
+    matrix: Any
+    a_RI: Tensor
+    b_DR: Tensor
+    scale: float
+
+    def write(self, change: Factors, first: int) -> None:
+        """Put a change into the patch, from row `first` of its rank on."""
+        rows = slice(first, first + len(change.a_RI))
+        with torch.no_grad():
+            self.a_RI[rows] = change.a_RI.to(self.a_RI)
+            self.b_DR[:, rows] = (change.b_OR / self.scale).to(self.b_DR)
+
+
+@dataclass
+class Editing:
+    """Edits by one method, which names its layer, as a procedure."""
+
+    method: Edit
+    progress: Callable[[StepLog], None]
+    clock: Callable[[], float]
+
+    def apply(self, target: Target, sets: Sets, bounds: Bounds) -> End:
+        """Edit the answers to the forget set into the preferred ones.
+
+        Raise InvalidInput for a patch that is not fresh or can't hold the edits.
+        """
+        started, first = self.clock(), target.snapshot()
+        check_fresh_patch(first)
+        self._model, self._trained, self._forward, self._loss = target.model, 0, 0, 0.0
+        layers, num = decoder_layers(target.model), len(sets.forget)
+        places = [_place(target, layers[n], n, num) for n in edited_layers(self.method)]
+        knew, best = bounds.known(self._model, thorough=True), first
+        before = utility = bounds.measured_before(self._model)
+        kept, ending, why = 0, Ending.FINISHED, "all edits were made"
+        for done in self._edits(places, _Facts(sets.preferred, sets.subject_positions), sets.retain):
+            self.progress(StepLog(done, num, self._loss, None, 0.0))
+            if not all(bool(torch.isfinite(each).all()) for each in target.trained.values()):
+                ending, why = Ending.DIVERGED, f"edit {done} was not finite; {kept} were kept"
+                break
+            if done % bounds.check_every and done < num:
+                continue
+            found = bounds.measured(self._model)
+            if not bounds.allow(found, before):
+                ending = Ending.BELOW_UTILITY_BOUND
+                lost = f"utility was {found} after edit {done}, from {before}"
+                why = f"the bound on utility stopped it: {lost}; {kept} were kept"
+                break
+            best, utility, kept = target.snapshot(), found, done
+        target.put(best)
+        knows = bounds.known(self._model, thorough=True)
+        compute = self._compute(target, self.clock() - started)
+        end = End(ending, why, kept, num, before, utility, compute)
+        return replace(end, knowledge_before=knew, knowledge=knows)
+
+    def _edits(self, places: Sequence[_Place], facts: _Facts, retain: Sequence[Tokens]) -> Iterator[int]:
+        """Make one edit after another; yield the number of facts that the patch now holds."""
+        moments = [self._moment(each, retain) for each in places]
+        top, num = places[-1], len(facts.positions)
+        if isinstance(self.method, Memit):
+            wanted_ND = self._states(top.layer, facts) + self._changes(top.layer, facts)
+            for left, place, moment in zip(range(len(places), 0, -1), places, moments, strict=True):
+                missing_ND = (wanted_ND - self._states(top.layer, facts)) / left
+                keys_NI, weight = self._keys(place, facts), self.method.moment_weight
+                place.write(least_squares_update(keys_NI, missing_ND, moment, weight), 0)
+            yield num
+            return
+        for number in range(num):
+            fact = facts.only(number)
+            changes_ND = self._changes(top.layer, fact)
+            top.write(rank_one_update(self._keys(top, fact)[0], changes_ND[0], moments[-1]), number)
+            yield number + 1
+
+    def _moment(self, place: _Place, retain: Sequence[Tokens]) -> Tensor:
+        found = []
+        for start in range(0, min(len(retain), MAX_TEXTS), ROWS):
+            rows = retain[start : start + ROWS]
+            keys_BTI = self._seen(place.matrix, entered, collate(rows))
+            found += [keys_TI[: len(row.input_ids)] for keys_TI, row in zip(keys_BTI, rows, strict=True)]
+        return second_moment(torch.cat(found))
+
+    def _keys(self, place: _Place, facts: _Facts) -> Tensor:
+        return facts.at(self._seen(place.matrix, entered, facts.batch))
+
+    def _states(self, layer: Any, facts: _Facts) -> Tensor:
+        return facts.at(self._seen(layer, lambda *seen: states_of(seen[-1]), facts.batch))
+
+    def _seen(self, module: Any, of: Callable[..., Tensor], batch: AnswerBatch) -> Tensor:
+        """Return the input or the output of a module over a batch."""
+        seen: list[Tensor] = []
+
+        def keep(_: Any, args: Any, given: Any, output: Any) -> None:
+            seen.append(of(args, given, output))
+
+        self._forward += batch.ids_BT1.numel()
+        with torch.no_grad(), hooked([(module, keep)]):
+            self._model(input_ids=batch.ids_BT1, logits_to_keep=1, use_cache=False)
+        return seen[0]
+
+    def _changes(self, layer: Any, facts: _Facts) -> Tensor:
+        """Return what to add to the states that a layer leaves, so that the preferred answers follow."""
+        states_ND = self._states(layer, facts)
+        size_N1 = states_ND.norm(dim=1, keepdim=True)
+        rate_N1 = self.method.value_rate * size_N1 / states_ND.shape[1] ** 0.5
+        steps_ND = torch.zeros_like(states_ND, requires_grad=True)  # of Adam, whose first ones are 1
+        optimizer = torch.optim.Adam([steps_ND], lr=1.0, foreach=False)
+        cut, columns_K = facts.batch.at_answers()
+        rows = torch.arange(len(facts.positions))
+
+        def add(_: Any, args: Any, given: Any, output: Any) -> Any:  # noqa: ARG001
+            places = rows, torch.tensor(facts.positions)
+            hidden = states_of(output).index_put(places, steps_ND * rate_N1, accumulate=True)
+            return with_states(output, hidden)
+
+        for _ in range(self.method.value_steps):
+            optimizer.zero_grad()
+            with hooked([(layer, add)]):
+                logits_BKV = logits_at(self._model, cut.ids_BT1, columns_K)
+            loss = self.method.forget_term({"preferred": Rows(cut, logits_BKV)})
+            self._loss = loss.item()
+            (steps_ND.grad,) = torch.autograd.grad(loss, [steps_ND])
+            optimizer.step()
+            self._trained += cut.ids_BT1.numel()
+            with torch.no_grad():
+                longest_N1 = self.method.max_value_norm * size_N1
+                lengths_N1 = (steps_ND * rate_N1).norm(dim=1, keepdim=True)
+                steps_ND *= (longest_N1 / lengths_N1).clamp(max=1.0)
+        changes_ND: Tensor = (steps_ND * rate_N1).detach()
+        return changes_ND
+
+    def _compute(self, target: Target, seconds: float) -> Compute:
+        return Compute(
+            num_parameters=sum(each.numel() for each in target.model.parameters()),
+            num_trained=sum(each.numel() for each in target.trained.values()),
+            tokens_trained=self._trained,
+            tokens_forward=self._forward,
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+
+class _Facts(NamedTuple):
+    """The preferred answers, and where in each row its key is."""
+
+    examples: Sequence[Tokens]
+    positions: Sequence[int]
+
+    @property
+    def batch(self) -> AnswerBatch:
+        return collate(self.examples)
+
+    def only(self, number: int) -> _Facts:
+        return _Facts([self.examples[number]], [self.positions[number]])
+
+    def at(self, values_BTD: Tensor) -> Tensor:
+        return values_BTD[torch.arange(len(self.positions)), torch.tensor(self.positions)]
+
+
+def _place(target: Target, layer: Any, number: int, num_facts: int) -> _Place:
+    base = plain_model(target.model)
+    name = output_matrix(base, number)
+    factors = [target.trained.get(f"{PREFIX}{name}.lora_{each}.{DEFAULT_NAME}.weight") for each in "AB"]
+    a_RI, b_DR = factors
+    if a_RI is None or b_DR is None or len(a_RI) < num_facts:
+        raise InvalidInput(
+            "the patch can't hold these edits",
+            where="patch",
+            expected=f"LoRA of rank {num_facts} or more on {name}",
+            got="none" if a_RI is None else f"rank {len(a_RI)}",
+            next_step="attach an adapter with the values of `edit_adapter`",
+        )
+    matrix = base.get_submodule(name)
+    return _Place(layer, matrix, a_RI, b_DR, matrix.scaling[DEFAULT_NAME])
