@@ -2,6 +2,9 @@
 
 python -m tests.bench.questions --out tests/bench/questions.json
 
+Ledgers of growing size are also compared: the records that are loaded a second, the median commit of a
+training's stage, and the medians of questions that should take as long in each of them.
+
 absence    that an id, a subject or a text is not held: by the rows of its bucket, and by a look at
            every row, as a ledger is looked through that an earlier version wrote to last
 where      what many records touched: read once, and once for each record
@@ -23,12 +26,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
+from sisa.config.config import RunConfig, SisaBlock
 from sisa.core.digest import Keyed, digest_of
 from sisa.core.domain import (
     Head,
@@ -40,19 +47,23 @@ from sisa.core.domain import (
     Request,
     SliceFile,
 )
+from sisa.core.errors import UnknownRecord
 from sisa.core.ports import Change, StoredRecord
 from sisa.core.requests import EventChain, contradicted, event
 from sisa.flows import lifecycle, query
 from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
-from sisa.flows.wiring.context import Context, lookup
+from sisa.flows.wiring.context import Context, Named, commit, lookup
+from sisa.model import Model
 from sisa.planning.layout import index_root, root_of, slice_root
+from sisa.store.blobs.files import LocalBlobs
 from sisa.store.ledger import rows
 from sisa.store.ledger.database import Sqlite
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.rows import EVENTS, REQUESTS
 from tests.fakes.ports import SECRET, changed, fake_model, fake_recipe
 
-NUM_SHARDS, NUM_SLICES, PER_COMMIT, NUM_IDS = 64, 4, 50_000, 1_000
+NUM_SHARDS, NUM_SLICES, PER_COMMIT, NUM_IDS, ROUNDS = 64, 4, 50_000, 1_000, 5
+AREAS = ("records", "index", "checkpoints", "log")
 Former = Callable[[], AbstractContextManager[None]]
 CHAIN = EventChain(Keyed(SECRET))
 STATES = ("received", "approved", "committed", "rolled_back", "erased", "retrained", "completed")
@@ -65,11 +76,13 @@ def row(keyed: Keyed, number: int) -> RecordRow:
     return RecordRow(name, who, what, text, "text", *place, int(name[:16], 16) >> 1, 1)
 
 
-def filled(ledger: SqlLedger, num_records: int, num_requests: int) -> None:
-    keyed = Keyed(SECRET)
+def filled(ledger: SqlLedger, num_records: int, num_requests: int) -> float:
+    """Write a ledger; return the CPU seconds of the commits that added its records."""
+    keyed, loading_s = Keyed(SECRET), 0.0
     for start in range(0, num_records, PER_COMMIT):
         several = range(start, min(num_records, start + PER_COMMIT))
-        ledger.commit(Change(added=[row(keyed, number) for number in several]))
+        added = [row(keyed, number) for number in several]
+        loading_s += took(partial(ledger.commit, Change(added=added)))
     places = [(shard, slice_) for shard in range(NUM_SHARDS) for slice_ in range(NUM_SLICES)]
     indexes = [IndexFile(shard, "root", 0, "sha", 1) for shard in range(NUM_SHARDS)]
     made = [
@@ -88,6 +101,7 @@ def filled(ledger: SqlLedger, num_records: int, num_requests: int) -> None:
         )
     )
     fill_past(ledger, num_requests)
+    return loading_s
 
 
 def slice_file(ledger: SqlLedger, shard: int, slice_: int) -> SliceFile:
@@ -214,22 +228,79 @@ def measured(ledger: SqlLedger, context: Context, num_records: int) -> dict[str,
     }
 
 
+class OpenModel(Model):
+    """A model whose context is given, to be asked as a command asks it."""
+
+    def __init__(self, context: Context, folder: Path) -> None:
+        self.directory, self._given, self._group = folder, context, None
+        self.config = RunConfig.model_construct(sisa=SisaBlock())
+        self.base = self.embedder = Named("name", "digest")
+
+    def _seq(self) -> int:
+        return self._given.stores.ledger.seq()
+
+    @contextlib.contextmanager
+    def _context(self, **_: bool) -> Iterator[Context]:
+        yield self._given
+
+
+def small_questions(ledger: SqlLedger, folder: Path) -> dict[str, Callable[[], object]]:
+    """Return what should not take longer where more records are held."""
+    areas = {area: LocalBlobs(folder / area) for area in AREAS}
+    empty = fake_model(NUM_SHARDS, fake_recipe(NUM_SLICES)).context
+    context = changed(empty, ledger=ledger, blobs=areas)
+    model, seq = OpenModel(context, folder), count(10**6)
+    subject = row(Keyed(SECRET), 7).subject_digest or ""
+
+    def stage() -> None:
+        shard = next(seq) % NUM_SHARDS
+        (head,) = (each for each in ledger.heads() if each.shard == shard)
+        made = HeldCheckpoint(digest_of([next(seq)]), shard, (0,), 10**6, "f", "m", "a", 1, 0.5, 1)
+        commit(context, Change(checkpoints=[made], heads=[head]))
+
+    def where_absent() -> None:
+        with contextlib.suppress(UnknownRecord):
+            model.where(["absent"])
+
+    return {
+        "stage_commit_s": stage,
+        "status_s": model.status,
+        "where_absent_s": where_absent,
+        "of_subject_s": lambda: query.of_digest(context, subject),
+        "request_list_s": model.requests,
+    }
+
+
+def grown(ledger: SqlLedger, folder: Path) -> dict[str, float]:
+    """Return the median CPU seconds of small questions."""
+    found = {}
+    for name, question in small_questions(ledger, folder).items():
+        question()  # pages that were never read are no part of it
+        found[name] = median(took(question) for _ in range(ROUNDS))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--requests", type=int, default=10_000)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ledger.db"
-        with contextlib.closing(SqlLedger(path, create=True)) as ledger:
-            filled(ledger, given.records, given.requests)
-            context = fake_model(NUM_SHARDS, fake_recipe(NUM_SLICES)).context
-            found = measured(ledger, changed(context, ledger=ledger), given.records)
-        size = path.stat().st_size
+    growth: dict[str, Any] = {}
+    for records in sorted(given.sizes):
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / "ledger.db"
+            with contextlib.closing(SqlLedger(path, create=True)) as ledger:
+                rate = records / filled(ledger, records, given.requests)
+                growth[str(records)] = {"records_per_s": rate, **grown(ledger, Path(name))}
+                print(records, growth[str(records)], flush=True)
+                if records == max(given.sizes):
+                    context = fake_model(NUM_SHARDS, fake_recipe(NUM_SLICES)).context
+                    found = measured(ledger, changed(context, ledger=ledger), records)
+            size = path.stat().st_size
     found["request_list"]["before_of_requests"] = 20
-    summary = {"records": given.records, "requests": given.requests, "ledger_bytes": size, **found}
-    text = json.dumps(summary, indent=2) + "\n"
+    summary = {"records": records, "requests": given.requests, "ledger_bytes": size, **found}
+    text = json.dumps({**summary, "growth": growth}, indent=2) + "\n"
     print(text)
     if given.out is not None:
         given.out.write_text(text, encoding="utf-8")

@@ -502,6 +502,22 @@ def questions() -> Iterator[str]:
     yield from rows(("question", "CPU seconds", "the way before"), lines)
 
 
+def growth() -> Iterator[str]:
+    """Yield what does not take longer where a ledger holds more records."""
+    sizes = measured("questions")["growth"]
+    titles = {
+        "stage_commit_s": "the commit of a stage, in a first training",
+        "status_s": "`status`",
+        "where_absent_s": "`where` of an id that is not held",
+        "of_subject_s": "the records of a subject, as `find --subject` looks them up",
+        "request_list_s": "`request list`",
+    }
+    lines = [(title, *(f"{its[name]:.3f}" for its in sizes.values())) for name, title in titles.items()]
+    loaded = (f"{its['records_per_s']:,.0f}" for its in sizes.values())
+    header = ("CPU seconds", *(f"{int(size):,} records" for size in sizes))
+    yield from rows(header, [*lines, ("records added a second, in commits of 50,000", *loaded)])
+
+
 def step_table(found: Json) -> Iterator[str]:
     """Yield what a training step costs beside its matrix products."""
     lines = [
@@ -577,6 +593,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "cold": cold,
         "throughput": throughput,
         "questions": questions,
+        "growth": growth,
         "forgetting": forgetting,
         "tofu-full-trials": of("tofu_full", tofu_full.trials_table),
         "tofu-full": of("tofu_full", tofu_full.table),

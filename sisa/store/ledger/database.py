@@ -106,8 +106,11 @@ class Backend(Protocol):
     def reading(self) -> AbstractContextManager[sa.Connection]:
         """Provide a connection whose queries all see one state."""
 
-    def writing(self) -> AbstractContextManager[sa.Connection]:
-        """Provide the connection of the only writer; commit when the block ends without an error."""
+    def writing(self, num_rows: int = 0, /) -> AbstractContextManager[sa.Connection]:
+        """Provide the connection of the only writer; commit when the block ends without an error.
+
+        `num_rows` is about how many rows it adds.
+        """
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Hold the lock of all who commit. Raise Busy."""
@@ -326,8 +329,10 @@ class Sqlite:
             yield connection
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
+    def writing(self, num_rows: int = 0, /) -> Iterator[sa.Connection]:
         with self.engine.connect() as connection:
+            cache_kib = LARGE_CACHE_KIB if num_rows >= MANY_ROWS else CACHE_KIB
+            connection.exec_driver_sql(f"PRAGMA cache_size=-{cache_kib}")
             connection.exec_driver_sql("BEGIN IMMEDIATE")
             yield connection
             connection.commit()
@@ -547,7 +552,8 @@ def having(
 
 
 _SAFE = ("journal_mode=WAL", "secure_delete=ON", "synchronous=FULL", "foreign_keys=ON")
-CACHE_KIB = 65_536  # at most; with less, pages of indexes are written more than once in a large commit
+# At most. Rows meet the pages of indexes at random: a page that leaves the cache is written once more.
+CACHE_KIB, LARGE_CACHE_KIB, MANY_ROWS = 65_536, 524_288, 10_000
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:

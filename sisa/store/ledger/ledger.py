@@ -80,7 +80,7 @@ class SqlLedger(Database):
             return {key: value for key, value, _ in rows.read_all(connection, META)}
 
     def commit(self, change: Change) -> int:
-        with self._guard(), self.backend.writing() as connection:
+        with self._guard(), self.backend.writing(len(change.added)) as connection:
             seq, unidentified = _apply(connection, change)
         self.unscrubbed |= unidentified
         return seq

@@ -103,7 +103,7 @@ class Postgres:
             yield connection
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
+    def writing(self, _num_rows: int = 0, /) -> Iterator[sa.Connection]:
         for each in _held.get(self.where, ()):
             each.execute("SELECT 1")  # a lost session has lost its lock: nothing is committed without it
         with self.engine.begin() as connection:
