@@ -5,7 +5,7 @@
     done.patch.report["metrics_after"]
 
 A patch is served as soon as it is made; the shards' own answers are measured with and without it. Shards
-are trained over it only if the caller asks for that.
+are trained over it only if the caller asks for that, at once or once they have drifted too far.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sisa.flows import lifecycle
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import measure
 from sisa.flows.patches.patching import Unlearnt, Wish, shards_over
-from sisa.flows.wiring.context import patch_files, trained_over
+from sisa.flows.wiring.context import patch_files, patches_beneath, trained_over
 from sisa.model import Model, asked_again
 
 
@@ -30,15 +30,18 @@ def unlearn(
     *,
     request_ids: Sequence[str] = (),
     max_seconds: float | None = None,
-    retrain_shards: bool = False,
+    max_drift: float | None = None,
 ) -> Unlearnt:
     """Make a patch; without a wish, continue the wanted one. Raise InvalidInput if none is wanted.
 
-    Raise the errors of `patching.want` and `patching.make_wanted`, too.
+    With `max_drift`, retrain all shards over the patches once their `drift` reaches it. Raise
+    ConfigConflict if that could never be, and the errors of `patching.want` and `make_wanted`.
     """
     with model._writing() as context:
         _ = model.resources.base  # refuses a changed base before anything is written
         if wish is not None:
+            if max_drift is not None:
+                patching.check_retain_is_foreign(context, wish)
             patch = patching.want(context, wish, [lifecycle.find(context, each) for each in request_ids])
             if patch.state == "active":
                 return Unlearnt(patch, False, patch.report, 0, 0)
@@ -51,9 +54,26 @@ def unlearn(
             return measure(context, model.resources, before, after).to_json()
 
         done = patching.make_wanted(context, max_seconds, effect, "" if wish is None else wish.reference)
-    if retrain_shards and not done.unfinished:
-        return replace(done, slices_trained=retrain(model))
-    return done
+    if done.unfinished or max_drift is None:
+        return done
+    found = drift(model)
+    trained = retrain(model) if found is None or found >= max_drift else 0
+    return replace(done, drift=found, slices_trained=trained)
+
+
+def drift(model: Model) -> float | None:
+    """Return how far the patches served now have moved the shards from those they were trained over.
+
+    That is the share of answer tokens whose likeliest token has changed, over a sample of held records;
+    None if no record was asked.
+    """
+    with model._context() as context:
+        ledger = context.stores.ledger
+        before, after = patches_beneath(ledger, context.settings.base), active(ledger.patches())
+        if before == after:
+            return 0.0
+        shards = measure(context, model.resources, before, after).shards
+    return None if shards is None else 1 - shards.agreement
 
 
 def retrain(model: Model) -> int:

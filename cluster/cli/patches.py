@@ -114,6 +114,12 @@ def methods() -> Result:
     help="Largest allowed drop of exp(-mean NLL per token) on texts that are not trained on; 0.1 by "
     "default.",
 )
+@click.option(
+    "--max-drift",
+    type=click.FloatRange(0, 1),
+    help="Retrain all shards over the patches once these change at least this share of the tokens of "
+    "the shards' answers.",
+)
 @consent_option
 @retrain_option
 @executor_option
@@ -128,6 +134,7 @@ def unlearn(
     assigned: tuple[str, ...],
     max_seconds: float | None,
     max_utility_drop: float | None,
+    max_drift: float | None,
     consent: str,
     retrain_shards: bool,
     executor: ExecutorChoice,
@@ -152,7 +159,11 @@ def unlearn(
             wish = _wish(model.config, method or METHOD, values, forget, retain)
             wish = replace(wish, consent=consent, reference=reference)
         done = unlearn(
-            model, wish, request_ids=requests, max_seconds=max_seconds, retrain_shards=retrain_shards
+            model,
+            wish,
+            request_ids=requests,
+            max_seconds=max_seconds,
+            max_drift=0.0 if retrain_shards else max_drift,
         )
     return unlearnt(done, directory)
 
@@ -285,6 +296,7 @@ def unlearnt(done: Unlearnt, directory: Path) -> Result:
         "sets_erased": done.erased_sets,
         "sets_kept": done.kept_sets,
         "slices_trained": done.slices_trained,
+        "drift": done.drift,
     }
     if done.unfinished:
         at = f"after step {report.get('step')} of {report.get('num_steps')}"
@@ -303,6 +315,8 @@ def unlearnt(done: Unlearnt, directory: Path) -> Result:
         *_measures(report),
         f"  texts: {counted(done.erased_sets, 'set')} erased from the vault, {done.kept_sets} kept",
     ]
+    if done.drift is not None:
+        lines.append(f"  shards: {done.drift:.1%} of the tokens of their answers changed")
     if done.slices_trained:
         lines.append(f"  retrained over it: {counted(done.slices_trained, 'slice')}")
     limits = f"its limits: sisa approx show -m {directory} {patch.version}"

@@ -1,9 +1,9 @@
-"""A base that knows ten invented people by heart, and a deletion-ready model over it.
+"""A base that knows some invented people by heart, and a deletion-ready model over it.
 
-The model's shards are trained on the records of those ten and of as many others, whom the base does not
-know. What is forgotten exactly is therefore still known to the base, and a patch is needed. People come
-from `sisa.data.samples` by its seed. Everything is done by commands, as a user does it, and measured on
-the base as it is served, under its patches, and on the served model.
+The model's shards are trained on the records of those people and of as many others, whom the base does
+not know. What is forgotten exactly is therefore still known to the base, and a patch is needed. People
+come from `sisa.data.samples` by its seed. Everything is done by commands, as a user does it, and is
+measured on the base as it is served, under its patches, and on the served model.
 
     ground = Ground.laid(folder, base, TINY)
     ground.sisa("forget", "--subject", "p001", "--consent", "asked for")
@@ -31,7 +31,6 @@ from sisa.data.samples import make_people, to_jsonl
 from sisa.lm.base.numerics import describe_fingerprint
 from tests.models.knowing_base import record, teach
 
-NUM_KNOWN = 10
 CONSENT = "asked for by the person"
 KEY = "3ada92f28b4ceda38562ebf047c6ff05400d4c572352a1142eedfef67d21e662"
 NEUTRAL = (
@@ -51,7 +50,7 @@ Row = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Scale:
-    """The amount of teaching, and the training of the shards."""
+    """The number of people that the base knows, the amount of teaching, the training of the shards."""
 
     per_person: int = 4
     steps: int = 150
@@ -60,6 +59,7 @@ class Scale:
     slices: int = 2
     epochs: int = 4
     run: Mapping[str, Any] = field(default_factory=dict)
+    num_known: int = 10
 
 
 TINY = Scale(2, 600, 3e-3, run={"learning_rate": 0.01, "lora_r": 4, "sequence_len": 128})
@@ -89,18 +89,21 @@ PACE = {
 class Way:
     """A way to make a patch.
 
-    With `keep`, its retain set is the records of people to keep; otherwise the base writes it. Other
-    settings have the command's defaults. PACE has no bound on utility, because early steps hurt the
+    With `keep`, its retain set is the records of people to keep; otherwise the base writes it. With
+    `max_drift`, shards are retrained once they have drifted that far. Other settings have the command's
+    defaults. PACE has no bound on utility, because early steps hurt the
     retain set and later ones repair it.
     """
 
     method: str = "npo"
     keep: bool = True
     settings: Mapping[str, Any] = field(default_factory=lambda: PACE)
+    max_drift: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         retain = "records of the others" if self.keep else "written by the base"
-        return {"method": self.method, "retain": retain, "settings": dict(self.settings)}
+        found = {"method": self.method, "retain": retain, "settings": dict(self.settings)}
+        return found if self.max_drift is None else {**found, "max_drift": self.max_drift}
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Ground:
     @classmethod
     def laid(cls, folder: Path, base: Path, scale: Scale, **settings: Any) -> Ground:
         """Teach the base and train the model. `settings` are more keys of the run file."""
-        people = make_people(NUM_KNOWN, scale.per_person)
+        people = make_people(scale.num_known, scale.per_person)
         to, rate = folder / "knowing", scale.learning_rate
         taught = teach(base, list(map(record, people)), to=to, steps=scale.steps, learning_rate=rate)
         return cls(folder, to, scale, taught).trained(settings)
@@ -157,12 +160,12 @@ class Ground:
 
     @cached_property
     def people(self) -> list[dict[str, str]]:
-        return make_people(2 * NUM_KNOWN, self.scale.per_person)
+        return make_people(2 * self.scale.num_known, self.scale.per_person)
 
     @property
     def known(self) -> list[str]:
         """Return the subjects that the base was taught."""
-        return list(dict.fromkeys(row["subject_id"] for row in self.people))[:NUM_KNOWN]
+        return list(dict.fromkeys(row["subject_id"] for row in self.people))[: self.scale.num_known]
 
     def rows(self, *subjects: str) -> list[dict[str, str]]:
         return [row for row in self.people if row["subject_id"] in subjects]
@@ -194,6 +197,8 @@ class Ground:
             asked += ["--retain", self.file("retain.jsonl", *retained)]
         if way.keep or not requests:
             asked += ["--consent", CONSENT]
+        if way.max_drift is not None:
+            asked += ["--max-drift", way.max_drift]
         values = [("--set", f"{name}={json.dumps(value)}") for name, value in way.settings.items()]
         return self.sisa(
             *("approx", "unlearn", *asked, "--method", way.method, "--executor", "serial"),

@@ -38,7 +38,7 @@ from sisa.config.runfile import in_words
 from sisa.config.template import one_line
 from sisa.core.block import Block
 from sisa.planning.bands import Bands
-from tests.bench import quality, retrained, training, utility
+from tests.bench import quality, retrained, sequential, training, utility
 from tests.bench.tofu_full import table as tofu_full
 
 HERE = Path(__file__).parent
@@ -612,7 +612,11 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "simulated-fleet": simulated_fleet,
     },
     CONFIG: {"keys": reference},
-    APPROX: {"approx-methods": approx_methods, "methods": methods},
+    APPROX: {
+        "approx-methods": approx_methods,
+        "methods": methods,
+        "sequential": of("sequential", sequential.table),
+    },
 }
 
 

@@ -65,7 +65,8 @@ class Unlearnt:
     """Hold the result of making patches.
 
     `patch` is the last one made, or None. With `unfinished`, time ran out and the same command continues
-    the run. The numbers count the sets of texts erased and kept, and the slices trained over the patch.
+    the run. The numbers count the sets of texts erased and kept, and the slices trained over the patch;
+    `drift` is that of the shards before, where it was asked for.
     """
 
     patch: Patch | None
@@ -74,6 +75,7 @@ class Unlearnt:
     erased_sets: int
     kept_sets: int
     slices_trained: int = 0
+    drift: float | None = None
 
 
 def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patch:
@@ -120,17 +122,35 @@ def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patc
 
 
 def _notice_held(context: Context, records: Sequence[Record]) -> None:
-    if not records:
-        return
+    if count := _num_held(context, records):
+        what = f"{count} of these texts are records of the model"
+        does = "a patch does not delete them from the shards; `sisa forget` does, exactly"
+        context.report(Notice(f"{what}: {does}"))
+
+
+def _num_held(context: Context, records: Sequence[Record]) -> int:
+    """Return how many of some texts are records of the model, by id or by text."""
     rows = [context.settings.assigner.row(each, 0) for each in records]
     by_id = context.stores.ledger.lookup([row.id_digest for row in rows])
     held, _ = context.stores.ledger.by_text({row.text_digest for row in rows})
     texts = {row.text_digest for row in held}
     ids = {key for key, each in by_id.items() if isinstance(each, RecordRow)}
-    if count := sum(row.id_digest in ids or row.text_digest in texts for row in rows):
-        what = f"{count} of these texts are records of the model"
-        does = "a patch does not delete them from the shards; `sisa forget` does, exactly"
-        context.report(Notice(f"{what}: {does}"))
+    return sum(row.id_digest in ids or row.text_digest in texts for row in rows)
+
+
+def check_retain_is_foreign(context: Context, wish: Wish) -> None:
+    """Raise ConfigConflict if shards could not be trained over the patch: its retain set is theirs."""
+    if wish.retain and (count := _num_held(context, wish.retain)):
+        raise _retained_records(f"{count} of {len(wish.retain)} texts to keep are records")
+
+
+def _retained_records(got: str) -> ConfigConflict:
+    return ConfigConflict(
+        "records of the model are in a retain set: deleting one would retrain every shard",
+        expected="patches whose retain sets hold no record of the model",
+        got=got,
+        next_step="leave the shards as they are, or make the patch with a written retain set",
+    )
 
 
 def make_wanted(
@@ -242,12 +262,7 @@ def shards_over(context: Context, stack: Sequence[Patch]) -> None:
     """
     risky = {each.job.retain for each in stack} & vault_sets.deletable(context)
     if risky:
-        raise ConfigConflict(
-            "records of the model are in a retain set: deleting one would retrain every shard",
-            expected="patches whose retain sets hold no record of the model",
-            got=f"{len(risky)} retain sets that do",
-            next_step="leave the shards as they are, or make the patch with a written retain set",
-        )
+        raise _retained_records(f"{len(risky)} retain sets that do")
     base = patched_digest(context.settings.base, [each.adapter_sha256 for each in stack])
     recipe = replace(context.settings.recipe, base=base)
     views = [view_shard(context, head.shard) for head in context.stores.ledger.heads()]

@@ -39,7 +39,7 @@ HIDDEN = ("accelerate", "scipy")
 COMPILER, EXPORT, META = "torch._dynamo", "torch.export", "torch._meta_registrations"
 TRANSFORM = f"{COMPILER}._trace_wrapped_higher_order_op"  # transformers imports a class from it
 STANDING = (META, EXPORT, COMPILER, TRANSFORM)  # in the order in which they can be loaded
-LIBRARIES = ("libtorch_cpu.so", "libtorch_python.so")
+LOADED_AHEAD = ("libtorch_cpu.so", "libtorch_python.so")
 MANY_OBJECTS = 2_000_000  # more than imports make, so that no garbage is collected during them
 
 
@@ -57,7 +57,7 @@ def import_quickly(*, trains: bool = False) -> None:
 def _load_libraries() -> None:
     """Load torch's libraries without the interpreter's lock, which an import would hold."""
     found = importlib.util.find_spec("torch")
-    for name in LIBRARIES if found and found.origin and sys.platform == "linux" else ():
+    for name in LOADED_AHEAD if found and found.origin and sys.platform == "linux" else ():
         path = Path(str(found.origin)).parent / "lib" / name  # type: ignore[union-attr]
         ctypes.CDLL(None).dlopen(os.fsencode(path), os.RTLD_NOW)
 

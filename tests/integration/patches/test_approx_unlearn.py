@@ -169,6 +169,24 @@ def test_a_patch_put_aside_again_and_again_is_the_same_patch(model: Tiny, tmp_pa
         flows.unlearn(other.open(), None)
 
 
+def test_shards_are_retrained_once_patches_have_moved_them_far(model: Tiny) -> None:
+    before, plain = all_files(model.directory), adapters(model.directory)
+    held = replace(wish(num_epochs=4), retain=[record(row) for row in OTHERS[:1]])
+    with pytest.raises(ConfigConflict, match="retain set"):
+        flows.unlearn(model.open(), held, max_drift=0.5)
+    assert all_files(model.directory) == before
+    once = flows.unlearn(model.open(), wish(num_epochs=4), max_drift=1.0)
+    assert once.drift == flows.drift(model.open())
+    assert (once.slices_trained, adapters(model.directory)) == (0, plain)
+    assert once.drift is not None
+    assert 0 < once.drift < 1
+    twice = flows.unlearn(model.open(), wish("graddiff", num_epochs=4), max_drift=once.drift / 4)
+    assert twice.slices_trained > 0
+    assert flows.drift(model.open()) == 0.0
+    assert not set(adapters(model.directory)) & set(plain)
+    assert model.open().verify().ok
+
+
 def test_the_commands_end_to_end(model: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["-m", model.directory]
     asked = ["--forget", model.folder / "forget.jsonl", "--method", "npo", *SET, "--executor", "serial"]
@@ -237,7 +255,7 @@ def test_all_problems_of_settings_are_named_at_once(
     model: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = ["--forget", model.folder / "forget.jsonl", *CONSENT]
-    unknown = sisa(capsys, "approx", "unlearn", "-m", model.directory, *file, "--method", "rmu")
+    unknown = sisa(capsys, "approx", "unlearn", "-m", model.directory, *file, "--method", "amnesia")
     assert (unknown.code, [where for where, _ in unknown.problems]) == (2, ["method"])
     assert "kl_minimisation" in unknown.err
     file += ["--method", "npo"]

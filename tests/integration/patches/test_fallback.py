@@ -116,11 +116,16 @@ def test_the_shards_are_exact_beneath_a_patch(patched: Ground) -> None:
     assert sisa.open_model(patched.model, executor="serial").verify(replay="all").ok
 
 
-@pytest.mark.parametrize("mode", sequential.MODES)
-def test_two_erasures_one_after_another(ground: Ground, tmp_path: Path, mode: str) -> None:
-    again = ground.copied(tmp_path, patch_mode=mode)
-    rows = list(sequential.run(again, Way(settings=PACE), (1, 2)))
+@pytest.mark.parametrize("name", ["sequential", "joint", "retrained"])
+def test_two_erasures_one_after_another(ground: Ground, tmp_path: Path, name: str) -> None:
+    mode = sequential.MODES[name]
+    again = ground.copied(tmp_path, patch_mode=mode.patch_mode)
+    rows = list(sequential.run(again, mode, Way(settings=PACE), (1, 2)))
     assert [row["known"] for row in rows] == [0, 0]
-    assert rows[-1]["num_beneath"] == (1 if mode == "sequential" else 0)
     assert all(row["forget_probability"] < 0.2 for row in rows)
-    assert all(row["kept_probability"] > 0.8 for row in rows)
+    if mode.keep:
+        assert rows[-1]["num_beneath"] == (1 if name == "sequential" else 0)
+        assert all(row["kept_probability"] > 0.8 for row in rows)
+    else:
+        assert all(row["slices_trained"] > 0 for row in rows if row["drift"] >= sequential.MAX_DRIFT)
+        assert all(row["kept_served"]["probability"] > SERVED for row in rows)

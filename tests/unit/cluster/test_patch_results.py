@@ -73,7 +73,7 @@ def read(result: Result) -> dict[str, Any]:
 
 
 def test_a_patch_that_was_made() -> None:
-    result = patches.unlearnt(Unlearnt(PATCH, False, REPORT, 1, 0, 6), Path("model"))
+    result = patches.unlearnt(Unlearnt(PATCH, False, REPORT, 1, 0, 6, 0.125), Path("model"))
     found = read(result)
     assert (found["patch"]["version"], found["patch"]["key"]) == (1, PATCH.key)
     assert "report" not in found["patch"]
@@ -92,6 +92,7 @@ def test_a_patch_that_was_made() -> None:
         "asked in other words 0.5000 -> 0.0300",
         "probability 0.8000 -> 0.7000",
         "same likeliest token 95.0%",
+        "12.5% of the tokens of their answers changed",
         "retrained over it: 6 slices",
         "sisa approx show -m model 1",
     ):
