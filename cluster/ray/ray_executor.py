@@ -1,7 +1,8 @@
-"""Train on Ray: one task per shard's chain, longest first, any number of workers, the same bytes.
+"""Train on Ray, longest chains first, any number of workers, the same bytes.
 
-A chain can be started again anywhere at any time, since workers skip stages that are already stored: a
-worker killed in the middle of a slice loses that slice alone. See also `ray_tasks.py`.
+A task is one shard's chain, or several that a worker trains side by side. It can be started again
+anywhere at any time, since workers skip stages that are already stored: a worker killed in the middle of
+a slice loses that slice alone, or those that it was training. See also `ray_tasks.py`.
 
     open_executor(site, {"num_workers": 2}).run(chains, report)
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -29,7 +31,7 @@ from sisa.core.domain import Chain, SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Event, Notice, Report, SliceTrained, silent
 from sisa.core.ports import BlobStore, Keyring, OnStage
-from sisa.flows.serial import Site, order_chains
+from sisa.flows.serial import Setting, Site, num_lanes, order_chains
 from sisa.lm.base.numerics import require_device, worker_environment
 from sisa.planning.plan import keeps_prefixes, prefix_name
 from sisa.store.blobs.files import TEMPORARY_PREFIX
@@ -53,6 +55,7 @@ class RayExecutor:
     stall_limit_s: float | None = None
     prove: Prove = prove
     num_gpus: float | None = None  # of one worker; None: 1 with device cuda
+    lanes: Setting = 1  # chains that a worker trains side by side
 
     def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
         """Train all chains.
@@ -82,9 +85,11 @@ class RayExecutor:
                     on_stage(event)
                 report(event)
 
+            lanes = num_lanes(self.lanes, chains)
+            at_once = self.num_workers or sum(each // here.threads for each in alive_cpus()) or 1
             tasks = [
-                Task(each, site, self.open_parts, manifest=manifest, origin=origin)
-                for each in order_chains(chains)
+                Task(each, site, self.open_parts, lanes, manifest=manifest, origin=origin)
+                for each in dealt(order_chains(chains), at_once, lanes)
             ]
             run_tasks(
                 tasks,
@@ -92,13 +97,26 @@ class RayExecutor:
                 accepting,
                 session=session,
                 placement=Placement(site.threads, gpus, environment),
-                label=lambda task: f"shard {task.chain.shard}",
+                label=lambda task: _label([chain.shard for chain in task.chains]),
                 num_workers=self.num_workers,
                 max_retries=self.max_retries,
                 make_ready=carrier(site.base_dir, report),
                 terms=terms,
                 stall_limit_s=self.stall_limit_s,
             )
+
+
+def dealt(chains: Sequence[Chain], num_workers: int, lanes: int) -> list[tuple[Chain, ...]]:
+    """Deal chains to tasks, in their order: one a task, or up to twice the lanes, so that lanes refill.
+
+    No task gets so many that another worker has none.
+    """
+    size = min(2 * lanes, math.ceil(len(chains) / num_workers)) if lanes > 1 else 1
+    return [tuple(chains[start : start + size]) for start in range(0, len(chains), size)]
+
+
+def _label(shards: Sequence[int]) -> str:
+    return f"shard{'s' * (len(shards) > 1)} {', '.join(map(str, shards))}"
 
 
 @contextlib.contextmanager

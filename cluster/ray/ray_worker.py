@@ -1,4 +1,4 @@
-"""Train one shard's chain in a Ray worker with `sisa.flows.serial.train_chain`.
+"""Train shards' chains in a Ray worker with `sisa.flows.serial.train_chains_in_lanes`.
 
 A task carries paths and digests, never text or credentials, so no record content reaches Ray's object
 store, spill or logs.
@@ -23,7 +23,7 @@ from sisa.core.domain import Chain
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Report
 from sisa.core.ports import CheckpointStore, RecordStore, Trainer
-from sisa.flows.serial import Site, train_chain
+from sisa.flows.serial import Site, train_chains_in_lanes
 from sisa.lm.base.numerics import KERNEL_SETTINGS, fingerprint, require_device
 
 Parts = tuple[Trainer, RecordStore, CheckpointStore]
@@ -44,9 +44,10 @@ class NeedsBase:
 class Task(NeedsBase):
     """Hold what travels to a worker."""
 
-    chain: Chain
+    chains: tuple[Chain, ...]
     site: Site
     open_parts: OpenParts
+    lanes: int = 1  # chains to train side by side
 
 
 def open_parts(site: Site) -> Parts:
@@ -76,14 +77,15 @@ def open_parts(site: Site) -> Parts:
 
 
 def train_remotely(task: Task, report: Report) -> None:
-    """Train a chain in this worker.
+    """Train a task's chains in this worker.
 
     Raise Unready on a node to which the base must be carried. Raise EnvironmentFault if this worker
     would train other bits.
     """
     _refuse_other_bits(task)
     site = replace(task.site, base_dir=base_on_this_node(task, task.site.base_dir))
-    for stage in train_chain(task.chain, *task.open_parts(site), report):
+    parts = task.open_parts(site)
+    for stage in train_chains_in_lanes(task.chains, *parts, report, task.lanes):
         report(stage)  # to the driver
 
 
@@ -96,7 +98,7 @@ def _refuse_other_bits(task: Task) -> None:
     site = task.site
     require_device(site.precision)
     got = fingerprint(site.threads, site.precision)
-    for job in task.chain.jobs:
+    for job in (each for chain in task.chains for each in chain.jobs):
         if job.fingerprint != got:
             given = [f"{name}={os.environ[name]}" for name in KERNEL_SETTINGS if name in os.environ]
             raise EnvironmentFault(

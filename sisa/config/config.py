@@ -463,6 +463,9 @@ class ClusterBlock(Block):
     num_gpus: Float | None = key(
         None, "none", "GPUs of one worker, such as 0.25; null: 1 with device cuda.", ge=0.001, le=64
     )
+    lanes: Annotated[Int, Field(ge=1, le=64)] | Literal["auto"] = key(
+        "auto", "none", "Shards a worker trains side by side, to the same bytes; auto: where it pays."
+    )
     max_retries: Int = key(
         3, "none", "Restarts in a row of a shard whose worker died before a slice's end.", ge=0, le=1000
     )

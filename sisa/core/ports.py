@@ -11,11 +11,11 @@ and `EnvironmentFault` for a disk or network that fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from sisa.core.domain import (
     DEFAULT_PRECISION,
@@ -97,6 +97,26 @@ class Trainer(Protocol):
         `parent` holds the files of the stage before, None for the base. `records` come in canonical
         order. `progress` is called before the first step and after each one.
         """
+
+
+@runtime_checkable
+class LaneTrainer(Trainer, Protocol):
+    """Trainer that can train stages of several chains side by side, each to the same byte as alone."""
+
+    def refuse_lanes(self, training: Mapping[str, Any]) -> str | None:
+        """Return why stages can't be trained side by side here; None if they can."""
+
+    def begin(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[Tick], None],
+    ) -> Generator[Any, None, dict[str, bytes]]:
+        """Train a stage as `train` does, but yield what it waits for; the caller lets it be computed."""
+
+    def compute(self, waiting: Sequence[Any]) -> None:
+        """Compute what several stages wait for."""
 
 
 OnStage = Callable[[SliceTrained], None]

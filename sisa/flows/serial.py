@@ -1,8 +1,9 @@
-"""Train a chain of stages, and provide an Executor that does so in this process.
+"""Train chains of stages, and provide an Executor that does so in this process.
 
-`train_chain` is the only code that trains stages, for this process, a Ray worker and a replay alike, so
-all executors give the same bytes. A stage whose checkpoint is in the store is not trained again, so a
-retried worker loses at most its current stage. A task carries no record text, key or credential.
+`train_chains_in_lanes` is the only code that trains stages, for this process, a Ray worker and a replay
+alike, so all executors give the same bytes. A stage whose checkpoint is in the store is not trained
+again, so a retried worker loses at most its current stages. A task carries no record text, key or
+credential.
 
     SerialExecutor(trainer, records, checkpoints).run(chains, report)
 """
@@ -10,17 +11,27 @@ retried worker loses at most its current stage. A task carries no record text, k
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from sisa.core.domain import DEFAULT_PRECISION, Chain, Precision, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
-from sisa.core.events import EpochTrained, Report, SliceProgress, SliceStarted, SliceTrained, silent
+from sisa.core.events import (
+    EpochTrained,
+    Notice,
+    Report,
+    SliceProgress,
+    SliceStarted,
+    SliceTrained,
+    silent,
+)
 from sisa.core.ports import (
     BlobStore,
     CheckpointStore,
     Keyring,
+    LaneTrainer,
     OnStage,
     RecordStore,
     StoredRecord,
@@ -67,10 +78,82 @@ def order_chains(chains: Sequence[Chain]) -> list[Chain]:
     return sorted(chains, key=lambda chain: (-chain.record_epochs, chain.shard))
 
 
-def train_chain(
-    chain: Chain, trainer: Trainer, records: RecordStore, checkpoints: CheckpointStore, report: Report
+Setting = int | Literal["auto"]
+AUTO_LANES, SMALL_BATCH, MANY_BATCHES = 8, 4, 200
+
+
+def num_lanes(setting: Setting, chains: Sequence[Chain]) -> int:
+    """Return how many chains to train side by side.
+
+    For `auto` several, where that was measured to pay: on the CPU, in small micro-batches, if there are
+    enough of them to make up for the test that precedes it.
+    """
+    if setting != "auto" or not chains:
+        return min(setting, len(chains)) if setting != "auto" else 1
+    training = chains[0].jobs[0].training if chains[0].jobs else {}
+    size = training.get("micro_batch_size", SMALL_BATCH + 1)
+    batches = sum(chain.record_epochs for chain in chains) / size
+    pays = "device" not in training and size <= SMALL_BATCH and batches >= MANY_BATCHES
+    return min(AUTO_LANES, len(chains)) if pays else 1
+
+
+def train_chains_in_lanes(
+    chains: Sequence[Chain],
+    trainer: Trainer,
+    records: RecordStore,
+    checkpoints: CheckpointStore,
+    report: Report,
+    lanes: int = 1,
 ) -> Iterator[SliceTrained]:
-    """Train a chain's missing stages in order; yield each when it is stored. Raise IntegrityError."""
+    """Train the missing stages of chains in their order, up to `lanes` chains side by side.
+
+    Yield each stage when it is stored; a chain that ends makes room for the next. Raise IntegrityError.
+    """
+    sided = trainer if lanes > 1 and isinstance(trainer, LaneTrainer) else None
+    if sided and (refusal := sided.refuse_lanes(chains[0].jobs[0].training)):
+        report(Notice(f"shards are trained one after another, not side by side: {refusal}"))
+        sided = None
+    begin = sided.begin if sided else _begin_whole(trainer)
+    clock, under_way = _Clock(), list[Iterator[Any]]()
+    others = (_stages(each, begin, records, checkpoints, report, clock) for each in chains)
+    while True:
+        asked, going, before = [], list[Iterator[Any]](), iter(under_way)
+        while len(going) < lanes and (chain := next(before, None) or next(others, None)) is not None:
+            for each in chain:
+                if not isinstance(each, SliceTrained):
+                    asked.append(each)
+                    going.append(chain)
+                    break
+                yield each
+        if sided is None or not asked:
+            return
+        clock.share_by(len(going))
+        sided.compute(asked)
+        under_way = going
+
+
+_Begin = Callable[..., Generator[Any, None, dict[str, bytes]]]
+
+
+def _begin_whole(trainer: Trainer) -> _Begin:
+    """Return a function that trains a whole stage and waits for nothing."""
+
+    def begin(*stage: Any) -> Generator[Any, None, dict[str, bytes]]:
+        yield from ()
+        return trainer.train(*stage)
+
+    return begin
+
+
+def _stages(
+    chain: Chain,
+    begin: _Begin,
+    records: RecordStore,
+    checkpoints: CheckpointStore,
+    report: Report,
+    clock: _Clock,
+) -> Iterator[Any]:
+    """Train a chain's missing stages in order; yield what a stage waits for, and each stored stage."""
     files = {file.slice: file for file in chain.slices}
     held = checkpoints.held()
     parent = None
@@ -82,12 +165,30 @@ def train_chain(
             parent = checkpoints.load(job.key, saved.manifest_sha256)
             yield SliceTrained(job, saved, 0.0, 0)
             continue
-        started = time.monotonic()
+        started = clock.seconds()
         stage = _stage_records(job, files, records)
-        meter = _Meter(job, report)
-        parent = trainer.train(job, parent, stage, meter)
+        meter = _Meter(job, report, clock)
+        parent = yield from begin(job, parent, stage, meter)
         saved = checkpoints.save(job, parent)
-        yield SliceTrained(job, saved, time.monotonic() - started, meter.tokens)
+        yield SliceTrained(job, saved, clock.seconds() - started, meter.tokens)
+
+
+class _Clock:
+    """The seconds of work on one chain: time with several under way counts for each in equal shares."""
+
+    def __init__(self) -> None:
+        self._seconds, self._at, self._num = 0.0, time.monotonic(), 1
+
+    def seconds(self) -> float:
+        now = time.monotonic()
+        self._seconds += (now - self._at) / self._num
+        self._at = now
+        return self._seconds
+
+    def share_by(self, num: int) -> None:
+        """Count from now on for `num` chains."""
+        self.seconds()
+        self._num = num
 
 
 def _stage_records(
@@ -111,9 +212,10 @@ def _stage_records(
 class _Meter:
     """Turn the trainer's ticks into events: one at the end of each pass, and progress now and then."""
 
-    def __init__(self, job: SliceJob, report: Report) -> None:
+    def __init__(self, job: SliceJob, report: Report, clock: _Clock) -> None:
         self._job = job
         self._report = report
+        self._clock = clock
         self._last = 0.0
         self._since: tuple[float, int] | None = None  # time and token at which the pass began
         self.tokens = 0
@@ -122,11 +224,12 @@ class _Meter:
         position, now = (self._job.shard, self._job.slice), time.monotonic()
         self.tokens = tick.tokens
         if self._since is None:
-            self._since = now, tick.tokens
+            self._since = self._clock.seconds(), tick.tokens
             self._report(SliceStarted(*position, tick.total_tokens))
         if tick.loss is not None:
             began, tokens = self._since
-            self._since = now, tick.tokens
+            ended = self._clock.seconds()
+            self._since = ended, tick.tokens
             self._report(
                 EpochTrained(
                     *position,
@@ -135,7 +238,7 @@ class _Meter:
                     num_epochs=tick.num_epochs,
                     num_records=tick.num_records,
                     tokens=tick.tokens - tokens,
-                    seconds=now - began,
+                    seconds=ended - began,
                     loss=tick.loss,
                 )
             )
@@ -147,14 +250,16 @@ class _Meter:
 
 @dataclass(frozen=True)
 class SerialExecutor:
-    """Train one chain after another in this process."""
+    """Train chains in this process: one after another, or several side by side."""
 
     trainer: Trainer
     records: RecordStore
     checkpoints: CheckpointStore
+    lanes: Setting = 1
 
     def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
-        for chain in order_chains(chains):
-            for stage in train_chain(chain, self.trainer, self.records, self.checkpoints, report):
-                on_stage(stage)
-                report(stage)
+        parts = self.trainer, self.records, self.checkpoints
+        lanes = num_lanes(self.lanes, chains)
+        for stage in train_chains_in_lanes(order_chains(chains), *parts, report, lanes):
+            on_stage(stage)
+            report(stage)

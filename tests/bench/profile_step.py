@@ -29,6 +29,7 @@ from sisa.lm.base.adapter import first_adapted
 from sisa.lm.base.numerics import keep_freed_memory, pin_threads
 from sisa.lm.base.tokens import Tokens, tokenize
 from sisa.lm.base.weights import load_base, resolve_base
+from sisa.lm.train.lanes import finish
 from sisa.lm.train.lora import Stage
 from sisa.lm.train.losses import count_labels
 from sisa.lm.train.trainable import Trainable
@@ -143,7 +144,7 @@ def measure(base_model: str, changed: dict[str, Any]) -> dict[str, Any]:
     stage = Stage(job, Trainable(base, training), None, num_steps=10**6)
 
     def step() -> None:
-        stage.step([batch])
+        finish(stage.passes([batch]))
 
     step()
     run()

@@ -7,16 +7,17 @@ or parent that differs from the record stops the chain before anything is traine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from sisa.core.domain import Chain, HeldCheckpoint, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
-from sisa.core.events import EpochTrained, Event, SliceProgress, SliceStarted, SliceTrained
+from sisa.core.events import EpochTrained, Event, Notice, SliceProgress, SliceStarted, SliceTrained
 from sisa.core.ports import StoredRecord, Tick
-from sisa.flows.serial import SerialExecutor, order_chains
+from sisa.flows.serial import SerialExecutor, _Clock, num_lanes, order_chains
 from sisa.planning.plan import jobs
 from tests.fakes.ports import FakeCheckpoints, FakeRecords, FakeTrainer, fake_recipe, fake_record
 
@@ -44,7 +45,7 @@ class Site:
     def __init__(self) -> None:
         self.records = FakeRecords()
         self.checkpoints = FakeCheckpoints()
-        self.trainer = Seen()
+        self.trainer: Any = Seen()
         self.events: list[Event] = []
 
     def chain(self, shard: int, *sizes: int) -> Chain:
@@ -59,8 +60,9 @@ class Site:
         ]
         return self.records.write(shard, slice_, f"root-{shard}-{slice_}-{size}", stored)
 
-    def run(self, *chains: Chain) -> None:
-        SerialExecutor(self.trainer, self.records, self.checkpoints).run(chains, self.events.append)
+    def run(self, *chains: Chain, lanes: int = 1) -> None:
+        executor = SerialExecutor(self.trainer, self.records, self.checkpoints, lanes)
+        executor.run(chains, self.events.append)
 
     def trained(self) -> list[tuple[int, int]]:
         return [(job.shard, job.slice) for job, _, _ in self.trainer.calls]
@@ -169,6 +171,78 @@ def test_a_missing_slice_file_is_refused(site: Site) -> None:
     with pytest.raises(IntegrityError):
         site.run(chain)
     assert site.trained() == []
+
+
+class Sided(Seen):
+    """Train as the fake does, side by side with others unless refused."""
+
+    def __init__(self, refusal: str | None = None) -> None:
+        super().__init__()
+        self.refusal, self.together = refusal, list[list[int]]()
+
+    def refuse_lanes(self, _training: Mapping[str, Any]) -> str | None:
+        return self.refusal
+
+    def begin(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[Tick], None],
+    ) -> Generator[int, None, dict[str, bytes]]:
+        yield from [job.shard] * len(records)
+        return self.train(job, parent, records, progress)
+
+    def compute(self, waiting: Sequence[int]) -> None:
+        self.together.append([*waiting])
+
+
+def test_a_chain_that_ends_makes_room_for_the_next(site: Site) -> None:
+    site.trainer = Sided()
+    chains = [site.chain(0, 3), site.chain(1, 2, 1), site.chain(2, 1), site.chain(3, 1)]
+    site.run(*chains, lanes=2)
+    assert site.trainer.together == [[1, 0], [1, 0], [1, 0], [1, 2], [1, 3]]
+    beside = site.checkpoints.stored
+    site.checkpoints, site.trainer = FakeCheckpoints(), Seen()
+    site.run(*chains, lanes=2)  # its trainer has no lanes
+    assert site.checkpoints.stored == beside
+
+
+def test_a_trainer_that_refuses_trains_one_after_another(site: Site) -> None:
+    site.trainer = Sided("the rows differ")
+    site.run(site.chain(0, 2), site.chain(1, 3), lanes=2)
+    assert site.trainer.together == []
+    assert site.trained() == [(1, 0), (0, 0)]
+    (notice,) = (event.text for event in site.events if isinstance(event, Notice))
+    assert "the rows differ" in notice
+
+
+def test_auto_is_several_lanes_for_many_small_micro_batches(site: Site) -> None:
+    def chains(size: int, count: int, **training: Any) -> list[Chain]:
+        found = [site.chain(shard, 40) for shard in range(count)]
+        training["micro_batch_size"] = size
+        return [
+            replace(chain, jobs=tuple(replace(job, training=training) for job in chain.jobs))
+            for chain in found
+        ]
+
+    assert num_lanes("auto", chains(1, 50)) == 8
+    assert num_lanes("auto", chains(2, 20)) == 8
+    assert num_lanes("auto", chains(1, 5)) == 5
+    for one in (chains(1, 1), chains(8, 50), chains(2, 2), chains(1, 50, device="cuda"), []):
+        assert num_lanes("auto", one) <= 1
+    assert num_lanes(3, chains(8, 50)) == 3
+
+
+def test_time_of_lanes_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = [10.0]
+    monkeypatch.setattr("sisa.flows.serial.time.monotonic", lambda: at[0])
+    clock = _Clock()
+    at[0] += 3
+    assert clock.seconds() == 3
+    clock.share_by(4)
+    at[0] += 8
+    assert clock.seconds() == 5
 
 
 def test_no_chains_no_events(site: Site) -> None:

@@ -386,9 +386,9 @@ def _patch_site(directory: Path, resources: Resources, stores: Stores, model: st
     )
 
 
-def open_serial(site: Site, _options: Mapping[str, Any]) -> ports.Executor:
-    """Return an executor that trains chains one after another in this process."""
-    return SerialExecutor(open_trainer(site), *open_stores(site))
+def open_serial(site: Site, options: Mapping[str, Any]) -> ports.Executor:
+    """Return an executor that trains chains in this process."""
+    return SerialExecutor(open_trainer(site), *open_stores(site), options.get("lanes", 1))
 
 
 def open_trainer(site: Site) -> ports.Trainer:

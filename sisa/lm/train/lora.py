@@ -34,8 +34,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from transformers import get_scheduler
 
 from sisa.core.digest import canonical_json
 from sisa.core.domain import DEFAULT_PRECISION, Precision, SliceJob, record_epochs
-from sisa.core.errors import IntegrityError, InvalidInput
+from sisa.core.errors import IntegrityError
 from sisa.core.ports import PrefixStore, StoredRecord, Tick
 from sisa.lm.base.adapter import adapter_files
 from sisa.lm.base.low_rank import ADAPTER_FILE, patched_name, read_tensors, tensor_bytes
@@ -54,7 +53,8 @@ from sisa.lm.base.numerics import fingerprint, keep_freed_memory, pin_threads, u
 from sisa.lm.base.tokens import tokenize_all
 from sisa.lm.base.weights import load_patched
 from sisa.lm.train.frozen_prefix import Prefixes, TokenizedRows
-from sisa.lm.train.losses import Batch, count_labels, summed_loss
+from sisa.lm.train.lanes import Pass, compute, finish, refuse_lanes
+from sisa.lm.train.losses import Batch, count_labels
 from sisa.lm.train.trainable import Trainable, file_name, pattern_key
 from sisa.planning.plan import LAYERWISE
 
@@ -186,17 +186,15 @@ class Stage:
     ) -> None:
         """Begin a stage from its parent's files, or from the base.
 
-        `wrapped` belongs to this stage until another stage begins on it; `prefixes` are those of its
-        base. Raise IntegrityError if the parent's files are damaged.
+        `prefixes` are those of the wrapped base. Raise IntegrityError if the parent's files are damaged.
         """
         training = job.training
         tensors = None if parent is None else read_tensors(parent, ADAPTER_FILE)
         block = (training[LAYERWISE], len(job.before)) if LAYERWISE in training else None
         self._job, self._wrapped = job, wrapped
         self._prefixes = prefixes or Prefixes()
-        init_seed = seed_from(training["seed"], job.shard, "init")
-        self._trained = wrapped.begin(tensors, init_seed, block)
-        self._flat = FlatParams(self._trained)
+        self._own = wrapped.begin(tensors, seed_from(training["seed"], job.shard, "init"), block)
+        self._flat = FlatParams(self._own.trained)
         self._optimizer = make_optimizer(training, self._flat.values)
         if parent is not None:
             self._put_moments(read_tensors(parent, OPTIMIZER_FILE))
@@ -210,33 +208,26 @@ class Stage:
         )
         self._micro_batches = 0
 
-    def step(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Take one optimizer step; return the summed loss and the number of label tokens."""
+    def passes(self, batches: Sequence[Batch]) -> Generator[Pass, None, tuple[float, int]]:
+        """Take one optimizer step; yield each micro-batch, which the caller computes.
+
+        Return the summed loss and the number of label tokens.
+        """
         training = self._job.training
         num_labels = sum(count_labels(batch) for batch in batches)
         mean = 0.0
         self._optimizer.zero_grad(set_to_none=False)
         for batch in batches:
-            below = self._below(batch)
             name = (training["seed"], self._job.shard, self._job.slice, "dropout", self._micro_batches)
-            torch.manual_seed(seed_from(*name))
-            with below:
-                loss = summed_loss(self._wrapped.model, batch, self._wrapped.form) / num_labels
-            mean += _finite(loss, self._job)
-            loss.backward()  # type: ignore[no-untyped-call]
+            of_stage = (self._job, self._wrapped, self._own, self._prefixes)
+            each = Pass(*of_stage, batch, num_labels, seed_from(*name))
+            yield each
+            mean += each.loss
             self._micro_batches += 1
         torch.nn.utils.clip_grad_norm_([self._flat.values], training["max_grad_norm"], foreach=False)
         self._optimizer.step()
         self._scheduler.step()
         return mean * num_labels, num_labels
-
-    def _below(self, batch: Batch) -> AbstractContextManager[None]:
-        """Return a context in which forwards skip the layers below the lowest adapted one."""
-        lower = self._wrapped.lower
-        if lower is None:
-            return nullcontext()
-        states = [self._prefixes.states(lower, each.input_ids) for each in batch]
-        return lower.given(states, packed=self._wrapped.form.packed)
 
     def files(self) -> dict[str, bytes]:
         """Return the files of the stage's checkpoint."""
@@ -251,7 +242,7 @@ class Stage:
             },
         }
         return {
-            **adapter_files(self._wrapped.model),
+            **adapter_files(self._own.model),
             OPTIMIZER_FILE: tensor_bytes(self._moments()),
             STATE_FILE: canonical_json(state),
         }
@@ -261,7 +252,7 @@ class Stage:
         found: dict[str, torch.Tensor] = {}
         for moment, whole in self._optimizer.state[self._flat.values].items():
             if moment == STEP:
-                parts = {name: whole.clone() for name in self._trained}
+                parts = {name: whole.clone() for name in self._own.trained}
             else:
                 parts = self._flat.by_name(whole)
             found |= {f"{file_name(name)}.{moment}": each for name, each in parts.items()}
@@ -269,7 +260,7 @@ class Stage:
 
     def _put_moments(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore moments. Raise IntegrityError if the parent has those of some parameters only."""
-        names = [file_name(name) for name in self._trained]
+        names = [file_name(name) for name in self._own.trained]
         if not any(each.rpartition(".")[0] in names for each in tensors):
             return
         values = self._flat.values
@@ -298,22 +289,13 @@ def make_optimizer(training: Mapping[str, Any], values: torch.nn.Parameter) -> t
     return torch.optim.AdamW([values], lr=lr, weight_decay=decay, foreach=False, fused=fused)
 
 
-def _finite(loss: torch.Tensor, job: SliceJob) -> float:
-    value = loss.item()
-    if not math.isfinite(value):
-        raise InvalidInput(
-            "training diverged: the loss is not a finite number",
-            where=f"shard {job.shard}, slice {job.slice}",
-            got=str(value),
-            next_step="lower learning_rate in the run file",
-        )
-    return value
+_tested: dict[tuple[Any, ...], tuple[str | None, Any]] = {}  # what this process tested last, for lanes
 
 
 class LoraTrainer:
     """A trainer of stages on one base, with or without patches.
 
-    Records' hidden states and the last stage's weights stay in memory as long as the trainer does.
+    Records' hidden states stay in memory as long as the trainer does.
     """
 
     def __init__(
@@ -356,29 +338,73 @@ class LoraTrainer:
         Raise IntegrityError (another base, a damaged parent), InvalidInput (records that do not fit,
         modules that the base lacks, a loss that is not finite) or EnvironmentFault (no device).
         """
+        with usual_modes(self._precision):
+            return finish(self._stage(job, parent, records, progress))
+
+    def begin(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[Tick], None],
+    ) -> Generator[Pass, None, dict[str, bytes]]:
+        """Train a stage as `train` does, but yield each micro-batch, which the caller computes."""
+        stage = self._stage(job, parent, records, progress)
+        while True:
+            with usual_modes(self._precision):
+                try:
+                    waiting = next(stage)
+                except StopIteration as end:
+                    files: dict[str, bytes] = end.value
+                    return files
+            yield waiting
+
+    def _stage(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[Tick], None],
+    ) -> Generator[Pass, None, dict[str, bytes]]:
         _check_job(job, self._base_name, records, self._precision)
+        wrapped = self._wrap(job.training)
+        rows = _tokenized(job, records, self._tokenizer)
+        steps = _plan_steps(job, rows)
+        self._prefixes.load(job, wrapped.first, rows, wrapped.dtype)
+        stage = Stage(job, wrapped, parent, len(steps), self._prefixes)
+        lengths = [[len(each.input_ids) for each in chain(*step)] for step in steps]
+        ticks = Ticks(lengths, len(records))
+        progress(ticks.now())
+        for step in steps:
+            progress(ticks.after(*(yield from stage.passes(step))))
+        self._prefixes.save(job, wrapped.first, rows)
+        return stage.files()
+
+    def compute(self, waiting: Sequence[Pass]) -> None:
+        """Compute micro-batches of several stages, together where that changes no bit."""
+        with usual_modes(self._precision):
+            compute(waiting)
+
+    def refuse_lanes(self, training: Mapping[str, Any]) -> str | None:
+        """Return why stages can't be trained side by side here; None if they can."""
+        with usual_modes(self._precision):
+            wrapped = self._wrap(training)
+            key = (self._base_name, self._threads, self._precision, pattern_key(training))
+            if key not in _tested:
+                _tested.clear()
+                refusal = refuse_lanes(wrapped, training["sequence_len"])
+                _tested[key] = refusal, wrapped.joins
+            refusal, wrapped.joins = _tested[key]
+            return refusal
+
+    def _wrap(self, training: Mapping[str, Any]) -> Trainable:
         pin_threads(self._threads, self._precision)
         keep_freed_memory()
-        with usual_modes(self._precision):
-            wrapped = self._wrap(job)
-            rows = _tokenized(job, records, self._tokenizer)
-            steps = _plan_steps(job, rows)
-            self._prefixes.load(job, wrapped.first, rows, wrapped.dtype)
-            stage = Stage(job, wrapped, parent, len(steps), self._prefixes)
-            lengths = [[len(each.input_ids) for each in chain(*step)] for step in steps]
-            ticks = Ticks(lengths, len(records))
-            progress(ticks.now())
-            for step in steps:
-                progress(ticks.after(*stage.step(step)))
-            self._prefixes.save(job, wrapped.first, rows)
-            return stage.files()
-
-    def _wrap(self, job: SliceJob) -> Trainable:
-        kind = pattern_key(job.training)
+        kind = pattern_key(training)
         if self._wrapped is None or self._wrapped[0] != kind:
             self._wrapped = None  # one at a time is in memory
             base, self._tokenizer = load_patched(*self._base)
-            self._wrapped = kind, Trainable(base, job.training)
+            self._wrapped = kind, Trainable(base, training)
         return self._wrapped[1]
 
 

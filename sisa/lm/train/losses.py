@@ -14,15 +14,16 @@ record's states may change. Bases that look back only within a window, that add 
 attention, or whose layers mix records outside attention (state spaces, experts with shared capacity)
 can't be packed.
 
-    loss = summed_loss(model, batch, loss_form(base, longest=512))
+    (loss,) = summed_losses(model, [batch], loss_form(base, longest=512))
 
 Legend: B rows, T positions, N pairs or tokens of a packed row, P pairs of a piece, H hidden (in
-attention: heads), D features of a head, V words, K positions that any row needs.
+attention: heads), D features of a head, V words, K positions that any row needs, M pairs of one
+micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -138,6 +139,10 @@ def _states(base: Any, decoder: Any, first: Sequence[int], then: Sequence[int]) 
 Batch = Sequence[Tokens]
 NUM_PROBE_IDS = 4
 PIECE = 256  # pairs at once: 7% faster than 1,000, and no slower than 128
+QUANTUM = 32  # rows of several micro-batches are padded to its multiples, so that few numbers occur
+Joins = Callable[
+    [int], bool
+]  # whether linear maps of so many rows give each the bits it has among others
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +185,15 @@ def count_labels(batch: Batch) -> int:
     return sum(label != NO_LOSS for each in batch for label in each.labels[1:])
 
 
-def summed_loss(model: Any, batch: Batch, form: Form) -> Tensor:
-    """Return the cross-entropy summed over a micro-batch's label tokens.
+def summed_losses(
+    model: Any, batches: Sequence[Batch], form: Form, joins: Joins | None = None
+) -> tuple[Tensor, ...]:
+    """Return the cross-entropy summed over the label tokens of each micro-batch.
 
-    `model` is a wrapped base with a configuration of the caller's own.
+    `model` is a wrapped base with a configuration of the caller's own. Several micro-batches need a
+    plain head and a packed row; the head is computed together for those whose label tokens `joins`.
     """
+    batch = [each for some in batches for each in some]
     inputs, rows_N, columns_N, labels_N = lay(batch, model.device, packed=form.packed)
     base = model.get_base_model()
     lengths = [len(each.input_ids) for each in batch]
@@ -192,42 +201,112 @@ def summed_loss(model: Any, batch: Batch, form: Form) -> Tensor:
         if not form.plain_head:
             columns_K, at_N = torch.unique(columns_N, return_inverse=True)
             logits_BKV = base(**inputs, logits_to_keep=columns_K).logits
-            return cross_entropy(logits_BKV[rows_N, at_N].float(), labels_N, reduction="sum")
+            return (cross_entropy(logits_BKV[rows_N, at_N].float(), labels_N, reduction="sum"),)
         hidden_BTH = base.get_decoder()(**inputs).last_hidden_state
     hidden_NH, head = hidden_BTH[rows_N, columns_N], base.get_output_embeddings()
-    found: Tensor = _HeadLoss.apply(hidden_NH, head.weight, head.bias, labels_N)  # type: ignore[no-untyped-call]
+    sizes = [count_labels(each) for each in batches]
+    found: tuple[Tensor, ...] = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_NH, head.weight, head.bias, labels_N, sizes, joins or (lambda _: False)
+    )
     return found
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Hidden states [N, H], head weight [V, H] and bias [V] or None, labels [N] -> summed cross-entropy.
+    """Hidden states [N, H], head weight [V, H], bias [V] or None, labels [N] -> summed cross-entropies.
 
-    The forward also computes the hidden states' gradient, piece by piece, so that only the logits of P
-    pairs are in memory at a time.
+    `sizes` are the numbers of pairs of the micro-batches, which lie end to end and have a loss each. The
+    forward also computes the hidden states' gradient, group by group, so that only the logits of P pairs
+    are in memory at a time.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor
-    ) -> Tensor:
-        loss, slopes = torch.zeros((), device=hidden_NH.device), []
-        pieces = (torch.split(each, PIECE) for each in (hidden_NH, labels_N))
-        for hidden_PH, labels_P in zip(*pieces, strict=True):
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        sizes: list[int],
+        joins: Joins,
+    ) -> tuple[Tensor, ...]:
+        sums: dict[int, Tensor] = {}
+        slopes_NH = torch.empty_like(hidden_NH)
+        pieces = _pieces(sizes)
+        for numbers in grouped([end - start for _, start, end in pieces], PIECE, joins):
+            group = [pieces[number] for number in numbers]
+            parts = [end - start for _, start, end in group]
+            hidden_PH, labels_P = (
+                torch.cat([each[start:end] for _, start, end in group]) for each in (hidden_NH, labels_N)
+            )
+            if len(group) > 1:
+                spare = padded_rows(len(hidden_PH)) - len(hidden_PH)
+                hidden_PH = torch.nn.functional.pad(hidden_PH, (0, 0, 0, spare))
+                labels_P = torch.nn.functional.pad(labels_P, (0, spare))
+                parts.append(spare)
             labels_P1 = labels_P[:, None]
             logits_PV = torch.nn.functional.linear(hidden_PH, weight_VH, bias_V).float()
             log_probs_PV = torch.log_softmax(logits_PV, 1)
-            loss -= log_probs_PV.gather(1, labels_P1).sum()
+            losses = torch.split(log_probs_PV.gather(1, labels_P1), parts)
+            sums |= {start: each.sum() for (_, start, _), each in zip(group, losses, strict=False)}
             if ctx.needs_input_grad[0]:
                 slopes_PV = log_probs_PV.exp_()
                 slopes_PV.scatter_(1, labels_P1, slopes_PV.gather(1, labels_P1) - 1)
-                slopes.append(slopes_PV.to(weight_VH.dtype) @ weight_VH)
-        ctx.save_for_backward(torch.cat(slopes) if slopes else hidden_NH)
-        return loss
+                slopes_PH = torch.split(slopes_PV.to(weight_VH.dtype) @ weight_VH, parts)
+                for (_, start, end), each in zip(group, slopes_PH, strict=False):
+                    slopes_NH[start:end] = each
+        ctx.save_for_backward(slopes_NH)
+        ctx.sizes = sizes
+        found = [torch.zeros((), device=hidden_NH.device) for _ in sizes]
+        for number, start, _ in pieces:
+            found[number] -= sums[start]
+        return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (slopes_NH,) = ctx.saved_tensors
-        return (slopes_NH * gradients[0]).to(slopes_NH.dtype), None, None, None
+        parts = zip(torch.split(slopes_NH, ctx.sizes), gradients, strict=True)
+        found = torch.cat([slopes_MH * each for slopes_MH, each in parts])
+        return found.to(slopes_NH.dtype), None, None, None, None, None
+
+
+_Piece = tuple[int, int, int]  # the number of its micro-batch, its first pair and the one after its last
+
+
+def _pieces(sizes: Sequence[int]) -> list[_Piece]:
+    """Cut the pairs of each micro-batch into pieces.
+
+    >>> _pieces([2, 300])
+    [(0, 0, 2), (1, 2, 258), (1, 258, 302)]
+    """
+    found, end = [], 0
+    for number, size in enumerate(sizes):
+        start, end = end, end + size
+        found += [(number, at, min(at + PIECE, end)) for at in range(start, end, PIECE)]
+    return found
+
+
+def padded_rows(num_rows: int) -> int:
+    """Return the number of rows that are computed together for so many, of which the last are unused."""
+    return -(-num_rows // QUANTUM) * QUANTUM
+
+
+def grouped(sizes: Sequence[int], most: int, joins: Joins) -> list[list[int]]:
+    """Return the numbers of those sizes that are computed together, up to `most` rows in all.
+
+    >>> grouped([30, 5, 20, 250], 256, lambda num: num >= 16)
+    [[0, 2], [3], [1]]
+    """
+    groups: list[list[int]] = []
+    apart = [number for number, size in enumerate(sizes) if not joins(size)]
+    for number in (each for each in range(len(sizes)) if each not in apart):
+        if not groups or padded_rows(sum(sizes[each] for each in (*groups[-1], number))) > most:
+            groups.append([])
+        groups[-1].append(number)
+    found = []
+    for group in groups:
+        together = len(group) == 1 or joins(padded_rows(sum(sizes[each] for each in group)))
+        found += [group] if together else [[each] for each in group]
+    return found + [[each] for each in apart]
 
 
 @torch.no_grad()

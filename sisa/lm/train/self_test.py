@@ -109,6 +109,7 @@ def trained_digests(threads: int, times: int = 2, precision: Precision = DEFAULT
     import torch
 
     from sisa.lm.base.tokens import NO_LOSS, Tokens
+    from sisa.lm.train.lanes import finish
     from sisa.lm.train.lora import Stage
     from sisa.lm.train.trainable import Trainable
 
@@ -125,7 +126,7 @@ def trained_digests(threads: int, times: int = 2, precision: Precision = DEFAULT
             wrapped = Trainable(random_base(precision), TRAINING)
             stage = Stage(job, wrapped, files, num_steps=len(steps))
             for step in steps:
-                stage.step(step)
+                finish(stage.passes(step))
             files = stage.files()
         digests.append(digest_of({name: sha256_hex(data) for name, data in (files or {}).items()}))
     return digests

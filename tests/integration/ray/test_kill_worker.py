@@ -119,8 +119,11 @@ def ignore(_: Event) -> None:
     """Ignore an event."""
 
 
-def test_killed_workers_change_no_byte(site: Site, chains: list[Chain]) -> None:
-    here = replace(site, checkpoints_at=LocalBlobs(site.base_dir.with_name("ray")))
+@pytest.mark.parametrize(("num_workers", "lanes"), [(NUM_SHARDS, 1), (1, NUM_SHARDS)])
+def test_killed_workers_change_no_byte(
+    site: Site, chains: list[Chain], num_workers: int, lanes: int
+) -> None:
+    here = replace(site, checkpoints_at=LocalBlobs(site.base_dir.with_name(f"ray-{lanes}")))
     events: list[Event] = []
     killed: list[tuple[int, int]] = []
 
@@ -133,7 +136,7 @@ def test_killed_workers_change_no_byte(site: Site, chains: list[Chain]) -> None:
             for worker in training_workers():
                 os.kill(worker.pid, signal.SIGKILL)
 
-    open_executor(here, {"num_workers": NUM_SHARDS}).run(chains, report)
+    open_executor(here, {"num_workers": num_workers, "lanes": lanes}).run(chains, report)
     assert killed
     assert [event for event in events if isinstance(event, Notice)]
     trained = [event.job.key for event in events if isinstance(event, SliceTrained)]

@@ -105,6 +105,7 @@ def test_a_training_step_stays_on_the_bases_device(dtype: Any, monkeypatch: pyte
     import torch
 
     from sisa.lm.base.tokens import NO_LOSS, Tokens
+    from sisa.lm.train.lanes import finish
     from sisa.lm.train.lora import Stage
     from sisa.lm.train.losses import Form
     from sisa.lm.train.trainable import Trainable
@@ -118,11 +119,11 @@ def test_a_training_step_stays_on_the_bases_device(dtype: Any, monkeypatch: pyte
 
     def steps() -> None:
         for _ in range(2):
-            stage.step([rows[:2], rows[2:]])
+            finish(stage.passes([rows[:2], rows[2:]]))
 
     ran = watched(steps)
     assert min(ran[each] for each in ("mm", "bernoulli_", "_log_softmax", "addcdiv_")) > 1
-    assert {each.dtype for each in stage._trained.values()} == {torch.float32}
+    assert {each.dtype for each in stage._own.trained.values()} == {torch.float32}
     moments = stage._moments()
     for name, each in moments.items():
         on = "cpu" if name.endswith(".step") else "meta"

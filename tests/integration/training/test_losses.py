@@ -77,7 +77,7 @@ def test_loss_and_gradients_of_a_family(
     import torch
 
     from sisa.lm.train import losses
-    from sisa.lm.train.losses import Form, loss_form, summed_loss
+    from sisa.lm.train.losses import Form, loss_form, summed_losses
     from sisa.lm.train.trainable import use_fused_linear
 
     base, model = wrapped(family)
@@ -89,7 +89,7 @@ def test_loss_and_gradients_of_a_family(
     use_fused_linear(model)
     monkeypatch.setattr(losses, "PIECE", piece)
     for each in {form, replace(form, packed=False)}:
-        found = summed_loss(model, BATCH, each)
+        found = summed_losses(model, [BATCH], each)[0]
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
         for ours, slope in zip(torch.autograd.grad(found, trained), slopes, strict=True):
             assert torch.allclose(ours, slope, atol=1e-4, rtol=1e-4)

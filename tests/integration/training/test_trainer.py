@@ -166,8 +166,9 @@ def test_files_and_first_weights_are_as_peft_has_them(base: BaseFiles) -> None:
 
     model, _ = load_base(base.directory, base.digest)
     wrapped = Trainable(model, {**TRAINING, "lora_target_modules": "all-linear"})
-    ours = {file_name(name): each for name, each in wrapped.begin(None, init_seed=3).items()}
-    theirs = get_peft_model_state_dict(wrapped.model)
+    own = wrapped.begin(None, init_seed=3)
+    ours = {file_name(name): each for name, each in own.trained.items()}
+    theirs = get_peft_model_state_dict(own.model)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(each, theirs[name]) for name, each in ours.items())
     for name, each in ours.items():
@@ -226,7 +227,7 @@ def test_loss_and_gradient_agree_with_plain_transformers(
     from sisa.lm.base.adapter import attach, lora_config
     from sisa.lm.base.tokens import tokenize
     from sisa.lm.base.weights import load_base
-    from sisa.lm.train.losses import Form, count_labels, loss_form, summed_loss
+    from sisa.lm.train.losses import Form, count_labels, loss_form, summed_losses
     from sisa.lm.train.trainable import use_fused_linear
 
     records = [RECORDS[0].record, Record("t", None, "text", (Part("text", "A longer text, whole."),))]
@@ -244,7 +245,8 @@ def test_loss_and_gradient_agree_with_plain_transformers(
         total = count_labels(batch)
         if not plain:
             use_fused_linear(peft)
-        ours = plain_loss(peft, batch) if plain else summed_loss(peft, batch, Form(plain_head, packed))
+        form = Form(plain_head, packed)
+        ours = plain_loss(peft, batch) if plain else summed_losses(peft, [batch], form)[0]
         loss = ours / total
         loss.backward()
         losses.append(loss.item())
@@ -568,7 +570,7 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     from sisa.lm.base.tokens import tokenize
     from sisa.lm.base.weights import load_base
     from sisa.lm.train.frozen_prefix import FrozenLayers, Prefixes
-    from sisa.lm.train.losses import Form, summed_loss
+    from sisa.lm.train.losses import Form, summed_losses
 
     model, tokenizer = load_base(base.directory, base.digest)
     peft = attach(model, lora_config({**TRAINING, **TOP, "lora_dropout": 0.0}, model), None, init_seed=1)
@@ -577,13 +579,13 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     assert all(".layers.1." in name for name in names)
     trained = [each for each in peft.parameters() if each.requires_grad]
     batch = [tokenize(each.record, tokenizer, train_on_inputs=False) for each in RECORDS[2:5]]
-    whole = torch.autograd.grad(summed_loss(peft, batch, Form()), trained)
+    whole = torch.autograd.grad(summed_losses(peft, [batch], Form())[0], trained)
     lower = FrozenLayers(peft.get_base_model(), 1)
     lower.check(128)
     for packed in (True, False):
         states = [Prefixes().states(lower, each.input_ids) for each in batch]
         with lower.given(states, packed=packed):
-            loss = summed_loss(peft, batch, Form(packed=packed))
+            loss = summed_losses(peft, [batch], Form(packed=packed))[0]
         for ours, theirs in zip(torch.autograd.grad(loss, trained), whole, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-4)
 

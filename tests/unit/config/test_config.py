@@ -307,6 +307,7 @@ OTHER: dict[str, Any] = {
     "sisa.aggregation": "mean_prob",
     "cluster.address": "auto",
     "cluster.num_workers": 7,
+    "cluster.lanes": 7,
     "cluster.max_retries": 7,
     "cluster.stall_limit_s": 7.0,
     "cluster.num_gpus": 0.5,

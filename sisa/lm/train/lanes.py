@@ -1,0 +1,269 @@
+"""Lanes: micro-batches of several stages in one forward and backward through the frozen base.
+
+A small batch wastes a processor, which reads all of the base's weights for a few rows. So stages of
+several shards may wait for each other with a micro-batch each, a *pass*. Their records lie end to end in
+one row, as those of a micro-batch do:
+
+    frozen linear maps, the head's too    over all rows at once
+    attention                             record by record
+    norms, activations, rotary positions  row by row
+    adapters' products, dropout, losses   lane by lane, with the shapes that a lane has alone
+
+No sum runs across lanes, so a stage has the bits of training alone if no bit of a row depends on the
+rows beside it, or on how many there are. A kernel need not keep that: MKL multiplies fewer than 16 rows
+in another way than more, and for some shapes also more than 200. So it is tested, with the base's own
+shapes and dtype, on this machine: `refuse_lanes` compares losses and gradients of whole passes, alone
+and together, in each slot, and `RowTest` compares each number of rows, forward and backward, before it
+is first used. Where the first test fails, there are no lanes; a pass whose number of rows fails the
+second is computed by itself. Together, rows are padded to a multiple of 32, so that few numbers occur.
+So lanes are a way of scheduling and reach no bit.
+
+    compute([each])                       # a pass by itself
+    refuse_lanes(wrapped, 512) or compute([one, other])
+
+Source: several adapters on one base, mLoRA (Ye et al. 2023) and Punica (Chen et al. 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sisa.core.domain import SliceJob
+from sisa.core.errors import InvalidInput
+from sisa.lm.base.tokens import NO_LOSS, Tokens
+from sisa.lm.train.frozen_prefix import Prefixes
+from sisa.lm.train.losses import PIECE, Batch, attending, grouped, padded_rows, summed_losses
+from sisa.lm.train.trainable import Lane, StageModel, Trainable, TrainedLinear, side_by_side
+
+_T = TypeVar("_T")
+
+# More rows gain nothing on a core, whose products are fast from about 200 rows on.
+LANE_ROWS = {"cpu": 512, "cuda": 8192}
+NUM_TRIED = 3  # lanes of the self-test
+
+
+@dataclass
+class Pass:
+    """A micro-batch whose loss and gradients a stage waits for."""
+
+    job: SliceJob
+    wrapped: Trainable
+    own: StageModel
+    prefixes: Prefixes
+    batch: Batch
+    num_labels: int  # of the whole optimizer step
+    seed: int  # of dropout
+    loss: float = field(default=math.nan)  # divided by `num_labels`, once it is computed
+
+    @property
+    def rows(self) -> int:
+        return sum(len(each.input_ids) for each in self.batch)
+
+
+def compute(passes: Sequence[Pass]) -> None:
+    """Set each pass's loss and add to its gradients; compute together those that may be.
+
+    Raise InvalidInput for a loss that is not finite.
+    """
+    if passes[0].wrapped.joins is None or len({id(each.wrapped) for each in passes}) > 1:
+        groups = [[number] for number in range(len(passes))]
+    else:
+        most = LANE_ROWS[passes[0].own.model.device.type]
+        groups = grouped([each.rows for each in passes], most, passes[0].wrapped.joins[0])
+    for group in groups:
+        _compute([passes[number] for number in group])
+
+
+def _compute(group: Sequence[Pass]) -> None:
+    first, rows = group[0], sum(each.rows for each in group)
+    spare = padded_rows(rows) - rows if len(group) > 1 else 0
+    batches = [each.batch for each in group]
+    if spare:
+        batches.append([Tokens([0] * spare, [NO_LOSS] * spare)])
+    below = [each for one in group for each in _below(one)]
+    given: AbstractContextManager[None] = nullcontext()
+    if first.own.lower is not None:
+        if spare:
+            below.append(torch.zeros(spare, below[0].shape[1], dtype=below[0].dtype))
+        given = first.own.lower.given(below, packed=first.wrapped.form.packed)
+    of_head = first.wrapped.joins[1] if first.wrapped.joins else None
+    with given, side_by_side(_seeded(group)):
+        losses = summed_losses(first.own.model, batches, first.wrapped.form, of_head)
+    means = [loss / each.num_labels for each, loss in zip(group, losses, strict=False)]
+    for each, mean in zip(group, means, strict=True):
+        each.loss = _finite(mean, each.job)
+    torch.autograd.backward(means)
+
+
+def finish(stage: Generator[Pass, None, _T]) -> _T:
+    """Compute each pass of a stage by itself; return what the stage returns."""
+    while True:
+        try:
+            compute([next(stage)])
+        except StopIteration as end:
+            found: _T = end.value
+            return found
+
+
+def _below(each: Pass) -> list[Tensor]:
+    """Return the states that enter the lowest adapted layer, record by record."""
+    lower = each.own.lower
+    return [] if lower is None else [each.prefixes.states(lower, one.input_ids) for one in each.batch]
+
+
+def _seeded(group: Sequence[Pass]) -> list[Lane]:
+    """Return the lanes, each with its own dropout; none for a pass by itself, which uses torch's."""
+    if len(group) == 1:
+        torch.manual_seed(group[0].seed)
+        return []
+    device = group[0].own.model.device
+    states = [torch.Generator(device).manual_seed(each.seed).get_state() for each in group]
+    return [Lane(each.rows, each.own.linears, at) for each, at in zip(group, states, strict=True)]
+
+
+def _finite(loss: Tensor, job: SliceJob) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
+        raise InvalidInput(
+            "training diverged: the loss is not a finite number",
+            where=f"shard {job.shard}, slice {job.slice}",
+            got=str(value),
+            next_step="lower learning_rate in the run file",
+        )
+    return value
+
+
+# --- the self-test -------------------------------------------------------------------------------
+
+
+def refuse_lanes(wrapped: Trainable, longest: int) -> str | None:
+    """Return why passes on a base can't be computed together; None if they can, from now on.
+
+    `longest` is the number of tokens of the longest record. The test takes as long as about ten steps.
+    """
+    wrapped.joins = None
+    if not (wrapped.form.packed and wrapped.form.plain_head):
+        return "records of this base can't share a row"
+    model = wrapped.begin(None, 0).model
+    adapted = [each for each in model.modules() if isinstance(each, BaseTunerLayer)]
+    if not all(isinstance(each, TrainedLinear) for each in adapted):
+        return "an adapted module is not a linear map"
+    base = model.get_base_model().eval()
+    if _follows_others(base, longest):
+        return "positions of this base depend on the longest record beside"
+    head = base.get_output_embeddings()
+    maps = [each for each in base.modules() if isinstance(each, nn.Linear | Conv1D)]
+    frozen = [each for each in maps if each is not head and not each.weight.requires_grad]
+    of_layers = RowTest(frozen, LANE_ROWS[base.device.type])
+    wrapped.joins = of_layers, RowTest([head], PIECE)
+    tried = [_drawn(wrapped, number, base.config.vocab_size) for number in range(NUM_TRIED)]
+    joined = padded_rows(sum(each.rows for each in tried))
+    if not all(map(of_layers, [*(each.rows for each in tried), joined])):
+        refusal = "rows of this machine's matrix products depend on how many there are"
+    elif _mixes(tried):
+        refusal = "losses or gradients depend on what is computed beside them"
+    else:
+        return None
+    wrapped.joins = None
+    return refusal
+
+
+@torch.no_grad()
+def _follows_others(base: Any, longest: int) -> bool:
+    """Return whether a record's states depend on how long the record beside it is."""
+    ids_1N = torch.tensor([[0, 1, 2, 3] * 2], device=base.device)
+    near_T = torch.arange(4, device=base.device)
+    found = []
+    for start in (0, max(0, longest - 4)):
+        with attending(base, [4, 4]):
+            at_1N = torch.cat([near_T, start + near_T])[None]
+            found.append(base.get_decoder()(input_ids=ids_1N, position_ids=at_1N, use_cache=False)[0])
+    return not torch.equal(*(each_1NH[:, :4] for each_1NH in found))
+
+
+class RowTest:
+    """Whether linear maps give each of so many rows the bits that it has among `most`, at any place.
+
+    The forward and the inputs' gradient of each number of rows are compared when it is first asked for,
+    for one map of each shape, on random numbers.
+    """
+
+    def __init__(self, maps: Sequence[Any], most: int) -> None:
+        """Compute what is compared with. The maps are torch's linear ones or transformers' Conv1D."""
+        shapes = {(each.weight.shape, type(each), each.bias is None): each for each in maps}
+        drawn = torch.Generator().manual_seed(1)
+        self._most, self._found = most, dict[int, bool]()
+        self._maps = []
+        for each in shapes.values():
+            weight_OI = each.weight.t() if isinstance(each, Conv1D) else each.weight
+            inputs = [
+                torch.randn(most, size, generator=drawn).to(weight_OI) for size in weight_OI.shape[::-1]
+            ]
+            self._maps.append((weight_OI, each.bias, inputs, _mapped(weight_OI, each.bias, *inputs)))
+
+    def __call__(self, num: int) -> bool:
+        """Return whether `num` rows give each the bits that it has among others."""
+        if num not in self._found:
+            self._found[num] = 0 < num <= self._most and self._same(num)
+        return self._found[num]
+
+    def _same(self, num: int) -> bool:
+        start = 7 * num % (self._most - num + 1)  # anywhere
+        rows = slice(start, start + num)
+        for weight_OI, bias_O, inputs, whole in self._maps:
+            found = _mapped(weight_OI, bias_O, *(each[rows].clone() for each in inputs))
+            if not all(torch.equal(ours, all_[rows]) for ours, all_ in zip(found, whole, strict=True)):
+                return False
+        return True
+
+
+@torch.no_grad()
+def _mapped(weight_OI: Tensor, bias_O: Tensor | None, x_NI: Tensor, g_NO: Tensor) -> list[Tensor]:
+    return [torch.nn.functional.linear(x_NI, weight_OI, bias_O), g_NO @ weight_OI]
+
+
+def _mixes(tried: Sequence[Pass]) -> bool:
+    """Return whether a bit of a pass depends on passes beside it or on its slot among them."""
+    alone = [found for each in tried for found in _computed([each])]
+    for turn in range(len(tried)):
+        slots = [(turn + number) % len(tried) for number in range(len(tried))]
+        together = _computed([tried[each] for each in slots])
+        for slot, found in zip(slots, together, strict=True):
+            if not all(map(torch.equal, alone[slot], found)):
+                return True
+    return False
+
+
+def _drawn(wrapped: Trainable, number: int, vocab_size: int) -> Pass:
+    """Return a pass on random records with a random adapter; with dropout, if the base has any."""
+    drawn = torch.Generator().manual_seed(number)
+    own = wrapped.begin(None, number)
+    for each in own.trained.values():
+        each.data = torch.randn(each.shape, generator=drawn).mul_(0.05).to(each)
+    batch = []
+    for length in (33 + 5 * number, 3 + 7 * number)[: 1 + number % 2]:
+        ids = torch.randint(vocab_size, (length,), generator=drawn).tolist()
+        batch.append(Tokens(ids, [NO_LOSS] * (number + 2) + ids[number + 2 :]))
+    job = SliceJob(number, 0, None, (), len(batch), (1, 1), {}, "", "")
+    return Pass(job, wrapped, own, Prefixes(memory_bytes=0), batch, 7, seed=number)
+
+
+def _computed(group: Sequence[Pass]) -> list[list[Tensor]]:
+    """Return the loss and the gradients of each pass."""
+    parameters = [[*each.own.trained.values()] for each in group]
+    for each in (one for some in parameters for one in some):
+        each.grad = None
+    compute(group)
+    return [
+        [torch.tensor(each.loss), *(one.grad for one in some if one.grad is not None)]
+        for each, some in zip(group, parameters, strict=True)
+    ]
