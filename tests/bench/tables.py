@@ -535,6 +535,19 @@ def step_table(found: Json) -> Iterator[str]:
     yield from rows(header, lines)
 
 
+def lanes_table(found: Json) -> Iterator[str]:
+    """Yield what training shards side by side gains."""
+    lines = []
+    for name, by_lanes in found["rows"].items():
+        layers, _, batch = name.partition(", ")
+        alone = by_lanes["1"]["tokens_per_s"]
+        for lanes, row in by_lanes.items():
+            gain = f"{row['tokens_per_s'] / alone:.2f}"
+            lines.append((layers, batch, lanes, f"{row['tokens_per_s']:.0f}", gain))
+    header = ("adapted layers", "records a step", "lanes", "tokens per core-second", "to one lane")
+    yield from rows(header, lines)
+
+
 def shares() -> Iterator[str]:
     """Yield what deletions retrain, where there is one order."""
     found = measured("retrained")

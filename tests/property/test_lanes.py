@@ -142,13 +142,15 @@ def test_lanes_are_refilled_and_their_micro_batches_joined(
         together.append(len(group))
         inner(group)
 
-    monkeypatch.setattr(lanes, "_compute", counted)
     training = {**TRAINING, "lora_dropout": 0.1, "micro_batch_size": 1, "lr_scheduler": "linear"}
     training |= {"gradient_accumulation_steps": 1, "optimizer": "sgd"}
     case = Case([[4, 4]] * 5, 3, "cumulative", None, training)
     records, events = FakeRecords(), list[Event]()
     chains = [*chains_of(case, base, records)]
-    SerialExecutor(trainer_on(base), records, FakeCheckpoints(), 3).run(chains, events.append)
+    trainer = trainer_on(base)
+    assert trainer.refuse_lanes(training) is None
+    monkeypatch.setattr(lanes, "_compute", counted)
+    SerialExecutor(trainer, records, FakeCheckpoints(), 3).run(chains, events.append)
     assert max(together) == 3
     assert sum(together) == sum(chain.record_epochs for chain in chains)
     first = [each.shard for each in events if isinstance(each, SliceProgress) and each.step == 0]

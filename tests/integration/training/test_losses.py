@@ -159,7 +159,8 @@ def test_a_record_end_to_end_with_another_has_the_bits_that_it_has_beside_any() 
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-def test_the_adapted_products_slopes_are_those_of_differences(dropped: bool) -> None:
+@pytest.mark.parametrize("rows", [[5], [3, 1]])
+def test_the_adapted_products_slopes_are_those_of_differences(dropped: bool, rows: list[int]) -> None:
     import torch
 
     from sisa.lm.train.trainable import _Adapted
@@ -170,7 +171,8 @@ def test_the_adapted_products_slopes_are_those_of_differences(dropped: bool) -> 
         found = torch.randn(*shape, generator=drawn, dtype=torch.float64)
         return found.requires_grad_(trained)
 
-    low = of(5, 4) if dropped else None
+    low = of(sum(rows), 4) if dropped else None
     weight, bias = of(3, 4, trained=False), of(3, trained=False)
-    asked: Any = (of(5, 4), low, weight, bias, of(2, 4), of(3, 2), 1.5)
+    adapters = [each for _ in rows for each in (of(2, 4), of(3, 2))]
+    asked: Any = (of(5, 4), low, weight, bias, 1.5, rows, *adapters)
     assert torch.autograd.gradcheck(_Adapted.apply, asked)
