@@ -219,7 +219,7 @@ def test_a_trainer_that_refuses_trains_one_after_another(site: Site) -> None:
 
 def test_auto_is_several_lanes_for_many_small_micro_batches(site: Site) -> None:
     def chains(size: int, count: int, **training: Any) -> list[Chain]:
-        found = [site.chain(shard, 40) for shard in range(count)]
+        found = [site.chain(shard, 100) for shard in range(count)]
         training["micro_batch_size"] = size
         return [
             replace(chain, jobs=tuple(replace(job, training=training) for job in chain.jobs))
