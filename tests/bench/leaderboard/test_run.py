@@ -122,10 +122,11 @@ def test_the_upper_model_over_remembered_states_is_the_whole_one(base: Path, upp
     assert not torch.allclose(plain[real_BT], found[real_BT], atol=1e-2)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"rome", "memit"}))  # edits take no steps
 def test_the_cost_that_is_planned_is_the_cost_that_is_counted(base: Path, name: str) -> None:
     split = load_split(base, 1)
-    patched = attach(split.upper, lora_config(LORA, split.upper), None, init_seed=1)
+    model = split.whole if name == "rmu" else split.upper  # whose layer is traced through all layers
+    patched = attach(model, lora_config(LORA, model), None, init_seed=1)
     tokens = tokens_of([*PAIRS, ("Why?", "No"), ("How?", "So it is")], FORM, load_tokenizer(base))
     sets = Sets(
         tokens[:3], tokens[3:], tokens_of([(q, "Hm") for q, _ in PAIRS], FORM, load_tokenizer(base))

@@ -44,7 +44,7 @@ class Receivers:
 
 @dataclass
 class Clock:
-    at: float = datetime.now(UTC).timestamp()
+    at: float = field(default_factory=lambda: datetime.now(UTC).timestamp())
 
     def __call__(self) -> float:
         return self.at
