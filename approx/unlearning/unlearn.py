@@ -92,9 +92,8 @@ class TaskVector(Descending):
 
     def apply(self, target: Target, sets: Sets, bounds: Bounds) -> End:
         """Leave the patch with -alpha times what it was tuned to; alpha is 0 when no other was kept."""
-        once = replace(
-            self, settings=replace(self.settings, num_rounds=1)
-        )  # the scale is searched instead
+        # One round: the scale is searched instead.
+        once = replace(self, settings=replace(self.settings, num_rounds=1))
         return _tune_and_negate(once.run_of(target, sets, bounds), self.method)
 
 

@@ -35,6 +35,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+MODEL = "sisa.model"  # imported first by what opens a model, and by no help or wrong usage
 HIDDEN = ("accelerate", "scipy")
 COMPILER, EXPORT, META = "torch._dynamo", "torch.export", "torch._meta_registrations"
 TRANSFORM = f"{COMPILER}._trace_wrapped_higher_order_op"  # transformers imports a class from it
@@ -50,7 +51,6 @@ def import_quickly(*, trains: bool = False) -> None:
     """
     if not trains:
         gc.set_threshold(MANY_OBJECTS)
-    threading.Thread(target=_load_libraries, daemon=True).start()
     sys.meta_path.insert(0, _Finder(trains=trains))
 
 
@@ -70,7 +70,9 @@ class _Finder(MetaPathFinder):
         self._hidden = () if trains else HIDDEN
 
     def find_spec(self, name: str, path: Any = None, _target: Any = None) -> ModuleSpec | None:
-        if name == "torch":
+        if name == MODEL:
+            threading.Thread(target=_load_libraries, daemon=True).start()
+        elif name == "torch":
             _stand_for(*self._standing)
         elif name == "transformers":
             _hide(*self._hidden)
