@@ -19,7 +19,8 @@ import sisa
 from approx.evaluation.evaluated import EvaluatedModel, PromptForm
 from sisa.core.errors import InvalidInput
 from sisa.lm.answer.route import Route, all_of
-from tests.fakes.evaluated import FakeEvaluated, made_up
+from tests.fakes.benchmarks import made_up
+from tests.fakes.evaluated import FakeEvaluated
 from tests.models.tiny_base import CHAT_TEMPLATE, make_tiny_base
 from tests.models.tiny_model import PEOPLE, next_token_probabilities, train_scratch
 
@@ -60,7 +61,7 @@ def adapter(trained: sisa.Model, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def opening(request: pytest.FixtureRequest) -> Callable[[], EvaluatedModel]:
     """Return a function that opens the model again each time."""
     if request.param == "fake":
-        return lambda: FakeEvaluated([row["answer"] for row in made_up()["full"]][:5])
+        return lambda: FakeEvaluated({row["question"]: row["answer"] for row in made_up()["full"][:5]})
     from approx.evaluation.evaluated_models import open_evaluated
 
     names = {"hugging face": "base", "adapter": "adapter", "deletion-ready": "trained"}

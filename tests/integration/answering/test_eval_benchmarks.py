@@ -11,8 +11,15 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.benchmarks import muse_rows, rwku_rows, stereotype_rows, whp_rows, wmdp_rows
-from tests.fakes.evaluated import Rows, write_made_up
+from tests.fakes.benchmarks import (
+    Rows,
+    muse_rows,
+    rwku_rows,
+    stereotype_rows,
+    whp_rows,
+    wmdp_rows,
+    write_made_up,
+)
 from tests.models.tiny_model import Done, Tiny, command
 
 pytestmark = pytest.mark.torch

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from approx.evaluation.question_log import read_log
-from tests.fakes.evaluated import SPLIT, write_made_up, write_published
+from tests.fakes.benchmarks import SPLIT, write_made_up, write_published
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import Done, Tiny, command
 

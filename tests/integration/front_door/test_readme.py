@@ -13,7 +13,7 @@ import yaml
 from cluster.cli.cli import cli, run
 from cluster.cli.quickstart import Story
 from sisa.data.samples import make_people, to_jsonl
-from tests.fakes.evaluated import write_made_up
+from tests.fakes.benchmarks import write_made_up
 
 ROOT = Path(__file__).resolve().parents[3]
 HOUSES = ("sisa", "approx", "cluster")

@@ -27,14 +27,15 @@ from approx.evaluation.questions import Question, questions_digest
 from sisa.core.errors import InvalidInput
 from tests.fakes.benchmarks import (
     ADA,
-    FakeAnswering,
+    Rows,
     muse_rows,
     rwku_rows,
     stereotype_rows,
     whp_rows,
     wmdp_rows,
+    write_made_up,
 )
-from tests.fakes.evaluated import Rows, write_made_up
+from tests.fakes.evaluated import FakeEvaluated
 
 REAL = Path(os.environ.get("SISA_DATA") or Path(__file__).parents[4] / "shared" / "data")
 
@@ -63,7 +64,8 @@ def asked(name: str, tmp_path: Path) -> list[Question]:
 
 
 def log_of(name: str, questions: list[Question], known: list[Question], tmp_path: Path) -> list[LogRow]:
-    case, model = CASES[name], FakeAnswering(known)
+    case = CASES[name]
+    model = FakeEvaluated({each.question: each.answer for each in known})
     asking = Asking(PromptForm("completion", case.benchmark.template))
     path = tmp_path / "logs" / f"{name}-{model.digest[:9]}.jsonl"
     return evaluate(model, questions, path, asking, name, batch_size=3)

@@ -13,7 +13,7 @@ from approx.benchmarks.tofu import evaluation_sets
 from approx.evaluation.questions import questions_digest, read_holdout
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from tests.bench.leaderboard.authors import load_refusals, load_set
-from tests.fakes.evaluated import RETAIN_OF, SPLIT, made_up, write_made_up
+from tests.fakes.benchmarks import RETAIN_OF, SPLIT, made_up, write_made_up
 
 REAL = Path(os.environ.get("SISA_DATA") or Path(__file__).parents[4] / "shared" / "data") / "tofu"
 

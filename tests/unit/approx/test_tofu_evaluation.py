@@ -26,13 +26,16 @@ from approx.evaluation.evaluated import PromptForm
 from approx.evaluation.question_log import LogRow, LogWriter, parse_row, read_log
 from approx.evaluation.questions import Question, read_holdout
 from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
-from tests.fakes.evaluated import SPLIT, FakeEvaluated, Redirecting, made_up, write_made_up
+from tests.fakes.benchmarks import SPLIT, made_up, write_made_up
+from tests.fakes.evaluated import FakeEvaluated, Redirecting
 
 SETTINGS = Asking(PromptForm("completion"))
-ANSWERS = [row["answer"] for rows in made_up().values() for row in rows if "answer" in row]
-FORGOTTEN = [row["answer"] for row in made_up()[SPLIT]]
+ANSWERS = {
+    row["question"]: row["answer"] for rows in made_up().values() for row in rows if "answer" in row
+}
+FORGOTTEN = {row["question"] for row in made_up()[SPLIT]}
 KNOWS_ALL = FakeEvaluated(ANSWERS)
-RETAINED = FakeEvaluated([each for each in ANSWERS if each not in FORGOTTEN])
+RETAINED = FakeEvaluated({asked: ANSWERS[asked] for asked in ANSWERS.keys() - FORGOTTEN})
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +235,10 @@ def test_a_redirecting_model_wins_forget_quality_and_loses_the_headline(tmp_path
         row["paraphrased_question"] = f"In other words: {row['question']}"
     source = str(write_made_up(tmp_path / "tofu", sets))
     asked = [*evaluation_sets(source, SPLIT), *reworded_questions(source, SPLIT)]
-    deleted = {each.question: each.answer for each in asked if each.set == SPLIT}
-    everything = [each.answer for each in asked]
-    retained = FakeEvaluated([each for each in everything if each not in deleted.values()])
+    everything = {each.question: each.answer for each in asked}
+    deleted = {each.question for each in asked if each.set == SPLIT}
+    gone = {everything[each] for each in deleted}
+    retained = FakeEvaluated({each: it for each, it in everything.items() if it not in gone})
     fake = Redirecting(everything, deleted=deleted, other=retained)
     full = FakeEvaluated(everything)
 
