@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from math import comb, fsum
 from typing import Any, ClassVar
 
-import torch
-
 from approx.attacks.attack import AttackSets, Curve, SetName
+from approx.evaluation.answers import continue_sampled
 from approx.metrics.memorisation import rougeL_recall
 from sisa.core.domain import Record
 from sisa.lm.base.tokens import encode_prompt, end_tokens
@@ -38,38 +37,17 @@ class LeakAtK:
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:
         asked = [each for each in sets.asked if _answer_at(each)]
         ids = [_prompt_ids(each, sets.tokenizer) for each in asked for _ in range(self.samples)]
-        answers = self._sampled(model, sets.tokenizer, ids, seed)
+        ends = end_tokens(model, sets.tokenizer) if self.ends is None else self.ends
+        drawn = continue_sampled(
+            model, ids, ends, self.max_new_tokens, 1.0, seed, SAMPLED_AT_ONCE, min_new_tokens=0
+        )
+        answers = sets.tokenizer.batch_decode(drawn, skip_special_tokens=True)
         truths = [each.parts[_answer_at(each)].text for each in asked for _ in range(self.samples)]
         recalls = [rougeL_recall(truth, text) for truth, text in zip(truths, answers, strict=True)]
         starts = range(0, len(recalls), self.samples)
         scores = [recalls[at : at + self.samples] for at in starts]
         strengths = (1, self.samples) if scores else ()
         return Curve("ROUGE-L recall", {k: [leak_at_k(each, k) for each in scores] for k in strengths})
-
-    def _sampled(self, model: Any, tokenizer: Any, prompts: Sequence[list[int]], seed: int) -> list[str]:
-        """Return one sampled answer to each prompt."""
-        from transformers import GenerationConfig
-
-        ends = sorted(end_tokens(model, tokenizer) if self.ends is None else self.ends)
-        how = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, max_new_tokens=self.max_new_tokens,
-            eos_token_id=ends, pad_token_id=ends[0],
-        )  # fmt: skip
-        torch.manual_seed(seed)
-        answers: list[str] = []
-        for start in range(0, len(prompts), SAMPLED_AT_ONCE):
-            rows = prompts[start : start + SAMPLED_AT_ONCE]
-            longest = max(map(len, rows))
-            padded = [[ends[0]] * (longest - len(row)) + row for row in rows]
-            mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-            with torch.no_grad():
-                made = model.generate(
-                    input_ids=torch.tensor(padded, device=model.device),
-                    attention_mask=torch.tensor(mask, device=model.device),
-                    generation_config=how,
-                )
-            answers += tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
-        return answers
 
 
 def _answer_at(record: Record) -> int:

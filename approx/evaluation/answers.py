@@ -244,6 +244,8 @@ def continue_sampled(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    batch_rows: int = BATCH_ROWS,
+    min_new_tokens: int = 1,
 ) -> list[list[int]]:
     """Return a continuation of each prompt, drawn from the model's whole distribution.
 
@@ -251,11 +253,11 @@ def continue_sampled(
     """
     chosen = {
         **{"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0},
-        **{"min_new_tokens": 1, "max_new_tokens": max_new_tokens},
+        **{"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens},
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _continued(model, prompts, ends, BATCH_ROWS, chosen)
+        return _continued(model, prompts, ends, batch_rows, chosen)
 
 
 def _continued(
