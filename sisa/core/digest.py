@@ -14,6 +14,7 @@ False
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import json
@@ -48,6 +49,18 @@ def file_sha256(path: Path) -> str:
         while block := file.read(BLOCK_BYTES):
             found.update(block)
     return found.hexdigest()
+
+
+def file_sha256_once(path: Path) -> str:
+    """Return the same; a process reads a file again only once its state on disk has changed."""
+    found = path.stat()
+    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return _sha256_once(path, state)
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256_once(path: Path, _state: tuple[int, ...]) -> str:
+    return file_sha256(path)
 
 
 def patched_digest(base: str, adapters: Sequence[str]) -> str:

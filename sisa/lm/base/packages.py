@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 
 from sisa.config.config import state_dir
-from sisa.core.digest import digest_of, file_sha256
+from sisa.core.digest import digest_of, file_sha256, file_sha256_once
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
 
 PREFIX = "pypi:"
@@ -100,7 +100,8 @@ def is_licence(path: PurePath) -> bool:
 def tree_digest(directory: Path) -> str:
     """Return the digest of the names and bytes of all files below a directory, except licences."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and not is_licence(path))
-    return digest_of([(path.relative_to(directory).as_posix(), file_sha256(path)) for path in paths])
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    return digest_of(list(zip(names, map(file_sha256_once, paths), strict=True)))
 
 
 def cached_directory(

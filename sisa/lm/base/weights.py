@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sisa.core.digest import canonical_json, digest_of, file_sha256, sha256_hex
+from sisa.core.digest import canonical_json, digest_of, file_sha256_once, sha256_hex
 from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem, SisaError
 from sisa.lm.base.numerics import usual_modes
@@ -143,16 +143,8 @@ def base_digest(directory: Path) -> str:
         if path.name in CONFIG_FILES:
             names[path.name] = sha256_hex(_canonical_config(path))
         elif path.name in TOKENIZER_FILES or path.suffix in (".safetensors", ".model", ".jinja"):
-            found = path.stat()
-            state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-            names[path.name] = _sha256_once(path, state)
+            names[path.name] = file_sha256_once(path)
     return digest_of(sorted(names.items()))
-
-
-@functools.lru_cache(maxsize=256)
-def _sha256_once(path: Path, _state: tuple[int, ...]) -> str:
-    """Return a file's SHA-256; a process reads a file again only once its state on disk has changed."""
-    return file_sha256(path)
 
 
 def _canonical_config(path: Path) -> bytes:

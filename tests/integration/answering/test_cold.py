@@ -136,7 +136,7 @@ def test_a_process_reads_a_models_bytes_once_until_they_change(
         read.append(path)
         return file_sha256(path)
 
-    monkeypatch.setattr(weights, "file_sha256", counting)
+    monkeypatch.setattr("sisa.core.digest.file_sha256", counting)
     (tmp_path / "config.json").write_text("{}")
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"a")
