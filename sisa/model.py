@@ -428,6 +428,12 @@ class Model:
             return str((live or dead)[0].subject_digest)
 
     @asked_again
+    def check_subject(self, digest: str) -> None:
+        """Raise UnknownRecord if no record was ever held of the subject that this digest names."""
+        with self._context() as context:
+            query.of_digest(context, digest)
+
+    @asked_again
     def recipients(self, ids: Sequence[str] = (), *, subject: str | None = None) -> dict[str, Any]:
         """Return which exports a person's records touched, as JSON values."""
         with self._context() as context, context.stores.ledger.snapshot():

@@ -243,11 +243,6 @@ def _call(service: Service, subject_request_id: str) -> Call:
     return found
 
 
-def _access(service: Service, caller: Caller, call: Call) -> dict[str, Any]:
-    """Return what is held of the person of a request for access. Raise UnknownRecord."""
-    return caller.view(service.model).access(digest=call.asked.split()[1])
-
-
 @opendsr_router.get(
     "/requests/{subject_request_id}",
     name="show_data_subject_request",
@@ -264,8 +259,8 @@ def _status_dsr(
         body = status_body(block, subject_request_id, status, expected_by(found))
     else:
         call = _call(service, subject_request_id)
-        if caller.shards is not None:
-            _access(service, caller, call)  # a person of other shards is not known
+        if caller.shards is not None:  # a person of other shards is not known
+            caller.view(service.model).check_subject(call.asked.split()[1])
         body = _access_status(service, http, subject_request_id, call)
     return _signed(block, 200, {**body, "api_version": _VERSION})
 
@@ -287,11 +282,12 @@ def _access_status(service: Service, http: HttpRequest, name: str, call: Call) -
 def _results_dsr(subject_request_id: _Uuid4, service: _Open, caller: Collector) -> Response:
     """Return what is held of a person, as a file, once (GDPR Art. 15 and 20)."""
     block, call = _block(service), _call(service, subject_request_id)
-    found = _access(service, caller, call)
+    digest = call.asked.split()[1]
+    found = caller.view(service.model).access(digest=digest)
     if not ServiceState(service.model.directory).end(_key(service, subject_request_id), _HANDED_OUT):
         step = "send another request, or `POST /rights/access`"
         raise ConfigConflict("these results were handed out already", next_step=step)
-    made = handed(service, "access", found, [found["subject"] or call.asked.split()[1]])
+    made = handed(service, "access", found, [found["subject"] or digest])
     made.headers.update(opendsr_headers(block, bytes(made.body)))
     return made
 
