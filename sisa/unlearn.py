@@ -18,7 +18,7 @@ from sisa.core.domain import Patch, VaultSet, active, wanted
 from sisa.core.errors import InvalidInput
 from sisa.flows import lifecycle
 from sisa.flows.patches import patching, vault_sets
-from sisa.flows.patches.composition import measure
+from sisa.flows.patches.composition import Composition, measure
 from sisa.flows.patches.patching import Unlearnt, Wish, shards_over
 from sisa.flows.wiring.context import patch_files, patches_beneath, trained_over
 from sisa.model import Model, asked_again
@@ -34,8 +34,9 @@ def unlearn(
 ) -> Unlearnt:
     """Make a patch; without a wish, continue the wanted one. Raise InvalidInput if none is wanted.
 
-    With `max_drift`, retrain all shards over the patches once their `drift` reaches it. Raise
-    ConfigConflict if that could never be, and the errors of `patching.want` and `make_wanted`.
+    With `max_drift`, retrain all shards over the patches once their `drift` reaches it; 0 retrains them
+    without measuring it. Raise ConfigConflict if that could never be, and the errors of `patching.want`
+    and `make_wanted`.
     """
     with model._writing() as context:
         _ = model.resources.base  # refuses a changed base before anything is written
@@ -50,30 +51,35 @@ def unlearn(
                 "no patch is wanted", next_step="say what to forget, by --forget or --request"
             )
 
+        trained_on = patches_beneath(context.stores.ledger, context.settings.base)
+        whole: list[
+            Composition
+        ] = []  # of the last patch, if it is all that shards were not trained over
+
         def effect(before: Sequence[Patch], after: Sequence[Patch]) -> Mapping[str, Any]:
-            return measure(context, model.resources, before, after).to_json()
+            found = measure(context, model.resources, before, after)
+            whole[:] = [found] if before == trained_on else []
+            return found.to_json()
 
         done = patching.make_wanted(context, max_seconds, effect, "" if wish is None else wish.reference)
     if done.unfinished or max_drift is None:
         return done
-    found = drift(model)
-    trained = retrain(model) if found is None or found >= max_drift else 0
-    return replace(done, drift=found, slices_trained=trained)
+    found = None
+    if max_drift > 0:
+        found = whole[0].drift if whole else drift(model)
+        if found is not None and found < max_drift:
+            return replace(done, drift=found)
+    return replace(done, drift=found, slices_trained=retrain(model))
 
 
 def drift(model: Model) -> float | None:
-    """Return how far the patches served now have moved the shards from those they were trained over.
-
-    That is the share of answer tokens whose likeliest token has changed, over a sample of held records;
-    None if no record was asked.
-    """
+    """Return how far the patches served now have moved the shards from those they were trained over."""
     with model._context() as context:
         ledger = context.stores.ledger
         before, after = patches_beneath(ledger, context.settings.base), active(ledger.patches())
         if before == after:
             return 0.0
-        shards = measure(context, model.resources, before, after).shards
-    return None if shards is None else 1 - shards.agreement
+        return measure(context, model.resources, before, after).drift
 
 
 def retrain(model: Model) -> int:

@@ -47,6 +47,11 @@ class Composition:
     shards: AnswerChange | None
     by_shard: Mapping[int, AnswerChange]
 
+    @property
+    def drift(self) -> float | None:
+        """Return the share of the shards' answer tokens that changed; None if no record was asked."""
+        return None if self.shards is None else 1 - self.shards.agreement
+
     def to_json(self) -> dict[str, Any]:
         """Return numbers alone; none over fewer than MIN_RECORDS: a report outlives the records."""
 

@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -24,6 +25,7 @@ from cluster.cli import patches
 from cluster.cli.cli import run
 from sisa import unlearn as flows
 from sisa.core.errors import ConfigConflict, InvalidInput
+from sisa.flows.patches import composition
 from sisa.flows.patches.patching import Wish
 from tests.models.knowing_base import record
 from tests.models.patch_bench import ENOUGH, KNOWN, settings
@@ -169,13 +171,18 @@ def test_a_patch_put_aside_again_and_again_is_the_same_patch(model: Tiny, tmp_pa
         flows.unlearn(other.open(), None)
 
 
-def test_shards_are_retrained_once_patches_have_moved_them_far(model: Tiny) -> None:
+def test_shards_are_retrained_once_patches_have_moved_them_far(
+    model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Mock(wraps=composition.measure)
+    monkeypatch.setattr(flows, "measure", measured)
     before, plain = all_files(model.directory), adapters(model.directory)
     held = replace(wish(num_epochs=4), retain=[record(row) for row in OTHERS[:1]])
     with pytest.raises(ConfigConflict, match="retain set"):
         flows.unlearn(model.open(), held, max_drift=0.5)
     assert all_files(model.directory) == before
     once = flows.unlearn(model.open(), wish(num_epochs=4), max_drift=1.0)
+    assert measured.call_count == 1, "the report's measure is that of the drift"
     assert once.drift == flows.drift(model.open())
     assert (once.slices_trained, adapters(model.directory)) == (0, plain)
     assert once.drift is not None
