@@ -52,9 +52,8 @@ def unlearn(
             )
 
         trained_on = patches_beneath(context.stores.ledger, context.settings.base)
-        whole: list[
-            Composition
-        ] = []  # of the last patch, if it is all that shards were not trained over
+        # Of the last patch, if it is all that the shards were not trained over:
+        whole: list[Composition] = []
 
         def effect(before: Sequence[Patch], after: Sequence[Patch]) -> Mapping[str, Any]:
             found = measure(context, model.resources, before, after)
