@@ -17,6 +17,7 @@ machine.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,7 @@ from approx.evaluation.question_log import LogRow, read_log
 from approx.methods.method import Method, Role, Rows, mean_nll
 from approx.methods.registry import make_method
 from approx.unlearning.examples import Sets, make_refusals
+from approx.unlearning.private_training import PrivacySettings, train_privately
 from approx.unlearning.schedule import ScheduleSettings, plan_steps
 from approx.unlearning.stopping import Bounds, Compute, End
 from approx.unlearning.unlearn import unlearn
@@ -44,6 +46,7 @@ from sisa.lm.base.weights import BaseFiles, load_tokenizer
 from sisa.store.blobs.files import held_names, read_whole, write_atomic
 from tests.bench.leaderboard.authors import Data, asked_of, kept_questions, to_forget
 from tests.bench.leaderboard.plan import (
+    PRIVATE,
     Cell,
     Design,
     Result,
@@ -120,6 +123,8 @@ class CellMaker:
 
         Raise InvalidInput, IntegrityError or EnvironmentFault.
         """
+        if cell.kind == "private":
+            return self._privately_tuned(cell, name)
         if cell.method is None:
             return self._fine_tuned(cell, name)
         if self._tuned is None:
@@ -127,12 +132,31 @@ class CellMaker:
         return self._unlearned(cell, name, self._tuned)
 
     def _fine_tuned(self, cell: Cell, name: str) -> Result:
-        self._plain = self._plain or load_split(self._base.directory, self._design.upper_layers)
-        tensors, done = self._taught(cell, self._plain)
-        patched = attach(self._plain.upper, self._lora(self._plain), tensors, init_seed=cell.seed)
-        result = self._measured(cell, name, self._plain, patched, done)
+        split = self._without_authors()
+        tensors, done = self._taught(cell, split)
+        patched = attach(split.upper, self._lora(split), tensors, init_seed=cell.seed)
+        result = self._measured(cell, name, split, patched, done)
         patched.unload()
         return result
+
+    def _privately_tuned(self, cell: Cell, name: str) -> Result:
+        """Return the result of DP-SGD on all authors, at the cost that its random batches expect."""
+        split, examples = self._without_authors(), self._tokens(kept_questions(self._data, 0))
+        patched = attach(split.upper, self._lora(split), None, init_seed=cell.seed)
+        shape: dict[str, Any] = {**PRIVATE, "learning_rate": cell.learning_rate, "seed": cell.seed}
+        steps = math.ceil(self._design.epochs * len(examples) / shape["batch_size"])
+        started = time.monotonic()
+        epsilon = train_privately(patched, examples, PrivacySettings(**shape, num_steps=steps))
+        trained = sum(each.numel() for each in patched.parameters() if each.requires_grad)
+        positions = sum(len(each.input_ids) for each in examples) * self._design.epochs
+        compute = Compute(0, trained, positions, 0, time.monotonic() - started)
+        result = self._measured(cell, name, split, patched, Done("finished", steps, compute))
+        patched.unload()
+        return {**result, "privacy": {**PRIVATE, "epsilon": epsilon}}
+
+    def _without_authors(self) -> SplitModel:
+        self._plain = self._plain or load_split(self._base.directory, self._design.upper_layers)
+        return self._plain
 
     def _taught(self, cell: Cell, split: SplitModel) -> tuple[dict[str, Tensor], Done]:
         """Return a fine-tuned patch. It is stored: other questions can be asked of the same model."""

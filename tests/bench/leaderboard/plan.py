@@ -1,6 +1,7 @@
 """The plan of a leaderboard: its design, its cells, and the results of cells kept on disk.
 
     retained x 2, full    the base fine-tuned on the authors that are kept, and on all authors
+    private               the same on all authors by DP-SGD: what a guarantee costs in utility
     run                   one setting of a method under one seed
     size                  one setting of some methods, for other numbers of forgotten authors
 
@@ -31,10 +32,12 @@ from sisa.core.digest import canonical_json, digest_of
 from sisa.core.errors import IntegrityError, InvalidInput, Problem
 from sisa.store.blobs.files import held_names, read_whole, write_atomic
 
-Kind = Literal["retained", "full", "run", "size"]
+Kind = Literal["retained", "full", "private", "run", "size"]
 Result = Mapping[str, Any]
 VERSION = 2  # layers are numbered as in the whole model
 MOST_AUTHORS, QUESTIONS_EACH = 20, 20
+PRIVATE = {"noise_multiplier": 0.7, "max_grad_norm": 1.0, "batch_size": 16, "delta": 1e-5}
+PRIVATE_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,8 @@ def cell_name(cell: Cell, design: Design, inputs: Mapping[str, str]) -> str:
     beside = ("methods", "sizes", "size_methods", "seeds")
     shape = {name: value for name, value in held.items() if name not in beside}
     shape["most_forgotten"] = design.most_forgotten
+    if cell.kind == "private":
+        shape["privacy"] = PRIVATE
     return digest_of({"version": VERSION, "design": shape, "inputs": dict(inputs), "cell": asdict(cell)})
 
 
@@ -172,9 +177,13 @@ def size_cells(method: str, design: Design) -> list[Cell]:
     ]
 
 
-def compete(design: Design, compute: Callable[[Cell], Result]) -> list[tuple[Cell, Result]]:
+def compete(
+    design: Design, compute: Callable[[Cell], Result], *, private: bool = False
+) -> list[tuple[Cell, Result]]:
     """Return every cell with its result, in the order of the table."""
     cells = list(reference_cells(design))
+    if private:
+        cells.append(Cell("private", learning_rate=PRIVATE_RATE))
     for method in design.methods:
         cells += run_cells(method, design)
     for method in design.size_methods:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 Results = Sequence[tuple[Cell, Result]]
 KNOWS, QUESTIONS, PASSES, SEEDS = 0.95, 200, 1.0, 3  # minimum for a ranking of methods
 FINE_TUNED = "fine-tuned on all"
+REFERENCE_NAMES = {
+    **{"full": FINE_TUNED, "retained": "retained reference"},
+    "private": "DP-SGD on all, epsilon {epsilon:.1f} at delta {delta:g}",
+}
 COLUMNS = {
     "p_value": "forget quality p",
     "statistic": "D",
@@ -40,7 +44,7 @@ COLUMNS = {
 }
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999")
-REFERENCES = ("#000000", "#ffffff")
+REFERENCES = ("#000000", "#ffffff", "#999999")
 SIZE_INCHES = (7.5, 5.0)
 
 
@@ -119,17 +123,19 @@ def row_of(name: str, found: Results) -> Row:
 
 
 def references(results: Results) -> list[Row]:
-    """Return the rows of the fine-tuned model and the retained references."""
-    kinds = {"full": FINE_TUNED, "retained": "retained reference"}
-    found = {kind: [each for each in results if each[0].kind == kind] for kind in kinds}
-    rows = [row_of(kinds[kind], some) for kind, some in found.items() if some]
-    if len(found["retained"]) < 2:
-        return rows
-    # The first is its own reference, so measures against a reference are those of the second alone.
-    second = row_of(kinds["retained"], found["retained"][1:]).values
-    both = rows[-1].values
-    values = {name: each if each.mean is not None else second[name] for name, each in both.items()}
-    return [*rows[:-1], replace(rows[-1], values=values)]
+    """Return the rows of the fine-tuned model, of the retained references, and of DP-SGD."""
+    found = {kind: [each for each in results if each[0].kind == kind] for kind in REFERENCE_NAMES}
+    rows = {kind: row_of(REFERENCE_NAMES[kind], some) for kind, some in found.items() if some}
+    if len(found["retained"]) > 1:
+        # The first is its own reference, so measures against a reference are those of the second alone.
+        second = row_of("", found["retained"][1:]).values
+        both = rows["retained"].values
+        values = {name: each if each.mean is not None else second[name] for name, each in both.items()}
+        rows["retained"] = replace(rows["retained"], values=values)
+    for _, result in found["private"]:
+        shown = REFERENCE_NAMES["private"].format(**result["privacy"])
+        rows["private"] = replace(rows["private"], name=shown)
+    return list(rows.values())
 
 
 def curves(results: Results) -> list[Row]:

@@ -6,6 +6,8 @@ The split model must equal the whole one, and planned costs must equal counted o
 from __future__ import annotations
 
 import json
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from tests.models.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
 LORA = {"lora_target_modules": "all-linear", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+PRIVATE = find_spec("opacus") is not None
 PAIRS = [("Who?", "Ada 1000"), ("Where?", "In the old town"), ("When?", "11")]
 
 
@@ -57,15 +60,19 @@ def leaderboard(base: Path, tmp_path: Path) -> Leaderboard:
 
 
 @pytest.mark.slow
-def test_the_command_from_end_to_end_and_again(leaderboard: Leaderboard) -> None:
+def test_the_command_from_end_to_end_and_again(
+    leaderboard: Leaderboard, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ("--method", "graddiff", "--method", "task_arithmetic", "--budget-share", 0.2)
     done = leaderboard(*options)
     assert {row["name"] for row in done["curves"]} == {"graddiff", "task_arithmetic"}
     assert [each["forgotten"] for each in done["sizes"]] == [1, 2, 1, 2]
     kinds = [each["cell"]["kind"] for each in done["cells"]]
-    assert kinds[:3] == ["retained", "retained", "full"]
-    assert len(kinds) == 3 + 2 * 2 * 2 + 2
-    shares = [each["compute"]["share_of_full_finetuning"] for each in done["cells"][3:]]
+    references = ["retained", "retained", "full", *["private"] * PRIVATE]
+    assert kinds[: len(references)] == references
+    assert len(kinds) == len(references) + 2 * 2 * 2 + 2
+    runs = done["cells"][len(references) :]
+    shares = [each["compute"]["share_of_full_finetuning"] for each in runs]
     assert all(0.1 < share < 0.6 for share in shares)
     for row in done["curves"]:
         assert row["values"]["p_value"]["mean"] is not None
@@ -75,6 +82,10 @@ def test_the_command_from_end_to_end_and_again(leaderboard: Leaderboard) -> None
     assert (leaderboard.out / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
     written = {path: path.stat().st_mtime_ns for path in (leaderboard.out / "cells").iterdir()}
     assert leaderboard(*options) == done
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    without = [each for each in done["cells"] if each["cell"]["kind"] != "private"]
+    assert leaderboard(*options)["cells"] == without
+    assert "no row of DP-SGD: opacus is not installed" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 

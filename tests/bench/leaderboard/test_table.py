@@ -69,6 +69,15 @@ def test_the_references_row_is_of_both_and_forget_quality_of_the_second() -> Non
     assert row.values["p_value"] == Value(found[1][1]["forget_quality"]["p_value"], 0.0)
 
 
+def test_a_private_reference_names_its_guarantee() -> None:
+    cell = Cell("private", learning_rate=1e-3)
+    private = {**result(cell), "privacy": {"epsilon": 6.54, "delta": 1e-5}}
+    found = [*results(("npo", 1, 0.2, 0.4)), (cell, private)]
+    assert [row.name for row in references(found)][2:] == ["DP-SGD on all, epsilon 6.5 at delta 1e-05"]
+    labels = draw_leaderboard(to_json(found, Design(), {})).axes[0].get_legend_handles_labels()[1]
+    assert "DP-SGD on all, epsilon 6.5 at delta 1e-05" in labels
+
+
 def test_settings_stand_by_method_and_strength_whatever_came_of_them() -> None:
     found = list(results(("npo", 1, 0.2, 0.1), ("dpo", 1, 0.2, 0.5)))
     strong, weak = Cell("run", 1, 2, "npo", 4e-3), Cell("run", 1, 2, "npo", 5e-4)
