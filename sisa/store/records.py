@@ -82,7 +82,7 @@ def _decode(data: bytes, where: str) -> tuple[StoredRecord, ...]:
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.read_table(io.BytesIO(data)).to_pylist()
+        rows = pq.ParquetFile(io.BytesIO(data)).read().to_pylist()
         return tuple(StoredRecord(row["id_digest"], _record(row)) for row in rows)
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise IntegrityError(

@@ -3,10 +3,10 @@
 Most of the time that these imports take goes to what such a process never uses, which is left out here:
 
     hidden        SciPy, accelerate, tensors that are sharded over machines: transformers works without
-                  (a process that trains has accelerate, and hides SciPy from transformers alone)
-    stood for     torch's compiler, its export, its Python kernels for tensors without data (needed for
-                  random numbers, so not to train): a module stands for each, and all are loaded once
-                  anything is asked of one
+                  (a process that trains has accelerate, hides SciPy from transformers alone, and boto3
+                  from accelerate alone)
+    stood for     torch's compiler, its export, its Python kernels for tensors without data: a module
+                  stands for each, and all are loaded once anything is asked of one
     read once     the files of transformers' 500 models, which it searches for names twice
     compiled late the 1,200 patterns in which transformers rewrites the names of weights
 
@@ -66,14 +66,13 @@ class _Finder(MetaPathFinder):
     """Notice which modules are imported; change some, and find what a standing module has loaded."""
 
     def __init__(self, *, trains: bool) -> None:
-        self._standing = (EXPORT,) if trains else (META, EXPORT)
         self._hidden = () if trains else HIDDEN
 
     def find_spec(self, name: str, path: Any = None, _target: Any = None) -> ModuleSpec | None:
         if name == MODEL:
             threading.Thread(target=_load_libraries, daemon=True).start()
         elif name == "torch":
-            _stand_for(*self._standing)
+            _stand_for(META, EXPORT)
         elif name == "transformers":
             _hide(*self._hidden)
         elif name in _CHANGES:
@@ -91,6 +90,9 @@ def _hide(*names: str) -> None:
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
     modules.update(dict.fromkeys(names))  # None makes an import fail as if there were no module
     torch.distributed.is_available = lambda: False
+    if isinstance(sys.modules.get(META), _Standing):  # it would make generators of random numbers usable
+        base = importlib.import_module("torch._opaque_base")
+        torch._C._set_generator_metaclass(base.OpaqueBaseMeta)
     if COMPILER not in sys.modules:
         _stand_for(COMPILER, TRANSFORM)
 
@@ -168,6 +170,10 @@ def _read_once(import_utils: Any) -> None:
     import_utils.fetch__all__ = lambda text: names(text[max(0, text.rfind("\n__all__")) :])
 
 
+def _leave_boto3(imports: Any) -> None:
+    imports.is_boto3_available = lambda: False
+
+
 def _compile_late(core_model_loading: Any) -> None:
     core_model_loading.re = SimpleNamespace(**{**vars(re), "compile": _Pattern})
 
@@ -183,6 +189,7 @@ class _Pattern:
 
 
 _CHANGES: dict[str, Callable[[Any], None]] = {
+    "accelerate.utils.imports": _leave_boto3,
     "transformers.core_model_loading": _compile_late,
     "transformers.utils.import_utils": _read_once,
 }
