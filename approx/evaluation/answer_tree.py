@@ -27,6 +27,7 @@ from torch import Tensor
 
 from approx.evaluation.answers import score_of, token_scores
 from approx.evaluation.evaluated import AnswerScore
+from sisa.lm.base.base_checks import kept_check
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 from sisa.lm.train.losses import has_window
 
@@ -102,11 +103,18 @@ def tree_scores(logits_KV: Tensor, num_nodes: int, tree: AnswerTree) -> list[Ans
     return [score_of(values[edge] for edge in each) for each in tree.answers]
 
 
-@torch.no_grad()
-def can_branch(model: Any, longest: int) -> bool:
-    """Return whether a causal model's logits on trees are those of answers of up to `longest` tokens."""
+def can_branch(model: Any, longest: int, known: Sequence[str] = ()) -> bool:
+    """Return whether a causal model's logits on trees are those of answers of up to `longest` tokens.
+
+    Under `known`, the base's name and the fingerprint, the outcome is kept between processes.
+    """
     if has_window(model, longest):
         return False
+    return kept_check("trees", known, lambda: [_reads_trees(model)])[0]
+
+
+@torch.no_grad()
+def _reads_trees(model: Any) -> bool:
     tree = tree_of([Tokens(each, each) for each in PROBES])
     inputs = {name: each.to(model.device) for name, each in lay_trees([tree], model.dtype).items()}
     try:

@@ -35,7 +35,8 @@ from approx.metrics.membership import min_k_plus_plus_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength, rougeL_recall
 from sisa.config.config import RunConfig
 from sisa.core.domain import Kind, Probed, Record
-from sisa.lm.base.numerics import pin_threads
+from sisa.lm.base.low_rank import patched_name
+from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.tokens import NO_LOSS, Tokens, Untokenizable, answers, end_tokens, tokenize
 from sisa.lm.base.weights import load_patched
 
@@ -72,7 +73,8 @@ class BaseProbe:
         pin_threads(self.threads)
         model, tokenizer = load_patched(self.base_dir, self.base_digest, self.patches)
         chosen = [_answers(each, tokenizer, self.sequence_len) for each in records[:MAX_PROBED]]
-        found = probe_answers(model, tokenizer, chosen)
+        known = (patched_name(self.base_digest, self.patches), fingerprint(self.threads))
+        found = probe_answers(model, tokenizer, chosen, known)
         if not found:
             return Probed(len(records))
         return Probed(
@@ -105,13 +107,18 @@ class ProbedAnswer:
         return recalled or (self.ends_right and self.strength >= KNOWN_STRENGTH)
 
 
-def probe_answers(model: Any, tokenizer: Any, records: Sequence[Answers]) -> list[ProbedAnswer]:
-    """Return the numbers of records that have an answer, as many as MAX_SECONDS allow."""
+def probe_answers(
+    model: Any, tokenizer: Any, records: Sequence[Answers], known: Sequence[str] = ()
+) -> list[ProbedAnswer]:
+    """Return the numbers of records that have an answer, as many as MAX_SECONDS allow.
+
+    `known` is that of `can_branch`.
+    """
     found: list[ProbedAnswer] = []
     started = time.monotonic()
     left = [each[:MAX_ANSWERS] for each in records if each]
     branches = bool(left) and can_branch(
-        model, max(len(each[-1][0]) for each in left) + MAX_ANSWER_TOKENS
+        model, max(len(each[-1][0]) for each in left) + MAX_ANSWER_TOKENS, known
     )
     for rows in _batches(left):
         if found and time.monotonic() - started > MAX_SECONDS:

@@ -317,13 +317,14 @@ class LoraTrainer:
         self._base = (base_dir, base_digest, patches, precision)
         self._base_name = patched_name(base_digest, patches)
         self._threads, self._precision = threads, precision
+        self._known = (self._base_name, fingerprint(threads, precision))
         self._wrapped: tuple[bytes, Trainable] | None = None
         self._tokenizer: Any = None
         self._prefixes = Prefixes(
             store=prefixes,
             num_bytes=prefix_bytes,
             base=self._base_name,
-            fingerprint=fingerprint(threads, precision),
+            fingerprint=self._known[1],
         )
 
     def train(
@@ -404,7 +405,7 @@ class LoraTrainer:
         if self._wrapped is None or self._wrapped[0] != kind:
             self._wrapped = None  # one at a time is in memory
             base, self._tokenizer = load_patched(*self._base)
-            self._wrapped = kind, Trainable(base, training)
+            self._wrapped = kind, Trainable(base, training, self._known)
         return self._wrapped[1]
 
 

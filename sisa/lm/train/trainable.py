@@ -41,7 +41,7 @@ from peft.tuners.lora import layer as lora_layer
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from sisa.core.digest import canonical_json
+from sisa.core.digest import canonical_json, sha256_hex
 from sisa.lm.base.adapter import (
     DEFAULT_NAME,
     attach,
@@ -51,9 +51,10 @@ from sisa.lm.base.adapter import (
     put_tensors,
     train_block,
 )
+from sisa.lm.base.base_checks import kept_check
 from sisa.lm.base.weights import own_modules
 from sisa.lm.train.frozen_prefix import FrozenLayers
-from sisa.lm.train.losses import Joins, loss_form
+from sisa.lm.train.losses import Form, Joins, loss_form
 
 
 class _Adapted(torch.autograd.Function):
@@ -226,17 +227,27 @@ class StageModel:
 class Trainable:
     """A wrapped base, ready for training. The base's modules must be the caller's own."""
 
-    def __init__(self, base: Any, training: Mapping[str, Any]) -> None:
-        """Wrap a base. Raise InvalidInput if it lacks modules or layers, or they can't be run apart."""
+    def __init__(self, base: Any, training: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+        """Wrap a base. Raise InvalidInput if it lacks modules or layers, or they can't be run apart.
+
+        Under `known`, the base's name and the fingerprint, the outcomes of checks are kept.
+        """
         self.dtype, self.first = base.dtype, first_adapted(training, base)
         self._pattern = attach(base, lora_config(training, base), None, init_seed=0)
         use_fused_linear(self._pattern)
         self._pattern.eval()
-        probed = own_modules(self._pattern).get_base_model()
-        self.form = loss_form(probed, training["sequence_len"])
+        of = (*known, sha256_hex(pattern_key(training))) if known else ()
+        longest = training["sequence_len"]
+        self.form = Form(*kept_check("form", of, lambda: self._check(longest)))
         self.joins: tuple[Joins, Joins] | None = None  # of layers and head; None: no lanes
+
+    def _check(self, longest: int) -> tuple[bool, bool]:
+        """Return the base's form. Raise InvalidInput if its layers can't be run apart."""
+        probed = own_modules(self._pattern).get_base_model()
+        form = loss_form(probed, longest)
         if self.first:
-            FrozenLayers(probed, self.first).check(training["sequence_len"])
+            FrozenLayers(probed, self.first).check(longest)
+        return form.plain_head, form.packed
 
     def begin(
         self,

@@ -118,6 +118,21 @@ def test_same_bytes_in_a_fresh_process_that_resumes(base: BaseFiles, tmp_path: P
     assert json.loads((tmp_path / "found.json").read_text()) == names(train_chain(base))
 
 
+def test_a_base_is_checked_once_by_all_processes(
+    base: BaseFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sisa.lm.train import trainable
+    from sisa.lm.train.frozen_prefix import FrozenLayers
+
+    job = job_for(base, lora_layers="top:1", lora_target_modules="all-linear")
+    first = train(base, job)
+    monkeypatch.delattr(trainable, "loss_form")
+    monkeypatch.delattr(FrozenLayers, "check")
+    assert names(train(base, job)) == names(first)
+    with pytest.raises(NameError):
+        train(base, replace(job, training={**job.training, "sequence_len": 63}))
+
+
 @pytest.mark.parametrize("training", [{}, {"layerwise": 2, "lora_target_modules": "all-linear"}])
 def test_a_kept_trainer_trains_as_a_new_one(base: BaseFiles, training: dict[str, Any]) -> None:
     """After other shards, resumed stages, other blocks, and a stage that was broken off."""
