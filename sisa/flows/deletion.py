@@ -64,6 +64,7 @@ from sisa.planning.plan import (
     ShardView,
     full_record_epochs,
     marked,
+    prefix_names,
     serving_depth,
     tainted_checkpoints,
 )
@@ -221,6 +222,7 @@ def delete(context: Context, removal: Removal, arriving: Change, *, defer: bool 
     try:
         contributed = _commit_or_note(context, removal, arriving)  # the served model is clean
         _probe_removed(context, removal.named, held)  # before the text is erased
+        _keep_states(context, removal.rows, held)
     except Overtaken:
         erase_unknown(context)  # the files that were written for the commit
         raise
@@ -271,6 +273,25 @@ def _probe_removed(
         unknown = [each.vaulted for each in vaulted if _is_unknown(outcomes[each.request_id])]
         changed = [replace(each, vaulted="") if each.vaulted in unknown else each for each in asked]
         commit(context, Change(requests=changed, unvaulted=unknown))
+
+
+def _keep_states(context: Context, removed: Collection[str], held: Sequence[SliceFile]) -> None:
+    """Copy the kept hidden states of records that stay to the files of their rewritten slices.
+
+    They are a cache: what is not copied is computed again.
+    """
+    if not context.settings.keeps_prefixes:
+        return
+    store = context.stores.prefixes
+    with contextlib.suppress(SisaError):
+        for before in held:
+            files = context.stores.ledger.slices(before.shard)
+            after = [each for each in files if each.slice == before.slice and each.root != before.root]
+            for new in prefix_names(after, context.recipe, context.compute.fingerprint):
+                (old,) = prefix_names([before], context.recipe, context.compute.fingerprint)
+                states = store.read(old)
+                if staying := {each: states[each] for each in states if each not in removed}:
+                    store.write(new, staying)
 
 
 def _is_unknown(outcome: Probed) -> bool:

@@ -39,11 +39,13 @@ def test_states_are_kept_used_and_erased_with_their_record(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     tiny = Tiny(tmp_path / "kept", tiny_base)
-    options = {**TOP, "encrypt": encrypt, "sisa_block": {"shards": 2, "slices": 2}}
+    options = {**TOP, "num_epochs": 2, "encrypt": encrypt, "sisa_block": {"shards": 2, "slices": 2}}
     write_run(tiny.folder, tiny_base, ROWS, prefix_cache_bytes=1 << 24, **options)
     tiny.train()
     before = kept(tiny)
     assert len(before) == 4
+
+    from sisa.lm.train.frozen_prefix import PROBE_IDS
 
     gone = ids_of(ROWS)[5]
     (at,) = (each for each in tiny.open().where([gone]))
@@ -56,7 +58,10 @@ def test_states_are_kept_used_and_erased_with_their_record(
     half.unlink()
     computed = count_computed(monkeypatch)
     tiny.open().forget([gone])
-    assert computed, "what was not held is computed"
+    here = [each for each in tiny.open().where(ids_of(ROWS)) if each.shard == at.shard]
+    missing = [each for each in here if each.state == "trained" and each.slice != at.slice]
+    records = [each for each in computed if each > len(PROBE_IDS)]
+    assert len(records) == len(missing), "what was not held is computed, and nothing else"
     after = kept(tiny)
     assert tiny.open().where([gone])[0].kept_states == ()
     assert before[mine].name not in {path.name for path in after.values()}
