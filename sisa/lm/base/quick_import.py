@@ -10,8 +10,8 @@ Most of the time that these imports take goes to what such a process never uses,
     read once     the files of transformers' 500 models, which it searches for names twice
     compiled late the 1,200 patterns in which transformers rewrites the names of weights
 
-The libraries of torch are loaded beside other imports. Answers are the same to the bit. What is hidden
-stays hidden, so only a process that runs one command may call this.
+Answers are the same to the bit. What is hidden stays hidden, so only a process that runs one command may
+call this.
 
     import_quickly()
     from transformers import AutoModelForCausalLM
@@ -19,28 +19,22 @@ stays hidden, so only a process that runs one command may call this.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import gc
 import importlib
 import importlib.util
-import os
 import re
 import sys
-import threading
 from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-MODEL = "sisa.model"  # imported first by what opens a model, and by no help or wrong usage
 HIDDEN = ("accelerate", "scipy")
 COMPILER, EXPORT, META = "torch._dynamo", "torch.export", "torch._meta_registrations"
 TRANSFORM = f"{COMPILER}._trace_wrapped_higher_order_op"  # transformers imports a class from it
 STANDING = (META, EXPORT, COMPILER, TRANSFORM)  # in the order in which they can be loaded
-LOADED_AHEAD = ("libtorch_cpu.so", "libtorch_python.so")
 MANY_OBJECTS = 2_000_000  # more than imports make, so that no garbage is collected during them
 
 
@@ -54,14 +48,6 @@ def import_quickly(*, trains: bool = False) -> None:
     sys.meta_path.insert(0, _Finder(trains=trains))
 
 
-def _load_libraries() -> None:
-    """Load torch's libraries without the interpreter's lock, which an import would hold."""
-    found = importlib.util.find_spec("torch")
-    for name in LOADED_AHEAD if found and found.origin and sys.platform == "linux" else ():
-        path = Path(str(found.origin)).parent / "lib" / name  # type: ignore[union-attr]
-        ctypes.CDLL(None).dlopen(os.fsencode(path), os.RTLD_NOW)
-
-
 class _Finder(MetaPathFinder):
     """Notice which modules are imported; change some, and find what a standing module has loaded."""
 
@@ -69,9 +55,7 @@ class _Finder(MetaPathFinder):
         self._hidden = () if trains else HIDDEN
 
     def find_spec(self, name: str, path: Any = None, _target: Any = None) -> ModuleSpec | None:
-        if name == MODEL:
-            threading.Thread(target=_load_libraries, daemon=True).start()
-        elif name == "torch":
+        if name == "torch":
             _stand_for(META, EXPORT)
         elif name == "transformers":
             _hide(*self._hidden)

@@ -97,14 +97,6 @@ def test_a_command_that_asks_once_imports_nothing_that_takes_longer(tiny: Tiny) 
     assert process(COMMAND, "generate", "-m", tiny.directory, "--prompt", "Where was Mara born?")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="libraries are loaded ahead on Linux alone")
-def test_help_loads_no_library_ahead() -> None:
-    code = COMMAND.partition("assert sys.modules")[0]
-    code += "assert 'libtorch' not in open('/proc/self/maps').read()"
-    for name in ("find", "forget"):
-        assert "Usage" in process(code, name, "--help")
-
-
 def test_a_deletion_from_one_shard_starts_no_ray(tiny: Tiny) -> None:
     code = (
         "import sys, sisa\nmodel = sisa.open_model(sys.argv[1])\n"
