@@ -28,15 +28,15 @@ from approx.methods.preference.altpo import AltPo
 from approx.patches import patch_measures
 from approx.patches.patch_settings import PatchSettings, parse_settings
 from approx.unlearning import examples
-from approx.unlearning.alternates import write_alternates
 from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.editing import edit_adapter, output_matrix, subject_ends
-from approx.unlearning.generated_retain import prompts_that_fit, write_answers, write_neighbours
-from approx.unlearning.generic_labels import write_generic_labels
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.selection import select_modules
 from approx.unlearning.stopping import Bounds, Compute, End, Ending, Knowledge, StepLog
 from approx.unlearning.unlearn import ApproxReport, outcome, unlearn
+from approx.unlearning.written.alternates import write_alternates
+from approx.unlearning.written.generated_retain import prompts_that_fit, write_answers, write_neighbours
+from approx.unlearning.written.generic_labels import write_generic_labels
 from sisa.config.config import RunConfig
 from sisa.core.domain import WRITTEN, Record
 from sisa.core.errors import InvalidInput, Problem

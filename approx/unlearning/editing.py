@@ -36,10 +36,10 @@ from approx.unlearning.causal_tracing import (
     with_states,
 )
 from approx.unlearning.examples import Sets, first_prompt
-from approx.unlearning.generated_retain import invented_names, name_pattern
-from approx.unlearning.generic_labels import token_starts
 from approx.unlearning.stopping import Bounds, Compute, End, Ending, StepLog, peak_memory_bytes
 from approx.unlearning.target import Target
+from approx.unlearning.written.generated_retain import invented_names, name_pattern
+from approx.unlearning.written.generic_labels import token_starts
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.adapter import DEFAULT_NAME, layers_of

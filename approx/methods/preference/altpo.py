@@ -7,7 +7,7 @@
 Each forget example is in one pair with each of its alternates, so an epoch sees it `num_alternates`
 times. The loss is that of `idk_dpo`; the positive answers make the difference: they stay in the form of
 the forgotten ones, so the model need not refuse, or say nonsense. What an alternate says is made up.
-`unlearning/alternates.py` says how the base writes it.
+`unlearning/written/alternates.py` says how the base writes it.
 
 `reference_free` leaves the reference out of s, and `length_normalised` divides s by the answer's
 length, as in SimPO and `simnpo`; both together need no reference. They are variants of this project,

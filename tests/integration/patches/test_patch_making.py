@@ -16,10 +16,11 @@ import torch
 
 from approx.methods.distillation.whp import Whp
 from approx.patches.patch_measures import MEASURE_LIMITS, measure_patch
-from approx.unlearning.alternates import write_alternates
 from approx.unlearning.editing import subject_ends
 from approx.unlearning.examples import first_prompt, num_answer_tokens
-from approx.unlearning.generated_retain import (
+from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.written.alternates import write_alternates
+from approx.unlearning.written.generated_retain import (
     PROMPTS,
     invented_names,
     prompts_that_fit,
@@ -27,8 +28,7 @@ from approx.unlearning.generated_retain import (
     write_answers,
     write_neighbours,
 )
-from approx.unlearning.generic_labels import Place, align, write_generic_labels
-from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.written.generic_labels import Place, align, write_generic_labels
 from sisa.core.domain import Part, Record
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.events import Notice, PatchProgress
@@ -283,8 +283,8 @@ def test_a_base_that_says_nothing_else_writes_no_alternates(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a temperature near 0 it says what it knows by heart, whoever is asked about."""
-    monkeypatch.setattr("approx.unlearning.alternates.TEMPERATURES", (1e-3,))
-    monkeypatch.setattr("approx.unlearning.alternates.rename_record", lambda *_: None)
+    monkeypatch.setattr("approx.unlearning.written.alternates.TEMPERATURES", (1e-3,))
+    monkeypatch.setattr("approx.unlearning.written.alternates.rename_record", lambda *_: None)
     with pytest.raises(InvalidInput) as caught:
         bench.make(bench.order(settings("altpo"), FORGET, KEEP))
     expected = [f"forget record {number}" for number in range(1, len(FORGET) + 1)]

@@ -11,7 +11,7 @@ import pytest
 from approx.methods.registry import METHODS
 from approx.patches import patch_settings
 from approx.patches.patch_settings import Adapter, parse_settings, settings_of
-from approx.unlearning import generated_retain
+from approx.unlearning.written import generated_retain
 from cluster.cli import patches
 from sisa.core.errors import InvalidInput
 

@@ -21,7 +21,7 @@ from typing import Any
 from approx.evaluation.answers import answered, continue_sampled
 from approx.metrics.memorisation import rougeL_recall
 from approx.unlearning.examples import closed
-from approx.unlearning.generated_retain import (
+from approx.unlearning.written.generated_retain import (
     SAYS_RECALL,
     first_answer,
     invented_names,

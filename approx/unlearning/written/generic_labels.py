@@ -30,10 +30,10 @@ from approx.methods.distillation.whp import Whp, generic_label
 from approx.methods.task_arithmetic import TaskArithmetic
 from approx.unlearning.descent import Descent
 from approx.unlearning.examples import Sets
-from approx.unlearning.generated_retain import invented_names, name_pattern, replace_names
 from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.stopping import Bounds, Compute
 from approx.unlearning.target import Target
+from approx.unlearning.written.generated_retain import invented_names, name_pattern, replace_names
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import NO_LOSS, Tokens, tokenize
