@@ -48,12 +48,12 @@ if TYPE_CHECKING:
     from cluster.serve.tokens import Tokens
 
 ROUTERS: tuple[str, ...] = (  # in the order of the document
-    "cluster.serve.answers_api:answers_router",
-    "cluster.serve.requests_api:requests_router",
-    "cluster.serve.opendsr:opendsr_router",
-    "cluster.serve.console:console_router",
+    "cluster.serve.api.answers:answers_router",
+    "cluster.serve.api.requests:requests_router",
+    "cluster.serve.api.opendsr:opendsr_router",
+    "cluster.serve.api.console:console_router",
     "cluster.serve.metrics:metrics_router",
-    "cluster.serve.rights_api:rights_router",
+    "cluster.serve.api.rights:rights_router",
 )
 MEASURED = "cluster.serve.metrics:with_meters"  # by name, too: it imports from here
 OPENAI = "/v1/"  # paths below speak OpenAI's dialect

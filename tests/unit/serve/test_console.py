@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from cluster.serve.api.console import PAGES
 from cluster.serve.app import Service, build_app
-from cluster.serve.console import PAGES
 from cluster.serve.tokens import Role, Tokens
 from sisa.config.config import ServiceBlock
 from sisa.config.runfile import parse_run_file

@@ -23,9 +23,9 @@ from fastapi import APIRouter, Body, Depends, Response
 from pydantic import Field
 
 from cluster.render.render import drop_shown, rectified, restricted
+from cluster.serve.api.requests import NothingMore, RecordsNamed
 from cluster.serve.app import Service, service_of
 from cluster.serve.engines import with_engines
-from cluster.serve.requests_api import NothingMore, RecordsNamed
 from cluster.serve.tokens import Caller, may
 from sisa.evidence.attestations import Right, handed_out
 from sisa.flows.rights.access import as_file

@@ -34,8 +34,8 @@ from fastapi import APIRouter, Depends, Response
 from fastapi import Request as HttpRequest
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
+from cluster.serve.api.rights import Collector, handed
 from cluster.serve.app import Refusal, Service, service_of
-from cluster.serve.rights_api import Collector, handed
 from cluster.serve.tokens import Caller, may
 from cluster.serve.webhooks import (
     Call,

@@ -19,8 +19,8 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
 from cluster.render.render import forget_plan
+from cluster.serve.api.requests import RecordsNamed
 from cluster.serve.app import Refusal, Service, service_of
-from cluster.serve.requests_api import RecordsNamed
 from cluster.serve.tokens import Caller, may
 
 POLICY = "; ".join(
