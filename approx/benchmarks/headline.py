@@ -84,16 +84,14 @@ def finding(
     reference: Groups | None,
     wrong: Wrong,
     combine: Combine = mean_of_means,
-    *,
-    seed: int = 0,
 ) -> Finding | None:
     """Return the finding of scores beside a reference's, or None without a question."""
     if not groups or not all(group and group[0] for group in groups):
         return None
-    value = estimate(groups, combine, seed=seed).value
+    value = estimate(groups, combine).value
     if reference is None:
         return Finding(measure, value, None, None, None)
-    away = change(groups, reference, combine, seed=seed)
+    away = change(groups, reference, combine)
     return Finding(measure, value, value - away.value, away, _lost(away, wrong))
 
 
@@ -121,8 +119,6 @@ def attack_findings(
     rows: Mapping[str, AttackRow],
     reference: Mapping[str, AttackRow] | None,
     half_after: float | None = None,
-    *,
-    seed: int = 0,
 ) -> dict[str, Finding | None]:
     """Return the findings of a model's attack log beside that of its reference: relearning and depth.
 
@@ -136,11 +132,11 @@ def attack_findings(
         judge = None if other is None else [[list(other.values[steps])]]
         back = "not back" if half_after is None else f"back after {half_after:.1f} steps"
         measure = f"probability after {steps} steps; half of it is {back}"
-        found["relearning"] = finding(measure, [[list(curve.values[steps])]], judge, "above", seed=seed)
+        found["relearning"] = finding(measure, [[list(curve.values[steps])]], judge, "above")
     if "depth" in rows and (curve := rows["depth"].curve) and curve.values.get("all"):
         scores = [[list(curve.values["all"])]]
         erased = [[[1.0] * len(scores[0][0])]]
-        found["depth"] = finding("unlearning depth score", scores, erased, "below", seed=seed)
+        found["depth"] = finding("unlearning depth score", scores, erased, "below")
     return found
 
 

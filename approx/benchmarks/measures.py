@@ -80,7 +80,6 @@ def measured(
     rows: Sequence[LogRow],
     references: Sequence[Sequence[LogRow]] = (),
     attacked: Mapping[str, Finding | None] | None = None,
-    seed: int = 0,
 ) -> Measured:
     """Return the measures of a finished log; the first reference judges, and all calibrate attacks.
 
@@ -90,7 +89,7 @@ def measured(
     judge = judges[0] if judges else None
     members = [row for row in rows if _in(row.set, (benchmark.members,))]
     unseen = [row for row in rows if _in(row.set, (benchmark.unseen,))]
-    attacks = attacks_on(members, unseen, seed, references=judges)
+    attacks = attacks_on(members, unseen, references=judges)
     extraction = [row for row in rows if _in(row.set, benchmark.extraction)]
     strength = Score("extraction strength", benchmark.extraction, _strength)
     known = {row.place: row for row in judge} if judge else {}
@@ -100,36 +99,32 @@ def measured(
         measures={
             each.name: found
             for each in benchmark.scores
-            if (found := _measure(each, rows, judge, seed)) is not None
+            if (found := _measure(each, rows, judge)) is not None
         },
         membership=attacks,
-        privleak=privleak_of(members, unseen, judge, seed) if judge else None,
+        privleak=privleak_of(members, unseen, judge) if judge else None,
         headline=headline(
             {
-                "extraction_strength": _finding([strength], rows, judge, "above", seed),
+                "extraction_strength": _finding([strength], rows, judge, "above"),
                 "membership": membership_finding(
-                    attacks, attacks_on(members or extraction, against, seed, paired=True)
+                    attacks, attacks_on(members or extraction, against, paired=True)
                 ),
-                "comes_back": _finding(
-                    _named(benchmark, benchmark.comes_back), rows, judge, "above", seed
-                ),
-                "utility": _finding(_named(benchmark, benchmark.utility), rows, judge, "below", seed),
+                "comes_back": _finding(_named(benchmark, benchmark.comes_back), rows, judge, "above"),
+                "utility": _finding(_named(benchmark, benchmark.utility), rows, judge, "below"),
                 **(attacked or {}),
             }
         ),
     )
 
 
-def since_first(
-    benchmark: Benchmark, logs: Sequence[Sequence[LogRow]], seed: int = 0
-) -> dict[str, list[Estimate]]:
+def since_first(benchmark: Benchmark, logs: Sequence[Sequence[LogRow]]) -> dict[str, list[Estimate]]:
     """Return the change of each measure since the first of several models, in their order.
 
     Raise InvalidInput for logs of other questions.
     """
     held = [same_questions(logs[0], each) for each in logs]
     return {
-        score.name: [change([[_scores(score, each)]], [[first]], seed=seed) for each in held]
+        score.name: [change([[_scores(score, each)]], [[first]]) for each in held]
         for score in benchmark.scores
         if (first := _scores(score, held[0]))
     }
@@ -150,16 +145,14 @@ def same_questions(rows: Sequence[LogRow], reference: Sequence[LogRow]) -> list[
     return found
 
 
-def _measure(
-    score: Score, rows: Sequence[LogRow], judge: Sequence[LogRow] | None, seed: int
-) -> Measure | None:
+def _measure(score: Score, rows: Sequence[LogRow], judge: Sequence[LogRow] | None) -> Measure | None:
     values = _scores(score, rows)
     if not values:
         return None
-    found = estimate([[values]], seed=seed)
+    found = estimate([[values]])
     if judge is None:
         return Measure(found.value, found.low, found.high, found.num, None, None)
-    away = change([[values]], [[_scores(score, judge)]], seed=seed)
+    away = change([[values]], [[_scores(score, judge)]])
     return Measure(found.value, found.low, found.high, found.num, found.value - away.value, away)
 
 
@@ -168,13 +161,12 @@ def _finding(
     rows: Sequence[LogRow],
     judge: Sequence[LogRow] | None,
     wrong: Wrong,
-    seed: int,
 ) -> Finding | None:
     """Return the finding of the mean of some scores; those without a question do not count."""
     held = [each for each in scores if _scores(each, rows)]
     groups = [[_scores(each, rows)] for each in held]
     others = None if judge is None else [[_scores(each, judge)] for each in held]
-    return finding(", ".join(each.name for each in held), groups, others, wrong, seed=seed)
+    return finding(", ".join(each.name for each in held), groups, others, wrong)
 
 
 def _scores(score: Score, rows: Sequence[LogRow]) -> list[float]:

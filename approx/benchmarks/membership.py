@@ -18,7 +18,6 @@ ATTACK_SCORES = ("loss", "zlib", "min_k", "min_k_plus_plus")
 def attacks_on(
     members: Sequence[LogRow],
     others: Sequence[LogRow],
-    seed: int,
     *,
     paired: bool = False,
     references: Sequence[Sequence[LogRow]] = (),
@@ -29,7 +28,7 @@ def attacks_on(
     if any(len(side) < 2 or None in side for both in scores.values() for side in both):
         return None
     scores |= _calibrated(sides, references)
-    return {name: auc(*both, paired=paired, seed=seed) for name, both in scores.items()}
+    return {name: auc(*both, paired=paired) for name, both in scores.items()}
 
 
 def _calibrated(
@@ -49,14 +48,14 @@ def _calibrated(
 
 
 def privleak_of(
-    forget: Sequence[LogRow], holdout: Sequence[LogRow], retrained: Sequence[LogRow], seed: int
+    forget: Sequence[LogRow], holdout: Sequence[LogRow], retrained: Sequence[LogRow]
 ) -> PrivLeak | None:
     """Return PrivLeak, or None with fewer than two texts on a side, without scores, or undefined."""
     own, other = (
         (_scores(forget, log, "min_40"), _scores(holdout, log, "min_40"))
         for log in ([*forget, *holdout], retrained)
     )
-    return privleak_or_none(own, other, seed=seed)
+    return privleak_or_none(own, other)
 
 
 def _scores(asked: Sequence[LogRow], log: Sequence[LogRow], name: str) -> list[float]:

@@ -151,9 +151,7 @@ def lettered(question: str, choices: Sequence[str]) -> str:
     )
 
 
-def choice_question(
-    name: str, number: int, row: StoredRow, before: str = "", how: How | None = None
-) -> Question:
+def choice_question(name: str, number: int, row: StoredRow, before: str = "") -> Question:
     """Return a question of multiple choice that is answered by a letter. Raise Malformed."""
     asked, choices, right = choices_of(row)
     letters = LETTERS[: len(choices)]
@@ -164,7 +162,7 @@ def choice_question(
         f"{before}{lettered(asked, choices)}\n",
         letters[right],
         perturbed=wrong,
-        how=how or How(),
+        how=How(),
     )
 
 

@@ -67,7 +67,6 @@ def aggregates(
     rows: Sequence[LogRow],
     references: Sequence[Sequence[LogRow]] = (),
     variant: Variant = "geometric",
-    seed: int = 0,
 ) -> Aggregates:
     """Return the aggregates of a finished log.
 
@@ -89,11 +88,11 @@ def aggregates(
         forget=_forget_means(forget, variant),
         forget_quality=judged,
         aggregate=utility.aggregate(judged.p_value, useful) if judged else None,
-        attacks=attacks_on(forget, holdout, seed, references=references),
+        attacks=attacks_on(forget, holdout, references=references),
         attacks_against_reference=attacks_on(
-            forget, forget_rows(references[0]) if references else [], seed, paired=True
+            forget, forget_rows(references[0]) if references else [], paired=True
         ),
-        privleak=privleak_of(forget, holdout, references[0], seed) if references else None,
+        privleak=privleak_of(forget, holdout, references[0]) if references else None,
     )
 
 

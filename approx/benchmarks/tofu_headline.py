@@ -27,7 +27,6 @@ def tofu_headline(
     references: Sequence[Sequence[LogRow]],
     found: Aggregates,
     attacked: Mapping[str, Finding | None] | None = None,
-    seed: int = 0,
 ) -> Headline:
     """Return the headline of a finished log beside the first reference, with the findings of attacks.
 
@@ -43,16 +42,15 @@ def tofu_headline(
     alike = all(_same(*(_of(log, (name,)) for log in (rows, judge))) for name in UTILITY_SETS)
     return headline(
         {
-            "extraction_strength": _finding("extraction strength", forget, theirs, _strength, seed),
+            "extraction_strength": _finding("extraction strength", forget, theirs, _strength),
             "membership": membership_finding(found.attacks, found.attacks_against_reference),
-            "comes_back": _finding("probability in other words", reworded, other, _probability, seed),
+            "comes_back": _finding("probability in other words", reworded, other, _probability),
             "utility": finding(
                 "model utility",
                 [list(each.values()) for each in own],
                 [list(each.values()) for each in judged] if alike else None,
                 "below",
                 harmonic_mean_of_means,
-                seed=seed,
             ),
             **(attacked or {}),
         }
@@ -64,13 +62,12 @@ def _finding(
     rows: Sequence[LogRow],
     judge: Sequence[LogRow],
     of: Callable[[LogRow], float | None],
-    seed: int,
 ) -> Finding | None:
     own, other = ([each for row in side if (each := of(row)) is not None] for side in (rows, judge))
     if len(own) < len(rows):
         return None
     alike = _same(rows, judge) and len(other) == len(own)
-    return finding(measure, [[own]], [[other]] if alike else None, "above", seed=seed)
+    return finding(measure, [[own]], [[other]] if alike else None, "above")
 
 
 def _of(rows: Sequence[LogRow], sets: Sequence[str]) -> list[LogRow]:

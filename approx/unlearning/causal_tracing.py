@@ -8,7 +8,7 @@
 The effect is 0 for a layer that carries nothing, and 1 for one that brings the answers back alone. The
 lowest layers hold which words were asked, so their effect is large for every text: the effect on texts
 to keep is subtracted. An answer's own tokens are not corrupted, and a plain text is corrupted as a
-whole. The noise depends on the seed alone; the caller's random state is unchanged.
+whole. The noise is the same in every run; the caller's random state is unchanged.
 
 Source: Meng et al. 2022, "Locating and editing factual associations in GPT" (arXiv 2202.05262),
 section 2, which restores the state at one token and averages probabilities over ten draws of noise.
@@ -39,23 +39,19 @@ from sisa.lm.train.lora import seed_from
 MAX_TRACED, NOISE = 8, 3.0
 
 
-def trace_layers(
-    model: Any, forget: Sequence[Tokens], retain: Sequence[Tokens] = (), seed: int = 0
-) -> list[float]:
+def trace_layers(model: Any, forget: Sequence[Tokens], retain: Sequence[Tokens] = ()) -> list[float]:
     """Return each layer's effect on the forget set above that on the retain set, from the lowest up.
 
     At most MAX_TRACED examples of each are run, once for each layer.
     """
-    found = _effects(model, forget, seed)
-    kept = _effects(model, retain, seed) if retain else [0.0] * len(found)
+    found = _effects(model, forget)
+    kept = _effects(model, retain) if retain else [0.0] * len(found)
     return [one - other for one, other in zip(found, kept, strict=True)]
 
 
-def trace_states(
-    model: Any, examples: Sequence[Tokens], positions: Sequence[int], seed: int = 0
-) -> list[float]:
+def trace_states(model: Any, examples: Sequence[Tokens], positions: Sequence[int]) -> list[float]:
     """Return the effect of the whole state that each layer leaves at one position of each example."""
-    return _effects(model, examples, seed, positions)
+    return _effects(model, examples, positions)
 
 
 def choose_layer(method: Method, model: Any, sets: Sets) -> Method:
@@ -95,14 +91,14 @@ def plain_model(model: Any) -> Any:
 
 
 def _effects(
-    model: Any, examples: Sequence[Tokens], seed: int, positions: Sequence[int] | None = None
+    model: Any, examples: Sequence[Tokens], positions: Sequence[int] | None = None
 ) -> list[float]:
     batch, layers = collate(examples[:MAX_TRACED]).to(model.device), decoder_layers(model)
     seen: list[tuple[Tensor, Tensor]] = []
     with hooked([(each, partial(_keep, into=seen)) for each in layers]):
         clean = _score(model, batch)
     embeddings = plain_model(model).get_input_embeddings()
-    noisy = (embeddings, partial(_added, noise_BTD=_noise_BTD(embeddings.weight, batch, seed)))
+    noisy = (embeddings, partial(_added, noise_BTD=_noise_BTD(embeddings.weight, batch)))
     with hooked([noisy]):
         corrupted = _score(model, batch)
     effects = []
@@ -124,8 +120,8 @@ def _score(model: Any, batch: AnswerBatch) -> float:
     return mean_logprobs_B(logits_BKV, cut).mean().item()
 
 
-def _noise_BTD(embedding_VD: Tensor, batch: AnswerBatch, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed_from(seed, "trace"))
+def _noise_BTD(embedding_VD: Tensor, batch: AnswerBatch) -> Tensor:
+    generator = torch.Generator().manual_seed(seed_from(0, "trace"))
     shape = (*batch.targets_BT.shape, embedding_VD.shape[1])
     noise_BTD = torch.randn(shape, generator=generator).to(embedding_VD)
     begun_BT = batch.mask_BT.cumsum(dim=1) > batch.mask_BT.int()  # at an answer's own tokens

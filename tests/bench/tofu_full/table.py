@@ -152,7 +152,7 @@ def _measured(rows: Sequence[LogRow] | None, references: Sequence[Sequence[LogRo
     if not rows:
         names = ("num_questions", "forget_quality", "model_utility", "nine", "forget", "membership")
         return dict.fromkeys(names)
-    found = aggregates(rows, references, seed=seed)
+    found = aggregates(rows, references)
     forget = [row for row in rows if row.set == "forget"]
     terms = nine_terms(rows)
     auc = (found.attacks_against_reference or {}).get("loss")
