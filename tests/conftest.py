@@ -50,6 +50,8 @@ def _has_room(directory: Path) -> bool:
 
 if _has_room(MEMORY):  # before pytest first asks for a directory
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+# At Ray's own 15, workers starve beside the other process of the tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
