@@ -101,7 +101,9 @@ def test_what_is_served_lies_over_the_active_patches(tiny: Tiny, made: list[File
         assert not asked.equal(next_token_probabilities(before, ids, all_of(shards)))
     answer = model.generate(PROMPT, max_new_tokens=6)
     assert answer.text == expected.generate([ids], [all_of(answer.shards)], 6)[0].strip()
-    assert model.verify(replay="all").ok, "shards that were trained over the plain base stay as they are"
+    assert model.verify(replay="all", apart=False).ok, (
+        "shards that were trained over the plain base stay as they are"
+    )
     unlearn.revert(model, everything=True)
     again = model.answerer()[0]
     assert next_token_probabilities(again, ids, all_of(())).equal(
@@ -179,7 +181,7 @@ def test_reverted_with_retraining_it_is_the_plain_model_again(tiny: Tiny, made: 
     unlearn.retrain(model)
     unlearn.revert(model)
     over = adapters(tiny.directory)
-    assert model.verify(replay="all").ok, "a patch that shards are trained over is kept"
+    assert model.verify(replay="all", apart=False).ok, "a patch that shards are trained over is kept"
     assert over != plain
     unlearn.retrain(model)
     assert adapters(tiny.directory) == plain
@@ -198,7 +200,7 @@ def test_an_encrypted_model_is_trained_over_patches_too(
         model, _ = sisa.train_model(run_file, executor="serial", allow_deleted=True)
         put_patch(model, made[0])
         unlearn.retrain(model)
-        assert model.verify(replay="all").ok
+        assert model.verify(replay="all", apart=False).ok
     digests = [sisa.open_model(tmp_path / each / "model").status() for each in ("plain", "sealed")]
     assert digests[0].model_digest == digests[1].model_digest
 
@@ -266,4 +268,4 @@ def test_patches_follow_encrypt_and_the_vault_stays_sealed(
         assert unlearn.served(model) == [made[0]]
         with model._context() as context:
             assert context.stores.vault.read(put.sets[0]) == (text,)
-        assert model.verify(replay="all").ok
+        assert model.verify(replay="all", apart=False).ok
