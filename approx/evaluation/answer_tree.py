@@ -8,7 +8,8 @@ Trees of one answer need no mask, which is the only form for a base that looks b
 something of its own to attention, or mixes positions outside attention. `can_branch` compares the logits
 of a small tree with those of its answers alone.
 
-Shapes: B trees, N nodes of the largest one, K logits of a tree, E pairs of a node and a token after it.
+Shapes: B trees, N nodes of the largest one, K nodes that are read or logits of a tree, E pairs of a node
+and a token after it, V words; in attention H heads on G keys, D features.
 
 >>> tree = tree_of([Tokens([5, 6, 7], [-100, 6, 7]), Tokens([5, 6, 8], [-100, 6, 8])])
 >>> tree.ids, tree.parents, tree.edges, tree.answers
@@ -17,19 +18,22 @@ Shapes: B trees, N nodes of the largest one, K logits of a tree, E pairs of a no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from approx.evaluation.answers import score_of, token_scores
 from approx.evaluation.evaluated import AnswerScore
 from sisa.lm.base.base_checks import kept_check
 from sisa.lm.base.tokens import NO_LOSS, Tokens
-from sisa.lm.train.losses import has_window
+from sisa.lm.train.losses import HARMLESS, attention, has_window
 
 # Relative to the norm; a base that adds something of its own to attention is off by more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 0.1}
@@ -94,6 +98,44 @@ def lay_trees(trees: Sequence[AnswerTree], dtype: torch.dtype) -> dict[str, Tens
     hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype)
     mask_BNN = torch.where(torch.from_numpy(seen_BNN), torch.zeros((), dtype=dtype), hidden)
     return found | {"position_ids": torch.from_numpy(positions_BN), "attention_mask": mask_BNN[:, None]}
+
+
+ATTENTION_NAME = "folded"
+
+
+def _attend(
+    module: Any,
+    query_BHKD: Tensor,
+    key_BGND: Tensor,
+    value_BGND: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend to keys that heads share, without a copy of them for each head."""
+    of_all = query_BHKD, key_BGND, value_BGND
+    more = any(value is not None and name not in HARMLESS for name, value in others.items())
+    if more or dropout or attention_mask is None or attention_mask.shape[1] > 1:
+        options = {"dropout": dropout, "scaling": scaling, **others}
+        return sdpa_attention_forward(module, *of_all, attention_mask, **options)[0], None
+    (rows, heads, num, size), shared = query_BHKD.shape, key_BGND.shape[1]
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query_BHKD.reshape(rows, shared, -1, size),
+        *(key_BGND, value_BGND),
+        attention_mask.repeat(1, 1, heads // shared, 1),
+        scale=scaling,
+    )
+    return found.view(rows, heads, num, -1).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attend)
+
+
+def folded(model: Any, inputs: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    """Let forwards of trees that branch read shared keys once, if the model has torch's attention."""
+    plain = getattr(model.config, "_attn_implementation", None) == "sdpa"
+    return attention(model, ATTENTION_NAME) if plain and "attention_mask" in inputs else nullcontext()
 
 
 def tree_scores(logits_KV: Tensor, num_nodes: int, tree: AnswerTree) -> list[AnswerScore]:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approx.evaluation.answer_tree import lay_trees, tree_of
+from approx.evaluation.answer_tree import folded, lay_trees, tree_of
 from approx.evaluation.answers import (
     TokenScore,
     answered,
@@ -172,9 +172,10 @@ class _GrowingTree:
         if "attention_mask" in laid:
             inputs["attention_mask"] = laid["attention_mask"][:, :, -num_new:]
         inputs = {name: each.to(self._model.device) for name, each in inputs.items()}
-        logits_PV = self._model(
-            **inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=kept
-        ).logits[0]
+        with folded(self._model, inputs):
+            logits_PV = self._model(
+                **inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=kept
+            ).logits[0]
         allowed_PV = logits_PV.clone()
         allowed_PV[:, self._ends] = -torch.inf
         return logits_PV, allowed_PV.argmax(-1)

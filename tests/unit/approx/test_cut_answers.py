@@ -25,7 +25,7 @@ ENDS = (3, 4)
 def model() -> Any:
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.for_model("llama", **sizes, **heads, initializer_range=0.4)
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
@@ -50,6 +50,13 @@ def check_equal(found: list[CutAnswer], expected: list[CutAnswer]) -> None:
             assert score.correct == its.correct
             for values, others in zip(astuple(score), astuple(its), strict=True):
                 assert values == pytest.approx(others, abs=1e-3)
+
+
+def test_keys_that_heads_share_are_not_copied(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [([5, 6], [7, 8, 9]), ([5, 7], [1, 2])]
+    monkeypatch.delattr("transformers.integrations.sdpa_attention.repeat_kv")
+    assert continue_together(model, pairs, cuts_of(pairs), ENDS)
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("seed", range(12))
