@@ -12,7 +12,7 @@ are in memory if there is room: every write is synced, which would cost thousand
 
 A failure must be repeatable from the log alone, so examples are derived from the test, no database is
 kept beside the tree, and the blob that reproduces a failure is printed. `--hypothesis-profile full`
-tries all examples of the properties that name a full number; otherwise a share is tried (`examples.py`).
+tries all examples; otherwise a share is tried (`examples.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import pytest
 from _pytest.nodeid import coerce_node_id
 from hypothesis import settings
 
-from tests.examples import FULL
+from tests.examples import FULL, num_examples
 from tests.fakes.postgres_server import PostgresServer, running_postgres
 from tests.fakes.s3_server import Server, environment, running
 
@@ -36,9 +36,14 @@ MEMORY = Path("/dev/shm")  # noqa: S108 - pytest makes a private directory in it
 ROOM_BYTES = 4 * 2**30  # a whole run leaves less than a tenth of this behind
 
 settings.register_profile(
-    "deterministic", derandomize=True, deadline=None, database=None, print_blob=True
+    "deterministic",
+    max_examples=num_examples(100, share=2),  # of a property that names no number
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
 )
-settings.register_profile(FULL, settings.get_profile("deterministic"))
+settings.register_profile(FULL, settings.get_profile("deterministic"), max_examples=100)
 settings.load_profile("deterministic")
 
 
