@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,9 @@ if _has_room(MEMORY):  # before pytest first asks for a directory
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 # At Ray's own 15, workers starve beside the other process of the tests.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Hundreds of processes follow, and each would compile the same modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
