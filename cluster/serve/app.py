@@ -160,13 +160,12 @@ class Refusal(HTTPException):
         *,
         param: str | None = None,
         expected: str = "",
-        got: str = "",
         next_step: str = "",
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(status, what, headers)
         self.code, self.param = code, param
-        self.error = SisaError(what, expected=expected, got=got, next_step=next_step)
+        self.error = SisaError(what, expected=expected, next_step=next_step)
 
 
 def service_of(request: Request) -> Service:

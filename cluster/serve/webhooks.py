@@ -234,11 +234,6 @@ class ServiceState:
         with self._tables() as db:
             return [Delivery(*row) for row in db.execute(query)]
 
-    def num_given_up(self) -> int:
-        """Return the number of deliveries that were given up."""
-        with self._tables() as db:
-            return int(db.execute("SELECT count(*) FROM queue WHERE due IS NULL").fetchone()[0])
-
     def delivered(self, delivery: Delivery) -> None:
         """Forget a delivery."""
         with self._tables() as db:

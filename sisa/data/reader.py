@@ -61,9 +61,9 @@ Subjects = Literal["any", "column", "some"]  # what is required: nothing, their 
 class ReadRecords(list[Record]):
     """Records, the line or row of each, and the columns of the sources that were not used."""
 
-    def __init__(self, records: Iterable[Record] = (), locations: Iterable[str] = ()) -> None:
-        super().__init__(records)
-        self.locations = list(locations)
+    def __init__(self) -> None:
+        super().__init__()
+        self.locations: list[str] = []
         self.group_by: str | None = None
         self.unused_columns: tuple[str, ...] = ()
 

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import sqlite3
-import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -56,6 +55,7 @@ from tests.models.confessing import (
 )
 
 assert maintenance  # registers its commands
+pytestmark = pytest.mark.usefixtures("own_places")
 GONE = record(DELETED)
 METRICS_AT, METRICS_RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b"
 
@@ -63,14 +63,6 @@ METRICS_AT, METRICS_RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return built_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(autouse=True)
-def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use caches and temporary directories that other runs do not share."""
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setenv("SISA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

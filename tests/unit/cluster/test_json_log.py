@@ -83,18 +83,11 @@ def test_words_from_outside_of_flows(capsys: pytest.CaptureFixture[str]) -> None
     assert lines(capsys.readouterr().err)[0]["message"] == "== a step"
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("built") / "model"
-    care_model.build(folder)
-    return folder
-
-
 def test_a_command_logs_its_life_under_one_run(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     care_model.use_fake_resources(monkeypatch)
-    model = Path(shutil.copytree(built, tmp_path / "model"))
+    model = Path(shutil.copytree(trained, tmp_path / "model"))
     named = care_model.record(3).id
     forget = ["forget", "-m", str(model), named, "--log-format", "json", "--json"]
     assert cli.run(forget) == 0

@@ -19,19 +19,6 @@ Sisa = Callable[..., tuple[int, str, str]]
 HOSTILE = '<script>alert("T-2")</script>'
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pristine") / "model"
-    care_model.build(folder)
-    return folder
-
-
-@pytest.fixture
-def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    care_model.use_fake_resources(monkeypatch)
-    return Path(shutil.copytree(pristine, tmp_path / "model"))
-
-
 @pytest.fixture
 def ask(sisa: Sisa, model: Path) -> Callable[..., dict[str, Any]]:
     def asked(*arguments: str | Path) -> dict[str, Any]:

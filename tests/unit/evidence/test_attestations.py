@@ -33,18 +33,11 @@ from sisa.model import Model, open_model
 from sisa.store.blobs import files
 from sisa.verifier.certificate import EXACT, STATE, TEST_RESULT, verify_chain
 from sisa.verifier.note import open_checkpoint, read_log
-from tests.models.confessing import build, record, use_fake_resources
+from tests.models.confessing import record, use_fake_resources
 
 SCHEMA = json.loads((resources.files("sisa.evidence") / "schemas/statements.json").read_text("utf-8"))
 Ask = Callable[..., tuple[int, dict[str, Any]]]
 REQUEST = ("--executor", "serial")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    build(folder / "model")
-    return folder / "model"
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ be opened; what the model still needs has its key.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,16 +43,9 @@ from tests.models.confessing import (
     use_fake_resources,
 )
 
+pytestmark = pytest.mark.usefixtures("own_places")
 GONE = record(DELETED)
 ROOMS = (wiring.RECORDS, wiring.INDEX, wiring.CHECKPOINTS)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the same model without encryption, before the deletion."""
-    folder = tmp_path_factory.mktemp("plain")
-    build(folder / "model")
-    return folder / "model"
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +80,6 @@ def model(built: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def backup(built: tuple[Path, Path], tmp_path: Path) -> Path:
     """Return a copy of the model directory from before the deletion."""
     return Path(shutil.copytree(built[0] / "model", tmp_path / "backup"))
-
-
-@pytest.fixture(autouse=True)
-def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use caches and temporary directories that other runs do not share."""
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setenv("SISA_CACHE", str(tmp_path / "cache"))
 
 
 def keyring_of(model: Path) -> FileKeyring:
@@ -141,9 +125,9 @@ def repaired(model: Path) -> RepairOutcome:
 # --- at rest, and after a deletion ---------------------------------------------------------------
 
 
-def test_all_files_are_sealed_and_hold_what_a_plain_model_holds(before: Path, plain: Path) -> None:
+def test_all_files_are_sealed_and_hold_what_a_plain_model_holds(before: Path, trained: Path) -> None:
     assert all(map(is_sealed, content(before).values()))
-    assert plaintexts(before) == content(plain)
+    assert plaintexts(before) == content(trained)
     assert keys(before) == known(before)
 
 
@@ -329,9 +313,9 @@ def test_a_tainted_checkpoint_whose_key_is_held_is_residue(before: Path, backup:
     assert {"deleted_row", "deleted_vector", "tainted"} <= set(found)
 
 
-def test_what_a_replay_left_is_read_with_its_own_keys(model: Path, plain: Path) -> None:
+def test_what_a_replay_left_is_read_with_its_own_keys(model: Path, trained: Path) -> None:
     """A clean checkpoint in scratch is no residue, a tainted one is."""
-    stages = sorted((plain / wiring.CHECKPOINTS).iterdir())
+    stages = sorted((trained / wiring.CHECKPOINTS).iterdir())
     clean = [path for path in stages if path.name in known(model)[wiring.CHECKPOINTS]]
     for stage, expected in ((clean[0], []), (min({*stages} - {*clean}), ["tainted", "unknown_file"])):
         left = model / wiring.SCRATCH / "replay" / stage.name

@@ -17,7 +17,6 @@ import jsonschema
 import pytest
 from fastapi.testclient import TestClient
 
-from cluster.cli import cli
 from cluster.serve import engines
 from cluster.serve.app import Service, build_app
 from cluster.serve.tokens import ROLES, Scope, Tokens
@@ -66,18 +65,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     train_in(folder / "model", parse_run_file(RUN_FILE + PRIVACY, "run.yaml"), records())
     return folder / "model"
-
-
-@pytest.fixture
-def sisa(capfd: pytest.CaptureFixture[str]) -> Sisa:
-    """Run a command; return its exit code, standard output and standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        code = cli.run([str(each) for each in arguments])
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
