@@ -14,7 +14,6 @@ loads torch; only `started` loads Ray.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from sisa.core.digest import sha256_hex
 from sisa.core.domain import Kind
 from sisa.core.errors import Busy, EnvironmentFault
 from sisa.flows.wiring.upper_houses import SERVICE
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from sisa.flows.ask import Answer, Prompt
     from sisa.flows.query import Candidate
 
-APP = "sisa"  # Ray Serve's name of the application
 PROMPTS_PER_CALL, CALLS_AT_ONCE = 16, 8
 LOOK_S, STOP_S = 2.0, 60.0
 CLOCK_TOLERANCE_S = 1.0  # of a process's start, as the system counts it
@@ -184,9 +183,10 @@ def started(
         raise Busy("a service of this model runs already", where=held.url, next_step=step)
     check_listening(host, Tokens(directory))
     http: dict[str, Any] = {"host": host, "port": port, **tls_files(config.service.tls)}
-    _check_port(host, port)
+    if config.cluster.address is None:  # there Ray Serve may hold the port for us
+        _check_port(host, port)
     token = secrets.token_urlsafe(32)
-    owner = hashlib.sha256(token.encode()).hexdigest()
+    owner = sha256_hex(token.encode())
     with _deployed(directory, config, http, num_replicas, owner):
         me = psutil.Process()
         running = Running(_url(http), me.pid, me.create_time(), token, http.get("ssl_certfile"))
@@ -219,7 +219,8 @@ def _check_answers(running: Running) -> None:
             "the service does not answer at its address",
             where=running.url,
             got=type(error).__name__,
-            next_step="on a cluster whose Ray Serve listens elsewhere, stop that first",
+            next_step="on a cluster whose Ray Serve listens elsewhere, choose its port, or end it there "
+            "by `serve shutdown`",
         ) from None
 
 
@@ -243,7 +244,11 @@ def _check_port(host: str, port: int) -> None:
 def _deployed(
     directory: Path, config: RunConfig, http: Mapping[str, Any], num_replicas: int, owner: str
 ) -> Iterator[None]:
-    """Deploy the replicas on Ray Serve, and take them down at the end."""
+    """Deploy the replicas on Ray Serve, and take them down at the end.
+
+    On a cluster Ray Serve outlives a command that was killed, and keeps its port. The next command
+    replaces what that one deployed, by its name; another model's service makes Ray Serve refuse.
+    """
     from ray import serve
 
     from cluster.ray.ray_session import connect, disconnect, first_line
@@ -252,10 +257,15 @@ def _deployed(
     threads, address = config.sisa.threads_per_shard, config.cluster.address
     training = max(os.cpu_count() or 1, (config.cluster.num_workers or 1) * threads)
     connect(address, training + num_replicas * threads)  # a deletion trains beside the replicas
+    name = f"sisa-{sha256_hex(str(directory.resolve()).encode())[:16]}"
+    began = False
     try:
+        if not serve.status().proxies:
+            _check_port(http["host"], http["port"])
+            began = True
         serve.start(proxy_location="HeadOnly", http_options={**http}, logging_config=QUIET)
         app = replica(directory, config, num_replicas, owner)
-        serve.run(app, name=APP, logging_config=QUIET)
+        serve.run(app, name=name, logging_config=QUIET)
         yield
     except RuntimeError as error:
         raise EnvironmentFault(
@@ -263,7 +273,9 @@ def _deployed(
         ) from error
     finally:
         with contextlib.suppress(Exception):  # Ray may be gone
-            serve.shutdown() if address is None else serve.delete(APP)
+            serve.delete(name)
+            if began and not serve.status().applications:
+                serve.shutdown()
         disconnect()
 
 

@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -17,6 +19,7 @@ from cluster.serve.app import Service, build_app
 from cluster.serve.service import Running, ask_service, find_service, started
 from cluster.serve.tokens import Tokens
 from sisa.audit.doctor import diagnose
+from sisa.config.config import ClusterBlock
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault
 from tests.fakes.answers import FakeAnswers
 from tests.models.job_cluster import free_port
@@ -132,6 +135,29 @@ def test_what_is_refused_before_anything_is_started(service: Service, running: R
     with pytest.raises(ConfigConflict, match="token"):
         start(service, host="0.0.0.0")  # noqa: S104
     assert not (service.model.directory / "service.json").exists()
+
+
+def test_ray_serve_of_a_cluster_keeps_its_port_for_the_next_command(
+    service: Service, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the last command was stopped or killed; a port of anybody else is refused."""
+    ray = Mock(status=Mock(return_value=SimpleNamespace(proxies={}, applications={})))
+    for name in ("status", "start", "run", "delete", "shutdown"):
+        monkeypatch.setattr(f"ray.serve.{name}", getattr(ray, name))
+    for name in ("connect", "disconnect"):
+        monkeypatch.setattr(f"cluster.ray.ray_session.{name}", getattr(ray, name))
+    directory, config = service.model.directory, service.model.config
+    config = config.model_copy(update={"cluster": ClusterBlock(address="there")})
+    (directory / "service.json").unlink()
+    given = (directory, config, "127.0.0.1", int(running.url.rpartition(":")[2]), 1)
+    with pytest.raises(EnvironmentFault, match="listen"), started(*given):
+        pytest.fail("it started")
+    ray.start.assert_not_called()
+    ray.status.return_value.proxies["head"] = "HEALTHY"
+    with started(*given) as found:
+        assert found.url == running.url
+    assert ray.delete.call_args.args[0] == ray.run.call_args.kwargs["name"]
+    ray.shutdown.assert_not_called()
 
 
 @pytest.mark.usefixtures("running")
