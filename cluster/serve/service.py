@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sisa.flows.ask import Answer, Prompt
     from sisa.flows.query import Candidate
 
+APP = "sisa-"  # begins Ray Serve's name of the application
 PROMPTS_PER_CALL, CALLS_AT_ONCE = 16, 8
 LOOK_S, STOP_S = 2.0, 60.0
 CLOCK_TOLERANCE_S = 1.0  # of a process's start, as the system counts it
@@ -247,7 +248,7 @@ def _deployed(
     """Deploy the replicas on Ray Serve, and take them down at the end.
 
     On a cluster Ray Serve outlives a command that was killed, and keeps its port. The next command
-    replaces what that one deployed, by its name; another model's service makes Ray Serve refuse.
+    replaces what that one deployed, by its name. Raise Busy for another model's service.
     """
     from ray import serve
 
@@ -257,12 +258,19 @@ def _deployed(
     threads, address = config.sisa.threads_per_shard, config.cluster.address
     training = max(os.cpu_count() or 1, (config.cluster.num_workers or 1) * threads)
     connect(address, training + num_replicas * threads)  # a deletion trains beside the replicas
-    name = f"sisa-{sha256_hex(str(directory.resolve()).encode())[:16]}"
+    name = f"{APP}{sha256_hex(str(directory.resolve()).encode())[:16]}"
     began = False
     try:
-        if not serve.status().proxies:
+        known = serve.status()
+        if not known.proxies:
             _check_port(http["host"], http["port"])
             began = True
+        if any(each.startswith(APP) and each != name for each in known.applications):
+            raise Busy(
+                "another model's service runs on this cluster",
+                where=str(address),
+                next_step="stop it: `sisa serve --stop`, or `serve shutdown` if it was killed",
+            )
         serve.start(proxy_location="HeadOnly", http_options={**http}, logging_config=QUIET)
         app = replica(directory, config, num_replicas, owner)
         serve.run(app, name=name, logging_config=QUIET)

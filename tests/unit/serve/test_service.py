@@ -156,8 +156,13 @@ def test_ray_serve_of_a_cluster_keeps_its_port_for_the_next_command(
     ray.status.return_value.proxies["head"] = "HEALTHY"
     with started(*given) as found:
         assert found.url == running.url
-    assert ray.delete.call_args.args[0] == ray.run.call_args.kwargs["name"]
+    name = ray.run.call_args.kwargs["name"]
+    assert ray.delete.call_args.args[0] == name
     ray.shutdown.assert_not_called()
+    ray.status.return_value.applications |= {name: "of a killed command", "sisa-other": "a model's"}
+    with pytest.raises(Busy, match="another model"), started(*given):
+        pytest.fail("it started")
+    assert ray.run.call_count == 1
 
 
 @pytest.mark.usefixtures("running")
