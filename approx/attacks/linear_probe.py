@@ -1,8 +1,8 @@
-"""Linear probe: whether hidden states tell a question's own answer from another question's.
+"""Linear probe: whether hidden states distinguish a question's own answer from another question's.
 
-AUC by layer: a linear classifier reads the mean hidden state over an answer's tokens, once with each
-question's own answer and once with that of another question, and must tell them apart on questions that
-it was not fitted on. 0.5 means that the states of this layer hold nothing of it that a line finds.
+AUC by layer: a linear classifier reads the mean hidden state over an answer's tokens. Each question is
+shown with its own answer and with that of another question; the classifier is judged on questions that
+it was not fitted on. 0.5 means that it finds nothing of the answer in the states of this layer.
 
 Formula: ridge regression of +1 and -1 on features that are standardised by the fitted texts, w = X'
 (X X' + D I)^-1 y with D features; questions are cut into FOLDS folds, and answers are exchanged within

@@ -1,14 +1,15 @@
 """Unlearning depth score: how deep in a model's layers knowledge is gone, by activation patching.
 
-Formula: Delta_l = mean over the answer's tokens of log p_before(token) - log p_patched(token), where
-"patched" is the model before unlearning with the hidden states that another model's layer l leaves put
-in at the positions that predict the answer. S1 takes them from a model that never saw the text, S2 from
+Formula: Delta_l = mean over the answer's tokens of log p_before(token) - log p_patched(token). "Patched"
+is the model before unlearning; at the positions that predict the answer, its hidden states after layer l
+are replaced by those of another model. S1 takes them from a model that never saw the text, S2 from
 the unlearned one. Over the layers with Delta_l^S1 > 0.05,
 
     score = sum_l Delta_l^S1 clip(Delta_l^S2 / Delta_l^S1, 0, 1) / sum_l Delta_l^S1
 
-0: the unlearned model's states still give the answer everywhere. 1: they lack it as those of the model
-that never saw it do. A text without such a layer has no score. `approx/attacks/depth.py` patches.
+0: the unlearned model's states still give the answer everywhere. 1: they give no more of it than those
+of the model that never saw it. A text without such a layer has no score. `approx/attacks/depth.py`
+patches.
 
 Source: Lee, Kim and Jo 2026, "Measuring the depth of LLM unlearning via activation patching" (arXiv
 2605.24614), sections 3.2 and 3.3.

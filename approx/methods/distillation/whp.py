@@ -5,10 +5,10 @@
     F = mean over labelled positions of -log p(label)
     L = forget_weight * F + retain_weight * R(retain),   R = NLL or KL(reference || current)
 
-v_b are the base's logits where the anchor terms of the text, here its names, are replaced by invented
-ones, and v_r those of a reinforced model, which was trained further on the texts, where they are as they
-were. A word that reinforcement makes likelier belongs to the text and not to the language. The labels
-are made once, before the run: `unlearning/written/generic_labels.py`.
+v_b are the base's logits on the text with its anchor terms, here its names, replaced by invented ones.
+v_r are those of a reinforced model, which was trained further on the texts, on the text itself. A word
+that reinforcement makes likelier belongs to the text and not to the language. The labels are made once,
+before the run: `unlearning/written/generic_labels.py`.
 
 Labels are hard: of the generic distribution the likeliest word alone is taught. Where the generic word
 is the text's own, as for most of grammar, the label keeps it.

@@ -2,9 +2,9 @@
 
 Wrapping a base and finding out how it can be run costs as much as some training steps, and nearly all
 stages of a process wrap it alike. So the pattern is kept but never run: a stage trains a copy that
-shares only the frozen tensors. Whatever a stage leaves behind (the memory layout of trained tensors,
-rotary frequencies that grew with a long text, running statistics, gradients) disappears with its copy,
-so no bit of a stage depends on what the process trained before.
+shares only the frozen tensors. What a stage leaves behind disappears with its copy: the memory layout of
+trained tensors, rotary frequencies that grew with a long text, running statistics, gradients. So no bit
+of a stage depends on what the process trained before.
 
     wrapped = Trainable(base, training)
     own = wrapped.begin(parent_tensors, init_seed=7)
