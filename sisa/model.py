@@ -201,13 +201,13 @@ class Model:
             _ = self.resources.base  # refuses a changed base before anything is erased
             return rectify(context, source, [partial(guard, self.config)])
 
-    def resume(self, source: Sequence[Record] = ()) -> Taken:
-        """Train what is missing; the records of `source` are only compared with the held ones."""
-        with named_by_location(source), self._locked():
-            return self._resume(source)
+    def resume(self) -> Taken:
+        """Train what is missing."""
+        with self._locked():
+            return self._resume()
 
-    def _resume(self, source: Sequence[Record]) -> Taken:
-        """Train what is missing; the caller holds the lock."""
+    def _resume(self, source: Sequence[Record] = ()) -> Taken:
+        """Train what is missing, under the lock; records of `source` are compared with the held ones."""
         with self._context(locked=True) as context:
             _ = self.resources.base  # refuses a changed base
             return train(context, source)

@@ -52,32 +52,30 @@ def harmonic_mean_of_means(means: Any) -> Any:
         return np.where((means > 0).all(axis=0), len(means) / (1 / means).sum(axis=0), 0.0)
 
 
-def estimate(groups: Groups, combine: Combine = mean_of_means, *, seed: int = 0) -> Estimate:
+def estimate(groups: Groups, combine: Combine = mean_of_means) -> Estimate:
     """Return the combined mean of scores.
 
     Raise ValueError for a group without questions, scores of unequal number, and scores not finite.
     """
-    return _estimate([groups], combine, seed)
+    return _estimate([groups], combine)
 
 
-def change(
-    groups: Groups, reference: Groups, combine: Combine = mean_of_means, *, seed: int = 0
-) -> Estimate:
+def change(groups: Groups, reference: Groups, combine: Combine = mean_of_means) -> Estimate:
     """Return the combined mean of scores minus that of a reference's scores of the same questions.
 
     Raise as `estimate`, and ValueError for groups of another shape.
     """
-    return _estimate([groups, reference], combine, seed)
+    return _estimate([groups, reference], combine)
 
 
-def _estimate(models: Sequence[Groups], combine: Combine, seed: int) -> Estimate:
+def _estimate(models: Sequence[Groups], combine: Combine) -> Estimate:
     held = [[np.array(group, dtype=np.float64) for group in groups] for groups in models]
     shapes = {tuple(each.shape for each in groups) for groups in held}
     if len(shapes) != 1 or any(len(shape) != 2 or 0 in shape for shape in shapes.copy().pop()):
         raise ValueError("scores of different questions, or of none")
     if not all(np.isfinite(each).all() for groups in held for each in groups):
         raise ValueError("scores that are not finite")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = []
     for group in held[0]:
         num = group.shape[1]

@@ -284,7 +284,7 @@ def _sealed(place: BlobStore, name: str, unreadable: bool) -> bool:
         return unreadable
 
 
-def check_slice(context: Context, file: SliceFile, *, with_key: bool = True) -> None:
+def check_slice(context: Context, file: SliceFile, *, with_key: bool) -> None:
     """Raise IntegrityError unless a slice file holds exactly the records of its rows in the ledger."""
     rows = {row.id_digest: row for row in context.stores.ledger.rows(file.shard, file.slice)}
     if slice_root(rows.values()) != file.root:
