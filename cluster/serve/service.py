@@ -21,6 +21,7 @@ import signal
 import socket
 import ssl
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -213,16 +214,21 @@ def _url(http: Mapping[str, Any]) -> str:
 
 def _check_answers(running: Running) -> None:
     """Raise EnvironmentFault if the address does not answer: others' Ray Serve may have another one."""
-    try:
-        running.call("/healthz", timeout_s=LOOK_S * 5)
-    except (OSError, ValueError) as error:
-        raise EnvironmentFault(
-            "the service does not answer at its address",
-            where=running.url,
-            got=type(error).__name__,
-            next_step="on a cluster whose Ray Serve listens elsewhere, choose its port, or end it there "
-            "by `serve shutdown`",
-        ) from None
+    until, got = time.monotonic() + LOOK_S * 5, ""
+    while time.monotonic() < until:  # the proxy may learn of the replicas after Ray Serve says "ready"
+        try:
+            running.call("/healthz", timeout_s=LOOK_S)
+            return
+        except (OSError, ValueError) as error:
+            got = type(error).__name__
+            time.sleep(0.1)
+    raise EnvironmentFault(
+        "the service does not answer at its address",
+        where=running.url,
+        got=got,
+        next_step="on a cluster whose Ray Serve listens elsewhere, choose its port, or end it there by "
+        "`serve shutdown`",
+    )
 
 
 def _check_port(host: str, port: int) -> None:
