@@ -286,6 +286,22 @@ def cold() -> Iterator[str]:
     yield from rows(header, lines)
 
 
+def forget() -> Iterator[str]:
+    """Yield what a whole deletion takes against its steps."""
+    header = ("record-epochs", "seconds", "core-seconds", "of them steps", "share of the bound")
+    lines = [
+        (
+            str(each["record_epochs"]),
+            f"{each['seconds']:.1f}",
+            f"{each['core_seconds']:.1f}",
+            f"{each['steps_core_seconds']:.1f}",
+            f"{each['share_of_bound']:.2f}",
+        )
+        for each in measured("forget")["deletions"]
+    ]
+    yield from rows(header, lines)
+
+
 def throughput() -> Iterator[str]:
     """Yield what many clients at once get, against one after another."""
     found = measured("throughput")
@@ -604,6 +620,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "quality": of("quality", quality.table),
         "answering-speed": answering_speed,
         "cold": cold,
+        "forget": forget,
         "throughput": throughput,
         "questions": questions,
         "growth": growth,
