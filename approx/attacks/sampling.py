@@ -41,7 +41,7 @@ class LeakAtK:
         drawn = continue_sampled(
             model, ids, ends, self.max_new_tokens, 1.0, seed, SAMPLED_AT_ONCE, min_new_tokens=0
         )
-        answers = sets.tokenizer.batch_decode(drawn, skip_special_tokens=True)
+        answers = [sets.tokenizer.decode(each, skip_special_tokens=True) for each in drawn]
         truths = [each.parts[_answer_at(each)].text for each in asked for _ in range(self.samples)]
         recalls = [rougeL_recall(truth, text) for truth, text in zip(truths, answers, strict=True)]
         starts = range(0, len(recalls), self.samples)
