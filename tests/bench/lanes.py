@@ -5,14 +5,17 @@
 All shards are trained by the serial executor, from stored records to stored checkpoints, with each
 number of lanes in turn; the seconds are those of this process's own CPU time, so that other processes
 matter little, and include a self-test of the lanes. A trainer is new each time, but the base is loaded
-before. It is an error if a byte of a checkpoint differs.
+before. It is an error if a byte of a checkpoint differs. On the same code and machine, the same command
+goes on after the last row that was written: each is measured by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +113,15 @@ def main() -> None:
     chosen = parser.parse_args()
     pin_threads(1)
     base = resolve_base(chosen.base_model)
-    rows = {
-        f"{layers}, {batch}": measure(base, layers, batch, chosen.shards, chosen.records)
-        for layers in LAYERS
-        for batch in BATCHES
-    }
     about = {"base_model": chosen.base_model, "data": source(), "shards": chosen.shards}
-    found = {**environment(), **about, "records": chosen.records, "rows": rows}
-    write_json(chosen.out, found)
+    found: dict[str, Any] = {**environment(), **about, "records": chosen.records}
+    held = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
+    rows = held.pop("rows", {})
+    found["rows"] = rows if held == found else {}
+    for layers, batch in product(LAYERS, BATCHES):
+        if (name := f"{layers}, {batch}") not in found["rows"]:
+            found["rows"][name] = measure(base, layers, batch, chosen.shards, chosen.records)
+            write_json(chosen.out, found)
     print("\n".join(lanes_table(found)))
 
 
