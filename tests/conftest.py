@@ -1,7 +1,7 @@
 """Set the order and environment of the whole suite: fast tests first, the same hypothesis everywhere.
 
 Tests run in random order, but those without torch or sockets run before the others, so that most
-failures show within seconds. With several processes (`-n 3`), each takes one test after another, in this
+failures show within seconds. With several processes (`-n 2`), each takes one test after another, in this
 order. Tests with a Ray follow the fast ones in one process that shares it. Tests that share something
 expensive made once in their file also run in one process (`xdist_group`). Slow tests precede short ones
 that train tiny models, so that all processes end together.
