@@ -121,8 +121,10 @@ def ask(
 ) -> list[Answer]:
     """Return the answers to prompts, in order. Raise InvalidInput or IntegrityError."""
     _check_answerable(prompts, kind)
-    with ThreadPoolExecutor(1) as beside:  # both are hashed while torch is imported
-        beside.submit(lambda: (resources.embedder, resources.base))
+    with ThreadPoolExecutor(1) as beside:  # what is needed is hashed while torch is imported
+        if resources.config.sisa.aggregation.method == "routed":
+            beside.submit(lambda: resources.embedder)
+        beside.submit(lambda: resources.base)
         import sisa.lm.answer.answerer  # noqa: F401
 
         routes = routes_of(context, resources, prompts)

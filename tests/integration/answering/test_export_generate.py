@@ -229,6 +229,7 @@ def test_mean_prob_averages_the_probabilities_of_all_shards(tiny: Tiny) -> None:
     model = tiny.open()
     answer = model.generate(PROMPT, max_new_tokens=1)
     assert answer.shards == (0, 1, 2)
+    assert "embedder" not in vars(model.resources), "no prompt is routed"
     answerer = answerer_of(model)
     ids = encode_prompt(PROMPT, answerer.tokenizer, "completion")
     each = torch.stack([next_token_probabilities(answerer, ids, all_of((shard,))) for shard in range(3)])
