@@ -183,6 +183,8 @@ def test_a_message_is_given_up(
         courier.turn()
     assert len(receivers.got) == (1 if status == 410 else 1 + len(RETRY_S))
     assert ServiceState(model.directory).waiting() == []
+    with ServiceState(model.directory)._tables() as db:
+        assert db.execute("SELECT count(*) FROM queue WHERE due IS NULL").fetchone() == (1,)
     model.decide("T-1", "cancelled")
     courier.turn()
     assert receivers.states()[-1] == "cancelled"
