@@ -52,7 +52,7 @@ def file_sha256(path: Path) -> str:
 
 
 def file_sha256_once(path: Path) -> str:
-    """Return the same; a process reads a file again only once its state on disk has changed."""
+    """Return a file's SHA-256; a process reads it again only once its state on disk has changed."""
     found = path.stat()
     state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     return _sha256_once(path, state)

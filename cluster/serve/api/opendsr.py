@@ -243,6 +243,11 @@ def _call(service: Service, subject_request_id: str) -> Call:
     return found
 
 
+def _subject_digest(call: Call) -> str:
+    """Return the digest of the subject that a request for access names."""
+    return call.asked.split()[1]
+
+
 @opendsr_router.get(
     "/requests/{subject_request_id}",
     name="show_data_subject_request",
@@ -260,7 +265,7 @@ def _status_dsr(
     else:
         call = _call(service, subject_request_id)
         if caller.shards is not None:  # a person of other shards is not known
-            caller.view(service.model).check_subject(call.asked.split()[1])
+            caller.view(service.model).check_subject(_subject_digest(call))
         body = _access_status(service, http, subject_request_id, call)
     return _signed(block, 200, {**body, "api_version": _VERSION})
 
@@ -282,7 +287,7 @@ def _access_status(service: Service, http: HttpRequest, name: str, call: Call) -
 def _results_dsr(subject_request_id: _Uuid4, service: _Open, caller: Collector) -> Response:
     """Return what is held of a person, as a file, once (GDPR Art. 15 and 20)."""
     block, call = _block(service), _call(service, subject_request_id)
-    digest = call.asked.split()[1]
+    digest = _subject_digest(call)
     found = caller.view(service.model).access(digest=digest)
     if not ServiceState(service.model.directory).end(_key(service, subject_request_id), _HANDED_OUT):
         step = "send another request, or `POST /rights/access`"

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 
 from sisa.config.config import state_dir
@@ -36,7 +34,6 @@ def kept_check(check: str, of: Sequence[str], find: Callable[[], Sequence[bool]]
     found = list(find())
     with contextlib.suppress(OSError):  # it is found again
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as scratch:
-            json.dump(found, scratch)
-        os.replace(scratch.name, path)
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(found))  # a part of it is no JSON
     return found

@@ -74,7 +74,7 @@ def _hide(*names: str) -> None:
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
     modules.update(dict.fromkeys(names))  # None makes an import fail as if there were no module
     torch.distributed.is_available = lambda: False
-    if isinstance(sys.modules.get(META), _Standing):  # it would make generators of random numbers usable
+    if isinstance(sys.modules.get(META), _Standing):  # its import does this, which generators need
         base = importlib.import_module("torch._opaque_base")
         torch._C._set_generator_metaclass(base.OpaqueBaseMeta)
     if COMPILER not in sys.modules:
