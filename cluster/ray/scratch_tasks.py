@@ -1,6 +1,6 @@
 """Train a base with Ray Train: Hugging Face's `Trainer` in workers of the run file's cluster.
 
-A job carries paths and a recipe, never text; all nodes must see the texts and the directory for the
+A job carries paths and a recipe, never text; all nodes must see the rows and the directory for the
 base. If a worker dies, the training of the base starts again from its beginning. The first
 worker saves the base.
 """
@@ -8,7 +8,6 @@ worker saves the base.
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import signal
 import threading
@@ -19,13 +18,12 @@ from typing import Any
 from ray.exceptions import RayError
 
 from cluster.ray.ray_session import Listener, connect
-from sisa.core.errors import EnvironmentFault, InvalidInput, rebuilt
+from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Notice, Report
 from sisa.flows.scratch import BaseJob
 from sisa.lm.base.numerics import worker_environment
 
 POLL_S, ANSWER_S = 1.0, 10.0
-REFUSED = "refused.json"  # the problems that a worker found, for the driver to raise
 
 
 def train_on_ray(job: BaseJob, cluster: Mapping[str, Any], report: Report) -> None:
@@ -62,8 +60,6 @@ def train_on_ray(job: BaseJob, cluster: Mapping[str, Any], report: Report) -> No
             got=type(error).__name__,
             next_step="check that all nodes see this directory, or train with `--executor serial`",
         ) from None
-    if (refused := job.target / REFUSED).is_file():
-        raise rebuilt(InvalidInput, json.loads(refused.read_text()))
 
 
 @contextlib.contextmanager
@@ -90,11 +86,7 @@ def _in_worker(config: Mapping[str, Any]) -> None:
         if first:
             config["mailbox"].put.remote(config["run_id"], Notice(text))
 
-    try:
-        train_base(job.recipe, job.texts, job.target, notify, prepare_trainer, saves=first)
-    except InvalidInput as error:  # every worker raises it, and a restart would not help
-        if first:
-            (job.target / REFUSED).write_text(json.dumps(error.to_json()))
+    train_base(job.recipe, job.rows, job.target, notify, prepare_trainer, saves=first)
 
 
 @contextlib.contextmanager

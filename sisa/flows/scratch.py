@@ -44,10 +44,10 @@ BASE_MODE = 0o644  # a base holds nothing deletable, and users may share it
 
 @dataclass(frozen=True)
 class BaseJob:
-    """Describe a base to train: its recipe, its texts (a file with one JSON text a line), its target."""
+    """Describe a base to train: its recipe, the file of its rows, the directory with its tokenizer."""
 
     recipe: Mapping[str, Any]
-    texts: Path
+    rows: Path
     target: Path
 
 
@@ -98,13 +98,13 @@ def _train(
     executor: str | OpenExecutor,
     report: Report,
 ) -> None:
+    train = find_base_trainer(executor)
     with _alone(directory) as unfinished:
-        target, corpus = unfinished / "base", unfinished / "corpus.jsonl"
+        job = BaseJob(recipe, unfinished / "rows.npy", target := unfinished / "base")
         with files.disk_errors(directory):
             target.mkdir(parents=True)
-            corpus.write_text("".join(json.dumps(each) + "\n" for each in texts), encoding="utf-8")
-        train = find_base_trainer(executor)
-        train(BaseJob(recipe, corpus, target), config.cluster.model_dump(mode="json"), report)
+            _write_rows(job, texts, report)
+        train(job, config.cluster.model_dump(mode="json"), report)
         data = runs.astype("<u8").tobytes()
         made = {"recipe": recipe, "runs": sha256_hex(data)}
         made["fingerprint"] = fingerprint(recipe["threads"])
@@ -148,6 +148,12 @@ def find_base_trainer(executor: str | OpenExecutor) -> TrainBase:
     return found
 
 
+def _write_rows(job: BaseJob, texts: Sequence[str], report: Report) -> None:
+    from sisa.lm.base.scratch_base import write_rows
+
+    write_rows(job.recipe, texts, job.target, job.rows, lambda text: report(Notice(text)))
+
+
 def train_here(job: BaseJob, _cluster: Mapping[str, Any], report: Report) -> None:
     from sisa.lm.base.scratch_base import train_base
 
@@ -159,7 +165,7 @@ def train_here(job: BaseJob, _cluster: Mapping[str, Any], report: Report) -> Non
             got=str(job.recipe["workers"]),
             next_step="train with `--executor ray`",
         )
-    train_base(job.recipe, job.texts, job.target, lambda text: report(Notice(text)))
+    train_base(job.recipe, job.rows, job.target, lambda text: report(Notice(text)))
 
 
 def _held(directory: Path) -> dict[str, Any]:

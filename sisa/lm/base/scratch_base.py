@@ -5,18 +5,20 @@ fingerprint, so one machine makes the same bytes again. Texts are packed into ro
 tokens, and each text ends with the end token. The result is saved as any other base (`weights.py`).
 Training is in float32, with one worker unless `prepare` brings in more.
 
-    train_base(recipe, texts_file, target_directory, print)
+    write_rows(recipe, texts, target_directory, rows_file, print)
+    train_base(recipe, rows_file, target_directory, print)
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -37,36 +39,48 @@ END = "<|endoftext|>"
 NUM_REPORTS = 20  # of the loss, over the training
 
 
+def write_rows(
+    recipe: Mapping[str, Any],
+    texts: Sequence[str],
+    target: Path,
+    rows: Path,
+    report: Callable[[str], None],
+) -> None:
+    """Train a tokenizer and save it in `target`; write the texts' rows of ids to a file.
+
+    `report` receives a message. Raise InvalidInput if the corpus is too small.
+    """
+    tokenizer = make_tokenizer(texts, recipe["vocab_size"])
+    packed = pack(tokenizer, texts, recipe["context_len"])
+    report(f"the corpus has {packed.size:,} tokens, the vocabulary {len(tokenizer)}")
+    tokenizer.save_pretrained(target)
+    np.save(rows, packed, allow_pickle=False)
+
+
 def train_base(
     recipe: Mapping[str, Any],
-    texts: Path,
+    rows: Path,
     target: Path,
     report: Callable[[str], None],
     prepare: Callable[[Any], Any] = lambda trainer: trainer,
     *,
     saves: bool = True,
 ) -> None:
-    """Train a tokenizer and a decoder, and save them in `target` unless another worker `saves` them.
+    """Train a decoder, and save it beside its tokenizer unless another worker `saves` it.
 
     `report` receives messages about the progress; `prepare` may wrap the `Trainer`, for several workers.
-    Raise InvalidInput if the corpus is too small.
     """
     logging.disable_progress_bar()
     pin_threads(recipe["threads"])
-    corpus = [str(json.loads(line)) for line in texts.read_text(encoding="utf-8").splitlines()]
-    tokenizer = make_tokenizer(corpus, recipe["vocab_size"])
-    rows = pack(tokenizer, corpus, recipe["context_len"])
-    report(
-        f"the corpus has {len(rows) * recipe['context_len']:,} tokens, the vocabulary {len(tokenizer)}"
-    )
+    packed = np.load(rows, allow_pickle=False).tolist()
     torch.manual_seed(recipe["seed"])
-    model = LlamaForCausalLM(_config(recipe, tokenizer))
+    model = LlamaForCausalLM(_config(recipe, PreTrainedTokenizerFast.from_pretrained(target)))
     report(f"the base has {model.num_parameters():,} parameters")
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
             args=_arguments(recipe, scratch),
-            train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+            train_dataset=[{"input_ids": row, "labels": row} for row in packed],
             callbacks=[_Reporting(report)],
         )
         trainer.remove_callback(PrinterCallback)  # it prints on standard output
@@ -74,7 +88,6 @@ def train_base(
     if saves:
         model.generation_config.do_sample = False
         model.save_pretrained(target, max_shard_size="1TB")
-        tokenizer.save_pretrained(target)
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
@@ -92,16 +105,16 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
 
 
-def pack(tokenizer: Any, texts: Sequence[str], context_len: int) -> list[list[int]]:
-    """Return rows of exactly `context_len` ids; ids that do not fill a row are left out.
+def pack(tokenizer: Any, texts: Sequence[str], context_len: int) -> NDArray[np.int32]:
+    """Return rows of exactly `context_len` ids [rows, context_len]; ids beyond the last are left out.
 
     Raise InvalidInput if the texts do not fill one row.
     """
     ids: list[int] = []
     for text in texts:
         ids += [*encode_plain(text, tokenizer), tokenizer.eos_token_id]
-    rows = [ids[at : at + context_len] for at in range(0, len(ids) - context_len + 1, context_len)]
-    if not rows:
+    num_rows = len(ids) // context_len
+    if not num_rows:
         raise InvalidInput(
             "the corpus is shorter than one row of training",
             where="base_model.scratch.corpus",
@@ -109,7 +122,7 @@ def pack(tokenizer: Any, texts: Sequence[str], context_len: int) -> list[list[in
             got=f"{len(ids)} tokens",
             next_step="add text, or lower context_len",
         )
-    return rows
+    return np.array(ids[: num_rows * context_len], np.int32).reshape(num_rows, context_len)
 
 
 def _config(recipe: Mapping[str, Any], tokenizer: Any) -> Any:
