@@ -25,10 +25,10 @@ SHARED = Record("r2", "p2", "text", (Part("text", CORPUS[0]),))
 class Trained:
     """A trainer of bases that records its jobs and writes one file, or fails half way."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self) -> None:
         self.jobs: list[scratch.BaseJob] = []
         self.texts: list[str] = []
-        self.error = error
+        self.error: BaseException | None = None
 
     def __call__(self, job: scratch.BaseJob, _cluster: Mapping[str, Any], _report: Report) -> None:
         self.jobs.append(job)
@@ -118,11 +118,9 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path: Path, trained: Trained) -
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken")])
-def test_what_was_cut_short_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
-) -> None:
+def test_what_was_cut_short_leaves_nothing(tmp_path: Path, trained: Trained, error: Any) -> None:
     before = configured(tmp_path) and sorted(tmp_path.iterdir())
-    monkeypatch.setattr(scratch, "find_base_trainer", lambda _: Trained(error))
+    trained.error = error
     with pytest.raises(type(error)):
         prepare(configured(tmp_path))
     assert sorted(tmp_path.iterdir()) == before
