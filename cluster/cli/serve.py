@@ -69,7 +69,9 @@ def serve(
             service.started(directory, model.config, *address, num_replicas) as running,
             working(directory, model.report),
         ):
-            model.report(Notice(f"serving {running.url} ({num_replicas} replicas); Ctrl-C stops it"))
+            copies = counted(num_replicas, "replica")
+            line = f"serving {running.url} ({copies}; console: {running.url}/console); Ctrl-C stops it"
+            model.report(Notice(line))
             service.wait_until_ended()
         url, pid = running.url, running.pid
     return Result({"url": url, "pid": pid, "replicas": num_replicas}, [f"stopped: {url}"])

@@ -259,10 +259,15 @@ async def _on_refusal(request: Request, error: Exception) -> JSONResponse:
 async def _on_schema(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - as registered
     errors = error.errors()
-    problems = [Problem(".".join(map(str, e["loc"])), str(e["msg"])) for e in errors[:MAX_LISTED]]
+    problems = [
+        Problem(".".join(map(str, each["loc"])), str(each["msg"]).removeprefix("Value error, "))
+        for each in errors[:MAX_LISTED]
+    ]
     first = errors[0]
-    refused = SisaError("the request does not fit its schema", problems=problems)
-    param = ".".join(map(str, first["loc"][1:])) or None
+    is_raw = isinstance(first.get("input"), bytes)  # FastAPI parses what is called JSON alone
+    step = "send it as `Content-Type: application/json`" if is_raw else ""
+    refused = SisaError("the request does not fit its schema", next_step=step, problems=problems)
+    param = next((each for each in first["loc"][1:2] if isinstance(each, str)), None)
     return _response(request, 422, refused, param=param, code=first["type"])
 
 

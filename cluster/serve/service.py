@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import signal
@@ -266,6 +267,7 @@ def _deployed(
     connect(address, training + num_replicas * threads)  # a deletion trains beside the replicas
     name = f"{APP}{sha256_hex(str(directory.resolve()).encode())[:16]}"
     began = False
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its notices call HTTPS "http://"
     try:
         known = serve.status()
         if not known.proxies:

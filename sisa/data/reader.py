@@ -225,7 +225,8 @@ class _Reading:
         for key in on_no_list(name for name, _ in self._identifiers):
             self.problems.add(f"identifiers.{key}", "on no list of DROP without others: name these, too")
         for key, column in self._absent.items() if subjects != "any" and records else ():
-            self.problems.add(f"identifiers.{key}", f"no record has a column '{column}'")
+            what = f"no record has a column '{column}'; give it null in records that have none"
+            self.problems.add(f"identifiers.{key}", what)
         self.problems.refuse("in the records; nothing was read")
         return records
 

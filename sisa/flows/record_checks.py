@@ -145,7 +145,7 @@ def check_unchanged(
     _raise_problems(
         problems,
         "differ from the held ones of the same id",
-        "`sisa forget` the held ones, then `sisa add` the new text under new ids",
+        "`sisa rectify` replaces the held ones; if they are right, correct the source",
     )
 
 

@@ -191,8 +191,8 @@ class Answerer:
             raise InvalidInput(
                 "the base model can't read a prompt and an answer of this length",
                 where="prompt",
-                expected=f"1 to {most - max_new_tokens} tokens with max_new_tokens {max_new_tokens}",
-                got=f"{num_prompt_tokens} tokens",
+                expected=f"a token or more, and at most {most} with those of the answer",
+                got=f"{num_prompt_tokens} tokens, and up to {max_new_tokens} of the answer",
                 next_step="shorten the prompt, or ask for fewer new tokens",
             )
 

@@ -166,6 +166,9 @@ def test_what_cannot_be_answered_is_refused(answerer: Answerer) -> None:
     for ids in ([], [1] * 500):
         with pytest.raises(InvalidInput, match="length"):
             batch.admit(ids, Route(), Sampling(max_new_tokens=20), "long")
+    with pytest.raises(InvalidInput) as refused:
+        batch.admit([1], Route(), Sampling(max_new_tokens=100_000), "longer")
+    assert "-" not in refused.value.expected  # no negative number of tokens
     with pytest.raises(InvalidInput, match="no model is loaded"):
         batch.admit([1], all_of([1]), Sampling(), "elsewhere")
     batch.admit([1], Route(), Sampling(), "one")

@@ -101,6 +101,7 @@ def serving(folder: Path, num_replicas: int) -> Iterator[Served]:
             yield Served(directory, process, running)
             assert cli.run(["serve", "-m", str(directory), "--stop"]) == 0
             assert process.wait(timeout=STOP_S) == 0, err.read_text()
+            assert " INFO " not in err.read_text()  # Ray's own words
             said = {"url": running.url, "pid": process.pid, "replicas": num_replicas}
             assert json.loads(out.read_text()) == said
             assert not (directory / SERVICE).exists()

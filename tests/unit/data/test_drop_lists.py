@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import unicodedata
 import zipfile
@@ -30,6 +31,7 @@ from sisa.data.drop_lists import (
     standardised,
     upload_name,
 )
+from sisa.data.reader import read_records
 
 HASH = "KA18MT/ph6IHYjzT9zwETySDQyvSh87YuoSBpOQtkhE="
 # The examples of "Working with the data", version 1.2.0: identifier, value, standardised, hash.
@@ -176,6 +178,20 @@ def test_blank_and_missing_identifiers_give_no_hash() -> None:
     ]
     assert on_no_list(["zip", "email"]) == ["zip"]
     assert on_no_list([*EVE, "email"]) == []
+
+
+def test_a_column_that_no_record_has_is_a_problem_unless_it_is_null(tmp_path: Path) -> None:
+    named = (("email", "mail"), ("phone", "tel"))
+    row = {"id": "r1", "text": "x", "mail": "a@b.c"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row))
+    with pytest.raises(InvalidInput) as refused:
+        read_records([file], None, subjects="column", identifiers=named)
+    (problem,) = refused.value.problems
+    assert (problem.where, "'tel'; give it null" in problem.what) == ("identifiers.phone", True)
+    file.write_text(json.dumps({**row, "tel": None}))
+    (record,) = read_records([file], None, subjects="column", identifiers=named)
+    assert list(record.identifiers) == hashes({"email": "a@b.c"})
 
 
 # --- downloads

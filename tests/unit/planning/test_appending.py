@@ -99,8 +99,10 @@ def test_the_same_file_again_is_held_already_and_needs_no_generation(fake: FakeM
 
 def test_another_generation_than_the_held_one_is_another_content(fake: FakeModel) -> None:
     add(fake.context, some(20), append=True)
-    with pytest.raises(InvalidInput, match="differ from the held"):
+    with pytest.raises(InvalidInput, match="differ from the held") as refused:
         train(fake.context, [replace(record, generation=2) for record in some(20)])
+    assert "rectify" in refused.value.next_step
+    assert "correct the source" in refused.value.next_step
 
 
 def test_an_empty_model_begins_with_generation_0() -> None:

@@ -132,6 +132,16 @@ def test_a_request_beside_the_schema_or_the_paths(client: TestClient, path: str)
     assert "number" in str(where) or "nowhere" in path
 
 
+@pytest.mark.parametrize("path", ["/requests", "/v1/completions"])
+def test_json_that_is_sent_as_a_form_is_refused_with_what_to_do(client: TestClient, path: str) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # curl's, unless one names another
+    refused = client.post(path, content=b'{"model": "m"}', headers=form)
+    assert refused.status_code == 422
+    assert "send it as `Content-Type: application/json`" in refused.text
+    broken = client.post(path, content=b'{"model', headers={"Content-Type": "application/json"})
+    assert (broken.status_code, "Content-Type" in broken.text) == (422, False)
+
+
 def test_only_an_operator_sees_paths_and_causes(guarded: TestClient, service: Service) -> None:
     directory = str(service.model.directory)
     faults: list[Callable[[], SisaError]] = [
