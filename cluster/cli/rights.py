@@ -206,7 +206,8 @@ def imported(done: Imported, directory: Path) -> Result:
         f"requests: {len(done.requests)} submitted, {len(done.cancelled)} cancelled",
     ]
     if done.shared:
-        lines.append("opt out those who share an identifier: `sisa drop status --show-ids` names them")
+        shared = "opt out those who share an identifier, unless you did: "
+        lines.append(f"{shared}`sisa drop status --show-ids` names them")
     step = f"`sisa request approve` each, sisa run -m {directory}, " if done.requests else ""
     return Result(asdict(done), [*lines, f"next: {step}sisa drop report -m {directory} -o DIR"])
 

@@ -220,7 +220,8 @@ def test_a_client_may_ask_for_openmetrics(client: TestClient) -> None:
 
 BOARD = json.loads(manifest("grafana"))
 QUERIES = [each["expr"] for panel in BOARD["panels"] for each in panel["targets"]]
-PROMQL = {"sum", "min", "max", "rate", "increase", "histogram_quantile", "by", "le", "route", "d"}
+PROMQL = {"sum", "min", "max", "rate", "increase", "histogram_quantile", "by", "d"}
+PROMQL |= {"le", "route", "replica"}  # labels
 
 
 def test_every_query_of_the_dashboard_names_a_series_that_exists(
@@ -240,6 +241,12 @@ def test_a_query_has_nothing_else(query: str) -> None:
     words = set(re.findall(r"[a-z_]+", re.sub(r"\$__rate_interval|sisa_\w+", "", query)))
     assert words <= PROMQL
     assert query.count("(") == query.count(")")
+
+
+@pytest.mark.parametrize("query", [each for each in QUERIES if "sum" in each])
+def test_what_every_replica_shows_is_counted_once(query: str) -> None:
+    """Whoever scrapes each pod gets every series as often as there are pods."""
+    assert re.search(r"sum(?: by \(\w+\) )?\(max by \((?:\w+, )?replica\) \(rate\(", query)
 
 
 def test_the_dashboard_can_be_imported() -> None:
