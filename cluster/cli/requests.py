@@ -224,7 +224,9 @@ def run_requests(
             return run_planned(model.plan_run())
         if watch:
             _watch(model, directory, every)
-        return ran(model.run(), model.exports_missing(), directory)
+        done = model.run()
+        on_hold = [each for each in model.requests() if each.held_by]
+        return ran(done, model.exports_missing(), directory, on_hold)
 
 
 def _line(view: RequestView) -> str:
@@ -233,11 +235,12 @@ def _line(view: RequestView) -> str:
     days = f", due {request.due}, {counted(view.days_left, 'day')} left"
     left = "" if request.state in CLOSED else days
     records = counted(request.num_records, "record")
-    return f"{request.request_id}{name}: {request.state}, {records}{left}"
+    holds = f", waits for the legal hold of {', '.join(view.held_by)}" if view.held_by else ""
+    return f"{request.request_id}{name}: {request.state}, {records}{left}{holds}"
 
 
 def _body(view: RequestView) -> dict[str, Any]:
-    return asdict(view.request) | {"days_left": view.days_left}
+    return asdict(view.request) | {"days_left": view.days_left, "held_by": list(view.held_by)}
 
 
 def requests_listed(views: Sequence[RequestView], cycle: Standing | None = None) -> Result:
@@ -287,7 +290,12 @@ def run_planned(found: RunPlan) -> Result:
     return Result(asdict(found), lines)
 
 
-def ran(done: Sequence[Request], missing: Sequence[str] = (), directory: Path | str = "DIR") -> Result:
+def ran(
+    done: Sequence[Request],
+    missing: Sequence[str] = (),
+    directory: Path | str = "DIR",
+    on_hold: Sequence[RequestView] = (),
+) -> Result:
     lines = [
         f"{each.request_id}: {each.state}, {counted(each.num_records, 'record')}, batch of "
         f"{each.record_epochs_retrained} record-epochs "
@@ -295,7 +303,9 @@ def ran(done: Sequence[Request], missing: Sequence[str] = (), directory: Path | 
         + (f", {each.record_epochs_others} more in other orders" if each.record_epochs_others else "")
         + (f", {counted(each.exports_erased, 'export')} erased" if each.exports_erased else "")
         for each in done
-    ] or ["no request waits to be run"]
+    ] or ["no request can be run" if on_hold else "no request waits to be run"]
+    lines += [_line(each) for each in on_hold]
     body = {"requests": [asdict(each) for each in done], "exports_missing": list(missing)}
+    body |= {"on_hold": [each.request.request_id for each in on_hold]}
     hints = [line for each in done for line in base_hint(each, directory)]
     return Result(body, [*lines, *hints, *missing_exports(missing)])

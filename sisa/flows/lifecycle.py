@@ -52,6 +52,7 @@ class RequestView:
     request: Request
     days_left: int
     events: tuple[RequestEvent, ...]
+    held_by: tuple[str, ...] = ()  # requests under a legal hold that it waits for, if it is approved
 
 
 def submit(
@@ -119,17 +120,24 @@ def views(context: Context) -> list[RequestView]:
     passed: dict[str, list[RequestEvent]] = {}
     for each in context.stores.ledger.events():
         passed.setdefault(each.request_id, []).append(each)
-    now = context.now()
+    now, requests = context.now(), context.stores.ledger.requests()
+    holds = _holds(context, requests)
     return [
-        RequestView(each, days_left(each.due, now), tuple(passed.get(each.request_id, ())))
-        for each in context.stores.ledger.requests()
+        RequestView(
+            each,
+            days_left(each.due, now),
+            tuple(passed.get(each.request_id, ())),
+            holds.get(each.request_id, ()),
+        )
+        for each in requests
     ]
 
 
 def viewed(context: Context, request: Request) -> RequestView:
     """Return a request with its days left and its history."""
     passed = [each for each in context.stores.ledger.events() if each.request_id == request.request_id]
-    return RequestView(request, days_left(request.due, context.now()), tuple(passed))
+    holds = _holds(context, context.stores.ledger.requests()).get(request.request_id, ())
+    return RequestView(request, days_left(request.due, context.now()), tuple(passed), holds)
 
 
 def decide(context: Context, request_id: str, state: RequestState, note: str, by: str = "") -> Request:
@@ -162,17 +170,26 @@ def extend(context: Context, request_id: str, reason: str) -> Request:
 
 def approved(context: Context) -> list[Request]:
     """Return the requests that wait to run and are under no hold, the most urgent first."""
+    requests = context.stores.ledger.requests()
+    holds = _holds(context, requests)
+    free = [each for each in requests if holds.get(each.request_id) == ()]
+    return sorted(free, key=lambda each: (each.due, each.created_at, each.request_id))
+
+
+def _holds(context: Context, requests: Sequence[Request]) -> dict[str, tuple[str, ...]]:
+    """Return, for each request that waits to run, those under a legal hold that name its records."""
     ledger = context.stores.ledger
-    requests = ledger.requests()
-    holds = [each.request_id for each in requests if each.state == "held"]
-    held = {record for request_id in holds for record in ledger.named_by(request_id)}
     waiting = [
-        request
-        for request in requests
-        if (request.state == "approved" or (request.state == "failed" and not request.committed_at))
-        and (not held or held.isdisjoint(ledger.named_by(request.request_id)))
+        each.request_id
+        for each in requests
+        if each.state == "approved" or (each.state == "failed" and not each.committed_at)
     ]
-    return sorted(waiting, key=lambda each: (each.due, each.created_at, each.request_id))
+    held = [each.request_id for each in requests if each.state == "held"]
+    records = {name: frozenset(ledger.named_by(name)) for name in (held and waiting + held)}
+    return {
+        each: tuple(hold for hold in held if not records[hold].isdisjoint(records[each]))
+        for each in waiting
+    }
 
 
 def carry_out(context: Context, requests: Sequence[Request]) -> tuple[Request, ...]:

@@ -121,6 +121,9 @@ class RequestShown(BaseModel):
     created_at: str
     due: str = Field(description="The last day for it.")
     days_left: int = Field(description="Negative when it is overdue.")
+    held_by: list[str] = Field(
+        description="Requests under a legal hold whose records it names, too: it waits for them."
+    )
     num_records: int
     num_copies: int = Field(description="Exact copies found under other ids.")
     copies_included: bool
@@ -200,7 +203,8 @@ class ShardShown(BaseModel):
 def _shown(view: RequestView, **more: Any) -> dict[str, Any]:
     """Return a request as clients see it."""
     events = [{"state": e.state, "at": e.at, "note": e.note} for e in view.events]
-    return {**asdict(view.request), "days_left": view.days_left, "events": events, **more}
+    own = {"days_left": view.days_left, "held_by": list(view.held_by), "events": events}
+    return {**asdict(view.request), **own, **more}
 
 
 @dataclass(frozen=True)

@@ -314,6 +314,7 @@ async function showRequest(id) {
       ["Due", `${found.due} (${found.regime === "gdpr" ? "GDPR" : "Delete Act"})`],
       ["Extended", found.extension ? given(found.extension) : null],
       ["Records", String(found.num_records)],
+      ["Waits for a legal hold", found.held_by.length ? given(found.held_by.join(", ")) : null],
       ["Exact copies", found.num_copies ? `${found.num_copies}, ${found.copies_included ? "" : "not "}included` : null],
       ["Approved by", found.approver ? given(found.approver) : null],
       ["Retrained", found.committed_at ? found.shards.filter(([, , count]) => count).map(([shard, first, count]) => `shard ${shard}: ${counted(count, "slice")} from ${first} on`).join("; ") || "nothing" : null],

@@ -40,9 +40,10 @@ sisa: {shards: 3, slices: 2, embedder: hashing}
 BASE = SimpleNamespace(directory=Path("base"), digest="b" * 64)
 NUM_RECORDS = 20
 WHOLE_LIFE = ["received", "approved", "committed", "rolled_back", "erased", "retrained", "completed"]
-REQUEST_KEYS = {"request_id", "external_id", "state", "regime", "due", "days_left", "num_records"}
+REQUEST_KEYS = {"request_id", "external_id", "state", "regime", "due", "days_left", "held_by"}
 REQUEST_KEYS |= {"created_at", "reason", "approver", "extension", "num_copies", "copies_included"}
 REQUEST_KEYS |= {
+    "num_records",
     "committed_at",
     "shards",
     "record_epochs_retrained",
@@ -413,6 +414,18 @@ def test_run_carries_out_what_is_approved_and_nothing_else(ask: Ask) -> None:
     ]
     assert ask("verify")["ok"]
     assert run_once(ask) == []
+
+
+def test_run_names_what_waits_for_a_legal_hold(ask: Ask, sisa: Sisa, model: Path) -> None:
+    held = ask("request", "submit", "id-0006", "--external-id", "T-1")["request_id"]
+    ask("request", "hold", "T-1", "--reason", "court order")
+    one = ask("request", "submit", "id-0006", "--external-id", "T-2", "--approver", "dpo")
+    assert one["held_by"] == [held]
+    assert ask("run", "--executor", "serial")["on_hold"] == [one["request_id"]]
+    _, out, _ = sisa("run", "-m", model, "--executor", "serial")
+    first, second = out.splitlines()
+    assert first == "no request can be run"
+    assert second.endswith(f"waits for the legal hold of {held}")
 
 
 def test_approval_names_the_command_that_runs_the_request(sisa: Sisa, model: Path) -> None:

@@ -21,7 +21,7 @@ from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, Sis
 from sisa.flows import lifecycle, query
 from sisa.flows.deletion import Terms, arrive, copies, forget_at_once
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import carry_out, decide, extend, find, submit, viewed
+from sisa.flows.lifecycle import carry_out, decide, extend, find, submit, viewed, views
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import Context, model_digest
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
@@ -724,10 +724,14 @@ def test_a_legal_hold_protects_the_records_it_names(fake: FakeModel) -> None:
     decide(fake.context, held.request_id, "held", "court order")
     other, free = asked(fake, 3, 4), asked(fake, 5)
     assert [each.state for each in carry_out(fake.context, [other, free])] == ["approved", "completed"]
+    waiting = {each.request.request_id: each.held_by for each in views(fake.context) if each.held_by}
+    assert waiting == {other.request_id: (held.request_id,)}
+    assert viewed(fake.context, other).held_by == (held.request_id,)
     arrived = arrive(fake.context, rows(fake, 3), (), APPROVED)
     with pytest.raises(ConfigConflict, match="legal hold"):
         forget_at_once(fake.context, arrived)
     assert {3, 4} <= held_numbers(fake)
     decide(fake.context, held.request_id, "cancelled", "")
+    assert viewed(fake.context, other).held_by == ()
     assert [each.state for each in run_all(fake)] == ["completed"]
     assert {3, 4}.isdisjoint(held_numbers(fake))
