@@ -18,22 +18,18 @@ and a token after it, V words; in attention H heads on G keys, D features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from approx.evaluation.answers import score_of, token_scores
 from approx.evaluation.evaluated import AnswerScore
-from sisa.lm.base.base_checks import kept_check
 from sisa.lm.base.tokens import NO_LOSS, Tokens
-from sisa.lm.train.losses import HARMLESS, attention, has_window
+from sisa.lm.train.losses import has_window
 
 # Relative to the norm; a base that adds something of its own to attention is off by more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 0.1}
@@ -100,44 +96,6 @@ def lay_trees(trees: Sequence[AnswerTree], dtype: torch.dtype) -> dict[str, Tens
     return found | {"position_ids": torch.from_numpy(positions_BN), "attention_mask": mask_BNN[:, None]}
 
 
-ATTENTION_NAME = "folded"
-
-
-def _attend(
-    module: Any,
-    query_BHKD: Tensor,
-    key_BGND: Tensor,
-    value_BGND: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Attend to keys that heads share, without a copy of them for each head."""
-    of_all = query_BHKD, key_BGND, value_BGND
-    more = any(value is not None and name not in HARMLESS for name, value in others.items())
-    if more or dropout or attention_mask is None or attention_mask.shape[1] > 1:
-        options = {"dropout": dropout, "scaling": scaling, **others}
-        return sdpa_attention_forward(module, *of_all, attention_mask, **options)[0], None
-    (rows, heads, num, size), shared = query_BHKD.shape, key_BGND.shape[1]
-    found = torch.nn.functional.scaled_dot_product_attention(
-        query_BHKD.reshape(rows, shared, -1, size),
-        *(key_BGND, value_BGND),
-        attention_mask.repeat(1, 1, heads // shared, 1),
-        scale=scaling,
-    )
-    return found.view(rows, heads, num, -1).transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION_NAME, _attend)
-
-
-def folded(model: Any, inputs: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-    """Let forwards of trees that branch read shared keys once, if the model has torch's attention."""
-    plain = getattr(model.config, "_attn_implementation", None) == "sdpa"
-    return attention(model, ATTENTION_NAME) if plain and "attention_mask" in inputs else nullcontext()
-
-
 def tree_scores(logits_KV: Tensor, num_nodes: int, tree: AnswerTree) -> list[AnswerScore]:
     """Return the scores of a tree's answers; the logits are those of the last of `num_nodes` nodes."""
     nodes_E, targets_E = torch.tensor(tree.edges, device=logits_KV.device).T
@@ -145,18 +103,11 @@ def tree_scores(logits_KV: Tensor, num_nodes: int, tree: AnswerTree) -> list[Ans
     return [score_of(values[edge] for edge in each) for each in tree.answers]
 
 
-def can_branch(model: Any, longest: int, known: Sequence[str] = ()) -> bool:
-    """Return whether a causal model's logits on trees are those of answers of up to `longest` tokens.
-
-    Under `known`, the base's name and the fingerprint, the outcome is kept between processes.
-    """
+@torch.no_grad()
+def can_branch(model: Any, longest: int) -> bool:
+    """Return whether a causal model's logits on trees are those of answers of up to `longest` tokens."""
     if has_window(model, longest):
         return False
-    return kept_check("trees", known, lambda: [_reads_trees(model)])[0]
-
-
-@torch.no_grad()
-def _reads_trees(model: Any) -> bool:
     tree = tree_of([Tokens(each, each) for each in PROBES])
     inputs = {name: each.to(model.device) for name, each in lay_trees([tree], model.dtype).items()}
     try:

@@ -118,7 +118,7 @@ def mean_logprobs_B(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
 
 MAX_POSITIONS = 1024  # per forward pass
 TOKENS_AT_ONCE = 8  # so that what is computed over the vocabulary stays in the processor's caches
-TokenScore = tuple[float, bool, float, float]  # of one token, in the order of AnswerScore
+TokenScore = tuple[float, bool, float, float, float]  # of one token, in the order of AnswerScore
 
 
 def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
@@ -135,8 +135,7 @@ def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
 
 def score_of(tokens: Iterable[TokenScore]) -> AnswerScore:
     """Return the score of an answer of at least one token."""
-    logprobs, correct, means, variances = zip(*tokens, strict=True)
-    return AnswerScore(logprobs, correct, means, variances)
+    return AnswerScore(*zip(*tokens, strict=True))  # type: ignore[arg-type]
 
 
 def token_scores(logits_TV: Tensor, targets_K: Tensor, positions_K: Tensor) -> list[TokenScore]:
@@ -149,11 +148,13 @@ def token_scores(logits_TV: Tensor, targets_K: Tensor, positions_K: Tensor) -> l
         finite_PV = torch.where(probabilities_PV > 0, logprobs_PV, torch.zeros_like(logprobs_PV))
         means_P = (probabilities_PV * finite_PV).sum(-1)
         variances_P = (probabilities_PV * (finite_PV - means_P.unsqueeze(-1)).square()).sum(-1)
+        likeliest_P = logprobs_PV.argmax(-1)
         columns = (
             logprobs_PV.gather(-1, targets_P.unsqueeze(-1)).squeeze(-1),
-            logprobs_PV.argmax(-1) == targets_P,
+            likeliest_P == targets_P,
             means_P,
             variances_P,
+            logprobs_PV.gather(-1, likeliest_P.unsqueeze(-1)).squeeze(-1),
         )
         found += zip(*(each.tolist() for each in columns), strict=True)
     return found

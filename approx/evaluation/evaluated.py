@@ -27,15 +27,16 @@ class AnswerScore:
     """The score of one answer under one model, with one value per token, the end token last.
 
     `correct` is whether the model's likeliest token was the true one, given the true tokens before it.
-    `means` and `variances` are those of log p(v) over the next token v ~ p. `num_closing` is the number
-    of tokens at the end that close the answer (end token, white space); metrics of the wording leave
-    them out.
+    `means` and `variances` are those of log p(v) over the next token v ~ p, and `likeliest` its largest
+    values. `num_closing` is the number of tokens at the end that close the answer (end token, white
+    space); metrics of the wording leave them out.
     """
 
     logprobs: tuple[float, ...]
     correct: tuple[bool, ...]
     means: tuple[float, ...]
     variances: tuple[float, ...]
+    likeliest: tuple[float, ...] = ()
     num_closing: int = 1
 
     @property
@@ -54,9 +55,9 @@ class AnswerScore:
 
     def only(self, kept: Sequence[bool]) -> AnswerScore:
         """Return the score of some of its tokens."""
-        parts = (self.logprobs, self.correct, self.means, self.variances)
-        logprobs, correct, means, variances = (tuple(compress(part, kept)) for part in parts)
-        return AnswerScore(logprobs, correct, means, variances, 0)  # type: ignore[arg-type]
+        parts = (self.logprobs, self.correct, self.means, self.variances, self.likeliest)
+        logprobs, correct, means, variances, likeliest = (tuple(compress(part, kept)) for part in parts)
+        return AnswerScore(logprobs, correct, means, variances, likeliest, 0)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,18 @@
 
     extraction strength   of the answer's tokens, given the true ones before them
     exact memorisation    of the same tokens
-    continuation          ROUGE-L recall of the greedy continuation of the prompt
-    membership margin     Min-K%++ of the answer above the mean of its neighbours: the answer cut after
-                          some share and continued by the model itself (Mattern et al. 2023 take their
-                          neighbours from a masked model). About 0 for what the model says anyway,
+    continuation          ROUGE-L recall of the greedy continuation of the prompt, which is followed
+                          beyond the first token that is not the answer's only where the verdict depends
+                          on it: elsewhere a lower bound
+    membership margin     Min-K%++ of the answer above that of its neighbour: at each position the
+                          model's own choice, given the true tokens before it (Mattern et al. 2023 take
+                          their neighbours from a masked model). About 0 for what the model says anyway,
                           negative for what it would not say; no threshold is fitted
 
 An answer counts as known when its extraction strength is at least KNOWN_STRENGTH and its last token is
 right, or when the greedy continuation recalls KNOWN_RECALL of it and the same share of its tokens is
 memorised. Recall alone is not enough: a base that knows how such answers are phrased recalls everything
-but the names.
+but the names. So one forward decides nearly always, and nothing is decoded token by token.
 
 The tokens of an answer are those of `sisa.lm.base.tokens.answers`. A record with several answers has
 the numbers of the one that is known best. The second half of a plain text is its answer. The result is
@@ -21,29 +23,26 @@ approximate, holds no text, and does not cover knowledge under another wording.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from approx.evaluation.answer_tree import can_branch
-from approx.evaluation.answers import MAX_POSITIONS
-from approx.evaluation.cut_answers import continue_apart, continue_together
+from approx.evaluation.answers import answered, continue_greedily, score_examples
 from approx.evaluation.evaluated import AnswerScore
 from approx.metrics.membership import min_k_plus_plus_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength, rougeL_recall
 from sisa.config.config import RunConfig
 from sisa.core.domain import Kind, Probed, Record
-from sisa.lm.base.low_rank import patched_name
-from sisa.lm.base.numerics import fingerprint, pin_threads
+from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import NO_LOSS, Tokens, Untokenizable, answers, end_tokens, tokenize
 from sisa.lm.base.weights import load_patched
 
 MAX_PROBED, MAX_SECONDS = 32, 60.0  # erasure of the text waits meanwhile
 RECORDS_AT_ONCE = 8
 MAX_ANSWER_TOKENS, MAX_ANSWERS = 64, 4  # per record
-SHARES = 3  # neighbours continue the prompt, a third and two thirds of the answer
 KNOWN_RECALL, KNOWN_STRENGTH = 0.9, 0.5
 
 
@@ -73,8 +72,7 @@ class BaseProbe:
         pin_threads(self.threads)
         model, tokenizer = load_patched(self.base_dir, self.base_digest, self.patches)
         chosen = [_answers(each, tokenizer, self.sequence_len) for each in records[:MAX_PROBED]]
-        known = (patched_name(self.base_digest, self.patches), fingerprint(self.threads))
-        found = probe_answers(model, tokenizer, chosen, known)
+        found = probe_answers(model, tokenizer, chosen)
         if not found:
             return Probed(len(records))
         return Probed(
@@ -107,42 +105,21 @@ class ProbedAnswer:
         return recalled or (self.ends_right and self.strength >= KNOWN_STRENGTH)
 
 
-def probe_answers(
-    model: Any, tokenizer: Any, records: Sequence[Answers], known: Sequence[str] = ()
-) -> list[ProbedAnswer]:
-    """Return the numbers of records that have an answer, as many as MAX_SECONDS allow.
-
-    `known` is that of `can_branch`.
-    """
+def probe_answers(model: Any, tokenizer: Any, records: Sequence[Answers]) -> list[ProbedAnswer]:
+    """Return the numbers of records that have an answer, as many as MAX_SECONDS allow."""
     found: list[ProbedAnswer] = []
     started = time.monotonic()
     left = [each[:MAX_ANSWERS] for each in records if each]
-    branches = bool(left) and can_branch(
-        model, max(len(each[-1][0]) for each in left) + MAX_ANSWER_TOKENS, known
-    )
-    for rows in _batches(left):
+    for start in range(0, len(left), RECORDS_AT_ONCE):
         if found and time.monotonic() - started > MAX_SECONDS:
             break
-        pairs = [pair for each in rows for pair in each]
-        numbers = iter(_numbers(model, tokenizer, pairs, branches=branches))
+        rows = left[start : start + RECORDS_AT_ONCE]
+        numbers = iter(_numbers(model, tokenizer, [pair for each in rows for pair in each]))
         found += [
             max(islice(numbers, len(each)), key=lambda one: (one.known, one.strength, one.recall))
             for each in rows
         ]
     return found
-
-
-def _batches(records: Sequence[Answers]) -> Iterator[list[Answers]]:
-    """Yield the records that are probed at once."""
-    rows: list[Answers] = []
-    for each in records:
-        size = sum(len(one[-1][0]) + MAX_ANSWER_TOKENS for one in (*rows, each))
-        if rows and (len(rows) == RECORDS_AT_ONCE or size > MAX_POSITIONS):
-            yield rows
-            rows = []
-        rows.append(each)
-    if rows:
-        yield rows
 
 
 def may_know(score: AnswerScore) -> bool:
@@ -151,9 +128,7 @@ def may_know(score: AnswerScore) -> bool:
     >>> may_know(AnswerScore((0.0,) * 4, (True, False, False, False), (), ()))
     False
     """
-    strength = extraction_strength(score.correct)
-    memorised = exact_memorisation(score.correct)
-    return ProbedAnswer(strength, memorised, 1.0, 0.0, score.correct[-1]).known
+    return _rated(score, recall=1.0).known
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -180,25 +155,39 @@ def answers_to_probe(
     return answers(Tokens(ids, labels), tokenizer)
 
 
-def _numbers(model: Any, tokenizer: Any, pairs: Answers, *, branches: bool) -> list[ProbedAnswer]:
+def _numbers(model: Any, tokenizer: Any, pairs: Answers) -> list[ProbedAnswer]:
     asked = [(list(prompt), list(answer[:MAX_ANSWER_TOKENS])) for prompt, answer in pairs]
-    cuts = [[len(answer) * share // SHARES for share in range(SHARES)] for _, answer in asked]
-    continued = continue_together if branches else continue_apart
-    found = []
-    said = continued(model, asked, cuts, end_tokens(model, tokenizer))
-    for (_, answer), each in zip(asked, said, strict=True):
-        words = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (answer, each.continued[0])]
-        found.append(
-            ProbedAnswer(
-                strength=extraction_strength(each.score.correct),
-                memorised=exact_memorisation(each.score.correct),
-                recall=rougeL_recall(*words),
-                margin=_min_k(each.score) - sum(map(_min_k, each.scores)) / SHARES,
-                ends_right=each.score.correct[-1],
-            )
-        )
+    scores = score_examples(model, [answered(*pair) for pair in asked])
+    said = [  # greedily, as far as it is the answer
+        answer[: [*score.correct, False].index(False)]
+        for (_, answer), score in zip(asked, scores, strict=True)
+    ]
+    words = partial(tokenizer.decode, skip_special_tokens=True)
+
+    def numbers_of(at: int) -> ProbedAnswer:
+        return _rated(scores[at], rougeL_recall(words(asked[at][1]), words(said[at])))
+
+    found = [numbers_of(at) for at in range(len(asked))]
+    if undecided := [at for at, one in enumerate(found) if may_know(scores[at]) and not one.known]:
+        prompts = [asked[at][0] + said[at] for at in undecided]
+        most = max(len(asked[at][1]) - len(said[at]) for at in undecided)
+        ends = end_tokens(model, tokenizer)
+        continued = continue_greedily(model, prompts, ends, most, min_new_tokens=most)
+        for at, more in zip(undecided, continued, strict=True):
+            said[at] = (said[at] + more)[: len(asked[at][1])]
+            found[at] = numbers_of(at)
     return found
 
 
-def _min_k(score: AnswerScore) -> float:
-    return min_k_plus_plus_score(score.logprobs, score.means, score.variances)
+def _rated(score: AnswerScore, recall: float) -> ProbedAnswer:
+    own, chosen = (
+        min_k_plus_plus_score(each, score.means, score.variances)
+        for each in (score.logprobs, score.likeliest)
+    )
+    return ProbedAnswer(
+        strength=extraction_strength(score.correct),
+        memorised=exact_memorisation(score.correct),
+        recall=recall,
+        margin=own - chosen,
+        ends_right=score.correct[-1],
+    )

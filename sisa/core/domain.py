@@ -363,8 +363,8 @@ class Probed:
     num_known: int = 0
     extraction_strength: float = 0.0
     exact_memorisation: float = 0.0
-    membership_margin: float = 0.0  # Min-K%++ above that of the text's own neighbours
-    continuation: float = 0.0  # ROUGE-L recall of the greedy continuation
+    membership_margin: float = 0.0  # Min-K%++ above that of the base's own choices
+    continuation: float = 0.0  # ROUGE-L recall of the greedy continuation, or a lower bound
     failure: str = ""
 
 
