@@ -67,8 +67,10 @@ class RecordsNamed(NothingMore):
 class ErasureAsked(RecordsNamed):
     """A request for deletion."""
 
-    external_id: Annotated[str, StringConstraints(pattern=r"^[!-~]{1,200}$")] | None = Field(
-        None, description="Your own name for it; the same name with the same records adds no request."
+    external_id: Annotated[str, StringConstraints(pattern=r"^[!-.0-~]{1,200}$")] | None = Field(
+        None,
+        description="Your own name for it, without spaces and slashes, since it is a part of addresses; "
+        "the same name with the same records adds no request.",
     )
     reason: str = Field("", max_length=_MAX_CHARS, description="Why; stored as given: no personal data.")
     regime: Regime = Field("gdpr", description="Sets the due date: a month, or 45 days.")

@@ -82,6 +82,7 @@ def test_find_proposes_records_and_shows_no_text(client: TestClient) -> None:
         ("/requests", {"ids": [ONE], "approver": "me"}, 422),
         ("/requests", {"ids": [ONE], "due": "2001-01-01"}, 400),
         ("/requests", {"ids": [ONE], "external_id": "a b"}, 422),
+        ("/requests", {"ids": [ONE], "external_id": "2026/17"}, 422),
         ("/requests/T-0/approve", {}, 404),
         ("/requests/T-0/deny", {}, 422),
         ("/requests/T-0/receipt", {"id": ONE}, 404),
