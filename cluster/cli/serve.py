@@ -65,11 +65,12 @@ def serve(
     with opened(directory) as model:
         settings = model.config.service
         address = host or settings.host, port or settings.port
+        copies = counted(num_replicas, "replica")
+        model.report(Notice(f"starting {copies} on Ray Serve"))
         with (
             service.started(directory, model.config, *address, num_replicas) as running,
             working(directory, model.report),
         ):
-            copies = counted(num_replicas, "replica")
             line = f"serving {running.url} ({copies}; console: {running.url}/console); Ctrl-C stops it"
             model.report(Notice(line))
             service.wait_until_ended()
