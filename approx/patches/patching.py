@@ -31,7 +31,7 @@ from approx.unlearning import examples
 from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.editing import edit_adapter, output_matrix, subject_ends
 from approx.unlearning.saved_run import SavedRun
-from approx.unlearning.selection import select_modules
+from approx.unlearning.selection import Selected, select
 from approx.unlearning.stopping import Bounds, Compute, End, Ending, Knowledge, StepLog
 from approx.unlearning.unlearn import ApproxReport, outcome, unlearn
 from approx.unlearning.written.alternates import write_alternates
@@ -234,14 +234,13 @@ class _Making:
     def _changed_modules(self, retain: Sequence[Tokens]) -> dict[str, Any]:
         if isinstance(self.settings.method, Edit):
             found = edit_adapter(self._base, self.settings.method, len(self.forget))
-            self._modules: list[str] | None = found["lora_target_modules"]
+            self._selected = Selected(found["lora_target_modules"])
             return found
         chosen, wanted = self.settings.selection, self.settings.adapter.lora_target_modules
         if chosen.selection != "all":
             self.report(Notice(f"selecting the modules to change: {chosen.selection}"))
-        names = select_modules(self._base, wanted, self._tokens, retain, chosen)
-        self._modules = None if chosen.selection == "all" else list(names)
-        return {"lora_target_modules": names}
+        self._selected = select(self._base, wanted, self._tokens, retain, chosen)
+        return {"lora_target_modules": self._selected.modules}
 
     def _sets(self, retain: Sequence[Tokens], attach: Callable[[Any], Any]) -> examples.Sets:
         """Return the sets to train on: with alternates, each forget example once with each of them."""
@@ -286,7 +285,8 @@ class _Making:
             partial(site.vault_keyring.unseal, DRAFTS_AREA, job.key),
         )
         parts = (self._model, self.sets, settings.method, settings.pace, bounds)
-        end = unlearn(*parts, saved=saved, progress=_Ticks(self.report))
+        with self._selected.confined(self._model):
+            end = unlearn(*parts, saved=saved, progress=_Ticks(self.report))
         return replace(end, compute=end.compute.with_cost_of(self._prepared)) if self._prepared else end
 
     def report_of(self, end: End, *, measured: bool) -> dict[str, Any]:
@@ -303,7 +303,7 @@ class _Making:
         ).to_json()
         found |= {
             "bounds": asdict(self.settings.bounds),
-            "selection": {**asdict(self.settings.selection), "modules": self._modules},
+            "selection": self._selection(),
             "sets": {
                 "num_forget": forget,
                 "num_forget_measured": min(forget, patch_measures.MAX_MEASURED),
@@ -324,6 +324,12 @@ class _Making:
         if reference is not None:
             found["metrics_reference"] = self._measured(reference)
         return {**found, "robustness": self._robustness(reference) if made else None}
+
+    def _selection(self) -> dict[str, Any]:
+        chosen, found = self.settings.selection, self._selected
+        everything = chosen.selection == "all" and not isinstance(self.settings.method, Edit)
+        modules = None if everything else list(found.modules)
+        return {**asdict(chosen), "modules": modules, "heads": dict(found.heads) or None}
 
     def _reference(self) -> Any:
         from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Causal tracing: which layers a model's answers pass through, and the states that a layer leaves.
+"""Causal tracing: which layers and heads a model's answers pass through, and the states a layer leaves.
 
     clean       log p(answer) per token, with the prompt as it is
     corrupted   with noise of three standard deviations on the embeddings of the prompt's tokens
@@ -13,7 +13,7 @@ whole. The noise is the same in every run; the caller's random state is unchange
 Source: Meng et al. 2022, "Locating and editing factual associations in GPT" (arXiv 2202.05262),
 section 2, which restores the state at one token and averages probabilities over ten draws of noise.
 `trace_states` does so, with one draw for each example. `trace_layers` restores a layer's contribution at
-all tokens, so that one number describes a layer.
+all tokens, so that one number describes a layer; `trace_heads` what one attention head contributes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from approx.evaluation.answers import AnswerBatch, collate, logits_at, mean_logprobs_B
 from approx.methods.editing.editing import Edit
@@ -44,14 +45,24 @@ def trace_layers(model: Any, forget: Sequence[Tokens], retain: Sequence[Tokens] 
 
     At most MAX_TRACED examples of each are run, once for each layer.
     """
-    found = _effects(model, forget)
-    kept = _effects(model, retain) if retain else [0.0] * len(found)
-    return [one - other for one, other in zip(found, kept, strict=True)]
+    return _above(model, forget, retain, decoder_layers(model), _restoring_layers)
+
+
+def trace_heads(
+    model: Any, outputs: Sequence[Any], forget: Sequence[Tokens], retain: Sequence[Tokens] = ()
+) -> list[float]:
+    """Return each attention head's effect on the forget set above that on the retain set, in order.
+
+    `outputs` are the linear modules, from the lowest up, that read what a layer's heads have found.
+    """
+    restoring = partial(_restoring_heads, num_heads=num_heads(model))
+    return _above(model, forget, retain, outputs, restoring)
 
 
 def trace_states(model: Any, examples: Sequence[Tokens], positions: Sequence[int]) -> list[float]:
     """Return the effect of the whole state that each layer leaves at one position of each example."""
-    return _effects(model, examples, positions)
+    restoring = partial(_restoring_states, positions=positions[:MAX_TRACED])
+    return _effects(model, examples, decoder_layers(model), restoring)
 
 
 def choose_layer(method: Method, model: Any, sets: Sets) -> Method:
@@ -85,32 +96,75 @@ def decoder_layers(model: Any) -> list[Any]:
     return list(layers_of(plain_model(model))[1])
 
 
+def num_heads(model: Any) -> int:
+    """Return how many heads, of queries, a layer's attention has."""
+    count: int = plain_model(model).config.get_text_config().num_attention_heads
+    return count
+
+
 def plain_model(model: Any) -> Any:
     """Return the causal model within a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _effects(
-    model: Any, examples: Sequence[Tokens], positions: Sequence[int] | None = None
+Hook = Callable[..., Any]
+Pass = tuple[Tensor, Tensor]  # what a module was given and what it left, in a clean run
+Restoring = Callable[[Sequence[Any], Sequence[Pass]], Iterator[tuple[Any, Hook]]]
+
+
+def _above(
+    model: Any,
+    forget: Sequence[Tokens],
+    retain: Sequence[Tokens],
+    modules: Sequence[Any],
+    restoring: Restoring,
 ) -> list[float]:
-    batch, layers = collate(examples[:MAX_TRACED]).to(model.device), decoder_layers(model)
-    seen: list[tuple[Tensor, Tensor]] = []
-    with hooked([(each, partial(_keep, into=seen)) for each in layers]):
+    """Return the effects on the forget set, less those on the retain set if there is one."""
+    found = _effects(model, forget, modules, restoring)
+    kept = _effects(model, retain, modules, restoring) if retain else [0.0] * len(found)
+    return [one - other for one, other in zip(found, kept, strict=True)]
+
+
+def _effects(
+    model: Any, examples: Sequence[Tokens], modules: Sequence[Any], restoring: Restoring
+) -> list[float]:
+    """Return the effect of each hook that `restoring` makes of the modules' clean passes."""
+    batch = collate(examples[:MAX_TRACED]).to(model.device)
+    seen: list[Pass] = []
+    with hooked([(each, partial(_keep, into=seen)) for each in modules]):
         clean = _score(model, batch)
     embeddings = plain_model(model).get_input_embeddings()
     noisy = (embeddings, partial(_added, noise_BTD=_noise_BTD(embeddings.weight, batch)))
     with hooked([noisy]):
         corrupted = _score(model, batch)
     effects = []
-    for layer, (hidden_BTD, change_BTD) in zip(layers, seen, strict=True):
-        if positions is None:
-            restore = partial(_restored, change_BTD=change_BTD)
-        else:
-            restore = partial(_put, hidden_BTD=hidden_BTD, positions=positions[:MAX_TRACED])
-        with hooked([noisy, (layer, restore)]):
+    for restore in restoring(modules, seen):
+        with hooked([noisy, restore]):
             effects.append(_score(model, batch) - corrupted)
     lost = clean - corrupted
     return [each / lost if lost else 0.0 for each in effects]
+
+
+def _restoring_layers(layers: Sequence[Any], seen: Sequence[Pass]) -> Iterator[tuple[Any, Hook]]:
+    for layer, (given_BTD, left_BTD) in zip(layers, seen, strict=True):
+        yield layer, partial(_restored, change_BTD=left_BTD - given_BTD)
+
+
+def _restoring_states(
+    layers: Sequence[Any], seen: Sequence[Pass], *, positions: Sequence[int]
+) -> Iterator[tuple[Any, Hook]]:
+    for layer, (_, left_BTD) in zip(layers, seen, strict=True):
+        yield layer, partial(_put, hidden_BTD=left_BTD, positions=positions)
+
+
+def _restoring_heads(
+    outputs: Sequence[Any], seen: Sequence[Pass], *, num_heads: int
+) -> Iterator[tuple[Any, Hook]]:
+    for output, (given_BTD, _) in zip(outputs, seen, strict=True):
+        width = given_BTD.shape[-1] // num_heads
+        for start in range(0, width * num_heads, width):
+            part = slice(start, start + width)
+            yield output, partial(_restored_head, part=part, clean_BTH=given_BTD[..., part])
 
 
 def _score(model: Any, batch: AnswerBatch) -> float:
@@ -146,9 +200,6 @@ def hidden_at(model: Any, layer: int, ids_BT1: Tensor, columns_K: Tensor) -> Ten
     return found[0][:, columns_K]
 
 
-Hook = Callable[..., Any]
-
-
 @contextmanager
 def hooked(hooks: Sequence[tuple[Any, Hook]]) -> Iterator[None]:
     """Call hooks after the modules' forward passes, with the module, its inputs and its output."""
@@ -170,9 +221,8 @@ def entered(args: tuple[Any, ...], given: Mapping[str, Any], output: object = No
     return found
 
 
-def _keep(_: Any, args: Any, given: Any, output: Any, *, into: list[tuple[Tensor, Tensor]]) -> None:
-    hidden_BTD = states_of(output)
-    into.append((hidden_BTD, hidden_BTD - entered(args, given)))
+def _keep(_: Any, args: Any, given: Any, output: Any, *, into: list[Pass]) -> None:
+    into.append((entered(args, given), states_of(output)))
 
 
 def _added(_: Any, args: Any, given: Any, output: Tensor, *, noise_BTD: Tensor) -> Tensor:  # noqa: ARG001
@@ -181,6 +231,13 @@ def _added(_: Any, args: Any, given: Any, output: Tensor, *, noise_BTD: Tensor) 
 
 def _restored(_: Any, args: Any, given: Any, output: Any, *, change_BTD: Tensor) -> Any:
     return with_states(output, entered(args, given) + change_BTD)
+
+
+def _restored_head(
+    module: Any, args: Any, given: Any, output: Tensor, *, part: slice, clean_BTH: Tensor
+) -> Tensor:
+    missing_BTH = clean_BTH - entered(args, given)[..., part]
+    return output + linear(missing_BTH, module.weight[:, part])
 
 
 def _put(

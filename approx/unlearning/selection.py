@@ -3,10 +3,12 @@
     all      every module that the adapter names
     fisher   the modules whose weights matter most to the forget set and least to the retain set
     traced   the modules in the layers that the forget answers pass through: `causal_tracing.py`
+    heads    the attention heads in these layers that they pass through: what makes their queries, and
+             what reads their results
 
 A patch on few modules is smaller, cheaper to train, and can change less of what is to be kept. The
-share `selected_share` of the modules, or of the layers, is selected, at least one. The score of a
-module under `fisher` is
+share `selected_share` of the modules, or of the layers, is selected, at least one; under `heads` the
+same share of the heads of these layers. The score of a module under `fisher` is
 
     tr F_forget / tr F_retain,   tr F = mean over examples of |d log p(answer) / d W|^2
 
@@ -22,22 +24,26 @@ single weights; a patch has no single weights of the base, so whole modules are 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from approx.evaluation.answers import gradient_squares
 from approx.methods.method import check_values, one_of
-from approx.unlearning.causal_tracing import trace_layers
+from approx.unlearning.causal_tracing import num_heads, trace_heads, trace_layers
 from sisa.core.errors import InvalidInput, Problem
-from sisa.lm.base.adapter import layers_of
+from sisa.lm.base import adapter
 from sisa.lm.base.tokens import Tokens
 
-SelectionKind = Literal["all", "fisher", "traced"]
+SelectionKind = Literal["all", "fisher", "traced", "heads"]
 MAX_MEASURED = 16
+QUERIES, RESULTS = "q_proj", "o_proj"  # of the heads of a layer, by the name of their module
 
 
 @dataclass(frozen=True)
@@ -58,35 +64,83 @@ class SelectionSettings:
         )
 
 
-def select_modules(
+@dataclass(frozen=True)
+class Selected:
+    """The target modules of a patch, and the heads that it may change of some of them (others: all)."""
+
+    modules: Sequence[str] | str
+    heads: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @contextmanager
+    def confined(self, model: Any) -> Iterator[None]:
+        """Keep what a fresh adapter does to other heads at zero while it is trained in this block."""
+        with ExitStack() as stack:
+            for name, heads in self.heads.items():
+                module, reads = model.get_base_model().get_submodule(name), name.endswith(RESULTS)
+                factor = (module.lora_A if reads else module.lora_B)[adapter.DEFAULT_NAME].weight
+                mask = torch.zeros(num_heads(model), factor.shape[1 if reads else 0] // num_heads(model))
+                mask[list(heads)] = 1.0
+                mask = mask.reshape((1, -1) if reads else (-1, 1)).to(factor)
+                factor.data.mul_(mask)
+                stack.callback(factor.register_hook(partial(torch.mul, mask)).remove)
+            yield
+
+
+def select(
     base: Any,
     wanted: Sequence[str] | str,
     forget: Sequence[Tokens],
     retain: Sequence[Tokens],
     settings: SelectionSettings,
-) -> Sequence[str] | str:
-    """Return the target modules of a patch: `wanted`, or the full names of those selected among them.
+) -> Selected:
+    """Return what a patch on the modules `wanted` may change.
 
     Raise InvalidInput if the selected layers have none of them.
     """
+    share = settings.selected_share
     if settings.selection == "all":
-        return wanted
+        return Selected(wanted)
     names = adapted_modules(base, wanted)
     if settings.selection == "fisher":
         forgotten, kept = (fisher_traces(base, names, each) for each in (forget, retain))
         scores = [one / other if other else math.inf for one, other in zip(forgotten, kept, strict=True)]
-        return [names[at] for at in _largest(scores, settings.selected_share)]
-    holder, effects = layers_of(base)[0], trace_layers(base, forget, retain)
-    inside = tuple(f"{holder}.{layer}." for layer in _largest(effects, settings.selected_share))
-    selected = [each for each in names if each.startswith(inside)]
+        return Selected([names[at] for at in _largest(scores, share)])
+    holder, effects = adapter.layers_of(base)[0], trace_layers(base, forget, retain)
+    layers = [f"{holder}.{layer}." for layer in _largest(effects, share)]
+    selected, heads = [each for each in names if each.startswith(tuple(layers))], {}
+    if settings.selection == "heads":
+        heads = _heads_of(base, layers, forget, retain, share)
+        selected = [each for each in selected if each in heads]
     if not selected:
         raise InvalidInput(
             "no module in the selected layers is to be adapted",
             where="selection",
-            expected="lora_target_modules that the layers have",
+            expected="lora_target_modules that the layers have"
+            + (f", {QUERIES} or {RESULTS} among them" if settings.selection == "heads" else ""),
             next_step="correct lora_target_modules, or use selection=all",
         )
-    return selected
+    return Selected(selected, {name: heads[name] for name in selected if name in heads})
+
+
+def _heads_of(
+    base: Any, layers: Sequence[str], forget: Sequence[Tokens], retain: Sequence[Tokens], share: float
+) -> dict[str, list[int]]:
+    """Return the selected heads of some layers, by the names of both modules that they have part in."""
+    outputs = {
+        name: each
+        for name, each in base.named_modules()
+        if name.startswith(tuple(layers))
+        and name.endswith(f".{RESULTS}")
+        and isinstance(each, nn.Linear)
+    }
+    effects = trace_heads(base, list(outputs.values()), forget, retain)
+    attentions = [name.removesuffix(RESULTS) for name in outputs]
+    found: dict[str, list[int]] = {}
+    for at in _largest(effects, share):
+        number, head = divmod(at, num_heads(base))
+        for module in (QUERIES, RESULTS):
+            found.setdefault(attentions[number] + module, []).append(head)
+    return found
 
 
 def adapted_modules(base: Any, wanted: Sequence[str] | str) -> list[str]:

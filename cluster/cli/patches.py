@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sisa.core.domain import Patch, VaultSet
     from sisa.flows.patches.patching import Unlearnt, Wish
 
-METHOD, SELECTIONS = "npo", ("all", "fisher", "traced")
+METHOD, SELECTIONS = "npo", ("all", "fisher", "traced", "heads")
 retrain_option = click.option(
     "--retrain-shards", is_flag=True, help="Then retrain all shards over the patched base; takes long."
 )
@@ -94,8 +94,8 @@ def methods() -> Result:
 @click.option(
     "--selection",
     type=click.Choice(SELECTIONS),
-    help="Which modules the patch may change: all (default); fisher, those that matter to the texts "
-    "most; traced, those in the layers that the answers pass through.",
+    help="What the patch may change: all modules (default); fisher, those that matter most to the "
+    "texts; traced, those in the layers that the answers pass through; heads, attention heads in these.",
 )
 @click.option(
     "--set",

@@ -10,7 +10,13 @@ import torch
 
 from approx.evaluation.answers import collate
 from approx.methods.method import mean_nll
-from approx.unlearning.causal_tracing import hidden_at, trace_layers, trace_states
+from approx.unlearning.causal_tracing import (
+    hidden_at,
+    num_heads,
+    trace_heads,
+    trace_layers,
+    trace_states,
+)
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 from tests.models.tiny_base import make_tiny_base
@@ -69,6 +75,30 @@ def test_a_state_carries_what_the_layers_up_to_it_found(base: Path) -> None:
     assert abs(effects[2]) < 1e-6, "no layer reads what the last one leaves before the answer"
     last = trace_states(planted(base, 1), ANSWERED, [3] * len(ANSWERED))
     assert last[2] > 0.1
+
+
+def test_tracing_finds_a_planted_head(base: Path) -> None:
+    """All of a layer's attention was trained, but only one head's results are read."""
+    model, layer = load(base), 1
+    attention = model.model.layers[layer].self_attn
+    width, head = attention.head_dim, 2
+    others = [at for at in range(attention.o_proj.in_features) if at // width != head]
+    with torch.no_grad():
+        attention.o_proj.weight[:, others] = 0
+    batch, trained = collate(ANSWERED), list(attention.requires_grad_(True).parameters())
+    attention.o_proj.weight.register_hook(lambda grad: grad.index_fill(1, torch.tensor(others), 0))
+    optimizer = torch.optim.AdamW(trained, 1e-2)
+    for _ in range(120):
+        optimizer.zero_grad()
+        mean_nll(model(input_ids=batch.ids_BT1).logits, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    effects = trace_heads(
+        model.requires_grad_(False), [each.self_attn.o_proj for each in model.model.layers], ANSWERED
+    )
+    assert len(effects) == 3 * num_heads(model)
+    planted_at = layer * num_heads(model) + head
+    assert effects.index(max(effects)) == planted_at
+    assert effects[planted_at] > 2 * max(each for at, each in enumerate(effects) if at != planted_at)
 
 
 def test_a_plain_text_can_be_traced(base: Path) -> None:

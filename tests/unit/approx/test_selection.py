@@ -1,7 +1,8 @@
-"""Which modules are selected: Fisher information against single gradients, and the traced layers."""
+"""What is selected: Fisher information against single gradients, traced layers, and their heads."""
 
 from __future__ import annotations
 
+import copy
 import doctest
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from approx.attacks.attack import LORA
 from approx.unlearning import selection
-from approx.unlearning.causal_tracing import trace_layers
+from approx.unlearning.causal_tracing import num_heads, trace_heads, trace_layers
 from approx.unlearning.selection import (
+    Selected,
     SelectionSettings,
     adapted_modules,
     fisher_traces,
-    select_modules,
+    select,
 )
 from sisa.core.errors import InvalidInput
+from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 from tests.models.tiny_base import make_tiny_base
@@ -74,18 +78,61 @@ def test_fisher_information_equals_brute_force(base: Any) -> None:
 def test_fisher_selects_what_matters_to_the_forget_set_alone(base: Any) -> None:
     names = adapted_modules(base, ("q_proj", "v_proj", "down_proj"))
     assert len(names) == 9
-    found = select_modules(base, ("q_proj", "v_proj", "down_proj"), FORGET, RETAIN, of("fisher", 0.34))
+    found = select(base, ("q_proj", "v_proj", "down_proj"), FORGET, RETAIN, of("fisher", 0.34)).modules
     pairs = zip(fisher_traces(base, names, FORGET), fisher_traces(base, names, RETAIN), strict=True)
     ratios = {name: one / other for name, (one, other) in zip(names, pairs, strict=True)}
     assert sorted(found) == sorted(sorted(ratios, key=lambda name: -ratios[name])[:3])
 
 
 def test_traced_selects_the_modules_of_the_strongest_layers(base: Any) -> None:
-    found = select_modules(base, "all-linear", FORGET, RETAIN, of("traced", 0.34))
+    found = select(base, "all-linear", FORGET, RETAIN, of("traced", 0.34)).modules
     effects = trace_layers(base, FORGET, RETAIN)
     layer = effects.index(max(effects))
     assert len(found) == 7
     assert all(name.startswith(f"model.layers.{layer}.") for name in found)
+
+
+def test_heads_are_those_of_the_largest_effect_in_the_strongest_layers(base: Any) -> None:
+    found = select(base, "all-linear", FORGET, RETAIN, of("heads", 0.5))
+    effects = trace_layers(base, FORGET, RETAIN)
+    layers = sorted(sorted(range(3), key=lambda at: -effects[at])[:2])
+    outputs = [base.model.layers[layer].self_attn.o_proj for layer in layers]
+    by_head = trace_heads(base, outputs, FORGET, RETAIN)
+    assert len(by_head) == 2 * num_heads(base)
+    best = sorted(range(len(by_head)), key=lambda at: -by_head[at])[: num_heads(base)]
+    expected: dict[str, list[int]] = {}
+    for at in sorted(best):
+        for module in ("q_proj", "o_proj"):
+            name = f"model.layers.{layers[at // num_heads(base)]}.self_attn.{module}"
+            expected.setdefault(name, []).append(at % num_heads(base))
+    assert found.heads == expected
+    assert sorted(found.modules) == sorted(expected)
+
+
+def test_an_adapter_that_is_confined_changes_the_selected_heads_alone(base: Any) -> None:
+    names = [f"model.layers.1.self_attn.{each}" for each in ("q_proj", "o_proj")]
+    whole = copy.deepcopy(base)
+    model = attach(whole, lora_config({**LORA, "lora_target_modules": names}, whole), None, 1)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], 0.1)
+    with Selected(names, dict.fromkeys(names, (1,))).confined(model):
+        for _ in range(3):
+            model(input_ids=torch.tensor([[1, 10, 20]])).logits.square().mean().backward()
+            optimizer.step()
+    width = base.model.layers[1].self_attn.q_proj.out_features // num_heads(base)
+    queries, results = (
+        model.get_base_model().get_submodule(each).get_delta_weight("default") for each in names
+    )
+    for change in (queries, results.T):
+        changed = change.abs().sum(1).view(num_heads(base), width).gt(0)
+        assert changed[1].all()
+        assert not changed[[at for at in range(num_heads(base)) if at != 1]].any()
+    model(input_ids=torch.tensor([[1, 10, 20]])).logits.square().mean().backward()
+    assert model.get_base_model().get_submodule(names[1]).lora_A["default"].weight.grad.ne(0).all()
+
+
+def test_heads_that_no_target_module_has_are_refused(base: Any) -> None:
+    with pytest.raises(InvalidInput, match="q_proj or o_proj"):
+        select(base, ("down_proj",), FORGET, RETAIN, of("heads", 0.5))
 
 
 def of(kind: Any, share: float) -> SelectionSettings:
@@ -94,7 +141,7 @@ def of(kind: Any, share: float) -> SelectionSettings:
 
 def test_all_leaves_the_adapter_as_it_is(base: Any) -> None:
     for wanted in ("all-linear", ("q_proj",)):
-        assert select_modules(base, wanted, [], [], SelectionSettings()) == wanted
+        assert select(base, wanted, [], [], SelectionSettings()) == Selected(wanted)
     with pytest.raises(InvalidInput, match="selection"):
         SelectionSettings("none", 2.0)  # type: ignore[arg-type]
 
