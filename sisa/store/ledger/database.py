@@ -331,7 +331,7 @@ class Sqlite:
     @contextlib.contextmanager
     def writing(self, num_rows: int = 0, /) -> Iterator[sa.Connection]:
         with self.engine.connect() as connection:
-            cache_kib = LARGE_CACHE_KIB if num_rows >= MANY_ROWS else CACHE_KIB
+            cache_kib = LARGE_CACHE_KIB if num_rows >= rows.MANY_ROWS else CACHE_KIB
             connection.exec_driver_sql(f"PRAGMA cache_size=-{cache_kib}")
             connection.exec_driver_sql("BEGIN IMMEDIATE")
             yield connection
@@ -553,7 +553,7 @@ def having(
 
 _SAFE = ("journal_mode=WAL", "secure_delete=ON", "synchronous=FULL", "foreign_keys=ON")
 # At most. Rows meet the pages of indexes at random: a page that leaves the cache is written once more.
-CACHE_KIB, LARGE_CACHE_KIB, MANY_ROWS = 65_536, 524_288, 10_000
+CACHE_KIB, LARGE_CACHE_KIB = 65_536, 524_288
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:

@@ -32,8 +32,8 @@ import sqlalchemy as sa
 
 from sisa.core import domain
 
-SCHEMA_VERSION = 5
-UPGRADED = (4,)  # versions without the tables that this one adds
+SCHEMA_VERSION = 6
+UPGRADED = (4, 5)  # versions that `migrations/` brings up
 
 schema = sa.MetaData()
 
@@ -51,22 +51,26 @@ def _table(
     *constraints: Any,
     key: Sequence[str],
     indexed: Collection[str] = (),
+    heap: bool = False,
     **options: Any,
 ) -> sa.Table:
-    """Return a table with columns of these Python types: its key first, then the others, then `crc`."""
+    """Return a table with columns of these Python types: its key first, then the others, then `crc`.
+
+    The key of a heap is no primary key: its rows lie in the order of their coming.
+    """
     ordered = {each: kinds[each] for each in key} | dict(kinds) | {"crc": int}
     columns: list[sa.Column[Any]] = [
         sa.Column(
             each,
             _TYPES.get(kind, _TEXT),
-            primary_key=each in key,
+            primary_key=each in key and not heap,
             autoincrement=False,
             nullable=type(None) in get_args(kind),
             index=each in indexed,
         )
         for each, kind in ordered.items()
     ]
-    return sa.Table(name, schema, *columns, *constraints, **options)
+    return sa.Table(name, schema, *columns, *constraints, info={"key": key}, **options)
 
 
 # Shard and slice are NO_POSITION for the count of a whole table.
@@ -76,11 +80,12 @@ META = _table("meta", {"key": str, "value": str}, key=("key",))
 RECORDS = _table(
     "records",
     get_type_hints(domain.RecordRow),
-    sa.UniqueConstraint("id_digest"),
-    sa.UniqueConstraint("shard", "vector_id"),
+    sa.Index("ix_records_id_digest", "id_digest", unique=True),
+    sa.Index("ix_records_place", "shard", "slice"),
+    sa.Index("ix_records_vector_id", "shard", "vector_id", unique=True),
     key=("shard", "slice", "id_digest"),
     indexed=("subject_digest", "text_digest"),
-    sqlite_with_rowid=False,  # stores a shard's rows side by side
+    heap=True,  # an index names a row by a short number, not by its key
 )
 TOMBSTONES = _table(
     "tombstones",
@@ -136,6 +141,7 @@ _PUT_COUNT = (
     "DO UPDATE SET num_rows = excluded.num_rows, crc = excluded.crc"
 )
 _IN_MEMORY = 10_000
+MANY_ROWS = 10_000  # from which a commit is a large one
 _FEW = 16  # most shards that are scanned one by one and not all at once
 _SEEDS = {table.name: zlib.crc32(table.name.encode()) for table in schema.sorted_tables}
 
@@ -405,7 +411,7 @@ def copy_rows(source: sa.Connection, target: sa.Connection) -> dict[str, int]:
     found = {}
     for table in schema.sorted_tables:
         target.execute(sa.delete(table))
-        query = sa.select(table).order_by(*table.primary_key)
+        query = sa.select(table).order_by(*_key(table))
         with contextlib.closing(_streamed(source, query)) as cursor:
             while block := checked_rows(table, cursor.fetchmany(_IN_MEMORY)):
                 names = table.columns.keys()
@@ -427,9 +433,13 @@ def _compare(table: sa.Table, old: Any, new: Any) -> int:
             number += len(before)
 
 
+def _key(table: sa.Table) -> list[sa.Column[Any]]:
+    return [table.c[name] for name in table.info["key"]]
+
+
 def _key_of(table: sa.Table) -> Callable[[tuple[Any, ...]], Any]:
     columns = table.columns.keys()
-    return itemgetter(*(columns.index(column.name) for column in table.primary_key))
+    return itemgetter(*(columns.index(name) for name in table.info["key"]))
 
 
 def _position_of(table: sa.Table) -> Callable[[tuple[Any, ...]], CountKey]:
@@ -460,11 +470,27 @@ class Writing:
             # in the order of the key, so that neighbours are written to one page
             sealed = [_sealed(table, each) for each in sorted(rows, key=_key_of(table))]
             query = f"INSERT INTO {table.name} VALUES ({', '.join('?' * len(table.columns))})"  # noqa: S608
-            _driven(self.connection, query, sealed)
+            with self._indexing_later(table, len(rows)):
+                _driven(self.connection, query, sealed)
+
+    @contextlib.contextmanager
+    def _indexing_later(self, table: sa.Table, num_rows: int) -> Iterator[None]:
+        """Build the indexes of a table after a block that adds more rows than it holds, each sorted.
+
+        PostgreSQL would lock readers out, and only the owner of a table may do so.
+        """
+        large = num_rows >= MANY_ROWS and self.connection.dialect.name == "sqlite"
+        anew = large and num_rows > expected_rows(self.connection, table)
+        indexes = sorted(table.indexes, key=lambda index: str(index.name)) if anew else []
+        for each in indexes:
+            each.drop(self.connection)
+        yield
+        for each in indexes:
+            each.create(self.connection)
 
     def put(self, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows, replacing those with the same primary key; a key always belongs to one shard."""
-        latest = {tuple(row[column.name] for column in table.primary_key): row for row in rows}
+        """Add rows, replacing those with the same key; a key always belongs to one shard."""
+        latest = {tuple(row[name] for name in table.info["key"]): row for row in rows}
         shards = {row["shard"] for row in rows} if table in BY_SHARD else set()
         self.remove(table, list(latest), shards if len(shards) <= _FEW else ())
         self.insert(table, list(latest.values()))
@@ -472,14 +498,12 @@ class Writing:
     def remove(
         self, table: sa.Table, keys: Sequence[tuple[Any, ...]], shards: Collection[int] = ()
     ) -> None:
-        """Remove the rows with these primary keys, after checking them; absent ones are ignored.
+        """Remove the rows with these keys, after checking them; absent ones are ignored.
 
         A damaged index may hide a row. So if any key is not found, all rows are read, or those of the
         shards that the keys belong to.
         """
-        columns = list(table.primary_key)
-        if table is RECORDS:
-            columns = [RECORDS.c.id_digest]
+        columns = [RECORDS.c.id_digest] if table is RECORDS else _key(table)
         found = 0
         for chunk in chunks(keys):
             if len(columns) == 1:
