@@ -28,6 +28,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ ONE, OTHER, NEXT = (0, 1, 2), (3, 2, 1), (1, 3, 0, 2)
 # Relative to the norm; wrong positions give about 1.
 PACKING_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3}
 _lengths: ContextVar[list[int]] = ContextVar("lengths")
+_configs_of: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 
 
 class _Unlike(Exception):
@@ -105,8 +107,10 @@ def attention(base: Any, registered: str) -> Iterator[None]:
 
 def _configs(base: Any) -> list[Any]:
     """Return the distinct configurations of a base's modules."""
-    found = {id(each.config): each.config for each in base.modules() if hasattr(each, "config")}
-    return list(found.values())
+    if base not in _configs_of:  # a walk over the modules takes 10 ms
+        found = {id(each.config): each.config for each in base.modules() if hasattr(each, "config")}
+        _configs_of[base] = list(found.values())
+    return _configs_of[base]
 
 
 def has_window(base: Any, longest: int) -> bool:

@@ -117,6 +117,8 @@ class _Adapted(torch.autograd.Function):
 
 def _parts(each_NI: Tensor, rows: Sequence[int]) -> Sequence[Tensor]:
     """Return the rows of each lane, without those of padding behind them."""
+    if len(rows) == 1 and rows[0] == each_NI.shape[0]:
+        return [each_NI]  # views cost 60 microseconds a module and step
     return torch.split(each_NI[: sum(rows)], list(rows))
 
 
