@@ -543,12 +543,36 @@ def step_table(found: Json) -> Iterator[str]:
             f"{row['gflops_per_s']:.0f}",
             f"{row['peak_gflops_per_s']:.0f}",
             f"{row['of_peak']:.2f}",
-            f"{row['outside']:.0%}",
         )
         for name, row in found["rows"].items()
     ]
-    header = ("step", "tokens/s", "GFLOP/s", "products alone", "of them", "outside kernels, at most")
+    header = ("step", "tokens/s", "GFLOP/s", "products alone", "of them")
     yield from rows(header, lines)
+
+
+def part_table(found: Json) -> Iterator[str]:
+    """Yield where a training step's time goes, in percent of the step, and the bounds of each part."""
+    split = {name: row["parts"] for name, row in found["rows"].items() if "parts" in row}
+    kinds = ("s", "moved_s", "fused_s")
+    wholes = [sum(each["s"] for each in parts.values()) for parts in split.values()]
+    by_name = {
+        name: [
+            parts[name][kind] / whole
+            for parts, whole in zip(split.values(), wholes, strict=True)
+            for kind in kinds
+        ]
+        for name in next(iter(split.values()))
+    }
+    sums = [sum(column) for column in zip(*by_name.values(), strict=True)]
+    products = [sum(column) for column in zip(*list(by_name.values())[:3], strict=True)]
+    shares = [products[number // 3 * 3 + 1] / whole for number, whole in enumerate(sums)]
+    shares[::3] = (found["rows"][name]["of_peak"] for name in split)  # measured in turn
+    lines = [(name, *(f"{each:.1%}" for each in line)) for name, line in by_name.items()]
+    lines.append(("sum", *(f"{each:.0%}" for each in sums)))
+    lines.append(("products alone, of the sum", *(f"{each:.2f}" for each in shares)))
+    short = [name.removeprefix("all linear, ").removesuffix(" a step") for name in split]
+    header = [f"{name}: {kind}" for name in short for kind in ("now", "moved", "fused")]
+    yield from rows(("of a step", *header), lines)
 
 
 def lanes_table(found: Json) -> Iterator[str]:
@@ -632,6 +656,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "costs": costs,
         "evidence": evidence,
         "steps": of("profile_step", step_table),
+        "step-parts": of("profile_step", part_table),
         "shares": shares,
         "depths": of("retrained", retrained.depth_table),
         "until-base": of("retrained", retrained.base_table),
