@@ -6,7 +6,7 @@ training are kept. A choice over a limit is not recommended, and names the limit
 and increase what is served meanwhile, so they are recommended only to meet `min_depth`. A shard should
 have MIN_SHARD_RECORDS records, since an adapter learns next to nothing from fewer; a slice needs at
 least one. Shards are assumed to be of equal size and subjects to have one record each. Quality of
-answers is measured, not modelled (`tests/bench/quality.py`).
+answers is measured, not modelled (`tests/bench/answering/quality.py`).
 
 >>> demand = Demand(num_records=1000, deletions_per_month=2.0)
 >>> best = recommended(advise(demand, LayoutLimits(bytes_per_checkpoint=10, max_bytes=1000)))

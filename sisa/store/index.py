@@ -11,7 +11,7 @@ removed vectors in the memory of the index object.
     hits        the candidates' inner products with the query, exact, best first
 
 Nothing is fitted on the data, so nothing remembers a deleted record. Up to EXACT_UP_TO vectors the
-search is exact; recall with more is measured by `tests/bench/lookup.py`.
+search is exact; recall with more is measured by `tests/bench/answering/lookup.py`.
 
 >>> import numpy as np
 >>> codes_of(np.array([[0.5, -0.5, 0.1, 0.0, -1.0, 1.0, 1.0, -1.0]], dtype=np.float32))

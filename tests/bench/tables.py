@@ -4,7 +4,7 @@
     python -m tests.bench.tables --check    # name the tables that differ; exit code 1
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Measured ones come from the
-JSON beside `tests/bench/README.md`.
+JSON beside each page.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ from sisa.config.runfile import in_words
 from sisa.config.template import one_line
 from sisa.core.block import Block
 from sisa.planning.bands import Bands
-from tests.bench import quality, retrained, sequential, training, utility
+from tests.bench.answering import quality, utility
+from tests.bench.deletion import retrained
+from tests.bench.patches import sequential
 from tests.bench.tofu_full import table as tofu_full
+from tests.bench.training import race
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -138,7 +141,11 @@ def found_shards() -> Iterator[str]:
         for prompts, title in asked.items():
             if prompts == "lower case" and "names" not in embedder:
                 continue  # of them nothing is looked at but the words themselves
-            some = [row for row in measured("routing")[embedder]["tofu"] if row["prompts"] == prompts]
+            some = [
+                row
+                for row in measured("answering/routing")[embedder]["tofu"]
+                if row["prompts"] == prompts
+            ]
             own, left_out = (spread((row[name] for row in some), ".3f") for name in ("own", "left_out"))
             lines.append((embedder, title, own, left_out))
     header = ("embedder", "questions", "own shard first", "the same, with the asked record left out")
@@ -147,7 +154,7 @@ def found_shards() -> Iterator[str]:
 
 def thresholds() -> Iterator[str]:
     """Yield what `min_score: auto` does with prompts about the held and the deleted."""
-    found = measured("routing")
+    found = measured("answering/routing")
     kinds = [
         ("TOFU, as asked", NAMED, "tofu", "asked"),
         ("TOFU, paraphrased", NAMED, "tofu", "paraphrased"),
@@ -168,7 +175,9 @@ def thresholds() -> Iterator[str]:
 
 def forms() -> Iterator[str]:
     """Yield the same by the form of the records."""
-    some = [row for row in measured("routing")[NAMED]["forms"] if row["compared_with"] == "prompts"]
+    some = [
+        row for row in measured("answering/routing")[NAMED]["forms"] if row["compared_with"] == "prompts"
+    ]
     found = {(row["form"], row["data"], row["prompts"]): row for row in some}
     columns = {"TOFU, as asked": ("tofu", "asked"), "TOFU, paraphrased": ("tofu", "paraphrased")}
     columns["RWKU, as asked"] = ("rwku", "asked")
@@ -196,7 +205,7 @@ def changed(before: Interval, after: Interval) -> str:
 
 def hostile(source: str) -> Iterator[str]:
     """Yield whom hostile prompts about held and deleted people reach, before and after."""
-    before, after = (measured("hostile")[section][source] for section in ("before", "after"))
+    before, after = (measured("answering/hostile")[section][source] for section in ("before", "after"))
     outcomes = {
         "held: own shard first": ("held", "right"),
         "held: refused": ("held", "refused"),
@@ -217,7 +226,7 @@ def hostile(source: str) -> Iterator[str]:
 
 def hostile_general() -> Iterator[str]:
     """Yield the shares of questions about nobody held that a shard answers, before and after."""
-    found = measured("hostile")
+    found = measured("answering/hostile")
     titles = {"tofu": "beside TOFU's authors", "rwku": "beside RWKU's people", "muse": "beside MUSE"}
     lines = []
     for form, of in found["after"]["tofu"].items():
@@ -236,7 +245,7 @@ def hostile_general() -> Iterator[str]:
 
 def answering_speed() -> Iterator[str]:
     """Yield how fast shards answer together, at 1, 4 and 16 requests."""
-    found = measured("answers")
+    found = measured("answering/answers")
     of_all, of_routed = "all_shards", "routed"
     measures: list[tuple[str, str, str, int]] = [
         ("decode: times as fast as peft's `set_adapter` loop", of_all, "loop_over_ours_decode", 1),
@@ -281,7 +290,7 @@ def cold() -> Iterator[str]:
             f"{each['core_seconds']:.1f}",
             f"{each['over_importing_torch']:.1f}",
         )
-        for name, each in measured("cold")["ways"].items()
+        for name, each in measured("answering/cold")["ways"].items()
     ]
     yield from rows(header, lines)
 
@@ -297,14 +306,14 @@ def forget() -> Iterator[str]:
             f"{each['steps_core_seconds']:.1f}",
             f"{each['share_of_bound']:.2f}",
         )
-        for each in measured("forget")["deletions"]
+        for each in measured("deletion/forget")["deletions"]
     ]
     yield from rows(header, lines)
 
 
 def throughput() -> Iterator[str]:
     """Yield what many clients at once get, against one after another."""
-    found = measured("throughput")
+    found = measured("answering/throughput")
     lines = []
     for each in found["settings"]:
 
@@ -337,7 +346,11 @@ def throughput() -> Iterator[str]:
 
 def costs() -> Iterator[str]:
     """Yield what a deletion, Ray and a rollback cost."""
-    found, executors, sizes = measured("results"), measured("executors"), measured("rollback")["sizes"]
+    found, executors, sizes = (
+        measured("deletion/costs"),
+        measured("training/executors"),
+        measured("scale/rollback")["sizes"],
+    )
     deletions, here = found["deletion"]["deletions"], found["executors"]
 
     def each(name: str) -> str:
@@ -362,7 +375,7 @@ def costs() -> Iterator[str]:
             f"{here['efficiency_of_two_workers']:.2f}",
         ),
         (
-            "what Ray adds to a slice (`tests/bench/executors.json`)",
+            "what Ray adds to a slice (`tests/bench/training/executors.json`)",
             f"{executors['overhead_per_slice_s'] * 1000:.0f} ms",
         ),
         (
@@ -380,8 +393,10 @@ def costs() -> Iterator[str]:
         ),
     ]
     first, *middle, last = sizes
-    times = measured("rollback")["growth"]
-    of_first = "from a request to clean heads, 64 shards x 8 slices (`tests/bench/rollback.json`): "
+    times = measured("scale/rollback")["growth"]
+    of_first = (
+        "from a request to clean heads, 64 shards x 8 slices (`tests/bench/scale/rollback.json`): "
+    )
     of_last = f": {times['records']:.0f} times as many, {times['clean_heads_p50']:.0f} times the time"
     lines += [(of_first + _records(first), _clean_heads(first))]
     lines += [(_records(each), _clean_heads(each)) for each in middle]
@@ -391,7 +406,7 @@ def costs() -> Iterator[str]:
 
 def evidence() -> Iterator[str]:
     """Yield what evidence adds to a deletion, and what its tree of records costs."""
-    found = measured("membership")
+    found = measured("scale/membership")
     without, with_ = found["without_evidence"], found["with_evidence"]
     each, first, nodes = found["processor_seconds_each"], found["first_tree"], found["nodes_rewritten"]
     records, processor = f"{found['records']:,} records", "of_which_processor_seconds"
@@ -438,7 +453,7 @@ def _clean_heads(size: Json) -> str:
 
 def simulated_fleet() -> Iterator[str]:
     """Yield what training and deletions of a billion records take, in simulated time."""
-    found = measured("scale")
+    found = measured("scale/fleet")
     training, (*few, many) = found["first_training"], found["deletions"]
     hours = spread((24 * each["delay_days_p50"] for each in few), ".1f")
     shares = " / ".join(f"{each['retrained_share_of_full_training']:.2g}" for each in few)
@@ -477,7 +492,7 @@ def forgetting() -> Iterator[str]:
     """Yield what patches with the default settings leave known."""
     lines = []
     for name in ("forgetting_tiny", "forgetting"):
-        found = measured(name)
+        found = measured(f"patches/{name}")
         base = "tiny base" if found["base_model"] == "tiny" else "SmolLM2-135M"
         for row in found["rows"]:
             known, others = row["still_known"], row["others_known"]
@@ -500,7 +515,7 @@ def forgetting() -> Iterator[str]:
 
 def questions() -> Iterator[str]:
     """Yield what questions to a large ledger cost, against the way before in the same run."""
-    found = measured("questions")
+    found = measured("scale/questions")
     titles = {
         "absent_id": "an id that is not held",
         "absent_ids_1000": "1,000 of them",
@@ -520,7 +535,7 @@ def questions() -> Iterator[str]:
 
 def growth() -> Iterator[str]:
     """Yield what does not take longer where a ledger holds more records."""
-    sizes = measured("questions")["growth"]
+    sizes = measured("scale/questions")["growth"]
     titles = {
         "stage_commit_s": "the commit of a stage, in a first training",
         "status_s": "`status`",
@@ -590,7 +605,7 @@ def lanes_table(found: Json) -> Iterator[str]:
 
 def shares() -> Iterator[str]:
     """Yield what deletions retrain, where there is one order."""
-    found = measured("retrained")
+    found = measured("deletion/retrained")
     yield from retrained.table(
         found | {"shares": [row for row in found["shares"] if row["orders"] == 1]}
     )
@@ -598,7 +613,7 @@ def shares() -> Iterator[str]:
 
 def methods() -> Iterator[str]:
     """Yield the references and every setting of every method of unlearning."""
-    found = measured("leaderboard")
+    found = measured("leaderboard/leaderboard")
     columns = {
         "p_value": "forget quality p",
         "statistic": "D",
@@ -641,7 +656,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "hostile-rwku": partial(hostile, "rwku"),
         "hostile-muse": partial(hostile, "muse"),
         "hostile-general": hostile_general,
-        "quality": of("quality", quality.table),
+        "quality": of("answering/quality", quality.table),
         "answering-speed": answering_speed,
         "cold": cold,
         "forget": forget,
@@ -649,28 +664,28 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "questions": questions,
         "growth": growth,
         "forgetting": forgetting,
-        "tofu-full-trials": of("tofu_full", tofu_full.trials_table),
-        "tofu-full": of("tofu_full", tofu_full.table),
-        "tofu-full-nine": of("tofu_full", tofu_full.nine_table),
-        "utility": of("utility", utility.table),
+        "tofu-full-trials": of("tofu_full/tofu_full", tofu_full.trials_table),
+        "tofu-full": of("tofu_full/tofu_full", tofu_full.table),
+        "tofu-full-nine": of("tofu_full/tofu_full", tofu_full.nine_table),
+        "utility": of("answering/utility", utility.table),
         "costs": costs,
         "evidence": evidence,
-        "steps": of("profile_step", step_table),
-        "step-parts": of("profile_step", part_table),
+        "steps": of("training/profile_step", step_table),
+        "step-parts": of("training/profile_step", part_table),
         "shares": shares,
-        "depths": of("retrained", retrained.depth_table),
-        "until-base": of("retrained", retrained.base_table),
-        "shares-in-seconds": of("retrained", retrained.timed_table),
-        "race": of("training", training.table),
-        "race-ratios": of("training", training.ratio_table),
-        "race-whole": of("training", training.whole_table),
+        "depths": of("deletion/retrained", retrained.depth_table),
+        "until-base": of("deletion/retrained", retrained.base_table),
+        "shares-in-seconds": of("deletion/retrained", retrained.timed_table),
+        "race": of("training/race", race.table),
+        "race-ratios": of("training/race", race.ratio_table),
+        "race-whole": of("training/race", race.whole_table),
         "simulated-fleet": simulated_fleet,
     },
     CONFIG: {"keys": reference},
     APPROX: {
         "approx-methods": approx_methods,
         "methods": methods,
-        "sequential": of("sequential", sequential.table),
+        "sequential": of("patches/sequential", sequential.table),
     },
 }
 

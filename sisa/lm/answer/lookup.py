@@ -18,7 +18,7 @@ share of the first shard counts less for it.
 
 Without names in the index (`names: false`), the last turn and those before it, back to one that names
 somebody, are looked up. The settings were chosen on one half of TOFU's authors, without any user's
-records; `tests/bench/hostile.py` measures them on the other half and on other data.
+records; `tests/bench/answering/hostile.py` measures them on the other half and on other data.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ missed, and in German every noun counts as a name.
 Names that stand side by side are one person's, or one place's (`runs_in`): what a prompt says of several
 people is looked up for each of them (`lookup.py`).
 
-Source: feature hashing, Weinberger et al. 2009; measured in `tests/bench/routing.py`.
+Source: feature hashing, Weinberger et al. 2009; measured in `tests/bench/answering/routing.py`.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ a prompt that a record holds word for word is always near.
 Prompts are compared with what records ask, so neither the length of their answers nor a system prompt
 affects a score. `min_score: auto` is slightly below 1, whatever the records: a prompt that a record
 holds word for word scores 1 and always reaches a shard. That this value also admits paraphrases and
-rejects questions about deleted people was measured for one embedder (`tests/bench/routing.py`: TOFU,
-RWKU, MUSE). There is no such value for other embedders, nor for plain texts, in which nothing is asked.
-No user's records took part in the choice.
+rejects questions about deleted people was measured for one embedder
+(`tests/bench/answering/routing.py`: TOFU, RWKU, MUSE). There is no such value for other embedders, nor
+for plain texts, in which nothing is asked. No user's records took part in the choice.
 
 A route depends on the remaining records alone: on the index's hits and on which shards serve a model.
 Without a live shard, or for `routed` without a hit in one, the base alone answers.

@@ -29,7 +29,7 @@ from sisa.core.errors import Busy
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.weights import resolve_base
 from sisa.store.blobs.files import disk_errors
-from tests.bench.known_people import here
+from tests.bench.patches.known_people import here
 from tests.bench.tofu_full.cells import Cells
 from tests.bench.tofu_full.design import Design, Layout, cell_names, read_data
 from tests.bench.tofu_full.table import assembled, draw, nine_table, table

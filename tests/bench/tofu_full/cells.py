@@ -63,10 +63,10 @@ from sisa.lm.base.weights import BaseFiles, load_frozen, load_tokenizer
 from sisa.model import Model, open_model
 from sisa.store.blobs.files import read_whole, write_atomic, writer_lock
 from sisa.train import train_model
+from tests.bench.deletion.retrained import secret_of
 from tests.bench.leaderboard.cells import AT_THE_END, MANY_EPOCHS, Halves, within
 from tests.bench.leaderboard.plan import QUESTIONS_EACH
 from tests.bench.leaderboard.split_model import SplitModel, load_split, split
-from tests.bench.retrained import secret_of
 from tests.bench.tofu_full.design import (
     TUNED_EACH,
     Contestant,

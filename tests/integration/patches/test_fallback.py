@@ -1,7 +1,7 @@
 """The fallback end to end, by commands, on a tiny base that knows ten people.
 
 An exact deletion leaves what the base itself knew. A patch removes it from the base and leaves the nine
-others. `tests/bench/fallback.py` does the same on a real base, with numbers.
+others. `tests/bench/patches/fallback.py` does the same on a real base, with numbers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import sisa
-from tests.bench import fallback, sequential
-from tests.bench.known_people import TINY, Ground, Way
+from tests.bench.patches import fallback, sequential
+from tests.bench.patches.known_people import TINY, Ground, Way
 from tests.models.tiny_base import make_tiny_base
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.xdist_group("fallback")]

@@ -22,7 +22,7 @@ from sisa.planning.layout_advice import (
     stream_of,
 )
 from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard
-from tests.bench.serving import expected_depth
+from tests.bench.deletion.serving import expected_depth
 
 GROUPS = (Group(0.9, 0.01), Group(0.1, 0.5))
 demands = st.builds(

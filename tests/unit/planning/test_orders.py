@@ -31,7 +31,7 @@ from sisa.planning.plan import (
     plan_shard,
     tainted_checkpoints,
 )
-from tests.bench.serving import (
+from tests.bench.deletion.serving import (
     deletions_until_base,
     depth_after,
     expected_depth,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.bench.simulate import Fleet, simulate
+from tests.bench.scale.simulate import Fleet, simulate
 
 CALM = Fleet(num_workers=3, record_epochs_per_s=2.0, start_s=1.0)
 tasks = st.lists(st.lists(st.integers(1, 500), min_size=1, max_size=6), min_size=1, max_size=30)

@@ -1,0 +1,1 @@
+"""Who answers a prompt, how well, and how fast."""

@@ -1,0 +1,1 @@
+"""What a deletion costs, against training everything again."""

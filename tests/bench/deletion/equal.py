@@ -1,0 +1,93 @@
+"""Records that fill every (shard, slice) equally, and a model trained on them.
+
+Records come from TOFU if it is beside the checkout, else from `sisa.data.samples`. Ids are tried until
+the cell that they hash to has room. Unequal shards, whose longest chain bounds any number of workers,
+are not covered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from sisa.config.config import DatasetSource, RunConfig, SisaBlock
+from sisa.core.digest import Keyed
+from sisa.core.domain import Part, Record
+from sisa.data.samples import make_people
+from sisa.planning.layout import Assigner, Layout
+
+TOFU = Path(__file__).resolve().parents[4] / "shared" / "data" / "tofu" / "full.jsonl"
+KEY = bytes(range(32))
+PEOPLE = 200
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The folder, the base and the size of a benchmark."""
+
+    folder: Path
+    base_model: str
+    shards: int = 4
+    slices: int = 3
+    per_cell: int = 4
+    epochs: int = 4
+
+    def config(self, name: str) -> RunConfig:
+        """Return a run file for equal cells; `name` is the model's directory."""
+        key = self.folder / "partition.key"
+        key.write_text(KEY.hex())
+        data = self.folder / f"{name}.jsonl"
+        records = self.records()
+        data.write_text("".join(json.dumps(row(record)) + "\n" for record in records))
+        return RunConfig(
+            base_model=self.base_model,
+            datasets=(DatasetSource(path=str(data)),),
+            output_dir=self.folder / name,
+            num_epochs=self.epochs,
+            sisa=SisaBlock(
+                shards=self.shards, slices=self.slices, partition_key_file=key, embedder="hashing"
+            ),
+        )
+
+    def records(self) -> list[Record]:
+        """Return `per_cell` records for every (shard, slice)."""
+        assigner = Assigner(Keyed(KEY), layout(self))
+        room = Counter({(s, r): self.per_cell for s in range(self.shards) for r in range(self.slices)})
+        chosen: list[Record] = []
+        pairs = questions()
+        number = 0
+        while len(chosen) < self.per_cell * self.shards * self.slices:
+            prompt, completion = pairs[len(chosen) % len(pairs)]
+            number += 1
+            body = (Part("prompt", prompt), Part("completion", completion))
+            record = Record(f"r{number:06d}", None, "completion", body)
+            place = assigner.place(record)
+            if room[place]:
+                room[place] -= 1
+                chosen.append(record)
+        return chosen
+
+
+def layout(bench: Bench) -> Layout:
+
+    return Layout(bench.shards, bench.slices)
+
+
+def row(record: Record) -> dict[str, str]:
+    """Return a record as a row of JSON."""
+    return {"id": record.id, **{part.role: part.text for part in record.parts}}
+
+
+def source() -> str:
+    """Return the name of the data that the benchmarks use here."""
+    return "TOFU (full)" if TOFU.exists() else "made-up people"
+
+
+def questions() -> list[tuple[str, str]]:
+    """Return (prompt, completion) pairs."""
+    if TOFU.exists():
+        lines = [json.loads(line) for line in TOFU.read_text().splitlines()[:400]]
+        return [(f"Question: {each['question']}\nAnswer:", f" {each['answer']}") for each in lines]
+    return [(each["prompt"], each["completion"]) for each in make_people(PEOPLE, 5)]

