@@ -646,9 +646,9 @@ def of(name: str, table: Callable[[Json], Iterator[str]]) -> Callable[[], Iterat
     return lambda: table(measured(name))
 
 
-BENCH, CONFIG, APPROX = "tests/bench/README.md", "sisa/config/README.md", "approx/README.md"
+CONFIG, APPROX = "sisa/config/README.md", "approx/README.md"
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
-    BENCH: {
+    "tests/bench/answering/README.md": {
         "found-shards": found_shards,
         "thresholds": thresholds,
         "forms": forms,
@@ -659,27 +659,37 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "quality": of("answering/quality", quality.table),
         "answering-speed": answering_speed,
         "cold": cold,
-        "forget": forget,
         "throughput": throughput,
-        "questions": questions,
-        "growth": growth,
-        "forgetting": forgetting,
-        "tofu-full-trials": of("tofu_full/tofu_full", tofu_full.trials_table),
-        "tofu-full": of("tofu_full/tofu_full", tofu_full.table),
-        "tofu-full-nine": of("tofu_full/tofu_full", tofu_full.nine_table),
         "utility": of("answering/utility", utility.table),
+    },
+    "tests/bench/deletion/README.md": {
+        "forget": forget,
         "costs": costs,
-        "evidence": evidence,
-        "steps": of("training/profile_step", step_table),
-        "step-parts": of("training/profile_step", part_table),
         "shares": shares,
         "depths": of("deletion/retrained", retrained.depth_table),
         "until-base": of("deletion/retrained", retrained.base_table),
         "shares-in-seconds": of("deletion/retrained", retrained.timed_table),
+    },
+    "tests/bench/scale/README.md": {
+        "questions": questions,
+        "growth": growth,
+        "evidence": evidence,
+        "simulated-fleet": simulated_fleet,
+    },
+    "tests/bench/patches/README.md": {
+        "forgetting": forgetting,
+    },
+    "tests/bench/tofu_full/README.md": {
+        "tofu-full-trials": of("tofu_full/tofu_full", tofu_full.trials_table),
+        "tofu-full": of("tofu_full/tofu_full", tofu_full.table),
+        "tofu-full-nine": of("tofu_full/tofu_full", tofu_full.nine_table),
+    },
+    "tests/bench/training/README.md": {
+        "steps": of("training/profile_step", step_table),
+        "step-parts": of("training/profile_step", part_table),
         "race": of("training/race", race.table),
         "race-ratios": of("training/race", race.ratio_table),
         "race-whole": of("training/race", race.whole_table),
-        "simulated-fleet": simulated_fleet,
     },
     CONFIG: {"keys": reference},
     APPROX: {
