@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from shutil import copytree, ignore_patterns
+from shutil import copytree, ignore_patterns, move
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import psycopg
@@ -828,9 +829,10 @@ def back_to_version_5(place: Path | str, source: SqlLedger, folder: Path) -> Non
 
 
 def back_to_version_4(path: Path) -> None:
-    newer = path.rename(path.with_name("newer"))
-    with opened(newer) as source:
-        back_to_version_5(path, source, path.parent)
+    with TemporaryDirectory() as folder:
+        newer = Path(move(path, folder))
+        with opened(newer) as source:
+            back_to_version_5(path, source, Path(folder))
     for statement in (
         "DROP TABLE identities",
         "DROP TABLE work_items",

@@ -10,7 +10,7 @@ from typing import Any
 from tests.bench.leaderboard.plan import SETTINGS, Cell, Design
 from tests.bench.leaderboard.table import Results, to_json
 
-RECORDED = Path(__file__).parents[1] / "leaderboard.json"
+RECORDED = Path(__file__).with_name("leaderboard.json")
 LONGEST_WORDS = 100  # of a note; answers to TOFU's questions are not among the words
 
 

@@ -114,7 +114,7 @@ def committed(name: str) -> dict[str, Any]:
 
 
 def test_the_committed_numbers_keep_the_goals() -> None:
-    found = committed("training.json")
+    found = committed("race.json")
     assert found["ratios"] == list(ratios(found["rows"]))
     for row in found["ratios"]:
         cached = row["ours"] != "all" and row["theirs"] == "all"

@@ -195,7 +195,7 @@ def test_every_problem_of_an_addition_is_reported_at_once() -> None:
     with pytest.raises(InvalidInput, match="5 records can't be added") as caught:
         add(fake.context, asked)
     assert [each.where for each in caught.value.problems] == [f"record {n}" for n in (2, 3, 4, 5, 6)]
-    for advice in ("sisa forget", "sisa.bands.classes", "--allow-deleted"):
+    for advice in ("sisa rectify", "sisa.bands.classes", "--allow-deleted"):
         assert advice in str(caught.value.next_step)
     with pytest.raises(InvalidInput, match="3 records") as caught:
         add(fake.context, asked, allow_deleted=True)
