@@ -33,11 +33,11 @@ from tests.bench.tables import lanes_table
 from tests.endurance.ground import environment, write_json
 from tests.fakes.ports import FakeCheckpoints, FakeRecords
 
-LANES, BATCHES, LAYERS = (1, 4, 8), (1, 2), ("third", "all")
+LANES, BATCHES, LAYERS = (1, 4, 8), (1, 2), ("all", "third")
 TRAINING: dict[str, Any] = {
     "lora_r": 8,
     "lora_alpha": 16,
-    "lora_dropout": 0.05,
+    "lora_dropout": 0.0,
     "lora_target_modules": "all-linear",
     "sequence_len": 512,
     "overlength": "refuse",
