@@ -687,6 +687,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     "tests/bench/training/README.md": {
         "steps": of("training/profile_step", step_table),
         "step-parts": of("training/profile_step", part_table),
+        "lanes": of("training/lanes", lanes_table),
         "race": of("training/race", race.table),
         "race-ratios": of("training/race", race.ratio_table),
         "race-whole": of("training/race", race.whole_table),
