@@ -9,7 +9,7 @@ something of its own to attention, or mixes positions outside attention. `can_br
 of a small tree with those of its answers alone.
 
 Shapes: B trees, N nodes of the largest one, K nodes that are read or logits of a tree, E pairs of a node
-and a token after it, V words; in attention H heads on G keys, D features.
+and a token after it, V words.
 
 >>> tree = tree_of([Tokens([5, 6, 7], [-100, 6, 7]), Tokens([5, 6, 8], [-100, 6, 8])])
 >>> tree.ids, tree.parents, tree.edges, tree.answers

@@ -135,7 +135,8 @@ def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
 
 def score_of(tokens: Iterable[TokenScore]) -> AnswerScore:
     """Return the score of an answer of at least one token."""
-    return AnswerScore(*zip(*tokens, strict=True))  # type: ignore[arg-type]
+    logprobs, correct, means, variances, likeliest = zip(*tokens, strict=True)
+    return AnswerScore(logprobs, correct, means, variances, likeliest)
 
 
 def token_scores(logits_TV: Tensor, targets_K: Tensor, positions_K: Tensor) -> list[TokenScore]:

@@ -135,9 +135,7 @@ def views(context: Context) -> list[RequestView]:
 
 def viewed(context: Context, request: Request) -> RequestView:
     """Return a request with its days left and its history."""
-    passed = [each for each in context.stores.ledger.events() if each.request_id == request.request_id]
-    holds = _holds(context, context.stores.ledger.requests()).get(request.request_id, ())
-    return RequestView(request, days_left(request.due, context.now()), tuple(passed), holds)
+    return next(each for each in views(context) if each.request.request_id == request.request_id)
 
 
 def decide(context: Context, request_id: str, state: RequestState, note: str, by: str = "") -> Request:

@@ -100,7 +100,8 @@ def _train(
 ) -> None:
     train = find_base_trainer(executor)
     with _alone(directory) as unfinished:
-        job = BaseJob(recipe, unfinished / "rows.npy", target := unfinished / "base")
+        target = unfinished / "base"
+        job = BaseJob(recipe, unfinished / "rows.npy", target)
         with files.disk_errors(directory):
             target.mkdir(parents=True)
             _write_rows(job, texts, report)

@@ -4,7 +4,7 @@
     python -m tests.bench.tables --check    # name the tables that differ; exit code 1
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Measured ones come from the
-JSON beside each page.
+JSON in the rooms of `tests/bench/`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Json = Any
 
 
 def measured(name: str) -> Json:
-    """Return what `tests/bench/NAME.json` holds."""
+    """Return what `tests/bench/NAME.json` holds; a name begins with its room."""
     return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -567,27 +567,20 @@ def step_table(found: Json) -> Iterator[str]:
 
 def part_table(found: Json) -> Iterator[str]:
     """Yield where a training step's time goes, in percent of the step, and the bounds of each part."""
-    split = {name: row["parts"] for name, row in found["rows"].items() if "parts" in row}
-    kinds = ("s", "moved_s", "fused_s")
-    wholes = [sum(each["s"] for each in parts.values()) for parts in split.values()]
-    by_name = {
-        name: [
-            parts[name][kind] / whole
-            for parts, whole in zip(split.values(), wholes, strict=True)
-            for kind in kinds
-        ]
-        for name in next(iter(split.values()))
-    }
-    sums = [sum(column) for column in zip(*by_name.values(), strict=True)]
-    products = [sum(column) for column in zip(*list(by_name.values())[:3], strict=True)]
-    shares = [products[number // 3 * 3 + 1] / whole for number, whole in enumerate(sums)]
-    shares[::3] = (found["rows"][name]["of_peak"] for name in split)  # measured in turn
-    lines = [(name, *(f"{each:.1%}" for each in line)) for name, line in by_name.items()]
-    lines.append(("sum", *(f"{each:.0%}" for each in sums)))
-    lines.append(("products alone, of the sum", *(f"{each:.2f}" for each in shares)))
-    short = [name.removeprefix("all linear, ").removesuffix(" a step") for name in split]
-    header = [f"{name}: {kind}" for name in short for kind in ("now", "moved", "fused")]
-    yield from rows(("of a step", *header), lines)
+    split = {name: row for name, row in found["rows"].items() if "parts" in row}
+    names = next(iter(split.values()))["parts"]
+    columns = [("of a step", *names, "sum", "products alone, of the sum")]
+    for step, row in split.items():
+        parts, short = row["parts"].values(), step.removeprefix("all linear, ").removesuffix(" a step")
+        whole = sum(each["s"] for each in parts)
+        products = sum(each["moved_s"] for each in list(parts)[:3])  # alone
+        for kind, title in {"s": "now", "moved_s": "moved", "fused_s": "fused"}.items():
+            took = sum(each[kind] for each in parts)
+            share = row["of_peak"] if kind == "s" else products / took  # the former in turn with steps
+            cells = (f"{each[kind] / whole:.1%}" for each in parts)
+            columns.append((f"{short}: {title}", *cells, f"{took / whole:.0%}", f"{share:.2f}"))
+    header, *lines = zip(*columns, strict=True)
+    yield from rows(header, lines)
 
 
 def lanes_table(found: Json) -> Iterator[str]:
@@ -646,7 +639,6 @@ def of(name: str, table: Callable[[Json], Iterator[str]]) -> Callable[[], Iterat
     return lambda: table(measured(name))
 
 
-CONFIG, APPROX = "sisa/config/README.md", "approx/README.md"
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     "tests/bench/answering/README.md": {
         "found-shards": found_shards,
@@ -692,8 +684,8 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "race-ratios": of("training/race", race.ratio_table),
         "race-whole": of("training/race", race.whole_table),
     },
-    CONFIG: {"keys": reference},
-    APPROX: {
+    "sisa/config/README.md": {"keys": reference},
+    "approx/README.md": {
         "approx-methods": approx_methods,
         "methods": methods,
         "sequential": of("patches/sequential", sequential.table),

@@ -84,25 +84,16 @@ AttentionInterface.register(ATTENTION_NAME, _attend)
 @contextmanager
 def attending(base: Any, lengths: Sequence[int]) -> Iterator[None]:
     """Make a base's forwards attend record by record; its configuration must be the caller's own."""
+    before = [(config, config._attn_implementation) for config in _configs(base)]
     token = _lengths.set(list(lengths))
     try:
-        with attention(base, ATTENTION_NAME):
-            yield
-    finally:
-        _lengths.reset(token)
-
-
-@contextmanager
-def attention(base: Any, registered: str) -> Iterator[None]:
-    """Make a base's forwards use another attention; its configuration must be the caller's own."""
-    before = [(config, config._attn_implementation) for config in _configs(base)]
-    try:
         for config, _ in before:
-            config._attn_implementation = registered
+            config._attn_implementation = ATTENTION_NAME
         yield
     finally:
         for config, name in before:
             config._attn_implementation = name
+        _lengths.reset(token)
 
 
 def _configs(base: Any) -> list[Any]:
