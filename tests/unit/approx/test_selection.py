@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,11 +15,13 @@ from approx.unlearning import selection
 from approx.unlearning.causal_tracing import num_heads, trace_heads, trace_layers
 from approx.unlearning.selection import (
     Selected,
+    SelectionKind,
     SelectionSettings,
     adapted_modules,
     fisher_traces,
     select,
 )
+from cluster.cli.patches import SELECTIONS
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.numerics import pin_threads
@@ -144,6 +146,11 @@ def test_all_leaves_the_adapter_as_it_is(base: Any) -> None:
         assert select(base, wanted, [], [], SelectionSettings()) == Selected(wanted)
     with pytest.raises(InvalidInput, match="selection"):
         SelectionSettings("none", 2.0)  # type: ignore[arg-type]
+
+
+def test_the_command_offers_every_selection() -> None:
+    """It lists them itself, since it does not load torch before it must."""
+    assert get_args(SelectionKind) == SELECTIONS
 
 
 def test_the_examples_hold() -> None:
