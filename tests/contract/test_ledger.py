@@ -555,12 +555,12 @@ def bytes_at_rest(path: Path) -> bytes:
 
 
 def test_scrub_leaves_nothing_in_the_unused_part_of_pages(path: Path) -> None:
-    """Balancing a B-tree leaves copies that `secure_delete` does not zero: in 4 of 20 such ledgers.
+    """Balancing a B-tree leaves copies that `secure_delete` does not zero: in 11 of 40 such ledgers.
 
     If nothing of the removed rows is left, nothing is rewritten.
     """
     piece = {n: row(n).vector_id.to_bytes(8, "big")[2:] for n in (*range(400), *range(1000, 1390))}
-    for seed in (6, 13):
+    for seed in (12, 13):
         source, file = random.Random(seed), path.with_name(f"{seed}.sqlite")
         with opened(file, create=True) as ledger:
             held = set(range(400))
@@ -578,7 +578,7 @@ def test_scrub_leaves_nothing_in_the_unused_part_of_pages(path: Path) -> None:
             assert left, "nothing to find: this proves nothing"
             ledger.scrub([row(each) for each in sorted(gone - left)[: database_module.FEW_ROWS]])
             assert file.read_bytes() == before
-            ledger.scrub([row(each) for each in (min(gone - left), min(left))] if seed == 6 else None)
+            ledger.scrub([row(each) for each in (min(gone - left), min(left))] if seed == 12 else None)
             after = bytes_at_rest(file)
             assert not any(piece[each] in after for each in gone)
             assert len(ledger.rows(row(1).shard)) > 0
@@ -660,7 +660,7 @@ def test_scrub_leaves_no_digest_of_a_removed_row(path: Path, count: int) -> None
             ledger.commit(Change(removed=[row(number) for number in removed]))
             held -= removed
             gone |= removed
-        ledger.scrub()
+        ledger.scrub([row(number, number // 3) for number in sorted(gone)])
         data = bytes_at_rest(path)
     digests = {
         sort: {number for number in range(count) if named(sort, number).encode() in data}

@@ -56,7 +56,8 @@ def _table(
 ) -> sa.Table:
     """Return a table with columns of these Python types: its key first, then the others, then `crc`.
 
-    The key of a heap is no primary key: its rows lie in the order of their coming.
+    The key of a heap is no primary key: its rows lie in the order of their coming, those of a block by
+    all columns of the key but the last.
     """
     ordered = {each: kinds[each] for each in key} | dict(kinds) | {"crc": int}
     columns: list[sa.Column[Any]] = [
@@ -70,7 +71,8 @@ def _table(
         )
         for each, kind in ordered.items()
     ]
-    return sa.Table(name, schema, *columns, *constraints, info={"key": key}, **options)
+    info = {"key": key, "order": key[:-1] if heap else key}
+    return sa.Table(name, schema, *columns, *constraints, info=info, **options)
 
 
 # Shard and slice are NO_POSITION for the count of a whole table.
@@ -437,9 +439,9 @@ def _key(table: sa.Table) -> list[sa.Column[Any]]:
     return [table.c[name] for name in table.info["key"]]
 
 
-def _key_of(table: sa.Table) -> Callable[[tuple[Any, ...]], Any]:
+def _order_of(table: sa.Table) -> Callable[[tuple[Any, ...]], Any]:
     columns = table.columns.keys()
-    return itemgetter(*(columns.index(name) for name in table.info["key"]))
+    return itemgetter(*(columns.index(name) for name in table.info["order"]))
 
 
 def _position_of(table: sa.Table) -> Callable[[tuple[Any, ...]], CountKey]:
@@ -467,8 +469,8 @@ class Writing:
         """Add new rows, given as the values of all columns but the checksum."""
         if rows:
             self._count(table, rows, 1)
-            # in the order of the key, so that neighbours are written to one page
-            sealed = [_sealed(table, each) for each in sorted(rows, key=_key_of(table))]
+            # in order, so that neighbours are written to one page
+            sealed = [_sealed(table, each) for each in sorted(rows, key=_order_of(table))]
             query = f"INSERT INTO {table.name} VALUES ({', '.join('?' * len(table.columns))})"  # noqa: S608
             with self._indexing_later(table, len(rows)):
                 _driven(self.connection, query, sealed)

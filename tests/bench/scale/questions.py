@@ -2,8 +2,9 @@
 
 python -m tests.bench.scale.questions --out tests/bench/scale/questions.json
 
-Ledgers of growing size are also compared: the records that are loaded a second, the median commit of a
-training's stage, and the medians of questions that should take as long in each of them.
+Ledgers of growing size are also compared: the records that are loaded a second, in one commit, as a
+first training does, and in several; the median commit of a training's stage; and the medians of
+questions that should take as long in each of them.
 
 absence    that an id, a subject or a text is not held: by the rows of its bucket, and by a look at
            every row, as a ledger is looked through that an earlier version wrote to last
@@ -76,13 +77,19 @@ def row(keyed: Keyed, number: int) -> RecordRow:
     return RecordRow(name, who, what, text, "text", *place, int(name[:16], 16) >> 1, 1)
 
 
-def filled(ledger: SqlLedger, num_records: int, num_requests: int) -> float:
-    """Write a ledger; return the CPU seconds of the commits that added its records."""
+def load(ledger: SqlLedger, num_records: int, per_commit: int) -> float:
+    """Add records to a ledger; return how many are added in a CPU second of its commits."""
     keyed, loading_s = Keyed(SECRET), 0.0
-    for start in range(0, num_records, PER_COMMIT):
-        several = range(start, min(num_records, start + PER_COMMIT))
+    for start in range(0, num_records, per_commit):
+        several = range(start, min(num_records, start + per_commit))
         added = [row(keyed, number) for number in several]
         loading_s += took(partial(ledger.commit, Change(added=added)))
+    return num_records / loading_s
+
+
+def filled(ledger: SqlLedger, num_records: int, num_requests: int) -> float:
+    """Write a ledger; return how many records are added in a CPU second, in one commit."""
+    rate = load(ledger, num_records, num_records)
     places = [(shard, slice_) for shard in range(NUM_SHARDS) for slice_ in range(NUM_SLICES)]
     indexes = [IndexFile(shard, "root", 0, "sha", 1) for shard in range(NUM_SHARDS)]
     made = [
@@ -101,7 +108,7 @@ def filled(ledger: SqlLedger, num_records: int, num_requests: int) -> float:
         )
     )
     fill_past(ledger, num_requests)
-    return loading_s
+    return rate
 
 
 def slice_file(ledger: SqlLedger, shard: int, slice_: int) -> SliceFile:
@@ -290,9 +297,12 @@ def main() -> None:
     for records in sorted(given.sizes):
         with tempfile.TemporaryDirectory() as name:
             path = Path(name) / "ledger.db"
+            parts = Path(name) / "parts.db"
+            with contextlib.closing(SqlLedger(parts, create=True)) as ledger:
+                rates = {"records_per_s_in_parts": load(ledger, records, PER_COMMIT)}
             with contextlib.closing(SqlLedger(path, create=True)) as ledger:
-                rate = records / filled(ledger, records, given.requests)
-                growth[str(records)] = {"records_per_s": rate, **grown(ledger, Path(name))}
+                rates["records_per_s"] = filled(ledger, records, given.requests)
+                growth[str(records)] = {**rates, **grown(ledger, Path(name))}
                 print(records, growth[str(records)], flush=True)
                 if records == max(given.sizes):
                     context = fake_model(NUM_SHARDS, fake_recipe(NUM_SLICES)).context
