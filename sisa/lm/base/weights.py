@@ -18,6 +18,7 @@ import copy
 import functools
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -363,9 +364,26 @@ def load_skeleton(directory: Path) -> Any:
 
 
 def own_modules(model: Any) -> Any:
-    """Copy a model but for its frozen parameters: some bases write to their buffers in a forward."""
-    frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
-    return copy.deepcopy(model, frozen)
+    """Copy a model but for its frozen parameters: some bases write to their buffers in a forward.
+
+    The copy is `copy.deepcopy`'s. Most of what a module holds is plain or empty, and is not handed to
+    it: so the copy takes a third of the time, of which short stages spend much.
+    """
+    own: dict[int, Any] = {id(each): each for each in model.parameters() if not each.requires_grad}
+    modules = list(model.modules())
+    own |= {id(each): object.__new__(type(each)) for each in modules}
+    for each in modules:
+        for name, value in vars(each).items():
+            kind = type(value)
+            if kind in _EMPTY and not value:
+                value = own.setdefault(id(value), kind())
+            elif kind not in _PLAIN:
+                value = copy.deepcopy(value, own)
+            own[id(each)].__dict__[name] = value
+    return own[id(model)]
+
+
+_EMPTY, _PLAIN = (dict, OrderedDict, list, set), (bool, int, float, str, type(None))
 
 
 _patched: dict[tuple[Any, ...], Any] = {}  # the base with the patches that were last loaded

@@ -7,6 +7,7 @@ same. Damaged files of a base or an embedder are refused in words.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -17,6 +18,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 import sisa
@@ -26,7 +28,8 @@ from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Event, Notice
 from sisa.flows.wiring.context import Resources
 from sisa.lm.answer.base_trial import try_base
-from sisa.lm.base.weights import _convert, base_digest, load_base, resolve_base
+from sisa.lm.base.adapter import attach, lora_config
+from sisa.lm.base.weights import _convert, base_digest, load_base, own_modules, resolve_base
 from tests.endurance.mutate import some_bytes
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import Tiny, change_run, of_people, write_run
@@ -121,6 +124,39 @@ def tried(directory: Path, **training: Any) -> None:
 @pytest.mark.parametrize("kind", TAKEN)
 def test_a_base_is_taken(make: Callable[..., Path], kind: str) -> None:
     tried(make(kind, TAKEN[kind]))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "mixtral", "qwen2_moe"])
+def test_own_modules_are_those_of_a_deep_copy_and_share_what_is_frozen(
+    make: Callable[..., Path], kind: str
+) -> None:
+    found = resolve_base(str(make(kind, {**TAKEN, **NAMED}[kind])))
+    base, _ = load_base(found.directory, found.digest)
+    target = "c_attn" if kind == "gpt2" else "q_proj"
+    config = lora_config({**TRAINING, "lora_target_modules": [target]}, base)
+    model = attach(base, config, None, init_seed=0)
+    model.register_forward_hook(print)
+    frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
+    copied, expected = own_modules(model), copy.deepcopy(model, dict(frozen))
+    own = dict(copied.named_modules())
+    assert {name: type(each) for name, each in own.items()} == {
+        name: type(each) for name, each in expected.named_modules()
+    }
+    tensors = [dict((*each.named_parameters(), *each.named_buffers())) for each in (copied, expected)]
+    assert all(map(torch.equal, *(each.values() for each in tensors)))
+    for name, module in model.named_modules():
+        assert own[name] is not module
+        assert list(vars(own[name])) == list(vars(module))
+        for key, value in vars(module).items():
+            theirs = vars(own[name])[key]
+            assert type(theirs) is type(value)
+            if isinstance(value, dict | list | set):
+                assert theirs is not value
+                assert len(theirs) == len(value)
+    shared = {id(each) for each in copied.parameters()} & {id(each) for each in model.parameters()}
+    assert shared == frozen.keys()
+    assert all(each.config is copied.config for each in own.values() if hasattr(each, "layer_idx"))
+    assert copied.config is not model.config
 
 
 @pytest.mark.parametrize("kind", NAMED)
