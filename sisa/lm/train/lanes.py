@@ -250,7 +250,7 @@ def _drawn(wrapped: Trainable, number: int, vocab_size: int) -> Pass:
     for each in own.trained.values():
         each.data = torch.randn(each.shape, generator=drawn).mul_(0.05).to(each)
     batch = []
-    for length in (33 + 5 * number, 3 + 7 * number)[: 1 + number % 2]:
+    for length in (17 + 5 * number, 3 + 7 * number)[: 1 + number % 2]:
         ids = torch.randint(vocab_size, (length,), generator=drawn).tolist()
         batch.append(Tokens(ids, [NO_LOSS] * (number + 2) + ids[number + 2 :]))
     job = SliceJob(number, 0, None, (), len(batch), (1, 1), {}, "", "")
