@@ -14,12 +14,14 @@ from sisa.lm.base.quick_import import import_quickly
 
 ASK_ONCE = ("find", "generate")  # commands that train nothing
 TRAIN = ("add", "forget", "rectify", "run", "train")
-FEW_COLLECTIONS = (50_000, 20, 100)  # imports make a million objects and no garbage; nor does training
+# Imports make a million objects and no garbage; nor does training make any.
+FEW, NONE = (50_000, 20, 100), (2_000_000, 20, 100)
 
 
 def main() -> Any:
     """Run the command of this process's arguments. Exit with 6 when another package hides a part."""
-    gc.set_threshold(*FEW_COLLECTIONS)
+    asked = sys.argv[1] if len(sys.argv) > 1 else ""
+    gc.set_threshold(*(NONE if asked in ASK_ONCE else FEW))
     try:
         command = load(COMMAND)
     except EnvironmentFault as fault:
@@ -27,8 +29,8 @@ def main() -> Any:
             print(json.dumps({"error": fault.to_json()}, indent=2))
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(fault.exit_code)
-    if sys.argv[1:2] and sys.argv[1] in (*ASK_ONCE, *TRAIN):
-        import_quickly(trains=sys.argv[1] in TRAIN)
+    if asked in (*ASK_ONCE, *TRAIN):
+        import_quickly(trains=asked in TRAIN)
     atexit.register(gc.freeze)  # torch's objects are not collected at the end, which takes a second
     return command()
 

@@ -20,7 +20,6 @@ call this.
 from __future__ import annotations
 
 import functools
-import gc
 import importlib
 import importlib.util
 import re
@@ -35,7 +34,6 @@ HIDDEN = ("accelerate", "scipy")
 COMPILER, EXPORT, META = "torch._dynamo", "torch.export", "torch._meta_registrations"
 TRANSFORM = f"{COMPILER}._trace_wrapped_higher_order_op"  # transformers imports a class from it
 STANDING = (META, EXPORT, COMPILER, TRANSFORM)  # in the order in which they can be loaded
-MANY_OBJECTS = 2_000_000  # more than imports make, so that no garbage is collected during them
 
 
 def import_quickly(*, trains: bool = False) -> None:
@@ -43,8 +41,6 @@ def import_quickly(*, trains: bool = False) -> None:
 
     With `trains`, keep what training uses besides.
     """
-    if not trains:
-        gc.set_threshold(MANY_OBJECTS)
     sys.meta_path.insert(0, _Finder(trains=trains))
 
 
