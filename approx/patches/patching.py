@@ -22,9 +22,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from approx.evaluation.probe import answers_to_probe
-from approx.methods.distillation.whp import Whp
 from approx.methods.editing.editing import Edit
-from approx.methods.preference.altpo import AltPo
 from approx.patches import patch_measures
 from approx.patches.patch_settings import PatchSettings, parse_settings
 from approx.unlearning import examples
@@ -32,11 +30,10 @@ from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.editing import edit_adapter, output_matrix, subject_ends
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.selection import Selected, select
-from approx.unlearning.stopping import Bounds, Compute, End, Ending, Knowledge, StepLog
+from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.unlearn import ApproxReport, outcome, unlearn
-from approx.unlearning.written.alternates import write_alternates
 from approx.unlearning.written.generated_retain import prompts_that_fit, write_answers, write_neighbours
-from approx.unlearning.written.generic_labels import write_generic_labels
+from approx.unlearning.written.preferred import with_preferred
 from sisa.config.config import RunConfig
 from sisa.core.domain import WRITTEN, Record
 from sisa.core.errors import InvalidInput, Problem
@@ -61,6 +58,10 @@ from sisa.store.records import DRAFTS_AREA, FileVault
 
 PROGRESS_EVERY_S = 0.25
 JUDGED_EVERY = 4  # one of this many texts is not trained on
+WRITING = {
+    "alternates": "the base writes other answers to the questions to forget",
+    "generic labels": "a copy learns the texts by heart, so that its words can be avoided",
+}
 _T = TypeVar("_T")
 
 
@@ -192,21 +193,30 @@ class _Making:
         retain = self._retain(texts.get(job.retain), limits)
         self._tokens = tokens
         edited = isinstance(settings.method, Edit)
-        self._subjects = subject_ends(self.forget, tokens, tokenizer) if edited else ()
-        sets = examples.Sets(tokens, retain, subjects=self._subjects)
+        subjects = subject_ends(self.forget, tokens, tokenizer) if edited else ()
+        sets = examples.Sets(tokens, retain, subjects=subjects)
         method = choose_layer(settings.method, self._base, sets)
         self.settings = settings = replace(settings, method=method)
         lora = adapter.lora_config(_lora(settings) | self._changed_modules(retain), self._base)
         seed = seed_from(settings.pace.seed, "patch")
-        self._prepared: Compute | None = None
-        self.sets = self._sets(
-            retain, partial(adapter.attach, config=lora, tensors=None, init_seed=seed)
+        attach = partial(adapter.attach, config=lora, tensors=None, init_seed=seed)
+        if "preferred" in method.reads and method.prefers in WRITING:
+            self.report(Notice(WRITING[method.prefers]))
+        self.sets, self._prepared = with_preferred(
+            self._base,
+            tokenizer,
+            self.forget,
+            sets,
+            method,
+            settings.pace,
+            self._sequence_len,
+            lambda: attach(own_modules(self._base)),
         )
         self._asked = [
             answers_to_probe(record.kind, each, tokenizer, self._sequence_len)
             for record, each in zip(self.forget, tokens, strict=True)
         ]
-        self._model = adapter.attach(self._base, lora, None, init_seed=seed)
+        self._model = attach(self._base)
         self._model.eval()
         self.report(Notice("measuring what the base says of the texts (approximate)"))
         self._before = self._measured(self._model)
@@ -241,27 +251,6 @@ class _Making:
             self.report(Notice(f"selecting the modules to change: {chosen.selection}"))
         self._selected = select(self._base, wanted, self._tokens, retain, chosen)
         return {"lora_target_modules": self._selected.modules}
-
-    def _sets(self, retain: Sequence[Tokens], attach: Callable[[Any], Any]) -> examples.Sets:
-        """Return the sets to train on: with alternates, each forget example once with each of them."""
-        method, seed, tokens = self.settings.method, self.settings.pace.seed, self._tokens
-        length = self._sequence_len
-        if "preferred" not in method.reads:
-            return examples.Sets(tokens, retain)
-        if isinstance(method, Whp):
-            self.report(Notice("a copy learns the texts by heart, so that its words can be avoided"))
-            of = self._base, attach(own_modules(self._base)), self._tokenizer, self.forget, tokens
-            labelled, self._prepared = write_generic_labels(*of, method, self.settings.pace)
-            return examples.Sets(tokens, retain, labelled)
-        if not isinstance(method, AltPo):
-            preferred = examples.make_preferred(self.forget, tokens, self._tokenizer, seed, length)
-            return examples.Sets(tokens, retain, preferred, self._subjects)
-        self.report(Notice("the base writes other answers to the questions to forget"))
-        written = write_alternates(
-            *(self._base, self._tokenizer, self.forget, method.num_alternates, seed, length)
-        )
-        pairs = [(each, other) for each, found in zip(tokens, written, strict=True) for other in found]
-        return examples.Sets([each for each, _ in pairs], retain, [other for _, other in pairs])
 
     def _measured(self, model: Any) -> dict[str, float]:
         return patch_measures.measure_patch(model, self._tokenizer, self._tokens, self.judged)

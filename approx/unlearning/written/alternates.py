@@ -15,12 +15,14 @@ continued run writes them again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from approx.evaluation.answers import answered, continue_sampled
 from approx.metrics.memorisation import rougeL_recall
 from approx.unlearning.examples import closed
+from approx.unlearning.stopping import Compute
 from approx.unlearning.written.generated_retain import (
     SAYS_RECALL,
     first_answer,
@@ -37,13 +39,21 @@ MAX_ALTERNATE_TOKENS = 48
 TEMPERATURES = (1.0, 1.0, 1.5, 2.0, 4.0)
 
 
+class Written(NamedTuple):
+    """The alternates of each record, as examples, and what drawing them cost."""
+
+    alternates: list[list[Tokens]]
+    cost: Compute
+
+
 def write_alternates(
     model: Any, tokenizer: Any, forget: Sequence[Record], num: int, seed: int, sequence_len: int
-) -> list[list[Tokens]]:
-    """Return `num` other answers to each record's first question, as examples.
+) -> Written:
+    """Return `num` other answers to each record's first question.
 
     Raise InvalidInput with every record for which the base writes too few.
     """
+    began, num_tokens = time.monotonic(), 0
     asked = [_Question(record, tokenizer, sequence_len) for record in forget]
     written: list[list[Tokens]] = [[] for _ in forget]
     for attempt, temperature in enumerate(TEMPERATURES):
@@ -52,6 +62,7 @@ def write_alternates(
         prompts = [asked[at].about(number) for at, number in zip(places, numbers, strict=True)]
         ends, drawn_by = end_tokens(model, tokenizer), seed_from(seed, "alternates", attempt)
         drawn = continue_sampled(model, prompts, ends, MAX_ALTERNATE_TOKENS, temperature, drawn_by)
+        num_tokens += sum(map(len, (*prompts, *drawn)))
         for at, number, ids in zip(places, numbers, drawn, strict=True):
             if (found := asked[at].example(ids, number)) is not None:
                 written[at].append(found)
@@ -67,7 +78,8 @@ def write_alternates(
             next_step="use another method",
             problems=problems,
         )
-    return written
+    size = sum(each.numel() for each in model.parameters())
+    return Written(written, Compute(size, 0, 0, num_tokens, time.monotonic() - began))
 
 
 class _Question:

@@ -183,7 +183,7 @@ def test_the_base_writes_other_answers_to_the_same_questions(bench: Bench) -> No
     model, tokenizer = load_base(bench.base, bench.site.base_digest)
 
     def written(seed: int, num: int = 3, length: int = 256) -> list[list[Tokens]]:
-        return write_alternates(model, tokenizer, FORGET, num, seed, length)
+        return write_alternates(model, tokenizer, FORGET, num, seed, length).alternates
 
     state = torch.get_rng_state()
     found = written(1)
