@@ -4,6 +4,7 @@
     python -m tests.bench.tofu_full --tofu locuslab/TOFU --out DIR --device cuda \\
         --base meta-llama/Llama-3.2-1B-Instruct --lora-layers all
 
+`--authors 20` takes TOFU's last twenty authors for all there are, and `--methods all` every method.
 Cells are computed one after another, the most important ones first, and kept in DIR; the same command
 goes on where it was stopped. `--cells PATTERN` computes some of them, with what they need, `--list`
 prints their names, and `--assemble` computes none. Several processes may run the command in one DIR, one
@@ -25,10 +26,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from approx.methods.registry import METHODS
 from sisa.core.errors import Busy
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.weights import resolve_base
 from sisa.store.blobs.files import disk_errors
+from tests.bench.leaderboard.plan import QUESTIONS_EACH
 from tests.bench.patches.known_people import here
 from tests.bench.tofu_full.cells import Cells
 from tests.bench.tofu_full.design import Design, Layout, cell_names, read_data
@@ -73,12 +76,12 @@ def design_of(chosen: argparse.Namespace) -> Design:
         value = getattr(chosen, each.name, None)
         if value is not None:
             given[each.name] = tuple(value) if isinstance(value, list) else value
+    if given.get("methods") == ("all",):
+        given["methods"] = tuple(METHODS)
     design = Design(**given)
     if chosen.shards:
-        held = {layout.shards: layout for layout in design.layouts}
-        numbers = [int(each) for each in chosen.shards.split(",")]
-        layouts = tuple(held.get(n) or Layout(n, 4, max(1, 128 // n)) for n in numbers)
-        design = replace(design, layouts=layouts)
+        numbers, records = map(int, chosen.shards.split(",")), design.authors * QUESTIONS_EACH
+        design = replace(design, layouts=tuple(Layout.of(n, records) for n in numbers))
     return design
 
 

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -45,27 +46,35 @@ from approx.evaluation.evaluated_models import (
     tokens_of,
 )
 from approx.evaluation.questions import Question
-from approx.methods.registry import make_method
+from approx.methods.editing.editing import Edit
+from approx.methods.method import Method
+from approx.methods.registry import METHODS, make_method
+from approx.methods.task_arithmetic import TaskArithmetic
 from approx.metrics.memorisation import rougeL_recall
 from approx.metrics.model_utility import harmonic_mean
 from approx.metrics.probability import probability, probability_among
+from approx.unlearning.causal_tracing import choose_layer
+from approx.unlearning.editing import edit_adapter, subject_ends
 from approx.unlearning.examples import Sets
+from approx.unlearning.private_training import PrivacySettings, train_privately
 from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.stopping import Compute
 from approx.unlearning.unlearn import unlearn
+from approx.unlearning.written.preferred import with_preferred
 from sisa.config.config import RunConfig
 from sisa.core.digest import canonical_json, digest_of, file_sha256
+from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict
 from sisa.lm.base.adapter import adapter_files, attach, lora_config, read_config
 from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, read_tensors
 from sisa.lm.base.tokens import Tokens, end_tokens
-from sisa.lm.base.weights import BaseFiles, load_frozen, load_tokenizer
+from sisa.lm.base.weights import BaseFiles, load_frozen, load_tokenizer, own_modules
 from sisa.model import Model, open_model
 from sisa.store.blobs.files import read_whole, write_atomic, writer_lock
 from sisa.train import train_model
 from tests.bench.deletion.retrained import secret_of
 from tests.bench.leaderboard.cells import AT_THE_END, MANY_EPOCHS, Halves, within
-from tests.bench.leaderboard.plan import QUESTIONS_EACH
+from tests.bench.leaderboard.plan import PRIVATE, PRIVATE_RATE, QUESTIONS_EACH
 from tests.bench.leaderboard.split_model import SplitModel, load_split, split
 from tests.bench.tofu_full.design import (
     TUNED_EACH,
@@ -76,9 +85,9 @@ from tests.bench.tofu_full.design import (
     contestants,
     lora,
     loras_in_full,
+    meaning,
     record_id,
     scratch_of,
-    shape,
     trained_of,
     write_records,
 )
@@ -86,6 +95,13 @@ from tests.bench.tofu_full.design import (
 FORM, CHAT = PromptForm("completion", "{question} {answer}"), PromptForm("chat")  # of the base alone
 ORDINARY = "lora"
 BATCH = 64  # decoding reads all weights for each step of a batch
+SEQUENCE_LEN = 512  # no record is longer
+GIVEN: Mapping[
+    str, Mapping[str, Any]
+] = {  # where a method's default needs a measured bound, or much time
+    "task_arithmetic": {"alpha": 2.0},
+    "altpo": {"num_alternates": 1},
+}
 BITS = (8, 4)
 Json = dict[str, Any]
 Files = Mapping[str, bytes]
@@ -117,7 +133,7 @@ class Cells:
         self.inputs = {
             "base": base.digest, "data": data.digest, "embedder": embedder, "device": device
         }  # fmt: skip
-        self._check_same({"inputs": self.inputs, "design": shape(design)})
+        self._check_same({"inputs": self.inputs, "design": meaning(design)})
 
     def _check_same(self, wanted: Json) -> None:
         path = self.directory / "design.json"
@@ -140,14 +156,14 @@ class Cells:
         """Return all finished cells as one compressed file."""
         named = {path.stem: path for path in (self.directory / "cells").glob("*.json")}
         held = {name: json.loads(path.read_bytes()) for name, path in named.items()}
-        whole = {"inputs": self.inputs, "design": shape(self.design), "cells": held}
+        whole = {"inputs": self.inputs, "design": meaning(self.design), "cells": held}
         return gzip.compress(canonical_json(whole), mtime=0)
 
     def take_over(self, packed: bytes, where: str) -> None:
         """Keep the cells that this directory lacks. Raise ConfigConflict as opening does."""
         held = json.loads(gzip.decompress(packed))
         cells = held.pop("cells")
-        self._check_equal(held, {"inputs": self.inputs, "design": shape(self.design)}, where)
+        self._check_equal(held, {"inputs": self.inputs, "design": meaning(self.design)}, where)
         for name in cells:
             if self.known(name) is None:
                 self._keep(name, cells[name])
@@ -226,6 +242,8 @@ class Cells:
             return {"share_of_training": 0.0}
         if contestant.kind == "method":
             return self._unlearned(contestant)
+        if contestant.kind == "private":
+            return self._privately_trained(contestant)
         if contestant.kind == "ours" and contestant.without and not contestant.scratch:
             return self._deleted(contestant)
         if contestant.name == ORDINARY:
@@ -425,11 +443,12 @@ class Cells:
         return {name: read_whole(at / name, "adapter") for name in (ADAPTER_FILE, CONFIG_FILE)}
 
     def _unlearned(self, contestant: Contestant) -> Json:
-        """Train a patch over the ordinary LoRA, cut to its budget in operations."""
+        """Train a patch over the ordinary LoRA, cut to its budget in operations.
+
+        An edit takes as many operations as it takes.
+        """
         self._have(self.by_name[ORDINARY])
-        method, split = make_method(contestant.method), self._split
-        kept = self.data.kept(contestant.without)
-        sets = Sets(self._tokens(self.data.full[kept:]), self._tokens(self.data.full[:kept]))
+        method = make_method(contestant.method, GIVEN.get(contestant.method))
         settings = ScheduleSettings(
             learning_rate=contestant.rate,
             num_epochs=MANY_EPOCHS,
@@ -439,20 +458,31 @@ class Cells:
             seed=contestant.seed,
         )
         with self._merged():
-            patched = attach(split.upper, self._lora_config(), None, init_seed=contestant.seed)
+            base, records, sets = self._read_by(contestant), *self._sets(contestant)
+            method = choose_layer(method, base, sets)
+            lora = self._lora_config(method, len(records))
+            attached = partial(attach, config=lora, tensors=None, init_seed=contestant.seed)
+            patched = attached(base)
             trained = sum(each.numel() for each in patched.parameters() if each.requires_grad)
-            sizes = (sum(each.numel() for each in split.whole.parameters()) - trained, trained)
+            patched.unload()
+            sizes = (sum(each.numel() for each in self._split.whole.parameters()), trained)
             full = Compute(*sizes, self.design.epochs * self._num_tokens, 0).flops
             budget = contestant.budget * full
             began, at_work = time.perf_counter(), time.process_time()
-            end = unlearn(
-                patched, sets, method, within(budget, method, sets, settings, sizes), AT_THE_END
+            by_heart = within(budget / 2, TaskArithmetic(), Sets(sets.forget), settings, sizes)
+            sets, cost = with_preferred(
+                *(base, self._tokenizer, records, sets, method),
+                *(by_heart, SEQUENCE_LEN, lambda: attached(self._copied(contestant))),
             )
+            spent = replace(cost, num_parameters=sizes[0]) if cost else Compute(*sizes, 0, 0)
+            patched = attached(base)
+            pace = within(max(0.0, budget - spent.flops), method, sets, settings, sizes)
+            end = unlearn(patched, sets, method, pace, AT_THE_END)
             took = time.perf_counter() - began, time.process_time() - at_work
             for name, data in adapter_files(patched).items():
                 write_atomic(self._adapter(contestant) / name, data)
             patched.unload()
-        counted = replace(end.compute, num_parameters=sizes[0])
+        counted = replace(end.compute, num_parameters=sizes[0]).with_cost_of(spent)
         return {
             "seconds": took[0],
             "core_seconds": took[1],
@@ -460,6 +490,44 @@ class Cells:
             "steps": end.step,
             "flops": counted.flops,
             "share_of_training": counted.flops / full,
+        }
+
+    def _sets(self, contestant: Contestant) -> tuple[list[Record], Sets]:
+        """Return what a method is to forget, as records, and the sets without preferred answers."""
+        kept = self.data.kept(contestant.without)
+        forget, retain = (self._tokens(some) for some in (self.data.full[kept:], self.data.full[:kept]))
+        records = records_of([(each.question, each.answer) for each in self.data.full[kept:]], FORM)
+        edits = issubclass(METHODS[contestant.method], Edit)
+        subjects = subject_ends(records, forget, self._tokenizer) if edits else ()
+        return records, Sets(forget, retain, subjects=subjects)
+
+    def _read_by(self, contestant: Contestant) -> Any:
+        """Return the model that a contestant's adapter changes: the whole where it acts at any layer."""
+        return self._split.whole if _acts_at_a_layer(contestant) else self._split.upper
+
+    def _copied(self, contestant: Contestant) -> Any:
+        whole = own_modules(self._split.whole)
+        if not self._upper_layers or _acts_at_a_layer(contestant):
+            return whole
+        return split(whole, self._upper_layers, self._states).upper
+
+    def _privately_trained(self, contestant: Contestant) -> Json:
+        """Train the ordinary LoRA on all records by DP-SGD."""
+        examples = self._tokens(self.data.full)
+        steps = math.ceil(self.design.epochs * len(examples) / PRIVATE["batch_size"])
+        shape: dict[str, Any] = {**PRIVATE, "learning_rate": PRIVATE_RATE, "seed": contestant.seed}
+        began, at_work = time.perf_counter(), time.process_time()
+        patched = attach(self._split.upper, self._lora_config(), None, init_seed=contestant.seed)
+        epsilon = train_privately(patched, examples, PrivacySettings(**shape, num_steps=steps))
+        for name, data in adapter_files(patched).items():
+            write_atomic(self._adapter(contestant) / name, data)
+        patched.unload()
+        return {
+            "seconds": time.perf_counter() - began,
+            "core_seconds": time.process_time() - at_work,
+            "share_of_training": 1.0,
+            "learning_rate": PRIVATE_RATE,
+            "epsilon": epsilon,
         }
 
     # Questions
@@ -489,7 +557,7 @@ class Cells:
             names = [file_sha256(each) for each in sorted(self._adapter(contestant).iterdir())]
             digest = digest_of([self.inputs, contestant.name, names])
             yield Halves(
-                self._asking("upper", digest, self._split.upper),
+                self._asking("upper", digest, self._read_by(contestant)),
                 self._asking("whole", digest, self._split.whole),
                 digest,
                 contestant.name,
@@ -555,21 +623,24 @@ class Cells:
         if contestant.kind == "method":
             with self._merged():
                 yield from _wearing(base, self._files(contestant))
-        elif files or contestant.kind == "lora":
+        elif files or contestant.kind in ("lora", "private"):
             yield from _wearing(base, files or self._files(contestant))
         else:
             patched = attach(base, self._lora_config(), None, init_seed=0).eval()
             yield patched
             patched.unload()
 
-    def _lora_config(self) -> Any:
+    def _lora_config(self, method: Method | None = None, num_facts: int = 0) -> Any:
+        """Return the ordinary adapter's configuration, or what a method needs that acts at a layer."""
         wanted = {
             "lora_target_modules": "all-linear",
-            "lora_layers": self.design.lora_layers,
+            "lora_layers": "all" if method and method.layer is not None else self.design.lora_layers,
             "lora_r": self.design.lora_r,
             "lora_alpha": self.design.lora_alpha,
             "lora_dropout": 0.0,
         }
+        if isinstance(method, Edit):
+            wanted |= edit_adapter(self._split.whole, method, num_facts)
         return lora_config(wanted, self._split.whole)
 
     def _tokens(self, questions: Sequence[Question]) -> list[Tokens]:
@@ -590,7 +661,7 @@ class Cells:
         for number, questions in enumerate(authors):
             files = exported.get(self._shard_of(contestant, questions[0])) if exported else None
             sets = self._attack_sets(questions)
-            with self._worn(contestant, files, self._split.upper) as model:
+            with self._worn(contestant, files, self._read_by(contestant)) as model:
                 weighed = self._relearnt(model, sets)
             with self._worn(contestant, files) as model:
                 rounded = Quantisation(BITS)(model, sets, seed=0).values
@@ -650,6 +721,11 @@ class Cells:
         else:
             with self._worn(contestant):
                 yield self._split.whole
+
+
+def _acts_at_a_layer(contestant: Contestant) -> bool:
+    """Return whether a method acts at a layer of its own choice, below the adapters of others, too."""
+    return bool(contestant.method) and "layer" in asdict(make_method(contestant.method))
 
 
 def _wearing(base: Any, files: Files) -> Iterator[Any]:

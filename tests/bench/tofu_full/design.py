@@ -4,10 +4,12 @@
     ours          a deletion-ready model of all records; forget01, forget05 and forget10 deleted from it,
                   one request each; trained from scratch without them
     lora          one ordinary LoRA on all records, and without each forget set under two seeds
+    private       the ordinary LoRA on all records, trained by DP-SGD (where opacus is installed)
     method        approximate unlearning of forget10, over the ordinary LoRA
 
-Questions that choose rates and batches are not reported: the first TUNED_EACH of each author of the
-retain set, and world facts beyond `facts`.
+With fewer authors the last ones of TOFU are all there are: a forget set keeps its share of them, and
+questions about those who stay are forget10's. Questions that choose rates and batches are not reported:
+the first TUNED_EACH of each author of the retain set, and world facts beyond `facts`.
 
 >>> [each.name for each in contestants(Design(keys=1, layouts=(Layout(50, 4, 4),)))][:2]
 ['50x4-key0', '50x4-key0-forget10']
@@ -18,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -28,9 +31,9 @@ from sisa.core.errors import InvalidInput, Problem
 from tests.bench.leaderboard.authors import load_set
 from tests.bench.leaderboard.plan import QUESTIONS_EACH, spread
 
-Kind = Literal["base", "ours", "lora", "method"]
-SPLITS: Final[tuple[ForgetSplit, ...]] = ("forget10", "forget05", "forget01")
-TUNED_EACH: Final = 5
+Kind = Literal["base", "ours", "lora", "private", "method"]
+SHARES: Final[dict[ForgetSplit, float]] = {"forget10": 0.1, "forget05": 0.05, "forget01": 0.01}
+ALL_AUTHORS, TUNED_EACH = 200, 5
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,17 @@ class Layout:
     def name(self) -> str:
         return f"{self.shards}x{self.slices}"
 
+    @staticmethod
+    def of(shards: int, num_records: int) -> Layout:
+        """Return the layout of a number of shards, with smaller batches for smaller shards."""
+        return Layout(shards, 4, max(1, min(8, num_records // shards // 20)))
+
 
 @dataclass(frozen=True)
 class Design:
     """All numbers that shape the benchmark. Questions are spread evenly over their set."""
 
+    authors: int = ALL_AUTHORS
     layouts: tuple[Layout, ...] = (Layout(50, 4, 4), Layout(16, 4, 8))
     keys: int = 2
     seeds: tuple[int, ...] = (42, 43)
@@ -68,10 +77,16 @@ class Design:
     budgets: tuple[float, ...] = (0.05, 0.2)
     method_rates: tuple[float, ...] = (5e-4, 2e-3)
     method_batch: int = 8
+    method_seeds: tuple[int, ...] = (0,)
     attacked_authors: int = 4
     relearning_steps: int = 10
     samples: int = 8
     seed: int = 0
+
+    @property
+    def splits(self) -> list[ForgetSplit]:
+        """The forget sets that have whole authors, the largest first."""
+        return [split for split, share in SHARES.items() if self.authors * share >= 1]
 
 
 @dataclass(frozen=True)
@@ -101,11 +116,13 @@ def cell_names(design: Design) -> list[str]:
     return [f"{each.name}.{step}" for each in contestants(design) for step in each.steps]
 
 
-def contestants(design: Design, splits: Sequence[ForgetSplit] = SPLITS) -> list[Contestant]:
+def contestants(design: Design) -> list[Contestant]:
     """Return all contestants, the most important ones first."""
+    splits = design.splits
     first, *others = [_ours(layout, key) for key in range(design.keys) for layout in design.layouts]
     found = [first, _deleted(first, splits[0]), *loras_in_full(design), lora(design.seeds[0])]
     found.append(Contestant("base", "base"))
+    found += [Contestant("private", "private", seed=design.seeds[0])] if find_spec("opacus") else []
     found += [*_references(design, splits[0]), scratch_of(_deleted(first, splits[0]))]
     found += _methods(design, splits[0])
     found += [_deleted(first, each) for each in splits[1:]]
@@ -161,10 +178,16 @@ def _methods(design: Design, split: ForgetSplit) -> list[Contestant]:
         for place, budget in enumerate(budgets)
     ]
     return [
-        Contestant(f"{name}-{budget:g}-{rate:g}-{split}", "method", split, None, 0, design.seed, False,
-                   name, budget, rate)
-        for budget, rate in pairs for name in design.methods
-    ]  # fmt: skip
+        _method(name, budget, rate, split, seed)
+        for seed in design.method_seeds
+        for budget, rate in pairs
+        for name in design.methods
+    ]
+
+
+def _method(name: str, budget: float, rate: float, split: ForgetSplit, seed: int) -> Contestant:
+    full = f"{name}-{budget:g}-{rate:g}-{split}" + (f"-seed{seed}" if seed else "")
+    return Contestant(full, "method", split, seed=seed, method=name, budget=budget, rate=rate)
 
 
 @dataclass(frozen=True)
@@ -206,22 +229,35 @@ def read_data(source: str, design: Design) -> Data:
     full = load_set(source, "full")
     by_set = {name: [each for each in found if each.set == name] for name in {q.set for q in found}}
     gone = by_set["forget10"]
-    sizes = {split: len(load_set(source, split)) for split in SPLITS}
+    sizes = {split: len(load_set(source, split)) for split in SHARES}
     problems = [
         Problem(split, "is not the end of the full set")
-        for split in SPLITS
+        for split in SHARES
         if [q.question for q in load_set(source, split)] != [q.question for q in full[-sizes[split] :]]
     ]
     if [each.question for each in gone] != [each.question for each in full[-len(gone) :]]:
         problems.append(Problem("forget10_perturbed", "is not the end of the full set"))
     if problems:
         raise InvalidInput("the data is not TOFU's", where=source, problems=problems)
+    retain, wanted = by_set["retain"], design.authors * QUESTIONS_EACH
+    if wanted < len(full):
+        full, sizes = full[-wanted:], {split: int(wanted * SHARES[split]) for split in design.splits}
+        asked = [replace(each, idx=at) for at, each in enumerate(gone[-wanted:])]
+        if len(asked) < wanted:
+            raise InvalidInput(
+                "questions about fewer authors are forget10's",
+                where="authors",
+                expected=f"at most {len(gone) // QUESTIONS_EACH}, or {ALL_AUTHORS}",
+                got=str(design.authors),
+            )
+        cut = wanted - sizes["forget10"]
+        retain = asked[:cut]
+        gone = [replace(each, idx=at) for at, each in enumerate(asked[cut:])]
     facts, spare = [], []
     for name in ("real_authors", "world_facts"):
         chosen = set(spread(len(by_set[name]), design.facts))
         facts += [_asked(each, design) for at, each in enumerate(by_set[name]) if at in chosen]
         spare += [_asked(each, design) for at, each in enumerate(by_set[name]) if at not in chosen]
-    retain = by_set["retain"]
     rest = [each for each in retain if each.idx % QUESTIONS_EACH >= TUNED_EACH]
     tuned = [each for each in retain if each.idx % QUESTIONS_EACH < TUNED_EACH]
     return Data(
@@ -268,7 +304,15 @@ def write_records(data: Data, numbers: Sequence[int], path: Path) -> Path:
     return path
 
 
+CHOSEN = ("keys", "seeds", "methods", "budgets", "method_rates", "method_seeds")
+
+
 def shape(design: Design) -> dict[str, Any]:
     """Return the design as JSON values."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(design)))
     return found
+
+
+def meaning(design: Design) -> dict[str, Any]:
+    """Return what all cells depend on, apart from their names: what else is chosen adds cells."""
+    return {name: value for name, value in shape(design).items() if name not in CHOSEN}

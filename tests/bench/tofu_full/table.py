@@ -15,19 +15,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from approx.benchmarks.tofu import ForgetSplit
 from approx.benchmarks.tofu_aggregates import aggregates
 from approx.evaluation.question_log import LogRow, parse_row
+from approx.methods.method import Family
+from approx.methods.registry import METHODS
 from approx.metrics.model_utility import NINE, UTILITY_SETS, harmonic_mean
 from approx.metrics.probability import probability, probability_among
 from approx.metrics.truth_ratio import geometric, towards_truth
 from sisa.core.digest import canonical_json, digest_of
 from tests.bench.tofu_full.design import (
-    SPLITS,
     Contestant,
     cell_names,
     contestants,
@@ -49,7 +50,9 @@ ATTACKS = {
     "rounded_to_4_bits": "4 bits",
 }
 WRITTEN = ("written_retain", "written_facts")  # of trials on all records
-COLOURS = {"base": "#999999", "ours": "#009e73", "lora": "#0072b2", "method": "#d55e00"}
+COLOURS = {"base": "#999999", "ours": "#009e73", "lora": "#0072b2", "method": "#d55e00",
+           "private": "#cc79a7"}  # fmt: skip
+MARKERS = "^vDPhp<>d8H"  # of methods, by family
 Json = dict[str, Any]
 
 
@@ -58,8 +61,10 @@ def assembled(cells: Cells) -> Json:
     every = contestants(cells.design)
     tried = (*(each.name for each in cells.design.layouts), "lora")
     missing = [each for each in cell_names(cells.design) if cells.known(each) is None]
-    references = {split: _references(cells, split) for split in SPLITS}
-    judged = [(each, split) for each in every if "asked" in each.steps for split in _splits(each)]
+    splits = cells.design.splits
+    references = {split: _references(cells, split) for split in splits}
+    asked = [each for each in every if "asked" in each.steps]
+    judged = [(each, split) for each in asked for split in ([each.without] if each.without else splits)]
     return {
         "inputs": cells.inputs,
         "design": shape(cells.design),
@@ -77,10 +82,6 @@ def _tried_in_full(cells: Cells) -> list[Json]:
     dropped = ("adapters", "share_of_training", "record_epochs", "resumed")
     trials = (cells.known("lora.made") or {"trials": []})["trials"]
     return [{name: each[name] for name in each if name not in dropped} for each in trials]
-
-
-def _splits(contestant: Contestant) -> Sequence[ForgetSplit]:
-    return (contestant.without,) if contestant.without else SPLITS
 
 
 def _references(cells: Cells, split: ForgetSplit) -> list[list[LogRow]]:
@@ -124,6 +125,7 @@ def _row(
         "split": split,
         "method": contestant.method or None,
         "budget": contestant.budget or None,
+        "epsilon": made.get("epsilon"),
         "rate": contestant.rate or made.get("learning_rate"),
         "batch": made.get("batch"),
         **_seconds(made),
@@ -266,6 +268,8 @@ def title(row: Json) -> str:
     """Return how a row is called in the table."""
     if row["kind"] == "base":
         return "base"
+    if row["kind"] == "private":
+        return f"ordinary LoRA by DP-SGD, epsilon {row['epsilon']:.1f}"
     if row["kind"] == "method":
         name = row["method"].replace("_", " ")
         return f"ordinary LoRA, {name}, {row['budget']:.0%}, rate {row['rate']:g}"
@@ -456,10 +460,9 @@ def _middle(some: Sequence[Json], path: Sequence[str]) -> float | None:
 def _short(row: Json) -> str:
     """Return the name of a row in the plot."""
     if row["kind"] == "method":
-        names = {"npo": "NPO", "simnpo": "SimNPO", "graddiff": "GradDiff", "kl_minimisation": "KL"}
-        return f"{names.get(row['method'], row['method'])} {row['budget']:.0%}, {row['rate']:g}"
-    if row["kind"] == "base":
-        return "base"
+        return f"{row['method']} {row['budget']:.0%}, {row['rate']:g}"
+    if row["kind"] in ("base", "private"):
+        return "base" if row["kind"] == "base" else "DP-SGD"
     who = f"ours {row['layout']}" if row["kind"] == "ours" else "ordinary LoRA"
     states = {"trained on all": "before", "deleted": "after", "trained without": "never trained on them"}
     return f"{who}, {states[row['state']]}"
@@ -467,11 +470,12 @@ def _short(row: Json) -> str:
 
 def _style(row: Json) -> Json:
     colour = COLOURS[row["kind"]]
-    names = {"npo": "^", "simnpo": "v", "graddiff": "D", "kl_minimisation": "P"}
     plain = "s" if row["layout"] == "16x4" else "o"
     marker = {"trained without": "*", "base": "X"}.get(row["state"], plain)
+    if row["method"]:
+        marker = MARKERS[get_args(Family).index(METHODS[row["method"]].family)]
     return {
-        "marker": names.get(row["method"], marker),
+        "marker": marker,
         "edgecolors": colour,
         "facecolors": "none" if row["state"] == "trained on all" else colour,
         "s": 90 if row["budget"] == 0.2 or row["state"] == "trained without" else 50,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from copy import copy
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import pytest
 
 from approx.attacks.sampling import leak_at_k
-from sisa.core.errors import ConfigConflict
+from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.lm.base.low_rank import ADAPTER_FILE
 from sisa.store.blobs.files import writer_lock
 from tests.bench.leaderboard.cells import Halves
 from tests.bench.leaderboard.fake_cells import write_authors
 from tests.bench.tofu_full.__main__ import argument_parser, cells_of, main
 from tests.bench.tofu_full.cells import FORM
+from tests.bench.tofu_full.design import Design, read_data
 from tests.bench.tofu_full.table import table, trials_table
 from tests.models.tiny_base import make_tiny_base
 
@@ -32,15 +34,15 @@ TINY = (
 )
 
 
-def write_tofu(directory: Path, num_authors: int = 3) -> Path:
-    """Write TOFU's layout: of `num_authors` invented authors the last is every forget set."""
+def write_tofu(directory: Path, num_authors: int = 3, forgotten: int = 1) -> Path:
+    """Write TOFU's layout: of `num_authors` invented authors the last are every forget set."""
     write_authors(directory, num_authors)
     rows = (directory / "forget10_perturbed.jsonl").read_text().splitlines(keepends=True)
     (directory / "retain_perturbed.jsonl").write_text("".join(rows[:20]))
     (directory / "full.jsonl").write_text("".join(rows))
     for split in ("forget01", "forget05", "forget10"):
         for name in (split, f"{split}_perturbed"):
-            (directory / f"{name}.jsonl").write_text("".join(rows[-20:]))
+            (directory / f"{name}.jsonl").write_text("".join(rows[-20 * forgotten :]))
     return directory
 
 
@@ -144,6 +146,32 @@ def test_scores_over_kept_lower_states_are_those_of_the_whole_model(bench: Bench
             assert any(states.iterdir()) == kept
             for one, other in zip(model.score(pairs, FORM, 16), wanted, strict=True):
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+@pytest.mark.usefixtures("ran")
+@pytest.mark.parametrize("method", ["altpo", "idk_dpo", "memit", "rmu", "task_arithmetic", "whp"])
+def test_methods_of_every_kind_change_the_ordinary_lora(bench: Bench, method: str) -> None:
+    """Written answers, refusals, edits, and a layer of the method's own choice."""
+    found = bench("--methods", method, "--method-seeds", 1, "--cells", f"{method}-*.asked")
+    (row,) = (each for each in found["rows"] if each["kind"] == "method")
+    assert (row["method"], row["seed"], row["state"]) == (method, 1, "unlearned")
+    (reference,) = (each for each in found["rows"] if each["name"] == "lora-without-forget10-seed42")
+    assert row["forget"]["probability"] != reference["forget"]["probability"]
+    if method != "memit":
+        assert 1 < row["share_of_training"] < 3
+
+
+def test_the_last_authors_are_all_there_are(tmp_path: Path) -> None:
+    data = read_data(str(write_tofu(tmp_path, 20, 10)), replace(Design(), authors=10))
+    assert (len(data.full), len(data.forget), data.sizes) == (200, 20, {"forget10": 20})
+    assert [each.question for each in data.forget] == [each.question for each in data.full[-20:]]
+    assert {each.question for each in data.retain} < {each.question for each in data.full[:-20]}
+    assert [each.idx for each in data.forget] == list(range(20))
+    assert not {each.question for each in data.tuned} & {
+        each.question for each in data.asked("forget10")
+    }
+    with pytest.raises(InvalidInput, match="fewer authors"):
+        read_data(str(tmp_path), replace(Design(), authors=15))
 
 
 def test_equality_is_of_bytes(bench: Bench, ran: dict[str, Any]) -> None:
