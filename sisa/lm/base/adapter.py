@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -190,6 +190,7 @@ def draw(model: Any, init_seed: int) -> None:
             module.lora_B[DEFAULT_NAME].weight.zero_()
 
 
+@torch.no_grad()
 def put_tensors(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy tensors into the adapter. Raise IntegrityError unless they have its names and shapes."""
     own = adapter_tensors(model)
@@ -202,11 +203,12 @@ def put_tensors(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
             got=f"{len(tensors)} tensors",
             next_step="run `sisa verify` on the model",
         )
-    set_peft_model_state_dict(model, dict(tensors))
+    for name, each in own.items():
+        each.copy_(tensors[name])
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Return the adapter's own tensors under the names that peft reads."""
+    """Return the adapter's own tensors, which share its memory, under the names that peft reads."""
     found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     return found
 
