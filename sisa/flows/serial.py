@@ -79,7 +79,7 @@ def order_chains(chains: Sequence[Chain]) -> list[Chain]:
 
 
 Setting = int | Literal["auto"]
-AUTO_LANES, SMALL_BATCH, MANY_BATCHES = 8, 4, 400
+AUTO_LANES, SMALL_BATCH, MANY_BATCHES = 4, 2, 400
 
 
 def num_lanes(setting: Setting, chains: Sequence[Chain]) -> int:

@@ -219,17 +219,17 @@ def test_a_trainer_that_refuses_trains_one_after_another(site: Site) -> None:
 
 def test_auto_is_several_lanes_for_many_small_micro_batches(site: Site) -> None:
     def chains(size: int, count: int, **training: Any) -> list[Chain]:
-        found = [site.chain(shard, 100) for shard in range(count)]
+        found = [site.chain(shard, 150) for shard in range(count)]
         training["micro_batch_size"] = size
         return [
             replace(chain, jobs=tuple(replace(job, training=training) for job in chain.jobs))
             for chain in found
         ]
 
-    assert num_lanes("auto", chains(1, 50)) == 8
-    assert num_lanes("auto", chains(2, 20)) == 8
-    assert num_lanes("auto", chains(1, 5)) == 5
-    for one in (chains(1, 1), chains(8, 50), chains(2, 2), chains(1, 50, device="cuda"), []):
+    assert num_lanes("auto", chains(1, 50)) == 4
+    assert num_lanes("auto", chains(2, 20)) == 4
+    assert num_lanes("auto", chains(1, 3)) == 3
+    for one in (chains(1, 1), chains(3, 50), chains(2, 2), chains(1, 50, device="cuda"), []):
         assert num_lanes("auto", one) <= 1
     assert num_lanes(3, chains(8, 50)) == 3
 
