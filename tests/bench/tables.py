@@ -599,6 +599,12 @@ def lanes_table(found: Json) -> Iterator[str]:
     yield from rows(header, lines)
 
 
+def lane_products(found: Json) -> Iterator[str]:
+    """Yield how fast the base's products are by their number of rows."""
+    by_rows = found["products_gflops_per_s"]
+    yield from rows(("rows", *by_rows), [("GFLOP/s", *(f"{each:.0f}" for each in by_rows.values()))])
+
+
 def shares() -> Iterator[str]:
     """Yield what deletions retrain, where there is one order."""
     found = measured("deletion/retrained")
@@ -683,6 +689,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "steps": of("training/profile_step", step_table),
         "step-parts": of("training/profile_step", part_table),
         "lanes": of("training/lanes", lanes_table),
+        "lane-products": of("training/lanes", lane_products),
         "race": of("training/race", race.table),
         "race-ratios": of("training/race", race.ratio_table),
         "race-whole": of("training/race", race.whole_table),

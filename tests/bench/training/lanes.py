@@ -5,7 +5,8 @@
 All shards are trained by the serial executor, from stored records to stored checkpoints, with each
 number of lanes in turn; the seconds are those of this process's own CPU time, so that other processes
 matter little, and include a self-test of the lanes. A trainer is new each time, but the base is loaded
-before. It is an error if a byte of a checkpoint differs. On the same code and machine, the same command
+before. It is an error if a byte of a checkpoint differs. What lanes can gain is what the base's matrix
+products gain by more rows, which is measured beside. On the same code and machine, the same command
 goes on after the last row that was written: each is measured by itself.
 """
 
@@ -13,11 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Chain, Part, Record
@@ -34,6 +38,7 @@ from tests.endurance.ground import environment, write_json
 from tests.fakes.ports import FakeCheckpoints, FakeRecords
 
 LANES, BATCHES, LAYERS = (1, 4, 8), (1, 2), ("all", "third")
+ROWS, TURNS = (64, 128, 256, 512), 20  # of the products, of which the best counts
 TRAINING: dict[str, Any] = {
     "lora_r": 8,
     "lora_alpha": 16,
@@ -99,6 +104,23 @@ def measure(base: BaseFiles, layers: str, batch: int, shards: int, records: int)
     return found
 
 
+def products(base: BaseFiles) -> dict[str, float]:
+    """Return GFLOP/s of a layer's frozen products, forward and backward, by the number of rows."""
+    model, _ = load_base(base.directory, base.digest)
+    layer = model.get_decoder().layers[0]
+    weights = [each.weight for each in layer.modules() if isinstance(each, torch.nn.Linear)]
+    found = dict.fromkeys(ROWS, math.inf)
+    for _, num in product(range(TURNS), ROWS):
+        sides = [[torch.randn(num, size) for size in each.shape] for each in weights]
+        started = time.process_time()
+        for weight_OI, (gradient_NO, x_NI) in zip(weights, sides, strict=True):
+            torch.nn.functional.linear(x_NI, weight_OI)
+            gradient_NO @ weight_OI
+        found[num] = min(found[num], time.process_time() - started)
+    operations = 4 * sum(each.numel() for each in weights)
+    return {str(num): round(num * operations / took / 1e9, 1) for num, took in found.items()}
+
+
 def _tokens(events: Sequence[Event]) -> int:
     return sum(each.tokens for each in events if isinstance(each, SliceTrained))
 
@@ -116,8 +138,8 @@ def main() -> None:
     about = {"base_model": chosen.base_model, "data": source(), "shards": chosen.shards}
     found: dict[str, Any] = {**environment(), **about, "records": chosen.records}
     held = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
-    rows = held.pop("rows", {})
-    found["rows"] = rows if held == found else {}
+    rows, _ = held.pop("rows", {}), held.pop("products_gflops_per_s", None)
+    found |= {"rows": rows if held == found else {}, "products_gflops_per_s": products(base)}
     for layers, batch in product(LAYERS, BATCHES):
         if (name := f"{layers}, {batch}") not in found["rows"]:
             found["rows"][name] = measure(base, layers, batch, chosen.shards, chosen.records)
