@@ -93,17 +93,13 @@ from tests.bench.tofu_full.design import (
 )
 
 FORM, CHAT = PromptForm("completion", "{question} {answer}"), PromptForm("chat")  # of the base alone
+Json = dict[str, Any]
 ORDINARY = "lora"
 BATCH = 64  # decoding reads all weights for each step of a batch
 SEQUENCE_LEN = 512  # no record is longer
-GIVEN: Mapping[
-    str, Mapping[str, Any]
-] = {  # where a method's default needs a measured bound, or much time
-    "task_arithmetic": {"alpha": 2.0},
-    "altpo": {"num_alternates": 1},
-}
+# Where a method's default needs a measured bound, or more than the budget.
+GIVEN: dict[str, Json] = {"task_arithmetic": {"alpha": 2.0}, "altpo": {"num_alternates": 1}}
 BITS = (8, 4)
-Json = dict[str, Any]
 Files = Mapping[str, bytes]
 
 
@@ -448,24 +444,14 @@ class Cells:
         An edit takes as many operations as it takes.
         """
         self._have(self.by_name[ORDINARY])
-        method = make_method(contestant.method, GIVEN.get(contestant.method))
-        settings = ScheduleSettings(
-            learning_rate=contestant.rate,
-            num_epochs=MANY_EPOCHS,
-            batch_size=self.design.method_batch,
-            gradient_accumulation_steps=1,
-            weight_decay=0.0,
-            seed=contestant.seed,
-        )
+        settings = self._uncut_pace(contestant)
         with self._merged():
             base, records, sets = self._read_by(contestant), *self._sets(contestant)
+            method = make_method(contestant.method, GIVEN.get(contestant.method))
             method = choose_layer(method, base, sets)
             lora = self._lora_config(method, len(records))
             attached = partial(attach, config=lora, tensors=None, init_seed=contestant.seed)
-            patched = attached(base)
-            trained = sum(each.numel() for each in patched.parameters() if each.requires_grad)
-            patched.unload()
-            sizes = (sum(each.numel() for each in self._split.whole.parameters()), trained)
+            sizes = self._sizes(attached(base))
             full = Compute(*sizes, self.design.epochs * self._num_tokens, 0).flops
             budget = contestant.budget * full
             began, at_work = time.perf_counter(), time.process_time()
@@ -491,6 +477,22 @@ class Cells:
             "flops": counted.flops,
             "share_of_training": counted.flops / full,
         }
+
+    def _uncut_pace(self, contestant: Contestant) -> ScheduleSettings:
+        return ScheduleSettings(
+            learning_rate=contestant.rate,
+            num_epochs=MANY_EPOCHS,
+            batch_size=self.design.method_batch,
+            gradient_accumulation_steps=1,
+            weight_decay=0.0,
+            seed=contestant.seed,
+        )
+
+    def _sizes(self, patched: Any) -> tuple[int, int]:
+        """Return the parameters of the base, and those of a patch, which is taken off again."""
+        trained = sum(each.numel() for each in patched.parameters() if each.requires_grad)
+        patched.unload()
+        return sum(each.numel() for each in self._split.whole.parameters()), trained
 
     def _sets(self, contestant: Contestant) -> tuple[list[Record], Sets]:
         """Return what a method is to forget, as records, and the sets without preferred answers."""
