@@ -149,7 +149,7 @@ def test_scores_over_kept_lower_states_are_those_of_the_whole_model(bench: Bench
 
 
 @pytest.mark.usefixtures("ran")
-@pytest.mark.parametrize("method", ["altpo", "idk_dpo", "memit", "rmu", "task_arithmetic", "whp"])
+@pytest.mark.parametrize("method", ["altpo", "memit", "rmu", "task_arithmetic", "whp"])
 def test_methods_of_every_kind_change_the_ordinary_lora(bench: Bench, method: str) -> None:
     """Written answers, refusals, edits, and a layer of the method's own choice."""
     found = bench("--methods", method, "--method-seeds", 1, "--cells", f"{method}-*.asked")
