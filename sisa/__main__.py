@@ -14,14 +14,14 @@ from sisa.lm.base.quick_import import import_quickly
 
 ASK_ONCE = ("find", "generate")  # commands that train nothing
 TRAIN = ("add", "forget", "rectify", "run", "train")
-# Imports make a million objects and no garbage; nor does training make any.
-FEW, NONE = (50_000, 20, 100), (2_000_000, 20, 100)
+# Thresholds of the garbage collector: imports and training make many objects and no garbage.
+FEW_COLLECTIONS, NO_COLLECTION = (50_000, 20, 100), (2_000_000, 20, 100)
 
 
 def main() -> Any:
     """Run the command of this process's arguments. Exit with 6 when another package hides a part."""
     asked = sys.argv[1] if len(sys.argv) > 1 else ""
-    gc.set_threshold(*(NONE if asked in ASK_ONCE else FEW))
+    gc.set_threshold(*(NO_COLLECTION if asked in ASK_ONCE else FEW_COLLECTIONS))
     try:
         command = load(COMMAND)
     except EnvironmentFault as fault:

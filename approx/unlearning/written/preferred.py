@@ -63,7 +63,7 @@ def with_preferred(
             for each, found in zip(sets.forget, written.alternates, strict=True)
             for other in found
         ]
-        of, others = ([pair[at] for pair in pairs] for at in (0, 1))
-        return Prepared(replace(sets, forget=of, preferred=others), written.cost)
+        repeated, others = [each for each, _ in pairs], [other for _, other in pairs]
+        return Prepared(replace(sets, forget=repeated, preferred=others), written.cost)
     refusals = make_preferred(forget, sets.forget, tokenizer, pace.seed, sequence_len)
     return Prepared(replace(sets, preferred=refusals), None)
