@@ -143,10 +143,9 @@ class CellMaker:
         """Return the result of DP-SGD on all authors, at the cost that its random batches expect."""
         split, examples = self._without_authors(), self._tokens(kept_questions(self._data, 0))
         patched = attach(split.upper, self._lora(split), None, init_seed=cell.seed)
-        shape: dict[str, Any] = {**PRIVATE, "learning_rate": cell.learning_rate, "seed": cell.seed}
-        steps = math.ceil(self._design.epochs * len(examples) / shape["batch_size"])
         started = time.monotonic()
-        epsilon = train_privately(patched, examples, PrivacySettings(**shape, num_steps=steps))
+        pace = self._design.epochs, cell.learning_rate, cell.seed
+        steps, epsilon = by_dp_sgd(patched, examples, *pace)
         trained = sum(each.numel() for each in patched.parameters() if each.requires_grad)
         positions = sum(len(each.input_ids) for each in examples) * self._design.epochs
         compute = Compute(0, trained, positions, 0, time.monotonic() - started)
@@ -283,14 +282,28 @@ def tuning(cell: Cell, design: Design) -> ScheduleSettings:
 
 def unlearning(cell: Cell, design: Design) -> ScheduleSettings:
     """Return the schedule of a method, before its steps are cut to the budget."""
+    return uncut(cell.learning_rate, design.batch_size, cell.seed)
+
+
+def uncut(rate: float, batch_size: int, seed: int) -> ScheduleSettings:
+    """Return a schedule that is longer than any budget."""
     return ScheduleSettings(
-        learning_rate=cell.learning_rate,
+        learning_rate=rate,
         num_epochs=MANY_EPOCHS,
-        batch_size=design.batch_size,
+        batch_size=batch_size,
         gradient_accumulation_steps=1,
         weight_decay=0.0,
-        seed=cell.seed,
+        seed=seed,
     )
+
+
+def by_dp_sgd(
+    patched: Any, examples: Sequence[Tokens], epochs: int, rate: float, seed: int
+) -> tuple[int, float]:
+    """Train a patch by DP-SGD for so many passes; return its steps and epsilon."""
+    steps = math.ceil(epochs * len(examples) / int(PRIVATE["batch_size"]))
+    shape: dict[str, Any] = {**PRIVATE, "learning_rate": rate, "seed": seed}
+    return steps, train_privately(patched, examples, PrivacySettings(**shape, num_steps=steps))
 
 
 def within(

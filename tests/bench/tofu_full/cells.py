@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,8 +55,6 @@ from approx.metrics.probability import probability, probability_among
 from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.editing import edit_adapter, subject_ends
 from approx.unlearning.examples import Sets
-from approx.unlearning.private_training import PrivacySettings, train_privately
-from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.stopping import Compute
 from approx.unlearning.unlearn import unlearn
 from approx.unlearning.written.preferred import with_preferred
@@ -73,8 +70,8 @@ from sisa.model import Model, open_model
 from sisa.store.blobs.files import read_whole, write_atomic, writer_lock
 from sisa.train import train_model
 from tests.bench.deletion.retrained import secret_of
-from tests.bench.leaderboard.cells import AT_THE_END, MANY_EPOCHS, Halves, within
-from tests.bench.leaderboard.plan import PRIVATE, PRIVATE_RATE, QUESTIONS_EACH
+from tests.bench.leaderboard.cells import AT_THE_END, Halves, by_dp_sgd, uncut, within
+from tests.bench.leaderboard.plan import PRIVATE_RATE, QUESTIONS_EACH
 from tests.bench.leaderboard.split_model import SplitModel, load_split, split
 from tests.bench.tofu_full.design import (
     TUNED_EACH,
@@ -444,7 +441,7 @@ class Cells:
         An edit takes as many operations as it takes.
         """
         self._have(self.by_name[ORDINARY])
-        settings = self._uncut_pace(contestant)
+        settings = uncut(contestant.rate, self.design.method_batch, contestant.seed)
         with self._merged():
             base, records, sets = self._read_by(contestant), *self._sets(contestant)
             method = make_method(contestant.method, GIVEN.get(contestant.method))
@@ -478,16 +475,6 @@ class Cells:
             "share_of_training": counted.flops / full,
         }
 
-    def _uncut_pace(self, contestant: Contestant) -> ScheduleSettings:
-        return ScheduleSettings(
-            learning_rate=contestant.rate,
-            num_epochs=MANY_EPOCHS,
-            batch_size=self.design.method_batch,
-            gradient_accumulation_steps=1,
-            weight_decay=0.0,
-            seed=contestant.seed,
-        )
-
     def _sizes(self, patched: Any) -> tuple[int, int]:
         """Return the parameters of the base, and those of a patch, which is taken off again."""
         trained = sum(each.numel() for each in patched.parameters() if each.requires_grad)
@@ -516,11 +503,10 @@ class Cells:
     def _privately_trained(self, contestant: Contestant) -> Json:
         """Train the ordinary LoRA on all records by DP-SGD."""
         examples = self._tokens(self.data.full)
-        steps = math.ceil(self.design.epochs * len(examples) / PRIVATE["batch_size"])
-        shape: dict[str, Any] = {**PRIVATE, "learning_rate": PRIVATE_RATE, "seed": contestant.seed}
         began, at_work = time.perf_counter(), time.process_time()
         patched = attach(self._split.upper, self._lora_config(), None, init_seed=contestant.seed)
-        epsilon = train_privately(patched, examples, PrivacySettings(**shape, num_steps=steps))
+        pace = self.design.epochs, PRIVATE_RATE, contestant.seed
+        _, epsilon = by_dp_sgd(patched, examples, *pace)
         for name, data in adapter_files(patched).items():
             write_atomic(self._adapter(contestant) / name, data)
         patched.unload()

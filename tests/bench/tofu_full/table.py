@@ -15,14 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from approx.benchmarks.tofu import ForgetSplit
 from approx.benchmarks.tofu_aggregates import aggregates
 from approx.evaluation.question_log import LogRow, parse_row
-from approx.methods.method import Family
 from approx.methods.registry import METHODS
 from approx.metrics.model_utility import NINE, UTILITY_SETS, harmonic_mean
 from approx.metrics.probability import probability, probability_among
@@ -52,7 +51,7 @@ ATTACKS = {
 WRITTEN = ("written_retain", "written_facts")  # of trials on all records
 COLOURS = {"base": "#999999", "ours": "#009e73", "lora": "#0072b2", "method": "#d55e00",
            "private": "#cc79a7"}  # fmt: skip
-MARKERS = "^vDPhp<>d8H"  # of methods, by family
+MARKERS = "^vDPhp<>d8H"  # of methods
 Json = dict[str, Any]
 
 
@@ -473,7 +472,7 @@ def _style(row: Json) -> Json:
     plain = "s" if row["layout"] == "16x4" else "o"
     marker = {"trained without": "*", "base": "X"}.get(row["state"], plain)
     if row["method"]:
-        marker = MARKERS[get_args(Family).index(METHODS[row["method"]].family)]
+        marker = MARKERS[list(METHODS).index(row["method"]) % len(MARKERS)]
     return {
         "marker": marker,
         "edgecolors": colour,
