@@ -14,6 +14,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, KEY, LEDGER, RECORDS
 from tests.models.tiny_model import (
     PEOPLE,
     Done,
+    Row,
     Tiny,
     all_files,
     change_run,
@@ -437,8 +439,7 @@ def test_a_tampered_checkpoint_stops_who_would_use_it(
     verify_finds(capsys, tiny, f"{CHECKPOINTS}/{below.name}")
     done = refused(capsys, tiny, 4, "IntegrityError", "forget", *at, "p009-q1", *SERIAL)
     assert below.name in done.error["where"]
-    same_slice = [{**row, "id": f"{row['id']}-new"} for row in of_people("p009")]
-    source = tiny.file("new.jsonl", same_slice)
+    source = tiny.file("new.jsonl", SAME_SLICE)
     refused(capsys, tiny, 4, "IntegrityError", "add", *at, source, *SERIAL)
 
 
@@ -565,21 +566,40 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]
     monkeypatch.undo()
 
 
+SAME_SLICE = [{**row, "id": f"{row['id']}-new"} for row in of_people("p009")]
+
+
+@pytest.fixture(scope="module")
+def files_from_scratch(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path
+) -> Callable[[str], dict[str, str]]:
+    """Return the files of a model that was trained on what a change leaves, once for each change."""
+    left: dict[str, list[Row]] = {
+        "add": [*PEOPLE, *SAME_SLICE],
+        "forget": without(PEOPLE, ["p009-q1"]),
+    }
+
+    @cache
+    def files(what: str) -> dict[str, str]:
+        folder = tmp_path_factory.mktemp(f"scratch-{what}")
+        return held_files(train_scratch(folder, tiny_base, left[what]).directory)
+
+    return files
+
+
 # A forget of p009-q1 flushes slice file and index (2 each), commits, then trains one stage.
 @pytest.mark.parametrize("calls", [0, 1, 2, 3, 4, 5, 7, 9])
 @pytest.mark.parametrize("what", ["forget", "add"])
 def test_a_full_disk_breaks_nothing_and_the_same_command_goes_on(
-    tmp_path: Path,
-    tiny_base: Path,
     tiny: Tiny,
+    files_from_scratch: Callable[[str], dict[str, str]],
     capsys: Capture,
     full_disk: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
     what: str,
     calls: int,
 ) -> None:
-    same_slice = [{**row, "id": f"{row['id']}-new"} for row in of_people("p009")]
-    target = tiny.file("new.jsonl", same_slice) if what == "add" else "p009-q1"
+    target = tiny.file("new.jsonl", SAME_SLICE) if what == "add" else "p009-q1"
     arguments = (what, "-m", tiny.directory, target, *SERIAL)
     full_disk(calls)
     done = command(capsys, *arguments)
@@ -589,9 +609,7 @@ def test_a_full_disk_breaks_nothing_and_the_same_command_goes_on(
 
     assert command(capsys, *arguments).code == 0
     assert command(capsys, "verify", "-m", tiny.directory).json["ok"]
-    rows = [*PEOPLE, *same_slice] if what == "add" else without(PEOPLE, ["p009-q1"])
-    scratch = train_scratch(tmp_path / "scratch", tiny_base, rows)
-    assert held_files(tiny.directory) == held_files(scratch.directory)
+    assert held_files(tiny.directory) == files_from_scratch(what)
 
 
 @pytest.mark.parametrize("calls", [0, 3, 12, 40])

@@ -18,6 +18,7 @@ from sisa.model import Model
 from sisa.store.blobs import files
 from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
+from tests.examples import num_examples
 from tests.fakes.ports import fake_record
 from tests.models.confessing import RUN_FILE, train_in, use_fake_resources
 
@@ -118,7 +119,7 @@ def test_a_deletion_in_the_middle_of_a_question_is_no_damage(
         between.at = -1
         writer.forget([next(gone).id])
 
-    for at in range(1, total + 1, max(1, total // 5)):
+    for at in range(1, total + 1, max(1, total // num_examples(5, share=2))):
         between.asking(lambda: QUESTIONS[name](model), at, happens)
     assert next(gone) != MORE[0]
 
