@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sqlite3
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from sisa.audit.foreign_files import DIRECTORY_AREAS, FILE_AREAS
-from sisa.audit.garbage import KEPT_FILES, STRAY, at_hand, list_garbage
+from sisa.audit.garbage import KEPT_FILES, STRAY, list_garbage, local_root
 from sisa.audit.lineage import parse_manifest
 from sisa.config.config import RunConfig, is_uri
 from sisa.core.domain import Head, IndexFile, SliceFile
@@ -128,24 +128,21 @@ def examine(context: Context, directory: Path, *, with_key: bool = True) -> list
     for each in purge(context, dry_run=True):  # old versions may hold deleted text
         what = f"kept by the bucket: {each.why}"
         found.append(Finding("old_versions", "warning", each.where, what, "purge"))
-    for damaged, check in checks(context, partial(_check_group, context), with_key=with_key):
+    for finding, check in checks(context, partial(_check_group, context), with_key=with_key):
         if what := _damage(check):
-            found.append(replace(damaged, what=what))
+            found.append(replace(finding, what=what))
     if strays := len(stray_identities(context)):
         what = f"identities are kept of {strays} records that are not held"
         found.append(Finding("identities", "error", LEDGER, what, "identities"))
     found += [*_unindexed(context), *_exports(context), *wrong_heads(context), *_gaps(context)]
-    found += [
-        *_evidence(directory),
-        *_unknown(context, directory, {each.key for each in found if each.key}),
-    ]
-    return found
+    damaged = {each.key for each in found if each.key}
+    return [*found, *_evidence(directory), *_unknown(context, directory, damaged)]
 
 
 def checks(
     context: Context, group: Callable[[str, str, str], object], *, with_key: bool = True
 ) -> Iterator[tuple[Finding, Callable[[], object]]]:
-    """Yield a check of each file or group that the ledger names, and the finding if it raises.
+    """Yield a check of each file or group that the ledger names, and the finding to report if it raises.
 
     `group` checks a checkpoint or a patch, given its area, its key and the digest of its manifest.
     """
@@ -210,36 +207,42 @@ def _modes(context: Context, directory: Path) -> Iterator[Finding]:
     """Find files and directories that others than their owner may use."""
     if (mode := _mode(directory)) & OTHERS_WRITE:
         yield Finding("mode", "warning", ".", f"others may write to it (mode {mode:o})", "mode")
-    for path in (*(directory / name for name in KEPT_FILES), Path(context.stores.witness.location())):
-        if path.is_file() and (mode := _mode(path)) & OTHERS:
-            yield _open_to_others(path, f"others may use it (mode {mode:o})", directory)
+    kept = [*(directory / name for name in KEPT_FILES), Path(context.stores.witness.location())]
+    yield from _open_to_others((path for path in kept if path.is_file()), directory)
     known = {**known_by_area(context), METRICS: run_files(directory / METRICS)}
     for area, place in sorted(context.stores.blobs.items()):
-        if area == LOG or (root := at_hand(place)) is None or not root.is_dir():
+        if area == LOG or (root := local_root(place)) is None or not root.is_dir():
             continue  # the log is there to be published
         held = [root, *(each for name in sorted(known.get(area, ())) for each in walk(root / name))]
         modes = [_mode(each) for each in held if each.exists()]
         if wide := [mode for mode in modes if mode & OTHERS]:
             what = f"others may use {len(wide)} files and directories (mode {max(wide):o})"
-            yield _open_to_others(root, what, directory)
+            yield Finding("mode", "warning", _inside(root, directory), what, "mode")
 
 
 def _evidence_keys(context: Context) -> Iterator[Finding]:
     """Find keys of evidence that others than their owner may use."""
     meta = context.stores.ledger.meta()
     place = evidence_keys(RunConfig.from_canonical(meta["config"]), model_id(meta))
-    for path in walk(place) if place.is_dir() else ():
-        if (mode := _mode(path)) & OTHERS:
-            yield Finding("mode", "warning", str(path), f"others may use it (mode {mode:o})", "mode")
+    if place.is_dir():
+        yield from _open_to_others(walk(place))
+
+
+def _open_to_others(paths: Iterable[Path], directory: Path | None = None) -> Iterator[Finding]:
+    """Find paths that others than their owner may use."""
+    for path in paths:
+        if path.exists() and (mode := _mode(path)) & OTHERS:
+            where = _inside(path, directory) if directory else str(path)
+            yield Finding("mode", "warning", where, f"others may use it (mode {mode:o})", "mode")
 
 
 def _mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def _open_to_others(path: Path, what: str, directory: Path) -> Finding:
-    where = path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)
-    return Finding("mode", "warning", where, what, "mode")
+def _inside(path: Path, directory: Path) -> str:
+    """Return a path, relative if it is in the directory."""
+    return path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)
 
 
 def _keyring(context: Context) -> Iterator[Finding]:
@@ -254,9 +257,7 @@ def _keyring(context: Context) -> Iterator[Finding]:
         return
     areas = [keyring.root / area for area in (*FILE_AREAS, *DIRECTORY_AREAS)]
     keys = [area / name for area in areas for name in sorted(keyring.held(area.name))]
-    for path in (keyring.root, *areas, *keys):
-        if path.exists() and (mode := _mode(path)) & OTHERS:
-            yield Finding("mode", "warning", str(path), f"others may use it (mode {mode:o})", "mode")
+    yield from _open_to_others([keyring.root, *areas, *keys])
 
 
 def forms(context: Context) -> Iterator[Finding]:

@@ -85,7 +85,7 @@ class Collected:
     kept: tuple[KeptVersions, ...] = ()  # old versions that a bucket keeps
 
 
-_Item = tuple[Garbage, Callable[[], None]]  # garbage, and the function that erases it
+_Item = tuple[Garbage, Callable[[], None]]  # with the function that erases it
 
 
 def list_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
@@ -98,45 +98,43 @@ def _listed(context: Context, directory: Path) -> list[_Item]:
     converged = [head for head in context.stores.ledger.heads() if head.converged]  # others still serve
     plans = [plan_of(context, view_shard(context, head.shard)) for head in converged]
     retired = frozenset(key for plan in plans for key in plan.retired)
-    in_area = partial(_in_area, context, directory, retired, _waiting(context))
+    in_area = partial(_garbage_in_area, context, directory, retired, _waiting(context))
     here = LocalBlobs(directory)
     found: list[_Item] = []
     for name in sorted(files.held_names(directory) - KEPT_FILES):
         path = directory / name
-        ours = name.startswith(files.TEMPORARY_PREFIX)
         if name in AREAS and path.is_dir():
-            if path == at_hand(context.stores.blobs[name]):
+            if path == local_root(context.stores.blobs[name]):
                 found += in_area(name, known[name])
             else:
-                found.append(_in(directory, here, name, UNKNOWN_FILE))
+                found.append(_item(directory, here, name, UNKNOWN_FILE))
         elif name == SCRATCH:
-            found.append(_in(directory, here, name, REPLAY))
+            found.append(_item(directory, here, name, REPLAY))
+        elif name.startswith(files.TEMPORARY_PREFIX):
+            found.append(_item(directory, here, name, TEMPORARY))
         else:
-            found.append(_in(directory, here, name, TEMPORARY if ours else STRAY, removable=ours))
+            found.append(_item(directory, here, name, STRAY, removable=False))
     for area, blobs in sorted(context.stores.blobs.items()):
-        root = at_hand(blobs)
-        if (root is not None and root.parent == directory) or area == wiring.LOG:
-            continue
-        if area != SCRATCH:
+        root = local_root(blobs)
+        if area == wiring.LOG:  # the log itself is kept, and only a disk has temporary files
+            for name in sorted(files.held_names(root)) if root else ():
+                if name.startswith(files.TEMPORARY_PREFIX):
+                    found.append(_item(directory, blobs, name, TEMPORARY))
+        elif root is not None and root.parent == directory:
+            continue  # listed above
+        elif area != SCRATCH:
             found += in_area(area, known[area])
         elif blobs.held():
             found.append((Garbage(blobs.location(), blobs.num_bytes(""), REPLAY, True), blobs.clear))
-    log = context.stores.blobs[wiring.LOG]
-    left = files.held_names(root) if (root := at_hand(log)) else ()  # only a disk has temporary files
-    found += [
-        _in(directory, log, each, TEMPORARY)
-        for each in sorted(left)
-        if each.startswith(files.TEMPORARY_PREFIX)
-    ]
-    return found + _keys(context, known)
+    return found + _orphaned_keys(context, known)
 
 
-def at_hand(blobs: BlobStore) -> Path | None:
+def local_root(blobs: BlobStore) -> Path | None:
     """Return the directory of a blob store; None for an object store."""
     return blobs.root if isinstance(blobs, LocalBlobs) else None
 
 
-def _in_area(
+def _garbage_in_area(
     context: Context,
     directory: Path,
     retired: frozenset[str],
@@ -144,36 +142,37 @@ def _in_area(
     area: str,
     known: frozenset[str],
 ) -> list[_Item]:
+    """Return garbage in a storage area of which the ledger lists the `known` names."""
     blobs = context.stores.blobs[area]
     found: list[_Item] = []
     for entry in sorted(blobs.held()):
         if entry in retired:
-            found.append(_in(directory, blobs, entry, RETIRED))
+            found.append(_item(directory, blobs, entry, RETIRED))
         elif entry in known:
             if area in (CHECKPOINTS, PATCHES):
                 surplus = _surplus(context, blobs, area, entry)
-                found += [_in(directory, blobs, f"{entry}/{name}", SURPLUS) for name in surplus]
+                found += [_item(directory, blobs, f"{entry}/{name}", SURPLUS) for name in surplus]
         elif area == CHECKPOINTS and entry in waiting:
-            found.append(_in(directory, blobs, entry, WAITING, removable=False))
+            found.append(_item(directory, blobs, entry, WAITING, removable=False))
         else:
             ours = entry.startswith(files.TEMPORARY_PREFIX)
-            found.append(_in(directory, blobs, entry, TEMPORARY if ours else UNKNOWN_FILE))
+            found.append(_item(directory, blobs, entry, TEMPORARY if ours else UNKNOWN_FILE))
     return found
 
 
-def _keys(context: Context, known: Mapping[str, frozenset[str]]) -> list[_Item]:
-    """Return keys without a file."""
+def _orphaned_keys(context: Context, known: Mapping[str, frozenset[str]]) -> list[_Item]:
+    """Return keys without a file; `remove_garbage` destroys them."""
     found: list[_Item] = []
     for area in (*AREAS, SCRATCH):
-        needed = known.get(area, frozenset()) | _stored(context.stores.blobs[area], area)
+        needed = known.get(area, frozenset()) | _names_with_files(context.stores.blobs[area], area)
         for name in sorted(context.stores.keyring.held(area) - needed):
             path = Path(context.stores.keyring.location(area, name))
             found.append((Garbage(str(path), files.num_bytes(path), ORPHAN, True), lambda: None))
     return found
 
 
-def _stored(blobs: BlobStore, area: str) -> frozenset[str]:
-    """Return the names of the files in an area; a replay's files are one folder deeper."""
+def _names_with_files(blobs: BlobStore, area: str) -> frozenset[str]:
+    """Return the names whose files are in an area; a replay's files are one folder deeper."""
     names = blobs.held()
     if area != SCRATCH:
         return names
@@ -181,8 +180,9 @@ def _stored(blobs: BlobStore, area: str) -> frozenset[str]:
     return frozenset[str]().union(*(blobs.below(each).held() for each in names | plain))
 
 
-def _in(directory: Path, blobs: BlobStore, name: str, reason: str, *, removable: bool = True) -> _Item:
-    root = at_hand(blobs)
+def _item(directory: Path, blobs: BlobStore, name: str, reason: str, *, removable: bool = True) -> _Item:
+    """Return a blob as garbage; its path is relative if it is in the model directory."""
+    root = local_root(blobs)
     where = blobs.location(name)
     if root is not None and directory in (root, root.parent):
         where = Path(where).relative_to(directory).as_posix()

@@ -20,18 +20,18 @@ from sisa.core.domain import PatchJob, RecordRow, SliceJob, parse_patch_job
 from sisa.flows.wiring.context import Context, known_by_area
 from sisa.planning.layout import slice_root
 
-Are = Callable[[Mapping[str, str]], bool]
-Fault = tuple[str, str]  # its kind and its description; both are empty if there is none
-NONE: Fault = ("", "")
+FilesMatch = Callable[[Mapping[str, str]], bool]  # whether files, by name, have these SHA-256
+Fault = tuple[str, str]  # kind and description
+NO_FAULT: Fault = ("", "")
 
 
 def parse_manifest(data: bytes) -> tuple[SliceJob | PatchJob, dict[str, str]] | None:
     """Return the job of a checkpoint or a patch and the SHA-256 of its files; None if unreadable."""
     try:
         parsed = json.loads(data)
-        names = {str(name): str(sha256) for name, sha256 in parsed["files"].items()}
+        files = {str(name): str(sha256) for name, sha256 in parsed["files"].items()}
         job = parsed["job"]
-        return parse_patch_job(job) if "beneath" in job else _parse_job(job), names
+        return parse_patch_job(job) if "beneath" in job else _parse_job(job), files
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return None
 
@@ -57,37 +57,37 @@ def proves_clean(job: SliceJob, rows: Iterable[RecordRow], seq: int, num_slices:
         return False
     sequential = len(job.slices) == 1
     last = max(num_slices, *(number + 1 for number in job.prefix))
-    in_all = Fraction(*job.passes) * (last + 1)  # for a cumulative schedule; see `plan.passes`
-    parent: str | None = None
-    seen: list[tuple[int, list[RecordRow]]] = []
-    for slice_ in by_slice.items():
-        seen.append(slice_)
-        stage = [slice_] if sequential else seen
-        latest = max(num_slices, *(number + 1 for number, _ in seen))
-        passes = Fraction(*job.passes) if sequential else in_all / (latest + 1)
-        parent = replace(
+    total = Fraction(*job.passes) * (last + 1)  # for a cumulative schedule; see `plan.passes`
+    key: str | None = None  # of the stage before, and in the end of the last one
+    seen: list[int] = []
+    for slice_ in by_slice:
+        before, seen = tuple(seen), [*seen, slice_]
+        trained_on = [slice_] if sequential else seen
+        latest = max(num_slices, *(number + 1 for number in seen))
+        passes = Fraction(*job.passes) if sequential else total / (latest + 1)
+        key = replace(
             job,
-            slice=slice_[0],
-            parent=parent,
-            slices=tuple((number, slice_root(rows)) for number, rows in stage),
-            num_records=sum(len(rows) for _, rows in stage),
+            slice=slice_,
+            parent=key,
+            slices=tuple((number, slice_root(by_slice[number])) for number in trained_on),
+            num_records=sum(len(by_slice[number]) for number in trained_on),
             passes=(passes.numerator, passes.denominator),
-            before=tuple(number for number, _ in seen[:-1]),
+            before=before,
         ).key
-    return parent == job.key
+    return key == job.key
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Judge one group: its storage area, its key, the SHA-256 of each of its files, and its fault."""
+    """Describe a judged group: its storage area, its key, the SHA-256 of its files, and its fault."""
 
     area: str
     key: str
-    names: Mapping[str, str]
+    files: Mapping[str, str]
     fault: Fault
 
 
-class FoundGroups:
+class GroupJudge:
     """Judge checkpoints and patches, wherever they were found, by a model's ledger.
 
     Groups that the ledger does not know are judged as well: a checkpoint that was retired, or that
@@ -100,32 +100,33 @@ class FoundGroups:
         used = known_by_area(context)["patches"]
         self.patches = {each.key: each for each in context.stores.ledger.patches() if each.key in used}
 
-    def judge(self, manifest: bytes, are: Are) -> Verdict:
-        """Judge a group by its manifest; `are` returns whether its files have the given digests."""
+    def judge(self, manifest: bytes, files_match: FilesMatch) -> Verdict:
+        """Judge a group by its manifest, and by whether its files are those that the manifest names."""
         parsed = parse_manifest(manifest)
         if parsed is None:
             fault = "unreadable", "a checkpoint whose manifest can't be parsed"
             return Verdict("checkpoints", "", {}, fault)
-        job, names = parsed
+        job, files = parsed
+        intact = files_match(files)
         if isinstance(job, PatchJob):
-            return Verdict("patches", job.key, names, self._patch(job.key, manifest, are(names)))
-        return Verdict("checkpoints", job.key, names, self._stage(job, manifest, are(names)))
+            return Verdict("patches", job.key, files, self._judge_patch(job.key, manifest, intact))
+        return Verdict("checkpoints", job.key, files, self._judge_stage(job, manifest, intact))
 
-    def _patch(self, key: str, manifest: bytes, whole: bool) -> Fault:
+    def _judge_patch(self, key: str, manifest: bytes, intact: bool) -> Fault:
         known = self.patches.get(key)
         if known is None:
             what = "a patch that is no longer served: it may reflect records deleted since"
             return "stale_patch", what
-        if sha256_hex(manifest) != known.manifest_sha256 or not whole:
+        if sha256_hex(manifest) != known.manifest_sha256 or not intact:
             return "damaged", "a patch whose bytes are not the recorded ones"
-        return NONE
+        return NO_FAULT
 
-    def _stage(self, job: SliceJob, manifest: bytes, whole: bool) -> Fault:
+    def _judge_stage(self, job: SliceJob, manifest: bytes, intact: bool) -> Fault:
         held, ledger = self.checkpoints.get(job.key), self._context.stores.ledger
-        if not whole or (held and sha256_hex(manifest) != held.manifest_sha256):
+        if not intact or (held and sha256_hex(manifest) != held.manifest_sha256):
             return "damaged", "a checkpoint whose bytes are not the recorded ones"
         seq = held.seq if held else ledger.seq()
         if proves_clean(job, ledger.rows(job.shard), seq, self._context.settings.recipe.num_slices):
-            return NONE
+            return NO_FAULT
         known = "held checkpoint" if held else "checkpoint that the ledger lacks"
         return "tainted", f"a {known} was not made of held records alone"

@@ -113,7 +113,7 @@ class _Running(NamedTuple):
 
     environment: Mapping[str, str]
     process: subprocess.Popen[bytes]
-    line: socket.socket
+    channel: socket.socket
 
 
 class CleanProcess:
@@ -126,8 +126,8 @@ class CleanProcess:
     def train(self, stage: StageRequest, settings: Mapping[str, str]) -> str:
         """Train a stage in a fork; return its error's name or exit status, and "" if it succeeded."""
         environment = {**os.environ, **settings}
-        late = {name: environment.pop(name) for name in READ_LATE if name in environment}
-        request = json.dumps({"stage": asdict(stage), "environment": late})
+        read_late = {name: environment.pop(name) for name in READ_LATE if name in environment}
+        request = json.dumps({"stage": asdict(stage), "environment": read_late})
         with self._lock:
             running = self._running
             if running and (running.environment != environment or running.process.poll() is not None):
@@ -136,18 +136,18 @@ class CleanProcess:
             reply = b""  # stays empty if the process ends before it replies
             try:
                 with contextlib.suppress(ConnectionError):
-                    self._running.line.sendall(request.encode() + b"\n")
-                    reply = self._running.line.recv(REPLY_BYTES)
+                    self._running.channel.sendall(request.encode() + b"\n")
+                    reply = self._running.channel.recv(REPLY_BYTES)
             except BaseException:  # an interrupted replay must leave no process that still writes
                 self.end()
                 raise
             return str(json.loads(reply)) if reply else f"exit {self.end()}"
 
-    def forget(self) -> None:
+    def disown(self) -> None:
         """Leave the clean process to the process that this one was forked from."""
         self._lock = threading.Lock()  # a thread that the fork lacks may hold the old one
         if self._running is not None:
-            self._running.line.close()
+            self._running.channel.close()
             self._running.process.returncode = 0  # another's child, so Popen must not wait for it
         self._running = None
 
@@ -156,15 +156,15 @@ class CleanProcess:
         running, self._running = self._running, None
         if running is None:
             return 0
-        with contextlib.suppress(OSError), running.line:
-            running.line.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError), running.channel:
+            running.channel.shutdown(socket.SHUT_RDWR)
         return running.process.wait()
 
 
 def _started(environment: Mapping[str, str]) -> _Running:
     here = str(Path(__file__).resolve().parents[2])
     paths = filter(None, (here, environment.get("PYTHONPATH")))
-    line, theirs = socket.socketpair()
+    ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", SERVE],
@@ -174,7 +174,7 @@ def _started(environment: Mapping[str, str]) -> _Running:
             stderr=subprocess.DEVNULL,
             process_group=0,  # Ctrl-C in a terminal reaches the caller only, which ends this process
         )
-    return _Running(environment, process, line)
+    return _Running(environment, process, ours)
 
 
 @cache
@@ -182,7 +182,7 @@ def clean_process() -> CleanProcess:
     """Return this process's clean process, which ends with it."""
     made = CleanProcess()
     atexit.register(made.end)
-    os.register_at_fork(after_in_child=made.forget)
+    os.register_at_fork(after_in_child=made.disown)
     return made
 
 

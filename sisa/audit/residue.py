@@ -50,8 +50,8 @@ from sisa.audit.foreign_files import (
     parquet_ids,
     vector_ids,
 )
-from sisa.audit.garbage import SURPLUS, UNKNOWN_FILE, at_hand, list_garbage, undisturbed
-from sisa.audit.lineage import NONE, Are, FoundGroups, Verdict
+from sisa.audit.garbage import SURPLUS, UNKNOWN_FILE, list_garbage, local_root, undisturbed
+from sisa.audit.lineage import NO_FAULT, FilesMatch, GroupJudge, Verdict
 from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings, is_short
 from sisa.config.config import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
@@ -103,7 +103,7 @@ class Residue:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """Hold the result of a scan: what was read and what was found; `clean` if there is no residue."""
+    """Hold the result of a scan: what was read, and what was found."""
 
     clean: bool
     places: tuple[str, ...]
@@ -139,7 +139,7 @@ def scan_residue(
     ids: Sequence[str] = (),
     texts: Sequence[str] = (),
 ) -> Scan:
-    """Scan for traces of deleted records, and for ids and texts. Raise InvalidInput for lost paths."""
+    """Scan for traces of deleted records, and for ids and texts. Raise InvalidInput for absent paths."""
     missing = [number for number, path in enumerate(also, start=1) if not path.exists()]
     if missing:
         raise InvalidInput(
@@ -148,28 +148,29 @@ def scan_residue(
             got=", ".join(f"path {number} of {len(also)}" for number in missing),
         )
     exports = [Path(each.path) for each in context.stores.ledger.exports()]
-    known = [each for each in dict.fromkeys(exports) if each.is_dir()]
+    exports = [each for each in dict.fromkeys(exports) if each.is_dir()]
     scanner = _Scanner(context, directory, SearchStrings(list(texts), list(ids)))
-    named = _resolved([*scanner.own, *also, *known])
+    named = _resolved([*scanner.own, *also, *exports])
     scanner.places = _resolved([*named, *owned_temporary_files()])
+    places = list(map(str, scanner.places))
     for place in scanner.places:
         scanner.scan(place, models=place in named)
     for place in (scanner.own[0], *_resolved(also)):
         if place in scanner.empty:  # a disk may not be mounted
-            scanner.found("nothing_read", place, "holds no file, so it proves nothing")
-    stores = {area: each for area, each in sorted(context.stores.blobs.items()) if at_hand(each) is None}
-    for area, blobs in stores.items():
-        scanner.scan_objects(area, blobs)
+            scanner.report("nothing_read", place, "holds no file, so it proves nothing")
+    for area, blobs in sorted(context.stores.blobs.items()):
+        if local_root(blobs) is None:
+            scanner.scan_objects(area, blobs)
+            places.append(blobs.location())
     server = wiring.ledger_place(directory)
     if isinstance(server, str):
-        scanner.scan_rows(server, directory)
-    scanner.unknown_files()
-    scanner.missing_exports()
+        scanner.scan_ledger(server, directory)
+        places.append(server)
+    scanner.report_unknown_files()
+    scanner.report_missing_exports()
     if strays := len(stray_identities(context)):
         what = f"identities of {strays} records that are not held"
-        scanner.found("identities", directory / LEDGER, what)
-    places = [*map(str, scanner.places), *(blobs.location() for blobs in stores.values())]
-    places += [server] if isinstance(server, str) else []
+        scanner.report("identities", directory / LEDGER, what)
     return Scan(
         not scanner.residue,
         tuple(map(scanner.strings.hidden, places)),
@@ -228,7 +229,7 @@ def search_model(
 
 def _own_files(context: Context, directory: Path) -> Iterator[tuple[int, Path]]:
     """Yield the files of a model on this machine with their sizes."""
-    roots = [root for each in context.stores.blobs.values() if (root := at_hand(each)) is not None]
+    roots = [root for each in context.stores.blobs.values() if (root := local_root(each)) is not None]
     for place in _resolved([directory, *roots]):
         for path in walk(place):
             with contextlib.suppress(FileNotFoundError):
@@ -237,7 +238,7 @@ def _own_files(context: Context, directory: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _num_objects(context: Context) -> int:
-    stores = [each for each in context.stores.blobs.values() if at_hand(each) is None]
+    stores = [each for each in context.stores.blobs.values() if local_root(each) is None]
     return sum(len(each.held()) for each in stores)
 
 
@@ -252,12 +253,21 @@ def _resolved(paths: Iterable[Path]) -> list[Path]:
 
 
 class _Scanner:
+    """Scan places one after another, and collect what is left of deleted records in `residue`.
+
+    own         the model's directory and storage: an unknown row is residue here
+    places      all that is scanned: a link between two of them is none
+    proven      files that were proven clean, which may be unknown to the ledger
+    empty       places without any file
+    """
+
     def __init__(self, context: Context, directory: Path, strings: SearchStrings) -> None:
         self.context = context
         self.directory = directory
-        at = {area: at_hand(blobs) or directory / area for area, blobs in context.stores.blobs.items()}
-        self.roots = {area: Path(os.path.realpath(root)) for area, root in at.items()}
-        beside = {root.parent for root in at.values() if root.parent != directory}
+        blobs = context.stores.blobs
+        roots = {area: local_root(each) or directory / area for area, each in blobs.items()}
+        self.roots = {area: Path(os.path.realpath(root)) for area, root in roots.items()}
+        beside = {root.parent for root in roots.values() if root.parent != directory}
         self.own = _resolved([directory, *sorted(beside), *self.roots.values()])
         self.places = self.own
         self.strings = strings
@@ -269,7 +279,7 @@ class _Scanner:
         self.empty: list[Path] = []
         self._sealed = SealedFiles(context.stores.keyring)
         self._heads = {head.key for head in context.stores.ledger.heads()}
-        self._groups = FoundGroups(context)
+        self._groups = GroupJudge(context)
         self._exports = context.stores.ledger.exports()
         self._known = known_by_area(context)
         held = [each for each in context.stores.ledger.vault() if each.held]
@@ -279,43 +289,43 @@ class _Scanner:
             **{self.roots[INDEX] / each.name: each.sha256 for each in context.stores.ledger.indexes()},
         }
 
-    def found(self, kind: str, where: Path | str, what: str, position: str = "") -> None:
+    def report(self, kind: str, where: Path | str, what: str, position: str = "") -> None:
         self.residue.append(Residue(kind, self.strings.hidden(str(where)), position, what))
 
-    def scan(self, place: Path, *, models: bool = True) -> None:
-        """Read every file below a path; without `models`, scratch of other models, judge rows alone."""
+    def scan(self, place: Path, *, models: bool) -> None:
+        """Read every file below a path; without `models`, in scratch of any model, judge rows alone."""
         before = self.counts["files"]
-        for path in walk(place, self._unreadable):
-            self._names(path.name, path.parent)
+        for path in walk(place, self._report_unreadable):
+            self._search_name(path.name, path.parent)
             try:
                 mode = path.lstat().st_mode
                 if stat.S_ISREG(mode):
-                    self._file(path, models=models)
+                    self._check_file(path, models=models)
                 elif stat.S_ISLNK(mode):
-                    self._link(path)
+                    self._check_link(path)
             except FileNotFoundError:
                 continue  # its owner has removed the temporary file
             except OSError as error:
-                self._unreadable(path, error)
+                self._report_unreadable(path, error)
         if self.counts["files"] == before:
             self.empty.append(place)
 
-    def _unreadable(self, path: Path, error: OSError) -> None:
+    def _report_unreadable(self, path: Path, error: OSError) -> None:
         self.counts["unreadable"] += 1
-        self.found("unreadable", path, f"can't be read: {error.strerror}")
+        self.report("unreadable", path, f"can't be read: {error.strerror}")
 
-    def _link(self, path: Path) -> None:
+    def _check_link(self, path: Path) -> None:
         """Report a link that leads out of the scanned directories; a target inside is read there."""
         target = Path(os.path.realpath(path))
         if not target.exists() or not any(target.is_relative_to(each) for each in self.places):
             what = "a link to something that was not read: add its target with --also"
-            self.found("link", path, what)
+            self.report("link", path, what)
 
-    def _names(self, name: str, where: Path | str) -> None:
+    def _search_name(self, name: str, where: Path | str) -> None:
         for number in self.strings.in_value(name):
-            self.found("string", where, f"string {number + 1} occurs in a name here", "name")
+            self.report("string", where, f"string {number + 1} occurs in a name here", "name")
 
-    def _file(self, path: Path, *, models: bool) -> None:
+    def _check_file(self, path: Path, *, models: bool) -> None:
         self.counts["files"] += 1
         self.counts["bytes"] += path.stat().st_size
         if self._kept_by_consent(path):
@@ -324,14 +334,14 @@ class _Scanner:
             plain = self._sealed.plaintext(path)
         except Shredded:
             self._search(path, path, None)
-            self._shredded(path)
+            self._check_shredded(path)
             return
         self._search(path, path, plain)
-        expected = self._digests.get(path)
-        found = expected and (file_sha256(path) if plain is None else sha256_hex(plain))
-        if found != expected:
-            self.found("damaged", path, NOT_RECORDED)
-            return
+        if expected := self._digests.get(path):
+            sha256 = file_sha256(path) if plain is None else sha256_hex(plain)
+            if sha256 != expected:
+                self.report("damaged", path, NOT_RECORDED)
+                return
         with read_beside(path) if plain is None else io.BytesIO(plain) as file:
             head = file.read(len(PARQUET_MAGIC))
         ids = None
@@ -340,18 +350,18 @@ class _Scanner:
         elif path.suffix == ".jsonl" and path.parent != self.roots[METRICS]:
             ids = json_ids(path)
         if ids is not None:
-            if self._rows(path, ids, ours=any(each in path.parents for each in self.own)):
+            if self._check_rows(path, ids, ours=any(each in path.parents for each in self.own)):
                 self.proven.add(path)
         elif path.parent == self.roots[METRICS]:
-            self._metrics(path)
+            self._check_metrics(path)
         elif not models:
             return
         elif path.suffix == ".faiss":
-            self._vectors(path)
+            self._check_vectors(path)
         elif path.name == MANIFEST:
-            self._group(path.parent)
+            self._check_group(path.parent)
         elif path.name == ADAPTER and not (path.parent / MANIFEST).exists():
-            self._adapter(path)
+            self._check_adapter(path)
 
     def _kept_by_consent(self, path: Path) -> bool:
         """Return whether a file is a vault set, or part of an unfinished patch, as recorded."""
@@ -366,7 +376,7 @@ class _Scanner:
         elif not is_sealed(path.read_bytes()):
             what = "a part of an unfinished patch that is not encrypted"
         if what:
-            self.found("damaged", path, what)
+            self.report("damaged", path, what)
             return False
         self.counts["kept_by_consent"] += 1
         self.proven.add(path)
@@ -375,31 +385,31 @@ class _Scanner:
     def _search(self, where: Path | str, path: Path, plain: bytes | None) -> None:
         for place in self.strings.in_file(path, plain):
             what = f"string {place.number + 1} of {len(self.strings)} is here"
-            self.found("string", where, what, place.position)
+            self.report("string", where, what, place.position)
 
-    def _shredded(self, path: Path) -> None:
+    def _check_shredded(self, path: Path) -> None:
         """Count a sealed file that no key opens as erased, unless the ledger relies on it."""
         held = {self.roots[CHECKPOINTS] / key for key in self._groups.checkpoints}
         held |= {self.roots[PATCHES] / key for key in self._groups.patches}
         if path in self._digests or path.parent in held:
-            self.found("damaged", path, "encrypted under a key that is not held")
+            self.report("damaged", path, "encrypted under a key that is not held")
         else:
             self.counts["shredded"] += 1
             self.proven.add(path)
 
-    def _metrics(self, path: Path) -> None:
+    def _check_metrics(self, path: Path) -> None:
         """Check that a file of metrics holds numbers only, and losses and tokens of held stages only."""
         try:
             found = parsed(path.read_bytes(), str(path))
         except IntegrityError as error:
-            self.found("unreadable", path, error.what)
+            self.report("unreadable", path, error.what)
             return
         stages = {key[:STAGE_DIGITS] for key in self._groups.checkpoints}
         if any(without(line, stages) != line for line in found):
-            self.found("stale_loss", path, "a loss or tokens of a checkpoint that is no longer held")
+            self.report("stale_loss", path, "a loss or tokens of a checkpoint that is no longer held")
         self.proven.add(path)
 
-    def _rows(self, where: Path | str, ids: Iterator[str | None], *, ours: bool) -> bool:
+    def _check_rows(self, where: Path | str, ids: Iterator[str | None], *, ours: bool) -> bool:
         """Check rows, and return whether all could be read.
 
         A tombstone's row is residue anywhere, an unknown id's in the model's own places (`ours`).
@@ -412,7 +422,7 @@ class _Scanner:
             except Unreadable:
                 whole = False
                 if ours:
-                    self.found("unreadable", where, "can't be decoded, so its rows prove nothing")
+                    self.report("unreadable", where, "can't be decoded, so its rows prove nothing")
             self.counts["rows"] += len(batch)
             id_digest = self.context.settings.assigner.id_digest
             digests = {at: id_digest(each) for at, each in batch if each is not None}
@@ -421,68 +431,70 @@ class _Scanner:
                 row = rows.get(digest)
                 if isinstance(row, Tombstone):
                     what = f"a row of a record that request {row.request_id} deleted"
-                    self.found("deleted_row", where, what, f"row {at}")
+                    self.report("deleted_row", where, what, f"row {at}")
                 elif row is None and ours:
                     what = "a row that belongs to no held record"
-                    self.found("unknown_row", where, what, f"row {at}")
+                    self.report("unknown_row", where, what, f"row {at}")
             if len(batch) < BATCH_ROWS:
                 return whole
 
-    def _vectors(self, path: Path) -> None:
+    def _check_vectors(self, path: Path) -> None:
         data = self._sealed.read(path)
         shard, _, digest = path.stem.removeprefix("shard-").partition("-")
         if not shard.isdigit() or sha256_hex(data) != digest:
-            self.found("unreadable", path, "its bytes are not those of its name: not parsed")
+            self.report("unreadable", path, "its bytes are not those of its name: not parsed")
             return
         try:
             found = vector_ids(data)
         except (RuntimeError, AttributeError):
-            self.found("unreadable", path, "can't be parsed, so its vectors prove nothing")
+            self.report("unreadable", path, "can't be parsed, so its vectors prove nothing")
             return
         self.counts["vectors"] += len(found)
         held = self.context.stores.ledger.by_vector(int(shard), found)
-        what = "a vector that belongs to no held record"
-        for at in (at for at, each in enumerate(found) if each not in held):
-            self.found("deleted_vector", path, what, f"vector {at}")
+        for at, each in enumerate(found):
+            if each not in held:
+                what = "a vector that belongs to no held record"
+                self.report("deleted_vector", path, what, f"vector {at}")
         self.proven.add(path)
 
-    def _group(self, path: Path) -> None:
-        found = self._judged(path, self._sealed.read(path / MANIFEST), partial(self._are, path))
-        if found.fault == NONE:
-            self.proven |= {path, *(path / each for each in (*found.names, MANIFEST))}
+    def _check_group(self, path: Path) -> None:
+        found = self._judge(path, self._sealed.read(path / MANIFEST), partial(self._files_match, path))
+        if found.fault == NO_FAULT:
+            self.proven |= {path, *(path / each for each in (*found.files, MANIFEST))}
 
-    def _judged(self, where: Path | str, manifest: bytes, are: Are) -> Verdict:
-        """Judge a checkpoint or a patch."""
-        found = self._groups.judge(manifest, are)
+    def _judge(self, where: Path | str, manifest: bytes, files_match: FilesMatch) -> Verdict:
+        """Judge a checkpoint or a patch, and report its fault."""
+        found = self._groups.judge(manifest, files_match)
         self.counts[found.area] += 1
-        if found.fault != NONE:
-            self.found(found.fault[0], where, found.fault[1])
+        if found.fault != NO_FAULT:
+            kind, what = found.fault
+            self.report(kind, where, what)
         return found
 
-    def _are(self, directory: Path, names: Mapping[str, str]) -> bool:
+    def _files_match(self, directory: Path, digests: Mapping[str, str]) -> bool:
         try:
             return all(
                 (directory / name).is_file() and self._sealed.sha256(directory / name) == sha256
-                for name, sha256 in names.items()
+                for name, sha256 in digests.items()
             )
         except Shredded:
             return False
 
-    def _adapter(self, path: Path) -> None:
+    def _check_adapter(self, path: Path) -> None:
         self.counts["adapters"] += 1
         sha256 = file_sha256(path)
         if any(each.adapter_sha256 == sha256 for each in self._groups.patches.values()):
             return
         clean = [each for each in self._exports if not each.stale]
-        made: list[HeldCheckpoint | Export] = [*self._groups.checkpoints.values(), *clean]
-        of = {each.key for each in made if each.adapter_sha256 == sha256}
-        if not of:
+        sources: list[HeldCheckpoint | Export] = [*self._groups.checkpoints.values(), *clean]
+        keys = {each.key for each in sources if each.adapter_sha256 == sha256}
+        if not keys:
             what = "an adapter of no held checkpoint: from before a deletion, or of another model"
-            self.found("stale_adapter", path, what)
-        elif self._heads.isdisjoint(of):
+            self.report("stale_adapter", path, what)
+        elif self._heads.isdisjoint(keys):
             self.outdated.append(self.strings.hidden(str(path)))
 
-    def unknown_files(self) -> None:
+    def report_unknown_files(self) -> None:
         """Report files that the ledger does not know and that the scan did not prove clean."""
         for each in list_garbage(self.context, self.directory):
             if is_uri(each.path):
@@ -491,40 +503,39 @@ class _Scanner:
             path = Path(os.path.realpath(path.parent), path.name)
             inside = [p for p in walk(path) if not p.is_dir() or p.is_symlink()]
             if not inside or any(p not in self.proven for p in inside):
-                self.found("unknown_file", path, each.reason)
+                self.report("unknown_file", path, each.reason)
 
-    def missing_exports(self) -> None:
+    def report_missing_exports(self) -> None:
         """Report exports that a deletion marked and that can't be found; others are stale adapters."""
         for each in self._exports:
             if each.stale and (found := export_standing(self.context, each)) != "held":
                 what = f"an export that request {each.request_id} made stale is {found}"
-                self.found("missing_export", each.path, what)
+                self.report("missing_export", each.path, what)
 
     def scan_objects(self, area: str, blobs: BlobStore) -> None:
         """Scan a storage area in an object store, a blob or a group at a time in memory."""
         for name in sorted(blobs.held()):
             where = blobs.location(name)
             if area != LOG and name not in self._known.get(area, frozenset()):
-                self.found("unknown_file", where, UNKNOWN_FILE)
-            plain = {
-                part: self._object(area, blobs, name, part) for part in sorted(blobs.parts(name)) or [""]
-            }
+                self.report("unknown_file", where, UNKNOWN_FILE)
+            parts = sorted(blobs.parts(name)) or [""]
+            plain = {part: self._read_object(area, blobs, name, part) for part in parts}
             if area == RECORDS:
-                self._stored_slice(name, where, plain.get(""))
+                self._check_object_slice(name, where, plain.get(""))
             elif area in (CHECKPOINTS, PATCHES):
-                self._stored_group(area, name, where, plain)
+                self._check_object_group(area, name, where, plain)
         for kept in blobs.purge(dry_run=True) if area != LOG else ():
-            self.found("old_versions", kept.where, f"kept by the bucket: {kept.why}")
+            self.report("old_versions", kept.where, f"kept by the bucket: {kept.why}")
 
-    def scan_rows(self, server: str, directory: Path) -> None:
+    def scan_ledger(self, server: str, directory: Path) -> None:
         """Search the rows of a ledger on a server, whose files are out of reach."""
         with wiring.open_ledger(directory) as ledger:
             for table, value in ledger.values() if len(self.strings) else ():
                 for number in self.strings.in_value(value):
                     what = f"string {number + 1} of {len(self.strings)} is here"
-                    self.found("string", server, what, f"table {table}")
+                    self.report("string", server, what, f"table {table}")
 
-    def _object(self, area: str, blobs: BlobStore, group: str, part: str) -> bytes | None:
+    def _read_object(self, area: str, blobs: BlobStore, group: str, part: str) -> bytes | None:
         """Search an object for strings, and return its plaintext; None if no held key opens it."""
         name = f"{group}/{part}" if part else group
         data = blobs.get(name, "object")
@@ -535,28 +546,30 @@ class _Scanner:
             plain = self.context.stores.keyring.unseal(area, group, part, data)
         except IntegrityError:
             self.counts["shredded"] += is_sealed(data)
-        self._names(name, blobs.location())
+        self._search_name(name, blobs.location())
         self._search(blobs.location(name), Path(name), plain or b"")
         return plain
 
-    def _stored_slice(self, name: str, where: str, data: bytes | None) -> None:
+    def _check_object_slice(self, name: str, where: str, data: bytes | None) -> None:
         recorded = self._digests.get(self.roots[RECORDS] / name)
         if data is not None and recorded in (None, sha256_hex(data)):
-            self._rows(where, parquet_ids(io.BytesIO(data)), ours=True)
+            self._check_rows(where, parquet_ids(io.BytesIO(data)), ours=True)
         elif recorded:
-            self.found("damaged", where, NOT_RECORDED)
+            self.report("damaged", where, NOT_RECORDED)
 
-    def _stored_group(self, area: str, key: str, where: str, plain: Mapping[str, bytes | None]) -> None:
+    def _check_object_group(
+        self, area: str, key: str, where: str, plain: Mapping[str, bytes | None]
+    ) -> None:
         manifest = plain.get(MANIFEST)
         if manifest is None:
             return  # shredded: reported above if unknown
         digests = {part: sha256_hex(data) for part, data in plain.items() if data is not None}
-        found = self._judged(where, manifest, lambda names: names.items() <= digests.items())
-        if found.fault == NONE and (found.area, found.key) != (area, key):
-            self.found("damaged", where, "its bytes are not those of its name")
-        surplus = plain.keys() - found.names.keys() - {MANIFEST} if found.key else ()
+        found = self._judge(where, manifest, lambda named: named.items() <= digests.items())
+        if found.fault == NO_FAULT and (found.area, found.key) != (area, key):
+            self.report("damaged", where, "its bytes are not those of its name")
+        surplus = plain.keys() - found.files.keys() - {MANIFEST} if found.key else ()
         for part in sorted(surplus):
-            self.found("unknown_file", f"{where}/{part}", SURPLUS)
+            self.report("unknown_file", f"{where}/{part}", SURPLUS)
 
 
 def owned_temporary_files() -> list[Path]:

@@ -116,26 +116,27 @@ def verify(
     chains: dict[int, list[Chain]] = {}
     reasons: dict[int, str] = {}
     for head in (head for head in heads if head.shard in replayed):
-        found = "held files are damaged" if findings else _chains(context, head)
-        if isinstance(found, str):
-            reasons[head.shard] = found
+        if findings:
+            reasons[head.shard] = "held files are damaged"
+        elif why_not := _not_replayable(context, head):
+            reasons[head.shard] = why_not
         else:
-            chains[head.shard] = found
+            chains[head.shard] = _chains(context, head.shard)
     for order in range(1 + len(context.settings.recipe.orders)):
-        now = [each[order] for each in chains.values() if each[order].jobs]
-        if now and scratch is not None:
-            context.report(training_started(now))
-            context.compute.executor_for(scratch).run(now, context.report)
-    again = None
+        of_order = [each[order] for each in chains.values() if each[order].jobs]
+        if of_order and scratch is not None:
+            context.report(training_started(of_order))
+            context.compute.executor_for(scratch).run(of_order, context.report)
+    trained_apart = None
     if chains and apart is not None:
-        again = secrets.choice(sorted(chains))
-        context.report(Notice(f"shard {again}: trained again, each stage in its own process"))
-        apart.train(chains[again])
+        trained_apart = secrets.choice(sorted(chains))
+        context.report(Notice(f"shard {trained_apart}: trained again, each stage in its own process"))
+        apart.train(chains[trained_apart])
     proofs = []
     for head in heads:
         if scratch is not None and head.shard in chains:
-            alone = apart if head.shard == again else None
-            proofs.append(_proof(context, head, chains[head.shard], scratch, alone))
+            also = apart if head.shard == trained_apart else None
+            proofs.append(_proof(context, head, chains[head.shard], scratch, also))
         else:
             reason = reasons.get(head.shard, NOT_REQUESTED)
             proofs.append(ShardProof(head.shard, head.key, False, None, 0, reason))
@@ -175,8 +176,8 @@ def _unproved(proofs: Sequence[ShardProof], replayed: Sequence[int]) -> Iterator
         yield Problem("replay", "no shard was replayed, and a replay was required")
 
 
-def _chains(context: Context, head: Head) -> list[Chain] | str:
-    """Return a shard's chains to its deepest held stages, by order; or why a replay proves nothing."""
+def _not_replayable(context: Context, head: Head) -> str:
+    """Return why a replay of a shard would prove nothing; empty if it would prove something."""
     if not head.converged:
         return "the shard is not at its target yet: run `sisa train` with its run file"
     if head.key is None:
@@ -187,9 +188,15 @@ def _chains(context: Context, head: Head) -> list[Chain] | str:
             f"trained under numerics fingerprint {held[head.key].fingerprint[:12]}, "
             f"this environment is {context.compute.fingerprint[:12]}: bytes can't be compared"
         )
-    files = tuple(context.stores.ledger.slices(head.shard))
-    paths = all_paths(head.shard, files, context.recipe, context.compute.fingerprint)
-    return [Chain(head.shard, path[: reached(path, held)], None, files) for path in paths]
+    return ""
+
+
+def _chains(context: Context, shard: int) -> list[Chain]:
+    """Return a shard's chains to its deepest held stages, one for each order."""
+    held = {each.key for each in context.stores.ledger.checkpoints(shard)}
+    files = tuple(context.stores.ledger.slices(shard))
+    paths = all_paths(shard, files, context.recipe, context.compute.fingerprint)
+    return [Chain(shard, path[: reached(path, held)], None, files) for path in paths]
 
 
 def _proof(

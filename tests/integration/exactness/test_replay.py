@@ -71,7 +71,7 @@ def test_threads_share_the_clean_process_and_forks_leave_it_alone() -> None:
     before, num_fds = clean_processes(), psutil.Process().num_fds()
     running = clean_process()._running
     assert running is not None
-    line = running.line.fileno()
+    line = running.channel.fileno()
     child = os.fork()
     if not child:
         clean_process().end()  # ends nothing: it is the parent's
