@@ -46,7 +46,33 @@ class _WholeGroup(_WholeSummary, click.Group):
     """A group with such a summary."""
 
 
+SECTIONS = {
+    "Begin": ("quickstart", "init", "plan", "simulate", "routing", "config"),
+    "Train and use": ("train", "add", "generate", "serve", "export", "cluster"),
+    "Look": ("status", "find", "where", "metrics", "report"),
+    "Delete": ("forget", "request", "run", "rectify", "drop"),
+    "Other rights of a person": ("access", "recipients", "restrict", "release"),
+    "Prove": (
+        *("verify", "sweep", "audit", "keys", "certificate", "receipt", "log", "prove", "revocations"),
+        *("verify-certificate", "verify-proof", "rebuild", "check-adapter"),
+    ),
+    "What the base knows": ("approx", "eval"),
+    "Maintain": ("doctor", "gc", "ledger", "token", "engines"),
+}
+
+
+class _Root(click.Group):
+    """The root group. Its help shows commands by what they are for."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str()) for name in names])
+
+
 @click.group(
+    cls=_Root,
     help="Train a language model from which records can be deleted exactly.\n\n"
     "Start with `sisa quickstart`, or with `sisa init DIR`.",
     context_settings={"show_default": True},

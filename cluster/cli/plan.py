@@ -166,7 +166,7 @@ def plan(
     return planned(advised, best, limits, source)
 
 
-routing = command_group("routing", "Which shards answer a prompt.")
+routing = command_group("routing", "Calibrate which prompts go to a shard, and which to the base.")
 
 
 @command("calibrate", "run.yaml --prompts public.jsonl", group=routing)

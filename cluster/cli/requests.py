@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from sisa.planning.batching import RunPlan
 
 
-request = command_group("request", "Requests for deletion: submit, decide, look up.")
+request = command_group("request", "Submit, decide and look up requests for deletion.")
 request_argument = click.argument("request_id", metavar="REQUEST")
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ROLE_NAMES = ("reader", "officer", "operator")
 SCOPE_NAMES = ("answer", "read", "submit", "decide", "erase", "access", "operate")
 
-token = command_group("token", "Tokens of the model's service: who may call it, and what for.")
+token = command_group("token", "Add, list and revoke tokens of the model's service.")
 name_argument = click.argument("name")
 _Found = TypeVar("_Found")
 no_service_option = click.option(

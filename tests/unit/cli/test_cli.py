@@ -17,8 +17,10 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from cluster.cli import cli
+from cluster.cli.command import SECTIONS
 from sisa.config.runfile import parse_run_file
 from sisa.core import errors
 from sisa.core.domain import Record
@@ -45,6 +47,13 @@ def commands() -> list[tuple[str, ...]]:
         else:
             found.append((name,))
     return found
+
+
+def test_the_help_shows_every_command_once() -> None:
+    assert sorted(name for names in SECTIONS.values() for name in names) == sorted(cli.cli.commands)
+    shown = CliRunner().invoke(cli.cli, ["--help"]).output
+    for title, (first, *_) in SECTIONS.items():
+        assert f"\n{title}:\n  {first} " in shown
 
 
 def record(number: int) -> Record:
