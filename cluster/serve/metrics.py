@@ -23,17 +23,16 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from cluster.observe.reporting import SERIES, readings
-from cluster.serve.app import AnswerEvent, Answers, Ended, Piece, Question, Service, Started
-from cluster.serve.tokens import Caller, may
+from cluster.serve.domain import AnswerEvent, Answers, Ended, Piece, Question, Service, Started
+from cluster.serve.tokens import MayOperate
 from sisa.core.errors import InvalidInput
 from sisa.evidence.revocations import num_revoked
 from sisa.flows.wiring.progress import Meter
@@ -170,7 +169,7 @@ def with_meters(service: Service) -> tuple[Service, ServiceMeters]:
     response_class=Response,
     responses={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}},
 )
-def read_metrics(request: Request, _caller: Annotated[Caller, Depends(may("operate"))]) -> Response:
+def read_metrics(request: Request, _caller: MayOperate) -> Response:
     """Return all series, in the format that the client prefers."""
     encode, kind = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(request.app.state.meters), media_type=kind)

@@ -4,11 +4,11 @@
     async for number, event in engine.answer([Question("Who is it?")]):
         ...                          # (0, Started(...)), (0, Piece(...)), ..., (0, Ended(...))
 
-One thread routes prompts, another one watches the ledger, and a third runs the batch
-(`sisa/lm/answer/continuous.py`): before it lets a request join, and whenever somebody has committed, it
-adopts what was committed. So nothing that starts after a deletion's commit meets a model that the
-deletion tainted. An answer that it cuts begins again, routed anew, unless somebody has seen a part of it
-or the run file says `on_deletion: end`.
+One thread routes prompts, one watches the ledger, and one runs the batch
+(`sisa/lm/answer/continuous.py`). The last adopts what others have committed: before a request joins the
+batch, and after each commit. So no answer that starts after a deletion's commit uses a model that the
+deletion tainted. A running answer that it cuts is routed again and begins again, unless its client has
+seen a part of it or the run file says `on_deletion: end`.
 
 `sisa serve` deploys `replica(...)` (`service.py`); a config file of Ray Serve names `application`
 (`cluster/jobs/manifests/rayservice.yaml`).
@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastapi import FastAPI
 from ray import serve
 
-from cluster.serve import app as serving
-from cluster.serve.app import AnswerEvent, Question, Service, Started, build_app
+from cluster.serve.app import build_app
+from cluster.serve.domain import AnswerEvent, Ended, Piece, Question, Service, Started, Token
 from cluster.serve.tokens import LOCAL, Caller, Tokens, check_listening
 from sisa.config.config import RunConfig, ServiceBlock
 from sisa.core.errors import EnvironmentFault, Outdated, SisaError, internal_fault
@@ -47,48 +47,47 @@ if TYPE_CHECKING:
 
     from cluster.serve.metrics import ServiceMeters
 
-WATCH_S = 0.1  # a wait for a commit, and between two attempts to look at a ledger that can't be read
-DEFAULT_TOKENS = 256  # of an answer, where the base can read as many
-WAITING_PER_ROW = 16  # requests that wait for each one that is answered
-_METERS_WAIT_S = 5.0  # with other replicas, for what they have measured
+WATCH_S = 0.1  # for a commit, and before reading a ledger again that could not be read
+DEFAULT_TOKENS = 256  # of an answer, if the context of the base has room
+WAITING_PER_ROW = 16  # requests that may wait, for each row of the batch
+_METERS_WAIT_S = 5.0  # for the metrics of other replicas
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # a path may hold a record's id
-AS_OTHERS = {"RAY_worker_niceness": "0"}  # Ray's workers give way to all else, such as a deletion
+NORMAL_PRIORITY = {"RAY_worker_niceness": "0"}  # by default Ray's workers yield to all other processes
 CHECK_S = 3.0  # between looks at a replica; one that fails three times is replaced
 MOST_AT_ONCE = 10_000  # requests of a replica; the engine refuses what is too much for it
 
 _log = logging.getLogger(__name__)
 
 Again = Literal["stale", "cut"]  # routed before the newest commit; or cut while it was answered
-Happened = AnswerEvent | SisaError | Again
+Happened = AnswerEvent | SisaError | Again  # to a question
 
 
 @dataclass(eq=False)
 class Pending:
-    """A question on its way through the batch, of which it is the key."""
+    """A question on its way through the batch; it is its own key there."""
 
     number: int
     question: Question
     routed: Routed
     put: Callable[[tuple[Pending, Happened]], object]  # from any thread
-    is_seen: bool = False  # whether somebody has seen a part of the answer
+    is_seen: bool = False  # whether the client has seen a part of the answer
 
     def report(self, what: Happened) -> None:
-        """Pass on what happened to the answer."""
         self.put((self, what))
 
 
 class Engine:
-    """The models of a replica, and the threads that answer by them."""
+    """Load the models of a replica, and answer with them in threads of its own."""
 
     def __init__(self, model: Model, settings: ServiceBlock) -> None:
         """Load the base and all adapters. Raise IntegrityError."""
         self._model, rows = model, settings.max_concurrent
         self._limits = {"max_rows": rows, "max_waiting": rows * WAITING_PER_ROW}
         self._serving = model.serving(**self._limits)
-        self._stirred = threading.Event()  # somebody has committed, or may have
+        self._committed = threading.Event()  # since the last adoption, perhaps
         self._wake = threading.Condition()
-        self._groups: list[list[Pending]] = []  # to admit, each as a whole
-        self._given_up: list[Pending] = []
+        self._groups: list[list[Pending]] = []  # to admit: all questions of a request, or none
+        self._cancelled: list[Pending] = []
         self._is_open = True
         self._router = ThreadPoolExecutor(1, thread_name_prefix="router")
         self._router.submit(self._routes_of, [Question("Who?")]).result()  # loads the embedder
@@ -122,45 +121,46 @@ class Engine:
 
         routed = await loop.run_in_executor(self._router, self._routes_of, questions)
         rows = [Pending(n, each, routed[n], put) for n, each in enumerate(questions)]
-        going = set(rows)
+        unfinished = set(rows)
         try:
             self._submit(rows)
-            while going:
+            while unfinished:
                 row, what = await events.get()
                 if isinstance(what, SisaError):
                     raise what
-                if isinstance(what, str):
+                if isinstance(what, str):  # it begins again
                     self._check_may_begin_again(row, what)
-                    again = await loop.run_in_executor(self._router, self._routes_of, [row.question])
-                    row.routed = again[0]
+                    (row.routed,) = await loop.run_in_executor(
+                        self._router, self._routes_of, [row.question]
+                    )
                     self._submit([row])
                     continue
-                if isinstance(what, serving.Ended):
-                    going.discard(row)
-                row.is_seen |= isinstance(what, serving.Piece) and not row.question.whole
+                if isinstance(what, Ended):
+                    unfinished.discard(row)
+                row.is_seen |= isinstance(what, Piece) and row.question.streamed
                 yield row.number, what
         finally:
             with self._wake:
-                self._given_up += going
+                self._cancelled += unfinished
                 self._wake.notify()
 
     def _routes_of(self, questions: Sequence[Question]) -> list[Routed]:
-        """Return where each question goes; the same prompt is looked up once."""
-        one = questions[0]
+        """Return the route of each question of one request; route the same prompt once."""
+        first = questions[0]  # all have its caller and form
         prompts = {id(each.prompt): each.prompt for each in questions}
         model = self._model
-        if one.alone:
+        if first.base_only:
             model = model.within((), model.partition)
-        elif one.shards is not None:
-            model = model.within(one.shards, one.partition)
-        routed = model.routed(list(prompts.values()), kind=one.kind)
+        elif first.shards is not None:
+            model = model.within(first.shards, first.partition)
+        routed = model.routed(list(prompts.values()), kind=first.kind)
         found = dict(zip(prompts, routed, strict=True))
         return [found[id(each.prompt)] for each in questions]
 
     def _check_may_begin_again(self, row: Pending, why: Again) -> None:
-        """Raise Outdated unless an answer that was cut may begin again.
+        """Raise Outdated for an answer that was cut and may not begin again.
 
-        The model has caught up with the commit that cut it, and so with the run file.
+        The model has adopted the commit that cut it, and with it a changed run file.
         """
         if why == "cut" and (row.is_seen or self._model.config.service.on_deletion == "end"):
             raise Outdated(
@@ -171,7 +171,7 @@ class Engine:
     def _submit(self, rows: list[Pending]) -> None:
         with self._wake:
             if not (self._is_open and self._thread.is_alive()):
-                raise _ended()
+                raise _stopped()
             self._groups.append(rows)
             self._wake.notify()
 
@@ -180,22 +180,22 @@ class Engine:
         while True:
             batch = self._serving.batch
             with self._wake:
-                if not (self._groups or self._given_up or batch.running or batch.waiting):
+                if not (self._groups or self._cancelled or batch.running or batch.waiting):
                     self._wake.wait(WATCH_S if self._is_open else 0)
                 groups, self._groups = self._groups, []
-                gone, self._given_up = self._given_up, []
+                cancelled, self._cancelled = self._cancelled, []
                 is_open = self._is_open
             try:
                 if not is_open:
-                    raise _ended()
-                self._turn(groups, gone)
+                    raise _stopped()
+                self._turn(groups, cancelled)
             except Exception as error:
                 self._end_all([row for group in groups for row in group], error)
             if not is_open:
                 return
 
     def _end_all(self, new: Iterable[Pending], error: Exception) -> None:
-        """Report an error to all who wait; after a fault of our own, load the models again."""
+        """Report an error to all questions; after an internal fault, load the models again."""
         batch = self._serving.batch
         rows: list[Any] = [*batch.running, *batch.waiting, *new]
         fault = error if isinstance(error, SisaError) else internal_fault(error)
@@ -209,45 +209,45 @@ class Engine:
         for row in rows:
             batch.cancel(row)
 
-    def _turn(self, groups: list[list[Pending]], gone: list[Pending]) -> None:
-        """Adopt what was committed, let requests join, and append a token to each answer."""
+    def _turn(self, groups: list[list[Pending]], cancelled: list[Pending]) -> None:
+        """Adopt what was committed, admit requests, and append a token to each answer."""
         batch = self._serving.batch
-        for row in gone:
+        for row in cancelled:
             batch.cancel(row)
-        if groups or self._stirred.is_set():
+        if groups or self._committed.is_set():
             self._adopt()
         for group in groups:
             self._admit(group)
         for event in batch.step():
             key: Any = event.key
-            key.report(self._seen(event))
+            key.report(self._for_clients(event))
 
     def _adopt(self) -> None:
-        """Replace what is no longer served, and report which answers this cuts."""
-        self._stirred.clear()
+        """Replace models that are no longer served, and report which answers this cuts."""
+        self._committed.clear()
         running = set(self._serving.batch.running)
         try:
             cut: list[Any] = [*self._model.adopt(self._serving)]
         except BaseException:
-            self._stirred.set()
+            self._committed.set()
             raise
         for row in cut:
             row.report("cut" if row in running else "stale")
 
     def _watch(self) -> None:
-        """Note commits until the engine is closed."""
+        """Wait for commits until the engine is closed."""
         while self._is_open:
             with contextlib.suppress(SisaError), self._model.watch() as wait:
-                self._stirred.set()  # what was committed before the watch began
+                self._committed.set()  # perhaps, before the watch began
                 while self._is_open:
                     if wait(WATCH_S):
-                        self._stirred.set()
-            self._stirred.set()
+                        self._committed.set()
+            self._committed.set()
             if self._is_open:  # the ledger can't be read now, or was moved
                 time.sleep(WATCH_S)
 
     def _admit(self, group: list[Pending]) -> None:
-        """Let the rows of a request join, or none of them."""
+        """Admit all questions of a request to the batch, or none of them."""
         if any(row.routed.seq != self._serving.served.seq for row in group):
             for row in group:
                 row.report("stale")
@@ -271,32 +271,30 @@ class Engine:
         top = asked.logprobs or 0
         return Sampling(int(most), asked.temperature, asked.top_p, asked.seed, asked.stop, top)
 
-    def _seen(self, event: continuous.AnswerEvent) -> AnswerEvent:
-        """Return what happened in the batch as clients see it."""
+    def _for_clients(self, event: continuous.AnswerEvent) -> AnswerEvent:
+        """Return an event of the batch without token ids."""
         if isinstance(event, continuous.Ended):
-            return serving.Ended(event.reason, event.num_tokens)
+            return Ended(event.reason, event.num_tokens)
         row: Any = event.key
         if row.question.logprobs is None:
-            return serving.Piece(event.text)
+            return Piece(event.text)
         decode = self._serving.batch.answerer.tokenizer.decode
         tokens = [
-            serving.Token(
-                decode([each.id]), each.logprob, tuple((decode([id_]), of) for id_, of in each.top)
-            )
+            Token(decode([each.id]), each.logprob, tuple((decode([id_]), of) for id_, of in each.top))
             for each in event.tokens
         ]
-        return serving.Piece(event.text, tuple(tokens))
+        return Piece(event.text, tuple(tokens))
 
 
-def _ended() -> EnvironmentFault:
+def _stopped() -> EnvironmentFault:
     return EnvironmentFault("the service is being stopped", next_step="ask again")
 
 
 class OwnerTokens(Tokens):
-    """The tokens of a model, and the one in its `service.json`: who reads that owns the directory."""
+    """Admit also the token in `service.json`, which only the owner of the directory can read."""
 
     def __init__(self, directory: Path, per_minute: int, owner: str) -> None:
-        """`owner` is the SHA-256 of that token; empty: there is no such file, and nobody is local."""
+        """Take the SHA-256 of that token; if it is empty, there is no such file: tokens are demanded."""
         super().__init__(directory, per_minute)
         self._owner = owner
 
@@ -316,10 +314,10 @@ class OwnerTokens(Tokens):
 
 
 class Replica:
-    """What Ray Serve runs: an engine, and the application that asks it."""
+    """Run an engine and the application that asks it, as an actor of Ray Serve."""
 
     def __init__(self, directory: str, owner: str) -> None:
-        """Load the model in a directory, which this node must see. `owner`: SHA-256 of its token."""
+        """Load the model in a directory, which this node must see; `owner` is that of OwnerTokens."""
         path = Path(directory)
         model = open_model(path)  # the engine's own: its threads share it with nobody
         settings = model.config.service
@@ -333,17 +331,17 @@ class Replica:
         return self._app
 
     def measured(self) -> list[Metric]:
-        """Return what this replica has measured of its answers."""
+        """Return the metrics of this replica's answers."""
         meters: ServiceMeters = self._app.state.meters
         return meters.answers.of(serve.get_replica_context().replica_id.unique_id)
 
     def check_health(self) -> None:
-        """Let Ray Serve replace a replica that does not answer any more."""
+        """Raise if the engine has stopped, so that Ray Serve replaces this replica."""
         self._engine.check()
 
 
 def _measured_everywhere() -> list[Metric]:
-    """Return what all replicas have measured; one that ends meanwhile has nothing any more."""
+    """Return the metrics of all replicas; those that end meanwhile are left out."""
     here = serve.get_replica_context()
     handle = serve.get_deployment_handle(here.deployment, here.app_name)
     found = handle.broadcast("measured").results(timeout_s=_METERS_WAIT_S, return_exceptions=True)
@@ -374,6 +372,6 @@ def replica(directory: Path, config: RunConfig, num_replicas: int = 1, owner: st
         ray_actor_options={
             "num_cpus": config.sisa.threads_per_shard,
             "num_gpus": gpus,
-            "runtime_env": {"env_vars": AS_OTHERS},
+            "runtime_env": {"env_vars": NORMAL_PRIORITY},
         },
     ).bind(str(directory.resolve()), owner)

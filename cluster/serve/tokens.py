@@ -1,7 +1,7 @@
-"""Say who calls, and what they may do: `may(scope)` is a dependency of every endpoint.
+"""Authenticate callers, and check their scopes: every endpoint names the scope that it needs.
 
     @requests_router.post("/requests")
-    def submit(caller: Annotated[Caller, Depends(may("submit"))]) -> ...
+    def submit(caller: MaySubmit) -> ...
 
 A token is 256 random bits, shown once. `MODEL/tokens.json` (mode 0600) keeps its SHA-256, which nobody
 can turn back; a slow hash is for words that people choose. The file is read for every request, so that a
@@ -38,13 +38,13 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
-from fastapi import Request, Security
+from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from cluster.serve.app import Refusal, service_of
+from cluster.serve.domain import Refusal, service_of
 from sisa.config.config import Tls
 from sisa.core.block import Block
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
@@ -289,7 +289,7 @@ _bearer = HTTPBearer(auto_error=False, description="A token that `sisa token add
 
 
 class May:
-    """The dependency that admits callers with a scope. It raises Refusal: 401, 403 or 429."""
+    """A dependency that admits callers with a scope. Raise Refusal: 401, 403 or 429."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope: Scope = scope
@@ -312,9 +312,13 @@ class May:
         return caller
 
 
-def may(scope: Scope) -> May:
-    """Return the dependency that admits callers with a scope."""
-    return May(scope)
+MayAnswer = Annotated[Caller, Depends(May("answer"))]
+MayRead = Annotated[Caller, Depends(May("read"))]
+MaySubmit = Annotated[Caller, Depends(May("submit"))]
+MayDecide = Annotated[Caller, Depends(May("decide"))]
+MayErase = Annotated[Caller, Depends(May("erase"))]
+MayAccess = Annotated[Caller, Depends(May("access"))]
+MayOperate = Annotated[Caller, Depends(May("operate"))]
 
 
 def _known(tokens: Tokens, request: Request, bearer: str) -> Caller:

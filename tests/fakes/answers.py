@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from cluster.serve.app import AnswerEvent, Ended, Piece, Question, Started, Token
+from cluster.serve.domain import AnswerEvent, Ended, Piece, Question, Started, Token
 from sisa.core.errors import InvalidInput
 
 
@@ -37,7 +37,7 @@ class FakeAnswers:
         words = words_of(question)
         most = len(words) if question.max_new_tokens is None else question.max_new_tokens
         pieces: list[AnswerEvent] = [_piece(each, question) for each in words[:most]]
-        start: list[AnswerEvent] = [Started(() if question.alone else (1,), len(words))]
+        start: list[AnswerEvent] = [Started(() if question.base_only else (1,), len(words))]
         if self.cut_after is not None:
             if self.error is not None:
                 raise self.error

@@ -24,12 +24,12 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from cluster.serve.app import (
+from cluster.serve.domain import (
     AnswerEvent,
     Ended,
     Piece,
@@ -37,11 +37,11 @@ from cluster.serve.app import (
     Refusal,
     Service,
     Started,
+    TheService,
     Token,
-    service_of,
-    stream_error,
 )
-from cluster.serve.tokens import Caller, may
+from cluster.serve.problems import stream_error
+from cluster.serve.tokens import Caller, MayAnswer
 from sisa.core.domain import Kind
 from sisa.core.errors import SisaError, internal_fault
 from sisa.flows.ask import Prompt
@@ -282,13 +282,9 @@ def _named(token: str, logprob: float) -> dict[str, Any]:
     return {"token": token, "logprob": logprob, "bytes": data}
 
 
-Answering = Annotated[Caller, Depends(may("answer"))]
-Serving = Annotated[Service, Depends(service_of)]
-
-
 @answers_router.post("/chat/completions", response_model=None)
 async def chat_completions(
-    asked: ChatAsked, request: Request, service: Serving, caller: Answering
+    asked: ChatAsked, request: Request, service: TheService, caller: MayAnswer
 ) -> dict[str, Any] | StreamingResponse:
     """Continue a conversation, as a JSON object or, with `stream`, as server-sent events."""
     top = asked.top_logprobs if asked.logprobs else None
@@ -299,7 +295,7 @@ async def chat_completions(
 
 @answers_router.post("/completions", response_model=None)
 async def completions(
-    asked: TextAsked, request: Request, service: Serving, caller: Answering
+    asked: TextAsked, request: Request, service: TheService, caller: MayAnswer
 ) -> dict[str, Any] | StreamingResponse:
     """Continue texts. A text gets the form that the model was trained with, or `form`."""
     prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
@@ -308,13 +304,13 @@ async def completions(
 
 
 @answers_router.get("/models")
-def models(service: Serving, _caller: Answering) -> dict[str, Any]:
+def models(service: TheService, _caller: MayAnswer) -> dict[str, Any]:
     """List what can be asked: the model, and its base alone."""
     return {"object": "list", "data": [_model(each) for each in dict.fromkeys([service.name, BASE])]}
 
 
 @answers_router.get("/models/{name}")
-def one_model(name: str, service: Serving, _caller: Answering) -> dict[str, Any]:
+def one_model(name: str, service: TheService, _caller: MayAnswer) -> dict[str, Any]:
     """Return one of the models."""
     return _model(_known(service, name))
 
@@ -356,8 +352,8 @@ def _questions(
             logprobs=logprobs,
             shards=caller.shards,
             partition=caller.partition,
-            alone=name == BASE != service.name,
-            whole=not asked.stream,
+            base_only=name == BASE != service.name,
+            streamed=asked.stream,
         )
         for prompt in prompts
         for number in range(asked.n)

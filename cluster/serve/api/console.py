@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi.responses import Response
 
 from cluster.render.render import forget_plan
 from cluster.serve.api.requests import RecordsNamed
-from cluster.serve.app import Refusal, Service, service_of
-from cluster.serve.tokens import Caller, may
+from cluster.serve.domain import Refusal, TheService
+from cluster.serve.tokens import MayRead, MaySubmit
 
 POLICY = "; ".join(
     (
@@ -67,9 +67,7 @@ def console_page(name: str = "index.html") -> Response:
 
 
 @console_router.get("/lineage", summary="Every slice of every shard, and the heads that are served")
-def lineage(
-    service: Annotated[Service, Depends(service_of)], caller: Annotated[Caller, Depends(may("read"))]
-) -> dict[str, Any]:
+def lineage(service: TheService, caller: MayRead) -> dict[str, Any]:
     """Return which slices are clean, retrained, rolled back, restricted or empty."""
     rows = [
         {
@@ -82,11 +80,7 @@ def lineage(
 
 
 @console_router.post("/requests/plan", summary="What a request would erase and retrain; changes nothing")
-def plan_request(
-    named: RecordsNamed,
-    service: Annotated[Service, Depends(service_of)],
-    caller: Annotated[Caller, Depends(may("submit"))],
-) -> dict[str, Any]:
+def plan_request(named: RecordsNamed, service: TheService, caller: MaySubmit) -> dict[str, Any]:
     """Return the price of a deletion, with exact copies and near-duplicates of what it names."""
     model = caller.view(service.model)
     planned = model.plan_forget(named.ids, subject=named.subject)

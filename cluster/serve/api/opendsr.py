@@ -34,9 +34,9 @@ from fastapi import APIRouter, Depends, Response
 from fastapi import Request as HttpRequest
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
-from cluster.serve.api.rights import Collector, handed
-from cluster.serve.app import Refusal, Service, service_of
-from cluster.serve.tokens import Caller, may
+from cluster.serve.api.rights import handed
+from cluster.serve.domain import Refusal, Service, TheService
+from cluster.serve.tokens import Caller, MayAccess, MayRead, MaySubmit
 from cluster.serve.webhooks import (
     Call,
     Delivery,
@@ -66,7 +66,6 @@ _HANDED_OUT = "handed out"  # how a request for access has ended
 _REGIMES: dict[str, Regime] = {"gdpr": "gdpr", "ccpa": "delete-act"}
 
 opendsr_router = APIRouter(prefix="/opendsr", tags=["opendsr"])
-_Open = Annotated[Service, Depends(service_of)]
 _Uuid4 = Annotated[
     str,
     StringConstraints(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$"),
@@ -109,10 +108,6 @@ async def _raw(request: HttpRequest) -> bytes:
     return await request.body()
 
 
-_Submitting = Annotated[Caller, Depends(may("submit"))]
-_Reading = Annotated[Caller, Depends(may("read"))]
-
-
 @opendsr_router.post(
     "/requests",
     name="submit_data_subject_request",
@@ -122,8 +117,8 @@ _Reading = Annotated[Caller, Depends(may("read"))]
 )
 def _submit_dsr(
     asked: DataSubjectRequest,
-    service: _Open,
-    caller: _Submitting,
+    service: TheService,
+    caller: MaySubmit,
     http: HttpRequest,
     body: Annotated[bytes, Depends(_raw)],
 ) -> Response:
@@ -255,7 +250,7 @@ def _subject_digest(call: Call) -> str:
     responses=_SIGNED,
 )
 def _status_dsr(
-    subject_request_id: _Uuid4, service: _Open, caller: _Reading, http: HttpRequest
+    subject_request_id: _Uuid4, service: TheService, caller: MayRead, http: HttpRequest
 ) -> Response:
     """Return the status of a request."""
     block = _block(service)
@@ -284,7 +279,7 @@ def _access_status(service: Service, http: HttpRequest, name: str, call: Call) -
     response_class=Response,
     responses=_SIGNED,
 )
-def _results_dsr(subject_request_id: _Uuid4, service: _Open, caller: Collector) -> Response:
+def _results_dsr(subject_request_id: _Uuid4, service: TheService, caller: MayAccess) -> Response:
     """Return what is held of a person, as a file, once (GDPR Art. 15 and 20)."""
     block, call = _block(service), _call(service, subject_request_id)
     digest = _subject_digest(call)
@@ -304,7 +299,7 @@ def _results_dsr(subject_request_id: _Uuid4, service: _Open, caller: Collector) 
     response_class=Response,
     responses=_SIGNED,
 )
-def _cancel_dsr(subject_request_id: _Uuid4, service: _Open, caller: _Submitting) -> Response:
+def _cancel_dsr(subject_request_id: _Uuid4, service: TheService, caller: MaySubmit) -> Response:
     """Cancel a request while it is pending."""
     block = _block(service)
     found = _erasure(service, caller, subject_request_id)
@@ -322,7 +317,7 @@ def _cancel_dsr(subject_request_id: _Uuid4, service: _Open, caller: _Submitting)
 
 
 @opendsr_router.get("/discovery", name="discover", response_class=Response, responses=_SIGNED)
-def _discovery_dsr(http: HttpRequest, service: _Open, _caller: _Reading) -> Response:
+def _discovery_dsr(http: HttpRequest, service: TheService, _caller: MayRead) -> Response:
     """Return what is supported."""
     block = _block(service)
     body = {
@@ -337,7 +332,7 @@ def _discovery_dsr(http: HttpRequest, service: _Open, _caller: _Reading) -> Resp
 @opendsr_router.get(
     "/certificate", name="show_processor_certificate", response_class=Response, responses=_PEM
 )
-def _certificate_dsr(service: _Open) -> Response:
+def _certificate_dsr(service: TheService) -> Response:
     """Return the certificate (PEM) whose key signs responses and callbacks."""
     path = _block(service).certificate
     with disk_errors(path):

@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from cluster.serve.app import Refusal, Service, service_of
-from cluster.serve.tokens import Caller, may
+from cluster.serve.domain import Refusal, Service, TheService
+from cluster.serve.tokens import Caller, MayDecide, MayErase, MayRead, MaySubmit
 from cluster.serve.webhooks import ServiceState
 from sisa.core.digest import Keyed
 from sisa.core.domain import Regime, RequestState
@@ -38,10 +38,6 @@ _FILE: dict[int | str, dict[str, Any]] = {
 }
 
 requests_router = APIRouter(tags=["requests"])
-_Open = Annotated[Service, Depends(service_of)]
-_Reading = Annotated[Caller, Depends(may("read"))]
-_Submitting = Annotated[Caller, Depends(may("submit"))]
-_Deciding = Annotated[Caller, Depends(may("decide"))]
 _Text = Annotated[str, StringConstraints(min_length=1, max_length=_MAX_CHARS)]
 
 
@@ -234,7 +230,7 @@ class Once:
 
 async def _once(
     request: Request,
-    service: _Open,
+    service: TheService,
     idempotency_key: Annotated[
         str | None,
         Header(
@@ -257,7 +253,7 @@ _Repeatable = Annotated[Once, Depends(_once)]
 
 @requests_router.post("/requests", name="submit_request", status_code=201, response_model=SubmittedShown)
 def _submit(
-    asked: ErasureAsked, service: _Open, caller: _Submitting, call: _Repeatable
+    asked: ErasureAsked, service: TheService, caller: MaySubmit, call: _Repeatable
 ) -> dict[str, Any]:
     """Submit a request. It waits to be approved; nothing is deleted before."""
     model = caller.view(service.model)
@@ -286,8 +282,8 @@ def _candidate(found: Candidate) -> dict[str, Any]:
 
 @requests_router.get("/requests", name="list_requests", response_model=RequestsShown)
 def _requests(
-    service: _Open,
-    caller: _Reading,
+    service: TheService,
+    caller: MayRead,
     state: Annotated[RequestState | None, Query(description="Only those in this state.")] = None,
 ) -> dict[str, Any]:
     """List requests with their due dates and days left."""
@@ -296,16 +292,14 @@ def _requests(
 
 
 @requests_router.post("/requests/run", name="run_requests", status_code=202, response_model=RunAsked)
-def _run(
-    _asked: NothingMore, service: _Open, _caller: Annotated[Caller, Depends(may("erase"))]
-) -> dict[str, Any]:
+def _run(_asked: NothingMore, service: TheService, _caller: MayErase) -> dict[str, Any]:
     """Have the service's worker carry out what is approved now, as one batch, whatever its price."""
     ServiceState(service.model.directory).ask_to_run()
     return {"requests": list(service.model.plan_run().requests)}
 
 
 @requests_router.get("/requests/{request_id}", name="show_request", response_model=OneRequestShown)
-def _request(request_id: str, service: _Open, caller: _Reading) -> dict[str, Any]:
+def _request(request_id: str, service: TheService, caller: MayRead) -> dict[str, Any]:
     """Return one request with its history."""
     found = caller.view(service.model).request(request_id)
     return _shown(found, certificate=standing(service.model, found.request.request_id))
@@ -326,7 +320,7 @@ def _decide(
     "/requests/{request_id}/approve", name="approve_request", response_model=RequestShown
 )
 def _approve(
-    request_id: str, _asked: NothingMore, service: _Open, caller: _Deciding, call: _Repeatable
+    request_id: str, _asked: NothingMore, service: TheService, caller: MayDecide, call: _Repeatable
 ) -> dict[str, Any]:
     """Approve a request in the caller's name; it ends a legal hold, too."""
     return _decide(service, caller, call, request_id, "approved", "")
@@ -334,7 +328,7 @@ def _approve(
 
 @requests_router.post("/requests/{request_id}/deny", name="deny_request", response_model=RequestShown)
 def _deny(
-    request_id: str, asked: ReasonGiven, service: _Open, caller: _Deciding, call: _Repeatable
+    request_id: str, asked: ReasonGiven, service: TheService, caller: MayDecide, call: _Repeatable
 ) -> dict[str, Any]:
     """Refuse a request."""
     return _decide(service, caller, call, request_id, "denied", asked.reason)
@@ -342,7 +336,7 @@ def _deny(
 
 @requests_router.post("/requests/{request_id}/hold", name="hold_request", response_model=RequestShown)
 def _hold(
-    request_id: str, asked: ReasonGiven, service: _Open, caller: _Deciding, call: _Repeatable
+    request_id: str, asked: ReasonGiven, service: TheService, caller: MayDecide, call: _Repeatable
 ) -> dict[str, Any]:
     """Put a request under a legal hold: nothing deletes its records until it is approved."""
     return _decide(service, caller, call, request_id, "held", asked.reason)
@@ -352,7 +346,7 @@ def _hold(
     "/requests/{request_id}/cancel", name="cancel_request", response_model=RequestShown
 )
 def _cancel(
-    request_id: str, asked: Withdrawal, service: _Open, caller: _Deciding, call: _Repeatable
+    request_id: str, asked: Withdrawal, service: TheService, caller: MayDecide, call: _Repeatable
 ) -> dict[str, Any]:
     """Withdraw a request whose deletion is not committed."""
     return _decide(service, caller, call, request_id, "cancelled", asked.reason)
@@ -362,7 +356,7 @@ def _cancel(
     "/requests/{request_id}/extend", name="extend_request", response_model=RequestShown
 )
 def _extend(
-    request_id: str, asked: ReasonGiven, service: _Open, caller: _Deciding, call: _Repeatable
+    request_id: str, asked: ReasonGiven, service: TheService, caller: MayDecide, call: _Repeatable
 ) -> dict[str, Any]:
     """Extend the due date once, by two months (GDPR Art. 12(3))."""
     model = caller.view(service.model)
@@ -379,7 +373,7 @@ def _extend(
     response_class=Response,
     responses=_FILE,
 )
-def _certificate(request_id: str, service: _Open, caller: _Reading) -> Response:
+def _certificate(request_id: str, service: TheService, caller: MayRead) -> Response:
     """Return the certificate of a completed request, which `sisa verify-certificate` checks offline."""
     found = caller.view(service.model).request(request_id)
     return Response(certificate_file(service.model, found.request.request_id), media_type=_JSON)
@@ -388,21 +382,21 @@ def _certificate(request_id: str, service: _Open, caller: _Reading) -> Response:
 @requests_router.post(
     "/requests/{request_id}/receipt", name="make_receipt", response_class=Response, responses=_FILE
 )
-def _receipt(request_id: str, asked: Receipted, service: _Open, caller: _Submitting) -> Response:
+def _receipt(request_id: str, asked: Receipted, service: TheService, caller: MaySubmit) -> Response:
     """Return the receipt that the certificate of a request is about a record."""
     found = caller.view(service.model).request(request_id)
     return Response(receipt_file(service.model, found.request.request_id, asked.id), media_type=_JSON)
 
 
 @requests_router.get("/records/{record_id:path}/shards", name="locate_record", response_model=ShardShown)
-def _shards(record_id: str, service: _Open, caller: _Reading) -> dict[str, Any]:
+def _shards(record_id: str, service: TheService, caller: MayRead) -> dict[str, Any]:
     """Return the shard and slice of a record, or by which request it was deleted."""
     (found,) = caller.view(service.model).where([record_id])
     return asdict(found)
 
 
 @requests_router.post("/find", name="find_records", response_model=CandidatesShown)
-def _find(asked: Searched, service: _Open, caller: _Reading) -> dict[str, Any]:
+def _find(asked: Searched, service: TheService, caller: MayRead) -> dict[str, Any]:
     """Look records up by content, subject or likeness. Their text is not shown."""
     model = caller.view(service.model)
     found = model.find(text=asked.text, subject=asked.subject, like=asked.like, top_k=asked.top)

@@ -19,14 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Response
+from fastapi import APIRouter, Body, Response
 from pydantic import Field
 
 from cluster.render.render import drop_shown, rectified, restricted
 from cluster.serve.api.requests import NothingMore, RecordsNamed
-from cluster.serve.app import Service, service_of
+from cluster.serve.domain import Service, TheService
 from cluster.serve.engines import with_engines
-from cluster.serve.tokens import Caller, may
+from cluster.serve.tokens import MayAccess, MayDecide, MayRead, MaySubmit
 from sisa.evidence.attestations import Right, handed_out
 from sisa.flows.rights.access import as_file
 from sisa.store.blobs.files import scratch
@@ -34,11 +34,6 @@ from sisa.store.blobs.files import scratch
 MAX_RECORDS = 10_000
 
 rights_router = APIRouter(prefix="/rights", tags=["rights"])
-Open = Annotated[Service, Depends(service_of)]
-Decider = Annotated[Caller, Depends(may("decide"))]
-Submitter = Annotated[Caller, Depends(may("submit"))]
-Reader = Annotated[Caller, Depends(may("read"))]
-Collector = Annotated[Caller, Depends(may("access"))]
 
 
 class Subject(NothingMore):
@@ -62,21 +57,21 @@ class Corrected(NothingMore):
 
 
 @rights_router.post("/access")
-def hand_out_access(person: Person, service: Open, caller: Collector) -> Response:
+def hand_out_access(person: Person, service: TheService, caller: MayAccess) -> Response:
     """Return all that is held of a person, as a file (GDPR Art. 15 and 20)."""
     found = caller.view(service.model).access(person.ids, subject=person.subject)
     return handed(service, "access", found, person.names)
 
 
 @rights_router.post("/recipients")
-def hand_out_recipients(person: Person, service: Open, caller: Collector) -> Response:
+def hand_out_recipients(person: Person, service: TheService, caller: MayAccess) -> Response:
     """Return the exports that hold what a person's records touched (Art. 19)."""
     found = caller.view(service.model).recipients(person.ids, subject=person.subject)
     return handed(service, "recipients", found, person.names)
 
 
 @rights_router.post("/rectify")
-def rectify_records(given: Corrected, service: Open, caller: Decider) -> dict[str, Any]:
+def rectify_records(given: Corrected, service: TheService, caller: MayDecide) -> dict[str, Any]:
     """Replace held records by new versions (Art. 16); return when what they touched is trained again."""
     with scratch() as folder:
         file = folder / "records.jsonl"
@@ -85,7 +80,7 @@ def rectify_records(given: Corrected, service: Open, caller: Decider) -> dict[st
 
 
 @rights_router.post("/restrict")
-def restrict_subject(named: Subject, service: Open, caller: Decider) -> dict[str, Any]:
+def restrict_subject(named: Subject, service: TheService, caller: MayDecide) -> dict[str, Any]:
     """Store a person's records and serve none of them, until released (Art. 18)."""
     model = caller.view(service.model)
     found = model.restrict(named.subject)
@@ -93,7 +88,7 @@ def restrict_subject(named: Subject, service: Open, caller: Decider) -> dict[str
 
 
 @rights_router.post("/release")
-def release_subject(named: Subject, service: Open, caller: Decider) -> dict[str, Any]:
+def release_subject(named: Subject, service: TheService, caller: MayDecide) -> dict[str, Any]:
     """End a restriction: the same is served as before it."""
     return restricted(caller.view(service.model).release(named.subject)).json
 
@@ -108,8 +103,8 @@ class Wanted(NothingMore):
 @rights_router.post("/drop/import")
 def import_drop(
     archive: Annotated[bytes, Body(media_type="application/octet-stream")],
-    service: Open,
-    caller: Submitter,
+    service: TheService,
+    caller: MaySubmit,
 ) -> dict[str, Any]:
     """Import a download of California's DROP; submit a request for each consumer whom it matches."""
     with scratch() as folder:
@@ -119,7 +114,7 @@ def import_drop(
 
 
 @rights_router.post("/drop/report")
-def report_drop(asked: Wanted, service: Open, caller: Decider) -> dict[str, Any]:
+def report_drop(asked: Wanted, service: TheService, caller: MayDecide) -> dict[str, Any]:
     """Return the responses to DROP that are due, by the names of the files to upload and to amend."""
     with scratch() as folder:
         model = caller.view(service.model)
@@ -134,7 +129,7 @@ def report_drop(asked: Wanted, service: Open, caller: Decider) -> dict[str, Any]
 
 
 @rights_router.get("/drop")
-def show_drop(service: Open, caller: Reader) -> dict[str, Any]:
+def show_drop(service: TheService, caller: MayRead) -> dict[str, Any]:
     """Return where DROP's 45-day cycle stands, and what it waits for; no ids of records."""
     return drop_shown(caller.view(service.model).drop_details()).json
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from cluster.cli.cli import run
-from cluster.serve.app import Service, build_app
+from cluster.serve.app import build_app
+from cluster.serve.domain import Service
 from cluster.serve.tokens import Tokens
 from sisa.config.config import ServiceBlock
 from sisa.evidence.issued import certificate_file, state_what_is_held

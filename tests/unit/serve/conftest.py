@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from cluster.serve.app import Service, build_app
+from cluster.serve.app import build_app
+from cluster.serve.domain import Service
 from sisa.config.config import ServiceBlock
 from sisa.model import open_model
 from tests.fakes.answers import FakeAnswers

@@ -14,7 +14,8 @@ from fastapi.testclient import TestClient
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from cluster.serve.app import Service, build_app
+from cluster.serve.app import build_app
+from cluster.serve.domain import Service
 from cluster.serve.tokens import Caller, Scope, Tokens
 from sisa.core.errors import Outdated
 from tests.fakes.answers import FakeAnswers
@@ -124,7 +125,7 @@ def test_parameters_reach_the_engine(ask: Ask, answers: FakeAnswers) -> None:
     assert (one.seed, two.seed) == (7, 8)
     assert ask(prompt="a", form="completion", model="base", stream=True).status_code == 200
     last = answers.asked[-1]
-    assert (last.kind, last.alone, last.whole, last.logprobs) == ("completion", True, False, None)
+    assert (last.kind, last.base_only, last.streamed, last.logprobs) == ("completion", True, True, None)
     developer = [{"role": "developer", "content": [{"type": "text", "text": "b"}], "name": "x"}, *HELLO]
     assert ask(messages=developer).status_code == 200
     prompt = answers.asked[-1].prompt

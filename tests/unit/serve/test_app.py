@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import pytest
-from fastapi import APIRouter, Body, Depends
+from fastapi import APIRouter, Body
 from fastapi.testclient import TestClient
 
 from cluster.serve import app as serving
-from cluster.serve.app import Service, build_app
-from cluster.serve.tokens import SCOPES, Caller, Tokens, may
+from cluster.serve.app import build_app
+from cluster.serve.domain import Service
+from cluster.serve.tokens import SCOPES, Caller, MayDecide, MayRead, Tokens
 from sisa.core.errors import (
     Busy,
     ConfigConflict,
@@ -57,9 +58,7 @@ failing_router = APIRouter()
 
 @failing_router.post("/v1/fail")
 @failing_router.post("/fail")
-def fail(
-    _caller: Annotated[Caller, Depends(may("read"))], number: Annotated[int, Body(embed=True)]
-) -> int:
+def fail(_caller: MayRead, number: Annotated[int, Body(embed=True)]) -> int:
     """Raise what the test asks for."""
     if raised:
         raise raised.pop()
@@ -67,14 +66,13 @@ def fail(
 
 
 @failing_router.post("/decide")
-def decide(caller: Annotated[Caller, Depends(may("decide"))]) -> str:
+def decide(caller: MayDecide) -> str:
     return caller.name
 
 
 @pytest.fixture(autouse=True)
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
-    routers = (*serving.ROUTERS, f"{__name__}:failing_router")
-    monkeypatch.setattr(serving, "ROUTERS", routers)
+    monkeypatch.setattr(serving, "ROUTERS", (*serving.ROUTERS, failing_router))
 
 
 @pytest.fixture

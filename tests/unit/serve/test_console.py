@@ -12,7 +12,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from cluster.serve.api.console import PAGES
-from cluster.serve.app import Service, build_app
+from cluster.serve.app import build_app
+from cluster.serve.domain import Service
 from cluster.serve.tokens import Role, Tokens
 from sisa.config.config import ServiceBlock
 from sisa.config.runfile import parse_run_file

@@ -17,7 +17,7 @@ import pytest
 
 pytestmark = pytest.mark.torch
 
-from cluster.serve.app import Ended, Piece, Question, Service, Started  # noqa: E402
+from cluster.serve.domain import Ended, Piece, Question, Service, Started  # noqa: E402
 from cluster.serve.replica import Engine, OwnerTokens, application  # noqa: E402
 from cluster.serve.tokens import Tokens  # noqa: E402
 from sisa.config.config import ServiceBlock  # noqa: E402
@@ -206,7 +206,7 @@ def test_probabilities_are_given_only_where_asked_for(engine: Engine) -> None:
 
 def test_the_base_alone_and_the_shards_of_a_caller(engine: Engine) -> None:
     alone, others = (
-        Question("a", max_new_tokens=1, alone=True),
+        Question("a", max_new_tokens=1, base_only=True),
         Question("a", shards=frozenset({0}), partition="p"),
     )
     for each in (alone, others):
@@ -259,7 +259,7 @@ def test_nobody_saw_it_so_it_begins_again_on_the_clean_model(
 
 def test_what_was_seen_ends_in_an_error(engine: Engine, model: ScriptedModel) -> None:
     slowly(model)
-    seen = Question("a", max_new_tokens=LONG, whole=False)
+    seen = Question("a", max_new_tokens=LONG, streamed=True)
     with pytest.raises(Outdated, match="deletion"):
         asyncio.run(cut_while_running(engine, model, seen))
     assert model.made.batch.running == []
@@ -278,7 +278,7 @@ def test_a_run_file_may_end_all_that_is_cut(model: ScriptedModel, before: str) -
 def test_a_commit_that_taints_nothing_cuts_nothing(engine: Engine, model: ScriptedModel) -> None:
     async def asked() -> Answered:
         found: Answered = []
-        async for each in engine.answer([Question("a", max_new_tokens=LONG, whole=False)]):
+        async for each in engine.answer([Question("a", max_new_tokens=LONG, streamed=True)]):
             found.append(each)
             if len(found) == 2:
                 model.commit(taints=False)
@@ -307,7 +307,7 @@ def test_what_begins_after_a_commit_meets_no_tainted_model(
             return found
 
         model.routed = then_commit  # type: ignore[method-assign]
-        seen = Question("a", max_new_tokens=3, whole=False)
+        seen = Question("a", max_new_tokens=3, streamed=True)
         assert {*words(asyncio.run(hear(engine, seen)))} == {"4 "}
 
 
@@ -337,7 +337,7 @@ def test_who_gives_up_frees_the_batch(engine: Engine, model: ScriptedModel) -> N
     batch = model.made.batch
 
     async def give_up() -> None:
-        events = engine.answer([Question("a", max_new_tokens=100_000 // 200, whole=False)] * 2)
+        events = engine.answer([Question("a", max_new_tokens=100_000 // 200, streamed=True)] * 2)
         assert isinstance((await anext(events))[1], Started)
         await events.aclose()
         for _ in range(200):

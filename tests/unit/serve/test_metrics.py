@@ -15,7 +15,8 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.jobs.kuberay import manifest
-from cluster.serve.app import AnswerEvent, Ended, Piece, Question, Service, Started, build_app
+from cluster.serve.app import build_app
+from cluster.serve.domain import AnswerEvent, Ended, Piece, Question, Service, Started
 from cluster.serve.metrics import ROUTE_NAMES, AnswerMeters, MeasuredAnswers
 from sisa.evidence.issued import state_what_is_held
 from sisa.evidence.keys import init_keys

@@ -15,7 +15,8 @@ from schemathesis import GenerationMode
 from schemathesis.schemas import BaseSchema
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from cluster.serve.app import Service, build_app
+from cluster.serve.app import build_app
+from cluster.serve.domain import Service
 from cluster.serve.tokens import LOCAL, Caller, Tokens
 from sisa.config.config import ServiceBlock
 from sisa.model import open_model

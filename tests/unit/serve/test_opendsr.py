@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from fastapi.testclient import TestClient
 
-from cluster.serve.app import Service, build_app
+from cluster.serve.app import build_app
+from cluster.serve.domain import Service
 from cluster.serve.tokens import Role, Tokens
 from cluster.serve.webhooks import Courier
 from sisa.config.config import OpenDsrBlock, ServiceBlock

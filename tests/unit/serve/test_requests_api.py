@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from cluster.serve.app import Service, build_app
+from cluster.serve.app import build_app
+from cluster.serve.domain import Service
 from cluster.serve.tokens import Tokens
 from cluster.serve.worker import carry_out_asked
 from sisa.audit.garbage import KEPT_FILES

@@ -18,7 +18,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from cluster.serve import engines
-from cluster.serve.app import Service, build_app
+from cluster.serve.app import build_app
+from cluster.serve.domain import Service
 from cluster.serve.tokens import ROLES, Scope, Tokens
 from sisa.audit.doctor import diagnose
 from sisa.config.config import EngineSource, ServiceBlock

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from cluster.cli import cli
-from cluster.serve.app import Service, build_app
+from cluster.serve.app import build_app
+from cluster.serve.domain import Service
 from cluster.serve.service import Running, ask_service, find_service, started
 from cluster.serve.tokens import Tokens
 from sisa.audit.doctor import diagnose

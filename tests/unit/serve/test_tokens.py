@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from cluster.serve import app as serving
 from cluster.serve import tokens as module
-from cluster.serve.app import Service, build_app
+from cluster.serve.app import build_app
+from cluster.serve.domain import Service
 from cluster.serve.tokens import (
     DAYS,
     FAILURES_PER_MINUTE,
@@ -36,7 +37,6 @@ from cluster.serve.tokens import (
     Scope,
     Tokens,
     check_listening,
-    may,
     tls_files,
 )
 from sisa.config.config import Tls
@@ -213,7 +213,7 @@ probe_router = APIRouter()
 def add_probe(scope: Scope) -> None:
     """Add an endpoint that asks for a scope and says who calls."""
 
-    def probe(caller: Caller = Depends(may(scope))) -> str:  # noqa: B008 - as FastAPI reads it
+    def probe(caller: Caller = Depends(May(scope))) -> str:  # noqa: B008 - as FastAPI reads it
         return caller.name
 
     probe_router.get(f"/probe/{scope}")(probe)
@@ -226,7 +226,7 @@ for each_scope in sorted(SCOPES):
 @pytest.fixture
 def guarded(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     """Return a client of the service with an endpoint for each scope, and a token for each role."""
-    monkeypatch.setattr(serving, "ROUTERS", (*serving.ROUTERS, f"{__name__}:probe_router"))
+    monkeypatch.setattr(serving, "ROUTERS", (*serving.ROUTERS, probe_router))
     served = replace(service, tokens=Tokens(service.model.directory, per_minute=100))
     with TestClient(build_app(served), base_url=LOOPBACK, raise_server_exceptions=False) as made:
         yield made
@@ -329,7 +329,7 @@ def test_the_first_token_closes_the_door_and_a_lost_file_opens_none(guarded: Tes
 def test_without_tokens_no_page_of_another_site_acts_for_whoever_sits_here(
     monkeypatch: pytest.MonkeyPatch, service: Service, origin: str
 ) -> None:
-    monkeypatch.setattr(serving, "ROUTERS", (*serving.ROUTERS, f"{__name__}:probe_router"))
+    monkeypatch.setattr(serving, "ROUTERS", (*serving.ROUTERS, probe_router))
     with TestClient(build_app(service), base_url=LOOPBACK) as here:
         assert here.get("/probe/operate", headers={"origin": origin}).status_code == 403
         assert here.get("/probe/operate", headers={"origin": LOOPBACK}).json() == LOCAL.name

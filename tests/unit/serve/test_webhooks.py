@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
-from cluster.serve.app import Service
+from cluster.serve.domain import Service
 from cluster.serve.webhooks import RETRY_S, Courier, ServiceState, check_receivers, post_message
 from sisa.config.config import ServiceBlock, WebhookReceiver
 from sisa.core.errors import InvalidInput

@@ -14,7 +14,7 @@ import pytest
 from cluster.cli import cli
 from cluster.serve import service as service_module
 from cluster.serve import worker
-from cluster.serve.app import Service
+from cluster.serve.domain import Service
 from cluster.serve.webhooks import Courier, ServiceState
 from cluster.serve.worker import carry_out_due, reporting, working
 from sisa.config.runfile import parse_run_file
