@@ -273,7 +273,7 @@ def rebuild(
     executor: ExecutorChoice,
 ) -> Result:
     """Train certified shards again, without the model."""
-    from sisa.evidence.keys import read_private_key, sign_by
+    from sisa.evidence.keys import read_private_key, sign_as
     from sisa.evidence.rebuild import rebuild as train_again
     from sisa.evidence.rebuild import rebuild_statement
     from sisa.store.blobs.files import scratch, write_atomic
@@ -291,7 +291,7 @@ def rebuild(
         found = train_again(checked, shards, run_file, records, secret, place, executor, report)
     if private is not None and output is not None:
         made = rebuild_statement(found, checked, datetime.now(UTC).isoformat(timespec="seconds"))
-        envelope, pem = sign_by(made, private)
+        envelope, pem = sign_as(made, private)
         write_atomic(output, envelope)
         write_atomic(output.with_suffix(".pub.pem"), pem)
     return rebuilt(found, checked.sha256, output)

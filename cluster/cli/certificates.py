@@ -30,7 +30,7 @@ from cluster.cli.command import (
 from cluster.render.render import Result, counted, rectified
 
 if TYPE_CHECKING:
-    from sisa.evidence.hook import Logged
+    from sisa.evidence.database import Logged
     from sisa.verifier.certificate import Certificate
 
 TIMES = ("received", "approved", "committed", "erased", "completed")
@@ -109,10 +109,10 @@ def issue_certificates(directory: Path) -> Result:
 @model_option
 def state_provenance(directory: Path) -> Result:
     """State how the served adapters were trained, as SLSA Provenance. Log it, once."""
-    from sisa.evidence.attestations import provenance
+    from sisa.evidence.attestations import log_provenance
 
     with opened(directory) as model:
-        found = provenance(model)
+        found = log_provenance(model)
     return Result({"statements": [asdict(each) for each in found]}, [_line(each) for each in found])
 
 

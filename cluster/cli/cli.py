@@ -272,9 +272,11 @@ def verify(
     with opened(directory, executor) as model:
         if replay == "none":
             return render.verified(model.verify(anchor=anchor))
-        from sisa.evidence.attestations import replayed
+        from sisa.evidence.attestations import verify_and_log
 
-        found, stated = replayed(model, replay, shard, require_replay=require_replay, anchor=anchor)
+        found, stated = verify_and_log(
+            model, replay, shard, require_replay=require_replay, anchor=anchor
+        )
         return render.stated(render.verified(found), stated)
 
 

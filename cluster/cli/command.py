@@ -313,11 +313,11 @@ def logged_statements(
 
     With the proof of an entry, the log must continue the proof's checkpoint. Raise Refused.
     """
-    from sisa.evidence.log import check_log, published
+    from sisa.evidence.log import check_log, log_reader
     from sisa.verifier.certificate import verify_chain
     from sisa.verifier.note import parse_proof
 
-    read = published(where)
+    read = log_reader(where)
     seen = [] if proof is None else [parse_proof(proof.encode())[2]]
     entries = check_log(read, keys.log, seen=seen)[2]
     return len(entries), list(verify_chain(entries, read, keys))

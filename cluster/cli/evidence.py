@@ -105,12 +105,12 @@ def rotate_key(
 @click.option("--log", "where", help="The log, a directory or a URL: follow the hand-overs in it.")
 def check_keys(file: Path, trusted: Path, where: str | None) -> Result:
     """Check, without the model, that public keys follow from older ones. Exit with 4 if they do not."""
-    from sisa.evidence.log import check_log, follow, published
+    from sisa.evidence.log import check_log, follow, log_reader
     from sisa.verifier.envelope import Refused
 
     known, found = (read_public_keys(each) for each in (trusted, file))
     if where is not None:
-        read = published(where)
+        read = log_reader(where)
         known = follow(known, check_log(read, known.log)[2], read)
     keyid = known.certificates[-1].keyid
     if found != known:
@@ -234,7 +234,7 @@ def check_log_command(
 
     It checks signatures, entries and tiles, and that the log continues every checkpoint that was seen.
     """
-    from sisa.evidence.log import check_log, published
+    from sisa.evidence.log import check_log, log_reader
 
     kept = [read_bytes(each) for each in seen]
     if directory is not None and where is None and key_file is None:
@@ -243,7 +243,7 @@ def check_log_command(
         with opened(directory) as model:
             now = log_of(model).check(witnesses, kept)
     elif where is not None and key_file is not None and directory is None:
-        now, _, _ = check_log(published(where), log_vkey(key_file), witnesses, kept)
+        now, _, _ = check_log(log_reader(where), log_vkey(key_file), witnesses, kept)
     else:
         raise click.UsageError("give a directory or a URL with --key, or -m alone")
     body = {"ok": True, "origin": now.origin, "size": now.size, "root": now.root.hex()}
@@ -312,10 +312,10 @@ def cosign_log(where: str, key_file: Path, witness_key: Path, state: Path) -> Re
     `sisa log request` printed or, at first, a checkpoint. The line of the signature is printed: the
     operator adds it by `sisa log add-cosignature`.
     """
-    from sisa.evidence.log import cosign, published
+    from sisa.evidence.log import cosign, log_reader
 
     vkey, private = log_vkey(key_file), read_text(witness_key)
-    seen, now, line = cosign(published(where), vkey, private, state)
+    seen, now, line = cosign(log_reader(where), vkey, private, state)
     body = {"origin": now.origin, "size": now.size, "root": now.root.hex(), "seen_size": seen.size}
     return Result(body | {"cosignature": line.decode()}, [line.decode().removesuffix("\n")])
 

@@ -63,13 +63,13 @@ def gc(directory: Path, dry_run: bool, lost_exports: bool) -> Result:
 @click.option("--also", multiple=True, type=PATH, help="Also search here, such as an export.")
 def sweep(directory: Path, ids: list[str], text_file: Path | None, also: tuple[Path, ...]) -> Result:
     """Prove that no deleted record left a trace. Otherwise list the traces."""
-    from sisa.evidence.attestations import swept
+    from sisa.evidence.attestations import sweep_and_log
 
     ids = list(dict.fromkeys(ids))
     lines = read_lines(text_file) if text_file else []
     texts = list(dict.fromkeys(line.strip() for line in lines))
     with opened(directory) as model:
-        found, result = swept(model, also=also, ids=ids, texts=texts)
+        found, result = sweep_and_log(model, also=also, ids=ids, texts=texts)
         return stated(scanned(found), result)
 
 

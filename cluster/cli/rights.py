@@ -126,9 +126,9 @@ def _shown(model: Model, right: Right, found: dict[str, Any], named: Sequence[st
 
 
 def _stated(model: Model, right: Right, data: bytes, named: Sequence[str]) -> tuple[int | None, str]:
-    from sisa.evidence.attestations import handed_out
+    from sisa.evidence.attestations import log_hand_out
 
-    done = handed_out(model, right, data, named)
+    done = log_hand_out(model, right, data, named)
     return done.entry, done.not_logged
 
 

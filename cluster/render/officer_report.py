@@ -210,7 +210,7 @@ def _read_evidence(model: Model, requests: Sequence[RequestView]) -> Evidence | 
             return None
         hook = open_hook(model.directory, model.config, model.id)
         pending = tuple(hook.pending([each.request for each in requests]))
-        kept = Log(blobs, keys).signed() if keys else b""
+        kept = Log(blobs, keys).signed_note() if keys else b""
     except SisaError as error:
         return Evidence(fault=_fault(error))
     if keys and not kept and not blobs.num_bytes(CHECKPOINT):

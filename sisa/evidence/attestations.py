@@ -1,9 +1,9 @@
 """State what checks of a model found, and how its adapters were trained: predicates that in-toto vetted.
 
-    replayed       verify a model; the result is stated as test-result v0.1
-    swept          scan a model for traces; the result is stated as test-result v0.1
-    handed_out     that a person was given what is held of them, or its recipients
-    provenance     how the served adapters were trained, as SLSA Provenance v1
+    verify_and_log    verify a model; the result is stated as test-result v0.1
+    sweep_and_log     scan a model for traces; the result is stated as test-result v0.1
+    log_hand_out      that a person was given what is held of them, or its recipients
+    log_provenance    how the served adapters were trained, as SLSA Provenance v1
 
 The predicate is `test-result` and not `svr`, which can't express a failure. Subjects are the adapters
 that are served. Results name shards, kinds and numbers: no id, no text and no path. Logging a result
@@ -37,7 +37,8 @@ from sisa.evidence.certificate import (
     decimal,
     subject_of,
 )
-from sisa.evidence.hook import Logged, about, open_hook, served_by
+from sisa.evidence.database import Logged, parse_logged
+from sisa.evidence.hook import open_hook, served_by
 from sisa.evidence.keys import keys_of, open_log
 from sisa.evidence.log import statement_in
 from sisa.flows.wiring.context import Context, held_state
@@ -61,7 +62,7 @@ class Stated:
     not_logged: str = ""
 
 
-def replayed(
+def verify_and_log(
     model: Model,
     replay: Replay,
     shard: int | None = None,
@@ -75,7 +76,7 @@ def replayed(
     return found, _log(model, "replay", replay_results(found), held)
 
 
-def swept(
+def sweep_and_log(
     model: Model, *, also: Sequence[Path] = (), ids: Sequence[str] = (), texts: Sequence[str] = ()
 ) -> tuple[Scan, Stated]:
     """Scan a model for traces, and log the result."""
@@ -158,7 +159,7 @@ def served_subject(context: Context) -> list[dict[str, Any]]:
     return subject_of(served_by(ledger), active(ledger.patches()), context.settings.base)
 
 
-def handed_out(model: Model, right: Right, data: bytes, named: Iterable[str]) -> Stated:
+def log_hand_out(model: Model, right: Right, data: bytes, named: Iterable[str]) -> Stated:
     """State that a file was given to a person, who is named by their subject or by ids.
 
     The statement has the sha256 of the file and numbers. If another process writes, it is made when that
@@ -180,35 +181,36 @@ def handed_out(model: Model, right: Right, data: bytes, named: Iterable[str]) ->
     return Stated(entry, right, "" if entry is not None else "it is stated already")
 
 
-def provenance(model: Model) -> list[Logged]:
-    """State how the served adapters were trained, a statement for each numerics fingerprint.
+def log_provenance(model: Model) -> list[Logged]:
+    """State how the served adapters were trained, once for each numerics fingerprint.
 
-    What the log states already is not stated again. Return the statements. Raise SisaError.
+    Return these statements; those that the log has already are not signed again. Raise SisaError.
     """
     keys = keys_of(model)
     with model._writing() as context:
         log = open_log(keys, context.stores.blobs[LOG])
         known = open_hook(model.directory, model.config, model.id).evidence.logged(log)
-        whole = digest_of(served_subject(context))
-        first = next((e for e in known if e.kind in CHAINED and e.subject == whole), None)
+        served_now = digest_of(served_subject(context))
+        first = next((e for e in known if e.kind in CHAINED and e.subject == served_now), None)
         state = statement_in(log.statement(first.sha256))["predicate"] if first else {}
         served = served_by(context.stores.ledger)
         stated, made = [each for each in known if each.kind == PROVENANCE], []
         for fingerprint in sorted({each.fingerprint for each in served}):
-            some = [each for each in served if each.fingerprint == fingerprint]
-            subject = subject_of(some, (), context.settings.base)
+            adapters = [each for each in served if each.fingerprint == fingerprint]
+            subject = subject_of(adapters, (), context.settings.base)
             same = [e for e in stated if statement_in(log.statement(e.sha256))["subject"] == subject]
             if same:
                 made.append(same[-1])
                 continue
-            predicate = trained(context, model, some, state)
+            predicate = provenance_predicate(context, model, adapters, state)
             statement = {"subject": subject, "predicateType": PROVENANCE, "predicate": predicate}
             envelope = keys.sign(statement)
-            made.append(about(log.append(envelope, PROVENANCE), PROVENANCE, envelope))
+            entry = log.append(envelope, PROVENANCE)
+            made.append(parse_logged(entry, PROVENANCE, envelope))
     return made
 
 
-def trained(
+def provenance_predicate(
     context: Context, model: Model, served: Sequence[Served], state: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the predicate of SLSA Provenance v1 for adapters of one fingerprint; `state` stated them.

@@ -37,7 +37,7 @@ from sisa.core.errors import Problem, SisaError
 from sisa.evidence.attestations import served_subject
 from sisa.evidence.hook import served_by
 from sisa.evidence.keys import PUBLISHED, Keys, open_keys, open_log
-from sisa.evidence.log import CHECKPOINT, Log, check_log, or_full
+from sisa.evidence.log import CHECKPOINT, Log, Read, check_log, cutting_full_tiles
 from sisa.evidence.membership import Membership
 from sisa.flows.reconcile import under_way
 from sisa.flows.wiring.context import Context, held_state
@@ -107,19 +107,21 @@ def audit_model(
     the log that somebody kept, `witnesses` the keys of those who must have cosigned it. Nothing is
     changed but the log. Raise Busy if another process wrote meanwhile.
     """
-    doctor = _check("doctor", partial(_ill, model.directory))  # before another step catches up
+    # The doctor is first: opening the model to write repeats deletions that a backup has lost.
+    doctor = _check("doctor", partial(_doctor_findings, model.directory))
     shards = drawn(seed, [each.shard for each in model.status().shards if each.records], sample)
     state = model._held_state()
-    replay = _check("replay", partial(_unequal, model, shards))
-    sweep = _check("sweep", partial(_left, model))
+    replay = _check("replay", partial(_replay_findings, model, shards))
+    sweep = _check("sweep", partial(_sweep_findings, model))
     with model._writing() as context:
         if held_state(context.stores.ledger) != state:  # what was replayed is not what is there now
             raise model._busy()
         keys = open_keys(model.config, model.id)
-        read = partial(or_full, partial(context.stores.blobs[LOG].get, what="file of the log"))
-        held = (public, kept, witnesses)
-        evidence = _Evidence(context, model.directory, shards, keys, *held, read)
-        found = [_check(name, partial(find, evidence), evidence.lacks) for name, find in ABOUT_EVIDENCE]
+        read = cutting_full_tiles(partial(context.stores.blobs[LOG].get, what="file of the log"))
+        evidence = _Evidence(context, model.directory, shards, keys, public, kept, witnesses, read)
+        found = [
+            _check(name, partial(find, evidence), evidence.missing) for name, find in EVIDENCE_CHECKS
+        ]
         checks = (doctor, replay, sweep, *found)
         subject = served_subject(context)
         done = Audit(model.id, context.now(), seed, sample, tuple(shards), subject, checks)
@@ -128,7 +130,7 @@ def audit_model(
         done = replace(done, envelope=keys.sign(audit_statement(done, model.directory)))
         with suppress(SisaError):  # a log that was set back or has forked takes nothing: see `log` above
             log = open_log(keys, context.stores.blobs[LOG])
-            return replace(done, index=log.append(done.envelope, AUDIT))
+            done = replace(done, index=log.append(done.envelope, AUDIT))
         return done
 
 
@@ -171,19 +173,19 @@ def _check(name: str, find: Callable[[], Iterable[Problem]], skipped: str = "") 
         return Check(name, (Problem(error.where or name, f"{error.what}: {error.got}"),))
 
 
-def _ill(directory: Path) -> Iterator[Problem]:
+def _doctor_findings(directory: Path) -> Iterator[Problem]:
     for each in diagnose(directory).findings:
         if each.severity == "error":
             yield Problem(each.where, each.what)
 
 
-def _unequal(model: Model, shards: Sequence[int]) -> Iterable[Problem]:
+def _replay_findings(model: Model, shards: Sequence[int]) -> Iterable[Problem]:
     if not shards:
         return model.verify().findings
     return model.verify("sample", shards, require_replay=True).findings
 
 
-def _left(model: Model) -> Iterator[Problem]:
+def _sweep_findings(model: Model) -> Iterator[Problem]:
     for each in sweep_model(model).residue:
         yield Problem(each.where, f"{each.what} ({each.position})" if each.position else each.what)
 
@@ -199,11 +201,11 @@ class _Evidence:
     given: PublicKeys | None
     kept: Sequence[bytes]
     witnesses: Sequence[str]
-    read: Callable[[str], bytes]  # a file of the log by its path
+    read: Read
 
     @property
-    def lacks(self) -> str:
-        """Return why there is nothing to check; empty if there is."""
+    def missing(self) -> str:
+        """Return why there is no evidence to check; empty if there is some."""
         return "" if self.keys or self.context.stores.blobs[LOG].num_bytes(CHECKPOINT) else NO_EVIDENCE
 
     @cached_property
@@ -231,29 +233,30 @@ class _Evidence:
         found = [each["predicate"] for each in self.chained if each["predicateType"] in CERTIFICATES]
         return {each["request"]["id"]: each for each in found}
 
-    def forked(self) -> Iterable[Problem]:
+    def log_findings(self) -> Iterable[Problem]:
         """Find a log that contradicts itself, or does not continue a checkpoint that was kept."""
-        beside = Log(self.context.stores.blobs[LOG], self.keys).signed() if self.keys else b""
-        kept = [*self.kept, beside] if beside else self.kept
+        signed = Log(self.context.stores.blobs[LOG], self.keys).signed_note() if self.keys else b""
+        kept = [*self.kept, signed] if signed else self.kept
         check_log(self.read, self.public.log, self.witnesses, kept)
         return ()
 
-    def broken(self) -> Iterator[Problem]:
+    def chain_findings(self) -> Iterator[Problem]:
         """Find a broken chain, dates that run backwards, and records that left without a request."""
-        dates = [datetime.fromisoformat(each["predicate"]["issued_at"]) for each in self.chained]
-        for (before, after), each in zip(pairwise(dates), self.chained[1:], strict=True):
-            if (before - after).total_seconds() > CLOCK_TOLERANCE_S:
+        num_left = 0
+        for before, after in pairwise(each["predicate"] for each in self.chained):
+            dates = [datetime.fromisoformat(each["issued_at"]) for each in (before, after)]
+            if (dates[0] - dates[1]).total_seconds() > CLOCK_TOLERANCE_S:
                 what = "is dated before the statement that precedes it"
-                yield Problem(f"entry {each['predicate']['sequence']}", what)
-        sizes = [each["predicate"]["membership"]["num_records"] for each in self.chained]
-        left = sum(max(0, before - after) for before, after in pairwise(sizes))
-        waiting = [each.num_records for each in under_way(self.context)]
-        named = sum(each["commitments"]["number"] for each in self.certificates.values()) + sum(waiting)
-        if left > named:
-            what = f"{left} records left the model, and requests account for {named}"
+                yield Problem(f"entry {after['sequence']}", what)
+            sizes = [each["membership"]["num_records"] for each in (before, after)]
+            num_left += max(0, sizes[0] - sizes[1])
+        num_named = sum(each["commitments"]["number"] for each in self.certificates.values())
+        num_named += sum(each.num_records for each in under_way(self.context))
+        if num_left > num_named:
+            what = f"{num_left} records left the model, and requests account for {num_named}"
             yield Problem("log", what)
 
-    def uncertified(self) -> Iterator[Problem]:
+    def certificate_findings(self) -> Iterator[Problem]:
         """Find completed requests without a certificate, and certificates that contradict the ledger."""
         first = self.chained[0]["predicate"]["issued_at"] if self.chained else ""
         ledger = self.context.stores.ledger
@@ -272,7 +275,7 @@ class _Evidence:
             elif (request.created_at, request.committed_at) != (times["received"], times["committed"]):
                 yield Problem(name, "the ledger and its certificate have different dates")
 
-    def misplaced(self) -> Iterator[Problem]:
+    def membership_findings(self) -> Iterator[Problem]:
         """Find a tree that is not that of the ledger, or not the last certified one."""
         if self.keys is not None:
             tree = Membership(self.directory / EVIDENCE, self.keys.vrf_secret)
@@ -281,7 +284,7 @@ class _Evidence:
             if self.chained and self.chained[-1]["predicate"]["membership"]["after"] != tree.root:
                 yield Problem("tree of records", "its root is not the last certified one")
 
-    def other_heads(self) -> Iterator[Problem]:
+    def head_findings(self) -> Iterator[Problem]:
         """Find served adapters that are not those of the last certificate or statement."""
         now = {each.shard: each.sha256 for each in served_by(self.context.stores.ledger)}
         served = self.chained[-1]["predicate"]["served"] if self.chained else []
@@ -291,10 +294,10 @@ class _Evidence:
                 yield Problem(f"shard {shard}", "serves another adapter than the last certified one")
 
 
-ABOUT_EVIDENCE = (
-    ("log", _Evidence.forked),
-    ("chain", _Evidence.broken),
-    ("certificates", _Evidence.uncertified),
-    ("membership", _Evidence.misplaced),
-    ("heads", _Evidence.other_heads),
+EVIDENCE_CHECKS = (
+    ("log", _Evidence.log_findings),
+    ("chain", _Evidence.chain_findings),
+    ("certificates", _Evidence.certificate_findings),
+    ("membership", _Evidence.membership_findings),
+    ("heads", _Evidence.head_findings),
 )

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sisa.core.domain import Request
-from sisa.core.errors import IntegrityError, InvalidInput, Outdated, SisaError, UnknownRecord
+from sisa.core.errors import IntegrityError, Outdated, SisaError, UnknownRecord
 from sisa.evidence.certificate import salt_of, tree_over
-from sisa.evidence.hook import EvidenceHook, Logged, open_hook
-from sisa.evidence.keys import Keys, open_keys
+from sisa.evidence.database import Logged
+from sisa.evidence.hook import EvidenceHook, open_hook
+from sisa.evidence.keys import Keys, keys_of
 from sisa.evidence.log import Log
 from sisa.evidence.membership import Membership
 from sisa.flows import lifecycle
@@ -68,20 +69,21 @@ class Reading:
         requests = self.context.stores.ledger.requests()
         return Issued(tuple(self.hook.evidence.logged(self.log)), tuple(self.hook.pending(requests)))
 
-    def named(self, name: str) -> Logged:
+    def find(self, name: str) -> Logged:
         """Return a statement by its sha256, or the certificate of a request. Raise UnknownRecord."""
-        found = self.issued
-        for each in found.logged:
+        issued = self.issued
+        for each in issued.logged:
             if name == each.sha256:
                 return each
         request = lifecycle.find(self.context, name)
-        if request.request_id in found.certificates:
-            return found.certificates[request.request_id]
+        if request.request_id in issued.certificates:
+            return issued.certificates[request.request_id]
+        is_pending = request.request_id in issued.pending
         raise UnknownRecord(
             "this request has no certificate",
             where=request.request_id,
-            got="it is pending" if request.request_id in found.pending else f"it is {request.state}",
-            next_step=_next_step(request, pending=request.request_id in found.pending),
+            got="it is pending" if is_pending else f"it is {request.state}",
+            next_step=_next_step(request, pending=is_pending),
         )
 
 
@@ -98,12 +100,7 @@ def _next_step(request: Request, *, pending: bool) -> str:
 @contextmanager
 def reading(model: Model) -> Iterator[Reading]:
     """Open a model's evidence. Raise InvalidInput for a model that has no keys."""
-    if (keys := open_keys(model.config, model.id)) is None:
-        raise InvalidInput(
-            "the deletions of this model are not certified: it has no signing keys",
-            where=str(model.directory),
-            next_step="make keys with `sisa keys init`; deletions from then on are certified",
-        )
+    keys = keys_of(model)
     with model._context() as context:
         hook = open_hook(model.directory, model.config, model.id)
         yield Reading(context, hook, keys, Log(context.stores.blobs[LOG], keys))
@@ -117,8 +114,7 @@ def issued(model: Model) -> Issued:
 
 def issue(model: Model) -> list[Logged]:
     """Sign and log whatever lacks a statement; return what was logged. Raise SisaError."""
-    with reading(model):
-        pass  # refuses a model without keys, and one without evidence
+    keys_of(model)  # refuses a model without keys before anything is written
     with model._writing() as context:
         return open_hook(model.directory, model.config, model.id).issue(context)
 
@@ -149,24 +145,23 @@ def standing(model: Model, request_id: str) -> str:
 
 def results_of_checks(model: Model) -> list[tuple[str, dict[str, Any]]]:
     """Return the statements in the log of what checks found, with their sha256, in order."""
+    results = []
     with reading(model) as found:
-        named = [each for each in found.issued.logged if each.kind in (AUDIT, TEST_RESULT)]
-        return [
-            (
-                each.sha256,
-                verify_envelope(found.log.statement(each.sha256), found.keys.public, each.sequence),
-            )
-            for each in named
-        ]
+        for each in found.issued.logged:
+            if each.kind in (AUDIT, TEST_RESULT):
+                envelope = found.log.statement(each.sha256)
+                statement = verify_envelope(envelope, found.keys.public, each.sequence)
+                results.append((each.sha256, statement))
+    return results
 
 
 def certificate_file(model: Model, name: str) -> bytes:
     """Return a certificate, by its request, or any statement, by its sha256, as a file."""
     with reading(model) as found:
-        return _file(found.log, found.named(name))
+        return _as_file(found.log, found.find(name))
 
 
-def _file(log: Log, each: Logged) -> bytes:
+def _as_file(log: Log, each: Logged) -> bytes:
     file = {
         "type": CERTIFICATE_FILE,
         "envelope": log.statement(each.sha256).decode(),
@@ -190,7 +185,7 @@ def membership_file(model: Model, record_id: str) -> bytes:
                 where=str(model.directory),
                 next_step="`sisa certificate issue` makes one",
             )
-        proof, state = tree.prove(record_id), _file(found.log, stated[-1]).decode()
+        proof, state = tree.prove(record_id), _as_file(found.log, stated[-1]).decode()
     file = {"type": MEMBERSHIP_FILE, "id": record_id, "state": state, **proof}
     return canonical(file) + b"\n"
 
@@ -202,7 +197,7 @@ def receipt_file(model: Model, request_name: str, record_id: str) -> bytes:
     """
     with reading(model) as found:
         request = lifecycle.find(found.context, request_name)
-        certificate = found.named(request.request_id)
+        certificate = found.find(request.request_id)
         hashes = found.hook.evidence.commitments(request.request_id)
         envelope = found.log.statement(certificate.sha256)
         statement = verify_envelope(envelope, found.keys.public, certificate.sequence)
@@ -216,17 +211,17 @@ def receipt_file(model: Model, request_name: str, record_id: str) -> bytes:
                 next_step="restore this file from a newer backup",
             )
         settings = found.context.settings
-        digest = settings.assigner.id_digest(record_id)
-        salt = salt_of(settings.chain.keyed, request.request_id, digest)
-        made = commitment(salt, record_id)
-        if made.hex() not in hashes:
+        id_digest = settings.assigner.id_digest(record_id)
+        salt = salt_of(settings.chain.keyed, request.request_id, id_digest)
+        committed = commitment(salt, record_id).hex()
+        if committed not in hashes:
             raise UnknownRecord(
                 "the certificate is not about this record",
                 where=request.request_id,
                 next_step="`sisa where ID` says by which request a record was deleted",
             )
         proof = found.log.proof(certificate.sequence)
-    index = hashes.index(made.hex())
+    index = hashes.index(committed)
     path = inclusion_path([leaf_hash(bytes.fromhex(each)) for each in hashes], index)
     file = {
         "type": RECEIPT_FILE,

@@ -85,7 +85,7 @@ PUBLISHED = "keys.json"  # the file of public keys, beside the log
 EXPORTS_KEY = "exports.pem"  # beside it: the public key of exports, for `model_signing verify key`
 MAX_KEY_FILE_BYTES = 1 << 20
 Reason = Literal["rotated", "lost", "leaked"]
-Signing = Callable[[bytes], bytes]  # the signature of a message
+SignBytes = Callable[[bytes], bytes]  # returns the signature of a message
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ class Keys:
                 where=str(path),
                 next_step="restore it from a backup, or replace it by `sisa keys rotate --lost`",
             ) from None
-        return _signed(statement, self.present, _signing(self.present, private, self.signer))
+        sign = _sign_function(self.present, private, self.signer)
+        return _signed_statement(statement, self.present, sign)
 
     def settle(self, log: Log) -> None:
         """Log the hand-over of an interrupted rotation, then destroy the key that it replaced.
@@ -129,7 +130,7 @@ class Keys:
         path, present = self.directory / HANDOVER, self.present.keyid
         if not path.exists():
             return
-        envelope = _held(path)
+        envelope = _read_file(path)
         try:
             reason, body = map(statement_in(envelope)["predicate"].get, ("reason", "keys"))
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -253,7 +254,7 @@ def create_keys(
     log_seed, vrf_secret = os.urandom(KEY_BYTES), os.urandom(KEY_BYTES)
     public = PublicKeys(model, (present,), *_derived(model, log_seed, vrf_secret))
     made = {name: data, LOG_KEY: log_seed, VRF_KEY: vrf_secret}
-    made[PUBLIC] = _public_file(public, _signing(present, data, signer))
+    made[PUBLIC] = _signed_public_file(public, _sign_function(present, data, signer))
     files.write_directory(directory, made)
     return _read(directory, model)
 
@@ -264,7 +265,8 @@ def read_keys(directory: Path, model: str) -> Keys | None:
 
 
 def _read(directory: Path, model: str) -> Keys:
-    public_file, log_seed, vrf_secret = (_held(directory / name) for name in (PUBLIC, LOG_KEY, VRF_KEY))
+    names = PUBLIC, LOG_KEY, VRF_KEY
+    public_file, log_seed, vrf_secret = (_read_file(directory / name) for name in names)
     try:
         public = parse_keys(public_file)
         if public != PublicKeys(model, public.certificates, *_derived(model, log_seed, vrf_secret)):
@@ -272,7 +274,7 @@ def _read(directory: Path, model: str) -> Keys:
     except ValueError as error:  # Refused is one
         raise _damaged(directory, str(error)) from None
     key, signer = (directory / f"{public.certificates[-1].keyid}{each}" for each in (KEY, SIGNER))
-    uri = _held(signer).decode("utf-8", "replace") if signer.exists() and not key.exists() else ""
+    uri = _read_file(signer).decode("utf-8", "replace") if signer.exists() and not key.exists() else ""
     return Keys(directory, public, public_file, log_seed, vrf_secret, uri)
 
 
@@ -301,14 +303,14 @@ def rotate_keys(
     if new.keyid in {key.keyid for key in keys.public.certificates}:
         raise InvalidInput("the new key is an old one", got=f"keyid {new.keyid}")
     old = (*keys.public.certificates[:-1], replace(keys.present, until=end))
-    public, signing = replace(keys.public, certificates=(*old, new)), _signing(new, data, signer)
+    public, sign = replace(keys.public, certificates=(*old, new)), _sign_function(new, data, signer)
     statement = {
         "subject": [{"name": "signing-key", "digest": {"sha256": new.keyid}}],
         "predicateType": KEY_HANDOVER,
         "predicate": {"reason": reason, "keys": public_body(public)},
     }
-    handover = keys.sign(statement) if reason == "rotated" else _signed(statement, new, signing)
-    public_file = _public_file(public, signing)
+    handover = keys.sign(statement) if reason == "rotated" else _signed_statement(statement, new, sign)
+    public_file = _signed_public_file(public, sign)
     files.write_atomic(keys.directory / HANDOVER, handover)
     files.write_atomic(keys.directory / name, data)
     files.write_atomic(keys.directory / PUBLIC, public_file)
@@ -338,11 +340,11 @@ def read_private_key(key_file: Path) -> Ed25519PrivateKey:
     )
 
 
-def sign_by(statement: Mapping[str, Any], private: Ed25519PrivateKey) -> tuple[bytes, bytes]:
+def sign_as(statement: Mapping[str, Any], private: Ed25519PrivateKey) -> tuple[bytes, bytes]:
     """Return a statement's envelope under the key of another party, and its public key in PEM."""
     public = private.public_key()
     pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return _signed(statement, _certificate_key(public, ED25519), private.sign), pem
+    return _signed_statement(statement, _certificate_key(public, ED25519), private.sign), pem
 
 
 def read_public_key(path: Path) -> CertificateKey:
@@ -389,8 +391,8 @@ def _new_key(
     return replace(public_key, since=since), f"{public_key.keyid}{SIGNER}", signer.encode()
 
 
-def _signing(key: CertificateKey, private: bytes, signer: str) -> Signing:
-    """Return what signs with a key: the one in a PEM file, or a signer."""
+def _sign_function(key: CertificateKey, private: bytes, signer: str) -> SignBytes:
+    """Return the function that signs: with a private key in PEM, or by the URI `signer`."""
     if signer:
         from sisa.evidence.signers import signature_by
 
@@ -404,20 +406,20 @@ def _signing(key: CertificateKey, private: bytes, signer: str) -> Signing:
     return found.sign
 
 
-def _signed(statement: Mapping[str, Any], key: CertificateKey, signing: Signing) -> bytes:
+def _signed_statement(statement: Mapping[str, Any], key: CertificateKey, sign: SignBytes) -> bytes:
     payload = rfc8785.dumps({"_type": STATEMENT_TYPE, **statement})
-    return _envelope(PAYLOAD_TYPE, payload, key, signing)
+    return _envelope(PAYLOAD_TYPE, payload, key, sign)
 
 
-def _public_file(public: PublicKeys, signing: Signing) -> bytes:
+def _signed_public_file(public: PublicKeys, sign: SignBytes) -> bytes:
     payload = rfc8785.dumps(public_body(public))
-    return _envelope(KEYS_PAYLOAD_TYPE, payload, public.certificates[-1], signing)
+    return _envelope(KEYS_PAYLOAD_TYPE, payload, public.certificates[-1], sign)
 
 
-def _envelope(payload_type: str, payload: bytes, key: CertificateKey, signing: Signing) -> bytes:
+def _envelope(payload_type: str, payload: bytes, key: CertificateKey, sign: SignBytes) -> bytes:
     """Return a DSSE envelope, whose signature was checked."""
     message = pae(payload_type, payload)
-    if not key.verifies(signature := signing(message), message):
+    if not key.verifies(signature := sign(message), message):
         raise EnvironmentFault(
             "the signer signed with another key than the model's",
             expected=f"keyid {key.keyid}",
@@ -453,7 +455,7 @@ def _derived(model: str, log_seed: bytes, vrf_secret: bytes) -> tuple[str, bytes
     return str(NoteKey(origin(model), note.ED25519, log)), vrf, der
 
 
-def _held(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     with files.disk_errors(path):
         try:
             with path.open("rb") as file:

@@ -54,6 +54,7 @@ MAX_ENTRY_BYTES = 0xFFFF
 MAX_FILE_BYTES = WIDTH * (2 + MAX_ENTRY_BYTES)  # a full bundle
 TIMEOUT_S = 20
 PRIVATE = "PRIVATE+KEY"
+Read = Callable[[str], bytes]  # a file of a log, by its path
 _PRIVATE = re.compile(r"PRIVATE\+KEY\+([^\s+]+)\+([0-9a-f]{8})\+([A-Za-z0-9+/]{44})")
 _REQUEST = re.compile(rb"old (?:0|[1-9][0-9]{0,17})(?:\n[A-Za-z0-9+/=]{44}){0,63}")
 RESTORE_LOG = (
@@ -93,7 +94,7 @@ class Tiles:
     Tiles of others may be false: what is computed from them has to be verified.
     """
 
-    def __init__(self, read: Callable[[str], bytes], size: int) -> None:
+    def __init__(self, read: Read, size: int) -> None:
         self._read, self.size = read, size
         self._held: dict[str, bytes] = {}
 
@@ -169,10 +170,10 @@ class Log:
     @property
     def checkpoint(self) -> Checkpoint:
         """Return the published checkpoint; that of no entries if there is none. Raise IntegrityError."""
-        published = self.note()
-        return self._opened(published, self._blobs.location(CHECKPOINT)) if published else NO_ENTRIES
+        published = self.published_note()
+        return self._open(published, self._blobs.location(CHECKPOINT)) if published else NO_ENTRIES
 
-    def note(self) -> bytes:
+    def published_note(self) -> bytes:
         """Return the published checkpoint with its signatures; nothing if there is none."""
         return self._read(CHECKPOINT) if self._blobs.num_bytes(CHECKPOINT) else b""
 
@@ -197,7 +198,7 @@ class Log:
 
         Raise IntegrityError if the log was set back, or has taken another way than what was signed.
         """
-        published, signed = self.checkpoint, self._signed()
+        published, signed = self.checkpoint, self._signed_checkpoint()
         first, last = sorted((published, signed), key=lambda each: each.size)
         try:
             tiles = Tiles(self._read, last.size)
@@ -212,7 +213,7 @@ class Log:
                 next_step=RESTORE_LOG,
             ) from error
         if signed.size < last.size:
-            files.write_atomic(self._signed_at, self.note())
+            files.write_atomic(self._signed_at, self.published_note())
         elif published.size < last.size:
             self._blobs.put(CHECKPOINT, self._signed_at.read_bytes())
         return last
@@ -253,15 +254,15 @@ class Log:
         files.write_atomic(self._signed_at, signed)
         self._blobs.put(CHECKPOINT, signed)
 
-    def signed(self) -> bytes:
+    def signed_note(self) -> bytes:
         """Return the checkpoint that was signed last, as the file beside the keys has it; or nothing."""
         return files.read_whole(self._signed_at, "checkpoint") if self._signed_at.exists() else b""
 
-    def _signed(self) -> Checkpoint:
-        signed = self.signed()
-        return self._opened(signed, str(self._signed_at)) if signed else NO_ENTRIES
+    def _signed_checkpoint(self) -> Checkpoint:
+        signed = self.signed_note()
+        return self._open(signed, str(self._signed_at)) if signed else NO_ENTRIES
 
-    def _opened(self, signed: bytes, where: str) -> Checkpoint:
+    def _open(self, signed: bytes, where: str) -> Checkpoint:
         try:
             return note.open_checkpoint(signed, str(self.key))
         except Refused as error:
@@ -269,7 +270,7 @@ class Log:
 
     def proof(self, index: int) -> bytes:
         """Return the `.tlog-proof` of an entry, against the published checkpoint. Raise InvalidInput."""
-        published, now = self.note(), self.checkpoint
+        published, now = self.published_note(), self.checkpoint
         if not 0 <= index < now.size:
             raise InvalidInput("the log has no such entry", expected=f"below {now.size}", got=str(index))
         try:
@@ -283,7 +284,7 @@ class Log:
 
     def request(self, old: int) -> bytes:
         """Return what asks a witness that has seen `old` entries to cosign: C2SP's add-checkpoint."""
-        published, now = self.note(), self.checkpoint
+        published, now = self.published_note(), self.checkpoint
         if not 0 <= old <= now.size or not published:
             raise InvalidInput("no witness has seen that", expected=f"0 to {now.size}", got=str(old))
         lines = [f"old {old}", *map(note.b64, Tiles(self._read, now.size).consistency(old))]
@@ -314,14 +315,15 @@ class Log:
 
     def check(self, witnesses: Sequence[str] = (), seen: Sequence[bytes] = ()) -> Checkpoint:
         """Check the whole log as an outsider would, who also saw what was signed last. Raise Refused."""
-        seen = [*seen, *([signed] if (signed := self.signed()) else [])]
-        if not seen and not self.note():
+        if signed := self.signed_note():
+            seen = [*seen, signed]
+        if not seen and not self.published_note():
             return NO_ENTRIES
-        return check_log(partial(or_full, self._read), str(self.key), witnesses, seen)[0]
+        return check_log(cutting_full_tiles(self._read), str(self.key), witnesses, seen)[0]
 
     def cosigners(self) -> list[tuple[str, int]]:
         """Return the names of the witnesses under the published checkpoint, and when they signed."""
-        published = self.note()
+        published = self.published_note()
         signatures = note.split_note(published)[1] if published else []
         return [(name, int.from_bytes(data[4:12])) for name, data in signatures if len(data) == 76]
 
@@ -334,7 +336,7 @@ class Log:
         Raise Refused if one is missing or false, or signs another checkpoint.
         """
         now = self.recover()
-        text, held = note.split_note(self.note())
+        text, held = note.split_note(self.published_note())
         if b"\n\n" not in given:
             given = text + b"\n" + given
         given_text, signatures = note.split_note(given)
@@ -369,7 +371,7 @@ def proof_text(index: int, path: Sequence[bytes], checkpoint: bytes) -> bytes:
     return "\n".join(lines).encode() + b"\n\n" + checkpoint
 
 
-def check_tiles(read: Callable[[str], bytes], entries: Sequence[bytes]) -> None:
+def check_tiles(read: Read, entries: Sequence[bytes]) -> None:
     """Raise Refused unless every tile of a published log has the hashes of these entries."""
     nodes, level = [merkle.leaf_hash(each) for each in entries], 0
     while nodes:
@@ -382,7 +384,7 @@ def check_tiles(read: Callable[[str], bytes], entries: Sequence[bytes]) -> None:
 
 
 def check_log(
-    read: Callable[[str], bytes], vkey: str, witnesses: Sequence[str] = (), seen: Sequence[bytes] = ()
+    read: Read, vkey: str, witnesses: Sequence[str] = (), seen: Sequence[bytes] = ()
 ) -> tuple[Checkpoint, list[Checkpoint], list[bytes]]:
     """Check a whole published log; return its checkpoint, the seen ones and the entries. Raise Refused.
 
@@ -428,7 +430,7 @@ def _statement_path(sha256: str) -> str:
     return f"{STATEMENTS}/{sha256}.json"
 
 
-def follow(known: PublicKeys, entries: Sequence[bytes], read: Callable[[str], bytes]) -> PublicKeys:
+def follow(known: PublicKeys, entries: Sequence[bytes], read: Read) -> PublicKeys:
     """Return the keys to which known ones were handed over, of a log that was checked. Raise Refused.
 
     `read` returns a file beside the log's by its path. The old key signs a regular hand-over, and it
@@ -480,31 +482,35 @@ def _damaged(where: str, what: str) -> IntegrityError:
     return IntegrityError(what, where=where, next_step=RESTORE_LOG)
 
 
-def published(where: str) -> Callable[[str], bytes]:
-    """Return what reads the files of a log in a directory or at an http(s) URL, by their paths.
+def log_reader(where: str) -> Read:
+    """Return a function that reads a file of the log in a directory or at an http(s) URL.
 
     A file with a checkpoint alone can be read, too. Raise IntegrityError for a file that is missing or
     too large, EnvironmentFault for a disk or a network that fails.
     """
     if where.startswith(("http://", "https://")):
-        return partial(or_full, partial(_fetch, where.rstrip("/")))
+        return cutting_full_tiles(partial(_fetch, where.rstrip("/")))
     if "://" in where:
         raise InvalidInput("a log can't be read from there", expected="a directory, http:// or https://")
-    return partial(or_full, partial(_load, Path(where)))
+    return cutting_full_tiles(partial(_load, Path(where)))
 
 
-def or_full(read: Callable[[str], bytes], path: str) -> bytes:
-    """Return a file of a log; for a partial tile that is gone, the beginning of the full one."""
-    try:
-        return read(path)
-    except IntegrityError:
-        full, _, width = path.partition(".p/")
-        if not width:
-            raise
-        data = read(full)
-    if path.startswith("tile/entries/"):
-        return encode_bundle(note.split_bundle(data, WIDTH)[: int(width)])
-    return data[: int(width) * 32]
+def cutting_full_tiles(read: Read) -> Read:
+    """Return a reader that replaces a partial tile that is gone by the beginning of the full one."""
+
+    def read_or_cut(path: str) -> bytes:
+        try:
+            return read(path)
+        except IntegrityError:
+            full, _, width = path.partition(".p/")
+            if not width:
+                raise
+            data = read(full)
+        if path.startswith("tile/entries/"):
+            return encode_bundle(note.split_bundle(data, WIDTH)[: int(width)])
+        return data[: int(width) * 32]
+
+    return read_or_cut
 
 
 def _load(directory: Path, path: str) -> bytes:
@@ -581,8 +587,8 @@ def parse_witness(text: str) -> tuple[NoteKey, Ed25519PrivateKey]:
     )
 
 
-def _asked(data: bytes) -> tuple[bytes, list[bytes] | None]:
-    """Return the checkpoint of a request with its proof of consistency, or a checkpoint without one."""
+def _parse_request(data: bytes) -> tuple[bytes, list[bytes] | None]:
+    """Return the checkpoint of a request and its proof of consistency, or a checkpoint without one."""
     head, _, checkpoint = data.partition(b"\n\n")
     if not _REQUEST.fullmatch(head):
         return data, None
@@ -590,7 +596,7 @@ def _asked(data: bytes) -> tuple[bytes, list[bytes] | None]:
 
 
 def cosign(
-    read: Callable[[str], bytes], log_vkey: str, private: str, state: Path, now: float | None = None
+    read: Read, log_vkey: str, private: str, state: Path, now: float | None = None
 ) -> tuple[Checkpoint, Checkpoint, bytes]:
     """Cosign a log's checkpoint; return the one seen before, this one, and the line of the signature.
 
@@ -599,7 +605,7 @@ def cosign(
     IntegrityError if the log does not continue that one.
     """
     key, signer = parse_witness(private.strip())
-    signed, asked = _asked(read(CHECKPOINT))
+    signed, proof = _parse_request(read(CHECKPOINT))
     checkpoint = note.open_checkpoint(signed, log_vkey)
     files.make_directory(state.absolute().parent)
     with files.opened_directory(state.absolute().parent) as handle:
@@ -608,10 +614,10 @@ def cosign(
         if state.exists():
             seen = note.open_checkpoint(files.read_whole(state, "checkpoint"), log_vkey)
         try:
-            if asked is None:
+            if proof is None:
                 Tiles(read, checkpoint.size).check_follows(seen, checkpoint)
             else:
-                merkle.verify_consistency(seen.size, checkpoint.size, asked, seen.root, checkpoint.root)
+                merkle.verify_consistency(seen.size, checkpoint.size, proof, seen.root, checkpoint.root)
         except Refused as error:
             raise Refused(
                 "the log does not continue the checkpoint that this witness signed last",

@@ -9,7 +9,8 @@ from typing import Any
 from sisa.config.config import RunConfig
 from sisa.core.domain import RecordRow, Request
 from sisa.core.events import Event, Notice
-from sisa.evidence.hook import Evidence, EvidenceHook, Logged
+from sisa.evidence.database import EvidenceTables, Logged
+from sisa.evidence.hook import EvidenceHook
 from sisa.evidence.keys import Keys, init_keys
 from sisa.evidence.log import Log
 from sisa.flows.deletion import Terms, arrive, forget_at_once
@@ -37,7 +38,7 @@ class Certified:
         return Log(self.fake.context.stores.blobs[LOG], self.keys)
 
     @property
-    def evidence(self) -> Evidence:
+    def evidence(self) -> EvidenceTables:
         return self.hook.evidence
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sisa.core.digest import sha256_hex
-from sisa.evidence.log import Log, Tiles, check_log, published
+from sisa.evidence.log import Log, Tiles, check_log, log_reader
 from sisa.store.blobs.files import LocalBlobs
 from sisa.verifier import merkle, note
 from sisa.verifier.certificate import log_entry
@@ -50,7 +50,7 @@ class Place:
         return str(self.log.key)
 
     def read(self, path: str) -> bytes:
-        return published(str(self.at))(path)
+        return log_reader(str(self.at))(path)
 
     def outsider(self) -> tuple[Checkpoint, list[bytes]]:
         """Return what an outsider finds. Raise Refused or IntegrityError if it does not fit."""

@@ -27,7 +27,7 @@ from cluster.serve.api.requests import NothingMore, RecordsNamed
 from cluster.serve.domain import Service, TheService
 from cluster.serve.engines import with_engines
 from cluster.serve.tokens import MayAccess, MayDecide, MayRead, MaySubmit
-from sisa.evidence.attestations import Right, handed_out
+from sisa.evidence.attestations import Right, log_hand_out
 from sisa.flows.rights.access import as_file
 from sisa.store.blobs.files import scratch
 
@@ -137,7 +137,7 @@ def show_drop(service: TheService, caller: MayRead) -> dict[str, Any]:
 def handed(service: Service, right: Right, found: dict[str, Any], names: Iterable[str]) -> Response:
     """Return what was found of a person as a file, and state in the log that it was handed out."""
     data = as_file(with_engines(service.model, found))
-    done = handed_out(service.model, right, data, names)
+    done = log_hand_out(service.model, right, data, names)
     headers = {"Cache-Control": "no-store"}
     headers |= {} if done.entry is None else {"Log-Entry": str(done.entry)}
     return Response(data, media_type="application/json", headers=headers)

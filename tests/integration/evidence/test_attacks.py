@@ -34,7 +34,7 @@ from sisa.core.requests import chained
 from sisa.evidence.audit import Audit, Check, audit_model, audit_statement, drawn
 from sisa.evidence.issued import certificate_file, issue, membership_file, receipt_file
 from sisa.evidence.keys import PUBLISHED, Keys, create_keys, keys_of, rotate, start_evidence
-from sisa.evidence.log import CHECKPOINT, SIGNED, Log, cosign, new_witness, published
+from sisa.evidence.log import CHECKPOINT, SIGNED, Log, cosign, log_reader, new_witness
 from sisa.evidence.membership import Membership, VrfKey
 from sisa.evidence.revocations import FEED, publish
 from sisa.flows.deletion import Terms, _write_remaining, plan_forget
@@ -550,17 +550,17 @@ def test_the_log_is_rewritten(operator: Operator, tmp_path: Path) -> None:
 def test_the_log_is_forked(operator: Operator, tmp_path: Path) -> None:
     private, _ = new_witness("witness.example/1")
     state, log_key = tmp_path / "seen", operator.keys.public.log
-    cosign(published(str(operator.log)), log_key, private, state)
+    cosign(log_reader(str(operator.log)), log_key, private, state)
     saved = save(operator, tmp_path / "saved", memory=True)
     operator.forget(5)
     one = operator.keep()
-    cosign(published(str(operator.log)), log_key, private, state)
+    cosign(log_reader(str(operator.log)), log_key, private, state)
     saved()
     operator.forget(6)
     assert operator.failed() == set()  # each audience alone sees a whole log
     assert operator.failed(one) == {"log"}
     with pytest.raises(Refused):
-        cosign(published(str(operator.log)), log_key, private, state)
+        cosign(log_reader(str(operator.log)), log_key, private, state)
 
 
 # --- backups and the ledger ----------------------------------------------------------------------

@@ -263,5 +263,5 @@ def test_a_result_is_logged_unless_the_model_has_changed_meanwhile(
         return found
 
     monkeypatch.setattr(attestations, "sweep_model", swept_beside)
-    _, stated = attestations.swept(opened)
+    _, stated = attestations.sweep_and_log(opened)
     assert (stated.entry is not None, stated.not_logged == attestations.CHANGED) == (logged, not logged)

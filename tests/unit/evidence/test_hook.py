@@ -22,7 +22,7 @@ from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import Change
 from sisa.evidence import hook
 from sisa.evidence.certificate import Draft
-from sisa.evidence.hook import Evidence
+from sisa.evidence.database import EvidenceTables
 from sisa.evidence.keys import Keys
 from sisa.evidence.log import Log
 from sisa.flows.reconcile import reconcile
@@ -323,7 +323,7 @@ def test_a_patch_has_a_report_of_its_own_type(model: Certified) -> None:
 BASE_DIGEST = "ba" * 32
 
 EVIDENCE_EFFECTS = {
-    Evidence: ("put_drafts", "drop", "sign", "note"),
+    EvidenceTables: ("put_drafts", "drop", "put_signed", "put_logged"),
     Log: ("append",),
 }
 
@@ -469,7 +469,7 @@ def test_a_certificate_says_what_a_search_for_what_was_deleted_found(
     (name,) = found["predicate"]["passedTests"]
     assert name.startswith("deleted ids and texts (searched: 6; files: ")
     assert name.endswith("): none found")
-    assert model.hook.named == {}
+    assert model.hook.removed == {}
     assert model.notices == []
     (tmp_path / "left-behind").write_text(f"... {fake_record(3).parts[0].text} ...")
     (tmp_path / f"of-{fake_record(4).id}").touch()
@@ -484,7 +484,7 @@ def test_the_search_is_for_the_records_of_each_request(model: Certified, tmp_pat
     """What is given again is not searched for; another request's finding is not this one's."""
     (tmp_path / "left-behind").write_text(fake_record(3).text)
     one, other = model.forget(3, defer=True), model.forget(4, defer=True)
-    model.hook.named.update(
+    model.hook.removed.update(
         {
             each.request_id: {
                 model.fake.context.settings.assigner.id_digest(fake_record(number).id): fake_record(
@@ -520,7 +520,7 @@ def test_a_search_that_is_not_wanted_or_too_large_is_not_made(
     signing = model.hook.config.signing.model_copy(update={"sweep": False})
     config = model.hook.config.model_copy(update={"signing": signing})
     model.fake.context = changed(
-        model.fake.context, hooks=(dataclasses.replace(model.hook, config=config, named={}),)
+        model.fake.context, hooks=(dataclasses.replace(model.hook, config=config, removed={}),)
     )
     model.forget(4)
     assert sweep_of(model).endswith("`signing.sweep: false`")

@@ -55,7 +55,7 @@ from sisa.evidence.keys import (
     read_public_key,
     rotate_keys,
 )
-from sisa.evidence.log import Log, check_log, follow, published
+from sisa.evidence.log import Log, check_log, follow, log_reader
 from sisa.flows.wiring.wiring import LOG
 from sisa.store.blobs import files
 from sisa.store.blobs.files import LocalBlobs
@@ -83,7 +83,7 @@ def log_of(tmp_path: Path, keys: Keys) -> Log:
 
 def followed(tmp_path: Path, known: PublicKeys) -> PublicKeys:
     """Return the keys to which known ones were handed over in the published log."""
-    read = published(str(tmp_path / "log"))
+    read = log_reader(str(tmp_path / "log"))
     return follow(known, check_log(read, known.log)[2], read)
 
 
@@ -272,7 +272,7 @@ def test_certificates_are_checked_across_rotations(tmp_path: Path) -> None:
     model.forget(3)
     keys = rotate_keys(keys, open_log(keys, blobs), "leaked")
     model.forget(4)
-    read = published(str(tmp_path / "log"))
+    read = log_reader(str(tmp_path / "log"))
     entries = check_log(read, first.log)[2]
     kinds = [each["predicateType"] for _, each in verify_chain(entries, read, keys.public)]
     assert kinds == [STATE, EXACT, *[KEY_HANDOVER] * 2, EXACT, EXACT, KEY_HANDOVER, EXACT]

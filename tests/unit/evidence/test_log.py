@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.evidence import log as logs
-from sisa.evidence.log import Entry, Tiles, check_log, check_tiles, cosign, new_witness, published
+from sisa.evidence.log import Entry, Tiles, check_log, check_tiles, cosign, log_reader, new_witness
 from sisa.store.blobs import files
 from sisa.store.blobs.files import LocalBlobs
 from sisa.verifier import merkle, note
@@ -36,7 +36,7 @@ def place(tmp_path: Path) -> Place:
 
 
 def test_what_is_appended_is_published(place: Place) -> None:
-    assert (place.log.size, place.log.note(), list(place.log.entries())) == (0, b"", [])
+    assert (place.log.size, place.log.published_note(), list(place.log.entries())) == (0, b"", [])
     assert [place.log.append(statement(number), TYPE) for number in range(5)] == [0, 1, 2, 3, 4]
     found, entries = place.outsider()
     assert (found.origin, found.size) == (f"deletion-ready-model/{'0f' * 16}", 5)
@@ -448,16 +448,16 @@ def test_a_request_is_enough_for_a_witness(place: Place) -> None:
         for damaged in (asked[:-9], asked.replace(b"old %d" % before, b"old x"), asked[len(head) :]):
             file.write_bytes(damaged)
             with pytest.raises((Refused, InvalidInput)):
-                cosign(published(str(file)), place.vkey, private, state)
+                cosign(log_reader(str(file)), place.vkey, private, state)
         file.write_bytes(asked)
-        seen, now, line = cosign(published(str(file)), place.vkey, private, state)
+        seen, now, line = cosign(log_reader(str(file)), place.vkey, private, state)
         assert (seen.size, now.size) == (before, size)
         open_checkpoint(checkpoint + line, place.vkey, witnesses=[vkey])
         before = size
     for mutant in mutants(place.log.request(5), 100, seed=5):
         file.write_bytes(mutant)
         with pytest.raises((Refused, InvalidInput)):
-            cosign(published(str(file)), place.vkey, private, state)
+            cosign(log_reader(str(file)), place.vkey, private, state)
 
 
 def test_a_witness_signs_extension_lines_as_well(place: Place) -> None:
@@ -610,22 +610,22 @@ def test_a_log_is_read_from_any_file_server(place: Place, monkeypatch: pytest.Mo
     fill(place, 300)
     with served(place.at) as url:
         for where in (url, f"{url}/"):
-            read = published(where)
+            read = log_reader(where)
             found = open_checkpoint(read("checkpoint"), place.vkey)
             assert read_log(read, found) == [entry(number) for number in range(300)]
         for where, error in ((f"{url}/absent", IntegrityError), (f"{url}/broken", EnvironmentFault)):
             with pytest.raises(error):
-                published(where)("checkpoint")
+                log_reader(where)("checkpoint")
         with pytest.raises(EnvironmentFault):
-            published(f"{url}/cut")("checkpoint")
+            log_reader(f"{url}/cut")("checkpoint")
         monkeypatch.setattr(logs, "MAX_FILE_BYTES", 10)
         for where in (url, str(place.at)):
             with pytest.raises(IntegrityError, match="is too large"):
-                published(where)("checkpoint")
+                log_reader(where)("checkpoint")
     with pytest.raises(EnvironmentFault, match="can't be reached"):
-        published(url)("checkpoint")
+        log_reader(url)("checkpoint")
     with pytest.raises(IntegrityError, match="is missing"):
-        published(str(place.root / "absent"))("checkpoint")
+        log_reader(str(place.root / "absent"))("checkpoint")
     for where in ("ftp://host/log", "file:///etc"):
         with pytest.raises(InvalidInput):
-            published(where)
+            log_reader(where)

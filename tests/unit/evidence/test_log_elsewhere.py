@@ -15,7 +15,7 @@ from tlog_scales.signing import PlainEd25519Signer, Vkey
 from tlog_scales.tlog import InclusionProof
 from tlog_scales.writer import TilesWriter
 
-from sisa.evidence.log import Tiles, cosign, published
+from sisa.evidence.log import Tiles, cosign, log_reader
 from sisa.verifier import merkle, note
 from tests.models.written_log import TYPE, Place, entry, fill, some_witness, statement
 
@@ -55,7 +55,7 @@ def test_we_accept_the_logs_of_another_writer(tmp_path: Path, sizes: list[int]) 
     (tmp_path / "log" / "tile" / "entries").mkdir(parents=True)
     (tmp_path / "log" / "tile" / "0").mkdir()
     (tmp_path / "log" / "tile" / "1").mkdir()
-    read, seen = published(str(tmp_path / "log")), []
+    read, seen = log_reader(str(tmp_path / "log")), []
     for size in sizes:
         for number in range(writer.size, size):
             writer.add_leaf(entry(number))
