@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from approx.attacks.attack import AttackSets, Curve, SetName
-from approx.evaluation.answers import AnswerBatch, collate, logits_at, mean_logprobs_B
+from approx.evaluation.answers import AnswerBatch, collate, model_logprobs_B
 from approx.metrics.depth import depth_score
-from approx.unlearning.causal_tracing import decoder_layers, hooked, states_of
+from approx.unlearning.causal_tracing import Seen, decoder_layers, hooked
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import Tokens, without_closing
 
@@ -62,9 +62,6 @@ def patched_gaps(target: Any, source: Any, example: Tokens) -> list[float]:
 
     In nats per token, from the lowest layer up. Raise InvalidInput for models of different shape.
     """
-    whole = collate([example]).to(target.device)
-    batch, columns_K = whole.at_answers()
-    layers, others = decoder_layers(target), decoder_layers(source)
     if not of_one_shape(target, source):
         raise InvalidInput(
             "the models have layers of different number or width",
@@ -72,28 +69,25 @@ def patched_gaps(target: Any, source: Any, example: Tokens) -> list[float]:
             expected="models of one base",
             next_step="give models of one base, or leave the attack out",
         )
-    states: list[Tensor] = []
-    with hooked([(each, partial(_keep, into=states)) for each in others]):
-        _score(source, batch, columns_K)
-    clean = _score(target, batch, columns_K)
+    batch = collate([example]).to(target.device)
+    columns_K = batch.at_answers()[1]
+    seen: list[Seen] = []
+    with hooked([(layer, seen.append) for layer in decoder_layers(source)]):
+        _score(source, batch)
+    clean = _score(target, batch)
     gaps = []
-    for layer, held_BTD in zip(layers, states, strict=True):
-        with hooked([(layer, partial(_put, columns_K=columns_K, held_BTD=held_BTD))]):
-            gaps.append(clean - _score(target, batch, columns_K))
+    for layer, (_, left_BTD) in zip(decoder_layers(target), seen, strict=True):
+        with hooked([(layer, partial(_put, columns_K=columns_K, left_BTD=left_BTD))]):
+            gaps.append(clean - _score(target, batch))
     return gaps
 
 
-def _score(model: Any, batch: AnswerBatch, columns_K: Tensor) -> float:
+def _score(model: Any, batch: AnswerBatch) -> float:
     with torch.no_grad():
-        logits_BKV = logits_at(model, batch.ids_BT1[:, :-1], columns_K)
-    return mean_logprobs_B(logits_BKV, batch).item()
+        return model_logprobs_B(model, batch).item()
 
 
-def _keep(_: Any, args: Any, given: Any, output: Any, *, into: list[Tensor]) -> None:  # noqa: ARG001
-    into.append(states_of(output))
-
-
-def _put(_: Any, args: Any, given: Any, output: Any, *, columns_K: Tensor, held_BTD: Tensor) -> Any:  # noqa: ARG001
-    hidden = states_of(output).clone()
-    hidden[:, columns_K] = held_BTD[:, columns_K]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+def _put(now: Seen, *, columns_K: Tensor, left_BTD: Tensor) -> Tensor:
+    states_BTD = now.left.clone()
+    states_BTD[:, columns_K] = left_BTD[:, columns_K]
+    return states_BTD

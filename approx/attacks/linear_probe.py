@@ -21,18 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from approx.attacks.attack import AttackSets, SetName
 from approx.evaluation.answers import answered, collate, logits_at
 from approx.metrics.auc import Auc, auc
 from approx.metrics.membership import Array
-from approx.unlearning.causal_tracing import decoder_layers, hooked, states_of
+from approx.unlearning.causal_tracing import Seen, decoder_layers, hooked
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import Tokens, spans, without_closing
 
@@ -106,22 +104,16 @@ def ridge(features_ND: Array, targets_N: Array) -> Array:
 
 def states_LND(model: Any, examples: Sequence[Tokens]) -> list[Array]:
     """Return each layer's hidden states, means over an answer's tokens, of examples in order."""
-    found: list[list[Array]] = [[] for _ in decoder_layers(model)]
+    layers = decoder_layers(model)
+    found: list[list[Array]] = [[] for _ in layers]
     for example in examples:
-        batch = collate([example]).to(model.device)
-        ids_BT1, own_T = batch.ids_BT1, batch.mask_BT[0]
-        hooks = [
-            (layer, partial(_keep_mean, into=into, own_T=own_T))
-            for layer, into in zip(decoder_layers(model), found, strict=True)
-        ]
-        with hooked(hooks), torch.no_grad():
-            logits_at(model, ids_BT1, torch.tensor([0], device=model.device))
+        batch, seen = collate([example]).to(model.device), list[Seen]()
+        with hooked([(layer, seen.append) for layer in layers]), torch.no_grad():
+            logits_at(model, batch.ids_BT1, torch.tensor([0], device=model.device))
+        for of_layer, (_, left_BTD) in zip(found, seen, strict=True):
+            answer_TD = left_BTD[0, 1:][batch.mask_BT[0]]
+            of_layer.append(answer_TD.double().mean(dim=0).cpu().numpy())
     return [np.stack(each) for each in found]
-
-
-def _keep_mean(_: Any, args: Any, given: Any, output: Any, *, into: list[Array], own_T: Tensor) -> None:  # noqa: ARG001
-    states_TD = states_of(output)[0, 1:][own_T]
-    into.append(states_TD.double().mean(dim=0).cpu().numpy())
 
 
 def _parted(example: Tokens) -> tuple[list[int], list[int]]:

@@ -116,6 +116,12 @@ def mean_logprobs_B(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
     return sum_logprobs_B(logits_BTV, batch) / batch.num_tokens_B
 
 
+def model_logprobs_B(model: Any, batch: AnswerBatch) -> Tensor:
+    """Return the mean log-probability of each answer's tokens under a causal model."""
+    cut, columns_K = batch.at_answers()
+    return mean_logprobs_B(logits_at(model, cut.ids_BT1[:, :-1], columns_K), cut)
+
+
 MAX_POSITIONS = 1024  # per forward pass
 TOKENS_AT_ONCE = 8  # so that what is computed over the vocabulary stays in the processor's caches
 TokenScore = tuple[float, bool, float, float, float]  # of one token, in the order of AnswerScore
@@ -208,8 +214,7 @@ def gradient_squares(model: Any, examples: Sequence[Tokens]) -> list[list[float]
         for each in counted:
             each.requires_grad_(True)
         for example in examples:
-            batch, columns_K = collate([example]).to(model.device).at_answers()
-            loss = -mean_logprobs_B(logits_at(model, batch.ids_BT1[:, :-1], columns_K), batch).sum()
+            loss = -model_logprobs_B(model, collate([example]).to(model.device)).sum()
             gradients = torch.autograd.grad(loss, counted, allow_unused=True)
             squares = [each.float().square().sum().item() for each in gradients if each is not None]
             found.append(squares)

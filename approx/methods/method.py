@@ -117,7 +117,8 @@ class Method:
     `retain_loss`. `positive` and `not_negative` name the fields with such values, and `looks_at` the
     sets that F reads. Of these, F needs the reference for `compares_answers`, as the log-probability of
     the whole answer, which is the same at every step, and for `compares_tokens`, as the logits of each
-    answer token. `prefers` says what the preferred answers are, for methods that read them.
+    answer token. `prefers` says what the preferred answers are, for methods that read them, and
+    `retain_field` names the field with the weight of R.
 
     Name, family and paper are what `sisa approx methods` and the README list.
     """
@@ -130,6 +131,7 @@ class Method:
     looks_at: ClassVar[frozenset[Role]] = frozenset({"forget"})
     compares_tokens: ClassVar[frozenset[Role]] = frozenset()
     prefers: ClassVar[Alternative] = "refusals"
+    retain_field: ClassVar[str] = "retain_weight"
 
     @property
     def forget_weight(self) -> float:
@@ -202,6 +204,11 @@ class Method:
         """
         return None
 
+    def with_retain_factor(self, factor: float) -> Method:
+        """Return the method with its retain term, if it has one, weighted `factor` times as much."""
+        given, name = asdict(self), self.retain_field
+        return replace(self, **{name: given[name] * factor}) if name in given else self
+
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         """Return the loss over the rows of one batch, which has the roles that `reads` names."""
         total = self.forget_weight * self.forget_term(rows)
@@ -209,13 +216,6 @@ class Method:
             return Losses(total, None)
         retain = self.retain_term(rows["retain"])
         return Losses(total + self.retain_weight * retain, retain.detach())
-
-
-def with_retain_factor(method: Method, factor: float) -> Method:
-    """Return the method with its retain term, if it has one, weighted `factor` times as much."""
-    name = "beta" if method.name == "kl_minimisation" else "retain_weight"
-    given = asdict(method)
-    return replace(method, **{name: given[name] * factor}) if name in given else method
 
 
 def _is_number(value: object) -> bool:

@@ -18,17 +18,17 @@ all tokens, so that one number describes a layer; `trace_heads` what one attenti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from approx.evaluation.answers import AnswerBatch, collate, logits_at, mean_logprobs_B
+from approx.evaluation.answers import AnswerBatch, collate, model_logprobs_B
 from approx.methods.editing.editing import Edit
 from approx.methods.method import Method
 from approx.unlearning.examples import Sets
@@ -107,9 +107,32 @@ def plain_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-Hook = Callable[..., Any]
-Pass = tuple[Tensor, Tensor]  # what a module was given and what it left, in a clean run
-Restoring = Callable[[Sequence[Any], Sequence[Pass]], Iterator[tuple[Any, Hook]]]
+class Seen(NamedTuple):
+    """The hidden states that a module is given in a forward, and those that it leaves."""
+
+    given: Tensor
+    left: Tensor
+
+
+Hook = Callable[[Seen], Tensor | None]
+Restoring = Callable[[Sequence[Any], Sequence[Seen]], Iterator[tuple[Any, Hook]]]
+
+
+@contextmanager
+def hooked(hooks: Sequence[tuple[Any, Hook]]) -> Iterator[None]:
+    """Call hooks after the forwards of their modules; what a hook returns replaces what was left."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            added = module.register_forward_hook(partial(_call, hook), with_kwargs=True)
+            stack.callback(added.remove)
+        yield
+
+
+def _call(hook: Hook, _module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    given = args[0] if args else kwargs["hidden_states"]
+    is_tuple = isinstance(output, tuple)
+    changed = hook(Seen(given, output[0] if is_tuple else output))
+    return (changed, *output[1:]) if is_tuple and changed is not None else changed
 
 
 def _above(
@@ -128,50 +151,63 @@ def _above(
 def _effects(
     model: Any, examples: Sequence[Tokens], modules: Sequence[Any], restoring: Restoring
 ) -> list[float]:
-    """Return the effect of each hook that `restoring` makes of the modules' clean passes."""
+    """Return the effect of each hook that `restoring` makes of what the modules do in a clean run."""
     batch = collate(examples[:MAX_TRACED]).to(model.device)
-    seen: list[Pass] = []
-    with hooked([(each, partial(_keep, into=seen)) for each in modules]):
+    clean_states: list[Seen] = []
+    with hooked([(each, clean_states.append) for each in modules]):
         clean = _score(model, batch)
     embeddings = plain_model(model).get_input_embeddings()
-    noisy = (embeddings, partial(_added, noise_BTD=_noise_BTD(embeddings.weight, batch)))
+    noise_BTD = _noise_BTD(embeddings.weight, batch)
+    noisy: tuple[Any, Hook] = embeddings, lambda now: now.left + noise_BTD
     with hooked([noisy]):
         corrupted = _score(model, batch)
     effects = []
-    for restore in restoring(modules, seen):
+    for restore in restoring(modules, clean_states):
         with hooked([noisy, restore]):
             effects.append(_score(model, batch) - corrupted)
     lost = clean - corrupted
     return [each / lost if lost else 0.0 for each in effects]
 
 
-def _restoring_layers(layers: Sequence[Any], seen: Sequence[Pass]) -> Iterator[tuple[Any, Hook]]:
-    for layer, (given_BTD, left_BTD) in zip(layers, seen, strict=True):
-        yield layer, partial(_restored, change_BTD=left_BTD - given_BTD)
+def _restoring_layers(layers: Sequence[Any], clean: Sequence[Seen]) -> Iterator[tuple[Any, Hook]]:
+    for layer, (given_BTD, left_BTD) in zip(layers, clean, strict=True):
+        yield layer, partial(_with_change, change_BTD=left_BTD - given_BTD)
+
+
+def _with_change(now: Seen, *, change_BTD: Tensor) -> Tensor:
+    return now.given + change_BTD
 
 
 def _restoring_states(
-    layers: Sequence[Any], seen: Sequence[Pass], *, positions: Sequence[int]
+    layers: Sequence[Any], clean: Sequence[Seen], *, positions: Sequence[int]
 ) -> Iterator[tuple[Any, Hook]]:
-    for layer, (_, left_BTD) in zip(layers, seen, strict=True):
-        yield layer, partial(_put, hidden_BTD=left_BTD, positions=positions)
+    for layer, (_, left_BTD) in zip(layers, clean, strict=True):
+        yield layer, partial(_with_states, clean_BTD=left_BTD, positions=positions)
+
+
+def _with_states(now: Seen, *, clean_BTD: Tensor, positions: Sequence[int]) -> Tensor:
+    places = torch.arange(len(positions)), torch.tensor(positions)
+    return now.left.index_put(places, clean_BTD[places])
 
 
 def _restoring_heads(
-    outputs: Sequence[Any], seen: Sequence[Pass], *, num_heads: int
+    outputs: Sequence[Any], clean: Sequence[Seen], *, num_heads: int
 ) -> Iterator[tuple[Any, Hook]]:
-    for output, (given_BTD, _) in zip(outputs, seen, strict=True):
+    for output, (given_BTD, _) in zip(outputs, clean, strict=True):
         width = given_BTD.shape[-1] // num_heads
         for start in range(0, width * num_heads, width):
-            part = slice(start, start + width)
-            yield output, partial(_restored_head, part=part, clean_BTH=given_BTD[..., part])
+            head = slice(start, start + width)
+            yield output, partial(_with_head, output=output, head=head, clean_BTD=given_BTD)
+
+
+def _with_head(now: Seen, *, output: Any, head: slice, clean_BTD: Tensor) -> Tensor:
+    missing_BTH = clean_BTD[..., head] - now.given[..., head]
+    return now.left + linear(missing_BTH, output.weight[:, head])
 
 
 def _score(model: Any, batch: AnswerBatch) -> float:
-    cut, columns_K = batch.at_answers()
     with torch.no_grad():
-        logits_BKV = logits_at(model, cut.ids_BT1[:, :-1], columns_K)
-    return mean_logprobs_B(logits_BKV, cut).mean().item()
+        return model_logprobs_B(model, batch).mean().item()
 
 
 def _noise_BTD(embedding_VD: Tensor, batch: AnswerBatch) -> Tensor:
@@ -191,68 +227,10 @@ def hidden_at(model: Any, layer: int, ids_BT1: Tensor, columns_K: Tensor) -> Ten
     """Return the hidden states that a layer leaves at some columns. The layers above are not run."""
     found: list[Tensor] = []
 
-    def leave(_: Any, args: Any, given: Any, output: Any) -> None:  # noqa: ARG001
-        found.append(states_of(output))
+    def leave(now: Seen) -> None:
+        found.append(now.left)
         raise _Reached
 
     with hooked([(decoder_layers(model)[layer], leave)]), suppress(_Reached):
         model(input_ids=ids_BT1, use_cache=False)
     return found[0][:, columns_K]
-
-
-@contextmanager
-def hooked(hooks: Sequence[tuple[Any, Hook]]) -> Iterator[None]:
-    """Call hooks after the modules' forward passes, with the module, its inputs and its output."""
-    with ExitStack() as stack:
-        for module, hook in hooks:
-            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        yield
-
-
-def states_of(output: Any) -> Tensor:
-    """Return the hidden states that a layer left."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
-
-
-def entered(args: tuple[Any, ...], given: Mapping[str, Any], output: object = None) -> Tensor:  # noqa: ARG001
-    """Return what a module was given."""
-    found: Tensor = args[0] if args else given["hidden_states"]
-    return found
-
-
-def _keep(_: Any, args: Any, given: Any, output: Any, *, into: list[Pass]) -> None:
-    into.append((entered(args, given), states_of(output)))
-
-
-def _added(_: Any, args: Any, given: Any, output: Tensor, *, noise_BTD: Tensor) -> Tensor:  # noqa: ARG001
-    return output + noise_BTD
-
-
-def _restored(_: Any, args: Any, given: Any, output: Any, *, change_BTD: Tensor) -> Any:
-    return with_states(output, entered(args, given) + change_BTD)
-
-
-def _restored_head(
-    module: Any, args: Any, given: Any, output: Tensor, *, part: slice, clean_BTH: Tensor
-) -> Tensor:
-    missing_BTH = clean_BTH - entered(args, given)[..., part]
-    return output + linear(missing_BTH, module.weight[:, part])
-
-
-def _put(
-    _: Any,
-    args: Any,  # noqa: ARG001
-    given: Any,  # noqa: ARG001
-    output: Any,
-    *,
-    hidden_BTD: Tensor,
-    positions: Sequence[int],
-) -> Any:
-    places = torch.arange(len(positions)), torch.tensor(positions)
-    return with_states(output, states_of(output).index_put(places, hidden_BTD[places]))
-
-
-def with_states(output: Any, hidden_BTD: Tensor) -> Any:
-    """Return a layer's output with other hidden states."""
-    return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD

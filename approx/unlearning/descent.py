@@ -29,19 +29,11 @@ import torch
 from torch import Tensor
 
 from approx.evaluation.answers import collate
-from approx.methods.method import Losses, Method, Role, with_retain_factor
+from approx.methods.method import Losses, Method, Role
 from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.schedule import MicroBatch, ScheduleSettings, Step, learning_rate_at, plan_steps
-from approx.unlearning.stopping import (
-    Bounds,
-    Compute,
-    End,
-    Ending,
-    Knowledge,
-    StepLog,
-    peak_memory_bytes,
-)
+from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.target import Target
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.errors import InvalidInput
@@ -221,7 +213,7 @@ class Descent:
     def _present_method(self) -> Method:
         weight = self._now.retain_weight
         method = self.method if weight is None else replace(self.method, **{"retain_weight": weight})
-        return with_retain_factor(method, self._now.hold)
+        return method.with_retain_factor(self._now.hold)
 
     def _diverged(self, what: str) -> bool:
         self._optimizer.zero_grad(set_to_none=True)
@@ -304,13 +296,10 @@ class Descent:
             num_steps=len(self._steps),
             utility_before=self._now.utility_before,
             utility=best.utility,
-            compute=Compute(
-                num_parameters=sum(each.numel() for each in self.target.model.parameters()),
-                num_trained=sum(each.numel() for each in self.target.trained.values()),
+            compute=self.target.compute(
                 tokens_trained=self._now.tokens_trained,
                 tokens_forward=self._now.tokens_forward,
                 seconds=self._seconds(),
-                peak_memory_bytes=peak_memory_bytes(),
             ),
             learning_rate=best.learning_rate,
             knowledge_before=self._now.knowledge_before,

@@ -27,16 +27,9 @@ from approx.methods.editing.memit import Memit, least_squares_update
 from approx.methods.editing.rome import rank_one_update
 from approx.methods.method import Rows
 from approx.methods.task_arithmetic import check_fresh_patch
-from approx.unlearning.causal_tracing import (
-    decoder_layers,
-    entered,
-    hooked,
-    plain_model,
-    states_of,
-    with_states,
-)
+from approx.unlearning.causal_tracing import Seen, decoder_layers, hooked, plain_model
 from approx.unlearning.examples import Sets, first_prompt
-from approx.unlearning.stopping import Bounds, Compute, End, Ending, StepLog, peak_memory_bytes
+from approx.unlearning.stopping import Bounds, End, Ending, StepLog
 from approx.unlearning.target import Target
 from approx.unlearning.written.generated_retain import invented_names, name_pattern
 from approx.unlearning.written.generic_labels import token_starts
@@ -73,9 +66,8 @@ def output_matrix(base: Any, layer: int) -> str:
 def edited_layers(method: Edit) -> list[int]:
     """Return the layers that a method with a layer writes to, from the lowest up."""
     top = method.layer or 0
-    return (
-        list(range(max(0, top + 1 - method.num_layers), top + 1)) if isinstance(method, Memit) else [top]
-    )
+    num_layers = method.num_layers if isinstance(method, Memit) else 1
+    return list(range(max(0, top + 1 - num_layers), top + 1))
 
 
 def edit_adapter(base: Any, method: Edit, num_facts: int) -> dict[str, Any]:
@@ -114,26 +106,33 @@ class _Place(NamedTuple):
 
 @dataclass
 class Editing:
-    """Edits by one method, which names its layer, as a procedure."""
+    """One run of edits over one target, by a method that names its layer."""
 
+    target: Target
+    sets: Sets
     method: Edit
+    bounds: Bounds
     progress: Callable[[StepLog], None]
     clock: Callable[[], float]
 
-    def apply(self, target: Target, sets: Sets, bounds: Bounds) -> End:
+    def __post_init__(self) -> None:
+        self._model = self.target.model
+        self._tokens_trained, self._tokens_forward, self._loss = 0, 0, 0.0
+
+    def run(self) -> End:
         """Edit the answers to the forget set into the preferred ones.
 
         Raise InvalidInput for a patch that is not fresh or can't hold the edits.
         """
-        started, first = self.clock(), target.snapshot()
-        check_fresh_patch(first)
-        self._model, self._trained, self._forward, self._loss = target.model, 0, 0, 0.0
-        layers, num = decoder_layers(target.model), len(sets.forget)
+        target, bounds, started = self.target, self.bounds, self.clock()
+        best = target.snapshot()
+        check_fresh_patch(best)
+        layers, num = decoder_layers(self._model), len(self.sets.forget)
         places = [_place(target, layers[n], n, num) for n in edited_layers(self.method)]
-        knew, best = bounds.known(self._model, thorough=True), first
+        knew = bounds.known(self._model, thorough=True)
         before = utility = bounds.measured_before(self._model)
         kept, ending, why = 0, Ending.FINISHED, "all edits were made"
-        for done in self._edits(places, _Facts(sets.preferred, sets.subject_positions), sets.retain):
+        for done in self._edits(places):
             self.progress(StepLog(done, num, self._loss, None, 0.0))
             if not all(bool(torch.isfinite(each).all()) for each in target.trained.values()):
                 ending, why = Ending.DIVERGED, f"edit {done} was not finite; {kept} were kept"
@@ -149,13 +148,18 @@ class Editing:
             best, utility, kept = target.snapshot(), found, done
         target.put(best)
         knows = bounds.known(self._model, thorough=True)
-        compute = self._compute(target, self.clock() - started)
+        compute = target.compute(
+            tokens_trained=self._tokens_trained,
+            tokens_forward=self._tokens_forward,
+            seconds=self.clock() - started,
+        )
         end = End(ending, why, kept, num, before, utility, compute)
         return replace(end, knowledge_before=knew, knowledge=knows)
 
-    def _edits(self, places: Sequence[_Place], facts: _Facts, retain: Sequence[Tokens]) -> Iterator[int]:
+    def _edits(self, places: Sequence[_Place]) -> Iterator[int]:
         """Make one edit after another; yield the number of facts that the patch now holds."""
-        moments = [self._moment(each, retain) for each in places]
+        facts = _Facts(self.sets.preferred, self.sets.subject_positions)
+        moments = [self._moment(each) for each in places]
         top, num = places[-1], len(facts.positions)
         if isinstance(self.method, Memit):
             wanted_ND = self._states(top.layer, facts) + self._changes(top.layer, facts)
@@ -171,29 +175,26 @@ class Editing:
             top.write(rank_one_update(self._keys(top, fact)[0], changes_ND[0], moments[-1]), number)
             yield number + 1
 
-    def _moment(self, place: _Place, retain: Sequence[Tokens]) -> Tensor:
-        found = []
-        for start in range(0, min(len(retain), MAX_TEXTS), ROWS):
+    def _moment(self, place: _Place) -> Tensor:
+        """Return the second moment of a matrix' keys over texts of the retain set."""
+        retain, found = self.sets.retain[:MAX_TEXTS], []
+        for start in range(0, len(retain), ROWS):
             rows = retain[start : start + ROWS]
-            keys_BTI = self._seen(place.matrix, entered, collate(rows))
+            keys_BTI = self._seen(place.matrix, collate(rows)).given
             found += [keys_TI[: len(row.input_ids)] for keys_TI, row in zip(keys_BTI, rows, strict=True)]
         return second_moment(torch.cat(found))
 
     def _keys(self, place: _Place, facts: _Facts) -> Tensor:
-        return facts.at(self._seen(place.matrix, entered, facts.batch))
+        return facts.at(self._seen(place.matrix, facts.batch).given)
 
     def _states(self, layer: Any, facts: _Facts) -> Tensor:
-        return facts.at(self._seen(layer, lambda *seen: states_of(seen[-1]), facts.batch))
+        return facts.at(self._seen(layer, facts.batch).left)
 
-    def _seen(self, module: Any, of: Callable[..., Tensor], batch: AnswerBatch) -> Tensor:
-        """Return the input or the output of a module over a batch."""
-        seen: list[Tensor] = []
-
-        def keep(_: Any, args: Any, given: Any, output: Any) -> None:
-            seen.append(of(args, given, output))
-
-        self._forward += batch.ids_BT1.numel()
-        with torch.no_grad(), hooked([(module, keep)]):
+    def _seen(self, module: Any, batch: AnswerBatch) -> Seen:
+        """Return what a module is given over a batch, and what it leaves."""
+        seen: list[Seen] = []
+        self._tokens_forward += batch.ids_BT1.numel()
+        with torch.no_grad(), hooked([(module, seen.append)]):
             self._model(input_ids=batch.ids_BT1, logits_to_keep=1, use_cache=False)
         return seen[0]
 
@@ -205,12 +206,10 @@ class Editing:
         steps_ND = torch.zeros_like(states_ND, requires_grad=True)  # of Adam, whose first ones are 1
         optimizer = torch.optim.Adam([steps_ND], lr=1.0, foreach=False)
         cut, columns_K = facts.batch.at_answers()
-        rows = torch.arange(len(facts.positions))
+        places = torch.arange(len(facts.positions)), torch.tensor(facts.positions)
 
-        def add(_: Any, args: Any, given: Any, output: Any) -> Any:  # noqa: ARG001
-            places = rows, torch.tensor(facts.positions)
-            hidden = states_of(output).index_put(places, steps_ND * rate_N1, accumulate=True)
-            return with_states(output, hidden)
+        def add(now: Seen) -> Tensor:
+            return now.left.index_put(places, steps_ND * rate_N1, accumulate=True)
 
         for _ in range(self.method.value_steps):
             optimizer.zero_grad()
@@ -220,23 +219,13 @@ class Editing:
             self._loss = loss.item()
             (steps_ND.grad,) = torch.autograd.grad(loss, [steps_ND])
             optimizer.step()
-            self._trained += cut.ids_BT1.numel()
+            self._tokens_trained += cut.ids_BT1.numel()
             with torch.no_grad():
                 longest_N1 = self.method.max_value_norm * size_N1
                 lengths_N1 = (steps_ND * rate_N1).norm(dim=1, keepdim=True)
                 steps_ND *= (longest_N1 / lengths_N1).clamp(max=1.0)
         changes_ND: Tensor = (steps_ND * rate_N1).detach()
         return changes_ND
-
-    def _compute(self, target: Target, seconds: float) -> Compute:
-        return Compute(
-            num_parameters=sum(each.numel() for each in target.model.parameters()),
-            num_trained=sum(each.numel() for each in target.trained.values()),
-            tokens_trained=self._trained,
-            tokens_forward=self._forward,
-            seconds=seconds,
-            peak_memory_bytes=peak_memory_bytes(),
-        )
 
 
 class _Facts(NamedTuple):
@@ -259,8 +248,7 @@ class _Facts(NamedTuple):
 def _place(target: Target, layer: Any, number: int, num_facts: int) -> _Place:
     base = plain_model(target.model)
     name = output_matrix(base, number)
-    factors = [target.trained.get(f"{PREFIX}{name}.lora_{each}.{DEFAULT_NAME}.weight") for each in "AB"]
-    a_RI, b_DR = factors
+    a_RI, b_DR = (target.trained.get(f"{PREFIX}{name}.lora_{x}.{DEFAULT_NAME}.weight") for x in "AB")
     if a_RI is None or b_DR is None or len(a_RI) < num_facts:
         raise InvalidInput(
             "the patch can't hold these edits",

@@ -22,6 +22,7 @@ from torch import Tensor
 from approx.evaluation.answers import AnswerBatch, logits_at, sum_logprobs_B
 from approx.methods.method import Rows
 from approx.unlearning.causal_tracing import hidden_at
+from approx.unlearning.stopping import Compute, peak_memory_bytes
 from sisa.core.errors import IntegrityError, InvalidInput, Problem
 
 
@@ -62,6 +63,17 @@ class Target:
         if layer is None:
             return logits_at(self.model, ids_BT1, columns_K)
         return hidden_at(self.model, layer, ids_BT1, columns_K)
+
+    def compute(self, *, tokens_trained: int, tokens_forward: int, seconds: float) -> Compute:
+        """Return the cost of a run on this model."""
+        return Compute(
+            num_parameters=sum(each.numel() for each in self.model.parameters()),
+            num_trained=sum(each.numel() for each in self.trained.values()),
+            tokens_trained=tokens_trained,
+            tokens_forward=tokens_forward,
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy of the trained parameters."""

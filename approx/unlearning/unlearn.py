@@ -1,9 +1,9 @@
 """Apply a method of unlearning to a patch, and report on it.
 
-The patch is changed in place and always ends with weights that were checked (see `descent`). Task
-arithmetic fine-tunes with the same loop, in one round and without a bound on utility because the tuned
-model is not the result, and subtracts. If a continued run has nothing left to tune, the search for
-alpha has no time limit. If the tuning did not finish, the first weights are restored.
+The patch is changed in place and always ends with weights that were checked (see `descent.py`). Task
+arithmetic fine-tunes with the same loop, in one round and without bounds since the tuned model is not
+the result, and then subtracts. If the tuning does not finish, the first weights are restored. If a
+continued run has nothing left to tune, the search for alpha has no time limit.
 
     end = unlearn(patched_model, Sets(forget, retain), make_method("npo"), ScheduleSettings(), Bounds())
 """
@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from approx.methods.editing.editing import Edit
 from approx.methods.method import Method
@@ -50,66 +50,29 @@ def unlearn(
     target = Target(model)
     method = choose_layer(method, target.model, sets)
     if isinstance(method, Edit):
-        procedure: Procedure = Editing(method, progress, clock)
-    elif isinstance(method, TaskArithmetic):
-        procedure = TaskVector(method, settings, saved, progress, clock)
-    else:
-        procedure = Descending(method, settings, saved, progress, clock)
-    return procedure.apply(target, sets, bounds)
+        return Editing(target, sets, method, bounds, progress, clock).run()
+    if isinstance(method, TaskArithmetic):
+        once = replace(settings, num_rounds=1)  # the search for alpha replaces further rounds
+        unbounded = replace(bounds, utility=None, max_utility_drop=None, knowledge=None)
+        tuning = Descent(target, sets, method, once, unbounded, saved, progress, clock)
+        return _tune_and_negate(tuning, method, bounds)
+    return Descent(target, sets, method, settings, bounds, saved, progress, clock).run()
 
 
-class Procedure(Protocol):
-    """A way to change a target within bounds. Its weights at the end are checked ones."""
-
-    def apply(self, target: Target, sets: Sets, bounds: Bounds) -> End:
-        """Change the target's patch in place, and say how that ended and what it cost."""
-
-
-@dataclass(frozen=True)
-class Descending:
-    """Steps down a method's loss (`descent.py`)."""
-
-    method: Method
-    settings: ScheduleSettings
-    saved: SavedRun | None
-    progress: Callable[[StepLog], None]
-    clock: Callable[[], float]
-
-    def apply(self, target: Target, sets: Sets, bounds: Bounds) -> End:
-        return self.run_of(target, sets, bounds).run()
-
-    def run_of(self, target: Target, sets: Sets, bounds: Bounds) -> Descent:
-        """Return a run that has not started."""
-        how = self.method, self.settings, bounds, self.saved, self.progress, self.clock
-        return Descent(target, sets, *how)
-
-
-@dataclass(frozen=True)
-class TaskVector(Descending):
-    """Learning by heart in one round, and subtraction at the best scale (`task_arithmetic.py`)."""
-
-    method: TaskArithmetic
-
-    def apply(self, target: Target, sets: Sets, bounds: Bounds) -> End:
-        """Leave the patch with -alpha times what it was tuned to; alpha is 0 when no other was kept."""
-        # One round: the scale is searched instead.
-        once = replace(self, settings=replace(self.settings, num_rounds=1))
-        return _tune_and_negate(once.run_of(target, sets, bounds), self.method)
-
-
-def _tune_and_negate(run: Descent, method: TaskArithmetic) -> End:
-    target, bounds, clock = run.target, run.bounds, run.clock
+def _tune_and_negate(tuning: Descent, method: TaskArithmetic, bounds: Bounds) -> End:
+    """Leave the patch with -alpha times what it was tuned to; alpha is 0 when no other was kept."""
+    target, clock = tuning.target, tuning.clock
     started, fresh = clock(), target.snapshot()
     check_fresh_patch(fresh)
     before = bounds.measured_before(target.model)
     knew = bounds.known(target.model, thorough=True)
-    run.bounds = replace(bounds, utility=None, max_utility_drop=None, knowledge=None)
-    end = replace(run.run(), utility_before=before, alpha=0.0, knowledge_before=knew, knowledge=knew)
+    end = tuning.run()
+    end = replace(end, utility_before=before, alpha=0.0, knowledge_before=knew, knowledge=knew)
     if end.ending != Ending.FINISHED:
         target.put(fresh)
         why = f"fine-tuning: {end.why}; the first weights were restored"
         return replace(end, why=why, step=0, utility=before)
-    began, limit = clock(), None if run.num_taken == 0 else bounds.max_seconds
+    began, limit = clock(), None if tuning.num_taken == 0 else bounds.max_seconds
     tuned, bounds = target.snapshot(), bounds.with_target_below(knew)
 
     def tried(alpha: float) -> _Scale:

@@ -25,6 +25,7 @@ class KlMinimisation(GradientAscent):
     beta: float = 1.0
     name: ClassVar[str] = "kl_minimisation"
     paper: ClassVar[str] = "Maini et al. 2024, TOFU: a task of fictitious unlearning for LLMs"
+    retain_field: ClassVar[str] = "beta"
 
     @property
     def retain_weight(self) -> float:
