@@ -169,6 +169,17 @@ def _changes_anything(end: End) -> bool:
     return end.step > 0 and end.alpha != 0
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """The records to forget, the sets without preferred answers, and what utility is measured on."""
+
+    records: list[Record]
+    sets: examples.Sets
+    judged: list[Tokens]  # not in the retain set
+    num_given: int
+    num_neighbours: int
+
+
 @dataclass
 class _Making:
     """The making of one patch: model, texts and measures of an order."""
@@ -179,81 +190,89 @@ class _Making:
     report: Report
 
     def __post_init__(self) -> None:
-        site, job, settings = self.site, self.order.job, self.settings
-        vault = FileVault(site.vault_dir, site.vault_keyring)
-        self.store = FileCheckpoints(site.patches_at, site.patches_keyring, PATCHES)
+        """Read the texts, choose what the patch may change, attach a fresh one, and measure."""
+        self.store = FileCheckpoints(self.site.patches_at, self.site.patches_keyring, PATCHES)
         beneath = patch_files(self.store, self.order.beneath)
-        self._base, tokenizer = load_patched(site.base_dir, site.base_digest, beneath)
-        self._tokenizer = tokenizer
-        limits = examples.limits_of(self._base.config, settings.sequence_len, settings.overlength)
-        self._sequence_len = limits.sequence_len
-        texts = {each.name: vault.read(each) for each in self.order.sets}
-        self.forget = list(dict.fromkeys(record for name in job.forget for record in texts[name]))
-        tokens = examples.tokenize_records(self.forget, "forget", tokenizer, limits)
-        retain = self._retain(texts.get(job.retain), limits)
-        self._tokens = tokens
-        edited = isinstance(settings.method, Edit)
-        subjects = subject_ends(self.forget, tokens, tokenizer) if edited else ()
-        sets = examples.Sets(tokens, retain, subjects=subjects)
-        method = choose_layer(settings.method, self._base, sets)
-        self.settings = settings = replace(settings, method=method)
-        lora = adapter.lora_config(_lora(settings) | self._changed_modules(retain), self._base)
-        seed = seed_from(settings.pace.seed, "patch")
-        attach = partial(adapter.attach, config=lora, tensors=None, init_seed=seed)
+        self._base, self._tokenizer = load_patched(self.site.base_dir, self.site.base_digest, beneath)
+        self._limits = examples.limits_of(
+            self._base.config, self.settings.sequence_len, self.settings.overlength
+        )
+        self._texts = self._read_texts()
+        method = choose_layer(self.settings.method, self._base, self._texts.sets)
+        self.settings = replace(self.settings, method=method)
+        self._selected, edits = self._select()
+        lora = _lora(self.settings) | edits | {"lora_target_modules": self._selected.modules}
+        attach = partial(
+            adapter.attach,
+            config=adapter.lora_config(lora, self._base),
+            tensors=None,
+            init_seed=seed_from(self.settings.pace.seed, "patch"),
+        )
         if "preferred" in method.reads and method.prefers in WRITING:
             self.report(Notice(WRITING[method.prefers]))
-        self.sets, self._prepared = with_preferred(
+        self._sets, self._prepared = with_preferred(
             self._base,
-            tokenizer,
-            self.forget,
-            sets,
+            self._tokenizer,
+            self._texts.records,
+            self._texts.sets,
             method,
-            settings.pace,
-            self._sequence_len,
+            self.settings.pace,
+            self._limits.sequence_len,
             lambda: attach(own_modules(self._base)),
         )
         self._asked = [
-            answers_to_probe(record.kind, each, tokenizer, self._sequence_len)
-            for record, each in zip(self.forget, tokens, strict=True)
+            answers_to_probe(record.kind, each, self._tokenizer, self._limits.sequence_len)
+            for record, each in zip(self._texts.records, self._texts.sets.forget, strict=True)
         ]
-        self._model = attach(self._base)
-        self._model.eval()
+        self._model = attach(self._base).eval()
         self.report(Notice("measuring what the base says of the texts (approximate)"))
         self._before = self._measured(self._model)
 
-    def _retain(self, given: Sequence[Record] | None, limits: examples.Limits) -> list[Tokens]:
-        """Return the retain set; keep the texts that utility is measured on, which are not in it."""
+    def _read_texts(self) -> _Texts:
+        """Read the order's sets from the vault, and let the base write its part of the retain set."""
+        job, limits = self.order.job, self._limits
+        vault = FileVault(self.site.vault_dir, self.site.vault_keyring)
+        held = {each.name: vault.read(each) for each in self.order.sets}
+        records = list(dict.fromkeys(record for name in job.forget for record in held[name]))
+        forget = examples.tokenize_records(records, "forget", self._tokenizer, limits)
+        edited = isinstance(self.settings.method, Edit)
+        subjects = subject_ends(records, forget, self._tokenizer) if edited else ()
         self.report(
             Notice(
                 "the base writes the retain set: its own answers to neutral prompts, and to the same "
                 "questions about invented people"
             )
         )
-        written_by = (self._base, self._tokenizer)
         prompts = prompts_that_fit(self._tokenizer, limits.sequence_len)
-        neutral = write_answers(*written_by, prompts, limits.sequence_len)
-        neighbours = write_neighbours(*written_by, self.forget, limits.sequence_len)
-        left = examples.without_forgotten(list(dict.fromkeys(given or ())), self.forget)
-        tokens = examples.tokenize_records(left, "retain", self._tokenizer, limits)
-        self.num_given, self.num_neighbours = len(tokens), len(neighbours)
+        neutral = write_answers(self._base, self._tokenizer, prompts, limits.sequence_len)
+        neighbours = write_neighbours(self._base, self._tokenizer, records, limits.sequence_len)
+        left = examples.without_forgotten(list(dict.fromkeys(held.get(job.retain, ()))), records)
+        given = examples.tokenize_records(left, "retain", self._tokenizer, limits)
         trained, judged = split_judged(neutral)
         more_trained, more_judged = split_judged(neighbours)
-        self.judged = (judged + more_judged) or tokens
-        return tokens + trained + more_trained
+        return _Texts(
+            records,
+            examples.Sets(forget, given + trained + more_trained, subjects=subjects),
+            judged=(judged + more_judged) or given,
+            num_given=len(given),
+            num_neighbours=len(neighbours),
+        )
 
-    def _changed_modules(self, retain: Sequence[Tokens]) -> dict[str, Any]:
-        if isinstance(self.settings.method, Edit):
-            found = edit_adapter(self._base, self.settings.method, len(self.forget))
-            self._selected = Selected(found["lora_target_modules"])
-            return found
-        chosen, wanted = self.settings.selection, self.settings.adapter.lora_target_modules
+    def _select(self) -> tuple[Selected, dict[str, Any]]:
+        """Return what the patch may change, and the adapter's values that an edit prescribes."""
+        method, chosen, sets = self.settings.method, self.settings.selection, self._texts.sets
+        if isinstance(method, Edit):
+            edits = edit_adapter(self._base, method, len(sets.forget))
+            return Selected(edits["lora_target_modules"]), edits
         if chosen.selection != "all":
             self.report(Notice(f"selecting the modules to change: {chosen.selection}"))
-        self._selected = select(self._base, wanted, self._tokens, retain, chosen)
-        return {"lora_target_modules": self._selected.modules}
+        wanted = self.settings.adapter.lora_target_modules
+        return select(self._base, wanted, sets.forget, sets.retain, chosen), {}
 
     def _measured(self, model: Any) -> dict[str, float]:
-        return patch_measures.measure_patch(model, self._tokenizer, self._tokens, self.judged)
+        return patch_measures.measure_patch(
+            model, self._tokenizer, self._texts.sets.forget, self._texts.judged
+        )
 
     def _known(self, model: Any, thorough: bool) -> Knowledge:
         return patch_measures.measure_knowledge(model, self._tokenizer, self._asked, thorough=thorough)
@@ -264,7 +283,7 @@ class _Making:
         bounds = Bounds(
             **asdict(settings.bounds),
             max_seconds=self.order.max_seconds,
-            utility=partial(patch_measures.measure_utility, retain=self.judged),
+            utility=partial(patch_measures.measure_utility, retain=self._texts.judged),
             knowledge=self._known,
         )
         saved = SavedRun(
@@ -273,15 +292,14 @@ class _Making:
             partial(site.vault_keyring.seal, DRAFTS_AREA, job.key),
             partial(site.vault_keyring.unseal, DRAFTS_AREA, job.key),
         )
-        parts = (self._model, self.sets, settings.method, settings.pace, bounds)
+        parts = (self._model, self._sets, settings.method, settings.pace, bounds)
         with self._selected.confined(self._model):
             end = unlearn(*parts, saved=saved, progress=_Ticks(self.report))
         return replace(end, compute=end.compute.with_cost_of(self._prepared)) if self._prepared else end
 
     def report_of(self, end: End, *, measured: bool) -> dict[str, Any]:
         """Return the ApproxReport as JSON, with the sets and whether a patch was made."""
-        made = measured and _changes_anything(end)
-        forget, judged = len(self._tokens), len(self.judged)
+        made, texts, most = measured and _changes_anything(end), self._texts, patch_measures.MAX_MEASURED
         found = ApproxReport(
             method=self.settings.method,
             settings=self.settings.pace,
@@ -292,15 +310,15 @@ class _Making:
         ).to_json()
         found |= {
             "bounds": asdict(self.settings.bounds),
-            "selection": self._selection(),
+            "selection": {**asdict(self.settings.selection), **self._selected.to_json()},
             "sets": {
-                "num_forget": forget,
-                "num_forget_measured": min(forget, patch_measures.MAX_MEASURED),
-                "num_retain": len(self.sets.retain),
-                "num_given": self.num_given,
-                "num_neighbours": self.num_neighbours,
-                "num_judged": judged,
-                "num_judged_measured": min(judged, patch_measures.MAX_MEASURED),
+                "num_forget": len(texts.sets.forget),
+                "num_forget_measured": min(len(texts.sets.forget), most),
+                "num_retain": len(texts.sets.retain),
+                "num_given": texts.num_given,
+                "num_neighbours": texts.num_neighbours,
+                "num_judged": len(texts.judged),
+                "num_judged_measured": min(len(texts.judged), most),
                 "retain": "written by the base" + ", and given" * (self.order.job.retain != WRITTEN),
             },
             "patch_made": made,
@@ -314,12 +332,6 @@ class _Making:
             found["metrics_reference"] = self._measured(reference)
         return {**found, "robustness": self._robustness(reference) if made else None}
 
-    def _selection(self) -> dict[str, Any]:
-        chosen, found = self.settings.selection, self._selected
-        everything = chosen.selection == "all" and not isinstance(self.settings.method, Edit)
-        modules = None if everything else list(found.modules)
-        return {**asdict(chosen), "modules": modules, "heads": dict(found.heads) or None}
-
     def _reference(self) -> Any:
         from transformers import AutoModelForCausalLM
 
@@ -330,8 +342,9 @@ class _Making:
 
     def _robustness(self, reference: Any) -> dict[str, Any]:
         self.report(Notice("measuring how robust the patch is: relearning, rounding, other wordings"))
-        of = self._model, self._tokenizer, self.forget
-        return patch_measures.measure_robustness(*of, self._sequence_len, reference)
+        return patch_measures.measure_robustness(
+            self._model, self._tokenizer, self._texts.records, self._limits.sequence_len, reference
+        )
 
     def files(self) -> dict[str, bytes]:
         """Return the patch as PEFT reads it."""

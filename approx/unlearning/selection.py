@@ -66,10 +66,19 @@ class SelectionSettings:
 
 @dataclass(frozen=True)
 class Selected:
-    """The target modules of a patch, and the heads that it may change of some of them (others: all)."""
+    """The target modules of a patch, and the heads that it may change of some of them (others: all).
+
+    With `everything` they are the modules that the adapter names, and not a selection of them.
+    """
 
     modules: Sequence[str] | str
     heads: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    everything: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was selected; null without a selection, and without heads."""
+        modules = None if self.everything else list(self.modules)
+        return {"modules": modules, "heads": dict(self.heads) or None}
 
     @contextmanager
     def confined(self, model: Any) -> Iterator[None]:
@@ -99,7 +108,7 @@ def select(
     """
     share = settings.selected_share
     if settings.selection == "all":
-        return Selected(wanted)
+        return Selected(wanted, everything=True)
     names = adapted_modules(base, wanted)
     if settings.selection == "fisher":
         forgotten, kept = (fisher_traces(base, names, each) for each in (forget, retain))

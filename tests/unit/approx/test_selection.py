@@ -143,7 +143,7 @@ def of(kind: Any, share: float) -> SelectionSettings:
 
 def test_all_leaves_the_adapter_as_it_is(base: Any) -> None:
     for wanted in ("all-linear", ("q_proj",)):
-        assert select(base, wanted, [], [], SelectionSettings()) == Selected(wanted)
+        assert select(base, wanted, [], [], SelectionSettings()) == Selected(wanted, everything=True)
     with pytest.raises(InvalidInput, match="selection"):
         SelectionSettings("none", 2.0)  # type: ignore[arg-type]
 
