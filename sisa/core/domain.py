@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from sisa.core.digest import canonical_json, digest_of
 
@@ -469,21 +469,21 @@ class Precision:
     ({}, {'device': 'cuda', 'dtype': 'bfloat16'})
     """
 
-    names: ClassVar = ("device", "dtype")  # of the keys that a job may have
     device: DeviceName = "cpu"
     dtype: Dtype = "float32"
 
     def in_jobs(self) -> dict[str, Any]:
-        """Return what a job's `training` says of it."""
-        return {name: value for name, value in asdict(self).items() if value != _DEFAULTS[name]}
+        """Return the keys of a job's `training` that name it."""
+        defaults = asdict(DEFAULT_PRECISION)
+        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
 
-    def is_of(self, training: Mapping[str, Any]) -> bool:
-        """Return whether a job with this `training` is to be computed with this device and data type."""
-        return {each: training[each] for each in _DEFAULTS if each in training} == self.in_jobs()
+    @classmethod
+    def of(cls, training: Mapping[str, Any]) -> Precision:
+        """Return the precision that a job's `training` names."""
+        return cls(**{each.name: training[each.name] for each in fields(cls) if each.name in training})
 
 
 DEFAULT_PRECISION = Precision()
-_DEFAULTS = {"device": DEFAULT_PRECISION.device, "dtype": DEFAULT_PRECISION.dtype}
 
 
 PatchMode = Literal["sequential", "joint"]

@@ -183,9 +183,9 @@ def matched(risks: Sequence[float], num_orders: int) -> tuple[Order, ...]:
         fixed[order][position] = slice_
     for number, positions in enumerate(fixed, start=1):
         start = number * num_slices // num_orders
-        rest = [each for each in plain if each not in positions.values()]
-        rest.sort(key=lambda each, start=start: (risks[each], (each - start) % num_slices))  # type: ignore[misc]
-        filling = iter(rest)
+        rotated = (*plain[start:], *plain[:start])
+        taken = set(positions.values())
+        filling = iter(sorted((s for s in rotated if s not in taken), key=lambda s: risks[s]))
         found.append(tuple(positions[p] if p in positions else next(filling) for p in range(num_slices)))
     return tuple(found)
 

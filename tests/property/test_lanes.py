@@ -197,7 +197,7 @@ def test_a_kernel_that_mixes_rows_is_caught(base: BaseFiles, monkeypatch: pytest
     with monkeypatch.context() as planted:
         planted.setattr(LlamaRMSNorm, "forward", mixed)
         assert refuse_lanes(wrapped, 128) is not None
-    assert wrapped.joins is None
+    assert wrapped.row_tests is None
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_base_whose_records_affect_each_other_is_refused(
 
     wrapped = wrapped_on(tmp_path, **config)
     assert why in str(refuse_lanes(wrapped, 128))
-    assert wrapped.joins is None
+    assert wrapped.row_tests is None
 
 
 def test_stages_at_the_default_bases_widths() -> None:
@@ -252,7 +252,7 @@ def test_stages_at_the_default_bases_widths() -> None:
             for n in range(len(batches))
         ]
         for _ in range(2):
-            steps = [stage.passes([batch]) for stage, batch in zip(stages, batches, strict=True)]
+            steps = [stage.step([batch]) for stage, batch in zip(stages, batches, strict=True)]
             if together:
                 lanes.compute([next(step) for step in steps])
             for step in steps:

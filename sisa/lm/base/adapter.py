@@ -171,15 +171,20 @@ def attach(
         warnings.filterwarnings("ignore", module="peft")
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         model = get_peft_model(base, config)
-    if tensors is None:
-        draw(model, init_seed)
-    else:
-        put_tensors(model, tensors)
+    fill_adapter(model, tensors, init_seed)
     return model
 
 
+def fill_adapter(model: Any, tensors: Mapping[str, torch.Tensor] | None, init_seed: int) -> None:
+    """Give the adapter the given tensors, or initial ones from `init_seed`. Raise IntegrityError."""
+    if tensors is None:
+        _initialise(model, init_seed)
+    else:
+        put_tensors(model, tensors)
+
+
 @torch.no_grad()
-def draw(model: Any, init_seed: int) -> None:
+def _initialise(model: Any, init_seed: int) -> None:
     """Initialise the adapter as peft does: A like a linear layer, B with zeros."""
     generator = torch.Generator().manual_seed(init_seed)
     for module in model.modules():

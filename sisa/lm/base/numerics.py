@@ -47,6 +47,10 @@ KERNEL_SETTINGS = (
     *("ATEN_CPU_CAPABILITY", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR"),
     *("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA"),
 )
+WORKSPACE, REPEATING = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # values whose results repeat
+CUDA_SETTINGS = (
+    *(WORKSPACE, "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT"),
+)
 _INSTRUCTION_SET = re.compile(r"s?sse|avx|fma|f16c|amx|bmi|asimd|sve|sme|fphp|bf16|i8mm|neon|vfp")
 
 
@@ -58,7 +62,7 @@ def fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION) -> str:
 def describe_fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION) -> dict[str, Any]:
     """Return the parts of the fingerprint, for comparing two environments."""
     on_cuda = precision.device == "cuda"
-    settings = KERNEL_SETTINGS + SETTINGS if on_cuda else KERNEL_SETTINGS
+    settings = KERNEL_SETTINGS + CUDA_SETTINGS if on_cuda else KERNEL_SETTINGS
     return {
         "procedure": PROCEDURE_VERSION,
         "libraries": _versions(),
@@ -164,13 +168,9 @@ def usual_modes(precision: Precision = DEFAULT_PRECISION) -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-WORKSPACE, REPEATING = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
-SETTINGS = (WORKSPACE, "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT")
-
-
 def cuda_environment() -> dict[str, str]:
     """Return the environment variables that must be set before torch is imported."""
-    own = {name: os.environ[name] for name in SETTINGS if name in os.environ}
+    own = {name: os.environ[name] for name in CUDA_SETTINGS if name in os.environ}
     return {WORKSPACE: REPEATING[0], **own}
 
 

@@ -1,8 +1,8 @@
 """Lanes: micro-batches of several stages in one forward and backward through the frozen base.
 
-A small batch wastes a processor, which reads all of the base's weights for a few rows. So stages of
-several shards may wait for each other with a micro-batch each, a *pass*. Their records lie end to end in
-one row, as those of a micro-batch do:
+A small batch wastes a processor, which reads all of the base's weights for a few rows. So the stages of
+several shards may wait with a micro-batch each, and these are computed together. All of their records
+lie end to end in one row, as those of a single micro-batch do:
 
     frozen linear maps, the head's too    over all rows at once
     attention                             record by record
@@ -10,15 +10,15 @@ one row, as those of a micro-batch do:
     adapters' products, dropout, losses   lane by lane, with the shapes that a lane has alone
 
 No sum runs across lanes, so a stage has the bits of training alone if no bit of a row depends on the
-rows beside it, or on how many there are. A kernel need not keep that: MKL multiplies fewer than 16 rows
-in another way than more, and for some shapes also more than 200. So it is tested, with the base's own
-shapes and dtype, on this machine: `refuse_lanes` compares losses and gradients of whole passes, alone
-and together, in each slot, and `RowTest` compares each number of rows, forward and backward, before it
-is first used. Where the first test fails, there are no lanes; a pass whose number of rows fails the
-second is computed by itself. Together, rows are padded to a multiple of 32, so that few numbers occur.
-So lanes are a way of scheduling and reach no bit.
+rows beside it, or on how many there are. Not every kernel guarantees that: MKL multiplies fewer than 16
+rows in another way than more, and for some shapes also more than 200. So two tests run on this machine,
+with the base's own shapes and dtype. `refuse_lanes` compares the losses and gradients of whole
+micro-batches, alone and together, in each slot; if they differ, there are no lanes. `RowTest` compares
+each number of rows, forward and backward, before it is first used; a micro-batch with a number of rows
+that fails is computed alone. Rows that are computed together are padded to a multiple of 32, so that
+few numbers occur. Lanes therefore only change the schedule, and no bit.
 
-    compute([each])                       # a pass by itself
+    compute([each])                       # a micro-batch alone
     refuse_lanes(wrapped, 512) or compute([one, other])
 
 Source: several adapters on one base, mLoRA (Ye et al. 2023) and Punica (Chen et al. 2023).
@@ -52,7 +52,7 @@ NUM_TRIED = 3  # lanes of the self-test
 
 
 @dataclass
-class Pass:
+class MicroBatch:
     """A micro-batch whose loss and gradients a stage waits for."""
 
     job: SliceJob
@@ -69,21 +69,22 @@ class Pass:
         return sum(len(each.input_ids) for each in self.batch)
 
 
-def compute(passes: Sequence[Pass]) -> None:
-    """Set each pass's loss and add to its gradients; compute together those that may be.
+def compute(waiting: Sequence[MicroBatch]) -> None:
+    """Set each loss and add to the gradients; compute together what keeps its bits.
 
     Raise InvalidInput for a loss that is not finite.
     """
-    if passes[0].wrapped.joins is None or len({id(each.wrapped) for each in passes}) > 1:
-        groups = [[number] for number in range(len(passes))]
+    first = waiting[0]
+    if first.wrapped.row_tests is None or any(each.wrapped is not first.wrapped for each in waiting):
+        groups = [[number] for number in range(len(waiting))]
     else:
-        most = LANE_ROWS[passes[0].own.model.device.type]
-        groups = grouped([each.rows for each in passes], most, passes[0].wrapped.joins[0])
+        most = LANE_ROWS[first.own.model.device.type]
+        groups = grouped([each.rows for each in waiting], most, first.wrapped.row_tests[0])
     for group in groups:
-        _compute([passes[number] for number in group])
+        _compute([waiting[number] for number in group])
 
 
-def _compute(group: Sequence[Pass]) -> None:
+def _compute(group: Sequence[MicroBatch]) -> None:
     first, rows = group[0], sum(each.rows for each in group)
     spare = padded_rows(rows) - rows if len(group) > 1 else 0
     batches = [each.batch for each in group]
@@ -95,17 +96,17 @@ def _compute(group: Sequence[Pass]) -> None:
         if spare:
             below.append(torch.zeros(spare, below[0].shape[1], dtype=below[0].dtype))
         given = first.own.lower.given(below, packed=first.wrapped.form.packed)
-    of_head = first.wrapped.joins[1] if first.wrapped.joins else None
+    head_test = first.wrapped.row_tests[1] if first.wrapped.row_tests else None
     with given, side_by_side(_seeded(group)):
-        losses = summed_losses(first.own.model, batches, first.wrapped.form, of_head)
+        losses = summed_losses(first.own.model, batches, first.wrapped.form, head_test)
     means = [loss / each.num_labels for each, loss in zip(group, losses, strict=False)]
     for each, mean in zip(group, means, strict=True):
         each.loss = _finite(mean, each.job)
     torch.autograd.backward(means)
 
 
-def finish(stage: Generator[Pass, None, _T]) -> _T:
-    """Compute each pass of a stage by itself; return what the stage returns."""
+def finish(stage: Generator[MicroBatch, None, _T]) -> _T:
+    """Compute each micro-batch of a stage alone; return what the stage returns."""
     while True:
         try:
             compute([next(stage)])
@@ -114,14 +115,14 @@ def finish(stage: Generator[Pass, None, _T]) -> _T:
             return found
 
 
-def _below(each: Pass) -> list[Tensor]:
+def _below(each: MicroBatch) -> list[Tensor]:
     """Return the states that enter the lowest adapted layer, record by record."""
     lower = each.own.lower
     return [] if lower is None else [each.prefixes.states(lower, one.input_ids) for one in each.batch]
 
 
-def _seeded(group: Sequence[Pass]) -> list[Lane]:
-    """Return the lanes, each with its own dropout; none for a pass by itself, which uses torch's."""
+def _seeded(group: Sequence[MicroBatch]) -> list[Lane]:
+    """Return the lanes, each with its own dropout; none for a micro-batch alone: it uses torch's."""
     if len(group) == 1:
         torch.manual_seed(group[0].seed)
         return []
@@ -146,11 +147,11 @@ def _finite(loss: Tensor, job: SliceJob) -> float:
 
 
 def refuse_lanes(wrapped: Trainable, longest: int) -> str | None:
-    """Return why passes on a base can't be computed together; None if they can, from now on.
+    """Return why micro-batches on a base can't be computed together; None if they can, from now on.
 
     `longest` is the number of tokens of the longest record. The test takes as long as about ten steps.
     """
-    wrapped.joins = None
+    wrapped.row_tests = None
     if not (wrapped.form.packed and wrapped.form.plain_head):
         return "records of this base can't share a row"
     model = wrapped.begin(None, 0).model
@@ -164,16 +165,16 @@ def refuse_lanes(wrapped: Trainable, longest: int) -> str | None:
     maps = [each for each in base.modules() if isinstance(each, nn.Linear | Conv1D)]
     frozen = [each for each in maps if each is not head and not each.weight.requires_grad]
     of_layers = RowTest(frozen, LANE_ROWS[base.device.type])
-    wrapped.joins = of_layers, RowTest([head], PIECE)
+    wrapped.row_tests = of_layers, RowTest([head], PIECE)
     tried = [_drawn(wrapped, number, base.config.vocab_size) for number in range(NUM_TRIED)]
-    joined = padded_rows(sum(each.rows for each in tried))
-    if not all(map(of_layers, [*(each.rows for each in tried), joined])):
+    together = padded_rows(sum(each.rows for each in tried))
+    if not all(map(of_layers, [*(each.rows for each in tried), together])):
         refusal = "rows of this machine's matrix products depend on how many there are"
     elif _mixes(tried):
         refusal = "losses or gradients depend on what is computed beside them"
     else:
         return None
-    wrapped.joins = None
+    wrapped.row_tests = None
     return refusal
 
 
@@ -191,10 +192,10 @@ def _follows_others(base: Any, longest: int) -> bool:
 
 
 class RowTest:
-    """Whether linear maps give each of so many rows the bits that it has among `most`, at any place.
+    """Test whether a number of rows, in linear maps, keeps the bits that each row has among `most`.
 
-    The forward and the inputs' gradient of each number of rows are compared when it is first asked for,
-    for one map of each shape, on random numbers.
+    Each number is tested when it is first asked for: forward and the inputs' gradient, one map of each
+    shape, random values.
     """
 
     def __init__(self, maps: Sequence[Any], most: int) -> None:
@@ -211,7 +212,7 @@ class RowTest:
             self._maps.append((weight_OI, each.bias, inputs, _mapped(weight_OI, each.bias, *inputs)))
 
     def __call__(self, num: int) -> bool:
-        """Return whether `num` rows give each the bits that it has among others."""
+        """Return whether `num` rows keep their bits."""
         if num not in self._found:
             self._found[num] = 0 < num <= self._most and self._same(num)
         return self._found[num]
@@ -231,8 +232,8 @@ def _mapped(weight_OI: Tensor, bias_O: Tensor | None, x_NI: Tensor, g_NO: Tensor
     return [torch.nn.functional.linear(x_NI, weight_OI, bias_O), g_NO @ weight_OI]
 
 
-def _mixes(tried: Sequence[Pass]) -> bool:
-    """Return whether a bit of a pass depends on passes beside it or on its slot among them."""
+def _mixes(tried: Sequence[MicroBatch]) -> bool:
+    """Return whether a bit depends on the micro-batches beside, or on the slot among them."""
     alone = [found for each in tried for found in _computed([each])]
     for turn in range(len(tried)):
         slots = [(turn + number) % len(tried) for number in range(len(tried))]
@@ -243,8 +244,8 @@ def _mixes(tried: Sequence[Pass]) -> bool:
     return False
 
 
-def _drawn(wrapped: Trainable, number: int, vocab_size: int) -> Pass:
-    """Return a pass on random records with a random adapter; with dropout, if the base has any."""
+def _drawn(wrapped: Trainable, number: int, vocab_size: int) -> MicroBatch:
+    """Return random records for a random adapter; with dropout, if the base has any."""
     drawn = torch.Generator().manual_seed(number)
     own = wrapped.begin(None, number)
     for each in own.trained.values():
@@ -254,11 +255,11 @@ def _drawn(wrapped: Trainable, number: int, vocab_size: int) -> Pass:
         ids = torch.randint(vocab_size, (length,), generator=drawn).tolist()
         batch.append(Tokens(ids, [NO_LOSS] * (number + 2) + ids[number + 2 :]))
     job = SliceJob(number, 0, None, (), len(batch), (1, 1), {}, "", "")
-    return Pass(job, wrapped, own, Prefixes(memory_bytes=0), batch, 7, seed=number)
+    return MicroBatch(job, wrapped, own, Prefixes(memory_bytes=0), batch, 7, seed=number)
 
 
-def _computed(group: Sequence[Pass]) -> list[list[Tensor]]:
-    """Return the loss and the gradients of each pass."""
+def _computed(group: Sequence[MicroBatch]) -> list[list[Tensor]]:
+    """Return the loss and the gradients of each micro-batch."""
     parameters = [[*each.own.trained.values()] for each in group]
     for each in (one for some in parameters for one in some):
         each.grad = None

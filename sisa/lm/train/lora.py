@@ -53,7 +53,7 @@ from sisa.lm.base.numerics import fingerprint, keep_freed_memory, pin_threads, u
 from sisa.lm.base.tokens import tokenize_all
 from sisa.lm.base.weights import load_patched
 from sisa.lm.train.frozen_prefix import Prefixes, TokenizedRows
-from sisa.lm.train.lanes import Pass, compute, finish, refuse_lanes
+from sisa.lm.train.lanes import MicroBatch, compute, finish, refuse_lanes
 from sisa.lm.train.losses import Batch, count_labels
 from sisa.lm.train.trainable import Trainable, file_name, pattern_key
 from sisa.planning.plan import LAYERWISE
@@ -208,7 +208,7 @@ class Stage:
         )
         self._micro_batches = 0
 
-    def passes(self, batches: Sequence[Batch]) -> Generator[Pass, None, tuple[float, int]]:
+    def step(self, batches: Sequence[Batch]) -> Generator[MicroBatch, None, tuple[float, int]]:
         """Take one optimizer step; yield each micro-batch, which the caller computes.
 
         Return the summed loss and the number of label tokens.
@@ -218,11 +218,18 @@ class Stage:
         mean = 0.0
         self._optimizer.zero_grad(set_to_none=False)
         for batch in batches:
-            name = (training["seed"], self._job.shard, self._job.slice, "dropout", self._micro_batches)
-            of_stage = (self._job, self._wrapped, self._own, self._prefixes)
-            each = Pass(*of_stage, batch, num_labels, seed_from(*name))
-            yield each
-            mean += each.loss
+            at = (training["seed"], self._job.shard, self._job.slice, "dropout", self._micro_batches)
+            micro_batch = MicroBatch(
+                job=self._job,
+                wrapped=self._wrapped,
+                own=self._own,
+                prefixes=self._prefixes,
+                batch=batch,
+                num_labels=num_labels,
+                seed=seed_from(*at),
+            )
+            yield micro_batch
+            mean += micro_batch.loss
             self._micro_batches += 1
         torch.nn.utils.clip_grad_norm_([self._flat.values], training["max_grad_norm"], foreach=False)
         self._optimizer.step()
@@ -348,7 +355,7 @@ class LoraTrainer:
         parent: Mapping[str, bytes] | None,
         records: Sequence[StoredRecord],
         progress: Callable[[Tick], None],
-    ) -> Generator[Pass, None, dict[str, bytes]]:
+    ) -> Generator[MicroBatch, None, dict[str, bytes]]:
         """Train a stage as `train` does, but yield each micro-batch, which the caller computes."""
         stage = self._stage(job, parent, records, progress)
         while True:
@@ -366,7 +373,7 @@ class LoraTrainer:
         parent: Mapping[str, bytes] | None,
         records: Sequence[StoredRecord],
         progress: Callable[[Tick], None],
-    ) -> Generator[Pass, None, dict[str, bytes]]:
+    ) -> Generator[MicroBatch, None, dict[str, bytes]]:
         _check_job(job, self._base_name, records, self._precision)
         wrapped = self._wrap(job.training)
         rows = _tokenized(job, records, self._tokenizer)
@@ -376,12 +383,12 @@ class LoraTrainer:
         lengths = [[len(each.input_ids) for each in chain(*step)] for step in steps]
         ticks = Ticks(lengths, len(records))
         progress(ticks.now())
-        for step in steps:
-            progress(ticks.after(*(yield from stage.passes(step))))
+        for batches in steps:
+            progress(ticks.after(*(yield from stage.step(batches))))
         self._prefixes.save(job, wrapped.first, rows)
         return stage.files()
 
-    def compute(self, waiting: Sequence[Pass]) -> None:
+    def compute(self, waiting: Sequence[MicroBatch]) -> None:
         """Compute micro-batches of several stages, together where that changes no bit."""
         with usual_modes(self._precision):
             compute(waiting)
@@ -394,8 +401,8 @@ class LoraTrainer:
             if key not in _tested:
                 _tested.clear()
                 refusal = refuse_lanes(wrapped, training["sequence_len"])
-                _tested[key] = refusal, wrapped.joins
-            refusal, wrapped.joins = _tested[key]
+                _tested[key] = refusal, wrapped.row_tests
+            refusal, wrapped.row_tests = _tested[key]
             return refusal
 
     def _wrap(self, training: Mapping[str, Any]) -> Trainable:
@@ -412,13 +419,13 @@ class LoraTrainer:
 def _check_job(
     job: SliceJob, base_name: str, records: Sequence[StoredRecord], precision: Precision
 ) -> None:
-    own = {each: job.training[each] for each in precision.names if each in job.training}
-    if not precision.is_of(job.training):
+    wanted = Precision.of(job.training)
+    if wanted != precision:
         raise IntegrityError(
             "a job was made for another device or dtype",
             where=f"shard {job.shard}, slice {job.slice}",
             expected=str(precision.in_jobs() or "none"),
-            got=str(own or "none"),
+            got=str(wanted.in_jobs() or "none"),
             next_step="run the command again; `sisa train RUN.yaml` shows what differs",
         )
     if job.base != base_name:

@@ -143,10 +143,8 @@ def _states(base: Any, decoder: Any, first: Sequence[int], then: Sequence[int]) 
 Batch = Sequence[Tokens]
 NUM_PROBE_IDS = 4
 PIECE = 256  # pairs at once: 7% faster than 1,000, and no slower than 128
-QUANTUM = 32  # rows of several micro-batches are padded to its multiples, so that few numbers occur
-Joins = Callable[
-    [int], bool
-]  # whether linear maps of so many rows give each the bits it has among others
+QUANTUM = 32  # rows of several micro-batches are padded to a multiple of it, so few numbers occur
+KeepsBits = Callable[[int], bool]  # whether so many rows have the bits that each has among others
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +188,12 @@ def count_labels(batch: Batch) -> int:
 
 
 def summed_losses(
-    model: Any, batches: Sequence[Batch], form: Form, joins: Joins | None = None
+    model: Any, batches: Sequence[Batch], form: Form, keeps_bits: KeepsBits | None = None
 ) -> tuple[Tensor, ...]:
     """Return the cross-entropy summed over the label tokens of each micro-batch.
 
     `model` is a wrapped base with a configuration of the caller's own. Several micro-batches need a
-    plain head and a packed row; the head is computed together for those whose label tokens `joins`.
+    plain head and a packed row; their heads are computed together where that `keeps_bits`.
     """
     batch = [each for some in batches for each in some]
     inputs, rows_N, columns_N, labels_N = lay(batch, model.device, packed=form.packed)
@@ -210,7 +208,7 @@ def summed_losses(
     hidden_NH, head = hidden_BTH[rows_N, columns_N], base.get_output_embeddings()
     sizes = [count_labels(each) for each in batches]
     found: tuple[Tensor, ...] = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, head.weight, head.bias, labels_N, sizes, joins or (lambda _: False)
+        hidden_NH, head.weight, head.bias, labels_N, sizes, keeps_bits or (lambda _: False)
     )
     return found
 
@@ -231,12 +229,12 @@ class _HeadLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         labels_N: Tensor,
         sizes: list[int],
-        joins: Joins,
+        keeps_bits: KeepsBits,
     ) -> tuple[Tensor, ...]:
         sums: dict[int, Tensor] = {}
         slopes_NH = torch.empty_like(hidden_NH)
         pieces = _pieces(sizes)
-        for numbers in grouped([end - start for _, start, end in pieces], PIECE, joins):
+        for numbers in grouped([end - start for _, start, end in pieces], PIECE, keeps_bits):
             group = [pieces[number] for number in numbers]
             parts = [end - start for _, start, end in group]
             hidden_PH, labels_P = (
@@ -290,25 +288,25 @@ def _pieces(sizes: Sequence[int]) -> list[_Piece]:
 
 
 def padded_rows(num_rows: int) -> int:
-    """Return the number of rows that are computed together for so many, of which the last are unused."""
+    """Return a number of rows, padded up to a multiple of QUANTUM."""
     return -(-num_rows // QUANTUM) * QUANTUM
 
 
-def grouped(sizes: Sequence[int], most: int, joins: Joins) -> list[list[int]]:
-    """Return the numbers of those sizes that are computed together, up to `most` rows in all.
+def grouped(sizes: Sequence[int], most: int, keeps_bits: KeepsBits) -> list[list[int]]:
+    """Return the positions of those sizes that are computed together, up to `most` rows in all.
 
     >>> grouped([30, 5, 20, 250], 256, lambda num: num >= 16)
     [[0, 2], [3], [1]]
     """
     groups: list[list[int]] = []
-    apart = [number for number, size in enumerate(sizes) if not joins(size)]
+    apart = [number for number, size in enumerate(sizes) if not keeps_bits(size)]
     for number in (each for each in range(len(sizes)) if each not in apart):
         if not groups or padded_rows(sum(sizes[each] for each in (*groups[-1], number))) > most:
             groups.append([])
         groups[-1].append(number)
     found = []
     for group in groups:
-        together = len(group) == 1 or joins(padded_rows(sum(sizes[each] for each in group)))
+        together = len(group) == 1 or keeps_bits(padded_rows(sum(sizes[each] for each in group)))
         found += [group] if together else [[each] for each in group]
     return found + [[each] for each in apart]
 

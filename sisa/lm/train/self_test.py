@@ -125,8 +125,8 @@ def trained_digests(threads: int, times: int = 2, precision: Precision = DEFAULT
             job = SliceJob(0, slice_, None, ((0, ""),), len(rows), (1, 1), TRAINING, "", "")
             wrapped = Trainable(random_base(precision), TRAINING)
             stage = Stage(job, wrapped, files, num_steps=len(steps))
-            for step in steps:
-                finish(stage.passes(step))
+            for batches in steps:
+                finish(stage.step(batches))
             files = stage.files()
         digests.append(digest_of({name: sha256_hex(data) for name, data in (files or {}).items()}))
     return digests

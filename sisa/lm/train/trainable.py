@@ -45,16 +45,15 @@ from sisa.core.digest import canonical_json, sha256_hex
 from sisa.lm.base.adapter import (
     DEFAULT_NAME,
     attach,
-    draw,
+    fill_adapter,
     first_adapted,
     lora_config,
-    put_tensors,
     train_block,
 )
 from sisa.lm.base.base_checks import kept_check
 from sisa.lm.base.weights import own_modules
 from sisa.lm.train.frozen_prefix import FrozenLayers
-from sisa.lm.train.losses import Form, Joins, loss_form
+from sisa.lm.train.losses import Form, KeepsBits, loss_form
 
 
 class _Adapted(torch.autograd.Function):
@@ -241,7 +240,7 @@ class Trainable:
         of = (*known, sha256_hex(pattern_key(training))) if known else ()
         longest = training["sequence_len"]
         self.form = Form(*kept_check("form", of, lambda: self._check(longest)))
-        self.joins: tuple[Joins, Joins] | None = None  # of layers and head; None: no lanes
+        self.row_tests: tuple[KeepsBits, KeepsBits] | None = None  # of layers and head; None: no lanes
 
     def _check(self, longest: int) -> tuple[bool, bool]:
         """Return the base's form. Raise InvalidInput if its layers can't be run apart."""
@@ -264,10 +263,7 @@ class Trainable:
         """
         model = own_modules(self._pattern).train()
         lower = FrozenLayers(model.get_base_model(), self.first) if self.first else None
-        if tensors is None:
-            draw(model, init_seed)
-        else:
-            put_tensors(model, tensors)
+        fill_adapter(model, tensors, init_seed)
         if block is not None:
             train_block(model, *block)
         trained = {name: each for name, each in model.named_parameters() if each.requires_grad}

@@ -177,7 +177,7 @@ def measure(base_model: str, of: Row) -> dict[str, Any]:
     stage = Stage(job, Trainable(base, training), None, num_steps=10**6)
 
     def step() -> None:
-        finish(stage.passes([batch]))
+        finish(stage.step([batch]))
 
     step()
     run()

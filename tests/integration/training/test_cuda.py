@@ -119,7 +119,7 @@ def test_a_training_step_stays_on_the_bases_device(dtype: Any, monkeypatch: pyte
 
     def steps() -> None:
         for _ in range(2):
-            finish(stage.passes([rows[:2], rows[2:]]))
+            finish(stage.step([rows[:2], rows[2:]]))
 
     ran = watched(steps)
     assert min(ran[each] for each in ("mm", "bernoulli_", "_log_softmax", "addcdiv_")) > 1
