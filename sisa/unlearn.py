@@ -11,7 +11,7 @@ are trained over it only if the caller asks for that, at once or once they have 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sisa.core.domain import Patch, VaultSet, active, wanted
@@ -20,7 +20,13 @@ from sisa.flows import lifecycle
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import Composition, measure
 from sisa.flows.patches.patching import Unlearnt, Wish, shards_over
-from sisa.flows.wiring.context import patch_files, patches_beneath, trained_over
+from sisa.flows.wiring.context import (
+    Context,
+    Resources,
+    patch_files,
+    patches_beneath,
+    trained_over,
+)
 from sisa.model import Model, asked_again
 
 
@@ -52,23 +58,33 @@ def unlearn(
             )
 
         trained_on = patches_beneath(context.stores.ledger, context.settings.base)
-        # Of the last patch, if it is all that the shards were not trained over:
-        whole: list[Composition] = []
-
-        def effect(before: Sequence[Patch], after: Sequence[Patch]) -> Mapping[str, Any]:
-            found = measure(context, model.resources, before, after)
-            whole[:] = [found] if before == trained_on else []
-            return found.to_json()
-
+        effect = _Effect(context, model.resources)
         done = patching.make_wanted(context, max_seconds, effect, "" if wish is None else wish.reference)
     if done.unfinished or max_drift is None:
         return done
     found = None
     if max_drift > 0:
-        found = whole[0].drift if whole else drift(model)
+        # If the shards were trained over all patches but the last one, its effect is the drift.
+        last = effect.last if effect.before == trained_on else None
+        found = drift(model) if last is None else last.drift
         if found is not None and found < max_drift:
             return replace(done, drift=found)
     return replace(done, drift=found, slices_trained=retrain(model))
+
+
+@dataclass
+class _Effect:
+    """Measure the effect of each patch that is made; keep the last one and the patches before it."""
+
+    context: Context
+    resources: Resources
+    before: Sequence[Patch] = ()
+    last: Composition | None = None
+
+    def __call__(self, before: Sequence[Patch], after: Sequence[Patch]) -> Mapping[str, Any]:
+        found = measure(self.context, self.resources, before, after)
+        self.before, self.last = before, found
+        return found.to_json()
 
 
 def drift(model: Model) -> float | None:
