@@ -34,12 +34,12 @@ def tofu_headline(
     """
     judge = references[0] if references else ()
     forget, theirs = forget_rows(rows), forget_rows(judge) if judge else []
-    reworded, other = (_of(log, (REWORDED,)) for log in (rows, judge))
+    reworded, other = _of(rows, REWORDED), _of(judge, REWORDED)
     own, judged = (
-        [utility_scores(name, _of(log, (name,)), found.truth_ratio) for name in UTILITY_SETS]
+        [utility_scores(name, _of(log, name), found.truth_ratio) for name in UTILITY_SETS]
         for log in (rows, judge)
     )
-    alike = all(_same(*(_of(log, (name,)) for log in (rows, judge))) for name in UTILITY_SETS)
+    alike = all(_same(_of(rows, name), _of(judge, name)) for name in UTILITY_SETS)
     return headline(
         {
             "extraction_strength": _finding("extraction strength", forget, theirs, _strength),
@@ -70,8 +70,8 @@ def _finding(
     return finding(measure, [[own]], [[other]] if alike else None, "above")
 
 
-def _of(rows: Sequence[LogRow], sets: Sequence[str]) -> list[LogRow]:
-    return sorted((row for row in rows if row.set in sets), key=lambda row: row.idx)
+def _of(rows: Sequence[LogRow], name: str) -> list[LogRow]:
+    return sorted((row for row in rows if row.set == name), key=lambda row: row.idx)
 
 
 def _same(rows: Sequence[LogRow], others: Sequence[LogRow]) -> bool:

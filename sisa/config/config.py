@@ -333,6 +333,12 @@ class Aggregation(Block):
         return {"method": self.method, "top_k": self.top_k, **changed}
 
 
+def _check_enough_slices(num: int, info: ValidationInfo) -> None:
+    slices = info.data.get("slices", num)  # absent if it is no valid number
+    if num > slices:
+        raise conflict(f"conflict: {num} {info.field_name}, more than the {slices} slices")
+
+
 class SisaBlock(Block):
     """The partition, how it is trained, and how it answers."""
 
@@ -374,17 +380,19 @@ class SisaBlock(Block):
         Aggregation(), "none", "Answers: routed (to top_k), or all: mean_prob, mean_logit, vote, merged."
     )
 
-    @field_validator("orders", "bands")
+    @field_validator("orders")
     @classmethod
-    def _a_slice_each(cls, value: int | Bands | None, info: ValidationInfo) -> int | Bands | None:
-        slices, many = info.data.get("slices", 10_000), value or 0
-        too_many = isinstance(many, int) and many > slices
-        if isinstance(many, Bands):
-            if info.data.get("orders", 1) > 1 and slices > MAX_MATCHED:
+    def _a_slice_for_each_order(cls, value: int, info: ValidationInfo) -> int:
+        _check_enough_slices(value, info)
+        return value
+
+    @field_validator("bands")
+    @classmethod
+    def _a_slice_for_each_band(cls, value: Bands | None, info: ValidationInfo) -> Bands | None:
+        if value is not None:
+            if info.data.get("orders", 1) > 1 and info.data.get("slices", 0) > MAX_MATCHED:
                 raise conflict(f"conflict: orders are matched to bands of {MAX_MATCHED} slices at most")
-            too_many, many = not many.fit(slices), many.num_bands
-        if too_many:
-            raise conflict(f"conflict: {many} {info.field_name}, more than the {slices} slices")
+            _check_enough_slices(value.num_bands, info)
         return value
 
     @field_validator("group_by")

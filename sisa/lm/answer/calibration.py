@@ -90,19 +90,23 @@ def _best(held: Sequence[float], deleted: Sequence[float]) -> float:
     """
     values = sorted({*held, *deleted})
 
-    def errors(gap: tuple[float, float]) -> float:
-        least = sum(gap) / 2
-        refused, sent = (sum(near < least for near in each) / len(each) for each in (held, deleted))
-        return refused + 1 - sent
+    def cost(gap: tuple[float, float]) -> int:
+        refused, sent = _num_errors(sum(gap) / 2, held, deleted)
+        return refused * len(deleted) + sent * len(held)  # the sum of both shares, without rounding
 
     gaps = [(values[0], values[0]), *pairwise(values)]
-    low, high = min(gaps, key=lambda gap: (errors(gap), gap[0] - gap[1]))
+    low, high = min(gaps, key=lambda gap: (cost(gap), gap[0] - gap[1]))
     return round((low + high) / 2, 3)
 
 
 def _errors(least: float, held: Sequence[float], deleted: Sequence[float]) -> Errors:
-    refused, sent = sum(near < least for near in held), sum(near >= least for near in deleted)
+    refused, sent = _num_errors(least, held, deleted)
     return Errors(least, share_of(refused, len(held)), share_of(sent, len(deleted)))
+
+
+def _num_errors(least: float, held: Sequence[float], deleted: Sequence[float]) -> tuple[int, int]:
+    """Return how many prompts are refused though held, and sent though deleted."""
+    return sum(near < least for near in held), sum(near >= least for near in deleted)
 
 
 def share_of(count: float, num: float) -> Share:
