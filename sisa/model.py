@@ -57,10 +57,10 @@ from sisa.flows.ask import (
     route_and_encode,
     routes_of,
 )
-from sisa.flows.deletion import Terms, arrive, copies, forget_at_once, plan_forget
+from sisa.flows.deletion import Terms, copies, forget_at_once, new_request, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
-from sisa.flows.reconcile import finish_written, held_prompts, reconcile, stale_exports, under_way
+from sisa.flows.reconcile import finish_exports, held_prompts, reconcile, stale_exports, under_way
 from sisa.flows.rights import drop
 from sisa.flows.rights.access import held_of, recipients_of
 from sisa.flows.rights.restriction import Restriction, lift, restrict
@@ -281,7 +281,7 @@ class Model:
             if live:
                 _ = self.resources.base  # refuses a changed base before anything is erased
                 terms = Terms(approver=DIRECT, reason=DIRECT, consent=consent)
-                done = forget_at_once(context, arrive(context, live, (), terms), defer=defer)
+                done = forget_at_once(context, new_request(context, live, (), terms), defer=defer)
                 request, kept = done.requests[0], done.kept_versions
             else:  # finishes a deletion after a crash
                 kept = reconcile(context, defer=defer).kept_versions
@@ -789,7 +789,7 @@ class Model:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Context]:
         with self._locked(), self._context(locked=True) as context:
-            finish_written(context)
+            finish_exports(context)
             yield context
 
     @contextlib.contextmanager

@@ -26,7 +26,7 @@ from sisa.data.reader import Subjects, named_by_location, read_records
 from sisa.flows import reconfigure
 from sisa.flows.ask import FORM, usual_kind
 from sisa.flows.ingest import Taken, check_same_records, train
-from sisa.flows.reconcile import Trained, erase_unknown, under_way
+from sisa.flows.reconcile import Trained, adopt_and_erase, under_way
 from sisa.flows.record_checks import check_all, check_generations, check_not_deleted, check_risks
 from sisa.flows.scratch import guard, prepare_base
 from sisa.flows.wiring import wiring
@@ -302,7 +302,7 @@ def _move(
         _replay_first(old, moving=wiring.witness_dir(config) != wiring.witness_dir(model.config))
         check_same_records(old, records)  # with the generations of their present slices
         if under_way(old):
-            erase_unknown(old)  # finish the erasure of an interrupted deletion before training
+            adopt_and_erase(old)  # finish the erasure of an interrupted deletion before training
     keyed = Keyed(wiring.stored_secret(model.directory, config, model.id))
     with wiring.open_context(
         model.directory, resources, keyed, model.id, model.executor, model.report

@@ -40,8 +40,8 @@ from sisa.core.ports import Change, Contribution, KeptVersions, Probe, Removal, 
 from sisa.core.requests import ACCEPTED, check_four_eyes, due_date, event, moved
 from sisa.flows.reconcile import (
     HELD_PROMPTS,
+    adopt_and_erase,
     check_rows,
-    erase_unknown,
     note_failure,
     reconcile,
     under_way,
@@ -100,6 +100,7 @@ class Forgetting:
 
     @cached_property
     def first_slices(self) -> Mapping[int, int]:
+        """Return the earliest slice of each shard that loses a record."""
         return _first_slices(self.removed)
 
 
@@ -108,28 +109,28 @@ def plan_forget(
 ) -> Forgetting:
     """Return what deleting these rows would do. Read only the shards concerned; change nothing."""
     ledger = context.stores.ledger
-    left = _left(context, rows)
-    states = {(file.shard, file.slice): file for file in ledger.slices()} | left
-    by_shard = _by_shard(state for _, state in sorted(states.items()) if state)
+    changed = _changed_slices(context, rows)
+    slices = {(file.shard, file.slice): file for file in ledger.slices()} | changed
+    left = _by_shard(state for _, state in sorted(slices.items()) if state)
     touched: list[ShardView] = []
-    dropped: list[str] = []
-    for shard, gone in sorted(_by_shard(rows).items()):
+    tainted: list[str] = []
+    for shard, removed in sorted(_by_shard(rows).items()):
         checkpoints = ledger.checkpoints(shard)
-        lost = tainted_checkpoints(checkpoints, gone)
+        lost = tainted_checkpoints(checkpoints, removed)
         held = tuple(each for each in checkpoints if each.key not in lost)
-        touched.append(ShardView(shard, tuple(by_shard.get(shard, ())), held))
-        dropped += lost
+        touched.append(ShardView(shard, tuple(left.get(shard, ())), held))
+        tainted += lost
     plans = plans_of(context, touched)
-    views = [ShardView(shard, tuple(its), ()) for shard, its in by_shard.items()]
+    views = [ShardView(shard, tuple(states), ()) for shard, states in left.items()]
     heads = {head.shard: head for head in ledger.heads()}
     heads |= {plan.shard: plan.head for plan in plans}
     return Forgetting(
         removed=tuple(rows),
         already_deleted=tuple(already),
         plans=tuple(plans),
-        remaining=tuple(filter(None, left.values())),
-        emptied=tuple(position for position, state in left.items() if not state),
-        tainted=tuple(dropped),
+        remaining=tuple(filter(None, changed.values())),
+        emptied=tuple(position for position, state in changed.items() if not state),
+        tainted=tuple(tainted),
         exports=tuple(marked(ledger.exports(), {"": rows})),
         record_epochs_retrained=sum(plan.record_epochs for plan in plans),
         record_epochs_full=full_record_epochs(views, context.settings.recipe),
@@ -140,18 +141,21 @@ def plan_forget(
 
 def _first_slices(rows: Iterable[RecordRow]) -> dict[int, int]:
     """Return the earliest slice of each shard that loses a record."""
-    return {shard: min(row.slice for row in its) for shard, its in sorted(_by_shard(rows).items())}
+    by_shard = sorted(_by_shard(rows).items())
+    return {shard: min(row.slice for row in removed) for shard, removed in by_shard}
 
 
-def _by_shard(rows: Iterable[_Placed]) -> dict[int, list[_Placed]]:
+def _by_shard(placed: Iterable[_Placed]) -> dict[int, list[_Placed]]:
     found: dict[int, list[_Placed]] = {}
-    for row in rows:
-        found.setdefault(row.shard, []).append(row)
+    for each in placed:
+        found.setdefault(each.shard, []).append(each)
     return found
 
 
-def _left(context: Context, removed: Sequence[RecordRow]) -> dict[SlicePosition, SliceState | None]:
-    """Return the states of slices without the removed records; None for one that is left empty."""
+def _changed_slices(
+    context: Context, removed: Sequence[RecordRow]
+) -> dict[SlicePosition, SliceState | None]:
+    """Return the new states of the slices that lose records; None for a slice that becomes empty."""
     gone = {row.id_digest for row in removed}
     states: dict[SlicePosition, SliceState | None] = {}
     for shard, slice_ in sorted({(row.shard, row.slice) for row in removed}):
@@ -169,8 +173,11 @@ class Deleted:
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """A request that is not in the ledger yet, with its first events."""
+class NewRequest:
+    """A request that is not in the ledger yet.
+
+    `rows` are the held records that it names, `named` the keyed ids of all, deleted ones included.
+    """
 
     request: Request
     rows: tuple[RecordRow, ...]
@@ -183,18 +190,18 @@ class Arrival:
         return Change(requests=[self.request], named=pairs, events=self.events)
 
 
-def forget_at_once(context: Context, arrival: Arrival, *, defer: bool = False) -> Deleted:
+def forget_at_once(context: Context, new: NewRequest, *, defer: bool = False) -> Deleted:
     """Add an approved request to the ledger and carry it out in the same commit.
 
     A failure before the commit changes nothing; after a crash, the next command finishes the deletion.
     With `defer`, bytes are erased now and training is left to a later command. Raise ConfigConflict for
     a legal hold.
     """
-    removal = Removal([arrival.request], {arrival.request.request_id: arrival.rows})
+    removal = Removal([new.request], {new.request.request_id: new.rows})
 
     def attempt() -> Deleted:
         _check_no_hold(context, removal.rows)
-        return delete(context, removal, arrival.change(), defer=defer)
+        return delete(context, removal, new.change(), defer=defer)
 
     return until_undisturbed(attempt)
 
@@ -210,7 +217,7 @@ def until_undisturbed(attempt: Callable[[], Deleted]) -> Deleted:
             return attempt()
 
 
-def delete(context: Context, removal: Removal, arriving: Change, *, defer: bool = False) -> Deleted:
+def delete(context: Context, removal: Removal, addition: Change, *, defer: bool = False) -> Deleted:
     """Carry out approved requests as one batch, exactly.
 
     The served model is clean after the commit; in the end the bytes are gone and the affected suffixes
@@ -220,16 +227,16 @@ def delete(context: Context, removal: Removal, arriving: Change, *, defer: bool 
     """
     held = slices_of(context, removal.rows.values())
     try:
-        contributed = _commit_or_note(context, removal, arriving)  # the served model is clean
+        contributed = _commit_or_note(context, removal, addition)  # the served model is clean
         _probe_removed(context, removal.named, held)  # before the text is erased
         _keep_states(context, removal.rows, held)
     except Overtaken:
-        erase_unknown(context)  # the files that were written for the commit
+        adopt_and_erase(context)  # the files that were written for the commit
         raise
     except SisaError:
         with contextlib.suppress(SisaError):  # what can be erased after the commit is erased anyway
             if under_way(context):
-                erase_unknown(context)
+                adopt_and_erase(context)
         raise
     done = reconcile(context, defer=defer, removed=removal.named)  # erase, train, complete
     for each in contributed:
@@ -238,10 +245,10 @@ def delete(context: Context, removal: Removal, arriving: Change, *, defer: bool 
     return Deleted(tuple(after[each.request_id] for each in removal.requests), done.kept_versions)
 
 
-def _commit_or_note(context: Context, removal: Removal, arriving: Change) -> list[Contribution]:
+def _commit_or_note(context: Context, removal: Removal, addition: Change) -> list[Contribution]:
     """Commit, or record a failure with those of the requests that the ledger held before."""
     try:
-        return commit_removed(context, removal, arriving)
+        return commit_removed(context, removal, addition)
     except SisaError as error:
         note_failure(context, removal.requests, error)
         raise
@@ -259,7 +266,7 @@ def _probe_removed(
         return
     context.report(Notice("asking the base alone what it knows of the deleted text"))
     outcomes = {
-        request_id: _outcome(context, context.compute.probe, rows, held)
+        request_id: _probe_rows(context, context.compute.probe, rows, held)
         for request_id, rows in named.items()
         if rows
     }
@@ -270,7 +277,7 @@ def _probe_removed(
             if request.request_id in outcomes
         ]
         vaulted = [each for each in asked if each.vaulted]
-        unknown = [each.vaulted for each in vaulted if _is_unknown(outcomes[each.request_id])]
+        unknown = [each.vaulted for each in vaulted if _base_knows_nothing(outcomes[each.request_id])]
         changed = [replace(each, vaulted="") if each.vaulted in unknown else each for each in asked]
         commit(context, Change(requests=changed, unvaulted=unknown))
 
@@ -287,19 +294,19 @@ def _keep_states(context: Context, removed: Collection[str], held: Sequence[Slic
         for before in held:
             files = context.stores.ledger.slices(before.shard)
             after = [each for each in files if each.slice == before.slice and each.root != before.root]
-            for new in prefix_names(after, context.recipe, context.compute.fingerprint):
+            for new in prefix_names(after, context.recipe, context.compute.fingerprint):  # one or none
                 (old,) = prefix_names([before], context.recipe, context.compute.fingerprint)
                 states = store.read(old)
                 if staying := {each: states[each] for each in states if each not in removed}:
                     store.write(new, staying)
 
 
-def _is_unknown(outcome: Probed) -> bool:
+def _base_knows_nothing(outcome: Probed) -> bool:
     """Return whether all of the text was probed and the base knows none of it: no patch is needed."""
     return not outcome.failure and outcome.num_known == 0 and outcome.num_probed == outcome.num_records
 
 
-def _outcome(
+def _probe_rows(
     context: Context, probe: Probe, rows: Sequence[RecordRow], held: Sequence[SliceFile]
 ) -> Probed:
     try:
@@ -314,11 +321,11 @@ def rows_named(context: Context, request: Request) -> list[RecordRow]:
 
 
 def commit_removed(
-    context: Context, removal: Removal, arriving: Change, *, held_too: bool = False
+    context: Context, removal: Removal, addition: Change, *, held_too: bool = False
 ) -> list[Contribution]:
     """Commit what remains: rows are removed, heads roll back; return the contributions of hooks.
 
-    `arriving` is added in the same transaction; `held_too` also deletes records under a legal hold.
+    `addition` joins the transaction; `held_too` also deletes records under a legal hold.
     Raise Overtaken if somebody decided about the requests meanwhile, IntegrityError for damaged files.
     """
     check_rows(context.stores.ledger)
@@ -328,8 +335,10 @@ def commit_removed(
     if planned.removed:
         check_sources(context, planned.plans)
     vaulted = {key: name for each in contributed for key, name in each.vaulted.items()}
-    own = _remaining(context, removal, planned, vaulted)
-    change = merged([*(each.change for each in contributed), replace(arriving, requests=()), own])
+    written = _write_remaining(context, planned)
+    removing = _removing(context, removal, planned, vaulted)
+    added = replace(addition, requests=())  # `removing` has them, accepted already
+    change = merged([*(each.change for each in contributed), added, written, removing])
     with context.stores.ledger.exclusive():
         if not held_too and _is_overtaken(context, removal):
             raise Overtaken
@@ -341,14 +350,13 @@ def _is_overtaken(context: Context, removal: Removal) -> bool:
     """Return whether a request has changed since it was read, or its records are under a hold."""
     present = {each.request_id: each for each in context.stores.ledger.requests()}
     changed = any(present.get(each.request_id, each) != each for each in removal.requests)
-    return changed or bool(_holds(context, removal.rows))
+    return changed or bool(_legal_holds(context, removal.rows))
 
 
-def _remaining(
+def _removing(
     context: Context, removal: Removal, planned: Forgetting, vaulted: Mapping[str, str]
 ) -> Change:
-    """Write the files of what remains, and return the transaction that makes them current."""
-    slices, indexes = _write_remaining(context, planned)
+    """Return the transaction of a deletion, except its rewritten files."""
     now, before = context.now(), model_digest(context)
     accepted = [
         _accepted(each, planned, removal.named[each.request_id], now, before, vaulted)
@@ -358,9 +366,7 @@ def _remaining(
         removed=planned.removed,
         unidentified=_unidentified(removal),
         tombstones=_tombstones(context, planned, removal.named, now),
-        slices=slices,
         emptied=planned.emptied,
-        indexes=indexes,
         unindexed=[plan.shard for plan in planned.plans if not plan.path],
         heads=[plan.head for plan in planned.plans],
         dropped=planned.tainted,
@@ -378,30 +384,33 @@ def _unidentified(removal: Removal) -> list[str]:
     return sorted(removal.rows.keys() - staying)
 
 
-def _write_remaining(context: Context, planned: Forgetting) -> tuple[list[SliceFile], list[IndexFile]]:
-    """Write the slices that lose records, and the indexes of shards that still hold some."""
+def _write_remaining(context: Context, planned: Forgetting) -> Change:
+    """Write the slices that lose records, and the indexes of shards that still hold some.
+
+    Return the change that makes them current.
+    """
     gone = {row.id_digest for row in planned.removed}
     slices: list[SliceFile] = []
-    indexes = []
+    indexes: list[IndexFile] = []
     for shard in (plan.shard for plan in planned.plans if plan.path):
         rows = [row for row in context.stores.ledger.rows(shard) if row.id_digest not in gone]
         left = [state.slice for state in planned.remaining if state.shard == shard]
         written, index = write_shard(context, shard, rows, left)
         slices += written
         indexes.append(index)
-    return slices, indexes
+    return Change(slices=slices, indexes=indexes)
 
 
-def _holds(context: Context, named: Collection[str]) -> list[str]:
-    """Return the held requests that name one of these records."""
-    ledger, named = context.stores.ledger, frozenset(named)
+def _legal_holds(context: Context, records: Collection[str]) -> list[str]:
+    """Return the held requests that name one of these records, given by keyed id."""
+    ledger, records = context.stores.ledger, frozenset(records)
     held = [each.request_id for each in ledger.requests() if each.state == "held"]
-    return [each for each in held if not named.isdisjoint(ledger.named_by(each))]
+    return [each for each in held if not records.isdisjoint(ledger.named_by(each))]
 
 
-def _check_no_hold(context: Context, named: Collection[str]) -> None:
-    held = _holds(context, named)
-    if problems := [Problem(each, "holds records that were named") for each in held]:
+def _check_no_hold(context: Context, records: Collection[str]) -> None:
+    holds = _legal_holds(context, records)
+    if problems := [Problem(each, "holds records that were named") for each in holds]:
         raise ConfigConflict(
             "some of these records are under a legal hold; nothing was changed",
             next_step="`sisa request approve` or `sisa request cancel` ends a hold",
@@ -476,14 +485,14 @@ def copies(context: Context, rows: Sequence[RecordRow], *, full_scan: bool) -> l
     return [row for row in held if row.id_digest not in named]
 
 
-def arrive(
+def new_request(
     context: Context,
     rows: Sequence[RecordRow],
     deleted: Sequence[Tombstone],
     terms: Terms,
     *,
     full_scan: bool = False,
-) -> Arrival:
+) -> NewRequest:
     """Return a new request that is not in the ledger yet.
 
     Raise InvalidInput for a bad due date or a nameless approval, and ConfigConflict if four eyes should
@@ -500,7 +509,7 @@ def arrive(
     request = Request(
         request_id=f"req-{uuid.uuid4()}",
         created_at=now,
-        due=due_date(now, terms.regime) if terms.due is None else _checked(terms.due, now),
+        due=due_date(now, terms.regime) if terms.due is None else _valid_due(terms.due, now),
         num_records=len(taken),
         regime=terms.regime,
         external_id=terms.external_id,
@@ -515,10 +524,10 @@ def arrive(
         states.append(moved(request, "approved", terms.approver))
     events = tuple(event(each, now, each.approver or "") for each in states)
     held = tuple(sorted(taken, key=lambda row: row.id_digest))
-    return Arrival(states[-1], held, tuple(sorted(named)), events)
+    return NewRequest(states[-1], held, tuple(sorted(named)), events)
 
 
-def _checked(due: str, now: str) -> str:
+def _valid_due(due: str, now: str) -> str:
     try:
         day = date.fromisoformat(due).isoformat()
     except ValueError:

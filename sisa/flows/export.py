@@ -37,7 +37,7 @@ from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Notice, Report
 from sisa.core.ports import Change
 from sisa.flows.ask import merged_gap
-from sisa.flows.reconcile import finish_written
+from sisa.flows.reconcile import finish_exports
 from sisa.flows.wiring.context import (
     Context,
     Resources,
@@ -181,7 +181,7 @@ def export_adapters(
                 context.stores.exports.write(each.path, each.files)
         except SisaError:
             with contextlib.suppress(SisaError):  # the disk's error is raised instead
-                finish_written(context)
+                finish_exports(context)
             raise
         commit(context, Change(exports=[replace(each, state="clean") for each in made]))
     return [target / Path(each.path).relative_to(root) for each in written]

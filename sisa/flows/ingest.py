@@ -15,7 +15,7 @@ from sisa.core.errors import Problem, UnknownRecord
 from sisa.core.ports import Change, StoredRecord, Vectors
 from sisa.core.requests import RECTIFY
 from sisa.data.record_rules import normal_subject
-from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.reconcile import HeldPrompts, check_rows, reconcile
 from sisa.flows.record_checks import (
     HeldOrDeleted,
@@ -213,8 +213,8 @@ def rectify(
     old = [row for key, row in rows.items() if key in changed]
     request = None
     if old:
-        arrival = arrive(context, old, (), Terms(approver=RECTIFY, reason=RECTIFY))
-        (request,) = forget_at_once(context, arrival, defer=True).requests
+        new = new_request(context, old, (), Terms(approver=RECTIFY, reason=RECTIFY))
+        (request,) = forget_at_once(context, new, defer=True).requests
     taken = add(context, list(changed.values()), allow_deleted=True, checks=checks)
     held = {each.request_id: each for each in context.stores.ledger.requests()}
     taken = replace(taken, already_held=len(settled) - len(changed))

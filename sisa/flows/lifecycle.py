@@ -21,8 +21,8 @@ from sisa.core.requests import check_four_eyes, days_left, event, extended, move
 from sisa.flows.deletion import (
     Deleted,
     Terms,
-    arrive,
     delete,
+    new_request,
     plan_forget,
     rows_named,
     until_undisturbed,
@@ -63,12 +63,12 @@ def submit(
     Raise ConfigConflict for an external id that stands for other records.
     """
     with context.stores.ledger.exclusive():
-        arrived = arrive(context, rows, deleted, terms, full_scan=True)
+        new = new_request(context, rows, deleted, terms, full_scan=True)
         asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
-        known = _known(context, terms, asked, arrived.named)
+        known = _known(context, terms, asked, new.named)
         if known is None:
-            commit(context, arrived.change())
-            return arrived.request
+            commit(context, new.change())
+            return new.request
         if terms.approver is not None and known.state == "received":
             return decide(context, known.request_id, "approved", terms.approver)
         return known

@@ -68,15 +68,13 @@ from sisa.flows.wiring.context import (
     view_shard,
     view_shards,
 )
-from sisa.lm.answer.route import NUM_ROUTING_HITS
+from sisa.lm.answer.route import NUM_ROUTING_HITS, Route
 from sisa.planning.plan import Missing, ShardPlan
 from sisa.store.index import EXACT_UP_TO
 from sisa.store.metrics import STAGE_DIGITS
 
 MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
-HELD_PROMPTS = (
-    "held_prompts"  # in the ledger's meta: how held prompts would be routed, and in which state
-)
+HELD_PROMPTS = "held_prompts"  # key in the ledger's `meta`: the last `HeldPrompts`, and of which state
 CHECKED = "events_checked"  # key in the ledger's `meta`: link and number of the last checked event
 MANY_EVENTS = 256  # number of new events after which the last checked one is stored
 BEGINNING = WitnessHead("", 0)
@@ -110,7 +108,7 @@ def reconcile(context: Context, *, defer: bool = False, removed: Removed = NOTHI
 
     With `defer`, training is left to another command. `removed` are the present deletion's rows.
     """
-    erase_unknown(context, removed)
+    adopt_and_erase(context, removed)
     for hook in context.hooks:
         hook.reconcile(context)
     plans = [] if defer else [plan for plan in open_plans(context) if plan.train]
@@ -140,9 +138,9 @@ def _train_orders(context: Context) -> int:
     """Train what the other orders lack, one at a time: what two of them share is trained once."""
     epochs = 0
     for number in range(1, len(context.settings.recipe.orders) + 1):
-        plans = [plan for plan in open_plans(context) if plan.missing[number:]]
-        found = [(plan.shard, plan.missing[number]) for plan in plans]
-        chains = [_chain(context, shard, missing) for shard, missing in found if missing.train]
+        plans = [plan for plan in open_plans(context) if len(plan.missing) > number]
+        lacking = [(plan.shard, plan.missing[number]) for plan in plans]
+        chains = [_chain(context, shard, missing) for shard, missing in lacking if missing.train]
         _train(context, chains)
         epochs += sum(chain.record_epochs for chain in chains)
     return epochs
@@ -163,13 +161,12 @@ def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> Witnes
     check_rows(ledger)
     heads, slices = ledger.heads(), ledger.slices()
     known = {each.key for each in ledger.checkpoints()}
-    requests = contradicted(held, events, context.settings.chain, since.link)
     lost = {
         "heads": len(heads) != context.settings.assigner.layout.num_shards,
         "records or slices": sum(ledger.kinds().values()) != sum(f.num_records for f in slices),
         "indexes": {f.shard for f in slices} != {f.shard for f in ledger.indexes()},
         "checkpoints": any(head.key not in known for head in heads if head.key is not None),
-        "requests or events": requests,
+        "requests or events": contradicted(held, events, context.settings.chain, since.link),
     }
     _raise_lost([name for name, each in lost.items() if each])
     return WitnessHead(events[-1].link, since.num_events + len(events)) if events else since
@@ -198,8 +195,12 @@ def _raise_lost(lost: Sequence[str]) -> None:
         )
 
 
-def erase_unknown(context: Context, removed: Removed = NOTHING) -> None:
-    """Do the part before training: adopt stages, erase the rest; raise a failure's error at the end."""
+def adopt_and_erase(context: Context, removed: Removed = NOTHING) -> None:
+    """Adopt stored stages of the targets, and erase every other file that the ledger does not list.
+
+    This precedes training. A failure of one step does not stop the others; its error is raised at the
+    end. `removed` are the present deletion's rows.
+    """
     _check_since_last_time(context)
     adopted = False
     with all_tried() as tried:
@@ -223,17 +224,15 @@ def under_way(context: Context) -> list[Request]:
 def _erase(context: Context, spared: Collection[str], removed: Removed) -> None:
     """Erase what the ledger does not list, and record it with the requests that wait for it."""
     begun = [each.request_id for each in under_way(context) if each.state != "erased"]
-    known = all(each in removed for each in begun)
+    rows = [row for each in begun for row in removed[each]] if removed.keys() >= {*begun} else None
     try:
         with all_tried() as tried:
             with tried():
                 erase_unreferenced(context, spared)
             with tried():
-                _erase_stale(context)
+                _erase_stale_exports(context)
             with tried():
-                context.stores.ledger.scrub(
-                    [row for each in begun for row in removed[each]] if known else None
-                )
+                context.stores.ledger.scrub(rows)  # None: the rows of an earlier deletion are not known
     except SisaError as error:
         waiting = under_way(context)
         note_failure(context, waiting, error, "erasure_failed")
@@ -371,8 +370,8 @@ def train_chains(
         return 0
     context.report(training_started(chains))
     executor = context.compute.executor_for(context.stores.checkpoints)
-    for some in [[chain] for chain in chains] if one_by_one else [chains]:
-        executor.run(some, context.report, record_once)
+    for batch in [[chain] for chain in chains] if one_by_one else [chains]:
+        executor.run(batch, context.report, record_once)
     if missing_stages := {job.key for chain in chains for job in chain.jobs} - recorded:
         raise SisaError(f"the executor returned without {len(missing_stages)} of its stages")
     return len(recorded)
@@ -414,9 +413,10 @@ def _look_up_prompts(context: Context, block: SisaBlock) -> HeldPrompts | None:
     files = [each for each in context.stores.ledger.indexes() if each.num_vectors]
     if sum(each.num_vectors for each in files) > EXACT_UP_TO:
         return None
-    how = block.aggregation.model_copy(update={"below": "base"})
-    block = block.model_copy(update={"aggregation": how})
-    live, counted = frozenset(live_heads(context)), [0, 0, 0]
+    aggregation = block.aggregation.model_copy(update={"below": "base"})
+    block = block.model_copy(update={"aggregation": aggregation})
+    live = frozenset(live_heads(context))
+    routed: list[tuple[int, Route]] = []  # with the shard of the record
     restricted = {row.id_digest for row in restricted_rows(context.stores.ledger)}
     for file in files:
         rows = context.stores.ledger.rows(file.shard)[: -(-MAX_LOOKED_UP // len(files))]
@@ -427,11 +427,12 @@ def _look_up_prompts(context: Context, block: SisaBlock) -> HeldPrompts | None:
             found = routing_hits(context, vectors, NUM_ROUTING_HITS)
         except SisaError:
             return None  # `sisa doctor` says what is damaged
-        routes = [route_of(context, block, hits, live) for hits in found]
-        counted[0] += len(routes)
-        counted[1] += sum(not route.shards for route in routes)
-        counted[2] += sum(bool(route.shards) and route.shards[0] != file.shard for route in routes)
-    return HeldPrompts(*counted) if counted[0] else None
+        routed += [(file.shard, route_of(context, block, hits, live)) for hits in found]
+    if not routed:
+        return None
+    turned_away = sum(not route.shards for _, route in routed)
+    own = sum(route.shards[:1] == (shard,) for shard, route in routed)
+    return HeldPrompts(len(routed), turned_away, elsewhere=len(routed) - turned_away - own)
 
 
 def _retire(context: Context) -> None:
@@ -498,7 +499,7 @@ def not_erased(context: Context) -> dict[str, int | None]:
     return {area: count for area, count in found.items() if count != 0}
 
 
-def finish_written(context: Context) -> None:
+def finish_exports(context: Context) -> None:
     """Adopt exports that a killed process wrote completely, and erase the others, under the lock."""
     unfinished = [each for each in context.stores.ledger.exports() if each.state == "writing"]
     if not unfinished:
@@ -510,7 +511,7 @@ def finish_written(context: Context) -> None:
     commit(context, Change(exports=[replace(each, state="clean") for each in whole], unexported=absent))
 
 
-def _erase_stale(context: Context) -> None:
+def _erase_stale_exports(context: Context) -> None:
     """Erase unchanged exports that a deletion marked; raise the errors of some at the end."""
     due: list[Export] = []
     erased: list[Export] = []

@@ -13,7 +13,7 @@ from sisa.evidence.database import EvidenceTables, Logged
 from sisa.evidence.hook import EvidenceHook
 from sisa.evidence.keys import Keys, init_keys
 from sisa.evidence.log import Log
-from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.wiring.wiring import LOG
@@ -52,7 +52,9 @@ class Certified:
 
     def forget(self, *numbers: int, defer: bool = False, **terms: Any) -> Request:
         """Delete records by their numbers, in one request."""
-        arrival = arrive(self.fake.context, self.rows(*numbers), (), Terms(approver="a person", **terms))
+        arrival = new_request(
+            self.fake.context, self.rows(*numbers), (), Terms(approver="a person", **terms)
+        )
         return forget_at_once(self.fake.context, arrival, defer=defer).requests[0]
 
     def add(self, *numbers: int, again: bool = False) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sisa.core.domain import RecordRow, Request, Tombstone
 from sisa.core.errors import ConfigConflict, IntegrityError
 from sisa.core.requests import OPEN, contradicted
-from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import approved, carry_out, decide, extend, find, submit
 from sisa.flows.reconcile import reconcile
@@ -111,7 +111,7 @@ def run(fake: FakeModel) -> None:
 def forget(fake: FakeModel) -> None:
     live = fake.ledger.rows(row(fake.context, 6).shard)[:2]
     with contextlib.suppress(ConfigConflict):  # a hold came first
-        forget_at_once(fake.context, arrive(fake.context, live, (), Terms(approver="dpo")))
+        forget_at_once(fake.context, new_request(fake.context, live, (), Terms(approver="dpo")))
 
 
 def grow(fake: FakeModel) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sisa.core.domain import RecordRow
 from sisa.core.errors import InvalidInput
-from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import is_behind
@@ -93,7 +93,7 @@ class History:
             add(context, [record(n) for n in sorted(asked)], allow_deleted=True)
             self.deleted -= asked
         elif gone := self.rows(asked):
-            forget_at_once(context, arrive(context, gone, (), Terms(approver="a person")))
+            forget_at_once(context, new_request(context, gone, (), Terms(approver="a person")))
 
     def expected(self, kind: str, numbers: tuple[int, ...], before: set[int]) -> set[int]:
         """Return what is held after a step that was not interrupted."""

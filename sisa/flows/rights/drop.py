@@ -58,7 +58,7 @@ from sisa.data.drop_lists import (
     upload_name,
 )
 from sisa.flows import query
-from sisa.flows.deletion import Arrival, Terms, arrive
+from sisa.flows.deletion import NewRequest, Terms, new_request
 from sisa.flows.wiring.context import Context, commit, held_rows
 from sisa.store.blobs import files
 
@@ -152,7 +152,7 @@ def import_lists(
     requests |= {each.request_id: each for each in cancelled}
     matched = _match(context, items.values(), requests)
     asked = Terms(reason=REASON, regime="delete-act", approver=approver, submitter=submitter)
-    arrivals, joined = _requests(context, matched, requests, download.day, asked)
+    new_requests, joined = _requests(context, matched, requests, download.day, asked)
     for item, consumers in matched.items():
         request = joined.get(item, items[item].request_id)
         items[item] = replace(items[item], num_consumers=len(consumers), request_id=request)
@@ -164,7 +164,7 @@ def import_lists(
         meta=_meta(context, download),
     )
     if own.work_items or own.meta[CYCLE] != ledger.meta().get(CYCLE):
-        commit(context, merged([*(each.change() for each in arrivals), own]))
+        commit(context, merged([*(each.change() for each in new_requests), own]))
     if withdrawn:
         ledger.scrub(None)  # nothing is left of the keys of those who withdrew
     sizes = Counter(min(len(each), 2) for each in matched.values())
@@ -177,7 +177,7 @@ def import_lists(
         matched=sizes[1],
         shared=sizes[2],
         not_found=sizes[0],
-        requests=tuple(each.request.request_id for each in arrivals),
+        requests=tuple(each.request.request_id for each in new_requests),
         cancelled=tuple(each.request_id for each in cancelled),
     )
 
@@ -267,7 +267,7 @@ def _requests(
     requests: Mapping[str, Request],
     downloaded: date,
     asked: Terms,
-) -> tuple[list[Arrival], dict[str, str]]:
+) -> tuple[list[NewRequest], dict[str, str]]:
     """Return a new request for each consumer without an open one, and the request of each work item."""
     named = {
         frozenset(context.stores.ledger.named_by(each.request_id)): each.request_id
@@ -276,7 +276,7 @@ def _requests(
     }
     used = {each.external_id for each in requests.values()}
     due = (downloaded + timedelta(days=CYCLE_DAYS)).isoformat()
-    arrivals, joined = [], {}
+    new_requests, joined = [], {}
     for item, consumers in sorted(matched.items()):
         if len(consumers) != 1:
             continue
@@ -284,12 +284,12 @@ def _requests(
         ids = frozenset(row.id_digest for row in rows)
         if ids not in named:
             name = next(each for each in _external_ids(item) if each not in used)
-            new = arrive(context, rows, (), replace(asked, external_id=name))
-            arrivals.append(replace(new, request=replace(new.request, due=due)))
+            new = new_request(context, rows, (), replace(asked, external_id=name))
+            new_requests.append(replace(new, request=replace(new.request, due=due)))  # due may be past
             named[ids] = new.request.request_id
             used.add(name)
         joined[item] = named[ids]
-    return arrivals, joined
+    return new_requests, joined
 
 
 def _external_ids(item: str) -> Iterator[str]:

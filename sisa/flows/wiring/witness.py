@@ -29,7 +29,7 @@ from sisa.core.events import Notice
 from sisa.core.ports import Change, Ledger, Removal
 from sisa.core.requests import due_date, event
 from sisa.flows.deletion import commit_removed
-from sisa.flows.reconcile import check_consistent, erase_unknown
+from sisa.flows.reconcile import adopt_and_erase, check_consistent
 from sisa.flows.wiring.context import (
     Context,
     held_rows,
@@ -110,7 +110,7 @@ def apply_testimony(context: Context) -> None:
             ) from error
     record_rest(context)
     if again:
-        erase_unknown(context)
+        adopt_and_erase(context)
 
 
 def unknown_deletions(ledger: Ledger, testimony: Testimony) -> dict[str, Tombstone]:

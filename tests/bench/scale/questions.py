@@ -52,7 +52,7 @@ from sisa.core.errors import UnknownRecord
 from sisa.core.ports import Change, StoredRecord
 from sisa.core.requests import EventChain, contradicted, event
 from sisa.flows import lifecycle, query
-from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
+from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
 from sisa.flows.wiring.context import Context, Named, commit, lookup
 from sisa.model import Model
 from sisa.planning.layout import index_root, root_of, slice_root
@@ -206,7 +206,7 @@ def measured(ledger: SqlLedger, context: Context, num_records: int) -> dict[str,
     terms = Terms(approver="bench", reason="measured")
 
     def delete() -> None:
-        arrival = arrive(context, [next(doomed)], (), terms)
+        arrival = new_request(context, [next(doomed)], (), terms)
         forget_at_once(context, arrival, defer=True)
 
     return {

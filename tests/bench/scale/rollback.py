@@ -49,7 +49,7 @@ from sisa.core.domain import (
     record_epochs,
 )
 from sisa.core.ports import Change, CheckpointStore, DeletionHook, Executor, StoredRecord, Vectors
-from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
+from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
 from sisa.flows.serial import SerialExecutor
 from sisa.flows.wiring.context import Context, lookup
 from sisa.lm.base.numerics import describe_fingerprint
@@ -362,7 +362,7 @@ def delete(
     plan_forget(context, rows)
     plan_s = watch.seconds()
     terms = Terms(approver="bench", reason=reason)
-    (done,) = forget_at_once(context, arrive(context, rows, (), terms)).requests
+    (done,) = forget_at_once(context, new_request(context, rows, (), terms)).requests
     end_s = watch.seconds()
     ledger.close()
     before.close()

@@ -29,7 +29,7 @@ from sisa.config.config import state_dir
 from sisa.core.digest import Keyed
 from sisa.core.domain import RecordRow, RequestEvent
 from sisa.core.errors import Busy, EnvironmentFault, Problem
-from sisa.core.ports import Change
+from sisa.core.ports import Change, merged
 from sisa.core.requests import chained
 from sisa.evidence.audit import Audit, Check, audit_model, audit_statement, drawn
 from sisa.evidence.issued import certificate_file, issue, membership_file, receipt_file
@@ -291,10 +291,9 @@ def test_records_vanish_without_a_request(operator: Operator) -> None:
         ((_, row),) = lookup(context, [record(5).id])
         assert isinstance(row, RecordRow)
         plan = plan_forget(context, [row])
-        slices, indexes = _write_remaining(context, plan)
         heads, emptied = [each.head for each in plan.plans], plan.emptied
         gone = Change(removed=plan.removed, dropped=plan.tainted, heads=heads, emptied=emptied)
-        commit(context, replace(gone, slices=slices, indexes=indexes))
+        commit(context, merged([gone, _write_remaining(context, plan)]))
         reconcile(context)
     assert operator.failed() == {"chain"}
 

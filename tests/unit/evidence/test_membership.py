@@ -21,7 +21,7 @@ from sisa.core.ports import StoredRecord
 from sisa.evidence import membership
 from sisa.evidence.database import VERSION, transaction
 from sisa.evidence.membership import SCHEMA, TABLES, Membership, Tree, VrfKey, tree_hash
-from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.wiring.context import Context, lookup
 from sisa.verifier.envelope import Refused
@@ -125,7 +125,7 @@ class Kept:
     def forget(self, *numbers: int) -> None:
         ids = [fake_record(number).id for number in numbers]
         rows = [row for _, row in lookup(self.context, ids) if isinstance(row, RecordRow)]
-        forget_at_once(self.context, arrive(self.context, rows, (), Terms(approver="test")))
+        forget_at_once(self.context, new_request(self.context, rows, (), Terms(approver="test")))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sisa.core.domain import Export, RecordRow, Request
 from sisa.core.errors import EnvironmentFault, SisaError
 from sisa.flows import lifecycle
-from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import find, viewed
@@ -104,7 +104,7 @@ def test_a_deletion_completes_under_any_clock(times: list[datetime], now: dateti
         raise EnvironmentFault("the disk refused", where=export.path)
 
     fake.exports.erase = fails  # type: ignore[method-assign]
-    arrived = arrive(context, rows(context, 3), (), Terms(approver="dpo"))
+    arrived = new_request(context, rows(context, 3), (), Terms(approver="dpo"))
     with pytest.raises(EnvironmentFault):
         forget_at_once(context, arrived)
     fake.exports.erase = erase  # type: ignore[method-assign]

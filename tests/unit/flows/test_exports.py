@@ -26,7 +26,7 @@ from sisa.core.domain import ANY_SHARD, Export, RecordRow, Request
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Change
 from sisa.flows import lifecycle, query
-from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
+from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
 from sisa.flows.export import Card, export_adapters, of_adapter
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import find
@@ -77,7 +77,7 @@ def row(fake: FakeModel, number: int) -> RecordRow:
 
 def forget(fake: FakeModel, *numbers: int) -> Request:
     rows = [row(fake, number) for number in numbers]
-    arrived = arrive(fake.context, rows, (), Terms(approver="dpo"))
+    arrived = new_request(fake.context, rows, (), Terms(approver="dpo"))
     return forget_at_once(fake.context, arrived).requests[0]
 
 

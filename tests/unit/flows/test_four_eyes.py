@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cluster.cli import cli
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import ConfigConflict, SisaError
-from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import carry_out, decide, submit
 from sisa.flows.wiring.context import Context
@@ -71,7 +71,7 @@ def test_a_direct_deletion_has_one_pair_of_eyes() -> None:
     row = next(row for s in range(9) for row in context.stores.ledger.rows(s))
     for terms in (Terms(approver="sisa forget"), Terms(submitter="anna", approver="Anna")):
         with pytest.raises(ConfigConflict, match="four eyes"):
-            forget_at_once(context, arrive(context, [row], (), terms))
+            forget_at_once(context, new_request(context, [row], (), terms))
     assert context.stores.ledger.requests() == []
 
 

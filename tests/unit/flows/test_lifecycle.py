@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sisa.core.domain import Part, Record, RecordRow, Request, RequestState, Tombstone
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, SisaError, UnknownRecord
 from sisa.flows import lifecycle, query
-from sisa.flows.deletion import Terms, arrive, copies, forget_at_once
+from sisa.flows.deletion import Terms, copies, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import carry_out, decide, extend, find, submit, viewed, views
 from sisa.flows.reconcile import reconcile
@@ -582,7 +582,7 @@ def test_a_damaged_file_to_build_on_stops_the_deletion_before_it(fake: FakeModel
 
 
 def test_a_deletion_at_once_lives_the_same_life(fake: FakeModel) -> None:
-    arrived = arrive(fake.context, rows(fake, 3), (), APPROVED)
+    arrived = new_request(fake.context, rows(fake, 3), (), APPROVED)
     (done,) = forget_at_once(fake.context, arrived).requests
     assert (done.request_id, done.state) == (arrived.request.request_id, "completed")
     assert states(fake, done) == WHOLE_LIFE
@@ -593,7 +593,7 @@ def test_a_deletion_at_once_that_fails_before_its_commit_never_was(
     fake: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, tables = held_bytes(fake), repr(fake.ledger.tables)
-    arrived = arrive(fake.context, rows(fake, 3), (), APPROVED)
+    arrived = new_request(fake.context, rows(fake, 3), (), APPROVED)
     monkeypatch.setattr(fake.records, "write", Broken())
     with pytest.raises(EnvironmentFault):
         forget_at_once(fake.context, arrived)
@@ -601,7 +601,7 @@ def test_a_deletion_at_once_that_fails_before_its_commit_never_was(
 
 
 def test_a_deletion_at_once_that_fails_after_its_commit_is_finished(fake: FakeModel) -> None:
-    arrived = arrive(fake.context, rows(fake, 3), (), APPROVED)
+    arrived = new_request(fake.context, rows(fake, 3), (), APPROVED)
     with pytest.raises(EnvironmentFault):
         forget_at_once(untrainable(fake), arrived)
     assert state(fake, arrived.request) == "failed"
@@ -727,7 +727,7 @@ def test_a_legal_hold_protects_the_records_it_names(fake: FakeModel) -> None:
     waiting = {each.request.request_id: each.held_by for each in views(fake.context) if each.held_by}
     assert waiting == {other.request_id: (held.request_id,)}
     assert viewed(fake.context, other).held_by == (held.request_id,)
-    arrived = arrive(fake.context, rows(fake, 3), (), APPROVED)
+    arrived = new_request(fake.context, rows(fake, 3), (), APPROVED)
     with pytest.raises(ConfigConflict, match="legal hold"):
         forget_at_once(fake.context, arrived)
     assert {3, 4} <= held_numbers(fake)

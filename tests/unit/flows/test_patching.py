@@ -13,7 +13,7 @@ from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, Unk
 from sisa.core.events import Event, Notice
 from sisa.core.ports import Change, Contribution, Removal
 from sisa.flows.ask import chosen_rows
-from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import AnswerChange, Composition
@@ -71,7 +71,7 @@ def delete(fake: FakeModel, *numbers: int, consent: str = "") -> Request:
     )
     rows = [each for each in found.values() if isinstance(each, RecordRow)]
     assert len(rows) == len(numbers)
-    arrived = arrive(context, rows, (), Terms(approver="me", consent=consent))
+    arrived = new_request(context, rows, (), Terms(approver="me", consent=consent))
     return forget_at_once(context, arrived).requests[0]
 
 
@@ -440,7 +440,7 @@ def test_only_records_that_a_served_model_was_trained_on_are_asked(fake: FakeMod
     last = max(
         (row for shard in (0, 1) for row in context.stores.ledger.rows(shard)), key=lambda r: r.slice
     )
-    forget_at_once(context, arrive(context, [last], (), Terms(approver="me")), defer=True)
+    forget_at_once(context, new_request(context, [last], (), Terms(approver="me")), defer=True)
     heads = {head.shard: head.key for head in context.stores.ledger.heads()}
     prefixes = {
         each.shard: each.prefix

@@ -8,7 +8,7 @@ import pytest
 
 from sisa.core.domain import Probed, Record, RecordRow, Request
 from sisa.core.errors import EnvironmentFault
-from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import carry_out, submit
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
@@ -47,7 +47,7 @@ def rows(fake: FakeModel, *numbers: int) -> list[RecordRow]:
 
 
 def forgotten(fake: FakeModel, *numbers: int) -> Request:
-    done = forget_at_once(fake.context, arrive(fake.context, rows(fake, *numbers), (), TERMS))
+    done = forget_at_once(fake.context, new_request(fake.context, rows(fake, *numbers), (), TERMS))
     return done.requests[0]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, UnknownRecord
-from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import rectify, train
 from tests.fakes.ports import ADAPTER, FakeModel, fake_model, fake_record
 from tests.property.test_histories import assert_equal
@@ -49,7 +49,7 @@ def test_what_is_unchanged_is_left_alone(fake: FakeModel) -> None:
 def test_a_record_that_is_not_held_is_refused(fake: FakeModel) -> None:
     digest = fake.context.settings.assigner.id_digest
     rows = list(fake.ledger.lookup([digest(fake_record(5).id)]).values())
-    forget_at_once(fake.context, arrive(fake.context, rows, (), Terms(approver="a person")))  # type: ignore[arg-type]
+    forget_at_once(fake.context, new_request(fake.context, rows, (), Terms(approver="a person")))  # type: ignore[arg-type]
     before = fake.ledger.seq()
     with pytest.raises(UnknownRecord) as error:
         rectify(fake.context, [corrected(3), corrected(50), corrected(5)])

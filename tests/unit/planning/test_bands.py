@@ -20,7 +20,7 @@ from sisa.core.domain import Record, RecordRow, Risk, SliceFile
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.ports import StoredRecord
 from sisa.data.reader import read_records
-from sisa.flows.deletion import Terms, arrive, forget_at_once
+from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.planning.bands import Bands, risk_problems
 from sisa.planning.layout import Assigner, Layout
@@ -182,7 +182,7 @@ def test_every_problem_of_an_addition_is_reported_at_once() -> None:
     digest = fake.context.settings.assigner.id_digest(record(2, None).id)
     row = fake.ledger.lookup([digest])[digest]
     assert isinstance(row, RecordRow)
-    forget_at_once(fake.context, arrive(fake.context, [row], (), Terms(approver="a person")))
+    forget_at_once(fake.context, new_request(fake.context, [row], (), Terms(approver="a person")))
     before = fake.ledger.heads()
     asked = [
         record(5, None),

@@ -13,7 +13,7 @@ from sisa.audit.lineage import proves_clean
 from sisa.audit.repair import close_gaps
 from sisa.core.domain import HeldCheckpoint, RecordRow, SliceState, record_epochs
 from sisa.core.ports import Change
-from sisa.flows.deletion import Terms, arrive, forget_at_once, plan_forget
+from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
 from sisa.flows.ingest import add, train
 from sisa.flows.query import shards
 from sisa.flows.reconcile import reconcile
@@ -248,7 +248,7 @@ def test_status_shows_depth_and_cost_separately() -> None:
     assert planned.served == ((0, 2, 4),)
     assert planned.serving_depth == 0.5
     assert planned.record_epochs_retrained == planned.record_epochs_full
-    forget_at_once(fake.context, arrive(fake.context, [row], (), Terms(approver="a")), defer=True)
+    forget_at_once(fake.context, new_request(fake.context, [row], (), Terms(approver="a")), defer=True)
     (state,) = shards(fake.context)
     assert (state.depth, state.num_stages, state.converged) == (2, 4, False)
     done = reconcile(fake.context)
