@@ -665,10 +665,6 @@ class DeletionHook(Protocol[_M]):
     not be lost belongs into the commit, and the next command's `reconcile` continues from there.
     """
 
-    @property
-    def name(self) -> str:
-        """Name of the hook; a model that needs it can't be opened without it."""
-
     def contribute(self, model: _M, removal: Removal) -> Contribution:
         """Return what to add to the commit, before the deletion is planned; an error stops it.
 

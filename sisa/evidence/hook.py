@@ -92,8 +92,6 @@ class EvidenceHook:
     # What is being removed, by request and keyed id: in memory alone, until the deletion is completed.
     removed: dict[str, Mapping[str, Record]] = field(default_factory=dict, repr=False, compare=False)
 
-    name = "evidence"
-
     @property
     def evidence(self) -> EvidenceTables:
         return EvidenceTables(self.directory / EVIDENCE)

@@ -30,8 +30,6 @@ from sisa.planning.patch_plan import Rederived, lineage, rederive
 class PatchesHook:
     """Keep patches, and the vault of their texts, in step with deletions."""
 
-    name = "patches"
-
     def contribute(self, context: Context, removal: Removal) -> Contribution:
         """Return the changed patches and the sets to keep; drop shards trained over a changed patch.
 

@@ -42,7 +42,7 @@ from typing import Any
 from sisa.config.config import RunConfig, ledger_url, state_dir
 from sisa.core import ports
 from sisa.core.digest import Keyed
-from sisa.core.domain import Chain, Probed, Record, Tombstone, active, wanted
+from sisa.core.domain import Chain, Probed, Record, Tombstone, active
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Event, QueueSeen, Report, silent
 from sisa.core.requests import EventChain, key_names
@@ -58,7 +58,6 @@ from sisa.flows.wiring.context import (
     Stores,
     patch_files,
     patches_beneath,
-    trained_over,
 )
 from sisa.flows.wiring.progress import current_run, new_run
 from sisa.lm.base.numerics import fingerprint
@@ -121,7 +120,6 @@ def open_context(
         noting = recording(report, stores.metrics, _now)
         hooks = (*evidence_hooks(directory, config, model), *HOOKS)  # evidence sees what is before all
         context = Context(stores, compute, settings, _now, noting, hooks)
-        check_hooks(context)
         _ = context.recipe  # refuses a ledger that lacks a patch beneath its shards
         yield context
 
@@ -330,21 +328,6 @@ def open_as_it_is(directory: Path) -> AbstractContextManager[Context]:
     found = describe(directory)
     resources = Resources(found.config, found.base, found.embedder)
     return open_context(directory, resources, Keyed(found.secret), found.id, "serial", silent)
-
-
-def check_hooks(context: Context) -> None:
-    """Raise ConfigConflict if the model holds patches or texts for them, and no hook keeps them."""
-    if any(hook.name == PATCHES for hook in context.hooks):
-        return
-    ledger = context.stores.ledger
-    patches = ledger.patches()
-    texts = any(each.held for each in ledger.vault())
-    if texts or trained_over(ledger) or active(patches) or wanted(patches):
-        raise ConfigConflict(
-            "the model holds patches, and a deletion here would not reach them",
-            expected="a process that keeps patches",
-            next_step="open the model with the whole package installed",
-        )
 
 
 def _now() -> str:

@@ -22,7 +22,6 @@ from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, shards_over
 from sisa.flows.query import where
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import Context, commit, model_digest, trained_over
-from sisa.flows.wiring.wiring import check_hooks
 from sisa.store.metrics import MIN_RECORDS
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
 
@@ -452,18 +451,6 @@ def test_only_records_that_a_served_model_was_trained_on_are_asked(fake: FakeMod
     trained = {row.id_digest for row in rows if row.slice in prefixes[row.shard]}
     assert {row.id_digest for row in asked} == trained
     assert len(trained) < len(rows)
-
-
-def test_a_model_with_patches_is_not_opened_without_their_hook(fake: FakeModel) -> None:
-    bare = changed(fake.context, hooks=())
-    check_hooks(bare)
-    patch = made(fake, [FREE])
-    with pytest.raises(ConfigConflict, match="holds patches"):
-        check_hooks(bare)
-    check_hooks(fake.context)
-    patching.revert_patches(fake.context)
-    assert patch.key not in fake.patches.held()
-    check_hooks(bare)
 
 
 class Noting:

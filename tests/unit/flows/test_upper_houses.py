@@ -13,6 +13,7 @@ import pytest
 
 from sisa.config.config import RunConfig
 from sisa.core.errors import EnvironmentFault
+from sisa.evidence.hook import EvidenceHook
 from sisa.flows.wiring import upper_houses
 from sisa.flows.wiring.upper_houses import ROOT, check_upper_houses
 from sisa.flows.wiring.wiring import EVIDENCE, evidence_hooks, evidence_keys
@@ -104,7 +105,7 @@ def test_the_hook_of_certificates_is_loaded_for_models_with_evidence(
     config, model = RunConfig.model_validate(settings), "0f" * 16
     assert evidence_hooks(tmp_path, config, model) == ()
     evidence_keys(config, model).mkdir(parents=True)
-    assert [each.name for each in evidence_hooks(tmp_path, config, model)] == ["evidence"]
+    assert [type(each) for each in evidence_hooks(tmp_path, config, model)] == [EvidenceHook]
     evidence_keys(config, model).rmdir()
     (tmp_path / EVIDENCE).touch()  # keys that are missing must not go unnoticed
-    assert [each.name for each in evidence_hooks(tmp_path, config, model)] == ["evidence"]
+    assert [type(each) for each in evidence_hooks(tmp_path, config, model)] == [EvidenceHook]
