@@ -187,7 +187,8 @@ def find(
     if file is not None:
         text = read_text(file)
     if text is not None and not (show_text or no_service):  # a service shows no text
-        found = serve.find_in_service(directory, text, top_k)
+        content = text
+        found = serve.ask_service(directory, lambda running: running.find(content, top_k))
         if found is not None:
             return render.found(found)
     with opened(directory) as model:
@@ -334,7 +335,11 @@ def generate(
             [*before, *([{"role": "user", "content": each}] if isinstance(each, str) else each)]
             for each in asked
         ]
-    found = None if no_service else serve.generate_by_service(directory, asked, max_new_tokens, kind)
+    found = None
+    if not no_service:
+        found = serve.ask_service(
+            directory, lambda running: running.generate_all(asked, max_new_tokens, kind)
+        )
     if found is None:
         with opened(directory) as model:
             found = model.generate_all(asked, max_new_tokens=max_new_tokens, kind=kind)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +15,6 @@ from cluster.cli.audits import EXIT_REVOKED
 from cluster.cli.command import command, command_group, log_format_option, model_option, opened
 from cluster.observe.reporting import watched
 from cluster.render.render import Result, counted
-from sisa.core.domain import Kind
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.events import Notice
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from cluster.serve.engines import EngineHolds
     from cluster.serve.service import Running
     from cluster.serve.tokens import AccessToken, Role, Scope, Tokens
-    from sisa.flows.ask import Answer, Prompt
-    from sisa.flows.query import Candidate
 
 ROLE_NAMES = ("reader", "officer", "operator")
 SCOPE_NAMES = ("answer", "read", "submit", "decide", "erase", "access", "operate")
@@ -78,8 +75,8 @@ def serve(
     return Result({"url": url, "pid": pid, "replicas": num_replicas}, [f"stopped: {url}"])
 
 
-def by_service(directory: Path, ask: Callable[[Running], _Found]) -> _Found | None:
-    """Return what the model's running service answers; None if there is none, or if it fails."""
+def ask_service(directory: Path, ask: Callable[[Running], _Found]) -> _Found | None:
+    """Return what `ask` gets from the model's running service; None if none runs, or if it fails."""
     from cluster.serve import service
 
     running = service.find_service(directory)
@@ -92,22 +89,6 @@ def by_service(directory: Path, ask: Callable[[Running], _Found]) -> _Found | No
         except EnvironmentFault as error:
             report(Notice(f"{error.what} ({error.got}); loading the model here"))
             return None
-
-
-def generate_by_service(
-    directory: Path, prompts: Sequence[Prompt], max_new_tokens: int, kind: Kind | None
-) -> list[Answer] | None:
-    """Return the answers of the model's running service, if there is one."""
-    from cluster.serve.service import ask_service
-
-    return by_service(directory, lambda running: ask_service(running, prompts, max_new_tokens, kind))
-
-
-def find_in_service(directory: Path, text: str, top_k: int) -> list[Candidate] | None:
-    """Return the records that the model's running service finds, if there is one."""
-    from cluster.serve.service import find_by_service
-
-    return by_service(directory, lambda running: find_by_service(running, text, top_k))
 
 
 def _numbers(_context: click.Context, _option: click.Parameter, given: Any) -> list[int] | None:

@@ -1,8 +1,8 @@
-"""Ask other engines what they hold of a model, and have them let go of what a deletion erased.
+"""Ask other engines which exports they hold, and make them drop what a deletion erased.
 
-An engine that loads a model's exports by `vllm_plugin.py` is named in the run file (`service.engines`).
-It sweeps itself each second; asked to sweep, it does so at once. What it holds is compared with what the
-model exports now, so that nothing has to be remembered about an engine.
+The run file names engines that load a model's exports with `vllm_plugin.py` (`service.engines`). Such an
+engine sweeps itself each second, and at once when it is asked to. What it holds is compared with the
+model's present exports, so nothing is stored about an engine.
 
     for each in engines_hold(open_model("model"), sweep=True):
         print(each.url, each.erased, each.fault)
@@ -27,48 +27,44 @@ MAX_ANSWER_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class EngineHolds:
-    """What an engine has in memory; a fault is why it could not be asked."""
+    """What an engine has in memory."""
 
     url: str
     held: tuple[str, ...] = ()  # adapters by the digest of their weights
-    erased: tuple[str, ...] = ()  # of these, what the model exports no more
-    nameless: int = 0  # adapters that nobody can ask for and that are still loaded
-    fault: str = ""
+    erased: tuple[str, ...] = ()  # of these, those that the model does not export any more
+    nameless: int = 0  # adapters that are still loaded and that no request can name
+    fault: str = ""  # why it could not be asked
 
     @property
     def clean(self) -> bool:
-        """Whether the engine was asked, and holds nothing that it should not."""
+        """Whether the engine answered, and holds only what the model exports."""
         return not (self.erased or self.nameless or self.fault)
 
 
 def engines_hold(model: Model, *, sweep: bool = False) -> list[EngineHolds]:
     """Return what each engine of the run file holds; with `sweep`, after it has swept."""
-    if not model.config.service.engines:  # spares the model's whole status
+    if not model.config.service.engines:  # `status` is slow
         return []
     exported = {each.adapter_sha256 for each in model.status().exports if each.standing is None}
     return [_holds(each, exported, sweep) for each in model.config.service.engines]
 
 
 def with_engines(model: Model, found: dict[str, Any]) -> dict[str, Any]:
-    """Return a file for a person with the engines that hold an adapter of its recipients now.
-
-    An engine that could not be asked is named with the fault: it may hold one.
-    """
-    given = {each["adapter_sha256"] for each in found["recipients"]}
-    some = [(each, sorted(given.intersection(each.held))) for each in engines_hold(model)]
-    engines = [
-        {"url": each.url, "adapters": adapters, "fault": each.fault}
-        for each, adapters in some
-        if adapters or each.fault
-    ]
+    """Add to a person's file the engines that hold one of its exports, or that could not be asked."""
+    exports = {each["adapter_sha256"] for each in found["recipients"]}
+    engines = []
+    for each in engines_hold(model):
+        adapters = sorted(exports.intersection(each.held))
+        if adapters or each.fault:
+            engines.append({"url": each.url, "adapters": adapters, "fault": each.fault})
     return {**found, "engines": engines}
 
 
 def _holds(engine: EngineSource, exported: set[str], sweep: bool) -> EngineHolds:
     try:
-        said = _asked(engine, "sweep" if sweep else "adapters", "POST" if sweep else "GET")
-        held = sorted({*map(str, said["held"]), *map(str, said["named"])})
-        nameless = len(said["nameless"])
+        answer = _ask(engine, "POST", "sweep") if sweep else _ask(engine, "GET", "adapters")
+        held = sorted({*map(str, answer["held"]), *map(str, answer["named"])})
+        nameless = len(answer["nameless"])
     except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
         code = f" {error.code}" if isinstance(error, urllib.error.HTTPError) else ""
         return EngineHolds(engine.url, fault=f"{type(error).__name__}{code}")
@@ -76,9 +72,9 @@ def _holds(engine: EngineSource, exported: set[str], sweep: bool) -> EngineHolds
     return EngineHolds(engine.url, tuple(held), erased, nameless)
 
 
-def _asked(engine: EngineSource, what: str, method: str) -> Any:
+def _ask(engine: EngineSource, method: str, path: str) -> Any:
     request = urllib.request.Request(  # noqa: S310 - the run file allows http and https alone
-        f"{engine.url.rstrip('/')}/v1/sisa/{what}", method=method
+        f"{engine.url.rstrip('/')}/v1/sisa/{path}", method=method
     )
     if engine.token_file is not None:
         token = read_whole(engine.token_file, "an engine's token").decode().strip()

@@ -1,14 +1,14 @@
-"""Measure the service for Prometheus, at `/metrics` (scope `operate`).
+"""Provide metrics for Prometheus at `/metrics` (scope `operate`).
 
     scrape_configs:
       - job_name: sisa
         authorization: {credentials_file: /etc/prometheus/sisa.token}
         static_configs: [{targets: ["127.0.0.1:8808"]}]
 
-What the ledger says (the queue, slices retrained, adapters revoked) is read at each scrape; series that
-`sisa run --watch` exports through Ray have the same names here. What was answered is counted by the
-replica that answered; whichever replica is scraped asks all of them. No label names a record, a text, a
-token or a caller.
+The queue, the retrained slices and the revoked adapters are read from the ledger and the log at each
+scrape; series that `sisa run --watch` exports through Ray have the same names here. Each replica counts
+its own answers, and the replica that is scraped collects the counts of all. No label names a record, a
+text, a token or a caller.
 
 >>> meters = AnswerMeters()
 >>> meters.answered(Ended("stop", num_tokens=7), shards=(1, 4))
@@ -46,7 +46,7 @@ metrics_router = APIRouter(tags=["metrics"])
 
 
 class AnswerMeters:
-    """What one process has answered."""
+    """Count the answers of one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -64,11 +64,12 @@ class AnswerMeters:
             self._answers.labels(name)
 
     def of(self, replica: str) -> list[Metric]:
-        """Return all series, labelled with the replica that has them."""
+        """Return all series, labelled with the name of a replica."""
         found = list(self.registry.collect())
         for each in found:
-            named = [one._replace(labels={**one.labels, "replica": replica}) for one in each.samples]
-            each.samples = named
+            each.samples = [
+                sample._replace(labels={**sample.labels, "replica": replica}) for sample in each.samples
+            ]
         return found
 
     def began(self, seconds: float) -> None:
@@ -82,13 +83,13 @@ class AnswerMeters:
 
 
 class MeasuredAnswers:
-    """Answers that are measured on their way."""
+    """Pass answers on, and count them."""
 
     def __init__(self, answers: Answers, meters: AnswerMeters) -> None:
         self._answers, self._meters = answers, meters
 
     async def answer(self, questions: Sequence[Question]) -> AsyncGenerator[tuple[int, AnswerEvent]]:
-        """Yield what the answers yield."""
+        """Yield the events of the answers."""
         asked_at, begun = time.perf_counter(), set[int]()
         shards: dict[int, tuple[int, ...]] = {}
         async with aclosing(self._answers.answer(questions)) as events:
@@ -104,14 +105,14 @@ class MeasuredAnswers:
 
 
 class ModelMeters(Collector):
-    """What a model's ledger and log say of its requests, read when it is asked for."""
+    """Read a model's metrics from its ledger and its log, at each scrape."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._revoked: tuple[int, int | None] = (-1, None)  # as of how many accepted requests
+        self._revoked: tuple[int, int | None] = (-1, None)  # number of accepted requests, of adapters
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the queue, the slices that deletions trained again, and the adapters they revoked."""
+        """Yield the queue, the slices that deletions retrained, and the adapters that they revoked."""
         for name, value in readings(self._model.queue(recorded=False), Meter(), 0.0).items():
             if not math.isnan(value):
                 yield GaugeMetricFamily(name, SERIES[name][1], value)
@@ -139,33 +140,34 @@ class ModelMeters(Collector):
 
 
 class ServiceMeters(Collector):
-    """Everything that is measured of a service."""
+    """Collect all metrics of a service."""
 
     def __init__(self, service: Service) -> None:
         self.answers = AnswerMeters()
-        self._model, self._everywhere = ModelMeters(service.model), service.measured_everywhere
+        self._model, self._of_all_replicas = ModelMeters(service.model), service.measured_everywhere
 
     def collect(self) -> Iterator[Metric]:
         """Yield the model's series, then those of all replicas, one family after the other."""
         yield from self._model.collect()
+        collect = self._of_all_replicas or self.answers.registry.collect
         families: dict[str, Metric] = {}
-        own = self.answers.registry.collect
-        for each in self._everywhere() if self._everywhere else own():
-            families.setdefault(each.name, each)
-            if families[each.name] is not each:
+        for each in collect():
+            if each.name in families:
                 families[each.name].samples += each.samples
+            else:
+                families[each.name] = each
         yield from families.values()
 
 
 def with_meters(service: Service) -> tuple[Service, ServiceMeters]:
-    """Return a service whose answers are measured, and everything that is measured of it."""
+    """Return a service whose answers are counted, and all its metrics."""
     meters = ServiceMeters(service)
     return replace(service, answers=MeasuredAnswers(service.answers, meters.answers)), meters
 
 
 @metrics_router.get(
     "/metrics",
-    summary="Everything that is measured, for Prometheus",
+    summary="All metrics, for Prometheus",
     response_class=Response,
     responses={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}},
 )

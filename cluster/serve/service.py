@@ -4,11 +4,11 @@
         print(running.url)          # until the block ends
 
     running = find_service(directory)     # None: no service of this model runs here
-    answers = ask_service(running, ["Who is it?"], max_new_tokens=48)
+    answers = running.generate_all(["Who is it?"], max_new_tokens=48)
 
-`MODEL/service.json` (mode 0600) says where the service of a model is: its address, its process, and a
-token that is as good as access to the directory. A file whose process has ended is ignored. Nothing here
-loads torch; only `started` loads Ray.
+`MODEL/service.json` (mode 0600) holds the address of a model's service, its process, and a token that
+allows everything. A file whose process has ended is ignored. Nothing here loads torch; only `started`
+loads Ray.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ if TYPE_CHECKING:
     from sisa.flows.ask import Answer, Prompt
     from sisa.flows.query import Candidate
 
-APP = "sisa-"  # begins Ray Serve's name of the application
+APP = "sisa-"  # the prefix of our applications' names in Ray Serve
 PROMPTS_PER_CALL, CALLS_AT_ONCE = 16, 8
 LOOK_S, STOP_S = 2.0, 60.0
-CLOCK_TOLERANCE_S = 1.0  # of a process's start, as the system counts it
+CLOCK_TOLERANCE_S = 1.0  # between two readings of a process's start
 
 
 @dataclass(frozen=True)
 class Running:
-    """Where a service is: its address, its process (and when that began), and the owner's token."""
+    """A running service, and calls to it in place of those to a `Model`."""
 
     url: str
     pid: int
-    began: float
-    token: str
+    began: float  # when the process started, in seconds since the epoch
+    token: str  # the owner's
     certificate: str | None = None  # of HTTPS
 
     def call(self, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
-        """Return the JSON that a path answers to a body. Raise OSError or ValueError."""
+        """Return the JSON answer of a path to a JSON body. Raise OSError or ValueError."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 - our own URL
@@ -68,11 +68,11 @@ class Running:
             return json.loads(response.read())
 
     def _opener(self) -> urllib.request.OpenerDirector:
-        """Return what opens connections to this machine: by no proxy, and to our certificate alone."""
+        """Return an opener that uses no proxy and trusts this service's certificate alone."""
         handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
         if self.certificate is not None:
             context = ssl.create_default_context(cafile=self.certificate)
-            context.check_hostname = False  # it names the machine as others call it
+            context.check_hostname = False  # it has the name that other machines use
             handlers.append(urllib.request.HTTPSHandler(context=context))
         return urllib.request.build_opener(*handlers)
 
@@ -83,6 +83,56 @@ class Running:
             if abs(found.create_time() - self.began) < CLOCK_TOLERANCE_S:
                 return found
         return None
+
+    def generate_all(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, kind: Kind | None = None
+    ) -> list[Answer]:
+        """Answer as `Model.generate_all`. Raise EnvironmentFault if the service fails or refuses."""
+        texts = [number for number, each in enumerate(prompts) if isinstance(each, str)]
+        chats = [[number] for number, each in enumerate(prompts) if not isinstance(each, str)]
+        calls = [texts[at : at + PROMPTS_PER_CALL] for at in range(0, len(texts), PROMPTS_PER_CALL)]
+        calls += chats
+        with self._answering():
+            model = self.call("/v1/models", timeout_s=LOOK_S)["data"][0]["id"]
+            body = {"model": model, "max_tokens": max_new_tokens}
+
+            def call(numbers: list[int]) -> list[Answer]:
+                asked = [prompts[each] for each in numbers]
+                if isinstance(asked[0], str):
+                    found = self.call("/v1/completions", {**body, "prompt": asked, "form": kind})
+                    return [_answer(each, each["text"]) for each in found["choices"]]
+                found = self.call("/v1/chat/completions", {**body, "messages": list(asked[0])})
+                return [_answer(each, each["message"]["content"]) for each in found["choices"]]
+
+            answers: dict[int, Answer] = {}
+            with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
+                for numbers, some in zip(calls, pool.map(call, calls), strict=True):
+                    answers |= zip(numbers, some, strict=True)
+        return [answers[number] for number in range(len(prompts))]
+
+    def find(self, text: str, top_k: int) -> list[Candidate]:
+        """Find records as `Model.find`. Raise EnvironmentFault if the service fails or refuses."""
+        from sisa.flows.query import Candidate
+
+        with self._answering():
+            found = self.call("/find", {"text": text, "top": top_k})["candidates"]
+            return [Candidate(**each) for each in found]
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Raise EnvironmentFault if the service does not answer as it should."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise EnvironmentFault(
+                "the running service did not answer", where=self.url, got=type(error).__name__
+            ) from None
+
+
+def _answer(choice: Any, text: str) -> Answer:
+    from sisa.flows.ask import Answer
+
+    return Answer(text.strip(), tuple(choice["shards"]))
 
 
 def find_service(directory: Path) -> Running | None:
@@ -111,65 +161,6 @@ def stop_service(directory: Path) -> Running | None:
     return found
 
 
-def ask_service(
-    running: Running, prompts: Sequence[Prompt], max_new_tokens: int, kind: Kind | None = None
-) -> list[Answer]:
-    """Return what `Model.generate_all` would. Raise EnvironmentFault if the service fails or refuses."""
-    texts = [number for number, each in enumerate(prompts) if isinstance(each, str)]
-    pieces = [texts[at : at + PROMPTS_PER_CALL] for at in range(0, len(texts), PROMPTS_PER_CALL)]
-    calls = [*pieces, *([number] for number, each in enumerate(prompts) if not isinstance(each, str))]
-    with _answering(running):
-        model = running.call("/v1/models", timeout_s=LOOK_S)["data"][0]["id"]
-        body = {"model": model, "max_tokens": max_new_tokens}
-
-        def call(numbers: list[int]) -> list[Answer]:
-            asked = [prompts[each] for each in numbers]
-            if isinstance(asked[0], str):
-                given = {**body, "prompt": asked, "form": kind}
-                return [_answer(each, each["text"]) for each in _choices(running, "", given)]
-            given = {**body, "messages": list(asked[0])}
-            choices = _choices(running, "chat/", given)
-            return [_answer(each, each["message"]["content"]) for each in choices]
-
-        with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
-            found = dict(
-                pair
-                for numbers, some in zip(calls, pool.map(call, calls), strict=True)
-                for pair in zip(numbers, some, strict=True)
-            )
-    return [found[number] for number in range(len(prompts))]
-
-
-def find_by_service(running: Running, text: str, top_k: int) -> list[Candidate]:
-    """Return what `Model.find` would. Raise EnvironmentFault if the service fails or refuses."""
-    from sisa.flows.query import Candidate
-
-    with _answering(running):
-        found = running.call("/find", {"text": text, "top": top_k})["candidates"]
-        return [Candidate(**each) for each in found]
-
-
-@contextlib.contextmanager
-def _answering(running: Running) -> Iterator[None]:
-    """Raise EnvironmentFault if a service does not answer as it should."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise EnvironmentFault(
-            "the running service did not answer", where=running.url, got=type(error).__name__
-        ) from None
-
-
-def _choices(running: Running, kind: str, body: Any) -> list[Any]:
-    return list(running.call(f"/v1/{kind}completions", body)["choices"])
-
-
-def _answer(choice: Any, text: str) -> Answer:
-    from sisa.flows.ask import Answer
-
-    return Answer(text.strip(), tuple(choice["shards"]))
-
-
 @contextlib.contextmanager
 def started(
     directory: Path, config: RunConfig, host: str, port: int, num_replicas: int
@@ -186,7 +177,7 @@ def started(
         raise Busy("a service of this model runs already", where=held.url, next_step=step)
     check_listening(host, Tokens(directory))
     http: dict[str, Any] = {"host": host, "port": port, **tls_files(config.service.tls)}
-    if config.cluster.address is None:  # there Ray Serve may hold the port for us
+    if config.cluster.address is None:  # else `_deployed` does: a Ray Serve may hold the port for us
         _check_port(host, port)
     token = secrets.token_urlsafe(32)
     owner = sha256_hex(token.encode())
@@ -214,9 +205,12 @@ def _url(http: Mapping[str, Any]) -> str:
 
 
 def _check_answers(running: Running) -> None:
-    """Raise EnvironmentFault if the address does not answer: others' Ray Serve may have another one."""
+    """Raise EnvironmentFault if the address does not answer: a cluster's Ray Serve may have another one.
+
+    Ray Serve's proxy may learn of the replicas some seconds after they are ready.
+    """
     until, got = time.monotonic() + LOOK_S * 5, ""
-    while time.monotonic() < until:  # the proxy may learn of the replicas after Ray Serve says "ready"
+    while time.monotonic() < until:
         try:
             running.call("/healthz", timeout_s=LOOK_S)
             return
@@ -254,8 +248,8 @@ def _deployed(
 ) -> Iterator[None]:
     """Deploy the replicas on Ray Serve, and take them down at the end.
 
-    On a cluster Ray Serve outlives a command that was killed, and keeps its port. The next command
-    replaces what that one deployed, by its name. Raise Busy for another model's service.
+    On a cluster Ray Serve outlives a command that was killed, and keeps its port; the next command
+    replaces the application of that one, by its name. Raise Busy if another model's service runs there.
     """
     from ray import serve
 
@@ -263,16 +257,17 @@ def _deployed(
     from cluster.serve.replica import QUIET, replica
 
     threads, address = config.sisa.threads_per_shard, config.cluster.address
-    training = max(os.cpu_count() or 1, (config.cluster.num_workers or 1) * threads)
-    connect(address, training + num_replicas * threads)  # a deletion trains beside the replicas
+    cpus_to_train = max(os.cpu_count() or 1, (config.cluster.num_workers or 1) * threads)
+    connect(address, cpus_to_train + num_replicas * threads)  # a deletion trains beside the replicas
     name = f"{APP}{sha256_hex(str(directory.resolve()).encode())[:16]}"
-    began = False
+    is_ours = False  # whether this command started Ray Serve
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its notices call HTTPS "http://"
     try:
         known = serve.status()
         if not known.proxies:
-            _check_port(http["host"], http["port"])
-            began = True
+            if address is not None:
+                _check_port(http["host"], http["port"])
+            is_ours = True
         if any(each.startswith(APP) and each != name for each in known.applications):
             raise Busy(
                 "another model's service runs on this cluster",
@@ -290,7 +285,7 @@ def _deployed(
     finally:
         with contextlib.suppress(Exception):  # Ray may be gone
             serve.delete(name)
-            if began and not serve.status().applications:
+            if is_ours and not serve.status().applications:
                 serve.shutdown()
         disconnect()
 

@@ -3,10 +3,10 @@
     @requests_router.post("/requests")
     def submit(caller: MaySubmit) -> ...
 
-A token is 256 random bits, shown once. `MODEL/tokens.json` (mode 0600) keeps its SHA-256, which nobody
-can turn back; a slow hash is for words that people choose. The file is read for every request, so that a
-new or a revoked token counts at once, in every replica. Each token is compared in constant time, and all
-of them are, whichever fits. When a token was last used is not kept.
+A token is 256 random bits, shown once. `MODEL/tokens.json` (mode 0600) keeps its SHA-256; a slow hash
+would help only for words that people choose. The file is read for every request, so that a new or a
+revoked token counts at once, in every replica. A bearer is compared with every token, each in constant
+time. When a token was last used is not stored.
 
 A service without the file listens on loopback alone, and its caller is `local`, who may do everything.
 Once the file exists, tokens are demanded, even if all of them have expired.
@@ -62,9 +62,9 @@ ROLES: Mapping[Role, frozenset[Scope]] = {
     "officer": _READER | {"submit", "decide", "access"},
     "operator": _READER | {"submit", "erase", "operate"},
 }
-OF_THE_WHOLE: frozenset[Scope] = frozenset({"erase", "operate"})  # not for some shards alone
+OF_THE_WHOLE: frozenset[Scope] = frozenset({"erase", "operate"})  # not for tokens of some shards
 
-PREFIX = "sisa_"  # by which scanners for leaked secrets know it
+PREFIX = "sisa_"  # scanners for leaked secrets recognise it
 TOKEN_BYTES = 32
 MAX_TOKEN_CHARS = 128
 DAYS = 90
@@ -75,16 +75,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sent a request: a token's name and role, what it may do, and the shards it may read."""
+    """The sender of an HTTP request: a token's name and role, its scopes, and its shards."""
 
     name: str
     role: str
     scopes: frozenset[Scope]
     shards: frozenset[int] | None = None  # None: all
-    partition: str = ""  # in which the shards were named
+    partition: str = ""  # `Model.partition`, by which the shards are numbered
 
     def view(self, model: Model) -> Model:
-        """Return the model as this caller may see it. What it raises hides other shards, too."""
+        """Return the model as this caller may see it; its errors reveal nothing of other shards."""
         return model if self.shards is None else model.within(self.shards, self.partition)
 
 
@@ -92,7 +92,7 @@ LOCAL = Caller("local", "local", SCOPES)
 
 
 class AccessToken(Block):
-    """A token at rest; a revoked one has no digest."""
+    """A token in tokens.json; a revoked one has no digest."""
 
     name: str
     role: Role
@@ -112,7 +112,7 @@ class AccessToken(Block):
 
     @property
     def caller(self) -> Caller:
-        """Return who calls with it."""
+        """Return the caller who sends it."""
         shards = None if self.shards is None else frozenset(self.shards)
         return Caller(self.name, self.role, frozenset(self.scopes), shards, self.partition)
 
@@ -122,7 +122,7 @@ class _File(Block):
 
 
 class Tokens:
-    """The tokens of a model, and how often each one, and each failing address, may call."""
+    """The tokens of a model, with limits on the calls of each and on failed attempts."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Tokens:
         per_minute: int = RATE_PER_MINUTE,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Take the tokens of a model's directory; `per_minute` is of each token and this process."""
+        """Take a model's directory; `per_minute` limits the calls of each token to this process."""
         self._directory, self._path, self._now = directory, directory / TOKENS, now
         self._rate = MovingWindowRateLimiter(MemoryStorage())
         self._calls = RateLimitItemPerMinute(per_minute, namespace="calls")
@@ -138,7 +138,7 @@ class Tokens:
         self._demanded = self._path.exists()
 
     def demanded(self) -> bool:
-        """Return whether there are tokens or were any: a lost file opens no door."""
+        """Return whether there is a file, or was one: losing it admits nobody."""
         self._demanded = self._demanded or self._path.exists()
         return self._demanded
 
@@ -157,7 +157,7 @@ class Tokens:
         partition: str = "",
         days: int = DAYS,
     ) -> tuple[AccessToken, str]:
-        """Make a token and return it with its text, which is kept nowhere.
+        """Make a token and return it with its text, which is not stored.
 
         `scopes` narrow the role. Raise InvalidInput, or ConfigConflict for a name that is in use.
         """
@@ -197,7 +197,7 @@ class Tokens:
         raise InvalidInput("no token of this name can be revoked", next_step="`sisa token list`")
 
     def caller(self, bearer: str) -> Caller | None:
-        """Return whose token this is; None if nobody's, or if it has expired or was revoked."""
+        """Return the caller of a token; None if it is unknown, expired or revoked."""
         if not bearer.isascii() or len(bearer) > MAX_TOKEN_CHARS:
             return None
         given, now, found = hashlib.sha256(bearer.encode()).hexdigest(), self._now(), None
@@ -212,7 +212,7 @@ class Tokens:
         self._hit(self._calls, caller.name, "this token has sent too many requests")
 
     def fail(self, address: str) -> None:
-        """Note a failed attempt. Raise Refusal (429) for an address that fails too often."""
+        """Count a failed attempt. Raise Refusal (429) for an address that fails too often."""
         self._hit(self._failures, address, "too many failed attempts")
 
     def _hit(self, limit: RateLimitItem, whose: str, what: str) -> None:
@@ -240,7 +240,7 @@ class Tokens:
 
     @contextmanager
     def _changing(self) -> Iterator[list[AccessToken]]:
-        """Yield all tokens, and write what is left of them in the end; one process at a time."""
+        """Yield a list of all tokens, and write it at the end; one process at a time."""
         with files.disk_errors(self._directory), files.opened_directory(self._directory) as handle:
             files.take_lock(handle, self._directory, "is changing this model's tokens")
             held = list(self._read())
@@ -299,7 +299,7 @@ class May:
         request: Request,
         given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None,
     ) -> Caller:
-        """Return who calls."""
+        """Return the caller."""
         tokens = service_of(request).tokens
         if tokens is None or not tokens.demanded():
             caller = _local(request)

@@ -1,11 +1,11 @@
-"""Serve exported adapters in vLLM by their digests, and let go of those that a deletion erased.
+"""Serve exported adapters in vLLM by their digests, and drop those that a deletion erased.
 
     general plugin     a LoRA resolver: an adapter's name is the SHA-256 of its weights, so that no name
                        ever means other weights, and no prefix block of one adapter serves another
     endpoint plugin    GET  /v1/sisa/adapters   what the engine holds, named and nameless
-                       POST /v1/sisa/sweep      let go of what may no longer be served, now
-                       in place of vLLM's own routes, unloading an adapter removes its weights, too, and
-                       none is loaded by a path
+                       POST /v1/sisa/sweep      drop what may no longer be served, now
+                       in place of vLLM's own routes: unloading an adapter removes its weights, and no
+                       adapter is loaded by a path
 
 An adapter may be served while an export with exactly its bytes lies in the directory, and no feed of
 revocations names it: a deletion erases the exports that it touched. The engine is swept each second:
@@ -139,7 +139,7 @@ def register() -> None:
 
 
 class Evictions:
-    """What an engine holds, and how an adapter leaves it for good."""
+    """Look at the adapters of an engine, and remove them for good."""
 
     def __init__(self, adapters: ExportedAdapters, engine: Any, models: Any) -> None:
         """Take an `AsyncLLM` and the `OpenAIServingModels` of its API server."""
@@ -161,7 +161,7 @@ class Evictions:
         """Evict what may no longer be served, and what has no name; return the names."""
         try:
             allowed = await asyncio.to_thread(self._adapters.held)
-        except (Refused, OSError) as error:  # loads nothing, and keeps what it served before
+        except (Refused, OSError) as error:  # load nothing more, and keep what is loaded
             LOG.warning("the feed of revocations can't be relied on: %s", error)
             return []
         gone = [name for name in self._models.lora_requests if name not in allowed]
@@ -195,7 +195,7 @@ class Evictions:
 
 
 class RevocationEndpoints:
-    """The routes by which an engine is asked what it holds: vLLM's endpoint plugin."""
+    """Add the routes to vLLM's server: vLLM's endpoint plugin."""
 
     name = "sisa_revocations"
     required_tasks = ("generate",)
@@ -218,7 +218,7 @@ async def _swept(sweep: Callable[[], Any]) -> None:
         await asyncio.sleep(SWEEP_S)
         try:
             await sweep()
-        except Exception:  # the next sweep tries again; an engine that died says so itself
+        except Exception:  # the next sweep tries again; vLLM reports an engine that died
             LOG.exception("a sweep failed")
 
 

@@ -1,12 +1,12 @@
-"""Carry out approved requests when their due dates and prices say so, and report on all of them.
+"""Carry out approved requests when the plan says so, and report changes of requests.
 
     with working(Path("model")):       # beside a service, until the block ends
         ...
 
-`carry_out_asked` is one turn, and `sisa run --watch` takes the same and reports as well, where no
-`sisa serve` runs. Engines that load exports are asked to let go of what was erased. There is one worker
-for a model; where another command writes at the moment, it tries again. `POST /requests/run` has it
-carry out what is approved whatever the plan says.
+`working` runs beside `sisa serve`. Without a service, `sisa run --watch` does the same: it calls
+`carry_out_asked` in a loop, within `reporting`. After a deletion, engines that load exports are made to
+drop what was erased. Run one worker for a model; while another command writes, the worker tries again.
+`POST /requests/run` makes it carry out approved requests whatever the plan says.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.serve.engines import engines_hold
+from cluster.serve.state import ServiceState
 from sisa.core.domain import Request
 from sisa.core.errors import SisaError, internal_fault
 from sisa.core.events import Report, silent
@@ -27,20 +28,21 @@ from sisa.core.events import Report, silent
 if TYPE_CHECKING:
     from sisa.model import Model
 
-EVERY_S, LOOK_S = 60.0, 1.0  # between plans; between looks at what was asked or is to be reported
-PATIENCE_S = 5.0
+EVERY_S = 60.0  # between two plans
+LOOK_S = 1.0  # between two turns
+PATIENCE_S = 5.0  # with a turn that runs when the block ends
 
 _log = logging.getLogger(__name__)
 
 
 def carry_out_due(model: Model, *, now: bool = False) -> tuple[Request, ...]:
-    """Report the queue, and carry requests out if the plan says so or with `now`; return them."""
+    """Carry requests out if the plan says so, or with `now` in any case; return them."""
     model.queue()
     if not now and model.plan_run().choice != "run now":
         return ()
     done = model.run()
     for each in engines_hold(model, sweep=True) if done else ():
-        if not each.clean:  # an engine sweeps itself, too; `sisa engines` looks again
+        if not each.clean:  # its own next sweep may succeed; `sisa engines` shows it
             _log.warning("%s holds %d erased adapters %s", each.url, len(each.erased), each.fault)
     model.queue()
     return done
@@ -48,8 +50,6 @@ def carry_out_due(model: Model, *, now: bool = False) -> tuple[Request, ...]:
 
 def carry_out_asked(model: Model, *, plan: bool = True) -> tuple[Request, ...]:
     """Carry requests out if somebody asked for it or, with `plan`, if they are due; return them."""
-    from cluster.serve.webhooks import ServiceState
-
     state = ServiceState(model.directory)
     asked = state.take_run()
     try:
@@ -64,21 +64,22 @@ def carry_out_asked(model: Model, *, plan: bool = True) -> tuple[Request, ...]:
 def working(directory: Path, report: Report = silent) -> Iterator[None]:
     """Run the worker and the courier of a model, each in a thread, until the block ends.
 
-    On a running cluster the worker trains there, else in this process: Ray's own processors here are the
-    replicas'. A deletion that is under way at the end is finished by the next command or worker. Raise
-    InvalidInput for a webhook whose secret can't be used.
+    The worker trains on a running cluster, else in this process, since the replicas use the local Ray.
+    The next command or worker finishes a deletion that is under way at the end. Raise InvalidInput for a
+    webhook whose secret can't be used.
     """
     from sisa.model import open_model
 
     model = open_model(directory, report=report)
     model.executor = "ray" if model.config.cluster.address else "serial"
-    last = float("-inf")
+    next_plan = time.monotonic()
 
     def work() -> None:
-        nonlocal last
-        planned = time.monotonic() - last >= EVERY_S
-        last = time.monotonic() if planned else last
-        carry_out_asked(model, plan=planned)
+        nonlocal next_plan
+        plan = time.monotonic() >= next_plan
+        if plan:
+            next_plan = time.monotonic() + EVERY_S
+        carry_out_asked(model, plan=plan)
 
     with reporting(directory), _thread("worker", work):
         yield
@@ -86,7 +87,7 @@ def working(directory: Path, report: Report = silent) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reporting(directory: Path) -> Iterator[None]:
-    """Report changes of requests in a thread until the block ends, if the run file says to whom.
+    """Report changes of requests in a thread until the block ends, if the run file names receivers.
 
     Raise InvalidInput for a webhook whose secret can't be used.
     """
@@ -104,7 +105,7 @@ def reporting(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _thread(name: str, turn: Callable[[], object]) -> Iterator[None]:
-    """Take turns in a thread until the block ends."""
+    """Call `turn` again and again in a thread, until the block ends."""
     ended = threading.Event()
     thread = threading.Thread(target=_repeat, args=(turn, ended), name=name, daemon=True)
     thread.start()
@@ -116,13 +117,15 @@ def _thread(name: str, turn: Callable[[], object]) -> Iterator[None]:
 
 
 def _repeat(turn: Callable[[], object], ended: threading.Event) -> None:
-    """Take turns until the end. An error is logged by its kind, once in a row, and ends no thread."""
-    failed = ""
+    """Call `turn` until the end. Log an error by its type, once in a row, and go on."""
+    logged = ""
     while not ended.wait(LOOK_S):
         try:
             turn()
-            failed = ""
+            logged = ""
         except Exception as error:
             fault = error if isinstance(error, SisaError) else internal_fault(error)
-            if failed != (failed := type(fault).__name__):
-                _log.warning("the %s waits: %s", threading.current_thread().name, failed)
+            name = type(fault).__name__
+            if name != logged:
+                _log.warning("the %s waits: %s", threading.current_thread().name, name)
+            logged = name

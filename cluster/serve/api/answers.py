@@ -3,13 +3,12 @@
     client = openai.OpenAI(base_url="http://127.0.0.1:8808/v1", api_key="unused without tokens")
     client.chat.completions.create(model="model", messages=[{"role": "user", "content": "Who is it?"}])
 
-A model's id is the name of its directory; `base` is the frozen base alone. Beside what OpenAI returns,
-each choice has `shards`, those whose models answered (none: the base alone), if the caller may `read`.
+A model's id is the name of its directory; `base` is the frozen base alone. If the caller may `read`,
+each choice also has `shards`, those whose models answered (none: the base alone).
 
-Where this differs from OpenAI: without a `temperature` the likeliest answer is given (0, not 1), and
-without `max_tokens` an answer has `DEFAULT_TOKENS` at most. Parameters that would change the answer and
-are not supported are refused, unless they are neutral; those that would not are ignored. The two lists
-are `Unsupported` and `Ignored`.
+Differences from OpenAI: the default of `temperature` is 0, not 1, and that of `max_tokens` is at most
+`DEFAULT_TOKENS`. Parameters that would change the answer and are not supported are refused, except for
+their neutral value (`Unsupported`); others are ignored (`Ignored`).
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from sisa.flows.ask import Prompt
 BASE = "base"
 OWNER = "deletion-ready-model"
 MAX_TOKENS = 100_000
-REPLACED = "\ufffd"  # in the text of a token that is no whole character
+REPLACED = "\ufffd"  # the text of a token that is only a part of a character
 MAX_CHOICES, MAX_PROMPTS, MAX_STOPS, MAX_TOP = 16, 64, 16, 20
 
 answers_router = APIRouter(prefix="/v1", tags=["answers"])
@@ -60,7 +59,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 @dataclass(frozen=True)
 class Only:
-    """The type of a parameter that is not supported: any value but this one is refused."""
+    """Mark a parameter that is not supported: refuse any value but the neutral one."""
 
     neutral: Any
 
@@ -81,7 +80,7 @@ class Only:
 
 
 class Unsupported(BaseModel):
-    """Parameters that would change an answer; they are accepted where they ask for nothing."""
+    """Parameters that would change an answer; only their neutral values are accepted."""
 
     tools: Annotated[Any, Only([])] = []
     tool_choice: Annotated[Any, Only("none")] = "none"
@@ -98,7 +97,7 @@ class Unsupported(BaseModel):
 
 
 class Ignored(BaseModel):
-    """Parameters that clients send and that change no answer here; nothing of them is kept."""
+    """Parameters that clients send and that change no answer; they are not stored."""
 
     user: Any = None
     metadata: Any = None
@@ -110,14 +109,14 @@ class Ignored(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream has beside the answer."""
+    """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: bool = False  # ignored: clients may send it
 
 
 class Asked(Unsupported, Ignored):
-    """What both endpoints take."""
+    """The parameters of both endpoints."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -134,7 +133,7 @@ class Asked(Unsupported, Ignored):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, given: Any) -> Any:
-        """Clients send null for what they do not choose."""
+        """Drop null values: clients send null for a parameter that they do not set."""
         if not isinstance(given, dict):
             return given
         return {name: value for name, value in given.items() if value is not None}
@@ -180,7 +179,7 @@ class TextAsked(Asked):
 
 @dataclass
 class Reply:
-    """What has come of one answer."""
+    """An answer as far as it has come."""
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
@@ -188,7 +187,7 @@ class Reply:
     ended: Ended | None = None
 
     def take(self, event: AnswerEvent) -> None:
-        """Add what happened; an answer that begins again forgets what it had."""
+        """Apply an event; an answer that begins again loses what it had."""
         if isinstance(event, Started):
             self.text, self.tokens, self.started = "", [], event
         elif isinstance(event, Piece):
@@ -200,7 +199,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one endpoint writes an answer: its ids, its choices, and the choices of its chunks."""
+    """The form of answers of `/v1/completions`; ChatDialect has that of `/v1/chat/completions`."""
 
     request: Request
     asked: Asked
@@ -211,7 +210,7 @@ class Dialect:
     prefix, whole, part = "cmpl-", "text_completion", "text_completion"
 
     def head(self, kind: str) -> dict[str, Any]:
-        """Return what every body begins with."""
+        """Return the keys that every body begins with."""
         own = {"id": f"{self.prefix}{self.key}", "object": kind, "created": self.created}
         return {**own, "model": self.asked.model}
 
@@ -222,7 +221,7 @@ class Dialect:
     delta = choice
 
     def opening(self) -> dict[str, Any] | None:
-        """Return what the first chunk of a choice says, if there is one before any text."""
+        """Return the first chunk of a choice, if there is one before any text."""
         return None
 
     def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
@@ -235,20 +234,21 @@ class Dialect:
         return {"tokens": texts, "token_logprobs": of, "top_logprobs": tops, "text_offset": starts}
 
     def closing(self, reply: Reply) -> dict[str, Any]:
-        """Return how an answer ended, and who gave it."""
+        """Return why an answer ended, and the shards that gave it."""
         own = {"shards": list(reply.started.shards)} if self.shows_shards and reply.started else {}
         return {"finish_reason": reply.ended and reply.ended.reason, **own}
 
     def usage(self, replies: Sequence[Reply]) -> dict[str, int]:
         """Return the tokens of all prompts, each counted once, and of all answers."""
-        asked = [each.started for each in replies[:: self.asked.n] if each.started]
+        asked = [each.started for each in replies[:: self.asked.n] if each.started]  # one of a prompt
         prompts = sum(each.num_prompt_tokens for each in asked)
-        said = sum(each.ended.num_tokens for each in replies if each.ended)
-        return {"prompt_tokens": prompts, "completion_tokens": said, "total_tokens": prompts + said}
+        answers = sum(each.ended.num_tokens for each in replies if each.ended)
+        total = prompts + answers
+        return {"prompt_tokens": prompts, "completion_tokens": answers, "total_tokens": total}
 
 
 class ChatDialect(Dialect):
-    """A chat's dialect."""
+    """The form of answers of `/v1/chat/completions`."""
 
     prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
@@ -277,7 +277,7 @@ class ChatDialect(Dialect):
 
 
 def _named(token: str, logprob: float) -> dict[str, Any]:
-    """Return a token; what is only a part of a character has no bytes of its own here."""
+    """Return a token; for a part of a character, `bytes` is null."""
     data = None if REPLACED in token else list(token.encode())
     return {"token": token, "logprob": logprob, "bytes": data}
 
@@ -305,7 +305,7 @@ async def completions(
 
 @answers_router.get("/models")
 def models(service: TheService, _caller: MayAnswer) -> dict[str, Any]:
-    """List what can be asked: the model, and its base alone."""
+    """List the model, and its base alone."""
     return {"object": "list", "data": [_model(each) for each in dict.fromkeys([service.name, BASE])]}
 
 
@@ -366,7 +366,7 @@ async def _answered(
     events = service.answers.answer(questions)
     replies = [Reply() for _ in questions]
     if dialect.asked.stream:
-        first = await anext(events)  # what can't be answered is refused before the response begins
+        first = await anext(events)  # raises what must be refused before the response begins
         lines = _stream(dialect, replies, first, events)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
@@ -386,7 +386,7 @@ async def _stream(
     first: tuple[int, AnswerEvent],
     events: AsyncGenerator[tuple[int, AnswerEvent]],
 ) -> AsyncIterator[str]:
-    """Yield an answer's chunks as server-sent events; an error on the way ends them with its body."""
+    """Yield an answer's chunks as server-sent events; an error ends them with its own body."""
     usage = dialect.asked.stream_options.include_usage
     head = dialect.head(dialect.part) | ({"usage": None} if usage else {})
     async with aclosing(events):
@@ -412,7 +412,7 @@ async def _stream(
 def _chunks(
     dialect: Dialect, replies: Sequence[Reply], number: int, event: AnswerEvent
 ) -> list[dict[str, Any]]:
-    """Return the choices of the chunks that say what happened to an answer."""
+    """Return the choices of the chunks for an event."""
     reply, index = replies[number], {"index": number}
     opening = None if reply.started else dialect.opening()  # an answer may begin again
     offset = len(reply.text)

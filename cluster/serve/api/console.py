@@ -1,9 +1,9 @@
-"""Serve the console at `/console`, and two questions of it: `/lineage` and `/requests/plan`.
+"""Serve the console at `/console`, and two endpoints that it needs: `/lineage` and `/requests/plan`.
 
 The page, its style and its script are package data, without a build step. They hold no data and need no
 token; everything they show comes from the service's API, with the caller's token. The policy lets a
-browser load and call nothing but this service, and run no script from markup, and makes it refuse data
-as HTML (Trusted Types). The style is that of the officer's page (`cluster/render/templates/look.css`).
+browser load and call this service alone, forbids scripts in markup, and makes it refuse data as HTML
+(Trusted Types). The style is that of the officer's page (`cluster/render/templates/look.css`).
 
 >>> [each for each in POLICY.split("; ") if each.startswith("script")]
 ["script-src 'self'"]
@@ -79,9 +79,9 @@ def lineage(service: TheService, caller: MayRead) -> dict[str, Any]:
     return {"model": service.model.id, "shards": rows}
 
 
-@console_router.post("/requests/plan", summary="What a request would erase and retrain; changes nothing")
+@console_router.post("/requests/plan", summary="What a request would erase and retrain")
 def plan_request(named: RecordsNamed, service: TheService, caller: MaySubmit) -> dict[str, Any]:
-    """Return the price of a deletion, with exact copies and near-duplicates of what it names."""
+    """Return the cost of a deletion, and exact copies and near-duplicates of its records."""
     model = caller.view(service.model)
     planned = model.plan_forget(named.ids, subject=named.subject)
     copies, near = model.alike(named.ids, subject=named.subject)

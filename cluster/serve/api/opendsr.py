@@ -1,4 +1,4 @@
-"""Requests for erasure and access in the vocabulary of OpenDSR 1.0 (formerly OpenGDPR).
+"""Take requests for erasure, access and portability by OpenDSR 1.0 (formerly OpenGDPR).
 
     POST   /opendsr/requests                               {"subject_request_type": "erasure", ...}
     GET    /opendsr/requests/{subject_request_id}          its status
@@ -36,16 +36,9 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 
 from cluster.serve.api.rights import handed
 from cluster.serve.domain import Refusal, Service, TheService
+from cluster.serve.opendsr import expected_by, opendsr_headers, opendsr_status, status_body
+from cluster.serve.state import Call, Delivery, ServiceState
 from cluster.serve.tokens import Caller, MayAccess, MayRead, MaySubmit
-from cluster.serve.webhooks import (
-    Call,
-    Delivery,
-    ServiceState,
-    expected_by,
-    opendsr_headers,
-    opendsr_status,
-    status_body,
-)
 from sisa.config.config import OpenDsrBlock
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import Regime, Request
@@ -73,7 +66,7 @@ _Uuid4 = Annotated[
 
 
 class Identity(BaseModel):
-    """Who the subject is."""
+    """An identity of the subject."""
 
     model_config = ConfigDict(extra="forbid")
     identity_type: Annotated[str, Field(max_length=100)]
@@ -82,7 +75,7 @@ class Identity(BaseModel):
 
 
 class DataSubjectRequest(BaseModel):
-    """A request as OpenDSR writes it; extensions of other processors are ignored."""
+    """A request in OpenDSR's form; extensions of other processors are ignored."""
 
     model_config = ConfigDict(extra="forbid")
     regulation: Literal["gdpr", "ccpa"] = "gdpr"
@@ -122,7 +115,7 @@ def _submit_dsr(
     http: HttpRequest,
     body: Annotated[bytes, Depends(_raw)],
 ) -> Response:
-    """Take in a request: for erasure, which waits to be approved, for access or for portability."""
+    """Accept a request for erasure, which waits to be approved, for access or for portability."""
     block = _block(service)
     (subject,) = _subjects(asked)
     _check_callbacks(block, asked.status_callback_urls)
@@ -144,7 +137,7 @@ def _submit_dsr(
 def _submit_erasure(
     service: Service, caller: Caller, asked: DataSubjectRequest, subject: str, _http: HttpRequest
 ) -> tuple[str, str]:
-    """Submit a request for erasure; return by when it is expected, and when it was received."""
+    """Submit a request for erasure; return when it is expected to complete, and when it arrived."""
     name, state = asked.subject_request_id, ServiceState(service.model.directory)
     if state.call(_key(service, name)):
         raise _taken()
@@ -157,13 +150,15 @@ def _submit_erasure(
 def _submit_access(
     service: Service, caller: Caller, asked: DataSubjectRequest, subject: str, http: HttpRequest
 ) -> tuple[str, str]:
-    """Note a request for access, and queue its callbacks; return when it is completed, and received."""
+    """Note a request for access, and queue its callbacks; return its time of completion and arrival."""
     name, state = asked.subject_request_id, ServiceState(service.model.directory)
     digest = caller.view(service.model).subject_digest(subject)
-    key, wanted = _key(service, name), f"{asked.subject_request_type} {digest}"
-    if _erasure(service, caller, name) or state.used(key, wanted) is None:
+    wanted = f"{asked.subject_request_type} {digest}"
+    if _erasure(service, caller, name):
         raise _taken()
-    call = _call(service, name)
+    call = state.begin(_key(service, name), wanted)
+    if call.asked != wanted:
+        raise _taken()
     status = _access_status(service, http, name, call)
     state.queue(
         Delivery(
@@ -179,7 +174,7 @@ def _submit_access(
 
 
 def _key(service: Service, subject_request_id: str) -> str:
-    """Return by which key the service knows a request for access."""
+    """Return the key under which `ServiceState` keeps a request for access."""
     return Keyed(service.model.secret).digest("OpenDSR request", subject_request_id)
 
 
@@ -204,8 +199,10 @@ def _subjects(asked: DataSubjectRequest) -> set[str]:
 
 
 def _check_callbacks(block: OpenDsrBlock, urls: list[str]) -> None:
-    """Raise InvalidInput for a callback that the run file does not allow: a service must not be sent
-    to addresses of its own network."""
+    """Raise InvalidInput for a callback that the run file does not allow.
+
+    Otherwise a caller could make the service connect to addresses of its own network.
+    """
     for number, url in enumerate(urls):
         try:
             found = urlsplit(url)
@@ -259,7 +256,7 @@ def _status_dsr(
         body = status_body(block, subject_request_id, status, expected_by(found))
     else:
         call = _call(service, subject_request_id)
-        if caller.shards is not None:  # a person of other shards is not known
+        if caller.shards is not None:  # raises for a person of other shards
             caller.view(service.model).check_subject(_subject_digest(call))
         body = _access_status(service, http, subject_request_id, call)
     return _signed(block, 200, {**body, "api_version": _VERSION})
@@ -269,8 +266,8 @@ def _access_status(service: Service, http: HttpRequest, name: str, call: Call) -
     """Return the status of a request for access: completed, with its results until they are fetched."""
     block = _block(service)
     url = f"{http.url.scheme}://{block.domain}{opendsr_router.prefix}/requests/{name}/results"
-    more = {} if call.request else {"results_url": url}
-    return status_body(block, name, "completed", _of_seconds(call.at), **more)
+    body = status_body(block, name, "completed", _of_seconds(call.at))
+    return body if call.request else {**body, "results_url": url}
 
 
 @opendsr_router.get(

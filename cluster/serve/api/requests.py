@@ -5,9 +5,9 @@
     POST /requests/run                 {}             carry out what is approved, now
     GET  /requests/T-17/certificate
 
-A request is named by its own id or by its external id. Requests are taken in and decided while a
-deletion trains. With an `Idempotency-Key`, a repeated call does nothing again and gives the same
-response; the key with another body is refused. The service remembers keys for a week, by keyed digest.
+A request is named by its own id or by its external id. Requests are submitted and decided while a
+deletion trains. A call with an `Idempotency-Key` is done once; repeated, it returns the request as it is
+now. The key with another body is refused. The service remembers keyed digests of keys for a week.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from cluster.serve.domain import Refusal, Service, TheService
+from cluster.serve.state import ServiceState
 from cluster.serve.tokens import Caller, MayDecide, MayErase, MayRead, MaySubmit
-from cluster.serve.webhooks import ServiceState
 from sisa.core.digest import Keyed
 from sisa.core.domain import Regime, RequestState
 from sisa.evidence.issued import certificate_file, receipt_file, standing
@@ -42,13 +42,13 @@ _Text = Annotated[str, StringConstraints(min_length=1, max_length=_MAX_CHARS)]
 
 
 class NothingMore(BaseModel):
-    """A body without other keys than its own; alone, an empty one."""
+    """A body without unknown keys; as it is here, an empty one."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class RecordsNamed(NothingMore):
-    """Whose records: their ids, or a subject."""
+    """Records, by their ids or by their subject."""
 
     ids: Annotated[list[_Text], Field(max_length=_MAX_IDS)] = Field([], description="Ids of records.")
     subject: _Text | None = Field(None, description="All records of a subject, in place of ids.")
@@ -75,19 +75,19 @@ class ErasureAsked(RecordsNamed):
 
 
 class ReasonGiven(NothingMore):
-    """Why somebody decides so."""
+    """The reason of a decision."""
 
     reason: _Text = Field(description="Stored as given: no personal data.")
 
 
 class Withdrawal(NothingMore):
-    """Why somebody decides so, if they say."""
+    """The reason of a withdrawal, if there is one."""
 
     reason: str = Field("", max_length=_MAX_CHARS, description="Stored as given: no personal data.")
 
 
 class Searched(NothingMore):
-    """What to look records up by: exactly one of them."""
+    """A search by text, by subject or by likeness."""
 
     text: _Text | None = Field(None, description="Content.")
     subject: _Text | None = Field(None, description="A subject.")
@@ -157,7 +157,7 @@ class CandidateShown(BaseModel):
 
 
 class SubmittedShown(RequestShown):
-    """A request, and what else it might mean: none of it is deleted unless it is named."""
+    """A request, and other records that it may mean; they are deleted only if they are named."""
 
     copies: list[str] = Field(description="Ids of exact copies.")
     near: list[CandidateShown] = Field(description="Near-duplicates.")
@@ -170,19 +170,19 @@ class RequestsShown(BaseModel):
 
 
 class CandidatesShown(BaseModel):
-    """What a search proposes, best first."""
+    """The results of a search, best first."""
 
     candidates: list[CandidateShown]
 
 
 class RunAsked(BaseModel):
-    """What is carried out next."""
+    """The requests that the worker carries out next."""
 
     requests: list[str] = Field(description="Requests that are approved and under no hold.")
 
 
 class Receipted(NothingMore):
-    """Whose receipt."""
+    """The record of a receipt."""
 
     id: _Text = Field(description="The record's id.")
 
@@ -207,25 +207,25 @@ def _shown(view: RequestView, **more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Once:
-    """A call that is to be done once: the digests of its key and of what it asks."""
+    """A call that is done once, however often it is sent."""
 
     state: ServiceState
-    key: str
-    asked: str
+    key: str  # a digest of its Idempotency-Key; empty: it has none
+    asked: str  # a digest of what it asks
 
     def do(self, act: Callable[[], str], again: Callable[[str], str]) -> str:
-        """Do it and return the id of its request; for a key that was used, do what `again` does."""
+        """Call `act`, or `again` with the known request if this was done; return the request's id."""
         if not self.key:
             return act()
-        done = self.state.used(self.key, self.asked)
-        if done is None:
+        call = self.state.begin(self.key, self.asked)
+        if call.asked != self.asked:
             step = "send another key for another call"
             raise Refusal(422, "this Idempotency-Key was used for another call", next_step=step)
-        if done:
-            return again(done)
-        found = act()
-        self.state.note_done(self.key, found)
-        return found
+        if call.request:
+            return again(call.request)
+        request_id = act()
+        self.state.end(self.key, request_id)
+        return request_id
 
 
 async def _once(
@@ -239,7 +239,7 @@ async def _once(
         ),
     ] = None,
 ) -> Once:
-    """Return how often this call is done: once for its key."""
+    """Return a call with the digests of its key and of its body."""
     keyed = Keyed(service.model.secret)
     name = json.dumps([request.state.caller.name, idempotency_key or ""])  # `may` has set it
     body = (await request.body()).decode("utf-8", "replace")
@@ -293,7 +293,7 @@ def _requests(
 
 @requests_router.post("/requests/run", name="run_requests", status_code=202, response_model=RunAsked)
 def _run(_asked: NothingMore, service: TheService, _caller: MayErase) -> dict[str, Any]:
-    """Have the service's worker carry out what is approved now, as one batch, whatever its price."""
+    """Make the worker carry out all approved requests now, as one batch, whatever it costs."""
     ServiceState(service.model.directory).ask_to_run()
     return {"requests": list(service.model.plan_run().requests)}
 

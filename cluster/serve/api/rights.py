@@ -5,10 +5,10 @@
     POST /rights/drop/import  a ZIP                    California's DROP: its lists become requests
     POST /rights/drop/report  {"opted_out": false}     the responses that are due
 
-People are named in bodies, never in addresses, which servers and proxies log. What is handed out is
-stated in the model's log by its sha256 if the model has keys; `Log-Entry` names the entry. Restrictions
-are stated in any case, at the latest by the next command that writes. A token for some shards gets what
-lies there; what changes the model needs one for all shards.
+People are named in bodies, never in addresses, which servers and proxies log. If the model has keys, its
+log states the sha256 of what is handed out; `Log-Entry` names the entry. Restrictions are always stated,
+at the latest by the next command that writes. A token for some shards sees only their records; a call
+that changes the model needs a token for all shards.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ rights_router = APIRouter(prefix="/rights", tags=["rights"])
 
 
 class Subject(NothingMore):
-    """Whose records."""
+    """A person, as the subject of records."""
 
     subject: Annotated[str, Field(min_length=1)]
 
 
 class Person(RecordsNamed):
-    """Whose records: a subject, or the ids of records that have none."""
+    """A person, as the subject of records, or by the ids of records without a subject."""
 
     @property
     def names(self) -> list[str]:
@@ -72,7 +72,7 @@ def hand_out_recipients(person: Person, service: TheService, caller: MayAccess) 
 
 @rights_router.post("/rectify")
 def rectify_records(given: Corrected, service: TheService, caller: MayDecide) -> dict[str, Any]:
-    """Replace held records by new versions (Art. 16); return when what they touched is trained again."""
+    """Replace held records by new versions (Art. 16), and retrain what they touched."""
     with scratch() as folder:
         file = folder / "records.jsonl"
         file.write_text("".join(f"{json.dumps(each)}\n" for each in given.records))
@@ -89,15 +89,15 @@ def restrict_subject(named: Subject, service: TheService, caller: MayDecide) -> 
 
 @rights_router.post("/release")
 def release_subject(named: Subject, service: TheService, caller: MayDecide) -> dict[str, Any]:
-    """End a restriction: the same is served as before it."""
+    """End a restriction: the records are served as before it."""
     return restricted(caller.view(service.model).release(named.subject)).json
 
 
 class Wanted(NothingMore):
-    """Which responses to DROP are wanted."""
+    """Options of the responses to DROP."""
 
-    opted_out: bool = False  # all consumers who share an identifier were opted out
-    again: bool = False  # what was reported before, too
+    opted_out: bool = False  # states that all consumers who share an identifier were opted out
+    again: bool = False  # include what was reported before
 
 
 @rights_router.post("/drop/import")
@@ -130,12 +130,12 @@ def report_drop(asked: Wanted, service: TheService, caller: MayDecide) -> dict[s
 
 @rights_router.get("/drop")
 def show_drop(service: TheService, caller: MayRead) -> dict[str, Any]:
-    """Return where DROP's 45-day cycle stands, and what it waits for; no ids of records."""
+    """Return the state of DROP's 45-day cycle and its open work items, without ids of records."""
     return drop_shown(caller.view(service.model).drop_details()).json
 
 
 def handed(service: Service, right: Right, found: dict[str, Any], names: Iterable[str]) -> Response:
-    """Return what was found of a person as a file, and state in the log that it was handed out."""
+    """Return what is held of a person as a file, and state in the log that it was handed out."""
     data = as_file(with_engines(service.model, found))
     done = log_hand_out(service.model, right, data, names)
     headers = {"Cache-Control": "no-store"}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cluster.cli import cli
+from cluster.serve.state import ServiceState
 from cluster.serve.tokens import Tokens
-from cluster.serve.webhooks import ServiceState
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.store.blobs.files import write_atomic
 from sisa.store.ledger.database import COMMIT_LOCK

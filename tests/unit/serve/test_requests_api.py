@@ -120,7 +120,7 @@ def test_a_key_is_used_once(client: TestClient) -> None:
 def test_a_key_whose_call_was_cut_short_makes_no_second_request(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.serve.webhooks.ServiceState.note_done", lambda *_: 1 / 0)
+    monkeypatch.setattr("cluster.serve.state.ServiceState.end", lambda *_: 1 / 0)
     assert client.post("/requests", json={"ids": [ONE]}, headers=KEY).status_code == 500
     monkeypatch.undo()
     again = client.post("/requests", json={"ids": [ONE]}, headers=KEY)

@@ -333,7 +333,7 @@ def test_engines_that_hold_what_was_exported_are_named(
         return answers[engine.url.removeprefix("http://")]
 
     named = tuple(EngineSource(url=f"http://{each}") for each in "ab")
-    monkeypatch.setattr(engines, "_asked", asked)
+    monkeypatch.setattr(engines, "_ask", asked)
     opened = open_model(model)
     opened.config = opened.config.model_copy(update={"service": ServiceBlock(engines=named)})
     found = engines.with_engines(opened, opened.recipients(subject=WHO))

@@ -17,7 +17,7 @@ import pytest
 from cluster.cli import cli
 from cluster.serve.app import build_app
 from cluster.serve.domain import Service
-from cluster.serve.service import Running, ask_service, find_service, started
+from cluster.serve.service import Running, find_service, started
 from cluster.serve.tokens import Tokens
 from sisa.audit.doctor import diagnose
 from sisa.config.config import ClusterBlock
@@ -58,11 +58,11 @@ def generate(capfd: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, d
 def test_texts_and_conversations_are_answered_in_their_order(service: Service, running: Running) -> None:
     prompts: list[Any] = [f"text {n}" for n in range(40)]
     prompts[7] = [{"role": "user", "content": "a turn"}]
-    found = ask_service(running, prompts, 48, "completion")
+    found = running.generate_all(prompts, 48, "completion")
     assert [each.text for each in found] == ["a turn" if n == 7 else f"text {n}" for n in range(40)]
     assert {each.shards for each in found} == {(1,)}
     assert {each.kind for each in fake(service).asked} == {"completion", None}
-    assert ask_service(running, ["one two"], 1)[0].text == "one"
+    assert running.generate_all(["one two"], 1)[0].text == "one"
 
 
 def test_generate_asks_the_service_and_says_so(
@@ -95,7 +95,7 @@ def test_a_service_that_fails_is_not_needed(
 ) -> None:
     fake(service).cut_after, fake(service).error = 0, EnvironmentFault("no memory")
     with pytest.raises(EnvironmentFault):
-        ask_service(running, ["Who?"], 48)
+        running.generate_all(["Who?"], 48)
     _, _, said = generate(capfd, "-m", service.model.directory, "--prompt", "Who?")
     assert "loading the model here" in said
     _, _, said = generate(capfd, "-m", service.model.directory, "--prompt", "Who?", "--no-service")

@@ -16,7 +16,8 @@ import pytest
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from cluster.serve.domain import Service
-from cluster.serve.webhooks import RETRY_S, Courier, ServiceState, check_receivers, post_message
+from cluster.serve.state import ServiceState
+from cluster.serve.webhooks import RETRY_S, Courier, check_receivers, post_message
 from sisa.config.config import ServiceBlock, WebhookReceiver
 from sisa.core.errors import InvalidInput
 from sisa.flows.deletion import Terms

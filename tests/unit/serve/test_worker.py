@@ -15,7 +15,8 @@ from cluster.cli import cli
 from cluster.serve import service as service_module
 from cluster.serve import worker
 from cluster.serve.domain import Service
-from cluster.serve.webhooks import Courier, ServiceState
+from cluster.serve.state import ServiceState
+from cluster.serve.webhooks import Courier
 from cluster.serve.worker import carry_out_due, reporting, working
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy

@@ -1,0 +1,78 @@
+"""Speak OpenDSR: the states, bodies and signatures of responses and status callbacks.
+
+`api/opendsr.py` has the endpoints, and `webhooks.py` sends the callbacks.
+"""
+
+from __future__ import annotations
+
+import base64
+import stat
+from typing import Any, Literal
+
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+
+from sisa.config.config import OpenDsrBlock
+from sisa.core.domain import Request, RequestState
+from sisa.core.errors import InvalidInput
+from sisa.core.requests import OPEN, UNDER_WAY
+from sisa.store.blobs.files import disk_errors
+
+DsrStatus = Literal["pending", "in_progress", "completed", "cancelled"]
+
+
+def opendsr_status(state: RequestState) -> DsrStatus | None:
+    """Return OpenDSR's word for a request's state; None for one that changes nothing.
+
+    >>> opendsr_status("held"), opendsr_status("erased"), opendsr_status("denied")
+    ('pending', 'in_progress', 'cancelled')
+    """
+    if state in OPEN:
+        return "pending"
+    if state in UNDER_WAY:
+        return "in_progress"
+    if state == "completed":
+        return "completed"
+    return None if state == "failed" else "cancelled"
+
+
+def status_body(
+    block: OpenDsrBlock, name: str | None, status: DsrStatus | None, expected: str
+) -> dict[str, Any]:
+    """Return the body of a status or a callback; `name` is the `subject_request_id`."""
+    return {
+        "controller_id": block.controller_id,
+        "subject_request_id": name,
+        "request_status": status,
+        "expected_completion_time": expected,
+    }
+
+
+def opendsr_headers(block: OpenDsrBlock, body: bytes) -> dict[str, str]:
+    """Return the headers that sign a body. Raise InvalidInput for a key that can't be used."""
+    with disk_errors(block.key):
+        mode, pem = block.key.stat().st_mode, block.key.read_bytes()
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except (ValueError, TypeError):
+        key = None
+    if isinstance(key, rsa.RSAPrivateKey) and not mode & 0o077:
+        signature = key.sign(body, padding.PKCS1v15(), hashes.SHA256())
+    elif isinstance(key, ec.EllipticCurvePrivateKey) and not mode & 0o077:
+        signature = key.sign(body, ec.ECDSA(hashes.SHA256()))
+    else:
+        raise InvalidInput(
+            "the key of OpenDSR can't be used",
+            where=str(block.key),
+            expected="an RSA or EC key in PEM, unsealed, in a file of mode 0600",
+            got=f"mode {stat.S_IMODE(mode):o}" if mode & 0o077 else "another file",
+        )
+    return {
+        "X-OpenDSR-Processor-Domain": block.domain,
+        "X-OpenDSR-Signature": base64.b64encode(signature).decode(),
+    }
+
+
+def expected_by(request: Request) -> str:
+    """Return the `expected_completion_time` of a request: the end of its due date."""
+    return f"{request.due}T23:59:59Z"
