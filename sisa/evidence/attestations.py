@@ -33,7 +33,7 @@ from sisa.evidence.certificate import (
     SHARD_TRAINING,
     Results,
     Served,
-    access,
+    access_predicate,
     decimal,
     subject_of,
 )
@@ -170,9 +170,9 @@ def log_hand_out(model: Model, right: Right, data: bytes, named: Iterable[str]) 
     hook = open_hook(model.directory, model.config, model.id)
     sha256, found = sha256_hex(data), json.loads(data)
     counts = {f"num_{name}": len(found.get(name, ())) for name in ("records", "deleted", "recipients")}
-    predicate = access(Keyed(model.secret), right, named, found["made_at"], counts)
+    predicate = access_predicate(Keyed(model.secret), right, named, found["made_at"], counts)
     try:
-        hook.evidence.put_given(sha256, predicate)
+        hook.tables.put_given(sha256, predicate)
         with model._writing() as context:
             made = hook.issue(context)
     except (SisaError, Refused) as error:
@@ -189,7 +189,7 @@ def log_provenance(model: Model) -> list[Logged]:
     keys = keys_of(model)
     with model._writing() as context:
         log = open_log(keys, context.stores.blobs[LOG])
-        known = open_hook(model.directory, model.config, model.id).evidence.logged(log)
+        known = open_hook(model.directory, model.config, model.id).tables.logged(log)
         served_now = digest_of(served_subject(context))
         first = next((e for e in known if e.kind in CHAINED and e.subject == served_now), None)
         state = statement_in(log.statement(first.sha256))["predicate"] if first else {}

@@ -42,20 +42,19 @@ from sisa.verifier.certificate import (
     EXACT,
     MIXED,
     RECTIFICATION,
-    STATE,
     TEST_RESULT,
     URN,
     commitment,
 )
-from sisa.verifier.envelope import MAX_NUMBER, STATEMENT_TYPE
+from sisa.verifier.envelope import MAX_NUMBER
 from sisa.verifier.merkle import leaf_hash, root
 
 PROVENANCE = "https://slsa.dev/provenance/v1"
 SHARD_TRAINING = f"{URN}shard-training:v1"
 ACCESS, RESTRICTION = f"{URN}access:v1", f"{URN}restriction:v1"
 NOT_RUN = "not run"
-OF_RECORDS = ("index row", "ledger row", "tombstone")  # one for each record
-MAX_LISTED = 1_000  # of these that a certificate lists; of more, the root over them
+ROW_KINDS = ("index row", "ledger row", "tombstone")  # one for each record
+MAX_LISTED = 1_000  # rows that a certificate lists
 COVERS = (
     "Each record that the commitments name is in no slice file, index, checkpoint or optimizer state of "
     "the model, and in no export that was still where it was written.",
@@ -100,7 +99,7 @@ class Held:
     slices: Sequence[SliceFile]
     indexes: Sequence[IndexFile]
     checkpoints: Sequence[HeldCheckpoint]
-    states: Collection[str] = ()  # names of files of hidden states of these slices
+    hidden_states: Collection[str] = ()  # names of the files with those of these slices
 
 
 @dataclass(frozen=True)
@@ -124,14 +123,17 @@ def tree_over(digests: Sequence[str]) -> dict[str, Any]:
     return {"number": len(leaves), "root": root(leaves).hex() if leaves else ""}
 
 
-def things(what: str, where: str, digests: Iterable[str] = (), **more: Any) -> dict[str, Any]:
-    """Return things of one kind by their digests; of the rows of many records, the root alone."""
+def inventory(what: str, where: str, digests: Iterable[str] = (), **more: Any) -> dict[str, Any]:
+    """Return the item of `erased` or `remains` for one kind of thing in one storage area.
+
+    Of more than MAX_LISTED rows it has the root alone.
+    """
     names = sorted(digests)
-    listed = [] if what in OF_RECORDS and len(names) > MAX_LISTED else names
+    listed = [] if what in ROW_KINDS and len(names) > MAX_LISTED else names
     return {"what": what, "where": where, **more, **tree_over(names), "digests": listed}
 
 
-def draft(
+def draft_certificate(
     keyed: Keyed,
     request_id: str,
     rows: Sequence[RecordRow],
@@ -140,37 +142,47 @@ def draft(
     exports: Iterable[Export],
     revokes: Collection[str],
 ) -> Draft:
-    """Return the draft of a request that removes `rows`; `ids` are the records' by keyed id."""
-    made = (commitment(salt_of(keyed, request_id, key), each) for key, each in ids.items())
+    """Return the draft of a request that removes `rows`; `ids` are the records' ids by keyed id."""
+    commitments = [
+        commitment(salt_of(keyed, request_id, id_digest), record_id).hex()
+        for id_digest, record_id in ids.items()
+    ]
     erased: list[dict[str, Any]] = []
     touched: list[dict[str, Any]] = []
     for shard in sorted({row.shard for row in rows}):
-        its = [row for row in rows if row.shard == shard]
-        slices = sorted({row.slice for row in its})
+        removed = [row for row in rows if row.shard == shard]
+        slices = sorted({row.slice for row in removed})
         of_shard = [each for each in held.checkpoints if each.shard == shard]
-        tainted = tainted_checkpoints(of_shard, its)
+        tainted = tainted_checkpoints(of_shard, removed)
         start = f"shard-{shard:05d}-"
         found = {
-            ("index row", "index"): [row.id_digest for row in its],
-            ("ledger row", "ledger"): [row.id_digest for row in its],
+            ("index row", "index"): [row.id_digest for row in removed],
+            ("ledger row", "ledger"): [row.id_digest for row in removed],
             ("slice file", "records"): [
                 each.sha256 for each in held.slices if each.shard == shard and each.slice in slices
             ],
             ("index file", "index"): [each.sha256 for each in held.indexes if each.shard == shard],
             ("checkpoint", "checkpoints"): list(tainted),
             ("optimizer state", "checkpoints"): list(tainted),
-            ("hidden states", "prefixes"): [name for name in held.states if name.startswith(start)],
+            ("hidden states", "prefixes"): [
+                name for name in held.hidden_states if name.startswith(start)
+            ],
         }
         erased += [
-            things(what, where, [erased_name(keyed, what, each) for each in names], shard=shard)
+            inventory(what, where, [erased_name(keyed, what, each) for each in names], shard=shard)
             for (what, where), names in found.items()
             if names
         ]
         touched.append({"shard": shard, "slices": slices, "checkpoints": len(tainted)})
-    if left := {erased_name(keyed, "export", each.path, each.key) for each in exports}:
-        erased.append(things("export", "exports", left, shard=-1))
-    commitments = tuple(sorted(each.hex() for each in made))
-    return Draft(request_id, commitments, tuple(erased), tuple(touched), tuple(sorted(revokes)))
+    if exported := {erased_name(keyed, "export", each.path, each.key) for each in exports}:
+        erased.append(inventory("export", "exports", exported, shard=-1))
+    return Draft(
+        request_id,
+        tuple(sorted(commitments)),
+        tuple(erased),
+        tuple(touched),
+        tuple(sorted(revokes)),
+    )
 
 
 @dataclass(frozen=True)
@@ -228,21 +240,12 @@ class State:
             "numerics": {"fingerprints": self.fingerprints},
             "code": dict(self.code),
         }
-        return _statement(self.subject, kind, {**predicate, **(more or {})})
+        return statement(self.subject, kind, {**predicate, **(more or {})})
 
 
-def _statement(subject: Sequence[Any], kind: str, predicate: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "_type": STATEMENT_TYPE,
-        "subject": list(subject),
-        "predicateType": kind,
-        "predicate": dict(predicate),
-    }
-
-
-def state_statement(state: State) -> dict[str, Any]:
-    """Return the statement after training, adding or rolling back: what the model holds and serves."""
-    return state.statement(STATE)
+def statement(subject: Sequence[Any], kind: str, predicate: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a statement to sign: `Keys.sign` adds its `_type`."""
+    return {"subject": list(subject), "predicateType": kind, "predicate": dict(predicate)}
 
 
 @dataclass(frozen=True)
@@ -264,9 +267,9 @@ class Outcome:
 def deletion_statement(keyed: Keyed, drafted: Draft, done: Outcome, state: State) -> dict[str, Any]:
     """Return the certificate of a completed request; its type is its tier."""
     request = done.request
-    alike = len(state.fingerprints) <= 1
+    bit_exact = len(state.fingerprints) <= 1
     more = {
-        "guarantee": "bit-exact" if alike else "same procedure, other bits",
+        "guarantee": "bit-exact" if bit_exact else "same procedure, other bits",
         "request": _request(request, done.events),
         "commitments": tree_over(drafted.commitments),
         "touched": list(drafted.touched),
@@ -300,7 +303,7 @@ def deletion_statement(keyed: Keyed, drafted: Draft, done: Outcome, state: State
         "legal_holds": done.holds,
         "coverage": {"covers": list(COVERS), "does_not_cover": list(DOES_NOT_COVER), "claims": CLAIMS},
     }
-    kind = RECTIFICATION if done.rectified else EXACT if alike else MIXED
+    kind = RECTIFICATION if done.rectified else EXACT if bit_exact else MIXED
     return state.statement(kind, more)
 
 
@@ -326,16 +329,16 @@ def _remains(keyed: Keyed, request: Request, tombstones: Iterable[str]) -> list[
     """Return what is kept of the request, where and why; its digests are named for it alone."""
     named = sorted(keyed.digest("remains", request.request_id, each) for each in tombstones)
     why = "keyed digests of id, subject and text: so that the record is not taken in again unnoticed"
-    found = [things("tombstone", at, named, why=why) for at in ("ledger", "witness") if named]
+    found = [inventory("tombstone", at, named, why=why) for at in ("ledger", "witness") if named]
     noted = {
         "ledger": "the request with its times and outcome, and keyed ids of the records that it named",
         "evidence": "commitments, from which receipts are made",
         "log": "this certificate",
     }
-    found += [things("request", at, why=why) for at, why in noted.items()]
+    found += [inventory("request", at, why=why) for at, why in noted.items()]
     if request.vaulted:
         why = "the text itself, encrypted, by consent, until a patch is made from it"
-        found.append(things("text", "vault", why=why))
+        found.append(inventory("text", "vault", why=why))
     return found
 
 
@@ -411,24 +414,28 @@ def _probe(found: Probed | None) -> dict[str, Any]:
     return {"result": "failed" if found.failure else "approximate", **numbers}
 
 
-def restriction(
+def restriction_predicate(
     keyed: Keyed,
-    found: Restrictions,
+    restrictions: Restrictions,
     counts: Mapping[str | None, int],
     heads: Sequence[Served],
     served: Sequence[Served],
 ) -> dict[str, Any]:
-    """Return the predicate of a restriction: numbers, times and keyed digests."""
+    """Return the predicate of a restriction: numbers, times and keyed digests.
+
+    `counts` are the numbers of restricted records by subject; `heads` would be served without them.
+    """
     now = {each.shard: each for each in served}
+    in_order = sorted((since, subject) for subject, since in restrictions.since.items())
     return {
-        "number": found.number,
+        "number": restrictions.number,
         "in_force": [
             {
-                "person": keyed.digest("restriction", each, since),
+                "person": keyed.digest("restriction", subject, since),
                 "since": since,
-                "num_records": counts.get(each, 0),
+                "num_records": counts.get(subject, 0),
             }
-            for each, since in sorted(found.since.items(), key=lambda pair: (pair[1], pair[0]))
+            for since, subject in in_order
         ],
         "held_back": [
             {
@@ -442,23 +449,16 @@ def restriction(
     }
 
 
-def restricted(predicate: Mapping[str, Any]) -> str:
+def restriction_digest(predicate: Mapping[str, Any]) -> str:
     """Return the digest of a restriction's predicate without the time of its signature."""
     return digest_of([predicate["number"], predicate["in_force"], predicate["held_back"]])
 
 
-def access(
+def access_predicate(
     keyed: Keyed, right: str, names: Iterable[str], at: str, counts: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Return what a statement says of a file for a person, who is named by records or subject."""
+    """Return the predicate for a file that a person got; records or a subject name the person."""
     return {"right": right, "at": at, "person": keyed.digest("access", at, *sorted(names)), **counts}
-
-
-def right_statement(
-    kind: str, predicate: Mapping[str, Any], subject: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return a statement about the right of a person other than erasure."""
-    return _statement(subject, kind, predicate)
 
 
 def approx_report(patch: Patch, model: str, issued_at: str, sequence: int) -> dict[str, Any]:
@@ -478,7 +478,7 @@ def approx_report(patch: Patch, model: str, issued_at: str, sequence: int) -> di
         "report": _decimals({key: each for key, each in patch.report.items() if key != _OF_RECORDS}),
         "exact": "no: this is a measurement of an approximate method, and no certificate",
     }
-    return _statement([subject], APPROX_REPORT, predicate)
+    return statement([subject], APPROX_REPORT, predicate)
 
 
 _OF_RECORDS = "composition"  # measured on records, which may be deleted later; a log forgets nothing

@@ -285,7 +285,7 @@ def parse_logged(sequence: int, kind: str, envelope: bytes) -> Logged:
         if kind == ACCESS:
             return replace(found, about=statement["subject"][0]["digest"]["sha256"])
         if kind == RESTRICTION:
-            return replace(found, subject=certificate.restricted(predicate))
+            return replace(found, subject=certificate.restriction_digest(predicate))
         roots, served = predicate["membership"], digest_of(statement["subject"])
         name = predicate["request"]["id"] if kind in CERTIFICATES else ""
         return replace(found, about=name, before=roots["before"], after=roots["after"], subject=served)

@@ -73,7 +73,7 @@ from sisa.lm.base.numerics import PROCEDURE_VERSION
 from sisa.planning.patch_plan import lineage
 from sisa.planning.plan import marked, prefix_names, touched
 from sisa.store.blobs.files import TEMPORARY_PREFIX
-from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED
+from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED, STATE
 from sisa.verifier.envelope import Refused
 
 PENDING = "the certificate is pending"
@@ -93,7 +93,7 @@ class EvidenceHook:
     removed: dict[str, Mapping[str, Record]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def evidence(self) -> EvidenceTables:
+    def tables(self) -> EvidenceTables:
         return EvidenceTables(self.directory / EVIDENCE)
 
     def contribute(self, context: Context, removal: Removal) -> Contribution:
@@ -101,13 +101,13 @@ class EvidenceHook:
         ledger = context.stores.ledger
         shards = {row.shard for row in removal.rows.values()}
         try:
-            former = self.evidence.adapters(shards, ledger.seq(), ledger.meta().get(TRAINED_ANEW, ""))
+            former = self.tables.adapters(shards, ledger.seq(), ledger.meta().get(TRAINED_ANEW, ""))
             records = {each.request_id: _records(context, removal, each) for each in removal.requests}
             drafts = [
                 _draft(context, removal, each, former, records[each.request_id])
                 for each in removal.requests
             ]
-            self.evidence.put_drafts(drafts)
+            self.tables.put_drafts(drafts)
             if self.config.signing.sweep:
                 self.removed.update(records)
         except SisaError as error:
@@ -118,8 +118,8 @@ class EvidenceHook:
         """Drop the drafts of what was not committed."""
         try:
             begun = {each.request_id for each in context.stores.ledger.requests() if each.committed_at}
-            if stray := sorted(self.evidence.drafts().keys() - begun):
-                self.evidence.drop(stray, commitments=True)
+            if stray := sorted(self.tables.drafts().keys() - begun):
+                self.tables.drop(stray, commitments=True)
         except SisaError as error:
             _report(context, "drafts of certificates are not up to date", error)
 
@@ -128,7 +128,7 @@ class EvidenceHook:
         ledger = context.stores.ledger
         try:
             anew = ledger.meta().get(TRAINED_ANEW, "")
-            self.evidence.note_adapters(ledger.checkpoints(), ledger.seq(), anew)
+            self.tables.note_adapters(ledger.checkpoints(), ledger.seq(), anew)
             self.issue(context)
         except (SisaError, Refused) as error:
             _report(context, f"{PENDING}: `sisa certificate issue` tries again", error)
@@ -152,7 +152,7 @@ class EvidenceHook:
             )
         log = open_log(keys, context.stores.blobs[LOG])
         why_not = LATER if self.config.signing.sweep else NOT_WANTED
-        issuing = _Issuing(context, self.evidence, keys, log, self.directory, self.removed, why_not)
+        issuing = _Issuing(context, self.tables, keys, log, self.directory, self.removed, why_not)
         return [
             *issuing.recover(),
             *issuing.certificates(),
@@ -164,7 +164,7 @@ class EvidenceHook:
 
     def pending(self, requests: Sequence[Request]) -> list[str]:
         """Return the completed requests whose certificates are not logged yet."""
-        drafts = self.evidence.drafts()
+        drafts = self.tables.drafts()
         return [r.request_id for r in requests if r.state == "completed" and r.request_id in drafts]
 
 
@@ -213,7 +213,7 @@ def _draft(
     exports = marked(ledger.exports(), {request.request_id: rows})
     tainted = [each for each in former if any(touched(each, row) for row in rows)]
     revokes = _revoked(context, rows, [*exports, *tainted])
-    return certificate.draft(keyed, request.request_id, rows, ids, held, exports, revokes)
+    return certificate.draft_certificate(keyed, request.request_id, rows, ids, held, exports, revokes)
 
 
 def _revoked(context: Context, rows: Sequence[RecordRow], exports: Sequence[Export]) -> set[str]:
@@ -238,7 +238,7 @@ class _Issuing:
     """The statements of one model that are to be made now."""
 
     context: Context
-    evidence: EvidenceTables
+    tables: EvidenceTables
     keys: Keys
     log: Log
     directory: Path
@@ -258,7 +258,7 @@ class _Issuing:
     @cached_property
     def present(self) -> State:
         """Return what the model holds and serves, without its place in the log."""
-        tree = Membership(self.evidence.path, self.keys.vrf_secret)
+        tree = Membership(self.tables.path, self.keys.vrf_secret)
         tree.sync(self.context)
         return State(
             model=self.keys.model,
@@ -276,18 +276,18 @@ class _Issuing:
     @cached_property
     def logged(self) -> list[Logged]:
         """Return what the log's statements are about, in order; statements made here are added to it."""
-        return self.evidence.logged(self.log)
+        return self.tables.logged(self.log)
 
     def recover(self) -> list[Logged]:
         """Log what was signed before a crash; drop it if another statement has taken its entry."""
-        waiting = self.evidence.signed()
+        waiting = self.tables.signed()
         return [self._append(*waiting)] if waiting and waiting[0] == len(self.logged) else []
 
     def _issue(self, statement: Mapping[str, Any]) -> Logged:
         """Sign a statement, note it, and log it."""
         kind, sequence = str(statement["predicateType"]), len(self.logged)
         envelope = self.keys.sign(dict(statement))
-        self.evidence.put_signed(sequence, kind, envelope)
+        self.tables.put_signed(sequence, kind, envelope)
         return self._append(sequence, kind, envelope)
 
     def _append(self, sequence: int, kind: str, envelope: bytes) -> Logged:
@@ -300,12 +300,12 @@ class _Issuing:
             )
         found = parse_logged(sequence, kind, envelope)
         self.logged.append(found)
-        self.evidence.put_logged(found)
+        self.tables.put_logged(found)
         return found
 
     def certificates(self) -> list[Logged]:
         """Issue the certificates of completed requests that have a draft and none yet."""
-        drafts = self.evidence.drafts()
+        drafts = self.tables.drafts()
         ledger = self.context.stores.ledger
         done = [r for r in ledger.requests() if r.state == "completed" and r.request_id in drafts]
         issued = {each.about for each in self.logged if each.kind in CERTIFICATES}
@@ -318,8 +318,8 @@ class _Issuing:
                 keyed = self.context.settings.chain.keyed
                 statement = certificate.deletion_statement(keyed, drafted, outcome, self._next_state())
                 made.append(self._issue(statement))
-            self.evidence.drop_adapters(drafted.revokes)
-            self.evidence.drop([request.request_id], commitments=False)
+            self.tables.drop_adapters(drafted.revokes)
+            self.tables.drop([request.request_id], commitments=False)
         return made
 
     def state(self) -> list[Logged]:
@@ -328,7 +328,7 @@ class _Issuing:
         last = _last(self.logged)
         if last is not None and (last.after, last.subject) == (now.after, digest_of(now.subject)):
             return []
-        return [self._issue(certificate.state_statement(now))]
+        return [self._issue(now.statement(STATE))]
 
     def patches(self) -> list[Logged]:
         """State the reports of patches that were made, each once."""
@@ -349,30 +349,25 @@ class _Issuing:
             return []
         counts = Counter(row.subject_digest for row in restricted_rows(ledger))
         keyed, served = self.context.settings.chain.keyed, served_by(ledger, served_heads(ledger))
-        predicate = certificate.restriction(keyed, known, counts, served_by(ledger), served)
+        heads = served_by(ledger)
+        predicate = certificate.restriction_predicate(keyed, known, counts, heads, served)
         stated = [each.subject for each in self.logged if each.kind == RESTRICTION]
-        if stated[-1:] == [certificate.restricted(predicate)]:
+        if stated[-1:] == [certificate.restriction_digest(predicate)]:
             return []
         subject = certificate.subject_of(served, active(ledger.patches()), self.context.settings.base)
-        return [
-            self._issue(certificate.right_statement(RESTRICTION, self._signed_now(predicate), subject))
-        ]
+        return [self._issue_right(RESTRICTION, subject, predicate)]
 
     def given(self) -> list[Logged]:
         """State the files that were handed to people, each once."""
         return [
-            self._issue(
-                certificate.right_statement(
-                    ACCESS,
-                    self._signed_now(predicate),
-                    [{"name": "file", "digest": {"sha256": sha256}}],
-                )
-            )
-            for sha256, predicate in self.evidence.given()
+            self._issue_right(ACCESS, [{"name": "file", "digest": {"sha256": sha256}}], predicate)
+            for sha256, predicate in self.tables.given()
         ]
 
-    def _signed_now(self, predicate: Mapping[str, Any]) -> dict[str, Any]:
-        return {"model": self.keys.model, "issued_at": self.context.now(), **predicate}
+    def _issue_right(self, kind: str, subject: Sequence[Any], predicate: Mapping[str, Any]) -> Logged:
+        """Issue a statement about a person's right other than erasure."""
+        issued = {"model": self.keys.model, "issued_at": self.context.now()}
+        return self._issue(certificate.statement(subject, kind, {**issued, **predicate}))
 
     def _next_state(self) -> State:
         """Return what the model holds and serves, as the next entry of the log states it."""

@@ -67,7 +67,7 @@ class Reading:
     @property
     def issued(self) -> Issued:
         requests = self.context.stores.ledger.requests()
-        return Issued(tuple(self.hook.evidence.logged(self.log)), tuple(self.hook.pending(requests)))
+        return Issued(tuple(self.hook.tables.logged(self.log)), tuple(self.hook.pending(requests)))
 
     def find(self, name: str) -> Logged:
         """Return a statement by its sha256, or the certificate of a request. Raise UnknownRecord."""
@@ -140,7 +140,7 @@ def standing(model: Model, request_id: str) -> str:
             return "issued"
     except SisaError:  # without keys or log it is pending
         pass
-    return "pending" if request_id in hook.evidence.drafts() else "none"
+    return "pending" if request_id in hook.tables.drafts() else "none"
 
 
 def results_of_checks(model: Model) -> list[tuple[str, dict[str, Any]]]:
@@ -178,7 +178,7 @@ def membership_file(model: Model, record_id: str) -> bytes:
     """
     with reading(model) as found:
         stated = [each for each in found.issued.logged if each.kind in CHAINED]
-        tree = Membership(found.hook.evidence.path, found.keys.vrf_secret)
+        tree = Membership(found.hook.tables.path, found.keys.vrf_secret)
         if not stated or tree.root != stated[-1].after or tree.is_behind(found.context):
             raise Outdated(
                 "no statement says what the model holds now",
@@ -198,14 +198,14 @@ def receipt_file(model: Model, request_name: str, record_id: str) -> bytes:
     with reading(model) as found:
         request = lifecycle.find(found.context, request_name)
         certificate = found.find(request.request_id)
-        hashes = found.hook.evidence.commitments(request.request_id)
+        hashes = found.hook.tables.commitments(request.request_id)
         envelope = found.log.statement(certificate.sha256)
         statement = verify_envelope(envelope, found.keys.public, certificate.sequence)
         stated = statement["predicate"]["commitments"]
         if tree_over(hashes) != stated:
             raise IntegrityError(
                 "the commitments of this certificate are lost, and with them its receipts",
-                where=str(found.hook.evidence.path),
+                where=str(found.hook.tables.path),
                 expected=f"{stated['number']} with the root {stated['root']}",
                 got=f"{len(hashes)}",
                 next_step="restore this file from a newer backup",

@@ -176,7 +176,7 @@ class Tree:
     def hash(self, prefix: str = "", changed: Sequence[bytes] = (), *, keep: bool = False) -> bytes:
         """Return the hash of a subtree, computed anew above the `changed` labels, which are sorted.
 
-        With `keep`, nodes above changed labels are stored, and those that are no more are removed.
+        With `keep`, the nodes above changed labels are stored, and nodes that no longer exist removed.
         """
         query = "SELECT hash FROM nodes WHERE prefix = ?"
         if not changed and (row := self.db.execute(query, (prefix,)).fetchone()):
@@ -301,14 +301,14 @@ class Membership:
         with self._tree(write=False) as tree:
             rows = tree.db.execute("SELECT label, id_digest, shard, slice FROM leaves").fetchall()
             leaves: dict[SlicePosition, dict[bytes, bytes]] = {place: {} for place in slices}
-            for label, key, *place in rows:
-                leaves.setdefault((place[0], place[1]), {})[key] = label
-            for (shard, slice_), its in leaves.items():
+            for label, id_digest, shard, slice_ in rows:
+                leaves.setdefault((shard, slice_), {})[id_digest] = label
+            for (shard, slice_), labels in leaves.items():
                 file = slices.get((shard, slice_))
                 listed = context.stores.ledger.contents(shard, slice_) if file else []
-                if its.keys() != {bytes.fromhex(each) for each, _ in listed}:
+                if labels.keys() != {bytes.fromhex(each) for each, _ in listed}:
                     raise ValueError(f"other records than the ledger's, in shard {shard}")
-                if file and shard in shards and its != self._labels(context, file, its):
+                if file and shard in shards and labels != self._labels(context, file, labels):
                     raise ValueError(f"labels that are not those of the ids, in shard {shard}")
 
     def prove(self, record_id: str) -> dict[str, Any]:
@@ -323,13 +323,12 @@ class Membership:
             path, end = tree.path(label)
             if fold(label, leaf(*end) if end else EMPTY_TREE, path) != tree.root:
                 raise ValueError("a path that does not give the root")
-            other = end and {"label": end[0].hex(), "value_hash": end[1].hex()}
-            found = tree.value(label) or other
-        return {
-            "vrf": self._key.prove(alpha).hex(),
-            "leaf": found,
-            "path": [each.hex() for each in path],
-        }
+            neighbour = end and {"label": end[0].hex(), "value_hash": end[1].hex()}
+            return {
+                "vrf": self._key.prove(alpha).hex(),
+                "leaf": tree.value(label) or neighbour,
+                "path": [each.hex() for each in path],
+            }
 
     @contextmanager
     def _tree(self, *, write: bool) -> Iterator[Tree]:
@@ -362,7 +361,7 @@ class Membership:
         changed: Sequence[SlicePosition],
         slices: Mapping[SlicePosition, SliceFile],
     ) -> tuple[list[bytes], list[Row]]:
-        """Return the labels that leave, and the rows that come; what moves keeps its label."""
+        """Return the labels of rows to remove, and the rows to add; a moved record keeps its label."""
         gone: dict[bytes, Row] = {}
         new: dict[bytes, SlicePosition] = {}
         for place in changed:
@@ -372,10 +371,10 @@ class Membership:
             new |= dict.fromkeys(now - held.keys(), place)
         today, num_new = context.now()[:10], len(new)
         rows: list[Row] = []
-        for each in gone.keys() & new.keys():
-            label, _, shard, _, since = gone[each]
-            place = new.pop(each)
-            rows.append((label, each, *place, since if place[0] == shard else today))
+        for moved in gone.keys() & new.keys():
+            label, _, former_shard, _, since = gone[moved]
+            shard, slice_ = new.pop(moved)
+            rows.append((label, moved, shard, slice_, since if shard == former_shard else today))
         if len(new) >= MANY:
             context.report(Notice(f"computing the labels of {len(new):,} records for membership proofs"))
         for place in sorted(set(new.values())):
@@ -385,16 +384,19 @@ class Membership:
             raise IntegrityError("the ledger holds records that its slice files do not")
         return [row[0] for row in gone.values()], rows
 
-    def _labels(self, context: Context, file: SliceFile, new: Collection[bytes]) -> dict[bytes, bytes]:
-        """Return the labels of a slice's new records by keyed id; libsodium works in several threads."""
+    def _labels(
+        self, context: Context, file: SliceFile, wanted: Collection[bytes]
+    ) -> dict[bytes, bytes]:
+        """Return the labels of a slice's wanted records by keyed id, computed in several threads."""
         stored = [(bytes.fromhex(s.id_digest), s.record.id) for s in context.stores.records.read(file)]
-        ids = {each: name for each, name in stored if each in new}
+        ids = {id_digest: record_id for id_digest, record_id in stored if id_digest in wanted}
 
-        def labels_of(names: Sequence[str]) -> list[bytes]:
-            return [self._key.output(name.encode())[:LABEL_BYTES] for name in names]
+        def labels_of(record_ids: Sequence[str]) -> list[bytes]:
+            return [self._key.output(each.encode())[:LABEL_BYTES] for each in record_ids]
 
-        names, threads = list(ids.values()), os.cpu_count() or 1
-        size = -(-len(names) // threads) or 1
+        record_ids, threads = list(ids.values()), os.cpu_count() or 1
+        size = -(-len(record_ids) // threads) or 1
+        starts = range(0, len(record_ids), size)
         with ThreadPoolExecutor(threads) as pool:
-            parts = pool.map(labels_of, (names[at : at + size] for at in range(0, len(names), size)))
+            parts = pool.map(labels_of, (record_ids[at : at + size] for at in starts))
             return dict(zip(ids, chain.from_iterable(parts), strict=True))

@@ -55,9 +55,9 @@ class Published:
 
 def publish(model: Model, to: Path | None = None, days: int = VALID_DAYS) -> Published:
     """Sign a feed and write it to a file, by default beside the log. Raise InvalidInput without keys."""
-    with reading(model) as found:
-        statement, beside = feed_of(found, days), found.context.stores.blobs[LOG]
-        envelope = found.keys.sign(statement)
+    with reading(model) as evidence:
+        statement, beside = feed_of(evidence, days), evidence.context.stores.blobs[LOG]
+        envelope = evidence.keys.sign(statement)
         if to is None:
             beside.put(FEED, envelope)
         else:
@@ -74,28 +74,30 @@ def publish(model: Model, to: Path | None = None, days: int = VALID_DAYS) -> Pub
     )
 
 
-def feed_of(found: Reading, days: int = VALID_DAYS) -> dict[str, Any]:
+def feed_of(evidence: Reading, days: int = VALID_DAYS) -> dict[str, Any]:
     """Return the feed of a model as a statement that is to be signed."""
-    revoked, num_waiting = _revoked(found)
-    ledger, now = found.context.stores.ledger, datetime.fromisoformat(found.context.now())
+    revoked, num_waiting = _revoked(evidence)
+    ledger, now = evidence.context.stores.ledger, datetime.fromisoformat(evidence.context.now())
     held = {each.adapter_sha256 for each in ledger.checkpoints()}
     held |= {each.adapter_sha256 for each in ledger.exports() if not each.stale}
-    return feed_statement(found.keys.model, found.log.checkpoint, num_waiting, revoked, held, now, days)
+    return feed_statement(
+        evidence.keys.model, evidence.log.checkpoint, num_waiting, revoked, held, now, days
+    )
 
 
 def num_revoked(model: Model) -> int:
     """Return how many adapters deletions revoked so far. Raise InvalidInput without keys."""
-    with reading(model) as found:
-        return len(_revoked(found)[0])
+    with reading(model) as evidence:
+        return len(_revoked(evidence)[0])
 
 
-def _revoked(found: Reading) -> tuple[Revoked, int]:
+def _revoked(evidence: Reading) -> tuple[Revoked, int]:
     """Return what deletions revoked, and the number of those whose certificates are not logged yet."""
-    drafts = found.hook.evidence.drafts()  # before the log: what is certified meanwhile is in both
-    certified = found.issued.certificates
+    drafts = evidence.hook.tables.drafts()  # first: what is certified meanwhile is in both
+    certified = evidence.issued.certificates
     waiting = [
         each
-        for each in found.context.stores.ledger.requests()
+        for each in evidence.context.stores.ledger.requests()
         if each.committed_at and each.request_id in drafts.keys() - certified.keys()
     ]
     revoked: Revoked = {}
@@ -103,7 +105,7 @@ def _revoked(found: Reading) -> tuple[Revoked, int]:
         pending = {"certificate": "", "date": request.committed_at[:10]}
         revoked |= dict.fromkeys(drafts[request.request_id].revokes, pending)
     for each in sorted(certified.values(), key=lambda each: -each.sequence):  # the earliest is named
-        predicate = statement_in(found.log.statement(each.sha256))["predicate"]
+        predicate = statement_in(evidence.log.statement(each.sha256))["predicate"]
         by = {"certificate": each.sha256, "date": predicate["request"]["times"]["committed"][:10]}
         revoked |= dict.fromkeys(predicate["revokes"], by)
     return revoked, len(waiting)

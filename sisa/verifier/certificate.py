@@ -25,6 +25,7 @@ from sisa.verifier.envelope import (
     PublicKeys,
     Refused,
     canonical,
+    hash_list,
     members,
     strict_json,
     verify_envelope,
@@ -126,11 +127,9 @@ def verify_receipt(data: bytes, certificate: Certificate, keys: PublicKeys) -> s
         raise Refused("the receipt is of another entry", "", f"{certificate.index}", f"{index}")
     tree = certificate.statement["predicate"].get("commitments")
     tree = members(tree, "the tree of commitments", {"root": SHA256_HEX, "number": int})
-    if not all(isinstance(each, str) and SHA256_HEX.fullmatch(each) for each in receipt["path"]):
-        raise Refused("the receipt's path is not one of hashes")
-    salt, root, *path = map(bytes.fromhex, (receipt["salt"], tree["root"], *receipt["path"]))
-    leaf = leaf_hash(commitment(salt, receipt["id"]))
-    verify_inclusion(leaf, receipt["index"], tree["number"], path, root)
+    path = hash_list(receipt["path"], "the receipt's path")
+    leaf = leaf_hash(commitment(bytes.fromhex(receipt["salt"]), receipt["id"]))
+    verify_inclusion(leaf, receipt["index"], tree["number"], path, bytes.fromhex(tree["root"]))
     return str(receipt["id"])
 
 

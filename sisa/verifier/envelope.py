@@ -94,6 +94,13 @@ def members(value: Any, what: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
     return value
 
 
+def hash_list(value: Any, what: str) -> list[bytes]:
+    """Return the hashes in a list, each of 64 hexadecimal digits."""
+    if not all(isinstance(each, str) and SHA256_HEX.fullmatch(each) for each in value):
+        raise Refused(f"{what} is not a list of hashes")
+    return [bytes.fromhex(each) for each in value]
+
+
 def base64_bytes(text: str, what: str) -> bytes:
     """Return the bytes that padded base64 encodes, if it is the one form that does."""
     with suppress(ValueError):

@@ -42,12 +42,13 @@ def check_present(feed: Feed, now: str, since: int = 0, seen: Feed | None = None
     step = "get the newest feed"
     if now > feed["next_update"]:
         raise Refused("the feed is out of date", "", f"a time until {feed['next_update']}", now, step)
-    seen = seen or {**feed, "sequence": since, "published": ""}
-    lost = len(seen["revoked"].keys() - {*feed["revoked"], *map(str, feed["reinstated"])})
-    older = (feed["sequence"], feed["published"]) < (seen["sequence"], seen["published"])
-    if lost or older or feed["sequence"] < since:
-        got = f"number {feed['sequence']}, {lost} revocations missing"
+    older, lost, least = feed["sequence"] < since, 0, since
+    if seen:
+        older |= (feed["sequence"], feed["published"]) < (seen["sequence"], seen["published"])
+        lost = len(seen["revoked"].keys() - {*feed["revoked"], *map(str, feed["reinstated"])})
         least = max(since, seen["sequence"])
+    if older or lost:
+        got = f"number {feed['sequence']}, {lost} revocations missing"
         raise Refused("the feed is behind one seen before", "", f"number {least} or later", got, step)
 
 

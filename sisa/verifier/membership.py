@@ -26,7 +26,7 @@ from hashlib import sha256
 from typing import Any
 
 from sisa.verifier.certificate import CHAINED, Certificate, parse_file, verify_logged
-from sisa.verifier.envelope import SHA256_HEX, PublicKeys, Refused, canonical, members
+from sisa.verifier.envelope import SHA256_HEX, PublicKeys, Refused, canonical, hash_list, members
 from sisa.verifier.vrf import verify_output
 
 MEMBERSHIP_FILE = "deletion-ready-model/membership-proof/v1"
@@ -55,9 +55,7 @@ def verify_membership(data: bytes, keys: PublicKeys) -> MembershipProof:
         raise Refused("the proof is about no state", "", " or ".join(CHAINED), state.kind[:80])
     root = bytes.fromhex(state.statement["predicate"]["membership"]["after"])
     label = verify_output(keys.vrf, file["id"].encode(), bytes.fromhex(file["vrf"]))[:LABEL_BYTES]
-    found, path = file["leaf"], {f"{at}": each for at, each in enumerate(file["path"])}
-    members(path, "a path", dict.fromkeys(path, SHA256_HEX))
-    siblings = [bytes.fromhex(each) for each in path.values()]
+    found, siblings = file["leaf"], hash_list(file["path"], "the path")
     if found and "shard" in found:
         place = members(found, "a place", {"shard": int, "since": str})
         verify_present(root, label, canonical(place), siblings)

@@ -129,12 +129,10 @@ def parse_proof(text: bytes) -> tuple[int, list[bytes], bytes]:
     return int(found[1]), path, found[3].encode()
 
 
-def verify_proof(
-    text: bytes, entry: bytes, vkey: str, *, witnesses: Sequence[str] = ()
-) -> tuple[int, Checkpoint]:
+def verify_proof(text: bytes, entry: bytes, vkey: str) -> tuple[int, Checkpoint]:
     """Return the index of an entry, and the checkpoint that covers it. Raise Refused."""
     index, path, checkpoint = parse_proof(text)
-    found = open_checkpoint(checkpoint, vkey, witnesses=witnesses)
+    found = open_checkpoint(checkpoint, vkey)
     merkle.verify_inclusion(merkle.leaf_hash(entry), index, found.size, path, found.root)
     return index, found
 

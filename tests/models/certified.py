@@ -39,7 +39,7 @@ class Certified:
 
     @property
     def evidence(self) -> EvidenceTables:
-        return self.hook.evidence
+        return self.hook.tables
 
     @property
     def logged(self) -> list[Logged]:

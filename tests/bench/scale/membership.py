@@ -111,7 +111,7 @@ def measure(folder: Path, scale: Scale, num_deletions: int, seed: int = 7) -> di
             rewritten.append(sum(after.get(at) != before.get(at) for at in before.keys() | after.keys()))
             paths.append(len(proof["path"]))
     log = Log(LocalBlobs(store.folder / LOG), keys)
-    kinds = [each.kind for each in hook.evidence.logged(log)]
+    kinds = [each.kind for each in hook.tables.logged(log)]
     assert sum(kind in CERTIFICATES for kind in kinds) == len(names) - half
     ratio = [mean(each.clean_s for each in some) for some in (certified, plain)]
     return {

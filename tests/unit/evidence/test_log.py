@@ -426,7 +426,7 @@ def test_a_witness_signs_what_continues_what_it_saw(place: Place) -> None:
     again = cosign(place.read, place.vkey, private, state)  # the next one; its own time
     place.log.add_cosignatures(logs.checkpoint_text(again[1]) + b"\n" + again[2], [vkey])  # a note
     proof = place.log.proof(0)
-    assert note.verify_proof(proof, entry(0), place.vkey, witnesses=[vkey])[1].size == 6
+    assert note.open_checkpoint(note.parse_proof(proof)[2], place.vkey, witnesses=[vkey]).size == 6
     place.log.append(statement(6), TYPE)
     with pytest.raises(Refused, match="not signed as expected"):  # of the new one, not yet
         open_checkpoint(place.read("checkpoint"), place.vkey, witnesses=[vkey])
