@@ -65,9 +65,11 @@ SCALE = Scale(per_person=2, epochs=2)
 TINY_PACE = {**PACE, "num_epochs": 120, "max_steps": 120}
 
 
-def run(ground: Ground, mode: Mode, way: Way, after: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Forget people one after another; return a row after some of the requests."""
-    for first, upto in zip((0, *after), after, strict=False):
+def run(
+    ground: Ground, mode: Mode, way: Way, after: Sequence[int], done_before: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Forget people one after another, the first `done_before` done; yield a row after some requests."""
+    for first, upto in zip((done_before, *after), after, strict=False):
         requests = [erase(ground, subject) for subject in ground.known[first:upto]]
         kept = ground.known[upto:]
         knew = [each["request_id"] for each in requests if each["probed"]["num_known"]]

@@ -50,37 +50,56 @@ def erased(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Erased:
     return Erased(copy, fallback.erase(copy, fallback.FORGOTTEN))
 
 
-@pytest.fixture(scope="module")
-def patched(erased: Erased, tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    return erased.ground.copied(tmp_path_factory.mktemp("patched"))
+@dataclass(frozen=True)
+class Patched:
+    """The model after a patch, for tests to copy, and what was measured on the way."""
+
+    ground: Ground
+    found: dict[str, Any]
+
+    @classmethod
+    def by(cls, erased: Erased, folder: Path, name: str, way: Way, **settings: Any) -> Patched:
+        ground = erased.ground.copied(folder, **settings)
+        return cls(ground, fallback.run(ground, erased.request, {name: way}))
 
 
 @pytest.fixture(scope="module")
-def found(erased: Erased, patched: Ground) -> dict[str, Any]:
-    ways = {"kept": Way(settings=PACE), "written": Way(keep=False, settings=SHORT)}
-    return fallback.run(patched, erased.request, ways)
+def kept(erased: Erased, tmp_path_factory: pytest.TempPathFactory) -> Patched:
+    """Return a patch that keeps the others' records; its text stays in the vault for a joint one."""
+    folder = tmp_path_factory.mktemp("kept")
+    return Patched.by(erased, folder, "kept", Way(settings=PACE), patch_mode="joint")
 
 
-def test_the_base_still_knows_what_was_deleted_exactly(found: dict[str, Any]) -> None:
-    assert found["request_probed"]["num_known"] == TINY.per_person
-    assert found["without_patch"]["forgotten"]["base_known"] == TINY.per_person
-    assert found["without_patch"]["forgotten"]["base_probability"] > 0.9
+@pytest.fixture(scope="module")
+def written(erased: Erased, tmp_path_factory: pytest.TempPathFactory) -> Patched:
+    """Return a patch whose retain set the base wrote."""
+    folder = tmp_path_factory.mktemp("written")
+    return Patched.by(erased, folder, "written", Way(keep=False, settings=SHORT))
+
+
+def test_the_base_still_knows_what_was_deleted_exactly(kept: Patched) -> None:
+    assert kept.found["request_probed"]["num_known"] == TINY.per_person
+    before = kept.found["without_patch"]["forgotten"]
+    assert before["base_known"] == TINY.per_person
+    assert before["base_probability"] > 0.9
 
 
 @pytest.mark.parametrize("way", ["kept", "written"])
-def test_with_a_patch_it_is_not_known_any_more(found: dict[str, Any], way: str) -> None:
+def test_with_a_patch_it_is_not_known_any_more(request: pytest.FixtureRequest, way: str) -> None:
+    found = request.getfixturevalue(way).found
     before, after = found["without_patch"]["forgotten"], found["patches"][way]["forgotten"]
     assert after["base_known"] == 0
     assert after["base_probability"] < 0.2
     assert after["served"]["probability"] < 0.5 * before["served"]["probability"]
 
 
-def test_whoever_is_in_the_retain_set_stays_known(found: dict[str, Any]) -> None:
-    before, after = (each["others"] for each in (found["without_patch"], found["patches"]["kept"]))
+def test_whoever_is_in_the_retain_set_stays_known(kept: Patched) -> None:
+    patch = kept.found["patches"]["kept"]
+    before, after = kept.found["without_patch"]["others"], patch["others"]
     assert after["base_known"] >= KEPT * before["base_known"] > 0
     assert after["base_probability"] >= KEPT * before["base_probability"]
     assert after["served"]["probability"] >= SERVED * before["served"]["probability"]
-    assert found["patches"]["kept"]["composition"]["shards"]["agreement"] >= AGREEING
+    assert patch["composition"]["shards"]["agreement"] >= AGREEING
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -112,21 +131,29 @@ def test_a_bound_that_leaves_no_room_is_told_and_the_text_stays(erased: Erased, 
     assert (done["report"]["outcome"], done["sets_erased"]) == ("forgotten", 1)
 
 
-@pytest.mark.usefixtures("found")
-def test_the_shards_are_exact_beneath_a_patch(patched: Ground) -> None:
-    assert sisa.open_model(patched.model, executor="serial").verify(replay="all", apart=False).ok
+def test_the_shards_are_exact_beneath_a_patch(kept: Patched) -> None:
+    assert sisa.open_model(kept.ground.model, executor="serial").verify(replay="all", apart=False).ok
 
 
-@pytest.mark.parametrize("name", ["sequential", "joint", "retrained"])
-def test_two_erasures_one_after_another(ground: Ground, tmp_path: Path, name: str) -> None:
+def erase_another(patched: Patched, folder: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Erase a second person by the patch of a mode; return the row of `sequential.run`."""
     mode = sequential.MODES[name]
-    again = ground.copied(tmp_path, patch_mode=mode.patch_mode)
-    rows = list(sequential.run(again, mode, Way(settings=FAST if mode.keep else SHORT), (1, 2)))
-    assert [row["known"] for row in rows] == [0, 0]
-    assert all(row["forget_probability"] < 0.2 for row in rows)
-    if mode.keep:
-        assert rows[-1]["num_beneath"] == (1 if name == "sequential" else 0)
-        assert all(row["kept_probability"] > 0.8 for row in rows)
-    else:
-        assert all(row["slices_trained"] > 0 for row in rows if row["drift"] >= sequential.MAX_DRIFT)
-        assert all(row["kept_served"]["probability"] > SERVED for row in rows)
+    again = patched.ground.copied(folder, patch_mode=mode.patch_mode)
+    (row,) = sequential.run(again, mode, Way(settings=settings), (2,), done_before=1)
+    assert row["known"] == 0
+    assert row["forget_probability"] < 0.2
+    return row
+
+
+@pytest.mark.parametrize(("name", "num_beneath"), [("sequential", 1), ("joint", 0)])
+def test_a_second_erasure(kept: Patched, tmp_path: Path, name: str, num_beneath: int) -> None:
+    row = erase_another(kept, tmp_path, name, FAST)
+    assert row["num_beneath"] == num_beneath
+    assert row["kept_probability"] > 0.8
+
+
+def test_shards_are_retrained_once_patches_have_moved_them(written: Patched, tmp_path: Path) -> None:
+    row = erase_another(written, tmp_path, "retrained", SHORT)
+    assert row["drift"] >= sequential.MAX_DRIFT
+    assert row["slices_trained"] > 0
+    assert row["kept_served"]["probability"] > SERVED
