@@ -57,9 +57,11 @@ MAX_RETRIES = 50
 class Killer:
     """Kill a random node or worker when called, unless the pause is not over."""
 
-    def __init__(self, cluster: Cluster, seed: int, num_nodes: int) -> None:
+    def __init__(
+        self, cluster: Cluster, seed: int, num_nodes: int, pause_s: tuple[float, float]
+    ) -> None:
         self.kills = Counter[str]()
-        self._cluster, self._random = cluster, random.Random(seed)
+        self._cluster, self._random, self._pause_s = cluster, random.Random(seed), pause_s
         self._names = (f"n{number}" for number in count())
         for _ in range(num_nodes):
             add_node(cluster, next(self._names))
@@ -72,7 +74,7 @@ class Killer:
         self._pause()
 
     def _pause(self) -> None:
-        self._next = time.monotonic() + self._random.uniform(*PAUSE_S)
+        self._next = time.monotonic() + self._random.uniform(*self._pause_s)
 
     def _kill_node(self) -> None:
         nodes = sorted(self._cluster.worker_nodes, key=lambda node: str(node.unique_id))
@@ -89,7 +91,7 @@ class Killer:
                 self.kills["worker"] += 1
 
 
-def ground(folder: Path, num_shards: int) -> tuple[Site, list[Chain]]:
+def ground(folder: Path, num_shards: int, passes: tuple[int, int]) -> tuple[Site, list[Chain]]:
     """Return a tiny base, slice files, and the chains over them."""
     base = make_tiny_base(folder / "base")
     digest, records = base_digest(base), LocalBlobs(folder / "records")
@@ -100,7 +102,7 @@ def ground(folder: Path, num_shards: int) -> tuple[Site, list[Chain]]:
         made = make_chain(store, shard, site)
         jobs, parent = [], None
         for job in made.jobs:
-            jobs.append(replace(job, parent=parent, fingerprint=here, passes=PASSES))
+            jobs.append(replace(job, parent=parent, fingerprint=here, passes=passes))
             parent = jobs[-1].key
         chains.append(replace(made, jobs=tuple(jobs)))
     return site, chains
@@ -125,10 +127,12 @@ def run(
     *,
     num_nodes: int = NUM_NODES,
     num_shards: int = NUM_SHARDS,
+    passes: tuple[int, int] = PASSES,
+    pause_s: tuple[float, float] = PAUSE_S,
     show: bool = False,
 ) -> dict[str, Any]:
     """Run rounds until so many seconds have passed and something was killed, or one is not equal."""
-    site, chains = ground(folder, num_shards)
+    site, chains = ground(folder, num_shards, passes)
     expected = serial(site, chains)
     notices, failures = Counter[str](), list[str]()
     rounds = trained = 0
@@ -142,7 +146,7 @@ def run(
             notices[_kind(event.text)] += 1
 
     with own_cluster() as cluster:
-        killer = Killer(cluster, seed, num_nodes)
+        killer = Killer(cluster, seed, num_nodes, pause_s)
         started = time.monotonic()
         while not failures and (time.monotonic() - started < seconds or not killer.kills):
             target = folder / f"round-{rounds}"

@@ -21,7 +21,7 @@ from sisa.core.errors import InvalidInput, Problem
 from tests.endurance import fuzz, mutate
 from tests.endurance.fuzz import Box, invoke, product, words
 
-SEED, NUM_INPUTS, NUM_RUN_FILES = 3, 150, 800
+SEED, NUM_INPUTS, NUM_RUN_FILES = 3, 110, 400
 MAX_RUN_FILE_S = 5.0
 
 

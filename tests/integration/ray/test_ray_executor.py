@@ -34,7 +34,7 @@ from sisa.lm.base.numerics import fingerprint
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.fakes.keyring import PLAIN
-from tests.models.clusters import wait_for
+from tests.models.clusters import num_alive, wait_for
 from tests.models.scripted import (
     NUM_SHARDS,
     NUM_SLICES,
@@ -401,7 +401,7 @@ def two_nodes(tmp_path: Path) -> Iterator[str]:
             command = [ray_command, "start", "--block", *arguments]
             quiet = subprocess.DEVNULL
             nodes.append(subprocess.Popen(command, cwd="/", env=environment, stdout=quiet, stderr=quiet))
-            wait_for_port(address)
+            wait_for(lambda: listens(address), 30)
         yield address
     finally:
         ray_session.disconnect()
@@ -411,22 +411,10 @@ def two_nodes(tmp_path: Path) -> Iterator[str]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def wait_for_port(address: str) -> None:
+def listens(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            socket.create_connection((host, int(port)), timeout=1).close()
-            return
-        time.sleep(0.1)
-
-
-def wait_for_nodes(address: str, num_nodes: int) -> None:
-    ray_session.connect(address, 1)
-    deadline = time.monotonic() + 30
-    while len([node for node in ray.nodes() if node["Alive"]]) < num_nodes:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
 
 
 @pytest.mark.usefixtures("own_ray")
@@ -439,7 +427,8 @@ def test_the_base_is_carried_to_a_node_that_lacks_it(
     (site.base_dir / "model.safetensors").write_bytes(b"w" * 5000)
     monkeypatch.chdir(site.base_dir)
     here = replace(site, base_dir=Path("/proc/self/cwd"))  # a directory that only this process has
-    wait_for_nodes(two_nodes, 2)
+    ray_session.connect(two_nodes, 1)
+    wait_for(lambda: num_alive() == 2, 30)
     events: list[Event] = []
     RayExecutor(here, two_nodes, 1, 0, open_scripted, prove=scripted_proof).run(chains, events.append)
     assert bytes_of(site.checkpoints_at) == expected

@@ -22,7 +22,7 @@ from tests.examples import num_examples
 from tests.fakes.ports import fake_record
 from tests.models.confessing import RUN_FILE, train_in, use_fake_resources
 
-NUM_RECORDS, NUM_SUBJECTS = 160, 4
+NUM_RECORDS, NUM_SUBJECTS = 48, 4
 KEPT = [fake_record(number, f"subject-{number % NUM_SUBJECTS}") for number in range(12)]
 MORE = [fake_record(number, f"subject-{number % NUM_SUBJECTS}") for number in range(12, NUM_RECORDS)]
 
