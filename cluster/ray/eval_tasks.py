@@ -36,7 +36,7 @@ class EvaluationTask:
     spec: str
     benchmark: str
     questions: Sequence[Question] = field(repr=False)
-    name: str  # that names of logs begin with
+    name: str  # the prefix of the names of logs
     out: Path  # the directory for logs
     kind: PromptKind | None  # of prompts; None: the model's own
     template: str
@@ -46,7 +46,7 @@ class EvaluationTask:
     dtype: Dtype
 
 
-def carry_out(task: EvaluationTask, report: Report) -> Evaluated:
+def evaluate_task(task: EvaluationTask, report: Report) -> Evaluated:
     """Evaluate one model in this process. Raise as `open_evaluated`, `check_fits` and `evaluate`."""
     from approx.evaluation.asking import Asking, Evaluated, evaluate, header_of, log_name
     from approx.evaluation.evaluated import PromptForm
@@ -74,13 +74,13 @@ def carry_out(task: EvaluationTask, report: Report) -> Evaluated:
 
 @dataclass(frozen=True)
 class AttackTask:
-    """Describe one model to attack. A form that is a template is of the model's own kind."""
+    """Describe one model to attack."""
 
     spec: str
     references: Sequence[str]
     before: str | None
     order: AttackOrder = field(repr=False)
-    form: PromptForm | str
+    form: PromptForm | str  # a template: in the model's own kind of prompt
     device: str
     dtype: Dtype
 
@@ -93,7 +93,7 @@ class Attacked:
     known_before: float | None
 
 
-def carry_out_attacks(task: AttackTask, report: Report) -> Attacked:
+def attack_task(task: AttackTask, report: Report) -> Attacked:
     """Attack one model in this process. Raise the errors of `attack_opened`."""
     from approx.attacks.attack import probabilities
     from approx.attacks.attack_log import OpenedModel, attack_opened
@@ -119,26 +119,26 @@ def run_evaluations(
 
     Raise the first error of a task; the logs keep what was done before it.
     """
-    return _run(tasks, carry_out, ray=ray, address=address, report=report)
+    return _run(tasks, evaluate_task, ray=ray, address=address, report=report)
 
 
 def run_attacks(
     tasks: Sequence[AttackTask], *, ray: bool, address: str | None, report: Report
 ) -> list[Attacked]:
     """Run all tasks and return their results in order. Raise as `run_evaluations`."""
-    return _run(tasks, carry_out_attacks, ray=ray, address=address, report=report)
+    return _run(tasks, attack_task, ray=ray, address=address, report=report)
 
 
 def _run(
     tasks: Sequence[_Task],
-    carry: Callable[[_Task, Report], _Done],
+    carry_out: Callable[[_Task, Report], _Done],
     *,
     ray: bool,
     address: str | None,
     report: Report,
 ) -> list[_Done]:
     if not ray or len(tasks) < 2:
-        return [carry(each, report) for each in tasks]
+        return [carry_out(each, report) for each in tasks]
     from cluster.ray.ray_session import alive_cpus, connect
     from cluster.ray.ray_tasks import run_tasks
     from cluster.ray.worker_slots import Placement
@@ -147,4 +147,4 @@ def _run(
     cpus = max(1, max(alive_cpus(), default=1) // len(tasks))
     placement = Placement(cpus, gpus=int(tasks[0].device.startswith("cuda")))
     label = attrgetter("spec")
-    return run_tasks(tasks, carry, report, session=session, placement=placement, label=label)
+    return run_tasks(tasks, carry_out, report, session=session, placement=placement, label=label)

@@ -7,8 +7,8 @@ says why. A lost node loses its slots.
 Losing the head is fatal: Ray keeps its tables in the head's memory, and an external Redis is not
 assumed.
 
-CPUs used by other jobs of the cluster are not seen: a task waits for the node it was given. Nodes that
-join a run on a local Ray (one node, no address) are not used.
+CPUs that other jobs of the cluster use count as free: a task waits for the node that it was given. On a
+local Ray (one node, no address), nodes that join later are not used.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ class Nodes:
         self._proofs = Proofs(self._origin, terms, remote) if terms and terms.manifest else None
         self._alive: dict[str, _Node] = {}
         self._refused: dict[str, str] = {}
-        self._looked = self._head_reported = self._had_slots = time.monotonic()
+        self._looked = self._head_answered = self._had_slots = time.monotonic()
 
     def open(self) -> None:
         """Admit the nodes that are present. Raise EnvironmentFault if none of them can do any work."""
-        unsure = True
-        while unsure and not self.slots.total and time.monotonic() - self._had_slots < NO_NODE_S:
-            self._greet(within_s=NO_NODE_S)
+        is_one_lost = True
+        while is_one_lost and not self.slots.total and time.monotonic() - self._had_slots < NO_NODE_S:
+            self._update(within_s=NO_NODE_S)
             if self._proofs is not None:
                 self._proofs.wait()
-            unsure = self._judge(must_carry=True)
-            if unsure and not self.slots.total:
+            is_one_lost = self._judge(must_carry=True)
+            if is_one_lost and not self.slots.total:
                 time.sleep(LOOK_EVERY_S)  # a node that died a moment ago still counts as alive
         if not self.slots.total:
             self._raise_none()
@@ -80,7 +80,7 @@ class Nodes:
         self._looked = now
         if not self._head_answers(now):
             return  # any call to the head would block
-        self._greet()
+        self._update()
         self._judge(must_carry=False)
         if self.slots.total or (self._proofs is not None and self._proofs.pending):
             self._had_slots = now
@@ -90,7 +90,8 @@ class Nodes:
     def name_of(self, node: str) -> str:
         return self._alive[node].name if node in self._alive else node[:8]
 
-    def _greet(self, within_s: float = CONNECT_S) -> None:
+    def _update(self, within_s: float = CONNECT_S) -> None:
+        """Drop lost nodes; admit new ones, or ask them for a proof."""
         listed = _listed(within_s)
         if listed is None:
             return  # the next call of `look` asks again
@@ -119,25 +120,27 @@ class Nodes:
     def _judge(self, must_carry: bool) -> bool:
         """Admit or refuse the nodes that have answered; return whether one was lost before its answer.
 
-        A lost node is asked again when it is next seen.
+        A lost node is asked again when it is next seen. With `must_carry`, raise EnvironmentFault if the
+        base can't be carried to a node; without, refuse that node.
         """
-        lost = False
-        for node, proof in self._proofs.judge() if self._proofs is not None else ():
+        is_one_lost = False
+        for node, answer in self._proofs.judge() if self._proofs is not None else ():
             if node not in self._alive:
                 continue
-            if proof == "":
-                lost = True
-                self._alive.pop(node)
+            if answer is None:
+                is_one_lost = True
+                del self._alive[node]
                 continue
-            why = proof if isinstance(proof, str) else ""
-            if isinstance(proof, Proof) and not proof.has_base:
-                why = self._cannot_carry(node, must_carry)
-            if not why:
+            if isinstance(answer, Proof):
+                why = "" if answer.has_base else self._cannot_carry(node, must_carry)
+            else:
+                why = answer
+            if why:
+                self._refused[node] = why
+                self._report(Notice(f"node {self._alive[node].name} never trains for this model: {why}"))
+            else:
                 self.slots.join(node, self._alive[node].num_slots)
-                continue
-            self._refused[node] = why
-            self._report(Notice(f"node {self._alive[node].name} never trains for this model: {why}"))
-        return lost
+        return is_one_lost
 
     def _cannot_carry(self, node: str, must_carry: bool) -> str:
         """Return why the base can't be carried to a node; empty if it can."""
@@ -167,14 +170,14 @@ class Nodes:
         host, _, port = address.rpartition(":")
         with contextlib.suppress(OSError):
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-            self._head_reported = time.monotonic()
+            self._head_answered = time.monotonic()
             return True
-        if now - self._head_reported > HEAD_LOST_S:
+        if now - self._head_answered > HEAD_LOST_S:
             raise EnvironmentFault(
                 "the head node of the Ray cluster is lost",
                 where=address,
                 expected="a head that answers",
-                got=f"no answer for {now - self._head_reported:.0f} s",
+                got=f"no answer for {now - self._head_answered:.0f} s",
                 next_step="restart the cluster and run the command again; finished work is kept",
             )
         return False

@@ -2,8 +2,8 @@
 
     probe on the node: fingerprint, digest of the self-test, is the base there? -> Proof -> may it train?
 
-The driver's own node is the reference; it is probed as soon as another node is. A probe whose worker is
-lost counts as no answer and may be repeated. A proof is kept for the life of a node, which its id names.
+The driver's own node is the reference; it is probed together with the first other node. A probe whose
+worker is lost may be repeated. A proof is kept as long as this process runs, by the id of the node.
 
 >>> reference = Proof("f1", "d1", has_base=True)
 >>> refusal(Proof("f1", "d1", has_base=False), reference, frozenset({"f1"}))
@@ -135,23 +135,21 @@ class Proofs:
     def pending(self) -> bool:
         return bool(self._asked.keys() - self._judged - {self._origin})
 
-    def judge(self) -> Iterator[tuple[str, Proof | str]]:
+    def judge(self) -> Iterator[tuple[str, Proof | str | None]]:
         """Yield each node that has answered since the last call, with its proof or why it is refused.
 
-        The reason is empty for a lost node. Raise EnvironmentFault if the driver's own node can't be
-        probed, or if its numerics differ from the driver's.
+        A lost node comes with None, and may be asked again. Raise EnvironmentFault if the driver's own
+        node can't be probed, or if its numerics differ from the driver's.
         """
-        if not self.pending:
+        if not self.pending or not self._has_answered(self._origin):
             return
         reference = self._answer(self._origin)
-        if isinstance(reference, str):
+        if not isinstance(reference, Proof):
             raise EnvironmentFault(
                 "the driver's node can't be probed for its numerics",
-                got=reference,
+                got=reference or "the probe's worker is lost",
                 next_step="see whether `sisa doctor --numerics` runs there, or use `--executor serial`",
             )
-        if reference is None:
-            return
         if why := refusal(reference, reference, self._terms.fingerprints):
             raise EnvironmentFault(
                 "workers on the driver's node would train other bits than the driver",
@@ -160,27 +158,30 @@ class Proofs:
                 "ATEN_CPU_CAPABILITY and the like) and package versions",
             )
         for node in self._asked.keys() - self._judged - {self._origin}:
-            proof = self._answer(node)
-            if proof == "":
+            if not self._has_answered(node):
+                continue
+            answer = self._answer(node)
+            if answer is None:
                 self.forget(node)
-            elif proof is not None:
+            else:
                 self._judged.add(node)
-            if isinstance(proof, Proof):
-                yield node, refusal(proof, reference, self._terms.fingerprints) or proof
-            elif proof is not None:
-                yield node, proof
+            if isinstance(answer, Proof):
+                answer = refusal(answer, reference, self._terms.fingerprints) or answer
+            yield node, answer
+
+    def _has_answered(self, node: str) -> bool:
+        asked = self._asked[node]
+        return isinstance(asked, Proof) or bool(ray.wait([asked], timeout=0)[0])
 
     def _answer(self, node: str) -> Proof | str | None:
-        """Return a node's proof, why it has none (empty if the node is lost), or None while it runs."""
+        """Return the proof of a node that has answered, or why it has none; None if it is lost."""
         asked = self._asked[node]
         if isinstance(asked, Proof):
             return asked
-        if not ray.wait([asked], timeout=0)[0]:
-            return None
         try:
             proof: Proof = ray.get(asked)
         except LOST:
-            return ""
+            return None
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             return f"its probe failed: {type(cause).__name__}"

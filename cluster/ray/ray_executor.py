@@ -38,7 +38,7 @@ from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import FileKeyring
 from sisa.store.blobs.lease import Lease
 from sisa.store.checkpoints import FILES
-from sisa.store.prefixes import PREFIXES_AREA as PREFIXES
+from sisa.store.prefixes import PREFIXES_AREA
 
 _T = TypeVar("_T", bound=NeedsBase)
 
@@ -109,7 +109,7 @@ class RayExecutor:
 def dealt(chains: Sequence[Chain], num_workers: int, lanes: int) -> list[tuple[Chain, ...]]:
     """Deal chains to tasks, in their order: one a task, or up to twice the lanes, so that lanes refill.
 
-    No task gets so many that another worker has none.
+    Tasks are small enough that every worker gets one.
     """
     size = min(2 * lanes, math.ceil(len(chains) / num_workers)) if lanes > 1 else 1
     return [tuple(chains[start : start + size]) for start in range(0, len(chains), size)]
@@ -127,18 +127,18 @@ def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[
     """
     jobs = [job for chain in chains for job in chain.jobs]
     stages = sorted(job.key for job in jobs)
-    prefixes = sorted({name for job in jobs for name in _prefixes(site, job)})
+    prefixes = sorted({name for job in jobs for name in _prefix_names(site, job)})
     files = [f"{key}/{name}" for key in stages for name in FILES]
     with (
         lent_keys(site.keyring, site.area, stages, site.checkpoints_at) as keyring,
-        lent_keys(keyring, PREFIXES, prefixes, site.prefixes_at) as keyring,
+        lent_keys(keyring, PREFIXES_AREA, prefixes, site.prefixes_at) as keyring,
         leased(site.checkpoints_at, files) as (checkpoints, accept_stage),
         leased(site.prefixes_at, prefixes) as (states, accept_states),
     ):
 
         def accept(job: SliceJob) -> None:
             accept_stage(job.key)
-            for name in _prefixes(site, job):
+            for name in _prefix_names(site, job):
                 accept_states(name)
 
         there = replace(site, keyring=keyring, checkpoints_at=checkpoints, prefixes_at=states)
@@ -182,7 +182,7 @@ def leased(
         place.erase([area])
 
 
-def _prefixes(site: Site, job: SliceJob) -> list[str]:
+def _prefix_names(site: Site, job: SliceJob) -> list[str]:
     """Return the names of the hidden states that a stage may keep."""
     if not site.prefix_bytes or not keeps_prefixes(job.training):
         return []

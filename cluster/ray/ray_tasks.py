@@ -3,11 +3,11 @@
 Workers may die, so it must be safe to carry out a task again anywhere at any time; a task continues from
 what it stored. `TaskQueue` decides which task starts and which restarts (a Notice announces it), `Nodes`
 which nodes may take tasks. A task is pinned to one node and restarts on another if it can. A worker that
-has begun and falls silent is killed, which counts as a death; a task whose worker does not begin is
-given to another.
+has begun and then sends nothing is killed, which counts as a death; a task whose worker does not begin
+is given to another.
 
-Events arrive through a mailbox, an actor that needs no CPU. The mailbox may die: a task's result lists
-all of its SliceTrained events again, and each is reported once. `report` is called in the driver's
+Events arrive through a mailbox, an actor that needs no CPU. The mailbox may die, so the result of a task
+lists all of its SliceTrained events again; each is reported once. `report` is called in the driver's
 thread alone. When `run_tasks` raises, even because of an interrupt, Ray has confirmed that its tasks are
 cancelled; their processes end some milliseconds later.
 
@@ -74,20 +74,30 @@ def run_tasks(
     remote = _remote(placement)
     nodes = Nodes(session, report, placement, remote, terms)
     nodes.open()
-    most = len(tasks) if num_workers is None else num_workers
-    options = (label, most, max_retries, make_ready, stall_limit_s)
-    return _Run(list(tasks), carry_out, report, session.mailbox, nodes, remote, *options).drive()
+    return _Run(
+        tasks=list(tasks),
+        carry_out=carry_out,
+        report=report,
+        mailbox=session.mailbox,
+        nodes=nodes,
+        remote=remote,
+        label=label,
+        num_workers=len(tasks) if num_workers is None else num_workers,
+        max_retries=max_retries,
+        make_ready=make_ready,
+        stall_limit_s=stall_limit_s,
+    ).drive()
 
 
 @dataclass
 class _Attempt:
-    """Describe an attempt at a task: its node, and when it started or last sent something."""
+    """Describe an attempt at a task, on one node."""
 
     number: int
     task: int
     node: str
-    received: float
-    worker: Begun | None = None
+    last_event_s: float  # when it sent an event, or else started
+    worker: Begun | None = None  # None: it has not begun
     killed: bool = False
 
 
@@ -110,19 +120,19 @@ class _Run(Generic[_T, _R]):
     def __post_init__(self) -> None:
         self._run_id = os.urandom(8).hex()
         self._listener = Listener(self.mailbox, self._run_id)
-        self._running_in = current_run()
-        self._hand_out = TaskQueue(len(self.tasks), self.max_retries)
-        self._count = count()
-        self._running: dict[Any, _Attempt] = {}  # by reference
+        self._context = current_run()
+        self._queue = TaskQueue(len(self.tasks), self.max_retries)
+        self._attempt_numbers = count()
+        self._attempts: dict[Any, _Attempt] = {}  # those that run, by Ray's reference
         self._failed_on: dict[int, str] = {}  # the node where a task failed last
-        self._reported: set[str] = set()
+        self._reported: set[str] = set()  # keys of stages
         self._results: dict[int, Any] = {}
 
     def drive(self) -> list[_R]:
         try:
-            while not self._hand_out.over:
+            while not self._queue.over:
                 self.nodes.look()
-                self._hand_out_tasks()
+                self._start_tasks()
                 done = self._wait()
                 self._deliver()
                 for reference in done:
@@ -141,46 +151,45 @@ class _Run(Generic[_T, _R]):
         return [self._results[number] for number in range(len(self.tasks))]
 
     def _wait(self) -> list[Any]:
-        if not self._running:
+        if not self._attempts:
             time.sleep(POLL_S)  # until a node joins
             return []
-        done: list[Any] = ray.wait(list(self._running), num_returns=1, timeout=POLL_S)[0]
+        done: list[Any] = ray.wait(list(self._attempts), num_returns=1, timeout=POLL_S)[0]
         return done
 
-    def _hand_out_tasks(self) -> None:
+    def _start_tasks(self) -> None:
         slots = self.nodes.slots
         workers = min(self.num_workers, slots.total)
-        while (task := self._hand_out.next_task(workers)) is not None:
+        while (task := self._queue.next_task(workers)) is not None:
             node = slots.take(avoid=self._failed_on.get(task))
             if node is None:
-                self._hand_out.again(task)
+                self._queue.again(task)
                 return
-            self._submit(_Attempt(next(self._count), task, node, time.monotonic()))
+            self._submit(_Attempt(next(self._attempt_numbers), task, node, time.monotonic()))
 
     def _submit(self, attempt: _Attempt) -> None:
         task, carry_out = self.tasks[attempt.task], self.carry_out
         name = getattr(carry_out, "__name__", "task")
         there = self.remote(carry_out_remotely, attempt.node, name=name)
-        sent_to = (self.mailbox, self._run_id, attempt.number, self._running_in)
-        self._running[there.remote(carry_out, task, self.label(task), *sent_to)] = attempt
+        sent_to = (self.mailbox, self._run_id, attempt.number, self._context)
+        self._attempts[there.remote(carry_out, task, self.label(task), *sent_to)] = attempt
 
     def _deliver(self) -> None:
         # Outcomes repeat the events that are lost when the mailbox dies.
         events: list[tuple[int, Event | Begun]] = self._listener.received(MAILBOX_S)
-        attempts = {each.number: each for each in self._running.values()}
+        attempts = {each.number: each for each in self._attempts.values()}
         for number, event in events:
-            # An event of an earlier attempt says nothing about the present one.
-            under_way = attempts.get(number)
-            if under_way is not None:
-                under_way.received = time.monotonic()
+            attempt = attempts.get(number)  # None: an earlier attempt sent this
+            if attempt is not None:
+                attempt.last_event_s = time.monotonic()
             if isinstance(event, Begun):
-                if under_way is not None:
-                    under_way.worker = event
+                if attempt is not None:
+                    attempt.worker = event
                 continue
             self._report_once(event)
             # A stage that was stored before is reported with zero seconds; it is no progress.
-            if isinstance(event, SliceTrained) and event.seconds and under_way is not None:
-                self._hand_out.progressed(under_way.task)
+            if isinstance(event, SliceTrained) and event.seconds and attempt is not None:
+                self._queue.progressed(attempt.task)
 
     def _report_once(self, event: Event) -> None:
         if isinstance(event, SliceTrained):
@@ -190,7 +199,7 @@ class _Run(Generic[_T, _R]):
         self.report(event)
 
     def _settle(self, reference: Any) -> None:
-        attempt = self._running.pop(reference)
+        attempt = self._attempts.pop(reference)
         task = attempt.task
         self.nodes.slots.give_back(attempt.node)
         try:
@@ -199,24 +208,25 @@ class _Run(Generic[_T, _R]):
             self._failed_on[task] = attempt.node
             self.nodes.look(at_once=True)
             if isinstance(error, TaskUnschedulableError):  # the node was lost before the task began
-                self._hand_out.again(task)
+                self._queue.again(task)
             else:
-                self._start_again(task, error)
+                self._restart(task, error)
             return
         for event in outcome.trained:
             self._report_once(event)
         if isinstance(outcome.error, Unready) and self.make_ready is not None:
             self.tasks[task] = self.make_ready(self.tasks[task])
-            self._hand_out.again(task)
+            self._queue.again(task)
         elif outcome.error is not None:
             raise outcome.error
         else:
-            self._hand_out.finished(task)
+            self._queue.finished(task)
             self._results[task] = outcome.result
 
-    def _start_again(self, task: int, error: RayError) -> None:
-        again = self._hand_out.died(task)
-        deaths, of = self._hand_out.deaths(task), self.label(self.tasks[task])
+    def _restart(self, task: int, error: RayError) -> None:
+        """Restart a task whose worker died. Raise EnvironmentFault if that happened too often."""
+        again = self._queue.died(task)
+        deaths, of = self._queue.deaths(task), self.label(self.tasks[task])
         if not again:
             raise EnvironmentFault(
                 f"a worker died {deaths} times in a row",
@@ -234,8 +244,8 @@ class _Run(Generic[_T, _R]):
         limit = self.stall_limit_s
         if limit is None:
             return
-        for reference, attempt in list(self._running.items()):
-            silent_s = time.monotonic() - attempt.received
+        for reference, attempt in list(self._attempts.items()):
+            silent_s = time.monotonic() - attempt.last_event_s
             if attempt.killed or silent_s <= limit:
                 continue
             of = self.label(self.tasks[attempt.task])
@@ -245,27 +255,27 @@ class _Run(Generic[_T, _R]):
                 attempt.killed = True
                 self.report(Notice(f"{worker} was silent for {limit:g} s and is killed"))
             elif silent_s > START_S:
-                del self._running[reference]
+                del self._attempts[reference]
                 ray.cancel(reference, force=True)
                 self.nodes.slots.give_back(attempt.node)
                 self._failed_on[attempt.task] = attempt.node
-                self._hand_out.again(attempt.task)
+                self._queue.again(attempt.task)
                 self.report(Notice(f"{worker} did not begin for {silent_s:.0f} s; trying another"))
 
     def _leave_lost_nodes(self) -> None:
         """Restart the tasks of lost nodes elsewhere, without waiting for Ray to give them up."""
-        for reference, attempt in list(self._running.items()):
+        for reference, attempt in list(self._attempts.items()):
             if attempt.node not in self.nodes.slots and not ray.wait([reference], timeout=0)[0]:
-                del self._running[reference]
-                self._start_again(attempt.task, NodeDiedError("the node is lost"))
+                del self._attempts[reference]
+                self._restart(attempt.task, NodeDiedError("the node is lost"))
 
     def _cancel(self) -> None:
-        if not self._running or not ray.is_initialized():
+        if not self._attempts or not ray.is_initialized():
             return
         with contextlib.suppress(RayError):
-            for reference in self._running:
+            for reference in self._attempts:
                 ray.cancel(reference, force=True)
-            ray.wait(list(self._running), num_returns=len(self._running), timeout=CANCEL_S)
+            ray.wait(list(self._attempts), num_returns=len(self._attempts), timeout=CANCEL_S)
 
 
 def _remote(placement: Placement) -> Remote:
