@@ -28,7 +28,7 @@ from cluster.cli.command import (
 )
 from cluster.cli.evidence import log, witness_option
 from cluster.observe.reporting import watched
-from cluster.render.render import EXIT_INTEGRITY, Result, counted
+from cluster.render.render import EXIT_INTEGRITY, EXIT_REVOKED, Result, counted
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from sisa.evidence.rebuild import Rebuild
     from sisa.verifier.envelope import PublicKeys
 
-EXIT_REVOKED = 7
 SEED_BYTES = 8
 
 
@@ -104,7 +103,7 @@ def publish_feed(directory: Path, target: Path | None, days: int) -> Result:
     metavar="NUMBER|FEED",
     help="Number of a feed, or a feed that you kept: refuse one that is behind it.",
 )
-@click.option("--log", "log", metavar="DIR|URL", help="The published log: the feed must be complete.")
+@click.option("--log", metavar="DIR|URL", help="The published log: the feed must be complete.")
 def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None, log: str | None) -> Result:
     """Check offline whether copies of adapters must go. Exit with 7 if a deletion revoked one."""
     from sisa.evidence.model_signature import signed_weights
@@ -331,7 +330,6 @@ def rebuilt(found: Rebuild, certificate: str, output: Path | None) -> Result:
 @click.argument("file", type=PATH)
 @click.option(
     "--public-key",
-    "public_key",
     required=True,
     type=PATH,
     help="Public key of the second party, in PEM.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from sisa.evidence.database import Logged
     from sisa.verifier.certificate import Certificate
 
+# Raised by a signed statement of another form than this version's.
+UNKNOWN_FORM = (KeyError, TypeError, ValueError, AttributeError)
 TIMES = ("received", "approved", "committed", "erased", "completed")
 certificate = command_group("certificate", "Show, export and issue certificates of deletions.")
 stated_argument = click.argument("name", metavar="REQUEST")
@@ -68,17 +70,15 @@ def show_certificate(directory: Path, name: str) -> Result:
     The checks in the log about the adapters that it names follow.
     """
     from sisa.evidence.issued import certificate_file, results_of_checks
-    from sisa.evidence.keys import open_keys
+    from sisa.evidence.keys import keys_of
     from sisa.verifier.certificate import verify_logged
 
     with opened(directory) as model:
-        data, keys = certificate_file(model, name), open_keys(model.config, model.id)
-        checked = results_of_checks(model)
-    if keys is None:
-        raise AssertionError("a model without keys has no certificates")
-    done = shown(found := verify_logged(data, keys.public))
-    about = checks_about(found.statement, checked)
-    return Result(done.json | {"checks": about}, [*done.lines, *_check_lines(found.statement, about)])
+        data, keys = certificate_file(model, name), keys_of(model)
+        statements = results_of_checks(model)
+    found = verify_logged(data, keys.public)
+    checks = checks_about(found.statement, statements)
+    return shown(found).with_more({"checks": checks}, _check_lines(found.statement, checks))
 
 
 @command("export", "-m model T-17 -o certificate.json", group=certificate)
@@ -140,7 +140,7 @@ def _written(target: Path, data: bytes) -> Result:
 @click.argument("file", type=PATH)
 @public_keys_option
 @click.option("--receipt", type=PATH, help="A receipt: show that the certificate is about its record.")
-@click.option("--log", "log", metavar="DIR|URL", help="The published log: check all of it.")
+@click.option("--log", metavar="DIR|URL", help="The published log: check all of it.")
 def verify_certificate_file(file: Path, key_file: Path, receipt: Path | None, log: str | None) -> Result:
     """Check a certificate offline, without the model. Exit with 4 if it is refused."""
     from sisa.verifier.certificate import verify_certificate
@@ -149,24 +149,23 @@ def verify_certificate_file(file: Path, key_file: Path, receipt: Path | None, lo
     given = None if receipt is None else read_bytes(receipt)
     with evidence_in(file):
         found = verify_certificate(read_bytes(file), public, given)
-    done = shown(found)
-    logged = None
-    if log is not None:
-        _, logged = logged_statements(log, public, json.loads(read_bytes(file))["proof"])
-    about = None if logged is None else checks_about(found.statement, logged)
-    statements = None if logged is None else len(logged)
     lines = [f"valid: entry {found.index} of a log of {found.checkpoint.size}, signed by {public.model}"]
     lines += ["the receipt is of this certificate"] if receipt is not None else []
-    lines += [f"the log holds: {counted(statements, 'statement')}"] if statements is not None else []
-    body = {"ok": True, "receipt": receipt is not None, "log_statements": statements, "checks": about}
-    checked = [] if about is None else _check_lines(found.statement, about)
-    return Result(body | done.json, [*lines, *done.lines, *checked])
+    num_statements, checks = None, None
+    if log is not None:
+        _, statements = logged_statements(log, public, json.loads(read_bytes(file))["proof"])
+        num_statements, checks = len(statements), checks_about(found.statement, statements)
+        lines.append(f"the log holds: {counted(num_statements, 'statement')}")
+    about_log = {"log_statements": num_statements, "checks": checks}
+    body = {"ok": True, "receipt": receipt is not None, **about_log}
+    result = Result(body, lines).with_more(shown(found).json, shown(found).lines)
+    return result if checks is None else result.with_more({}, _check_lines(found.statement, checks))
 
 
 def checks_about(
     stated: Mapping[str, Any], statements: Iterable[tuple[str, Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Return what the checks among statements say of adapters that a statement names."""
+    """Return the checks among `statements` that are about adapters of the statement `stated`."""
     from sisa.verifier.certificate import AUDIT, TEST_RESULT
 
     named, found = _digests(stated), []
@@ -174,12 +173,7 @@ def checks_about(
         if each["predicateType"] in (AUDIT, TEST_RESULT) and (same := named & _digests(each)):
             try:
                 check = _audited(each) if each["predicateType"] == AUDIT else _tested(each)
-            except (
-                KeyError,
-                TypeError,
-                ValueError,
-                AttributeError,
-            ):  # signed, of another form than ours
+            except UNKNOWN_FORM:
                 check = {"check": "of an unknown form", "result": "UNKNOWN", "at": ""}
             found.append({"sha256": sha256, "adapters": len(same), **check})
     return found
@@ -206,24 +200,20 @@ def _audited(statement: Mapping[str, Any]) -> dict[str, Any]:
     return {"check": "audit", "result": result, "at": str(stated["at"]), **tests}
 
 
-def _check_lines(stated: Mapping[str, Any], about: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the checks about a statement's adapters, in words; what did not pass is named."""
-    number = len(_digests(stated))
-    nothing = "  checks: the log has none of these adapters"
-    for each in about:
-        nothing = ""
-        yield (
-            f"  check: {each['check']} {each['result']} at {each['at']}, "
-            f"of {each['adapters']} of {counted(number, 'adapter')}"
-        )
+def _check_lines(stated: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the checks about a statement's adapters, with the names of their tests."""
+    if not checks:
+        yield "  checks: the log has none of these adapters"
+    number = counted(len(_digests(stated)), "adapter")
+    for each in checks:
+        about = f"of {each['adapters']} of {number}"
+        yield f"  check: {each['check']} {each['result']} at {each['at']}, {about}"
         for end in ("passed", "warned", "failed"):
             yield from (f"    {end}: {name}" for name in each.get(end, ()))
-    if nothing:
-        yield nothing
 
 
 def shown(found: Certificate) -> Result:
-    """Return a verified statement as JSON and in words."""
+    """Render a verified statement."""
     body = {
         "type": found.kind,
         "sha256": found.sha256,
@@ -233,7 +223,7 @@ def shown(found: Certificate) -> Result:
     }
     try:
         lines = list(_words(found))
-    except (KeyError, TypeError, ValueError, AttributeError):  # signed, and of another form than ours
+    except UNKNOWN_FORM:
         lines = ["this version can't put the statement into words: --json prints it"]
     return Result(body, lines)
 
@@ -261,7 +251,7 @@ def _words(found: Certificate) -> Iterator[str]:
 
 
 def _deletion_words(stated: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a certificate says of its request, in the order in which it is asked for."""
+    """Yield the facts of a certificate about its request, the most asked for first."""
     request, plan, checks = stated["request"], stated["plan"], stated["checks"]
     yield f"  request {request['id']} ({request['regime']}, due {request['due']})"
     times = {state: request["times"][state] for state in TIMES}

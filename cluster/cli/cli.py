@@ -54,8 +54,8 @@ from cluster.cli.command import (
 from cluster.cli.evaluation import attacks, benchmarks, tofu
 from cluster.observe.reporting import log_format_of, open_log, watched
 from cluster.render import render
-from cluster.render.render import Result
-from sisa.core.domain import WitnessHead
+from cluster.render.render import EXIT_INTERRUPTED, EXIT_USAGE, Result
+from sisa.core.domain import ExportForm, Kind, WitnessHead
 from sisa.core.errors import (
     EnvironmentFault,
     IntegrityError,
@@ -71,12 +71,11 @@ if TYPE_CHECKING:
     from sisa.flows.ask import Prompt
 
 __all__ = ["FAMILIES", "cli"]
-FAMILIES = (
+FAMILIES = (  # importing them adds their commands to `cli`
     *(attacks, audits, benchmarks, certificates, evidence, jobs, maintenance),
     *(patches, plan, requests, rights, serve, tofu),
 )
 
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 EXIT_SIGNAL = 128  # plus the signal's number
 
 
@@ -316,7 +315,7 @@ def generate(
     system: str | None,
     history: Path | None,
     file: Path | None,
-    kind: Any,
+    kind: Kind | None,
     max_new_tokens: int,
     answer_only: bool,
     no_service: bool,
@@ -327,14 +326,11 @@ def generate(
     if file is not None and history is not None:
         raise click.UsageError("--history needs --prompt; rows of --prompts can have `messages`")
     asked: list[Prompt] = read_prompts(file) if file else [prompt or ""]
-    before = ([{"role": "system", "content": system}] if system else []) + (
-        read_turns(history) if history else []
-    )
+    before = [{"role": "system", "content": system}] if system else []
+    before += read_turns(history) if history else []
     if before:
-        asked = [
-            [*before, *([{"role": "user", "content": each}] if isinstance(each, str) else each)]
-            for each in asked
-        ]
+        turns = [[{"role": "user", "content": e}] if isinstance(e, str) else e for e in asked]
+        asked = [[*before, *each] for each in turns]
     found = None
     if not no_service:
         found = serve.ask_service(
@@ -358,7 +354,7 @@ def generate(
     default="peft",
     help="One PEFT directory per shard, or the shards' mean as an adapter or as full weights.",
 )
-def export(directory: Path, target: Path, form: Any) -> Result:
+def export(directory: Path, target: Path, form: ExportForm) -> Result:
     """Export the served adapters for other tools."""
     with opened(directory) as model:
         return render.exported(model.export(target, form))
@@ -402,10 +398,10 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
     except SisaError as error:
         return _fail(error, as_json)
     except (KeyboardInterrupt, click.Abort):
-        by, code = "interrupted", EXIT_INTERRUPTED
-        for each in _ended_by[-1:]:
-            by, code = f"ended by {each.name}", EXIT_SIGNAL + each
-        fault = SisaError(f"{by}; run the same command again to continue")
+        how, code = "interrupted", EXIT_INTERRUPTED
+        if _ended_by:
+            how, code = f"ended by {_ended_by[-1].name}", EXIT_SIGNAL + _ended_by[-1]
+        fault = SisaError(f"{how}; run the same command again to continue")
         return _fail(fault, as_json, "Interrupted", code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -414,13 +410,13 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
         why = error.strerror or type(error).__name__
         return _fail(EnvironmentFault(f"the operating system refused: {why}"), as_json)
     except Exception as error:
-        if (refused := _refused(error)) is not None:
-            return _fail(refused, as_json)
+        if (refusal := _refusal(error)) is not None:
+            return _fail(refusal, as_json)
         return _fail(internal_fault(error), as_json, "InternalFault")
 
 
-def _refused(error: Exception) -> SisaError | None:
-    """Return what the verifier refused as an error of this program; None for other errors."""
+def _refusal(error: Exception) -> SisaError | None:
+    """Return the verifier's `Refused` as an IntegrityError; None for other errors."""
     verifier = sys.modules.get("sisa.verifier.envelope")  # light commands do not load it
     if verifier is None or not isinstance(error, verifier.Refused):
         return None
@@ -451,14 +447,16 @@ def _fail(error: SisaError, as_json: bool, kind: str = "", code: int | None = No
     return code
 
 
-_ended_by: list[signal.Signals] = []  # click and Ray replace a KeyboardInterrupt by their own
+# The signals that ended this process: click and Ray replace our KeyboardInterrupt by their own.
+_ended_by: list[signal.Signals] = []
 
 
 def _end(number: int, _frame: object) -> None:
-    """Interrupt the program as Ctrl-C does."""
-    for stream in (1, 2) if number == signal.SIGHUP else ():
-        if stat.S_ISCHR(os.fstat(stream).st_mode):  # the terminal that was closed
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    """Interrupt the program as Ctrl-C does; write nothing more to a terminal that was closed."""
+    if number == signal.SIGHUP:
+        for stream in (1, 2):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     _ended_by.append(signal.Signals(number))
     raise KeyboardInterrupt
 

@@ -1,6 +1,7 @@
 """Define the root group, `--json`, and the options that several commands share.
 
-A command is a function that returns a `Result`; `cli.run` prints it.
+A command is a function that returns a `Result`; `cli.run` prints it. A function that renders the outcome
+of a command is named by a participle: `audit` returns `audited(found)`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
-from cluster.observe.reporting import OPTION, logged_run, watched
+from cluster.observe.reporting import LOG_FORMAT_OPTION, logged_run, watched
 from cluster.render.render import Result
 from sisa.core.errors import InvalidInput, Problem
 
@@ -116,7 +116,7 @@ model_option = click.option(
     "-m", "--model", "directory", required=True, type=PATH, help="Model directory."
 )
 log_format_option = click.option(
-    OPTION,
+    LOG_FORMAT_OPTION,
     type=click.Choice(["text", "json"]),
     default="text",
     expose_value=False,
@@ -184,7 +184,6 @@ def option_or_file(
 
 def option_or_input(option: str, *, help: str, **options: Any) -> Callable[..., Any]:
     """Add an option that reads standard input for `-`, as its value may not be for a command line."""
-
     help = f"{help.rstrip('.')}; `-`: standard input."
     return click.option(option, callback=_or_input, help=help, **options)
 
@@ -232,11 +231,11 @@ def opened(directory: Path, executor: ExecutorChoice = "auto") -> Iterator[Model
 
 
 def with_certificate(result: Result, model: Model, request: Request | None) -> Result:
-    """Return what a command prints, and how the certificate of a request that was carried out stands."""
+    """Add the state of the certificate of a request to a result."""
     from sisa.flows.wiring.wiring import has_evidence
 
     if request is None or not request.committed_at:
-        return replace(result, json={**result.json, "certificate": request and "none"})
+        return result.with_more({"certificate": request and "none"})
     found, line = "none", "certificate: none, for the model has no signing keys (`sisa keys init`)"
     if has_evidence(model.directory, model.config, model.id):
         from sisa.evidence.issued import standing
@@ -247,21 +246,20 @@ def with_certificate(result: Result, model: Model, request: Request | None) -> R
             "pending": "certificate: pending, until what it deleted is trained again and it is signed",
             "none": "certificate: none",
         }[found]
-    return replace(result, json={**result.json, "certificate": found}, lines=[*result.lines, line])
+    return result.with_more({"certificate": found}, [line])
 
 
 def with_pending(result: Result, model: Model) -> Result:
-    """Return what a command prints, and the completed requests whose certificates are pending."""
+    """Add the completed requests whose certificates are pending to a result."""
     from sisa.flows.wiring.wiring import has_evidence
 
-    found: list[str] | None = None  # not certified
-    lines = list(result.lines)
-    if has_evidence(model.directory, model.config, model.id):
-        from sisa.evidence.issued import pending
+    if not has_evidence(model.directory, model.config, model.id):
+        return result.with_more({"certificates_pending": None})
+    from sisa.evidence.issued import pending
 
-        found = pending(model)
-        lines += [f"certificates pending: {len(found)} (`sisa certificate issue`)"] * bool(found)
-    return replace(result, json={**result.json, "certificates_pending": found}, lines=lines)
+    found = pending(model)
+    lines = [f"certificates pending: {len(found)} (`sisa certificate issue`)"] if found else []
+    return result.with_more({"certificates_pending": found}, lines)
 
 
 def read_text(file: Path) -> str:

@@ -43,7 +43,7 @@ signer_option = click.option(
     help="What signs instead of a key file: a URI such as ssh-agent:, hsm: or awskms:KEY.",
 )
 public_key_option = click.option(
-    "--public-key", "public_key", type=PATH, help="Public key of the signer, in PEM or OpenSSH's form."
+    "--public-key", type=PATH, help="Public key of the signer, in PEM or OpenSSH's form."
 )
 
 
@@ -301,7 +301,7 @@ def make_witness_key(name: str, file: Path) -> Result:
 @command("cosign", "URL --key keys.json --witness-key witness.key --state witness.state", group=log)
 @click.argument("where")
 @key_option
-@click.option("--witness-key", "witness_key", required=True, type=PATH, help="The witness's key.")
+@click.option("--witness-key", required=True, type=PATH, help="The witness's key.")
 @click.option(
     "--state", required=True, type=PATH, help="The witness's file for this log: what it signed last."
 )

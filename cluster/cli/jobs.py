@@ -13,13 +13,10 @@ import click
 from cluster.cli.command import command, command_group, run_file_argument
 from cluster.jobs.jobs import Job, check_name
 from cluster.jobs.kuberay import IMAGE, INSTANCE_TYPE, KINDS, manifest
-from cluster.render.render import Result, printable
+from cluster.render.render import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, Result, printable
 
 if TYPE_CHECKING:
     from cluster.jobs.jobs import Jobs
-
-EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 6, 130
-
 
 group = command_group("cluster", "Train as a job on a remote Ray cluster.")
 address_option = click.option(

@@ -54,8 +54,8 @@ approx = command_group("approx", "Measure and reduce what the base knows; never 
 @click.option("--without-patches", is_flag=True, help="Probe the base as it was before any patch.")
 def probe(directory: Path, file: Path, without_patches: bool) -> Result:
     """Ask the base alone whether it reproduces given texts."""
+    import sisa.unlearn
     from approx.evaluation.probe import open_probe
-    from sisa import unlearn
     from sisa.core.domain import Part, Record
     from sisa.data.reader import read_like
 
@@ -66,7 +66,7 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
             lines = enumerate(read_lines(file))
             records = [Record(str(n), None, "text", (Part("text", line),)) for n, line in lines]
         base = model.resources.base
-        patches = [] if without_patches else unlearn.served(model)
+        patches = [] if without_patches else sisa.unlearn.served(model)
         found = open_probe(base.directory, base.digest, model.config, patches)(records)
     return Result({**asdict(found), "approximate": True}, [each.strip() for each in probed(found)])
 
@@ -143,7 +143,7 @@ def unlearn(
 
     Without texts, continue a suspended run.
     """
-    from sisa.unlearn import unlearn
+    import sisa.unlearn
 
     values = assignments(assigned)
     if max_utility_drop is not None:
@@ -158,7 +158,7 @@ def unlearn(
         if asked:
             wish = _wish(model.config, method or METHOD, values, forget, retain)
             wish = replace(wish, consent=consent, reference=reference)
-        done = unlearn(
+        done = sisa.unlearn.unlearn(
             model,
             wish,
             request_ids=requests,
@@ -218,10 +218,10 @@ def _wish(
 @model_option
 def patches(directory: Path) -> Result:
     """List all patches and the vault's texts."""
-    from sisa.unlearn import patches
+    import sisa.unlearn
 
     with opened(directory) as model:
-        return patches_listed(*patches(model))
+        return patches_listed(*sisa.unlearn.patches(model))
 
 
 @command("show", "-m model 1", group=approx)
@@ -229,10 +229,10 @@ def patches(directory: Path) -> Result:
 @click.argument("version", type=click.IntRange(1))
 def show_patch(directory: Path, version: int) -> Result:
     """Show a patch's report: settings, measures, limits."""
-    from sisa.unlearn import patches
+    import sisa.unlearn
 
     with opened(directory) as model:
-        found, _, over = patches(model)
+        found, _, over = sisa.unlearn.patches(model)
     for each in found:
         if each.version == version:
             return patch_shown(each, over)
@@ -251,10 +251,10 @@ def show_patch(directory: Path, version: int) -> Result:
 @executor_option
 def revert(directory: Path, everything: bool, retrain_shards: bool, executor: ExecutorChoice) -> Result:
     """Cancel a requested patch, or else remove the newest one."""
-    from sisa.unlearn import revert
+    import sisa.unlearn
 
     with opened(directory, executor) as model:
-        return reverted(revert(model, everything=everything, retrain_shards=retrain_shards))
+        return reverted(sisa.unlearn.revert(model, everything=everything, retrain_shards=retrain_shards))
 
 
 @command("release", "-m model --all", group=approx)
@@ -266,12 +266,14 @@ def release(
     directory: Path, sets: tuple[str, ...], requests: tuple[str, ...], everything: bool
 ) -> Result:
     """Erase texts from the vault. Patches made from them stay."""
-    from sisa.unlearn import release
+    import sisa.unlearn
 
     if everything == bool(sets or requests):
         raise click.UsageError("give --set or --request, or --all")
     with opened(directory) as model:
-        return released(release(model, sets=sets, request_ids=requests, everything=everything))
+        return released(
+            sisa.unlearn.release(model, sets=sets, request_ids=requests, everything=everything)
+        )
 
 
 EXIT_UNFINISHED, EXIT_NOT_MADE, EXIT_STILL_KNOWN = 6, 2, 7

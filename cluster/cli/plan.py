@@ -13,7 +13,7 @@ import click
 
 from cluster.cli.command import PATH, command, command_group, run_file_argument
 from cluster.observe.extras import extra
-from cluster.render.render import Result, counted
+from cluster.render.render import EXIT_USAGE, Result, counted
 from sisa.core.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits
     table = [head, *(_row(each, timed=timed) for each in advised[:SHOWN])]
     more = [f"... and {len(advised) - SHOWN} more choices (--json)"] if len(advised) > SHOWN else []
     lines = [*shown, "", *table, *more, "", *NOTES, f"bytes per stage: {source}"]
-    return Result(body, lines, 0 if best else 2)
+    return Result(body, lines, 0 if best else EXIT_USAGE)
 
 
 def block_of(advice: Advice, limits: LayoutLimits) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -136,7 +136,7 @@ def _decide(directory: Path, request_id: str, state: RequestState, note: str) ->
 def approve(directory: Path, request_id: str, approver: str) -> Result:
     """Approve a request that was received or held."""
     done = _decide(directory, request_id, "approved", approver)
-    return replace(done, lines=[*done.lines, f"next: sisa run -m {directory}"])
+    return done.with_more({}, [f"next: sisa run -m {directory}"])
 
 
 @command("deny", '-m model T-17 --reason "not the person"', group=request)
@@ -191,7 +191,7 @@ def _join_cluster(model: Model) -> None:
 
 
 def _watch(model: Model, directory: Path, every: int) -> NoReturn:
-    """Carry requests out when the plan or somebody says so, and report changes, until interrupted."""
+    """Carry requests out when they are due or somebody asks for it, and report changes, forever."""
     from cluster.serve.worker import carry_out_asked, reporting
 
     _join_cluster(model)

@@ -1,14 +1,13 @@
-"""Carry out rights other than erasure, and what a regulator passes on: `sisa access`, `sisa recipients`,
-`sisa restrict`, `sisa release` and `sisa drop ...`.
+"""Carry out rights of a person other than erasure (`sisa access`, `recipients`, `restrict`, `release`),
+and deletion lists of California's DROP (`sisa drop ...`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -27,9 +26,8 @@ from cluster.render.render import Result, counted, drop_shown, engine_lines, res
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from sisa.evidence.attestations import Right
+    from sisa.evidence.attestations import Stated
     from sisa.flows.rights.drop import Imported, Reported
-    from sisa.model import Model
 
 STANDARD_OUTPUT = STANDARD_INPUT  # `-`
 subject_option = option_or_file("--subject", help="Whose records.")
@@ -46,29 +44,30 @@ required_subject_option = option_or_file("--subject", required=True, help="Whose
 def write_access(directory: Path, ids: list[str], subject: str | None, target: Path) -> Result:
     """Write all that is held of a person to a JSON file, for them to read and take along."""
     from cluster.serve.engines import with_engines
+    from sisa.evidence.attestations import log_hand_out
+    from sisa.flows.rights.access import as_file
 
     if target != STANDARD_OUTPUT and os.path.lexists(target):
         raise _exists(target)
+    named = _named(ids, subject)
     with opened(directory) as model:
-        found = with_engines(model, model.access(_asked(ids, subject), subject=subject))
+        found = with_engines(model, model.access(ids, subject=subject))
         missing = [name for name, each in found["processing"]["controller"].items() if each is None]
         if missing:
             keys = ", ".join(f"privacy.{name}" for name in missing)
             say(f"null, since the run file does not say it: {keys}")
-        if target == STANDARD_OUTPUT:
-            return _shown(model, "access", found, ids or [str(subject)])
-        from sisa.flows.rights.access import as_file
-
         data = as_file(found)
+        if target == STANDARD_OUTPUT:
+            say(_logged(log_hand_out(model, "access", data, named)))
+            return Result(found, [data.decode().rstrip("\n")])
         _write_new(target, data)
-        entry, not_logged = _stated(model, "access", data, ids or [str(subject)])
+        stated = log_hand_out(model, "access", data, named)
     counts = {name: len(found[name]) for name in ("records", "deleted", "requests", "recipients")}
     summary = ", ".join(f"{name}: {count}" for name, count in counts.items())
+    wrote = f"wrote {target} ({summary}); it is personal data: hand it to that person alone"
     body = {"file": str(target), "num_bytes": len(data), **counts, "missing": missing}
-    lines = [f"wrote {target} ({summary}); it is personal data: hand it to that person alone"]
-    return Result(
-        body | {"entry": entry, "not_logged": not_logged}, [*lines, _logged(entry, not_logged)]
-    )
+    body |= {"entry": stated.entry, "not_logged": stated.not_logged}
+    return Result(body, [wrote, _logged(stated)])
 
 
 @command("recipients", "-m model --subject p001")
@@ -78,10 +77,19 @@ def write_access(directory: Path, ids: list[str], subject: str | None, target: P
 def list_recipients(directory: Path, ids: list[str], subject: str | None) -> Result:
     """List the exports that hold what a person's records touched."""
     from cluster.serve.engines import with_engines
+    from sisa.evidence.attestations import log_hand_out
+    from sisa.flows.rights.access import as_file
 
+    named = _named(ids, subject)
     with opened(directory) as model:
-        found = with_engines(model, model.recipients(_asked(ids, subject), subject=subject))
-        return _shown(model, "recipients", found, ids or [str(subject)])
+        found = with_engines(model, model.recipients(ids, subject=subject))
+        say(_logged(log_hand_out(model, "recipients", as_file(found), named)))
+    lines = [
+        f"{each['path']}: {each['standing']}{', STALE' if each['stale'] else ''}"
+        for each in found["recipients"]
+    ]
+    lines += engine_lines(found["engines"])
+    return Result(found, lines or ["nothing was exported that these records touched"])
 
 
 @command("restrict", "-m model --subject p001")
@@ -106,34 +114,15 @@ def release_person(directory: Path, subject: str) -> Result:
     return restricted(found)
 
 
-def _asked(ids: list[str], subject: str | None) -> list[str]:
+def _named(ids: list[str], subject: str | None) -> list[str]:
+    """Return the ids, or else the subject. Raise UsageError unless one of them is given."""
     if bool(ids) == (subject is not None):
         raise click.UsageError("give IDs (or --ids-file), or --subject")
-    return ids
+    return ids or [str(subject)]
 
 
-def _shown(model: Model, right: Right, found: dict[str, Any], named: Sequence[str]) -> Result:
-    """Return what goes to standard output: with `--json`, the bytes whose sha256 is stated."""
-    from sisa.flows.rights.access import as_file
-
-    data = as_file(found)
-    say(_logged(*_stated(model, right, data, named)))
-    if right == "access":
-        return Result(found, [data.decode().rstrip("\n")])
-    lines = [f"{each['path']}: {each['standing']}{', STALE' * each['stale']}" for each in found[right]]
-    lines += engine_lines(found["engines"])
-    return Result(found, lines or ["nothing was exported that these records touched"])
-
-
-def _stated(model: Model, right: Right, data: bytes, named: Sequence[str]) -> tuple[int | None, str]:
-    from sisa.evidence.attestations import log_hand_out
-
-    done = log_hand_out(model, right, data, named)
-    return done.entry, done.not_logged
-
-
-def _logged(entry: int | None, why: str) -> str:
-    return f"not logged: {why}" if entry is None else f"logged: entry {entry}"
+def _logged(found: Stated) -> str:
+    return f"not logged: {found.not_logged}" if found.entry is None else f"logged: entry {found.entry}"
 
 
 def _write_new(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Serve a model over HTTP (`sisa serve`); say who may call it (`sisa token`); look at other engines
+"""Serve a model over HTTP (`sisa serve`), manage its tokens (`sisa token`), look at other engines
 (`sisa engines`).
 """
 
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cluster.cli.audits import EXIT_REVOKED
 from cluster.cli.command import command, command_group, log_format_option, model_option, opened
 from cluster.observe.reporting import watched
-from cluster.render.render import Result, counted
+from cluster.render.render import EXIT_REVOKED, Result, counted
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.events import Notice
 

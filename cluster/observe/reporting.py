@@ -1,14 +1,14 @@
-"""Show a command's events and errors to a person, or log them; export its metrics for Prometheus.
+"""Show a command's events and errors to a person, or log them; export its metrics to Prometheus.
 
 Everything goes to standard error; standard output stays free for the result.
 
 >>> log_format_of(["train", "run.yaml", "--log-format", "json"]), log_format_of(["status"])
 ('json', 'text')
 
-Ray exports the metrics of SERIES on the endpoint of the driver's node. Every series holds the run's name
-and nothing of a record. Ray is never imported or started for this: values that come before there is a
-connection are kept and passed on with the first event after it. Ray forgets a gauge that is not set
-again, so all gauges are set again every REFRESH_S seconds until the run ends.
+Ray exports the metrics of SERIES on the endpoint of the driver's node, labelled by the run's name alone.
+Ray is never imported or started for this: values that come before there is a connection are kept, and
+written with the first event after it. Ray forgets a gauge that is not set again, so all gauges are set
+again every REFRESH_S seconds until the run ends.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SERIES = {
 
 
 def readings(event: Event, meter: Meter, now: float) -> dict[str, float]:
-    """Return what an event, which `meter` has taken, says of the series: a value for each concerned."""
+    """Return the values of the series that an event changes; `meter` has taken the event before."""
     if isinstance(event, events.QueueSeen):
         days = event.oldest_days_left
         return {
@@ -142,13 +142,14 @@ def _session() -> str:
     return str(ray.get_runtime_context().get_job_id())
 
 
-OPTION = "--log-format"
+LOG_FORMAT_OPTION = "--log-format"
 
 
 def log_format_of(arguments: Sequence[str]) -> LogFormat:
     """Return the log format that a command line asks for; click validates the option."""
-    given = [each.removeprefix(f"{OPTION}=") for each in arguments if each.startswith(f"{OPTION}=")]
-    given += [after for each, after in pairwise(arguments) if each == OPTION]
+    prefix = f"{LOG_FORMAT_OPTION}="
+    given = [each.removeprefix(prefix) for each in arguments if each.startswith(prefix)]
+    given += [after for each, after in pairwise(arguments) if each == LOG_FORMAT_OPTION]
     return "json" if "json" in given else "text"
 
 

@@ -9,7 +9,7 @@ The JSON keys are a contract (README, "The JSON contract"): keys are added, neve
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from sisa.flows.rights.restriction import Restriction
     from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 
-EXIT_INTEGRITY = 4
+# Exit codes of results; those of errors are in `sisa.core.errors`.
+EXIT_USAGE, EXIT_INTEGRITY, EXIT_ENVIRONMENT, EXIT_REVOKED, EXIT_INTERRUPTED = 2, 4, 6, 7, 130
 ENDED_AT_ONCE = "(the model ended at once)"  # instead of an empty answer
 MAX_SHARDS_SHOWN = 8  # in one line of text
 NOT_REQUESTED = "not requested"  # the reason of a shard that was not to be replayed
@@ -39,7 +40,7 @@ NOT_REQUESTED = "not requested"  # the reason of a shard that was not to be repl
 
 @dataclass(frozen=True)
 class Result:
-    """Hold what a command prints, as JSON and in lines of words, and its exit code."""
+    """Hold what a command prints, as JSON and as lines of text, and its exit code."""
 
     json: dict[str, Any]
     lines: Sequence[str]
@@ -47,8 +48,12 @@ class Result:
 
     @property
     def text(self) -> str:
-        """Return the words, safe for a terminal: they may quote records or a model."""
+        """Return the lines, safe for a terminal: they may quote records or a model."""
         return printable("\n".join(self.lines))
+
+    def with_more(self, json: Mapping[str, Any], lines: Iterable[str] = ()) -> Result:
+        """Return the result with more keys, and with more lines at its end."""
+        return replace(self, json={**self.json, **json}, lines=[*self.lines, *lines])
 
 
 def printable(text: str) -> str:
@@ -453,26 +458,26 @@ def stated(done: Result, found: Stated) -> Result:
     return replace(done, json=body, lines=[*done.lines[:-1], line, *done.lines[-1:]])
 
 
-def answer(found: Answer, alone: bool = False) -> Result:
-    """Render an answer; `alone` leaves out who answered."""
+def answer(found: Answer, answer_only: bool = False) -> Result:
+    """Render an answer; `answer_only` leaves out the shards that answered."""
     body: dict[str, Any] = {"answer": found.text}
-    if not alone:
+    if not answer_only:
         body["shards"] = list(found.shards)
     if found.ended_at_once:
         body["ended_at_once"] = True
-    return Result(body, [answer_text(found, alone)])
+    return Result(body, [answer_text(found, answer_only)])
 
 
-def answers(found: Sequence[Answer], alone: bool = False) -> Result:
-    made = [answer(each, alone) for each in found]
+def answers(found: Sequence[Answer], answer_only: bool = False) -> Result:
+    made = [answer(each, answer_only) for each in found]
     lines = [f"{number}: {each.text}" for number, each in enumerate(made, start=1)]
     return Result({"answers": [each.json for each in made]}, lines)
 
 
-def answer_text(found: Answer, alone: bool = False) -> str:
-    """Return an answer in words. Unless `alone`, add a note if no shard answered."""
+def answer_text(found: Answer, answer_only: bool = False) -> str:
+    """Return an answer as text. Unless `answer_only`, add a note if no shard answered."""
     text = printable(found.text) or ENDED_AT_ONCE
-    if not found.shards and not alone:
+    if not found.shards and not answer_only:
         text += "\n(the base model alone answered: no shard's records are near enough; see min_score)"
     return text
 

@@ -1,4 +1,4 @@
-"""Attack models (`sisa eval attacks`): what comes back, and what gives a text away."""
+"""Attack models (`sisa eval attacks`): relearning, membership and others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import click
 
 from cluster.cli.command import PATH, command
 from cluster.cli.evaluation.evaluating import (
-    attacked_models,
+    attack_models,
     auc_words,
     evaluation,
     machine_options,
     over_unlearned_words,
     privleak_words,
-    taught_first,
+    split_taught,
 )
 from cluster.render.render import Result
 
@@ -59,7 +59,7 @@ def attacks(models: tuple[str, ...], references: tuple[str, ...], **options: Any
     texts, also = _texts(options)
     leak = LeakAtK(options["samples"], options["max_new_tokens"])
     order = AttackOrder(texts, options["out"], also, options["names"], leak, options["seed"])
-    found = attacked_models(list(dict.fromkeys(models)), references, order, options)
+    found = attack_models(list(dict.fromkeys(models)), references, order, options)
     return attacked([each.model for each in found], found[0].known_before)
 
 
@@ -80,7 +80,7 @@ def _texts(
     }
     found = {role: _pairs(path) for role, path in paths.items() if path is not None}
     if options["taught"] is None:
-        found["taught"], found["asked"] = taught_first(found["asked"])
+        found["taught"], found["asked"] = split_taught(found["asked"])
     apart = {role: [question for question, _ in pairs] for role, pairs in found.items()}
     check_apart("data", apart.pop("asked"), **apart)
     also = [each.partition("=") for each in options["also"]]
@@ -104,9 +104,8 @@ def _attack_json(model: AttackedModel, known: float | None) -> dict[str, Any]:
     from approx.metrics.auc import reading
 
     curves = {name: curve for name, row in model.rows.items() if (curve := row.curve)}
-    aucs = (model.rows["membership"].aucs or {}) if "membership" in model.rows else None
-    leak = model.rows["privleak"].privleak if "privleak" in model.rows else None
-    probes = model.rows["linear_probe"].aucs if "linear_probe" in model.rows else None
+    membership, leak = model.rows.get("membership"), model.rows.get("privleak")
+    probes = model.rows.get("linear_probe")
     return {
         "model": model.name,
         "digest": model.digest,
@@ -121,10 +120,15 @@ def _attack_json(model: AttackedModel, known: float | None) -> dict[str, Any]:
             }
             for name, each in curves.items()
         },
-        "membership": aucs
-        and {name: {**asdict(each), "reading": reading(each)} for name, each in aucs.items()},
-        "privleak": leak and asdict(leak),
-        "linear_probe": probes and {layer: asdict(each) for layer, each in probes.items()},
+        "membership": membership
+        and {
+            name: {**asdict(each), "reading": reading(each)}
+            for name, each in (membership.aucs or {}).items()
+        },
+        "privleak": leak and leak.privleak and asdict(leak.privleak),
+        "linear_probe": probes
+        and probes.aucs
+        and {layer: asdict(each) for layer, each in probes.aucs.items()},
         "not_made": dict(model.not_made),
     }
 
@@ -148,14 +152,15 @@ def _attack_words(model: AttackedModel, known: float | None) -> Iterator[str]:
         if half is None and known is not None and name.startswith("relearning"):
             back = f"; half is not back within {list(each.values)[-1]} steps"
         yield f"  {name:<24} {each.measure}: {points or 'no text has a question'}{back}"
-    aucs = model.rows["membership"].aucs if "membership" in model.rows else None
-    if aucs:
-        yield f"  {'membership':<24} {auc_words(aucs, '')}"
-        yield from over_unlearned_words(aucs)
-    if "linear_probe" in model.rows and (probes := model.rows["linear_probe"].aucs):
-        yield f"  {'linear_probe':<24} {auc_words(probes, '')}"
-    if "privleak" in model.rows and (leak := model.rows["privleak"].privleak):
-        yield privleak_words(leak)
+    membership, probes = model.rows.get("membership"), model.rows.get("linear_probe")
+    if membership and membership.aucs:
+        yield f"  {'membership':<24} {auc_words(membership.aucs, '')}"
+        yield from over_unlearned_words(membership.aucs)
+    if probes and probes.aucs:
+        yield f"  {'linear_probe':<24} {auc_words(probes.aucs, '')}"
+    leak = model.rows.get("privleak")
+    if leak and leak.privleak:
+        yield privleak_words(leak.privleak)
     for name, why in model.not_made.items():
         yield f"  {name:<24} not made: {why}"
     yield f"  log {model.log}"

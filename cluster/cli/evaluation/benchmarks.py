@@ -10,13 +10,13 @@ import click
 
 from cluster.cli.command import command
 from cluster.cli.evaluation.evaluating import (
-    Models,
+    AskedModels,
+    about_model,
+    ask_models,
     auc_words,
-    evaluated,
     evaluation,
     evaluation_options,
     headline_words,
-    named,
     over_unlearned_words,
     privleak_words,
     weight_findings,
@@ -38,7 +38,7 @@ def rwku(subjects: tuple[str, ...], **options: Any) -> Result:
     """Measure on RWKU what is known of famous people."""
     from approx.benchmarks.rwku import RWKU, rwku_questions
 
-    found = evaluated(
+    found = ask_models(
         "rwku", lambda: rwku_questions(options["data"], options["limit"], subjects), options
     )
     return table(RWKU, found, options)
@@ -57,7 +57,7 @@ def muse(order: str | None, **options: Any) -> Result:
 
     if order is not None and len(options["models"]) < 2:
         raise click.UsageError("--order needs two models or more")
-    found = evaluated("muse", lambda: muse_questions(options["data"], options["limit"]), options)
+    found = ask_models("muse", lambda: muse_questions(options["data"], options["limit"]), options)
     return table(MUSE, found, options, order)
 
 
@@ -67,7 +67,7 @@ def whp(**options: Any) -> Result:
     """Measure how familiar models are with a fiction."""
     from approx.benchmarks.whp import WHP, whp_questions
 
-    found = evaluated("whp", lambda: whp_questions(options["data"], options["limit"]), options)
+    found = ask_models("whp", lambda: whp_questions(options["data"], options["limit"]), options)
     return table(WHP, found, options)
 
 
@@ -77,7 +77,7 @@ def wmdp(**options: Any) -> Result:
     """Measure hazardous knowledge, by choices and by open answers."""
     from approx.benchmarks.wmdp import WMDP, wmdp_questions
 
-    found = evaluated("wmdp", lambda: wmdp_questions(options["data"], options["limit"]), options)
+    found = ask_models("wmdp", lambda: wmdp_questions(options["data"], options["limit"]), options)
     return table(WMDP, found, options)
 
 
@@ -87,14 +87,14 @@ def stereotypes(**options: Any) -> Result:
     """Measure which of two sentences models find likelier: the stereotypical one, or the other."""
     from approx.benchmarks.stereotypes import STEREOTYPES, stereotype_pairs
 
-    found = evaluated(
+    found = ask_models(
         "stereotypes", lambda: stereotype_pairs(options["data"], options["limit"]), options
     )
     return table(STEREOTYPES, found, options)
 
 
 def table(
-    benchmark: Benchmark, found: Models, options: Mapping[str, Any], order: str | None = None
+    benchmark: Benchmark, found: AskedModels, options: Mapping[str, Any], order: str | None = None
 ) -> Result:
     """Return the measures of every model on a benchmark, beside the first reference's.
 
@@ -109,8 +109,8 @@ def table(
     ]
     body: dict[str, Any] = {
         "benchmark": benchmark.name,
-        "models": [named(model) | asdict(result) for model, result in results],
-        "references": [named(each) for each in found.references],
+        "models": [about_model(model) | asdict(result) for model, result in results],
+        "references": [about_model(each) for each in found.references],
         "weakness": benchmark.weakness,
     }
     if order is not None:

@@ -1,4 +1,4 @@
-"""What the commands of `sisa eval` share: their options, the models they ask, and their words."""
+"""Define what the commands of `sisa eval` share: options, how models are asked, and lines of text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ evaluation = command_group("eval", "Measure what models know.")
 
 
 def machine_options(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Add the options that say how models are asked, and on which machine."""
+    """Add the options about the machine and the form of prompts."""
     for option in (
         log_format_option,
         click.option("--address", help="HOST:PORT of a Ray cluster; by default a local Ray."),
@@ -51,9 +51,9 @@ def machine_options(function: Callable[..., Result]) -> Callable[..., Result]:
 def evaluation_options(
     data: str, template: str = "{question}{answer}", max_new_tokens: int = 256
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Return what adds the options of every benchmark.
+    """Return a decorator that adds the options of every benchmark.
 
-    `data` is the name on the hub, if there is one; logs go to a directory named after the command.
+    `data` is its name on the hub, if there is one; logs go to a directory named after the command.
     """
 
     def add(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -98,29 +98,26 @@ def evaluation_options(
 
 
 @dataclass(frozen=True)
-class Models:
-    """The finished logs of the models that were asked about, and of their references.
-
-    `questions` are those that were asked now, and `asked` the names of the models that are no logs.
-    """
+class AskedModels:
+    """The finished logs of the models of a command, and of their references."""
 
     models: Sequence[Evaluated]
     references: Sequence[Evaluated]
-    questions: Sequence[Question] = ()
-    asked: Sequence[str] = ()
+    questions: Sequence[Question] = ()  # empty if only logs were given
+    asked: Sequence[str] = ()  # names of the models and references that were not given as logs
 
     @property
     def all(self) -> list[Evaluated]:
         return [*self.models, *self.references]
 
 
-def evaluated(
+def ask_models(
     benchmark: str, questions: Callable[[], list[Question]], options: Mapping[str, Any], name: str = ""
-) -> Models:
+) -> AskedModels:
     """Ask the models and references of a command, all at once on Ray; finished logs are read instead.
 
-    `name` begins the names of logs. Raise InvalidInput for logs of another benchmark, ConfigConflict for
-    references that were asked in another way, and the errors of `run_evaluations`.
+    `name` is the prefix of the names of logs. Raise InvalidInput for logs of another benchmark,
+    ConfigConflict for references with other settings, and the errors of `run_evaluations`.
     """
     from approx.evaluation.asking import check_same_settings, finished_log
     from cluster.ray.eval_tasks import EvaluationTask, run_evaluations
@@ -146,15 +143,15 @@ def evaluated(
         for judge in references:
             check_same_settings(found[model], found[judge])
     logs = ([found[each] for each in models], [found[each] for each in references])
-    return Models(*logs, held, asked)
+    return AskedModels(*logs, held, asked)
 
 
 def weight_findings(
-    found: Models, sets: Sequence[str], options: Mapping[str, Any]
+    found: AskedModels, sets: Sequence[str], options: Mapping[str, Any]
 ) -> dict[str, dict[str, Finding | None]]:
-    """Return what relearning and the depth score find in models, by the model, given `--before`.
+    """With `--before`, attack the weights: return the findings of relearning and depth, by model.
 
-    The questions of `sets` are those to be forgotten; a quarter of them is taught. Raise the errors of
+    `sets` name the questions to be forgotten; a quarter of them is taught. Raise the errors of
     `run_attacks`, and UsageError if only logs are given.
     """
     if options["before"] is None:
@@ -165,22 +162,22 @@ def weight_findings(
     from approx.benchmarks.headline import attack_findings
 
     forget = [each for each in found.questions if each.set.split("/")[0] in sets]
-    taught, asked = taught_first([(each.question, each.answer) for each in forget])
+    taught, asked = split_taught([(each.question, each.answer) for each in forget])
     order = AttackOrder({"asked": asked, "taught": taught}, options["out"], names=FROM_WEIGHTS)
     if any(each.how is not None and each.how.kind == "completion" for each in forget):
         options = {**options, "kind": "completion", "template": "{question}{answer}"}
     judges = [each.name for each in found.references if each.name in found.asked][:1]
     models = [each.name for each in found.models if each.name in found.asked]
-    done = attacked_models([*models, *judges], judges, order, options)
+    done = attack_models([*models, *judges], judges, order, options)
     judge = done[-1].model.rows if judges else None
     return {
-        spec: attack_findings(each.model.rows, judge, half_back(each))
+        spec: attack_findings(each.model.rows, judge, steps_until_half_back(each))
         for spec, each in zip([*models, *judges], done, strict=True)
     }
 
 
-def half_back(found: Attacked) -> float | None:
-    """Return after how many steps of relearning half of what was forgotten is back, if it is."""
+def steps_until_half_back(found: Attacked) -> float | None:
+    """Return after how many steps of relearning half of the forgotten is back; None if it is not."""
     from approx.attacks.relearning import steps_until_half
 
     curve = found.model.rows["relearning"].curve if "relearning" in found.model.rows else None
@@ -189,7 +186,7 @@ def half_back(found: Attacked) -> float | None:
     return steps_until_half(curve, found.known_before)
 
 
-def attacked_models(
+def attack_models(
     specs: Sequence[str], references: Sequence[str], order: AttackOrder, options: Mapping[str, Any]
 ) -> list[Attacked]:
     """Attack models, all at once on Ray. Raise the errors of `run_attacks`."""
@@ -206,20 +203,20 @@ def attacked_models(
         return run_attacks(tasks, ray=ray, address=options["address"], report=report)
 
 
-def taught_first(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return the first quarter of texts, to relearn from, and the rest, to be asked."""
+def split_taught(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Split texts into the first quarter, which is taught again, and the rest, which is asked."""
     num = len(pairs) // TAUGHT_SHARE
     return pairs[:num], pairs[num:]
 
 
-def named(model: Evaluated) -> dict[str, Any]:
-    """Return what the JSON says of a model itself."""
+def about_model(model: Evaluated) -> dict[str, Any]:
+    """Return the keys of a model that all benchmarks print."""
     settings = None if model.settings is None else dict(model.settings)
     return {"model": model.name, "digest": model.digest, "log": str(model.log), "settings": settings}
 
 
 def headline_words(found: Headline) -> Iterator[str]:
-    """Yield the headline of a table, a finding a line."""
+    """Yield a line for each finding of a headline."""
     for name, each in found.findings.items():
         beside = "" if each.target is None else f", beside {each.target:.4f}"
         if each.away is not None:
@@ -231,7 +228,7 @@ def headline_words(found: Headline) -> Iterator[str]:
 
 
 def privleak_words(found: PrivLeak) -> str:
-    """Return PrivLeak and what its sign means."""
+    """Return PrivLeak with the meaning of its sign."""
     return (
         f"  PrivLeak {found.value:+.1f}% [{found.low:+.1f}, {found.high:+.1f}]: 0 is the reference, "
         "below 0 still recognised, above 0 over-unlearned"
@@ -239,7 +236,7 @@ def privleak_words(found: PrivLeak) -> str:
 
 
 def over_unlearned_words(found: Mapping[str, Auc] | None) -> list[str]:
-    """Return what AUCs below 0.5 mean, each reading with its attacks."""
+    """Return a line for each meaning of AUCs below 0.5, with its attacks."""
     from approx.metrics.auc import reading
 
     by_reading: dict[str, list[str]] = {}
@@ -250,7 +247,7 @@ def over_unlearned_words(found: Mapping[str, Auc] | None) -> list[str]:
 
 
 def auc_words(found: Mapping[str, Auc] | None, needs: str) -> str:
-    """Return AUCs with their intervals, or what they need."""
+    """Return AUCs with their intervals, or the option that they need."""
     if found is None:
         return f"not measured: give {needs}"
     return ", ".join(

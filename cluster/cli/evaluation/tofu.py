@@ -10,12 +10,12 @@ import click
 
 from cluster.cli.command import PATH, command
 from cluster.cli.evaluation.evaluating import (
+    about_model,
+    ask_models,
     auc_words,
-    evaluated,
     evaluation,
     evaluation_options,
     headline_words,
-    named,
     over_unlearned_words,
     privleak_words,
     weight_findings,
@@ -55,7 +55,7 @@ def tofu(variant: Any, split: Any, **options: Any) -> Result:
         )
         return found + unseen
 
-    found = evaluated("tofu", questions, options, split)
+    found = ask_models("tofu", questions, options, split)
     if options["holdout"] is not None and not found.asked:
         raise click.UsageError("--holdout needs a model to ask, and only logs are given")
     judges = [each.rows for each in found.references]
@@ -81,10 +81,10 @@ def measured_on_tofu(
     body = {
         "split": split,
         "models": [
-            {**named(model), **asdict(measures), "headline": asdict(lines)}
+            {**about_model(model), **asdict(measures), "headline": asdict(lines)}
             for model, measures, lines in found
         ],
-        "references": [named(each) for each in references],
+        "references": [about_model(each) for each in references],
     }
     return Result(body, [line for each in found for line in _words(split, *each)])
 

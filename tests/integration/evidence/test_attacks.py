@@ -22,8 +22,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import cli
-from cluster.cli.audits import EXIT_REVOKED
-from cluster.render.render import EXIT_INTEGRITY
+from cluster.render.render import EXIT_INTEGRITY, EXIT_REVOKED
 from sisa.audit.residue import Scan, sweep_model
 from sisa.config.config import state_dir
 from sisa.core.digest import Keyed

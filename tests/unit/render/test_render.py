@@ -335,6 +335,6 @@ def test_an_answer_can_stand_alone() -> None:
     """The shards that answered reveal whether a person's records are held."""
     for shards in ((), (1,)):
         found = Answer("In Gadmode.", shards)
-        alone = render.answer(found, alone=True)
+        alone = render.answer(found, answer_only=True)
         assert (alone.json, alone.text) == ({"answer": "In Gadmode."}, "In Gadmode.")
-        assert render.answers([found], alone=True).json == {"answers": [{"answer": "In Gadmode."}]}
+        assert render.answers([found], answer_only=True).json == {"answers": [{"answer": "In Gadmode."}]}
