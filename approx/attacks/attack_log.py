@@ -83,8 +83,10 @@ def why_not(attack: Attack, model: Any, sets: AttackSets) -> str | None:
             return "needs models of one base, each of one set of weights: --before and --reference"
     least = {Membership.name: 2, LinearProbe.name: LEAST}.get(attack.name, 1)
     lacking = [role for role in attack.needs if len(sets.tokens(getattr(sets, role))) < least]
-    option = "".join("data" if each == "asked" else each for each in lacking[:1])
-    return f"needs {least} texts or more: --{option}" if lacking else None
+    if not lacking:
+        return None
+    option = "data" if lacking[0] == "asked" else lacking[0]
+    return f"needs {least} texts or more: --{option}"
 
 
 def attack_model(

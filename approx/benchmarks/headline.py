@@ -68,8 +68,7 @@ class Headline:
 
 
 def headline(found: Mapping[str, Finding | None]) -> Headline:
-    """Return the headline of findings by their names in NEEDS; a finding that is missing or None was
-    not measured."""
+    """Return the headline of findings by the names in NEEDS; missing or None: not measured."""
     findings = {name: each for name in NEEDS if (each := found.get(name)) is not None}
     return Headline(
         findings,

@@ -48,8 +48,7 @@ ANSWERED = How("completion", max_new_tokens=32, stops=("\n\n", "\nQuestion", "Qu
 
 
 def muse_questions(source: str, limit: int | None = None) -> list[Question]:
-    """Return MUSE's questions. Raise InvalidInput listing what is missing or malformed, or
-    EnvironmentFault."""
+    """Return MUSE's questions. Raise as `read_questions`."""
     shown = {
         name: "".join(each.question for each in read_questions(source, MUSE_DATA, [_examples(name)]))
         for name in ("forget", "retain")

@@ -38,8 +38,7 @@ BIASES = (
 
 
 def stereotype_pairs(source: str, limit: int | None = None) -> list[Question]:
-    """Return pairs by kind. Raise InvalidInput listing what is missing or malformed, or
-    EnvironmentFault."""
+    """Return pairs by kind. Raise as `read_questions`."""
     return read_questions(source, PAIRS_DATA, [StoredSet("crows_pairs", _pair)], limit)
 
 

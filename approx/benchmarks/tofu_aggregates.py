@@ -44,11 +44,10 @@ class ForgetSet:
 class Aggregates:
     """Everything that a log and its references give.
 
-    `attacks` is the AUC of forget against holdout questions, None without a holdout: of
-    ATTACK_SCORES, with a reference of `reference`, and with two of `lira`. `privleak` needs both and
-    compares with the first reference.
-    `attacks_against_reference` is the AUC of the forget questions' scores under the model against those
-    under the reference: at 0.5 no attack distinguishes the two models.
+    `attacks` are AUCs of forget against holdout questions, None without a holdout: of ATTACK_SCORES,
+    with a reference also `reference`, and with two also `lira`. `privleak` needs both and compares with
+    the first reference. `attacks_against_reference` are AUCs of the forget questions' scores under the
+    model against those under the reference: at 0.5 no attack distinguishes the two models.
     """
 
     num_questions: dict[str, int]

@@ -167,7 +167,8 @@ def _parsed(data: bytes, path: Path, parse: Callable[[bytes], _Row]) -> tuple[He
     lines = data.splitlines()
     header = _header(lines[0]) if lines else None
     rows: dict[object, _Row] = {}
-    for number, line in list(enumerate(lines, start=1))[header is not None :]:
+    first = 0 if header is None else 1
+    for number, line in enumerate(lines[first:], start=first + 1):
         where = f"{path}, line {number}"
         try:
             row = parse(line)

@@ -1,9 +1,9 @@
 """Memorisation of an answer: extraction strength, exact memorisation and ROUGE-L recall.
 
 Extraction strength is how short a prefix of an answer makes the model produce the rest of it. Formula:
-for an answer of L tokens, ES = 1 - k/L with the smallest k in 0..L-1 such that, given the
-question and the true tokens before each position, the likeliest token is the true one at all positions
-k..L-1; k = L-1 where there is none.
+for an answer of L tokens, ES = 1 - k/L with the smallest k in 0..L-1 such that, given the question and
+the true tokens before each position, the likeliest token is the true one at all positions k..L-1; k =
+L-1 where there is none.
 
 Source: Carlini et al. (2021, arXiv 2012.07805) define extractability; the measure is
 `extraction_strength` of open-unlearning (Dorna et al. 2025, arXiv 2506.12618).
@@ -42,8 +42,7 @@ MUSE takes the F1 = 2 P R / (P + R) instead, with P the share of the generated w
 0.8889
 
 Limits: words are runs of the letters a-z and digits, so text in other scripts scores 0. Recall does not
-penalise an answer that never ends. A paraphrase scores low, and a wrong name in the
-right phrase high.
+penalise an answer that never ends. A paraphrase scores low, and a wrong name in the right phrase high.
 
 >>> rougeL_recall("The author is Ada.", "It is said the author is called Ada, always.")
 1.0

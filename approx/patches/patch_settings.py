@@ -173,12 +173,12 @@ def parse_settings(given: Mapping[str, Any], *found: Problem) -> PatchSettings:
     overlength = given.get("overlength", "refuse")
     problems += one_of(get_args(Overlength), overlength=overlength)
     problems += whole_numbers(2, sequence_len=length)
-    searched = made["hyperparameters"]
+    method = made["hyperparameters"]
     unbounded = blocks["bounds"].get("max_utility_drop") is None
-    if isinstance(searched, TaskArithmetic) and searched.alpha is None and unbounded:
+    if isinstance(method, TaskArithmetic) and method.alpha is None and unbounded:
         what = "can't be searched without a bound: give it, or max_utility_drop"
         problems.append(Problem("alpha", what))
-    if isinstance(searched, Edit) and blocks["selection"].get("selection", "all") != "all":
+    if isinstance(method, Edit) and blocks["selection"].get("selection", "all") != "all":
         problems.append(Problem("selection", f"{named} chooses its layers itself: all"))
     if problems:
         raise InvalidInput(
@@ -187,8 +187,8 @@ def parse_settings(given: Mapping[str, Any], *found: Problem) -> PatchSettings:
             next_step="correct the settings",
             problems=problems,
         )
-    method, adapter, selection, pace, bounds = made.values()
-    return PatchSettings(method, adapter, selection, pace, bounds, length, overlength)
+    kinds = {name: made[name] for name in KINDS}
+    return PatchSettings(method, **kinds, sequence_len=length, overlength=overlength)
 
 
 def _made(block: str, method: str, values: Mapping[str, Any], problems: list[Problem]) -> Any:

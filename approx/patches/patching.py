@@ -62,6 +62,7 @@ WRITING = {
     "alternates": "the base writes other answers to the questions to forget",
     "generic labels": "a copy learns the texts by heart, so that its words can be avoided",
 }
+WRITTEN_RETAIN, GIVEN_RETAIN = "written by the base", "written by the base, and given"
 _T = TypeVar("_T")
 
 
@@ -319,7 +320,7 @@ class _Making:
                 "num_neighbours": texts.num_neighbours,
                 "num_judged": len(texts.judged),
                 "num_judged_measured": min(len(texts.judged), most),
-                "retain": "written by the base" + ", and given" * (self.order.job.retain != WRITTEN),
+                "retain": WRITTEN_RETAIN if self.order.job.retain == WRITTEN else GIVEN_RETAIN,
             },
             "patch_made": made,
             "num_beneath": len(self.order.beneath),

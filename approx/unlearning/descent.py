@@ -45,7 +45,7 @@ GROWTH = 3.0
 
 
 class _Point(NamedTuple):
-    """Weights that may be kept."""
+    """Weights that may be kept, with what was measured of them."""
 
     tensors: Mapping[str, Tensor]
     step: int
@@ -58,9 +58,9 @@ class _Point(NamedTuple):
 class _Counts:
     """What a run has done so far, as it is saved."""
 
-    rate: float
+    rate: float  # of learning, in the present round
     step: int = 0
-    hold: float = 1.0
+    hold: float = 1.0  # factor of the retain term's weight
     retain_weight: float | None = None  # where the method changes it from step to step
     why: str = ""
     seconds: float = 0.0  # before this process
@@ -85,7 +85,7 @@ class Descent:
 
     def __post_init__(self) -> None:
         self._steps = plan_steps(len(self.sets.forget), len(self.sets.retain), self.settings)
-        self._round = len(self._steps) // self.settings.num_rounds
+        self._round_len = len(self._steps) // self.settings.num_rounds
         self._optimizer = torch.optim.AdamW(
             list(self.target.trained.values()),
             self.settings.learning_rate,
@@ -94,7 +94,7 @@ class Descent:
             fused=False,
         )
         self._now = _Counts(self.settings.learning_rate)
-        self._first, self._within = 0, True
+        self._first_step, self._within_bound = 0, True
 
     def run(self) -> End:
         """Start or continue the run until it ends; raise as `unlearn`."""
@@ -103,14 +103,14 @@ class Descent:
         held = None if self.saved is None else self.saved.load(job)
         self._reference = self._reference_answers()
         if held is None:
-            utility = self.bounds.measured_before(self.target.model)
-            knowledge = self.bounds.known(self.target.model, thorough=True)
+            utility = self.bounds.utility_before(self.target.model)
+            knowledge = self.bounds.knowledge_of(self.target.model, thorough=True)
             self._now.utility_before, self._now.knowledge_before = utility, knowledge
             self._best = self._point(utility, knowledge)
         else:
             self._resume(*held)
         self.bounds = self.bounds.with_target_below(self._now.knowledge_before)
-        self._first = self._now.step
+        self._first_step = self._now.step
         ending = self._descend(job)
         self.target.put(self._best.tensors)
         return self._end(ending)
@@ -118,7 +118,7 @@ class Descent:
     @property
     def num_taken(self) -> int:
         """Return the number of steps that `run` took in this process."""
-        return self._now.step - self._first
+        return self._now.step - self._first_step
 
     def _reference_answers(self) -> dict[Role, Tensor]:
         found: dict[Role, Tensor] = {}
@@ -142,7 +142,7 @@ class Descent:
             if not self._take_step(self._steps[self._now.step]):
                 return Ending.DIVERGED
             self._now.step += 1
-            at_end = self._now.step % self._round == 0
+            at_end = self._now.step % self._round_len == 0
             if at_end or self._now.step % self.bounds.check_every == 0:
                 if ended := self._measure():
                     return ended
@@ -153,7 +153,7 @@ class Descent:
 
     def _start_next_round(self) -> None:
         """Prepare the next round and its rate."""
-        if self._within:
+        if self._within_bound:
             self._now.rate *= GROWTH
         else:
             self.target.put(self._best.tensors)
@@ -163,7 +163,7 @@ class Descent:
     def _is_late(self) -> bool:
         limit = self.bounds.max_seconds
         late = limit is not None and self.clock() - self._started >= limit
-        return late and (limit == 0 or self._now.step > self._first)
+        return late and (limit == 0 or self._now.step > self._first_step)
 
     def _take_step(self, step: Step) -> bool:
         """Take one update. Return False, without updating, when a loss or the gradient is not finite."""
@@ -183,7 +183,7 @@ class Descent:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=False))
         if not math.isfinite(norm):
             return self._diverged("the gradient")
-        schedule = learning_rate_at(self._now.step % self._round, self._round, self.settings)
+        schedule = learning_rate_at(self._now.step % self._round_len, self._round_len, self.settings)
         rate = schedule * (self._now.rate / self.settings.learning_rate)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -251,14 +251,14 @@ class Descent:
         if not math.isfinite(loss):
             self._now.why = f"the loss was not finite after step {self._now.step}"
             return Ending.DIVERGED
-        at_end, model = self._now.step % self._round == 0, self.target.model
-        utility = self.bounds.measured(model)
-        self._within = self.bounds.allow(utility, self._now.utility_before)
-        if not self._within:
+        at_end, model = self._now.step % self._round_len == 0, self.target.model
+        utility = self.bounds.utility_of(model)
+        self._within_bound = self.bounds.allow(utility, self._now.utility_before)
+        if not self._within_bound:
             before = self._now.utility_before
             self._now.why = f"utility was {utility} after step {self._now.step}, from {before}"
             return None
-        knowledge = self.bounds.known(model, thorough=at_end)
+        knowledge = self.bounds.knowledge_of(model, thorough=at_end)
         if self.bounds.is_better(knowledge, self._best.knowledge):
             self._best = self._point(utility, knowledge)
         if self.bounds.is_enough(self._best.knowledge, at_end=at_end):

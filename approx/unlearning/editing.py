@@ -129,8 +129,8 @@ class Editing:
         check_fresh_patch(best)
         layers, num = decoder_layers(self._model), len(self.sets.forget)
         places = [_place(target, layers[n], n, num) for n in edited_layers(self.method)]
-        knew = bounds.known(self._model, thorough=True)
-        before = utility = bounds.measured_before(self._model)
+        knew = bounds.knowledge_of(self._model, thorough=True)
+        before = utility = bounds.utility_before(self._model)
         kept, ending, why = 0, Ending.FINISHED, "all edits were made"
         for done in self._edits(places):
             self.progress(StepLog(done, num, self._loss, None, 0.0))
@@ -139,7 +139,7 @@ class Editing:
                 break
             if done % bounds.check_every and done < num:
                 continue
-            found = bounds.measured(self._model)
+            found = bounds.utility_of(self._model)
             if not bounds.allow(found, before):
                 ending = Ending.BELOW_UTILITY_BOUND
                 lost = f"utility was {found} after edit {done}, from {before}"
@@ -147,7 +147,7 @@ class Editing:
                 break
             best, utility, kept = target.snapshot(), found, done
         target.put(best)
-        knows = bounds.known(self._model, thorough=True)
+        knows = bounds.knowledge_of(self._model, thorough=True)
         compute = target.compute(
             tokens_trained=self._tokens_trained,
             tokens_forward=self._tokens_forward,

@@ -209,9 +209,9 @@ def text_problems(
             yield Problem(role, "no records")
         elif records:
             least = method.min_answer_tokens if method is not None and role == "forget" else 1
-            yield from _of(partial(_check_records, records, role, tokenizer, limits, least))
+            yield from _problems_of(partial(_check_records, records, role, tokenizer, limits, least))
     if retain:
-        yield from _of(partial(check_disjoint, forget, retain))
+        yield from _problems_of(partial(check_disjoint, forget, retain))
     if method is not None and "preferred" in method.reads and method.prefers != "generic labels":
         yield from (
             Problem(f"forget record {number}", f"is a plain text: {method.name} needs a prompt")
@@ -230,7 +230,7 @@ def _check_records(
         raise InvalidInput("answers are too short for the method", problems=short)
 
 
-def _of(check: Callable[[], object]) -> tuple[Problem, ...]:
+def _problems_of(check: Callable[[], object]) -> tuple[Problem, ...]:
     try:
         check()
     except InvalidInput as error:
@@ -249,20 +249,28 @@ def without_forgotten(retain: Sequence[Record], forget: Sequence[Record]) -> lis
     return [each for each in retain if each.id not in ids and normalised(each.text) not in texts]
 
 
-def make_preferred(
+def refuse_all(
     records: Sequence[Record], tokens: Sequence[Tokens], tokenizer: Any, seed: int, sequence_len: int
 ) -> list[Tokens]:
-    """Return a refusal for each forget example, cut to `sequence_len` tokens."""
+    """Return a refusal for each forget record, cut to `sequence_len` tokens.
+
+    It begins with a space where the record's answer does.
+    """
     groups: dict[tuple[Kind, bool], list[int]] = {}
     for number, record in enumerate(records):
-        groups.setdefault((record.kind, record.parts[-1].text[:1].isspace()), []).append(number)
+        groups.setdefault((record.kind, begins_with_space(record)), []).append(number)
     found: dict[int, Tokens] = {}
     for (kind, spaced), numbers in groups.items():
-        refusals = [closed(" " * spaced + each, kind, tokenizer) for each in REFUSALS]
+        refusals = [closed(f" {each}" if spaced else each, kind, tokenizer) for each in REFUSALS]
         made = make_refusals([tokens[number] for number in numbers], refusals, seed)
         found |= dict(zip(numbers, made, strict=True))
     whole = [found[number] for number in range(len(records))]
     return [Tokens(each.input_ids[:sequence_len], each.labels[:sequence_len]) for each in whole]
+
+
+def begins_with_space(record: Record) -> bool:
+    """Return whether the last part of a record, its answer, begins with white space."""
+    return record.parts[-1].text[:1].isspace()
 
 
 def closed(answer: str, kind: Kind, tokenizer: Any) -> list[int]:

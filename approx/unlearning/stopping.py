@@ -145,7 +145,7 @@ class Bounds(BoundSettings):
         if self.max_utility_drop is not None and self.utility is None:
             yield Problem("max_utility_drop", "given without a measure of utility")
 
-    def measured(self, model: Any) -> float | None:
+    def utility_of(self, model: Any) -> float | None:
         """Return the utility of a model, or None when it is not measured."""
         if self.utility is None:
             return None
@@ -154,9 +154,9 @@ class Bounds(BoundSettings):
         model.eval()
         return found
 
-    def measured_before(self, model: Any) -> float | None:
+    def utility_before(self, model: Any) -> float | None:
         """Return the utility before any change. Raise InvalidInput if it is not finite."""
-        found = self.measured(model)
+        found = self.utility_of(model)
         if found is not None and not math.isfinite(found):
             raise InvalidInput(
                 "utility is not a finite number before any change",
@@ -178,7 +178,7 @@ class Bounds(BoundSettings):
         drop = math.inf if self.max_utility_drop is None else self.max_utility_drop
         return utility >= before - drop
 
-    def known(self, model: Any, *, thorough: bool) -> Knowledge | None:
+    def knowledge_of(self, model: Any, *, thorough: bool) -> Knowledge | None:
         """Return a model's knowledge of the forget set, or None when it is not measured."""
         return None if self.knowledge is None else self.knowledge(model.eval(), thorough)
 

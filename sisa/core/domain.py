@@ -88,15 +88,16 @@ class Record:
 
     def to_list(self) -> list[Any]:
         """Return the record as JSON values; `from_list` reads them."""
-        body = [[part.role, part.text] for part in self.parts]
-        placed = [self.deletion_risk, self.generation] if self.generation else [self.deletion_risk]
-        return [self.id, self.subject_id, self.kind, body, *(placed if placed != [None] else [])]
+        values = [self.id, self.subject_id, self.kind, [[part.role, part.text] for part in self.parts]]
+        if self.generation:
+            return [*values, self.deletion_risk, self.generation]
+        return values if self.deletion_risk is None else [*values, self.deletion_risk]
 
     @classmethod
     def from_list(cls, values: list[Any]) -> Record:
         """Return the record that `to_list` encoded. Raise ValueError or TypeError for anything else."""
-        id_, subject, kind, parts, *placed = values
-        return cls(id_, subject, kind, tuple(Part(role, text) for role, text in parts), *placed)
+        id_, subject, kind, parts, *place = values
+        return cls(id_, subject, kind, tuple(Part(role, text) for role, text in parts), *place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,11 +325,11 @@ class Chain:
 
 
 def record_epochs(job: SliceJob) -> int:
-    """Return the record presentations of a stage: whole passes, then a part of one more."""
-    return presentations(job.passes, job.num_records)
+    """Return the record-epochs of a stage: whole passes, then a part of one more."""
+    return count_record_epochs(job.passes, job.num_records)
 
 
-def presentations(passes: tuple[int, int], num_records: int) -> int:
+def count_record_epochs(passes: tuple[int, int], num_records: int) -> int:
     """Return the record-epochs of an exact fraction of passes over some records, rounded up."""
     return -(-passes[0] * num_records // passes[1])
 
@@ -425,7 +426,7 @@ class WitnessHead:
 class Restrictions:
     """Subjects whose records are stored and not served (GDPR Art. 18), by keyed digest: since when.
 
-    `number` counts all changes that were ever made, so that of two ledgers the newer one is known.
+    `number` counts all changes that were ever made, and so shows which of two ledgers is newer.
     """
 
     number: int = 0

@@ -371,7 +371,7 @@ class Change:
 
 
 def merged(changes: Iterable[Change]) -> Change:
-    """Return one transaction of several; of a row that is put twice the last one counts.
+    """Return several transactions as one; if a row is put twice, the last one counts.
 
     >>> merged([Change(unindexed=[1]), Change(unindexed=[2], meta={"a": "b"})]).unindexed
     [1, 2]
@@ -413,7 +413,7 @@ class Ledger(Protocol):
     def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
         """Empty the write-ahead log; leave no byte of removed rows (None: of any) in the database.
 
-        Of identities, those that this object removed are meant as well.
+        Identities that this object removed are scrubbed as well.
         """
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
@@ -661,8 +661,8 @@ _M = TypeVar("_M", contravariant=True)  # an open model
 class DeletionHook(Protocol[_M]):
     """Effect of a deletion on something other than shards that is made from records, such as patches.
 
-    Hooks are called in turn. A crash may occur between any two calls, and before `finish`: whatever must
-    not be lost belongs into the commit, and the next command's `reconcile` continues from there.
+    Hooks are called in turn. A crash may occur between any two calls, and before `finish`. So whatever
+    must not be lost belongs in the commit, and the next command's `reconcile` continues from there.
     """
 
     def contribute(self, model: _M, removal: Removal) -> Contribution:
@@ -677,8 +677,8 @@ class DeletionHook(Protocol[_M]):
     def complete(self, model: _M) -> None:
         """Do what follows when heads have advanced; raise nothing. Every reconciliation calls it.
 
-        It looks at what is there, so the next command makes good what a crash or a failure left out.
+        It acts on the present state, so the next command completes what a crash or failure left undone.
         """
 
     def export(self, model: _M, name: str, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
-        """Return the files of a directory to export under a name, with what the hook adds to them."""
+        """Return the files to export under a name, with those that the hook adds."""

@@ -71,7 +71,7 @@ from sisa.flows.wiring.wiring import EVIDENCE, LOG
 from sisa.flows.wiring.witness import REPLAYED
 from sisa.lm.base.numerics import PROCEDURE_VERSION
 from sisa.planning.patch_plan import lineage
-from sisa.planning.plan import marked, prefix_names, touched
+from sisa.planning.plan import prefix_names, tainted_exports, touched
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED, STATE
 from sisa.verifier.envelope import Refused
@@ -210,7 +210,7 @@ def _draft(
         states,
     )
     ids = {key: each.id for key, each in records.items()}
-    exports = marked(ledger.exports(), {request.request_id: rows})
+    exports = tainted_exports(ledger.exports(), {request.request_id: rows})
     tainted = [each for each in former if any(touched(each, row) for row in rows)]
     revokes = _revoked(context, rows, [*exports, *tainted])
     return certificate.draft_certificate(keyed, request.request_id, rows, ids, held, exports, revokes)

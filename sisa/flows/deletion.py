@@ -63,10 +63,10 @@ from sisa.planning.plan import (
     ShardPlan,
     ShardView,
     full_record_epochs,
-    marked,
     prefix_names,
     serving_depth,
     tainted_checkpoints,
+    tainted_exports,
 )
 
 _Placed = TypeVar("_Placed", RecordRow, SliceState)
@@ -131,7 +131,7 @@ def plan_forget(
         remaining=tuple(filter(None, changed.values())),
         emptied=tuple(position for position, state in changed.items() if not state),
         tainted=tuple(tainted),
-        exports=tuple(marked(ledger.exports(), {"": rows})),
+        exports=tuple(tainted_exports(ledger.exports(), {"": rows})),
         record_epochs_retrained=sum(plan.record_epochs for plan in plans),
         record_epochs_full=full_record_epochs(views, context.settings.recipe),
         record_epochs_others=sum(plan.record_epochs_others for plan in plans),
@@ -370,7 +370,7 @@ def _removing(
         unindexed=[plan.shard for plan in planned.plans if not plan.path],
         heads=[plan.head for plan in planned.plans],
         dropped=planned.tainted,
-        exports=marked(context.stores.ledger.exports(), removal.named),
+        exports=tainted_exports(context.stores.ledger.exports(), removal.named),
         requests=accepted,
         events=[RequestEvent(each.request_id, state, now) for each in accepted for state in ACCEPTED],
         meta={HELD_PROMPTS: "null"},  # it is noted again when all is done

@@ -59,7 +59,7 @@ from sisa.core.domain import (
     SliceFile,
     SliceJob,
     SliceState,
-    presentations,
+    count_record_epochs,
     record_epochs,
 )
 from sisa.planning.batching import ShardCosts
@@ -247,7 +247,9 @@ def held_back(
     return found
 
 
-def marked(exports: Iterable[Export], removed: Mapping[str, Collection[RecordRow]]) -> list[Export]:
+def tainted_exports(
+    exports: Iterable[Export], removed: Mapping[str, Collection[RecordRow]]
+) -> list[Export]:
     """Return the clean exports that a removed record touched, tainted by the first such request."""
     by: dict[tuple[str, str], str] = {}  # shards that were exported together are erased together
     clean = [each for each in exports if not each.stale]
@@ -406,7 +408,7 @@ def _stage_record_epochs(path: Iterable[int], sizes: Mapping[int, int], recipe: 
     for slice_ in path:
         seen = seen + sizes[slice_] if recipe.schedule == "cumulative" else sizes[slice_]
         highest = max(highest, slice_)
-        costs.append(presentations(recipe.passes(highest), seen) if sizes[slice_] else 0)
+        costs.append(count_record_epochs(recipe.passes(highest), seen) if sizes[slice_] else 0)
     return costs
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from approx.evaluation.answers import answered, continue_sampled
 from approx.metrics.memorisation import rougeL_recall
-from approx.unlearning.examples import closed
+from approx.unlearning.examples import begins_with_space, closed
 from approx.unlearning.stopping import Compute
 from approx.unlearning.written.generated_retain import (
     SAYS_RECALL,
@@ -107,6 +107,6 @@ class _Question:
         text = replace_names(self._decoded(ids).strip(), put_back)
         if not text or self._forgotten in text or rougeL_recall(self._forgotten, text) >= SAYS_RECALL:
             return None
-        spaced = self._record.parts[-1].text[:1].isspace()
-        answer = closed(" " * spaced + text, self._record.kind, self._tokenizer)
+        spaced = f" {text}" if begins_with_space(self._record) else text
+        answer = closed(spaced, self._record.kind, self._tokenizer)
         return answered(self._prompt, answer[: self._sequence_len - len(self._prompt)])

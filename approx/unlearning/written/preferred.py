@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from approx.methods.distillation.whp import Whp
 from approx.methods.method import Method
 from approx.methods.preference.altpo import AltPo
-from approx.unlearning.examples import Sets, make_preferred
+from approx.unlearning.examples import Sets, refuse_all
 from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.stopping import Compute
 from approx.unlearning.written.alternates import write_alternates
@@ -65,5 +65,5 @@ def with_preferred(
         ]
         repeated, others = [each for each, _ in pairs], [other for _, other in pairs]
         return Prepared(replace(sets, forget=repeated, preferred=others), written.cost)
-    refusals = make_preferred(forget, sets.forget, tokenizer, pace.seed, sequence_len)
+    refusals = refuse_all(forget, sets.forget, tokenizer, pace.seed, sequence_len)
     return Prepared(replace(sets, preferred=refusals), None)

@@ -1,11 +1,11 @@
 """Answers of constituent models: what the chosen shards' models say together, token by token.
 
-Each chosen model predicts the next token, all in one forward; `combine` makes one distribution of
-theirs, and the most likely token is appended for all of them. Requests with different routes are
-answered side by side, padded on the left. If a route is empty, the base alone answers. Patches lie
-beneath all models, including the base alone. Adapters and patches come as bytes that the caller has
-verified. Results are in float32, on the models' device for `logprobs` and on the CPU otherwise. Beside
-others, a request's logits may differ from those that it gets alone by float rounding.
+Each chosen model predicts the next token, all in one forward; `combine` merges their distributions, and
+the most likely token is appended for all of them. Requests with different routes are answered side by
+side, padded on the left; this changes a request's logits by float rounding at most. If a route is empty,
+the base alone answers. Patches lie beneath all models, including the base alone. Adapters and patches
+come as bytes that the caller has verified. Results are in float32, on the models' device for `logprobs`
+and on the CPU otherwise.
 
     answerer = Answerer(directory, digest, {0: files}, threads=1)
     answerer.generate([encode_prompt("Who is Mara?", answerer.tokenizer, "text")], [all_of([0])], 32)

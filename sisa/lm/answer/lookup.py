@@ -63,12 +63,12 @@ class Query:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to look a prompt up; the nearest record must name one of `held` for it to count."""
+    """A way to look a prompt up; with `must_name`, the nearest record must hold one of these names."""
 
     text: str
     names: Run
     doubtful: bool = False
-    held: Run = ()
+    must_name: Run = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def look_up(
 
 
 def _near(way: Way, hits: list[Hit], index: Index, temperature: float, live: Collection[int]) -> float:
-    if way.held and not (hits and _names_one_of(way.held, hits[0], index)):
+    if way.must_name and not (hits and _names_one_of(way.must_name, hits[0], index)):
         return -np.inf
     weight = SHARE_WEIGHT
     anybody = index.has_names and not way.names and not runs_in(way.text)

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters, rows_of
 
 POSITIONS = 1600  # of rows, in a forward
-DROPPED_BELOW = 0.8  # of the requests with rows go on; dropping the others copies the cache
+DROPPED_BELOW = 0.8  # share of requests that go on; dropping the rows of the others copies the cache
 
 Pick = Callable[[Tensor, Sequence[int], Rows], list[int]]  # of logits [P, V], requests and their rows
 

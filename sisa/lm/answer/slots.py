@@ -113,7 +113,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, slots: Slots, like: CacheLayerMixin) -> None:
         super().__init__()
         self._slots, self._num_rows = slots, 0
-        self.keys, self.values = (each.new_zeros(_no_rows(each)) for each in (like.keys, like.values))
+        self.keys, self.values = (
+            each.new_zeros(0, each.shape[1], 0, each.shape[3]) for each in (like.keys, like.values)
+        )
         self.is_initialized = True
 
     @property
@@ -175,10 +177,6 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the tensors are made with the layer."""
-
-
-def _no_rows(like: Tensor) -> tuple[int, ...]:
-    return 0, like.shape[1], 0, like.shape[3]
 
 
 def _closed_up(number: int, gone: Collection[int]) -> list[int]:

@@ -38,13 +38,13 @@ from sisa.core.errors import IntegrityError, Problem
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-FREE = {  # keys that plain LoRA may set: names, target modules, and how it was initialised and trained
+ANY_VALUE = {  # keys with any value in plain LoRA: names, modules, how it was initialised and trained
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "revision"),
     *("task_type", "peft_type", "peft_version", "auto_mapping", "inference_mode"),
     "base_model_name_or_path",
 }
-FILLED = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}  # in plain LoRA
+ONE_VALUE = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}  # others: none
 
 
 class Factors(NamedTuple):
@@ -110,9 +110,8 @@ def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def _check_plain(settings: Mapping[str, Any]) -> None:
-    odd = [
-        key for key, value in settings.items() if key not in FREE and (value or None) != FILLED.get(key)
-    ]
+    others = {key: value or None for key, value in settings.items() if key not in ANY_VALUE}
+    odd = [key for key, value in others.items() if value != ONE_VALUE.get(key)]
     if settings.get("peft_type") != "LORA":
         odd.append("peft_type")
     for key in ("r", "lora_alpha"):

@@ -1,16 +1,16 @@
 """Import torch and transformers in half of the time, in a process that runs one command and ends.
 
-Most of the time that these imports take goes to what such a process never uses, which is left out here:
+These imports spend most of their time on code that such a process never uses. It is left out here:
 
-    hidden        SciPy, accelerate, tensors that are sharded over machines: transformers works without
-                  (a process that trains has accelerate, hides SciPy from transformers alone, and boto3
-                  from accelerate alone)
-    stood for     torch's compiler, its export, its Python kernels for tensors without data: a module
-                  stands for each, and all are loaded once anything is asked of one
-    read once     the files of transformers' 500 models, which it searches for names twice
-    compiled late the 1,200 patterns in which transformers rewrites the names of weights
+    hidden         SciPy, accelerate, tensors that are sharded over machines: transformers works without
+                   (a process that trains keeps accelerate, and hides SciPy from transformers alone and
+                   boto3 from accelerate alone)
+    placeholders   for torch's compiler, its export, and its Python kernels for tensors without data; the
+                   first access to one of them loads all
+    read once      the files of transformers' 500 models, which it searches for names twice
+    compiled late  the 1,200 patterns by which transformers rewrites the names of weights
 
-Answers are the same to the bit. What is hidden stays hidden, so only a process that runs one command may
+Answers are the same to the bit. Hidden modules stay hidden, so only a process that runs one command may
 call this.
 
     import_quickly()
@@ -33,34 +33,34 @@ from typing import Any
 HIDDEN = ("accelerate", "scipy")
 COMPILER, EXPORT, META = "torch._dynamo", "torch.export", "torch._meta_registrations"
 TRANSFORM = f"{COMPILER}._trace_wrapped_higher_order_op"  # transformers imports a class from it
-STANDING = (META, EXPORT, COMPILER, TRANSFORM)  # in the order in which they can be loaded
+PLACEHOLDERS = (META, EXPORT, COMPILER, TRANSFORM)  # in the order in which they can be loaded
 
 
 def import_quickly(*, trains: bool = False) -> None:
-    """Leave out what answering does not use, once this process imports torch and transformers.
+    """Leave out what answering does not use when this process imports torch and transformers.
 
-    With `trains`, keep what training uses besides.
+    With `trains`, keep what training also uses.
     """
     sys.meta_path.insert(0, _Finder(trains=trains))
 
 
 class _Finder(MetaPathFinder):
-    """Notice which modules are imported; change some, and find what a standing module has loaded."""
+    """Change some modules when they are imported; load what a placeholder's submodule belongs to."""
 
     def __init__(self, *, trains: bool) -> None:
         self._hidden = () if trains else HIDDEN
 
     def find_spec(self, name: str, path: Any = None, _target: Any = None) -> ModuleSpec | None:
         if name == "torch":
-            _stand_for(META, EXPORT)
+            _put_placeholders(META, EXPORT)
         elif name == "transformers":
             _hide(*self._hidden)
         elif name in _CHANGES:
             return _changed(PathFinder.find_spec(name, path), _CHANGES[name])
-        elif isinstance(sys.modules.get(name.rpartition(".")[0]), _Standing):
+        elif isinstance(sys.modules.get(name.rpartition(".")[0]), _Placeholder):
             _load()
-            held = sys.modules.get(name)
-            return ModuleSpec(name, _Held(held)) if held else importlib.util.find_spec(name)
+            loaded = sys.modules.get(name)
+            return ModuleSpec(name, _Loaded(loaded)) if loaded else importlib.util.find_spec(name)
         return None
 
 
@@ -70,23 +70,23 @@ def _hide(*names: str) -> None:
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
     modules.update(dict.fromkeys(names))  # None makes an import fail as if there were no module
     torch.distributed.is_available = lambda: False
-    if isinstance(sys.modules.get(META), _Standing):  # its import does this, which generators need
+    if isinstance(sys.modules.get(META), _Placeholder):  # its import does this, which generators need
         base = importlib.import_module("torch._opaque_base")
         torch._C._set_generator_metaclass(base.OpaqueBaseMeta)
     if COMPILER not in sys.modules:
-        _stand_for(COMPILER, TRANSFORM)
+        _put_placeholders(COMPILER, TRANSFORM)
 
 
-def _stand_for(*names: str) -> None:
-    sys.modules.update({name: _Standing(name) for name in names if name not in sys.modules})
+def _put_placeholders(*names: str) -> None:
+    sys.modules.update({name: _Placeholder(name) for name in names if name not in sys.modules})
 
 
 def _load() -> None:
-    """Load all modules that others stand for."""
-    standing = [name for name in STANDING if isinstance(sys.modules.get(name), _Standing)]
-    for name in standing:
+    """Load all modules that have a placeholder."""
+    names = [name for name in PLACEHOLDERS if isinstance(sys.modules.get(name), _Placeholder)]
+    for name in names:
         del sys.modules[name]
-    for name in standing:
+    for name in names:
         importlib.import_module(name)
 
 
@@ -95,8 +95,8 @@ def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
     return function or _unchanged
 
 
-class _Standing(ModuleType):
-    """A module that stands for another. As the compiler, its decorators return functions as they are."""
+class _Placeholder(ModuleType):
+    """A placeholder for a module. For the compiler's, decorators return functions as they are."""
 
     disable = allow_in_graph = assume_constant_result = staticmethod(_unchanged)
     graph_break = staticmethod(_unchanged)  # optimizers call it, and nothing is compiled
@@ -117,8 +117,8 @@ class _Standing(ModuleType):
         return getattr(sys.modules[self.__name__], name)
 
 
-class _Held(Loader):
-    """Return a module that is loaded already."""
+class _Loaded(Loader):
+    """A loader that returns a module which is loaded already."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -131,7 +131,7 @@ class _Held(Loader):
 
 
 def _changed(spec: ModuleSpec | None, change: Callable[[Any], None]) -> ModuleSpec | None:
-    """Return the spec of a module that is changed once it was imported."""
+    """Return the spec of a module that is changed after its import."""
     if spec is not None and spec.loader is not None:
         execute = spec.loader.exec_module
 
@@ -159,7 +159,7 @@ def _compile_late(core_model_loading: Any) -> None:
 
 
 class _Pattern:
-    """A regular expression that is compiled once it is used."""
+    """A regular expression that is compiled at its first use."""
 
     def __init__(self, *given: Any) -> None:
         self._given = given

@@ -58,6 +58,10 @@ from sisa.lm.train.losses import Batch, count_labels
 from sisa.lm.train.trainable import Trainable, file_name, pattern_key
 from sisa.planning.plan import LAYERWISE
 
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer_state.json"
+AVERAGES, STEP = ("exp_avg", "exp_avg_sq"), "step"  # of AdamW; plain SGD has no moments
+
 
 def stage_steps(
     job: SliceJob, id_digests: Sequence[str], lengths: Sequence[int]
@@ -129,11 +133,6 @@ class Ticks:
         return Tick(
             self._tokens, self._total, self._step, len(self._steps), epoch, last, num_records, loss
         )
-
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "trainer_state.json"
-AVERAGES, STEP = ("exp_avg", "exp_avg_sq"), "step"  # of AdamW; plain SGD has no moments
 
 
 def seed_from(*parts: object) -> int:

@@ -39,10 +39,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 
+Batch = Sequence[Tokens]
+KeepsBits = Callable[[int], bool]  # whether so many rows have the bits that each has among others
+PIECE = 256  # pairs at once: 7% faster than 1,000, and no slower than 128
+QUANTUM = 32  # rows of several micro-batches are padded to a multiple of it, so few numbers occur
 ATTENTION_NAME = "record_by_record"
 HARMLESS = ("position_ids", "use_cache", "output_attentions", "output_hidden_states", "sliding_window")
 WINDOWS = ("sliding_window", "attention_chunk_size")
-ONE, OTHER, NEXT = (0, 1, 2), (3, 2, 1), (1, 3, 0, 2)
+FIRST, OTHER_FIRST, SECOND = (0, 1, 2), (3, 2, 1), (1, 3, 0, 2)  # records to try packing on
 # Relative to the norm; wrong positions give about 1.
 PACKING_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3}
 _lengths: ContextVar[list[int]] = ContextVar("lengths")
@@ -122,10 +126,10 @@ def packs(base: Any, longest: int) -> bool:
     if decoder is None or has_window(base, longest):
         return False
     try:
-        apart, moved = (_states(base, decoder, first, NEXT) for first in (ONE, OTHER))
+        apart, moved = (_states(base, decoder, first, SECOND) for first in (FIRST, OTHER_FIRST))
     except (_Unlike, AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         return False
-    ids_1T = torch.tensor([NEXT], device=base.device)
+    ids_1T = torch.tensor([SECOND], device=base.device)
     alone = decoder(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
     off = (apart - alone).float().norm() / alone.float().norm()
     return torch.equal(apart, moved) and off.item() <= PACKING_TOLERANCE.get(alone.dtype, 0.0)
@@ -138,13 +142,6 @@ def _states(base: Any, decoder: Any, first: Sequence[int], then: Sequence[int]) 
     with attending(base, lengths):
         found: Tensor = decoder(input_ids=ids_1N, position_ids=at_1N, use_cache=False).last_hidden_state
     return found[0, len(first) :]
-
-
-Batch = Sequence[Tokens]
-NUM_PROBE_IDS = 4
-PIECE = 256  # pairs at once: 7% faster than 1,000, and no slower than 128
-QUANTUM = 32  # rows of several micro-batches are padded to a multiple of it, so few numbers occur
-KeepsBits = Callable[[int], bool]  # whether so many rows have the bits that each has among others
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +314,6 @@ def has_plain_head(base: Any) -> bool:
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     if decoder is None or decoder is base or type(head) is not torch.nn.Linear:
         return False
-    ids_BT = torch.arange(NUM_PROBE_IDS, device=base.device)[None]
+    ids_BT = torch.arange(4, device=base.device)[None]
     own = base(input_ids=ids_BT, use_cache=False).logits
     return torch.equal(own, head(decoder(input_ids=ids_BT, use_cache=False).last_hidden_state))

@@ -191,7 +191,7 @@ class TrainedLinear(lora_layer.Linear):  # type: ignore[misc]
 
 
 def use_fused_linear(model: Any) -> None:
-    """Turn the adapted linear modules of a wrapped base into `TrainedLinear`s."""
+    """Make the adapted linear modules of a wrapped base `TrainedLinear`s."""
     for module in model.modules():
         if type(module) is lora_layer.Linear and type(module.base_layer) in (torch.nn.Linear, Conv1D):
             module.__class__ = TrainedLinear
@@ -231,7 +231,7 @@ class Trainable:
     def __init__(self, base: Any, training: Mapping[str, Any], known: Sequence[str] = ()) -> None:
         """Wrap a base. Raise InvalidInput if it lacks modules or layers, or they can't be run apart.
 
-        Under `known`, the base's name and the fingerprint, the outcomes of checks are kept.
+        The outcomes of checks are kept under `known`: the base's name and the fingerprint.
         """
         self.dtype, self.first = base.dtype, first_adapted(training, base)
         self._pattern = attach(base, lora_config(training, base), None, init_seed=0)
