@@ -10,6 +10,7 @@ credential.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -79,7 +80,7 @@ def order_chains(chains: Sequence[Chain]) -> list[Chain]:
 
 
 Setting = int | Literal["auto"]
-AUTO_LANES, SMALL_BATCH, MANY_BATCHES = 4, 2, 400
+AUTO_LANES, SMALL_BATCH, MANY_BATCHES = 4, 2, 400  # SMALL_BATCH in records, MANY_BATCHES in all chains
 
 
 def num_lanes(setting: Setting, chains: Sequence[Chain]) -> int:
@@ -88,8 +89,10 @@ def num_lanes(setting: Setting, chains: Sequence[Chain]) -> int:
     For `auto` several, where that was measured to pay: on the CPU, in small micro-batches, if there are
     enough of them to make up for the test that precedes it.
     """
-    if setting != "auto" or not chains:
-        return min(setting, len(chains)) if setting != "auto" else 1
+    if setting != "auto":
+        return min(setting, len(chains))
+    if not chains:
+        return 1
     training = chains[0].jobs[0].training if chains[0].jobs else {}
     size = training.get("micro_batch_size", SMALL_BATCH + 1)
     batches = sum(chain.record_epochs for chain in chains) / size
@@ -109,27 +112,28 @@ def train_chains_in_lanes(
 
     Yield each stage when it is stored; a chain that ends makes room for the next. Raise IntegrityError.
     """
-    sided = trainer if lanes > 1 and isinstance(trainer, LaneTrainer) else None
-    if sided and (refusal := sided.refuse_lanes(chains[0].jobs[0].training)):
+    lane_trainer = trainer if lanes > 1 and isinstance(trainer, LaneTrainer) else None
+    if lane_trainer and (refusal := lane_trainer.refuse_lanes(chains[0].jobs[0].training)):
         report(Notice(f"shards are trained one after another, not side by side: {refusal}"))
-        sided = None
-    begin = sided.begin if sided else _begin_whole(trainer)
-    clock, under_way = _Clock(), list[Iterator[Any]]()
-    others = (_stages(each, begin, records, checkpoints, report, clock) for each in chains)
+        lane_trainer = None
+    begin = lane_trainer.begin if lane_trainer else _begin_whole(trainer)
+    clock, running = _Clock(), list[Iterator[Any]]()
+    not_begun = (_stages(each, begin, records, checkpoints, report, clock) for each in chains)
     while True:
-        asked, going, before = [], list[Iterator[Any]](), iter(under_way)
-        while len(going) < lanes and (chain := next(before, None) or next(others, None)) is not None:
-            for each in chain:
+        # Advance each running chain, and begin others in free lanes, until each waits or has ended.
+        waiting, still_running, turns = [], list[Iterator[Any]](), itertools.chain(running, not_begun)
+        while len(still_running) < lanes and (stages := next(turns, None)) is not None:
+            for each in stages:
                 if not isinstance(each, SliceTrained):
-                    asked.append(each)
-                    going.append(chain)
+                    waiting.append(each)
+                    still_running.append(stages)
                     break
                 yield each
-        if sided is None or not asked:
+        if lane_trainer is None or not waiting:  # without lanes, nothing waits: all chains have ended
             return
-        clock.share_by(len(going))
-        sided.compute(asked)
-        under_way = going
+        clock.share_by(len(still_running))
+        lane_trainer.compute(waiting)
+        running = still_running
 
 
 _Begin = Callable[..., Generator[Any, None, dict[str, bytes]]]

@@ -99,7 +99,9 @@ class AtWork:
     def line(self, now: float) -> str:
         """Return one line of text; the time left is that of this slice."""
         at, passed = self.at, max(1e-9, now - self.since)
-        steps = f"epoch {at.epoch}/{at.num_epochs}, step {at.step}/{at.num_steps}, " * bool(at.num_steps)
+        steps = (
+            f"epoch {at.epoch}/{at.num_epochs}, step {at.step}/{at.num_steps}, " if at.num_steps else ""
+        )
         left = _clock(passed * (at.total_tokens - at.tokens) / at.tokens) if at.tokens else UNKNOWN_TIME
         return (
             f"shard {at.shard}: slice {self.num_done + 1}/{self.num_slices}, {steps}"
@@ -120,8 +122,8 @@ class Meter:
 
     def take(self, event: Event, now: float) -> None:
         if isinstance(event, TrainingStarted):
-            self.__init__()  # type: ignore[misc]
             self._stages = {(shard, slice_): epochs for shard, slice_, epochs in event.stages}
+            self._done, self._at, self._patch = {}, {}, None
             self._started = now
         elif isinstance(event, SliceStarted):
             start = SliceProgress(event.shard, event.slice, 0, event.total_tokens)
