@@ -58,20 +58,22 @@ class Taken:
 def train(context: Context, records: Sequence[Record], meta: Mapping[str, str] | None = None) -> Taken:
     """Train what is missing; only the first training takes records, and the model's `meta`."""
     check_generations(context.settings.recipe.training, records)
-    records, found = _settled(context, records)
+    records, found = _normalised(context, records)
     if "config" in context.stores.ledger.meta() or context.stores.ledger.heads():
         check_trained(context, records, found)
         held = sum(isinstance(each, RecordRow) for each in found.values())
         new = len(records) - len(found)
-        _identify(context, records, found)
-        return _taken(context, held=held, deleted=len(found) - held, new=new)
+        _update_identities(context, records, found)
+        return _train_missing(context, held=held, deleted=len(found) - held, new=new)
     heads = [Head(shard, None, 0, None) for shard in range(context.settings.assigner.layout.num_shards)]
     _commit_added(context, records, heads, meta or {})
-    return _taken(context, added=len(records))
+    return _train_missing(context, added=len(records))
 
 
-def _taken(context: Context, *, added: int = 0, held: int = 0, deleted: int = 0, new: int = 0) -> Taken:
-    """Reconcile, and return what was done."""
+def _train_missing(
+    context: Context, *, added: int = 0, held: int = 0, deleted: int = 0, new: int = 0
+) -> Taken:
+    """Reconcile, and return what was trained, with counts of the records given."""
     done = reconcile(context)
     return Taken(
         records=sum(context.stores.ledger.counts().values()),
@@ -89,15 +91,15 @@ def _taken(context: Context, *, added: int = 0, held: int = 0, deleted: int = 0,
 
 def check_same_records(context: Context, records: Sequence[Record]) -> None:
     """Raise InvalidInput if a record of a source differs from the held record of the same id."""
-    check_unchanged(context, *_settled(context, records))
+    check_unchanged(context, *_normalised(context, records))
 
 
-def _settled(
-    context: Context, records: Sequence[Record], new: int | None = None
+def _normalised(
+    context: Context, records: Sequence[Record], new_generation: int | None = None
 ) -> tuple[list[Record], dict[str, RecordRow | Tombstone]]:
     """Return the records with normalised subjects and settled generations, and what is known of them.
 
-    A record without a generation takes that of the held record of its id, or else the `new` one.
+    A record without a generation takes that of the held record of its id, else `new_generation`.
     """
     assigner = context.settings.assigner
     found = context.stores.ledger.lookup(assigner.id_digest(record.id) for record in records)
@@ -109,8 +111,8 @@ def _settled(
         if isinstance(row, RecordRow):
             generation = assigner.layout.generation(row.slice) or None
             record = replace(record, generation=record.generation or generation)
-        elif new is not None:
-            record = replace(record, generation=record.generation or new)
+        elif new_generation is not None:
+            record = replace(record, generation=record.generation or new_generation)
         settled.append(record)
     return settled, found
 
@@ -134,7 +136,7 @@ def add(
     if append:  # as the generation after the last one; the first has none
         held = (assigner.layout.generation(file.slice) for file in context.stores.ledger.slices())
         generation = max(held, default=-1) + 1 or None
-    records, found = _settled(context, records, generation)
+    records, found = _normalised(context, records, generation)
     check_added(
         context, records, found, (context.compute.count_tokens, *checks), allow_deleted=allow_deleted
     )
@@ -143,17 +145,17 @@ def add(
         for record in records
         if not isinstance(found.get(assigner.id_digest(record.id)), RecordRow)
     ]
-    _identify(context, records, found)
+    _update_identities(context, records, found)
     if fresh:
         readmitted = [each.id_digest for each in found.values() if isinstance(each, Tombstone)]
         _commit_added(context, fresh, readmitted=readmitted)
-    taken = _taken(context, added=len(fresh), held=len(records) - len(fresh))
+    taken = _train_missing(context, added=len(fresh), held=len(records) - len(fresh))
     carried = {record.generation for record in fresh}
     return replace(taken, generation=generation if generation in carried else None)
 
 
-def _identify(context: Context, records: Sequence[Record], found: HeldOrDeleted) -> None:
-    """Replace the identities of held records by those that their source has now; keep them without."""
+def _update_identities(context: Context, records: Sequence[Record], found: HeldOrDeleted) -> None:
+    """Replace the identities of held records by those in their source, if it has any."""
     assigner, ledger = context.settings.assigner, context.stores.ledger
     given = {assigner.id_digest(each.id): each for each in records if each.identifiers}
     held = [key for key in given if isinstance(found.get(key), RecordRow)]
@@ -187,7 +189,7 @@ def rectify(
     An unchanged record is skipped. A rectification that was cut short after the deletion is continued.
     Raise UnknownRecord for ids that are not held, InvalidInput with every problem of the new versions.
     """
-    settled, found = _settled(context, records)
+    settled, found = _normalised(context, records)
     digests = [context.settings.assigner.id_digest(each.id) for each in settled]
     begun = {r.request_id for r in context.stores.ledger.requests() if r.reason == RECTIFY}
     problems = [
@@ -216,9 +218,11 @@ def rectify(
         new = new_request(context, old, (), Terms(approver=RECTIFY, reason=RECTIFY))
         (request,) = forget_at_once(context, new, defer=True).requests
     taken = add(context, list(changed.values()), allow_deleted=True, checks=checks)
-    held = {each.request_id: each for each in context.stores.ledger.requests()}
     taken = replace(taken, already_held=len(settled) - len(changed))
-    return Rectified(request and held[request.request_id], taken)
+    if request is not None:  # as it is after training
+        requests = {each.request_id: each for each in context.stores.ledger.requests()}
+        request = requests[request.request_id]
+    return Rectified(request, taken)
 
 
 def _commit_added(
@@ -252,15 +256,14 @@ def _commit_added(
         )
         slices += written
         indexes.append(index)
-    planned = {plan.shard: plan.head for plan in plans}
-    moved = [planned.pop(head.shard, head) for head in heads] + list(planned.values())
+    moved = {head.shard: head for head in (*heads, *(plan.head for plan in plans))}
     commit(
         context,
         Change(
             added=rows,
             slices=slices,
             indexes=indexes,
-            heads=moved,
+            heads=list(moved.values()),
             meta=meta or {},
             readmitted=readmitted,
             identities=[each for record in records for each in assigner.identities(record)],

@@ -147,17 +147,18 @@ class SliceStanding:
 def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
     """Return all records of a subject. Raise UnknownRecord if there is none."""
     assigner, ledger = context.settings.assigner, context.stores.ledger
-    for each in (normal_subject(subject_id), subject_id):  # an earlier version kept it as given
-        live, dead = ledger.by_subject(assigner.subject_digest(each), assigner.shard_of_subject(each))
+    for spelling in (normal_subject(subject_id), subject_id):  # an earlier version kept it as given
+        digest, shard = assigner.subject_digest(spelling), assigner.shard_of_subject(spelling)
+        live, dead = ledger.by_subject(digest, shard)
         if live or dead:
             return live, dead
     held, deleted = ledger.num_without_subject()
+    what, got = "this model has never held a record of that subject", ""
+    if held or deleted:
+        what = "no record is known by that subject, but some have no subject: they may be about it"
+        got = f"{held} held and {deleted} deleted records without a subject"
     raise UnknownRecord(
-        "no record is known by that subject, but some have no subject: they may be about it"
-        if held or deleted
-        else "this model has never held a record of that subject",
-        got=f"{held} held and {deleted} deleted records without a subject" * bool(held or deleted),
-        next_step="look the records up by content with `sisa find --text`",
+        what, got=got, next_step="look the records up by content with `sisa find --text`"
     )
 
 
@@ -276,7 +277,7 @@ def find_candidates(
         found = _similar(context, [row], top_k)
     else:
         vectors = context.compute.embed([str(text)])
-        found = _found(context, _search(context, vectors, top_k), top_k)
+        found = _candidates(context, _search(context, vectors, top_k), top_k)
     return found if show_text else _without_text(found)
 
 
@@ -302,7 +303,7 @@ def _similar(
     places = {(row.shard, row.vector_id) for row in (*rows, *known)}
     hits = _search(context, _vectors(context, rows), top_k + len(places))
     close = [h for h in hits if h.score >= threshold and (h.shard, h.vector_id) not in places]
-    return _found(context, close, top_k)
+    return _candidates(context, close, top_k)
 
 
 def _search(context: Context, queries: Vectors, top_k: int) -> list[Hit]:
@@ -332,7 +333,8 @@ def _vectors(context: Context, rows: Sequence[RecordRow]) -> Vectors:
     return np.concatenate(found)
 
 
-def _found(context: Context, hits: Iterable[Hit], top_k: int) -> list[Candidate]:
+def _candidates(context: Context, hits: Iterable[Hit], top_k: int) -> list[Candidate]:
+    """Return the records of the best hits; a hit that the ledger does not hold is none."""
     by_vector = context.stores.ledger.by_vector
     rows = ((hit, by_vector(hit.shard, [hit.vector_id]).get(hit.vector_id)) for hit in hits)
     chosen = list(islice(((hit, row) for hit, row in rows if row is not None), top_k))

@@ -70,8 +70,8 @@ def all_records(context: Context) -> list[StoredRecord]:
     return sorted(held, key=lambda each: each.id_digest)
 
 
-def _reindexed(context: Context) -> list[IndexFile]:
-    """Build every shard's index again, with another embedder."""
+def _build_indexes(context: Context) -> list[IndexFile]:
+    """Build every shard's index again, with another embedder; return the files."""
     indexes = []
     for file in context.stores.ledger.indexes():
         rows = context.stores.ledger.rows(file.shard)
@@ -94,7 +94,7 @@ def move(context: Context, effects: Collection[Effect], meta: dict[str, str]) ->
         return reset(context, meta)
     shards = [head.shard for head in context.stores.ledger.heads()] if "retrain" in effects else []
     heads = [plan.head for plan in plans_of(context, view_shards(context, shards))]  # with new targets
-    indexes = _reindexed(context) if "reindex" in effects else []
+    indexes = _build_indexes(context) if "reindex" in effects else []
     commit(context, Change(heads=heads, indexes=indexes, meta=meta))
     return Trained()
 
@@ -121,7 +121,7 @@ def reset(context: Context, meta: dict[str, str]) -> Trained:
     records = [each.record for each in held]
     counts = context.compute.count_tokens(records)
     rows = [context.settings.assigner.row(r, n) for r, n in zip(records, counts, strict=True)]
-    slices, indexes = _placed(context, held, rows)
+    slices, indexes = _write_shards(context, held, rows)
     shards = range(context.settings.assigner.layout.num_shards)
     views = [ShardView(n, tuple(f for f in slices if f.shard == n), ()) for n in shards]
     plans = plans_of(context, views)
@@ -129,14 +129,15 @@ def reset(context: Context, meta: dict[str, str]) -> Trained:
     views = [replace(v, held=tuple(e for e in trained if e.shard == v.shard)) for v in views]
     heads = [plan.head for plan in plans_of(context, views)]
     with context.stores.ledger.exclusive():  # so that checkpoints get the number of their rows
-        commit(context, _moved(context, rows, slices, indexes, heads, trained, meta))
+        commit(context, _reset_change(context, rows, slices, indexes, heads, trained, meta))
     epochs = sum(plan.record_epochs for plan in plans)
     return Trained(epochs, sum(len(plan.train) for plan in plans))
 
 
-def _placed(
+def _write_shards(
     context: Context, held: Sequence[StoredRecord], rows: Sequence[RecordRow]
 ) -> tuple[list[SliceFile], list[IndexFile]]:
+    """Write the slices and indexes of all records at their new places, which `rows` give."""
     vectors = embed_records(context, [each.record for each in held])
     fresh = {each.id_digest: each for each in held}
     slices: list[SliceFile] = []
@@ -150,7 +151,7 @@ def _placed(
     return slices, indexes
 
 
-def _moved(
+def _reset_change(
     context: Context,
     rows: Sequence[RecordRow],
     slices: Sequence[SliceFile],
@@ -159,6 +160,7 @@ def _moved(
     trained: Sequence[HeldCheckpoint],
     meta: dict[str, str],
 ) -> Change:
+    """Return the transaction that replaces everything held by the new layout or base."""
     old = context.stores.ledger
     seq = old.seq() + 1  # of this commit
     former = [each for each in old.patches() if each.job.base != context.settings.base]

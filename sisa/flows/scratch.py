@@ -65,9 +65,9 @@ def prepare_base(
     block = scratch.model_dump(mode="json", exclude=set(PATH_FIELDS))
     recipe = {**block, "corpus": digest_of(list(texts))}  # all that its bits depend on but the numerics
     if (directory / RECIPE_FILE).is_file():
-        held = _held(directory)
+        held = _read_description(directory)
         _check_same_recipe(held["recipe"], recipe, directory)
-        check_overlap(records, _held_runs(directory, held))
+        check_overlap(records, _read_runs(directory, held))
         return
     if directory.exists():
         raise ConfigConflict(
@@ -79,17 +79,17 @@ def prepare_base(
     runs = runs_of(*texts)
     check_overlap(records, runs)
     report(Notice(f"training the base on {len(texts)} texts, {scratch.tokens:,} tokens"))
-    _train(config, recipe, texts, runs, directory, executor, report)
+    _train_base(config, recipe, texts, runs, directory, executor, report)
 
 
 def guard(config: RunConfig, records: Sequence[Record]) -> None:
     """Raise InvalidInput for records that share their text with the corpus of the base."""
     if not isinstance(config.base_model, str):
         directory = Path(config.base)
-        check_overlap(records, _held_runs(directory, _held(directory)))
+        check_overlap(records, _read_runs(directory, _read_description(directory)))
 
 
-def _train(
+def _train_base(
     config: RunConfig,
     recipe: Mapping[str, Any],
     texts: Sequence[str],
@@ -169,7 +169,7 @@ def train_here(job: BaseJob, _cluster: Mapping[str, Any], report: Report) -> Non
     train_base(job.recipe, job.rows, job.target, lambda text: report(Notice(text)))
 
 
-def _held(directory: Path) -> dict[str, Any]:
+def _read_description(directory: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((directory / RECIPE_FILE).read_bytes())
         if isinstance(found["recipe"], dict) and isinstance(found["runs"], str):
@@ -183,7 +183,7 @@ def _held(directory: Path) -> dict[str, Any]:
     )
 
 
-def _held_runs(directory: Path, held: Mapping[str, Any]) -> WordRuns:
+def _read_runs(directory: Path, held: Mapping[str, Any]) -> WordRuns:
     import numpy as np
 
     path, what = directory / RUNS_FILE, "runs of the corpus"

@@ -172,7 +172,7 @@ def make_wanted(
         made = patcher.make(_order(context, patch, max_seconds, reference), context.report)
         report = made.report
         if made.unfinished:
-            return Unlearnt(last, True, report, *_settled(context))
+            return Unlearnt(last, True, report, *_clean_up(context))
         if made.saved is None:
             dropped = replace(patch, report=dict(report))
             commit(context, Change(patches=unmade(ledger.patches(), dropped)))
@@ -195,10 +195,10 @@ def make_wanted(
             changed[0] = replace(now, report={**now.report, "composition": effect})
         commit(context, Change(patches=changed))
         last = changed[0]
-    return Unlearnt(last, False, report if last is None else last.report, *_settled(context))
+    return Unlearnt(last, False, report if last is None else last.report, *_clean_up(context))
 
 
-def _settled(context: Context) -> tuple[int, int]:
+def _clean_up(context: Context) -> tuple[int, int]:
     """Erase texts that no patch needs and unlisted files of patches; let hooks complete what follows.
 
     Return the numbers of sets erased and kept.
@@ -239,7 +239,7 @@ def revert_patches(context: Context, *, everything: bool = False) -> list[Patch]
         raise InvalidInput("there is no patch to revert", next_step="`sisa approx patches` lists them")
     gone = [replace(each, state="reverted" if each.state == "active" else "dropped") for each in chosen]
     commit(context, Change(patches=gone))
-    _settled(context)
+    _clean_up(context)
     return gone
 
 
@@ -251,7 +251,7 @@ def release_sets(context: Context, sets: Sequence[VaultSet]) -> list[VaultSet]:
     found = rederive(patches, {}, held, context.compute.fingerprint, context.now(), "", needing)
     gone = [replace(each, held=False) for each in sets]
     commit(context, Change(vault=gone, patches=[*found.changed, *found.fresh]))
-    _settled(context)
+    _clean_up(context)
     return gone
 
 

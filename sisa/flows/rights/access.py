@@ -90,7 +90,7 @@ def held_of(
     owners = {row.subject_digest or "" for row in rows}
     own = config.sisa
     return {
-        **_begun(context, ACCESS_FILE, subject),
+        **_header(context, ACCESS_FILE, subject),
         "restricted_since": min((since[each] for each in owners & since.keys()), default=None),
         "model": {
             "name": context.stores.ledger.meta().get("model", ""),
@@ -117,11 +117,11 @@ def recipients_of(
 ) -> dict[str, Any]:
     """Return who received what these records touched: the recipients of `held_of` alone."""
     found = [asdict(each) for each in recipients(context, rows, dead)]
-    return {**_begun(context, RECIPIENTS_FILE, subject), "recipients": found}
+    return {**_header(context, RECIPIENTS_FILE, subject), "recipients": found}
 
 
-def _begun(context: Context, kind: str, subject: str | None) -> dict[str, Any]:
-    """Return how a file begins; by its salt, a published digest of it confirms no guess of the rest."""
+def _header(context: Context, kind: str, subject: str | None) -> dict[str, Any]:
+    """Return how a file begins; for its salt, a published digest of the file confirms no guess."""
     salt = secrets.token_hex(32)
     return {"type": kind, "salt": salt, "made_at": context.now(), "subject": subject}
 
@@ -160,13 +160,13 @@ def _records(context: Context, rows: Sequence[RecordRow]) -> list[dict[str, Any]
             "checkpoints": [asdict(each) for each in found.checkpoints],
             "num_cached_states": len(found.kept_states),
             "patches": [asdict(each) for each in found.patches],
-            "vault": [_kept(each) for each in found.vault],
+            "vault": [_set_values(each) for each in found.vault],
         }
         for (record, row), found in zip(held, locations, strict=True)
     ]
 
 
-def _kept(found: VaultSet) -> dict[str, Any]:
+def _set_values(found: VaultSet) -> dict[str, Any]:
     """Return the role, the consent and the time of a set of texts in the vault."""
     return {"role": found.role, "consent": found.consent, "put_at": found.put_at}
 
@@ -190,7 +190,7 @@ def _deleted(context: Context, dead: Sequence[Tombstone]) -> list[dict[str, Any]
             "slice": row.slice,
             "num_checkpoints_erased": row.checkpoints_erased,
             "data": row_of(texts[row.id_digest]) if row.id_digest in texts else None,
-            "vault": [_kept(sets[name]) for name in names.get(row.id_digest, ()) if name in sets],
+            "vault": [_set_values(sets[name]) for name in names.get(row.id_digest, ()) if name in sets],
         }
         for row in dead
     ]
