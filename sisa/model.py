@@ -102,7 +102,7 @@ WAITS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # before each attempt of a read
 NEAR_DUPLICATE = 0.95  # least inner product of unit vectors for a near-duplicate
 
 
-def asked_again(question: Callable[Concatenate[Model, _P], _T]) -> Callable[Concatenate[Model, _P], _T]:
+def retry_read(read: Callable[Concatenate[Model, _P], _T]) -> Callable[Concatenate[Model, _P], _T]:
     """Repeat a read if a writer disturbed it.
 
     A writer erases what its commit replaced, so a read can meet damage or an outdated adapter. The read
@@ -110,19 +110,19 @@ def asked_again(question: Callable[Concatenate[Model, _P], _T]) -> Callable[Conc
     the ledger keeps changing.
     """
 
-    @functools.wraps(question)
-    def asking(model: Model, /, *given: _P.args, **named: _P.kwargs) -> _T:
+    @functools.wraps(read)
+    def retrying(model: Model, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         for wait_s in WAITS_S:
             time.sleep(wait_s)
             seq = model._seq()
             try:
-                return question(model, *given, **named)
+                return read(model, *args, **kwargs)
             except (IntegrityError, Outdated):
                 if model._seq() == seq:
                     raise
         raise model._busy()
 
-    return asking
+    return retrying
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ class _Group:
 class Model:
     """A deletion-ready model in a directory.
 
-    An object may live long: each call adopts what another process has since committed. Reads see the
-    model after it has caught up with its witness; writes hold the directory's lock from before that.
-    Requests are submitted and decided without that lock, also while a deletion trains; restrictions too.
+    An object may live long: each call first adopts what other processes have committed, and lets the
+    ledger catch up with its witness. Methods that write hold the directory's lock. Requests and
+    restrictions are decided without that lock, so also while a deletion trains.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Model:
         self.executor = executor
         self.report = report
         self._group: _Group | None = None
-        self._take(wiring.describe(self.directory))
+        self._use(wiring.describe(self.directory))
 
     @property
     def partition(self) -> str:
@@ -173,7 +173,7 @@ class Model:
         is opened. What concerns the whole model raises ConfigConflict, and so does every call once the
         records are assigned by another rule than `partition`.
         """
-        self._catch_up()
+        self._refresh()
         found = copy.copy(self)
         found._group = _Group(frozenset(shards), partition)
         return found
@@ -212,13 +212,13 @@ class Model:
             _ = self.resources.base  # refuses a changed base
             return train(context, source)
 
-    @asked_again
+    @retry_read
     def where(self, ids: Sequence[str]) -> list[query.Location]:
         """Return the shard, slice, checkpoints and heads of each record. Raise UnknownRecord."""
         with self._context() as context, context.stores.ledger.snapshot():
             return query.where(context, ids)
 
-    @asked_again
+    @retry_read
     def find(
         self,
         *,
@@ -239,18 +239,18 @@ class Model:
                 context, text=text, subject=subject, like=like, top_k=top_k, show_text=show_text
             )
 
-    @asked_again
+    @retry_read
     def ids_of_subject(self, subject: str) -> list[str]:
         """Return the ids of a subject's held records. Raise UnknownRecord."""
         with self._context() as context:
-            live, _ = query.of_subject(context, subject)
-            return query.ids_of(context, live)
+            held, _ = query.of_subject(context, subject)
+            return query.ids_of(context, held)
 
-    @asked_again
+    @retry_read
     def plan_forget(self, ids: Sequence[str] = (), *, subject: str | None = None) -> ForgetPlan:
         """Return what `forget` would do; change nothing."""
         with self._context() as context, context.stores.ledger.snapshot():
-            planned = plan_forget(context, *_named(context, ids, subject))
+            planned = plan_forget(context, *_held_and_deleted(context, ids, subject))
             measured = context.stores.ledger.checkpoints()
             rewritten = len(planned.remaining)
             return ForgetPlan(
@@ -276,52 +276,52 @@ class Model:
         is left to the next `run`, `resume` or deletion.
         """
         with self._writing() as context:
-            live, dead = _named(context, ids, subject)
+            held, deleted = _held_and_deleted(context, ids, subject)
             request = None
-            if live:
+            if held:
                 _ = self.resources.base  # refuses a changed base before anything is erased
                 terms = Terms(approver=DIRECT, reason=DIRECT, consent=consent)
-                done = forget_at_once(context, new_request(context, live, (), terms), defer=defer)
+                done = forget_at_once(context, new_request(context, held, (), terms), defer=defer)
                 request, kept = done.requests[0], done.kept_versions
             else:  # finishes a deletion after a crash
                 kept = reconcile(context, defer=defer).kept_versions
             lost = tuple(each.path for each in stale_exports(context))
-            return ForgetOutcome(request, tuple(dead), model_digest(context), lost, kept, defer)
+            return ForgetOutcome(request, tuple(deleted), model_digest(context), lost, kept, defer)
 
     def submit(
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
     ) -> lifecycle.Submitted:
         """Submit a request that waits to be approved and run. Raise UnknownRecord, ConfigConflict."""
-        alike = self.alike(ids, subject=subject)
+        exact_copies, near = self.alike(ids, subject=subject)
         with self._deciding() as context:
-            live, dead = _named(context, ids, subject)
-            request = lifecycle.submit(context, live, dead, terms or Terms())
-        return lifecycle.Submitted(request, *alike)
+            held, deleted = _held_and_deleted(context, ids, subject)
+            request = lifecycle.submit(context, held, deleted, terms or Terms())
+        return lifecycle.Submitted(request, exact_copies, near)
 
-    @asked_again
+    @retry_read
     def alike(
         self, ids: Sequence[str] = (), *, subject: str | None = None
     ) -> tuple[tuple[str, ...], tuple[query.Candidate, ...]]:
         """Return the ids of exact copies of records, and near-duplicates."""
         with self._context() as context:
-            live, _ = _named(context, ids, subject)
-            found = copies(context, live, full_scan=True)
-            near = query.near(context, live, NEAR_DUPLICATE, found) if live else []
+            held, _ = _held_and_deleted(context, ids, subject)
+            found = copies(context, held, full_scan=True)
+            near = query.near(context, held, NEAR_DUPLICATE, found) if held else []
             return tuple(query.ids_of(context, found)), tuple(near)
 
-    @asked_again
+    @retry_read
     def requests(self) -> list[lifecycle.RequestView]:
         """Return all requests, oldest first, with the days left to each."""
         with self._context() as context, context.stores.ledger.snapshot():
             return lifecycle.views(context)
 
-    @asked_again
+    @retry_read
     def request(self, request_id: str) -> lifecycle.RequestView:
         """Return one request by its id or external id, with its history. Raise UnknownRecord."""
         with self._context() as context, context.stores.ledger.snapshot():
-            return lifecycle.viewed(context, lifecycle.find(context, request_id))
+            return lifecycle.view_of(context, lifecycle.find(context, request_id))
 
-    @asked_again
+    @retry_read
     def request_events(self) -> tuple[list[RequestEvent], dict[str, Request]]:
         """Return all events of requests, in order, and the requests by id, both of one state."""
         with self._context() as context, context.stores.ledger.snapshot():
@@ -336,20 +336,20 @@ class Model:
         Without `by`, the note of an approval is the approver's name. Raise ConfigConflict.
         """
         with self._deciding() as context:
-            return lifecycle.viewed(context, lifecycle.decide(context, request_id, state, note, by))
+            return lifecycle.view_of(context, lifecycle.decide(context, request_id, state, note, by))
 
     def extend(self, request_id: str, reason: str) -> lifecycle.RequestView:
         """Extend a request's due date once, with a reason. Raise ConfigConflict."""
         with self._deciding() as context:
-            return lifecycle.viewed(context, lifecycle.extend(context, request_id, reason))
+            return lifecycle.view_of(context, lifecycle.extend(context, request_id, reason))
 
-    @asked_again
+    @retry_read
     def plan_run(self) -> RunPlan:
         """Return whether to carry out the approved requests now or later, and why; change nothing."""
         with self._context() as context, context.stores.ledger.snapshot():
             return lifecycle.plan_run(context)
 
-    @asked_again
+    @retry_read
     def queue(self, *, recorded: bool = True) -> QueueSeen:
         """Return the number of requests in each state, and report it unless `recorded` is false."""
         with running(), self._context() as context:
@@ -384,10 +384,9 @@ class Model:
         list. Raise InvalidInput if a file exists.
         """
         with self._deciding(whole=True) as context:
-            options = {"opted_out": opted_out, "again": again}
-            return drop.report(context, Path(directory), suffix=suffix, **options)
+            return drop.report(context, Path(directory), opted_out=opted_out, again=again, suffix=suffix)
 
-    @asked_again
+    @retry_read
     def drop_standing(self) -> drop.Standing | None:
         """Return where the 45-day cycle of DROP stands; None before the first import.
 
@@ -398,14 +397,14 @@ class Model:
         with self._context() as context, context.stores.ledger.snapshot():
             return drop.cycle_standing(context)
 
-    @asked_again
+    @retry_read
     def drop_details(self, *, show_ids: bool = False) -> drop.Details | None:
         """Return where DROP's cycle stands, and what waits for a decision, a run or an opt-out."""
         self._check_whole()
         with self._context() as context, context.stores.ledger.snapshot():
             return drop.details(context, show_ids=show_ids)
 
-    @asked_again
+    @retry_read
     def access(
         self, ids: Sequence[str] = (), *, subject: str | None = None, digest: str | None = None
     ) -> dict[str, Any]:
@@ -415,29 +414,29 @@ class Model:
         """
         with self._context() as context, context.stores.ledger.snapshot():
             if digest is None:
-                return held_of(context, self.config, *_named(context, ids, subject), subject)
+                return held_of(context, self.config, *_held_and_deleted(context, ids, subject), subject)
             found = held_of(context, self.config, *query.of_digest(context, digest))
             names = (each["data"].get("subject_id") for each in found["records"])
             return {**found, "subject": next(names, None)}
 
-    @asked_again
+    @retry_read
     def subject_digest(self, subject: str) -> str:
         """Return the keyed digest that names a subject at rest. Raise UnknownRecord."""
         with self._context() as context:
-            live, dead = query.of_subject(context, subject)
-            return str((live or dead)[0].subject_digest)
+            held, deleted = query.of_subject(context, subject)
+            return str((held or deleted)[0].subject_digest)
 
-    @asked_again
+    @retry_read
     def check_subject(self, digest: str) -> None:
         """Raise UnknownRecord if no record was ever held of the subject that this digest names."""
         with self._context() as context:
             query.of_digest(context, digest)
 
-    @asked_again
+    @retry_read
     def recipients(self, ids: Sequence[str] = (), *, subject: str | None = None) -> dict[str, Any]:
         """Return which exports a person's records touched, as JSON values."""
         with self._context() as context, context.stores.ledger.snapshot():
-            return recipients_of(context, *_named(context, ids, subject), subject)
+            return recipients_of(context, *_held_and_deleted(context, ids, subject), subject)
 
     def restrict(self, subject: str) -> Restriction:
         """Store a subject's records, and serve none of them, until `release`. Raise UnknownRecord.
@@ -446,18 +445,18 @@ class Model:
         """
         with self._deciding(whole=True) as context:
             found = restrict(context, subject)
-        self._complete()
+        self._complete_hooks()
         return found
 
     def release(self, subject: str) -> Restriction:
         """End a restriction: the same is served as before it. Raise ConfigConflict without one."""
         with self._deciding(whole=True) as context:
             found = lift(context, subject)
-        self._complete()
+        self._complete_hooks()
         return found
 
-    def _complete(self) -> None:
-        """Let hooks state what was decided; if another process writes, it does that in the end."""
+    def _complete_hooks(self) -> None:
+        """Call the hooks' `complete`; if another process writes, it will call them."""
         with contextlib.suppress(Busy), self._writing() as context:
             for hook in context.hooks:
                 hook.complete(context)
@@ -479,7 +478,7 @@ class Model:
             requests = context.stores.ledger.requests()
             return (*(each for each in requests if each.request_id in begun), *done)
 
-    @asked_again
+    @retry_read
     def status(self) -> Status:
         """Return shards, slices, heads, requests and sizes."""
         with self._context(outdated=True) as context:
@@ -506,10 +505,7 @@ class Model:
                     shards=tuple(query.shards(context)),
                     requests=tuple(ledger.requests()),
                     exports=exports,
-                    sizes_bytes={
-                        wiring.ledger_name(self.directory): ledger.num_bytes(),
-                        **sizes,
-                    },
+                    sizes_bytes={wiring.ledger_name(self.directory): ledger.num_bytes(), **sizes},
                     witness=(context.stores.witness.location(), witness_standing(context)),
                     event_head=ledger.event_head(),
                     num_orders=1 + len(recipe.orders),
@@ -525,13 +521,13 @@ class Model:
                     restricted_records=len(restricted_rows(ledger)),
                 )
 
-    @asked_again
+    @retry_read
     def lineage(self) -> dict[int, list[query.SliceStanding]]:
         """Return the standing of every slice, by shard: clean, retrained, restricted, ..."""
         with self._context(outdated=True) as context, context.stores.ledger.snapshot():
             return query.slice_standings(context)
 
-    @asked_again
+    @retry_read
     def shards(self) -> list[tuple[query.ShardStatus, list[query.SliceStanding]]]:
         """Return every shard and the standing of its slices, of one moment."""
         with self._context() as context, context.stores.ledger.snapshot():
@@ -555,7 +551,7 @@ class Model:
         continue it is a finding.
         """
         if replay == "none":
-            return self._checked(anchor)
+            return self._verify_held(anchor)
         with contextlib.ExitStack() as stack:
             context = stack.enter_context(self._writing())
             chosen = shards_to_replay(context, replay, shard)
@@ -565,9 +561,9 @@ class Model:
             store = scratch_store(context)
             return verify(context, chosen, store, alone, require_replay=require_replay, anchor=anchor)
 
-    @asked_again
-    def _checked(self, anchor: WitnessHead | None) -> Verification:
-        """Check every held byte.
+    @retry_read
+    def _verify_held(self, anchor: WitnessHead | None) -> Verification:
+        """Check every held byte without the writer lock.
 
         Uncommitted work of a writer looks like damage, so findings are checked again while nobody
         writes. Raise Busy if there is no such moment.
@@ -592,7 +588,7 @@ class Model:
         """
         return self.generate_all([prompt], max_new_tokens=max_new_tokens, kind=kind)[0]
 
-    @asked_again
+    @retry_read
     def generate_all(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 48, kind: Kind | None = None
     ) -> list[Answer]:
@@ -600,13 +596,13 @@ class Model:
         with self._context() as context:
             return ask(context, self.resources, prompts, max_new_tokens, kind, self._ledger)
 
-    @asked_again
+    @retry_read
     def routes(self, prompts: Sequence[Prompt]) -> list[Route]:
         """Return the shards that would answer each prompt, and their weights."""
         with self._context() as context:
             return routes_of(context, self.resources, prompts)
 
-    @asked_again
+    @retry_read
     def answerer(self) -> tuple[Answerer, Kind]:
         """Return all constituent models served now, and the form in which they get prompts.
 
@@ -615,7 +611,7 @@ class Model:
         with self._context() as context:
             return open_answerer(context, self.resources, open_ledger=self._ledger), prompt_form(context)
 
-    @asked_again
+    @retry_read
     def serving(self, /, **limits: int) -> Serving:
         """Return the constituent models served now, to answer many requests with for a long time.
 
@@ -624,7 +620,7 @@ class Model:
         with self._context() as context:
             return Serving(context, self.resources, **limits)
 
-    @asked_again
+    @retry_read
     def adopt(self, serving: Serving) -> list[Hashable]:
         """Replace loaded models that are no longer served; return the keys of requests that this cut.
 
@@ -635,7 +631,7 @@ class Model:
         with self._context() as context:
             return serving.adopt(context, self.resources)
 
-    @asked_again
+    @retry_read
     def routed(self, prompts: Sequence[Prompt], *, kind: Kind | None = None) -> list[Routed]:
         """Return the token ids and the route of each prompt. Raise InvalidInput."""
         with self._context() as context:
@@ -659,7 +655,7 @@ class Model:
         with self._writing() as context:
             return export_adapters(context, self.resources, Path(to), form)
 
-    @asked_again
+    @retry_read
     def exports_missing(self) -> list[str]:
         """Return the paths of exports that a deletion could not erase: they were moved or changed."""
         with self._context() as context:
@@ -696,13 +692,14 @@ class Model:
             next_step="wait until it has finished, then run the same command again",
         )
 
-    def _take(self, found: Description) -> None:
+    def _use(self, found: Description) -> None:
+        """Take the model's settings, keys and names from its description."""
         self._meta = found.meta
         self.id, self.config, self.keyring = found.id, found.config, found.keyring
         self.base, self.embedder, self.secret = found.base, found.embedder, found.secret
         self.resources = Resources(self.config, self.base, self.embedder)
 
-    def _catch_up(self) -> None:
+    def _refresh(self) -> None:
         """Adopt what another process has since committed. Raise ConfigConflict for another model."""
         meta = wiring.read_description(self.directory)
         if meta == self._meta:
@@ -713,7 +710,7 @@ class Model:
                 where=str(self.directory),
                 next_step="open the directory again",
             )
-        self._take(wiring.describe(self.directory))
+        self._use(wiring.describe(self.directory))
         self.report(Notice("the model was reconfigured meanwhile; using its present run file"))
 
     @contextlib.contextmanager
@@ -727,15 +724,17 @@ class Model:
         """
         if outdated or as_it_is:
             self._check_whole()
-        self._catch_up()
+        self._refresh()
         with wiring.open_context(
             self.directory, self.resources, Keyed(self.secret), self.id, self.executor, self.report
         ) as context:
             if locked:
                 catch_up(context)
             elif not as_it_is and is_behind(context):
-                read_only = context.stores.ledger.read_only
-                if read_only and not outdated:
+                if not context.stores.ledger.read_only:
+                    with wiring.model_lock(self.directory):
+                        catch_up(context)
+                elif not outdated:
                     raise EnvironmentFault(
                         "this copy of the model still holds what was deleted since it was made, and it "
                         "can't be written to delete it again",
@@ -743,10 +742,7 @@ class Model:
                         next_step="copy it to a writable disk; `sisa status` and `sisa verify` can read "
                         "it here",
                     )
-                if not read_only:
-                    with wiring.model_lock(self.directory):
-                        catch_up(context)
-            yield self._seen(context)
+            yield self._within_group(context)
         if self._group is not None:
             self._check_current()
 
@@ -762,8 +758,11 @@ class Model:
                 next_step="ask who may read all shards",
             )
 
-    def _seen(self, context: Context) -> Context:
-        """Return what may be seen here of an open model. Raise ConfigConflict for a former partition."""
+    def _within_group(self, context: Context) -> Context:
+        """Return a context that reads only the group's shards; the same one without a group.
+
+        Raise ConfigConflict if records are now assigned to shards by another rule.
+        """
         if self._group is None:
             return context
         if self._group.partition != self.partition:
@@ -781,29 +780,33 @@ class Model:
         wiring.check_executor(self.executor)  # refuses an unknown one before anything is written
         with running(), wiring.model_lock(self.directory):
             wiring.finish_move(self.directory)
-            self._catch_up()
+            self._refresh()
             wiring.keep_key(self.directory, self.config, self.id, self.secret)
             self._clear_scratch()
             yield
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Context]:
+        """Open the model to write, under the writer lock. Raise Busy."""
         with self._locked(), self._context(locked=True) as context:
             finish_exports(context)
             yield context
 
     @contextlib.contextmanager
     def _deciding(self, *, whole: bool = False) -> Iterator[Context]:
-        """Keep other commits out, but not a writer that trains. Raise Busy."""
+        """Open the model to decide about requests: keep other commits out, but not a writer that trains.
+
+        `whole`: the decision concerns the whole model. Raise Busy.
+        """
         if whole:
             self._check_whole()
-        self._catch_up()
-        every = copy.copy(self)
-        every._group = None
-        with running(), every._context() as context, context.stores.ledger.exclusive():
+        self._refresh()
+        whole_model = copy.copy(self)
+        whole_model._group = None
+        with running(), whole_model._context() as context, context.stores.ledger.exclusive():
             self._check_current()
             catch_up(context)  # a process may have been killed before it wrote to the witness
-            yield self._seen(context)
+            yield self._within_group(context)
 
     def _clear_scratch(self) -> None:
         """Erase what a replay stored, its keys first, and the temporary texts of killed processes."""
@@ -819,13 +822,14 @@ def open_model(
     return Model(directory, executor=executor, report=report)
 
 
-def _named(
+def _held_and_deleted(
     context: Context, ids: Sequence[str], subject: str | None
 ) -> tuple[list[RecordRow], list[Tombstone]]:
+    """Return the held and the deleted records of these ids, or of a subject. Raise UnknownRecord."""
     if (subject is None) == (not ids):
         raise InvalidInput("give either record ids or a subject")
     if subject is not None:
         return query.of_subject(context, subject)
-    held = [each for _, each in lookup(context, list(dict.fromkeys(ids)))]
-    live = [each for each in held if isinstance(each, RecordRow)]
-    return live, [each for each in held if isinstance(each, Tombstone)]
+    found = [each for _, each in lookup(context, list(dict.fromkeys(ids)))]
+    held = [each for each in found if isinstance(each, RecordRow)]
+    return held, [each for each in found if isinstance(each, Tombstone)]

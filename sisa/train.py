@@ -22,7 +22,7 @@ from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityEr
 from sisa.core.events import Notice, Report, silent
 from sisa.core.ports import Change
 from sisa.core.requests import key_name
-from sisa.data.reader import Subjects, named_by_location, read_records
+from sisa.data.reader import named_by_location, read_records
 from sisa.flows import reconfigure
 from sisa.flows.ask import FORM, usual_kind
 from sisa.flows.ingest import Taken, check_same_records, train
@@ -75,24 +75,21 @@ def train_model(
         require_device(config.precision)
         _check_keys_outside(config)
         first = not _committed(config.output_dir)
-        subjects: Subjects = "some" if first else "any"
         if records is None:
             records = read_records(
                 config.datasets,
                 config.sisa.group_by,
                 config.limits,
-                subjects=subjects,
+                subjects="some" if first else "any",
                 identifiers=config.identifiers.columns,
             )
             shown(Notice(records.subject_report()))
-        if first:
-            _check_no_foreign_files(config.output_dir)
         with named_by_location(records):
             if first:
+                _check_no_foreign_files(config.output_dir)
                 taken = _first_training(config, records, executor, shown, allow_deleted=allow_deleted)
-                model = Model(config.output_dir, executor=executor, report=shown)
-            else:
-                model = Model(config.output_dir, executor=executor, report=shown)
+            model = Model(config.output_dir, executor=executor, report=shown)
+            if not first:
                 taken = _move_and_train(model, config, records, accept_differences=accept_differences)
     if report is None:
         model.report = silent
@@ -111,7 +108,7 @@ def _move_and_train(
     resources = _new_resources(model, config, accept_differences=accept_differences)
     with model._locked():  # one lock over both steps
         moved = _move(model, config, resources, records, accept_differences=accept_differences)
-        model._take(wiring.describe(model.directory))
+        model._use(wiring.describe(model.directory))
         taken = model._resume(records)
     return replace(
         taken,
@@ -265,7 +262,7 @@ def _differences(model: Model, config: RunConfig) -> list[Difference]:
 
 
 def _new_resources(model: Model, config: RunConfig, *, accept_differences: bool) -> Resources | None:
-    """Return the run file's base and embedder, resolved before the lock; None keeps the model's own."""
+    """Return the run file's base and embedder, resolved before the lock; None: the model's own stay."""
     _check_move(model, config, accept_differences=accept_differences)
     if not accept_differences:
         return None
@@ -299,7 +296,7 @@ def _move(
     with model._context(as_it_is=True) as old:
         if config.precision != DEFAULT_PRECISION:
             _check_no_patches(old)
-        _replay_first(old, moving=wiring.witness_dir(config) != wiring.witness_dir(model.config))
+        _catch_up_first(old, moving=wiring.witness_dir(config) != wiring.witness_dir(model.config))
         check_same_records(old, records)  # with the generations of their present slices
         if under_way(old):
             adopt_and_erase(old)  # finish the erasure of an interrupted deletion before training
@@ -307,12 +304,13 @@ def _move(
     with wiring.open_context(
         model.directory, resources, keyed, model.id, model.executor, model.report
     ) as context:
-        done = _moved(context, config, resources, effects)
+        done = _apply(context, config, resources, effects)
     wiring.keep_key(model.directory, config, model.id, model.secret)
     return done
 
 
-def _moved(context: Context, config: RunConfig, resources: Resources, effects: set[Effect]) -> Trained:
+def _apply(context: Context, config: RunConfig, resources: Resources, effects: set[Effect]) -> Trained:
+    """Carry out the effects of a changed run file, and store it."""
     if "reset" in effects:
         held = [each.record for each in reconfigure.all_records(context)]
         check_risks(config.sisa.bands, held)
@@ -335,8 +333,8 @@ def _check_no_patches(old: Context) -> None:
         )
 
 
-def _replay_first(old: Context, *, moving: bool) -> None:
-    """Let a restored backup catch up with its former witness before it gets another one."""
+def _catch_up_first(old: Context, *, moving: bool) -> None:
+    """Let a restored backup catch up with its witness, before it is `moving` to another one."""
     try:
         if is_behind(old):
             catch_up(old)
@@ -355,7 +353,7 @@ def _committed(directory: Path) -> bool:
                 return True
     index_alone = files.held_names(directory / wiring.INDEX) and not wiring.has_ledger(directory)
     if files.held_names(directory / wiring.CHECKPOINTS) or index_alone:
-        # Checkpoints are written after the first commit, an index after the ledger's file.
+        # Checkpoints are written after the first commit, and an index after the ledger's file.
         raise IntegrityError(
             "the ledger is missing, but other parts of a model are held",
             where=str(directory),

@@ -27,7 +27,7 @@ from sisa.flows.wiring.context import (
     patches_beneath,
     trained_over,
 )
-from sisa.model import Model, asked_again
+from sisa.model import Model, retry_read
 
 
 def unlearn(
@@ -127,7 +127,7 @@ def release(
         return patching.release_sets(context, named)
 
 
-@asked_again
+@retry_read
 def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]:
     """Return all patches ever wanted, the vault's sets, and the patches beneath trained shards."""
     with model._context() as context:
@@ -135,7 +135,7 @@ def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]
         return ledger.patches(), ledger.vault(), trained_over(ledger)
 
 
-@asked_again
+@retry_read
 def served(model: Model) -> list[dict[str, bytes]]:
     """Return the files of the patches served now, lowest first. Raise IntegrityError."""
     with model._context() as context:

@@ -36,12 +36,11 @@ from sisa.data.record_rules import conversation_problems, turns_of
 from sisa.flows.wiring.context import (
     Context,
     Resources,
-    live_heads,
     patch_files,
     route_of,
     routing_hits,
     servable,
-    served_heads,
+    served_keys,
     slices_of,
     stored_in,
 )
@@ -101,7 +100,7 @@ class ServedHeads:
             may = servable(ledger)
             return cls(
                 ledger.seq(),
-                {head.shard: head.key for head in served_heads(ledger) if head.key is not None},
+                served_keys(ledger),
                 {each.key: each.manifest_sha256 for each in ledger.checkpoints() if each.key in may},
                 tuple(active(ledger.patches())),
                 tuple(ledger.meta().get(name, "") for name in ("config", "base")),
@@ -121,10 +120,10 @@ def ask(
 ) -> list[Answer]:
     """Return the answers to prompts, in order. Raise InvalidInput or IntegrityError."""
     _check_answerable(prompts, kind)
-    with ThreadPoolExecutor(1) as beside:  # what is needed is hashed while torch is imported
+    with ThreadPoolExecutor(1) as background:  # hash the embedder and the base while torch is imported
         if resources.config.sisa.aggregation.method == "routed":
-            beside.submit(lambda: resources.embedder)
-        beside.submit(lambda: resources.base)
+            background.submit(lambda: resources.embedder)
+        background.submit(lambda: resources.base)
         import sisa.lm.answer.answerer  # noqa: F401
 
         routes = routes_of(context, resources, prompts)
@@ -186,17 +185,18 @@ def _check_answerable(prompts: Sequence[Prompt], kind: Kind | None) -> None:
 
 def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt]) -> list[Route]:
     """Return which shards answer each prompt."""
-    block, live = resources.config.sisa, frozenset(live_heads(context))
+    block, live_shards = resources.config.sisa, frozenset(served_keys(context.stores.ledger))
     if block.aggregation.method != "routed":
-        return [all_of(live)] * len(prompts)
+        return [all_of(live_shards)] * len(prompts)
     from sisa.lm.answer.lookup import look_up
 
-    index, warm = _index(context, block), block.aggregation.temperature
+    index, temperature = _index(context, block), block.aggregation.temperature
     queries = [_query(prompt) for prompt in prompts]
-    found = iter(look_up([each for each in queries if each], index, warm, live))
+    found = iter(look_up([each for each in queries if each], index, temperature, live_shards))
     nearest = [next(found) if each else None for each in queries]
     return [
-        route_of(context, block, each.hits, live, each.near) if each else Route() for each in nearest
+        route_of(context, block, each.hits, live_shards, each.near) if each else Route()
+        for each in nearest
     ]
 
 
@@ -248,11 +248,11 @@ def open_answerer(
     open_ledger: OpenLedger | None = None,
     now: ServedHeads | None = None,
 ) -> Answerer:
-    """Open the models of some shards, or of all shards that serve one.
+    """Open the models of some shards, or of all shards that serve one. Raise IntegrityError.
 
-    They lie over the active patches or those of `stack`, combined as the run file or `how` says. With
-    `open_ledger` they refuse to answer once outdated; without, the caller keeps writers out. Raise
-    IntegrityError. `now` is what is served, if it has been read.
+    They lie over the patches of `stack` (default: the active ones), and are combined as `how` says
+    (default: as the run file does). With `open_ledger` they refuse to answer once outdated; without, the
+    caller keeps writers out. `now` is what is served, if the caller has read it.
     """
     from sisa.lm.answer.answerer import Answerer
 
@@ -263,11 +263,11 @@ def open_answerer(
     patches = patch_files(context.stores.patches, stack)
     base, block = resources.base, resources.config.sisa
     method, threads = how or block.aggregation.method, block.threads_per_shard
-    on = resources.config.precision
-    answerer = Answerer(base.directory, base.digest, adapters, threads, patches, method, on)
+    precision = resources.config.precision
+    answerer = Answerer(base.directory, base.digest, adapters, threads, patches, method, precision)
     if open_ledger is not None:
-        of_these = replace(now, heads={shard: now.heads[shard] for shard in asked}, stack=tuple(stack))
-        answerer.check_current = _check_of(open_ledger, of_these)
+        loaded = replace(now, heads={shard: now.heads[shard] for shard in asked}, stack=tuple(stack))
+        answerer.check_current = _check_still_served(open_ledger, loaded)
     return answerer
 
 
@@ -283,7 +283,7 @@ def _load(context: Context, now: ServedHeads, shards: Collection[int]) -> dict[i
     return {shard: load(key, now.manifests[key]) for shard, key in keys.items()}
 
 
-def _check_of(open_ledger: OpenLedger, loaded: ServedHeads) -> Callable[[], None]:
+def _check_still_served(open_ledger: OpenLedger, loaded: ServedHeads) -> Callable[[], None]:
     """Return a check that raises Outdated once an adapter may not be served or the patches change."""
     seq, patches = loaded.seq, [each.key for each in loaded.stack]
 
@@ -326,8 +326,8 @@ class Serving:
         """
         now = ServedHeads.read(context.stores.ledger)
         tainted = {shard for shard, key in self.served.heads.items() if key not in now.manifests}
-        former = {shard for shard, key in self._former if key not in now.manifests}
-        self._cut += self.batch.switch(dict.fromkeys(tainted), tainted | former)
+        tainted_former = {shard for shard, key in self._former if key not in now.manifests}
+        self._cut += self.batch.switch(dict.fromkeys(tainted), tainted | tainted_former)
         heads = {shard: key for shard, key in self.served.heads.items() if shard not in tainted}
         before = self.served = replace(self.served, heads=heads)
         if (before.stack, before.settings) != (now.stack, now.settings):
@@ -362,15 +362,15 @@ def usual_kind(kinds: Mapping[str, int]) -> Kind:
 
 
 def asked_records(context: Context, resources: Resources, limit: int = MAX_RECORDS) -> list[Asked]:
-    """Return the tokens of the records to ask."""
+    """Return the tokens of the records to ask, at most `limit`, without those that have no answer."""
     rows = chosen_rows(context, limit)
     place = {row.id_digest: row.shard for row in rows}
     stored = stored_in(context, slices_of(context, rows), rows)
     found = [
-        (place[each.id_digest], *_answer(each.record, resources))
+        (place[each.id_digest], *_tokens_to_ask(each.record, resources))
         for each in sorted(stored, key=lambda each: each.id_digest)
     ]
-    return [each for each in found if each[2]]
+    return [(shard, ids, answer) for shard, ids, answer in found if answer]
 
 
 def merged_gap(context: Context, resources: Resources) -> tuple[int, float, float]:
@@ -381,7 +381,7 @@ def merged_gap(context: Context, resources: Resources) -> tuple[int, float, floa
     for how in sums:
         answerer = open_answerer(context, resources, how=how)
         for shard, ids, answer in asked:
-            route = all_of([shard] if how == "routed" else live_heads(context))
+            route = all_of([shard] if how == "routed" else served_keys(context.stores.ledger))
             sums[how] += answerer.answer_probability(ids[: answer[0]], ids[answer[0] :], route)
             done += 1
             if done * NUM_REPORTED // whole > (done - 1) * NUM_REPORTED // whole:
@@ -396,17 +396,17 @@ def chosen_rows(context: Context, limit: int) -> list[RecordRow]:
     ledger = context.stores.ledger
     forget = [each.name for each in ledger.vault() if each.role == "forget"]
     forgotten = {id_digest for name in forget for id_digest in ledger.vaulted(name)}
-    served = {each.key: each for each in ledger.checkpoints()}
+    checkpoints = {each.key: each for each in ledger.checkpoints()}
     by_shard = []
-    for shard, key in sorted(live_heads(context).items()):
-        known = [row for row in ledger.rows(shard) if touched(served[key], row)]
+    for shard, key in sorted(served_keys(ledger).items()):
+        known = [row for row in ledger.rows(shard) if touched(checkpoints[key], row)]
         asked = [row for row in known if row.id_digest not in forgotten]
         by_shard.append(sorted(asked, key=lambda row: row.id_digest)[:limit])
     in_turn = chain.from_iterable(zip_longest(*by_shard))
     return [row for row in in_turn if row is not None][:limit]
 
 
-def _answer(record: Record, resources: Resources) -> tuple[list[int], list[int]]:
+def _tokens_to_ask(record: Record, resources: Resources) -> tuple[list[int], list[int]]:
     """Return a record's token ids and the positions of the answer's tokens; none if it has no answer."""
     from sisa.lm.base.tokens import NO_LOSS, tokenize
 

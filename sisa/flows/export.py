@@ -42,10 +42,10 @@ from sisa.flows.wiring.context import (
     Context,
     Resources,
     commit,
-    live_heads,
     model_digest,
     patch_files,
     served_heads,
+    served_keys,
 )
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CARD, CONFIG, MODEL
@@ -145,7 +145,7 @@ def _on_vllm(name: str, rank: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Written:
+class _Directory:
     """Describe a directory to write, and the heads that it contains."""
 
     path: str
@@ -165,26 +165,26 @@ def export_adapters(
     except UnicodeEncodeError:
         raise InvalidInput("the target's path is not UTF-8", next_step="export elsewhere") from None
     now = context.now()
-    written = _written(context, resources, _next_version(context, root), form, now)
+    directories = _make_directories(context, resources, _next_version(context, root), form, now)
     stack = tuple(each.key for each in active(context.stores.ledger.patches()))
-    made = []
-    for each in written:
+    rows = []
+    for each in directories:
         digest = sha256_hex(each.files[MODEL if form == "merged-model" else ADAPTER])
-        made += [
+        rows += [
             Export(each.path, h.shard, h.prefix, h.seq, h.key, digest, now, "writing", "", stack, form)
             for h in each.heads
         ]
-    if made:
-        commit(context, Change(exports=made))
+    if rows:
+        commit(context, Change(exports=rows))
         try:
-            for each in written:
+            for each in directories:
                 context.stores.exports.write(each.path, each.files)
         except SisaError:
             with contextlib.suppress(SisaError):  # the disk's error is raised instead
                 finish_exports(context)
             raise
-        commit(context, Change(exports=[replace(each, state="clean") for each in made]))
-    return [target / Path(each.path).relative_to(root) for each in written]
+        commit(context, Change(exports=[replace(each, state="clean") for each in rows]))
+    return [target / Path(each.path).relative_to(root) for each in directories]
 
 
 def _next_version(context: Context, root: str) -> str:
@@ -197,40 +197,45 @@ def _next_version(context: Context, root: str) -> str:
     return f"{root}/v{max(numbers, default=0) + 1}"
 
 
-def _written(
+def _make_directories(
     context: Context, resources: Resources, version: str, form: ExportForm, now: str
-) -> list[_Written]:
+) -> list[_Directory]:
+    """Make the files of every directory of a version, in memory."""
     ledger = context.stores.ledger
     known = {each.key: each for each in ledger.checkpoints()}
-    heads = [known[key] for _, key in sorted(live_heads(context).items())]
+    heads = [known[key] for _, key in sorted(served_keys(ledger).items())]
     adapters = [context.stores.checkpoints.load(each.key, each.manifest_sha256) for each in heads]
     patches = patch_files(context.stores.patches, active(ledger.patches()))
     card = _card(context, resources, form, len(patches), now)
 
-    def made(name: str, of: Sequence[HeldCheckpoint], files: Files, gap: Gap | None = None) -> _Written:
+    def directory(
+        name: str, of: Sequence[HeldCheckpoint], files: Files, gap: Gap | None = None
+    ) -> _Directory:
         path = f"{version}/{name}"
         rank = 0
         if ADAPTER in files:
-            files = of_adapter(resources, files)
+            files = with_base_name(resources, files)
             rank = int(json.loads(files[CONFIG]).get("r", 0))
         text = card.text(lora_name(path), [each.shard for each in of], rank, gap)
         files = {**files, CARD: text}
         for hook in context.hooks:
             files = hook.export(context, lora_name(path), files)
-        return _Written(path, tuple(of), files)
+        return _Directory(path, tuple(of), files)
 
     if form == "peft":
         return [
-            made(f"shard-{head.shard:05d}", [head], _merged(patches, [adapter]) if patches else adapter)
+            directory(
+                f"shard-{head.shard:05d}", [head], _merged(patches, [adapter]) if patches else adapter
+            )
             for head, adapter in zip(heads, adapters, strict=True)
         ]
     if not heads:
         return []
     gap = merged_gap(context, resources)
     if form == "merged-model":
-        return [made(form, heads, _merged_model(resources, patches, adapters, context.report), gap)]
-    context.report(Notice(_averaging(adapters)))
-    return [made(form, heads, _merged(patches, adapters), gap)]
+        return [directory(form, heads, _merged_model(resources, patches, adapters, context.report), gap)]
+    context.report(Notice(_averaging_notice(adapters)))
+    return [directory(form, heads, _merged(patches, adapters), gap)]
 
 
 def _card(context: Context, resources: Resources, form: ExportForm, num_patches: int, now: str) -> Card:
@@ -250,7 +255,7 @@ def _card(context: Context, resources: Resources, form: ExportForm, num_patches:
     )
 
 
-def of_adapter(resources: Resources, files: Files) -> dict[str, bytes]:
+def with_base_name(resources: Resources, files: Files) -> dict[str, bytes]:
     """Return an adapter that names the base as the run file does."""
     config = json.loads(files[CONFIG])
     config["base_model_name_or_path"], _, revision = resources.config.base.partition("@")
@@ -265,7 +270,7 @@ def _merged(patches: Sequence[Files], adapters: Sequence[Files]) -> Files:
     return merge_adapters(patches, adapters)
 
 
-def _averaging(adapters: Sequence[Files]) -> str:
+def _averaging_notice(adapters: Sequence[Files]) -> str:
     return f"averaging the adapters of {len(adapters)} shards"
 
 
@@ -284,7 +289,7 @@ def _merged_model(
     model, tokenizer = load_patched(resources.base.directory, resources.base.digest, patches, on)
     if on.dtype != "float32":
         model = copy.deepcopy(model).float()  # the loaded tensors are shared
-    report(Notice(_averaging(adapters)))
+    report(Notice(_averaging_notice(adapters)))
     mean = averaged([read_change(each) for each in adapters])
     report(Notice(f"adding the average to {len(mean)} modules of the base"))
     merge_into(model, mean)

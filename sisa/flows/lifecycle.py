@@ -65,7 +65,7 @@ def submit(
     with context.stores.ledger.exclusive():
         new = new_request(context, rows, deleted, terms, full_scan=True)
         asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
-        known = _known(context, terms, asked, new.named)
+        known = _request_known_as(context, terms, asked, new.named)
         if known is None:
             commit(context, new.change())
             return new.request
@@ -74,9 +74,10 @@ def submit(
         return known
 
 
-def _known(
+def _request_known_as(
     context: Context, terms: Terms, asked: Collection[str], named: Collection[str]
 ) -> Request | None:
+    """Return the earlier request of the same external id. Raise ConfigConflict if it is another one."""
     if terms.external_id is None:
         return None
     for request in context.stores.ledger.requests():
@@ -84,7 +85,7 @@ def _known(
             what = "is the id of another request"
         elif terms.external_id != request.external_id:
             continue
-        elif _same(context, request, terms, set(asked), set(named)):
+        elif _stands_for(context, request, terms, set(asked), set(named)):
             return request
         else:
             what = "already stands for a request with other records"
@@ -96,7 +97,9 @@ def _known(
     return None
 
 
-def _same(context: Context, request: Request, terms: Terms, asked: set[str], named: set[str]) -> bool:
+def _stands_for(
+    context: Context, request: Request, terms: Terms, asked: set[str], named: set[str]
+) -> bool:
     """Return whether a request stands for these records; copies may come and go after its receipt."""
     ledger = context.stores.ledger
     known = set(ledger.named_by(request.request_id))
@@ -133,7 +136,7 @@ def views(context: Context) -> list[RequestView]:
     ]
 
 
-def viewed(context: Context, request: Request) -> RequestView:
+def view_of(context: Context, request: Request) -> RequestView:
     """Return a request with its days left and its history."""
     return next(each for each in views(context) if each.request.request_id == request.request_id)
 
@@ -170,7 +173,7 @@ def approved(context: Context) -> list[Request]:
     """Return the requests that wait to run and are under no hold, the most urgent first."""
     requests = context.stores.ledger.requests()
     holds = _holds(context, requests)
-    free = [each for each in requests if holds.get(each.request_id) == ()]
+    free = [each for each in requests if each.request_id in holds and not holds[each.request_id]]
     return sorted(free, key=lambda each: (each.due, each.created_at, each.request_id))
 
 
@@ -183,7 +186,7 @@ def _holds(context: Context, requests: Sequence[Request]) -> dict[str, tuple[str
         if each.state == "approved" or (each.state == "failed" and not each.committed_at)
     ]
     held = [each.request_id for each in requests if each.state == "held"]
-    records = {name: frozenset(ledger.named_by(name)) for name in (held and waiting + held)}
+    records = {name: frozenset(ledger.named_by(name)) for name in (waiting + held if held else ())}
     return {
         each: tuple(hold for hold in held if not records[hold].isdisjoint(records[each]))
         for each in waiting

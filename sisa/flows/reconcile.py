@@ -55,7 +55,6 @@ from sisa.flows.wiring.context import (
     areas,
     commit,
     known_by_area,
-    live_heads,
     model_digest,
     open_shards,
     plan_of,
@@ -65,6 +64,7 @@ from sisa.flows.wiring.context import (
     restrictions,
     route_of,
     routing_hits,
+    served_keys,
     view_shard,
     view_shards,
 )
@@ -391,11 +391,12 @@ def held_prompts(context: Context, *, note: bool = False) -> HeldPrompts | None:
     block = context.settings.routing
     if block is None or block.aggregation.method != "routed":
         return None
-    indexes = sorted([each.shard, each.sha256] for each in context.stores.ledger.indexes())
+    ledger = context.stores.ledger
+    indexes = sorted([each.shard, each.sha256] for each in ledger.indexes())
     how = block.model_dump(mode="json", include={"aggregation", "embedder"})
-    number = restrictions(context.stores.ledger).number
-    state = digest_of([indexes, sorted(live_heads(context)), how, *([number] if number else [])])
-    noted = json.loads(context.stores.ledger.meta().get(HELD_PROMPTS, "null"))
+    number = restrictions(ledger).number
+    state = digest_of([indexes, sorted(served_keys(ledger)), how, *([number] if number else [])])
+    noted = json.loads(ledger.meta().get(HELD_PROMPTS, "null"))
     if noted and noted["of"] == state:
         return HeldPrompts(**noted["found"]) if noted["found"] else None
     found = _look_up_prompts(context, block)
@@ -415,7 +416,7 @@ def _look_up_prompts(context: Context, block: SisaBlock) -> HeldPrompts | None:
         return None
     aggregation = block.aggregation.model_copy(update={"below": "base"})
     block = block.model_copy(update={"aggregation": aggregation})
-    live = frozenset(live_heads(context))
+    live_shards = frozenset(served_keys(context.stores.ledger))
     routed: list[tuple[int, Route]] = []  # with the shard of the record
     restricted = {row.id_digest for row in restricted_rows(context.stores.ledger)}
     for file in files:
@@ -427,7 +428,7 @@ def _look_up_prompts(context: Context, block: SisaBlock) -> HeldPrompts | None:
             found = routing_hits(context, vectors, NUM_ROUTING_HITS)
         except SisaError:
             return None  # `sisa doctor` says what is damaged
-        routed += [(file.shard, route_of(context, block, hits, live)) for hits in found]
+        routed += [(file.shard, route_of(context, block, hits, live_shards)) for hits in found]
     if not routed:
         return None
     turned_away = sum(not route.shards for _, route in routed)

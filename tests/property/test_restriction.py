@@ -29,13 +29,13 @@ from sisa.flows.rights.restriction import lift, restrict
 from sisa.flows.wiring.context import (
     Context,
     is_behind,
-    live_heads,
     restricted_rows,
     restrictions,
     routing_hits,
     search_each,
     servable,
     served_heads,
+    served_keys,
 )
 from sisa.flows.wiring.witness import catch_up
 from tests.examples import num_examples
@@ -104,7 +104,7 @@ class Restricted(Model):
                 assert served == head
             else:
                 assert served.depth == max(clean.values(), default=0) == clean.get(served.key or "", 0)
-        assert live_heads(self.fake.context) == {e.shard: e.key for e in served_heads(ledger) if e.key}
+        assert served_keys(ledger) == {e.shard: e.key for e in served_heads(ledger) if e.key}
         self.check_routes()
 
     def saw(self, key: str) -> bool:

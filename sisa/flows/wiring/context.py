@@ -268,13 +268,13 @@ def commit(context: Context, change: ports.Change) -> int:
     ledger, witness, chain = context.stores.ledger, context.stores.witness, context.settings.chain
     with ledger.exclusive():
         if change.removed and RESTRICTIONS not in change.meta:
-            change = replace(change, meta={**change.meta, **_ended(ledger, change)})
+            change = replace(change, meta={**change.meta, **_end_restrictions(ledger, change)})
         if change.readmitted:  # moves no event: after a crash the heads alone would not differ
             change = replace(change, meta={**change.meta, READMITTED: "unrecorded"})
         before = ledger.event_head()
         seq = ledger.commit(replace(change, events=[*chain.linked(before.link, change.events)]))
-        named = not {"model", RESTRICTIONS}.isdisjoint(change.meta)
-        if named or change.events or change.tombstones or change.readmitted:
+        witnessed = change.meta.keys() & {"model", RESTRICTIONS}
+        if witnessed or change.events or change.tombstones or change.readmitted:
             current = witness.head() == before or is_behind(context)  # behind: it catches up now
             new = (change.tombstones, change.readmitted) if current else unrecorded(context)
             witness.append(ledger.event_head(), *new, restrictions(ledger))
@@ -283,7 +283,7 @@ def commit(context: Context, change: ports.Change) -> int:
     return seq
 
 
-def record_rest(context: Context) -> None:
+def record_unrecorded(context: Context) -> None:
     """Record in the witness what it lacks of a ledger that is not behind it."""
     ledger = context.stores.ledger
     context.stores.witness.append(ledger.event_head(), *unrecorded(context), restrictions(ledger))
@@ -291,18 +291,22 @@ def record_rest(context: Context) -> None:
         ledger.commit(ports.Change(meta={READMITTED: ""}))
 
 
-def _ended(ledger: ports.Ledger, change: ports.Change) -> dict[str, str]:
-    """Return what a change leaves of the restrictions whose subjects lose their last record by it.
+def _end_restrictions(ledger: ports.Ledger, change: ports.Change) -> dict[str, str]:
+    """Return the meta that ends the restrictions of subjects who lose their last record by a change.
 
     A rectification adds the records again, so it ends none.
     """
-    known, gone = restrictions(ledger), {row.id_digest for row in change.removed}
-    moved = {row.subject_digest for row in change.removed} - {r.subject_digest for r in change.added}
-    ended = [each for each in known.since if each in moved]
-    ended = [each for each in ended if all(r.id_digest in gone for r in ledger.by_subject(each)[0])]
-    if not ended or any(each.reason == RECTIFY for each in change.requests):
+    if any(each.reason == RECTIFY for each in change.requests):
         return {}
-    return restricting(known, {e: at for e, at in known.since.items() if e not in ended})
+    known, gone = restrictions(ledger), {row.id_digest for row in change.removed}
+    losing = {row.subject_digest for row in change.removed} - {r.subject_digest for r in change.added}
+    left = {
+        subject: since
+        for subject, since in known.since.items()
+        if subject not in losing
+        or any(row.id_digest not in gone for row in ledger.by_subject(subject)[0])
+    }
+    return {} if left == known.since else restricting(known, left)
 
 
 def is_behind(context: Context) -> bool:
@@ -337,7 +341,8 @@ def held_state(ledger: ports.Ledger) -> str:
     """Return a digest of what a ledger holds and serves, which requests that come in do not change."""
     with ledger.snapshot():
         held = [[each.name for each in ledger.slices()], [each.key for each in ledger.checkpoints()]]
-        served = [[each.key for each in served_heads(ledger)], [e.key for e in active(ledger.patches())]]
+        patches = [each.key for each in active(ledger.patches())]
+        served = [[each.key for each in served_heads(ledger)], patches]
         return digest_of([held, served, ledger.num_tombstones()])
 
 
@@ -378,14 +383,13 @@ def served_heads(ledger: ports.Ledger) -> list[Head]:
 
 def servable(ledger: ports.Ledger) -> frozenset[str]:
     """Return the keys of the held checkpoints that saw no restricted record."""
-    made = ledger.checkpoints()
-    gone = {*tainted_checkpoints(made, restricted_rows(ledger))}
-    return frozenset(each.key for each in made if each.key not in gone)
+    held = ledger.checkpoints()
+    return frozenset(each.key for each in held) - {*tainted_checkpoints(held, restricted_rows(ledger))}
 
 
-def live_heads(context: Context) -> dict[int, str]:
+def served_keys(ledger: ports.Ledger) -> dict[int, str]:
     """Return the key of the served adapter of each shard that serves one."""
-    return {head.shard: head.key for head in served_heads(context.stores.ledger) if head.key is not None}
+    return {head.shard: head.key for head in served_heads(ledger) if head.key is not None}
 
 
 def search_each(
@@ -415,15 +419,16 @@ def route_of(
     context: Context,
     block: SisaBlock,
     hits: Sequence[Hit],
-    live: Collection[int],
+    live_shards: Collection[int],
     near: float | None = None,
 ) -> Route:
-    """Return the route of a prompt with these hits; `live` shards serve, `near` is its nearness."""
+    """Return the route of a prompt with these hits, as `choose_route` does."""
     kind: Kind = "completion"
     if hits:
         rows = context.stores.ledger.by_vector(hits[0].shard, [hits[0].vector_id])
         kind = rows[hits[0].vector_id].kind if rows else kind
-    return choose_route(hits, resolve_aggregation(block.aggregation, block.embedder, kind), live, near)
+    how = resolve_aggregation(block.aggregation, block.embedder, kind)
+    return choose_route(hits, how, live_shards, near)
 
 
 def trained_over(ledger: ports.Ledger) -> tuple[str, ...]:
@@ -602,6 +607,7 @@ def _write_slice(
 def view_shard(
     context: Context, shard: int, replaced: Iterable[SliceState] = (), dropped: Collection[str] = ()
 ) -> ShardView:
+    """Return a shard's slices, some `replaced`, and its checkpoints except the `dropped` ones."""
     slices: dict[int, SliceState] = {file.slice: file for file in context.stores.ledger.slices(shard)}
     slices.update({state.slice: state for state in replaced})
     held = [each for each in context.stores.ledger.checkpoints(shard) if each.key not in dropped]
@@ -634,8 +640,8 @@ def plans_of(context: Context, views: Iterable[ShardView]) -> list[ShardPlan]:
 
 def open_shards(context: Context) -> list[int]:
     """Return the shards that are not at their target; with several orders, all shards."""
-    several = context.settings.recipe.orders
-    return [h.shard for h in context.stores.ledger.heads() if several or not h.converged]
+    heads, orders = context.stores.ledger.heads(), context.settings.recipe.orders
+    return [head.shard for head in heads if orders or not head.converged]
 
 
 def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:

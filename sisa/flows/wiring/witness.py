@@ -35,7 +35,7 @@ from sisa.flows.wiring.context import (
     held_rows,
     is_behind,
     is_unrecorded,
-    record_rest,
+    record_unrecorded,
     restricting,
     restrictions,
 )
@@ -60,7 +60,7 @@ def catch_up(context: Context) -> None:
         if is_behind(context):
             apply_testimony(context)
         elif is_unrecorded(context):
-            record_rest(context)
+            record_unrecorded(context)
 
 
 def _restrict_again(context: Context, restricted: Restrictions) -> None:
@@ -108,7 +108,7 @@ def apply_testimony(context: Context) -> None:
                 "after the last deletion: of an encrypted model an older one can't be read where "
                 "records were deleted",
             ) from error
-    record_rest(context)
+    record_unrecorded(context)
     if again:
         adopt_and_erase(context)
 

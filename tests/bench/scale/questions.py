@@ -222,7 +222,7 @@ def measured(ledger: SqlLedger, context: Context, num_records: int) -> dict[str,
         ),
         "request_list": compared(
             lambda: lifecycle.views(context),
-            lambda: [lifecycle.viewed(context, each) for each in ledger.requests()[:20]],
+            lambda: [lifecycle.view_of(context, each) for each in ledger.requests()[:20]],
         ),
         "checking": compared(
             lambda: contradicted(

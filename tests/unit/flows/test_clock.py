@@ -18,7 +18,7 @@ from sisa.flows import lifecycle
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import train
-from sisa.flows.lifecycle import find, viewed
+from sisa.flows.lifecycle import find, view_of
 from sisa.flows.reconcile import check_consistent, reconcile
 from sisa.flows.wiring.context import Context
 from sisa.planning.batching import RunPlan
@@ -61,7 +61,7 @@ def rows(context: Context, number: int) -> list[RecordRow]:
 def sound(context: Context, request: Request, now: datetime) -> None:
     """Check what holds of every request, whatever the clock did."""
     present = changed(context, now=Clock([now]))
-    view = viewed(present, request)
+    view = view_of(present, request)
     assert view.days_left == (date.fromisoformat(request.due) - now.date()).days
     assert request.seconds >= 0
     assert view.events[-1].state == request.state
@@ -87,7 +87,7 @@ def test_a_request_lives_its_whole_life_under_any_clock(times: list[datetime], n
     assert {each.state for each in done} == {"completed"}
     for each in done:
         sound(context, each, now)
-    states = [each.state for each in viewed(context, find(context, "T-1")).events]
+    states = [each.state for each in view_of(context, find(context, "T-1")).events]
     assert states == ["received", "held", "approved", "approved", *WHOLE_LIFE[2:]]
 
 
@@ -127,7 +127,7 @@ def test_a_due_date_under_a_wrong_clock_is_replaced(received: datetime, now: dat
     sound(right, wrong, now)
     lifecycle.decide(right, wrong.request_id, "cancelled", "a wrong clock")
     again = lifecycle.submit(right, rows(right, 3), (), Terms(external_id="T-2", approver="dpo"))
-    assert 28 <= viewed(right, again).days_left <= 31
+    assert 28 <= view_of(right, again).days_left <= 31
     (done,) = lifecycle.carry_out(right, [again])
     assert done.state == "completed"
 

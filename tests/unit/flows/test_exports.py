@@ -27,7 +27,7 @@ from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Change
 from sisa.flows import lifecycle, query
 from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
-from sisa.flows.export import Card, export_adapters, of_adapter
+from sisa.flows.export import Card, export_adapters, with_base_name
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import find
 from sisa.flows.patches.on_deletion import PatchesHook
@@ -185,7 +185,7 @@ def test_what_was_moved_is_reported_and_erased_when_it_comes_back(fake: FakeMode
     files = fake.exports.stored.pop(path)
     done = forget(fake, 3)
     assert (done.state, done.exports_erased) == ("completed", 0)
-    notes = {each.state: each.note for each in lifecycle.viewed(fake.context, done).events}
+    notes = {each.state: each.note for each in lifecycle.view_of(fake.context, done).events}
     assert notes["erased"] == "1 exports could not be found"
     (lost,) = stale_exports(fake.context)
     assert (lost.path, lost.state, lost.request_id) == (path, "tainted", done.request_id)
@@ -525,7 +525,7 @@ def test_a_card_shows_the_rank_that_a_vllm_server_must_allow(rank: int, flag: st
 def test_an_adapter_names_the_bases_source_and_no_cache(base: str, named: dict[str, str]) -> None:
     config = RunConfig(datasets=(DatasetSource(path="a"),), output_dir=Path("m"), base_model=base)
     files = {"adapter_model.safetensors": b"", "adapter_config.json": b'{"r": 4}'}
-    written = of_adapter(Resources(config, None, None), files)
+    written = with_base_name(Resources(config, None, None), files)
     assert json.loads(written["adapter_config.json"]) == {"r": 4, **named}
 
 

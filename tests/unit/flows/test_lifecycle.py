@@ -21,7 +21,7 @@ from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, Sis
 from sisa.flows import lifecycle, query
 from sisa.flows.deletion import Terms, copies, forget_at_once, new_request
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import carry_out, decide, extend, find, submit, viewed, views
+from sisa.flows.lifecycle import carry_out, decide, extend, find, submit, view_of, views
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import Context, model_digest
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
@@ -82,7 +82,7 @@ def state(fake: FakeModel, request: Request) -> RequestState:
 
 
 def states(fake: FakeModel, request: Request) -> list[RequestState]:
-    return [each.state for each in viewed(fake.context, request).events]
+    return [each.state for each in view_of(fake.context, request).events]
 
 
 def held_bytes(fake: FakeModel) -> tuple[Any, ...]:
@@ -111,7 +111,7 @@ def test_a_request_waits_and_changes_nothing_held(fake: FakeModel) -> None:
     assert (request.external_id, request.reason, request.approver) == ("T-1", "asked by letter", None)
     assert held_bytes(fake) == before
     assert states(fake, request) == ["received"]
-    assert viewed(fake.context, request).days_left == 31
+    assert view_of(fake.context, request).days_left == 31
 
 
 def test_no_plain_id_or_subject_waits_in_the_ledger(fake: FakeModel) -> None:
@@ -121,7 +121,7 @@ def test_no_plain_id_or_subject_waits_in_the_ledger(fake: FakeModel) -> None:
 
 def test_an_approver_approves_at_once(fake: FakeModel) -> None:
     request = asked(fake, 3)
-    found = viewed(fake.context, request)
+    found = view_of(fake.context, request)
     assert (request.state, request.approver) == ("approved", "dpo")
     assert [(each.state, each.note) for each in found.events] == [("received", ""), ("approved", "dpo")]
 
@@ -298,7 +298,7 @@ def test_decisions_need_their_reason_or_approver(
     assert states(fake, request) == ["received"]
     decided = decide(fake.context, request.request_id, decision, note)
     assert decided == find(fake.context, request.request_id)
-    last = viewed(fake.context, request).events[-1]
+    last = view_of(fake.context, request).events[-1]
     assert (decided.state, last.state, last.note) == (decision, decision, note)
 
 
@@ -330,7 +330,7 @@ def test_an_extension_moves_the_due_date_and_is_reported(fake: FakeModel) -> Non
     request = asked(fake, 3)
     found = extend(fake.context, request.request_id, "complex")
     assert (found.due, found.state) == ("2026-04-01", "approved")
-    seen = viewed(fake.context, found)
+    seen = view_of(fake.context, found)
     assert seen.days_left == 90
     assert "2026-04-01" in seen.events[-1].note
     assert "complex" in seen.events[-1].note
@@ -341,7 +341,7 @@ def test_an_extension_moves_the_due_date_and_is_reported(fake: FakeModel) -> Non
 def test_overdue_days_are_negative(fake: FakeModel) -> None:
     request = asked(fake, 3)
     context = changed(fake.context, now=lambda: "2026-02-11T00:00:00+00:00")
-    assert viewed(context, request).days_left == -10
+    assert view_of(context, request).days_left == -10
 
 
 # --- copies
@@ -488,7 +488,7 @@ def untrainable(fake: FakeModel) -> Context:
 def test_a_failed_training_leaves_clean_heads_and_is_finished_later(fake: FakeModel) -> None:
     request = asked(fake, 0, 1, 2, 3)
     failing(fake, untrainable(fake))
-    found = viewed(fake.context, find(fake.context, request.request_id))
+    found = view_of(fake.context, find(fake.context, request.request_id))
     assert (found.request.state, found.request.cause) == ("failed", "EnvironmentFault")
     assert found.request.committed_at == DAY
     assert (found.events[-1].state, found.events[-1].note) == ("failed", "EnvironmentFault")
@@ -726,12 +726,12 @@ def test_a_legal_hold_protects_the_records_it_names(fake: FakeModel) -> None:
     assert [each.state for each in carry_out(fake.context, [other, free])] == ["approved", "completed"]
     waiting = {each.request.request_id: each.held_by for each in views(fake.context) if each.held_by}
     assert waiting == {other.request_id: (held.request_id,)}
-    assert viewed(fake.context, other).held_by == (held.request_id,)
+    assert view_of(fake.context, other).held_by == (held.request_id,)
     arrived = new_request(fake.context, rows(fake, 3), (), APPROVED)
     with pytest.raises(ConfigConflict, match="legal hold"):
         forget_at_once(fake.context, arrived)
     assert {3, 4} <= held_numbers(fake)
     decide(fake.context, held.request_id, "cancelled", "")
-    assert viewed(fake.context, other).held_by == ()
+    assert view_of(fake.context, other).held_by == ()
     assert [each.state for each in run_all(fake)] == ["completed"]
     assert {3, 4}.isdisjoint(held_numbers(fake))

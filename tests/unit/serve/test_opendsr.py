@@ -74,7 +74,7 @@ def service(
     settings = ServiceBlock(opendsr=block(tmp_path, key))
     config = model.config.model_copy(update={"service": settings})
     monkeypatch.setattr(model, "config", config)
-    monkeypatch.setattr(model, "_catch_up", lambda: None)
+    monkeypatch.setattr(model, "_refresh", lambda: None)
     return Service(model, FakeAnswers(), tokens=None, settings=settings)
 
 

@@ -29,7 +29,7 @@ from sisa.core.ports import Change
 from sisa.data.reader import read_records
 from sisa.evidence.keys import keys_of
 from sisa.flows.rights.access import as_file, row_of
-from sisa.flows.wiring.context import Resources, commit, live_heads, restricting, restrictions
+from sisa.flows.wiring.context import Resources, commit, restricting, restrictions, served_keys
 from sisa.model import Model, open_model
 from sisa.verifier.certificate import verify_chain
 from sisa.verifier.note import open_checkpoint, read_log
@@ -250,7 +250,7 @@ def test_a_restored_backup_does_not_serve_what_was_restricted_since(
     assert (found.kind, found.what.endswith("restrictions are not as they were")) == ("behind", True)
     heads = {each.shard: each.head for each in open_model(model).status().shards}
     with open_model(model)._context() as context:
-        assert live_heads(context) != heads
+        assert served_keys(context.stores.ledger) != heads
     assert open_model(model).status().restricted_records == 3
     assert diagnose(model).ok
 

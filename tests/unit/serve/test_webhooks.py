@@ -64,7 +64,7 @@ def model(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     model = service.model
     config = model.config.model_copy(update={"service": ServiceBlock(webhooks=receivers)})
     monkeypatch.setattr(model, "config", config)
-    monkeypatch.setattr(model, "_catch_up", lambda: None)
+    monkeypatch.setattr(model, "_refresh", lambda: None)
     return model
 
 
