@@ -77,7 +77,7 @@ from sisa.lm.base.packages import cache_dir
 from sisa.store.blobs.files import SCRATCH_PREFIX, read_beside, walk
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST
-from sisa.store.metrics import STAGE_DIGITS, parsed, without
+from sisa.store.metrics import STAGE_DIGITS, parse_lines, without_losses
 
 if TYPE_CHECKING:
     from sisa.model import Model
@@ -400,12 +400,12 @@ class _Scanner:
     def _check_metrics(self, path: Path) -> None:
         """Check that a file of metrics holds numbers only, and losses and tokens of held stages only."""
         try:
-            found = parsed(path.read_bytes(), str(path))
+            found = parse_lines(path.read_bytes(), str(path))
         except IntegrityError as error:
             self.report("unreadable", path, error.what)
             return
         stages = {key[:STAGE_DIGITS] for key in self._groups.checkpoints}
-        if any(without(line, stages) != line for line in found):
+        if any(without_losses(line, stages) != line for line in found):
             self.report("stale_loss", path, "a loss or tokens of a checkpoint that is no longer held")
         self.proven.add(path)
 

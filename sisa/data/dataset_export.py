@@ -18,7 +18,7 @@ from typing import Any
 
 from sisa.config.config import DatasetSource
 from sisa.core.errors import EnvironmentFault
-from sisa.store.blobs.files import keep
+from sisa.store.blobs.files import in_use
 
 
 class Broken(Exception):
@@ -103,5 +103,5 @@ def _export(name: str, split: str, target: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with keep(Path(sys.argv[-1]).parent):
+    with in_use(Path(sys.argv[-1]).parent):
         print(json.dumps(_export(*sys.argv[1:])))

@@ -106,10 +106,13 @@ def _hexadecimal(text: str) -> str:
 
 def _day(text: str) -> str:
     text = text.strip()
-    for form in ("%Y-%m-%d", "%B %d, %Y", "%b %d, %Y", *["%Y%m%d"] * (len(text) == 8)):
+    forms = ["%Y-%m-%d", "%B %d, %Y", "%b %d, %Y"]
+    if len(text) == 8:  # else strptime takes 1985704, too
+        forms.append("%Y%m%d")
+    for form in forms:
         with contextlib.suppress(ValueError):
             return datetime.strptime(text, form).date().isoformat().replace("-", "")
-    return text and "?"
+    return "?" if text else ""  # `standardised` refuses it
 
 
 def _name(text: str) -> str:

@@ -114,7 +114,7 @@ def read_records(
     ]
     reading = _Reading(group_by, limits, identifiers)
     for source, label in zip(listed, _labels(listed), strict=True):
-        reading.take_all(source, label)
+        reading.read_source(source, label)
     return reading.result(subjects)
 
 
@@ -176,13 +176,13 @@ def read_ids(path: Path) -> list[str]:
 
 def _labels(sources: Sequence[DatasetSource]) -> list[str]:
     """Return short names for messages; whole paths if two files share a name."""
-    short = [Path(each.path).name if os.path.exists(each.path) else each.path for each in sources]
-    count = Counter(short)
-    return [name if count[name] == 1 else each.path for name, each in zip(short, sources, strict=True)]
+    names = [Path(each.path).name if os.path.exists(each.path) else each.path for each in sources]
+    count = Counter(names)
+    return [name if count[name] == 1 else each.path for name, each in zip(names, sources, strict=True)]
 
 
 class _Reading:
-    """Records and problems so far, and where each id first occurred."""
+    """Read sources one after another: collect records and problems, and where each id first occurred."""
 
     def __init__(
         self, group_by: str | None, limits: SourceLimits, identifiers: tuple[tuple[str, str], ...]
@@ -193,14 +193,14 @@ class _Reading:
         self.records = ReadRecords()
         self.records.group_by = group_by
         self.problems = Problems(limits.max_problems)
-        self._seen: dict[str, None] = {}  # names of columns
-        self._used: set[str] = set()
+        self._seen: dict[str, None] = {}  # names of columns, in order
+        self._used: set[str] = set()  # names of columns
         self._has_subjects = False  # whether their column exists
-        self._absent = dict(identifiers)  # of the identifiers, whose column was not seen yet
-        self._first: dict[str, str] = {}
+        self._absent = dict(identifiers)  # identifiers whose column was not seen yet
+        self._first: dict[str, str] = {}  # where an id occurred first
         self._text_bytes = 0  # of the present source
 
-    def take_all(self, source: DatasetSource, label: str) -> None:
+    def read_source(self, source: DatasetSource, label: str) -> None:
         columns, before = columns_of(source, self.group_by, self._identifiers), self.problems.count
         self._used |= set(columns.used)
         needs = {f"no column '{columns.id}'": [(columns.id,)], no_body(columns): columns.bodies.values()}
@@ -224,9 +224,10 @@ class _Reading:
             )
         for key in on_no_list(name for name, _ in self._identifiers):
             self.problems.add(f"identifiers.{key}", "on no list of DROP without others: name these, too")
-        for key, column in self._absent.items() if subjects != "any" and records else ():
-            what = f"no record has a column '{column}'; give it null in records that have none"
-            self.problems.add(f"identifiers.{key}", what)
+        if subjects != "any" and records:
+            for key, column in self._absent.items():
+                what = f"no record has a column '{column}'; give it null in records that have none"
+                self.problems.add(f"identifiers.{key}", what)
         self.problems.refuse("in the records; nothing was read")
         return records
 

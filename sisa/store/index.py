@@ -69,11 +69,13 @@ class FaissIndex(SealedArea):
 
     area = INDEX_AREA
 
-    def __init__(self, root: Path, dimension: int, keyring: Keyring, warm: Warm | None = None) -> None:
+    def __init__(
+        self, root: Path, dimension: int, keyring: Keyring, cache: IndexCache | None = None
+    ) -> None:
         super().__init__(root, keyring)
         self.root = root
         self.dimension = dimension
-        self._warm = Warm() if warm is None else warm
+        self._cache = IndexCache() if cache is None else cache
 
     def build(
         self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
@@ -85,7 +87,7 @@ class FaissIndex(SealedArea):
         if kept := [each for each, rows in vectors.items() if rows is None]:
             if base is None:
                 raise IntegrityError("vectors of an index that does not exist are expected")
-            held = self._those_of(self._load(base), base, kept)
+            held = self._select(self._load(base), base, kept)
         fresh = [(each, rows) for each, rows in vectors.items() if rows is not None]
         ids = np.concatenate([held.ids, *(np.full(len(rows), each) for each, rows in fresh)])
         order = np.argsort(ids, kind="stable")  # vectors of one record keep their order
@@ -98,8 +100,8 @@ class FaissIndex(SealedArea):
         self._put(file.name, data)
         return file
 
-    def _those_of(self, found: LoadedIndex, file: IndexFile, vector_ids: Sequence[int]) -> LoadedIndex:
-        """Return all vectors of some ids. Raise IntegrityError if one is missing."""
+    def _select(self, found: LoadedIndex, file: IndexFile, vector_ids: Sequence[int]) -> LoadedIndex:
+        """Return all vectors of some ids. Raise IntegrityError if an id has none."""
         import numpy as np
 
         wanted = np.isin(found.ids, vector_ids)
@@ -114,14 +116,14 @@ class FaissIndex(SealedArea):
     def search(
         self, found: Sequence[IndexFile], queries: Vectors, top_k: int, by: By = "text"
     ) -> list[list[Hit]]:
-        held = self._warm.files
-        loaded = {
-            file.name: held.get(file.name) or self._sides(file) for file in found if file.num_vectors
-        }
-        self._warm.files = loaded
+        cached, loaded = self._cache.files, dict[str, Mapping[By, LoadedIndex]]()
+        for file in found:
+            if file.num_vectors:
+                loaded[file.name] = cached.get(file.name) or self._load_both(file)
+        self._cache.files = loaded
         return search_loaded([each[by] for each in loaded.values()], queries, top_k)
 
-    def _sides(self, file: IndexFile) -> dict[By, LoadedIndex]:
+    def _load_both(self, file: IndexFile) -> dict[By, LoadedIndex]:
         found = self._load(file)
         return {"text": found.by("text"), "asked": found.by("asked")}
 
@@ -143,8 +145,8 @@ class FaissIndex(SealedArea):
     def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:
         import numpy as np
 
-        warm = self._warm.files.get(file.name)
-        found = self._those_of(warm[by] if warm else self._load(file).by(by), file, vector_ids)
+        cached = self._cache.files.get(file.name)
+        found = self._select(cached[by] if cached else self._load(file).by(by), file, vector_ids)
         rows = {each: n for n, each in enumerate(vector_ids)}
         order = np.argsort([rows[each] for each in found.ids.tolist()], kind="stable")
         return found.vectors[order]
@@ -157,7 +159,7 @@ class FaissIndex(SealedArea):
 
     def erase(self, names: Collection[str]) -> None:
         gone = set(names)
-        self._warm.files = {name: each for name, each in self._warm.files.items() if name not in gone}
+        self._cache.files = {name: each for name, each in self._cache.files.items() if name not in gone}
         super().erase(names)
 
 
@@ -209,7 +211,7 @@ class LoadedIndex:
 
 
 @dataclass
-class Warm:
+class IndexCache:
     """Files that the last search read, by name and kind of vector, kept in memory for the next one."""
 
     files: dict[str, Mapping[By, LoadedIndex]] = field(default_factory=dict)

@@ -6,10 +6,10 @@
 A line holds numbers, the names of its event and run, and the first digits of the stage's checkpoint
 key; never a text or an id. A stage's loss and token count are stored only for at least MIN_RECORDS
 records, else null. They live no longer than the stage's checkpoint: when a deletion erases it, they
-become null (`without`) and the files are rewritten, since the token counts of two stages reveal the
-length of the record between them. They are not logged, because nothing erases a log. `is_line` accepts
-only lines that this module can make; anything else in a file is an IntegrityError. A last line without
-its end, from a killed process, is not read.
+become null (`without_losses`) and the files are rewritten, since the token counts of two stages reveal
+the length of the record between them. They are not logged, because nothing erases a log. `is_line`
+accepts only lines that this module can make; anything else in a file is an IntegrityError. A last line
+without its end, from a killed process, is not read.
 
 >>> run = "20261125T213749Z-3f9a1c2b"
 >>> made = metrics_line(QueueSeen(2, 1, 0, 0, 12), "2026-11-25T21:37:49.123+00:00", run)
@@ -148,7 +148,7 @@ def _may_be(name: str, value: object) -> bool:
     return name == "event" or (type(value) in (int, float) and math.isfinite(value))  # type: ignore[arg-type]
 
 
-def without(made: Mapping[str, Any], stages: Collection[str]) -> MetricsLine:
+def without_losses(made: Mapping[str, Any], stages: Collection[str]) -> MetricsLine:
     """Return the line, without loss and tokens unless its stage, in first digits, is one of `stages`."""
     gone = _OF_STAGE if "stage" in made and made["stage"] not in stages else ()
     return {name: None if name in gone else value for name, value in made.items()}
@@ -167,7 +167,7 @@ class FileMetrics:
         path = self._path(str(line["run"]))
         with files.disk_errors(path):
             files.make_directory(self.root)
-            with _alone(self.root):
+            with _locked(self.root):
                 handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
                 with os.fdopen(handle, "wb") as file:
                     file.write(canonical_json(line) + b"\n")
@@ -177,17 +177,17 @@ class FileMetrics:
 
     def read(self, run: str) -> list[dict[str, Any]]:
         path = self._path(run)
-        return parsed(files.read_whole(path, "file of metrics"), str(path))
+        return parse_lines(files.read_whole(path, "file of metrics"), str(path))
 
     def keep_losses(self, stages: Collection[str]) -> None:
         names = run_files(self.root)
         if not names:
             return
-        with files.disk_errors(self.root), _alone(self.root):
+        with files.disk_errors(self.root), _locked(self.root):
             for path in (self.root / name for name in sorted(names)):
                 data = path.read_bytes()
-                found = parsed(data, str(path))
-                kept = [without(line, stages) for line in found]
+                found = parse_lines(data, str(path))
+                kept = [without_losses(line, stages) for line in found]
                 if kept != found or not data.endswith(b"\n"):
                     whole = b"".join(canonical_json(line) + b"\n" for line in kept)
                     files.write_atomic(path, whole)
@@ -206,7 +206,7 @@ def run_files(root: Path) -> frozenset[str]:
     return frozenset(n for n in names if n.endswith(SUFFIX) and is_run(n.removesuffix(SUFFIX)))
 
 
-def parsed(data: bytes, where: str) -> list[dict[str, Any]]:
+def parse_lines(data: bytes, where: str) -> list[dict[str, Any]]:
     """Return the lines of a file without an unfinished last one. Raise IntegrityError."""
     found = []
     for number, each in enumerate(data.split(b"\n")[:-1], start=1):
@@ -226,7 +226,7 @@ def parsed(data: bytes, where: str) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
+def _locked(root: Path) -> Iterator[None]:
     """Lock the directory, so that no file is rewritten while a line is appended to it."""
     with files.opened_directory(root) as handle:
         files.take_lock(handle, root, "keeps the metrics of this model locked")

@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -43,21 +43,22 @@ class FileWitness:
         self._keyed = keyed
 
     def head(self) -> WitnessHead | None:
-        closing = self._closing()
+        closing = self._last_closing_line()
         return self.read().head if closing is None else _head(closing)
 
     def num_restrictions(self) -> int:
-        closing = self._closing()
+        closing = self._last_closing_line()
         return self.read().restrictions.number if closing is None else closing.get("restrictions", 0)
 
-    def _closing(self) -> dict[str, Any] | None:
-        """Return the last closing line; None if a long incomplete batch follows it, or none is there."""
+    def _last_closing_line(self) -> dict[str, Any] | None:
+        """Return the last closing line, if there is one near the end of the file."""
         tail = self._bytes(TAIL_BYTES)
         last = [line for line in tail.split(b"\n")[:-1] if line.startswith(b'{"chain"')]
         if not last:
             return None
         body = self._parsed(last[-1])
-        self._refuse_unkeyed(body, body["chain"], "mac" in body)
+        if "mac" in body:
+            self._check_mac(body["chain"], body["mac"])
         return body
 
     def read(self) -> Testimony:
@@ -83,7 +84,7 @@ class FileWitness:
         restrictions: Restrictions = NO_RESTRICTIONS,
     ) -> None:
         with self._locked() as file:
-            chain, end, number = self._end(file)
+            chain, end, number = self._last_batch(file)
             bodies: list[dict[str, Any]] = [{"tombstone": list(astuple(each))} for each in tombstones]
             bodies += [{"readmitted": each} for each in readmitted]
             if restrictions.number > number:
@@ -104,8 +105,8 @@ class FileWitness:
     def location(self) -> str:
         return str(self.path)
 
-    def _end(self, file: BinaryIO) -> tuple[str, int, int]:
-        """Return the chain of the last closed batch, the offset of its end, and its restrictions."""
+    def _last_batch(self, file: BinaryIO) -> tuple[str, int, int]:
+        """Return the last closed batch's chain, its end's offset, and its number of restrictions."""
         size = file.seek(0, os.SEEK_END)
         start = max(0, size - TAIL_BYTES)
         file.seek(start)
@@ -153,21 +154,22 @@ class FileWitness:
             if claimed != chain:
                 raise self._damaged("lines that were changed or removed")
             keyed = keyed or mac is not None
-            self._refuse_unkeyed({"mac": mac}, chain, keyed)
+            if keyed:
+                self._check_mac(chain, mac)
             for each in batch:
-                restricted = self._take(each, found) or restricted
+                restricted = self._apply(each, found) or restricted
             head, batch, closed, end = _head(body), [], chain, at
         return Testimony(head, found, restricted), closed, end
 
     def _mac(self, chain: str) -> str:
         return self._keyed.digest("witness", chain)
 
-    def _refuse_unkeyed(self, body: Mapping[str, Any], chain: str, keyed: bool) -> None:
-        """Raise IntegrityError for a batch that lacks the MAC of the model's key."""
-        if keyed and body["mac"] != self._mac(chain):
+    def _check_mac(self, chain: str, mac: Any) -> None:
+        """Raise IntegrityError unless the model's key made the MAC of a batch."""
+        if mac != self._mac(chain):
             raise self._damaged("lines that were written without the model's key")
 
-    def _take(self, body: dict[str, Any], found: dict[str, Tombstone]) -> Restrictions | None:
+    def _apply(self, body: dict[str, Any], found: dict[str, Tombstone]) -> Restrictions | None:
         """Apply a line to the tombstones, or return the restrictions that it holds."""
         try:
             if "restrictions" in body:

@@ -113,7 +113,7 @@ def test_a_role_that_may_only_read_reads(postgres: PostgresServer, url: str) -> 
 def test_a_second_writer_is_busy(ledger: SqlLedger, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres_module, "SCRUB_PATIENCE_S", 0.1)
     with psycopg.connect(url) as writer, opened(url) as impatient:
-        key = postgres_module._key("transaction")
+        key = postgres_module._lock_number("transaction")
         writer.execute(f"SELECT pg_advisory_xact_lock({key})".encode())
         with pytest.raises(Busy):
             impatient.commit(Change(added=[row(1)]))

@@ -21,7 +21,7 @@ from sisa.core.domain import IndexFile
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import RecordIndex, Vectors
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
-from sisa.store.index import FaissIndex, Warm
+from sisa.store.index import FaissIndex, IndexCache
 from tests.fakes.ports import DIMENSION, FakeIndex, fake_embed
 
 OpenIndex = Callable[[], RecordIndex]
@@ -220,27 +220,27 @@ def test_what_was_searched_is_not_found_when_it_is_erased(folder: FaissIndex) ->
 
 
 def test_what_one_object_read_another_need_not_until_it_is_erased(folder: FaissIndex) -> None:
-    warm = Warm()
-    one, other = (FaissIndex(folder.root, DIMENSION, folder.keyring, warm) for _ in range(2))
+    cache = IndexCache()
+    one, other = (FaissIndex(folder.root, DIMENSION, folder.keyring, cache) for _ in range(2))
     file = one.build(0, "root", None, vectors([1, 2]))
     query = np.stack([vector(1)])
     hits = one.search([file], query, 1)
     (folder.root / file.name).unlink()
     assert other.search([file], query, 1) == hits
     other.erase([file.name])
-    assert not warm.files
+    assert not cache.files
     with pytest.raises(IntegrityError, match="missing"):
         one.search([file], query, 1)
 
 
 def test_only_what_the_last_search_named_stays_in_memory(folder: FaissIndex) -> None:
-    warm = Warm()
-    index = FaissIndex(folder.root, DIMENSION, folder.keyring, warm)
+    cache = IndexCache()
+    index = FaissIndex(folder.root, DIMENSION, folder.keyring, cache)
     before = index.build(0, "root", None, vectors([1, 2]))
     after = index.build(0, "root", before, {2: None})
     for file in (before, after):
         index.search([file], np.stack([vector(1)]), 1)
-        assert list(warm.files) == [file.name]
+        assert list(cache.files) == [file.name]
 
 
 def test_no_ids_no_vectors(folder: FaissIndex) -> None:

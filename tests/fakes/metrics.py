@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from sisa.core.errors import IntegrityError
-from sisa.store.metrics import is_line, is_run, without
+from sisa.store.metrics import is_line, is_run, without_losses
 
 
 class FakeMetrics:
@@ -30,4 +30,4 @@ class FakeMetrics:
         return found
 
     def keep_losses(self, stages: Collection[str]) -> None:
-        self.lines = [without(each, stages) for each in self.lines]
+        self.lines = [without_losses(each, stages) for each in self.lines]

@@ -59,7 +59,7 @@ from sisa.planning.plan import (
     prefix_names,
     tainted_checkpoints,
 )
-from sisa.store.index import Warm
+from sisa.store.index import IndexCache
 
 TRAINED_ANEW = "trained_anew"  # in the ledger's meta: when the model was last trained as a whole
 RESTRICTIONS = "restrictions"  # in the ledger's meta: whose records are stored and not served
@@ -83,7 +83,7 @@ class Resources:
         self.config = config
         self._base = base
         self._embedder = embedder
-        self.warm = Warm()
+        self.index_cache = IndexCache()
         self._counted: tuple[tuple[Record, ...], list[int]] | None = None
 
     @cached_property

@@ -229,7 +229,7 @@ def _open_stores(
         witness=witness_of(config, keyed, model),
         records=FileRecords(blobs[RECORDS], keyring),
         checkpoints=FileCheckpoints(blobs[CHECKPOINTS], keyring),
-        index=FaissIndex(directory / INDEX, resources.dimension, keyring, resources.warm),
+        index=FaissIndex(directory / INDEX, resources.dimension, keyring, resources.index_cache),
         keyring=keyring,
         exports=DirectoryExports(),
         metrics=FileMetrics(directory / METRICS),

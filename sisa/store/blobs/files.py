@@ -37,24 +37,11 @@ from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, all_tried
 from sisa.core.ports import BlobStore, KeptVersions
 
 TEMPORARY_PREFIX = ".tmp-"
-NETWORK_FILE_SYSTEMS = frozenset(
-    {
-        *(
-            "nfs",
-            "nfs4",
-            "cifs",
-            "smb3",
-            "smbfs",
-            "afs",
-            "ceph",
-            "glusterfs",
-            "lustre",
-            "gpfs",
-            "beegfs",
-        ),
-        *("fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse"),
-    }
-)
+NETWORK_FILE_SYSTEMS = {
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs"),
+    *("ceph", "glusterfs", "lustre", "gpfs", "beegfs"),
+    *("fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse"),
+}
 LOCK_PATIENCE_S = 10.0
 FILE_MODE, DIRECTORY_MODE = 0o600, 0o700  # whatever the umask: weights may recite private text
 _NEXT_STEPS = {
@@ -126,9 +113,9 @@ def write_atomic(
     temporary_in: Path | None = None,
     *,
     make_parents: bool = True,
-    keep: bool = False,
+    keep_existing: bool = False,
 ) -> None:
-    """Write a whole file or nothing; with `keep`, an existing file of that name stays.
+    """Write a whole file or nothing.
 
     A killed process may leave a temporary file in `temporary_in`, by default the file's directory.
     """
@@ -138,7 +125,7 @@ def write_atomic(
         handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=temporary_in or path.parent)
         try:
             _write(os.fdopen(handle, "wb"), data, mode)
-            if keep:
+            if keep_existing:
                 with contextlib.suppress(FileExistsError):
                     os.link(name, path)
                 os.unlink(name)
@@ -348,20 +335,20 @@ def read_beside(path: Path) -> Iterator[BinaryIO]:
         name = name.removesuffix(suffix)
     with database_in_use(Path(name)):
         with _using:
-            kept = _databases.setdefault(name, [])
-            same = (each for each in kept if os.path.samestat(os.fstat(each.fileno()), path.stat()))
-            file = next(same, None) or path.open("rb")
-            if file in kept:
-                kept.remove(file)
+            open_files = _databases.setdefault(name, [])
+            same = (e for e in open_files if os.path.samestat(os.fstat(e.fileno()), path.stat()))
+            if file := next(same, None):
+                open_files.remove(file)  # no other thread reads it meanwhile
+            else:
+                file = path.open("rb")
         file.seek(0)
         try:
             yield file
         finally:
             with _using:
-                kept.append(file)
-                gone = [each for each in kept if not os.fstat(each.fileno()).st_nlink]
-                for each in gone:  # nobody locks a deleted file
-                    kept.remove(each)
+                open_files.append(file)
+                for each in [e for e in open_files if not os.fstat(e.fileno()).st_nlink]:
+                    open_files.remove(each)  # nobody locks a deleted file
                     each.close()
 
 
@@ -441,12 +428,12 @@ LEAST_AGE_S = 60.0  # of unlocked scratch: younger scratch may not be locked yet
 def scratch() -> Iterator[Path]:
     """Provide a temporary directory for this process and its children; erase abandoned ones first."""
     erase_abandoned()
-    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder, keep(Path(folder)):
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder, in_use(Path(folder)):
         yield Path(folder)
 
 
 @contextlib.contextmanager
-def keep(folder: Path) -> Iterator[None]:
+def in_use(folder: Path) -> Iterator[None]:
     """Mark a directory as in use while the block runs."""
     with opened_directory(folder) as handle:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -454,7 +441,7 @@ def keep(folder: Path) -> Iterator[None]:
 
 
 def erase_abandoned() -> None:
-    """Erase this user's scratch that no living process keeps: it may hold texts."""
+    """Erase this user's scratch that no living process uses: it may hold texts."""
     for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, or already removed
             found = path.lstat()

@@ -79,7 +79,7 @@ class FileKeyring:
             )
         key = key or self._create(area, name)
         nonce = os.urandom(NONCE_BYTES)
-        return MAGIC + nonce + AESGCM(key).encrypt(nonce, data, _bound(area, name, part))
+        return MAGIC + nonce + AESGCM(key).encrypt(nonce, data, _associated_data(area, name, part))
 
     def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:
         if not is_sealed(data):
@@ -99,7 +99,7 @@ class FileKeyring:
         body = memoryview(data)[len(MAGIC) :]
         try:
             nonce, sealed = bytes(body[:NONCE_BYTES]), body[NONCE_BYTES:]
-            return AESGCM(key).decrypt(nonce, sealed, _bound(area, name, part))
+            return AESGCM(key).decrypt(nonce, sealed, _associated_data(area, name, part))
         except (InvalidTag, ValueError):
             raise IntegrityError(
                 "an encrypted file is not the one that was recorded",
@@ -146,14 +146,14 @@ class FileKeyring:
 
     def _create(self, area: str, name: str) -> bytes:
         # Another worker's key serves as well.
-        files.write_atomic(self.root / area / name, os.urandom(KEY_BYTES), keep=True)
+        files.write_atomic(self.root / area / name, os.urandom(KEY_BYTES), keep_existing=True)
         key = self._key(area, name)
         if key is None:
             raise IntegrityError("a new key vanished from the keyring", where=self.location(area, name))
         return key
 
 
-def _bound(area: str, name: str, part: str) -> bytes:
+def _associated_data(area: str, name: str, part: str) -> bytes:
     return canonical_json([area, name, part])
 
 

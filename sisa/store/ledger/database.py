@@ -156,17 +156,17 @@ def backend_at(place: Path | str, *, create: bool = False) -> Backend:
 
 
 @contextlib.contextmanager
-def typed(own: Backend) -> Iterator[None]:
+def typed_errors(backend: Backend) -> Iterator[None]:
     """Raise typed errors for those of a driver and for damage."""
     try:
         yield
     except UnicodeDecodeError as error:
-        raise damaged_ledger(own.where, "text that is not UTF-8") from error
+        raise damaged_ledger(backend.where, "text that is not UTF-8") from error
     except rows.Damaged as error:
-        raise damaged_ledger(own.where, str(error)) from error
-    except own.errors as error:
+        raise damaged_ledger(backend.where, str(error)) from error
+    except backend.errors as error:
         cause = getattr(error, "orig", None) or error  # the bare cursor's errors have no orig
-        raise own.fault(cause) or damaged_ledger(own.where, message_of(cause)) from error
+        raise backend.fault(cause) or damaged_ledger(backend.where, message_of(cause)) from error
 
 
 class Database:
@@ -177,7 +177,7 @@ class Database:
         self.backend = backend_at(place, create=create)
         self._snapshot: sa.Connection | None = None
         self.unscrubbed: set[str] = set()  # keys of identities that this object removed
-        self._alone, self._depth = threading.RLock(), 0  # of `exclusive`
+        self._alone, self._is_exclusive = threading.RLock(), False  # of `exclusive`
         try:
             self._open(create)
         except BaseException:
@@ -185,20 +185,20 @@ class Database:
             raise
 
     def _open(self, create: bool) -> None:
-        own = self.backend
+        backend = self.backend
         with self._guard():
-            with own.reading() as connection:
-                version = own.version(connection)
-            if (create and version == 0) or (own.upgrades and version in UPGRADED):
-                _bring_up(own)
+            with backend.reading() as connection:
+                version = backend.version(connection)
+            if (create and version == 0) or (backend.upgrades and version in UPGRADED):
+                _create_or_upgrade(backend)
                 version = SCHEMA_VERSION
         if version != SCHEMA_VERSION:
             raise IntegrityError(
                 "the ledger is empty or was written by another version",
-                where=own.where,
+                where=backend.where,
                 expected=f"schema {SCHEMA_VERSION}",
                 got=f"schema {version}",
-                next_step=own.upgrade_step
+                next_step=backend.upgrade_step
                 if version in UPGRADED
                 else "restore it from a backup, or use the version that wrote it",
             )
@@ -236,7 +236,7 @@ class Database:
         self.backend.close()
 
     def _guard(self) -> AbstractContextManager[None]:
-        return typed(self.backend)
+        return typed_errors(self.backend)
 
     def _corrupt(self, cause: str) -> IntegrityError:
         return damaged_ledger(self.backend.where, cause)
@@ -252,21 +252,26 @@ class Database:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        with self._alone, contextlib.ExitStack() as stack:
-            if not self._depth:
-                stack.enter_context(self.backend.exclusive())
-            self._depth += 1
-            stack.callback(setattr, self, "_depth", self._depth - 1)
-            yield
+        with self._alone:  # other threads wait here; in this one, blocks nest
+            if self._is_exclusive:
+                yield
+                return
+            with self.backend.exclusive():
+                self._is_exclusive = True
+                try:
+                    yield
+                finally:
+                    self._is_exclusive = False
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             with self._guard():
-                connection = stack.enter_context(self.backend.reading())
-            self._snapshot = connection
-            stack.callback(setattr, self, "_snapshot", None)
-            yield
+                self._snapshot = stack.enter_context(self.backend.reading())
+            try:
+                yield
+            finally:
+                self._snapshot = None
 
     def _all(
         self,
@@ -278,7 +283,7 @@ class Database:
     ) -> list[_T]:
         """Return all rows of a table, a shard or a slice as objects."""
         with self._reading() as connection:
-            return made(kind, table, rows.read_all(connection, table, shard, slice_, order))
+            return as_objects(kind, table, rows.read_all(connection, table, shard, slice_, order))
 
     def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
         with self._guard():
@@ -429,32 +434,36 @@ def upgrade_ledger(place: Path | str) -> bool:
     Older programs can't open the ledger afterwards. So what several nodes share is brought up on request
     alone. Raise IntegrityError for a ledger that is empty or of a later version.
     """
-    with contextlib.closing(backend_at(place)) as own, typed(own):
-        with own.reading() as connection:
-            older = own.version(connection) in UPGRADED
+    with contextlib.closing(backend_at(place)) as backend, typed_errors(backend):
+        with backend.reading() as connection:
+            older = backend.version(connection) in UPGRADED
         if older:
-            _bring_up(own)
+            _create_or_upgrade(backend)
     Database(place).close()
     return older
 
 
 def ledger_version(place: Path | str) -> int:
     """Return the version of a ledger's schema; 0 if there are no tables."""
-    with contextlib.closing(backend_at(place)) as own, typed(own), own.reading() as connection:
-        return own.version(connection)
+    with (
+        contextlib.closing(backend_at(place)) as backend,
+        typed_errors(backend),
+        backend.reading() as connection,
+    ):
+        return backend.version(connection)
 
 
-def _bring_up(own: Backend) -> None:
+def _create_or_upgrade(backend: Backend) -> None:
     """Make the tables, or those that an older schema lacks, unless another process just did."""
-    with own.writing() as connection:
-        version = own.version(connection)
+    with backend.writing() as connection:
+        version = backend.version(connection)
         if version == 0:
-            own.create(connection)
+            backend.create(connection)
             rows.begin_counts(connection)
         elif version in UPGRADED:
-            own.upgrade(connection, version)
+            backend.upgrade(connection, version)
         if version == 0 or version in UPGRADED:
-            own.stamp(connection, SCHEMA_VERSION)
+            backend.stamp(connection, SCHEMA_VERSION)
 
 
 def damaged_ledger(where: str, cause: str) -> IntegrityError:
@@ -518,7 +527,7 @@ def _existing(path: Path, form: str) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=PATIENCE_S, check_same_thread=False)
 
 
-def made(kind: type[_T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> list[_T]:
+def as_objects(kind: type[_T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> list[_T]:
     """Return rows as objects of a dataclass, by the names of its fields. Raise Damaged."""
     columns = table.columns.keys()
     try:
@@ -530,7 +539,7 @@ def made(kind: type[_T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> l
     return [kind(*pick(row)) for row in found]
 
 
-def having(
+def rows_having(
     connection: sa.Connection,
     kind: type[_T],
     column: sa.Column[Any],
@@ -542,7 +551,7 @@ def having(
     table: Any = column.table
     found = []
     for chunk in rows.chunks(values):
-        found += made(kind, table, rows.read(connection, table, column.in_(chunk)))
+        found += as_objects(kind, table, rows.read(connection, table, column.in_(chunk)))
     allowed = set(values)
     if any(getattr(each, column.name) not in allowed for each in found):
         raise rows.Damaged(f"an index of {table.name} that names another row")

@@ -40,7 +40,7 @@ from sisa.core.ports import Change
 from sisa.core.requests import chained
 from sisa.planning.layout import root_of
 from sisa.store.ledger import rows
-from sisa.store.ledger.database import Database, having, ledger_version, made
+from sisa.store.ledger.database import Database, as_objects, ledger_version, rows_having
 from sisa.store.ledger.rows import (
     CHECKPOINTS,
     EVENTS,
@@ -91,7 +91,7 @@ class SqlLedger(Database):
         kinds: list[tuple[Any, sa.Table]] = [(RecordRow, RECORDS), (Tombstone, TOMBSTONES)]
         with self._reading() as connection:
             for kind, table in kinds:
-                here = having(connection, kind, table.c.id_digest, asked)
+                here = rows_having(connection, kind, table.c.id_digest, asked)
                 found |= {each.id_digest: each for each in here}
                 asked = [each for each in asked if each not in found]
                 rows.check_hidden(connection, table.c.id_digest, asked, 0)
@@ -102,9 +102,9 @@ class SqlLedger(Database):
     ) -> tuple[list[RecordRow], list[Tombstone]]:
         held, gone, asked = RECORDS.c.subject_digest, TOMBSTONES.c.subject_digest, [subject_digest]
         with self._reading() as connection:
-            live = having(connection, RecordRow, held, asked)
+            live = rows_having(connection, RecordRow, held, asked)
             rows.check_hidden(connection, held, asked, len(live), shard=shard)
-            dead = having(connection, Tombstone, gone, asked, full_scan=True)
+            dead = rows_having(connection, Tombstone, gone, asked, full_scan=True)
         return sorted(live, key=_BY_ID), sorted(dead, key=_BY_ID)
 
     def num_without_subject(self) -> tuple[int, int]:
@@ -120,7 +120,7 @@ class SqlLedger(Database):
         with self._reading() as connection:
             for chunk in rows.chunks(list(vector_ids)):
                 here = (RECORDS.c.shard == shard, RECORDS.c.vector_id.in_(chunk))
-                held = made(RecordRow, RECORDS, rows.read(connection, RECORDS, *here))
+                held = as_objects(RecordRow, RECORDS, rows.read(connection, RECORDS, *here))
                 found |= {each.vector_id: each for each in held}
         missing = set(vector_ids) - found.keys()
         if missing and any(row.vector_id in missing for row in self.rows(shard)):
@@ -134,7 +134,7 @@ class SqlLedger(Database):
         with self._reading() as connection:
             found = rows.contents(connection, shard, slice_)
             here = (SLICES.c.shard == shard, SLICES.c.slice == slice_)
-            files = made(SliceFile, SLICES, rows.read(connection, SLICES, *here))
+            files = as_objects(SliceFile, SLICES, rows.read(connection, SLICES, *here))
         expected = [each.root for each in files]
         if expected != ([root_of(found)] if found else []):
             raise self._corrupt("records that do not match the root of their slice")
@@ -167,8 +167,9 @@ class SqlLedger(Database):
     ) -> tuple[list[RecordRow], list[Tombstone]]:
         asked = sorted(text_digests)
         with self._reading() as connection:
-            live = having(connection, RecordRow, RECORDS.c.text_digest, asked, full_scan=full_scan)
-            dead = having(connection, Tombstone, TOMBSTONES.c.text_digest, asked, full_scan=full_scan)
+            held, gone = RECORDS.c.text_digest, TOMBSTONES.c.text_digest
+            live = rows_having(connection, RecordRow, held, asked, full_scan=full_scan)
+            dead = rows_having(connection, Tombstone, gone, asked, full_scan=full_scan)
         return sorted(live, key=_BY_ID), sorted(dead, key=_BY_ID)
 
     def named_by(self, request_id: str) -> list[str]:
@@ -183,7 +184,7 @@ class SqlLedger(Database):
         with self._reading() as connection:
             found = rows.read(connection, EVENTS, EVENTS.c.position > after, order=[EVENTS.c.position])
             rows.check_row_count(EVENTS, rows.expected_rows(connection, EVENTS), after + len(found))
-        return made(RequestEvent, EVENTS, found)
+        return as_objects(RequestEvent, EVENTS, found)
 
     def exports(self) -> list[Export]:
         return self._all(Export, EXPORTS, EXPORTS.c.path, EXPORTS.c.key)
@@ -194,18 +195,18 @@ class SqlLedger(Database):
         with self._reading() as connection:
             if keys is not None:
                 wanted = sorted(keys)
-                found = having(connection, Identity, IDENTITIES.c.key, wanted, full_scan=True)
+                found = rows_having(connection, Identity, IDENTITIES.c.key, wanted, full_scan=True)
             elif id_digests is not None:
-                found = _identified(connection, id_digests)
+                found = _identities_of(connection, id_digests)
             else:
-                found = made(Identity, IDENTITIES, rows.read_all(connection, IDENTITIES))
+                found = as_objects(Identity, IDENTITIES, rows.read_all(connection, IDENTITIES))
         return sorted(found, key=attrgetter("key", "id_digest"))
 
     def work_items(self, keys: Collection[str] | None = None) -> list[WorkItem]:
         if keys is None:
             return self._all(WorkItem, WORK_ITEMS, WORK_ITEMS.c.item)
         with self._reading() as connection:
-            found = having(connection, WorkItem, WORK_ITEMS.c.key, sorted(keys), full_scan=True)
+            found = rows_having(connection, WorkItem, WORK_ITEMS.c.key, sorted(keys), full_scan=True)
         return sorted(found, key=attrgetter("item"))
 
     def requests(self) -> list[Request]:
@@ -269,13 +270,14 @@ class SqlLedger(Database):
 
     def vaulted(self, name: str) -> list[str]:
         with self._reading() as connection:  # from all rows: no damaged index hides a set
-            found = having(connection, _Vaulted, VAULTED.c.name, [name], full_scan=True)
+            found = rows_having(connection, _Vaulted, VAULTED.c.name, [name], full_scan=True)
         return sorted(each.id_digest for each in found)
 
     def sets_with(self, id_digests: Collection[str]) -> dict[str, list[str]]:
         named: dict[str, list[str]] = {}
+        asked = sorted(id_digests)
         with self._reading() as connection:
-            found = having(connection, _Vaulted, VAULTED.c.id_digest, sorted(id_digests), full_scan=True)
+            found = rows_having(connection, _Vaulted, VAULTED.c.id_digest, asked, full_scan=True)
         for each in sorted(found, key=lambda row: row.name):
             named.setdefault(each.id_digest, []).append(each.name)
         return named
@@ -307,7 +309,7 @@ def _request(text: str) -> Request:
         raise rows.Damaged("a request that can't be read") from error
 
 
-def _row(table: sa.Table, held: Any) -> dict[str, Any]:
+def _as_row(table: sa.Table, held: Any) -> dict[str, Any]:
     """Return an object as a row: lists, mappings and jobs become JSON, and booleans numbers."""
     values = {name: getattr(held, name) for name in table.columns.keys()[:-1]}
     for name, value in values.items():
@@ -340,14 +342,14 @@ def _apply(connection: sa.Connection, change: Change) -> tuple[int, set[str]]:
         (IDENTITIES, change.identities),
         (WORK_ITEMS, change.work_items),
     ):
-        writing.put(table, [_row(table, each) for each in values])
+        writing.put(table, [_as_row(table, each) for each in values])
     writing.put(VAULTED, [{"name": name, "id_digest": each} for name, each in change.vaulted])
     meta = {**change.meta, SEQ: str(seq)}
     writing.put(META, [{"key": key, "value": value} for key, value in meta.items()])
     _put_requests(writing, change, seq)
     _append_events(writing, change.events)
-    writing.end()
-    writing.end_keyed(seq)
+    writing.write_counts()
+    writing.write_keyed_counts(seq)
     return seq, unidentified
 
 
@@ -359,7 +361,7 @@ def _remove(writing: Writing, change: Change) -> set[str]:
     writing.remove(HEADS, [(shard,) for shard in change.headless])
     writing.remove(EXPORTS, list(change.unexported))
     writing.remove(SLICES, list(change.emptied))
-    gone = _identified(writing.connection, change.unidentified)
+    gone = _identities_of(writing.connection, change.unidentified)
     writing.remove(IDENTITIES, [(each.key, each.id_digest) for each in gone])
     if change.unvaulted:
         pairs = rows.read_all(writing.connection, VAULTED)  # without an index
@@ -368,9 +370,9 @@ def _remove(writing: Writing, change: Change) -> set[str]:
     return {each.key for each in gone}
 
 
-def _identified(connection: sa.Connection, id_digests: Collection[str]) -> list[Identity]:
+def _identities_of(connection: sa.Connection, id_digests: Collection[str]) -> list[Identity]:
     whose = sorted(id_digests)
-    return having(connection, Identity, IDENTITIES.c.id_digest, whose, full_scan=True)
+    return rows_having(connection, Identity, IDENTITIES.c.id_digest, whose, full_scan=True)
 
 
 def _put_requests(writing: Writing, change: Change, seq: int) -> None:

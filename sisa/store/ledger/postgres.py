@@ -62,7 +62,7 @@ def _connected(
     return connection
 
 
-def _key(name: str) -> str:
+def _lock_number(name: str) -> str:
     """Return the SQL for the number of an advisory lock of this schema."""
     return f"hashtextextended('sisa {name} ' || current_schema(), 0)"
 
@@ -109,7 +109,7 @@ class Postgres:
         with self.engine.begin() as connection:
             connection.exec_driver_sql(
                 f"SET LOCAL lock_timeout = {int(SCRUB_PATIENCE_S * 1000)}; "
-                f"SELECT pg_advisory_xact_lock({_key('transaction')}); "
+                f"SELECT pg_advisory_xact_lock({_lock_number('transaction')}); "
                 f"SET LOCAL lock_timeout = {int(REWRITING_S * 1000)}"
             )
             yield connection
@@ -245,7 +245,7 @@ def advisory_lock(url: str, name: str, doing: str, patience_s: float = 0) -> Ite
         with guarded(url):
             connection.execute(_KEEP_ALIVE)
             deadline = time.monotonic() + patience_s
-            while not _tried(connection, name):
+            while not _try_lock(connection, name):
                 if time.monotonic() >= deadline:
                     raise Busy(
                         f"another process {doing}",
@@ -260,9 +260,9 @@ def advisory_lock(url: str, name: str, doing: str, patience_s: float = 0) -> Ite
         finally:
             held.remove(connection)
             with contextlib.suppress(psycopg.Error):  # closing alone would release it a moment later
-                connection.execute(f"SELECT pg_advisory_unlock({_key(name)})".encode())
+                connection.execute(f"SELECT pg_advisory_unlock({_lock_number(name)})".encode())
 
 
-def _tried(connection: psycopg.Connection[Any], name: str) -> bool:
-    found = connection.execute(f"SELECT pg_try_advisory_lock({_key(name)})".encode()).fetchone()
+def _try_lock(connection: psycopg.Connection[Any], name: str) -> bool:
+    found = connection.execute(f"SELECT pg_try_advisory_lock({_lock_number(name)})".encode()).fetchone()
     return bool(found and found[0])

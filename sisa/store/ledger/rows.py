@@ -136,15 +136,15 @@ KEYED = (
 KEYED_AS_OF = "keyed"  # name in `counts` of the last commit that the counts of KEYED columns include
 BUCKET_DIGITS = 3  # of a keyed digest: 4,096 buckets, each with 244 of a million records
 COUNTED = tuple(table for table in schema.sorted_tables if table is not COUNTS)
-_IN_CHUNK = 500  # SQLite's limit of bound parameters is far above, on every build
+_CHUNK_VALUES = 500  # SQLite's limit of bound parameters is far above, on every build
 _COUNTS = "SELECT * FROM counts WHERE name = ?"
 _PUT_COUNT = (
     "INSERT INTO counts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name, shard, slice, kind) "
     "DO UPDATE SET num_rows = excluded.num_rows, crc = excluded.crc"
 )
-_IN_MEMORY = 10_000
+_BLOCK_ROWS = 10_000
 MANY_ROWS = 10_000  # from which a commit is a large one
-_FEW = 16  # most shards that are scanned one by one and not all at once
+_FEW_SHARDS = 16  # most shards that are scanned one by one and not all at once
 _SEEDS = {table.name: zlib.crc32(table.name.encode()) for table in schema.sorted_tables}
 
 _T = TypeVar("_T")
@@ -157,8 +157,8 @@ class Damaged(Exception):
 
 def chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
     """Yield parts of the values that fit into one query."""
-    for start in range(0, len(values), _IN_CHUNK):
-        yield values[start : start + _IN_CHUNK]
+    for start in range(0, len(values), _CHUNK_VALUES):
+        yield values[start : start + _CHUNK_VALUES]
 
 
 def checksum(table: str, values: tuple[Any, ...]) -> int:
@@ -175,16 +175,16 @@ def checked_rows(table: sa.Table, rows: list[tuple[Any, ...]]) -> list[tuple[Any
     return rows
 
 
-def _plain(result: sa.CursorResult[Any]) -> Any:
+def _cursor(result: sa.CursorResult[Any]) -> Any:
     """Return the database's own cursor: its rows are tuples already, and there may be many."""
     return result.cursor
 
 
-def _streamed(connection: sa.Connection, query: sa.Select[Any]) -> Any:
+def _stream(connection: sa.Connection, query: sa.Select[Any]) -> Any:
     """Return a cursor that does not read all rows at once: PostgreSQL's own would."""
     if connection.dialect.name == "sqlite":
-        return _plain(connection.execute(query))
-    options = {"stream_results": True, "max_row_buffer": _IN_MEMORY}
+        return _cursor(connection.execute(query))
+    options = {"stream_results": True, "max_row_buffer": _BLOCK_ROWS}
     return connection.execute(query, execution_options=options)
 
 
@@ -193,7 +193,7 @@ def read(
 ) -> list[tuple[Any, ...]]:
     """Return the checked rows of a table that fulfil all conditions."""
     query = sa.select(table).where(*where).order_by(*order)
-    return checked_rows(table, _plain(connection.execute(query)).fetchall())
+    return checked_rows(table, _cursor(connection.execute(query)).fetchall())
 
 
 def contents(connection: sa.Connection, shard: int, slice_: int) -> list[tuple[str, str]]:
@@ -201,11 +201,11 @@ def contents(connection: sa.Connection, shard: int, slice_: int) -> list[tuple[s
     query = (
         "SELECT id_digest, record_digest FROM records WHERE shard = ? AND slice = ? ORDER BY id_digest"
     )
-    found: list[tuple[str, str]] = _driven(connection, query, (shard, slice_)).fetchall()
+    found: list[tuple[str, str]] = _execute(connection, query, (shard, slice_)).fetchall()
     return found
 
 
-def _driven(
+def _execute(
     connection: sa.Connection, query: str, values: tuple[Any, ...] | list[tuple[Any, ...]]
 ) -> Any:
     """Return the cursor of a query without compiling it, which would take longer than running it.
@@ -214,7 +214,7 @@ def _driven(
     """
     if connection.dialect.paramstyle != "qmark":
         query = query.replace("?", "%s")
-    return _plain(connection.exec_driver_sql(query, values))
+    return _cursor(connection.exec_driver_sql(query, values))
 
 
 def check_row_count(table: sa.Table, expected: int, got: int) -> None:
@@ -228,9 +228,9 @@ def expected_rows(
 ) -> int:
     """Return how many rows a table, a shard or a slice should have. Raise Damaged."""
     if shard is None:
-        return _whole(table, _counted(connection, table.name, shard=[NO_POSITION]))
+        return _table_count(table, _counts_of(connection, table.name, shard=[NO_POSITION]))
     only = {"shard": [shard]} if slice_ is None else {"shard": [shard], "slice": [slice_]}
-    return _counted(connection, table.name, **only).total()
+    return _counts_of(connection, table.name, **only).total()
 
 
 def read_all(
@@ -251,11 +251,11 @@ def read_all(
 def expected_kinds(connection: sa.Connection) -> Counter[str]:
     """Return how many records of each kind there should be. Raise Damaged."""
     found: Counter[str] = Counter()
-    counts = _counted(connection, RECORDS.name)
+    counts = _counts_of(connection, RECORDS.name)
     for (_, _, kind), count in counts.items():
         found[kind] += count
     del found[""]
-    check_row_count(COUNTS, _whole(RECORDS, counts), found.total())
+    check_row_count(COUNTS, _table_count(RECORDS, counts), found.total())
     return found
 
 
@@ -263,8 +263,8 @@ def lost_rows(connection: sa.Connection) -> list[str]:
     """Return the names of the tables without the recorded number of rows. Raise Damaged."""
     found = []
     for table in COUNTED:
-        counts = _counted(connection, table.name)
-        expected = _whole(table, counts)
+        counts = _counts_of(connection, table.name)
+        expected = _table_count(table, counts)
         if expected != actual_rows(connection, table):
             found.append(table.name)
         elif table in BY_SHARD and counts.total() != 2 * expected:  # all rows, and again by position
@@ -287,10 +287,13 @@ def check_hidden(
     wrote to last, every row of the table (of a shard's records) is read, in about 4 s per million.
     """
     table: Any = column.table
-    if values and column in KEYED and counts_keyed(connection):
-        check_row_count(table, _in_buckets(connection, column, set(values)), found)
-    elif values:
-        check_row_count(table, _seen(connection, table, [column], {(v,) for v in values}, shard), found)
+    if not values:
+        return
+    if column in KEYED and counts_keyed(connection):
+        complete = _count_in_buckets(connection, column, set(values))
+    else:
+        complete = _count_matching(connection, table, [column], {(each,) for each in values}, shard)
+    check_row_count(table, complete, found)
 
 
 def bucket(value: str) -> str:
@@ -298,7 +301,7 @@ def bucket(value: str) -> str:
     return value[:BUCKET_DIGITS]
 
 
-def _in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Collection[str]) -> int:
+def _count_in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Collection[str]) -> int:
     """Return how many rows have a wanted value. Raise Damaged if their buckets lack rows."""
     table: Any = column.table
     at = table.columns.keys().index(column.name)
@@ -316,7 +319,7 @@ def _in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Colle
 def counts_keyed(connection: sa.Connection) -> bool:
     """Return whether the counts of KEYED columns are of the last commit: other versions omit them."""
     found = read(connection, META, META.c.key == SEQ)
-    as_of = _counted(connection, KEYED_AS_OF)
+    as_of = _counts_of(connection, KEYED_AS_OF)
     return bool(as_of) and as_of[WHOLE] == (int(found[0][1]) if found else 0)
 
 
@@ -326,7 +329,7 @@ def _bucket_counts(
     found: Counter[str] = Counter()
     for chunk in chunks(sorted(buckets)):
         whole = {"shard": [NO_POSITION], "slice": [NO_POSITION], "kind": chunk}
-        counts = _counted(connection, str(column), **whole)
+        counts = _counts_of(connection, str(column), **whole)
         found.update({kind: count for (_, _, kind), count in counts.items()})
     return found
 
@@ -337,14 +340,14 @@ def _scan(
     """Yield all rows of a table or a shard, by no index. Raise Damaged, at the end if one is missing."""
     query = sa.select(table) if shard is None else sa.select(table).where(table.c.shard == shard)
     total = 0
-    with contextlib.closing(_streamed(connection, query)) as cursor:
-        while rows := checked_rows(table, cursor.fetchmany(_IN_MEMORY)):
+    with contextlib.closing(_stream(connection, query)) as cursor:
+        while rows := checked_rows(table, cursor.fetchmany(_BLOCK_ROWS)):
             total += len(rows)
             yield from rows
     check_row_count(table, expected_rows(connection, table, shard), total)
 
 
-def _seen(
+def _count_matching(
     connection: sa.Connection,
     table: sa.Table,
     columns: Sequence[sa.Column[Any]],
@@ -362,17 +365,18 @@ def actual_rows(connection: sa.Connection, table: sa.Table) -> int:
     return int(connection.exec_driver_sql(query).scalar_one())
 
 
-def _counted(connection: sa.Connection, name: str, **only: Sequence[Any]) -> Counter[CountKey]:
+def _counts_of(connection: sa.Connection, name: str, **only: Sequence[Any]) -> Counter[CountKey]:
     """Return recorded numbers of rows by position; `only` of some shards, slices or kinds."""
     query, values = _COUNTS, [name]
     for column, chosen in only.items():
         query += f" AND {column} IN ({', '.join('?' * len(chosen))})"
         values += chosen
-    rows = checked_rows(COUNTS, _driven(connection, query, tuple(values)).fetchall())
+    rows = checked_rows(COUNTS, _execute(connection, query, tuple(values)).fetchall())
     return Counter({(shard, slice_, kind): number for _, shard, slice_, kind, number, _ in rows})
 
 
-def _whole(table: sa.Table, counts: Mapping[CountKey, int]) -> int:
+def _table_count(table: sa.Table, counts: Mapping[CountKey, int]) -> int:
+    """Return the recorded number of rows of a whole table. Raise Damaged if it is missing."""
     if WHOLE not in counts:
         raise Damaged(f"the number of rows of {table.name} is missing")
     return counts[WHOLE]
@@ -387,10 +391,10 @@ def begin_counts(connection: sa.Connection, names: Collection[str] = ()) -> None
 def _put_counts(connection: sa.Connection, name: str, counts: Mapping[CountKey, int]) -> None:
     if counts:
         values = [(name, *position, count) for position, count in counts.items()]
-        _driven(connection, _PUT_COUNT, [_sealed(COUNTS, each) for each in values])
+        _execute(connection, _PUT_COUNT, [_with_checksum(COUNTS, each) for each in values])
 
 
-def _sealed(table: sa.Table, values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _with_checksum(table: sa.Table, values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return a row with its checksum."""
     return (*values, checksum(table.name, values))
 
@@ -414,11 +418,11 @@ def copy_rows(source: sa.Connection, target: sa.Connection) -> dict[str, int]:
     for table in schema.sorted_tables:
         target.execute(sa.delete(table))
         query = sa.select(table).order_by(*_key(table))
-        with contextlib.closing(_streamed(source, query)) as cursor:
-            while block := checked_rows(table, cursor.fetchmany(_IN_MEMORY)):
+        with contextlib.closing(_stream(source, query)) as cursor:
+            while block := checked_rows(table, cursor.fetchmany(_BLOCK_ROWS)):
                 names = table.columns.keys()
                 target.execute(sa.insert(table), [dict(zip(names, row, strict=True)) for row in block])
-        found[table.name] = _compare(table, _streamed(source, query), _streamed(target, query))
+        found[table.name] = _compare(table, _stream(source, query), _stream(target, query))
     return found
 
 
@@ -427,7 +431,7 @@ def _compare(table: sa.Table, old: Any, new: Any) -> int:
     number = 0
     with contextlib.closing(old), contextlib.closing(new):
         while True:
-            before, after = (list(map(tuple, each.fetchmany(_IN_MEMORY))) for each in (old, new))
+            before, after = (list(map(tuple, each.fetchmany(_BLOCK_ROWS))) for each in (old, new))
             if before != after:
                 raise Damaged(f"a row of {table.name} that was copied wrongly")
             if not before:
@@ -453,7 +457,7 @@ def _position_of(table: sa.Table) -> Callable[[tuple[Any, ...]], CountKey]:
 
 
 class Writing:
-    """Writes of one transaction; `end` updates the recorded numbers of rows."""
+    """Writes of one transaction; `write_counts` updates the recorded numbers of rows."""
 
     def __init__(self, connection: sa.Connection) -> None:
         self.connection = connection
@@ -470,10 +474,10 @@ class Writing:
         if rows:
             self._count(table, rows, 1)
             # in order, so that neighbours are written to one page
-            sealed = [_sealed(table, each) for each in sorted(rows, key=_order_of(table))]
+            sealed = [_with_checksum(table, each) for each in sorted(rows, key=_order_of(table))]
             query = f"INSERT INTO {table.name} VALUES ({', '.join('?' * len(table.columns))})"  # noqa: S608
             with self._indexing_later(table, len(rows)):
-                _driven(self.connection, query, sealed)
+                _execute(self.connection, query, sealed)
 
     @contextlib.contextmanager
     def _indexing_later(self, table: sa.Table, num_rows: int) -> Iterator[None]:
@@ -494,7 +498,7 @@ class Writing:
         """Add rows, replacing those with the same key; a key always belongs to one shard."""
         latest = {tuple(row[name] for name in table.info["key"]): row for row in rows}
         shards = {row["shard"] for row in rows} if table in BY_SHARD else set()
-        self.remove(table, list(latest), shards if len(shards) <= _FEW else ())
+        self.remove(table, list(latest), shards if len(shards) <= _FEW_SHARDS else ())
         self.insert(table, list(latest.values()))
 
     def remove(
@@ -519,10 +523,11 @@ class Writing:
                 self._count(table, [row[:-1] for row in rows], -1)
                 found += len(rows)
         if found < len(set(keys)) and table not in GROWING:
-            self.end()
+            self.write_counts()
             where_to_look: list[int | None] = [*sorted(shards)] or [None]
             for shard in where_to_look:
-                check_row_count(table, 0, _seen(self.connection, table, columns, set(keys), shard))
+                hidden = _count_matching(self.connection, table, columns, set(keys), shard)
+                check_row_count(table, 0, hidden)
 
     def _count(self, table: sa.Table, values: Sequence[tuple[Any, ...]], sign: int) -> None:
         deltas = self._deltas[table.name]
@@ -537,20 +542,20 @@ class Writing:
                 for each, number in held.items():
                     counts[each] += sign * number
 
-    def end(self) -> None:
+    def write_counts(self) -> None:
         """Write the numbers of rows that changed."""
         for table in COUNTED:
             deltas = {position: delta for position, delta in self._deltas[table.name].items() if delta}
             if deltas:
                 shards = list({NO_POSITION, *(each[0] for each in deltas)})
-                only = {"shard": shards} if len(shards) <= _IN_CHUNK else {}
-                before = _counted(self.connection, table.name, **only)
-                _whole(table, before)
+                only = {"shard": shards} if len(shards) <= _CHUNK_VALUES else {}
+                before = _counts_of(self.connection, table.name, **only)
+                _table_count(table, before)
                 after = {position: before[position] + delta for position, delta in deltas.items()}
                 _put_counts(self.connection, table.name, after)
             self._deltas[table.name].clear()
 
-    def end_keyed(self, seq: int) -> None:
+    def write_keyed_counts(self, seq: int) -> None:
         """Update the counts of KEYED columns; count all rows if another version wrote last."""
         for column, deltas in self._keyed.items():
             if self._counts_keyed:

@@ -135,7 +135,7 @@ def fill_past(ledger: SqlLedger, num_requests: int) -> None:
         writing = rows.Writing(connection)
         writing.insert(EVENTS, events)
         writing.insert(REQUESTS, requests)
-        writing.end()
+        writing.write_counts()
         connection.commit()
 
 

@@ -10,7 +10,7 @@ import pytest
 from cluster.cli import cli, maintenance
 from cluster.observe.curves import Curves, points, summary
 from sisa.flows.wiring import wiring
-from sisa.store.metrics import KEPT, FileMetrics, without
+from sisa.store.metrics import KEPT, FileMetrics, without_losses
 from tests.models import confessing as care_model
 from tests.unit.store.test_metrics import EVENTS, RUN, kept
 
@@ -34,7 +34,7 @@ def test_lines_become_curves() -> None:
         "deletion/records": (1, 4.0),
         "deletion/erasure_failures": (1, 1.0),
     }
-    gone = points([without(line, set()) for line in LINES])
+    gone = points([without_losses(line, set()) for line in LINES])
     assert {each.curve for each in gone} == found.keys() - {
         *("loss/shard-2/slice-1", "tokens_trained", "tokens_per_second")
     }

@@ -240,7 +240,7 @@ def test_what_another_version_wrote_is_looked_through_and_counted_anew(
             return sum(read)
 
         with monkeypatch.context() as patch:
-            patch.setattr(rows.Writing, "end_keyed", lambda *_: None)
+            patch.setattr(rows.Writing, "write_keyed_counts", lambda *_: None)
             ledger.commit(Change(added=[record_row(20_000)], removed=[record_row(7)]))
         assert rows_read(7, held=False) > 12_000
         assert rows_read(20_000, held=True) < 40

@@ -33,7 +33,7 @@ from sisa.store.metrics import (
     is_line,
     logged,
     metrics_line,
-    without,
+    without_losses,
 )
 from tests.fakes.metrics import FakeMetrics
 
@@ -119,9 +119,9 @@ def test_a_loss_and_the_number_of_tokens_go_with_their_stage() -> None:
         (kept(EPOCH), {"loss": None, "tokens": None}),
         (kept(TRAINED), {"tokens": None}),
     ):
-        assert without(made, {JOB.key[:16]}) == made
-        assert without(made, {"0" * 16}) == {**made, **gone}
-        assert is_line(without(made, set()))
+        assert without_losses(made, {JOB.key[:16]}) == made
+        assert without_losses(made, {"0" * 16}) == {**made, **gone}
+        assert is_line(without_losses(made, set()))
 
 
 @pytest.mark.parametrize("event", [each for each in EVENTS if isinstance(each, KEPT)])

@@ -111,13 +111,13 @@ def test_a_model_that_is_asked_again_reads_no_index_file_again(
     directory = tmp_path / "model"
     care_model.build(directory)
     read: list[str] = []
-    sides = FaissIndex._sides
+    sides = FaissIndex._load_both
 
     def counted(own: FaissIndex, file: IndexFile) -> Any:
         read.append(file.name)
         return sides(own, file)
 
-    monkeypatch.setattr(FaissIndex, "_sides", counted)
+    monkeypatch.setattr(FaissIndex, "_load_both", counted)
     model = open_model(directory, executor="serial")
     first = model.find(text="where")
     assert read
