@@ -134,11 +134,11 @@ def check_unchanged(
     context: Context, records: Sequence[Record], found: HeldOrDeleted, unplaced: Collection[int] = ()
 ) -> None:
     """Raise InvalidInput if a record differs from the held record of the same id."""
-    placed = [each for each in enumerate(records, start=1) if each[0] - 1 not in unplaced]
-    rows = [(number, context.settings.assigner.row(record, 0)) for number, record in placed]
+    assigner = context.settings.assigner
+    rows = [(n, assigner.row(record, 0)) for n, record in enumerate(records) if n not in unplaced]
     problems = [
-        Problem(f"record {number}", "its content differs from the held record")
-        for number, row in rows
+        Problem(f"record {n + 1}", "its content differs from the held record")
+        for n, row in rows
         if isinstance(held := found.get(row.id_digest), RecordRow)
         and held.record_digest != row.record_digest
     ]
@@ -161,14 +161,13 @@ def check_risks(bands: Bands | None, records: Sequence[Record], further: Iterabl
 def _other_risks(context: Context, fresh: Sequence[tuple[int, Record]]) -> list[Problem]:
     """Return new records with another risk than their subject's held records, which have one risk."""
     assigner = context.settings.assigner
-    held: dict[str, RecordRow] = {}
-    for subject in {record.subject_id for _, record in fresh} - {None}:
-        digest = assigner.subject_digest(str(subject))
-        live, _ = context.stores.ledger.by_subject(digest, assigner.shard_of_subject(str(subject)))
-        held.update({str(subject): each for each in live[:1]})
-    rows = list(held.values())
-    read = [each.record for each in stored_in(context, slices_of(context, rows), rows)] if rows else []
-    known = {record.subject_id: record.deletion_risk for record in read}
+    rows: list[RecordRow] = []
+    for subject in {record.subject_id for _, record in fresh if record.subject_id is not None}:
+        digest, shard = assigner.subject_digest(subject), assigner.shard_of_subject(subject)
+        live, _ = context.stores.ledger.by_subject(digest, shard)
+        rows += live[:1]
+    held = [each.record for each in stored_in(context, slices_of(context, rows), rows)]
+    known = {record.subject_id: record.deletion_risk for record in held}
     return [
         Problem(f"record {n + 1}", "its deletion risk differs from its subject's held records")
         for n, record in fresh

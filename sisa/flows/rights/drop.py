@@ -161,7 +161,7 @@ def import_lists(
         requests=cancelled,
         events=[event(each, context.now(), "withdrawn at DROP") for each in cancelled],
         unidentified=_lifted(context, ended, requests),
-        meta=_meta(context, download),
+        meta=_cycle_meta(context, download),
     )
     if own.work_items or own.meta[CYCLE] != ledger.meta().get(CYCLE):
         commit(context, merged([*(each.change() for each in new_requests), own]))
@@ -239,13 +239,16 @@ def _match(
     pairs = ledger.identities(keys=by_key) if len(by_key) <= FEW_KEYS else ledger.identities()
     pairs = [each for each in pairs if each.key in by_key]
     rows = {row.id_digest: row for row in held_rows(context, {each.id_digest for each in pairs})}
-    found: dict[str, dict[str, RecordRow]] = {each.item: {} for each in open_}
+    consumers: dict[str, list[RecordRow]] = {}
+    matches: dict[str, set[str]] = {each.item: set() for each in open_}
     for pair in pairs:
         if (row := rows.get(pair.id_digest)) is not None:
+            consumer = row.subject_digest or row.id_digest
+            if consumer not in consumers:
+                consumers[consumer] = _all_of(context, row)
             for each in by_key[pair.key]:
-                found[each.item].setdefault(row.subject_digest or row.id_digest, row)
-    whole = {key: _all_of(context, row) for each in found.values() for key, row in each.items()}
-    return {item: [whole[each] for each in sorted(its)] for item, its in found.items()}
+                matches[each.item].add(consumer)
+    return {item: [consumers[each] for each in sorted(found)] for item, found in matches.items()}
 
 
 def _is_open(item: WorkItem, requests: Mapping[str, Request]) -> bool:
@@ -337,7 +340,7 @@ def _cycle(context: Context) -> dict[str, str]:
     return found
 
 
-def _meta(context: Context, download: Download) -> dict[str, str]:
+def _cycle_meta(context: Context, download: Download) -> dict[str, str]:
     latest = max(_cycle(context).get("downloaded", ""), download.day.isoformat())
     return {CYCLE: json.dumps({"broker": download.broker, "downloaded": latest}, sort_keys=True)}
 
