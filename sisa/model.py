@@ -139,6 +139,8 @@ class Model:
     An object may live long: each call first adopts what other processes have committed, and lets the
     ledger catch up with its witness. Methods that write hold the directory's lock. Requests and
     restrictions are decided without that lock, so also while a deletion trains.
+
+    Other modules of `sisa` open a model by `_context` (read), `_writing`, `_deciding` or `_locked`.
     """
 
     def __init__(
@@ -552,14 +554,17 @@ class Model:
         """
         if replay == "none":
             return self._verify_held(anchor)
-        with contextlib.ExitStack() as stack:
-            context = stack.enter_context(self._writing())
+        with self._writing() as context:
             chosen = shards_to_replay(context, replay, shard)
-            stack.callback(self._clear_scratch)
             context = replace(context, report=self.report)  # a replay's metrics are not kept
-            alone = stages_apart(self, context) if apart else None
-            store = scratch_store(context)
-            return verify(context, chosen, store, alone, require_replay=require_replay, anchor=anchor)
+            try:
+                alone = stages_apart(self, context) if apart else None
+                store = scratch_store(context)
+                return verify(
+                    context, chosen, store, alone, require_replay=require_replay, anchor=anchor
+                )
+            finally:
+                self._clear_scratch()
 
     @retry_read
     def _verify_held(self, anchor: WitnessHead | None) -> Verification:

@@ -33,7 +33,7 @@ from sisa.flows.wiring.context import Context, commit
 from sisa.planning.batching import RunPlan, choose
 from sisa.planning.plan import shard_costs
 
-PAST_DAYS, YOUNG_DAYS = 90, 30.0
+PAST_DAYS, YOUNG_DAYS = 90, 30.0  # see `_arrivals_per_day`
 
 
 @dataclass(frozen=True)

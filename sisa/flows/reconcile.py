@@ -1,12 +1,12 @@
 """Bring what is held to its target, whatever happened before.
 
     adopt    stages that an interrupted run stored for the present targets
-    erase    every file that the ledger does not list (tainted, retired, half-written), its key first;
-             exports that contain what a deletion removed
-    hooks    what hooks keep is brought to what remains
-    train    what the targets lack; each stored stage is recorded and moves its shard's head
-    close    requests whose shards have reached their targets; hooks complete what follows
-    orders   what the other orders lack, one order of all shards after another
+    erase    every file that the ledger does not list (tainted, retired, half-written), its key first,
+             and exports that contain what a deletion removed
+    hooks    bring what they keep in line with what remains
+    train    what the targets lack: each stored stage is recorded and moves its shard's head
+    close    requests whose shards have reached their targets; hooks do what follows
+    train    what the other orders lack, one order of all shards after another
     note     how the prompts of held records would be routed
     retire   clean checkpoints that are neither on any order's path nor a head
     scrub    the ledger's own pages

@@ -84,7 +84,7 @@ class Resources:
         self._base = base
         self._embedder = embedder
         self.index_cache = IndexCache()
-        self._counted: tuple[tuple[Record, ...], list[int]] | None = None
+        self._counted: tuple[tuple[Record, ...], list[int]] | None = None  # the last `count_tokens`
 
     @cached_property
     def base(self) -> Any:

@@ -53,7 +53,7 @@ def move_ledger(directory: Path, to: str | None) -> LedgerMoved:
             wiring.check_free(target)
         urls = [each for each in (place, target) if isinstance(each, str)]
         files.write_atomic(directory / LEDGERS_LEFT, "\n".join(urls).encode())
-        moved = _filled(directory, place, target)
+        moved = _fill(directory, place, target)
         if isinstance(target, str):
             files.write_atomic(directory / LEDGER_URL, f"{target}\n".encode())
         else:
@@ -72,7 +72,7 @@ def _alone(directory: Path, target: Path | str) -> Iterator[Path | str]:
             yield place
 
 
-def _filled(directory: Path, place: Path | str, target: Path | str) -> LedgerMoved:
+def _fill(directory: Path, place: Path | str, target: Path | str) -> LedgerMoved:
     """Fill and compare the new ledger, which then names its place in the run file."""
     new = target if isinstance(target, str) else directory / UNFINISHED
     with (

@@ -26,13 +26,15 @@ EXECUTORS = MappingProxyType({"ray": "cluster.ray.ray_executor:open_executor"})
 PATCHERS = MappingProxyType(
     {"serial": "approx.patches.patching:open_patcher", "ray": "cluster.ray.patch_tasks:RayPatcher"}
 )
-EVIDENCE_HOOK = "sisa.evidence.hook:open_hook"  # a room of `sisa` above the flows
-SERVICE_STATE = "service.sqlite"  # in a model's directory: what `cluster.serve` must not forget
 BASE_TRAINERS = MappingProxyType(
     dict.fromkeys(("auto", "ray"), "cluster.ray.scratch_tasks:train_on_ray")
 )
-# Files of `cluster.serve` in a model's directory: where it runs, while it does, and who may call it.
-SERVICE, TOKENS = "service.json", "tokens.json"
+EVIDENCE_HOOK = "sisa.evidence.hook:open_hook"  # a room of `sisa` above the flows
+
+# Files of `cluster.serve` in a model's directory.
+SERVICE = "service.json"  # where it runs, while it does
+TOKENS = "tokens.json"  # who may call it
+SERVICE_STATE = "service.sqlite"  # what it must not forget
 
 ROOT = Path(__file__).parents[3]  # the folder that holds `sisa`, `approx` and `cluster`
 UPPER_HOUSES = ("approx", "cluster")

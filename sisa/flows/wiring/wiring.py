@@ -81,9 +81,12 @@ LEDGER_URL = "ledger.url"  # names a ledger on a server, in place of the file
 LEDGERS_LEFT = "ledger.left"  # URLs of ledgers to erase, unless LEDGER_URL names them: see `moving.py`
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
-PREFIXES = "prefixes"
+PREFIXES, LOG = "prefixes", "log"
+LOCAL_AREAS = (INDEX, VAULT, RUNS, METRICS)  # always in the model's directory
+SHARED_AREAS = (RECORDS, PREFIXES, CHECKPOINTS, PATCHES, SCRATCH, LOG)  # in the storage, if there is one
+SCHEME = "s3://"
+EVIDENCE = "evidence.sqlite"
 HOOKS: tuple[ports.DeletionHook[Context], ...] = (PatchesHook(),)  # called on a deletion, in this order
-EVIDENCE, LOG = "evidence.sqlite", "log"
 DESCRIPTION = ("config", "base", "embedder", "key", "model")  # of the ledger's `meta`
 
 OpenExecutor = Callable[[Site, Mapping[str, Any]], ports.Executor]
@@ -596,11 +599,6 @@ def recording(report: Report, metrics: ports.Metrics, now: Callable[[], str]) ->
             metrics.append(made)
 
     return pass_on
-
-
-SCHEME = "s3://"
-LOCAL_AREAS = ("index", "vault", "runs", "metrics")  # stay with the driver
-SHARED_AREAS = ("records", "prefixes", "checkpoints", "patches", "scratch", LOG)  # where a storage is
 
 
 def open_areas(directory: Path, storage: str | None, model: str) -> dict[str, ports.BlobStore]:
