@@ -71,7 +71,7 @@ def parse_file(data: bytes, what: str, kinds: Mapping[str, Any]) -> dict[str, An
 
 
 def log_entry(sha256: str, predicate_type: str) -> bytes:
-    """Return the log's entry for a statement, whose envelope has this sha256."""
+    """Return the log's entry for a statement whose envelope has this sha256."""
     return canonical({"predicateType": predicate_type, "sha256": sha256})
 
 
@@ -81,7 +81,7 @@ def commitment(salt: bytes, record_id: str) -> bytes:
 
 
 def verify_certificate(data: bytes, keys: PublicKeys, receipt: bytes | None = None) -> Certificate:
-    """Return what a certificate file states. Raise Refused; given a receipt, unless it belongs to it."""
+    """Return what a certificate file states. Raise Refused, also if a given receipt is not for it."""
     found = verify_logged(data, keys)
     if found.kind not in CERTIFICATES:
         raise Refused("this is not a certificate", "", " or ".join(CERTIFICATES), found.kind[:80])
@@ -100,7 +100,7 @@ def verify_logged(data: bytes, keys: PublicKeys) -> Certificate:
 
 
 def _stated(envelope: bytes, entry: bytes, keys: PublicKeys, index: int) -> dict[str, Any]:
-    """Return the statement of entry `index`, after checking that it says whose and where it is."""
+    """Return the statement of entry `index`, after checking that it names its model and its entry."""
     statement = verify_envelope(envelope, keys, index)
     kind, state = statement["predicateType"], statement["predicate"]
     if log_entry(sha256(envelope).hexdigest(), kind) != entry:
@@ -111,8 +111,8 @@ def _stated(envelope: bytes, entry: bytes, keys: PublicKeys, index: int) -> dict
         place = members({name: state.get(name) for name in kinds}, what, kinds)
         roots = {name: place["membership"].get(name) for name in ("before", "after")}
         members(roots, what, dict.fromkeys(roots, _LINK))
-        if place["sequence"] != index:
-            raise Refused(f"{what} is another one", "", f"entry {place['sequence']}", f"entry {index}")
+        if (number := place["sequence"]) != index:
+            raise Refused(f"{what} is another one", expected=f"entry {number}", got=f"entry {index}")
     return statement
 
 
@@ -120,11 +120,11 @@ def verify_receipt(data: bytes, certificate: Certificate, keys: PublicKeys) -> s
     """Return the id of the record that a receipt shows the certificate to be about. Raise Refused."""
     receipt = parse_file(data, "the receipt", _RECEIPT)
     if (of := receipt["certificate"]) != certificate.sha256:
-        step = "verify it with the certificate that it was made for"
-        raise Refused("the receipt is of another certificate", "", certificate.sha256, of, step)
+        what, step = "the receipt is of another certificate", "verify it with the one it was made for"
+        raise Refused(what, expected=certificate.sha256, got=of, next_step=step)
     entry = log_entry(certificate.sha256, certificate.kind)
     if (index := verify_proof(receipt["proof"].encode(), entry, keys.log)[0]) != certificate.index:
-        raise Refused("the receipt is of another entry", "", f"{certificate.index}", f"{index}")
+        raise Refused("the receipt is of another entry", expected=f"{certificate.index}", got=f"{index}")
     tree = certificate.statement["predicate"].get("commitments")
     tree = members(tree, "the tree of commitments", {"root": SHA256_HEX, "number": int})
     path = hash_list(receipt["path"], "the receipt's path")
@@ -158,6 +158,6 @@ def verify_chain(
                 expected = f"after {previous or 'none'}, from the records {ends[1] or 'none'}"
                 got = f"after {state['previous'] or 'none'}, from the records {roots[0] or 'none'}"
                 step = "keep this log: a statement was dropped, replaced or moved"
-                raise Refused("the chain is broken", where, expected, got, step)
+                raise Refused("the chain is broken", where, expected, got, next_step=step)
             previous, ends = named["sha256"], roots
         yield named["sha256"], statement

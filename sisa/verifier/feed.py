@@ -28,7 +28,7 @@ def verify_feed(data: bytes, keys: PublicKeys) -> Feed:
     """Return a feed that the model's present key signed, whatever its time. Raise Refused."""
     statement = verify_envelope(data, keys)
     if (kind := statement["predicateType"]) != REVOCATIONS:
-        raise Refused("this is no feed", "", REVOCATIONS, kind[:80])
+        raise Refused("this is no feed", expected=REVOCATIONS, got=kind[:80])
     kinds: Feed = {"model": keys.model, "sequence": int, "revoked": dict, "reinstated": list}
     kinds |= {"published": TIME, "next_update": TIME}
     feed = members(statement["predicate"], "the feed", kinds)
@@ -53,7 +53,7 @@ def check_present(feed: Feed, now: str, since: int = 0, seen: Feed | None = None
 
 
 def check_adapter(held: Path, feed: Feed) -> dict[str, str]:
-    """Return the SHA-256 of each weights file in a directory, and of revoked ones by other names."""
+    """Return the SHA-256 of each weights file in a directory, and of revoked weights by any name."""
     found = [each for each in hashed(held) if each[1] in feed["revoked"] or each[0].endswith(WEIGHTS)]
     if not found:
         raise Refused("there are no weights to check", str(held), f"files *{WEIGHTS}")

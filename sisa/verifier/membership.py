@@ -52,7 +52,7 @@ def verify_membership(data: bytes, keys: PublicKeys) -> MembershipProof:
     file = parse_file(data, "the membership proof", _FILE)
     state = verify_logged(file["state"].encode(), keys)
     if state.kind not in CHAINED:
-        raise Refused("the proof is about no state", "", " or ".join(CHAINED), state.kind[:80])
+        raise Refused("the proof is about no state", expected=" or ".join(CHAINED), got=state.kind[:80])
     root = bytes.fromhex(state.statement["predicate"]["membership"]["after"])
     label = verify_output(keys.vrf, file["id"].encode(), bytes.fromhex(file["vrf"]))[:LABEL_BYTES]
     found, siblings = file["leaf"], hash_list(file["path"], "the path")
@@ -62,8 +62,8 @@ def verify_membership(data: bytes, keys: PublicKeys) -> MembershipProof:
         return MembershipProof(file["id"], place, state)
     if found is not None:
         members(found, "a neighbour", {"label": SHA256_HEX, "value_hash": SHA256_HEX})
-    other = found and (bytes.fromhex(found["label"]), bytes.fromhex(found["value_hash"]))
-    verify_absent(root, label, siblings, other)
+    neighbour = found and (bytes.fromhex(found["label"]), bytes.fromhex(found["value_hash"]))
+    verify_absent(root, label, siblings, neighbour)
     return MembershipProof(file["id"], None, state)
 
 
