@@ -1,1 +1,1 @@
-"""Define the commands: one module for each command family, with its arguments and what it runs."""
+"""Define the commands of `sisa`, one module for each command family."""

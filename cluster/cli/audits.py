@@ -1,4 +1,4 @@
-"""Show a model to people who check it: audits, rebuilds, reports and feeds of revoked adapters."""
+"""Let others check a model: reports, audits, rebuilds, and feeds of revoked adapters."""
 
 from __future__ import annotations
 
@@ -115,9 +115,13 @@ def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None, lo
         )
     keys = read_public_keys(key_file)
     feed = verify_feed(read_bytes(feed_file), keys)
-    kept = None if seen is None or seen.isdecimal() else verify_feed(read_bytes(Path(seen)), keys)
+    least_sequence, kept = 0, None
+    if seen is not None and seen.isdecimal():
+        least_sequence = int(seen)
+    elif seen is not None:
+        kept = verify_feed(read_bytes(Path(seen)), keys)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    check_present(feed, now, int(seen) if seen and seen.isdecimal() else 0, kept)
+    check_present(feed, now, least_sequence, kept)
     if log is not None:
         _check_complete(feed, log, keys)
     files = check_adapter(held.resolve() if held.is_dir() else held, feed)
@@ -129,7 +133,7 @@ def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None, lo
 
 
 def _check_complete(feed: dict[str, Any], log: str, keys: PublicKeys) -> None:
-    """Raise Refused if a certificate in a published log revokes what the feed does not name."""
+    """Raise Refused if a certificate in a published log revokes an adapter that the feed lacks."""
     from sisa.verifier.certificate import CERTIFICATES
     from sisa.verifier.envelope import Refused
 
@@ -152,7 +156,7 @@ def _check_complete(feed: dict[str, Any], log: str, keys: PublicKeys) -> None:
 def checked(
     feed: dict[str, Any], files: dict[str, str], revoked: dict[str, dict[str, str]], signed: list[str]
 ) -> Result:
-    """Render which weights files were revoked, and which are as they were exported."""
+    """Render which weights files were revoked, and which of the others have the signed bytes."""
     lines, rows = [], []
     for path, sha256 in files.items():
         by = revoked.get(path)

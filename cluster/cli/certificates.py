@@ -1,4 +1,4 @@
-"""Hand out certificates and receipts, check them, and rectify records."""
+"""Show, issue and check certificates and receipts; rectify records."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ stated_argument = click.argument("name", metavar="REQUEST")
 @command("list", "-m model", group=certificate)
 @model_option
 def list_certificates(directory: Path) -> Result:
-    """List what is stated in the log, and the requests whose certificates are pending."""
+    """List the statements in the log, and the requests whose certificates are pending."""
     from sisa.evidence.issued import issued
 
     with opened(directory) as model:

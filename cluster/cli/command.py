@@ -35,7 +35,7 @@ PATH = click.Path(path_type=Path)
 
 
 class _WholeSummary(click.Command):
-    """A command whose summary is shown whole among others; click would cut it after a line."""
+    """A command whose summary is not cut to one line in lists of commands, as click does."""
 
     def get_short_help_str(self, limit: int = 0) -> str:
         del limit
@@ -43,7 +43,7 @@ class _WholeSummary(click.Command):
 
 
 class _WholeGroup(_WholeSummary, click.Group):
-    """A group with such a summary."""
+    """A group whose summary is not cut."""
 
 
 SECTIONS = {
@@ -161,7 +161,7 @@ def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
 def option_or_file(
     option: str, *, required: bool = False, **options: Any
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Add an option, and the same with `-file`: others can see a command line, and shells keep it."""
+    """Add an option and its twin `-file`, since others can see a command line, and shells store it."""
     name = option.removeprefix("--")
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -183,7 +183,7 @@ def option_or_file(
 
 
 def option_or_input(option: str, *, help: str, **options: Any) -> Callable[..., Any]:
-    """Add an option that reads standard input for `-`, as its value may not be for a command line."""
+    """Add an option that reads standard input for `-`, to keep its value out of the command line."""
     help = f"{help.rstrip('.')}; `-`: standard input."
     return click.option(option, callback=_or_input, help=help, **options)
 
@@ -285,7 +285,7 @@ def read_bytes(file: Path) -> bytes:
 def evidence_in(
     file: Path, next_step: str = "get the file again from whoever gave it"
 ) -> Iterator[None]:
-    """Name a file where the verifier refuses it and names no place."""
+    """Add a file and a next step to a refusal of the verifier that names none."""
     from sisa.verifier.envelope import Refused
 
     try:
@@ -307,7 +307,7 @@ def read_public_keys(file: Path) -> PublicKeys:
 def logged_statements(
     where: str, keys: PublicKeys, proof: str | None = None
 ) -> tuple[int, list[tuple[str, dict[str, Any]]]]:
-    """Check a whole published log; return its number of entries, and its statements by sha256, in order.
+    """Check a whole published log; return the number of its entries, and its statements with sha256.
 
     With the proof of an entry, the log must continue the proof's checkpoint. Raise Refused.
     """

@@ -169,7 +169,7 @@ def _entries(number: int) -> str:
 
 
 def log_vkey(key_file: Path) -> str:
-    """Return the key of the log: from a file of public keys, or as a line of its own."""
+    """Return the log's vkey from a file: a file of public keys, or one that holds the vkey alone."""
     from sisa.verifier.envelope import parse_keys
     from sisa.verifier.note import parse_vkey
 
@@ -210,7 +210,7 @@ def show_log(directory: Path, num_last: int) -> Result:
 
 
 def _instant(seconds: int) -> str:
-    """Return a time that a witness gave, in seconds since 1970, in ISO 8601."""
+    """Return a time in ISO 8601; a witness may have signed one that is out of range."""
     try:
         return datetime.fromtimestamp(seconds, UTC).isoformat()
     except (OverflowError, ValueError, OSError):

@@ -290,9 +290,13 @@ def metrics(directory: Path, target: tuple[str, str] | None, named: tuple[str, .
 
 
 def _run_row(of: dict[str, Any]) -> str:
-    speed = "" if of["tokens_per_second"] is None else f", {of['tokens_per_second']:.0f} tok/s a worker"
-    loss = "" if of["last_loss"] is None else f", last loss {of['last_loss']:.4f}"
-    deletions = f", {counted(of['deletions'], 'deletion')}" * bool(of["deletions"])
-    failed = f", {counted(of['erasure_failures'], 'erasure')} FAILED" * bool(of["erasure_failures"])
-    done = f"{counted(of['slices_trained'], 'slice')}, {counted(of['tokens'], 'token')}"
-    return f"{of['run']}: {done}{speed}{loss}{deletions}{failed}"
+    facts = [counted(of["slices_trained"], "slice"), counted(of["tokens"], "token")]
+    if of["tokens_per_second"] is not None:
+        facts.append(f"{of['tokens_per_second']:.0f} tok/s a worker")
+    if of["last_loss"] is not None:
+        facts.append(f"last loss {of['last_loss']:.4f}")
+    if of["deletions"]:
+        facts.append(counted(of["deletions"], "deletion"))
+    if of["erasure_failures"]:
+        facts.append(f"{counted(of['erasure_failures'], 'erasure')} FAILED")
+    return f"{of['run']}: {', '.join(facts)}"

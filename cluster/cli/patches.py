@@ -436,8 +436,10 @@ def needs_in_words(needs: Mapping[str, Any]) -> str:
     >>> needs_in_words({"retain": True, "reference": False, "preferred": "refusals"})
     'retain set, refusals'
     """
-    found = ["retain set"] * needs["retain"] + ["reference"] * needs["reference"]
-    return ", ".join([*found, *([needs["preferred"]] if needs["preferred"] else [])]) or "nothing else"
+    found = {"retain set": needs["retain"], "reference": needs["reference"]}
+    names = [name for name, is_needed in found.items() if is_needed]
+    names += [needs["preferred"]] if needs["preferred"] else []
+    return ", ".join(names) or "nothing else"
 
 
 def defaults_in_words(defaults: Mapping[str, Any]) -> str:

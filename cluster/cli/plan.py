@@ -212,7 +212,7 @@ def _measured(config: RunConfig) -> tuple[float, float]:
 
 
 def _groups(risks: Sequence[str]) -> tuple[tuple[Group, ...], list[Problem]]:
-    """Return the groups of the command line, and every problem with them."""
+    """Return the groups of `--risk`, and every problem with them."""
     from sisa.planning.deletion_stream import Group
 
     found, problems = [], []
@@ -292,7 +292,7 @@ def replayed(found: Replayed, stream: Stream, batch: int, seconds: float) -> Res
 
 
 def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits, source: str) -> Result:
-    """Render all choices; `source` says where the bytes come from."""
+    """Render all choices; `source` is where the bytes of a stage come from."""
     body = {
         "recommended": None if best is None else _plain(best),
         "run_file": None if best is None else {"sisa": block_of(best, limits)},

@@ -1,4 +1,4 @@
-"""Show the whole promise in two minutes: train, ask, find, delete, ask again, prove.
+"""Run `sisa quickstart` and `sisa init`: train, ask, find, delete, ask again, prove, in two minutes.
 
 The story asks about the deleted person, about somebody else, and about general knowledge, and reports
 the model's answers as they are. `answered` says whether the trained model knew the deleted fact,
@@ -71,7 +71,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Start:
-    """Describe what `sisa init` wrote."""
+    """Name the files that `sisa init` wrote, and the number of records."""
 
     run_file: Path
     data_file: Path
@@ -124,7 +124,7 @@ class Story:
         return asdict(self) | {"share_of_full_training": round(part, 4)}
 
     def summary(self) -> list[str]:
-        """Return the end of the story in words."""
+        """Return the lines that end the story."""
         known = ["WRONG", "right"]
         gone = "STILL KNOWN" if self.leaked else "gone"
         proof = "equal, byte for byte" if self.equal else self.reason or "DIFFERENT"
@@ -154,7 +154,7 @@ class Story:
 def write_start(
     directory: Path, rows: Sequence[dict[str, Any]] = (), chosen: Mapping[str, Any] = FEW_RECORDS
 ) -> Start:
-    """Write a run file and data, else a sample. Raise InvalidInput if the directory is not empty."""
+    """Write a run file, and the rows or a sample. Raise InvalidInput if the directory is not empty."""
     rows = rows or make_people(SAMPLE_PEOPLE, SAMPLE_RECORDS)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InvalidInput(

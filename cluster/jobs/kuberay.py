@@ -37,6 +37,6 @@ def manifest(
         raise InvalidInput(
             "the manifest can't be filled in", problems=problems, next_step="correct them"
         )
-    name = FILES.get(kind, f"{kind}{'-gpu' * gpu}.yaml")
+    name = FILES.get(kind, f"{kind}-gpu.yaml" if gpu else f"{kind}.yaml")
     text = files("cluster.jobs").joinpath("manifests", name).read_text(encoding="utf-8")
     return text.replace(IMAGE, image).replace(INSTANCE_TYPE, instance_type)

@@ -145,7 +145,7 @@ class RayJobs:
 
 
 def check_address(address: str) -> str:
-    """Return the address of a dashboard without its last slash; raise InvalidInput if it is none."""
+    """Return the address of a dashboard without a slash at the end. Raise InvalidInput."""
     try:
         parts = urlsplit(address)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

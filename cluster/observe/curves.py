@@ -78,7 +78,7 @@ def _values(line: CurveLine, seen: Counter[str]) -> tuple[int, dict[str, Any]]:
 
 
 def summary(lines: Sequence[CurveLine]) -> dict[str, Any]:
-    """Return a summary of a run: of tokens and losses, what is not erased; speed is of one worker."""
+    """Return a summary of a run, without erased losses and tokens; speed is that of one worker."""
     events = Counter(each["event"] for each in lines)
     slices = [each for each in lines if each["event"] == "slice_trained"]
     counted = [each for each in slices if each["tokens"] is not None]

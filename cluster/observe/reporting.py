@@ -134,7 +134,7 @@ class RayMeters:
 
 
 def _session() -> str:
-    """Return the present connection to Ray; empty if there is none."""
+    """Return the id of the present connection to Ray; empty if there is none."""
     ray = sys.modules.get("ray")
     is_initialized = getattr(ray, "is_initialized", None)  # none while another thread imports Ray
     if ray is None or is_initialized is None or not is_initialized():
@@ -188,7 +188,7 @@ def logged_run(command: str) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Write a line to a person or a log, from outside any flow."""
+    """Write a notice for a person, or into the log; flows report events instead."""
     log = open_log()
     if log is not None:
         log.write_event(events.Notice(text.strip()))

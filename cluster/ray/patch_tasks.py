@@ -46,7 +46,7 @@ class RayPatcher(PatchMaker):
     config: RunConfig
 
     def make(self, order: PatchOrder, report: Report) -> PatchMade:
-        """Make a patch, as the Protocol says. Also raise EnvironmentFault if Ray or a machine fails."""
+        """Make a patch. Raise as the Protocol, and EnvironmentFault if Ray or a machine fails."""
         site, cluster = self.site, self.config.cluster
         session = connect(cluster.address, site.threads)
         origin = ray.get_runtime_context().get_node_id()

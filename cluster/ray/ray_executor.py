@@ -1,4 +1,4 @@
-"""Train on Ray, longest chains first, any number of workers, the same bytes.
+"""Train on Ray, longest chains first; the bytes are the same for any number of workers.
 
 A task is one shard's chain, or several that a worker trains side by side. It can be started again
 anywhere at any time, since workers skip stages that are already stored: a worker killed in the middle of
@@ -116,7 +116,7 @@ def dealt(chains: Sequence[Chain], num_workers: int, lanes: int) -> list[tuple[C
 
 
 def _label(shards: Sequence[int]) -> str:
-    return f"shard{'s' * (len(shards) > 1)} {', '.join(map(str, shards))}"
+    return f"{'shard' if len(shards) == 1 else 'shards'} {', '.join(map(str, shards))}"
 
 
 @contextlib.contextmanager

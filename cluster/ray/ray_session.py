@@ -39,8 +39,8 @@ from sisa.flows.wiring.upper_houses import ROOT, check_upper_houses
 
 CONNECT_S = 5.0
 OBJECT_STORE_BYTES = 100 * 2**20  # only results travel locally; Ray's minimum is 75 MiB
-# Processes of a head node that a Ray on one machine does without: they scale a cluster, and read
-# workers' logs for the driver's terminal.
+# Processes of a head node that a Ray on one machine does not need: they scale a cluster, and copy
+# workers' logs to the driver's terminal.
 NEEDLESS = ("start_monitor", "start_log_monitor")
 MAX_TEMP_LENGTH = 36  # what a unix socket's 103 bytes leave beside Ray's own names
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -226,7 +226,7 @@ def _start(num_cpus: int, at_end: ExitStack) -> Path:
 
 @contextmanager
 def without_needless_processes() -> Iterator[None]:
-    """Start head nodes without NEEDLESS processes until the block ends: with a third less work."""
+    """Start head nodes without NEEDLESS processes until the block ends, with a third less work."""
     with ExitStack() as changes:
         for each in NEEDLESS:
             changes.enter_context(_instead(node.Node, each, lambda *_, **__: None))

@@ -128,7 +128,7 @@ def base_on_this_node(task: NeedsBase, base_dir: Path) -> Path:
 
 @functools.lru_cache(maxsize=8)
 def _found_base(base_dir: Path, cache: Path, manifest: BaseManifest) -> Path:
-    """Return where the base is found, or raise Unready, which is not cached: it may be carried here."""
+    """Return where the base is. Raise Unready, which is not cached: the base may be carried here."""
     found = find_base(base_dir, cache, manifest)
     if found is None:
         raise Unready

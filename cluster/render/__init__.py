@@ -1,1 +1,1 @@
-"""How results read: JSON, words, pictures."""
+"""Render results: JSON, text, pictures."""

@@ -1,9 +1,9 @@
 """Make the page that a privacy officer reads: one HTML file, without script, network or record ids.
 
-    facts = read_facts(model, made_by="dpo")       # effects: what the model, its log and its keys say
+    facts = read_facts(model, now, made_by="dpo")    # effects: reads the model, its log and its keys
     page(report_body(facts))                         # pure: the same facts give the same bytes
 
-What the page shows is in `report_body(facts)`, which `sisa report --json` prints. Whatever people wrote
+The page shows only what is in `report_body(facts)`, which `sisa report --json` prints. What people wrote
 (reasons, approvers, external ids, paths) is escaped, isolated from the text around it, and stripped of
 control characters. Consent texts name people, so the page says only that a consent is recorded.
 
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from sisa.flows.wiring.results import Status
     from sisa.model import Model
 
-Attention = tuple[int, str, str, str]  # count (True: not counted), severity, what, next step
+# A point to act on: its count (0: it does not apply; True: it has no count), severity, what, next step.
+Attention = tuple[int, str, str, str]
 MAX_BARS = 24
-NUM_READS = 3  # of a model that others change
+NUM_READS = 3  # attempts, while others change the model
 SOON_DAYS = 7
 WITNESS_STEP = {
     "current": "",
@@ -87,7 +88,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Hold what an outsider finds in the log and the public keys; `fault` says why nothing more."""
+    """Hold what an outsider finds in the log and the public keys."""
 
     keyid: str = ""  # of the key that signs now
     origin: str = ""
@@ -96,17 +97,17 @@ class Evidence:
     cosigners: tuple[str, ...] = ()  # named by the checkpoint; their keys are not known here
     statements: tuple[Statement, ...] = ()  # that verify
     served: Mapping[str, str] = field(default_factory=dict)  # sha256 by name, as last stated
-    fault: str = ""
+    fault: str = ""  # why the rest does not verify
     pending: tuple[str, ...] = ()  # completed requests whose certificates are not logged yet
 
 
 def check_evidence(
     read: Callable[[str], bytes], own: PublicKeys | None = None, kept: bytes = b""
 ) -> Evidence:
-    """Return what verifies of a published log, of which `read` reads a file by its path.
+    """Return the part of a published log that verifies; `read` reads one of its files by its path.
 
-    `own` are the public keys that belong to the model's secret ones, if these are here. `kept` is a
-    checkpoint that somebody kept: the log must continue from it.
+    `own` are the model's own public keys, if its secret keys are on this machine. The log must continue
+    from `kept`, a checkpoint that somebody kept.
     """
     found = Evidence()
     try:
@@ -147,7 +148,7 @@ def _statement(sha256: str, stated: Mapping[str, Any]) -> Statement:
 
 @dataclass(frozen=True)
 class Facts:
-    """Hold what the page is made from."""
+    """Hold all that the page is made from."""
 
     made_at: str
     made_by: str  # as given; may be empty
@@ -198,7 +199,7 @@ def _read_once(model: Model, now: str, made_by: str) -> Facts:
 
 
 def _read_evidence(model: Model, requests: Sequence[RequestView]) -> Evidence | None:
-    """Return what verifies of a model's evidence; None if it has no keys."""
+    """Return the part of a model's evidence that verifies; None if it has no keys."""
     from sisa.evidence.hook import open_hook
     from sisa.evidence.keys import log_blobs, open_keys
     from sisa.flows.wiring.wiring import EVIDENCE
@@ -322,7 +323,7 @@ def _evidence(found: Facts, evidence: Evidence) -> dict[str, Any]:
 
 
 def _batches(views: Sequence[RequestView]) -> list[dict[str, Any]]:
-    """Return what each batch of deletions cost; its requests have one commit and the same costs."""
+    """Return the cost of each batch of deletions, whose requests share a commit and its costs."""
     batches: dict[str, dict[str, Any]] = {}
     for request in (view.request for view in views if view.request.committed_at):
         batch = batches.setdefault(
@@ -343,7 +344,7 @@ def _batches(views: Sequence[RequestView]) -> list[dict[str, Any]]:
 
 
 def cost_bars(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the record-epochs of each day, else month, else year: the first that needs few bars."""
+    """Return the record-epochs of each day, month or year: the shortest that needs few bars."""
     sums: Counter[str] = Counter()
     for num_chars in (len("2026-01-30"), len("2026-01"), len("2026")):
         sums = Counter()
@@ -371,7 +372,7 @@ def _patch(patch: Patch) -> dict[str, Any]:
 
 
 def _attention(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what somebody should act on, the gravest first."""
+    """Return the points to act on, errors first."""
     requests = body["requests"]
     left = [each["days_left"] for each in requests if each["days_left"] is not None]
     states = Counter(each["state"] for each in requests)
@@ -406,7 +407,7 @@ def _attention(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _about_evidence(evidence: Mapping[str, Any] | None, pending: int) -> list[Attention]:
-    """Return what is wrong with the evidence."""
+    """Return the points to act on in the evidence."""
     if evidence is None:
         return [(True, "warning", "Deletions are not certified", "`sisa keys init` makes keys")]
     unknown, stale = evidence["of_unknown_requests"], not evidence["states_what_is_served"]
@@ -424,7 +425,7 @@ def _about_evidence(evidence: Mapping[str, Any] | None, pending: int) -> list[At
 
 
 def page(body: Mapping[str, Any]) -> str:
-    """Return the page of what `report_body` returned."""
+    """Return the page of a body that `report_body` returned."""
     return _template().render(**body, bars=cost_bars(body["costs"]), soon_days=SOON_DAYS)
 
 
@@ -449,7 +450,7 @@ def _template() -> jinja2.Template:
 
 
 def _moment(at: str) -> str:
-    """Return a time for readers, to the minute.
+    """Return a time to the minute.
 
     >>> _moment("2026-01-30T09:00:31.123+00:00")
     '2026-01-30 09:00 UTC'

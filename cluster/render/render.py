@@ -1,4 +1,4 @@
-"""Render results as JSON and in words.
+"""Render results as JSON and as text.
 
 The JSON keys are a contract (README, "The JSON contract"): keys are added, never renamed.
 
@@ -9,7 +9,7 @@ The JSON keys are a contract (README, "The JSON contract"): keys are added, neve
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,17 +123,14 @@ def _located(each: Location) -> list[str]:
         return [f"{each.id}: {by} (was in {place}; {_gone(each)})", *patches]
     place += f" (generation {each.generation})" if each.generation else ""
     head = "  <- head, not served now" if each.restricted_since else "  <- served head"
-    return [
-        f"{each.id}: {each.state}, {place}, in {counted(len(each.checkpoints), 'checkpoint')}",
-        *[f"    restricted since {each.restricted_since}: not served"] * bool(each.restricted_since),
-        *(
-            f"    slice {touch.slice}  {touch.key}{head if touch.is_head else ''}"
-            for touch in each.checkpoints
-        ),
-        *(f"    exported to {path}" for path in each.exports),
-        *patches,
-        *(f"    hidden states of its slice in {path}" for path in each.kept_states),
-    ]
+    lines = [f"{each.id}: {each.state}, {place}, in {counted(len(each.checkpoints), 'checkpoint')}"]
+    if each.restricted_since:
+        lines.append(f"    restricted since {each.restricted_since}: not served")
+    for touch in each.checkpoints:
+        lines.append(f"    slice {touch.slice}  {touch.key}{head if touch.is_head else ''}")
+    lines += [f"    exported to {path}" for path in each.exports]
+    lines += patches
+    return lines + [f"    hidden states of its slice in {path}" for path in each.kept_states]
 
 
 def _gone(each: Location) -> str:
@@ -173,7 +170,7 @@ def rectified(found: Rectified) -> Result:
 
 
 def restricted(found: Restriction, holders: Mapping[str, Any] | None = None) -> Result:
-    """Render a restriction or its end, and who holds earlier exports: users, and engines."""
+    """Render a restriction or its end, and the earlier exports with the engines that hold them."""
     exports, engines = (list(holders[name]) if holders else [] for name in ("recipients", "engines"))
     records = counted(found.num_records, "record")
     lines = [f"restricted since {found.since}: {records}" if found.since else f"released: {records}"]
@@ -192,7 +189,7 @@ def restricted(found: Restriction, holders: Mapping[str, Any] | None = None) -> 
 
 
 def engine_lines(engines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each engine that holds what was exported, or could not be asked."""
+    """Return a line for each engine that holds one of the exports, or could not be asked."""
     return [
         f"engine {each['url']}: "
         + (each["fault"] or f"holds {counted(len(each['adapters']), 'adapter')} of these exports")
@@ -201,7 +198,7 @@ def engine_lines(engines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def drop_standing(found: Standing) -> str:
-    """Return where DROP's cycle stands, in one line."""
+    """Return the state of DROP's cycle, in one line."""
     return (
         f"DROP: next access due {found.next_access}, {counted(found.days_left, 'day')} left; "
         f"{counted(found.open, 'work item')} open, {found.overdue} overdue"
@@ -226,13 +223,15 @@ def drop_shown(found: Details | None) -> Result:
     return Result(asdict(found), lines)
 
 
-def meanwhile(of: Request | Forgetting) -> list[str]:
-    """Return what is served until the shards are retrained, and the additional cost of other orders."""
-    text = ", ".join(f"shard {s}: {n} of {whole} slices" for s, n, whole in of.served[:MAX_SHARDS_SHOWN])
-    text += ", ..." if len(of.served) > MAX_SHARDS_SHOWN else ""
-    served = f"  meanwhile served: {text}; {100 * of.serving_depth:.1f}% of all shards' slices"
-    others = f"  other orders: {of.record_epochs_others} record-epochs more"
-    return [served] * bool(of.served) + [others] * bool(of.record_epochs_others)
+def meanwhile(of: Request | Forgetting) -> Iterator[str]:
+    """Yield what is served until the shards are retrained, and the additional cost of other orders."""
+    if of.served:
+        shown = [f"shard {s}: {n} of {whole} slices" for s, n, whole in of.served[:MAX_SHARDS_SHOWN]]
+        shown += ["..."] if len(of.served) > MAX_SHARDS_SHOWN else []
+        share_served = f"{100 * of.serving_depth:.1f}% of all shards' slices"
+        yield f"  meanwhile served: {', '.join(shown)}; {share_served}"
+    if of.record_epochs_others:
+        yield f"  other orders: {of.record_epochs_others} record-epochs more"
 
 
 def _numbers(of: Request | Forgetting, shards: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
@@ -303,32 +302,34 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
         "probed": request.probed and asdict(request.probed),
     }
     lines = _already(len(already))
-    step = []
     if outcome.request is not None:
-        to_do = "to be retrained" if request.state == "erased" else "retrained"
-        lines = [
-            f"deleted {counted(request.num_records, 'record')} exactly; request {request.request_id}",
-            *(
-                f"  shard {s}: {counted(n, 'slice')} {to_do} from slice {f} on"
-                for s, f, n in request.shards
-            ),
-            *meanwhile(request),
-            f"  record-epochs: {retrained(request)} in {request.seconds:.1f} s",
-            f"  model digest {request.model_digest_before[:16]}... -> {after[:16]}...",
-            *lines,
-            *[f"  {counted(request.exports_erased, 'export')} erased"] * bool(request.exports_erased),
-            *probed(request.probed),
-            *base_hint(request, directory),
-        ]
-        step = [f"next: `sisa verify -m {directory} --replay sample` proves it by retraining"]
-        if request.state == "erased":
-            step = [f"next: `sisa run -m {directory}` retrains the deferred slices"]
+        lines = _deleted(request, outcome, directory)
     lines += missing_exports(outcome.exports_missing) + old_versions(outcome.kept)
-    return Result(body, lines + step)
+    if request.state == "erased":
+        lines.append(f"next: `sisa run -m {directory}` retrains the deferred slices")
+    elif outcome.request is not None:
+        lines.append(f"next: `sisa verify -m {directory} --replay sample` proves it by retraining")
+    return Result(body, lines)
+
+
+def _deleted(request: Request, outcome: ForgetOutcome, directory: Path | str) -> list[str]:
+    """Return the facts of a deletion, and what the base alone knew."""
+    to_do = "to be retrained" if request.state == "erased" else "retrained"
+    lines = [f"deleted {counted(request.num_records, 'record')} exactly; request {request.request_id}"]
+    for shard, first, num in request.shards:
+        lines.append(f"  shard {shard}: {counted(num, 'slice')} {to_do} from slice {first} on")
+    lines += meanwhile(request)
+    lines.append(f"  record-epochs: {retrained(request)} in {request.seconds:.1f} s")
+    before, after = request.model_digest_before, outcome.model_digest
+    lines.append(f"  model digest {before[:16]}... -> {after[:16]}...")
+    lines += _already(len(outcome.already_deleted))
+    if request.exports_erased:
+        lines.append(f"  {counted(request.exports_erased, 'export')} erased")
+    return lines + probed(request.probed) + base_hint(request, directory)
 
 
 def probed(found: Probed | None) -> list[str]:
-    """Return what the base alone knew, in one line; no line if the base was not probed."""
+    """Return what the base alone knew, as one line, or none if the base was not probed."""
     if found is None:
         return []
     if found.failure:
@@ -342,7 +343,7 @@ def probed(found: Probed | None) -> list[str]:
 
 
 def base_hint(request: Request, directory: Path | str) -> list[str]:
-    """Return what to do if the base alone knows a deleted record; no line if it does not."""
+    """Return what to do if the base alone knows a deleted record, as one line, or none."""
     if request.probed is None or not request.probed.num_known:
         return []
     start = f"  to make the base say less of it, approximately: sisa approx unlearn -m {directory}"
@@ -373,11 +374,13 @@ def old_versions(found: Sequence[KeptVersions]) -> list[str]:
 
 
 def status(found: Status) -> Result:
-    count = found.records_without_subject
     lines = [
         f"{found.directory}: {found.records} records, {found.deleted_records} deleted, "
-        f"schedule {found.schedule}",
-        *[f"{count} records have no subject: they are not found by one"] * bool(count),
+        f"schedule {found.schedule}"
+    ]
+    if count := found.records_without_subject:
+        lines.append(f"{count} records have no subject: they are not found by one")
+    lines += [
         f"base {found.base_model} ({found.base_digest[:16]}...), embedder {found.embedder}",
         f"model digest {found.model_digest}",
         "shard  records  per slice            depth  head",
@@ -391,11 +394,13 @@ def status(found: Status) -> Result:
             waiting += f"  (restricted: serves {counted(each.served_depth, 'slice')})"
         depth = f"{each.depth}/{each.num_stages}"
         lines.append(f"{each.shard:5}  {each.records:7}  {per_slice:20} {depth:>5}  {head}{waiting}")
-    others = found.num_orders - 1
-    more = f" in order 0, {found.record_epochs_others} more in {others} other order{'s' * (others > 1)}"
+    more = ""
+    if found.num_orders > 1:
+        others = counted(found.num_orders - 1, "other order")
+        more = f" in order 0, {found.record_epochs_others} more in {others}"
     lines.append(
         f"served: {100 * found.serving_depth:.1f}% of the shards' slices; training from scratch: "
-        f"{found.record_epochs_full} record-epochs{more if others else ''}"
+        f"{found.record_epochs_full} record-epochs{more}"
     )
     if number := found.restricted_records:
         of = counted(found.restricted_subjects, "subject")
@@ -450,7 +455,7 @@ def verified(found: Verification) -> Result:
 
 
 def stated(done: Result, found: Stated) -> Result:
-    """Add to the result of a check whether the model's log has it; the verdict stays the last line."""
+    """Add to a check's result its entry in the model's log; the verdict stays the last line."""
     line = f"not logged: {found.not_logged}"
     if found.entry is not None:
         line = f"logged: entry {found.entry}, {found.result}"
@@ -483,7 +488,7 @@ def answer_text(found: Answer, answer_only: bool = False) -> str:
 
 
 def prompts(found: HeldPrompts | None) -> list[str]:
-    """Return how stored prompts would be routed, in one line; no line if that was not checked."""
+    """Return how stored prompts would be routed, as one line, or none if that was not checked."""
     if found is None:
         return []
     line = f"routing check: {found.turned_away} of {found.looked_up} stored prompts are turned away"

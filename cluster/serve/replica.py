@@ -34,7 +34,8 @@ from ray import serve
 
 from cluster.serve.app import build_app
 from cluster.serve.domain import AnswerEvent, Ended, Piece, Question, Service, Started, Token
-from cluster.serve.tokens import LOCAL, Caller, Tokens, check_listening
+from cluster.serve.service import check_listening
+from cluster.serve.tokens import LOCAL, Caller, Tokens
 from sisa.config.config import RunConfig, ServiceBlock
 from sisa.core.errors import EnvironmentFault, Outdated, SisaError, internal_fault
 from sisa.flows.ask import Routed

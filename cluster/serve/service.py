@@ -14,6 +14,7 @@ loads Ray.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ import secrets
 import signal
 import socket
 import ssl
+import stat
 import threading
 import time
 import urllib.request
@@ -34,12 +36,13 @@ import psutil
 
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Kind
-from sisa.core.errors import Busy, EnvironmentFault
+from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, InvalidInput
 from sisa.flows.wiring.upper_houses import SERVICE
 from sisa.store.blobs import files
 
 if TYPE_CHECKING:
-    from sisa.config.config import RunConfig
+    from cluster.serve.tokens import Tokens
+    from sisa.config.config import RunConfig, Tls
     from sisa.flows.ask import Answer, Prompt
     from sisa.flows.query import Candidate
 
@@ -170,7 +173,7 @@ def started(
     Raise Busy if one runs already, ConfigConflict for an address that needs tokens, EnvironmentFault if
     Ray or the replicas can't be started.
     """
-    from cluster.serve.tokens import Tokens, check_listening, tls_files
+    from cluster.serve.tokens import Tokens
 
     if (held := find_service(directory)) is not None:
         step = f"stop it: `sisa serve --stop -m {directory}`"
@@ -201,7 +204,8 @@ def _url(http: Mapping[str, Any]) -> str:
     """
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(http["host"], http["host"])  # noqa: S104
     shown = f"[{host}]" if ":" in host else host
-    return f"http{'s' * ('ssl_keyfile' in http)}://{shown}:{http['port']}"
+    scheme = "https" if "ssl_keyfile" in http else "http"
+    return f"{scheme}://{shown}:{http['port']}"
 
 
 def _check_answers(running: Running) -> None:
@@ -240,6 +244,65 @@ def _check_port(host: str, port: int) -> None:
                 got=error.strerror or "",
                 next_step="choose another one with --host and --port",
             ) from None
+
+
+def check_listening(host: str, tokens: Tokens) -> None:
+    """Raise ConfigConflict if others than this machine could call and no token is active."""
+    if is_loopback(host) or any(state == "active" for _, state in tokens.listed()):
+        return
+    raise ConfigConflict(
+        "the service would listen to other machines, and no token is active",
+        where="service.host",
+        expected="127.0.0.1, ::1 or localhost, or tokens",
+        got=host,
+        next_step="`sisa token add -m DIR NAME --role reader` makes one",
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0"), is_loopback("example.org")
+    (True, True, False, False)
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def tls_files(tls: Tls | None) -> dict[str, str]:
+    """Return uvicorn's options for TLS, which are Ray Serve's as well; none without TLS.
+
+    Raise InvalidInput unless the certificate fits the key, and the key is its owner's alone.
+    """
+    if tls is None:
+        return {}
+    try:
+        found = tls.key.stat()
+        others = stat.S_IMODE(found.st_mode) & 0o077
+        if others or found.st_uid not in (os.getuid(), 0):
+            raise _unusable(tls, f"a key that others can read (mode {stat.S_IMODE(found.st_mode):o})")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls.cert, tls.key, password=_refuse_password)
+    except OSError as error:  # ssl.SSLError is one
+        reason = getattr(error, "reason", None) or error.strerror or type(error).__name__
+        raise _unusable(tls, reason) from None
+    return {"ssl_certfile": str(tls.cert.absolute()), "ssl_keyfile": str(tls.key.absolute())}
+
+
+def _refuse_password() -> str:
+    raise OSError("the key is sealed by a password")
+
+
+def _unusable(tls: Tls, got: str) -> InvalidInput:
+    return InvalidInput(
+        "TLS can't be used",
+        where=f"service.tls: {tls.cert}, {tls.key}",
+        expected="a certificate in PEM and its key, unsealed, of mode 0600",
+        got=got,
+        next_step="correct the paths, or `chmod 600` the key",
+    )
 
 
 @contextlib.contextmanager

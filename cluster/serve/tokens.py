@@ -21,13 +21,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import json
 import math
 import os
 import re
 import secrets
-import ssl
 import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -45,7 +43,6 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
 from cluster.serve.domain import Refusal, service_of
-from sisa.config.config import Tls
 from sisa.core.block import Block
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.flows.wiring.upper_houses import TOKENS
@@ -338,62 +335,3 @@ def _local(request: Request) -> Caller:
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
         raise Refusal(403, "a page of another site sent this", next_step="use a token")
     return LOCAL
-
-
-def check_listening(host: str, tokens: Tokens) -> None:
-    """Raise ConfigConflict if others than this machine could call and no token is active."""
-    if is_loopback(host) or any(state == "active" for _, state in tokens.listed()):
-        return
-    raise ConfigConflict(
-        "the service would listen to other machines, and no token is active",
-        where="service.host",
-        expected="127.0.0.1, ::1 or localhost, or tokens",
-        got=host,
-        next_step="`sisa token add -m DIR NAME --role reader` makes one",
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0"), is_loopback("example.org")
-    (True, True, False, False)
-    """
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def tls_files(tls: Tls | None) -> dict[str, str]:
-    """Return uvicorn's options for TLS, which are Ray Serve's as well; none without TLS.
-
-    Raise InvalidInput unless the certificate fits the key, and the key is its owner's alone.
-    """
-    if tls is None:
-        return {}
-    try:
-        found = tls.key.stat()
-        others = stat.S_IMODE(found.st_mode) & 0o077
-        if others or found.st_uid not in (os.getuid(), 0):
-            raise _unusable(tls, f"a key that others can read (mode {stat.S_IMODE(found.st_mode):o})")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tls.cert, tls.key, password=_refuse_password)
-    except OSError as error:  # ssl.SSLError is one
-        reason = getattr(error, "reason", None) or error.strerror or type(error).__name__
-        raise _unusable(tls, reason) from None
-    return {"ssl_certfile": str(tls.cert.absolute()), "ssl_keyfile": str(tls.key.absolute())}
-
-
-def _refuse_password() -> str:
-    raise OSError("the key is sealed by a password")
-
-
-def _unusable(tls: Tls, got: str) -> InvalidInput:
-    return InvalidInput(
-        "TLS can't be used",
-        where=f"service.tls: {tls.cert}, {tls.key}",
-        expected="a certificate in PEM and its key, unsealed, of mode 0600",
-        got=got,
-        next_step="correct the paths, or `chmod 600` the key",
-    )

@@ -1,1 +1,1 @@
-"""Measure what models know: one command a benchmark, and the attacks."""
+"""Define `sisa eval`: one command for each benchmark, and the attacks."""

@@ -25,6 +25,7 @@ from cluster.serve import app as serving
 from cluster.serve import tokens as module
 from cluster.serve.app import build_app
 from cluster.serve.domain import Service
+from cluster.serve.service import check_listening, tls_files
 from cluster.serve.tokens import (
     DAYS,
     FAILURES_PER_MINUTE,
@@ -36,8 +37,6 @@ from cluster.serve.tokens import (
     Role,
     Scope,
     Tokens,
-    check_listening,
-    tls_files,
 )
 from sisa.config.config import Tls
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
