@@ -159,6 +159,18 @@ def test_every_command_is_in_the_readme(name: str) -> None:
     assert re.search(rf"\bsisa {name}\b", readme)
 
 
+FOLLOWED = re.findall(r"`(\S+\.py)`: `([\w.]+)`", (ROOT / "sisa" / "README.md").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(("path", "name"), FOLLOWED)
+def test_every_function_that_a_deletion_passes_is_there(path: str, name: str) -> None:
+    body = ast.parse((ROOT / path).read_text("utf-8")).body
+    for part in name.split("."):
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        (found,) = (each for each in body if isinstance(each, kinds) and each.name == part)
+        body = found.body
+
+
 def text_files() -> Iterator[tuple[str, str]]:
     for path in tracked():
         try:
