@@ -54,7 +54,7 @@ from sisa.lm.base.weights import (
 )
 from sisa.lm.train.lora import seed_from
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.records import DRAFTS_AREA, FileVault
+from sisa.store.vault import DRAFTS_AREA, FileVault
 
 PROGRESS_EVERY_S = 0.25
 JUDGED_EVERY = 4  # one of this many texts is not trained on

@@ -26,9 +26,9 @@ from sisa.core.events import Report
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.flows.wiring.wiring import PATCHES
 from sisa.lm.base.numerics import fingerprint
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FILES
-from sisa.store.records import DRAFTS_AREA
+from sisa.store.vault import DRAFTS_AREA
 
 
 @dataclass(frozen=True, slots=True)

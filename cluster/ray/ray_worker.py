@@ -54,8 +54,8 @@ def open_parts(site: Site) -> Parts:
     """Open the trainer and the stores of a site. The base stays loaded in the process."""
     from sisa.flows.wiring.wiring import open_stores, open_trainer
     from sisa.lm.base.numerics import pin_threads
-    from sisa.store.blobs.files import LocalBlobs
     from sisa.store.blobs.keyring import FileKeyring
+    from sisa.store.blobs.local_blobs import LocalBlobs
 
     records = site.records_at
     if isinstance(records, LocalBlobs) and not records.root.is_dir():

@@ -36,7 +36,7 @@ from sisa.flows.wiring.context import (
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.flows.wiring.wiring import CHECKPOINTS, LEDGER, LOCK, METRICS, PATCHES, SCRATCH
 from sisa.store.blobs import files
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.ledger.database import COMMIT_LOCK
 from sisa.store.metrics import run_files

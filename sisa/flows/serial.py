@@ -39,7 +39,7 @@ from sisa.core.ports import (
     Tick,
     Trainer,
 )
-from sisa.store.blobs.files import LocalBlobs, absolute
+from sisa.store.blobs.local_blobs import LocalBlobs, absolute
 
 PROGRESS_EVERY_S = 0.25
 

@@ -1,4 +1,4 @@
-"""Records at rest: a Parquet file per (shard, slice), named by its content; and the vault.
+"""Records at rest: a Parquet file per (shard, slice), named by its content.
 
 A slice's file never changes; deleting a record writes one small new file and erases the old one. Rows
 are in canonical order (by keyed id), so a file's bytes equal those of a file that never held the deleted
@@ -6,11 +6,6 @@ record. Plain ids and text are stored here and nowhere else. Digests and sizes a
 
 Columns: id_digest, id, subject_id, kind, roles (list), texts (list); deletion_risk (JSON) if a record of
 the slice has one; generation if it was appended.
-
-The vault holds the texts that patches are made from, and drafts of patches; both are always encrypted,
-even without `encrypt:`, with keys outside the model's directory. A set is one file under
-the set's name: the canonical JSON of its records in the order they were put. A file that is not
-encrypted is refused, even with the right bytes.
 """
 
 from __future__ import annotations
@@ -18,16 +13,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from sisa.core.digest import canonical_json, sha256_hex
-from sisa.core.domain import GENERATION_COLUMN, Part, Record, SliceFile, VaultSet
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import GENERATION_COLUMN, Part, Record, SliceFile
 from sisa.core.errors import IntegrityError
-from sisa.core.ports import Keyring, StoredRecord
+from sisa.core.ports import StoredRecord
 from sisa.planning.bands import RISK_COLUMN
-from sisa.store.blobs import files
-from sisa.store.blobs.keyring import SealedArea, is_sealed
+from sisa.store.blobs.keyring import SealedArea
 
 RECORDS_AREA = "records"
 
@@ -99,64 +92,3 @@ def _record(row: Mapping[str, Any]) -> Record:
     risk = None if risk is None else json.loads(risk)
     generation = row.get(GENERATION_COLUMN)
     return Record(row["id"], row["subject_id"], row["kind"], parts, risk, generation)
-
-
-VAULT_AREA, DRAFTS_AREA = "vault", "runs"
-
-
-class FileVault(SealedArea):
-    """A Vault in a directory; its keyring encrypts."""
-
-    area = VAULT_AREA
-
-    def __init__(self, root: Path, keyring: Keyring) -> None:
-        if not keyring.seals:
-            raise TypeError("a vault is always encrypted")
-        super().__init__(root, keyring)
-        self.root = root
-
-    def put(self, name: str, records: Sequence[Record]) -> tuple[str, int]:
-        data = canonical_json([each.to_list() for each in records])
-        self._put(name, data)
-        return sha256_hex(data), len(data)
-
-    def read(self, found: VaultSet) -> tuple[Record, ...]:
-        data = self._bytes(found)
-        try:
-            return tuple(Record.from_list(each) for each in json.loads(data))
-        except (ValueError, TypeError) as error:
-            raise IntegrityError(
-                "a set of the vault can't be parsed",
-                where=str(self.root / found.name),
-                expected="records as this version writes them",
-                got=type(error).__name__,
-            ) from error
-
-    def check(self, found: VaultSet) -> None:
-        self._bytes(found)
-
-    def _bytes(self, found: VaultSet) -> bytes:
-        what, where = "set of the vault", str(self.root / found.name)
-        data = self.blobs.get(found.name, what)
-        if not is_sealed(data):
-            raise IntegrityError(
-                f"a {what} is not encrypted",
-                where=where,
-                expected="bytes that its key sealed",
-                got="plain bytes",
-                next_step="release it by `sisa approx release`, and give the texts again",
-            )
-        plain = self.keyring.unseal(self.area, found.name, "", data)
-        return files.verified(plain, found.sha256, what, where)
-
-    def held(self) -> frozenset[str]:
-        return super().held() | self.keyring.held(self.area)
-
-
-class FilePatchDrafts(SealedArea):
-    """Drafts of unfinished patches, a directory for each patch's key."""
-
-    area = DRAFTS_AREA
-
-    def held(self) -> frozenset[str]:
-        return super().held() | self.keyring.held(self.area)

@@ -27,8 +27,9 @@ import pytest
 from sisa.core.errors import EnvironmentFault, IntegrityError, TransientError
 from sisa.core.ports import BlobStore
 from sisa.store.blobs import files, object_blobs, object_client
-from sisa.store.blobs.files import TEMPORARY_PREFIX, LocalBlobs
+from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.lease import Lease
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.object_blobs import LAST, ObjectBlobs
 from tests.fakes.s3_server import Server, fresh_blobs
 

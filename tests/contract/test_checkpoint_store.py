@@ -18,8 +18,8 @@ from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.domain import SliceJob
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import BlobStore, CheckpointStore
-from sisa.store.blobs.files import LocalBlobs
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST, FileCheckpoints
 from tests.fakes.ports import ADAPTER, FakeCheckpoints
 from tests.fakes.s3_server import fresh_blobs

@@ -22,8 +22,9 @@ from sisa.core.digest import KEY_BYTES
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import Keyring
 from sisa.store.blobs import files
-from sisa.store.blobs.files import TEMPORARY_PREFIX, LocalBlobs
+from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import MAGIC, FileKeyring, is_sealed, reseal_blobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from tests.fakes.keyring import PLAIN, FakeKeyring
 
 OpenKeyring = Callable[[], Keyring]

@@ -16,7 +16,7 @@ from sisa.evidence.log import Log, check_tiles
 from sisa.flows.wiring.context import Context, purge
 from sisa.flows.wiring.wiring import LOG
 from sisa.store.blobs import object_client
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.object_blobs import ObjectBlobs
 from sisa.verifier import note
 from tests.fakes.s3_server import fresh_blobs

@@ -18,7 +18,7 @@ from sisa.core.domain import Part, Record, VaultSet
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import Vault
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
-from sisa.store.records import FileVault
+from sisa.store.vault import FileVault
 from tests.fakes.keyring import PLAIN
 from tests.fakes.patches import FakeVault, encode
 from tests.fakes.ports import fake_record

@@ -38,7 +38,7 @@ from sisa.core.events import Event, Notice, SliceTrained
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.weights import base_digest
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.endurance import ground as g

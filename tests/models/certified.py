@@ -17,7 +17,7 @@ from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.wiring.wiring import LOG
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_recipe, fake_record
 
 NAME = "0f" * 16

@@ -43,7 +43,8 @@ from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics
 from sisa.store.prefixes import FilePrefixes
-from sisa.store.records import FilePatchDrafts, FileRecords, FileVault
+from sisa.store.records import FileRecords
+from sisa.store.vault import FilePatchDrafts, FileVault
 from tests.fakes.patches import FakePatcher, FakeRuns
 from tests.fakes.ports import SECRET, FakeTrainer, FakeWitness, fake_record
 

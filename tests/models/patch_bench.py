@@ -19,10 +19,10 @@ from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.flows.wiring.wiring import PATCHES
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.weights import base_digest
-from sisa.store.blobs.files import LocalBlobs
 from sisa.store.blobs.keyring import FileKeyring
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.records import FileVault
+from sisa.store.vault import FileVault
 from tests.fakes.keyring import PLAIN
 from tests.models.knowing_base import record, teach
 from tests.models.tiny_base import make_tiny_base

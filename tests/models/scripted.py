@@ -22,7 +22,7 @@ from sisa.core.events import Event
 from sisa.core.ports import BlobStore, CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.lm.base.numerics import fingerprint
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.fakes.keyring import PLAIN

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sisa.core.digest import sha256_hex
 from sisa.evidence.log import Log, Tiles, check_log, log_reader
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier import merkle, note
 from sisa.verifier.certificate import log_entry
 from sisa.verifier.note import WIDTH, Checkpoint, NoteKey, tile_path

@@ -63,8 +63,8 @@ from sisa.flows.wiring.progress import current_run, new_run
 from sisa.lm.base.numerics import fingerprint
 from sisa.planning.layout import Assigner
 from sisa.store.blobs import files, object_client
-from sisa.store.blobs.files import LocalBlobs, absolute
 from sisa.store.blobs.keyring import FileKeyring, read_secret, write_secret
+from sisa.store.blobs.local_blobs import LocalBlobs, absolute
 from sisa.store.blobs.object_blobs import ObjectBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
@@ -73,7 +73,8 @@ from sisa.store.ledger.database import ledger_version
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics, metrics_line
 from sisa.store.prefixes import FilePrefixes
-from sisa.store.records import FilePatchDrafts, FileRecords, FileVault
+from sisa.store.records import FileRecords
+from sisa.store.vault import FilePatchDrafts, FileVault
 from sisa.store.witness import FileWitness
 
 LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"

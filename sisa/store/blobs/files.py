@@ -1,14 +1,12 @@
-"""Files that are whole or absent: atomic writes, checked reads, one writer, a blob store, and scratch.
+"""Files that are whole or absent: atomic writes, checked reads, one writer, and scratch.
 
 Bytes go to a temporary name in the same directory, are flushed to the disk, and get their name by one
 rename or link; readers never see half a file. Names are made of digests and numbers, never of a record
 id. What a disk, a snapshot or a server keeps of unlinked blocks is out of reach.
 
->>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
-...     blobs = LocalBlobs(Path(folder) / "records")
-...     blobs.put("a", b"abc")
-...     blobs.get("a", "file"), blobs.held()
+...     write_atomic(Path(folder) / "a", b"abc")
+...     read_whole(Path(folder) / "a", "file"), held_names(Path(folder))
 (b'abc', frozenset({'a'}))
 
 Scratch is files outside the model that may hold text, in temporary directories of this user. A killed
@@ -27,14 +25,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, all_tried
-from sisa.core.ports import BlobStore, KeptVersions
 
 TEMPORARY_PREFIX = ".tmp-"
 NETWORK_FILE_SYSTEMS = {
@@ -350,74 +346,6 @@ def read_beside(path: Path) -> Iterator[BinaryIO]:
                 for each in [e for e in open_files if not os.fstat(e.fileno()).st_nlink]:
                     open_files.remove(each)  # nobody locks a deleted file
                     each.close()
-
-
-@dataclass(frozen=True, slots=True)
-class LocalBlobs:
-    """A BlobStore in a directory, which the first put creates."""
-
-    root: Path
-    lent: bool = False  # an area, which a put does not create again once it is erased
-
-    def below(self, name: str) -> LocalBlobs:
-        return replace(self, root=self.root / name)
-
-    def location(self, name: str = "") -> str:
-        return str(self.root.absolute() / name)
-
-    def check_usable(self) -> None:
-        with disk_errors(self.root):
-            make_directory(self.root)
-            with tempfile.TemporaryFile(dir=self.root):
-                pass
-
-    def held(self) -> frozenset[str]:
-        return held_names(self.root) if self.root.is_dir() else frozenset()
-
-    def parts(self, group: str) -> frozenset[str]:
-        return self.below(group).held()
-
-    def get(self, name: str, what: str, num_bytes: int = -1) -> bytes:
-        return read_whole(self.root / name, what, num_bytes)
-
-    def num_bytes(self, name: str) -> int:
-        return num_bytes(self.root / name)
-
-    def put(self, name: str, data: bytes) -> None:
-        write_atomic(self.root / name, data, temporary_in=self.root, make_parents=not self.lent)
-
-    def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
-        write_directory(self.root / name, dict(parts), make_parents=not self.lent)
-
-    def erase(self, names: Collection[str]) -> None:
-        erase_all(self.root, names)
-
-    def clear(self) -> None:
-        erase_all(self.root.parent, [self.root.name])
-
-    def lend(self, area: str, names: Collection[str]) -> LocalBlobs:  # noqa: ARG002
-        lent = replace(self.below(area), lent=True)
-        make_directory(lent.root)
-        return lent
-
-    def accept(self, area: str, name: str) -> None:
-        with disk_errors(self.root / name):
-            try:
-                os.rename(self.root / area / name, self.root / name)
-            except FileNotFoundError:
-                return
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            sync_directory(self.root)
-
-    def purge(self, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:  # noqa: ARG002
-        return ()
-
-
-def absolute(blobs: BlobStore) -> BlobStore:
-    """Return the same store for a process in another working directory."""
-    return replace(blobs, root=blobs.root.absolute()) if isinstance(blobs, LocalBlobs) else blobs
 
 
 SCRATCH_PREFIX = "sisa-scratch-"

@@ -32,7 +32,7 @@ from sisa.core.digest import KEY_BYTES, canonical_json
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, all_tried
 from sisa.core.ports import BlobStore, Keyring
 from sisa.store.blobs import files
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 
 MAGIC = b"SISA-AES-256-GCM\n"
 NONCE_BYTES = 12

@@ -6,7 +6,7 @@ Whoever erases blobs that the ledger does not know also erases the area of a kil
 
 >>> import tempfile
 >>> from pathlib import Path
->>> from sisa.store.blobs.files import LocalBlobs
+>>> from sisa.store.blobs.local_blobs import LocalBlobs
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     store = LocalBlobs(Path(folder))
 ...     lease = Lease(store, store.lend(".tmp-run", ["a"]))

@@ -33,7 +33,7 @@ from sisa.evidence.log import Log
 from sisa.evidence.membership import Membership, VrfKey
 from sisa.flows.wiring.wiring import EVIDENCE, LOG
 from sisa.lm.base.numerics import describe_fingerprint
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier.certificate import CERTIFICATES
 from sisa.verifier.vrf import verify_output
 from tests.bench.scale.rollback import (

@@ -56,7 +56,7 @@ from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
 from sisa.flows.wiring.context import Context, Named, commit, lookup
 from sisa.model import Model
 from sisa.planning.layout import index_root, root_of, slice_root
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.ledger import rows
 from sisa.store.ledger.database import Sqlite
 from sisa.store.ledger.ledger import SqlLedger

@@ -55,7 +55,7 @@ from sisa.flows.wiring.context import Context, lookup
 from sisa.lm.base.numerics import describe_fingerprint
 from sisa.planning.layout import Assigner, Layout, index_root, slice_root
 from sisa.planning.plan import jobs, touched
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger

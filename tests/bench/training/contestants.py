@@ -165,7 +165,7 @@ def _ours(work: Ours) -> Ran:
     from sisa.lm.base.adapter import attach, read_config
     from sisa.lm.base.low_rank import ADAPTER_FILE, read_tensors
     from sisa.lm.base.weights import load_base
-    from sisa.store.blobs.files import LocalBlobs
+    from sisa.store.blobs.local_blobs import LocalBlobs
 
     load_base(work.site.base_dir, work.site.base_digest)  # a worker has it from its first task on
     with tempfile.TemporaryDirectory() as folder:

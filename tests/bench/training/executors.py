@@ -37,7 +37,7 @@ from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring.wiring import open_serial
 from sisa.lm.base.weights import resolve_base
 from sisa.planning.plan import jobs
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.ledger.ledger import SqlLedger
 from tests.bench.deletion.equal import Bench
 from tests.bench.deletion.one_record import warm

@@ -26,7 +26,7 @@ from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.tokens import Tokens, tokenize_all
 from sisa.lm.base.weights import load_tokenizer, resolve_base
 from sisa.planning.plan import jobs
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.records import FileRecords
 from tests.bench.training.contestants import (
     ALPHA,

@@ -41,7 +41,7 @@ from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Resources, commit, held_rows, lookup
 from sisa.model import Model
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.verifier.certificate import (
     AUDIT,

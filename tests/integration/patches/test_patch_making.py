@@ -37,7 +37,7 @@ from sisa.lm.base.low_rank import read_change
 from sisa.lm.base.tokens import NO_LOSS, Tokens, tokenize
 from sisa.lm.base.weights import load_base, load_patched, load_tokenizer, own_modules
 from sisa.store.blobs.keyring import is_sealed
-from sisa.store.records import DRAFTS_AREA, FilePatchDrafts
+from sisa.store.vault import DRAFTS_AREA, FilePatchDrafts
 from tests.models.knowing_base import record
 from tests.models.patch_bench import (
     ENOUGH,

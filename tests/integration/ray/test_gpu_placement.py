@@ -24,7 +24,7 @@ from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Report
 from sisa.flows.serial import Site
 from sisa.lm.base import numerics
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from tests.fakes.keyring import PLAIN
 
 pytestmark = pytest.mark.ray

@@ -19,7 +19,7 @@ from sisa.flows import scratch
 from sisa.flows.serial import Site
 from sisa.flows.wiring import upper_houses, wiring
 from sisa.flows.wiring.wiring import OnCluster
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from tests.fakes.keyring import PLAIN
 
 RUN_FILE = "{datasets: [{path: owner/people}], output_dir: model, cluster: {address: 'old:1'}}"

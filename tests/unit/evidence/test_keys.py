@@ -58,7 +58,7 @@ from sisa.evidence.keys import (
 from sisa.evidence.log import Log, check_log, follow, log_reader
 from sisa.flows.wiring.wiring import LOG
 from sisa.store.blobs import files
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier.certificate import EXACT, KEY_HANDOVER, STATE, verify_chain
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys, verify_envelope
 from tests.models.certified import certified

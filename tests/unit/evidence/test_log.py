@@ -22,7 +22,7 @@ from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, InvalidInpu
 from sisa.evidence import log as logs
 from sisa.evidence.log import Entry, Tiles, check_log, check_tiles, cosign, log_reader, new_witness
 from sisa.store.blobs import files
-from sisa.store.blobs.files import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier import merkle, note
 from sisa.verifier.envelope import Refused
 from sisa.verifier.note import WIDTH, Checkpoint, open_checkpoint, read_log, tile_path
