@@ -60,7 +60,7 @@ from sisa.flows.ask import (
 from sisa.flows.deletion import Terms, copies, forget_at_once, new_request, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
-from sisa.flows.reconcile import finish_exports, held_prompts, reconcile, stale_exports, under_way
+from sisa.flows.reconcile import finish_exports, held_prompts, reconcile, stale_paths, under_way
 from sisa.flows.rights import drop
 from sisa.flows.rights.access import held_of, recipients_of
 from sisa.flows.rights.restriction import Restriction, lift, restrict
@@ -287,7 +287,7 @@ class Model:
                 request, kept = done.requests[0], done.kept_versions
             else:  # finishes a deletion after a crash
                 kept = reconcile(context, defer=defer).kept_versions
-            lost = tuple(each.path for each in stale_exports(context))
+            lost = tuple(stale_paths(context))
             return ForgetOutcome(request, tuple(deleted), model_digest(context), lost, kept, defer)
 
     def submit(
@@ -664,7 +664,7 @@ class Model:
     def exports_missing(self) -> list[str]:
         """Return the paths of exports that a deletion could not erase: they were moved or changed."""
         with self._context() as context:
-            return [each.path for each in stale_exports(context)]
+            return stale_paths(context)
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Watch]:

@@ -415,7 +415,9 @@ def _outcome(
         request=request,
         events=events,
         tombstones=[each.id_digest for each in named.values() if isinstance(each, Tombstone)],
-        exports_left=sum(e.stale and e.request_id == request.request_id for e in ledger.exports()),
+        exports_left=len(
+            {e.path for e in ledger.exports() if e.stale and e.request_id == request.request_id}
+        ),
         old_versions=old_versions,
         holds=sum(each.state == "held" for each in ledger.requests()),
         rectified=bool(live) and len(live) == len(named),

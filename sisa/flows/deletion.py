@@ -23,7 +23,6 @@ from functools import cached_property
 from typing import TypeVar
 
 from sisa.core.domain import (
-    Export,
     IndexFile,
     Probed,
     RecordRow,
@@ -82,7 +81,7 @@ class Forgetting:
     remaining: tuple[SliceState, ...]  # new states of the slices that lose records
     emptied: tuple[SlicePosition, ...]
     tainted: tuple[str, ...]
-    exports: tuple[Export, ...]  # that these records touched
+    exports: tuple[str, ...]  # paths of those that these records touched
     record_epochs_retrained: int
     record_epochs_full: int
     record_epochs_others: int  # of the stages of the other orders
@@ -131,7 +130,7 @@ def plan_forget(
         remaining=tuple(filter(None, changed.values())),
         emptied=tuple(position for position, state in changed.items() if not state),
         tainted=tuple(tainted),
-        exports=tuple(tainted_exports(ledger.exports(), {"": rows})),
+        exports=tuple(dict.fromkeys(e.path for e in tainted_exports(ledger.exports(), {"": rows}))),
         record_epochs_retrained=sum(plan.record_epochs for plan in plans),
         record_epochs_full=full_record_epochs(views, context.settings.recipe),
         record_epochs_others=sum(plan.record_epochs_others for plan in plans),

@@ -27,7 +27,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
@@ -240,7 +240,7 @@ def _erase(context: Context, spared: Collection[str], removed: Removed) -> None:
             context.report(ErasureFailed(len(waiting)))
         raise
     waiting = [request for request in under_way(context) if request.state != "erased"]
-    lost = Counter(export.request_id for export in stale_exports(context))
+    lost = _count_by_request(stale_exports(context))
     notes = {name: f"{count} exports could not be found" for name, count in lost.items()}
     if waiting and (kept := purge(context)):
         what = f"old versions of erased objects are kept at {len(kept)} places"
@@ -495,8 +495,8 @@ def not_erased(context: Context) -> dict[str, int | None]:
             found[area] = len(store.held() - known[area] - targets)
         except SisaError:
             found[area] = None
-    stale = [export_standing(context, each) for each in stale_exports(context)]
-    found["exports"] = stale.count("held")
+    stale = [each for each in stale_exports(context) if export_standing(context, each) == "held"]
+    found["exports"] = len({each.path for each in stale})
     return {area: count for area, count in found.items() if count != 0}
 
 
@@ -531,7 +531,7 @@ def _erase_stale_exports(context: Context) -> None:
                     erased.append(each)
                 else:
                     left.append(replace(each, state="tainted"))
-        counts = Counter(name for name, _ in {(each.request_id, each.path) for each in erased})
+        counts = _count_by_request(erased)
         names = [each.name for each in erased]
         with context.stores.ledger.exclusive():
             counted = [
@@ -551,14 +551,24 @@ def export_standing(context: Context, export: Export) -> str:
 
 
 def stale_exports(context: Context) -> list[Export]:
-    """Return the exports that a deletion marked and that are not erased."""
+    """Return the exports that a deletion marked and that are not erased, a row for each shard in one."""
     return [each for each in context.stores.ledger.exports() if each.stale]
+
+
+def stale_paths(context: Context) -> list[str]:
+    """Return the paths of stale exports."""
+    return list(dict.fromkeys(each.path for each in stale_exports(context)))
+
+
+def _count_by_request(exports: Iterable[Export]) -> Counter[str]:
+    """Return the number of stale exports of each request; several shards in one export count once."""
+    return Counter(request_id for request_id, _ in {(each.request_id, each.path) for each in exports})
 
 
 def give_up_lost(context: Context) -> tuple[str, ...]:
     """Drop the rows of stale exports that are gone, and return their paths: the user vouches for it."""
     lost = [each for each in stale_exports(context) if export_standing(context, each) == "gone"]
-    counts = Counter(each.request_id for each in lost)
+    counts = _count_by_request(lost)
     with context.stores.ledger.exclusive():
         events = [
             event(request, context.now(), f"{counts[request.request_id]} lost exports were given up")

@@ -31,7 +31,7 @@ from sisa.flows.export import Card, export_adapters, with_base_name
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import find
 from sisa.flows.patches.on_deletion import PatchesHook
-from sisa.flows.reconcile import reconcile, stale_exports
+from sisa.flows.reconcile import give_up_lost, reconcile, stale_exports, stale_paths
 from sisa.flows.reconfigure import reset
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context, Resources
@@ -325,22 +325,38 @@ def test_no_version_is_used_twice(fake: FakeModel, tmp_path: Path) -> None:
     assert {Path(each.path).parent.name for each in export(fake, "out", tmp_path)} == {"v6"}
 
 
-def test_shards_that_were_exported_together_go_together(fake: FakeModel) -> None:
-    """As a merged form leaves them: one directory, a row for each shard that is in it."""
+MERGED = "/merged/v1/merged-adapter"
+
+
+def export_merged(fake: FakeModel) -> None:
+    """Leave what a merged form leaves: one directory, a row for each shard that is in it."""
     made = export(fake, "a")
     content = dict(fake.exports.stored[made[0].path])
-    fake.exports.stored = {"/merged/v1/merged-adapter": content}
+    fake.exports.stored = {MERGED: content}
     digest = sha256_hex(content[ADAPTER])
-    rows = [
-        replace(e, path="/merged/v1/merged-adapter", adapter_sha256=digest, form="merged-adapter")
-        for e in made
-    ]
+    rows = [replace(e, path=MERGED, adapter_sha256=digest, form="merged-adapter") for e in made]
     fake.ledger.commit(Change(exports=rows, unexported=[each.name for each in made]))
+
+
+def test_shards_that_were_exported_together_go_together(fake: FakeModel) -> None:
+    export_merged(fake)
     planned = plan_forget(fake.context, [row(fake, 3)])
     assert len(planned.plans) == 1, "one shard is touched"
+    assert planned.exports == (MERGED,)
     done = forget(fake, 3)
     assert (fake.exports.stored, fake.ledger.exports()) == ({}, [])
     assert done.exports_erased == 1
+
+
+def test_a_lost_export_of_several_shards_counts_once(fake: FakeModel) -> None:
+    export_merged(fake)
+    fake.exports.stored.clear()
+    done = forget(fake, 3)
+    assert len(stale_exports(fake.context)) > 1
+    assert stale_paths(fake.context) == [MERGED]
+    assert give_up_lost(fake.context) == (MERGED,)
+    notes = [each.note for each in lifecycle.view_of(fake.context, done).events if "export" in each.note]
+    assert notes == ["1 exports could not be found", "1 lost exports were given up"]
 
 
 def test_the_path_in_the_ledger_has_no_link_in_it(fake: FakeModel, tmp_path: Path) -> None:
