@@ -264,7 +264,7 @@ def find_candidates(
         live, _ = of_subject(context, subject)
         own = [
             _candidate(record, 1.0, row, "subject")
-            for record, row in zip(_records(context, live), live, strict=True)
+            for record, row in zip(records_of(context, live), live, strict=True)
         ]
         found = own + _similar(context, live, top_k) if live else []
     elif like is not None:
@@ -317,7 +317,7 @@ def _search(context: Context, queries: Vectors, top_k: int) -> list[Hit]:
 
 def ids_of(context: Context, rows: Sequence[RecordRow]) -> list[str]:
     """Return the plain ids of rows, sorted."""
-    return sorted(record.id for record in _records(context, rows))
+    return sorted(record.id for record in records_of(context, rows))
 
 
 def _vectors(context: Context, rows: Sequence[RecordRow]) -> Vectors:
@@ -338,7 +338,7 @@ def _candidates(context: Context, hits: Iterable[Hit], top_k: int) -> list[Candi
     by_vector = context.stores.ledger.by_vector
     rows = ((hit, by_vector(hit.shard, [hit.vector_id]).get(hit.vector_id)) for hit in hits)
     chosen = list(islice(((hit, row) for hit, row in rows if row is not None), top_k))
-    records = _records(context, [row for _, row in chosen])
+    records = records_of(context, [row for _, row in chosen])
     return [
         _candidate(record, round(hit.score, 6), row, "content")
         for (hit, row), record in zip(chosen, records, strict=True)
@@ -351,8 +351,8 @@ def _candidate(record: Record, score: float, row: RecordRow, match: str) -> Cand
     return Candidate(record.id, score, row.shard, row.slice, match, record.subject_id, shown)
 
 
-def _records(context: Context, rows: Sequence[RecordRow]) -> list[Record]:
-    """Return the records of rows, in their order, read from their slice files."""
+def records_of(context: Context, rows: Sequence[RecordRow]) -> list[Record]:
+    """Return the records of rows, in their order, from their slice files. Raise IntegrityError."""
     held = stored_in(context, slices_of(context, rows), rows)
     records = {each.id_digest: each.record for each in held}
     if not records.keys() >= {row.id_digest for row in rows}:

@@ -40,8 +40,6 @@ from sisa.flows.wiring.context import (
     Context,
     model_digest,
     restrictions,
-    slices_of,
-    stored_in,
 )
 from sisa.planning.patch_plan import lineage
 from sisa.planning.plan import touched
@@ -147,9 +145,8 @@ def row_of(record: Record) -> dict[str, Any]:
 
 
 def _records(context: Context, rows: Sequence[RecordRow]) -> list[dict[str, Any]]:
-    stored = {e.id_digest: e.record for e in stored_in(context, slices_of(context, rows), rows)}
-    held = [(stored[row.id_digest], row) for row in rows if row.id_digest in stored]
-    locations = query.where(context, [record.id for record, _ in held])
+    records = query.records_of(context, rows)
+    locations = query.where(context, [record.id for record in records])
     return [
         {
             "data": row_of(record),
@@ -162,7 +159,7 @@ def _records(context: Context, rows: Sequence[RecordRow]) -> list[dict[str, Any]
             "patches": [asdict(each) for each in found.patches],
             "vault": [_set_values(each) for each in found.vault],
         }
-        for (record, row), found in zip(held, locations, strict=True)
+        for record, row, found in zip(records, rows, locations, strict=True)
     ]
 
 

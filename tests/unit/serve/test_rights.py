@@ -25,10 +25,12 @@ from sisa.audit.doctor import diagnose
 from sisa.config.config import EngineSource, ServiceBlock
 from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Part, Record
+from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
 from sisa.data.reader import read_records
 from sisa.evidence.keys import keys_of
-from sisa.flows.rights.access import as_file, row_of
+from sisa.flows.query import of_subject
+from sisa.flows.rights.access import as_file, held_of, row_of
 from sisa.flows.wiring.context import Resources, commit, restricting, restrictions, served_keys
 from sisa.model import Model, open_model
 from sisa.verifier.certificate import verify_chain
@@ -236,6 +238,15 @@ def test_a_restriction_is_stated_with_what_is_served_instead(model: Path, sisa: 
     assert statements(model)[-1]["subject"] == statements(model)[0]["subject"]
     assert sisa("release", "-m", model, "--subject", WHO)[0] == 2
     assert content(model) == before
+
+
+def test_a_record_that_its_slice_lacks_is_not_left_out_of_an_access_file(bare: Path) -> None:
+    model = open_model(bare)
+    with model._context() as context:
+        (row, *others), deleted = of_subject(context, WHO)
+        rows = [replace(row, id_digest="0" * 64), *others]
+        with pytest.raises(IntegrityError, match="records that it holds"):
+            held_of(context, model.config, rows, deleted)
 
 
 def test_a_restored_backup_does_not_serve_what_was_restricted_since(
