@@ -229,10 +229,15 @@ def plan_run(context: Context) -> RunPlan:
     left = [(request.request_id, days_left(request.due, now)) for request in waiting]
     cut_short = [each.request_id for each in under_way(context)]
     if cut_short:
-        names = (*cut_short, *(name for name, _ in left))
         cost = sum(shard.pending for shard in shards)
         return RunPlan(
-            names, "run now", "a deletion was deferred or interrupted", now[:10], 0.0, cost, cost
+            requests=(*cut_short, *(name for name, _ in left)),
+            choice="run now",
+            why="a deletion was deferred or interrupted",
+            run_by=now[:10],
+            expected_arrivals=0.0,
+            cost_now=cost,
+            cost_waiting=cost,
         )
     return choose(left, shards, _arrivals_per_day(context, now, waiting), now[:10])
 

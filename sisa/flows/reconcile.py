@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -420,7 +421,7 @@ def _look_up_prompts(context: Context, block: SisaBlock) -> HeldPrompts | None:
     routed: list[tuple[int, Route]] = []  # with the shard of the record
     restricted = {row.id_digest for row in restricted_rows(context.stores.ledger)}
     for file in files:
-        rows = context.stores.ledger.rows(file.shard)[: -(-MAX_LOOKED_UP // len(files))]
+        rows = context.stores.ledger.rows(file.shard)[: math.ceil(MAX_LOOKED_UP / len(files))]
         served = [row for row in rows if row.kind != "text" and row.id_digest not in restricted]
         asking = sorted(row.vector_id for row in served)
         try:
