@@ -180,6 +180,8 @@ class Model:
         found._group = _Group(frozenset(shards), partition)
         return found
 
+    # --- records ----------------------------------------------------------------------------------
+
     def add(
         self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False, append: bool = False
     ) -> Taken:
@@ -207,12 +209,6 @@ class Model:
         """Train what is missing."""
         with self._locked():
             return self._resume()
-
-    def _resume(self, source: Sequence[Record] = ()) -> Taken:
-        """Train what is missing, under the lock; records of `source` are compared with the held ones."""
-        with self._context(locked=True) as context:
-            _ = self.resources.base  # refuses a changed base
-            return train(context, source)
 
     @retry_read
     def where(self, ids: Sequence[str]) -> list[query.Location]:
@@ -290,6 +286,8 @@ class Model:
             lost = tuple(stale_paths(context))
             return ForgetOutcome(request, tuple(deleted), model_digest(context), lost, kept, defer)
 
+    # --- requests for deletion --------------------------------------------------------------------
+
     def submit(
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
     ) -> lifecycle.Submitted:
@@ -351,6 +349,23 @@ class Model:
         with self._context() as context, context.stores.ledger.snapshot():
             return lifecycle.plan_run(context)
 
+    def run(self) -> tuple[Request, ...]:
+        """Carry out all approved requests as one batch, and finish deferred or interrupted ones.
+
+        Return all requests that were worked on; those begun earlier come first.
+        """
+        with self._writing() as context:
+            begun = {each.request_id for each in under_way(context)}
+            waiting = lifecycle.approved(context)
+            if waiting:
+                _ = self.resources.base  # refuses a changed base before anything is erased
+                done = lifecycle.carry_out(context, waiting)
+            else:
+                done = ()
+                reconcile(context)
+            requests = context.stores.ledger.requests()
+            return (*(each for each in requests if each.request_id in begun), *done)
+
     @retry_read
     def queue(self, *, recorded: bool = True) -> QueueSeen:
         """Return the number of requests in each state, and report it unless `recorded` is false."""
@@ -360,6 +375,8 @@ class Model:
             if recorded:
                 context.report(seen)
             return seen
+
+    # --- California's DROP ------------------------------------------------------------------------
 
     def drop_import(
         self, file: Path | str, *, approver: str | None = None, submitter: str = ""
@@ -405,6 +422,8 @@ class Model:
         self._check_whole()
         with self._context() as context, context.stores.ledger.snapshot():
             return drop.details(context, show_ids=show_ids)
+
+    # --- rights beside erasure --------------------------------------------------------------------
 
     @retry_read
     def access(
@@ -457,28 +476,7 @@ class Model:
         self._complete_hooks()
         return found
 
-    def _complete_hooks(self) -> None:
-        """Call the hooks' `complete`; if another process writes, it will call them."""
-        with contextlib.suppress(Busy), self._writing() as context:
-            for hook in context.hooks:
-                hook.complete(context)
-
-    def run(self) -> tuple[Request, ...]:
-        """Carry out all approved requests as one batch, and finish deferred or interrupted ones.
-
-        Return all requests that were worked on; those begun earlier come first.
-        """
-        with self._writing() as context:
-            begun = {each.request_id for each in under_way(context)}
-            waiting = lifecycle.approved(context)
-            if waiting:
-                _ = self.resources.base  # refuses a changed base before anything is erased
-                done = lifecycle.carry_out(context, waiting)
-            else:
-                done = ()
-                reconcile(context)
-            requests = context.stores.ledger.requests()
-            return (*(each for each in requests if each.request_id in begun), *done)
+    # --- state and proof --------------------------------------------------------------------------
 
     @retry_read
     def status(self) -> Status:
@@ -585,6 +583,8 @@ class Model:
                         return verify(context, [], None, anchor=anchor)
         raise self._busy()
 
+    # --- answers ----------------------------------------------------------------------------------
+
     def generate(self, prompt: Prompt, *, max_new_tokens: int = 48, kind: Kind | None = None) -> Answer:
         """Answer a text or continue a conversation (turns with `role` and `content`, a user's last).
 
@@ -651,6 +651,8 @@ class Model:
 
         return AggregatedModel(self.answerer()[0], self.routes, **options)
 
+    # --- exports ----------------------------------------------------------------------------------
+
     def export(self, to: Path | str, form: ExportForm = "peft") -> list[Path]:
         """Export the served adapters for other tools, as a new version under `to`.
 
@@ -674,6 +676,8 @@ class Model:
         """
         with self._ledger() as ledger, ledger.watch() as wait:
             yield wait
+
+    # --- for other modules of `sisa`: open the model ----------------------------------------------
 
     def _ledger(self) -> AbstractContextManager[SqlLedger]:
         return wiring.open_ledger(self.directory)
@@ -812,6 +816,18 @@ class Model:
             self._check_current()
             catch_up(context)  # a process may have been killed before it wrote to the witness
             yield self._within_group(context)
+
+    def _complete_hooks(self) -> None:
+        """Call the hooks' `complete`; if another process writes, it will call them."""
+        with contextlib.suppress(Busy), self._writing() as context:
+            for hook in context.hooks:
+                hook.complete(context)
+
+    def _resume(self, source: Sequence[Record] = ()) -> Taken:
+        """Train what is missing, under the lock; records of `source` are compared with the held ones."""
+        with self._context(locked=True) as context:
+            _ = self.resources.base  # refuses a changed base
+            return train(context, source)
 
     def _clear_scratch(self) -> None:
         """Erase what a replay stored, its keys first, and the temporary texts of killed processes."""

@@ -64,6 +64,9 @@ from sisa.store.index import IndexCache
 TRAINED_ANEW = "trained_anew"  # in the ledger's meta: when the model was last trained as a whole
 RESTRICTIONS = "restrictions"  # in the ledger's meta: whose records are stored and not served
 READMITTED = "readmitted"  # in the ledger's meta, until the witness knows that deleted ids came in again
+SlicePosition = tuple[int, int]  # shard, slice
+FEW_SHARDS = 16  # that are asked for one by one
+ALWAYS_SEALED = ("vault", "runs")  # areas that are sealed in a plain model, too
 INDEXED = "text-and-asked-v1"  # of a record: its text, and each thing that is asked in it
 
 
@@ -185,9 +188,7 @@ def check_digest(what: str, named: Named, found: str) -> None:
         )
 
 
-SlicePosition = tuple[int, int]  # shard, slice
-FEW_SHARDS = 16  # that are asked for one by one
-ALWAYS_SEALED = ("vault", "runs")  # areas that are sealed in a plain model, too
+# --- the open model -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,9 @@ class Context:
         base = self.settings.base
         stack = [each.adapter_sha256 for each in patches_beneath(self.stores.ledger, base)]
         return replace(self.settings.recipe, base=patched_digest(base, stack))
+
+
+# --- the commit, and its record in the witness ----------------------------------------------------
 
 
 def commit(context: Context, change: ports.Change) -> int:
@@ -337,6 +341,9 @@ def unrecorded(context: Context) -> tuple[list[Tombstone], list[str]]:
     return [each for each in missing if each.id_digest not in live], sorted(live & known.keys())
 
 
+# --- what is held and served ----------------------------------------------------------------------
+
+
 def held_state(ledger: ports.Ledger) -> str:
     """Return a digest of what a ledger holds and serves, which requests that come in do not change."""
     with ledger.snapshot():
@@ -392,6 +399,9 @@ def served_keys(ledger: ports.Ledger) -> dict[int, str]:
     return {head.shard: head.key for head in served_heads(ledger) if head.key is not None}
 
 
+# --- search and routing ---------------------------------------------------------------------------
+
+
 def search_each(
     context: Context, queries: ports.Vectors, top_k: int, by: ports.By = "text"
 ) -> list[list[Hit]]:
@@ -431,6 +441,9 @@ def route_of(
     return choose_route(hits, how, live_shards, near)
 
 
+# --- patches --------------------------------------------------------------------------------------
+
+
 def trained_over(ledger: ports.Ledger) -> tuple[str, ...]:
     """Return the keys of the patches over which the shards are trained, lowest first."""
     return tuple(json.loads(ledger.meta().get(TRAINED_OVER, "[]")))
@@ -450,6 +463,14 @@ def patches_beneath(ledger: ports.Ledger, base: str) -> list[Patch]:
         )
     found = [patches[key] for key in keys]
     return found if all(each.job.base == base for each in found) else []
+
+
+def patch_files(store: ports.CheckpointStore, stack: Iterable[Patch]) -> list[dict[str, bytes]]:
+    """Return the files of patches in order, after checking them. Raise IntegrityError."""
+    return [store.load(each.key, each.manifest_sha256) for each in stack]
+
+
+# --- storage areas --------------------------------------------------------------------------------
 
 
 def known_by_area(context: Context) -> dict[str, frozenset[str]]:
@@ -511,15 +532,42 @@ def purge(context: Context, *, dry_run: bool = False) -> tuple[ports.KeptVersion
     return tuple(kept for area in found for kept in context.stores.blobs[area].purge(dry_run=dry_run))
 
 
-def patch_files(store: ports.CheckpointStore, stack: Iterable[Patch]) -> list[dict[str, bytes]]:
-    """Return the files of patches in order, after checking them. Raise IntegrityError."""
-    return [store.load(each.key, each.manifest_sha256) for each in stack]
+# --- records and slices ---------------------------------------------------------------------------
 
 
 def held_rows(context: Context, id_digests: Iterable[str]) -> list[RecordRow]:
     """Return the rows of the held ones of these records, which are named by keyed id."""
     found = context.stores.ledger.lookup(id_digests).values()
     return [each for each in found if isinstance(each, RecordRow)]
+
+
+def lookup(context: Context, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
+    """Return rows and tombstones of ids, in their order. Raise UnknownRecord with every unknown id."""
+    found = known_rows(context, ids)
+    return [(each, found[context.settings.assigner.id_digest(each)]) for each in ids]
+
+
+def known_rows(
+    context: Context, ids: Sequence[str], elsewhere: Collection[str] = ()
+) -> dict[str, RecordRow | Tombstone]:
+    """Return rows and tombstones by keyed id.
+
+    Raise UnknownRecord with every id that has neither, unless its keyed id is in `elsewhere`.
+    """
+    digests = [context.settings.assigner.id_digest(each) for each in ids]
+    found = context.stores.ledger.lookup(digests)
+    unknown = [
+        Problem(f"id {position + 1} of {len(ids)}", "this model has never held it")
+        for position, digest in enumerate(digests)
+        if digest not in found and digest not in elsewhere
+    ]
+    if unknown:
+        raise UnknownRecord(
+            f"{len(unknown)} of {len(ids)} ids are unknown; nothing was changed",
+            next_step="look the records up by content with `sisa find`",
+            problems=unknown,
+        )
+    return found
 
 
 def slices_of(context: Context, rows: Iterable[RecordRow]) -> list[SliceFile]:
@@ -604,6 +652,9 @@ def _write_slice(
     return context.stores.records.write(shard, slice_, slice_root(rows), records)
 
 
+# --- plans ----------------------------------------------------------------------------------------
+
+
 def view_shard(
     context: Context, shard: int, replaced: Iterable[SliceState] = (), dropped: Collection[str] = ()
 ) -> ShardView:
@@ -664,32 +715,3 @@ def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:
         for each in ledger.checkpoints(plan.shard) if needed else ():
             if each.key in needed:
                 context.stores.checkpoints.load(each.key, each.manifest_sha256)
-
-
-def lookup(context: Context, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
-    """Return rows and tombstones of ids, in their order. Raise UnknownRecord with every unknown id."""
-    found = known_rows(context, ids)
-    return [(each, found[context.settings.assigner.id_digest(each)]) for each in ids]
-
-
-def known_rows(
-    context: Context, ids: Sequence[str], elsewhere: Collection[str] = ()
-) -> dict[str, RecordRow | Tombstone]:
-    """Return rows and tombstones by keyed id.
-
-    Raise UnknownRecord with every id that has neither, unless its keyed id is in `elsewhere`.
-    """
-    digests = [context.settings.assigner.id_digest(each) for each in ids]
-    found = context.stores.ledger.lookup(digests)
-    unknown = [
-        Problem(f"id {position + 1} of {len(ids)}", "this model has never held it")
-        for position, digest in enumerate(digests)
-        if digest not in found and digest not in elsewhere
-    ]
-    if unknown:
-        raise UnknownRecord(
-            f"{len(unknown)} of {len(ids)} ids are unknown; nothing was changed",
-            next_step="look the records up by content with `sisa find`",
-            problems=unknown,
-        )
-    return found

@@ -128,6 +128,9 @@ def open_context(
         yield context
 
 
+# --- the ledger's place and the writer lock -------------------------------------------------------
+
+
 def ledger_place(directory: Path) -> Path | str:
     """Return where a model's ledger is: the URL that its directory names, or the path of its file."""
     try:
@@ -221,6 +224,9 @@ def lock_beside(place: Path | str) -> AbstractContextManager[None]:
     return advisory_lock(place, "writer", "is writing to this model")
 
 
+# --- stores and computing parts -------------------------------------------------------------------
+
+
 def _open_stores(
     directory: Path, resources: Resources, keyed: Keyed, model: str, ledger: ports.Ledger
 ) -> Stores:
@@ -286,6 +292,9 @@ def evidence_hooks(
     return (pkgutil.resolve_name(upper_houses.EVIDENCE_HOOK)(directory, config, model),)
 
 
+# --- the description of a model -------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Description:
     """The description of a model by its ledger and its partition key."""
@@ -327,6 +336,30 @@ def describe(directory: Path) -> Description:
     return Description(meta, name, config, keyring, base, embedder, secret)
 
 
+def named(ledger_meta: Mapping[str, str], key: str) -> Named:
+    """Return the base or the embedder with which a model was made."""
+    try:
+        return Named(**json.loads(ledger_meta[key]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise IntegrityError(
+            f"the ledger does not name the model's {key}",
+            got=type(error).__name__,
+            next_step="restore the model directory from a backup",
+        ) from None
+
+
+def model_id(ledger_meta: Mapping[str, str]) -> str:
+    """Return the model's name. Raise IntegrityError for anything else, since paths contain it."""
+    found = ledger_meta.get("model", "")
+    if not re.fullmatch(r"[0-9a-f]{32}", found):
+        raise IntegrityError(
+            "the ledger does not name its model",
+            got="another name" if found else "no name",
+            next_step="restore the model directory from a backup",
+        )
+    return found
+
+
 def open_as_it_is(directory: Path) -> AbstractContextManager[Context]:
     """Open a model without its lock, whether or not it has caught up with its witness."""
     found = describe(directory)
@@ -336,6 +369,9 @@ def open_as_it_is(directory: Path) -> AbstractContextManager[Context]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+# --- executors, probes and patchers ---------------------------------------------------------------
 
 
 def _site(stores: Stores, resources: Resources, store: FileCheckpoints) -> Site:
@@ -482,16 +518,7 @@ def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
     return found
 
 
-def named(ledger_meta: Mapping[str, str], key: str) -> Named:
-    """Return the base or the embedder with which a model was made."""
-    try:
-        return Named(**json.loads(ledger_meta[key]))
-    except (KeyError, ValueError, TypeError) as error:
-        raise IntegrityError(
-            f"the ledger does not name the model's {key}",
-            got=type(error).__name__,
-            next_step="restore the model directory from a backup",
-        ) from None
+# --- keys and the witness -------------------------------------------------------------------------
 
 
 def key_path(directory: Path, config: RunConfig, model: str) -> Path:
@@ -535,18 +562,6 @@ def keep_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> N
         files.erase_all(former.parent, [former.name])
 
 
-def model_id(ledger_meta: Mapping[str, str]) -> str:
-    """Return the model's name. Raise IntegrityError for anything else, since paths contain it."""
-    found = ledger_meta.get("model", "")
-    if not re.fullmatch(r"[0-9a-f]{32}", found):
-        raise IntegrityError(
-            "the ledger does not name its model",
-            got="another name" if found else "no name",
-            next_step="restore the model directory from a backup",
-        )
-    return found
-
-
 def witness_dir(config: RunConfig) -> Path:
     """Return the directory of witnesses: as the run file says, else in the user's state directory."""
     return config.witness or state_dir() / "witness"
@@ -581,6 +596,9 @@ def open_keyring(config: RunConfig, name: str) -> ports.Keyring:
 def vault_keyring(config: RunConfig, name: str) -> ports.Keyring:
     """Return the keys for what every model seals: the vault and unfinished patches."""
     return FileKeyring(keyrings(config) / name, seals=True)
+
+
+# --- metrics and storage areas --------------------------------------------------------------------
 
 
 def recording(report: Report, metrics: ports.Metrics, now: Callable[[], str]) -> Report:
