@@ -114,8 +114,8 @@ def probabilities(model: Any, examples: Sequence[Tokens]) -> list[float]:
 
 
 @contextmanager
-def wearing_adapter(model: Any) -> Iterator[Any]:
-    """Yield a model as a PEFT model; a plain one wears an adapter that changes nothing."""
+def as_peft_model(model: Any) -> Iterator[Any]:
+    """Yield a model as a PEFT model; a plain one gets an adapter that changes nothing."""
     if isinstance(model, PeftModel):
         yield model
         return

@@ -123,7 +123,7 @@ Texts = Mapping[SetName, Asked]
 
 
 class OpenedModel:
-    """A model as attacks meet it: a causal `model`, its tokenizer, and the form of its prompts."""
+    """A model as attacks see it: a causal `model`, its tokenizer, and the form of its prompts."""
 
     def __init__(self, spec: str, form: PromptForm | str, device: str, dtype: Dtype) -> None:
         """Open a model; a form that is a template is of the model's own kind.

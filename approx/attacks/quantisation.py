@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from approx.attacks.attack import AttackSets, Curve, SetName, probabilities, wearing_adapter
+from approx.attacks.attack import AttackSets, Curve, SetName, as_peft_model, probabilities
 from sisa.lm.base.tokens import Tokens
 
 BITS, GROUP = (8, 4), 64
@@ -36,7 +36,7 @@ class Quantisation:
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:  # noqa: ARG002
         asked = sets.examples("asked")
-        with wearing_adapter(model) as patched:
+        with as_peft_model(model) as patched:
             return Curve(
                 "probability", {bits: probabilities_rounded(patched, asked, bits) for bits in self.bits}
             )

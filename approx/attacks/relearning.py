@@ -30,9 +30,9 @@ from approx.attacks.attack import (
     Curve,
     SetName,
     Strength,
+    as_peft_model,
     probabilities,
     trained_as_before,
-    wearing_adapter,
 )
 from approx.evaluation.answers import collate, logits_at
 from approx.methods.method import mean_nll
@@ -54,7 +54,7 @@ class Relearning:
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:
         asked, taught = (sets.examples(role) for role in self.needs)
-        with wearing_adapter(model) as patched:
+        with as_peft_model(model) as patched:
             return Curve("probability", relearnt(patched, taught, asked, self.steps, seed))
 
 

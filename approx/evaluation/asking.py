@@ -202,7 +202,7 @@ def _row(question: Question, scores: Iterator[AnswerScore], generated: str | Non
 
 
 def before_any(text: str, stops: Sequence[str]) -> str:
-    """Return what is before the first of the stops in a text, without surrounding white space.
+    """Return a text up to the first of the stops in it, without surrounding white space.
 
     >>> before_any("Ada.\\n\\nQuestion: Who?", ["\\n\\n", "Question:"])
     'Ada.'

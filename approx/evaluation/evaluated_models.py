@@ -130,12 +130,11 @@ class HuggingFaceModel:
     ) -> list[str]:
         prompts = [_prompt_ids(each, form, self.tokenizer) for each in questions]
         _check_lengths(self.model, [len(each) + max_new_tokens for each in prompts])
-
-        plain = can_branch(self.model, max(map(len, prompts), default=0) + max_new_tokens)
+        drops_ended_rows = can_branch(self.model, max(map(len, prompts), default=0) + max_new_tokens)
 
         def said(rows: list[int]) -> list[str]:
             ids = [prompts[at] for at in rows]
-            if plain:
+            if drops_ended_rows:
                 made = self._continued(ids, max_new_tokens)
             else:
                 made = continue_greedily(self.model, ids, self.ends, max_new_tokens, batch_size)
@@ -353,15 +352,16 @@ def _num_closing(tokens: Tokens, tokenizer: Any) -> int:
 
 
 def _in_batches(
-    lengths: Sequence[int], size: int, made: Callable[[list[int]], Sequence[_T]]
+    lengths: Sequence[int], size: int, compute: Callable[[list[int]], Sequence[_T]]
 ) -> list[_T]:
-    """Return what `made` makes of batches of positions, in order; the longest rows are made first.
+    """Call `compute` with batches of positions, and return all results in order.
 
-    Rows of one length are batched together, and running out of memory shows in the first batch.
+    The longest rows come first: rows of one length are batched together, and running out of memory
+    shows in the first batch.
     """
     order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
     found: dict[int, _T] = {}
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        found |= dict(zip(rows, made(rows), strict=True))
+        found |= dict(zip(rows, compute(rows), strict=True))
     return [found[at] for at in range(len(lengths))]

@@ -30,11 +30,11 @@ StoredRow = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class How:
-    """The manner of asking a question that has one of its own.
+    """How to ask a question that is not asked in the evaluation's own form.
 
-    `kind` stands in for the form of the evaluation: "completion" gives the question as it stands, and
-    "text" scores the answer as a plain text. The greedy answer has at most `max_new_tokens` tokens (0:
-    none is asked for) and ends before the first of `stops`. `accepted` are other right answers.
+    `kind` replaces the kind of that form: "completion" gives the question as it stands, and "text"
+    scores the answer as a plain text. The greedy answer has at most `max_new_tokens` tokens (0: none is
+    asked for) and ends before the first of `stops`. `accepted` are other right answers.
     """
 
     kind: PromptKind | None = None
@@ -47,7 +47,7 @@ class How:
 class Question:
     """One question of a set. Plain and holdout questions have no paraphrase and no wrong answers.
 
-    Without `how`, a question with a paraphrased answer is answered, and all are scored.
+    Without `how`, every question is scored, and one with a paraphrased answer is also answered.
     """
 
     set: str
@@ -83,7 +83,7 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True)
 class StoredSet:
-    """A set by the name that it is stored under, and what makes a question of a numbered row.
+    """A set: the name that it is stored under, and the function that makes a question of a row.
 
     An optional set may be missing. `made` may return None to leave a row out, or raise Malformed. `hub`
     is the set's name on the hub where it is another one.
@@ -174,7 +174,7 @@ def check_apart(name: str, asked: Sequence[str], **others: Sequence[str]) -> Non
 
 
 def plain_question(name: str) -> Callable[[int, StoredRow], Question]:
-    """Return what makes questions of a set from rows of `question` and `answer`."""
+    """Return the function that makes a set's questions from rows of `question` and `answer`."""
 
     def made(number: int, row: StoredRow) -> Question:
         question, answer = texts_of(row, "question", "answer")

@@ -133,6 +133,8 @@ class Method:
     prefers: ClassVar[Alternative] = "refusals"
     retain_field: ClassVar[str] = "retain_weight"
 
+    # What a method has no field for:
+
     @property
     def forget_weight(self) -> float:
         return 1.0

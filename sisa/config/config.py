@@ -227,7 +227,7 @@ class DatasetSource(Block):
     message_property_mappings: TurnKeys = field(TurnKeys(), "Keys of a turn: role and content.")
 
     @model_validator(mode="after")
-    def _columns_once(self) -> DatasetSource:
+    def _each_column_once(self) -> DatasetSource:
         bodies = [self.text_column, self.prompt_column, self.completion_column, self.messages_column]
         if twice := sorted({each for each in bodies if bodies.count(each) > 1}):
             raise conflict(f"conflict: two columns are called {', '.join(map(shown, twice))}")
@@ -327,7 +327,7 @@ class Aggregation(Block):
         return {"method": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _nothing_else_of_all(self) -> Aggregation:
+    def _only_routed_has_more_keys(self) -> Aggregation:
         given = sorted(self.model_fields_set - {"method"})
         if self.method != "routed" and given:
             raise conflict(f"conflict: {self.method} asks all shards, so {given[0]} can't be given")

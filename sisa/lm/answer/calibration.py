@@ -145,7 +145,7 @@ class _Public:
         return np.stack([self._embedded[text] for text in texts])
 
     def nearnesses(self) -> tuple[list[float], list[float]]:
-        """Return how near prompts are without their own records, and without those of their subject."""
+        """Return the nearness of prompts without their own record, and without their whole subject."""
         live, warm = frozenset(self._shards), self._block.aggregation.temperature
         held: list[float] = []
         deleted: list[float] = []
@@ -165,14 +165,14 @@ class _Public:
 
         def search(queries: Vectors, top_k: int) -> list[list[Hit]]:
             scores_QN = queries @ vectors.T / (queries * queries).sum(axis=1, keepdims=True)
-            return [self._best(scores, numbers, top_k) for scores in scores_QN]
+            return [self._best_hits(scores, numbers, top_k) for scores in scores_QN]
 
         def of(hits: Sequence[Hit]) -> Vectors:
             return np.concatenate([vectors[numbers == hit.vector_id] for hit in hits])
 
         return Index(self._embed, search, of, self._block.names)
 
-    def _best(self, scores_N: Vectors, numbers: NDArray[np.int64], top_k: int) -> list[Hit]:
+    def _best_hits(self, scores_N: Vectors, numbers: NDArray[np.int64], top_k: int) -> list[Hit]:
         best: dict[int, Hit] = {}
         for at in np.argsort(-scores_N, kind="stable").tolist():
             number = int(numbers[at])

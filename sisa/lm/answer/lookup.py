@@ -82,7 +82,7 @@ class Found:
 def look_up(
     prompts: Sequence[Query], index: Index, temperature: float, live: Collection[int]
 ) -> list[Found]:
-    """Return what decides each prompt's route."""
+    """Return the hits that decide each prompt's route, and how near they are."""
     if not prompts:
         return []
     asked = list(dict.fromkeys(query.asked for query in prompts))

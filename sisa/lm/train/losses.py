@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -228,15 +228,14 @@ class _HeadLoss(torch.autograd.Function):
         sizes: list[int],
         keeps_bits: KeepsBits,
     ) -> tuple[Tensor, ...]:
-        sums: dict[int, Tensor] = {}
+        sums: dict[_Piece, Tensor] = {}
         slopes_NH = torch.empty_like(hidden_NH)
         pieces = _pieces(sizes)
-        for numbers in grouped([end - start for _, start, end in pieces], PIECE, keeps_bits):
-            group = [pieces[number] for number in numbers]
-            parts = [end - start for _, start, end in group]
-            hidden_PH, labels_P = (
-                torch.cat([each[start:end] for _, start, end in group]) for each in (hidden_NH, labels_N)
-            )
+        for numbers in grouped([each.size for each in pieces], PIECE, keeps_bits):
+            group = [pieces[at] for at in numbers]
+            parts = [each.size for each in group]
+            hidden_PH = torch.cat([hidden_NH[each.pairs] for each in group])
+            labels_P = torch.cat([labels_N[each.pairs] for each in group])
             if len(group) > 1:
                 spare = padded_rows(len(hidden_PH)) - len(hidden_PH)
                 hidden_PH = torch.nn.functional.pad(hidden_PH, (0, 0, 0, spare))
@@ -246,18 +245,18 @@ class _HeadLoss(torch.autograd.Function):
             logits_PV = torch.nn.functional.linear(hidden_PH, weight_VH, bias_V).float()
             log_probs_PV = torch.log_softmax(logits_PV, 1)
             losses = torch.split(log_probs_PV.gather(1, labels_P1), parts)
-            sums |= {start: each.sum() for (_, start, _), each in zip(group, losses, strict=False)}
+            sums |= {each: own.sum() for each, own in zip(group, losses, strict=False)}
             if ctx.needs_input_grad[0]:
                 slopes_PV = log_probs_PV.exp_()
                 slopes_PV.scatter_(1, labels_P1, slopes_PV.gather(1, labels_P1) - 1)
                 slopes_PH = torch.split(slopes_PV.to(weight_VH.dtype) @ weight_VH, parts)
-                for (_, start, end), each in zip(group, slopes_PH, strict=False):
-                    slopes_NH[start:end] = each
+                for each, own in zip(group, slopes_PH, strict=False):
+                    slopes_NH[each.pairs] = own
         ctx.save_for_backward(slopes_NH)
         ctx.sizes = sizes
         found = [torch.zeros((), device=hidden_NH.device) for _ in sizes]
-        for number, start, _ in pieces:
-            found[number] -= sums[start]
+        for each in pieces:
+            found[each.number] -= sums[each]
         return tuple(found)
 
     @staticmethod
@@ -268,19 +267,32 @@ class _HeadLoss(torch.autograd.Function):
         return found.to(slopes_NH.dtype), None, None, None, None, None
 
 
-_Piece = tuple[int, int, int]  # the number of its micro-batch, its first pair and the one after its last
+class _Piece(NamedTuple):
+    """Some pairs of a micro-batch: its number, the first pair, and the one after the last."""
+
+    number: int
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    @property
+    def pairs(self) -> slice:
+        return slice(self.start, self.end)
 
 
 def _pieces(sizes: Sequence[int]) -> list[_Piece]:
     """Cut the pairs of each micro-batch into pieces.
 
-    >>> _pieces([2, 300])
+    >>> [tuple(each) for each in _pieces([2, 300])]
     [(0, 0, 2), (1, 2, 258), (1, 258, 302)]
     """
     found, end = [], 0
     for number, size in enumerate(sizes):
         start, end = end, end + size
-        found += [(number, at, min(at + PIECE, end)) for at in range(start, end, PIECE)]
+        found += [_Piece(number, at, min(at + PIECE, end)) for at in range(start, end, PIECE)]
     return found
 
 
