@@ -223,7 +223,7 @@ def attack_opened(
         opened.check_tokenizer(each)
     leak = replace(order.leak, ends=opened.ends)
     judges = [each.model for each in references]
-    attacks = chosen_attacks(order, leak, judges, before and before.model)
+    attacks = chosen_attacks(order, leak, judges, before.model if before else None)
     settings = {
         **asdict(opened.form),
         "samples": leak.samples,

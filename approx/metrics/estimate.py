@@ -71,7 +71,7 @@ def change(groups: Groups, reference: Groups, combine: Combine = mean_of_means) 
 def _estimate(models: Sequence[Groups], combine: Combine) -> Estimate:
     held = [[np.array(group, dtype=np.float64) for group in groups] for groups in models]
     shapes = {tuple(each.shape for each in groups) for groups in held}
-    if len(shapes) != 1 or any(len(shape) != 2 or 0 in shape for shape in shapes.copy().pop()):
+    if len(shapes) != 1 or any(len(shape) != 2 or 0 in shape for shape in next(iter(shapes))):
         raise ValueError("scores of different questions, or of none")
     if not all(np.isfinite(each).all() for groups in held for each in groups):
         raise ValueError("scores that are not finite")

@@ -83,7 +83,8 @@ def subject_ends(forget: Sequence[Record], tokens: Sequence[Tokens], tokenizer: 
         text, starts = token_starts(first_prompt(each), tokenizer)
         names = invented_names(record, 0)
         ends = [match.end() for match in name_pattern(names).finditer(text)] if names else []
-        found.append(max(at for at, start in enumerate(starts) if start < (ends or [len(text)])[-1]))
+        end = ends[-1] if ends else len(text)
+        found.append(max(at for at, start in enumerate(starts) if start < end))
     return found
 
 

@@ -61,7 +61,9 @@ class Bands(Block):
 
     def slices(self, risk: Risk, num_slices: int) -> range:
         """Return the slices of a risk's band. Raise KeyError for an unknown class."""
-        value = self.unknown if risk is None else self.classes[risk] if isinstance(risk, str) else risk
+        if isinstance(risk, str):
+            risk = self.classes[risk]
+        value = self.unknown if risk is None else risk
         return self._of_band(sum(value >= each for each in self.thresholds), num_slices)
 
     def _of_band(self, band: int, num_slices: int) -> range:

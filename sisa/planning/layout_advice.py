@@ -25,6 +25,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 from sisa.planning.bands import Bands
 from sisa.planning.checkpoint_budget import KeptStages, best_kept, expected, split_budget
@@ -85,15 +86,14 @@ class Advice:
 def advise(demand: Demand, limits: LayoutLimits) -> list[Advice]:
     """Return every choice, the cheapest of those within the limits first."""
     most = max(1, min(MAX_SHARDS, demand.num_records // MIN_SHARD_RECORDS))
-    found = [
-        _advice(demand, limits, num_shards, paths)
-        for num_slices in CANDIDATE_SLICES
-        for num_orders in ORDERS
-        if num_orders <= num_slices
-        for paths in [_Paths(stream_of(demand, 1, num_slices), num_orders)]
-        for num_shards in (2**n for n in range(most.bit_length()))
-        if num_shards * num_slices <= demand.num_records
-    ]
+    found = []
+    for num_slices, num_orders in product(CANDIDATE_SLICES, ORDERS):
+        if num_orders > num_slices:
+            continue
+        paths = _Paths(stream_of(demand, 1, num_slices), num_orders)
+        for num_shards in (2**n for n in range(most.bit_length())):
+            if num_shards * num_slices <= demand.num_records:
+                found.append(_advice(demand, limits, num_shards, paths))
     return sorted(
         found,
         key=lambda e: (bool(e.over), e.one_by_one + e.others_one_by_one, e.stored_bytes, e.num_orders),

@@ -178,24 +178,28 @@ def unmade(patches: Sequence[Patch], patch: Patch) -> list[Patch]:
 def _again(
     patches: Sequence[Patch], gone: Sequence[Patch], renewed: Callable[[PatchJob], PatchJob | None]
 ) -> list[Patch]:
-    """Return new wishes in place of patches that go, by their new jobs; None for one that is given up.
+    """Return new wishes in place of the patches that go.
 
-    A wish that equals an active patch is that patch. Wishes keep their order: an unchanged one that came
-    later than one that goes gets a later version, too.
+    `renewed` returns the new job of such a patch, or None to give it up. A wish that equals an active
+    patch is that patch. Wishes keep their order: an unchanged wish that comes after a patch that goes
+    gets a later version, too.
     """
     served = {each.key for each in active(patches) if each not in gone}
-    instead: dict[str, str | None] = {}
-    jobs: dict[str, Patch] = {}
+    instead: dict[str, str | None] = {}  # by the key of a former patch or wish
+    wishes: dict[str, Patch] = {}
     for patch in patches:
-        job = renewed(patch.job) if patch in gone else patch.job
-        if patch in gone and job is None:
+        goes = patch in gone
+        if not goes and not (instead and patch.state == "wanted"):
+            continue
+        job = renewed(patch.job) if goes else patch.job
+        if job is None:
             instead[patch.key] = None
-        elif job is not None and (patch in gone or (instead and patch.state == "wanted")):
-            beneath = tuple(key for each in job.beneath if (key := instead.get(each, each)) is not None)
-            again = replace(job, beneath=beneath)
-            instead[patch.key] = again.key
-            if again.key not in served:
-                wish = Patch(0, again, "wanted", patch.wanted_at, request_id=patch.request_id)
-                jobs.setdefault(again.key, wish)
+            continue
+        beneath = tuple(key for each in job.beneath if (key := instead.get(each, each)) is not None)
+        again = replace(job, beneath=beneath)
+        instead[patch.key] = again.key
+        if again.key not in served:
+            wish = Patch(0, again, "wanted", patch.wanted_at, request_id=patch.request_id)
+            wishes.setdefault(again.key, wish)
     version = next_version(patches)
-    return [replace(each, version=version + at) for at, each in enumerate(jobs.values())]
+    return [replace(each, version=version + at) for at, each in enumerate(wishes.values())]

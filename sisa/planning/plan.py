@@ -329,8 +329,11 @@ def gaps(plan: ShardPlan, held: Container[str]) -> list[SliceJob]:
 def _fingerprint_to_serve(
     view: ShardView, recipe: Recipe, fingerprint: str, held: Container[str]
 ) -> str:
+    """Return the fingerprint under which the shard's target is held, else the present one."""
     others = sorted({each.fingerprint for each in view.held} - {fingerprint})
-    for each in (fingerprint, *others) if others else ():
+    if not others:
+        return fingerprint
+    for each in (fingerprint, *others):
         path = jobs(view.shard, view.slices, recipe, each)
         if path and path[-1].key in held:
             return each

@@ -133,7 +133,8 @@ def align(
             found[at] = Place(place, frozenset(barred))
         if name is not None:
             used.add(name)
-            barred |= set() if place is None else {other_ids[place]}
+            if place is not None:
+                barred.add(other_ids[place])
     return found
 
 
