@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from approx.evaluation.evaluated import AnswerScore
 from sisa.lm.base.tokens import NO_LOSS, Tokens
@@ -76,16 +77,12 @@ def logits_at(model: Any, ids_BT1: Tensor, columns_K: Tensor) -> Tensor:
     return found
 
 
-def collate(examples: Sequence[Tokens], pad_id: int = 0) -> AnswerBatch:
+def collate(examples: Sequence[Tokens]) -> AnswerBatch:
     """Return examples as one batch. Raise ValueError for no examples, or one without an answer token."""
     if not examples:
         raise ValueError("a batch of no examples")
-    longest = max(len(each.input_ids) for each in examples)
-    ids = torch.full((len(examples), longest), pad_id, dtype=torch.long)
-    labels = torch.full((len(examples), longest), NO_LOSS, dtype=torch.long)
-    for row, each in enumerate(examples):
-        ids[row, : len(each.input_ids)] = torch.tensor(each.input_ids)
-        labels[row, : len(each.labels)] = torch.tensor(each.labels)
+    ids = pad_sequence([torch.tensor(each.input_ids) for each in examples], True)
+    labels = pad_sequence([torch.tensor(each.labels) for each in examples], True, NO_LOSS)
     mask = labels[:, 1:] != NO_LOSS
     targets = torch.where(mask, labels[:, 1:], ids[:, 1:])  # a label may differ from the token
     if not bool(mask.any(dim=1).all()):

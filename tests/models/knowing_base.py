@@ -54,7 +54,7 @@ def teach(
         drawn.shuffle(tokens)
         losses = []
         for at in range(0, len(tokens), BATCH):
-            batch = collate(tokens[at : at + BATCH], pad_id=0)
+            batch = collate(tokens[at : at + BATCH])
             loss = -mean_logprobs_B(model(input_ids=batch.ids_BT1).logits, batch).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

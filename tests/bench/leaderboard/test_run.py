@@ -118,7 +118,9 @@ def test_the_upper_model_over_remembered_states_is_the_whole_one(base: Path, upp
             torch.nn.init.normal_(each, std=0.3)
     tokens = tokens_of(PAIRS, FORM, load_tokenizer(base))
     for rows, pad in (([0, 1, 2], 0), ([2], 0), ([0, 2], 5), ([1], 7), ([0, 1, 2], 7)):
-        batch = collate([tokens[row] for row in rows], pad)
+        batch = collate([tokens[row] for row in rows])
+        for ids_T1, row in zip(batch.ids_BT1, rows, strict=True):
+            ids_T1[len(tokens[row].input_ids) :] = pad
         ids_BT = batch.ids_BT1[:, :-1]
         with torch.inference_mode():
             expected = split.whole(input_ids=ids_BT, use_cache=False).logits

@@ -264,7 +264,7 @@ class Asked:
         found = []
         for each in records:
             tokens = tokenize(each, self._answerer.tokenizer, train_on_inputs=False)
-            batch = collate([tokens], pad_id=0)
+            batch = collate([tokens])
             (score,) = answer_scores(
                 self._answerer.logprobs([Route()], input_ids=batch.ids_BT1[:, :-1], use_cache=False),
                 batch,

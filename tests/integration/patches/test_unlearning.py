@@ -61,7 +61,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pin_threads(1)
     directory = make_tiny_base(tmp_path_factory.mktemp("base"))
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    batch = collate([*FORGET, *RETAIN], pad_id=0)
+    batch = collate([*FORGET, *RETAIN])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(60):
         optimizer.zero_grad()
@@ -73,7 +73,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def nll(model: Any, examples: list[Tokens]) -> float:
-    batch = collate(examples, pad_id=0)
+    batch = collate(examples)
     with torch.no_grad():
         return float(mean_nll(model(input_ids=batch.ids_BT1).logits, batch))
 
@@ -190,7 +190,7 @@ def test_accumulated_batches_are_one_batch(learnt: Any) -> None:
 
 def states(model: Any, examples: list[Tokens], layer: int) -> torch.Tensor:
     """Return what a layer leaves where an answer token is predicted, [N, D]."""
-    batch = collate(examples, pad_id=0)
+    batch = collate(examples)
     with torch.no_grad():
         found = model(input_ids=batch.ids_BT1, output_hidden_states=True, use_cache=False)
     hidden: torch.Tensor = found.hidden_states[layer + 1][:, :-1][batch.mask_BT]

@@ -41,11 +41,11 @@ def logits_of(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 @given(examples(), st.integers(0, 3))
 def test_padding_and_prompt_never_count(found: list[Tokens], seed: int) -> None:
     """Each row alone gives what it gives among others, whatever logits its padding has."""
-    batch = collate(found, pad_id=0)
+    batch = collate(found)
     logits = logits_of(len(found), batch.ids_BT1.shape[1], seed)
     together = sum_logprobs_B(logits, batch)
     for row, each in enumerate(found):
-        alone = collate([each], pad_id=0)
+        alone = collate([each])
         single = sum_logprobs_B(logits[row : row + 1, : len(each.input_ids)], alone)
         torch.testing.assert_close(single[0], together[row])
         by_hand = 0.0
@@ -56,29 +56,29 @@ def test_padding_and_prompt_never_count(found: list[Tokens], seed: int) -> None:
 
 
 def test_a_label_may_differ_from_the_token_that_follows() -> None:
-    batch = collate([Tokens([5, 6, 4, 3], [NO_LOSS, 2, NO_LOSS, 3])], pad_id=0)
+    batch = collate([Tokens([5, 6, 4, 3], [NO_LOSS, 2, NO_LOSS, 3])])
     assert batch.ids_BT1.tolist() == [[5, 6, 4, 3]]
     assert batch.targets_BT.tolist() == [[2, 4, 3]]
     assert batch.answer_ids_N.tolist() == [2, 3]
 
 
 def test_uniform_logits_give_the_logarithm_of_the_vocabulary() -> None:
-    batch = collate([Tokens([1, 2, 3], [NO_LOSS, 2, 3])], pad_id=0)
+    batch = collate([Tokens([1, 2, 3], [NO_LOSS, 2, 3])])
     flat = torch.zeros(1, 3, VOCAB)
     assert math.isclose(float(mean_logprobs_B(flat, batch)[0]), -math.log(VOCAB), rel_tol=1e-6)
     assert answer_logprobs_BT(flat, batch).shape == (1, 2)
 
 
 def test_half_precision_logits_are_summed_in_single() -> None:
-    batch = collate([Tokens([1, 2], [NO_LOSS, 2])], pad_id=0)
+    batch = collate([Tokens([1, 2], [NO_LOSS, 2])])
     assert sum_logprobs_B(logits_of(1, 2).bfloat16(), batch).dtype == torch.float32
 
 
 def test_an_example_without_an_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="without an answer"):
-        collate([Tokens([1, 2], [NO_LOSS, NO_LOSS])], pad_id=0)
+        collate([Tokens([1, 2], [NO_LOSS, NO_LOSS])])
     with pytest.raises(ValueError, match="no examples"):
-        collate([], pad_id=0)
+        collate([])
 
 
 def test_the_example_in_the_docstring_holds() -> None:

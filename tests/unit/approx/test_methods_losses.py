@@ -71,7 +71,7 @@ def row(probabilities: list[list[float]], answer: list[int]) -> tuple[Tokens, to
 def rows(current: list[list[float]], reference: list[list[float]] | None, answer: list[int]) -> Rows:
     tokens, logits = row(current, answer)
     compared = None if reference is None else row(reference, answer)[1]
-    return Rows(collate([tokens], pad_id=0), logits, compared)
+    return Rows(collate([tokens]), logits, compared)
 
 
 def close(found: torch.Tensor, expected: float) -> None:
@@ -130,7 +130,7 @@ def test_dpo_by_hand() -> None:
 def test_beta_does_not_change_the_slope_at_the_start(name: str, beta: float) -> None:
     """There the ratio is 1, and 2 / beta makes up for the beta within: ascent on the answer."""
     logits = row(HALF, [1])[1].requires_grad_(True)
-    tokens = collate([row(HALF, [1])[0]], pad_id=0)
+    tokens = collate([row(HALF, [1])[0]])
     fixed = rows(HALF, HALF, [1])
     both: dict[Role, Rows] = {
         "forget": Rows(tokens, logits, logits.detach()),
@@ -486,7 +486,7 @@ def batches(draw: st.DrawFn, num_rows: int) -> AnswerBatch:
         ids = draw(st.lists(st.integers(1, VOCAB - 1), min_size=2, max_size=7))
         start = draw(st.integers(1, len(ids) - 1))
         found.append(Tokens(ids, [NO_LOSS] * start + ids[start:]))
-    return collate(found, pad_id=0)
+    return collate(found)
 
 
 @st.composite
@@ -564,7 +564,7 @@ def test_prompt_and_padding_never_count(
 
 
 def test_a_kl_does_not_even_see_an_infinite_logit_of_padding() -> None:
-    batch = collate([Tokens([0, 1, 1], [NO_LOSS, 1, 1]), Tokens([0, 1], [NO_LOSS, 1])], pad_id=0)
+    batch = collate([Tokens([0, 1, 1], [NO_LOSS, 1, 1]), Tokens([0, 1], [NO_LOSS, 1])])
     logits = torch.zeros(2, 3, 2)
     logits[1, 1:] = float("nan")
     logits.requires_grad_()
@@ -684,7 +684,7 @@ def test_bfloat16_arithmetic_would_be_visibly_wrong() -> None:
     """Why the loss leaves half precision before the logarithm: 200 tokens, summed in bfloat16, are off
     by more than any tolerance here; a method that forgot to would fail this."""
     ids = [1] * 201
-    batch = collate([Tokens(ids, [NO_LOSS, *ids[1:]])], pad_id=0)
+    batch = collate([Tokens(ids, [NO_LOSS, *ids[1:]])])
     logits = torch.randn(1, 201, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     naive = torch.log_softmax(logits, -1)[0, :200, 1].sum()
     found = mean_nll(logits, batch) * 200
