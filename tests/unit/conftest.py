@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +18,24 @@ from tests.models.confessing import build
 def sisa(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run a command; return its exit code, standard output and standard error."""
 
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
+    def run(*arguments: Any) -> tuple[int, str, str]:
         code = cli.run([str(each) for each in arguments])
         captured = capfd.readouterr()
         return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def ask(sisa: Callable[..., tuple[int, str, str]]) -> Callable[..., dict[str, Any]]:
+    """Run a command, check its exit code (0 unless `code` is given), and return its one JSON object."""
+
+    def run(*arguments: Any, code: int = 0) -> dict[str, Any]:
+        found, out, err = sisa(*arguments, "--json")
+        assert found == code, (out, err)
+        parsed = json.loads(out)
+        assert isinstance(parsed, dict)
+        return parsed
 
     return run
 

@@ -1,34 +1,19 @@
-"""The command line as the tests of this room type it, and the files of a service in a model."""
+"""The files of a service in a model, for the tests of this room."""
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cluster.cli import cli
 from cluster.serve.state import ServiceState
 from cluster.serve.tokens import Tokens
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.store.blobs.files import write_atomic
 from sisa.store.ledger.database import COMMIT_LOCK
-
-
-@pytest.fixture
-def sisa(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any], str]]:
-    """Run a command; return its exit code, its JSON, and all that it printed."""
-
-    def run(*arguments: Any) -> tuple[int, dict[str, Any], str]:
-        code = cli.run([*map(str, arguments), "--json"])
-        out, err = capfd.readouterr()
-        return code, json.loads(out), out + err
-
-    return run
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import cli, maintenance
+from cluster.cli import maintenance
 from cluster.serve.tokens import Tokens
 from sisa.audit.doctor import Diagnosis, diagnose
 from sisa.audit.repair import RepairOutcome, repair_opened
@@ -40,6 +40,7 @@ from tests.models.confessing import NAME, THEN, built_pair, content, context_of,
 
 assert maintenance  # registers its commands
 Defect = Callable[[Path], None]
+Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -527,7 +528,7 @@ LOST: list[tuple[Defect, str]] = [
 
 @pytest.mark.parametrize(("spoil", "kind"), LOST)
 def test_what_can_not_be_derived_is_said_and_left_alone(
-    model: Path, spoil: Defect, kind: str, sisa: Sisa, monkeypatch: pytest.MonkeyPatch
+    model: Path, spoil: Defect, kind: str, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(model)
     unknown = model / wiring.RECORDS / "perhaps-the-missing-piece"
@@ -539,8 +540,8 @@ def test_what_can_not_be_derived_is_said_and_left_alone(
     assert all(each.lost and each.next_step for each in lost)
     use_fake_resources(monkeypatch)
     held = content(model)
-    code, answer, _ = sisa("doctor", "-m", model, "--repair")
-    assert (code, answer["ok"]) == (4, False)
+    answer = ask("doctor", "-m", model, "--repair", code=4)
+    assert not answer["ok"]
     assert kind in {each["kind"] for each in answer["findings"]}
     assert content(model) == held
 
@@ -616,67 +617,64 @@ def test_messages_hold_no_secret(model: Path) -> None:
 
 # --- the command line ------------------------------------------------------------------------------
 
-Sisa = Callable[..., tuple[int, dict[str, Any], str]]
-
 
 def test_doctor_on_the_command_line(
-    sisa: Sisa, model: Path, healthy: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Ask, model: Path, healthy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, found, _ = sisa("doctor", "-m", model)
-    assert (code, found["ok"], found["healthy"], found["findings"]) == (0, True, True, [])
+    found = ask("doctor", "-m", model)
+    assert (found["ok"], found["healthy"], found["findings"]) == (True, True, [])
     lose_two_stages(model)
     tamper_index(model)
-    code, found, _ = sisa("doctor", "-m", model)
-    assert (code, found["ok"]) == (4, False)
+    found = ask("doctor", "-m", model, code=4)
+    assert not found["ok"]
     assert {each["repair"] for each in found["findings"]} == {"reindex", "retrain"}
     use_fake_resources(monkeypatch)
-    code, found, _ = sisa("doctor", "-m", model, "--repair", "--executor", "serial")
-    assert (code, found["healthy"], found["findings"]) == (0, True, [])
+    found = ask("doctor", "-m", model, "--repair", "--executor", "serial")
+    assert (found["healthy"], found["findings"]) == (True, [])
     assert found["done"]
     assert len(found["findings_before"]) == 3
     (model / "notes.txt").write_text("mine")
-    code, found, _ = sisa("doctor", "-m", model, "--repair")
-    assert (code, found["ok"], found["done"]) == (0, True, [])
+    found = ask("doctor", "-m", model, "--repair")
+    assert (found["ok"], found["done"]) == (True, [])
     assert [each["kind"] for each in found["findings"]] == ["stray"]
     assert content(model) == content(healthy)
 
 
-def test_repair_waits_for_other_writers(
-    sisa: Sisa, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repair_waits_for_other_writers(ask: Ask, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_resources(monkeypatch)
     with writer_lock(model / wiring.LOCK):
-        code, found, _ = sisa("doctor", "-m", model, "--repair")
-    assert (code, found["error"]["type"]) == (Busy.exit_code, "Busy")
+        found = ask("doctor", "-m", model, "--repair", code=Busy.exit_code)
+    assert found["error"]["type"] == "Busy"
 
 
 def test_doctor_in_words(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    model: Path, monkeypatch: pytest.MonkeyPatch, sisa: Callable[..., tuple[int, str, str]]
 ) -> None:
     use_fake_resources(monkeypatch)
-    assert cli.run(["doctor", "-m", str(model)]) == 0
-    assert "healthy" in capfd.readouterr().out
+    code, out, _ = sisa("doctor", "-m", model)
+    assert (code, "healthy" in out) == (0, True)
     tamper_index(model)
-    assert cli.run(["doctor", "-m", str(model)]) == 4
-    out = capfd.readouterr().out
+    code, out, _ = sisa("doctor", "-m", model)
+    assert code == 4
     assert "1 error, 0 warnings" in out
     assert "next step: `sisa doctor --repair`" in out
-    assert cli.run(["doctor", "-m", str(model), "--repair"]) == 0
-    assert "built the index" in capfd.readouterr().out
+    code, out, _ = sisa("doctor", "-m", model, "--repair")
+    assert code == 0
+    assert "built the index" in out
 
 
-def test_an_unknown_executor_is_refused_before_anything_is_repaired(sisa: Sisa, model: Path) -> None:
+def test_an_unknown_executor_is_refused_before_anything_is_repaired(ask: Ask, model: Path) -> None:
     loose_modes(model)
     lose_index(model)
-    assert sisa("doctor", "-m", model, "--repair", "--executor", "none")[0] == 2
+    ask("doctor", "-m", model, "--repair", "--executor", "none", code=2)
     assert kinds(diagnose(model)) == ["index", "mode"]
 
 
-def test_doctor_where_no_model_is(sisa: Sisa, tmp_path: Path) -> None:
-    assert sisa("doctor", "-m", tmp_path)[0] == 2
+def test_doctor_where_no_model_is(ask: Ask, tmp_path: Path) -> None:
+    ask("doctor", "-m", tmp_path, code=2)
 
 
-def test_identities_of_records_that_are_not_held_are_found_and_removed(model: Path, sisa: Sisa) -> None:
+def test_identities_of_records_that_are_not_held_are_found_and_removed(model: Path, ask: Ask) -> None:
     """Whoever was deleted may be found by them: a deletion erases them, a repair what it left."""
     with context_of(model) as context:
         ledger = context.stores.ledger
@@ -686,8 +684,8 @@ def test_identities_of_records_that_are_not_held_are_found_and_removed(model: Pa
     (found,) = diagnose(model).findings
     assert (found.kind, found.severity) == ("identities", "error")
     assert "of 2 records" in found.what
-    code, swept, _ = sisa("sweep", "-m", model)
-    assert (code, [each["kind"] for each in swept["residue"]]) == (4, ["identities"])
+    swept = ask("sweep", "-m", model, code=4)
+    assert [each["kind"] for each in swept["residue"]] == ["identities"]
     assert repaired(model).after.healthy
     with context_of(model) as context:
         assert context.stores.ledger.identities() == pairs[:1]

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.cli import cli, maintenance
+from cluster.cli import maintenance
 from cluster.render.render import where
 from sisa.audit.garbage import Garbage, list_garbage, remove_garbage
 from sisa.audit.lineage import parse_manifest, proves_clean
@@ -647,25 +647,26 @@ def test_a_deletion_behind_a_lock_on_metrics_ends_in_time(
 
 # --- the command line ----------------------------------------------------------------------------
 
-Sisa = Callable[..., tuple[int, dict[str, Any], str]]
+Ask = Callable[..., dict[str, Any]]
+Sisa = Callable[..., tuple[int, str, str]]
 
 
-def test_gc_on_the_command_line(sisa: Sisa, model: Path) -> None:
+def test_gc_on_the_command_line(ask: Ask, model: Path) -> None:
     (model / wiring.RECORDS / "old.parquet").write_bytes(b"123")
-    code, found, _ = sisa("gc", "-m", model, "--dry-run")
-    assert (code, found["dry_run"], found["removed"]) == (0, True, 0)
+    found = ask("gc", "-m", model, "--dry-run")
+    assert (found["dry_run"], found["removed"]) == (True, 0)
     assert [(each["path"], each["num_bytes"]) for each in found["items"]] == [("records/old.parquet", 3)]
     assert (model / wiring.RECORDS / "old.parquet").exists()
     with writer_lock(model / wiring.LOCK):
-        assert sisa("gc", "-m", model)[0] == 5
-    code, found, _ = sisa("gc", "-m", model)
-    assert (code, found["removed"], found["removed_bytes"]) == (0, 1, 3)
+        ask("gc", "-m", model, code=5)
+    found = ask("gc", "-m", model)
+    assert (found["removed"], found["removed_bytes"]) == (1, 3)
     assert not (model / wiring.RECORDS / "old.parquet").exists()
 
 
-def test_sweep_on_the_command_line(sisa: Sisa, model: Path, tmp_path: Path) -> None:
-    code, found, _ = sisa("sweep", "-m", model, GONE.id)
-    assert (code, found["clean"], found["residue"]) == (0, True, [])
+def test_sweep_on_the_command_line(ask: Ask, sisa: Sisa, model: Path, tmp_path: Path) -> None:
+    found = ask("sweep", "-m", model, GONE.id)
+    assert (found["clean"], found["residue"]) == (True, [])
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(part.text for part in GONE.parts) + "\n\n")
     ids = tmp_path / "ids.txt"
@@ -674,28 +675,29 @@ def test_sweep_on_the_command_line(sisa: Sisa, model: Path, tmp_path: Path) -> N
     exports.mkdir()
     (exports / "log.txt").write_text(f"{GONE.id}: {GONE.parts[0].text}")
     options = ("--ids-file", ids, "--text-file", texts, "--also", exports)
-    code, found, text = sisa("sweep", "-m", model, *options)
-    assert (code, found["clean"], len(found["residue"])) == (4, False, 2)
-    assert GONE.id not in text
-    assert GONE.parts[0].text not in text
+    found = ask("sweep", "-m", model, *options, code=4)
+    assert (found["clean"], len(found["residue"])) == (False, 2)
+    printed = repr(sisa("sweep", "-m", model, *options, "--json"))
+    assert GONE.id not in printed
+    assert GONE.parts[0].text not in printed
 
 
-def test_sweep_refuses_what_it_can_not_use(sisa: Sisa, model: Path, tmp_path: Path) -> None:
+def test_sweep_refuses_what_it_can_not_use(ask: Ask, model: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
-    assert sisa("sweep", "-m", model, "--text-file", empty)[0] == 2
-    assert sisa("sweep", "-m", model, "--text-file", tmp_path / "none")[0] == 2
-    assert sisa("sweep", "-m", model, "--also", tmp_path / "none")[0] == 2
+    ask("sweep", "-m", model, "--text-file", empty, code=2)
+    ask("sweep", "-m", model, "--text-file", tmp_path / "none", code=2)
+    ask("sweep", "-m", model, "--also", tmp_path / "none", code=2)
     with writer_lock(model / wiring.LOCK):
-        assert sisa("sweep", "-m", model)[0] == 5
+        ask("sweep", "-m", model, code=5)
 
 
-def test_the_words_of_both_commands(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_words_of_both_commands(model: Path, sisa: Sisa) -> None:
     (model / "notes.txt").write_text("x")
-    assert cli.run(["gc", "-m", str(model)]) == 0
-    assert "notes.txt" in capfd.readouterr().out
-    assert cli.run(["sweep", "-m", str(model)]) == 4
-    assert "RESIDUE: 1 place\n" in capfd.readouterr().out
+    code, out, _ = sisa("gc", "-m", model)
+    assert (code, "notes.txt" in out) == (0, True)
+    code, out, _ = sisa("sweep", "-m", model)
+    assert (code, "RESIDUE: 1 place\n" in out) == (4, True)
 
 
 # --- metrics -------------------------------------------------------------------------------------

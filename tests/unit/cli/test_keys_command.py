@@ -21,51 +21,50 @@ from sisa.store.blobs.files import writer_lock
 from sisa.verifier.envelope import Refused, parse_keys, verify_envelope
 from tests.models.confessing import NAME
 
-Ask = Callable[..., tuple[int, dict[str, Any], str]]
+Ask = Callable[..., dict[str, Any]]
+Sisa = Callable[..., tuple[int, str, str]]
 
 
 def test_keys_are_made_shown_and_rotated(model: Path, ask: Ask, tmp_path: Path) -> None:
-    code, made, _ = ask("keys", "init", "-m", model)
-    assert code == 0
+    made = ask("keys", "init", "-m", model)
     (stated,) = (model / "log" / "statements").iterdir()  # what the model holds
     assert Path(made["directory"]) == tmp_path / "state" / "sisa" / "evidence-keys" / NAME
-    assert ask("keys", "show", "-m", model)[:2] == (0, made)
+    assert ask("keys", "show", "-m", model) == made
     published = Path(made["published"])
     assert published == model / "log" / "keys.json"
     assert published.read_bytes() == Path(made["public_keys"]).read_bytes()
     assert parse_keys(published.read_bytes()).certificates[-1].keyid == made["keyid"]
-    code, new, _ = ask("keys", "rotate", "-m", model)
-    assert code == 0
+    new = ask("keys", "rotate", "-m", model)
     assert [each["keyid"] for each in new["certificates"]] == [made["keyid"], new["keyid"]]
     assert [(each["since"], each["until"]) for each in new["certificates"]] == [(0, 2), (2, None)]
     assert (new["log"], new["vrf"]) == (made["log"], made["vrf"])
     (handover,) = {*(model / "log" / "statements").iterdir()} - {stated}
     keys = parse_keys(published.read_bytes())
     assert verify_envelope(handover.read_bytes(), keys, 1)["predicate"]["reason"] == "rotated"
-    code, last, _ = ask("keys", "rotate", "-m", model, "--leaked", "--until", 2)
+    last = ask("keys", "rotate", "-m", model, "--leaked", "--until", 2)
     assert [each["until"] for each in last["certificates"]] == [2, 2, None]
     with pytest.raises(Refused):
         verify_envelope(handover.read_bytes(), parse_keys(published.read_bytes()), 2)
 
 
 def test_an_auditor_follows_the_hand_overs(model: Path, ask: Ask, tmp_path: Path) -> None:
-    _, made, _ = ask("keys", "init", "-m", model)
+    made = ask("keys", "init", "-m", model)
     old = shutil.copy(made["published"], tmp_path / "old.json")
-    assert ask("keys", "check", made["published"], "--trusted", old)[0] == 0
+    ask("keys", "check", made["published"], "--trusted", old)
     for _ in range(2):
-        _, new, _ = ask("keys", "rotate", "-m", model)
+        new = ask("keys", "rotate", "-m", model)
     check = ("keys", "check", new["published"], "--trusted", old)
-    code, error, _ = ask(*check)
-    assert (code, error["error"]["type"]) == (4, "IntegrityError")
-    code, found, _ = ask(*check, "--log", model / "log")
-    assert (code, found) == (0, {"ok": True, "model": NAME, "keyid": new["keyid"], "num_keys": 3})
-    _, lost, _ = ask("keys", "rotate", "-m", model, "--lost")
-    code, error, _ = ask("keys", "check", lost["published"], "--trusted", old, "--log", model / "log")
-    assert (code, "lost or leaked" in error["error"]["message"]) == (4, True)
+    error = ask(*check, code=4)
+    assert error["error"]["type"] == "IntegrityError"
+    found = ask(*check, "--log", model / "log")
+    assert found == {"ok": True, "model": NAME, "keyid": new["keyid"], "num_keys": 3}
+    lost = ask("keys", "rotate", "-m", model, "--lost")
+    error = ask("keys", "check", lost["published"], "--trusted", old, "--log", model / "log", code=4)
+    assert "lost or leaked" in error["error"]["message"]
 
 
 def test_an_auditor_needs_little(model: Path, ask: Ask) -> None:
-    _, made, _ = ask("keys", "init", "-m", model)
+    made = ask("keys", "init", "-m", model)
     arguments = ["keys", "check", made["published"], "--trusted", made["public_keys"]]
     arguments += ["--log", str(model / "log")]
     code = f"import sys; from cluster.cli.cli import run; run({arguments!r}); print(*sys.modules)"
@@ -75,10 +74,8 @@ def test_an_auditor_needs_little(model: Path, ask: Ask) -> None:
     assert not loaded & {"torch", "ray", "numpy", "faiss", "pydantic", "sqlalchemy", "securesystemslib"}
 
 
-def test_words_name_the_file_and_the_key(
-    model: Path, ask: Ask, sisa: Callable[..., tuple[int, str, str]]
-) -> None:
-    _, made, _ = ask("keys", "init", "-m", model)
+def test_words_name_the_file_and_the_key(model: Path, ask: Ask, sisa: Sisa) -> None:
+    made = ask("keys", "init", "-m", model)
     code, words, _ = sisa("keys", "show", "-m", model)
     assert code == 0
     assert made["published"] in words
@@ -89,10 +86,11 @@ def test_words_name_the_file_and_the_key(
 
 
 def test_nothing_secret_is_printed_or_logged(
-    model: Path, ask: Ask, caplog: pytest.LogCaptureFixture
+    model: Path, sisa: Sisa, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    printed = [ask("keys", *each, "-m", model)[2] for each in (("init",), ("show",), ("rotate",))]
+    done = [sisa("keys", each, "-m", model, "--json") for each in ("init", "show", "rotate")]
+    printed = [out + err for _, out, err in done]
     keys = model.parent / "state" / "sisa" / "evidence-keys" / NAME
     for path in keys.glob("*.key"):
         data = path.read_bytes()
@@ -114,32 +112,32 @@ def test_nothing_secret_is_printed_or_logged(
 def test_bad_usage_changes_nothing(
     model: Path, ask: Ask, arguments: list[str], code: int, says: str
 ) -> None:
-    found, error, text = ask("keys", *arguments, "-m", model)
-    assert (found, says in text) == (code, True)
-    assert error["error"]["message"]
+    error = ask("keys", *arguments, "-m", model, code=code)["error"]
+    assert says in repr(error)
+    assert error["message"]
     assert not (model / "log").exists()
     assert not (model.parent / "state" / "sisa" / "evidence-keys").exists()
 
 
 def test_keys_and_logs_are_not_replaced(model: Path, ask: Ask) -> None:
-    _, made, _ = ask("keys", "init", "-m", model)
-    assert ask("keys", "init", "-m", model)[0] == 2
+    made = ask("keys", "init", "-m", model)
+    ask("keys", "init", "-m", model, code=2)
     shutil.move(made["directory"], model.parent / "elsewhere")
-    code, error, _ = ask("keys", "init", "-m", model)  # other keys could not go on with the log
-    assert (code, error["error"]["type"]) == (2, "ConfigConflict")
+    error = ask("keys", "init", "-m", model, code=2)  # other keys could not go on with the log
+    assert error["error"]["type"] == "ConfigConflict"
     assert not Path(made["directory"]).exists()
 
 
 def test_another_writer_keeps_keys_from_being_made(model: Path, ask: Ask) -> None:
     with writer_lock(model / wiring.LOCK):
-        assert ask("keys", "init", "-m", model)[0] == 5
+        ask("keys", "init", "-m", model, code=5)
 
 
 def test_damaged_keys_end_with_an_integrity_failure(model: Path, ask: Ask) -> None:
-    _, made, _ = ask("keys", "init", "-m", model)
+    made = ask("keys", "init", "-m", model)
     Path(made["public_keys"]).write_bytes(b"{}")
-    code, error, _ = ask("keys", "show", "-m", model)
-    assert (code, error["error"]["type"]) == (4, "IntegrityError")
+    error = ask("keys", "show", "-m", model, code=4)
+    assert error["error"]["type"] == "IntegrityError"
 
 
 def test_what_the_verifier_refuses_is_an_integrity_failure(
@@ -149,8 +147,7 @@ def test_what_the_verifier_refuses_is_an_integrity_failure(
         raise Refused("a proof is wrong", "proof.json", "a root", "another", "get it again")
 
     monkeypatch.setattr("sisa.evidence.keys.keys_of", refuse)
-    code, error, _ = ask("keys", "show", "-m", model)
-    assert code == 4
+    error = ask("keys", "show", "-m", model, code=4)
     facts = {"where": "proof.json", "expected": "a root", "got": "another", "next_step": "get it again"}
     assert (
         error["error"]
@@ -166,7 +163,7 @@ def test_the_run_file_names_the_directory(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_doctor_finds_keys_that_others_may_read(model: Path, ask: Ask) -> None:
-    _, made, _ = ask("keys", "init", "-m", model)
+    made = ask("keys", "init", "-m", model)
     assert diagnose(model).healthy
     keys = Path(made["directory"])
     keys.chmod(0o755)

@@ -18,7 +18,7 @@ from sisa.verifier.note import verify_proof
 from tests.models.confessing import NAME
 from tests.models.written_log import TYPE, entry, statement
 
-Ask = Callable[..., tuple[int, dict[str, Any], str]]
+Ask = Callable[..., dict[str, Any]]
 HEAVY = ("torch", "ray", "faiss", "numpy", "transformers", "sqlalchemy", "pydantic")
 
 
@@ -37,21 +37,20 @@ def append(directory: Path, number: int) -> int:
 
 def test_a_log_is_shown_checked_and_proved(model: Path, ask: Ask, tmp_path: Path) -> None:
     at, keys = model / "log", model / "log" / "keys.json"
-    code, shown, _ = ask("log", "show", "-m", model, "--last", 2)
-    assert (code, shown["origin"], shown["size"]) == (0, f"deletion-ready-model/{NAME}", 3)
+    shown = ask("log", "show", "-m", model, "--last", 2)
+    assert (shown["origin"], shown["size"]) == (f"deletion-ready-model/{NAME}", 3)
     assert (shown["location"], shown["cosigned"]) == (str(at), [])
     assert [each["index"] for each in shown["entries"]] == [1, 2]
     logged = json.loads(entry(2))
     assert shown["entries"][1] == {"index": 2, "type": TYPE, "sha256": logged["sha256"]}
-    code, proved, _ = ask("log", "proof", "-m", model, 1)
-    assert code == 0
+    proved = ask("log", "proof", "-m", model, 1)
     assert verify_proof(proved["proof"].encode(), entry(1), shown["vkey"])[0] == 1
     kept = shutil.copy(at / "checkpoint", tmp_path / "kept")
     append(model, 3)
     for where in (("-m", model), (at, "--key", keys)):
-        code, checked, _ = ask("log", "check", *where, "--seen", kept)
-        assert (code, checked["ok"], checked["size"], checked["seen"]) == (0, True, 4, 1)
-    assert ask("log", "proof", "-m", model, 4)[0] == 2
+        checked = ask("log", "check", *where, "--seen", kept)
+        assert (checked["ok"], checked["size"], checked["seen"]) == (True, 4, 1)
+    ask("log", "proof", "-m", model, 4, code=2)
 
 
 def test_a_witness_and_the_operator_cosign(
@@ -59,36 +58,36 @@ def test_a_witness_and_the_operator_cosign(
 ) -> None:
     at, keys = model / "log", model / "log" / "keys.json"
     key, state = tmp_path / "witness.key", tmp_path / "witness.state"
-    code, made, _ = ask("log", "witness-key", "witness.example/w1", key)
-    assert (code, made["name"], key.stat().st_mode & 0o777) == (0, "witness.example/w1", 0o600)
-    assert ask("log", "witness-key", "witness.example/w1", key)[0] == 2  # not twice
+    made = ask("log", "witness-key", "witness.example/w1", key)
+    assert (made["name"], key.stat().st_mode & 0o777) == ("witness.example/w1", 0o600)
+    ask("log", "witness-key", "witness.example/w1", key, code=2)  # not twice
     witness = ("--key", keys, "--witness-key", key, "--state", state)
     code, line, _ = sisa("log", "cosign", at, *witness)
     assert (code, line.count("\n"), line[:21]) == (0, 1, "— witness.example/w1 ")
     (tmp_path / "line").write_text(line)
     add = ("log", "add-cosignature", "-m", model, tmp_path / "line", "--witness", made["vkey"])
-    code, added, _ = ask(*add)
-    assert (code, added["size"], added["cosigned"]) == (0, 3, ["witness.example/w1"])
-    (shown,) = ask("log", "show", "-m", model)[1]["cosigned"]
+    added = ask(*add)
+    assert (added["size"], added["cosigned"]) == (3, ["witness.example/w1"])
+    (shown,) = ask("log", "show", "-m", model)["cosigned"]
     assert (shown["name"], shown["at"][:2]) == ("witness.example/w1", "20")
     check = ("log", "check", at, "--key", keys, "--witness", made["vkey"])
-    assert ask(*check)[0] == 0
+    ask(*check)
     append(model, 3)
-    code, failed, _ = ask(*check)  # the new checkpoint is not cosigned yet
-    assert (code, failed["error"]["message"]) == (4, "a note is not signed as expected")
-    code, again, _ = ask("log", "cosign", at, *witness)
-    assert (code, again["seen_size"], again["size"]) == (0, 3, 4)
-    assert ask(*add)[0] == 4  # of the former checkpoint
-    assert ask("log", "cosign", at / "checkpoint", *witness)[0] == 0  # the file alone: nothing new
+    failed = ask(*check, code=4)  # the new checkpoint is not cosigned yet
+    assert failed["error"]["message"] == "a note is not signed as expected"
+    again = ask("log", "cosign", at, *witness)
+    assert (again["seen_size"], again["size"]) == (3, 4)
+    ask(*add, code=4)  # of the former checkpoint
+    ask("log", "cosign", at / "checkpoint", *witness)  # the file alone: nothing new
     append(model, 4)
-    code, failed, _ = ask("log", "cosign", at / "checkpoint", *witness)
-    assert (code, failed["error"]["next_step"][:14]) == (2, "name the log's")
+    failed = ask("log", "cosign", at / "checkpoint", *witness, code=2)
+    assert failed["error"]["next_step"][:14] == "name the log's"
     code, request, _ = sisa("log", "request", "-m", model, "--old", 4)
     (tmp_path / "request").write_text(request)
-    code, again, _ = ask("log", "cosign", tmp_path / "request", *witness)  # by somebody without the log
-    assert (code, again["seen_size"], again["size"]) == (0, 4, 5)
-    assert ask("log", "cosign", tmp_path / "request", *witness)[0] == 4  # it has seen 5 by now
-    assert ask("log", "request", "-m", model, "--old", 6)[0] == 2
+    again = ask("log", "cosign", tmp_path / "request", *witness)  # by somebody without the log
+    assert (again["seen_size"], again["size"]) == (4, 5)
+    ask("log", "cosign", tmp_path / "request", *witness, code=4)  # it has seen 5 by now
+    ask("log", "request", "-m", model, "--old", 6, code=2)
 
 
 def test_a_log_that_was_set_back_fails(model: Path, ask: Ask, tmp_path: Path) -> None:
@@ -99,12 +98,9 @@ def test_a_log_that_was_set_back_fails(model: Path, ask: Ask, tmp_path: Path) ->
     shutil.rmtree(at)
     shutil.copytree(backup, at)
     for where in (("-m", model), (at, "--key", keys, "--seen", kept)):
-        code, failed, _ = ask("log", "check", *where)
-        assert (code, failed["error"]["message"][:48]) == (
-            4,
-            "the log does not continue a checkpoint that was ",
-        )
-    assert ask("log", "check", at, "--key", keys)[0] == 0  # who kept nothing sees nothing
+        failed = ask("log", "check", *where, code=4)
+        assert failed["error"]["message"][:48] == "the log does not continue a checkpoint that was "
+    ask("log", "check", at, "--key", keys)  # who kept nothing sees nothing
 
 
 @pytest.mark.parametrize(
@@ -127,8 +123,7 @@ def test_bad_input_is_typed(
     (tmp_path / "junk").write_bytes(b"\xff{junk")
     paths = {"LOG": model / "log", "KEYS": model / "log/keys.json", "JUNK": tmp_path / "junk"}
     given = [paths.get(each, tmp_path / each if each == "absent" else each) for each in arguments]
-    found, failed, _ = ask("log", *given)
-    assert found == code
+    failed = ask("log", *given, code=code)
     error = failed["error"]
     assert error["message"]
     assert error["next_step"] or error["expected"] or error["got"]

@@ -15,19 +15,15 @@ from sisa.flows.wiring.context import Resources
 from sisa.train import train_model
 from tests.models import confessing as care_model
 
+Ask = Callable[..., dict[str, Any]]
 Sisa = Callable[..., tuple[int, str, str]]
 HOSTILE = '<script>alert("T-2")</script>'
 
 
 @pytest.fixture
-def ask(sisa: Sisa, model: Path) -> Callable[..., dict[str, Any]]:
-    def asked(*arguments: str | Path) -> dict[str, Any]:
-        code, out, err = sisa(*arguments, "-m", model, "--json")
-        assert code == 0, err
-        parsed: dict[str, Any] = json.loads(out)
-        return parsed
-
-    return asked
+def ask(ask: Ask, model: Path) -> Ask:
+    """Run a command on the model; return its JSON."""
+    return lambda *arguments, **code: ask(*arguments, "-m", model, **code)
 
 
 def states(report: dict[str, Any]) -> dict[int, list[str]]:
@@ -50,9 +46,7 @@ def test_a_directory_is_no_page(sisa: Sisa, model: Path, tmp_path: Path) -> None
     assert "internal" not in err
 
 
-def test_requests_in_several_states_are_on_the_page(
-    ask: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_requests_in_several_states_are_on_the_page(ask: Ask, tmp_path: Path) -> None:
     ids = [care_model.record(number).id for number in range(4)]
     ask("request", "submit", ids[0], "--external-id", "T-1", "--reason", "asked", "--approver", "dpo")
     ask("run")
@@ -82,7 +76,7 @@ def test_requests_in_several_states_are_on_the_page(
     assert not [each for each in ids if each in text or each in json.dumps(found)]
 
 
-def test_the_lineage_follows_a_deletion(ask: Callable[..., dict[str, Any]]) -> None:
+def test_the_lineage_follows_a_deletion(ask: Ask) -> None:
     assert {each for row in states(ask("report")).values() for each in row} == {"clean"}
     record = care_model.record(care_model.DELETED).id
     (place,) = ask("where", record)["records"]
@@ -97,7 +91,7 @@ def test_the_lineage_follows_a_deletion(ask: Callable[..., dict[str, Any]]) -> N
 
 
 def test_training_the_whole_model_again_ends_what_deletions_retrained(
-    ask: Callable[..., dict[str, Any]], model: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Ask, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
     monkeypatch.setattr(Resources, "check_base", lambda _: None)
@@ -127,9 +121,7 @@ def log_files(model: Path) -> list[Path]:
     return [path for path in sorted((model / "log").rglob("*")) if path.is_file()]
 
 
-def test_certificates_are_checked_as_an_outsider_would(
-    ask: Callable[..., dict[str, Any]], model: Path, tmp_path: Path
-) -> None:
+def test_certificates_are_checked_as_an_outsider_would(ask: Ask, model: Path, tmp_path: Path) -> None:
     ids = [care_model.record(number).id for number in range(3)]
     ask("forget", ids[0])
     ask("keys", "init")
@@ -169,7 +161,7 @@ def test_certificates_are_checked_as_an_outsider_would(
     assert of_evidence(ask("report"))[1] == ["unverified"] * 3
 
 
-def test_a_certificate_that_can_not_be_signed_is_pending(ask: Callable[..., dict[str, Any]]) -> None:
+def test_a_certificate_that_can_not_be_signed_is_pending(ask: Ask) -> None:
     directory = Path(ask("keys", "init")["directory"])
     ask("forget", care_model.record(0).id)
     directory.rename(directory.with_name("elsewhere"))
@@ -182,7 +174,7 @@ def test_a_certificate_that_can_not_be_signed_is_pending(ask: Callable[..., dict
     assert of_evidence(ask("report")) == ("", ["verified", "verified"])
 
 
-def test_a_report_writes_nothing_into_the_model(ask: Callable[..., dict[str, Any]], model: Path) -> None:
+def test_a_report_writes_nothing_into_the_model(ask: Ask, model: Path) -> None:
     ask("keys", "init")
     ask("forget", care_model.record(0).id)
     kept = {path: path.read_bytes() for path in sorted(model.rglob("*")) if path.is_file()}

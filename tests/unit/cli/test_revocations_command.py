@@ -22,19 +22,6 @@ Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def ask(sisa: Callable[..., tuple[int, str, str]]) -> Ask:
-    """Run a command, expect its exit code, and return its JSON."""
-
-    def run(*arguments: Any, code: int = 0) -> dict[str, Any]:
-        got, out, err = sisa(*arguments, "--json")
-        assert got == code, err
-        found: dict[str, Any] = json.loads(out)
-        return found
-
-    return run
-
-
-@pytest.fixture
 def copies(model: Path, ask: Ask, tmp_path: Path) -> Path:
     """Export the model, and return copies that no deletion reaches."""
     ask("keys", "init", "-m", model)

@@ -19,7 +19,6 @@ from in_toto_attestation.v1.statement import Statement
 from in_toto_attestation.v1.statement_pb2 import Statement as StatementPb
 
 import sisa.model
-from cluster.cli import cli
 from cluster.cli.certificates import checks_about
 from sisa.audit.residue import Residue, Scan, sweep_model
 from sisa.audit.verify import EMPTY, ShardProof, Verification
@@ -36,19 +35,8 @@ from sisa.verifier.note import open_checkpoint, read_log
 from tests.models.confessing import record, use_fake_resources
 
 SCHEMA = json.loads((resources.files("sisa.evidence") / "schemas/statements.json").read_text("utf-8"))
-Ask = Callable[..., tuple[int, dict[str, Any]]]
+Ask = Callable[..., dict[str, Any]]
 REQUEST = ("--executor", "serial")
-
-
-@pytest.fixture
-def ask(capfd: pytest.CaptureFixture[str]) -> Ask:
-    """Run a command; return its exit code and its JSON."""
-
-    def run(*arguments: Any) -> tuple[int, dict[str, Any]]:
-        code = cli.run([*map(str, arguments), "--json"])
-        return code, json.loads(capfd.readouterr().out)
-
-    return run
 
 
 @pytest.fixture
@@ -63,8 +51,8 @@ def bare(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.fixture
 def model(bare: Path, ask: Ask) -> Path:
     """Return a model with keys."""
-    assert ask("keys", "init", "-m", bare)[0] == 0
-    assert ask("certificate", "issue", "-m", bare)[0] == 0
+    ask("keys", "init", "-m", bare)
+    ask("certificate", "issue", "-m", bare)
     return bare
 
 
@@ -84,12 +72,9 @@ def statements(directory: Path) -> list[dict[str, Any]]:
 
 
 def test_a_replay_and_a_sweep_are_logged_about_what_is_served(model: Path, ask: Ask) -> None:
-    replayed, scanned = (
-        ask("verify", "-m", model, "--replay", "all", *REQUEST),
-        ask("sweep", "-m", model, record(3).id),
-    )
-    assert [(code, body["entry"], body["not_logged"]) for code, body in (replayed,)] == [(0, 1, "")]
-    assert scanned[1]["entry"] == 2
+    replayed = ask("verify", "-m", model, "--replay", "all", *REQUEST)
+    scanned = ask("sweep", "-m", model, record(3).id, code=4)  # that record is held
+    assert (replayed["entry"], replayed["not_logged"], scanned["entry"]) == (1, "", 2)
     state, replay, sweep = statements(model)
     assert state["predicateType"] == STATE
     for each in (replay, sweep):
@@ -98,14 +83,14 @@ def test_a_replay_and_a_sweep_are_logged_about_what_is_served(model: Path, ask: 
         assert ParseDict(each["predicate"], ResultPb()).result == each["predicate"]["result"]
     assert replay["predicate"]["result"] == "PASSED"
     assert replay["predicate"]["passedTests"][0] == "shard-00000 trained from scratch: equal bytes"
-    assert (scanned[0], sweep["predicate"]["result"]) == (4, "FAILED")  # that record is held
-    number = len(scanned[1]["residue"])
+    assert sweep["predicate"]["result"] == "FAILED"
+    number = len(scanned["residue"])
     assert sweep["predicate"]["failedTests"] == [f"traces of kind string: {number}"]
 
 
 def test_a_check_that_is_no_replay_logs_nothing(model: Path, ask: Ask) -> None:
-    code, body = ask("verify", "-m", model)
-    assert (code, "entry" in body) == (0, False)
+    body = ask("verify", "-m", model)
+    assert "entry" not in body
     assert len(statements(model)) == 1
 
 
@@ -115,7 +100,7 @@ def test_a_sweep_logs_numbers_alone(model: Path, ask: Ask, tmp_path: Path) -> No
     (place / "left.txt").write_text(record(5).text)
     (tmp_path / "texts").write_text(record(5).text)
     given = ("sweep", "-m", model, record(5).id, "--text-file", tmp_path / "texts", "--also", place)
-    assert ask(*given)[0] == 4
+    ask(*given, code=4)
     published = b"".join(each.read_bytes() for each in (model / "log").rglob("*") if each.is_file())
     data = published + json.dumps(statements(model)).encode()
     for each in (record(5).id, record(5).text, place.name, str(tmp_path)):
@@ -156,12 +141,12 @@ def test_a_result_that_cannot_be_logged_is_the_same(
     if fault is not without_keys:
         ask("keys", "init", "-m", bare)
     before, why = logged(bare), fault(bare, monkeypatch)
-    code, body = ask("sweep", "-m", bare, "nobody")
-    assert (code, body["clean"], body["entry"]) == (0, True, None)
+    body = ask("sweep", "-m", bare, "nobody")
+    assert (body["clean"], body["entry"]) == (True, None)
     assert why in body["not_logged"]
     if fault is not read_only:  # a replay needs the lock anyway
-        code, body = ask("verify", "-m", bare, "--replay", "all", *REQUEST)
-        assert (code, body["ok"], body["entry"]) == (0, True, None)
+        body = ask("verify", "-m", bare, "--replay", "all", *REQUEST)
+        assert (body["ok"], body["entry"]) == (True, None)
         assert why in body["not_logged"]
     assert logged(bare) == before
 
@@ -171,19 +156,19 @@ def test_checks_are_named_beside_the_certificate_they_are_about(
 ) -> None:
     keys, file = model / "log" / "keys.json", tmp_path / "certificate.json"
     ask("verify", "-m", model, "--replay", "all", *REQUEST)
-    request = ask("forget", "-m", model, record(7).id, *REQUEST)[1]["request_id"]
+    request = ask("forget", "-m", model, record(7).id, *REQUEST)["request_id"]
     ask("sweep", "-m", model, record(7).id)
     ask("certificate", "export", "-m", model, request, "-o", file)
-    shown = ask("certificate", "show", "-m", model, request)[1]
-    code, checked = ask("verify-certificate", file, "--key", keys, "--log", model / "log")
-    assert (code, shown["type"]) == (0, EXACT)
+    shown = ask("certificate", "show", "-m", model, request)
+    checked = ask("verify-certificate", file, "--key", keys, "--log", model / "log")
+    assert shown["type"] == EXACT
     assert checked["checks"] == shown["checks"]
     replay, sweep = shown["checks"]
     assert (sweep["check"], sweep["result"], sweep["adapters"]) == ("sweep", "PASSED", 2)
     assert sweep["passed"][1:] == ["no given id or text (strings: 1)"]
     assert sweep["at"] > shown["statement"]["predicate"]["issued_at"]
     assert (replay["check"], replay["adapters"]) == ("replay", 1)  # the other shard has a new adapter
-    assert ask("verify-certificate", file, "--key", keys)[1]["checks"] is None
+    assert ask("verify-certificate", file, "--key", keys)["checks"] is None
 
 
 def test_a_check_of_another_form_is_shown_as_unknown(model: Path, ask: Ask) -> None:
@@ -198,9 +183,9 @@ def test_a_check_of_another_form_is_shown_as_unknown(model: Path, ask: Ask) -> N
 
 
 def test_provenance_states_once_how_adapters_were_trained(model: Path, ask: Ask) -> None:
-    code, body = ask("certificate", "provenance", "-m", model)
-    assert (code, len(body["statements"])) == (0, 1)
-    assert ask("certificate", "provenance", "-m", model)[1] == body
+    body = ask("certificate", "provenance", "-m", model)
+    assert len(body["statements"]) == 1
+    assert ask("certificate", "provenance", "-m", model) == body
     state, stated = statements(model)
     assert (stated["predicateType"], stated["subject"]) == (PROVENANCE, state["subject"])
     parsed = ParseDict(stated["predicate"], Provenance())
@@ -214,7 +199,7 @@ def test_provenance_states_once_how_adapters_were_trained(model: Path, ask: Ask)
     text = json.dumps(stated)
     assert not any(each in text for each in ("owner/people", str(model), record(0).id))
     ask("forget", "-m", model, record(7).id, *REQUEST)
-    assert ask("certificate", "provenance", "-m", model)[1] != body
+    assert ask("certificate", "provenance", "-m", model) != body
 
 
 PROOF = ShardProof(3, "key", True, True, 2)

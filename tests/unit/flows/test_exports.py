@@ -19,7 +19,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.cli import cli
 from sisa.config.config import DatasetSource, RunConfig
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import ANY_SHARD, Export, RecordRow, Request
@@ -377,37 +376,26 @@ def test_a_retired_row_of_an_export_is_only_dropped_with_its_files(fake: FakeMod
 # --- the command line, over real directories
 
 
-Sisa = Callable[..., dict[str, Any]]
+Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    care_model.build(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def sisa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sisa:
+def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a model for one test to change, which a fake trains."""
     care_model.use_fake_resources(monkeypatch)
-
-    def call(*arguments: Any, code: int = 0) -> dict[str, Any]:
-        assert cli.run([*map(str, arguments), "--json"]) == code, capsys.readouterr()
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
-
-    return call
+    return Path(shutil.copytree(trained, tmp_path / "model"))
 
 
-def test_the_commands_report_exports(model: Path, tmp_path: Path, sisa: Sisa) -> None:
+def test_the_commands_report_exports(model: Path, tmp_path: Path, ask: Ask) -> None:
     at, out = ("-m", model), tmp_path / "out"
-    made = sisa("export", *at, "--to", out)["adapters"]
+    made = ask("export", *at, "--to", out)["adapters"]
     assert [Path(each).parent for each in made] == [out / "v1"] * 2
     record = care_model.record(care_model.DELETED).id
-    (held,) = sisa("where", *at, record)["records"]
+    (held,) = ask("where", *at, record)["records"]
     (stale,) = held["exports"]
-    assert sisa("forget", *at, record, "--dry-run")["would_erase"]["exports"] == 1
+    assert ask("forget", *at, record, "--dry-run")["would_erase"]["exports"] == 1
     (kept,) = {*made} - {stale}
-    outcome = sisa("forget", *at, record, "--executor", "serial")
+    outcome = ask("forget", *at, record, "--executor", "serial")
     assert (outcome["exports_erased"], outcome["exports_missing"]) == (1, [])
     assert not Path(stale).exists()
     assert sorted(each.name for each in Path(kept).iterdir()) == [
@@ -415,38 +403,38 @@ def test_the_commands_report_exports(model: Path, tmp_path: Path, sisa: Sisa) ->
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    assert [each["path"] for each in sisa("status", *at)["exports"]] == [kept]
-    found = sisa("sweep", *at, record)
+    assert [each["path"] for each in ask("status", *at)["exports"]] == [kept]
+    found = ask("sweep", *at, record)
     assert found["clean"]
     assert kept in found["places"]
 
 
-def test_the_commands_report_a_moved_export(model: Path, tmp_path: Path, sisa: Sisa) -> None:
+def test_the_commands_report_a_moved_export(model: Path, tmp_path: Path, ask: Ask) -> None:
     at, out, away = ("-m", model), tmp_path / "out", tmp_path / "away"
-    sisa("export", *at, "--to", out)
+    ask("export", *at, "--to", out)
     record = care_model.record(care_model.DELETED).id
-    (stale,) = sisa("where", *at, record)["records"][0]["exports"]
+    (stale,) = ask("where", *at, record)["records"][0]["exports"]
     out.rename(away)
-    sisa("request", "submit", *at, record, "--approver", "dpo")
-    outcome = sisa("run", *at, "--executor", "serial")
+    ask("request", "submit", *at, record, "--approver", "dpo")
+    outcome = ask("run", *at, "--executor", "serial")
     assert outcome["exports_missing"] == [stale]
     assert [each["exports_erased"] for each in outcome["requests"]] == [0]
-    standing = {each["path"]: each["standing"] for each in sisa("status", *at)["exports"]}
+    standing = {each["path"]: each["standing"] for each in ask("status", *at)["exports"]}
     assert standing[stale] == "gone"
     assert sorted(map(str, standing.values())) == ["None", "gone"]
-    assert [each["kind"] for each in sisa("sweep", *at, code=4)["residue"]] == ["missing_export"]
-    assert [each["kind"] for each in sisa("doctor", *at)["findings"]] == ["export"]
+    assert [each["kind"] for each in ask("sweep", *at, code=4)["residue"]] == ["missing_export"]
+    assert [each["kind"] for each in ask("doctor", *at)["findings"]] == ["export"]
     away.rename(out)
-    assert [each["kind"] for each in sisa("sweep", *at, code=4)["residue"]] == ["stale_adapter"]
-    done = sisa("run", *at, "--executor", "serial")
+    assert [each["kind"] for each in ask("sweep", *at, code=4)["residue"]] == ["stale_adapter"]
+    done = ask("run", *at, "--executor", "serial")
     assert (done["exports_missing"], Path(stale).exists()) == ([], False)
-    assert sisa("sweep", *at)["clean"]
-    assert sisa("doctor", *at)["healthy"]
+    assert ask("sweep", *at)["clean"]
+    assert ask("doctor", *at)["healthy"]
 
 
 @pytest.mark.parametrize("written", [0, 1, 2])
 def test_an_export_that_was_killed_is_none_of_a_later_deletion(
-    model: Path, tmp_path: Path, sisa: Sisa, monkeypatch: pytest.MonkeyPatch, written: int
+    model: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
     """Before its first directory was whole, before its second, and before its last commit."""
     at, out, calls = ("-m", model), tmp_path / "out", 0
@@ -473,11 +461,11 @@ def test_an_export_that_was_killed_is_none_of_a_later_deletion(
         with pytest.raises(Cut):
             Model(model, executor="serial").export(out)
     record = care_model.record(care_model.DELETED).id
-    outcome = sisa("forget", *at, record, "--executor", "serial")
+    outcome = ask("forget", *at, record, "--executor", "serial")
     assert outcome["exports_missing"] == []
-    found = sisa("sweep", *at, record)
+    found = ask("sweep", *at, record)
     assert found["clean"]
-    left = sisa("status", *at)["exports"]
+    left = ask("status", *at)["exports"]
     assert {each["state"] for each in left} <= {"clean"}
     assert sorted(out.rglob("*.safetensors")) == sorted(
         Path(each["path"], "adapter_model.safetensors") for each in left
@@ -485,36 +473,36 @@ def test_an_export_that_was_killed_is_none_of_a_later_deletion(
     assert list(out.rglob(f"{TEMPORARY_PREFIX}*")) == []
 
 
-def test_a_lost_export_is_given_up_on_a_persons_word(model: Path, tmp_path: Path, sisa: Sisa) -> None:
+def test_a_lost_export_is_given_up_on_a_persons_word(model: Path, tmp_path: Path, ask: Ask) -> None:
     at, out = ("-m", model), tmp_path / "out"
-    sisa("export", *at, "--to", out)
+    ask("export", *at, "--to", out)
     record = care_model.record(care_model.DELETED).id
-    (stale,) = sisa("where", *at, record)["records"][0]["exports"]
+    (stale,) = ask("where", *at, record)["records"][0]["exports"]
     shutil.rmtree(out)
-    request_id = sisa("forget", *at, record, "--executor", "serial")["request_id"]
-    assert not sisa("sweep", *at, code=4)["clean"]
-    assert sisa("gc", *at)["given_up"] == []
-    assert sisa("gc", *at, "--lost-exports")["given_up"] == [stale]
-    assert sisa("sweep", *at)["clean"]
-    shown = sisa("request", "show", *at, request_id)
+    request_id = ask("forget", *at, record, "--executor", "serial")["request_id"]
+    assert not ask("sweep", *at, code=4)["clean"]
+    assert ask("gc", *at)["given_up"] == []
+    assert ask("gc", *at, "--lost-exports")["given_up"] == [stale]
+    assert ask("sweep", *at)["clean"]
+    shown = ask("request", "show", *at, request_id)
     assert shown["state"] == "completed"
     assert shown["events"][-1]["note"] == "1 lost exports were given up"
-    assert sisa("gc", *at, "--lost-exports")["given_up"] == []
+    assert ask("gc", *at, "--lost-exports")["given_up"] == []
 
 
 def test_a_clean_export_of_a_retired_checkpoint_is_no_residue(
-    model: Path, tmp_path: Path, sisa: Sisa
+    model: Path, tmp_path: Path, ask: Ask
 ) -> None:
-    sisa("export", "-m", model, "--to", tmp_path / "out")
+    ask("export", "-m", model, "--to", tmp_path / "out")
     with care_model.context_of(model) as context:
         add(context, [fake_record(number) for number in range(100, 130)])
-    found = sisa("sweep", "-m", model)
+    found = ask("sweep", "-m", model)
     assert (found["clean"], len(found["outdated_exports"])) == (True, 2)
 
 
-def test_an_export_is_refused_while_somebody_writes(model: Path, tmp_path: Path, sisa: Sisa) -> None:
+def test_an_export_is_refused_while_somebody_writes(model: Path, tmp_path: Path, ask: Ask) -> None:
     with writer_lock(model / wiring.LOCK):
-        sisa("export", "-m", model, "--to", tmp_path / "out", code=5)
+        ask("export", "-m", model, "--to", tmp_path / "out", code=5)
     assert not (tmp_path / "out").exists()
 
 

@@ -11,17 +11,11 @@ import pytest
 from sisa.core.errors import ConfigConflict, SisaError, UnknownRecord
 from sisa.flows.deletion import Terms
 from sisa.model import Model, open_model
-from tests.models.confessing import NUM_RECORDS, build, record, use_fake_resources
+from tests.models.confessing import NUM_RECORDS, record, use_fake_resources
 from tests.models.opened_files import opened_files
 
 OWN = 0  # of the shards 0 and 1
 IDS = [record(number).id for number in range(NUM_RECORDS)]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    build(tmp_path_factory.mktemp("group") / "model")
-    return next(tmp_path_factory.getbasetemp().glob("group*/model"))
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import cli
 from sisa.config.config import state_dir
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import InvalidInput
@@ -39,15 +38,14 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def ask(model: Path, capfd: pytest.CaptureFixture[str]) -> Ask:
-    """Return a function that runs a command on the model, checks the exit code and returns its JSON.
+def ask(model: Path, sisa: Callable[..., tuple[int, str, str]]) -> Ask:
+    """Run a command on the model, check its exit code, and return its JSON.
 
     `messages` is what it wrote to standard error.
     """
 
     def asked(*arguments: str | Path, code: int = 0, on: Path = model) -> dict[str, Any]:
-        found = cli.run([*map(str, arguments), "-m", str(on), "--json"])
-        out, err = capfd.readouterr()
+        found, out, err = sisa(*arguments, "-m", on, "--json")
         assert found == code, (out, err)
         return {**json.loads(out), "messages": err}
 
