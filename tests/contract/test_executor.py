@@ -7,7 +7,7 @@ or parent that differs from the record stops the chain before anything is traine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 from sisa.core.domain import Chain, HeldCheckpoint, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.events import EpochTrained, Event, Notice, SliceProgress, SliceStarted, SliceTrained
-from sisa.core.ports import StoredRecord, Tick
+from sisa.core.ports import StoredRecord
 from sisa.flows.serial import SerialExecutor, _Clock, num_lanes, order_chains
 from sisa.planning.plan import jobs
 from tests.fakes.ports import FakeCheckpoints, FakeRecords, FakeTrainer, fake_recipe, fake_record
@@ -28,15 +28,9 @@ class Seen(FakeTrainer):
     def __init__(self) -> None:
         self.calls: list[tuple[SliceJob, Mapping[str, bytes] | None, list[str]]] = []
 
-    def train(
-        self,
-        job: SliceJob,
-        parent: Mapping[str, bytes] | None,
-        records: Sequence[StoredRecord],
-        progress: Callable[[Tick], None],
-    ) -> dict[str, bytes]:
+    def train(self, job: SliceJob, parent: Any, records: Any, *rest: Any) -> dict[str, bytes]:
         self.calls.append((job, parent, [each.id_digest for each in records]))
-        return super().train(job, parent, records, progress)
+        return super().train(job, parent, records, *rest)
 
 
 class Site:
@@ -183,15 +177,9 @@ class Sided(Seen):
     def refuse_lanes(self, _training: Mapping[str, Any]) -> str | None:
         return self.refusal
 
-    def begin(
-        self,
-        job: SliceJob,
-        parent: Mapping[str, bytes] | None,
-        records: Sequence[StoredRecord],
-        progress: Callable[[Tick], None],
-    ) -> Generator[int, None, dict[str, bytes]]:
-        yield from [job.shard] * len(records)
-        return self.train(job, parent, records, progress)
+    def begin(self, job: SliceJob, *given: Any) -> Generator[int, None, dict[str, bytes]]:
+        yield from [job.shard] * job.num_records
+        return self.train(job, *given)
 
     def compute(self, waiting: Sequence[int]) -> None:
         self.together.append([*waiting])

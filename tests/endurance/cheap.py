@@ -18,9 +18,9 @@ from typing import Any
 
 from sisa import model
 from sisa.core.digest import digest_of
-from sisa.core.domain import Probed, Record, SliceJob
+from sisa.core.domain import Probed, Record
 from sisa.core.errors import EnvironmentFault, InvalidInput
-from sisa.core.ports import Executor, StoredRecord, Tick
+from sisa.core.ports import Executor, Tick
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Named, Resources, check_digest
@@ -69,13 +69,7 @@ class SlowTrainer:
     def __init__(self, pause_s: float = 0.0) -> None:
         self._pause_s = pause_s
 
-    def train(
-        self,
-        job: SliceJob,
-        parent: Mapping[str, bytes] | None,
-        records: Sequence[StoredRecord],
-        progress: Callable[[Tick], None],
-    ) -> dict[str, bytes]:
+    def train(self, job: Any, parent: Any, records: Any, progress: Any) -> dict[str, bytes]:
         progress(Tick(len(records) // 2, len(records)))
         time.sleep(self._pause_s)
         return FakeTrainer().train(job, parent, records, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import cli
-from tests.models.confessing import build
+from tests.models.confessing import build, use_fake_resources
 
 
 @pytest.fixture
@@ -46,6 +47,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     build(folder / "model")
     return folder / "model"
+
+
+@pytest.fixture
+def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of `trained` that fakes train; its keys go to `state` beside it."""
+    use_fake_resources(monkeypatch)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return Path(shutil.copytree(trained, tmp_path / "model"))
 
 
 @pytest.fixture

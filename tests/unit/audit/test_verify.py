@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from sisa.audit.verify import Verification, verify
 from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Record, RecordRow, SliceJob
 from sisa.core.errors import EnvironmentFault
-from sisa.core.ports import CheckpointStore, Executor, StoredRecord, Tick, Vectors
+from sisa.core.ports import CheckpointStore, Executor, Vectors
 from sisa.flows.ingest import train
 from sisa.flows.serial import SerialExecutor
 from sisa.flows.wiring.context import Context
@@ -36,15 +36,8 @@ RECORDS = [record(number) for number in range(24)]
 class Forging(FakeTrainer):
     """Train weights that are consistent and stored well, but not those of the job."""
 
-    def train(
-        self,
-        job: SliceJob,
-        parent: Mapping[str, bytes] | None,
-        records: Sequence[StoredRecord],
-        progress: Callable[[Tick], None],
-    ) -> dict[str, bytes]:
-        files = super().train(job, parent, records, progress)
-        return {**files, "state": b"forged"}
+    def train(self, *given: Any, **options: Any) -> dict[str, bytes]:
+        return {**super().train(*given, **options), "state": b"forged"}
 
 
 class Resuming(FakeTrainer):
@@ -53,14 +46,8 @@ class Resuming(FakeTrainer):
     def __init__(self) -> None:
         self._last: str | None = None
 
-    def train(
-        self,
-        job: SliceJob,
-        parent: Mapping[str, bytes] | None,
-        records: Sequence[StoredRecord],
-        progress: Callable[[Tick], None],
-    ) -> dict[str, bytes]:
-        files = super().train(job, parent, records, progress)
+    def train(self, job: SliceJob, parent: Any, *given: Any, **options: Any) -> dict[str, bytes]:
+        files = super().train(job, parent, *given, **options)
         files["state"] = str(parent is not None and self._last == job.parent).encode()
         self._last = job.key
         return files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,11 +82,7 @@ def test_words_from_outside_of_flows(capsys: pytest.CaptureFixture[str]) -> None
     assert lines(capsys.readouterr().err)[0]["message"] == "== a step"
 
 
-def test_a_command_logs_its_life_under_one_run(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    care_model.use_fake_resources(monkeypatch)
-    model = Path(shutil.copytree(trained, tmp_path / "model"))
+def test_a_command_logs_its_life_under_one_run(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = care_model.record(3).id
     forget = ["forget", "-m", str(model), named, "--log-format", "json", "--json"]
     assert cli.run(forget) == 0

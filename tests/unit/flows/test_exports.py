@@ -379,13 +379,6 @@ def test_a_retired_row_of_an_export_is_only_dropped_with_its_files(fake: FakeMod
 Ask = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture
-def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a model for one test to change, which a fake trains."""
-    care_model.use_fake_resources(monkeypatch)
-    return Path(shutil.copytree(trained, tmp_path / "model"))
-
-
 def test_the_commands_report_exports(model: Path, tmp_path: Path, ask: Ask) -> None:
     at, out = ("-m", model), tmp_path / "out"
     made = ask("export", *at, "--to", out)["adapters"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from sisa.core.errors import ConfigConflict, SisaError, UnknownRecord
 from sisa.flows.deletion import Terms
 from sisa.model import Model, open_model
-from tests.models.confessing import NUM_RECORDS, record, use_fake_resources
+from tests.models.confessing import NUM_RECORDS, record
 from tests.models.opened_files import opened_files
 
 OWN = 0  # of the shards 0 and 1
@@ -19,9 +18,8 @@ IDS = [record(number).id for number in range(NUM_RECORDS)]
 
 
 @pytest.fixture
-def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    use_fake_resources(monkeypatch)
-    return open_model(Path(shutil.copytree(trained, tmp_path / "model")), executor="serial")
+def model(model: Path) -> Model:
+    return open_model(model, executor="serial")
 
 
 @pytest.fixture
