@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from approx.unlearning.written.generic_labels import Place, align, write_generic
 from sisa.core.domain import Part, Record
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.events import Notice, PatchProgress
+from sisa.core.ports import PatchMade, PatchOrder
 from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.low_rank import read_change
 from sisa.lm.base.tokens import NO_LOSS, Tokens, tokenize
@@ -57,6 +60,22 @@ BOUNDED = {"max_utility_drop": 0.5, "check_every": 1}
 @pytest.fixture
 def bench(knowing: Path, tmp_path: Path) -> Bench:
     return Bench(tmp_path, knowing)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A patch by NPO whose retain set the base wrote, in a folder for tests to copy."""
+
+    bench: Bench
+    order: PatchOrder
+    patch: PatchMade
+
+
+@pytest.fixture(scope="module")
+def made(knowing: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    bench = Bench(tmp_path_factory.mktemp("made"), knowing)
+    order = bench.order(settings("npo"), FORGET)
+    return Made(bench, order, bench.make(order))
 
 
 def probability(bench: Bench, stack: list[dict[str, bytes]], records: list[Record]) -> float:
@@ -140,7 +159,7 @@ def test_a_selection_restricts_a_patch_to_some_modules(
     assert probability(bench, [bench.files(made)], FORGET) == pytest.approx(after, abs=1e-4)
 
 
-def test_the_base_writes_the_retain_set_and_no_record_is_in_it(bench: Bench) -> None:
+def test_the_base_writes_the_retain_set_and_no_record_is_in_it(bench: Bench, made: Made) -> None:
     model, tokenizer = load_base(bench.base, bench.site.base_digest)
     prompts = prompts_that_fit(tokenizer, 256)
     sets = [write_answers(model, tokenizer, prompts, 256) for _ in range(2)]
@@ -153,8 +172,7 @@ def test_the_base_writes_the_retain_set_and_no_record_is_in_it(bench: Bench) -> 
         assert prompt in tokenizer.decode(asked)
         assert any(label != NO_LOSS for label in each.labels)
     assert prompts_that_fit(tokenizer, 8) == []
-    made = bench.make(bench.order(settings("npo"), FORGET))
-    assert made.report["sets"]["retain"] == "written by the base"
+    assert made.patch.report["sets"]["retain"] == "written by the base"
 
 
 def test_neighbours_are_asked_the_same_about_invented_people(bench: Bench) -> None:
@@ -306,9 +324,11 @@ def test_a_record_that_was_cut_when_it_was_trained_on_can_be_forgotten(bench: Be
     assert report["robustness"]["rewording"] is None
 
 
-def test_a_patch_upon_a_patch_is_made_from_what_lies_beneath(bench: Bench) -> None:
-    first = bench.order(settings("npo"), FORGET)
-    lower = bench.make(first)
+def test_a_patch_upon_a_patch_is_made_from_what_lies_beneath(
+    made: Made, knowing: Path, tmp_path: Path
+) -> None:
+    bench = Bench(Path(shutil.copytree(made.bench.folder, tmp_path / "copy")), knowing)
+    first, lower = made.order, made.patch
     beneath = [made_patch(first, lower)]
     second = bench.order(settings("npo"), KEEP, beneath=beneath)
     upper = bench.make(second)
@@ -363,15 +383,13 @@ def test_a_search_for_a_scale_that_is_interrupted_repeatedly_ends(bench: Bench) 
     assert made.report["alpha"] > 0
 
 
-def test_out_of_time_puts_the_run_aside(bench: Bench, tmp_path: Path, knowing: Path) -> None:
-    """The base writes the retain set: the same each time."""
-    whole = Bench(tmp_path / "whole", knowing)
-    expected = whole.files(whole.make(whole.order(settings("npo"), FORGET)))
+def test_out_of_time_puts_the_run_aside(bench: Bench, made: Made) -> None:
+    """Continued in another folder, it is the same patch: the base writes the same retain set."""
     late = bench.make(bench.order(settings("npo"), FORGET, max_seconds=0.0))
     assert (late.saved, late.unfinished, late.report["ending"]) == (None, True, "out_of_time")
     assert late.report["patch_made"] is False
     again = bench.order(settings("npo"), FORGET)
-    assert bench.files(bench.make(again)) == expected
+    assert bench.files(bench.make(again)) == made.bench.files(made.patch)
     assert not bench.store.held() - {again.job.key}
 
 
