@@ -79,17 +79,16 @@ def forms_of(model: EvaluatedModel) -> list[PromptForm]:
     return [each for each in FORMS if not isinstance(model, FakeEvaluated) or each.kind == model.kind]
 
 
-@pytest.mark.parametrize("size", [1, 3, 50])
-def test_the_size_of_a_batch_changes_nothing(model: EvaluatedModel, size: int) -> None:
+def test_the_size_of_a_batch_changes_nothing(model: EvaluatedModel) -> None:
     for form in forms_of(model):
-        whole = model.score(PAIRS, form, 4)
-        for one, other in zip(whole, model.score(PAIRS, form, size), strict=True):
-            assert one.correct == other.correct
-            assert one.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
-            assert one.means == pytest.approx(other.means, abs=TOLERANCE)
-            assert one.variances == pytest.approx(other.variances, abs=TOLERANCE)
-        answers = model.generate(QUESTIONS, form, 12, 4)
-        assert answers == model.generate(QUESTIONS, form, 12, size)
+        whole, answers = model.score(PAIRS, form, 4), model.generate(QUESTIONS, form, 12, 4)
+        for size in (1, 3, 50):
+            for one, other in zip(whole, model.score(PAIRS, form, size), strict=True):
+                assert one.correct == other.correct
+                assert one.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
+                assert one.means == pytest.approx(other.means, abs=TOLERANCE)
+                assert one.variances == pytest.approx(other.variances, abs=TOLERANCE)
+            assert answers == model.generate(QUESTIONS, form, 12, size)
 
 
 def test_order_and_company_change_nothing(model: EvaluatedModel) -> None:

@@ -7,6 +7,7 @@ models. Answers are a function of the remaining records only, however the model 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from tests.models.tiny_model import (
     ids_of,
     next_token_probabilities,
     of_people,
+    train_scratch,
     without,
     write_rows,
     write_run,
@@ -347,21 +349,21 @@ def support_chats() -> list[Row]:
     ]
 
 
-@pytest.fixture
-def chats(tmp_path: Path, tiny_base: Path) -> Tiny:
-    found = Tiny(tmp_path, tiny_base)
+@pytest.fixture(scope="module")
+def _chats(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    folder = tmp_path_factory.mktemp("chats")
     block = {"aggregation": {"method": "routed", "min_score": 0.99}}
-    write_run(
-        tmp_path,
-        tiny_base,
-        support_chats(),
-        sisa_block=block,
-        sequence_len=512,
-        overlength="truncate",
-        num_epochs=1,
-    )
-    found.train()
-    return found
+    settings = {"sequence_len": 512, "overlength": "truncate", "num_epochs": 1}
+    train_scratch(folder, tiny_base, support_chats(), sisa_block=block, **settings)
+    return folder
+
+
+@pytest.fixture
+def chats(_chats: Path, tiny_base: Path, tmp_path: Path) -> Tiny:
+    """Return a model of chats for one test to change."""
+    copy = Tiny(Path(shutil.copytree(_chats, tmp_path / "chats")), tiny_base)
+    copy.train()  # records the new path
+    return copy
 
 
 def test_chats_find_their_people_by_what_they_ask(chats: Tiny) -> None:

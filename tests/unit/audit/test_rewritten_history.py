@@ -24,15 +24,10 @@ from sisa.flows.wiring import wiring
 from sisa.model import Model
 from sisa.store.ledger import rows
 from tests.fakes.ports import SECRET
-from tests.models.confessing import build, record, use_fake_resources
+from tests.models.confessing import record
 
 From = Literal["the change on", "the first on"]
 EARLIER = "2001-01-01T00:00:00+00:00"
-
-
-@pytest.fixture(autouse=True)
-def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_fake_resources(monkeypatch)
 
 
 def opened(directory: Path) -> Model:
@@ -40,15 +35,12 @@ def opened(directory: Path) -> Model:
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
+def directory(model: Path) -> Path:
     """Return a model with two deletions, whose witness is gone."""
-    directory = tmp_path / "model"
-    build(directory)
-    take_witness_away(directory)  # of a model of this name that another test made
     for number in (3, 5):
-        opened(directory).forget([record(number).id])
-    take_witness_away(directory)
-    return directory
+        opened(model).forget([record(number).id])
+    take_witness_away(model)
+    return model
 
 
 def take_witness_away(directory: Path) -> None:

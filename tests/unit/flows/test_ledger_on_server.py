@@ -51,9 +51,8 @@ def url(postgres: PostgresServer) -> str:
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    build(tmp_path / "model")
-    return tmp_path / "model"
+def directory(model: Path) -> Path:
+    return model
 
 
 def all_rows(directory: Path) -> dict[str, Any]:

@@ -23,18 +23,16 @@ from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Resources
 from sisa.store.blobs.files import writer_lock
 from tests.models import confessing as care_model
-from tests.models.confessing import content, record, use_fake_resources
+from tests.models.confessing import content, record
 
 Ask = Callable[..., dict[str, Any]]
 GONE = record(7).id
 
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    use_fake_resources(monkeypatch)
+def model(model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
-    care_model.build(tmp_path / "model")
-    return tmp_path / "model"
+    return model
 
 
 @pytest.fixture
