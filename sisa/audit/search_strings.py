@@ -51,6 +51,7 @@ class SearchStrings:
         self._ids = {text: len(texts) + number for number, text in enumerate(ids)}
         self._texts = range(len(texts))
         self._by_prefix: dict[bytes, list[tuple[bytes, int]]] = {}
+        # Which pairs of bytes a form may begin with, and which may come next: a quick filter.
         self._low = np.zeros(65536, dtype=bool)
         self._high = np.zeros(65536, dtype=bool)
         self._longest = 0

@@ -90,12 +90,15 @@ def replay_results(found: Verification) -> Results:
     passed, warned, failed = list[str](), list[str](), list[str]()
     for each in found.shards:
         name = f"shard-{each.shard:05d}"
-        for equal, how in (
-            (each.equal, "trained from scratch"),
-            (each.equal_apart, "trained stage by stage, each in its own process"),
-        ):
-            if equal is not None:
-                (passed if equal else failed).append(f"{name} {how}: {_BYTES[equal]}")
+        comparisons = {
+            "trained from scratch": each.equal,
+            "trained stage by stage, each in its own process": each.equal_apart,
+        }
+        for how, equal in comparisons.items():
+            if equal:
+                passed.append(f"{name} {how}: equal bytes")
+            elif equal is False:
+                failed.append(f"{name} {how}: other bytes")
         if not each.replayed and each.reason not in (NOT_REQUESTED, EMPTY):
             warned.append(f"{name} not replayed: {each.reason}")
     if found.ok:
@@ -103,9 +106,6 @@ def replay_results(found: Verification) -> Results:
     else:
         failed.append(f"findings: {len(found.findings)}")
     return Results(passed, warned, failed)
-
-
-_BYTES = {True: "equal bytes", False: "other bytes"}
 
 
 def sweep_results(found: Scan) -> Results:

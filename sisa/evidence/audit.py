@@ -138,9 +138,9 @@ def audit_statement(done: Audit, directory: Path) -> dict[str, Any]:
     """Return what is signed. Paths outside the model are left out: the log is published."""
 
     def inside(where: str) -> str:
-        within = where.startswith(f"{directory.absolute()}{os.sep}")
-        outside = os.path.isabs(where) and not within
-        return "outside the model" if outside else os.path.relpath(where, directory) if within else where
+        if where.startswith(f"{directory.absolute()}{os.sep}"):
+            return os.path.relpath(where, directory)
+        return "outside the model" if os.path.isabs(where) else where
 
     checks = [
         {

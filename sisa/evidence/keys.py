@@ -132,7 +132,8 @@ class Keys:
             return
         envelope = _read_file(path)
         try:
-            reason, body = map(statement_in(envelope)["predicate"].get, ("reason", "keys"))
+            predicate = statement_in(envelope)["predicate"]
+            reason, body = predicate.get("reason"), predicate.get("keys")
         except (ValueError, KeyError, TypeError, AttributeError):
             raise _damaged(path, "no hand-over of keys") from None
         if body == public_body(self.public):  # else the rotation ended before it took effect

@@ -124,7 +124,7 @@ class Tree:
 
     db: sqlite3.Connection
 
-    def fact(self, name: str, default: bytes) -> bytes:
+    def get(self, name: str, default: bytes) -> bytes:
         row = self.db.execute("SELECT value FROM tree WHERE name = ?", (name,)).fetchone()
         return default if row is None else bytes(row[0])
 
@@ -133,7 +133,7 @@ class Tree:
 
     @property
     def root(self) -> bytes:
-        return self.fact(ROOT, EMPTY_TREE)
+        return self.get(ROOT, EMPTY_TREE)
 
     @property
     def num_records(self) -> int:
@@ -336,7 +336,7 @@ class Membership:
         try:
             with transaction(self.path, SCHEMA, write=write) as db:
                 tree = Tree(db)
-                if tree.fact(KEY, self._key.public) != self._key.public:
+                if tree.get(KEY, self._key.public) != self._key.public:
                     raise ValueError("labels under another key")
                 yield tree
         except (ValueError, TypeError) as error:  # a damaged row may hold anything

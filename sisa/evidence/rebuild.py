@@ -121,17 +121,15 @@ def certified_heads(predicate: Mapping[str, Any], shards: Collection[int] = ()) 
     served = [Served(**members(each, "a served adapter", _SERVED)) for each in predicate["served"]]
     wanted = set(shards) or {each["shard"] for each in predicate.get("touched", [])}
     found = [each for each in served if each.shard in wanted]
-    if missing := set(shards) - {each.shard for each in served}:
-        got = ", ".join(map(str, sorted(missing)))
-    elif not found:
-        got = "the shards that the request touched serve no adapter now"
-    else:
+    missing = set(shards) - {each.shard for each in served}
+    if found and not missing:
         return found
     names = ", ".join(str(each.shard) for each in served) or "none"
     raise InvalidInput(
         "the certificate names no adapter of these shards",
         expected=f"shards that serve one: {names}",
-        got=got,
+        got=", ".join(map(str, sorted(missing)))
+        or "the shards that the request touched serve no adapter now",
         next_step="name shards with --shard",
     )
 

@@ -200,6 +200,15 @@ def test_what_is_put_into_an_area_is_known_once_it_is_accepted(blobs: BlobStore)
     assert blobs.purge() == ()
 
 
+def test_half_a_group_is_not_accepted(blobs: BlobStore) -> None:
+    area = blobs.lend(AREA, LENT)
+    if isinstance(area, ObjectBlobs):
+        area.put("g/weights", b"half")
+    blobs.accept(AREA, "g")
+    blobs.erase([AREA])
+    assert blobs.held() == frozenset()
+
+
 def test_nothing_can_be_put_into_an_area_that_was_erased(blobs: BlobStore) -> None:
     """A worker may try after its driver was killed and the next command has erased the area."""
     area = blobs.lend(AREA, LENT)

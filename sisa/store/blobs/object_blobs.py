@@ -198,11 +198,14 @@ class ObjectBlobs:
 
     def accept(self, area: str, name: str) -> None:
         lent = replace(self.below(area), lent=True)
-        found = lent.parts(name)
-        whole = sorted(found, key=lambda part: part == LAST) if LAST in found else []
-        moved = [f"{name}/{part}" for part in whole] or [name] * (lent.num_bytes(name) > 0)
+        if parts := lent.parts(name):
+            if LAST not in parts or LAST in self.parts(name):
+                return  # half a group, or one that is here already
+            moved = [f"{name}/{part}" for part in sorted(parts, key=lambda part: part == LAST)]
+        else:
+            moved = [name] if lent.num_bytes(name) else []
         with store_errors(self.location(name)):
-            for each in moved if LAST not in self.parts(name) else ():
+            for each in moved:
                 source = {"Bucket": self.bucket, "Key": lent._key(each)}
                 self._boto.copy_object(Bucket=self.bucket, Key=self._key(each), CopySource=source)
 
