@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from sisa.core import events
 from sisa.core.events import Event, Report
 from sisa.flows.wiring.progress import LINE_EVERY_S, Meter
-from sisa.store.metrics import EVENT_NAMES, logged
+from sisa.store.metrics import EVENT_NAMES, loggable_numbers
 
 if TYPE_CHECKING:
     from sisa.flows.wiring.progress import RunContext
@@ -44,7 +44,7 @@ class JsonLog:
         """Write the line of an event."""
         level: Level = "error" if isinstance(event, events.ErasureFailed) else "info"
         extra = {"message": event.text} if isinstance(event, events.Notice) else {}
-        self.write(EVENT_NAMES[type(event)], level, **logged(event), **extra)
+        self.write(EVENT_NAMES[type(event)], level, **loggable_numbers(event), **extra)
 
 
 def driver_log(log: JsonLog) -> Report:

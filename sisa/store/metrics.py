@@ -25,8 +25,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from dataclasses import fields as fields_of
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ _STAGE = re.compile(rf"[0-9a-f]{{{STAGE_DIGITS}}}")
 
 
 def _field_names(kind: type[Any]) -> tuple[str, ...]:
-    return _OWN_FIELDS.get(kind) or tuple(each.name for each in fields_of(kind))
+    return _OWN_FIELDS[kind] if kind in _OWN_FIELDS else tuple(each.name for each in fields(kind))
 
 
 _SHAPES = {EVENT_NAMES[kind]: frozenset(("at", "run", "event", *_field_names(kind))) for kind in KEPT}
@@ -91,7 +90,7 @@ def is_run(name: str) -> bool:
     return _RUN.fullmatch(name) is not None
 
 
-def fields(event: Event) -> MetricsLine:
+def event_numbers(event: Event) -> MetricsLine:
     """Return an event as flat numbers and the first digits of a stage's key."""
     if isinstance(event, TrainingStarted):
         shards = {shard for shard, _, _ in event.stages}
@@ -108,8 +107,6 @@ def fields(event: Event) -> MetricsLine:
             "tokens": event.tokens if job.num_records >= MIN_RECORDS else None,
             "seconds": round(event.seconds, 3),
         }
-    if isinstance(event, Notice):
-        return {}
     found = {name: getattr(event, name) for name in _field_names(type(event))}
     if isinstance(event, EpochTrained):
         found["stage"] = event.stage[:STAGE_DIGITS]
@@ -120,9 +117,9 @@ def fields(event: Event) -> MetricsLine:
     return found
 
 
-def logged(event: Event) -> MetricsLine:
+def loggable_numbers(event: Event) -> MetricsLine:
     """Return what a log may contain of an event: its numbers without a stage's losses and tokens."""
-    return {name: value for name, value in fields(event).items() if name not in _UNLOGGED}
+    return {name: value for name, value in event_numbers(event).items() if name not in _UNLOGGED}
 
 
 def metrics_line(event: Event, at: str, run: str) -> MetricsLine | None:
@@ -130,7 +127,7 @@ def metrics_line(event: Event, at: str, run: str) -> MetricsLine | None:
     again = isinstance(event, SliceTrained) and not event.tokens
     if not isinstance(event, KEPT) or again or (isinstance(event, TrainingStarted) and not event.stages):
         return None
-    return {"at": at, "run": run, "event": EVENT_NAMES[type(event)], **fields(event)}
+    return {"at": at, "run": run, "event": EVENT_NAMES[type(event)], **event_numbers(event)}
 
 
 def is_line(value: object) -> bool:

@@ -29,9 +29,9 @@ from sisa.store.metrics import (
     EVENT_NAMES,
     KEPT,
     MIN_RECORDS,
-    fields,
+    event_numbers,
     is_line,
-    logged,
+    loggable_numbers,
     metrics_line,
     without_losses,
 )
@@ -67,7 +67,7 @@ def test_every_event_has_a_name_and_flat_fields() -> None:
     ]
     assert [type(each) for each in EVENTS] == kinds == list(EVENT_NAMES)
     for event in EVENTS:
-        for name, value in fields(event).items():
+        for name, value in event_numbers(event).items():
             assert name == "stage" or value is None or type(value) in (int, float)
 
 
@@ -92,8 +92,8 @@ def test_what_lines_say() -> None:
         "num_shards": 2,
         "record_epochs": 60,
     }
-    assert fields(PatchProgress(3, 40, 1.5)) == {"step": 3, "num_steps": 40}
-    assert fields(Notice("a line")) == {}
+    assert event_numbers(PatchProgress(3, 40, 1.5)) == {"step": 3, "num_steps": 40}
+    assert event_numbers(Notice("a line")) == {}
 
 
 def test_only_some_are_kept() -> None:
@@ -107,10 +107,12 @@ def test_few_records_have_no_loss_and_no_tokens_and_none_is_logged() -> None:
     few = EpochTrained(2, 1, JOB.key, 1, 2, MIN_RECORDS - 1, 600, 1.5, 0.75)
     enough = EpochTrained(2, 1, JOB.key, 1, 2, MIN_RECORDS, 600, 1.5, 0.75)
     short = SliceTrained(replace(JOB, num_records=MIN_RECORDS - 1), TRAINED.saved, 2.5, 900)
-    numbers = [(fields(each)["loss"], fields(each)["tokens"]) for each in (few, enough)]
+    numbers = [(event_numbers(each)["loss"], event_numbers(each)["tokens"]) for each in (few, enough)]
     assert numbers == [(None, None), (0.75, 600)]
-    assert (fields(short)["tokens"], fields(TRAINED)["tokens"]) == (None, 900)
-    assert not {"loss", "tokens", "total_tokens"} & {name for each in EVENTS for name in logged(each)}
+    assert (event_numbers(short)["tokens"], event_numbers(TRAINED)["tokens"]) == (None, 900)
+    assert not {"loss", "tokens", "total_tokens"} & {
+        name for each in EVENTS for name in loggable_numbers(each)
+    }
 
 
 def test_a_loss_and_the_number_of_tokens_go_with_their_stage() -> None:
@@ -131,7 +133,7 @@ def test_a_line_is_distinguished_from_anything_else(event: Event) -> None:
     bad: list[object] = [{**made, "id": "p001"}, [made], None, {}, {**made, "event": "told"}]
     bad += [{**made, "at": "Ada"}, {**made, "run": "Ada"}, {**made, "event": ["x"]}]
     bad += [{k: v for k, v in made.items() if k != name} for name in made]
-    numbers = [name for name in fields(event) if name != "stage"]
+    numbers = [name for name in event_numbers(event) if name != "stage"]
     bad += [{**made, name: wrong} for name in numbers for wrong in ("Ada", True, float("nan"), [1])]
     if "stage" in made:
         bad += [{**made, "stage": wrong} for wrong in ("Ada", 1, JOB.key)]
