@@ -117,7 +117,7 @@ class Finding:
 
 
 def summary_of(error: SisaError) -> str:
-    """Return an error about a file in one line: what is wrong, and what was got."""
+    """Return an error about a file in one line."""
     return f"{error.what} (got {error.got})" if error.got else error.what
 
 

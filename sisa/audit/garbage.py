@@ -142,7 +142,7 @@ def _garbage_in_area(
     area: str,
     known: frozenset[str],
 ) -> list[_Item]:
-    """Return garbage in a storage area of which the ledger lists the `known` names."""
+    """Return garbage in a storage area; the ledger lists the `known` names."""
     blobs = context.stores.blobs[area]
     found: list[_Item] = []
     for entry in sorted(blobs.held()):

@@ -296,7 +296,7 @@ def _read_each(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The columns to read of a table; of each message's choices of columns, one must exist."""
+    """The columns to read of a table; for each message in `needs`, one choice of columns must exist."""
 
     columns: Sequence[str]
     needs: Mapping[str, Iterable[tuple[str, ...]]]

@@ -124,7 +124,7 @@ def sweep_results(found: Scan) -> Results:
 
 
 def _log(model: Model, check: str, results: Results, held: str) -> Stated:
-    """Sign and log results about what a model serves, unless that is no longer `held`."""
+    """Sign and log results of a check, unless the model's state is no longer `held`."""
     if not has_evidence(model.directory, model.config, model.id):
         return Stated(not_logged=NO_KEYS)
     try:

@@ -276,7 +276,7 @@ class _Evidence:
                 yield Problem(name, "the ledger and its certificate have different dates")
 
     def membership_findings(self) -> Iterator[Problem]:
-        """Find a tree that is not that of the ledger, or not the last certified one."""
+        """Find a tree that differs from the ledger, or from the last certified root."""
         if self.keys is not None:
             tree = Membership(self.directory / EVIDENCE, self.keys.vrf_secret)
             tree.check()
@@ -285,7 +285,7 @@ class _Evidence:
                 yield Problem("tree of records", "its root is not the last certified one")
 
     def head_findings(self) -> Iterator[Problem]:
-        """Find served adapters that are not those of the last certificate or statement."""
+        """Find served adapters that the last certificate or statement does not name."""
         now = {each.shard: each.sha256 for each in served_by(self.context.stores.ledger)}
         served = self.chained[-1]["predicate"]["served"] if self.chained else []
         certified = {each["shard"]: each["sha256"] for each in served}

@@ -94,7 +94,7 @@ def salt_of(keyed: Keyed, request_id: str, id_digest: str) -> bytes:
 
 @dataclass(frozen=True)
 class Held:
-    """What the model holds before a deletion's commit, of the shards concerned."""
+    """What the shards concerned hold before a deletion's commit."""
 
     slices: Sequence[SliceFile]
     indexes: Sequence[IndexFile]
@@ -197,7 +197,7 @@ class Served:
 
 
 def subject_of(served: Iterable[Served], patches: Iterable[Patch], base: str) -> list[dict[str, Any]]:
-    """Return what is served: the adapters, and patches beneath them; the base, if there are none."""
+    """Return what is served: the adapters, and patches beneath them; without any, the base."""
     named = [(f"shard-{each.shard:05d}", each.sha256) for each in served]
     named += [(f"patch-{each.version}", each.adapter_sha256) for each in patches]
     found = named or [("base", base)]
@@ -326,7 +326,7 @@ def _request(request: Request, events: Iterable[RequestEvent]) -> dict[str, Any]
 
 
 def _remains(keyed: Keyed, request: Request, tombstones: Iterable[str]) -> list[dict[str, Any]]:
-    """Return what is kept of the request, where and why; its digests are named for it alone."""
+    """Return what is kept of the request, where and why; its digests differ from other requests'."""
     named = sorted(keyed.digest("remains", request.request_id, each) for each in tombstones)
     why = "keyed digests of id, subject and text: so that the record is not taken in again unnoticed"
     found = [inventory("tombstone", at, named, why=why) for at in ("ledger", "witness") if named]

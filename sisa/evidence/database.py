@@ -210,13 +210,13 @@ class EvidenceTables:
             db.executemany("DELETE FROM adapters WHERE sha256 = ?", [(each,) for each in revoked])
 
     def put_given(self, sha256: str, predicate: Mapping[str, Any]) -> None:
-        """Note a file that was handed to a person; it is stated with what is issued next."""
+        """Note a file that was handed to a person; the next `issue` states it."""
         with self._tables() as db:
             text = canonical_json(dict(predicate)).decode()
             db.execute("INSERT OR REPLACE INTO given VALUES (?, ?)", (sha256, text))
 
     def given(self) -> list[tuple[str, dict[str, Any]]]:
-        """Return the files that were handed out and are not stated yet, with what is to be stated."""
+        """Return the files that were handed out and not stated yet, each with its predicate."""
         with self._tables() as db:
             rows = db.execute("SELECT sha256, predicate FROM given ORDER BY rowid").fetchall()
         return [(sha256, json.loads(text)) for sha256, text in rows]

@@ -130,7 +130,7 @@ class Tiles:
         return path
 
     def consistency(self, size: int) -> list[bytes]:
-        """Return the path that shows the tree of the first `size` leaves to be the beginning of this."""
+        """Return the path that shows that this tree continues the tree of the first `size` leaves."""
         path: list[bytes] = []
         start, end = 0, self.size
         while size and size != end:
@@ -169,7 +169,7 @@ class Log:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """Return the published checkpoint; that of no entries if there is none. Raise IntegrityError."""
+        """Return the published checkpoint, or NO_ENTRIES if there is none. Raise IntegrityError."""
         published = self.published_note()
         return self._open(published, self._blobs.location(CHECKPOINT)) if published else NO_ENTRIES
 
@@ -431,7 +431,7 @@ def _statement_path(sha256: str) -> str:
 
 
 def follow(known: PublicKeys, entries: Sequence[bytes], read: Read) -> PublicKeys:
-    """Return the keys to which known ones were handed over, of a log that was checked. Raise Refused.
+    """Return the present keys, after all hand-overs in a checked log from the known keys. Raise Refused.
 
     `read` returns a file beside the log's by its path. The old key signs a regular hand-over, and it
     counts at its own place in the log alone: whoever steals a key that signs statements, but not the

@@ -266,7 +266,7 @@ class Membership:
             return tree.num_records
 
     def is_behind(self, context: Context) -> bool:
-        """Return whether the ledger's slices are others than the tree has. Raise IntegrityError."""
+        """Return whether the tree lacks changes of the ledger's slices. Raise IntegrityError."""
         with self._tree(write=False) as tree:
             return bool(tree.changed(_slices(context)))
 

@@ -131,7 +131,7 @@ def _read(answer: Any) -> bytes:
 
 
 def _strings(data: bytes) -> list[bytes]:
-    """Return the strings, each after its length, of which data consists."""
+    """Split data into its strings; the length of each precedes it."""
     found = []
     while data:
         size = int.from_bytes(data[:4])

@@ -78,7 +78,7 @@ def canonical(value: Any) -> bytes:
 
 
 def members(value: Any, what: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an object with these members alone, each of a type, of a pattern or equal to a text."""
+    """Return an object with exactly these members, each of a type, of a pattern or equal to a text."""
     if not isinstance(value, dict) or value.keys() != kinds.keys():
         raise Refused(f"{what} has another form", expected=f"an object of {', '.join(kinds)}")
     for (name, kind), found in zip(kinds.items(), map(value.get, kinds), strict=True):
@@ -127,7 +127,7 @@ class CertificateKey:
     until: int | None = None
 
     def holds(self, index: int | None) -> bool:
-        """Return whether the key may sign entry `index`, or what is in no log: only the last key may."""
+        """Return whether the key may sign entry `index`; only the last key may sign outside the log."""
         end = MAX_NUMBER if self.until is None else self.until
         return self.until is None if index is None else self.since <= index < end
 
@@ -145,7 +145,7 @@ Choose = Callable[[Any], Sequence[CertificateKey]]  # from an envelope's payload
 
 @dataclass(frozen=True)
 class PublicKeys:
-    """What checks a model's evidence: its keys of certificates, oldest first, of the log and the VRF."""
+    """The public keys of a model's evidence; `certificates` are in order, the oldest first."""
 
     model: str
     certificates: tuple[CertificateKey, ...]
@@ -183,7 +183,7 @@ def parse_keys(data: bytes) -> PublicKeys:
 
 
 def _opened(data: bytes, what: str, kind: str, choose: Choose) -> tuple[Any, list[CertificateKey]]:
-    """Return an envelope's payload, and those of the chosen keys that signed it."""
+    """Return an envelope's payload, and which of the chosen keys signed it."""
     kinds = {"payload": str, "payloadType": kind, "signatures": list}
     envelope = members(strict_json(data, what), what, kinds)
     if canonical(envelope) != data:

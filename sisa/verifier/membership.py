@@ -73,7 +73,7 @@ def verify_present(root: bytes, label: bytes, value: bytes, siblings: Sequence[b
 
 
 def verify_absent(root: bytes, label: bytes, siblings: Sequence[bytes], other: Neighbour | None) -> None:
-    """Raise Refused unless the label's place in the tree is empty, or is that of another label."""
+    """Raise Refused unless the label's place in the tree is empty or holds another label."""
     if other is not None and (other[0] == label or [len(each) for each in other] != [LABEL_BYTES] * 2):
         raise Refused("the membership proof does not hold", got="a neighbour that is no other leaf")
     _verify(root, label, EMPTY_TREE if other is None else leaf(*other), siblings)

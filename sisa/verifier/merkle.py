@@ -50,7 +50,7 @@ def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], 
 def verify_consistency(
     size1: int, size2: int, path: Sequence[bytes], root1: bytes, root2: bytes
 ) -> None:
-    """Raise Refused unless the tree of `size1` leaves is the beginning of that of `size2` leaves."""
+    """Raise Refused unless the tree of `size2` leaves continues the tree of `size1` leaves."""
     if not path and (size1, root1) in ((0, EMPTY_ROOT), (size2, root2)):
         return
     if not 0 < size1 < size2:

@@ -157,7 +157,7 @@ def split_bundle(bundle: bytes, num: int) -> list[bytes]:
 
 
 def read_log(read: Callable[[str], bytes], checkpoint: Checkpoint) -> list[bytes]:
-    """Return all entries of a published log, of which `read` reads a file by its path.
+    """Return all entries of a published log; `read` returns a file by its path.
 
     Raise Refused unless they are those of the checkpoint. What an older checkpoint covers is the
     beginning of them if `merkle.root` over the hashes of as many is the older root.

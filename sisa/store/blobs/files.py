@@ -262,7 +262,7 @@ def erase_all(folder: Path, names: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def writer_lock(path: Path, patience_s: float | None = 0) -> Iterator[None]:
-    """Hold a lock, a file for its owner alone; `patience_s` is that of `take_lock`.
+    """Hold a lock on a file, which only its owner can open; `take_lock` explains `patience_s`.
 
     Raise Busy if another process, or another thread of this one, holds it.
     """

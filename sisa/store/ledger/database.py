@@ -157,7 +157,7 @@ def backend_at(place: Path | str, *, create: bool = False) -> Backend:
 
 @contextlib.contextmanager
 def typed_errors(backend: Backend) -> Iterator[None]:
-    """Raise typed errors for those of a driver and for damage."""
+    """Turn the driver's errors, and damage, into typed errors."""
     try:
         yield
     except UnicodeDecodeError as error:

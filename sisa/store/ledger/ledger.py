@@ -236,7 +236,7 @@ class SqlLedger(Database):
             return bool(rows.read(connection, EVENTS, EVENTS.c.link == link))
 
     def copy(self, source: SqlLedger) -> dict[str, int]:
-        """Replace all rows by those of another ledger, compare them, and return their numbers by table.
+        """Replace all rows by another ledger's, compare them, and return their numbers by table.
 
         It is one transaction. Raise IntegrityError for damage in either.
         """

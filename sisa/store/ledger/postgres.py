@@ -229,7 +229,7 @@ def postgres_fault(error: Any, where: str) -> SisaError | None:
 
 @contextlib.contextmanager
 def guarded(where: str) -> Iterator[None]:
-    """Raise typed errors for those of the driver."""
+    """Turn the driver's errors into typed ones."""
     try:
         yield
     except psycopg.Error as error:
