@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
 from cluster.cli.command import PATH, command
 from cluster.cli.evaluation.evaluating import (
+    AttackOptions,
     attack_models,
     auc_words,
     evaluation,
@@ -18,6 +19,7 @@ from cluster.cli.evaluation.evaluating import (
     over_unlearned_words,
     privleak_words,
     split_taught,
+    template_option,
 )
 from cluster.render.render import Result
 
@@ -46,47 +48,55 @@ if TYPE_CHECKING:
 @click.option("--attack", "names", multiple=True, help="Make these attacks alone. Repeatable.")
 @click.option("--out", default="attack-logs", type=PATH)
 @click.option("--also", multiple=True, help="NAME=FILE: other questions to the same. Repeatable.")
-@click.option("--template", default="{question}{answer}", help="Form of a prompt; \\n is a line break.")
+@template_option()
 @click.option("--max-new-tokens", default=64, type=click.IntRange(1))
 @click.option("--samples", default=8, type=click.IntRange(1), help="Answers sampled to each question.")
 @click.option("--seed", default=0)
 @machine_options
-def attacks(models: tuple[str, ...], references: tuple[str, ...], **options: Any) -> Result:
+def attacks(
+    models: tuple[str, ...],
+    references: tuple[str, ...],
+    data: Path,
+    taught: Path | None,
+    others: Path | None,
+    holdout: Path | None,
+    names: tuple[str, ...],
+    out: Path,
+    also: tuple[str, ...],
+    max_new_tokens: int,
+    samples: int,
+    seed: int,
+    **options: Unpack[AttackOptions],
+) -> Result:
     """Attack models: what comes back of texts that they should have forgotten."""
     from approx.attacks.attack_log import AttackOrder
     from approx.attacks.sampling import LeakAtK
 
-    texts, also = _texts(options)
-    leak = LeakAtK(options["samples"], options["max_new_tokens"])
-    order = AttackOrder(texts, options["out"], also, options["names"], leak, options["seed"])
+    texts = _texts({"asked": data, "taught": taught, "others": others, "holdout": holdout})
+    leak = LeakAtK(samples, max_new_tokens)
+    order = AttackOrder(texts, out, _other_questions(also), names, leak, seed)
     found = attack_models(list(dict.fromkeys(models)), references, order, options)
     return attacked([each.model for each in found], found[0].known_before)
 
 
-def _texts(
-    options: Mapping[str, Any],
-) -> tuple[dict[SetName, list[tuple[str, str]]], dict[str, list[tuple[str, str]]]]:
-    """Return questions and answers by their role, and those of other sets by name.
-
-    Raise InvalidInput for files that can't be used.
-    """
+def _texts(paths: Mapping[SetName, Path | None]) -> dict[SetName, list[tuple[str, str]]]:
+    """Return the questions and answers of files. Raise InvalidInput for files that can't be used."""
     from approx.evaluation.questions import check_apart
 
-    paths: dict[SetName, Path | None] = {
-        "asked": options["data"],
-        "taught": options["taught"],
-        "others": options["others"],
-        "holdout": options["holdout"],
-    }
     found = {role: _pairs(path) for role, path in paths.items() if path is not None}
-    if options["taught"] is None:
+    if paths["taught"] is None:
         found["taught"], found["asked"] = split_taught(found["asked"])
     apart = {role: [question for question, _ in pairs] for role, pairs in found.items()}
     check_apart("data", apart.pop("asked"), **apart)
-    also = [each.partition("=") for each in options["also"]]
+    return found
+
+
+def _other_questions(given: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """Return the questions of `--also`, by name. Raise UsageError, or InvalidInput for a file."""
+    also = [each.partition("=") for each in given]
     if not all(name and path for name, _, path in also):
         raise click.UsageError("--also takes NAME=FILE")
-    return found, {name: _pairs(Path(path)) for name, _, path in also}
+    return {name: _pairs(Path(path)) for name, _, path in also}
 
 
 def _pairs(path: Path) -> list[tuple[str, str]]:

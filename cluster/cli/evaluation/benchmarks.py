@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
 from cluster.cli.command import command
 from cluster.cli.evaluation.evaluating import (
     AskedModels,
+    EvaluationOptions,
     about_model,
     ask_models,
     auc_words,
@@ -34,7 +35,7 @@ AFTER_ANSWER = "{question}Answer: {answer}"
 @command("rwku", "--model unlearned --reference retained --data rwku", group=evaluation)
 @evaluation_options("jinzhuoran/RWKU", AFTER_ANSWER)
 @click.option("--subject", "subjects", multiple=True, help="A person to be forgotten. Repeatable.")
-def rwku(subjects: tuple[str, ...], **options: Any) -> Result:
+def rwku(subjects: tuple[str, ...], **options: Unpack[EvaluationOptions]) -> Result:
     """Measure on RWKU what is known of famous people."""
     from approx.benchmarks.rwku import RWKU, rwku_questions
 
@@ -51,7 +52,7 @@ def rwku(subjects: tuple[str, ...], **options: Any) -> Result:
     type=click.Choice(["scalability", "sustainability"]),
     help="The models, in order: of growing forget sets, or after one request, two, ...",
 )
-def muse(order: str | None, **options: Any) -> Result:
+def muse(order: str | None, **options: Unpack[EvaluationOptions]) -> Result:
     """Measure on MUSE what is remembered of news or books."""
     from approx.benchmarks.muse import MUSE, muse_questions
 
@@ -63,7 +64,7 @@ def muse(order: str | None, **options: Any) -> Result:
 
 @command("whp", "--model unlearned --reference retained --data whp", group=evaluation)
 @evaluation_options("")
-def whp(**options: Any) -> Result:
+def whp(**options: Unpack[EvaluationOptions]) -> Result:
     """Measure how familiar models are with a fiction."""
     from approx.benchmarks.whp import WHP, whp_questions
 
@@ -73,7 +74,7 @@ def whp(**options: Any) -> Result:
 
 @command("wmdp", "--model unlearned --reference base --data wmdp", group=evaluation)
 @evaluation_options("cais/wmdp", AFTER_ANSWER)
-def wmdp(**options: Any) -> Result:
+def wmdp(**options: Unpack[EvaluationOptions]) -> Result:
     """Measure hazardous knowledge, by choices and by open answers."""
     from approx.benchmarks.wmdp import WMDP, wmdp_questions
 
@@ -83,7 +84,7 @@ def wmdp(**options: Any) -> Result:
 
 @command("stereotypes", "--model unlearned --reference base --data crows-pairs", group=evaluation)
 @evaluation_options("nyu-mll/crows_pairs")
-def stereotypes(**options: Any) -> Result:
+def stereotypes(**options: Unpack[EvaluationOptions]) -> Result:
     """Measure which of two sentences models find likelier: the stereotypical one, or the other."""
     from approx.benchmarks.stereotypes import STEREOTYPES, stereotype_pairs
 
@@ -94,7 +95,7 @@ def stereotypes(**options: Any) -> Result:
 
 
 def table(
-    benchmark: Benchmark, found: AskedModels, options: Mapping[str, Any], order: str | None = None
+    benchmark: Benchmark, found: AskedModels, options: EvaluationOptions, order: str | None = None
 ) -> Result:
     """Return the measures of every model on a benchmark, beside the first reference's.
 

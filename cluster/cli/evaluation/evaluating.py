@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import click
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from approx.attacks.attack_log import AttackOrder
     from approx.benchmarks.headline import Finding, Headline
     from approx.evaluation.asking import Evaluated
+    from approx.evaluation.evaluated import PromptKind
+    from approx.evaluation.evaluated_models import Dtype
     from approx.evaluation.questions import Question
     from approx.metrics.auc import Auc
     from approx.metrics.privleak import PrivLeak
@@ -25,6 +27,40 @@ if TYPE_CHECKING:
 FROM_WEIGHTS = ("relearning", "depth")
 TAUGHT_SHARE = 4  # one of this many texts is taught, where no others are given for it
 evaluation = command_group("eval", "Measure what models know.")
+
+
+class AttackOptions(TypedDict):
+    """The options by which models are attacked."""
+
+    before: str | None
+    template: str
+    kind: PromptKind | None
+    device: str
+    dtype: Dtype
+    executor: Literal["ray", "serial"]
+    address: str | None
+
+
+class EvaluationOptions(AttackOptions):
+    """The options of every benchmark."""
+
+    models: tuple[str, ...]
+    references: tuple[str, ...]
+    data: str
+    out: Path
+    limit: int | None
+    max_new_tokens: int
+    batch_size: int
+
+
+def template_option(default: str = "{question}{answer}") -> Callable[..., Any]:
+    """Return the option `--template`, in which the shell's \\n becomes a line break."""
+    return click.option(
+        "--template",
+        default=default,
+        callback=lambda _context, _option, given: given.replace("\\n", "\n"),
+        help="Form of a prompt; \\n is a line break.",
+    )
 
 
 def machine_options(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -63,7 +99,7 @@ def evaluation_options(
             machine_options,
             click.option("--batch-size", default=8, type=click.IntRange(1)),
             click.option("--max-new-tokens", default=max_new_tokens, type=click.IntRange(1)),
-            click.option("--template", default=template, help="Form of a prompt; \\n is a line break."),
+            template_option(template),
             click.option(
                 "--limit",
                 "--questions",
@@ -112,7 +148,7 @@ class AskedModels:
 
 
 def ask_models(
-    benchmark: str, questions: Callable[[], list[Question]], options: Mapping[str, Any], name: str = ""
+    benchmark: str, questions: Callable[[], list[Question]], options: EvaluationOptions, name: str = ""
 ) -> AskedModels:
     """Ask the models and references of a command, all at once on Ray; finished logs are read instead.
 
@@ -128,12 +164,22 @@ def ask_models(
     found = {spec: finished_log(Path(spec), benchmark) for spec in files}
     held: list[Question] = []
     if asked := [spec for spec in specs if spec not in found]:
-        passed = ("out", "kind", "max_new_tokens", "batch_size", "device", "dtype")
-        settings = {each: options[each] for each in passed}
-        settings["template"] = options["template"].replace("\\n", "\n")
         held = questions()
         tasks = [
-            EvaluationTask(spec, benchmark, held, name=name or benchmark, **settings) for spec in asked
+            EvaluationTask(
+                spec,
+                benchmark,
+                held,
+                name=name or benchmark,
+                out=options["out"],
+                kind=options["kind"],
+                template=options["template"],
+                max_new_tokens=options["max_new_tokens"],
+                batch_size=options["batch_size"],
+                device=options["device"],
+                dtype=options["dtype"],
+            )
+            for spec in asked
         ]
         with watched() as report:
             ray = options["executor"] == "ray"
@@ -147,7 +193,7 @@ def ask_models(
 
 
 def weight_findings(
-    found: AskedModels, sets: Sequence[str], options: Mapping[str, Any]
+    found: AskedModels, sets: Sequence[str], options: EvaluationOptions
 ) -> dict[str, dict[str, Finding | None]]:
     """With `--before`, attack the weights: return the findings of relearning and depth, by model.
 
@@ -165,7 +211,7 @@ def weight_findings(
     taught, asked = split_taught([(each.question, each.answer) for each in forget])
     order = AttackOrder({"asked": asked, "taught": taught}, options["out"], names=FROM_WEIGHTS)
     if any(each.how is not None and each.how.kind == "completion" for each in forget):
-        options = {**options, "kind": "completion", "template": "{question}{answer}"}
+        options = options | {"kind": "completion", "template": "{question}{answer}"}
     judges = [each.name for each in found.references if each.name in found.asked][:1]
     models = [each.name for each in found.models if each.name in found.asked]
     done = attack_models([*models, *judges], judges, order, options)
@@ -187,16 +233,15 @@ def steps_until_half_back(found: Attacked) -> float | None:
 
 
 def attack_models(
-    specs: Sequence[str], references: Sequence[str], order: AttackOrder, options: Mapping[str, Any]
+    specs: Sequence[str], references: Sequence[str], order: AttackOrder, options: AttackOptions
 ) -> list[Attacked]:
     """Attack models, all at once on Ray. Raise the errors of `run_attacks`."""
     from approx.evaluation.evaluated import PromptForm
     from cluster.ray.eval_tasks import AttackTask, run_attacks
 
-    template = options["template"].replace("\\n", "\n")
+    template, before = options["template"], options["before"]
     form = PromptForm(options["kind"], template) if options["kind"] else template
     how = (options["device"], options["dtype"])
-    before = options["before"]
     tasks = [AttackTask(spec, tuple(references), before, order, form, *how) for spec in specs]
     with watched() as report:
         ray = options["executor"] == "ray"

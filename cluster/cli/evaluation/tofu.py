@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
 from cluster.cli.command import PATH, command
 from cluster.cli.evaluation.evaluating import (
+    EvaluationOptions,
     about_model,
     ask_models,
     auc_words,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 @click.option(
     "--truth-ratio", "variant", type=click.Choice(["geometric", "arithmetic"]), default="geometric"
 )
-def tofu(variant: Any, split: Any, **options: Any) -> Result:
+def tofu(variant: Any, split: Any, holdout: Path | None, **options: Unpack[EvaluationOptions]) -> Result:
     """Measure model utility and forget quality on TOFU."""
     if len(options["references"]) > 2:
         raise click.UsageError("give at most two references")
@@ -49,14 +51,14 @@ def tofu(variant: Any, split: Any, **options: Any) -> Result:
     def questions() -> list[Question]:
         found = evaluation_sets(options["data"], split, options["limit"])
         found += reworded_questions(options["data"], split, options["limit"])
-        unseen = [] if options["holdout"] is None else read_holdout(options["holdout"])
+        unseen = [] if holdout is None else read_holdout(holdout)
         check_apart(
             "TOFU", [each.question for each in found], holdout=[each.question for each in unseen]
         )
         return found + unseen
 
     found = ask_models("tofu", questions, options, split)
-    if options["holdout"] is not None and not found.asked:
+    if holdout is not None and not found.asked:
         raise click.UsageError("--holdout needs a model to ask, and only logs are given")
     judges = [each.rows for each in found.references]
     attacked = weight_findings(found, (split,), options)
