@@ -453,7 +453,7 @@ class SigningBlock(Block):
     signer: SignerUri | None = key(
         None, "none", "What signs instead of a key file, such as ssh-agent: or hsm:; null: as made."
     )
-    sweep: bool = key(
+    sweep: Bool = key(
         True, "none", "Search the model's files for what was deleted, for its certificate."
     )
 

@@ -128,6 +128,14 @@ def test_impossible_value_in_a_block(entry: str) -> None:
     assert places(f"{MINIMAL}sisa:\n  {entry}\n") == [f"line 4: sisa.{key}"]
 
 
+@pytest.mark.parametrize("key", [name for name, info in keys().items() if info.annotation is bool])
+def test_a_switch_is_true_or_false_and_nothing_else(key: str) -> None:
+    block, _, name = key.rpartition(".")
+    for value in ("1", "'true'"):
+        entry = f"{block}: {{{name}: {value}}}" if block else f"{name}: {value}"
+        assert places(f"{MINIMAL}{entry}\n") == [f"line 3: {key}"]
+
+
 @pytest.mark.parametrize("value", ["temperature: 0.0", "min_score: 2.5", "below: nobody"])
 def test_impossible_value_of_an_aggregation(value: str) -> None:
     key = value.split(":")[0]
