@@ -28,7 +28,11 @@ from sisa.audit.verify import EMPTY, NOT_REQUESTED, Replay, Verification
 from sisa.core.digest import Keyed, digest_of, sha256_hex
 from sisa.core.domain import HeldCheckpoint, WitnessHead, active
 from sisa.core.errors import SisaError
-from sisa.evidence.certificate import (
+from sisa.evidence.database import Logged, parse_logged
+from sisa.evidence.hook import open_hook, served_by
+from sisa.evidence.keys import keys_of, open_log
+from sisa.evidence.log import statement_in
+from sisa.evidence.statements import (
     PROVENANCE,
     SHARD_TRAINING,
     Results,
@@ -37,10 +41,6 @@ from sisa.evidence.certificate import (
     decimal,
     subject_of,
 )
-from sisa.evidence.database import Logged, parse_logged
-from sisa.evidence.hook import open_hook, served_by
-from sisa.evidence.keys import keys_of, open_log
-from sisa.evidence.log import statement_in
 from sisa.flows.wiring.context import Context, held_state
 from sisa.flows.wiring.wiring import LOG, has_evidence
 from sisa.lm.base.numerics import LIBRARIES, PROCEDURE_VERSION

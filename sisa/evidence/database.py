@@ -26,9 +26,9 @@ from typing import Any
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import ANY_SHARD, Export, HeldCheckpoint
 from sisa.core.errors import IntegrityError
-from sisa.evidence import certificate
-from sisa.evidence.certificate import ACCESS, RESTRICTION, Draft
+from sisa.evidence import statements
 from sisa.evidence.log import Log, statement_in
+from sisa.evidence.statements import ACCESS, RESTRICTION, Draft
 from sisa.store.blobs.files import database_in_use, disk_errors
 from sisa.store.ledger.database import PATIENCE_S, open_journaled, sqlite_fault
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED
@@ -285,7 +285,7 @@ def parse_logged(sequence: int, kind: str, envelope: bytes) -> Logged:
         if kind == ACCESS:
             return replace(found, about=statement["subject"][0]["digest"]["sha256"])
         if kind == RESTRICTION:
-            return replace(found, subject=certificate.restriction_digest(predicate))
+            return replace(found, subject=statements.restriction_digest(predicate))
         roots, served = predicate["membership"], digest_of(statement["subject"])
         name = predicate["request"]["id"] if kind in CERTIFICATES else ""
         return replace(found, about=name, before=roots["before"], after=roots["after"], subject=served)

@@ -37,8 +37,13 @@ from sisa.core.domain import (
 from sisa.core.errors import IntegrityError, SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Contribution, Ledger, Removal
-from sisa.evidence import certificate
-from sisa.evidence.certificate import (
+from sisa.evidence import statements
+from sisa.evidence.database import EvidenceTables, Logged, parse_logged
+from sisa.evidence.keys import Keys, open_keys, open_log
+from sisa.evidence.log import Log, origin
+from sisa.evidence.membership import Membership
+from sisa.evidence.model_signature import export_key, sign_export
+from sisa.evidence.statements import (
     ACCESS,
     NOT_RUN,
     RESTRICTION,
@@ -49,11 +54,6 @@ from sisa.evidence.certificate import (
     State,
     erased_name,
 )
-from sisa.evidence.database import EvidenceTables, Logged, parse_logged
-from sisa.evidence.keys import Keys, open_keys, open_log
-from sisa.evidence.log import Log, origin
-from sisa.evidence.membership import Membership
-from sisa.evidence.model_signature import export_key, sign_export
 from sisa.flows.wiring.context import (
     TRAINED_ANEW,
     Context,
@@ -213,7 +213,7 @@ def _draft(
     exports = tainted_exports(ledger.exports(), {request.request_id: rows})
     tainted = [each for each in former if any(touched(each, row) for row in rows)]
     revokes = _revoked(context, rows, [*exports, *tainted])
-    return certificate.draft_certificate(keyed, request.request_id, rows, ids, held, exports, revokes)
+    return statements.draft_certificate(keyed, request.request_id, rows, ids, held, exports, revokes)
 
 
 def _revoked(context: Context, rows: Sequence[RecordRow], exports: Sequence[Export]) -> set[str]:
@@ -316,7 +316,7 @@ class _Issuing:
                 sweep = self.sweeps.get(request.request_id, self.why_not_swept)
                 outcome = _outcome(self.context, request, drafted, sweep, self.old_versions)
                 keyed = self.context.settings.chain.keyed
-                statement = certificate.deletion_statement(keyed, drafted, outcome, self._next_state())
+                statement = statements.deletion_statement(keyed, drafted, outcome, self._next_state())
                 made.append(self._issue(statement))
             self.tables.drop_adapters(drafted.revokes)
             self.tables.drop([request.request_id], commitments=False)
@@ -336,7 +336,7 @@ class _Issuing:
         made = [each for each in self.context.stores.ledger.patches() if each.adapter_sha256]
         now, model = self.context.now, self.keys.model
         return [
-            self._issue(certificate.approx_report(each, model, now(), len(self.logged)))
+            self._issue(statements.approx_report(each, model, now(), len(self.logged)))
             for each in made
             if each.key not in stated
         ]
@@ -350,11 +350,11 @@ class _Issuing:
         counts = Counter(row.subject_digest for row in restricted_rows(ledger))
         keyed, served = self.context.settings.chain.keyed, served_by(ledger, served_heads(ledger))
         heads = served_by(ledger)
-        predicate = certificate.restriction_predicate(keyed, known, counts, heads, served)
+        predicate = statements.restriction_predicate(keyed, known, counts, heads, served)
         stated = [each.subject for each in self.logged if each.kind == RESTRICTION]
-        if stated[-1:] == [certificate.restriction_digest(predicate)]:
+        if stated[-1:] == [statements.restriction_digest(predicate)]:
             return []
-        subject = certificate.subject_of(served, active(ledger.patches()), self.context.settings.base)
+        subject = statements.subject_of(served, active(ledger.patches()), self.context.settings.base)
         return [self._issue_right(RESTRICTION, subject, predicate)]
 
     def given(self) -> list[Logged]:
@@ -367,7 +367,7 @@ class _Issuing:
     def _issue_right(self, kind: str, subject: Sequence[Any], predicate: Mapping[str, Any]) -> Logged:
         """Issue a statement about a person's right other than erasure."""
         issued = {"model": self.keys.model, "issued_at": self.context.now()}
-        return self._issue(certificate.statement(subject, kind, {**issued, **predicate}))
+        return self._issue(statements.statement(subject, kind, {**issued, **predicate}))
 
     def _next_state(self) -> State:
         """Return what the model holds and serves, as the next entry of the log states it."""
@@ -452,7 +452,7 @@ def _search(
         what = f"ids and texts that were deleted and are still in the model's directory: {found}"
         context.report(Notice(f"{what}; `sisa sweep` says where"))
     return {
-        request: certificate.search_results(ids[request] | texts[request], searched).embedded()
+        request: statements.search_results(ids[request] | texts[request], searched).embedded()
         for request in ids
     }
 

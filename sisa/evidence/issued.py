@@ -17,12 +17,12 @@ from typing import Any
 
 from sisa.core.domain import Request
 from sisa.core.errors import IntegrityError, Outdated, SisaError, UnknownRecord
-from sisa.evidence.certificate import salt_of, tree_over
 from sisa.evidence.database import Logged
 from sisa.evidence.hook import EvidenceHook, open_hook
 from sisa.evidence.keys import Keys, keys_of
 from sisa.evidence.log import Log
 from sisa.evidence.membership import Membership
+from sisa.evidence.statements import salt_of, tree_over
 from sisa.flows import lifecycle
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.wiring import LOG
@@ -56,7 +56,7 @@ class Issued:
 
 
 @dataclass(frozen=True)
-class Reading:
+class OpenEvidence:
     """The evidence of an open model."""
 
     context: Context
@@ -98,17 +98,17 @@ def _next_step(request: Request, *, pending: bool) -> str:
 
 
 @contextmanager
-def reading(model: Model) -> Iterator[Reading]:
+def open_evidence(model: Model) -> Iterator[OpenEvidence]:
     """Open a model's evidence. Raise InvalidInput for a model that has no keys."""
     keys = keys_of(model)
     with model._context() as context:
         hook = open_hook(model.directory, model.config, model.id)
-        yield Reading(context, hook, keys, Log(context.stores.blobs[LOG], keys))
+        yield OpenEvidence(context, hook, keys, Log(context.stores.blobs[LOG], keys))
 
 
 def issued(model: Model) -> Issued:
     """Return what has been issued for a model. Raise InvalidInput without keys."""
-    with reading(model) as found:
+    with open_evidence(model) as found:
         return found.issued
 
 
@@ -146,7 +146,7 @@ def standing(model: Model, request_id: str) -> str:
 def results_of_checks(model: Model) -> list[tuple[str, dict[str, Any]]]:
     """Return the statements in the log of what checks found, with their sha256, in order."""
     results = []
-    with reading(model) as found:
+    with open_evidence(model) as found:
         for each in found.issued.logged:
             if each.kind in (AUDIT, TEST_RESULT):
                 envelope = found.log.statement(each.sha256)
@@ -157,7 +157,7 @@ def results_of_checks(model: Model) -> list[tuple[str, dict[str, Any]]]:
 
 def certificate_file(model: Model, name: str) -> bytes:
     """Return a certificate, by its request, or any statement, by its sha256, as a file."""
-    with reading(model) as found:
+    with open_evidence(model) as found:
         return _as_file(found.log, found.find(name))
 
 
@@ -176,7 +176,7 @@ def membership_file(model: Model, record_id: str) -> bytes:
 
     Raise Outdated if the model has changed since.
     """
-    with reading(model) as found:
+    with open_evidence(model) as found:
         stated = [each for each in found.issued.logged if each.kind in CHAINED]
         tree = Membership(found.hook.tables.path, found.keys.vrf_secret)
         if not stated or tree.root != stated[-1].after or tree.is_behind(found.context):
@@ -195,7 +195,7 @@ def receipt_file(model: Model, request_name: str, record_id: str) -> bytes:
 
     Raise UnknownRecord for another record, IntegrityError if the commitments are lost.
     """
-    with reading(model) as found:
+    with open_evidence(model) as found:
         request = lifecycle.find(found.context, request_name)
         certificate = found.find(request.request_id)
         hashes = found.hook.tables.commitments(request.request_id)

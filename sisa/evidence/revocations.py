@@ -25,7 +25,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sisa.evidence.issued import Reading, reading
+from sisa.evidence.issued import OpenEvidence, open_evidence
 from sisa.evidence.log import origin, statement_in
 from sisa.flows.wiring.wiring import LOG
 from sisa.model import Model
@@ -55,7 +55,7 @@ class Published:
 
 def publish(model: Model, to: Path | None = None, days: int = VALID_DAYS) -> Published:
     """Sign a feed and write it to a file, by default beside the log. Raise InvalidInput without keys."""
-    with reading(model) as evidence:
+    with open_evidence(model) as evidence:
         statement, beside = feed_of(evidence, days), evidence.context.stores.blobs[LOG]
         envelope = evidence.keys.sign(statement)
         if to is None:
@@ -74,7 +74,7 @@ def publish(model: Model, to: Path | None = None, days: int = VALID_DAYS) -> Pub
     )
 
 
-def feed_of(evidence: Reading, days: int = VALID_DAYS) -> dict[str, Any]:
+def feed_of(evidence: OpenEvidence, days: int = VALID_DAYS) -> dict[str, Any]:
     """Return the feed of a model as a statement that is to be signed."""
     revoked, num_waiting = _revoked(evidence)
     ledger, now = evidence.context.stores.ledger, datetime.fromisoformat(evidence.context.now())
@@ -87,11 +87,11 @@ def feed_of(evidence: Reading, days: int = VALID_DAYS) -> dict[str, Any]:
 
 def num_revoked(model: Model) -> int:
     """Return how many adapters deletions revoked so far. Raise InvalidInput without keys."""
-    with reading(model) as evidence:
+    with open_evidence(model) as evidence:
         return len(_revoked(evidence)[0])
 
 
-def _revoked(evidence: Reading) -> tuple[Revoked, int]:
+def _revoked(evidence: OpenEvidence) -> tuple[Revoked, int]:
     """Return what deletions revoked, and the number of those whose certificates are not logged yet."""
     drafts = evidence.hook.tables.drafts()  # first: what is certified meanwhile is in both
     certified = evidence.issued.certificates

@@ -25,9 +25,9 @@ from sisa.audit.verify import EMPTY, ShardProof, Verification
 from sisa.core.errors import EnvironmentFault
 from sisa.evidence import attestations
 from sisa.evidence.attestations import replay_results, sweep_results
-from sisa.evidence.certificate import PROVENANCE
 from sisa.evidence.issued import results_of_checks
 from sisa.evidence.keys import Keys, keys_of
+from sisa.evidence.statements import PROVENANCE
 from sisa.model import Model, open_model
 from sisa.store.blobs import files
 from sisa.verifier.certificate import EXACT, STATE, TEST_RESULT, verify_chain

@@ -21,10 +21,10 @@ from sisa.core.domain import Patch, PatchJob
 from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import Change
 from sisa.evidence import hook
-from sisa.evidence.certificate import Draft
 from sisa.evidence.database import EvidenceTables
 from sisa.evidence.keys import Keys
 from sisa.evidence.log import Log
+from sisa.evidence.statements import Draft
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import commit
 from sisa.flows.wiring.witness import catch_up
@@ -114,7 +114,7 @@ def test_what_was_erased_is_named_without_plain_digests(model: Certified) -> Non
 def test_a_certificate_of_many_records_names_their_rows_by_a_root_alone(
     model: Certified, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sisa.evidence.certificate.MAX_LISTED", 2)
+    monkeypatch.setattr("sisa.evidence.statements.MAX_LISTED", 2)
     model.forget(1, 2, 3, 4, 5, 6, 7)
     stated = statements(model)[-1]["predicate"]
     (tombstones, _) = [each for each in stated["remains"] if each["what"] == "tombstone"]

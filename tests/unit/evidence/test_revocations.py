@@ -24,7 +24,7 @@ from in_toto_attestation.v1.statement_pb2 import Statement as StatementPb
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import Export, active
 from sisa.core.ports import Change
-from sisa.evidence.issued import Reading
+from sisa.evidence.issued import OpenEvidence
 from sisa.evidence.revocations import feed_of
 from sisa.flows.export import export_adapters
 from sisa.flows.patches.patching import Wish, make_wanted, shards_over, want
@@ -63,7 +63,7 @@ def held(model: Certified) -> dict[str, bytes]:
 
 
 def statement(model: Certified) -> dict[str, Any]:
-    return feed_of(Reading(model.fake.context, model.hook, model.keys, model.log))
+    return feed_of(OpenEvidence(model.fake.context, model.hook, model.keys, model.log))
 
 
 def feed(model: Certified) -> dict[str, Any]:
