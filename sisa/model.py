@@ -409,7 +409,7 @@ class Model:
     def drop_standing(self) -> drop.Standing | None:
         """Return where the 45-day cycle of DROP stands; None before the first import.
 
-        It concerns the whole model: None, too, if only some shards may be read here.
+        None, too, if only some shards may be read here: the cycle concerns the whole model.
         """
         if self._group is not None:
             return None
@@ -431,7 +431,7 @@ class Model:
     ) -> dict[str, Any]:
         """Return what is held of a person as JSON values (`rights/access.schema.json`).
 
-        `digest` names the subject in place of `subject`, as `subject_digest` does.
+        `digest`, from `subject_digest`, names the subject instead of `subject`.
         """
         with self._context() as context, context.stores.ledger.snapshot():
             if digest is None:
@@ -470,7 +470,7 @@ class Model:
         return found
 
     def release(self, subject: str) -> Restriction:
-        """End a restriction: the same is served as before it. Raise ConfigConflict without one."""
+        """End a restriction: their records are served again. Raise ConfigConflict without one."""
         with self._deciding(whole=True) as context:
             found = lift(context, subject)
         self._complete_hooks()
@@ -529,7 +529,7 @@ class Model:
 
     @retry_read
     def shards(self) -> list[tuple[query.ShardStatus, list[query.SliceStanding]]]:
-        """Return every shard and the standing of its slices, of one moment."""
+        """Return every shard and the standing of its slices, all at one moment."""
         with self._context() as context, context.stores.ledger.snapshot():
             standings = query.slice_standings(context)
             return [(each, standings[each.shard]) for each in query.shards(context)]
@@ -618,7 +618,7 @@ class Model:
 
     @retry_read
     def serving(self, /, **limits: int) -> Serving:
-        """Return the constituent models served now, to answer many requests with for a long time.
+        """Return the constituent models served now, to answer requests for a long time.
 
         `adopt` keeps them current. `limits` are those of `sisa.lm.answer.continuous.ContinuousBatching`.
         """
@@ -627,7 +627,7 @@ class Model:
 
     @retry_read
     def adopt(self, serving: Serving) -> list[Hashable]:
-        """Replace loaded models that are no longer served; return the keys of requests that this cut.
+        """Replace loaded models that are no longer served; return the keys of requests cut short.
 
         Without a commit since the last call, this only reads a number from the ledger.
         """

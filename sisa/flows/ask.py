@@ -319,9 +319,9 @@ class Serving:
         self._cut: list[Key] = []
 
     def adopt(self, context: Context, resources: Resources) -> list[Key]:
-        """Replace what is no longer served; return the keys of requests that this cut.
+        """Replace what is no longer served; return the keys of requests cut short.
 
-        What is tainted is dropped first, so that it answers nothing even if this raises IntegrityError;
+        Tainted models are dropped first, so that they answer nothing even if this raises IntegrityError;
         the next call then loads what is missing, and returns all keys.
         """
         now = ServedHeads.read(context.stores.ledger)

@@ -142,9 +142,10 @@ def view_of(context: Context, request: Request) -> RequestView:
 
 
 def decide(context: Context, request_id: str, state: RequestState, note: str, by: str = "") -> Request:
-    """Approve, hold, deny or cancel a request, in the name `by`; an approval's note is a name, too.
+    """Approve, hold, deny or cancel a request, in the name `by`.
 
-    Raise UnknownRecord, ConfigConflict (of its state, or of four eyes) or InvalidInput.
+    Without `by`, the note of an approval is the approver's name. Raise UnknownRecord, ConfigConflict (of
+    its state, or of four eyes) or InvalidInput.
     """
     if state in ("denied", "held") and not note.strip():
         raise InvalidInput(f"a request is not {state} without a reason", next_step="give --reason")
@@ -260,7 +261,7 @@ def queue_seen(context: Context) -> QueueSeen:
 
 
 def _arrivals_per_day(context: Context, now: str, waiting: Sequence[Request]) -> float:
-    """Return the requests per day over the last PAST_DAYS days, except the waiting ones.
+    """Return the mean number of requests a day over the last PAST_DAYS, without the waiting ones.
 
     A model younger than YOUNG_DAYS counts as that old, so that it does not look busy.
     """

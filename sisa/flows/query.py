@@ -135,8 +135,10 @@ class ShardStatus:
 class SliceStanding:
     """Describe a slice of a shard.
 
-    `retrained`: after a deletion, since the model was last trained as a whole. The head lacks a slice
-    that is `rolled back`, until it is trained. It has one that is `restricted`, and is not served.
+    clean         served
+    retrained     served, and trained again after a deletion since the model was last trained as a whole
+    rolled back   not in the head until it is trained again
+    restricted    in the head, which is not served
     """
 
     slice: int
@@ -259,7 +261,7 @@ def find_candidates(
     top_k: int,
     show_text: bool,
 ) -> list[Candidate]:
-    """Return candidates by content (`text`), of a subject and like those, or like a record."""
+    """Return candidates: like a text, of a subject and like those, or like the record with an id."""
     if subject is not None:
         live, _ = of_subject(context, subject)
         own = [

@@ -152,7 +152,7 @@ def _chain(context: Context, shard: int, missing: Missing) -> Chain:
 
 
 def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> WitnessHead:
-    """Raise IntegrityError if the ledger lost rows; of its history, check the events after `since`.
+    """Raise IntegrityError if the ledger lost rows or contradicts the events after `since`.
 
     Return the last event that was checked.
     """
@@ -514,7 +514,7 @@ def finish_exports(context: Context) -> None:
 
 
 def _erase_stale_exports(context: Context) -> None:
-    """Erase unchanged exports that a deletion marked; raise the errors of some at the end."""
+    """Erase unchanged exports that a deletion marked; raise their errors at the end."""
     due: list[Export] = []
     erased: list[Export] = []
     left: list[Export] = []

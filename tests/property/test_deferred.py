@@ -38,8 +38,8 @@ def test_deferred_deletions_end_as_if_they_had_been_trained(
     for gone in gone_sets:
         rows = model.rows(gone & model.remaining)
         if rows:
-            arrived = new_request(context, rows, (), Terms(approver="a"))
-            (request,) = forget_at_once(context, arrived, defer=True).requests
+            new = new_request(context, rows, (), Terms(approver="a"))
+            (request,) = forget_at_once(context, new, defer=True).requests
             assert request.state in ("erased", "completed")
             assert request.served == tuple(
                 (head.shard, head.depth, sum(f.shard == head.shard for f in ledger.slices()))

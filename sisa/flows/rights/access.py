@@ -119,7 +119,7 @@ def recipients_of(
 
 
 def _header(context: Context, kind: str, subject: str | None) -> dict[str, Any]:
-    """Return how a file begins; for its salt, a published digest of the file confirms no guess."""
+    """Return how a file begins; because of the salt, a published digest of it confirms no guess."""
     salt = secrets.token_hex(32)
     return {"type": kind, "salt": salt, "made_at": context.now(), "subject": subject}
 

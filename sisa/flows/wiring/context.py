@@ -333,7 +333,7 @@ def is_unrecorded(context: Context) -> bool:
 
 
 def unrecorded(context: Context) -> tuple[list[Tombstone], list[str]]:
-    """Return the deletions that the witness lacks, and the ids that it takes for deleted still."""
+    """Return the deletions that the witness lacks, and the ids that it takes for deleted by mistake."""
     ledger, known = context.stores.ledger, context.stores.witness.read().tombstones
     missing = [each for each in ledger.tombstones() if known.get(each.id_digest) != each]
     asked = {*known, *(each.id_digest for each in missing)}
@@ -345,7 +345,7 @@ def unrecorded(context: Context) -> tuple[list[Tombstone], list[str]]:
 
 
 def held_state(ledger: ports.Ledger) -> str:
-    """Return a digest of what a ledger holds and serves, which requests that come in do not change."""
+    """Return a digest of what a ledger holds and serves; new requests do not change it."""
     with ledger.snapshot():
         held = [[each.name for each in ledger.slices()], [each.key for each in ledger.checkpoints()]]
         patches = [each.key for each in active(ledger.patches())]
@@ -356,7 +356,7 @@ def held_state(ledger: ports.Ledger) -> str:
 def model_digest(context: Context) -> str:
     """Return the keyed digest of all heads' adapters in shard order, and of active patches, if any.
 
-    It outlives a deletion, in requests and on cards: without the key it confirms nothing.
+    Requests and cards keep it after a deletion: without the key it confirms no guess.
     """
     ledger = context.stores.ledger
     adapters = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
@@ -366,7 +366,7 @@ def model_digest(context: Context) -> str:
 
 
 def restricting(known: Restrictions, since: Mapping[str, str]) -> dict[str, str]:
-    """Return the ledger's meta for other restrictions than the known ones."""
+    """Return the ledger's meta that replaces the known restrictions by others."""
     return {RESTRICTIONS: json.dumps([known.number + 1, dict(since)], sort_keys=True)}
 
 
@@ -474,7 +474,7 @@ def patch_files(store: ports.CheckpointStore, stack: Iterable[Patch]) -> list[di
 
 
 def known_by_area(context: Context) -> dict[str, frozenset[str]]:
-    """Return the names that the ledger lists, by storage area; of hidden states, those that are held."""
+    """Return the names that the ledger lists, by storage area; for hidden states, the held ones."""
     ledger = context.stores.ledger
     patches = ledger.patches()
     return {
@@ -536,7 +536,7 @@ def purge(context: Context, *, dry_run: bool = False) -> tuple[ports.KeptVersion
 
 
 def held_rows(context: Context, id_digests: Iterable[str]) -> list[RecordRow]:
-    """Return the rows of the held ones of these records, which are named by keyed id."""
+    """Return the rows of those records (by keyed id) that are held."""
     found = context.stores.ledger.lookup(id_digests).values()
     return [each for each in found if isinstance(each, RecordRow)]
 

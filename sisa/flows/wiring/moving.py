@@ -64,7 +64,7 @@ def move_ledger(directory: Path, to: str | None) -> LedgerMoved:
 
 @contextlib.contextmanager
 def _alone(directory: Path, target: Path | str) -> Iterator[Path | str]:
-    """Lock out writers and decisions about requests at both locations; provide the present one."""
+    """Lock out writers and decisions about requests at both locations; yield the present one."""
     with wiring.model_lock(directory) as place:
         if target == place:
             raise InvalidInput("the ledger is there already", where=str(target))
@@ -105,7 +105,7 @@ def erase_left(directory: Path) -> None:
 
 
 def upgrade_model(directory: Path) -> tuple[str, bool]:
-    """Bring up the ledger of an earlier version; return where it is, and whether it was one."""
+    """Upgrade a ledger of an earlier version; return where it is, and whether it was upgraded."""
     if not wiring.has_ledger(directory):
         raise InvalidInput("there is no model in this directory", where=str(directory))
     with wiring.model_lock(directory) as place:

@@ -152,7 +152,7 @@ def has_ledger(directory: Path) -> bool:
 
 
 def ledger_name(directory: Path) -> str:
-    """Return the name of the file that is the ledger, or names it."""
+    """Return the name of the ledger's file, or of the file that names its server."""
     return LEDGER if isinstance(ledger_place(directory), Path) else LEDGER_URL
 
 
@@ -162,7 +162,7 @@ def open_ledger(directory: Path, *, create: bool = False) -> AbstractContextMana
 
 
 def claim_ledger(directory: Path, url: str | None) -> None:
-    """Let a new model have its ledger at a URL. Raise ConfigConflict if it is not free for it."""
+    """Reserve a URL for a new model's ledger. Raise ConfigConflict if another ledger is there."""
     here = ledger_place(directory)
     if isinstance(here, str) and here != url:
         raise ConfigConflict(
@@ -192,7 +192,7 @@ def check_free(url: str) -> None:
 def model_lock(directory: Path, url: str | None = None) -> Iterator[Path | str]:
     """Hold a model's only writer lock, beside its ledger; a new model's will be at `url`.
 
-    Provide the place of the present ledger. Raise Busy.
+    Yield the place of the present ledger. Raise Busy.
     """
     place = ledger_place(directory)
     with lock_beside(place if isinstance(place, str) else url or place):
@@ -446,7 +446,7 @@ def find_probe() -> OpenProbe:
 
 @dataclass(frozen=True, slots=True)
 class OnCluster:
-    """An executor by name at another address than the run file's; an OpenExecutor that is not stored."""
+    """An OpenExecutor: an executor by its name, at another address than the run file's."""
 
     name: str
     address: str
@@ -493,7 +493,7 @@ def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
 
 
 def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
-    """Return what makes patches where an executor trains; an executor object counts as `serial`."""
+    """Return what opens a patcher where an executor trains; an executor object counts as `serial`."""
     if isinstance(executor, OnCluster):
         make, there = find_patcher(executor.name), {"address": executor.address}
 
@@ -573,7 +573,7 @@ def witness_of(config: RunConfig, keyed: Keyed, model: str) -> FileWitness:
 
 
 def deleted_under(config: RunConfig, keyed: Keyed) -> list[Tombstone]:
-    """Return what any model under this partition key deleted, as far as witnesses here know."""
+    """Return what any model under this partition key deleted, according to the witnesses here."""
     paths = sorted(witness_dir(config).glob(witness_of(config, keyed, "*").path.name))
     return [each for path in paths for each in FileWitness(path, keyed).read().tombstones.values()]
 

@@ -104,13 +104,13 @@ def test_a_deletion_completes_under_any_clock(times: list[datetime], now: dateti
         raise EnvironmentFault("the disk refused", where=export.path)
 
     fake.exports.erase = fails  # type: ignore[method-assign]
-    arrived = new_request(context, rows(context, 3), (), Terms(approver="dpo"))
+    new = new_request(context, rows(context, 3), (), Terms(approver="dpo"))
     with pytest.raises(EnvironmentFault):
-        forget_at_once(context, arrived)
+        forget_at_once(context, new)
     fake.exports.erase = erase  # type: ignore[method-assign]
-    sound(context, find(context, arrived.request.request_id), now)
+    sound(context, find(context, new.request.request_id), now)
     reconcile(context)
-    done = find(context, arrived.request.request_id)
+    done = find(context, new.request.request_id)
     assert done.state == "completed"
     sound(context, done, now)
     assert not rows(context, 3)

@@ -76,8 +76,8 @@ def row(fake: FakeModel, number: int) -> RecordRow:
 
 def forget(fake: FakeModel, *numbers: int) -> Request:
     rows = [row(fake, number) for number in numbers]
-    arrived = new_request(fake.context, rows, (), Terms(approver="dpo"))
-    return forget_at_once(fake.context, arrived).requests[0]
+    new = new_request(fake.context, rows, (), Terms(approver="dpo"))
+    return forget_at_once(fake.context, new).requests[0]
 
 
 def knows(fake: FakeModel, number: int) -> set[str]:

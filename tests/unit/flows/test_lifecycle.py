@@ -582,9 +582,9 @@ def test_a_damaged_file_to_build_on_stops_the_deletion_before_it(fake: FakeModel
 
 
 def test_a_deletion_at_once_lives_the_same_life(fake: FakeModel) -> None:
-    arrived = new_request(fake.context, rows(fake, 3), (), APPROVED)
-    (done,) = forget_at_once(fake.context, arrived).requests
-    assert (done.request_id, done.state) == (arrived.request.request_id, "completed")
+    new = new_request(fake.context, rows(fake, 3), (), APPROVED)
+    (done,) = forget_at_once(fake.context, new).requests
+    assert (done.request_id, done.state) == (new.request.request_id, "completed")
     assert states(fake, done) == WHOLE_LIFE
     assert held_bytes(fake) == held_bytes(trained(set(range(NUM_RECORDS)) - {3}))
 
@@ -593,21 +593,21 @@ def test_a_deletion_at_once_that_fails_before_its_commit_never_was(
     fake: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, tables = held_bytes(fake), repr(fake.ledger.tables)
-    arrived = new_request(fake.context, rows(fake, 3), (), APPROVED)
+    new = new_request(fake.context, rows(fake, 3), (), APPROVED)
     monkeypatch.setattr(fake.records, "write", Broken())
     with pytest.raises(EnvironmentFault):
-        forget_at_once(fake.context, arrived)
+        forget_at_once(fake.context, new)
     assert (held_bytes(fake), repr(fake.ledger.tables)) == (before, tables)
 
 
 def test_a_deletion_at_once_that_fails_after_its_commit_is_finished(fake: FakeModel) -> None:
-    arrived = new_request(fake.context, rows(fake, 3), (), APPROVED)
+    new = new_request(fake.context, rows(fake, 3), (), APPROVED)
     with pytest.raises(EnvironmentFault):
-        forget_at_once(untrainable(fake), arrived)
-    assert state(fake, arrived.request) == "failed"
+        forget_at_once(untrainable(fake), new)
+    assert state(fake, new.request) == "failed"
     assert "id-0003" not in served(fake)
     reconcile(fake.context)
-    assert state(fake, arrived.request) == "completed"
+    assert state(fake, new.request) == "completed"
 
 
 def test_another_batch_finishes_what_a_failure_left(fake: FakeModel) -> None:
@@ -727,9 +727,9 @@ def test_a_legal_hold_protects_the_records_it_names(fake: FakeModel) -> None:
     waiting = {each.request.request_id: each.held_by for each in views(fake.context) if each.held_by}
     assert waiting == {other.request_id: (held.request_id,)}
     assert view_of(fake.context, other).held_by == (held.request_id,)
-    arrived = new_request(fake.context, rows(fake, 3), (), APPROVED)
+    new = new_request(fake.context, rows(fake, 3), (), APPROVED)
     with pytest.raises(ConfigConflict, match="legal hold"):
-        forget_at_once(fake.context, arrived)
+        forget_at_once(fake.context, new)
     assert {3, 4} <= held_numbers(fake)
     decide(fake.context, held.request_id, "cancelled", "")
     assert view_of(fake.context, other).held_by == ()

@@ -70,8 +70,8 @@ def delete(fake: FakeModel, *numbers: int, consent: str = "") -> Request:
     )
     rows = [each for each in found.values() if isinstance(each, RecordRow)]
     assert len(rows) == len(numbers)
-    arrived = new_request(context, rows, (), Terms(approver="me", consent=consent))
-    return forget_at_once(context, arrived).requests[0]
+    new = new_request(context, rows, (), Terms(approver="me", consent=consent))
+    return forget_at_once(context, new).requests[0]
 
 
 def touched(fake: FakeModel) -> set[str]:
