@@ -94,17 +94,7 @@ def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patc
     texts = [record for found in from_requests for record in context.stores.vault.read(found)]
     context.compute.patcher().check(wish.settings, [*texts, *wish.forget], wish.retain, wish.reference)
     _notice_held(context, wish.forget)
-    fresh = vault_sets.put(context, "forget", wish.forget, wish.consent) if wish.forget else Put()
-    kept = Put() if wish.retain is None else vault_sets.put(context, "retain", wish.retain, wish.consent)
-    retain = kept.sets[0].name if kept.sets else WRITTEN
-    like = PatchJob(
-        context.settings.base, (), (), retain, dict(wish.settings), context.compute.fingerprint
-    )
-    patches, held = context.stores.ledger.patches(), vault_sets.held_sets(context)
-    forget = [each.name for each in (*from_requests, *fresh.sets)]
-    job = next_job(patches, held, context.settings.patch_mode, like, forget)
-    asked = requests[-1].request_id if requests else ""
-    found = Patch(next_version(patches), job, "wanted", context.now(), request_id=asked)
+    patches, job = context.stores.ledger.patches(), _job_of(context, wish, from_requests)
     for each in patches:
         if each.state in ("active", "wanted") and each.job == job:
             return each
@@ -114,11 +104,27 @@ def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patc
             where=f"patch {waiting[0].version}",
             next_step="continue it by `sisa approx unlearn`, or give it up by `sisa approx revert`",
         )
-    put = fresh + kept
+    written = vault_sets.put(context, "forget", wish.forget, wish.consent) if wish.forget else Put()
+    if wish.retain is not None:
+        written += vault_sets.put(context, "retain", wish.retain, wish.consent)
     known = {each.name: each for each in context.stores.ledger.vault() if each.held}
-    sets = [known.get(each.name, each) for each in put.sets]  # a held set stays as first written
-    commit(context, Change(patches=[found], vault=sets, vaulted=put.pairs))
+    sets = [known.get(each.name, each) for each in written.sets]  # a held set stays as first written
+    asked = requests[-1].request_id if requests else ""
+    found = Patch(next_version(patches), job, "wanted", context.now(), request_id=asked)
+    commit(context, Change(patches=[found], vault=sets, vaulted=written.pairs))
     return found
+
+
+def _job_of(context: Context, wish: Wish, from_requests: Sequence[VaultSet]) -> PatchJob:
+    """Return the job of a wish, whose sets need not be in the vault yet."""
+    ledger, name = context.stores.ledger, context.settings.assigner.set_name
+    retain = WRITTEN if wish.retain is None else name("retain", wish.retain)
+    forget = [each.name for each in from_requests]
+    forget += [name("forget", wish.forget)] if wish.forget else []
+    settings, numerics = dict(wish.settings), context.compute.fingerprint
+    like = PatchJob(context.settings.base, (), (), retain, settings, numerics)
+    held = vault_sets.held_sets(context)
+    return next_job(ledger.patches(), held, context.settings.patch_mode, like, forget)
 
 
 def _notice_held(context: Context, records: Sequence[Record]) -> None:

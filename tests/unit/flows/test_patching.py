@@ -140,8 +140,9 @@ def test_one_wish_at_a_time(fake: FakeModel) -> None:
     assert want(fake.context, wish_of([FREE])) == first
     with pytest.raises(ConfigConflict, match="another patch is wanted"):
         want(fake.context, wish_of([FREE + 1]))
+    assert fake.vault.stored.keys() == set(first.job.sets)  # not that of the refused wish
     assert make_wanted(fake.context).patch == stack(fake)[0]
-    assert fake.vault.stored == {}  # that of the refused wish went, too
+    assert fake.vault.stored == {}
 
 
 def test_a_text_that_the_shards_hold_is_reported(fake: FakeModel, notices: Notices) -> None:
