@@ -126,7 +126,7 @@ def packs(base: Any, longest: int) -> bool:
     if decoder is None or has_window(base, longest):
         return False
     try:
-        apart, moved = (_states(base, decoder, first, SECOND) for first in (FIRST, OTHER_FIRST))
+        apart, moved = (_states_behind(base, first) for first in (FIRST, OTHER_FIRST))
     except (_Unlike, AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         return False
     ids_1T = torch.tensor([SECOND], device=base.device)
@@ -135,12 +135,14 @@ def packs(base: Any, longest: int) -> bool:
     return torch.equal(apart, moved) and off.item() <= PACKING_TOLERANCE.get(alone.dtype, 0.0)
 
 
-def _states(base: Any, decoder: Any, first: Sequence[int], then: Sequence[int]) -> Tensor:
-    """Return the hidden states [T, H] of the second of two packed records; here H is hidden."""
-    lengths = (len(first), len(then))
-    ids_1N, at_1N = torch.tensor([[*first, *then]], device=base.device), positions(lengths, base.device)
+def _states_behind(base: Any, first: Sequence[int]) -> Tensor:
+    """Return the hidden states [T, H] of SECOND, packed behind another record; here H is hidden."""
+    lengths = (len(first), len(SECOND))
+    ids_1N = torch.tensor([[*first, *SECOND]], device=base.device)
+    at_1N = positions(lengths, base.device)
     with attending(base, lengths):
-        found: Tensor = decoder(input_ids=ids_1N, position_ids=at_1N, use_cache=False).last_hidden_state
+        output = base.get_decoder()(input_ids=ids_1N, position_ids=at_1N, use_cache=False)
+    found: Tensor = output.last_hidden_state
     return found[0, len(first) :]
 
 
