@@ -71,7 +71,8 @@ def resolve_aggregation(how: Aggregation, embedder: str, kind: Kind) -> Aggregat
     """
     if how.min_score != "auto":
         return how
-    measured = None if kind == "text" else MIN_SCORES.get(embedder)
+    package, _, _ = embedder.partition("#")  # without its digest
+    measured = None if kind == "text" else MIN_SCORES.get(package)
     return how.model_copy(update={"min_score": measured})
 
 

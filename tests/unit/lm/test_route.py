@@ -85,6 +85,8 @@ def test_auto_is_what_was_measured_of_the_embedder_for_questions_and_answers() -
     kinds: list[Kind] = ["completion", "chat", "text"]
     found = [resolve_aggregation(how, MINILM, kind).min_score for kind in kinds]
     assert found == [MIN_SCORES[MINILM], MIN_SCORES[MINILM], None]
+    pinned = f"{MINILM}#sha256={'a' * 64}"
+    assert [resolve_aggregation(how, pinned, kind).min_score for kind in kinds] == found
     assert resolve_aggregation(how, "hashing", "completion") == how.model_copy(
         update={"min_score": None}
     )
