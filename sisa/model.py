@@ -87,7 +87,7 @@ from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
 from sisa.planning.plan import estimate_seconds, full_record_epochs, serving_depth
 from sisa.store.blobs.files import erase_abandoned
-from sisa.store.ledger.database import Watch
+from sisa.store.ledger.backend import Watch
 from sisa.store.ledger.ledger import SqlLedger
 
 if TYPE_CHECKING:

@@ -47,7 +47,8 @@ from sisa.planning.bands import unnamed
 from sisa.planning.layout import Assigner
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import read_secret
-from sisa.store.ledger.database import COMMIT_LOCK, ledger_version
+from sisa.store.ledger.database import ledger_version
+from sisa.store.ledger.sqlite import COMMIT_LOCK
 
 
 @running()

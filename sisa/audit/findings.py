@@ -55,7 +55,7 @@ from sisa.store.blobs import files
 from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
 from sisa.store.checkpoints import MANIFEST
-from sisa.store.ledger.database import open_journaled
+from sisa.store.ledger.sqlite import open_journaled
 from sisa.store.metrics import run_files
 
 OTHERS, OTHERS_WRITE = 0o077, 0o022

@@ -30,7 +30,8 @@ from sisa.evidence import statements
 from sisa.evidence.log import Log, statement_in
 from sisa.evidence.statements import ACCESS, RESTRICTION, Draft
 from sisa.store.blobs.files import database_in_use, disk_errors
-from sisa.store.ledger.database import PATIENCE_S, open_journaled, sqlite_fault
+from sisa.store.ledger.backend import PATIENCE_S
+from sisa.store.ledger.sqlite import open_journaled, sqlite_fault
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED
 
 _SCHEMA = """

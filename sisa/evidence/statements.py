@@ -1,11 +1,12 @@
-"""Turn the facts of a deletion into the statement that is signed: an in-toto Statement v1.
+"""Turn facts into the statements that are signed, in-toto Statements v1: certificates, states, reports.
 
 A certificate is drafted before the deletion's commit, while what will be erased can still be named, and
 stated when heads have advanced. `schemas/` describes every field, and README.md beside this file lists
 them. Nothing here reads or writes.
 
-    draft    commitments to the records, what they touched, keyed digests of what will be erased
-    state    what the model holds and serves now, and the statement before this one: the chain
+    Draft      commitments to the records, what they touched, keyed digests of what will be erased
+    Outcome    what is known when the request is completed
+    State      what the model holds and serves now, and the statement before this one: the chain
 
 Nobody learns from a statement who was deleted: records, files and checkpoints are named by digests under
 the model's secret, and words that people gave with a request (its external id, reasons, approver) are

@@ -50,10 +50,10 @@ from sisa.core.domain import (
 from sisa.core.errors import Busy, IntegrityError, SisaError
 from sisa.core.ports import Change, Ledger
 from sisa.planning.layout import root_of, slice_root
-from sisa.store.ledger import database as database_module
 from sisa.store.ledger import ledger as ledger_module
 from sisa.store.ledger import migrations
 from sisa.store.ledger import rows as rows_module
+from sisa.store.ledger import sqlite as sqlite_module
 from sisa.store.ledger.database import backend_at, upgrade_ledger
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.rows import SCHEMA_VERSION, schema
@@ -576,7 +576,7 @@ def test_scrub_leaves_nothing_in_the_unused_part_of_pages(path: Path) -> None:
             before = file.read_bytes()
             left = {each for each in gone if piece[each] in before}
             assert left, "nothing to find: this proves nothing"
-            ledger.scrub([row(each) for each in sorted(gone - left)[: database_module.FEW_ROWS]])
+            ledger.scrub([row(each) for each in sorted(gone - left)[: sqlite_module.FEW_ROWS]])
             assert file.read_bytes() == before
             ledger.scrub([row(each) for each in (min(gone - left), min(left))] if seed == 12 else None)
             after = bytes_at_rest(file)
@@ -601,7 +601,7 @@ def test_scrub_leaves_no_key_of_a_removed_identity(path: Path) -> None:
             held = held - removed | fresh
         gone = {*range(400), *range(1000, 1360)} - held
         ledger.backend._empty_log()  # type: ignore[attr-defined]
-        keys = [identity(n).key[: database_module.PIECE_BYTES].encode() for n in gone]
+        keys = [identity(n).key[: sqlite_module.PIECE_BYTES].encode() for n in gone]
         assert any(key in path.read_bytes() for key in keys), "nothing to find: this proves nothing"
         ledger.scrub()
         assert not any(key in bytes_at_rest(path) for key in keys)
@@ -717,7 +717,7 @@ def test_scrub_also_takes_replaced_files_and_dropped_checkpoints(path: Path) -> 
 
 def test_scrub_with_an_open_reader_is_busy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite reports a busy log in a result row: if it is not read, deleted bytes stay unnoticed."""
-    monkeypatch.setattr(database_module, "SCRUB_PATIENCE_S", 0.05)
+    monkeypatch.setattr(sqlite_module, "SCRUB_PATIENCE_S", 0.05)
     create_engine = sa.create_engine
     monkeypatch.setattr(
         sa, "create_engine", lambda url, **_: create_engine(url, connect_args={"timeout": 0.05})
@@ -916,7 +916,7 @@ def test_a_statement_is_compiled_once_for_all_ledgers(tmp_path: Path) -> None:
             ledger.commit(Change(added=[row(number)]))
             digest = row(number).id_digest
             assert list(ledger.lookup([digest])) == [digest]
-        found.append(len(database_module._STATEMENTS))
+        found.append(len(sqlite_module._STATEMENTS))
     assert 0 < found[0] == found[1]
 
 

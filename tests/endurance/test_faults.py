@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from sisa.store.ledger import database as database_module
+from sisa.store.ledger import sqlite as sqlite_module
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.rows import RECORDS
 from tests.endurance import fuzz
@@ -132,14 +132,14 @@ def files_no_larger_than(num_bytes: int) -> Iterator[None]:
 @contextlib.contextmanager
 def ledger_no_larger_than(pages: int) -> Iterator[None]:
     """Make SQLite answer `database or disk is full` as soon as it needs another page."""
-    set_pragmas = database_module._set_pragmas
+    set_pragmas = sqlite_module._set_pragmas
 
     def limited(connection: Any, record: Any) -> None:
         set_pragmas(connection, record)
         connection.execute(f"PRAGMA max_page_count = {pages}").close()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(database_module, "_set_pragmas", limited)
+        patch.setattr(sqlite_module, "_set_pragmas", limited)
         yield
 
 
@@ -277,7 +277,7 @@ def test_a_read_only_file_system(
     """Where nothing can be made read-only, SQLite and Python are made to refuse."""
     ground.right(line)
     before = ground.held()
-    set_pragmas = database_module._set_pragmas
+    set_pragmas = sqlite_module._set_pragmas
 
     def query_only(connection: Any, record: Any) -> None:
         set_pragmas(connection, record)
@@ -288,7 +288,7 @@ def test_a_read_only_file_system(
 
     with monkeypatch.context() as patch:
         if what == "ledger":
-            patch.setattr(database_module, "_set_pragmas", query_only)
+            patch.setattr(sqlite_module, "_set_pragmas", query_only)
         else:
             patch.setattr("sisa.store.blobs.files.tempfile.mkstemp", refuses)
             patch.setattr("sisa.store.blobs.files.tempfile.mkdtemp", refuses)
@@ -450,7 +450,7 @@ WRITERS: list[Line] = [  # requests are submitted and decided beside a writer
 def quick_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait a twentieth of a second for locks instead of ten seconds."""
     create_engine = sa.create_engine
-    monkeypatch.setattr(database_module, "SCRUB_PATIENCE_S", 0.05)
+    monkeypatch.setattr(sqlite_module, "SCRUB_PATIENCE_S", 0.05)
     monkeypatch.setattr(
         sa, "create_engine", lambda url, **_: create_engine(url, connect_args={"timeout": 0.05})
     )

@@ -1,12 +1,7 @@
 """Open the ledger's database, read checked rows from snapshots of it, and write in transactions.
 
-A ledger is one SQLite file, or the tables of one PostgreSQL schema (`postgres.py`, imported when it is
-needed). Each is a `Backend`; everything above is the same for both.
-
-SQLite: WAL lets readers and a writer work at the same time. `secure_delete` zeroes what is removed, but
-not the copies that balancing leaves in a page's unused part; after a deletion `scrub` therefore searches
-for them and rewrites the file if it finds one. It also empties the write-ahead log (SQLite reports a
-busy log in a result row and does not raise). A file that can't be written is opened for reading only.
+A ledger is one SQLite file (`sqlite.py`) or the tables of one PostgreSQL schema (`postgres.py`, imported
+when it is needed). Each is a `Backend`; everything above is the same for both.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -22,49 +17,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sqlite3
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
-from urllib.parse import quote
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DatabaseError
-from sqlalchemy.util import LRUCache
 
 from sisa.core.domain import RecordRow, parse_patch_job
-from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, SisaError
-from sisa.store.blobs.files import (
-    database_in_use,
-    disk_errors,
-    num_bytes,
-    read_beside,
-    writer_lock,
-)
+from sisa.core.errors import IntegrityError
 from sisa.store.ledger import rows
-from sisa.store.ledger.rows import SCHEMA_VERSION, UPGRADED, schema
-
-COMMIT_LOCK = "commit.lock"  # beside the file: who commits, decides about what was read, or both
-SCRUB_PATIENCE_S = 10.0
-FEW_ROWS = 4  # up to which removed rows are searched for; for more, rewriting the file is faster
-PIECE_BYTES = 16
-SCAN_BYTES = 1 << 22
-WATCH_POLL_S = 0.05  # a question takes microseconds
-PATIENCE_S = 10.0  # for SQLite's own locks, which are held briefly
-_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
-_SURROUNDINGS = {
-    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN),
-    *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT),
-}
+from sisa.store.ledger.backend import Backend, Watch, damaged_ledger, message_of
+from sisa.store.ledger.rows import SCHEMA_VERSION, UPGRADED
+from sisa.store.ledger.sqlite import Sqlite
 
 _T = TypeVar("_T")
-Watch = Callable[[float], bool]  # wait so many seconds; return early, and True, after a commit
 _PARSED: dict[str, Callable[[Any], Any]] = {  # values of columns that a row holds in another form
     "prefix": lambda text: tuple(map(int, json.loads(text))),
     "patches": lambda text: tuple(json.loads(text)),
@@ -72,78 +42,6 @@ _PARSED: dict[str, Callable[[Any], Any]] = {  # values of columns that a row hol
     "report": json.loads,
     "held": bool,
 }
-
-
-class Statements(LRUCache[Any, Any]):
-    """Statements that were compiled for any ledger of one kind in this process, without their values.
-
-    A key begins with the dialect's object, which is another one in each engine.
-    """
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return super().get(key[1:], default)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key[1:], value)
-
-
-_STATEMENTS = Statements(capacity=500)
-
-
-class Backend(Protocol):
-    """What one kind of database does in its own way."""
-
-    where: str  # for messages, without a password
-    engine: sa.Engine
-    errors: tuple[type[Exception], ...]  # of the driver, also as SQLAlchemy wraps them
-    upgrades: bool  # whether opening brings up an older schema
-    upgrade_step: str  # what does so otherwise
-
-    @property
-    def read_only(self) -> bool:
-        """Return whether nothing can be committed here."""
-
-    def reading(self) -> AbstractContextManager[sa.Connection]:
-        """Provide a connection whose queries all see one state."""
-
-    def writing(self, num_rows: int = 0, /) -> AbstractContextManager[sa.Connection]:
-        """Provide the connection of the only writer; commit when the block ends without an error.
-
-        `num_rows` is about how many rows it adds.
-        """
-
-    def exclusive(self) -> AbstractContextManager[None]:
-        """Hold the lock of all who commit. Raise Busy."""
-
-    def close(self) -> None:
-        """Close all connections."""
-
-    def version(self, connection: sa.Connection) -> int:
-        """Return the version of the schema; 0 without one."""
-
-    def create(self, connection: sa.Connection) -> None:
-        """Create the tables of the present schema."""
-
-    def upgrade(self, connection: sa.Connection, version: int) -> None:
-        """Bring up the tables of an older schema."""
-
-    def stamp(self, connection: sa.Connection, version: int) -> None:
-        """Write the version of the schema."""
-
-    def watch(self) -> AbstractContextManager[Watch]:
-        """Provide a function that waits for another's commit."""
-
-    def fault(self, error: Any) -> SisaError | None:
-        """Return the typed error for a lock or the surroundings; None for damage."""
-
-    def num_bytes(self) -> int:
-        """Return the size of everything stored."""
-
-    def scrub(self, removed: Collection[RecordRow] | None, keys: Collection[str]) -> None:
-        """See `Ledger.scrub`; `keys` are those of removed identities."""
-
-    def erase(self) -> None:
-        """Remove all tables."""
 
 
 def backend_at(place: Path | str, *, create: bool = False) -> Backend:
@@ -291,143 +189,6 @@ class Database:
         self.unscrubbed.clear()
 
 
-class Sqlite:
-    """A Backend in one file; it is created empty if asked."""
-
-    errors: tuple[type[Exception], ...] = (DatabaseError, sqlite3.DatabaseError)
-
-    def __init__(self, path: Path, *, create: bool = False) -> None:
-        self._path, self.where = path, str(path)
-        if create:
-            # SQLite gives this mode to the write-ahead log and the shared memory beside it, too.
-            with disk_errors(path):
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        elif not path.exists():
-            raise IntegrityError("the ledger is missing", where=str(path))
-        elif path.is_file() and path.stat().st_size == 0:  # SQLite would write a header into it
-            raise damaged_ledger(str(path), "an empty file")
-        self.read_only = is_read_only(path)
-        self.upgrades = not self.read_only
-        self.upgrade_step = "open it once where it can be written, for example with `sisa status`"
-        shared = {"execution_options": {"compiled_cache": _STATEMENTS}}
-        if self.read_only:
-            reading = {"creator": lambda: open_readonly(path), "poolclass": sa.QueuePool}
-            self.engine = sa.create_engine("sqlite://", **reading, **shared)
-        else:
-            url = sa.URL.create("sqlite", database=str(path))
-            self.engine = sa.create_engine(url, connect_args={"timeout": PATIENCE_S}, **shared)
-            sa.event.listen(self.engine, "connect", _set_pragmas)
-        self._used = contextlib.ExitStack()
-        self._used.enter_context(database_in_use(path))
-
-    def exclusive(self) -> AbstractContextManager[None]:
-        return writer_lock(self._path.with_name(COMMIT_LOCK), patience_s=None)
-
-    def close(self) -> None:
-        self.engine.dispose()
-        self._used.close()
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[sa.Connection]:
-        with self.engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN")  # so that all comparisons use one snapshot
-            yield connection
-
-    @contextlib.contextmanager
-    def writing(self, num_rows: int = 0, /) -> Iterator[sa.Connection]:
-        with self.engine.connect() as connection:
-            cache_kib = LARGE_CACHE_KIB if num_rows >= rows.MANY_ROWS else CACHE_KIB
-            connection.exec_driver_sql(f"PRAGMA cache_size=-{cache_kib}")
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            yield connection
-            connection.commit()
-
-    def version(self, connection: sa.Connection) -> int:
-        return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-
-    def create(self, connection: sa.Connection) -> None:
-        schema.create_all(connection)
-
-    def upgrade(self, connection: sa.Connection, version: int) -> None:
-        from sisa.store.ledger.migrations import upgrade
-
-        upgrade(connection, version)
-
-    def stamp(self, connection: sa.Connection, version: int) -> None:
-        connection.exec_driver_sql(f"PRAGMA user_version = {version}")
-
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[Watch]:
-        with contextlib.closing(open_readonly(self._path)) as connection:
-
-            def seen() -> int:  # SQLite counts the commits of other connections
-                return int(connection.execute("PRAGMA data_version").fetchone()[0])
-
-            last = seen()
-
-            def wait(timeout_s: float) -> bool:
-                nonlocal last
-                deadline = time.monotonic() + timeout_s
-                while (before := last) == (last := seen()):
-                    if (left := deadline - time.monotonic()) <= 0:
-                        return False
-                    time.sleep(min(WATCH_POLL_S, left))
-                return last != before
-
-            yield wait
-
-    def fault(self, error: Any) -> SisaError | None:
-        return sqlite_fault(error, self._path)
-
-    def num_bytes(self) -> int:
-        return num_bytes(self._path)
-
-    def scrub(self, removed: Collection[RecordRow] | None, keys: Collection[str]) -> None:
-        self._empty_log()  # works even if the disk is too full to rewrite the ledger
-        gone = len(removed or ()) + len(keys)
-        if removed is None or gone > FEW_ROWS or self.holds(removed, keys):
-            with self.engine.connect() as connection:
-                alone = connection.execution_options(isolation_level="AUTOCOMMIT")
-                alone.exec_driver_sql("VACUUM")
-            self._empty_log()
-
-    def erase(self) -> None:
-        with self.writing() as connection:
-            schema.drop_all(connection)
-            self.stamp(connection, 0)
-
-    def holds(self, removed: Collection[RecordRow], keys: Collection[str] = ()) -> bool:
-        """Return whether any part of the file holds a row's piece: of its digest, or its vector's id."""
-        wanted = [row.record_digest[:PIECE_BYTES].encode() for row in removed]
-        wanted += [row.vector_id.to_bytes(8, "big")[2:] for row in removed]  # small ones take 6 bytes
-        wanted += [key[:PIECE_BYTES].encode() for key in keys]
-        if not wanted:
-            return False
-        before = b""
-        with disk_errors(self._path), read_beside(self._path) as file:
-            while block := file.read(SCAN_BYTES):
-                block = before + block
-                if any(each in block for each in wanted):
-                    return True
-                before = block[-PIECE_BYTES:]
-        return False
-
-    def _empty_log(self) -> None:
-        deadline = time.monotonic() + SCRUB_PATIENCE_S
-        while True:
-            with self.engine.connect() as connection:
-                busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
-            if not busy:
-                return
-            if time.monotonic() > deadline:
-                raise Busy(
-                    "a reader keeps the ledger's write-ahead log open",
-                    where=self.where,
-                    next_step="end the process that reads this model, then run the command again",
-                )
-            time.sleep(0.1)
-
-
 def upgrade_ledger(place: Path | str) -> bool:
     """Bring the schema of a ledger up to the present one; return whether it was older.
 
@@ -466,67 +227,6 @@ def _create_or_upgrade(backend: Backend) -> None:
             backend.stamp(connection, SCHEMA_VERSION)
 
 
-def damaged_ledger(where: str, cause: str) -> IntegrityError:
-    """Return the error for rows or files that are not the ones that were written."""
-    return IntegrityError(
-        "the ledger is damaged",
-        where=where,
-        got=cause,
-        next_step="restore the model directory from a backup",
-    )
-
-
-def message_of(error: Any) -> str:
-    """Return a driver's message without the values of rows, which PostgreSQL adds as a detail."""
-    diagnosis = getattr(error, "diag", None)
-    return str(getattr(diagnosis, "message_primary", None) or error)
-
-
-def sqlite_fault(error: Any, path: Path) -> SisaError | None:
-    """Return the typed error for a lock or the surroundings of a SQLite file; None for damage."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-    if code not in _BUSY | _SURROUNDINGS:
-        return None
-    kind = Busy if code in _BUSY else EnvironmentFault
-    return kind(
-        f"the database can't be used: {error}",
-        where=str(path),
-        next_step="repair the disk or wait for the other process, then run the command again",
-    )
-
-
-def is_read_only(path: Path) -> bool:
-    """Return whether this process can't write a file, or the files that SQLite puts beside it."""
-    return not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
-
-
-def open_readonly(path: Path) -> sqlite3.Connection:
-    """Open a SQLite file for reading only.
-
-    Raise sqlite3.Error; reading from it may raise UnicodeDecodeError, too, when SQLite quotes a damaged
-    schema.
-
-    SQLite reads a file with a write-ahead log through files beside it. If these can't be written, a file
-    without a log is opened as immutable; with one, the log is read through the index beside it.
-    """
-    log = path.with_name(f"{path.name}-wal")
-    in_log = log.is_file() and log.stat().st_size > 0
-    return _existing(path, "immutable=1" if is_read_only(path) and not in_log else "mode=ro")
-
-
-def open_journaled(path: Path) -> sqlite3.Connection:
-    """Open a SQLite file without a write-ahead log for reading.
-
-    What a killed writer left in its journal is rolled back, if the file can be written.
-    """
-    return open_readonly(path) if is_read_only(path) else _existing(path, "mode=rw")
-
-
-def _existing(path: Path, form: str) -> sqlite3.Connection:
-    uri = f"file:{quote(str(path.absolute()))}?{form}"
-    return sqlite3.connect(uri, uri=True, timeout=PATIENCE_S, check_same_thread=False)
-
-
 def as_objects(kind: type[_T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> list[_T]:
     """Return rows as objects of a dataclass, by the names of its fields. Raise Damaged."""
     columns = table.columns.keys()
@@ -558,14 +258,3 @@ def rows_having(
     if full_scan:
         rows.check_hidden(connection, column, values, len(found))
     return found
-
-
-_SAFE = ("journal_mode=WAL", "secure_delete=ON", "synchronous=FULL", "foreign_keys=ON")
-# At most. Rows meet the pages of indexes at random: a page that leaves the cache is written once more.
-CACHE_KIB, LARGE_CACHE_KIB = 65_536, 524_288
-
-
-def _set_pragmas(connection: Any, _record: Any) -> None:
-    # Pragmas belong to a connection, not to the file: they are set on every connect.
-    for pragma in (*_SAFE, f"cache_size=-{CACHE_KIB}"):
-        connection.execute(f"PRAGMA {pragma}").close()

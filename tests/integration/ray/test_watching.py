@@ -29,7 +29,7 @@ from cluster.observe import reporting
 from cluster.observe.reporting import SERIES
 from cluster.ray import ray_session
 from sisa.flows.wiring.wiring import METRICS
-from sisa.store.ledger import database
+from sisa.store.ledger import sqlite
 from sisa.store.metrics import FileMetrics
 from tests.integration.ray.test_security import forms
 from tests.models.tiny_model import KEY, write_run
@@ -122,7 +122,7 @@ class Enough(BaseException):
 @pytest.fixture
 def watched(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     monkeypatch.setattr(reporting, "REFRESH_S", EVERY_S)
-    monkeypatch.setattr(database, "SCRUB_PATIENCE_S", 0.05)
+    monkeypatch.setattr(sqlite, "SCRUB_PATIENCE_S", 0.05)
     block = {"shards": 1, "slices": 2}
     write_run(tmp_path, tiny_base, ROWS, sisa_block=block, cluster={"num_workers": 1}, num_epochs=40)
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,7 @@ from cluster.serve.state import ServiceState
 from cluster.serve.tokens import Tokens
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.store.blobs.files import write_atomic
-from sisa.store.ledger.database import COMMIT_LOCK
+from sisa.store.ledger.sqlite import COMMIT_LOCK
 
 
 @pytest.fixture

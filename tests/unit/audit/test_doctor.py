@@ -34,7 +34,7 @@ from sisa.flows.wiring.context import model_digest
 from sisa.store.blobs.files import write_atomic, writer_lock
 from sisa.store.blobs.keyring import write_secret
 from sisa.store.checkpoints import ADAPTER, MANIFEST
-from sisa.store.ledger.database import COMMIT_LOCK
+from sisa.store.ledger.sqlite import COMMIT_LOCK
 from tests.fakes.ports import SECRET, changed
 from tests.models.confessing import NAME, THEN, built_pair, content, context_of, use_fake_resources
 

@@ -20,7 +20,7 @@ from sisa.flows.wiring.wiring import open_as_it_is
 from sisa.flows.wiring.witness import witness_standing
 from sisa.model import Model
 from sisa.store.blobs import files
-from sisa.store.ledger.database import COMMIT_LOCK
+from sisa.store.ledger.sqlite import COMMIT_LOCK
 from tests.fakes.ports import FakeTrainer, fake_record
 from tests.models.confessing import RUN_FILE, train_in, use_fake_resources
 
