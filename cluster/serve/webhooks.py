@@ -35,7 +35,7 @@ from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
 from cluster.serve.opendsr import expected_by, opendsr_headers, opendsr_status, status_body
 from cluster.serve.state import Delivery, ServiceState
-from sisa.config.config import OpenDsrBlock, ServiceBlock, WebhookReceiver
+from sisa.config.config import ServiceBlock, WebhookReceiver
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Request, RequestEvent
 from sisa.core.errors import InvalidInput
@@ -108,7 +108,7 @@ class Courier:
         for message in state.waiting():
             if message.url in blocked:  # by an earlier message, so that the order stays
                 continue
-            if message.form == "webhook" and message.url not in signers:
+            if not _names_receiver(settings, message):
                 _log.warning("a message was given up: the run file does not name its receiver any more")
                 state.postpone(message, None)
                 continue
@@ -141,8 +141,8 @@ class Courier:
     ) -> bool:
         """Return whether a message was delivered; postpone it, or give it up, if not."""
         at = datetime.fromtimestamp(self._now(), UTC)
-        if message.form == "opendsr":
-            headers = opendsr_headers(_block_of(settings), message.body.encode())
+        if message.form == "opendsr" and settings.opendsr is not None:
+            headers = opendsr_headers(settings.opendsr, message.body.encode())
         else:
             signed = [each.sign(message.id, at, message.body) for each in signers[message.url]]
             headers = {
@@ -162,11 +162,11 @@ class Courier:
         return False
 
 
-def _block_of(settings: ServiceBlock) -> OpenDsrBlock:
-    if settings.opendsr is None:
-        step = "restore the block, so that its callbacks can be sent"
-        raise InvalidInput("OpenDSR is not set up", where="service.opendsr", next_step=step)
-    return settings.opendsr
+def _names_receiver(settings: ServiceBlock, message: Delivery) -> bool:
+    """Return whether the run file still names the receiver of a message."""
+    if message.form == "opendsr":
+        return settings.opendsr is not None
+    return any(each.url == message.url for each in settings.webhooks)
 
 
 def _messages(
@@ -193,13 +193,11 @@ def _messages(
         for receiver in settings.webhooks:
             if not receiver.events or each.state in receiver.events:
                 yield Delivery(name, receiver.url, "webhook", json.dumps(body))
-        status = opendsr_status(each.state)
-        if status and reported.get(each.request_id) != status:
+        block, status = settings.opendsr, opendsr_status(each.state)
+        if block is not None and status and reported.get(each.request_id) != status:
             reported[each.request_id] = status
             for url in callbacks.get(each.request_id, ()):
-                report = status_body(
-                    _block_of(settings), request.external_id, status, expected_by(request)
-                )
+                report = status_body(block, request.external_id, status, expected_by(request))
                 callback = {**report, "status_callback_url": url}
                 yield Delivery(name, url, "opendsr", json.dumps(callback))
 

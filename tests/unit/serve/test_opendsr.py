@@ -20,9 +20,10 @@ from fastapi.testclient import TestClient
 
 from cluster.serve.app import build_app
 from cluster.serve.domain import Service
+from cluster.serve.state import ServiceState
 from cluster.serve.tokens import Role, Tokens
 from cluster.serve.webhooks import Courier
-from sisa.config.config import OpenDsrBlock, ServiceBlock
+from sisa.config.config import OpenDsrBlock, ServiceBlock, WebhookReceiver
 from sisa.config.runfile import parse_run_file
 from sisa.evidence.keys import init_keys
 from sisa.model import open_model
@@ -142,6 +143,31 @@ def test_an_erasure_from_receipt_to_callback(client: TestClient, service: Servic
         (CALLBACK, CALLBACK)
     }
     assert client.delete(f"/opendsr/requests/{NAME}").status_code == 409
+
+
+def test_without_the_block_callbacks_are_given_up_and_webhooks_go_on(
+    client: TestClient, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: list[str] = []
+
+    def post(url: str, *_: object) -> int:
+        got.append(url)
+        return 0 if url == CALLBACK else 202
+
+    courier = Courier(service.model, post)
+    courier.turn()
+    client.post("/opendsr/requests", json=asked())
+    courier.turn()
+    secret = tmp_path / "hook.secret"
+    secret.write_text("whsec_c2VjcmV0IG9mIGEgdGVzdA==")
+    secret.chmod(0o600)
+    hooks = (WebhookReceiver(url="https://dpo.example/", secret_file=secret),)
+    changed = service.model.config.model_copy(update={"service": ServiceBlock(webhooks=hooks)})
+    monkeypatch.setattr(service.model, "config", changed)
+    service.model.decide(NAME, "cancelled", "a mistake")
+    courier.turn()
+    assert got == [CALLBACK, "https://dpo.example/"]
+    assert ServiceState(service.model.directory).waiting() == []
 
 
 def test_a_pending_request_is_cancelled(client: TestClient) -> None:
