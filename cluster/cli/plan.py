@@ -135,16 +135,16 @@ def plan(
     from sisa.planning.layout_advice import Demand, LayoutLimits, advise, recommended
 
     config = load_run_file(run_file)
-    num_bytes, measured = _measured(config)
+    num_bytes, measured_rate = _measured(config)
     source = "of the model's own stages" if num_bytes else "assumed"
     if checkpoint_mb is not None:
         num_bytes, source = checkpoint_mb * 1e6, "given"
     limits = LayoutLimits(
-        round(num_bytes) or ASSUMED_BYTES_PER_RANK * config.lora_r,
-        math.inf if budget_gb is None else budget_gb * 1e9,
-        math.inf if max_hours is None else max_hours,
-        rate or measured,
-        min_depth,
+        bytes_per_checkpoint=round(num_bytes) or ASSUMED_BYTES_PER_RANK * config.lora_r,
+        max_bytes=math.inf if budget_gb is None else budget_gb * 1e9,
+        max_hours=math.inf if max_hours is None else max_hours,
+        record_epochs_per_s=rate or measured_rate,
+        min_depth=min_depth,
     )
     groups, problems = _groups(risks)
     if deletions_per_month > records:
@@ -248,7 +248,7 @@ def _refuse(problems: Sequence[Problem]) -> None:
         )
 
 
-SHOWN = 12  # rows of a table
+MAX_ROWS = 12  # of a table
 NOTES = (
     "kept         checkpoints per shard",
     "alone        share of a full training that a month's deletions retrain in order 0, one by one",
@@ -315,8 +315,10 @@ def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits
     widths = (7, 6, 6, 5, 8, 8, 8, 8, 7)
     head = " ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
     head += f" {'GB':>8} {'h' if timed else 'epochs':>10}  bands"
-    table = [head, *(_row(each, timed=timed) for each in advised[:SHOWN])]
-    more = [f"... and {len(advised) - SHOWN} more choices (--json)"] if len(advised) > SHOWN else []
+    table = [head, *(_row(each, timed=timed) for each in advised[:MAX_ROWS])]
+    more = (
+        [f"... and {len(advised) - MAX_ROWS} more choices (--json)"] if len(advised) > MAX_ROWS else []
+    )
     lines = [*shown, "", *table, *more, "", *NOTES, f"bytes per stage: {source}"]
     return Result(body, lines, 0 if best else EXIT_USAGE)
 

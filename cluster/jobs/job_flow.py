@@ -1,7 +1,7 @@
 """Submit a training to a cluster, follow it and stop it, through the port `Jobs`.
 
-Everything is checked before anything is sent. What is sent is this program's code and the run file: no
-data, no keys, no models.
+Everything is checked before anything is sent. Only this program's code and the run file are sent; data,
+keys and models are not.
 """
 
 from __future__ import annotations
@@ -63,18 +63,19 @@ def _copy(root: Path, target: Path) -> None:
 def follow(jobs: Jobs, job: str, show: Callable[[str], None]) -> Job:
     """Show a job's log until the job ends, and return the ended job.
 
-    A lost connection is taken up again, and each piece of the log is shown once.
+    If the connection is lost, try again for LOST_S seconds. A new connection sends the log from its
+    beginning; the part that was shown before is skipped.
     """
-    shown, reached = 0, time.monotonic()
+    num_shown, reached = 0, time.monotonic()
     while True:
-        passed = 0
+        num_received = 0  # characters, by this connection
         try:
             for piece in jobs.follow(job):
                 reached = time.monotonic()
-                if new := piece[max(0, shown - passed) :]:
+                if new := piece[max(0, num_shown - num_received) :]:
                     show(new)
-                passed += len(piece)
-                shown = max(shown, passed)
+                num_received += len(piece)
+                num_shown = max(num_shown, num_received)
             found = jobs.get(job)
             reached = time.monotonic()
             if found.ended:

@@ -239,10 +239,19 @@ def attack_models(
     from approx.evaluation.evaluated import PromptForm
     from cluster.ray.eval_tasks import AttackTask, run_attacks
 
-    template, before = options["template"], options["before"]
-    form = PromptForm(options["kind"], template) if options["kind"] else template
-    how = (options["device"], options["dtype"])
-    tasks = [AttackTask(spec, tuple(references), before, order, form, *how) for spec in specs]
+    template = options["template"]
+    tasks = [
+        AttackTask(
+            spec,
+            tuple(references),
+            before=options["before"],
+            order=order,
+            form=PromptForm(options["kind"], template) if options["kind"] else template,
+            device=options["device"],
+            dtype=options["dtype"],
+        )
+        for spec in specs
+    ]
     with watched() as report:
         ray = options["executor"] == "ray"
         return run_attacks(tasks, ray=ray, address=options["address"], report=report)

@@ -117,10 +117,12 @@ def _submit_dsr(
 ) -> Response:
     """Accept a request for erasure, which waits to be approved, for access or for portability."""
     block = _block(service)
-    (subject,) = _subjects(asked)
+    subject = _subject(asked)
     _check_callbacks(block, asked.status_callback_urls)
-    submit = _submit_erasure if asked.subject_request_type == "erasure" else _submit_access
-    expected, received = submit(service, caller, asked, subject, http)
+    if asked.subject_request_type == "erasure":
+        expected, received = _submit_erasure(service, caller, asked, subject)
+    else:
+        expected, received = _submit_access(service, caller, asked, subject, http)
     return _signed(
         block,
         201,
@@ -135,13 +137,14 @@ def _submit_dsr(
 
 
 def _submit_erasure(
-    service: Service, caller: Caller, asked: DataSubjectRequest, subject: str, _http: HttpRequest
+    service: Service, caller: Caller, asked: DataSubjectRequest, subject: str
 ) -> tuple[str, str]:
     """Submit a request for erasure; return when it is expected to complete, and when it arrived."""
     name, state = asked.subject_request_id, ServiceState(service.model.directory)
     if state.call(_key(service, name)):
         raise _taken()
-    terms = Terms(name, "OpenDSR", _REGIMES[asked.regulation], submitter=caller.name)
+    regime = _REGIMES[asked.regulation]
+    terms = Terms(external_id=name, reason="OpenDSR", regime=regime, submitter=caller.name)
     made = caller.view(service.model).submit(subject=subject, terms=terms).request
     state.add_callbacks(made.request_id, asked.status_callback_urls)
     return expected_by(made), _rfc3339(made.created_at)
@@ -184,18 +187,18 @@ def _taken() -> ConfigConflict:
     )
 
 
-def _subjects(asked: DataSubjectRequest) -> set[str]:
-    """Return the only subject that a request names. Raise InvalidInput for what can't be served."""
+def _subject(asked: DataSubjectRequest) -> str:
+    """Return the only subject that a request names. Raise InvalidInput for other identities."""
     kinds = {(each.identity_type, each.identity_format) for each in asked.subject_identities}
-    found = {each.identity_value for each in asked.subject_identities}
-    if kinds != {("controller_customer_id", "raw")} or len(found) != 1:
+    subject, *others = {each.identity_value for each in asked.subject_identities}
+    if kinds != {("controller_customer_id", "raw")} or others:
         raise InvalidInput(
             "these identities can't be looked up here",
             where="subject_identities",
             expected="one controller_customer_id, raw: the subject of records",
             next_step="look the records up by `POST /find`, then name them in `POST /requests`",
         )
-    return found
+    return subject
 
 
 def _check_callbacks(block: OpenDsrBlock, urls: list[str]) -> None:
