@@ -151,14 +151,14 @@ def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list
     assigner, ledger = context.settings.assigner, context.stores.ledger
     for spelling in (normal_subject(subject_id), subject_id):  # an earlier version kept it as given
         digest, shard = assigner.subject_digest(spelling), assigner.shard_of_subject(spelling)
-        live, dead = ledger.by_subject(digest, shard)
-        if live or dead:
-            return live, dead
-    held, deleted = ledger.num_without_subject()
+        held, deleted = ledger.by_subject(digest, shard)
+        if held or deleted:
+            return held, deleted
+    num_held, num_deleted = ledger.num_without_subject()
     what, got = "this model has never held a record of that subject", ""
-    if held or deleted:
+    if num_held or num_deleted:
         what = "no record is known by that subject, but some have no subject: they may be about it"
-        got = f"{held} held and {deleted} deleted records without a subject"
+        got = f"{num_held} held and {num_deleted} deleted records without a subject"
     raise UnknownRecord(
         what, got=got, next_step="look the records up by content with `sisa find --text`"
     )
@@ -166,10 +166,10 @@ def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list
 
 def of_digest(context: Context, digest: str) -> tuple[list[RecordRow], list[Tombstone]]:
     """Return all records of a subject, given its keyed digest. Raise UnknownRecord if there is none."""
-    live, dead = context.stores.ledger.by_subject(digest)
-    if not live and not dead:
+    held, deleted = context.stores.ledger.by_subject(digest)
+    if not held and not deleted:
         raise UnknownRecord("this model has never held a record of that subject")
-    return live, dead
+    return held, deleted
 
 
 def where(context: Context, ids: Sequence[str]) -> list[Location]:
@@ -180,12 +180,12 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
     rows = known_rows(context, ids, in_sets)
     sets = {each.name: each for each in ledger.vault()} if in_sets else {}
     patches = ledger.patches() if in_sets else []
-    live = [each for each in rows.values() if isinstance(each, RecordRow)]
+    held = [each for each in rows.values() if isinstance(each, RecordRow)]
     lineage = _Lineage(
         frozenset(head.key for head in ledger.heads()),
-        {e.shard: e.held for e in view_shards(context, sorted({row.shard for row in live}))},
-        ledger.exports() if live else (),
-        sorted(context.stores.prefixes.held()) if live else (),
+        {e.shard: e.held for e in view_shards(context, sorted({row.shard for row in held}))},
+        ledger.exports() if held else (),
+        sorted(context.stores.prefixes.held()) if held else (),
         restrictions(ledger).since,
     )
     deleted_by = {each.request_id for each in rows.values() if isinstance(each, Tombstone)}
@@ -231,8 +231,8 @@ def _location(
     if held is None:
         return Location(record_id, "patch", -1, -1, ())
     if isinstance(held, Tombstone):
-        dead = Location(record_id, "deleted", held.shard, held.slice, (), held.deleted_at)
-        return replace(dead, request_id=held.request_id, checkpoints_erased=held.checkpoints_erased)
+        deleted = Location(record_id, "deleted", held.shard, held.slice, (), held.deleted_at)
+        return replace(deleted, request_id=held.request_id, checkpoints_erased=held.checkpoints_erased)
     touches = tuple(
         Touch(each.key, each.slice, each.key in lineage.heads)
         for each in lineage.checkpoints[held.shard]
@@ -245,7 +245,7 @@ def _location(
         held.shard,
         held.slice,
         touches,
-        exports=tuple(each.path for each in lineage.exports if touched(each, held)),
+        exports=tuple(dict.fromkeys(e.path for e in lineage.exports if touched(e, held))),
         kept_states=tuple(prefixes.location(name) for name in lineage.states if name.startswith(start)),
         generation=context.settings.assigner.layout.generation(held.slice),
         restricted_since=lineage.restricted.get(held.subject_digest or ""),
@@ -263,12 +263,12 @@ def find_candidates(
 ) -> list[Candidate]:
     """Return candidates: like a text, of a subject and like those, or like the record with an id."""
     if subject is not None:
-        live, _ = of_subject(context, subject)
+        rows, _ = of_subject(context, subject)
         own = [
             _candidate(record, 1.0, row, "subject")
-            for record, row in zip(records_of(context, live), live, strict=True)
+            for record, row in zip(records_of(context, rows), rows, strict=True)
         ]
-        found = own + _similar(context, live, top_k) if live else []
+        found = own + _similar(context, rows, top_k) if rows else []
     elif like is not None:
         ((_, row),) = lookup(context, [like])
         if isinstance(row, Tombstone):

@@ -347,6 +347,14 @@ def test_shards_that_were_exported_together_go_together(fake: FakeModel) -> None
     assert done.exports_erased == 1
 
 
+def test_an_export_of_a_former_layout_is_named_once_for_a_record(fake: FakeModel) -> None:
+    export_merged(fake)
+    moved = [replace(each, shard=ANY_SHARD, prefix=()) for each in fake.ledger.exports()]
+    fake.ledger.commit(Change(exports=moved))
+    (found,) = query.where(fake.context, [fake_record(3).id])
+    assert found.exports == (MERGED,)
+
+
 def test_a_lost_export_of_several_shards_counts_once(fake: FakeModel) -> None:
     export_merged(fake)
     fake.exports.stored.clear()
