@@ -79,9 +79,9 @@ def check_added(
 
     def check_new() -> None:
         texts = {assigner.row(record, 0).text_digest for _, record in fresh}
-        _, deleted = context.stores.ledger.by_text(texts, full_scan=True)
-        dead = [each for each in found.values() if isinstance(each, Tombstone)]
-        check_not_deleted(assigner, fresh, [*deleted, *dead], "added")
+        _, by_text = context.stores.ledger.by_text(texts, full_scan=True)
+        by_id = [each for each in found.values() if isinstance(each, Tombstone)]
+        check_not_deleted(assigner, fresh, [*by_text, *by_id], "added")
 
     check_all(
         lambda: _check_unique_ids(records),
@@ -164,10 +164,10 @@ def _other_risks(context: Context, fresh: Sequence[tuple[int, Record]]) -> list[
     rows: list[RecordRow] = []
     for subject in {record.subject_id for _, record in fresh if record.subject_id is not None}:
         digest, shard = assigner.subject_digest(subject), assigner.shard_of_subject(subject)
-        live, _ = context.stores.ledger.by_subject(digest, shard)
-        rows += live[:1]
-    held = [each.record for each in stored_in(context, slices_of(context, rows), rows)]
-    known = {record.subject_id: record.deletion_risk for record in held}
+        held, _ = context.stores.ledger.by_subject(digest, shard)
+        rows += held[:1]
+    stored = [each.record for each in stored_in(context, slices_of(context, rows), rows)]
+    known = {record.subject_id: record.deletion_risk for record in stored}
     return [
         Problem(f"record {n + 1}", "its deletion risk differs from its subject's held records")
         for n, record in fresh

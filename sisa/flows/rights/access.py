@@ -80,7 +80,7 @@ def held_of(
     context: Context,
     config: RunConfig,
     rows: Sequence[RecordRow],
-    dead: Sequence[Tombstone],
+    deleted: Sequence[Tombstone],
     subject: str | None = None,
 ) -> dict[str, Any]:
     """Return what is held of a person, given the rows of their held and deleted records."""
@@ -103,18 +103,18 @@ def held_of(
             "settings": {"shards": own.shards, "slices": own.slices, **config.training()},
         },
         "records": _records(context, rows),
-        "deleted": _deleted(context, dead),
-        "requests": _requests(context, rows, dead),
-        "recipients": [asdict(each) for each in recipients(context, rows, dead)],
+        "deleted": _deleted(context, deleted),
+        "requests": _requests(context, rows, deleted),
+        "recipients": [asdict(each) for each in recipients(context, rows, deleted)],
         "rights": list(RIGHTS),
     }
 
 
 def recipients_of(
-    context: Context, rows: Sequence[RecordRow], dead: Sequence[Tombstone], subject: str | None = None
+    context: Context, rows: Sequence[RecordRow], deleted: Sequence[Tombstone], subject: str | None = None
 ) -> dict[str, Any]:
     """Return who received what these records touched: the recipients of `held_of` alone."""
-    found = [asdict(each) for each in recipients(context, rows, dead)]
+    found = [asdict(each) for each in recipients(context, rows, deleted)]
     return {**_header(context, RECIPIENTS_FILE, subject), "recipients": found}
 
 
@@ -168,10 +168,10 @@ def _set_values(found: VaultSet) -> dict[str, Any]:
     return {"role": found.role, "consent": found.consent, "put_at": found.put_at}
 
 
-def _deleted(context: Context, dead: Sequence[Tombstone]) -> list[dict[str, Any]]:
+def _deleted(context: Context, deleted: Sequence[Tombstone]) -> list[dict[str, Any]]:
     """Return what is left of deleted records; their texts, if somebody consented to keep them."""
     ledger, digest = context.stores.ledger, context.settings.assigner.id_digest
-    names = ledger.sets_with([each.id_digest for each in dead])
+    names = ledger.sets_with([each.id_digest for each in deleted])
     named = {name for each in names.values() for name in each}
     sets = {each.name: each for each in ledger.vault() if each.name in named and each.held}
     texts: dict[str, Record] = {}
@@ -189,16 +189,16 @@ def _deleted(context: Context, dead: Sequence[Tombstone]) -> list[dict[str, Any]
             "data": row_of(texts[row.id_digest]) if row.id_digest in texts else None,
             "vault": [_set_values(sets[name]) for name in names.get(row.id_digest, ()) if name in sets],
         }
-        for row in dead
+        for row in deleted
     ]
 
 
 def _requests(
-    context: Context, rows: Iterable[RecordRow], dead: Iterable[Tombstone]
+    context: Context, rows: Iterable[RecordRow], deleted: Iterable[Tombstone]
 ) -> list[dict[str, Any]]:
     """Return the requests that named one of these records, with how many of them each named."""
     ledger = context.stores.ledger
-    own = {row.id_digest for row in rows} | {each.id_digest for each in dead}
+    own = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
     counts = {r: len(own.intersection(ledger.named_by(r.request_id))) for r in ledger.requests()}
     return [
         {
@@ -217,14 +217,14 @@ def _requests(
 
 
 def recipients(
-    context: Context, rows: Sequence[RecordRow], dead: Sequence[Tombstone]
+    context: Context, rows: Sequence[RecordRow], deleted: Sequence[Tombstone]
 ) -> list[Recipient]:
     """Return the exports that hold what held or deleted records touched, by path."""
     ledger = context.stores.ledger
-    named = [*(row.id_digest for row in rows), *(each.id_digest for each in dead)]
+    named = [*(row.id_digest for row in rows), *(each.id_digest for each in deleted)]
     sets = {name for names in ledger.sets_with(named).values() for name in names}
     patches = {each.key for each in lineage(ledger.patches(), sets)}
-    deleted_by = {each.request_id for each in dead}
+    deleted_by = {each.request_id for each in deleted}
     found: dict[tuple[str, str], list[Export]] = {}
     for each in ledger.exports():
         if (

@@ -337,8 +337,8 @@ def unrecorded(context: Context) -> tuple[list[Tombstone], list[str]]:
     ledger, known = context.stores.ledger, context.stores.witness.read().tombstones
     missing = [each for each in ledger.tombstones() if known.get(each.id_digest) != each]
     asked = {*known, *(each.id_digest for each in missing)}
-    live = {row.id_digest for row in held_rows(context, asked)}  # came in again
-    return [each for each in missing if each.id_digest not in live], sorted(live & known.keys())
+    held = {row.id_digest for row in held_rows(context, asked)}  # added again after their deletion
+    return [each for each in missing if each.id_digest not in held], sorted(held & known.keys())
 
 
 # --- what is held and served ----------------------------------------------------------------------

@@ -88,8 +88,8 @@ class GroupLedger:
     def by_subject(
         self, subject_digest: str, shard: int | None = None
     ) -> tuple[list[RecordRow], list[Tombstone]]:
-        live, dead = self._whole.by_subject(subject_digest, shard)
-        return self._seen(live), self._seen(dead)
+        held, deleted = self._whole.by_subject(subject_digest, shard)
+        return self._seen(held), self._seen(deleted)
 
     def num_without_subject(self) -> tuple[int, int]:
         held = [row for shard in sorted(self._shards) for row in self._whole.rows(shard)]
@@ -129,8 +129,8 @@ class GroupLedger:
     def by_text(
         self, text_digests: Collection[str], *, full_scan: bool = False
     ) -> tuple[list[RecordRow], list[Tombstone]]:
-        live, dead = self._whole.by_text(text_digests, full_scan=full_scan)
-        return self._seen(live), self._seen(dead)
+        held, deleted = self._whole.by_text(text_digests, full_scan=full_scan)
+        return self._seen(held), self._seen(deleted)
 
     def identities(
         self, *, keys: Collection[str] | None = None, id_digests: Collection[str] | None = None

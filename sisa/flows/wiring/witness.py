@@ -84,18 +84,18 @@ def apply_testimony(context: Context) -> None:
     if not is_behind(context):
         return
     again = unknown_deletions(ledger, testimony)
-    live = held_rows(context, again)
-    text = f"a backup was restored: {len(live)} records that were deleted since are deleted again"
+    held = held_rows(context, again)
+    text = f"a backup was restored: {len(held)} records that were deleted since are deleted again"
     witnessed = testimony.head.num_events if testimony.head else 0
     if (lost := witnessed - ledger.event_head().num_events) > 0:
         text += f"; {lost} events are lost: submit requests that came in since once more"
     context.report(Notice(text))
     if again:
         named: dict[str, list[RecordRow]] = {each.request_id: [] for each in again.values()}
-        for row in live:
+        for row in held:
             named[again[row.id_digest].request_id].append(row)
         requests, change = _requests_again(context, again.values())
-        absent = [again[key] for key in again.keys() - {row.id_digest for row in live}]
+        absent = [again[key] for key in again.keys() - {row.id_digest for row in held}]
         try:
             removal = Removal(requests, named)
             commit_removed(context, removal, replace(change, tombstones=absent), held_too=True)
