@@ -23,7 +23,6 @@ from functools import cached_property
 from typing import TypeVar
 
 from sisa.core.domain import (
-    IndexFile,
     Probed,
     RecordRow,
     Regime,
@@ -389,15 +388,12 @@ def _write_remaining(context: Context, planned: Forgetting) -> Change:
     Return the change that makes them current.
     """
     gone = {row.id_digest for row in planned.removed}
-    slices: list[SliceFile] = []
-    indexes: list[IndexFile] = []
+    written = []
     for shard in (plan.shard for plan in planned.plans if plan.path):
         rows = [row for row in context.stores.ledger.rows(shard) if row.id_digest not in gone]
         left = [state.slice for state in planned.remaining if state.shard == shard]
-        written, index = write_shard(context, shard, rows, left)
-        slices += written
-        indexes.append(index)
-    return Change(slices=slices, indexes=indexes)
+        written.append(write_shard(context, shard, rows, left))
+    return merged(written)
 
 
 def _legal_holds(context: Context, records: Collection[str]) -> list[str]:

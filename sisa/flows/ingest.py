@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sisa.core.domain import Head, Record, RecordRow, Request, SliceFile, SliceState, Tombstone
+from sisa.core.domain import Head, Record, RecordRow, Request, SliceState, Tombstone
 from sisa.core.errors import Problem, UnknownRecord
-from sisa.core.ports import Change, StoredRecord, Vectors
+from sisa.core.ports import Change, StoredRecord, Vectors, merged
 from sisa.core.requests import RECTIFY
 from sisa.data.record_rules import normal_subject
 from sisa.flows.deletion import Terms, forget_at_once, new_request
@@ -243,10 +243,8 @@ def _commit_added(
     new = {shard: [row for row, _, _ in fresh] for shard, fresh in sorted(arrived.items())}
     plans = [_plan_with(context, shard, its) for shard, its in new.items()]
     check_sources(context, plans)
-    slices: list[SliceFile] = []
-    indexes = []
-    for shard, its in new.items():  # one shard's rows in memory at a time
-        written, index = write_shard(
+    written = merged(
+        write_shard(
             context,
             shard,
             [*context.stores.ledger.rows(shard), *its],
@@ -254,21 +252,17 @@ def _commit_added(
             {row.id_digest: StoredRecord(row.id_digest, record) for row, record, _ in arrived[shard]},
             {row.vector_id: vectors for row, _, vectors in arrived[shard]},
         )
-        slices += written
-        indexes.append(index)
-    moved = {head.shard: head for head in (*heads, *(plan.head for plan in plans))}
-    commit(
-        context,
-        Change(
-            added=rows,
-            slices=slices,
-            indexes=indexes,
-            heads=list(moved.values()),
-            meta=meta or {},
-            readmitted=readmitted,
-            identities=[each for record in records for each in assigner.identities(record)],
-        ),
+        for shard, its in new.items()  # one shard's rows in memory at a time
     )
+    moved = {head.shard: head for head in (*heads, *(plan.head for plan in plans))}
+    added = Change(
+        added=rows,
+        heads=list(moved.values()),
+        meta=meta or {},
+        readmitted=readmitted,
+        identities=[each for record in records for each in assigner.identities(record)],
+    )
+    commit(context, merged([added, written]))
 
 
 def _plan_with(context: Context, shard: int, new: Sequence[RecordRow]) -> ShardPlan:

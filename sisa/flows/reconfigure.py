@@ -19,10 +19,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from sisa.config.config import Difference, Effect
-from sisa.core.domain import ANY_SHARD, Head, HeldCheckpoint, IndexFile, RecordRow, SliceFile
+from sisa.core.domain import ANY_SHARD, Head, HeldCheckpoint, IndexFile, RecordRow
 from sisa.core.errors import ConfigConflict, Problem
 from sisa.core.events import Notice
-from sisa.core.ports import Change, StoredRecord
+from sisa.core.ports import Change, StoredRecord, merged
 from sisa.flows.reconcile import Trained, train_unrecorded
 from sisa.flows.record_checks import check_generations
 from sisa.flows.wiring.context import (
@@ -121,41 +121,35 @@ def reset(context: Context, meta: dict[str, str]) -> Trained:
     records = [each.record for each in held]
     counts = context.compute.count_tokens(records)
     rows = [context.settings.assigner.row(r, n) for r, n in zip(records, counts, strict=True)]
-    slices, indexes = _write_shards(context, held, rows)
+    written = _write_shards(context, held, rows)
     shards = range(context.settings.assigner.layout.num_shards)
-    views = [ShardView(n, tuple(f for f in slices if f.shard == n), ()) for n in shards]
+    views = [ShardView(n, tuple(f for f in written.slices if f.shard == n), ()) for n in shards]
     plans = plans_of(context, views)
-    trained = train_unrecorded(context, plans, slices)
+    trained = train_unrecorded(context, plans, written.slices)
     views = [replace(v, held=tuple(e for e in trained if e.shard == v.shard)) for v in views]
     heads = [plan.head for plan in plans_of(context, views)]
     with context.stores.ledger.exclusive():  # so that checkpoints get the number of their rows
-        commit(context, _reset_change(context, rows, slices, indexes, heads, trained, meta))
+        commit(context, _reset_change(context, rows, written, heads, trained, meta))
     epochs = sum(plan.record_epochs for plan in plans)
     return Trained(epochs, sum(len(plan.train) for plan in plans))
 
 
-def _write_shards(
-    context: Context, held: Sequence[StoredRecord], rows: Sequence[RecordRow]
-) -> tuple[list[SliceFile], list[IndexFile]]:
+def _write_shards(context: Context, held: Sequence[StoredRecord], rows: Sequence[RecordRow]) -> Change:
     """Write the slices and indexes of all records at their new places, which `rows` give."""
     vectors = embed_records(context, [each.record for each in held])
     fresh = {each.id_digest: each for each in held}
-    slices: list[SliceFile] = []
-    indexes = []
+    written = []
     for shard in sorted({row.shard for row in rows}):
         here = [row for row in rows if row.shard == shard]
         wanted = {r.vector_id: v for r, v in zip(rows, vectors, strict=True) if r.shard == shard}
-        written, index = write_shard(context, shard, here, {row.slice for row in here}, fresh, wanted)
-        slices += written
-        indexes.append(index)
-    return slices, indexes
+        written.append(write_shard(context, shard, here, {row.slice for row in here}, fresh, wanted))
+    return merged(written)
 
 
 def _reset_change(
     context: Context,
     rows: Sequence[RecordRow],
-    slices: Sequence[SliceFile],
-    indexes: Sequence[IndexFile],
+    written: Change,
     heads: Sequence[Head],
     trained: Sequence[HeldCheckpoint],
     meta: dict[str, str],
@@ -168,14 +162,13 @@ def _reset_change(
     if gone:
         context.report(Notice(f"{len(gone)} patches of the former base are dropped"))
     beneath_all = not {each.key for each in former}.isdisjoint(trained_over(old))
-    filled = {(file.shard, file.slice) for file in slices}
-    return Change(
+    filled = {(file.shard, file.slice) for file in written.slices}
+    return replace(
+        written,
         removed=[row for head in old.heads() for row in old.rows(head.shard)],
         added=rows,
-        slices=slices,
         emptied=[(f.shard, f.slice) for f in old.slices() if (f.shard, f.slice) not in filled],
-        indexes=indexes,
-        unindexed=sorted({file.shard for file in old.indexes()} - {file.shard for file in indexes}),
+        unindexed=sorted({file.shard for file in old.indexes()} - {f.shard for f in written.indexes}),
         heads=heads,
         headless=[head.shard for head in old.heads() if head.shard >= len(heads)],
         checkpoints=[replace(each, seq=seq) for each in trained],

@@ -24,7 +24,6 @@ from sisa.core.domain import (
     Head,
     HeldCheckpoint,
     Hit,
-    IndexFile,
     Kind,
     Patch,
     PatchMode,
@@ -610,11 +609,12 @@ def write_shard(
     slices: Iterable[int],
     fresh: Mapping[str, ports.StoredRecord] = MappingProxyType({}),
     vectors: Mapping[int, ports.Vectors] = MappingProxyType({}),
-) -> tuple[list[SliceFile], IndexFile]:
+) -> ports.Change:
     """Write some slices and the index of a shard that holds exactly `rows`.
 
-    What is not among the `fresh` records (by keyed id) and `vectors` (by vector id) is read from the
-    present files. Raise IntegrityError, or InvalidInput if two records share a vector id.
+    Return the change that makes the new files current. Records that are not `fresh` (by keyed id) and
+    vectors that are not given (by vector id) are read from the present files. Raise IntegrityError, or
+    InvalidInput if two records share a vector id.
     """
     written = []
     for slice_ in sorted(slices):
@@ -629,7 +629,8 @@ def write_shard(
             next_step="give one of the new records another id",
         )
     base = next(iter(context.stores.ledger.indexes(shard)), None)
-    return written, context.stores.index.build(shard, index_root(rows), base, wanted)
+    index = context.stores.index.build(shard, index_root(rows), base, wanted)
+    return ports.Change(slices=written, indexes=[index])
 
 
 def _write_slice(
