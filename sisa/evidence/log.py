@@ -232,6 +232,7 @@ class Log:
             self._put(level, index, tile, made)
             if at + 1 < WIDTH:
                 break
+            # A full tile is one hash of the level above.
             node, index, level = merkle.root(_hashes(tile)), number, level + 1
         tiles = Tiles(lambda path: made.get(path) or self._read(path), before.size + 1)
         now = Checkpoint(self.key.name, tiles.size, tiles.hash(0, tiles.size))

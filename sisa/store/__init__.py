@@ -1,1 +1,9 @@
-"""Bytes at rest: records, checkpoints, index and ledger, each behind its port."""
+"""Bytes at rest, each kind behind its port of `core/ports.py`.
+
+ledger/           where records are: tables in SQLite or PostgreSQL
+blobs/            named bytes, and the keys that seal them: what the stores below are made of
+records           slices of records          checkpoints    stages and patches
+index             vectors                    prefixes       cached hidden states
+vault             texts kept by consent      exports        adapters outside the model
+metrics           numbers of runs            witness        deletions, outside the model
+"""
