@@ -137,8 +137,8 @@ class EvidenceHook:
 
     def export(self, context: Context, name: str, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
         """Return the files of an export with `model.sig`, and a card that says what would revoke it."""
-        del context
         if (keys := open_keys(self.config, self.model)) is None:
+            context.report(Notice("the export is not signed: the keys of evidence are missing"))
             return files
         return sign_export(origin(self.model), export_key(keys.log_seed), name, files)
 

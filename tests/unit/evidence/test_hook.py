@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -498,6 +499,13 @@ def test_the_search_is_for_the_records_of_each_request(model: Certified, tmp_pat
     found = [each["predicate"] for each in statements(model) if each["predicateType"] in CERTIFICATES]
     results = {e["request"]["id"]: e["checks"]["sweep"]["predicate"]["result"] for e in found}
     assert results == {one.request_id: "FAILED", other.request_id: "PASSED"}
+
+
+def test_an_export_that_can_not_be_signed_is_reported(model: Certified) -> None:
+    shutil.rmtree(model.keys.directory)
+    files = {"README.md": b"card", "adapter_model.safetensors": b"weights"}
+    assert model.hook.export(model.fake.context, "v1-shard-00000", files) == files
+    assert model.notices[-1].startswith("the export is not signed")
 
 
 def test_a_deletion_that_another_command_finishes_is_not_searched_for(model: Certified) -> None:
