@@ -141,17 +141,24 @@ class EvidenceTables:
                 if not db.execute("SELECT 1 FROM logged WHERE about = ?", (request,)).fetchone():
                     db.execute("INSERT OR REPLACE INTO commitments VALUES (?, ?)", (request, hashes))
 
-    def drafts(self) -> dict[str, Draft]:
-        """Return the drafts by request; nothing is written."""
+    def _read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Return the rows of a query, without creating the tables; none if there are no tables."""
         if not self.path.is_file():
-            return {}
+            return []
         with transaction(self.path, "", write=False) as db:
             if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'drafts'").fetchone():
-                return {}
-            rows = db.execute(
-                "SELECT request, draft, hashes FROM drafts JOIN commitments USING (request)"
-            )
-            found = [(request, json.loads(text), hashes) for request, text, hashes in rows]
+                return []
+            return db.execute(query, values).fetchall()
+
+    def is_certified(self, request_id: str) -> bool:
+        """Return whether a certificate of a request was noted as logged; nothing is written."""
+        found = self._read("SELECT kind FROM logged WHERE about = ?", request_id)
+        return any(kind in CERTIFICATES for (kind,) in found)
+
+    def drafts(self) -> dict[str, Draft]:
+        """Return the drafts by request; nothing is written."""
+        rows = self._read("SELECT request, draft, hashes FROM drafts JOIN commitments USING (request)")
+        found = [(request, json.loads(text), hashes) for request, text, hashes in rows]
         return {
             request: Draft(**{**_tuples(parsed), "commitments": _split(hashes)})
             for request, parsed, hashes in found

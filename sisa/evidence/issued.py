@@ -134,13 +134,14 @@ def pending(model: Model) -> list[str]:
 
 def standing(model: Model, request_id: str) -> str:
     """Return "issued", "pending" or "none" for the certificate of a request."""
-    hook = open_hook(model.directory, model.config, model.id)
+    tables = open_hook(model.directory, model.config, model.id).tables
     try:
-        if request_id in issued(model).certificates:
-            return "issued"
-    except SisaError:  # without keys or log it is pending
-        pass
-    return "pending" if request_id in hook.tables.drafts() else "none"
+        is_issued = request_id in issued(model).certificates
+    except SisaError:  # without the keys or the log, what was noted counts
+        is_issued = tables.is_certified(request_id)
+    if is_issued:
+        return "issued"
+    return "pending" if request_id in tables.drafts() else "none"
 
 
 def results_of_checks(model: Model) -> list[tuple[str, dict[str, Any]]]:

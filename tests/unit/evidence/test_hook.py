@@ -501,6 +501,13 @@ def test_the_search_is_for_the_records_of_each_request(model: Certified, tmp_pat
     assert results == {one.request_id: "FAILED", other.request_id: "PASSED"}
 
 
+def test_the_tables_know_what_is_certified_without_keys(model: Certified, tmp_path: Path) -> None:
+    first, later = model.forget(1), model.forget(2, defer=True)
+    assert [model.evidence.is_certified(each.request_id) for each in (first, later)] == [True, False]
+    assert not EvidenceTables(tmp_path / "absent").is_certified(first.request_id)
+    assert not (tmp_path / "absent").exists()
+
+
 def test_an_export_that_can_not_be_signed_is_reported(model: Certified) -> None:
     shutil.rmtree(model.keys.directory)
     files = {"README.md": b"card", "adapter_model.safetensors": b"weights"}
