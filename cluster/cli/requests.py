@@ -191,7 +191,10 @@ def _join_cluster(model: Model) -> None:
 
 
 def _watch(model: Model, directory: Path, every: int) -> NoReturn:
-    """Carry requests out when they are due or somebody asks for it, and report changes, forever."""
+    """Carry requests out when they are due or somebody asks for it, and report changes.
+
+    Raise the first error: a supervisor is to start the command again.
+    """
     from cluster.serve.worker import carry_out_asked, reporting
 
     _join_cluster(model)

@@ -46,26 +46,29 @@ def points(lines: Iterable[CurveLine]) -> list[Point]:
     """Return the points of a run, in the order of its lines."""
     found: list[Point] = []
     seen: Counter[str] = Counter()
+    tokens_trained = 0
     for line in lines:
-        seen[line["event"]] += 1
+        event = line["event"]
+        seen[event] += 1
+        if event == "slice_trained":
+            tokens_trained += line["tokens"] or 0
         at = datetime.fromisoformat(line["at"]).timestamp()
-        step, values = _values(line, seen)
+        step, values = _values(line, seen[event], tokens_trained)
         found += [Point(name, step, float(n), at) for name, n in values.items() if n is not None]
     return found
 
 
-def _values(line: CurveLine, seen: Counter[str]) -> tuple[int, dict[str, Any]]:
+def _values(line: CurveLine, number: int, tokens_trained: int) -> tuple[int, dict[str, Any]]:
+    """Return the step and the values of a line, which is the `number`th of its event."""
     event = line["event"]
-    number = seen[event]
     if event == "epoch_trained":
         return line["epoch"], {f"loss/shard-{line['shard']}/slice-{line['slice']}": line["loss"]}
     if event == "slice_trained":
-        tokens = line["tokens"] or 0
-        seen["tokens"] += tokens
+        tokens = line["tokens"]  # null: erased, or not measured
         return number, {
             "slice_seconds": line["seconds"],
             "slices_trained": number,
-            "tokens_trained": seen["tokens"] if tokens else None,
+            "tokens_trained": tokens_trained if tokens else None,
             "tokens_per_second": tokens / line["seconds"] if tokens and line["seconds"] else None,
         }
     if event == "queue_seen":
