@@ -31,7 +31,7 @@ from sisa.core.domain import Chain, SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Event, Notice, Report, SliceTrained, silent
 from sisa.core.ports import BlobStore, Keyring, OnStage
-from sisa.flows.serial import Setting, Site, num_lanes, order_chains
+from sisa.flows.serial import LanesSetting, Site, num_lanes, order_chains
 from sisa.lm.base.numerics import require_device, worker_environment
 from sisa.planning.plan import keeps_prefixes, prefix_name
 from sisa.store.blobs.files import TEMPORARY_PREFIX
@@ -55,7 +55,7 @@ class RayExecutor:
     stall_limit_s: float | None = None
     prove: Prove = prove
     num_gpus: float | None = None  # of one worker; None: 1 with device cuda
-    lanes: Setting = 1  # chains that a worker trains side by side
+    lanes: LanesSetting = 1  # chains that a worker trains side by side
 
     def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
         """Train all chains.

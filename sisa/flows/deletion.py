@@ -201,15 +201,15 @@ def forget_at_once(context: Context, new: NewRequest, *, defer: bool = False) ->
         _check_no_hold(context, removal.rows)
         return delete(context, removal, new.change(), defer=defer)
 
-    return until_undisturbed(attempt)
+    return retry_overtaken(attempt)
 
 
 class Overtaken(Exception):
-    """Somebody decided about a request after it was read; nothing was committed."""
+    """Raised when somebody decided about a request after it was read; nothing was committed."""
 
 
-def until_undisturbed(attempt: Callable[[], Deleted]) -> Deleted:
-    """Repeat a deletion, which reads the requests again, until nobody decides meanwhile."""
+def retry_overtaken(attempt: Callable[[], Deleted]) -> Deleted:
+    """Repeat a deletion, which reads the requests again, until it is not overtaken."""
     while True:
         with contextlib.suppress(Overtaken):
             return attempt()

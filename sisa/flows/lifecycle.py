@@ -24,8 +24,8 @@ from sisa.flows.deletion import (
     delete,
     new_request,
     plan_forget,
+    retry_overtaken,
     rows_named,
-    until_undisturbed,
 )
 from sisa.flows.query import Candidate
 from sisa.flows.reconcile import open_plans, under_way
@@ -206,7 +206,7 @@ def carry_out(context: Context, requests: Sequence[Request]) -> tuple[Request, .
         named = {each.request_id: rows_named(context, each) for each in due}
         return delete(context, Removal(due, named), Change()) if due else Deleted()
 
-    until_undisturbed(attempt)
+    retry_overtaken(attempt)
     present = {each.request_id: each for each in context.stores.ledger.requests()}
     return tuple(present[request.request_id] for request in requests)
 

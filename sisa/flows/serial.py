@@ -79,11 +79,11 @@ def order_chains(chains: Sequence[Chain]) -> list[Chain]:
     return sorted(chains, key=lambda chain: (-chain.record_epochs, chain.shard))
 
 
-Setting = int | Literal["auto"]
+LanesSetting = int | Literal["auto"]
 AUTO_LANES, SMALL_BATCH, MANY_BATCHES = 4, 2, 400  # SMALL_BATCH in records, MANY_BATCHES in all chains
 
 
-def num_lanes(setting: Setting, chains: Sequence[Chain]) -> int:
+def num_lanes(setting: LanesSetting, chains: Sequence[Chain]) -> int:
     """Return how many chains to train side by side.
 
     For `auto` several, where that was measured to pay: on the CPU, in small micro-batches, if there are
@@ -259,7 +259,7 @@ class SerialExecutor:
     trainer: Trainer
     records: RecordStore
     checkpoints: CheckpointStore
-    lanes: Setting = 1
+    lanes: LanesSetting = 1
 
     def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
         parts = self.trainer, self.records, self.checkpoints

@@ -36,7 +36,7 @@ from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.core.events import Notice
 from sisa.core.ports import Change, PatchOrder
 from sisa.flows.patches import vault_sets
-from sisa.flows.patches.vault_sets import Put
+from sisa.flows.patches.vault_sets import WrittenSets
 from sisa.flows.wiring.context import Context, areas, commit, known_by_area, purge, view_shard
 from sisa.planning.patch_plan import TRAINED_OVER, activated, next_job, next_version, rederive, unmade
 from sisa.planning.plan import plan_shard
@@ -104,7 +104,9 @@ def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patc
             where=f"patch {waiting[0].version}",
             next_step="continue it by `sisa approx unlearn`, or give it up by `sisa approx revert`",
         )
-    written = vault_sets.put(context, "forget", wish.forget, wish.consent) if wish.forget else Put()
+    written = WrittenSets()
+    if wish.forget:
+        written += vault_sets.put(context, "forget", wish.forget, wish.consent)
     if wish.retain is not None:
         written += vault_sets.put(context, "retain", wish.retain, wish.consent)
     known = {each.name: each for each in context.stores.ledger.vault() if each.held}

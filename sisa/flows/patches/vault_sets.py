@@ -19,19 +19,19 @@ from sisa.planning.patch_plan import unneeded_sets
 
 
 @dataclass(frozen=True)
-class Put:
+class WrittenSets:
     """Hold sets that are written but not in the ledger yet."""
 
     sets: tuple[VaultSet, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()  # (set, keyed id)
 
-    def __add__(self, other: Put) -> Put:
-        return Put((*self.sets, *other.sets), (*self.pairs, *other.pairs))
+    def __add__(self, other: WrittenSets) -> WrittenSets:
+        return WrittenSets((*self.sets, *other.sets), (*self.pairs, *other.pairs))
 
-    def only(self, names: Collection[str]) -> Put:
+    def only(self, names: Collection[str]) -> WrittenSets:
         """Return the named sets alone; the next reconciliation erases the files of the others."""
         sets = tuple(each for each in self.sets if each.name in names)
-        return Put(sets, tuple(each for each in self.pairs if each[0] in names))
+        return WrittenSets(sets, tuple(each for each in self.pairs if each[0] in names))
 
     def by_request(self) -> dict[str, str]:
         """Return the names of the sets that hold removed texts, by request."""
@@ -40,7 +40,7 @@ class Put:
 
 def put(
     context: Context, role: SetRole, records: Sequence[Record], consent: str, request_id: str = ""
-) -> Put:
+) -> WrittenSets:
     """Write a set. Raise EnvironmentFault."""
     assigner, now = context.settings.assigner, context.now()
     name = assigner.set_name(role, records)
@@ -49,19 +49,19 @@ def put(
     rows = [assigner.row(record, 0) for record in records]
     held, _ = context.stores.ledger.by_text({row.text_digest for row in rows})
     ids = sorted({row.id_digest for row in (*rows, *held)})
-    return Put((found,), tuple((name, each) for each in ids))
+    return WrittenSets((found,), tuple((name, each) for each in ids))
 
 
-def put_removed(context: Context, removal: Removal) -> Put:
+def put_removed(context: Context, removal: Removal) -> WrittenSets:
     """Write the texts that requests with consent remove, before the commit that removes them."""
-    found = Put()
+    written = WrittenSets()
     for request in removal.requests:
         rows = removal.named[request.request_id]
         if request.consent and rows:
             stored = stored_in(context, slices_of(context, rows), rows)
             records = [each.record for each in sorted(stored, key=lambda each: each.id_digest)]
-            found += put(context, "forget", records, request.consent, request.request_id)
-    return found
+            written += put(context, "forget", records, request.consent, request.request_id)
+    return written
 
 
 def held_sets(context: Context) -> frozenset[str]:
@@ -78,7 +78,9 @@ def deletable(context: Context) -> frozenset[str]:
     )
 
 
-def without_removed(context: Context, removed: Mapping[str, RecordRow]) -> tuple[dict[str, str], Put]:
+def without_removed(
+    context: Context, removed: Mapping[str, RecordRow]
+) -> tuple[dict[str, str], WrittenSets]:
     """Write retain sets again without removed records (by keyed id).
 
     Return the name of the set that replaces each of them, and what was written. A set that can't be read
@@ -88,7 +90,7 @@ def without_removed(context: Context, removed: Mapping[str, RecordRow]) -> tuple
     names = {name for found in ledger.sets_with(removed).values() for name in found}
     texts = {row.text_digest for row in removed.values()}
     instead: dict[str, str] = {}
-    written = Put()
+    written = WrittenSets()
     for found in ledger.vault():
         if found.role != "retain" or found.name not in names:
             continue
