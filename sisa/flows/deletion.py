@@ -31,6 +31,8 @@ from sisa.core.domain import (
     SliceFile,
     SliceState,
     Tombstone,
+    active,
+    wanted,
 )
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError
 from sisa.core.events import Notice
@@ -258,7 +260,8 @@ def _probe_removed(
     """Probe the base for the records that each request removed, and keep the outcome with the request.
 
     A failed probe must not keep the text: its error's type is kept, and the deletion continues. A text
-    in the vault leaves it if all of it was probed and the base knows none of it.
+    in the vault leaves it if all of it was probed and the base knows none of it, unless a patch that is
+    active or wanted was to forget the same text.
     """
     if context.compute.probe is None or not any(named.values()):
         return
@@ -274,7 +277,9 @@ def _probe_removed(
             for request in context.stores.ledger.requests()
             if request.request_id in outcomes
         ]
-        vaulted = [each for each in asked if each.vaulted]
+        patches = context.stores.ledger.patches()
+        needed = {name for each in (*active(patches), *wanted(patches)) for name in each.job.sets}
+        vaulted = [each for each in asked if each.vaulted and each.vaulted not in needed]
         unknown = [each.vaulted for each in vaulted if _base_knows_nothing(outcomes[each.request_id])]
         changed = [replace(each, vaulted="") if each.vaulted in unknown else each for each in asked]
         commit(context, Change(requests=changed, unvaulted=unknown))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from sisa.core.domain import WRITTEN, Export, Patch, RecordRow, Request, active, wanted
+from sisa.core.domain import WRITTEN, Export, Patch, Probed, RecordRow, Request, active, wanted
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, UnknownRecord
 from sisa.core.events import Event, Notice
 from sisa.core.ports import Change, Contribution, Removal
@@ -218,6 +218,16 @@ def test_a_deletion_with_consent_keeps_its_text_for_a_patch(fake: FakeModel) -> 
     assert (fake.vault.stored, touched(fake)) == ({}, {text(0)})
     (place,) = where(fake.context, [fake_record(0).id])
     assert (place.state, [each.version for each in place.patches], place.vault) == ("deleted", [1], ())
+
+
+def test_a_text_that_a_wish_needs_stays_though_the_base_does_not_know_it(fake: FakeModel) -> None:
+    """The record's text and the wish's are one set."""
+    patch = want(fake.context, wish_of([0]))
+    fake.context = changed(fake.context, probe=lambda records: Probed(len(records), len(records)))
+    assert delete(fake, 0, consent="asked by letter").vaulted == patch.job.forget[0]
+    done = make_wanted(fake.context).patch
+    assert done is not None
+    assert (done.key, fake.vault.stored) == (patch.key, {})
 
 
 def test_a_deletion_without_consent_keeps_nothing(fake: FakeModel) -> None:
