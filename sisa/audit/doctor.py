@@ -36,8 +36,8 @@ from sisa.flows.wiring.context import Context, Resources, held_rows, is_behind, 
 from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER, LEDGER_URL, LEDGERS_LEFT
 from sisa.flows.wiring.witness import unknown_deletions
 from sisa.store.blobs import files
-from sisa.store.ledger.rows import SCHEMA_VERSION, UPGRADED
 from sisa.store.ledger.sqlite import open_readonly
+from sisa.store.ledger.tables import SCHEMA_VERSION, UPGRADED
 
 LEAST_FREE_BYTES = 64 * 2**20
 CLOCK_TOLERANCE_S = 1.0

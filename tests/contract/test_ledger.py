@@ -56,7 +56,7 @@ from sisa.store.ledger import rows as rows_module
 from sisa.store.ledger import sqlite as sqlite_module
 from sisa.store.ledger.database import backend_at, upgrade_ledger
 from sisa.store.ledger.ledger import SqlLedger
-from sisa.store.ledger.rows import SCHEMA_VERSION, schema
+from sisa.store.ledger.tables import SCHEMA_VERSION, schema
 from tests.examples import is_full, num_examples
 from tests.fakes.ledger import FakeLedger
 from tests.fakes.postgres_server import PostgresServer

@@ -32,7 +32,7 @@ import sqlalchemy as sa
 
 from sisa.store.ledger import sqlite as sqlite_module
 from sisa.store.ledger.ledger import SqlLedger
-from sisa.store.ledger.rows import RECORDS
+from sisa.store.ledger.tables import RECORDS
 from tests.endurance import fuzz
 from tests.endurance.fuzz import PROOF, SERIAL, Box, Result, answer_of, invoke, product, words
 from tests.examples import is_full, num_examples

@@ -2,7 +2,8 @@
 
 ledger            the port: queries, and one commit for each change
 database          snapshots, and checked rows as objects
-rows              the tables; checksums and counts of rows
+tables            the columns, from the nouns of `core/domain.py`
+rows              reads and writes of rows, with checksums and counts
 backend           what differs between `sqlite` and `postgres`
 migrations/       upgrades of an older ledger
 """

@@ -31,8 +31,8 @@ from sisa.core.domain import RecordRow, parse_patch_job
 from sisa.core.errors import IntegrityError
 from sisa.store.ledger import rows
 from sisa.store.ledger.backend import Backend, Watch, damaged_ledger, message_of
-from sisa.store.ledger.rows import SCHEMA_VERSION, UPGRADED
 from sisa.store.ledger.sqlite import Sqlite
+from sisa.store.ledger.tables import SCHEMA_VERSION, UPGRADED
 
 _T = TypeVar("_T")
 _PARSED: dict[str, Callable[[Any], Any]] = {  # values of columns that a row holds in another form

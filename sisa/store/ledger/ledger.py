@@ -41,7 +41,8 @@ from sisa.core.requests import chained
 from sisa.planning.layout import root_of
 from sisa.store.ledger import rows
 from sisa.store.ledger.database import Database, as_objects, ledger_version, rows_having
-from sisa.store.ledger.rows import (
+from sisa.store.ledger.rows import SEQ, Writing
+from sisa.store.ledger.tables import (
     CHECKPOINTS,
     EVENTS,
     EXPORTS,
@@ -53,13 +54,11 @@ from sisa.store.ledger.rows import (
     PATCHES,
     RECORDS,
     REQUESTS,
-    SEQ,
     SLICES,
     TOMBSTONES,
     VAULT,
     VAULTED,
     WORK_ITEMS,
-    Writing,
 )
 
 

@@ -28,7 +28,7 @@ import sqlalchemy as sa
 from sisa.core.domain import RecordRow
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, InvalidInput, SisaError
 from sisa.store.ledger.backend import PATIENCE_S, SCRUB_PATIENCE_S, Statements, Watch, message_of
-from sisa.store.ledger.rows import IDENTITIES, NAMED, RECORDS, TOMBSTONES, schema
+from sisa.store.ledger.tables import IDENTITIES, NAMED, RECORDS, TOMBSTONES, schema
 
 try:
     import psycopg

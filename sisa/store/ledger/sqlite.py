@@ -38,7 +38,7 @@ from sisa.store.ledger.backend import (
     Watch,
     damaged_ledger,
 )
-from sisa.store.ledger.rows import schema
+from sisa.store.ledger.tables import schema
 
 COMMIT_LOCK = "commit.lock"  # beside the file: who commits, decides about what was read, or both
 FEW_ROWS = 4  # up to which removed rows are searched for; for more, rewriting the file is faster

@@ -59,8 +59,8 @@ from sisa.planning.layout import index_root, root_of, slice_root
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
-from sisa.store.ledger.rows import EVENTS, REQUESTS
 from sisa.store.ledger.sqlite import Sqlite
+from sisa.store.ledger.tables import EVENTS, REQUESTS
 from tests.fakes.ports import SECRET, changed, fake_model, fake_recipe
 
 NUM_SHARDS, NUM_SLICES, PER_COMMIT, NUM_IDS, ROUNDS = 64, 4, 50_000, 1_000, 5

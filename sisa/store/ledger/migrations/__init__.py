@@ -2,9 +2,9 @@
 
 A revision is a file in `versions/`, named after the schema that it makes; SQLite keeps the number in the
 file (`user_version`), PostgreSQL in the table `alembic_version`. A new PostgreSQL ledger is made by all
-revisions, a new SQLite file by `rows.schema`; a test holds both equal. To change the tables, change the
-nouns and `rows.py`, raise SCHEMA_VERSION and add a revision. A row's checksum covers its columns, so a
-revision that changes columns rewrites the checksums (`rows.checksum`); one that adds a table begins
+revisions, a new SQLite file by `tables.schema`; a test holds both equal. To change the tables, change
+the nouns and `tables.py`, raise SCHEMA_VERSION and add a revision. A row's checksum covers its columns,
+so a revision that changes columns rewrites the checksums (`rows.checksum`); one that adds a table begins
 its count (`rows.begin_counts`).
 """
 
