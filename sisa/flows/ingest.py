@@ -186,8 +186,9 @@ def rectify(
 ) -> Rectified:
     """Delete the held records of these ids exactly, add the new versions, and train once.
 
-    An unchanged record is skipped. A rectification that was cut short after the deletion is continued.
-    Raise UnknownRecord for ids that are not held, InvalidInput with every problem of the new versions.
+    Unchanged records get the identities in their source, and are skipped. A rectification that was cut
+    short after the deletion is continued. Raise UnknownRecord for ids that are not held, InvalidInput
+    with every problem of the new versions.
     """
     settled, found = _normalised(context, records)
     digests = [context.settings.assigner.id_digest(each.id) for each in settled]
@@ -212,6 +213,8 @@ def rectify(
         if digest not in rows
         or rows[digest].record_digest != context.settings.assigner.row(record, 0).record_digest
     }
+    unchanged = [each for each, digest in zip(settled, digests, strict=True) if digest not in changed]
+    _update_identities(context, unchanged, found)
     old = [row for key, row in rows.items() if key in changed]
     request = None
     if old:

@@ -46,6 +46,14 @@ def test_what_is_unchanged_is_left_alone(fake: FakeModel) -> None:
     assert (done.request, done.taken.added, done.taken.already_held, fake.trained) == (None, 0, 1, [])
 
 
+def test_a_corrected_identifier_is_taken_without_training(fake: FakeModel) -> None:
+    """It is no part of a record's content, but a deletion list must find the person by it."""
+    record = replace(fake_record(3), identifiers=(("emails", "the hash of the corrected address"),))
+    done = rectify(fake.context, [record])
+    assert (done.request, done.taken.already_held, fake.trained) == (None, 1, [])
+    assert fake.ledger.identities() == fake.context.settings.assigner.identities(record)
+
+
 def test_a_record_that_is_not_held_is_refused(fake: FakeModel) -> None:
     digest = fake.context.settings.assigner.id_digest
     rows = list(fake.ledger.lookup([digest(fake_record(5).id)]).values())
