@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from sisa.flows.wiring.results import Status
     from sisa.model import Model
 
-# A point to act on: its count (0: it does not apply; True: it has no count), severity, what, next step.
-Attention = tuple[int, str, str, str]
 MAX_BARS = 24
 NUM_READS = 3  # attempts, while others change the model
 SOON_DAYS = 7
@@ -144,6 +142,16 @@ def _statement(sha256: str, stated: Mapping[str, Any]) -> Statement:
         index=index if isinstance(index, int) else None,
         request_id=name if isinstance(name, str) else "",
     )
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A point to act on."""
+
+    severity: str
+    what: str
+    count: int | None  # 0: it does not apply; None: it applies, and has no count
+    next_step: str
 
 
 @dataclass(frozen=True)
@@ -382,45 +390,54 @@ def _attention(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     witness = body["model"]["witness"]["standing"]
     pending = sum(each["certificate"]["standing"] == "pending" for each in requests)
     soon = sum(0 <= n <= SOON_DAYS for n in left)
-    found: list[Attention] = [
-        (sum(n < 0 for n in left), "error", "Open requests past their due date", "run or decide them"),
-        (states["failed"] + states["erasure_failed"], "error", "Failed deletions", "`sisa run` retries"),
-        (stale, "error", "Exports that still hold deleted records", "remove them: `sisa status`"),
-        (gone, "error", "Moved exports that held deleted records", "find and remove every copy"),
+    overdue, failed = sum(n < 0 for n in left), states["failed"] + states["erasure_failed"]
+    waiting, held = states["received"], states["held"]
+    behind = _uncounted(witness != "current")
+    points = [
+        Attention("error", "Open requests past their due date", overdue, "run or decide them"),
+        Attention("error", "Failed deletions", failed, "`sisa run` retries"),
+        Attention(
+            "error", "Exports that still hold deleted records", stale, "remove them: `sisa status`"
+        ),
+        Attention(
+            "error", "Moved exports that held deleted records", gone, "find and remove every copy"
+        ),
         *_about_evidence(body["evidence"], pending),
-        (soon, "warning", f"Open requests due within {SOON_DAYS} days", "run them in time"),
-        (states["received"], "warning", "Requests that wait for a decision", "approve, deny or hold"),
-        (states["held"], "warning", "Requests under a legal hold", "approve when the hold ends"),
-        (rolled_back, "warning", "Slices rolled back and not retrained yet", "`sisa run` trains them"),
-        (witness != "current", "warning", f"Witness: {witness}", WITNESS_STEP[witness]),
+        Attention("warning", f"Open requests due within {SOON_DAYS} days", soon, "run them in time"),
+        Attention("warning", "Requests that wait for a decision", waiting, "approve, deny or hold"),
+        Attention("warning", "Requests under a legal hold", held, "approve when the hold ends"),
+        Attention(
+            "warning", "Slices rolled back and not retrained yet", rolled_back, "`sisa run` trains them"
+        ),
+        Attention("warning", f"Witness: {witness}", behind, WITNESS_STEP[witness]),
     ]
-    found = [each for each in found if each[0]]
-    return [
-        {
-            "severity": severity,
-            "what": what,
-            "count": None if count is True else count,
-            "next_step": step,
-        }
-        for count, severity, what, step in sorted(found, key=lambda each: each[1])
-    ]
+    found = sorted((each for each in points if each.count != 0), key=lambda each: each.severity)
+    return [asdict(each) for each in found]
+
+
+def _uncounted(applies: bool) -> int | None:
+    """Return the count of a point that has none."""
+    return None if applies else 0
 
 
 def _about_evidence(evidence: Mapping[str, Any] | None, pending: int) -> list[Attention]:
     """Return the points to act on in the evidence."""
     if evidence is None:
-        return [(True, "warning", "Deletions are not certified", "`sisa keys init` makes keys")]
-    unknown, stale = evidence["of_unknown_requests"], not evidence["states_what_is_served"]
+        step = "`sisa keys init` makes keys"
+        return [Attention("warning", "Deletions are not certified", None, step)]
+    unknown, fault = evidence["of_unknown_requests"], evidence["fault"]
+    stale = not (evidence["states_what_is_served"] or fault)
+    of_unknown = "Certificates of requests that the model does not know"
+    about_older = "The log's last statement is not about what is served now"
     return [
-        (bool(evidence["fault"]), "error", "The log does not verify", "keep it, and find out why"),
-        (unknown, "error", "Certificates of requests that the model does not know", "`sisa doctor`"),
-        (pending, "warning", "Certificates that are pending", "`sisa certificate issue` signs them"),
-        (
-            stale and not evidence["fault"],
-            "warning",
-            "The log's last statement is not about what is served now",
-            "`sisa certificate issue` states it",
+        Attention(
+            "error", "The log does not verify", _uncounted(bool(fault)), "keep it, and find out why"
         ),
+        Attention("error", of_unknown, unknown, "`sisa doctor`"),
+        Attention(
+            "warning", "Certificates that are pending", pending, "`sisa certificate issue` signs them"
+        ),
+        Attention("warning", about_older, _uncounted(stale), "`sisa certificate issue` states it"),
     ]
 
 

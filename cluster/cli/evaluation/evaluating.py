@@ -65,7 +65,7 @@ def template_option(default: str = "{question}{answer}") -> Callable[..., Any]:
 
 def machine_options(function: Callable[..., Result]) -> Callable[..., Result]:
     """Add the options about the machine and the form of prompts."""
-    for option in (
+    for option in (  # `--help` shows the last one first
         log_format_option,
         click.option("--address", help="HOST:PORT of a Ray cluster; by default a local Ray."),
         click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray"),
@@ -95,7 +95,7 @@ def evaluation_options(
     def add(function: Callable[..., Result]) -> Callable[..., Result]:
         name = function.__name__
         hub = {"default": data} if data else {"required": True}
-        for option in (
+        for option in (  # `--help` shows the last one first
             machine_options,
             click.option("--batch-size", default=8, type=click.IntRange(1)),
             click.option("--max-new-tokens", default=max_new_tokens, type=click.IntRange(1)),
