@@ -18,11 +18,8 @@ from typing import Any
 
 from sisa.config.config import DatasetSource
 from sisa.core.errors import EnvironmentFault
+from sisa.data.record_rules import Broken
 from sisa.store.blobs.files import in_use
-
-
-class Broken(Exception):
-    """A row, or a whole source, can't be parsed."""
 
 
 def export_rows(source: DatasetSource, scratch: Path) -> Path:

@@ -47,8 +47,7 @@ from typing import IO, Any
 
 from sisa.config.config import SourceLimits
 from sisa.core.errors import Problems
-from sisa.data.dataset_export import Broken
-from sisa.data.record_rules import type_name
+from sisa.data.record_rules import Broken, type_name
 
 # Each list, and the identifiers of which its hashes are made, in their order.
 LISTS: dict[str, tuple[str, ...]] = {

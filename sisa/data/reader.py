@@ -43,9 +43,16 @@ from sisa.config.config import (
 )
 from sisa.core.domain import Record
 from sisa.core.errors import Problem, Problems, SisaError
-from sisa.data.dataset_export import Broken, export_rows
+from sisa.data.dataset_export import export_rows
 from sisa.data.drop_lists import hashes, identifier_problems, on_no_list
-from sisa.data.record_rules import name_problems, no_body, record_of, record_problems, type_name
+from sisa.data.record_rules import (
+    Broken,
+    name_problems,
+    no_body,
+    record_of,
+    record_problems,
+    type_name,
+)
 from sisa.store.blobs.files import scratch
 
 PARQUET_BATCH_ROWS = 1024

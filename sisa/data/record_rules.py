@@ -38,6 +38,10 @@ _TYPE_NAMES: dict[type[Any], str] = {
 }
 
 
+class Broken(Exception):
+    """A row, or a whole source, can't be parsed."""
+
+
 def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
     """Return the record of a row without problems."""
     risk: Risk = value.get(RISK_COLUMN)
