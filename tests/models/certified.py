@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import jsonschema
+from google.protobuf.json_format import ParseDict
+from in_toto_attestation.v1.statement import Statement
+from in_toto_attestation.v1.statement_pb2 import Statement as StatementPb
 
 from sisa.config.config import RunConfig
 from sisa.core.domain import RecordRow, Request
@@ -12,16 +19,36 @@ from sisa.core.events import Event, Notice
 from sisa.evidence.database import EvidenceTables, Logged
 from sisa.evidence.hook import EvidenceHook
 from sisa.evidence.keys import Keys, init_keys
-from sisa.evidence.log import Log
+from sisa.evidence.log import Log, check_log, log_reader
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.wiring.wiring import LOG
 from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.verifier.certificate import verify_chain
+from sisa.verifier.envelope import PublicKeys
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_recipe, fake_record
 
 NAME = "0f" * 16
 BASE = "ba" * 32
+SCHEMA = json.loads((resources.files("sisa.evidence") / "schemas/statements.json").read_text("utf-8"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
+def check_statement(stated: dict[str, Any]) -> None:
+    """Check a statement by our schema and by in-toto's types."""
+    VALIDATOR.validate(stated)
+    Statement.copy_from_pb(ParseDict(stated, StatementPb())).validate()
+
+
+def statements_of(log: Path, keys: PublicKeys) -> list[dict[str, Any]]:
+    """Return the statements of a log, checked as an outsider does who has the keys."""
+    read = log_reader(str(log))
+    _, _, entries = check_log(read, keys.log)
+    found = [each for _, each in verify_chain(entries, read, keys)]
+    for each in found:
+        check_statement(each)
+    return found
 
 
 @dataclass

@@ -6,17 +6,13 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 from google.protobuf.json_format import ParseDict
 from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
 from in_toto_attestation.predicates.test_result.v0.test_result_pb2 import TestResult as ResultPb
-from in_toto_attestation.v1.statement import Statement
-from in_toto_attestation.v1.statement_pb2 import Statement as StatementPb
 
 import sisa.model
 from cluster.cli.certificates import checks_about
@@ -30,11 +26,10 @@ from sisa.evidence.keys import Keys, keys_of
 from sisa.evidence.statements import PROVENANCE
 from sisa.model import Model, open_model
 from sisa.store.blobs import files
-from sisa.verifier.certificate import EXACT, STATE, TEST_RESULT, verify_chain
-from sisa.verifier.note import open_checkpoint, read_log
+from sisa.verifier.certificate import EXACT, STATE, TEST_RESULT
+from tests.models.certified import statements_of
 from tests.models.confessing import record, use_fake_resources
 
-SCHEMA = json.loads((resources.files("sisa.evidence") / "schemas/statements.json").read_text("utf-8"))
 Ask = Callable[..., dict[str, Any]]
 REQUEST = ("--executor", "serial")
 
@@ -57,18 +52,7 @@ def model(bare: Path, ask: Ask) -> Path:
 
 
 def statements(directory: Path) -> list[dict[str, Any]]:
-    """Return the log's statements, checked as an outsider does, by schema and by in-toto's types."""
-    keys = keys_of(open_model(directory)).public
-
-    def read(path: str) -> bytes:
-        return (directory / "log" / path).read_bytes()
-
-    now = open_checkpoint(read("checkpoint"), keys.log)
-    found = [each for _, each in verify_chain(read_log(read, now), read, keys)]
-    for each in found:
-        jsonschema.validate(each, SCHEMA)
-        Statement.copy_from_pb(ParseDict(each, StatementPb())).validate()
-    return found
+    return statements_of(directory / "log", keys_of(open_model(directory)).public)
 
 
 def test_a_replay_and_a_sweep_are_logged_about_what_is_served(model: Path, ask: Ask) -> None:

@@ -28,6 +28,7 @@ from sisa.evidence.log import Log
 from sisa.evidence.statements import Draft
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import commit
+from sisa.flows.wiring.wiring import LOG
 from sisa.flows.wiring.witness import catch_up
 from sisa.verifier.certificate import (
     APPROX_REPORT,
@@ -38,16 +39,11 @@ from sisa.verifier.certificate import (
     RECTIFICATION,
     STATE,
     TEST_RESULT,
-    verify_chain,
 )
-from sisa.verifier.note import read_log
 from tests.fakes.ports import changed, fake_record
-from tests.models.certified import Certified, certified
+from tests.models.certified import SCHEMA, VALIDATOR, Certified, certified, statements_of
 from tests.property.test_histories import Crash, Fuse, wire
 from tests.property.test_witness import Saved
-
-SCHEMA = json.loads((resources.files("sisa.evidence") / "schemas/statements.json").read_text("utf-8"))
-VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 @pytest.fixture
@@ -56,17 +52,7 @@ def model(tmp_path: Path) -> Certified:
 
 
 def statements(model: Certified) -> list[dict[str, Any]]:
-    """Return the statements of the log, after checking chain, signatures and schema."""
-    blobs = model.fake.context.stores.blobs["log"]
-
-    def read(path: str) -> bytes:
-        return blobs.get(path, "file of the log")
-
-    entries = read_log(read, model.log.checkpoint)
-    found = [each for _, each in verify_chain(entries, read, model.keys.public)]
-    for each in found:
-        VALIDATOR.validate(each)
-    return found
+    return statements_of(Path(model.fake.context.stores.blobs[LOG].location()), model.keys.public)
 
 
 def kinds(model: Certified) -> list[str]:

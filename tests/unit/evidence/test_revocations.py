@@ -10,16 +10,11 @@ import hashlib
 import json
 import random
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jsonschema
 import pytest
-from google.protobuf.json_format import ParseDict
-from in_toto_attestation.v1.statement import Statement
-from in_toto_attestation.v1.statement_pb2 import Statement as StatementPb
 
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import Export, active
@@ -35,9 +30,8 @@ from sisa.planning.layout import Assigner, Layout
 from sisa.verifier.envelope import STATEMENT_TYPE, Refused
 from sisa.verifier.feed import check_present, verify_feed
 from tests.fakes.ports import ADAPTER, SECRET, changed, fake_record
-from tests.models.certified import Certified, certified
+from tests.models.certified import Certified, certified, check_statement
 
-SCHEMA = json.loads((resources.files("sisa.evidence") / "schemas/statements.json").read_text("utf-8"))
 PARTS: Any = SimpleNamespace(config=SimpleNamespace(base="base", base_name="base", dtype="float32"))
 END = "2026-01-08T00:00:00Z"
 
@@ -87,9 +81,7 @@ def test_a_deletion_revokes_the_copies_that_it_touched(model: Certified) -> None
     assert [published["revoked"][each] for each in touched] == [by]
     assert (published["sequence"], published["next_update"]) == (model.log.size, END)
     stated = {"_type": STATEMENT_TYPE, **statement(model)}
-    jsonschema.validate(stated, SCHEMA)
-    in_toto = ParseDict(stated, StatementPb())
-    Statement.copy_from_pb(in_toto).validate()
+    check_statement(stated)
     assert stated["subject"][0]["digest"] == {"sha256": model.log.checkpoint.root.hex()}
 
 

@@ -33,16 +33,14 @@ from sisa.flows.query import of_subject
 from sisa.flows.rights.access import as_file, held_of, row_of
 from sisa.flows.wiring.context import Resources, commit, restricting, restrictions, served_keys
 from sisa.model import Model, open_model
-from sisa.verifier.certificate import verify_chain
-from sisa.verifier.note import open_checkpoint, read_log
 from tests.fakes.answers import FakeAnswers
 from tests.fakes.ports import fake_record
+from tests.models.certified import statements_of
 from tests.models.confessing import RUN_FILE, content, train_in, use_fake_resources
 
 LOOPBACK = "http://127.0.0.1"
 URN = "urn:deletion-ready-model:"
-SCHEMAS = ("sisa.evidence", "schemas/statements.json"), ("sisa.flows.rights", "access.schema.json")
-STATEMENTS, FILES = (json.loads((resources.files(a) / b).read_text("utf-8")) for a, b in SCHEMAS)
+FILES = json.loads((resources.files("sisa.flows.rights") / "access.schema.json").read_text("utf-8"))
 PAGE = Path(__file__).parents[3] / "cluster/serve/README.md"
 PRIVACY = "privacy: {contact: dpo@example.com, purposes: to answer questions}\n"
 WHO, OTHER = "p1", "p2"
@@ -96,17 +94,7 @@ def service_of(directory: Path, tokens: Any = None) -> Service:
 
 
 def statements(directory: Path) -> list[dict[str, Any]]:
-    """Return the log's statements, after checking chain, signatures and schema as an outsider does."""
-    keys = keys_of(open_model(directory)).public
-
-    def read(path: str) -> bytes:
-        return (directory / "log" / path).read_bytes()
-
-    entries = read_log(read, open_checkpoint(read("checkpoint"), keys.log))
-    found = [each for _, each in verify_chain(entries, read, keys)]
-    for each in found:
-        jsonschema.validate(each, STATEMENTS)
-    return found
+    return statements_of(directory / "log", keys_of(open_model(directory)).public)
 
 
 def kinds(directory: Path) -> list[str]:
