@@ -253,24 +253,10 @@ def test_no_text_in_rays_directory_and_no_directory_at_the_end(site: Site, chain
 
 
 @pytest.mark.usefixtures("own_ray")
-def test_no_node_is_large_enough(site: Site, chains: list[Chain]) -> None:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
-    try:
-        with pytest.raises(EnvironmentFault) as caught:
-            executor(replace(site, threads=2)).run(chains, ignore)
-        assert caught.value.expected.startswith("2 CPUs")
-        executor(site).run(chains, ignore)
-        ray_session.disconnect()
-        assert ray.is_initialized()  # it is the caller's
-    finally:
-        ray.shutdown()
-
-
-@pytest.mark.usefixtures("own_ray")
-def test_a_worker_of_other_numerics_never_trains(
+def test_no_node_of_other_numerics_or_too_few_cpus_trains(
     site: Site, chains: list[Chain], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also on the driver's own node: its Ray was started with settings that the driver lacks."""
+    """Not even the driver's own node: its Ray was started with settings that the driver lacks."""
     with monkeypatch.context() as patch:
         patch.setenv("MKL_CBWR", "COMPATIBLE")
         ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -284,6 +270,11 @@ def test_a_worker_of_other_numerics_never_trains(
         assert begun(site) == []
         monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")  # what the driver has, jobs are made under
         executor(site).run(make_chains(site), ignore)
+        with pytest.raises(EnvironmentFault) as caught:
+            executor(replace(site, threads=2)).run(make_chains(site), ignore)
+        assert caught.value.expected.startswith("2 CPUs")
+        ray_session.disconnect()
+        assert ray.is_initialized()  # it is the caller's
     finally:
         ray.shutdown()
 

@@ -20,6 +20,7 @@ from sisa.flows.wiring.context import purge
 from sisa.flows.wiring.wiring import CHECKPOINTS, RECORDS, SCRATCH
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST
+from tests.examples import num_examples
 from tests.fakes.s3_server import Server, fresh_blobs
 from tests.models import confessing as care_model
 from tests.models.confessing import DELETED, NUM_RECORDS, RUN_FILE, context_of, delete, record, stored
@@ -135,7 +136,7 @@ def test_what_came_back_is_residue_and_garbage(model: Path) -> None:
     assert kinds(model) == []
 
 
-@pytest.mark.parametrize("seed", range(2))  # other keys, in another order
+@pytest.mark.parametrize("seed", range(num_examples(2)))  # other keys, in another order
 def test_groups_in_a_bucket_are_judged_as_on_a_disk(s3: Server, tmp_path: Path, seed: int) -> None:
     """One that a deleted record touched, one with another's content, one with a spoilt file, one without
     a readable manifest."""
