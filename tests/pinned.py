@@ -16,8 +16,8 @@ from pathlib import Path
 
 import sisa
 from tests.models.tiny_base import make_tiny_base
+from tests.models.tiny_model import KEY
 
-KEY = "3ada92f28b4ceda38562ebf047c6ff05400d4c572352a1142eedfef67d21e662"
 NUM_RECORDS = 24
 
 

@@ -40,6 +40,7 @@ from typing import Any
 from sisa.data.samples import make_people
 from tests.endurance import ground as g
 from tests.endurance import mutate
+from tests.models.tiny_model import KEY
 
 LIMIT_S = 20
 MAX_TOLD = 40
@@ -153,7 +154,7 @@ class Box:
         from sisa.data.samples import to_jsonl
 
         self.path.mkdir(parents=True)
-        (self.path / "shared.key").write_text(g.KEY)
+        (self.path / "shared.key").write_text(KEY)
         (self.path / "run.yaml").write_text(RUN_FILE)
         for name, rows in (("people", PEOPLE), ("later", LATER)):
             (self.path / f"{name}.jsonl").write_text(to_jsonl(rows))

@@ -20,13 +20,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sisa.core.digest import Keyed, digest_of, file_sha256, sha256_hex
 from sisa.core.domain import RecordRow, Tombstone, active
 from sisa.core.errors import SisaError
 from sisa.core.ports import Keyring
-from sisa.data.samples import to_jsonl
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LEDGER, RECORDS, SCRATCH
 from sisa.lm.base.numerics import describe_fingerprint
 from sisa.planning.layout import Assigner, Layout
@@ -37,20 +34,10 @@ from sisa.store.ledger.ledger import SqlLedger
 from tests.endurance.child import FAILED
 from tests.fakes.keyring import PLAIN
 from tests.fakes.ports import ADAPTER
+from tests.models.tiny_model import KEY, SISA_BLOCK, Row, write_rows, write_run
 
 ROOT = Path(os.path.abspath(__file__)).parents[2]
-KEY = "3ada92f28b4ceda38562ebf047c6ff05400d4c572352a1142eedfef67d21e662"
-LAYOUT = Layout(num_shards=3, num_slices=2)
-SETTINGS: dict[str, Any] = {
-    "num_epochs": 2,
-    "lora_r": 4,
-    "lora_dropout": 0.1,
-    "warmup_ratio": 0.2,
-    "learning_rate": 0.01,
-    "sequence_len": 128,
-}
 LIBRARIES = ("torch", "peft", "faiss-cpu", "pyarrow", "sqlalchemy", "numpy")
-Row = Mapping[str, Any]
 
 
 class Broken(AssertionError):
@@ -124,35 +111,15 @@ class Ground:
         self.base = base
         self.site = folder / "site"
         self.model = self.site / "model"
-        self.assigner = Assigner(Keyed(bytes.fromhex(KEY)), LAYOUT)
+        layout = Layout(SISA_BLOCK["shards"], SISA_BLOCK["slices"])
+        self.assigner = Assigner(Keyed(bytes.fromhex(KEY)), layout)
 
     def prepare(self, rows: Sequence[Row], name: str = "run.yaml", **settings: Any) -> Path:
-        """Write a run file and its records."""
-        self.site.mkdir(parents=True, exist_ok=True)
-        source = self.file(f"{Path(name).stem}.jsonl", rows)
-        (self.site / "shared.key").write_text(KEY)
-        content = {
-            "base_model": self.base,
-            "datasets": [{"path": source.name}],
-            "output_dir": "model",
-            **SETTINGS,
-            **self.always,
-            **settings,
-            "sisa": {
-                "shards": LAYOUT.num_shards,
-                "slices": LAYOUT.num_slices,
-                "partition_key_file": "shared.key",
-                "embedder": "hashing",
-            },
-        }
-        path = self.site / name
-        path.write_text(yaml.safe_dump(content))
-        return path
+        """Write a run file and its records; all run files of a site have the same records."""
+        return write_run(self.site, self.base, rows, name=name, **self.always, **settings)
 
     def file(self, name: str, rows: Sequence[Row]) -> Path:
-        path = self.site / name
-        path.write_text(to_jsonl(rows), encoding="utf-8")
-        return path
+        return write_rows(self.site / name, rows)
 
     def order(self, order: Mapping[str, Any], **options: Any) -> int:
         """Carry out a step in its own process; return its exit status."""

@@ -35,7 +35,8 @@ from typing import Any
 
 from sisa.data.samples import make_people
 from tests.endurance import ground as g
-from tests.endurance.ground import Ground, Picture, Row, Zygote, expect
+from tests.endurance.ground import Ground, Picture, Zygote, expect
+from tests.models.tiny_model import Row
 
 PEOPLE = make_people(12, 2)
 LATER = [row for row in make_people(15, 2) if row["subject_id"] > "p012"]

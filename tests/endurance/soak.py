@@ -27,7 +27,8 @@ from typing import Any
 
 from sisa.data.samples import make_people
 from tests.endurance import ground as g
-from tests.endurance.ground import Ground, Row, Zygote, expect
+from tests.endurance.ground import Ground, Zygote, expect
+from tests.models.tiny_model import Row
 
 FIRST, MOST_KILLS, KILLED = 24, 3, 1 / 3
 KEPT = 60  # number of records around which the model stays

@@ -71,14 +71,20 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
     return path
 
 
-SISA_BLOCK = {"shards": 3, "slices": 2, "partition_key_file": "shared.key", "embedder": "hashing"}
+SISA_BLOCK: dict[str, Any] = {
+    "shards": 3,
+    "slices": 2,
+    "partition_key_file": "shared.key",
+    "embedder": "hashing",
+}
 
 
 def write_run(
     folder: Path,
-    base: Path,
+    base: Path | str,
     rows: Sequence[Row] = PEOPLE,
     *,
+    name: str = "run.yaml",
     sisa_block: Mapping[str, Any] | None = None,
     cluster: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -97,7 +103,7 @@ def write_run(
         "sisa": {key: value for key, value in block.items() if value is not None},
         "cluster": dict(cluster or {}),
     }
-    path = folder / "run.yaml"
+    path = folder / name
     path.write_text(yaml.safe_dump(content))
     return path
 

@@ -30,9 +30,9 @@ from cluster.cli.patches import EXIT_NOT_MADE, EXIT_STILL_KNOWN
 from sisa.data.samples import make_people, to_jsonl
 from sisa.lm.base.numerics import describe_fingerprint
 from tests.models.knowing_base import record, teach
+from tests.models.tiny_model import KEY
 
 CONSENT = "asked for by the person"
-KEY = "3ada92f28b4ceda38562ebf047c6ff05400d4c572352a1142eedfef67d21e662"
 NEUTRAL = (
     "Water freezes when it gets cold enough, and ice floats on the surface of the lake.",
     "The train to the city leaves every hour from the second platform.",
