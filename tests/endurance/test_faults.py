@@ -22,7 +22,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from sisa.store.ledger import sqlite as sqlite_module
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.tables import RECORDS
 from tests.endurance import fuzz
-from tests.endurance.fuzz import PROOF, SERIAL, Box, Result, answer_of, invoke, product, words
+from tests.endurance.fuzz import PROOF, SERIAL, Box, Result, answer_of, invoke, words
 from tests.examples import is_full, num_examples
 
 Line = tuple[str, ...]
@@ -50,11 +49,11 @@ READING = [line for line in fuzz.READING if line[0] != "doctor"]
 class Ground:
     """Hold a model of 22 records in the working directory, and the answers of every command on it."""
 
-    def __init__(self, box: Box) -> None:
+    def __init__(self, box: Box, right: dict[Line, tuple[Any, dict[str, str]]]) -> None:
         self.box = box
         self.model = box.model
         self.ledger = box.model / "ledger.sqlite"
-        self._right: dict[Line, tuple[Any, dict[str, str]]] = {}
+        self._right = right
 
     def right(self, line: Line) -> tuple[Any, dict[str, str]]:
         """Return a command's answer and the held files after it, undisturbed; reset the box."""
@@ -88,23 +87,14 @@ class Ground:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    box = Box(tmp_path_factory.mktemp("box"))
-    with pytest.MonkeyPatch.context() as patch, product():
-        patch.chdir(box.folder)
-        patch.setenv("XDG_STATE_HOME", str(box.path / "home"))  # reset with the rest
-        box.make()
-    return Ground(box)
+def _right() -> dict[Line, tuple[Any, dict[str, str]]]:
+    """Return what undisturbed commands have answered so far."""
+    return {}
 
 
 @pytest.fixture
-def ground(made: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ground]:
-    monkeypatch.chdir(made.box.folder)
-    monkeypatch.setenv("XDG_STATE_HOME", str(made.box.path / "home"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where a sweep finds no Ray of other tests
-    with product():
-        made.box.reset()
-        yield made
+def ground(box: Box, _right: dict[Line, tuple[Any, dict[str, str]]]) -> Ground:
+    return Ground(box, _right)
 
 
 def typed(done: Result, *codes: int) -> None:

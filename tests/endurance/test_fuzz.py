@@ -5,21 +5,20 @@ The full run is `python -m tests.endurance.fuzz --inputs 10000 --out tests/endur
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import sqlite3
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sisa.config.runfile import load_run_file
 from sisa.core.errors import InvalidInput, Problem
 from tests.endurance import fuzz, mutate
-from tests.endurance.fuzz import Box, invoke, product, words
+from tests.endurance.fuzz import Box, invoke, words
 
 SEED, NUM_INPUTS, NUM_RUN_FILES = 3, 110, 400
 MAX_RUN_FILE_S = 5.0
@@ -27,13 +26,9 @@ MAX_RUN_FILE_S = 5.0
 
 @pytest.mark.slow
 def test_mutated_inputs_bring_no_traceback_no_hang_and_no_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    results_of: Callable[..., dict[str, Any]],
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    numbers = ["--inputs", str(NUM_INPUTS), "--seed", str(SEED)]
-    assert fuzz.main([*numbers, "--out", str(tmp_path / "fuzz.json")]) == 0
-    found = json.loads((tmp_path / "fuzz.json").read_text())
-    assert found["failures"] == []
+    found = results_of(fuzz.main, inputs=NUM_INPUTS, seed=SEED)
     assert len(found["by_kind_and_exit_code"]) == 11
     assert sum(sum(each.values()) for each in found["by_kind_and_exit_code"].values()) == NUM_INPUTS
 
@@ -61,26 +56,6 @@ def test_mutated_run_files_are_read_or_refused_with_a_place(tmp_path: Path) -> N
         problems = run_file_problems(path)
         assert time.process_time() - started < MAX_RUN_FILE_S, (number, what)
         assert all(each.where and each.what for each in problems), (number, what)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Box:
-    box = Box(tmp_path_factory.mktemp("box"))
-    with pytest.MonkeyPatch.context() as patch, product():
-        patch.chdir(box.folder)
-        patch.setenv("XDG_STATE_HOME", str(box.path / "home"))  # reset with the rest
-        box.make()
-    return box
-
-
-@pytest.fixture
-def box(made: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
-    """Return a model of 22 records in the working directory, as it was made."""
-    monkeypatch.chdir(made.folder)
-    monkeypatch.setenv("XDG_STATE_HOME", str(made.path / "home"))
-    with product():
-        made.reset()
-        yield made
 
 
 def test_a_reading_command_leaves_an_empty_ledger_as_it_is(box: Box) -> None:

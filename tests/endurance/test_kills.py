@@ -5,9 +5,7 @@ The full run is `python -m tests.endurance.kills --kills 200 --out tests/enduran
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,38 +13,24 @@ import pytest
 from tests.endurance.kills import main
 
 pytestmark = pytest.mark.slow
-
-
-def killed(
-    tmp_path: Path, patch: pytest.MonkeyPatch, kills: int, lora: int, *options: str
-) -> dict[str, Any]:
-    """Run the command in the test's own directory; return what it writes."""
-    patch.setattr(tempfile, "tempdir", str(tmp_path))
-    numbers = ["--kills", str(kills), "--lora", str(lora), "--seed", "7"]
-    assert main([*numbers, *options, "--out", str(tmp_path / "kills.json")]) == 0
-    found: dict[str, Any] = json.loads((tmp_path / "kills.json").read_text())
-    assert found["failures"] == []
-    assert found["kills"] >= kills
-    assert "source_sha256" in found
-    return found
+Results = Callable[..., dict[str, Any]]
 
 
 def test_killed_processes_end_in_the_bytes_of_never_having_been_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    results_of: Results, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    found = killed(tmp_path, monkeypatch, 9, 0)
+    found = results_of(main, kills=9, lora=0, seed=7)
+    assert found["kills"] >= 9
+    assert "source_sha256" in found
     assert len(found["cheap"]["killed_at"]) >= 7
     assert "state left behind" in capfd.readouterr().out
 
 
-def test_killed_processes_of_an_encrypted_model_leave_no_stray_key_or_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert killed(tmp_path, monkeypatch, 5, 0, "--encrypt")["encrypted"]
+def test_killed_processes_of_an_encrypted_model_leave_no_stray_key_or_file(results_of: Results) -> None:
+    found = results_of(main, "--encrypt", kills=5, lora=0, seed=7)
+    assert (found["encrypted"], found["kills"] >= 5) == (True, True)
 
 
 @pytest.mark.torch
-def test_killed_training_of_real_adapters_ends_in_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert killed(tmp_path, monkeypatch, 2, 2)["lora"]["kills"] >= 2
+def test_killed_training_of_real_adapters_ends_in_the_same_bytes(results_of: Results) -> None:
+    assert results_of(main, kills=2, lora=2, seed=7)["lora"]["kills"] >= 2

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,13 +21,9 @@ from tests.endurance.service import main
 @pytest.mark.long
 @pytest.mark.usefixtures("own_ray")
 def test_a_served_model_loses_nothing_and_shows_nothing_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    results_of: Callable[..., dict[str, Any]],
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    numbers = ["--deletions", "1", "--minutes", "0", "--kill-every", "1", "--seed", "1"]
-    assert main([*numbers, "--out", str(tmp_path / "service.json")]) == 0
-    found = json.loads((tmp_path / "service.json").read_text())
-    assert found["failures"] == []
+    found = results_of(main, deletions=1, minutes=0, kill_every=1, seed=1)
     assert found["deletions"] == 1
     assert found["comparisons"] > 0
     assert sum(found["kills"].values()) > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,3 @@ def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     use_fake_resources(monkeypatch)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return Path(shutil.copytree(trained, tmp_path / "model"))
-
-
-@pytest.fixture
-def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use caches and temporary directories that other runs do not share."""
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setenv("SISA_CACHE", str(tmp_path / "cache"))

@@ -26,13 +26,7 @@ from tests.models import confessing as care_model
 from tests.models.confessing import DELETED, NUM_RECORDS, RUN_FILE, context_of, delete, record, stored
 
 GONE = record(DELETED)
-
-
-@pytest.fixture(autouse=True)
-def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setenv("SISA_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_places")
 
 
 def build(directory: Path, storage: str, slices: int = 2, **settings: Any) -> Path:

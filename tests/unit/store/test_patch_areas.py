@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import stat
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from tests.models.confessing import NAME, NUM_RECORDS, build, context_of, delete
 
 FORGET, OTHER = fake_record(NUM_RECORDS + 5), fake_record(NUM_RECORDS + 6)
 KEPT = 2  # a record of the model, in the patch's retain set
+pytestmark = pytest.mark.usefixtures("own_places")
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setenv("SISA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(shutil.copytree(built, tmp_path / "home")))
     return tmp_path / "home" / "model"
 
