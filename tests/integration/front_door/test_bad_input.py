@@ -25,7 +25,7 @@ import pytest
 import sisa
 from sisa.data.samples import to_jsonl
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, KEY, LEDGER, RECORDS
-from tests.examples import is_full
+from tests.examples import by_turns
 from tests.models.tiny_model import (
     PEOPLE,
     Done,
@@ -415,8 +415,8 @@ FILES = (
 )
 
 
-@pytest.mark.parametrize("damage", ["flipped", "missing"])
-@pytest.mark.parametrize("name", FILES)
+# The store itself meets all pairs in `contract/test_checkpoint_store.py`.
+@pytest.mark.parametrize(("name", "damage"), by_turns(FILES, ("missing", "flipped")))
 def test_a_tampered_checkpoint_stops_who_would_use_it(
     tiny: Tiny, capsys: Capture, name: str, damage: str
 ) -> None:
@@ -590,17 +590,9 @@ def files_from_scratch(
     return files
 
 
-# A forget of p009-q1 flushes slice file and index (2 each), commits, then trains one stage. An addition
-# to the same slice flushes as often: the two take turns.
-FULL_AFTER = [
-    (what, calls)
-    for at, calls in enumerate((0, 1, 2, 3, 4, 5, 7, 9))
-    for turn, what in enumerate(("forget", "add"))
-    if is_full() or at % 2 == turn
-]
-
-
-@pytest.mark.parametrize(("what", "calls"), FULL_AFTER)
+# A forget of p009-q1 flushes slice file and index (2 each), commits, then trains one stage; an addition
+# to the same slice flushes as often.
+@pytest.mark.parametrize(("calls", "what"), by_turns((0, 1, 2, 3, 4, 5, 7, 9), ("forget", "add")))
 def test_a_full_disk_breaks_nothing_and_the_same_command_goes_on(
     tiny: Tiny,
     files_from_scratch: Callable[[str], dict[str, str]],
