@@ -23,6 +23,8 @@ from sisa.store.metrics import MIN_RECORDS
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
 
+LEAST = 2.0**-126  # the least normal float32: KL stays finite where a probability rounds to 0
+
 
 @dataclass(frozen=True)
 class AnswerChange:
@@ -88,21 +90,18 @@ def measure(
 def _compared(
     old: Answerer, new: Answerer, ids: Sequence[int], answer: Sequence[int], route: Route
 ) -> AnswerChange:
-    import torch
-
     start = answer[0]
-    rows = torch.tensor([at - start for at in answer])
-    true = torch.tensor([[ids[at]] for at in answer])
-    least = torch.finfo(torch.float32).tiny  # KL stays finite where a probability rounds to 0
+    rows = [at - start for at in answer]
+    true = list(range(len(answer))), [ids[at] for at in answer]
     p_KV, q_KV = (
         each.answer_probabilities_KV(ids[:start], ids[start:], route)[rows] for each in (old, new)
     )
     return AnswerChange(
         num_records=1,
-        answer_probability_before=float(p_KV.gather(-1, true).mean()),
-        answer_probability_after=float(q_KV.gather(-1, true).mean()),
+        answer_probability_before=float(p_KV[true].mean()),
+        answer_probability_after=float(q_KV[true].mean()),
         agreement=float((p_KV.argmax(-1) == q_KV.argmax(-1)).float().mean()),
-        kl=float((torch.xlogy(p_KV, p_KV) - torch.xlogy(p_KV, q_KV.clamp_min(least))).sum(-1).mean()),
+        kl=float((p_KV.xlogy(p_KV) - p_KV.xlogy(q_KV.clamp_min(LEAST))).sum(-1).mean()),
     )
 
 
