@@ -249,6 +249,13 @@ class EvidenceTables:
             db.execute("DELETE FROM given WHERE sha256 = ?", (found.about,))
             db.execute("DELETE FROM signed WHERE sequence <= ?", (found.sequence,))
 
+    def drop_logged(self) -> None:
+        """Drop what was noted of a log that has ended: evidence begins anew with another one."""
+        if self.path.is_file():
+            with self._tables() as db:
+                db.execute("DELETE FROM logged")
+                db.execute("DELETE FROM signed")
+
     def logged(self, log: Log) -> list[Logged]:
         """Return what the statements of the log are about, in order; note those that are new."""
         with self._tables() as db:

@@ -55,9 +55,10 @@ from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, sha256_hex
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.ports import BlobStore
+from sisa.evidence.database import EvidenceTables
 from sisa.evidence.log import Log, origin, statement_in
 from sisa.evidence.model_signature import export_key, public_pem
-from sisa.flows.wiring.wiring import LOG, evidence_keys, open_areas
+from sisa.flows.wiring.wiring import EVIDENCE, LOG, evidence_keys, open_areas
 from sisa.store.blobs import files
 from sisa.verifier import note
 from sisa.verifier.certificate import KEY_HANDOVER
@@ -196,13 +197,15 @@ def start_evidence(model: Model, signer: str = "", public_key: CertificateKey | 
     """Make the keys of a model, and publish the public ones. Raise ConfigConflict if it has some."""
     with model._locked():
         blobs = log_blobs(model)
-        if not evidence_keys(model.config, model.id).exists() and blobs.held():
-            raise ConfigConflict(
-                "the model has a log of evidence, which other keys signed; nothing was changed",
-                where=blobs.location(),
-                next_step="restore its keys from a backup, or move the log away: evidence begins anew, "
-                "and what was certified before is checked with the old keys and the old log",
-            )
+        if not evidence_keys(model.config, model.id).exists():
+            if blobs.held():
+                raise ConfigConflict(
+                    "the model has a log of evidence, which other keys signed; nothing was changed",
+                    where=blobs.location(),
+                    next_step="restore its keys from a backup, or move the log away: evidence begins "
+                    "anew, and what was certified before is checked with the old keys and the old log",
+                )
+            EvidenceTables(model.directory / EVIDENCE).drop_logged()
         keys = init_keys(model.config, model.id, signer, public_key)
         open_log(keys, blobs)
     return keys

@@ -47,6 +47,19 @@ def test_keys_are_made_shown_and_rotated(model: Path, ask: Ask, tmp_path: Path) 
         verify_envelope(handover.read_bytes(), parse_keys(published.read_bytes()), 2)
 
 
+def test_evidence_begins_anew_with_other_keys_and_another_log(
+    model: Path, ask: Ask, tmp_path: Path
+) -> None:
+    made = ask("keys", "init", "-m", model)
+    shutil.rmtree(made["directory"])
+    assert "other keys signed" in ask("keys", "init", "-m", model, code=2)["error"]["message"]
+    (model / "log").rename(tmp_path / "old-log")
+    keys = parse_keys(Path(ask("keys", "init", "-m", model)["published"]).read_bytes())
+    (stated,) = (model / "log" / "statements").iterdir()
+    predicate = verify_envelope(stated.read_bytes(), keys, 0)["predicate"]
+    assert (predicate["sequence"], predicate["previous"]) == (0, "")
+
+
 def test_an_auditor_follows_the_hand_overs(model: Path, ask: Ask, tmp_path: Path) -> None:
     made = ask("keys", "init", "-m", model)
     old = shutil.copy(made["published"], tmp_path / "old.json")
