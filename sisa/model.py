@@ -250,12 +250,10 @@ class Model:
         with self._context() as context, context.stores.ledger.snapshot():
             planned = plan_forget(context, *_held_and_deleted(context, ids, subject))
             measured = context.stores.ledger.checkpoints()
-            rewritten = len(planned.remaining)
             return ForgetPlan(
                 forgetting=planned,
                 estimated_seconds=estimate_seconds(planned.record_epochs_retrained, measured),
-                slice_files_rewritten=rewritten,
-                slice_files_erased=rewritten + len(planned.emptied),
+                slice_files_erased=len(planned.remaining) + len(planned.emptied),
                 index_rows_erased=len(planned.removed),
             )
 

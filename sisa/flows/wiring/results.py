@@ -53,7 +53,6 @@ class ForgetPlan:
 
     forgetting: Forgetting
     estimated_seconds: float | None
-    slice_files_rewritten: int
     slice_files_erased: int
     index_rows_erased: int
 

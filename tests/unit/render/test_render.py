@@ -188,7 +188,7 @@ def test_forget_of_what_is_gone_says_so_under_the_same_keys() -> None:
 
 def test_a_dry_run() -> None:
     planned = forgetting()
-    result = render.forget_plan(ForgetPlan(planned, 1.25, 2, 2, 2))
+    result = render.forget_plan(ForgetPlan(planned, 1.25, 2, 2))
     found = read(result)
     assert found["dry_run"] is True
     assert (found["records"], found["already_deleted"]) == (2, 1)
@@ -202,7 +202,7 @@ def test_a_dry_run() -> None:
     ]
     assert "nothing was changed" in result.text
     assert result.text.endswith("next: the same command without --dry-run")
-    unknown = render.forget_plan(ForgetPlan(planned, None, 2, 2, 2))
+    unknown = render.forget_plan(ForgetPlan(planned, None, 2, 2))
     assert (read(unknown)["estimated_seconds"], "unknown" in unknown.text) == (None, True)
 
 
@@ -308,7 +308,7 @@ def test_text_of_records_reaches_no_terminal_raw() -> None:
 
 def test_no_row_is_printed_by_a_dry_run() -> None:
     planned = forgetting()
-    text = render.forget_plan(ForgetPlan(planned, None, 1, 1, 1))
+    text = render.forget_plan(ForgetPlan(planned, None, 1, 1))
     for row in planned.removed:
         assert isinstance(row, RecordRow)
         assert row.id_digest not in text.text + json.dumps(text.json)
