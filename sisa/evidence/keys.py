@@ -8,6 +8,12 @@
                               the key that signs exports is drawn from the seed
       handover.json           a hand-over that is not in the log yet
 
+The functions act at three levels:
+
+    start_evidence, rotate, keys_of, log_of    on an open model, under its writer lock
+    init_keys, open_keys                       where the run file says
+    create_keys, read_keys, rotate_keys        on a directory
+
 KEYID is the sha256 of the public key (SubjectPublicKeyInfo, DER). A rotation writes the hand-over, the
 new key, and the new file of public keys, which decides; then it logs the hand-over, and destroys the old
 key. After a crash `Keys.settle` completes or undoes it.
