@@ -100,8 +100,7 @@ def run_quickstart(
     """Train, find, delete and prove in two minutes. Uses a real model and invented people."""
     from cluster.cli.quickstart import run_story
 
-    story = run_story(directory, num_people, num_epochs, executor, from_scratch=from_scratch)
-    return render.quickstart(story)
+    return run_story(directory, num_people, num_epochs, executor, from_scratch=from_scratch).result
 
 
 @command("init", "my-model && sisa train my-model/run.yaml")
@@ -110,7 +109,7 @@ def start(directory: Path) -> Result:
     """Write a commented run.yaml and sample data."""
     from cluster.cli.quickstart import write_start
 
-    return render.init(write_start(directory))
+    return write_start(directory).result
 
 
 @command("train", "run.yaml")

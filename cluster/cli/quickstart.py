@@ -21,7 +21,7 @@ from typing import Any
 
 from cluster.cli.command import ExecutorChoice
 from cluster.observe.reporting import say, watched
-from cluster.render.render import ENDED_AT_ONCE, counted, share
+from cluster.render.render import ENDED_AT_ONCE, EXIT_INTEGRITY, Result, counted, share
 from sisa.config.config import RunConfig
 from sisa.config.runfile import load_run_file
 from sisa.config.template import FEW_RECORDS, commented_run_file
@@ -77,6 +77,12 @@ class Start:
     data_file: Path
     records: int
 
+    @property
+    def result(self) -> Result:
+        body = {"run_file": str(self.run_file), "data_file": str(self.data_file)}
+        wrote = f"wrote {self.run_file} and {self.data_file} ({self.records} records)"
+        return Result({**body, "records": self.records}, [wrote, f"next: sisa train {self.run_file}"])
+
 
 @dataclass
 class Story:
@@ -122,6 +128,10 @@ class Story:
     def to_json(self) -> dict[str, Any]:
         part = self.record_epochs_retrained / max(1, self.record_epochs_full)
         return asdict(self) | {"share_of_full_training": round(part, 4)}
+
+    @property
+    def result(self) -> Result:
+        return Result(self.to_json(), self.summary(), 0 if self.equal else EXIT_INTEGRITY)
 
     def summary(self) -> list[str]:
         """Return the lines that end the story."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from sisa.core.domain import Request
 
 if TYPE_CHECKING:
-    from cluster.cli.quickstart import Start, Story
     from sisa.audit.verify import Verification
     from sisa.core.domain import Probed
     from sisa.core.ports import KeptVersions
@@ -500,13 +499,3 @@ def prompts(found: HeldPrompts | None) -> list[str]:
 def exported(made: Sequence[Path]) -> Result:
     paths = [str(each) for each in made]
     return Result({"adapters": paths}, paths or ["no shard serves an adapter"])
-
-
-def init(start: Start) -> Result:
-    body = {name: str(path) for name, path in asdict(start).items()} | {"records": start.records}
-    wrote = f"wrote {start.run_file} and {start.data_file} ({start.records} records)"
-    return Result(body, [wrote, f"next: sisa train {start.run_file}"])
-
-
-def quickstart(story: Story) -> Result:
-    return Result(story.to_json(), story.summary(), 0 if story.equal else EXIT_INTEGRITY)

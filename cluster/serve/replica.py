@@ -34,7 +34,6 @@ from ray import serve
 
 from cluster.serve.app import build_app
 from cluster.serve.domain import AnswerEvent, Ended, Piece, Question, Service, Started, Token
-from cluster.serve.service import check_listening
 from cluster.serve.tokens import LOCAL, Caller, Tokens
 from sisa.config.config import RunConfig, ServiceBlock
 from sisa.core.errors import EnvironmentFault, Outdated, SisaError, internal_fault
@@ -355,7 +354,7 @@ def application(args: Mapping[str, str]) -> Any:
     `args` names the `model`'s directory. Raise ConfigConflict without an active token.
     """
     directory = Path(args["model"])
-    check_listening("0.0.0.0", Tokens(directory))  # noqa: S104 - where such a file has it listen
+    Tokens(directory).check_listening("0.0.0.0")  # noqa: S104 - where such a file has it listen
     return replica(directory, open_model(directory).config)
 
 

@@ -14,7 +14,6 @@ loads Ray.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import logging
 import os
@@ -36,12 +35,11 @@ import psutil
 
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Kind
-from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, InvalidInput
+from sisa.core.errors import Busy, EnvironmentFault, InvalidInput
 from sisa.flows.wiring.upper_houses import SERVICE
 from sisa.store.blobs import files
 
 if TYPE_CHECKING:
-    from cluster.serve.tokens import Tokens
     from sisa.config.config import RunConfig, Tls
     from sisa.flows.ask import Answer, Prompt
     from sisa.flows.query import Candidate
@@ -178,7 +176,7 @@ def started(
     if (held := find_service(directory)) is not None:
         step = f"stop it: `sisa serve --stop -m {directory}`"
         raise Busy("a service of this model runs already", where=held.url, next_step=step)
-    check_listening(host, Tokens(directory))
+    Tokens(directory).check_listening(host)
     http: dict[str, Any] = {"host": host, "port": port, **tls_files(config.service.tls)}
     if config.cluster.address is None:  # else `_deployed` does: a Ray Serve may hold the port for us
         _check_port(host, port)
@@ -244,31 +242,6 @@ def _check_port(host: str, port: int) -> None:
                 got=error.strerror or "",
                 next_step="choose another one with --host and --port",
             ) from None
-
-
-def check_listening(host: str, tokens: Tokens) -> None:
-    """Raise ConfigConflict if others than this machine could call and no token is active."""
-    if is_loopback(host) or any(state == "active" for _, state in tokens.listed()):
-        return
-    raise ConfigConflict(
-        "the service would listen to other machines, and no token is active",
-        where="service.host",
-        expected="127.0.0.1, ::1 or localhost, or tokens",
-        got=host,
-        next_step="`sisa token add -m DIR NAME --role reader` makes one",
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0"), is_loopback("example.org")
-    (True, True, False, False)
-    """
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def tls_files(tls: Tls | None) -> dict[str, str]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import math
 import os
@@ -118,6 +119,18 @@ class _File(Block):
     tokens: tuple[AccessToken, ...] = ()
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0"), is_loopback("example.org")
+    (True, True, False, False)
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 class Tokens:
     """The tokens of a model, with limits on the calls of each and on failed attempts."""
 
@@ -143,6 +156,18 @@ class Tokens:
         """Return all tokens with their states, by name."""
         now = self._now()
         return sorted(((each, each.state(now)) for each in self._read()), key=lambda e: e[0].name)
+
+    def check_listening(self, host: str) -> None:
+        """Raise ConfigConflict if others than this machine could call and no token is active."""
+        if is_loopback(host) or any(state == "active" for _, state in self.listed()):
+            return
+        raise ConfigConflict(
+            "the service would listen to other machines, and no token is active",
+            where="service.host",
+            expected="127.0.0.1, ::1 or localhost, or tokens",
+            got=host,
+            next_step="`sisa token add -m DIR NAME --role reader` makes one",
+        )
 
     def add(
         self,

@@ -268,15 +268,15 @@ def test_the_small_results() -> None:
     assert several.text.splitlines()[:2] == ["1: In Tessaly.", "2: (the model ended at once)"]
     assert read(render.exported([Path("out/shard-00000")])) == {"adapters": ["out/shard-00000"]}
     assert render.exported([]).text
-    start = read(render.init(Start(Path("m/run.yaml"), Path("m/people.jsonl"), 100)))
+    start = read(Start(Path("m/run.yaml"), Path("m/people.jsonl"), 100).result)
     assert start == {"run_file": "m/run.yaml", "data_file": "m/people.jsonl", "records": 100}
 
 
 def test_a_quickstart_that_proves_nothing_fails() -> None:
     story = Story(equal=True, record_epochs_retrained=10, record_epochs_full=40)
-    assert read(render.quickstart(story))["share_of_full_training"] == 0.25
-    assert render.quickstart(story).exit_code == 0
-    assert render.quickstart(Story(equal=False)).exit_code == 4
+    assert read(story.result)["share_of_full_training"] == 0.25
+    assert story.result.exit_code == 0
+    assert Story(equal=False).result.exit_code == 4
 
 
 def test_share() -> None:
@@ -300,7 +300,7 @@ def test_text_of_records_reaches_no_terminal_raw() -> None:
         render.where([Location(ESCAPES, "trained", 0, 0, ())]),
         render.found([Candidate(ESCAPES, 1.0, 0, 0, "content")]),
         render.answer(Answer(ESCAPES, ())),
-        render.quickstart(Story(question=ESCAPES, answer_before=ESCAPES, answer_after=ESCAPES)),
+        Story(question=ESCAPES, answer_before=ESCAPES, answer_after=ESCAPES).result,
     ]
     for result in shown:
         assert not set(result.text) & set("\x1b\x07\x9b\u202e\u202c")

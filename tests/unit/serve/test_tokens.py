@@ -25,7 +25,7 @@ from cluster.serve import app as serving
 from cluster.serve import tokens as module
 from cluster.serve.app import build_app
 from cluster.serve.domain import Service
-from cluster.serve.service import check_listening, tls_files
+from cluster.serve.service import tls_files
 from cluster.serve.tokens import (
     DAYS,
     FAILURES_PER_MINUTE,
@@ -349,14 +349,14 @@ def test_other_machines_are_not_listened_to_without_an_active_token(
     tokens: Tokens, clock: Clock, host: str
 ) -> None:
     for loopback in ("127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"):
-        check_listening(loopback, tokens)
+        tokens.check_listening(loopback)
     with pytest.raises(ConfigConflict, match="no token is active"):
-        check_listening(host, tokens)
+        tokens.check_listening(host)
     tokens.add("anna", "reader")
-    check_listening(host, tokens)
+    tokens.check_listening(host)
     clock.now += timedelta(days=DAYS)
     with pytest.raises(ConfigConflict, match="no token is active"):
-        check_listening(host, tokens)
+        tokens.check_listening(host)
 
 
 @pytest.fixture(scope="module")
