@@ -8,12 +8,6 @@
                               the key that signs exports is drawn from the seed
       handover.json           a hand-over that is not in the log yet
 
-The functions act at three levels:
-
-    start_evidence, rotate, keys_of, log_of    on an open model, under its writer lock
-    init_keys, open_keys                       where the run file says
-    create_keys, read_keys, rotate_keys        on a directory
-
 KEYID is the sha256 of the public key (SubjectPublicKeyInfo, DER). A rotation writes the hand-over, the
 new key, and the new file of public keys, which decides; then it logs the hand-over, and destroys the old
 key. After a crash `Keys.settle` completes or undoes it.
@@ -22,6 +16,12 @@ The old key signs the hand-over to the new one. The signature of a lost or leake
 nothing, so then the new key signs: everybody who trusts the old key must get the new one from its owner.
 What the old key signed before the given entry of the log stays valid: nobody can put an entry there now,
 as far as the log is watched.
+
+The functions act at three levels:
+
+    start_evidence, rotate, keys_of, log_of    on an open model
+    init_keys, open_keys                       where the run file says
+    create_keys, read_keys, rotate_keys        on a directory
 
 >>> import tempfile
 >>> from sisa.verifier.envelope import verify_envelope
