@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.domain import Record, VaultSet
@@ -17,6 +17,7 @@ from sisa.core.events import Report
 from sisa.core.ports import CheckpointStore, PatchMade, PatchOrder, Vault
 
 ADAPTER = "adapter_model.safetensors"
+T = TypeVar("T")
 
 
 def encode(records: Sequence[Record]) -> bytes:
@@ -24,11 +25,22 @@ def encode(records: Sequence[Record]) -> bytes:
     return canonical_json([each.to_list() for each in records])
 
 
-class FakeVault:
-    """A Vault whose records can be inspected."""
+class FakeFiles(Generic[T]):
+    """StoredFiles in memory: what fakes of stores have in common."""
 
     def __init__(self) -> None:
-        self.stored: dict[str, tuple[Record, ...]] = {}
+        self.stored: dict[str, T] = {}
+
+    def held(self) -> frozenset[str]:
+        return frozenset(self.stored)
+
+    def erase(self, names: Collection[str]) -> None:
+        for name in names:
+            self.stored.pop(name, None)
+
+
+class FakeVault(FakeFiles[tuple[Record, ...]]):
+    """A Vault whose records can be inspected."""
 
     def put(self, name: str, records: Sequence[Record]) -> tuple[str, int]:
         self.stored[name] = tuple(records)
@@ -46,26 +58,9 @@ class FakeVault:
     def check(self, found: VaultSet) -> None:
         self.read(found)
 
-    def held(self) -> frozenset[str]:
-        return frozenset(self.stored)
 
-    def erase(self, names: Collection[str]) -> None:
-        for name in names:
-            self.stored.pop(name, None)
-
-
-class FakeRuns:
+class FakeRuns(FakeFiles[bytes]):
     """Suspended runs: what the unfinished adapter would confess."""
-
-    def __init__(self) -> None:
-        self.stored: dict[str, bytes] = {}
-
-    def held(self) -> frozenset[str]:
-        return frozenset(self.stored)
-
-    def erase(self, keys: Collection[str]) -> None:
-        for key in keys:
-            self.stored.pop(key, None)
 
 
 class FakePatcher:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ from sisa.planning.plan import Recipe, Schedule
 from tests.fakes.keyring import PLAIN
 from tests.fakes.ledger import FakeLedger
 from tests.fakes.metrics import FakeMetrics
-from tests.fakes.patches import FakePatcher, FakeRuns, FakeVault
+from tests.fakes.patches import FakeFiles, FakePatcher, FakeRuns, FakeVault
 
 ADAPTER = "adapter_model.safetensors"
 SECRET = b"k" * 32
@@ -85,13 +85,7 @@ class FakeTrainer:
         }
 
 
-class FakeCheckpoints:
-    def __init__(self) -> None:
-        self.stored: dict[str, dict[str, bytes]] = {}
-
-    def held(self) -> frozenset[str]:
-        return frozenset(self.stored)
-
+class FakeCheckpoints(FakeFiles[dict[str, bytes]]):
     def save(self, job: SliceJob | PatchJob, files: Mapping[str, bytes]) -> SavedCheckpoint:
         self.stored.setdefault(job.key, dict(files))
         return self.describe(job.key)
@@ -109,18 +103,11 @@ class FakeCheckpoints:
             raise IntegrityError("a checkpoint is not the one that was recorded")
         return dict(self.stored[key])
 
-    def erase(self, keys: Collection[str]) -> None:
-        for key in keys:
-            self.stored.pop(key, None)
-
     def location(self, key: str) -> str:
         return f"checkpoints/{key}/{ADAPTER}"
 
 
-class FakeRecords:
-    def __init__(self) -> None:
-        self.stored: dict[str, tuple[StoredRecord, ...]] = {}
-
+class FakeRecords(FakeFiles[tuple[StoredRecord, ...]]):
     def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
         data = canonical_json([each.record.canonical() for each in records])
         file = SliceFile(shard, slice_, root, len(records), sha256_hex(data), len(data))
@@ -135,18 +122,8 @@ class FakeRecords:
     def check(self, file: SliceFile) -> None:
         self.read(file)
 
-    def held(self) -> frozenset[str]:
-        return frozenset(self.stored)
 
-    def erase(self, names: Collection[str]) -> None:
-        for name in names:
-            self.stored.pop(name, None)
-
-
-class FakePrefixes:
-    def __init__(self) -> None:
-        self.stored: dict[str, dict[str, States]] = {}
-
+class FakePrefixes(FakeFiles[dict[str, States]]):
     def read(self, name: str) -> dict[str, States]:
         return dict(self.stored.get(name, {}))
 
@@ -157,21 +134,11 @@ class FakePrefixes:
         held = [states for name, states in self.stored.items() if name.startswith(start)]
         return sum(each.nbytes for states in held for each in states.values())
 
-    def held(self) -> frozenset[str]:
-        return frozenset(self.stored)
-
-    def erase(self, names: Collection[str]) -> None:
-        for name in names:
-            self.stored.pop(name, None)
-
     def location(self, name: str) -> str:
         return f"prefixes/{name}"
 
 
-class FakeIndex:
-    def __init__(self) -> None:
-        self.stored: dict[str, dict[int, tuple[tuple[float, ...], ...]]] = {}
-
+class FakeIndex(FakeFiles[dict[int, tuple[tuple[float, ...], ...]]]):
     def build(
         self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
     ) -> IndexFile:
@@ -215,13 +182,6 @@ class FakeIndex:
     def check(self, file: IndexFile) -> None:
         if file.name not in self.stored:
             raise IntegrityError("an index file is missing")
-
-    def held(self) -> frozenset[str]:
-        return frozenset(self.stored)
-
-    def erase(self, names: Collection[str]) -> None:
-        for name in names:
-            self.stored.pop(name, None)
 
 
 class FakeExports:
@@ -284,25 +244,6 @@ class FakeWitness:
         return "memory"
 
 
-class CountingExecutor:
-    """A serial executor that records the stages it trained; `before_run` may inspect the state."""
-
-    def __init__(self, records: FakeRecords, checkpoints: CheckpointStore) -> None:
-        self._inner = SerialExecutor(FakeTrainer(), records, checkpoints)
-        self.trained: list[SliceJob] = []
-        self.before_run: list[Callable[[], None]] = []
-
-    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
-        for look in self.before_run:
-            look()
-
-        def noted(stage: SliceTrained) -> None:
-            self.trained.append(stage.job)
-            on_stage(stage)
-
-        self._inner.run(chains, report, noted)
-
-
 def fake_embed(texts: Sequence[str]) -> Vectors:
     rows = [[byte - 127.5 for byte in hashlib.sha256(t.encode()).digest()[:DIMENSION]] for t in texts]
     matrix = np.array(rows, dtype=np.float32).reshape(len(texts), DIMENSION)
@@ -312,21 +253,48 @@ def fake_embed(texts: Sequence[str]) -> Vectors:
 
 @dataclass
 class FakeModel:
-    """Hold a context of fakes, and each of them."""
+    """Hold fakes, a context of them, and the stages that were trained.
 
-    context: Context
-    ledger: FakeLedger
-    witness: FakeWitness
-    records: FakeRecords
-    checkpoints: FakeCheckpoints
-    index: FakeIndex
-    exports: FakeExports
-    patches: FakeCheckpoints
-    vault: FakeVault
-    runs: FakeRuns
-    patcher: FakePatcher
-    trained: list[SliceJob]
-    before_run: list[Callable[[], None]]
+    Whatever is in `before_run` is called before stages are trained, to inspect the state.
+    """
+
+    ledger: FakeLedger = field(default_factory=FakeLedger)
+    witness: FakeWitness = field(default_factory=FakeWitness)
+    records: FakeRecords = field(default_factory=FakeRecords)
+    checkpoints: FakeCheckpoints = field(default_factory=FakeCheckpoints)
+    index: FakeIndex = field(default_factory=FakeIndex)
+    exports: FakeExports = field(default_factory=FakeExports)
+    patches: FakeCheckpoints = field(default_factory=FakeCheckpoints)
+    vault: FakeVault = field(default_factory=FakeVault)
+    runs: FakeRuns = field(default_factory=FakeRuns)
+    trained: list[SliceJob] = field(default_factory=list)
+    before_run: list[Callable[[], None]] = field(default_factory=list)
+    patcher: FakePatcher = field(init=False)
+    context: Context = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.patcher = FakePatcher(self.vault, self.patches, self.runs)
+
+    def executor(self, store: CheckpointStore) -> Executor:
+        return WatchedExecutor(SerialExecutor(FakeTrainer(), self.records, store), self)
+
+
+@dataclass
+class WatchedExecutor:
+    """An executor that notes in a model what it trains."""
+
+    inner: Executor
+    model: FakeModel
+
+    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = silent) -> None:
+        for look in self.model.before_run:
+            look()
+
+        def noted(stage: SliceTrained) -> None:
+            self.model.trained.append(stage.job)
+            on_stage(stage)
+
+        self.inner.run(chains, report, noted)
 
 
 def changed(context: Context, **fields: Any) -> Context:
@@ -361,42 +329,30 @@ def fake_model(
     bands: Bands | None = None,
 ) -> FakeModel:
     recipe = recipe or fake_recipe()
-    ledger, witness, records = FakeLedger(), FakeWitness(), FakeRecords()
-    checkpoints, index, exports = FakeCheckpoints(), FakeIndex(), FakeExports()
-    patches, vault, runs = FakeCheckpoints(), FakeVault(), FakeRuns()
-    patcher, metrics = FakePatcher(vault, patches, runs), FakeMetrics()
-    trained: list[SliceJob] = []
-    before_run: list[Callable[[], None]] = []
-
-    def executor_for(store: CheckpointStore) -> Executor:
-        executor = CountingExecutor(records, store)
-        executor.trained = trained
-        executor.before_run = before_run
-        return executor
-
+    fake = FakeModel()
     stores = Stores(
-        ledger=ledger,
-        witness=witness,
-        records=records,
-        checkpoints=checkpoints,
-        index=index,
+        ledger=fake.ledger,
+        witness=fake.witness,
+        records=fake.records,
+        checkpoints=fake.checkpoints,
+        index=fake.index,
         keyring=PLAIN,
-        exports=exports,
-        metrics=metrics,
-        patches=patches,
-        vault=vault,
-        drafts=runs,
+        exports=fake.exports,
+        metrics=FakeMetrics(),
+        patches=fake.patches,
+        vault=fake.vault,
+        drafts=fake.runs,
         prefixes=FakePrefixes(),
     )
     compute = Compute(
         embed=fake_embed,
         count_tokens=lambda some: [len(record.text.split()) for record in some],
-        executor_for=executor_for,
-        patcher=lambda: patcher,
+        executor_for=fake.executor,
+        patcher=lambda: fake.patcher,
         fingerprint=fingerprint,
     )
     assigner = Assigner(Keyed(SECRET), Layout(num_shards, recipe.num_slices, bands))
-    context = Context(
+    fake.context = Context(
         stores,
         compute,
         Settings(assigner, recipe, patch_mode, EventChain(Keyed(SECRET), began_unkeyed=True)),
@@ -404,21 +360,7 @@ def fake_model(
         report=lambda _event: None,
         hooks=(PatchesHook(),),
     )
-    return FakeModel(
-        context=context,
-        ledger=ledger,
-        witness=witness,
-        records=records,
-        checkpoints=checkpoints,
-        index=index,
-        exports=exports,
-        patches=patches,
-        vault=vault,
-        runs=runs,
-        patcher=patcher,
-        trained=trained,
-        before_run=before_run,
-    )
+    return fake
 
 
 def fake_record(number: int, subject: str | None = None) -> Record:
