@@ -221,8 +221,8 @@ def _check_keys_moved(model: Model, config: RunConfig) -> None:
 
 def _check_move(model: Model, config: RunConfig, *, accept_differences: bool) -> None:
     """Raise ConfigConflict for settings that can't change and for unaccepted differences."""
-    secret = wiring.stored_secret(model.directory, config, model.id)
-    if Keyed(secret).name != Keyed(model.secret).name:
+    named = config.sisa.partition_key_file
+    if named is not None and Keyed(read_secret(named)).name != Keyed(model.secret).name:
         raise ConfigConflict(
             "a model's partition key can't change: its ledger of deleted records is kept under it",
             where="sisa.partition_key_file",
@@ -301,9 +301,9 @@ def _move(
         check_same_records(old, records)  # with the generations of their present slices
         if under_way(old):
             adopt_and_erase(old)  # finish the erasure of an interrupted deletion before training
-    keyed = Keyed(wiring.stored_secret(model.directory, config, model.id))
+    wiring.write_key(model.directory, config, model.id, model.secret)
     with wiring.open_context(
-        model.directory, resources, keyed, model.id, model.executor, model.report
+        model.directory, resources, Keyed(model.secret), model.id, model.executor, model.report
     ) as context:
         done = _apply(context, config, resources, effects)
     wiring.keep_key(model.directory, config, model.id, model.secret)

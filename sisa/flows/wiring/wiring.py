@@ -551,15 +551,20 @@ def stored_secret(directory: Path, config: RunConfig, model: str) -> bytes:
 
 
 def keep_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> None:
-    """Write a model's own partition key where it belongs, then remove it from the other place."""
-    if config.sisa.partition_key_file is not None:
-        return
-    belongs, former = _key_places(directory, config, model)
-    if not belongs.is_file():
+    """Write a model's own partition key where it belongs, then remove it from other places."""
+    write_key(directory, config, model, secret)
+    belongs = key_path(directory, config, model)
+    for path in _key_places(directory, config, model):
+        if path.is_file() and not path.samefile(belongs):
+            files.overwrite(path)
+            files.erase_all(path.parent, [path.name])
+
+
+def write_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> None:
+    """Write a model's own partition key where it belongs; a key file that is named is the user's."""
+    belongs = key_path(directory, config, model)
+    if config.sisa.partition_key_file is None and not belongs.is_file():
         write_secret(belongs, secret)
-    if former.is_file():
-        files.overwrite(former)
-        files.erase_all(former.parent, [former.name])
 
 
 def witness_dir(config: RunConfig) -> Path:

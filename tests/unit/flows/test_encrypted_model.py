@@ -409,6 +409,26 @@ def test_the_partition_key_rests_with_the_other_keys(
     assert (kept.exists(), beside.read_bytes()) == (False, secret)
 
 
+@pytest.mark.parametrize("encrypt", [False, True])
+def test_a_partition_key_that_moves_to_a_named_file_is_there_alone(
+    model: Path, tmp_path: Path, encrypt: bool
+) -> None:
+    opened = Model(model, executor="serial")
+    own = opened.config.model_copy(update={"encrypt": encrypt})
+    wiring.keep_key(model, own, opened.id, opened.secret)
+    place = wiring.key_path(model, own, opened.id)
+    named = tmp_path / "named.key"
+    named.write_bytes(place.read_bytes())
+    sisa = own.sisa.model_copy(update={"partition_key_file": named})
+    wiring.keep_key(model, own.model_copy(update={"sisa": sisa}), opened.id, opened.secret)
+    assert named.is_file()
+    assert not place.exists()
+    sisa = own.sisa.model_copy(update={"partition_key_file": place})  # its own place, by name
+    place.write_bytes(named.read_bytes())
+    wiring.keep_key(model, own.model_copy(update={"sisa": sisa}), opened.id, opened.secret)
+    assert place.is_file()
+
+
 def test_keys_that_others_may_read_are_reported_and_repaired(model: Path) -> None:
     root = keyring_of(model).root
     key = root / wiring.RECORDS / min(known(model)[wiring.RECORDS])
