@@ -65,7 +65,7 @@ from sisa.flows.rights import drop
 from sisa.flows.rights.access import held_of, recipients_of
 from sisa.flows.rights.restriction import Restriction, lift, restrict
 from sisa.flows.scratch import guard
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.context import (
     Context,
     Resources,
@@ -786,7 +786,8 @@ class Model:
         self._check_whole()
         wiring.check_executor(self.executor)  # refuses an unknown one before anything is written
         with running(), wiring.model_lock(self.directory):
-            wiring.finish_move(self.directory)
+            if moving.is_unfinished(self.directory):
+                moving.erase_left(self.directory)
             self._refresh()
             wiring.keep_key(self.directory, self.config, self.id, self.secret)
             self._clear_scratch()

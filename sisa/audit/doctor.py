@@ -31,9 +31,9 @@ from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.errors import InvalidInput, SisaError, TransientError
 from sisa.core.events import silent
 from sisa.core.requests import key_names
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.context import Context, Resources, held_rows, is_behind, restrictions
-from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER, LEDGER_URL, LEDGERS_LEFT
+from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER, LEDGER_URL
 from sisa.flows.wiring.witness import unknown_deletions
 from sisa.store.blobs import files
 from sisa.store.ledger.sqlite import open_readonly
@@ -108,10 +108,10 @@ def surroundings(directory: Path) -> Iterator[Finding]:
         step = "move the model to a disk of this machine, or its ledger to a server (`sisa ledger move`)"
         what = f"the ledger is on a network file system ({kind}), where SQLite is not safe"
         yield Finding("network_disk", "warning", str(directory), what, step=step)
-    if wiring.move_is_unfinished(directory):
+    if moving.is_unfinished(directory):
         what = "a move of the ledger was cut short, and what it left still holds rows"
         step = "the next train, add or forget erases it"
-        yield Finding("ledger_left", "warning", LEDGERS_LEFT, what, step=step)
+        yield Finding("ledger_left", "warning", moving.LEDGERS_LEFT, what, step=step)
     log = directory / f"{LEDGER}-wal"
     if log.is_file() and (size := log.stat().st_size):
         what = f"holds {size:,} bytes: a process was killed, or one is reading now"

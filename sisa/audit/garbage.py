@@ -23,7 +23,7 @@ from sisa.audit.lineage import parse_manifest
 from sisa.core.errors import Busy, IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
 from sisa.flows.reconcile import give_up_lost
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.context import (
     Context,
     commit,
@@ -44,7 +44,7 @@ from sisa.store.metrics import run_files
 if TYPE_CHECKING:
     from sisa.model import Model
 
-LEDGER_FILES = (*(LEDGER + each for each in files.SQLITE_FILES), wiring.LEDGER_URL, wiring.LEDGERS_LEFT)
+LEDGER_FILES = (*(LEDGER + each for each in files.SQLITE_FILES), wiring.LEDGER_URL, moving.LEDGERS_LEFT)
 EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", wiring.LOG)
 SERVICE_FILES = (SERVICE, TOKENS, *(SERVICE_STATE + each for each in files.SQLITE_FILES))
 KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, wiring.KEY, LOCK, COMMIT_LOCK})

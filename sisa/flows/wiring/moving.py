@@ -20,11 +20,12 @@ from sisa.config.config import RunConfig
 from sisa.core.errors import InvalidInput
 from sisa.core.ports import Change
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.wiring import LEDGER, LEDGER_URL, LEDGERS_LEFT, ledger_place, lock_beside
+from sisa.flows.wiring.wiring import LEDGER, LEDGER_URL, ledger_place, lock_beside
 from sisa.store.blobs import files
 from sisa.store.ledger.database import backend_at, upgrade_ledger
 from sisa.store.ledger.ledger import SqlLedger, erase_ledger
 
+LEDGERS_LEFT = "ledger.left"  # URLs of ledgers to erase, unless LEDGER_URL names them
 UNFINISHED = f"{files.TEMPORARY_PREFIX}{LEDGER}"  # a file that a move fills
 
 
@@ -89,6 +90,12 @@ def _fill(directory: Path, place: Path | str, target: Path | str) -> LedgerMoved
             new.rename(directory / LEDGER)
             files.sync_directory(directory)
     return LedgerMoved(str(place), str(target), seq, rows)
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Return whether a killed move of the ledger left something to erase."""
+    both = all((directory / each).is_file() for each in (LEDGER, LEDGER_URL))
+    return both or (directory / LEDGERS_LEFT).is_file()
 
 
 def erase_left(directory: Path) -> None:

@@ -79,7 +79,6 @@ from sisa.store.witness import FileWitness
 
 LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
 LEDGER_URL = "ledger.url"  # names a ledger on a server, in place of the file
-LEDGERS_LEFT = "ledger.left"  # URLs of ledgers to erase, unless LEDGER_URL names them: see `moving.py`
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
 PREFIXES, LOG = "prefixes", "log"
@@ -199,20 +198,6 @@ def model_lock(directory: Path, url: str | None = None) -> Iterator[Path | str]:
         if ledger_place(directory) != place:
             raise Busy("the ledger has just been moved", where=str(directory), next_step="try again")
         yield place
-
-
-def move_is_unfinished(directory: Path) -> bool:
-    """Return whether a killed move of the ledger left something to erase."""
-    both = all((directory / each).is_file() for each in (LEDGER, LEDGER_URL))
-    return both or (directory / LEDGERS_LEFT).is_file()
-
-
-def finish_move(directory: Path) -> None:
-    """Erase what a killed move of the ledger left, if one did; the caller holds the writer lock."""
-    if move_is_unfinished(directory):
-        from sisa.flows.wiring.moving import erase_left
-
-        erase_left(directory)
 
 
 def lock_beside(place: Path | str) -> AbstractContextManager[None]:

@@ -253,7 +253,7 @@ def test_a_killed_move_is_finished_or_undone(
             assert all_rows(directory) == before, number
             model = open_model(directory)
             left = [each for each in diagnose(directory).findings if each.kind == "ledger_left"]
-            assert bool(left) == wiring.move_is_unfinished(directory)
+            assert bool(left) == moving.is_unfinished(directory)
             with model._locked():  # as every writer begins
                 pass
             assert all_rows(directory) == before, number
@@ -262,7 +262,7 @@ def test_a_killed_move_is_finished_or_undone(
                 assert (ledger_version(url) == 0) == (url != now), number
             held = {each.name for each in directory.iterdir()}
             assert (wiring.LEDGER in held) == isinstance(now, Path), number
-            assert held.isdisjoint({wiring.LEDGERS_LEFT, moving.UNFINISHED}), number
+            assert held.isdisjoint({moving.LEDGERS_LEFT, moving.UNFINISHED}), number
             assert model.config.ledger == (now if isinstance(now, str) else None), number
             assert model.verify().ok
         number += 1 if is_full() else 5
