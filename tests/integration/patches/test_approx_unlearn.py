@@ -6,12 +6,8 @@ Runs are killed between steps, put aside and reverted; the vault is empty when n
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,7 @@ from sisa import unlearn as flows
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.flows.patches import composition
 from sisa.flows.patches.patching import Wish
+from tests.models.forked import run_forked
 from tests.models.knowing_base import record
 from tests.models.patch_bench import ENOUGH, KNOWN, settings
 from tests.models.tiny_base import make_tiny_base
@@ -273,34 +270,39 @@ def test_all_problems_of_settings_are_named_at_once(
     assert not (model.directory / "vault").exists()
 
 
+KILLED_BETWEEN_STEPS = """
+import os, signal, sys
+from pathlib import Path
+from approx.patches import patching
+from cluster.cli.cli import run
+real = patching._Ticks.__call__
+
+def tick(self, log):
+    real(self, log)
+    if list(Path(sys.argv[1]).glob("*/run.json")):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+patching._Ticks.__call__ = tick
+sys.exit(run([*sys.argv[2:], "--json"]))
+"""
+
+
 def test_a_killed_command_goes_on_when_it_is_given_again(
     model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SIGKILL after some steps were put aside; the same command ends as the undisturbed one."""
     other = Tiny(tmp_path / "other", model.base)
     shutil.copytree(model.folder, other.folder)
-    slow = ["--set", "num_epochs=4000", "--set", "max_steps=16", "--set", "check_every=1", *SET[2:]]
-    slow += ["--set", "num_rounds=1", "--set", "target_probability=0"]
-    script = (
-        "import sys, time\nfrom approx.patches import patching\nfrom cluster.cli.cli import run\n"
-        "real = patching._Ticks.__call__\n"
-        "def slowly(self, log):\n    real(self, log)\n    time.sleep(0.1)\n"
-        "patching._Ticks.__call__ = slowly\n"
-        "sys.exit(run([*sys.argv[1:], '--json']))\n"
-    )
+    pace = ["--set", "num_epochs=4000", "--set", "max_steps=16", "--set", "check_every=1", *SET[2:]]
+    pace += ["--set", "num_rounds=1", "--set", "target_probability=0"]
 
     def words(of: Tiny) -> list[str]:
-        asked = ["--forget", str(of.folder / "forget.jsonl"), "--method", "graddiff", *slow, *CONSENT]
+        asked = ["--forget", str(of.folder / "forget.jsonl"), "--method", "graddiff", *pace, *CONSENT]
         return ["approx", "unlearn", "-m", str(of.directory), *asked, "--executor", "serial"]
 
-    slowly = [sys.executable, "-c", script, *words(other)]
-    with subprocess.Popen(slowly, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not list((other.directory / "runs").glob("*/run.json")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
+    runs = other.directory / "runs"
+    assert run_forked(KILLED_BETWEEN_STEPS, runs, *words(other)) == -signal.SIGKILL
+    assert len(list(runs.glob("*/run.json"))) == 1
     bodies = []
     for each in (other, model):
         done = sisa(capsys, *words(each))
