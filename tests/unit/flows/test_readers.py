@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,16 +19,11 @@ from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
 from tests.examples import num_examples
 from tests.fakes.ports import fake_record
-from tests.models.confessing import RUN_FILE, train_in, use_fake_resources
+from tests.models.confessing import RUN_FILE, train_in
 
 NUM_RECORDS, NUM_SUBJECTS = 48, 4
 KEPT = [fake_record(number, f"subject-{number % NUM_SUBJECTS}") for number in range(12)]
 MORE = [fake_record(number, f"subject-{number % NUM_SUBJECTS}") for number in range(12, NUM_RECORDS)]
-
-
-@pytest.fixture(autouse=True)
-def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_fake_resources(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +34,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def directory(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "model"))
+def directory(model: Path) -> Path:
+    return model
 
 
 def status_is_of_one_state(model: Model) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import threading
@@ -21,10 +20,11 @@ from sisa.flows.wiring.witness import witness_standing
 from sisa.model import Model
 from sisa.store.blobs import files
 from sisa.store.ledger.sqlite import COMMIT_LOCK
+from tests.examples import num_examples
 from tests.fakes.ports import FakeTrainer, fake_record
-from tests.models.confessing import RUN_FILE, train_in, use_fake_resources
+from tests.models.confessing import RUN_FILE, train_in
 
-NUM_RECORDS, NUM_DELETED, NUM_EACH = 64, 8, 6
+NUM_RECORDS, NUM_DELETED, NUM_EACH = 64, 8, num_examples(6, share=2)
 RECORDS = [fake_record(number, f"subject-{number % 16}") for number in range(NUM_RECORDS)]
 SUBMIT = """
 import sys
@@ -47,10 +47,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def directory(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    use_fake_resources(monkeypatch)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return Path(shutil.copytree(trained, tmp_path / "model"))
+def directory(model: Path) -> Path:
+    return model
 
 
 @pytest.fixture
