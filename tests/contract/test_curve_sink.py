@@ -25,36 +25,30 @@ Write = Callable[[Curves], None]
 Held = Callable[[str], list[Point]]
 
 
-def of_tensorboard(folder: Path) -> Held:
-    def held(run: str) -> list[Point]:
-        from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+def held_by_tensorboard(folder: Path, run: str) -> list[Point]:
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-        (path,) = (folder / run).iterdir()
-        events: list[Any] = list(LegacyEventFileLoader(str(path)).Load())
-        return [
-            Point(value.tag, event.step, value.simple_value, event.wall_time)
-            for event in events
-            for value in event.summary.value
-        ]
-
-    return held
+    (path,) = (folder / run).iterdir()
+    events: list[Any] = list(LegacyEventFileLoader(str(path)).Load())
+    return [
+        Point(value.tag, event.step, value.simple_value, event.wall_time)
+        for event in events
+        for value in event.summary.value
+    ]
 
 
-def of_mlflow(uri: str) -> Held:
-    def held(run: str) -> list[Point]:
-        import mlflow
+def held_by_mlflow(uri: str, run: str) -> list[Point]:
+    import mlflow
 
-        client = mlflow.MlflowClient(tracking_uri=uri)
-        experiment = client.get_experiment_by_name("models")
-        (found,) = client.search_runs([experiment.experiment_id], f"tags.`sisa.run` = '{run}'")
-        points = [
-            Point(key, each.step, each.value, each.timestamp / 1000)
-            for key in found.data.metrics
-            for each in client.get_metric_history(found.info.run_id, key)
-        ]
-        return sorted(points, key=lambda each: each.at)
-
-    return held
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("models")
+    (found,) = client.search_runs([experiment.experiment_id], f"tags.`sisa.run` = '{run}'")
+    points = [
+        Point(key, each.step, each.value, each.timestamp / 1000)
+        for key in found.data.metrics
+        for each in client.get_metric_history(found.info.run_id, key)
+    ]
+    return sorted(points, key=lambda each: each.at)
 
 
 @pytest.fixture(params=["tensorboard", "mlflow"])
@@ -62,9 +56,9 @@ def sink(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Write, Held]:
     if importlib.util.find_spec(request.param) is None:
         pytest.skip(f"{request.param} is not installed")
     if request.param == "tensorboard":
-        return partial(to_tensorboard, tmp_path), of_tensorboard(tmp_path)
+        return partial(to_tensorboard, tmp_path), partial(held_by_tensorboard, tmp_path)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    return partial(to_mlflow, uri, "models"), of_mlflow(uri)
+    return partial(to_mlflow, uri, "models"), partial(held_by_mlflow, uri)
 
 
 def test_points_arrive_under_their_run(sink: tuple[Write, Held]) -> None:
