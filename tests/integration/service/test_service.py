@@ -324,7 +324,7 @@ def test_no_token_no_id_and_no_text_is_logged(served: Served, ask: Ask) -> None:
     own = served.running.token
     assert holding(paths, [own]) == [(served.directory / SERVICE, own)]
     # All that was said is among what was read: the command's words, a replica's, and what is planted.
-    (fault,) = {path for path, _ in holding(paths, ["internal fault: TypeError in webhooks.py"])}
+    (fault,) = {path for path, _ in holding(paths, ["internal fault: TypeError in state.py"])}
     assert fault.is_relative_to(served.session())
     assert holding(paths, ["serving http"]) == [(served.directory.parent / "err", "serving http")]
     planted = served.session() / "logs" / "planted.log"
