@@ -418,9 +418,10 @@ def _draw_models(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
         if name not in places:
             continue
         axis.scatter(*[[each] for each in places[name]], **_style(some[0]))
+        is_bound = some[0]["state"] in ("base", "trained without")  # on the left of the others
         axis.annotate(
-            _short(some[0]), places[name], (7, 4), textcoords="offset points", fontsize=8,
-            color=COLOURS[some[0]["kind"]],
+            _short(some[0]), places[name], (-8 if is_bound else 7, 4), textcoords="offset points",
+            ha="right" if is_bound else "left", fontsize=8, color=COLOURS[some[0]["kind"]],
         )  # fmt: skip
         source = before.get({"method": "lora"}.get(some[0]["kind"], some[0]["kind"]))
         if some[0]["state"] in ("deleted", "unlearned") and source in places:
