@@ -79,6 +79,7 @@ class Start:
 
     @property
     def result(self) -> Result:
+        """Return the result of `sisa init`."""
         body = {"run_file": str(self.run_file), "data_file": str(self.data_file)}
         wrote = f"wrote {self.run_file} and {self.data_file} ({self.records} records)"
         return Result({**body, "records": self.records}, [wrote, f"next: sisa train {self.run_file}"])
@@ -131,6 +132,7 @@ class Story:
 
     @property
     def result(self) -> Result:
+        """Return the result of `sisa quickstart`: a failure unless the bytes are equal."""
         return Result(self.to_json(), self.summary(), 0 if self.equal else EXIT_INTEGRITY)
 
     def summary(self) -> list[str]:

@@ -536,10 +536,13 @@ def stored_secret(directory: Path, config: RunConfig, model: str) -> bytes:
 
 
 def keep_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> None:
-    """Write a model's own partition key where it belongs, then remove it from other places."""
+    """Write a model's own partition key where it belongs, then remove it from other places.
+
+    While a file that the run file names is gone, the last copy stays.
+    """
     write_key(directory, config, model, secret)
     belongs = key_path(directory, config, model)
-    for path in _key_places(directory, config, model):
+    for path in _key_places(directory, config, model) if belongs.is_file() else ():
         if path.is_file() and not path.samefile(belongs):
             files.overwrite(path)
             files.erase_all(path.parent, [path.name])

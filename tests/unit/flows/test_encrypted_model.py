@@ -420,6 +420,9 @@ def test_a_partition_key_that_moves_to_a_named_file_is_there_alone(
     named = tmp_path / "named.key"
     named.write_bytes(place.read_bytes())
     sisa = own.sisa.model_copy(update={"partition_key_file": named})
+    lost = own.sisa.model_copy(update={"partition_key_file": tmp_path / "lost.key"})
+    wiring.keep_key(model, own.model_copy(update={"sisa": lost}), opened.id, opened.secret)
+    assert place.is_file()
     wiring.keep_key(model, own.model_copy(update={"sisa": sisa}), opened.id, opened.secret)
     assert named.is_file()
     assert not place.exists()
