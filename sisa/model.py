@@ -60,27 +60,27 @@ from sisa.flows.ask import (
 from sisa.flows.deletion import Terms, copies, forget_at_once, new_request, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
+from sisa.flows.query import lookup
 from sisa.flows.reconcile import finish_exports, held_prompts, reconcile, stale_paths, under_way
 from sisa.flows.rights import drop
 from sisa.flows.rights.access import held_of, recipients_of
 from sisa.flows.rights.restriction import Restriction, lift, restrict
 from sisa.flows.scratch import guard
 from sisa.flows.wiring import moving, wiring
-from sisa.flows.wiring.context import (
-    Context,
-    Resources,
+from sisa.flows.wiring.commit import is_behind
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.group import GroupLedger
+from sisa.flows.wiring.plans import view_shards
+from sisa.flows.wiring.progress import running
+from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
+from sisa.flows.wiring.served import (
     held_state,
-    is_behind,
-    lookup,
     model_digest,
     restricted_rows,
     restrictions,
     served_heads,
-    view_shards,
 )
-from sisa.flows.wiring.group import GroupLedger
-from sisa.flows.wiring.progress import running
-from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 from sisa.flows.wiring.wiring import LEDGER, SCRATCH, Description, OpenExecutor, open_areas
 from sisa.flows.wiring.witness import catch_up, witness_standing
 from sisa.lm.answer.route import Route

@@ -30,15 +30,10 @@ from sisa.flows.reconcile import Trained, adopt_and_erase, under_way
 from sisa.flows.record_checks import check_all, check_generations, check_not_deleted, check_risks
 from sisa.flows.scratch import guard, prepare_base
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import (
-    Context,
-    Resources,
-    commit,
-    indexed_digest,
-    is_behind,
-    trained_over,
-)
+from sisa.flows.wiring.commit import commit, is_behind
+from sisa.flows.wiring.context import Context, trained_over
 from sisa.flows.wiring.progress import progress, running
+from sisa.flows.wiring.resources import Resources, indexed_digest
 from sisa.flows.wiring.wiring import LEDGER, LOCK, OpenExecutor
 from sisa.flows.wiring.witness import catch_up
 from sisa.lm.base.numerics import require_device

@@ -20,13 +20,8 @@ from sisa.flows import lifecycle
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import Composition, measure
 from sisa.flows.patches.patching import Unlearnt, Wish, shards_over
-from sisa.flows.wiring.context import (
-    Context,
-    Resources,
-    patch_files,
-    patches_beneath,
-    trained_over,
-)
+from sisa.flows.wiring.context import Context, patch_files, patches_beneath, trained_over
+from sisa.flows.wiring.resources import Resources
 from sisa.model import Model, retry_read
 
 

@@ -32,7 +32,11 @@ from sisa.core.errors import InvalidInput, SisaError, TransientError
 from sisa.core.events import silent
 from sisa.core.requests import key_names
 from sisa.flows.wiring import moving, wiring
-from sisa.flows.wiring.context import Context, Resources, held_rows, is_behind, restrictions
+from sisa.flows.wiring.commit import is_behind
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.served import restrictions
+from sisa.flows.wiring.slices import held_rows
 from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER, LEDGER_URL
 from sisa.flows.wiring.witness import unknown_deletions
 from sisa.store.blobs import files

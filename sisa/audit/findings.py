@@ -28,14 +28,9 @@ from sisa.core.ports import BlobStore
 from sisa.core.requests import contradicted
 from sisa.flows.reconcile import check_rows, export_standing
 from sisa.flows.rights.drop import stray_identities
-from sisa.flows.wiring.context import (
-    ALWAYS_SEALED,
-    Context,
-    known_by_area,
-    plan_of,
-    purge,
-    view_shard,
-)
+from sisa.flows.wiring.areas import ALWAYS_SEALED, known_by_area, purge
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.plans import plan_of, view_shard
 from sisa.flows.wiring.wiring import (
     CHECKPOINTS,
     EVIDENCE,

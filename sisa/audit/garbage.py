@@ -24,15 +24,10 @@ from sisa.core.errors import Busy, IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
 from sisa.flows.reconcile import give_up_lost
 from sisa.flows.wiring import moving, wiring
-from sisa.flows.wiring.context import (
-    Context,
-    commit,
-    known_by_area,
-    open_shards,
-    plan_of,
-    purge,
-    view_shard,
-)
+from sisa.flows.wiring.areas import known_by_area, purge
+from sisa.flows.wiring.commit import commit
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.plans import open_shards, plan_of, view_shard
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.flows.wiring.wiring import CHECKPOINTS, LEDGER, LOCK, METRICS, PATCHES, SCRATCH
 from sisa.store.blobs import files

@@ -32,7 +32,10 @@ from sisa.flows.reconcile import just_trained, reconcile, train_chains
 from sisa.flows.reconfigure import reseal_model
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context, commit, embed_shard, is_behind, plan_of, view_shard
+from sisa.flows.wiring.commit import commit, is_behind
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.plans import plan_of, view_shard
+from sisa.flows.wiring.slices import embed_shard
 from sisa.flows.wiring.witness import catch_up
 from sisa.planning.layout import index_root
 from sisa.planning.plan import ShardPlan, reached

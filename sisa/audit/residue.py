@@ -61,7 +61,8 @@ from sisa.core.ports import BlobStore
 from sisa.flows.reconcile import export_standing
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context, known_by_area
+from sisa.flows.wiring.areas import known_by_area
+from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.wiring import (
     CHECKPOINTS,
     INDEX,

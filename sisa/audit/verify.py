@@ -28,12 +28,9 @@ from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, I
 from sisa.core.events import Notice
 from sisa.core.ports import By, CheckpointStore, Ledger, Vectors
 from sisa.flows.reconcile import check_consistent, training_started
-from sisa.flows.wiring.context import (
-    Context,
-    embed_records,
-    held_by_area,
-    known_by_area,
-)
+from sisa.flows.wiring.areas import held_by_area, known_by_area
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.slices import embed_records
 from sisa.flows.wiring.wiring import CHECKPOINTS, PATCHES
 from sisa.planning.plan import all_paths, reached
 

@@ -41,7 +41,8 @@ from sisa.evidence.statements import (
     decimal,
     subject_of,
 )
-from sisa.flows.wiring.context import Context, held_state
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.served import held_state
 from sisa.flows.wiring.wiring import LOG, has_evidence
 from sisa.lm.base.numerics import LIBRARIES, PROCEDURE_VERSION
 from sisa.model import Model

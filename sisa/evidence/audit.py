@@ -40,7 +40,8 @@ from sisa.evidence.keys import PUBLISHED, Keys, open_keys, open_log
 from sisa.evidence.log import CHECKPOINT, Log, Read, check_log, cutting_full_tiles
 from sisa.evidence.membership import Membership
 from sisa.flows.reconcile import under_way
-from sisa.flows.wiring.context import Context, held_state
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.served import held_state
 from sisa.flows.wiring.wiring import EVIDENCE, LOG
 from sisa.flows.wiring.witness import REPLAYED
 from sisa.model import Model

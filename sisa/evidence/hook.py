@@ -54,19 +54,10 @@ from sisa.evidence.statements import (
     State,
     erased_name,
 )
-from sisa.flows.wiring.context import (
-    TRAINED_ANEW,
-    Context,
-    areas,
-    known_by_area,
-    purge,
-    restricted_rows,
-    restrictions,
-    served_heads,
-    slices_of,
-    stored_in,
-    trained_over,
-)
+from sisa.flows.wiring.areas import areas, known_by_area, purge
+from sisa.flows.wiring.context import TRAINED_ANEW, Context, trained_over
+from sisa.flows.wiring.served import restricted_rows, restrictions, served_heads
+from sisa.flows.wiring.slices import slices_of, stored_in
 from sisa.flows.wiring.wiring import EVIDENCE, LOG
 from sisa.flows.wiring.witness import REPLAYED
 from sisa.lm.base.numerics import PROCEDURE_VERSION

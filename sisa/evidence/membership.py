@@ -45,7 +45,8 @@ from sisa.core.domain import SliceFile
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
 from sisa.evidence.database import damaged_database, transaction
-from sisa.flows.wiring.context import Context, SlicePosition
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.slices import SlicePosition
 from sisa.verifier.membership import EMPTY_TREE, LABEL_BITS, LABEL_BYTES, bits, fold, inner, leaf
 from sisa.verifier.vrf import challenge_of, encode_to_curve, output
 

@@ -46,18 +46,11 @@ from sisa.flows.reconcile import (
     reconcile,
     under_way,
 )
-from sisa.flows.wiring.context import (
-    Context,
-    SlicePosition,
-    check_sources,
-    commit,
-    held_rows,
-    model_digest,
-    plans_of,
-    slices_of,
-    stored_in,
-    write_shard,
-)
+from sisa.flows.wiring.commit import commit
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.plans import check_sources, plans_of
+from sisa.flows.wiring.served import model_digest
+from sisa.flows.wiring.slices import SlicePosition, held_rows, slices_of, stored_in, write_shard
 from sisa.planning.layout import root_of
 from sisa.planning.plan import (
     ShardPlan,

@@ -38,15 +38,10 @@ from sisa.core.events import Notice, Report
 from sisa.core.ports import Change
 from sisa.flows.ask import merged_gap
 from sisa.flows.reconcile import finish_exports
-from sisa.flows.wiring.context import (
-    Context,
-    Resources,
-    commit,
-    model_digest,
-    patch_files,
-    served_heads,
-    served_keys,
-)
+from sisa.flows.wiring.commit import commit
+from sisa.flows.wiring.context import Context, patch_files
+from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.served import model_digest, served_heads, served_keys
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CARD, CONFIG, MODEL
 

@@ -24,16 +24,11 @@ from sisa.flows.record_checks import (
     check_trained,
     check_unchanged,
 )
-from sisa.flows.wiring.context import (
-    Context,
-    check_sources,
-    commit,
-    embed_records,
-    model_digest,
-    plan_of,
-    view_shard,
-    write_shard,
-)
+from sisa.flows.wiring.commit import commit
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.plans import check_sources, plan_of, view_shard
+from sisa.flows.wiring.served import model_digest
+from sisa.flows.wiring.slices import embed_records, write_shard
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import ShardPlan
 

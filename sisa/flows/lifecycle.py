@@ -29,7 +29,8 @@ from sisa.flows.deletion import (
 )
 from sisa.flows.query import Candidate
 from sisa.flows.reconcile import open_plans, under_way
-from sisa.flows.wiring.context import Context, commit
+from sisa.flows.wiring.commit import commit
+from sisa.flows.wiring.context import Context
 from sisa.planning.batching import RunPlan, choose
 from sisa.planning.plan import shard_costs
 

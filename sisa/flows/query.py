@@ -7,7 +7,7 @@ module writes nothing. Ids appear only in answers to callers who asked for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
@@ -23,22 +23,15 @@ from sisa.core.domain import (
     Tombstone,
     VaultSet,
 )
-from sisa.core.errors import IntegrityError, UnknownRecord
+from sisa.core.errors import IntegrityError, Problem, UnknownRecord
 from sisa.core.ports import Vectors
 from sisa.data.record_rules import normal_subject
 from sisa.flows.reconcile import export_standing, not_erased, under_way
-from sisa.flows.wiring.context import (
-    TRAINED_ANEW,
-    Context,
-    known_rows,
-    lookup,
-    restrictions,
-    search_each,
-    served_heads,
-    slices_of,
-    stored_in,
-    view_shards,
-)
+from sisa.flows.routing import search_each
+from sisa.flows.wiring.context import TRAINED_ANEW, Context
+from sisa.flows.wiring.plans import view_shards
+from sisa.flows.wiring.served import restrictions, served_heads
+from sisa.flows.wiring.slices import slices_of, stored_in
 from sisa.planning.plan import slice_start, touched
 
 NUM_NEAR = 50  # most near-duplicates that are proposed
@@ -144,6 +137,35 @@ class SliceStanding:
     slice: int
     records: int
     state: Literal["clean", "retrained", "rolled back", "restricted", "empty"]
+
+
+def lookup(context: Context, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
+    """Return rows and tombstones of ids, in their order. Raise UnknownRecord with every unknown id."""
+    found = known_rows(context, ids)
+    return [(each, found[context.settings.assigner.id_digest(each)]) for each in ids]
+
+
+def known_rows(
+    context: Context, ids: Sequence[str], elsewhere: Collection[str] = ()
+) -> dict[str, RecordRow | Tombstone]:
+    """Return rows and tombstones by keyed id.
+
+    Raise UnknownRecord with every id that has neither, unless its keyed id is in `elsewhere`.
+    """
+    digests = [context.settings.assigner.id_digest(each) for each in ids]
+    found = context.stores.ledger.lookup(digests)
+    unknown = [
+        Problem(f"id {position + 1} of {len(ids)}", "this model has never held it")
+        for position, digest in enumerate(digests)
+        if digest not in found and digest not in elsewhere
+    ]
+    if unknown:
+        raise UnknownRecord(
+            f"{len(unknown)} of {len(ids)} ids are unknown; nothing was changed",
+            next_step="look the records up by content with `sisa find`",
+            problems=unknown,
+        )
+    return found
 
 
 def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:

@@ -51,24 +51,12 @@ from sisa.core.errors import EnvironmentFault, IntegrityError, SisaError, all_tr
 from sisa.core.events import DeletionCompleted, ErasureFailed, Notice, SliceTrained, TrainingStarted
 from sisa.core.ports import Change, KeptVersions, Ledger
 from sisa.core.requests import completed, contradicted, event, is_under_way
-from sisa.flows.wiring.context import (
-    Context,
-    areas,
-    commit,
-    known_by_area,
-    model_digest,
-    open_shards,
-    plan_of,
-    plans_of,
-    purge,
-    restricted_rows,
-    restrictions,
-    route_of,
-    routing_hits,
-    served_keys,
-    view_shard,
-    view_shards,
-)
+from sisa.flows.routing import route_of, routing_hits
+from sisa.flows.wiring.areas import areas, known_by_area, purge
+from sisa.flows.wiring.commit import commit
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.plans import open_shards, plan_of, plans_of, view_shard, view_shards
+from sisa.flows.wiring.served import model_digest, restricted_rows, restrictions, served_keys
 from sisa.lm.answer.route import NUM_ROUTING_HITS, Route
 from sisa.planning.plan import Missing, ShardPlan
 from sisa.store.index import EXACT_UP_TO

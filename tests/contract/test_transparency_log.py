@@ -13,7 +13,8 @@ from sisa.audit.residue import scan_residue
 from sisa.config.runfile import parse_run_file
 from sisa.core.ports import BlobStore
 from sisa.evidence.log import Log, check_tiles
-from sisa.flows.wiring.context import Context, purge
+from sisa.flows.wiring.areas import purge
+from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.wiring import LOG
 from sisa.store.blobs import object_client
 from sisa.store.blobs.local_blobs import LocalBlobs

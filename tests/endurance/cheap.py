@@ -23,7 +23,7 @@ from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Executor, Tick
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Named, Resources, check_digest
+from sisa.flows.wiring.resources import Named, Resources, check_digest
 from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
 from tests.fakes.ports import FakeTrainer

@@ -28,7 +28,8 @@ from sisa.flows.ingest import train
 from sisa.flows.lifecycle import carry_out, submit
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Compute, Context, Resources, Settings, Stores, indexed_digest
+from sisa.flows.wiring.context import Compute, Context, Settings, Stores
+from sisa.flows.wiring.resources import Resources, indexed_digest
 from sisa.flows.wiring.wiring import open_areas
 from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sisa.flows.ingest import train
-from sisa.flows.wiring.context import model_digest
+from sisa.flows.wiring.served import model_digest
 from tests.property.test_histories import History, Model, histories, like, lived_through_a_crash
 
 

@@ -25,7 +25,7 @@ from sisa.flows.deletion import Terms
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import carry_out, submit
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.context import model_digest
+from sisa.flows.wiring.served import model_digest
 from sisa.flows.wiring.witness import catch_up
 from sisa.planning.bands import Bands
 from sisa.planning.plan import Schedule

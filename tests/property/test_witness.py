@@ -18,7 +18,7 @@ from sisa.core.errors import InvalidInput
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.context import is_behind
+from sisa.flows.wiring.commit import is_behind
 from sisa.flows.wiring.witness import catch_up
 from sisa.planning.plan import Schedule
 from tests.examples import num_examples

@@ -23,7 +23,8 @@ from sisa.core.events import Notice
 from sisa.core.ports import Change, Contribution, Removal
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.patching import make_wanted, shards_off
-from sisa.flows.wiring.context import Context, commit, trained_over
+from sisa.flows.wiring.commit import commit
+from sisa.flows.wiring.context import Context, trained_over
 from sisa.planning.patch_plan import Rederived, lineage, rederive
 
 

@@ -37,7 +37,10 @@ from sisa.core.events import Notice
 from sisa.core.ports import Change, PatchOrder
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.vault_sets import WrittenSets
-from sisa.flows.wiring.context import Context, areas, commit, known_by_area, purge, view_shard
+from sisa.flows.wiring.areas import areas, known_by_area, purge
+from sisa.flows.wiring.commit import commit
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.plans import view_shard
 from sisa.planning.patch_plan import TRAINED_OVER, activated, next_job, next_version, rederive, unmade
 from sisa.planning.plan import plan_shard
 

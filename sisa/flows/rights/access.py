@@ -36,11 +36,8 @@ from sisa.core.domain import (
 )
 from sisa.flows import query
 from sisa.flows.reconcile import export_standing
-from sisa.flows.wiring.context import (
-    Context,
-    model_digest,
-    restrictions,
-)
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.served import model_digest, restrictions
 from sisa.planning.patch_plan import lineage
 from sisa.planning.plan import touched
 

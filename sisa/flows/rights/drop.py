@@ -59,7 +59,9 @@ from sisa.data.drop_lists import (
 )
 from sisa.flows import query
 from sisa.flows.deletion import NewRequest, Terms, new_request
-from sisa.flows.wiring.context import Context, commit, held_rows
+from sisa.flows.wiring.commit import commit
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.slices import held_rows
 from sisa.store.blobs import files
 
 CYCLE = "drop"  # in the ledger's meta: the broker, and the day of the last download

@@ -30,15 +30,10 @@ from sisa.core.ports import Change, Ledger, Removal
 from sisa.core.requests import due_date, event
 from sisa.flows.deletion import commit_removed
 from sisa.flows.reconcile import adopt_and_erase, check_consistent
-from sisa.flows.wiring.context import (
-    Context,
-    held_rows,
-    is_behind,
-    is_unrecorded,
-    record_unrecorded,
-    restricting,
-    restrictions,
-)
+from sisa.flows.wiring.commit import is_behind, is_unrecorded, record_unrecorded
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.served import restricting, restrictions
+from sisa.flows.wiring.slices import held_rows
 
 WitnessStanding = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
 REPLAYED = "replayed from the witness"

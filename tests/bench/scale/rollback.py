@@ -50,8 +50,9 @@ from sisa.core.domain import (
 )
 from sisa.core.ports import Change, CheckpointStore, DeletionHook, Executor, StoredRecord, Vectors
 from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
+from sisa.flows.query import lookup
 from sisa.flows.serial import SerialExecutor
-from sisa.flows.wiring.context import Context, lookup
+from sisa.flows.wiring.context import Context
 from sisa.lm.base.numerics import describe_fingerprint
 from sisa.planning.layout import Assigner, Layout, index_root, slice_root
 from sisa.planning.plan import jobs, touched

@@ -37,9 +37,12 @@ from sisa.evidence.log import CHECKPOINT, SIGNED, Log, cosign, log_reader, new_w
 from sisa.evidence.membership import Membership, VrfKey
 from sisa.evidence.revocations import FEED, publish
 from sisa.flows.deletion import Terms, _write_remaining, plan_forget
+from sisa.flows.query import lookup
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Resources, commit, held_rows, lookup
+from sisa.flows.wiring.commit import commit
+from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.slices import held_rows
 from sisa.model import Model
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import ADAPTER, MANIFEST

@@ -20,7 +20,7 @@ from sisa.core.domain import WRITTEN, Part, Patch, PatchJob, Record, active
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
 from sisa.flows.patches import vault_sets
-from sisa.flows.wiring.context import commit
+from sisa.flows.wiring.commit import commit
 from sisa.flows.wiring.wiring import CHECKPOINTS, PATCHES, VAULT
 from sisa.lm.answer.route import all_of
 from sisa.planning.patch_plan import next_version

@@ -17,7 +17,7 @@ from sisa.core.digest import canonical_json
 from sisa.core.domain import Patch, VaultSet
 from sisa.core.ports import Change
 from sisa.flows.patches.composition import Composition, measure
-from sisa.flows.wiring.context import commit
+from sisa.flows.wiring.commit import commit
 from sisa.lm.answer.route import all_of
 from tests.integration.answering.test_export_generate import PROMPT, probabilities
 from tests.integration.patches.test_patched import ADAPTER, Files

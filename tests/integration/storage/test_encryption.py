@@ -23,7 +23,7 @@ from sisa.audit.residue import sweep_model
 from sisa.config.config import state_dir
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import known_by_area
+from sisa.flows.wiring.areas import known_by_area
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.ledger.ledger import SqlLedger

@@ -30,7 +30,7 @@ from sisa.core.events import Report, silent
 from sisa.core.ports import Change, Executor, OnStage
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import model_digest
+from sisa.flows.wiring.served import model_digest
 from sisa.store.blobs.files import write_atomic, writer_lock
 from sisa.store.blobs.keyring import write_secret
 from sisa.store.checkpoints import ADAPTER, MANIFEST

@@ -31,7 +31,7 @@ from sisa.core.ports import Change
 from sisa.flows import reconcile
 from sisa.flows.ingest import add
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import held_by_area, known_by_area
+from sisa.flows.wiring.areas import held_by_area, known_by_area
 from sisa.flows.wiring.upper_houses import SERVICE_STATE
 from sisa.model import Model
 from sisa.store.blobs import files
@@ -467,7 +467,7 @@ def test_what_a_cut_short_run_stored_is_kept(model: Path) -> None:
     with context_of(model) as context:
         head = next(head for head in context.stores.ledger.heads() if head.key)
         held = context.stores.ledger.checkpoints(head.shard)
-        from sisa.flows.wiring.context import view_shard
+        from sisa.flows.wiring.plans import view_shard
         from sisa.planning.plan import plan_shard
 
         plan = plan_shard(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sisa.config.runfile import parse_run_file
-from sisa.flows.wiring.context import Resources
+from sisa.flows.wiring.resources import Resources
 from sisa.train import train_model
 from tests.models import confessing as care_model
 

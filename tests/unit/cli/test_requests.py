@@ -24,7 +24,7 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Part, Record
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Resources
+from sisa.flows.wiring.resources import Resources
 from sisa.store.blobs.files import writer_lock
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords

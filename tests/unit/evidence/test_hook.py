@@ -27,7 +27,7 @@ from sisa.evidence.keys import Keys
 from sisa.evidence.log import Log
 from sisa.evidence.statements import Draft
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.context import commit
+from sisa.flows.wiring.commit import commit
 from sisa.flows.wiring.wiring import LOG
 from sisa.flows.wiring.witness import catch_up
 from sisa.verifier.certificate import (

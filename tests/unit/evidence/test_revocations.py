@@ -25,7 +25,8 @@ from sisa.flows.export import export_adapters
 from sisa.flows.patches.patching import Wish, make_wanted, shards_over, want
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reset
-from sisa.flows.wiring.context import TRAINED_ANEW, commit
+from sisa.flows.wiring.commit import commit
+from sisa.flows.wiring.context import TRAINED_ANEW
 from sisa.planning.layout import Assigner, Layout
 from sisa.verifier.envelope import STATEMENT_TYPE, Refused
 from sisa.verifier.feed import check_present, verify_feed

@@ -25,7 +25,7 @@ from sisa.core.ports import Change
 from sisa.flows.reconcile import erase_unreferenced, reconcile
 from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import known_by_area
+from sisa.flows.wiring.areas import known_by_area
 from sisa.model import Model
 from sisa.store.blobs import files
 from sisa.store.blobs.files import TEMPORARY_PREFIX

@@ -33,7 +33,8 @@ from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.reconcile import give_up_lost, reconcile, stale_exports, stale_paths
 from sisa.flows.reconfigure import reset
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context, Resources
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.resources import Resources
 from sisa.model import Model
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.blobs.files import TEMPORARY_PREFIX, writer_lock

@@ -21,7 +21,9 @@ from sisa.flows.patches.on_deletion import give_up
 from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, shards_over, want
 from sisa.flows.query import where
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.context import Context, commit, model_digest, trained_over
+from sisa.flows.wiring.commit import commit
+from sisa.flows.wiring.context import Context, trained_over
+from sisa.flows.wiring.served import model_digest
 from sisa.store.metrics import MIN_RECORDS
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
 

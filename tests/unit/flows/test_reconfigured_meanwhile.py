@@ -18,7 +18,7 @@ from sisa.core.errors import ConfigConflict
 from sisa.core.events import Event, Notice
 from sisa.core.ports import Change
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Resources
+from sisa.flows.wiring.resources import Resources
 from sisa.model import Model
 from sisa.store.blobs.keyring import is_sealed
 from sisa.train import train_model

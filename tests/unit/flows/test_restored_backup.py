@@ -20,7 +20,7 @@ from sisa.config.config import state_dir
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import InvalidInput
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Resources
+from sisa.flows.wiring.resources import Resources
 from sisa.store.blobs.files import writer_lock
 from tests.models import confessing as care_model
 from tests.models.confessing import content, record

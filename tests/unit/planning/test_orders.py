@@ -17,7 +17,7 @@ from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
 from sisa.flows.ingest import add, train
 from sisa.flows.query import shards
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.context import view_shard
+from sisa.flows.wiring.plans import view_shard
 from sisa.planning.bands import Bands
 from sisa.planning.layout import Order, arranged, chosen_orders, matched, rotations
 from sisa.planning.plan import (
