@@ -36,6 +36,7 @@ from cluster.render.render import (
     retrained,
     share,
 )
+from sisa.core.errors import Busy
 from sisa.core.requests import CLOSED
 
 if TYPE_CHECKING:
@@ -193,15 +194,22 @@ def _join_cluster(model: Model) -> None:
 def _watch(model: Model, directory: Path, every: int) -> NoReturn:
     """Carry requests out when they are due or somebody asks for it, and report changes.
 
-    Raise the first error: a supervisor is to start the command again.
+    While another process holds the model, wait for the next check. Raise any other error.
     """
     from cluster.serve.worker import carry_out_asked, reporting
 
     _join_cluster(model)
+    is_waiting = False
     with reporting(directory):
         while True:
-            if done := carry_out_asked(model):
-                say(ran(done, model.exports_missing(), directory).text)
+            try:
+                if done := carry_out_asked(model):
+                    say(ran(done, model.exports_missing(), directory).text)
+                is_waiting = False
+            except Busy as error:
+                if not is_waiting:
+                    say(f"waiting: {error.what}; trying again every {every} s")
+                is_waiting = True
             time.sleep(every)
 
 

@@ -3,10 +3,10 @@
     with working(Path("model")):       # beside a service, until the block ends
         ...
 
-`working` runs beside `sisa serve`; while another command writes, it tries again. Without a service,
-`sisa run --watch` calls `carry_out_asked` in a loop, within `reporting`, and ends with the first error.
-Run one of the two for a model. After a deletion, engines that load exports are made to drop what was
-erased. `POST /requests/run` has approved requests carried out whatever the plan says.
+`working` runs beside `sisa serve`, and tries again after any error. Without a service,
+`sisa run --watch` calls `carry_out_asked` in a loop, within `reporting`. Run one of the two for a model.
+After a deletion, engines that load exports are made to drop what was erased. `POST /requests/run` has
+approved requests carried out whatever the plan says.
 """
 
 from __future__ import annotations

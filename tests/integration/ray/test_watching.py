@@ -167,15 +167,19 @@ def test_metrics_and_logs_of_a_model_bear_the_name_of_its_run_and_no_secret(
     model = watched.folder / "model"
     assert watched.command("train", "train", "run.yaml") == 0
     assert cli.run(["request", "submit", "-m", "model", f"{ID}3", "--approver", "a person"]) == 0
-    with a_reader(model / "ledger.sqlite"):
-        assert watched.command("failing", "run", "-m", "model", "--watch") == 5
 
-    def sleep(_: float) -> None:
+    def end(_: float) -> None:
+        raise Enough
+
+    def stand_and_end(_: float) -> None:
         time.sleep(STAND_S)
         watched.scraper.texts.append(watched.scraper.now())
         raise Enough
 
-    monkeypatch.setattr(requests, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(requests, "time", SimpleNamespace(sleep=end))
+    with a_reader(model / "ledger.sqlite"), pytest.raises(Enough):  # it waits for the reader
+        watched.command("failing", "run", "-m", "model", "--watch")
+    monkeypatch.setattr(requests, "time", SimpleNamespace(sleep=stand_and_end))
     with pytest.raises(Enough):
         watched.command("run", "run", "-m", "model", "--watch")
     assert cli.run(["metrics", "-m", "model", "--to", "tensorboard", "board"]) == 0

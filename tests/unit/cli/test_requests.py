@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -490,6 +491,29 @@ def test_watching_runs_what_is_due_and_ends_with_an_interrupt(
     assert [each["state"] for each in ask("request", "list")["requests"]] == [
         *("completed", "received", "completed")
     ]
+
+
+def test_a_watcher_waits_for_another_writer(
+    ask: Ask, sisa: Sisa, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    writer = ExitStack()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            writer.close()
+        if len(slept) == 3:
+            raise KeyboardInterrupt
+
+    ask("request", "submit", "id-0003", "--due", tomorrow(), "--approver", "dpo")
+    monkeypatch.setattr("sisa.store.blobs.files.LOCK_PATIENCE_S", 0.05)
+    monkeypatch.setattr(requests, "time", SimpleNamespace(sleep=sleep))
+    with writer:
+        writer.enter_context(writer_lock(model / wiring.LOCK))
+        code, _, err = sisa("run", "--watch", "--every", "7", "-m", model, "--executor", "serial")
+    assert (code, len(slept), err.count("trying again every 7 s")) == (130, 3, 1)
+    assert [each["state"] for each in ask("request", "list")["requests"]] == ["completed"]
 
 
 @pytest.mark.parametrize("every", ["-1", "nan", "inf"])
