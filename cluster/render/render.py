@@ -225,12 +225,16 @@ def drop_shown(found: Details | None) -> Result:
 def meanwhile(of: Request | Forgetting) -> Iterator[str]:
     """Yield what is served until the shards are retrained, and the additional cost of other orders."""
     if of.served:
-        shown = [f"shard {s}: {n} of {whole} slices" for s, n, whole in of.served[:MAX_SHARDS_SHOWN]]
-        shown += ["..."] if len(of.served) > MAX_SHARDS_SHOWN else []
-        share_served = f"{100 * of.serving_depth:.1f}% of all shards' slices"
-        yield f"  meanwhile served: {', '.join(shown)}; {share_served}"
+        shards = _shortened([f"shard {s}: {n} of {whole} slices" for s, n, whole in of.served])
+        yield f"  meanwhile served: {shards}; {100 * of.serving_depth:.1f}% of all shards' slices"
     if of.record_epochs_others:
         yield f"  other orders: {of.record_epochs_others} record-epochs more"
+
+
+def _shortened(shards: Sequence[object]) -> str:
+    """Return the first shards, separated by commas."""
+    more = ["..."] if len(shards) > MAX_SHARDS_SHOWN else []
+    return ", ".join(map(str, [*shards[:MAX_SHARDS_SHOWN], *more]))
 
 
 def _numbers(of: Request | Forgetting, shards: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
@@ -414,7 +418,8 @@ def status(found: Status) -> Result:
     ]
     for export in found.exports:
         fate = f"STALE by {export.request_id}, {export.standing}" if export.standing else export.state
-        lines.append(f"export {export.path}: {fate}")
+        merged = f" (shards {_shortened(export.shards)})" if len(export.shards) > 1 else ""
+        lines.append(f"export {export.path}{merged}: {fate}")
     lines.append(", ".join(f"{name} {size:,} bytes" for name, size in found.sizes_bytes.items()))
     path, standing = found.witness
     lines.append(f"witness {path}: {standing}")

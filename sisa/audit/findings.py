@@ -26,7 +26,8 @@ from sisa.core.domain import Head, IndexFile, SliceFile
 from sisa.core.errors import IntegrityError, SisaError, TransientError
 from sisa.core.ports import BlobStore
 from sisa.core.requests import contradicted
-from sisa.flows.reconcile import check_rows, export_standing
+from sisa.flows import query
+from sisa.flows.reconcile import check_rows
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring.areas import ALWAYS_SEALED, known_by_area, purge
 from sisa.flows.wiring.context import Context
@@ -331,13 +332,12 @@ def _check_group(context: Context, area: str, key: str, manifest_sha256: str) ->
 
 
 def _exports(context: Context) -> Iterator[Finding]:
-    for each in context.stores.ledger.exports():
-        found = export_standing(context, each) if each.stale else ""
-        if found == "held":
+    for each in query.exports(context):
+        if each.standing == "held":
             yield Finding("export", "error", each.path, "stale, and not erased yet", "sweep")
-        elif found:
+        elif each.standing:
             step = "remove what is left of it, or put it back; the next train, add or forget erases it"
-            yield Finding("export", "warning", each.path, f"stale, and {found}", step=step)
+            yield Finding("export", "warning", each.path, f"stale, and {each.standing}", step=step)
 
 
 def wrong_heads(context: Context) -> Iterator[Finding]:

@@ -58,7 +58,7 @@ from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.domain import Export, HeldCheckpoint, Tombstone
 from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
 from sisa.core.ports import BlobStore
-from sisa.flows.reconcile import export_standing
+from sisa.flows import query
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.areas import known_by_area
@@ -508,9 +508,9 @@ class _Scanner:
 
     def report_missing_exports(self) -> None:
         """Report exports that a deletion marked and that can't be found; others are stale adapters."""
-        for each in self._exports:
-            if each.stale and (found := export_standing(self.context, each)) != "held":
-                what = f"an export that request {each.request_id} made stale is {found}"
+        for each in query.exports(self.context):
+            if each.standing not in (None, "held"):
+                what = f"an export that request {each.request_id} made stale is {each.standing}"
                 self.report("missing_export", each.path, what)
 
     def scan_objects(self, area: str, blobs: BlobStore) -> None:

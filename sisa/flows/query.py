@@ -96,13 +96,14 @@ class ExportStatus:
     """Describe an export; `standing` is that of a stale one, and None for a clean one."""
 
     path: str
-    shard: int  # -1: made before the records moved to other shards
+    shard: int  # the first one; -1: made before the records moved to other shards
     key: str
     adapter_sha256: str
     made_at: str
     state: str
     request_id: str
     standing: str | None
+    shards: tuple[int, ...]  # several in a merged export
 
 
 @dataclass(frozen=True)
@@ -392,19 +393,27 @@ def _contradiction(what: str) -> IntegrityError:
 
 
 def exports(context: Context) -> list[ExportStatus]:
-    """Return all exports that the ledger lists, with the standing of stale ones."""
+    """Return all exports that the ledger lists, with the standing of stale ones.
+
+    A merged export, which has a row for each of its shards in the ledger, is returned once.
+    """
+    found: dict[tuple[str, ...], list[Export]] = {}
+    for row in sorted(context.stores.ledger.exports(), key=lambda each: (each.path, each.shard)):
+        name = (row.path, row.adapter_sha256, row.state, row.request_id)
+        found.setdefault(name, []).append(row)
     return [
         ExportStatus(
-            path=each.path,
-            shard=each.shard,
-            key=each.key,
-            adapter_sha256=each.adapter_sha256,
-            made_at=each.made_at,
-            state=each.state,
-            request_id=each.request_id,
-            standing=export_standing(context, each) if each.stale else None,
+            path=first.path,
+            shard=first.shard,
+            key=first.key,
+            adapter_sha256=first.adapter_sha256,
+            made_at=first.made_at,
+            state=first.state,
+            request_id=first.request_id,
+            standing=export_standing(context, first) if first.stale else None,
+            shards=tuple(dict.fromkeys([first.shard, *(each.shard for each in others)])),
         )
-        for each in context.stores.ledger.exports()
+        for first, *others in found.values()
     ]
 
 

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sisa.audit import findings
 from sisa.config.config import DatasetSource, RunConfig
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import ANY_SHARD, Export, RecordRow, Request
@@ -354,6 +355,17 @@ def test_an_export_of_a_former_layout_is_named_once_for_a_record(fake: FakeModel
     fake.ledger.commit(Change(exports=moved))
     (found,) = query.where(fake.context, [fake_record(3).id])
     assert found.exports == (MERGED,)
+
+
+def test_an_export_of_several_shards_is_listed_once_with_its_shards(fake: FakeModel) -> None:
+    export_merged(fake)
+    (found,) = query.exports(fake.context)
+    assert (found.path, found.shard, found.shards) == (MERGED, 0, (0, 1, 2))
+    fake.exports.stored.clear()
+    forget(fake, 3)
+    (found,) = query.exports(fake.context)
+    assert found.standing == "gone"
+    assert [each.where for each in findings._exports(fake.context)] == [MERGED]
 
 
 def test_a_lost_export_of_several_shards_counts_once(fake: FakeModel) -> None:

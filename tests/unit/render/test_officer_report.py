@@ -101,8 +101,8 @@ def facts(num_shards: int = 4, num_slices: int = 4, words: str = "as given") -> 
             witness=(f"/witness/{words}", "absent"),
             event_head=WitnessHead("e" * 64, 12),
             exports=(
-                ExportStatus(path, 0, "k", "a" * 64, NOW, "clean", "", None),
-                ExportStatus(path, -1, "l", "a" * 64, NOW, "tainted", "req-a", "changed"),
+                ExportStatus(path, 0, "k", "a" * 64, NOW, "clean", "", None, (0, 1)),
+                ExportStatus(path, -1, "l", "a" * 64, NOW, "tainted", "req-a", "changed", (-1,)),
             ),
             record_epochs_full=90,
         ),

@@ -21,7 +21,7 @@ from sisa.core.errors import Problem
 from sisa.flows.ask import Answer
 from sisa.flows.deletion import Forgetting, plan_forget
 from sisa.flows.ingest import Taken, train
-from sisa.flows.query import Candidate, Location, PatchTouch, ShardStatus, Touch
+from sisa.flows.query import Candidate, ExportStatus, Location, PatchTouch, ShardStatus, Touch
 from sisa.flows.reconcile import HeldPrompts
 from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 from tests.fakes.ports import fake_model, fake_record
@@ -89,6 +89,12 @@ def test_status_in_words_shows_what_waits() -> None:
     assert "order" not in render.status(STATUS).text
     ordered = replace(STATUS, num_orders=2, record_epochs_others=3)
     assert "in order 0, 3 more in 1 other order\n" in render.status(ordered).text
+
+
+def test_status_in_words_shows_a_merged_export_once_with_its_shards() -> None:
+    one = ExportStatus("/e", 0, "k", "a" * 64, "2026-01-01", "clean", "", None, (0,))
+    found = render.status(replace(STATUS, exports=(one, replace(one, path="/m", shards=(0, 2)))))
+    assert "export /e: clean\nexport /m (shards 0, 2): clean\n" in found.text
 
 
 def test_where() -> None:
