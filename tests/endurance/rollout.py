@@ -37,7 +37,7 @@ from sisa.model import Model, open_model
 from tests.endurance import ground as g
 from tests.endurance.service import SERVE_REPLICA, Numbers, Service, ask, train
 from tests.fakes.postgres_server import running_postgres
-from tests.models.clusters import add_node, own_cluster
+from tests.models.programs.clusters import add_node, own_cluster
 from tests.models.scripted import NODE
 from tests.models.tiny_base import make_tiny_base
 

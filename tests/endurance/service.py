@@ -43,7 +43,7 @@ from cluster.serve.service import find_service
 from sisa.data.samples import make_people
 from sisa.flows.wiring.upper_houses import SERVICE
 from tests.endurance.ground import Broken, expect
-from tests.models.job_cluster import free_port
+from tests.models.programs.job_cluster import free_port
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import Row, ids_of, train_scratch, without
 

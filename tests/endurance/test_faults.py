@@ -8,7 +8,7 @@
     an open reader          while a deletion empties the write-ahead log
 
 Once a fault is over, the same command ends with the bytes of an undisturbed one. The confessing trainer
-trains. `test_clock.py` tests a clock that jumps.
+trains. `tests/unit/flows/requests/test_clock.py` tests a clock that jumps.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def _metrics_every_second() -> Iterator[None]:
 def _shared_ray(request: pytest.FixtureRequest) -> None:
     """Start the Ray that tests with the mark `ray` share, unless the test asks for `own_ray`."""
     if _shares_ray(request.node):
-        from tests.models.clusters import share_ray
+        from tests.models.programs.clusters import share_ray
 
         share_ray()
 

@@ -21,7 +21,7 @@ from cluster.ray.ray_executor import open_executor
 from sisa.core.ports import Executor
 from sisa.flows.serial import Site
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS, OpenExecutor
-from tests.models.forked import run_forked
+from tests.models.programs.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,
     Row,

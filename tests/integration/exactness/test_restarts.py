@@ -22,7 +22,7 @@ from cluster.ray.ray_executor import RayExecutor
 from sisa.core.errors import EnvironmentFault, SisaError
 from sisa.flows.serial import Site
 from sisa.store.blobs.files import TEMPORARY_PREFIX
-from tests.models.clusters import add_node, own_cluster, wait_for
+from tests.models.programs.clusters import add_node, own_cluster, wait_for
 from tests.models.scripted import (
     begun,
     bytes_of,

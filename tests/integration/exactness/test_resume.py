@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import sisa
-from tests.models.forked import run_forked
+from tests.models.programs.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,
     Cut,

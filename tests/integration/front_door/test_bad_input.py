@@ -415,7 +415,7 @@ FILES = (
 )
 
 
-# The store itself meets all pairs in `contract/test_checkpoint_store.py`.
+# The store itself meets all pairs in `contract/storage/test_checkpoint_store.py`.
 @pytest.mark.parametrize(("name", "damage"), by_turns(FILES, ("missing", "flipped")))
 def test_a_tampered_checkpoint_stops_who_would_use_it(
     tiny: Tiny, capsys: Capture, name: str, damage: str

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.models.chromium import CHROMIUM, Page, browser
+from tests.models.programs.chromium import CHROMIUM, Page, browser
 from tests.unit.render.test_officer_report import HOSTILE, facts, html
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]

@@ -23,9 +23,9 @@ from sisa import unlearn as flows
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.flows.patches import composition
 from sisa.flows.patches.patching import Wish
-from tests.models.forked import run_forked
 from tests.models.knowing_base import record
 from tests.models.patch_bench import ENOUGH, KNOWN, settings
+from tests.models.programs.forked import run_forked
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import (
     PEOPLE,

@@ -22,7 +22,7 @@ from cluster.jobs.job_flow import COMMAND
 from cluster.jobs.ray_jobs import RayJobs
 from sisa.core.errors import EnvironmentFault
 from tests.contract.test_jobs import PROMISES, Ground, submit_three
-from tests.models.job_cluster import JobCluster, job_cluster
+from tests.models.programs.job_cluster import JobCluster, job_cluster
 from tests.models.tiny_model import (
     KEY,
     PEOPLE,

@@ -24,7 +24,7 @@ from sisa.core.events import Event, Notice, SliceProgress, SliceTrained
 from sisa.flows.serial import Site
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.blobs.local_blobs import LocalBlobs
-from tests.models.clusters import add_node, own_cluster, remove
+from tests.models.programs.clusters import add_node, own_cluster, remove
 from tests.models.scripted import (
     DIGEST,
     NODE,

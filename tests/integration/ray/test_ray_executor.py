@@ -34,7 +34,7 @@ from sisa.lm.base.numerics import fingerprint
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.fakes.keyring import PLAIN
-from tests.models.clusters import num_alive, wait_for
+from tests.models.programs.clusters import num_alive, wait_for
 from tests.models.scripted import (
     NUM_SHARDS,
     NUM_SLICES,

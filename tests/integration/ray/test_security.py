@@ -24,7 +24,7 @@ from ray import cloudpickle
 import sisa
 from cluster.ray import ray_executor, ray_tasks
 from sisa.core.events import Event, SliceProgress
-from tests.models.clusters import share_ray
+from tests.models.programs.clusters import share_ray
 from tests.models.tiny_model import KEY, PEOPLE, write_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.torch]

@@ -21,9 +21,9 @@ from sisa.evidence.keys import init_keys
 from sisa.flows.deletion import Terms
 from sisa.model import Model, open_model
 from tests.fakes.answers import FakeAnswers
-from tests.models.chromium import CHROMIUM, Page, browser, wait
 from tests.models.confessing import build, record, use_fake_resources
-from tests.models.local_server import served
+from tests.models.programs.chromium import CHROMIUM, Page, browser, wait
+from tests.models.programs.local_server import served
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 

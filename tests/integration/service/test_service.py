@@ -42,7 +42,7 @@ from sisa.flows.wiring.wiring import RECORDS
 from sisa.model import open_model
 from sisa.train import train_model
 from tests.endurance.service import REPLICA, Service, Soak, train
-from tests.models.job_cluster import free_port
+from tests.models.programs.job_cluster import free_port
 from tests.models.tiny_model import PEOPLE, change_run, train_scratch
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("own_ray")]

@@ -23,7 +23,7 @@ import pytest
 from cluster.serve.vllm_plugin import ADAPTERS, WEIGHTS
 from sisa.core.digest import file_sha256
 from sisa.model import Model
-from tests.models.job_cluster import free_port
+from tests.models.programs.job_cluster import free_port
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import PEOPLE, train_scratch
 

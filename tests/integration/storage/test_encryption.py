@@ -28,7 +28,7 @@ from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.ledger.ledger import SqlLedger
 from tests.integration.storage.test_erasure import traces, vector
-from tests.models.forked import run_forked
+from tests.models.programs.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,
     Tiny,

@@ -23,7 +23,7 @@ from sisa.data.samples import distinctive_word
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS
 from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
-from tests.models.forked import run_forked
+from tests.models.programs.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,
     Cut,

@@ -19,7 +19,7 @@ from sisa.core.ports import StoredRecord, Tick
 from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.store.checkpoints import FILES, MANIFEST
-from tests.models.forked import run_forked
+from tests.models.programs.forked import run_forked
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import next_token_probabilities
 

@@ -23,8 +23,8 @@ from sisa.audit.doctor import diagnose
 from sisa.config.config import ClusterBlock
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault
 from tests.fakes.answers import FakeAnswers
-from tests.models.job_cluster import free_port
-from tests.models.local_server import served
+from tests.models.programs.job_cluster import free_port
+from tests.models.programs.local_server import served
 
 
 @pytest.fixture

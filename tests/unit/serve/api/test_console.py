@@ -25,7 +25,7 @@ from tests.models.tiny_model import all_files
 from tests.unit.render.test_officer_report import contrast, pairs, style
 from tests.unit.serve.conftest import LOOPBACK
 
-FILES = Path(__file__).resolve().parents[3] / "cluster" / "serve" / "console"
+FILES = Path(__file__).resolve().parents[4] / "cluster" / "serve" / "console"
 HTML, CSS, SCRIPT = (
     (FILES / name).read_text(encoding="utf-8") for name in ("index.html", "console.css", "console.js")
 )

@@ -43,7 +43,7 @@ from tests.models.confessing import RUN_FILE, content, train_in, use_fake_resour
 LOOPBACK = "http://127.0.0.1"
 URN = "urn:deletion-ready-model:"
 FILES = json.loads((resources.files("sisa.flows.rights") / "access.schema.json").read_text("utf-8"))
-PAGE = Path(__file__).parents[3] / "cluster/serve/README.md"
+PAGE = Path(__file__).parents[4] / "cluster/serve/README.md"
 PRIVACY = "privacy: {contact: dpo@example.com, purposes: to answer questions}\n"
 WHO, OTHER = "p1", "p2"
 Sisa = Callable[..., tuple[int, str, str]]
