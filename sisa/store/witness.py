@@ -10,9 +10,10 @@ A closing line also has the number of the newest restrictions, if there ever wer
 
 A batch counts once its closing line is complete; the next append drops an incomplete one. `chain` hashes
 all lines so far, and `mac` authenticates it with the partition key, so that nobody without the key can
-change or remove a line. Batches of an earlier version have no `mac`: none may follow one that has. The
-file holds keyed digests, positions and times only. Appends are flushed to the disk and lock the file,
-because copies of a model share one witness.
+change a line or remove one that others follow. Nothing here shows that the last batches were cut off:
+`sisa audit` does, by the log. Batches of an earlier version have no `mac`: none may follow one that has.
+The file holds keyed digests, positions and times only. Appends are flushed to the disk and lock the
+file, because copies of a model share one witness.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,8 +33,20 @@ from sisa.core.domain import NO_RESTRICTIONS, Restrictions, Testimony, Tombstone
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.store.blobs import files
 
-TAIL_BYTES = 4096  # far more than a closing line
+TAIL_BYTES = 4096  # read first, from the end; more than a batch of a few deletions
+_CLOSING_LINE = re.compile(rb'(?<=\n)\{"chain".*\n')
+_NOTHING = Testimony(None, {})
 _FIELDS = tuple(field.name for field in fields(Tombstone))
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """The closed batches of a file, or the last of them."""
+
+    testimony: Testimony = _NOTHING
+    num_restrictions: int = 0
+    chain: str = ""
+    end: int = 0  # offset of the end of the last closing line
 
 
 class FileWitness:
@@ -43,36 +57,20 @@ class FileWitness:
         self._keyed = keyed
 
     def head(self) -> WitnessHead | None:
-        closing = self._last_closing_line()
-        return self.read().head if closing is None else _head(closing)
+        return self._read(self._last_batch).testimony.head
 
     def num_restrictions(self) -> int:
-        closing = self._last_closing_line()
-        return self.read().restrictions.number if closing is None else closing.get("restrictions", 0)
-
-    def _last_closing_line(self) -> dict[str, Any] | None:
-        """Return the last closing line, if there is one near the end of the file."""
-        tail = self._bytes(TAIL_BYTES)
-        last = [line for line in tail.split(b"\n")[:-1] if line.startswith(b'{"chain"')]
-        if not last:
-            return None
-        body = self._parsed(last[-1])
-        if "mac" in body:
-            self._check_mac(body["chain"], body["mac"])
-        return body
+        return self._read(self._last_batch).num_restrictions
 
     def read(self) -> Testimony:
-        return self._testimony(self._bytes())[0]
+        return self._read(lambda file: self._batches(file.read())).testimony
 
-    def _bytes(self, most: int | None = None) -> bytes:
-        """Return the file's bytes, or the last ones; none if there is no file."""
+    def _read(self, parse: Callable[[BinaryIO], _Batches]) -> _Batches:
         try:
             with self.path.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(0 if most is None else max(0, size - most))
-                return file.read()
+                return parse(file)
         except FileNotFoundError:
-            return b""
+            return _Batches()
         except OSError as error:
             raise self._refused("read", error) from error
 
@@ -84,7 +82,8 @@ class FileWitness:
         restrictions: Restrictions = NO_RESTRICTIONS,
     ) -> None:
         with self._locked() as file:
-            chain, end, number = self._last_batch(file)
+            last = self._last_batch(file)
+            chain, number = last.chain, last.num_restrictions
             bodies: list[dict[str, Any]] = [{"tombstone": list(astuple(each))} for each in tombstones]
             bodies += [{"readmitted": each} for each in readmitted]
             if restrictions.number > number:
@@ -96,8 +95,8 @@ class FileWitness:
             closing |= {"restrictions": number} if number else {}
             chain = digest_of([chain, closing])
             bodies.append({**closing, "chain": chain, "mac": self._mac(chain)})
-            file.truncate(end)
-            file.seek(end)
+            file.truncate(last.end)
+            file.seek(last.end)
             file.write(b"".join(canonical_json(body) + b"\n" for body in bodies))
             file.flush()
             os.fsync(file.fileno())
@@ -105,20 +104,22 @@ class FileWitness:
     def location(self) -> str:
         return str(self.path)
 
-    def _last_batch(self, file: BinaryIO) -> tuple[str, int, int]:
-        """Return the last closed batch's chain, its end's offset, and its number of restrictions."""
-        size = file.seek(0, os.SEEK_END)
-        start = max(0, size - TAIL_BYTES)
-        file.seek(start)
-        tail = file.read()
-        whole = tail[: tail.rfind(b"\n") + 1]
-        line = whole[whole.rfind(b"\n", 0, -1) + 1 :]
-        if line.startswith(b'{"chain"') and (start == 0 or len(line) < len(whole)):
-            closing = self._parsed(line)
-            return str(closing["chain"]), start + len(whole), closing.get("restrictions", 0)
+    def _last_batch(self, file: BinaryIO) -> _Batches:
+        """Return the last closed batch, checked from the chain of the batch before it."""
+        size, num_bytes = file.seek(0, os.SEEK_END), TAIL_BYTES
+        while num_bytes < size:
+            start = file.seek(size - num_bytes)
+            tail = file.read()
+            closing = [*_CLOSING_LINE.finditer(tail)][-2:]
+            if len(closing) == 2:
+                before, last = closing
+                if "mac" not in self._parsed(last[0]):  # none of the batches before may have one
+                    break
+                chain = str(self._parsed(before[0])["chain"])
+                return self._batches(tail[before.end() :], chain, start + before.end())
+            num_bytes *= 8
         file.seek(0)
-        testimony, chain, end = self._testimony(file.read())
-        return chain, end, testimony.restrictions.number
+        return self._batches(file.read())
 
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
@@ -134,13 +135,12 @@ class FileWitness:
         except OSError as error:
             raise self._refused("written", error) from error
 
-    def _testimony(self, data: bytes) -> tuple[Testimony, str, int]:
-        """Return the closed batches' testimony, the last one's chain, and the offset of its end."""
+    def _batches(self, data: bytes, chain: str = "", at: int = 0) -> _Batches:
+        """Parse the batches that follow one with this chain, which ended at offset `at`."""
         found: dict[str, Tombstone] = {}
         restricted = NO_RESTRICTIONS
         batch: list[dict[str, Any]] = []
-        head: WitnessHead | None = None
-        chain, closed, at, end = "", "", 0, 0
+        closed = _Batches()
         keyed = False
         for line in data.split(b"\n")[:-1]:
             at += len(line) + 1
@@ -154,20 +154,17 @@ class FileWitness:
             if claimed != chain:
                 raise self._damaged("lines that were changed or removed")
             keyed = keyed or mac is not None
-            if keyed:
-                self._check_mac(chain, mac)
+            if keyed and mac != self._mac(chain):
+                raise self._damaged("lines that were written without the model's key")
             for each in batch:
                 restricted = self._apply(each, found) or restricted
-            head, batch, closed, end = _head(body), [], chain, at
-        return Testimony(head, found, restricted), closed, end
+            batch = []
+            testimony = Testimony(WitnessHead(body["head"], body["num_events"]), found, restricted)
+            closed = _Batches(testimony, body.get("restrictions", 0), chain, at)
+        return closed
 
     def _mac(self, chain: str) -> str:
         return self._keyed.digest("witness", chain)
-
-    def _check_mac(self, chain: str, mac: Any) -> None:
-        """Raise IntegrityError unless the model's key made the MAC of a batch."""
-        if mac != self._mac(chain):
-            raise self._damaged("lines that were written without the model's key")
 
     def _apply(self, body: dict[str, Any], found: dict[str, Tombstone]) -> Restrictions | None:
         """Apply a line to the tombstones, or return the restrictions that it holds."""
@@ -219,7 +216,3 @@ class FileWitness:
             next_step="if this model was not restored from a backup, move the witness away: the next "
             "train, add or forget begins a new one; else restore the witness from a backup, too",
         )
-
-
-def _head(body: dict[str, Any]) -> WitnessHead:
-    return WitnessHead(body["head"], body["num_events"])

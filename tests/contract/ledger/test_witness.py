@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,25 @@ def test_a_line_that_is_changed_or_missing_is_found(file: FileWitness, line: int
             continue
         with pytest.raises(IntegrityError):
             file.read()
+        with pytest.raises(IntegrityError):
+            file.head()
+
+
+@pytest.mark.parametrize("num_deleted", [1, 100])  # in the last batch: within TAIL_BYTES, or beyond
+def test_a_forged_closing_line_hides_no_deletion(file: FileWitness, num_deleted: int) -> None:
+    """A restored ledger would seem current if the line named its head, with the true MAC or none."""
+    for number in range(20):
+        file.append(head(number), [tombstone(number)], ())
+    file.append(head(20), [tombstone(20 + n) for n in range(num_deleted)], (), Restrictions(7))
+    *before, last = file.path.read_bytes().splitlines(keepends=True)
+    forged = json.loads(last) | {"head": head(1).link, "num_events": 1}
+    older = json.loads(last) | {"restrictions": 0}
+    without_mac = {name: each for name, each in forged.items() if name != "mac"}
+    for body in (forged, older, without_mac):
+        file.path.write_bytes(b"".join(before) + canonical_json(body) + b"\n")
+        for use in (file.head, file.num_restrictions, partial(file.append, head(21), (), ())):
+            with pytest.raises(IntegrityError):
+                use()
 
 
 @pytest.mark.parametrize(
