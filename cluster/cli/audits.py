@@ -106,7 +106,7 @@ def publish_feed(directory: Path, target: Path | None, days: int) -> Result:
 @click.option("--log", metavar="DIR|URL", help="The published log: the feed must be complete.")
 def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None, log: str | None) -> Result:
     """Check offline whether copies of adapters must go. Exit with 7 if a deletion revoked one."""
-    from sisa.evidence.model_signature import signed_weights
+    from sisa.evidence.keys.model_signature import signed_weights
     from sisa.verifier.feed import check_adapter, check_present, verify_feed
 
     if not held.exists():
@@ -276,7 +276,7 @@ def rebuild(
     executor: ExecutorChoice,
 ) -> Result:
     """Train certified shards again, without the model."""
-    from sisa.evidence.keys import read_private_key, sign_as
+    from sisa.evidence.keys.keys import read_private_key, sign_as
     from sisa.evidence.rebuild import rebuild as train_again
     from sisa.evidence.rebuild import rebuild_statement
     from sisa.store.blobs.files import scratch, write_atomic
@@ -340,7 +340,7 @@ def rebuilt(found: Rebuild, certificate: str, output: Path | None) -> Result:
 )
 def log_rebuild(directory: Path, file: Path, public_key: Path) -> Result:
     """Log what a second party's rebuild found."""
-    from sisa.evidence.keys import read_public_key
+    from sisa.evidence.keys.keys import read_public_key
     from sisa.evidence.rebuild import add_rebuild
 
     key = read_public_key(public_key)

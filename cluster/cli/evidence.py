@@ -28,7 +28,7 @@ from cluster.render.render import Result
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from sisa.evidence.keys import Keys, Reason
+    from sisa.evidence.keys.keys import Keys, Reason
     from sisa.model import Model
     from sisa.verifier.envelope import CertificateKey, PublicKeys
     from sisa.verifier.membership import MembershipProof
@@ -54,7 +54,7 @@ public_key_option = click.option(
 def make_keys(directory: Path, signer: str, public_key: Path | None) -> Result:
     """Make a model's keys, outside of it. Its deletions are certified from then on."""
     from sisa.evidence.issued import state_what_is_held
-    from sisa.evidence.keys import read_public_key, start_evidence
+    from sisa.evidence.keys.keys import read_public_key, start_evidence
 
     given = None if public_key is None else read_public_key(public_key)
     with opened(directory) as model:
@@ -67,7 +67,7 @@ def make_keys(directory: Path, signer: str, public_key: Path | None) -> Result:
 @model_option
 def show_keys(directory: Path) -> Result:
     """Show a model's public keys, and where their file is."""
-    from sisa.evidence.keys import keys_of
+    from sisa.evidence.keys.keys import keys_of
 
     with opened(directory) as model:
         return _shown(model, keys_of(model))
@@ -90,7 +90,7 @@ def rotate_key(
     directory: Path, reason: Reason | None, until: int | None, signer: str, public_key: Path | None
 ) -> Result:
     """Replace the key that signs statements, and log the hand-over."""
-    from sisa.evidence.keys import read_public_key, rotate
+    from sisa.evidence.keys.keys import read_public_key, rotate
 
     if until is not None and reason is None:
         raise click.UsageError("--until needs --lost or --leaked")
@@ -105,7 +105,7 @@ def rotate_key(
 @click.option("--log", "where", help="The log, a directory or a URL: follow the hand-overs in it.")
 def check_keys(file: Path, trusted: Path, where: str | None) -> Result:
     """Check, without the model, that public keys follow from older ones. Exit with 4 if they do not."""
-    from sisa.evidence.log import check_log, follow, log_reader
+    from sisa.evidence.log.log import check_log, follow, log_reader
     from sisa.verifier.envelope import Refused
 
     known, found = (read_public_keys(each) for each in (trusted, file))
@@ -132,7 +132,7 @@ def _time_of(key: CertificateKey) -> str:
 
 
 def _shown(model: Model, found: Keys) -> Result:
-    from sisa.evidence.keys import PUBLIC, PUBLISHED, log_blobs, public_body
+    from sisa.evidence.keys.keys import PUBLIC, PUBLISHED, log_blobs, public_body
 
     body, blobs = public_body(found.public), log_blobs(model)
     places = {
@@ -184,7 +184,7 @@ def log_vkey(key_file: Path) -> str:
 @click.option("--last", "num_last", default=10, type=click.IntRange(0), help="Entries to list.")
 def show_log(directory: Path, num_last: int) -> Result:
     """Show the checkpoint, its witnesses and the last entries."""
-    from sisa.evidence.keys import log_blobs, log_of
+    from sisa.evidence.keys.keys import log_blobs, log_of
 
     with opened(directory) as model:
         found, where = log_of(model), log_blobs(model).location()
@@ -234,11 +234,11 @@ def check_log_command(
 
     It checks signatures, entries and tiles, and that the log continues every checkpoint that was seen.
     """
-    from sisa.evidence.log import check_log, log_reader
+    from sisa.evidence.log.log import check_log, log_reader
 
     kept = [read_bytes(each) for each in seen]
     if directory is not None and where is None and key_file is None:
-        from sisa.evidence.keys import log_of
+        from sisa.evidence.keys.keys import log_of
 
         with opened(directory) as model:
             now = log_of(model).check(witnesses, kept)
@@ -258,7 +258,7 @@ def check_log_command(
 @click.argument("index", type=click.IntRange(0))
 def prove_entry(directory: Path, index: int) -> Result:
     """Print the proof of an entry, as a .tlog-proof file."""
-    from sisa.evidence.keys import log_of
+    from sisa.evidence.keys.keys import log_of
 
     with opened(directory) as model:
         text = log_of(model).proof(index).decode()
@@ -273,7 +273,7 @@ def request_cosignature(directory: Path, old: int) -> Result:
 
     It has the form of C2SP's tlog-witness, add-checkpoint, and is a file for `sisa log cosign`.
     """
-    from sisa.evidence.keys import log_of
+    from sisa.evidence.keys.keys import log_of
 
     with opened(directory) as model:
         text = log_of(model).request(old).decode()
@@ -288,7 +288,7 @@ def make_witness_key(name: str, file: Path) -> Result:
 
     NAME is a URL without its scheme.
     """
-    from sisa.evidence.log import new_witness
+    from sisa.evidence.log.log import new_witness
     from sisa.store.blobs.files import write_atomic
 
     if file.exists():
@@ -312,7 +312,7 @@ def cosign_log(where: str, key_file: Path, witness_key: Path, state: Path) -> Re
     `sisa log request` printed or, at first, a checkpoint. The line of the signature is printed: the
     operator adds it by `sisa log add-cosignature`.
     """
-    from sisa.evidence.log import cosign, log_reader
+    from sisa.evidence.log.log import cosign, log_reader
 
     vkey, private = log_vkey(key_file), read_text(witness_key)
     seen, now, line = cosign(log_reader(where), vkey, private, state)
@@ -331,7 +331,7 @@ def add_cosignature(directory: Path, file: Path, witnesses: tuple[str, ...]) -> 
 
     FILE has the line of the signature, or the whole note.
     """
-    from sisa.evidence.keys import log_of
+    from sisa.evidence.keys.keys import log_of
 
     given = read_bytes(file)
     with opened(directory) as model, model._locked():
@@ -349,7 +349,7 @@ def add_cosignature(directory: Path, file: Path, witnesses: tuple[str, ...]) -> 
 def write_proof(record: str, directory: Path, target: Path) -> Result:
     """Prove to a person whether the model holds their record. Write a file."""
     from sisa.evidence.issued import membership_file
-    from sisa.evidence.keys import keys_of
+    from sisa.evidence.keys.keys import keys_of
     from sisa.store.blobs.files import write_atomic
     from sisa.verifier.membership import verify_membership
 

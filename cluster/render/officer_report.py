@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.render.render import counted, printable, share
 from sisa.core.errors import Busy, SisaError
 from sisa.core.requests import CLOSED
-from sisa.evidence.log import CHECKPOINT, Log, check_log
+from sisa.evidence.log.log import CHECKPOINT, Log, check_log
 from sisa.verifier import note
 from sisa.verifier.certificate import CERTIFICATES, CHAINED, URN, verify_chain
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys
@@ -209,7 +209,7 @@ def _read_once(model: Model, now: str, made_by: str) -> Facts:
 def _read_evidence(model: Model, requests: Sequence[RequestView]) -> Evidence | None:
     """Return the part of a model's evidence that verifies; None if it has no keys."""
     from sisa.evidence.hook import open_hook
-    from sisa.evidence.keys import log_blobs, open_keys
+    from sisa.evidence.keys.keys import log_blobs, open_keys
     from sisa.flows.wiring.wiring import EVIDENCE
 
     blobs = log_blobs(model)

@@ -36,8 +36,8 @@ from sisa.core.digest import sha256_hex
 from sisa.core.errors import Problem, SisaError
 from sisa.evidence.attestations import served_subject
 from sisa.evidence.hook import served_by
-from sisa.evidence.keys import PUBLISHED, Keys, open_keys, open_log
-from sisa.evidence.log import CHECKPOINT, Log, Read, check_log, cutting_full_tiles
+from sisa.evidence.keys.keys import PUBLISHED, Keys, open_keys, open_log
+from sisa.evidence.log.log import CHECKPOINT, Log, Read, check_log, cutting_full_tiles
 from sisa.evidence.membership import Membership
 from sisa.flows.reconcile import under_way
 from sisa.flows.wiring.context import Context

@@ -27,7 +27,7 @@ from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import ANY_SHARD, Export, HeldCheckpoint
 from sisa.core.errors import IntegrityError
 from sisa.evidence import statements
-from sisa.evidence.log import Log, statement_in
+from sisa.evidence.log.log import Log, statement_in
 from sisa.evidence.statements import ACCESS, RESTRICTION, Draft
 from sisa.store.blobs.files import database_in_use, disk_errors
 from sisa.store.ledger.backend import PATIENCE_S

@@ -39,10 +39,10 @@ from sisa.core.events import Notice
 from sisa.core.ports import Contribution, Ledger, Removal
 from sisa.evidence import statements
 from sisa.evidence.database import EvidenceTables, Logged, parse_logged
-from sisa.evidence.keys import Keys, open_keys, open_log
-from sisa.evidence.log import Log, origin
+from sisa.evidence.keys.keys import Keys, open_keys, open_log
+from sisa.evidence.keys.model_signature import export_key, sign_export
+from sisa.evidence.log.log import Log, origin
 from sisa.evidence.membership import Membership
-from sisa.evidence.model_signature import export_key, sign_export
 from sisa.evidence.statements import (
     ACCESS,
     NOT_RUN,

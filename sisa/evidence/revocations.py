@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sisa.evidence.issued import OpenEvidence, open_evidence
-from sisa.evidence.log import origin, statement_in
+from sisa.evidence.log.log import origin, statement_in
 from sisa.flows.wiring.wiring import LOG
 from sisa.model import Model
 from sisa.store.blobs.files import write_atomic

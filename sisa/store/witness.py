@@ -1,5 +1,5 @@
 """The witness at rest: an append-only file outside the model's directory, which no backup of it sets
-back. (The witnesses of `evidence/log.py` are others: parties that cosign a log.)
+back. (The witnesses of `evidence/log/` are others: parties that cosign a log.)
 
     {"tombstone": [...]}    a deletion
     {"readmitted": "..."}   a deleted id that was allowed in again

@@ -8,7 +8,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sisa.core.digest import sha256_hex
-from sisa.evidence.log import Log, Tiles, check_log, log_reader
+from sisa.evidence.log.log import Log, Tiles, check_log, log_reader
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier import merkle, note
 from sisa.verifier.certificate import log_entry
@@ -19,7 +19,7 @@ TYPE = "urn:deletion-ready-model:state:v1"
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of a model, as `sisa.evidence.keys` has them."""
+    """The keys of a model, as `sisa.evidence.keys.keys` has them."""
 
     directory: Path
     model: str = "0f" * 16

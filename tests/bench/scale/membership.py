@@ -28,8 +28,8 @@ from typing import Any
 
 from sisa.config.config import DatasetSource, RunConfig, SigningBlock
 from sisa.evidence.hook import open_hook
-from sisa.evidence.keys import init_keys
-from sisa.evidence.log import Log
+from sisa.evidence.keys.keys import init_keys
+from sisa.evidence.log.log import Log
 from sisa.evidence.membership import Membership, VrfKey
 from sisa.flows.wiring.wiring import EVIDENCE, LOG
 from sisa.lm.base.numerics import describe_fingerprint

@@ -14,7 +14,7 @@ from unittest.mock import ANY
 
 import pytest
 
-from sisa.evidence.keys import read_keys
+from sisa.evidence.keys.keys import read_keys
 from sisa.verifier.certificate import EXACT
 from tests.models.confessing import DELETED, NAME, record
 

@@ -23,8 +23,8 @@ from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import Change
 from sisa.evidence import hook
 from sisa.evidence.database import EvidenceTables
-from sisa.evidence.keys import Keys
-from sisa.evidence.log import Log
+from sisa.evidence.keys.keys import Keys
+from sisa.evidence.log.log import Log
 from sisa.evidence.statements import Draft
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.commit import commit

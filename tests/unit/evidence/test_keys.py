@@ -41,7 +41,7 @@ from sisa.core.errors import (
     InvalidInput,
     SisaError,
 )
-from sisa.evidence.keys import (
+from sisa.evidence.keys.keys import (
     HANDOVER,
     LOG_KEY,
     PUBLIC,
@@ -55,7 +55,7 @@ from sisa.evidence.keys import (
     read_public_key,
     rotate_keys,
 )
-from sisa.evidence.log import Log, check_log, follow, log_reader
+from sisa.evidence.log.log import Log, check_log, follow, log_reader
 from sisa.flows.wiring.wiring import LOG
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, InvalidInput
-from sisa.evidence import log as logs
-from sisa.evidence.log import Entry, Tiles, check_log, check_tiles, cosign, log_reader, new_witness
+from sisa.evidence.log import log as logs
+from sisa.evidence.log.log import Entry, Tiles, check_log, check_tiles, cosign, log_reader, new_witness
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier import merkle, note

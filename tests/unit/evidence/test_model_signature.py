@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from sisa.evidence.model_signature import (
+from sisa.evidence.keys.model_signature import (
     IGNORED,
     check_signature,
     export_key,

@@ -62,8 +62,8 @@ from sisa.core.digest import KEY_BYTES, sha256_hex
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.ports import BlobStore
 from sisa.evidence.database import EvidenceTables
-from sisa.evidence.log import Log, origin, statement_in
-from sisa.evidence.model_signature import export_key, public_pem
+from sisa.evidence.keys.model_signature import export_key, public_pem
+from sisa.evidence.log.log import Log, origin, statement_in
 from sisa.flows.wiring.wiring import EVIDENCE, LOG, evidence_keys, open_areas
 from sisa.store.blobs import files
 from sisa.verifier import note
@@ -404,7 +404,7 @@ def _new_key(
 def _sign_function(key: CertificateKey, private: bytes, signer: str) -> SignBytes:
     """Return the function that signs: with a private key in PEM, or by the URI `signer`."""
     if signer:
-        from sisa.evidence.signers import signature_by
+        from sisa.evidence.keys.signers import signature_by
 
         return partial(signature_by, signer, key)
     try:
