@@ -311,7 +311,7 @@ def logged_statements(
 
     With the proof of an entry, the log must continue the proof's checkpoint. Raise Refused.
     """
-    from sisa.evidence.log.log import check_log, log_reader
+    from sisa.evidence.log.published import check_log, log_reader
     from sisa.verifier.certificate import verify_chain
     from sisa.verifier.note import parse_proof
 

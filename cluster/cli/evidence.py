@@ -105,7 +105,7 @@ def rotate_key(
 @click.option("--log", "where", help="The log, a directory or a URL: follow the hand-overs in it.")
 def check_keys(file: Path, trusted: Path, where: str | None) -> Result:
     """Check, without the model, that public keys follow from older ones. Exit with 4 if they do not."""
-    from sisa.evidence.log.log import check_log, follow, log_reader
+    from sisa.evidence.log.published import check_log, follow, log_reader
     from sisa.verifier.envelope import Refused
 
     known, found = (read_public_keys(each) for each in (trusted, file))
@@ -234,7 +234,7 @@ def check_log_command(
 
     It checks signatures, entries and tiles, and that the log continues every checkpoint that was seen.
     """
-    from sisa.evidence.log.log import check_log, log_reader
+    from sisa.evidence.log.published import check_log, log_reader
 
     kept = [read_bytes(each) for each in seen]
     if directory is not None and where is None and key_file is None:
@@ -288,7 +288,7 @@ def make_witness_key(name: str, file: Path) -> Result:
 
     NAME is a URL without its scheme.
     """
-    from sisa.evidence.log.log import new_witness
+    from sisa.evidence.log.cosigning import new_witness
     from sisa.store.blobs.files import write_atomic
 
     if file.exists():
@@ -312,7 +312,8 @@ def cosign_log(where: str, key_file: Path, witness_key: Path, state: Path) -> Re
     `sisa log request` printed or, at first, a checkpoint. The line of the signature is printed: the
     operator adds it by `sisa log add-cosignature`.
     """
-    from sisa.evidence.log.log import cosign, log_reader
+    from sisa.evidence.log.cosigning import cosign
+    from sisa.evidence.log.published import log_reader
 
     vkey, private = log_vkey(key_file), read_text(witness_key)
     seen, now, line = cosign(log_reader(where), vkey, private, state)

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 from cluster.render.render import counted, printable, share
 from sisa.core.errors import Busy, SisaError
 from sisa.core.requests import CLOSED
-from sisa.evidence.log.log import CHECKPOINT, Log, check_log
+from sisa.evidence.log.log import Log
+from sisa.evidence.log.published import check_log
+from sisa.evidence.log.tiles import CHECKPOINT
 from sisa.verifier import note
 from sisa.verifier.certificate import CERTIFICATES, CHAINED, URN, verify_chain
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys

@@ -37,7 +37,9 @@ from sisa.core.errors import Problem, SisaError
 from sisa.evidence.attestations import served_subject
 from sisa.evidence.hook import served_by
 from sisa.evidence.keys.keys import PUBLISHED, Keys, open_keys, open_log
-from sisa.evidence.log.log import CHECKPOINT, Log, Read, check_log, cutting_full_tiles
+from sisa.evidence.log.log import Log
+from sisa.evidence.log.published import check_log
+from sisa.evidence.log.tiles import CHECKPOINT, Read, cutting_full_tiles
 from sisa.evidence.membership import Membership
 from sisa.flows.reconcile import under_way
 from sisa.flows.wiring.context import Context

@@ -19,7 +19,8 @@ from sisa.core.events import Event, Notice
 from sisa.evidence.database import EvidenceTables, Logged
 from sisa.evidence.hook import EvidenceHook
 from sisa.evidence.keys.keys import Keys, init_keys
-from sisa.evidence.log.log import Log, check_log, log_reader
+from sisa.evidence.log.log import Log
+from sisa.evidence.log.published import check_log, log_reader
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.patches.on_deletion import PatchesHook

@@ -8,7 +8,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sisa.core.digest import sha256_hex
-from sisa.evidence.log.log import Log, Tiles, check_log, log_reader
+from sisa.evidence.log.log import Log
+from sisa.evidence.log.published import check_log, log_reader
+from sisa.evidence.log.tiles import Tiles
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier import merkle, note
 from sisa.verifier.certificate import log_entry

@@ -1,62 +1,42 @@
-"""Keep a model's transparency log in blobs, in the formats of C2SP; check and cosign another's.
-
-    checkpoint                     the log's size and root, signed by the log's key and by witnesses
-    tile/<L>/<N>[.p/<W>]           hashes of the Merkle tree, 256 to a tile; a partial one has W
-    tile/entries/<N>[.p/<W>]       entries: each names a statement by its type and its sha256
-    statements/<sha256>.json       statements, signed (DSSE)
+"""Keep a model's transparency log in blobs, in the formats of C2SP (`tiles.py` lists its files).
 
 Any server of static files publishes it. An append writes the statement, the entry, its tiles and then
 the checkpoint; a crash between them leaves files that no checkpoint covers, and the next append writes
 them again. The checkpoint that was signed last is also stored beside the keys, where restoring a backup
 of the model does not set it back: a log that is behind it or has diverged from it signs nothing.
-
->>> Tiles({"tile/0/000.p/2": b"a" * 32 + b"b" * 32}.__getitem__, 2).inclusion(0) == [b"b" * 32]
-True
 """
 
 from __future__ import annotations
 
-import http.client
-import re
-import time
-import urllib.error
-import urllib.request
-from base64 import b64decode
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sisa.core.digest import sha256_hex
-from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
+from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.ports import BlobStore
+from sisa.evidence.log.published import check_log
+from sisa.evidence.log.tiles import (
+    CHECKPOINT,
+    MAX_ENTRY_BYTES,
+    NO_ENTRIES,
+    Tiles,
+    cutting_full_tiles,
+    encode_bundle,
+    hashes_in,
+    signature_line,
+    statement_path,
+)
 from sisa.store.blobs import files
 from sisa.verifier import merkle, note
-from sisa.verifier.certificate import ENTRY_FORM, KEY_HANDOVER, log_entry
-from sisa.verifier.envelope import (
-    PublicKeys,
-    Refused,
-    base64_bytes,
-    members,
-    public_keys,
-    strict_json,
-    verify_envelope,
-)
-from sisa.verifier.note import COSIGNATURE, ED25519, WIDTH, Checkpoint, NoteKey, tile_path
+from sisa.verifier.certificate import ENTRY_FORM, log_entry
+from sisa.verifier.envelope import Refused, base64_bytes, members, strict_json
+from sisa.verifier.note import ED25519, WIDTH, Checkpoint, NoteKey, tile_path
 
-CHECKPOINT, STATEMENTS = "checkpoint", "statements"
 SIGNED = "signed-checkpoint"  # beside the keys
-NO_ENTRIES = Checkpoint("", 0, merkle.EMPTY_ROOT)
-MAX_ENTRY_BYTES = 0xFFFF
-MAX_FILE_BYTES = WIDTH * (2 + MAX_ENTRY_BYTES)  # a full bundle
-TIMEOUT_S = 20
-PRIVATE = "PRIVATE+KEY"
-Read = Callable[[str], bytes]  # a file of a log, by its path
-_PRIVATE = re.compile(r"PRIVATE\+KEY\+([^\s+]+)\+([0-9a-f]{8})\+([A-Za-z0-9+/]{44})")
-_REQUEST = re.compile(rb"old (?:0|[1-9][0-9]{0,17})(?:\n[A-Za-z0-9+/=]{44}){0,63}")
 RESTORE_LOG = (
     "restore the log's newer files from where it is published, or from a newer backup; nothing is "
     "signed until then"
@@ -86,71 +66,6 @@ class Entry:
 def origin(model: str) -> str:
     """Return the name of a model's log."""
     return f"deletion-ready-model/{model}"
-
-
-class Tiles:
-    """Compute hashes and proofs of a tree from O(log N) of its tiles, which `read` reads by their path.
-
-    Tiles of others may be false: what is computed from them has to be verified.
-    """
-
-    def __init__(self, read: Read, size: int) -> None:
-        self._read, self.size = read, size
-        self._held: dict[str, bytes] = {}
-
-    def hash(self, start: int, end: int) -> bytes:
-        """Return the root over the leaves from `start` to `end`, a subtree of the tree."""
-        if start == end:
-            return merkle.EMPTY_ROOT
-        if (num := end - start) & (num - 1):
-            middle = start + _split(num)
-            return merkle.node_hash(self.hash(start, middle), self.hash(middle, end))
-        level = (num.bit_length() - 1) // 8
-        first = start >> 8 * level
-        tile = self._tile(level, first // WIDTH)
-        return merkle.root(_hashes(tile)[first % WIDTH : first % WIDTH + (num >> 8 * level)])
-
-    def _tile(self, level: int, number: int) -> bytes:
-        width = min(WIDTH, (self.size >> 8 * level) - number * WIDTH)
-        path = tile_path(level, number, width)
-        if path not in self._held:
-            self._held[path] = self._read(path)
-            if len(self._held[path]) != width * 32:
-                raise Refused("a tile of the log has another size", where=path)
-        return self._held[path]
-
-    def inclusion(self, index: int) -> list[bytes]:
-        """Return the path of a leaf."""
-        path: list[bytes] = []
-        start, end = 0, self.size
-        while end - start > 1:
-            middle = start + _split(end - start)
-            path.insert(0, self.hash(middle, end) if index < middle else self.hash(start, middle))
-            start, end = (start, middle) if index < middle else (middle, end)
-        return path
-
-    def consistency(self, size: int) -> list[bytes]:
-        """Return the path that shows that this tree continues the tree of the first `size` leaves."""
-        path: list[bytes] = []
-        start, end = 0, self.size
-        while size and size != end:
-            middle = start + _split(end - start)
-            path.insert(0, self.hash(middle, end) if size <= middle else self.hash(start, middle))
-            start, end = (start, middle) if size <= middle else (middle, end)
-        return [self.hash(start, end), *path] if start else path
-
-    def check_follows(self, before: Checkpoint, now: Checkpoint) -> None:
-        """Raise Refused unless the tree of `before` is the beginning of this one, with root `now`."""
-        path = self.consistency(before.size) if before.size <= self.size else []
-        merkle.verify_consistency(before.size, now.size, path, before.root, now.root)
-
-
-def _split(num: int) -> int:
-    return 1 << (num - 1).bit_length() - 1
-
-
-def _hashes(tile: bytes) -> list[bytes]:
-    return [tile[at : at + 32] for at in range(0, len(tile), 32)]
 
 
 class Log:
@@ -189,7 +104,7 @@ class Log:
         last = self._bundle(before.size - 1, before.size) if before.size else []
         if last and last[-1] == entry:
             return before.size - 1  # logged before a crash, and not noted by the caller
-        self._blobs.put(_statement_path(sha256), envelope)
+        self._blobs.put(statement_path(sha256), envelope)
         self._sign(self._write(before, [*last, entry] if before.size % WIDTH else [entry]))
         return before.size
 
@@ -233,7 +148,7 @@ class Log:
             if at + 1 < WIDTH:
                 break
             # A full tile is one hash of the level above.
-            node, index, level = merkle.root(_hashes(tile)), number, level + 1
+            node, index, level = merkle.root(hashes_in(tile)), number, level + 1
         tiles = Tiles(lambda path: made.get(path) or self._read(path), before.size + 1)
         now = Checkpoint(self.key.name, tiles.size, tiles.hash(0, tiles.size))
         tiles.check_follows(before, now)
@@ -311,7 +226,7 @@ class Log:
 
     def statement(self, sha256: str) -> bytes:
         """Return a statement by its sha256. Raise IntegrityError if it is missing or changed."""
-        name = _statement_path(sha256)
+        name = statement_path(sha256)
         return files.verified(self._read(name), sha256, "statement", self._blobs.location(name))
 
     def check(self, witnesses: Sequence[str] = (), seen: Sequence[bytes] = ()) -> Checkpoint:
@@ -356,11 +271,6 @@ class Log:
         return now
 
 
-def encode_bundle(entries: Sequence[bytes]) -> bytes:
-    """Return entries as a bundle of them."""
-    return b"".join(len(each).to_bytes(2) + each for each in entries)
-
-
 def checkpoint_text(checkpoint: Checkpoint) -> bytes:
     """Return what a log signs."""
     return f"{checkpoint.origin}\n{checkpoint.size}\n{note.b64(checkpoint.root)}\n".encode()
@@ -370,42 +280,6 @@ def proof_text(index: int, path: Sequence[bytes], checkpoint: bytes) -> bytes:
     """Return a proof as a `.tlog-proof` file."""
     lines = ["c2sp.org/tlog-proof@v1", f"index {index}", *map(note.b64, path)]
     return "\n".join(lines).encode() + b"\n\n" + checkpoint
-
-
-def check_tiles(read: Read, entries: Sequence[bytes]) -> None:
-    """Raise Refused unless every tile of a published log has the hashes of these entries."""
-    nodes, level = [merkle.leaf_hash(each) for each in entries], 0
-    while nodes:
-        tiles = [nodes[at : at + WIDTH] for at in range(0, len(nodes), WIDTH)]
-        for number, tile in enumerate(tiles):
-            path = tile_path(level, number, len(tile))
-            if read(path) != b"".join(tile):
-                raise Refused("a tile of the log is not that of its entries", where=path)
-        nodes, level = [merkle.root(tile) for tile in tiles if len(tile) == WIDTH], level + 1
-
-
-def check_log(
-    read: Read, vkey: str, witnesses: Sequence[str] = (), seen: Sequence[bytes] = ()
-) -> tuple[Checkpoint, list[Checkpoint], list[bytes]]:
-    """Check a whole published log; return its checkpoint, the seen ones and the entries. Raise Refused.
-
-    It continues every checkpoint that was `seen`: none of their entries was rewritten, dropped or moved.
-    All of these witnesses have signed the present one.
-    """
-    now = note.open_checkpoint(read(CHECKPOINT), vkey, witnesses=witnesses)
-    entries = note.read_log(read, now)
-    check_tiles(read, entries)
-    hashes = [merkle.leaf_hash(each) for each in entries]
-    before = [note.open_checkpoint(each, vkey) for each in seen]
-    for each in before:
-        if each.size > now.size or merkle.root(hashes[: each.size]) != each.root:
-            raise Refused(
-                "the log does not continue a checkpoint that was seen: entries were changed or dropped",
-                expected=f"{each.size} entries with the root {each.root.hex()}, and more",
-                got=f"{now.size} entries with the root {now.root.hex()}",
-                next_step="keep both checkpoints: they contradict each other, and the log signed both",
-            )
-    return now, before, entries
 
 
 def parse_entry(index: int, entry: bytes) -> Entry:
@@ -427,207 +301,5 @@ def statement_in(envelope: bytes) -> dict[str, Any]:
     return found
 
 
-def _statement_path(sha256: str) -> str:
-    return f"{STATEMENTS}/{sha256}.json"
-
-
-def follow(known: PublicKeys, entries: Sequence[bytes], read: Read) -> PublicKeys:
-    """Return the present keys, after all hand-overs in a checked log from the known keys. Raise Refused.
-
-    `read` returns a file beside the log's by its path. The old key signs a regular hand-over, and it
-    counts at its own place in the log alone: whoever steals a key that signs statements, but not the
-    log's, can't hand over to a key of theirs. The hand-over of a lost or leaked key is signed by the new
-    one; to whoever trusts the old one it shows nothing.
-
-    >>> known = PublicKeys("0f" * 16, (), "", b"")
-    >>> follow(known, [], str.encode) == known
-    True
-    """
-    for index, entry in enumerate(entries):
-        named = members(strict_json(entry, "an entry"), "an entry", ENTRY_FORM)
-        if named["predicateType"] == KEY_HANDOVER and index >= known.certificates[-1].since:
-            envelope = read(_statement_path(named["sha256"]))
-            if sha256_hex(envelope) != named["sha256"]:
-                raise Refused("a hand-over is not the logged one", f"entry {index}")
-            known = _successor(known, envelope, index)
-    return known
-
-
-def _successor(known: PublicKeys, handover: bytes, index: int) -> PublicKeys:
-    try:
-        statement = verify_envelope(handover, known, index)
-    except Refused as error:
-        raise Refused(
-            "the known key did not sign the hand-over: it was lost or leaked, or this is a forgery",
-            where=f"entry {index}",
-            got=error.what,
-            next_step="ask the owner for the present keyid through another channel",
-        ) from None
-    named = members(statement["predicate"], "the hand-over", {"reason": str, "keys": dict})
-    new = public_keys(named["keys"])
-    if new == known:  # that of the known key itself, which followed a lost one
-        return known
-    *before, last = known.certificates
-    ended = (*before, replace(last, until=index + 1), replace(new.certificates[-1], since=index + 1))
-    if new != replace(known, certificates=ended):
-        raise Refused("the hand-over continues from other keys, or from another entry", f"entry {index}")
-    return new
-
-
-def signature_line(name: str, signature: bytes) -> bytes:
-    """Return the line of a signature that begins with its key's id."""
-    return f"— {name} {note.b64(signature)}\n".encode()
-
-
 def _damaged(where: str, what: str) -> IntegrityError:
     return IntegrityError(what, where=where, next_step=RESTORE_LOG)
-
-
-def log_reader(where: str) -> Read:
-    """Return a function that reads a file of the log in a directory or at an http(s) URL.
-
-    A file with a checkpoint alone can be read, too. Raise IntegrityError for a file that is missing or
-    too large, EnvironmentFault for a disk or a network that fails.
-    """
-    if where.startswith(("http://", "https://")):
-        return cutting_full_tiles(partial(_fetch, where.rstrip("/")))
-    if "://" in where:
-        raise InvalidInput("a log can't be read from there", expected="a directory, http:// or https://")
-    return cutting_full_tiles(partial(_load, Path(where)))
-
-
-def cutting_full_tiles(read: Read) -> Read:
-    """Return a reader that replaces a partial tile that is gone by the beginning of the full one."""
-
-    def read_or_cut(path: str) -> bytes:
-        try:
-            return read(path)
-        except IntegrityError:
-            full, _, width = path.partition(".p/")
-            if not width:
-                raise
-            data = read(full)
-        if path.startswith("tile/entries/"):
-            return encode_bundle(note.split_bundle(data, WIDTH)[: int(width)])
-        return data[: int(width) * 32]
-
-    return read_or_cut
-
-
-def _load(directory: Path, path: str) -> bytes:
-    if directory.is_file():
-        if path != CHECKPOINT:
-            raise InvalidInput(
-                "a checkpoint alone does not show that the log continues another",
-                where=str(directory),
-                next_step="name the log's directory or URL, or what `sisa log request` prints",
-            )
-        directory, path = directory.parent, directory.name
-    with files.disk_errors(directory / path):
-        try:
-            with (directory / path).open("rb") as file:
-                return _bounded(file.read(MAX_FILE_BYTES + 1), str(directory / path))
-        except (FileNotFoundError, NotADirectoryError):
-            raise _withheld(str(directory / path), "is missing") from None
-
-
-def _fetch(url: str, path: str) -> bytes:
-    where = f"{url}/{path}"
-    try:
-        with urllib.request.urlopen(where, timeout=TIMEOUT_S) as answer:  # noqa: S310 (http alone)
-            data = _bounded(answer.read(MAX_FILE_BYTES + 1), where)
-            if answer.length:  # `read` with a bound does not say that bytes are missing
-                raise http.client.IncompleteRead(data, answer.length)
-            return data
-    except urllib.error.HTTPError as error:
-        if error.code in (404, 410):
-            raise _withheld(where, "is missing") from None
-        got = f"HTTP {error.code}"
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        got = type(error).__name__
-    raise EnvironmentFault(
-        "the log can't be reached", where=where, got=got, next_step="try again later, or use a copy"
-    )
-
-
-def _bounded(data: bytes, where: str) -> bytes:
-    if len(data) > MAX_FILE_BYTES:
-        raise _withheld(where, "is too large")
-    return data
-
-
-def _withheld(where: str, how: str) -> IntegrityError:
-    step = "keep what you have read: whoever publishes the log withholds a part of it"
-    return IntegrityError(f"a file of the log {how}", where=where, next_step=step)
-
-
-def new_witness(name: str) -> tuple[str, str]:
-    """Return a new key of a witness, as Go's `note.GenerateKey` writes it, and its vkey."""
-    private = Ed25519PrivateKey.generate()
-    public = private.public_key().public_bytes_raw()
-    id_ = NoteKey(name, ED25519, public).id.hex()
-    data = note.b64(bytes([ED25519]) + private.private_bytes_raw())
-    vkey = str(NoteKey(name, COSIGNATURE, public))
-    note.parse_vkey(vkey)  # refuses a name that a note can't hold
-    return f"{PRIVATE}+{name}+{id_}+{data}", vkey
-
-
-def parse_witness(text: str) -> tuple[NoteKey, Ed25519PrivateKey]:
-    """Return the public and the private key of a witness. Raise InvalidInput."""
-    found = _PRIVATE.fullmatch(text)
-    data = b64decode(found[3]) if found else b"\x00"
-    if found and data[0] == ED25519:
-        private = Ed25519PrivateKey.from_private_bytes(data[1:])
-        public = private.public_key().public_bytes_raw()
-        if NoteKey(found[1], ED25519, public).id.hex() == found[2]:
-            return NoteKey(found[1], COSIGNATURE, public), private
-    raise InvalidInput(
-        "the witness's key can't be read",
-        expected=f"{PRIVATE}+NAME+ID+KEY, of Ed25519",
-        next_step="make one with `sisa log witness-key`",
-    )
-
-
-def _parse_request(data: bytes) -> tuple[bytes, list[bytes] | None]:
-    """Return the checkpoint of a request and its proof of consistency, or a checkpoint without one."""
-    head, _, checkpoint = data.partition(b"\n\n")
-    if not _REQUEST.fullmatch(head):
-        return data, None
-    return checkpoint, [base64_bytes(each, "a hash") for each in head.decode().split("\n")[1:]]
-
-
-def cosign(
-    read: Read, log_vkey: str, private: str, state: Path, now: float | None = None
-) -> tuple[Checkpoint, Checkpoint, bytes]:
-    """Cosign a log's checkpoint; return the one seen before, this one, and the line of the signature.
-
-    In place of the checkpoint, `read` may return a request. `state` is the witness's own file, the
-    checkpoint that it signed last; it is replaced before the line is returned. Raise Refused or
-    IntegrityError if the log does not continue that one.
-    """
-    key, signer = parse_witness(private.strip())
-    signed, proof = _parse_request(read(CHECKPOINT))
-    checkpoint = note.open_checkpoint(signed, log_vkey)
-    files.make_directory(state.absolute().parent)
-    with files.opened_directory(state.absolute().parent) as handle:
-        files.take_lock(handle, state, "cosigns with a state in this directory")
-        seen = NO_ENTRIES
-        if state.exists():
-            seen = note.open_checkpoint(files.read_whole(state, "checkpoint"), log_vkey)
-        try:
-            if proof is None:
-                Tiles(read, checkpoint.size).check_follows(seen, checkpoint)
-            else:
-                merkle.verify_consistency(seen.size, checkpoint.size, proof, seen.root, checkpoint.root)
-        except Refused as error:
-            raise Refused(
-                "the log does not continue the checkpoint that this witness signed last",
-                where=str(state),
-                expected=f"{seen.size} entries with the root {seen.root.hex()}, and more",
-                got=f"{checkpoint.size} entries with the root {checkpoint.root.hex()}: {error.what}",
-                next_step="if it is no older copy of the log, keep both checkpoints: they are evidence",
-            ) from error
-        files.write_atomic(state, signed)
-    at = int(time.time() if now is None else now)
-    made = key.id + at.to_bytes(8) + signer.sign(note.cosigned(note.split_note(signed)[0], at))
-    return seen, checkpoint, signature_line(key.name, made)

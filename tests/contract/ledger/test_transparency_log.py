@@ -12,7 +12,8 @@ from sisa.audit.garbage import list_garbage, remove_garbage
 from sisa.audit.residue import scan_residue
 from sisa.config.runfile import parse_run_file
 from sisa.core.ports import BlobStore
-from sisa.evidence.log.log import Log, check_tiles
+from sisa.evidence.log.log import Log
+from sisa.evidence.log.tiles import check_tiles
 from sisa.flows.wiring.areas import purge
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.wiring import LOG

@@ -55,7 +55,8 @@ from sisa.evidence.keys.keys import (
     read_public_key,
     rotate_keys,
 )
-from sisa.evidence.log.log import Log, check_log, follow, log_reader
+from sisa.evidence.log.log import Log
+from sisa.evidence.log.published import check_log, follow, log_reader
 from sisa.flows.wiring.wiring import LOG
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs

@@ -19,8 +19,11 @@ from hypothesis import strategies as st
 
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, InvalidInput
-from sisa.evidence.log import log as logs
-from sisa.evidence.log.log import Entry, Tiles, check_log, check_tiles, cosign, log_reader, new_witness
+from sisa.evidence.log import published
+from sisa.evidence.log.cosigning import cosign, new_witness, parse_witness
+from sisa.evidence.log.log import Entry, checkpoint_text, parse_entry
+from sisa.evidence.log.published import check_log, log_reader
+from sisa.evidence.log.tiles import NO_ENTRIES, Tiles, check_tiles, signature_line
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier import merkle, note
@@ -283,7 +286,7 @@ def test_damage_is_named_where_entries_and_statements_are_read(place: Place) -> 
         place.log.statement("0" * 64)
     for odd in (b"no json", b"[]", b"{}", b'{"predicateType":"t","sha256":"x"}', b"\xff"):
         with pytest.raises(IntegrityError, match="an entry "):
-            logs.parse_entry(0, odd)
+            parse_entry(0, odd)
     with pytest.raises(InvalidInput, match="too long"):
         place.log.append(statement(1), "x" * 0x10000)
 
@@ -335,7 +338,7 @@ def test_a_reader_of_an_older_checkpoint_is_served_by_full_tiles(place: Place) -
 
 
 def test_an_empty_log_is_sound(place: Place) -> None:
-    assert place.log.check() == logs.NO_ENTRIES
+    assert place.log.check() == NO_ENTRIES
     assert place.log.cosigners() == []
 
 
@@ -424,7 +427,7 @@ def test_a_witness_signs_what_continues_what_it_saw(place: Place) -> None:
             assert open_checkpoint(place.read("checkpoint"), place.vkey, witnesses=[vkey]) == now
     assert sizes == [(0, 1), (1, 3), (3, 5)]
     again = cosign(place.read, place.vkey, private, state)  # the next one; its own time
-    place.log.add_cosignatures(logs.checkpoint_text(again[1]) + b"\n" + again[2], [vkey])  # a note
+    place.log.add_cosignatures(checkpoint_text(again[1]) + b"\n" + again[2], [vkey])  # a note
     proof = place.log.proof(0)
     assert note.open_checkpoint(note.parse_proof(proof)[2], place.vkey, witnesses=[vkey]).size == 6
     place.log.append(statement(6), TYPE)
@@ -462,9 +465,9 @@ def test_a_request_is_enough_for_a_witness(place: Place) -> None:
 
 def test_a_witness_signs_extension_lines_as_well(place: Place) -> None:
     place.log.append(statement(0), TYPE)
-    text = logs.checkpoint_text(place.log.checkpoint) + b"an extension\n"
+    text = checkpoint_text(place.log.checkpoint) + b"an extension\n"
     made = place.log.key.id + Ed25519PrivateKey.from_private_bytes(place.keys.log_seed).sign(text)
-    LocalBlobs(place.at).put("checkpoint", text + b"\n" + logs.signature_line(place.log.key.name, made))
+    LocalBlobs(place.at).put("checkpoint", text + b"\n" + signature_line(place.log.key.name, made))
     private, vkey = some_witness("w")
     line = cosign(place.read, place.vkey, private, place.root / "state")[2]
     open_checkpoint(place.read("checkpoint") + line, place.vkey, witnesses=[vkey])
@@ -551,12 +554,12 @@ def test_a_broken_key_of_a_witness_is_refused(place: Place, text: str) -> None:
 def test_a_witness_key_is_that_of_go() -> None:
     """The signer's key of the test of golang.org/x/mod, `sumdb/note/note_test.go`."""
     skey = "PRIVATE+KEY+PeterNeumann+c74f20a3+AYEKFALVFGyNhPJEMzD1QIDr+Y7hfZx09iUvxdXHKDFz"
-    key, _ = logs.parse_witness(skey)
+    key, _ = parse_witness(skey)
     assert str(note.NoteKey(key.name, note.ED25519, key.public)) == (
         "PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW"
     )
     private, vkey = new_witness("w")
-    assert str(logs.parse_witness(private)[0]) == vkey
+    assert str(parse_witness(private)[0]) == vkey
     for odd in ("", "a b", "a+b", "a\nb"):
         with pytest.raises(Refused):
             new_witness(odd)
@@ -618,7 +621,7 @@ def test_a_log_is_read_from_any_file_server(place: Place, monkeypatch: pytest.Mo
                 log_reader(where)("checkpoint")
         with pytest.raises(EnvironmentFault):
             log_reader(f"{url}/cut")("checkpoint")
-        monkeypatch.setattr(logs, "MAX_FILE_BYTES", 10)
+        monkeypatch.setattr(published, "MAX_FILE_BYTES", 10)
         for where in (url, str(place.at)):
             with pytest.raises(IntegrityError, match="is too large"):
                 log_reader(where)("checkpoint")

@@ -15,7 +15,9 @@ from tlog_scales.signing import PlainEd25519Signer, Vkey
 from tlog_scales.tlog import InclusionProof
 from tlog_scales.writer import TilesWriter
 
-from sisa.evidence.log.log import Tiles, cosign, log_reader
+from sisa.evidence.log.cosigning import cosign
+from sisa.evidence.log.published import log_reader
+from sisa.evidence.log.tiles import Tiles
 from sisa.verifier import merkle, note
 from tests.models.written_log import TYPE, Place, entry, fill, some_witness, statement
 
