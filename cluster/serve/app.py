@@ -12,6 +12,7 @@ endpoint logs what a caller sent.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,10 +26,11 @@ from cluster.serve.api.console import console_router
 from cluster.serve.api.opendsr import opendsr_router
 from cluster.serve.api.requests import requests_router
 from cluster.serve.api.rights import rights_router
-from cluster.serve.domain import Refusal, Service
-from cluster.serve.metrics import metrics_router, with_meters
+from cluster.serve.domain import Service
+from cluster.serve.metrics import MeasuredAnswers, ServiceMeters, metrics_router
 from cluster.serve.problems import (
     OPENAI,
+    Refusal,
     error_response,
     errors_documented,
     on_error,
@@ -49,7 +51,8 @@ _log = logging.getLogger(__name__)
 def build_app(service: Service) -> FastAPI:
     """Return the application of a service, with every router."""
     app = FastAPI(title="The deletion-ready model", docs_url=None, redoc_url=None)
-    app.state.service, app.state.meters = with_meters(service)
+    app.state.meters = meters = ServiceMeters(service)
+    app.state.service = replace(service, answers=MeasuredAnswers(service.answers, meters.answers))
     if service.tokens is None or not service.tokens.demanded():
         # A web page must not reach it under a name of its own.
         hosts = [*LOOPBACK, service.settings.host]

@@ -1,24 +1,21 @@
-"""Define the nouns of the service: `Service`, `Question`, the events of an answer, and `Refusal`."""
+"""Define the nouns of the service: `Service`, `Question`, and the events of an answer."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from fastapi import Depends, Request
-from starlette.exceptions import HTTPException
 
+from cluster.serve.tokens import Tokens
 from sisa.config.config import ServiceBlock
 from sisa.core.domain import Kind
-from sisa.core.errors import SisaError
 from sisa.flows.ask import Prompt
 from sisa.model import Model
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
-
-    from cluster.serve.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -100,25 +97,6 @@ class Service:
     def name(self) -> str:
         """Return the model's name for clients: that of its directory."""
         return self.model.directory.resolve().name
-
-
-class Refusal(HTTPException):
-    """A refusal that has no class in `sisa.core.errors`; `code` and `param` are OpenAI's."""
-
-    def __init__(
-        self,
-        status: int,
-        what: str,
-        code: str = "",
-        *,
-        param: str | None = None,
-        expected: str = "",
-        next_step: str = "",
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(status, what, headers)
-        self.code, self.param = code, param
-        self.error = SisaError(what, expected=expected, next_step=next_step)
 
 
 def service_of(request: Request) -> Service:

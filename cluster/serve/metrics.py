@@ -22,7 +22,6 @@ import math
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -157,12 +156,6 @@ class ServiceMeters(Collector):
             else:
                 families[each.name] = each
         yield from families.values()
-
-
-def with_meters(service: Service) -> tuple[Service, ServiceMeters]:
-    """Return a service whose answers are counted, and all its metrics."""
-    meters = ServiceMeters(service)
-    return replace(service, answers=MeasuredAnswers(service.answers, meters.answers)), meters
 
 
 @metrics_router.get(

@@ -1,4 +1,7 @@
-"""Write errors for clients: in OpenAI's form under `/v1/`, elsewhere as RFC 9457 problems."""
+"""Define `Refusal`, and write errors for clients.
+
+Errors have OpenAI's form under `/v1/`, and are RFC 9457 problems elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from cluster.serve.domain import Refusal, service_of
 from sisa.core.errors import (
     Busy,
     ConfigConflict,
@@ -29,6 +31,25 @@ DOCUMENTED = (400, 401, 403, 404, 409, 413, 422, 429, 500, 503)
 MAX_LISTED = 100  # problems of one request
 FACTS = ("where", "expected", "got", "next_step", "problems")
 PROBLEM = "urn:deletion-ready-model:problem:"
+
+
+class Refusal(HTTPException):
+    """A refusal that has no class in `sisa.core.errors`; `code` and `param` are OpenAI's."""
+
+    def __init__(
+        self,
+        status: int,
+        what: str,
+        code: str = "",
+        *,
+        param: str | None = None,
+        expected: str = "",
+        next_step: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, what, headers)
+        self.code, self.param = code, param
+        self.error = SisaError(what, expected=expected, next_step=next_step)
 
 
 def errors_documented(*, openai: bool) -> dict[int | str, dict[str, Any]]:
@@ -139,5 +160,5 @@ def _facts(request: Request, status: int, error: SisaError) -> dict[str, Any]:
         return facts
     if status >= 500:
         return {}
-    directory = str(service_of(request).model.directory)
+    directory = str(request.app.state.service.model.directory)
     return {key: each for key, each in facts.items() if directory not in str(each)}

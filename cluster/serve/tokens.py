@@ -43,7 +43,7 @@ from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from cluster.serve.domain import Refusal, service_of
+from cluster.serve.problems import Refusal
 from sisa.core.block import Block
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.flows.wiring.upper_houses import TOKENS
@@ -322,7 +322,7 @@ class May:
         given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None,
     ) -> Caller:
         """Return the caller."""
-        tokens = service_of(request).tokens
+        tokens: Tokens | None = request.app.state.service.tokens
         if tokens is None or not tokens.demanded():
             caller = _local(request)
         else:

@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 def carry_out_due(model: Model, *, now: bool = False) -> tuple[Request, ...]:
     """Carry requests out if the plan says so, or with `now` in any case; return them."""
-    model.queue()
+    model.queue()  # reports how many wait
     if not now and model.plan_run().choice != "run now":
         return ()
     done = model.run()

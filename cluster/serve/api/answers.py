@@ -33,13 +33,12 @@ from cluster.serve.domain import (
     Ended,
     Piece,
     Question,
-    Refusal,
     Service,
     Started,
     TheService,
     Token,
 )
-from cluster.serve.problems import stream_error
+from cluster.serve.problems import Refusal, stream_error
 from cluster.serve.tokens import Caller, MayAnswer
 from sisa.core.domain import Kind
 from sisa.core.errors import SisaError, internal_fault

@@ -20,7 +20,8 @@ from fastapi.responses import Response
 
 from cluster.render.render import forget_plan
 from cluster.serve.api.requests import RecordsNamed
-from cluster.serve.domain import Refusal, TheService
+from cluster.serve.domain import TheService
+from cluster.serve.problems import Refusal
 from cluster.serve.tokens import MayRead, MaySubmit
 
 POLICY = "; ".join(

@@ -35,8 +35,9 @@ from fastapi import Request as HttpRequest
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
 from cluster.serve.api.rights import handed
-from cluster.serve.domain import Refusal, Service, TheService
+from cluster.serve.domain import Service, TheService
 from cluster.serve.opendsr import expected_by, opendsr_headers, opendsr_status, status_body
+from cluster.serve.problems import Refusal
 from cluster.serve.state import Call, Delivery, ServiceState
 from cluster.serve.tokens import Caller, MayAccess, MayRead, MaySubmit
 from sisa.config.config import OpenDsrBlock

@@ -21,7 +21,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from cluster.serve.domain import Refusal, Service, TheService
+from cluster.serve.domain import Service, TheService
+from cluster.serve.problems import Refusal
 from cluster.serve.state import ServiceState
 from cluster.serve.tokens import Caller, MayDecide, MayErase, MayRead, MaySubmit
 from sisa.core.digest import Keyed
