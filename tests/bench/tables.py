@@ -679,7 +679,9 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     },
     "tests/bench/patches/README.md": {
         "forgetting": forgetting,
+        "sequential": of("patches/sequential", sequential.table),
     },
+    "tests/bench/leaderboard/README.md": {"methods": methods},
     "tests/bench/tofu_full/README.md": {
         "tofu-full-trials": of("tofu_full/tofu_full", tofu_full.trials_table),
         "tofu-full": of("tofu_full/tofu_full", tofu_full.table),
@@ -695,11 +697,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "race-whole": of("training/race", race.whole_table),
     },
     "sisa/config/README.md": {"keys": reference},
-    "approx/README.md": {
-        "approx-methods": approx_methods,
-        "methods": methods,
-        "sequential": of("patches/sequential", sequential.table),
-    },
+    "approx/README.md": {"approx-methods": approx_methods},
 }
 
 
