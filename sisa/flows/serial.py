@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -110,15 +110,16 @@ def train_chains_in_lanes(
 ) -> Iterator[SliceTrained]:
     """Train the missing stages of chains in their order, up to `lanes` chains side by side.
 
-    Yield each stage when it is stored; a chain that ends makes room for the next. Raise IntegrityError.
+    Yield each stage when it is stored; a chain that ends makes room for the next. The store is listed
+    once, so no two of the chains may share a stage. Raise IntegrityError.
     """
     lane_trainer = trainer if lanes > 1 and isinstance(trainer, LaneTrainer) else None
     if lane_trainer and (refusal := lane_trainer.refuse_lanes(chains[0].jobs[0].training)):
         report(Notice(f"shards are trained one after another, not side by side: {refusal}"))
         lane_trainer = None
     begin = lane_trainer.begin if lane_trainer else _begin_whole(trainer)
-    clock, running = _Clock(), list[Iterator[Any]]()
-    not_begun = (_stages(each, begin, records, checkpoints, report, clock) for each in chains)
+    clock, running, held = _Clock(), list[Iterator[Any]](), checkpoints.held()
+    not_begun = (_stages(each, begin, records, checkpoints, held, report, clock) for each in chains)
     while True:
         # Advance each running chain, and begin others in free lanes, until each waits or has ended.
         waiting, still_running, turns = [], list[Iterator[Any]](), itertools.chain(running, not_begun)
@@ -154,12 +155,12 @@ def _stages(
     begin: _Begin,
     records: RecordStore,
     checkpoints: CheckpointStore,
+    held: Collection[str],
     report: Report,
     clock: _Clock,
 ) -> Iterator[Any]:
     """Train a chain's missing stages in order; yield what a stage waits for, and each stored stage."""
     files = {file.slice: file for file in chain.slices}
-    held = checkpoints.held()
     parent = None
     if chain.parent is not None:
         parent = checkpoints.load(chain.parent.key, chain.parent.manifest_sha256)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -115,6 +116,13 @@ def test_progress_is_reported_between_start_and_end(site: Site) -> None:
     expected = [SliceStarted, EpochTrained, SliceProgress, SliceTrained]
     assert [type(event) for event in site.events] == expected
     assert site.events[2] == SliceProgress(0, 0, 3, 3, 1, 1, 1, 1)
+
+
+def test_the_store_is_listed_once_for_all_chains(site: Site) -> None:
+    site.checkpoints.held = Mock(wraps=site.checkpoints.held)  # type: ignore[method-assign]
+    site.run(*(site.chain(shard, 1) for shard in range(3)))
+    assert len(site.trained()) == 3
+    assert site.checkpoints.held.call_count == 1
 
 
 def test_stored_stages_are_not_trained_again(site: Site) -> None:
