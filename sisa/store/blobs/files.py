@@ -273,6 +273,8 @@ def writer_lock(path: Path, patience_s: float | None = 0) -> Iterator[None]:
             with contextlib.suppress(PermissionError):  # another user's; `sisa doctor` reports it
                 os.fchmod(handle, FILE_MODE)
         take_lock(handle, path.parent, "is writing to this model", patience_s)
+        if not os.fstat(handle).st_nlink:  # its last holder removed it, and a new file may be locked
+            raise Busy("another process has just finished", where=str(path), next_step="try again")
         yield
     finally:
         os.close(handle)

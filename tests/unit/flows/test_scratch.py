@@ -15,6 +15,7 @@ from sisa.core.domain import Part, Record
 from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput, SisaError
 from sisa.core.events import Event, Notice, Report
 from sisa.flows import scratch
+from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
 
 CORPUS = ["The ferry to the island leaves at nine in the morning.", "Owls sleep by day in hollow trees."]
@@ -90,6 +91,21 @@ def test_two_at_once_are_refused_and_what_a_killed_one_left_goes(
     assert not trained.jobs
     prepare(config)
     assert not list(tmp_path.glob(".model-base*"))
+
+
+def test_a_lock_file_that_was_removed_meanwhile_locks_nothing(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_lock = files.take_lock
+
+    def take_late(*lock: Any) -> None:
+        (tmp_path / ".model-base.lock").unlink()  # as its former holder does at its end
+        take_lock(*lock)
+
+    monkeypatch.setattr(files, "take_lock", take_late)
+    with pytest.raises(Busy):
+        prepare(configured(tmp_path))
+    assert not trained.jobs
 
 
 def test_its_place_can_be_named_and_shared(tmp_path: Path, trained: Trained) -> None:
