@@ -20,11 +20,12 @@ from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.domain import DEFAULT_PRECISION, Record, active, wanted
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Notice, Report, silent
+from sisa.core.ledger_meta import FORM
 from sisa.core.ports import Change
 from sisa.core.requests import key_name
 from sisa.data.reader import named_by_location, read_records
 from sisa.flows import reconfigure
-from sisa.flows.ask import FORM, usual_kind
+from sisa.flows.ask import usual_kind
 from sisa.flows.ingest import Taken, check_same_records, train
 from sisa.flows.reconcile import Trained, adopt_and_erase, under_way
 from sisa.flows.record_checks import check_all, check_generations, check_not_deleted, check_risks

@@ -389,7 +389,7 @@ class Ledger(Protocol):
         """Return the number of the last commit; 0 before the first."""
 
     def meta(self) -> dict[str, str]:
-        """Return the ledger's settings."""
+        """Return texts about the model as a whole, by the keys that `ledger_meta.py` explains."""
 
     def commit(self, change: Change) -> int:
         """Apply a change, whole or not at all, and return its sequence number, which added rows get."""

@@ -36,6 +36,7 @@ from sisa.core.domain import (
 )
 from sisa.core.errors import IntegrityError, SisaError
 from sisa.core.events import Notice
+from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.core.ports import Contribution, Ledger, Removal
 from sisa.evidence import statements
 from sisa.evidence.database import EvidenceTables, Logged, parse_logged
@@ -55,7 +56,7 @@ from sisa.evidence.statements import (
     erased_name,
 )
 from sisa.flows.wiring.areas import areas, known_by_area, purge
-from sisa.flows.wiring.context import TRAINED_ANEW, Context, trained_over
+from sisa.flows.wiring.context import Context, trained_over
 from sisa.flows.wiring.served import restricted_rows, restrictions, served_heads
 from sisa.flows.wiring.slices import slices_of, stored_in
 from sisa.flows.wiring.wiring import EVIDENCE, LOG

@@ -31,6 +31,7 @@ from sisa.config.config import SisaBlock
 from sisa.core.domain import Hit, Kind, Patch, Record, RecordRow, active
 from sisa.core.errors import IntegrityError, InvalidInput, Outdated
 from sisa.core.events import Notice
+from sisa.core.ledger_meta import FORM
 from sisa.core.ports import Ledger, Vectors
 from sisa.data.record_rules import conversation_problems, turns_of
 from sisa.flows.routing import route_of, routing_hits
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from sisa.lm.answer.continuous import Key
     from sisa.lm.answer.lookup import Index, Query
 
-FORM = "form"  # key in the ledger's meta: the form in which shards get prompts
 MAX_RECORDS = 32
 NUM_REPORTED = 8  # most lines of progress
 KINDS: tuple[Kind, ...] = ("chat", "completion", "text")

@@ -36,16 +36,10 @@ from sisa.core.domain import (
 )
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError
 from sisa.core.events import Notice
+from sisa.core.ledger_meta import HELD_PROMPTS
 from sisa.core.ports import Change, Contribution, KeptVersions, Probe, Removal, merged
 from sisa.core.requests import ACCEPTED, check_four_eyes, due_date, event, moved
-from sisa.flows.reconcile import (
-    HELD_PROMPTS,
-    adopt_and_erase,
-    check_rows,
-    note_failure,
-    reconcile,
-    under_way,
-)
+from sisa.flows.reconcile import adopt_and_erase, check_rows, note_failure, reconcile, under_way
 from sisa.flows.wiring.commit import commit
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.plans import check_sources, plans_of

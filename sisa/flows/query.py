@@ -24,11 +24,12 @@ from sisa.core.domain import (
     VaultSet,
 )
 from sisa.core.errors import IntegrityError, Problem, UnknownRecord
+from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.core.ports import Vectors
 from sisa.data.record_rules import normal_subject
 from sisa.flows.reconcile import export_standing, not_erased, under_way
 from sisa.flows.routing import search_each
-from sisa.flows.wiring.context import TRAINED_ANEW, Context
+from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.plans import view_shards
 from sisa.flows.wiring.served import restrictions, served_heads
 from sisa.flows.wiring.slices import slices_of, stored_in

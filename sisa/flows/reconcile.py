@@ -49,6 +49,7 @@ from sisa.core.domain import (
 )
 from sisa.core.errors import EnvironmentFault, IntegrityError, SisaError, all_tried
 from sisa.core.events import DeletionCompleted, ErasureFailed, Notice, SliceTrained, TrainingStarted
+from sisa.core.ledger_meta import CHECKED, HELD_PROMPTS
 from sisa.core.ports import Change, KeptVersions, Ledger
 from sisa.core.requests import completed, contradicted, event, is_under_way
 from sisa.flows.routing import route_of, routing_hits
@@ -63,8 +64,6 @@ from sisa.store.index import EXACT_UP_TO
 from sisa.store.metrics import STAGE_DIGITS
 
 MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
-HELD_PROMPTS = "held_prompts"  # key in the ledger's `meta`: the last `HeldPrompts`, and of which state
-CHECKED = "events_checked"  # key in the ledger's `meta`: link and number of the last checked event
 MANY_EVENTS = 256  # number of new events after which the last checked one is stored
 BEGINNING = WitnessHead("", 0)
 

@@ -22,16 +22,16 @@ from sisa.config.config import Difference, Effect
 from sisa.core.domain import ANY_SHARD, Head, HeldCheckpoint, IndexFile, RecordRow
 from sisa.core.errors import ConfigConflict, Problem
 from sisa.core.events import Notice
+from sisa.core.ledger_meta import TRAINED_ANEW, TRAINED_OVER
 from sisa.core.ports import Change, StoredRecord, merged
 from sisa.flows.reconcile import Trained, train_unrecorded
 from sisa.flows.record_checks import check_generations
 from sisa.flows.wiring.areas import ALWAYS_SEALED, known_by_area, purge
 from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import TRAINED_ANEW, Context, trained_over
+from sisa.flows.wiring.context import Context, trained_over
 from sisa.flows.wiring.plans import plans_of, view_shards
 from sisa.flows.wiring.slices import embed_records, embed_shard, write_shard
 from sisa.planning.layout import index_root
-from sisa.planning.patch_plan import TRAINED_OVER
 from sisa.planning.plan import ShardView
 from sisa.store.blobs import keyring
 from sisa.store.prefixes import PREFIXES_AREA as PREFIXES

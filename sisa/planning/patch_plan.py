@@ -22,8 +22,6 @@ from dataclasses import dataclass, replace
 
 from sisa.core.domain import Patch, PatchJob, PatchMode, VaultSet, active, wanted
 
-TRAINED_OVER = "over"  # key of the ledger's meta: keys of the patches that the shards are trained over
-
 
 def next_version(patches: Sequence[Patch]) -> int:
     """Return the version of the next patch."""

@@ -34,6 +34,7 @@ from sisa.core.domain import (
 )
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.core.events import Notice
+from sisa.core.ledger_meta import TRAINED_OVER
 from sisa.core.ports import Change, PatchOrder
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.vault_sets import WrittenSets
@@ -41,7 +42,7 @@ from sisa.flows.wiring.areas import areas, known_by_area, purge
 from sisa.flows.wiring.commit import commit
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.plans import view_shard
-from sisa.planning.patch_plan import TRAINED_OVER, activated, next_job, next_version, rederive, unmade
+from sisa.planning.patch_plan import activated, next_job, next_version, rederive, unmade
 from sisa.planning.plan import plan_shard
 
 Measure = Callable[[Sequence[Patch], Sequence[Patch]], Mapping[str, Any]]  # active before and after

@@ -40,6 +40,7 @@ from pathlib import Path
 
 from sisa.core.domain import RecordRow, Request, WorkItem
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, Problem, Problems
+from sisa.core.ledger_meta import CYCLE
 from sisa.core.ports import Change, merged
 from sisa.core.requests import CLOSED, days_left, event, may_become, moved
 from sisa.data.drop_lists import (
@@ -64,7 +65,6 @@ from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.slices import held_rows
 from sisa.store.blobs import files
 
-CYCLE = "drop"  # in the ledger's meta: the broker, and the day of the last download
 REASON = "California DROP"
 AMEND = "amend"  # folder of the responses that correct earlier ones
 FEW_KEYS = 1000  # above, all identities are read at once

@@ -6,12 +6,11 @@ from dataclasses import replace
 
 from sisa.core import ports
 from sisa.core.domain import Tombstone
+from sisa.core.ledger_meta import READMITTED, RESTRICTIONS
 from sisa.core.requests import RECTIFY
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.served import RESTRICTIONS, restricting, restrictions
+from sisa.flows.wiring.served import restricting, restrictions
 from sisa.flows.wiring.slices import held_rows
-
-READMITTED = "readmitted"  # in the ledger's meta, until the witness knows that deleted ids came in again
 
 
 def commit(context: Context, change: ports.Change) -> int:

@@ -15,12 +15,10 @@ from sisa.core.digest import patched_digest
 from sisa.core.domain import Patch, PatchMode, Record
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Report
+from sisa.core.ledger_meta import TRAINED_OVER
 from sisa.core.requests import EventChain
 from sisa.planning.layout import Assigner
-from sisa.planning.patch_plan import TRAINED_OVER
 from sisa.planning.plan import Recipe
-
-TRAINED_ANEW = "trained_anew"  # in the ledger's meta: when the model was last trained as a whole
 
 
 @dataclass(frozen=True)

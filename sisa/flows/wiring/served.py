@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from sisa.core import ports
 from sisa.core.digest import digest_of
 from sisa.core.domain import Head, RecordRow, Restrictions, active
+from sisa.core.ledger_meta import RESTRICTIONS
 from sisa.flows.wiring.context import Context
 from sisa.planning.plan import held_back, tainted_checkpoints
-
-RESTRICTIONS = "restrictions"  # in the ledger's meta: whose records are stored and not served
 
 
 def held_state(ledger: ports.Ledger) -> str:

@@ -45,6 +45,7 @@ from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Probed, Record, Tombstone, active
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Event, QueueSeen, Report, silent
+from sisa.core.ledger_meta import DESCRIPTION
 from sisa.core.requests import EventChain, key_names
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor, Site
@@ -79,7 +80,6 @@ SHARED_AREAS = (RECORDS, PREFIXES, CHECKPOINTS, PATCHES, SCRATCH, LOG)  # in the
 SCHEME = "s3://"
 EVIDENCE = "evidence.sqlite"
 HOOKS: tuple[ports.DeletionHook[Context], ...] = (PatchesHook(),)  # called on a deletion, in this order
-DESCRIPTION = ("config", "base", "embedder", "key", "model")  # of the ledger's `meta`
 
 OpenExecutor = Callable[[Site, Mapping[str, Any]], ports.Executor]
 # of the base's directory and digest, and of the files of the patches on it, lowest first

@@ -18,6 +18,7 @@ import pytest
 
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import Export, active
+from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.core.ports import Change
 from sisa.evidence.issued import OpenEvidence
 from sisa.evidence.revocations import feed_of
@@ -26,7 +27,6 @@ from sisa.flows.patches.patching import Wish, make_wanted, shards_over, want
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reset
 from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import TRAINED_ANEW
 from sisa.planning.layout import Assigner, Layout
 from sisa.verifier.envelope import STATEMENT_TYPE, Refused
 from sisa.verifier.feed import check_present, verify_feed
