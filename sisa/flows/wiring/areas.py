@@ -56,11 +56,6 @@ def areas(context: Context) -> dict[str, ports.StoredFiles]:
     }
 
 
-def held_by_area(context: Context) -> dict[str, frozenset[str]]:
-    """Return the names held in each storage area."""
-    return {name: area.held() for name, area in areas(context).items()}
-
-
 def purge(context: Context, *, dry_run: bool = False) -> tuple[ports.KeptVersions, ...]:
     """Remove old versions of replaced or erased objects; return those that a bucket keeps.
 

@@ -38,14 +38,6 @@ def commit(context: Context, change: ports.Change) -> int:
     return seq
 
 
-def record_unrecorded(context: Context) -> None:
-    """Record in the witness what it lacks of a ledger that is not behind it."""
-    ledger = context.stores.ledger
-    context.stores.witness.append(ledger.event_head(), *unrecorded(context), restrictions(ledger))
-    if ledger.meta().get(READMITTED):
-        ledger.commit(ports.Change(meta={READMITTED: ""}))
-
-
 def _end_restrictions(ledger: ports.Ledger, change: ports.Change) -> dict[str, str]:
     """Return the meta that ends the restrictions of subjects who lose their last record by a change.
 
@@ -73,14 +65,6 @@ def is_behind(context: Context) -> bool:
     ledger = context.stores.ledger
     unknown = head is not None and head.link != "" and not ledger.has_event(head.link)
     return unknown or (number > 0 and number > restrictions(ledger).number)
-
-
-def is_unrecorded(context: Context) -> bool:
-    """Return whether the witness lacks something: a process was killed before it recorded that."""
-    ledger, witness = context.stores.ledger, context.stores.witness
-    if witness.head() != ledger.event_head() or ledger.meta().get(READMITTED):
-        return True
-    return restrictions(ledger).number > witness.num_restrictions()
 
 
 def unrecorded(context: Context) -> tuple[list[Tombstone], list[str]]:

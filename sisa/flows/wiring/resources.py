@@ -18,7 +18,7 @@ from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, IntegrityError
 from sisa.store.index import IndexCache
 
-INDEXED = "text-and-asked-v1"  # of a record: its text, and each thing that is asked in it
+INDEXED = "text-and-asked-v1"  # the embedded parts of a record: its text, and each prompt in it
 
 
 @dataclass(frozen=True)

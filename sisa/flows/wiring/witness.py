@@ -26,17 +26,26 @@ from typing import Literal
 from sisa.core.domain import RecordRow, Request, Restrictions, Testimony, Tombstone
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
+from sisa.core.ledger_meta import READMITTED
 from sisa.core.ports import Change, Ledger, Removal
 from sisa.core.requests import due_date, event
 from sisa.flows.deletion import commit_removed
 from sisa.flows.reconcile import adopt_and_erase, check_consistent
-from sisa.flows.wiring.commit import is_behind, is_unrecorded, record_unrecorded
+from sisa.flows.wiring.commit import is_behind, unrecorded
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.served import restricting, restrictions
 from sisa.flows.wiring.slices import held_rows
 
 WitnessStanding = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
 REPLAYED = "replayed from the witness"
+
+
+def _is_unrecorded(context: Context) -> bool:
+    """Return whether the witness lacks something: a process was killed before it recorded that."""
+    ledger, witness = context.stores.ledger, context.stores.witness
+    if witness.head() != ledger.event_head() or ledger.meta().get(READMITTED):
+        return True
+    return restrictions(ledger).number > witness.num_restrictions()
 
 
 def witness_standing(context: Context) -> WitnessStanding:
@@ -46,7 +55,7 @@ def witness_standing(context: Context) -> WitnessStanding:
         return "absent"
     if is_behind(context):
         return "ahead of the ledger"
-    return "to be caught up" if is_unrecorded(context) else "current"
+    return "to be caught up" if _is_unrecorded(context) else "current"
 
 
 def catch_up(context: Context) -> None:
@@ -54,8 +63,16 @@ def catch_up(context: Context) -> None:
     with context.stores.ledger.exclusive():
         if is_behind(context):
             apply_testimony(context)
-        elif is_unrecorded(context):
-            record_unrecorded(context)
+        elif _is_unrecorded(context):
+            _record_unrecorded(context)
+
+
+def _record_unrecorded(context: Context) -> None:
+    """Record in the witness what it lacks of a ledger that is not behind it."""
+    ledger = context.stores.ledger
+    context.stores.witness.append(ledger.event_head(), *unrecorded(context), restrictions(ledger))
+    if ledger.meta().get(READMITTED):
+        ledger.commit(Change(meta={READMITTED: ""}))
 
 
 def _restrict_again(context: Context, restricted: Restrictions) -> None:
@@ -103,7 +120,7 @@ def apply_testimony(context: Context) -> None:
                 "after the last deletion: of an encrypted model an older one can't be read where "
                 "records were deleted",
             ) from error
-    record_unrecorded(context)
+    _record_unrecorded(context)
     if again:
         adopt_and_erase(context)
 

@@ -31,7 +31,7 @@ from sisa.core.ports import Change
 from sisa.flows import reconcile
 from sisa.flows.ingest import add
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.areas import held_by_area, known_by_area
+from sisa.flows.wiring.areas import areas, known_by_area
 from sisa.flows.wiring.upper_houses import SERVICE_STATE
 from sisa.model import Model
 from sisa.store.blobs import files
@@ -597,8 +597,8 @@ def test_one_room_that_fails_keeps_no_other_from_being_erased(
     assert gone.state == "deleted"
     assert set(gone.not_erased) == {failing} - {wiring.METRICS}
     with context_of(model.directory) as context:
-        for room, held in held_by_area(context).items():
-            assert (held <= known_by_area(context)[room]) == (room != failing)
+        for room, area in areas(context).items():
+            assert (area.held() <= known_by_area(context)[room]) == (room != failing)
         assert [each.state for each in context.stores.ledger.requests()] == ["erasure_failed"]
     text = where([gone]).text
     assert ("NOT ERASED YET" in text) == (failing != wiring.METRICS)
@@ -624,7 +624,7 @@ def test_a_witness_that_fails_does_not_keep_the_text(
             model.forget([GONE.id])
     with context_of(model.directory) as context:
         assert context.stores.ledger.num_tombstones() == 1
-        assert all(held <= known_by_area(context)[room] for room, held in held_by_area(context).items())
+        assert all(each.held() <= known_by_area(context)[room] for room, each in areas(context).items())
 
 
 def test_a_deletion_behind_a_lock_on_metrics_ends_in_time(
@@ -639,7 +639,7 @@ def test_a_deletion_behind_a_lock_on_metrics_ends_in_time(
             model.forget([GONE.id])
         with context_of(model.directory) as context:
             assert all(
-                held <= known_by_area(context)[room] for room, held in held_by_area(context).items()
+                each.held() <= known_by_area(context)[room] for room, each in areas(context).items()
             )
     finally:
         os.close(handle)
