@@ -8,40 +8,18 @@ alone. `train.py` trains a model and moves one to a changed run file; `unlearn.p
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from sisa.audit.garbage import undisturbed
 from sisa.audit.replay import scratch_store, stages_apart
 from sisa.audit.verify import Replay, Verification, shards_to_replay, verify
-from sisa.core.digest import Keyed, digest_of
-from sisa.core.domain import (
-    ExportForm,
-    Kind,
-    Record,
-    RecordRow,
-    Request,
-    RequestEvent,
-    RequestState,
-    Tombstone,
-    WitnessHead,
-)
-from sisa.core.errors import (
-    Busy,
-    ConfigConflict,
-    EnvironmentFault,
-    IntegrityError,
-    InvalidInput,
-    Outdated,
-    SisaError,
-)
+from sisa.core.domain import ExportForm, Kind, Record, Request, RequestEvent, RequestState, WitnessHead
+from sisa.core.errors import Busy, InvalidInput
 from sisa.core.events import Notice, QueueSeen, Report, silent
 from sisa.data.drop_lists import read_download
 from sisa.data.reader import named_by_location, read_like
@@ -60,125 +38,39 @@ from sisa.flows.ask import (
 from sisa.flows.deletion import Terms, copies, forget_at_once, new_request, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
-from sisa.flows.query import lookup
-from sisa.flows.reconcile import finish_exports, held_prompts, reconcile, stale_paths, under_way
+from sisa.flows.model_directory import WAITS_S, ModelDirectory, retry_read
+from sisa.flows.reconcile import held_prompts, reconcile, stale_paths, under_way
 from sisa.flows.rights import drop
 from sisa.flows.rights.access import held_of, recipients_of
 from sisa.flows.rights.restriction import Restriction, lift, restrict
 from sisa.flows.scratch import guard
-from sisa.flows.wiring import moving, wiring
-from sisa.flows.wiring.commit import is_behind
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.group import GroupLedger
+from sisa.flows.wiring import wiring
 from sisa.flows.wiring.plans import view_shards
 from sisa.flows.wiring.progress import running
-from sisa.flows.wiring.resources import Resources
 from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
-from sisa.flows.wiring.served import (
-    held_state,
-    model_digest,
-    restricted_rows,
-    restrictions,
-    served_heads,
-)
-from sisa.flows.wiring.wiring import LEDGER, SCRATCH, Description, OpenExecutor, open_areas
-from sisa.flows.wiring.witness import catch_up, witness_standing
+from sisa.flows.wiring.served import model_digest, restricted_rows, restrictions, served_heads
+from sisa.flows.wiring.wiring import OpenExecutor
+from sisa.flows.wiring.witness import witness_standing
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
 from sisa.planning.plan import estimate_seconds, full_record_epochs, serving_depth
-from sisa.store.blobs.files import erase_abandoned
 from sisa.store.ledger.backend import Watch
-from sisa.store.ledger.ledger import SqlLedger
 
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
     from sisa.lm.answer.hf_model import AggregatedModel
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
 DIRECT = "sisa forget"  # approves the requests of a direct deletion
-WAITS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # before each attempt of a read
 NEAR_DUPLICATE = 0.95  # least inner product of unit vectors for a near-duplicate
 
 
-def retry_read(read: Callable[Concatenate[Model, _P], _T]) -> Callable[Concatenate[Model, _P], _T]:
-    """Repeat a read if a writer disturbed it.
-
-    A writer erases what its commit replaced, so a read can meet damage or an outdated adapter. The read
-    is repeated if the ledger has changed meanwhile. Raise IntegrityError for damage that stays, Busy if
-    the ledger keeps changing.
-    """
-
-    @functools.wraps(read)
-    def retrying(model: Model, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        for wait_s in WAITS_S:
-            time.sleep(wait_s)
-            seq = model._seq()
-            try:
-                return read(model, *args, **kwargs)
-            except (IntegrityError, Outdated):
-                if model._seq() == seq:
-                    raise
-        raise model._busy()
-
-    return retrying
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The shards that may be read, and the rule by which records are assigned to them."""
-
-    shards: frozenset[int]
-    partition: str
-
-
-class Model:
+class Model(ModelDirectory):
     """A deletion-ready model in a directory.
 
     An object may live long: each call first adopts what other processes have committed, and lets the
     ledger catch up with its witness. Methods that write hold the directory's lock. Requests and
     restrictions are decided without that lock, so also while a deletion trains.
-
-    Other modules of `sisa` open a model by `_context` (read), `_writing`, `_deciding` or `_locked`.
     """
-
-    def __init__(
-        self, directory: Path | str, *, executor: str | OpenExecutor = "auto", report: Report = silent
-    ) -> None:
-        """Open an existing model. Raise InvalidInput if there is none, IntegrityError if damaged."""
-        self.directory = Path(directory)
-        if not wiring.has_ledger(self.directory):
-            raise InvalidInput(
-                "there is no model in this directory",
-                where=str(self.directory),
-                expected=f"a directory with {LEDGER}",
-                next_step="train one with `sisa train RUN.yaml`",
-            )
-        self.executor = executor
-        self.report = report
-        self._group: _Group | None = None
-        self._use(wiring.describe(self.directory))
-
-    @property
-    def partition(self) -> str:
-        """Return the name of the rule that assigns records to shards.
-
-        Under another rule, a shard of the same number holds other people's records.
-        """
-        return digest_of([self._meta.get("key"), self.config.sisa.shards, self.config.sisa.group_by])
-
-    def within(self, shards: Collection[int], partition: str) -> Model:
-        """Return the model for a caller who may read only these shards.
-
-        Records, requests and adapters of other shards are as if they did not exist, and no file of them
-        is opened. What concerns the whole model raises ConfigConflict, and so does every call once the
-        records are assigned by another rule than `partition`.
-        """
-        self._refresh()
-        found = copy.copy(self)
-        found._group = _Group(frozenset(shards), partition)
-        return found
 
     # --- records ----------------------------------------------------------------------------------
 
@@ -193,7 +85,7 @@ class Model:
         if isinstance(source, str | Path):
             source = read_like(self.config, source, subjects="column")
             self.report(Notice(source.subject_report()))
-        with named_by_location(source), self._writing() as context:
+        with named_by_location(source), self.writing() as context:
             guarded = partial(guard, self.config)
             return add(context, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
 
@@ -201,19 +93,20 @@ class Model:
         """Replace held records by new versions of the same ids, exactly. Raise UnknownRecord."""
         if isinstance(source, str | Path):
             source = read_like(self.config, source, subjects="column")
-        with named_by_location(source), self._writing() as context:
+        with named_by_location(source), self.writing() as context:
             _ = self.resources.base  # refuses a changed base before anything is erased
             return rectify(context, source, [partial(guard, self.config)])
 
     def resume(self) -> Taken:
         """Train what is missing."""
-        with self._locked():
-            return self._resume()
+        with self.locked(), self.context(locked=True) as context:
+            _ = self.resources.base  # refuses a changed base
+            return train(context, ())
 
     @retry_read
     def where(self, ids: Sequence[str]) -> list[query.Location]:
         """Return the shard, slice, checkpoints and heads of each record. Raise UnknownRecord."""
-        with self._context() as context, context.stores.ledger.snapshot():
+        with self.context() as context, context.stores.ledger.snapshot():
             return query.where(context, ids)
 
     @retry_read
@@ -232,7 +125,7 @@ class Model:
         """
         if sum(each is not None for each in (text, subject, like)) != 1:
             raise InvalidInput("give exactly one of text, subject and like")
-        with self._context() as context:
+        with self.context() as context:
             return query.find_candidates(
                 context, text=text, subject=subject, like=like, top_k=top_k, show_text=show_text
             )
@@ -240,15 +133,15 @@ class Model:
     @retry_read
     def ids_of_subject(self, subject: str) -> list[str]:
         """Return the ids of a subject's held records. Raise UnknownRecord."""
-        with self._context() as context:
+        with self.context() as context:
             held, _ = query.of_subject(context, subject)
             return query.ids_of(context, held)
 
     @retry_read
     def plan_forget(self, ids: Sequence[str] = (), *, subject: str | None = None) -> ForgetPlan:
         """Return what `forget` would do; change nothing."""
-        with self._context() as context, context.stores.ledger.snapshot():
-            planned = plan_forget(context, *_held_and_deleted(context, ids, subject))
+        with self.context() as context, context.stores.ledger.snapshot():
+            planned = plan_forget(context, *query.held_and_deleted(context, ids, subject))
             measured = context.stores.ledger.checkpoints()
             return ForgetPlan(
                 forgetting=planned,
@@ -271,8 +164,8 @@ class Model:
         alone knows it (`unlearn.py`). With `defer`, heads roll back and bytes are erased now; retraining
         is left to the next `run`, `resume` or deletion.
         """
-        with self._writing() as context:
-            held, deleted = _held_and_deleted(context, ids, subject)
+        with self.writing() as context:
+            held, deleted = query.held_and_deleted(context, ids, subject)
             request = None
             if held:
                 _ = self.resources.base  # refuses a changed base before anything is erased
@@ -291,8 +184,8 @@ class Model:
     ) -> lifecycle.Submitted:
         """Submit a request that waits to be approved and run. Raise UnknownRecord, ConfigConflict."""
         exact_copies, near = self.alike(ids, subject=subject)
-        with self._deciding() as context:
-            held, deleted = _held_and_deleted(context, ids, subject)
+        with self.deciding() as context:
+            held, deleted = query.held_and_deleted(context, ids, subject)
             request = lifecycle.submit(context, held, deleted, terms or Terms())
         return lifecycle.Submitted(request, exact_copies, near)
 
@@ -301,8 +194,8 @@ class Model:
         self, ids: Sequence[str] = (), *, subject: str | None = None
     ) -> tuple[tuple[str, ...], tuple[query.Candidate, ...]]:
         """Return the ids of exact copies of records, and near-duplicates."""
-        with self._context() as context:
-            held, _ = _held_and_deleted(context, ids, subject)
+        with self.context() as context:
+            held, _ = query.held_and_deleted(context, ids, subject)
             found = copies(context, held, full_scan=True)
             near = query.near(context, held, NEAR_DUPLICATE, found) if held else []
             return tuple(query.ids_of(context, found)), tuple(near)
@@ -310,19 +203,19 @@ class Model:
     @retry_read
     def requests(self) -> list[lifecycle.RequestView]:
         """Return all requests, oldest first, with the days left to each."""
-        with self._context() as context, context.stores.ledger.snapshot():
+        with self.context() as context, context.stores.ledger.snapshot():
             return lifecycle.views(context)
 
     @retry_read
     def request(self, request_id: str) -> lifecycle.RequestView:
         """Return one request by its id or external id, with its history. Raise UnknownRecord."""
-        with self._context() as context, context.stores.ledger.snapshot():
+        with self.context() as context, context.stores.ledger.snapshot():
             return lifecycle.view_of(context, lifecycle.find(context, request_id))
 
     @retry_read
     def request_events(self) -> tuple[list[RequestEvent], dict[str, Request]]:
         """Return all events of requests, in order, and the requests by id, both of one state."""
-        with self._context() as context, context.stores.ledger.snapshot():
+        with self.context() as context, context.stores.ledger.snapshot():
             ledger = context.stores.ledger
             return ledger.events(), {each.request_id: each for each in ledger.requests()}
 
@@ -333,18 +226,18 @@ class Model:
 
         Without `by`, the note of an approval is the approver's name. Raise ConfigConflict.
         """
-        with self._deciding() as context:
+        with self.deciding() as context:
             return lifecycle.view_of(context, lifecycle.decide(context, request_id, state, note, by))
 
     def extend(self, request_id: str, reason: str) -> lifecycle.RequestView:
         """Extend a request's due date once, with a reason. Raise ConfigConflict."""
-        with self._deciding() as context:
+        with self.deciding() as context:
             return lifecycle.view_of(context, lifecycle.extend(context, request_id, reason))
 
     @retry_read
     def plan_run(self) -> RunPlan:
         """Return whether to carry out the approved requests now or later, and why; change nothing."""
-        with self._context() as context, context.stores.ledger.snapshot():
+        with self.context() as context, context.stores.ledger.snapshot():
             return lifecycle.plan_run(context)
 
     def run(self) -> tuple[Request, ...]:
@@ -352,7 +245,7 @@ class Model:
 
         Return all requests that were worked on; those begun earlier come first.
         """
-        with self._writing() as context:
+        with self.writing() as context:
             begun = {each.request_id for each in under_way(context)}
             waiting = lifecycle.approved(context)
             if waiting:
@@ -367,7 +260,7 @@ class Model:
     @retry_read
     def queue(self, *, recorded: bool = True) -> QueueSeen:
         """Return the number of requests in each state, and report it unless `recorded` is false."""
-        with running(), self._context() as context:
+        with running(), self.context() as context:
             with context.stores.ledger.snapshot():
                 seen = lifecycle.queue_seen(context)
             if recorded:
@@ -384,7 +277,7 @@ class Model:
         With `approver`, new requests are approved at once. Raise InvalidInput with every problem.
         """
         download = read_download(Path(file), self.config.limits)
-        with self._deciding(whole=True) as context:
+        with self.deciding(whole=True) as context:
             return drop.import_lists(context, download, approver, submitter)
 
     def drop_report(
@@ -400,7 +293,7 @@ class Model:
         `again` also writes what was reported before, and `suffix` distinguishes several responses to one
         list. Raise InvalidInput if a file exists.
         """
-        with self._deciding(whole=True) as context:
+        with self.deciding(whole=True) as context:
             return drop.report(context, Path(directory), opted_out=opted_out, again=again, suffix=suffix)
 
     @retry_read
@@ -411,14 +304,14 @@ class Model:
         """
         if self._group is not None:
             return None
-        with self._context() as context, context.stores.ledger.snapshot():
+        with self.context() as context, context.stores.ledger.snapshot():
             return drop.cycle_standing(context)
 
     @retry_read
     def drop_details(self, *, show_ids: bool = False) -> drop.Details | None:
         """Return where DROP's cycle stands, and what waits for a decision, a run or an opt-out."""
         self._check_whole()
-        with self._context() as context, context.stores.ledger.snapshot():
+        with self.context() as context, context.stores.ledger.snapshot():
             return drop.details(context, show_ids=show_ids)
 
     # --- rights beside erasure --------------------------------------------------------------------
@@ -431,9 +324,11 @@ class Model:
 
         `digest`, from `subject_digest`, names the subject instead of `subject`.
         """
-        with self._context() as context, context.stores.ledger.snapshot():
+        with self.context() as context, context.stores.ledger.snapshot():
             if digest is None:
-                return held_of(context, self.config, *_held_and_deleted(context, ids, subject), subject)
+                return held_of(
+                    context, self.config, *query.held_and_deleted(context, ids, subject), subject
+                )
             found = held_of(context, self.config, *query.of_digest(context, digest))
             names = (each["data"].get("subject_id") for each in found["records"])
             return {**found, "subject": next(names, None)}
@@ -441,45 +336,51 @@ class Model:
     @retry_read
     def subject_digest(self, subject: str) -> str:
         """Return the keyed digest that names a subject at rest. Raise UnknownRecord."""
-        with self._context() as context:
+        with self.context() as context:
             held, deleted = query.of_subject(context, subject)
             return str((held or deleted)[0].subject_digest)
 
     @retry_read
     def check_subject(self, digest: str) -> None:
         """Raise UnknownRecord if no record was ever held of the subject that this digest names."""
-        with self._context() as context:
+        with self.context() as context:
             query.of_digest(context, digest)
 
     @retry_read
     def recipients(self, ids: Sequence[str] = (), *, subject: str | None = None) -> dict[str, Any]:
         """Return which exports a person's records touched, as JSON values."""
-        with self._context() as context, context.stores.ledger.snapshot():
-            return recipients_of(context, *_held_and_deleted(context, ids, subject), subject)
+        with self.context() as context, context.stores.ledger.snapshot():
+            return recipients_of(context, *query.held_and_deleted(context, ids, subject), subject)
 
     def restrict(self, subject: str) -> Restriction:
         """Store a subject's records, and serve none of them, until `release`. Raise UnknownRecord.
 
         No shard serves a checkpoint that saw one; nothing is erased or trained.
         """
-        with self._deciding(whole=True) as context:
+        with self.deciding(whole=True) as context:
             found = restrict(context, subject)
         self._complete_hooks()
         return found
 
     def release(self, subject: str) -> Restriction:
         """End a restriction: their records are served again. Raise ConfigConflict without one."""
-        with self._deciding(whole=True) as context:
+        with self.deciding(whole=True) as context:
             found = lift(context, subject)
         self._complete_hooks()
         return found
+
+    def _complete_hooks(self) -> None:
+        """Call the hooks' `complete`; if another process writes, it will call them."""
+        with contextlib.suppress(Busy), self.writing() as context:
+            for hook in context.hooks:
+                hook.complete(context)
 
     # --- state and proof --------------------------------------------------------------------------
 
     @retry_read
     def status(self) -> Status:
         """Return shards, slices, heads, requests and sizes."""
-        with self._context(outdated=True) as context:
+        with self.context(outdated=True) as context:
             exports = tuple(query.exports(context))
             prompts = held_prompts(context)
             kept = ["prefixes"] if context.settings.keeps_prefixes else []
@@ -522,13 +423,13 @@ class Model:
     @retry_read
     def lineage(self) -> dict[int, list[query.SliceStanding]]:
         """Return the standing of every slice, by shard: clean, retrained, restricted, ..."""
-        with self._context(outdated=True) as context, context.stores.ledger.snapshot():
+        with self.context(outdated=True) as context, context.stores.ledger.snapshot():
             return query.slice_standings(context)
 
     @retry_read
     def shards(self) -> list[tuple[query.ShardStatus, list[query.SliceStanding]]]:
         """Return every shard and the standing of its slices, all at one moment."""
-        with self._context() as context, context.stores.ledger.snapshot():
+        with self.context() as context, context.stores.ledger.snapshot():
             standings = query.slice_standings(context)
             return [(each, standings[each.shard]) for each in query.shards(context)]
 
@@ -550,7 +451,7 @@ class Model:
         """
         if replay == "none":
             return self._verify_held(anchor)
-        with self._writing() as context:
+        with self.writing() as context:
             chosen = shards_to_replay(context, replay, shard)
             context = replace(context, report=self.report)  # a replay's metrics are not kept
             try:
@@ -571,15 +472,15 @@ class Model:
         """
         for wait_s in WAITS_S:
             time.sleep(wait_s)
-            with self._context(outdated=True) as context:
+            with self.context(outdated=True) as context:
                 found = verify(context, [], None, anchor=anchor)
             if found.ok:
                 return found
             with undisturbed(self.directory) as free:
                 if free:
-                    with self._context(as_it_is=True) as context:
+                    with self.context(as_it_is=True) as context:
                         return verify(context, [], None, anchor=anchor)
-        raise self._busy()
+        raise self.busy()
 
     # --- answers ----------------------------------------------------------------------------------
 
@@ -596,13 +497,13 @@ class Model:
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 48, kind: Kind | None = None
     ) -> list[Answer]:
         """Answer several prompts; the models are loaded once."""
-        with self._context() as context:
+        with self.context() as context:
             return ask(context, self.resources, prompts, max_new_tokens, kind, self._ledger)
 
     @retry_read
     def routes(self, prompts: Sequence[Prompt]) -> list[Route]:
         """Return the shards that would answer each prompt, and their weights."""
-        with self._context() as context:
+        with self.context() as context:
             return routes_of(context, self.resources, prompts)
 
     @retry_read
@@ -611,7 +512,7 @@ class Model:
 
         They raise Outdated instead of answering once one of them is replaced.
         """
-        with self._context() as context:
+        with self.context() as context:
             return open_answerer(context, self.resources, open_ledger=self._ledger), prompt_form(context)
 
     @retry_read
@@ -620,7 +521,7 @@ class Model:
 
         `adopt` keeps them current. `limits` are those of `sisa.lm.answer.continuous.ContinuousBatching`.
         """
-        with self._context() as context:
+        with self.context() as context:
             return Serving(context, self.resources, **limits)
 
     @retry_read
@@ -631,13 +532,13 @@ class Model:
         """
         if self._seq() == serving.served.seq:
             return []
-        with self._context() as context:
+        with self.context() as context:
             return serving.adopt(context, self.resources)
 
     @retry_read
     def routed(self, prompts: Sequence[Prompt], *, kind: Kind | None = None) -> list[Routed]:
         """Return the token ids and the route of each prompt. Raise InvalidInput."""
-        with self._context() as context:
+        with self.context() as context:
             return route_and_encode(context, self.resources, prompts, kind)
 
     def as_transformers(self, **options: Any) -> AggregatedModel:
@@ -657,13 +558,13 @@ class Model:
         The ledger records the export, and a deletion that touches it erases it. Raise InvalidInput if
         `to` is not a directory.
         """
-        with self._writing() as context:
+        with self.writing() as context:
             return export_adapters(context, self.resources, Path(to), form)
 
     @retry_read
     def exports_missing(self) -> list[str]:
         """Return the paths of exports that a deletion could not erase: they were moved or changed."""
-        with self._context() as context:
+        with self.context() as context:
             return stale_paths(context)
 
     @contextlib.contextmanager
@@ -675,181 +576,9 @@ class Model:
         with self._ledger() as ledger, ledger.watch() as wait:
             yield wait
 
-    # --- for other modules of `sisa`: open the model ----------------------------------------------
-
-    def _ledger(self) -> AbstractContextManager[SqlLedger]:
-        return wiring.open_ledger(self.directory)
-
-    def _held_state(self) -> str:
-        """Return what the model holds and serves, as a digest; empty if the ledger can't be read."""
-        with contextlib.suppress(SisaError), self._ledger() as ledger:
-            return held_state(ledger)
-        return ""
-
-    def _seq(self) -> int:
-        """Return the number of the ledger's last commit, or 0 if the ledger can't be read."""
-        with contextlib.suppress(SisaError), self._ledger() as ledger:
-            return ledger.seq()
-        return 0
-
-    def _busy(self) -> Busy:
-        return Busy(
-            "another process is writing to this model, so it can't be checked now",
-            where=str(self.directory),
-            next_step="wait until it has finished, then run the same command again",
-        )
-
-    def _use(self, found: Description) -> None:
-        """Take the model's settings, keys and names from its description."""
-        self._meta = found.meta
-        self.id, self.config, self.keyring = found.id, found.config, found.keyring
-        self.base, self.embedder, self.secret = found.base, found.embedder, found.secret
-        self.resources = Resources(self.config, self.base, self.embedder)
-
-    def _refresh(self) -> None:
-        """Adopt what another process has since committed. Raise ConfigConflict for another model."""
-        meta = wiring.read_description(self.directory)
-        if meta == self._meta:
-            return
-        if any(meta.get(name) != self._meta.get(name) for name in ("model", "key")):
-            raise ConfigConflict(
-                "this directory now holds another model than the one that was opened",
-                where=str(self.directory),
-                next_step="open the directory again",
-            )
-        self._use(wiring.describe(self.directory))
-        self.report(Notice("the model was reconfigured meanwhile; using its present run file"))
-
-    @contextlib.contextmanager
-    def _context(
-        self, *, locked: bool = False, as_it_is: bool = False, outdated: bool = False
-    ) -> Iterator[Context]:
-        """Open the model as the ledger describes it now, after it has caught up with its witness.
-
-        `locked`: the caller holds the writer lock. `as_it_is`: do not catch up. `outdated`: accept a
-        read-only copy that is behind its witness, for which EnvironmentFault is raised otherwise.
-        """
-        if outdated or as_it_is:
-            self._check_whole()
-        self._refresh()
-        with wiring.open_context(
-            self.directory, self.resources, Keyed(self.secret), self.id, self.executor, self.report
-        ) as context:
-            if locked:
-                catch_up(context)
-            elif not as_it_is and is_behind(context):
-                if not context.stores.ledger.read_only:
-                    with wiring.model_lock(self.directory):
-                        catch_up(context)
-                elif not outdated:
-                    raise EnvironmentFault(
-                        "this copy of the model still holds what was deleted since it was made, and it "
-                        "can't be written to delete it again",
-                        where=str(self.directory),
-                        next_step="copy it to a writable disk; `sisa status` and `sisa verify` can read "
-                        "it here",
-                    )
-            yield self._within_group(context)
-        if self._group is not None:
-            self._check_current()
-
-    def _check_current(self) -> None:
-        if wiring.read_description(self.directory) != self._meta:
-            raise Outdated("the model was reconfigured meanwhile", next_step="ask again")
-
-    def _check_whole(self) -> None:
-        """Raise ConfigConflict if only some shards may be read here."""
-        if self._group is not None:
-            raise ConfigConflict(
-                "this concerns the whole model, of which only some shards may be read here",
-                next_step="ask who may read all shards",
-            )
-
-    def _within_group(self, context: Context) -> Context:
-        """Return a context that reads only the group's shards; the same one without a group.
-
-        Raise ConfigConflict if records are now assigned to shards by another rule.
-        """
-        if self._group is None:
-            return context
-        if self._group.partition != self.partition:
-            raise ConfigConflict(
-                "the records were assigned to shards anew since these shards were named",
-                next_step="name the shards again: `sisa token add --shards`",
-            )
-        ledger = GroupLedger(context.stores.ledger, self._group.shards)
-        return replace(context, stores=replace(context.stores, ledger=ledger))
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the writer lock over the present model, of which all shards may be read. Raise Busy."""
-        self._check_whole()
-        wiring.check_executor(self.executor)  # refuses an unknown one before anything is written
-        with running(), wiring.model_lock(self.directory):
-            if moving.is_unfinished(self.directory):
-                moving.erase_left(self.directory)
-            self._refresh()
-            wiring.keep_key(self.directory, self.config, self.id, self.secret)
-            self._clear_scratch()
-            yield
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[Context]:
-        """Open the model to write, under the writer lock. Raise Busy."""
-        with self._locked(), self._context(locked=True) as context:
-            finish_exports(context)
-            yield context
-
-    @contextlib.contextmanager
-    def _deciding(self, *, whole: bool = False) -> Iterator[Context]:
-        """Open the model to decide about requests: keep other commits out, but not a writer that trains.
-
-        `whole`: the decision concerns the whole model. Raise Busy.
-        """
-        if whole:
-            self._check_whole()
-        self._refresh()
-        whole_model = copy.copy(self)
-        whole_model._group = None
-        with running(), whole_model._context() as context, context.stores.ledger.exclusive():
-            self._check_current()
-            catch_up(context)  # a process may have been killed before it wrote to the witness
-            yield self._within_group(context)
-
-    def _complete_hooks(self) -> None:
-        """Call the hooks' `complete`; if another process writes, it will call them."""
-        with contextlib.suppress(Busy), self._writing() as context:
-            for hook in context.hooks:
-                hook.complete(context)
-
-    def _resume(self, source: Sequence[Record] = ()) -> Taken:
-        """Train what is missing, under the lock; records of `source` are compared with the held ones."""
-        with self._context(locked=True) as context:
-            _ = self.resources.base  # refuses a changed base
-            return train(context, source)
-
-    def _clear_scratch(self) -> None:
-        """Erase what a replay stored, its keys first, and the temporary texts of killed processes."""
-        erase_abandoned()
-        self.keyring.destroy(SCRATCH, self.keyring.held(SCRATCH))
-        open_areas(self.directory, self.config.storage, self.id)[SCRATCH].clear()
-
 
 def open_model(
     directory: Path | str, *, executor: str | OpenExecutor = "auto", report: Report = silent
 ) -> Model:
     """Open the model in a directory."""
     return Model(directory, executor=executor, report=report)
-
-
-def _held_and_deleted(
-    context: Context, ids: Sequence[str], subject: str | None
-) -> tuple[list[RecordRow], list[Tombstone]]:
-    """Return the held and the deleted records of these ids, or of a subject. Raise UnknownRecord."""
-    if (subject is None) == (not ids):
-        raise InvalidInput("give either record ids or a subject")
-    if subject is not None:
-        return query.of_subject(context, subject)
-    found = [each for _, each in lookup(context, list(dict.fromkeys(ids)))]
-    held = [each for each in found if isinstance(each, RecordRow)]
-    return held, [each for each in found if isinstance(each, Tombstone)]

@@ -103,10 +103,12 @@ def _move_and_train(
     if accept_differences and any((each.key, each.effect) == ("base_model", "reset") for each in found):
         prepare_base(config, records, model.executor, model.report)
     resources = _new_resources(model, config, accept_differences=accept_differences)
-    with model._locked():  # one lock over both steps
+    with model.locked():  # one lock over both steps
         moved = _move(model, config, resources, records, accept_differences=accept_differences)
-        model._use(wiring.describe(model.directory))
-        taken = model._resume(records)
+        model.reload()
+        with model.context(locked=True) as context:
+            _ = model.resources.base  # refuses a changed base
+            taken = train(context, records)
     return replace(
         taken,
         record_epochs_trained=taken.record_epochs_trained + moved.record_epochs_trained,
@@ -290,7 +292,7 @@ def _move(
         return Trained()
     if effects:
         resources.check_base()
-    with model._context(as_it_is=True) as old:
+    with model.context(as_it_is=True) as old:
         if config.precision != DEFAULT_PRECISION:
             _check_no_patches(old)
         _catch_up_first(old, moving=wiring.witness_dir(config) != wiring.witness_dir(model.config))

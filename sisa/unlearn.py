@@ -17,12 +17,13 @@ from typing import Any
 from sisa.core.domain import Patch, VaultSet, active, wanted
 from sisa.core.errors import InvalidInput
 from sisa.flows import lifecycle
+from sisa.flows.model_directory import retry_read
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import Composition, measure
 from sisa.flows.patches.patching import Unlearnt, Wish, shards_over
 from sisa.flows.wiring.context import Context, patch_files, patches_beneath, trained_over
 from sisa.flows.wiring.resources import Resources
-from sisa.model import Model, retry_read
+from sisa.model import Model
 
 
 def unlearn(
@@ -39,7 +40,7 @@ def unlearn(
     without measuring it. Raise ConfigConflict if that could never be, and the errors of `patching.want`
     and `make_wanted`.
     """
-    with model._writing() as context:
+    with model.writing() as context:
         _ = model.resources.base  # refuses a changed base before anything is written
         if wish is not None:
             if max_drift is not None:
@@ -84,7 +85,7 @@ class _Effect:
 
 def drift(model: Model) -> float | None:
     """Return how far the patches served now have moved the shards from those they were trained over."""
-    with model._context() as context:
+    with model.context() as context:
         ledger = context.stores.ledger
         before, after = patches_beneath(ledger, context.settings.base), active(ledger.patches())
         if before == after:
@@ -94,7 +95,7 @@ def drift(model: Model) -> float | None:
 
 def retrain(model: Model) -> int:
     """Train all shards over the patches served now, exactly; return the number of slices trained."""
-    with model._writing() as context:
+    with model.writing() as context:
         stack = active(context.stores.ledger.patches())
         if trained_over(context.stores.ledger) != tuple(each.key for each in stack):
             shards_over(context, stack)
@@ -103,7 +104,7 @@ def retrain(model: Model) -> int:
 
 def revert(model: Model, *, everything: bool = False, retrain_shards: bool = False) -> list[Patch]:
     """Withdraw the wanted patch, else the newest one, or all. Raise InvalidInput if there is none."""
-    with model._writing() as context:
+    with model.writing() as context:
         gone = patching.revert_patches(context, everything=everything)
     if retrain_shards:
         retrain(model)
@@ -114,7 +115,7 @@ def release(
     model: Model, *, sets: Sequence[str] = (), request_ids: Sequence[str] = (), everything: bool = False
 ) -> list[VaultSet]:
     """Erase texts from the vault when consent is withdrawn. Raise UnknownRecord for unknown names."""
-    with model._writing() as context:
+    with model.writing() as context:
         held = [each for each in context.stores.ledger.vault() if each.held]
         named = held if everything else vault_sets.chosen(context, sets, request_ids)
         if not named:
@@ -125,7 +126,7 @@ def release(
 @retry_read
 def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]:
     """Return all patches ever wanted, the vault's sets, and the patches beneath trained shards."""
-    with model._context() as context:
+    with model.context() as context:
         ledger = context.stores.ledger
         return ledger.patches(), ledger.vault(), trained_over(ledger)
 
@@ -133,5 +134,5 @@ def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]
 @retry_read
 def served(model: Model) -> list[dict[str, bytes]]:
     """Return the files of the patches served now, lowest first. Raise IntegrityError."""
-    with model._context() as context:
+    with model.context() as context:
         return patch_files(context.stores.patches, active(context.stores.ledger.patches()))

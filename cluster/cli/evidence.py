@@ -335,7 +335,7 @@ def add_cosignature(directory: Path, file: Path, witnesses: tuple[str, ...]) -> 
     from sisa.evidence.keys.keys import log_of
 
     given = read_bytes(file)
-    with opened(directory) as model, model._locked():
+    with opened(directory) as model, model.locked():
         found = log_of(model)
         now = found.add_cosignatures(given, witnesses)
         names = [name for name, _ in found.cosigners()]

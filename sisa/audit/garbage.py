@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sisa.audit.lineage import parse_manifest
 from sisa.core.errors import Busy, IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
+from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.reconcile import give_up_lost
 from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.areas import known_by_area, purge
@@ -35,9 +35,6 @@ from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.ledger.sqlite import COMMIT_LOCK
 from sisa.store.metrics import run_files
-
-if TYPE_CHECKING:
-    from sisa.model import Model
 
 LEDGER_FILES = (*(LEDGER + each for each in files.SQLITE_FILES), wiring.LEDGER_URL, moving.LEDGERS_LEFT)
 EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", wiring.LOG)
@@ -225,13 +222,13 @@ def remove_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
     return tuple(gone)
 
 
-def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) -> Collected:
+def collect_garbage(model: ModelDirectory, *, dry_run: bool, lost_exports: bool = False) -> Collected:
     """List garbage, and remove it unless `dry_run`, with lost exports if asked. Raise Busy."""
     if dry_run:
-        with model._context() as context:
+        with model.context() as context:
             items = list_garbage(context, model.directory)
             return Collected(True, items, 0, 0, kept=purge(context, dry_run=True))
-    with wiring.model_lock(model.directory), model._context(locked=True) as context:
+    with wiring.model_lock(model.directory), model.context(locked=True) as context:
         items = list_garbage(context, model.directory)
         removed = remove_garbage(context, model.directory)
         given_up = give_up_lost(context) if lost_exports else ()

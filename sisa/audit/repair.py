@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sisa.audit.doctor import Diagnosis, diagnose, surroundings
 from sisa.audit.findings import Finding, RepairKind, examine
@@ -27,6 +26,7 @@ from sisa.audit.garbage import remove_garbage
 from sisa.core.domain import Chain, HeldCheckpoint, SliceJob
 from sisa.core.events import SliceTrained
 from sisa.core.ports import Change
+from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.patches.on_deletion import give_up
 from sisa.flows.reconcile import just_trained, reconcile, train_chains
 from sisa.flows.reconfigure import reseal_model
@@ -42,9 +42,6 @@ from sisa.planning.plan import ShardPlan, reached
 from sisa.store.blobs import files
 from sisa.store.blobs.files import walk
 
-if TYPE_CHECKING:
-    from sisa.model import Model
-
 
 @dataclass(frozen=True)
 class RepairOutcome:
@@ -55,11 +52,11 @@ class RepairOutcome:
     after: Diagnosis
 
 
-def repair(model: Model) -> RepairOutcome:
+def repair(model: ModelDirectory) -> RepairOutcome:
     """Diagnose a model, repair it, and diagnose it again. Raise Busy while another process writes."""
     wiring.check_executor(model.executor)  # before anything is written
     before = diagnose(model.directory)
-    with wiring.model_lock(model.directory), model._context(as_it_is=True) as context:
+    with wiring.model_lock(model.directory), model.context(as_it_is=True) as context:
         found = examine(context, model.directory)
         if any(each.repair == "retrain" for each in found):
             _ = model.resources.base  # refuses a changed base before a checkpoint is given up

@@ -25,20 +25,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from sisa.core.domain import Chain
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import silent
 from sisa.core.ports import CheckpointStore
+from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.wiring import SCRATCH, OnCluster, open_as_it_is
 from sisa.lm.base.numerics import worker_environment
 from sisa.planning.plan import all_paths
 from sisa.store.checkpoints import FileCheckpoints
-
-if TYPE_CHECKING:
-    from sisa.model import Model
 
 IMPORTS = ("sisa.lm.train.lora", "pyarrow.dataset")
 SERVE = "from sisa.audit.replay import serve; serve()"
@@ -55,7 +53,7 @@ class Apart:
     train: Callable[[Sequence[Chain]], None]
 
 
-def stages_apart(model: Model, context: Context) -> Apart | None:
+def stages_apart(model: ModelDirectory, context: Context) -> Apart | None:
     """Return how to train a model's stages apart; None for an executor object of the caller's."""
     if not isinstance(model.executor, str | OnCluster):
         return None
@@ -81,7 +79,7 @@ def train_stage(context: Context, shard: int, key: str, store: CheckpointStore) 
                 return
 
 
-def _train_all(model: Model, scratch: str, chains: Sequence[Chain]) -> None:
+def _train_all(model: ModelDirectory, scratch: str, chains: Sequence[Chain]) -> None:
     """Train all stages of a shard, each in a fork. Raise EnvironmentFault if one fails."""
     config, shard = model.config, chains[0].shard
     settings = worker_environment(config.sisa.threads_per_shard, config.precision)

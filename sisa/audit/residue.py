@@ -39,7 +39,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sisa.audit.foreign_files import (
     BATCH_ROWS,
@@ -56,9 +55,10 @@ from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings, is_short
 from sisa.config.config import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.domain import Export, HeldCheckpoint, Tombstone
-from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
+from sisa.core.errors import IntegrityError, InvalidInput, SisaError
 from sisa.core.ports import BlobStore
 from sisa.flows import query
+from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.areas import known_by_area
@@ -79,9 +79,6 @@ from sisa.store.blobs.files import SCRATCH_PREFIX, read_beside, walk
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.metrics import STAGE_DIGITS, parse_lines, without_losses
-
-if TYPE_CHECKING:
-    from sisa.model import Model
 
 SCANNED = (
     *("files", "bytes", "checkpoints", "rows", "vectors", "adapters", "unreadable"),
@@ -114,7 +111,7 @@ class Scan:
 
 
 def sweep_model(
-    model: Model,
+    model: ModelDirectory,
     *,
     also: Sequence[Path] = (),
     ids: Sequence[str] = (),
@@ -123,12 +120,8 @@ def sweep_model(
     """Scan a model's directory, storage and exports. Raise Busy while another process writes."""
     with undisturbed(model.directory) as free:
         if not free:
-            raise Busy(
-                "another process is writing to this model",
-                where=str(model.directory),
-                next_step="wait until it has finished, then run the same command again",
-            )
-        with model._context(locked=True) as context:
+            raise model.busy()
+        with model.context(locked=True) as context:
             return scan_residue(context, model.directory, also=also, ids=ids, texts=texts)
 
 

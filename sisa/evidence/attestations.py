@@ -72,7 +72,7 @@ def verify_and_log(
     anchor: WitnessHead | None = None,
 ) -> tuple[Verification, Stated]:
     """Verify a model with a replay, and log the result."""
-    held = model._held_state()
+    held = model.held_state()
     found = model.verify(replay, shard, require_replay=require_replay, anchor=anchor)
     return found, _log(model, "replay", replay_results(found), held)
 
@@ -81,7 +81,7 @@ def sweep_and_log(
     model: Model, *, also: Sequence[Path] = (), ids: Sequence[str] = (), texts: Sequence[str] = ()
 ) -> tuple[Scan, Stated]:
     """Scan a model for traces, and log the result."""
-    held = model._held_state()
+    held = model.held_state()
     found = sweep_model(model, also=also, ids=ids, texts=texts)
     return found, _log(model, "sweep", sweep_results(found), held)
 
@@ -130,7 +130,7 @@ def _log(model: Model, check: str, results: Results, held: str) -> Stated:
         return Stated(not_logged=NO_KEYS)
     try:
         keys = keys_of(model)
-        with model._writing() as context:
+        with model.writing() as context:
             if held_state(context.stores.ledger) != held:
                 return Stated(not_logged=CHANGED)
             described = configuration(check, model.id, context.now())
@@ -174,7 +174,7 @@ def log_hand_out(model: Model, right: Right, data: bytes, named: Iterable[str]) 
     predicate = access_predicate(Keyed(model.secret), right, named, found["made_at"], counts)
     try:
         hook.tables.put_given(sha256, predicate)
-        with model._writing() as context:
+        with model.writing() as context:
             made = hook.issue(context)
     except (SisaError, Refused) as error:
         return Stated(not_logged=f"pending ({error.what})")
@@ -188,7 +188,7 @@ def log_provenance(model: Model) -> list[Logged]:
     Return these statements; those that the log has already are not signed again. Raise SisaError.
     """
     keys = keys_of(model)
-    with model._writing() as context:
+    with model.writing() as context:
         log = open_log(keys, context.stores.blobs[LOG])
         known = open_hook(model.directory, model.config, model.id).tables.logged(log)
         served_now = digest_of(served_subject(context))

@@ -113,12 +113,12 @@ def audit_model(
     # The doctor is first: opening the model to write repeats deletions that a backup has lost.
     doctor = _check("doctor", partial(_doctor_findings, model.directory))
     shards = drawn(seed, [each.shard for each in model.status().shards if each.records], sample)
-    state = model._held_state()
+    state = model.held_state()
     replay = _check("replay", partial(_replay_findings, model, shards))
     sweep = _check("sweep", partial(_sweep_findings, model))
-    with model._writing() as context:
+    with model.writing() as context:
         if held_state(context.stores.ledger) != state:  # what was replayed is not what is there now
-            raise model._busy()
+            raise model.busy()
         keys = open_keys(model.config, model.id)
         read = cutting_full_tiles(partial(context.stores.blobs[LOG].get, what="file of the log"))
         evidence = _Evidence(context, model.directory, shards, keys, public, kept, witnesses, read)

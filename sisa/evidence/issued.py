@@ -101,7 +101,7 @@ def _next_step(request: Request, *, pending: bool) -> str:
 def open_evidence(model: Model) -> Iterator[OpenEvidence]:
     """Open a model's evidence. Raise InvalidInput for a model that has no keys."""
     keys = keys_of(model)
-    with model._context() as context:
+    with model.context() as context:
         hook = open_hook(model.directory, model.config, model.id)
         yield OpenEvidence(context, hook, keys, Log(context.stores.blobs[LOG], keys))
 
@@ -115,13 +115,13 @@ def issued(model: Model) -> Issued:
 def issue(model: Model) -> list[Logged]:
     """Sign and log whatever lacks a statement; return what was logged. Raise SisaError."""
     keys_of(model)  # refuses a model without keys before anything is written
-    with model._writing() as context:
+    with model.writing() as context:
         return open_hook(model.directory, model.config, model.id).issue(context)
 
 
 def state_what_is_held(model: Model) -> None:
     """State what a model with new keys holds: the beginning of its chain. Report a failure."""
-    with model._writing() as context:
+    with model.writing() as context:
         open_hook(model.directory, model.config, model.id).complete(context)
 
 

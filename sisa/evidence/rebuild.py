@@ -184,7 +184,7 @@ def apart(config: RunConfig, key_file: Path, directory: Path) -> RunConfig:
 
 
 def _compared(model: Model, certified: Sequence[Served]) -> Rebuild:
-    with model._context() as context:
+    with model.context() as context:
         ledger, here = context.stores.ledger, context.compute.fingerprint
         rebuilt = {each.shard: each.sha256 for each in served_by(ledger)}
         shards = []
@@ -224,7 +224,7 @@ def add_rebuild(model: Model, envelope: bytes, public_key: CertificateKey) -> in
     parties = replace(keys.public, certificates=(replace(public_key, since=0, until=None),))
     statement = verify_envelope(envelope, parties)
     predicate = statement["predicate"] if statement["predicateType"] == REBUILD else {}
-    with model._writing() as context:
+    with model.writing() as context:
         log = open_log(keys, context.stores.blobs[LOG])
         logged = {each.sha256: each for each in log.entries()}
         known = logged.get(predicate.get("certificate", ""))

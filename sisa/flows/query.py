@@ -23,7 +23,7 @@ from sisa.core.domain import (
     Tombstone,
     VaultSet,
 )
-from sisa.core.errors import IntegrityError, Problem, UnknownRecord
+from sisa.core.errors import IntegrityError, InvalidInput, Problem, UnknownRecord
 from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.core.ports import Vectors
 from sisa.data.record_rules import normal_subject
@@ -194,6 +194,19 @@ def of_digest(context: Context, digest: str) -> tuple[list[RecordRow], list[Tomb
     if not held and not deleted:
         raise UnknownRecord("this model has never held a record of that subject")
     return held, deleted
+
+
+def held_and_deleted(
+    context: Context, ids: Sequence[str], subject: str | None
+) -> tuple[list[RecordRow], list[Tombstone]]:
+    """Return the held and the deleted records of these ids, or of a subject. Raise UnknownRecord."""
+    if (subject is None) == (not ids):
+        raise InvalidInput("give either record ids or a subject")
+    if subject is not None:
+        return of_subject(context, subject)
+    found = [each for _, each in lookup(context, list(dict.fromkeys(ids)))]
+    held = [each for each in found if isinstance(each, RecordRow)]
+    return held, [each for each in found if isinstance(each, Tombstone)]
 
 
 def where(context: Context, ids: Sequence[str]) -> list[Location]:

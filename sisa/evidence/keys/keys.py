@@ -201,7 +201,7 @@ def log_of(model: Model) -> Log:
 
 def start_evidence(model: Model, signer: str = "", public_key: CertificateKey | None = None) -> Keys:
     """Make the keys of a model, and publish the public ones. Raise ConfigConflict if it has some."""
-    with model._locked():
+    with model.locked():
         blobs = log_blobs(model)
         if not evidence_keys(model.config, model.id).exists():
             if blobs.held():
@@ -225,7 +225,7 @@ def rotate(
     public_key: CertificateKey | None = None,
 ) -> Keys:
     """Replace the key that signs a model's statements. Raise Busy while another process writes."""
-    with model._locked():
+    with model.locked():
         keys, blobs = keys_of(model), log_blobs(model)
         signer = signer or model.config.signing.signer or ""
         new = rotate_keys(keys, open_log(keys, blobs), reason, until, signer, public_key)

@@ -38,16 +38,7 @@ import numpy as np
 
 from sisa.config.config import RunConfig, SisaBlock
 from sisa.core.digest import Keyed, digest_of
-from sisa.core.domain import (
-    Head,
-    HeldCheckpoint,
-    IndexFile,
-    Part,
-    Record,
-    RecordRow,
-    Request,
-    SliceFile,
-)
+from sisa.core.domain import Head, HeldCheckpoint, IndexFile, Part, Record, RecordRow, Request, SliceFile
 from sisa.core.errors import UnknownRecord
 from sisa.core.ports import Change, StoredRecord
 from sisa.core.requests import EventChain, contradicted, event
@@ -250,7 +241,7 @@ class OpenModel(Model):
         return self._given.stores.ledger.seq()
 
     @contextlib.contextmanager
-    def _context(self, **_: bool) -> Iterator[Context]:
+    def context(self, **_: bool) -> Iterator[Context]:
         yield self._given
 
 

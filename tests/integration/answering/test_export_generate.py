@@ -433,7 +433,7 @@ def test_status_searches_no_index_after_a_training_or_a_deletion(chats: Tiny) ->
     ]
     for number, delete in enumerate(ways, 1):
         delete(ids[number : number + 1])
-        with model._context() as context:
+        with model.context() as context:
             searched = _look_up_prompts(context, model.config.sisa)
         assert searched is not None
         assert in_new_process() == asdict(searched)
@@ -498,7 +498,7 @@ def test_an_index_of_an_earlier_version_is_refused_until_it_is_built_anew(tiny: 
 
     model = tiny.open()
     shards = {each.id: each.shard for each in model.where(ids_of(PEOPLE))}
-    with model._writing() as context:
+    with model.writing() as context:
         old = json.loads(context.stores.ledger.meta()["embedder"])
         old["digest"] = NameEmbedder(HashingEmbedder()).digest
         context.stores.ledger.commit(Change(meta={"embedder": json.dumps(old)}))

@@ -110,7 +110,7 @@ class Operator:
     def numbers(self) -> list[int]:
         """Return the numbers of the held records."""
         known = {record(number).id: number for number in range(40)}
-        with self.model._context() as context:
+        with self.model.context() as context:
             digests = {context.settings.assigner.id_digest(each): known[each] for each in known}
             return sorted(digests[each.id_digest] for each in held_rows(context, digests))
 
@@ -292,7 +292,7 @@ def certify(operator: Operator) -> None:
 
 @attack("deletes records without a request", "`sisa audit`: chain")
 def test_records_vanish_without_a_request(operator: Operator) -> None:
-    with operator.model._writing() as context:
+    with operator.model.writing() as context:
         ((_, row),) = lookup(context, [record(5).id])
         assert isinstance(row, RecordRow)
         plan = plan_forget(context, [row])

@@ -34,7 +34,7 @@ ELSEWHERE = "f" * 64  # the fingerprint of another machine
 
 def certified(tiny: Tiny, *shards: int) -> list[Served]:
     """Return what a certificate says of served adapters."""
-    with tiny.open()._context() as context:
+    with tiny.open().context() as context:
         return [each for each in served_by(context.stores.ledger) if each.shard in shards]
 
 
@@ -70,7 +70,7 @@ def test_a_second_party_rebuilds_the_certified_bytes(tiny: Tiny, tmp_path: Path)
 
 def made_elsewhere(tiny: Tiny, head: Served) -> str:
     """Return the key of the same job under another fingerprint."""
-    with tiny.open()._context() as context:
+    with tiny.open().context() as context:
         slices = context.stores.ledger.slices(head.shard)
         return jobs(head.shard, slices, context.recipe, ELSEWHERE)[-1].key
 

@@ -49,7 +49,7 @@ QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprec
 
 def put_patch(model: sisa.Model, files: Files, seed: int = 0) -> Patch:
     """Make a patch active, as if it had been made."""
-    with model._writing() as context:
+    with model.writing() as context:
         held = context.stores.ledger.patches()
         beneath = tuple(each.key for each in active(held))
         job = PatchJob(
@@ -256,7 +256,7 @@ def test_patches_follow_encrypt_and_the_vault_stays_sealed(
     model, _ = sisa.train_model(run_file, executor="serial", allow_deleted=True)
     patch = put_patch(model, made[0])
     text = Record("x", None, "text", (Part("text", "Mara of Velden keeps bees."),))
-    with model._writing() as context:
+    with model.writing() as context:
         put = vault_sets.put(context, "forget", [text], "she asked")
         commit(context, Change(vault=put.sets, vaulted=put.pairs))
     name = put.sets[0].name
@@ -266,6 +266,6 @@ def test_patches_follow_encrypt_and_the_vault_stays_sealed(
         assert is_sealed((model.directory / PATCHES / patch.key / ADAPTER).read_bytes()) == encrypt
         assert is_sealed((model.directory / VAULT / name).read_bytes())
         assert unlearn.served(model) == [made[0]]
-        with model._context() as context:
+        with model.context() as context:
             assert context.stores.vault.read(put.sets[0]) == (text,)
         assert model.verify(replay="all", apart=False).ok

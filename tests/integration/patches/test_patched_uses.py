@@ -33,7 +33,7 @@ __all__ = ["made"]  # a fixture
 
 
 def measured(model: sisa.Model, before: Sequence[Patch], after: Sequence[Patch]) -> Composition:
-    with model._context() as context:
+    with model.context() as context:
         return measure(context, model.resources, before, after, limit=10)
 
 
@@ -69,7 +69,7 @@ def test_composition_is_not_measured_on_what_is_to_be_forgotten(tiny: Tiny, made
     model = tiny.open()
     patch = put_patch(model, made[0])
     before = measured(model, [], [patch])
-    with model._writing() as context:
+    with model.writing() as context:
         rows = [row for shard in range(3) for row in context.stores.ledger.rows(shard)][:-3]
         found = VaultSet("f" * 64, "forget", len(rows), "they asked", "then", "", 0, held=False)
         pairs = tuple((found.name, row.id_digest) for row in rows)
@@ -110,7 +110,7 @@ def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
         assert path.name == before.name
         assert (path / ADAPTER).read_bytes() != (before / ADAPTER).read_bytes()
-    with model._context() as context:
+    with model.context() as context:
         patches = {each.path: each.patches for each in context.stores.ledger.exports()}
         standings = {context.stores.exports.state(each) for each in context.stores.ledger.exports()}
     keys = tuple(each.key for each in stack)

@@ -123,7 +123,7 @@ def keys(tiny: Tiny) -> dict[str, frozenset[str]]:
 
 
 def known(tiny: Tiny) -> dict[str, frozenset[str]]:
-    with tiny.open()._context() as context:
+    with tiny.open().context() as context:
         return {room: known_by_area(context)[room] for room in ROOMS}
 
 

@@ -612,7 +612,7 @@ def test_a_witness_that_fails_does_not_keep_the_text(
 ) -> None:
     """The deletion is committed before the witness records it, so its bytes go even if that fails."""
     model = open_to_delete(before, tmp_path, monkeypatch)
-    with model._writing():
+    with model.writing():
         pass  # the witness exists
 
     def refuse(*_: Any) -> None:

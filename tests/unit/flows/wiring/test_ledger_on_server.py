@@ -254,7 +254,7 @@ def test_a_killed_move_is_finished_or_undone(
             model = open_model(directory)
             left = [each for each in diagnose(directory).findings if each.kind == "ledger_left"]
             assert bool(left) == moving.is_unfinished(directory)
-            with model._locked():  # as every writer begins
+            with model.locked():  # as every writer begins
                 pass
             assert all_rows(directory) == before, number
             now = wiring.ledger_place(directory)

@@ -172,7 +172,7 @@ def test_a_commit_that_changes_no_setting_is_no_reconfiguration(config: RunConfi
     events: list[Event] = []
     model, _ = train_model(config, executor="serial", report=events.append)
     resources = model.resources
-    with model._writing() as context:
+    with model.writing() as context:
         context.stores.ledger.commit(Change(meta={"note": "of another kind"}))
     assert model.where(["id-0001"])[0].state == "trained"
     assert model.resources is resources  # what is loaded stays loaded

@@ -182,7 +182,7 @@ def test_what_is_handed_out_is_stated_by_its_bytes_alone(model: Path, sisa: Sisa
 
 
 def test_what_a_busy_model_can_not_state_is_stated_next(model: Path, sisa: Sisa) -> None:
-    with open_model(model)._locked():
+    with open_model(model).locked():
         code, out, err = sisa("access", "-m", model, "--subject", WHO, "-o", "-")
     assert code == 0
     assert "not logged: pending" in err
@@ -194,7 +194,7 @@ def test_what_a_busy_model_can_not_state_is_stated_next(model: Path, sisa: Sisa)
 
 
 def test_a_restriction_is_in_force_while_another_process_writes(model: Path, sisa: Sisa) -> None:
-    with open_model(model)._locked():
+    with open_model(model).locked():
         code, out, _ = sisa("restrict", "-m", model, "--subject", WHO, "--json")
     assert (code, json.loads(out)["changed"]) == (0, True)
     assert kinds(model) == ["state:v1"]
@@ -232,7 +232,7 @@ def test_a_restriction_is_stated_with_what_is_served_instead(model: Path, sisa: 
 
 def test_a_record_that_its_slice_lacks_is_not_left_out_of_an_access_file(bare: Path) -> None:
     model = open_model(bare)
-    with model._context() as context:
+    with model.context() as context:
         (row, *others), deleted = of_subject(context, WHO)
         rows = [replace(row, id_digest="0" * 64), *others]
         with pytest.raises(IntegrityError, match="records that it holds"):
@@ -250,7 +250,7 @@ def test_a_restored_backup_does_not_serve_what_was_restricted_since(
     (found,) = diagnose(model).findings
     assert (found.kind, found.what.endswith("restrictions are not as they were")) == ("behind", True)
     heads = {each.shard: each.head for each in open_model(model).status().shards}
-    with open_model(model)._context() as context:
+    with open_model(model).context() as context:
         assert served_keys(context.stores.ledger) != heads
     assert open_model(model).status().restricted_records == 3
     assert diagnose(model).ok
@@ -258,7 +258,7 @@ def test_a_restored_backup_does_not_serve_what_was_restricted_since(
 
 def test_the_doctor_names_a_restriction_of_nobody(model: Path) -> None:
     """It is left where a rectification of somebody's only record was cut short."""
-    with open_model(model)._writing() as context:
+    with open_model(model).writing() as context:
         known = restrictions(context.stores.ledger)
         commit(context, Change(meta=restricting(known, {"0" * 64: "2026-01-01T00:00:00+00:00"})))
     (found,) = diagnose(model).findings
