@@ -26,7 +26,7 @@ from cluster.cli.command import (
     read_bytes,
     read_public_keys,
 )
-from cluster.cli.evidence import log, witness_option
+from cluster.cli.evidence import cosigner_option, log
 from cluster.observe.reporting import watched
 from cluster.render.render import EXIT_INTEGRITY, EXIT_REVOKED, Result, counted
 from sisa.core.errors import InvalidInput
@@ -186,7 +186,7 @@ def checked(
 @click.option("--seed", help="Draws the shards; by default a random one, which is shown.")
 @click.option("--key", "key_file", type=PATH, help="Public keys that you hold, not the published.")
 @click.option("--seen", type=PATH, multiple=True, help="A checkpoint of the log that you kept.")
-@witness_option
+@cosigner_option
 @click.option("-o", "--output", type=PATH, help="File for the signed report.")
 @executor_option
 def audit(
@@ -195,7 +195,7 @@ def audit(
     seed: str | None,
     key_file: Path | None,
     seen: tuple[Path, ...],
-    witnesses: tuple[str, ...],
+    cosigners: tuple[str, ...],
     output: Path | None,
     executor: ExecutorChoice,
 ) -> Result:
@@ -207,7 +207,7 @@ def audit(
     public = None if key_file is None else read_public_keys(key_file)
     kept = [read_bytes(each) for each in seen]
     with opened(directory, executor) as model:
-        found = audit_model(model, sample, seed, public=public, kept=kept, witnesses=witnesses)
+        found = audit_model(model, sample, seed, public=public, kept=kept, cosigners=cosigners)
     if output is not None and found.envelope:
         write_atomic(output, found.envelope)
     return audited(found, output)

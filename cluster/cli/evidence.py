@@ -159,8 +159,8 @@ log = command_group("log", "Show, check and cosign the transparency log.")
 key_option = click.option(
     "--key", "key_file", required=True, type=PATH, help="The model's public keys, or a log's vkey."
 )
-witness_option = click.option(
-    "--witness", "witnesses", multiple=True, metavar="VKEY", help="A witness that must have signed."
+cosigner_option = click.option(
+    "--witness", "cosigners", multiple=True, metavar="VKEY", help="A cosigner that must have signed."
 )
 
 
@@ -183,7 +183,7 @@ def log_vkey(key_file: Path) -> str:
 @model_option
 @click.option("--last", "num_last", default=10, type=click.IntRange(0), help="Entries to list.")
 def show_log(directory: Path, num_last: int) -> Result:
-    """Show the checkpoint, its witnesses and the last entries."""
+    """Show the checkpoint, its cosigners and the last entries."""
     from sisa.evidence.keys.keys import log_blobs, log_of
 
     with opened(directory) as model:
@@ -210,7 +210,7 @@ def show_log(directory: Path, num_last: int) -> Result:
 
 
 def _instant(seconds: int) -> str:
-    """Return a time in ISO 8601; a witness may have signed one that is out of range."""
+    """Return a time in ISO 8601; a cosigner may have signed one that is out of range."""
     try:
         return datetime.fromtimestamp(seconds, UTC).isoformat()
     except (OverflowError, ValueError, OSError):
@@ -221,13 +221,13 @@ def _instant(seconds: int) -> str:
 @click.argument("where", required=False)
 @click.option("-m", "--model", "directory", type=PATH, help="Check this model's own log instead.")
 @click.option("--key", "key_file", type=PATH, help="The model's public keys, or a log's vkey.")
-@witness_option
+@cosigner_option
 @click.option("--seen", type=PATH, multiple=True, help="A checkpoint of this log that you kept.")
 def check_log_command(
     where: str | None,
     directory: Path | None,
     key_file: Path | None,
-    witnesses: tuple[str, ...],
+    cosigners: tuple[str, ...],
     seen: tuple[Path, ...],
 ) -> Result:
     """Check a whole log, in a directory or at a URL.
@@ -241,16 +241,16 @@ def check_log_command(
         from sisa.evidence.keys.keys import log_of
 
         with opened(directory) as model:
-            now = log_of(model).check(witnesses, kept)
+            now = log_of(model).check(cosigners, kept)
     elif where is not None and key_file is not None and directory is None:
-        now, _, _ = check_log(log_reader(where), log_vkey(key_file), witnesses, kept)
+        now, _, _ = check_log(log_reader(where), log_vkey(key_file), cosigners, kept)
     else:
         raise click.UsageError("give a directory or a URL with --key, or -m alone")
     body = {"ok": True, "origin": now.origin, "size": now.size, "root": now.root.hex()}
     lines = [f"{now.origin}: {_entries(now.size)}, all as its checkpoint says"]
     lines += [f"continues {each}" for each in seen]
-    lines += [f"cosigned by {each.partition('+')[0]}" for each in witnesses]
-    return Result(body | {"seen": len(seen), "witnesses": len(witnesses)}, lines)
+    lines += [f"cosigned by {each.partition('+')[0]}" for each in cosigners]
+    return Result(body | {"seen": len(seen), "witnesses": len(cosigners)}, lines)
 
 
 @command("proof", "-m model 3 > entry-3.tlog-proof", group=log)
@@ -267,9 +267,9 @@ def prove_entry(directory: Path, index: int) -> Result:
 
 @command("request", "-m model --old 12 > request", group=log)
 @model_option
-@click.option("--old", default=0, type=click.IntRange(0), help="Entries that the witness has seen.")
+@click.option("--old", default=0, type=click.IntRange(0), help="Entries that the cosigner has seen.")
 def request_cosignature(directory: Path, old: int) -> Result:
-    """Print what asks a witness to cosign the checkpoint.
+    """Print what asks a cosigner to sign the checkpoint.
 
     It has the form of C2SP's tlog-witness, add-checkpoint, and is a file for `sisa log cosign`.
     """
@@ -284,16 +284,16 @@ def request_cosignature(directory: Path, old: int) -> Result:
 @click.argument("name")
 @click.argument("file", type=PATH)
 def make_witness_key(name: str, file: Path) -> Result:
-    """Make a witness's key in a new file. Print its vkey.
+    """Make a cosigner's key in a new file. Print its vkey.
 
     NAME is a URL without its scheme.
     """
-    from sisa.evidence.log.cosigning import new_witness
+    from sisa.evidence.log.cosigning import new_cosigner_key
     from sisa.store.blobs.files import write_atomic
 
     if file.exists():
         raise InvalidInput("the file exists", where=str(file), next_step="name a new file")
-    private, vkey = new_witness(name)
+    private, vkey = new_cosigner_key(name)
     write_atomic(file, f"{private}\n".encode())
     return Result({"name": name, "key_file": str(file), "vkey": vkey}, [vkey])
 
@@ -301,12 +301,12 @@ def make_witness_key(name: str, file: Path) -> Result:
 @command("cosign", "URL --key keys.json --witness-key witness.key --state witness.state", group=log)
 @click.argument("where")
 @key_option
-@click.option("--witness-key", required=True, type=PATH, help="The witness's key.")
+@click.option("--witness-key", required=True, type=PATH, help="The cosigner's key.")
 @click.option(
-    "--state", required=True, type=PATH, help="The witness's file for this log: what it signed last."
+    "--state", required=True, type=PATH, help="The cosigner's file for this log: what it signed last."
 )
 def cosign_log(where: str, key_file: Path, witness_key: Path, state: Path) -> Result:
-    """Cosign a log's checkpoint, as its witness.
+    """Cosign a log's checkpoint.
 
     It must continue the one that was signed before. WHERE is the log's directory or URL, a file that
     `sisa log request` printed or, at first, a checkpoint. The line of the signature is printed: the
@@ -325,10 +325,10 @@ def cosign_log(where: str, key_file: Path, witness_key: Path, state: Path) -> Re
 @model_option
 @click.argument("file", type=PATH)
 @click.option(
-    "--witness", "witnesses", multiple=True, required=True, metavar="VKEY", help="Whose signature it is."
+    "--witness", "cosigners", multiple=True, required=True, metavar="VKEY", help="Whose signature it is."
 )
-def add_cosignature(directory: Path, file: Path, witnesses: tuple[str, ...]) -> Result:
-    """Add a witness's signature to the checkpoint.
+def add_cosignature(directory: Path, file: Path, cosigners: tuple[str, ...]) -> Result:
+    """Add a cosigner's signature to the checkpoint.
 
     FILE has the line of the signature, or the whole note.
     """
@@ -337,7 +337,7 @@ def add_cosignature(directory: Path, file: Path, witnesses: tuple[str, ...]) -> 
     given = read_bytes(file)
     with opened(directory) as model, model.locked():
         found = log_of(model)
-        now = found.add_cosignatures(given, witnesses)
+        now = found.add_cosignatures(given, cosigners)
         names = [name for name, _ in found.cosigners()]
     body = {"size": now.size, "root": now.root.hex(), "cosigned": names}
     return Result(body, [f"{_entries(now.size)}, cosigned by {', '.join(names)}"])

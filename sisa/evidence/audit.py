@@ -102,12 +102,12 @@ def audit_model(
     *,
     public: PublicKeys | None = None,
     kept: Sequence[bytes] = (),
-    witnesses: Sequence[str] = (),
+    cosigners: Sequence[str] = (),
 ) -> Audit:
     """Audit a model; sign and log the result if its keys are here.
 
     `public` are keys that the auditor holds, by default those beside the log; `kept` are checkpoints of
-    the log that somebody kept, `witnesses` the keys of those who must have cosigned it. Nothing is
+    the log that somebody kept, `cosigners` the keys of those who must have cosigned it. Nothing is
     changed but the log. Raise Busy if another process wrote meanwhile.
     """
     # The doctor is first: opening the model to write repeats deletions that a backup has lost.
@@ -121,7 +121,7 @@ def audit_model(
             raise model.busy()
         keys = open_keys(model.config, model.id)
         read = cutting_full_tiles(partial(context.stores.blobs[LOG].get, what="file of the log"))
-        evidence = _Evidence(context, model.directory, shards, keys, public, kept, witnesses, read)
+        evidence = _Evidence(context, model.directory, shards, keys, public, kept, cosigners, read)
         found = [
             _check(name, partial(find, evidence), evidence.missing) for name, find in EVIDENCE_CHECKS
         ]
@@ -203,7 +203,7 @@ class _Evidence:
     keys: Keys | None
     given: PublicKeys | None
     kept: Sequence[bytes]
-    witnesses: Sequence[str]
+    cosigners: Sequence[str]
     read: Read
 
     @property
@@ -240,7 +240,7 @@ class _Evidence:
         """Find a log that contradicts itself, or does not continue a checkpoint that was kept."""
         signed = Log(self.context.stores.blobs[LOG], self.keys).signed_note() if self.keys else b""
         kept = [*self.kept, signed] if signed else self.kept
-        check_log(self.read, self.public.log, self.witnesses, kept)
+        check_log(self.read, self.public.log, self.cosigners, kept)
         return ()
 
     def chain_findings(self) -> Iterator[Problem]:

@@ -1,5 +1,4 @@
-"""The witness at rest: an append-only file outside the model's directory, which no backup of it sets
-back. (The witnesses of `evidence/log/` are others: parties that cosign a log.)
+"""Record deletions in the witness: an append-only file that no backup of the model contains.
 
     {"tombstone": [...]}    a deletion
     {"readmitted": "..."}   a deleted id that was allowed in again

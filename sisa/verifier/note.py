@@ -1,6 +1,6 @@
 """A transparency log as it is published, in the formats of C2SP: notes, checkpoints, proofs and tiles.
 
-    signed-note         a text and its signatures              tlog-cosignature    a witness's signature
+    signed-note         a text and its signatures              tlog-cosignature    a cosigner's signature
     tlog-checkpoint     a note: origin, size and root          tlog-proof          an entry is in the log
     tlog-tiles          PREFIX/checkpoint, PREFIX/tile/<L>/<N>[.p/<W>], PREFIX/tile/entries/<N>[.p/<W>]
 
@@ -70,7 +70,7 @@ def parse_vkey(vkey: str) -> NoteKey:
 
 
 def cosigned(text: bytes, timestamp: int) -> bytes:
-    """Return what a witness signs at a time, in seconds since 1970."""
+    """Return what a cosigner signs at a time, in seconds since 1970."""
     return f"cosignature/v1\ntime {timestamp}\n".encode() + text
 
 
@@ -111,11 +111,11 @@ def parse_checkpoint(text: bytes) -> Checkpoint:
     return checkpoint
 
 
-def open_checkpoint(note: bytes, vkey: str, *, witnesses: Sequence[str] = ()) -> Checkpoint:
-    """Return a log's checkpoint. Raise Refused unless the log and each of these witnesses signed it."""
-    if any(parse_vkey(each).type != COSIGNATURE for each in witnesses):
-        raise _refused("a witness's key is of another type", "the vkey of a cosigner, of type 4")
-    found = parse_checkpoint(open_note(note, [vkey, *witnesses]))
+def open_checkpoint(note: bytes, vkey: str, *, cosigners: Sequence[str] = ()) -> Checkpoint:
+    """Return a log's checkpoint. Raise Refused unless the log and each of these cosigners signed it."""
+    if any(parse_vkey(each).type != COSIGNATURE for each in cosigners):
+        raise _refused("a cosigner's key is of another type", "the vkey of a cosigner, of type 4")
+    found = parse_checkpoint(open_note(note, [vkey, *cosigners]))
     if found.origin != (name := parse_vkey(vkey).name):
         raise _refused("a checkpoint is of another log", name, found.origin)
     return found

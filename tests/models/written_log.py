@@ -85,8 +85,8 @@ def fill(place: Place, size: int) -> None:
     place.log._sign(Checkpoint(place.log.key.name, size, Tiles(place.read, size).hash(0, size)))
 
 
-def some_witness(name: str) -> tuple[str, str]:
-    """Return the private key and the vkey of a witness, always the same."""
+def some_cosigner_key(name: str) -> tuple[str, str]:
+    """Return the private key and the vkey of a cosigner, always the same."""
     seed = sha256_hex(name.encode())[:32].encode()
     public = Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
     id_ = NoteKey(name, note.ED25519, public).id.hex()

@@ -1,4 +1,4 @@
-"""Cosign the checkpoints of somebody else's log: what a witness runs (C2SP `tlog-cosignature`)."""
+"""Cosign the checkpoints of somebody else's log, as what C2SP calls a witness (`tlog-cosignature`)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _PRIVATE = re.compile(r"PRIVATE\+KEY\+([^\s+]+)\+([0-9a-f]{8})\+([A-Za-z0-9+/]{4
 _REQUEST = re.compile(rb"old (?:0|[1-9][0-9]{0,17})(?:\n[A-Za-z0-9+/=]{44}){0,63}")
 
 
-def new_witness(name: str) -> tuple[str, str]:
-    """Return a new key of a witness, as Go's `note.GenerateKey` writes it, and its vkey."""
+def new_cosigner_key(name: str) -> tuple[str, str]:
+    """Return a new key of a cosigner, as Go's `note.GenerateKey` writes it, and its vkey."""
     private = Ed25519PrivateKey.generate()
     public = private.public_key().public_bytes_raw()
     id_ = NoteKey(name, ED25519, public).id.hex()
@@ -32,8 +32,8 @@ def new_witness(name: str) -> tuple[str, str]:
     return f"{PRIVATE}+{name}+{id_}+{data}", vkey
 
 
-def parse_witness(text: str) -> tuple[NoteKey, Ed25519PrivateKey]:
-    """Return the public and the private key of a witness. Raise InvalidInput."""
+def parse_cosigner_key(text: str) -> tuple[NoteKey, Ed25519PrivateKey]:
+    """Return the public and the private key of a cosigner. Raise InvalidInput."""
     found = _PRIVATE.fullmatch(text)
     data = b64decode(found[3]) if found else b"\x00"
     if found and data[0] == ED25519:
@@ -42,7 +42,7 @@ def parse_witness(text: str) -> tuple[NoteKey, Ed25519PrivateKey]:
         if NoteKey(found[1], ED25519, public).id.hex() == found[2]:
             return NoteKey(found[1], COSIGNATURE, public), private
     raise InvalidInput(
-        "the witness's key can't be read",
+        "the cosigner's key can't be read",
         expected=f"{PRIVATE}+NAME+ID+KEY, of Ed25519",
         next_step="make one with `sisa log witness-key`",
     )
@@ -61,11 +61,11 @@ def cosign(
 ) -> tuple[Checkpoint, Checkpoint, bytes]:
     """Cosign a log's checkpoint; return the one seen before, this one, and the line of the signature.
 
-    In place of the checkpoint, `read` may return a request. `state` is the witness's own file, the
+    In place of the checkpoint, `read` may return a request. `state` is the cosigner's own file, the
     checkpoint that it signed last; it is replaced before the line is returned. Raise Refused or
     IntegrityError if the log does not continue that one.
     """
-    key, signer = parse_witness(private.strip())
+    key, signer = parse_cosigner_key(private.strip())
     signed, proof = _parse_request(read(CHECKPOINT))
     checkpoint = note.open_checkpoint(signed, log_vkey)
     files.make_directory(state.absolute().parent)
@@ -81,7 +81,7 @@ def cosign(
                 merkle.verify_consistency(seen.size, checkpoint.size, proof, seen.root, checkpoint.root)
         except Refused as error:
             raise Refused(
-                "the log does not continue the checkpoint that this witness signed last",
+                "the log does not continue the checkpoint that this cosigner signed last",
                 where=str(state),
                 expected=f"{seen.size} entries with the root {seen.root.hex()}, and more",
                 got=f"{checkpoint.size} entries with the root {checkpoint.root.hex()}: {error.what}",

@@ -199,10 +199,10 @@ class Log:
         return proof_text(index, path, published)
 
     def request(self, old: int) -> bytes:
-        """Return what asks a witness that has seen `old` entries to cosign: C2SP's add-checkpoint."""
+        """Return what asks a cosigner that has seen `old` entries to cosign: C2SP's add-checkpoint."""
         published, now = self.published_note(), self.checkpoint
         if not 0 <= old <= now.size or not published:
-            raise InvalidInput("no witness has seen that", expected=f"0 to {now.size}", got=str(old))
+            raise InvalidInput("no cosigner has seen that", expected=f"0 to {now.size}", got=str(old))
         lines = [f"old {old}", *map(note.b64, Tiles(self._read, now.size).consistency(old))]
         return "\n".join(lines).encode() + b"\n\n" + published
 
@@ -229,16 +229,16 @@ class Log:
         name = statement_path(sha256)
         return files.verified(self._read(name), sha256, "statement", self._blobs.location(name))
 
-    def check(self, witnesses: Sequence[str] = (), seen: Sequence[bytes] = ()) -> Checkpoint:
+    def check(self, cosigners: Sequence[str] = (), seen: Sequence[bytes] = ()) -> Checkpoint:
         """Check the whole log as an outsider would, who also saw what was signed last. Raise Refused."""
         if signed := self.signed_note():
             seen = [*seen, signed]
         if not seen and not self.published_note():
             return NO_ENTRIES
-        return check_log(cutting_full_tiles(self._read), str(self.key), witnesses, seen)[0]
+        return check_log(cutting_full_tiles(self._read), str(self.key), cosigners, seen)[0]
 
     def cosigners(self) -> list[tuple[str, int]]:
-        """Return the names of the witnesses under the published checkpoint, and when they signed."""
+        """Return the names of the cosigners under the published checkpoint, and when they signed."""
         published = self.published_note()
         signatures = note.split_note(published)[1] if published else []
         return [(name, int.from_bytes(data[4:12])) for name, data in signatures if len(data) == 76]
@@ -246,8 +246,8 @@ class Log:
     def _read(self, path: str) -> bytes:
         return self._blobs.get(path, "file of the log")
 
-    def add_cosignatures(self, given: bytes, witnesses: Sequence[str]) -> Checkpoint:
-        """Add the signatures of these witnesses, lines or a whole note, to the published checkpoint.
+    def add_cosignatures(self, given: bytes, cosigners: Sequence[str]) -> Checkpoint:
+        """Add the signatures of these cosigners, lines or a whole note, to the published checkpoint.
 
         Raise Refused if one is missing or false, or signs another checkpoint.
         """
@@ -258,12 +258,12 @@ class Log:
         given_text, signatures = note.split_note(given)
         if given_text != text:
             raise Refused(
-                "the witness has signed another checkpoint than the published one",
+                "the cosigner has signed another checkpoint than the published one",
                 expected=f"{now.size} entries",
                 next_step="ask it to sign the present one",
             )
-        note.open_note(given, witnesses)
-        keys = {(key.name, key.id) for key in map(note.parse_vkey, witnesses)}
+        note.open_note(given, cosigners)
+        keys = {(key.name, key.id) for key in map(note.parse_vkey, cosigners)}
         added = [each for each in signatures if (each[0], each[1][:4]) in keys]
         kept = [each for each in held if (each[0], each[1][:4]) not in keys]
         lines = [signature_line(*each) for each in (*kept, *added)]

@@ -42,14 +42,14 @@ TIMEOUT_S = 20
 
 
 def check_log(
-    read: Read, vkey: str, witnesses: Sequence[str] = (), seen: Sequence[bytes] = ()
+    read: Read, vkey: str, cosigners: Sequence[str] = (), seen: Sequence[bytes] = ()
 ) -> tuple[Checkpoint, list[Checkpoint], list[bytes]]:
     """Check a whole published log; return its checkpoint, the seen ones and the entries. Raise Refused.
 
     It continues every checkpoint that was `seen`: none of their entries was rewritten, dropped or moved.
-    All of these witnesses have signed the present one.
+    All of these cosigners have signed the present one.
     """
-    now = note.open_checkpoint(read(CHECKPOINT), vkey, witnesses=witnesses)
+    now = note.open_checkpoint(read(CHECKPOINT), vkey, cosigners=cosigners)
     entries = note.read_log(read, now)
     check_tiles(read, entries)
     hashes = [merkle.leaf_hash(each) for each in entries]

@@ -1,6 +1,6 @@
 """Compute with the tree of a log in tiles, and read and write the files that hold it.
 
-    checkpoint                     the log's size and root, signed by the log's key and by witnesses
+    checkpoint                     the log's size and root, signed by the log's key and by cosigners
     tile/<L>/<N>[.p/<W>]           hashes of the Merkle tree, 256 to a tile; a partial one has W
     tile/entries/<N>[.p/<W>]       entries: each names a statement by its type and its sha256
     statements/<sha256>.json       statements, signed (DSSE)

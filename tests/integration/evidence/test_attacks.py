@@ -33,7 +33,7 @@ from sisa.core.requests import chained
 from sisa.evidence.audit import Audit, Check, audit_model, audit_statement, drawn
 from sisa.evidence.issued import certificate_file, issue, membership_file, receipt_file
 from sisa.evidence.keys.keys import PUBLISHED, Keys, create_keys, keys_of, rotate, start_evidence
-from sisa.evidence.log.cosigning import cosign, new_witness
+from sisa.evidence.log.cosigning import cosign, new_cosigner_key
 from sisa.evidence.log.log import SIGNED, Log
 from sisa.evidence.log.published import log_reader
 from sisa.evidence.log.tiles import CHECKPOINT
@@ -550,9 +550,9 @@ def test_the_log_is_rewritten(operator: Operator, tmp_path: Path) -> None:
     assert "log" in operator.failed(kept)
 
 
-@attack("forks the log for two audiences", "two checkpoints that are compared; a witness's cosignature")
+@attack("forks the log for two audiences", "two checkpoints that are compared; a cosigner's signature")
 def test_the_log_is_forked(operator: Operator, tmp_path: Path) -> None:
-    private, _ = new_witness("witness.example/1")
+    private, _ = new_cosigner_key("witness.example/1")
     state, log_key = tmp_path / "seen", operator.keys.public.log
     cosign(log_reader(str(operator.log)), log_key, private, state)
     saved = save(operator, tmp_path / "saved", memory=True)

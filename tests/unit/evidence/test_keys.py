@@ -316,7 +316,7 @@ def test_a_stolen_key_signs_nothing_after_its_end(tmp_path: Path, keys: Keys) ->
         other.append(forged_handover(keys, thief, since), KEY_HANDOVER)
         if since == 2:
             assert followed(place, keys.public).certificates[-1].keyid == thief.present.keyid
-            continue  # a witness or a kept checkpoint distinguishes this log from the true one
+            continue  # a cosigner or a kept checkpoint distinguishes this log from the true one
         with pytest.raises(Refused):
             followed(place, keys.public)
 

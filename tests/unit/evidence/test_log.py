@@ -1,4 +1,4 @@
-"""Test the transparency log: crashes, growth, what it refuses to sign, witnesses, readers elsewhere."""
+"""Test the transparency log: crashes, growth, what it refuses to sign, cosigners, readers elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.evidence.log import published
-from sisa.evidence.log.cosigning import cosign, new_witness, parse_witness
+from sisa.evidence.log.cosigning import cosign, new_cosigner_key, parse_cosigner_key
 from sisa.evidence.log.log import Entry, checkpoint_text, parse_entry
 from sisa.evidence.log.published import check_log, log_reader
 from sisa.evidence.log.tiles import NO_ENTRIES, Tiles, check_tiles, signature_line
@@ -30,7 +30,7 @@ from sisa.verifier import merkle, note
 from sisa.verifier.envelope import Refused
 from sisa.verifier.note import WIDTH, Checkpoint, open_checkpoint, read_log, tile_path
 from tests.models.mutants import mutants
-from tests.models.written_log import TYPE, Keys, Place, entry, fill, some_witness, statement
+from tests.models.written_log import TYPE, Keys, Place, entry, fill, some_cosigner_key, statement
 
 
 @pytest.fixture
@@ -354,10 +354,10 @@ def another_log(place: Place) -> Place:
 
 
 def cosigned_log(place: Place) -> str:
-    """Append three entries, have a witness sign the checkpoint, and return the witness's vkey."""
+    """Append three entries, have a cosigner sign the checkpoint, and return the cosigner's vkey."""
     for number in range(3):
         place.log.append(statement(number), TYPE)
-    private, vkey = some_witness("witness.example/w1")
+    private, vkey = some_cosigner_key("witness.example/w1")
     _, _, line = cosign(place.read, place.vkey, private, place.root / "state", 1_700_000_000)
     place.log.add_cosignatures(line, [vkey])
     return vkey
@@ -366,14 +366,14 @@ def cosigned_log(place: Place) -> str:
 def test_every_mutation_of_a_checkpoint_is_refused(place: Place) -> None:
     witness = cosigned_log(place)
     data, other = place.read("checkpoint"), another_log(place).read("checkpoint")
-    assert open_checkpoint(data, place.vkey, witnesses=[witness]).size == 3
+    assert open_checkpoint(data, place.vkey, cosigners=[witness]).size == 3
     head, _, lines = data.partition(b"\n\n")
     other_head, _, other_lines = other.partition(b"\n\n")
     replays = [other, head + b"\n\n" + other_lines, other_head + b"\n\n" + lines]
     num_refused = 0
     for each in mutants(data, 1020, seed=1, replays=replays):
         try:
-            open_checkpoint(each, place.vkey, witnesses=[witness])
+            open_checkpoint(each, place.vkey, cosigners=[witness])
         except Refused:
             num_refused += 1
         else:  # says the same: signatures in another order, or a stranger's beside them
@@ -411,11 +411,11 @@ def test_every_mutation_of_tiles_and_bundles_is_refused(place: Place) -> None:
                 check_tiles(changed.__getitem__, read_log(changed.__getitem__, checkpoint))
 
 
-# --- witnesses -----------------------------------------------------------------------------------
+# --- cosigners -----------------------------------------------------------------------------------
 
 
-def test_a_witness_signs_what_continues_what_it_saw(place: Place) -> None:
-    private, vkey = new_witness("witness.example/w1")
+def test_a_cosigner_signs_what_continues_what_it_saw(place: Place) -> None:
+    private, vkey = new_cosigner_key("witness.example/w1")
     state = place.root / "witness" / "state"
     sizes = []
     for number in range(6):
@@ -424,22 +424,22 @@ def test_a_witness_signs_what_continues_what_it_saw(place: Place) -> None:
             seen, now, line = cosign(place.read, place.vkey, private, state, 1_700_000_000 + number)
             sizes.append((seen.size, now.size))
             assert place.log.add_cosignatures(line, [vkey]).size == now.size
-            assert open_checkpoint(place.read("checkpoint"), place.vkey, witnesses=[vkey]) == now
+            assert open_checkpoint(place.read("checkpoint"), place.vkey, cosigners=[vkey]) == now
     assert sizes == [(0, 1), (1, 3), (3, 5)]
     again = cosign(place.read, place.vkey, private, state)  # the next one; its own time
     place.log.add_cosignatures(checkpoint_text(again[1]) + b"\n" + again[2], [vkey])  # a note
     proof = place.log.proof(0)
-    assert note.open_checkpoint(note.parse_proof(proof)[2], place.vkey, witnesses=[vkey]).size == 6
+    assert note.open_checkpoint(note.parse_proof(proof)[2], place.vkey, cosigners=[vkey]).size == 6
     place.log.append(statement(6), TYPE)
     with pytest.raises(Refused, match="not signed as expected"):  # of the new one, not yet
-        open_checkpoint(place.read("checkpoint"), place.vkey, witnesses=[vkey])
+        open_checkpoint(place.read("checkpoint"), place.vkey, cosigners=[vkey])
     assert oct(state.stat().st_mode)[-3:] == "600"
 
 
-def test_a_request_is_enough_for_a_witness(place: Place) -> None:
-    private, vkey = some_witness("w")
+def test_a_request_is_enough_for_a_cosigner(place: Place) -> None:
+    private, vkey = some_cosigner_key("w")
     state, file = place.root / "state", place.root / "request"
-    with pytest.raises(InvalidInput, match="no witness has seen that"):
+    with pytest.raises(InvalidInput, match="no cosigner has seen that"):
         place.log.request(0)  # of a log without a checkpoint
     before = 0
     for size in (1, 2, 5, 255, 256, 300):
@@ -455,7 +455,7 @@ def test_a_request_is_enough_for_a_witness(place: Place) -> None:
         file.write_bytes(asked)
         seen, now, line = cosign(log_reader(str(file)), place.vkey, private, state)
         assert (seen.size, now.size) == (before, size)
-        open_checkpoint(checkpoint + line, place.vkey, witnesses=[vkey])
+        open_checkpoint(checkpoint + line, place.vkey, cosigners=[vkey])
         before = size
     for mutant in mutants(place.log.request(5), 100, seed=5):
         file.write_bytes(mutant)
@@ -463,18 +463,18 @@ def test_a_request_is_enough_for_a_witness(place: Place) -> None:
             cosign(log_reader(str(file)), place.vkey, private, state)
 
 
-def test_a_witness_signs_extension_lines_as_well(place: Place) -> None:
+def test_a_cosigner_signs_extension_lines_as_well(place: Place) -> None:
     place.log.append(statement(0), TYPE)
     text = checkpoint_text(place.log.checkpoint) + b"an extension\n"
     made = place.log.key.id + Ed25519PrivateKey.from_private_bytes(place.keys.log_seed).sign(text)
     LocalBlobs(place.at).put("checkpoint", text + b"\n" + signature_line(place.log.key.name, made))
-    private, vkey = some_witness("w")
+    private, vkey = some_cosigner_key("w")
     line = cosign(place.read, place.vkey, private, place.root / "state")[2]
-    open_checkpoint(place.read("checkpoint") + line, place.vkey, witnesses=[vkey])
+    open_checkpoint(place.read("checkpoint") + line, place.vkey, cosigners=[vkey])
 
 
-def test_a_witness_refuses_a_log_that_was_rewritten(place: Place, tmp_path: Path) -> None:
-    private, _ = new_witness("w")
+def test_a_cosigner_refuses_a_log_that_was_rewritten(place: Place, tmp_path: Path) -> None:
+    private, _ = new_cosigner_key("w")
     state = tmp_path / "state"
     for number in range(4):
         place.log.append(statement(number), TYPE)
@@ -502,9 +502,9 @@ def test_a_witness_refuses_a_log_that_was_rewritten(place: Place, tmp_path: Path
     assert state.read_bytes() == kept
 
 
-def test_a_witness_believes_no_tile(place: Place) -> None:
+def test_a_cosigner_believes_no_tile(place: Place) -> None:
     """A log whose inner tiles contradict its outer ones can't hide what it rewrote."""
-    private, _ = new_witness("w")
+    private, _ = new_cosigner_key("w")
     state = place.root / "state"
     fill(place, 300)
     cosign(place.read, place.vkey, private, state)
@@ -523,14 +523,14 @@ def test_a_witness_believes_no_tile(place: Place) -> None:
 def test_a_cosignature_of_something_else_is_not_added(place: Place) -> None:
     vkey = cosigned_log(place)
     cosigned = place.read("checkpoint")
-    private, stranger = new_witness("stranger")
+    private, stranger = new_cosigner_key("stranger")
     line = cosign(place.read, place.vkey, private, place.root / "another-state")[2]
     place.log.append(statement(3), TYPE)
     before = place.read("checkpoint")
     for given_, keys in (
         (cosigned, [vkey]),  # of the former checkpoint
         (line, [stranger]),  # the same, as a line
-        (line, [vkey]),  # of another witness
+        (line, [vkey]),  # of another cosigner
         (b"", [vkey]),
         (b"\xff", [vkey]),
         (b"no line\n", [vkey]),
@@ -546,28 +546,28 @@ def test_a_cosignature_of_something_else_is_not_added(place: Place) -> None:
     "text",
     ["", "x", "PRIVATE+KEY+w+00000000+" + "A" * 44, "PRIVATE+KEY+w+00000000+AQ" + "A" * 42, "\x00"],
 )
-def test_a_broken_key_of_a_witness_is_refused(place: Place, text: str) -> None:
-    with pytest.raises(InvalidInput, match="the witness's key can't be read"):
+def test_a_broken_key_of_a_cosigner_is_refused(place: Place, text: str) -> None:
+    with pytest.raises(InvalidInput, match="the cosigner's key can't be read"):
         cosign(place.read, place.vkey, text, place.root / "state")
 
 
-def test_a_witness_key_is_that_of_go() -> None:
+def test_a_cosigner_key_is_that_of_go() -> None:
     """The signer's key of the test of golang.org/x/mod, `sumdb/note/note_test.go`."""
     skey = "PRIVATE+KEY+PeterNeumann+c74f20a3+AYEKFALVFGyNhPJEMzD1QIDr+Y7hfZx09iUvxdXHKDFz"
-    key, _ = parse_witness(skey)
+    key, _ = parse_cosigner_key(skey)
     assert str(note.NoteKey(key.name, note.ED25519, key.public)) == (
         "PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW"
     )
-    private, vkey = new_witness("w")
-    assert str(parse_witness(private)[0]) == vkey
+    private, vkey = new_cosigner_key("w")
+    assert str(parse_cosigner_key(private)[0]) == vkey
     for odd in ("", "a b", "a+b", "a\nb"):
         with pytest.raises(Refused):
-            new_witness(odd)
+            new_cosigner_key(odd)
 
 
-def test_two_runs_of_a_witness_do_not_cross(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_runs_of_a_cosigner_do_not_cross(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.log.append(statement(0), TYPE)
-    private, _ = new_witness("w")
+    private, _ = new_cosigner_key("w")
     monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0)
     with files.opened_directory(place.root) as handle:
         files.take_lock(handle, place.root, "tests")

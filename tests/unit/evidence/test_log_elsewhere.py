@@ -19,7 +19,7 @@ from sisa.evidence.log.cosigning import cosign
 from sisa.evidence.log.published import log_reader
 from sisa.evidence.log.tiles import Tiles
 from sisa.verifier import merkle, note
-from tests.models.written_log import TYPE, Place, entry, fill, some_witness, statement
+from tests.models.written_log import TYPE, Place, entry, fill, some_cosigner_key, statement
 
 
 @pytest.mark.parametrize("size", [1, 2, 255, 256, 300, 513])
@@ -28,7 +28,7 @@ def test_another_reader_accepts_our_logs(tmp_path: Path, size: int) -> None:
     if size > 1:
         fill(place, size - 1)
     place.log.append(statement(size - 1), TYPE)
-    private, vkey = some_witness("witness.example/w1")
+    private, vkey = some_cosigner_key("witness.example/w1")
     place.log.add_cosignatures(cosign(place.read, place.vkey, private, tmp_path / "state")[2], [vkey])
     reader = TilesReader(LocalBackend(place.at))
     checkpoint = reader.get_checkpoint()

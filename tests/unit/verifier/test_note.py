@@ -106,15 +106,15 @@ def test_go_signs_the_same_bytes() -> None:
 
 
 def test_a_published_checkpoint_and_its_cosignatures_verify() -> None:
-    found = note.open_checkpoint(CHECKPOINT.encode(), LOG, witnesses=WITNESSES)
+    found = note.open_checkpoint(CHECKPOINT.encode(), LOG, cosigners=WITNESSES)
     assert (found.origin, found.size) == ("arche2025h1.staging.ct.transparency.dev", 1432088532)
     assert note.split_note(CHECKPOINT.encode())[0] == checkpoint_text(found)
     for old, new in (("1432088532", "42"), ("pIyCDwAAAABqEiEg", "pIyCDwAAAABqEiEh")):
         with pytest.raises(Refused):
-            note.open_checkpoint(CHECKPOINT.replace(old, new).encode(), LOG, witnesses=WITNESSES)
+            note.open_checkpoint(CHECKPOINT.replace(old, new).encode(), LOG, cosigners=WITNESSES)
     stranger = str(NoteKey("remora.n621.de", COSIGNATURE, note.parse_vkey(FOO).public))
     with pytest.raises(Refused, match="not signed as expected"):
-        note.open_checkpoint(CHECKPOINT.encode(), LOG, witnesses=[stranger])
+        note.open_checkpoint(CHECKPOINT.encode(), LOG, cosigners=[stranger])
 
 
 SEED = Ed25519PrivateKey.from_private_bytes(b"l" * 32)
@@ -148,7 +148,7 @@ def test_checkpoints_may_have_extensions_and_foreign_signatures() -> None:
     text = f"{KEY.name}\n1\n{ROOT}\nextension\n".encode()
     assert note.open_checkpoint(signed(text) + PETERS.encode(), str(KEY)).size == 1
     with pytest.raises(Refused, match="of another type"):
-        note.open_checkpoint(signed(text) + PETERS.encode(), str(KEY), witnesses=[PETER])
+        note.open_checkpoint(signed(text) + PETERS.encode(), str(KEY), cosigners=[PETER])
 
 
 def proof_of(num: int, index: int, extra: str = "") -> tuple[bytes, bytes]:
@@ -218,11 +218,11 @@ def test_paths_are_those_of_go(level: int | str, index: int, width: int, path: s
     assert note.tile_path(level, index, width) == path
 
 
-def test_a_witness_signs_under_another_id_than_a_log() -> None:
+def test_a_cosigner_signs_under_another_id_than_a_log() -> None:
     witness = NoteKey(KEY.name, COSIGNATURE, KEY.public)
     assert witness.id != KEY.id
     text = checkpoint_text(Checkpoint(KEY.name, 1, merkle.leaf_hash(b"entry")))
     with pytest.raises(Refused):  # a log's signature under the witness's id is no cosignature
         note.open_checkpoint(
-            signed(text) + signed(text, witness).split(b"\n\n")[1], str(KEY), witnesses=[str(witness)]
+            signed(text) + signed(text, witness).split(b"\n\n")[1], str(KEY), cosigners=[str(witness)]
         )
