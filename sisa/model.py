@@ -383,7 +383,7 @@ class Model(ModelDirectory):
         with self.context(outdated=True) as context:
             exports = tuple(query.exports(context))
             prompts = held_prompts(context)
-            kept = ["prefixes"] if context.settings.keeps_prefixes else []
+            kept = ["prefixes"] if context.settings.keeps_hidden_states else []
             areas = ("records", "index", "checkpoints", *kept)
             sizes = {area: context.stores.blobs[area].num_bytes("") for area in areas}
             ledger, config = context.stores.ledger, self.config

@@ -33,12 +33,12 @@ from sisa.core.events import Event, Notice, Report, SliceTrained, silent
 from sisa.core.ports import BlobStore, Keyring, OnStage
 from sisa.flows.serial import LanesSetting, Site, num_lanes, order_chains
 from sisa.lm.base.numerics import require_device, worker_environment
-from sisa.planning.plan import keeps_prefixes, prefix_name
+from sisa.planning.plan import keeps_hidden_states, states_name
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import FileKeyring
 from sisa.store.blobs.lease import Lease
 from sisa.store.checkpoints import FILES
-from sisa.store.prefixes import PREFIXES_AREA
+from sisa.store.hidden_states import HIDDEN_STATES_AREA
 
 _T = TypeVar("_T", bound=NeedsBase)
 
@@ -127,21 +127,21 @@ def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[
     """
     jobs = [job for chain in chains for job in chain.jobs]
     stages = sorted(job.key for job in jobs)
-    prefixes = sorted({name for job in jobs for name in _prefix_names(site, job)})
+    state_names = sorted({name for job in jobs for name in _states_names(site, job)})
     files = [f"{key}/{name}" for key in stages for name in FILES]
     with (
         lent_keys(site.keyring, site.area, stages, site.checkpoints_at) as keyring,
-        lent_keys(keyring, PREFIXES_AREA, prefixes, site.prefixes_at) as keyring,
+        lent_keys(keyring, HIDDEN_STATES_AREA, state_names, site.hidden_states_at) as keyring,
         leased(site.checkpoints_at, files) as (checkpoints, accept_stage),
-        leased(site.prefixes_at, prefixes) as (states, accept_states),
+        leased(site.hidden_states_at, state_names) as (states, accept_states),
     ):
 
         def accept(job: SliceJob) -> None:
             accept_stage(job.key)
-            for name in _prefix_names(site, job):
+            for name in _states_names(site, job):
                 accept_states(name)
 
-        there = replace(site, keyring=keyring, checkpoints_at=checkpoints, prefixes_at=states)
+        there = replace(site, keyring=keyring, checkpoints_at=checkpoints, hidden_states_at=states)
         yield there, accept
 
 
@@ -182,12 +182,12 @@ def leased(
         place.erase([area])
 
 
-def _prefix_names(site: Site, job: SliceJob) -> list[str]:
+def _states_names(site: Site, job: SliceJob) -> list[str]:
     """Return the names of the hidden states that a stage may keep."""
-    if not site.prefix_bytes or not keeps_prefixes(job.training):
+    if not site.state_bytes or not keeps_hidden_states(job.training):
         return []
     named = (job.training, job.base, job.fingerprint)
-    return [prefix_name(job.shard, slice_, root, *named) for slice_, root in job.slices]
+    return [states_name(job.shard, slice_, root, *named) for slice_, root in job.slices]
 
 
 def carrier(base_dir: Path, report: Report) -> Callable[[_T], _T]:

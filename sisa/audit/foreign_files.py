@@ -26,9 +26,9 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import Keyring
 from sisa.flows.wiring.wiring import (
     CHECKPOINTS,
+    HIDDEN_STATES,
     INDEX,
     PATCHES,
-    PREFIXES,
     RECORDS,
     RUNS,
     SCRATCH,
@@ -37,7 +37,7 @@ from sisa.flows.wiring.wiring import (
 from sisa.store.blobs.files import read_beside
 from sisa.store.blobs.keyring import MAGIC, is_sealed
 
-FILE_AREAS = (RECORDS, INDEX, VAULT, PREFIXES)  # areas that hold files
+FILE_AREAS = (RECORDS, INDEX, VAULT, HIDDEN_STATES)  # areas that hold files
 DIRECTORY_AREAS = (CHECKPOINTS, PATCHES, RUNS, SCRATCH)  # areas that hold directories of files
 BATCH_ROWS = 16_384  # looking up an unknown id reads every row, so it is done once a batch
 

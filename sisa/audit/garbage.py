@@ -41,7 +41,7 @@ EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", wiring.LOG)
 SERVICE_FILES = (SERVICE, TOKENS, *(SERVICE_STATE + each for each in files.SQLITE_FILES))
 KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, wiring.KEY, LOCK, COMMIT_LOCK})
 AREAS = (
-    *(wiring.RECORDS, wiring.INDEX, wiring.PREFIXES, CHECKPOINTS),
+    *(wiring.RECORDS, wiring.INDEX, wiring.HIDDEN_STATES, CHECKPOINTS),
     *(PATCHES, wiring.VAULT, wiring.RUNS, METRICS),
 )
 

@@ -258,7 +258,7 @@ class RecordStore(StoredFiles, Protocol):
         """Check the file's bytes against `file.sha256` without parsing them."""
 
 
-class PrefixStore(StoredFiles, Protocol):
+class HiddenStateStore(StoredFiles, Protocol):
     """Cache of hidden states; what can't be read is computed again."""
 
     def read(self, name: str) -> dict[str, States]:

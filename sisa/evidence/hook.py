@@ -63,7 +63,7 @@ from sisa.flows.wiring.wiring import EVIDENCE, LOG
 from sisa.flows.wiring.witness import REPLAYED
 from sisa.lm.base.numerics import PROCEDURE_VERSION
 from sisa.planning.patch_plan import lineage
-from sisa.planning.plan import prefix_names, tainted_exports, touched
+from sisa.planning.plan import states_names, tainted_exports, touched
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED, STATE
 from sisa.verifier.envelope import Refused
@@ -192,9 +192,9 @@ def _draft(
     files = slices_of(context, rows)
     shards = sorted({row.shard for row in rows})
     states: frozenset[str] = frozenset()
-    if context.settings.keeps_prefixes:
-        names = prefix_names(files, context.recipe, context.compute.fingerprint)
-        states = context.stores.prefixes.held() & names
+    if context.settings.keeps_hidden_states:
+        names = states_names(files, context.recipe, context.compute.fingerprint)
+        states = context.stores.hidden_states.held() & names
     held = Held(
         files,
         [each for shard in shards for each in ledger.indexes(shard)],

@@ -50,8 +50,8 @@ from sisa.planning.plan import (
     ShardPlan,
     ShardView,
     full_record_epochs,
-    prefix_names,
     serving_depth,
+    states_names,
     tainted_checkpoints,
     tainted_exports,
 )
@@ -277,15 +277,15 @@ def _keep_states(context: Context, removed: Collection[str], held: Sequence[Slic
 
     They are a cache: what is not copied is computed again.
     """
-    if not context.settings.keeps_prefixes:
+    if not context.settings.keeps_hidden_states:
         return
-    store = context.stores.prefixes
+    store = context.stores.hidden_states
     with contextlib.suppress(SisaError):
         for before in held:
             files = context.stores.ledger.slices(before.shard)
             after = [each for each in files if each.slice == before.slice and each.root != before.root]
-            for new in prefix_names(after, context.recipe, context.compute.fingerprint):  # one or none
-                (old,) = prefix_names([before], context.recipe, context.compute.fingerprint)
+            for new in states_names(after, context.recipe, context.compute.fingerprint):  # one or none
+                (old,) = states_names([before], context.recipe, context.compute.fingerprint)
                 states = store.read(old)
                 if staying := {each: states[each] for each in states if each not in removed}:
                     store.write(new, staying)

@@ -222,7 +222,7 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
         frozenset(head.key for head in ledger.heads()),
         {e.shard: e.held for e in view_shards(context, sorted({row.shard for row in held}))},
         ledger.exports() if held else (),
-        sorted(context.stores.prefixes.held()) if held else (),
+        sorted(context.stores.hidden_states.held()) if held else (),
         restrictions(ledger).since,
     )
     deleted_by = {each.request_id for each in rows.values() if isinstance(each, Tombstone)}
@@ -275,7 +275,7 @@ def _location(
         for each in lineage.checkpoints[held.shard]
         if touched(each, held)
     )
-    start, prefixes = slice_start(held.shard, held.slice), context.stores.prefixes
+    start, stored = slice_start(held.shard, held.slice), context.stores.hidden_states
     return Location(
         record_id,
         "trained" if any(touch.is_head for touch in touches) else "pending",
@@ -283,7 +283,7 @@ def _location(
         held.slice,
         touches,
         exports=tuple(dict.fromkeys(e.path for e in lineage.exports if touched(e, held))),
-        kept_states=tuple(prefixes.location(name) for name in lineage.states if name.startswith(start)),
+        kept_states=tuple(stored.location(name) for name in lineage.states if name.startswith(start)),
         generation=context.settings.assigner.layout.generation(held.slice),
         restricted_since=lineage.restricted.get(held.subject_digest or ""),
     )

@@ -34,7 +34,7 @@ from sisa.flows.wiring.slices import embed_records, embed_shard, write_shard
 from sisa.planning.layout import index_root
 from sisa.planning.plan import ShardView
 from sisa.store.blobs import keyring
-from sisa.store.prefixes import PREFIXES_AREA as PREFIXES
+from sisa.store.hidden_states import HIDDEN_STATES_AREA
 
 
 def check_no_differences(found: Sequence[Difference], where: str) -> None:
@@ -93,8 +93,8 @@ def move(context: Context, effects: Collection[Effect], meta: dict[str, str]) ->
 def reseal_model(context: Context) -> None:
     """Encrypt or decrypt every held file, as the keyring says; both forms can be read meanwhile."""
     for area, names in known_by_area(context).items():
-        if area == PREFIXES:
-            context.stores.prefixes.erase(sorted(names))  # a cache
+        if area == HIDDEN_STATES_AREA:
+            context.stores.hidden_states.erase(sorted(names))  # a cache
             continue
         if area in ALWAYS_SEALED:
             continue

@@ -59,8 +59,8 @@ class Site:
     patches_at: BlobStore = field(default_factory=lambda: LocalBlobs(Path()))
     patches: tuple[tuple[str, str], ...] = ()  # to train over: (key, manifest's sha256), lowest first
     precision: Precision = DEFAULT_PRECISION
-    prefixes_at: BlobStore = field(default_factory=lambda: LocalBlobs(Path()))
-    prefix_bytes: int = 0  # most bytes of hidden states that a shard keeps there
+    hidden_states_at: BlobStore = field(default_factory=lambda: LocalBlobs(Path()))
+    state_bytes: int = 0  # most bytes of hidden states that a shard keeps there
 
     def absolute(self) -> Site:
         """Return the same site for a process in another working directory."""
@@ -69,7 +69,7 @@ class Site:
             records_at=absolute(self.records_at),
             checkpoints_at=absolute(self.checkpoints_at),
             patches_at=absolute(self.patches_at),
-            prefixes_at=absolute(self.prefixes_at),
+            hidden_states_at=absolute(self.hidden_states_at),
             base_dir=self.base_dir.absolute(),
         )
 

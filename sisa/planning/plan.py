@@ -28,8 +28,8 @@ records and everything else that affects the states.
 >>> passes("cumulative", num_epochs=6, num_slices=3), passes("sequential", 6, 3)
 ((3, 1), (6, 1))
 >>> training = {"lora_layers": "top:1", "sequence_len": 8, "overlength": "refuse"}
->>> name = prefix_name(2, 0, "5e6f", training, "base", "fingerprint")
->>> name.rpartition("-")[0], name == prefix_name(2, 0, "0000", training, "base", "fingerprint")
+>>> name = states_name(2, 0, "5e6f", training, "base", "fingerprint")
+>>> name.rpartition("-")[0], name == states_name(2, 0, "0000", training, "base", "fingerprint")
 ('shard-00002-slice-00000', False)
 
 Costs are counted in record-epochs, which do not depend on the machine: one is one presentation of one
@@ -356,12 +356,12 @@ def _head(shard: int, path: Sequence[SliceJob], held: Mapping[str, HeldCheckpoin
 REACHING = ("lora_layers", "sequence_len", "overlength")  # keys that affect hidden states
 
 
-def keeps_prefixes(training: Mapping[str, Any]) -> bool:
+def keeps_hidden_states(training: Mapping[str, Any]) -> bool:
     """Return whether jobs with these hyper-parameters have frozen layers below the adapted ones."""
     return "lora_layers" in training
 
 
-def prefix_name(
+def states_name(
     shard: int, slice_: int, root: str, training: Mapping[str, Any], base: str, fingerprint: str
 ) -> str:
     """Return the file name of a slice whose records have this root."""
@@ -379,12 +379,12 @@ def slice_start(shard: int, slice_: int) -> str:
     return f"{shard_start(shard)}slice-{slice_:05d}-"
 
 
-def prefix_names(slices: Iterable[SliceFile], recipe: Recipe, fingerprint: str) -> frozenset[str]:
+def states_names(slices: Iterable[SliceFile], recipe: Recipe, fingerprint: str) -> frozenset[str]:
     """Return the names of all files that held slices may have under the present recipe."""
-    if not keeps_prefixes(recipe.training):
+    if not keeps_hidden_states(recipe.training):
         return frozenset()
     shared = (recipe.training, recipe.base, fingerprint)
-    return frozenset(prefix_name(each.shard, each.slice, each.root, *shared) for each in slices)
+    return frozenset(states_name(each.shard, each.slice, each.root, *shared) for each in slices)
 
 
 def full_record_epochs(views: Iterable[ShardView], recipe: Recipe, others: Sequence[Order] = ()) -> int:

@@ -3,7 +3,7 @@
 ledger/           where records are: tables in SQLite or PostgreSQL
 blobs/            named bytes, and the keys that seal them: what the stores below are made of
 records           slices of records          checkpoints    stages and patches
-index             vectors                    prefixes       cached hidden states
+index             vectors                    hidden_states  of the frozen layers, cached
 vault             texts kept by consent      exports        adapters outside the model
 metrics           numbers of runs            witness        deletions, outside the model
 """

@@ -123,7 +123,7 @@ class FakeRecords(FakeFiles[tuple[StoredRecord, ...]]):
         self.read(file)
 
 
-class FakePrefixes(FakeFiles[dict[str, States]]):
+class FakeHiddenStates(FakeFiles[dict[str, States]]):
     def read(self, name: str) -> dict[str, States]:
         return dict(self.stored.get(name, {}))
 
@@ -342,7 +342,7 @@ def fake_model(
         patches=fake.patches,
         vault=fake.vault,
         drafts=fake.runs,
-        prefixes=FakePrefixes(),
+        hidden_states=FakeHiddenStates(),
     )
     compute = Compute(
         embed=fake_embed,

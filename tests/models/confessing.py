@@ -40,10 +40,10 @@ from sisa.store.blobs.files import writer_lock
 from sisa.store.blobs.keyring import write_secret
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
+from sisa.store.hidden_states import FileHiddenStates
 from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics
-from sisa.store.prefixes import FilePrefixes
 from sisa.store.records import FileRecords
 from sisa.store.vault import FilePatchDrafts, FileVault
 from tests.fakes.patches import FakePatcher, FakeRuns
@@ -90,7 +90,7 @@ def context_of(
         patches=patches,
         vault=vault,
         drafts=FilePatchDrafts(directory / wiring.RUNS, vault.keyring),
-        prefixes=FilePrefixes(blobs[wiring.PREFIXES], keyring),
+        hidden_states=FileHiddenStates(blobs[wiring.HIDDEN_STATES], keyring),
         blobs=blobs,
     )
     compute = Compute(
@@ -105,7 +105,7 @@ def context_of(
         recipe=config.recipe(BASE),
         patch_mode=config.patch_mode,
         chain=EventChain(Keyed(SECRET)),
-        keeps_prefixes=config.prefix_cache_bytes > 0,
+        keeps_hidden_states=config.prefix_cache_bytes > 0,
     )
     context = Context(stores, compute, settings, lambda: now, lambda _: None, wiring.HOOKS)
     with contextlib.closing(ledger):

@@ -32,7 +32,7 @@ from sisa.core.domain import Dtype, Kind, Part, Precision, Record, SliceJob, Sli
 from sisa.core.ports import StoredRecord, Tick
 from sisa.planning.plan import LAYERWISE, Recipe, Schedule, jobs
 from tests.examples import num_examples
-from tests.fakes.ports import FakePrefixes
+from tests.fakes.ports import FakeHiddenStates
 from tests.integration.patches.test_patched import random_patch
 from tests.models.tiny_base import make_tiny_base
 
@@ -193,7 +193,7 @@ FEATURES: dict[str, list[Any]] = {
     "lr_scheduler": ["linear", "cosine", "constant"],
     "train_on_inputs": [False, True],
     "patched": [False, True],
-    "prefix_bytes": [0, 3_000, 1 << 24],
+    "state_bytes": [0, 3_000, 1 << 24],
     "dtype": ["float32", "float32", "bfloat16"],
     "threads": [1, 2] if FULL_RUN else [1],  # two on a busy core spin
 }
@@ -240,8 +240,8 @@ def late(
     base: Base, chain: Sequence[SliceJob], stages: Sequence[Files], case: dict[str, Any]
 ) -> list[Files]:
     """Train with a trainer that has trained other stages before, the last stage first."""
-    store = FakePrefixes()
-    trainer = base.trainer(prefixes=store, prefix_bytes=case["prefix_bytes"])
+    store = FakeHiddenStates()
+    trainer = base.trainer(hidden_states=store, state_bytes=case["state_bytes"])
     others: list[dict[str, Any]] = [
         {"order": (1, 2, 0), "lengths": (32, "truncate")},
         {"lora_r": 3, "listed": not case["listed"], "layerwise": not case["layerwise"]},

@@ -6,7 +6,7 @@ from sisa.core import ports
 from sisa.core.domain import active, wanted
 from sisa.core.errors import EnvironmentFault
 from sisa.flows.wiring.context import Context, trained_over
-from sisa.planning.plan import prefix_names
+from sisa.planning.plan import states_names
 
 ALWAYS_SEALED = ("vault", "runs")  # areas that are sealed in a plain model, too
 
@@ -22,20 +22,20 @@ def known_by_area(context: Context) -> dict[str, frozenset[str]]:
         "patches": frozenset(each.key for each in active(patches)).union(trained_over(ledger)),
         "vault": frozenset(each.name for each in ledger.vault() if each.held),
         "runs": frozenset(each.key for each in wanted(patches)),
-        "prefixes": _known_prefixes(context),
+        "prefixes": _known_hidden_states(context),
     }
 
 
-def _known_prefixes(context: Context) -> frozenset[str]:
+def _known_hidden_states(context: Context) -> frozenset[str]:
     """Return the held files of hidden states of the present slices."""
-    if not context.settings.keeps_prefixes:
+    if not context.settings.keeps_hidden_states:
         return frozenset()
     try:
-        held = context.stores.prefixes.held()
+        held = context.stores.hidden_states.held()
     except EnvironmentFault:
         return frozenset()  # it is a cache; erasing there raises the error again
     slices = context.stores.ledger.slices()
-    return held & prefix_names(slices, context.recipe, context.compute.fingerprint)
+    return held & states_names(slices, context.recipe, context.compute.fingerprint)
 
 
 def areas(context: Context) -> dict[str, ports.StoredFiles]:
@@ -52,7 +52,7 @@ def areas(context: Context) -> dict[str, ports.StoredFiles]:
         "patches": stores.patches,
         "vault": stores.vault,
         "runs": stores.drafts,
-        "prefixes": stores.prefixes,
+        "prefixes": stores.hidden_states,
     }
 
 

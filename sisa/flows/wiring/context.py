@@ -36,7 +36,7 @@ class Stores:
     patches: ports.CheckpointStore
     vault: ports.Vault
     drafts: ports.StoredFiles  # unfinished runs of patch making, by the key of their patch
-    prefixes: ports.PrefixStore
+    hidden_states: ports.HiddenStateStore
     blobs: Mapping[str, ports.BlobStore] = field(default_factory=dict)  # by area; fakes have none
 
 
@@ -60,7 +60,7 @@ class Settings:
     recipe: Recipe  # of shards over the frozen base alone
     patch_mode: PatchMode
     chain: EventChain  # of the ledger's events
-    keeps_prefixes: bool = False  # whether hidden states may be kept
+    keeps_hidden_states: bool = False  # whether hidden states may be kept
     routing: SisaBlock | None = None  # how prompts are answered; fakes answer none
     four_eyes: bool = False  # whether who submits a request may not approve it
 

@@ -61,11 +61,11 @@ from sisa.store.blobs.local_blobs import LocalBlobs, absolute
 from sisa.store.blobs.object_blobs import ObjectBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
+from sisa.store.hidden_states import FileHiddenStates
 from sisa.store.index import FaissIndex
 from sisa.store.ledger.database import ledger_version
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics, metrics_line
-from sisa.store.prefixes import FilePrefixes
 from sisa.store.records import FileRecords
 from sisa.store.vault import FilePatchDrafts, FileVault
 from sisa.store.witness import FileWitness
@@ -74,9 +74,9 @@ LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
 LEDGER_URL = "ledger.url"  # names a ledger on a server, in place of the file
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
-PREFIXES, LOG = "prefixes", "log"
+HIDDEN_STATES, LOG = "prefixes", "log"
 LOCAL_AREAS = (INDEX, VAULT, RUNS, METRICS)  # always in the model's directory
-SHARED_AREAS = (RECORDS, PREFIXES, CHECKPOINTS, PATCHES, SCRATCH, LOG)  # in the storage, if there is one
+SHARED_AREAS = (RECORDS, HIDDEN_STATES, CHECKPOINTS, PATCHES, SCRATCH, LOG)  # in `storage`, if given
 SCHEME = "s3://"
 EVIDENCE = "evidence.sqlite"
 HOOKS: tuple[ports.DeletionHook[Context], ...] = (PatchesHook(),)  # called on a deletion, in this order
@@ -107,7 +107,7 @@ def open_context(
             recipe=config.recipe(resources.base_digest),
             patch_mode=config.patch_mode,
             chain=EventChain.of(keyed, ledger.meta().get("key")),
-            keeps_prefixes=config.prefix_cache_bytes > 0,
+            keeps_hidden_states=config.prefix_cache_bytes > 0,
             routing=config.sisa,
             four_eyes=config.service.four_eyes,
         )
@@ -223,7 +223,7 @@ def _open_stores(
         patches=FileCheckpoints(blobs[PATCHES], keyring, PATCHES),
         vault=FileVault(directory / VAULT, vaults),
         drafts=FilePatchDrafts(directory / RUNS, vaults),
-        prefixes=FilePrefixes(blobs[PREFIXES], keyring),
+        hidden_states=FileHiddenStates(blobs[HIDDEN_STATES], keyring),
         blobs=blobs,
     )
 
@@ -366,8 +366,8 @@ def _site(stores: Stores, resources: Resources, store: FileCheckpoints) -> Site:
         patches_at=stores.blobs[PATCHES],
         patches=tuple((each.key, each.manifest_sha256) for each in beneath),
         precision=config.precision,
-        prefixes_at=stores.blobs[PREFIXES],
-        prefix_bytes=config.prefix_cache_bytes // config.sisa.shards if keeps else 0,
+        hidden_states_at=stores.blobs[HIDDEN_STATES],
+        state_bytes=config.prefix_cache_bytes // config.sisa.shards if keeps else 0,
     )
 
 
@@ -397,15 +397,15 @@ def open_trainer(site: Site) -> ports.Trainer:
 
     store = FileCheckpoints(site.patches_at, site.keyring, PATCHES)
     patches = [store.load(key, manifest) for key, manifest in site.patches]
-    prefixes = FilePrefixes(site.prefixes_at, site.keyring)
+    hidden_states = FileHiddenStates(site.hidden_states_at, site.keyring)
     return LoraTrainer(
         site.base_dir,
         site.base_digest,
         site.threads,
         patches,
         site.precision,
-        prefixes=prefixes if site.prefix_bytes else None,
-        prefix_bytes=site.prefix_bytes,
+        hidden_states=hidden_states if site.state_bytes else None,
+        state_bytes=site.state_bytes,
     )
 
 

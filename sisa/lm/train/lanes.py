@@ -40,7 +40,7 @@ from transformers.pytorch_utils import Conv1D
 from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import NO_LOSS, Tokens
-from sisa.lm.train.frozen_prefix import Prefixes
+from sisa.lm.train.frozen_layers import HiddenStates
 from sisa.lm.train.losses import PIECE, Batch, attending, grouped, padded_rows, summed_losses
 from sisa.lm.train.trainable import Lane, StageModel, Trainable, TrainedLinear, side_by_side
 
@@ -58,7 +58,7 @@ class MicroBatch:
     job: SliceJob
     wrapped: Trainable
     own: StageModel
-    prefixes: Prefixes
+    hidden_states: HiddenStates
     batch: Batch
     num_labels: int  # of the whole optimizer step
     seed: int  # of dropout
@@ -118,7 +118,9 @@ def finish(stage: Generator[MicroBatch, None, _T]) -> _T:
 def _below(each: MicroBatch) -> list[Tensor]:
     """Return the states that enter the lowest adapted layer, record by record."""
     lower = each.own.lower
-    return [] if lower is None else [each.prefixes.states(lower, one.input_ids) for one in each.batch]
+    if lower is None:
+        return []
+    return [each.hidden_states.states(lower, one.input_ids) for one in each.batch]
 
 
 def _seeded(group: Sequence[MicroBatch]) -> list[Lane]:
@@ -255,7 +257,7 @@ def _drawn(wrapped: Trainable, number: int, vocab_size: int) -> MicroBatch:
         ids = torch.randint(vocab_size, (length,), generator=drawn).tolist()
         batch.append(Tokens(ids, [NO_LOSS] * (number + 2) + ids[number + 2 :]))
     job = SliceJob(number, 0, None, (), len(batch), (1, 1), {}, "", "")
-    return MicroBatch(job, wrapped, own, Prefixes(memory_bytes=0), batch, 7, seed=number)
+    return MicroBatch(job, wrapped, own, HiddenStates(memory_bytes=0), batch, 7, seed=number)
 
 
 def _computed(group: Sequence[MicroBatch]) -> list[list[Tensor]]:

@@ -46,13 +46,13 @@ from transformers import get_scheduler
 from sisa.core.digest import canonical_json
 from sisa.core.domain import DEFAULT_PRECISION, Precision, SliceJob, record_epochs
 from sisa.core.errors import IntegrityError
-from sisa.core.ports import PrefixStore, StoredRecord, Tick
+from sisa.core.ports import HiddenStateStore, StoredRecord, Tick
 from sisa.lm.base.adapter import adapter_files
 from sisa.lm.base.low_rank import ADAPTER_FILE, patched_name, read_tensors, tensor_bytes
 from sisa.lm.base.numerics import fingerprint, keep_freed_memory, pin_threads, usual_modes
 from sisa.lm.base.tokens import tokenize_all
 from sisa.lm.base.weights import load_patched
-from sisa.lm.train.frozen_prefix import Prefixes, TokenizedRows
+from sisa.lm.train.frozen_layers import HiddenStates, TokenizedRows
 from sisa.lm.train.lanes import MicroBatch, compute, finish, refuse_lanes
 from sisa.lm.train.losses import Batch, count_labels
 from sisa.lm.train.trainable import Trainable, file_name, pattern_key
@@ -181,17 +181,18 @@ class Stage:
         wrapped: Trainable,
         parent: Mapping[str, bytes] | None,
         num_steps: int,
-        prefixes: Prefixes | None = None,
+        hidden_states: HiddenStates | None = None,
     ) -> None:
         """Begin a stage from its parent's files, or from the base.
 
-        `prefixes` are those of the wrapped base. Raise IntegrityError if the parent's files are damaged.
+        `hidden_states` are those of the wrapped base. Raise IntegrityError if the parent's files are
+        damaged.
         """
         training = job.training
         tensors = None if parent is None else read_tensors(parent, ADAPTER_FILE)
         block = (training[LAYERWISE], len(job.before)) if LAYERWISE in training else None
         self._job, self._wrapped = job, wrapped
-        self._prefixes = prefixes or Prefixes()
+        self._hidden_states = hidden_states or HiddenStates()
         self._own = wrapped.begin(tensors, seed_from(training["seed"], job.shard, "init"), block)
         self._flat = FlatParams(self._own.trained)
         self._optimizer = make_optimizer(training, self._flat.values)
@@ -222,7 +223,7 @@ class Stage:
                 job=self._job,
                 wrapped=self._wrapped,
                 own=self._own,
-                prefixes=self._prefixes,
+                hidden_states=self._hidden_states,
                 batch=batch,
                 num_labels=num_labels,
                 seed=seed_from(*at),
@@ -312,13 +313,13 @@ class LoraTrainer:
         patches: Sequence[Mapping[str, bytes]] = (),
         precision: Precision = DEFAULT_PRECISION,
         *,
-        prefixes: PrefixStore | None = None,
-        prefix_bytes: int = 0,
+        hidden_states: HiddenStateStore | None = None,
+        state_bytes: int = 0,
     ) -> None:
         """Create a trainer; the base is loaded when it is first needed.
 
-        `patches` are the files of the patches to train over, lowest first. `prefixes` stores the hidden
-        states of the frozen layers, up to `prefix_bytes` per shard.
+        `patches` are the files of the patches to train over, lowest first. `hidden_states` stores those
+        of the frozen layers, up to `state_bytes` per shard.
         """
         self._base = (base_dir, base_digest, patches, precision)
         self._base_name = patched_name(base_digest, patches)
@@ -326,9 +327,9 @@ class LoraTrainer:
         self._known = (self._base_name, fingerprint(threads, precision))
         self._wrapped: tuple[bytes, Trainable] | None = None
         self._tokenizer: Any = None
-        self._prefixes = Prefixes(
-            store=prefixes,
-            num_bytes=prefix_bytes,
+        self._hidden_states = HiddenStates(
+            store=hidden_states,
+            num_bytes=state_bytes,
             base=self._base_name,
             fingerprint=self._known[1],
         )
@@ -377,14 +378,14 @@ class LoraTrainer:
         wrapped = self._wrap(job.training)
         rows = _tokenized(job, records, self._tokenizer)
         steps = _plan_steps(job, rows)
-        self._prefixes.load(job, wrapped.first, rows, wrapped.dtype)
-        stage = Stage(job, wrapped, parent, len(steps), self._prefixes)
+        self._hidden_states.load(job, wrapped.first, rows, wrapped.dtype)
+        stage = Stage(job, wrapped, parent, len(steps), self._hidden_states)
         lengths = [[len(each.input_ids) for each in chain(*step)] for step in steps]
         ticks = Ticks(lengths, len(records))
         progress(ticks.now())
         for batches in steps:
             progress(ticks.after(*(yield from stage.step(batches))))
-        self._prefixes.save(job, wrapped.first, rows)
+        self._hidden_states.save(job, wrapped.first, rows)
         return stage.files()
 
     def compute(self, waiting: Sequence[MicroBatch]) -> None:

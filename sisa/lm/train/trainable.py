@@ -52,7 +52,7 @@ from sisa.lm.base.adapter import (
 )
 from sisa.lm.base.base_checks import kept_check
 from sisa.lm.base.weights import own_modules
-from sisa.lm.train.frozen_prefix import FrozenLayers
+from sisa.lm.train.frozen_layers import FrozenLayers
 from sisa.lm.train.losses import Form, KeepsBits, loss_form
 
 

@@ -122,7 +122,7 @@ def test_a_base_is_checked_once_by_all_processes(
     base: BaseFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sisa.lm.train import trainable
-    from sisa.lm.train.frozen_prefix import FrozenLayers
+    from sisa.lm.train.frozen_layers import FrozenLayers
 
     job = job_for(base, lora_layers="top:1", lora_target_modules="all-linear")
     first = train(base, job)
@@ -558,7 +558,7 @@ def test_states_do_not_depend_on_what_was_kept_before(base: BaseFiles) -> None:
 
     from sisa.lm.base.tokens import tokenize
     from sisa.lm.base.weights import load_base
-    from sisa.lm.train.frozen_prefix import FrozenLayers, Prefixes
+    from sisa.lm.train.frozen_layers import FrozenLayers, HiddenStates
 
     model, tokenizer = load_base(base.directory, base.digest)
     lower = FrozenLayers(model, 1)
@@ -567,10 +567,10 @@ def test_states_do_not_depend_on_what_was_kept_before(base: BaseFiles) -> None:
     plain = [FrozenLayers(load_base(base.directory, base.digest)[0], 1).alone(each) for each in rows]
     for room in (0, 30_000, 1 << 30):
         for past in (near, [*near, *reversed(rows)]):
-            prefixes = Prefixes(room)
+            hidden_states = HiddenStates(room)
             for each in past:
-                prefixes.states(lower, each)
-            found = [prefixes.states(lower, each) for each in rows]
+                hidden_states.states(lower, each)
+            found = [hidden_states.states(lower, each) for each in rows]
             assert all(map(torch.equal, found, plain))
 
 
@@ -584,7 +584,7 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     from sisa.lm.base.adapter import attach, lora_config
     from sisa.lm.base.tokens import tokenize
     from sisa.lm.base.weights import load_base
-    from sisa.lm.train.frozen_prefix import FrozenLayers, Prefixes
+    from sisa.lm.train.frozen_layers import FrozenLayers, HiddenStates
     from sisa.lm.train.losses import Form, summed_losses
 
     model, tokenizer = load_base(base.directory, base.digest)
@@ -598,7 +598,7 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     lower = FrozenLayers(peft.get_base_model(), 1)
     lower.check(128)
     for packed in (True, False):
-        states = [Prefixes().states(lower, each.input_ids) for each in batch]
+        states = [HiddenStates().states(lower, each.input_ids) for each in batch]
         with lower.given(states, packed=packed):
             loss = summed_losses(peft, [batch], Form(packed=packed))[0]
         for ours, theirs in zip(torch.autograd.grad(loss, trained), whole, strict=True):
@@ -606,12 +606,12 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
 
 
 def test_kept_states_reach_no_bit(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sisa.lm.train import frozen_prefix
+    from sisa.lm.train import frozen_layers
 
     found = []
     for room in (1 << 30, 0, 20_000):  # all, none and some of the records
-        bounded = functools.partial(frozen_prefix.Prefixes, room)
-        monkeypatch.setattr("sisa.lm.train.lora.Prefixes", bounded)
+        bounded = functools.partial(frozen_layers.HiddenStates, room)
+        monkeypatch.setattr("sisa.lm.train.lora.HiddenStates", bounded)
         first = train(base, job_for(base, 0, 5, **TOP), None, RECORDS[:5])
         found.append(names(train(base, job_for(base, 1, **TOP), first)))
     assert found[0] == found[1] == found[2]

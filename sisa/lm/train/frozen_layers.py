@@ -1,4 +1,4 @@
-"""The frozen prefix: the hidden states that enter the lowest adapted layer, computed once per record.
+"""The layers that are not trained: the hidden states that leave them, computed once per record.
 
 Nothing is trained below the lowest adapted layer, so the states that enter it are a pure function of the
 base (with the patches beneath) and the record. They are always computed for each record alone, at its
@@ -9,7 +9,7 @@ refused.
 Legend: B rows, T positions, H hidden.
 
     lower = FrozenLayers(base, first=20)
-    states_TH = Prefixes().states(lower, input_ids)
+    states_TH = HiddenStates().states(lower, input_ids)
     with lower.given([states_TH], packed=False):
         base(input_ids=...)            # runs the layers from 20 on
 """
@@ -27,10 +27,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
-from sisa.core.ports import PrefixStore, StoredRecord
+from sisa.core.ports import HiddenStateStore, StoredRecord
 from sisa.lm.base.adapter import layers_of
 from sisa.lm.base.tokens import Tokens
-from sisa.planning.plan import prefix_name, shard_start
+from sisa.planning.plan import shard_start, states_name
 
 MEMORY_BYTES = 512 << 20
 HEADER_BYTES = 256  # more than a record takes in a file beside its states
@@ -167,7 +167,7 @@ def _not_apart() -> InvalidInput:
     )
 
 
-class Prefixes:
+class HiddenStates:
     """Hidden states by record, of one base and its patches: in memory, and in files between processes.
 
     Memory is bounded; the states that come first stay. Files take up to `num_bytes` per shard and hold
@@ -177,7 +177,7 @@ class Prefixes:
     def __init__(
         self,
         memory_bytes: int = MEMORY_BYTES,
-        store: PrefixStore | None = None,
+        store: HiddenStateStore | None = None,
         num_bytes: int = 0,
         base: str = "",
         fingerprint: str = "",
@@ -190,7 +190,7 @@ class Prefixes:
 
     def _name(self, job: SliceJob, slice_: int, root: str) -> str:
         """Return the name of the file that holds the states of a slice."""
-        return prefix_name(job.shard, slice_, root, job.training, self._base, self._fingerprint)
+        return states_name(job.shard, slice_, root, job.training, self._base, self._fingerprint)
 
     def states(self, lower: FrozenLayers, input_ids: Sequence[int]) -> Tensor:
         """Return the states [T, H] of a record, computing them unless they are kept."""

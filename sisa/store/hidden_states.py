@@ -17,14 +17,14 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import States
 from sisa.store.blobs.keyring import SealedArea
 
-PREFIXES_AREA = "prefixes"
+HIDDEN_STATES_AREA = "prefixes"
 DIGEST_CHARS = 64
 
 
-class FilePrefixes(SealedArea):
-    """A PrefixStore in a storage area."""
+class FileHiddenStates(SealedArea):
+    """A HiddenStateStore in a storage area."""
 
-    area = PREFIXES_AREA
+    area = HIDDEN_STATES_AREA
 
     def read(self, name: str) -> dict[str, States]:
         from safetensors import SafetensorError

@@ -1,4 +1,4 @@
-"""Test the contract of PrefixStore over the fake and files on a disk and on an S3 server.
+"""Test the contract of HiddenStateStore over the fake and files on a disk and on an S3 server.
 
 States return to the bit; a file with any defect counts as missing.
 """
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sisa.core.ports import PrefixStore, States
+from sisa.core.ports import HiddenStateStore, States
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
-from sisa.store.prefixes import PREFIXES_AREA, FilePrefixes
-from tests.fakes.ports import FakePrefixes
+from sisa.store.hidden_states import HIDDEN_STATES_AREA, FileHiddenStates
+from tests.fakes.ports import FakeHiddenStates
 from tests.fakes.s3_server import fresh_blobs
 
 NAME, OTHER = "shard-00000-slice-00001-5e6f.prefix", "shard-00001-slice-00001-5e6f.prefix"
@@ -25,21 +25,21 @@ def states(*lengths: int) -> dict[str, States]:
     return {f"{n:064x}": drawn.standard_normal((n, 8), np.float32) for n in lengths}
 
 
-def stored_as(request: pytest.FixtureRequest, folder: Path) -> FilePrefixes:
+def stored_as(request: pytest.FixtureRequest, folder: Path) -> FileHiddenStates:
     form: str = request.param
     keyring = FileKeyring(folder / "keyring", seals=form.startswith("sealed"))
     if form.endswith("objects"):
-        return FilePrefixes(fresh_blobs(request.getfixturevalue("s3"), PREFIXES_AREA), keyring)
-    return FilePrefixes(folder / PREFIXES_AREA, keyring)
+        return FileHiddenStates(fresh_blobs(request.getfixturevalue("s3"), HIDDEN_STATES_AREA), keyring)
+    return FileHiddenStates(folder / HIDDEN_STATES_AREA, keyring)
 
 
 @pytest.fixture(params=["fake", "files", "sealed", "objects", "sealed objects"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> PrefixStore:
-    return FakePrefixes() if request.param == "fake" else stored_as(request, tmp_path)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> HiddenStateStore:
+    return FakeHiddenStates() if request.param == "fake" else stored_as(request, tmp_path)
 
 
 @pytest.fixture(params=["files", "sealed", "objects"])
-def real(request: pytest.FixtureRequest, tmp_path: Path) -> FilePrefixes:
+def real(request: pytest.FixtureRequest, tmp_path: Path) -> FileHiddenStates:
     return stored_as(request, tmp_path)
 
 
@@ -49,7 +49,7 @@ def same(found: dict[str, Any], expected: dict[str, States]) -> bool:
     }
 
 
-def test_states_come_back_to_the_bit(store: PrefixStore) -> None:
+def test_states_come_back_to_the_bit(store: HiddenStateStore) -> None:
     assert store.read(NAME) == {}
     store.write(NAME, states(3, 5))
     assert same(store.read(NAME), states(3, 5))
@@ -58,17 +58,17 @@ def test_states_come_back_to_the_bit(store: PrefixStore) -> None:
     assert store.held() == {NAME}
 
 
-def test_what_is_erased_is_gone_and_the_rest_stays(store: PrefixStore) -> None:
+def test_what_is_erased_is_gone_and_the_rest_stays(store: HiddenStateStore) -> None:
     for name in (NAME, OTHER):
         store.write(name, states(4))
     store.erase([NAME, "shard-00009-slice-00001-none.prefix"])
     assert store.held() == {OTHER}
-    assert store.location(OTHER).endswith(f"{PREFIXES_AREA}/{OTHER}")
+    assert store.location(OTHER).endswith(f"{HIDDEN_STATES_AREA}/{OTHER}")
     assert store.read(NAME) == {}
     assert same(store.read(OTHER), states(4))
 
 
-def test_bytes_are_counted_by_the_beginning_of_a_name(store: PrefixStore) -> None:
+def test_bytes_are_counted_by_the_beginning_of_a_name(store: HiddenStateStore) -> None:
     assert store.num_bytes("shard-00000-") == 0
     for name in (NAME, OTHER):
         store.write(name, states(4))
@@ -76,7 +76,7 @@ def test_bytes_are_counted_by_the_beginning_of_a_name(store: PrefixStore) -> Non
     assert both == 2 * one >= 2 * 4 * 8 * 4
 
 
-def test_a_damaged_file_is_as_good_as_none(real: FilePrefixes) -> None:
+def test_a_damaged_file_is_as_good_as_none(real: FileHiddenStates) -> None:
     real.write(NAME, states(3, 5))
     data = real.blobs.get(NAME, "file")
     assert is_sealed(data) == real.keyring.seals
@@ -88,9 +88,9 @@ def test_a_damaged_file_is_as_good_as_none(real: FilePrefixes) -> None:
 
 
 def test_a_file_whose_key_is_gone_is_as_good_as_none(tmp_path: Path) -> None:
-    store = FilePrefixes(tmp_path / PREFIXES_AREA, FileKeyring(tmp_path / "keyring"))
+    store = FileHiddenStates(tmp_path / HIDDEN_STATES_AREA, FileKeyring(tmp_path / "keyring"))
     store.write(NAME, states(3))
-    store.keyring.destroy(PREFIXES_AREA, [NAME])
+    store.keyring.destroy(HIDDEN_STATES_AREA, [NAME])
     assert store.read(NAME) == {}
     store.erase([NAME])
-    assert store.keyring.held(PREFIXES_AREA) == frozenset()
+    assert store.keyring.held(HIDDEN_STATES_AREA) == frozenset()

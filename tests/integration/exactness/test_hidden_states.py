@@ -9,7 +9,7 @@ import pytest
 
 from cluster.render.render import where
 from sisa.audit.residue import sweep_model
-from sisa.flows.wiring.wiring import PREFIXES
+from sisa.flows.wiring.wiring import HIDDEN_STATES
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import (
     PEOPLE,
@@ -29,7 +29,7 @@ ROWS = PEOPLE
 
 def kept(tiny: Tiny) -> dict[str, Path]:
     """Return the files of hidden states by shard and slice."""
-    paths = (tiny.directory / PREFIXES).glob("*")
+    paths = (tiny.directory / HIDDEN_STATES).glob("*")
     return {path.name.rpartition("-")[0]: path for path in paths}
 
 
@@ -45,7 +45,7 @@ def test_states_are_kept_used_and_erased_with_their_record(
     before = kept(tiny)
     assert len(before) == 4
 
-    from sisa.lm.train.frozen_prefix import PROBE_IDS
+    from sisa.lm.train.frozen_layers import PROBE_IDS
 
     gone = ids_of(ROWS)[5]
     (at,) = (each for each in tiny.open().where([gone]))
@@ -80,15 +80,15 @@ def test_states_are_kept_used_and_erased_with_their_record(
 
 def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows with each record whose states are computed."""
-    from sisa.lm.train import frozen_prefix
+    from sisa.lm.train import frozen_layers
 
-    alone, computed = frozen_prefix.FrozenLayers.alone, list[int]()
+    alone, computed = frozen_layers.FrozenLayers.alone, list[int]()
 
-    def counting(self: frozen_prefix.FrozenLayers, input_ids: Any) -> Any:
+    def counting(self: frozen_layers.FrozenLayers, input_ids: Any) -> Any:
         computed.append(len(input_ids))
         return alone(self, input_ids)
 
-    monkeypatch.setattr(frozen_prefix.FrozenLayers, "alone", counting)
+    monkeypatch.setattr(frozen_layers.FrozenLayers, "alone", counting)
     return computed
 
 
@@ -96,7 +96,7 @@ def test_lower_layers_are_asked_once_in_what_form_they_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sisa.lm.base.weights import load_base, resolve_base
-    from sisa.lm.train.frozen_prefix import FrozenLayers
+    from sisa.lm.train.frozen_layers import FrozenLayers
 
     base = resolve_base(str(make_tiny_base(tmp_path / "base", layers=5)))
     lower = FrozenLayers(load_base(base.directory, base.digest)[0], 4)
@@ -111,7 +111,7 @@ def test_lower_layers_are_asked_once_in_what_form_they_answer(
 def test_a_bound_holds_and_reaches_no_bit(tiny_base: Path) -> None:
     from sisa.lm.base.weights import resolve_base
     from sisa.lm.train.lora import LoraTrainer
-    from tests.fakes.ports import FakePrefixes
+    from tests.fakes.ports import FakeHiddenStates
     from tests.integration.training.test_trainer import RECORDS, job_for, names
 
     base = resolve_base(str(tiny_base))
@@ -119,14 +119,14 @@ def test_a_bound_holds_and_reaches_no_bit(tiny_base: Path) -> None:
     rows = [each.__class__(each.id_digest, each.record, 0) for each in RECORDS]
     found = []
     for num_bytes in (1 << 24, 30_000, 0):
-        store = FakePrefixes()
-        trainer = LoraTrainer(base.directory, base.digest, 1, prefixes=store, prefix_bytes=num_bytes)
+        store = FakeHiddenStates()
+        trainer = LoraTrainer(base.directory, base.digest, 1, hidden_states=store, state_bytes=num_bytes)
         files = [trainer.train(job, None, rows, lambda _: None) for _ in range(2)]
         assert names(files[0]) == names(files[1])
         found.append(names(files[0]))
         assert store.num_bytes("") <= num_bytes
         assert bool(store.held()) == bool(num_bytes)
-        again = LoraTrainer(base.directory, base.digest, 1, prefixes=store, prefix_bytes=num_bytes)
+        again = LoraTrainer(base.directory, base.digest, 1, hidden_states=store, state_bytes=num_bytes)
         assert names(again.train(job, None, rows, lambda _: None)) == found[0]
     assert found[0] == found[1] == found[2]
 
