@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from sisa.config.config import PATH_FIELDS, RunConfig
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import Record
-from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
 from sisa.core.events import Notice, Report
 from sisa.data.overlap import check_overlap, runs_of
 from sisa.data.reader import read_texts
@@ -100,6 +100,9 @@ def _train_base(
 ) -> None:
     train = find_base_trainer(executor)
     with _alone(directory) as unfinished:
+        if directory.exists():
+            what = "another process has just made this base"
+            raise Busy(what, where=str(directory), next_step="try again")
         target = unfinished / "base"
         job = BaseJob(recipe, unfinished / "rows.npy", target)
         with files.disk_errors(directory):

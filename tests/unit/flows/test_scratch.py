@@ -108,6 +108,21 @@ def test_a_lock_file_that_was_removed_meanwhile_locks_nothing(
     assert not trained.jobs
 
 
+def test_a_base_that_was_made_meanwhile_is_not_trained_again(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, take_lock = configured(tmp_path), files.take_lock
+
+    def take_late(*lock: Any) -> None:
+        (tmp_path / "model-base").mkdir()  # by another process, after it was looked for
+        take_lock(*lock)
+
+    monkeypatch.setattr(files, "take_lock", take_late)
+    with pytest.raises(Busy):
+        prepare(config)
+    assert not trained.jobs
+
+
 def test_its_place_can_be_named_and_shared(tmp_path: Path, trained: Trained) -> None:
     config = configured(tmp_path, directory="bases/one")
     prepare(config)
