@@ -150,7 +150,8 @@ def decide(context: Context, request_id: str, state: RequestState, note: str, by
     """
     if state in ("denied", "held") and not note.strip():
         raise InvalidInput(f"a request is not {state} without a reason", next_step="give --reason")
-    approver, event_note = by or note, f"{by}: {note}" if by and note else by or note
+    approver = by or note
+    event_note = f"{by}: {note}" if by and note else approver
     if state == "approved" and not approver.strip():
         raise InvalidInput("an approval names its approver", next_step="give --approver")
     with context.stores.ledger.exclusive():

@@ -41,7 +41,7 @@ from sisa.flows.patches.vault_sets import WrittenSets
 from sisa.flows.wiring.areas import areas, known_by_area, purge
 from sisa.flows.wiring.commit import commit
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import view_shard
+from sisa.flows.wiring.plans import view_shards
 from sisa.planning.patch_plan import activated, next_job, next_version, rederive, unmade
 from sisa.planning.plan import plan_shard
 
@@ -277,7 +277,7 @@ def shards_over(context: Context, stack: Sequence[Patch]) -> None:
         raise _retained_records(f"{len(risky)} retain sets that do")
     base = patched_digest(context.settings.base, [each.adapter_sha256 for each in stack])
     recipe = replace(context.settings.recipe, base=base)
-    views = [view_shard(context, head.shard) for head in context.stores.ledger.heads()]
+    views = view_shards(context, [head.shard for head in context.stores.ledger.heads()])
     heads = [plan_shard(view, recipe, context.compute.fingerprint).head for view in views]
     commit(context, Change(heads=heads, meta={TRAINED_OVER: json.dumps([each.key for each in stack])}))
 
@@ -285,7 +285,7 @@ def shards_over(context: Context, stack: Sequence[Patch]) -> None:
 def shards_off(context: Context) -> None:
     """Drop everything trained over patches at once; the shards start from the plain base."""
     recipe, fingerprint = context.settings.recipe, context.compute.fingerprint
-    views = [view_shard(context, head.shard) for head in context.stores.ledger.heads()]
+    views = view_shards(context, [head.shard for head in context.stores.ledger.heads()])
     heads = [plan_shard(replace(view, held=()), recipe, fingerprint).head for view in views]
     dropped = [each.key for each in context.stores.ledger.checkpoints()]
     commit(context, Change(heads=heads, dropped=dropped, meta={TRAINED_OVER: "[]"}))
