@@ -35,7 +35,15 @@ from sisa.flows.ask import (
     route_and_encode,
     routes_of,
 )
-from sisa.flows.deletion import Terms, copies, forget_at_once, new_request, plan_forget
+from sisa.flows.deletion import (
+    ForgetOutcome,
+    ForgetPlan,
+    Terms,
+    copies,
+    forget_at_once,
+    new_request,
+    plan_forget,
+)
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
 from sisa.flows.model_directory import WAITS_S, ModelDirectory, retry_read
@@ -47,7 +55,6 @@ from sisa.flows.scratch import guard
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.plans import view_shards
 from sisa.flows.wiring.progress import running
-from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 from sisa.flows.wiring.served import model_digest, restricted_rows, restrictions, served_heads
 from sisa.flows.wiring.wiring import OpenExecutor
 from sisa.flows.wiring.witness import witness_standing
@@ -378,7 +385,7 @@ class Model(ModelDirectory):
     # --- state and proof --------------------------------------------------------------------------
 
     @retry_read
-    def status(self) -> Status:
+    def status(self) -> query.Status:
         """Return shards, slices, heads, requests and sizes."""
         with self.context(outdated=True) as context:
             exports = tuple(query.exports(context))
@@ -392,7 +399,7 @@ class Model(ModelDirectory):
                 heads = ledger.heads()
                 views = view_shards(context, [head.shard for head in heads])
                 full = full_record_epochs(views, recipe)
-                return Status(
+                return query.Status(
                     directory=str(self.directory),
                     records=sum(ledger.counts().values()),
                     deleted_records=ledger.num_tombstones(),

@@ -91,6 +91,16 @@ class Forgetting:
         return _first_slices(self.removed)
 
 
+@dataclass(frozen=True)
+class ForgetPlan:
+    """What a deletion would do; `estimated_seconds` is for one worker, None before any measurement."""
+
+    forgetting: Forgetting
+    estimated_seconds: float | None
+    slice_files_erased: int
+    index_rows_erased: int
+
+
 def plan_forget(
     context: Context, rows: Sequence[RecordRow], already: Sequence[Tombstone] = ()
 ) -> Forgetting:
@@ -157,6 +167,18 @@ class Deleted:
 
     requests: tuple[Request, ...] = ()
     kept_versions: tuple[KeptVersions, ...] = ()
+
+
+@dataclass(frozen=True)
+class ForgetOutcome:
+    """What a deletion did; `request` is None when every named record was deleted already."""
+
+    request: Request | None
+    already_deleted: tuple[Tombstone, ...]
+    model_digest: str
+    exports_missing: tuple[str, ...] = ()  # stale, and not where they were written
+    kept: tuple[KeptVersions, ...] = ()  # old versions of what was erased that a bucket keeps
+    deferred: bool = False  # training is left to a later command
 
 
 @dataclass(frozen=True)

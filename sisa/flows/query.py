@@ -16,23 +16,27 @@ from sisa.core.domain import (
     Export,
     HeldCheckpoint,
     Hit,
+    Kind,
     PatchState,
     Record,
     RecordRow,
+    Request,
     SetRole,
     Tombstone,
     VaultSet,
+    WitnessHead,
 )
 from sisa.core.errors import IntegrityError, InvalidInput, Problem, UnknownRecord
 from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.core.ports import Vectors
 from sisa.data.record_rules import normal_subject
-from sisa.flows.reconcile import export_standing, not_erased, under_way
+from sisa.flows.reconcile import BEGINNING, HeldPrompts, export_standing, not_erased, under_way
 from sisa.flows.routing import search_each
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.plans import view_shards
 from sisa.flows.wiring.served import restrictions, served_heads
 from sisa.flows.wiring.slices import slices_of, stored_in
+from sisa.flows.wiring.witness import WitnessStanding
 from sisa.planning.plan import slice_start, touched
 
 NUM_NEAR = 50  # most near-duplicates that are proposed
@@ -139,6 +143,37 @@ class SliceStanding:
     slice: int
     records: int
     state: Literal["clean", "retrained", "rolled back", "restricted", "empty"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """A model at a glance; sizes in bytes."""
+
+    directory: str
+    records: int
+    deleted_records: int
+    model_digest: str
+    base_model: str
+    base_digest: str
+    embedder: str
+    schedule: str
+    shards: tuple[ShardStatus, ...]
+    requests: tuple[Request, ...]
+    sizes_bytes: dict[str, int]
+    witness: tuple[str, WitnessStanding] = ("", "absent")  # its location, and its standing
+    event_head: WitnessHead = BEGINNING  # the last link of the event log, and how many events
+    exports: tuple[ExportStatus, ...] = ()
+    num_orders: int = 1
+    serving_depth: float = 1.0  # mean share of their slices that shards serve
+    record_epochs_full: int = 0  # of training order 0 from scratch
+    record_epochs_others: int = 0  # of training the other orders beside it
+    checkpoint_budget_bytes: int | None = None
+    checkpoint_bytes: int = 0  # of the stages that the ledger holds
+    records_without_subject: int = 0
+    form: Kind = "text"  # in which shards get prompts
+    prompts: HeldPrompts | None = None
+    restricted_subjects: int = 0  # whose records are stored and not served
+    restricted_records: int = 0
 
 
 def lookup(context: Context, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:

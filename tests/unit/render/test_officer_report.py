@@ -26,8 +26,7 @@ from cluster.render.officer_report import (
 from sisa.core.domain import Patch, PatchJob, Probed, Request, RequestEvent, VaultSet, WitnessHead
 from sisa.core.errors import Busy
 from sisa.flows.lifecycle import RequestView
-from sisa.flows.query import ExportStatus, ShardStatus, SliceStanding
-from sisa.flows.wiring.results import Status
+from sisa.flows.query import ExportStatus, ShardStatus, SliceStanding, Status
 from sisa.verifier.certificate import EXACT, STATE
 
 NOW = "2026-02-10T12:00:00.000+00:00"

@@ -9,8 +9,7 @@ import pytest
 
 from cluster.render.picture import Mark, cell_marks, draw_layout
 from sisa.core.errors import InvalidInput
-from sisa.flows.query import ShardStatus
-from sisa.flows.wiring.results import Status
+from sisa.flows.query import ShardStatus, Status
 
 
 def shard(number: int, head: str | None, *counts: int, converged: bool = True) -> ShardStatus:

@@ -19,11 +19,10 @@ from sisa.audit.verify import ShardProof, Verification
 from sisa.core.domain import Probed, RecordRow, Request, Tombstone, VaultSet
 from sisa.core.errors import Problem
 from sisa.flows.ask import Answer
-from sisa.flows.deletion import Forgetting, plan_forget
+from sisa.flows.deletion import ForgetOutcome, ForgetPlan, Forgetting, plan_forget
 from sisa.flows.ingest import Taken, train
-from sisa.flows.query import Candidate, ExportStatus, Location, PatchTouch, ShardStatus, Touch
+from sisa.flows.query import Candidate, ExportStatus, Location, PatchTouch, ShardStatus, Status, Touch
 from sisa.flows.reconcile import HeldPrompts
-from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 from tests.fakes.ports import fake_model, fake_record
 
 ESCAPES = "\x1b[31mred\x1b[0m \x07\x9b31m \u202egnp.exe\u202c"
