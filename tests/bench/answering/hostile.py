@@ -22,7 +22,6 @@ those about one person are not independent. A prompt counts by its mean over the
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -47,6 +46,7 @@ from sisa.lm.answer.names import NameEmbedder
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.index import LoadedIndex, search_loaded
 from tests.bench.answering.routing import READ, Asked, Remembering, lines
+from tests.bench.command import arguments, read, write
 
 SHARDS, SEEDS, PER_PERSON = 50, (0, 1), 6
 NAME = re.compile(r"[A-ZÀ-Þ][\w'-]*(?: (?:van |de |bin |del )?[A-ZÀ-Þ][\w'-]*)+")
@@ -456,14 +456,14 @@ class Kept(Remembering):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--section", default="after", help="name of the figures in the file")
-    parser.add_argument("--half", choices=("tuning", "reporting"), default="reporting")
-    parser.add_argument("--sources", nargs="+", default=[*READ])
-    parser.add_argument("--vectors", type=Path, help="a file to keep embedded texts in (.npz)")
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    given = arguments(
+        __doc__,
+        data={"type": Path, "required": True},
+        section={"default": "after", "help": "name of the figures in the file"},
+        half={"choices": ("tuning", "reporting"), "default": "reporting"},
+        sources={"nargs": "+", "default": [*READ]},
+        vectors={"type": Path, "help": "a file to keep embedded texts in (.npz)"},
+    )
     embedder = Kept(NameEmbedder(resolve_embedder(MINILM)), given.vectors)
     found: dict[str, Any] = {"half": given.half, "shards": SHARDS, "seeds": list(SEEDS)}
     for source in given.sources:
@@ -471,11 +471,7 @@ def main() -> None:
         embedder.write()
         for form, of in found[source].items():
             print(source, form, json.dumps(of), flush=True)
-    if given.out is not None:
-        whole = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
-        given.out.write_text(
-            json.dumps(whole | {given.section: found}, indent=1) + "\n", encoding="utf-8"
-        )
+    write(given.out, read(given.out) | {given.section: found}, indent=1)
 
 
 if __name__ == "__main__":

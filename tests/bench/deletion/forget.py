@@ -11,7 +11,6 @@ bound is TIMES the steps, plus PLUS_S.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -29,7 +28,8 @@ from cluster.cli.quickstart import (
 from sisa import open_model
 from sisa.data.samples import as_chats, make_people
 from tests.bench.answering import cold
-from tests.endurance.ground import environment, write_json
+from tests.bench.command import arguments, write
+from tests.endurance.ground import environment
 
 TIMES, PLUS_S = 1.3, 6.0
 FORGET = """
@@ -96,10 +96,7 @@ def measured(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    given = arguments(__doc__, rounds=3)
     with tempfile.TemporaryDirectory() as folder:
         deletions = measured(Path(folder), given.rounds)
     found = {
@@ -109,8 +106,7 @@ def main() -> None:
         "holds": all(each["share_of_bound"] <= 1 for each in deletions),
         "deletions": deletions,
     }
-    if given.out is not None:
-        write_json(given.out, found)
+    write(given.out, found)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ and requests that arrive one by one between trainings (`sisa simulate`), are not
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -41,6 +40,7 @@ from typing import Any
 from sisa.data.samples import make_people
 from sisa.planning.bands import Bands
 from sisa.planning.layout import rotations
+from tests.bench.command import arguments, here, write
 from tests.bench.deletion.counted import (
     Arrangement,
     Author,
@@ -50,7 +50,6 @@ from tests.bench.deletion.counted import (
     until_base,
 )
 from tests.bench.deletion.serving import deletions_until_base, simulate_until_base
-from tests.bench.patches.known_people import here
 from tests.models.tiny_model import KEY
 
 AUTHORS, PER_AUTHOR, KEYS = 200, 20, 30
@@ -388,20 +387,20 @@ def draw(found: Json, to: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tofu", type=Path)
-    parser.add_argument("--keys", type=int, default=KEYS)
-    parser.add_argument("--seeds", type=int, default=BASE_SEEDS, help="of runs until the base")
-    parser.add_argument("--timed-records", type=int, default=2, help="of each author; 0: counts alone")
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    given = arguments(
+        __doc__,
+        tofu=Path,
+        keys=KEYS,
+        seeds={"type": int, "default": BASE_SEEDS, "help": "of runs until the base"},
+        timed_records={"type": int, "default": 2, "help": "of each author; 0: counts alone"},
+    )
     found = measure(given.tofu, given.keys, given.seeds, given.timed_records)
     for each in (table(found), depth_table(found), base_table(found)):
         print("\n".join(each), end="\n\n")
     if "timed" in found:
         print("\n".join(timed_table(found)))
+    write(given.out, found)
     if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         draw(found, given.out.with_suffix(".png"))
 
 

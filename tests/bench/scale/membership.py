@@ -11,7 +11,6 @@ they don't depend on the machine's load, as seconds do. The keys are files.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -32,10 +31,10 @@ from sisa.evidence.keys.keys import init_keys
 from sisa.evidence.log.log import Log
 from sisa.evidence.membership import Membership, VrfKey
 from sisa.flows.wiring.wiring import EVIDENCE, LOG
-from sisa.lm.base.numerics import describe_fingerprint
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier.certificate import CERTIFICATES
 from sisa.verifier.vrf import verify_output
+from tests.bench.command import arguments, machine, write
 from tests.bench.scale.rollback import (
     WARM_UP,
     Deletion,
@@ -115,7 +114,7 @@ def measure(folder: Path, scale: Scale, num_deletions: int, seed: int = 7) -> di
     assert sum(kind in CERTIFICATES for kind in kinds) == len(names) - half
     ratio = [mean(each.clean_s for each in some) for some in (certified, plain)]
     return {
-        "machine": {"cpus": len(os.sched_getaffinity(0)), **describe_fingerprint(1)["processor"]},
+        "machine": machine(),
         "libraries": {name: version(name) for name in ("pynacl", "sqlalchemy", "securesystemslib")},
         "load_average": round(os.getloadavg()[0], 1),  # above the number of CPUs: times are too long
         "records": scale.num_records,
@@ -134,15 +133,16 @@ def measure(folder: Path, scale: Scale, num_deletions: int, seed: int = 7) -> di
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("membership.json"))
-    parser.add_argument("--records", type=int, default=1_000_000)
-    parser.add_argument("--deletions", type=int, default=30)
-    parser.add_argument("--folder", type=Path, help="where the store is written; it takes 3 GB")
-    chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
-        found = measure(Path(name), Scale(chosen.records), chosen.deletions)
-    chosen.out.write_text(json.dumps(found, indent=2) + "\n")
+    given = arguments(
+        __doc__,
+        out=Path("membership.json"),
+        records=1_000_000,
+        deletions=30,
+        folder={"type": Path, "help": "where the store is written; it takes 3 GB"},
+    )
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        found = measure(Path(name), Scale(given.records), given.deletions)
+    write(given.out, found)
     print(json.dumps(found, indent=2))
 
 

@@ -19,7 +19,6 @@ deletions  what `forget --dry-run` plans for many ids, and a deletion that puts 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import tempfile
@@ -55,6 +54,7 @@ from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.sqlite import Sqlite
 from sisa.store.ledger.tables import EVENTS, REQUESTS
+from tests.bench.command import arguments, write
 from tests.fakes.ports import SECRET, changed, fake_model, fake_recipe
 
 NUM_SHARDS, NUM_SLICES, PER_COMMIT, NUM_IDS, ROUNDS = 64, 4, 50_000, 1_000, 5
@@ -282,11 +282,8 @@ def grown(ledger: SqlLedger, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--requests", type=int, default=10_000)
-    given = parser.parse_args()
+    sizes = {"type": int, "nargs": "+", "default": [10_000, 100_000, 1_000_000]}
+    given = arguments(__doc__, sizes=sizes, requests=10_000)
     growth: dict[str, Any] = {}
     for records in sorted(given.sizes):
         with tempfile.TemporaryDirectory() as name:
@@ -304,10 +301,8 @@ def main() -> None:
             size = path.stat().st_size
     found["request_list"]["before_of_requests"] = 20
     summary = {"records": records, "requests": given.requests, "ledger_bytes": size, **found}
-    text = json.dumps({**summary, "growth": growth}, indent=2) + "\n"
-    print(text)
-    if given.out is not None:
-        given.out.write_text(text, encoding="utf-8")
+    print(json.dumps({**summary, "growth": growth}, indent=2))
+    write(given.out, {**summary, "growth": growth})
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ shard, so that a plan which reads other shards is detected. Checking the base's 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import math
 import os
 import random
@@ -53,7 +51,6 @@ from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
 from sisa.flows.query import lookup
 from sisa.flows.serial import SerialExecutor
 from sisa.flows.wiring.context import Context
-from sisa.lm.base.numerics import describe_fingerprint
 from sisa.planning.layout import Assigner, Layout, index_root, slice_root
 from sisa.planning.plan import jobs, touched
 from sisa.store.blobs.local_blobs import LocalBlobs
@@ -62,6 +59,7 @@ from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.records import FileRecords
 from sisa.store.witness import FileWitness
+from tests.bench.command import arguments, machine, write
 from tests.fakes.keyring import PLAIN
 from tests.fakes.ports import ADAPTER, FakeTrainer, changed, fake_model, fake_recipe
 
@@ -455,7 +453,7 @@ def run(folder: Path, sizes: Sequence[int], num_deletions: int) -> dict[str, Any
     largest, smallest = found[-1], found[0]
     p50 = [each["clean_heads_seconds"]["p50"] for each in (smallest, largest)]
     return {
-        "machine": {"cpus": len(os.sched_getaffinity(0)), **describe_fingerprint(1)["processor"]},
+        "machine": machine(),
         "libraries": {
             **{name: version(name) for name in ("faiss-cpu", "numpy", "pyarrow", "sqlalchemy")},
             "sqlite": sqlite3.sqlite_version,
@@ -482,15 +480,15 @@ def line(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("rollback.json"))
-    parser.add_argument("--sizes", default=",".join(str(each) for each in SIZES))
-    parser.add_argument("--deletions", type=int, default=50)
-    parser.add_argument("--folder", type=Path, help="where stores are written; the largest takes 3 GB")
-    chosen = parser.parse_args()
-    sizes = sorted(int(each) for each in chosen.sizes.split(","))
-    found = run(chosen.folder, sizes, chosen.deletions)
-    chosen.out.write_text(json.dumps(found, indent=2) + "\n")
+    given = arguments(
+        __doc__,
+        out=Path("rollback.json"),
+        sizes=",".join(str(each) for each in SIZES),
+        deletions=50,
+        folder={"type": Path, "help": "where stores are written; the largest takes 3 GB"},
+    )
+    sizes = sorted(int(each) for each in given.sizes.split(","))
+    write(given.out, run(given.folder, sizes, given.deletions))
 
 
 if __name__ == "__main__":

