@@ -8,14 +8,9 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
-
 from hypothesis import settings
 
 FULL = "full"
-T = TypeVar("T")
-U = TypeVar("U")
 SHARE = 8  # the suite tries one example in so many
 
 
@@ -27,9 +22,3 @@ def is_full() -> bool:
 def num_examples(full: int, share: int = SHARE) -> int:
     """Return how many to try of a property whose full run tries `full`: all, or one in `share`."""
     return full if is_full() else -(-full // share)
-
-
-def by_turns(many: Sequence[T], few: Sequence[U]) -> list[tuple[T, U]]:
-    """Return all pairs in a full run; otherwise each of `many` with one of `few`, which take turns."""
-    every = [(one, other, at % len(few)) for at, one in enumerate(many) for other in few]
-    return [(one, other) for one, other, turn in every if is_full() or few[turn] == other]

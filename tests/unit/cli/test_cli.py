@@ -185,13 +185,24 @@ def test_no_command_shows_help_and_is_2(sisa: Sisa, arguments: list[str]) -> Non
     assert "..." not in commands  # click cuts a long summary
 
 
-def test_a_directory_without_a_model_is_2(sisa: Sisa, tmp_path: Path) -> None:
-    for command in (["status"], ["where", "r1"], ["forget", "r1"], ["find", "--text", "x"], ["verify"]):
-        code, out, err = sisa(*command, "-m", tmp_path, "--json")
-        assert code == 2
-        assert one_object(out)["error"]["type"] == "InvalidInput"
+WITHOUT_A_MODEL = [
+    *(["status"], ["where", "r1"], ["forget", "r1"], ["find", "--text", "x"], ["verify"]),
+    *(["add", "new.jsonl"], ["generate", "--prompt", "x"], ["export", "--to", "out"]),
+]
+
+
+@pytest.mark.parametrize("command", WITHOUT_A_MODEL, ids=" ".join)
+def test_a_directory_without_a_model_is_2(
+    sisa: Sisa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new.jsonl").write_text('{"id": "r1", "text": "x"}\n')
+    (tmp_path / "empty").mkdir()
+    for directory in ("empty", "absent"):
+        code, out, err = sisa(*command, "-m", directory, "--json")
+        assert (code, one_object(out)["error"]["type"]) == (2, "InvalidInput")
         assert "sisa train" in err
-    assert list(tmp_path.iterdir()) == []
+    assert {each.name for each in tmp_path.rglob("*")} == {"empty", "new.jsonl"}
 
 
 @pytest.mark.parametrize(

@@ -392,6 +392,7 @@ def test_problems_of_all_sources_are_collected(tmp_path: Path) -> None:
         *("rows.parquet, row 1", "rows.parquet, row 2", "rows.parquet, row 2"),
         *("cut.parquet", str(tmp_path / "absent.jsonl")),
     ]
+    assert "truncated" in dict(found)["cut.parquet"]
 
 
 def test_corrupt_pages_and_texts_in_parquet(tmp_path: Path) -> None:
