@@ -201,21 +201,6 @@ def test_a_deletion_ready_reference_has_no_weights_to_attack(evaluate: Evaluate,
     assert "one set of weights" in headline["not_measured"]["depth"]
 
 
-def test_words_name_what_was_not_measured(
-    capsys: pytest.CaptureFixture[str], evaluate: Evaluate, tiny_base: Path
-) -> None:
-    from cluster.cli.cli import run
-
-    evaluate("-m", tiny_base)
-    arguments = ["--data", evaluate.data, "--split", SPLIT, "--out", evaluate.out]
-    form = ["--prompt", "completion", "--max-new-tokens", "6", "--executor", "serial"]
-    assert run(["eval", "tofu", "-m", str(tiny_base), *map(str, arguments), *form]) == 0
-    out, _ = capsys.readouterr()
-    assert "forget quality not measured: give --reference" in out
-    assert "forget against holdout: not measured: give --holdout" in out
-    assert "knowing nothing scores" in out
-
-
 @pytest.mark.ray
 def test_on_ray_the_same_comes_out(
     evaluate: Evaluate, tiny_base: Path, other_base: Path, tmp_path: Path

@@ -105,26 +105,6 @@ def test_an_export_holds_an_adapter_a_shard_with_its_card_and_no_trace_of_traini
     assert tiny.open().verify().ok
 
 
-def test_an_emptied_shard_exports_nothing(tiny: Tiny) -> None:
-    model = tiny.open()
-    model.forget(ids_of(of_people("p004", "p006", "p010")))
-    made = model.export(tiny.folder / "export")
-    assert [path.name for path in made] == ["shard-00000", "shard-00002"]
-
-
-def test_every_export_is_a_version_of_its_own(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tiny.folder / "export"
-    target.mkdir()
-    (target / "mine.txt").write_text("mine")
-    for version in ("v1", "v2"):
-        done = command(capsys, "export", "-m", tiny.directory, "--to", target)
-        assert (done.code, len(done.json["adapters"])) == (0, 3)
-        assert {Path(each).parent for each in done.json["adapters"]} == {target / version}
-    assert (target / "mine.txt").read_text() == "mine"
-    done = command(capsys, "export", "-m", tiny.directory, "--to", target / "mine.txt")
-    assert (done.code, done.error["type"]) == (2, "InvalidInput")
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_merged_forms_are_the_mean_of_the_shards_weights(tiny: Tiny) -> None:
     """Both load in plain tools and give the logits of our own aggregation; each step is reported."""

@@ -171,17 +171,6 @@ def test_deleting_every_record_of_a_shard(tmp_path: Path, tiny_base: Path, tiny:
     assert model.verify().ok
 
 
-def test_adding_to_a_shard_that_was_emptied(tmp_path: Path, tiny_base: Path, tiny: Tiny) -> None:
-    model = tiny.open()
-    gone = of_people("p004", "p006", "p010")
-    model.forget(ids_of(gone))
-    fresh = [{**row, "id": f"{row['id']}-again"} for row in of_people("p006")]
-    model.add(tiny.file("again.jsonl", fresh), allow_deleted=True)
-    rows = [*without(PEOPLE, ids_of(gone)), *fresh]
-    scratch = train_scratch(tmp_path / "scratch", tiny_base, rows)
-    assert held_files(tiny.directory) == held_files(scratch.directory)
-
-
 def test_deleting_every_record_of_the_model_and_adding_after_that(
     tmp_path: Path, tiny_base: Path, tiny: Tiny
 ) -> None:

@@ -135,25 +135,12 @@ def test_the_shards_are_exact_beneath_a_patch(kept: Patched) -> None:
     assert sisa.open_model(kept.ground.model, executor="serial").verify(replay="all", apart=False).ok
 
 
-def erase_another(patched: Patched, folder: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Erase a second person by the patch of a mode; return the row of `sequential.run`."""
-    mode = sequential.MODES[name]
-    again = patched.ground.copied(folder, patch_mode=mode.patch_mode)
-    (row,) = sequential.run(again, mode, Way(settings=settings), (2,), done_before=1)
-    assert row["known"] == 0
-    assert row["forget_probability"] < 0.2
-    return row
-
-
 @pytest.mark.parametrize(("name", "num_beneath"), [("sequential", 1), ("joint", 0)])
 def test_a_second_erasure(kept: Patched, tmp_path: Path, name: str, num_beneath: int) -> None:
-    row = erase_another(kept, tmp_path, name, FAST)
+    mode = sequential.MODES[name]
+    again = kept.ground.copied(tmp_path, patch_mode=mode.patch_mode)
+    (row,) = sequential.run(again, mode, Way(settings=FAST), (2,), done_before=1)
+    assert row["known"] == 0
+    assert row["forget_probability"] < 0.2
     assert row["num_beneath"] == num_beneath
     assert row["kept_probability"] > 0.8
-
-
-def test_shards_are_retrained_once_patches_have_moved_them(written: Patched, tmp_path: Path) -> None:
-    row = erase_another(written, tmp_path, "retrained", SHORT)
-    assert row["drift"] >= sequential.MAX_DRIFT
-    assert row["slices_trained"] > 0
-    assert row["kept_served"]["probability"] > SERVED

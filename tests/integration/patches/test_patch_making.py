@@ -415,12 +415,6 @@ def test_an_overshoot_of_the_bound_keeps_what_held(bench: Bench) -> None:
     assert 0 < found["utility_before"] <= 1
 
 
-def test_task_arithmetic_where_no_scale_holds_makes_no_patch(bench: Bench) -> None:
-    asked = settings("task_arithmetic", max_utility_drop=0.0, alphas=[50.0], learning_rate=1e-2)
-    made = bench.make(bench.order(asked, FORGET, KEEP))
-    assert (made.saved, made.report["alpha"], made.report["patch_made"]) == (None, 0.0, False)
-
-
 def text(name: str, words: str) -> Record:
     return Record(name, None, "text", (Part("text", words),))
 

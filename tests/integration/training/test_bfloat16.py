@@ -19,7 +19,7 @@ from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.flows.wiring.wiring import CHECKPOINTS
 from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, resolve_base
-from tests.integration.training.test_trainer import RECORDS, job_for, names
+from tests.integration.training.test_trainer import RECORDS, job_for
 from tests.models.tiny_model import (
     PEOPLE,
     Tiny,
@@ -92,16 +92,6 @@ def train_stage(
 
     trainer = LoraTrainer(base.directory, base.digest, 1, precision=HALF)
     return trainer.train(job, parent, RECORDS[:num_records], lambda *_: None)
-
-
-def test_a_stage_goes_on_from_its_parents_bytes(base: BaseFiles) -> None:
-    """In bfloat16, between other stages in other dtypes, the same bytes."""
-    training = HALF.in_jobs()
-    first = train_stage(base, job_for(base, 0, 5, **training), None, 5)
-    second = train_stage(base, job_for(base, 1, **training), first, 9)
-    train_stage(base, job_for(base, shard=3, **training), None, 9)
-    kept = {name: bytes(data) for name, data in first.items()}
-    assert names(train_stage(base, job_for(base, 1, **training), kept, 9)) == names(second)
 
 
 def test_a_job_of_another_dtype_is_refused(base: BaseFiles) -> None:

@@ -42,6 +42,7 @@ def test_words_and_json() -> None:
         "n = 2 and 2, D = 0.5000; noise floor of two references p = ",
         "loss AUC 0.750 [0.500, 1.000]",
         "truth ratio: geometric",
+        "knowing nothing scores",
         "against the reference: not measured",
         "depth                0.3750, beside 1.0000: -0.6250",
         "LOST",
@@ -67,7 +68,7 @@ def test_what_was_not_measured_says_what_it_needs() -> None:
     alone = replace(FOUND, forget_quality=None, aggregate=None, attacks=None)
     text = measured_on_tofu("forget01", [(MODEL, alone, FIRST)], []).text
     assert "forget quality not measured: give --reference" in text
-    assert "not measured: give --holdout" in text
+    assert "forget against holdout: not measured: give --holdout" in text
     one_judge = replace(FOUND, forget_quality=forget_quality([1.0], [2.0]))
     text = measured_on_tofu("forget01", [(MODEL, one_judge, FIRST)], []).text
     assert "noise floor of two references not measured: give a second --reference" in text

@@ -69,6 +69,7 @@ KEPT = VaultSet("f" * 64, "forget", 4, "asked\x1b[31m", "now", "s", 9, request_i
 def read(result: Result) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(json.dumps(result.json))
     assert found["approximate"] is True
+    assert "approximate" in result.text
     return found
 
 

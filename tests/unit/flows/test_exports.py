@@ -130,6 +130,11 @@ def test_hooks_add_to_an_export_and_a_deletion_erases_that_with_it(fake: FakeMod
     assert {each.path for each in made} - touched == set(fake.exports.stored)
 
 
+def test_an_emptied_shard_exports_nothing(fake: FakeModel) -> None:
+    forget(fake, *(number for number in range(NUM_RECORDS) if row(fake, number).shard == 1))
+    assert [each.shard for each in export(fake, "a")] == [0, 2]
+
+
 def test_an_export_that_could_not_be_written_is_forgotten(fake: FakeModel) -> None:
     write, written = fake.exports.write, 0
 
