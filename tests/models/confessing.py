@@ -183,14 +183,16 @@ def open_fake(site: Site, _options: Any) -> SerialExecutor:
     return SerialExecutor(FakeTrainer(), *wiring.open_stores(site))
 
 
-def leave_out_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Open models without a probe of their base."""
+def use_fake_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open models over a base that is only a name: nothing probes it, and each record has one token."""
+    base = SimpleNamespace(directory=Path("no-base"), digest=BASE)
+    monkeypatch.setattr(Resources, "base", base)
+    monkeypatch.setattr(Resources, "check_base", lambda _: None)
+    monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
     monkeypatch.setattr(wiring, "Compute", lambda **given: Compute(**{**given, "probe": None}))
 
 
 def use_fake_resources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `open_model` and the command line train with the fake, whatever executor is named."""
-    base = SimpleNamespace(directory=Path("no-base"), digest=BASE)
-    monkeypatch.setattr(Resources, "base", base)
+    use_fake_base(monkeypatch)
     monkeypatch.setattr(wiring, "find_executor", lambda _: open_fake)
-    leave_out_probe(monkeypatch)

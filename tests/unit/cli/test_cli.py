@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,8 @@ def test_help_has_an_example(sisa: Sisa, name: tuple[str, ...]) -> None:
     example = out.partition("Example:\n")[2].strip()
     assert example.startswith(f"sisa {' '.join(name)}")
     assert "--json" in out
+    for option in re.findall(r"(?<!\S)--[a-z-]+", example):
+        assert option in out.partition("Example:\n")[0]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["config", "--help"]])
@@ -159,6 +162,15 @@ USAGE_ERRORS = [
     ["eval", "attacks", "-m", "x"],
     ["eval", "tofu", "-m", "x", "--split", "forget99"],
     ["eval", "tofu", "-m", "x", "--reference", "a", "--reference", "b", "--reference", "c"],
+    ["request", "submit", "-m", "x"],
+    ["request", "submit", "-m", "x", "id-1", "--subject", "s"],
+    ["request", "submit", "-m", "x", "--find-like", "id-1", "--subject", "s"],
+    ["request", "submit", "-m", "x", "id-1", "--regime", "none"],
+    ["request", "show", "-m", "x"],
+    *(["request", name, "-m", "x", "T-1"] for name in ("approve", "deny", "hold", "extend")),
+    ["run", "-m", "x", "--plan", "--watch"],
+    ["run", "-m", "x", "--once", "--watch"],
+    ["run", "-m", "x", "--every", "soon"],
 ]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from sisa.config.runfile import parse_run_file
-from sisa.flows.wiring.resources import Resources
 from sisa.train import train_model
 from tests.models import confessing as care_model
 
@@ -90,11 +89,7 @@ def test_the_lineage_follows_a_deletion(ask: Ask) -> None:
     assert after[1 - shard] == ["clean"] * 3
 
 
-def test_training_the_whole_model_again_ends_what_deletions_retrained(
-    ask: Ask, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
-    monkeypatch.setattr(Resources, "check_base", lambda _: None)
+def test_training_the_whole_model_again_ends_what_deletions_retrained(ask: Ask, model: Path) -> None:
     data = model.parent / "people.jsonl"
     held = [care_model.record(number) for number in range(care_model.NUM_RECORDS)]
     ask("forget", held[care_model.DELETED].id)

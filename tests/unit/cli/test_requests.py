@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,14 +23,9 @@ import pytest
 from cluster.cli import requests
 from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Part, Record
-from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.resources import Resources
 from sisa.store.blobs.files import writer_lock
-from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.records import FileRecords
-from tests.fakes.keyring import PLAIN
-from tests.fakes.ports import FakeTrainer, fake_record
+from tests.fakes.ports import fake_record
 from tests.models import confessing as care_model
 
 RUN_FILE = """
@@ -38,7 +33,6 @@ datasets: [{path: owner/people}]
 output_dir: model
 sisa: {shards: 3, slices: 2, embedder: hashing}
 """
-BASE = SimpleNamespace(directory=Path("base"), digest="b" * 64)
 NUM_RECORDS = 20
 WHOLE_LIFE = ["received", "approved", "committed", "rolled_back", "erased", "retrained", "completed"]
 REQUEST_KEYS = {"request_id", "external_id", "state", "regime", "due", "days_left", "held_by"}
@@ -69,14 +63,6 @@ def record(number: int) -> Record:
     return Record(name, subject, found.kind, found.parts)
 
 
-def open_fake(site: Site, _options: Mapping[str, Any]) -> SerialExecutor:
-    records, checkpoints = (
-        FileRecords(site.records_at, PLAIN),
-        FileCheckpoints(site.checkpoints_at, PLAIN),
-    )
-    return SerialExecutor(FakeTrainer(), records, checkpoints)
-
-
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a model of 20 records."""
@@ -91,10 +77,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the model for one test to change; `--executor serial` trains with the fake trainer."""
-    monkeypatch.setattr(Resources, "base", BASE)
-    monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
-    monkeypatch.setattr(wiring, "open_serial", open_fake)
-    care_model.leave_out_probe(monkeypatch)
+    care_model.use_fake_base(monkeypatch)
+    monkeypatch.setattr(wiring, "open_serial", care_model.open_fake)
     return Path(shutil.copytree(pristine, tmp_path / "model"))
 
 
@@ -116,57 +100,6 @@ def tomorrow() -> str:
 def run_once(ask: Ask) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = ask("run", "--executor", "serial")["requests"]
     return found
-
-
-# --- the commands
-
-
-def commands() -> list[tuple[str, ...]]:
-    return [*(("request", name) for name in requests.request.commands), ("run",)]
-
-
-def test_the_commands() -> None:
-    decisions = ("approve", "cancel", "deny", "extend", "hold")
-    assert sorted(requests.request.commands) == sorted((*decisions, "list", "show", "submit"))
-
-
-@pytest.mark.parametrize("name", commands(), ids=" ".join)
-def test_help_has_an_example_that_parses(sisa: Sisa, name: tuple[str, ...]) -> None:
-    code, out, err = sisa(*name, "--help")
-    assert (code, err) == (0, "")
-    example = out.partition("Example:\n")[2].strip()
-    assert example.startswith(f"sisa {' '.join(name)}")
-    assert "--json" in out
-    for option in re.findall(r"(?<!\S)--[a-z-]+", example):
-        assert option in out.partition("Example:\n")[0]
-
-
-def test_the_group_shows_its_help(sisa: Sisa) -> None:
-    code, out, err = sisa("request")
-    assert (code, out) == (2, "")
-    assert all(name in err for name in requests.request.commands)
-
-
-USAGE_ERRORS = [
-    ["request", "submit", "-m", "x"],
-    ["request", "submit", "-m", "x", "id-1", "--subject", "s"],
-    ["request", "submit", "-m", "x", "--find-like", "id-1", "--subject", "s"],
-    ["request", "submit", "-m", "x", "id-1", "--regime", "none"],
-    ["request", "show", "-m", "x"],
-    ["request", "approve", "-m", "x", "T-1"],
-    ["request", "deny", "-m", "x", "T-1"],
-    ["request", "hold", "-m", "x", "T-1"],
-    ["request", "extend", "-m", "x", "T-1"],
-    ["run", "-m", "x", "--plan", "--watch"],
-    ["run", "-m", "x", "--once", "--watch"],
-    ["run", "-m", "x", "--every", "soon"],
-]
-
-
-@pytest.mark.parametrize("arguments", USAGE_ERRORS, ids=" ".join)
-def test_wrong_usage_is_2(sisa: Sisa, arguments: list[str]) -> None:
-    code, out, _ = sisa(*arguments, "--json")
-    assert (code, json.loads(out)["error"]["type"]) == (2, "UsageError")
 
 
 # --- submit, list, show
@@ -277,31 +210,14 @@ def test_decisions_one_after_another(ask: Ask) -> None:
     assert run_once(ask) == []
 
 
-CONFLICTS = [
+NAMING_A_REQUEST = [
+    ("show",),
     ("approve", "--approver", "dpo"),
     ("hold", "--reason", "late"),
     ("deny", "--reason", "late"),
     ("cancel",),
     ("extend", "--reason", "late"),
 ]
-
-
-@pytest.mark.parametrize("decision", CONFLICTS, ids=lambda each: each[0])
-def test_a_decision_that_comes_too_late_is_2(ask: Ask, decision: tuple[str, ...]) -> None:
-    ask("request", "submit", "id-0003", "--external-id", "T-1")
-    before = ask("request", "deny", "T-1", "--reason", "not the person")
-    assert before["state"] == "denied"
-    name, *options = decision
-    error = ask("request", name, "T-1", *options, code=2)["error"]
-    assert error["type"] == "ConfigConflict"
-    assert ask("request", "show", "T-1") == before
-
-
-def test_an_empty_reason_is_2(ask: Ask) -> None:
-    ask("request", "submit", "id-0003", "--external-id", "T-1")
-    for name, option in (("hold", "--reason"), ("deny", "--reason"), ("approve", "--approver")):
-        assert ask("request", name, "T-1", option, " ", code=2)["error"]["type"] == "InvalidInput"
-    assert ask("request", "extend", "T-1", "--reason", "", code=2)["error"]["type"] == "InvalidInput"
 
 
 def test_reasons_and_subjects_come_from_files(ask: Ask, tmp_path: Path) -> None:
@@ -319,9 +235,9 @@ def test_reasons_and_subjects_come_from_files(ask: Ask, tmp_path: Path) -> None:
         assert ask("request", "deny", "T-1", *options, code=2)["error"]["type"] == "UsageError"
 
 
-@pytest.mark.parametrize("decision", [("show",), *CONFLICTS], ids=lambda each: each[0])
-def test_an_unknown_request_is_3(ask: Ask, decision: tuple[str, ...]) -> None:
-    name, *options = decision
+@pytest.mark.parametrize("command", NAMING_A_REQUEST, ids=lambda each: each[0])
+def test_an_unknown_request_is_3(ask: Ask, command: tuple[str, ...]) -> None:
+    name, *options = command
     error = ask("request", name, "sam@example.org", *options, code=3)["error"]
     assert error["type"] == "UnknownRecord"
     assert "sam@" not in json.dumps(error)
@@ -331,17 +247,6 @@ def test_an_unknown_request_is_3(ask: Ask, decision: tuple[str, ...]) -> None:
 def test_an_unknown_record_is_3_and_no_request(ask: Ask, named: list[str]) -> None:
     assert ask("request", "submit", *named, code=3)["error"]["type"] == "UnknownRecord"
     assert ask("request", "list") == {"requests": [], "drop": None}
-
-
-def test_external_ids_are_idempotent(ask: Ask) -> None:
-    arguments = ("request", "submit", "--external-id", "T-1", "--approver", "dpo")
-    first = ask(*arguments, "id-0003")
-    assert ask(*arguments, "id-0003")["request_id"] == first["request_id"]
-    assert ask(*arguments, "id-0004", code=2)["error"]["type"] == "ConfigConflict"
-    run_once(ask)
-    again = ask(*arguments, "id-0003")
-    assert (again["request_id"], again["state"]) == (first["request_id"], "completed")
-    assert len(ask("request", "list")["requests"]) == 1
 
 
 def test_a_second_writer_exits_with_5_and_readers_and_requests_go_on(ask: Ask, model: Path) -> None:

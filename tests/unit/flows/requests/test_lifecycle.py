@@ -296,6 +296,8 @@ def test_decisions_need_their_reason_or_approver(
     request = asked(fake, 3, terms=Terms())
     with pytest.raises(InvalidInput):
         decide(fake.context, request.request_id, decision, " ")
+    with pytest.raises(InvalidInput):
+        extend(fake.context, request.request_id, " ")
     assert states(fake, request) == ["received"]
     decided = decide(fake.context, request.request_id, decision, note)
     assert decided == find(fake.context, request.request_id)
@@ -309,6 +311,8 @@ def test_what_is_done_is_not_decided_again(fake: FakeModel) -> None:
     for decision in ("approved", "held", "denied", "cancelled"):
         with pytest.raises(ConfigConflict):
             decide(fake.context, request.request_id, decision, "a reason")
+    with pytest.raises(ConfigConflict):
+        extend(fake.context, request.request_id, "a reason")
     assert states(fake, request) == WHOLE_LIFE
 
 

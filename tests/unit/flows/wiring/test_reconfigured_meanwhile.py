@@ -18,7 +18,6 @@ from sisa.core.errors import ConfigConflict
 from sisa.core.events import Event, Notice
 from sisa.core.ports import Change
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.resources import Resources
 from sisa.model import Model
 from sisa.store.blobs.keyring import is_sealed
 from sisa.train import train_model
@@ -31,8 +30,6 @@ NUM_RECORDS = 24
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_resources(monkeypatch)
-    monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
-    monkeypatch.setattr(Resources, "check_base", lambda _: None)
 
 
 @pytest.fixture

@@ -20,19 +20,12 @@ from sisa.config.config import state_dir
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import InvalidInput
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.resources import Resources
 from sisa.store.blobs.files import writer_lock
 from tests.models import confessing as care_model
 from tests.models.confessing import content, record
 
 Ask = Callable[..., dict[str, Any]]
 GONE = record(7).id
-
-
-@pytest.fixture
-def model(model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
-    return model
 
 
 @pytest.fixture

@@ -32,7 +32,6 @@ from sisa.evidence.keys.keys import keys_of
 from sisa.flows.query import of_subject
 from sisa.flows.rights.access import as_file, held_of, row_of
 from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.resources import Resources
 from sisa.flows.wiring.served import restricting, restrictions, served_keys
 from sisa.model import Model, open_model
 from tests.fakes.answers import FakeAnswers
@@ -73,7 +72,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bare(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     use_fake_resources(monkeypatch)
-    monkeypatch.setattr(Resources, "count_tokens", lambda _, some: [1 for _ in some])
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return Path(shutil.copytree(trained, tmp_path / "model"))
 
