@@ -26,7 +26,6 @@ from sisa.model import Model
 from tests.models.confessing import record
 from tests.models.tiny_model import all_files
 from tests.unit.serve.conftest import LOOPBACK
-from tests.unit.serve.test_app import KnownTokens
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 LABELS = {"route", "le"}
@@ -198,17 +197,6 @@ def test_no_series_names_a_record_a_text_or_a_caller(client: TestClient, service
     words = (record(1).id, "ticket", "somebody", "reason", "local")
     assert not [each for each in words if each in re.sub(r"^#.*$", "", answer, flags=re.M)]
     assert {name for _, labels in scraped(client) for name, _ in labels} <= LABELS
-
-
-def test_only_an_operator_may_read_them(service: Service) -> None:
-    client = TestClient(
-        build_app(replace(service, tokens=KnownTokens(service.model.directory))), base_url=LOOPBACK
-    )
-    status = {
-        token: client.get("/metrics", headers={"Authorization": f"Bearer {token}"}).status_code
-        for token in ("op", "re", "forged")
-    }
-    assert status == {"op": 200, "re": 403, "forged": 401}
 
 
 def test_a_client_may_ask_for_openmetrics(client: TestClient) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,8 +17,6 @@ from cluster.cli import cli
 from cluster.serve.app import build_app
 from cluster.serve.domain import Service
 from cluster.serve.service import Running, find_service, started
-from cluster.serve.tokens import Tokens
-from sisa.audit.doctor import diagnose
 from sisa.config.config import ClusterBlock
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault
 from tests.fakes.answers import FakeAnswers
@@ -164,14 +161,3 @@ def test_ray_serve_of_a_cluster_keeps_its_port_for_the_next_command(
     with pytest.raises(Busy, match="another model"), started(*given):
         pytest.fail("it started")
     assert ray.run.call_count == 1
-
-
-@pytest.mark.usefixtures("running")
-def test_doctor_knows_the_files(service: Service) -> None:
-    directory = service.model.directory
-    Tokens(directory).add("anna", "officer")
-    names = ("service.json", "tokens.json")
-    assert [each for each in diagnose(directory).findings if each.where.endswith(names)] == []
-    os.chmod(directory / "service.json", 0o644)
-    wide = [each for each in diagnose(directory).findings if "service.json" in each.where]
-    assert [(each.kind, each.severity) for each in wide] == [("mode", "warning")]

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +15,10 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from cluster.serve.app import build_app
 from cluster.serve.domain import Service
-from cluster.serve.tokens import Caller, Scope, Tokens
+from cluster.serve.tokens import Caller, Scope
 from sisa.core.errors import Outdated
 from tests.fakes.answers import FakeAnswers
+from tests.fakes.tokens import KnownTokens
 from tests.unit.serve.conftest import LOOPBACK
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -253,28 +253,14 @@ def test_a_cut_answer_is_an_error_to_try_again(ask: Ask, answers: FakeAnswers) -
     assert found.json()["error"]["code"] == "Outdated"
 
 
-class OneToken(Tokens):
-    """A token that may answer, and perhaps read."""
-
-    def __init__(self, *scopes: Scope) -> None:
-        super().__init__(Path("nowhere"))
-        self.one = Caller("app", "app", frozenset(scopes), frozenset({1}))
-
-    def demanded(self) -> bool:
-        return True
-
-    def caller(self, bearer: str) -> Caller | None:  # noqa: ARG002
-        """Return the one caller."""
-        return self.one
-
-
 @pytest.mark.parametrize("reads", [False, True])
 def test_who_may_not_read_does_not_learn_which_shards_hold_a_person(
     service: Service, answers: FakeAnswers, reads: bool
 ) -> None:
-    tokens = OneToken("answer", "read") if reads else OneToken("answer")
-    app = build_app(replace(service, tokens=tokens))
-    with TestClient(app, base_url=LOOPBACK) as client:
+    scopes: frozenset[Scope] = frozenset({"answer", "read"} if reads else {"answer"})
+    tokens = KnownTokens(app=Caller("app", "app", scopes, frozenset({1})))
+    app, headers = build_app(replace(service, tokens=tokens)), {"Authorization": "Bearer app"}
+    with TestClient(app, base_url=LOOPBACK, headers=headers) as client:
         body = {"model": "model", "messages": HELLO}
         assert ("shards" in client.post(CHAT, json=body).text) == reads
         assert ("shards" in client.post(CHAT, json={**body, "stream": True}).text) == reads

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import replace
 from io import BytesIO
-from pathlib import Path
 
-import pytest
 from fastapi.testclient import TestClient
-
-from cluster.serve.app import build_app
-from cluster.serve.domain import Service
-from cluster.serve.tokens import ROLES, Role, Tokens
-from tests.unit.serve.conftest import LOOPBACK
 
 HASH = "KA18MT/ph6IHYjzT9zwETySDQyvSh87YuoSBpOQtkhE="
 EMAIL = "20260812_4821_Email"
@@ -50,21 +42,3 @@ def test_a_broken_download_is_refused_whole(client: TestClient) -> None:
     problems = client.post("/rights/drop/import", content=zipped(rows), headers=ZIP).json()["problems"]
     assert [each["where"] for each in problems] == [f"{EMAIL}.csv, line 3"]
     assert client.get("/rights/drop").json()["standing"] is None
-
-
-@pytest.mark.parametrize("role", ROLES)
-def test_who_may(service: Service, tmp_path: Path, role: Role) -> None:
-    tokens = Tokens(tmp_path / "model")
-    _, text = tokens.add("somebody", role)
-    bearer = {"Authorization": f"Bearer {text}"}
-    with TestClient(build_app(replace(service, tokens=tokens)), base_url=LOOPBACK) as client:
-        asked = {
-            "read": client.get("/rights/drop", headers=bearer),
-            "submit": client.post("/rights/drop/import", content=zipped(""), headers=ZIP | bearer),
-            "decide": client.post("/rights/drop/report", json={}, headers=bearer),
-        }
-        none = client.get("/rights/drop")
-    assert {scope: each.status_code for scope, each in asked.items()} == {
-        scope: 200 if scope in ROLES[role] else 403 for scope in asked
-    }
-    assert none.status_code == 401

@@ -17,32 +17,17 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from cluster.serve.app import build_app
 from cluster.serve.domain import Service
-from cluster.serve.tokens import LOCAL, Caller, Tokens
+from cluster.serve.tokens import LOCAL
 from sisa.config.config import ServiceBlock
 from sisa.model import open_model
 from tests.examples import num_examples
 from tests.fakes.answers import FakeAnswers
+from tests.fakes.tokens import KnownTokens
 from tests.models.confessing import use_fake_resources
 
 NUM_CALLS = num_examples(1_200)
 BEYOND: list[Any] = [positive_data_acceptance]  # a schema does not say that a due date has not passed
 HEADERS = {"Authorization": "Bearer known"}
-
-
-class KnownToken(Tokens):
-    """Tokens of which one may do everything, as often as it likes."""
-
-    def demanded(self) -> bool:
-        return True
-
-    def caller(self, bearer: str) -> Caller | None:
-        return LOCAL if bearer == "known" else None
-
-    def check_rate(self, caller: Caller) -> None:
-        """Refuse nobody."""
-
-    def fail(self, address: str) -> None:
-        """Note nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +37,7 @@ def app(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
         use_fake_resources(patch)
         directory = Path(shutil.copytree(trained, tmp_path_factory.mktemp("served") / "model"))
         block = ServiceBlock(host="testserver")
-        return build_app(Service(open_model(directory), FakeAnswers(), KnownToken(directory), block))
+        return build_app(Service(open_model(directory), FakeAnswers(), KnownTokens(known=LOCAL), block))
 
 
 @pytest.fixture(scope="module")
