@@ -61,6 +61,7 @@ from sisa.flows.wiring.witness import witness_standing
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
 from sisa.planning.plan import estimate_seconds, full_record_epochs, serving_depth
+from sisa.store.areas import CHECKPOINTS, HIDDEN_STATES, INDEX, RECORDS
 from sisa.store.ledger.backend import Watch
 
 if TYPE_CHECKING:
@@ -390,8 +391,8 @@ class Model(ModelDirectory):
         with self.context(outdated=True) as context:
             exports = tuple(query.exports(context))
             prompts = held_prompts(context)
-            kept = ["prefixes"] if context.settings.keeps_hidden_states else []
-            areas = ("records", "index", "checkpoints", *kept)
+            kept = [HIDDEN_STATES] if context.settings.keeps_hidden_states else []
+            areas = (RECORDS, INDEX, CHECKPOINTS, *kept)
             sizes = {area: context.stores.blobs[area].num_bytes("") for area in areas}
             ledger, config = context.stores.ledger, self.config
             recipe = context.settings.recipe

@@ -41,6 +41,7 @@ from sisa.lm.base.numerics import require_device
 from sisa.model import Model
 from sisa.planning.bands import unnamed
 from sisa.planning.layout import Assigner
+from sisa.store.areas import CHECKPOINTS, INDEX, SCRATCH, VAULT, storage_root
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import read_secret
 from sisa.store.ledger.database import ledger_version
@@ -136,7 +137,7 @@ def _first_training(
     _check_records(config, records, keyed, resources, allow_deleted=allow_deleted)
     wiring.witness_of(config, keyed, uuid.uuid4().hex).check_writable()
     if config.storage is not None:
-        wiring.storage_root(config.storage).check_usable()
+        storage_root(config.storage).check_usable()
     if config.ledger is not None:
         ledger_version(config.ledger)  # can be reached, and may be used
     prepare_base(config, records, executor, report)
@@ -208,7 +209,7 @@ def _check_keys_outside(config: RunConfig) -> None:
 def _check_keys_moved(model: Model, config: RunConfig) -> None:
     """Raise ConfigConflict if `keyring:` names a directory to which the keys were not moved."""
     old, new = (wiring.keyrings(each) / model.id for each in (model.config, config))
-    needed = model.config.encrypt or model.keyring.held(wiring.VAULT)
+    needed = model.config.encrypt or model.keyring.held(VAULT)
     if needed and old != new and not new.is_dir():
         raise ConfigConflict(
             "the model's keyring is not where the run file says",
@@ -350,8 +351,8 @@ def _committed(directory: Path) -> bool:
         with wiring.open_ledger(directory, create=True) as ledger:
             if "config" in ledger.meta():
                 return True
-    index_alone = files.held_names(directory / wiring.INDEX) and not wiring.has_ledger(directory)
-    if files.held_names(directory / wiring.CHECKPOINTS) or index_alone:
+    index_alone = files.held_names(directory / INDEX) and not wiring.has_ledger(directory)
+    if files.held_names(directory / CHECKPOINTS) or index_alone:
         # Checkpoints are written after the first commit, and an index after the ledger's file.
         raise IntegrityError(
             "the ledger is missing, but other parts of a model are held",
@@ -365,7 +366,7 @@ def _committed(directory: Path) -> bool:
 
 def _check_no_foreign_files(directory: Path) -> None:
     """Raise InvalidInput if a first training would write among files that are not a model's."""
-    ours = {*LEDGER_FILES, LOCK, COMMIT_LOCK, wiring.KEY, wiring.SCRATCH, *AREAS}
+    ours = {*LEDGER_FILES, LOCK, COMMIT_LOCK, wiring.KEY, SCRATCH, *AREAS}
     if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
         raise InvalidInput(
             "output_dir holds something that is not a model",

@@ -40,7 +40,6 @@ from sisa.core.errors import InvalidInput, Problem
 from sisa.core.events import Notice, PatchProgress, Report
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.flows.wiring.context import patch_files
-from sisa.flows.wiring.wiring import PATCHES
 from sisa.lm.base import adapter
 from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.tokens import Tokens
@@ -53,8 +52,9 @@ from sisa.lm.base.weights import (
     own_modules,
 )
 from sisa.lm.train.lora import seed_from
+from sisa.store.areas import PATCHES, RUNS
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.vault import DRAFTS_AREA, FileVault
+from sisa.store.vault import FileVault
 
 PROGRESS_EVERY_S = 0.25
 JUDGED_EVERY = 4  # one of this many texts is not trained on
@@ -290,8 +290,8 @@ class _Making:
         saved = SavedRun(
             site.runs_dir / job.key,
             job.key,
-            partial(site.vault_keyring.seal, DRAFTS_AREA, job.key),
-            partial(site.vault_keyring.unseal, DRAFTS_AREA, job.key),
+            partial(site.vault_keyring.seal, RUNS, job.key),
+            partial(site.vault_keyring.unseal, RUNS, job.key),
         )
         parts = (self._model, self._sets, settings.method, settings.pace, bounds)
         with self._selected.confined(self._model):

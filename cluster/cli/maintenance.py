@@ -270,7 +270,7 @@ def tested(found: Numerics) -> Result:
 @click.option("--run", "named", multiple=True, help="Only this run. Repeatable.")
 def metrics(directory: Path, target: tuple[str, str] | None, named: tuple[str, ...]) -> Result:
     """Show what each run measured. --to sends it to TensorBoard or MLflow."""
-    from sisa.flows.wiring.wiring import METRICS
+    from sisa.store.areas import METRICS
     from sisa.store.metrics import FileMetrics
 
     with opened(directory):

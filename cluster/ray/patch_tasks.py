@@ -24,11 +24,10 @@ from sisa.config.config import RunConfig
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Report
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
-from sisa.flows.wiring.wiring import PATCHES
 from sisa.lm.base.numerics import fingerprint
+from sisa.store.areas import PATCHES, RUNS
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FILES
-from sisa.store.vault import DRAFTS_AREA
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ def _lent(site: PatchSite, key: str) -> Iterator[PatchSite]:
     files = [f"{key}/{name}" for name in FILES]
     with (
         lent_keys(site.patches_keyring, PATCHES, [key], site.patches_at) as keyring,
-        lent_keys(site.vault_keyring, DRAFTS_AREA, [key], LocalBlobs(site.runs_dir)) as of_vault,
+        lent_keys(site.vault_keyring, RUNS, [key], LocalBlobs(site.runs_dir)) as of_vault,
         leased(site.patches_at, files) as (patches, accept),
     ):
         yield replace(site, patches_at=patches, patches_keyring=keyring, vault_keyring=of_vault)

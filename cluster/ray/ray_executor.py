@@ -34,11 +34,11 @@ from sisa.core.ports import BlobStore, Keyring, OnStage
 from sisa.flows.serial import LanesSetting, Site, num_lanes, order_chains
 from sisa.lm.base.numerics import require_device, worker_environment
 from sisa.planning.plan import keeps_hidden_states, states_name
+from sisa.store.areas import HIDDEN_STATES
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import FileKeyring
 from sisa.store.blobs.lease import Lease
 from sisa.store.checkpoints import FILES
-from sisa.store.hidden_states import HIDDEN_STATES_AREA
 
 _T = TypeVar("_T", bound=NeedsBase)
 
@@ -131,7 +131,7 @@ def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[
     files = [f"{key}/{name}" for key in stages for name in FILES]
     with (
         lent_keys(site.keyring, site.area, stages, site.checkpoints_at) as keyring,
-        lent_keys(keyring, HIDDEN_STATES_AREA, state_names, site.hidden_states_at) as keyring,
+        lent_keys(keyring, HIDDEN_STATES, state_names, site.hidden_states_at) as keyring,
         leased(site.checkpoints_at, files) as (checkpoints, accept_stage),
         leased(site.hidden_states_at, state_names) as (states, accept_states),
     ):

@@ -37,8 +37,9 @@ from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.resources import Resources
 from sisa.flows.wiring.served import restrictions
 from sisa.flows.wiring.slices import held_rows
-from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER, LEDGER_URL
+from sisa.flows.wiring.wiring import KEY, LEDGER, LEDGER_URL
 from sisa.flows.wiring.witness import unknown_deletions
+from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs import files
 from sisa.store.ledger.sqlite import open_readonly
 from sisa.store.ledger.tables import SCHEMA_VERSION, UPGRADED

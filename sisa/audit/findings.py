@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from sisa.audit.foreign_files import DIRECTORY_AREAS, FILE_AREAS
 from sisa.audit.garbage import KEPT_FILES, STRAY, list_garbage, local_root
 from sisa.audit.lineage import parse_manifest
 from sisa.config.config import RunConfig, is_uri
@@ -29,24 +28,24 @@ from sisa.core.requests import contradicted
 from sisa.flows import query
 from sisa.flows.reconcile import check_rows
 from sisa.flows.rights.drop import stray_identities
-from sisa.flows.wiring.areas import ALWAYS_SEALED, known_by_area, purge
+from sisa.flows.wiring.areas import known_by_area, purge
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.plans import plan_of, view_shard
-from sisa.flows.wiring.wiring import (
+from sisa.flows.wiring.wiring import EVIDENCE, LEDGER, evidence_keys, model_id
+from sisa.planning.layout import slice_root
+from sisa.planning.plan import gaps
+from sisa.store.areas import (
+    ALWAYS_SEALED,
     CHECKPOINTS,
-    EVIDENCE,
+    DIRECTORY_AREAS,
+    FILE_AREAS,
     INDEX,
-    LEDGER,
     LOG,
     METRICS,
     PATCHES,
     RECORDS,
     VAULT,
-    evidence_keys,
-    model_id,
 )
-from sisa.planning.layout import slice_root
-from sisa.planning.plan import gaps
 from sisa.store.blobs import files
 from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import MAGIC, RESTORE, FileKeyring, is_sealed

@@ -24,21 +24,13 @@ from typing import Any
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Keyring
-from sisa.flows.wiring.wiring import (
-    CHECKPOINTS,
-    HIDDEN_STATES,
-    INDEX,
-    PATCHES,
-    RECORDS,
-    RUNS,
-    SCRATCH,
-    VAULT,
+from sisa.store.areas import (
+    DIRECTORY_AREAS,
+    FILE_AREAS,
 )
 from sisa.store.blobs.files import read_beside
 from sisa.store.blobs.keyring import MAGIC, is_sealed
 
-FILE_AREAS = (RECORDS, INDEX, VAULT, HIDDEN_STATES)  # areas that hold files
-DIRECTORY_AREAS = (CHECKPOINTS, PATCHES, RUNS, SCRATCH)  # areas that hold directories of files
 BATCH_ROWS = 16_384  # looking up an unknown id reads every row, so it is done once a batch
 
 

@@ -29,7 +29,19 @@ from sisa.flows.wiring.commit import commit
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.plans import open_shards, plan_of, view_shard
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
-from sisa.flows.wiring.wiring import CHECKPOINTS, LEDGER, LOCK, METRICS, PATCHES, SCRATCH
+from sisa.flows.wiring.wiring import LEDGER, LOCK
+from sisa.store.areas import (
+    CHECKPOINTS,
+    HIDDEN_STATES,
+    INDEX,
+    LOG,
+    METRICS,
+    PATCHES,
+    RECORDS,
+    RUNS,
+    SCRATCH,
+    VAULT,
+)
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST
@@ -37,12 +49,12 @@ from sisa.store.ledger.sqlite import COMMIT_LOCK
 from sisa.store.metrics import run_files
 
 LEDGER_FILES = (*(LEDGER + each for each in files.SQLITE_FILES), wiring.LEDGER_URL, moving.LEDGERS_LEFT)
-EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", wiring.LOG)
+EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", LOG)
 SERVICE_FILES = (SERVICE, TOKENS, *(SERVICE_STATE + each for each in files.SQLITE_FILES))
 KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, wiring.KEY, LOCK, COMMIT_LOCK})
 AREAS = (
-    *(wiring.RECORDS, wiring.INDEX, wiring.HIDDEN_STATES, CHECKPOINTS),
-    *(PATCHES, wiring.VAULT, wiring.RUNS, METRICS),
+    *(RECORDS, INDEX, HIDDEN_STATES, CHECKPOINTS),
+    *(PATCHES, VAULT, RUNS, METRICS),
 )
 
 TEMPORARY = "a temporary file that a killed process left"
@@ -108,7 +120,7 @@ def _listed(context: Context, directory: Path) -> list[_Item]:
             found.append(_item(directory, here, name, STRAY, removable=False))
     for area, blobs in sorted(context.stores.blobs.items()):
         root = local_root(blobs)
-        if area == wiring.LOG:  # the log itself is kept, and only a disk has temporary files
+        if area == LOG:  # the log itself is kept, and only a disk has temporary files
             for name in sorted(files.held_names(root)) if root else ():
                 if name.startswith(files.TEMPORARY_PREFIX):
                     found.append(_item(directory, blobs, name, TEMPORARY))

@@ -20,6 +20,7 @@ from sisa.core.domain import PatchJob, RecordRow, SliceJob, parse_patch_job
 from sisa.flows.wiring.areas import known_by_area
 from sisa.flows.wiring.context import Context
 from sisa.planning.layout import slice_root
+from sisa.store.areas import CHECKPOINTS, PATCHES
 
 FilesMatch = Callable[[Mapping[str, str]], bool]  # whether files, by name, have these SHA-256
 Fault = tuple[str, str]  # kind and description
@@ -98,7 +99,7 @@ class GroupJudge:
     def __init__(self, context: Context) -> None:
         self._context = context
         self.checkpoints = {each.key: each for each in context.stores.ledger.checkpoints()}
-        used = known_by_area(context)["patches"]
+        used = known_by_area(context)[PATCHES]
         self.patches = {each.key: each for each in context.stores.ledger.patches() if each.key in used}
 
     def judge(self, manifest: bytes, files_match: FilesMatch) -> Verdict:
@@ -106,12 +107,12 @@ class GroupJudge:
         parsed = parse_manifest(manifest)
         if parsed is None:
             fault = "unreadable", "a checkpoint whose manifest can't be parsed"
-            return Verdict("checkpoints", "", {}, fault)
+            return Verdict(CHECKPOINTS, "", {}, fault)
         job, files = parsed
         intact = files_match(files)
         if isinstance(job, PatchJob):
-            return Verdict("patches", job.key, files, self._judge_patch(job.key, manifest, intact))
-        return Verdict("checkpoints", job.key, files, self._judge_stage(job, manifest, intact))
+            return Verdict(PATCHES, job.key, files, self._judge_patch(job.key, manifest, intact))
+        return Verdict(CHECKPOINTS, job.key, files, self._judge_stage(job, manifest, intact))
 
     def _judge_patch(self, key: str, manifest: bytes, intact: bool) -> Fault:
         known = self.patches.get(key)

@@ -33,9 +33,10 @@ from sisa.core.events import silent
 from sisa.core.ports import CheckpointStore
 from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.wiring import SCRATCH, OnCluster, open_as_it_is
+from sisa.flows.wiring.wiring import OnCluster, open_as_it_is
 from sisa.lm.base.numerics import worker_environment
 from sisa.planning.plan import all_paths
+from sisa.store.areas import SCRATCH
 from sisa.store.checkpoints import FileCheckpoints
 
 IMPORTS = ("sisa.lm.train.lora", "pyarrow.dataset")

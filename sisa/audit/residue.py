@@ -63,18 +63,9 @@ from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.areas import known_by_area
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.wiring import (
-    CHECKPOINTS,
-    INDEX,
-    LEDGER,
-    LOG,
-    METRICS,
-    PATCHES,
-    RECORDS,
-    RUNS,
-    VAULT,
-)
+from sisa.flows.wiring.wiring import LEDGER
 from sisa.lm.base.packages import cache_dir
+from sisa.store.areas import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.store.blobs.files import SCRATCH_PREFIX, read_beside, walk
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST

@@ -31,8 +31,8 @@ from sisa.flows.reconcile import check_consistent, training_started
 from sisa.flows.wiring.areas import areas, known_by_area
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.slices import embed_records
-from sisa.flows.wiring.wiring import CHECKPOINTS, PATCHES
 from sisa.planning.plan import all_paths, reached
+from sisa.store.areas import CHECKPOINTS, PATCHES
 
 Replay = Literal["none", "sample", "all"]
 EMPTY = "the shard holds no records"

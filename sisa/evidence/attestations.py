@@ -43,9 +43,10 @@ from sisa.evidence.statements import (
 )
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.served import held_state
-from sisa.flows.wiring.wiring import LOG, has_evidence
+from sisa.flows.wiring.wiring import has_evidence
 from sisa.lm.base.numerics import LIBRARIES, PROCEDURE_VERSION
 from sisa.model import Model
+from sisa.store.areas import LOG
 from sisa.verifier.certificate import CHAINED, TEST_RESULT, URN
 from sisa.verifier.envelope import Refused
 

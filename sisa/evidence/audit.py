@@ -44,9 +44,10 @@ from sisa.evidence.membership import Membership
 from sisa.flows.reconcile import under_way
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.served import held_state
-from sisa.flows.wiring.wiring import EVIDENCE, LOG
+from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.flows.wiring.witness import REPLAYED
 from sisa.model import Model
+from sisa.store.areas import LOG
 from sisa.verifier.certificate import AUDIT, CERTIFICATES, CHAINED, verify_chain
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys
 

@@ -59,11 +59,12 @@ from sisa.flows.wiring.areas import areas, known_by_area, purge
 from sisa.flows.wiring.context import Context, trained_over
 from sisa.flows.wiring.served import restricted_rows, restrictions, served_heads
 from sisa.flows.wiring.slices import slices_of, stored_in
-from sisa.flows.wiring.wiring import EVIDENCE, LOG
+from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.flows.wiring.witness import REPLAYED
 from sisa.lm.base.numerics import PROCEDURE_VERSION
 from sisa.planning.patch_plan import lineage
 from sisa.planning.plan import states_names, tainted_exports, touched
+from sisa.store.areas import LOG
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED, STATE
 from sisa.verifier.envelope import Refused

@@ -25,8 +25,8 @@ from sisa.evidence.membership import Membership
 from sisa.evidence.statements import salt_of, tree_over
 from sisa.flows import lifecycle
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.wiring import LOG
 from sisa.model import Model
+from sisa.store.areas import LOG
 from sisa.verifier.certificate import (
     AUDIT,
     CERTIFICATE_FILE,

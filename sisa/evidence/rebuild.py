@@ -38,10 +38,11 @@ from sisa.data.reader import read_like
 from sisa.evidence.hook import served_by
 from sisa.evidence.keys.keys import keys_of, open_log
 from sisa.evidence.statements import Served
-from sisa.flows.wiring.wiring import LOG, OpenExecutor
+from sisa.flows.wiring.wiring import OpenExecutor
 from sisa.model import Model
 from sisa.planning.layout import Assigner
 from sisa.planning.plan import jobs
+from sisa.store.areas import LOG
 from sisa.store.blobs.keyring import read_secret
 from sisa.train import train_model
 from sisa.verifier.certificate import REBUILD, Certificate

@@ -27,8 +27,8 @@ from typing import Any
 
 from sisa.evidence.issued import OpenEvidence, open_evidence
 from sisa.evidence.log.log import origin, statement_in
-from sisa.flows.wiring.wiring import LOG
 from sisa.model import Model
+from sisa.store.areas import LOG
 from sisa.store.blobs.files import write_atomic
 from sisa.verifier.certificate import REVOCATIONS
 from sisa.verifier.note import Checkpoint

@@ -36,8 +36,9 @@ from sisa.flows.wiring.group import GroupLedger
 from sisa.flows.wiring.progress import running
 from sisa.flows.wiring.resources import Resources
 from sisa.flows.wiring.served import held_state
-from sisa.flows.wiring.wiring import LEDGER, SCRATCH, OpenExecutor, open_areas
+from sisa.flows.wiring.wiring import LEDGER, OpenExecutor
 from sisa.flows.wiring.witness import catch_up
+from sisa.store.areas import SCRATCH, open_areas
 from sisa.store.blobs.files import erase_abandoned
 from sisa.store.ledger.ledger import SqlLedger
 

@@ -60,6 +60,7 @@ from sisa.flows.wiring.plans import open_shards, plan_of, plans_of, view_shard, 
 from sisa.flows.wiring.served import model_digest, restricted_rows, restrictions, served_keys
 from sisa.lm.answer.route import NUM_ROUTING_HITS, Route
 from sisa.planning.plan import Missing, ShardPlan
+from sisa.store.areas import CHECKPOINTS
 from sisa.store.index import EXACT_UP_TO
 from sisa.store.metrics import STAGE_DIGITS
 
@@ -465,7 +466,7 @@ def erase_unreferenced(context: Context, spared: Collection[str] = ()) -> None:
     known = known_by_area(context)
     with all_tried() as tried:
         with tried():
-            context.stores.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
+            context.stores.metrics.keep_losses({key[:STAGE_DIGITS] for key in known[CHECKPOINTS]})
         for area, names in known.items():
             with tried():
                 context.stores.keyring.destroy(area, sorted(context.stores.keyring.held(area) - names))

@@ -26,15 +26,15 @@ from sisa.core.ledger_meta import TRAINED_ANEW, TRAINED_OVER
 from sisa.core.ports import Change, StoredRecord, merged
 from sisa.flows.reconcile import Trained, train_unrecorded
 from sisa.flows.record_checks import check_generations
-from sisa.flows.wiring.areas import ALWAYS_SEALED, known_by_area, purge
+from sisa.flows.wiring.areas import known_by_area, purge
 from sisa.flows.wiring.commit import commit
 from sisa.flows.wiring.context import Context, trained_over
 from sisa.flows.wiring.plans import plans_of, view_shards
 from sisa.flows.wiring.slices import embed_records, embed_shard, write_shard
 from sisa.planning.layout import index_root
 from sisa.planning.plan import ShardView
+from sisa.store.areas import ALWAYS_SEALED, HIDDEN_STATES
 from sisa.store.blobs import keyring
-from sisa.store.hidden_states import HIDDEN_STATES_AREA
 
 
 def check_no_differences(found: Sequence[Difference], where: str) -> None:
@@ -93,7 +93,7 @@ def move(context: Context, effects: Collection[Effect], meta: dict[str, str]) ->
 def reseal_model(context: Context) -> None:
     """Encrypt or decrypt every held file, as the keyring says; both forms can be read meanwhile."""
     for area, names in known_by_area(context).items():
-        if area == HIDDEN_STATES_AREA:
+        if area == HIDDEN_STATES:
             context.stores.hidden_states.erase(sorted(names))  # a cache
             continue
         if area in ALWAYS_SEALED:

@@ -39,6 +39,7 @@ from sisa.core.ports import (
     Tick,
     Trainer,
 )
+from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs.local_blobs import LocalBlobs, absolute
 
 PROGRESS_EVERY_S = 0.25
@@ -55,7 +56,7 @@ class Site:
     threads: int
     keyring: Keyring  # its directory and whether it seals; keys do not travel
     environment: tuple[tuple[str, str], ...] = ()  # variables to set before torch is imported
-    area: str = "checkpoints"  # area of the checkpoints' keys
+    area: str = CHECKPOINTS  # area of the checkpoints' keys
     patches_at: BlobStore = field(default_factory=lambda: LocalBlobs(Path()))
     patches: tuple[tuple[str, str], ...] = ()  # to train over: (key, manifest's sha256), lowest first
     precision: Precision = DEFAULT_PRECISION

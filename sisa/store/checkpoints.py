@@ -16,10 +16,10 @@ from typing import Any
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import PatchJob, SavedCheckpoint, SliceJob
 from sisa.core.errors import IntegrityError
+from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import SealedArea
 
-CHECKPOINTS_AREA = "checkpoints"
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"
 # All files that a trainer or a patch maker stores; an object store lends names for these alone.
@@ -29,7 +29,7 @@ FILES = (ADAPTER, "adapter_config.json", "optimizer.safetensors", "trainer_state
 class FileCheckpoints(SealedArea):
     """A CheckpointStore in a storage area; patches and the checkpoints of a replay have their own."""
 
-    area = CHECKPOINTS_AREA
+    area = CHECKPOINTS
 
     def save(self, job: SliceJob | PatchJob, files_: Mapping[str, bytes]) -> SavedCheckpoint:
         manifest = canonical_json(

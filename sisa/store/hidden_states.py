@@ -15,16 +15,16 @@ from collections.abc import Mapping
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import States
+from sisa.store.areas import HIDDEN_STATES
 from sisa.store.blobs.keyring import SealedArea
 
-HIDDEN_STATES_AREA = "prefixes"
 DIGEST_CHARS = 64
 
 
 class FileHiddenStates(SealedArea):
     """A HiddenStateStore in a storage area."""
 
-    area = HIDDEN_STATES_AREA
+    area = HIDDEN_STATES
 
     def read(self, name: str) -> dict[str, States]:
         from safetensors import SafetensorError

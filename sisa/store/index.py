@@ -30,9 +30,9 @@ from sisa.core.digest import sha256_hex
 from sisa.core.domain import Hit, IndexFile
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import By, Keyring, Vectors
+from sisa.store.areas import INDEX
 from sisa.store.blobs.keyring import SealedArea
 
-INDEX_AREA = "index"
 HEAD_BYTES = 37  # of each of the two nested indexes; their number of vectors is at 8
 EXACT_UP_TO = 20_000
 MIN_CANDIDATES, CANDIDATES_PER_HIT = 2000, 100
@@ -67,7 +67,7 @@ def _has_form(data: bytes, num_records: int, dimension: int) -> bool:
 class FaissIndex(SealedArea):
     """A RecordIndex in a directory."""
 
-    area = INDEX_AREA
+    area = INDEX
 
     def __init__(
         self, root: Path, dimension: int, keyring: Keyring, cache: IndexCache | None = None

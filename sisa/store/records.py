@@ -20,15 +20,14 @@ from sisa.core.domain import GENERATION_COLUMN, Part, Record, SliceFile
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import StoredRecord
 from sisa.planning.bands import RISK_COLUMN
+from sisa.store.areas import RECORDS
 from sisa.store.blobs.keyring import SealedArea
-
-RECORDS_AREA = "records"
 
 
 class FileRecords(SealedArea):
     """A RecordStore in a storage area."""
 
-    area = RECORDS_AREA
+    area = RECORDS
 
     def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
         data = _encode(records)

@@ -15,16 +15,15 @@ from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.domain import Record, VaultSet
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Keyring
+from sisa.store.areas import RUNS, VAULT
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import SealedArea, is_sealed
-
-VAULT_AREA, DRAFTS_AREA = "vault", "runs"
 
 
 class FileVault(SealedArea):
     """A Vault in a directory; its keyring encrypts."""
 
-    area = VAULT_AREA
+    area = VAULT
 
     def __init__(self, root: Path, keyring: Keyring) -> None:
         if not keyring.seals:
@@ -73,7 +72,7 @@ class FileVault(SealedArea):
 class FilePatchDrafts(SealedArea):
     """Drafts of unfinished patches, a directory for each patch's key."""
 
-    area = DRAFTS_AREA
+    area = RUNS
 
     def held(self) -> frozenset[str]:
         return super().held() | self.keyring.held(self.area)

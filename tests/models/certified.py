@@ -24,7 +24,7 @@ from sisa.evidence.log.published import check_log, log_reader
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.patches.on_deletion import PatchesHook
-from sisa.flows.wiring.wiring import LOG
+from sisa.store.areas import LOG
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier.certificate import verify_chain
 from sisa.verifier.envelope import PublicKeys

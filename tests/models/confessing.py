@@ -30,11 +30,21 @@ from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Compute, Context, Settings, Stores
 from sisa.flows.wiring.resources import Resources, indexed_digest
-from sisa.flows.wiring.wiring import open_areas
 from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.base.numerics import fingerprint
 from sisa.planning.layout import Assigner
+from sisa.store.areas import (
+    CHECKPOINTS,
+    HIDDEN_STATES,
+    INDEX,
+    METRICS,
+    PATCHES,
+    RECORDS,
+    RUNS,
+    VAULT,
+    open_areas,
+)
 from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
 from sisa.store.blobs.keyring import write_secret
@@ -75,22 +85,22 @@ def context_of(
     embedder = NameEmbedder(HashingEmbedder())
     keyring = wiring.open_keyring(config, NAME)
     blobs = open_areas(directory, config.storage, NAME)
-    records = FileRecords(blobs[wiring.RECORDS], keyring)
-    patches = FileCheckpoints(blobs[wiring.PATCHES], keyring, wiring.PATCHES)
-    vault = FileVault(directory / wiring.VAULT, wiring.vault_keyring(config, NAME))
+    records = FileRecords(blobs[RECORDS], keyring)
+    patches = FileCheckpoints(blobs[PATCHES], keyring, PATCHES)
+    vault = FileVault(directory / VAULT, wiring.vault_keyring(config, NAME))
     stores = Stores(
         ledger=ledger,
         witness=FakeWitness(),
         records=records,
-        checkpoints=FileCheckpoints(blobs[wiring.CHECKPOINTS], keyring),
-        index=FaissIndex(directory / wiring.INDEX, embedder.dimension, keyring),
+        checkpoints=FileCheckpoints(blobs[CHECKPOINTS], keyring),
+        index=FaissIndex(directory / INDEX, embedder.dimension, keyring),
         keyring=keyring,
         exports=DirectoryExports(),
-        metrics=FileMetrics(directory / wiring.METRICS),
+        metrics=FileMetrics(directory / METRICS),
         patches=patches,
         vault=vault,
-        drafts=FilePatchDrafts(directory / wiring.RUNS, vault.keyring),
-        hidden_states=FileHiddenStates(blobs[wiring.HIDDEN_STATES], keyring),
+        drafts=FilePatchDrafts(directory / RUNS, vault.keyring),
+        hidden_states=FileHiddenStates(blobs[HIDDEN_STATES], keyring),
         blobs=blobs,
     )
     compute = Compute(
@@ -170,7 +180,7 @@ def built_pair(folder: Path) -> tuple[Path, Path]:
 
 def content(directory: Path) -> dict[str, bytes]:
     """Return the bytes of every slice, index and checkpoint file."""
-    rooms = (wiring.RECORDS, wiring.INDEX, wiring.CHECKPOINTS)
+    rooms = (RECORDS, INDEX, CHECKPOINTS)
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for room in rooms

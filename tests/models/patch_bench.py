@@ -16,9 +16,9 @@ from sisa.core.digest import digest_of
 from sisa.core.domain import WRITTEN, Patch, PatchJob, Record, VaultSet
 from sisa.core.events import Event
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
-from sisa.flows.wiring.wiring import PATCHES
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.weights import base_digest
+from sisa.store.areas import PATCHES
 from sisa.store.blobs.keyring import FileKeyring
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints

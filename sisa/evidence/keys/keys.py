@@ -64,7 +64,8 @@ from sisa.core.ports import BlobStore
 from sisa.evidence.database import EvidenceTables
 from sisa.evidence.keys.model_signature import export_key, public_pem
 from sisa.evidence.log.log import Log, origin, statement_in
-from sisa.flows.wiring.wiring import EVIDENCE, LOG, evidence_keys, open_areas
+from sisa.flows.wiring.wiring import EVIDENCE, evidence_keys
+from sisa.store.areas import LOG, open_areas
 from sisa.store.blobs import files
 from sisa.verifier import note
 from sisa.verifier.certificate import KEY_HANDOVER

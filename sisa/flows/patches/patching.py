@@ -44,6 +44,7 @@ from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.plans import view_shards
 from sisa.planning.patch_plan import activated, next_job, next_version, rederive, unmade
 from sisa.planning.plan import plan_shard
+from sisa.store.areas import PATCHES, RUNS, VAULT
 
 Measure = Callable[[Sequence[Patch], Sequence[Patch]], Mapping[str, Any]]  # active before and after
 
@@ -217,8 +218,8 @@ def _clean_up(context: Context) -> tuple[int, int]:
     """
     counts = vault_sets.erase_unneeded(context)
     known, held, keyring = known_by_area(context), areas(context), context.stores.keyring
-    keyring.destroy("patches", sorted(keyring.held("patches") - known["patches"]))
-    for area in ("vault", "runs", "patches"):
+    keyring.destroy(PATCHES, sorted(keyring.held(PATCHES) - known[PATCHES]))
+    for area in (VAULT, RUNS, PATCHES):
         held[area].erase(sorted(held[area].held() - known[area]))
     purge(context)
     context.stores.ledger.scrub()

@@ -7,8 +7,7 @@ from sisa.core.domain import active, wanted
 from sisa.core.errors import EnvironmentFault
 from sisa.flows.wiring.context import Context, trained_over
 from sisa.planning.plan import states_names
-
-ALWAYS_SEALED = ("vault", "runs")  # areas that are sealed in a plain model, too
+from sisa.store.areas import CHECKPOINTS, HIDDEN_STATES, INDEX, LOG, PATCHES, RECORDS, RUNS, VAULT
 
 
 def known_by_area(context: Context) -> dict[str, frozenset[str]]:
@@ -16,13 +15,13 @@ def known_by_area(context: Context) -> dict[str, frozenset[str]]:
     ledger = context.stores.ledger
     patches = ledger.patches()
     return {
-        "records": frozenset(file.name for file in ledger.slices()),
-        "index": frozenset(file.name for file in ledger.indexes()),
-        "checkpoints": frozenset(each.key for each in ledger.checkpoints()),
-        "patches": frozenset(each.key for each in active(patches)).union(trained_over(ledger)),
-        "vault": frozenset(each.name for each in ledger.vault() if each.held),
-        "runs": frozenset(each.key for each in wanted(patches)),
-        "prefixes": _known_hidden_states(context),
+        RECORDS: frozenset(file.name for file in ledger.slices()),
+        INDEX: frozenset(file.name for file in ledger.indexes()),
+        CHECKPOINTS: frozenset(each.key for each in ledger.checkpoints()),
+        PATCHES: frozenset(each.key for each in active(patches)).union(trained_over(ledger)),
+        VAULT: frozenset(each.name for each in ledger.vault() if each.held),
+        RUNS: frozenset(each.key for each in wanted(patches)),
+        HIDDEN_STATES: _known_hidden_states(context),
     }
 
 
@@ -46,13 +45,13 @@ def areas(context: Context) -> dict[str, ports.StoredFiles]:
     """
     stores = context.stores
     return {
-        "records": stores.records,
-        "index": stores.index,
-        "checkpoints": stores.checkpoints,
-        "patches": stores.patches,
-        "vault": stores.vault,
-        "runs": stores.drafts,
-        "prefixes": stores.hidden_states,
+        RECORDS: stores.records,
+        INDEX: stores.index,
+        CHECKPOINTS: stores.checkpoints,
+        PATCHES: stores.patches,
+        VAULT: stores.vault,
+        RUNS: stores.drafts,
+        HIDDEN_STATES: stores.hidden_states,
     }
 
 
@@ -61,5 +60,5 @@ def purge(context: Context, *, dry_run: bool = False) -> tuple[ports.KeptVersion
 
     The log stays: it is public, and its old checkpoints are evidence.
     """
-    found = sorted(context.stores.blobs.keys() - {"log"})
+    found = sorted(context.stores.blobs.keys() - {LOG})
     return tuple(kept for area in found for kept in context.stores.blobs[area].purge(dry_run=dry_run))

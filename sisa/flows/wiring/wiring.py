@@ -14,16 +14,9 @@
     DIR/service.json     where its service runs, while it does, mode 0600
     DIR/service.sqlite   reports of its service that wait, and keys of calls that were made
 
-A storage is an absolute path or `s3://BUCKET[/PREFIX]`, and models share it; the endpoint of a server
-other than Amazon's comes from the environment. Index, vault, unfinished runs and metrics always stay in
-DIR. Executors, probes and patchers that use Ray or are approximate are found by name
-(`upper_houses.py`), and so is the hook that issues certificates, if the model has evidence.
-
->>> open_areas(Path("m"), "s3://b/p", "0f")["records"].location()
-'s3://b/p/0f/records'
->>> alone, shared = open_areas(Path("/m"), None, "0f"), open_areas(Path("/m"), "/s", "0f")
->>> alone["records"].location(), shared["index"].location()
-('/m/records', '/m/index')
+`store/areas.py` describes the storage areas. Executors, probes and patchers that use Ray or are
+approximate are found by name (`upper_houses.py`), and so is the hook that issues certificates, if the
+model has evidence.
 """
 
 from __future__ import annotations
@@ -55,10 +48,20 @@ from sisa.flows.wiring.progress import current_run, new_run
 from sisa.flows.wiring.resources import Named, Resources
 from sisa.lm.base.numerics import fingerprint
 from sisa.planning.layout import Assigner
-from sisa.store.blobs import files, object_client
+from sisa.store.areas import (
+    CHECKPOINTS,
+    HIDDEN_STATES,
+    INDEX,
+    METRICS,
+    PATCHES,
+    RECORDS,
+    RUNS,
+    VAULT,
+    open_areas,
+)
+from sisa.store.blobs import files
 from sisa.store.blobs.keyring import FileKeyring, read_secret, write_secret
-from sisa.store.blobs.local_blobs import LocalBlobs, absolute
-from sisa.store.blobs.object_blobs import ObjectBlobs
+from sisa.store.blobs.local_blobs import absolute
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.hidden_states import FileHiddenStates
@@ -72,12 +75,6 @@ from sisa.store.witness import FileWitness
 
 LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
 LEDGER_URL = "ledger.url"  # names a ledger on a server, in place of the file
-RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
-PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
-HIDDEN_STATES, LOG = "prefixes", "log"
-LOCAL_AREAS = (INDEX, VAULT, RUNS, METRICS)  # always in the model's directory
-SHARED_AREAS = (RECORDS, HIDDEN_STATES, CHECKPOINTS, PATCHES, SCRATCH, LOG)  # in `storage`, if given
-SCHEME = "s3://"
 EVIDENCE = "evidence.sqlite"
 HOOKS: tuple[ports.DeletionHook[Context], ...] = (PatchesHook(),)  # called on a deletion, in this order
 
@@ -583,7 +580,7 @@ def vault_keyring(config: RunConfig, name: str) -> ports.Keyring:
     return FileKeyring(keyrings(config) / name, seals=True)
 
 
-# --- metrics and storage areas --------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 def recording(report: Report, metrics: ports.Metrics, now: Callable[[], str]) -> Report:
@@ -603,19 +600,3 @@ def recording(report: Report, metrics: ports.Metrics, now: Callable[[], str]) ->
             metrics.append(made)
 
     return pass_on
-
-
-def open_areas(directory: Path, storage: str | None, model: str) -> dict[str, ports.BlobStore]:
-    """Return the blob store of every storage area of a model."""
-    here: ports.BlobStore = LocalBlobs(directory)
-    shared = storage_root(storage).below(model) if storage else here
-    areas = {each: here.below(each) for each in LOCAL_AREAS}
-    return areas | {each: shared.below(each) for each in SHARED_AREAS}
-
-
-def storage_root(storage: str) -> ports.BlobStore:
-    """Return the blob store of a storage, which models share. Raise EnvironmentFault without boto3."""
-    if not storage.startswith(SCHEME):
-        return LocalBlobs(Path(storage))
-    bucket, _, prefix = storage.removeprefix(SCHEME).partition("/")
-    return ObjectBlobs(bucket, prefix.strip("/"), object_client.endpoint(), object_client.region())

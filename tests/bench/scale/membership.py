@@ -30,7 +30,8 @@ from sisa.evidence.hook import open_hook
 from sisa.evidence.keys.keys import init_keys
 from sisa.evidence.log.log import Log
 from sisa.evidence.membership import Membership, VrfKey
-from sisa.flows.wiring.wiring import EVIDENCE, LOG
+from sisa.flows.wiring.wiring import EVIDENCE
+from sisa.store.areas import LOG
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier.certificate import CERTIFICATES
 from sisa.verifier.vrf import verify_output

@@ -16,7 +16,7 @@ from sisa.evidence.log.log import Log
 from sisa.evidence.log.tiles import check_tiles
 from sisa.flows.wiring.areas import purge
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.wiring import LOG
+from sisa.store.areas import LOG
 from sisa.store.blobs import object_client
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.object_blobs import ObjectBlobs

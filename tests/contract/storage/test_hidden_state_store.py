@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from sisa.core.ports import HiddenStateStore, States
+from sisa.store.areas import HIDDEN_STATES
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
-from sisa.store.hidden_states import HIDDEN_STATES_AREA, FileHiddenStates
+from sisa.store.hidden_states import FileHiddenStates
 from tests.fakes.ports import FakeHiddenStates
 from tests.fakes.s3_server import fresh_blobs
 
@@ -29,8 +30,8 @@ def stored_as(request: pytest.FixtureRequest, folder: Path) -> FileHiddenStates:
     form: str = request.param
     keyring = FileKeyring(folder / "keyring", seals=form.startswith("sealed"))
     if form.endswith("objects"):
-        return FileHiddenStates(fresh_blobs(request.getfixturevalue("s3"), HIDDEN_STATES_AREA), keyring)
-    return FileHiddenStates(folder / HIDDEN_STATES_AREA, keyring)
+        return FileHiddenStates(fresh_blobs(request.getfixturevalue("s3"), HIDDEN_STATES), keyring)
+    return FileHiddenStates(folder / HIDDEN_STATES, keyring)
 
 
 @pytest.fixture(params=["fake", "files", "sealed", "objects", "sealed objects"])
@@ -63,7 +64,7 @@ def test_what_is_erased_is_gone_and_the_rest_stays(store: HiddenStateStore) -> N
         store.write(name, states(4))
     store.erase([NAME, "shard-00009-slice-00001-none.prefix"])
     assert store.held() == {OTHER}
-    assert store.location(OTHER).endswith(f"{HIDDEN_STATES_AREA}/{OTHER}")
+    assert store.location(OTHER).endswith(f"{HIDDEN_STATES}/{OTHER}")
     assert store.read(NAME) == {}
     assert same(store.read(OTHER), states(4))
 
@@ -88,9 +89,9 @@ def test_a_damaged_file_is_as_good_as_none(real: FileHiddenStates) -> None:
 
 
 def test_a_file_whose_key_is_gone_is_as_good_as_none(tmp_path: Path) -> None:
-    store = FileHiddenStates(tmp_path / HIDDEN_STATES_AREA, FileKeyring(tmp_path / "keyring"))
+    store = FileHiddenStates(tmp_path / HIDDEN_STATES, FileKeyring(tmp_path / "keyring"))
     store.write(NAME, states(3))
-    store.keyring.destroy(HIDDEN_STATES_AREA, [NAME])
+    store.keyring.destroy(HIDDEN_STATES, [NAME])
     assert store.read(NAME) == {}
     store.erase([NAME])
-    assert store.keyring.held(HIDDEN_STATES_AREA) == frozenset()
+    assert store.keyring.held(HIDDEN_STATES) == frozenset()

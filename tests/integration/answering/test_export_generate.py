@@ -24,8 +24,8 @@ from sisa.core.events import Notice
 from sisa.core.ports import Change
 from sisa.flows.ask import Answer
 from sisa.flows.reconcile import HeldPrompts, _look_up_prompts
-from sisa.flows.wiring.wiring import CHECKPOINTS
 from sisa.lm.answer.route import Route, all_of
+from sisa.store.areas import CHECKPOINTS
 from tests.models.tiny_model import (
     PEOPLE,
     Row,

@@ -9,8 +9,9 @@ import pytest
 
 from sisa.core.errors import IntegrityError
 from sisa.flows.ask import ServedHeads, Serving
-from sisa.flows.wiring.wiring import CHECKPOINTS, LEDGER
+from sisa.flows.wiring.wiring import LEDGER
 from sisa.model import Model
+from sisa.store.areas import CHECKPOINTS
 from sisa.store.ledger.ledger import SqlLedger
 from tests.integration.answering.test_continuous import Transcript
 from tests.models.tiny_model import PEOPLE, Tiny, change_run, looking

@@ -46,6 +46,7 @@ from sisa.flows.wiring import wiring
 from sisa.flows.wiring.commit import commit
 from sisa.flows.wiring.slices import held_rows
 from sisa.model import Model
+from sisa.store.areas import CHECKPOINTS, LOG
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.verifier.certificate import (
@@ -97,7 +98,7 @@ class Operator:
 
     @property
     def log(self) -> Path:
-        return self.directory / wiring.LOG
+        return self.directory / LOG
 
     def forget(self, *numbers: int) -> str:
         """Delete records; return the request's id."""
@@ -416,7 +417,7 @@ def serve_another(operator: Operator, number: int) -> None:
     model = operator.model
     shard = model.where([record(number).id])[0].shard
     (head,) = (each for each in model.status().shards if each.shard == shard)
-    folder = operator.directory / wiring.CHECKPOINTS / str(head.head)
+    folder = operator.directory / CHECKPOINTS / str(head.head)
     adapter = (folder / ADAPTER).read_bytes() + b" "
     (folder / ADAPTER).write_bytes(adapter)
     manifest = (folder / MANIFEST).read_bytes()
@@ -467,7 +468,7 @@ def test_an_adapter_of_other_records_is_certified(operator: Operator) -> None:
     f"{NOBODY}; `sisa sweep --also` where it is, and `sisa check-adapter` for who holds it",
 )
 def test_a_copy_is_kept(operator: Operator, tmp_path: Path) -> None:
-    shutil.copytree(operator.directory / wiring.CHECKPOINTS, tmp_path / "copy")
+    shutil.copytree(operator.directory / CHECKPOINTS, tmp_path / "copy")
     operator.forget(5)
     assert operator.failed(sample=2) == set()
     found = sweep_model(operator.model, also=[tmp_path / "copy"])
@@ -483,7 +484,7 @@ def test_a_revocation_is_withheld(operator: Operator, tmp_path: Path) -> None:
         given = ["--feed", feed, "--key", operator.log / PUBLISHED, *options]
         return cli.run([str(each) for each in ("check-adapter", tmp_path / "copy", *given)])
 
-    shutil.copytree(operator.directory / wiring.CHECKPOINTS, tmp_path / "copy")
+    shutil.copytree(operator.directory / CHECKPOINTS, tmp_path / "copy")
     old, short, honest = tmp_path / "old.json", tmp_path / "short.json", operator.log / FEED
     publish(operator.model, old)
     operator.forget(5)

@@ -14,7 +14,7 @@ import pytest
 import sisa
 from sisa.core.errors import Busy
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.wiring import CHECKPOINTS
+from sisa.store.areas import CHECKPOINTS
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger.ledger import SqlLedger
 from tests.fakes.keyring import PLAIN

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.render.render import where
 from sisa.audit.residue import sweep_model
-from sisa.flows.wiring.wiring import HIDDEN_STATES
+from sisa.store.areas import HIDDEN_STATES
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import (
     PEOPLE,

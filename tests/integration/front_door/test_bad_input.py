@@ -19,7 +19,8 @@ import pytest
 
 import sisa
 from sisa.data.samples import to_jsonl
-from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, KEY, RECORDS
+from sisa.flows.wiring.wiring import KEY
+from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS
 from tests.models.tiny_model import (
     PEOPLE,
     Done,

@@ -39,8 +39,9 @@ from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.low_rank import read_change
 from sisa.lm.base.tokens import NO_LOSS, Tokens, tokenize
 from sisa.lm.base.weights import load_base, load_patched, load_tokenizer, own_modules
+from sisa.store.areas import RUNS
 from sisa.store.blobs.keyring import is_sealed
-from sisa.store.vault import DRAFTS_AREA, FilePatchDrafts
+from sisa.store.vault import FilePatchDrafts
 from tests.models.knowing_base import record
 from tests.models.patch_bench import (
     ENOUGH,
@@ -363,14 +364,14 @@ def test_what_was_cut_short_goes_on_to_the_same_bytes(
     with pytest.raises(Stopped):
         bench.maker.make(order, stop)
     assert all(is_sealed(path.read_bytes()) for path in run.iterdir())
-    assert bench.site.vault_keyring.held(DRAFTS_AREA) == {order.job.key}
+    assert bench.site.vault_keyring.held(RUNS) == {order.job.key}
     made = bench.make(order)
     assert next(each for each in bench.events if isinstance(each, PatchProgress)).step > 1
     assert bench.files(made) == whole.files(expected)
     assert bench.files(bench.make(order)) == bench.files(made)  # until the caller has what came of it
     FilePatchDrafts(bench.site.runs_dir, bench.site.vault_keyring).erase([order.job.key])
     assert not run.exists()
-    assert not bench.site.vault_keyring.held(DRAFTS_AREA)
+    assert not bench.site.vault_keyring.held(RUNS)
 
 
 def test_a_search_for_a_scale_that_is_interrupted_repeatedly_ends(bench: Bench) -> None:

@@ -21,9 +21,9 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
 from sisa.flows.patches import vault_sets
 from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.wiring import CHECKPOINTS, PATCHES, VAULT
 from sisa.lm.answer.route import all_of
 from sisa.planning.patch_plan import next_version
+from sisa.store.areas import CHECKPOINTS, PATCHES, VAULT
 from sisa.store.blobs.keyring import is_sealed
 from tests.integration.answering.test_export_generate import PROMPT, answerer_of
 from tests.integration.patches.test_patched import ADAPTER, Files, random_patch

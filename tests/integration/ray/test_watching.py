@@ -28,7 +28,7 @@ from cluster.cli import cli, requests
 from cluster.observe import reporting
 from cluster.observe.reporting import SERIES
 from cluster.ray import ray_session
-from sisa.flows.wiring.wiring import METRICS
+from sisa.store.areas import METRICS
 from sisa.store.ledger import sqlite
 from sisa.store.metrics import FileMetrics
 from tests.integration.ray.test_security import forms

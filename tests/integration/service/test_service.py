@@ -38,8 +38,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.cli import cli
 from cluster.serve.service import Running, find_service
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE
-from sisa.flows.wiring.wiring import RECORDS
 from sisa.model import open_model
+from sisa.store.areas import RECORDS
 from sisa.train import train_model
 from tests.endurance.service import REPLICA, Service, Soak, train
 from tests.models.programs.job_cluster import free_port

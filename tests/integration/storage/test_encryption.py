@@ -22,7 +22,7 @@ from sisa.audit.doctor import diagnose
 from sisa.audit.residue import sweep_model
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.flows.wiring.areas import known_by_area
-from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS, SCRATCH
+from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from tests.integration.storage.test_erasure import traces, vector
 from tests.models.programs.forked import run_forked

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from sisa.data.samples import distinctive_word
-from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS
 from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
+from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS
 from tests.models.programs.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,

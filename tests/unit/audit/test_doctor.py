@@ -31,6 +31,7 @@ from sisa.core.ports import Change, Executor, OnStage
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.served import model_digest
+from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs.files import write_atomic, writer_lock
 from sisa.store.blobs.keyring import write_secret
 from sisa.store.checkpoints import ADAPTER, MANIFEST
@@ -73,7 +74,7 @@ def state(model: Path) -> tuple[str, list[Head]]:
 def checkpoint(model: Path, slice_: int, shard: int = 0) -> Path:
     with context_of(model) as context:
         held = [each for each in context.stores.ledger.checkpoints(shard) if each.slice == slice_]
-    return model / wiring.CHECKPOINTS / held[0].key
+    return model / CHECKPOINTS / held[0].key
 
 
 def flip(path: Path) -> None:
@@ -131,11 +132,11 @@ def test_modes_that_are_too_open_are_reported_by_room(model: Path) -> None:
     messages = {
         each.where: each.what for each in found if not each.where.startswith(f"{wiring.LEDGER}-")
     }
-    rooms = {wiring.RECORDS, wiring.INDEX, wiring.CHECKPOINTS}
+    rooms = {RECORDS, INDEX, CHECKPOINTS}
     assert messages.keys() == {".", wiring.KEY, wiring.LEDGER, wiring.LOCK, COMMIT_LOCK, *rooms}
     assert messages["."] == "others may write to it (mode 777)"
-    num_held = sum(1 for _ in (model / wiring.CHECKPOINTS).rglob("*"))
-    assert f"others may use {1 + num_held} files and directories" in messages[wiring.CHECKPOINTS]
+    num_held = sum(1 for _ in (model / CHECKPOINTS).rglob("*"))
+    assert f"others may use {1 + num_held} files and directories" in messages[CHECKPOINTS]
     assert repaired(model).after.healthy
     assert {path for path in model.rglob("*") if path.stat().st_mode & 0o077} == set()
 
@@ -218,7 +219,7 @@ def lose_optimizer(model: Path) -> None:
 
 
 def lose_all_checkpoints(model: Path) -> None:
-    shutil.rmtree(model / wiring.CHECKPOINTS)
+    shutil.rmtree(model / CHECKPOINTS)
 
 
 def lose_two_stages(model: Path) -> None:
@@ -227,11 +228,11 @@ def lose_two_stages(model: Path) -> None:
 
 
 def lose_index(model: Path) -> None:
-    shutil.rmtree(model / wiring.INDEX)
+    shutil.rmtree(model / INDEX)
 
 
 def tamper_index(model: Path) -> None:
-    flip(min((model / wiring.INDEX).iterdir()))
+    flip(min((model / INDEX).iterdir()))
 
 
 def forget_index(model: Path) -> None:
@@ -278,9 +279,9 @@ def surplus_head(model: Path) -> None:
 
 
 def unknown_files(model: Path) -> None:
-    write_atomic(model / wiring.RECORDS / ".tmp-a", b"half")
+    write_atomic(model / RECORDS / ".tmp-a", b"half")
     write_atomic(checkpoint(model, 1) / "surplus", b"x")
-    (model / wiring.SCRATCH).mkdir(0o700)
+    (model / SCRATCH).mkdir(0o700)
 
 
 def loose_modes(model: Path) -> None:
@@ -442,11 +443,11 @@ def test_a_left_over_log_is_reported_and_emptied(model: Path, healthy: Path) -> 
 
 
 def lose_slice(model: Path) -> None:
-    min((model / wiring.RECORDS).iterdir()).unlink()
+    min((model / RECORDS).iterdir()).unlink()
 
 
 def tamper_slice(model: Path) -> None:
-    flip(min((model / wiring.RECORDS).iterdir()))
+    flip(min((model / RECORDS).iterdir()))
 
 
 def change_row(model: Path) -> None:
@@ -531,7 +532,7 @@ def test_what_can_not_be_derived_is_said_and_left_alone(
     model: Path, spoil: Defect, kind: str, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(model)
-    unknown = model / wiring.RECORDS / "perhaps-the-missing-piece"
+    unknown = model / RECORDS / "perhaps-the-missing-piece"
     unknown.write_bytes(b"?")
     found = diagnose(model)
     assert kind in kinds(found)

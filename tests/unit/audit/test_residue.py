@@ -34,6 +34,7 @@ from sisa.flows.wiring import wiring
 from sisa.flows.wiring.areas import areas, known_by_area
 from sisa.flows.wiring.upper_houses import SERVICE_STATE
 from sisa.model import Model
+from sisa.store.areas import CHECKPOINTS, INDEX, METRICS, RECORDS, SCRATCH
 from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
 from sisa.store.checkpoints import ADAPTER, MANIFEST, FileCheckpoints
@@ -87,7 +88,7 @@ def kinds(found: Scan) -> list[str]:
 
 
 def checkpoints(model: Path) -> set[str]:
-    return {path.name for path in (model / wiring.CHECKPOINTS).iterdir()}
+    return {path.name for path in (model / CHECKPOINTS).iterdir()}
 
 
 def tainted_key(before: Path, model: Path) -> str:
@@ -110,8 +111,8 @@ def test_a_clean_model_is_proven_clean(model: Path) -> None:
 
 def test_a_scan_changes_nothing(model: Path, before: Path) -> None:
     shutil.copytree(
-        before / wiring.CHECKPOINTS / tainted_key(before, model),
-        model / wiring.CHECKPOINTS / tainted_key(before, model),
+        before / CHECKPOINTS / tainted_key(before, model),
+        model / CHECKPOINTS / tainted_key(before, model),
     )
     held = content(model)
     scan(model, ids=[GONE.id])
@@ -122,7 +123,7 @@ def test_the_model_before_the_deletion_holds_the_record(before: Path) -> None:
     found = scan(before, ids=[GONE.id])
     assert kinds(found) == ["string"]
     where = {Path(each.where).parts[-2] for each in found.residue}
-    assert wiring.RECORDS in where
+    assert RECORDS in where
     assert any(each.position.endswith("column id") for each in found.residue)
 
 
@@ -161,7 +162,7 @@ def test_a_checkpoint_that_a_deleted_record_touched_is_residue(
     model: Path, before: Path, known: bool
 ) -> None:
     key = tainted_key(before, model)
-    shutil.copytree(before / wiring.CHECKPOINTS / key, model / wiring.CHECKPOINTS / key)
+    shutil.copytree(before / CHECKPOINTS / key, model / CHECKPOINTS / key)
     if known:
         with context_of(before) as old, context_of(model) as context:
             held = [each for each in old.stores.ledger.checkpoints() if each.key == key]
@@ -173,21 +174,21 @@ def test_a_checkpoint_that_a_deleted_record_touched_is_residue(
 
 def test_a_clean_checkpoint_in_scratch_is_none(model: Path, before: Path) -> None:
     key = min(checkpoints(model))
-    shutil.copytree(model / wiring.CHECKPOINTS / key, model / wiring.SCRATCH / "replay" / key)
+    shutil.copytree(model / CHECKPOINTS / key, model / SCRATCH / "replay" / key)
     assert scan(model).clean
     gone = tainted_key(before, model)
-    shutil.copytree(before / wiring.CHECKPOINTS / gone, model / wiring.SCRATCH / "replay" / gone)
+    shutil.copytree(before / CHECKPOINTS / gone, model / SCRATCH / "replay" / gone)
     assert kinds(scan(model)) == ["tainted", "unknown_file"]
 
 
 @pytest.mark.parametrize("part", ["manifest.json", ADAPTER])
 def test_what_is_damaged_proves_nothing(model: Path, part: str) -> None:
-    path = model / wiring.CHECKPOINTS / min(checkpoints(model)) / part
+    path = model / CHECKPOINTS / min(checkpoints(model)) / part
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert set(kinds(scan(model))) & {"damaged", "unreadable"}
 
 
-@pytest.mark.parametrize("room", [wiring.RECORDS, wiring.INDEX])
+@pytest.mark.parametrize("room", [RECORDS, INDEX])
 def test_a_changed_slice_or_index_file_proves_nothing(model: Path, room: str) -> None:
     path = min((model / room).iterdir())
     path.write_bytes(path.read_bytes() + b"x")
@@ -205,7 +206,7 @@ def test_files_that_can_not_be_read_as_ours_are_not_passed_over(model: Path, nam
 
 
 def test_half_a_parquet_file_is_unreadable(model: Path) -> None:
-    (model / wiring.RECORDS / ".tmp-x").write_bytes(b"PAR1 and no more")
+    (model / RECORDS / ".tmp-x").write_bytes(b"PAR1 and no more")
     assert "unreadable" in kinds(scan(model))
 
 
@@ -221,9 +222,9 @@ def test_exported_adapters(model: Path, before: Path, tmp_path: Path) -> None:
     assert heads[0].key
     assert stale
     sources = {
-        "current": model / wiring.CHECKPOINTS / heads[0].key,
-        "stage": model / wiring.CHECKPOINTS / min(stages),
-        "stale": before / wiring.CHECKPOINTS / stale,
+        "current": model / CHECKPOINTS / heads[0].key,
+        "stage": model / CHECKPOINTS / min(stages),
+        "stale": before / CHECKPOINTS / stale,
     }
     for name, source in sources.items():
         (exports / name).mkdir(parents=True)
@@ -264,14 +265,14 @@ def test_left_overs_of_ours_are_scanned(model: Path, tmp_path: Path) -> None:
     for path in (scratch, partial, whole, foreign):
         path.mkdir(parents=True)
         (path / "rows.jsonl").write_text(json.dumps({"id": GONE.id}))
-    shutil.copytree(model / wiring.CHECKPOINTS, scratch / "of-another-model")
+    shutil.copytree(model / CHECKPOINTS, scratch / "of-another-model")
     (scratch / "of-another-model" / min(checkpoints(model)) / ADAPTER).write_bytes(b"changed")
     found = scan(model)
     assert {Path(each.where).parent for each in found.residue} == {scratch, partial}
 
 
 def hide_in_name(model: Path) -> None:
-    (model / wiring.RECORDS / f".tmp-{GONE.id}").touch()
+    (model / RECORDS / f".tmp-{GONE.id}").touch()
 
 
 def hide_in_raw_bytes(model: Path) -> None:
@@ -284,7 +285,7 @@ def hide_in_utf16(model: Path) -> None:
 
 def hide_in_parquet(model: Path) -> None:
     columns = {"id": ["a"], "texts": [[f"see {GONE.id} there", "b"]]}
-    pq.write_table(pa.table(columns), model / wiring.RECORDS / "a.parquet", compression="zstd")
+    pq.write_table(pa.table(columns), model / RECORDS / "a.parquet", compression="zstd")
 
 
 def hide_in_ledger(model: Path) -> None:
@@ -331,15 +332,15 @@ def test_an_id_that_is_a_part_of_a_held_one_is_no_residue(model: Path) -> None:
 
 def checkpoint_bytes(model: Path) -> list[bytes]:
     """Return the bytes of checkpoints; the fake's weights name their records, unlike real ones."""
-    return [path.read_bytes() for path in (model / wiring.CHECKPOINTS).rglob("*") if path.is_file()]
+    return [path.read_bytes() for path in (model / CHECKPOINTS).rglob("*") if path.is_file()]
 
 
 def test_short_strings_are_compared_with_values_alone(model: Path) -> None:
-    (model / wiring.RECORDS / "raw").write_bytes(b"ab")
+    (model / RECORDS / "raw").write_bytes(b"ab")
     found = scan(model, ids=["ab"])
     assert found.scanned["strings_too_short_for_raw_bytes"] == 1
     assert kinds(found) == ["unknown_file"]
-    pq.write_table(pa.table({"id": ["ab"]}), model / wiring.RECORDS / "b.parquet")
+    pq.write_table(pa.table({"id": ["ab"]}), model / RECORDS / "b.parquet")
     assert "string" in kinds(scan(model, ids=["ab"]))
 
 
@@ -358,7 +359,7 @@ def test_many_strings_in_one_pass() -> None:
 
 
 def test_a_manifest_that_no_trainer_writes_proves_nothing(model: Path) -> None:
-    written = next((model / wiring.CHECKPOINTS).glob(f"*/{MANIFEST}")).read_bytes()
+    written = next((model / CHECKPOINTS).glob(f"*/{MANIFEST}")).read_bytes()
     body = json.loads(written)
     body["job"]["passes"] = [1, 0]
     assert parse_manifest(written) is not None
@@ -368,7 +369,7 @@ def test_a_manifest_that_no_trainer_writes_proves_nothing(model: Path) -> None:
 def test_a_chain_is_clean_only_while_all_of_its_records_are_held(model: Path) -> None:
     with context_of(model) as context:
         for held in context.stores.ledger.checkpoints():
-            data = (model / wiring.CHECKPOINTS / held.key / MANIFEST).read_bytes()
+            data = (model / CHECKPOINTS / held.key / MANIFEST).read_bytes()
             parsed = parse_manifest(data)
             assert parsed is not None
             assert isinstance(parsed[0], SliceJob)
@@ -397,8 +398,8 @@ def test_a_head_that_serves_while_added_records_wait_is_clean(model: Path) -> No
 
 
 def test_index_bytes_that_are_not_those_of_their_name_are_not_parsed(model: Path) -> None:
-    path = min((model / wiring.INDEX).iterdir())
-    shutil.copy(path, model / wiring.INDEX / f"shard-00000-{'0' * 64}.faiss")
+    path = min((model / INDEX).iterdir())
+    shutil.copy(path, model / INDEX / f"shard-00000-{'0' * 64}.faiss")
     found = scan(model)
     assert kinds(found) == ["unknown_file", "unreadable"]
     assert any("not parsed" in each.what for each in found.residue)
@@ -452,7 +453,7 @@ def test_garbage_of_every_kind_is_listed_with_its_reason(model: Path) -> None:
 
 def test_a_retired_checkpoint_leaves_the_ledger_first(model: Path, before: Path) -> None:
     key = tainted_key(before, model)
-    shutil.copytree(before / wiring.CHECKPOINTS / key, model / wiring.CHECKPOINTS / key)
+    shutil.copytree(before / CHECKPOINTS / key, model / CHECKPOINTS / key)
     with context_of(before) as old, context_of(model) as context:
         held = [each for each in old.stores.ledger.checkpoints() if each.key == key]
         context.stores.ledger.commit(Change(checkpoints=held))
@@ -487,7 +488,7 @@ def test_a_link_is_removed_and_its_target_kept(model: Path, tmp_path: Path) -> N
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_bytes(b"kept")
-    (model / wiring.RECORDS / "link").symlink_to(outside)
+    (model / RECORDS / "link").symlink_to(outside)
     with context_of(model) as context:
         remove_garbage(context, model)
     assert (outside / "file").exists()
@@ -508,7 +509,7 @@ def test_a_model_is_read_through_a_link_to_it(model: Path, tmp_path: Path) -> No
     assert kinds(scan(tmp_path / "current")) == kinds(scan(model)) == ["deleted_row"]
 
 
-@pytest.mark.parametrize("room", [wiring.RECORDS, wiring.CHECKPOINTS, wiring.INDEX])
+@pytest.mark.parametrize("room", [RECORDS, CHECKPOINTS, INDEX])
 def test_a_room_is_read_behind_a_link(model: Path, tmp_path: Path, room: str) -> None:
     direct = scan(model, ids=[record(0).id])
     moved = tmp_path / "other disk" / room
@@ -563,7 +564,7 @@ def test_nothing_is_clean_where_nothing_was_read(
 
 # --- an erasure that can't be carried out in part -------------------------------------------------
 
-ROOMS = {wiring.RECORDS: FileRecords, wiring.INDEX: FaissIndex, wiring.CHECKPOINTS: FileCheckpoints}
+ROOMS = {RECORDS: FileRecords, INDEX: FaissIndex, CHECKPOINTS: FileCheckpoints}
 
 
 def open_to_delete(before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
@@ -576,7 +577,7 @@ def open_to_delete(before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return Model(model, executor="serial")
 
 
-@pytest.mark.parametrize("failing", [*ROOMS, wiring.METRICS])
+@pytest.mark.parametrize("failing", [*ROOMS, METRICS])
 def test_one_room_that_fails_keeps_no_other_from_being_erased(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -586,7 +587,7 @@ def test_one_room_that_fails_keeps_no_other_from_being_erased(
         raise EnvironmentFault("the disk refused", where=failing)
 
     with monkeypatch.context() as broken:
-        if failing == wiring.METRICS:
+        if failing == METRICS:
             broken.setattr(FileMetrics, "keep_losses", refuse)
         else:
             broken.setattr(ROOMS[failing], "erase", refuse)
@@ -595,13 +596,13 @@ def test_one_room_that_fails_keeps_no_other_from_being_erased(
     assert caught.value.where == failing
     (gone,) = model.where([GONE.id])
     assert gone.state == "deleted"
-    assert set(gone.not_erased) == {failing} - {wiring.METRICS}
+    assert set(gone.not_erased) == {failing} - {METRICS}
     with context_of(model.directory) as context:
         for room, area in areas(context).items():
             assert (area.held() <= known_by_area(context)[room]) == (room != failing)
         assert [each.state for each in context.stores.ledger.requests()] == ["erasure_failed"]
     text = where([gone]).text
-    assert ("NOT ERASED YET" in text) == (failing != wiring.METRICS)
+    assert ("NOT ERASED YET" in text) == (failing != METRICS)
     model.resume()
     assert sweep_model(model, ids=[GONE.id]).clean
     assert model.where([GONE.id])[0].not_erased == {}
@@ -632,7 +633,7 @@ def test_a_deletion_behind_a_lock_on_metrics_ends_in_time(
 ) -> None:
     model = open_to_delete(before, tmp_path, monkeypatch)
     monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0.1)
-    handle = os.open(model.directory / wiring.METRICS, os.O_RDONLY)
+    handle = os.open(model.directory / METRICS, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
         with pytest.raises(Busy, match="metrics"):
@@ -652,16 +653,16 @@ Sisa = Callable[..., tuple[int, str, str]]
 
 
 def test_gc_on_the_command_line(ask: Ask, model: Path) -> None:
-    (model / wiring.RECORDS / "old.parquet").write_bytes(b"123")
+    (model / RECORDS / "old.parquet").write_bytes(b"123")
     found = ask("gc", "-m", model, "--dry-run")
     assert (found["dry_run"], found["removed"]) == (True, 0)
     assert [(each["path"], each["num_bytes"]) for each in found["items"]] == [("records/old.parquet", 3)]
-    assert (model / wiring.RECORDS / "old.parquet").exists()
+    assert (model / RECORDS / "old.parquet").exists()
     with writer_lock(model / wiring.LOCK):
         ask("gc", "-m", model, code=5)
     found = ask("gc", "-m", model)
     assert (found["removed"], found["removed_bytes"]) == (1, 3)
-    assert not (model / wiring.RECORDS / "old.parquet").exists()
+    assert not (model / RECORDS / "old.parquet").exists()
 
 
 def test_sweep_on_the_command_line(ask: Ask, sisa: Sisa, model: Path, tmp_path: Path) -> None:
@@ -708,8 +709,8 @@ def metrics_of(model: Path, stage: str, text: str = "") -> Path:
     event = EpochTrained(0, 0, stage, 1, 1, MIN_RECORDS, 10, 0.5, 1.5)
     made = metrics_line(event, "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b")
     assert made is not None
-    FileMetrics(model / wiring.METRICS).append(made)
-    path = next((model / wiring.METRICS).iterdir())
+    FileMetrics(model / METRICS).append(made)
+    path = next((model / METRICS).iterdir())
     path.write_text(path.read_text() + text)
     return path
 
@@ -738,7 +739,7 @@ def test_what_else_lies_among_metrics_is_found(model: Path) -> None:
     assert kinds(scan(model)) == ["unreadable"]
     path.write_text("")
     (path.parent / "other.jsonl").write_text("text")
-    assert list(listed(model)) == [f"{wiring.METRICS}/other.jsonl"]
+    assert list(listed(model)) == [f"{METRICS}/other.jsonl"]
     with context_of(model) as context:
         remove_garbage(context, model)
     assert [each.name for each in path.parent.iterdir()] == [path.name]

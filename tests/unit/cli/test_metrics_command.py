@@ -9,7 +9,7 @@ import pytest
 
 from cluster.cli import cli, maintenance
 from cluster.observe.curves import Curves, points, summary
-from sisa.flows.wiring import wiring
+from sisa.store.areas import METRICS
 from sisa.store.metrics import KEPT, FileMetrics, without_losses
 from tests.models import confessing as care_model
 from tests.unit.store.test_metrics import EVENTS, RUN, kept
@@ -59,7 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built") / "model"
     care_model.build(folder)
     for line in LINES:
-        FileMetrics(folder / wiring.METRICS).append(line)
+        FileMetrics(folder / METRICS).append(line)
     return folder
 
 

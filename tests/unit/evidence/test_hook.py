@@ -28,8 +28,8 @@ from sisa.evidence.log.log import Log
 from sisa.evidence.statements import Draft
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.wiring import LOG
 from sisa.flows.wiring.witness import catch_up
+from sisa.store.areas import LOG
 from sisa.verifier.certificate import (
     APPROX_REPORT,
     CERTIFICATES,

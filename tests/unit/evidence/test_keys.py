@@ -57,7 +57,7 @@ from sisa.evidence.keys.keys import (
 )
 from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log, follow, log_reader
-from sisa.flows.wiring.wiring import LOG
+from sisa.store.areas import LOG
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier.certificate import EXACT, KEY_HANDOVER, STATE, verify_chain

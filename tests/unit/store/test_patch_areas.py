@@ -18,7 +18,7 @@ from sisa.core.domain import Patch, active, wanted
 from sisa.flows.patches.patching import Wish, make_wanted, revert_patches, want
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reseal_model
-from sisa.flows.wiring.wiring import PATCHES, RUNS, VAULT
+from sisa.store.areas import PATCHES, RUNS, VAULT
 from sisa.store.blobs.files import TEMPORARY_PREFIX, write_atomic
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from tests.fakes.patches import encode

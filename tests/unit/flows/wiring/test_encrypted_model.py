@@ -27,6 +27,7 @@ from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.areas import known_by_area
 from sisa.model import Model
+from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs import files
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
@@ -45,7 +46,7 @@ from tests.models.confessing import (
 
 pytestmark = pytest.mark.usefixtures("own_places")
 GONE = record(DELETED)
-ROOMS = (wiring.RECORDS, wiring.INDEX, wiring.CHECKPOINTS)
+ROOMS = (RECORDS, INDEX, CHECKPOINTS)
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +158,8 @@ def test_a_healthy_encrypted_model_has_no_finding(model: Path) -> None:
 def test_a_sweep_destroys_all_keys_before_it_unlinks_anything(
     model: Path, backup: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(backup / wiring.RECORDS, model / wiring.RECORDS, dirs_exist_ok=True)
-    keyring_of(model).seal(wiring.RECORDS, "shard-00000-gone.parquet", "", b"")
+    shutil.copytree(backup / RECORDS, model / RECORDS, dirs_exist_ok=True)
+    keyring_of(model).seal(RECORDS, "shard-00000-gone.parquet", "", b"")
     real = files.erase
 
     def erase(path: Path) -> None:
@@ -222,7 +223,7 @@ def test_keys_of_every_kind_that_no_file_has_are_swept() -> None:
 
 def test_gc_lists_and_destroys_keys_of_no_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_resources(monkeypatch)
-    left = [(room, name) for room in (*ROOMS, wiring.SCRATCH) for name in ("a", f"{TEMPORARY_PREFIX}b")]
+    left = [(room, name) for room in (*ROOMS, SCRATCH) for name in ("a", f"{TEMPORARY_PREFIX}b")]
     for place in left:
         keyring_of(model).seal(*place, "", b"")
     opened = Model(model, executor="serial")
@@ -234,7 +235,7 @@ def test_gc_lists_and_destroys_keys_of_no_file(model: Path, monkeypatch: pytest.
     done = collect_garbage(opened, dry_run=False)
     assert (done.removed, done.removed_bytes) == (len(left), 32 * len(left))
     assert keys(model) == known(model)
-    assert keyring_of(model).held(wiring.SCRATCH) == frozenset()
+    assert keyring_of(model).held(SCRATCH) == frozenset()
 
 
 def test_gc_removes_files_with_their_keys_and_spares_what_waits(model: Path) -> None:
@@ -248,7 +249,7 @@ def test_gc_removes_files_with_their_keys_and_spares_what_waits(model: Path) -> 
         context.stores.records.write(0, 0, "0" * 64, [])
         removed = remove_garbage(context, model)
         assert [each.path for each in removed] == [f"records/shard-00000-slice-00000-{'0' * 64}.parquet"]
-        assert stage.key in context.stores.keyring.held(wiring.CHECKPOINTS)
+        assert stage.key in context.stores.keyring.held(CHECKPOINTS)
         reconcile(context)
     assert diagnose(model).healthy
     assert keys(model) == known(model)
@@ -289,7 +290,7 @@ def test_a_deleted_row_is_found_through_the_encryption(model: Path, tmp_path: Pa
 
     with context_of(model) as context:
         file = context.stores.records.write(0, 0, "0" * 64, [stored(context, DELETED)])
-    path = model / wiring.RECORDS / file.name
+    path = model / RECORDS / file.name
     also = []
     if place == "elsewhere":
         (tmp_path / "copies").mkdir()
@@ -315,13 +316,13 @@ def test_a_tainted_checkpoint_whose_key_is_held_is_residue(before: Path, backup:
 
 def test_what_a_replay_left_is_read_with_its_own_keys(model: Path, trained: Path) -> None:
     """A clean checkpoint in scratch is no residue, a tainted one is."""
-    stages = sorted((trained / wiring.CHECKPOINTS).iterdir())
-    clean = [path for path in stages if path.name in known(model)[wiring.CHECKPOINTS]]
+    stages = sorted((trained / CHECKPOINTS).iterdir())
+    clean = [path for path in stages if path.name in known(model)[CHECKPOINTS]]
     for stage, expected in ((clean[0], []), (min({*stages} - {*clean}), ["tainted", "unknown_file"])):
-        left = model / wiring.SCRATCH / "replay" / stage.name
+        left = model / SCRATCH / "replay" / stage.name
         left.mkdir(parents=True)
         for path in stage.iterdir():
-            data = keyring_of(model).seal(wiring.SCRATCH, stage.name, path.name, path.read_bytes())
+            data = keyring_of(model).seal(SCRATCH, stage.name, path.name, path.read_bytes())
             (left / path.name).write_bytes(data)
         found = scan(model)
         assert kinds(found) == expected
@@ -339,7 +340,7 @@ def test_what_the_model_relies_on_and_can_not_open_is_damaged(model: Path) -> No
 def test_a_text_that_poses_as_sealed_is_read_all_the_same(model: Path) -> None:
     from sisa.store.blobs.keyring import MAGIC
 
-    (model / wiring.RECORDS / "a.bin").write_bytes(MAGIC + GONE.text.encode())
+    (model / RECORDS / "a.bin").write_bytes(MAGIC + GONE.text.encode())
     assert kinds(scan(model, texts=[GONE.text])) == ["string"]
 
 
@@ -351,7 +352,7 @@ def lose_key(model: Path, room: str) -> None:
     (keyring_of(model).root / room / name).unlink()
 
 
-@pytest.mark.parametrize("room", [wiring.INDEX, wiring.CHECKPOINTS])
+@pytest.mark.parametrize("room", [INDEX, CHECKPOINTS])
 def test_what_lost_its_key_and_can_be_derived_comes_back(model: Path, room: str) -> None:
     held = plaintexts(model)
     lose_key(model, room)
@@ -366,9 +367,9 @@ def test_what_lost_its_key_and_can_be_derived_comes_back(model: Path, room: str)
 
 def test_a_slice_without_its_key_is_lost_and_nothing_is_erased(model: Path) -> None:
     held = content(model)
-    lose_key(model, wiring.RECORDS)
-    lose_key(model, wiring.CHECKPOINTS)
-    (model / wiring.RECORDS / ".tmp-x").write_bytes(b"half")
+    lose_key(model, RECORDS)
+    lose_key(model, CHECKPOINTS)
+    (model / RECORDS / ".tmp-x").write_bytes(b"half")
     found = diagnose(model)
     assert kinds(found) == ["checkpoint", "slice", "unknown"]
     assert not found.ok
@@ -434,7 +435,7 @@ def test_a_partition_key_that_moves_to_a_named_file_is_there_alone(
 
 def test_keys_that_others_may_read_are_reported_and_repaired(model: Path) -> None:
     root = keyring_of(model).root
-    key = root / wiring.RECORDS / min(known(model)[wiring.RECORDS])
+    key = root / RECORDS / min(known(model)[RECORDS])
     key.chmod(0o644)
     root.chmod(0o755)
     found = diagnose(model)
@@ -445,7 +446,7 @@ def test_keys_that_others_may_read_are_reported_and_repaired(model: Path) -> Non
 
 
 def test_a_key_of_no_file_is_reported_and_destroyed(model: Path) -> None:
-    keyring_of(model).seal(wiring.INDEX, "shard-00000-gone.faiss", "", b"")
+    keyring_of(model).seal(INDEX, "shard-00000-gone.faiss", "", b"")
     found = diagnose(model)
     assert (kinds(found), found.ok) == (["unknown"], True)
     assert "key without a file" in found.findings[0].what
@@ -454,8 +455,8 @@ def test_a_key_of_no_file_is_reported_and_destroyed(model: Path) -> None:
 
 
 def unseal_one(model: Path) -> None:
-    path = model / wiring.RECORDS / min(known(model)[wiring.RECORDS])
-    path.write_bytes(keyring_of(model).unseal(wiring.RECORDS, path.name, "", path.read_bytes()))
+    path = model / RECORDS / min(known(model)[RECORDS])
+    path.write_bytes(keyring_of(model).unseal(RECORDS, path.name, "", path.read_bytes()))
     path.chmod(0o600)
 
 
@@ -505,8 +506,8 @@ def test_a_model_that_is_no_longer_encrypted_is_a_plain_one(model: Path) -> None
 
 def test_turning_encryption_off_that_was_cut_short_is_reported_and_repaired(model: Path) -> None:
     set_form(model, seals=False)()
-    name = min(known(model)[wiring.RECORDS])
-    keyring_of(model).seal(wiring.RECORDS, name, "", b"")  # as if its key had been left
+    name = min(known(model)[RECORDS])
+    keyring_of(model).seal(RECORDS, name, "", b"")  # as if its key had been left
     assert kinds(diagnose(model)) == ["form"]
     assert repaired(model).after.healthy
     assert not any(keys(model).values())
@@ -531,8 +532,8 @@ def test_turning_encryption_on_that_was_cut_short_loses_nothing(model: Path) -> 
 
 
 def test_a_damaged_sealed_file_is_reported_with_its_place(model: Path) -> None:
-    name = min(known(model)[wiring.RECORDS])
-    path = model / wiring.RECORDS / name
+    name = min(known(model)[RECORDS])
+    path = model / RECORDS / name
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with context_of(model) as context, pytest.raises(IntegrityError, match="not the one") as caught:
         context.stores.records.check(

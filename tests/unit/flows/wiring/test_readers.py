@@ -14,6 +14,7 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy, IntegrityError
 from sisa.flows.wiring import wiring
 from sisa.model import Model
+from sisa.store.areas import RECORDS
 from sisa.store.blobs import files
 from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
@@ -120,7 +121,7 @@ def test_a_deletion_in_the_middle_of_a_question_is_no_damage(
 
 def test_damage_that_stays_is_reported(directory: Path) -> None:
     model = Model(directory, executor="serial")
-    for path in (directory / wiring.RECORDS).iterdir():
+    for path in (directory / RECORDS).iterdir():
         path.write_bytes(b"?")
     with pytest.raises(IntegrityError, match="not the one"):
         model.find(subject="subject-1")
@@ -131,7 +132,7 @@ def test_damage_that_stays_is_reported(directory: Path) -> None:
 def half_written(directory: Path) -> Iterator[Model]:
     """Yield a model with a file that its running writer has not committed yet."""
     with files.writer_lock(directory / wiring.LOCK):
-        (directory / wiring.RECORDS / "shard-00000-slice-00000-new.parquet").write_bytes(b"new")
+        (directory / RECORDS / "shard-00000-slice-00000-new.parquet").write_bytes(b"new")
         yield Model(directory, executor="serial")
 
 
@@ -145,7 +146,7 @@ def test_what_a_writer_has_not_committed_yet_is_not_judged(
 
 def test_verify_waits_for_a_writer_that_ends(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(directory, executor="serial")
-    left = directory / wiring.RECORDS / "shard-00000-slice-00000-new.parquet"
+    left = directory / RECORDS / "shard-00000-slice-00000-new.parquet"
     left.write_bytes(b"new")
     monkeypatch.setattr("sisa.model.WAITS_S", (0.0, 0.05, 5.0))
     with files.writer_lock(directory / wiring.LOCK):
@@ -156,7 +157,7 @@ def test_verify_waits_for_a_writer_that_ends(directory: Path, monkeypatch: pytes
 
 
 def test_an_unknown_file_that_nobody_writes_is_a_finding(directory: Path) -> None:
-    (directory / wiring.RECORDS / "shard-00000-slice-00000-new.parquet").write_bytes(b"new")
+    (directory / RECORDS / "shard-00000-slice-00000-new.parquet").write_bytes(b"new")
     (found,) = Model(directory, executor="serial").verify().findings
     assert "does not know" in found.what
 

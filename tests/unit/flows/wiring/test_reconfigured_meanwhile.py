@@ -17,8 +17,8 @@ from sisa.core.digest import Keyed
 from sisa.core.errors import ConfigConflict
 from sisa.core.events import Event, Notice
 from sisa.core.ports import Change
-from sisa.flows.wiring import wiring
 from sisa.model import Model
+from sisa.store.areas import RECORDS
 from sisa.store.blobs.keyring import is_sealed
 from sisa.train import train_model
 from tests.fakes.ports import fake_record
@@ -110,10 +110,10 @@ def test_a_plain_file_of_an_encrypted_model_is_a_finding(config: RunConfig) -> N
     train_model(plain, executor="serial")
     model, _ = train_model(changed(config, encrypt=True), executor="serial")
     opened = model.keyring
-    directory = config.output_dir / wiring.RECORDS
+    directory = config.output_dir / RECORDS
     (first, *_) = sorted(each.name for each in directory.iterdir())
     sealed = (directory / first).read_bytes()
-    (directory / first).write_bytes(opened.unseal(wiring.RECORDS, first, "", sealed))
+    (directory / first).write_bytes(opened.unseal(RECORDS, first, "", sealed))
     found = model.verify()
     assert not found.ok
     assert [each.where for each in found.findings] == [f"records/{first}"]

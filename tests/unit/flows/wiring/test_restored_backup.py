@@ -20,6 +20,7 @@ from sisa.config.config import state_dir
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import InvalidInput
 from sisa.flows.wiring import wiring
+from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs.files import writer_lock
 from tests.models import confessing as care_model
 from tests.models.confessing import content, record
@@ -202,9 +203,9 @@ def test_a_restored_backup_with_a_damaged_checkpoint_is_repaired(model: Path, as
     backup = back_up(model)
     ask("forget", GONE)
     clean = content(model)
-    for name in sorted(each.name for each in (backup / wiring.CHECKPOINTS).iterdir()):
+    for name in sorted(each.name for each in (backup / CHECKPOINTS).iterdir()):
         restore(backup, model)
-        (model / wiring.CHECKPOINTS / name / "manifest.json").unlink()
+        (model / CHECKPOINTS / name / "manifest.json").unlink()
         ask("doctor", "--repair")
         assert content(model) == clean
         assert ask("where", GONE)["records"][0]["state"] == "deleted"
