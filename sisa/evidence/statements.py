@@ -1,8 +1,7 @@
 """Turn facts into the statements that are signed, in-toto Statements v1: certificates, states, reports.
 
 A certificate is drafted before the deletion's commit, while what will be erased can still be named, and
-stated when heads have advanced. `schemas/` describes every field, and README.md beside this file lists
-them. Nothing here reads or writes.
+stated when heads have advanced. `schemas/` describes every field. Nothing here reads or writes.
 
     Draft      commitments to the records, what they touched, keyed digests of what will be erased
     Outcome    what is known when the request is completed

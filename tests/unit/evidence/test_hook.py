@@ -436,7 +436,7 @@ def test_the_readme_lists_every_field_as_the_schema_describes_it(name: str) -> N
             inner = each["items"] if each.get("type") == "array" else each
             yield from rows(inner, f"{start}{field}{'[]' * (inner is not each)}.")
 
-    text = (resources.files("sisa.evidence") / "README.md").read_text("utf-8")
+    text = (resources.files("sisa.evidence") / "schemas/README.md").read_text("utf-8")
     table = text.partition(f"<!-- table: {name} -->")[2].partition("<!-- end of table -->")[0]
     assert table.strip().splitlines()[2:] == list(rows(SCHEMA["$defs"][name]))
 
