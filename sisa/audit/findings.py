@@ -30,7 +30,7 @@ from sisa.flows.reconcile import check_rows
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring.areas import known_by_area, purge
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import plan_of, view_shard
+from sisa.flows.wiring.plans import plan_of, plans_of, view_shard, view_shards
 from sisa.flows.wiring.wiring import EVIDENCE, LEDGER, evidence_keys, model_id
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import gaps
@@ -373,11 +373,9 @@ def _gaps(context: Context) -> Iterator[Finding]:
     """Find missing stages before a held one: the head serves, but a deletion would retrain more."""
     if context.settings.recipe.shard_budget is not None:
         return  # a budget leaves gaps on purpose
-    for head in context.stores.ledger.heads():
-        view = view_shard(context, head.shard)
-        plan = plan_of(context, view)
-        held = {each.key for each in view.held}
-        for job in gaps(plan, held):
+    views = view_shards(context, [head.shard for head in context.stores.ledger.heads()])
+    for view, plan in zip(views, plans_of(context, views), strict=True):
+        for job in gaps(plan, {each.key for each in view.held}):
             where = f"shard {job.shard}, slice {job.slice}"
             what = "a stage before the served one is not held: a deletion would retrain more"
             if job.fingerprint == context.compute.fingerprint:

@@ -22,12 +22,12 @@ from sisa.audit.lineage import parse_manifest
 from sisa.core.errors import Busy, IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
 from sisa.flows.model_directory import ModelDirectory
-from sisa.flows.reconcile import give_up_lost
+from sisa.flows.reconcile import give_up_lost, open_plans
 from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.areas import known_by_area, purge
 from sisa.flows.wiring.commit import commit
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import open_shards, plan_of, view_shard
+from sisa.flows.wiring.plans import plans_of, view_shards
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.flows.wiring.wiring import LEDGER, LOCK
 from sisa.store.areas import (
@@ -99,9 +99,9 @@ def list_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
 
 def _listed(context: Context, directory: Path) -> list[_Item]:
     known = {**known_by_area(context), METRICS: run_files(directory / METRICS)}
-    converged = [head for head in context.stores.ledger.heads() if head.converged]  # others still serve
-    plans = [plan_of(context, view_shard(context, head.shard)) for head in converged]
-    retired = frozenset(key for plan in plans for key in plan.retired)
+    heads = context.stores.ledger.heads()
+    views = view_shards(context, [head.shard for head in heads if head.converged])  # others still serve
+    retired = frozenset(key for plan in plans_of(context, views) for key in plan.retired)
     in_area = partial(_garbage_in_area, context, directory, retired, _waiting(context))
     here = LocalBlobs(directory)
     found: list[_Item] = []
@@ -199,8 +199,8 @@ def _waiting(context: Context) -> frozenset[str]:
     known = {each.key for each in context.stores.ledger.checkpoints()}
     unknown = context.stores.checkpoints.held() - known
     found = set()
-    for shard in open_shards(context):
-        for key in unknown & plan_of(context, view_shard(context, shard)).stages.keys():
+    for plan in open_plans(context):
+        for key in unknown & plan.stages.keys():
             with contextlib.suppress(IntegrityError):
                 found.add(context.stores.checkpoints.describe(key).key)
     return frozenset(found)

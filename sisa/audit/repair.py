@@ -34,7 +34,7 @@ from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.commit import commit, is_behind
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import plan_of, view_shard
+from sisa.flows.wiring.plans import plan_of, plans_of, view_shard, view_shards
 from sisa.flows.wiring.slices import embed_shard
 from sisa.flows.wiring.witness import catch_up
 from sisa.planning.layout import index_root
@@ -184,7 +184,8 @@ def _gaps(context: Context, plan: ShardPlan) -> list[Chain]:
 def _repair_heads(context: Context, found: Sequence[Finding]) -> list[str]:
     shards = _shards(found, "heads")
     layout = range(context.settings.assigner.layout.num_shards)
-    heads = [plan_of(context, view_shard(context, shard)).head for shard in shards if shard in layout]
+    views = view_shards(context, [shard for shard in shards if shard in layout])
+    heads = [plan.head for plan in plans_of(context, views)]
     if shards:
         commit(context, Change(heads=heads, headless=[s for s in shards if s not in layout]))
     return [f"derived {len(shards)} heads from the held checkpoints"] if shards else []

@@ -56,7 +56,7 @@ from sisa.flows.routing import route_of, routing_hits
 from sisa.flows.wiring.areas import areas, known_by_area, purge
 from sisa.flows.wiring.commit import commit
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import open_shards, plan_of, plans_of, view_shard, view_shards
+from sisa.flows.wiring.plans import plan_of, plans_of, view_shard, view_shards
 from sisa.flows.wiring.served import model_digest, restricted_rows, restrictions, served_keys
 from sisa.lm.answer.route import NUM_ROUTING_HITS, Route
 from sisa.planning.plan import Missing, ShardPlan
@@ -271,7 +271,9 @@ def note_failure(
 
 def open_plans(context: Context) -> list[ShardPlan]:
     """Return plans of the shards that may lack stages: not at their target, or of several orders."""
-    return plans_of(context, view_shards(context, open_shards(context)))
+    heads, orders = context.stores.ledger.heads(), context.settings.recipe.orders
+    shards = [head.shard for head in heads if orders or not head.converged]
+    return plans_of(context, view_shards(context, shards))
 
 
 def _adopt(context: Context) -> None:

@@ -46,12 +46,6 @@ def plans_of(context: Context, views: Iterable[ShardView]) -> list[ShardPlan]:
     return [plan_shard(view, recipe, context.compute.fingerprint) for view in views]
 
 
-def open_shards(context: Context) -> list[int]:
-    """Return the shards that are not at their target; with several orders, all shards."""
-    heads, orders = context.stores.ledger.heads(), context.settings.recipe.orders
-    return [head.shard for head in heads if orders or not head.converged]
-
-
 def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:
     """Raise IntegrityError if a file that is needed is damaged, before anything is written.
 
