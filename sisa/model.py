@@ -54,7 +54,7 @@ from sisa.flows.rights.restriction import Restriction, lift, restrict
 from sisa.flows.scratch import guard
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.plans import view_shards
-from sisa.flows.wiring.progress import running
+from sisa.flows.wiring.run import running
 from sisa.flows.wiring.served import model_digest, restricted_rows, restrictions, served_heads
 from sisa.flows.wiring.wiring import OpenExecutor
 from sisa.flows.wiring.witness import witness_standing

@@ -33,8 +33,9 @@ from sisa.flows.scratch import guard, prepare_base
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.commit import commit, is_behind
 from sisa.flows.wiring.context import Context, trained_over
-from sisa.flows.wiring.progress import progress, running
+from sisa.flows.wiring.progress import progress
 from sisa.flows.wiring.resources import Resources, indexed_digest
+from sisa.flows.wiring.run import running
 from sisa.flows.wiring.wiring import LEDGER, LOCK, OpenExecutor
 from sisa.flows.wiring.witness import catch_up
 from sisa.lm.base.numerics import require_device

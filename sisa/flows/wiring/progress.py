@@ -1,4 +1,4 @@
-"""Show the progress of the current run on standard error, and define what a run is.
+"""Show the progress of the current run on standard error.
 
 Progress is shown as live bars on a terminal, as plain lines elsewhere; never an id or a text. Training
 is measured in record-epochs, whose total is known before training starts; a patch in steps. On a
@@ -12,24 +12,17 @@ terminal each active shard has its own bar, MOST_ROWS of them at most.
     'shards 0/2, slices 0/2, 12% of record-epochs, 25 tok/s, 0:14 left'
     >>> [row.line(now=2.0) for row in meter.at_work()]
     ['shard 0: slice 1/1, epoch 1/2, step 5/10, 50 tok/s, 0:01 left']
-
-A run is everything that one command does, in all of its processes. Its name (the time in UTC and a
-random suffix) is in log lines, metrics and Ray's series, also in those of workers. A run inside another
-run takes the outer name. `SISA_RUN` sets the name from outside.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from sisa.core.events import (
     Event,
@@ -41,45 +34,6 @@ from sisa.core.events import (
     SliceTrained,
     TrainingStarted,
 )
-from sisa.store.metrics import is_run
-
-LogFormat = Literal["text", "json"]
-RUN_VARIABLE = "SISA_RUN"
-
-
-@dataclass(frozen=True, slots=True)
-class RunContext:
-    """A run's name, and the format of its log lines."""
-
-    run: str
-    log_format: LogFormat = "text"
-
-
-_under_way: ContextVar[RunContext | None] = ContextVar("sisa_running", default=None)
-
-
-def current_run() -> RunContext | None:
-    """Return the run to which this code belongs."""
-    return _under_way.get()
-
-
-def new_run(log_format: LogFormat = "text") -> RunContext:
-    """Return a run that begins now."""
-    given = os.environ.get(RUN_VARIABLE, "")
-    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    return RunContext(given if is_run(given) else f"{now}-{os.urandom(4).hex()}", log_format)
-
-
-@contextmanager
-def running(run: RunContext | None = None) -> Iterator[RunContext]:
-    """Make a run the current one until the end of the block: `run`, the current one or a new one."""
-    found = run or current_run() or new_run()
-    token = _under_way.set(found)
-    try:
-        yield found
-    finally:
-        _under_way.reset(token)
-
 
 LINE_EVERY_S = 10.0
 MOST_ROWS = 16

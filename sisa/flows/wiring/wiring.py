@@ -44,8 +44,8 @@ from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import upper_houses
 from sisa.flows.wiring.context import Compute, Context, Settings, Stores, patch_files, patches_beneath
-from sisa.flows.wiring.progress import current_run, new_run
 from sisa.flows.wiring.resources import Named, Resources
+from sisa.flows.wiring.run import current_run, new_run
 from sisa.lm.base.numerics import fingerprint
 from sisa.planning.layout import Assigner
 from sisa.store.areas import (

@@ -23,7 +23,7 @@ from sisa.core.events import (
     SliceTrained,
     TrainingStarted,
 )
-from sisa.flows.wiring.progress import RUN_VARIABLE, RunContext, current_run, new_run, running
+from sisa.flows.wiring.run import RUN_VARIABLE, RunContext, current_run, new_run, running
 from sisa.flows.wiring.wiring import recording
 from sisa.store.metrics import (
     EVENT_NAMES,
