@@ -9,7 +9,7 @@ from sisa.core.domain import HeldCheckpoint, SliceState
 from sisa.flows.wiring.context import Context
 from sisa.planning.plan import ShardPlan, ShardView, plan_shard
 
-FEW_SHARDS = 16  # so many at most are read one by one
+FEW_SHARDS = 16  # up to so many are read one by one
 
 
 def view_shard(

@@ -81,7 +81,6 @@ HOOKS: tuple[ports.DeletionHook[Context], ...] = (PatchesHook(),)  # called on a
 OpenExecutor = Callable[[Site, Mapping[str, Any]], ports.Executor]
 # of the base's directory and digest, and of the files of the patches on it, lowest first
 OpenProbe = Callable[[Path, str, RunConfig, Sequence[Mapping[str, bytes]]], ports.Probe]
-OpenPatcher = Callable[[ports.PatchSite, RunConfig], ports.Patcher]
 
 
 @contextlib.contextmanager
@@ -246,7 +245,7 @@ def _compute(
         embed=lambda texts: resources.embedder.embed(texts),
         count_tokens=resources.count_tokens,
         executor_for=executor_for,
-        patcher=lambda: find_patcher(executor)(_patch_site(directory, resources, stores, model), config),
+        patcher=lambda: open_patcher(executor, _patch_site(directory, resources, stores, model), config),
         fingerprint=fingerprint(config.sisa.threads_per_shard, config.precision),
         probe=probe if config.probe else None,
     )
@@ -466,21 +465,16 @@ def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
     return found
 
 
-def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
-    """Return what opens a patcher where an executor trains; an executor object counts as `serial`."""
+def open_patcher(
+    executor: str | OpenExecutor, site: ports.PatchSite, config: RunConfig
+) -> ports.Patcher:
+    """Return a patcher where an executor trains; an executor object counts as `serial`."""
     if isinstance(executor, OnCluster):
-        make, there = find_patcher(executor.name), {"address": executor.address}
-
-        def make_there(site: ports.PatchSite, config: RunConfig) -> ports.Patcher:
-            cluster = config.cluster.model_copy(update=there)
-            return make(site, config.model_copy(update={"cluster": cluster}))
-
-        return make_there
-    if executor == "auto":
-        return lambda site, config: find_patcher("ray" if config.cluster.address else "serial")(
-            site, config
-        )
+        cluster = config.cluster.model_copy(update={"address": executor.address})
+        return open_patcher(executor.name, site, config.model_copy(update={"cluster": cluster}))
     name = executor if isinstance(executor, str) else "serial"
+    if name == "auto":
+        name = "ray" if config.cluster.address else "serial"
     if name not in upper_houses.PATCHERS:
         raise InvalidInput(
             "no executor of this name makes patches",
@@ -488,7 +482,7 @@ def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
             got=name,
             next_step="name another executor",
         )
-    found: OpenPatcher = upper_houses.load(upper_houses.PATCHERS[name])
+    found: ports.Patcher = upper_houses.load(upper_houses.PATCHERS[name])(site, config)
     return found
 
 

@@ -43,7 +43,7 @@ def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path:
     config = parse_run_file(RUN_FILE, "run.yaml")
     options: Mapping[str, Any] = config.cluster.model_dump(mode="json")
     wiring.find_executor(there)(site, options)
-    wiring.find_patcher(there)(site, config)  # type: ignore[arg-type]
+    wiring.open_patcher(there, site, config)  # type: ignore[arg-type]
     scratch.find_base_trainer(there)(None, options, lambda _: None)  # type: ignore[arg-type]
     executor, patcher, base = seen
     assert (executor[0], patcher[0], base[0]) == (
@@ -59,7 +59,7 @@ def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path:
 
 def test_auto_makes_patches_and_bases_on_the_named_cluster(seen: list[Any]) -> None:
     there, config = OnCluster("auto", "new:2"), parse_run_file(RUN_FILE, "run.yaml")
-    wiring.find_patcher(there)(None, config)  # type: ignore[arg-type]
+    wiring.open_patcher(there, None, config)  # type: ignore[arg-type]
     scratch.find_base_trainer(there)(None, {}, lambda _: None)  # type: ignore[arg-type]
     (made, _, given), (trained, _, options, _) = seen
     assert (made, given.cluster.address) == (upper_houses.PATCHERS["ray"], "new:2")
