@@ -26,6 +26,8 @@ from sisa.core.domain import (
     PatchJob,
     PatchMode,
     Record,
+    RecordRow,
+    Request,
     Restrictions,
     SavedCheckpoint,
     SliceFile,
@@ -48,6 +50,7 @@ from sisa.core.ports import (
     Vectors,
 )
 from sisa.core.requests import EventChain
+from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor
 from sisa.flows.wiring.context import Compute, Context, Settings, Stores
@@ -274,6 +277,18 @@ class FakeModel:
 
     def __post_init__(self) -> None:
         self.patcher = FakePatcher(self.vault, self.patches, self.runs)
+
+    def rows(self, *numbers: int) -> list[RecordRow]:
+        """Return the rows of those of these records that are held."""
+        digests = [self.context.settings.assigner.id_digest(fake_record(n).id) for n in numbers]
+        return [each for each in self.ledger.lookup(digests).values() if isinstance(each, RecordRow)]
+
+    def forget(self, *numbers: int, consent: str = "", defer: bool = False) -> Request:
+        """Delete those of these records that are held, as `sisa forget` does."""
+        terms = Terms(approver="dpo", consent=consent)
+        new = new_request(self.context, self.rows(*numbers), (), terms)
+        (request,) = forget_at_once(self.context, new, defer=defer).requests
+        return request
 
     def executor(self, store: CheckpointStore) -> Executor:
         return WatchedExecutor(SerialExecutor(FakeTrainer(), self.records, store), self)

@@ -15,9 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sisa.core.domain import RecordRow
 from sisa.core.ports import Change
-from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.reconcile import reconcile
 from tests.fakes.ports import ADAPTER, fake_model, fake_record
@@ -38,8 +36,7 @@ def test_deferred_deletions_end_as_if_they_had_been_trained(
     for gone in gone_sets:
         rows = model.rows(gone & model.remaining)
         if rows:
-            new = new_request(context, rows, (), Terms(approver="a"))
-            (request,) = forget_at_once(context, new, defer=True).requests
+            request = model.fake.forget(*gone & model.remaining, defer=True)
             assert request.state in ("erased", "completed")
             assert request.served == tuple(
                 (head.shard, head.depth, sum(f.shard == head.shard for f in ledger.slices()))
@@ -89,9 +86,7 @@ def test_a_stage_that_is_adopted_after_a_crash_goes_with_the_records_that_came_b
         return list(json.loads(fake.checkpoints.stored[head.key][ADAPTER])["touched"])
 
     assert newcomer.id in touched()
-    (row,) = ledger.lookup([context.settings.assigner.id_digest(newcomer.id)]).values()
-    assert isinstance(row, RecordRow)
-    forget_at_once(context, new_request(context, [row], (), Terms(approver="a")), defer=True)
+    fake.forget(99, defer=True)
     assert newcomer.id not in touched()
     held = [data for files in fake.checkpoints.stored.values() for data in files.values()]
     assert not any(newcomer.id.encode() in data for data in held)

@@ -102,8 +102,7 @@ class Model:
         return dataclasses.replace(record(number), generation=self.generations.get(number))
 
     def rows(self, numbers: set[int]) -> list[RecordRow]:
-        digests = [self.fake.context.settings.assigner.id_digest(record(n).id) for n in sorted(numbers)]
-        return [r for r in self.fake.ledger.lookup(digests).values() if isinstance(r, RecordRow)]
+        return self.fake.rows(*sorted(numbers))
 
     def step(self, kind: str, numbers: tuple[int, ...]) -> None:
         self.fake.trained.clear()

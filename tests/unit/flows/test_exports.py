@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from sisa.audit import findings
 from sisa.config.config import DatasetSource, RunConfig
 from sisa.core.digest import Keyed, sha256_hex
-from sisa.core.domain import ANY_SHARD, Export, RecordRow, Request
+from sisa.core.domain import ANY_SHARD, Export
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Change
 from sisa.flows import lifecycle, query
-from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
+from sisa.flows.deletion import Terms, plan_forget
 from sisa.flows.export import Card, export_adapters, with_base_name
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import find
@@ -67,19 +67,6 @@ def export(fake: FakeModel, name: str, folder: Path = Path("no-such-folder")) ->
     before = fake.ledger.exports()
     export_adapters(fake.context, PARTS, folder / name)
     return [each for each in fake.ledger.exports() if each not in before]
-
-
-def row(fake: FakeModel, number: int) -> RecordRow:
-    found = fake.ledger.lookup([fake.context.settings.assigner.id_digest(fake_record(number).id)])
-    (each,) = found.values()
-    assert isinstance(each, RecordRow)
-    return each
-
-
-def forget(fake: FakeModel, *numbers: int) -> Request:
-    rows = [row(fake, number) for number in numbers]
-    new = new_request(fake.context, rows, (), Terms(approver="dpo"))
-    return forget_at_once(fake.context, new).requests[0]
 
 
 def knows(fake: FakeModel, number: int) -> set[str]:
@@ -126,12 +113,12 @@ def test_hooks_add_to_an_export_and_a_deletion_erases_that_with_it(fake: FakeMod
         assert files[CARD].endswith(f"v1-{Path(each.path).name}".encode())
         assert each.adapter_sha256 == sha256_hex(files[ADAPTER])
     touched = knows(fake, 3)
-    forget(fake, 3)
+    fake.forget(3)
     assert {each.path for each in made} - touched == set(fake.exports.stored)
 
 
 def test_an_emptied_shard_exports_nothing(fake: FakeModel) -> None:
-    forget(fake, *(number for number in range(NUM_RECORDS) if row(fake, number).shard == 1))
+    fake.forget(*(number for number in range(NUM_RECORDS) if fake.rows(number)[0].shard == 1))
     assert [each.shard for each in export(fake, "a")] == [0, 2]
 
 
@@ -158,8 +145,8 @@ def test_a_deletion_erases_what_it_touched_and_no_more(fake: FakeModel) -> None:
     assert len(touched) == 1
     (located,) = query.where(fake.context, [fake_record(3).id])
     assert set(located.exports) == touched
-    assert len(plan_forget(fake.context, [row(fake, 3)]).exports) == 1
-    done = forget(fake, 3)
+    assert len(plan_forget(fake.context, fake.rows(3)).exports) == 1
+    done = fake.forget(3)
     assert done.exports_erased == 1
     assert knows(fake, 3) == set()
     assert {each.path for each in made} - touched == set(fake.exports.stored)
@@ -174,14 +161,14 @@ def test_an_export_of_a_retired_checkpoint_is_erased_too(fake: FakeModel) -> Non
     assert not held & {each.key for each in fake.ledger.exports()}
     export(fake, "b")
     assert len(knows(fake, 3)) == 2
-    assert forget(fake, 3).exports_erased == 2
+    assert fake.forget(3).exports_erased == 2
     assert knows(fake, 3) == set()
 
 
 def test_a_record_that_came_later_is_in_no_earlier_export(fake: FakeModel) -> None:
     made = export(fake, "a")
     add(fake.context, [fake_record(99)])
-    assert forget(fake, 99).exports_erased == 0
+    assert fake.forget(99).exports_erased == 0
     assert fake.ledger.exports() == made
 
 
@@ -189,7 +176,7 @@ def test_what_was_moved_is_reported_and_erased_when_it_comes_back(fake: FakeMode
     export(fake, "a")
     (path,) = knows(fake, 3)
     files = fake.exports.stored.pop(path)
-    done = forget(fake, 3)
+    done = fake.forget(3)
     assert (done.state, done.exports_erased) == ("completed", 0)
     notes = {each.state: each.note for each in lifecycle.view_of(fake.context, done).events}
     assert notes["erased"] == "1 exports could not be found"
@@ -211,7 +198,7 @@ def test_what_was_changed_since_is_left_alone(fake: FakeModel) -> None:
     (path,) = knows(fake, 3)
     fake.exports.stored[path][ADAPTER] += b" and more"
     mine = dict(fake.exports.stored[path])
-    assert forget(fake, 3).exports_erased == 0
+    assert fake.forget(3).exports_erased == 0
     assert fake.exports.stored[path] == mine
     assert [each.path for each in stale_exports(fake.context)] == [path]
 
@@ -225,7 +212,7 @@ def test_an_erasure_that_fails_is_taken_up_again(fake: FakeModel) -> None:
 
     fake.exports.erase = refuses  # type: ignore[method-assign,assignment]
     with pytest.raises(EnvironmentFault):
-        forget(fake, 3)
+        fake.forget(3)
     (request,) = fake.ledger.requests()
     assert (request.state, request.cause) == ("erasure_failed", "EnvironmentFault")
     fake.exports.erase = erase  # type: ignore[method-assign]
@@ -271,12 +258,12 @@ def test_a_crash_anywhere_leaves_no_stale_export_behind(number: int, after: bool
     fake.ledger.commit = cutting(commit, lambda _: None)  # type: ignore[method-assign]
     fake.exports.erase = cutting(erase, tear)  # type: ignore[method-assign]
     with contextlib.suppress(Cut):
-        forget(fake, 3)
+        fake.forget(3)
     fake.ledger.commit, fake.exports.erase = commit, erase  # type: ignore[method-assign]
     reconcile(fake.context)
     if not fake.ledger.requests():
         assert len(knows(fake, 3)) == 2
-        forget(fake, 3)
+        fake.forget(3)
     assert knows(fake, 3) == set()
     assert stale_exports(fake.context) == []
     assert {each.path for each in fake.ledger.exports()} == set(fake.exports.stored)
@@ -286,8 +273,8 @@ def test_a_crash_anywhere_leaves_no_stale_export_behind(number: int, after: bool
 
 def test_one_of_several_requests_is_named(fake: FakeModel) -> None:
     export(fake, "a")
-    one = row(fake, 3)
-    other = next(row(fake, n) for n in range(NUM_RECORDS) if n != 3 and row(fake, n).shard == one.shard)
+    (one,) = fake.rows(3)
+    other = next(each for each in fake.ledger.rows(one.shard) if each != one)
     terms = Terms(approver="dpo")
     waiting = [lifecycle.submit(fake.context, [each], (), terms) for each in (one, other)]
     done = lifecycle.carry_out(fake.context, waiting)
@@ -306,8 +293,8 @@ def test_exports_outlive_a_new_layout_and_are_still_erased(fake: FakeModel) -> N
     assert len(fake.exports.stored) == len(old)
     export(fake, "b")
     add(context, [fake_record(99)])
-    assert forget(fake, 99).exports_erased == 0
-    assert forget(fake, 3).exports_erased == len(old) + 1
+    assert fake.forget(99).exports_erased == 0
+    assert fake.forget(3).exports_erased == len(old) + 1
     assert knows(fake, 3) == set()
 
 
@@ -346,10 +333,10 @@ def export_merged(fake: FakeModel) -> None:
 
 def test_shards_that_were_exported_together_go_together(fake: FakeModel) -> None:
     export_merged(fake)
-    planned = plan_forget(fake.context, [row(fake, 3)])
+    planned = plan_forget(fake.context, fake.rows(3))
     assert len(planned.plans) == 1, "one shard is touched"
     assert planned.exports == (MERGED,)
-    done = forget(fake, 3)
+    done = fake.forget(3)
     assert (fake.exports.stored, fake.ledger.exports()) == ({}, [])
     assert done.exports_erased == 1
 
@@ -367,7 +354,7 @@ def test_an_export_of_several_shards_is_listed_once_with_its_shards(fake: FakeMo
     (found,) = query.exports(fake.context)
     assert (found.path, found.shard, found.shards) == (MERGED, 0, (0, 1, 2))
     fake.exports.stored.clear()
-    forget(fake, 3)
+    fake.forget(3)
     (found,) = query.exports(fake.context)
     assert found.standing == "gone"
     assert [each.where for each in findings._exports(fake.context)] == [MERGED]
@@ -376,7 +363,7 @@ def test_an_export_of_several_shards_is_listed_once_with_its_shards(fake: FakeMo
 def test_a_lost_export_of_several_shards_counts_once(fake: FakeModel) -> None:
     export_merged(fake)
     fake.exports.stored.clear()
-    done = forget(fake, 3)
+    done = fake.forget(3)
     assert len(stale_exports(fake.context)) > 1
     assert stale_paths(fake.context) == [MERGED]
     assert give_up_lost(fake.context) == (MERGED,)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from sisa.core.domain import WRITTEN, Export, Patch, Probed, RecordRow, Request, active, wanted
+from sisa.core.domain import WRITTEN, Export, Patch, Probed, Request, active, wanted
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, UnknownRecord
 from sisa.core.events import Event, Notice
 from sisa.core.ports import Change, Contribution, Removal
@@ -66,14 +66,8 @@ def made(fake: FakeModel, forget: Sequence[int], retain: Sequence[int] | None = 
 
 
 def delete(fake: FakeModel, *numbers: int, consent: str = "") -> Request:
-    context = fake.context
-    found = context.stores.ledger.lookup(
-        context.settings.assigner.id_digest(fake_record(n).id) for n in numbers
-    )
-    rows = [each for each in found.values() if isinstance(each, RecordRow)]
-    assert len(rows) == len(numbers)
-    new = new_request(context, rows, (), Terms(approver="me", consent=consent))
-    return forget_at_once(context, new).requests[0]
+    assert len(fake.rows(*numbers)) == len(numbers)
+    return fake.forget(*numbers, consent=consent)
 
 
 def touched(fake: FakeModel) -> set[str]:
@@ -352,14 +346,11 @@ def test_shards_are_not_trained_over_what_a_deletion_may_drop(fake: FakeModel) -
 def test_an_export_of_a_patch_that_was_reverted_goes_all_the_same(fake: FakeModel) -> None:
     patch = made(fake, [FREE], retain=[FREE + 1])
     add(fake.context, [fake_record(FREE + 1)])
-    context = fake.context
-    (row,) = context.stores.ledger.lookup(
-        [context.settings.assigner.id_digest(fake_record(FREE + 1).id)]
-    ).values()
+    (row,) = fake.rows(FREE + 1)
     other = next(head for head in fake.ledger.heads() if head.shard != row.shard)
     assert other.key is not None
     export = Export("/out", other.shard, (0, 1, 2), 1, other.key, "sha", "then", patches=(patch.key,))
-    commit(context, Change(exports=[export]))
+    commit(fake.context, Change(exports=[export]))
     patching.revert_patches(fake.context)
     delete(fake, FREE + 1)
     (found,) = fake.ledger.exports()
@@ -428,7 +419,7 @@ def test_a_report_forgets_what_was_measured_on_a_deleted_record(fake: FakeModel)
     }
     want(fake.context, wish_of([FREE]))
     make_wanted(fake.context, measure=lambda *_: measured)
-    (row,) = fake.ledger.lookup([fake.context.settings.assigner.id_digest(fake_record(0).id)]).values()
+    (row,) = fake.rows(0)
     delete(fake, 0)
     (patch,) = stack(fake)
     left = {str(1 - row.shard): effect}

@@ -40,8 +40,7 @@ def fake() -> FakeModel:
 
 
 def slices_of(fake: FakeModel, *numbers: int) -> set[int]:
-    digests = [fake.context.settings.assigner.id_digest(record.id) for record in some(*numbers)]
-    return {getattr(row, "slice", -1) for row in fake.ledger.lookup(digests).values()}
+    return {row.slice for row in fake.rows(*numbers)}
 
 
 @given(st.integers(0, 400), st.integers(0, 50), st.sampled_from([None, 0.2]))

@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from sisa.config.config import differences
 from sisa.config.runfile import parse_run_file
 from sisa.core.digest import Keyed
-from sisa.core.domain import Record, RecordRow, Risk, SliceFile
+from sisa.core.domain import Record, Risk, SliceFile
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.ports import StoredRecord
 from sisa.data.reader import read_records
-from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.planning.bands import Bands, risk_problems
 from sisa.planning.layout import Assigner, Layout
@@ -179,10 +178,7 @@ def test_what_is_held_of_a_subject_binds_what_is_added() -> None:
 def test_every_problem_of_an_addition_is_reported_at_once() -> None:
     fake = fake_model(2, fake_recipe(4), bands=BANDS)
     train(fake.context, [record(0, 0.3, "ada"), record(1, None), record(2, None)])
-    digest = fake.context.settings.assigner.id_digest(record(2, None).id)
-    row = fake.ledger.lookup([digest])[digest]
-    assert isinstance(row, RecordRow)
-    forget_at_once(fake.context, new_request(fake.context, [row], (), Terms(approver="a person")))
+    fake.forget(2)
     before = fake.ledger.heads()
     asked = [
         record(5, None),

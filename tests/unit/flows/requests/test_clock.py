@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa.core.domain import Export, RecordRow, Request
+from sisa.core.domain import Export, Request
 from sisa.core.errors import EnvironmentFault, SisaError
 from sisa.flows import lifecycle
-from sisa.flows.deletion import Terms, forget_at_once, new_request
+from sisa.flows.deletion import Terms
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import find, view_of
@@ -44,18 +44,11 @@ class Clock:
         return self._times[(self._calls - 1) % len(self._times)].isoformat(timespec="milliseconds")
 
 
-def context_with(times: Sequence[datetime]) -> tuple[FakeModel, Context]:
+def model_with(times: Sequence[datetime]) -> FakeModel:
     fake = fake_model()
-    context = changed(fake.context, now=Clock(times))
-    train(context, [fake_record(number) for number in range(NUM_RECORDS)])
-    return fake, context
-
-
-def rows(context: Context, number: int) -> list[RecordRow]:
-    found = context.stores.ledger.lookup(
-        [context.settings.assigner.id_digest(fake_record(number).id)]
-    ).values()
-    return [each for each in found if isinstance(each, RecordRow)]
+    fake.context = changed(fake.context, now=Clock(times))
+    train(fake.context, [fake_record(number) for number in range(NUM_RECORDS)])
+    return fake
 
 
 def sound(context: Context, request: Request, now: datetime) -> None:
@@ -71,9 +64,10 @@ def sound(context: Context, request: Request, now: datetime) -> None:
 @settings(max_examples=80, deadline=None)
 @given(times=st.lists(moments, min_size=1, max_size=9), now=moments)
 def test_a_request_lives_its_whole_life_under_any_clock(times: list[datetime], now: datetime) -> None:
-    _, context = context_with(times)
-    one = lifecycle.submit(context, rows(context, 3), (), Terms(external_id="T-1"))
-    other = lifecycle.submit(context, rows(context, 4), (), Terms(approver="dpo"))
+    fake = model_with(times)
+    context = fake.context
+    one = lifecycle.submit(context, fake.rows(3), (), Terms(external_id="T-1"))
+    other = lifecycle.submit(context, fake.rows(4), (), Terms(approver="dpo"))
     for each in (one, other):
         sound(context, each, now)
     lifecycle.decide(context, "T-1", "held", "a court")
@@ -95,7 +89,8 @@ def test_a_request_lives_its_whole_life_under_any_clock(times: list[datetime], n
 @given(times=st.lists(moments, min_size=2, max_size=9), now=moments)
 def test_a_deletion_completes_under_any_clock(times: list[datetime], now: datetime) -> None:
     """Between receipt and commit, between any two events, and after a failure."""
-    fake, context = context_with(times)
+    fake = model_with(times)
+    context = fake.context
     export_adapters(context, PARTS, PARTS.base.directory / "no-such")
 
     erase = fake.exports.erase
@@ -104,16 +99,16 @@ def test_a_deletion_completes_under_any_clock(times: list[datetime], now: dateti
         raise EnvironmentFault("the disk refused", where=export.path)
 
     fake.exports.erase = fails  # type: ignore[method-assign]
-    new = new_request(context, rows(context, 3), (), Terms(approver="dpo"))
     with pytest.raises(EnvironmentFault):
-        forget_at_once(context, new)
+        fake.forget(3)
     fake.exports.erase = erase  # type: ignore[method-assign]
-    sound(context, find(context, new.request.request_id), now)
+    (request,) = fake.ledger.requests()
+    sound(context, request, now)
     reconcile(context)
-    done = find(context, new.request.request_id)
+    done = find(context, request.request_id)
     assert done.state == "completed"
     sound(context, done, now)
-    assert not rows(context, 3)
+    assert not fake.rows(3)
     assert done.exports_erased == 1
 
 
@@ -121,18 +116,19 @@ def test_a_deletion_completes_under_any_clock(times: list[datetime], now: dateti
 @given(received=moments, now=moments)
 def test_a_due_date_under_a_wrong_clock_is_replaced(received: datetime, now: datetime) -> None:
     """It is shown with the days left by the present clock; cancelled and sent again it is right."""
-    _, context = context_with([received])
-    wrong = lifecycle.submit(context, rows(context, 3), (), Terms(external_id="T-1"))
+    fake = model_with([received])
+    context = fake.context
+    wrong = lifecycle.submit(context, fake.rows(3), (), Terms(external_id="T-1"))
     right = changed(context, now=Clock([now]))
     sound(right, wrong, now)
     lifecycle.decide(right, wrong.request_id, "cancelled", "a wrong clock")
-    again = lifecycle.submit(right, rows(right, 3), (), Terms(external_id="T-2", approver="dpo"))
+    again = lifecycle.submit(right, fake.rows(3), (), Terms(external_id="T-2", approver="dpo"))
     assert 28 <= view_of(right, again).days_left <= 31
     (done,) = lifecycle.carry_out(right, [again])
     assert done.state == "completed"
 
 
 def test_a_due_date_is_checked_against_the_present_clock() -> None:
-    _, context = context_with([datetime(2026, 1, 10, tzinfo=UTC)])
+    fake = model_with([datetime(2026, 1, 10, tzinfo=UTC)])
     with pytest.raises(SisaError, match="passed"):
-        lifecycle.submit(context, rows(context, 3), (), Terms(due="2026-01-09"))
+        lifecycle.submit(fake.context, fake.rows(3), (), Terms(due="2026-01-09"))

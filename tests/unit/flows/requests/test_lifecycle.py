@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa.core.domain import Part, Record, RecordRow, Request, RequestState, Tombstone
+from sisa.core.domain import Part, Record, RecordRow, Request, RequestState
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, SisaError, UnknownRecord
 from sisa.flows import lifecycle, query
 from sisa.flows.deletion import Terms, copies, forget_at_once, new_request
@@ -57,21 +57,15 @@ def fake() -> FakeModel:
     return trained(range(NUM_RECORDS))
 
 
-def rows(fake: FakeModel, *numbers: int) -> list[RecordRow]:
-    digests = [fake.context.settings.assigner.id_digest(record(number).id) for number in numbers]
-    return [each for each in fake.ledger.lookup(digests).values() if isinstance(each, RecordRow)]
-
-
 def asked(fake: FakeModel, *numbers: int, terms: Terms = APPROVED) -> Request:
     """Submit as the API does: held records, and tombstones of records deleted before."""
-    digests = [fake.context.settings.assigner.id_digest(record(number).id) for number in numbers]
-    found = fake.ledger.lookup(digests).values()
-    dead = [each for each in found if isinstance(each, Tombstone)]
-    return submit(fake.context, rows(fake, *numbers), dead, terms)
+    digests = [digest(fake, record(number).id) for number in numbers]
+    dead = [each for each in fake.ledger.tombstones() if each.id_digest in digests]
+    return submit(fake.context, fake.rows(*numbers), dead, terms)
 
 
 def held_numbers(fake: FakeModel) -> set[int]:
-    return {number for number in range(NUM_RECORDS) if rows(fake, number)}
+    return {number for number in range(NUM_RECORDS) if fake.rows(number)}
 
 
 def run_all(fake: FakeModel) -> tuple[Request, ...]:
@@ -205,7 +199,7 @@ def test_a_whole_life_in_order(fake: FakeModel) -> None:
     assert states(fake, request) == WHOLE_LIFE
     assert (done.state, done.committed_at, done.cause) == ("completed", DAY, "")
     assert (done.model_digest_before, done.model_digest_after) == (before, model_digest(fake.context))
-    (row,) = rows(trained(range(NUM_RECORDS)), 3)
+    (row,) = trained(range(NUM_RECORDS)).rows(3)
     assert [shard[:2] for shard in done.shards] == [(row.shard, row.slice)]
     assert held_bytes(fake) == held_bytes(trained(set(range(NUM_RECORDS)) - {3}))
 
@@ -222,10 +216,8 @@ def test_requests_that_overlap_retrain_their_union_once(fake: FakeModel) -> None
         other.request_id: "completed",
     }
     assert {each.num_records for each in done} == {3, 2}
-    digests = {
-        number: fake.context.settings.assigner.id_digest(record(number).id) for number in (1, 2, 3, 4)
-    }
-    by = {number: fake.ledger.tables.tombstones[each].request_id for number, each in digests.items()}
+    dead = fake.ledger.tables.tombstones
+    by = {number: dead[digest(fake, record(number).id)].request_id for number in (1, 2, 3, 4)}
     assert (by[1], by[2], by[4]) == (one.request_id, one.request_id, other.request_id)
     assert by[3] in (one.request_id, other.request_id)
     assert held_bytes(fake) == held_bytes(trained(set(range(NUM_RECORDS)) - {1, 2, 3, 4}))
@@ -279,7 +271,7 @@ def test_the_most_urgent_comes_first(fake: FakeModel) -> None:
     for number, due in enumerate(dues):
         moment = f"2026-01-0{number + 1}T00:00:00+00:00"
         context = changed(fake.context, now=partial(str, moment))
-        received.append(submit(context, rows(fake, number), (), replace(APPROVED, due=due)))
+        received.append(submit(context, fake.rows(number), (), replace(APPROVED, due=due)))
     found = lifecycle.approved(fake.context)
     assert [received.index(each) for each in found] == [1, 3, 2, 0]
 
@@ -372,7 +364,7 @@ def with_copies(fake: FakeModel) -> FakeModel:
 def test_copies_are_counted_and_kept(with_copies: FakeModel) -> None:
     request = asked(with_copies, 3)
     assert (request.num_records, request.num_copies, request.copies_included) == (1, 2, False)
-    same = copies(with_copies.context, rows(with_copies, 3), full_scan=True)
+    same = copies(with_copies.context, with_copies.rows(3), full_scan=True)
     found = query.ids_of(with_copies.context, same)
     assert found == ["copy-1", "copy-2"]
     (done,) = run_all(with_copies)
@@ -576,7 +568,7 @@ def test_what_failed_before_the_commit_can_be_stopped(
 def test_a_damaged_file_to_build_on_stops_the_deletion_before_it(fake: FakeModel) -> None:
     """Also one that the deletion itself would not rewrite, only train on."""
     request = asked(fake, 3)
-    (row,) = rows(fake, 3)
+    (row,) = fake.rows(3)
     others = [file for file in fake.ledger.slices(row.shard) if file.slice != row.slice]
     fake.records.erase([others[0].name])
     with pytest.raises(SisaError):
@@ -587,7 +579,7 @@ def test_a_damaged_file_to_build_on_stops_the_deletion_before_it(fake: FakeModel
 
 
 def test_a_deletion_at_once_lives_the_same_life(fake: FakeModel) -> None:
-    new = new_request(fake.context, rows(fake, 3), (), APPROVED)
+    new = new_request(fake.context, fake.rows(3), (), APPROVED)
     (done,) = forget_at_once(fake.context, new).requests
     assert (done.request_id, done.state) == (new.request.request_id, "completed")
     assert states(fake, done) == WHOLE_LIFE
@@ -598,7 +590,7 @@ def test_a_deletion_at_once_that_fails_before_its_commit_never_was(
     fake: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, tables = held_bytes(fake), repr(fake.ledger.tables)
-    new = new_request(fake.context, rows(fake, 3), (), APPROVED)
+    new = new_request(fake.context, fake.rows(3), (), APPROVED)
     monkeypatch.setattr(fake.records, "write", Broken())
     with pytest.raises(EnvironmentFault):
         forget_at_once(fake.context, new)
@@ -606,7 +598,7 @@ def test_a_deletion_at_once_that_fails_before_its_commit_never_was(
 
 
 def test_a_deletion_at_once_that_fails_after_its_commit_is_finished(fake: FakeModel) -> None:
-    new = new_request(fake.context, rows(fake, 3), (), APPROVED)
+    new = new_request(fake.context, fake.rows(3), (), APPROVED)
     with pytest.raises(EnvironmentFault):
         forget_at_once(untrainable(fake), new)
     assert state(fake, new.request) == "failed"
@@ -732,7 +724,7 @@ def test_a_legal_hold_protects_the_records_it_names(fake: FakeModel) -> None:
     waiting = {each.request.request_id: each.held_by for each in views(fake.context) if each.held_by}
     assert waiting == {other.request_id: (held.request_id,)}
     assert view_of(fake.context, other).held_by == (held.request_id,)
-    new = new_request(fake.context, rows(fake, 3), (), APPROVED)
+    new = new_request(fake.context, fake.rows(3), (), APPROVED)
     with pytest.raises(ConfigConflict, match="legal hold"):
         forget_at_once(fake.context, new)
     assert {3, 4} <= held_numbers(fake)

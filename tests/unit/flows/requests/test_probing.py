@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from sisa.core.domain import Probed, Record, RecordRow, Request
+from sisa.core.domain import Probed, Record, RecordRow
 from sisa.core.errors import EnvironmentFault
-from sisa.flows.deletion import Terms, forget_at_once, new_request
+from sisa.flows.deletion import Terms
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import carry_out, submit
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
@@ -41,19 +41,9 @@ class Asked:
         return Probed(len(records), len(records), num_known=1, continuation=0.5)
 
 
-def rows(fake: FakeModel, *numbers: int) -> list[RecordRow]:
-    digests = [fake.context.settings.assigner.id_digest(fake_record(number).id) for number in numbers]
-    return [each for each in fake.ledger.lookup(digests).values() if isinstance(each, RecordRow)]
-
-
-def forgotten(fake: FakeModel, *numbers: int) -> Request:
-    done = forget_at_once(fake.context, new_request(fake.context, rows(fake, *numbers), (), TERMS))
-    return done.requests[0]
-
-
 def test_the_base_is_asked_when_the_model_is_clean_and_the_text_still_there(fake: FakeModel) -> None:
     asked = Asked(fake)
-    request = forgotten(fake, 3, 4)
+    request = fake.forget(3, 4)
     assert asked.records == [["id-0003", "id-0004"]]
     assert request.state == "completed"
     assert request.probed == Probed(2, 2, num_known=1, continuation=0.5)
@@ -61,7 +51,7 @@ def test_the_base_is_asked_when_the_model_is_clean_and_the_text_still_there(fake
 
 def test_each_request_of_a_batch_has_its_own_outcome(fake: FakeModel) -> None:
     asked = Asked(fake)
-    requests = [submit(fake.context, rows(fake, n), (), TERMS) for n in (1, 2)]
+    requests = [submit(fake.context, fake.rows(n), (), TERMS) for n in (1, 2)]
     done = carry_out(fake.context, requests)
     assert sorted(asked.records) == [["id-0001"], ["id-0002"]]
     assert [each.probed.num_records if each.probed else 0 for each in done] == [1, 1]
@@ -70,7 +60,7 @@ def test_each_request_of_a_batch_has_its_own_outcome(fake: FakeModel) -> None:
 @pytest.mark.parametrize("error", [EnvironmentFault("no base"), RuntimeError("its text"), MemoryError()])
 def test_a_probe_that_fails_does_not_keep_the_text(fake: FakeModel, error: Exception) -> None:
     Asked(fake, error)
-    request = forgotten(fake, 3)
+    request = fake.forget(3)
     assert request.state == "completed"
     assert request.probed == Probed(1, failure=type(error).__name__)
     held = {each.record.id for stored in fake.records.stored.values() for each in stored}
@@ -78,7 +68,7 @@ def test_a_probe_that_fails_does_not_keep_the_text(fake: FakeModel, error: Excep
 
 
 def test_nothing_is_asked_of_what_was_deleted_before(fake: FakeModel) -> None:
-    forgotten(fake, 3)
+    fake.forget(3)
     asked = Asked(fake)
     dead = list(fake.ledger.tombstones())
     (done,) = carry_out(fake.context, [submit(fake.context, [], dead, TERMS)])
@@ -86,4 +76,4 @@ def test_nothing_is_asked_of_what_was_deleted_before(fake: FakeModel) -> None:
 
 
 def test_without_a_probe_nothing_is_claimed(fake: FakeModel) -> None:
-    assert forgotten(fake, 3).probed is None
+    assert fake.forget(3).probed is None

@@ -9,7 +9,6 @@ import pytest
 
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, UnknownRecord
-from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import rectify, train
 from tests.fakes.ports import ADAPTER, FakeModel, fake_model, fake_record
 from tests.property.test_histories import assert_equal
@@ -55,9 +54,7 @@ def test_a_corrected_identifier_is_taken_without_training(fake: FakeModel) -> No
 
 
 def test_a_record_that_is_not_held_is_refused(fake: FakeModel) -> None:
-    digest = fake.context.settings.assigner.id_digest
-    rows = list(fake.ledger.lookup([digest(fake_record(5).id)]).values())
-    forget_at_once(fake.context, new_request(fake.context, rows, (), Terms(approver="a person")))  # type: ignore[arg-type]
+    fake.forget(5)
     before = fake.ledger.seq()
     with pytest.raises(UnknownRecord) as error:
         rectify(fake.context, [corrected(3), corrected(50), corrected(5)])
