@@ -1,4 +1,7 @@
-"""The real trainer on a tiny base: the same bytes in every way of training, and the right gradients."""
+"""The real trainer on a tiny base: the right gradients, and files as peft has them.
+
+That every way to a stage gives the same bytes is in `property/test_stages.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,6 @@ from sisa.core.ports import StoredRecord, Tick
 from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.store.checkpoints import FILES, MANIFEST
-from tests.models.programs.forked import run_forked
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import next_token_probabilities
 
@@ -81,41 +83,8 @@ def train(
     return LoraTrainer(base.directory, base.digest, threads=1).train(job, parent, records, progress)
 
 
-def train_chain(base: BaseFiles) -> Files:
-    first = train(base, job_for(base, 0, 5), None, RECORDS[:5])
-    return train(base, job_for(base, 1), first)
-
-
 def names(files: Mapping[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-
-
-def test_same_bytes_again_in_one_process(base: BaseFiles) -> None:
-    import torch
-
-    first = train_chain(base)
-    torch.rand(7)  # whatever else the process draws
-    train(base, job_for(base, shard=5, lora_target_modules="all-linear"))
-    assert names(train_chain(base)) == names(first)
-    assert {*first, MANIFEST} == set(FILES)  # an object store lends places for these alone
-
-
-def test_same_bytes_in_a_fresh_process_that_resumes(base: BaseFiles, tmp_path: Path) -> None:
-    """Stage 2 from stage 1's files, in a process that never trained stage 1."""
-    first = train(base, job_for(base, 0, 5), None, RECORDS[:5])
-    for name, data in first.items():
-        (tmp_path / name).write_bytes(data)
-    code = (
-        "import json, sys; from pathlib import Path\n"
-        "from sisa.lm.base.weights import resolve_base\n"
-        "from tests.integration.training.test_trainer import job_for, names, train\n"
-        "base = resolve_base(sys.argv[1])\n"
-        "parent = {path.name: path.read_bytes() for path in Path(sys.argv[2]).iterdir()}\n"
-        "found = json.dumps(names(train(base, job_for(base, 1), parent)))\n"
-        "(Path(sys.argv[2]) / 'found.json').write_text(found)\n"
-    )
-    assert run_forked(code, base.directory, tmp_path) == 0
-    assert json.loads((tmp_path / "found.json").read_text()) == names(train_chain(base))
 
 
 def test_a_base_is_checked_once_by_all_processes(
@@ -133,40 +102,13 @@ def test_a_base_is_checked_once_by_all_processes(
         train(base, replace(job, training={**job.training, "sequence_len": 63}))
 
 
-@pytest.mark.parametrize("training", [{}, {"layerwise": 2, "lora_target_modules": "all-linear"}])
-def test_a_kept_trainer_trains_as_a_new_one(base: BaseFiles, training: dict[str, Any]) -> None:
-    """After other shards, resumed stages, other blocks, and a stage that was broken off."""
-    from sisa.lm.train.lora import LoraTrainer
-
-    def broken_off(tick: Tick) -> None:
-        if tick.step:
-            raise InterruptedError
-
-    kept = LoraTrainer(base.directory, base.digest, threads=1)
-    training = {"lora_r": 5, **training}
-    jobs = [replace(job_for(base, at, **training), before=tuple(range(at))) for at in (0, 1)]
-    first = train(base, jobs[0])
-    second = train(base, jobs[1], first)
-    for _ in range(2):
-        assert names(kept.train(jobs[0], None, RECORDS, lambda _: None)) == names(first)
-        assert names(kept.train(jobs[1], first, RECORDS, lambda _: None)) == names(second)
-        with pytest.raises(InterruptedError):
-            kept.train(job_for(base, shard=4, **training), None, RECORDS, broken_off)
-        kept.train(job_for(base, lora_r=3), None, RECORDS, lambda _: None)
-
-
-def test_a_base_whose_frequencies_follow_the_longest_text(tmp_path: Path) -> None:
-    """Each stage begins with those of the base. Hidden states would depend on the records before."""
-    from sisa.lm.train.lora import LoraTrainer
-
+def test_layers_of_a_base_whose_frequencies_follow_the_longest_text_are_not_run_apart(
+    tmp_path: Path,
+) -> None:
+    """Hidden states would depend on the records before."""
     grows = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     made = make_tiny_base(tmp_path, max_position_embeddings=20, rope_parameters=grows)
     base = resolve_base(str(made))
-    kept = LoraTrainer(base.directory, base.digest, threads=1)
-    longer = [stored(10**number) for number in range(9)]
-    kept.train(job_for(base, shard=1), None, longer, lambda _: None)
-    found = kept.train(job_for(base), None, RECORDS, lambda _: None)
-    assert names(found) == names(train(base, job_for(base)))
     with pytest.raises(InvalidInput, match="can't be run apart"):
         train(base, job_for(base, lora_layers="top:1"))
     train(base, job_for(base, lora_layers="top:1", sequence_len=20, overlength="truncate"))
@@ -442,6 +384,7 @@ def test_progress_counts_every_presented_token(base: BaseFiles) -> None:
 
 def test_written_files_name_no_place_and_are_canonical(base: BaseFiles) -> None:
     files = train(base, job_for(base))
+    assert {*files, MANIFEST} == set(FILES)  # an object store lends places for these alone
     config = json.loads(files["adapter_config.json"])
     assert config["base_model_name_or_path"] is None
     assert config["inference_mode"] is True
@@ -461,7 +404,8 @@ def test_peft_loads_the_directory_as_it_is(base: BaseFiles, tmp_path: Path) -> N
     from sisa.lm.answer.answerer import Answerer
     from sisa.lm.base.weights import load_base
 
-    files = train_chain(base)
+    first = train(base, job_for(base, 0, 5), None, RECORDS[:5])
+    files = train(base, job_for(base, 1), first)
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     answerer = Answerer(base.directory, base.digest, {2: files}, threads=1)
@@ -605,18 +549,8 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
             assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-def test_kept_states_reach_no_bit(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sisa.lm.train import frozen_layers
-
-    found = []
-    for room in (1 << 30, 0, 20_000):  # all, none and some of the records
-        bounded = functools.partial(frozen_layers.HiddenStates, room)
-        monkeypatch.setattr("sisa.lm.train.lora.HiddenStates", bounded)
-        first = train(base, job_for(base, 0, 5, **TOP), None, RECORDS[:5])
-        found.append(names(train(base, job_for(base, 1, **TOP), first)))
-    assert found[0] == found[1] == found[2]
-    monkeypatch.undo()
-    state = json.loads(first["adapter_config.json"])
+def test_adapters_of_the_top_layers_name_them(base: BaseFiles) -> None:
+    state = json.loads(train(base, job_for(base, **TOP))["adapter_config.json"])
     assert (state["layers_to_transform"], state["layers_pattern"]) == ([1], "layers")
 
 
