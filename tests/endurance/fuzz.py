@@ -554,9 +554,7 @@ def main(arguments: Sequence[str]) -> int:
     for each in found["failures"]:
         print(each["number"], each["kind"], each["what"], each["line"], each["failure"], sep=" | ")
     print(f"{found['inputs']} inputs, {found['num_failures']} failures, {found['seconds']} s")
-    if chosen.out:
-        g.write_json(chosen.out, {**g.environment(), **found})
-    return 1 if found["failures"] else 0
+    return g.ended(found, chosen.out)
 
 
 if __name__ == "__main__":

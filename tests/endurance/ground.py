@@ -320,6 +320,13 @@ def write_json(path: Path, found: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=2, sort_keys=False) + "\n", encoding="utf-8")
 
 
+def ended(found: Mapping[str, Any], out: Path | None) -> int:
+    """Write what was found, with versions and machine; return the exit code of a check."""
+    if out:
+        write_json(out, {**environment(), **found})
+    return 1 if found["failures"] else 0
+
+
 def table(title: str, counts: Mapping[str, int]) -> str:
     """Return counts by state, one on each line."""
     width = max([len(name) for name in counts], default=0)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -304,20 +303,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(arguments)
     num_lora = round(chosen.kills * WITH_LORA) if chosen.lora is None else chosen.lora
-    folder = Path(tempfile.mkdtemp(prefix="sisa-kills-"))
-    try:
-        num_cheap = chosen.kills - num_lora
-        found = run(folder, chosen.seed, num_cheap, num_lora, encrypt=chosen.encrypt, show=True)
-    finally:
-        shutil.rmtree(folder)
+    numbers = (chosen.seed, chosen.kills - num_lora, num_lora)
+    with tempfile.TemporaryDirectory(prefix="sisa-kills-") as folder:
+        found = run(Path(folder), *numbers, encrypt=chosen.encrypt, show=True)
     for trainer in ("cheap", "lora"):
         if trainer in found:
             print(g.table(f"{trainer}: killed at", found[trainer]["killed_at"]))
             print(g.table(f"{trainer}: state left behind", found[trainer]["states_left"]))
     print(f"{found['kills']} kills, {len(found['failures'])} failures, {found['seconds']} s")
-    if chosen.out:
-        g.write_json(chosen.out, {**g.environment(), **found})
-    return 1 if found["failures"] else 0
+    return g.ended(found, chosen.out)
 
 
 if __name__ == "__main__":

@@ -186,15 +186,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(arguments)
-    folder = Path(tempfile.mkdtemp(prefix="sisa-nodes-"))
-    try:
-        found = run(folder, chosen.seed, chosen.seconds, show=True)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="sisa-nodes-") as folder:
+        found = run(Path(folder), chosen.seed, chosen.seconds, show=True)
     print(f"{found['rounds']} rounds, kills {found['kills']}, {found['seconds']} s", *found["failures"])
-    if chosen.out:
-        g.write_json(chosen.out, {**g.environment(), **found})
-    return 1 if found["failures"] else 0
+    return g.ended(found, chosen.out)
 
 
 if __name__ == "__main__":

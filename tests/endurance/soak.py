@@ -192,18 +192,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end soon after")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(arguments)
-    folder = Path(tempfile.mkdtemp(prefix="sisa-soak-"))
-    try:
-        found = run(folder, chosen.seed, chosen.requests, chosen.every, True, chosen.seconds)
-    finally:
-        shutil.rmtree(folder)
+    numbers = (chosen.seed, chosen.requests, chosen.every)
+    with tempfile.TemporaryDirectory(prefix="sisa-soak-") as folder:
+        found = run(Path(folder), *numbers, True, chosen.seconds)
     print(g.table("state left behind by a kill", found["states_left"]))
     print(
         f"{found['requests']} requests, {found['kills']} kills, {found['seconds']} s", *found["failures"]
     )
-    if chosen.out:
-        g.write_json(chosen.out, {**g.environment(), **found})
-    return 1 if found["failures"] else 0
+    return g.ended(found, chosen.out)
 
 
 if __name__ == "__main__":

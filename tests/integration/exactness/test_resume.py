@@ -96,8 +96,7 @@ def files_without_gone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path
     return scratch_of(tmp_path_factory.mktemp("without"), tiny_base, without(PEOPLE, GONE))
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("next_command", ["train", "forget"])
+@pytest.mark.parametrize(("next_command", "recorded"), [("train", True), ("forget", False)])
 def test_a_deletion_that_was_cut_is_finished_by_the_next_command(
     tiny: Tiny, files_without_gone: dict[str, str], next_command: str, recorded: bool
 ) -> None:

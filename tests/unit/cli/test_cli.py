@@ -132,7 +132,7 @@ def test_help_has_an_example(sisa: Sisa, name: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["config", "--help"]])
-def test_about_itself(sisa: Sisa, arguments: list[str]) -> None:
+def test_help_and_version_go_to_standard_output(sisa: Sisa, arguments: list[str]) -> None:
     code, out, err = sisa(*arguments)
     assert (code, err) == (0, "")
     assert "sisa" in out

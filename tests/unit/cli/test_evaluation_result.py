@@ -33,7 +33,7 @@ FOUND = Aggregates(
 FIRST = headline({"depth": finding("depth", [[[0.5, 0.25]]], [[[1.0, 1.0]]], "below")})
 
 
-def test_words_and_json() -> None:
+def test_a_measured_model_in_words_and_json_quotes_no_answer() -> None:
     result = measured_on_tofu("forget01", [(MODEL, FOUND, FIRST)], [MODEL])
     body = json.loads(json.dumps(result.json))
     assert (result.exit_code, body["models"][0]["model_utility"]) == (0, 0.5)

@@ -73,7 +73,7 @@ def read(result: Result) -> dict[str, Any]:
     return found
 
 
-def test_a_patch_that_was_made() -> None:
+def test_a_patch_that_was_made_is_measured_in_words() -> None:
     result = patches.unlearnt(Unlearnt(PATCH, False, REPORT, 1, 0, 6, 0.125), Path("model"))
     found = read(result)
     assert (found["patch"]["version"], found["patch"]["key"]) == (1, PATCH.key)
@@ -139,7 +139,7 @@ def test_nothing_good_is_2(report: dict[str, Any]) -> None:
     assert result.text.startswith("approximate: NO patch was made")
 
 
-def test_the_list() -> None:
+def test_the_list_says_what_is_held_and_what_shards_are_trained_over() -> None:
     erased = replace(KEPT, held=False, request_id="")
     result = patches.patches_listed(
         [PATCH, replace(PATCH, version=2, state="wanted")], [KEPT, erased], [PATCH.key]
@@ -155,7 +155,7 @@ def test_the_list() -> None:
     assert patches.patches_listed([], [], []).text == "approximate: no patches"
 
 
-def test_one_patch() -> None:
+def test_one_patch_is_shown_with_its_settings_and_limits() -> None:
     result = patches.patch_shown(PATCH, ())
     assert read(result)["report"] == json.loads(json.dumps(REPORT))
     assert "npo: beta 0.1, num_epochs 3" in result.text

@@ -57,13 +57,13 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_json_lines(tmp_path: Path) -> None:
+def test_json_lines_are_read_with_any_line_ends(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", ROWS)
     file.write_bytes(b"\xef\xbb\xbf\r\n" + file.read_bytes().replace(b"\n", b"\r\n\r\n") + b"  \n")
     assert read_records([file]) == RECORDS
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet_is_read_as_json_lines_are(tmp_path: Path) -> None:
     columns = ("id", "subject_id", "text", "prompt", "completion", "messages", "other")
     rows = [{name: row.get(name) for name in columns} for row in ROWS]
     assert read_records([parquet(tmp_path / "a.parquet", rows)]) == RECORDS
@@ -511,7 +511,7 @@ def test_the_childs_caches_are_scratch_and_its_token_is_the_users(
     assert "/users/cache" not in environ.values()
 
 
-def test_ids_file(tmp_path: Path) -> None:
+def test_ids_are_read_once_each(tmp_path: Path) -> None:
     file = tmp_path / "ids.txt"
     file.write_bytes("\ufeffr1\n\n r2 \r\nr1\né".encode())
     assert read_ids(file) == ["r1", " r2 ", "é"]
@@ -525,7 +525,7 @@ def test_ids_file(tmp_path: Path) -> None:
         (None, ["ids"]),
     ],
 )
-def test_bad_ids_files(tmp_path: Path, data: bytes | None, where: list[str]) -> None:
+def test_bad_ids_files_are_refused_by_line(tmp_path: Path, data: bytes | None, where: list[str]) -> None:
     if data is not None:
         (tmp_path / "ids").write_bytes(data)
     with pytest.raises(InvalidInput) as caught:

@@ -119,7 +119,7 @@ def states(found: dict[int, tuple[str, int]], order: tuple[int, ...] = ()) -> li
 
 
 @given(schedules, slice_sets, slice_sets, st.integers(0, 5))
-def test_causality(
+def test_a_job_depends_on_no_later_slice(
     schedule: Schedule, one: dict[int, tuple[str, int]], other: dict[int, tuple[str, int]], cut: int
 ) -> None:
     """Jobs of slices 0..cut are the same whatever happens to the slices after."""

@@ -53,7 +53,7 @@ def chunks(response: Any) -> list[dict[str, Any]]:
     return [json.loads(each.removeprefix("data: ")) for each in events[:-1] if "[DONE]" not in each]
 
 
-def test_a_chat(ask: Ask) -> None:
+def test_a_chat_has_openais_form(ask: Ask) -> None:
     body = ask(logprobs=True, top_logprobs=2).json()
     found = ChatCompletion.model_validate(body, strict=True)
     assert found.id.startswith("chatcmpl-")
@@ -72,7 +72,7 @@ def test_a_chat(ask: Ask) -> None:
     assert [each.logprob for each in tokens[0].top_logprobs] == [-2.0, -3.0]
 
 
-def test_texts(ask: Ask) -> None:
+def test_texts_have_openais_form(ask: Ask) -> None:
     body = ask(prompt=["a b", "c"], n=2, max_tokens=1, logprobs=1).json()
     found = Completion.model_validate(body, strict=True)
     assert [each.index for each in found.choices] == [0, 1, 2, 3]
@@ -191,7 +191,7 @@ def test_what_cannot_be_answered_is_refused_before_the_response(ask: Ask, stream
     assert (found.status_code, found.json()["error"]["code"]) == (400, "InvalidInput")
 
 
-def test_models(client: TestClient, ask: Ask) -> None:
+def test_the_model_and_its_base_are_there_and_no_other(client: TestClient, ask: Ask) -> None:
     listed = client.get("/v1/models").json()
     assert [Model.model_validate(each, strict=True).id for each in listed["data"]] == ["model", "base"]
     assert client.get("/v1/models/model").json() == listed["data"][0]

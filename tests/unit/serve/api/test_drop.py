@@ -19,7 +19,7 @@ def zipped(rows: str) -> bytes:
     return held.getvalue()
 
 
-def test_a_cycle(client: TestClient) -> None:
+def test_a_cycle_over_http_ends_in_responses_to_upload(client: TestClient) -> None:
     assert client.get("/rights/drop").json()["standing"] is None
     done = client.post("/rights/drop/import", content=zipped(f"A7kP2xQ9Lm4R,{HASH}\n"), headers=ZIP)
     assert (done.status_code, done.json()["new"], done.json()["not_found"]) == (200, 1, 1)
