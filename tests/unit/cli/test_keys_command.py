@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from sisa.model import open_model
 from sisa.store.blobs.files import writer_lock
 from sisa.verifier.envelope import Refused, parse_keys, verify_envelope
 from tests.models.confessing import NAME
+from tests.models.programs.imported import imported_by
 
 Ask = Callable[..., dict[str, Any]]
 Sisa = Callable[..., tuple[int, str, str]]
@@ -78,11 +77,8 @@ def test_an_auditor_follows_the_hand_overs(model: Path, ask: Ask, tmp_path: Path
 
 def test_an_auditor_needs_little(model: Path, ask: Ask) -> None:
     made = ask("keys", "init", "-m", model)
-    arguments = ["keys", "check", made["published"], "--trusted", made["public_keys"]]
-    arguments += ["--log", str(model / "log")]
-    code = f"import sys; from cluster.cli.cli import run; run({arguments!r}); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
+    check = ("keys", "check", made["published"], "--trusted", made["public_keys"])
+    loaded = imported_by((*check, "--log", model / "log"))
     assert "cryptography" in loaded
     assert not loaded & {"torch", "ray", "numpy", "faiss", "pydantic", "sqlalchemy", "securesystemslib"}
 
