@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import ipaddress
 import json
 import re
 import sqlite3
@@ -30,9 +28,6 @@ import httpx2
 import openai
 import psutil
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.cli import cli
@@ -44,6 +39,7 @@ from sisa.train import train_model
 from tests.endurance.service import REPLICA, Service, Soak, train
 from tests.models.programs.job_cluster import free_port
 from tests.models.tiny_model import PEOPLE, change_run, train_scratch
+from tests.unit.serve.test_tokens import certified
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("own_ray")]
 
@@ -472,33 +468,16 @@ def test_a_deletion_ends_answers_where_the_run_file_says_so(served: Served) -> N
 # --- TLS -------------------------------------------------------------------------------------------
 
 
-def certified(folder: Path) -> tuple[Path, Path]:
-    """Return a certificate for this machine that signs itself, and its key."""
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "service.test")])
-    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    made = made.serial_number(x509.random_serial_number())
-    made = made.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
-    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    signed = made.add_extension(here, critical=False).sign(key, hashes.SHA256())
-    cert_file, key_file = folder / "cert.pem", folder / "key.pem"
-    cert_file.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    key_file.touch(0o600)
-    forms = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    key_file.write_bytes(key.private_bytes(serialization.Encoding.PEM, *forms))
-    return cert_file, key_file
-
-
 @pytest.mark.long  # a Ray of its own; the options for TLS are tested in tests/unit/serve/test_tokens.py
 def test_https(tiny_base: Path, tmp_path: Path, ask: Ask) -> None:
-    cert, key = certified(tmp_path)
-    block = {"tls": {"cert": str(cert), "key": str(key)}}
+    tls = certified(tmp_path)
+    block = {"tls": {"cert": str(tls.cert), "key": str(tls.key)}}
     small = {"sisa_block": {"shards": 1, "slices": 1}, "num_epochs": 1, "service": block}
     train_scratch(tmp_path, tiny_base, PEOPLE[:4], **small)
     with serving(tmp_path, 1) as served:
         url = served.running.url
         assert url.startswith("https://127.0.0.1:")
-        trusting = httpx2.Client(verify=ssl.create_default_context(cafile=str(cert)))
+        trusting = httpx2.Client(verify=ssl.create_default_context(cafile=str(tls.cert)))
         with served.client(http_client=trusting) as client:
             prompt = prompt_of(PEOPLE[0])
             answer = client.completions.create(model="model", prompt=prompt, **SHOWN).choices[0].text
