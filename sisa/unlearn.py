@@ -83,6 +83,7 @@ class _Effect:
         return found.to_json()
 
 
+@retry_read
 def drift(model: Model) -> float | None:
     """Return how far the patches served now have moved the shards from those they were trained over."""
     with model.context() as context:

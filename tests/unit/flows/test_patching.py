@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from sisa import unlearn
 from sisa.core.domain import WRITTEN, Export, Patch, Probed, Request, active, wanted
-from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, UnknownRecord
+from sisa.core.errors import (
+    ConfigConflict,
+    EnvironmentFault,
+    IntegrityError,
+    InvalidInput,
+    UnknownRecord,
+)
 from sisa.core.events import Event, Notice
 from sisa.core.ports import Change, Contribution, Removal
 from sisa.flows.ask import chosen_rows
@@ -397,6 +407,25 @@ def test_what_a_patch_does_to_the_shards_is_in_its_report(fake: FakeModel) -> No
     assert seen == [(1, 2)]
     assert done.patch == stack(fake)[1]
     assert done.report == {"steps": 2, "composition": {"kl": 0}}
+
+
+def test_drift_is_measured_again_if_a_writer_disturbs_it(
+    fake: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(fake, [FREE])
+    found = iter([None, Composition(1, None, AnswerChange(1, 0.5, 0.5, agreement=0.75, kl=0.0), {})])
+
+    def measure(*_: object) -> Composition:
+        if (each := next(found)) is None:
+            commit(fake.context, Change())
+            raise IntegrityError("a checkpoint has just been replaced")
+        return each
+
+    monkeypatch.setattr(unlearn, "measure", measure)
+    model: Any = SimpleNamespace(
+        _seq=fake.ledger.seq, context=lambda: nullcontext(fake.context), resources=None
+    )
+    assert unlearn.drift(model) == 0.25
 
 
 def test_nothing_of_a_text_is_in_the_ledger(fake: FakeModel) -> None:
