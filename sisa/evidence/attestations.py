@@ -29,7 +29,8 @@ from sisa.core.digest import Keyed, digest_of, sha256_hex
 from sisa.core.domain import HeldCheckpoint, WitnessHead, active
 from sisa.core.errors import SisaError
 from sisa.evidence.database import Logged, parse_logged
-from sisa.evidence.hook import open_hook, served_by
+from sisa.evidence.hook import open_hook
+from sisa.evidence.issuing import served_by
 from sisa.evidence.keys.keys import keys_of, open_log
 from sisa.evidence.log.log import statement_in
 from sisa.evidence.statements import (

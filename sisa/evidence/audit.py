@@ -35,7 +35,7 @@ from sisa.audit.residue import sweep_model
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import Problem, SisaError
 from sisa.evidence.attestations import served_subject
-from sisa.evidence.hook import served_by
+from sisa.evidence.issuing import served_by
 from sisa.evidence.keys.keys import PUBLISHED, Keys, open_keys, open_log
 from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log

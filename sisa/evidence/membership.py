@@ -26,31 +26,22 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from hashlib import sha256, sha512
+from functools import lru_cache
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
-
-from nacl.bindings import (
-    crypto_core_ed25519_scalar_add,
-    crypto_core_ed25519_scalar_mul,
-    crypto_core_ed25519_scalar_reduce,
-    crypto_scalarmult_ed25519_base_noclamp,
-    crypto_scalarmult_ed25519_noclamp,
-)
 
 from sisa.core.digest import canonical_json
 from sisa.core.domain import SliceFile
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
 from sisa.evidence.database import damaged_database, transaction
+from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.slices import SlicePosition
 from sisa.verifier.membership import EMPTY_TREE, LABEL_BITS, LABEL_BYTES, bits, fold, inner, leaf
-from sisa.verifier.vrf import challenge_of, encode_to_curve, output
 
-EIGHT = (8).to_bytes(32, "little")
 BUCKET = 16  # most leaves of a subtree whose hash is not stored
 MANY = 10_000  # labels, of which a core computes some 6,000 in a second
 TABLES = ("leaves", "nodes", "taken", "tree")
@@ -68,55 +59,6 @@ CREATE TABLE IF NOT EXISTS tree (name TEXT PRIMARY KEY, value BLOB) STRICT, WITH
 KEY, ROOT = "key", "root"  # rows of `tree`
 
 Row = tuple[bytes, bytes, int, int, str]  # of `leaves`
-
-
-@dataclass(frozen=True)
-class VrfKey:
-    """The secret key of the labels: 32 random bytes, expanded as Ed25519 does (RFC 8032, 5.1.5).
-
-    How long a call takes depends on the input, which the owner of the key knows anyway, and not on the
-    key.
-
-    >>> from sisa.verifier.vrf import verify_output
-    >>> key = VrfKey(bytes(32))
-    >>> verify_output(key.public, b"p001-q1", key.prove(b"p001-q1")) == key.output(b"p001-q1")
-    True
-    """
-
-    secret: bytes
-
-    @cached_property
-    def _expanded(self) -> tuple[bytes, bytes]:
-        """Return the secret scalar, and the half that nonces are made from."""
-        expanded = sha512(self.secret).digest()
-        scalar = bytes([expanded[0] & 248, *expanded[1:31], expanded[31] & 127 | 64])
-        return crypto_core_ed25519_scalar_reduce(scalar + bytes(32)), expanded[32:]
-
-    @cached_property
-    def _times_cofactor(self) -> bytes:
-        return crypto_core_ed25519_scalar_mul(EIGHT, self._expanded[0])
-
-    @cached_property
-    def public(self) -> bytes:
-        """Return the public key."""
-        return crypto_scalarmult_ed25519_base_noclamp(self._expanded[0])
-
-    def output(self, alpha: bytes) -> bytes:
-        """Return the output for an input, 64 bytes, without a proof."""
-        point = encode_to_curve(self.public, alpha)
-        return output(crypto_scalarmult_ed25519_noclamp(self._times_cofactor, point))
-
-    def prove(self, alpha: bytes) -> bytes:
-        """Return the proof of the output for an input (RFC 9381, section 5.1)."""
-        scalar, nonces = self._expanded
-        point = encode_to_curve(self.public, alpha)
-        gamma = crypto_scalarmult_ed25519_noclamp(scalar, point)
-        nonce = crypto_core_ed25519_scalar_reduce(sha512(nonces + point).digest())
-        u = crypto_scalarmult_ed25519_base_noclamp(nonce)
-        v = crypto_scalarmult_ed25519_noclamp(nonce, point)
-        challenge = challenge_of(self.public, point, gamma, u, v)
-        product = crypto_core_ed25519_scalar_mul(challenge + bytes(16), scalar)
-        return gamma + challenge + crypto_core_ed25519_scalar_add(nonce, product)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Report
 from sisa.data.reader import read_like
-from sisa.evidence.hook import served_by
+from sisa.evidence.issuing import served_by
 from sisa.evidence.keys.keys import keys_of, open_log
 from sisa.evidence.statements import Served
 from sisa.flows.wiring.wiring import OpenExecutor

@@ -1,9 +1,9 @@
 """Verify outputs of a verifiable random function: ECVRF-EDWARDS25519-SHA512-TAI of RFC 9381.
 
-The owner of a key computes one output for each input and proves it; nobody else can compute an output,
-and the owner can't prove another one. Here, the inputs are ids of records. The curve is libsodium's;
-`sisa/evidence/membership.py` proves. The key and the proof's point must be canonical encodings of points
-of the prime-order group, where the RFC accepts more: those that honest owners make always are.
+The owner of a key computes one output for each input and proves it (`sisa/evidence/keys/vrf_key.py`).
+Nobody else can compute an output, and the owner can't prove another one. Here, the inputs are ids of
+records. The curve is libsodium's. The key and the proof's point must be canonical encodings of points of
+the prime-order group, where the RFC accepts more: honest owners make no others.
 
 >>> public = bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")
 >>> proof = bytes.fromhex("8657106690b5526245a92b003bb079ccd1a92130477671f6fc01ad16f26f723f26f8a57c"

@@ -33,11 +33,12 @@ from sisa.core.requests import chained
 from sisa.evidence.audit import Audit, Check, audit_model, audit_statement, drawn
 from sisa.evidence.issued import certificate_file, issue, membership_file, receipt_file
 from sisa.evidence.keys.keys import PUBLISHED, Keys, create_keys, keys_of, rotate, start_evidence
+from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.evidence.log.cosigning import cosign, new_cosigner_key
 from sisa.evidence.log.log import SIGNED, Log
 from sisa.evidence.log.published import log_reader
 from sisa.evidence.log.tiles import CHECKPOINT
-from sisa.evidence.membership import Membership, VrfKey
+from sisa.evidence.membership import Membership
 from sisa.evidence.revocations import FEED, publish
 from sisa.flows.deletion import Terms, _write_remaining, plan_forget
 from sisa.flows.query import lookup

@@ -21,7 +21,7 @@ from in_toto_attestation.predicates.test_result.v0.test_result_pb2 import TestRe
 from sisa.core.domain import Patch, PatchJob
 from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import Change
-from sisa.evidence import hook
+from sisa.evidence import issuing
 from sisa.evidence.database import EvidenceTables
 from sisa.evidence.keys.keys import Keys
 from sisa.evidence.log.log import Log
@@ -511,11 +511,11 @@ def test_a_search_that_is_not_wanted_or_too_large_is_not_made(
     model: Certified, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(hook, "MAX_STRINGS", 5)
+        patched.setattr(issuing, "MAX_STRINGS", 5)
         model.forget(1, 2)
     assert sweep_of(model) == "not run: 6 ids and texts, more than 5"
     with monkeypatch.context() as patched:
-        patched.setattr(hook, "MAX_SEARCHED_BYTES", 100)
+        patched.setattr(issuing, "MAX_SEARCHED_BYTES", 100)
         model.forget(3)
     assert sweep_of(model)["predicate"]["result"] == "WARNED"
     signing = model.hook.config.signing.model_copy(update={"sweep": False})

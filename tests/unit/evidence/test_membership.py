@@ -20,7 +20,8 @@ from sisa.core.events import Event, Notice
 from sisa.core.ports import StoredRecord
 from sisa.evidence import membership
 from sisa.evidence.database import VERSION, transaction
-from sisa.evidence.membership import SCHEMA, TABLES, Membership, Tree, VrfKey, tree_hash
+from sisa.evidence.keys.vrf_key import VrfKey
+from sisa.evidence.membership import SCHEMA, TABLES, Membership, Tree, tree_hash
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.query import lookup

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from sisa.evidence.membership import SCHEMA, Tree, VrfKey, tree_hash
+from sisa.evidence.keys.vrf_key import VrfKey
+from sisa.evidence.membership import SCHEMA, Tree, tree_hash
 from sisa.verifier.certificate import APPROX_REPORT
 from sisa.verifier.envelope import Refused
 from sisa.verifier.membership import (

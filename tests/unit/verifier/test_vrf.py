@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sisa.evidence.membership import VrfKey
+from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.verifier.envelope import Refused
 from sisa.verifier.vrf import ORDER, PROOF_BYTES, encode_to_curve, validate_key, verify_output
 
