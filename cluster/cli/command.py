@@ -317,7 +317,7 @@ def logged_statements(
 
     read = log_reader(where)
     seen = [] if proof is None else [parse_proof(proof.encode())[2]]
-    entries = check_log(read, keys.log, seen=seen)[2]
+    entries = check_log(read, keys.log, seen=seen)[1]
     return len(entries), list(verify_chain(entries, read, keys))
 
 

@@ -111,7 +111,7 @@ def check_keys(file: Path, trusted: Path, where: str | None) -> Result:
     known, found = (read_public_keys(each) for each in (trusted, file))
     if where is not None:
         read = log_reader(where)
-        known = follow(known, check_log(read, known.log)[2], read)
+        known = follow(known, check_log(read, known.log)[1], read)
     keyid = known.certificates[-1].keyid
     if found != known:
         raise Refused(
@@ -243,7 +243,7 @@ def check_log_command(
         with opened(directory) as model:
             now = log_of(model).check(cosigners, kept)
     elif where is not None and key_file is not None and directory is None:
-        now, _, _ = check_log(log_reader(where), log_vkey(key_file), cosigners, kept)
+        now, _ = check_log(log_reader(where), log_vkey(key_file), cosigners, kept)
     else:
         raise click.UsageError("give a directory or a URL with --key, or -m alone")
     body = {"ok": True, "origin": now.origin, "size": now.size, "root": now.root.hex()}

@@ -114,7 +114,7 @@ def check_evidence(
         found = replace(found, keyid=keys.certificates[-1].keyid)
         if own is not None and own != keys:
             raise Refused("the published keys are not the model's own")
-        checkpoint, _, entries = check_log(read, keys.log, seen=[kept] if kept else [])
+        checkpoint, entries = check_log(read, keys.log, seen=[kept] if kept else [])
         names = {name for name, _ in note.split_note(read(CHECKPOINT))[1]} - {checkpoint.origin}
         found = replace(
             found,

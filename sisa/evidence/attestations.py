@@ -31,7 +31,7 @@ from sisa.core.errors import SisaError
 from sisa.evidence.database import Logged, parse_logged
 from sisa.evidence.hook import open_hook
 from sisa.evidence.issuing import served_by
-from sisa.evidence.keys.keys import keys_of, open_log
+from sisa.evidence.keys.keys import keys_of, log_for_writing
 from sisa.evidence.log.log import statement_in
 from sisa.evidence.statements import (
     PROVENANCE,
@@ -40,6 +40,7 @@ from sisa.evidence.statements import (
     Served,
     access_predicate,
     decimal,
+    statement,
     subject_of,
 )
 from sisa.flows.wiring.context import Context
@@ -135,15 +136,9 @@ def _log(model: Model, check: str, results: Results, held: str) -> Stated:
         with model.writing() as context:
             if held_state(context.stores.ledger) != held:
                 return Stated(not_logged=CHANGED)
-            described = configuration(check, model.id, context.now())
-            envelope = keys.sign(
-                {
-                    "subject": served_subject(context),
-                    "predicateType": TEST_RESULT,
-                    "predicate": results.predicate([described]),
-                }
-            )
-            entry = open_log(keys, context.stores.blobs[LOG]).append(envelope, TEST_RESULT)
+            predicate = results.predicate([configuration(check, model.id, context.now())])
+            envelope = keys.sign(statement(served_subject(context), TEST_RESULT, predicate))
+            entry = log_for_writing(keys, context.stores.blobs[LOG]).append(envelope, TEST_RESULT)
     except (SisaError, Refused) as error:
         return Stated(not_logged=error.what)
     return Stated(entry, results.result)
@@ -191,7 +186,7 @@ def log_provenance(model: Model) -> list[Logged]:
     """
     keys = keys_of(model)
     with model.writing() as context:
-        log = open_log(keys, context.stores.blobs[LOG])
+        log = log_for_writing(keys, context.stores.blobs[LOG])
         known = open_hook(model.directory, model.config, model.id).tables.logged(log)
         served_now = digest_of(served_subject(context))
         first = next((e for e in known if e.kind in CHAINED and e.subject == served_now), None)
@@ -206,8 +201,7 @@ def log_provenance(model: Model) -> list[Logged]:
                 made.append(same[-1])
                 continue
             predicate = provenance_predicate(context, model, adapters, state)
-            statement = {"subject": subject, "predicateType": PROVENANCE, "predicate": predicate}
-            envelope = keys.sign(statement)
+            envelope = keys.sign(statement(subject, PROVENANCE, predicate))
             entry = log.append(envelope, PROVENANCE)
             made.append(parse_logged(entry, PROVENANCE, envelope))
     return made

@@ -36,11 +36,12 @@ from sisa.core.digest import sha256_hex
 from sisa.core.errors import Problem, SisaError
 from sisa.evidence.attestations import served_subject
 from sisa.evidence.issuing import served_by
-from sisa.evidence.keys.keys import PUBLISHED, Keys, open_keys, open_log
+from sisa.evidence.keys.keys import PUBLISHED, Keys, log_for_writing, open_keys
 from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log
 from sisa.evidence.log.tiles import CHECKPOINT, Read, cutting_full_tiles
 from sisa.evidence.membership import Membership
+from sisa.evidence.statements import statement
 from sisa.flows.reconcile import under_way
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.served import held_state
@@ -133,7 +134,7 @@ def audit_model(
             return done
         done = replace(done, envelope=keys.sign(audit_statement(done, model.directory)))
         with suppress(SisaError):  # a log that was set back or has forked takes nothing: see `log` above
-            log = open_log(keys, context.stores.blobs[LOG])
+            log = log_for_writing(keys, context.stores.blobs[LOG])
             done = replace(done, index=log.append(done.envelope, AUDIT))
         return done
 
@@ -163,7 +164,7 @@ def audit_statement(done: Audit, directory: Path) -> dict[str, Any]:
         "checks": checks,
         "passed": done.passed,
     }
-    return {"subject": done.subject, "predicateType": AUDIT, "predicate": predicate}
+    return statement(done.subject, AUDIT, predicate)
 
 
 def _check(name: str, find: Callable[[], Iterable[Problem]], skipped: str = "") -> Check:
@@ -219,12 +220,12 @@ class _Evidence:
     @cached_property
     def entries(self) -> list[bytes]:
         """Return the log's entries, which its checkpoint covers."""
-        return check_log(self.read, self.public.log)[2]
+        return check_log(self.read, self.public.log)[1]
 
     @cached_property
     def statements(self) -> list[dict[str, Any]]:
         """Return the statements of the log that the model's keys signed, in order."""
-        return [statement for _, statement in verify_chain(self.entries, self.read, self.public)]
+        return [each for _, each in verify_chain(self.entries, self.read, self.public)]
 
     @property
     def chained(self) -> list[dict[str, Any]]:

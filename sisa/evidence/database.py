@@ -123,10 +123,8 @@ class EvidenceTables:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @contextlib.contextmanager
-    def _tables(self) -> Iterator[sqlite3.Connection]:
-        with transaction(self.path, _SCHEMA) as db:
-            yield db
+    def _tables(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        return transaction(self.path, _SCHEMA)
 
     def put_drafts(self, drafts: Sequence[Draft]) -> None:
         """Note drafts and their commitments, in place of earlier ones of the same requests.
@@ -168,16 +166,16 @@ class EvidenceTables:
         """Return the commitments of a request, sorted; none if it has none."""
         with self._tables() as db:
             query = "SELECT hashes FROM commitments WHERE request = ?"
-            return _split(b"".join(row[0] for row in db.execute(query, (request_id,))))
+            found = db.execute(query, (request_id,)).fetchone()
+        return _split(found[0]) if found else ()
 
-    def drop(self, requests: Sequence[str], *, commitments: bool) -> None:
+    def drop_drafts(self, requests: Sequence[str], *, commitments: bool) -> None:
         """Drop the drafts of requests, and their commitments if no certificate names them."""
+        named = [(each,) for each in requests]
         with self._tables() as db:
-            for table in ("drafts", *(["commitments"] if commitments else [])):
-                db.executemany(
-                    f"DELETE FROM {table} WHERE request = ?",  # noqa: S608 (our own table name)
-                    [(each,) for each in requests],
-                )
+            db.executemany("DELETE FROM drafts WHERE request = ?", named)
+            if commitments:
+                db.executemany("DELETE FROM commitments WHERE request = ?", named)
 
     def note_adapters(self, held: Iterable[HeldCheckpoint], seq: int, anew: str) -> None:
         """Note adapters that are held.

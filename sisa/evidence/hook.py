@@ -24,7 +24,7 @@ from sisa.core.ports import Contribution, Removal
 from sisa.evidence import statements
 from sisa.evidence.database import EvidenceTables, Logged
 from sisa.evidence.issuing import Issuing
-from sisa.evidence.keys.keys import open_keys, open_log
+from sisa.evidence.keys.keys import log_for_writing, open_keys
 from sisa.evidence.keys.model_signature import export_key, sign_export
 from sisa.evidence.log.log import origin
 from sisa.evidence.statements import NOT_RUN, Draft, Held
@@ -78,7 +78,7 @@ class EvidenceHook:
         try:
             begun = {each.request_id for each in context.stores.ledger.requests() if each.committed_at}
             if stray := sorted(self.tables.drafts().keys() - begun):
-                self.tables.drop(stray, commitments=True)
+                self.tables.drop_drafts(stray, commitments=True)
         except SisaError as error:
             _report(context, "drafts of certificates are not up to date", error)
 
@@ -109,7 +109,7 @@ class EvidenceHook:
                 where=self.model,
                 next_step="restore them from a backup, or make new ones: `sisa keys init`",
             )
-        log = open_log(keys, context.stores.blobs[LOG])
+        log = log_for_writing(keys, context.stores.blobs[LOG])
         why_not = LATER if self.config.signing.sweep else NOT_WANTED
         issuing = Issuing(context, self.tables, keys, log, self.directory, self.removed, why_not)
         return [

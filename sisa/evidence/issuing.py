@@ -96,10 +96,10 @@ class Issuing:
         waiting = self.tables.signed()
         return [self._append(*waiting)] if waiting and waiting[0] == len(self.logged) else []
 
-    def _issue(self, statement: Mapping[str, Any]) -> Logged:
+    def _issue(self, unsigned: Mapping[str, Any]) -> Logged:
         """Sign a statement, note it, and log it."""
-        kind, sequence = str(statement["predicateType"]), len(self.logged)
-        envelope = self.keys.sign(dict(statement))
+        kind, sequence = str(unsigned["predicateType"]), len(self.logged)
+        envelope = self.keys.sign(unsigned)
         self.tables.put_signed(sequence, kind, envelope)
         return self._append(sequence, kind, envelope)
 
@@ -129,10 +129,10 @@ class Issuing:
                 sweep = self.sweeps.get(request.request_id, self.why_not_swept)
                 outcome = _outcome(self.context, request, drafted, sweep, self.old_versions)
                 keyed = self.context.settings.chain.keyed
-                statement = statements.deletion_statement(keyed, drafted, outcome, self._next_state())
-                made.append(self._issue(statement))
+                now = self._next_state()
+                made.append(self._issue(statements.deletion_statement(keyed, drafted, outcome, now)))
             self.tables.drop_adapters(drafted.revokes)
-            self.tables.drop([request.request_id], commitments=False)
+            self.tables.drop_drafts([request.request_id], commitments=False)
         return made
 
     def state(self) -> list[Logged]:

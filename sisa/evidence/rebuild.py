@@ -36,8 +36,8 @@ from sisa.core.errors import InvalidInput
 from sisa.core.events import Report
 from sisa.data.reader import read_like
 from sisa.evidence.issuing import served_by
-from sisa.evidence.keys.keys import keys_of, open_log
-from sisa.evidence.statements import Served
+from sisa.evidence.keys.keys import keys_of, log_for_writing
+from sisa.evidence.statements import Served, statement
 from sisa.flows.wiring.wiring import OpenExecutor
 from sisa.model import Model
 from sisa.planning.layout import Assigner
@@ -213,7 +213,7 @@ def rebuild_statement(found: Rebuild, certificate: Certificate, at: str) -> dict
         "num_records": found.num_records,
         "shards": [asdict(each) | {"verdict": each.verdict} for each in found.shards],
     }
-    return {"subject": subject, "predicateType": REBUILD, "predicate": predicate}
+    return statement(subject, REBUILD, predicate)
 
 
 def add_rebuild(model: Model, envelope: bytes, public_key: CertificateKey) -> int:
@@ -223,10 +223,10 @@ def add_rebuild(model: Model, envelope: bytes, public_key: CertificateKey) -> in
     """
     keys = keys_of(model)
     parties = replace(keys.public, certificates=(replace(public_key, since=0, until=None),))
-    statement = verify_envelope(envelope, parties)
-    predicate = statement["predicate"] if statement["predicateType"] == REBUILD else {}
+    stated = verify_envelope(envelope, parties)
+    predicate = stated["predicate"] if stated["predicateType"] == REBUILD else {}
     with model.writing() as context:
-        log = open_log(keys, context.stores.blobs[LOG])
+        log = log_for_writing(keys, context.stores.blobs[LOG])
         logged = {each.sha256: each for each in log.entries()}
         known = logged.get(predicate.get("certificate", ""))
         if predicate.get("model") != model.id or known is None:

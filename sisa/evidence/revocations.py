@@ -27,6 +27,7 @@ from typing import Any
 
 from sisa.evidence.issued import OpenEvidence, open_evidence
 from sisa.evidence.log.log import origin, statement_in
+from sisa.evidence.statements import statement
 from sisa.model import Model
 from sisa.store.areas import LOG
 from sisa.store.blobs.files import write_atomic
@@ -56,13 +57,13 @@ class Published:
 def publish(model: Model, to: Path | None = None, days: int = VALID_DAYS) -> Published:
     """Sign a feed and write it to a file, by default beside the log. Raise InvalidInput without keys."""
     with open_evidence(model) as evidence:
-        statement, beside = feed_of(evidence, days), evidence.context.stores.blobs[LOG]
-        envelope = evidence.keys.sign(statement)
+        feed, beside = feed_of(evidence, days), evidence.context.stores.blobs[LOG]
+        envelope = evidence.keys.sign(feed)
         if to is None:
             beside.put(FEED, envelope)
         else:
             write_atomic(to, envelope, mode=0o644)
-    predicate = statement["predicate"]
+    predicate = feed["predicate"]
     return Published(
         feed=str(to or beside.location(FEED)),
         sequence=predicate["sequence"],
@@ -121,15 +122,13 @@ def feed_statement(
     days: int = VALID_DAYS,
 ) -> dict[str, Any]:
     """Return a feed: what was revoked and is not `held` again, as of the log with a checkpoint."""
-    return {
-        "subject": [{"name": origin(model), "digest": {"sha256": log.root.hex()}}],
-        "predicateType": REVOCATIONS,
-        "predicate": {
-            "model": model,
-            "sequence": log.size + num_waiting,
-            "published": now.strftime(TIME_FORMAT),
-            "next_update": (now + timedelta(days)).strftime(TIME_FORMAT),
-            "revoked": {name: by for name, by in revoked.items() if name not in held},
-            "reinstated": sorted(revoked.keys() & held),
-        },
+    predicate = {
+        "model": model,
+        "sequence": log.size + num_waiting,
+        "published": now.strftime(TIME_FORMAT),
+        "next_update": (now + timedelta(days)).strftime(TIME_FORMAT),
+        "revoked": {name: by for name, by in revoked.items() if name not in held},
+        "reinstated": sorted(revoked.keys() & held),
     }
+    subject = [{"name": origin(model), "digest": {"sha256": log.root.hex()}}]
+    return statement(subject, REVOCATIONS, predicate)

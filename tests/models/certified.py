@@ -45,7 +45,7 @@ def check_statement(stated: dict[str, Any]) -> None:
 def statements_of(log: Path, keys: PublicKeys) -> list[dict[str, Any]]:
     """Return the statements of a log, checked as an outsider does who has the keys."""
     read = log_reader(str(log))
-    _, _, entries = check_log(read, keys.log)
+    _, entries = check_log(read, keys.log)
     found = [each for _, each in verify_chain(entries, read, keys)]
     for each in found:
         check_statement(each)

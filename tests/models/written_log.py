@@ -56,7 +56,7 @@ class Place:
 
     def outsider(self) -> tuple[Checkpoint, list[bytes]]:
         """Return what an outsider finds. Raise Refused or IntegrityError if it does not fit."""
-        found, _, entries = check_log(self.read, self.vkey)
+        found, entries = check_log(self.read, self.vkey)
         return found, entries
 
 

@@ -64,6 +64,7 @@ from sisa.core.ports import BlobStore
 from sisa.evidence.database import EvidenceTables
 from sisa.evidence.keys.model_signature import export_key, public_pem
 from sisa.evidence.log.log import Log, origin, statement_in
+from sisa.evidence.statements import statement
 from sisa.flows.wiring.wiring import EVIDENCE, evidence_keys
 from sisa.store.areas import LOG, open_areas
 from sisa.store.blobs import files
@@ -116,7 +117,7 @@ class Keys:
         """Return the public key that signs now."""
         return self.public.certificates[-1]
 
-    def sign(self, statement: Mapping[str, Any]) -> bytes:
+    def sign(self, unsigned: Mapping[str, Any]) -> bytes:
         """Return the envelope of a statement. Raise EnvironmentFault if the signer fails."""
         path = self.directory / f"{self.present.keyid}{KEY}"
         try:
@@ -128,7 +129,7 @@ class Keys:
                 next_step="restore it from a backup, or replace it by `sisa keys rotate --lost`",
             ) from None
         sign = _sign_function(self.present, private, self.signer)
-        return _signed_statement(statement, self.present, sign)
+        return _signed_statement(unsigned, self.present, sign)
 
     def settle(self, log: Log) -> None:
         """Log the hand-over of an interrupted rotation, then destroy the key that it replaced.
@@ -165,7 +166,7 @@ class Keys:
         files.erase_all(self.directory, [HANDOVER])
 
 
-def open_log(keys: Keys, blobs: BlobStore) -> Log:
+def log_for_writing(keys: Keys, blobs: BlobStore) -> Log:
     """Return a model's log to append to, once the keys are settled and published beside it.
 
     The caller holds the writer lock. Raise IntegrityError.
@@ -214,7 +215,7 @@ def start_evidence(model: Model, signer: str = "", public_key: CertificateKey | 
                 )
             EvidenceTables(model.directory / EVIDENCE).drop_logged()
         keys = init_keys(model.config, model.id, signer, public_key)
-        open_log(keys, blobs)
+        log_for_writing(keys, blobs)
     return keys
 
 
@@ -229,8 +230,8 @@ def rotate(
     with model.locked():
         keys, blobs = keys_of(model), log_blobs(model)
         signer = signer or model.config.signing.signer or ""
-        new = rotate_keys(keys, open_log(keys, blobs), reason, until, signer, public_key)
-        open_log(new, blobs)
+        new = rotate_keys(keys, log_for_writing(keys, blobs), reason, until, signer, public_key)
+        log_for_writing(new, blobs)
     return new
 
 
@@ -315,12 +316,9 @@ def rotate_keys(
         raise InvalidInput("the new key is an old one", got=f"keyid {new.keyid}")
     old = (*keys.public.certificates[:-1], replace(keys.present, until=end))
     public, sign = replace(keys.public, certificates=(*old, new)), _sign_function(new, data, signer)
-    statement = {
-        "subject": [{"name": "signing-key", "digest": {"sha256": new.keyid}}],
-        "predicateType": KEY_HANDOVER,
-        "predicate": {"reason": reason, "keys": public_body(public)},
-    }
-    handover = keys.sign(statement) if reason == "rotated" else _signed_statement(statement, new, sign)
+    subject = [{"name": "signing-key", "digest": {"sha256": new.keyid}}]
+    named = statement(subject, KEY_HANDOVER, {"reason": reason, "keys": public_body(public)})
+    handover = keys.sign(named) if reason == "rotated" else _signed_statement(named, new, sign)
     public_file = _signed_public_file(public, sign)
     files.write_atomic(keys.directory / HANDOVER, handover)
     files.write_atomic(keys.directory / name, data)
@@ -351,11 +349,11 @@ def read_private_key(key_file: Path) -> Ed25519PrivateKey:
     )
 
 
-def sign_as(statement: Mapping[str, Any], private: Ed25519PrivateKey) -> tuple[bytes, bytes]:
+def sign_as(unsigned: Mapping[str, Any], private: Ed25519PrivateKey) -> tuple[bytes, bytes]:
     """Return a statement's envelope under the key of another party, and its public key in PEM."""
     public = private.public_key()
     pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return _signed_statement(statement, _certificate_key(public, ED25519), private.sign), pem
+    return _signed_statement(unsigned, _certificate_key(public, ED25519), private.sign), pem
 
 
 def read_public_key(path: Path) -> CertificateKey:
@@ -417,8 +415,8 @@ def _sign_function(key: CertificateKey, private: bytes, signer: str) -> SignByte
     return found.sign
 
 
-def _signed_statement(statement: Mapping[str, Any], key: CertificateKey, sign: SignBytes) -> bytes:
-    payload = rfc8785.dumps({"_type": STATEMENT_TYPE, **statement})
+def _signed_statement(unsigned: Mapping[str, Any], key: CertificateKey, sign: SignBytes) -> bytes:
+    payload = rfc8785.dumps({"_type": STATEMENT_TYPE, **unsigned})
     return _envelope(PAYLOAD_TYPE, payload, key, sign)
 
 

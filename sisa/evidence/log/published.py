@@ -43,8 +43,8 @@ TIMEOUT_S = 20
 
 def check_log(
     read: Read, vkey: str, cosigners: Sequence[str] = (), seen: Sequence[bytes] = ()
-) -> tuple[Checkpoint, list[Checkpoint], list[bytes]]:
-    """Check a whole published log; return its checkpoint, the seen ones and the entries. Raise Refused.
+) -> tuple[Checkpoint, list[bytes]]:
+    """Check a whole published log; return its checkpoint and its entries. Raise Refused.
 
     It continues every checkpoint that was `seen`: none of their entries was rewritten, dropped or moved.
     All of these cosigners have signed the present one.
@@ -53,16 +53,16 @@ def check_log(
     entries = note.read_log(read, now)
     check_tiles(read, entries)
     hashes = [merkle.leaf_hash(each) for each in entries]
-    before = [note.open_checkpoint(each, vkey) for each in seen]
-    for each in before:
-        if each.size > now.size or merkle.root(hashes[: each.size]) != each.root:
+    for kept in seen:
+        before = note.open_checkpoint(kept, vkey)
+        if before.size > now.size or merkle.root(hashes[: before.size]) != before.root:
             raise Refused(
                 "the log does not continue a checkpoint that was seen: entries were changed or dropped",
-                expected=f"{each.size} entries with the root {each.root.hex()}, and more",
+                expected=f"{before.size} entries with the root {before.root.hex()}, and more",
                 got=f"{now.size} entries with the root {now.root.hex()}",
                 next_step="keep both checkpoints: they contradict each other, and the log signed both",
             )
-    return now, before, entries
+    return now, entries
 
 
 def follow(known: PublicKeys, entries: Sequence[bytes], read: Read) -> PublicKeys:

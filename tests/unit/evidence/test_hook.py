@@ -310,7 +310,7 @@ def test_a_patch_has_a_report_of_its_own_type(model: Certified) -> None:
 BASE_DIGEST = "ba" * 32
 
 EVIDENCE_EFFECTS = {
-    EvidenceTables: ("put_drafts", "drop", "put_signed", "put_logged"),
+    EvidenceTables: ("put_drafts", "drop_drafts", "put_signed", "put_logged"),
     Log: ("append",),
 }
 

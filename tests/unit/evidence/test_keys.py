@@ -49,7 +49,7 @@ from sisa.evidence.keys.keys import (
     VRF_KEY,
     Keys,
     create_keys,
-    open_log,
+    log_for_writing,
     public_body,
     read_keys,
     read_public_key,
@@ -85,7 +85,7 @@ def log_of(tmp_path: Path, keys: Keys) -> Log:
 def followed(tmp_path: Path, known: PublicKeys) -> PublicKeys:
     """Return the keys to which known ones were handed over in the published log."""
     read = log_reader(str(tmp_path / "log"))
-    return follow(known, check_log(read, known.log)[2], read)
+    return follow(known, check_log(read, known.log)[1], read)
 
 
 def secrets(directory: Path) -> list[bytes]:
@@ -265,16 +265,16 @@ def test_certificates_are_checked_across_rotations(tmp_path: Path) -> None:
     model = certified(tmp_path)
     first, blobs = model.keys.public, model.fake.context.stores.blobs[LOG]
     model.forget(1)
-    keys = rotate_keys(model.keys, open_log(model.keys, blobs))
+    keys = rotate_keys(model.keys, log_for_writing(model.keys, blobs))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Log, "append", lambda *_: (_ for _ in ()).throw(EnvironmentFault("no disk")))
         model.forget(2)
-    second = (keys := rotate_keys(keys, open_log(keys, blobs))).public
+    second = (keys := rotate_keys(keys, log_for_writing(keys, blobs))).public
     model.forget(3)
-    keys = rotate_keys(keys, open_log(keys, blobs), "leaked")
+    keys = rotate_keys(keys, log_for_writing(keys, blobs), "leaked")
     model.forget(4)
     read = log_reader(str(tmp_path / "log"))
-    entries = check_log(read, first.log)[2]
+    entries = check_log(read, first.log)[1]
     kinds = [each["predicateType"] for _, each in verify_chain(entries, read, keys.public)]
     assert kinds == [STATE, EXACT, *[KEY_HANDOVER] * 2, EXACT, EXACT, KEY_HANDOVER, EXACT]
     assert parse_keys(read(PUBLISHED)) == keys.public

@@ -311,13 +311,13 @@ def test_whoever_kept_a_checkpoint_detects_it(place: Place, name: str, numbers: 
     forged = Place(place.root / name)
     for number in numbers:
         forged.log.append(statement(number), TYPE)
-    now, seen, entries = check_log(forged.read, place.vkey)  # sound for who kept none
-    assert (now.size, seen, len(entries)) == (len(numbers), [], len(numbers))
+    now, entries = check_log(forged.read, place.vkey)  # sound for who kept none
+    assert now.size == len(entries) == len(numbers)
     with pytest.raises(Refused, match="does not continue") as caught:
         check_log(forged.read, place.vkey, seen=[kept])
     assert "4 entries" in caught.value.expected
     place.log.append(statement(4), TYPE)
-    assert [each.size for each in check_log(place.read, place.vkey, seen=[kept])[1]] == [4]
+    check_log(place.read, place.vkey, seen=[kept])
     shutil.rmtree(place.at)
     shutil.copytree(forged.at, place.at)
     with pytest.raises(Refused, match="does not continue"):
