@@ -276,7 +276,7 @@ def rebuild(
     executor: ExecutorChoice,
 ) -> Result:
     """Train certified shards again, without the model."""
-    from sisa.evidence.keys.keys import read_private_key, sign_as
+    from sisa.evidence.keys.signing import read_private_key, sign_as
     from sisa.evidence.rebuild import rebuild as train_again
     from sisa.evidence.rebuild import rebuild_statement
     from sisa.store.blobs.files import scratch, write_atomic
@@ -340,7 +340,7 @@ def rebuilt(found: Rebuild, certificate: str, output: Path | None) -> Result:
 )
 def log_rebuild(directory: Path, file: Path, public_key: Path) -> Result:
     """Log what a second party's rebuild found."""
-    from sisa.evidence.keys.keys import read_public_key
+    from sisa.evidence.keys.signing import read_public_key
     from sisa.evidence.rebuild import add_rebuild
 
     key = read_public_key(public_key)

@@ -70,7 +70,7 @@ def show_certificate(directory: Path, name: str) -> Result:
     The checks in the log about the adapters that it names follow.
     """
     from sisa.evidence.issued import certificate_file, results_of_checks
-    from sisa.evidence.keys.keys import keys_of
+    from sisa.evidence.keys.model_keys import keys_of
     from sisa.verifier.certificate import verify_logged
 
     with opened(directory) as model:

@@ -54,7 +54,8 @@ public_key_option = click.option(
 def make_keys(directory: Path, signer: str, public_key: Path | None) -> Result:
     """Make a model's keys, outside of it. Its deletions are certified from then on."""
     from sisa.evidence.issued import state_what_is_held
-    from sisa.evidence.keys.keys import read_public_key, start_evidence
+    from sisa.evidence.keys.model_keys import start_evidence
+    from sisa.evidence.keys.signing import read_public_key
 
     given = None if public_key is None else read_public_key(public_key)
     with opened(directory) as model:
@@ -67,7 +68,7 @@ def make_keys(directory: Path, signer: str, public_key: Path | None) -> Result:
 @model_option
 def show_keys(directory: Path) -> Result:
     """Show a model's public keys, and where their file is."""
-    from sisa.evidence.keys.keys import keys_of
+    from sisa.evidence.keys.model_keys import keys_of
 
     with opened(directory) as model:
         return _shown(model, keys_of(model))
@@ -90,7 +91,8 @@ def rotate_key(
     directory: Path, reason: Reason | None, until: int | None, signer: str, public_key: Path | None
 ) -> Result:
     """Replace the key that signs statements, and log the hand-over."""
-    from sisa.evidence.keys.keys import read_public_key, rotate
+    from sisa.evidence.keys.model_keys import rotate
+    from sisa.evidence.keys.signing import read_public_key
 
     if until is not None and reason is None:
         raise click.UsageError("--until needs --lost or --leaked")
@@ -132,7 +134,8 @@ def _time_of(key: CertificateKey) -> str:
 
 
 def _shown(model: Model, found: Keys) -> Result:
-    from sisa.evidence.keys.keys import PUBLIC, PUBLISHED, log_blobs, public_body
+    from sisa.evidence.keys.keys import PUBLIC, public_body
+    from sisa.evidence.keys.model_keys import PUBLISHED, log_blobs
 
     body, blobs = public_body(found.public), log_blobs(model)
     places = {
@@ -184,7 +187,7 @@ def log_vkey(key_file: Path) -> str:
 @click.option("--last", "num_last", default=10, type=click.IntRange(0), help="Entries to list.")
 def show_log(directory: Path, num_last: int) -> Result:
     """Show the checkpoint, its cosigners and the last entries."""
-    from sisa.evidence.keys.keys import log_blobs, log_of
+    from sisa.evidence.keys.model_keys import log_blobs, log_of
 
     with opened(directory) as model:
         found, where = log_of(model), log_blobs(model).location()
@@ -238,7 +241,7 @@ def check_log_command(
 
     kept = [read_bytes(each) for each in seen]
     if directory is not None and where is None and key_file is None:
-        from sisa.evidence.keys.keys import log_of
+        from sisa.evidence.keys.model_keys import log_of
 
         with opened(directory) as model:
             now = log_of(model).check(cosigners, kept)
@@ -258,7 +261,7 @@ def check_log_command(
 @click.argument("index", type=click.IntRange(0))
 def prove_entry(directory: Path, index: int) -> Result:
     """Print the proof of an entry, as a .tlog-proof file."""
-    from sisa.evidence.keys.keys import log_of
+    from sisa.evidence.keys.model_keys import log_of
 
     with opened(directory) as model:
         text = log_of(model).proof(index).decode()
@@ -273,7 +276,7 @@ def request_cosignature(directory: Path, old: int) -> Result:
 
     It has the form of C2SP's tlog-witness, add-checkpoint, and is a file for `sisa log cosign`.
     """
-    from sisa.evidence.keys.keys import log_of
+    from sisa.evidence.keys.model_keys import log_of
 
     with opened(directory) as model:
         text = log_of(model).request(old).decode()
@@ -332,7 +335,7 @@ def add_cosignature(directory: Path, file: Path, cosigners: tuple[str, ...]) -> 
 
     FILE has the line of the signature, or the whole note.
     """
-    from sisa.evidence.keys.keys import log_of
+    from sisa.evidence.keys.model_keys import log_of
 
     given = read_bytes(file)
     with opened(directory) as model, model.locked():
@@ -350,7 +353,7 @@ def add_cosignature(directory: Path, file: Path, cosigners: tuple[str, ...]) -> 
 def write_proof(record: str, directory: Path, target: Path) -> Result:
     """Prove to a person whether the model holds their record. Write a file."""
     from sisa.evidence.issued import membership_file
-    from sisa.evidence.keys.keys import keys_of
+    from sisa.evidence.keys.model_keys import keys_of
     from sisa.store.blobs.files import write_atomic
     from sisa.verifier.membership import verify_membership
 

@@ -210,7 +210,7 @@ def _read_once(model: Model, now: str, made_by: str) -> Facts:
 def _read_evidence(model: Model, requests: Sequence[RequestView]) -> Evidence | None:
     """Return the part of a model's evidence that verifies; None if it has no keys."""
     from sisa.evidence.hook import open_hook
-    from sisa.evidence.keys.keys import log_blobs, open_keys
+    from sisa.evidence.keys.model_keys import log_blobs, open_keys
     from sisa.flows.wiring.wiring import EVIDENCE
 
     blobs = log_blobs(model)

@@ -31,7 +31,7 @@ from sisa.core.errors import SisaError
 from sisa.evidence.database import Logged, parse_logged
 from sisa.evidence.hook import open_hook
 from sisa.evidence.issuing import served_by
-from sisa.evidence.keys.keys import keys_of, log_for_writing
+from sisa.evidence.keys.model_keys import keys_of, log_for_writing
 from sisa.evidence.log.log import statement_in
 from sisa.evidence.statements import (
     PROVENANCE,

@@ -36,7 +36,8 @@ from sisa.core.digest import sha256_hex
 from sisa.core.errors import Problem, SisaError
 from sisa.evidence.attestations import served_subject
 from sisa.evidence.issuing import served_by
-from sisa.evidence.keys.keys import PUBLISHED, Keys, log_for_writing, open_keys
+from sisa.evidence.keys.keys import Keys
+from sisa.evidence.keys.model_keys import PUBLISHED, log_for_writing, open_keys
 from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log
 from sisa.evidence.log.tiles import CHECKPOINT, Read, cutting_full_tiles

@@ -24,7 +24,7 @@ from sisa.core.ports import Contribution, Removal
 from sisa.evidence import statements
 from sisa.evidence.database import EvidenceTables, Logged
 from sisa.evidence.issuing import Issuing
-from sisa.evidence.keys.keys import log_for_writing, open_keys
+from sisa.evidence.keys.model_keys import log_for_writing, open_keys
 from sisa.evidence.keys.model_signature import export_key, sign_export
 from sisa.evidence.log.log import origin
 from sisa.evidence.statements import NOT_RUN, Draft, Held

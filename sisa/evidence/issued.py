@@ -19,7 +19,8 @@ from sisa.core.domain import Request
 from sisa.core.errors import IntegrityError, Outdated, SisaError, UnknownRecord
 from sisa.evidence.database import Logged
 from sisa.evidence.hook import EvidenceHook, open_hook
-from sisa.evidence.keys.keys import Keys, keys_of
+from sisa.evidence.keys.keys import Keys
+from sisa.evidence.keys.model_keys import keys_of
 from sisa.evidence.log.log import Log
 from sisa.evidence.membership import Membership
 from sisa.evidence.statements import salt_of, tree_over

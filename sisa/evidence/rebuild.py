@@ -36,7 +36,7 @@ from sisa.core.errors import InvalidInput
 from sisa.core.events import Report
 from sisa.data.reader import read_like
 from sisa.evidence.issuing import served_by
-from sisa.evidence.keys.keys import keys_of, log_for_writing
+from sisa.evidence.keys.model_keys import keys_of, log_for_writing
 from sisa.evidence.statements import Served, statement
 from sisa.flows.wiring.wiring import OpenExecutor
 from sisa.model import Model

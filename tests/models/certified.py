@@ -18,7 +18,8 @@ from sisa.core.domain import RecordRow, Request
 from sisa.core.events import Event, Notice
 from sisa.evidence.database import EvidenceTables, Logged
 from sisa.evidence.hook import EvidenceHook
-from sisa.evidence.keys.keys import Keys, init_keys
+from sisa.evidence.keys.keys import Keys
+from sisa.evidence.keys.model_keys import init_keys
 from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log, log_reader
 from sisa.flows.deletion import Terms, forget_at_once, new_request

@@ -17,12 +17,6 @@ nothing, so then the new key signs: everybody who trusts the old key must get th
 What the old key signed before the given entry of the log stays valid: nobody can put an entry there now,
 as far as the log is watched.
 
-The functions act at three levels:
-
-    start_evidence, rotate, keys_of, log_of    on an open model
-    init_keys, open_keys                       where the run file says
-    create_keys, read_keys, rotate_keys        on a directory
-
 >>> import tempfile
 >>> from sisa.verifier.envelope import verify_envelope
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -34,67 +28,54 @@ The functions act at three levels:
 
 from __future__ import annotations
 
-import hashlib
 import os
 from base64 import b64encode
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import rfc8785
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
-    load_pem_public_key,
-    load_ssh_public_key,
 )
 
-from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, sha256_hex
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
-from sisa.core.ports import BlobStore
-from sisa.evidence.database import EvidenceTables
-from sisa.evidence.keys.model_signature import export_key, public_pem
+from sisa.evidence.keys.model_signature import export_key
+from sisa.evidence.keys.signing import (
+    MAX_KEY_FILE_BYTES,
+    SignBytes,
+    certificate_key,
+    signed_envelope,
+    signed_statement,
+)
 from sisa.evidence.log.log import Log, origin, statement_in
 from sisa.evidence.statements import statement
-from sisa.flows.wiring.wiring import EVIDENCE, evidence_keys
-from sisa.store.areas import LOG, open_areas
 from sisa.store.blobs import files
 from sisa.verifier import note
 from sisa.verifier.certificate import KEY_HANDOVER
 from sisa.verifier.envelope import (
-    ECDSA_P256,
     ED25519,
     KEYS_PAYLOAD_TYPE,
     KEYS_TYPE,
-    PAYLOAD_TYPE,
-    STATEMENT_TYPE,
     CertificateKey,
     PublicKeys,
     Refused,
-    pae,
     parse_keys,
 )
 from sisa.verifier.note import NoteKey
 
-if TYPE_CHECKING:
-    from sisa.model import Model
-
 PUBLIC, HANDOVER, LOG_KEY, VRF_KEY = "public.json", "handover.json", "log.key", "vrf.key"
 KEY, SIGNER = ".key", ".signer"  # suffixes of the file of a key that signs statements
-PUBLISHED = "keys.json"  # the file of public keys, beside the log
-EXPORTS_KEY = "exports.pem"  # beside it: the public key of exports, for `model_signing verify key`
-MAX_KEY_FILE_BYTES = 1 << 20
 Reason = Literal["rotated", "lost", "leaked"]
-SignBytes = Callable[[bytes], bytes]  # returns the signature of a message
 
 
 @dataclass(frozen=True)
@@ -129,7 +110,7 @@ class Keys:
                 next_step="restore it from a backup, or replace it by `sisa keys rotate --lost`",
             ) from None
         sign = _sign_function(self.present, private, self.signer)
-        return _signed_statement(unsigned, self.present, sign)
+        return signed_statement(unsigned, self.present, sign)
 
     def settle(self, log: Log) -> None:
         """Log the hand-over of an interrupted rotation, then destroy the key that it replaced.
@@ -164,89 +145,6 @@ class Keys:
                     files.overwrite(each)
                 files.erase(each)
         files.erase_all(self.directory, [HANDOVER])
-
-
-def log_for_writing(keys: Keys, blobs: BlobStore) -> Log:
-    """Return a model's log to append to, once the keys are settled and published beside it.
-
-    The caller holds the writer lock. Raise IntegrityError.
-    """
-    log = Log(blobs, keys)
-    keys.settle(log)
-    exports = public_pem(export_key(keys.log_seed).public_key())
-    for name, data in ((PUBLISHED, keys.public_file), (EXPORTS_KEY, exports)):
-        if not blobs.num_bytes(name) or blobs.get(name, "file of public keys") != data:
-            blobs.put(name, data)
-    return log
-
-
-def log_blobs(model: Model) -> BlobStore:
-    """Return the location of a model's log."""
-    return open_areas(model.directory, model.config.storage, model.id)[LOG]
-
-
-def keys_of(model: Model) -> Keys:
-    """Return the keys of a model. Raise InvalidInput if it has none."""
-    if (keys := open_keys(model.config, model.id)) is None:
-        raise InvalidInput(
-            "the model has no keys of evidence, so its deletions are not certified",
-            where=str(evidence_keys(model.config, model.id)),
-            next_step=f"make them: sisa keys init -m {model.directory}",
-        )
-    return keys
-
-
-def log_of(model: Model) -> Log:
-    """Return the log of a model. Raise InvalidInput if the model has no keys."""
-    return Log(log_blobs(model), keys_of(model))
-
-
-def start_evidence(model: Model, signer: str = "", public_key: CertificateKey | None = None) -> Keys:
-    """Make the keys of a model, and publish the public ones. Raise ConfigConflict if it has some."""
-    with model.locked():
-        blobs = log_blobs(model)
-        if not evidence_keys(model.config, model.id).exists():
-            if blobs.held():
-                raise ConfigConflict(
-                    "the model has a log of evidence, which other keys signed; nothing was changed",
-                    where=blobs.location(),
-                    next_step="restore its keys from a backup, or move the log away: evidence begins "
-                    "anew, and what was certified before is checked with the old keys and the old log",
-                )
-            EvidenceTables(model.directory / EVIDENCE).drop_logged()
-        keys = init_keys(model.config, model.id, signer, public_key)
-        log_for_writing(keys, blobs)
-    return keys
-
-
-def rotate(
-    model: Model,
-    reason: Reason = "rotated",
-    until: int | None = None,
-    signer: str = "",
-    public_key: CertificateKey | None = None,
-) -> Keys:
-    """Replace the key that signs a model's statements. Raise Busy while another process writes."""
-    with model.locked():
-        keys, blobs = keys_of(model), log_blobs(model)
-        signer = signer or model.config.signing.signer or ""
-        new = rotate_keys(keys, log_for_writing(keys, blobs), reason, until, signer, public_key)
-        log_for_writing(new, blobs)
-    return new
-
-
-def init_keys(
-    config: RunConfig, model: str, signer: str = "", public_key: CertificateKey | None = None
-) -> Keys:
-    """Make the keys of a model, where its run file says. Raise ConfigConflict if it has some."""
-    signer = signer or config.signing.signer or ""
-    return create_keys(evidence_keys(config, model), model, signer, public_key)
-
-
-def open_keys(config: RunConfig, model: str) -> Keys | None:
-    """Return the keys of a model; None if it has none. Raise IntegrityError for damaged ones."""
-    found = read_keys(evidence_keys(config, model), model)
-    return replace(found, signer=config.signing.signer) if found and config.signing.signer else found
 
 
 def create_keys(
@@ -318,7 +216,7 @@ def rotate_keys(
     public, sign = replace(keys.public, certificates=(*old, new)), _sign_function(new, data, signer)
     subject = [{"name": "signing-key", "digest": {"sha256": new.keyid}}]
     named = statement(subject, KEY_HANDOVER, {"reason": reason, "keys": public_body(public)})
-    handover = keys.sign(named) if reason == "rotated" else _signed_statement(named, new, sign)
+    handover = keys.sign(named) if reason == "rotated" else signed_statement(named, new, sign)
     public_file = _signed_public_file(public, sign)
     files.write_atomic(keys.directory / HANDOVER, handover)
     files.write_atomic(keys.directory / name, data)
@@ -328,67 +226,13 @@ def rotate_keys(
     return made
 
 
-def read_private_key(key_file: Path) -> Ed25519PrivateKey:
-    """Return the private key of another party. Raise InvalidInput unless it is Ed25519 in PEM."""
-    try:
-        private = load_pem_private_key(key_file.read_bytes(), None)
-    except OSError as error:
-        got = error.strerror or type(error).__name__
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        got = "no private key in PEM, or one with a password"
-    else:
-        if isinstance(private, Ed25519PrivateKey):
-            return private
-        got = "a key of another kind"
-    raise InvalidInput(
-        "the signing key can't be used",
-        where=str(key_file),
-        expected="an Ed25519 private key in PEM",
-        got=got,
-        next_step=f"make one: openssl genpkey -algorithm ed25519 -out {key_file}",
-    )
-
-
-def sign_as(unsigned: Mapping[str, Any], private: Ed25519PrivateKey) -> tuple[bytes, bytes]:
-    """Return a statement's envelope under the key of another party, and its public key in PEM."""
-    public = private.public_key()
-    pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return _signed_statement(unsigned, _certificate_key(public, ED25519), private.sign), pem
-
-
-def read_public_key(path: Path) -> CertificateKey:
-    """Return a public key from a file in PEM or in OpenSSH's form. Raise InvalidInput."""
-    try:
-        data = path.read_bytes()[:MAX_KEY_FILE_BYTES]
-    except OSError as error:
-        raise InvalidInput(
-            "the public key can't be read", where=str(path), got=str(error.strerror)
-        ) from None
-    for load in (load_pem_public_key, load_ssh_public_key):
-        with suppress(ValueError, UnsupportedAlgorithm):
-            key: Any = load(data)
-            ed25519, curve = isinstance(key, Ed25519PublicKey), getattr(key, "curve", None)
-            if ed25519 or getattr(curve, "name", "") == "secp256r1":
-                return _certificate_key(key, ED25519 if ed25519 else ECDSA_P256)
-    raise InvalidInput(
-        "this public key can't sign certificates",
-        where=str(path),
-        expected="Ed25519 or ECDSA on P-256, in PEM or as OpenSSH writes it",
-    )
-
-
-def _certificate_key(public: Any, scheme: str, since: int = 0) -> CertificateKey:
-    der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return CertificateKey(hashlib.sha256(der).hexdigest(), scheme, der, since)
-
-
 def _new_key(
     signer: str, public_key: CertificateKey | None, since: int = 0
 ) -> tuple[CertificateKey, str, bytes]:
     """Return a key that signs from entry `since` on, and the name and the bytes of its file."""
     if not signer and public_key is None:
         private = Ed25519PrivateKey.generate()
-        key = _certificate_key(private.public_key(), ED25519, since)
+        key = certificate_key(private.public_key(), ED25519, since)
         pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return key, f"{key.keyid}{KEY}", pem
     if not signer or public_key is None:
@@ -415,29 +259,9 @@ def _sign_function(key: CertificateKey, private: bytes, signer: str) -> SignByte
     return found.sign
 
 
-def _signed_statement(unsigned: Mapping[str, Any], key: CertificateKey, sign: SignBytes) -> bytes:
-    payload = rfc8785.dumps({"_type": STATEMENT_TYPE, **unsigned})
-    return _envelope(PAYLOAD_TYPE, payload, key, sign)
-
-
 def _signed_public_file(public: PublicKeys, sign: SignBytes) -> bytes:
     payload = rfc8785.dumps(public_body(public))
-    return _envelope(KEYS_PAYLOAD_TYPE, payload, public.certificates[-1], sign)
-
-
-def _envelope(payload_type: str, payload: bytes, key: CertificateKey, sign: SignBytes) -> bytes:
-    """Return a DSSE envelope, whose signature was checked."""
-    message = pae(payload_type, payload)
-    if not key.verifies(signature := sign(message), message):
-        raise EnvironmentFault(
-            "the signer signed with another key than the model's",
-            expected=f"keyid {key.keyid}",
-            next_step="name the signer of that key by `signing.signer` in the run file, or replace the "
-            "key by `sisa keys rotate`",
-        )
-    signatures = [{"keyid": key.keyid, "sig": b64encode(signature).decode()}]
-    envelope = {"payload": b64encode(payload).decode(), "payloadType": payload_type}
-    return rfc8785.dumps({**envelope, "signatures": signatures})
+    return signed_envelope(KEYS_PAYLOAD_TYPE, payload, public.certificates[-1], sign)
 
 
 def public_body(public: PublicKeys) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Any
 
 from sisa.config.config import DatasetSource, RunConfig, SigningBlock
 from sisa.evidence.hook import open_hook
-from sisa.evidence.keys.keys import init_keys
+from sisa.evidence.keys.model_keys import init_keys
 from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.evidence.log.log import Log
 from sisa.evidence.membership import Membership

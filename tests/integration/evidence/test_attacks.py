@@ -32,7 +32,8 @@ from sisa.core.ports import Change, merged
 from sisa.core.requests import chained
 from sisa.evidence.audit import Audit, Check, audit_model, audit_statement, drawn
 from sisa.evidence.issued import certificate_file, issue, membership_file, receipt_file
-from sisa.evidence.keys.keys import PUBLISHED, Keys, create_keys, keys_of, rotate, start_evidence
+from sisa.evidence.keys.keys import Keys, create_keys
+from sisa.evidence.keys.model_keys import PUBLISHED, keys_of, rotate, start_evidence
 from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.evidence.log.cosigning import cosign, new_cosigner_key
 from sisa.evidence.log.log import SIGNED, Log

@@ -12,7 +12,8 @@ import pytest
 from sisa.core.errors import EnvironmentFault
 from sisa.data.samples import to_jsonl
 from sisa.evidence.issued import certificate_file, issue, receipt_file
-from sisa.evidence.keys.keys import Keys, init_keys
+from sisa.evidence.keys.keys import Keys
+from sisa.evidence.keys.model_keys import init_keys
 from sisa.verifier.certificate import EXACT, RECTIFICATION, STATE, verify_certificate
 from sisa.verifier.envelope import PublicKeys, parse_keys
 from tests.models.tiny_model import PEOPLE, Done, Tiny, command

@@ -17,7 +17,7 @@ from cluster.serve.domain import Service
 from cluster.serve.tokens import Tokens
 from sisa.config.config import ServiceBlock
 from sisa.evidence.issued import certificate_file, state_what_is_held
-from sisa.evidence.keys.keys import init_keys
+from sisa.evidence.keys.model_keys import init_keys
 from sisa.flows.deletion import Terms
 from sisa.model import Model, open_model
 from tests.fakes.answers import FakeAnswers

@@ -155,7 +155,7 @@ def test_what_the_verifier_refuses_is_an_integrity_failure(
     def refuse(*_: Any) -> None:
         raise Refused("a proof is wrong", "proof.json", "a root", "another", "get it again")
 
-    monkeypatch.setattr("sisa.evidence.keys.keys.keys_of", refuse)
+    monkeypatch.setattr("sisa.evidence.keys.model_keys.keys_of", refuse)
     error = ask("keys", "show", "-m", model, code=4)
     facts = {"where": "proof.json", "expected": "a root", "got": "another", "next_step": "get it again"}
     assert (

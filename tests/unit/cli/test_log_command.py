@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sisa.evidence.keys.keys import log_of, start_evidence
+from sisa.evidence.keys.model_keys import log_of, start_evidence
 from sisa.model import open_model
 from sisa.verifier.note import verify_proof
 from tests.models.confessing import NAME

@@ -14,7 +14,7 @@ import pytest
 from sisa.audit.doctor import diagnose
 from sisa.audit.repair import repair
 from sisa.evidence.issued import issue
-from sisa.evidence.keys.keys import start_evidence
+from sisa.evidence.keys.model_keys import start_evidence
 from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.model import open_model
 from tests.models.confessing import record

@@ -45,16 +45,15 @@ from sisa.evidence.keys.keys import (
     HANDOVER,
     LOG_KEY,
     PUBLIC,
-    PUBLISHED,
     VRF_KEY,
     Keys,
     create_keys,
-    log_for_writing,
     public_body,
     read_keys,
-    read_public_key,
     rotate_keys,
 )
+from sisa.evidence.keys.model_keys import PUBLISHED, log_for_writing
+from sisa.evidence.keys.signing import read_public_key
 from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log, follow, log_reader
 from sisa.store.areas import LOG

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from sisa.config.config import RunConfig, differences
 from sisa.core.errors import InvalidInput
-from sisa.evidence.keys.keys import read_private_key
+from sisa.evidence.keys.signing import read_private_key
 from sisa.evidence.rebuild import Rebuild, RebuiltShard, apart, certified_heads
 from sisa.verifier.envelope import Refused
 

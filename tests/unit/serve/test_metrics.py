@@ -19,7 +19,7 @@ from cluster.serve.app import build_app
 from cluster.serve.domain import AnswerEvent, Ended, Piece, Question, Service, Started
 from cluster.serve.metrics import ROUTE_NAMES, AnswerMeters, MeasuredAnswers
 from sisa.evidence.issued import state_what_is_held
-from sisa.evidence.keys.keys import init_keys
+from sisa.evidence.keys.model_keys import init_keys
 from sisa.evidence.revocations import publish
 from sisa.flows.deletion import Terms
 from sisa.model import Model

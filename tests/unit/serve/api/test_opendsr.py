@@ -25,7 +25,7 @@ from cluster.serve.tokens import Role, Tokens
 from cluster.serve.webhooks import Courier
 from sisa.config.config import OpenDsrBlock, ServiceBlock, WebhookReceiver
 from sisa.config.runfile import parse_run_file
-from sisa.evidence.keys.keys import init_keys
+from sisa.evidence.keys.model_keys import init_keys
 from sisa.model import open_model
 from tests.fakes.answers import FakeAnswers
 from tests.fakes.ports import fake_record

@@ -28,7 +28,7 @@ from sisa.core.domain import Part, Record
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
 from sisa.data.reader import read_records
-from sisa.evidence.keys.keys import keys_of
+from sisa.evidence.keys.model_keys import keys_of
 from sisa.flows.query import of_subject
 from sisa.flows.rights.access import as_file, held_of, row_of
 from sisa.flows.wiring.commit import commit
