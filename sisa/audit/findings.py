@@ -34,18 +34,7 @@ from sisa.flows.wiring.plans import plan_of, plans_of, view_shard, view_shards
 from sisa.flows.wiring.wiring import EVIDENCE, LEDGER, evidence_keys, model_id
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import gaps
-from sisa.store.areas import (
-    ALWAYS_SEALED,
-    CHECKPOINTS,
-    DIRECTORY_AREAS,
-    FILE_AREAS,
-    INDEX,
-    LOG,
-    METRICS,
-    PATCHES,
-    RECORDS,
-    VAULT,
-)
+from sisa.store import areas
 from sisa.store.blobs import files
 from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
@@ -143,23 +132,29 @@ def checks(
     """
     ledger = context.stores.ledger
     for file in ledger.slices():
-        found = Finding("slice", "error", f"{RECORDS}/{file.name}", "", shard=file.shard)
+        found = Finding("slice", "error", f"{areas.RECORDS}/{file.name}", "", shard=file.shard)
         yield found, partial(check_slice, context, file, with_key=with_key)
     for index in ledger.indexes():
-        found = Finding("index", "error", f"{INDEX}/{index.name}", "", "reindex", shard=index.shard)
+        found = Finding(
+            "index", "error", f"{areas.INDEX}/{index.name}", "", "reindex", shard=index.shard
+        )
         yield found, partial(check_index, context, index)
     for held in ledger.checkpoints():
-        place = f"{CHECKPOINTS}/{held.key}"
+        place = f"{areas.CHECKPOINTS}/{held.key}"
         found = Finding("checkpoint", "error", place, "", "retrain", shard=held.shard, key=held.key)
-        yield found, partial(group, CHECKPOINTS, held.key, held.manifest_sha256)
-    needed = known_by_area(context)[PATCHES]
+        yield found, partial(group, areas.CHECKPOINTS, held.key, held.manifest_sha256)
+    needed = known_by_area(context)[areas.PATCHES]
     for patch in ledger.patches():
         if patch.key in needed:
-            found = Finding("patch", "error", f"{PATCHES}/{patch.key}", "", "patches", key=patch.key)
-            yield found, partial(group, PATCHES, patch.key, patch.manifest_sha256)
+            found = Finding(
+                "patch", "error", f"{areas.PATCHES}/{patch.key}", "", "patches", key=patch.key
+            )
+            yield found, partial(group, areas.PATCHES, patch.key, patch.manifest_sha256)
     for texts in ledger.vault():
         if texts.held:
-            found = Finding("vault", "error", f"{VAULT}/{texts.name}", "", "patches", key=texts.name)
+            found = Finding(
+                "vault", "error", f"{areas.VAULT}/{texts.name}", "", "patches", key=texts.name
+            )
             yield found, partial(context.stores.vault.check, texts)
 
 
@@ -204,9 +199,9 @@ def _modes(context: Context, directory: Path) -> Iterator[Finding]:
         yield Finding("mode", "warning", ".", f"others may write to it (mode {mode:o})", "mode")
     kept = [*(directory / name for name in KEPT_FILES), Path(context.stores.witness.location())]
     yield from _open_to_others((path for path in kept if path.is_file()), directory)
-    known = {**known_by_area(context), METRICS: run_files(directory / METRICS)}
+    known = {**known_by_area(context), areas.METRICS: run_files(directory / areas.METRICS)}
     for area, place in sorted(context.stores.blobs.items()):
-        if area == LOG or (root := local_root(place)) is None or not root.is_dir():
+        if area == areas.LOG or (root := local_root(place)) is None or not root.is_dir():
             continue  # the log is there to be published
         held = [root, *(each for name in sorted(known.get(area, ())) for each in walk(root / name))]
         modes = [_mode(each) for each in held if each.exists()]
@@ -245,14 +240,16 @@ def _keyring(context: Context) -> Iterator[Finding]:
     keyring = context.stores.keyring
     if not isinstance(keyring, FileKeyring):
         return
-    needed = [names for area, names in known_by_area(context).items() if keyring.seals or area == VAULT]
+    needed = [
+        names for area, names in known_by_area(context).items() if keyring.seals or area == areas.VAULT
+    ]
     if not keyring.root.is_dir() and any(needed):
         what = "the keyring is missing: sealed files can't be read"
         yield Finding("keyring", "error", str(keyring.root), what, step=RESTORE)
         return
-    areas = [keyring.root / area for area in (*FILE_AREAS, *DIRECTORY_AREAS)]
-    keys = [area / name for area in areas for name in sorted(keyring.held(area.name))]
-    yield from _open_to_others([keyring.root, *areas, *keys])
+    folders = [keyring.root / area for area in (*areas.FILE_AREAS, *areas.DIRECTORY_AREAS)]
+    keys = [folder / name for folder in folders for name in sorted(keyring.held(folder.name))]
+    yield from _open_to_others([keyring.root, *folders, *keys])
 
 
 def forms(context: Context) -> Iterator[Finding]:
@@ -262,7 +259,7 @@ def forms(context: Context) -> Iterator[Finding]:
     if seals:
         wrong = "not encrypted, although the model is"
     for area, names in known_by_area(context).items():
-        if area in ALWAYS_SEALED or area not in context.stores.blobs:
+        if area in areas.ALWAYS_SEALED or area not in context.stores.blobs:
             continue
         keys = frozenset() if seals else context.stores.keyring.held(area)
         for name in sorted(names):

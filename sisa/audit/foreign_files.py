@@ -24,10 +24,7 @@ from typing import Any
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Keyring
-from sisa.store.areas import (
-    DIRECTORY_AREAS,
-    FILE_AREAS,
-)
+from sisa.store import areas
 from sisa.store.blobs.files import read_beside
 from sisa.store.blobs.keyring import MAGIC, is_sealed
 
@@ -47,7 +44,7 @@ class SealedFiles:
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
-        self._held = {area: keyring.held(area) for area in (*FILE_AREAS, *DIRECTORY_AREAS)}
+        self._held = {area: keyring.held(area) for area in (*areas.FILE_AREAS, *areas.DIRECTORY_AREAS)}
 
     def plaintext(self, path: Path) -> bytes | None:
         """Return the plaintext of a sealed file; None for a plain file. Raise Shredded and OSError."""
@@ -57,7 +54,7 @@ class SealedFiles:
                 return None
             data = head + file.read()
         alone, inside = (path.name, ""), (path.parent.name, path.name)
-        places = dict.fromkeys(FILE_AREAS, alone) | dict.fromkeys(DIRECTORY_AREAS, inside)
+        places = dict.fromkeys(areas.FILE_AREAS, alone) | dict.fromkeys(areas.DIRECTORY_AREAS, inside)
         for area, (name, part) in places.items():
             if name in self._held[area]:
                 with contextlib.suppress(IntegrityError):

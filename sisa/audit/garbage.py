@@ -30,18 +30,7 @@ from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.plans import plans_of, view_shards
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.flows.wiring.wiring import LEDGER, LOCK
-from sisa.store.areas import (
-    CHECKPOINTS,
-    HIDDEN_STATES,
-    INDEX,
-    LOG,
-    METRICS,
-    PATCHES,
-    RECORDS,
-    RUNS,
-    SCRATCH,
-    VAULT,
-)
+from sisa.store import areas
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST
@@ -49,12 +38,12 @@ from sisa.store.ledger.sqlite import COMMIT_LOCK
 from sisa.store.metrics import run_files
 
 LEDGER_FILES = (*(LEDGER + each for each in files.SQLITE_FILES), wiring.LEDGER_URL, moving.LEDGERS_LEFT)
-EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", LOG)
+EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", areas.LOG)
 SERVICE_FILES = (SERVICE, TOKENS, *(SERVICE_STATE + each for each in files.SQLITE_FILES))
 KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, wiring.KEY, LOCK, COMMIT_LOCK})
 AREAS = (
-    *(RECORDS, INDEX, HIDDEN_STATES, CHECKPOINTS),
-    *(PATCHES, VAULT, RUNS, METRICS),
+    *(areas.RECORDS, areas.INDEX, areas.HIDDEN_STATES, areas.CHECKPOINTS),
+    *(areas.PATCHES, areas.VAULT, areas.RUNS, areas.METRICS),
 )
 
 TEMPORARY = "a temporary file that a killed process left"
@@ -98,7 +87,7 @@ def list_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
 
 
 def _listed(context: Context, directory: Path) -> list[_Item]:
-    known = {**known_by_area(context), METRICS: run_files(directory / METRICS)}
+    known = {**known_by_area(context), areas.METRICS: run_files(directory / areas.METRICS)}
     heads = context.stores.ledger.heads()
     views = view_shards(context, [head.shard for head in heads if head.converged])  # others still serve
     retired = frozenset(key for plan in plans_of(context, views) for key in plan.retired)
@@ -112,7 +101,7 @@ def _listed(context: Context, directory: Path) -> list[_Item]:
                 found += in_area(name, known[name])
             else:
                 found.append(_item(directory, here, name, UNKNOWN_FILE))
-        elif name == SCRATCH:
+        elif name == areas.SCRATCH:
             found.append(_item(directory, here, name, REPLAY))
         elif name.startswith(files.TEMPORARY_PREFIX):
             found.append(_item(directory, here, name, TEMPORARY))
@@ -120,13 +109,13 @@ def _listed(context: Context, directory: Path) -> list[_Item]:
             found.append(_item(directory, here, name, STRAY, removable=False))
     for area, blobs in sorted(context.stores.blobs.items()):
         root = local_root(blobs)
-        if area == LOG:  # the log itself is kept, and only a disk has temporary files
+        if area == areas.LOG:  # the log itself is kept, and only a disk has temporary files
             for name in sorted(files.held_names(root)) if root else ():
                 if name.startswith(files.TEMPORARY_PREFIX):
                     found.append(_item(directory, blobs, name, TEMPORARY))
         elif root is not None and root.parent == directory:
             continue  # listed above
-        elif area != SCRATCH:
+        elif area != areas.SCRATCH:
             found += in_area(area, known[area])
         elif blobs.held():
             found.append((Garbage(blobs.location(), blobs.num_bytes(""), REPLAY, True), blobs.clear))
@@ -153,10 +142,10 @@ def _garbage_in_area(
         if entry in retired:
             found.append(_item(directory, blobs, entry, RETIRED))
         elif entry in known:
-            if area in (CHECKPOINTS, PATCHES):
+            if area in (areas.CHECKPOINTS, areas.PATCHES):
                 surplus = _surplus(context, blobs, area, entry)
                 found += [_item(directory, blobs, f"{entry}/{name}", SURPLUS) for name in surplus]
-        elif area == CHECKPOINTS and entry in waiting:
+        elif area == areas.CHECKPOINTS and entry in waiting:
             found.append(_item(directory, blobs, entry, WAITING, removable=False))
         else:
             ours = entry.startswith(files.TEMPORARY_PREFIX)
@@ -167,7 +156,7 @@ def _garbage_in_area(
 def _orphaned_keys(context: Context, known: Mapping[str, frozenset[str]]) -> list[_Item]:
     """Return keys without a file; `remove_garbage` destroys them."""
     found: list[_Item] = []
-    for area in (*AREAS, SCRATCH):
+    for area in (*AREAS, areas.SCRATCH):
         needed = known.get(area, frozenset()) | _names_with_files(context.stores.blobs[area], area)
         for name in sorted(context.stores.keyring.held(area) - needed):
             path = Path(context.stores.keyring.location(area, name))
@@ -178,7 +167,7 @@ def _orphaned_keys(context: Context, known: Mapping[str, frozenset[str]]) -> lis
 def _names_with_files(blobs: BlobStore, area: str) -> frozenset[str]:
     """Return the names whose files are in an area; a replay's files are one folder deeper."""
     names = blobs.held()
-    if area != SCRATCH:
+    if area != areas.SCRATCH:
         return names
     plain = {each.removeprefix(files.TEMPORARY_PREFIX) for each in names}
     return frozenset[str]().union(*(blobs.below(each).held() for each in names | plain))
@@ -223,8 +212,8 @@ def remove_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
     retired = [each.path.rpartition("/")[2] for each in gone if each.reason == RETIRED]
     if retired:
         commit(context, Change(dropped=retired))
-    kept = {**known_by_area(context), SCRATCH: frozenset[str]()}
-    kept[CHECKPOINTS] |= _waiting(context)
+    kept = {**known_by_area(context), areas.SCRATCH: frozenset[str]()}
+    kept[areas.CHECKPOINTS] |= _waiting(context)
     for area, names in kept.items():
         context.stores.keyring.destroy(area, sorted(context.stores.keyring.held(area) - names))
     with all_tried() as tried:

@@ -28,7 +28,7 @@ from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, I
 from sisa.core.events import Notice
 from sisa.core.ports import By, CheckpointStore, Ledger, Vectors
 from sisa.flows.reconcile import check_consistent, training_started
-from sisa.flows.wiring.areas import areas, known_by_area
+from sisa.flows.wiring.areas import known_by_area, stores_by_area
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.slices import embed_records
 from sisa.planning.plan import all_paths, reached
@@ -224,7 +224,7 @@ def check_files(context: Context) -> tuple[int, list[Problem]]:
     findings += [Problem(each.where, each.what) for each in wrong_heads(context)]
     known = known_by_area(context)
     what = "a file that the ledger does not know; the next train, add or forget erases it"
-    for folder, area in areas(context).items():
+    for folder, area in stores_by_area(context).items():
         findings += [Problem(f"{folder}/{name}", what) for name in sorted(area.held() - known[folder])]
     return count, findings
 

@@ -35,7 +35,7 @@ from sisa.evidence.statements import (
     State,
     erased_name,
 )
-from sisa.flows.wiring.areas import areas, known_by_area, purge
+from sisa.flows.wiring.areas import known_by_area, purge, stores_by_area
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.served import restricted_rows, restrictions, served_heads
 from sisa.flows.wiring.witness import REPLAYED
@@ -280,7 +280,7 @@ def _check_erasure(context: Context, drafted: Draft, *, added_again: bool) -> li
     held = {erased_name(keyed, "checkpoint", key) for key in context.stores.checkpoints.held()}
     left = {
         area: sum(not name.startswith(TEMPORARY_PREFIX) for name in store.held() - known[area])
-        for area, store in areas(context).items()
+        for area, store in stores_by_area(context).items()
     }
     if any(left.values()) or not (added_again or erased.isdisjoint(held)):
         raise IntegrityError(

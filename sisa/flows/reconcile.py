@@ -53,7 +53,7 @@ from sisa.core.ledger_meta import CHECKED, HELD_PROMPTS
 from sisa.core.ports import Change, KeptVersions, Ledger
 from sisa.core.requests import completed, contradicted, event, is_under_way
 from sisa.flows.routing import route_of, routing_hits
-from sisa.flows.wiring.areas import areas, known_by_area, purge
+from sisa.flows.wiring.areas import known_by_area, purge, stores_by_area
 from sisa.flows.wiring.commit import commit
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.plans import plan_of, plans_of, view_shard, view_shards
@@ -472,7 +472,7 @@ def erase_unreferenced(context: Context, spared: Collection[str] = ()) -> None:
         for area, names in known.items():
             with tried():
                 context.stores.keyring.destroy(area, sorted(context.stores.keyring.held(area) - names))
-        for area, store in areas(context).items():
+        for area, store in stores_by_area(context).items():
             with tried():
                 store.erase(sorted(store.held() - known[area] - set(spared)))
 
@@ -481,7 +481,7 @@ def not_erased(context: Context) -> dict[str, int | None]:
     """Count, by storage area, held files that a commit gave up; None for an unreadable area."""
     found: dict[str, int | None] = {}
     known, targets = known_by_area(context), _targets(context)
-    for area, store in areas(context).items():
+    for area, store in stores_by_area(context).items():
         try:
             found[area] = len(store.held() - known[area] - targets)
         except SisaError:

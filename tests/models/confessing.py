@@ -34,17 +34,7 @@ from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.base.numerics import fingerprint
 from sisa.planning.layout import Assigner
-from sisa.store.areas import (
-    CHECKPOINTS,
-    HIDDEN_STATES,
-    INDEX,
-    METRICS,
-    PATCHES,
-    RECORDS,
-    RUNS,
-    VAULT,
-    open_areas,
-)
+from sisa.store import areas
 from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
 from sisa.store.blobs.keyring import write_secret
@@ -84,23 +74,23 @@ def context_of(
     config = create or RunConfig.from_canonical(ledger.meta()["config"])
     embedder = NameEmbedder(HashingEmbedder())
     keyring = wiring.open_keyring(config, NAME)
-    blobs = open_areas(directory, config.storage, NAME)
-    records = FileRecords(blobs[RECORDS], keyring)
-    patches = FileCheckpoints(blobs[PATCHES], keyring, PATCHES)
-    vault = FileVault(directory / VAULT, wiring.vault_keyring(config, NAME))
+    blobs = areas.open_areas(directory, config.storage, NAME)
+    records = FileRecords(blobs[areas.RECORDS], keyring)
+    patches = FileCheckpoints(blobs[areas.PATCHES], keyring, areas.PATCHES)
+    vault = FileVault(directory / areas.VAULT, wiring.vault_keyring(config, NAME))
     stores = Stores(
         ledger=ledger,
         witness=FakeWitness(),
         records=records,
-        checkpoints=FileCheckpoints(blobs[CHECKPOINTS], keyring),
-        index=FaissIndex(directory / INDEX, embedder.dimension, keyring),
+        checkpoints=FileCheckpoints(blobs[areas.CHECKPOINTS], keyring),
+        index=FaissIndex(directory / areas.INDEX, embedder.dimension, keyring),
         keyring=keyring,
         exports=DirectoryExports(),
-        metrics=FileMetrics(directory / METRICS),
+        metrics=FileMetrics(directory / areas.METRICS),
         patches=patches,
         vault=vault,
-        drafts=FilePatchDrafts(directory / RUNS, vault.keyring),
-        hidden_states=FileHiddenStates(blobs[HIDDEN_STATES], keyring),
+        drafts=FilePatchDrafts(directory / areas.RUNS, vault.keyring),
+        hidden_states=FileHiddenStates(blobs[areas.HIDDEN_STATES], keyring),
         blobs=blobs,
     )
     compute = Compute(
@@ -180,7 +170,7 @@ def built_pair(folder: Path) -> tuple[Path, Path]:
 
 def content(directory: Path) -> dict[str, bytes]:
     """Return the bytes of every slice, index and checkpoint file."""
-    rooms = (RECORDS, INDEX, CHECKPOINTS)
+    rooms = (areas.RECORDS, areas.INDEX, areas.CHECKPOINTS)
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for room in rooms

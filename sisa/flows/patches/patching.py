@@ -38,7 +38,7 @@ from sisa.core.ledger_meta import TRAINED_OVER
 from sisa.core.ports import Change, PatchOrder
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.vault_sets import WrittenSets
-from sisa.flows.wiring.areas import areas, known_by_area, purge
+from sisa.flows.wiring.areas import known_by_area, purge, stores_by_area
 from sisa.flows.wiring.commit import commit
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.plans import view_shards
@@ -217,7 +217,7 @@ def _clean_up(context: Context) -> tuple[int, int]:
     Return the numbers of sets erased and kept.
     """
     counts = vault_sets.erase_unneeded(context)
-    known, held, keyring = known_by_area(context), areas(context), context.stores.keyring
+    known, held, keyring = known_by_area(context), stores_by_area(context), context.stores.keyring
     keyring.destroy(PATCHES, sorted(keyring.held(PATCHES) - known[PATCHES]))
     for area in (VAULT, RUNS, PATCHES):
         held[area].erase(sorted(held[area].held() - known[area]))

@@ -37,7 +37,7 @@ def _known_hidden_states(context: Context) -> frozenset[str]:
     return held & states_names(slices, context.recipe, context.compute.fingerprint)
 
 
-def areas(context: Context) -> dict[str, ports.StoredFiles]:
+def stores_by_area(context: Context) -> dict[str, ports.StoredFiles]:
     """Return the storage areas whose files the ledger lists.
 
     Everything held there can be erased, leftover temporary files included; in the vault and the drafts,

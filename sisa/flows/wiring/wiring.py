@@ -48,17 +48,7 @@ from sisa.flows.wiring.resources import Named, Resources
 from sisa.flows.wiring.run import current_run, new_run
 from sisa.lm.base.numerics import fingerprint
 from sisa.planning.layout import Assigner
-from sisa.store.areas import (
-    CHECKPOINTS,
-    HIDDEN_STATES,
-    INDEX,
-    METRICS,
-    PATCHES,
-    RECORDS,
-    RUNS,
-    VAULT,
-    open_areas,
-)
+from sisa.store import areas
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import FileKeyring, read_secret, write_secret
 from sisa.store.blobs.local_blobs import absolute
@@ -205,21 +195,21 @@ def _open_stores(
 ) -> Stores:
     config = resources.config
     keyring = open_keyring(config, model)
-    blobs = open_areas(directory, config.storage, model)
+    blobs = areas.open_areas(directory, config.storage, model)
     vaults = vault_keyring(config, model)
     return Stores(
         ledger=ledger,
         witness=witness_of(config, keyed, model),
-        records=FileRecords(blobs[RECORDS], keyring),
-        checkpoints=FileCheckpoints(blobs[CHECKPOINTS], keyring),
-        index=FaissIndex(directory / INDEX, resources.dimension, keyring, resources.index_cache),
+        records=FileRecords(blobs[areas.RECORDS], keyring),
+        checkpoints=FileCheckpoints(blobs[areas.CHECKPOINTS], keyring),
+        index=FaissIndex(directory / areas.INDEX, resources.dimension, keyring, resources.index_cache),
         keyring=keyring,
         exports=DirectoryExports(),
-        metrics=FileMetrics(directory / METRICS),
-        patches=FileCheckpoints(blobs[PATCHES], keyring, PATCHES),
-        vault=FileVault(directory / VAULT, vaults),
-        drafts=FilePatchDrafts(directory / RUNS, vaults),
-        hidden_states=FileHiddenStates(blobs[HIDDEN_STATES], keyring),
+        metrics=FileMetrics(directory / areas.METRICS),
+        patches=FileCheckpoints(blobs[areas.PATCHES], keyring, areas.PATCHES),
+        vault=FileVault(directory / areas.VAULT, vaults),
+        drafts=FilePatchDrafts(directory / areas.RUNS, vaults),
+        hidden_states=FileHiddenStates(blobs[areas.HIDDEN_STATES], keyring),
         blobs=blobs,
     )
 
@@ -350,28 +340,28 @@ def _now() -> str:
 def _site(stores: Stores, resources: Resources, store: FileCheckpoints) -> Site:
     config = resources.config
     beneath = patches_beneath(stores.ledger, resources.base.digest)
-    keeps = store.area == CHECKPOINTS  # a replay keeps no hidden states, and uses none that were kept
+    keeps = store.area == areas.CHECKPOINTS  # a replay neither keeps hidden states nor uses kept ones
     return Site(
-        stores.blobs[RECORDS],
+        stores.blobs[areas.RECORDS],
         store.blobs,
         resources.base.directory,
         resources.base.digest,
         config.sisa.threads_per_shard,
         keyring=store.keyring,
         area=store.area,
-        patches_at=stores.blobs[PATCHES],
+        patches_at=stores.blobs[areas.PATCHES],
         patches=tuple((each.key, each.manifest_sha256) for each in beneath),
         precision=config.precision,
-        hidden_states_at=stores.blobs[HIDDEN_STATES],
+        hidden_states_at=stores.blobs[areas.HIDDEN_STATES],
         state_bytes=config.prefix_cache_bytes // config.sisa.shards if keeps else 0,
     )
 
 
 def _patch_site(directory: Path, resources: Resources, stores: Stores, model: str) -> ports.PatchSite:
     return ports.PatchSite(
-        vault_dir=(directory / VAULT).absolute(),
-        patches_at=absolute(stores.blobs[PATCHES]),
-        runs_dir=(directory / RUNS).absolute(),
+        vault_dir=(directory / areas.VAULT).absolute(),
+        patches_at=absolute(stores.blobs[areas.PATCHES]),
+        runs_dir=(directory / areas.RUNS).absolute(),
         base_dir=resources.base.directory.absolute(),
         base_digest=resources.base.digest,
         threads=resources.config.sisa.threads_per_shard,
@@ -391,7 +381,7 @@ def open_trainer(site: Site) -> ports.Trainer:
     """Return the trainer on a site's base, under the patches to train over. Raise IntegrityError."""
     from sisa.lm.train.lora import LoraTrainer
 
-    store = FileCheckpoints(site.patches_at, site.keyring, PATCHES)
+    store = FileCheckpoints(site.patches_at, site.keyring, areas.PATCHES)
     patches = [store.load(key, manifest) for key, manifest in site.patches]
     hidden_states = FileHiddenStates(site.hidden_states_at, site.keyring)
     return LoraTrainer(
