@@ -1,7 +1,7 @@
 """Run a seeded share of each long check: kills, nodes, soak, service, rollout; and the command of all.
 
-`tests/README.md` has the commands of the full checks. The suite runs another share of the service, with
-one kill, in `tests/integration/service/test_service.py`.
+Each check's module has the command of its full run. `tests/integration/service/test_service.py` runs
+another share of the service, with one kill.
 """
 
 from __future__ import annotations

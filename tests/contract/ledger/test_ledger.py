@@ -787,17 +787,6 @@ def test_another_schema_version_is_refused(path: Path) -> None:
         SqlLedger(path)
 
 
-def test_a_new_ledger_says_which_version_wrote_it(path: Path) -> None:
-    with opened(path, create=True) as ledger:
-        ledger.commit(Change(added=[row(1)]))
-    raw = sqlite3.connect(path)
-    try:
-        (user_version,) = raw.execute("PRAGMA user_version").fetchone()
-    finally:
-        raw.close()
-    assert user_version == SCHEMA_VERSION
-
-
 SCHEMAS = {
     4: "ae2ebf4c3a4c1bf09218cd1ca2bd1dce0031832baf46b4df0f9cca5a3c36ea84",
     5: "a6e52b547be3af37de4f4decc89674420f90c4b6c92b81d882e1f6209a3edc59",

@@ -319,17 +319,3 @@ def test_an_older_ledger_is_brought_up_by_one_command(
     execute(place, "INSERT INTO later VALUES (?)", ("there",))
     with opened(place) as ledger:
         assert answers(ledger) == before
-
-
-def test_a_ledger_of_a_random_history_is_read_again(ledger: SqlLedger, url: str) -> None:
-    source, held = random.Random(1), set(range(60))
-    ledger.commit(Change(added=[row(number) for number in held]))
-    for start in range(100, 400, 30):
-        gone = set(source.sample(sorted(held), 10))
-        fresh = set(range(start, start + 10))
-        ledger.commit(Change(removed=[row(n) for n in gone], added=[row(n) for n in fresh]))
-        held = held - gone | fresh
-    with opened(url) as again:
-        rows = [each for shard in range(3) for each in again.rows(shard)]
-        assert {each.id_digest for each in rows} == {row(n).id_digest for n in held}
-        assert again.lost() == []

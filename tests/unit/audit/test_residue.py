@@ -272,18 +272,6 @@ def test_left_overs_of_ours_are_scanned(model: Path, tmp_path: Path) -> None:
     assert {Path(each.where).parent for each in found.residue} == {scratch, partial}
 
 
-def hide_in_name(model: Path) -> None:
-    (model / RECORDS / f".tmp-{GONE.id}").touch()
-
-
-def hide_in_raw_bytes(model: Path) -> None:
-    (model / "core").write_bytes(b"\0" * 100 + GONE.id.encode() + b"\0")
-
-
-def hide_in_utf16(model: Path) -> None:
-    (model / "core").write_bytes(GONE.id.encode("utf-16-le"))
-
-
 def hide_in_parquet(model: Path) -> None:
     columns = {"id": ["a"], "texts": [[f"see {GONE.id} there", "b"]]}
     pq.write_table(pa.table(columns), model / RECORDS / "a.parquet", compression="zstd")
@@ -294,11 +282,17 @@ def hide_in_ledger(model: Path) -> None:
         context.stores.ledger.commit(Change(meta={"note": f"it's of {GONE.id}"}))
 
 
-HIDING = [hide_in_name, hide_in_raw_bytes, hide_in_utf16, hide_in_parquet, hide_in_ledger]
+HIDING: dict[str, Callable[[Path], object]] = {
+    "name": lambda model: (model / RECORDS / f".tmp-{GONE.id}").touch(),
+    "raw bytes": lambda model: (model / "core").write_bytes(b"\0" * 99 + GONE.id.encode() + b"\0"),
+    "UTF-16": lambda model: (model / "core").write_bytes(GONE.id.encode("utf-16-le")),
+    "Parquet": hide_in_parquet,
+    "ledger": hide_in_ledger,
+}
 
 
-@pytest.mark.parametrize("hide", HIDING)
-def test_a_named_string_is_found_wherever_it_hides(model: Path, hide: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("hide", HIDING.values(), ids=HIDING)
+def test_a_named_string_is_found_wherever_it_hides(model: Path, hide: Callable[[Path], object]) -> None:
     hide(model)
     found = scan(model, ids=["never-here", GONE.id])
     strings = [each for each in found.residue if each.kind == "string"]

@@ -314,15 +314,6 @@ def test_no_one_decides_that_a_request_is_completed(fake: FakeModel) -> None:
         decide(fake.context, request.request_id, "completed", "dpo")
 
 
-def test_a_legal_hold_ends_with_an_approval(fake: FakeModel) -> None:
-    request = asked(fake, 3)
-    decide(fake.context, request.request_id, "held", "court order")
-    assert run_all(fake) == ()
-    decide(fake.context, request.request_id, "approved", "judge")
-    (done,) = run_all(fake)
-    assert (done.state, done.approver) == ("completed", "judge")
-
-
 def test_an_extension_moves_the_due_date_and_is_reported(fake: FakeModel) -> None:
     request = asked(fake, 3)
     found = extend(fake.context, request.request_id, "complex")
