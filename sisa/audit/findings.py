@@ -135,9 +135,8 @@ def checks(
         found = Finding("slice", "error", f"{areas.RECORDS}/{file.name}", "", shard=file.shard)
         yield found, partial(check_slice, context, file, with_key=with_key)
     for index in ledger.indexes():
-        found = Finding(
-            "index", "error", f"{areas.INDEX}/{index.name}", "", "reindex", shard=index.shard
-        )
+        place = f"{areas.INDEX}/{index.name}"
+        found = Finding("index", "error", place, "", "reindex", shard=index.shard)
         yield found, partial(check_index, context, index)
     for held in ledger.checkpoints():
         place = f"{areas.CHECKPOINTS}/{held.key}"
@@ -146,15 +145,13 @@ def checks(
     needed = known_by_area(context)[areas.PATCHES]
     for patch in ledger.patches():
         if patch.key in needed:
-            found = Finding(
-                "patch", "error", f"{areas.PATCHES}/{patch.key}", "", "patches", key=patch.key
-            )
+            place = f"{areas.PATCHES}/{patch.key}"
+            found = Finding("patch", "error", place, "", "patches", key=patch.key)
             yield found, partial(group, areas.PATCHES, patch.key, patch.manifest_sha256)
     for texts in ledger.vault():
         if texts.held:
-            found = Finding(
-                "vault", "error", f"{areas.VAULT}/{texts.name}", "", "patches", key=texts.name
-            )
+            place = f"{areas.VAULT}/{texts.name}"
+            found = Finding("vault", "error", place, "", "patches", key=texts.name)
             yield found, partial(context.stores.vault.check, texts)
 
 
