@@ -209,7 +209,7 @@ def _read_once(model: Model, now: str, made_by: str) -> Facts:
 
 def _read_evidence(model: Model, requests: Sequence[RequestView]) -> Evidence | None:
     """Return the part of a model's evidence that verifies; None if it has no keys."""
-    from sisa.evidence.hook import open_hook
+    from sisa.evidence.hook import hook_of
     from sisa.evidence.keys.model_keys import log_blobs, open_keys
     from sisa.flows.wiring.wiring import EVIDENCE
 
@@ -218,7 +218,7 @@ def _read_evidence(model: Model, requests: Sequence[RequestView]) -> Evidence | 
         keys = open_keys(model.config, model.id)
         if keys is None and not blobs.held() and not (model.directory / EVIDENCE).exists():
             return None
-        hook = open_hook(model.directory, model.config, model.id)
+        hook = hook_of(model)
         pending = tuple(hook.pending([each.request for each in requests]))
         kept = Log(blobs, keys).signed_note() if keys else b""
     except SisaError as error:

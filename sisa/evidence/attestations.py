@@ -29,7 +29,7 @@ from sisa.core.digest import Keyed, digest_of, sha256_hex
 from sisa.core.domain import HeldCheckpoint, WitnessHead, active
 from sisa.core.errors import SisaError
 from sisa.evidence.database import Logged, parse_logged
-from sisa.evidence.hook import open_hook
+from sisa.evidence.hook import hook_of
 from sisa.evidence.issuing import served_by
 from sisa.evidence.keys.model_keys import keys_of, log_for_writing
 from sisa.evidence.log.log import statement_in
@@ -165,7 +165,7 @@ def log_hand_out(model: Model, right: Right, data: bytes, named: Iterable[str]) 
     """
     if not has_evidence(model.directory, model.config, model.id):
         return Stated(not_logged=NO_KEYS)
-    hook = open_hook(model.directory, model.config, model.id)
+    hook = hook_of(model)
     sha256, found = sha256_hex(data), json.loads(data)
     counts = {f"num_{name}": len(found.get(name, ())) for name in ("records", "deleted", "recipients")}
     predicate = access_predicate(Keyed(model.secret), right, named, found["made_at"], counts)
@@ -187,7 +187,7 @@ def log_provenance(model: Model) -> list[Logged]:
     keys = keys_of(model)
     with model.writing() as context:
         log = log_for_writing(keys, context.stores.blobs[LOG])
-        known = open_hook(model.directory, model.config, model.id).tables.logged(log)
+        known = hook_of(model).tables.logged(log)
         served_now = digest_of(served_subject(context))
         first = next((e for e in known if e.kind in CHAINED and e.subject == served_now), None)
         state = statement_in(log.statement(first.sha256))["predicate"] if first else {}

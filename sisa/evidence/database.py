@@ -156,11 +156,12 @@ class EvidenceTables:
     def drafts(self) -> dict[str, Draft]:
         """Return the drafts by request; nothing is written."""
         rows = self._read("SELECT request, draft, hashes FROM drafts JOIN commitments USING (request)")
-        found = [(request, json.loads(text), hashes) for request, text, hashes in rows]
-        return {
-            request: Draft(**{**_tuples(parsed), "commitments": _split(hashes)})
-            for request, parsed, hashes in found
-        }
+        drafts = {}
+        for request, text, hashes in rows:
+            parsed = json.loads(text)
+            listed = (tuple(parsed[name]) for name in ("erased", "touched", "revokes"))
+            drafts[request] = Draft(request, _split(hashes), *listed)
+        return drafts
 
     def commitments(self, request_id: str) -> tuple[str, ...]:
         """Return the commitments of a request, sorted; none if it has none."""
@@ -204,10 +205,10 @@ class EvidenceTables:
                 (anew, json.dumps([ANY_SHARD, *shards])),
             )
             return [
-                _as_export(sha256, made_at, shard, json.loads(prefix))
+                _as_export(sha256, noted_seq, shard, json.loads(prefix))
                 if noted_anew == anew
                 else _as_export(sha256, seq, ANY_SHARD, [])
-                for sha256, shard, prefix, made_at, noted_anew in rows
+                for sha256, shard, prefix, noted_seq, noted_anew in rows
             ]
 
     def drop_adapters(self, revoked: Iterable[str]) -> None:
@@ -266,23 +267,12 @@ class EvidenceTables:
 
 
 def _as_export(sha256: str, seq: int, shard: int, prefix: Sequence[int]) -> Export:
-    return Export(
-        path="",
-        shard=shard,
-        prefix=tuple(prefix),
-        seq=seq,
-        key="",
-        adapter_sha256=sha256,
-        made_at="",
-    )
+    found = {"shard": shard, "prefix": tuple(prefix), "seq": seq, "adapter_sha256": sha256}
+    return Export(path="", key="", made_at="", **found)
 
 
 def _split(hashes: bytes) -> tuple[str, ...]:
     return tuple(hashes[at : at + 32].hex() for at in range(0, len(hashes), 32))
-
-
-def _tuples(parsed: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(each) if isinstance(each, list) else each for key, each in parsed.items()}
 
 
 def parse_logged(sequence: int, kind: str, envelope: bytes) -> Logged:

@@ -31,6 +31,7 @@ from sisa.evidence.statements import NOT_RUN, Draft, Held
 from sisa.flows.wiring.context import Context, trained_over
 from sisa.flows.wiring.slices import slices_of, stored_in
 from sisa.flows.wiring.wiring import EVIDENCE
+from sisa.model import Model
 from sisa.planning.patch_plan import lineage
 from sisa.planning.plan import states_names, tainted_exports, touched
 from sisa.store.areas import LOG
@@ -130,6 +131,11 @@ class EvidenceHook:
 def open_hook(directory: Path, config: RunConfig, model: str) -> EvidenceHook:
     """Return the hook of a model, for the flows, which find it by name."""
     return EvidenceHook(directory, config, model)
+
+
+def hook_of(model: Model) -> EvidenceHook:
+    """Return the hook of an open model."""
+    return EvidenceHook(model.directory, model.config, model.id)
 
 
 def _report(context: Context, what: str, error: SisaError | Refused) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from sisa.core.domain import Request
 from sisa.core.errors import IntegrityError, Outdated, SisaError, UnknownRecord
 from sisa.evidence.database import Logged
-from sisa.evidence.hook import EvidenceHook, open_hook
+from sisa.evidence.hook import EvidenceHook, hook_of
 from sisa.evidence.keys.keys import Keys
 from sisa.evidence.keys.model_keys import keys_of
 from sisa.evidence.log.log import Log
@@ -103,7 +103,7 @@ def open_evidence(model: Model) -> Iterator[OpenEvidence]:
     """Open a model's evidence. Raise InvalidInput for a model that has no keys."""
     keys = keys_of(model)
     with model.context() as context:
-        hook = open_hook(model.directory, model.config, model.id)
+        hook = hook_of(model)
         yield OpenEvidence(context, hook, keys, Log(context.stores.blobs[LOG], keys))
 
 
@@ -117,25 +117,23 @@ def issue(model: Model) -> list[Logged]:
     """Sign and log whatever lacks a statement; return what was logged. Raise SisaError."""
     keys_of(model)  # refuses a model without keys before anything is written
     with model.writing() as context:
-        return open_hook(model.directory, model.config, model.id).issue(context)
+        return hook_of(model).issue(context)
 
 
 def state_what_is_held(model: Model) -> None:
     """State what a model with new keys holds: the beginning of its chain. Report a failure."""
     with model.writing() as context:
-        open_hook(model.directory, model.config, model.id).complete(context)
+        hook_of(model).complete(context)
 
 
 def pending(model: Model) -> list[str]:
     """Return the completed requests whose certificates are not logged yet, with or without keys."""
-    return open_hook(model.directory, model.config, model.id).pending(
-        [each.request for each in model.requests()]
-    )
+    return hook_of(model).pending([each.request for each in model.requests()])
 
 
 def standing(model: Model, request_id: str) -> str:
     """Return "issued", "pending" or "none" for the certificate of a request."""
-    tables = open_hook(model.directory, model.config, model.id).tables
+    tables = hook_of(model).tables
     try:
         is_issued = request_id in issued(model).certificates
     except SisaError:  # without the keys or the log, what was noted counts

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sisa.core.digest import sha256_hex
 from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log, log_reader
-from sisa.evidence.log.tiles import Tiles
+from sisa.evidence.log.tiles import Tiles, encode_bundle
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier import merkle, note
 from sisa.verifier.certificate import log_entry
@@ -56,8 +56,12 @@ class Place:
 
     def outsider(self) -> tuple[Checkpoint, list[bytes]]:
         """Return what an outsider finds. Raise Refused or IntegrityError if it does not fit."""
-        found, entries = check_log(self.read, self.vkey)
-        return found, entries
+        return check_log(self.read, self.vkey)
+
+    def append(self, *numbers: int) -> None:
+        """Log the statements with these numbers."""
+        for number in numbers:
+            self.log.append(statement(number), TYPE)
 
 
 def statement(number: int) -> bytes:
@@ -75,8 +79,7 @@ def fill(place: Place, size: int) -> None:
     nodes, level = [merkle.leaf_hash(each) for each in entries], 0
     for at in range(0, size, WIDTH):
         bundle = entries[at : at + WIDTH]
-        data = b"".join(len(each).to_bytes(2) + each for each in bundle)
-        blobs.put(tile_path("entries", at // WIDTH, len(bundle)), data)
+        blobs.put(tile_path("entries", at // WIDTH, len(bundle)), encode_bundle(bundle))
     while nodes:
         tiles = [nodes[at : at + WIDTH] for at in range(0, len(nodes), WIDTH)]
         for at, tile in enumerate(tiles):

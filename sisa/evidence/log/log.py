@@ -101,11 +101,11 @@ class Log:
         entry = log_entry(sha256, predicate_type)
         if len(entry) > MAX_ENTRY_BYTES:
             raise InvalidInput("a predicate type is too long", expected=f"{MAX_ENTRY_BYTES} bytes")
-        last = self._bundle(before.size - 1, before.size) if before.size else []
-        if last and last[-1] == entry:
+        bundle = self._bundle(before.size - 1, before.size) if before.size else []
+        if bundle[-1:] == [entry]:
             return before.size - 1  # logged before a crash, and not noted by the caller
         self._blobs.put(statement_path(sha256), envelope)
-        self._sign(self._write(before, [*last, entry] if before.size % WIDTH else [entry]))
+        self._sign(self._write(before, [*bundle, entry] if before.size % WIDTH else [entry]))
         return before.size
 
     def recover(self) -> Checkpoint:
@@ -241,7 +241,8 @@ class Log:
         """Return the names of the cosigners under the published checkpoint, and when they signed."""
         published = self.published_note()
         signatures = note.split_note(published)[1] if published else []
-        return [(name, int.from_bytes(data[4:12])) for name, data in signatures if len(data) == 76]
+        found = ((name, data[4:12]) for name, data in signatures if len(data) == 4 + 8 + 64)
+        return [(name, int.from_bytes(time)) for name, time in found]  # after the key's id
 
     def _read(self, path: str) -> bytes:
         return self._blobs.get(path, "file of the log")

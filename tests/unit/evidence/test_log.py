@@ -23,7 +23,7 @@ from sisa.evidence.log import published
 from sisa.evidence.log.cosigning import cosign, new_cosigner_key, parse_cosigner_key
 from sisa.evidence.log.log import Entry, checkpoint_text, parse_entry
 from sisa.evidence.log.published import check_log, log_reader
-from sisa.evidence.log.tiles import NO_ENTRIES, Tiles, check_tiles, signature_line
+from sisa.evidence.log.tiles import NO_ENTRIES, Tiles, check_tiles, encode_bundle, signature_line
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier import merkle, note
@@ -73,7 +73,7 @@ def test_a_full_tile_stays_and_its_partial_ones_go(place: Place, size: int) -> N
     fill(place, size)
     kept: dict[Path, bytes] = {}
     for number in range(size, size + 4):
-        place.log.append(statement(number), TYPE)
+        place.append(number)
         for path in place.at.rglob("*"):
             if path.is_file() and ".p" not in path.parent.name and "tile" in path.parts:
                 assert kept.setdefault(path, path.read_bytes()) == path.read_bytes()
@@ -134,11 +134,11 @@ def test_a_crash_anywhere_is_made_good_by_the_next_append(
         for number, at in enumerate([*crashes, 1000], start=start):
             left[:] = [at]
             try:
-                place.log.append(statement(number), TYPE)
+                place.append(number)
             except Crash:
                 left.clear()
                 if number % 2:  # the caller tries again; else it does not know about the entry
-                    place.log.append(statement(number), TYPE)
+                    place.append(number)
                 else:
                     place.log.recover()
             logged += [entry(number)] if look()[-1:] == [entry(number)] else []
@@ -188,10 +188,7 @@ def edge(place: Place, size: int) -> None:
     rnd, blobs = random.Random(size), LocalBlobs(place.at)
     first = size - size % WIDTH
     entries = [entry(number) for number in range(first, size)]
-    blobs.put(
-        tile_path("entries", size // WIDTH, len(entries)),
-        b"".join(len(each).to_bytes(2) + each for each in entries),
-    )
+    blobs.put(tile_path("entries", size // WIDTH, len(entries)), encode_bundle(entries))
     level, nodes = 0, [merkle.leaf_hash(each) for each in entries]
     while nodes:
         blobs.put(tile_path(level, (size >> 8 * level) // WIDTH, len(nodes)), b"".join(nodes))
@@ -204,42 +201,39 @@ def edge(place: Place, size: int) -> None:
 
 
 def test_a_log_from_a_backup_signs_nothing_until_it_has_caught_up(place: Place) -> None:
-    for number in range(3):
-        place.log.append(statement(number), TYPE)
+    place.append(*range(3))
     shutil.copytree(place.at, place.root / "backup")
-    for number in range(3, 5):
-        place.log.append(statement(number), TYPE)
+    place.append(*range(3, 5))
     place.at.rename(place.root / "newer")
     (place.root / "backup").rename(place.at)
     before = place.read("checkpoint")
     with pytest.raises(IntegrityError, match="was set back") as caught:
-        place.log.append(statement(9), TYPE)
+        place.append(9)
     assert (caught.value.got[:9], caught.value.exit_code) == ("3 entries", 4)
     assert "restore the log's newer files" in caught.value.next_step
     assert place.read("checkpoint") == before
     shutil.rmtree(place.at)
     with pytest.raises(IntegrityError, match="was set back"):  # nor does an empty one
-        place.log.append(statement(9), TYPE)
+        place.append(9)
     (place.root / "newer").rename(place.at)
     assert place.log.append(statement(9), TYPE) == 5
 
 
 def test_a_forked_log_signs_nothing(place: Place, tmp_path: Path) -> None:
-    place.log.append(statement(0), TYPE)
+    place.append(0)
     other = Place(tmp_path / "other")
     shutil.copytree(place.at, other.at)
-    place.log.append(statement(1), TYPE)
-    for number in (2, 3):  # by somebody with a copy of the keys, but not of what was signed
-        other.log.append(statement(number), TYPE)
+    place.append(1)
+    other.append(2, 3)  # by somebody with a copy of the keys, but not of what was signed
     shutil.rmtree(place.at)
     shutil.copytree(other.at, place.at)
     with pytest.raises(IntegrityError, match="is not the one whose checkpoint was signed last"):
-        place.log.append(statement(4), TYPE)
+        place.append(4)
 
 
 def test_keys_from_a_backup_take_over_what_follows(place: Place) -> None:
     for number in range(3):
-        place.log.append(statement(number), TYPE)
+        place.append(number)
         if number == 0:
             shutil.copytree(place.keys.directory, place.root / "keys-backup")
     shutil.rmtree(place.keys.directory)
@@ -252,14 +246,13 @@ def test_keys_from_a_backup_take_over_what_follows(place: Place) -> None:
 
 @pytest.mark.parametrize("name", ["tile/0/000.p/3", "tile/entries/000.p/3", "checkpoint"])
 def test_a_damaged_log_signs_nothing(place: Place, name: str) -> None:
-    for number in range(3):
-        place.log.append(statement(number), TYPE)
+    place.append(*range(3))
     path = place.at / name
     data = path.read_bytes()
     for damaged in (data[:-1], bytes([data[0] ^ 1]) + data[1:], data[:40] + b"x" + data[41:]):
         path.write_bytes(damaged)
         with pytest.raises(IntegrityError):
-            place.log.append(statement(3), TYPE)
+            place.append(3)
     assert not (place.at / "tile/0/000.p/4").exists()
     path.write_bytes(data)
     assert place.log.append(statement(3), TYPE) == 3
@@ -267,8 +260,7 @@ def test_a_damaged_log_signs_nothing(place: Place, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tile/0/000.p/3", "checkpoint"])
 def test_a_damaged_log_proves_nothing(place: Place, name: str) -> None:
-    for number in range(3):
-        place.log.append(statement(number), TYPE)
+    place.append(*range(3))
     data = (place.at / name).read_bytes()
     for damaged in (data[:-1], data[:70] + b"x" + data[71:]):
         (place.at / name).write_bytes(damaged)
@@ -277,7 +269,7 @@ def test_a_damaged_log_proves_nothing(place: Place, name: str) -> None:
 
 
 def test_damage_is_named_where_entries_and_statements_are_read(place: Place) -> None:
-    place.log.append(statement(0), TYPE)
+    place.append(0)
     (path,) = place.at.glob("statements/*")
     path.write_bytes(b"other")
     with pytest.raises(IntegrityError, match="not the one that was recorded"):
@@ -305,18 +297,16 @@ def test_damage_is_named_where_entries_and_statements_are_read(place: Place) -> 
     ],
 )
 def test_whoever_kept_a_checkpoint_detects_it(place: Place, name: str, numbers: list[int]) -> None:
-    for number in range(4):
-        place.log.append(statement(number), TYPE)
+    place.append(*range(4))
     kept = place.read("checkpoint")
     forged = Place(place.root / name)
-    for number in numbers:
-        forged.log.append(statement(number), TYPE)
+    forged.append(*numbers)
     now, entries = check_log(forged.read, place.vkey)  # sound for who kept none
     assert now.size == len(entries) == len(numbers)
     with pytest.raises(Refused, match="does not continue") as caught:
         check_log(forged.read, place.vkey, seen=[kept])
     assert "4 entries" in caught.value.expected
-    place.log.append(statement(4), TYPE)
+    place.append(4)
     check_log(place.read, place.vkey, seen=[kept])
     shutil.rmtree(place.at)
     shutil.copytree(forged.at, place.at)
@@ -327,8 +317,7 @@ def test_whoever_kept_a_checkpoint_detects_it(place: Place, name: str, numbers: 
 def test_a_reader_of_an_older_checkpoint_is_served_by_full_tiles(place: Place) -> None:
     fill(place, 255)
     older = place.read("checkpoint")
-    for number in (255, 256):
-        place.log.append(statement(number), TYPE)
+    place.append(255, 256)
     assert not (place.at / "tile/0/000.p").exists()
     assert note.read_log(place.read, open_checkpoint(older, place.vkey)) == [
         entry(n) for n in range(255)
@@ -348,15 +337,13 @@ def test_an_empty_log_is_sound(place: Place) -> None:
 def another_log(place: Place) -> Place:
     other = Place(place.root / "another")
     other.keys = Keys(other.root / "keys", "1f" * 16, b"m" * 32)
-    for number in range(3):
-        other.log.append(statement(number), TYPE)
+    other.append(*range(3))
     return other
 
 
 def cosigned_log(place: Place) -> str:
     """Append three entries, have a cosigner sign the checkpoint, and return the cosigner's vkey."""
-    for number in range(3):
-        place.log.append(statement(number), TYPE)
+    place.append(*range(3))
     private, vkey = some_cosigner_key("witness.example/w1")
     _, _, line = cosign(place.read, place.vkey, private, place.root / "state", 1_700_000_000)
     place.log.add_cosignatures(line, [vkey])
@@ -388,7 +375,7 @@ def test_every_mutation_of_a_proof_is_refused(place: Place) -> None:
     fill(place, 300)
     data, other = place.log.proof(259), another_log(place)
     replays = [place.log.proof(index) for index in (0, 258, 260, 299)]
-    place.log.append(statement(300), TYPE)
+    place.append(300)
     replays += [other.log.proof(index) for index in range(3)]
     head, _, checkpoint = data.partition(b"\n\n")
     replays += [head + b"\n\n" + place.read("checkpoint"), head + b"\n\n" + other.read("checkpoint")]
@@ -419,7 +406,7 @@ def test_a_cosigner_signs_what_continues_what_it_saw(place: Place) -> None:
     state = place.root / "witness" / "state"
     sizes = []
     for number in range(6):
-        place.log.append(statement(number), TYPE)
+        place.append(number)
         if number % 2 == 0:
             seen, now, line = cosign(place.read, place.vkey, private, state, 1_700_000_000 + number)
             sizes.append((seen.size, now.size))
@@ -430,7 +417,7 @@ def test_a_cosigner_signs_what_continues_what_it_saw(place: Place) -> None:
     place.log.add_cosignatures(checkpoint_text(again[1]) + b"\n" + again[2], [vkey])  # a note
     proof = place.log.proof(0)
     assert note.open_checkpoint(note.parse_proof(proof)[2], place.vkey, cosigners=[vkey]).size == 6
-    place.log.append(statement(6), TYPE)
+    place.append(6)
     with pytest.raises(Refused, match="not signed as expected"):  # of the new one, not yet
         open_checkpoint(place.read("checkpoint"), place.vkey, cosigners=[vkey])
     assert oct(state.stat().st_mode)[-3:] == "600"
@@ -464,7 +451,7 @@ def test_a_request_is_enough_for_a_cosigner(place: Place) -> None:
 
 
 def test_a_cosigner_signs_extension_lines_as_well(place: Place) -> None:
-    place.log.append(statement(0), TYPE)
+    place.append(0)
     text = checkpoint_text(place.log.checkpoint) + b"an extension\n"
     made = place.log.key.id + Ed25519PrivateKey.from_private_bytes(place.keys.log_seed).sign(text)
     LocalBlobs(place.at).put("checkpoint", text + b"\n" + signature_line(place.log.key.name, made))
@@ -476,8 +463,7 @@ def test_a_cosigner_signs_extension_lines_as_well(place: Place) -> None:
 def test_a_cosigner_refuses_a_log_that_was_rewritten(place: Place, tmp_path: Path) -> None:
     private, _ = new_cosigner_key("w")
     state = tmp_path / "state"
-    for number in range(4):
-        place.log.append(statement(number), TYPE)
+    place.append(*range(4))
     cosign(place.read, place.vkey, private, state)
     kept = state.read_bytes()
     for name, numbers in {
@@ -488,8 +474,7 @@ def test_a_cosigner_refuses_a_log_that_was_rewritten(place: Place, tmp_path: Pat
         "as long": [0, 1, 2, 9],
     }.items():
         forged = Place(tmp_path / name)
-        for number in numbers:
-            forged.log.append(statement(number), TYPE)
+        forged.append(*numbers)
         assert len(forged.outsider()[1]) == len(numbers)  # signed, and sound for who saw no other
         with pytest.raises(Refused, match="does not continue the checkpoint") as caught:
             cosign(forged.read, place.vkey, private, state)
@@ -525,7 +510,7 @@ def test_a_cosignature_of_something_else_is_not_added(place: Place) -> None:
     cosigned = place.read("checkpoint")
     private, stranger = new_cosigner_key("stranger")
     line = cosign(place.read, place.vkey, private, place.root / "another-state")[2]
-    place.log.append(statement(3), TYPE)
+    place.append(3)
     before = place.read("checkpoint")
     for given_, keys in (
         (cosigned, [vkey]),  # of the former checkpoint
@@ -566,7 +551,7 @@ def test_a_cosigner_key_is_that_of_go() -> None:
 
 
 def test_two_runs_of_a_cosigner_do_not_cross(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    place.log.append(statement(0), TYPE)
+    place.append(0)
     private, _ = new_cosigner_key("w")
     monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0)
     with files.opened_directory(place.root) as handle:
