@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -136,19 +136,15 @@ def _log(model: Model, check: str, results: Results, held: str) -> Stated:
         with model.writing() as context:
             if held_state(context.stores.ledger) != held:
                 return Stated(not_logged=CHANGED)
-            predicate = results.predicate([configuration(check, model.id, context.now())])
+            version = metadata.version("deletion-ready-model")
+            noted = {"model": model.id, "at": context.now(), "package": version}
+            run = {"name": check, "uri": f"{URN}{check}:v1", "annotations": noted}
+            predicate = results.predicate([run])
             envelope = keys.sign(statement(served_subject(context), TEST_RESULT, predicate))
             entry = log_for_writing(keys, context.stores.blobs[LOG]).append(envelope, TEST_RESULT)
     except (SisaError, Refused) as error:
         return Stated(not_logged=error.what)
     return Stated(entry, results.result)
-
-
-def configuration(check: str, model: str, at: str) -> dict[str, Any]:
-    """Return what was run, when, and on which model, as in-toto's ResourceDescriptor."""
-    version = metadata.version("deletion-ready-model")
-    noted = {"model": model, "at": at, "package": version}
-    return {"name": check, "uri": f"{URN}{check}:v1", "annotations": noted}
 
 
 def served_subject(context: Context) -> list[dict[str, Any]]:
@@ -220,7 +216,15 @@ def provenance_predicate(
     named = {"base": context.settings.base, "embedder": model.embedder.digest}
     named |= {f"patch-{e.version}": e.adapter_sha256 for e in active(context.stores.ledger.patches())}
     named["records"] = state.get("membership", {}).get("after", "")
-    packages = LIBRARIES if fingerprint == context.compute.fingerprint else ()
+    dependencies: list[dict[str, Any]] = [
+        {"name": name, "digest": {"sha256": sha256}} for name, sha256 in named.items() if sha256
+    ]
+    code: dict[str, str] = {}
+    if fingerprint == context.compute.fingerprint:  # it alone is known of another environment
+        code["deletion-ready-model"] = metadata.version("deletion-ready-model")
+        code["procedure"] = str(PROCEDURE_VERSION)
+        packages = {name: f"pkg:pypi/{name}@{metadata.version(name)}" for name in LIBRARIES}
+        dependencies += [{"name": name, "uri": uri} for name, uri in packages.items()]
     return {
         "buildDefinition": {
             "buildType": SHARD_TRAINING,
@@ -231,16 +235,10 @@ def provenance_predicate(
             "internalParameters": {
                 "adapters": {f"shard-{each.shard:05d}": _cost(held[each.key]) for each in served}
             },
-            "resolvedDependencies": [
-                *({"name": n, "digest": {"sha256": sha256}} for n, sha256 in named.items() if sha256),
-                *(
-                    {"name": name, "uri": f"pkg:pypi/{name}@{metadata.version(name)}"}
-                    for name in packages
-                ),
-            ],
+            "resolvedDependencies": dependencies,
         },
         "runDetails": {
-            "builder": {"id": f"{URN}numerics:{fingerprint}", "version": _code(packages)},
+            "builder": {"id": f"{URN}numerics:{fingerprint}", "version": code},
             "metadata": {
                 "invocationId": f"{URN}{model.id}:{state.get('sequence', '')}",
                 **({"finishedOn": state["issued_at"]} if state else {}),
@@ -252,10 +250,3 @@ def provenance_predicate(
 def _cost(held: HeldCheckpoint) -> dict[str, Any]:
     """Return what the last stage of an adapter cost; `job` names all that it depends on."""
     return {"job": held.key, "record_epochs": held.record_epochs, "seconds": decimal(held.seconds)}
-
-
-def _code(packages: Collection[str]) -> dict[str, str]:
-    if not packages:  # of another environment, whose versions only the fingerprint covers
-        return {}
-    version = metadata.version("deletion-ready-model")
-    return {"deletion-ready-model": version, "procedure": str(PROCEDURE_VERSION)}

@@ -1,18 +1,6 @@
 """Audit a model as it is now: replay shards that a seed draws, check all evidence, and report.
 
-    doctor        the directory has no error, and the ledger is not behind its witness
-    replay        every stored byte is the recorded one; the drawn shards, trained again, are the same
-    sweep         no deleted record left a trace, here or in a listed export
-    log           entries, tiles and checkpoint agree, and continue each checkpoint that was kept
-    chain         every statement is signed, and begins where the one before it ended
-    certificates  each completed request has one, which agrees with the ledger
-    membership    the tree holds the ledger's records, under their ids in the drawn shards, and its root
-                  is the last certified one
-    heads         the served adapters are the last certified ones
-
-Anyone can repeat the draw: it takes those shards with records whose sha256 of
-"deletion-ready-model/audit/v1", the seed and the shard's number, joined by line breaks, is least. Choose
-the seed after the state to be audited is fixed: an operator who knows it knows what will be trained.
+README.md lists the checks, and how a seed draws shards: anyone can repeat the draw.
 
 >>> drawn("a seed", range(8), 3)
 [4, 5, 7]

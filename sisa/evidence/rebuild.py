@@ -3,13 +3,7 @@
     certificate + remaining records + run file + partition key  ->  adapters  ->  a statement
 
 The second party trains in a directory of its own, without the operator's model, and signs with a key of
-its own. Shards are isolated, so the records of the named shards are enough; the partition key determines
-them. The verdict, of each shard and of all (the worst):
-
-    equal                        the same bytes, under the same numerics fingerprint
-    same procedure, other bits   another fingerprint; records, settings and base are the certified ones
-    other procedure              records, settings or base are not the certified ones
-    differs                      the same job under the same fingerprint, and other bytes
+its own. README.md explains the verdicts; that of all shards is the worst.
 
 A job's key names records, settings, base and fingerprint. Under another fingerprint, the key is computed
 as if under the certified one and compared; equality of bytes is then never claimed.

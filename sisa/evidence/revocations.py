@@ -6,10 +6,6 @@
 kept. Its number is that of the log's entries, with those that deletions under way will add. An adapter
 that was made again to the same bytes, since the same records were given again, is reinstated.
 
-The digest of an adapter names nobody: it is one of weights that the model served or exported. To confirm
-a guess by it, one would have to train with the guess and with all other records of its shard, which the
-partition key places and orders.
-
 >>> revoked = {"aa": {"certificate": "c1", "date": "2026-11-01"}, "bb": {"certificate": "", "date": ""}}
 >>> now = datetime(2026, 11, 2)
 >>> feed = feed_statement("0f", Checkpoint("log", 4, bytes(32)), 1, revoked, {"aa"}, now)["predicate"]

@@ -12,10 +12,8 @@ KEYID is the sha256 of the public key (SubjectPublicKeyInfo, DER). A rotation wr
 new key, and the new file of public keys, which decides; then it logs the hand-over, and destroys the old
 key. After a crash `Keys.settle` completes or undoes it.
 
-The old key signs the hand-over to the new one. The signature of a lost or leaked key would prove
-nothing, so then the new key signs: everybody who trusts the old key must get the new one from its owner.
-What the old key signed before the given entry of the log stays valid: nobody can put an entry there now,
-as far as the log is watched.
+The old key signs the hand-over, unless it is lost or leaked: then its signature would prove nothing, and
+the new key signs.
 
 >>> import tempfile
 >>> from sisa.verifier.envelope import verify_envelope
