@@ -267,8 +267,7 @@ class EvidenceTables:
 
 
 def _as_export(sha256: str, seq: int, shard: int, prefix: Sequence[int]) -> Export:
-    found = {"shard": shard, "prefix": tuple(prefix), "seq": seq, "adapter_sha256": sha256}
-    return Export(path="", key="", made_at="", **found)
+    return Export("", shard, tuple(prefix), seq, key="", adapter_sha256=sha256, made_at="")
 
 
 def _split(hashes: bytes) -> tuple[str, ...]:
