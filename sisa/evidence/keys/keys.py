@@ -27,6 +27,7 @@ the new key signs.
 from __future__ import annotations
 
 import os
+import re
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -73,6 +74,7 @@ from sisa.verifier.note import NoteKey
 
 PUBLIC, HANDOVER, LOG_KEY, VRF_KEY = "public.json", "handover.json", "log.key", "vrf.key"
 KEY, SIGNER = ".key", ".signer"  # suffixes of the file of a key that signs statements
+_OF_A_KEYID = re.compile(r"[0-9a-f]{64}\.(key|signer)")
 Reason = Literal["rotated", "lost", "leaked"]
 
 
@@ -137,8 +139,8 @@ class Keys:
                     got=f"another entry, of {log.size}",
                     next_step="restore the log's newer files from where it is published",
                 )
-        for each in sorted(self.directory.glob(f"*{KEY}")) + sorted(self.directory.glob(f"*{SIGNER}")):
-            if each.name not in (LOG_KEY, VRF_KEY) and each.stem != present:
+        for each in sorted(self.directory.iterdir()):  # other files are the user's
+            if _OF_A_KEYID.fullmatch(each.name) and each.stem != present:
                 with files.disk_errors(each):
                     files.overwrite(each)
                 files.erase(each)

@@ -259,6 +259,14 @@ def test_keys_are_followed_over_many_rotations(tmp_path: Path, keys: Keys) -> No
         follow(keys.public, [b"{}"], str.encode)
 
 
+def test_a_rotation_erases_no_file_that_somebody_else_put_there(tmp_path: Path, keys: Keys) -> None:
+    others = [keys.directory / name for name in ("cosigner.key", "office.signer", "0f.key")]
+    for each in others:
+        each.write_bytes(b"theirs")
+    rotate_keys(keys, log_of(tmp_path, keys))
+    assert [each.read_bytes() for each in others] == [b"theirs"] * 3
+
+
 def test_certificates_are_checked_across_rotations(tmp_path: Path) -> None:
     """This includes a statement that was signed but not logged before a rotation: it is signed again."""
     model = certified(tmp_path)
