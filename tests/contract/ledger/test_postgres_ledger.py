@@ -32,7 +32,7 @@ from sisa.store.ledger.database import upgrade_ledger
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.postgres import advisory_lock
 from sisa.store.ledger.tables import SCHEMA_VERSION, schema
-from tests.contract.ledger.test_ledger import answers, execute, full, named, opened, replies, row
+from tests.contract.ledger.ledgers import answers, execute, full, named, opened, replies, row
 from tests.examples import num_examples
 from tests.fakes.postgres_server import PostgresServer
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sisa.flows.wiring import wiring
-from tests.contract.ledger.test_ledger import back_to_version_4
+from tests.contract.ledger.ledgers import back_to_version_4
 from tests.fakes.postgres_server import PostgresServer
 from tests.models.confessing import NUM_RECORDS, record
 

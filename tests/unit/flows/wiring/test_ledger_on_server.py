@@ -26,7 +26,7 @@ from sisa.model import open_model
 from sisa.store.blobs import files
 from sisa.store.ledger.database import ledger_version
 from sisa.store.ledger.ledger import SqlLedger
-from tests.contract.ledger.test_ledger import answers
+from tests.contract.ledger.ledgers import answers, execute
 from tests.examples import is_full
 from tests.fakes.postgres_server import PostgresServer
 from tests.models.confessing import (
@@ -193,8 +193,6 @@ def test_a_ledger_is_not_moved_over_another(tmp_path: Path, directory: Path, url
 
 
 def test_a_damaged_ledger_is_not_moved(directory: Path, url: str) -> None:
-    from tests.contract.ledger.test_ledger import execute
-
     execute(directory / wiring.LEDGER, "DELETE FROM heads WHERE shard = 0")
     with pytest.raises(IntegrityError, match="damaged"):
         move_ledger(directory, url)
