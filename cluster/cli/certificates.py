@@ -1,4 +1,4 @@
-"""Show, issue and check certificates and receipts; rectify records."""
+"""Show, issue and check certificates and receipts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ import click
 
 from cluster.cli.command import (
     PATH,
-    ExecutorChoice,
     command,
     command_group,
     evidence_in,
-    executor_option,
     logged_statements,
     model_option,
     opened,
@@ -27,7 +25,7 @@ from cluster.cli.command import (
     read_public_keys,
     record_argument,
 )
-from cluster.render.render import Result, counted, rectified
+from cluster.render.render import Result, counted
 
 if TYPE_CHECKING:
     from sisa.evidence.database import Logged
@@ -280,13 +278,3 @@ def _deletion_words(stated: Mapping[str, Any]) -> Iterator[str]:
         yield f"  approximate patches beneath: {len(stated['live_patches'])}"
     yield from (f"  covers: {each}" for each in stated["coverage"]["covers"])
     yield from (f"  does not cover: {each}" for each in stated["coverage"]["does_not_cover"])
-
-
-@command("rectify", "-m model corrected.jsonl")
-@model_option
-@click.argument("file", type=PATH)
-@executor_option
-def rectify(directory: Path, file: Path, executor: ExecutorChoice) -> Result:
-    """Replace held records by new versions of the same ids, exactly. One certificate states both."""
-    with opened(directory, executor) as model:
-        return rectified(model.rectify(file))

@@ -1,5 +1,6 @@
-"""Carry out rights of a person other than erasure (`sisa access`, `recipients`, `restrict`, `release`),
-and deletion lists of California's DROP (`sisa drop ...`).
+"""Carry out rights of a person other than erasure, and the deletion lists of California's DROP.
+
+The commands are `sisa access`, `rectify`, `restrict`, `release`, `recipients` and `sisa drop ...`.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import click
 from cluster.cli.command import (
     PATH,
     STANDARD_INPUT,
+    ExecutorChoice,
     command,
     command_group,
+    executor_option,
     ids_options,
     model_option,
     opened,
     option_or_file,
 )
 from cluster.observe.reporting import say
-from cluster.render.render import Result, counted, drop_shown, engine_lines, restricted
+from cluster.render.render import Result, counted, drop_shown, engine_lines, rectified, restricted
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -90,6 +93,16 @@ def list_recipients(directory: Path, ids: list[str], subject: str | None) -> Res
     ]
     lines += engine_lines(found["engines"])
     return Result(found, lines or ["nothing was exported that these records touched"])
+
+
+@command("rectify", "-m model corrected.jsonl")
+@model_option
+@click.argument("file", type=PATH)
+@executor_option
+def rectify(directory: Path, file: Path, executor: ExecutorChoice) -> Result:
+    """Replace held records by new versions of the same ids, exactly. One certificate states both."""
+    with opened(directory, executor) as model:
+        return rectified(model.rectify(file))
 
 
 @command("restrict", "-m model --subject p001")
