@@ -214,8 +214,8 @@ class Once:
     key: str  # a digest of its Idempotency-Key; empty: it has none
     asked: str  # a digest of what it asks
 
-    def do(self, act: Callable[[], str], again: Callable[[str], str]) -> str:
-        """Call `act`, or `again` with the known request if this was done; return the request's id."""
+    def do(self, act: Callable[[], str]) -> str:
+        """Call `act`, which returns a request's id, unless this was done; return that id."""
         if not self.key:
             return act()
         call = self.state.begin(self.key, self.asked)
@@ -223,7 +223,7 @@ class Once:
             step = "send another key for another call"
             raise Refusal(422, "this Idempotency-Key was used for another call", next_step=step)
         if call.request:
-            return again(call.request)
+            return call.request
         request_id = act()
         self.state.end(self.key, request_id)
         return request_id
@@ -269,12 +269,15 @@ def _submit(
     )
     done: dict[str, Any] = {}
 
-    def act(_known: str = "") -> str:
+    def act() -> str:
         made = model.submit(asked.ids, subject=asked.subject, terms=terms)
         done.update(copies=list(made.copies), near=[_candidate(each) for each in made.near])
         return made.request.request_id
 
-    return _shown(model.request(call.do(act, act)), **done)
+    request_id = call.do(act)
+    if not done:  # a repeated call: this finds the request by its external id, and the copies again
+        act()
+    return _shown(model.request(request_id), **done)
 
 
 def _candidate(found: Candidate) -> dict[str, Any]:
@@ -314,7 +317,7 @@ def _decide(
     def act() -> str:
         return model.decide(request_id, state, note, by=caller.name).request.request_id
 
-    return _shown(model.request(call.do(act, str)))
+    return _shown(model.request(call.do(act)))
 
 
 @requests_router.post(
@@ -365,7 +368,7 @@ def _extend(
     def act() -> str:
         return model.extend(request_id, asked.reason).request.request_id
 
-    return _shown(model.request(call.do(act, str)))
+    return _shown(model.request(call.do(act)))
 
 
 @requests_router.get(

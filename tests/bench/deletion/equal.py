@@ -53,7 +53,7 @@ class Bench:
 
     def records(self) -> list[Record]:
         """Return `per_cell` records for every (shard, slice)."""
-        assigner = Assigner(Keyed(KEY), layout(self))
+        assigner = Assigner(Keyed(KEY), Layout(self.shards, self.slices))
         room = Counter({(s, r): self.per_cell for s in range(self.shards) for r in range(self.slices)})
         chosen: list[Record] = []
         pairs = questions()
@@ -68,11 +68,6 @@ class Bench:
                 room[place] -= 1
                 chosen.append(record)
         return chosen
-
-
-def layout(bench: Bench) -> Layout:
-
-    return Layout(bench.shards, bench.slices)
 
 
 def row(record: Record) -> dict[str, str]:
