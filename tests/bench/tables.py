@@ -63,7 +63,7 @@ NAMED, ALONE = "MiniLM with names", "MiniLM"
 Json = Any
 
 
-def measured(name: str) -> Json:
+def recorded(name: str) -> Json:
     """Return what `tests/bench/NAME.json` holds; a name begins with its room."""
     return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -143,7 +143,7 @@ def found_shards() -> Iterator[str]:
                 continue  # of them nothing is looked at but the words themselves
             some = [
                 row
-                for row in measured("answering/routing")[embedder]["tofu"]
+                for row in recorded("answering/routing")[embedder]["tofu"]
                 if row["prompts"] == prompts
             ]
             own, left_out = (spread((row[name] for row in some), ".3f") for name in ("own", "left_out"))
@@ -154,7 +154,7 @@ def found_shards() -> Iterator[str]:
 
 def thresholds() -> Iterator[str]:
     """Yield what `min_score: auto` does with prompts about the held and the deleted."""
-    found = measured("answering/routing")
+    found = recorded("answering/routing")
     kinds = [
         ("TOFU, as asked", NAMED, "tofu", "asked"),
         ("TOFU, paraphrased", NAMED, "tofu", "paraphrased"),
@@ -176,7 +176,7 @@ def thresholds() -> Iterator[str]:
 def forms() -> Iterator[str]:
     """Yield the same by the form of the records."""
     some = [
-        row for row in measured("answering/routing")[NAMED]["forms"] if row["compared_with"] == "prompts"
+        row for row in recorded("answering/routing")[NAMED]["forms"] if row["compared_with"] == "prompts"
     ]
     found = {(row["form"], row["data"], row["prompts"]): row for row in some}
     columns = {"TOFU, as asked": ("tofu", "asked"), "TOFU, paraphrased": ("tofu", "paraphrased")}
@@ -205,7 +205,7 @@ def changed(before: Interval, after: Interval) -> str:
 
 def hostile(source: str) -> Iterator[str]:
     """Yield whom hostile prompts about held and deleted people reach, before and after."""
-    before, after = (measured("answering/hostile")[section][source] for section in ("before", "after"))
+    before, after = (recorded("answering/hostile")[section][source] for section in ("before", "after"))
     outcomes = {
         "held: own shard first": ("held", "right"),
         "held: refused": ("held", "refused"),
@@ -226,7 +226,7 @@ def hostile(source: str) -> Iterator[str]:
 
 def hostile_general() -> Iterator[str]:
     """Yield the shares of questions about nobody held that a shard answers, before and after."""
-    found = measured("answering/hostile")
+    found = recorded("answering/hostile")
     titles = {"tofu": "beside TOFU's authors", "rwku": "beside RWKU's people", "muse": "beside MUSE"}
     lines = []
     for form, of in found["after"]["tofu"].items():
@@ -245,7 +245,7 @@ def hostile_general() -> Iterator[str]:
 
 def answering_speed() -> Iterator[str]:
     """Yield how fast shards answer together, at 1, 4 and 16 requests."""
-    found = measured("answering/answers")
+    found = recorded("answering/answers")
     of_all, of_routed = "all_shards", "routed"
     measures: list[tuple[str, str, str, int]] = [
         ("decode: times as fast as peft's `set_adapter` loop", of_all, "loop_over_ours_decode", 1),
@@ -290,7 +290,7 @@ def cold() -> Iterator[str]:
             f"{each['core_seconds']:.1f}",
             f"{each['over_importing_torch']:.1f}",
         )
-        for name, each in measured("answering/cold")["ways"].items()
+        for name, each in recorded("answering/cold")["ways"].items()
     ]
     yield from rows(header, lines)
 
@@ -306,14 +306,14 @@ def forget() -> Iterator[str]:
             f"{each['steps_core_seconds']:.1f}",
             f"{each['share_of_bound']:.2f}",
         )
-        for each in measured("deletion/forget")["deletions"]
+        for each in recorded("deletion/forget")["deletions"]
     ]
     yield from rows(header, lines)
 
 
 def throughput() -> Iterator[str]:
     """Yield what many clients at once get, against one after another."""
-    found = measured("answering/throughput")
+    found = recorded("answering/throughput")
     lines = []
     for each in found["settings"]:
 
@@ -347,9 +347,9 @@ def throughput() -> Iterator[str]:
 def costs() -> Iterator[str]:
     """Yield what a deletion, Ray and a rollback cost."""
     found, executors, sizes = (
-        measured("deletion/costs"),
-        measured("training/executors"),
-        measured("scale/rollback")["sizes"],
+        recorded("deletion/costs"),
+        recorded("training/executors"),
+        recorded("scale/rollback")["sizes"],
     )
     deletions, here = found["deletion"]["deletions"], found["executors"]
 
@@ -393,7 +393,7 @@ def costs() -> Iterator[str]:
         ),
     ]
     first, *middle, last = sizes
-    times = measured("scale/rollback")["growth"]
+    times = recorded("scale/rollback")["growth"]
     of_first = (
         "from a request to clean heads, 64 shards x 8 slices (`tests/bench/scale/rollback.json`): "
     )
@@ -406,7 +406,7 @@ def costs() -> Iterator[str]:
 
 def evidence() -> Iterator[str]:
     """Yield what evidence adds to a deletion, and what its tree of records costs."""
-    found = measured("scale/membership")
+    found = recorded("scale/membership")
     without, with_ = found["without_evidence"], found["with_evidence"]
     each, first, nodes = found["processor_seconds_each"], found["first_tree"], found["nodes_rewritten"]
     records, processor = f"{found['records']:,} records", "of_which_processor_seconds"
@@ -453,7 +453,7 @@ def _clean_heads(size: Json) -> str:
 
 def simulated_fleet() -> Iterator[str]:
     """Yield what training and deletions of a billion records take, in simulated time."""
-    found = measured("scale/fleet")
+    found = recorded("scale/fleet")
     training, (*few, many) = found["first_training"], found["deletions"]
     hours = spread((24 * each["delay_days_p50"] for each in few), ".1f")
     shares = " / ".join(f"{each['retrained_share_of_full_training']:.2g}" for each in few)
@@ -492,7 +492,7 @@ def forgetting() -> Iterator[str]:
     """Yield what patches with the default settings leave known."""
     lines = []
     for name in ("forgetting_tiny", "forgetting"):
-        found = measured(f"patches/{name}")
+        found = recorded(f"patches/{name}")
         base = "tiny base" if found["base_model"] == "tiny" else "SmolLM2-135M"
         for row in found["rows"]:
             known, others = row["still_known"], row["others_known"]
@@ -515,7 +515,7 @@ def forgetting() -> Iterator[str]:
 
 def questions() -> Iterator[str]:
     """Yield what questions to a large ledger cost, against the way before in the same run."""
-    found = measured("scale/questions")
+    found = recorded("scale/questions")
     titles = {
         "absent_id": "an id that is not held",
         "absent_ids_1000": "1,000 of them",
@@ -535,7 +535,7 @@ def questions() -> Iterator[str]:
 
 def growth() -> Iterator[str]:
     """Yield what does not take longer where a ledger holds more records."""
-    sizes = measured("scale/questions")["growth"]
+    sizes = recorded("scale/questions")["growth"]
     titles = {
         "stage_commit_s": "the commit of a stage, in a first training",
         "status_s": "`status`",
@@ -607,7 +607,7 @@ def lane_products(found: Json) -> Iterator[str]:
 
 def shares() -> Iterator[str]:
     """Yield what deletions retrain, where there is one order."""
-    found = measured("deletion/retrained")
+    found = recorded("deletion/retrained")
     yield from retrained.table(
         found | {"shares": [row for row in found["shares"] if row["orders"] == 1]}
     )
@@ -615,7 +615,7 @@ def shares() -> Iterator[str]:
 
 def methods() -> Iterator[str]:
     """Yield the references and every setting of every method of unlearning."""
-    found = measured("leaderboard/leaderboard")
+    found = recorded("leaderboard/leaderboard")
     columns = {
         "p_value": "forget quality p",
         "statistic": "D",
@@ -645,7 +645,7 @@ def _with_spread(value: Json) -> str:
 
 def of(name: str, table: Callable[[Json], Iterator[str]]) -> Callable[[], Iterator[str]]:
     """Return a table of what was measured, that its benchmark prints, too."""
-    return lambda: table(measured(name))
+    return lambda: table(recorded(name))
 
 
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
