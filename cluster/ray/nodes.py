@@ -22,7 +22,7 @@ from typing import Any
 
 import ray
 
-from cluster.ray.proofs import Proof, Proofs, Remote, Terms
+from cluster.ray.proofs import NodeTerms, Proof, Proofs, Remote
 from cluster.ray.ray_session import Session
 from cluster.ray.shared_base import BLOCK_BYTES
 from cluster.ray.worker_slots import Placement, WorkerSlots
@@ -47,7 +47,12 @@ class Nodes:
     """Track which nodes may train and how many workers each of them takes."""
 
     def __init__(
-        self, session: Session, report: Report, placement: Placement, remote: Remote, terms: Terms | None
+        self,
+        session: Session,
+        report: Report,
+        placement: Placement,
+        remote: Remote,
+        terms: NodeTerms | None,
     ) -> None:
         """Create a tracker. With `terms` None, every node may take tasks."""
         self.slots = WorkerSlots()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import ray
 
 from approx.patches.patching import PatchMaker
-from cluster.ray.proofs import Terms
+from cluster.ray.proofs import NodeTerms
 from cluster.ray.ray_executor import carrier, leased, lent_keys, manifest_of
 from cluster.ray.ray_session import connect
 from cluster.ray.ray_tasks import run_tasks
@@ -61,7 +61,7 @@ class RayPatcher(PatchMaker):
                 max_retries=cluster.max_retries,
                 make_ready=carrier(site.base_dir, report),
                 # This machine's fingerprint; the maker checks the one in the job.
-                terms=Terms(
+                terms=NodeTerms(
                     site.threads, frozenset({fingerprint(site.threads)}), site.base_dir, manifest
                 ),
             )

@@ -71,7 +71,7 @@ Prove = Callable[[int, Path, BaseManifest, Precision], Proof]
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class NodeTerms:
     """State what a node must prove. Without a `manifest`, only the driver's node may train.
 
     `prove` is a function of a module, so that it can be pickled.
@@ -101,13 +101,13 @@ def refusal(proof: Proof, reference: Proof, fingerprints: frozenset[str]) -> str
     return ""
 
 
-_kept: dict[tuple[str, Terms], Proof] = {}
+_kept: dict[tuple[str, NodeTerms], Proof] = {}
 
 
 class Proofs:
     """Ask nodes for proofs and compare them with the driver's node."""
 
-    def __init__(self, origin: str, terms: Terms, remote: Remote) -> None:
+    def __init__(self, origin: str, terms: NodeTerms, remote: Remote) -> None:
         self._origin, self._terms, self._remote = origin, terms, remote
         self._asked: dict[str, Any] = {}
         self._judged: set[str] = set()

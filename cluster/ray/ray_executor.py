@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from cluster.ray.proofs import Prove, Terms, prove
+from cluster.ray.proofs import NodeTerms, Prove, prove
 from cluster.ray.ray_session import alive_cpus, connect
 from cluster.ray.ray_tasks import DEFAULT_RETRIES, run_tasks
 from cluster.ray.ray_worker import Carried, NeedsBase, OpenParts, Task, open_parts, train_remotely
@@ -74,7 +74,7 @@ class RayExecutor:
         manifest = manifest_of(here.base_dir, here.base_digest, self.address)
         fingerprints = frozenset(job.fingerprint for chain in chains for job in chain.jobs)
         origin = ray.get_runtime_context().get_node_id()
-        terms = Terms(
+        terms = NodeTerms(
             here.threads, fingerprints, here.base_dir, manifest, self.prove, here.precision, gpus
         )
         with lent(here, chains) as (site, accept):

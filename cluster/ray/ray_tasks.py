@@ -31,7 +31,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayError, TaskUnsched
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.ray.nodes import Nodes
-from cluster.ray.proofs import LOST, Remote, Terms
+from cluster.ray.proofs import LOST, NodeTerms, Remote
 from cluster.ray.ray_attempt import MAILBOX_S, Begun, Outcome, Unready, carry_out_remotely, end_worker
 from cluster.ray.ray_session import Listener, Session
 from cluster.ray.worker_slots import Placement
@@ -60,7 +60,7 @@ def run_tasks(
     num_workers: int | None = None,
     max_retries: int = DEFAULT_RETRIES,
     make_ready: Callable[[_T], _T] | None = None,
-    terms: Terms | None = None,
+    terms: NodeTerms | None = None,
     stall_limit_s: float | None = None,
 ) -> list[_R]:
     """Run all tasks, started in their order, and return their results in the same order.

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 # Exit codes of results; those of errors are in `sisa.core.errors`.
 EXIT_USAGE, EXIT_INTEGRITY, EXIT_ENVIRONMENT, EXIT_REVOKED, EXIT_INTERRUPTED = 2, 4, 6, 7, 130
 ENDED_AT_ONCE = "(the model ended at once)"  # instead of an empty answer
+BASE_ALONE = "(the base model alone answered: no shard's records are near enough; see min_score)"
 MAX_SHARDS_SHOWN = 8  # in one line of text
-NOT_REQUESTED = "not requested"  # the reason of a shard that was not to be replayed
 
 
 @dataclass(frozen=True)
@@ -429,6 +429,8 @@ def status(found: Status) -> Result:
 
 
 def verified(found: Verification) -> Result:
+    from sisa.audit.verify import NOT_REQUESTED
+
     lines = [
         f"{counted(found.files_checked, 'file')} checked, "
         f"{counted(found.vectors_embedded, 'text')} embedded again, "
@@ -467,27 +469,21 @@ def stated(done: Result, found: Stated) -> Result:
 
 
 def answer(found: Answer, answer_only: bool = False) -> Result:
-    """Render an answer; `answer_only` leaves out the shards that answered."""
+    """Render an answer; `answer_only` leaves out the shards that answered, or that none did."""
     body: dict[str, Any] = {"answer": found.text}
+    lines = [printable(found.text) or ENDED_AT_ONCE]
     if not answer_only:
         body["shards"] = list(found.shards)
+        lines += [] if found.shards else [BASE_ALONE]
     if found.ended_at_once:
         body["ended_at_once"] = True
-    return Result(body, [answer_text(found, answer_only)])
+    return Result(body, lines)
 
 
 def answers(found: Sequence[Answer], answer_only: bool = False) -> Result:
     made = [answer(each, answer_only) for each in found]
     lines = [f"{number}: {each.text}" for number, each in enumerate(made, start=1)]
     return Result({"answers": [each.json for each in made]}, lines)
-
-
-def answer_text(found: Answer, answer_only: bool = False) -> str:
-    """Return an answer as text. Unless `answer_only`, add a note if no shard answered."""
-    text = printable(found.text) or ENDED_AT_ONCE
-    if not found.shards and not answer_only:
-        text += "\n(the base model alone answered: no shard's records are near enough; see min_score)"
-    return text
 
 
 def prompts(found: HeldPrompts | None) -> list[str]:

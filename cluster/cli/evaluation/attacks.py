@@ -164,10 +164,10 @@ def _attack_words(model: AttackedModel, known: float | None) -> Iterator[str]:
         yield f"  {name:<24} {each.measure}: {points or 'no text has a question'}{back}"
     membership, probes = model.rows.get("membership"), model.rows.get("linear_probe")
     if membership and membership.aucs:
-        yield f"  {'membership':<24} {auc_words(membership.aucs, '')}"
+        yield f"  {'membership':<24} {auc_words(membership.aucs)}"
         yield from over_unlearned_words(membership.aucs)
     if probes and probes.aucs:
-        yield f"  {'linear_probe':<24} {auc_words(probes.aucs, '')}"
+        yield f"  {'linear_probe':<24} {auc_words(probes.aucs)}"
     leak = model.rows.get("privleak")
     if leak and leak.privleak:
         yield privleak_words(leak.privleak)

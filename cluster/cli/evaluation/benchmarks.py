@@ -142,7 +142,7 @@ def _words(benchmark: Benchmark, model: Evaluated, found: Measured) -> Iterator[
             beside = f"; {away.value:+.4f} [{away.low:+.4f}, {away.high:+.4f}] beside the reference"
         yield f"    {name:<32} {each.value:.4f} [{each.low:.4f}, {each.high:.4f}] of {each.num}{beside}"
     if found.membership is not None:
-        yield f"  membership: {auc_words(found.membership, '')}"
+        yield f"  membership: {auc_words(found.membership)}"
         yield from over_unlearned_words(found.membership)
     if found.privleak is not None:
         yield privleak_words(found.privleak)

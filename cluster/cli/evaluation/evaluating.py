@@ -300,7 +300,7 @@ def over_unlearned_words(found: Mapping[str, Auc] | None) -> list[str]:
     return [f"    {', '.join(names)}: {words}" for words, names in by_reading.items()]
 
 
-def auc_words(found: Mapping[str, Auc] | None, needs: str) -> str:
+def auc_words(found: Mapping[str, Auc] | None, needs: str = "") -> str:
     """Return AUCs with their intervals, or the option that they need."""
     if found is None:
         return f"not measured: give {needs}"

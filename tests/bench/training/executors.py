@@ -30,7 +30,7 @@ from cluster.ray.ray_executor import RayExecutor
 from cluster.ray.ray_session import disconnect
 from sisa import train_model
 from sisa.core.domain import Chain
-from sisa.core.events import Event
+from sisa.core.events import silent
 from sisa.core.ports import Executor
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring.wiring import open_serial
@@ -47,10 +47,6 @@ from tests.models.scripted import NUM_SHARDS, NUM_SLICES, make_chains, make_site
 
 OVERHEAD_ROUNDS = 20
 MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")  # a line of smaps that begins a mapping
-
-
-def silent(_event: Event) -> None:
-    """Turn off progress, so that benchmarks show their results only."""
 
 
 def measure(bench: Bench) -> dict[str, Any]:
