@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.bench.command import BASE, arguments, here, write
 from tests.bench.deletion import one_record
-from tests.bench.deletion.equal import Bench, source
+from tests.bench.deletion.equal_shards import Bench, source
 from tests.bench.training import executors
 
 

@@ -17,7 +17,7 @@ from sisa import Model, train_model
 from sisa.core.ports import Executor
 from sisa.flows.serial import Site
 from sisa.flows.wiring.wiring import open_serial
-from tests.bench.deletion.equal import Bench
+from tests.bench.deletion.equal_shards import Bench
 
 
 def warm(site: Site, options: Mapping[str, Any]) -> Executor:

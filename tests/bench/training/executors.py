@@ -39,7 +39,7 @@ from sisa.planning.plan import jobs
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.ledger.ledger import SqlLedger
 from tests.bench.command import BASE, arguments, write
-from tests.bench.deletion.equal import Bench
+from tests.bench.deletion.equal_shards import Bench
 from tests.bench.deletion.one_record import warm
 from tests.endurance.ground import environment
 from tests.fakes.keyring import PLAIN

@@ -31,7 +31,7 @@ from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
 from sisa.lm.train import lora
 from sisa.planning.plan import Recipe, jobs
 from tests.bench.command import BASE, arguments, read, write
-from tests.bench.deletion.equal import questions, source
+from tests.bench.deletion.equal_shards import questions, source
 from tests.bench.tables import lanes_table
 from tests.endurance.ground import environment
 from tests.fakes.ports import FakeCheckpoints, FakeRecords

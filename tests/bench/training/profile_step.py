@@ -36,7 +36,7 @@ from sisa.lm.train.lora import Stage
 from sisa.lm.train.losses import PIECE, count_labels
 from sisa.lm.train.trainable import Trainable
 from tests.bench.command import BASE, arguments, write
-from tests.bench.deletion.equal import questions, source
+from tests.bench.deletion.equal_shards import questions, source
 from tests.bench.tables import part_table, step_table
 from tests.bench.training.step_parts import ADAPTERS, HEAD, PRODUCTS, Shape, seconds, split
 from tests.endurance.ground import environment
