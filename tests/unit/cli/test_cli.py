@@ -79,11 +79,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 Run = tuple[int, str, str]  # exit code, standard output, standard error
 Sisa = Callable[..., Run]
+Ask = Callable[..., dict[str, Any]]
 
 
-def one_object(out: str) -> dict[str, Any]:
-    found = json.loads(out)  # raises for anything before or after the object
-    assert isinstance(found, dict)
+@pytest.fixture
+def ask_model(ask: Ask, directory: Path) -> Ask:
+    """Run a command on the model; check its exit code, and return its one JSON object."""
+    return lambda *arguments, code=0: ask(*arguments, "-m", directory, code=code)
+
+
+def error_of(out: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(out)["error"]  # raises for anything around the object
     return found
 
 
@@ -181,7 +187,7 @@ def test_wrong_usage_is_2(sisa: Sisa, arguments: list[str]) -> None:
     assert err.startswith("error: ")
     code, out, err = sisa(*arguments, "--json")
     assert code == 2
-    error = one_object(out)["error"]
+    error = error_of(out)
     assert (error["type"], bool(error["message"])) == ("UsageError", True)
     assert "--help` shows options and an example" in error["next_step"]
 
@@ -212,30 +218,50 @@ def test_a_directory_without_a_model_is_2(
     (tmp_path / "empty").mkdir()
     for directory in ("empty", "absent"):
         code, out, err = sisa(*command, "-m", directory, "--json")
-        assert (code, one_object(out)["error"]["type"]) == (2, "InvalidInput")
+        assert (code, error_of(out)["type"]) == (2, "InvalidInput")
         assert "sisa train" in err
     assert {each.name for each in tmp_path.rglob("*")} == {"empty", "new.jsonl"}
 
 
+KINDS: list[type[errors.SisaError]] = [
+    *(errors.SisaError, errors.InvalidInput, errors.ConfigConflict, errors.UnknownRecord),
+    *(errors.IntegrityError, errors.Busy, errors.EnvironmentFault),
+]
+
+
 @pytest.mark.parametrize(
-    "kind",
+    ("error", "code", "name"),
     [
-        *(errors.SisaError, errors.InvalidInput, errors.ConfigConflict, errors.UnknownRecord),
-        *(errors.IntegrityError, errors.Busy, errors.EnvironmentFault),
+        *(
+            (kind("what", where="place", next_step="step"), kind.exit_code, kind.__name__)
+            for kind in KINDS
+        ),
+        (OSError(28, "No space left on device"), 6, "EnvironmentFault"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+        (RuntimeError("x"), 1, "InternalFault"),
     ],
 )
-def test_every_error_ends_with_its_code(
-    sisa: Sisa, monkeypatch: pytest.MonkeyPatch, kind: type[errors.SisaError]
+def test_every_failure_has_its_code_and_all_keys_of_the_contract(
+    sisa: Sisa, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, name: str
 ) -> None:
-    error = kind("what", where="place", next_step="step", problems=[errors.Problem("line 1", "bad")])
     raising(monkeypatch, error)
-    code, out, err = sisa("status", "-m", "x", "--json")
-    assert code == kind.exit_code
-    assert one_object(out) == {"error": error.to_json()}
+    found, out, _ = sisa("status", "-m", "x", "--json")
+    assert (found, error_of(out)["type"]) == (code, name)
+    _, usage, _ = sisa("status", "--no-such", "--json")
+    keys = {"type", "message", "where", "expected", "got", "next_step", "problems"}
+    assert error_of(out).keys() == error_of(usage).keys() == keys
+    found, out, err = sisa("status", "-m", "x")
+    assert (found, out) == (code, "")
+    if isinstance(error, errors.SisaError):
+        assert err == f"error: {error}\n"
+
+
+def test_an_error_lists_its_problems(sisa: Sisa, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = errors.InvalidInput("what", problems=[errors.Problem("line 1", "bad")])
+    raising(monkeypatch, error)
+    _, out, err = sisa("status", "-m", "x", "--json")
+    assert error_of(out) == error.to_json()
     assert "line 1: bad" in err
-    code, out, err = sisa("status", "-m", "x")
-    assert (code, out) == (kind.exit_code, "")
-    assert err == f"error: {error}\n"
 
 
 def test_control_characters_of_an_error_reach_no_terminal(
@@ -255,57 +281,29 @@ def test_an_internal_fault_shows_its_place_and_none_of_its_message(
     code, out, err = sisa("status", "-m", "x", "--json")
     assert code == 1
     assert "Ada" not in out + err
-    error = one_object(out)["error"]
+    error = error_of(out)
     assert error["type"] == "InternalFault"
     assert "RuntimeError in test_cli.py:" in error["message"]
     assert "SISA_DEBUG" in error["next_step"]
 
 
-def test_an_interrupt_is_130(sisa: Sisa, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_says_how_to_go_on(sisa: Sisa, monkeypatch: pytest.MonkeyPatch) -> None:
     raising(monkeypatch, KeyboardInterrupt())
-    code, out, err = sisa("status", "-m", "x", "--json")
-    assert code == 130
-    assert one_object(out)["error"]["type"] == "Interrupted"
-    assert "run the same command again" in err
+    assert "run the same command again" in sisa("status", "-m", "x", "--json")[2]
 
 
-def test_an_operating_system_error_is_6(sisa: Sisa, monkeypatch: pytest.MonkeyPatch) -> None:
-    raising(monkeypatch, OSError(28, "No space left on device"))
-    code, out, _ = sisa("status", "-m", "x", "--json")
-    assert code == 6
-    assert one_object(out)["error"]["type"] == "EnvironmentFault"
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("x"), KeyboardInterrupt(), OSError(28, "full"), errors.Busy("locked")]
-)
-def test_every_failure_has_all_keys_of_the_contract(
-    error: BaseException, sisa: Sisa, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    raising(monkeypatch, error)
-    _, out, _ = sisa("status", "-m", "x", "--json")
-    keys = {"type", "message", "where", "expected", "got", "next_step", "problems"}
-    assert one_object(out)["error"].keys() == keys
-    _, out, _ = sisa("status", "--no-such", "--json")
-    assert one_object(out)["error"].keys() == keys
-
-
-def test_status_of_a_model(sisa: Sisa, directory: Path) -> None:
-    code, out, _ = sisa("status", "-m", directory, "--json")
-    found = one_object(out)
-    assert (code, found["records"], found["deleted_records"]) == (0, 19, 1)
-    assert len(found["shards"]) == 3
+def test_status_of_a_model(ask_model: Ask, directory: Path) -> None:
+    found = ask_model("status")
+    assert (found["records"], found["deleted_records"], len(found["shards"])) == (19, 1, 3)
     for shard in found["shards"]:
         if shard["head"]:
             assert (directory / shard["adapter_path"]).is_file()
 
 
-def test_where_in_a_model(sisa: Sisa, directory: Path, tmp_path: Path) -> None:
+def test_where_in_a_model(ask_model: Ask, tmp_path: Path) -> None:
     ids = tmp_path / "ids.txt"
     ids.write_text("id-0001\n")
-    code, out, _ = sisa("where", "-m", directory, "id-0000", "id-0019", "--ids-file", ids, "--json")
-    found = one_object(out)["records"]
-    assert code == 0
+    found = ask_model("where", "id-0000", "id-0019", "--ids-file", ids)["records"]
     assert [(each["id"], each["state"]) for each in found] == [
         ("id-0000", "trained"),
         ("id-0019", "deleted"),
@@ -318,9 +316,7 @@ def test_where_in_a_model(sisa: Sisa, directory: Path, tmp_path: Path) -> None:
 def test_an_unknown_record_is_3_and_is_not_repeated(sisa: Sisa, directory: Path) -> None:
     code, out, err = sisa("where", "-m", directory, "id-0000", "sam@example.org", "--json")
     assert code == 3
-    assert one_object(out)["error"]["problems"] == [
-        {"where": "id 2 of 2", "what": "this model has never held it"}
-    ]
+    assert error_of(out)["problems"] == [{"where": "id 2 of 2", "what": "this model has never held it"}]
     assert "sam@" not in out + err
 
 
@@ -332,101 +328,81 @@ def test_an_argument_that_is_not_utf8_is_bad_input(
     assert code in (2, 3)
 
 
-def test_find_in_a_model(sisa: Sisa, directory: Path) -> None:
-    code, out, _ = sisa(
-        "find", "-m", directory, "--text", "question 7\nanswer 7", "--top", "3", "--json"
-    )
-    hits = one_object(out)["hits"]
-    assert (code, len(hits), hits[0]["id"]) == (0, 3, "id-0007")
+def test_find_in_a_model(ask_model: Ask) -> None:
+    hits = ask_model("find", "--text", "question 7\nanswer 7", "--top", "3")["hits"]
+    assert (len(hits), hits[0]["id"]) == (3, "id-0007")
     assert hits[0]["score"] == pytest.approx(1.0)
     assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
 
 
 def test_what_is_personal_need_not_stand_in_a_command_line(
-    sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask_model: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def given(text: str) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
-    def result_of(*arguments: str | Path) -> dict[str, Any]:
-        code, out, err = sisa(*arguments, "-m", directory, "--json")
-        assert code == 0, err
-        return one_object(out)
-
     given("question 7\nanswer 7\n")
-    assert result_of("find", "--text", "-") == result_of("find", "--text", "question 7\nanswer 7")
+    assert ask_model("find", "--text", "-") == ask_model("find", "--text", "question 7\nanswer 7")
     given("id-0007\n")
-    assert result_of("find", "--like", "-") == result_of("find", "--like", "id-0007")
+    assert ask_model("find", "--like", "-") == ask_model("find", "--like", "id-0007")
     file = tmp_path / "subject.txt"
     file.write_text("subject-1\n")
-    plain = result_of("forget", "--subject", "subject-1", "--dry-run")
-    assert result_of("forget", "--subject-file", file, "--dry-run") == plain
+    plain = ask_model("forget", "--subject", "subject-1", "--dry-run")
+    assert ask_model("forget", "--subject-file", file, "--dry-run") == plain
     given("subject-1")
-    assert result_of("forget", "--subject-file", "-", "--dry-run") == plain
-    assert result_of("find", "--subject-file", file) == result_of("find", "--subject", "subject-1")
+    assert ask_model("forget", "--subject-file", "-", "--dry-run") == plain
+    assert ask_model("find", "--subject-file", file) == ask_model("find", "--subject", "subject-1")
     file.write_text("\n")
-    assert sisa("forget", "-m", directory, "--subject-file", file)[0] == 2
-    assert sisa("forget", "-m", directory, "--subject-file", file, "--subject", "s")[0] == 2
+    ask_model("forget", "--subject-file", file, code=2)
+    ask_model("forget", "--subject-file", file, "--subject", "s", code=2)
 
 
-def test_a_deleted_record_is_not_found(sisa: Sisa, directory: Path) -> None:
-    code, out, _ = sisa(
-        "find", "-m", directory, "--text", "question 19\nanswer 19", "--top", "50", "--json"
-    )
-    hits = one_object(out)["hits"]
-    assert (code, len(hits)) == (0, 19)
-    assert "id-0019" not in out
+def test_a_deleted_record_is_not_found(ask_model: Ask) -> None:
+    found = ask_model("find", "--text", "question 19\nanswer 19", "--top", "50")
+    assert len(found["hits"]) == 19
+    assert "id-0019" not in str(found)
 
 
-def test_a_dry_run_changes_nothing(sisa: Sisa, directory: Path) -> None:
-    def files() -> dict[str, bytes]:
+def test_a_dry_run_changes_nothing(ask_model: Ask, directory: Path) -> None:
+    def files() -> dict[Path, bytes]:
         found = (path for path in directory.rglob("*") if path.is_file())
-        return {str(path): path.read_bytes() for path in found if path.suffix != ".sqlite-shm"}
+        return {path: path.read_bytes() for path in found if "ledger" not in path.name}
 
     before = files()
-    code, out, _ = sisa("forget", "-m", directory, "--subject", "subject-1", "--dry-run", "--json")
-    found = one_object(out)
-    assert (code, found["records"], len(found["shards"])) == (0, 4, 1)
-    after = files()
-    assert {k: v for k, v in after.items() if "ledger" not in k} == {
-        k: v for k, v in before.items() if "ledger" not in k
-    }
-    assert one_object(sisa("status", "-m", directory, "--json")[1])["records"] == 19
+    found = ask_model("forget", "--subject", "subject-1", "--dry-run")
+    assert (found["records"], len(found["shards"])) == (4, 1)
+    assert files() == before
+    assert ask_model("status")["records"] == 19
 
 
-def test_forgetting_what_is_deleted_says_so_and_is_0(sisa: Sisa, directory: Path) -> None:
-    code, out, _ = sisa("forget", "-m", directory, "id-0019", "--json")
-    found = one_object(out)
-    assert (code, found["request_id"], found["already_deleted"]) == (0, None, 1)
+def test_forgetting_what_is_deleted_says_so_and_is_0(ask_model: Ask) -> None:
+    found = ask_model("forget", "id-0019")
+    assert (found["request_id"], found["already_deleted"]) == (None, 1)
     assert [each.startswith("req-") for each in found["already_deleted_by"]] == [True]
     assert found["model_digest_before"] == found["model_digest_after"]
 
 
-def test_a_second_writer_is_5(sisa: Sisa, directory: Path) -> None:
+def test_a_second_writer_is_5(ask_model: Ask, directory: Path) -> None:
     with writer_lock(directory / wiring.LOCK):
-        code, out, _ = sisa("forget", "-m", directory, "id-0019", "--json")
-    assert code == 5
-    assert one_object(out)["error"]["type"] == "Busy"
+        assert ask_model("forget", "id-0019", code=5)["error"]["type"] == "Busy"
 
 
-def test_verify_reads_every_file(sisa: Sisa, directory: Path) -> None:
-    code, out, _ = sisa("verify", "-m", directory, "--json")
-    found = one_object(out)
-    assert (code, found["ok"], found["findings"]) == (0, True, [])
+def test_verify_reads_every_file(ask_model: Ask) -> None:
+    found = ask_model("verify")
+    assert (found["ok"], found["findings"]) == (True, [])
     assert [each["replayed"] for each in found["shards"]] == [False] * 3
 
 
-def test_a_tampered_checkpoint_is_4(sisa: Sisa, directory: Path) -> None:
-    shards = one_object(sisa("status", "-m", directory, "--json")[1])["shards"]
+def test_a_tampered_checkpoint_is_4(ask_model: Ask, directory: Path) -> None:
+    shards = ask_model("status")["shards"]
     path = directory / next(each["adapter_path"] for each in shards if each["head"])
     data = path.read_bytes()
     try:
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        code, out, _ = sisa("verify", "-m", directory, "--json")
+        found = ask_model("verify", code=4)
     finally:
         path.write_bytes(data)
-    found = one_object(out)
-    assert (code, found["ok"], len(found["findings"])) == (4, False, 1)
+    assert (found["ok"], len(found["findings"])) == (False, 1)
     assert path.parent.name in found["findings"][0]["where"]
 
 
@@ -449,43 +425,36 @@ def trains_anew(sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest
     return sisa("train", run_file, "--json")
 
 
-def test_a_first_training_starts_in_an_empty_directory(
-    sisa: Sisa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, out, _ = trains_anew(sisa, tmp_path / "model", tmp_path, monkeypatch)
-    assert (code, "Reached" in out) == (1, True)
-
-
 def test_a_model_that_lost_its_ledger_is_not_trained_anew(
     sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "model"
     shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("ledger.sqlite*"))
     code, out, _ = trains_anew(sisa, copy, tmp_path, monkeypatch)
-    assert (code, one_object(out)["error"]["type"]) == (4, "IntegrityError")
+    assert (code, error_of(out)["type"]) == (4, "IntegrityError")
 
 
-def test_a_first_training_killed_while_making_the_ledger_can_start_again(
-    sisa: Sisa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("was_killed", [False, True])
+def test_a_first_training_starts_in_a_directory_without_a_ledger_or_with_an_empty_one(
+    sisa: Sisa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, was_killed: bool
 ) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / wiring.LEDGER).touch()
+    """A training that is killed while it makes the ledger leaves an empty one."""
+    if was_killed:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / wiring.LEDGER).touch()
     code, out, _ = trains_anew(sisa, tmp_path / "model", tmp_path, monkeypatch)
     assert (code, "Reached" in out) == (1, True)
 
 
-def test_the_schema_is_json_either_way(sisa: Sisa) -> None:
-    assert one_object(sisa("config", "schema")[1]) == one_object(sisa("config", "schema", "--json")[1])
+def test_the_schema_is_json_either_way(sisa: Sisa, ask: Ask) -> None:
+    assert json.loads(sisa("config", "schema")[1]) == ask("config", "schema")
 
 
-def test_init_writes_what_it_says(sisa: Sisa, tmp_path: Path) -> None:
-    code, out, _ = sisa("init", tmp_path / "new", "--json")
-    found = one_object(out)
-    assert code == 0
+def test_init_writes_what_it_says(ask: Ask, tmp_path: Path) -> None:
+    found = ask("init", tmp_path / "new")
     assert len(Path(found["data_file"]).read_text().splitlines()) == found["records"]
     assert Path(found["run_file"]).is_file()
-    code, out, _ = sisa("init", tmp_path / "new", "--json")
-    assert code == 2
+    ask("init", tmp_path / "new", code=2)
 
 
 LIGHT = [["--help"], ["train", "--help"], ["config", "schema"], ["status"], ["where", "id-0000"]]
