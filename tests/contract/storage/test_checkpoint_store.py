@@ -18,11 +18,11 @@ from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.domain import SliceJob
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import BlobStore, CheckpointStore
-from sisa.store.blobs.keyring import FileKeyring, is_sealed
+from sisa.store.blobs.keyring import is_sealed
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST, FileCheckpoints
+from tests.contract.storage.forms import opened, stored_as
 from tests.fakes.ports import ADAPTER, FakeCheckpoints
-from tests.fakes.s3_server import fresh_blobs
 
 FILES = {ADAPTER: b"adapter", "optimizer.safetensors": b"optimizer", "state.json": b"{}"}
 
@@ -33,31 +33,20 @@ def job(slice_: int = 0, fingerprint: str = "f") -> SliceJob:
 
 @pytest.fixture(params=["fake", "files", "sealed", "objects", "sealed objects"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
-    return FakeCheckpoints() if request.param == "fake" else stored_as(request, tmp_path)
+    return (
+        FakeCheckpoints() if request.param == "fake" else stored_as(FileCheckpoints, request, tmp_path)
+    )
 
 
 @pytest.fixture(params=["files", "sealed", "objects"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> FileCheckpoints:
-    return stored_as(request, tmp_path)
+    return stored_as(FileCheckpoints, request, tmp_path)
 
 
 @pytest.fixture(params=["files", "sealed"])
 def local(request: pytest.FixtureRequest, tmp_path: Path) -> FileCheckpoints:
     """Return a store on a disk, for behaviour that does not depend on where the bytes are."""
-    return opened(tmp_path, request.param)
-
-
-def stored_as(request: pytest.FixtureRequest, folder: Path) -> FileCheckpoints:
-    """Return a store of the form that the fixture's parameter names; objects are on a real server."""
-    form = request.param
-    if not form.endswith("objects"):
-        return opened(folder, form)
-    keyring = FileKeyring(folder / "keyring", form.startswith("sealed"))
-    return FileCheckpoints(fresh_blobs(request.getfixturevalue("s3"), "checkpoints"), keyring)
-
-
-def opened(folder: Path, form: str) -> FileCheckpoints:
-    return FileCheckpoints(folder / "checkpoints", FileKeyring(folder / "keyring", form == "sealed"))
+    return opened(FileCheckpoints, tmp_path, request.param)
 
 
 def path_of(store: FileCheckpoints, name: str) -> Path:
@@ -82,7 +71,11 @@ def test_what_is_saved_is_loaded(store: CheckpointStore) -> None:
 
 def test_equal_files_have_equal_descriptions(store: CheckpointStore, tmp_path: Path) -> None:
     saved = store.save(job(), FILES)
-    other = FakeCheckpoints() if isinstance(store, FakeCheckpoints) else opened(tmp_path / "b", "files")
+    other = (
+        FakeCheckpoints()
+        if isinstance(store, FakeCheckpoints)
+        else opened(FileCheckpoints, tmp_path / "b", "files")
+    )
     assert other.save(job(), dict(reversed(FILES.items()))) == saved
     assert store.save(job(1), {**FILES, "state.json": b"[]"}).manifest_sha256 != saved.manifest_sha256
 
@@ -215,7 +208,7 @@ def test_a_checkpoint_under_another_key_is_refused(folder: FileCheckpoints) -> N
 
 
 def test_every_file_of_a_sealed_checkpoint_is_sealed_under_one_key(tmp_path: Path) -> None:
-    store = opened(tmp_path, "sealed")
+    store = opened(FileCheckpoints, tmp_path, "sealed")
     saved = store.save(job(), FILES)
     found = {path.name: path.read_bytes() for path in path_of(store, saved.key).iterdir()}
     assert found.keys() == {*FILES, MANIFEST}
@@ -224,7 +217,7 @@ def test_every_file_of_a_sealed_checkpoint_is_sealed_under_one_key(tmp_path: Pat
 
 
 def test_a_sealed_checkpoint_without_its_key_is_refused(tmp_path: Path) -> None:
-    store = opened(tmp_path, "sealed")
+    store = opened(FileCheckpoints, tmp_path, "sealed")
     saved = store.save(job(), FILES)
     shutil.copytree(tmp_path / "checkpoints", tmp_path / "backup")
     store.erase([saved.key])
@@ -238,7 +231,7 @@ def test_a_sealed_checkpoint_without_its_key_is_refused(tmp_path: Path) -> None:
 def test_a_cut_short_save_leaves_nothing(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = opened(tmp_path, form)
+    store = opened(FileCheckpoints, tmp_path, form)
 
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")

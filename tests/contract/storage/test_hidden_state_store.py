@@ -13,10 +13,10 @@ import pytest
 
 from sisa.core.ports import HiddenStateStore, States
 from sisa.store.areas import HIDDEN_STATES
-from sisa.store.blobs.keyring import FileKeyring, is_sealed
+from sisa.store.blobs.keyring import is_sealed
 from sisa.store.hidden_states import FileHiddenStates
+from tests.contract.storage.forms import opened, stored_as
 from tests.fakes.ports import FakeHiddenStates
-from tests.fakes.s3_server import fresh_blobs
 
 NAME, OTHER = "shard-00000-slice-00001-5e6f.prefix", "shard-00001-slice-00001-5e6f.prefix"
 
@@ -26,22 +26,16 @@ def states(*lengths: int) -> dict[str, States]:
     return {f"{n:064x}": drawn.standard_normal((n, 8), np.float32) for n in lengths}
 
 
-def stored_as(request: pytest.FixtureRequest, folder: Path) -> FileHiddenStates:
-    form: str = request.param
-    keyring = FileKeyring(folder / "keyring", seals=form.startswith("sealed"))
-    if form.endswith("objects"):
-        return FileHiddenStates(fresh_blobs(request.getfixturevalue("s3"), HIDDEN_STATES), keyring)
-    return FileHiddenStates(folder / HIDDEN_STATES, keyring)
-
-
 @pytest.fixture(params=["fake", "files", "sealed", "objects", "sealed objects"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> HiddenStateStore:
-    return FakeHiddenStates() if request.param == "fake" else stored_as(request, tmp_path)
+    return (
+        FakeHiddenStates() if request.param == "fake" else stored_as(FileHiddenStates, request, tmp_path)
+    )
 
 
 @pytest.fixture(params=["files", "sealed", "objects"])
 def real(request: pytest.FixtureRequest, tmp_path: Path) -> FileHiddenStates:
-    return stored_as(request, tmp_path)
+    return stored_as(FileHiddenStates, request, tmp_path)
 
 
 def same(found: dict[str, Any], expected: dict[str, States]) -> bool:
@@ -89,7 +83,7 @@ def test_a_damaged_file_is_as_good_as_none(real: FileHiddenStates) -> None:
 
 
 def test_a_file_whose_key_is_gone_is_as_good_as_none(tmp_path: Path) -> None:
-    store = FileHiddenStates(tmp_path / HIDDEN_STATES, FileKeyring(tmp_path / "keyring"))
+    store = opened(FileHiddenStates, tmp_path, "sealed")
     store.write(NAME, states(3))
     store.keyring.destroy(HIDDEN_STATES, [NAME])
     assert store.read(NAME) == {}

@@ -17,24 +17,12 @@ from sisa.core.digest import sha256_hex
 from sisa.core.domain import Part, Record, SliceFile
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import RecordStore, StoredRecord
-from sisa.store.blobs.keyring import FileKeyring, is_sealed
+from sisa.store.blobs.keyring import is_sealed
 from sisa.store.records import FileRecords
+from tests.contract.storage.forms import SECRET_TEXT, opened, records, stored_as
 from tests.fakes.keyring import PLAIN
 from tests.fakes.ports import FakeRecords, fake_record
-from tests.fakes.s3_server import fresh_blobs
 
-SECRET_TEXT = "the only copy of this text"
-texts = st.text(st.characters(codec="utf-8"), max_size=30)
-parts = st.builds(Part, st.sampled_from(["text", "prompt", "completion", "user"]), texts)
-records = st.builds(
-    Record,
-    st.uuids().map(str),
-    st.none() | texts,
-    st.sampled_from(["text", "completion", "chat"]),
-    st.lists(parts, max_size=3).map(tuple),
-    st.none() | st.floats(0, 1e3) | st.sampled_from(["trial", "0.5"]),
-    st.none() | st.integers(1, 9),
-)
 slices = st.lists(records, max_size=6, unique_by=lambda record: record.id)
 
 
@@ -48,25 +36,12 @@ def several(*numbers: int) -> list[StoredRecord]:
 
 @pytest.fixture(params=["fake", "files", "sealed", "objects", "sealed objects"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> RecordStore:
-    return FakeRecords() if request.param == "fake" else stored_as(request, tmp_path)
+    return FakeRecords() if request.param == "fake" else stored_as(FileRecords, request, tmp_path)
 
 
 @pytest.fixture(params=["files", "sealed", "objects"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> FileRecords:
-    return stored_as(request, tmp_path)
-
-
-def stored_as(request: pytest.FixtureRequest, folder: Path) -> FileRecords:
-    """Return a store of the form that the fixture's parameter names; objects are on a real server."""
-    form = request.param
-    if not form.endswith("objects"):
-        return opened(folder, form)
-    keyring = FileKeyring(folder / "keyring", seals=form.startswith("sealed"))
-    return FileRecords(fresh_blobs(request.getfixturevalue("s3"), "records"), keyring)
-
-
-def opened(folder: Path, form: str) -> FileRecords:
-    return FileRecords(folder / "records", FileKeyring(folder / "keyring", seals=form == "sealed"))
+    return stored_as(FileRecords, request, tmp_path)
 
 
 def bytes_of(store: FileRecords, name: str) -> bytes:
@@ -85,7 +60,7 @@ def test_what_is_written_is_read(store: RecordStore) -> None:
 def test_any_records_survive_parquet(
     tmp_path_factory: pytest.TempPathFactory, found: list[Record], sealed: bool
 ) -> None:
-    store = opened(tmp_path_factory.mktemp("store"), "sealed" if sealed else "files")
+    store = opened(FileRecords, tmp_path_factory.mktemp("store"), "sealed" if sealed else "files")
     file = store.write(0, 0, "root", stored(found))
     assert store.read(file) == tuple(stored(found))
     data = bytes_of(store, file.name)
@@ -147,7 +122,10 @@ def test_a_file_of_another_form_is_refused(folder: FileRecords) -> None:
 
 
 def test_a_sealed_slice_is_described_as_the_plain_one(tmp_path: Path) -> None:
-    plain, sealed = opened(tmp_path / "one", "files"), opened(tmp_path / "two", "sealed")
+    plain, sealed = (
+        opened(FileRecords, tmp_path / "one", "files"),
+        opened(FileRecords, tmp_path / "two", "sealed"),
+    )
     file = plain.write(0, 0, "root", several(1, 2))
     assert sealed.write(0, 0, "root", several(1, 2)) == file
     sealed.erase([file.name])
@@ -155,7 +133,7 @@ def test_a_sealed_slice_is_described_as_the_plain_one(tmp_path: Path) -> None:
 
 
 def test_a_sealed_slice_without_its_key_is_refused(tmp_path: Path) -> None:
-    store = opened(tmp_path, "sealed")
+    store = opened(FileRecords, tmp_path, "sealed")
     file = store.write(0, 0, "root", several(1))
     copy = bytes_of(store, file.name)
     store.erase([file.name])
@@ -167,7 +145,7 @@ def test_a_sealed_slice_without_its_key_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["files", "sealed"])
 def test_only_the_owner_may_read_text(form: str, tmp_path: Path) -> None:
-    store = opened(tmp_path, form)
+    store = opened(FileRecords, tmp_path, form)
     file = store.write(0, 0, "root", several(1))
     assert stat.S_IMODE(Path(store.blobs.location(file.name)).stat().st_mode) == 0o600
 

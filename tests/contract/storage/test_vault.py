@@ -19,40 +19,27 @@ from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import Vault
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.vault import FileVault
+from tests.contract.storage.forms import SECRET_TEXT, opened, records
 from tests.fakes.keyring import PLAIN
 from tests.fakes.patches import FakeVault, encode
 from tests.fakes.ports import fake_record
 
 NAME, OTHER = "a" * 64, "b" * 64
-SECRET_TEXT = "the only copy of this text"
 RECORDS = [fake_record(number, "ada") for number in (3, 1, 2)]
-texts = st.text(st.characters(codec="utf-8"), max_size=30)
-parts = st.builds(Part, st.sampled_from(["text", "prompt", "completion", "user"]), texts)
-records = st.builds(
-    Record,
-    st.uuids().map(str),
-    st.none() | texts,
-    st.sampled_from(["text", "completion", "chat"]),
-    st.lists(parts, max_size=3).map(tuple),
-)
 
 
 def put(vault: Vault, found: list[Record], name: str = NAME) -> VaultSet:
     return VaultSet(name, "forget", len(found), "asked", "2026", *vault.put(name, found))
 
 
-def opened(folder: Path) -> FileVault:
-    return FileVault(folder / "vault", FileKeyring(folder / "keyring"))
-
-
 @pytest.fixture(params=["fake", "files"])
 def vault(request: pytest.FixtureRequest, tmp_path: Path) -> Vault:
-    return FakeVault() if request.param == "fake" else opened(tmp_path)
+    return FakeVault() if request.param == "fake" else opened(FileVault, tmp_path, "sealed")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> FileVault:
-    return opened(tmp_path)
+    return opened(FileVault, tmp_path, "sealed")
 
 
 def test_what_is_put_is_read_in_its_order(vault: Vault) -> None:
@@ -65,7 +52,7 @@ def test_what_is_put_is_read_in_its_order(vault: Vault) -> None:
 
 @given(st.lists(records, max_size=5))
 def test_any_records_survive(tmp_path_factory: pytest.TempPathFactory, found: list[Record]) -> None:
-    real, fake = opened(tmp_path_factory.mktemp("vault")), FakeVault()
+    real, fake = opened(FileVault, tmp_path_factory.mktemp("vault"), "sealed"), FakeVault()
     assert put(real, found) == put(fake, found)
     assert real.read(put(real, found)) == fake.read(put(fake, found)) == tuple(found)
 
