@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from sisa.flows.ingest import train
 from sisa.flows.wiring.served import model_digest
-from tests.property.test_histories import History, Model, histories, like, lived_through_a_crash
+from tests.property.histories import History, Model, histories, like, lived_through_a_crash
 
 
 @pytest.mark.slow

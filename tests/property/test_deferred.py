@@ -19,7 +19,7 @@ from sisa.core.ports import Change
 from sisa.flows.ingest import add, train
 from sisa.flows.reconcile import reconcile
 from tests.fakes.ports import ADAPTER, fake_model, fake_record
-from tests.property.test_histories import History, Model, assert_equal, histories, like
+from tests.property.histories import History, Model, assert_equal, histories, like
 
 gone_sets = st.lists(st.sets(st.integers(0, 40), min_size=1, max_size=4), max_size=4)
 

@@ -28,7 +28,7 @@ from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.witness import catch_up
 from tests.examples import num_examples
 from tests.fakes.ports import FakeModel, fake_model, fake_record
-from tests.property.test_histories import Crash, Fuse, Model, assert_equal, wire
+from tests.property.histories import Crash, Fuse, Model, assert_equal, wire
 
 NUM_RECORDS = 12
 NUM_RUNS = num_examples(300)

@@ -30,7 +30,7 @@ from sisa.flows.wiring.witness import catch_up
 from sisa.planning.patch_plan import needed
 from tests.examples import num_examples
 from tests.fakes.ports import ADAPTER, changed, fake_model
-from tests.property.test_histories import EFFECTS, Crash, Fuse, History, Model, record, wire
+from tests.property.histories import EFFECTS, Crash, Fuse, History, Model, record, wire
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(500), num_examples(400)
 ALL_EFFECTS = {**EFFECTS, "patches": ("save", "erase"), "vault": ("put", "erase"), "runs": ("erase",)}

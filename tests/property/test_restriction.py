@@ -33,7 +33,7 @@ from sisa.flows.wiring.served import restricted_rows, restrictions, servable, se
 from sisa.flows.wiring.witness import catch_up
 from tests.examples import num_examples
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_embed
-from tests.property.test_histories import (
+from tests.property.histories import (
     SUBJECTS,
     Fuse,
     History,

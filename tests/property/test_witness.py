@@ -21,7 +21,7 @@ from sisa.flows.wiring.witness import catch_up
 from sisa.planning.plan import Schedule
 from tests.examples import num_examples
 from tests.fakes.ports import FakeModel, fake_model, fake_recipe
-from tests.property.test_histories import Crash, Fuse, Model, assert_equal, record, wire
+from tests.property.histories import Crash, Fuse, Model, assert_equal, record, wire
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(300), num_examples(300)
 STORES = ("records", "checkpoints", "index")

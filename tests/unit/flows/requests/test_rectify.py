@@ -11,7 +11,7 @@ from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, UnknownRecord
 from sisa.flows.ingest import rectify, train
 from tests.fakes.ports import ADAPTER, FakeModel, fake_model, fake_record
-from tests.property.test_histories import assert_equal
+from tests.property.histories import assert_equal
 
 
 @pytest.fixture
