@@ -1,12 +1,49 @@
-"""Fake a store of metrics in memory."""
+"""Fake a store of metrics in memory, and one event of each kind."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from sisa.core.domain import SavedCheckpoint, SliceJob
 from sisa.core.errors import IntegrityError
-from sisa.store.metrics import is_line, is_run, without_losses
+from sisa.core.events import (
+    DeletionCompleted,
+    EpochTrained,
+    ErasureFailed,
+    Event,
+    Notice,
+    PatchProgress,
+    QueueSeen,
+    SliceProgress,
+    SliceStarted,
+    SliceTrained,
+    TrainingStarted,
+)
+from sisa.store.metrics import is_line, is_run, metrics_line, without_losses
+
+AT, RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b"
+JOB = SliceJob(2, 1, None, ((1, "root"),), 9, (3, 2), {"seed": 1}, "base", "f")
+TRAINED = SliceTrained(JOB, SavedCheckpoint(JOB.key, "m", "a", 1), 2.5, 900)
+EPOCH = EpochTrained(2, 1, JOB.key, 1, 2, 9, 600, 1.5, 0.75)
+EVENTS: list[Event] = [
+    TrainingStarted(((0, 0, 10), (0, 1, 20), (1, 0, 30))),
+    SliceStarted(2, 1, 900),
+    SliceProgress(2, 1, 300, 900, 3, 9, 1, 2),
+    EPOCH,
+    TRAINED,
+    PatchProgress(3, 40, 1.5),
+    QueueSeen(2, 1, 0, 1, -3),
+    DeletionCompleted(4, 2, 12.5),
+    ErasureFailed(2),
+    Notice("a line"),
+]
+
+
+def kept(event: Event) -> dict[str, Any]:
+    found = metrics_line(event, AT, RUN)
+    assert found is not None
+    return found
 
 
 class FakeMetrics:

@@ -63,9 +63,9 @@ from sisa.verifier.envelope import PublicKeys, Refused, canonical, strict_json, 
 from sisa.verifier.membership import LABEL_BYTES, verify_absent, verify_membership, verify_present
 from sisa.verifier.vrf import verify_output
 from tests.fakes.ports import SECRET
+from tests.models import rewriting
 from tests.models.confessing import build, open_fake, record, use_fake_resources
-from tests.unit.audit import test_rewritten_history
-from tests.unit.audit.test_rewritten_history import date_back, put, take_witness_away
+from tests.models.rewriting import date_back, put, take_witness_away
 
 README = Path(__file__).resolve().parents[3] / "sisa" / "evidence" / "README.md"
 NOBODY = "nothing"
@@ -648,7 +648,7 @@ def test_the_ledger_is_edited_under_the_key(operator: Operator, monkeypatch: pyt
     def under_the_key(link: str, event: RequestEvent) -> str:
         return keyed.digest("event", chained(link, event))
 
-    monkeypatch.setattr(test_rewritten_history, "chained", under_the_key)
+    monkeypatch.setattr(rewriting, "chained", under_the_key)
     date_back(operator.directory, "the first on")
     assert operator.failed() == {"certificates"}
 

@@ -112,7 +112,7 @@ def test_a_bound_holds_and_reaches_no_bit(tiny_base: Path) -> None:
     from sisa.lm.base.weights import resolve_base
     from sisa.lm.train.lora import LoraTrainer
     from tests.fakes.ports import FakeHiddenStates
-    from tests.integration.training.test_trainer import RECORDS, job_for, names
+    from tests.models.stages import RECORDS, job_for, names
 
     base = resolve_base(str(tiny_base))
     job = job_for(base, **TOP_JOB)

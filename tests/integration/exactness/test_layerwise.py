@@ -20,7 +20,7 @@ from sisa.core.errors import InvalidInput
 from sisa.flows.wiring.resources import Resources
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.planning.plan import LAYERWISE
-from tests.integration.training.test_trainer import RECORDS, TRAINING, Files, train
+from tests.models.stages import RECORDS, TRAINING, Files, train
 from tests.models.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch

@@ -18,7 +18,7 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import StoredRecord
 from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, base_digest, resolve_base
-from tests.integration.training.test_trainer import RECORDS, job_for, names
+from tests.models.stages import RECORDS, job_for, names
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import next_token_probabilities
 

@@ -19,7 +19,7 @@ from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.store.areas import CHECKPOINTS
-from tests.integration.training.test_trainer import RECORDS, job_for
+from tests.models.stages import RECORDS, job_for
 from tests.models.tiny_model import (
     PEOPLE,
     Tiny,

@@ -19,7 +19,7 @@ from sisa.lm.answer.route import Route, all_of
 from sisa.lm.base import numerics
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.lm.train import self_test
-from tests.integration.training.test_trainer import RECORDS, job_for, names
+from tests.models.stages import RECORDS, job_for, names
 from tests.models.tiny_model import (
     PEOPLE,
     Tiny,

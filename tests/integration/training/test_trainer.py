@@ -6,9 +6,8 @@ That every way to a stage gives the same bytes is in `property/test_stages.py`.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,69 +21,16 @@ from sisa.core.ports import StoredRecord, Tick
 from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.store.checkpoints import FILES, MANIFEST
+from tests.models.stages import RECORDS, TRAINING, job_for, names, stored, train
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import next_token_probabilities
 
 pytestmark = pytest.mark.torch
 
-TRAINING: dict[str, Any] = {
-    "lora_r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.1,
-    "lora_target_modules": ["v_proj", "q_proj"],
-    "sequence_len": 128,
-    "overlength": "refuse",
-    "micro_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 1e-2,
-    "optimizer": "adamw_torch",
-    "lr_scheduler": "cosine",
-    "warmup_ratio": 0.3,
-    "weight_decay": 0.01,
-    "max_grad_norm": 1.0,
-    "train_on_inputs": False,
-    "seed": 3,
-}
-Files = dict[str, bytes]
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
     return resolve_base(str(make_tiny_base(tmp_path_factory.mktemp("base"))))
-
-
-def stored(number: int) -> StoredRecord:
-    parts = (Part("prompt", f"Who is {number}?"), Part("completion", f" Ada the {number * 77}."))
-    name = hashlib.sha256(str(number).encode()).hexdigest()
-    return StoredRecord(name, Record(f"r{number}", None, "completion", parts))
-
-
-RECORDS = [stored(number) for number in range(9)]
-
-
-def job_for(
-    base: BaseFiles, slice_: int = 0, num_records: int = 9, shard: int = 0, **changed: Any
-) -> SliceJob:
-    parent = "0" * 64 if slice_ else None
-    slices = tuple((each, "root") for each in range(slice_ + 1))
-    training = {**TRAINING, **changed}
-    return SliceJob(shard, slice_, parent, slices, num_records, (3, 2), training, base.digest, "fp")
-
-
-def train(
-    base: BaseFiles,
-    job: SliceJob,
-    parent: Mapping[str, bytes] | None = None,
-    records: Sequence[StoredRecord] = RECORDS,
-    progress: Callable[[Tick], None] = lambda _: None,
-) -> Files:
-    from sisa.lm.train.lora import LoraTrainer
-
-    return LoraTrainer(base.directory, base.digest, threads=1).train(job, parent, records, progress)
-
-
-def names(files: Mapping[str, bytes]) -> dict[str, str]:
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
 
 def test_a_base_is_checked_once_by_all_processes(

@@ -11,8 +11,8 @@ from cluster.cli import cli, maintenance
 from cluster.observe.curves import Curves, points, summary
 from sisa.store.areas import METRICS
 from sisa.store.metrics import KEPT, FileMetrics, without_losses
+from tests.fakes.metrics import EVENTS, RUN, kept
 from tests.models import confessing as care_model
-from tests.unit.store.test_metrics import EVENTS, RUN, kept
 
 LINES = [kept(event) for event in EVENTS if isinstance(event, KEPT)]
 

@@ -17,8 +17,8 @@ from cluster.observe.reporting import log_format_of, say
 from sisa.core.events import ErasureFailed, Event, Notice, SliceProgress, SliceStarted, TrainingStarted
 from sisa.flows.wiring.run import RunContext, running
 from sisa.store.metrics import is_run
+from tests.fakes.metrics import EPOCH, EVENTS, RUN, TRAINED
 from tests.models import confessing as care_model
-from tests.unit.store.test_metrics import EPOCH, EVENTS, RUN, TRAINED
 
 assert requests  # registers its commands
 

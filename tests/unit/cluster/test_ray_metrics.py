@@ -24,7 +24,7 @@ from sisa.core.events import (
     TrainingStarted,
 )
 from sisa.flows.wiring.progress import Meter
-from tests.unit.store.test_metrics import EVENTS, JOB, RUN, TRAINED
+from tests.fakes.metrics import EVENTS, JOB, RUN, TRAINED
 
 
 def taken(meter: Meter, event: Event, now: float) -> dict[str, float]:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sisa.core import events
-from sisa.core.domain import SavedCheckpoint, SliceJob
 from sisa.core.events import (
-    DeletionCompleted,
     EpochTrained,
-    ErasureFailed,
     Event,
     Notice,
     PatchProgress,
     QueueSeen,
-    SliceProgress,
-    SliceStarted,
     SliceTrained,
     TrainingStarted,
 )
@@ -35,30 +29,7 @@ from sisa.store.metrics import (
     metrics_line,
     without_losses,
 )
-from tests.fakes.metrics import FakeMetrics
-
-AT, RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b"
-JOB = SliceJob(2, 1, None, ((1, "root"),), 9, (3, 2), {"seed": 1}, "base", "f")
-TRAINED = SliceTrained(JOB, SavedCheckpoint(JOB.key, "m", "a", 1), 2.5, 900)
-EPOCH = EpochTrained(2, 1, JOB.key, 1, 2, 9, 600, 1.5, 0.75)
-EVENTS: list[Event] = [
-    TrainingStarted(((0, 0, 10), (0, 1, 20), (1, 0, 30))),
-    SliceStarted(2, 1, 900),
-    SliceProgress(2, 1, 300, 900, 3, 9, 1, 2),
-    EPOCH,
-    TRAINED,
-    PatchProgress(3, 40, 1.5),
-    QueueSeen(2, 1, 0, 1, -3),
-    DeletionCompleted(4, 2, 12.5),
-    ErasureFailed(2),
-    Notice("a line"),
-]
-
-
-def kept(event: Event) -> dict[str, Any]:
-    found = metrics_line(event, AT, RUN)
-    assert found is not None
-    return found
+from tests.fakes.metrics import AT, EPOCH, EVENTS, JOB, RUN, TRAINED, FakeMetrics, kept
 
 
 def test_every_event_has_a_name_and_flat_fields() -> None:
