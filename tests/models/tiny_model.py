@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 KEY = "3ada92f28b4ceda38562ebf047c6ff05400d4c572352a1142eedfef67d21e662"
 PEOPLE = make_people(12, 2)
+PROMPT = PEOPLE[0]["prompt"]
 SETTINGS: dict[str, Any] = {
     "num_epochs": 2,
     "lora_r": 4,

@@ -33,7 +33,7 @@ from sisa.core.ports import StoredRecord, Tick
 from sisa.planning.plan import LAYERWISE, Recipe, Schedule, jobs
 from tests.examples import num_examples
 from tests.fakes.ports import FakeHiddenStates
-from tests.integration.patches.test_patched import random_patch
+from tests.models.patched import random_patch
 from tests.models.tiny_base import make_tiny_base
 
 pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("stages")]

@@ -25,9 +25,10 @@ from sisa.core.ports import Change
 from sisa.flows.ask import Answer
 from sisa.flows.reconcile import HeldPrompts, _look_up_prompts
 from sisa.lm.answer.route import Route, all_of
-from sisa.store.areas import CHECKPOINTS
+from tests.models.patched import QUIET, answerer_of, probabilities
 from tests.models.tiny_model import (
     PEOPLE,
+    PROMPT,
     Row,
     Tiny,
     change_run,
@@ -44,29 +45,8 @@ from tests.unit.store.test_read_only import BOUND, freeze
 
 pytestmark = pytest.mark.torch
 
-PROMPT = PEOPLE[0]["prompt"]
 
-
-def answerer_of(model: sisa.Model) -> Any:
-    from sisa.lm.answer.answerer import Answerer
-
-    adapters = {}
-    for each in model.status().shards:
-        if each.head is not None:
-            folder = model.directory / CHECKPOINTS / each.head
-            adapters[each.shard] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    base = model.resources.base
-    return Answerer(base.directory, base.digest, adapters, threads=1)
-
-
-def probabilities(model: Any, ids: list[int]) -> Any:
-    import torch
-
-    with torch.inference_mode():
-        return model.eval()(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@QUIET
 def test_peft_loads_every_exported_adapter_with_the_shards_logits(tiny: Tiny) -> None:
     import torch
     from peft import AutoPeftModelForCausalLM, PeftModel
@@ -105,7 +85,7 @@ def test_an_export_holds_an_adapter_a_shard_with_its_card_and_no_trace_of_traini
     assert tiny.open().verify().ok
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@QUIET
 def test_merged_forms_are_the_mean_of_the_shards_weights(tiny: Tiny) -> None:
     """Both load in plain tools and give the logits of our own aggregation; each step is reported."""
     import torch

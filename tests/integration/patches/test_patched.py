@@ -18,45 +18,20 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import StoredRecord
 from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, base_digest, resolve_base
+from sisa.store.checkpoints import ADAPTER
+from tests.models.patched import QUIET, Files, random_patch
 from tests.models.stages import RECORDS, job_for, names
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import next_token_probabilities
 
 pytestmark = pytest.mark.torch
 
-ADAPTER = "adapter_model.safetensors"
 IDS = list(range(40, 60))
-Files = dict[str, bytes]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
     return resolve_base(str(make_tiny_base(tmp_path_factory.mktemp("base"))))
-
-
-def random_patch(base: Path, seed: int, *modules: str, rank: int = 4, scale: float = 0.05) -> Files:
-    """Return an adapter of which no tensor is zero."""
-    import torch
-
-    from sisa.lm.base import adapter, low_rank
-    from sisa.lm.base.weights import load_base
-
-    model, _ = load_base(base, base_digest(base))
-    wanted = list(modules) or "all-linear"
-    training = {
-        "lora_target_modules": wanted,
-        "lora_r": rank,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-    }
-    model = adapter.attach(model, adapter.lora_config(training, model), None, init_seed=seed)
-    draw = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: torch.randn(each.shape, generator=draw) * scale
-        for name, each in adapter.adapter_tensors(model).items()
-    }
-    config = adapter.config_bytes(model.peft_config["default"])
-    return {ADAPTER: low_rank.tensor_bytes(tensors), "adapter_config.json": config}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +74,7 @@ def merged_by_peft(base: BaseFiles, patches: list[Files], folder: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@QUIET
 def test_patches_are_laid_on_as_peft_merges_them(
     base: BaseFiles, patches: list[Files], tmp_path: Path
 ) -> None:
@@ -262,7 +237,7 @@ def test_a_job_is_trained_over_its_own_patches_alone(base: BaseFiles, patches: l
 # --- as one adapter ------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@QUIET
 def test_patches_and_an_adapter_are_one_adapter_on_the_plain_base(
     base: BaseFiles, patches: list[Files], tmp_path: Path
 ) -> None:

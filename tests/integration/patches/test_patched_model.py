@@ -16,20 +16,20 @@ import pytest
 import sisa
 from sisa import unlearn
 from sisa.core.digest import patched_digest
-from sisa.core.domain import WRITTEN, Part, Patch, PatchJob, Record, active
+from sisa.core.domain import Part, Record
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
 from sisa.flows.patches import vault_sets
 from sisa.flows.wiring.commit import commit
 from sisa.lm.answer.route import all_of
-from sisa.planning.patch_plan import next_version
 from sisa.store.areas import CHECKPOINTS, PATCHES, VAULT
 from sisa.store.blobs.keyring import is_sealed
-from tests.integration.answering.test_export_generate import PROMPT, answerer_of
-from tests.integration.patches.test_patched import ADAPTER, Files, random_patch
+from sisa.store.checkpoints import ADAPTER
+from tests.models.patched import Files, answerer_of, put_patch
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import (
     PEOPLE,
+    PROMPT,
     Cut,
     Tiny,
     adapters,
@@ -44,46 +44,6 @@ from tests.models.tiny_model import (
 )
 
 pytestmark = pytest.mark.torch
-QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-def put_patch(model: sisa.Model, files: Files, seed: int = 0) -> Patch:
-    """Make a patch active, as if it had been made."""
-    with model.writing() as context:
-        held = context.stores.ledger.patches()
-        beneath = tuple(each.key for each in active(held))
-        job = PatchJob(
-            context.settings.base, beneath, (), WRITTEN, {"seed": seed}, context.compute.fingerprint
-        )
-        saved = context.stores.patches.save(job, files)
-        digests = (saved.manifest_sha256, saved.adapter_sha256, saved.num_bytes)
-        found = Patch(next_version(held), job, "active", "then", "then", *digests)
-        commit(context, Change(patches=[found]))
-    return found
-
-
-@pytest.fixture(scope="module")
-def made(tiny_base: Path) -> list[Files]:
-    """Return two adapters that serve as patches."""
-    return [random_patch(tiny_base, seed, "q_proj", "up_proj", scale=0.1) for seed in (1, 2)]
-
-
-def served(model: Tiny, patches: Sequence[Files]) -> Any:
-    """Return an answerer made of the files of the shards and of patches."""
-    from sisa.lm.answer.answerer import Answerer
-
-    opened = model.open()
-    found = {
-        each.shard: _files(opened.directory / CHECKPOINTS / str(each.head))
-        for each in opened.status().shards
-        if each.head is not None
-    }
-    base = opened.resources.base
-    return Answerer(base.directory, base.digest, found, 1, patches)
-
-
-def _files(folder: Path) -> Files:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_what_is_served_lies_over_the_active_patches(tiny: Tiny, made: list[Files]) -> None:
@@ -94,7 +54,7 @@ def test_what_is_served_lies_over_the_active_patches(tiny: Tiny, made: list[File
     ids = encode_prompt(PROMPT, before.tokenizer, "completion")
     for files in made:
         put_patch(model, files)
-    expected, found = served(tiny, made), model.answerer()[0]
+    expected, found = answerer_of(tiny.open(), made), model.answerer()[0]
     for shards in ((), (0,), (0, 1, 2)):
         asked = next_token_probabilities(found, ids, all_of(shards))
         assert asked.equal(next_token_probabilities(expected, ids, all_of(shards)))

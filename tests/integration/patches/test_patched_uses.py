@@ -19,14 +19,19 @@ from sisa.core.ports import Change
 from sisa.flows.patches.composition import Composition, measure
 from sisa.flows.wiring.commit import commit
 from sisa.lm.answer.route import all_of
-from tests.integration.answering.test_export_generate import PROMPT, probabilities
-from tests.integration.patches.test_patched import ADAPTER, Files
-from tests.integration.patches.test_patched_model import made, put_patch, served
-from tests.models.tiny_model import PEOPLE, Tiny, all_files, command, ids_of, next_token_probabilities
+from sisa.store.checkpoints import ADAPTER
+from tests.models.patched import QUIET, Files, answerer_of, probabilities, put_patch
+from tests.models.tiny_model import (
+    PEOPLE,
+    PROMPT,
+    Tiny,
+    all_files,
+    command,
+    ids_of,
+    next_token_probabilities,
+)
 
 pytestmark = pytest.mark.torch
-QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-__all__ = ["made"]  # a fixture
 
 
 # --- composition ---------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
     plain = model.export(tiny.folder / "plain")
     stack = [put_patch(model, files, seed) for seed, files in enumerate(made)]
     patched_ = model.export(tiny.folder / "patched")
-    expected = served(tiny, made)
+    expected = answerer_of(tiny.open(), made)
     ids = encode_prompt(PROMPT, expected.tokenizer, "completion")
     for shard, (path, before) in enumerate(zip(patched_, plain, strict=True)):
         found = probabilities(AutoPeftModelForCausalLM.from_pretrained(path), ids)
