@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.models.programs.chromium import CHROMIUM, Page, browser
-from tests.unit.render.test_officer_report import HOSTILE, facts, html
+from tests.unit.render.officer_pages import HOSTILE, facts, html
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 

@@ -22,7 +22,7 @@ from tests.fakes.answers import FakeAnswers
 from tests.fakes.ports import fake_record
 from tests.models.confessing import NUM_RECORDS, RUN_FILE, record, train_in, use_fake_resources
 from tests.models.tiny_model import all_files
-from tests.unit.render.test_officer_report import contrast, pairs, style
+from tests.unit.render.officer_pages import contrast, pairs, style
 from tests.unit.serve.conftest import LOOPBACK
 
 FILES = Path(__file__).resolve().parents[4] / "cluster" / "serve" / "console"
