@@ -43,7 +43,7 @@ from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.endurance import ground as g
 from tests.fakes.keyring import PLAIN
-from tests.integration.ray.test_kill_worker import make_chain
+from tests.models.chains import make_chain
 from tests.models.programs.clusters import add_node, own_cluster, remove
 from tests.models.scripted import bytes_of, ignore
 from tests.models.tiny_base import make_tiny_base

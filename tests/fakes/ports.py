@@ -11,6 +11,8 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -381,3 +383,9 @@ def fake_model(
 def fake_record(number: int, subject: str | None = None) -> Record:
     body = (Part("prompt", f"question {number}"), Part("completion", f"answer {number}"))
     return Record(f"id-{number:04d}", subject, "completion", body)
+
+
+PARTS: Any = SimpleNamespace(
+    base=SimpleNamespace(directory=Path("base")),
+    config=SimpleNamespace(base="base", base_name="base", dtype="float32"),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -267,3 +268,19 @@ def lived_through_a_crash(history: History, at: int, after: bool) -> Model:
             model.resume(kind, numbers)
     model.check_no_residue()
     return model
+
+
+STORES = ("records", "checkpoints", "index")
+
+
+class Saved:
+    """A backup of the model directory: ledger and files, not the witness."""
+
+    def __init__(self, fake: FakeModel) -> None:
+        self.tables = copy.deepcopy(fake.ledger.tables)
+        self.stored = {name: copy.deepcopy(getattr(fake, name).stored) for name in STORES}
+
+    def restore(self, fake: FakeModel) -> None:
+        fake.ledger.tables = copy.deepcopy(self.tables)
+        for name in STORES:
+            getattr(fake, name).stored = copy.deepcopy(self.stored[name])

@@ -7,8 +7,6 @@ without what is deleted, its bytes equal training from scratch on that, and no o
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,11 +18,10 @@ from sisa.flows.wiring.commit import is_behind
 from sisa.flows.wiring.witness import catch_up
 from sisa.planning.plan import Schedule
 from tests.examples import num_examples
-from tests.fakes.ports import FakeModel, fake_model, fake_recipe
-from tests.property.histories import Crash, Fuse, Model, assert_equal, record, wire
+from tests.fakes.ports import fake_model, fake_recipe
+from tests.property.histories import Crash, Fuse, Model, Saved, assert_equal, record, wire
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(300), num_examples(300)
-STORES = ("records", "checkpoints", "index")
 Step = tuple[str, tuple[int, ...]]
 KINDS = ("add", "forget", "readmit", "save", "restore", "restore")
 
@@ -34,19 +31,6 @@ def histories(draw: st.DrawFn) -> list[Step]:
     numbers = st.lists(st.integers(0, 25), unique=True, min_size=1, max_size=8).map(tuple)
     steps = st.lists(st.tuples(st.sampled_from(KINDS), numbers), min_size=2, max_size=9)
     return [("add", draw(numbers)), ("save", (0,)), *draw(steps)]
-
-
-class Saved:
-    """A backup of the model directory: ledger and files, not the witness."""
-
-    def __init__(self, fake: FakeModel) -> None:
-        self.tables = copy.deepcopy(fake.ledger.tables)
-        self.stored = {name: copy.deepcopy(getattr(fake, name).stored) for name in STORES}
-
-    def restore(self, fake: FakeModel) -> None:
-        fake.ledger.tables = copy.deepcopy(self.tables)
-        for name in STORES:
-            getattr(fake, name).stored = copy.deepcopy(self.stored[name])
 
 
 class History:

@@ -16,12 +16,12 @@ from sisa.core.errors import Busy, InvalidInput
 from sisa.lm.answer.route import Route, all_of
 from sisa.lm.base.weights import resolve_base
 from tests.examples import num_examples
-from tests.integration.answering.test_stacked import adapter
+from tests.integration.answering.constituents import Transcript, adapter
 from tests.models.tiny_base import make_tiny_base
 
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
-    from sisa.lm.answer.continuous import ContinuousBatching, Ended, Sampling, Token
+    from sisa.lm.answer.continuous import ContinuousBatching, Sampling
 
 pytestmark = pytest.mark.torch
 
@@ -40,36 +40,6 @@ def answerer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     modules = ["q_proj", "v_proj", "down_proj"]
     adapters = {shard: adapter(base, shard, 2 + shard, layers, modules) for shard in SHARDS}
     return Answerer(base.directory, base.digest, adapters, threads=1)
-
-
-class Transcript:
-    """What a batch has said so far, by request."""
-
-    def __init__(self, batch: ContinuousBatching) -> None:
-        self.batch = batch
-        self.text: dict[Any, str] = {}
-        self.tokens: dict[Any, list[Token]] = {}
-        self.ended: dict[Any, Ended] = {}
-
-    def step(self) -> list[tuple[Any, Token]]:
-        """Take one step; return the tokens that came out."""
-        from sisa.lm.answer.continuous import Ended
-
-        came: list[tuple[Any, Token]] = []
-        for event in self.batch.step():
-            if isinstance(event, Ended):
-                assert event.key not in self.ended
-                self.ended[event.key] = event
-                continue
-            self.text[event.key] = self.text.get(event.key, "") + event.text
-            self.tokens.setdefault(event.key, []).extend(event.tokens)
-            came += [(event.key, token) for token in event.tokens]
-        return came
-
-    def to_the_end(self) -> Transcript:
-        while self.batch.running or self.batch.waiting:
-            self.step()
-        return self
 
 
 @pytest.mark.parametrize("max_rows", [3, 64])

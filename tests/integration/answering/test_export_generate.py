@@ -25,6 +25,7 @@ from sisa.core.ports import Change
 from sisa.flows.ask import Answer
 from sisa.flows.reconcile import HeldPrompts, _look_up_prompts
 from sisa.lm.answer.route import Route, all_of
+from tests.models.frozen import BOUND, freeze
 from tests.models.patched import QUIET, answerer_of, probabilities
 from tests.models.tiny_model import (
     PEOPLE,
@@ -41,7 +42,6 @@ from tests.models.tiny_model import (
     write_rows,
     write_run,
 )
-from tests.unit.store.test_read_only import BOUND, freeze
 
 pytestmark = pytest.mark.torch
 

@@ -13,7 +13,7 @@ from sisa.flows.wiring.wiring import LEDGER
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.ledger.ledger import SqlLedger
-from tests.integration.answering.test_continuous import Transcript
+from tests.integration.answering.constituents import Transcript
 from tests.models.tiny_model import PEOPLE, Tiny, change_run, looking
 
 pytestmark = pytest.mark.torch

@@ -10,11 +10,11 @@ import pytest
 
 from sisa.core.errors import IntegrityError
 from sisa.lm.base.weights import load_base, resolve_base
+from tests.integration.answering.constituents import Files, adapter
 from tests.models.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
 
-Files = dict[str, bytes]
 IDS = [5, 17, 80, 44, 9, 120, 33]
 LAYERS = 4
 
@@ -22,29 +22,6 @@ LAYERS = 4
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return resolve_base(str(make_tiny_base(tmp_path_factory.mktemp("base"), layers=LAYERS)))
-
-
-def adapter(base: Any, seed: int, rank: int, layers: Sequence[int], modules: Sequence[str]) -> Files:
-    import torch
-    from peft import LoraConfig
-
-    from sisa.lm.base.adapter import adapter_files, adapter_tensors, attach, put_tensors
-
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=list(modules),
-        layers_to_transform=list(layers),
-        task_type="CAUSAL_LM",
-    )
-    model = attach(load_base(base.directory, base.digest)[0], config, None, init_seed=seed)
-    drawn = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: 0.2 * torch.randn(each.shape, generator=drawn)
-        for name, each in adapter_tensors(model).items()
-    }
-    put_tensors(model, tensors)
-    return adapter_files(model)
 
 
 def alone(base: Any, files: Files | None, ids: Sequence[int]) -> Any:

@@ -21,7 +21,7 @@ from cluster.cli.cli import run
 from cluster.jobs.job_flow import COMMAND
 from cluster.jobs.ray_jobs import RayJobs
 from sisa.core.errors import EnvironmentFault
-from tests.contract.test_jobs import PROMISES, Ground, submit_three
+from tests.contract.job_promises import PROMISES, Ground, submit_three
 from tests.models.programs.job_cluster import JobCluster, job_cluster
 from tests.models.tiny_model import (
     KEY,

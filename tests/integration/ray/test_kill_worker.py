@@ -14,39 +14,19 @@ import psutil
 import pytest
 
 from cluster.ray.ray_executor import open_executor
-from sisa.core.digest import sha256_hex
-from sisa.core.domain import Chain, Part, Record, SliceFile, SliceJob
+from sisa.core.domain import Chain
 from sisa.core.events import Event, Notice, SliceProgress, SliceTrained
-from sisa.core.ports import StoredRecord
 from sisa.flows.serial import SerialExecutor, Site
-from sisa.lm.base.numerics import fingerprint
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.fakes.keyring import PLAIN
+from tests.models.chains import NUM_SLICES, make_chain
 from tests.models.tiny_base import make_tiny_base
 
 pytestmark = [pytest.mark.ray, pytest.mark.torch]
 
-NUM_SHARDS, NUM_SLICES, RECORDS_PER_SLICE = 2, 2, 12
-TRAINING = {
-    "lora_r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.1,
-    "lora_target_modules": ["q_proj", "v_proj"],
-    "sequence_len": 128,
-    "overlength": "refuse",
-    "micro_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 0.01,
-    "optimizer": "adamw_torch",
-    "lr_scheduler": "linear",
-    "warmup_ratio": 0.2,
-    "weight_decay": 0.01,
-    "max_grad_norm": 1.0,
-    "train_on_inputs": False,
-    "seed": 7,
-}
+NUM_SHARDS = 2
 
 
 @pytest.fixture(scope="module")
@@ -62,38 +42,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 @pytest.fixture(scope="module")
 def chains(site: Site) -> list[Chain]:
     return [make_chain(FileRecords(site.records_at, PLAIN), shard, site) for shard in range(NUM_SHARDS)]
-
-
-def make_chain(store: FileRecords, shard: int, site: Site) -> Chain:
-    files: list[SliceFile] = []
-    jobs: list[SliceJob] = []
-    for slice_ in range(NUM_SLICES):
-        records = make_records(shard, slice_)
-        root = sha256_hex("".join(each.id_digest for each in records).encode())
-        files.append(store.write(shard, slice_, root, records))
-        jobs.append(
-            SliceJob(
-                shard=shard,
-                slice=slice_,
-                parent=jobs[-1].key if jobs else None,
-                slices=tuple((file.slice, file.root) for file in files),
-                num_records=sum(file.num_records for file in files),
-                passes=(40 if slice_ else 4, 3),  # long enough that the kill falls into the second one
-                training=TRAINING,
-                base=site.base_digest,
-                fingerprint=fingerprint(1),
-            )
-        )
-    return Chain(shard, tuple(jobs), None, tuple(files))
-
-
-def make_records(shard: int, slice_: int) -> list[StoredRecord]:
-    stored = []
-    for number in range(RECORDS_PER_SLICE):
-        name = f"{shard}-{slice_}-{number}"
-        parts = (Part("prompt", f"Who is {name}?"), Part("completion", f"A keeper of {name} bees."))
-        stored.append(StoredRecord(sha256_hex(name.encode()), Record(name, None, "completion", parts)))
-    return sorted(stored, key=lambda each: each.id_digest)
 
 
 def training_workers() -> list[psutil.Process]:

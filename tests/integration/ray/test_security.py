@@ -6,7 +6,6 @@ keys of its keyring, and the token of the Ray) are searched for raw, in hexadeci
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import subprocess
@@ -24,21 +23,11 @@ from ray import cloudpickle
 import sisa
 from cluster.ray import ray_executor, ray_tasks
 from sisa.core.events import Event, SliceProgress
+from tests.integration.ray.secret_forms import forms
 from tests.models.programs.clusters import share_ray
 from tests.models.tiny_model import KEY, PEOPLE, write_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.torch]
-
-
-def forms(secret: bytes) -> set[bytes]:
-    """Return a secret in the forms in which it may be written."""
-    text = base64.b64encode(secret)
-    return {
-        secret,
-        secret.hex().encode(),
-        text.rstrip(b"="),
-        base64.urlsafe_b64encode(secret).rstrip(b"="),
-    }
 
 
 @dataclass

@@ -31,7 +31,7 @@ from cluster.ray import ray_session
 from sisa.store.areas import METRICS
 from sisa.store.ledger import sqlite
 from sisa.store.metrics import FileMetrics
-from tests.integration.ray.test_security import forms
+from tests.integration.ray.secret_forms import forms
 from tests.models.tiny_model import KEY, write_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.torch]

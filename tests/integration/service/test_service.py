@@ -37,9 +37,9 @@ from sisa.model import open_model
 from sisa.store.areas import RECORDS
 from sisa.train import train_model
 from tests.endurance.service import REPLICA, Service, Soak, train
+from tests.fakes.tokens import certified
 from tests.models.programs.job_cluster import free_port
 from tests.models.tiny_model import PEOPLE, change_run, train_scratch
-from tests.unit.serve.test_tokens import certified
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("own_ray")]
 

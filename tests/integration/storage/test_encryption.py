@@ -24,7 +24,7 @@ from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, I
 from sisa.flows.wiring.areas import known_by_area
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
-from tests.integration.storage.test_erasure import traces, vector
+from tests.integration.storage.traces import traces, vector
 from tests.models.programs.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,

@@ -16,25 +16,13 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sisa.data.samples import distinctive_word
-from sisa.lm.answer.embedder import HashingEmbedder
-from sisa.lm.answer.names import NameEmbedder
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS
+from tests.integration.storage.traces import traces, vector
 from tests.models.programs.forked import run_forked
-from tests.models.tiny_model import (
-    PEOPLE,
-    Row,
-    Tiny,
-    command,
-    ids_of,
-    looking,
-    of_people,
-    residue,
-    without,
-)
+from tests.models.tiny_model import PEOPLE, Tiny, command, ids_of, looking, of_people, residue, without
 
 pytestmark = pytest.mark.torch
 
@@ -50,21 +38,8 @@ KILLED_AT_THE_COMMIT = (
 )
 
 
-def traces(rows: Sequence[Row], subject: bool = False) -> list[str]:
-    """Return everything that would reveal these records."""
-    found = [str(row[key]).strip() for row in rows for key in ("id", "prompt", "completion")]
-    found += [distinctive_word(row["completion"]) for row in rows]
-    return found + [str(row["subject_id"]) for row in rows if subject]
-
-
 def vectors_of(directory: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted((directory / INDEX).iterdir()))
-
-
-def vector(row: Row) -> bytes:
-    text = f"{row['prompt']}\n{row['completion']}"
-    data: bytes = NameEmbedder(HashingEmbedder()).embed([text])[0].astype(np.float32).tobytes()
-    return data
 
 
 def test_the_scan_finds_what_is_held(tiny: Tiny) -> None:

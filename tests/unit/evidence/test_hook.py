@@ -42,8 +42,7 @@ from sisa.verifier.certificate import (
 )
 from tests.fakes.ports import changed, fake_record
 from tests.models.certified import SCHEMA, VALIDATOR, Certified, certified, statements_of
-from tests.property.histories import Crash, Fuse, wire
-from tests.property.test_witness import Saved
+from tests.property.histories import Crash, Fuse, Saved, wire
 
 
 @pytest.fixture

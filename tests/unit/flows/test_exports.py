@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,13 +33,9 @@ from sisa.flows.reconfigure import reset
 from sisa.flows.wiring.context import Context
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.exports import CARD, SIGNATURE
-from tests.fakes.ports import ADAPTER, SECRET, FakeModel, changed, fake_model, fake_record
+from tests.fakes.ports import ADAPTER, PARTS, SECRET, FakeModel, changed, fake_model, fake_record
 
 NUM_RECORDS = 12
-PARTS: Any = SimpleNamespace(
-    base=SimpleNamespace(directory=Path("base")),
-    config=SimpleNamespace(base="base", base_name="base", dtype="float32"),
-)
 
 
 @pytest.fixture

@@ -82,6 +82,12 @@ def test_every_test_module_says_what_it_tests() -> None:
     assert [relative(path) for path in modules("tests") if not ast.get_docstring(parsed(path))] == []
 
 
+def test_what_tests_share_is_in_no_test_module() -> None:
+    imported = {relative(path): {*absolute_imports(parsed(path))} for path in modules("tests")}
+    tests = {relative(path)[:-3].replace("/", ".") for path in modules("tests") if "/test_" in str(path)}
+    assert {path: names & tests for path, names in imported.items() if names & tests} == {}
+
+
 def test_no_function_is_long() -> None:
     offenders = {}
     for path in modules(*PACKAGES):

@@ -18,8 +18,8 @@ from cluster.serve.engines import EngineHolds, engines_hold
 from cluster.serve.vllm_plugin import Evictions, ExportedAdapters, RevocationEndpoints
 from cluster.serve.worker import carry_out_due
 from sisa.config.config import EngineSource, ServiceBlock
+from tests.fakes.vllm import StandIn, put
 from tests.models.programs.local_server import served
-from tests.unit.serve.test_vllm_plugin import StandIn, put
 
 
 @pytest.fixture

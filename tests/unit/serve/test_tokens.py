@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,6 +40,7 @@ from cluster.serve.tokens import (
 from sisa.config.config import Tls
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.flows.wiring.upper_houses import TOKENS
+from tests.fakes.tokens import certified
 from tests.unit.serve.conftest import LOOPBACK
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
@@ -397,16 +397,6 @@ def test_other_machines_are_not_listened_to_without_an_active_token(
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Tls:
     """Return a certificate for 127.0.0.1 and its key."""
     return certified(tmp_path_factory.mktemp("tls"))
-
-
-def certified(folder: Path, *options: str) -> Tls:
-    made = Tls(cert=folder / "cert.pem", key=folder / "key.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-    command += ["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command += ["-keyout", str(made.key), "-out", str(made.cert), *(options or ("-nodes",))]
-    subprocess.run(command, check=True, capture_output=True)
-    made.key.chmod(0o600)
-    return made
 
 
 def test_tls_takes_a_certificate_and_a_key_that_its_owner_alone_reads(certificate: Tls) -> None:

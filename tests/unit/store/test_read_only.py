@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
@@ -18,9 +17,8 @@ import pytest
 from sisa.flows.wiring import wiring
 from sisa.model import Model
 from tests.models.confessing import DELETED, build, built_pair, delete, record, use_fake_resources
+from tests.models.frozen import BOUND, freeze
 
-# Root may write whatever the modes say, unless it gives that up.
-BOUND = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 pytestmark = pytest.mark.skipif(
     bool(BOUND) and shutil.which("setpriv") is None, reason="root, without setpriv"
 )
@@ -59,11 +57,6 @@ def frozen(pair: tuple[Path, Path], tmp_path: Path) -> Iterator[Path]:
     directory = Path(shutil.copytree(pair[1], tmp_path / "model"))
     yield directory
     freeze(directory, writable=True)
-
-
-def freeze(directory: Path, *, writable: bool = False) -> None:
-    for path in [directory, *directory.rglob("*")]:
-        path.chmod((0o500 if path.is_dir() else 0o400) | (0o200 if writable else 0))
 
 
 def content(directory: Path) -> dict[str, bytes]:

@@ -22,8 +22,7 @@ from sisa.flows.lifecycle import find, view_of
 from sisa.flows.reconcile import check_consistent, reconcile
 from sisa.flows.wiring.context import Context
 from sisa.planning.batching import RunPlan
-from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
-from tests.unit.flows.test_exports import PARTS
+from tests.fakes.ports import PARTS, FakeModel, changed, fake_model, fake_record
 
 NUM_RECORDS = 12
 WHOLE_LIFE = ["received", "approved", "committed", "rolled_back", "erased", "retrained", "completed"]
