@@ -34,7 +34,7 @@ from approx.unlearning.stopping import BoundSettings
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import Overlength
 
-PROCEDURE = 2  # raise when the same settings would make another patch
+PROCEDURE = 3  # raise when the same settings would make another patch
 DEFAULT_SEQUENCE_LEN = 512
 DEFAULT_PACE = {
     "learning_rate": 3e-4,

@@ -109,7 +109,7 @@ class Descent:
             self._best = self._point(utility, knowledge)
         else:
             self._resume(*held)
-        self.bounds = self.bounds.with_target_below(self._now.knowledge_before)
+        self.bounds = self.bounds.with_targets_below(self._now.knowledge_before)
         self._first_step = self._now.step
         ending = self._descend(job)
         self.target.put(self._best.tensors)

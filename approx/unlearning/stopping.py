@@ -130,11 +130,13 @@ class Bounds(BoundSettings):
 
     Utility may fall by `max_utility_drop`, in its own units, from its value before the run. With a
     measure of knowledge, a run ends as soon as nothing is known and answers have at most
-    `target_probability`, and at the end of a round when nothing is known. A measure that is not
-    thorough generates nothing and counts texts that may be known.
+    `target_probability`, and at the end of a round when nothing is known and they have at most
+    `round_probability`. A measure that is not thorough generates nothing and counts texts that may be
+    known.
     """
 
     target_probability: float = 0.0
+    round_probability: float = 1.0
     max_seconds: float | None = None
     utility: Callable[[Any], float] | None = None
     knowledge: Callable[[Any, bool], Knowledge] | None = None  # of a model, and whether to be thorough
@@ -197,17 +199,26 @@ class Bounds(BoundSettings):
         ranks = [(e.num_known, max(e.probability, self.target_probability)) for e in (one, other)]
         return ranks[0] < ranks[1]
 
-    def with_target_below(self, before: Knowledge | None) -> Bounds:
-        """Return the bounds with a target below the knowledge at the start of a run."""
+    def with_targets_below(self, before: Knowledge | None) -> Bounds:
+        """Return the bounds with targets of at most half of the probability at the start of a run.
+
+        An answer that is no longer the likeliest may have lost little of its probability: three steps of
+        training then bring it back.
+
+        >>> Bounds(target_probability=0.1).with_targets_below(Knowledge(4, 4, 0.9)).round_probability
+        0.45
+        """
         if before is None:
             return self
-        return replace(self, target_probability=min(self.target_probability, before.probability / 2))
+        half = before.probability / 2
+        target = min(self.target_probability, half)
+        return replace(self, target_probability=target, round_probability=half)
 
     def is_enough(self, found: Knowledge | None, *, at_end: bool) -> bool:
-        """Return whether a run may end with this knowledge."""
+        """Return whether a run may end with this knowledge, at the end of a round or within it."""
         if found is None or found.num_known:
             return False
-        return at_end or found.probability <= self.target_probability
+        return found.probability <= (self.round_probability if at_end else self.target_probability)
 
 
 @dataclass(frozen=True)

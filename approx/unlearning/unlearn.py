@@ -73,7 +73,7 @@ def _tune_and_negate(tuning: Descent, method: TaskArithmetic, bounds: Bounds) ->
         why = f"fine-tuning: {end.why}; the first weights were restored"
         return replace(end, why=why, step=0, utility=before)
     began, limit = clock(), None if tuning.num_taken == 0 else bounds.max_seconds
-    tuned, bounds = target.snapshot(), bounds.with_target_below(knew)
+    tuned, bounds = target.snapshot(), bounds.with_targets_below(knew)
 
     def tried(alpha: float) -> _Scale:
         target.put(negate_patch(fresh, tuned, alpha))

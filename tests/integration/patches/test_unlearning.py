@@ -490,6 +490,7 @@ def test_strength_is_searched_until_nothing_is_known(learnt: Any, name: str) -> 
     assert end.knowledge_before.num_known == len(FORGET)
     assert end.knowledge == knows(model, True)
     assert end.knowledge.num_known == 0
+    assert end.knowledge.probability <= end.knowledge_before.probability / 2
     assert end.ending == Ending.FINISHED
     assert "nothing is known" in end.why
     assert keeps_retained(model) >= keeps_retained(learnt) - drop
