@@ -40,7 +40,7 @@ from sisa.core.block import Block
 from sisa.planning.bands import Bands
 from tests.bench.answering import quality, utility
 from tests.bench.deletion import retrained
-from tests.bench.patches import sequential
+from tests.bench.patches import fallback, sequential
 from tests.bench.tofu_full import table as tofu_full
 from tests.bench.training import race
 
@@ -679,6 +679,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     },
     "tests/bench/patches/README.md": {
         "forgetting": forgetting,
+        "fallback": of("patches/fallback_tiny", fallback.table),
         "sequential": of("patches/sequential", sequential.table),
     },
     "tests/bench/leaderboard/README.md": {"methods": methods},

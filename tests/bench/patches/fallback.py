@@ -4,9 +4,13 @@
 
 A base knows ten invented people by heart (`known_people.py`), and shards over it are trained on them
 and on others. One of the ten asks to be forgotten and consents to a patch: after `sisa request submit`
-and `sisa run` the base alone still produces the answers. `sisa approx unlearn` then makes a patch for
-each kind of retain set: the base's own answers to neutral prompts, or, by a second consent, the records
-of the nine others. `sisa approx revert` removes a patch before the next one.
+and `sisa run` the base alone still produces the answers. `sisa approx unlearn` then makes a patch with
+its defaults for each kind of retain set: answers that the base writes, or, by a second consent, the
+records of the nine others. `sisa approx revert` removes a patch before the next one.
+
+The base, the served model and attacks on it are measured before and after each patch. Each seed has
+other people and another seed of the patch. The result is written after every seed, and the same command
+continues it.
 
 There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
 base. The criterion for known texts was fixed before the first run (`approx/evaluation/probe.py`).
@@ -15,23 +19,23 @@ Several people are covered by `sequential.py`.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from sisa.lm.base.weights import resolve_base
-from tests.bench.command import BASE, arguments, here, write
-from tests.bench.patches.known_people import CONSENT, Ground, Scale, Way
+from tests.bench.command import BASE, arguments, here, read, write
+from tests.bench.patches.known_people import CONSENT, TINY, Ground, Scale, Way, base_dir
 
 FORGOTTEN = "p001"
-
-
-BENCH = {
-    "written by the base": Way(keep=False),
-    "records of the others": Way(),
-}
+SEEDS = (7, 8, 9)
+WAYS = {"written by the base": Way(keep=False, settings={}), "records of the others": Way(settings={})}
+ATTACKS = ("leak_at_k", "rewording", "prefix_injection", "jailbreak")  # that prompts alone can make
+REPORTED = ("outcome", "still_known", "step", "learning_rate_kept", "utility_before", "utility")
 
 
 def erase(ground: Ground, subject: str) -> dict[str, Any]:
@@ -59,17 +63,36 @@ def measured(ground: Ground) -> dict[str, Any]:
     return {**found, "neutral_utility": round(asked.neutral(), 4)}
 
 
-def run(ground: Ground, request: Mapping[str, Any], ways: Mapping[str, Way]) -> dict[str, Any]:
+def attacked(ground: Ground) -> dict[str, dict[str, float]]:
+    """Return what attacks by prompts bring back of the one from the served model, by attack."""
+    data, taught = ground.folder / "attacked.jsonl", ground.folder / "taught.jsonl"
+    for path, people in ((data, ground.known[:1]), (taught, ground.known[1:2])):
+        rows = ground.rows(*people)
+        asked = [{"question": row["prompt"], "answer": row["completion"].strip()} for row in rows]
+        path.write_text("".join(json.dumps(each) + "\n" for each in asked))
+    files = ("--data", data, "--taught", taught, "--template", "{question} {answer}")
+    chosen = [word for name in ATTACKS for word in ("--attack", name)]
+    with tempfile.TemporaryDirectory() as logs:
+        done = ground.sisa("eval", "attacks", *files, "--out", logs, "--executor", "serial", *chosen)
+    return {name: each["means"] for name, each in done["models"][0]["curves"].items()}
+
+
+def run(
+    ground: Ground,
+    request: Mapping[str, Any],
+    ways: Mapping[str, Way],
+    measure: Callable[[Ground], dict[str, Any]] = measured,
+) -> dict[str, Any]:
     """Make a patch in each way for the person whom a request erased.
 
     The first patch is made from the vault's text, which is then erased, and the others from text given
     again.
     """
     others = [each for each in ground.known if each != FORGOTTEN]
-    before = measured(ground)
+    before = measure(ground)
     found = {}
     for number, (name, way) in enumerate(ways.items()):
-        started = time.monotonic()
+        started = time.process_time()
         if number == 0:
             made = ground.unlearn(way, others, requests=[request["request_id"]])
         else:
@@ -78,9 +101,9 @@ def run(ground: Ground, request: Mapping[str, Any], ways: Mapping[str, Way]) -> 
         report = made["report"]
         found[name] = {
             **way.to_json(),
-            "seconds": round(time.monotonic() - started, 1),
-            **{key: report.get(key) for key in ("ending", "step", "sets", "composition")},
-            **measured(ground),
+            "core_seconds": round(time.process_time() - started, 1),
+            **{key: report.get(key) for key in (*REPORTED, "sets", "composition", "robustness")},
+            **measure(ground),
         }
     return {
         "taught": dict(ground.taught),
@@ -90,15 +113,81 @@ def run(ground: Ground, request: Mapping[str, Any], ways: Mapping[str, Way]) -> 
     }
 
 
+def with_attacks(ground: Ground) -> dict[str, Any]:
+    """Return all measures, and what the attacks bring back."""
+    return {**measured(ground), "attacked": attacked(ground)}
+
+
+def _known(at: Mapping[str, Any]) -> float:
+    return float(at["base_known"] / at["base_probed"])
+
+
+def _most_likely(attacked: Mapping[str, Mapping[str, float]]) -> float:
+    """Return the largest mean probability of an answer over other wordings, prefixes and wrappings."""
+    curves = [attacked[name] for name in ("rewording", "prefix_injection", "jailbreak")]
+    return max(mean for curve in curves for mean in curve.values())
+
+
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "still known": lambda at: _known(at["forgotten"]),
+    "base": lambda at: at["forgotten"]["base_probability"],
+    "served": lambda at: at["forgotten"]["served"]["probability"],
+    "best wording or wrapping": lambda at: _most_likely(at["attacked"]),
+    "best of 8 samples": lambda at: at["attacked"]["leak_at_k"]["8"],
+    "others known": lambda at: _known(at["others"]),
+    "others, base": lambda at: at["others"]["base_probability"],
+    "others, served": lambda at: at["others"]["served"]["probability"],
+}
+OF_A_PATCH: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "relearnt, 3 steps": lambda at: at["robustness"]["relearning"]["3"],
+    "never known, 3 steps": lambda at: at["robustness"]["control"]["3"],
+    "core-seconds": lambda at: at["core_seconds"],
+}
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a Markdown table: means over seeds, ± half of their range, without and with each patch."""
+    titles = ("retain set", *COLUMNS, *OF_A_PATCH)
+    yield f"| {' | '.join(titles)} |"
+    yield "| --- " * len(titles) + "|"
+    runs = list(found["seeds"].values())
+    for name in ("no patch", *WAYS):
+        of = [each["patches"].get(name, each["without_patch"]) for each in runs]
+        cells = [_spread([value(at) for at in of]) for value in COLUMNS.values()]
+        for value in OF_A_PATCH.values():
+            cells.append(_spread([value(at) for at in of]) if name in WAYS else "-")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean, half = fmean(values), (max(values) - min(values)) / 2
+    if mean >= 10:
+        return f"{mean:.0f} ± {half:.0f}"
+    return f"{mean:.2f}" + (f" ± {half:.2f}" if half >= 0.005 else "")
+
+
 def main() -> None:
     """Run the command."""
-    given = arguments(__doc__, out=Path("fallback.json"), base_model=BASE)
-    with tempfile.TemporaryDirectory() as folder:
-        ground = Ground.laid(Path(folder), resolve_base(given.base_model).directory, Scale())
-        found = {**here(given.base_model), **run(ground, erase(ground, FORGOTTEN), BENCH)}
-    write(given.out, found)
-    for name, each in {"no patch": found["without_patch"], **found["patches"]}.items():
-        print(f"{name}: {each['forgotten']}, others {each['others']}")
+    given = arguments(
+        __doc__,
+        out=Path("fallback.json"),
+        base_model=BASE,
+        tiny={"action": "store_true", "help": "a tiny base, whose utility means little"},
+        seeds={"nargs": "+", "type": int, "default": list(SEEDS)},
+    )
+    name = "tiny" if given.tiny else given.base_model
+    found = {**here(name), "seeds": read(given.out).get("seeds", {})}
+    for seed in given.seeds:
+        if str(seed) in found["seeds"]:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            scale = replace(TINY if given.tiny else Scale(), seed=seed)
+            base = base_dir(given.tiny, given.base_model, Path(folder))
+            ground = Ground.laid(Path(folder), base, scale)
+            ways = {n: replace(way, settings={**way.settings, "seed": seed}) for n, way in WAYS.items()}
+            found["seeds"][str(seed)] = run(ground, erase(ground, FORGOTTEN), ways, with_attacks)
+        write(given.out, found)
+    print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

@@ -26,12 +26,10 @@ from approx.methods.registry import METHODS
 from approx.patches.patch_settings import Adapter, settings_of
 from sisa.core.domain import Record
 from sisa.data.samples import make_people
-from sisa.lm.base.weights import resolve_base
 from tests.bench.command import BASE, arguments, here, write
-from tests.bench.patches.known_people import TINY, Scale
+from tests.bench.patches.known_people import TINY, Scale, base_dir
 from tests.models.knowing_base import record, teach
 from tests.models.patch_bench import Bench
-from tests.models.tiny_base import make_tiny_base
 
 RETAIN = ("written", "given")
 REPORTED = (
@@ -76,11 +74,7 @@ def forget(
 def run(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Teach a base, and make one patch for each method and retain set."""
     scale, adapter = (TINY, Adapter(4, 8)) if chosen.tiny else (Scale(), Adapter())
-    base = (
-        make_tiny_base(folder / "plain", hidden=96)
-        if chosen.tiny
-        else resolve_base(chosen.base_model).directory
-    )
+    base = base_dir(chosen.tiny, chosen.base_model, folder)
     people = [record(row) for row in make_people(chosen.people, scale.per_person)]
     taught = teach(
         base, people, to=folder / "knowing", steps=scale.steps, learning_rate=scale.learning_rate

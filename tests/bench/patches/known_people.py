@@ -27,7 +27,9 @@ import yaml
 
 from cluster.cli.patches import EXIT_NOT_MADE, EXIT_STILL_KNOWN
 from sisa.data.samples import make_people, to_jsonl
+from sisa.lm.base.weights import resolve_base
 from tests.models.knowing_base import record, teach
+from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import KEY
 
 CONSENT = "asked for by the person"
@@ -58,9 +60,15 @@ class Scale:
     epochs: int = 4
     run: Mapping[str, Any] = field(default_factory=dict)
     num_known: int = 10
+    seed: int = 7  # of the people
 
 
 TINY = Scale(2, 600, 3e-3, run={"learning_rate": 0.01, "lora_r": 4, "sequence_len": 128})
+
+
+def base_dir(tiny: bool, base_model: str, folder: Path) -> Path:
+    """Return the directory of a base to teach; a tiny one is made in `folder`."""
+    return make_tiny_base(folder / "base", hidden=96) if tiny else resolve_base(base_model).directory
 
 
 @dataclass(frozen=True)
@@ -88,9 +96,9 @@ class Way:
     """A way to make a patch.
 
     With `keep`, its retain set is the records of people to keep; otherwise the base writes it. With
-    `max_drift`, shards are retrained once they have drifted that far. Other settings have the command's
-    defaults. PACE has no bound on utility, because early steps hurt the
-    retain set and later ones repair it.
+    `max_drift`, shards are retrained once they have drifted that far. Settings that are not given have
+    the command's defaults. PACE has no bound on utility, because early steps hurt the retain set and
+    later ones repair it.
     """
 
     method: str = "npo"
@@ -116,7 +124,7 @@ class Ground:
     @classmethod
     def laid(cls, folder: Path, base: Path, scale: Scale, **settings: Any) -> Ground:
         """Teach the base and train the model. `settings` are more keys of the run file."""
-        people = make_people(scale.num_known, scale.per_person)
+        people = make_people(scale.num_known, scale.per_person, scale.seed)
         to, rate = folder / "knowing", scale.learning_rate
         taught = teach(base, list(map(record, people)), to=to, steps=scale.steps, learning_rate=rate)
         return cls(folder, to, scale, taught).trained(settings)
@@ -158,7 +166,7 @@ class Ground:
 
     @cached_property
     def people(self) -> list[dict[str, str]]:
-        return make_people(2 * self.scale.num_known, self.scale.per_person)
+        return make_people(2 * self.scale.num_known, self.scale.per_person, self.scale.seed)
 
     @property
     def known(self) -> list[str]:
@@ -176,7 +184,7 @@ class Ground:
 
     def sisa(self, *arguments: Any, codes: Collection[int] = (0,)) -> dict[str, Any]:
         """Return the result of a command on the model."""
-        at = 2 if arguments[0] in ("approx", "request") else 1
+        at = 2 if arguments[0] in ("approx", "eval", "request") else 1
         return run_json(*arguments[:at], "-m", self.model, *arguments[at:], codes=codes)
 
     def unlearn(

@@ -30,11 +30,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sisa.lm.base.weights import resolve_base
 from tests.bench.command import BASE, arguments, here, read, write
 from tests.bench.patches.fallback import erase
-from tests.bench.patches.known_people import PACE, TINY, Ground, Scale, Way
-from tests.models.tiny_base import make_tiny_base
+from tests.bench.patches.known_people import PACE, TINY, Ground, Scale, Way, base_dir
 
 MAX_DRIFT = 0.1
 SHOWN = (1, 2, 5, 9, 10, 15, 19)  # requests after which a row is in the table
@@ -140,11 +138,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         root, name = Path(folder), "tiny base" if given.tiny else given.base_model
-        base = (
-            make_tiny_base(root / "base", hidden=96)
-            if given.tiny
-            else resolve_base(given.base_model).directory
-        )
+        base = base_dir(given.tiny, given.base_model, root)
         scale, way = (TINY, Way(settings=TINY_PACE)) if given.tiny else (SCALE, Way())
         scale = replace(scale, num_known=given.people)
         ground = Ground.laid(root, base, scale)  # measure its own model first
