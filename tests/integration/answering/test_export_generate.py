@@ -25,8 +25,8 @@ from sisa.core.ports import Change
 from sisa.flows.ask import Answer
 from sisa.flows.reconcile import HeldPrompts, _look_up_prompts
 from sisa.lm.answer.route import Route, all_of
-from tests.models.frozen import BOUND, freeze
 from tests.models.patched import QUIET, answerer_of, probabilities
+from tests.models.programs.frozen import BOUND, freeze
 from tests.models.tiny_model import (
     PEOPLE,
     PROMPT,

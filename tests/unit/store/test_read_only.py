@@ -17,7 +17,7 @@ import pytest
 from sisa.flows.wiring import wiring
 from sisa.model import Model
 from tests.models.confessing import DELETED, build, built_pair, delete, record, use_fake_resources
-from tests.models.frozen import BOUND, freeze
+from tests.models.programs.frozen import BOUND, freeze
 
 pytestmark = pytest.mark.skipif(
     bool(BOUND) and shutil.which("setpriv") is None, reason="root, without setpriv"
