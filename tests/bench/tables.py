@@ -496,6 +496,7 @@ def forgetting() -> Iterator[str]:
         base = "tiny base" if found["base_model"] == "tiny" else "SmolLM2-135M"
         for row in found["rows"]:
             known, others = row["still_known"], row["others_known"]
+            relearnt = row["robustness"]["relearning"].get("3")
             before, after = row["metrics_before"], row["metrics_after"]
             lines.append(
                 (
@@ -505,12 +506,13 @@ def forgetting() -> Iterator[str]:
                     row["outcome"],
                     f"{known['after']} of {known['before']}",
                     f"{before['forget_probability']:.2f} to {after['forget_probability']:.2f}",
+                    "-" if relearnt is None else f"{relearnt:.2f}",
                     f"{row['utility_before']:.2f} to {row['utility']:.2f}",
                     f"{others['after']} of {others['before']}",
                 )
             )
-    header = ("base", "method", "retain set", "outcome", "still known", "their probability", "utility")
-    yield from rows((*header, "others still known"), lines)
+    header = ("base", "method", "retain set", "outcome", "still known", "their probability")
+    yield from rows((*header, "after 3 steps on them", "utility", "others still known"), lines)
 
 
 def questions() -> Iterator[str]:
