@@ -182,12 +182,21 @@ class ApproxReport:
 
 
 def outcome(end: End, after: Knowledge) -> dict[str, Any]:
-    """Return how many texts are still known, and why a run did not forget more."""
+    """Return how many texts are still known, and why a run did not forget more.
+
+    Texts of which nothing is known, but whose answers have more than half of the probability that they
+    had, are only weakened.
+    """
     before = end.knowledge_before
     known = {"before": before.num_known if before else None, "after": after.num_known}
-    word = "forgotten" if before is None or before.num_known else "was not known"
     if after.num_known:
         word = "held back by the bound" if end.ending == Ending.BELOW_UTILITY_BOUND else "still known"
+    elif before is None:
+        word = "forgotten"
+    elif not before.num_known:
+        word = "was not known"
+    else:
+        word = "forgotten" if after.probability <= before.probability / 2 else "weakened"
     return {"outcome": word, "still_known": {**known, "of": after.num_asked}}
 
 

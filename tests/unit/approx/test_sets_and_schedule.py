@@ -1,4 +1,4 @@
-"""Invalid sets and settings, order and rate as functions of the settings, and refusals."""
+"""Invalid sets and settings, order and rate as functions of the settings, outcomes, and refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from approx.methods.registry import make_method
 from approx.unlearning import examples, schedule, stopping
 from approx.unlearning.examples import REFUSALS, Sets, check_disjoint, check_sets, make_refusals
 from approx.unlearning.schedule import ScheduleSettings, learning_rate_at, plan_steps
-from approx.unlearning.stopping import Bounds
+from approx.unlearning.stopping import Bounds, Compute, End, Ending, Knowledge
+from approx.unlearning.unlearn import outcome
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import NO_LOSS, Tokens
@@ -159,3 +160,26 @@ def test_refusals_stand_behind_the_prompt() -> None:
 @pytest.mark.parametrize("module", [stopping, schedule, examples])
 def test_examples_in_docstrings_hold(module: Any) -> None:
     assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "ending", "word"),
+    [
+        ((2, 0.9), (0, 0.45), Ending.FINISHED, "forgotten"),
+        ((2, 0.9), (0, 0.46), Ending.FINISHED, "weakened"),
+        ((2, 0.9), (0, 0.46), Ending.BELOW_UTILITY_BOUND, "weakened"),
+        ((2, 0.9), (1, 0.01), Ending.BELOW_UTILITY_BOUND, "held back by the bound"),
+        ((2, 0.9), (1, 0.01), Ending.FINISHED, "still known"),
+        ((0, 0.1), (0, 0.1), Ending.FINISHED, "was not known"),
+    ],
+)
+def test_forgotten_means_unknown_and_half_as_likely(
+    before: tuple[int, float], after: tuple[int, float], ending: Ending, word: str
+) -> None:
+    knew, knows = (Knowledge(known, 2, probability) for known, probability in (before, after))
+    end = End(ending, "", 1, 1, None, None, Compute(1, 1, 1, 1), knowledge_before=knew)
+    found = outcome(end, knows)
+    assert found == {
+        "outcome": word,
+        "still_known": {"before": before[0], "after": after[0], "of": 2},
+    }
