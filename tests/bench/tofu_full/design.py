@@ -75,7 +75,7 @@ class Design:
     max_new_tokens: int = 64
     methods: tuple[str, ...] = ("npo", "simnpo", "graddiff", "kl_minimisation")
     budgets: tuple[float, ...] = (0.05, 0.2)
-    method_rates: tuple[float, ...] = (5e-4, 2e-3)
+    method_rates: tuple[float, ...] = (2e-3, 8e-3)
     method_batch: int = 8
     method_seeds: tuple[int, ...] = (0,)
     attacked_authors: int = 4

@@ -418,7 +418,8 @@ def _draw_models(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
         if name not in places:
             continue
         axis.scatter(*[[each] for each in places[name]], **_style(some[0]))
-        is_bound = some[0]["state"] in ("base", "trained without")  # on the left of the others
+        # on the left of the others
+        is_bound = some[0]["state"] in ("base", "trained without") or places[name][0] < 0.5
         axis.annotate(
             _short(some[0]), places[name], (-8 if is_bound else 7, 4), textcoords="offset points",
             ha="right" if is_bound else "left", fontsize=8, color=COLOURS[some[0]["kind"]],
@@ -435,7 +436,7 @@ def _draw_models(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
 
 
 def _draw_attacks(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
-    attacked = [(name, some) for name, some in models if all(row["attacked"] for row in some)]
+    attacked = [(name, some) for name, some in models if any(row["attacked"] for row in some)]
     for number, (_, some) in enumerate(attacked):
         aside = 0.6 * number / max(1, len(attacked) - 1) - 0.3
         heights = [_middle(some, ("attacked", each, "value")) for each in ATTACKS]
