@@ -52,7 +52,7 @@ from cluster.cli.command import (
     with_pending,
 )
 from cluster.cli.evaluation import attacks, benchmarks, tofu
-from cluster.observe.reporting import log_for_writing, log_format_of, watched
+from cluster.observe.reporting import log_format_of, open_log, watched
 from cluster.render import render
 from cluster.render.render import EXIT_INTERRUPTED, EXIT_USAGE, Result
 from sisa.core.domain import ExportForm, Kind, WitnessHead
@@ -436,7 +436,7 @@ def _fail(error: SisaError, as_json: bool, kind: str = "", code: int | None = No
     kind, code = kind or type(error).__name__, error.exit_code if code is None else code
     if as_json:
         click.echo(json.dumps({"error": error.to_json() | {"type": kind}}, indent=2))
-    log = log_for_writing()
+    log = open_log()
     if log is None:
         click.echo(f"error: {render.printable(str(error))}", err=True)
     else:

@@ -154,7 +154,7 @@ def log_format_of(arguments: Sequence[str]) -> LogFormat:
     return "json" if "json" in given else "text"
 
 
-def log_for_writing() -> JsonLog | None:
+def open_log() -> JsonLog | None:
     """Return the log of the current run, or None for text."""
     with running() as run:
         return JsonLog(sys.stderr, run.run, "driver") if run.log_format == "json" else None
@@ -163,7 +163,7 @@ def log_for_writing() -> JsonLog | None:
 @contextmanager
 def watched() -> Iterator[Report]:
     """Yield a report that shows or logs events, and passes them to Ray's metrics."""
-    meter, log = Meter(), log_for_writing()
+    meter, log = Meter(), open_log()
     shown = progress() if log is None else nullcontext(driver_log(log))
     with running() as run, shown as show, RayMeters(run.run) as meters:
 
@@ -180,7 +180,7 @@ def watched() -> Iterator[Report]:
 @contextmanager
 def logged_run(command: str) -> Iterator[None]:
     """Write the first and the last line of a command's log."""
-    log, started = log_for_writing(), time.monotonic()
+    log, started = open_log(), time.monotonic()
     if log is not None:
         log.write("run_started", command=command)
     yield
@@ -190,7 +190,7 @@ def logged_run(command: str) -> Iterator[None]:
 
 def say(text: str) -> None:
     """Write a notice for a person, or into the log; flows report events instead."""
-    log = log_for_writing()
+    log = open_log()
     if log is not None:
         log.write_event(events.Notice(text.strip()))
     else:
