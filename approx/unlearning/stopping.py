@@ -93,6 +93,11 @@ class Knowledge(NamedTuple):
     num_asked: int
     probability: float
 
+    @property
+    def half(self) -> float:
+        """Return the probability that answers may have at most once they are forgotten."""
+        return self.probability / 2
+
 
 class Ending(StrEnum):
     """The ways in which a run ends."""
@@ -210,9 +215,8 @@ class Bounds(BoundSettings):
         """
         if before is None:
             return self
-        half = before.probability / 2
-        target = min(self.target_probability, half)
-        return replace(self, target_probability=target, round_probability=half)
+        target = min(self.target_probability, before.half)
+        return replace(self, target_probability=target, round_probability=before.half)
 
     def is_enough(self, found: Knowledge | None, *, at_end: bool) -> bool:
         """Return whether a run may end with this knowledge, at the end of a round or within it."""

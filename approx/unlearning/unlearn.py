@@ -196,7 +196,7 @@ def outcome(end: End, after: Knowledge) -> dict[str, Any]:
     elif not before.num_known:
         word = "was not known"
     else:
-        word = "forgotten" if after.probability <= before.probability / 2 else "weakened"
+        word = "forgotten" if after.probability <= before.half else "weakened"
     return {"outcome": word, "still_known": {**known, "of": after.num_asked}}
 
 

@@ -27,7 +27,6 @@ the new key signs.
 from __future__ import annotations
 
 import os
-import re
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -65,6 +64,7 @@ from sisa.verifier.envelope import (
     ED25519,
     KEYS_PAYLOAD_TYPE,
     KEYS_TYPE,
+    SHA256_HEX,
     CertificateKey,
     PublicKeys,
     Refused,
@@ -74,7 +74,6 @@ from sisa.verifier.note import NoteKey
 
 PUBLIC, HANDOVER, LOG_KEY, VRF_KEY = "public.json", "handover.json", "log.key", "vrf.key"
 KEY, SIGNER = ".key", ".signer"  # suffixes of the file of a key that signs statements
-_OF_A_KEYID = re.compile(r"[0-9a-f]{64}\.(key|signer)")
 Reason = Literal["rotated", "lost", "leaked"]
 
 
@@ -140,7 +139,8 @@ class Keys:
                     next_step="restore the log's newer files from where it is published",
                 )
         for each in sorted(self.directory.iterdir()):  # other files are the user's
-            if _OF_A_KEYID.fullmatch(each.name) and each.stem != present:
+            of_a_key = each.suffix in (KEY, SIGNER) and SHA256_HEX.fullmatch(each.stem)
+            if of_a_key and each.stem != present:
                 with files.disk_errors(each):
                     files.overwrite(each)
                 files.erase(each)

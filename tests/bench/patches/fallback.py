@@ -19,7 +19,6 @@ Several people are covered by `sequential.py`.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sisa.data.samples import to_jsonl
 from tests.bench.command import BASE, arguments, here, read, write
 from tests.bench.patches.known_people import CONSENT, TINY, Ground, Scale, Way, base_dir
 
@@ -69,7 +69,7 @@ def attacked(ground: Ground) -> dict[str, dict[str, float]]:
     for path, people in ((data, ground.known[:1]), (taught, ground.known[1:2])):
         rows = ground.rows(*people)
         asked = [{"question": row["prompt"], "answer": row["completion"].strip()} for row in rows]
-        path.write_text("".join(json.dumps(each) + "\n" for each in asked))
+        path.write_text(to_jsonl(asked))
     files = ("--data", data, "--taught", taught, "--template", "{question} {answer}")
     chosen = [word for name in ATTACKS for word in ("--attack", name)]
     with tempfile.TemporaryDirectory() as logs:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib
 import importlib.util
 import json
 import pkgutil
@@ -356,12 +355,7 @@ def test_a_notebook_uses_names_that_exist(notebook: Path) -> None:
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES:
             for each in node.names:
-                try:
-                    known[each.asname or each.name] = pkgutil.resolve_name(f"{node.module}:{each.name}")
-                except AttributeError:
-                    known[each.asname or each.name] = importlib.import_module(
-                        f"{node.module}.{each.name}"
-                    )
+                known[each.asname or each.name] = pkgutil.resolve_name(f"{node.module}.{each.name}")
     for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             owner = known.get(node.value.id)
