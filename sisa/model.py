@@ -21,6 +21,7 @@ from sisa.audit.verify import Replay, Verification, shards_to_replay, verify
 from sisa.core.domain import ExportForm, Kind, Record, Request, RequestEvent, RequestState, WitnessHead
 from sisa.core.errors import Busy, InvalidInput
 from sisa.core.events import Notice, QueueSeen, Report, silent
+from sisa.core.run import running
 from sisa.data.drop_lists import read_download
 from sisa.data.reader import named_by_location, read_like
 from sisa.flows import lifecycle, query
@@ -54,7 +55,6 @@ from sisa.flows.rights.restriction import Restriction, lift, restrict
 from sisa.flows.scratch import guard
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.plans import view_shards
-from sisa.flows.wiring.run import running
 from sisa.flows.wiring.served import model_digest, restricted_rows, restrictions, served_heads
 from sisa.flows.wiring.wiring import OpenExecutor
 from sisa.flows.wiring.witness import witness_standing

@@ -23,6 +23,7 @@ from sisa.core.events import Notice, Report, silent
 from sisa.core.ledger_meta import FORM
 from sisa.core.ports import Change
 from sisa.core.requests import key_name
+from sisa.core.run import running
 from sisa.data.reader import named_by_location, read_records
 from sisa.flows import reconfigure
 from sisa.flows.ask import usual_kind
@@ -35,7 +36,6 @@ from sisa.flows.wiring.commit import commit, is_behind
 from sisa.flows.wiring.context import Context, trained_over
 from sisa.flows.wiring.progress import progress
 from sisa.flows.wiring.resources import Resources, indexed_digest
-from sisa.flows.wiring.run import running
 from sisa.flows.wiring.wiring import LEDGER, LOCK, OpenExecutor
 from sisa.flows.wiring.witness import catch_up
 from sisa.lm.base.numerics import require_device

@@ -64,7 +64,7 @@ from sisa.core.errors import (
     SisaError,
     internal_fault,
 )
-from sisa.flows.wiring.run import new_run, running
+from sisa.core.run import new_run, running
 
 if TYPE_CHECKING:
     from sisa.audit.verify import Replay

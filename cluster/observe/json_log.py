@@ -22,7 +22,7 @@ from sisa.flows.wiring.progress import LINE_EVERY_S, Meter
 from sisa.store.metrics import EVENT_NAMES, loggable_numbers
 
 if TYPE_CHECKING:
-    from sisa.flows.wiring.run import RunContext
+    from sisa.core.run import RunContext
 
 Level = Literal["info", "error"]
 

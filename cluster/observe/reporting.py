@@ -25,8 +25,8 @@ from typing import Any, Self
 from cluster.observe.json_log import JsonLog, driver_log
 from sisa.core import events
 from sisa.core.events import Event, Report
+from sisa.core.run import LogFormat, running
 from sisa.flows.wiring.progress import Meter, progress
-from sisa.flows.wiring.run import LogFormat, running
 
 BOUNDARIES_S = (1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 43_200.0)
 MOST_WAITING = 10_000

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from cluster.observe.json_log import worker_log
 from sisa.core.errors import EnvironmentFault, SisaError
 from sisa.core.events import Event, Report, SliceTrained
-from sisa.flows.wiring.run import RunContext
+from sisa.core.run import RunContext
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")

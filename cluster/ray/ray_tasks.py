@@ -37,7 +37,7 @@ from cluster.ray.ray_session import Listener, Session
 from cluster.ray.worker_slots import Placement
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Notice, Report, SliceTrained
-from sisa.flows.wiring.run import current_run
+from sisa.core.run import current_run
 from sisa.planning.task_queue import TaskQueue
 
 _T = TypeVar("_T")

@@ -1,1 +1,1 @@
-"""Nouns and ports: errors, digests, records, jobs, events, and a Protocol for each effect."""
+"""Nouns and ports: errors, digests, records, jobs, events, runs, and a Protocol for each effect."""

@@ -28,13 +28,13 @@ from sisa.core.errors import (
     SisaError,
 )
 from sisa.core.events import Notice, Report, silent
+from sisa.core.run import running
 from sisa.flows.reconcile import finish_exports
 from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.commit import is_behind
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.group import GroupLedger
 from sisa.flows.wiring.resources import Resources
-from sisa.flows.wiring.run import running
 from sisa.flows.wiring.served import held_state
 from sisa.flows.wiring.wiring import LEDGER, OpenExecutor
 from sisa.flows.wiring.witness import catch_up

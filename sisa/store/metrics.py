@@ -45,6 +45,7 @@ from sisa.core.events import (
     SliceTrained,
     TrainingStarted,
 )
+from sisa.core.run import RUN, is_run
 from sisa.store.blobs import files
 
 MIN_RECORDS = 5  # fewest records whose mean loss may be stored
@@ -74,7 +75,6 @@ _OF_STAGE = ("loss", "tokens")  # reveal something of a stage's records; erased 
 _UNLOGGED = (*_OF_STAGE, "total_tokens")
 _MAY_BE_NULL = {*_OF_STAGE, "oldest_days_left"}
 _AT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00")
-_RUN = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 _STAGE = re.compile(rf"[0-9a-f]{{{STAGE_DIGITS}}}")
 
 
@@ -83,11 +83,6 @@ def _field_names(kind: type[Any]) -> tuple[str, ...]:
 
 
 _SHAPES = {EVENT_NAMES[kind]: frozenset(("at", "run", "event", *_field_names(kind))) for kind in KEPT}
-
-
-def is_run(name: str) -> bool:
-    """Return whether a text can be the name of a run."""
-    return _RUN.fullmatch(name) is not None
 
 
 def event_numbers(event: Event) -> MetricsLine:
@@ -138,7 +133,7 @@ def is_line(value: object) -> bool:
 
 
 def _may_be(name: str, value: object) -> bool:
-    if shape := {"at": _AT, "run": _RUN, "stage": _STAGE}.get(name):
+    if shape := {"at": _AT, "run": RUN, "stage": _STAGE}.get(name):
         return isinstance(value, str) and shape.fullmatch(value) is not None
     if value is None:
         return name in _MAY_BE_NULL

@@ -20,7 +20,8 @@ from sisa.core.events import (
     SliceTrained,
     TrainingStarted,
 )
-from sisa.store.metrics import is_line, is_run, metrics_line, without_losses
+from sisa.core.run import is_run
+from sisa.store.metrics import is_line, metrics_line, without_losses
 
 AT, RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b"
 JOB = SliceJob(2, 1, None, ((1, "root"),), 9, (3, 2), {"seed": 1}, "base", "f")

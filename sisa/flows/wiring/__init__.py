@@ -7,5 +7,5 @@ commit        a transaction, recorded in the witness; `witness` catches up after
 plans         the shards' views and plans                areas    names that the ledger lists, by area
 slices        records read, embedded and written         served   what is held, served, restricted
 group         a ledger of some shards alone              moving   a ledger to another place
-run           the name of what one command does          progress shown on standard error
+progress      what is shown on standard error
 """

@@ -15,8 +15,7 @@ from cluster.observe import json_log
 from cluster.observe.json_log import JsonLog, driver_log, worker_log
 from cluster.observe.reporting import log_format_of, say
 from sisa.core.events import ErasureFailed, Event, Notice, SliceProgress, SliceStarted, TrainingStarted
-from sisa.flows.wiring.run import RunContext, running
-from sisa.store.metrics import is_run
+from sisa.core.run import RunContext, is_run, running
 from tests.fakes.metrics import EPOCH, EVENTS, RUN, TRAINED
 from tests.models import confessing as care_model
 

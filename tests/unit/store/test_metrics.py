@@ -17,7 +17,7 @@ from sisa.core.events import (
     SliceTrained,
     TrainingStarted,
 )
-from sisa.flows.wiring.run import RUN_VARIABLE, RunContext, current_run, new_run, running
+from sisa.core.run import RUN_VARIABLE, RunContext, current_run, new_run, running
 from sisa.flows.wiring.wiring import recording
 from sisa.store.metrics import (
     EVENT_NAMES,

@@ -7,6 +7,7 @@ those of workers. A run inside another run takes the outer name. `SISA_RUN` sets
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,10 +15,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from sisa.store.metrics import is_run
-
 LogFormat = Literal["text", "json"]
 RUN_VARIABLE = "SISA_RUN"
+RUN = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,11 @@ class RunContext:
 
     run: str
     log_format: LogFormat = "text"
+
+
+def is_run(name: str) -> bool:
+    """Return whether a text can be the name of a run."""
+    return RUN.fullmatch(name) is not None
 
 
 _under_way: ContextVar[RunContext | None] = ContextVar("sisa_running", default=None)
