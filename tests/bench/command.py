@@ -1,4 +1,4 @@
-"""The command line of a benchmark, the machine that it runs on, and the JSON that it writes.
+"""The command line of a benchmark, its machine, the JSON that it writes, and its tables.
 
 given = arguments(__doc__, out=Path("race.json"), base_model=BASE, rounds=3, tofu=Path)
 write(given.out, {**here(given.base_model), "seconds": measured(given.rounds)})
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +63,9 @@ def write(path: Path | None, found: Mapping[str, Any], indent: int = 2) -> None:
     """Write the result of a benchmark, if it has a file."""
     if path is not None:
         path.write_text(json.dumps(found, indent=indent) + "\n", encoding="utf-8")
+
+
+def markdown(header: Sequence[str], cells: Iterable[Sequence[object]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table."""
+    for line in (header, ["---"] * len(header), *cells):
+        yield "| " + " | ".join(map(str, line)) + " |"

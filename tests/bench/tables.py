@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -39,6 +39,7 @@ from sisa.config.template import one_line
 from sisa.core.block import Block
 from sisa.planning.bands import Bands
 from tests.bench.answering import quality, utility
+from tests.bench.command import markdown
 from tests.bench.deletion import retrained
 from tests.bench.patches import fallback, sequential
 from tests.bench.tofu_full import table as tofu_full
@@ -68,12 +69,6 @@ def recorded(name: str) -> Json:
     return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def rows(header: Sequence[str], cells: Iterable[Sequence[object]]) -> Iterator[str]:
-    """Yield the lines of a Markdown table."""
-    for line in (header, ["---"] * len(header), *cells):
-        yield "| " + " | ".join(map(str, line)) + " |"
-
-
 def reference() -> Iterator[str]:
     """Yield the table of all keys of the run file."""
     schema = json_schema()
@@ -90,7 +85,7 @@ def reference() -> Iterator[str]:
             kind = in_words(definitions[nested.__name__]["properties"][inner])
             moved = nested is Scratch and inner in PATH_FIELDS
             cells.append(_key(f"{prefix}.{inner}", field, kind, "none" if moved else extra["effect"]))
-    yield from rows(("key", "type", "default", "meaning", "a change"), cells)
+    yield from markdown(("key", "type", "default", "meaning", "a change"), cells)
 
 
 def _key(name: str, info: FieldInfo, kind: str, effect: str) -> tuple[str, ...]:
@@ -126,7 +121,7 @@ def approx_methods() -> Iterator[str]:
         )
         for each in describe_methods()
     ]
-    yield from rows(("method", "family", "needs", "defaults", "paper"), lines)
+    yield from markdown(("method", "family", "needs", "defaults", "paper"), lines)
 
 
 def found_shards() -> Iterator[str]:
@@ -149,7 +144,7 @@ def found_shards() -> Iterator[str]:
             own, left_out = (spread((row[name] for row in some), ".3f") for name in ("own", "left_out"))
             lines.append((embedder, title, own, left_out))
     header = ("embedder", "questions", "own shard first", "the same, with the asked record left out")
-    yield from rows(header, lines)
+    yield from markdown(header, lines)
 
 
 def thresholds() -> Iterator[str]:
@@ -170,7 +165,7 @@ def thresholds() -> Iterator[str]:
         shares = [spread((row[name] for row in some), ".1%") for name in ("turned_away", "sent")]
         lines.append((title, some[0]["num"], *shares))
     header = ("prompts", "number", "about the held, turned away", "about the deleted, sent to a shard")
-    yield from rows(header, lines)
+    yield from markdown(header, lines)
 
 
 def forms() -> Iterator[str]:
@@ -187,7 +182,7 @@ def forms() -> Iterator[str]:
 
     every = dict.fromkeys(form for form, _, _ in found)
     lines = [(form, *(cell(found.get((form, *each))) for each in columns.values())) for form in every]
-    yield from rows(("records", *columns), lines)
+    yield from markdown(("records", *columns), lines)
 
 
 Interval = tuple[float, float, float]
@@ -221,7 +216,7 @@ def hostile(source: str) -> Iterator[str]:
             for group, name in outcomes.values()
         ]
         lines.append((form, after[form]["held"]["num"], *cells))
-    yield from rows(("prompts", "number", *outcomes), lines)
+    yield from markdown(("prompts", "number", *outcomes), lines)
 
 
 def hostile_general() -> Iterator[str]:
@@ -240,7 +235,7 @@ def hostile_general() -> Iterator[str]:
                 for source in titles
             ]
             lines.append((form, of["general"]["num"], *cells))
-    yield from rows(("questions", "number", *titles.values()), lines)
+    yield from markdown(("questions", "number", *titles.values()), lines)
 
 
 def answering_speed() -> Iterator[str]:
@@ -277,7 +272,7 @@ def answering_speed() -> Iterator[str]:
         for title, kind, name, digits in measures
     ]
     header = ("what, at 1, 4 and 16 requests of 48 tokens", "all layers", "top third")
-    yield from rows(header, lines)
+    yield from markdown(header, lines)
 
 
 def cold() -> Iterator[str]:
@@ -292,7 +287,7 @@ def cold() -> Iterator[str]:
         )
         for name, each in recorded("answering/cold")["ways"].items()
     ]
-    yield from rows(header, lines)
+    yield from markdown(header, lines)
 
 
 def forget() -> Iterator[str]:
@@ -308,7 +303,7 @@ def forget() -> Iterator[str]:
         )
         for each in recorded("deletion/forget")["deletions"]
     ]
-    yield from rows(header, lines)
+    yield from markdown(header, lines)
 
 
 def throughput() -> Iterator[str]:
@@ -341,7 +336,7 @@ def throughput() -> Iterator[str]:
         "first token, one client",
         f"{together}, p50 and p95",
     )
-    yield from rows(header, lines)
+    yield from markdown(header, lines)
 
 
 def costs() -> Iterator[str]:
@@ -401,7 +396,7 @@ def costs() -> Iterator[str]:
     lines += [(of_first + _records(first), _clean_heads(first))]
     lines += [(_records(each), _clean_heads(each)) for each in middle]
     lines += [(_records(last) + of_last + "; no other shard is read", _clean_heads(last))]
-    yield from rows(("what", "measured"), lines)
+    yield from markdown(("what", "measured"), lines)
 
 
 def evidence() -> Iterator[str]:
@@ -439,7 +434,7 @@ def evidence() -> Iterator[str]:
         ),
         ("`evidence.sqlite`", f"{found['evidence_bytes'] / 1e6:.0f} MB"),
     ]
-    yield from rows(("what", "measured"), lines)
+    yield from markdown(("what", "measured"), lines)
 
 
 def _records(size: Json) -> str:
@@ -485,7 +480,7 @@ def simulated_fleet() -> Iterator[str]:
             f"{many['retrained_share_of_full_training']:.1f}; {many[name]:.3f}",
         ),
     ]
-    yield from rows(("what", "simulated"), lines)
+    yield from markdown(("what", "simulated"), lines)
 
 
 def forgetting() -> Iterator[str]:
@@ -512,7 +507,7 @@ def forgetting() -> Iterator[str]:
                 )
             )
     header = ("base", "method", "retain set", "outcome", "still known", "their probability")
-    yield from rows((*header, "after 3 steps on them", "utility", "others still known"), lines)
+    yield from markdown((*header, "after 3 steps on them", "utility", "others still known"), lines)
 
 
 def questions() -> Iterator[str]:
@@ -532,7 +527,7 @@ def questions() -> Iterator[str]:
         (title, f"{found[name]['cpu_s']:.3f}", f"{found[name]['before_cpu_s']:.2f}")
         for name, title in titles.items()
     ]
-    yield from rows(("question", "CPU seconds", "the way before"), lines)
+    yield from markdown(("question", "CPU seconds", "the way before"), lines)
 
 
 def growth() -> Iterator[str]:
@@ -551,7 +546,7 @@ def growth() -> Iterator[str]:
         "records_per_s_in_parts": "the same, in commits of 50,000",
     }
     lines += [(title, *(f"{its[name]:,.0f}" for its in sizes.values())) for name, title in loads.items()]
-    yield from rows(("CPU seconds", *(f"{int(size):,} records" for size in sizes)), lines)
+    yield from markdown(("CPU seconds", *(f"{int(size):,} records" for size in sizes)), lines)
 
 
 def step_table(found: Json) -> Iterator[str]:
@@ -567,7 +562,7 @@ def step_table(found: Json) -> Iterator[str]:
         for name, row in found["rows"].items()
     ]
     header = ("step", "tokens/s", "GFLOP/s", "products alone", "of them")
-    yield from rows(header, lines)
+    yield from markdown(header, lines)
 
 
 def part_table(found: Json) -> Iterator[str]:
@@ -585,7 +580,7 @@ def part_table(found: Json) -> Iterator[str]:
             cells = (f"{each[kind] / whole:.1%}" for each in parts)
             columns.append((f"{short}: {title}", *cells, f"{took / whole:.0%}", f"{share:.2f}"))
     header, *lines = zip(*columns, strict=True)
-    yield from rows(header, lines)
+    yield from markdown(header, lines)
 
 
 def lanes_table(found: Json) -> Iterator[str]:
@@ -598,13 +593,13 @@ def lanes_table(found: Json) -> Iterator[str]:
             gain = f"{row['tokens_per_s'] / alone:.2f}"
             lines.append((layers, batch, lanes, f"{row['tokens_per_s']:.0f}", gain))
     header = ("adapted layers", "records a step", "lanes", "tokens per core-second", "to one lane")
-    yield from rows(header, lines)
+    yield from markdown(header, lines)
 
 
 def lane_products(found: Json) -> Iterator[str]:
     """Yield how fast the base's products are by their number of rows."""
     by_rows = found["products_gflops_per_s"]
-    yield from rows(("rows", *by_rows), [("GFLOP/s", *(f"{each:.0f}" for each in by_rows.values()))])
+    yield from markdown(("rows", *by_rows), [("GFLOP/s", *(f"{each:.0f}" for each in by_rows.values()))])
 
 
 def shares() -> Iterator[str]:
@@ -636,7 +631,7 @@ def methods() -> Iterator[str]:
         taken = "-".join(map(str, steps))
         lines.append((row["name"], rate, row["num_seeds"], taken, *values, share))
     header = ("method", "rate", "seeds", "steps", *columns.values(), "operations, share of full")
-    yield from rows(header, lines)
+    yield from markdown(header, lines)
 
 
 def _with_spread(value: Json) -> str:

@@ -28,7 +28,7 @@ from statistics import fmean
 from typing import Any
 
 from sisa.data.samples import to_jsonl
-from tests.bench.command import BASE, arguments, here, read, write
+from tests.bench.command import BASE, arguments, here, markdown, read, write
 from tests.bench.patches.known_people import CONSENT, TINY, Ground, Scale, Way, base_dir
 
 FORGOTTEN = "p001"
@@ -147,16 +147,14 @@ OF_A_PATCH: dict[str, Callable[[Mapping[str, Any]], float]] = {
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield a Markdown table: means over seeds, ± half of their range, without and with each patch."""
-    titles = ("retain set", *COLUMNS, *OF_A_PATCH)
-    yield f"| {' | '.join(titles)} |"
-    yield "| --- " * len(titles) + "|"
-    runs = list(found["seeds"].values())
+    lines, runs = [], list(found["seeds"].values())
     for name in ("no patch", *WAYS):
         of = [each["patches"].get(name, each["without_patch"]) for each in runs]
         cells = [_spread([value(at) for at in of]) for value in COLUMNS.values()]
         for value in OF_A_PATCH.values():
             cells.append(_spread([value(at) for at in of]) if name in WAYS else "-")
-        yield f"| {name} | {' | '.join(cells)} |"
+        lines.append((name, *cells))
+    yield from markdown(("retain set", *COLUMNS, *OF_A_PATCH), lines)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -27,6 +27,7 @@ from approx.metrics.model_utility import NINE, UTILITY_SETS, harmonic_mean
 from approx.metrics.probability import probability, probability_among
 from approx.metrics.truth_ratio import geometric, towards_truth
 from sisa.core.digest import canonical_json, digest_of
+from tests.bench.command import markdown
 from tests.bench.tofu_full.design import (
     Contestant,
     cell_names,
@@ -287,7 +288,7 @@ def table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
     )  # fmt: skip
     lines = [_cells(name, some) for name, some in groups(found, split)]
     lines += [_equal_cells(each, len(header)) for each in found["equal"] if each["split"] == split]
-    yield from _lines(header, lines) if lines else ["No model is finished yet."]
+    yield from markdown(header, lines) if lines else ["No model is finished yet."]
 
 
 def _equal_cells(row: Json, num: int) -> list[str]:
@@ -327,7 +328,7 @@ def trials_table(found: Json) -> Iterator[str]:
         *("model", "rate", "batch", "answers (n)", "facts (n)", "written answers", "written facts"),
         *("harmonic mean", "core-seconds"),
     )
-    yield from _lines(header, lines)
+    yield from markdown(header, lines)
 
 
 def nine_table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
@@ -338,12 +339,7 @@ def nine_table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
         for name, some in groups(found, split)
         if all(row["nine"] for row in some)
     ]
-    yield from _lines(header, lines) if lines else ["No model has been asked yet."]
-
-
-def _lines(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
-    for line in (header, ["---"] * len(header), *lines):
-        yield "| " + " | ".join(line) + " |"
+    yield from markdown(header, lines) if lines else ["No model has been asked yet."]
 
 
 def _cells(name: str, some: Sequence[Json]) -> list[str]:
