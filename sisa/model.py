@@ -36,6 +36,8 @@ from sisa.flows.ask import (
     route_and_encode,
     routes_of,
 )
+from sisa.flows.context.plans import view_shards
+from sisa.flows.context.served import model_digest, restricted_rows, restrictions, served_heads
 from sisa.flows.deletion import (
     ForgetOutcome,
     ForgetPlan,
@@ -49,15 +51,13 @@ from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
 from sisa.flows.model_directory import WAITS_S, ModelDirectory, retry_read
 from sisa.flows.reconcile import held_prompts, reconcile, stale_paths, under_way
+from sisa.flows.restored_backup import witness_standing
 from sisa.flows.rights import drop
 from sisa.flows.rights.access import held_of, recipients_of
 from sisa.flows.rights.restriction import Restriction, lift, restrict
-from sisa.flows.scratch import guard
+from sisa.flows.scratch_base import guard
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.plans import view_shards
-from sisa.flows.wiring.served import model_digest, restricted_rows, restrictions, served_heads
 from sisa.flows.wiring.wiring import OpenExecutor
-from sisa.flows.wiring.witness import witness_standing
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
 from sisa.planning.plan import estimate_seconds, full_record_epochs, serving_depth

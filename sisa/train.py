@@ -27,17 +27,17 @@ from sisa.core.run import running
 from sisa.data.reader import named_by_location, read_records
 from sisa.flows import reconfigure
 from sisa.flows.ask import usual_kind
+from sisa.flows.context.commit import commit, is_behind
+from sisa.flows.context.context import Context, trained_over
 from sisa.flows.ingest import Taken, check_same_records, train
 from sisa.flows.reconcile import Trained, adopt_and_erase, under_way
 from sisa.flows.record_checks import check_all, check_generations, check_not_deleted, check_risks
-from sisa.flows.scratch import guard, prepare_base
+from sisa.flows.restored_backup import catch_up
+from sisa.flows.scratch_base import guard, prepare_base
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.commit import commit, is_behind
-from sisa.flows.wiring.context import Context, trained_over
 from sisa.flows.wiring.progress import progress
 from sisa.flows.wiring.resources import Resources, indexed_digest
 from sisa.flows.wiring.wiring import LEDGER, LOCK, OpenExecutor
-from sisa.flows.wiring.witness import catch_up
 from sisa.lm.base.numerics import require_device
 from sisa.model import Model
 from sisa.planning.bands import unnamed

@@ -39,7 +39,7 @@ from sisa.core.domain import WRITTEN, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.events import Notice, PatchProgress, Report
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
-from sisa.flows.wiring.context import patch_files
+from sisa.flows.context.context import patch_files
 from sisa.lm.base import adapter
 from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.tokens import Tokens

@@ -31,14 +31,14 @@ from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.errors import InvalidInput, SisaError, TransientError
 from sisa.core.events import silent
 from sisa.core.requests import key_names
+from sisa.flows.context.commit import is_behind
+from sisa.flows.context.context import Context
+from sisa.flows.context.served import restrictions
+from sisa.flows.context.slices import held_rows
+from sisa.flows.restored_backup import unknown_deletions
 from sisa.flows.wiring import moving, wiring
-from sisa.flows.wiring.commit import is_behind
-from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.resources import Resources
-from sisa.flows.wiring.served import restrictions
-from sisa.flows.wiring.slices import held_rows
 from sisa.flows.wiring.wiring import KEY, LEDGER, LEDGER_URL
-from sisa.flows.wiring.witness import unknown_deletions
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs import files
 from sisa.store.ledger.sqlite import open_readonly

@@ -26,11 +26,11 @@ from sisa.core.errors import IntegrityError, SisaError, TransientError
 from sisa.core.ports import BlobStore
 from sisa.core.requests import contradicted
 from sisa.flows import query
+from sisa.flows.context.areas import known_by_area, purge
+from sisa.flows.context.context import Context
+from sisa.flows.context.plans import plan_of, plans_of, view_shard, view_shards
 from sisa.flows.reconcile import check_rows
 from sisa.flows.rights.drop import stray_identities
-from sisa.flows.wiring.areas import known_by_area, purge
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import plan_of, plans_of, view_shard, view_shards
 from sisa.flows.wiring.wiring import EVIDENCE, LEDGER, evidence_keys, model_id
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import gaps

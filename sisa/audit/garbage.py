@@ -21,13 +21,13 @@ from pathlib import Path
 from sisa.audit.lineage import parse_manifest
 from sisa.core.errors import Busy, IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
+from sisa.flows.context.areas import known_by_area, purge
+from sisa.flows.context.commit import commit
+from sisa.flows.context.context import Context
+from sisa.flows.context.plans import plans_of, view_shards
 from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.reconcile import give_up_lost, open_plans
 from sisa.flows.wiring import moving, wiring
-from sisa.flows.wiring.areas import known_by_area, purge
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import plans_of, view_shards
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.flows.wiring.wiring import LEDGER, LOCK
 from sisa.store import areas

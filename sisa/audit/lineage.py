@@ -17,8 +17,8 @@ from typing import Any
 
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import PatchJob, RecordRow, SliceJob, parse_patch_job
-from sisa.flows.wiring.areas import known_by_area
-from sisa.flows.wiring.context import Context
+from sisa.flows.context.areas import known_by_area
+from sisa.flows.context.context import Context
 from sisa.planning.layout import slice_root
 from sisa.store.areas import CHECKPOINTS, PATCHES
 

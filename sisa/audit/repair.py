@@ -26,17 +26,17 @@ from sisa.audit.garbage import remove_garbage
 from sisa.core.domain import Chain, HeldCheckpoint, SliceJob
 from sisa.core.events import SliceTrained
 from sisa.core.ports import Change
+from sisa.flows.context.commit import commit, is_behind
+from sisa.flows.context.context import Context
+from sisa.flows.context.plans import plan_of, plans_of, view_shard, view_shards
+from sisa.flows.context.slices import embed_shard
 from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.patches.on_deletion import give_up
 from sisa.flows.reconcile import just_trained, reconcile, train_chains
 from sisa.flows.reconfigure import reseal_model
+from sisa.flows.restored_backup import catch_up
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.commit import commit, is_behind
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import plan_of, plans_of, view_shard, view_shards
-from sisa.flows.wiring.slices import embed_shard
-from sisa.flows.wiring.witness import catch_up
 from sisa.planning.layout import index_root
 from sisa.planning.plan import ShardPlan, reached
 from sisa.store.blobs import files

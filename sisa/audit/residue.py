@@ -58,11 +58,11 @@ from sisa.core.domain import Export, HeldCheckpoint, Tombstone
 from sisa.core.errors import IntegrityError, InvalidInput, SisaError
 from sisa.core.ports import BlobStore
 from sisa.flows import query
+from sisa.flows.context.areas import known_by_area
+from sisa.flows.context.context import Context
 from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.areas import known_by_area
-from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.wiring import LEDGER
 from sisa.lm.base.packages import cache_dir
 from sisa.store.areas import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT

@@ -27,10 +27,10 @@ from sisa.core.domain import Chain, Head, IndexFile, Record, RecordRow, WitnessH
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput, Problem
 from sisa.core.events import Notice
 from sisa.core.ports import By, CheckpointStore, Ledger, Vectors
+from sisa.flows.context.areas import known_by_area, stores_by_area
+from sisa.flows.context.context import Context
+from sisa.flows.context.slices import embed_records
 from sisa.flows.reconcile import check_consistent, training_started
-from sisa.flows.wiring.areas import known_by_area, stores_by_area
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.slices import embed_records
 from sisa.planning.plan import all_paths, reached
 from sisa.store.areas import CHECKPOINTS, PATCHES
 

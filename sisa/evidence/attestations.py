@@ -43,8 +43,8 @@ from sisa.evidence.statements import (
     statement,
     subject_of,
 )
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.served import held_state
+from sisa.flows.context.context import Context
+from sisa.flows.context.served import held_state
 from sisa.flows.wiring.wiring import has_evidence
 from sisa.lm.base.numerics import LIBRARIES, PROCEDURE_VERSION
 from sisa.model import Model

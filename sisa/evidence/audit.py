@@ -31,11 +31,11 @@ from sisa.evidence.log.published import check_log
 from sisa.evidence.log.tiles import CHECKPOINT, Read, cutting_full_tiles
 from sisa.evidence.membership import Membership
 from sisa.evidence.statements import statement
+from sisa.flows.context.context import Context
+from sisa.flows.context.served import held_state
 from sisa.flows.reconcile import under_way
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.served import held_state
+from sisa.flows.restored_backup import REPLAYED
 from sisa.flows.wiring.wiring import EVIDENCE
-from sisa.flows.wiring.witness import REPLAYED
 from sisa.model import Model
 from sisa.store.areas import LOG
 from sisa.verifier.certificate import AUDIT, CERTIFICATES, CHAINED, verify_chain

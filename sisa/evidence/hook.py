@@ -28,8 +28,8 @@ from sisa.evidence.keys.model_keys import log_for_writing, open_keys
 from sisa.evidence.keys.model_signature import export_key, sign_export
 from sisa.evidence.log.log import origin
 from sisa.evidence.statements import NOT_RUN, Draft, Held
-from sisa.flows.wiring.context import Context, trained_over
-from sisa.flows.wiring.slices import slices_of, stored_in
+from sisa.flows.context.context import Context, trained_over
+from sisa.flows.context.slices import slices_of, stored_in
 from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.model import Model
 from sisa.planning.patch_plan import lineage

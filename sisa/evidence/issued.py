@@ -25,7 +25,7 @@ from sisa.evidence.log.log import Log
 from sisa.evidence.membership import Membership
 from sisa.evidence.statements import salt_of, tree_over
 from sisa.flows import lifecycle
-from sisa.flows.wiring.context import Context
+from sisa.flows.context.context import Context
 from sisa.model import Model
 from sisa.store.areas import LOG
 from sisa.verifier.certificate import (

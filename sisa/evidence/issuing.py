@@ -35,10 +35,10 @@ from sisa.evidence.statements import (
     State,
     erased_name,
 )
-from sisa.flows.wiring.areas import known_by_area, purge, stores_by_area
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.served import restricted_rows, restrictions, served_heads
-from sisa.flows.wiring.witness import REPLAYED
+from sisa.flows.context.areas import known_by_area, purge, stores_by_area
+from sisa.flows.context.context import Context
+from sisa.flows.context.served import restricted_rows, restrictions, served_heads
+from sisa.flows.restored_backup import REPLAYED
 from sisa.lm.base.numerics import PROCEDURE_VERSION
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED, STATE

@@ -38,8 +38,8 @@ from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
 from sisa.evidence.database import damaged_database, transaction
 from sisa.evidence.keys.vrf_key import VrfKey
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.slices import SlicePosition
+from sisa.flows.context.context import Context
+from sisa.flows.context.slices import SlicePosition
 from sisa.verifier.membership import EMPTY_TREE, LABEL_BITS, LABEL_BYTES, bits, fold, inner, leaf
 
 BUCKET = 16  # most leaves of a subtree whose hash is not stored

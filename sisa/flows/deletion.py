@@ -39,12 +39,12 @@ from sisa.core.events import Notice
 from sisa.core.ledger_meta import HELD_PROMPTS
 from sisa.core.ports import Change, Contribution, KeptVersions, Probe, Removal, merged
 from sisa.core.requests import ACCEPTED, check_four_eyes, due_date, event, moved
+from sisa.flows.context.commit import commit
+from sisa.flows.context.context import Context
+from sisa.flows.context.plans import check_sources, plans_of
+from sisa.flows.context.served import model_digest
+from sisa.flows.context.slices import SlicePosition, held_rows, slices_of, stored_in, write_shard
 from sisa.flows.reconcile import adopt_and_erase, check_rows, note_failure, reconcile, under_way
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import check_sources, plans_of
-from sisa.flows.wiring.served import model_digest
-from sisa.flows.wiring.slices import SlicePosition, held_rows, slices_of, stored_in, write_shard
 from sisa.planning.layout import root_of
 from sisa.planning.plan import (
     ShardPlan,

@@ -15,6 +15,11 @@ from sisa.core.errors import Problem, UnknownRecord
 from sisa.core.ports import Change, StoredRecord, Vectors, merged
 from sisa.core.requests import RECTIFY
 from sisa.data.record_rules import normal_subject
+from sisa.flows.context.commit import commit
+from sisa.flows.context.context import Context
+from sisa.flows.context.plans import check_sources, plan_of, view_shard
+from sisa.flows.context.served import model_digest
+from sisa.flows.context.slices import embed_records, write_shard
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.reconcile import HeldPrompts, check_rows, reconcile
 from sisa.flows.record_checks import (
@@ -24,11 +29,6 @@ from sisa.flows.record_checks import (
     check_trained,
     check_unchanged,
 )
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import check_sources, plan_of, view_shard
-from sisa.flows.wiring.served import model_digest
-from sisa.flows.wiring.slices import embed_records, write_shard
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import ShardPlan
 

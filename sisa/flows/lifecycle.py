@@ -18,6 +18,8 @@ from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
 from sisa.core.events import QueueSeen
 from sisa.core.ports import Change, Removal
 from sisa.core.requests import check_four_eyes, days_left, event, extended, moved
+from sisa.flows.context.commit import commit
+from sisa.flows.context.context import Context
 from sisa.flows.deletion import (
     Deleted,
     Terms,
@@ -29,8 +31,6 @@ from sisa.flows.deletion import (
 )
 from sisa.flows.query import Candidate
 from sisa.flows.reconcile import open_plans, under_way
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import Context
 from sisa.planning.batching import RunPlan, choose
 from sisa.planning.plan import shard_costs
 

@@ -29,15 +29,15 @@ from sisa.core.errors import (
 )
 from sisa.core.events import Notice, Report, silent
 from sisa.core.run import running
+from sisa.flows.context.commit import is_behind
+from sisa.flows.context.context import Context
+from sisa.flows.context.group import GroupLedger
+from sisa.flows.context.served import held_state
 from sisa.flows.reconcile import finish_exports
+from sisa.flows.restored_backup import catch_up
 from sisa.flows.wiring import moving, wiring
-from sisa.flows.wiring.commit import is_behind
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.group import GroupLedger
 from sisa.flows.wiring.resources import Resources
-from sisa.flows.wiring.served import held_state
 from sisa.flows.wiring.wiring import LEDGER, OpenExecutor
-from sisa.flows.wiring.witness import catch_up
 from sisa.store.areas import SCRATCH, open_areas
 from sisa.store.blobs.files import erase_abandoned
 from sisa.store.ledger.ledger import SqlLedger

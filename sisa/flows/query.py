@@ -30,13 +30,13 @@ from sisa.core.errors import IntegrityError, InvalidInput, Problem, UnknownRecor
 from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.core.ports import Vectors
 from sisa.data.record_rules import normal_subject
+from sisa.flows.context.context import Context
+from sisa.flows.context.plans import view_shards
+from sisa.flows.context.served import restrictions, served_heads
+from sisa.flows.context.slices import slices_of, stored_in
 from sisa.flows.reconcile import BEGINNING, HeldPrompts, export_standing, not_erased, under_way
+from sisa.flows.restored_backup import WitnessStanding
 from sisa.flows.routing import search_each
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import view_shards
-from sisa.flows.wiring.served import restrictions, served_heads
-from sisa.flows.wiring.slices import slices_of, stored_in
-from sisa.flows.wiring.witness import WitnessStanding
 from sisa.planning.plan import slice_start, touched
 
 NUM_NEAR = 50  # most near-duplicates that are proposed

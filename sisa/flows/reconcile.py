@@ -52,12 +52,12 @@ from sisa.core.events import DeletionCompleted, ErasureFailed, Notice, SliceTrai
 from sisa.core.ledger_meta import CHECKED, HELD_PROMPTS
 from sisa.core.ports import Change, KeptVersions, Ledger
 from sisa.core.requests import completed, contradicted, event, is_under_way
+from sisa.flows.context.areas import known_by_area, purge, stores_by_area
+from sisa.flows.context.commit import commit
+from sisa.flows.context.context import Context
+from sisa.flows.context.plans import plan_of, plans_of, view_shard, view_shards
+from sisa.flows.context.served import model_digest, restricted_rows, restrictions, served_keys
 from sisa.flows.routing import route_of, routing_hits
-from sisa.flows.wiring.areas import known_by_area, purge, stores_by_area
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import plan_of, plans_of, view_shard, view_shards
-from sisa.flows.wiring.served import model_digest, restricted_rows, restrictions, served_keys
 from sisa.lm.answer.route import NUM_ROUTING_HITS, Route
 from sisa.planning.plan import Missing, ShardPlan
 from sisa.store.areas import CHECKPOINTS

@@ -24,13 +24,13 @@ from sisa.core.errors import ConfigConflict, Problem
 from sisa.core.events import Notice
 from sisa.core.ledger_meta import TRAINED_ANEW, TRAINED_OVER
 from sisa.core.ports import Change, StoredRecord, merged
+from sisa.flows.context.areas import known_by_area, purge
+from sisa.flows.context.commit import commit
+from sisa.flows.context.context import Context, trained_over
+from sisa.flows.context.plans import plans_of, view_shards
+from sisa.flows.context.slices import embed_records, embed_shard, write_shard
 from sisa.flows.reconcile import Trained, train_unrecorded
 from sisa.flows.record_checks import check_generations
-from sisa.flows.wiring.areas import known_by_area, purge
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import Context, trained_over
-from sisa.flows.wiring.plans import plans_of, view_shards
-from sisa.flows.wiring.slices import embed_records, embed_shard, write_shard
 from sisa.planning.layout import index_root
 from sisa.planning.plan import ShardView
 from sisa.store.areas import ALWAYS_SEALED, HIDDEN_STATES

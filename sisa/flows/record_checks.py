@@ -22,8 +22,8 @@ from typing import Any
 
 from sisa.core.domain import Record, RecordRow, Tombstone
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.slices import slices_of, stored_in
+from sisa.flows.context.context import Context
+from sisa.flows.context.slices import slices_of, stored_in
 from sisa.planning.bands import Bands, risk_problems, unnamed
 from sisa.planning.layout import Assigner
 from sisa.planning.plan import LAYERWISE

@@ -8,8 +8,8 @@ from dataclasses import replace
 from sisa.config.config import SisaBlock
 from sisa.core import ports
 from sisa.core.domain import Hit, Kind
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.served import restricted_rows
+from sisa.flows.context.context import Context
+from sisa.flows.context.served import restricted_rows
 from sisa.lm.answer.route import Route, choose_route, resolve_aggregation
 
 

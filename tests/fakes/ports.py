@@ -52,10 +52,10 @@ from sisa.core.ports import (
     Vectors,
 )
 from sisa.core.requests import EventChain
+from sisa.flows.context.context import Compute, Context, Settings, Stores
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor
-from sisa.flows.wiring.context import Compute, Context, Settings, Stores
 from sisa.planning.bands import Bands
 from sisa.planning.layout import Assigner, Layout, chosen_orders
 from sisa.planning.plan import Recipe, Schedule

@@ -23,12 +23,12 @@ from sisa.core.digest import Keyed
 from sisa.core.domain import Record, RecordRow
 from sisa.core.ports import StoredRecord
 from sisa.core.requests import EventChain, key_name
+from sisa.flows.context.context import Compute, Context, Settings, Stores
 from sisa.flows.deletion import Terms
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import carry_out, submit
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Compute, Context, Settings, Stores
 from sisa.flows.wiring.resources import Resources, indexed_digest
 from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder

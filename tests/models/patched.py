@@ -11,7 +11,7 @@ import pytest
 import sisa
 from sisa.core.domain import WRITTEN, Patch, PatchJob, active
 from sisa.core.ports import Change
-from sisa.flows.wiring.commit import commit
+from sisa.flows.context.commit import commit
 from sisa.lm.base.weights import base_digest
 from sisa.planning.patch_plan import next_version
 from sisa.store.areas import CHECKPOINTS

@@ -14,12 +14,12 @@ from typing import Any
 from hypothesis import strategies as st
 
 from sisa.core.domain import Record, RecordRow, Risk
+from sisa.flows.context.served import model_digest
 from sisa.flows.deletion import Terms
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import carry_out, submit
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.served import model_digest
-from sisa.flows.wiring.witness import catch_up
+from sisa.flows.restored_backup import catch_up
 from sisa.planning.bands import Bands
 from sisa.planning.plan import Schedule
 from tests.fakes.ports import ADAPTER, FakeModel, fake_model, fake_recipe, fake_record

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sisa.flows.context.served import model_digest
 from sisa.flows.ingest import train
-from sisa.flows.wiring.served import model_digest
 from tests.property.histories import History, Model, histories, like, lived_through_a_crash
 
 

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from sisa.core.domain import RecordRow, Request, Tombstone
 from sisa.core.errors import ConfigConflict, IntegrityError
 from sisa.core.requests import OPEN, contradicted
+from sisa.flows.context.context import Context
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import approved, carry_out, decide, extend, find, submit
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.witness import catch_up
+from sisa.flows.restored_backup import catch_up
 from tests.examples import num_examples
 from tests.fakes.ports import FakeModel, fake_model, fake_record
 from tests.property.histories import Crash, Fuse, Model, assert_equal, wire

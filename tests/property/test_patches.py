@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Patch, PatchMode, RecordRow, VaultSet, active, wanted
 from sisa.core.errors import ConfigConflict, InvalidInput, SisaError
+from sisa.flows.context.context import Context, trained_over
 from sisa.flows.ingest import train
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.patching import Wish, make_wanted, shards_over, want
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.context import Context, trained_over
-from sisa.flows.wiring.witness import catch_up
+from sisa.flows.restored_backup import catch_up
 from sisa.planning.patch_plan import needed
 from tests.examples import num_examples
 from tests.fakes.ports import ADAPTER, changed, fake_model

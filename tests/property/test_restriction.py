@@ -22,15 +22,15 @@ from sisa.core.domain import Head, Part
 from sisa.core.errors import ConfigConflict, UnknownRecord
 from sisa.core.ports import Contribution, Removal
 from sisa.flows.ask import ServedHeads
+from sisa.flows.context.commit import is_behind
+from sisa.flows.context.context import Context
+from sisa.flows.context.served import restricted_rows, restrictions, servable, served_heads, served_keys
 from sisa.flows.ingest import rectify
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.reconcile import reconcile
+from sisa.flows.restored_backup import catch_up
 from sisa.flows.rights.restriction import lift, restrict
 from sisa.flows.routing import routing_hits, search_each
-from sisa.flows.wiring.commit import is_behind
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.served import restricted_rows, restrictions, servable, served_heads, served_keys
-from sisa.flows.wiring.witness import catch_up
 from tests.examples import num_examples
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_embed
 from tests.property.histories import (

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sisa.core.errors import InvalidInput
+from sisa.flows.context.commit import is_behind
 from sisa.flows.ingest import add, train
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.commit import is_behind
-from sisa.flows.wiring.witness import catch_up
+from sisa.flows.restored_backup import catch_up
 from sisa.planning.plan import Schedule
 from tests.examples import num_examples
 from tests.fakes.ports import fake_model, fake_recipe

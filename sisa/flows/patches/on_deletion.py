@@ -21,10 +21,10 @@ from sisa.core.domain import Patch, wanted, without_shards
 from sisa.core.errors import SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Change, Contribution, Removal
+from sisa.flows.context.commit import commit
+from sisa.flows.context.context import Context, trained_over
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.patching import make_wanted, shards_off
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import Context, trained_over
 from sisa.planning.patch_plan import Rederived, lineage, rederive
 
 

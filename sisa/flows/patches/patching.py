@@ -36,12 +36,12 @@ from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.core.events import Notice
 from sisa.core.ledger_meta import TRAINED_OVER
 from sisa.core.ports import Change, PatchOrder
+from sisa.flows.context.areas import known_by_area, purge, stores_by_area
+from sisa.flows.context.commit import commit
+from sisa.flows.context.context import Context
+from sisa.flows.context.plans import view_shards
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.vault_sets import WrittenSets
-from sisa.flows.wiring.areas import known_by_area, purge, stores_by_area
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.plans import view_shards
 from sisa.planning.patch_plan import activated, next_job, next_version, rederive, unmade
 from sisa.planning.plan import plan_shard
 from sisa.store.areas import PATCHES, RUNS, VAULT

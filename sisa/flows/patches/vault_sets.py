@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from sisa.core.domain import WRITTEN, Record, RecordRow, Request, SetRole, VaultSet
 from sisa.core.errors import ConfigConflict, Problem, SisaError, UnknownRecord
 from sisa.core.ports import Change, Removal
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import Context, trained_over
-from sisa.flows.wiring.slices import held_rows, slices_of, stored_in
+from sisa.flows.context.commit import commit
+from sisa.flows.context.context import Context, trained_over
+from sisa.flows.context.slices import held_rows, slices_of, stored_in
 from sisa.planning.patch_plan import unneeded_sets
 
 

@@ -35,9 +35,9 @@ from sisa.core.domain import (
     VaultSet,
 )
 from sisa.flows import query
+from sisa.flows.context.context import Context
+from sisa.flows.context.served import model_digest, restrictions
 from sisa.flows.reconcile import export_standing
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.served import model_digest, restrictions
 from sisa.planning.patch_plan import lineage
 from sisa.planning.plan import touched
 

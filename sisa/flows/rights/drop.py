@@ -59,10 +59,10 @@ from sisa.data.drop_lists import (
     upload_name,
 )
 from sisa.flows import query
+from sisa.flows.context.commit import commit
+from sisa.flows.context.context import Context
+from sisa.flows.context.slices import held_rows
 from sisa.flows.deletion import NewRequest, Terms, new_request
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.slices import held_rows
 from sisa.store.blobs import files
 
 REASON = "California DROP"

@@ -2,7 +2,7 @@
 
 While a subject is restricted, their records are stored and not served: each shard that holds one serves
 the deepest held checkpoint that saw none of them, or nothing, and prompts are routed as if they were not
-in the index (`wiring/served.py`, `routing.py`). Records that are added later for the subject are
+in the index (`context/served.py`, `routing.py`). Records that are added later for the subject are
 covered, too. Nothing is erased or trained, and heads stay as they are in the ledger, so a release gives
 back the same bytes. The deletion of a subject's last record ends their restriction; a rectification does
 not.
@@ -19,9 +19,9 @@ from sisa.core.errors import ConfigConflict, UnknownRecord
 from sisa.core.ports import Change
 from sisa.data.record_rules import normal_subject
 from sisa.flows import query
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.served import restricting, restrictions, served_heads
+from sisa.flows.context.commit import commit
+from sisa.flows.context.context import Context
+from sisa.flows.context.served import restricting, restrictions, served_heads
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,10 @@ from sisa.core.events import Event, QueueSeen, Report, silent
 from sisa.core.ledger_meta import DESCRIPTION
 from sisa.core.requests import EventChain, key_names
 from sisa.core.run import current_run, new_run
+from sisa.flows.context.context import Compute, Context, Settings, Stores, patch_files, patches_beneath
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import upper_houses
-from sisa.flows.wiring.context import Compute, Context, Settings, Stores, patch_files, patches_beneath
 from sisa.flows.wiring.resources import Named, Resources
 from sisa.lm.base.numerics import fingerprint
 from sisa.planning.layout import Assigner

@@ -47,10 +47,10 @@ from sisa.core.domain import (
     record_epochs,
 )
 from sisa.core.ports import Change, CheckpointStore, DeletionHook, Executor, StoredRecord, Vectors
+from sisa.flows.context.context import Context
 from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
 from sisa.flows.query import lookup
 from sisa.flows.serial import SerialExecutor
-from sisa.flows.wiring.context import Context
 from sisa.planning.layout import Assigner, Layout, index_root, slice_root
 from sisa.planning.plan import jobs, touched
 from sisa.store.blobs.local_blobs import LocalBlobs

@@ -14,8 +14,8 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.ports import BlobStore
 from sisa.evidence.log.log import Log
 from sisa.evidence.log.tiles import check_tiles
-from sisa.flows.wiring.areas import purge
-from sisa.flows.wiring.context import Context
+from sisa.flows.context.areas import purge
+from sisa.flows.context.context import Context
 from sisa.store.areas import LOG
 from sisa.store.blobs import object_client
 from sisa.store.blobs.local_blobs import LocalBlobs

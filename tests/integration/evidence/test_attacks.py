@@ -41,12 +41,12 @@ from sisa.evidence.log.published import log_reader
 from sisa.evidence.log.tiles import CHECKPOINT
 from sisa.evidence.membership import Membership
 from sisa.evidence.revocations import FEED, publish
+from sisa.flows.context.commit import commit
+from sisa.flows.context.slices import held_rows
 from sisa.flows.deletion import Terms, _write_remaining, plan_forget
 from sisa.flows.query import lookup
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.slices import held_rows
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS, LOG
 from sisa.store.blobs.local_blobs import LocalBlobs

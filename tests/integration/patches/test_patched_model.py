@@ -19,8 +19,8 @@ from sisa.core.digest import patched_digest
 from sisa.core.domain import Part, Record
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
+from sisa.flows.context.commit import commit
 from sisa.flows.patches import vault_sets
-from sisa.flows.wiring.commit import commit
 from sisa.lm.answer.route import all_of
 from sisa.store.areas import CHECKPOINTS, PATCHES, VAULT
 from sisa.store.blobs.keyring import is_sealed

@@ -16,8 +16,8 @@ from sisa import unlearn
 from sisa.core.digest import canonical_json
 from sisa.core.domain import Patch, VaultSet
 from sisa.core.ports import Change
+from sisa.flows.context.commit import commit
 from sisa.flows.patches.composition import Composition, measure
-from sisa.flows.wiring.commit import commit
 from sisa.lm.answer.route import all_of
 from sisa.store.checkpoints import ADAPTER
 from tests.models.patched import QUIET, Files, answerer_of, probabilities, put_patch

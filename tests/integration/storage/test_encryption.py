@@ -4,7 +4,7 @@ A history of training, deletion and addition gives the adapters and digests of t
 encryption, on the serial executor and on Ray. The model directory holds no plaintext, even of held
 records. A copy of the directory from before a deletion cannot be opened where the record was. The next
 command finishes a killed first training or change of form. The keyring can be moved, but not lost
-unnoticed. `unit/flows/wiring/test_encrypted_model.py` tests keys and files one by one.
+unnoticed. `unit/audit/test_encrypted_model.py` tests keys and files one by one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sisa.audit.verify
 from sisa.audit.doctor import diagnose
 from sisa.audit.residue import sweep_model
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
-from sisa.flows.wiring.areas import known_by_area
+from sisa.flows.context.areas import known_by_area
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from tests.integration.storage.traces import traces, vector

@@ -16,7 +16,7 @@ from sisa.audit.residue import Scan, scan_residue
 from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Request
 from sisa.core.ports import BlobStore
-from sisa.flows.wiring.areas import purge
+from sisa.flows.context.areas import purge
 from sisa.store.areas import CHECKPOINTS, RECORDS, SCRATCH
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST

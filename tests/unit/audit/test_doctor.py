@@ -28,9 +28,9 @@ from sisa.core.domain import Chain, Head, Identity
 from sisa.core.errors import Busy, IntegrityError, InvalidInput
 from sisa.core.events import Report, silent
 from sisa.core.ports import Change, Executor, OnStage
+from sisa.flows.context.served import model_digest
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.served import model_digest
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs.files import write_atomic, writer_lock
 from sisa.store.blobs.keyring import write_secret

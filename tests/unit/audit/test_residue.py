@@ -29,10 +29,10 @@ from sisa.core.errors import Busy, EnvironmentFault, InvalidInput
 from sisa.core.events import EpochTrained
 from sisa.core.ports import Change
 from sisa.flows import reconcile
+from sisa.flows.context.areas import known_by_area, stores_by_area
+from sisa.flows.context.context import Context
 from sisa.flows.ingest import add
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.areas import known_by_area, stores_by_area
-from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.upper_houses import SERVICE_STATE
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS, INDEX, METRICS, RECORDS, SCRATCH
@@ -463,7 +463,7 @@ def test_what_a_cut_short_run_stored_is_kept(model: Path) -> None:
     with context_of(model) as context:
         head = next(head for head in context.stores.ledger.heads() if head.key)
         held = context.stores.ledger.checkpoints(head.shard)
-        from sisa.flows.wiring.plans import view_shard
+        from sisa.flows.context.plans import view_shard
         from sisa.planning.plan import plan_shard
 
         plan = plan_shard(

@@ -15,7 +15,7 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Chain
 from sisa.core.errors import InvalidInput
 from sisa.core.events import silent
-from sisa.flows import scratch
+from sisa.flows import scratch_base
 from sisa.flows.serial import Site
 from sisa.flows.wiring import upper_houses, wiring
 from sisa.flows.wiring.wiring import OnCluster
@@ -44,7 +44,7 @@ def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path:
     options: Mapping[str, Any] = config.cluster.model_dump(mode="json")
     wiring.find_executor(there)(site, options)
     wiring.open_patcher(there, site, config)  # type: ignore[arg-type]
-    scratch.find_base_trainer(there)(None, options, lambda _: None)  # type: ignore[arg-type]
+    scratch_base.find_base_trainer(there)(None, options, lambda _: None)  # type: ignore[arg-type]
     executor, patcher, base = seen
     assert (executor[0], patcher[0], base[0]) == (
         upper_houses.EXECUTORS["ray"],
@@ -60,7 +60,7 @@ def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path:
 def test_auto_makes_patches_and_bases_on_the_named_cluster(seen: list[Any]) -> None:
     there, config = OnCluster("auto", "new:2"), parse_run_file(RUN_FILE, "run.yaml")
     wiring.open_patcher(there, None, config)  # type: ignore[arg-type]
-    scratch.find_base_trainer(there)(None, {}, lambda _: None)  # type: ignore[arg-type]
+    scratch_base.find_base_trainer(there)(None, {}, lambda _: None)  # type: ignore[arg-type]
     (made, _, given), (trained, _, options, _) = seen
     assert (made, given.cluster.address) == (upper_houses.PATCHERS["ray"], "new:2")
     assert (trained, options) == (upper_houses.BASE_TRAINERS["ray"], {"address": "new:2"})

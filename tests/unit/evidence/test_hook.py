@@ -26,9 +26,9 @@ from sisa.evidence.database import EvidenceTables
 from sisa.evidence.keys.keys import Keys
 from sisa.evidence.log.log import Log
 from sisa.evidence.statements import Draft
+from sisa.flows.context.commit import commit
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.witness import catch_up
+from sisa.flows.restored_backup import catch_up
 from sisa.store.areas import LOG
 from sisa.verifier.certificate import (
     APPROX_REPORT,

@@ -22,11 +22,11 @@ from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.core.ports import Change
 from sisa.evidence.issued import OpenEvidence
 from sisa.evidence.revocations import feed_of
+from sisa.flows.context.commit import commit
 from sisa.flows.export import export_adapters
 from sisa.flows.patches.patching import Wish, make_wanted, shards_over, want
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reset
-from sisa.flows.wiring.commit import commit
 from sisa.planning.layout import Assigner, Layout
 from sisa.verifier.envelope import STATEMENT_TYPE, Refused
 from sisa.verifier.feed import check_present, verify_feed

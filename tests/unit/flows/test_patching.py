@@ -23,6 +23,9 @@ from sisa.core.errors import (
 from sisa.core.events import Event, Notice
 from sisa.core.ports import Change
 from sisa.flows.ask import chosen_rows
+from sisa.flows.context.commit import commit
+from sisa.flows.context.context import trained_over
+from sisa.flows.context.served import model_digest
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.patches import patching, vault_sets
@@ -31,9 +34,6 @@ from sisa.flows.patches.on_deletion import give_up
 from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, shards_over, want
 from sisa.flows.query import where
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.context import trained_over
-from sisa.flows.wiring.served import model_digest
 from sisa.store.metrics import MIN_RECORDS
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
 

@@ -13,11 +13,11 @@ from sisa.audit.lineage import proves_clean
 from sisa.audit.repair import close_gaps
 from sisa.core.domain import HeldCheckpoint, RecordRow, SliceState, record_epochs
 from sisa.core.ports import Change
+from sisa.flows.context.plans import view_shard
 from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
 from sisa.flows.ingest import add, train
 from sisa.flows.query import shards
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.plans import view_shard
 from sisa.planning.bands import Bands
 from sisa.planning.layout import Order, arranged, chosen_orders, matched, rotations
 from sisa.planning.plan import (

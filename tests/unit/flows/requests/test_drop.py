@@ -14,11 +14,11 @@ import pytest
 from sisa.core.domain import Record, Request
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.data.drop_lists import Download, Listed, hashes
+from sisa.flows.context.context import Context
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import carry_out, decide
 from sisa.flows.rights import drop
 from sisa.flows.rights.drop import cycle_standing, details, import_lists
-from sisa.flows.wiring.context import Context
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 
 FIRST, LATER = date(2026, 8, 12), date(2026, 9, 20)

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from sisa.core.domain import Part, Record, RecordRow, Request, RequestState
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, SisaError, UnknownRecord
 from sisa.flows import lifecycle, query
+from sisa.flows.context.context import Context
+from sisa.flows.context.served import model_digest
 from sisa.flows.deletion import Terms, copies, forget_at_once, new_request
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import carry_out, decide, extend, find, submit, view_of, views
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.served import model_digest
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
 
 NUM_RECORDS = 12

@@ -14,9 +14,9 @@ import pytest
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy, ConfigConflict
 from sisa.flows.deletion import Terms
+from sisa.flows.restored_backup import witness_standing
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.wiring import open_as_it_is
-from sisa.flows.wiring.witness import witness_standing
 from sisa.model import Model
 from sisa.store.blobs import files
 from sisa.store.ledger.sqlite import COMMIT_LOCK

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import pytest
 
 from sisa.core.ports import Change, Contribution, Removal
+from sisa.flows.context.context import Context
 from sisa.flows.ingest import train
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.context import Context
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 
 

@@ -29,10 +29,10 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
 from sisa.data.reader import read_records
 from sisa.evidence.keys.model_keys import keys_of
+from sisa.flows.context.commit import commit
+from sisa.flows.context.served import restricting, restrictions, served_keys
 from sisa.flows.query import of_subject
 from sisa.flows.rights.access import as_file, held_of, row_of
-from sisa.flows.wiring.commit import commit
-from sisa.flows.wiring.served import restricting, restrictions, served_keys
 from sisa.model import Model, open_model
 from tests.fakes.answers import FakeAnswers
 from tests.fakes.ports import fake_record

@@ -9,7 +9,7 @@ from sisa.core import ports
 from sisa.core.digest import digest_of
 from sisa.core.domain import Head, RecordRow, Restrictions, active
 from sisa.core.ledger_meta import RESTRICTIONS
-from sisa.flows.wiring.context import Context
+from sisa.flows.context.context import Context
 from sisa.planning.plan import held_back, tainted_checkpoints
 
 

@@ -1,6 +1,6 @@
 """Define an open model as flows use it.
 
-`wiring.py` builds a `Context` from real parts, tests from fakes.
+`wiring/` builds a `Context` from real parts, tests from fakes.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 from sisa.core.domain import HeldCheckpoint, SliceState
-from sisa.flows.wiring.context import Context
+from sisa.flows.context.context import Context
 from sisa.planning.plan import ShardPlan, ShardView, plan_shard
 
 FEW_SHARDS = 16  # up to so many are read one by one

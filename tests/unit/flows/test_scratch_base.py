@@ -14,7 +14,7 @@ from sisa.config.runfile import load_run_file
 from sisa.core.domain import Part, Record
 from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput, SisaError
 from sisa.core.events import Event, Notice, Report
-from sisa.flows import scratch
+from sisa.flows import scratch_base
 from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
 
@@ -27,25 +27,25 @@ class Trained:
     """A trainer of bases that records its jobs and writes one file, or fails half way."""
 
     def __init__(self) -> None:
-        self.jobs: list[scratch.BaseJob] = []
+        self.jobs: list[scratch_base.BaseJob] = []
         self.texts: list[str] = []
         self.error: BaseException | None = None
 
-    def __call__(self, job: scratch.BaseJob, _cluster: Mapping[str, Any], _report: Report) -> None:
+    def __call__(self, job: scratch_base.BaseJob, _cluster: Mapping[str, Any], _report: Report) -> None:
         self.jobs.append(job)
         (job.target / "weights").write_text("w")
         if self.error is not None:
             raise self.error
 
-    def write_rows(self, _job: scratch.BaseJob, texts: Sequence[str], _report: Report) -> None:
+    def write_rows(self, _job: scratch_base.BaseJob, texts: Sequence[str], _report: Report) -> None:
         self.texts = list(texts)
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     found = Trained()
-    monkeypatch.setattr(scratch, "find_base_trainer", lambda _: found)
-    monkeypatch.setattr(scratch, "_write_rows", found.write_rows)
+    monkeypatch.setattr(scratch_base, "find_base_trainer", lambda _: found)
+    monkeypatch.setattr(scratch_base, "_write_rows", found.write_rows)
     return found
 
 
@@ -63,7 +63,7 @@ def configured(folder: Path, corpus: list[str] = CORPUS, **more: Any) -> RunConf
 
 def prepare(config: RunConfig, *records: Record) -> list[Event]:
     events: list[Event] = []
-    scratch.prepare_base(config, records, "serial", events.append)
+    scratch_base.prepare_base(config, records, "serial", events.append)
     return events
 
 
@@ -128,7 +128,7 @@ def test_its_place_can_be_named_and_shared(tmp_path: Path, trained: Trained) -> 
     prepare(config)
     prepare(config.model_copy(update={"output_dir": tmp_path / "another"}))
     assert len(trained.jobs) == 1
-    assert (tmp_path / "bases" / "one" / scratch.RECIPE_FILE).is_file()
+    assert (tmp_path / "bases" / "one" / scratch_base.RECIPE_FILE).is_file()
 
 
 @pytest.mark.parametrize("change", [{"layers": 7}, {"corpus": ["Something else is told here today."]}])
@@ -165,16 +165,20 @@ def test_the_guard_comes_before_the_training_and_ever_after(tmp_path: Path, trai
     prepare(config, OWN)
     with pytest.raises(InvalidInput, match="1 of 2 records"):
         prepare(config, OWN, SHARED)
-    scratch.guard(config, [OWN])
+    scratch_base.guard(config, [OWN])
     with pytest.raises(InvalidInput, match="1 of 1 records"):
-        scratch.guard(config, [SHARED])
+        scratch_base.guard(config, [SHARED])
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        *((scratch.RUNS_FILE, "other"), (scratch.RECIPE_FILE, "{}"), (scratch.RECIPE_FILE, "no JSON")),
-        (scratch.RECIPE_FILE, '{"recipe": 1, "runs": 2}'),
+        *(
+            (scratch_base.RUNS_FILE, "other"),
+            (scratch_base.RECIPE_FILE, "{}"),
+            (scratch_base.RECIPE_FILE, "no JSON"),
+        ),
+        (scratch_base.RECIPE_FILE, '{"recipe": 1, "runs": 2}'),
     ],
 )
 def test_what_was_damaged_is_reported(tmp_path: Path, trained: Trained, name: str, text: str) -> None:
@@ -182,7 +186,7 @@ def test_what_was_damaged_is_reported(tmp_path: Path, trained: Trained, name: st
     prepare(config)
     (tmp_path / "model-base" / name).write_text(text)
     with pytest.raises(IntegrityError):
-        scratch.guard(config, [OWN])
+        scratch_base.guard(config, [OWN])
     with pytest.raises(IntegrityError):
         prepare(config)
     assert len(trained.jobs) == 1
@@ -204,9 +208,9 @@ def test_a_corpus_that_can_not_be_read_is_refused(
 
 
 def test_who_trains_it() -> None:
-    assert scratch.find_base_trainer("serial") is scratch.train_here
+    assert scratch_base.find_base_trainer("serial") is scratch_base.train_here
     with pytest.raises(InvalidInput, match="no executor of this name trains a base"):
-        scratch.find_base_trainer("none")
-    job = scratch.BaseJob({"workers": 2}, Path("texts"), Path("target"))
+        scratch_base.find_base_trainer("none")
+    job = scratch_base.BaseJob({"workers": 2}, Path("texts"), Path("target"))
     with pytest.raises(SisaError, match="with one worker"):
-        scratch.train_here(job, {}, print)
+        scratch_base.train_here(job, {}, print)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from sisa.core import ports
 from sisa.core.domain import Record, RecordRow, SliceFile
 from sisa.core.errors import IntegrityError, InvalidInput
-from sisa.flows.wiring.context import Context
+from sisa.flows.context.context import Context
 from sisa.planning.layout import index_root, slice_root
 
 SlicePosition = tuple[int, int]  # shard, slice

@@ -29,12 +29,12 @@ from sisa.core.events import Notice
 from sisa.core.ledger_meta import READMITTED
 from sisa.core.ports import Change, Ledger, Removal
 from sisa.core.requests import due_date, event
+from sisa.flows.context.commit import is_behind, unrecorded
+from sisa.flows.context.context import Context
+from sisa.flows.context.served import restricting, restrictions
+from sisa.flows.context.slices import held_rows
 from sisa.flows.deletion import commit_removed
 from sisa.flows.reconcile import adopt_and_erase, check_consistent
-from sisa.flows.wiring.commit import is_behind, unrecorded
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.served import restricting, restrictions
-from sisa.flows.wiring.slices import held_rows
 
 WitnessStanding = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
 REPLAYED = "replayed from the witness"

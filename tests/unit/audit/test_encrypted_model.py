@@ -22,10 +22,10 @@ from sisa.audit.verify import check_files
 from sisa.config.config import RunConfig
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
+from sisa.flows.context.areas import known_by_area
 from sisa.flows.reconcile import erase_unreferenced, reconcile
 from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.areas import known_by_area
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs import files

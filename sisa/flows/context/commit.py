@@ -8,9 +8,9 @@ from sisa.core import ports
 from sisa.core.domain import Tombstone
 from sisa.core.ledger_meta import READMITTED, RESTRICTIONS
 from sisa.core.requests import RECTIFY
-from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.served import restricting, restrictions
-from sisa.flows.wiring.slices import held_rows
+from sisa.flows.context.context import Context
+from sisa.flows.context.served import restricting, restrictions
+from sisa.flows.context.slices import held_rows
 
 
 def commit(context: Context, change: ports.Change) -> int:
