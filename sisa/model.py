@@ -56,8 +56,8 @@ from sisa.flows.rights import drop
 from sisa.flows.rights.access import held_of, recipients_of
 from sisa.flows.rights.restriction import Restriction, lift, restrict
 from sisa.flows.scratch_base import guard
-from sisa.flows.wiring import wiring
-from sisa.flows.wiring.wiring import OpenExecutor
+from sisa.flows.wiring.executors import OpenExecutor
+from sisa.flows.wiring.ledger_place import ledger_name
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
 from sisa.planning.plan import estimate_seconds, full_record_epochs, serving_depth
@@ -412,7 +412,7 @@ class Model(ModelDirectory):
                     shards=tuple(query.shards(context)),
                     requests=tuple(ledger.requests()),
                     exports=exports,
-                    sizes_bytes={wiring.ledger_name(self.directory): ledger.num_bytes(), **sizes},
+                    sizes_bytes={ledger_name(self.directory): ledger.num_bytes(), **sizes},
                     witness=(context.stores.witness.location(), witness_standing(context)),
                     event_head=ledger.event_head(),
                     num_orders=1 + len(recipe.orders),

@@ -35,9 +35,26 @@ from sisa.flows.record_checks import check_all, check_generations, check_not_del
 from sisa.flows.restored_backup import catch_up
 from sisa.flows.scratch_base import guard, prepare_base
 from sisa.flows.wiring import wiring
+from sisa.flows.wiring.executors import OpenExecutor, find_executor
+from sisa.flows.wiring.keys import (
+    KEY,
+    deleted_under,
+    keep_key,
+    keyrings,
+    witness_dir,
+    witness_of,
+    write_key,
+)
+from sisa.flows.wiring.ledger_place import (
+    LEDGER,
+    LOCK,
+    claim_ledger,
+    has_ledger,
+    model_lock,
+    open_ledger,
+)
 from sisa.flows.wiring.progress import progress
 from sisa.flows.wiring.resources import Resources, indexed_digest
-from sisa.flows.wiring.wiring import LEDGER, LOCK, OpenExecutor
 from sisa.lm.base.numerics import require_device
 from sisa.model import Model
 from sisa.planning.bands import unnamed
@@ -70,7 +87,7 @@ def train_model(
     """
     config = run_file if isinstance(run_file, RunConfig) else load_run_file(Path(run_file))
     with progress() if report is None else nullcontext(report) as shown:
-        wiring.find_executor(executor)  # refuses an unknown one before anything is written
+        find_executor(executor)  # refuses an unknown one before anything is written
         require_device(config.precision)
         _check_keys_outside(config)
         first = not _committed(config.output_dir)
@@ -136,7 +153,7 @@ def _first_training(
     secret = read_secret(key_file) if key_file else secrets.token_bytes(KEY_BYTES)
     keyed, resources = Keyed(secret), Resources(config, None, None)
     _check_records(config, records, keyed, resources, allow_deleted=allow_deleted)
-    wiring.witness_of(config, keyed, uuid.uuid4().hex).check_writable()
+    witness_of(config, keyed, uuid.uuid4().hex).check_writable()
     if config.storage is not None:
         storage_root(config.storage).check_usable()
     if config.ledger is not None:
@@ -150,16 +167,16 @@ def _first_training(
     if config.ledger is None and (kind := files.network_file_system(directory)):
         what = "its ledger is not safe there; name a server by `ledger:`, or only `storage:` there"
         report(Notice(f"output_dir is on a network file system ({kind}): {what}"))
-    with wiring.model_lock(directory, config.ledger):
+    with model_lock(directory, config.ledger):
         if _committed(directory):
             raise Busy(
                 "another process has trained this model meanwhile",
                 where=str(directory),
                 next_step="run the same command again",
             )
-        wiring.claim_ledger(directory, config.ledger)
+        claim_ledger(directory, config.ledger)
         name = _new_name(config)
-        wiring.keep_key(directory, config, name, secret)
+        keep_key(directory, config, name, secret)
         with wiring.open_context(
             directory, resources, keyed, name, executor, report, create=True
         ) as context:
@@ -174,7 +191,7 @@ def _check_records(
     bands = config.sisa.bands
     unplaced = unnamed(bands, records)
     placed = [each for each in enumerate(records) if each[0] not in unplaced]
-    deleted = [] if allow_deleted else wiring.deleted_under(config, keyed)
+    deleted = [] if allow_deleted else deleted_under(config, keyed)
     check_all(
         lambda: check_risks(bands, records),
         lambda: check_not_deleted(Assigner(keyed, config.layout), placed, deleted, "trained"),
@@ -189,7 +206,7 @@ def _new_name(config: RunConfig) -> str:
     Keys and areas of an encrypted model, or of one in a storage, contain its name. Such a model keeps
     its name through interrupted attempts, so that abandoned files can be found again.
     """
-    with wiring.open_ledger(config.output_dir, create=True) as ledger:
+    with open_ledger(config.output_dir, create=True) as ledger:
         name = ledger.meta().get("model") or uuid.uuid4().hex
         if config.encrypt or config.storage:
             ledger.commit(Change(meta={"model": name}))
@@ -197,7 +214,7 @@ def _new_name(config: RunConfig) -> str:
 
 
 def _check_keys_outside(config: RunConfig) -> None:
-    keys, within = wiring.keyrings(config).resolve(), [config.output_dir]
+    keys, within = keyrings(config).resolve(), [config.output_dir]
     within += [Path(config.storage)] if config.storage and not is_uri(config.storage) else []
     if any(keys.is_relative_to(each.resolve()) for each in within):
         raise InvalidInput(
@@ -209,7 +226,7 @@ def _check_keys_outside(config: RunConfig) -> None:
 
 def _check_keys_moved(model: Model, config: RunConfig) -> None:
     """Raise ConfigConflict if `keyring:` names a directory to which the keys were not moved."""
-    old, new = (wiring.keyrings(each) / model.id for each in (model.config, config))
+    old, new = (keyrings(each) / model.id for each in (model.config, config))
     needed = model.config.encrypt or model.keyring.held(VAULT)
     if needed and old != new and not new.is_dir():
         raise ConfigConflict(
@@ -297,16 +314,16 @@ def _move(
     with model.context(as_it_is=True) as old:
         if config.precision != DEFAULT_PRECISION:
             _check_no_patches(old)
-        _catch_up_first(old, moving=wiring.witness_dir(config) != wiring.witness_dir(model.config))
+        _catch_up_first(old, moving=witness_dir(config) != witness_dir(model.config))
         check_same_records(old, records)  # with the generations of their present slices
         if under_way(old):
             adopt_and_erase(old)  # finish the erasure of an interrupted deletion before training
-    wiring.write_key(model.directory, config, model.id, model.secret)
+    write_key(model.directory, config, model.id, model.secret)
     with wiring.open_context(
         model.directory, resources, Keyed(model.secret), model.id, model.executor, model.report
     ) as context:
         done = _apply(context, config, resources, effects)
-    wiring.keep_key(model.directory, config, model.id, model.secret)
+    keep_key(model.directory, config, model.id, model.secret)
     return done
 
 
@@ -347,12 +364,12 @@ def _catch_up_first(old: Context, *, moving: bool) -> None:
 
 def _committed(directory: Path) -> bool:
     """Return whether a first training reached its commit. Raise IntegrityError for a lost ledger."""
-    if wiring.has_ledger(directory):
+    if has_ledger(directory):
         # `create`, since its creation may have been interrupted.
-        with wiring.open_ledger(directory, create=True) as ledger:
+        with open_ledger(directory, create=True) as ledger:
             if "config" in ledger.meta():
                 return True
-    index_alone = files.held_names(directory / INDEX) and not wiring.has_ledger(directory)
+    index_alone = files.held_names(directory / INDEX) and not has_ledger(directory)
     if files.held_names(directory / CHECKPOINTS) or index_alone:
         # Checkpoints are written after the first commit, and an index after the ledger's file.
         raise IntegrityError(
@@ -367,7 +384,7 @@ def _committed(directory: Path) -> bool:
 
 def _check_no_foreign_files(directory: Path) -> None:
     """Raise InvalidInput if a first training would write among files that are not a model's."""
-    ours = {*LEDGER_FILES, LOCK, COMMIT_LOCK, wiring.KEY, SCRATCH, *AREAS}
+    ours = {*LEDGER_FILES, LOCK, COMMIT_LOCK, KEY, SCRATCH, *AREAS}
     if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
         raise InvalidInput(
             "output_dir holds something that is not a model",

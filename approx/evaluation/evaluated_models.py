@@ -30,7 +30,7 @@ from approx.evaluation.questions import Question
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
-from sisa.flows.wiring.wiring import has_ledger
+from sisa.flows.wiring.ledger_place import has_ledger
 from sisa.lm.answer.prefill import continue_all
 from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters

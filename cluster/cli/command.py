@@ -23,7 +23,7 @@ from sisa.core.errors import InvalidInput, Problem
 if TYPE_CHECKING:
     from sisa.core.domain import Request
     from sisa.flows.ask import Prompt
-    from sisa.flows.wiring.wiring import OpenExecutor
+    from sisa.flows.wiring.executors import OpenExecutor
     from sisa.model import Model
     from sisa.verifier.envelope import PublicKeys
 
@@ -151,7 +151,7 @@ def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
             )
         if name == "serial":
             raise click.UsageError("--address needs --executor ray: the serial executor uses no cluster")
-        from sisa.flows.wiring.wiring import OnCluster
+        from sisa.flows.wiring.executors import OnCluster
 
         return function(executor=OnCluster(name, address), **arguments)
 

@@ -200,7 +200,7 @@ def calibrate(run_file: Path, file: Path) -> Result:
 
 def _measured(config: RunConfig) -> tuple[float, float]:
     """Return a model's mean bytes of a stage and record-epochs a second; zeros if there is no model."""
-    from sisa.flows.wiring.wiring import has_ledger, open_ledger
+    from sisa.flows.wiring.ledger_place import has_ledger, open_ledger
 
     if not has_ledger(config.output_dir):
         return 0.0, 0.0

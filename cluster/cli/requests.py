@@ -179,7 +179,7 @@ def extend(directory: Path, request_id: str, reason: str) -> Result:
 
 def _join_cluster(model: Model) -> None:
     """Join a running cluster, so that its metrics show the queue before the first deletion."""
-    from sisa.flows.wiring.wiring import OnCluster
+    from sisa.flows.wiring.executors import OnCluster
 
     executor = model.executor
     address = model.config.cluster.address if executor in ("auto", "ray") else None

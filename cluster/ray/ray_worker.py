@@ -52,7 +52,7 @@ class Task(NeedsBase):
 
 def open_parts(site: Site) -> Parts:
     """Open the trainer and the stores of a site. The base stays loaded in the process."""
-    from sisa.flows.wiring.wiring import open_stores, open_trainer
+    from sisa.flows.wiring.executors import open_stores, open_trainer
     from sisa.lm.base.numerics import pin_threads
     from sisa.store.blobs.keyring import FileKeyring
     from sisa.store.blobs.local_blobs import LocalBlobs

@@ -37,8 +37,10 @@ from sisa.flows.context.served import restrictions
 from sisa.flows.context.slices import held_rows
 from sisa.flows.restored_backup import unknown_deletions
 from sisa.flows.wiring import moving, wiring
+from sisa.flows.wiring.description import model_id, named
+from sisa.flows.wiring.keys import KEY, key_path, stored_secret
+from sisa.flows.wiring.ledger_place import LEDGER, LEDGER_URL, ledger_name, open_ledger
 from sisa.flows.wiring.resources import Resources
-from sisa.flows.wiring.wiring import KEY, LEDGER, LEDGER_URL
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs import files
 from sisa.store.ledger.sqlite import open_readonly
@@ -108,7 +110,7 @@ def surroundings(directory: Path) -> Iterator[Finding]:
         step = "free disk space before the next train, add or forget"
         what = f"{free:,} bytes are free, {needed:,} should be"
         yield Finding("disk", "warning", str(directory), what, step=step)
-    on_server = wiring.ledger_name(directory) == LEDGER_URL
+    on_server = ledger_name(directory) == LEDGER_URL
     if not on_server and (kind := files.network_file_system(directory)):
         step = "move the model to a disk of this machine, or its ledger to a server (`sisa ledger move`)"
         what = f"the ledger is on a network file system ({kind}), where SQLite is not safe"
@@ -139,7 +141,7 @@ def _query(path: Path, statement: str) -> list[Any]:
 
 def _ledger(directory: Path) -> Iterator[Finding]:
     """Find a ledger file that is missing, damaged or of another version."""
-    if wiring.ledger_name(directory) == LEDGER_URL:
+    if ledger_name(directory) == LEDGER_URL:
         yield from _on_server(directory)
         return
     path = directory / LEDGER
@@ -175,7 +177,7 @@ def _ledger(directory: Path) -> Iterator[Finding]:
 def _on_server(directory: Path) -> Iterator[Finding]:
     """Find a ledger that can't be reached, is empty, damaged or of another version."""
     try:
-        with wiring.open_ledger(directory) as ledger:
+        with open_ledger(directory) as ledger:
             committed = "config" in ledger.meta()
     except SisaError as error:
         kind = "ledger_unreadable" if isinstance(error, TransientError) else "ledger_damaged"
@@ -189,7 +191,7 @@ def _on_server(directory: Path) -> Iterator[Finding]:
 def clock(directory: Path, now: datetime) -> Iterator[Finding]:
     """Find a clock that is behind the newest time in the ledger."""
     try:
-        with wiring.open_ledger(directory) as ledger:
+        with open_ledger(directory) as ledger:
             newest = ledger.newest_time()
     except SisaError:
         return  # reported elsewhere
@@ -206,14 +208,14 @@ def clock(directory: Path, now: datetime) -> Iterator[Finding]:
 def _opened(directory: Path) -> list[Finding]:
     """Return findings about the key, and those that need an open ledger."""
     try:
-        with wiring.open_ledger(directory) as ledger:
+        with open_ledger(directory) as ledger:
             meta = ledger.meta()
     except SisaError as error:
         return [Finding("ledger_damaged", "error", LEDGER, error.what)]
     try:
         config = RunConfig.from_canonical(meta["config"])
-        base, embedder = wiring.named(meta, "base"), wiring.named(meta, "embedder")
-        model = wiring.model_id(meta)
+        base, embedder = named(meta, "base"), named(meta, "embedder")
+        model = model_id(meta)
     except (SisaError, ValueError, KeyError, TypeError):
         what = "the ledger's description of the model can't be parsed"
         return [Finding("ledger_meta", "error", LEDGER, what)]
@@ -272,9 +274,9 @@ def _restrictions(context: Context) -> Iterator[Finding]:
 def _key(
     directory: Path, config: RunConfig, model: str, name: str
 ) -> tuple[list[Finding], bytes | None]:
-    path = wiring.key_path(directory, config, model)
+    path = key_path(directory, config, model)
     try:
-        secret = wiring.stored_secret(directory, config, model)
+        secret = stored_secret(directory, config, model)
     except SisaError as error:
         return [Finding("key", "error", str(path), error.what)], None
     if name not in key_names(Keyed(secret)):

@@ -31,7 +31,10 @@ from sisa.flows.context.context import Context
 from sisa.flows.context.plans import plan_of, plans_of, view_shard, view_shards
 from sisa.flows.reconcile import check_rows
 from sisa.flows.rights.drop import stray_identities
-from sisa.flows.wiring.wiring import EVIDENCE, LEDGER, evidence_keys, model_id
+from sisa.flows.wiring.description import model_id
+from sisa.flows.wiring.keys import evidence_keys
+from sisa.flows.wiring.ledger_place import LEDGER
+from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import gaps
 from sisa.store import areas

@@ -28,8 +28,16 @@ from sisa.flows.context.plans import plans_of, view_shards
 from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.reconcile import give_up_lost, open_plans
 from sisa.flows.wiring import moving, wiring
+from sisa.flows.wiring.keys import KEY
+from sisa.flows.wiring.ledger_place import (
+    LEDGER,
+    LEDGER_URL,
+    LOCK,
+    ledger_place,
+    lock_beside,
+    model_lock,
+)
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
-from sisa.flows.wiring.wiring import LEDGER, LOCK
 from sisa.store import areas
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
@@ -37,10 +45,10 @@ from sisa.store.checkpoints import MANIFEST
 from sisa.store.ledger.sqlite import COMMIT_LOCK
 from sisa.store.metrics import run_files
 
-LEDGER_FILES = (*(LEDGER + each for each in files.SQLITE_FILES), wiring.LEDGER_URL, moving.LEDGERS_LEFT)
+LEDGER_FILES = (*(LEDGER + each for each in files.SQLITE_FILES), LEDGER_URL, moving.LEDGERS_LEFT)
 EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", areas.LOG)
 SERVICE_FILES = (SERVICE, TOKENS, *(SERVICE_STATE + each for each in files.SQLITE_FILES))
-KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, wiring.KEY, LOCK, COMMIT_LOCK})
+KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, KEY, LOCK, COMMIT_LOCK})
 AREAS = (
     *(areas.RECORDS, areas.INDEX, areas.HIDDEN_STATES, areas.CHECKPOINTS),
     *(areas.PATCHES, areas.VAULT, areas.RUNS, areas.METRICS),
@@ -229,7 +237,7 @@ def collect_garbage(model: ModelDirectory, *, dry_run: bool, lost_exports: bool 
         with model.context() as context:
             items = list_garbage(context, model.directory)
             return Collected(True, items, 0, 0, kept=purge(context, dry_run=True))
-    with wiring.model_lock(model.directory), model.context(locked=True) as context:
+    with model_lock(model.directory), model.context(locked=True) as context:
         items = list_garbage(context, model.directory)
         removed = remove_garbage(context, model.directory)
         given_up = give_up_lost(context) if lost_exports else ()
@@ -241,10 +249,10 @@ def collect_garbage(model: ModelDirectory, *, dry_run: bool, lost_exports: bool 
 @contextlib.contextmanager
 def undisturbed(directory: Path) -> Iterator[bool]:
     """Keep writers out of the block, without creating a file; yield False if one is running."""
-    if isinstance(place := wiring.ledger_place(directory), str):
+    if isinstance(place := ledger_place(directory), str):
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(wiring.lock_beside(place))
+                stack.enter_context(lock_beside(place))
                 free = True
             except Busy:
                 free = False

@@ -37,6 +37,8 @@ from sisa.flows.reconfigure import reseal_model
 from sisa.flows.restored_backup import catch_up
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring import wiring
+from sisa.flows.wiring.executors import check_executor
+from sisa.flows.wiring.ledger_place import model_lock
 from sisa.planning.layout import index_root
 from sisa.planning.plan import ShardPlan, reached
 from sisa.store.blobs import files
@@ -54,9 +56,9 @@ class RepairOutcome:
 
 def repair(model: ModelDirectory) -> RepairOutcome:
     """Diagnose a model, repair it, and diagnose it again. Raise Busy while another process writes."""
-    wiring.check_executor(model.executor)  # before anything is written
+    check_executor(model.executor)  # before anything is written
     before = diagnose(model.directory)
-    with wiring.model_lock(model.directory), model.context(as_it_is=True) as context:
+    with model_lock(model.directory), model.context(as_it_is=True) as context:
         found = examine(context, model.directory)
         if any(each.repair == "retrain" for each in found):
             _ = model.resources.base  # refuses a changed base before a checkpoint is given up

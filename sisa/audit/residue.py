@@ -62,8 +62,7 @@ from sisa.flows.context.areas import known_by_area
 from sisa.flows.context.context import Context
 from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.rights.drop import stray_identities
-from sisa.flows.wiring import wiring
-from sisa.flows.wiring.wiring import LEDGER
+from sisa.flows.wiring.ledger_place import LEDGER, ledger_place, open_ledger
 from sisa.lm.base.packages import cache_dir
 from sisa.store.areas import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.store.blobs.files import SCRATCH_PREFIX, read_beside, walk
@@ -147,7 +146,7 @@ def scan_residue(
         if local_root(blobs) is None:
             scanner.scan_objects(area, blobs)
             places.append(blobs.location())
-    server = wiring.ledger_place(directory)
+    server = ledger_place(directory)
     if isinstance(server, str):
         scanner.scan_ledger(server, directory)
         places.append(server)
@@ -514,7 +513,7 @@ class _Scanner:
 
     def scan_ledger(self, server: str, directory: Path) -> None:
         """Search the rows of a ledger on a server, whose files are out of reach."""
-        with wiring.open_ledger(directory) as ledger:
+        with open_ledger(directory) as ledger:
             for table, value in ledger.values() if len(self.strings) else ():
                 for number in self.strings.in_value(value):
                     what = f"string {number + 1} of {len(self.strings)} is here"

@@ -12,7 +12,7 @@ These and the keys below are all that there are.
 
 from __future__ import annotations
 
-DESCRIPTION = ("config", "base", "embedder", "key", "model")  # what `wiring.describe` reads
+DESCRIPTION = ("config", "base", "embedder", "key", "model")  # what `description.describe` reads
 FORM = "form"  # the form in which shards get prompts
 TRAINED_ANEW = "trained_anew"  # when the model was last trained as a whole
 TRAINED_OVER = "over"  # keys of the patches over which the shards are trained, lowest first, as JSON

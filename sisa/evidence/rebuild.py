@@ -32,7 +32,7 @@ from sisa.data.reader import read_like
 from sisa.evidence.issuing import served_by
 from sisa.evidence.keys.model_keys import keys_of, log_for_writing
 from sisa.evidence.statements import Served, statement
-from sisa.flows.wiring.wiring import OpenExecutor
+from sisa.flows.wiring.executors import OpenExecutor
 from sisa.model import Model
 from sisa.planning.layout import Assigner
 from sisa.planning.plan import jobs

@@ -36,8 +36,11 @@ from sisa.flows.context.served import held_state
 from sisa.flows.reconcile import finish_exports
 from sisa.flows.restored_backup import catch_up
 from sisa.flows.wiring import moving, wiring
+from sisa.flows.wiring.description import describe, read_description
+from sisa.flows.wiring.executors import OpenExecutor, check_executor
+from sisa.flows.wiring.keys import keep_key
+from sisa.flows.wiring.ledger_place import LEDGER, has_ledger, model_lock, open_ledger
 from sisa.flows.wiring.resources import Resources
-from sisa.flows.wiring.wiring import LEDGER, OpenExecutor
 from sisa.store.areas import SCRATCH, open_areas
 from sisa.store.blobs.files import erase_abandoned
 from sisa.store.ledger.ledger import SqlLedger
@@ -92,7 +95,7 @@ class ModelDirectory:
     ) -> None:
         """Open an existing model. Raise InvalidInput if there is none, IntegrityError if damaged."""
         self.directory = Path(directory)
-        if not wiring.has_ledger(self.directory):
+        if not has_ledger(self.directory):
             raise InvalidInput(
                 "there is no model in this directory",
                 where=str(self.directory),
@@ -125,7 +128,7 @@ class ModelDirectory:
         return found
 
     def _ledger(self) -> AbstractContextManager[SqlLedger]:
-        return wiring.open_ledger(self.directory)
+        return open_ledger(self.directory)
 
     def held_state(self) -> str:
         """Return what the model holds and serves, as a digest; empty if the ledger can't be read."""
@@ -149,7 +152,7 @@ class ModelDirectory:
 
     def reload(self) -> None:
         """Read the model's settings, keys and names from its directory."""
-        found = wiring.describe(self.directory)
+        found = describe(self.directory)
         self._meta = found.meta
         self.id, self.config, self.keyring = found.id, found.config, found.keyring
         self.base, self.embedder, self.secret = found.base, found.embedder, found.secret
@@ -157,7 +160,7 @@ class ModelDirectory:
 
     def _refresh(self) -> None:
         """Adopt what another process has since committed. Raise ConfigConflict for another model."""
-        meta = wiring.read_description(self.directory)
+        meta = read_description(self.directory)
         if meta == self._meta:
             return
         if any(meta.get(name) != self._meta.get(name) for name in ("model", "key")):
@@ -188,7 +191,7 @@ class ModelDirectory:
                 catch_up(context)
             elif not as_it_is and is_behind(context):
                 if not context.stores.ledger.read_only:
-                    with wiring.model_lock(self.directory):
+                    with model_lock(self.directory):
                         catch_up(context)
                 elif not outdated:
                     raise EnvironmentFault(
@@ -203,7 +206,7 @@ class ModelDirectory:
             self._check_current()
 
     def _check_current(self) -> None:
-        if wiring.read_description(self.directory) != self._meta:
+        if read_description(self.directory) != self._meta:
             raise Outdated("the model was reconfigured meanwhile", next_step="ask again")
 
     def _check_whole(self) -> None:
@@ -233,12 +236,12 @@ class ModelDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the writer lock over the present model, of which all shards may be read. Raise Busy."""
         self._check_whole()
-        wiring.check_executor(self.executor)  # refuses an unknown one before anything is written
-        with running(), wiring.model_lock(self.directory):
+        check_executor(self.executor)  # refuses an unknown one before anything is written
+        with running(), model_lock(self.directory):
             if moving.is_unfinished(self.directory):
                 moving.erase_left(self.directory)
             self._refresh()
-            wiring.keep_key(self.directory, self.config, self.id, self.secret)
+            keep_key(self.directory, self.config, self.id, self.secret)
             self._clear_scratch()
             yield
 

@@ -31,7 +31,7 @@ from sisa.core.events import Notice, Report
 from sisa.data.overlap import check_overlap, runs_of
 from sisa.data.reader import read_texts
 from sisa.flows.wiring import upper_houses
-from sisa.flows.wiring.wiring import OnCluster, OpenExecutor
+from sisa.flows.wiring.executors import OnCluster, OpenExecutor
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.blobs import files
 

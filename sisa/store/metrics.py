@@ -24,7 +24,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,14 @@ from sisa.core.events import (
     Notice,
     PatchProgress,
     QueueSeen,
+    Report,
     SliceProgress,
     SliceStarted,
     SliceTrained,
     TrainingStarted,
 )
-from sisa.core.run import RUN, is_run
+from sisa.core.ports import Metrics
+from sisa.core.run import RUN, current_run, is_run, new_run
 from sisa.store.blobs import files
 
 MIN_RECORDS = 5  # fewest records whose mean loss may be stored
@@ -123,6 +125,25 @@ def metrics_line(event: Event, at: str, run: str) -> MetricsLine | None:
     if not isinstance(event, KEPT) or again or (isinstance(event, TrainingStarted) and not event.stages):
         return None
     return {"at": at, "run": run, "event": EVENT_NAMES[type(event)], **event_numbers(event)}
+
+
+def recording(report: Report, metrics: Metrics, now: Callable[[], str]) -> Report:
+    """Return a report that passes every event on and appends a line of metrics for some of them.
+
+    Lines contain the name of the current run. The state of the queue is appended when it has changed.
+    """
+    run = (current_run() or new_run()).run
+    last: QueueSeen | None = None
+
+    def pass_on(event: Event) -> None:
+        nonlocal last
+        report(event)
+        unchanged = isinstance(event, QueueSeen) and event == last
+        last = event if isinstance(event, QueueSeen) else last
+        if not unchanged and (made := metrics_line(event, now(), run)) is not None:
+            metrics.append(made)
+
+    return pass_on
 
 
 def is_line(value: object) -> bool:

@@ -22,7 +22,7 @@ from sisa.core.domain import Probed, Record
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Executor, Tick
 from sisa.flows.serial import SerialExecutor, Site
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.executors import find_executor, find_probe, open_stores
 from sisa.flows.wiring.resources import Named, Resources, check_digest
 from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
@@ -77,7 +77,7 @@ class SlowTrainer:
 
 def open_cheap(site: Site, _options: Mapping[str, Any]) -> Executor:
     """Open the serial executor with the confessing trainer."""
-    return SerialExecutor(SlowTrainer(), *wiring.open_stores(site))
+    return SerialExecutor(SlowTrainer(), *open_stores(site))
 
 
 def open_cheap_probe(*_: Any) -> Callable[[Sequence[Record]], Probed]:
@@ -92,12 +92,12 @@ def _no_hub(*_: Any) -> Any:
 @contextlib.contextmanager
 def cheap_resources() -> Iterator[None]:
     """Let the whole product use a cheap base, tokens and executors; hub names find no network."""
-    find = wiring.find_executor
+    find = find_executor
 
     def find_cheap(executor: Any) -> Any:
         return open_cheap if executor in ("auto", "serial", "ray") else find(executor)
 
-    swaps = {Resources: CheapResources, find: find_cheap, wiring.find_probe: lambda: open_cheap_probe}
+    swaps = {Resources: CheapResources, find: find_cheap, find_probe: lambda: open_cheap_probe}
     done: list[tuple[Any, str, Any]] = []
     reader = sys.modules.get("sisa.data.reader")
     for name, module in list(sys.modules.items()):

@@ -160,7 +160,7 @@ def executor(fuse: Fuse, trainer: str, pause_s: float) -> Any:
 
     def open_executor(site: Any, _options: Mapping[str, Any]) -> Any:
         from sisa.flows.serial import SerialExecutor
-        from sisa.flows.wiring.wiring import open_stores, open_trainer
+        from sisa.flows.wiring.executors import open_stores, open_trainer
 
         inner: Any
         if trainer == "lora":

@@ -24,7 +24,7 @@ from sisa.core.digest import Keyed, digest_of, file_sha256, sha256_hex
 from sisa.core.domain import RecordRow, Tombstone, active
 from sisa.core.errors import SisaError
 from sisa.core.ports import Keyring
-from sisa.flows.wiring.wiring import LEDGER
+from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.lm.base.numerics import describe_fingerprint
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH

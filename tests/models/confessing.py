@@ -29,6 +29,9 @@ from sisa.flows.ingest import train
 from sisa.flows.lifecycle import carry_out, submit
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import wiring
+from sisa.flows.wiring.executors import open_stores
+from sisa.flows.wiring.keys import key_path, open_keyring, vault_keyring
+from sisa.flows.wiring.ledger_place import LEDGER, LOCK
 from sisa.flows.wiring.resources import Resources, indexed_digest
 from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
@@ -70,14 +73,14 @@ def context_of(
     directory: Path, *, create: RunConfig | None = None, numerics: str = "", now: str = THEN
 ) -> Iterator[Context]:
     """Open the context of a directory; every part but the trainer is real."""
-    ledger = SqlLedger(directory / wiring.LEDGER, create=create is not None)
+    ledger = SqlLedger(directory / LEDGER, create=create is not None)
     config = create or RunConfig.from_canonical(ledger.meta()["config"])
     embedder = NameEmbedder(HashingEmbedder())
-    keyring = wiring.open_keyring(config, NAME)
+    keyring = open_keyring(config, NAME)
     blobs = areas.open_areas(directory, config.storage, NAME)
     records = FileRecords(blobs[areas.RECORDS], keyring)
     patches = FileCheckpoints(blobs[areas.PATCHES], keyring, areas.PATCHES)
-    vault = FileVault(directory / areas.VAULT, wiring.vault_keyring(config, NAME))
+    vault = FileVault(directory / areas.VAULT, vault_keyring(config, NAME))
     stores = Stores(
         ledger=ledger,
         witness=FakeWitness(),
@@ -127,9 +130,9 @@ def train_in(
     now: str = THEN,
 ) -> None:
     """Make a model of these records in a directory."""
-    write_secret(wiring.key_path(directory, config, NAME), SECRET)
+    write_secret(key_path(directory, config, NAME), SECRET)
     files.make_directory(directory)
-    with writer_lock(directory / wiring.LOCK):
+    with writer_lock(directory / LOCK):
         pass
     embedder = NameEmbedder(HashingEmbedder())
     named = {"name": "hashing", "digest": indexed_digest(embedder), "dimension": embedder.dimension}
@@ -180,7 +183,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def open_fake(site: Site, _options: Any) -> SerialExecutor:
-    return SerialExecutor(FakeTrainer(), *wiring.open_stores(site))
+    return SerialExecutor(FakeTrainer(), *open_stores(site))
 
 
 def use_fake_base(monkeypatch: pytest.MonkeyPatch) -> None:

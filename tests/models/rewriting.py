@@ -11,7 +11,8 @@ from typing import Any, Literal
 from sisa.core.digest import Keyed
 from sisa.core.domain import RequestEvent
 from sisa.core.requests import chained
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.keys import witness_of
+from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.model import Model
 from sisa.store.ledger import rows
 from tests.fakes.ports import SECRET
@@ -23,7 +24,7 @@ EARLIER = "2001-01-01T00:00:00+00:00"
 
 def take_witness_away(directory: Path) -> None:
     model = Model(directory, executor="serial")
-    wiring.witness_of(model.config, Keyed(SECRET), model.id).path.unlink(missing_ok=True)
+    witness_of(model.config, Keyed(SECRET), model.id).path.unlink(missing_ok=True)
 
 
 def put(connection: sqlite3.Connection, table: str, key: str, values: tuple[Any, ...]) -> None:
@@ -47,7 +48,7 @@ def link_anew(connection: sqlite3.Connection, start: int, changes: dict[int, str
 
 def date_back(directory: Path, start: From) -> None:
     """Let the first deletion have been committed years earlier."""
-    with closing(sqlite3.connect(directory / wiring.LEDGER)) as connection:
+    with closing(sqlite3.connect(directory / LEDGER)) as connection:
         position, request_id = connection.execute(
             "SELECT position, request_id FROM events WHERE state = 'committed'"
         ).fetchone()

@@ -12,7 +12,8 @@ from sisa.evidence.database import EvidenceTables
 from sisa.evidence.keys.keys import Keys, Reason, create_keys, read_keys, rotate_keys
 from sisa.evidence.keys.model_signature import export_key, public_pem
 from sisa.evidence.log.log import Log
-from sisa.flows.wiring.wiring import EVIDENCE, evidence_keys
+from sisa.flows.wiring.keys import evidence_keys
+from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.store.areas import LOG, open_areas
 from sisa.verifier.envelope import CertificateKey
 

@@ -1,7 +1,8 @@
 """Build the `Context` that flows use from a model directory.
 
 wiring        a model directory's real parts; found by name: `upper_houses`
-resources     the base and the embedder, resolved on first use
-moving        a ledger to another place
+ledger_place  where the ledger is, and its writer lock   moving       a ledger to another place
+keys          keys and the witness                       description  what a model says it is
+executors     what trains, patches and probes, by name   resources    the base and the embedder
 progress      what is shown on standard error
 """

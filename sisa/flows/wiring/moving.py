@@ -19,8 +19,17 @@ from pathlib import Path
 from sisa.config.config import RunConfig
 from sisa.core.errors import InvalidInput
 from sisa.core.ports import Change
-from sisa.flows.wiring import wiring
-from sisa.flows.wiring.wiring import LEDGER, LEDGER_URL, ledger_place, lock_beside
+from sisa.flows.wiring.description import describe, model_id
+from sisa.flows.wiring.ledger_place import (
+    LEDGER,
+    LEDGER_URL,
+    check_free,
+    has_ledger,
+    ledger_place,
+    lock_beside,
+    model_lock,
+    open_ledger,
+)
 from sisa.store.blobs import files
 from sisa.store.ledger.database import backend_at, upgrade_ledger
 from sisa.store.ledger.ledger import SqlLedger, erase_ledger
@@ -44,14 +53,14 @@ def move_ledger(directory: Path, to: str | None) -> LedgerMoved:
 
     The target must be empty. The model's run file, as the ledger keeps it, names the new place.
     """
-    if not wiring.has_ledger(directory):
+    if not has_ledger(directory):
         raise InvalidInput("there is no model in this directory", where=str(directory))
-    wiring.describe(directory)  # refuses what was never committed, and another model's key
+    describe(directory)  # refuses what was never committed, and another model's key
     target = directory / LEDGER if to is None else to
     with _alone(directory, target) as place:
         erase_left(directory)
         if isinstance(target, str):
-            wiring.check_free(target)
+            check_free(target)
         urls = [each for each in (place, target) if isinstance(each, str)]
         files.write_atomic(directory / LEDGERS_LEFT, "\n".join(urls).encode())
         moved = _fill(directory, place, target)
@@ -66,7 +75,7 @@ def move_ledger(directory: Path, to: str | None) -> LedgerMoved:
 @contextlib.contextmanager
 def _alone(directory: Path, target: Path | str) -> Iterator[Path | str]:
     """Lock out writers and decisions about requests at both locations; yield the present one."""
-    with wiring.model_lock(directory) as place:
+    with model_lock(directory) as place:
         if target == place:
             raise InvalidInput("the ledger is there already", where=str(target))
         with contextlib.closing(backend_at(place)) as own, lock_beside(target), own.exclusive():
@@ -113,15 +122,15 @@ def erase_left(directory: Path) -> None:
 
 def upgrade_model(directory: Path) -> tuple[str, bool]:
     """Upgrade a ledger of an earlier version; return where it is, and whether it was upgraded."""
-    if not wiring.has_ledger(directory):
+    if not has_ledger(directory):
         raise InvalidInput("there is no model in this directory", where=str(directory))
-    with wiring.model_lock(directory) as place:
+    with model_lock(directory) as place:
         return str(place), upgrade_ledger(place)
 
 
 def _model(directory: Path) -> str:
-    with wiring.open_ledger(directory) as ledger:
-        return wiring.model_id(ledger.meta())
+    with open_ledger(directory) as ledger:
+        return model_id(ledger.meta())
 
 
 def _erase_file(path: Path) -> None:

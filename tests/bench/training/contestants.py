@@ -161,7 +161,7 @@ def _serve(who: Who, threads: int, pipe: Connection) -> None:
 
 
 def _ours(work: Ours) -> Ran:
-    from sisa.flows.wiring.wiring import open_serial, open_stores
+    from sisa.flows.wiring.executors import open_serial, open_stores
     from sisa.lm.base.adapter import attach, read_config
     from sisa.lm.base.low_rank import ADAPTER_FILE, read_tensors
     from sisa.lm.base.weights import load_base

@@ -33,7 +33,7 @@ from sisa.core.domain import Chain
 from sisa.core.events import silent
 from sisa.core.ports import Executor
 from sisa.flows.serial import SerialExecutor, Site
-from sisa.flows.wiring.wiring import open_serial
+from sisa.flows.wiring.executors import open_serial
 from sisa.lm.base.weights import resolve_base
 from sisa.planning.plan import jobs
 from sisa.store.blobs.local_blobs import LocalBlobs

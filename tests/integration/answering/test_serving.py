@@ -9,7 +9,7 @@ import pytest
 
 from sisa.core.errors import IntegrityError
 from sisa.flows.ask import ServedHeads, Serving
-from sisa.flows.wiring.wiring import LEDGER
+from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.ledger.ledger import SqlLedger

@@ -47,6 +47,7 @@ from sisa.flows.deletion import Terms, _write_remaining, plan_forget
 from sisa.flows.query import lookup
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS, LOG
 from sisa.store.blobs.local_blobs import LocalBlobs
@@ -440,7 +441,7 @@ def serve_another(operator: Operator, number: int) -> None:
 
 def rewrite(directory: Path, table: str, key: str, value: str, changes: dict[str, str]) -> None:
     """Change a row of the ledger together with its checksum."""
-    with closing(sqlite3.connect(directory / wiring.LEDGER)) as connection:
+    with closing(sqlite3.connect(directory / LEDGER)) as connection:
         select = f"SELECT * FROM {table} WHERE {key} = ?"  # noqa: S608
         (row,) = connection.execute(select, (value,)).fetchall()
         text = list(row[:-1])

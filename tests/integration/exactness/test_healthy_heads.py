@@ -14,6 +14,7 @@ import pytest
 import sisa
 from sisa.core.errors import Busy
 from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger.ledger import SqlLedger
@@ -39,7 +40,7 @@ LAYOUT = {"sisa__shards": 2, "sisa__slices": 3}
 
 def served(directory: Path) -> dict[int, tuple[str | None, bytes]]:
     """Return the served adapters, checked against the ledger."""
-    ledger, store = SqlLedger(directory / wiring.LEDGER), FileCheckpoints(directory / CHECKPOINTS, PLAIN)
+    ledger, store = SqlLedger(directory / LEDGER), FileCheckpoints(directory / CHECKPOINTS, PLAIN)
     try:
         manifests = {each.key: each.manifest_sha256 for each in ledger.checkpoints()}
         return {

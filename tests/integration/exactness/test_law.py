@@ -20,7 +20,7 @@ import sisa
 from cluster.ray.ray_executor import open_executor
 from sisa.core.ports import Executor
 from sisa.flows.serial import Site
-from sisa.flows.wiring.wiring import OpenExecutor
+from sisa.flows.wiring.executors import OpenExecutor
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS
 from tests.models.programs.forked import run_forked
 from tests.models.tiny_model import (

@@ -19,7 +19,7 @@ import pytest
 
 import sisa
 from sisa.data.samples import to_jsonl
-from sisa.flows.wiring.wiring import KEY
+from sisa.flows.wiring.keys import KEY
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS
 from tests.models.tiny_model import (
     PEOPLE,

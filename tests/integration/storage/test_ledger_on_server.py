@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LEDGER, LEDGER_URL
 from tests.fakes.postgres_server import PostgresServer
 from tests.models.tiny_model import (
     PEOPLE,
@@ -36,14 +36,14 @@ def test_a_model_on_a_server_has_the_bytes_of_one_with_a_file(
     model.forget(GONE)
     remaining = train_scratch(tmp_path / "scratch", tiny_base, without(PEOPLE, GONE))
     assert held_files(tiny.directory) == held_files(remaining.directory)
-    assert not (tiny.directory / wiring.LEDGER).exists()
+    assert not (tiny.directory / LEDGER).exists()
     assert model.verify(replay="all", apart=False).ok
     assert tiny.train().slices_trained == 0
 
     second = Tiny(write_run(tmp_path / "second", tiny_base, ledger=url).parent, tiny_base)
     with pytest.raises(ConfigConflict, match="there is a ledger already"):
         second.train()
-    assert not (second.directory / wiring.LEDGER_URL).exists()
+    assert not (second.directory / LEDGER_URL).exists()
     change_run(tiny.run_file, ledger=postgres.new_url())
     with pytest.raises(ConfigConflict) as caught:
         tiny.train(accept_differences=True)

@@ -30,7 +30,8 @@ from sisa.core.events import Report, silent
 from sisa.core.ports import Change, Executor, OnStage
 from sisa.flows.context.served import model_digest
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.keys import KEY, witness_of
+from sisa.flows.wiring.ledger_place import LEDGER, LOCK
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs.files import write_atomic, writer_lock
 from sisa.store.blobs.keyring import write_secret
@@ -61,7 +62,7 @@ def kinds(found: Diagnosis) -> list[str]:
 
 def repaired(model: Path, **options: Any) -> RepairOutcome:
     before = diagnose(model)
-    with writer_lock(model / wiring.LOCK), context_of(model, **options) as context:
+    with writer_lock(model / LOCK), context_of(model, **options) as context:
         done = repair_opened(context, model)
     return RepairOutcome(tuple(done), before, diagnose(model))
 
@@ -88,7 +89,7 @@ def commit(model: Path, change: Change) -> None:
 
 
 def execute(model: Path, statement: str) -> None:
-    with closing(sqlite3.connect(model / wiring.LEDGER)) as connection:
+    with closing(sqlite3.connect(model / LEDGER)) as connection:
         connection.execute(statement)
         connection.commit()
 
@@ -110,7 +111,7 @@ def test_a_deletion_that_is_dated_back_is_damage(model: Path) -> None:
     """Somebody forges the row and its checksum, but lacks the key of the witness."""
     with context_of(model) as context:
         tombstones = context.stores.ledger.tombstones()
-        witness = wiring.witness_of(
+        witness = witness_of(
             RunConfig.from_canonical(context.stores.ledger.meta()["config"]), Keyed(SECRET), NAME
         )
         witness.append(context.stores.ledger.event_head(), tombstones, ())
@@ -129,11 +130,9 @@ def test_modes_that_are_too_open_are_reported_by_room(model: Path) -> None:
     """Whoever can write to the directory can replace what is in it; weights may recite the text."""
     loose_modes(model)
     found = diagnose(model).findings
-    messages = {
-        each.where: each.what for each in found if not each.where.startswith(f"{wiring.LEDGER}-")
-    }
+    messages = {each.where: each.what for each in found if not each.where.startswith(f"{LEDGER}-")}
     rooms = {RECORDS, INDEX, CHECKPOINTS}
-    assert messages.keys() == {".", wiring.KEY, wiring.LEDGER, wiring.LOCK, COMMIT_LOCK, *rooms}
+    assert messages.keys() == {".", KEY, LEDGER, LOCK, COMMIT_LOCK, *rooms}
     assert messages["."] == "others may write to it (mode 777)"
     num_held = sum(1 for _ in (model / CHECKPOINTS).rglob("*"))
     assert f"others may use {1 + num_held} files and directories" in messages[CHECKPOINTS]
@@ -393,7 +392,7 @@ def test_a_left_over_log_is_reported_and_emptied(model: Path, healthy: Path) -> 
         "c.execute('PRAGMA journal_mode=WAL')\nc.execute(\"INSERT INTO meta VALUES ('a', 'b', 0)\")\n"
         "c.execute(\"DELETE FROM meta WHERE key = 'a'\")\nc.commit()\nos._exit(9)"
     )
-    subprocess.run([sys.executable, "-c", code, str(model / wiring.LEDGER)], check=False)
+    subprocess.run([sys.executable, "-c", code, str(model / LEDGER)], check=False)
     found = diagnose(model)
     assert (kinds(found), found.ok) == (["log"], True)
     repaired(model)
@@ -417,15 +416,15 @@ def change_row(model: Path) -> None:
 
 
 def lose_key(model: Path) -> None:
-    (model / wiring.KEY).unlink()
+    (model / KEY).unlink()
 
 
 def change_key(model: Path) -> None:
-    write_secret(model / wiring.KEY, b"x" * 32)
+    write_secret(model / KEY, b"x" * 32)
 
 
 def damage_ledger(model: Path) -> None:
-    path = model / wiring.LEDGER
+    path = model / LEDGER
     data = bytearray(path.read_bytes())
     data[4096 : 4096 * 3] = b"\xff" * (4096 * 2)
     path.write_bytes(bytes(data))
@@ -433,7 +432,7 @@ def damage_ledger(model: Path) -> None:
 
 def garble_schema(model: Path) -> None:
     """Damage the schema so that SQLite's own error message is not UTF-8."""
-    path = model / wiring.LEDGER
+    path = model / LEDGER
     data = path.read_bytes()
     assert b"CREATE TABLE records" in data
     path.write_bytes(data.replace(b"CREATE TABLE records", b"CREATE TABLE re \xffrds"))
@@ -445,7 +444,7 @@ LOST: dict[str, tuple[Defect, str]] = {
     "row of another content": (change_row, "slice"),
     "key lost": (lose_key, "key"),
     "another key": (change_key, "key"),
-    "ledger lost": (lambda model: (model / wiring.LEDGER).unlink(), "ledger_missing"),
+    "ledger lost": (lambda model: (model / LEDGER).unlink(), "ledger_missing"),
     "pages damaged": (damage_ledger, "ledger_damaged"),
     "schema garbled": (garble_schema, "ledger_damaged"),
     "rows damaged": (
@@ -458,11 +457,11 @@ LOST: dict[str, tuple[Defect, str]] = {
         "ledger_damaged",
     ),
     "no ledger at all": (
-        lambda model: (model / wiring.LEDGER).write_bytes(b"no database, but of some length" * 99),
+        lambda model: (model / LEDGER).write_bytes(b"no database, but of some length" * 99),
         "ledger_damaged",
     ),
     "another schema": (lambda model: execute(model, "PRAGMA user_version = 99"), "ledger_schema"),
-    "ledger emptied": (lambda model: os.truncate(model / wiring.LEDGER, 0), "ledger_empty"),
+    "ledger emptied": (lambda model: os.truncate(model / LEDGER, 0), "ledger_empty"),
 }
 
 
@@ -491,7 +490,7 @@ def test_what_can_not_be_derived_is_said_and_left_alone(
 
 def test_a_writer_at_work_is_reported_and_nothing_is_judged(model: Path) -> None:
     lose_index(model)
-    with writer_lock(model / wiring.LOCK):
+    with writer_lock(model / LOCK):
         found = diagnose(model)
     assert (kinds(found), found.ok) == (["writer"], True)
 
@@ -582,7 +581,7 @@ def test_doctor_on_the_command_line(
 
 def test_repair_waits_for_other_writers(ask: Ask, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_resources(monkeypatch)
-    with writer_lock(model / wiring.LOCK):
+    with writer_lock(model / LOCK):
         found = ask("doctor", "-m", model, "--repair", code=Busy.exit_code)
     assert found["error"]["type"] == "Busy"
 

@@ -25,7 +25,7 @@ from sisa.core.ports import Change
 from sisa.flows.context.areas import known_by_area
 from sisa.flows.reconcile import erase_unreferenced, reconcile
 from sisa.flows.reconfigure import reseal_model
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.keys import KEY, keep_key, key_path
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs import files
@@ -396,7 +396,7 @@ def test_the_partition_key_rests_with_the_other_keys(
 ) -> None:
     """Beside the ledger it would make a dictionary of the tombstones, as an earlier version left it."""
     use_fake_resources(monkeypatch)
-    beside, kept = model / wiring.KEY, keyring_of(model).root / wiring.KEY
+    beside, kept = model / KEY, keyring_of(model).root / KEY
     assert (beside.exists(), kept.is_file(), kept.stat().st_mode & 0o777) == (False, True, 0o600)
     kept.rename(beside)
     assert kinds(diagnose(model)) == ["key_place"]
@@ -406,7 +406,7 @@ def test_the_partition_key_rests_with_the_other_keys(
     assert (beside.exists(), kept.read_bytes()) == (False, secret)
     assert diagnose(model).healthy
     plain = opened.config.model_copy(update={"encrypt": False})
-    wiring.keep_key(model, plain, opened.id, opened.secret)
+    keep_key(model, plain, opened.id, opened.secret)
     assert (kept.exists(), beside.read_bytes()) == (False, secret)
 
 
@@ -416,20 +416,20 @@ def test_a_partition_key_that_moves_to_a_named_file_is_there_alone(
 ) -> None:
     opened = Model(model, executor="serial")
     own = opened.config.model_copy(update={"encrypt": encrypt})
-    wiring.keep_key(model, own, opened.id, opened.secret)
-    place = wiring.key_path(model, own, opened.id)
+    keep_key(model, own, opened.id, opened.secret)
+    place = key_path(model, own, opened.id)
     named = tmp_path / "named.key"
     named.write_bytes(place.read_bytes())
     sisa = own.sisa.model_copy(update={"partition_key_file": named})
     lost = own.sisa.model_copy(update={"partition_key_file": tmp_path / "lost.key"})
-    wiring.keep_key(model, own.model_copy(update={"sisa": lost}), opened.id, opened.secret)
+    keep_key(model, own.model_copy(update={"sisa": lost}), opened.id, opened.secret)
     assert place.is_file()
-    wiring.keep_key(model, own.model_copy(update={"sisa": sisa}), opened.id, opened.secret)
+    keep_key(model, own.model_copy(update={"sisa": sisa}), opened.id, opened.secret)
     assert named.is_file()
     assert not place.exists()
     sisa = own.sisa.model_copy(update={"partition_key_file": place})  # its own place, by name
     place.write_bytes(named.read_bytes())
-    wiring.keep_key(model, own.model_copy(update={"sisa": sisa}), opened.id, opened.secret)
+    keep_key(model, own.model_copy(update={"sisa": sisa}), opened.id, opened.secret)
     assert place.is_file()
 
 
@@ -486,7 +486,7 @@ def set_form(model: Path, *, seals: bool) -> Callable[[], None]:
                 update={"encrypt": seals}
             )
             context.stores.ledger.commit(Change(meta={"config": config.to_canonical()}))
-        wiring.keep_key(model, config, NAME, SECRET)
+        keep_key(model, config, NAME, SECRET)
 
     return commit
 

@@ -32,7 +32,7 @@ from sisa.flows import reconcile
 from sisa.flows.context.areas import known_by_area, stores_by_area
 from sisa.flows.context.context import Context
 from sisa.flows.ingest import add
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LEDGER, LOCK
 from sisa.flows.wiring.upper_houses import SERVICE_STATE
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS, INDEX, METRICS, RECORDS, SCRATCH
@@ -305,7 +305,7 @@ def test_a_named_string_is_found_wherever_it_hides(model: Path, hide: Callable[[
 
 def test_the_write_ahead_log_is_scanned(model: Path) -> None:
     """A reader keeps the log: a removed row stays in it until the checkpoint succeeds."""
-    reader = sqlite3.connect(model / wiring.LEDGER)
+    reader = sqlite3.connect(model / LEDGER)
     try:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM meta").fetchall()
@@ -657,7 +657,7 @@ def test_gc_on_the_command_line(ask: Ask, model: Path) -> None:
     assert (found["dry_run"], found["removed"]) == (True, 0)
     assert [(each["path"], each["num_bytes"]) for each in found["items"]] == [("records/old.parquet", 3)]
     assert (model / RECORDS / "old.parquet").exists()
-    with writer_lock(model / wiring.LOCK):
+    with writer_lock(model / LOCK):
         ask("gc", "-m", model, code=5)
     found = ask("gc", "-m", model)
     assert (found["removed"], found["removed_bytes"]) == (1, 3)
@@ -688,7 +688,7 @@ def test_sweep_refuses_what_it_can_not_use(ask: Ask, model: Path, tmp_path: Path
     ask("sweep", "-m", model, "--text-file", empty, code=2)
     ask("sweep", "-m", model, "--text-file", tmp_path / "none", code=2)
     ask("sweep", "-m", model, "--also", tmp_path / "none", code=2)
-    with writer_lock(model / wiring.LOCK):
+    with writer_lock(model / LOCK):
         ask("sweep", "-m", model, code=5)
 
 

@@ -17,7 +17,7 @@ from cluster.cli import cli
 from sisa.core.digest import Keyed
 from sisa.core.domain import WitnessHead
 from sisa.core.errors import IntegrityError
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.model import Model
 from tests.fakes.ports import SECRET
 from tests.models.confessing import record
@@ -39,7 +39,7 @@ def directory(model: Path) -> Path:
 
 def as_of_an_earlier_version(directory: Path) -> None:
     """Link all events without a key, under the name that an earlier version gave it."""
-    with closing(sqlite3.connect(directory / wiring.LEDGER)) as connection:
+    with closing(sqlite3.connect(directory / LEDGER)) as connection:
         put(connection, "meta", "key", ("key", Keyed(SECRET).name))
         link_anew(connection, 1, {})
         connection.commit()
@@ -63,7 +63,7 @@ def test_a_ledger_of_an_earlier_version_goes_on_under_the_key(directory: Path) -
     opened(directory).forget([record(7).id])
     assert opened(directory).verify().ok
     take_witness_away(directory)
-    with closing(sqlite3.connect(directory / wiring.LEDGER)) as connection:
+    with closing(sqlite3.connect(directory / LEDGER)) as connection:
         ((count,),) = connection.execute("SELECT count(*) FROM events")
         link_anew(connection, count, {})  # the last alone, and after a keyed one
         connection.commit()

@@ -27,7 +27,7 @@ from sisa.core import errors
 from sisa.core.domain import Record
 from sisa.flows.deletion import Terms
 from sisa.flows.lifecycle import carry_out, submit
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LEDGER, LOCK
 from sisa.store.blobs.files import writer_lock
 from tests.fakes.ports import fake_record
 from tests.models import confessing as care_model
@@ -383,7 +383,7 @@ def test_forgetting_what_is_deleted_says_so_and_is_0(ask_model: Ask) -> None:
 
 
 def test_a_second_writer_is_5(ask_model: Ask, directory: Path) -> None:
-    with writer_lock(directory / wiring.LOCK):
+    with writer_lock(directory / LOCK):
         assert ask_model("forget", "id-0019", code=5)["error"]["type"] == "Busy"
 
 
@@ -441,7 +441,7 @@ def test_a_first_training_starts_in_a_directory_without_a_ledger_or_with_an_empt
     """A training that is killed while it makes the ledger leaves an empty one."""
     if was_killed:
         (tmp_path / "model").mkdir()
-        (tmp_path / "model" / wiring.LEDGER).touch()
+        (tmp_path / "model" / LEDGER).touch()
     code, out, _ = trains_anew(sisa, tmp_path / "model", tmp_path, monkeypatch)
     assert (code, "Reached" in out) == (1, True)
 

@@ -11,7 +11,7 @@ import pytest
 
 from sisa.core.ports import Change
 from sisa.flows.ingest import add
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LOCK
 from sisa.model import Model
 from sisa.store.blobs.files import TEMPORARY_PREFIX, writer_lock
 from sisa.store.exports import DirectoryExports
@@ -138,6 +138,6 @@ def test_a_clean_export_of_a_retired_checkpoint_is_no_residue(
 
 
 def test_an_export_is_refused_while_somebody_writes(model: Path, tmp_path: Path, ask: Ask) -> None:
-    with writer_lock(model / wiring.LOCK):
+    with writer_lock(model / LOCK):
         ask("export", "-m", model, "--to", tmp_path / "out", code=5)
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LEDGER
 from tests.contract.ledger.ledgers import back_to_version_4
 from tests.fakes.postgres_server import PostgresServer
 from tests.models.confessing import NUM_RECORDS, record
@@ -20,9 +20,9 @@ def test_a_year_old_model_moves_by_one_command_and_back(
     model: Path, ask: Ask, postgres: PostgresServer
 ) -> None:
     url = postgres.new_url()
-    back_to_version_4(model / wiring.LEDGER)
+    back_to_version_4(model / LEDGER)
     moved = ask("ledger", "move", "-m", model, "--to", url)
-    assert (moved["before"], moved["now"]) == (str(model / wiring.LEDGER), url)
+    assert (moved["before"], moved["now"]) == (str(model / LEDGER), url)
     assert (moved["rows"]["records"], moved["seq"] > 0) == (NUM_RECORDS, True)
     assert ask("status", "-m", model)["records"] == NUM_RECORDS
     ask("forget", "-m", model, record(7).id)
@@ -47,9 +47,9 @@ def test_a_deletion_is_certified_with_a_ledger_on_a_server(
 
 
 def test_a_ledger_is_brought_up(model: Path, ask: Ask) -> None:
-    expected = {"ledger": str(model / wiring.LEDGER), "upgraded": False}
+    expected = {"ledger": str(model / LEDGER), "upgraded": False}
     assert ask("ledger", "upgrade", "-m", model) == expected
-    back_to_version_4(model / wiring.LEDGER)
+    back_to_version_4(model / LEDGER)
     assert ask("ledger", "upgrade", "-m", model) == {**expected, "upgraded": True}
     assert ask("doctor", "-m", model)["healthy"]
 
@@ -65,11 +65,11 @@ def test_a_ledger_is_brought_up(model: Path, ask: Ask) -> None:
 def test_a_place_that_can_not_be_used_is_refused(
     model: Path, ask: Ask, sisa: Callable[..., tuple[int, str, str]], to: str, code: int, kind: str
 ) -> None:
-    before = (model / wiring.LEDGER).read_bytes()
+    before = (model / LEDGER).read_bytes()
     move = ("ledger", "move", "-m", model, "--to", to)
     assert ask(*move, code=code)["error"]["type"] == kind
     assert "hunter2" not in repr(sisa(*move, "--json"))
-    assert (model / wiring.LEDGER).read_bytes() == before
+    assert (model / LEDGER).read_bytes() == before
     assert ask("doctor", "-m", model)["healthy"]
 
 

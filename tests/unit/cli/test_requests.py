@@ -21,7 +21,8 @@ import pytest
 from cluster.cli import requests
 from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Part, Record
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring import executors
+from sisa.flows.wiring.ledger_place import LOCK
 from sisa.store.blobs.files import writer_lock
 from tests.fakes.ports import fake_record
 from tests.models import confessing as care_model
@@ -77,7 +78,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the model for one test to change; `--executor serial` trains with the fake trainer."""
     care_model.use_fake_base(monkeypatch)
-    monkeypatch.setattr(wiring, "open_serial", care_model.open_fake)
+    monkeypatch.setattr(executors, "open_serial", care_model.open_fake)
     return Path(shutil.copytree(pristine, tmp_path / "model"))
 
 
@@ -250,7 +251,7 @@ def test_an_unknown_record_is_3_and_no_request(ask: Ask, named: list[str]) -> No
 
 def test_a_second_writer_exits_with_5_and_readers_and_requests_go_on(ask: Ask, model: Path) -> None:
     ask("request", "submit", "id-0003", "--external-id", "T-1")
-    with writer_lock(model / wiring.LOCK):
+    with writer_lock(model / LOCK):
         assert ask("run", "--json", code=5)["error"]["type"] == "Busy"
         for command in (
             *(["request", "list"], ["request", "show", "T-1"], ["run", "--plan"]),
@@ -414,7 +415,7 @@ def test_a_watcher_waits_for_another_writer(
     monkeypatch.setattr("sisa.store.blobs.files.LOCK_PATIENCE_S", 0.05)
     monkeypatch.setattr(requests, "time", SimpleNamespace(sleep=sleep))
     with writer:
-        writer.enter_context(writer_lock(model / wiring.LOCK))
+        writer.enter_context(writer_lock(model / LOCK))
         code, _, err = sisa("run", "--watch", "--every", "7", "-m", model, "--executor", "serial")
     assert (code, len(slept), err.count("trying again every 7 s")) == (130, 3, 1)
     assert [each["state"] for each in ask("request", "list")["requests"]] == ["completed"]

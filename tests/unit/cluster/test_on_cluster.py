@@ -17,8 +17,8 @@ from sisa.core.errors import InvalidInput
 from sisa.core.events import silent
 from sisa.flows import scratch_base
 from sisa.flows.serial import Site
-from sisa.flows.wiring import upper_houses, wiring
-from sisa.flows.wiring.wiring import OnCluster
+from sisa.flows.wiring import executors, upper_houses
+from sisa.flows.wiring.executors import OnCluster, check_executor, find_executor, open_patcher
 from sisa.store.blobs.local_blobs import LocalBlobs
 from tests.fakes.keyring import PLAIN
 
@@ -42,8 +42,8 @@ def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path:
     site = Site(here, here, tmp_path, "b", 1, PLAIN)
     config = parse_run_file(RUN_FILE, "run.yaml")
     options: Mapping[str, Any] = config.cluster.model_dump(mode="json")
-    wiring.find_executor(there)(site, options)
-    wiring.open_patcher(there, site, config)  # type: ignore[arg-type]
+    find_executor(there)(site, options)
+    open_patcher(there, site, config)  # type: ignore[arg-type]
     scratch_base.find_base_trainer(there)(None, options, lambda _: None)  # type: ignore[arg-type]
     executor, patcher, base = seen
     assert (executor[0], patcher[0], base[0]) == (
@@ -59,7 +59,7 @@ def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path:
 
 def test_auto_makes_patches_and_bases_on_the_named_cluster(seen: list[Any]) -> None:
     there, config = OnCluster("auto", "new:2"), parse_run_file(RUN_FILE, "run.yaml")
-    wiring.open_patcher(there, None, config)  # type: ignore[arg-type]
+    open_patcher(there, None, config)  # type: ignore[arg-type]
     scratch_base.find_base_trainer(there)(None, {}, lambda _: None)  # type: ignore[arg-type]
     (made, _, given), (trained, _, options, _) = seen
     assert (made, given.cluster.address) == (upper_houses.PATCHERS["ray"], "new:2")
@@ -78,17 +78,15 @@ def test_a_single_chain_is_trained_in_this_process(
     def find(name: str) -> Any:
         return lambda *_: SimpleNamespace(run=lambda chains, *_: ran.append((name, len(chains))))
 
-    opened = wiring.find_executor("auto")(
-        Site(here, here, tmp_path, "b", 1, PLAIN), {"address": address}
-    )
-    monkeypatch.setattr(wiring, "find_executor", find)
+    opened = find_executor("auto")(Site(here, here, tmp_path, "b", 1, PLAIN), {"address": address})
+    monkeypatch.setattr(executors, "find_executor", find)
     opened.run([Chain(shard, (), None, ()) for shard in range(num_chains)], silent)
     assert ran == [(expected, num_chains)]
 
 
 def test_an_unknown_name_is_refused_before_anything() -> None:
     with pytest.raises(InvalidInput, match="unknown executor"):
-        wiring.check_executor(OnCluster("none", "new:2"))
+        check_executor(OnCluster("none", "new:2"))
 
 
 def taking_executor() -> list[str]:

@@ -19,7 +19,7 @@ import pytest
 from sisa.config.config import state_dir
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import InvalidInput
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LOCK
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs.files import writer_lock
 from tests.models import confessing as care_model
@@ -177,7 +177,7 @@ def test_a_reader_waits_for_the_writer_that_replays(model: Path, ask: Ask) -> No
     backup = back_up(model)
     ask("forget", GONE)
     restore(backup, model)
-    with writer_lock(model / wiring.LOCK):
+    with writer_lock(model / LOCK):
         assert ask("where", GONE, code=5)["error"]["type"] == "Busy"
 
 

@@ -18,7 +18,6 @@ from sisa.core.events import (
     TrainingStarted,
 )
 from sisa.core.run import RUN_VARIABLE, RunContext, current_run, new_run, running
-from sisa.flows.wiring.wiring import recording
 from sisa.store.metrics import (
     EVENT_NAMES,
     KEPT,
@@ -27,6 +26,7 @@ from sisa.store.metrics import (
     is_line,
     loggable_numbers,
     metrics_line,
+    recording,
     without_losses,
 )
 from tests.fakes.metrics import AT, EPOCH, EVENTS, JOB, RUN, TRAINED, FakeMetrics, kept

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.model import Model
 from tests.models.confessing import DELETED, build, built_pair, delete, record, use_fake_resources
 from tests.models.programs.frozen import BOUND, freeze
@@ -91,7 +91,7 @@ def test_what_can_not_be_written_is_asked_all_the_same(frozen: Path) -> None:
 
 def test_a_log_that_was_copied_along_is_read(frozen: Path) -> None:
     """A backup that was made while a process was at work: the last commits are in the log alone."""
-    ledger = frozen / wiring.LEDGER
+    ledger = frozen / LEDGER
     with closing(sqlite3.connect(ledger)) as writer:
         writer.execute("PRAGMA wal_autocheckpoint = 0")
         writer.execute("SELECT 1 FROM meta").fetchall()

@@ -13,7 +13,9 @@ import pytest
 from sisa.audit.doctor import diagnose
 from sisa.audit.repair import repair
 from sisa.config.config import RunConfig, state_dir
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.description import read_description
+from sisa.flows.wiring.keys import evidence_keys
+from sisa.flows.wiring.ledger_place import LOCK
 from sisa.model import open_model
 from sisa.store.blobs.files import writer_lock
 from sisa.verifier.envelope import Refused, parse_keys, verify_envelope
@@ -138,7 +140,7 @@ def test_keys_and_logs_are_not_replaced(model: Path, ask: Ask) -> None:
 
 
 def test_another_writer_keeps_keys_from_being_made(model: Path, ask: Ask) -> None:
-    with writer_lock(model / wiring.LOCK):
+    with writer_lock(model / LOCK):
         ask("keys", "init", "-m", model, code=5)
 
 
@@ -165,10 +167,10 @@ def test_what_the_verifier_refuses_is_an_integrity_failure(
 
 
 def test_the_run_file_names_the_directory(model: Path, tmp_path: Path) -> None:
-    config = RunConfig.from_canonical(wiring.read_description(model)["config"])
-    assert wiring.evidence_keys(config, NAME) == state_dir() / "evidence-keys" / NAME
+    config = RunConfig.from_canonical(read_description(model)["config"])
+    assert evidence_keys(config, NAME) == state_dir() / "evidence-keys" / NAME
     there = config.model_validate({**config.model_dump(), "signing": {"keys": tmp_path / "there"}})
-    assert wiring.evidence_keys(there, NAME) == tmp_path / "there" / NAME
+    assert evidence_keys(there, NAME) == tmp_path / "there" / NAME
 
 
 def test_the_doctor_finds_keys_that_others_may_read(model: Path, ask: Ask) -> None:

@@ -15,7 +15,7 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy, ConfigConflict
 from sisa.flows.deletion import Terms
 from sisa.flows.restored_backup import witness_standing
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.flows.wiring.wiring import open_as_it_is
 from sisa.model import Model
 from sisa.store.blobs import files
@@ -153,4 +153,4 @@ def test_who_holds_the_commit_lock_too_long_keeps_others_out(
 def test_the_lock_is_part_of_a_model(directory: Path) -> None:
     Model(directory, executor="serial").submit(["id-0001"])
     assert (directory / COMMIT_LOCK).stat().st_mode & 0o777 == 0o600
-    assert (directory / wiring.LEDGER).exists()
+    assert (directory / LEDGER).exists()

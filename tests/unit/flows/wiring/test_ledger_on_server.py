@@ -20,7 +20,8 @@ from sisa.audit.garbage import collect_garbage
 from sisa.audit.residue import sweep_model
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.flows.deletion import Terms
-from sisa.flows.wiring import moving, wiring
+from sisa.flows.wiring import moving
+from sisa.flows.wiring.ledger_place import LEDGER, LEDGER_URL, ledger_place, model_lock, open_ledger
 from sisa.flows.wiring.moving import LedgerMoved, move_ledger
 from sisa.model import open_model
 from sisa.store.blobs import files
@@ -57,7 +58,7 @@ def directory(model: Path) -> Path:
 
 def all_rows(directory: Path) -> dict[str, Any]:
     """Return all rows but the run file, which names the place, and the number of commits."""
-    with wiring.open_ledger(directory) as ledger:
+    with open_ledger(directory) as ledger:
         found = answers(ledger)
         found["values"] = sorted(each for each in ledger.values() if each[0] != "meta")
         found["meta"] = {k: v for k, v in ledger.meta().items() if k not in ("config", "seq")}
@@ -76,7 +77,7 @@ def test_a_model_does_everything_with_a_ledger_on_a_server(
     model.submit([record(3).id], terms=Terms(external_id="T-1", approver="a person"))
     model.run()
     assert model.status().records == NUM_RECORDS - 2
-    assert model.status().sizes_bytes[wiring.LEDGER_URL] > 0
+    assert model.status().sizes_bytes[LEDGER_URL] > 0
     assert model.verify().ok
     assert [each.request.state for each in model.requests()] == ["completed"] * 2
     assert model.where([record(DELETED).id])[0].deleted_at
@@ -100,7 +101,7 @@ def test_sweep_searches_the_rows_of_a_server(directory: Path, url: str) -> None:
 
 def test_a_second_writer_is_busy_on_any_node(directory: Path, url: str) -> None:
     move_ledger(directory, url)
-    with wiring.model_lock(directory):
+    with model_lock(directory):
         with pytest.raises(Busy, match="is writing to this model"):
             open_model(directory).forget([record(1).id])
         assert [each.kind for each in diagnose(directory).findings] == ["writer"]
@@ -145,10 +146,10 @@ def test_a_server_that_is_gone_is_said_by_doctor_and_by_commands(
 ) -> None:
     move_ledger(directory, url)
     gone = url.replace(str(postgres.folder).replace("/", "%2F"), "%2Fnowhere")
-    (directory / wiring.LEDGER_URL).write_text(gone)
+    (directory / LEDGER_URL).write_text(gone)
     with pytest.raises(EnvironmentFault):
         open_model(directory)
-    (directory / wiring.LEDGER_URL).write_text("postgresql://user:secret@host/db")
+    (directory / LEDGER_URL).write_text("postgresql://user:secret@host/db")
     with pytest.raises(IntegrityError) as caught:
         open_model(directory)
     assert "secret" not in str(caught.value)
@@ -178,7 +179,7 @@ def test_a_ledger_moves_there_and_back_with_every_row(
     assert (all_rows(directory), ledger_version(second)) == (before, 0)
     assert open_model(directory).config.ledger is None
     left = [each.name for each in directory.iterdir() if each.name.startswith(("ledger", "."))]
-    assert left == [wiring.LEDGER]
+    assert left == [LEDGER]
     assert open_model(directory).verify().ok
 
 
@@ -193,10 +194,10 @@ def test_a_ledger_is_not_moved_over_another(tmp_path: Path, directory: Path, url
 
 
 def test_a_damaged_ledger_is_not_moved(directory: Path, url: str) -> None:
-    execute(directory / wiring.LEDGER, "DELETE FROM heads WHERE shard = 0")
+    execute(directory / LEDGER, "DELETE FROM heads WHERE shard = 0")
     with pytest.raises(IntegrityError, match="damaged"):
         move_ledger(directory, url)
-    assert wiring.ledger_place(directory) == directory / wiring.LEDGER
+    assert ledger_place(directory) == directory / LEDGER
 
 
 def test_a_row_that_arrives_otherwise_is_noticed(
@@ -255,11 +256,11 @@ def test_a_killed_move_is_finished_or_undone(
             with model.locked():  # as every writer begins
                 pass
             assert all_rows(directory) == before, number
-            now = wiring.ledger_place(directory)
+            now = ledger_place(directory)
             for url in (each for each in (start, target) if isinstance(each, str)):
                 assert (ledger_version(url) == 0) == (url != now), number
             held = {each.name for each in directory.iterdir()}
-            assert (wiring.LEDGER in held) == isinstance(now, Path), number
+            assert (LEDGER in held) == isinstance(now, Path), number
             assert held.isdisjoint({moving.LEDGERS_LEFT, moving.UNFINISHED}), number
             assert model.config.ledger == (now if isinstance(now, str) else None), number
             assert model.verify().ok
@@ -269,15 +270,15 @@ def test_a_killed_move_is_finished_or_undone(
 
 def _both(directory: Path, postgres: PostgresServer, to: str) -> Iterator[tuple[Path | str, str | None]]:
     """Put the ledger where the move begins, and yield that place and the target."""
-    now, url = wiring.ledger_place(directory), postgres.new_url()
+    now, url = ledger_place(directory), postgres.new_url()
     if to == "server":
         if isinstance(now, str):
             move_ledger(directory, None)
-        yield directory / wiring.LEDGER, url
+        yield directory / LEDGER, url
     else:
         if isinstance(now, Path):
             move_ledger(directory, url)
-        yield wiring.ledger_place(directory), None
+        yield ledger_place(directory), None
 
 
 def _dies(directory: Path, to: str | None, number: int, monkeypatch: pytest.MonkeyPatch) -> bool:

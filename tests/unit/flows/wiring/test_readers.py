@@ -12,7 +12,7 @@ import pytest
 from sisa import model as questions
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy, IntegrityError
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LOCK
 from sisa.model import Model
 from sisa.store.areas import RECORDS
 from sisa.store.blobs import files
@@ -131,7 +131,7 @@ def test_damage_that_stays_is_reported(directory: Path) -> None:
 @pytest.fixture
 def half_written(directory: Path) -> Iterator[Model]:
     """Yield a model with a file that its running writer has not committed yet."""
-    with files.writer_lock(directory / wiring.LOCK):
+    with files.writer_lock(directory / LOCK):
         (directory / RECORDS / "shard-00000-slice-00000-new.parquet").write_bytes(b"new")
         yield Model(directory, executor="serial")
 
@@ -149,7 +149,7 @@ def test_verify_waits_for_a_writer_that_ends(directory: Path, monkeypatch: pytes
     left = directory / RECORDS / "shard-00000-slice-00000-new.parquet"
     left.write_bytes(b"new")
     monkeypatch.setattr("sisa.model.WAITS_S", (0.0, 0.05, 5.0))
-    with files.writer_lock(directory / wiring.LOCK):
+    with files.writer_lock(directory / LOCK):
         ends = threading.Timer(0.02, left.unlink)
         ends.start()
         assert model.verify().ok

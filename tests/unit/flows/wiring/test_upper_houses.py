@@ -15,8 +15,9 @@ from sisa.config.config import RunConfig
 from sisa.core.errors import EnvironmentFault
 from sisa.evidence.hook import EvidenceHook
 from sisa.flows.wiring import upper_houses
+from sisa.flows.wiring.keys import evidence_keys
 from sisa.flows.wiring.upper_houses import ROOT, check_upper_houses
-from sisa.flows.wiring.wiring import EVIDENCE, evidence_hooks, evidence_keys
+from sisa.flows.wiring.wiring import EVIDENCE, evidence_hooks
 
 FOREIGN = "raise SystemExit('a foreign module was imported')\n"
 

@@ -13,7 +13,7 @@ from cluster.serve.domain import Service
 from cluster.serve.tokens import Tokens
 from cluster.serve.worker import carry_out_asked
 from sisa.audit.garbage import KEPT_FILES
-from sisa.flows.wiring import wiring
+from sisa.flows.wiring.ledger_place import LOCK
 from sisa.flows.wiring.upper_houses import SERVICE_STATE
 from sisa.store.blobs.files import writer_lock
 from tests.fakes.ports import fake_record
@@ -63,7 +63,7 @@ def test_a_request_from_receipt_to_deletion(client: TestClient, service: Service
 def test_requests_are_taken_in_while_another_process_writes(
     client: TestClient, service: Service
 ) -> None:
-    with writer_lock(service.model.directory / wiring.LOCK):
+    with writer_lock(service.model.directory / LOCK):
         submit(client, ids=[ONE], external_id="T-1")
         assert move(client, "T-1", "deny", reason="not the person")["state"] == "denied"
 
