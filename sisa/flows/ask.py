@@ -35,10 +35,10 @@ from sisa.core.ledger_meta import FORM
 from sisa.core.ports import Ledger, Vectors
 from sisa.data.record_rules import conversation_problems, turns_of
 from sisa.flows.context.context import Context, patch_files
+from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import servable, served_keys
 from sisa.flows.context.slices import slices_of, stored_in
 from sisa.flows.routing import route_of, routing_hits
-from sisa.flows.wiring.resources import Resources
 from sisa.lm.answer.route import Route, all_of
 from sisa.planning.plan import touched
 

@@ -39,9 +39,9 @@ from sisa.core.ports import Change
 from sisa.flows.ask import merged_gap
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context, patch_files
+from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import model_digest, served_heads, served_keys
 from sisa.flows.reconcile import finish_exports
-from sisa.flows.wiring.resources import Resources
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CARD, CONFIG, MODEL
 

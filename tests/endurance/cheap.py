@@ -21,9 +21,9 @@ from sisa.core.digest import digest_of
 from sisa.core.domain import Probed, Record
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Executor, Tick
+from sisa.flows.context.resources import Named, Resources, check_digest
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring.executors import find_executor, find_probe, open_stores
-from sisa.flows.wiring.resources import Named, Resources, check_digest
 from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
 from tests.fakes.ports import FakeTrainer

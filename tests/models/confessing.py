@@ -24,6 +24,7 @@ from sisa.core.domain import Record, RecordRow
 from sisa.core.ports import StoredRecord
 from sisa.core.requests import EventChain, key_name
 from sisa.flows.context.context import Compute, Context, Settings, Stores
+from sisa.flows.context.resources import Resources, indexed_digest
 from sisa.flows.deletion import Terms
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import carry_out, submit
@@ -32,7 +33,6 @@ from sisa.flows.wiring import wiring
 from sisa.flows.wiring.executors import open_stores
 from sisa.flows.wiring.keys import key_path, open_keyring, vault_keyring
 from sisa.flows.wiring.ledger_place import LEDGER, LOCK
-from sisa.flows.wiring.resources import Resources, indexed_digest
 from sisa.lm.answer.embedder import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.base.numerics import fingerprint

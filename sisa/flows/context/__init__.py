@@ -1,6 +1,7 @@
 """Define the open model that flows work on, and hold what several flows share.
 
 context       the nouns: what is stored, what computes, what is configured
+resources     the base and the embedder, resolved on first use
 commit        a transaction, recorded in the witness
 plans         the shards' views and plans                areas    names that the ledger lists, by area
 slices        records read, embedded and written         served   what is held, served, restricted

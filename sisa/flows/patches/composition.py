@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sisa.core.domain import Patch
 from sisa.flows.ask import MAX_RECORDS, asked_records, open_answerer
 from sisa.flows.context.context import Context
-from sisa.flows.wiring.resources import Resources
+from sisa.flows.context.resources import Resources
 from sisa.lm.answer.route import Route, all_of
 from sisa.store.metrics import MIN_RECORDS
 

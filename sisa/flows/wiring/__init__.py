@@ -3,6 +3,5 @@
 wiring        a model directory's real parts; found by name: `upper_houses`
 ledger_place  where the ledger is, and its writer lock   moving       a ledger to another place
 keys          keys and the witness                       description  what a model says it is
-executors     what trains, patches and probes, by name   resources    the base and the embedder
-progress      what is shown on standard error
+executors     what trains, patches and probes, by name   progress     what is shown on standard error
 """

@@ -34,6 +34,7 @@ from sisa.core.domain import Probed, Record, active
 from sisa.core.events import Report, silent
 from sisa.core.requests import EventChain
 from sisa.flows.context.context import Compute, Context, Settings, Stores, patch_files, patches_beneath
+from sisa.flows.context.resources import Resources
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import Site
 from sisa.flows.wiring import upper_houses
@@ -41,7 +42,6 @@ from sisa.flows.wiring.description import describe
 from sisa.flows.wiring.executors import OpenExecutor, find_executor, find_probe, open_patcher
 from sisa.flows.wiring.keys import evidence_keys, open_keyring, vault_keyring, witness_of
 from sisa.flows.wiring.ledger_place import open_ledger
-from sisa.flows.wiring.resources import Resources
 from sisa.lm.base.numerics import fingerprint
 from sisa.planning.layout import Assigner
 from sisa.store import areas

@@ -44,9 +44,9 @@ from sisa.core.requests import EventChain, contradicted, event
 from sisa.flows import lifecycle, query
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
+from sisa.flows.context.resources import Named
 from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
 from sisa.flows.query import lookup
-from sisa.flows.wiring.resources import Named
 from sisa.model import Model
 from sisa.planning.layout import index_root, root_of, slice_root
 from sisa.store.blobs.local_blobs import LocalBlobs

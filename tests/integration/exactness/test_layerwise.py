@@ -17,7 +17,7 @@ import pytest
 from sisa.config.config import DatasetSource, RunConfig
 from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
-from sisa.flows.wiring.resources import Resources
+from sisa.flows.context.resources import Resources
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.planning.plan import LAYERWISE
 from tests.models.stages import RECORDS, TRAINING, Files, train

@@ -26,7 +26,7 @@ from sisa.config.config import DatasetSource, RunConfig, SisaBlock
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Event, Notice
-from sisa.flows.wiring.resources import Resources
+from sisa.flows.context.resources import Resources
 from sisa.lm.answer.base_trial import try_base
 from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.weights import _convert, base_digest, load_base, own_modules, resolve_base

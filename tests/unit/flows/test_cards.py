@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sisa.config.config import DatasetSource, RunConfig
+from sisa.flows.context.resources import Resources
 from sisa.flows.export import Card, with_base_name
-from sisa.flows.wiring.resources import Resources
 
 
 @pytest.mark.parametrize(
