@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sisa.audit.garbage import undisturbed
-from sisa.audit.replay import scratch_store, stages_apart
+from sisa.audit.replay import replay_store, stages_apart
 from sisa.audit.verify import Replay, Verification, shards_to_replay, verify
 from sisa.core.domain import ExportForm, Kind, Record, Request, RequestEvent, RequestState, WitnessHead
 from sisa.core.errors import Busy, InvalidInput
@@ -464,12 +464,12 @@ class Model(ModelDirectory):
             context = replace(context, report=self.report)  # a replay's metrics are not kept
             try:
                 alone = stages_apart(self, context) if apart else None
-                store = scratch_store(context)
+                store = replay_store(context)
                 return verify(
                     context, chosen, store, alone, require_replay=require_replay, anchor=anchor
                 )
             finally:
-                self._clear_scratch()
+                self._erase_replays()
 
     @retry_read
     def _verify_held(self, anchor: WitnessHead | None) -> Verification:

@@ -59,7 +59,7 @@ from sisa.lm.base.numerics import require_device
 from sisa.model import Model
 from sisa.planning.bands import unnamed
 from sisa.planning.layout import Assigner
-from sisa.store.areas import CHECKPOINTS, INDEX, SCRATCH, VAULT, storage_root
+from sisa.store.areas import CHECKPOINTS, INDEX, REPLAYS, VAULT, storage_root
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import read_secret
 from sisa.store.ledger.database import ledger_version
@@ -384,7 +384,7 @@ def _committed(directory: Path) -> bool:
 
 def _check_no_foreign_files(directory: Path) -> None:
     """Raise InvalidInput if a first training would write among files that are not a model's."""
-    ours = {*LEDGER_FILES, LOCK, COMMIT_LOCK, KEY, SCRATCH, *AREAS}
+    ours = {*LEDGER_FILES, LOCK, COMMIT_LOCK, KEY, REPLAYS, *AREAS}
     if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
         raise InvalidInput(
             "output_dir holds something that is not a model",

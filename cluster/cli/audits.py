@@ -279,7 +279,7 @@ def rebuild(
     from sisa.evidence.keys.signing import read_private_key, sign_as
     from sisa.evidence.rebuild import rebuild as train_again
     from sisa.evidence.rebuild import rebuild_statement
-    from sisa.store.blobs.files import scratch, write_atomic
+    from sisa.store.blobs.files import temporary_directory, write_atomic
     from sisa.verifier.certificate import verify_certificate
 
     if (own_key is None) != (output is None):
@@ -289,7 +289,7 @@ def rebuild(
     with evidence_in(certificate):
         checked = verify_certificate(read_bytes(certificate), keys)
     with ExitStack() as stack:
-        place = directory or stack.enter_context(scratch())
+        place = directory or stack.enter_context(temporary_directory())
         report = stack.enter_context(watched())
         found = train_again(checked, shards, run_file, records, secret, place, executor, report)
     if private is not None and output is not None:

@@ -109,7 +109,7 @@ def _listed(context: Context, directory: Path) -> list[_Item]:
                 found += in_area(name, known[name])
             else:
                 found.append(_item(directory, here, name, UNKNOWN_FILE))
-        elif name == areas.SCRATCH:
+        elif name == areas.REPLAYS:
             found.append(_item(directory, here, name, REPLAY))
         elif name.startswith(files.TEMPORARY_PREFIX):
             found.append(_item(directory, here, name, TEMPORARY))
@@ -123,7 +123,7 @@ def _listed(context: Context, directory: Path) -> list[_Item]:
                     found.append(_item(directory, blobs, name, TEMPORARY))
         elif root is not None and root.parent == directory:
             continue  # listed above
-        elif area != areas.SCRATCH:
+        elif area != areas.REPLAYS:
             found += in_area(area, known[area])
         elif blobs.held():
             found.append((Garbage(blobs.location(), blobs.num_bytes(""), REPLAY, True), blobs.clear))
@@ -164,7 +164,7 @@ def _garbage_in_area(
 def _orphaned_keys(context: Context, known: Mapping[str, frozenset[str]]) -> list[_Item]:
     """Return keys without a file; `remove_garbage` destroys them."""
     found: list[_Item] = []
-    for area in (*AREAS, areas.SCRATCH):
+    for area in (*AREAS, areas.REPLAYS):
         needed = known.get(area, frozenset()) | _names_with_files(context.stores.blobs[area], area)
         for name in sorted(context.stores.keyring.held(area) - needed):
             path = Path(context.stores.keyring.location(area, name))
@@ -175,7 +175,7 @@ def _orphaned_keys(context: Context, known: Mapping[str, frozenset[str]]) -> lis
 def _names_with_files(blobs: BlobStore, area: str) -> frozenset[str]:
     """Return the names whose files are in an area; a replay's files are one folder deeper."""
     names = blobs.held()
-    if area != areas.SCRATCH:
+    if area != areas.REPLAYS:
         return names
     plain = {each.removeprefix(files.TEMPORARY_PREFIX) for each in names}
     return frozenset[str]().union(*(blobs.below(each).held() for each in names | plain))
@@ -220,7 +220,7 @@ def remove_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
     retired = [each.path.rpartition("/")[2] for each in gone if each.reason == RETIRED]
     if retired:
         commit(context, Change(dropped=retired))
-    kept = {**known_by_area(context), areas.SCRATCH: frozenset[str]()}
+    kept = {**known_by_area(context), areas.REPLAYS: frozenset[str]()}
     kept[areas.CHECKPOINTS] |= _waiting(context)
     for area, names in kept.items():
         context.stores.keyring.destroy(area, sorted(context.stores.keyring.held(area) - names))

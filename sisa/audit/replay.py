@@ -37,7 +37,7 @@ from sisa.flows.wiring.executors import OnCluster
 from sisa.flows.wiring.wiring import open_as_it_is
 from sisa.lm.base.numerics import worker_environment
 from sisa.planning.plan import all_paths
-from sisa.store.areas import SCRATCH
+from sisa.store.areas import REPLAYS
 from sisa.store.checkpoints import FileCheckpoints
 
 IMPORTS = ("sisa.lm.train.lora", "pyarrow.dataset")
@@ -60,13 +60,13 @@ def stages_apart(model: ModelDirectory, context: Context) -> Apart | None:
     if not isinstance(model.executor, str | OnCluster):
         return None
     name = uuid.uuid4().hex
-    return Apart(scratch_store(context, name), partial(_train_all, model, name))
+    return Apart(replay_store(context, name), partial(_train_all, model, name))
 
 
-def scratch_store(context: Context, name: str = "") -> FileCheckpoints:
-    """Return the scratch store of a replay: a new one, or the one of the given name."""
-    place = context.stores.blobs[SCRATCH].below(name or uuid.uuid4().hex)
-    return FileCheckpoints(place, context.stores.keyring, SCRATCH)
+def replay_store(context: Context, name: str = "") -> FileCheckpoints:
+    """Return the store of a replay: a new one, or the one of the given name."""
+    place = context.stores.blobs[REPLAYS].below(name or uuid.uuid4().hex)
+    return FileCheckpoints(place, context.stores.keyring, REPLAYS)
 
 
 def train_stage(context: Context, shard: int, key: str, store: CheckpointStore) -> None:
@@ -81,13 +81,13 @@ def train_stage(context: Context, shard: int, key: str, store: CheckpointStore) 
                 return
 
 
-def _train_all(model: ModelDirectory, scratch: str, chains: Sequence[Chain]) -> None:
+def _train_all(model: ModelDirectory, store: str, chains: Sequence[Chain]) -> None:
     """Train all stages of a shard, each in a fork. Raise EnvironmentFault if one fails."""
     config, shard = model.config, chains[0].shard
     settings = worker_environment(config.sisa.threads_per_shard, config.precision)
     for key in dict.fromkeys(job.key for chain in chains for job in chain.jobs):
         failed = clean_process().train(
-            StageRequest(str(model.directory.absolute()), scratch, shard, key), settings
+            StageRequest(str(model.directory.absolute()), store, shard, key), settings
         )
         if failed:
             raise EnvironmentFault(
@@ -100,10 +100,10 @@ def _train_all(model: ModelDirectory, scratch: str, chains: Sequence[Chain]) -> 
 
 @dataclass(frozen=True)
 class StageRequest:
-    """Describe a stage that a fork trains, and the scratch store into which it trains it."""
+    """Describe a stage that a fork trains, and the name of the store into which it trains it."""
 
     directory: str
-    scratch: str
+    store: str
     shard: int
     key: str
 
@@ -231,7 +231,7 @@ def _train_and_exit(stage: StageRequest, environment: dict[str, str], failing: i
     try:
         os.environ.update(environment)
         with open_as_it_is(Path(stage.directory)) as context:
-            store = scratch_store(context, stage.scratch)
+            store = replay_store(context, stage.store)
             train_stage(replace(context, report=silent), stage.shard, stage.key, store)
     except BaseException as error:  # send only its name: its text may quote a record
         os.write(failing, type(error).__name__.encode())

@@ -65,7 +65,7 @@ from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring.ledger_place import LEDGER, ledger_place, open_ledger
 from sisa.lm.base.packages import cache_dir
 from sisa.store.areas import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT
-from sisa.store.blobs.files import SCRATCH_PREFIX, read_beside, walk
+from sisa.store.blobs.files import DIRECTORY_PREFIX, read_beside, walk
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.metrics import STAGE_DIGITS, parse_lines, without_losses
@@ -76,7 +76,7 @@ SCANNED = (
 )
 NOT_RECORDED = "not the recorded file, so its content proves nothing"
 LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
-TEMPORARY_PATTERNS = (f"{SCRATCH_PREFIX}*", "sisa-*/r")  # of `scratch` and `ray_session.py`
+TEMPORARY_PATTERNS = (f"{DIRECTORY_PREFIX}*", "sisa-*/r")  # of `files.py` and `ray_session.py`
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +277,7 @@ class _Scanner:
         self.residue.append(Residue(kind, self.strings.hidden(str(where)), position, what))
 
     def scan(self, place: Path, *, models: bool) -> None:
-        """Read every file below a path; without `models`, in scratch of any model, judge rows alone."""
+        """Read every file below a path; without `models`, of any model, judge rows alone."""
         before = self.counts["files"]
         for path in walk(place, self._report_unreadable):
             self._search_name(path.name, path.parent)
@@ -557,7 +557,7 @@ class _Scanner:
 
 
 def owned_temporary_files() -> list[Path]:
-    """Return this user's scratch outside the model: incomplete caches and temporary directories."""
+    """Return this user's incomplete caches and temporary directories outside the model."""
     cached = (path for depth in ("*", "*/*", "*/*/*") for path in cache_dir().glob(depth))
     found = [path for path in cached if path.name.startswith(LEFT_OVER_PREFIXES)]
     for pattern in TEMPORARY_PATTERNS:

@@ -3,7 +3,7 @@
 Every held file is read and checked against the ledger. Records are assigned and digested again, which
 must give their rows, and a sample of their texts is embedded again, which must give their vectors.
 
-A replay trains a shard from the base on the records that remain, into a scratch store, and compares
+A replay trains a shard from the base on the records that remain, into a store of its own, and compares
 every file of every stage with the held ones. One shard's stages are trained a second time, each in its
 own process from its parent's files, to catch state that a process carries over from stage to stage.
 A shard has `replayed: false` and a reason if a comparison would mean nothing: another numerics
@@ -90,13 +90,13 @@ def shards_to_replay(
 def verify(
     context: Context,
     replayed: Sequence[int],
-    scratch: CheckpointStore | None,
+    replays: CheckpointStore | None,
     apart: Apart | None = None,
     *,
     require_replay: bool = False,
     anchor: WitnessHead | None = None,
 ) -> Verification:
-    """Check all held bytes, and replay the shards in `replayed` into `scratch`, side by side.
+    """Check all held bytes, and replay the shards in `replayed` into `replays`, side by side.
 
     One of these shards is also trained `apart`. With `require_replay`, a shard that holds records and
     can't be replayed is a finding; so are events that do not continue the `anchor`.
@@ -121,9 +121,9 @@ def verify(
             chains[head.shard] = _chains(context, head.shard)
     for order in range(1 + len(context.settings.recipe.orders)):
         of_order = [each[order] for each in chains.values() if each[order].jobs]
-        if of_order and scratch is not None:
+        if of_order and replays is not None:
             context.report(training_started(of_order))
-            context.compute.executor_for(scratch).run(of_order, context.report)
+            context.compute.executor_for(replays).run(of_order, context.report)
     trained_apart = None
     if chains and apart is not None:
         trained_apart = secrets.choice(sorted(chains))
@@ -131,9 +131,9 @@ def verify(
         apart.train(chains[trained_apart])
     proofs = []
     for head in heads:
-        if scratch is not None and head.shard in chains:
+        if replays is not None and head.shard in chains:
             also = apart if head.shard == trained_apart else None
-            proofs.append(_proof(context, head, chains[head.shard], scratch, also))
+            proofs.append(_proof(context, head, chains[head.shard], replays, also))
         else:
             reason = reasons.get(head.shard, NOT_REQUESTED)
             proofs.append(ShardProof(head.shard, head.key, False, None, 0, reason))
@@ -197,7 +197,7 @@ def _chains(context: Context, shard: int) -> list[Chain]:
 
 
 def _proof(
-    context: Context, head: Head, chains: Sequence[Chain], scratch: CheckpointStore, apart: Apart | None
+    context: Context, head: Head, chains: Sequence[Chain], replays: CheckpointStore, apart: Apart | None
 ) -> ShardProof:
     known = {each.key for each in context.stores.ledger.checkpoints(head.shard)}
     stages = sorted({job.key for chain in chains for job in chain.jobs} & known)
@@ -206,7 +206,7 @@ def _proof(
         return all(context.stores.checkpoints.describe(key) == store.describe(key) for key in stages)
 
     equal_apart = same(apart.store) if apart else None
-    return ShardProof(head.shard, head.key, True, same(scratch), len(stages), equal_apart=equal_apart)
+    return ShardProof(head.shard, head.key, True, same(replays), len(stages), equal_apart=equal_apart)
 
 
 def check_files(context: Context) -> tuple[int, list[Problem]]:

@@ -1,6 +1,6 @@
 """Export a Hugging Face dataset (hub name, or a directory of `save_to_disk`) to one Parquet file.
 
-A child process does it, with its caches, temporary files and Hugging Face home in a scratch directory
+A child process does it, with its caches, temporary files and Hugging Face home in one directory
 that the caller erases in any case: the library's own cache would keep the text of deleted records. The
 child reports names of exceptions only, since a message may quote a record. Datasets that need code of
 their own are not supported.
@@ -22,16 +22,16 @@ from sisa.data.record_rules import Broken
 from sisa.store.blobs.files import in_use
 
 
-def export_rows(source: DatasetSource, scratch: Path) -> Path:
-    """Write the rows of a saved or a hub dataset to one Parquet file in `scratch`, and return its path.
+def export_rows(source: DatasetSource, folder: Path) -> Path:
+    """Write the rows of a saved or a hub dataset to one Parquet file in `folder`, and return its path.
 
     Raise Broken (the dataset is wrong) and EnvironmentFault (it can't be fetched).
     """
-    target = scratch / "rows.parquet"
+    target = folder / "rows.parquet"
     local = os.path.isdir(source.path)
     done = subprocess.run(
         [sys.executable, "-P", "-m", "sisa.data.dataset_export", source.path, source.split, str(target)],
-        env=_scratch_environment(scratch),
+        env=_environment(folder),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -60,8 +60,8 @@ def export_rows(source: DatasetSource, scratch: Path) -> Path:
     )
 
 
-def _scratch_environment(scratch: Path) -> dict[str, str]:
-    """Return the environment of the child: all caches in scratch, but the user's own token."""
+def _environment(folder: Path) -> dict[str, str]:
+    """Return the environment of the child: all caches in one directory, but the user's own token."""
     environ = dict(os.environ)
     caches = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     home = environ.get("HF_HOME") or str(caches / "huggingface")
@@ -70,9 +70,9 @@ def _scratch_environment(scratch: Path) -> dict[str, str]:
         if name.startswith(("HF_", "HUGGINGFACE_")) and name.endswith("_CACHE"):
             del environ[name]
     return environ | {
-        "HF_HOME": str(scratch / "hf"),
-        "XDG_CACHE_HOME": str(scratch / "cache"),
-        "TMPDIR": str(scratch),
+        "HF_HOME": str(folder / "hf"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "TMPDIR": str(folder),
         "HF_TOKEN_PATH": token,
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",

@@ -53,7 +53,7 @@ from sisa.data.record_rules import (
     record_problems,
     type_name,
 )
-from sisa.store.blobs.files import scratch
+from sisa.store.blobs.files import temporary_directory
 
 PARQUET_BATCH_ROWS = 1024
 DEFAULT_GROUP_BY = "subject_id"
@@ -340,7 +340,7 @@ def _rows(source: DatasetSource, label: str, wanted: _Wanted, limits: SourceLimi
         for file in inside:
             yield from file_rows(file, f"{label}/{file.name}")
     elif path.is_dir() or not (path.exists() or is_local(source.path)):
-        with scratch() as folder:
+        with temporary_directory() as folder:
             table = export_rows(source, folder)
             yield from _parquet_rows(table, label, wanted, limits)
     else:

@@ -41,7 +41,7 @@ from sisa.flows.wiring.description import describe, read_description
 from sisa.flows.wiring.executors import OpenExecutor, check_executor
 from sisa.flows.wiring.keys import keep_key
 from sisa.flows.wiring.ledger_place import LEDGER, has_ledger, model_lock, open_ledger
-from sisa.store.areas import SCRATCH, open_areas
+from sisa.store.areas import REPLAYS, open_areas
 from sisa.store.blobs.files import erase_abandoned
 from sisa.store.ledger.ledger import SqlLedger
 
@@ -242,7 +242,7 @@ class ModelDirectory:
                 moving.erase_left(self.directory)
             self._refresh()
             keep_key(self.directory, self.config, self.id, self.secret)
-            self._clear_scratch()
+            self._erase_replays()
             yield
 
     @contextlib.contextmanager
@@ -268,8 +268,8 @@ class ModelDirectory:
             catch_up(context)  # a process may have been killed before it wrote to the witness
             yield self._within_group(context)
 
-    def _clear_scratch(self) -> None:
+    def _erase_replays(self) -> None:
         """Erase what a replay stored, its keys first, and the temporary texts of killed processes."""
         erase_abandoned()
-        self.keyring.destroy(SCRATCH, self.keyring.held(SCRATCH))
-        open_areas(self.directory, self.config.storage, self.id)[SCRATCH].clear()
+        self.keyring.destroy(REPLAYS, self.keyring.held(REPLAYS))
+        open_areas(self.directory, self.config.storage, self.id)[REPLAYS].clear()

@@ -32,13 +32,13 @@ from sisa.store.blobs import object_client
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.object_blobs import ObjectBlobs
 
-RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
+RECORDS, INDEX, CHECKPOINTS, REPLAYS = "records", "index", "checkpoints", "scratch"
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
 HIDDEN_STATES, LOG = "prefixes", "log"
 LOCAL_AREAS = (INDEX, VAULT, RUNS, METRICS)
-SHARED_AREAS = (RECORDS, HIDDEN_STATES, CHECKPOINTS, PATCHES, SCRATCH, LOG)
+SHARED_AREAS = (RECORDS, HIDDEN_STATES, CHECKPOINTS, PATCHES, REPLAYS, LOG)
 FILE_AREAS = (RECORDS, INDEX, VAULT, HIDDEN_STATES)  # sealed ones that hold files
-DIRECTORY_AREAS = (CHECKPOINTS, PATCHES, RUNS, SCRATCH)  # sealed ones that hold groups of files
+DIRECTORY_AREAS = (CHECKPOINTS, PATCHES, RUNS, REPLAYS)  # sealed ones that hold groups of files
 ALWAYS_SEALED = (VAULT, RUNS)
 SCHEME = "s3://"
 

@@ -27,7 +27,7 @@ from sisa.core.ports import Keyring
 from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.lm.base.numerics import describe_fingerprint
 from sisa.planning.layout import Assigner, Layout
-from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
+from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, REPLAYS
 from sisa.store.blobs.files import held_names
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.checkpoints import FileCheckpoints
@@ -155,7 +155,7 @@ class Ground:
             for path in sorted((self.model / room).rglob("*")):
                 if path.is_file():
                     files[path.relative_to(self.model).as_posix()] = self._digest(keyring, room, path)
-        expect(not keyring.held(SCRATCH), "keys of a replay are left")
+        expect(not keyring.held(REPLAYS), "keys of a replay are left")
         ledger = SqlLedger(self.model / LEDGER)
         try:
             heads = tuple((each.shard, each.key, each.target) for each in ledger.heads())

@@ -29,7 +29,7 @@ from cluster.serve.engines import with_engines
 from cluster.serve.tokens import MayAccess, MayDecide, MayRead, MaySubmit
 from sisa.evidence.attestations import Right, log_hand_out
 from sisa.flows.rights.access import as_file
-from sisa.store.blobs.files import scratch
+from sisa.store.blobs.files import temporary_directory
 
 MAX_RECORDS = 10_000
 
@@ -73,7 +73,7 @@ def hand_out_recipients(person: Person, service: TheService, caller: MayAccess) 
 @rights_router.post("/rectify")
 def rectify_records(given: Corrected, service: TheService, caller: MayDecide) -> dict[str, Any]:
     """Replace held records by new versions (Art. 16), and retrain what they touched."""
-    with scratch() as folder:
+    with temporary_directory() as folder:
         file = folder / "records.jsonl"
         file.write_text("".join(f"{json.dumps(each)}\n" for each in given.records))
         return rectified(caller.view(service.model).rectify(file)).json
@@ -107,7 +107,7 @@ def import_drop(
     caller: MaySubmit,
 ) -> dict[str, Any]:
     """Import a download of California's DROP; submit a request for each consumer whom it matches."""
-    with scratch() as folder:
+    with temporary_directory() as folder:
         file = folder / "download.zip"
         file.write_bytes(archive)
         return asdict(caller.view(service.model).drop_import(file, submitter=caller.name))
@@ -116,7 +116,7 @@ def import_drop(
 @rights_router.post("/drop/report")
 def report_drop(asked: Wanted, service: TheService, caller: MayDecide) -> dict[str, Any]:
     """Return the responses to DROP that are due, by the names of the files to upload and to amend."""
-    with scratch() as folder:
+    with temporary_directory() as folder:
         model = caller.view(service.model)
         done = model.drop_report(folder / "responses", opted_out=asked.opted_out, again=asked.again)
         texts = {each: Path(done.directory, each).read_text() for each in (*done.upload, *done.amend)}

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checked reads, one writer, and scratch.
+"""Files that are whole or absent: atomic writes, checked reads, one writer, temporary directories.
 
 Bytes go to a temporary name in the same directory, are flushed to the disk, and get their name by one
 rename or link; readers never see half a file. Names are made of digests and numbers, never of a record
@@ -9,8 +9,8 @@ id. What a disk, a snapshot or a server keeps of unlinked blocks is out of reach
 ...     read_whole(Path(folder) / "a", "file"), held_names(Path(folder))
 (b'abc', frozenset({'a'}))
 
-Scratch is files outside the model that may hold text, in temporary directories of this user. A killed
-process's scratch is erased by the next process that reads a data set or writes to a model.
+Temporary directories of this user, outside the model, may hold text. A killed process's directory is
+erased by the next process that reads a data set or writes to a model.
 """
 
 from __future__ import annotations
@@ -350,15 +350,15 @@ def read_beside(path: Path) -> Iterator[BinaryIO]:
                     each.close()
 
 
-SCRATCH_PREFIX = "sisa-scratch-"
-LEAST_AGE_S = 60.0  # of unlocked scratch: younger scratch may not be locked yet
+DIRECTORY_PREFIX = "sisa-scratch-"
+LEAST_AGE_S = 60.0  # of an unlocked directory: a younger one may not be locked yet
 
 
 @contextlib.contextmanager
-def scratch() -> Iterator[Path]:
+def temporary_directory() -> Iterator[Path]:
     """Provide a temporary directory for this process and its children; erase abandoned ones first."""
     erase_abandoned()
-    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder, in_use(Path(folder)):
+    with tempfile.TemporaryDirectory(prefix=DIRECTORY_PREFIX) as folder, in_use(Path(folder)):
         yield Path(folder)
 
 
@@ -371,8 +371,8 @@ def in_use(folder: Path) -> Iterator[None]:
 
 
 def erase_abandoned() -> None:
-    """Erase this user's scratch that no living process uses: it may hold texts."""
-    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
+    """Erase this user's temporary directories that no living process uses: they may hold texts."""
+    for path in Path(tempfile.gettempdir()).glob(f"{DIRECTORY_PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, or already removed
             found = path.lstat()
             if found.st_uid != os.getuid() or time.time() - found.st_mtime < LEAST_AGE_S:

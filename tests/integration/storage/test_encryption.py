@@ -22,7 +22,7 @@ from sisa.audit.doctor import diagnose
 from sisa.audit.residue import sweep_model
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.flows.context.areas import known_by_area
-from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
+from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, REPLAYS
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from tests.integration.storage.traces import traces, vector
 from tests.models.programs.forked import run_forked
@@ -129,7 +129,7 @@ def assert_whole(tiny: Tiny, plain: Tiny) -> None:
     assert contents(tiny) == contents(plain)
     assert forms(tiny) == {True}
     assert keys(tiny) == known(tiny)
-    assert keyring_of(tiny).held(SCRATCH) == frozenset()
+    assert keyring_of(tiny).held(REPLAYS) == frozenset()
     ours, theirs = tiny.open().status(), plain.open().status()
     assert ours.model_digest == theirs.model_digest
     assert [each.adapter_sha256 for each in ours.shards] == [e.adapter_sha256 for e in theirs.shards]
@@ -200,9 +200,9 @@ def test_a_replay_is_sealed_in_a_room_of_its_own_and_leaves_nothing(sealed: Tiny
 
     def verify(context: Any, chosen: Any, scratch: Any, apart: Any, **options: Any) -> Any:
         proof = real(context, chosen, scratch, apart, **options)
-        files = [path for path in (sealed.directory / SCRATCH).rglob("*") if path.is_file()]
+        files = [path for path in (sealed.directory / REPLAYS).rglob("*") if path.is_file()]
         seen.append((len(files) > 0, all(is_sealed(path.read_bytes()) for path in files)))
-        seen.append((scratch.area == SCRATCH, scratch.held() == context.stores.keyring.held(SCRATCH)))
+        seen.append((scratch.area == REPLAYS, scratch.held() == context.stores.keyring.held(REPLAYS)))
         seen.append((bool(apart.store.held()), apart.store.held() <= scratch.held()))
         return proof
 
@@ -210,11 +210,11 @@ def test_a_replay_is_sealed_in_a_room_of_its_own_and_leaves_nothing(sealed: Tiny
         patch.setattr("sisa.model.verify", verify)
         assert model.verify(replay="all").ok
     assert seen == [(True, True)] * 3
-    assert not (sealed.directory / SCRATCH).exists()
-    assert keyring_of(sealed).held(SCRATCH) == frozenset()
-    keyring_of(sealed).seal(SCRATCH, "left by a killed replay", "", b"")
+    assert not (sealed.directory / REPLAYS).exists()
+    assert keyring_of(sealed).held(REPLAYS) == frozenset()
+    keyring_of(sealed).seal(REPLAYS, "left by a killed replay", "", b"")
     model.run()
-    assert keyring_of(sealed).held(SCRATCH) == frozenset()
+    assert keyring_of(sealed).held(REPLAYS) == frozenset()
 
 
 # --- erasure -------------------------------------------------------------------------------------

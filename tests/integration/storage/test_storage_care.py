@@ -17,7 +17,7 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Request
 from sisa.core.ports import BlobStore
 from sisa.flows.context.areas import purge
-from sisa.store.areas import CHECKPOINTS, RECORDS, SCRATCH
+from sisa.store.areas import CHECKPOINTS, RECORDS, REPLAYS
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from tests.examples import num_examples
@@ -110,7 +110,7 @@ def test_what_came_back_is_residue_and_garbage(model: Path) -> None:
             0, 0, "0" * 64, [stored(context, 1), stored(context, DELETED)]
         ).name
         held = min(context.stores.checkpoints.held())
-    checkpoints, replay = places[CHECKPOINTS], places[SCRATCH].below("replay")
+    checkpoints, replay = places[CHECKPOINTS], places[REPLAYS].below("replay")
     checkpoints.put(f"{held}/notes", GONE.text.encode())
     half = "f" * 64 if checkpoints.location().startswith("s3://") else ".tmp-killed"
     checkpoints.put(f"{half}/{ADAPTER}", b"half")

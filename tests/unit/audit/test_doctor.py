@@ -32,7 +32,7 @@ from sisa.flows.context.served import model_digest
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.keys import KEY, witness_of
 from sisa.flows.wiring.ledger_place import LEDGER, LOCK
-from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
+from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, REPLAYS
 from sisa.store.blobs.files import write_atomic, writer_lock
 from sisa.store.blobs.keyring import write_secret
 from sisa.store.checkpoints import ADAPTER, MANIFEST
@@ -236,7 +236,7 @@ def wrong_head(model: Path) -> None:
 def unknown_files(model: Path) -> None:
     write_atomic(model / RECORDS / ".tmp-a", b"half")
     write_atomic(checkpoint(model, 1) / "surplus", b"x")
-    (model / SCRATCH).mkdir(0o700)
+    (model / REPLAYS).mkdir(0o700)
 
 
 def loose_modes(model: Path) -> None:

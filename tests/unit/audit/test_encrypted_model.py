@@ -27,7 +27,7 @@ from sisa.flows.reconcile import erase_unreferenced, reconcile
 from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring.keys import KEY, keep_key, key_path
 from sisa.model import Model
-from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, SCRATCH
+from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, REPLAYS
 from sisa.store.blobs import files
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
@@ -223,7 +223,7 @@ def test_keys_of_every_kind_that_no_file_has_are_swept() -> None:
 
 def test_gc_lists_and_destroys_keys_of_no_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_resources(monkeypatch)
-    left = [(room, name) for room in (*ROOMS, SCRATCH) for name in ("a", f"{TEMPORARY_PREFIX}b")]
+    left = [(room, name) for room in (*ROOMS, REPLAYS) for name in ("a", f"{TEMPORARY_PREFIX}b")]
     for place in left:
         keyring_of(model).seal(*place, "", b"")
     opened = Model(model, executor="serial")
@@ -235,7 +235,7 @@ def test_gc_lists_and_destroys_keys_of_no_file(model: Path, monkeypatch: pytest.
     done = collect_garbage(opened, dry_run=False)
     assert (done.removed, done.removed_bytes) == (len(left), 32 * len(left))
     assert keys(model) == known(model)
-    assert keyring_of(model).held(SCRATCH) == frozenset()
+    assert keyring_of(model).held(REPLAYS) == frozenset()
 
 
 def test_gc_removes_files_with_their_keys_and_spares_what_waits(model: Path) -> None:
@@ -319,10 +319,10 @@ def test_what_a_replay_left_is_read_with_its_own_keys(model: Path, trained: Path
     stages = sorted((trained / CHECKPOINTS).iterdir())
     clean = [path for path in stages if path.name in known(model)[CHECKPOINTS]]
     for stage, expected in ((clean[0], []), (min({*stages} - {*clean}), ["tainted", "unknown_file"])):
-        left = model / SCRATCH / "replay" / stage.name
+        left = model / REPLAYS / "replay" / stage.name
         left.mkdir(parents=True)
         for path in stage.iterdir():
-            data = keyring_of(model).seal(SCRATCH, stage.name, path.name, path.read_bytes())
+            data = keyring_of(model).seal(REPLAYS, stage.name, path.name, path.read_bytes())
             (left / path.name).write_bytes(data)
         found = scan(model)
         assert kinds(found) == expected

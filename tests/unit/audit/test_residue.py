@@ -35,7 +35,7 @@ from sisa.flows.ingest import add
 from sisa.flows.wiring.ledger_place import LEDGER, LOCK
 from sisa.flows.wiring.upper_houses import SERVICE_STATE
 from sisa.model import Model
-from sisa.store.areas import CHECKPOINTS, INDEX, METRICS, RECORDS, SCRATCH
+from sisa.store.areas import CHECKPOINTS, INDEX, METRICS, RECORDS, REPLAYS
 from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
 from sisa.store.checkpoints import ADAPTER, MANIFEST, FileCheckpoints
@@ -175,10 +175,10 @@ def test_a_checkpoint_that_a_deleted_record_touched_is_residue(
 
 def test_a_clean_checkpoint_in_scratch_is_none(model: Path, before: Path) -> None:
     key = min(checkpoints(model))
-    shutil.copytree(model / CHECKPOINTS / key, model / SCRATCH / "replay" / key)
+    shutil.copytree(model / CHECKPOINTS / key, model / REPLAYS / "replay" / key)
     assert scan(model).clean
     gone = tainted_key(before, model)
-    shutil.copytree(before / CHECKPOINTS / gone, model / SCRATCH / "replay" / gone)
+    shutil.copytree(before / CHECKPOINTS / gone, model / REPLAYS / "replay" / gone)
     assert kinds(scan(model)) == ["tainted", "unknown_file"]
 
 

@@ -456,7 +456,7 @@ def test_texts_of_a_killed_reader_are_erased_by_the_next_one(
 ) -> None:
     scratch_home(tmp_path, monkeypatch)
     code = (
-        "from sisa.store.blobs.files import scratch\nwith scratch() as folder:\n"
+        "from sisa.store.blobs.files import temporary_directory\nwith temporary_directory() as folder:\n"
         "    (folder / 'rows').write_text('a text')\n    print('there', flush=True)\n    input()"
     )
     environ = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
@@ -505,7 +505,7 @@ def test_the_childs_caches_are_scratch_and_its_token_is_the_users(
     monkeypatch.delenv("HF_TOKEN_PATH", raising=False)
     monkeypatch.setenv("HF_HOME", "/users/home")
     monkeypatch.setenv("HF_HUB_CACHE", "/users/cache")
-    environ = dataset_export._scratch_environment(tmp_path)
+    environ = dataset_export._environment(tmp_path)
     assert environ["HF_TOKEN_PATH"] == os.path.join("/users/home", "token")
     assert environ["HF_HOME"].startswith(str(tmp_path))
     assert "/users/cache" not in environ.values()
