@@ -38,6 +38,7 @@ from sisa.flows.ask import (
 )
 from sisa.flows.context.plans import view_shards
 from sisa.flows.context.served import model_digest, restricted_rows, restrictions, served_heads
+from sisa.flows.context.stale_exports import stale_paths
 from sisa.flows.deletion import (
     ForgetOutcome,
     ForgetPlan,
@@ -50,11 +51,12 @@ from sisa.flows.deletion import (
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
 from sisa.flows.model_directory import WAITS_S, ModelDirectory, retry_read
-from sisa.flows.reconcile import held_prompts, reconcile, stale_paths, under_way
+from sisa.flows.reconcile import reconcile, under_way
 from sisa.flows.restored_backup import witness_standing
 from sisa.flows.rights import drop
 from sisa.flows.rights.access import held_of, recipients_of
 from sisa.flows.rights.restriction import Restriction, lift, restrict
+from sisa.flows.routing import held_prompts
 from sisa.flows.scratch_base import guard
 from sisa.flows.wiring.executors import OpenExecutor
 from sisa.flows.wiring.ledger_place import ledger_name

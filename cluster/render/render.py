@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from sisa.flows.deletion import ForgetOutcome, ForgetPlan, Forgetting
     from sisa.flows.ingest import Rectified, Taken
     from sisa.flows.query import Candidate, Location, Status
-    from sisa.flows.reconcile import HeldPrompts
     from sisa.flows.rights.drop import Details, Standing
     from sisa.flows.rights.restriction import Restriction
+    from sisa.flows.routing import HeldPrompts
 
 # Exit codes of results; those of errors are in `sisa.core.errors`.
 EXIT_USAGE, EXIT_INTEGRITY, EXIT_ENVIRONMENT, EXIT_REVOKED, EXIT_INTERRUPTED = 2, 4, 6, 7, 130

@@ -25,8 +25,9 @@ from sisa.flows.context.areas import known_by_area, purge
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import plans_of, view_shards
+from sisa.flows.context.stale_exports import give_up_lost
 from sisa.flows.model_directory import ModelDirectory
-from sisa.flows.reconcile import give_up_lost, open_plans
+from sisa.flows.reconcile import open_plans
 from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.keys import KEY
 from sisa.flows.wiring.ledger_place import (

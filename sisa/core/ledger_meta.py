@@ -18,6 +18,6 @@ TRAINED_ANEW = "trained_anew"  # when the model was last trained as a whole
 TRAINED_OVER = "over"  # keys of the patches over which the shards are trained, lowest first, as JSON
 RESTRICTIONS = "restrictions"  # how often they changed; restricted subjects, and since when, as JSON
 READMITTED = "readmitted"  # not empty until the witness knows that deleted ids came in again
-HELD_PROMPTS = "held_prompts"  # the last `reconcile.HeldPrompts`, and of which state, as JSON
+HELD_PROMPTS = "held_prompts"  # the last `routing.HeldPrompts`, and of which state, as JSON
 CHECKED = "events_checked"  # link and number of the last checked event, as JSON
 CYCLE = "drop"  # of California's DROP: the broker, and the day of the last download, as JSON

@@ -8,12 +8,13 @@
                    -> write the files -> commit that they are written
 
 The rows are committed before the files are written, so that no crash leaves an unknown export;
-`reconcile.py` erases exports that a deletion has touched. With active patches, each exported adapter is
-the sum of the patches and the shard's own, as one adapter on the plain base. `adapter_config.json` names
-the base as the run file does, so that it means the same on other machines. A merged form is an average
-of weights, not what the shards answer together: its card gives the loss in answer probability on records
-that remain. A card holds counts and digests, no id and no text; its root is the digest of the roots of
-all slices, which shows whether two exports were made from the same records.
+`context/stale_exports.py` erases exports that a deletion has touched. With active patches, each exported
+adapter is the sum of the patches and the shard's own, as one adapter on the plain base.
+`adapter_config.json` names the base as the run file does, so that it means the same on other machines. A
+merged form is an average of weights, not what the shards answer together: its card gives the loss in
+answer probability on records that remain. A card holds counts and digests, no id and no text; its root
+is the digest of the roots of all slices, which shows whether two exports were made from the same
+records.
 
 >>> Card("peft", "base", "b" * 64, "m" * 64, 3, 1, (), 0, "2026-01-01").text("v1-shard-00000", [0])[:16]
 b'---\\nbase_model: '
@@ -41,7 +42,6 @@ from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context, patch_files
 from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import model_digest, served_heads, served_keys
-from sisa.flows.reconcile import finish_exports
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CARD, CONFIG, MODEL
 
@@ -309,3 +309,15 @@ def unload_command(path: str) -> str:
 def lora_name(path: str) -> str:
     """Return the name under which an exported adapter's card says to load it."""
     return "-".join(Path(path).parts[-2:])
+
+
+def finish_exports(context: Context) -> None:
+    """Adopt exports that a killed process wrote completely, and erase the others, under the lock."""
+    unfinished = [each for each in context.stores.ledger.exports() if each.state == "writing"]
+    if not unfinished:
+        return
+    for path in dict.fromkeys(each.path for each in unfinished):
+        context.stores.exports.abandon(path)
+    whole = [each for each in unfinished if context.stores.exports.state(each) == "held"]
+    absent = [each.name for each in unfinished if each not in whole]
+    commit(context, Change(exports=[replace(each, state="clean") for each in whole], unexported=absent))

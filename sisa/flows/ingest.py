@@ -21,7 +21,7 @@ from sisa.flows.context.plans import check_sources, plan_of, view_shard
 from sisa.flows.context.served import model_digest
 from sisa.flows.context.slices import embed_records, write_shard
 from sisa.flows.deletion import Terms, forget_at_once, new_request
-from sisa.flows.reconcile import HeldPrompts, check_rows, reconcile
+from sisa.flows.reconcile import check_rows, reconcile
 from sisa.flows.record_checks import (
     HeldOrDeleted,
     check_added,
@@ -29,6 +29,7 @@ from sisa.flows.record_checks import (
     check_trained,
     check_unchanged,
 )
+from sisa.flows.routing import HeldPrompts
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import ShardPlan
 

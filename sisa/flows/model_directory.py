@@ -34,7 +34,7 @@ from sisa.flows.context.context import Context
 from sisa.flows.context.group import GroupLedger
 from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import held_state
-from sisa.flows.reconcile import finish_exports
+from sisa.flows.export import finish_exports
 from sisa.flows.restored_backup import catch_up
 from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.description import describe, read_description

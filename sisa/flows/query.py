@@ -34,9 +34,10 @@ from sisa.flows.context.context import Context
 from sisa.flows.context.plans import view_shards
 from sisa.flows.context.served import restrictions, served_heads
 from sisa.flows.context.slices import slices_of, stored_in
-from sisa.flows.reconcile import BEGINNING, HeldPrompts, export_standing, not_erased, under_way
+from sisa.flows.context.stale_exports import export_standing
+from sisa.flows.reconcile import BEGINNING, not_erased, under_way
 from sisa.flows.restored_backup import WitnessStanding
-from sisa.flows.routing import search_each
+from sisa.flows.routing import HeldPrompts, search_each
 from sisa.planning.plan import slice_start, touched
 
 NUM_NEAR = 50  # most near-duplicates that are proposed

@@ -14,29 +14,19 @@
 Every step looks at what is there, not at what was done, so the next reconciliation recovers from a crash
 anywhere. Training can be deferred: then the heads serve what is clean and held until another command
 trains. The flows decide beforehand what remains (`ingest.py`, `deletion.py`).
-
-A deletion's commit marks the exports that a removed record touched (`plan.marked`). Their rows are
-dropped after their files are erased, so that no crash leaves an unknown export. A directory that was
-moved or changed is left alone and stays marked: it is erased when it returns, or given up if the user
-vouches for it. An export of several shards has a row for each; they are dropped together. Copies that
-somebody made of an export are not reached.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from sisa.config.config import SisaBlock
-from sisa.core.digest import digest_of
 from sisa.core.domain import (
     Chain,
-    Export,
     HeldCheckpoint,
     RecordRow,
     Request,
@@ -47,38 +37,32 @@ from sisa.core.domain import (
     WitnessHead,
     record_epochs,
 )
-from sisa.core.errors import EnvironmentFault, IntegrityError, SisaError, all_tried
+from sisa.core.errors import IntegrityError, SisaError, all_tried
 from sisa.core.events import DeletionCompleted, ErasureFailed, Notice, SliceTrained, TrainingStarted
-from sisa.core.ledger_meta import CHECKED, HELD_PROMPTS
+from sisa.core.ledger_meta import CHECKED
 from sisa.core.ports import Change, KeptVersions, Ledger
 from sisa.core.requests import completed, contradicted, event, is_under_way
 from sisa.flows.context.areas import known_by_area, purge, stores_by_area
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import plan_of, plans_of, view_shard, view_shards
-from sisa.flows.context.served import model_digest, restricted_rows, restrictions, served_keys
-from sisa.flows.routing import route_of, routing_hits
-from sisa.lm.answer.route import NUM_ROUTING_HITS, Route
+from sisa.flows.context.served import model_digest
+from sisa.flows.context.stale_exports import (
+    count_by_request,
+    erase_stale_exports,
+    export_standing,
+    stale_exports,
+)
+from sisa.flows.routing import HeldPrompts, held_prompts
 from sisa.planning.plan import Missing, ShardPlan
 from sisa.store.areas import CHECKPOINTS
-from sisa.store.index import EXACT_UP_TO
 from sisa.store.metrics import STAGE_DIGITS
 
-MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
 MANY_EVENTS = 256  # number of new events after which the last checked one is stored
 BEGINNING = WitnessHead("", 0)
 
 Removed = Mapping[str, Sequence[RecordRow]]  # removed rows by request
 NOTHING: Removed = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class HeldPrompts:
-    """Count what happens to prompts of held records when they are asked word for word."""
-
-    looked_up: int
-    turned_away: int  # near no record, or the shard serves nothing: `below` decides who answers
-    elsewhere: int  # answered first by another shard than the record's own
 
 
 @dataclass(frozen=True)
@@ -219,7 +203,7 @@ def _erase(context: Context, spared: Collection[str], removed: Removed) -> None:
             with tried():
                 erase_unreferenced(context, spared)
             with tried():
-                _erase_stale_exports(context)
+                erase_stale_exports(context)
             with tried():
                 context.stores.ledger.scrub(rows)  # None: the rows of an earlier deletion are not known
     except SisaError as error:
@@ -229,7 +213,7 @@ def _erase(context: Context, spared: Collection[str], removed: Removed) -> None:
             context.report(ErasureFailed(len(waiting)))
         raise
     waiting = [request for request in under_way(context) if request.state != "erased"]
-    lost = _count_by_request(stale_exports(context))
+    lost = count_by_request(stale_exports(context))
     notes = {name: f"{count} exports could not be found" for name, count in lost.items()}
     if waiting and (kept := purge(context)):
         what = f"old versions of erased objects are kept at {len(kept)} places"
@@ -374,59 +358,6 @@ def training_started(chains: Sequence[Chain]) -> TrainingStarted:
     return TrainingStarted(tuple((job.shard, job.slice, record_epochs(job)) for job in jobs))
 
 
-def held_prompts(context: Context, *, note: bool = False) -> HeldPrompts | None:
-    """Return how held prompts would be routed: as noted in this state of the model, or looked up.
-
-    With `note`, it is noted in the ledger, so that `sisa status` need not search for it.
-    """
-    block = context.settings.routing
-    if block is None or block.aggregation.method != "routed":
-        return None
-    ledger = context.stores.ledger
-    indexes = sorted([each.shard, each.sha256] for each in ledger.indexes())
-    how = block.model_dump(mode="json", include={"aggregation", "embedder"})
-    number = restrictions(ledger).number
-    state = digest_of([indexes, sorted(served_keys(ledger)), how, *([number] if number else [])])
-    noted = json.loads(ledger.meta().get(HELD_PROMPTS, "null"))
-    if noted and noted["of"] == state:
-        return HeldPrompts(**noted["found"]) if noted["found"] else None
-    found = _look_up_prompts(context, block)
-    if note:
-        text = json.dumps({"of": state, "found": found and asdict(found)})
-        commit(context, Change(meta={HELD_PROMPTS: text}))
-    return found
-
-
-def _look_up_prompts(context: Context, block: SisaBlock) -> HeldPrompts | None:
-    """Look up the prompts of held records: of all, or of the first ones of each shard by keyed id.
-
-    Return None without prompts, or if the index can't be read or searched quickly.
-    """
-    files = [each for each in context.stores.ledger.indexes() if each.num_vectors]
-    if sum(each.num_vectors for each in files) > EXACT_UP_TO:
-        return None
-    aggregation = block.aggregation.model_copy(update={"below": "base"})
-    block = block.model_copy(update={"aggregation": aggregation})
-    live_shards = frozenset(served_keys(context.stores.ledger))
-    routed: list[tuple[int, Route]] = []  # with the shard of the record
-    restricted = {row.id_digest for row in restricted_rows(context.stores.ledger)}
-    for file in files:
-        rows = context.stores.ledger.rows(file.shard)[: math.ceil(MAX_LOOKED_UP / len(files))]
-        served = [row for row in rows if row.kind != "text" and row.id_digest not in restricted]
-        asking = sorted(row.vector_id for row in served)
-        try:
-            vectors = context.stores.index.vectors(file, asking, by="asked")
-            found = routing_hits(context, vectors, NUM_ROUTING_HITS)
-        except SisaError:
-            return None  # `sisa doctor` says what is damaged
-        routed += [(file.shard, route_of(context, block, hits, live_shards)) for hits in found]
-    if not routed:
-        return None
-    turned_away = sum(not route.shards for _, route in routed)
-    own = sum(route.shards[:1] == (shard,) for shard, route in routed)
-    return HeldPrompts(len(routed), turned_away, elsewhere=len(routed) - turned_away - own)
-
-
 def _retire(context: Context) -> None:
     converged = [head.shard for head in context.stores.ledger.heads() if head.converged]
     dropped = [
@@ -489,83 +420,3 @@ def not_erased(context: Context) -> dict[str, int | None]:
     stale = [each for each in stale_exports(context) if export_standing(context, each) == "held"]
     found["exports"] = len({each.path for each in stale})
     return {area: count for area, count in found.items() if count != 0}
-
-
-def finish_exports(context: Context) -> None:
-    """Adopt exports that a killed process wrote completely, and erase the others, under the lock."""
-    unfinished = [each for each in context.stores.ledger.exports() if each.state == "writing"]
-    if not unfinished:
-        return
-    for path in dict.fromkeys(each.path for each in unfinished):
-        context.stores.exports.abandon(path)
-    whole = [each for each in unfinished if context.stores.exports.state(each) == "held"]
-    absent = [each.name for each in unfinished if each not in whole]
-    commit(context, Change(exports=[replace(each, state="clean") for each in whole], unexported=absent))
-
-
-def _erase_stale_exports(context: Context) -> None:
-    """Erase unchanged exports that a deletion marked; raise their errors at the end."""
-    due: list[Export] = []
-    erased: list[Export] = []
-    left: list[Export] = []
-    with all_tried() as tried:
-        for each in stale_exports(context):
-            with tried():
-                if each.state == "erasing" or context.stores.exports.state(each) == "held":
-                    due.append(replace(each, state="erasing"))
-        if not due:
-            return
-        commit(context, Change(exports=due))  # from now on, this program erased a missing export
-        for each in due:
-            with tried():
-                if context.stores.exports.erase(each):
-                    erased.append(each)
-                else:
-                    left.append(replace(each, state="tainted"))
-        counts = _count_by_request(erased)
-        names = [each.name for each in erased]
-        with context.stores.ledger.exclusive():
-            counted = [
-                replace(request, exports_erased=request.exports_erased + counts[request.request_id])
-                for request in context.stores.ledger.requests()
-                if request.request_id in counts
-            ]
-            commit(context, Change(exports=left, unexported=names, requests=counted))
-
-
-def export_standing(context: Context, export: Export) -> str:
-    """Return "held", "gone", "changed", or "unreadable" if the disk does not say."""
-    try:
-        return context.stores.exports.state(export)
-    except EnvironmentFault:
-        return "unreadable"
-
-
-def stale_exports(context: Context) -> list[Export]:
-    """Return the exports that a deletion marked and that are not erased, a row for each shard in one."""
-    return [each for each in context.stores.ledger.exports() if each.stale]
-
-
-def stale_paths(context: Context) -> list[str]:
-    """Return the paths of stale exports."""
-    return list(dict.fromkeys(each.path for each in stale_exports(context)))
-
-
-def _count_by_request(exports: Iterable[Export]) -> Counter[str]:
-    """Return the number of stale exports of each request; several shards in one export count once."""
-    return Counter(request_id for request_id, _ in {(each.request_id, each.path) for each in exports})
-
-
-def give_up_lost(context: Context) -> tuple[str, ...]:
-    """Drop the rows of stale exports that are gone, and return their paths: the user vouches for it."""
-    lost = [each for each in stale_exports(context) if export_standing(context, each) == "gone"]
-    counts = _count_by_request(lost)
-    with context.stores.ledger.exclusive():
-        events = [
-            event(request, context.now(), f"{counts[request.request_id]} lost exports were given up")
-            for request in context.stores.ledger.requests()
-            if request.request_id in counts
-        ]
-        if lost:
-            commit(context, Change(unexported=[each.name for each in lost], events=events))
-    return tuple(dict.fromkeys(each.path for each in lost))

@@ -37,7 +37,7 @@ from sisa.core.domain import (
 from sisa.flows import query
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import model_digest, restrictions
-from sisa.flows.reconcile import export_standing
+from sisa.flows.context.stale_exports import export_standing
 from sisa.planning.patch_plan import lineage
 from sisa.planning.plan import touched
 

@@ -23,7 +23,7 @@ from sisa.core.errors import ConfigConflict
 from sisa.core.events import Notice
 from sisa.core.ports import Change
 from sisa.flows.ask import Answer
-from sisa.flows.reconcile import HeldPrompts, _look_up_prompts
+from sisa.flows.routing import HeldPrompts, _look_up_prompts
 from sisa.lm.answer.route import Route, all_of
 from tests.models.patched import QUIET, answerer_of, probabilities
 from tests.models.programs.frozen import BOUND, freeze

@@ -24,12 +24,13 @@ from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Change
 from sisa.flows import lifecycle, query
 from sisa.flows.context.context import Context
+from sisa.flows.context.stale_exports import give_up_lost, stale_exports, stale_paths
 from sisa.flows.deletion import Terms, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import find
 from sisa.flows.patches.on_deletion import PatchesHook
-from sisa.flows.reconcile import give_up_lost, reconcile, stale_exports, stale_paths
+from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reset
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.exports import CARD, SIGNATURE
