@@ -1,15 +1,15 @@
 """Define the commands of `sisa`, one module for each command family.
 
-cli.py            train, add, generate, find, where, status, forget, verify, export, config;
-                  `run`, which carries out a command line, and its exit codes
-command.py        what all of them share: the root group, options, opening a model, reading files
+cli.py            carries out a command line, and exits with its code
+command.py        what all commands share: the root group, options, opening a model
+input_files.py    reading what the command line names
+daily.py          quickstart, init, train, add, generate, find, where, status, forget, verify,
+                  export, config
 quickstart.py     what `quickstart` and `init` do
 plan.py           plan, simulate, routing
-requests.py       request, run
+requests.py       request, run, report
 rights.py         access, rectify, restrict, release, recipients, drop
-certificates.py   certificate, receipt, verify-certificate
-evidence.py       keys, log, prove, verify-proof
-audits.py         report, audit, rebuild, revocations, check-adapter
+evidence/         keys, log, certificate, receipt, prove, audit, rebuild, revocations, and their checks
 patches.py        approx
 evaluation/       eval
 maintenance.py    doctor, gc, sweep, ledger, metrics

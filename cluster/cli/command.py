@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,20 +15,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
+from cluster.cli.input_files import STANDARD_INPUT, read_lines, read_text
 from cluster.observe.reporting import LOG_FORMAT_OPTION, logged_run, watched
 from cluster.render.render import Result
-from sisa.core.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
     from sisa.core.domain import Request
-    from sisa.flows.ask import Prompt
     from sisa.flows.wiring.executors import OpenExecutor
     from sisa.model import Model
-    from sisa.verifier.envelope import PublicKeys
 
 
 ExecutorChoice: TypeAlias = "str | OpenExecutor"
-STANDARD_INPUT = Path("-")
 MAX_SUMMARY = 200  # characters of a command's summary
 PATH = click.Path(path_type=Path)
 
@@ -194,9 +190,6 @@ def _or_input(_context: click.Context, _parameter: click.Parameter, given: Any) 
 
 record_argument = click.argument("record", metavar="ID", callback=_or_input)
 output_option = click.option("-o", "--output", "target", required=True, type=PATH, help="File to write.")
-public_keys_option = click.option(
-    "--key", "key_file", required=True, type=PATH, help="The model's public keys."
-)
 
 
 def ids_options(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -260,108 +253,3 @@ def with_pending(result: Result, model: Model) -> Result:
     found = pending(model)
     lines = [f"certificates pending: {len(found)} (`sisa certificate issue`)"] if found else []
     return result.with_more({"certificates_pending": found}, lines)
-
-
-def read_text(file: Path) -> str:
-    """Read a file that the command line names. Raise InvalidInput if it can't be read as UTF-8."""
-    try:
-        if file == STANDARD_INPUT:
-            return sys.stdin.buffer.read().decode()
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        got = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise InvalidInput("the file can't be read", where=str(file), got=str(got)) from None
-
-
-def read_bytes(file: Path) -> bytes:
-    """Read a file that the command line names. Raise InvalidInput if it can't be read."""
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InvalidInput("the file can't be read", where=str(file), got=str(error.strerror)) from None
-
-
-@contextmanager
-def evidence_in(
-    file: Path, next_step: str = "get the file again from whoever gave it"
-) -> Iterator[None]:
-    """Add a file and a next step to a refusal of the verifier that names none."""
-    from sisa.verifier.envelope import Refused
-
-    try:
-        yield
-    except Refused as error:
-        error.where = error.where or str(file)
-        error.next_step = error.next_step or next_step
-        raise
-
-
-def read_public_keys(file: Path) -> PublicKeys:
-    """Read a model's file of public keys. Raise InvalidInput, or Refused."""
-    from sisa.verifier.envelope import parse_keys
-
-    with evidence_in(file, "get keys.json, which is published beside the model's log"):
-        return parse_keys(read_bytes(file))
-
-
-def logged_statements(
-    where: str, keys: PublicKeys, proof: str | None = None
-) -> tuple[int, list[tuple[str, dict[str, Any]]]]:
-    """Check a whole published log; return the number of its entries, and its statements with sha256.
-
-    With the proof of an entry, the log must continue the proof's checkpoint. Raise Refused.
-    """
-    from sisa.evidence.log.published import check_log, log_reader
-    from sisa.verifier.certificate import verify_chain
-    from sisa.verifier.note import parse_proof
-
-    read = log_reader(where)
-    seen = [] if proof is None else [parse_proof(proof.encode())[2]]
-    entries = check_log(read, keys.log, seen=seen)[1]
-    return len(entries), list(verify_chain(entries, read, keys))
-
-
-def read_lines(file: Path) -> list[str]:
-    """Read the lines of a file that are not blank. Raise InvalidInput if there are none."""
-    lines = [line for line in read_text(file).splitlines() if line.strip()]
-    if not lines:
-        step = "write one text on each line"
-        raise InvalidInput("the file holds no text", where=str(file), next_step=step)
-    return lines
-
-
-def read_turns(file: Path) -> list[Any]:
-    """Return the turns of a JSON file. Raise InvalidInput if it does not hold a JSON list."""
-    found = _json(read_text(file), str(file))
-    if not isinstance(found, list):
-        raise InvalidInput("the history is not a list", where=str(file), expected="a JSON list of turns")
-    return found
-
-
-def read_prompts(file: Path) -> list[Prompt]:
-    """Return the prompts of a file: each line, or `prompt` or `messages` of each row of a .jsonl file.
-
-    Raise InvalidInput with every row that has neither or both.
-    """
-    lines = read_lines(file)
-    if file.suffix.lower() != ".jsonl":
-        return list(lines)
-    found: list[Prompt] = []
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        row = _json(line, f"{file.name}, row {number}")
-        bodies = [row.get(key) for key in ("prompt", "messages")] if isinstance(row, dict) else []
-        given = [each for each in bodies if isinstance(each, str | list)]
-        found += given
-        if len(given) != 1:
-            problems.append(Problem(f"row {number}", "expected `prompt`, a text, or `messages`, a list"))
-    if problems:
-        raise InvalidInput("the prompts can't be read", where=str(file), problems=problems)
-    return found
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise InvalidInput("broken JSON", where=where) from None

@@ -23,8 +23,8 @@ from cluster.cli.command import (
     ids_options,
     model_option,
     opened,
-    read_lines,
 )
+from cluster.cli.input_files import read_lines
 from cluster.observe.curves import points, summary, to_mlflow, to_tensorboard
 from cluster.render.render import EXIT_INTEGRITY, Result, counted, old_versions, stated
 from sisa.core.domain import DeviceName, Dtype, Precision

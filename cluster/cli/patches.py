@@ -23,8 +23,8 @@ from cluster.cli.command import (
     executor_option,
     model_option,
     opened,
-    read_lines,
 )
+from cluster.cli.input_files import read_lines
 from cluster.render.render import Result, counted, probed
 from sisa.core.errors import InvalidInput, Problem
 from sisa.planning.patch_plan import num_still_known

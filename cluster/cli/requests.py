@@ -1,17 +1,20 @@
-"""Submit, decide and carry out requests for deletion: `sisa request ...` and `sisa run`."""
+"""Submit, decide, carry out and report requests for deletion: `sisa request ...`, `run`, `report`."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from cluster.cli.command import (
+    PATH,
     ExecutorChoice,
     command,
     command_group,
@@ -320,3 +323,29 @@ def ran(
     body |= {"on_hold": [each.request.request_id for each in on_hold]}
     hints = [line for each in done for line in base_hint(each, directory)]
     return Result(body, [*lines, *hints, *missing_exports(missing)])
+
+
+@command("report", "-m model --html report.html")
+@model_option
+@click.option("--html", "target", type=PATH, help="File to write; one that exists is replaced.")
+@click.option("--made-by", default="", show_default=False, help="Who makes the report; shown as given.")
+def report(directory: Path, target: Path | None, made_by: str) -> Result:
+    """Make one page for a privacy officer.
+
+    It shows requests, certificates, lineage, costs, and what is covered.
+    """
+    from cluster.render.officer_report import page, read_facts, report_body
+    from sisa.store.blobs.files import write_atomic
+
+    with opened(directory) as model:
+        facts = read_facts(model, datetime.now(UTC).isoformat(timespec="milliseconds"), made_by)
+    body = json.loads(json.dumps(report_body(facts)))
+    lines = [
+        f"{each['severity']}: {each['what']}" + (f": {each['count']}" if each["count"] else "")
+        for each in body["attention"]
+    ]
+    lines += [f"{counted(len(body['requests']), 'request')}, {counted(len(lines), 'point')} to act on"]
+    if target is not None:
+        write_atomic(target, page(body).encode())
+        lines.append(f"page: {target}")
+    return Result(body | {"html": str(target) if target else None}, lines)

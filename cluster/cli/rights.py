@@ -14,7 +14,6 @@ import click
 
 from cluster.cli.command import (
     PATH,
-    STANDARD_INPUT,
     ExecutorChoice,
     command,
     command_group,
@@ -24,6 +23,7 @@ from cluster.cli.command import (
     opened,
     option_or_file,
 )
+from cluster.cli.input_files import STANDARD_INPUT
 from cluster.observe.reporting import say
 from cluster.render.render import Result, counted, drop_shown, engine_lines, rectified, restricted
 from sisa.core.errors import InvalidInput

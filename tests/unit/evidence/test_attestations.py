@@ -15,7 +15,7 @@ from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenan
 from in_toto_attestation.predicates.test_result.v0.test_result_pb2 import TestResult as ResultPb
 
 import sisa.model
-from cluster.cli.certificates import checks_about
+from cluster.cli.evidence.certificates import checks_about
 from sisa.audit.residue import Residue, Scan, sweep_model
 from sisa.audit.verify import EMPTY, ShardProof, Verification
 from sisa.core.errors import EnvironmentFault

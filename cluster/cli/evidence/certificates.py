@@ -15,16 +15,18 @@ from cluster.cli.command import (
     PATH,
     command,
     command_group,
-    evidence_in,
-    logged_statements,
     model_option,
     opened,
     output_option,
-    public_keys_option,
-    read_bytes,
-    read_public_keys,
     record_argument,
 )
+from cluster.cli.evidence.published import (
+    evidence_in,
+    logged_statements,
+    public_keys_option,
+    read_public_keys,
+)
+from cluster.cli.input_files import read_bytes
 from cluster.render.render import Result, counted
 
 if TYPE_CHECKING:
