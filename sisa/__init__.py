@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from sisa.flows.ask import Answer
     from sisa.flows.deletion import ForgetOutcome, ForgetPlan, Terms
-    from sisa.flows.query import Status
+    from sisa.flows.status import Status
     from sisa.flows.wiring.executors import OnCluster
     from sisa.model import Model, open_model
     from sisa.train import train_model
@@ -42,7 +42,7 @@ __all__ += ["RejectedRequest", "SisaError", "TransientError", "UnknownRecord"]
 
 _HOMES = (  # of these names, in the order in which modules import each other
     *("sisa.core.domain", "sisa.core.errors", "sisa.config.config", "sisa.config.runfile"),
-    *("sisa.flows.ask", "sisa.flows.deletion", "sisa.flows.query", "sisa.flows.wiring.executors"),
+    *("sisa.flows.ask", "sisa.flows.deletion", "sisa.flows.status", "sisa.flows.wiring.executors"),
     *("sisa.model", "sisa.train"),
 )
 

@@ -36,8 +36,7 @@ from sisa.flows.ask import (
     route_and_encode,
     routes_of,
 )
-from sisa.flows.context.plans import view_shards
-from sisa.flows.context.served import model_digest, restricted_rows, restrictions, served_heads
+from sisa.flows.context.served import model_digest
 from sisa.flows.context.stale_exports import stale_paths
 from sisa.flows.deletion import (
     ForgetOutcome,
@@ -52,18 +51,22 @@ from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
 from sisa.flows.model_directory import WAITS_S, ModelDirectory, retry_read
 from sisa.flows.reconcile import reconcile, under_way
-from sisa.flows.restored_backup import witness_standing
 from sisa.flows.rights import drop
 from sisa.flows.rights.access import held_of, recipients_of
 from sisa.flows.rights.restriction import Restriction, lift, restrict
-from sisa.flows.routing import held_prompts
-from sisa.flows.scratch_base import guard
+from sisa.flows.status import (
+    ShardStatus,
+    SliceStanding,
+    Status,
+    shard_statuses,
+    slice_standings,
+    status_of,
+)
 from sisa.flows.wiring.executors import OpenExecutor
-from sisa.flows.wiring.ledger_place import ledger_name
+from sisa.flows.wiring.scratch_base import guard
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
-from sisa.planning.plan import estimate_seconds, full_record_epochs, serving_depth
-from sisa.store.areas import CHECKPOINTS, HIDDEN_STATES, INDEX, RECORDS
+from sisa.planning.plan import estimate_seconds
 from sisa.store.ledger.backend import Watch
 
 if TYPE_CHECKING:
@@ -388,60 +391,24 @@ class Model(ModelDirectory):
     # --- state and proof --------------------------------------------------------------------------
 
     @retry_read
-    def status(self) -> query.Status:
+    def status(self) -> Status:
         """Return shards, slices, heads, requests and sizes."""
         with self.context(outdated=True) as context:
-            exports = tuple(query.exports(context))
-            prompts = held_prompts(context)
-            kept = [HIDDEN_STATES] if context.settings.keeps_hidden_states else []
-            areas = (RECORDS, INDEX, CHECKPOINTS, *kept)
-            sizes = {area: context.stores.blobs[area].num_bytes("") for area in areas}
-            ledger, config = context.stores.ledger, self.config
-            recipe = context.settings.recipe
-            with ledger.snapshot():
-                heads = ledger.heads()
-                views = view_shards(context, [head.shard for head in heads])
-                full = full_record_epochs(views, recipe)
-                return query.Status(
-                    directory=str(self.directory),
-                    records=sum(ledger.counts().values()),
-                    deleted_records=ledger.num_tombstones(),
-                    model_digest=model_digest(context),
-                    base_model=self.base.name,
-                    base_digest=self.base.digest,
-                    embedder=self.embedder.name,
-                    schedule=config.sisa.schedule,
-                    shards=tuple(query.shards(context)),
-                    requests=tuple(ledger.requests()),
-                    exports=exports,
-                    sizes_bytes={ledger_name(self.directory): ledger.num_bytes(), **sizes},
-                    witness=(context.stores.witness.location(), witness_standing(context)),
-                    event_head=ledger.event_head(),
-                    num_orders=1 + len(recipe.orders),
-                    serving_depth=serving_depth(served_heads(ledger), views),
-                    record_epochs_full=full,
-                    checkpoint_budget_bytes=config.sisa.checkpoint_budget_bytes,
-                    records_without_subject=ledger.num_without_subject()[0],
-                    checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
-                    record_epochs_others=full_record_epochs(views, recipe, recipe.orders) - full,
-                    form=prompt_form(context),
-                    prompts=prompts,
-                    restricted_subjects=len(restrictions(ledger).since),
-                    restricted_records=len(restricted_rows(ledger)),
-                )
+            names = self.base.name, self.embedder.name
+            return status_of(context, self.directory, self.config, *names)
 
     @retry_read
-    def lineage(self) -> dict[int, list[query.SliceStanding]]:
+    def lineage(self) -> dict[int, list[SliceStanding]]:
         """Return the standing of every slice, by shard: clean, retrained, restricted, ..."""
         with self.context(outdated=True) as context, context.stores.ledger.snapshot():
-            return query.slice_standings(context)
+            return slice_standings(context)
 
     @retry_read
-    def shards(self) -> list[tuple[query.ShardStatus, list[query.SliceStanding]]]:
+    def shards(self) -> list[tuple[ShardStatus, list[SliceStanding]]]:
         """Return every shard and the standing of its slices, all at one moment."""
         with self.context() as context, context.stores.ledger.snapshot():
-            standings = query.slice_standings(context)
-            return [(each, standings[each.shard]) for each in query.shards(context)]
+            standings = slice_standings(context)
+            return [(each, standings[each.shard]) for each in shard_statuses(context)]
 
     def verify(
         self,

@@ -34,7 +34,6 @@ from sisa.flows.ingest import Taken, check_same_records, train
 from sisa.flows.reconcile import Trained, adopt_and_erase, under_way
 from sisa.flows.record_checks import check_all, check_generations, check_not_deleted, check_risks
 from sisa.flows.restored_backup import catch_up
-from sisa.flows.scratch_base import guard, prepare_base
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.executors import OpenExecutor, find_executor
 from sisa.flows.wiring.keys import (
@@ -55,6 +54,7 @@ from sisa.flows.wiring.ledger_place import (
     open_ledger,
 )
 from sisa.flows.wiring.progress import progress
+from sisa.flows.wiring.scratch_base import guard, prepare_base
 from sisa.lm.base.numerics import require_device
 from sisa.model import Model
 from sisa.planning.bands import unnamed

@@ -28,7 +28,7 @@ from sisa.config.template import FEW_RECORDS, commented_run_file
 from sisa.core.errors import InvalidInput
 from sisa.data.reader import read_records
 from sisa.data.samples import as_chats, distinctive_word, make_corpus, make_people, to_jsonl
-from sisa.flows.scratch_base import prepare_base
+from sisa.flows.wiring.scratch_base import prepare_base
 from sisa.model import Model, open_model
 from sisa.store.blobs.files import write_atomic
 from sisa.train import train_model

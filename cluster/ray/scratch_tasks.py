@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from cluster.ray.ray_session import Listener, connect
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Notice, Report
-from sisa.flows.scratch_base import BaseJob
+from sisa.flows.wiring.scratch_base import BaseJob
 from sisa.lm.base.numerics import worker_environment
 
 POLL_S, ANSWER_S = 1.0, 10.0

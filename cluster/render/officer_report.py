@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from sisa.core.domain import Patch, VaultSet
     from sisa.flows.lifecycle import RequestView
-    from sisa.flows.query import SliceStanding, Status
+    from sisa.flows.status import SliceStanding, Status
     from sisa.model import Model
 
 MAX_BARS = 24

@@ -23,7 +23,7 @@ from sisa.core.errors import InvalidInput
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from sisa.flows.query import ShardStatus, Status
+    from sisa.flows.status import ShardStatus, Status
 
 Place = tuple[int, int]
 DIGEST_CHARS = 8

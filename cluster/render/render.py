@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from sisa.flows.ask import Answer
     from sisa.flows.deletion import ForgetOutcome, ForgetPlan, Forgetting
     from sisa.flows.ingest import Rectified, Taken
-    from sisa.flows.query import Candidate, Location, Status
+    from sisa.flows.query import Candidate, Location
     from sisa.flows.rights.drop import Details, Standing
     from sisa.flows.rights.restriction import Restriction
     from sisa.flows.routing import HeldPrompts
+    from sisa.flows.status import Status
 
 # Exit codes of results; those of errors are in `sisa.core.errors`.
 EXIT_USAGE, EXIT_INTEGRITY, EXIT_ENVIRONMENT, EXIT_REVOKED, EXIT_INTERRUPTED = 2, 4, 6, 7, 130

@@ -25,12 +25,12 @@ from sisa.core.domain import Head, IndexFile, SliceFile
 from sisa.core.errors import IntegrityError, SisaError, TransientError
 from sisa.core.ports import BlobStore
 from sisa.core.requests import contradicted
-from sisa.flows import query
 from sisa.flows.context.areas import known_by_area, purge
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import plan_of, plans_of, view_shard, view_shards
 from sisa.flows.reconcile import check_rows
 from sisa.flows.rights.drop import stray_identities
+from sisa.flows.status import export_statuses
 from sisa.flows.wiring.description import model_id
 from sisa.flows.wiring.keys import evidence_keys
 from sisa.flows.wiring.ledger_place import LEDGER
@@ -328,7 +328,7 @@ def _check_group(context: Context, area: str, key: str, manifest_sha256: str) ->
 
 
 def _exports(context: Context) -> Iterator[Finding]:
-    for each in query.exports(context):
+    for each in export_statuses(context):
         if each.standing == "held":
             yield Finding("export", "error", each.path, "stale, and not erased yet", "sweep")
         elif each.standing:

@@ -57,11 +57,11 @@ from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.domain import Export, HeldCheckpoint, Tombstone
 from sisa.core.errors import IntegrityError, InvalidInput, SisaError
 from sisa.core.ports import BlobStore
-from sisa.flows import query
 from sisa.flows.context.areas import known_by_area
 from sisa.flows.context.context import Context
 from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.rights.drop import stray_identities
+from sisa.flows.status import export_statuses
 from sisa.flows.wiring.ledger_place import LEDGER, ledger_place, open_ledger
 from sisa.lm.base.packages import cache_dir
 from sisa.store.areas import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT
@@ -491,7 +491,7 @@ class _Scanner:
 
     def report_missing_exports(self) -> None:
         """Report exports that a deletion marked and that can't be found; others are stale adapters."""
-        for each in query.exports(self.context):
+        for each in export_statuses(self.context):
             if each.standing not in (None, "held"):
                 what = f"an export that request {each.request_id} made stale is {each.standing}"
                 self.report("missing_export", each.path, what)

@@ -1,4 +1,4 @@
-"""Answer where a record is, what a content search proposes, and what state the model is in.
+"""Answer where a record is and what it touched, and what a content search proposes.
 
 The index proposes, the ledger decides: a candidate that the ledger does not hold is not a hit. This
 module writes nothing. Ids appear only in answers to callers who asked for them.
@@ -10,34 +10,27 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Literal
 
 from sisa.core.domain import (
     Export,
     HeldCheckpoint,
     Hit,
-    Kind,
     PatchState,
     Record,
     RecordRow,
-    Request,
     SetRole,
     Tombstone,
     VaultSet,
-    WitnessHead,
 )
 from sisa.core.errors import IntegrityError, InvalidInput, Problem, UnknownRecord
-from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.core.ports import Vectors
 from sisa.data.record_rules import normal_subject
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import view_shards
-from sisa.flows.context.served import restrictions, served_heads
+from sisa.flows.context.served import restrictions
 from sisa.flows.context.slices import slices_of, stored_in
-from sisa.flows.context.stale_exports import export_standing
-from sisa.flows.reconcile import BEGINNING, not_erased, under_way
-from sisa.flows.restored_backup import WitnessStanding
-from sisa.flows.routing import HeldPrompts, search_each
+from sisa.flows.reconcile import not_erased, under_way
+from sisa.flows.routing import search_each
 from sisa.planning.plan import slice_start, touched
 
 NUM_NEAR = 50  # most near-duplicates that are proposed
@@ -95,86 +88,6 @@ class Candidate:
     match: str  # "subject" if the ledger named it, "content" if the index did
     subject: str | None = None
     text: str | None = None  # its beginning, if the caller asked for it
-
-
-@dataclass(frozen=True)
-class ExportStatus:
-    """Describe an export; `standing` is that of a stale one, and None for a clean one."""
-
-    path: str
-    shard: int  # the first one; -1: made before the records moved to other shards
-    key: str
-    adapter_sha256: str
-    made_at: str
-    state: str
-    request_id: str
-    standing: str | None
-    shards: tuple[int, ...]  # several in a merged export
-
-
-@dataclass(frozen=True)
-class ShardStatus:
-    """Describe a shard. Its head is None if it holds no records or serves the base for now."""
-
-    shard: int
-    head: str | None
-    depth: int
-    num_slices: int
-    records: int
-    slice_records: tuple[int, ...]
-    converged: bool
-    adapter_path: str | None
-    adapter_sha256: str | None
-    target: str | None = None  # the head once training is done
-    num_stages: int = 0  # slices that hold records: the full `depth`
-    served: str | None = None  # the head, unless that saw a restricted record; None: nothing
-    served_depth: int = 0
-
-
-@dataclass(frozen=True)
-class SliceStanding:
-    """Describe a slice of a shard.
-
-    clean         served
-    retrained     served, and trained again after a deletion since the model was last trained as a whole
-    rolled back   not in the head until it is trained again
-    restricted    in the head, which is not served
-    """
-
-    slice: int
-    records: int
-    state: Literal["clean", "retrained", "rolled back", "restricted", "empty"]
-
-
-@dataclass(frozen=True)
-class Status:
-    """A model at a glance; sizes in bytes."""
-
-    directory: str
-    records: int
-    deleted_records: int
-    model_digest: str
-    base_model: str
-    base_digest: str
-    embedder: str
-    schedule: str
-    shards: tuple[ShardStatus, ...]
-    requests: tuple[Request, ...]
-    sizes_bytes: dict[str, int]
-    witness: tuple[str, WitnessStanding] = ("", "absent")  # its location, and its standing
-    event_head: WitnessHead = BEGINNING  # the last link of the event log, and how many events
-    exports: tuple[ExportStatus, ...] = ()
-    num_orders: int = 1
-    serving_depth: float = 1.0  # mean share of their slices that shards serve
-    record_epochs_full: int = 0  # of training order 0 from scratch
-    record_epochs_others: int = 0  # of training the other orders beside it
-    checkpoint_budget_bytes: int | None = None
-    checkpoint_bytes: int = 0  # of the stages that the ledger holds
-    records_without_subject: int = 0
-    form: Kind = "text"  # in which shards get prompts
-    prompts: HeldPrompts | None = None
-    restricted_subjects: int = 0  # whose records are stored and not served
-    restricted_records: int = 0
 
 
 def lookup(context: Context, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
@@ -440,89 +353,3 @@ def _contradiction(what: str) -> IntegrityError:
         f"the ledger lacks {what}",
         next_step="run `sisa verify`; restore the model directory from a backup",
     )
-
-
-def exports(context: Context) -> list[ExportStatus]:
-    """Return all exports that the ledger lists, with the standing of stale ones.
-
-    A merged export, which has a row for each of its shards in the ledger, is returned once.
-    """
-    found: dict[tuple[str, ...], list[Export]] = {}
-    for row in sorted(context.stores.ledger.exports(), key=lambda each: (each.path, each.shard)):
-        name = (row.path, row.adapter_sha256, row.state, row.request_id)
-        found.setdefault(name, []).append(row)
-    return [
-        ExportStatus(
-            path=first.path,
-            shard=first.shard,
-            key=first.key,
-            adapter_sha256=first.adapter_sha256,
-            made_at=first.made_at,
-            state=first.state,
-            request_id=first.request_id,
-            standing=export_standing(context, first) if first.stale else None,
-            shards=tuple(dict.fromkeys([first.shard, *(each.shard for each in others)])),
-        )
-        for first, *others in found.values()
-    ]
-
-
-def shards(context: Context) -> list[ShardStatus]:
-    """Return the state of every shard, in order."""
-    ledger = context.stores.ledger
-    counts: dict[int, dict[int, int]] = {}
-    for file in ledger.slices():
-        counts.setdefault(file.shard, {})[file.slice] = file.num_records
-    held = {each.key: each for each in ledger.checkpoints()}
-    appended = max((slice_ + 1 for found in counts.values() for slice_ in found), default=0)
-    num_slices = max(context.settings.recipe.num_slices, appended)
-    if any(head.key not in held for head in ledger.heads() if head.key is not None):
-        raise _contradiction("a checkpoint that it serves")
-    return [
-        ShardStatus(
-            shard=head.shard,
-            head=head.key,
-            depth=head.depth,
-            num_slices=num_slices,
-            records=sum(sizes.values()),
-            slice_records=tuple(sizes.get(slice_, 0) for slice_ in range(num_slices)),
-            converged=head.converged,
-            adapter_path=context.stores.checkpoints.location(head.key) if head.key else None,
-            adapter_sha256=held[head.key].adapter_sha256 if head.key else None,
-            target=head.target,
-            num_stages=sum(map(bool, sizes.values())),
-            served=serves.key,
-            served_depth=serves.depth,
-        )
-        for head, serves in zip(ledger.heads(), served_heads(ledger), strict=True)
-        for sizes in [counts.get(head.shard, {})]
-    ]
-
-
-def slice_standings(context: Context) -> dict[int, list[SliceStanding]]:
-    """Return the standing of every slice of every shard."""
-    ledger = context.stores.ledger
-    prefixes = {each.key: each.prefix for each in ledger.checkpoints()} | {None: ()}
-    since = ledger.meta().get(TRAINED_ANEW, "")
-    first: dict[int, int] = {}  # slice that a deletion retrained, by shard
-    for request in ledger.requests():
-        for shard, slice_, _ in request.shards if request.committed_at > since else ():
-            first[shard] = min(slice_, first.get(shard, slice_))
-    return {
-        each.shard: [
-            _standing(slice_, size, prefixes[each.head], prefixes[each.served], first.get(each.shard))
-            for slice_, size in enumerate(each.slice_records)
-        ]
-        for each in shards(context)
-    }
-
-
-def _standing(
-    slice_: int, size: int, trained: Sequence[int], served: Sequence[int], retrained: int | None
-) -> SliceStanding:
-    if not size:
-        return SliceStanding(slice_, size, "empty")
-    if slice_ not in served:
-        return SliceStanding(slice_, size, "restricted" if slice_ in trained else "rolled back")
-    again = retrained is not None and slice_ >= retrained
-    return SliceStanding(slice_, size, "retrained" if again else "clean")

@@ -17,7 +17,7 @@ from sisa.core.errors import InvalidInput
 from sisa.core.events import silent
 from sisa.data.reader import read_records
 from sisa.data.samples import make_corpus
-from sisa.flows.scratch_base import prepare_base
+from sisa.flows.wiring.scratch_base import prepare_base
 from tests.models.tiny_model import change_run, ids_of, of_people, write_rows, write_run
 
 pytestmark = pytest.mark.torch

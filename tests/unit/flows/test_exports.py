@@ -32,6 +32,7 @@ from sisa.flows.lifecycle import find
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reset
+from sisa.flows.status import export_statuses
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.exports import CARD, SIGNATURE
 from tests.fakes.ports import ADAPTER, PARTS, SECRET, FakeModel, changed, fake_model, fake_record
@@ -170,7 +171,7 @@ def test_what_was_moved_is_reported_and_erased_when_it_comes_back(fake: FakeMode
     assert notes["erased"] == "1 exports could not be found"
     (lost,) = stale_exports(fake.context)
     assert (lost.path, lost.state, lost.request_id) == (path, "tainted", done.request_id)
-    standings = {each.path: each.standing for each in query.exports(fake.context) if each.standing}
+    standings = {each.path: each.standing for each in export_statuses(fake.context) if each.standing}
     assert standings == {path: "gone"}
     reconcile(fake.context)
     assert [each.path for each in stale_exports(fake.context)] == [path]
@@ -339,11 +340,11 @@ def test_an_export_of_a_former_layout_is_named_once_for_a_record(fake: FakeModel
 
 def test_an_export_of_several_shards_is_listed_once_with_its_shards(fake: FakeModel) -> None:
     export_merged(fake)
-    (found,) = query.exports(fake.context)
+    (found,) = export_statuses(fake.context)
     assert (found.path, found.shard, found.shards) == (MERGED, 0, (0, 1, 2))
     fake.exports.stored.clear()
     fake.forget(3)
-    (found,) = query.exports(fake.context)
+    (found,) = export_statuses(fake.context)
     assert found.standing == "gone"
     assert [each.where for each in findings._exports(fake.context)] == [MERGED]
 

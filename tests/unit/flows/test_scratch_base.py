@@ -14,7 +14,7 @@ from sisa.config.runfile import load_run_file
 from sisa.core.domain import Part, Record
 from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput, SisaError
 from sisa.core.events import Event, Notice, Report
-from sisa.flows import scratch_base
+from sisa.flows.wiring import scratch_base
 from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
 

@@ -17,8 +17,9 @@ from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.data.reader import read_records
 from sisa.flows.ingest import add, train
-from sisa.flows.query import shards, where
+from sisa.flows.query import where
 from sisa.flows.reconfigure import move
+from sisa.flows.status import shard_statuses
 from sisa.planning.bands import Bands
 from sisa.planning.layout import Assigner, Layout
 from sisa.planning.plan import LAYERWISE, passes
@@ -69,7 +70,7 @@ def test_nothing_that_was_trained_is_trained_again(fake: FakeModel) -> None:
     assert held <= set(fake.checkpoints.stored)
     add(fake.context, some(30), append=True)
     assert slices_of(fake, 30) <= {6, 7, 8}
-    state = shards(fake.context)
+    state = shard_statuses(fake.context)
     assert all(each.converged and each.depth == each.num_stages > SLICES for each in state)
     assert {each.num_slices for each in state} == {max(slices_of(fake, 30)) + 1}
 

@@ -16,8 +16,8 @@ from sisa.core.ports import Change
 from sisa.flows.context.plans import view_shard
 from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
 from sisa.flows.ingest import add, train
-from sisa.flows.query import shards
 from sisa.flows.reconcile import reconcile
+from sisa.flows.status import shard_statuses
 from sisa.planning.bands import Bands
 from sisa.planning.layout import Order, arranged, chosen_orders, matched, rotations
 from sisa.planning.plan import (
@@ -249,7 +249,7 @@ def test_status_shows_depth_and_cost_separately() -> None:
     assert planned.serving_depth == 0.5
     assert planned.record_epochs_retrained == planned.record_epochs_full
     forget_at_once(fake.context, new_request(fake.context, [row], (), Terms(approver="a")), defer=True)
-    (state,) = shards(fake.context)
+    (state,) = shard_statuses(fake.context)
     assert (state.depth, state.num_stages, state.converged) == (2, 4, False)
     done = reconcile(fake.context)
     (request,) = fake.ledger.requests()

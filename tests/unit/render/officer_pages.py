@@ -13,7 +13,7 @@ from typing import Any
 from cluster.render.officer_report import Evidence, Facts, Statement, page, report_body
 from sisa.core.domain import Patch, PatchJob, Probed, Request, RequestEvent, VaultSet, WitnessHead
 from sisa.flows.lifecycle import RequestView
-from sisa.flows.query import ExportStatus, ShardStatus, SliceStanding, Status
+from sisa.flows.status import ExportStatus, ShardStatus, SliceStanding, Status
 from sisa.verifier.certificate import EXACT, STATE
 
 NOW = "2026-02-10T12:00:00.000+00:00"

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.render.picture import Mark, cell_marks, draw_layout
 from sisa.core.errors import InvalidInput
-from sisa.flows.query import ShardStatus, Status
+from sisa.flows.status import ShardStatus, Status
 
 
 def shard(number: int, head: str | None, *counts: int, converged: bool = True) -> ShardStatus:

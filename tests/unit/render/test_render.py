@@ -21,8 +21,9 @@ from sisa.core.errors import Problem
 from sisa.flows.ask import Answer
 from sisa.flows.deletion import ForgetOutcome, ForgetPlan, Forgetting, plan_forget
 from sisa.flows.ingest import Taken, train
-from sisa.flows.query import Candidate, ExportStatus, Location, PatchTouch, ShardStatus, Status, Touch
+from sisa.flows.query import Candidate, Location, PatchTouch, Touch
 from sisa.flows.routing import HeldPrompts
+from sisa.flows.status import ExportStatus, ShardStatus, Status
 from tests.fakes.ports import fake_model, fake_record
 
 ESCAPES = "\x1b[31mred\x1b[0m \x07\x9b31m \u202egnp.exe\u202c"
