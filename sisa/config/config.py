@@ -55,7 +55,8 @@ from sisa.core.domain import (
 )
 from sisa.core.errors import IntegrityError
 from sisa.planning.bands import RISK_COLUMN, Bands
-from sisa.planning.layout import MAX_MATCHED, Layout, chosen_orders
+from sisa.planning.layout import Layout
+from sisa.planning.orders import MAX_MATCHED, chosen_orders
 from sisa.planning.plan import Recipe, Schedule
 
 KeyPath = tuple[Any, ...]  # of keys and positions

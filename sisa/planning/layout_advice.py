@@ -30,7 +30,8 @@ from itertools import product
 from sisa.planning.bands import Bands
 from sisa.planning.checkpoint_budget import KeptStages, best_kept, expected, split_budget
 from sisa.planning.deletion_stream import Group, Stream
-from sisa.planning.layout import Layout, Order, chosen_orders
+from sisa.planning.layout import Layout
+from sisa.planning.orders import Order, chosen_orders
 from sisa.planning.plan import Schedule
 
 MIN_SHARD_RECORDS = 30

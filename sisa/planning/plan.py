@@ -13,7 +13,7 @@ held; a shard that must train again takes the present one, whole. A checkpoint w
 record of its prefix's slices that was in the ledger at its sequence number, whatever the schedule: a
 sequential stage starts from its parent's weights.
 
-Orders (`layout.py`) share the checkpoints of their common prefixes: no key depends on the order. The
+Orders (`orders.py`) share the checkpoints of their common prefixes: no key depends on the order. The
 other orders end one stage short of all slices, since whatever taints order 0's target would taint that
 stage, too. They are trained only under the present fingerprint.
 
@@ -64,7 +64,7 @@ from sisa.core.domain import (
 )
 from sisa.planning.batching import ShardCosts
 from sisa.planning.checkpoint_budget import best_kept, split_budget
-from sisa.planning.layout import Order, arranged
+from sisa.planning.orders import Order, arranged
 
 Schedule = Literal["cumulative", "sequential"]
 LAYERWISE = "layerwise"  # in a job's training: the number of blocks of layers; stage n trains block n

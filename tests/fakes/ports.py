@@ -57,7 +57,8 @@ from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor
 from sisa.planning.bands import Bands
-from sisa.planning.layout import Assigner, Layout, chosen_orders
+from sisa.planning.layout import Assigner, Layout
+from sisa.planning.orders import chosen_orders
 from sisa.planning.plan import Recipe, Schedule
 from tests.fakes.keyring import PLAIN
 from tests.fakes.ledger import FakeLedger

@@ -28,7 +28,8 @@ from functools import cached_property
 from sisa.core.digest import Keyed, digest_of
 from sisa.core.domain import HeldCheckpoint, Part, Record, RecordRow, Risk, SliceState, record_epochs
 from sisa.planning.bands import Bands
-from sisa.planning.layout import Assigner, Layout, chosen_orders
+from sisa.planning.layout import Assigner, Layout
+from sisa.planning.orders import chosen_orders
 from sisa.planning.plan import (
     Recipe,
     Schedule,

@@ -39,7 +39,7 @@ from typing import Any
 
 from sisa.data.samples import make_people
 from sisa.planning.bands import Bands
-from sisa.planning.layout import rotations
+from sisa.planning.orders import rotations
 from tests.bench.command import arguments, here, write
 from tests.bench.deletion.counted import (
     Arrangement,

@@ -18,7 +18,7 @@ hardly ever reached).
 
 >>> round(deletions_until_base(num_shards=1, num_slices=4, num_orders=1), 2)
 4.0
->>> from sisa.planning.layout import rotations
+>>> from sisa.planning.orders import rotations
 >>> [round(expected_depth(rotations(4, b), num_deletions=1), 2) for b in (1, 2, 4)]
 [1.5, 2.5, 3.0]
 
@@ -36,7 +36,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from sisa.planning.layout import Order
+from sisa.planning.orders import Order
 
 MAX_ORDERS = 12  # `expected_depth` visits all sets of them
 

@@ -16,7 +16,7 @@ from sisa.core.events import Event, Notice
 from sisa.flows.ingest import train
 from sisa.flows.query import where
 from sisa.planning.checkpoint_budget import best_kept, expected, split_budget
-from sisa.planning.layout import rotations
+from sisa.planning.orders import rotations
 from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard
 from tests.fakes.ports import FakeCheckpoints, changed, fake_model, fake_recipe, fake_record
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from sisa.core.domain import HeldCheckpoint, SliceJob, SliceState
 from sisa.planning.deletion_stream import Group, replay_stream
-from sisa.planning.layout import chosen_orders
 from sisa.planning.layout_advice import (
     MIN_SHARD_RECORDS,
     Advice,
@@ -21,6 +20,7 @@ from sisa.planning.layout_advice import (
     recommended,
     stream_of,
 )
+from sisa.planning.orders import chosen_orders
 from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard
 from tests.bench.deletion.serving import expected_depth
 

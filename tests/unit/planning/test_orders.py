@@ -19,7 +19,7 @@ from sisa.flows.ingest import add, train
 from sisa.flows.reconcile import reconcile
 from sisa.flows.status import shard_statuses
 from sisa.planning.bands import Bands
-from sisa.planning.layout import Order, arranged, chosen_orders, matched, rotations
+from sisa.planning.orders import Order, arranged, chosen_orders, matched, rotations
 from sisa.planning.plan import (
     Recipe,
     Schedule,
