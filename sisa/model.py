@@ -66,7 +66,7 @@ from sisa.flows.wiring.executors import OpenExecutor
 from sisa.flows.wiring.scratch_base import guard
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
-from sisa.planning.plan import estimate_seconds
+from sisa.planning.cost import estimate_seconds
 from sisa.store.ledger.backend import Watch
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from sisa.core.events import Event, Notice, Report, SliceTrained, silent
 from sisa.core.ports import BlobStore, Keyring, OnStage
 from sisa.flows.serial import LanesSetting, Site, num_lanes, order_chains
 from sisa.lm.base.numerics import require_device, worker_environment
-from sisa.planning.plan import keeps_hidden_states, states_name
+from sisa.planning.hidden_state_files import keeps_hidden_states, states_name
 from sisa.store.areas import HIDDEN_STATES
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import FileKeyring

@@ -32,8 +32,9 @@ from sisa.flows.context.context import Context, trained_over
 from sisa.flows.context.slices import slices_of, stored_in
 from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.model import Model
+from sisa.planning.hidden_state_files import states_names
 from sisa.planning.patch_plan import lineage
-from sisa.planning.plan import states_names, tainted_exports, touched
+from sisa.planning.plan import tainted_exports, touched
 from sisa.store.areas import LOG
 from sisa.verifier.envelope import Refused
 

@@ -45,16 +45,10 @@ from sisa.flows.context.plans import check_sources, plans_of
 from sisa.flows.context.served import model_digest
 from sisa.flows.context.slices import SlicePosition, held_rows, slices_of, stored_in, write_shard
 from sisa.flows.reconcile import adopt_and_erase, check_rows, note_failure, reconcile, under_way
+from sisa.planning.cost import full_record_epochs
+from sisa.planning.hidden_state_files import states_names
 from sisa.planning.layout import root_of
-from sisa.planning.plan import (
-    ShardPlan,
-    ShardView,
-    full_record_epochs,
-    serving_depth,
-    states_names,
-    tainted_checkpoints,
-    tainted_exports,
-)
+from sisa.planning.plan import ShardPlan, ShardView, serving_depth, tainted_checkpoints, tainted_exports
 
 _Placed = TypeVar("_Placed", RecordRow, SliceState)
 

@@ -32,7 +32,7 @@ from sisa.flows.deletion import (
 from sisa.flows.query import Candidate
 from sisa.flows.reconcile import open_plans, under_way
 from sisa.planning.batching import RunPlan, choose
-from sisa.planning.plan import shard_costs
+from sisa.planning.cost import shard_costs
 
 PAST_DAYS, YOUNG_DAYS = 90, 30.0  # see `_arrivals_per_day`
 

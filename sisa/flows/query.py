@@ -31,7 +31,8 @@ from sisa.flows.context.served import restrictions
 from sisa.flows.context.slices import slices_of, stored_in
 from sisa.flows.reconcile import not_erased, under_way
 from sisa.flows.routing import search_each
-from sisa.planning.plan import slice_start, touched
+from sisa.planning.hidden_state_files import slice_start
+from sisa.planning.plan import touched
 
 NUM_NEAR = 50  # most near-duplicates that are proposed
 SHOWN_CHARS = 100  # shown of a candidate's text

@@ -23,7 +23,8 @@ from sisa.flows.reconcile import BEGINNING
 from sisa.flows.restored_backup import WitnessStanding, witness_standing
 from sisa.flows.routing import HeldPrompts, held_prompts
 from sisa.flows.wiring.ledger_place import ledger_name
-from sisa.planning.plan import full_record_epochs, serving_depth
+from sisa.planning.cost import full_record_epochs
+from sisa.planning.plan import serving_depth
 from sisa.store.areas import CHECKPOINTS, HIDDEN_STATES, INDEX, RECORDS
 
 

@@ -3,7 +3,7 @@
     sizes       records of each slice of each shard, drawn as the hash (and bands) spread them
     deletions   distinct records, one by one or in batches; a batch costs the union of suffixes once
     groups      shares of the records, and how likely a record of each is to be deleted
-    cost        record-epochs, counted a stage at a time as `plan.py` counts them
+    cost        record-epochs, counted a stage at a time as `cost.py` counts them
 
 Shards are independent, so only the order within a shard matters, and the k-th run of every shard is
 counted at once: 1,000,000 deletions over 10,000 shards take a hundred steps, not a million. A seed

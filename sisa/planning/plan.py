@@ -1,4 +1,4 @@
-"""From remaining slices, held checkpoints and config: what to serve, train and retire, and the cost.
+"""Plan what to serve, train and retire, from remaining slices, held checkpoints and the config.
 
     target  = per shard, the last of the jobs of the records that remain, in order 0
     tainted = held checkpoints that a removed record touched
@@ -22,23 +22,8 @@ passes over slices 1..r, so that equal slices cost E epochs in total. `sequentia
 slice r alone. For appended slices (past R), stage r makes 2 E / (r + 1) passes over slices 1..r,
 independent of later slices. In another order, r is the highest number among the stage's slices.
 
-The hidden states below the adapted layers are cached, one file per slice, named by the slice, its
-records and everything else that affects the states.
-
 >>> passes("cumulative", num_epochs=6, num_slices=3), passes("sequential", 6, 3)
 ((3, 1), (6, 1))
->>> training = {"lora_layers": "top:1", "sequence_len": 8, "overlength": "refuse"}
->>> name = states_name(2, 0, "5e6f", training, "base", "fingerprint")
->>> name.rpartition("-")[0], name == states_name(2, 0, "0000", training, "base", "fingerprint")
-('shard-00002-slice-00000', False)
-
-Costs are counted in record-epochs, which do not depend on the machine: one is one presentation of one
-record to the trainer. Seconds are estimated from the stages that this model has measured.
-
->>> from sisa.core.domain import HeldCheckpoint
->>> old = HeldCheckpoint("k", 0, (0,), 1, "f", "m", "a", 10, seconds=4.0, record_epochs=8)
->>> estimate_seconds(6, [old])
-3.0
 """
 
 from __future__ import annotations
@@ -46,23 +31,18 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import accumulate
 from typing import Any, Literal
 
-from sisa.core.digest import digest_of
 from sisa.core.domain import (
     ANY_SHARD,
     Export,
     Head,
     HeldCheckpoint,
     RecordRow,
-    SliceFile,
     SliceJob,
     SliceState,
-    count_record_epochs,
     record_epochs,
 )
-from sisa.planning.batching import ShardCosts
 from sisa.planning.checkpoint_budget import best_kept, split_budget
 from sisa.planning.orders import Order, arranged
 
@@ -353,104 +333,8 @@ def _head(shard: int, path: Sequence[SliceJob], held: Mapping[str, HeldCheckpoin
     return Head(shard, deepest.key, len(deepest.prefix), target)
 
 
-REACHING = ("lora_layers", "sequence_len", "overlength")  # keys that affect hidden states
-
-
-def keeps_hidden_states(training: Mapping[str, Any]) -> bool:
-    """Return whether jobs with these hyper-parameters have frozen layers below the adapted ones."""
-    return "lora_layers" in training
-
-
-def states_name(
-    shard: int, slice_: int, root: str, training: Mapping[str, Any], base: str, fingerprint: str
-) -> str:
-    """Return the file name of a slice whose records have this root."""
-    reaching = [root, base, fingerprint, *(training[each] for each in REACHING)]
-    return f"{slice_start(shard, slice_)}{digest_of(reaching)}.prefix"
-
-
-def shard_start(shard: int) -> str:
-    """Return how the names of a shard's files begin."""
-    return f"shard-{shard:05d}-"
-
-
-def slice_start(shard: int, slice_: int) -> str:
-    """Return how the names of a slice's files begin."""
-    return f"{shard_start(shard)}slice-{slice_:05d}-"
-
-
-def states_names(slices: Iterable[SliceFile], recipe: Recipe, fingerprint: str) -> frozenset[str]:
-    """Return the names of all files that held slices may have under the present recipe."""
-    if not keeps_hidden_states(recipe.training):
-        return frozenset()
-    shared = (recipe.training, recipe.base, fingerprint)
-    return frozenset(states_name(each.shard, each.slice, each.root, *shared) for each in slices)
-
-
-def full_record_epochs(views: Iterable[ShardView], recipe: Recipe, others: Sequence[Order] = ()) -> int:
-    """Return the record-epochs of training every shard from scratch in order 0 and in other orders.
-
-    Stages of shared prefixes count once.
-    """
-    total = 0
-    for view in views:
-        sizes = {each.slice: each.num_records for each in view.slices}
-        paths = [sorted(sizes), *(arranged(sizes, order)[:-1] for order in others)]
-        stages = {
-            tuple(path[:end]): cost
-            for path in paths
-            for end, cost in enumerate(_stage_record_epochs(path, sizes, recipe), start=1)
-        }
-        total += sum(stages.values())
-    return total
-
-
-def _stage_record_epochs(path: Iterable[int], sizes: Mapping[int, int], recipe: Recipe) -> list[int]:
-    """Return the cost of each stage of some slices in an order; an empty slice has none."""
-    costs, seen, highest = [], 0, 0
-    for slice_ in path:
-        seen = seen + sizes[slice_] if recipe.schedule == "cumulative" else sizes[slice_]
-        highest = max(highest, slice_)
-        costs.append(count_record_epochs(recipe.passes(highest), seen) if sizes[slice_] else 0)
-    return costs
-
-
 def serving_depth(heads: Iterable[Head], views: Iterable[ShardView]) -> float:
     """Return the mean share of their slices that shards with records serve; 1 without such shards."""
     whole = {view.shard: len(view.slices) for view in views if view.slices}
     shares = [min(1.0, each.depth / whole[each.shard]) for each in heads if each.shard in whole]
     return sum(shares) / len(shares) if shares else 1.0
-
-
-def suffix_record_epochs(sizes: Mapping[int, int], recipe: Recipe) -> list[int]:
-    """Return the record-epochs of training a shard from each of its slices on, first slice first.
-
-    `sizes` are the records of the slices, by the slices' numbers. An empty slice has no stage: its cost
-    is that of the next slice.
-
-    >>> suffix_record_epochs({0: 5, 1: 0, 2: 4}, Recipe(3, "cumulative", 4, {}, "base"))
-    [28, 18, 18]
-    """
-    costs = _stage_record_epochs(sorted(sizes), sizes, recipe)
-    return list(accumulate(reversed(costs)))[::-1]
-
-
-def shard_costs(
-    pending: float, sizes: Mapping[int, int], num_records: int, recipe: Recipe
-) -> ShardCosts:
-    """Return the costs of a shard for `batching.choose`.
-
-    `pending` is the cost of the requests that wait in it, `num_records` the size of the whole model.
-    """
-    costs = map(float, suffix_record_epochs(sizes, recipe))
-    shares = (sizes[slice_] / num_records for slice_ in sorted(sizes))
-    return ShardCosts(pending, tuple(zip(costs, shares, strict=True)))
-
-
-def estimate_seconds(epochs: int, measured: Iterable[HeldCheckpoint]) -> float | None:
-    """Return the seconds of record-epochs on one worker, at the mean rate of measured stages."""
-    stages = [each for each in measured if each.record_epochs and each.seconds]
-    total = sum(each.record_epochs for each in stages)
-    if not total:
-        return None
-    return epochs * sum(each.seconds for each in stages) / total

@@ -4,8 +4,9 @@
 
 The files are a cache. A file that is missing, cut short, changed or undecipherable counts as absent: its
 states are computed and written again, so the ledger keeps no digest of it. A file holds nothing that the
-records do not hold, and is erased with them, its key first. `planning/plan.py` names the files. Somebody
-who can write to the storage could put other states there; `verify --replay` uses none and detects that.
+records do not hold, and is erased with them, its key first. `planning/hidden_state_files.py` names the
+files. Whoever can write to the storage could put other states there; `verify --replay` uses none and
+detects that.
 """
 
 from __future__ import annotations

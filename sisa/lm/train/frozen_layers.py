@@ -30,7 +30,7 @@ from sisa.core.errors import InvalidInput
 from sisa.core.ports import HiddenStateStore, StoredRecord
 from sisa.lm.base.adapter import layers_of
 from sisa.lm.base.tokens import Tokens
-from sisa.planning.plan import shard_start, states_name
+from sisa.planning.hidden_state_files import shard_start, states_name
 
 MEMORY_BYTES = 512 << 20
 HEADER_BYTES = 256  # more than a record takes in a file beside its states

@@ -28,17 +28,10 @@ from functools import cached_property
 from sisa.core.digest import Keyed, digest_of
 from sisa.core.domain import HeldCheckpoint, Part, Record, RecordRow, Risk, SliceState, record_epochs
 from sisa.planning.bands import Bands
+from sisa.planning.cost import suffix_record_epochs
 from sisa.planning.layout import Assigner, Layout
 from sisa.planning.orders import chosen_orders
-from sisa.planning.plan import (
-    Recipe,
-    Schedule,
-    ShardPlan,
-    ShardView,
-    plan_shard,
-    suffix_record_epochs,
-    tainted_checkpoints,
-)
+from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard, tainted_checkpoints
 
 FINGERPRINT, EPOCHS = "fingerprint", 4
 

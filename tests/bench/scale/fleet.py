@@ -52,16 +52,9 @@ from sisa.core.domain import (
 from sisa.core.ports import Change
 from sisa.core.requests import days_left, due_date
 from sisa.planning.batching import ShardCosts, choose
+from sisa.planning.cost import full_record_epochs, shard_costs
 from sisa.planning.layout import Assigner, Layout
-from sisa.planning.plan import (
-    Recipe,
-    ShardPlan,
-    ShardView,
-    full_record_epochs,
-    plan_shard,
-    shard_costs,
-    tainted_checkpoints,
-)
+from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, tainted_checkpoints
 from sisa.store.ledger.ledger import SqlLedger
 from tests.bench.command import arguments, write
 from tests.bench.deletion.counted import counted_row

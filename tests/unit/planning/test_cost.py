@@ -7,13 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa.core.domain import HeldCheckpoint, SliceState
-from sisa.planning.plan import (
-    Recipe,
-    ShardView,
-    estimate_seconds,
-    full_record_epochs,
-    plan_shard,
-)
+from sisa.planning.cost import estimate_seconds, full_record_epochs
+from sisa.planning.plan import Recipe, ShardView, plan_shard
 
 RECIPE = Recipe(3, "cumulative", 2, {}, "base")
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa.planning.bands import Bands
+from sisa.planning.cost import suffix_record_epochs
 from sisa.planning.deletion_stream import Group, Stream, points_one_by_one, replay_stream
 from sisa.planning.layout import Layout
-from sisa.planning.plan import Recipe, Schedule, suffix_record_epochs
+from sisa.planning.plan import Recipe, Schedule
 
 schedules = st.sampled_from(["cumulative", "sequential"])
 layouts = st.builds(Layout, st.integers(1, 6), st.integers(1, 5))

@@ -19,13 +19,13 @@ from sisa.flows.ingest import add, train
 from sisa.flows.reconcile import reconcile
 from sisa.flows.status import shard_statuses
 from sisa.planning.bands import Bands
+from sisa.planning.cost import full_record_epochs
 from sisa.planning.orders import Order, arranged, chosen_orders, matched, rotations
 from sisa.planning.plan import (
     Recipe,
     Schedule,
     ShardPlan,
     ShardView,
-    full_record_epochs,
     gaps,
     jobs,
     plan_shard,
