@@ -44,7 +44,7 @@ from sisa.config.config import (
 from sisa.core.domain import Record
 from sisa.core.errors import Problem, Problems, SisaError
 from sisa.data.dataset_export import export_rows
-from sisa.data.drop_lists import hashes, identifier_problems, on_no_list
+from sisa.data.identifiers import hashes, identifier_problems, on_no_list
 from sisa.data.record_rules import (
     Broken,
     name_problems,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sisa.data.drop_lists import hashes
+from sisa.data.identifiers import hashes
 from tests.models.tiny_model import (
     PEOPLE,
     Done,

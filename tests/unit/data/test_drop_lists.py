@@ -17,19 +17,15 @@ from hypothesis import strategies as st
 
 from sisa.config.config import SourceLimits
 from sisa.core.errors import InvalidInput
-from sisa.data.drop_lists import (
+from sisa.data.drop_lists import Listed, is_suffix, read_download, responses, upload_name
+from sisa.data.identifiers import (
     LISTS,
     MAX_VALUES,
-    Listed,
     hash_of,
     hashes,
     identifier_problems,
-    is_suffix,
     on_no_list,
-    read_download,
-    responses,
     standardised,
-    upload_name,
 )
 from sisa.data.reader import read_records
 

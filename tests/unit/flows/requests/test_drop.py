@@ -13,7 +13,8 @@ import pytest
 
 from sisa.core.domain import Record, Request
 from sisa.core.errors import ConfigConflict, InvalidInput
-from sisa.data.drop_lists import Download, Listed, hashes
+from sisa.data.drop_lists import Download, Listed
+from sisa.data.identifiers import hashes
 from sisa.flows.context.context import Context
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import carry_out, decide
