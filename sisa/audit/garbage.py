@@ -41,14 +41,15 @@ from sisa.flows.wiring.ledger_place import (
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.store import areas
 from sisa.store.blobs import files
+from sisa.store.blobs.database_files import SQLITE_FILES
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.ledger.sqlite import COMMIT_LOCK
 from sisa.store.metrics import run_files
 
-LEDGER_FILES = (*(LEDGER + each for each in files.SQLITE_FILES), LEDGER_URL, moving.LEDGERS_LEFT)
+LEDGER_FILES = (*(LEDGER + each for each in SQLITE_FILES), LEDGER_URL, moving.LEDGERS_LEFT)
 EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", areas.LOG)
-SERVICE_FILES = (SERVICE, TOKENS, *(SERVICE_STATE + each for each in files.SQLITE_FILES))
+SERVICE_FILES = (SERVICE, TOKENS, *(SERVICE_STATE + each for each in SQLITE_FILES))
 KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, KEY, LOCK, COMMIT_LOCK})
 AREAS = (
     *(areas.RECORDS, areas.INDEX, areas.HIDDEN_STATES, areas.CHECKPOINTS),

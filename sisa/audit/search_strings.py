@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sisa.store.blobs.files import read_beside
+from sisa.store.blobs.database_files import read_beside
 from sisa.store.ledger.sqlite import open_readonly
 
 MIN_BYTES, MIN_HEX_BYTES = 5, 8

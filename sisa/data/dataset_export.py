@@ -19,7 +19,7 @@ from typing import Any
 from sisa.config.config import DatasetSource
 from sisa.core.errors import EnvironmentFault
 from sisa.data.record_rules import Broken
-from sisa.store.blobs.files import in_use
+from sisa.store.blobs.temporary_directories import in_use
 
 
 def export_rows(source: DatasetSource, folder: Path) -> Path:

@@ -53,7 +53,7 @@ from sisa.data.record_rules import (
     record_problems,
     type_name,
 )
-from sisa.store.blobs.files import temporary_directory
+from sisa.store.blobs.temporary_directories import temporary_directory
 
 PARQUET_BATCH_ROWS = 1024
 DEFAULT_GROUP_BY = "subject_id"

@@ -42,7 +42,7 @@ from sisa.flows.wiring.executors import OpenExecutor, check_executor
 from sisa.flows.wiring.keys import keep_key
 from sisa.flows.wiring.ledger_place import LEDGER, has_ledger, model_lock, open_ledger
 from sisa.store.areas import REPLAYS, open_areas
-from sisa.store.blobs.files import erase_abandoned
+from sisa.store.blobs.temporary_directories import erase_abandoned
 from sisa.store.ledger.ledger import SqlLedger
 
 _D = TypeVar("_D", bound="ModelDirectory")

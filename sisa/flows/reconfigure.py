@@ -34,7 +34,7 @@ from sisa.flows.record_checks import check_generations
 from sisa.planning.layout import index_root
 from sisa.planning.plan import ShardView
 from sisa.store.areas import ALWAYS_SEALED, HIDDEN_STATES
-from sisa.store.blobs import keyring
+from sisa.store.blobs.sealed_area import reseal_blobs
 
 
 def check_no_differences(found: Sequence[Difference], where: str) -> None:
@@ -98,7 +98,7 @@ def reseal_model(context: Context) -> None:
             continue
         if area in ALWAYS_SEALED:
             continue
-        keyring.reseal_blobs(context.stores.blobs[area], area, sorted(names), context.stores.keyring)
+        reseal_blobs(context.stores.blobs[area], area, sorted(names), context.stores.keyring)
     purge(context)
 
 

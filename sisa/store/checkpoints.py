@@ -18,7 +18,7 @@ from sisa.core.domain import PatchJob, SavedCheckpoint, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs import files
-from sisa.store.blobs.keyring import SealedArea
+from sisa.store.blobs.sealed_area import SealedArea
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"

@@ -17,7 +17,7 @@ from sisa.core.digest import sha256_hex
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import States
 from sisa.store.areas import HIDDEN_STATES
-from sisa.store.blobs.keyring import SealedArea
+from sisa.store.blobs.sealed_area import SealedArea
 
 DIGEST_CHARS = 64
 

@@ -31,7 +31,7 @@ from sisa.core.domain import Hit, IndexFile
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import By, Keyring, Vectors
 from sisa.store.areas import INDEX
-from sisa.store.blobs.keyring import SealedArea
+from sisa.store.blobs.sealed_area import SealedArea
 
 HEAD_BYTES = 37  # of each of the two nested indexes; their number of vectors is at 8
 EXACT_UP_TO = 20_000

@@ -21,7 +21,7 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import StoredRecord
 from sisa.planning.bands import RISK_COLUMN
 from sisa.store.areas import RECORDS
-from sisa.store.blobs.keyring import SealedArea
+from sisa.store.blobs.sealed_area import SealedArea
 
 
 class FileRecords(SealedArea):

@@ -17,7 +17,8 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import Keyring
 from sisa.store.areas import RUNS, VAULT
 from sisa.store.blobs import files
-from sisa.store.blobs.keyring import SealedArea, is_sealed
+from sisa.store.blobs.keyring import is_sealed
+from sisa.store.blobs.sealed_area import SealedArea
 
 
 class FileVault(SealedArea):

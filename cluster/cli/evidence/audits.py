@@ -127,7 +127,8 @@ def rebuild(
     from sisa.evidence.keys.signing import read_private_key, sign_as
     from sisa.evidence.rebuild import rebuild as train_again
     from sisa.evidence.rebuild import rebuild_statement
-    from sisa.store.blobs.files import temporary_directory, write_atomic
+    from sisa.store.blobs.files import write_atomic
+    from sisa.store.blobs.temporary_directories import temporary_directory
     from sisa.verifier.certificate import verify_certificate
 
     if (own_key is None) != (output is None):

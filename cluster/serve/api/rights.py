@@ -29,7 +29,7 @@ from cluster.serve.engines import with_engines
 from cluster.serve.tokens import MayAccess, MayDecide, MayRead, MaySubmit
 from sisa.evidence.attestations import Right, log_hand_out
 from sisa.flows.rights.access import as_file
-from sisa.store.blobs.files import temporary_directory
+from sisa.store.blobs.temporary_directories import temporary_directory
 
 MAX_RECORDS = 10_000
 

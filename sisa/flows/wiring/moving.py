@@ -31,6 +31,7 @@ from sisa.flows.wiring.ledger_place import (
     open_ledger,
 )
 from sisa.store.blobs import files
+from sisa.store.blobs.database_files import SQLITE_FILES
 from sisa.store.ledger.database import backend_at, upgrade_ledger
 from sisa.store.ledger.ledger import SqlLedger, erase_ledger
 
@@ -135,7 +136,7 @@ def _model(directory: Path) -> str:
 
 def _erase_file(path: Path) -> None:
     """Overwrite and remove a SQLite ledger and the files beside it."""
-    held = [each for each in (Path(f"{path}{suffix}") for suffix in files.SQLITE_FILES) if each.exists()]
+    held = [each for each in (Path(f"{path}{suffix}") for suffix in SQLITE_FILES) if each.exists()]
     with files.disk_errors(path):
         for each in held:
             files.overwrite(each)

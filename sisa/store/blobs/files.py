@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checked reads, one writer, temporary directories.
+"""Files that are whole or absent: atomic writes, checked reads, one writer.
 
 Bytes go to a temporary name in the same directory, are flushed to the disk, and get their name by one
 rename or link; readers never see half a file. Names are made of digests and numbers, never of a record
@@ -8,9 +8,6 @@ id. What a disk, a snapshot or a server keeps of unlinked blocks is out of reach
 ...     write_atomic(Path(folder) / "a", b"abc")
 ...     read_whole(Path(folder) / "a", "file"), held_names(Path(folder))
 (b'abc', frozenset({'a'}))
-
-Temporary directories of this user, outside the model, may hold text. A killed process's directory is
-erased by the next process that reads a data set or writes to a model.
 """
 
 from __future__ import annotations
@@ -22,9 +19,7 @@ import os
 import shutil
 import stat
 import tempfile
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -295,91 +290,6 @@ def take_lock(handle: int, where: Path, doing: str, patience_s: float | None = N
                     next_step="wait until it has finished, then run the same command again",
                 ) from error
         time.sleep(0.05)
-
-
-SQLITE_FILES = ("", "-wal", "-shm", "-journal")  # suffixes of a database and of the files beside it
-_databases: dict[str, list[BinaryIO]] = {}  # open in this process: handles that are still to be closed
-_users = Counter[str]()  # of each of them
-_using = threading.Lock()
-
-
-@contextlib.contextmanager
-def database_in_use(path: Path) -> Iterator[None]:
-    """Note that this process has a SQLite database open while the block runs; see `read_beside`."""
-    name = os.path.realpath(path)
-    with _using:
-        _users[name] += 1
-    try:
-        yield
-    finally:
-        with _using:
-            _users[name] -= 1
-            if not _users[name]:
-                del _users[name]
-                for each in _databases.pop(name, ()):
-                    each.close()
-
-
-@contextlib.contextmanager
-def read_beside(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, which may be a database's, to read its bytes beside connections of this process.
-
-    Closing any handle of a file ends every POSIX lock that the process has on it, SQLite's too: another
-    process would take an open database for unused and delete the log to which this one writes. So the
-    handle is closed with the last connection, and used again until then.
-    """
-    name = os.path.realpath(path)
-    for suffix in SQLITE_FILES:
-        name = name.removesuffix(suffix)
-    with database_in_use(Path(name)):
-        with _using:
-            open_files = _databases.setdefault(name, [])
-            same = (e for e in open_files if os.path.samestat(os.fstat(e.fileno()), path.stat()))
-            if file := next(same, None):
-                open_files.remove(file)  # no other thread reads it meanwhile
-            else:
-                file = path.open("rb")
-        file.seek(0)
-        try:
-            yield file
-        finally:
-            with _using:
-                open_files.append(file)
-                for each in [e for e in open_files if not os.fstat(e.fileno()).st_nlink]:
-                    open_files.remove(each)  # nobody locks a deleted file
-                    each.close()
-
-
-DIRECTORY_PREFIX = "sisa-scratch-"
-LEAST_AGE_S = 60.0  # of an unlocked directory: a younger one may not be locked yet
-
-
-@contextlib.contextmanager
-def temporary_directory() -> Iterator[Path]:
-    """Provide a temporary directory for this process and its children; erase abandoned ones first."""
-    erase_abandoned()
-    with tempfile.TemporaryDirectory(prefix=DIRECTORY_PREFIX) as folder, in_use(Path(folder)):
-        yield Path(folder)
-
-
-@contextlib.contextmanager
-def in_use(folder: Path) -> Iterator[None]:
-    """Mark a directory as in use while the block runs."""
-    with opened_directory(folder) as handle:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        yield
-
-
-def erase_abandoned() -> None:
-    """Erase this user's temporary directories that no living process uses: they may hold texts."""
-    for path in Path(tempfile.gettempdir()).glob(f"{DIRECTORY_PREFIX}*"):
-        with contextlib.suppress(OSError):  # another user's, or already removed
-            found = path.lstat()
-            if found.st_uid != os.getuid() or time.time() - found.st_mtime < LEAST_AGE_S:
-                continue
-            with opened_directory(path, follow=False) as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path)
 
 
 def walk(place: Path, unlisted: Callable[[Path, OSError], None] | None = None) -> Iterator[Path]:

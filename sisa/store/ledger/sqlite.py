@@ -23,13 +23,8 @@ from sqlalchemy.exc import DatabaseError
 
 from sisa.core.domain import RecordRow
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, SisaError
-from sisa.store.blobs.files import (
-    database_in_use,
-    disk_errors,
-    num_bytes,
-    read_beside,
-    writer_lock,
-)
+from sisa.store.blobs.database_files import database_in_use, read_beside
+from sisa.store.blobs.files import disk_errors, num_bytes, writer_lock
 from sisa.store.ledger import rows
 from sisa.store.ledger.backend import (
     PATIENCE_S,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from sisa.core.domain import Part, Record
 from sisa.core.ports import BlobStore
-from sisa.store.blobs.keyring import FileKeyring, SealedArea
+from sisa.store.blobs.keyring import FileKeyring
+from sisa.store.blobs.sealed_area import SealedArea
 from tests.fakes.s3_server import fresh_blobs
 
 T = TypeVar("T", bound=SealedArea)

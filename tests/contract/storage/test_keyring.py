@@ -23,8 +23,9 @@ from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import Keyring
 from sisa.store.blobs import files
 from sisa.store.blobs.files import TEMPORARY_PREFIX
-from sisa.store.blobs.keyring import MAGIC, FileKeyring, is_sealed, reseal_blobs
+from sisa.store.blobs.keyring import MAGIC, FileKeyring, is_sealed
 from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.store.blobs.sealed_area import reseal_blobs
 from tests.fakes.keyring import PLAIN, FakeKeyring
 
 OpenKeyring = Callable[[], Keyring]

@@ -23,7 +23,7 @@ from sisa.core.domain import Part, Record
 from sisa.core.errors import EnvironmentFault, InvalidInput, Problem
 from sisa.data import dataset_export
 from sisa.data.reader import Subjects, named_by_location, read_ids, read_records
-from sisa.store.blobs import files
+from sisa.store.blobs import temporary_directories
 
 SECRET = "Quorvane"
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": SECRET}]
@@ -456,7 +456,8 @@ def test_texts_of_a_killed_reader_are_erased_by_the_next_one(
 ) -> None:
     scratch_home(tmp_path, monkeypatch)
     code = (
-        "from sisa.store.blobs.files import temporary_directory\nwith temporary_directory() as folder:\n"
+        "from sisa.store.blobs.temporary_directories import temporary_directory\n"
+        "with temporary_directory() as folder:\n"
         "    (folder / 'rows').write_text('a text')\n    print('there', flush=True)\n    input()"
     )
     environ = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
@@ -466,16 +467,16 @@ def test_texts_of_a_killed_reader_are_erased_by_the_next_one(
         assert reader.stdout is not None
         assert reader.stdout.readline() == b"there\n"
         (kept,) = (tmp_path / "scratch").iterdir()
-        monkeypatch.setattr(files, "LEAST_AGE_S", 0.0)
+        monkeypatch.setattr(temporary_directories, "LEAST_AGE_S", 0.0)
         read_records([saved])
         assert (kept / "rows").exists(), "its reader lives"
         reader.kill()
         reader.wait()
     assert (kept / "rows").exists()
-    monkeypatch.setattr(files, "LEAST_AGE_S", 60.0)
+    monkeypatch.setattr(temporary_directories, "LEAST_AGE_S", 60.0)
     read_records([saved])
     assert kept.exists(), "a young one may not be locked yet"
-    monkeypatch.setattr(files, "LEAST_AGE_S", 0.0)
+    monkeypatch.setattr(temporary_directories, "LEAST_AGE_S", 0.0)
     read_records([saved])
     assert leftovers(tmp_path) == []
 

@@ -19,7 +19,8 @@ import pytest
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import WitnessHead
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError
-from sisa.store.blobs import files
+from sisa.store.blobs import database_files, files
+from sisa.store.blobs.database_files import read_beside
 from sisa.store.blobs.files import (
     TEMPORARY_PREFIX,
     erase,
@@ -267,13 +268,13 @@ def test_every_known_disk_error_has_its_next_step(tmp_path: Path) -> None:
 USE = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM t'); c.close()"
 
 
-@pytest.mark.parametrize(("read", "kept"), [(files.read_beside, True), (lambda p: p.open("rb"), False)])
+@pytest.mark.parametrize(("read", "kept"), [(read_beside, True), (lambda p: p.open("rb"), False)])
 def test_bytes_are_read_beside_an_open_database(
     tmp_path: Path, read: Callable[[Path], AbstractContextManager[BinaryIO]], kept: bool
 ) -> None:
     """Another process must not take the database for unused, and delete the log that is written to."""
     path = tmp_path / "a.sqlite"
-    with files.database_in_use(path), closing(sqlite3.connect(path)) as database:
+    with database_files.database_in_use(path), closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA journal_mode=WAL").close()
         database.execute("CREATE TABLE t (a)").close()
         for name in (path, tmp_path / "a.sqlite-wal", tmp_path / "a.sqlite-shm", path):
@@ -281,21 +282,21 @@ def test_bytes_are_read_beside_an_open_database(
                 assert file.read(1)
         subprocess.run([sys.executable, "-c", USE, str(path)], check=True)
         assert (tmp_path / "a.sqlite-wal").exists() == kept
-    assert not files._databases
-    assert not files._users
+    assert not database_files._databases
+    assert not database_files._users
 
 
 def test_handles_of_one_file_are_used_again(tmp_path: Path) -> None:
     path = tmp_path / "a.sqlite"
     path.write_bytes(b"abc")
-    with files.database_in_use(path):
+    with database_files.database_in_use(path):
         for _ in range(3):
-            with files.read_beside(path) as one, files.read_beside(path) as other:
+            with read_beside(path) as one, read_beside(path) as other:
                 assert (one.read(), other.read()) == (b"abc", b"abc")
-        (kept,) = files._databases.values()
+        (kept,) = database_files._databases.values()
         assert len(kept) == 2
         path.unlink()
         path.write_bytes(b"another")
-        with files.read_beside(path) as file:
+        with read_beside(path) as file:
             assert file.read() == b"another"
         assert [os.fstat(each.fileno()).st_nlink for each in kept] == [1]
