@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sisa.core.domain import Patch, VaultSet, active, wanted
 from sisa.core.errors import InvalidInput
+from sisa.core.patches import Patch, VaultSet, active, wanted
 from sisa.flows import lifecycle
 from sisa.flows.context.context import Context, patch_files, patches_beneath, trained_over
 from sisa.flows.context.resources import Resources

@@ -35,9 +35,10 @@ from approx.unlearning.unlearn import ApproxReport, outcome, unlearn
 from approx.unlearning.written.generated_retain import prompts_that_fit, write_answers, write_neighbours
 from approx.unlearning.written.preferred import with_preferred
 from sisa.config.config import RunConfig
-from sisa.core.domain import WRITTEN, Record
+from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.events import Notice, PatchProgress, Report
+from sisa.core.patches import WRITTEN
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.flows.context.context import patch_files
 from sisa.lm.base import adapter

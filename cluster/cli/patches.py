@@ -31,7 +31,7 @@ from sisa.planning.patch_plan import num_still_known
 
 if TYPE_CHECKING:
     from sisa.config.config import RunConfig
-    from sisa.core.domain import Patch, VaultSet
+    from sisa.core.patches import Patch, VaultSet
     from sisa.flows.patches.patching import Unlearnt, Wish
 
 METHOD, SELECTIONS = "npo", ("all", "fisher", "traced", "heads")

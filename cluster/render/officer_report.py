@@ -34,7 +34,7 @@ from sisa.verifier.envelope import PublicKeys, Refused, parse_keys
 if TYPE_CHECKING:
     import jinja2
 
-    from sisa.core.domain import Patch, VaultSet
+    from sisa.core.patches import Patch, VaultSet
     from sisa.flows.lifecycle import RequestView
     from sisa.flows.status import SliceStanding, Status
     from sisa.model import Model

@@ -16,7 +16,8 @@ from fractions import Fraction
 from typing import Any
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import PatchJob, RecordRow, SliceJob, parse_patch_job
+from sisa.core.domain import RecordRow, SliceJob
+from sisa.core.patches import PatchJob, parse_patch_job
 from sisa.flows.context.areas import known_by_area
 from sisa.flows.context.context import Context
 from sisa.planning.layout import slice_root

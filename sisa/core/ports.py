@@ -27,8 +27,6 @@ from sisa.core.domain import (
     Hit,
     Identity,
     IndexFile,
-    Patch,
-    PatchJob,
     Precision,
     Probed,
     Record,
@@ -41,11 +39,11 @@ from sisa.core.domain import (
     SliceJob,
     Testimony,
     Tombstone,
-    VaultSet,
     WitnessHead,
     WorkItem,
 )
 from sisa.core.events import Report, SliceTrained, silent
+from sisa.core.patches import Patch, PatchJob, VaultSet
 
 if TYPE_CHECKING:
     import numpy as np

@@ -26,8 +26,9 @@ from typing import Any, Literal
 from sisa.audit.residue import Scan, sweep_model
 from sisa.audit.verify import EMPTY, NOT_REQUESTED, Replay, Verification
 from sisa.core.digest import Keyed, digest_of, sha256_hex
-from sisa.core.domain import HeldCheckpoint, WitnessHead, active
+from sisa.core.domain import HeldCheckpoint, WitnessHead
 from sisa.core.errors import SisaError
+from sisa.core.patches import active
 from sisa.evidence.database import Logged, parse_logged
 from sisa.evidence.hook import hook_of
 from sisa.evidence.issuing import served_by

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sisa.config.config import RunConfig
-from sisa.core.domain import Export, HeldCheckpoint, Patch, Record, RecordRow, Request
+from sisa.core.domain import Export, HeldCheckpoint, Record, RecordRow, Request
 from sisa.core.errors import IntegrityError, SisaError
 from sisa.core.events import Notice
 from sisa.core.ledger_meta import TRAINED_ANEW
+from sisa.core.patches import Patch
 from sisa.core.ports import Contribution, Removal
 from sisa.evidence import statements
 from sisa.evidence.database import EvidenceTables, Logged

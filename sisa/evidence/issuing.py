@@ -16,9 +16,10 @@ from typing import Any
 
 from sisa.audit.residue import search_model
 from sisa.core.digest import digest_of
-from sisa.core.domain import Head, Record, RecordRow, Request, Tombstone, active
+from sisa.core.domain import Head, Record, RecordRow, Request, Tombstone
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
+from sisa.core.patches import active
 from sisa.core.ports import Ledger
 from sisa.evidence import statements
 from sisa.evidence.database import EvidenceTables, Logged, parse_logged

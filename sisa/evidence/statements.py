@@ -27,7 +27,6 @@ from sisa.core.domain import (
     Export,
     HeldCheckpoint,
     IndexFile,
-    Patch,
     Probed,
     RecordRow,
     Request,
@@ -36,6 +35,7 @@ from sisa.core.domain import (
     Restrictions,
     SliceFile,
 )
+from sisa.core.patches import Patch
 from sisa.planning.plan import tainted_checkpoints
 from sisa.verifier.certificate import (
     APPROX_REPORT,

@@ -28,10 +28,11 @@ from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from sisa.config.config import SisaBlock
-from sisa.core.domain import Hit, Kind, Patch, Record, RecordRow, active
+from sisa.core.domain import Hit, Kind, Record, RecordRow
 from sisa.core.errors import IntegrityError, InvalidInput, Outdated
 from sisa.core.events import Notice
 from sisa.core.ledger_meta import FORM
+from sisa.core.patches import Patch, active
 from sisa.core.ports import Ledger, Vectors
 from sisa.data.record_rules import conversation_problems, turns_of
 from sisa.flows.context.context import Context, patch_files

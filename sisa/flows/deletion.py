@@ -31,12 +31,11 @@ from sisa.core.domain import (
     SliceFile,
     SliceState,
     Tombstone,
-    active,
-    wanted,
 )
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError
 from sisa.core.events import Notice
 from sisa.core.ledger_meta import HELD_PROMPTS
+from sisa.core.patches import active, wanted
 from sisa.core.ports import Change, Contribution, KeptVersions, Probe, Removal, merged
 from sisa.core.requests import ACCEPTED, check_four_eyes, due_date, event, moved
 from sisa.flows.context.commit import commit

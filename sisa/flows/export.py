@@ -33,9 +33,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
-from sisa.core.domain import Dtype, Export, ExportForm, HeldCheckpoint, Precision, active
+from sisa.core.domain import Dtype, Export, ExportForm, HeldCheckpoint, Precision
 from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Notice, Report
+from sisa.core.patches import active
 from sisa.core.ports import Change
 from sisa.flows.ask import merged_gap
 from sisa.flows.context.commit import commit

@@ -11,18 +11,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from sisa.core.domain import (
-    Export,
-    HeldCheckpoint,
-    Hit,
-    PatchState,
-    Record,
-    RecordRow,
-    SetRole,
-    Tombstone,
-    VaultSet,
-)
+from sisa.core.domain import Export, HeldCheckpoint, Hit, Record, RecordRow, Tombstone
 from sisa.core.errors import IntegrityError, InvalidInput, Problem, UnknownRecord
+from sisa.core.patches import PatchState, SetRole, VaultSet
 from sisa.core.ports import Vectors
 from sisa.data.record_rules import normal_subject
 from sisa.flows.context.context import Context

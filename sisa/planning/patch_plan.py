@@ -7,7 +7,7 @@
     deletion     of a record in a patch's retain set: the patch, and every patch on top of it, is dropped
                  at once and made again without that record, if its texts are held
 
->>> from sisa.core.domain import WRITTEN
+>>> from sisa.core.patches import WRITTEN
 >>> one = Patch(1, PatchJob("base", (), ("a",), WRITTEN, {}, ""), "active", "now")
 >>> next_job([one], {"a", "b"}, "joint", one.job, ("b",)).forget
 ('a', 'b')
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sisa.core.domain import Patch, PatchJob, PatchMode, VaultSet, active, wanted
+from sisa.core.patches import Patch, PatchJob, PatchMode, VaultSet, active, wanted
 
 
 def next_version(patches: Sequence[Patch]) -> int:

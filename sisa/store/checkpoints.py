@@ -14,8 +14,9 @@ from dataclasses import asdict
 from typing import Any
 
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
-from sisa.core.domain import PatchJob, SavedCheckpoint, SliceJob
+from sisa.core.domain import SavedCheckpoint, SliceJob
 from sisa.core.errors import IntegrityError
+from sisa.core.patches import PatchJob
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs import files
 from sisa.store.blobs.sealed_area import SealedArea

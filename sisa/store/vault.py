@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sisa.core.digest import canonical_json, sha256_hex
-from sisa.core.domain import Record, VaultSet
+from sisa.core.domain import Record
 from sisa.core.errors import IntegrityError
+from sisa.core.patches import VaultSet
 from sisa.core.ports import Keyring
 from sisa.store.areas import RUNS, VAULT
 from sisa.store.blobs import files

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from sisa.core.digest import Keyed, digest_of, file_sha256, sha256_hex
-from sisa.core.domain import RecordRow, Tombstone, active
+from sisa.core.domain import RecordRow, Tombstone
 from sisa.core.errors import SisaError
+from sisa.core.patches import active
 from sisa.core.ports import Keyring
 from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.lm.base.numerics import describe_fingerprint

@@ -17,16 +17,15 @@ from sisa.core.domain import (
     HeldCheckpoint,
     Identity,
     IndexFile,
-    Patch,
     RecordRow,
     Request,
     RequestEvent,
     SliceFile,
     Tombstone,
-    VaultSet,
     WitnessHead,
     WorkItem,
 )
+from sisa.core.patches import Patch, VaultSet
 from sisa.core.ports import Change
 from sisa.core.requests import chained
 

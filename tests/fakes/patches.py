@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
 from sisa.core.digest import canonical_json, sha256_hex
-from sisa.core.domain import Record, VaultSet
+from sisa.core.domain import Record
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Report
+from sisa.core.patches import VaultSet
 from sisa.core.ports import CheckpointStore, PatchMade, PatchOrder, Vault
 
 ADAPTER = "adapter_model.safetensors"

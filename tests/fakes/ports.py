@@ -25,8 +25,6 @@ from sisa.core.domain import (
     Hit,
     IndexFile,
     Part,
-    PatchJob,
-    PatchMode,
     Record,
     RecordRow,
     Request,
@@ -40,6 +38,7 @@ from sisa.core.domain import (
 )
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Report, SliceTrained, silent
+from sisa.core.patches import PatchJob, PatchMode
 from sisa.core.ports import (
     By,
     CheckpointStore,

@@ -13,8 +13,9 @@ from typing import Any
 from approx.patches.patch_settings import Adapter, settings_of
 from approx.patches.patching import PatchMaker
 from sisa.core.digest import digest_of
-from sisa.core.domain import WRITTEN, Patch, PatchJob, Record, VaultSet
+from sisa.core.domain import Record
 from sisa.core.events import Event
+from sisa.core.patches import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.weights import base_digest

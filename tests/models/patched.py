@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa.core.domain import WRITTEN, Patch, PatchJob, active
+from sisa.core.patches import WRITTEN, Patch, PatchJob, active
 from sisa.core.ports import Change
 from sisa.flows.context.commit import commit
 from sisa.lm.base.weights import base_digest

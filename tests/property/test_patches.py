@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Patch, PatchMode, RecordRow, VaultSet, active, wanted
+from sisa.core.domain import RecordRow
 from sisa.core.errors import ConfigConflict, InvalidInput, SisaError
+from sisa.core.patches import Patch, PatchMode, VaultSet, active, wanted
 from sisa.flows.context.context import Context, trained_over
 from sisa.flows.ingest import train
 from sisa.flows.patches import patching, vault_sets

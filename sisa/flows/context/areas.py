@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sisa.core import ports
-from sisa.core.domain import active, wanted
 from sisa.core.errors import EnvironmentFault
+from sisa.core.patches import active, wanted
 from sisa.flows.context.context import Context, trained_over
 from sisa.planning.hidden_state_files import states_names
 from sisa.store.areas import CHECKPOINTS, HIDDEN_STATES, INDEX, LOG, PATCHES, RECORDS, RUNS, VAULT

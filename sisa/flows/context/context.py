@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from sisa.config.config import SisaBlock
 from sisa.core import ports
 from sisa.core.digest import patched_digest
-from sisa.core.domain import Patch, PatchMode, Record
+from sisa.core.domain import Record
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Report
 from sisa.core.ledger_meta import TRAINED_OVER
+from sisa.core.patches import Patch, PatchMode
 from sisa.core.requests import EventChain
 from sisa.planning.layout import Assigner
 from sisa.planning.plan import Recipe

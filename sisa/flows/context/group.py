@@ -24,17 +24,16 @@ from sisa.core.domain import (
     HeldCheckpoint,
     Identity,
     IndexFile,
-    Patch,
     RecordRow,
     Request,
     RequestEvent,
     SliceFile,
     Tombstone,
-    VaultSet,
     WitnessHead,
     WorkItem,
 )
 from sisa.core.errors import ConfigConflict
+from sisa.core.patches import Patch, VaultSet
 from sisa.core.ports import Change, Ledger
 
 _Placed = TypeVar("_Placed", RecordRow, Tombstone, SliceFile, IndexFile, Head, HeldCheckpoint, Export)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from sisa.core import ports
 from sisa.core.digest import digest_of
-from sisa.core.domain import Head, RecordRow, Restrictions, active
+from sisa.core.domain import Head, RecordRow, Restrictions
 from sisa.core.ledger_meta import RESTRICTIONS
+from sisa.core.patches import active
 from sisa.flows.context.context import Context
 from sisa.planning.plan import held_back, tainted_checkpoints
 

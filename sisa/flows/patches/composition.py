@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sisa.core.domain import Patch
+from sisa.core.patches import Patch
 from sisa.flows.ask import MAX_RECORDS, asked_records, open_answerer
 from sisa.flows.context.context import Context
 from sisa.flows.context.resources import Resources

@@ -17,9 +17,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 
-from sisa.core.domain import Patch, wanted, without_shards
 from sisa.core.errors import SisaError
 from sisa.core.events import Notice
+from sisa.core.patches import Patch, wanted, without_shards
 from sisa.core.ports import Change, Contribution, Removal
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context, trained_over

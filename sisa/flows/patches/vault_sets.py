@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sisa.core.domain import WRITTEN, Record, RecordRow, Request, SetRole, VaultSet
+from sisa.core.domain import Record, RecordRow, Request
 from sisa.core.errors import ConfigConflict, Problem, SisaError, UnknownRecord
+from sisa.core.patches import WRITTEN, SetRole, VaultSet
 from sisa.core.ports import Change, Removal
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context, trained_over

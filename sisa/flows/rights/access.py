@@ -25,15 +25,8 @@ from importlib import metadata
 from typing import Any
 
 from sisa.config.config import RunConfig
-from sisa.core.domain import (
-    GENERATION_COLUMN,
-    Export,
-    ExportForm,
-    Record,
-    RecordRow,
-    Tombstone,
-    VaultSet,
-)
+from sisa.core.domain import GENERATION_COLUMN, Export, ExportForm, Record, RecordRow, Tombstone
+from sisa.core.patches import VaultSet
 from sisa.flows import query
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import model_digest, restrictions

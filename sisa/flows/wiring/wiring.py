@@ -30,8 +30,9 @@ from pathlib import Path
 from sisa.config.config import RunConfig
 from sisa.core import ports
 from sisa.core.digest import Keyed
-from sisa.core.domain import Probed, Record, active
+from sisa.core.domain import Probed, Record
 from sisa.core.events import Report, silent
+from sisa.core.patches import active
 from sisa.core.requests import EventChain
 from sisa.flows.context.context import Compute, Context, Settings, Stores, patch_files, patches_beneath
 from sisa.flows.context.resources import Resources

@@ -27,8 +27,9 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from sisa.core.domain import RecordRow, parse_patch_job
+from sisa.core.domain import RecordRow
 from sisa.core.errors import IntegrityError
+from sisa.core.patches import parse_patch_job
 from sisa.store.ledger import rows
 from sisa.store.ledger.backend import Backend, Watch, damaged_ledger, message_of
 from sisa.store.ledger.sqlite import Sqlite

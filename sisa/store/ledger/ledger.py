@@ -25,17 +25,16 @@ from sisa.core.domain import (
     HeldCheckpoint,
     Identity,
     IndexFile,
-    Patch,
     Probed,
     RecordRow,
     Request,
     RequestEvent,
     SliceFile,
     Tombstone,
-    VaultSet,
     WitnessHead,
     WorkItem,
 )
+from sisa.core.patches import Patch, VaultSet
 from sisa.core.ports import Change
 from sisa.core.requests import chained
 from sisa.planning.layout import root_of

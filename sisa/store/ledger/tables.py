@@ -1,4 +1,4 @@
-"""The ledger's tables, one for each noun of `core/domain.py` that it keeps.
+"""The ledger's tables, one for each noun of `core/` that it keeps.
 
 Rows hold keyed digests, positions, counts and digests of files; never an id, a subject or text. What a
 person writes about a request (reason, approver, external id, consent) is kept as given, and so are the
@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import sqlalchemy as sa
 
 from sisa.core import domain
+from sisa.core.patches import Patch, VaultSet
 
 SCHEMA_VERSION = 6
 UPGRADED = (4, 5)  # versions that `migrations/` brings up
@@ -86,9 +87,9 @@ _REQUEST = {"request_id": str, "seq": int, "num_named": int, "body": str}
 REQUESTS = _table("requests", _REQUEST, key=("request_id",))
 NAMED = _table("named", {"request_id": str, "id_digest": str}, key=("request_id", "id_digest"))
 EXPORTS = _table("exports", get_type_hints(domain.Export), key=("path", "key"))
-_PATCH = {"key": str, **get_type_hints(domain.Patch)}
+_PATCH = {"key": str, **get_type_hints(Patch)}
 PATCHES = _table("patches", _PATCH, sa.UniqueConstraint("version"), key=("key",))
-VAULT = _table("vault", get_type_hints(domain.VaultSet), key=("name",))
+VAULT = _table("vault", get_type_hints(VaultSet), key=("name",))
 _VAULTED = {"name": str, "id_digest": str}
 VAULTED = _table("vaulted", _VAULTED, key=("name", "id_digest"), indexed=("id_digest",))
 IDENTITIES = _table(

@@ -16,23 +16,20 @@ import psycopg
 
 from sisa.core.digest import digest_of
 from sisa.core.domain import (
-    WRITTEN,
     Export,
     Head,
     HeldCheckpoint,
     Identity,
     IndexFile,
-    Patch,
-    PatchJob,
     RecordRow,
     Request,
     RequestEvent,
     SliceFile,
     Tombstone,
-    VaultSet,
     WorkItem,
 )
 from sisa.core.errors import IntegrityError
+from sisa.core.patches import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.core.ports import Change, Ledger
 from sisa.store.ledger import migrations
 from sisa.store.ledger import rows as rows_module

@@ -29,15 +29,14 @@ from sisa.core.domain import (
     HeldCheckpoint,
     Identity,
     IndexFile,
-    Patch,
     RecordRow,
     Request,
     RequestEvent,
     SliceFile,
-    VaultSet,
     WorkItem,
 )
 from sisa.core.errors import Busy, SisaError
+from sisa.core.patches import Patch, VaultSet
 from sisa.core.ports import Change, Ledger
 from sisa.planning.layout import root_of, slice_root
 from sisa.store.ledger import ledger as ledger_module

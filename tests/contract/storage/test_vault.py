@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Part, Record, VaultSet
+from sisa.core.domain import Part, Record
 from sisa.core.errors import EnvironmentFault, IntegrityError
+from sisa.core.patches import VaultSet
 from sisa.core.ports import Vault
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.vault import FileVault

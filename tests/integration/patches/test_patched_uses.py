@@ -14,7 +14,7 @@ import pytest
 import sisa
 from sisa import unlearn
 from sisa.core.digest import canonical_json
-from sisa.core.domain import Patch, VaultSet
+from sisa.core.patches import Patch, VaultSet
 from sisa.core.ports import Change
 from sisa.flows.context.commit import commit
 from sisa.flows.patches.composition import Composition, measure

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.cli import patches
 from cluster.render.render import Result
-from sisa.core.domain import WRITTEN, Patch, PatchJob, VaultSet
+from sisa.core.patches import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.flows.patches.patching import Unlearnt
 
 REPORT: dict[str, Any] = {

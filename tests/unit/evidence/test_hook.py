@@ -18,8 +18,8 @@ import pytest
 from google.protobuf.json_format import ParseDict
 from in_toto_attestation.predicates.test_result.v0.test_result_pb2 import TestResult as ResultPb
 
-from sisa.core.domain import Patch, PatchJob
 from sisa.core.errors import EnvironmentFault
+from sisa.core.patches import Patch, PatchJob
 from sisa.core.ports import Change
 from sisa.evidence import issuing
 from sisa.evidence.database import EvidenceTables

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from sisa.core.digest import Keyed, sha256_hex
-from sisa.core.domain import Export, active
+from sisa.core.domain import Export
 from sisa.core.ledger_meta import TRAINED_ANEW
+from sisa.core.patches import active
 from sisa.core.ports import Change
 from sisa.evidence.issued import OpenEvidence
 from sisa.evidence.revocations import feed_of

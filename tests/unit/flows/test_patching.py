@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sisa import unlearn
-from sisa.core.domain import WRITTEN, Export, Patch, Probed, Request, active, wanted
+from sisa.core.domain import Export, Probed, Request
 from sisa.core.errors import (
     ConfigConflict,
     EnvironmentFault,
@@ -21,6 +21,7 @@ from sisa.core.errors import (
     UnknownRecord,
 )
 from sisa.core.events import Event, Notice
+from sisa.core.patches import WRITTEN, Patch, active, wanted
 from sisa.core.ports import Change
 from sisa.flows.ask import chosen_rows
 from sisa.flows.context.commit import commit

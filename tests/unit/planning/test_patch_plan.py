@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sisa.core.digest import patched_digest
-from sisa.core.domain import WRITTEN, Patch, PatchJob, PatchMode, PatchState, VaultSet, active, wanted
+from sisa.core.patches import WRITTEN, Patch, PatchJob, PatchMode, PatchState, VaultSet, active, wanted
 from sisa.planning.patch_plan import (
     activated,
     lineage,

@@ -14,7 +14,7 @@ from sisa.audit.garbage import ORPHAN, UNKNOWN_FILE, list_garbage, remove_garbag
 from sisa.audit.repair import repair_opened
 from sisa.audit.residue import Scan, scan_residue
 from sisa.audit.verify import verify
-from sisa.core.domain import Patch, active, wanted
+from sisa.core.patches import Patch, active, wanted
 from sisa.flows.patches.patching import Wish, make_wanted, revert_patches, want
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reseal_model
