@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from sisa.audit.garbage import undisturbed
 from sisa.audit.replay import replay_store, stages_apart
 from sisa.audit.verify import Replay, Verification, shards_to_replay, verify
-from sisa.core.domain import ExportForm, Kind, Record, Request, RequestEvent, RequestState, WitnessHead
+from sisa.core.domain import ExportForm, Kind, Record, WitnessHead
 from sisa.core.errors import Busy, InvalidInput
 from sisa.core.events import Notice, QueueSeen, Report, silent
+from sisa.core.requests import Request, RequestEvent, RequestState
 from sisa.core.run import running
 from sisa.data.drop_lists import read_download
 from sisa.data.reader import named_by_location, read_like

@@ -19,11 +19,11 @@ from sisa.config.runfile import load_run_file
 from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.domain import DEFAULT_PRECISION, Record
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
+from sisa.core.event_chain import key_name
 from sisa.core.events import Notice, Report, silent
 from sisa.core.ledger_meta import FORM
 from sisa.core.patches import active, wanted
 from sisa.core.ports import Change
-from sisa.core.requests import key_name
 from sisa.core.run import running
 from sisa.data.reader import named_by_location, read_records
 from sisa.flows import reconfigure

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINER = "sisa.lm.train.lora"
 REACHES_NO_BIT = (
     "sisa.lm.base.packages",  # a base is named by its digest, however it was fetched
-    *("sisa.core.errors", "sisa.core.events", "sisa.core.ports"),
+    *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),
+    "sisa.core.requests",
 )
 RECORDED = (5, "f5adcb187661eec2")
 

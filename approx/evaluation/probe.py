@@ -35,7 +35,8 @@ from approx.evaluation.evaluated import AnswerScore
 from approx.metrics.membership import min_k_plus_plus_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength, rougeL_recall
 from sisa.config.config import RunConfig
-from sisa.core.domain import Kind, Probed, Record
+from sisa.core.domain import Kind, Record
+from sisa.core.requests import Probed
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import NO_LOSS, Tokens, Untokenizable, answers, end_tokens, tokenize
 from sisa.lm.base.weights import load_patched

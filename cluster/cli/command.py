@@ -20,7 +20,7 @@ from cluster.observe.reporting import LOG_FORMAT_OPTION, logged_run, watched
 from cluster.render.render import Result
 
 if TYPE_CHECKING:
-    from sisa.core.domain import Request
+    from sisa.core.requests import Request
     from sisa.flows.wiring.executors import OpenExecutor
     from sisa.model import Model
 

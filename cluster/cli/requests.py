@@ -43,7 +43,7 @@ from sisa.core.errors import Busy
 from sisa.core.requests import CLOSED
 
 if TYPE_CHECKING:
-    from sisa.core.domain import Regime, Request, RequestState
+    from sisa.core.requests import Regime, Request, RequestState
     from sisa.flows.lifecycle import RequestView, Submitted
     from sisa.flows.rights.drop import Standing
     from sisa.model import Model

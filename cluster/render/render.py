@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sisa.core.domain import Request
+from sisa.core.requests import Request
 
 if TYPE_CHECKING:
     from sisa.audit.verify import Verification
-    from sisa.core.domain import Probed
     from sisa.core.ports import KeptVersions
+    from sisa.core.requests import Probed
     from sisa.evidence.attestations import Stated
     from sisa.flows.ask import Answer
     from sisa.flows.deletion import ForgetOutcome, ForgetPlan, Forgetting

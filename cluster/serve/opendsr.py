@@ -13,9 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 
 from sisa.config.config import OpenDsrBlock
-from sisa.core.domain import Request, RequestState
 from sisa.core.errors import InvalidInput
-from sisa.core.requests import OPEN, UNDER_WAY
+from sisa.core.requests import OPEN, UNDER_WAY, Request, RequestState
 from sisa.store.blobs.files import disk_errors
 
 DsrStatus = Literal["pending", "in_progress", "completed", "cancelled"]

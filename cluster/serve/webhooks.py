@@ -37,8 +37,8 @@ from cluster.serve.opendsr import expected_by, opendsr_headers, opendsr_status, 
 from cluster.serve.state import Delivery, ServiceState
 from sisa.config.config import ServiceBlock, WebhookReceiver
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Request, RequestEvent
 from sisa.core.errors import InvalidInput
+from sisa.core.requests import Request, RequestEvent
 from sisa.model import Model
 from sisa.store.blobs.files import disk_errors
 

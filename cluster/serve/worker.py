@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 from cluster.serve.engines import engines_hold
 from cluster.serve.state import ServiceState
-from sisa.core.domain import Request
 from sisa.core.errors import SisaError, internal_fault
 from sisa.core.events import Report, silent
+from sisa.core.requests import Request
 
 if TYPE_CHECKING:
     from sisa.model import Model

@@ -29,8 +29,8 @@ from sisa.audit.garbage import AREAS, undisturbed
 from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.errors import InvalidInput, SisaError, TransientError
+from sisa.core.event_chain import key_names
 from sisa.core.events import silent
-from sisa.core.requests import key_names
 from sisa.flows.context.commit import is_behind
 from sisa.flows.context.context import Context
 from sisa.flows.context.resources import Resources

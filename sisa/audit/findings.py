@@ -23,8 +23,8 @@ from sisa.audit.lineage import parse_manifest
 from sisa.config.config import RunConfig, is_uri
 from sisa.core.domain import Head, IndexFile, SliceFile
 from sisa.core.errors import IntegrityError, SisaError, TransientError
+from sisa.core.event_chain import contradicted
 from sisa.core.ports import BlobStore
-from sisa.core.requests import contradicted
 from sisa.flows.context.areas import known_by_area, purge
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import plan_of, plans_of, view_shard, view_shards

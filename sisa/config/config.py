@@ -44,9 +44,10 @@ from pydantic.fields import FieldInfo
 
 from sisa.core.block import Block, Bool, Float, Int, conflict
 from sisa.core.digest import canonical_json
-from sisa.core.domain import GENERATION_COLUMN, DeviceName, Dtype, Kind, Precision, RequestState
+from sisa.core.domain import GENERATION_COLUMN, DeviceName, Dtype, Kind, Precision
 from sisa.core.errors import IntegrityError
 from sisa.core.patches import PatchMode
+from sisa.core.requests import RequestState
 from sisa.planning.bands import RISK_COLUMN, Bands
 from sisa.planning.layout import Layout
 from sisa.planning.orders import MAX_MATCHED, chosen_orders

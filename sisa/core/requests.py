@@ -6,8 +6,7 @@
 
 `gdpr`: one calendar month from receipt, extendable once by two months with a reason (GDPR Art. 12(3)).
 `delete-act`: 45 days (California Delete Act: data brokers process requests at least once in 45 days),
-not extendable. A move that the present state does not allow raises ConfigConflict. All events of a
-ledger form one hash chain. Time is an argument.
+not extendable. A move that the present state does not allow raises ConfigConflict. Time is an argument.
 
 >>> due_date("2026-01-31T09:00:00+00:00", "gdpr"), due_date("2026-01-31T09:00:00+00:00", "delete-act")
 ('2026-02-28', '2026-03-17')
@@ -19,13 +18,27 @@ from __future__ import annotations
 
 import calendar
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
+from typing import Literal
 
-from sisa.core.digest import Keyed, digest_of
-from sisa.core.domain import Regime, Request, RequestEvent, RequestState
 from sisa.core.errors import ConfigConflict, InvalidInput
+
+RequestState = Literal[
+    "received",
+    "approved",
+    "held",
+    "denied",
+    "cancelled",
+    "committed",
+    "rolled_back",
+    "erased",
+    "erasure_failed",
+    "retrained",
+    "completed",
+    "failed",
+]
+Regime = Literal["gdpr", "delete-act"]
 
 GDPR_MONTHS, GDPR_EXTENSION_MONTHS = 1, 2
 DELETE_ACT_DAYS = 45
@@ -41,6 +54,69 @@ BY_HAND: dict[RequestState, frozenset[RequestState]] = {
     "denied": OPEN | {"failed"},
     "cancelled": OPEN | {"failed"},
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What the frozen base alone knew of deleted records: numbers, never exact.
+
+    Means over `num_probed` of `num_records`, each in [0, 1] except the margin. `num_known` counts the
+    records that the base is taken to know. `failure` is the kind of an error.
+    """
+
+    num_records: int
+    num_probed: int = 0
+    num_known: int = 0
+    extraction_strength: float = 0.0
+    exact_memorisation: float = 0.0
+    membership_margin: float = 0.0  # Min-K%++ above that of the base's own choices
+    continuation: float = 0.0  # ROUGE-L recall of the greedy continuation, or a lower bound
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request for deletion, from receipt to outcome; words are as given, times ISO 8601 in UTC."""
+
+    request_id: str
+    created_at: str
+    due: str
+    num_records: int
+    regime: Regime = "gdpr"
+    state: RequestState = "received"
+    external_id: str | None = None
+    reason: str = ""
+    approver: str | None = None
+    extension: str = ""
+    num_copies: int = 0  # exact copies found under other ids
+    copies_included: bool = False
+    committed_at: str = ""
+    shards: tuple[tuple[int, int, int], ...] = ()  # shard, first slice, slices to retrain
+    record_epochs_retrained: int = 0
+    record_epochs_full: int = 0
+    record_epochs_others: int = 0  # of the other orders' stages
+    served: tuple[tuple[int, int, int], ...] = ()  # from its commit on: shard, slices, of how many
+    serving_depth: float = 1.0  # from its commit on: mean share of their slices that all shards serve
+    model_digest_before: str = ""
+    seconds: float = 0.0
+    model_digest_after: str = ""
+    exports_erased: int = 0
+    cause: str = ""  # kind of the error that failed it, never its text
+    probed: Probed | None = None  # None: not probed, or interrupted
+    consent: str = ""  # to keep the text, encrypted, until a patch is made from it
+    vaulted: str = ""  # the vault's set that holds the text
+    submitter: str = ""  # who submitted it: a token's name, or the name that was given
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEvent:
+    """A state that a request entered. `link` chains all events of a ledger (`event_chain.py`)."""
+
+    request_id: str
+    state: RequestState
+    at: str
+    note: str = ""
+    link: str = ""
 
 
 def due_date(received_at: str, regime: Regime) -> str:
@@ -145,78 +221,3 @@ def completed(request: Request, at: str, model_digest: str) -> Request:
 def event(request: Request, at: str, note: str = "") -> RequestEvent:
     """Return the event of a request's present state."""
     return RequestEvent(request.request_id, request.state, at, note)
-
-
-@dataclass(frozen=True)
-class EventChain:
-    """Link of each event of a ledger to the one before it, under the partition key.
-
-    An earlier version linked events without the key. A ledger that it began names its key differently
-    (`key_name`); it may begin with unkeyed events, but has none after the first keyed one.
-    """
-
-    keyed: Keyed
-    began_unkeyed: bool = False
-
-    @classmethod
-    def of(cls, keyed: Keyed, named: str | None) -> EventChain:
-        """Return the chain of a ledger, given the name of its key."""
-        return cls(keyed, named == keyed.name)
-
-    def _link(self, unkeyed: str) -> str:
-        return self.keyed.digest("event", unkeyed)
-
-    def linked(self, before: str, events: Iterable[RequestEvent]) -> Iterator[RequestEvent]:
-        """Yield events with their links."""
-        for each in events:
-            before = self._link(chained(before, each))
-            yield replace(each, link=before)
-
-    def holds(self, events: Iterable[RequestEvent], link: str = "") -> bool:
-        """Return whether the links are those of events that follow the one with `link`."""
-        unkeyed_too = self.began_unkeyed
-        for each in events:
-            plain = chained(link, each)
-            link = each.link
-            if link == self._link(plain):
-                unkeyed_too = False
-            elif link != plain or not unkeyed_too:
-                return False
-        return True
-
-
-def key_name(keyed: Keyed) -> str:
-    """Return how a ledger names its key if all its events are linked under it."""
-    return keyed.digest("name", "events")
-
-
-def key_names(keyed: Keyed) -> tuple[str, str]:
-    """Return the names that a ledger may give its key: this version's, and an earlier one's."""
-    return key_name(keyed), keyed.name
-
-
-def contradicted(
-    requests: Iterable[Request],
-    events: Sequence[RequestEvent],
-    chain: EventChain | None,
-    link: str = "",
-) -> bool:
-    """Return whether events are not one `chain` (if given), or a request differs from what they say.
-
-    A request must be in the state of its last event, and committed when its events say. With `link`,
-    only the events after the one with that link, and their requests, are compared.
-    """
-    if chain is not None and not chain.holds(events, link):
-        return True
-    states = {each.request_id: each.state for each in events}
-    committed = {each.request_id: each.at for each in events if each.state == "committed"}
-    held = {each.request_id: each for each in requests if not link or each.request_id in states}
-    dated = committed if link else held
-    if any(held[key].committed_at != committed.get(key, "") for key in dated if key in held):
-        return True
-    return {key: each.state for key, each in held.items()} != states
-
-
-def chained(link: str, found: RequestEvent) -> str:
-    """Return the unkeyed link of an event after the one with `link`."""
-    return digest_of([link, asdict(replace(found, link=""))])

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sisa.config.config import RunConfig
-from sisa.core.domain import Export, HeldCheckpoint, Record, RecordRow, Request
+from sisa.core.domain import Export, HeldCheckpoint, Record, RecordRow
 from sisa.core.errors import IntegrityError, SisaError
 from sisa.core.events import Notice
+from sisa.core.hooks import Contribution, Removal
 from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.core.patches import Patch
-from sisa.core.ports import Contribution, Removal
+from sisa.core.requests import Request
 from sisa.evidence import statements
 from sisa.evidence.database import EvidenceTables, Logged
 from sisa.evidence.issuing import Issuing

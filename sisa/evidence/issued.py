@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sisa.core.domain import Request
 from sisa.core.errors import IntegrityError, Outdated, SisaError, UnknownRecord
+from sisa.core.requests import Request
 from sisa.evidence.database import Logged
 from sisa.evidence.hook import EvidenceHook, hook_of
 from sisa.evidence.keys.keys import Keys

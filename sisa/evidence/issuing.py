@@ -16,11 +16,12 @@ from typing import Any
 
 from sisa.audit.residue import search_model
 from sisa.core.digest import digest_of
-from sisa.core.domain import Head, Record, RecordRow, Request, Tombstone
+from sisa.core.domain import Head, Record, RecordRow, Tombstone
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
 from sisa.core.patches import active
 from sisa.core.ports import Ledger
+from sisa.core.requests import Request
 from sisa.evidence import statements
 from sisa.evidence.database import EvidenceTables, Logged, parse_logged
 from sisa.evidence.keys.keys import Keys

@@ -23,19 +23,9 @@ from typing import Any
 
 from sisa.audit.residue import Searched
 from sisa.core.digest import Keyed, digest_of
-from sisa.core.domain import (
-    Export,
-    HeldCheckpoint,
-    IndexFile,
-    Probed,
-    RecordRow,
-    Request,
-    RequestEvent,
-    RequestState,
-    Restrictions,
-    SliceFile,
-)
+from sisa.core.domain import Export, HeldCheckpoint, IndexFile, RecordRow, Restrictions, SliceFile
 from sisa.core.patches import Patch
+from sisa.core.requests import Probed, Request, RequestEvent, RequestState
 from sisa.planning.plan import tainted_checkpoints
 from sisa.verifier.certificate import (
     APPROX_REPORT,

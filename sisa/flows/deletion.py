@@ -4,7 +4,7 @@
 
 One transaction removes the rows, leaves tombstones, moves the heads to their deepest clean checkpoints,
 and makes the rewritten slices and indexes current. If a file that is needed is damaged, the deletion
-stops before that commit. Other artefacts made from records join through hooks (`core/ports.py`).
+stops before that commit. Other artefacts made from records join through hooks (`core/hooks.py`).
 
 Deleting records from shards does not affect what the frozen base knew before. So once the served model
 is clean, and before the text is erased, the base alone is asked whether it produces that text; numbers
@@ -22,22 +22,24 @@ from datetime import date
 from functools import cached_property
 from typing import TypeVar
 
-from sisa.core.domain import (
+from sisa.core.domain import RecordRow, SliceFile, SliceState, Tombstone
+from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError
+from sisa.core.events import Notice
+from sisa.core.hooks import Contribution, Removal
+from sisa.core.ledger_meta import HELD_PROMPTS
+from sisa.core.patches import active, wanted
+from sisa.core.ports import Change, KeptVersions, Probe, merged
+from sisa.core.requests import (
+    ACCEPTED,
     Probed,
-    RecordRow,
     Regime,
     Request,
     RequestEvent,
-    SliceFile,
-    SliceState,
-    Tombstone,
+    check_four_eyes,
+    due_date,
+    event,
+    moved,
 )
-from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError
-from sisa.core.events import Notice
-from sisa.core.ledger_meta import HELD_PROMPTS
-from sisa.core.patches import active, wanted
-from sisa.core.ports import Change, Contribution, KeptVersions, Probe, Removal, merged
-from sisa.core.requests import ACCEPTED, check_four_eyes, due_date, event, moved
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import check_sources, plans_of

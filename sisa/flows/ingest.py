@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sisa.core.domain import Head, Record, RecordRow, Request, SliceState, Tombstone
+from sisa.core.domain import Head, Record, RecordRow, SliceState, Tombstone
 from sisa.core.errors import Problem, UnknownRecord
 from sisa.core.ports import Change, StoredRecord, Vectors, merged
-from sisa.core.requests import RECTIFY
+from sisa.core.requests import RECTIFY, Request
 from sisa.data.record_rules import normal_subject
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context

@@ -13,11 +13,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sisa.core.domain import RecordRow, Request, RequestEvent, RequestState, Tombstone
+from sisa.core.domain import RecordRow, Tombstone
 from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
 from sisa.core.events import QueueSeen
-from sisa.core.ports import Change, Removal
-from sisa.core.requests import check_four_eyes, days_left, event, extended, moved
+from sisa.core.hooks import Removal
+from sisa.core.ports import Change
+from sisa.core.requests import (
+    Request,
+    RequestEvent,
+    RequestState,
+    check_four_eyes,
+    days_left,
+    event,
+    extended,
+    moved,
+)
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.deletion import (

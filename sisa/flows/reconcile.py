@@ -29,8 +29,6 @@ from sisa.core.domain import (
     Chain,
     HeldCheckpoint,
     RecordRow,
-    Request,
-    RequestState,
     SavedCheckpoint,
     SliceFile,
     SliceJob,
@@ -38,10 +36,11 @@ from sisa.core.domain import (
     record_epochs,
 )
 from sisa.core.errors import IntegrityError, SisaError, all_tried
+from sisa.core.event_chain import contradicted
 from sisa.core.events import DeletionCompleted, ErasureFailed, Notice, SliceTrained, TrainingStarted
 from sisa.core.ledger_meta import CHECKED
 from sisa.core.ports import Change, KeptVersions, Ledger
-from sisa.core.requests import completed, contradicted, event, is_under_way
+from sisa.core.requests import Request, RequestState, completed, event, is_under_way
 from sisa.flows.context.areas import known_by_area, purge, stores_by_area
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context

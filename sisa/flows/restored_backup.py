@@ -23,12 +23,13 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Literal
 
-from sisa.core.domain import RecordRow, Request, Restrictions, Testimony, Tombstone
+from sisa.core.domain import RecordRow, Restrictions, Testimony, Tombstone
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
+from sisa.core.hooks import Removal
 from sisa.core.ledger_meta import READMITTED
-from sisa.core.ports import Change, Ledger, Removal
-from sisa.core.requests import due_date, event
+from sisa.core.ports import Change, Ledger
+from sisa.core.requests import Request, due_date, event
 from sisa.flows.context.commit import is_behind, unrecorded
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import restricting, restrictions

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from sisa.config.config import RunConfig
-from sisa.core.domain import Export, Kind, Request, WitnessHead
+from sisa.core.domain import Export, Kind, WitnessHead
 from sisa.core.errors import IntegrityError
 from sisa.core.ledger_meta import TRAINED_ANEW
+from sisa.core.requests import Request
 from sisa.flows.ask import prompt_form
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import view_shards

@@ -18,9 +18,10 @@ from typing import Any
 
 from sisa import model
 from sisa.core.digest import digest_of
-from sisa.core.domain import Probed, Record
+from sisa.core.domain import Record
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Executor, Tick
+from sisa.core.requests import Probed
 from sisa.flows.context.resources import Named, Resources, check_digest
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring.executors import find_executor, find_probe, open_stores

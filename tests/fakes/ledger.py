@@ -18,16 +18,15 @@ from sisa.core.domain import (
     Identity,
     IndexFile,
     RecordRow,
-    Request,
-    RequestEvent,
     SliceFile,
     Tombstone,
     WitnessHead,
     WorkItem,
 )
+from sisa.core.event_chain import chained
 from sisa.core.patches import Patch, VaultSet
 from sisa.core.ports import Change
-from sisa.core.requests import chained
+from sisa.core.requests import Request, RequestEvent
 
 
 @dataclass

@@ -27,7 +27,6 @@ from sisa.core.domain import (
     Part,
     Record,
     RecordRow,
-    Request,
     Restrictions,
     SavedCheckpoint,
     SliceFile,
@@ -37,6 +36,7 @@ from sisa.core.domain import (
     WitnessHead,
 )
 from sisa.core.errors import IntegrityError
+from sisa.core.event_chain import EventChain
 from sisa.core.events import Report, SliceTrained, silent
 from sisa.core.patches import PatchJob, PatchMode
 from sisa.core.ports import (
@@ -50,7 +50,7 @@ from sisa.core.ports import (
     Tick,
     Vectors,
 )
-from sisa.core.requests import EventChain
+from sisa.core.requests import Request
 from sisa.flows.context.context import Compute, Context, Settings, Stores
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.patches.on_deletion import PatchesHook

@@ -14,8 +14,9 @@ from in_toto_attestation.v1.statement import Statement
 from in_toto_attestation.v1.statement_pb2 import Statement as StatementPb
 
 from sisa.config.config import RunConfig
-from sisa.core.domain import RecordRow, Request
+from sisa.core.domain import RecordRow
 from sisa.core.events import Event, Notice
+from sisa.core.requests import Request
 from sisa.evidence.database import EvidenceTables, Logged
 from sisa.evidence.hook import EvidenceHook
 from sisa.evidence.keys.keys import Keys

@@ -21,8 +21,8 @@ from sisa.config.config import RunConfig
 from sisa.config.runfile import parse_run_file
 from sisa.core.digest import Keyed
 from sisa.core.domain import Record, RecordRow
+from sisa.core.event_chain import EventChain, key_name
 from sisa.core.ports import StoredRecord
-from sisa.core.requests import EventChain, key_name
 from sisa.flows.context.context import Compute, Context, Settings, Stores
 from sisa.flows.context.resources import Resources, indexed_digest
 from sisa.flows.deletion import Terms

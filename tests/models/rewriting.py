@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sisa.core.digest import Keyed
-from sisa.core.domain import RequestEvent
-from sisa.core.requests import chained
+from sisa.core.event_chain import chained
+from sisa.core.requests import RequestEvent
 from sisa.flows.wiring.keys import witness_of
 from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.model import Model

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sisa.core.domain import RecordRow, Request, Tombstone
+from sisa.core.domain import RecordRow, Tombstone
 from sisa.core.errors import ConfigConflict, IntegrityError
-from sisa.core.requests import OPEN, contradicted
+from sisa.core.event_chain import contradicted
+from sisa.core.requests import OPEN, Request
 from sisa.flows.context.context import Context
 from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from sisa.core.domain import Head, Part
 from sisa.core.errors import ConfigConflict, UnknownRecord
-from sisa.core.ports import Contribution, Removal
+from sisa.core.hooks import Contribution, Removal
 from sisa.flows.ask import ServedHeads
 from sisa.flows.context.commit import is_behind
 from sisa.flows.context.context import Context

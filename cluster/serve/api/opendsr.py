@@ -42,8 +42,8 @@ from cluster.serve.state import Call, Delivery, ServiceState
 from cluster.serve.tokens import Caller, MayAccess, MayRead, MaySubmit
 from sisa.config.config import OpenDsrBlock
 from sisa.core.digest import Keyed, sha256_hex
-from sisa.core.domain import Regime, Request
 from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
+from sisa.core.requests import Regime, Request
 from sisa.flows.deletion import Terms
 from sisa.store.blobs.files import disk_errors
 

@@ -26,7 +26,7 @@ from cluster.serve.problems import Refusal
 from cluster.serve.state import ServiceState
 from cluster.serve.tokens import Caller, MayDecide, MayErase, MayRead, MaySubmit
 from sisa.core.digest import Keyed
-from sisa.core.domain import Regime, RequestState
+from sisa.core.requests import Regime, RequestState
 from sisa.evidence.issued import certificate_file, receipt_file, standing
 from sisa.flows.deletion import Terms
 from sisa.flows.lifecycle import RequestView

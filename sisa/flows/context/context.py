@@ -14,10 +14,11 @@ from sisa.core import ports
 from sisa.core.digest import patched_digest
 from sisa.core.domain import Record
 from sisa.core.errors import IntegrityError
+from sisa.core.event_chain import EventChain
 from sisa.core.events import Report
+from sisa.core.hooks import DeletionHook
 from sisa.core.ledger_meta import TRAINED_OVER
 from sisa.core.patches import Patch, PatchMode
-from sisa.core.requests import EventChain
 from sisa.planning.layout import Assigner
 from sisa.planning.plan import Recipe
 
@@ -80,7 +81,7 @@ class Context:
     settings: Settings
     now: Callable[[], str]
     report: Report
-    hooks: tuple[ports.DeletionHook[Context], ...] = ()
+    hooks: tuple[DeletionHook[Context], ...] = ()
 
     @property
     def recipe(self) -> Recipe:

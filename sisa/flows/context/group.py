@@ -25,8 +25,6 @@ from sisa.core.domain import (
     Identity,
     IndexFile,
     RecordRow,
-    Request,
-    RequestEvent,
     SliceFile,
     Tombstone,
     WitnessHead,
@@ -35,6 +33,7 @@ from sisa.core.domain import (
 from sisa.core.errors import ConfigConflict
 from sisa.core.patches import Patch, VaultSet
 from sisa.core.ports import Change, Ledger
+from sisa.core.requests import Request, RequestEvent
 
 _Placed = TypeVar("_Placed", RecordRow, Tombstone, SliceFile, IndexFile, Head, HeldCheckpoint, Export)
 

@@ -19,8 +19,9 @@ from functools import partial
 
 from sisa.core.errors import SisaError
 from sisa.core.events import Notice
+from sisa.core.hooks import Contribution, Removal
 from sisa.core.patches import Patch, wanted, without_shards
-from sisa.core.ports import Change, Contribution, Removal
+from sisa.core.ports import Change
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context, trained_over
 from sisa.flows.patches import vault_sets

@@ -21,12 +21,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sisa.core.digest import patched_digest
-from sisa.core.domain import Record, RecordRow, Request
+from sisa.core.domain import Record, RecordRow
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.core.events import Notice
 from sisa.core.ledger_meta import TRAINED_OVER
 from sisa.core.patches import WRITTEN, Patch, PatchJob, VaultSet, active, wanted
 from sisa.core.ports import Change, PatchOrder
+from sisa.core.requests import Request
 from sisa.flows.context.areas import known_by_area, purge, stores_by_area
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sisa.core.domain import Record, RecordRow, Request
+from sisa.core.domain import Record, RecordRow
 from sisa.core.errors import ConfigConflict, Problem, SisaError, UnknownRecord
+from sisa.core.hooks import Removal
 from sisa.core.patches import WRITTEN, SetRole, VaultSet
-from sisa.core.ports import Change, Removal
+from sisa.core.ports import Change
+from sisa.core.requests import Request
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context, trained_over
 from sisa.flows.context.slices import held_rows, slices_of, stored_in

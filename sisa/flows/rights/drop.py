@@ -38,11 +38,11 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from sisa.core.domain import RecordRow, Request, WorkItem
+from sisa.core.domain import RecordRow, WorkItem
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, Problem, Problems
 from sisa.core.ledger_meta import CYCLE
 from sisa.core.ports import Change, merged
-from sisa.core.requests import CLOSED, days_left, event, may_become, moved
+from sisa.core.requests import CLOSED, Request, days_left, event, may_become, moved
 from sisa.data.drop_lists import (
     CYCLE_DAYS,
     DELETED,

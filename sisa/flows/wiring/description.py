@@ -12,8 +12,8 @@ from sisa.config.config import RunConfig
 from sisa.core import ports
 from sisa.core.digest import Keyed
 from sisa.core.errors import IntegrityError, InvalidInput
+from sisa.core.event_chain import key_names
 from sisa.core.ledger_meta import DESCRIPTION
-from sisa.core.requests import key_names
 from sisa.flows.context.resources import Named
 from sisa.flows.wiring.keys import key_path, open_keyring, stored_secret
 from sisa.flows.wiring.ledger_place import open_ledger

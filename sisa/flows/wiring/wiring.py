@@ -30,10 +30,12 @@ from pathlib import Path
 from sisa.config.config import RunConfig
 from sisa.core import ports
 from sisa.core.digest import Keyed
-from sisa.core.domain import Probed, Record
+from sisa.core.domain import Record
+from sisa.core.event_chain import EventChain
 from sisa.core.events import Report, silent
+from sisa.core.hooks import DeletionHook
 from sisa.core.patches import active
-from sisa.core.requests import EventChain
+from sisa.core.requests import Probed
 from sisa.flows.context.context import Compute, Context, Settings, Stores, patch_files, patches_beneath
 from sisa.flows.context.resources import Resources
 from sisa.flows.patches.on_deletion import PatchesHook
@@ -56,7 +58,7 @@ from sisa.store.records import FileRecords
 from sisa.store.vault import FilePatchDrafts, FileVault
 
 EVIDENCE = "evidence.sqlite"
-HOOKS: tuple[ports.DeletionHook[Context], ...] = (PatchesHook(),)  # called on a deletion, in this order
+HOOKS: tuple[DeletionHook[Context], ...] = (PatchesHook(),)  # called on a deletion, in this order
 
 
 @contextlib.contextmanager
@@ -147,9 +149,7 @@ def has_evidence(directory: Path, config: RunConfig, model: str) -> bool:
     return evidence_keys(config, model).is_dir() or (directory / EVIDENCE).exists()
 
 
-def evidence_hooks(
-    directory: Path, config: RunConfig, model: str
-) -> tuple[ports.DeletionHook[Context], ...]:
+def evidence_hooks(directory: Path, config: RunConfig, model: str) -> tuple[DeletionHook[Context], ...]:
     """Return the hook that issues certificates, if deletions are certified."""
     if not has_evidence(directory, config, model):
         return ()

@@ -25,18 +25,16 @@ from sisa.core.domain import (
     HeldCheckpoint,
     Identity,
     IndexFile,
-    Probed,
     RecordRow,
-    Request,
-    RequestEvent,
     SliceFile,
     Tombstone,
     WitnessHead,
     WorkItem,
 )
+from sisa.core.event_chain import chained
 from sisa.core.patches import Patch, VaultSet
 from sisa.core.ports import Change
-from sisa.core.requests import chained
+from sisa.core.requests import Probed, Request, RequestEvent
 from sisa.planning.layout import root_of
 from sisa.store.ledger import rows
 from sisa.store.ledger.database import Database, as_objects, ledger_version, rows_having

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from sisa.core import domain
 from sisa.core.patches import Patch, VaultSet
+from sisa.core.requests import RequestEvent
 
 SCHEMA_VERSION = 6
 UPGRADED = (4, 5)  # versions that `migrations/` brings up
@@ -100,5 +101,5 @@ IDENTITIES = _table(
     sqlite_with_rowid=False,
 )
 WORK_ITEMS = _table("work_items", get_type_hints(domain.WorkItem), key=("item",), indexed=("key",))
-_EVENT = {"position": int, **get_type_hints(domain.RequestEvent)}
+_EVENT = {"position": int, **get_type_hints(RequestEvent)}
 EVENTS = _table("events", _EVENT, key=("position",), indexed=("link",))

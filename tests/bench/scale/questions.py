@@ -37,10 +37,11 @@ import numpy as np
 
 from sisa.config.config import RunConfig, SisaBlock
 from sisa.core.digest import Keyed, digest_of
-from sisa.core.domain import Head, HeldCheckpoint, IndexFile, Part, Record, RecordRow, Request, SliceFile
+from sisa.core.domain import Head, HeldCheckpoint, IndexFile, Part, Record, RecordRow, SliceFile
 from sisa.core.errors import UnknownRecord
+from sisa.core.event_chain import EventChain, contradicted
 from sisa.core.ports import Change, StoredRecord
-from sisa.core.requests import EventChain, contradicted, event
+from sisa.core.requests import Request, event
 from sisa.flows import lifecycle, query
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context

@@ -46,7 +46,8 @@ from sisa.core.domain import (
     SliceFile,
     record_epochs,
 )
-from sisa.core.ports import Change, CheckpointStore, DeletionHook, Executor, StoredRecord, Vectors
+from sisa.core.hooks import DeletionHook
+from sisa.core.ports import Change, CheckpointStore, Executor, StoredRecord, Vectors
 from sisa.flows.context.context import Context
 from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
 from sisa.flows.query import lookup

@@ -22,8 +22,6 @@ from sisa.core.domain import (
     Identity,
     IndexFile,
     RecordRow,
-    Request,
-    RequestEvent,
     SliceFile,
     Tombstone,
     WorkItem,
@@ -31,6 +29,7 @@ from sisa.core.domain import (
 from sisa.core.errors import IntegrityError
 from sisa.core.patches import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.core.ports import Change, Ledger
+from sisa.core.requests import Request, RequestEvent
 from sisa.store.ledger import migrations
 from sisa.store.ledger import rows as rows_module
 from sisa.store.ledger.database import backend_at

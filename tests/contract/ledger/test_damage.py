@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from sisa.core.domain import Export, Request, SliceFile
+from sisa.core.domain import Export, SliceFile
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
+from sisa.core.requests import Request
 from sisa.planning.layout import slice_root
 from sisa.store.ledger import rows as rows_module
 from sisa.store.ledger.ledger import SqlLedger

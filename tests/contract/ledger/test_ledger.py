@@ -30,14 +30,13 @@ from sisa.core.domain import (
     Identity,
     IndexFile,
     RecordRow,
-    Request,
-    RequestEvent,
     SliceFile,
     WorkItem,
 )
 from sisa.core.errors import Busy, SisaError
 from sisa.core.patches import Patch, VaultSet
 from sisa.core.ports import Change, Ledger
+from sisa.core.requests import Request, RequestEvent
 from sisa.planning.layout import root_of, slice_root
 from sisa.store.ledger import ledger as ledger_module
 from sisa.store.ledger import rows as rows_module

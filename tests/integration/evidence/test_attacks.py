@@ -26,10 +26,11 @@ from cluster.render.render import EXIT_INTEGRITY, EXIT_REVOKED
 from sisa.audit.residue import Scan, sweep_model
 from sisa.config.config import state_dir
 from sisa.core.digest import Keyed
-from sisa.core.domain import RecordRow, RequestEvent
+from sisa.core.domain import RecordRow
 from sisa.core.errors import Busy, EnvironmentFault, Problem
+from sisa.core.event_chain import chained
 from sisa.core.ports import Change, merged
-from sisa.core.requests import chained
+from sisa.core.requests import RequestEvent
 from sisa.evidence.audit import Audit, Check, audit_model, audit_statement, drawn
 from sisa.evidence.issued import certificate_file, issue, membership_file, receipt_file
 from sisa.evidence.keys.keys import Keys, create_keys

@@ -14,8 +14,8 @@ from sisa.audit.doctor import diagnose
 from sisa.audit.garbage import SURPLUS, TEMPORARY, UNKNOWN_FILE, list_garbage, remove_garbage
 from sisa.audit.residue import Scan, scan_residue
 from sisa.config.runfile import parse_run_file
-from sisa.core.domain import Request
 from sisa.core.ports import BlobStore
+from sisa.core.requests import Request
 from sisa.flows.context.areas import purge
 from sisa.store.areas import CHECKPOINTS, RECORDS, REPLAYS
 from sisa.store.blobs.keyring import is_sealed

@@ -15,22 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa.core.digest import Keyed
-from sisa.core.domain import Regime, Request, RequestEvent, RequestState
 from sisa.core.errors import ConfigConflict, InvalidInput
+from sisa.core.event_chain import EventChain, chained, contradicted, key_name, key_names
 from sisa.core.requests import (
     OPEN,
     UNDER_WAY,
-    EventChain,
+    Regime,
+    Request,
+    RequestEvent,
+    RequestState,
     add_months,
-    chained,
-    contradicted,
     days_left,
     due_date,
     event,
     extended,
     is_under_way,
-    key_name,
-    key_names,
     moved,
 )
 

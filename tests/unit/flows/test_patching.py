@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sisa import unlearn
-from sisa.core.domain import Export, Probed, Request
+from sisa.core.domain import Export
 from sisa.core.errors import (
     ConfigConflict,
     EnvironmentFault,
@@ -23,6 +23,7 @@ from sisa.core.errors import (
 from sisa.core.events import Event, Notice
 from sisa.core.patches import WRITTEN, Patch, active, wanted
 from sisa.core.ports import Change
+from sisa.core.requests import Probed, Request
 from sisa.flows.ask import chosen_rows
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import trained_over

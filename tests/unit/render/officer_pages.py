@@ -11,8 +11,9 @@ from html.parser import HTMLParser
 from typing import Any
 
 from cluster.render.officer_report import Evidence, Facts, Statement, page, report_body
-from sisa.core.domain import Probed, Request, RequestEvent, WitnessHead
+from sisa.core.domain import WitnessHead
 from sisa.core.patches import Patch, PatchJob, VaultSet
+from sisa.core.requests import Probed, Request, RequestEvent
 from sisa.flows.lifecycle import RequestView
 from sisa.flows.status import ExportStatus, ShardStatus, SliceStanding, Status
 from sisa.verifier.certificate import EXACT, STATE

@@ -16,9 +16,10 @@ from cluster.cli.quickstart import Start, Story
 from cluster.render import render
 from cluster.render.render import Result, printable
 from sisa.audit.verify import ShardProof, Verification
-from sisa.core.domain import Probed, RecordRow, Request, Tombstone
+from sisa.core.domain import RecordRow, Tombstone
 from sisa.core.errors import Problem
 from sisa.core.patches import VaultSet
+from sisa.core.requests import Probed, Request
 from sisa.flows.ask import Answer
 from sisa.flows.deletion import ForgetOutcome, ForgetPlan, Forgetting, plan_forget
 from sisa.flows.ingest import Taken, train

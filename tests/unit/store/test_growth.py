@@ -23,10 +23,11 @@ import sisa
 from sisa.audit.verify import verify
 from sisa.core import requests as requests_module
 from sisa.core.digest import digest_of
-from sisa.core.domain import Head, HeldCheckpoint, Record, RecordRow, Request, SliceFile, SliceState
+from sisa.core.domain import Head, HeldCheckpoint, Record, RecordRow, SliceFile, SliceState
 from sisa.core.errors import IntegrityError
-from sisa.core.ports import Change, Removal
-from sisa.core.requests import event
+from sisa.core.hooks import Removal
+from sisa.core.ports import Change
+from sisa.core.requests import Request, event
 from sisa.flows import lifecycle, query
 from sisa.flows.deletion import Terms, commit_removed, rows_named
 from sisa.flows.ingest import add, train

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa.core.domain import Export, Request
+from sisa.core.domain import Export
 from sisa.core.errors import EnvironmentFault, SisaError
+from sisa.core.requests import Request
 from sisa.flows import lifecycle
 from sisa.flows.context.context import Context
 from sisa.flows.deletion import Terms

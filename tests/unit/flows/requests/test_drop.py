@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sisa.core.domain import Record, Request
+from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, InvalidInput
+from sisa.core.requests import Request
 from sisa.data.drop_lists import Download, Listed
 from sisa.data.identifiers import hashes
 from sisa.flows.context.context import Context

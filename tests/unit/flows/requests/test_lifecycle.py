@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa.core.domain import Part, Record, RecordRow, Request, RequestState
+from sisa.core.domain import Part, Record, RecordRow
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, SisaError, UnknownRecord
+from sisa.core.requests import Request, RequestState
 from sisa.flows import lifecycle, query
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import model_digest

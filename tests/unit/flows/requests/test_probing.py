@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from sisa.core.domain import Probed, Record, RecordRow
+from sisa.core.domain import Record, RecordRow
 from sisa.core.errors import EnvironmentFault
+from sisa.core.requests import Probed
 from sisa.flows.deletion import Terms
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import carry_out, submit

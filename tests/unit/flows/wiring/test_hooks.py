@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from sisa.core.ports import Change, Contribution, Removal
+from sisa.core.hooks import Contribution, Removal
+from sisa.core.ports import Change
 from sisa.flows.context.context import Context
 from sisa.flows.ingest import train
 from sisa.flows.reconcile import reconcile
