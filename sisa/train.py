@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sisa.audit.garbage import AREAS, LEDGER_FILES
-from sisa.config.config import Difference, Effect, RunConfig, differences, is_uri
+from sisa.config.config import Difference, RunConfig, differences
+from sisa.config.fields import Effect, is_uri
 from sisa.config.runfile import load_run_file
 from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.domain import DEFAULT_PRECISION, Record

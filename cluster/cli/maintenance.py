@@ -122,7 +122,7 @@ ledger = command_group("ledger", "Move the ledger to a server and back; bring up
 @click.option("--to", required=True, help="postgresql://HOST/DATABASE, without a password; or `file`.")
 def move(directory: Path, to: str) -> Result:
     """Move the ledger to PostgreSQL, or back to a file; compare every row, then erase the old one."""
-    from sisa.config.config import ledger_url
+    from sisa.config.fields import ledger_url
     from sisa.flows.wiring.moving import move_ledger
 
     try:

@@ -20,7 +20,8 @@ from typing import Literal
 
 from sisa.audit.garbage import KEPT_FILES, STRAY, list_garbage, local_root
 from sisa.audit.lineage import parse_manifest
-from sisa.config.config import RunConfig, is_uri
+from sisa.config.config import RunConfig
+from sisa.config.fields import is_uri
 from sisa.core.domain import Head, IndexFile, SliceFile
 from sisa.core.errors import IntegrityError, SisaError, TransientError
 from sisa.core.event_chain import contradicted

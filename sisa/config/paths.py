@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sisa.config.config import HUB, NAME_PATTERN, KeyPath, is_local, is_uri, shown, value_at
+from sisa.config.config import KeyPath, value_at
+from sisa.config.fields import HUB, NAME_PATTERN, is_local, is_uri, shown
 
 # Dotted keys (`*`: every item of a list) that hold a path, and those that hold a path or a name.
 PATH_KEYS = (
@@ -126,3 +127,9 @@ def _is_inside(path: Any, directory: Any) -> bool:
     if not isinstance(path, str) or not isinstance(directory, str) or not os.path.isabs(path):
         return False
     return Path(path).is_relative_to(directory)
+
+
+def state_dir() -> Path:
+    """Return this user's state directory: `$XDG_STATE_HOME/sisa`, else `~/.local/state/sisa`."""
+    home = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "sisa"

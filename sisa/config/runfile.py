@@ -27,7 +27,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sisa.config.config import MADE, NAMED, KeyPath, RunConfig, keys, raw_schema, short, shown, value_at
+from sisa.config.config import MADE, NAMED, KeyPath, RunConfig, keys, raw_schema, value_at
+from sisa.config.fields import short, shown
 from sisa.config.paths import resolve_paths, shared_path_problems
 from sisa.core.errors import InvalidInput, Problem
 

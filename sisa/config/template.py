@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from sisa.config.config import DatasetSource, RunConfig, keys, value_at
+from sisa.config.config import RunConfig, keys, value_at
+from sisa.config.sources import DatasetSource
 
 # A shard of a few dozen short records takes few optimizer steps. Small batches, a high rate and several
 # passes make it learn: SmolLM2-135M gives 24 of 25 answers word for word.

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sisa.config.config import DatasetSource
+from sisa.config.sources import DatasetSource
 from sisa.core.errors import EnvironmentFault
 from sisa.data.record_rules import Broken
 from sisa.store.blobs.temporary_directories import in_use

@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from sisa.config.config import SourceLimits
+from sisa.config.sources import SourceLimits
 from sisa.core.errors import Problems
 from sisa.data.identifiers import LISTS
 from sisa.data.record_rules import Broken

@@ -31,16 +31,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from sisa.config.config import (
-    DATA_SUFFIXES,
-    Columns,
-    DatasetSource,
-    RunConfig,
-    SourceLimits,
-    columns_of,
-    is_local,
-    short,
-)
+from sisa.config.config import RunConfig
+from sisa.config.fields import DATA_SUFFIXES, is_local, short
+from sisa.config.sources import Columns, DatasetSource, SourceLimits, columns_of
 from sisa.core.domain import Record
 from sisa.core.errors import Problem, Problems, SisaError
 from sisa.data.dataset_export import export_rows

@@ -19,7 +19,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sisa.config.config import DEFAULT_COLUMNS, Columns
+from sisa.config.sources import DEFAULT_COLUMNS, Columns
 from sisa.core.domain import GENERATION_COLUMN, Kind, Part, Record, Risk
 from sisa.planning.bands import RISK_COLUMN
 

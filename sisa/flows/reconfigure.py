@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from sisa.config.config import Difference, Effect
+from sisa.config.config import Difference
+from sisa.config.fields import Effect
 from sisa.core.domain import ANY_SHARD, Head, HeldCheckpoint, IndexFile, RecordRow
 from sisa.core.errors import ConfigConflict, Problem
 from sisa.core.events import Notice

@@ -24,7 +24,6 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 from sisa.config.config import (
     PATH_FIELDS,
     Aggregation,
-    DatasetSource,
     EngineSource,
     OpenDsrBlock,
     RunConfig,
@@ -35,6 +34,7 @@ from sisa.config.config import (
     keys,
 )
 from sisa.config.runfile import in_words
+from sisa.config.sources import DatasetSource
 from sisa.config.template import one_line
 from sisa.core.block import Block
 from sisa.planning.bands import Bands

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sisa.config.config import RunConfig, state_dir
+from sisa.config.config import RunConfig
+from sisa.config.paths import state_dir
 from sisa.core import ports
 from sisa.core.digest import Keyed
 from sisa.core.domain import Tombstone

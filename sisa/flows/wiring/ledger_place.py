@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from sisa.config.config import ledger_url
+from sisa.config.fields import ledger_url
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError
 from sisa.store.blobs import files
 from sisa.store.ledger.database import ledger_version

@@ -14,7 +14,7 @@ import contextlib
 import json
 from collections.abc import Callable, Sequence
 
-from sisa.config.config import state_dir
+from sisa.config.paths import state_dir
 from sisa.core.digest import digest_of
 
 

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 
-from sisa.config.config import PYPI_SPEC, state_dir
+from sisa.config.fields import PYPI_SPEC
+from sisa.config.paths import state_dir
 from sisa.core.digest import digest_of, file_sha256, file_sha256_once
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
 

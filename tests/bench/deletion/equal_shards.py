@@ -12,7 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from sisa.config.config import DatasetSource, RunConfig, SisaBlock
+from sisa.config.config import RunConfig, SisaBlock
+from sisa.config.sources import DatasetSource
 from sisa.core.digest import Keyed
 from sisa.core.domain import Part, Record
 from sisa.data.samples import make_people

@@ -25,7 +25,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sisa.config.config import DatasetSource, RunConfig, SigningBlock
+from sisa.config.config import RunConfig, SigningBlock
+from sisa.config.sources import DatasetSource
 from sisa.evidence.hook import open_hook
 from sisa.evidence.keys.model_keys import init_keys
 from sisa.evidence.keys.vrf_key import VrfKey

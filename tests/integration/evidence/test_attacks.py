@@ -24,7 +24,7 @@ import pytest
 from cluster.cli import cli
 from cluster.render.render import EXIT_INTEGRITY, EXIT_REVOKED
 from sisa.audit.residue import Scan, sweep_model
-from sisa.config.config import state_dir
+from sisa.config.paths import state_dir
 from sisa.core.digest import Keyed
 from sisa.core.domain import RecordRow
 from sisa.core.errors import Busy, EnvironmentFault, Problem

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from sisa.config.config import DatasetSource, RunConfig
+from sisa.config.config import RunConfig
+from sisa.config.sources import DatasetSource
 from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.flows.context.resources import Resources

@@ -22,7 +22,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 import sisa
-from sisa.config.config import DatasetSource, RunConfig, SisaBlock
+from sisa.config.config import RunConfig, SisaBlock
+from sisa.config.sources import DatasetSource
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Event, Notice

@@ -13,15 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.config.config import (
-    TRAINING_KEYS,
-    PrivacyBlock,
-    RunConfig,
-    differences,
-    json_schema,
-    keys,
-    ledger_url,
-)
+from sisa.config.config import TRAINING_KEYS, PrivacyBlock, RunConfig, differences, json_schema, keys
+from sisa.config.fields import ledger_url
 from sisa.config.runfile import load_run_file, parse_run_file
 from sisa.config.template import commented_run_file
 from sisa.core.errors import IntegrityError, InvalidInput

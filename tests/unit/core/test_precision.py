@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sisa.config.config import TRAINING_KEYS, DatasetSource, RunConfig
+from sisa.config.config import TRAINING_KEYS, RunConfig
 from sisa.config.runfile import parse_run_file
+from sisa.config.sources import DatasetSource
 from sisa.core.domain import DEFAULT_PRECISION, Precision, SliceState
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.lm.base import numerics

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.config.config import SourceLimits
+from sisa.config.sources import SourceLimits
 from sisa.core.errors import InvalidInput
 from sisa.data.drop_lists import Listed, is_suffix, read_download, responses, upload_name
 from sisa.data.identifiers import (

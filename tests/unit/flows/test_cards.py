@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from sisa.config.config import DatasetSource, RunConfig
+from sisa.config.config import RunConfig
+from sisa.config.sources import DatasetSource
 from sisa.flows.context.resources import Resources
 from sisa.flows.export import Card, with_base_name
 

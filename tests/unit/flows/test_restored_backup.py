@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sisa.config.config import state_dir
+from sisa.config.paths import state_dir
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import InvalidInput
 from sisa.flows.wiring.ledger_place import LOCK

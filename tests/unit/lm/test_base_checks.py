@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sisa.config.config import state_dir
+from sisa.config.paths import state_dir
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.base_checks import kept_check
 

@@ -12,7 +12,8 @@ import pytest
 
 from sisa.audit.doctor import diagnose
 from sisa.audit.repair import repair
-from sisa.config.config import RunConfig, state_dir
+from sisa.config.config import RunConfig
+from sisa.config.paths import state_dir
 from sisa.flows.wiring.description import read_description
 from sisa.flows.wiring.keys import evidence_keys
 from sisa.flows.wiring.ledger_place import LOCK
