@@ -28,7 +28,7 @@ REACHES_NO_BIT = (
     *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),
     "sisa.core.requests",
 )
-RECORDED = (5, "f5adcb187661eec2")
+RECORDED = (5, "afd27e3e289e27db")
 
 
 def path_of(module: str) -> Path:

@@ -227,8 +227,9 @@ def test_nothing_is_committed_once_a_lock_is_lost(postgres: PostgresServer, url:
 
 COMMITS = """
 import sys
-from sisa.core.domain import Head, RequestEvent
+from sisa.core.domain import Head
 from sisa.core.ports import Change
+from sisa.core.requests import RequestEvent
 from sisa.store.ledger.ledger import SqlLedger
 ledger = SqlLedger(sys.argv[1])
 for number in range(100_000):

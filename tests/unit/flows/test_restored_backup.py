@@ -259,7 +259,7 @@ def opening_of(path: Path) -> Any:
 
 
 def test_the_state_directory_is_the_users() -> None:
-    code = "from sisa.config.config import state_dir; print(state_dir())"
+    code = "from sisa.config.paths import state_dir; print(state_dir())"
     for variables, expected in (
         ({"HOME": "/h"}, "/h/.local/state/sisa"),
         ({"HOME": "/h", "XDG_STATE_HOME": "/s"}, "/s/sisa"),
