@@ -29,7 +29,8 @@ if TYPE_CHECKING:
         UnknownRecord,
     )
     from sisa.flows.ask import Answer
-    from sisa.flows.deletion import ForgetOutcome, ForgetPlan, Terms
+    from sisa.flows.deletion import ForgetOutcome, ForgetPlan
+    from sisa.flows.lifecycle import Terms
     from sisa.flows.status import Status
     from sisa.flows.wiring.executors import OnCluster
     from sisa.model import Model, open_model
@@ -42,8 +43,8 @@ __all__ += ["RejectedRequest", "SisaError", "TransientError", "UnknownRecord"]
 
 _HOMES = (  # of these names, in the order in which modules import each other
     *("sisa.core.domain", "sisa.core.errors", "sisa.config.config", "sisa.config.runfile"),
-    *("sisa.flows.ask", "sisa.flows.deletion", "sisa.flows.status", "sisa.flows.wiring.executors"),
-    *("sisa.model", "sisa.train"),
+    *("sisa.flows.ask", "sisa.flows.deletion", "sisa.flows.lifecycle", "sisa.flows.status"),
+    *("sisa.flows.wiring.executors", "sisa.model", "sisa.train"),
 )
 
 if not TYPE_CHECKING:  # a type checker sees the names themselves

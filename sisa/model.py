@@ -39,17 +39,10 @@ from sisa.flows.ask import (
 )
 from sisa.flows.context.served import model_digest
 from sisa.flows.context.stale_exports import stale_paths
-from sisa.flows.deletion import (
-    ForgetOutcome,
-    ForgetPlan,
-    Terms,
-    copies,
-    forget_at_once,
-    new_request,
-    plan_forget,
-)
+from sisa.flows.deletion import ForgetOutcome, ForgetPlan, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
+from sisa.flows.lifecycle import Terms, copies, forget_at_once, new_request
 from sisa.flows.model_directory import WAITS_S, ModelDirectory, retry_read
 from sisa.flows.reconcile import reconcile, under_way
 from sisa.flows.rights import drop

@@ -87,7 +87,7 @@ def submit_request(
     consent: str,
 ) -> Result:
     """Submit a request; it runs once it is approved."""
-    from sisa.flows.deletion import Terms
+    from sisa.flows.lifecycle import Terms
 
     named = [*ids, *([find_like] if find_like else [])]
     if bool(named) == (subject is not None):

@@ -20,7 +20,7 @@ from sisa.flows.context.context import Context
 from sisa.flows.context.plans import check_sources, plan_of, view_shard
 from sisa.flows.context.served import model_digest
 from sisa.flows.context.slices import embed_records, write_shard
-from sisa.flows.deletion import Terms, forget_at_once, new_request
+from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.reconcile import check_rows, reconcile
 from sisa.flows.record_checks import (
     HeldOrDeleted,

@@ -1,4 +1,4 @@
-"""Submit requests, decide about them, and carry out the approved ones.
+"""Make and submit requests, decide about them, and carry out the approved ones.
 
 A request names records by keyed digest from the start, so no plain id waits in the ledger. The same
 external id with the same records is the same request; with other records it is refused. Exact copies
@@ -8,37 +8,32 @@ request only if the caller says so, and that decision is kept. Only approved req
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 
 from sisa.core.domain import RecordRow, Tombstone
-from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
+from sisa.core.errors import ConfigConflict, InvalidInput, Problem, UnknownRecord
 from sisa.core.events import QueueSeen
 from sisa.core.hooks import Removal
 from sisa.core.ports import Change
 from sisa.core.requests import (
+    Regime,
     Request,
     RequestEvent,
     RequestState,
     check_four_eyes,
     days_left,
+    due_date,
     event,
     extended,
     moved,
 )
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
-from sisa.flows.deletion import (
-    Deleted,
-    Terms,
-    delete,
-    new_request,
-    plan_forget,
-    retry_overtaken,
-    rows_named,
-)
+from sisa.flows.deletion import Deleted, delete, legal_holds, plan_forget, retry_overtaken, rows_named
 from sisa.flows.query import Candidate
 from sisa.flows.reconcile import open_plans, under_way
 from sisa.planning.batching import RunPlan, choose
@@ -64,6 +59,97 @@ class RequestView:
     days_left: int
     events: tuple[RequestEvent, ...]
     held_by: tuple[str, ...] = ()  # requests under a legal hold that it waits for, if it is approved
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Hold the terms of a request besides its records; they are kept as given."""
+
+    external_id: str | None = None
+    reason: str = ""
+    regime: Regime = "gdpr"
+    due: str | None = None  # an ISO date that replaces the regime's
+    approver: str | None = None  # approves at once
+    include_copies: bool = False
+    consent: str = ""  # to keep the text, encrypted, for a patch, if the base alone knows it
+    submitter: str = ""  # who submits it; may not approve it where the run file asks for four eyes
+
+
+@dataclass(frozen=True)
+class NewRequest:
+    """A request that is not in the ledger yet.
+
+    `rows` are the held records that it names, `named` the keyed ids of all, deleted ones included.
+    """
+
+    request: Request
+    rows: tuple[RecordRow, ...]
+    named: tuple[str, ...]
+    events: tuple[RequestEvent, ...]
+
+    def change(self) -> Change:
+        """Return the transaction that adds the request to the ledger."""
+        pairs = [(self.request.request_id, each) for each in self.named]
+        return Change(requests=[self.request], named=pairs, events=self.events)
+
+
+def new_request(
+    context: Context,
+    rows: Sequence[RecordRow],
+    deleted: Sequence[Tombstone],
+    terms: Terms,
+    *,
+    full_scan: bool = False,
+) -> NewRequest:
+    """Return a new request that is not in the ledger yet.
+
+    Raise InvalidInput for a bad due date or a nameless approval, and ConfigConflict if four eyes should
+    see it and do not.
+    """
+    if terms.approver is not None and not terms.approver.strip():
+        raise InvalidInput("an approval names its approver", next_step="give --approver")
+    if context.settings.four_eyes:
+        check_four_eyes(terms.submitter, terms.approver)
+    found = copies(context, rows, full_scan=full_scan or terms.include_copies)
+    taken = [*rows, *(found if terms.include_copies else [])]
+    named = {row.id_digest for row in taken} | {each.id_digest for each in deleted}
+    now = context.now()
+    request = Request(
+        request_id=f"req-{uuid.uuid4()}",
+        created_at=now,
+        due=due_date(now, terms.regime) if terms.due is None else _valid_due(terms.due, now),
+        num_records=len(taken),
+        regime=terms.regime,
+        external_id=terms.external_id,
+        reason=terms.reason,
+        num_copies=len(found),
+        copies_included=terms.include_copies,
+        consent=terms.consent.strip(),
+        submitter=terms.submitter.strip(),
+    )
+    states = [request]
+    if terms.approver is not None:
+        states.append(moved(request, "approved", terms.approver))
+    events = tuple(event(each, now, each.approver or "") for each in states)
+    held = tuple(sorted(taken, key=lambda row: row.id_digest))
+    return NewRequest(states[-1], held, tuple(sorted(named)), events)
+
+
+def _valid_due(due: str, now: str) -> str:
+    try:
+        day = date.fromisoformat(due).isoformat()
+    except ValueError:
+        raise InvalidInput("the due date is not a date", expected="YYYY-MM-DD", got=due[:40]) from None
+    if day < now[:10]:
+        raise InvalidInput("the due date has passed already", expected=f"{now[:10]} or later", got=day)
+    return day
+
+
+def copies(context: Context, rows: Sequence[RecordRow], *, full_scan: bool) -> list[RecordRow]:
+    """Return other held records with the text of one of `rows`; `full_scan` is that of `by_text`."""
+    named = {row.id_digest for row in rows}
+    held, _ = context.stores.ledger.by_text({row.text_digest for row in rows}, full_scan=full_scan)
+    return [row for row in held if row.id_digest not in named]
 
 
 def submit(
@@ -221,6 +307,32 @@ def carry_out(context: Context, requests: Sequence[Request]) -> tuple[Request, .
     retry_overtaken(attempt)
     present = {each.request_id: each for each in context.stores.ledger.requests()}
     return tuple(present[request.request_id] for request in requests)
+
+
+def forget_at_once(context: Context, new: NewRequest, *, defer: bool = False) -> Deleted:
+    """Add an approved request to the ledger and carry it out in the same commit.
+
+    A failure before the commit changes nothing; after a crash, the next command finishes the deletion.
+    With `defer`, bytes are erased now and training is left to a later command. Raise ConfigConflict for
+    a legal hold.
+    """
+    removal = Removal([new.request], {new.request.request_id: new.rows})
+
+    def attempt() -> Deleted:
+        _check_no_hold(context, removal.rows)
+        return delete(context, removal, new.change(), defer=defer)
+
+    return retry_overtaken(attempt)
+
+
+def _check_no_hold(context: Context, records: Collection[str]) -> None:
+    holds = legal_holds(context, records)
+    if problems := [Problem(each, "holds records that were named") for each in holds]:
+        raise ConfigConflict(
+            "some of these records are under a legal hold; nothing was changed",
+            next_step="`sisa request approve` or `sisa request cancel` ends a hold",
+            problems=problems,
+        )
 
 
 def plan_run(context: Context) -> RunPlan:

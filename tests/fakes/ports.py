@@ -52,7 +52,7 @@ from sisa.core.ports import (
 )
 from sisa.core.requests import Request
 from sisa.flows.context.context import Compute, Context, Settings, Stores
-from sisa.flows.deletion import Terms, forget_at_once, new_request
+from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor
 from sisa.planning.bands import Bands

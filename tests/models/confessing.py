@@ -25,9 +25,8 @@ from sisa.core.event_chain import EventChain, key_name
 from sisa.core.ports import StoredRecord
 from sisa.flows.context.context import Compute, Context, Settings, Stores
 from sisa.flows.context.resources import Resources, indexed_digest
-from sisa.flows.deletion import Terms
 from sisa.flows.ingest import train
-from sisa.flows.lifecycle import carry_out, submit
+from sisa.flows.lifecycle import Terms, carry_out, submit
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.executors import open_stores

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from sisa.core.domain import Record, RecordRow, Risk
 from sisa.flows.context.served import model_digest
-from sisa.flows.deletion import Terms
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import carry_out, submit
+from sisa.flows.lifecycle import Terms, carry_out, submit
 from sisa.flows.reconcile import reconcile
 from sisa.flows.restored_backup import catch_up
 from sisa.planning.bands import Bands

@@ -22,9 +22,18 @@ from sisa.core.errors import ConfigConflict, IntegrityError
 from sisa.core.event_chain import contradicted
 from sisa.core.requests import OPEN, Request
 from sisa.flows.context.context import Context
-from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import approved, carry_out, decide, extend, find, submit
+from sisa.flows.lifecycle import (
+    Terms,
+    approved,
+    carry_out,
+    decide,
+    extend,
+    find,
+    forget_at_once,
+    new_request,
+    submit,
+)
 from sisa.flows.reconcile import reconcile
 from sisa.flows.restored_backup import catch_up
 from tests.examples import num_examples

@@ -28,8 +28,7 @@ from cluster.serve.tokens import Caller, MayDecide, MayErase, MayRead, MaySubmit
 from sisa.core.digest import Keyed
 from sisa.core.requests import Regime, RequestState
 from sisa.evidence.issued import certificate_file, receipt_file, standing
-from sisa.flows.deletion import Terms
-from sisa.flows.lifecycle import RequestView
+from sisa.flows.lifecycle import RequestView, Terms
 from sisa.flows.query import Candidate
 
 _MAX_IDS, _MAX_CHARS, _MAX_TOP = 10_000, 2_000, 100

@@ -62,7 +62,7 @@ from sisa.flows import query
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.context.slices import held_rows
-from sisa.flows.deletion import NewRequest, Terms, new_request
+from sisa.flows.lifecycle import NewRequest, Terms, new_request
 from sisa.store.blobs import files
 
 REASON = "California DROP"

@@ -10,9 +10,8 @@ from statistics import fmean
 import pytest
 
 from sisa.core.domain import Record, RecordRow
-from sisa.flows.deletion import Terms
 from sisa.flows.ingest import train
-from sisa.flows.lifecycle import carry_out, submit
+from sisa.flows.lifecycle import Terms, carry_out, submit
 from sisa.planning.bands import Bands
 from sisa.planning.plan import Schedule
 from tests.bench.deletion.counted import (

@@ -46,7 +46,8 @@ from sisa.flows import lifecycle, query
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.context.resources import Named
-from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
+from sisa.flows.deletion import plan_forget
+from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.query import lookup
 from sisa.model import Model
 from sisa.planning.layout import index_root, root_of, slice_root

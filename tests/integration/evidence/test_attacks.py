@@ -44,7 +44,8 @@ from sisa.evidence.membership import Membership
 from sisa.evidence.revocations import FEED, publish
 from sisa.flows.context.commit import commit
 from sisa.flows.context.slices import held_rows
-from sisa.flows.deletion import Terms, _write_remaining, plan_forget
+from sisa.flows.deletion import _write_remaining, plan_forget
+from sisa.flows.lifecycle import Terms
 from sisa.flows.query import lookup
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import wiring

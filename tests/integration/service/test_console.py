@@ -18,7 +18,7 @@ from cluster.serve.tokens import Tokens
 from sisa.config.config import ServiceBlock
 from sisa.evidence.issued import certificate_file, state_what_is_held
 from sisa.evidence.keys.model_keys import init_keys
-from sisa.flows.deletion import Terms
+from sisa.flows.lifecycle import Terms
 from sisa.model import Model, open_model
 from tests.fakes.answers import FakeAnswers
 from tests.models.confessing import build, record, use_fake_resources

@@ -25,8 +25,7 @@ from cluster.cli.command import SECTIONS
 from sisa.config.runfile import parse_run_file
 from sisa.core import errors
 from sisa.core.domain import Record
-from sisa.flows.deletion import Terms
-from sisa.flows.lifecycle import carry_out, submit
+from sisa.flows.lifecycle import Terms, carry_out, submit
 from sisa.flows.wiring.ledger_place import LEDGER, LOCK
 from sisa.store.blobs.files import writer_lock
 from tests.fakes.ports import fake_record

@@ -25,10 +25,10 @@ from sisa.core.ports import Change
 from sisa.flows import lifecycle, query
 from sisa.flows.context.context import Context
 from sisa.flows.context.stale_exports import give_up_lost, stale_exports, stale_paths
-from sisa.flows.deletion import Terms, plan_forget
+from sisa.flows.deletion import plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import find
+from sisa.flows.lifecycle import Terms, find
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reset

@@ -28,8 +28,8 @@ from sisa.flows.ask import chosen_rows
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import trained_over
 from sisa.flows.context.served import model_digest
-from sisa.flows.deletion import Terms, forget_at_once, new_request
 from sisa.flows.ingest import add, train
+from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import AnswerChange, Composition
 from sisa.flows.patches.on_deletion import give_up

@@ -14,8 +14,9 @@ from sisa.audit.repair import close_gaps
 from sisa.core.domain import HeldCheckpoint, RecordRow, SliceState, record_epochs
 from sisa.core.ports import Change
 from sisa.flows.context.plans import view_shard
-from sisa.flows.deletion import Terms, forget_at_once, new_request, plan_forget
+from sisa.flows.deletion import plan_forget
 from sisa.flows.ingest import add, train
+from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.reconcile import reconcile
 from sisa.flows.status import shard_statuses
 from sisa.planning.bands import Bands

@@ -21,7 +21,7 @@ from cluster.serve.metrics import ROUTE_NAMES, AnswerMeters, MeasuredAnswers
 from sisa.evidence.issued import state_what_is_held
 from sisa.evidence.keys.model_keys import init_keys
 from sisa.evidence.revocations import publish
-from sisa.flows.deletion import Terms
+from sisa.flows.lifecycle import Terms
 from sisa.model import Model
 from tests.models.confessing import record
 from tests.models.tiny_model import all_files

@@ -20,7 +20,7 @@ from cluster.serve.state import ServiceState
 from cluster.serve.webhooks import RETRY_S, Courier, check_receivers, post_message
 from sisa.config.config import ServiceBlock, WebhookReceiver
 from sisa.core.errors import InvalidInput
-from sisa.flows.deletion import Terms
+from sisa.flows.lifecycle import Terms
 from sisa.model import Model, open_model
 
 SECRET = "whsec_" + base64.b64encode(b"a secret of a test").decode()

@@ -20,7 +20,7 @@ from cluster.serve.webhooks import Courier
 from cluster.serve.worker import carry_out_due, reporting, working
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy
-from sisa.flows.deletion import Terms
+from sisa.flows.lifecycle import Terms
 from sisa.model import Model, open_model
 from tests.fakes.ports import fake_record
 from tests.models.confessing import RUN_FILE, train_in, use_fake_resources

@@ -29,8 +29,9 @@ from sisa.core.hooks import Removal
 from sisa.core.ports import Change
 from sisa.core.requests import Request, event
 from sisa.flows import lifecycle, query
-from sisa.flows.deletion import Terms, commit_removed, rows_named
+from sisa.flows.deletion import commit_removed, rows_named
 from sisa.flows.ingest import add, train
+from sisa.flows.lifecycle import Terms
 from sisa.flows.reconcile import reconcile
 from sisa.planning.plan import jobs
 from sisa.store.ledger import rows

@@ -212,8 +212,7 @@ def test_one_withdrawal_of_two_lets_nothing_in_again(fake: FakeModel) -> None:
 
 
 def test_other_deletions_leave_no_identity(fake: FakeModel) -> None:
-    from sisa.flows.deletion import Terms
-    from sisa.flows.lifecycle import submit
+    from sisa.flows.lifecycle import Terms, submit
     from sisa.flows.query import of_subject
 
     live, _ = of_subject(fake.context, "bob")

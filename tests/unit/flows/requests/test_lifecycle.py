@@ -22,9 +22,20 @@ from sisa.core.requests import Request, RequestState
 from sisa.flows import lifecycle, query
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import model_digest
-from sisa.flows.deletion import Terms, copies, forget_at_once, new_request
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import carry_out, decide, extend, find, submit, view_of, views
+from sisa.flows.lifecycle import (
+    Terms,
+    carry_out,
+    copies,
+    decide,
+    extend,
+    find,
+    forget_at_once,
+    new_request,
+    submit,
+    view_of,
+    views,
+)
 from sisa.flows.reconcile import reconcile
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
 

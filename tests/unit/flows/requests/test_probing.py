@@ -9,9 +9,8 @@ import pytest
 from sisa.core.domain import Record, RecordRow
 from sisa.core.errors import EnvironmentFault
 from sisa.core.requests import Probed
-from sisa.flows.deletion import Terms
 from sisa.flows.ingest import train
-from sisa.flows.lifecycle import carry_out, submit
+from sisa.flows.lifecycle import Terms, carry_out, submit
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 
 TERMS = Terms(approver="a person")
