@@ -33,9 +33,8 @@ import io
 import os
 import stat
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -51,7 +50,8 @@ from sisa.audit.foreign_files import (
 )
 from sisa.audit.garbage import SURPLUS, UNKNOWN_FILE, list_garbage, local_root, undisturbed
 from sisa.audit.lineage import NO_FAULT, FilesMatch, GroupJudge, Verdict
-from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings, is_short
+from sisa.audit.own_files import resolved
+from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings
 from sisa.config.fields import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.domain import Export, HeldCheckpoint, Tombstone
@@ -136,12 +136,12 @@ def scan_residue(
     exports = [Path(each.path) for each in context.stores.ledger.exports()]
     exports = [each for each in dict.fromkeys(exports) if each.is_dir()]
     scanner = _Scanner(context, directory, SearchStrings(list(texts), list(ids)))
-    named = _resolved([*scanner.own, *also, *exports])
-    scanner.places = _resolved([*named, *owned_temporary_files()])
+    named = resolved([*scanner.own, *also, *exports])
+    scanner.places = resolved([*named, *owned_temporary_files()])
     places = list(map(str, scanner.places))
     for place in scanner.places:
         scanner.scan(place, models=place in named)
-    for place in (scanner.own[0], *_resolved(also)):
+    for place in (scanner.own[0], *resolved(also)):
         if place in scanner.empty:  # a disk may not be mounted
             scanner.report("nothing_read", place, "holds no file, so it proves nothing")
     for area, blobs in sorted(context.stores.blobs.items()):
@@ -166,78 +166,6 @@ def scan_residue(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Searched:
-    """Hold what a search of a model's own files read and left out, and the files by string in them."""
-
-    num_files: int
-    num_bytes: int
-    num_left_out: int
-    found: Mapping[str, int] = field(repr=False)
-
-
-def search_model(
-    context: Context, directory: Path, ids: Sequence[str], texts: Sequence[str], max_bytes: int
-) -> Searched:
-    """Search a model's own files for what was deleted, smaller ones first, up to a number of bytes.
-
-    The rows of its slices are those of held records, so there an id is compared with ids alone. Strings
-    that are too short for raw bytes are searched nowhere else. Objects in a bucket are left out.
-    """
-    strings = [each for each in dict.fromkeys((*ids, *texts)) if not is_short(each)]
-    search, sealed = SearchStrings(strings), SealedFiles(context.stores.keyring)
-    slices = {each.name for each in context.stores.ledger.slices()}
-    found, num_files, num_bytes = Counter[str](), 0, 0
-    left_out = _num_objects(context)
-    for size, path in sorted(_own_files(context, directory)):
-        if num_bytes + size > max_bytes:
-            left_out += 1
-            continue
-        try:
-            plain = sealed.plaintext(path)
-            if path.name in slices:
-                rows = parquet_ids(path if plain is None else io.BytesIO(plain))
-                found.update({each for each in rows if each is not None}.intersection(ids))
-            else:
-                hits = {each.number for each in search.in_file(path, plain, tables=False)}
-                hits |= {*search.in_value(path.name)}
-                found.update(strings[number] for number in hits)
-        except FileNotFoundError:
-            continue
-        except (OSError, Unreadable):
-            left_out += 1
-            continue
-        except Shredded:
-            pass  # no key opens it
-        num_files, num_bytes = num_files + 1, num_bytes + size
-    return Searched(num_files, num_bytes, left_out, found)
-
-
-def _own_files(context: Context, directory: Path) -> Iterator[tuple[int, Path]]:
-    """Yield the files of a model on this machine with their sizes."""
-    roots = [root for each in context.stores.blobs.values() if (root := local_root(each)) is not None]
-    for place in _resolved([directory, *roots]):
-        for path in walk(place):
-            with contextlib.suppress(FileNotFoundError):
-                if stat.S_ISREG((facts := path.lstat()).st_mode):
-                    yield facts.st_size, path
-
-
-def _num_objects(context: Context) -> int:
-    stores = [each for each in context.stores.blobs.values() if local_root(each) is None]
-    return sum(len(each.held()) for each in stores)
-
-
-def _resolved(paths: Iterable[Path]) -> list[Path]:
-    """Return the real paths, without those below an earlier one."""
-    found: list[Path] = []
-    for path in paths:
-        real = Path(os.path.realpath(path))
-        if not any(real.is_relative_to(each) for each in found):
-            found.append(real)
-    return found
-
-
 class _Scanner:
     """Scan places one after another, and collect what is left of deleted records in `residue`.
 
@@ -254,7 +182,7 @@ class _Scanner:
         roots = {area: local_root(each) or directory / area for area, each in blobs.items()}
         self.roots = {area: Path(os.path.realpath(root)) for area, root in roots.items()}
         beside = {root.parent for root in roots.values() if root.parent != directory}
-        self.own = _resolved([directory, *sorted(beside), *self.roots.values()])
+        self.own = resolved([directory, *sorted(beside), *self.roots.values()])
         self.places = self.own
         self.strings = strings
         self.residue: list[Residue] = []

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sisa.audit.residue import search_model
+from sisa.audit.own_files import search_model
 from sisa.core.digest import digest_of
 from sisa.core.domain import Head, Record, RecordRow, Tombstone
 from sisa.core.errors import IntegrityError

@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sisa.audit.residue import Searched
+from sisa.audit.own_files import Searched
 from sisa.core.digest import Keyed, digest_of
 from sisa.core.domain import Export, HeldCheckpoint, IndexFile, RecordRow, Restrictions, SliceFile
 from sisa.core.patches import Patch

@@ -22,7 +22,8 @@ from cluster.cli import maintenance
 from cluster.render.render import where
 from sisa.audit.garbage import Garbage, list_garbage, remove_garbage
 from sisa.audit.lineage import parse_manifest, proves_clean
-from sisa.audit.residue import Scan, Searched, scan_residue, search_model, sweep_model
+from sisa.audit.own_files import Searched, search_model
+from sisa.audit.residue import Scan, scan_residue, sweep_model
 from sisa.audit.search_strings import MIN_BYTES, READ_BYTES, SearchStrings
 from sisa.core.domain import SliceJob
 from sisa.core.errors import Busy, EnvironmentFault, InvalidInput
