@@ -117,7 +117,7 @@ def postgres() -> Iterator[PostgresServer]:
 @pytest.fixture
 def own_ray() -> Iterator[None]:
     """Let a test start, end or break its own Ray; such tests run after those that share one."""
-    from cluster.ray.ray_session import disconnect
+    from cluster.ray.session import disconnect
 
     disconnect()
     yield

@@ -249,7 +249,7 @@ def _fetch(config: RunConfig, executor: ExecutorChoice) -> None:
             beside.submit(fetch_package, parse_package(config.sisa.embedder)),
         )
         if executor in ("auto", "ray"):
-            from cluster.ray.ray_session import connect
+            from cluster.ray.session import connect
 
             connect(config.cluster.address, len(os.sched_getaffinity(0)))
         for each in fetched:

@@ -189,7 +189,7 @@ def _join_cluster(model: Model) -> None:
     if isinstance(executor, OnCluster):
         address = executor.address
     if address is not None:
-        from cluster.ray.ray_session import connect
+        from cluster.ray.session import connect
 
         connect(address, 0)
 

@@ -27,7 +27,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from cluster.jobs.jobs import Job, State, Submission, taken_name, unknown_job
-from cluster.ray.ray_session import AUTH_MODE, changed_environment, first_line, has_token
+from cluster.ray.session import AUTH_MODE, changed_environment, first_line, has_token
 from sisa.core.errors import EnvironmentFault, InvalidInput
 
 JOB_CONNECT_S = 5.0

@@ -139,8 +139,8 @@ def _run(
 ) -> list[_Done]:
     if not ray or len(tasks) < 2:
         return [carry_out(each, report) for each in tasks]
-    from cluster.ray.ray_session import alive_cpus, connect
-    from cluster.ray.ray_tasks import run_tasks
+    from cluster.ray.session import alive_cpus, connect
+    from cluster.ray.tasks import run_tasks
     from cluster.ray.worker_slots import Placement
 
     session = connect(address, len(os.sched_getaffinity(0)))

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import ray
 
 from approx.patches.patching import PatchMaker
+from cluster.ray.executor import carrier, leased, lent_keys, manifest_of
 from cluster.ray.proofs import NodeTerms
-from cluster.ray.ray_executor import carrier, leased, lent_keys, manifest_of
-from cluster.ray.ray_session import connect
-from cluster.ray.ray_tasks import run_tasks
-from cluster.ray.ray_worker import NeedsBase, base_on_this_node
+from cluster.ray.session import connect
+from cluster.ray.tasks import run_tasks
+from cluster.ray.worker import NeedsBase, base_on_this_node
 from cluster.ray.worker_slots import Placement
 from sisa.config.config import RunConfig
 from sisa.core.errors import EnvironmentFault
@@ -73,7 +73,7 @@ def _lent(site: PatchSite, key: str) -> Iterator[PatchSite]:
     """Yield a site with keys and areas lent to the worker, and accept the patch at the end.
 
     The saved state of an unfinished run is sealed under the run's key, and is unreadable once that key
-    is destroyed. See `ray_executor.lent`.
+    is destroyed. See `executor.lent`.
     """
     files = [f"{key}/{name}" for name in FILES]
     with (

@@ -17,7 +17,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from cluster.ray.ray_session import Listener, connect
+from cluster.ray.session import Listener, connect
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Notice, Report
 from sisa.flows.wiring.scratch_base import BaseJob

@@ -289,7 +289,7 @@ def _deployed(
     """
     from ray import serve
 
-    from cluster.ray.ray_session import connect, disconnect, first_line
+    from cluster.ray.session import connect, disconnect, first_line
     from cluster.serve.replica import QUIET, replica
 
     threads, address = config.sisa.threads_per_shard, config.cluster.address

@@ -32,7 +32,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from cluster.ray.ray_executor import RayExecutor
+from cluster.ray.executor import RayExecutor
 from sisa.core.domain import Chain
 from sisa.core.events import Event, Notice, SliceTrained
 from sisa.flows.serial import SerialExecutor, Site

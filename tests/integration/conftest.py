@@ -35,7 +35,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     Its environment variables must be gone before a module of the next test sets its own.
     """
     if _shares_ray(item) and not _shares_ray(nextitem):
-        from cluster.ray.ray_session import disconnect
+        from cluster.ray.session import disconnect
 
         disconnect()
 

@@ -22,7 +22,7 @@ from sisa.core.errors import EnvironmentFault
 
 COMMAND = "cluster.cli.cli:main"
 PROBE = "approx.evaluation.probe:open_probe"
-EXECUTORS = MappingProxyType({"ray": "cluster.ray.ray_executor:open_executor"})
+EXECUTORS = MappingProxyType({"ray": "cluster.ray.executor:open_executor"})
 PATCHERS = MappingProxyType(
     {"serial": "approx.patches.patching:open_patcher", "ray": "cluster.ray.patch_tasks:RayPatcher"}
 )

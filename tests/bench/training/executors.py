@@ -26,8 +26,8 @@ from typing import Any
 
 import psutil
 
-from cluster.ray.ray_executor import RayExecutor
-from cluster.ray.ray_session import disconnect
+from cluster.ray.executor import RayExecutor
+from cluster.ray.session import disconnect
 from sisa import train_model
 from sisa.core.domain import Chain
 from sisa.core.events import silent

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import sisa
-from cluster.ray.ray_executor import open_executor
+from cluster.ray.executor import open_executor
 from sisa.core.ports import Executor
 from sisa.flows.serial import Site
 from sisa.flows.wiring.executors import OpenExecutor

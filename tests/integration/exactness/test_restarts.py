@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from cluster.ray import nodes
-from cluster.ray.ray_executor import RayExecutor
+from cluster.ray.executor import RayExecutor
 from sisa.core.errors import EnvironmentFault, SisaError
 from sisa.flows.serial import Site
 from sisa.store.blobs.files import TEMPORARY_PREFIX

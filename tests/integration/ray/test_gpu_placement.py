@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from cluster.ray import ray_executor
-from cluster.ray.ray_executor import open_executor
-from cluster.ray.ray_session import connect
-from cluster.ray.ray_tasks import run_tasks
+from cluster.ray import executor as ray_executor
+from cluster.ray.executor import open_executor
+from cluster.ray.session import connect
+from cluster.ray.tasks import run_tasks
 from cluster.ray.worker_slots import Placement
 from sisa.core.domain import Precision
 from sisa.core.errors import EnvironmentFault

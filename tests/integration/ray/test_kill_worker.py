@@ -13,7 +13,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from cluster.ray.ray_executor import open_executor
+from cluster.ray.executor import open_executor
 from sisa.core.domain import Chain
 from sisa.core.events import Event, Notice, SliceProgress, SliceTrained
 from sisa.flows.serial import SerialExecutor, Site

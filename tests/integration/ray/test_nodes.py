@@ -16,8 +16,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from cluster.ray import nodes
+from cluster.ray.executor import RayExecutor
 from cluster.ray.proofs import Proof
-from cluster.ray.ray_executor import RayExecutor
 from sisa.core.domain import Chain
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Notice, SliceProgress, SliceTrained

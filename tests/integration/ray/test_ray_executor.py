@@ -22,9 +22,9 @@ import pytest
 import ray
 from ray.exceptions import RayError
 
-from cluster.ray import ray_session
-from cluster.ray.ray_executor import RayExecutor, open_executor
-from cluster.ray.ray_session import Listener, Mailbox
+from cluster.ray import session as ray_session
+from cluster.ray.executor import RayExecutor, open_executor
+from cluster.ray.session import Listener, Mailbox
 from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Chain
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError

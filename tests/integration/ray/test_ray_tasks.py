@@ -12,10 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.ray import ray_tasks
-from cluster.ray.ray_attempt import Unready
-from cluster.ray.ray_session import connect
-from cluster.ray.ray_tasks import run_tasks
+from cluster.ray import tasks as ray_tasks
+from cluster.ray.attempt import Unready
+from cluster.ray.session import connect
+from cluster.ray.tasks import run_tasks
 from cluster.ray.worker_slots import Placement
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Notice, Report

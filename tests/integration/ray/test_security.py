@@ -21,7 +21,8 @@ import ray
 from ray import cloudpickle
 
 import sisa
-from cluster.ray import ray_executor, ray_tasks
+from cluster.ray import executor as ray_executor
+from cluster.ray import tasks as ray_tasks
 from sisa.core.events import Event, SliceProgress
 from tests.integration.ray.secret_forms import forms
 from tests.models.programs.clusters import share_ray

@@ -27,7 +27,7 @@ import ray
 from cluster.cli import cli, requests
 from cluster.observe import reporting
 from cluster.observe.reporting import SERIES
-from cluster.ray import ray_session
+from cluster.ray import session as ray_session
 from sisa.store.areas import METRICS
 from sisa.store.ledger import sqlite
 from sisa.store.metrics import FileMetrics

@@ -164,7 +164,7 @@ def test_a_history_on_ray_is_that_of_the_plain_model(
 
 @pytest.mark.ray
 def test_a_worker_that_does_not_see_the_keyring_says_so(sealed: Tiny) -> None:
-    from cluster.ray.ray_worker import open_parts
+    from cluster.ray.worker import open_parts
     from sisa.flows.serial import Site
     from sisa.store.blobs.local_blobs import LocalBlobs
 

@@ -19,7 +19,7 @@ from unittest import mock
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.ray import ray_session
+from cluster.ray import session as ray_session
 from tests.models.scripted import NODE
 
 

@@ -143,7 +143,7 @@ def test_ray_serve_of_a_cluster_keeps_its_port_for_the_next_command(
     for name in ("status", "start", "run", "delete", "shutdown"):
         monkeypatch.setattr(f"ray.serve.{name}", getattr(ray, name))
     for name in ("connect", "disconnect"):
-        monkeypatch.setattr(f"cluster.ray.ray_session.{name}", getattr(ray, name))
+        monkeypatch.setattr(f"cluster.ray.session.{name}", getattr(ray, name))
     directory, config = service.model.directory, service.model.config
     config = config.model_copy(update={"cluster": ClusterBlock(address="there")})
     (directory / "service.json").unlink()

@@ -2,7 +2,7 @@
 
 A task is one shard's chain, or several that a worker trains side by side. It can be started again
 anywhere at any time, since workers skip stages that are already stored: a worker killed in the middle of
-a slice loses that slice alone, or those that it was training. See also `ray_tasks.py`.
+a slice loses that slice alone, or those that it was training. See also `tasks.py`.
 
     open_executor(site, {"num_workers": 2}).run(chains, report)
 """
@@ -22,10 +22,10 @@ from typing import Any, TypeVar
 import ray
 
 from cluster.ray.proofs import NodeTerms, Prove, prove
-from cluster.ray.ray_session import alive_cpus, connect
-from cluster.ray.ray_tasks import DEFAULT_RETRIES, run_tasks
-from cluster.ray.ray_worker import Carried, NeedsBase, OpenParts, Task, open_parts, train_remotely
+from cluster.ray.session import alive_cpus, connect
 from cluster.ray.shared_base import BaseManifest, list_base, read_blocks
+from cluster.ray.tasks import DEFAULT_RETRIES, run_tasks
+from cluster.ray.worker import Carried, NeedsBase, OpenParts, Task, open_parts, train_remotely
 from cluster.ray.worker_slots import Placement
 from sisa.core.domain import Chain, SliceJob
 from sisa.core.errors import InvalidInput

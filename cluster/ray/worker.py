@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from cluster.ray.ray_attempt import Unready
+from cluster.ray.attempt import Unready
 from cluster.ray.shared_base import BaseManifest, find_base, write_base
 from sisa.core.domain import Chain
 from sisa.core.errors import EnvironmentFault

@@ -2,7 +2,7 @@
 
 A local Ray starts with the first run and ends with `disconnect` or with the process. It listens on
 loopback alone and requires its token: a new secret in a file of mode 0600 in the session's private
-directory. The directory is removed at the end, or by `ray_reaper.py` if the process is killed. A Ray
+directory. The directory is removed at the end, or by `reaper.py` if the process is killed. A Ray
 that the caller started, or that runs at an address, is used and left as it is. Nothing is printed on
 standard output. The process's reaction to SIGTERM stays as it was.
 """
@@ -33,7 +33,7 @@ from ray.exceptions import RayError
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.ray import ray_reaper
+from cluster.ray import reaper
 from sisa.core.errors import EnvironmentFault
 from sisa.flows.wiring.upper_houses import ROOT, check_upper_houses
 
@@ -236,13 +236,13 @@ def without_needless_processes() -> Iterator[None]:
 @contextmanager
 def _reaped(private_dir: Path) -> Iterator[None]:
     """Start a process that ends all processes of the directory if this process is killed."""
-    command = [sys.executable, "-I", "-S", ray_reaper.__file__, str(private_dir)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as reaper:
+    command = [sys.executable, "-I", "-S", reaper.__file__, str(private_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
         try:
             yield
         finally:
             with suppress(OSError):  # it may have been killed itself
-                reaper.communicate(ray_reaper.OVER)
+                process.communicate(reaper.OVER)
 
 
 @contextmanager

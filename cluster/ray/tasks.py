@@ -30,10 +30,10 @@ import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.ray.attempt import MAILBOX_S, Begun, Outcome, Unready, carry_out_remotely, end_worker
 from cluster.ray.nodes import Nodes
 from cluster.ray.proofs import LOST, NodeTerms, Remote
-from cluster.ray.ray_attempt import MAILBOX_S, Begun, Outcome, Unready, carry_out_remotely, end_worker
-from cluster.ray.ray_session import Listener, Session
+from cluster.ray.session import Listener, Session
 from cluster.ray.worker_slots import Placement
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Notice, Report, SliceTrained

@@ -1,6 +1,6 @@
 """End a local Ray whose driver was killed. Run as a separate process that waits for the driver's end.
 
-    python ray_reaper.py PRIVATE_DIR < pipe from the driver
+    python reaper.py PRIVATE_DIR < pipe from the driver
 
 The word OVER means that the driver ended its Ray itself. An end of the pipe without it means that the
 driver was killed: the reaper then kills every process that uses the private directory, and removes it.
