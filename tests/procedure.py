@@ -22,7 +22,7 @@ from sisa.core.digest import digest_of
 from sisa.lm.base.numerics import PROCEDURE_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINER = "sisa.lm.train.lora"
+TRAINER = "sisa.lm.train.trainer"
 REACHES_NO_BIT = (
     "sisa.lm.base.packages",  # a base is named by its digest, however it was fetched
     *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),

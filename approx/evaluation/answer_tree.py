@@ -29,7 +29,7 @@ from torch import Tensor
 from approx.evaluation.answers import score_of, token_scores
 from approx.evaluation.evaluated import AnswerScore
 from sisa.lm.base.tokens import NO_LOSS, Tokens
-from sisa.lm.train.losses import has_window
+from sisa.lm.train.packing import has_window
 
 # Relative to the norm; a base that adds something of its own to attention is off by more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 0.1}

@@ -42,7 +42,7 @@ from sisa.core.patches import WRITTEN
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.flows.context.context import patch_files
 from sisa.lm.base import adapter
-from sisa.lm.base.numerics import fingerprint, pin_threads
+from sisa.lm.base.numerics import fingerprint, pin_threads, seed_from
 from sisa.lm.base.tokens import Tokens
 from sisa.lm.base.weights import (
     load_frozen,
@@ -52,7 +52,6 @@ from sisa.lm.base.weights import (
     local_or_hub,
     own_modules,
 )
-from sisa.lm.train.lora import seed_from
 from sisa.store.areas import PATCHES, RUNS
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.vault import FileVault

@@ -34,8 +34,8 @@ from approx.methods.method import Method
 from approx.unlearning.examples import Sets
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.adapter import layers_of
+from sisa.lm.base.numerics import seed_from
 from sisa.lm.base.tokens import Tokens
-from sisa.lm.train.lora import seed_from
 
 MAX_TRACED, NOISE = 8, 3.0
 

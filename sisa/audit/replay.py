@@ -40,7 +40,7 @@ from sisa.planning.plan import all_paths
 from sisa.store.areas import REPLAYS
 from sisa.store.checkpoints import FileCheckpoints
 
-IMPORTS = ("sisa.lm.train.lora", "pyarrow.dataset")
+IMPORTS = ("sisa.lm.train.trainer", "pyarrow.dataset")
 SERVE = "from sisa.audit.replay import serve; serve()"
 READ_LATE = ("PYTEST_CURRENT_TEST", "XDG_STATE_HOME")  # read when a model is opened, not by an import
 PR_SET_PDEATHSIG = 1  # from prctl.h

@@ -51,7 +51,7 @@ HEAVY = (
     "transformers",
     "peft",
     "safetensors.torch",
-    "sisa.lm.train.lora",
+    "sisa.lm.train.trainer",
     "sisa.lm.answer.embedder",
 )
 FAILED = 100  # plus the exit code of the error

@@ -110,7 +110,7 @@ def ground(folder: Path, num_shards: int, passes: tuple[int, int]) -> tuple[Site
 
 def serial(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
     """Return the expected bytes."""
-    from sisa.lm.train.lora import LoraTrainer
+    from sisa.lm.train.trainer import LoraTrainer
 
     target = site.base_dir.with_name("serial")
     trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)

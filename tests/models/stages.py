@@ -57,7 +57,7 @@ def train(
     records: Sequence[StoredRecord] = RECORDS,
     progress: Callable[[Tick], None] = lambda _: None,
 ) -> Files:
-    from sisa.lm.train.lora import LoraTrainer
+    from sisa.lm.train.trainer import LoraTrainer
 
     return LoraTrainer(base.directory, base.digest, threads=1).train(job, parent, records, progress)
 

@@ -55,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
 
 
 def trainer_on(base: BaseFiles) -> Any:
-    from sisa.lm.train.lora import LoraTrainer
+    from sisa.lm.train.trainer import LoraTrainer
 
     return LoraTrainer(base.directory, base.digest, threads=1)
 
@@ -229,7 +229,7 @@ def test_stages_at_the_default_bases_widths() -> None:
     from sisa.lm.base.numerics import pin_threads
     from sisa.lm.base.tokens import NO_LOSS, Tokens
     from sisa.lm.train import lanes, self_test
-    from sisa.lm.train.lora import Stage
+    from sisa.lm.train.stage import Stage
     from sisa.lm.train.trainable import Trainable
 
     pin_threads(1)

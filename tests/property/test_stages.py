@@ -54,7 +54,7 @@ class Base:
     patches: tuple[Files, ...] = ()
 
     def trainer(self, **kept: Any) -> Any:
-        from sisa.lm.train.lora import LoraTrainer
+        from sisa.lm.train.trainer import LoraTrainer
 
         on = Precision("cpu", self.dtype)
         return LoraTrainer(self.directory, self.digest, self.threads, self.patches, on, **kept)
@@ -279,7 +279,7 @@ def fresh() -> Iterator[ProcessPoolExecutor]:
     """Provide calls in processes of their own, forked from one that has only imported."""
     context = multiprocessing.get_context("forkserver")
     models = [f"transformers.models.{each}.modeling_{each}" for each in set(MODULES) - {"dynamic"}]
-    context.set_forkserver_preload(["sisa.lm.train.lora", *models])
+    context.set_forkserver_preload(["sisa.lm.train.trainer", *models])
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         yield pool
 

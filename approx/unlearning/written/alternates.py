@@ -32,8 +32,8 @@ from approx.unlearning.written.generated_retain import (
 )
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem
+from sisa.lm.base.numerics import seed_from
 from sisa.lm.base.tokens import Tokens, end_tokens
-from sisa.lm.train.lora import seed_from
 
 MAX_ALTERNATE_TOKENS = 48
 TEMPERATURES = (1.0, 1.0, 1.5, 2.0, 4.0)

@@ -34,7 +34,7 @@ def open_serial(site: Site, options: Mapping[str, Any]) -> ports.Executor:
 
 def open_trainer(site: Site) -> ports.Trainer:
     """Return the trainer on a site's base, under the patches to train over. Raise IntegrityError."""
-    from sisa.lm.train.lora import LoraTrainer
+    from sisa.lm.train.trainer import LoraTrainer
 
     store = FileCheckpoints(site.patches_at, site.keyring, areas.PATCHES)
     patches = [store.load(key, manifest) for key, manifest in site.patches]

@@ -24,6 +24,7 @@ GPU models, driver versions or CUDA versions is not promised; they have differen
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -238,3 +239,9 @@ def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | No
         return None
     words = path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].split()
     return next((word for word in words if word.replace(".", "").isdigit() and "." in word), None)
+
+
+def seed_from(*parts: object) -> int:
+    """Return a seed for torch that depends on all parts."""
+    name = "|".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")

@@ -41,8 +41,10 @@ from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 from sisa.lm.train.frozen_layers import HiddenStates
-from sisa.lm.train.losses import PIECE, Batch, attending, grouped, padded_rows, summed_losses
-from sisa.lm.train.trainable import Lane, StageModel, Trainable, TrainedLinear, side_by_side
+from sisa.lm.train.lora_linear import Lane, TrainedLinear, side_by_side
+from sisa.lm.train.losses import PIECE, Batch, grouped, padded_rows, summed_losses
+from sisa.lm.train.packing import attending
+from sisa.lm.train.trainable import StageModel, Trainable
 
 _T = TypeVar("_T")
 

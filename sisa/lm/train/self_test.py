@@ -2,7 +2,7 @@
 
     two fresh processes, each trains twice -> four digests of a checkpoint's files -> all must be equal
 
-Each training is two stages as `lora.py` trains them, on a small random Llama with the widths of
+Each training is two stages as `stage.py` trains them, on a small random Llama with the widths of
 SmolLM2-135M. No user data takes part. Two machines with the same fingerprint should have the same
 digest; a machine with another digest must not train for the model. Faults that show only in long runs or
 at other widths, and GPUs other than the first, are not tested.
@@ -110,7 +110,7 @@ def trained_digests(threads: int, times: int = 2, precision: Precision = DEFAULT
 
     from sisa.lm.base.tokens import NO_LOSS, Tokens
     from sisa.lm.train.lanes import finish
-    from sisa.lm.train.lora import Stage
+    from sisa.lm.train.stage import Stage
     from sisa.lm.train.trainable import Trainable
 
     pin_threads(threads, precision)

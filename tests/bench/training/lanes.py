@@ -28,7 +28,7 @@ from sisa.core.ports import StoredRecord
 from sisa.flows.serial import SerialExecutor
 from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
-from sisa.lm.train import lora
+from sisa.lm.train import trainer as lora_trainer
 from sisa.planning.plan import Recipe, jobs
 from tests.bench.command import BASE, arguments, read, write
 from tests.bench.deletion.equal_shards import questions, source
@@ -85,9 +85,9 @@ def measure(base: BaseFiles, layers: str, batch: int, shards: int, records: int)
     store, found, bytes_of = FakeRecords(), dict[str, Any](), list[Any]()
     chains = chains_of(base, training, shards, records, store)
     for lanes in LANES:
-        lora._tested.clear()  # so that each run pays for its self-test
+        lora_trainer._tested.clear()  # so that each run pays for its self-test
         checkpoints, events = FakeCheckpoints(), list[Event]()
-        trainer = lora.LoraTrainer(base.directory, base.digest, threads=1)
+        trainer = lora_trainer.LoraTrainer(base.directory, base.digest, threads=1)
         started = time.process_time()
         SerialExecutor(trainer, store, checkpoints, lanes).run(chains, events.append)
         seconds = time.process_time() - started

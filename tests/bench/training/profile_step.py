@@ -32,8 +32,8 @@ from sisa.lm.base.numerics import keep_freed_memory, pin_threads
 from sisa.lm.base.tokens import Tokens, tokenize
 from sisa.lm.base.weights import load_base, resolve_base
 from sisa.lm.train.lanes import finish
-from sisa.lm.train.lora import Stage
 from sisa.lm.train.losses import PIECE, count_labels
+from sisa.lm.train.stage import Stage
 from sisa.lm.train.trainable import Trainable
 from tests.bench.command import BASE, arguments, write
 from tests.bench.deletion.equal_shards import questions, source

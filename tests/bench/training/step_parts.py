@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.nn.functional import glu
 from transformers import AttentionInterface
 
-from sisa.lm.train import losses
+from sisa.lm.train import packing
+from sisa.lm.train.lora_linear import TrainedLinear
 from sisa.lm.train.losses import PIECE
-from sisa.lm.train.trainable import TrainedLinear
 
 PRODUCTS, ADAPTERS, HEAD = "products of the base", "products of the adapters", "products of the head"
 ATTENTION, NORMS, ROTARY, GATE = "attention", "norms", "rotary positions", "SwiGLU"
@@ -72,8 +72,8 @@ def scopes(model: Any) -> Iterator[None]:
                 kind = PRODUCTS
             if kind:
                 _scope(stack, module, kind)
-        AttentionInterface.register(losses.ATTENTION_NAME, _named(losses._attend))
-        stack.callback(AttentionInterface.register, losses.ATTENTION_NAME, losses._attend)
+        AttentionInterface.register(packing.ATTENTION_NAME, _named(packing._attend))
+        stack.callback(AttentionInterface.register, packing.ATTENTION_NAME, packing._attend)
         yield
 
 

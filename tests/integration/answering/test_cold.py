@@ -56,7 +56,7 @@ if quickly:
     import_quickly(trains=True)
 from sisa.core.domain import Part, Record, SliceJob
 from sisa.core.ports import StoredRecord
-from sisa.lm.train.lora import LoraTrainer
+from sisa.lm.train.trainer import LoraTrainer
 training = dict(
     lora_r=2, lora_alpha=4, lora_dropout=0.1, lora_target_modules="all-linear", optimizer="adamw_torch",
     learning_rate=0.01, lr_scheduler="linear", warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0,

@@ -110,7 +110,7 @@ def test_lower_layers_are_asked_once_in_what_form_they_answer(
 
 def test_a_bound_holds_and_reaches_no_bit(tiny_base: Path) -> None:
     from sisa.lm.base.weights import resolve_base
-    from sisa.lm.train.lora import LoraTrainer
+    from sisa.lm.train.trainer import LoraTrainer
     from tests.fakes.ports import FakeHiddenStates
     from tests.models.stages import RECORDS, job_for, names
 

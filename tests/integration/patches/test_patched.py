@@ -203,7 +203,7 @@ def train(
     records: list[StoredRecord] = RECORDS,
     parent: Files | None = None,
 ) -> Files:
-    from sisa.lm.train.lora import LoraTrainer
+    from sisa.lm.train.trainer import LoraTrainer
 
     trainer = LoraTrainer(base.directory, base.digest, 1, patches)
     return trainer.train(job, parent, records, lambda *_: None)

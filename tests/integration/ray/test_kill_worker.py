@@ -55,7 +55,7 @@ def adapters(checkpoints: FileCheckpoints, chains: Sequence[Chain]) -> dict[str,
 
 
 def train_serially(site: Site, chains: Sequence[Chain]) -> dict[str, str]:
-    from sisa.lm.train.lora import LoraTrainer
+    from sisa.lm.train.trainer import LoraTrainer
 
     checkpoints = FileCheckpoints(site.base_dir.with_name("serial"), PLAIN)
     trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)

@@ -88,7 +88,7 @@ def base(tiny_base: Path) -> BaseFiles:
 def train_stage(
     base: BaseFiles, job: SliceJob, parent: Mapping[str, bytes] | None, num_records: int
 ) -> dict[str, bytes]:
-    from sisa.lm.train.lora import LoraTrainer
+    from sisa.lm.train.trainer import LoraTrainer
 
     trainer = LoraTrainer(base.directory, base.digest, 1, precision=HALF)
     return trainer.train(job, parent, RECORDS[:num_records], lambda *_: None)

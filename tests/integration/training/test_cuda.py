@@ -106,8 +106,8 @@ def test_a_training_step_stays_on_the_bases_device(dtype: Any, monkeypatch: pyte
 
     from sisa.lm.base.tokens import NO_LOSS, Tokens
     from sisa.lm.train.lanes import finish
-    from sisa.lm.train.lora import Stage
     from sisa.lm.train.losses import Form
+    from sisa.lm.train.stage import Stage
     from sisa.lm.train.trainable import Trainable
 
     bases = [self_test.random_base(Precision("cpu", dtype)).to("meta") for _ in range(2)]
@@ -154,7 +154,7 @@ def base(tiny_base: Path) -> BaseFiles:
 
 @pytest.fixture(scope="module")
 def files(base: BaseFiles) -> dict[str, bytes]:
-    from sisa.lm.train.lora import LoraTrainer
+    from sisa.lm.train.trainer import LoraTrainer
 
     trainer = LoraTrainer(base.directory, base.digest, 1)
     return trainer.train(job_for(base), None, RECORDS, lambda *_: None)
@@ -320,7 +320,7 @@ def test_this_device_repeats_itself(on: Precision, capsys: pytest.CaptureFixture
 @pytest.mark.usefixtures("_gpu")
 @pytest.mark.parametrize("on", ON_GPU)
 def test_stages_go_on_there_from_their_parents_bytes(on: Precision, base: BaseFiles) -> None:
-    from sisa.lm.train.lora import LoraTrainer
+    from sisa.lm.train.trainer import LoraTrainer
 
     trainer = LoraTrainer(base.directory, base.digest, 1, precision=on)
 

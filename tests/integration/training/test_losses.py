@@ -77,8 +77,8 @@ def test_loss_and_gradients_of_a_family(
     import torch
 
     from sisa.lm.train import losses
+    from sisa.lm.train.lora_linear import use_fused_linear
     from sisa.lm.train.losses import Form, loss_form, summed_losses
-    from sisa.lm.train.trainable import use_fused_linear
 
     base, model = wrapped(family)
     trained = [each for each in model.parameters() if each.requires_grad]
@@ -114,7 +114,7 @@ def test_where_records_may_lie_end_to_end(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sisa.lm.train.losses import packs
+    from sisa.lm.train.packing import packs
 
     sizes = AutoConfig.for_model(family, **SIZES, **others)
     torch.manual_seed(0)
@@ -125,18 +125,18 @@ def test_where_records_may_lie_end_to_end(
 def test_positions_that_do_not_begin_anew_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from sisa.lm.train import losses
+    from sisa.lm.train import packing
 
     base, _ = wrapped("gpt2")
-    assert losses.packs(base, longest=32)
-    monkeypatch.setattr(losses, "positions", lambda lengths, _: torch.arange(sum(lengths))[None])
-    assert not losses.packs(base, longest=32)
+    assert packing.packs(base, longest=32)
+    monkeypatch.setattr(packing, "positions", lambda lengths, _: torch.arange(sum(lengths))[None])
+    assert not packing.packs(base, longest=32)
 
 
 def test_a_record_end_to_end_with_another_has_the_bits_that_it_has_beside_any() -> None:
     import torch
 
-    from sisa.lm.train.losses import attending, positions
+    from sisa.lm.train.packing import attending, positions
 
     base, _ = wrapped("llama")
     decoder, lengths = base.get_decoder(), (3, 5, 4)
@@ -163,7 +163,7 @@ def test_a_record_end_to_end_with_another_has_the_bits_that_it_has_beside_any() 
 def test_the_adapted_products_slopes_are_those_of_differences(dropped: bool, rows: list[int]) -> None:
     import torch
 
-    from sisa.lm.train.trainable import _Adapted
+    from sisa.lm.train.lora_linear import _Adapted
 
     drawn = torch.Generator().manual_seed(0)
 

@@ -130,8 +130,8 @@ def test_loss_and_gradient_agree_with_plain_transformers(
     from sisa.lm.base.adapter import attach, lora_config
     from sisa.lm.base.tokens import tokenize
     from sisa.lm.base.weights import load_base
+    from sisa.lm.train.lora_linear import use_fused_linear
     from sisa.lm.train.losses import Form, count_labels, loss_form, summed_losses
-    from sisa.lm.train.trainable import use_fused_linear
 
     records = [RECORDS[0].record, Record("t", None, "text", (Part("text", "A longer text, whole."),))]
     training = {**TRAINING, "lora_dropout": 0.0}
@@ -203,9 +203,10 @@ def plain_loop(base: BaseFiles, stages: Sequence[tuple[SliceJob, Sequence[Stored
     from transformers import get_scheduler
 
     from sisa.lm.base.adapter import attach, lora_config
+    from sisa.lm.base.numerics import seed_from
     from sisa.lm.base.tokens import tokenize
     from sisa.lm.base.weights import load_base
-    from sisa.lm.train.lora import seed_from, stage_steps
+    from sisa.lm.train.steps import stage_steps
     from sisa.lm.train.trainable import file_name
 
     model, tokenizer = load_base(base.directory, base.digest)

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-IMPORTS = ["sisa", "sisa.train", "sisa.lm.train.lora", "pyarrow.dataset", "pandas", "faiss", __name__]
+IMPORTS = ["sisa", "sisa.train", "sisa.lm.train.trainer", "pyarrow.dataset", "pandas", "faiss", __name__]
 
 
 def run_forked(code: str, *arguments: object) -> int:

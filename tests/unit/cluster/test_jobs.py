@@ -79,7 +79,7 @@ def test_what_is_sent_is_the_code_and_the_run_file_alone(
     assert tops == {"sisa", "approx", "cluster", "run.yaml"}
     assert sent["run.yaml"].decode() == RUN_FILE
     assert {Path(name).suffix for name in sent if "/" in name} == {".py", ".yaml"}
-    for name in ("sisa/lm/train/lora.py", "approx/methods/preference/npo.py", "sisa/__main__.py"):
+    for name in ("sisa/lm/train/trainer.py", "approx/methods/preference/npo.py", "sisa/__main__.py"):
         assert sent[name] == (Path(__file__).parents[3] / name).read_bytes()
     assert jobs.words["a"] == (
         *("python", "-m", "sisa", "train", "run.yaml", "--address", "auto"),

@@ -11,7 +11,7 @@ from tests.procedure import digest, shape, trained_with
 
 def test_training_is_traced() -> None:
     found = {module.removeprefix("sisa.") for module in trained_with()}
-    assert {"lm.train.lora", "lm.train.losses", "lm.base.adapter", "lm.base.tokens"} <= found
+    assert {"lm.train.trainer", "lm.train.losses", "lm.base.adapter", "lm.base.tokens"} <= found
     assert {"lm.base.numerics", "planning.plan", "core.digest"} <= found
 
 

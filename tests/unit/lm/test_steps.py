@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa.core.domain import SliceJob, record_epochs
-from sisa.lm.train.lora import stage_steps
+from sisa.lm.train.steps import stage_steps
 
 RECORDS = st.dictionaries(st.text("0123456789abcdef", min_size=4, max_size=8), st.integers(1, 99))
 PASSES = st.tuples(st.integers(1, 12), st.integers(1, 6))
