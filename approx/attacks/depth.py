@@ -21,7 +21,7 @@ from torch import Tensor
 from approx.attacks.attack import AttackSets, Curve, SetName
 from approx.evaluation.answers import AnswerBatch, collate, model_logprobs_B
 from approx.metrics.depth import depth_score
-from approx.unlearning.causal_tracing import Seen, decoder_layers, hooked
+from approx.unlearning.hidden_states import Seen, decoder_layers, hooked
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import Tokens, without_closing
 

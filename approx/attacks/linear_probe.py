@@ -30,7 +30,7 @@ from approx.attacks.attack import AttackSets, SetName
 from approx.evaluation.answers import answered, collate, logits_at
 from approx.metrics.auc import Auc, auc
 from approx.metrics.membership import Array
-from approx.unlearning.causal_tracing import Seen, decoder_layers, hooked
+from approx.unlearning.hidden_states import Seen, decoder_layers, hooked
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import Tokens, spans, without_closing
 

@@ -11,7 +11,7 @@ from math import comb, fsum
 from typing import Any, ClassVar
 
 from approx.attacks.attack import AttackSets, Curve, SetName
-from approx.evaluation.answers import continue_sampled
+from approx.evaluation.continuations import continue_sampled
 from approx.metrics.memorisation import rougeL_recall
 from sisa.core.domain import Record
 from sisa.lm.base.tokens import encode_prompt, end_tokens

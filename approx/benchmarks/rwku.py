@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from approx.benchmarks.measures import Benchmark, Score, recall, right_choice
+from approx.benchmarks.multiple_choice import LETTERS, choice_question, choices_of, lettered
 from approx.evaluation.question_log import LogRow
 from approx.evaluation.questions import (
     How,
@@ -48,7 +49,6 @@ from approx.metrics.short_answers import exact_match, word_f1
 from sisa.core.errors import InvalidInput
 
 RWKU_DATA = Source("RWKU", "jinzhuoran/RWKU", "test")
-LETTERS = "ABCDEFGHIJ"
 BRIEFLY = "Please briefly answer the following question.\n"
 CLOZE = "Please complete the blank in the following question.\n"
 SHORT, LONG = How(max_new_tokens=30, stops=("\n",)), 256
@@ -133,46 +133,6 @@ def _probe(name: str, number: int, row: StoredRow) -> Question:
 
 def _text(name: str, number: int, row: StoredRow) -> Question:
     return plain_text(name, number, *texts_of(row, "text"))
-
-
-def lettered(question: str, choices: Sequence[str]) -> str:
-    """Return a question with its choices, one a line.
-
-    >>> print(lettered("2 + 2?", ["4", "5"]))
-    Question: 2 + 2?
-    A. 4
-    B. 5
-    """
-    return "\n".join(
-        [
-            f"Question: {question}",
-            *(f"{letter}. {each}" for letter, each in zip(LETTERS, choices, strict=False)),
-        ]
-    )
-
-
-def choice_question(name: str, number: int, row: StoredRow, before: str = "") -> Question:
-    """Return a question of multiple choice that is answered by a letter. Raise Malformed."""
-    asked, choices, right = choices_of(row)
-    letters = LETTERS[: len(choices)]
-    wrong = tuple(each for each in letters if each != letters[right])
-    return Question(
-        name,
-        number,
-        f"{before}{lettered(asked, choices)}\n",
-        letters[right],
-        perturbed=wrong,
-        how=How(),
-    )
-
-
-def choices_of(row: StoredRow) -> tuple[str, list[str], int]:
-    """Return a question, its choices, and the number of the right one. Raise Malformed."""
-    (asked,) = texts_of(row, "question")
-    choices, right = list_of(row, "choices", 2), row.get("answer")
-    if not isinstance(right, int) or not 0 <= right < min(len(choices), len(LETTERS)):
-        raise Malformed("'answer' is not the number of a choice")
-    return asked, choices, right
 
 
 def _mmlu(number: int, row: StoredRow) -> Question:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from functools import partial
 
 from approx.benchmarks.measures import Benchmark, Score, recall, right_choice
-from approx.benchmarks.rwku import choice_question, choices_of
+from approx.benchmarks.multiple_choice import choice_question, choices_of
 from approx.evaluation.question_log import LogRow
 from approx.evaluation.questions import (
     How,

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from approx.evaluation.answer_tree import can_branch, lay_trees, tree_of, tree_scores
-from approx.evaluation.answers import continue_greedily
 from approx.evaluation.asking import Asking
+from approx.evaluation.continuations import continue_greedily
 from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
 from approx.evaluation.questions import Question
 from sisa.core.digest import digest_of, sha256_hex

@@ -29,15 +29,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from approx.methods.method import (
-    Family,
-    Method,
-    Role,
-    Rows,
-    answer_values_NV,
-    booleans,
-    whole_numbers,
-)
+from approx.methods.method import Family, Method, Role, Rows, answer_values_NV
+from approx.methods.value_checks import booleans, whole_numbers
 from sisa.core.errors import Problem
 
 

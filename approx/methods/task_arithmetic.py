@@ -22,7 +22,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from approx.methods.method import Family, Method, Role, Rows, above_zero, at_least_zero, mean_nll
+from approx.methods.method import Family, Method, Role, Rows, mean_nll
+from approx.methods.value_checks import above_zero, at_least_zero
 from sisa.core.errors import InvalidInput, Problem
 
 GRID = (

@@ -39,14 +39,15 @@ from approx.attacks.attack import AttackSets, probabilities
 from approx.attacks.quantisation import Quantisation
 from approx.attacks.relearning import Relearning, steps_until_half
 from approx.attacks.rewording import Rewording
-from approx.evaluation.answers import answered, continue_greedily, score_examples
+from approx.evaluation.answers import answered, score_examples
+from approx.evaluation.continuations import continue_greedily
 from approx.evaluation.evaluated import AnswerScore
 from approx.evaluation.probe import MAX_PROBED, Answers, may_know, probe_answers
 from approx.metrics.membership import min_k_plus_plus_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength, floor, rougeL_recall
 from approx.metrics.probability import probability
 from approx.unlearning.stopping import Knowledge
-from approx.unlearning.written.generated_retain import rename_record
+from approx.unlearning.written.invented_names import rename_record
 from sisa.core.domain import Record
 from sisa.lm.base.adapter import attach
 from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, end_tokens, without_closing

@@ -25,9 +25,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from approx.methods.editing.editing import Edit
-from approx.methods.method import Method, check_values, one_of, whole_numbers
+from approx.methods.method import Method
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import TaskArithmetic
+from approx.methods.value_checks import check_values, one_of, whole_numbers
 from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.selection import SelectionSettings
 from approx.unlearning.stopping import BoundSettings

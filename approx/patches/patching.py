@@ -26,14 +26,15 @@ from approx.methods.editing.editing import Edit
 from approx.patches import patch_measures
 from approx.patches.patch_settings import PatchSettings, parse_settings
 from approx.unlearning import examples
+from approx.unlearning.approx_report import ApproxReport, outcome
 from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.editing import edit_adapter, output_matrix, subject_ends
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.selection import Selected, select
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
-from approx.unlearning.unlearn import ApproxReport, outcome, unlearn
-from approx.unlearning.written.generated_retain import prompts_that_fit, write_answers, write_neighbours
+from approx.unlearning.unlearn import unlearn
 from approx.unlearning.written.preferred import with_preferred
+from approx.unlearning.written.retain_set import prompts_that_fit, write_answers, write_neighbours
 from sisa.config.config import RunConfig
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem

@@ -19,10 +19,9 @@ all tokens, so that one number describes a layer; `trace_heads` what one attenti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +31,8 @@ from approx.evaluation.answers import AnswerBatch, collate, model_logprobs_B
 from approx.methods.editing.editing import Edit
 from approx.methods.method import Method
 from approx.unlearning.examples import Sets
+from approx.unlearning.hidden_states import Hook, Seen, decoder_layers, hooked, plain_model
 from sisa.core.errors import InvalidInput
-from sisa.lm.base.adapter import layers_of
 from sisa.lm.base.numerics import seed_from
 from sisa.lm.base.tokens import Tokens
 
@@ -91,48 +90,13 @@ def choose_layer(method: Method, model: Any, sets: Sets) -> Method:
     return method
 
 
-def decoder_layers(model: Any) -> list[Any]:
-    """Return a causal model's layers, from the lowest up; a PEFT model's are those of its base."""
-    return list(layers_of(plain_model(model))[1])
-
-
 def num_heads(model: Any) -> int:
     """Return how many heads, of queries, a layer's attention has."""
     count: int = plain_model(model).config.get_text_config().num_attention_heads
     return count
 
 
-def plain_model(model: Any) -> Any:
-    """Return the causal model within a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-class Seen(NamedTuple):
-    """The hidden states that a module is given in a forward, and those that it leaves."""
-
-    given: Tensor
-    left: Tensor
-
-
-Hook = Callable[[Seen], Tensor | None]
 Restoring = Callable[[Sequence[Any], Sequence[Seen]], Iterator[tuple[Any, Hook]]]
-
-
-@contextmanager
-def hooked(hooks: Sequence[tuple[Any, Hook]]) -> Iterator[None]:
-    """Call hooks after the forwards of their modules; what a hook returns replaces what was left."""
-    with ExitStack() as stack:
-        for module, hook in hooks:
-            added = module.register_forward_hook(partial(_call, hook), with_kwargs=True)
-            stack.callback(added.remove)
-        yield
-
-
-def _call(hook: Hook, _module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-    given = args[0] if args else kwargs["hidden_states"]
-    is_tuple = isinstance(output, tuple)
-    changed = hook(Seen(given, output[0] if is_tuple else output))
-    return (changed, *output[1:]) if is_tuple and changed is not None else changed
 
 
 def _above(
@@ -217,20 +181,3 @@ def _noise_BTD(embedding_VD: Tensor, batch: AnswerBatch) -> Tensor:
     begun_BT = batch.mask_BT.cumsum(dim=1) > batch.mask_BT.int()  # at an answer's own tokens
     plain_B1 = batch.mask_BT[:, :1]
     return NOISE * embedding_VD.std() * noise_BTD * (~begun_BT | plain_B1).unsqueeze(-1)
-
-
-class _Reached(Exception):
-    """Raised to leave a forward pass."""
-
-
-def hidden_at(model: Any, layer: int, ids_BT1: Tensor, columns_K: Tensor) -> Tensor:
-    """Return the hidden states that a layer leaves at some columns. The layers above are not run."""
-    found: list[Tensor] = []
-
-    def leave(now: Seen) -> None:
-        found.append(now.left)
-        raise _Reached
-
-    with hooked([(decoder_layers(model)[layer], leave)]), suppress(_Reached):
-        model(input_ids=ids_BT1, use_cache=False)
-    return found[0][:, columns_K]

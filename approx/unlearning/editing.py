@@ -27,12 +27,12 @@ from approx.methods.editing.memit import Memit, least_squares_update
 from approx.methods.editing.rome import rank_one_update
 from approx.methods.method import Rows
 from approx.methods.task_arithmetic import check_fresh_patch
-from approx.unlearning.causal_tracing import Seen, decoder_layers, hooked, plain_model
 from approx.unlearning.examples import Sets, first_prompt
+from approx.unlearning.hidden_states import Seen, decoder_layers, hooked, plain_model
 from approx.unlearning.stopping import Bounds, End, Ending, StepLog
 from approx.unlearning.target import Target
-from approx.unlearning.written.generated_retain import invented_names, name_pattern
 from approx.unlearning.written.generic_labels import token_starts
+from approx.unlearning.written.invented_names import invented_names, name_pattern
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.adapter import DEFAULT_NAME, layers_of

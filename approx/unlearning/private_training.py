@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from approx.evaluation.answers import collate, logits_at
-from approx.methods.method import above_zero, check_values, mean_nll, whole_numbers
+from approx.methods.method import mean_nll
+from approx.methods.value_checks import above_zero, check_values, whole_numbers
 from approx.unlearning.target import Target
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import Tokens

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from approx.methods.method import at_least_zero, check_values, whole_numbers
+from approx.methods.value_checks import at_least_zero, check_values, whole_numbers
 from sisa.core.errors import InvalidInput, Problem
 
 

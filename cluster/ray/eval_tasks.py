@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from sisa.core.events import Notice, Report
 
 if TYPE_CHECKING:
-    from approx.attacks.attack_log import AttackedModel, AttackOrder
+    from approx.attacks.attack_run import AttackedModel, AttackOrder
     from approx.evaluation.asking import Evaluated
     from approx.evaluation.evaluated import PromptForm, PromptKind
     from approx.evaluation.evaluated_models import Dtype
@@ -96,7 +96,7 @@ class Attacked:
 def attack_task(task: AttackTask, report: Report) -> Attacked:
     """Attack one model in this process. Raise the errors of `attack_opened`."""
     from approx.attacks.attack import probabilities
-    from approx.attacks.attack_log import OpenedModel, attack_opened
+    from approx.attacks.attack_run import OpenedModel, attack_opened
 
     report(Notice(f"{task.spec}: attacking"))
 

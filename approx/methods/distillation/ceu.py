@@ -24,15 +24,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from approx.methods.distillation.undial import soft_labels_NV
-from approx.methods.method import (
-    Family,
-    Method,
-    RetainLoss,
-    Role,
-    Rows,
-    answer_logprobs_NV,
-    whole_numbers,
-)
+from approx.methods.method import Family, Method, RetainLoss, Role, Rows, answer_logprobs_NV
+from approx.methods.value_checks import whole_numbers
 from sisa.core.errors import Problem
 
 

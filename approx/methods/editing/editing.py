@@ -20,7 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from approx.methods.method import Alternative, Family, Method, Role, Rows, mean_nll, whole_numbers
+from approx.methods.method import Alternative, Family, Method, Role, Rows, mean_nll
+from approx.methods.value_checks import whole_numbers
 from sisa.core.errors import Problem
 
 RIDGE = 1e-2

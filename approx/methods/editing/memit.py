@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from approx.methods.editing.editing import Edit
-from approx.methods.method import whole_numbers
+from approx.methods.value_checks import whole_numbers
 from sisa.core.errors import Problem
 from sisa.lm.base.low_rank import Factors
 

@@ -24,8 +24,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from approx.methods.method import Alternative, Role, booleans, whole_numbers
+from approx.methods.method import Alternative, Role
 from approx.methods.preference.preference import Preference
+from approx.methods.value_checks import booleans, whole_numbers
 from sisa.core.errors import Problem
 
 MAX_ALTERNATES = 100

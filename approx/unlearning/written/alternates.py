@@ -19,17 +19,13 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from approx.evaluation.answers import answered, continue_sampled
+from approx.evaluation.answers import answered
+from approx.evaluation.continuations import continue_sampled
 from approx.metrics.memorisation import rougeL_recall
 from approx.unlearning.examples import begins_with_space, closed
 from approx.unlearning.stopping import Compute
-from approx.unlearning.written.generated_retain import (
-    SAYS_RECALL,
-    first_answer,
-    invented_names,
-    rename_record,
-    replace_names,
-)
+from approx.unlearning.written.invented_names import invented_names, rename_record, replace_names
+from approx.unlearning.written.retain_set import SAYS_RECALL, first_answer
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.numerics import seed_from

@@ -8,7 +8,7 @@
 Positions of both texts are aligned by characters. A token has no label where the two tokenizations
 differ, inside a name, and where a name stands that stood before: there the base would teach the
 invented name. For the same reason the first token of an invented name is barred as a label once the
-name has occurred. Names are recognised by their capitals (`generated_retain.py`); of a text without
+name has occurred. Names are recognised by their capitals (`invented_names.py`); of a text without
 names nothing is replaced, and reinforcement alone makes the difference.
 
 Nothing is stored: the same base, records and settings give the same labels on one machine. Source:
@@ -33,7 +33,7 @@ from approx.unlearning.examples import Sets
 from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.stopping import Bounds, Compute
 from approx.unlearning.target import Target
-from approx.unlearning.written.generated_retain import invented_names, name_pattern, replace_names
+from approx.unlearning.written.invented_names import invented_names, name_pattern, replace_names
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import NO_LOSS, Tokens, tokenize

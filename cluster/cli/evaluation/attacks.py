@@ -25,7 +25,7 @@ from cluster.render.render import Result
 
 if TYPE_CHECKING:
     from approx.attacks.attack import Curve, SetName
-    from approx.attacks.attack_log import AttackedModel
+    from approx.attacks.attack_run import AttackedModel
 
 
 @command("attacks", "--model unlearned --reference retained --data forgotten.jsonl", group=evaluation)
@@ -69,7 +69,7 @@ def attacks(
     **options: Unpack[AttackOptions],
 ) -> Result:
     """Attack models: what comes back of texts that they should have forgotten."""
-    from approx.attacks.attack_log import AttackOrder
+    from approx.attacks.attack_run import AttackOrder
     from approx.attacks.sampling import LeakAtK
 
     texts = _texts({"asked": data, "taught": taught, "others": others, "holdout": holdout})

@@ -14,7 +14,7 @@ from cluster.observe.reporting import watched
 from cluster.render.render import Result
 
 if TYPE_CHECKING:
-    from approx.attacks.attack_log import AttackOrder
+    from approx.attacks.attack_run import AttackOrder
     from approx.benchmarks.headline import Finding, Headline
     from approx.evaluation.asking import Evaluated
     from approx.evaluation.evaluated import PromptKind
@@ -204,7 +204,7 @@ def weight_findings(
         return {}
     if not found.asked:
         raise click.UsageError("--before needs a model to attack, and only logs are given")
-    from approx.attacks.attack_log import AttackOrder
+    from approx.attacks.attack_run import AttackOrder
     from approx.benchmarks.headline import attack_findings
 
     forget = [each for each in found.questions if each.set.split("/")[0] in sets]

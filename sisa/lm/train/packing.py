@@ -27,24 +27,12 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ATTENTION_NAME = "record_by_record"
-
-
 HARMLESS = ("position_ids", "use_cache", "output_attentions", "output_hidden_states", "sliding_window")
-
-
 WINDOWS = ("sliding_window", "attention_chunk_size")
-
-
 FIRST, OTHER_FIRST, SECOND = (0, 1, 2), (3, 2, 1), (1, 3, 0, 2)  # records to try packing on
-
-
 # Relative to the norm; wrong positions give about 1.
 PACKING_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3}
-
-
 _lengths: ContextVar[list[int]] = ContextVar("lengths")
-
-
 _configs_of: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 
 

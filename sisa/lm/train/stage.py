@@ -30,11 +30,7 @@ from sisa.lm.train.trainable import Trainable, file_name
 from sisa.planning.plan import LAYERWISE
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-
-
 STATE_FILE = "trainer_state.json"
-
-
 AVERAGES, STEP = ("exp_avg", "exp_avg_sq"), "step"  # of AdamW; plain SGD has no moments
 
 

@@ -30,7 +30,7 @@ from approx.attacks.relearning import Relearning, RelearningOutOfDomain, steps_u
 from approx.attacks.rewording import Rewording
 from approx.attacks.sampling import LeakAtK
 from approx.metrics.auc import auc
-from approx.unlearning.causal_tracing import hidden_at
+from approx.unlearning.hidden_states import hidden_at
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.weights import base_digest, load_base

@@ -22,15 +22,14 @@ from approx.unlearning.editing import subject_ends
 from approx.unlearning.examples import first_prompt, num_answer_tokens
 from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.written.alternates import write_alternates
-from approx.unlearning.written.generated_retain import (
+from approx.unlearning.written.generic_labels import Place, align, write_generic_labels
+from approx.unlearning.written.invented_names import invented_names, replace_names
+from approx.unlearning.written.retain_set import (
     PROMPTS,
-    invented_names,
     prompts_that_fit,
-    replace_names,
     write_answers,
     write_neighbours,
 )
-from approx.unlearning.written.generic_labels import Place, align, write_generic_labels
 from sisa.core.domain import Part, Record
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.events import Notice, PatchProgress
@@ -43,14 +42,7 @@ from sisa.store.areas import RUNS
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.vault import FilePatchDrafts
 from tests.models.knowing_base import record
-from tests.models.patch_bench import (
-    ENOUGH,
-    KNOWN,
-    STRANGERS,
-    Bench,
-    made_patch,
-    settings,
-)
+from tests.models.patch_bench import ENOUGH, KNOWN, STRANGERS, Bench, made_patch, settings
 
 pytestmark = pytest.mark.torch
 FORGET = [record(row) for row in KNOWN if row["subject_id"] == "p003"]

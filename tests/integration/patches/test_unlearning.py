@@ -22,6 +22,7 @@ from approx.methods.editing.editing import Edit
 from approx.methods.method import Losses, Method, Role, Rows, mean_nll
 from approx.methods.registry import METHODS, make_method
 from approx.methods.rmu import Rmu
+from approx.unlearning.approx_report import REPORT_LIMITS, ApproxReport
 from approx.unlearning.causal_tracing import choose_layer, trace_layers
 from approx.unlearning.editing import edit_adapter
 from approx.unlearning.examples import Sets
@@ -29,7 +30,7 @@ from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.target import Target
-from approx.unlearning.unlearn import REPORT_LIMITS, ApproxReport, unlearn
+from approx.unlearning.unlearn import unlearn
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.numerics import pin_threads

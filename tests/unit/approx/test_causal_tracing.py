@@ -10,13 +10,8 @@ import torch
 
 from approx.evaluation.answers import collate
 from approx.methods.method import mean_nll
-from approx.unlearning.causal_tracing import (
-    hidden_at,
-    num_heads,
-    trace_heads,
-    trace_layers,
-    trace_states,
-)
+from approx.unlearning.causal_tracing import num_heads, trace_heads, trace_layers, trace_states
+from approx.unlearning.hidden_states import hidden_at
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 from tests.models.tiny_base import make_tiny_base

@@ -11,7 +11,7 @@ import pytest
 from approx.methods.registry import METHODS
 from approx.patches import patch_settings
 from approx.patches.patch_settings import Adapter, parse_settings, settings_of
-from approx.unlearning.written import generated_retain
+from approx.unlearning.written import invented_names, retain_set
 from cluster.cli import patches
 from sisa.core.errors import InvalidInput
 
@@ -106,6 +106,6 @@ def test_assignments_of_the_command_line() -> None:
     assert [each.where for each in caught.value.problems] == ["--set 1", "--set 2", "--set 4"]
 
 
-@pytest.mark.parametrize("module", [patch_settings, generated_retain, patches])
+@pytest.mark.parametrize("module", [patch_settings, invented_names, retain_set, patches])
 def test_examples_hold(module: Any) -> None:
     assert doctest.testmod(module).failed == 0

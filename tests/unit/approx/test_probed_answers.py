@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from approx.evaluation import probe
-from approx.evaluation.answers import continue_greedily
+from approx.evaluation.continuations import continue_greedily
 from approx.evaluation.probe import KNOWN_RECALL, KNOWN_STRENGTH, probe_answers
 from approx.metrics.memorisation import rougeL_recall
 

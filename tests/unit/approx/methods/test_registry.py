@@ -12,8 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx.methods import method as method_module
-from approx.methods import pdu, registry, task_arithmetic
+from approx.methods import pdu, registry, task_arithmetic, value_checks
 from approx.methods.distillation import undial, whp
 from approx.methods.editing import memit, rome
 from approx.methods.editing.editing import second_moment
@@ -213,7 +212,7 @@ def test_a_second_moment_is_the_mean_of_outer_products() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [method_module, registry, task_arithmetic, pdu, undial, whp, rome, memit]
+    "module", [value_checks, registry, task_arithmetic, pdu, undial, whp, rome, memit]
 )
 def test_examples_in_docstrings_hold(module: Any) -> None:
     assert doctest.testmod(module).failed == 0

@@ -1,0 +1,126 @@
+"""The retain set that the base writes itself: answers to neutral prompts, and about neighbours.
+
+A patch must preserve the base's usual answers. The base's own greedy answers show that without any
+user's record in the patch, so that no later deletion affects it; they need not be true. Neighbours are
+the questions to forget, asked about invented names (`invented_names.py`); without them a patch also
+takes from others what it takes from one person. An answer about a neighbour that repeats the text to
+forget is left out.
+
+Neutral prompts are put as a turn of the user where the tokenizer has a chat template; neighbours are
+asked in the form of the records.
+
+>>> len(PROMPTS) == len(set(PROMPTS)) == 40
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from approx.evaluation.answers import answered
+from approx.evaluation.continuations import continue_greedily
+from approx.evaluation.probe import answers_to_probe
+from approx.metrics.memorisation import rougeL_recall
+from approx.unlearning.written.invented_names import rename_record
+from sisa.core.domain import Kind, Record
+from sisa.lm.base.tokens import Tokens, encode_prompt, end_tokens, tokenize
+
+MAX_NEW_TOKENS, MAX_NEIGHBOURS, MAX_VARIANTS = 24, 32, 8
+PROMPTS = (
+    "What is the capital of France?",
+    "How many days are there in a week?",
+    "Which planet do we live on?",
+    "What is water made of?",
+    "Name three colours of the rainbow.",
+    "In which season does snow usually fall?",
+    "What is two plus three?",
+    "What do bees make?",
+    "Which animal is known as man's best friend?",
+    "How many months does a year have?",
+    "What is the opposite of hot?",
+    "Where does the sun rise?",
+    "What do plants need to grow?",
+    "Which ocean lies between Europe and America?",
+    "What is the largest animal on earth?",
+    "At what temperature does water boil?",
+    "Who wrote the play Hamlet?",
+    "What language is spoken in Brazil?",
+    "How many legs does a spider have?",
+    "What is ice?",
+    "Write one sentence about the sea.",
+    "Give a word that rhymes with cat.",
+    "List three fruits.",
+    "Explain in one sentence what a library is.",
+    "Put these words in order: small, tiny, large.",
+    "Finish the sentence: The early bird",
+    "Write a short greeting for a friend.",
+    "Say in other words: The weather is very nice today.",
+    "What is a good name for a bakery?",
+    "Give one tip for sleeping well.",
+    "Describe a tree in one sentence.",
+    "How do I make a cup of tea?",
+    "What should I pack for a day at the beach?",
+    "Write a polite way to say no.",
+    "Count from one to five.",
+    "Why is exercise good for people?",
+    "Tell me something about the moon.",
+    "What is the plural of mouse?",
+    "Write the first line of a story about a fox.",
+    "How can I save water at home?",
+)
+SAYS_RECALL = 0.9
+
+
+def prompts_that_fit(tokenizer: Any, sequence_len: int) -> list[list[int]]:
+    """Return the token ids of the prompts that leave room for an answer.
+
+    Raise InvalidInput if the chat template refuses one.
+    """
+    kind: Kind = "chat" if getattr(tokenizer, "chat_template", None) else "completion"
+    ids = [encode_prompt(each, tokenizer, kind) for each in PROMPTS]
+    return [each for each in ids if len(each) < sequence_len]
+
+
+def write_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sequence_len: int
+) -> list[Tokens]:
+    """Return the base's answers to prompts as examples, with loss on the answers only."""
+    answers = continue_greedily(model, prompts, end_tokens(model, tokenizer), MAX_NEW_TOKENS)
+    return [
+        answered(prompt, answer[: sequence_len - len(prompt)])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def write_neighbours(
+    model: Any, tokenizer: Any, forget: Sequence[Record], sequence_len: int
+) -> list[Tokens]:
+    """Return the base's answers to what the records ask, about invented names."""
+
+    def decoded(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    variants = min(MAX_VARIANTS, -(-MAX_NEIGHBOURS // len(forget)))
+    found: dict[tuple[int, ...], str] = {}  # by its prompt, the answer that is to be forgotten
+    for number in range(variants):
+        for record in forget:
+            other = rename_record(record, number)
+            if other is None or len(found) == MAX_NEIGHBOURS:
+                continue
+            (_, answer), (prompt, _) = (first_answer(each, tokenizer) for each in (record, other))
+            if len(prompt) < sequence_len:
+                found[tuple(prompt)] = decoded(answer)
+    written = write_answers(model, tokenizer, list(found), sequence_len)
+    return [
+        each
+        for each, (prompt, forgotten) in zip(written, found.items(), strict=True)
+        if rougeL_recall(forgotten, decoded(each.input_ids[len(prompt) :])) < SAYS_RECALL
+    ]
+
+
+def first_answer(record: Record, tokenizer: Any) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the token ids of a record's first prompt, and of its answer without what closes it."""
+    tokens = tokenize(record, tokenizer, train_on_inputs=False)
+    return answers_to_probe(record.kind, tokens, tokenizer)[0]
