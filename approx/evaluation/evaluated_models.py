@@ -31,7 +31,7 @@ from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.flows.wiring.ledger_place import has_ledger
-from sisa.lm.answer.prefill import continue_all
+from sisa.lm.answer.generation import continue_all
 from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
 from sisa.lm.base.adapter import attach, read_config
@@ -146,13 +146,13 @@ class HuggingFaceModel:
     @torch.inference_mode()
     def _continued(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Return greedy continuations, whose rows are dropped at their end."""
-        alone, routes = StackedAdapters(self.model, {}), [()] * len(prompts)
+        stack, asked = StackedAdapters(self.model, {}), [()] * len(prompts)
 
         def likeliest(logits_PV: Tensor, _held: Sequence[int], _rows: Rows) -> list[int]:
             picked: list[int] = logits_PV.argmax(-1).tolist()
             return picked
 
-        return continue_all(self.model, alone, routes, prompts, likeliest, self.ends, max_new_tokens)
+        return continue_all(self.model, stack, asked, prompts, likeliest, self.ends, max_new_tokens)
 
 
 class DeletionReadyModel:

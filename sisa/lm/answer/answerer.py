@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import InvalidInput
-from sisa.lm.answer.prefill import continue_all, pieces
+from sisa.lm.answer.generation import continue_all, pieces
 from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
 from sisa.lm.base.low_rank import LowRankChange, averaged, patched_name, read_change
@@ -61,7 +61,7 @@ class Answerer:
         self.base_name = patched_name(base_digest, patches)
         self.ends = end_tokens(self.model, self.tokenizer)
         self.stack = StackedAdapters(self.model, {})
-        self._names: dict[int, int] = {}  # of each shard's constituent, in the stack
+        self._numbers: dict[int, int] = {}  # by shard, the number of its adapter in the stack
         self._num_put = 0
         self._merged: dict[int, LowRankChange] = {}
         self.replace(adapters)
@@ -69,22 +69,22 @@ class Answerer:
     def replace(self, adapters: Mapping[int, Mapping[str, bytes] | None]) -> dict[int, int]:
         """Answer for these shards with other adapters (None: with none any more).
 
-        Return the shards of former constituents, and their names in the stack, which still holds them;
-        the caller drops them. Raise IntegrityError, changing nothing, if an adapter is damaged.
+        Return the former adapters by shard, as numbers in the stack, which still holds them; the caller
+        drops them. Raise IntegrityError, changing nothing, if an adapter is damaged.
         """
         if not adapters:
             return {}
         held = {shard: files for shard, files in sorted(adapters.items()) if files is not None}
         read: dict[int, LowRankChange] = {shard: read_change(files) for shard, files in held.items()}
-        former = self._names
+        former = self._numbers
         if self.method == "merged":
             merged = {shard: each for shard, each in self._merged.items() if shard not in adapters}
             merged = dict(sorted((merged | read).items()))
-            name = self._put(averaged([*merged.values()])) if merged else 0
-            self._merged, self._names = merged, dict.fromkeys(merged, name)
+            number = self._put(averaged([*merged.values()])) if merged else 0
+            self._merged, self._numbers = merged, dict.fromkeys(merged, number)
             return former
-        names = {shard: name for shard, name in former.items() if shard not in adapters}
-        self._names = names | {shard: self._put(change) for shard, change in read.items()}
+        kept = {shard: each for shard, each in former.items() if shard not in adapters}
+        self._numbers = kept | {shard: self._put(change) for shard, change in read.items()}
         return {shard: former[shard] for shard in adapters if shard in former}
 
     def _put(self, change: LowRankChange) -> int:
@@ -95,7 +95,7 @@ class Answerer:
     @property
     def shards(self) -> frozenset[int]:
         """Return the shards that a model is loaded for."""
-        return frozenset(self._names)
+        return frozenset(self._numbers)
 
     def pin(self) -> None:
         """Set this thread to the threads and kernels that the model asks for."""
@@ -109,7 +109,7 @@ class Answerer:
         self.check_shards(routes)
         texts: list[str] = []
         with torch.inference_mode():
-            for start, end in pieces([self.names(route) for route in routes], 1, MAX_ROWS):
+            for start, end in pieces([self.adapters_of(route) for route in routes], 1, MAX_ROWS):
                 self.check_current()
                 answers = self._continued(prompts[start:end], routes[start:end], max_new_tokens)
                 texts += self.tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -122,8 +122,8 @@ class Answerer:
             combined = self._combined(logits_PV[:, None], [routes[each] for each in held], rows)
             return [int(each[-1].argmax()) for each in combined]
 
-        names = [self.names(route) for route in routes]
-        return continue_all(self.model, self.stack, names, prompts, likeliest, self.ends, max_new_tokens)
+        asked = [self.adapters_of(route) for route in routes]
+        return continue_all(self.model, self.stack, asked, prompts, likeliest, self.ends, max_new_tokens)
 
     def answer_probability(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route
@@ -147,17 +147,17 @@ class Answerer:
         if cache is None or cache.get_seq_length() == 0:  # else the answer began earlier
             self.check_current()
         self.check_shards(routes)
-        names = [self.names(route) for route in routes]
+        asked = [self.adapters_of(route) for route in routes]
         whole = [(0, len(routes))]
         if not inputs.get("use_cache"):  # with a cache, all rows need one forward
-            whole = list(pieces(names, inputs["input_ids"].shape[1]))
+            whole = list(pieces(asked, inputs["input_ids"].shape[1]))
         found = []
         with torch.inference_mode():
             for start, end in whole:
                 part = {
                     name: self._part(value, start, end, len(routes)) for name, value in inputs.items()
                 }
-                with self.stack.asking(names[start:end]) as rows:
+                with self.stack.asking(asked[start:end]) as rows:
                     found += self._combined(self.model(**part).logits, routes[start:end], rows)
             return torch.stack(found)
 
@@ -172,12 +172,12 @@ class Answerer:
         """Return the combined log-probabilities [T, V] of each request."""
         return [
             combine(logits_PTV[own], torch.tensor(route.weights), self.method)
-            for route, own in zip(routes, rows.of, strict=True)
+            for route, own in zip(routes, rows.by_request, strict=True)
         ]
 
-    def names(self, route: Route) -> Sequence[int]:
-        """Return the names of a route's constituents in the stack."""
-        return tuple(dict.fromkeys(self._names[shard] for shard in route.shards))
+    def adapters_of(self, route: Route) -> Sequence[int]:
+        """Return the distinct adapters of a route's shards, as numbers in the stack."""
+        return tuple(dict.fromkeys(self._numbers[shard] for shard in route.shards))
 
     @property
     def max_length(self) -> float:

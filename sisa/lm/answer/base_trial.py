@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from sisa.core.errors import IntegrityError, InvalidInput
-from sisa.lm.answer.prefill import decode_next, prefill
+from sisa.lm.answer.generation import decode_next, padded, prefill
 from sisa.lm.answer.stacked_adapters import StackedAdapters
 from sisa.lm.base.adapter import DEFAULT_NAME, adapter_files, attach, lora_config, train_block
 from sisa.lm.base.low_rank import LowRankChange, read_change
@@ -111,13 +110,11 @@ def _change(trained: Any) -> LowRankChange:
 
 def _check_answers(model: Any, trained: Any, change: LowRankChange) -> None:
     """Compare what is served for two prompts, and for one more token, with each prompt run alone."""
-    ids = [torch.tensor(each) for each in PROMPTS]
-    ids_PT = pad_sequence(ids, True, 1, "left")
-    mask_PT = pad_sequence([torch.ones_like(each) for each in ids], True, 0, "left")
+    ids_PT, mask_PT = padded(PROMPTS, model.device)
     stack = StackedAdapters(own := own_modules(model), {0: change})
-    routes = [[0]] * len(PROMPTS)
-    first_PV, cache = prefill(own, stack, routes, ids_PT, mask_PT)
-    with stack.asking(routes):
+    asked = [[0]] * len(PROMPTS)
+    first_PV, cache = prefill(own, stack, asked, ids_PT, mask_PT)
+    with stack.asking(asked):
         mask_PS = torch.cat([mask_PT, torch.ones_like(mask_PT[:, :1])], dim=1)
         then_PV = decode_next(own, torch.tensor([NEXT] * len(PROMPTS)), mask_PS, cache)
     continued = (torch.tensor([[*each, NEXT]]) for each in PROMPTS)

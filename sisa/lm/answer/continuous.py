@@ -165,7 +165,7 @@ class _Request:
     text: Text
     uniform: random.Random
     num_rows: int
-    names: Sequence[int] = ()  # of the constituents that it runs on
+    adapters: Sequence[int] = ()  # that it runs on, as numbers in the stack
 
     @property
     def num_positions(self) -> int:
@@ -203,7 +203,7 @@ class ContinuousBatching:
         self._slots = Slots(answerer.model, answerer.stack)
         self._waiting: list[_Request] = []
         self._running: list[_Request] = []  # in the order of the slots
-        self._former: dict[int, set[int]] = {}  # constituents of no new request, and their shards
+        self._former: dict[int, set[int]] = {}  # adapters of no new request, and their shards
 
     @property
     def running(self) -> list[Key]:
@@ -227,7 +227,7 @@ class ContinuousBatching:
             raise Busy("too many requests wait to be answered", next_step="ask again later")
         decode = partial(self.answerer.tokenizer.decode, skip_special_tokens=True)
         uniform = random.Random(sampling.seed)  # noqa: S311 - it draws words and hides nothing
-        num_rows = max(1, len(self.answerer.names(route)))
+        num_rows = max(1, len(self.answerer.adapters_of(route)))
         text = Text(decode, sampling.stop)
         self._waiting.append(_Request(key, prompt_ids, route, sampling, text, uniform, num_rows))
 
@@ -243,8 +243,10 @@ class ContinuousBatching:
         with torch.inference_mode():
             if new := self._next():
                 for each in new:
-                    each.names = self.answerer.names(each.route)
-                logits_PV = self._slots.join([each.names for each in new], [each.prompt for each in new])
+                    each.adapters = self.answerer.adapters_of(each.route)
+                logits_PV = self._slots.join(
+                    [each.adapters for each in new], [each.prompt for each in new]
+                )
                 self._running += new
                 events += self._take(logits_PV, new)
             if self._running:
@@ -269,12 +271,12 @@ class ContinuousBatching:
             self._waiting, self._running, self._former = [], [], {}
             return cut
         shared = self.answerer.stack.num_shared
-        for shard, name in self.answerer.replace(to).items():
-            self._former.setdefault(name, set()).add(shard)
-        dropped = {name for name, of in self._former.items() if not of.isdisjoint(tainted)}
+        for shard, adapter in self.answerer.replace(to).items():
+            self._former.setdefault(adapter, set()).add(shard)
+        dropped = {each for each, shards in self._former.items() if not shards.isdisjoint(tainted)}
         if self.answerer.stack.num_shared != shared:  # keys and values are laid out anew
-            dropped = {name for each in self._running for name in each.names}
-        cut = self._cut(lambda each: not dropped.isdisjoint(each.names))
+            dropped = {adapter for each in self._running for adapter in each.adapters}
+        cut = self._cut(lambda each: not dropped.isdisjoint(each.adapters))
         lost = {shard for shard, files in to.items() if files is None or shard in tainted}
         cut += [each.key for each in self._waiting if not lost.isdisjoint(each.route.shards)]
         self._waiting = [each for each in self._waiting if lost.isdisjoint(each.route.shards)]
@@ -334,7 +336,7 @@ class ContinuousBatching:
         """Return the log-probabilities [Q, V] that the constituents of each request agree on."""
         if len(logits_PV) == len(requests):
             return logits_PV.float().log_softmax(-1)
-        parts = torch.split(logits_PV[:, None], [max(1, len(each.names)) for each in requests])
+        parts = torch.split(logits_PV[:, None], [max(1, len(each.adapters)) for each in requests])
         found = [
             combine(part, torch.tensor(each.route.weights), self.answerer.method)
             for part, each in zip(parts, requests, strict=True)
@@ -342,15 +344,15 @@ class ContinuousBatching:
         return torch.cat(found)
 
     def _leave(self, places: Collection[int]) -> None:
-        """Remove running requests, and constituents that nobody runs on any more."""
+        """Remove running requests, and former adapters that no request runs on any more."""
         if places:
             with torch.inference_mode():
                 kept = self._slots.leave(places)
             self._running = [self._running[each] for each in kept]
-        used = {name for each in self._running for name in each.names}
-        for name in self._former.keys() - used:
-            self.answerer.stack.drop(name)
-            del self._former[name]
+        used = {adapter for each in self._running for adapter in each.adapters}
+        for adapter in self._former.keys() - used:
+            self.answerer.stack.drop(adapter)
+            del self._former[adapter]
 
 
 def sampled(logs_V: Tensor, sampling: Sampling, uniform: float) -> int:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from sisa.lm.answer.prefill import padded, prefill
+from sisa.lm.answer.generation import padded, prefill
 from sisa.lm.answer.stacked_adapters import StackedAdapters, rows_of
 
 SPARE_COLUMNS = 256  # of new tensors
@@ -41,7 +41,7 @@ class Slots:
     def __init__(self, base: Any, stack: StackedAdapters) -> None:
         self.end = 0
         self._base, self._stack = base, stack
-        self._routes: list[Sequence[int]] = []
+        self._asked: list[Sequence[int]] = []  # the adapters of each request
         self._lengths: list[int] = []  # of each request, in tokens
         self._layers: list[SlotLayer] = []
 
@@ -50,20 +50,20 @@ class Slots:
         """Return the first column in use."""
         return self.end - max(self._lengths, default=0)
 
-    def join(self, routes: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts of new requests; return their last logits [P, V]."""
+    def join(self, asked: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read the prompts of new requests and their adapters; return their last logits [P, V]."""
         ids_QT, mask_QT = padded(prompts, self._base.device)
-        logits_PV, read = prefill(self._base, self._stack, routes, ids_QT, mask_QT)
-        places_Q = torch.arange(len(routes), device=logits_PV.device)
+        logits_PV, read = prefill(self._base, self._stack, asked, ids_QT, mask_QT)
+        places_Q = torch.arange(len(asked), device=logits_PV.device)
         places_P = torch.arange(len(logits_PV), device=logits_PV.device)
-        order_P = torch.cat([places_P[own] for own in rows_of(routes).of])
+        order_P = torch.cat([places_P[own] for own in rows_of(asked).by_request])
         if not self._layers:
             self._layers = [SlotLayer(self, each) for each in read.layers]
         self._make_room(ids_QT.shape[1])
         for number, (layer, new) in enumerate(zip(self._layers, read.layers, strict=True)):
             shared = number < self._stack.num_shared
             layer.join(new, places_Q if shared else order_P)
-        self._routes += routes
+        self._asked += asked
         self._lengths += map(len, prompts)
         return logits_PV[order_P]
 
@@ -72,7 +72,7 @@ class Slots:
         self._make_room(0)
         width = self.end - self.start
         lengths_Q1 = torch.tensor(self._lengths, device=self._base.device)[:, None]
-        with self._stack.decoding(self._routes):
+        with self._stack.decoding(self._asked):
             logits_P1V: Tensor = self._base(
                 input_ids=torch.tensor(ids, device=self._base.device)[:, None],
                 attention_mask=torch.arange(width + 1, device=self._base.device) >= width - lengths_Q1,
@@ -86,12 +86,12 @@ class Slots:
 
     def leave(self, gone: Collection[int]) -> list[int]:
         """Remove requests; return the former places of those that stay, in their new order."""
-        kept = _closed_up(len(self._routes), gone)
-        ends = [0, *accumulate(max(1, len(route)) for route in self._routes)]
+        kept = _closed_up(len(self._asked), gone)
+        ends = [0, *accumulate(max(1, len(adapters)) for adapters in self._asked)]
         kept_rows = [row for each in kept for row in range(ends[each], ends[each + 1])]
         for number, layer in enumerate(self._layers):
             layer.keep(kept if number < self._stack.num_shared else kept_rows)
-        self._routes = [self._routes[each] for each in kept]
+        self._asked = [self._asked[each] for each in kept]
         self._lengths = [self._lengths[each] for each in kept]
         if not kept:
             self._layers, self.end = [], 0

@@ -1,11 +1,11 @@
 """Stacked adapters: the adapters of all chosen shards over one base, in a single forward.
 
-    rows      request q asks some constituents; each pair (request, constituent) is a row
+    rows      request q asks some adapters; each pair (request, adapter) is a row
     below     layers below the first adapted one give the same for all rows of a request, so they are
               computed, and their keys and values kept, once per request
     above     base products over all rows at once; LoRA as two batched products with each row's matrices:
-              y = x W + (x A[row]) B[row]. If all requests have the same route, each adapter's matrices
-              are read once for all requests, not once per row
+              y = x W + (x A[row]) B[row]. If all requests ask the same adapters, the matrices
+              of each are read once for all requests, not once per row
     decode    one token of each row (`decoding`): the matrices of all adapters in use stand side by side,
               y = x W + own(x [A A' ..]) [B B' ..], where `own` sets to zero what is another adapter's
 
@@ -21,12 +21,12 @@ positions of all rows of a group, V words.
     stack = StackedAdapters(base, {0: read_change(files), 3: read_change(other_files)})
     with stack.asking([[0, 3], [3]]) as rows:
         logits_PTV = base(ids_QT).logits
-    logits_PTV[rows.of[0]]      # of the first request, constituent by constituent
+    logits_PTV[rows.by_request[0]]      # of the first request, adapter by adapter
 
 >>> rows_of([[0, 3], [3]])
-Rows(requests=[0, 0, 1], groups=[0, 3, 3], of=(slice(0, 2, 1), slice(2, 3, 1)))
+Rows(requests=[0, 0, 1], groups=[0, 3, 3], by_request=(slice(0, 2, 1), slice(2, 3, 1)))
 >>> rows_of([[0, 3], [0, 3]])
-Rows(requests=[0, 1, 0, 1], groups=[0, 3], of=(slice(0, 4, 2), slice(1, 4, 2)))
+Rows(requests=[0, 1, 0, 1], groups=[0, 3], by_request=(slice(0, 4, 2), slice(1, 4, 2)))
 """
 
 from __future__ import annotations
@@ -50,28 +50,31 @@ _PER_REQUEST = frozenset({"hidden_states", "attention_mask", "position_ids", "po
 class Rows(NamedTuple):
     """The rows of a forward.
 
-    `requests` is the request of each row. `groups` is the constituent (None: the base alone) of each
-    group of rows, all of the same size: if all requests have one route, a constituent's rows; else each
-    single row. `of` is where each request's rows are, in the order of its route.
+    `requests` is the request of each row. `groups` is the adapter (None: the base alone) of each group
+    of rows, all of the same size: if all requests ask the same, an adapter's rows; else each single row.
+    `by_request` is where each request's rows are, in the order of its adapters.
     """
 
     requests: list[int]
     groups: list[int | None]
-    of: tuple[slice, ...]
+    by_request: tuple[slice, ...]
 
 
-def rows_of(routes: Sequence[Sequence[int]]) -> Rows:
-    """Return the rows of some routes; an empty route is one row of the base alone."""
-    asked: list[Sequence[int | None]] = [tuple(route) or (None,) for route in routes]
-    if asked and all(route == asked[0] for route in asked):
-        every = range(len(asked))
-        of = tuple(slice(q, len(asked) * len(asked[0]), len(asked)) for q in every)
-        return Rows([*every] * len(asked[0]), [*asked[0]], of)
-    ends = list(accumulate(map(len, asked)))
+def rows_of(asked: Sequence[Sequence[int]]) -> Rows:
+    """Return the rows of requests, given the adapters that each asks.
+
+    A request that asks none is one row of the base alone.
+    """
+    held: list[Sequence[int | None]] = [tuple(adapters) or (None,) for adapters in asked]
+    if held and all(adapters == held[0] for adapters in held):
+        every = range(len(held))
+        by_request = tuple(slice(q, len(held) * len(held[0]), len(held)) for q in every)
+        return Rows([*every] * len(held[0]), [*held[0]], by_request)
+    ends = list(accumulate(map(len, held)))
     return Rows(
-        [q for q, route in enumerate(asked) for _ in route],
-        [name for route in asked for name in route],
-        tuple(slice(end - len(route), end, 1) for end, route in zip(ends, asked, strict=True)),
+        [q for q, adapters in enumerate(held) for _ in adapters],
+        [adapter for adapters in held for adapter in adapters],
+        tuple(slice(end - len(own), end, 1) for end, own in zip(ends, held, strict=True)),
     )
 
 
@@ -89,14 +92,14 @@ class StackedLinear(nn.Module):
         self._beside: tuple[Tensor, Tensor] | None = None
         self._foreign_GRX: Tensor | None = None
 
-    def put(self, name: int, factors: Factors) -> None:
+    def put(self, adapter: int, factors: Factors) -> None:
         """Hold the matrices of an adapter."""
         device = self.base.weight.device
-        self.held[name] = factors.a_RI.to(device), factors.b_OR.T.contiguous().to(device)
+        self.held[adapter] = factors.a_RI.to(device), factors.b_OR.T.contiguous().to(device)
 
-    def rank(self, name: int) -> int:
+    def rank(self, adapter: int) -> int:
         """Return the rank of an adapter, 0 if it does not change this module."""
-        return len(self.held[name][0]) if name in self.held else 0
+        return len(self.held[adapter][0]) if adapter in self.held else 0
 
     def choose(self, groups: Sequence[int | None]) -> None:
         """Set the adapter of each group of rows; none, or no groups, leaves the base alone."""
@@ -104,18 +107,18 @@ class StackedLinear(nn.Module):
         self._groups = (down_GRI, up_GRO) if down_GRI.numel() else None
         self._foreign_GRX = None
 
-    def put_side_by_side(self, names: Sequence[int], rank: int) -> None:
+    def put_side_by_side(self, adapters: Sequence[int], rank: int) -> None:
         """Put the matrices of some adapters into one pair, each padded to `rank`."""
-        down_GRI, up_GRO = self._padded([*names] or [None], rank)
+        down_GRI, up_GRO = self._padded([*adapters] or [None], rank)
         self._beside = down_GRI.flatten(0, 1)[None], up_GRO.flatten(0, 1)[None]
 
     def choose_beside(self, foreign_GRX: Tensor) -> None:
         """Set the adapters that stand side by side; `foreign_GRX` says what a row is not given."""
         self._groups, self._foreign_GRX = self._beside, foreign_GRX
 
-    def _padded(self, names: Sequence[int | None], rank: int = 0) -> tuple[Tensor, Tensor]:
+    def _padded(self, adapters: Sequence[int | None], rank: int = 0) -> tuple[Tensor, Tensor]:
         """Return the matrices of adapters, stacked, with zeros up to the largest rank or `rank`."""
-        found = [self._alone if name is None else self.held.get(name, self._alone) for name in names]
+        found = [self._alone if each is None else self.held.get(each, self._alone) for each in adapters]
         down_GRI, up_GRO = (pad_sequence([each[n] for each in found], True) for n in (0, 1))
         missing = (0, 0, 0, max(0, rank - down_GRI.shape[1]))
         return pad(down_GRI, missing), pad(up_GRO, missing)
@@ -138,7 +141,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedAdapters:
-    """Adapters by name (a number) on a base, whose modules are the caller's own and are replaced."""
+    """Numbered adapters on a base, whose modules are the caller's own and are replaced."""
 
     def __init__(self, base: Any, adapters: Mapping[int, LowRankChange]) -> None:
         """Stack adapters over a base. Raise IntegrityError if an adapter does not fit the base."""
@@ -149,16 +152,16 @@ class StackedAdapters:
         self._beside: list[int] = []  # adapters that stand side by side
         self._rank = 0
         self.num_shared = 0  # layers below the first adapted one
-        for name, change in sorted(adapters.items()):
-            self.put(name, change)
+        for adapter, change in sorted(adapters.items()):
+            self.put(adapter, change)
 
     @property
     def linears(self) -> Collection[StackedLinear]:
         """Return the modules that an adapter changes."""
         return self._linears.values()
 
-    def put(self, name: int, change: LowRankChange) -> None:
-        """Hold an adapter under a new name. Raise IntegrityError if it does not fit the base."""
+    def put(self, adapter: int, change: LowRankChange) -> None:
+        """Hold an adapter under a new number. Raise IntegrityError if it does not fit the base."""
         modules = dict(self._base.named_modules())
         for module, factors in change.items():
             _check_fits(modules.get(module), factors)
@@ -166,48 +169,48 @@ class StackedAdapters:
             if module not in self._linears:
                 self._linears[module] = StackedLinear(modules[module])
                 self._base.set_submodule(module, self._linears[module])
-            self._linears[module].put(name, factors)
+            self._linears[module].put(adapter, factors)
         self._expand_above()
 
-    def drop(self, name: int) -> None:
-        """Forget an adapter; a name that is not held is ignored."""
+    def drop(self, adapter: int) -> None:
+        """Forget an adapter; a number that is not held is ignored."""
         for each in self.linears:
-            each.held.pop(name, None)
-        if name in self._beside:
-            self._put_side_by_side([each for each in self._beside if each != name])
+            each.held.pop(adapter, None)
+        if adapter in self._beside:
+            self._put_side_by_side([each for each in self._beside if each != adapter])
 
     @contextmanager
-    def asking(self, routes: Sequence[Sequence[int]]) -> Iterator[Rows]:
-        """Run the base's forwards with the adapters of these routes; yield their outputs' rows."""
-        rows = rows_of(routes)
-        with self._expanding(rows.requests, len(routes)):
+    def asking(self, asked: Sequence[Sequence[int]]) -> Iterator[Rows]:
+        """Run the base's forwards with the adapters that each request asks; yield the outputs' rows."""
+        rows = rows_of(asked)
+        with self._expanding(rows.requests, len(asked)):
             for each in self.linears:
                 each.choose(rows.groups)
             yield rows
 
     @contextmanager
-    def decoding(self, routes: Sequence[Sequence[int]]) -> Iterator[None]:
+    def decoding(self, asked: Sequence[Sequence[int]]) -> Iterator[None]:
         """Run forwards of one token per row; the rows of a request follow one another.
 
         The adapters of one call stay side by side for the next ones, unless most are not used.
         """
-        names = [name for route in routes for name in route or (None,)]
-        requests = [number for number, route in enumerate(routes) for _ in route or (None,)]
-        used = [each for each in dict.fromkeys(names) if each is not None]
+        adapters = [adapter for own in asked for adapter in own or (None,)]
+        requests = [request for request, own in enumerate(asked) for _ in own or (None,)]
+        used = [each for each in dict.fromkeys(adapters) if each is not None]
         if not set(used).issubset(self._beside) or len(self._beside) > 2 * len(used):
             self._put_side_by_side(used)
-        foreign_PG = torch.tensor([[each != name for each in self._beside] for name in names]).bool()
+        foreign_PG = torch.tensor([[each != own for each in self._beside] for own in adapters]).bool()
         foreign_1RX = foreign_PG.T.repeat_interleave(self._rank, 0)[None].to(self._device)
-        with self._expanding(requests, len(routes)):
+        with self._expanding(requests, len(asked)):
             for each in self.linears if used else ():
                 each.choose_beside(foreign_1RX)
             yield
 
-    def _put_side_by_side(self, names: list[int]) -> None:
-        ranks = [each.rank(name) for each in self.linears for name in names]
-        self._beside, self._rank = names, max(ranks, default=0)
+    def _put_side_by_side(self, adapters: list[int]) -> None:
+        ranks = [each.rank(adapter) for each in self.linears for adapter in adapters]
+        self._beside, self._rank = adapters, max(ranks, default=0)
         for each in self.linears:
-            each.put_side_by_side(names, self._rank)
+            each.put_side_by_side(adapters, self._rank)
 
     @contextmanager
     def _expanding(self, requests: Sequence[int], num_requests: int) -> Iterator[None]:

@@ -28,7 +28,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-from sisa.lm.answer.prefill import prefill
+from sisa.lm.answer.generation import prefill
 from sisa.lm.answer.stacked_adapters import StackedAdapters
 from sisa.lm.base.low_rank import Factors
 from sisa.lm.base.weights import BaseFiles, load_base, resolve_base

@@ -457,11 +457,11 @@ def test_the_detector_finds_a_tainted_constituent(
     detector.step()
     detector.may[0] = set()  # as `delete` has it, if this is cut
     monkeypatch.setattr(ContinuousBatching, "_cut", lambda *_: [])
-    before = detector.answerer.names(detector.routes[0])
+    before = detector.answerer.adapters_of(detector.routes[0])
     detector.batch.switch({0: confessing.files(words[9])}, tainted={0})
     if broken == "keys and values are kept":
-        detector.batch._slots._routes = [detector.answerer.names(detector.routes[0])]
-        assert detector.batch._slots._routes != [before]
+        detector.batch._slots._asked = [detector.answerer.adapters_of(detector.routes[0])]
+        assert detector.batch._slots._asked != [before]
     with pytest.raises(AssertionError):
         detector.step()
 

@@ -75,7 +75,7 @@ def test_each_row_is_its_constituent(base: Any, adapters: dict[int, Files], rout
     with torch.inference_mode(), stack.asking(routes) as rows:
         found = model(input_ids=torch.tensor(prompts)).logits
     assert len(found) == sum(max(1, len(route)) for route in routes)
-    for own, prompt, route in zip(rows.of, prompts, routes, strict=True):
+    for own, prompt, route in zip(rows.by_request, prompts, routes, strict=True):
         wanted = [
             alone(base, None if name is None else adapters[name], prompt) for name in route or [None]
         ]
@@ -88,7 +88,7 @@ def test_prompts_read_in_pieces_are_gone_on_with_as_if_read_together(
 ) -> None:
     import torch
 
-    from sisa.lm.answer import prefill
+    from sisa.lm.answer import generation
     from sisa.lm.answer.stacked_adapters import StackedAdapters
     from sisa.lm.base.low_rank import read_change
 
@@ -97,9 +97,9 @@ def test_prompts_read_in_pieces_are_gone_on_with_as_if_read_together(
     prompts = [IDS, IDS[:3], IDS[2:], IDS[::-1]]
     ids = torch.tensor([[0] * (len(IDS) - len(each)) + each for each in prompts])
     mask = torch.tensor([[0] * (len(IDS) - len(each)) + [1] * len(each) for each in prompts])
-    monkeypatch.setattr(prefill, "POSITIONS", 3 * len(IDS))
+    monkeypatch.setattr(generation, "POSITIONS", 3 * len(IDS))
     with torch.inference_mode():
-        first, cache = prefill.prefill(model, stack, routes, ids, mask)
+        first, cache = generation.prefill(model, stack, routes, ids, mask)
         mask = torch.cat([mask, torch.ones(4, 1, dtype=mask.dtype)], dim=1)
         places = mask.sum(-1, keepdim=True) - 1
         with stack.asking(routes) as rows:
@@ -110,7 +110,7 @@ def test_prompts_read_in_pieces_are_gone_on_with_as_if_read_together(
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-    for own, prompt, route in zip(rows.of, prompts, routes, strict=True):
+    for own, prompt, route in zip(rows.by_request, prompts, routes, strict=True):
         for name, one, other in zip(route or [None], first[own], then[own], strict=True):
             wanted = alone(base, None if name is None else adapters[name], [*prompt, 7])
             assert close(one, wanted[-2])
@@ -124,7 +124,7 @@ def test_answers_that_have_ended_are_dropped(
     """The others go on as alone. Requests end one after another; at last all left have one route."""
     import torch
 
-    from sisa.lm.answer.prefill import continue_all
+    from sisa.lm.answer.generation import continue_all
     from sisa.lm.answer.stacked_adapters import StackedAdapters
     from sisa.lm.base.low_rank import read_change
 
@@ -138,7 +138,7 @@ def test_answers_that_have_ended_are_dropped(
         def pick(logits_PV: Any, held: Sequence[int], rows: Any) -> list[int]:
             logits_PV[:, end] = -torch.inf
             found = []
-            for own, request in zip(rows.of, (requests[each] for each in held), strict=True):
+            for own, request in zip(rows.by_request, (requests[each] for each in held), strict=True):
                 ends = counts[request] == lengths[request]
                 found.append(end if ends else int(logits_PV[own].log_softmax(-1).sum(0).argmax()))
                 counts[request] += not ends
@@ -260,7 +260,7 @@ def test_scores_of_many_rows_are_those_of_each_and_come_piece_by_piece(
     import torch
 
     from sisa.lm.answer import answerer as answering
-    from sisa.lm.answer import prefill
+    from sisa.lm.answer import generation
     from sisa.lm.answer.route import Route, all_of
 
     answerer = answering.Answerer(base.directory, base.digest, adapters, threads=1)
@@ -270,7 +270,7 @@ def test_scores_of_many_rows_are_those_of_each_and_come_piece_by_piece(
     mask[3, :2] = 0
     whole = answerer.logprobs(routes, input_ids=ids, attention_mask=mask, use_cache=False)
     asked = rows_of_forwards(answerer.model, monkeypatch)
-    monkeypatch.setattr(prefill, "POSITIONS", 3 * len(IDS))
+    monkeypatch.setattr(generation, "POSITIONS", 3 * len(IDS))
     parts = answerer.logprobs(routes, input_ids=ids, attention_mask=mask, use_cache=False)
     assert asked == [3, 2, 2]
     assert close(whole, parts)

@@ -29,19 +29,22 @@ Pick = Callable[[Tensor, Sequence[int], Rows], list[int]]  # of logits [P, V], r
 def continue_all(
     base: Any,
     stack: StackedAdapters,
-    routes: Sequence[Sequence[int]],
+    asked: Sequence[Sequence[int]],
     prompts: Sequence[Sequence[int]],
     pick: Pick,
     ends: Collection[int],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Return what `pick` appends to each prompt, token by token, without the end token."""
+    """Return what `pick` appends to each prompt, token by token, without the end token.
+
+    `asked` are the adapters that each request asks, here and below.
+    """
     ids_QT, mask_QT = padded(prompts, base.device)
-    answers: list[list[int]] = [[] for _ in routes]
-    logits_PV, cache = prefill(base, stack, routes, ids_QT, mask_QT)
-    held = going = list(range(len(routes)))
-    with ExitStack() as asked:
-        rows = asked.enter_context(stack.asking(routes))
+    answers: list[list[int]] = [[] for _ in asked]
+    logits_PV, cache = prefill(base, stack, asked, ids_QT, mask_QT)
+    held = going = list(range(len(asked)))
+    with ExitStack() as scope:
+        rows = scope.enter_context(stack.asking(asked))
         for step in range(1, max_new_tokens + 1):
             picked = dict(zip(held, pick(logits_PV, held, rows), strict=True))
             going = [each for each in going if picked[each] not in ends]
@@ -50,9 +53,9 @@ def continue_all(
             if not going or step == max_new_tokens:
                 break
             if len(going) < DROPPED_BELOW * len(held):
-                asked.close()
+                scope.close()
                 places, before = [held.index(each) for each in going], rows
-                rows = asked.enter_context(stack.asking([routes[each] for each in going]))
+                rows = scope.enter_context(stack.asking([asked[each] for each in going]))
                 _drop(cache, places, before, rows)
                 mask_QT, held = mask_QT[places], going
             mask_QT = torch.cat([mask_QT, torch.ones_like(mask_QT[:, :1])], dim=1)
@@ -64,8 +67,8 @@ def continue_all(
 def _drop(cache: Any, places: Sequence[int], before: Rows, after: Rows) -> None:
     """Keep the requests at these places of a cache, in the order of the rows after it."""
     order_P = torch.empty(len(after.requests), dtype=torch.long)
-    for own, place in zip(after.of, places, strict=True):
-        order_P[own] = torch.arange(len(before.requests))[before.of[place]]
+    for own, place in zip(after.by_request, places, strict=True):
+        order_P[own] = torch.arange(len(before.requests))[before.by_request[place]]
     for layer in cache.layers:
         kept = order_P if len(layer.keys) == len(before.requests) else torch.tensor(places)
         layer.keys, layer.values = layer.keys[kept], layer.values[kept]
@@ -85,13 +88,13 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 
 
 def prefill(
-    base: Any, stack: StackedAdapters, routes: Sequence[Sequence[int]], ids_QT: Tensor, mask_QT: Tensor
+    base: Any, stack: StackedAdapters, asked: Sequence[Sequence[int]], ids_QT: Tensor, mask_QT: Tensor
 ) -> tuple[Tensor, Any]:
     """Return the last position's logits [P, V] and the cache; prompts are padded on the left."""
     read = []
-    for start, end in pieces(routes, ids_QT.shape[1]):
+    for start, end in pieces(asked, ids_QT.shape[1]):
         mask = mask_QT[start:end]
-        with stack.asking(routes[start:end]) as rows:
+        with stack.asking(asked[start:end]) as rows:
             output = base(
                 input_ids=ids_QT[start:end],
                 attention_mask=mask,
@@ -102,7 +105,7 @@ def prefill(
         read.append((output.logits[:, -1], output.past_key_values, rows))
     if len(read) == 1:
         return read[0][:2]
-    order_P = _order(rows_of(routes), [rows for _, _, rows in read])
+    order_P = _order(rows_of(asked), [rows for _, _, rows in read])
     logits_PV = torch.cat([logits for logits, _, _ in read])[order_P]
     return logits_PV, _joined([cache for _, cache, _ in read], order_P)
 
@@ -120,7 +123,7 @@ def decode_next(base: Any, ids_P: Tensor, mask_PT: Tensor, cache: Any) -> Tensor
 
 
 def pieces(
-    routes: Sequence[Sequence[int]], num_positions: int, most: int | None = None
+    asked: Sequence[Sequence[int]], num_positions: int, most: int | None = None
 ) -> Iterator[tuple[int, int]]:
     """Yield the start and the end of each piece of the requests.
 
@@ -132,23 +135,23 @@ def pieces(
     """
     most = POSITIONS if most is None else most
     start = held = 0
-    for at, route in enumerate(routes):
-        more = max(1, len(route)) * num_positions
+    for at, adapters in enumerate(asked):
+        more = max(1, len(adapters)) * num_positions
         if at > start and held + more > most:
             yield start, at
             start, held = at, 0
         held += more
-    if routes:
-        yield start, len(routes)
+    if asked:
+        yield start, len(asked)
 
 
 def _order(whole: Rows, parts: Sequence[Rows]) -> Tensor:
     """Return, for each row of all requests, its index among the pieces' rows."""
-    order, of, before = [0] * len(whole.requests), iter(whole.of), 0
+    order, rows, before = [0] * len(whole.requests), iter(whole.by_request), 0
     for part in parts:
         places = range(before, before + len(part.requests))
-        for own in part.of:
-            order[next(of)] = places[own]
+        for own in part.by_request:
+            order[next(rows)] = places[own]
         before = places.stop
     return torch.tensor(order)
 
