@@ -8,9 +8,9 @@ refused.
 
 Legend: B rows, T positions, H hidden.
 
-    lower = FrozenLayers(base, first=20)
-    states_TH = HiddenStates().states(lower, input_ids)
-    with lower.given([states_TH], packed=False):
+    frozen = FrozenLayers(base, first=20)
+    states_TH = HiddenStateCache().states(frozen, input_ids)
+    with frozen.skipped([states_TH], packed=False):
         base(input_ids=...)            # runs the layers from 20 on
 """
 
@@ -47,11 +47,11 @@ class _Passing(nn.Module):
 
     def __init__(self, layer: Any, num_outputs: int | None) -> None:
         super().__init__()
-        self._of = (layer,)  # in a tuple, so that torch does not register it as a submodule
+        self._layer = (layer,)  # in a tuple, so that torch does not register it as a submodule
         self._num_outputs = num_outputs
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_of"][0], name)
+        return getattr(self.__dict__["_layer"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -61,7 +61,7 @@ class _Passing(nn.Module):
 class FrozenLayers:
     """The layers of a base below layer `first`.
 
-    The base's modules must be the caller's own: `given` replaces them for the time of a forward.
+    The base's modules must be the caller's own: `skipped` replaces them for the time of a forward.
     """
 
     def __init__(self, base: Any, first: int) -> None:
@@ -94,8 +94,8 @@ class FrozenLayers:
         raise _not_apart()
 
     @contextmanager
-    def given(self, states: Sequence[Tensor], *, packed: bool) -> Iterator[None]:
-        """Start the base's forwards from the states [T, H] of their records.
+    def skipped(self, states: Sequence[Tensor], *, packed: bool) -> Iterator[None]:
+        """Start the base's forwards at layer `first`, from the states [T, H] of their records.
 
         The records lie end to end in one row (`packed`), or one per row, padded on the right.
         """
@@ -138,7 +138,7 @@ class FrozenLayers:
         ids_1T = torch.tensor([PROBE_IDS], device=self._base.device)
         try:
             whole = self._decoder(input_ids=ids_1T, use_cache=False).last_hidden_state
-            with self.given([self.alone(PROBE_IDS)], packed=False):
+            with self.skipped([self.alone(PROBE_IDS)], packed=False):
                 apart = self._decoder(input_ids=ids_1T, use_cache=False).last_hidden_state
             remembers = self._remembers(longest)
         except (AttributeError, TypeError, ValueError, IndexError) as error:
@@ -167,8 +167,8 @@ def _not_apart() -> InvalidInput:
     )
 
 
-class HiddenStates:
-    """Hidden states by record, of one base and its patches: in memory, and in files between processes.
+class HiddenStateCache:
+    """The hidden states of records, of one base and its patches: in memory, and in files for later.
 
     Memory is bounded; the states that come first stay. Files take up to `num_bytes` per shard and hold
     float32, which represents the states of every dtype without loss.
@@ -192,12 +192,12 @@ class HiddenStates:
         """Return the name of the file that holds the states of a slice."""
         return states_name(job.shard, slice_, root, job.training, self._base, self._fingerprint)
 
-    def states(self, lower: FrozenLayers, input_ids: Sequence[int]) -> Tensor:
+    def states(self, frozen: FrozenLayers, input_ids: Sequence[int]) -> Tensor:
         """Return the states [T, H] of a record, computing them unless they are kept."""
-        found = self._kept.get((lower.first, tuple(input_ids)))
+        found = self._kept.get((frozen.first, tuple(input_ids)))
         if found is None:
-            found = lower.alone(input_ids)
-            self._keep(lower.first, input_ids, found)
+            found = frozen.alone(input_ids)
+            self._keep(frozen.first, input_ids, found)
         return found
 
     def _keep(self, first: int, input_ids: Sequence[int], states_TH: Tensor) -> None:

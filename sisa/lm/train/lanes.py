@@ -40,11 +40,11 @@ from transformers.pytorch_utils import Conv1D
 from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import NO_LOSS, Tokens
-from sisa.lm.train.frozen_layers import HiddenStates
+from sisa.lm.train.frozen_layers import HiddenStateCache
 from sisa.lm.train.lora_linear import Lane, TrainedLinear, side_by_side
 from sisa.lm.train.losses import PIECE, Batch, grouped, padded_rows, summed_losses
 from sisa.lm.train.packing import attending
-from sisa.lm.train.trainable import StageModel, Trainable
+from sisa.lm.train.trainable import RowTests, StageModel, Trainable
 
 _T = TypeVar("_T")
 
@@ -60,7 +60,7 @@ class MicroBatch:
     job: SliceJob
     wrapped: Trainable
     own: StageModel
-    hidden_states: HiddenStates
+    hidden_states: HiddenStateCache
     batch: Batch
     num_labels: int  # of the whole optimizer step
     seed: int  # of dropout
@@ -81,7 +81,7 @@ def compute(waiting: Sequence[MicroBatch]) -> None:
         groups = [[number] for number in range(len(waiting))]
     else:
         most = LANE_ROWS[first.own.model.device.type]
-        groups = grouped([each.rows for each in waiting], most, first.wrapped.row_tests[0])
+        groups = grouped([each.rows for each in waiting], most, first.wrapped.row_tests.layers)
     for group in groups:
         _compute([waiting[number] for number in group])
 
@@ -92,14 +92,14 @@ def _compute(group: Sequence[MicroBatch]) -> None:
     batches = [each.batch for each in group]
     if spare:
         batches.append([Tokens([0] * spare, [NO_LOSS] * spare)])
-    below = [each for one in group for each in _below(one)]
-    given: AbstractContextManager[None] = nullcontext()
-    if first.own.lower is not None:
+    skipped: AbstractContextManager[None] = nullcontext()
+    if first.own.frozen is not None:
+        states = [states_TH for each in group for states_TH in _entering_states(each)]
         if spare:
-            below.append(torch.zeros(spare, below[0].shape[1], dtype=below[0].dtype))
-        given = first.own.lower.given(below, packed=first.wrapped.form.packed)
-    head_test = first.wrapped.row_tests[1] if first.wrapped.row_tests else None
-    with given, side_by_side(_seeded(group)):
+            states.append(torch.zeros(spare, states[0].shape[1], dtype=states[0].dtype))
+        skipped = first.own.frozen.skipped(states, packed=first.wrapped.form.packed)
+    head_test = first.wrapped.row_tests.head if first.wrapped.row_tests else None
+    with skipped, side_by_side(_seed_dropout(group)):
         losses = summed_losses(first.own.model, batches, first.wrapped.form, head_test)
     means = [loss / each.num_labels for each, loss in zip(group, losses, strict=False)]
     for each, mean in zip(group, means, strict=True):
@@ -117,16 +117,15 @@ def finish(stage: Generator[MicroBatch, None, _T]) -> _T:
             return found
 
 
-def _below(each: MicroBatch) -> list[Tensor]:
-    """Return the states that enter the lowest adapted layer, record by record."""
-    lower = each.own.lower
-    if lower is None:
+def _entering_states(each: MicroBatch) -> list[Tensor]:
+    """Return the states [T, H] of each record that enter the lowest adapted layer, if any is frozen."""
+    if each.own.frozen is None:
         return []
-    return [each.hidden_states.states(lower, one.input_ids) for one in each.batch]
+    return [each.hidden_states.states(each.own.frozen, record.input_ids) for record in each.batch]
 
 
-def _seeded(group: Sequence[MicroBatch]) -> list[Lane]:
-    """Return the lanes, each with its own dropout; none for a micro-batch alone: it uses torch's."""
+def _seed_dropout(group: Sequence[MicroBatch]) -> list[Lane]:
+    """Return lanes, each with its own dropout; for a micro-batch alone, seed torch and return none."""
     if len(group) == 1:
         torch.manual_seed(group[0].seed)
         return []
@@ -169,7 +168,7 @@ def refuse_lanes(wrapped: Trainable, longest: int) -> str | None:
     maps = [each for each in base.modules() if isinstance(each, nn.Linear | Conv1D)]
     frozen = [each for each in maps if each is not head and not each.weight.requires_grad]
     of_layers = RowTest(frozen, LANE_ROWS[base.device.type])
-    wrapped.row_tests = of_layers, RowTest([head], PIECE)
+    wrapped.row_tests = RowTests(of_layers, RowTest([head], PIECE))
     tried = [_drawn(wrapped, number, base.config.vocab_size) for number in range(NUM_TRIED)]
     together = padded_rows(sum(each.rows for each in tried))
     if not all(map(of_layers, [*(each.rows for each in tried), together])):
@@ -259,7 +258,7 @@ def _drawn(wrapped: Trainable, number: int, vocab_size: int) -> MicroBatch:
         ids = torch.randint(vocab_size, (length,), generator=drawn).tolist()
         batch.append(Tokens(ids, [NO_LOSS] * (number + 2) + ids[number + 2 :]))
     job = SliceJob(number, 0, None, (), len(batch), (1, 1), {}, "", "")
-    return MicroBatch(job, wrapped, own, HiddenStates(memory_bytes=0), batch, 7, seed=number)
+    return MicroBatch(job, wrapped, own, HiddenStateCache(memory_bytes=0), batch, 7, seed=number)
 
 
 def _computed(group: Sequence[MicroBatch]) -> list[list[Tensor]]:

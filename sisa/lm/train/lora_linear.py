@@ -114,15 +114,15 @@ class Lane:
 
     rows: int
     linears: Sequence[TrainedLinear]
-    draws: Tensor
+    rng_state: Tensor
 
     def dropped(self, dropout: Any, x_MI: Tensor) -> Tensor:
         """Return rows after dropout, drawn after what this lane drew before."""
         cuda = x_MI.device.type == "cuda"
-        of_device = torch.cuda.default_generators[x_MI.device.index] if cuda else torch.default_generator
-        of_device.set_state(self.draws)
+        generator = torch.cuda.default_generators[x_MI.device.index] if cuda else torch.default_generator
+        generator.set_state(self.rng_state)
         found: Tensor = dropout(x_MI)
-        self.draws = of_device.get_state()
+        self.rng_state = generator.get_state()
         return found
 
 

@@ -23,7 +23,7 @@ from sisa.core.errors import IntegrityError
 from sisa.lm.base.adapter import adapter_files
 from sisa.lm.base.low_rank import ADAPTER_FILE, read_tensors, tensor_bytes
 from sisa.lm.base.numerics import seed_from
-from sisa.lm.train.frozen_layers import HiddenStates
+from sisa.lm.train.frozen_layers import HiddenStateCache
 from sisa.lm.train.lanes import MicroBatch
 from sisa.lm.train.losses import Batch, count_labels
 from sisa.lm.train.trainable import Trainable, file_name
@@ -74,7 +74,7 @@ class Stage:
         wrapped: Trainable,
         parent: Mapping[str, bytes] | None,
         num_steps: int,
-        hidden_states: HiddenStates | None = None,
+        hidden_states: HiddenStateCache | None = None,
     ) -> None:
         """Begin a stage from its parent's files, or from the base.
 
@@ -85,7 +85,7 @@ class Stage:
         tensors = None if parent is None else read_tensors(parent, ADAPTER_FILE)
         block = (training[LAYERWISE], len(job.before)) if LAYERWISE in training else None
         self._job, self._wrapped = job, wrapped
-        self._hidden_states = hidden_states or HiddenStates()
+        self._hidden_states = hidden_states or HiddenStateCache()
         self._own = wrapped.begin(tensors, seed_from(training["seed"], job.shard, "init"), block)
         self._flat = FlatParams(self._own.trained)
         self._optimizer = make_optimizer(training, self._flat.values)

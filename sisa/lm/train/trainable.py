@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,12 +43,19 @@ def pattern_key(training: Mapping[str, Any]) -> bytes:
     return canonical_json({name: training.get(name) for name in KEYS})
 
 
+class RowTests(NamedTuple):
+    """Whether the linear maps of the layers, and the head, keep the bits of so many rows."""
+
+    layers: KeepsBits
+    head: KeepsBits
+
+
 @dataclass(frozen=True)
 class StageModel:
-    """A copy of a wrapped base for one stage: its modules, lower layers and trained parameters."""
+    """A copy of a wrapped base for one stage: its modules, frozen layers and trained parameters."""
 
     model: Any
-    lower: FrozenLayers | None  # those below the lowest adapted one, if there are any
+    frozen: FrozenLayers | None  # below the lowest adapted one, if there are any
     trained: Mapping[str, torch.nn.Parameter]
 
     @cached_property
@@ -71,7 +78,7 @@ class Trainable:
         of = (*known, sha256_hex(pattern_key(training))) if known else ()
         longest = training["sequence_len"]
         self.form = Form(*kept_check("form", of, lambda: self._check(longest)))
-        self.row_tests: tuple[KeepsBits, KeepsBits] | None = None  # of layers and head; None: no lanes
+        self.row_tests: RowTests | None = None  # None: no lanes
 
     def _check(self, longest: int) -> tuple[bool, bool]:
         """Return the base's form. Raise InvalidInput if its layers can't be run apart."""
@@ -93,12 +100,12 @@ class Trainable:
         IntegrityError unless the tensors are exactly the adapter's.
         """
         model = own_modules(self._pattern).train()
-        lower = FrozenLayers(model.get_base_model(), self.first) if self.first else None
+        frozen = FrozenLayers(model.get_base_model(), self.first) if self.first else None
         fill_adapter(model, tensors, init_seed)
         if block is not None:
             train_block(model, *block)
         trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        return StageModel(model, lower, trained)
+        return StageModel(model, frozen, trained)
 
 
 def file_name(parameter: str) -> str:

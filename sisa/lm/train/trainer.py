@@ -26,7 +26,7 @@ from sisa.lm.base.low_rank import patched_name
 from sisa.lm.base.numerics import fingerprint, keep_freed_memory, pin_threads, usual_modes
 from sisa.lm.base.tokens import tokenize_all
 from sisa.lm.base.weights import load_patched
-from sisa.lm.train.frozen_layers import HiddenStates, TokenizedRows
+from sisa.lm.train.frozen_layers import HiddenStateCache, TokenizedRows
 from sisa.lm.train.lanes import MicroBatch, compute, finish, refuse_lanes
 from sisa.lm.train.losses import Batch
 from sisa.lm.train.stage import Stage
@@ -64,7 +64,7 @@ class LoraTrainer:
         self._known = (self._base_name, fingerprint(threads, precision))
         self._wrapped: tuple[bytes, Trainable] | None = None
         self._tokenizer: Any = None
-        self._hidden_states = HiddenStates(
+        self._hidden_states = HiddenStateCache(
             store=hidden_states,
             num_bytes=state_bytes,
             base=self._base_name,

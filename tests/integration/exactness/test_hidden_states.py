@@ -103,7 +103,7 @@ def test_lower_layers_are_asked_once_in_what_form_they_answer(
     states = lower.alone([1, 2, 3])
     computed = count_computed(monkeypatch)
     for _ in range(2):
-        with lower.given([states], packed=False):
+        with lower.skipped([states], packed=False):
             pass
     assert len(computed) == 1
 

@@ -449,7 +449,7 @@ def test_states_do_not_depend_on_what_was_kept_before(base: BaseFiles) -> None:
 
     from sisa.lm.base.tokens import tokenize
     from sisa.lm.base.weights import load_base
-    from sisa.lm.train.frozen_layers import FrozenLayers, HiddenStates
+    from sisa.lm.train.frozen_layers import FrozenLayers, HiddenStateCache
 
     model, tokenizer = load_base(base.directory, base.digest)
     lower = FrozenLayers(model, 1)
@@ -458,7 +458,7 @@ def test_states_do_not_depend_on_what_was_kept_before(base: BaseFiles) -> None:
     plain = [FrozenLayers(load_base(base.directory, base.digest)[0], 1).alone(each) for each in rows]
     for room in (0, 30_000, 1 << 30):
         for past in (near, [*near, *reversed(rows)]):
-            hidden_states = HiddenStates(room)
+            hidden_states = HiddenStateCache(room)
             for each in past:
                 hidden_states.states(lower, each)
             found = [hidden_states.states(lower, each) for each in rows]
@@ -475,7 +475,7 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     from sisa.lm.base.adapter import attach, lora_config
     from sisa.lm.base.tokens import tokenize
     from sisa.lm.base.weights import load_base
-    from sisa.lm.train.frozen_layers import FrozenLayers, HiddenStates
+    from sisa.lm.train.frozen_layers import FrozenLayers, HiddenStateCache
     from sisa.lm.train.losses import Form, summed_losses
 
     model, tokenizer = load_base(base.directory, base.digest)
@@ -489,8 +489,8 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     lower = FrozenLayers(peft.get_base_model(), 1)
     lower.check(128)
     for packed in (True, False):
-        states = [HiddenStates().states(lower, each.input_ids) for each in batch]
-        with lower.given(states, packed=packed):
+        states = [HiddenStateCache().states(lower, each.input_ids) for each in batch]
+        with lower.skipped(states, packed=packed):
             loss = summed_losses(peft, [batch], Form(packed=packed))[0]
         for ours, theirs in zip(torch.autograd.grad(loss, trained), whole, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-4)
