@@ -32,7 +32,7 @@ from approx.metrics.auc import Auc, auc
 from approx.metrics.membership import Array
 from approx.unlearning.hidden_states import Seen, decoder_layers, hooked
 from sisa.core.errors import InvalidInput
-from sisa.lm.base.tokens import Tokens, spans, without_closing
+from sisa.lm.base.tokens import Tokens, answers
 
 FOLDS, LEAST = 5, 4  # texts: two folds of two
 
@@ -46,16 +46,15 @@ class LinearProbe:
     on_weights: ClassVar[bool] = True
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Mapping[str, Auc]:
-        asked = [without_closing(each, sets.tokenizer) for each in sets.examples("asked")]
-        if len(asked) < LEAST:
+        pairs = [answers(each, sets.tokenizer)[0] for each in sets.examples("asked")]
+        if len(pairs) < LEAST:
             raise InvalidInput(
                 "a probe needs more texts",
                 where="asked",
                 expected=f"{LEAST} or more",
-                got=str(len(asked)),
+                got=str(len(pairs)),
             )
-        folds = folds_of(len(asked))
-        pairs = [_parted(each) for each in asked]
+        folds = folds_of(len(pairs))
         swapped = {at: fold[(place + 1) % len(fold)] for fold in folds for place, at in enumerate(fold)}
         own = states_LND(model, [answered(*pair) for pair in pairs])
         other = states_LND(
@@ -114,9 +113,3 @@ def states_LND(model: Any, examples: Sequence[Tokens]) -> list[Array]:
             answer_TD = left_BTD[0, 1:][batch.mask_BT[0]]
             of_layer.append(answer_TD.double().mean(dim=0).cpu().numpy())
     return [np.stack(each) for each in found]
-
-
-def _parted(example: Tokens) -> tuple[list[int], list[int]]:
-    """Return the prompt and the first answer of an example."""
-    span = spans(example)[0]
-    return example.input_ids[: span.start], example.input_ids[span.start : span.stop]

@@ -1,4 +1,4 @@
-"""Answers to one question as a tree of tokens: what several of them begin with is computed once.
+"""Answers to one question as a tree of tokens: a beginning that they share is computed once.
 
 A tree is one row of a forward. Each node is a token that predicts the next one; it sees itself and the
 nodes above it, at the position of its depth, so its logits are those of its answer alone, up to float

@@ -81,13 +81,13 @@ def collate(examples: Sequence[Tokens]) -> AnswerBatch:
     """Return examples as one batch. Raise ValueError for no examples, or one without an answer token."""
     if not examples:
         raise ValueError("a batch of no examples")
-    ids = pad_sequence([torch.tensor(each.input_ids) for each in examples], True)
-    labels = pad_sequence([torch.tensor(each.labels) for each in examples], True, NO_LOSS)
-    mask = labels[:, 1:] != NO_LOSS
-    targets = torch.where(mask, labels[:, 1:], ids[:, 1:])  # a label may differ from the token
-    if not bool(mask.any(dim=1).all()):
+    ids_BT1 = pad_sequence([torch.tensor(each.input_ids) for each in examples], True)
+    labels_BT1 = pad_sequence([torch.tensor(each.labels) for each in examples], True, NO_LOSS)
+    mask_BT = labels_BT1[:, 1:] != NO_LOSS
+    if not bool(mask_BT.any(dim=1).all()):
         raise ValueError("an example without an answer token")
-    return AnswerBatch(ids, targets, mask)
+    # a label may differ from the token
+    return AnswerBatch(ids_BT1, torch.where(mask_BT, labels_BT1[:, 1:], ids_BT1[:, 1:]), mask_BT)
 
 
 def logprobs_BTV(logits_BTV: Tensor) -> Tensor:
@@ -98,9 +98,9 @@ def logprobs_BTV(logits_BTV: Tensor) -> Tensor:
 
 def answer_logprobs_BT(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
     """Return the log-probability of each answer token, and 0 at all other positions."""
-    found = logprobs_BTV(logits_BTV[:, : batch.targets_BT.shape[1]])
-    picked = found.gather(-1, batch.targets_BT.unsqueeze(-1)).squeeze(-1)
-    return torch.where(batch.mask_BT, picked, torch.zeros_like(picked))
+    found_BTV = logprobs_BTV(logits_BTV[:, : batch.targets_BT.shape[1]])
+    picked_BT = found_BTV.gather(-1, batch.targets_BT.unsqueeze(-1)).squeeze(-1)
+    return torch.where(batch.mask_BT, picked_BT, torch.zeros_like(picked_BT))
 
 
 def sum_logprobs_B(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:

@@ -126,7 +126,7 @@ def evaluate(
         held = {row.place for row in writer.rows}
         waiting = [each for each in questions if each.place not in held]
         for start in range(0, len(waiting), batch_size):
-            writer.append(_asked(model, waiting[start : start + batch_size], settings, batch_size))
+            writer.append(_ask(model, waiting[start : start + batch_size], settings, batch_size))
             progress(len(writer.rows), len(questions))
         rows = {row.place: row for row in writer.rows}
     return [rows[each.place] for each in questions]
@@ -135,11 +135,11 @@ def evaluate(
 _Key = TypeVar("_Key")
 
 
-def _asked(
+def _ask(
     model: EvaluatedModel, questions: Sequence[Question], settings: Asking, batch_size: int
 ) -> list[LogRow]:
     said: dict[tuple[str, int], str] = {}
-    for (form, tokens), some in _by(
+    for (form, tokens), some in _grouped(
         questions, lambda each: (settings.form_of(each), settings.num_new(each))
     ):
         if tokens:
@@ -147,7 +147,7 @@ def _asked(
             answers = model.generate(asked, form, tokens, batch_size)
             said |= {each.place: text for each, text in zip(some, answers, strict=True)}
     rows: dict[tuple[str, int], LogRow] = {}
-    for form, some in _by(questions, settings.form_of):
+    for form, some in _grouped(questions, settings.form_of):
         pairs = [
             (each.question, text)
             for each in some
@@ -158,10 +158,10 @@ def _asked(
     return [rows[each.place] for each in questions]
 
 
-def _by(
+def _grouped(
     questions: Sequence[Question], key: Callable[[Question], _Key]
 ) -> Iterator[tuple[_Key, list[Question]]]:
-    """Yield questions by a key, in order of its first occurrence."""
+    """Yield each key with its questions, in the order in which the keys first occur."""
     found: dict[_Key, list[Question]] = {}
     for each in questions:
         found.setdefault(key(each), []).append(each)

@@ -44,7 +44,7 @@ def trace_layers(model: Any, forget: Sequence[Tokens], retain: Sequence[Tokens] 
 
     At most MAX_TRACED examples of each are run, once for each layer.
     """
-    return _above(model, forget, retain, decoder_layers(model), _restoring_layers)
+    return _effects_above(model, forget, retain, decoder_layers(model), _restoring_change)
 
 
 def trace_heads(
@@ -55,7 +55,7 @@ def trace_heads(
     `outputs` are the linear modules, from the lowest up, that read what a layer's heads have found.
     """
     restoring = partial(_restoring_heads, num_heads=num_heads(model))
-    return _above(model, forget, retain, outputs, restoring)
+    return _effects_above(model, forget, retain, outputs, restoring)
 
 
 def trace_states(model: Any, examples: Sequence[Tokens], positions: Sequence[int]) -> list[float]:
@@ -96,10 +96,10 @@ def num_heads(model: Any) -> int:
     return count
 
 
-Restoring = Callable[[Sequence[Any], Sequence[Seen]], Iterator[tuple[Any, Hook]]]
+Restoring = Callable[[Any, Seen], Iterator[Hook]]  # of a module, and what it saw in a clean run
 
 
-def _above(
+def _effects_above(
     model: Any,
     forget: Sequence[Tokens],
     retain: Sequence[Tokens],
@@ -115,10 +115,10 @@ def _above(
 def _effects(
     model: Any, examples: Sequence[Tokens], modules: Sequence[Any], restoring: Restoring
 ) -> list[float]:
-    """Return the effect of each hook that `restoring` makes of what the modules do in a clean run."""
+    """Return the effect of each hook that `restoring` makes, module after module."""
     batch = collate(examples[:MAX_TRACED]).to(model.device)
-    clean_states: list[Seen] = []
-    with hooked([(each, clean_states.append) for each in modules]):
+    seen: list[Seen] = []
+    with hooked([(each, seen.append) for each in modules]):
         clean = _score(model, batch)
     embeddings = plain_model(model).get_input_embeddings()
     noise_BTD = _noise_BTD(embeddings.weight, batch)
@@ -126,42 +126,29 @@ def _effects(
     with hooked([noisy]):
         corrupted = _score(model, batch)
     effects = []
-    for restore in restoring(modules, clean_states):
-        with hooked([noisy, restore]):
-            effects.append(_score(model, batch) - corrupted)
+    for module, in_clean_run in zip(modules, seen, strict=True):
+        for restore in restoring(module, in_clean_run):
+            with hooked([noisy, (module, restore)]):
+                effects.append(_score(model, batch) - corrupted)
     lost = clean - corrupted
     return [each / lost if lost else 0.0 for each in effects]
 
 
-def _restoring_layers(layers: Sequence[Any], clean: Sequence[Seen]) -> Iterator[tuple[Any, Hook]]:
-    for layer, (given_BTD, left_BTD) in zip(layers, clean, strict=True):
-        yield layer, partial(_with_change, change_BTD=left_BTD - given_BTD)
+def _restoring_change(_layer: Any, clean: Seen) -> Iterator[Hook]:
+    change_BTD = clean.left - clean.given
+    yield lambda now: now.given + change_BTD
 
 
-def _with_change(now: Seen, *, change_BTD: Tensor) -> Tensor:
-    return now.given + change_BTD
-
-
-def _restoring_states(
-    layers: Sequence[Any], clean: Sequence[Seen], *, positions: Sequence[int]
-) -> Iterator[tuple[Any, Hook]]:
-    for layer, (_, left_BTD) in zip(layers, clean, strict=True):
-        yield layer, partial(_with_states, clean_BTD=left_BTD, positions=positions)
-
-
-def _with_states(now: Seen, *, clean_BTD: Tensor, positions: Sequence[int]) -> Tensor:
+def _restoring_states(_layer: Any, clean: Seen, *, positions: Sequence[int]) -> Iterator[Hook]:
     places = torch.arange(len(positions)), torch.tensor(positions)
-    return now.left.index_put(places, clean_BTD[places])
+    yield lambda now: now.left.index_put(places, clean.left[places])
 
 
-def _restoring_heads(
-    outputs: Sequence[Any], clean: Sequence[Seen], *, num_heads: int
-) -> Iterator[tuple[Any, Hook]]:
-    for output, (given_BTD, _) in zip(outputs, clean, strict=True):
-        width = given_BTD.shape[-1] // num_heads
-        for start in range(0, width * num_heads, width):
-            head = slice(start, start + width)
-            yield output, partial(_with_head, output=output, head=head, clean_BTD=given_BTD)
+def _restoring_heads(output: Any, clean: Seen, *, num_heads: int) -> Iterator[Hook]:
+    width = clean.given.shape[-1] // num_heads
+    for start in range(0, width * num_heads, width):
+        head = slice(start, start + width)
+        yield partial(_with_head, output=output, head=head, clean_BTD=clean.given)
 
 
 def _with_head(now: Seen, *, output: Any, head: slice, clean_BTD: Tensor) -> Tensor:

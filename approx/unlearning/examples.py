@@ -91,7 +91,7 @@ def _set_problems(sets: Sets, method: Method) -> Iterator[Problem]:
     roles = {"forget": sets.forget, "retain": sets.retain, "preferred": sets.preferred}
     for role, examples in roles.items():
         for number, each in enumerate(examples, 1):
-            count, least = num_answer_tokens(each), method.min_answer_tokens if role == "forget" else 1
+            count, least = each.num_labels, method.min_answer_tokens if role == "forget" else 1
             if count < least:
                 yield Problem(f"{role} example {number}", _too_short(count, least))
     kept = {tuple(each.input_ids): number for number, each in enumerate(sets.retain, 1)}
@@ -101,11 +101,6 @@ def _set_problems(sets: Sets, method: Method) -> Iterator[Problem]:
     for number, (one, unwanted) in enumerate(zip(sets.preferred, sets.forget, strict=False), 1):
         if one == unwanted:
             yield Problem(f"preferred example {number}", "is the answer to forget")
-
-
-def num_answer_tokens(tokens: Tokens) -> int:
-    """Return the number of answer tokens that are predicted: the first token is not."""
-    return sum(label != NO_LOSS for label in tokens.labels[1:])
 
 
 def _too_short(count: int, least: int) -> str:
@@ -224,8 +219,11 @@ def _check_records(
     records: Sequence[Record], role: str, tokenizer: Any, limits: Limits, least: int
 ) -> None:
     tokens = tokenize_records(records, role, tokenizer, limits)
-    counts = ((number, num_answer_tokens(each)) for number, each in enumerate(tokens, 1))
-    short = [Problem(f"{role} record {n}", _too_short(k, least)) for n, k in counts if k < least]
+    short = [
+        Problem(f"{role} record {number}", _too_short(each.num_labels, least))
+        for number, each in enumerate(tokens, 1)
+        if each.num_labels < least
+    ]
     if short:
         raise InvalidInput("answers are too short for the method", problems=short)
 

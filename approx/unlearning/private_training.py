@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approx.evaluation.answers import collate, logits_at
-from approx.methods.method import mean_nll
+from approx.evaluation.answers import collate, model_logprobs_B
 from approx.methods.value_checks import above_zero, check_values, whole_numbers
 from approx.unlearning.target import Target
 from sisa.core.errors import InvalidInput, Problem
@@ -115,8 +114,7 @@ def clipped_sum(
     """Return the sum of the examples' gradients, each cut to a norm of `limit` over all parameters."""
     sums = [torch.zeros_like(each) for each in parameters]
     for example in examples:
-        batch, columns_K = collate([example]).to(model.device).at_answers()
-        loss = mean_nll(logits_at(model, batch.ids_BT1[:, :-1], columns_K), batch)
+        loss = -model_logprobs_B(model, collate([example]).to(model.device)).sum()
         gradients = torch.autograd.grad(loss, list(parameters))
         norm = torch.linalg.vector_norm(torch.stack([each.norm() for each in gradients]))
         factor = min(1.0, limit / max(float(norm), 1e-30))

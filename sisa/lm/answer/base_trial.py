@@ -49,7 +49,7 @@ def try_base(directory: Path, digest: str, training: Mapping[str, Any]) -> None:
         trained = attach(own_modules(model), config, None, init_seed=0).train(False)  # no dropout
         if LAYERWISE in training:
             train_block(trained, training[LAYERWISE], place=0)
-        _check_answers(model, trained, _change(trained))
+        _check_answers(model, trained, _randomise(trained))
 
 
 def _check_positions(config: Any, sequence_len: int) -> None:
@@ -90,7 +90,7 @@ def _check_causal(model: Any) -> None:
         )
 
 
-def _change(trained: Any) -> LowRankChange:
+def _randomise(trained: Any) -> LowRankChange:
     """Give the adapter random weights, since its initial ones change nothing, and return its change."""
     generator = torch.Generator().manual_seed(0)
     for module in trained.modules():

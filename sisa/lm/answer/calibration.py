@@ -123,7 +123,7 @@ def share_of(count: float, num: float) -> Share:
 
 
 class _Public:
-    """Public records in shards, as subjects would hash to with some key."""
+    """Public records, each in the shard to which some key would hash its subject."""
 
     def __init__(self, records: Sequence[Record], embedder: Embedder, block: SisaBlock) -> None:
         self._records, self._embedder, self._block = records, embedder, block

@@ -113,7 +113,7 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         routes = self._routes or self._routes_of(input_ids, attention_mask, labels)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        logs = self.answerer.logprobs(
+        logs_BTV = self.answerer.logprobs(
             routes,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -124,11 +124,10 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )
         loss = None
         if labels is not None:
-            ahead = labels[:, 1:].reshape(-1).to(logs.device)
-            loss = torch.nn.functional.cross_entropy(
-                logs[:, :-1].reshape(len(ahead), -1), ahead, ignore_index=NO_LOSS
-            )
-        return CausalLMOutputWithPast(loss=loss, logits=logs, past_key_values=past_key_values)
+            next_N = labels[:, 1:].reshape(-1).to(logs_BTV.device)
+            logs_NV = logs_BTV[:, :-1].reshape(len(next_N), -1)
+            loss = torch.nn.functional.cross_entropy(logs_NV, next_N, ignore_index=NO_LOSS)
+        return CausalLMOutputWithPast(loss=loss, logits=logs_BTV, past_key_values=past_key_values)
 
     def _routes_of(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None) -> list[Route]:
         prompts = []

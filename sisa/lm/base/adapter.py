@@ -189,9 +189,9 @@ def _initialise(model: Any, init_seed: int) -> None:
     generator = torch.Generator().manual_seed(init_seed)
     for module in model.modules():
         if isinstance(module, LoraLayer) and DEFAULT_NAME in module.lora_A:
-            a = torch.empty(module.lora_A[DEFAULT_NAME].weight.shape)
-            torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-            module.lora_A[DEFAULT_NAME].weight.copy_(a)
+            a_RI = torch.empty(module.lora_A[DEFAULT_NAME].weight.shape)
+            torch.nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
+            module.lora_A[DEFAULT_NAME].weight.copy_(a_RI)
             module.lora_B[DEFAULT_NAME].weight.zero_()
 
 
@@ -199,8 +199,8 @@ def _initialise(model: Any, init_seed: int) -> None:
 def put_tensors(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy tensors into the adapter. Raise IntegrityError unless they have its names and shapes."""
     own = adapter_tensors(model)
-    shapes, others = ({name: each.shape for name, each in of.items()} for of in (own, tensors))
-    if shapes != others:
+    shapes = {name: each.shape for name, each in own.items()}
+    if shapes != {name: each.shape for name, each in tensors.items()}:
         raise IntegrityError(
             "a checkpoint's tensors do not fit the base model and the LoRA configuration",
             where=ADAPTER_FILE,

@@ -33,6 +33,11 @@ class Tokens:
     input_ids: list[int]
     labels: list[int]
 
+    @property
+    def num_labels(self) -> int:
+        """Return the number of tokens that bear loss; the first token is never predicted."""
+        return sum(label != NO_LOSS for label in self.labels[1:])
+
 
 class Untokenizable(ValueError):
     """A record that the tokenizer or its chat template can't encode; the message holds no text."""
@@ -83,7 +88,7 @@ def _fit(tokens: Tokens, sequence_len: int, overlength: Overlength) -> Tokens:
         if overlength == "refuse":
             raise Untokenizable(f"{length} tokens, more than sequence_len {sequence_len}")
         tokens = Tokens(tokens.input_ids[:sequence_len], tokens.labels[:sequence_len])
-    if all(label == NO_LOSS for label in tokens.labels[1:]):  # the first token is never predicted
+    if not tokens.num_labels:
         raise Untokenizable(
             "nothing bears loss within sequence_len" if length > sequence_len else "nothing bears loss"
         )

@@ -71,7 +71,7 @@ def lay(
 
 def count_labels(batch: Batch) -> int:
     """Return the number of tokens of a micro-batch that bear loss."""
-    return sum(label != NO_LOSS for each in batch for label in each.labels[1:])
+    return sum(each.num_labels for each in batch)
 
 
 def summed_losses(

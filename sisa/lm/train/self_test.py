@@ -76,11 +76,11 @@ def check(threads: int, precision: Precision = DEFAULT_PRECISION) -> Numerics:
     """Train in fresh processes. Raise EnvironmentFault if one fails, or without the device."""
     require_device(precision)
     description = describe_fingerprint(threads, precision)
-    found = [each for _ in range(NUM_PROCESSES) for each in _elsewhere(threads, precision)]
+    found = [each for _ in range(NUM_PROCESSES) for each in _train_in_new_process(threads, precision)]
     return Numerics(digest_of(description), description, tuple(found))
 
 
-def _elsewhere(threads: int, precision: Precision) -> list[str]:
+def _train_in_new_process(threads: int, precision: Precision) -> list[str]:
     here = str(Path(__file__).resolve().parents[3])
     environment = {**os.environ, **worker_environment(threads, precision), "PYTHONPATH": here}
     arguments = json.dumps([threads, asdict(precision)])

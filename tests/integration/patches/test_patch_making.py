@@ -19,7 +19,7 @@ import torch
 from approx.methods.distillation.whp import Whp
 from approx.patches.patch_measures import MEASURE_LIMITS, measure_patch
 from approx.unlearning.editing import subject_ends
-from approx.unlearning.examples import first_prompt, num_answer_tokens
+from approx.unlearning.examples import first_prompt
 from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.written.alternates import write_alternates
 from approx.unlearning.written.generic_labels import Place, align, write_generic_labels
@@ -204,7 +204,7 @@ def test_the_base_writes_other_answers_to_the_same_questions(bench: Bench) -> No
             assert other.input_ids[-1] == closing
             assert each.parts[1].text.strip() not in tokenizer.decode(other.input_ids)
     cut = written(1, length=max(len(first_prompt(each)) for others in found for each in others) + 2)
-    assert all(num_answer_tokens(each) > 0 for others in cut for each in others)
+    assert all(each.num_labels > 0 for others in cut for each in others)
 
 
 def test_generic_labels_are_those_of_a_brute_force_computation(bench: Bench) -> None:
