@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sisa.lm.base.numerics import describe_fingerprint
@@ -69,3 +70,14 @@ def markdown(header: Sequence[str], cells: Iterable[Sequence[object]]) -> Iterat
     """Yield the lines of a Markdown table."""
     for line in (header, ["---"] * len(header), *cells):
         yield "| " + " | ".join(map(str, line)) + " |"
+
+
+def with_spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Return the mean of some values and half of their range, or the mean alone if that shows as 0.
+
+    >>> with_spread([0.5, 0.75]), with_spread([0.5, 0.501])
+    ('0.62 ± 0.12', '0.50')
+    """
+    half = format((max(values) - min(values)) / 2, form)
+    mean = format(fmean(values), form)
+    return mean if float(half) == 0 else f"{mean} ± {half}"

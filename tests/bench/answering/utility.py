@@ -34,7 +34,7 @@ from typing import Any
 
 from sisa.core.digest import digest_of, file_sha256
 from sisa.lm.answer.route import Route
-from tests.bench.command import arguments, here
+from tests.bench.command import arguments, here, markdown
 from tests.bench.tofu_full.table import mean_of
 
 SEED = 0
@@ -330,18 +330,8 @@ def summary(model: str, task: str, cell: Json, first: Json | None) -> Json:
 
 
 def table(found: Json) -> Iterator[str]:
-    """Yield the lines of a Markdown table, task by task."""
-    header = (
-        "task (n)",
-        "model",
-        "right, 95%",
-        "beside the base, 95%",
-        "questions scored otherwise",
-        "probability of the right choice",
-        "answered by the base alone",
-    )
-    yield "| " + " | ".join(header) + " |"
-    yield "| --- " * len(header) + "|"
+    """Yield a Markdown table, task by task."""
+    lines = []
     for task in dict.fromkeys(row["task"] for row in found["rows"]):
         for row in (each for each in found["rows"] if each["task"] == task):
             beside, alone = row.get("beside_first"), row.get("by_base_alone")
@@ -350,11 +340,15 @@ def table(found: Json) -> Iterator[str]:
                 row["model"],
                 _with_interval(row["right"], ".3f"),
                 _with_interval(beside["acc"], "+.3f") if beside else "-",
-                str(row["num_changed"]) if beside else "-",
+                row["num_changed"] if beside else "-",
                 f"{row['probability']['value']:.3f}" if "probability" in row else "-",
                 "-" if alone is None else f"{alone:.1%}",
             )
-            yield "| " + " | ".join(cells) + " |"
+            lines.append(cells)
+    header = ("task (n)", "model", "right, 95%", "beside the base, 95%", "questions scored otherwise")
+    yield from markdown(
+        (*header, "probability of the right choice", "answered by the base alone"), lines
+    )
 
 
 def _with_interval(value: Json, form: str) -> str:

@@ -40,7 +40,7 @@ from typing import Any
 from sisa.data.samples import make_people
 from sisa.planning.bands import Bands
 from sisa.planning.orders import rotations
-from tests.bench.command import arguments, here, write
+from tests.bench.command import arguments, here, markdown, write
 from tests.bench.deletion.counted import (
     Arrangement,
     Author,
@@ -317,21 +317,21 @@ COLUMNS = ("one", "one_labelled", *FORGET)
 
 
 def table(found: Json) -> Iterator[str]:
-    """Yield Markdown: measured share (closed form)."""
-    yield "| arrangement | shards x slices | one | one, 90% labelled | forget01 | forget05 | forget10 |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    """Yield a Markdown table: measured share (closed form)."""
+    lines = []
     for row in found["shares"]:
         cells = [
             f"{row['shares'][each]['measured']:.4f} ({row['shares'][each]['closed_form']:.4f})"
             for each in COLUMNS
         ]
-        yield f"| {row['name']} | {row['shards']} x {row['slices']} | " + " | ".join(cells) + " |"
+        lines.append((row["name"], f"{row['shards']} x {row['slices']}", *cells))
+    header = ("arrangement", "shards x slices", "one", "one, 90% labelled", *FORGET)
+    yield from markdown(header, lines)
 
 
 def depth_table(found: Json) -> Iterator[str]:
-    """Yield Markdown: benefit and cost of orders, for one author, any alike / 90% labelled."""
-    yield "| 8 x 8, sequential | training | served | share, order 0 | share, all orders |"
-    yield "| --- | --- | --- | --- | --- |"
+    """Yield a Markdown table: benefit and cost of orders, for one author, any alike / 90% labelled."""
+    lines = []
     for row in found["shares"]:
         if (row["shards"], row["slices"], row["schedule"]) == (8, 8, "sequential"):
             parts = [row["shares"][each] for each in ("one", "one_labelled")]
@@ -339,31 +339,37 @@ def depth_table(found: Json) -> Iterator[str]:
                 " / ".join(f"{each[kind]:.{digits}f}" for each in parts)
                 for kind, digits in (("depth", 2), ("measured", 3), ("all_orders", 3))
             ]
-            yield f"| {row['name']} | {row['training_of_all_orders']:.2f} | " + " | ".join(cells) + " |"
+            lines.append((row["name"], f"{row['training_of_all_orders']:.2f}", *cells))
+    header = ("8 x 8, sequential", "training", "served", "share, order 0", "share, all orders")
+    yield from markdown(header, lines)
 
 
 def base_table(found: Json) -> Iterator[str]:
-    """Yield Markdown: deletions until the base."""
-    yield "| orders | S3T's formula | S3T's simulation | the planner |"
-    yield "| --- | --- | --- | --- |"
-    for row in found["until_base"]:
-        numbers = [row[each] for each in ("formula", "simulated", "planner")]
-        yield f"| {row['orders']} | " + " | ".join(f"{each:.0f}" for each in numbers) + " |"
+    """Yield a Markdown table: deletions until the base."""
+    lines = [
+        (row["orders"], *(f"{row[each]:.0f}" for each in ("formula", "simulated", "planner")))
+        for row in found["until_base"]
+    ]
+    yield from markdown(("orders", "S3T's formula", "S3T's simulation", "the planner"), lines)
 
 
 def timed_table(found: Json) -> Iterator[str]:
-    """Yield Markdown: share in seconds / core-seconds / record-epochs, as means by request size."""
+    """Yield a Markdown table: seconds / core-seconds / record-epochs, as means by request size."""
     sizes = sorted({len(each) for each in REQUESTS})
-    yield "| arrangement | everything, s | " + " | ".join(f"{n} at once" for n in sizes) + " |"
-    yield "| --- | --- |" + " --- |" * len(sizes)
-    for row in found["timed"]["rows"]:
-        name = f"{row['name']}, {row['shards']} x {row['slices']}"
-        cells = []
-        for size in sizes:
-            here_ = [each for each in row["deletions"] if each["authors"] == size]
-            kinds = ("seconds_share", "core_seconds_share", "record_epochs_share")
-            cells.append(" / ".join(f"{fmean(each[k] for each in here_):.3f}" for k in kinds))
-        yield f"| {name} | {row['full_seconds']:.0f} | " + " | ".join(cells) + " |"
+    kinds = ("seconds_share", "core_seconds_share", "record_epochs_share")
+
+    def cell(deletions: Sequence[Json]) -> str:
+        return " / ".join(f"{fmean(each[kind] for each in deletions):.3f}" for kind in kinds)
+
+    lines = [
+        (
+            f"{row['name']}, {row['shards']} x {row['slices']}",
+            f"{row['full_seconds']:.0f}",
+            *(cell([each for each in row["deletions"] if each["authors"] == size]) for size in sizes),
+        )
+        for row in found["timed"]["rows"]
+    ]
+    yield from markdown(("arrangement", "everything, s", *(f"{n} at once" for n in sizes)), lines)
 
 
 def draw(found: Json, to: Path) -> None:

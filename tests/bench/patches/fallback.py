@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from sisa.data.samples import to_jsonl
-from tests.bench.command import BASE, arguments, here, markdown, read, write
+from tests.bench.command import BASE, arguments, here, markdown, read, with_spread, write
 from tests.bench.patches.known_people import CONSENT, TINY, Ground, Scale, Way, base_dir
 
 FORGOTTEN = "p001"
@@ -150,18 +149,12 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
     lines, runs = [], list(found["seeds"].values())
     for name in ("no patch", *WAYS):
         of = [each["patches"].get(name, each["without_patch"]) for each in runs]
-        cells = [_spread([value(at) for at in of]) for value in COLUMNS.values()]
-        for value in OF_A_PATCH.values():
-            cells.append(_spread([value(at) for at in of]) if name in WAYS else "-")
+        cells = [with_spread([value(at) for at in of]) for value in COLUMNS.values()]
+        for title, value in OF_A_PATCH.items():
+            form = ".0f" if title == "core-seconds" else ".2f"
+            cells.append(with_spread([value(at) for at in of], form) if name in WAYS else "-")
         lines.append((name, *cells))
     yield from markdown(("retain set", *COLUMNS, *OF_A_PATCH), lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean, half = fmean(values), (max(values) - min(values)) / 2
-    if mean >= 10:
-        return f"{mean:.0f} ± {half:.0f}"
-    return f"{mean:.2f}" + (f" ± {half:.2f}" if half >= 0.005 else "")
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tests.bench.command import BASE, arguments, here, read, write
+from tests.bench.command import BASE, arguments, here, markdown, read, write
 from tests.bench.patches.fallback import erase
 from tests.bench.patches.known_people import PACE, TINY, Ground, Scale, Way, base_dir
 
@@ -106,11 +106,7 @@ def standing(ground: Ground, forgotten: Sequence[str], kept: Sequence[str]) -> d
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield a Markdown table: what is known after some of the requests, by base and mode."""
-    yield (
-        "| base, mode | requests | patches | answers still known | their probability | kept: base alone "
-        "| kept: as served | utility, neutral text |"
-    )
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    lines = []
     for name, of in found.items():
         base = "SmolLM2-135M" if "smollm2" in name else name
         for mode, rows in of["modes"].items():
@@ -118,12 +114,19 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
                 if row["forgotten"] not in SHOWN or row["kept_served"] is None:
                     continue
                 patches = sum(each["step"] is not None for each in rows[: at + 1])
-                served, alone = row["kept_served"]["probability"], row["kept_probability"]
-                yield (
-                    f"| {base}, {mode} | {row['forgotten']} | {patches} | {row['known']} "
-                    f"| {row['forget_probability']:.2f} | {alone:.2f} | {served:.2f} "
-                    f"| {row['neutral_utility']:.4f} |"
+                cells = (
+                    f"{base}, {mode}",
+                    row["forgotten"],
+                    patches,
+                    row["known"],
+                    f"{row['forget_probability']:.2f}",
+                    f"{row['kept_probability']:.2f}",
+                    f"{row['kept_served']['probability']:.2f}",
+                    f"{row['neutral_utility']:.4f}",
                 )
+                lines.append(cells)
+    header = ("base, mode", "requests", "patches", "answers still known", "their probability")
+    yield from markdown((*header, "kept: base alone", "kept: as served", "utility, neutral text"), lines)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.bench.command import BASE, arguments, here, write
+from tests.bench.command import BASE, arguments, here, markdown, write
 from tests.bench.training.contestants import Race, Ran, Who, is_there
 from tests.bench.training.race_ground import (
     ONE_WORKER,
@@ -200,35 +200,34 @@ def measure(size: Size, tofu: Path | None, base: str, parts: Sequence[str]) -> J
 
 
 def table(found: Json) -> Iterator[str]:
-    """Yield the lines of a Markdown table of every contestant."""
-    yield "| adapter | layers | who | tokens/s | s an epoch | loss |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for row in found["rows"]:
-        yield f"| {row['adapter']} | {row['layers']} | {row['who']} | {_numbers(row)} |"
+    """Yield a Markdown table: a line for each contestant."""
+    lines = [(row["adapter"], row["layers"], row["who"], *_numbers(row)) for row in found["rows"]]
+    yield from markdown(("adapter", "layers", "who", *NUMBERS), lines)
 
 
 def ratio_table(found: Json) -> Iterator[str]:
     """Yield a line for each pair of layers: how many times as fast as each of them (in core-seconds)."""
     rows = found["ratios"]
     against = list(dict.fromkeys(row["against"] for row in rows))
-    yield "| adapter | ours | theirs | " + " | ".join(against) + " |"
-    yield "| --- | --- | --- |" + " --- |" * len(against)
+    lines = []
     for line in dict.fromkeys((row["adapter"], row["ours"], row["theirs"]) for row in rows):
         by = {r["against"]: r for r in rows if (r["adapter"], r["ours"], r["theirs"]) == line}
         cells = [f"{by[n]['times_as_fast']:.2f} ({by[n]['core_seconds']:.2f})" for n in against]
-        yield "| " + " | ".join([*line, *cells]) + " |"
+        lines.append((*line, *cells))
+    yield from markdown(("adapter", "ours", "theirs", *against), lines)
 
 
 def whole_table(found: Json) -> Iterator[str]:
     """Yield a line for each whole training, with many shards and slices or one adapter."""
-    yield "| whole training | tokens/s | s an epoch | loss |"
-    yield "| --- | --- | --- | --- |"
-    for row in found["whole"]["rows"]:
-        yield f"| {row['who']} | {_numbers(row)} |"
+    lines = [(row["who"], *_numbers(row)) for row in found["whole"]["rows"]]
+    yield from markdown(("whole training", *NUMBERS), lines)
 
 
-def _numbers(row: Json) -> str:
-    return f"{row['tokens_per_s']:.0f} | {row['seconds_per_epoch']:.1f} | {row['loss']:.3f}"
+NUMBERS = ("tokens/s", "s an epoch", "loss")
+
+
+def _numbers(row: Json) -> tuple[str, str, str]:
+    return f"{row['tokens_per_s']:.0f}", f"{row['seconds_per_epoch']:.1f}", f"{row['loss']:.3f}"
 
 
 def summary(found: Json) -> Iterator[str]:
