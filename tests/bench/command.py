@@ -81,3 +81,14 @@ def with_spread(values: Sequence[float], form: str = ".2f") -> str:
     half = format((max(values) - min(values)) / 2, form)
     mean = format(fmean(values), form)
     return mean if float(half) == 0 else f"{mean} ± {half}"
+
+
+def low_to_high(values: Iterable[float], form: str) -> str:
+    """Return a range of values, or the one that all of them are when shown.
+
+    >>> low_to_high([0.5, 0.75], ".0%"), low_to_high([0.1, 0.1001], ".1%")
+    ('50% to 75%', '10.0%')
+    """
+    ordered = sorted(values)
+    low, high = (format(ordered[at], form) for at in (0, -1))
+    return low if low == high else f"{low} to {high}"

@@ -20,19 +20,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from sisa.lm.answer.generation import prefill
 from sisa.lm.answer.stacked_adapters import StackedAdapters
 from sisa.lm.base.low_rank import Factors
 from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
-from tests.bench.command import BASE, arguments, write
+from tests.bench.command import BASE, arguments, markdown, write
 
 NUM_SHARDS, RANK, PROMPT_TOKENS, STEPS, TURNS = 8, 8, 48, 8, 3
 ANSWER_TOKENS = 32
@@ -43,6 +41,9 @@ Way = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
 def adapted(base: BaseFiles, layers: Sequence[int]) -> tuple[Any, dict[int, dict[str, Factors]]]:
     """Return a peft model with all adapters, and their changes."""
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
     config = LoraConfig(
         r=RANK,
         lora_alpha=RANK,
@@ -196,6 +197,42 @@ def routed(model: Any, plain: Any, stack: StackedAdapters, sizes: Sequence[int])
         found.append(summary)
         print(json.dumps(summary), flush=True)
     return found
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how fast shards answer together, at 1, 4 and 16 requests."""
+    of_all, of_routed = "all_shards", "routed"
+    measures: list[tuple[str, str, str, int]] = [
+        ("decode: times as fast as peft's `set_adapter` loop", of_all, "loop_over_ours_decode", 1),
+        ("prefill: times as fast as the loop", of_all, "loop_over_ours_prefill", 1),
+        (
+            "decode: as the faster of the loop and `adapter_names`",
+            of_all,
+            "faster_of_both_over_ours_decode",
+            1,
+        ),
+        ("prefill: as the faster of both", of_all, "faster_of_both_over_ours_prefill", 1),
+        ("an answer of 32 tokens: times as fast as the loop", of_all, "loop_over_ours_answer", 1),
+        (
+            "an answer by one shard (`top_k: 1`), each request another: cost over one ordinary "
+            "adapter's in peft",
+            of_routed,
+            "top_1_spread_over_one_adapter_answer",
+            2,
+        ),
+        ("by two shards (`top_k: 2`)", of_routed, "top_2_spread_over_one_adapter_answer", 2),
+    ]
+
+    def cell(layers: str, kind: str, name: str, digits: int) -> str:
+        return ", ".join(f"{row[name]:.{digits}f}" for row in found[layers][kind])
+
+    layers = ("all_layers", "top_third")
+    lines = [
+        (title, *(cell(each, kind, name, digits) for each in layers))
+        for title, kind, name, digits in measures
+    ]
+    header = ("what, at 1, 4 and 16 requests of 48 tokens", "all layers", "top third")
+    yield from markdown(header, lines)
 
 
 def main() -> None:

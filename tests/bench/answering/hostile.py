@@ -46,7 +46,7 @@ from sisa.lm.answer.names import NameEmbedder
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.index import LoadedIndex, search_loaded
 from tests.bench.answering.routing import READ, Asked, Remembering, lines
-from tests.bench.command import arguments, read, write
+from tests.bench.command import arguments, markdown, read, write
 
 SHARDS, SEEDS, PER_PERSON = 50, (0, 1), 6
 NAME = re.compile(r"[A-ZÀ-Þ][\w'-]*(?: (?:van |de |bin |del )?[A-ZÀ-Þ][\w'-]*)+")
@@ -437,6 +437,58 @@ def _without(part: Partition, cases: Sequence[Case]) -> list[tuple[int, ...]]:
         own = [n for n, each in enumerate(cases) if each.person == person]
         found |= zip(own, part.routes([cases[n].prompt for n in own], person), strict=True)
     return [found[n] for n in range(len(cases))]
+
+
+Interval = tuple[float, float, float]
+
+
+def changed(before: Interval, after: Interval) -> str:
+    """Return a share before, the share after and the latter's interval.
+
+    >>> changed((0.827, 0.7, 0.9), (0.981, 0.958, 0.991))
+    '82.7%, 98.1% (95.8% to 99.1%)'
+    """
+    share, low, high = after
+    return f"{before[0]:.1%}, {share:.1%} ({low:.1%} to {high:.1%})"
+
+
+def table(found: Mapping[str, Any], source: str) -> Iterator[str]:
+    """Yield whom hostile prompts about held and deleted people reach, before and after."""
+    before, after = (found[section][source] for section in ("before", "after"))
+    outcomes = {
+        "held: own shard first": ("held", "right"),
+        "held: refused": ("held", "refused"),
+        "deleted: sent to a shard": ("deleted", "sent"),
+        "of these, to the person named beside": ("deleted", "steered"),
+    }
+    lines = []
+    for form in (each for each in after if "held" in after[each]):
+        cells = [
+            changed(before[form][group][name], after[form][group][name])
+            if name in after[form][group]
+            else ""
+            for group, name in outcomes.values()
+        ]
+        lines.append((form, after[form]["held"]["num"], *cells))
+    yield from markdown(("prompts", "number", *outcomes), lines)
+
+
+def general_table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the shares of questions about nobody held that a shard answers, before and after."""
+    titles = {"tofu": "beside TOFU's authors", "rwku": "beside RWKU's people", "muse": "beside MUSE"}
+    lines = []
+    for form, of in found["after"]["tofu"].items():
+        if "general" in of:
+            cells = [
+                changed(
+                    *(found[section][source][form]["general"]["sent"] for section in ("before", "after"))
+                )
+                if form in found["after"][source]
+                else ""
+                for source in titles
+            ]
+            lines.append((form, of["general"]["num"], *cells))
+    yield from markdown(("questions", "number", *titles.values()), lines)
 
 
 class Kept(Remembering):

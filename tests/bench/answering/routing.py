@@ -34,7 +34,7 @@ from sisa.core.ports import Embedder, Vectors
 from sisa.lm.answer.embedder import resolve_embedder
 from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.answer.route import NUM_ROUTING_HITS, choose_route, resolve_aggregation
-from tests.bench.command import arguments, write
+from tests.bench.command import arguments, low_to_high, markdown, write
 
 PER_AUTHOR = 20
 SHARDS = (8, 50, 200)
@@ -295,6 +295,62 @@ def of_embedder(spec: str, names: bool, data: Path) -> dict[str, Any]:
             for row in measured(make(some), some, embedder, spec, SHARDS[0], by)
         ]
     return found
+
+
+def shard_table(found: Row) -> Iterator[str]:
+    """Yield whose shard is found, over the numbers of shards."""
+    asked = {
+        "asked": "as asked",
+        "paraphrased": "paraphrased",
+        "lower case": "paraphrased, in lower case",
+    }
+    lines = []
+    for embedder in reversed(EMBEDDERS):
+        for prompts, title in asked.items():
+            if prompts == "lower case" and "names" not in embedder:
+                continue  # of them nothing is looked at but the words themselves
+            some = [row for row in found[embedder]["tofu"] if row["prompts"] == prompts]
+            own, left_out = (
+                low_to_high((row[name] for row in some), ".3f") for name in ("own", "left_out")
+            )
+            lines.append((embedder, title, own, left_out))
+    header = ("embedder", "questions", "own shard first", "the same, with the asked record left out")
+    yield from markdown(header, lines)
+
+
+def threshold_table(found: Row) -> Iterator[str]:
+    """Yield what `min_score: auto` does with prompts about the held and the deleted."""
+    kinds = [
+        ("TOFU, as asked", "MiniLM with names", "tofu", "asked"),
+        ("TOFU, paraphrased", "MiniLM with names", "tofu", "paraphrased"),
+        ("TOFU, paraphrased, in lower case", "MiniLM with names", "tofu", "lower case"),
+        ("TOFU, as asked, `names: false`", "MiniLM", "tofu", "asked"),
+        ("TOFU, paraphrased, `names: false`", "MiniLM", "tofu", "paraphrased"),
+        ("RWKU (200 real people), as asked", "MiniLM with names", "rwku", "asked"),
+        ("MUSE (news and novels), as asked", "MiniLM with names", "muse", "asked"),
+    ]
+    lines = []
+    for title, embedder, data, prompts in kinds:
+        some = [row for row in found[embedder][data] if row["prompts"] == prompts]
+        shares = [low_to_high((row[name] for row in some), ".1%") for name in ("turned_away", "sent")]
+        lines.append((title, some[0]["num"], *shares))
+    header = ("prompts", "number", "about the held, turned away", "about the deleted, sent to a shard")
+    yield from markdown(header, lines)
+
+
+def form_table(found: Row) -> Iterator[str]:
+    """Yield what `min_score: auto` does by the form of the records."""
+    some = [row for row in found["MiniLM with names"]["forms"] if row["compared_with"] == "prompts"]
+    by_form = {(row["form"], row["data"], row["prompts"]): row for row in some}
+    columns = {"TOFU, as asked": ("tofu", "asked"), "TOFU, paraphrased": ("tofu", "paraphrased")}
+    columns["RWKU, as asked"] = ("rwku", "asked")
+
+    def cell(row: Row | None) -> str:
+        return f"{row['turned_away']:.1%} / {row['sent']:.1%}" if row else "not measured"
+
+    every = dict.fromkeys(form for form, _, _ in by_form)
+    lines = [(form, *(cell(by_form.get((form, *each))) for each in columns.values())) for form in every]
+    yield from markdown(("records", *columns), lines)
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
 
 from sisa.data.samples import make_people
 from sisa.lm.answer.answerer import Answerer
@@ -33,7 +32,7 @@ from sisa.lm.answer.route import Route, all_of
 from sisa.lm.base.adapter import adapter_files, adapter_tensors, attach, put_tensors
 from sisa.lm.base.tokens import encode_prompt
 from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
-from tests.bench.command import BASE, arguments, write
+from tests.bench.command import BASE, arguments, markdown, write
 from tests.endurance.ground import environment
 
 NUM_SHARDS, RANK, NUM_CLIENTS = 8, 8, 16
@@ -52,6 +51,8 @@ class Ask(NamedTuple):
 
 def adapter(base: BaseFiles, shard: int) -> Mapping[str, bytes]:
     """Return an adapter of random weights, as a checkpoint holds it."""
+    from peft import LoraConfig
+
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MODULES, task_type="CAUSAL_LM")
     model = attach(load_base(base.directory, base.digest)[0], config, None, init_seed=shard)
     drawn = torch.Generator().manual_seed(shard)
@@ -142,6 +143,38 @@ def measured(base: BaseFiles, adapters: Mapping[int, Any], threads: int, rounds:
         ratios = [each["together"][rate] / best for each, best in zip(done, one, strict=True)]
         found[f"together_over_one_by_one_{unit}"] = [min(ratios), median(ratios), max(ratios)]
     return found
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what many clients at once get, against one after another."""
+    lines = []
+    for each in found["settings"]:
+
+        def mid(way: str, name: str, rounds: Any = each["rounds"]) -> float:
+            return float(median(one[way][name] for one in rounds))
+
+        ways = ("generate", "alone", "together")
+        least, middle, most = each["together_over_one_by_one_s"]
+        lines.append(
+            (
+                each["threads"],
+                ", ".join(f"{mid(way, 'tokens_per_s'):.1f}" for way in ways),
+                f"{middle:.1f} ({least:.1f} to {most:.1f})",
+                f"{each['together_over_one_by_one_core_s'][1]:.1f}",
+                f"{mid('alone', 'first_token_s_p50'):.2f} s",
+                ", ".join(f"{mid('together', f'first_token_s_{p}'):.2f} s" for p in ("p50", "p95")),
+            )
+        )
+    together = f"{found['clients']} clients"
+    header = (
+        "threads",
+        f"tokens/s: `generate`, one client, {together}",
+        f"{together} over the faster of both",
+        "by core-seconds",
+        "first token, one client",
+        f"{together}, p50 and p95",
+    )
+    yield from markdown(header, lines)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +29,7 @@ from cluster.cli.quickstart import (
 from sisa import open_model
 from sisa.data.samples import as_chats, make_people
 from tests.bench.answering import cold
-from tests.bench.command import arguments, write
+from tests.bench.command import arguments, markdown, write
 from tests.endurance.ground import environment
 
 TIMES, PLUS_S = 1.3, 6.0
@@ -92,6 +93,22 @@ def measured(folder: Path, rounds: int) -> list[dict[str, Any]]:
         {"record_epochs": cost, **{name: median(each[name] for each in rows) for name in rows[0]}}
         for cost, rows in taken.items()
     ]
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a whole deletion takes against its steps."""
+    header = ("record-epochs", "seconds", "core-seconds", "of them steps", "share of the bound")
+    lines = [
+        (
+            str(each["record_epochs"]),
+            f"{each['seconds']:.1f}",
+            f"{each['core_seconds']:.1f}",
+            f"{each['steps_core_seconds']:.1f}",
+            f"{each['share_of_bound']:.2f}",
+        )
+        for each in found["deletions"]
+    ]
+    yield from markdown(header, lines)
 
 
 def main() -> None:

@@ -317,9 +317,9 @@ COLUMNS = ("one", "one_labelled", *FORGET)
 
 
 def table(found: Json) -> Iterator[str]:
-    """Yield a Markdown table: measured share (closed form)."""
+    """Yield a Markdown table: measured share (closed form). More orders change no share."""
     lines = []
-    for row in found["shares"]:
+    for row in (each for each in found["shares"] if each["orders"] == 1):
         cells = [
             f"{row['shares'][each]['measured']:.4f} ({row['shares'][each]['closed_form']:.4f})"
             for each in COLUMNS

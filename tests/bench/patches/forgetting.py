@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from approx.methods.registry import METHODS
 from approx.patches.patch_settings import Adapter, settings_of
 from sisa.core.domain import Record
 from sisa.data.samples import make_people
-from tests.bench.command import BASE, arguments, here, write
+from tests.bench.command import BASE, arguments, here, markdown, write
 from tests.bench.patches.known_people import TINY, Scale, base_dir
 from tests.models.knowing_base import record, teach
 from tests.models.patch_bench import Bench
@@ -90,6 +90,32 @@ def run(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
             rows.append(row)
     forgot = sum(row["outcome"] == "forgotten" for row in rows)
     return {"taught": taught, "people": chosen.people, "forgot": forgot, "of": len(rows), "rows": rows}
+
+
+def table(*of_bases: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what patches with the default settings leave known."""
+    lines = []
+    for found in of_bases:
+        base = "tiny base" if found["base_model"] == "tiny" else "SmolLM2-135M"
+        for row in found["rows"]:
+            known, others = row["still_known"], row["others_known"]
+            relearnt = row["robustness"]["relearning"].get("3")
+            before, after = row["metrics_before"], row["metrics_after"]
+            lines.append(
+                (
+                    base,
+                    row["method"],
+                    row["retain"],
+                    row["outcome"],
+                    f"{known['after']} of {known['before']}",
+                    f"{before['forget_probability']:.2f} to {after['forget_probability']:.2f}",
+                    "-" if relearnt is None else f"{relearnt:.2f}",
+                    f"{row['utility_before']:.2f} to {row['utility']:.2f}",
+                    f"{others['after']} of {others['before']}",
+                )
+            )
+    header = ("base", "method", "retain set", "outcome", "still known", "their probability")
+    yield from markdown((*header, "after 3 steps on them", "utility", "others still known"), lines)
 
 
 def main() -> None:

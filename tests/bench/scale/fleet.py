@@ -56,7 +56,7 @@ from sisa.planning.cost import full_record_epochs, shard_costs
 from sisa.planning.layout import Assigner, Layout
 from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, tainted_checkpoints
 from sisa.store.ledger.ledger import SqlLedger
-from tests.bench.command import arguments, write
+from tests.bench.command import arguments, low_to_high, markdown, write
 from tests.bench.deletion.counted import counted_row
 from tests.bench.scale.simulate import Fleet, Ran, simulate
 
@@ -379,6 +379,42 @@ def measure(scale: Scale, per_day: Sequence[float]) -> Json:
         "limits": limits(scale, counts, ledger, placed_s),
         "driver_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def table(found: Json) -> Iterator[str]:
+    """Yield what training and deletions of a billion records take, in simulated time."""
+    training, (*few, many) = found["first_training"], found["deletions"]
+    hours = low_to_high((24 * each["delay_days_p50"] for each in few), ".1f")
+    shares = " / ".join(f"{each['retrained_share_of_full_training']:.2g}" for each in few)
+    name = "shards_worth_retrained_per_request"
+    lines = [
+        (
+            f"first training, {found['epochs']} epochs: time, with and without deaths",
+            f"{training['makespan_h']:.1f} h, {training['makespan_h_without_deaths']:.1f} h",
+        ),
+        (
+            "of all workers' time, spent on training that was kept; lost with "
+            f"{training['worker_deaths']} deaths",
+            f"{training['utilisation']:.1%}, {training['lost_share']:.1%}",
+        ),
+        (
+            "requests for one record each, 10 / 100 / 1,000 a day: run daily, median delay to the end "
+            "of training",
+            f"{hours} h",
+        ),
+        (f"what they retrain in {found['days']} days, in full trainings", shares),
+        (
+            f"10,000 a day: waiting pays, so {many['runs']} runs in {found['days']} days; delay p50, "
+            "longest; least days left to the due date",
+            f"{many['delay_days_p50']:.0f} d, {many['delay_days_max']:.0f} d; {many['least_days_left']}",
+        ),
+        (
+            f"what they retrain in {found['days']} days; for each request, in trainings of one shard "
+            f"({few[0][name]:.2f} at 10 a day)",
+            f"{many['retrained_share_of_full_training']:.1f}; {many[name]:.3f}",
+        ),
+    ]
+    yield from markdown(("what", "simulated"), lines)
 
 
 def main() -> None:

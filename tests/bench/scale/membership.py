@@ -18,7 +18,7 @@ import random
 import sqlite3
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -37,13 +37,14 @@ from sisa.store.areas import LOG
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier.certificate import CERTIFICATES
 from sisa.verifier.vrf import verify_output
-from tests.bench.command import arguments, machine, write
+from tests.bench.command import arguments, machine, markdown, write
 from tests.bench.scale.rollback import (
     WARM_UP,
     Deletion,
     Scale,
     Store,
     Watch,
+    clean_heads,
     delete,
     record_name,
     spread,
@@ -132,6 +133,43 @@ def measure(folder: Path, scale: Scale, num_deletions: int, seed: int = 7) -> di
         "nodes_rewritten": spread(rewritten),
         "path_of_a_proof": spread(paths),
     }
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what evidence adds to a deletion, and what its tree of records costs."""
+    without, with_ = found["without_evidence"], found["with_evidence"]
+    each, first, nodes = found["processor_seconds_each"], found["first_tree"], found["nodes_rewritten"]
+    records, processor = f"{found['records']:,} records", "of_which_processor_seconds"
+    lines = [
+        (f"from a request to clean heads, {records}, without evidence", clean_heads(without)),
+        (
+            f"the same with evidence: {found['clean_heads_with_over_without']} times",
+            clean_heads(with_),
+        ),
+        (
+            "of which processor time, p50, without and with",
+            ", ".join(f"{part[processor]['p50']:.2f} s" for part in (without, with_)),
+        ),
+        (
+            "to the end (certificate signed and logged), training faked, p50, without and with",
+            ", ".join(f"{part['to_the_end_seconds']['p50']:.2f} s" for part in (without, with_)),
+        ),
+        (
+            "nodes of the tree that a deletion rewrites, p50 and most",
+            f"{nodes['p50']:.0f}, {nodes['max']} of {found['stored_nodes']:,}",
+        ),
+        ("labels that a core computes", f"{1 / each['label']:,.0f} in a second"),
+        (
+            f"the first tree of {records}, with all labels, on {found['machine']['cpus']} cores",
+            f"{first['seconds']:.0f} s; {first['processor_seconds']:.0f} s of processor time",
+        ),
+        (
+            "a label's proof, and its verification, in processor time",
+            ", ".join(f"{each[name] * 1000:.2f} ms" for name in ("proof", "verification")),
+        ),
+        ("`evidence.sqlite`", f"{found['evidence_bytes'] / 1e6:.0f} MB"),
+    ]
+    yield from markdown(("what", "measured"), lines)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
@@ -56,7 +56,7 @@ from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.sqlite import Sqlite
 from sisa.store.ledger.tables import EVENTS, REQUESTS
-from tests.bench.command import arguments, write
+from tests.bench.command import arguments, markdown, write
 from tests.fakes.ports import SECRET, changed, fake_model, fake_recipe
 
 NUM_SHARDS, NUM_SLICES, PER_COMMIT, NUM_IDS, ROUNDS = 64, 4, 50_000, 1_000, 5
@@ -281,6 +281,44 @@ def grown(ledger: SqlLedger, folder: Path) -> dict[str, float]:
         question()  # pages that were never read are no part of it
         found[name] = median(took(question) for _ in range(ROUNDS))
     return found
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what questions to a large ledger cost, against the way before in the same run."""
+    titles = {
+        "absent_id": "an id that is not held",
+        "absent_ids_1000": "1,000 of them",
+        "absent_subject": "a subject that is not held",
+        "absent_text_surely": "a text that is not held",
+        "where_1000_ids": "`where` of 1,000 ids",
+        "checking": "what a writing command compares of the requests' history",
+        "dry_run_1000_ids": "`forget --dry-run` of 1,000 ids, in all slices",
+        "deletion_of_one_deferred": "a deletion of one record, its training put off, files not counted",
+    }
+    lines = [
+        (title, f"{found[name]['cpu_s']:.3f}", f"{found[name]['before_cpu_s']:.2f}")
+        for name, title in titles.items()
+    ]
+    yield from markdown(("question", "CPU seconds", "the way before"), lines)
+
+
+def growth_table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what does not take longer where a ledger holds more records."""
+    sizes = found["growth"]
+    titles = {
+        "stage_commit_s": "the commit of a stage, in a first training",
+        "status_s": "`status`",
+        "where_absent_s": "`where` of an id that is not held",
+        "of_subject_s": "the records of a subject, as `find --subject` looks them up",
+        "request_list_s": "`request list`",
+    }
+    lines = [(title, *(f"{its[name]:.3f}" for its in sizes.values())) for name, title in titles.items()]
+    loads = {
+        "records_per_s": "records added a second, in one commit, as by a first training",
+        "records_per_s_in_parts": "the same, in commits of 50,000",
+    }
+    lines += [(title, *(f"{its[name]:,.0f}" for its in sizes.values())) for name, title in loads.items()]
+    yield from markdown(("CPU seconds", *(f"{int(size):,} records" for size in sizes)), lines)
 
 
 def main() -> None:

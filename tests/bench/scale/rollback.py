@@ -480,6 +480,12 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
+def clean_heads(found: dict[str, Any]) -> str:
+    """Return the seconds to clean heads in words."""
+    seconds = found["clean_heads_seconds"]
+    return f"{seconds['p50']:.2f} s p50, {seconds['p95']:.2f} s p95"
+
+
 def main() -> None:
     """Run the command."""
     given = arguments(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,8 @@ from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
 from sisa.lm.train import trainer as lora_trainer
 from sisa.planning.plan import Recipe, jobs
-from tests.bench.command import BASE, arguments, read, write
+from tests.bench.command import BASE, arguments, markdown, read, write
 from tests.bench.deletion.equal_shards import questions, source
-from tests.bench.tables import lanes_table
 from tests.endurance.ground import environment
 from tests.fakes.ports import FakeCheckpoints, FakeRecords
 
@@ -124,6 +123,25 @@ def _tokens(events: Sequence[Event]) -> int:
     return sum(each.tokens for each in events if isinstance(each, SliceTrained))
 
 
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what training shards side by side gains."""
+    lines = []
+    for name, by_lanes in found["rows"].items():
+        layers, _, batch = name.partition(", ")
+        alone = by_lanes["1"]["tokens_per_s"]
+        for lanes, row in by_lanes.items():
+            gain = f"{row['tokens_per_s'] / alone:.2f}"
+            lines.append((layers, batch, lanes, f"{row['tokens_per_s']:.0f}", gain))
+    header = ("adapted layers", "records a step", "lanes", "tokens per core-second", "to one lane")
+    yield from markdown(header, lines)
+
+
+def product_table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how fast the base's products are by their number of rows."""
+    by_rows = found["products_gflops_per_s"]
+    yield from markdown(("rows", *by_rows), [("GFLOP/s", *(f"{each:.0f}" for each in by_rows.values()))])
+
+
 def main() -> None:
     """Run the command."""
     given = arguments(__doc__, out=Path("lanes.json"), base_model=BASE, shards=50, records=4)
@@ -138,7 +156,7 @@ def main() -> None:
         if (name := f"{layers}, {batch}") not in found["rows"]:
             found["rows"][name] = measure(base, layers, batch, given.shards, given.records)
             write(given.out, found)
-    print("\n".join(lanes_table(found)))
+    print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ without attention's own products. Some rows also get the split of `step_parts.py
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -35,9 +35,8 @@ from sisa.lm.train.lanes import finish
 from sisa.lm.train.losses import PIECE, count_labels
 from sisa.lm.train.stage import Stage
 from sisa.lm.train.trainable import Trainable
-from tests.bench.command import BASE, arguments, write
+from tests.bench.command import BASE, arguments, markdown, write
 from tests.bench.deletion.equal_shards import questions, source
-from tests.bench.tables import part_table, step_table
 from tests.bench.training.step_parts import ADAPTERS, HEAD, PRODUCTS, Shape, seconds, split
 from tests.endurance.ground import environment
 
@@ -197,6 +196,40 @@ def measure(base_model: str, of: Row) -> dict[str, Any]:
         "system_s": round((after.ru_stime - before.ru_stime) / ROUNDS, 4),
         **({"parts": split(step, model, shape, alone, RANK)} if of.in_parts else {}),
     }
+
+
+def step_table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a training step costs beside its matrix products."""
+    lines = [
+        (
+            name,
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['gflops_per_s']:.0f}",
+            f"{row['peak_gflops_per_s']:.0f}",
+            f"{row['of_peak']:.2f}",
+        )
+        for name, row in found["rows"].items()
+    ]
+    header = ("step", "tokens/s", "GFLOP/s", "products alone", "of them")
+    yield from markdown(header, lines)
+
+
+def part_table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where a training step's time goes, in percent of the step, and the bounds of each part."""
+    split = {name: row for name, row in found["rows"].items() if "parts" in row}
+    names = next(iter(split.values()))["parts"]
+    columns = [("of a step", *names, "sum", "products alone, of the sum")]
+    for step, row in split.items():
+        parts, short = row["parts"].values(), step.removeprefix("all linear, ").removesuffix(" a step")
+        whole = sum(each["s"] for each in parts)
+        products = sum(each["moved_s"] for each in list(parts)[:3])  # alone
+        for kind, title in {"s": "now", "moved_s": "moved", "fused_s": "fused"}.items():
+            took = sum(each[kind] for each in parts)
+            share = row["of_peak"] if kind == "s" else products / took  # the former in turn with steps
+            cells = (f"{each[kind] / whole:.1%}" for each in parts)
+            columns.append((f"{short}: {title}", *cells, f"{took / whole:.0%}", f"{share:.2f}"))
+    header, *lines = zip(*columns, strict=True)
+    yield from markdown(header, lines)
 
 
 def main() -> None:
