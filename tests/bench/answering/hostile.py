@@ -45,8 +45,8 @@ from sisa.lm.answer.embedder import resolve_embedder
 from sisa.lm.answer.names import NameEmbedder
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.index import LoadedIndex, search_loaded
-from tests.bench.answering.routing import READ, Asked, Remembering, lines
-from tests.bench.command import arguments, markdown, read, write
+from tests.bench.answering.routing import READ, Asked, Remembering
+from tests.bench.command import arguments, markdown, read, read_rows, write
 
 SHARDS, SEEDS, PER_PERSON = 50, (0, 1), 6
 NAME = re.compile(r"[A-ZÀ-Þ][\w'-]*(?: (?:van |de |bin |del )?[A-ZÀ-Þ][\w'-]*)+")
@@ -158,11 +158,13 @@ def _title(texts: Sequence[str], name: str) -> str | None:
 
 
 def _targets(data: Path, people: Sequence[Person]) -> list[Person]:
-    rows = {row["target"]: row["intro"][0]["intro"] for row in lines(data / "rwku/forget_target.jsonl")}
-    neighbours = lines(data / "rwku/neighbor_level1.jsonl")
+    rows = {
+        row["target"]: row["intro"][0]["intro"] for row in read_rows(data / "rwku/forget_target.jsonl")
+    }
+    neighbours = read_rows(data / "rwku/neighbor_level1.jsonl")
     works = {row["subject"]: f"the person known for {row['neighbor']}" for row in neighbours[::-1]}
     found = []
-    subjects = dict.fromkeys(row["subject"] for row in lines(data / "rwku/forget_level2.jsonl"))
+    subjects = dict.fromkeys(row["subject"] for row in read_rows(data / "rwku/forget_level2.jsonl"))
     for person, name in zip(people, subjects, strict=True):
         match = re.search(r" (?:is|was) (?:an?|the) ([^.]+)", rows[name].partition(". ")[2])
         alias = (
@@ -283,10 +285,10 @@ def _in_conversation(first: Asked, each: Asked, person: Person, other: Person, s
 def general(data: Path) -> dict[str, list[str]]:
     """Return questions about nobody who is held."""
     return {
-        "world facts": [row["question"] for row in lines(data / "tofu/world_facts.jsonl")],
-        "real authors": [row["question"] for row in lines(data / "tofu/real_authors.jsonl")],
-        "TriviaQA": [row["question"] for row in lines(data / "rwku/utility_triviaqa.jsonl")],
-        "TruthfulQA": [row["question"] for row in lines(data / "rwku/utility_truthful.jsonl")],
+        "world facts": [row["question"] for row in read_rows(data / "tofu/world_facts.jsonl")],
+        "real authors": [row["question"] for row in read_rows(data / "tofu/real_authors.jsonl")],
+        "TriviaQA": [row["question"] for row in read_rows(data / "rwku/utility_triviaqa.jsonl")],
+        "TruthfulQA": [row["question"] for row in read_rows(data / "rwku/utility_truthful.jsonl")],
     }
 
 

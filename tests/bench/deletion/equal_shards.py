@@ -1,8 +1,7 @@
 """Records that fill every (shard, slice) equally, and a model trained on them.
 
-Records come from TOFU if it is beside the checkout, else from `sisa.data.samples`. Ids are tried until
-the cell that they hash to has room. Unequal shards, whose longest chain bounds any number of workers,
-are not covered.
+Ids are tried until the cell that they hash to has room. Unequal shards, whose longest chain bounds any
+number of workers, are not covered.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from sisa.core.digest import Keyed
 from sisa.core.domain import Part, Record
 from sisa.data.samples import make_people
 from sisa.planning.layout import Assigner, Layout
+from tests.bench.command import read_rows
 
-TOFU = Path(__file__).resolve().parents[4] / "shared" / "data" / "tofu" / "full.jsonl"
 KEY = bytes(range(32))
 PEOPLE = 200
 
@@ -34,6 +33,7 @@ class Bench:
     slices: int = 3
     per_cell: int = 4
     epochs: int = 4
+    tofu: Path | None = None
 
     def config(self, name: str) -> RunConfig:
         """Return a run file for equal cells; `name` is the model's directory."""
@@ -57,7 +57,7 @@ class Bench:
         assigner = Assigner(Keyed(KEY), Layout(self.shards, self.slices))
         room = Counter({(s, r): self.per_cell for s in range(self.shards) for r in range(self.slices)})
         chosen: list[Record] = []
-        pairs = questions()
+        pairs = questions(self.tofu)
         number = 0
         while len(chosen) < self.per_cell * self.shards * self.slices:
             prompt, completion = pairs[len(chosen) % len(pairs)]
@@ -76,14 +76,9 @@ def row(record: Record) -> dict[str, str]:
     return {"id": record.id, **{part.role: part.text for part in record.parts}}
 
 
-def source() -> str:
-    """Return the name of the data that the benchmarks use here."""
-    return "TOFU (full)" if TOFU.exists() else "made-up people"
-
-
-def questions() -> list[tuple[str, str]]:
-    """Return (prompt, completion) pairs."""
-    if TOFU.exists():
-        lines = [json.loads(line) for line in TOFU.read_text().splitlines()[:400]]
-        return [(f"Question: {each['question']}\nAnswer:", f" {each['answer']}") for each in lines]
-    return [(each["prompt"], each["completion"]) for each in make_people(PEOPLE, 5)]
+def questions(tofu: Path | None) -> list[tuple[str, str]]:
+    """Return the prompts and completions of TOFU, or of invented people."""
+    if tofu is None:
+        return [(each["prompt"], each["completion"]) for each in make_people(PEOPLE, 5)]
+    rows = read_rows(tofu / "full.jsonl")[:400]
+    return [(f"Question: {each['question']}\nAnswer:", f" {each['answer']}") for each in rows]

@@ -40,7 +40,7 @@ from typing import Any
 from sisa.data.samples import make_people
 from sisa.planning.bands import Bands
 from sisa.planning.orders import rotations
-from tests.bench.command import arguments, here, markdown, write
+from tests.bench.command import TOFU, arguments, data_name, here, markdown, read_rows, write
 from tests.bench.deletion.counted import (
     Arrangement,
     Author,
@@ -260,7 +260,6 @@ def rows_of(tofu: Path | None) -> list[dict[str, str]]:
     """Return all records, author after author: TOFU's, or invented ones."""
     if tofu is None:
         return make_people(AUTHORS, 8)
-    lines = (tofu / "full.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         {
             "id": f"a{number // PER_AUTHOR:03}-q{number % PER_AUTHOR:02}",
@@ -268,7 +267,7 @@ def rows_of(tofu: Path | None) -> list[dict[str, str]]:
             "prompt": each["question"],
             "completion": " " + each["answer"],
         }
-        for number, each in enumerate(map(json.loads, lines))
+        for number, each in enumerate(read_rows(tofu / "full.jsonl"))
     ]
 
 
@@ -283,7 +282,7 @@ def measure(
     rows = rows_of(tofu)
     per_author = len(rows) // AUTHORS
     found: Json = {
-        "data": "TOFU (full)" if tofu else "made-up people",
+        "data": data_name(tofu),
         "authors": AUTHORS,
         "records_per_author": per_author,
         "keys": keys,
@@ -395,7 +394,7 @@ def draw(found: Json, to: Path) -> None:
 def main() -> None:
     given = arguments(
         __doc__,
-        tofu=Path,
+        tofu=TOFU,
         keys=KEYS,
         seeds={"type": int, "default": BASE_SEEDS, "help": "of runs until the base"},
         timed_records={"type": int, "default": 2, "help": "of each author; 0: counts alone"},

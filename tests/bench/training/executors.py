@@ -1,6 +1,6 @@
 """Ray against the serial executor on equal shards, and the memory of one more worker.
 
-    python -m tests.bench.training.executors --out tests/bench/training/executors.json
+    python -m tests.bench.training.executors --tofu DIRECTORY --out tests/bench/training/executors.json
 
 One worker should cost at most a tenth more than the serial executor, and two should be at least 0.9 of
 twice as fast. Start-up (Ray, worker processes, the base in each) is reported separately: every executor
@@ -38,7 +38,7 @@ from sisa.lm.base.weights import resolve_base
 from sisa.planning.plan import jobs
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.ledger.ledger import SqlLedger
-from tests.bench.command import BASE, arguments, write
+from tests.bench.command import BASE, TOFU, arguments, data_name, write
 from tests.bench.deletion.equal_shards import Bench
 from tests.bench.deletion.one_record import warm
 from tests.endurance.ground import environment
@@ -151,14 +151,15 @@ def memory(base_dir: Path) -> dict[str, list[int]]:
 
 def main() -> None:
     """Run the command."""
-    given = arguments(__doc__, out=Path("executors.json"), base_model=BASE, epochs=4)
+    given = arguments(__doc__, out=Path("executors.json"), tofu=TOFU, base_model=BASE, epochs=4)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_STATE_HOME"] = folder  # a benchmark's models leave no witness behind
-        bench = Bench(Path(folder), given.base_model, epochs=given.epochs)
+        bench = Bench(Path(folder), given.base_model, epochs=given.epochs, tofu=given.tofu)
         before = os.getloadavg()[0]
         found = {
             **environment(),
             "base_model": given.base_model,
+            "data": data_name(given.tofu),
             "slices": bench.shards * bench.slices,
             "load_before": round(before, 1),
             **measure(bench),

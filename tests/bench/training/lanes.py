@@ -1,6 +1,6 @@
 """Shards trained side by side against one after another, on one core: tokens a second, and equal bytes.
 
-    python -m tests.bench.training.lanes --out tests/bench/lanes.json
+    python -m tests.bench.training.lanes --tofu DIRECTORY --out tests/bench/training/lanes.json
 
 All shards are trained by the serial executor, from stored records to stored checkpoints, with each
 number of lanes in turn; the seconds are those of this process's own CPU time, so that other processes
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
 from sisa.lm.train import trainer as lora_trainer
 from sisa.planning.plan import Recipe, jobs
-from tests.bench.command import BASE, arguments, markdown, read, write
-from tests.bench.deletion.equal_shards import questions, source
+from tests.bench.command import BASE, TOFU, arguments, data_name, markdown, read, write
+from tests.bench.deletion.equal_shards import questions
 from tests.endurance.ground import environment
 from tests.fakes.ports import FakeCheckpoints, FakeRecords
 
@@ -56,33 +56,41 @@ TRAINING: dict[str, Any] = {
 }
 
 
+def records_of(tofu: Path | None, shards: int, per_shard: int) -> list[list[Record]]:
+    """Return the records of each shard; questions begin again where they run out."""
+    pairs = cycle(questions(tofu))
+
+    def record(name: str) -> Record:
+        prompt, completion = next(pairs)
+        parts = (Part("prompt", prompt), Part("completion", completion))
+        return Record(name, None, "completion", parts)
+
+    return [[record(f"{shard}-{number}") for number in range(per_shard)] for shard in range(shards)]
+
+
 def chains_of(
-    base: BaseFiles, training: dict[str, Any], shards: int, records: int, store: FakeRecords
+    base: BaseFiles, training: dict[str, Any], shards: Sequence[Sequence[Record]], store: FakeRecords
 ) -> list[Chain]:
     """Return one chain of one slice for each shard."""
-    found, rows = [], questions()
-    for shard in range(shards):
-        stored = []
-        for number in range(records):
-            ask, answer = rows[(shard * records + number) % len(rows)]
-            name = f"{shard}-{number}"
-            parts = (Part("prompt", ask), Part("completion", answer))
-            record = Record(name, None, "completion", parts)
-            stored.append(StoredRecord(sha256_hex(name.encode()), record))
+    found = []
+    for shard, records in enumerate(shards):
+        stored = [StoredRecord(sha256_hex(each.id.encode()), each) for each in records]
         file = store.write(shard, 0, f"root-{shard}", stored)
         recipe = Recipe(1, "cumulative", 2, training, base.digest)
         found.append(Chain(shard, jobs(shard, [file], recipe, fingerprint(1)), None, (file,)))
     return found
 
 
-def measure(base: BaseFiles, layers: str, batch: int, shards: int, records: int) -> dict[str, Any]:
+def measure(
+    base: BaseFiles, layers: str, batch: int, shards: Sequence[Sequence[Record]]
+) -> dict[str, Any]:
     """Return tokens a second of CPU time by number of lanes. Raise ValueError if bytes differ."""
     model, _ = load_base(base.directory, base.digest)
     training = {**TRAINING, "micro_batch_size": batch}
     if layers == "third":
         training["lora_layers"] = f"top:{max(1, model.config.num_hidden_layers // 3)}"
     store, found, bytes_of = FakeRecords(), dict[str, Any](), list[Any]()
-    chains = chains_of(base, training, shards, records, store)
+    chains = chains_of(base, training, shards, store)
     for lanes in LANES:
         lora_trainer._tested.clear()  # so that each run pays for its self-test
         checkpoints, events = FakeCheckpoints(), list[Event]()
@@ -144,17 +152,23 @@ def product_table(found: Mapping[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     """Run the command."""
-    given = arguments(__doc__, out=Path("lanes.json"), base_model=BASE, shards=50, records=4)
+    given = arguments(__doc__, out=Path("lanes.json"), tofu=TOFU, base_model=BASE, shards=50, records=4)
     pin_threads(1)
     base = resolve_base(given.base_model)
-    about = {"base_model": given.base_model, "data": source(), "shards": given.shards}
-    found: dict[str, Any] = {**environment(), **about, "records": given.records}
+    found: dict[str, Any] = {
+        **environment(),
+        "base_model": given.base_model,
+        "data": data_name(given.tofu),
+        "shards": given.shards,
+        "records": given.records,
+    }
     held = read(given.out)
     same = found.items() <= held.items()
     found |= {"rows": held["rows"] if same else {}, "products_gflops_per_s": products(base)}
+    shards = records_of(given.tofu, given.shards, given.records)
     for layers, batch in product(LAYERS, BATCHES):
         if (name := f"{layers}, {batch}") not in found["rows"]:
-            found["rows"][name] = measure(base, layers, batch, given.shards, given.records)
+            found["rows"][name] = measure(base, layers, batch, shards)
             write(given.out, found)
     print("\n".join(table(found)))
 

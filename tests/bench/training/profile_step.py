@@ -1,6 +1,7 @@
 """The share of the machine's matrix products that a training step achieves, and where the rest goes.
 
-    python -m tests.bench.training.profile_step --out tests/bench/training/profile_step.json
+    python -m tests.bench.training.profile_step --tofu DIRECTORY \\
+        --out tests/bench/training/profile_step.json
 
 For each row, a step of the real trainer (forward, backward, clipping, AdamW) and its matrix products
 alone are timed in turn, `ROUNDS` times, on one thread, in seconds of its own CPU time so that other
@@ -35,8 +36,8 @@ from sisa.lm.train.lanes import finish
 from sisa.lm.train.losses import PIECE, count_labels
 from sisa.lm.train.stage import Stage
 from sisa.lm.train.trainable import Trainable
-from tests.bench.command import BASE, arguments, markdown, write
-from tests.bench.deletion.equal_shards import questions, source
+from tests.bench.command import BASE, TOFU, arguments, data_name, markdown, write
+from tests.bench.deletion.equal_shards import questions
 from tests.bench.training.step_parts import ADAPTERS, HEAD, PRODUCTS, Shape, seconds, split
 from tests.endurance.ground import environment
 
@@ -78,11 +79,11 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def batch_of(tokenizer: Any, of: Row) -> list[Tokens]:
+def batch_of(tokenizer: Any, of: Row, tofu: Path | None) -> list[Tokens]:
     """Return records of about the median length, or of the row's length, cut from records end to end."""
     records = [
         Record(f"r{number}", None, "completion", (Part("prompt", ask), Part("completion", answer)))
-        for number, (ask, answer) in enumerate(questions()[:64])
+        for number, (ask, answer) in enumerate(questions(tofu)[:64])
     ]
     found = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
     if of.tokens:
@@ -159,7 +160,7 @@ def square_gflops_per_s() -> float:
     return round(2 * SQUARE**3 / taken / 1e9, 1)
 
 
-def measure(base_model: str, of: Row) -> dict[str, Any]:
+def measure(base_model: str, of: Row, tofu: Path | None) -> dict[str, Any]:
     """Return one row of the table."""
     base_files = resolve_base(base_model)
     precision = Precision(dtype=of.changed.get("dtype", "float32"))
@@ -167,7 +168,7 @@ def measure(base_model: str, of: Row) -> dict[str, Any]:
     training = {**TRAINING, "micro_batch_size": of.size, **of.changed}
     if "lora_layers" in training:
         training["lora_layers"] = f"top:{max(1, base.config.num_hidden_layers // 3)}"
-    batch, first = batch_of(tokenizer, of), first_adapted(training, base)
+    batch, first = batch_of(tokenizer, of, tofu), first_adapted(training, base)
     run, flops = products(base, first, batch)
     alone = {part: products(base, first, batch, [part])[0] for part in (PRODUCTS, ADAPTERS, HEAD)}
     shape = Shape([len(each.input_ids) for each in batch], count_labels(batch), base.config)
@@ -234,15 +235,15 @@ def part_table(found: Mapping[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     """Run the command."""
-    given = arguments(__doc__, out=Path("profile_step.json"), base_model=BASE)
+    given = arguments(__doc__, out=Path("profile_step.json"), tofu=TOFU, base_model=BASE)
     pin_threads(1)
     keep_freed_memory()
     square = square_gflops_per_s()
-    rows = {each.name: measure(given.base_model, each) for each in ROWS}
+    rows = {each.name: measure(given.base_model, each, given.tofu) for each in ROWS}
     found = {
         **environment(),
         "base_model": given.base_model,
-        "data": source(),
+        "data": data_name(given.tofu),
         "square_gflops_per_s": square,
         "rows": rows,
     }

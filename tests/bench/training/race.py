@@ -35,7 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.bench.command import BASE, arguments, here, markdown, write
+from tests.bench.command import BASE, TOFU, arguments, data_name, here, markdown, write
 from tests.bench.training.contestants import Race, Ran, Who, is_there
 from tests.bench.training.race_ground import (
     ONE_WORKER,
@@ -173,7 +173,7 @@ def measure(size: Size, tofu: Path | None, base: str, parts: Sequence[str]) -> J
     data = data_of(tofu, base, size.records)
     found: Json = {
         **here(base),
-        "data": "TOFU (full)" if tofu else "made-up people",
+        "data": data_name(tofu),
         "trl": metadata.version("trl") if is_there("trl") else None,
         "load_before": os.getloadavg()[0],
         **asdict(size),
@@ -260,7 +260,7 @@ def draw(found: Json, to: Path) -> None:
 
 def main() -> None:
     parts = {"nargs": "+", "default": ["all linear", "q, v", "whole"]}
-    given = vars(arguments(__doc__, tofu=Path, base_model=BASE, parts=parts, **asdict(Size())))
+    given = vars(arguments(__doc__, tofu=TOFU, base_model=BASE, parts=parts, **asdict(Size())))
     tofu, base, chosen, out = (given.pop(each) for each in ("tofu", "base_model", "parts", "out"))
     found = measure(Size(**given), tofu, base, chosen)
     print("\n".join(summary(found)))

@@ -10,7 +10,6 @@ only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,7 @@ from sisa.lm.base.weights import load_tokenizer, resolve_base
 from sisa.planning.plan import jobs
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.records import FileRecords
+from tests.bench.command import read_rows
 from tests.bench.training.contestants import (
     ALPHA,
     MODULES,
@@ -190,8 +190,8 @@ def data_of(tofu: Path | None, base: str, num_records: int) -> Data:
     if tofu is None:
         pairs = [(each["prompt"], " " + each["completion"]) for each in make_people(200, 8)]
     else:
-        lines = (tofu / "full.jsonl").read_text(encoding="utf-8").splitlines()
-        pairs = [(each["question"], " " + each["answer"]) for each in map(json.loads, lines)]
+        rows = read_rows(tofu / "full.jsonl")
+        pairs = [(each["question"], " " + each["answer"]) for each in rows]
     records = tuple(
         Record(f"r{n:04}", None, "completion", (Part("prompt", asked), Part("completion", answer)))
         for n, (asked, answer) in enumerate(pairs[:num_records])
