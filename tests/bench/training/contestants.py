@@ -65,12 +65,12 @@ class Race:
 
 @dataclass(frozen=True)
 class Theirs:
-    """A race for Hugging Face or TRL; `grouped` batches records of similar length, in their way."""
+    """A race for Hugging Face or TRL; `grouped` batches records of similar length, as they do."""
 
     race: Race
     tokens: Sequence[Tokens]
     grouped: bool = False
-    ask: bool = False
+    with_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ class Ours:
     site: Site
     chains: tuple[Chain, ...]
     tokens: tuple[tuple[Tokens, ...], ...]
-    ask: bool = False
+    with_loss: bool = False
 
 
 @dataclass(frozen=True)
 class Ran:
     """The result of a training: seconds, and core-seconds of all threads without waiting.
 
-    Where it was requested, it has the loss afterwards, summed over `num_labels` labels.
+    With `with_loss` it also has the loss afterwards, summed over `labels` labels.
     """
 
     seconds: float
@@ -96,7 +96,7 @@ class Ran:
     labels: int = 0
 
 
-def is_there(who: Who) -> bool:
+def is_installed(who: Who) -> bool:
     """Return whether a contestant is installed."""
     return who != "trl" or find_spec("trl") is not None
 
@@ -173,7 +173,7 @@ def _ours(work: Ours) -> Ran:
         began, at_work = time.perf_counter(), time.process_time()
         open_serial(site, {}).run(work.chains, lambda _event: None)
         took = time.perf_counter() - began, time.process_time() - at_work
-        if not work.ask:
+        if not work.with_loss:
             return Ran(*took)
         _, store = open_stores(site)
         found = []
@@ -210,8 +210,8 @@ def _theirs(who: Who, work: Theirs) -> Ran:
         clock = _clock()
         trainer.add_callback(clock)
         trainer.train()
-    asked = _loss(trainer.model.eval(), work.tokens) if work.ask else (0.0, 0)
-    return Ran(clock.seconds, clock.core_seconds, *asked)
+    loss = _loss(trainer.model.eval(), work.tokens) if work.with_loss else (0.0, 0)
+    return Ran(clock.seconds, clock.core_seconds, *loss)
 
 
 def _settings(work: Theirs, folder: str) -> dict[str, Any]:

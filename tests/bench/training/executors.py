@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,11 @@ def measure(bench: Bench) -> dict[str, Any]:
         records = LocalBlobs(model.directory / "records")
         return Site(records, LocalBlobs(target), base.directory, base.digest, 1, PLAIN)
 
-    serial = _timed(lambda each: open_serial(each, {}), site, chains)
+    serial = _timed(partial(open_serial, options={}), site, chains)
     found: dict[str, Any] = {"serial": serial}
     for workers in (1, 2):
-        found[f"ray_{workers}"] = _timed(
-            lambda each, workers=workers: RayExecutor(each, num_workers=workers),  # type: ignore[misc]
-            site,
-            chains,
-        )
-        found[f"ray_{workers}"] |= memory(base.directory)
+        timed = _timed(partial(RayExecutor, num_workers=workers), site, chains)
+        found[f"ray_{workers}"] = timed | memory(base.directory)
         disconnect()
     one, two = found["ray_1"], found["ray_2"]
     base_mb = sum(file.stat().st_size for file in base.directory.glob("*.safetensors")) / 2**20
@@ -135,7 +132,7 @@ def memory(base_dir: Path) -> dict[str, list[int]]:
     total, shared = [], []
     here = psutil.Process()
     for process in [here, *here.children(recursive=True)]:
-        pss = Counter[bool]()
+        pss = Counter[bool]()  # of the base's files (True), and of all else
         of_base = False
         for line in Path(f"/proc/{process.pid}/smaps").read_text().splitlines():
             if MAPPING.match(line):

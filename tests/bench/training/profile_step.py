@@ -79,27 +79,27 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def batch_of(tokenizer: Any, of: Row, tofu: Path | None) -> list[Tokens]:
+def batch_of(tokenizer: Any, row: Row, tofu: Path | None) -> list[Tokens]:
     """Return records of about the median length, or of the row's length, cut from records end to end."""
     records = [
         Record(f"r{number}", None, "completion", (Part("prompt", ask), Part("completion", answer)))
         for number, (ask, answer) in enumerate(questions(tofu)[:64])
     ]
     found = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
-    if of.tokens:
+    if row.tokens:
         ids = cycle(chain.from_iterable(each.input_ids for each in found))
         labels = cycle(chain.from_iterable(each.labels for each in found))
-        sizes = (of.tokens,) * of.size
+        sizes = (row.tokens,) * row.size
         return [Tokens(list(islice(ids, each)), list(islice(labels, each))) for each in sizes]
     found.sort(key=lambda each: len(each.input_ids))
-    middle = (len(found) - of.size) // 2
-    return found[middle : middle + of.size]
+    middle = (len(found) - row.size) // 2
+    return found[middle : middle + row.size]
 
 
 def products(
-    base: Any, first: int, batch: Sequence[Tokens], of: Sequence[str] = (PRODUCTS, ADAPTERS, HEAD)
+    base: Any, first: int, batch: Sequence[Tokens], parts: Sequence[str] = (PRODUCTS, ADAPTERS, HEAD)
 ) -> tuple[Callable[[], None], float]:
-    """Return the step's matrix products of those parts as a function, and the FLOPs of all."""
+    """Return a function that runs the step's matrix products of some parts, and all parts' FLOPs."""
     rows = sum(len(each.input_ids) for each in batch)
     adapted = [
         (each.weight, _layer(name) > first or not name.endswith(("q_proj", "k_proj", "v_proj")))
@@ -116,26 +116,26 @@ def products(
 
     def forward(weight: Tensor) -> None:
         num_out, num_in = weight.shape
-        if PRODUCTS in of:
+        if PRODUCTS in parts:
             _ = of_base[num_in] @ weight.t()
-        if ADAPTERS in of:
+        if ADAPTERS in parts:
             sums[num_out].addmm_((thin[num_in] @ wide[num_in].t()).t(), thin[num_out])
 
     def backward(weight: Tensor, of_input: bool) -> None:
         num_out, num_in = weight.shape
-        if ADAPTERS in of:
+        if ADAPTERS in parts:
             _ = low @ wide[num_out]
             up = wide[num_out] @ thin[num_out].t()
             _ = up.t() @ wide[num_in]
             if of_input:
                 sums[num_in].addmm_(up, thin[num_in])
-        if PRODUCTS in of and of_input:
+        if PRODUCTS in parts and of_input:
             _ = of_base[num_out] @ weight
 
     def run() -> None:
         for weight, _ in adapted:
             forward(weight)
-        for piece in torch.split(hidden, PIECE) if HEAD in of else ():
+        for piece in torch.split(hidden, PIECE) if HEAD in parts else ():
             _ = piece @ head.t() @ head
         for weight, of_input in reversed(adapted):
             backward(weight, of_input)
@@ -160,15 +160,15 @@ def square_gflops_per_s() -> float:
     return round(2 * SQUARE**3 / taken / 1e9, 1)
 
 
-def measure(base_model: str, of: Row, tofu: Path | None) -> dict[str, Any]:
+def measure(base_model: str, row: Row, tofu: Path | None) -> dict[str, Any]:
     """Return one row of the table."""
     base_files = resolve_base(base_model)
-    precision = Precision(dtype=of.changed.get("dtype", "float32"))
+    precision = Precision(dtype=row.changed.get("dtype", "float32"))
     base, tokenizer = load_base(base_files.directory, base_files.digest, precision)
-    training = {**TRAINING, "micro_batch_size": of.size, **of.changed}
+    training = {**TRAINING, "micro_batch_size": row.size, **row.changed}
     if "lora_layers" in training:
         training["lora_layers"] = f"top:{max(1, base.config.num_hidden_layers // 3)}"
-    batch, first = batch_of(tokenizer, of, tofu), first_adapted(training, base)
+    batch, first = batch_of(tokenizer, row, tofu), first_adapted(training, base)
     run, flops = products(base, first, batch)
     alone = {part: products(base, first, batch, [part])[0] for part in (PRODUCTS, ADAPTERS, HEAD)}
     shape = Shape([len(each.input_ids) for each in batch], count_labels(batch), base.config)
@@ -195,7 +195,7 @@ def measure(base_model: str, of: Row, tofu: Path | None) -> dict[str, Any]:
         "of_peak": round(median(one / each for each, one in pairs), 3),
         "page_faults": (after.ru_minflt - before.ru_minflt) // ROUNDS,
         "system_s": round((after.ru_stime - before.ru_stime) / ROUNDS, 4),
-        **({"parts": split(step, model, shape, alone, RANK)} if of.in_parts else {}),
+        **({"parts": split(step, model, shape, alone, RANK)} if row.in_parts else {}),
     }
 
 
@@ -223,10 +223,10 @@ def part_table(found: Mapping[str, Any]) -> Iterator[str]:
     for step, row in split.items():
         parts, short = row["parts"].values(), step.removeprefix("all linear, ").removesuffix(" a step")
         whole = sum(each["s"] for each in parts)
-        products = sum(each["moved_s"] for each in list(parts)[:3])  # alone
+        products = sum(row["parts"][each]["moved_s"] for each in (PRODUCTS, ADAPTERS, HEAD))
         for kind, title in {"s": "now", "moved_s": "moved", "fused_s": "fused"}.items():
             took = sum(each[kind] for each in parts)
-            share = row["of_peak"] if kind == "s" else products / took  # the former in turn with steps
+            share = row["of_peak"] if kind == "s" else products / took  # of_peak was timed beside steps
             cells = (f"{each[kind] / whole:.1%}" for each in parts)
             columns.append((f"{short}: {title}", *cells, f"{took / whole:.0%}", f"{share:.2f}"))
     header, *lines = zip(*columns, strict=True)

@@ -36,7 +36,7 @@ from statistics import median
 from typing import Any
 
 from tests.bench.command import BASE, TOFU, arguments, data_name, here, markdown, write
-from tests.bench.training.contestants import Race, Ran, Who, is_there
+from tests.bench.training.contestants import Race, Ran, Who, is_installed
 from tests.bench.training.race_ground import (
     ONE_WORKER,
     ORDINARY,
@@ -44,9 +44,9 @@ from tests.bench.training.race_ground import (
     WHOLE,
     WHOLE_BY_TWO,
     Data,
+    Entry,
     Ground,
-    Way,
-    data_of,
+    load_data,
 )
 
 THEM: tuple[Who, ...] = ("hf", "trl")
@@ -73,10 +73,10 @@ class Size:
 
 def raced(
     ground: Ground, size: Size, modules: str, top: tuple[int, ...], *, all_of_them: bool
-) -> list[Way]:
-    """Return the contestants: everybody with adapters in all layers, and ours in the top ones.
+) -> list[Entry]:
+    """Return the entries: everybody with adapters in all layers, and ours in the top ones.
 
-    On request also theirs in the top ones, and ours with one adapter.
+    With `all_of_them` also theirs in the top ones, and ours with one adapter.
     """
     everywhere, above = (size.race(ground.data, modules, layers) for layers in (None, top))
     found = [
@@ -89,13 +89,13 @@ def raced(
     return found
 
 
-def theirs(ground: Ground, race: Race) -> list[Way]:
-    """Return the others that are installed, without and with grouping."""
-    here = [who for who in THEM if is_there(who)]
-    return [ground.theirs(who, race, grouped=grouped) for who in here for grouped in (False, True)]
+def theirs(ground: Ground, race: Race) -> list[Entry]:
+    """Return entries of those that are installed, without and with grouping."""
+    installed = filter(is_installed, THEM)
+    return [ground.theirs(who, race, grouped=grouped) for who in installed for grouped in (False, True)]
 
 
-def whole(ground: Ground, size: Size, modules: str) -> list[Way]:
+def whole(ground: Ground, size: Size, modules: str) -> list[Entry]:
     """Return 8 x 4 against one adapter: ours on workers of one thread, and Trainer on two cores."""
     race = size.race(ground.data, modules, None)
     race = replace(race, batch=size.whole_batch, epochs=size.whole_epochs)
@@ -107,23 +107,23 @@ def whole(ground: Ground, size: Size, modules: str) -> list[Way]:
     ]
 
 
-def run_all(ground: Ground, ways: Sequence[Way], rounds: int) -> list[Json]:
-    """Run all ways in turn, once a round; return a row for each."""
-    found: list[list[Ran]] = [[] for _ in ways]
+def run_all(ground: Ground, entries: Sequence[Entry], rounds: int) -> list[Json]:
+    """Run all entries in turn, once a round; return a row for each."""
+    found: list[list[Ran]] = [[] for _ in entries]
     for number in range(rounds):
-        for ran, way in zip(found, ways, strict=True):
-            ran.append(ground.run(way, ask=number == 0))
-            print(number, way.name, way.race.modules, ran[-1], flush=True)
-    return [_row(ground.data, way, ran) for way, ran in zip(ways, found, strict=True)]
+        for ran, entry in zip(found, entries, strict=True):
+            ran.append(ground.run(entry, with_loss=number == 0))
+            print(number, entry.name, entry.race.modules, ran[-1], flush=True)
+    return [_row(ground.data, entry, ran) for entry, ran in zip(entries, found, strict=True)]
 
 
-def _row(data: Data, way: Way, ran: Sequence[Ran]) -> Json:
+def _row(data: Data, entry: Entry, ran: Sequence[Ran]) -> Json:
     seconds, cores = [each.seconds for each in ran], [each.core_seconds for each in ran]
-    per_epoch = median(seconds) / way.race.epochs
+    per_epoch = median(seconds) / entry.race.epochs
     return {
-        "who": way.name,
-        "adapter": way.race.modules,
-        "layers": "all" if way.race.layers is None else f"top {len(way.race.layers)}",
+        "who": entry.name,
+        "adapter": entry.race.modules,
+        "layers": "all" if entry.race.layers is None else f"top {len(entry.race.layers)}",
         "seconds": seconds,
         "core_seconds": cores,
         "seconds_per_epoch": per_epoch,
@@ -170,11 +170,11 @@ def whole_ratios(rows: Sequence[Json]) -> Json:
 
 def measure(size: Size, tofu: Path | None, base: str, parts: Sequence[str]) -> Json:
     """Run the requested races and whole trainings."""
-    data = data_of(tofu, base, size.records)
+    data = load_data(tofu, base, size.records)
     found: Json = {
         **here(base),
         "data": data_name(tofu),
-        "trl": metadata.version("trl") if is_there("trl") else None,
+        "trl": metadata.version("trl") if is_installed("trl") else None,
         "load_before": os.getloadavg()[0],
         **asdict(size),
         "tokens": data.num_tokens,
@@ -188,10 +188,10 @@ def measure(size: Size, tofu: Path | None, base: str, parts: Sequence[str]) -> J
         for modules, all_of_them in (("all linear", True), ("q, v", False)):
             if modules in parts:
                 run_all(warm, raced(warm, short, modules, top, all_of_them=False), 1)
-                ways = raced(ground, size, modules, top, all_of_them=all_of_them)
-                found["rows"] += run_all(ground, ways, size.rounds)
+                entries = raced(ground, size, modules, top, all_of_them=all_of_them)
+                found["rows"] += run_all(ground, entries, size.rounds)
         if "whole" in parts:
-            more = ground.on(data_of(tofu, base, size.whole_records))
+            more = ground.on(load_data(tofu, base, size.whole_records))
             run_all(warm, whole(warm, short, "q, v"), 1)
             rows = run_all(more, whole(more, size, "q, v"), size.rounds)
             found["whole"] = {"tokens": more.data.num_tokens, "rows": rows, **whole_ratios(rows)}

@@ -1,11 +1,10 @@
 """The ground of a race: records dealt out to shards and workers, and the contestants' processes.
 
-A record goes to the next shard, and each of a shard's records to its next slice; shards go to workers
-in turn. Processes are started when they are first needed, and kept. Records are in the given folder
-only.
+Records go to shards in turn, those of a shard to its slices in turn, and shards to workers in turn.
+Processes are started when they are first needed, and kept. Records are in the given folder only.
 
-    ground = Ground(folder, data_of(None, base, 64), stack)
-    ground.run(ground.ours(race, TWO_WORKERS), ask=True).seconds
+    ground = Ground(folder, load_data(None, base, 64), stack)
+    ground.run(ground.ours(race, TWO_WORKERS), with_loss=True).seconds
 """
 
 from __future__ import annotations
@@ -62,8 +61,8 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One contestant in one race, with the orders that each process is sent."""
+class Entry:
+    """One contestant in one race, with the work that each of its processes is sent."""
 
     name: str
     race: Race
@@ -102,17 +101,13 @@ class Ground:
         """Return the ground with the same processes on other data."""
         return replace(self, data=data)
 
-    def theirs(self, who: Who, race: Race, *, grouped: bool = False, threads: int = 2) -> Way:
+    def theirs(self, who: Who, race: Race, *, grouped: bool = False, threads: int = 2) -> Entry:
         name = {"hf": "Trainer + PEFT", "trl": "SFTTrainer"}[who]
         label = f"{name}{', grouped by length' if grouped else ''}"
-        return Way(label, race, (((who, threads, 0), Theirs(race, self.data.tokens, grouped)),))
+        return Entry(label, race, (((who, threads, 0), Theirs(race, self.data.tokens, grouped)),))
 
-    def ours(self, race: Race, layout: Layout) -> Way:
-        """Return ours in a race.
-
-        Whole shards are dealt out to workers; each record goes to the next shard, and each of a shard's
-        to the next slice.
-        """
+    def ours(self, race: Race, layout: Layout) -> Entry:
+        """Return ours in a race; each worker gets whole shards."""
         site = Site(
             LocalBlobs(self.folder / "records"),
             LocalBlobs(self.folder / "checkpoints"),
@@ -124,7 +119,7 @@ class Ground:
         made = [self._chain(site, race, layout, shard) for shard in range(layout.shards)]
         shares = [made[worker :: layout.workers] for worker in range(layout.workers)]
         work = [Ours(site, tuple(c for c, _ in each), tuple(t for _, t in each)) for each in shares]
-        return Way(
+        return Entry(
             layout.name,
             race,
             tuple((("ours", layout.threads, n), each) for n, each in enumerate(work)),
@@ -142,14 +137,14 @@ class Ground:
         path = jobs(shard, files, recipe, fingerprint(layout.threads))
         return Chain(shard, path, None, tuple(files)), tuple(self.data.tokens[n] for n in numbers)
 
-    def run(self, way: Way, *, ask: bool) -> Ran:
+    def run(self, entry: Entry, *, with_loss: bool) -> Ran:
         """Train; the slowest process counts."""
-        for key, _ in way.work:
+        for key, _ in entry.work:
             if key not in self.started:
                 self.started[key] = self.stack.enter_context(Contestant(key[0], key[1]))
-        for key, work in way.work:
-            self.started[key].start(replace(work, ask=ask))
-        ran = [self.started[key].ended() for key, _ in way.work]
+        for key, work in entry.work:
+            self.started[key].start(replace(work, with_loss=with_loss))
+        ran = [self.started[key].ended() for key, _ in entry.work]
         return Ran(
             max(each.seconds for each in ran),
             sum(each.core_seconds for each in ran),
@@ -184,14 +179,17 @@ def _written(store: FileRecords, shard: int, slice_: int, records: Sequence[Reco
     return store.write(shard, slice_, root, stored)
 
 
-def data_of(tofu: Path | None, base: str, num_records: int) -> Data:
-    """Return the first records of TOFU, or invented ones, as tokens of the base."""
-    found = resolve_base(base)
+def prompts_and_completions(tofu: Path | None) -> list[tuple[str, str]]:
+    """Return prompts and completions, which begin with a space."""
     if tofu is None:
-        pairs = [(each["prompt"], " " + each["completion"]) for each in make_people(200, 8)]
-    else:
-        rows = read_rows(tofu / "full.jsonl")
-        pairs = [(each["question"], " " + each["answer"]) for each in rows]
+        return [(each["prompt"], each["completion"]) for each in make_people(200, 8)]
+    rows = read_rows(tofu / "full.jsonl")
+    return [(each["question"], " " + each["answer"]) for each in rows]
+
+
+def load_data(tofu: Path | None, base: str, num_records: int) -> Data:
+    """Return the first records of TOFU, or invented ones, as tokens of the base."""
+    found, pairs = resolve_base(base), prompts_and_completions(tofu)
     records = tuple(
         Record(f"r{n:04}", None, "completion", (Part("prompt", asked), Part("completion", answer)))
         for n, (asked, answer) in enumerate(pairs[:num_records])

@@ -21,6 +21,7 @@ from tests.bench.training.race_ground import (
     Data,
     Ground,
     Layout,
+    prompts_and_completions,
     run_file,
 )
 from tests.fakes.keyring import PLAIN
@@ -36,10 +37,10 @@ def ground(folder: Path, num_records: int) -> Ground:
 
 @pytest.mark.parametrize("layout", [TWO_WORKERS, ONE_WORKER, WHOLE_BY_TWO])
 def test_every_record_is_trained_by_one_worker(tmp_path: Path, layout: Layout) -> None:
-    way = ground(tmp_path, 32).ours(RACE, layout)
-    assert len(way.work) == layout.workers
+    entry = ground(tmp_path, 32).ours(RACE, layout)
+    assert len(entry.work) == layout.workers
     seen: list[str] = []
-    for (who, threads, _), work in way.work:
+    for (who, threads, _), work in entry.work:
         assert isinstance(work, Ours)
         assert (who, threads) == ("ours", layout.threads)
         store = FileRecords(work.site.records_at, PLAIN)
@@ -65,6 +66,11 @@ def test_theirs_get_all_tokens(tmp_path: Path) -> None:
     ((_, work),) = here.theirs("hf", RACE, grouped=True).work
     assert isinstance(work, Theirs)
     assert (work.tokens, work.grouped) == (here.data.tokens, True)
+
+
+def test_completions_of_invented_people_begin_with_one_space() -> None:
+    completions = [completion for _, completion in prompts_and_completions(None)]
+    assert all(each == f" {each.strip()}" for each in completions)
 
 
 def row(who: str, layers: str, *seconds: float) -> dict[str, Any]:
