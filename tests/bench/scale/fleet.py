@@ -27,7 +27,7 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -328,7 +328,7 @@ def _sample(scale: Scale) -> Iterator[RecordRow]:
         yield assigner.row(Record(f"r{number}", f"s{number}", "completion", body), 40)
 
 
-def _timed(work: Any) -> float:
+def _timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

@@ -46,8 +46,8 @@ from tests.bench.scale.rollback import (
     Watch,
     clean_heads,
     delete,
+    percentiles,
     record_name,
-    spread,
     watched_context,
 )
 
@@ -78,9 +78,9 @@ def processor_seconds(key: VrfKey) -> dict[str, float]:
 
 def seconds(deletions: Sequence[Deletion]) -> dict[str, Any]:
     return {
-        "clean_heads_seconds": spread([each.clean_s for each in deletions]),
-        "of_which_processor_seconds": spread([each.cpu_s for each in deletions]),
-        "to_the_end_seconds": spread([each.end_s for each in deletions]),
+        "clean_heads_seconds": percentiles([each.clean_s for each in deletions]),
+        "of_which_processor_seconds": percentiles([each.cpu_s for each in deletions]),
+        "to_the_end_seconds": percentiles([each.end_s for each in deletions]),
     }
 
 
@@ -130,8 +130,8 @@ def measure(folder: Path, scale: Scale, num_deletions: int, seed: int = 7) -> di
         "without_evidence": seconds(plain),
         "with_evidence": seconds(certified),
         "clean_heads_with_over_without": round(ratio[0] / ratio[1], 2),
-        "nodes_rewritten": spread(rewritten),
-        "path_of_a_proof": spread(paths),
+        "nodes_rewritten": percentiles(rewritten),
+        "path_of_a_proof": percentiles(paths),
     }
 
 

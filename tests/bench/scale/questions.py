@@ -1,20 +1,21 @@
 """CPU seconds of questions to a large ledger, each answered in two ways in one run, as JSON.
 
-python -m tests.bench.scale.questions --out tests/bench/scale/questions.json
+    python -m tests.bench.scale.questions --out tests/bench/scale/questions.json
 
-Ledgers of growing size are also compared: the records that are loaded a second, in one commit, as a
-first training does, and in several; the median commit of a training's stage; and the medians of
-questions that should take as long in each of them.
+The largest ledger is asked in two ways, the present one and the one before:
 
-absence    that an id, a subject or a text is not held: by the rows of its bucket, and by a look at
-           every row, as a ledger is looked through that an earlier version wrote to last
-where      what many records touched: read once, and once for each record
-requests   the history of all requests: read once, and once for each request
-checking   what a writing command compares before it begins: since the last event that was checked,
-           and from the beginning
-deletions  what `forget --dry-run` plans for many ids, and a deletion that puts its training off: from
-           the contents of slices, looking for what was removed, and from whole rows, writing the
-           ledger anew
+    absence    that an id, a subject or a text is not held: by the rows of its bucket, and by a look at
+               every row, as a ledger is looked through that an earlier version wrote to last
+    where      what many records touched: read once, and once for each record
+    requests   the history of all requests: read once, and once for each request
+    checking   what a writing command compares before it begins: since the last event that was checked,
+               and from the beginning
+    deletions  what `forget --dry-run` plans for many ids, and a deletion that puts its training off:
+               from the contents of slices, looking for what was removed, and from whole rows, writing
+               the ledger anew
+
+Ledgers of all sizes are compared: records loaded a second, in one commit as by a first training and in
+several; the median time to commit a training's stage, and of questions that should take as long in each.
 """
 
 from __future__ import annotations
@@ -172,24 +173,27 @@ def rewriting() -> Iterator[None]:
 
 
 def took(question: Callable[[], object]) -> float:
+    """Return the CPU seconds that a question takes."""
     began = time.process_time()
     question()
     return time.process_time() - began
 
 
 def compared(now: Callable[[], object], then: Callable[[], object]) -> dict[str, float]:
+    """Return the CPU seconds of the present way to answer a question and of the one before."""
     now()  # pages that were never read are no part of the question
     cpu_s, before_s = took(now), took(then)
     return {"cpu_s": cpu_s, "before_cpu_s": before_s, "before_over_now": before_s / cpu_s}
 
 
 def measured(ledger: SqlLedger, context: Context, num_records: int) -> dict[str, Any]:
+    """Return the CPU seconds of each question to a large ledger, and those of the way before."""
     assigner = context.settings.assigner
     absent = [assigner.id_digest(f"absent {n}") for n in range(NUM_IDS)]
     step = (num_records // NUM_IDS - 1) | 1  # odd, so that all shards have some
     held = [f"r{n}" for n in range(0, num_records, step)][:NUM_IDS]
 
-    def one(what: Callable[[], object], former: Former = before) -> dict[str, float]:
+    def both_ways(what: Callable[[], object], former: Former = before) -> dict[str, float]:
         def then() -> None:
             with former():
                 what()
@@ -206,28 +210,31 @@ def measured(ledger: SqlLedger, context: Context, num_records: int) -> dict[str,
         forget_at_once(context, arrival, defer=True)
 
     return {
-        "absent_id": one(lambda: ledger.lookup(absent[:1])),
-        "absent_ids_1000": one(lambda: ledger.lookup(absent)),
-        "absent_subject": one(lambda: ledger.by_subject(assigner.subject_digest("nobody"), 0)),
-        "absent_text_surely": one(
+        "absent_id": both_ways(lambda: ledger.lookup(absent[:1])),
+        "absent_ids_1000": both_ways(lambda: ledger.lookup(absent)),
+        "absent_subject": both_ways(lambda: ledger.by_subject(assigner.subject_digest("nobody"), 0)),
+        "absent_text_surely": both_ways(
             lambda: ledger.by_text([assigner.subject_digest("x")], full_scan=True)
         ),
         "where_1000_ids": compared(
             lambda: query.where(context, held),
             lambda: [query.where(context, [each]) for each in held],
         ),
-        "request_list": compared(
-            lambda: lifecycle.views(context),
-            lambda: [lifecycle.view_of(context, each) for each in ledger.requests()[:20]],
-        ),
+        "request_list": {
+            **compared(
+                lambda: lifecycle.views(context),
+                lambda: [lifecycle.view_of(context, each) for each in ledger.requests()[:20]],
+            ),
+            "before_of_requests": 20,
+        },
         "checking": compared(
             lambda: contradicted(
                 ledger.requests(), ledger.events(len(events) - 7), CHAIN, events[-8].link
             ),
             lambda: contradicted(ledger.requests(), ledger.events(), CHAIN),
         ),
-        "dry_run_1000_ids": one(lambda: plan_forget(context, known), rewriting),
-        "deletion_of_one_deferred": one(delete, rewriting),
+        "dry_run_1000_ids": both_ways(lambda: plan_forget(context, known), rewriting),
+        "deletion_of_one_deferred": both_ways(delete, rewriting),
     }
 
 
@@ -325,24 +332,25 @@ def main() -> None:
     sizes = {"type": int, "nargs": "+", "default": [10_000, 100_000, 1_000_000]}
     given = arguments(__doc__, sizes=sizes, requests=10_000)
     growth: dict[str, Any] = {}
+    largest = max(given.sizes)
+    found: dict[str, Any] = {"records": largest, "requests": given.requests}
     for records in sorted(given.sizes):
         with tempfile.TemporaryDirectory() as name:
-            path = Path(name) / "ledger.db"
-            parts = Path(name) / "parts.db"
-            with contextlib.closing(SqlLedger(parts, create=True)) as ledger:
+            folder = Path(name)
+            with contextlib.closing(SqlLedger(folder / "parts.db", create=True)) as ledger:
                 rates = {"records_per_s_in_parts": load(ledger, records, PER_COMMIT)}
+            path = folder / "ledger.db"
             with contextlib.closing(SqlLedger(path, create=True)) as ledger:
                 rates["records_per_s"] = filled(ledger, records, given.requests)
-                growth[str(records)] = {**rates, **grown(ledger, Path(name))}
+                growth[str(records)] = {**rates, **grown(ledger, folder)}
                 print(records, growth[str(records)], flush=True)
-                if records == max(given.sizes):
+                if records == largest:
                     context = fake_model(NUM_SHARDS, fake_recipe(NUM_SLICES)).context
-                    found = measured(ledger, changed(context, ledger=ledger), records)
-            size = path.stat().st_size
-    found["request_list"]["before_of_requests"] = 20
-    summary = {"records": records, "requests": given.requests, "ledger_bytes": size, **found}
-    print(json.dumps({**summary, "growth": growth}, indent=2))
-    write(given.out, {**summary, "growth": growth})
+                    asked = measured(ledger, changed(context, ledger=ledger), records)
+            found["ledger_bytes"] = path.stat().st_size
+    found |= {**asked, "growth": growth}
+    print(json.dumps(found, indent=2))
+    write(given.out, found)
 
 
 if __name__ == "__main__":

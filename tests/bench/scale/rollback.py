@@ -237,16 +237,17 @@ class Store:
             stage = [each for each in stored if place[each.id_digest] in seen]
             parent = FakeTrainer().train(job, parent, stage, lambda _: None)
             saved = self.checkpoints.save(job, parent)
-            found = HeldCheckpoint(
-                **asdict(saved),
-                shard=shard,
-                prefix=job.prefix,
-                seq=seq,
-                fingerprint=job.fingerprint,
-                seconds=1.0,
-                record_epochs=record_epochs(job),
+            held.append(
+                HeldCheckpoint(
+                    **asdict(saved),
+                    shard=shard,
+                    prefix=job.prefix,
+                    seq=seq,
+                    fingerprint=job.fingerprint,
+                    seconds=1.0,
+                    record_epochs=record_epochs(job),
+                )
             )
-            held.append(found)
         return held
 
     def weights(self, key: str) -> bytes:
@@ -399,10 +400,10 @@ def summary(store: Store, deletions: Sequence[Deletion], build_s: float) -> dict
         "build_seconds": round(build_s, 1),
         "load_average": round(os.getloadavg()[0], 1),  # above the number of CPUs: times are too long
         "deletions": len(deletions),
-        "clean_heads_seconds": spread(times),
-        "of_which_processor_seconds": spread([each.cpu_s for each in deletions]),
-        "of_which_plan_seconds": spread([each.plan_s for each in deletions]),
-        "to_the_end_seconds": spread([each.end_s for each in deletions]),
+        "clean_heads_seconds": percentiles(times),
+        "of_which_processor_seconds": percentiles([each.cpu_s for each in deletions]),
+        "of_which_plan_seconds": percentiles([each.plan_s for each in deletions]),
+        "to_the_end_seconds": percentiles([each.end_s for each in deletions]),
         "mean_seconds_by_work": where,
         "mean_bytes_read": {
             **{sort: int(mean_of(lambda call: call.bytes_read, sort)) for sort in sorts},
@@ -425,7 +426,7 @@ def strayed(deletion: Deletion) -> list[Call]:
     return [call for call in deletion.calls if call.shard not in (None, deletion.row.shard)]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def percentiles(values: Sequence[float]) -> dict[str, float]:
     """Return median, 95th percentile (nearest rank) and maximum."""
     ordered = sorted(values)
     rank = math.ceil(0.95 * len(ordered)) - 1
@@ -448,11 +449,10 @@ def run(folder: Path, sizes: Sequence[int], num_deletions: int) -> dict[str, Any
     """Measure all sizes, smallest first, each in a folder of its own that is removed after it."""
     found: list[dict[str, Any]] = []
     for size in sizes:
-        scale = Scale(size)
         with tempfile.TemporaryDirectory(dir=folder) as name:
-            found.append(measure(Path(name), scale, num_deletions))
+            found.append(measure(Path(name), Scale(size), num_deletions))
         print(line(found[-1]), flush=True)
-    largest, smallest = found[-1], found[0]
+    smallest, largest = found[0], found[-1]
     p50 = [each["clean_heads_seconds"]["p50"] for each in (smallest, largest)]
     return {
         "machine": machine(),
