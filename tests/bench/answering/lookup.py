@@ -1,6 +1,7 @@
 """Milliseconds and recall of an index lookup, against a flat search of the same vectors.
 
-    python -m tests.bench.answering.lookup --out lookup.json --sizes 10000,100000,1000000
+    python -m tests.bench.answering.lookup \\
+        --out tests/bench/answering/lookup.json --sizes 10000,100000,1000000
 
 Vectors have 384 dimensions and are distributed like those of texts: around topics, with few strong
 directions. With the MiniLM embedder and TOFU's questions (`--texts FILE`), those are measured, too.

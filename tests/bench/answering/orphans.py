@@ -1,7 +1,8 @@
 """What a model answers to questions about people who were deleted.
 
     python -m tests.bench.answering.quality --tofu DIRECTORY --work FOLDER   # trains, and deletes three
-    python -m tests.bench.answering.orphans --tofu DIRECTORY --work FOLDER --out orphans.json
+    python -m tests.bench.answering.orphans --tofu DIRECTORY --work FOLDER \\
+        --out tests/bench/answering/orphans.json
 
 All questions about the three deleted authors, as asked and paraphrased, are put to the models of
 `quality.py` after the deletion: with `min_score: auto`, without any, and to the base alone.
@@ -63,9 +64,9 @@ def asserts(answer: str, question: str, words: set[str]) -> bool:
 
 def orphans(work: Work) -> dict[str, list[str]]:
     """Return the questions about the deleted; two of the three authors have paraphrased ones."""
-    full = work.lines("full.jsonl")
+    full = work.rows("full.jsonl")
     asked = [full[a * PER_AUTHOR + n]["question"] for a in DELETED for n in range(PER_AUTHOR)]
-    rows = [*work.lines("retain_perturbed.jsonl"), *work.lines("forget10_perturbed.jsonl")]
+    rows = [*work.rows("retain_perturbed.jsonl"), *work.rows("forget10_perturbed.jsonl")]
     other = {row["question"]: row["paraphrased_question"] for row in rows}
     return {"asked": asked, "paraphrased": [other[each] for each in asked if each in other]}
 
@@ -75,7 +76,7 @@ def measured(work: Work, shards: int) -> Json:
     from sisa.train import train_model
 
     rate = rates_of(work, shards)["routed"]
-    words = words_of_survivors(work.lines("full.jsonl"), AUTHORS)
+    words = words_of_survivors(work.rows("full.jsonl"), AUTHORS)
     found: Json = {"shards": shards, "learning_rate": rate}
     for name, least in WAYS.items():
         config = work.run_file(shards, rate, "routed")
@@ -102,7 +103,7 @@ def base_alone(work: Work, shards: int) -> Json:
 
     model, _ = train_model(work.run_file(shards, rates(shards)[0], "routed"), executor="serial")
     answerer, _ = model.answerer()
-    words = words_of_survivors(work.lines("full.jsonl"), AUTHORS)
+    words = words_of_survivors(work.rows("full.jsonl"), AUTHORS)
     found: Json = {}
     for sort, questions in orphans(work).items():
         ids = [encode_prompt(each, answerer.tokenizer, "completion") for each in questions]

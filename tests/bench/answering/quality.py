@@ -1,6 +1,7 @@
 """How well shards answer together, against one ordinary LoRA fine-tuning of the same records.
 
-    python -m tests.bench.answering.quality --tofu DIRECTORY --work FOLDER --out quality.json
+    python -m tests.bench.answering.quality --tofu DIRECTORY --work FOLDER \\
+        --out tests/bench/answering/quality.json
 
 1, 8, 16 and 50 shards learn 60 authors of TOFU (invented people; 40 of them have paraphrased questions)
 at equal total work: the same epochs for all, and a batch of REFERENCE_BATCH / shards, so that a shard
@@ -32,6 +33,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sisa.store.blobs.files import write_atomic
 from tests.bench.command import BASE, arguments, here, markdown, read_rows, write
 from tests.models.tiny_model import KEY
 
@@ -71,11 +73,7 @@ class Work:
         found = self.known(name)
         if found is None:
             found = make()
-            file = self.folder / "found" / f"{name}.json"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".part")
-            partial.write_text(json.dumps(found), encoding="utf-8")
-            partial.replace(file)
+            write_atomic(self.folder / "found" / f"{name}.json", json.dumps(found).encode())
             print(name, json.dumps(found), flush=True)
         return found
 
@@ -84,13 +82,13 @@ class Work:
         file = self.folder / "found" / f"{name}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
-    def lines(self, name: str) -> list[Json]:
+    def rows(self, name: str) -> list[Json]:
         return read_rows(self.tofu / name)
 
     def questions(self, places: Sequence[int]) -> list[Question]:
         """Return the questions about remaining authors that have paraphrased questions."""
-        first, last = self.lines("retain_perturbed.jsonl"), self.lines("forget10_perturbed.jsonl")
-        full = self.lines("full.jsonl")
+        first, last = self.rows("retain_perturbed.jsonl"), self.rows("forget10_perturbed.jsonl")
+        full = self.rows("full.jsonl")
         other = {row["question"]: row["paraphrased_question"] for row in (*first, *last)}
         found = []
         for author in AUTHORS[:40]:
@@ -102,7 +100,7 @@ class Work:
 
     def records(self) -> Path:
         """Write all authors' records to a file, author by author."""
-        file, full = self.folder / "records.jsonl", self.lines("full.jsonl")
+        file, full = self.folder / "records.jsonl", self.rows("full.jsonl")
         rows = [
             {
                 "id": f"a{author:03}-q{place:02}",
@@ -212,8 +210,8 @@ def asked(
     return found
 
 
-def chain(work: Work, shards: int) -> list[Json]:
-    """Return all measures of one number of shards: before the deletion, its cost, and after it."""
+def measure_shards(work: Work, shards: int) -> None:
+    """Train and measure one number of shards, delete, and measure again."""
     for rate in rates(shards):
         trained(work, shards, rate)
     best = rates_of(work, shards)
@@ -228,7 +226,6 @@ def chain(work: Work, shards: int) -> list[Json]:
         deleted(work, shards, rate)
     for way in best:
         measured(way, "after")
-    return found_of(work, shards)
 
 
 def rates_of(work: Work, shards: int) -> dict[str, float]:
@@ -238,7 +235,7 @@ def rates_of(work: Work, shards: int) -> dict[str, float]:
     return {way: max((scores[rate][way], rate) for rate in scores)[1] for way in ways(shards) if scores}
 
 
-def found_of(work: Work, shards: int) -> list[Json]:
+def rows_of(work: Work, shards: int) -> list[Json]:
     """Return the rows measured so far; null where a run was stopped."""
     tuned = {f"{rate:g}": work.known(f"{shards}-{rate:g}-trained") for rate in rates(shards)}
     return [
@@ -281,9 +278,9 @@ def measure(work: Work, workers: int) -> Json:
     work.records()
     if workers:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for each in [pool.submit(chain, work, shards) for shards in LONGEST_FIRST]:
+            for each in [pool.submit(measure_shards, work, shards) for shards in LONGEST_FIRST]:
                 each.result()
-    rows = [row for shards in SHARDS for row in found_of(work, shards)]
+    rows = [row for shards in SHARDS for row in rows_of(work, shards)]
     return {
         **here(BASE),
         "authors": len(AUTHORS),

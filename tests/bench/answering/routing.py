@@ -1,6 +1,6 @@
 """How well prompts find their shard, and what becomes of those whose subject was deleted.
 
-    python -m tests.bench.answering.routing --data DIRECTORY --out routing.json
+    python -m tests.bench.answering.routing --data DIRECTORY --out tests/bench/answering/routing.json
 
 `DIRECTORY` holds `tofu/` (200 invented authors) and `rwku/` (real people), on whose questions the value
 of `min_score: auto` was tried, and `muse/` (news and novels), which was added afterwards. Records are
@@ -232,17 +232,12 @@ def measured(
     shards = shards_of(index.subjects, num_shards)
     place = dict(zip(index.subjects.tolist(), shards.tolist(), strict=True))
     holder = {question: n for n, (record, _) in enumerate(made) for question in record.asked}
-    two, auto = (
-        Aggregation(top_k=2, min_score=None),
-        resolve_aggregation(Aggregation(), spec, "completion"),
-    )
+    two = Aggregation(top_k=2, min_score=None)
+    auto = resolve_aggregation(Aggregation(), spec, "completion")
     found = []
     for sort, prompts in prompts_of(asked).items():
-        vectors, own = (
-            embedder.embed([t for t, _ in prompts]),
-            [place[each.subject] for _, each in prompts],
-        )
-        routes = partial(index.routes, vectors, shards)
+        own = [place[each.subject] for _, each in prompts]
+        routes = partial(index.routes, embedder.embed([text for text, _ in prompts]), shards)
         without = [index.records == holder[each.question] for _, each in prompts]
         orphaned = [index.subjects == each.subject for _, each in prompts]
         none = [np.zeros(len(shards), dtype=bool)] * len(prompts)
@@ -294,7 +289,7 @@ def of_embedder(spec: str, names: bool, data: Path) -> dict[str, Any]:
 
 
 def shard_table(found: Row) -> Iterator[str]:
-    """Yield whose shard is found, over the numbers of shards."""
+    """Yield the shares of prompts that find their subject's shard; ranges are over numbers of shards."""
     asked = {
         "asked": "as asked",
         "paraphrased": "paraphrased",
@@ -304,7 +299,7 @@ def shard_table(found: Row) -> Iterator[str]:
     for embedder in reversed(EMBEDDERS):
         for prompts, title in asked.items():
             if prompts == "lower case" and "names" not in embedder:
-                continue  # of them nothing is looked at but the words themselves
+                continue  # hashing alone ignores case
             some = [row for row in found[embedder]["tofu"] if row["prompts"] == prompts]
             own, left_out = (
                 low_to_high((row[name] for row in some), ".3f") for name in ("own", "left_out")
@@ -338,8 +333,11 @@ def form_table(found: Row) -> Iterator[str]:
     """Yield what `min_score: auto` does by the form of the records."""
     some = [row for row in found["MiniLM with names"]["forms"] if row["compared_with"] == "prompts"]
     by_form = {(row["form"], row["data"], row["prompts"]): row for row in some}
-    columns = {"TOFU, as asked": ("tofu", "asked"), "TOFU, paraphrased": ("tofu", "paraphrased")}
-    columns["RWKU, as asked"] = ("rwku", "asked")
+    columns = {
+        "TOFU, as asked": ("tofu", "asked"),
+        "TOFU, paraphrased": ("tofu", "paraphrased"),
+        "RWKU, as asked": ("rwku", "asked"),
+    }
 
     def cell(row: Row | None) -> str:
         return f"{row['turned_away']:.1%} / {row['sent']:.1%}" if row else "not measured"

@@ -147,24 +147,23 @@ def measured(base: BaseFiles, adapters: Mapping[int, Any], threads: int, rounds:
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield what many clients at once get, against one after another."""
-    lines = []
-    for each in found["settings"]:
 
-        def mid(way: str, name: str, rounds: Any = each["rounds"]) -> float:
-            return float(median(one[way][name] for one in rounds))
+    def line(threads: Mapping[str, Any]) -> tuple[str, ...]:
+        def middle(way: str, name: str) -> float:
+            return float(median(each[way][name] for each in threads["rounds"]))
 
-        ways = ("generate", "alone", "together")
-        least, middle, most = each["together_over_one_by_one_s"]
-        lines.append(
-            (
-                each["threads"],
-                ", ".join(f"{mid(way, 'tokens_per_s'):.1f}" for way in ways),
-                f"{middle:.1f} ({least:.1f} to {most:.1f})",
-                f"{each['together_over_one_by_one_core_s'][1]:.1f}",
-                f"{mid('alone', 'first_token_s_p50'):.2f} s",
-                ", ".join(f"{mid('together', f'first_token_s_{p}'):.2f} s" for p in ("p50", "p95")),
-            )
+        rates = (middle(way, "tokens_per_s") for way in ("generate", "alone", "together"))
+        least, ratio, most = threads["together_over_one_by_one_s"]
+        first_s = (middle("together", f"first_token_s_{each}") for each in ("p50", "p95"))
+        return (
+            str(threads["threads"]),
+            ", ".join(f"{each:.1f}" for each in rates),
+            f"{ratio:.1f} ({least:.1f} to {most:.1f})",
+            f"{threads['together_over_one_by_one_core_s'][1]:.1f}",
+            f"{middle('alone', 'first_token_s_p50'):.2f} s",
+            ", ".join(f"{each:.2f} s" for each in first_s),
         )
+
     together = f"{found['clients']} clients"
     header = (
         "threads",
@@ -174,7 +173,7 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
         "first token, one client",
         f"{together}, p50 and p95",
     )
-    yield from markdown(header, lines)
+    yield from markdown(header, map(line, found["settings"]))
 
 
 def main() -> None:
@@ -185,7 +184,9 @@ def main() -> None:
     threads = [int(each) for each in given.threads.split(",")]
     settings = [measured(base, adapters, each, given.rounds) for each in threads]
     fixed = {"clients": NUM_CLIENTS, "shards": NUM_SHARDS, "rank": RANK, "answer_tokens": ANSWER_TOKENS}
-    write(given.out, {**environment(), **fixed, "settings": settings})
+    found = {**environment(), **fixed, "settings": settings}
+    write(given.out, found)
+    print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ from typing import Any
 
 from sisa.core.digest import digest_of, file_sha256
 from sisa.lm.answer.route import Route
-from tests.bench.command import arguments, here, markdown, read_rows
+from sisa.store.blobs.files import write_atomic
+from tests.bench.command import arguments, here, markdown, read_rows, write
 from tests.bench.tofu_full.table import mean_of
 
 SEED = 0
@@ -262,10 +263,7 @@ class Run:
             if known["key"] == key:
                 return known
         found = {"key": key, **contestant.asked(task, docs)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".part")
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        partial.replace(file)
+        write_atomic(file, json.dumps(found).encode())
         return found
 
     def measured(self, models: Mapping[str, str]) -> Json:
@@ -284,7 +282,7 @@ class Run:
                 "missing": list(models)[list(models).index(name) + 1 :],
                 "rows": rows,
             }
-            self.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            write(self.out, found)
         return found
 
 

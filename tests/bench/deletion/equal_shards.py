@@ -1,4 +1,4 @@
-"""Records that fill every (shard, slice) equally, and a model trained on them.
+"""Records that fill every (shard, slice) equally, and the run file of a model that learns them.
 
 Ids are tried until the cell that they hash to has room. Unequal shards, whose longest chain bounds any
 number of workers, are not covered.

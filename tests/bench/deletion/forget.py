@@ -124,6 +124,7 @@ def main() -> None:
         "deletions": deletions,
     }
     write(given.out, found)
+    print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

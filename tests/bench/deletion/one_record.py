@@ -1,9 +1,8 @@
-"""Seconds of deleting one record against training everything again, in one process with the base
-loaded.
+"""Seconds of deleting one record against training everything again, with the base loaded.
 
-A record of each slice is deleted. Its share in record-epochs and the closed form of SISA's section V
-for equal slices are reported beside it: a deletion in slice r of R (from 1) retrains stages r..R, each
-2/(R+1) passes over its slices, of one shard out of S.
+Used by `costs.py`. A record of each slice is deleted in turn. Beside its seconds stand its share in
+record-epochs and the closed form of SISA's section V for equal slices: a deletion in slice r of R (from
+1) retrains stages r..R, each 2/(R+1) passes over its slices, of one shard out of S.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The fallback end to end: deleted exactly, still known to the base, then forgotten by a patch.
 
-    python -m tests.bench.patches.fallback --out fallback.json
+    python -m tests.bench.patches.fallback --out tests/bench/patches/fallback.json
 
 A base knows ten invented people by heart (`known_people.py`), and shards over it are trained on them
 and on others. One of the ten asks to be forgotten and consents to a patch: after `sisa request submit`

@@ -1,8 +1,8 @@
 """Whether a patch made with the defaults forgets: counts for methods and retain sets, on one base.
 
-    python -m tests.bench.patches.forgetting --tiny --out forgetting_tiny.json
-    python -m tests.bench.patches.forgetting --method npo --retain written --people 5 \
-        --out forgetting.json
+    python -m tests.bench.patches.forgetting --tiny --out tests/bench/patches/forgetting_tiny.json
+    python -m tests.bench.patches.forgetting --method npo --retain written --people 5 \\
+        --out tests/bench/patches/forgetting.json
 
 A base is fine-tuned in full to know some invented people by heart. A patch with the defaults of `sisa
 approx unlearn` should remove one of them: the search ends when the probe knows none of the records, or
@@ -71,25 +71,25 @@ def forget(
     }
 
 
-def run(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Teach a base, and make one patch for each method and retain set."""
-    scale, adapter = (TINY, Adapter(4, 8)) if chosen.tiny else (Scale(), Adapter())
-    base = base_dir(chosen.tiny, chosen.base_model, folder)
-    people = [record(row) for row in make_people(chosen.people, scale.per_person)]
+    scale, adapter = (TINY, Adapter(4, 8)) if given.tiny else (Scale(), Adapter())
+    base = base_dir(given.tiny, given.base_model, folder)
+    people = [record(row) for row in make_people(given.people, scale.per_person)]
     taught = teach(
         base, people, to=folder / "knowing", steps=scale.steps, learning_rate=scale.learning_rate
     )
     print("taught", taught, flush=True)
-    values = {} if chosen.rounds is None else {"num_rounds": chosen.rounds}
+    values = {} if given.rounds is None else {"num_rounds": given.rounds}
     rows = []
-    for method in chosen.method or sorted(METHODS):
-        for retain in chosen.retain or RETAIN:
+    for method in given.method or sorted(METHODS):
+        for retain in given.retain or RETAIN:
             place = folder / f"{method}-{retain}"
             row = forget(place, folder / "knowing", people, method, retain, adapter, values)
             print(method, retain, row["outcome"], row["still_known"], flush=True)
             rows.append(row)
     forgot = sum(row["outcome"] == "forgotten" for row in rows)
-    return {"taught": taught, "people": chosen.people, "forgot": forgot, "of": len(rows), "rows": rows}
+    return {"taught": taught, "people": given.people, "forgot": forgot, "of": len(rows), "rows": rows}
 
 
 def table(*of_bases: Mapping[str, Any]) -> Iterator[str]:

@@ -85,9 +85,14 @@ class Answers:
         }
 
 
+# There is no bound on utility, because early steps hurt the retain set and later ones repair it.
 PACE = {
-    **{"learning_rate": 1e-3, "num_epochs": 40, "max_steps": 40, "num_rounds": 1},
-    **{"max_utility_drop": None, "target_probability": 0.0},
+    "learning_rate": 1e-3,
+    "num_epochs": 40,
+    "max_steps": 40,
+    "num_rounds": 1,
+    "max_utility_drop": None,
+    "target_probability": 0.0,
 }
 
 
@@ -97,8 +102,7 @@ class Way:
 
     With `keep`, its retain set is the records of people to keep; otherwise the base writes it. With
     `max_drift`, shards are retrained once they have drifted that far. Settings that are not given have
-    the command's defaults. PACE has no bound on utility, because early steps hurt the retain set and
-    later ones repair it.
+    the command's defaults.
     """
 
     method: str = "npo"

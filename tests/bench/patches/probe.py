@@ -1,6 +1,6 @@
 """Whether the probe finds what a base knows: a base is fine-tuned to know half of some invented people.
 
-    python -m tests.bench.patches.probe --out probe.json
+    python -m tests.bench.patches.probe --out tests/bench/patches/probe.json
 
 The base is trained in full on the first half's records until it produces them, or for `--steps` steps.
 Each half is then probed: records that count as known, and the means of the measures. All people's

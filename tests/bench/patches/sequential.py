@@ -1,7 +1,7 @@
 """Many erasures, one after another: what the base, its patches and the shards say after each.
 
-    python -m tests.bench.patches.sequential --out sequential.json
-    python -m tests.bench.patches.sequential --tiny --out sequential_tiny.json
+    python -m tests.bench.patches.sequential --out tests/bench/patches/sequential.json
+    python -m tests.bench.patches.sequential --tiny --out tests/bench/patches/sequential.json
 
 The base knows invented people (`known_people.py`). One after another they ask to be forgotten and are
 deleted exactly. If the base still knows a text, a patch is made from the vault:

@@ -1,6 +1,6 @@
 """What evidence adds to a deletion at 1,000,000 records: certificate, log and tree of records.
 
-    python -m tests.bench.scale.membership --out membership.json
+    python -m tests.bench.scale.membership --out tests/bench/scale/membership.json
 
 The store is that of `rollback.py`, with real stores and a trainer that costs nothing. The
 tree of its records is built, single records are deleted without evidence, then others with it: a draft

@@ -1,6 +1,7 @@
 """Seconds from an accepted deletion to clean heads, on stores of growing size, and where they go.
 
-    python -m tests.bench.scale.rollback --out rollback.json --sizes 10000,100000,1000000
+    python -m tests.bench.scale.rollback \\
+        --out tests/bench/scale/rollback.json --sizes 10000,100000,1000000
 
 A store has 64 shards of 8 slices, 384-dimensional vectors, and records placed by the hash. Its ledger,
 slice files, checkpoints and FAISS files are the real ones, written as a training would leave them, by
