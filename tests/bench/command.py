@@ -47,7 +47,7 @@ def machine() -> dict[str, Any]:
 def here(base_model: str | None = None) -> dict[str, Any]:
     """Return what the numbers are measured on: machine, libraries and, if one is used, base model.
 
-    `environment` of `tests/endurance/ground.py` also names the program's version and its sources.
+    `environment` in `tests/endurance/ground.py` also names the program's version and its sources.
     """
     found = {"machine": machine(), "libraries": describe_fingerprint(threads=1)["libraries"]}
     return found if base_model is None else {**found, "base_model": base_model}

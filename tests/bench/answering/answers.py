@@ -40,7 +40,7 @@ Way = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
 
 def adapted(base: BaseFiles, layers: Sequence[int]) -> tuple[Any, dict[int, dict[str, Factors]]]:
-    """Return a peft model with all adapters, and their changes."""
+    """Return a peft model with an adapter for each shard, and the same adapters' factors by shard."""
     from peft import LoraConfig, get_peft_model
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 

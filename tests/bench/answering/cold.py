@@ -116,7 +116,6 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Run the command."""
     given = arguments(__doc__, rounds=5)
     with tempfile.TemporaryDirectory() as folder:
         ENVIRONMENT["XDG_STATE_HOME"] = str(Path(folder) / "state")

@@ -96,7 +96,7 @@ def measured(work: Work, shards: int) -> Json:
 
 
 def base_alone(work: Work, shards: int) -> Json:
-    """Return the base's share, which comes by chance, through a model's answerer without a shard."""
+    """Return the share of the base alone, which comes by chance: a model answers without a shard."""
     from sisa.lm.answer.route import Route
     from sisa.lm.base.tokens import encode_prompt
     from sisa.train import train_model

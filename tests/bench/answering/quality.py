@@ -254,7 +254,7 @@ def rows_of(work: Work, shards: int) -> list[Json]:
 
 
 def deleted(work: Work, shards: int, rate: float) -> Json:
-    """Delete three authors; return what was trained again, and how it went."""
+    """Delete three authors, or finish their deletion; return the seconds that it took."""
 
     def make() -> Json:
         from sisa.train import train_model

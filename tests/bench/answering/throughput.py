@@ -177,7 +177,6 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Run the command."""
     given = arguments(__doc__, base=BASE, rounds=3, threads="1,2")
     base = resolve_base(given.base)
     adapters = {shard: adapter(base, shard) for shard in range(NUM_SHARDS)}

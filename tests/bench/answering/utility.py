@@ -28,7 +28,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +178,9 @@ class Contestant:
         from sisa.lm.base.tokens import end_tokens
 
         found = open_evaluated(spec)
-        if isinstance(
-            found, HuggingFaceModel
-        ):  # without it, the harness would judge what follows the end
+        if isinstance(found, HuggingFaceModel):
             ends = end_tokens(found.model, found.tokenizer)
+            # without them, the harness would judge what follows the end
             found.model.generation_config.eos_token_id = sorted(ends)
             return cls(name, found.digest, found.model, found.tokenizer)
         assert isinstance(found, DeletionReadyModel)
@@ -238,12 +237,12 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Run:
-    """One output file, the folder of finished cells beside it, and what is asked."""
+    """An output file, the folder of finished cells (a model, a task) beside it, and what is asked."""
 
     out: Path
     data: Path
-    limit: int | None = None
-    tasks: Sequence[str] = field(default_factory=lambda: list(TASKS))
+    limit: int | None
+    tasks: Sequence[str]
 
     def docs(self, task: str) -> list[Doc]:
         """Return a task's documents: all, or a seeded sample of them."""
@@ -353,7 +352,6 @@ def _with_interval(value: Json, form: str) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the command."""
     given = arguments(
         __doc__,
         words,

@@ -100,7 +100,6 @@ def _records(size: Json) -> str:
 
 
 def main() -> None:
-    """Run the command."""
     given = arguments(__doc__, out=Path("costs.json"), tofu=TOFU, base_model=BASE, per_cell=4, epochs=4)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_STATE_HOME"] = folder  # a benchmark's models leave no witness behind

@@ -112,7 +112,6 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Run the command."""
     given = arguments(__doc__, rounds=3)
     with tempfile.TemporaryDirectory() as folder:
         deletions = measured(Path(folder), given.rounds)

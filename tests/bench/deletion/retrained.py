@@ -4,17 +4,15 @@
 
 TOFU has 200 authors with 20 questions each; its forget sets are the last 2, 10 and 20. Each is deleted
 from freshly trained models in several arrangements (`counted.py`: real hash, real planner, counted
-records), under KEYS secrets. Reported are means over secrets, and for one author over all
-authors.
+records), under KEYS secrets. A result is the mean over secrets, and for one author over all authors.
 
     share       record-epochs trained again, until the model is as from scratch, over those of training
                 everything, with the closed form
     labelled    a tenth of the authors (the last 20) is known to go, and 90 of 100 deletions are theirs
     depth       right after the deletion, the share of its slices that an affected shard still serves
     all orders  shares with the training of the other orders, which cost more and serve meanwhile
-    until base  deletions without retraining until no shard serves anything but the base: S3T's
-                formula, its simulation (`serving.py`), and the real planner with counted
-                records
+    until base  deletions without retraining until every shard serves the base alone: S3T's formula,
+                its simulation (`serving.py`), and the real planner with counted records
 
 Some arrangements are then trained for real, on a tiny base, and deleted from by the library, one
 request after another: seconds (of the clock, and of the core that worked) beside record-epochs.

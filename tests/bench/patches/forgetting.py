@@ -119,7 +119,6 @@ def table(*of_bases: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Run the command."""
     given = arguments(
         __doc__,
         out=Path("forgetting.json"),

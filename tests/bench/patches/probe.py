@@ -43,7 +43,6 @@ def run(base_model: str, num_people: int, steps: int, folder: Path) -> dict[str,
 
 
 def main() -> None:
-    """Run the command."""
     given = arguments(__doc__, out=Path("probe.json"), base_model=BASE, people=20, steps=120)
     with tempfile.TemporaryDirectory() as folder:
         found = run(given.base_model, given.people, given.steps, Path(folder))

@@ -130,7 +130,6 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Run the command."""
     given = arguments(
         __doc__,
         out=Path("sequential.json"),

@@ -70,7 +70,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scale:
-    """Set the size of the simulation. `rate` is the record-epochs a second of one worker."""
+    """The size of the simulation. `rate` is the record-epochs a second of one worker."""
 
     records: int = 1_000_000_000
     shards: int = 10_000
@@ -93,7 +93,7 @@ class Scale:
 
 @dataclass
 class ShardCounts:
-    """Hold all shards as counts of records, and the checkpoints that they hold."""
+    """All shards as counts of records, and the checkpoints that they hold."""
 
     scale: Scale
     sizes: NDArray[np.int64]  # [shards, slices]
@@ -193,7 +193,7 @@ def first_training(counts: ShardCounts) -> Json:
 
 @dataclass
 class Stream:
-    """Run a stream of requests over a trained fleet, day by day."""
+    """A stream of requests over a trained fleet, day by day."""
 
     counts: ShardCounts
     per_day: float

@@ -2,11 +2,11 @@
 
     python -m tests.bench.scale.membership --out tests/bench/scale/membership.json
 
-The store is that of `rollback.py`, with real stores and a trainer that costs nothing. The
-tree of its records is built, single records are deleted without evidence, then others with it: a draft
-before the commit; a certificate, signed and logged, and the new tree of records after the heads
-advanced. The nodes that a deletion rewrites are counted by comparing the whole table before and after;
-they don't depend on the machine's load, as seconds do. The keys are files.
+The store is that of `rollback.py`, with a trainer that costs nothing. The tree of its records is built,
+and single records are deleted without evidence, then others with it: a draft before the commit; after
+the heads advanced, a certificate, signed and logged, and the new tree of records. The nodes that a
+deletion rewrites are counted by comparing the whole table before and after, so unlike seconds they don't
+depend on the machine's load. The keys are files.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from sisa.verifier.certificate import CERTIFICATES
 from sisa.verifier.vrf import verify_output
 from tests.bench.command import arguments, machine, markdown, write
 from tests.bench.scale.rollback import (
+    SEED,
     WARM_UP,
     Deletion,
     Scale,
@@ -84,7 +85,7 @@ def seconds(deletions: Sequence[Deletion]) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, scale: Scale, num_deletions: int, seed: int = 7) -> dict[str, Any]:
+def measure(folder: Path, scale: Scale, num_deletions: int) -> dict[str, Any]:
     """Build a store and its tree, delete records without and with evidence, and summarise."""
     store = Store(folder / "model", scale)
     store.build()
@@ -98,7 +99,7 @@ def measure(folder: Path, scale: Scale, num_deletions: int, seed: int = 7) -> di
         hook.complete(watched_context(store, ledger, Watch(lambda: False), {}, [hook]))
     built = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - cpu}
 
-    chosen = random.Random(seed).sample(range(scale.num_records), 2 * (WARM_UP + num_deletions))
+    chosen = random.Random(SEED).sample(range(scale.num_records), 2 * (WARM_UP + num_deletions))
     names = [record_name(number) for number in chosen]
     half = len(names) // 2
     plain = [delete(store, each, "benchmark") for each in names[:half]][WARM_UP:]
@@ -173,7 +174,6 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Run the command."""
     given = arguments(
         __doc__,
         out=Path("membership.json"),

@@ -147,7 +147,6 @@ def memory(base_dir: Path) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    """Run the command."""
     given = arguments(__doc__, out=Path("executors.json"), tofu=TOFU, base_model=BASE, epochs=4)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_STATE_HOME"] = folder  # a benchmark's models leave no witness behind

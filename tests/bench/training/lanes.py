@@ -151,7 +151,6 @@ def product_table(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Run the command."""
     given = arguments(__doc__, out=Path("lanes.json"), tofu=TOFU, base_model=BASE, shards=50, records=4)
     pin_threads(1)
     base = resolve_base(given.base_model)

@@ -234,7 +234,6 @@ def part_table(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Run the command."""
     given = arguments(__doc__, out=Path("profile_step.json"), tofu=TOFU, base_model=BASE)
     pin_threads(1)
     keep_freed_memory()

@@ -101,10 +101,10 @@ class Ground:
         """Return the ground with the same processes on other data."""
         return replace(self, data=data)
 
-    def theirs(self, who: Who, race: Race, *, grouped: bool = False, threads: int = 2) -> Entry:
+    def theirs(self, who: Who, race: Race, *, grouped: bool = False) -> Entry:
         name = {"hf": "Trainer + PEFT", "trl": "SFTTrainer"}[who]
         label = f"{name}{', grouped by length' if grouped else ''}"
-        return Entry(label, race, (((who, threads, 0), Theirs(race, self.data.tokens, grouped)),))
+        return Entry(label, race, (((who, 2, 0), Theirs(race, self.data.tokens, grouped)),))
 
     def ours(self, race: Race, layout: Layout) -> Entry:
         """Return ours in a race; each worker gets whole shards."""
