@@ -71,7 +71,7 @@ def measured(vectors: Vectors, queries: Vectors, folder: Path) -> dict[str, Any]
         "flat_over_lookup": median(flat) / median(ours),
         "recall_at_10": float(np.mean(shared)),
         "load_s": load_s,
-        "removal_as_if_never_held": _removes(index, files[0], folder / "again"),
+        "removal_as_if_never_held": _removes_as_if_never_held(index, files[0], folder / "again"),
     }
 
 
@@ -98,7 +98,7 @@ def _timed(search: Callable[[Vectors], list[Hit]], queries: Vectors) -> tuple[li
     return found, times
 
 
-def _removes(index: FaissIndex, file: IndexFile, folder: Path) -> bool:
+def _removes_as_if_never_held(index: FaissIndex, file: IndexFile, folder: Path) -> bool:
     ids = list(range(0, file.num_vectors * NUM_SHARDS, NUM_SHARDS))
     kept = ids[:1] + ids[2:]
     after = index.build(0, "", file, dict.fromkeys(kept))

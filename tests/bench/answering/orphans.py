@@ -62,7 +62,7 @@ def asserts(answer: str, question: str, words: set[str]) -> bool:
     return bool(set(WORD.findall(answer)) & words - set(WORD.findall(question)))
 
 
-def orphans(work: Work) -> dict[str, list[str]]:
+def questions_about_deleted(work: Work) -> dict[str, list[str]]:
     """Return the questions about the deleted; two of the three authors have paraphrased ones."""
     full = work.rows("full.jsonl")
     asked = [full[a * PER_AUTHOR + n]["question"] for a in DELETED for n in range(PER_AUTHOR)]
@@ -83,7 +83,7 @@ def measured(work: Work, shards: int) -> Json:
         how = config.sisa.aggregation.model_copy(update={"min_score": least})
         block = config.sisa.model_copy(update={"aggregation": how})
         model, _ = train_model(config.model_copy(update={"sisa": block}), executor="serial")
-        for sort, questions in orphans(work).items():
+        for sort, questions in questions_about_deleted(work).items():
             answers = model.generate_all(questions, max_new_tokens=MAX_NEW_TOKENS)
             shares = [asserts(a.text, q, words) for a, q in zip(answers, questions, strict=True)]
             sent = sum(bool(each.shards) for each in answers)
@@ -105,7 +105,7 @@ def base_alone(work: Work, shards: int) -> Json:
     answerer, _ = model.answerer()
     words = words_of_survivors(work.rows("full.jsonl"), AUTHORS)
     found: Json = {}
-    for sort, questions in orphans(work).items():
+    for sort, questions in questions_about_deleted(work).items():
         ids = [encode_prompt(each, answerer.tokenizer, "completion") for each in questions]
         answers = answerer.generate(ids, [Route()] * len(ids), MAX_NEW_TOKENS)
         shares = [asserts(a, q, words) for a, q in zip(answers, questions, strict=True)]

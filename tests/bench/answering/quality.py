@@ -231,8 +231,10 @@ def measure_shards(work: Work, shards: int) -> None:
 def rates_of(work: Work, shards: int) -> dict[str, float]:
     """Return the learning rate at which each way of answering scores best."""
     tuning = {rate: work.known(f"{shards}-{rate:g}-trained") for rate in rates(shards)}
-    scores = {rate: each["tuning"] for rate, each in tuning.items() if each is not None}
-    return {way: max((scores[rate][way], rate) for rate in scores)[1] for way in ways(shards) if scores}
+    scores = [(each["tuning"], rate) for rate, each in tuning.items() if each is not None]
+    if not scores:
+        return {}
+    return {way: max((score[way], rate) for score, rate in scores)[1] for way in ways(shards)}
 
 
 def rows_of(work: Work, shards: int) -> list[Json]:

@@ -92,20 +92,23 @@ def generated(answerer: Answerer, asked: Sequence[Ask]) -> dict[str, float]:
 
 
 def batched(answerer: Answerer, asked: Sequence[Ask], num_clients: int) -> dict[str, float]:
-    """Answer for clients that each ask again once they have their answer, until no question is left."""
+    """Answer for clients that each ask again once they have their answer, until one has no question."""
     batch, waiting = ContinuousBatching(answerer), iter(enumerate(asked))
     admitted: dict[Any, float] = {}
     first_s: dict[Any, float] = {}
 
     def ask() -> bool:
-        key, each = next(waiting, (None, asked[0]))
-        if key is not None:
-            admitted[key] = time.perf_counter()
-            batch.admit(each.ids, each.route, Sampling(max_new_tokens=each.num_tokens), key)
-        return key is not None
+        """Admit the next question, and return whether there was one."""
+        following = next(waiting, None)
+        if following is None:
+            return False
+        key, each = following
+        admitted[key] = time.perf_counter()
+        batch.admit(each.ids, each.route, Sampling(max_new_tokens=each.num_tokens), key)
+        return True
 
     clock, num_tokens = Clock(), 0
-    all_ask = [ask() for _ in range(num_clients)][-1]
+    all_ask = all(ask() for _ in range(num_clients))
     while all_ask:
         for event in batch.step():
             first_s.setdefault(event.key, time.perf_counter() - admitted[event.key])

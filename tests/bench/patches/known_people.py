@@ -187,7 +187,7 @@ class Ground:
         return path
 
     def sisa(self, *arguments: Any, codes: Collection[int] = (0,)) -> dict[str, Any]:
-        """Return the result of a command on the model."""
+        """Return the result of a command on the model; `-m` goes behind its name of one or two words."""
         at = 2 if arguments[0] in ("approx", "eval", "request") else 1
         return run_json(*arguments[:at], "-m", self.model, *arguments[at:], codes=codes)
 

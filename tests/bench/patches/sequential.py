@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -66,7 +67,7 @@ def run(
     ground: Ground, mode: Mode, way: Way, after: Sequence[int], done_before: int = 0
 ) -> Iterator[dict[str, Any]]:
     """Forget people one after another, the first `done_before` done; yield a row after some requests."""
-    for first, upto in zip((done_before, *after), after, strict=False):
+    for first, upto in pairwise((done_before, *after)):
         requests = [erase(ground, subject) for subject in ground.known[first:upto]]
         kept = ground.known[upto:]
         knew = [each["request_id"] for each in requests if each["probed"]["num_known"]]
