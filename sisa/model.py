@@ -24,7 +24,7 @@ from sisa.core.events import Notice, QueueSeen, Report, silent
 from sisa.core.requests import Request, RequestEvent, RequestState
 from sisa.core.run import running
 from sisa.data.drop_lists import read_download
-from sisa.data.reader import named_by_location, read_like
+from sisa.data.reader import located_problems, read_like
 from sisa.flows import lifecycle, query
 from sisa.flows.ask import (
     Answer,
@@ -92,7 +92,7 @@ class Model(ModelDirectory):
         if isinstance(source, str | Path):
             source = read_like(self.config, source, subjects="column")
             self.report(Notice(source.subject_report()))
-        with named_by_location(source), self.writing() as context:
+        with located_problems(source), self.writing() as context:
             guarded = partial(guard, self.config)
             return add(context, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
 
@@ -100,7 +100,7 @@ class Model(ModelDirectory):
         """Replace held records by new versions of the same ids, exactly. Raise UnknownRecord."""
         if isinstance(source, str | Path):
             source = read_like(self.config, source, subjects="column")
-        with named_by_location(source), self.writing() as context:
+        with located_problems(source), self.writing() as context:
             _ = self.resources.base  # refuses a changed base before anything is erased
             return rectify(context, source, [partial(guard, self.config)])
 

@@ -26,7 +26,7 @@ from sisa.core.ledger_meta import FORM
 from sisa.core.patches import active, wanted
 from sisa.core.ports import Change
 from sisa.core.run import running
-from sisa.data.reader import named_by_location, read_records
+from sisa.data.reader import located_problems, read_records
 from sisa.flows import reconfigure
 from sisa.flows.ask import usual_kind
 from sisa.flows.context.commit import commit, is_behind
@@ -59,7 +59,7 @@ from sisa.flows.wiring.progress import progress
 from sisa.flows.wiring.scratch_base import guard, prepare_base
 from sisa.lm.base.numerics import require_device
 from sisa.model import Model
-from sisa.planning.bands import unnamed
+from sisa.planning.bands import of_unknown_class
 from sisa.planning.layout import Assigner
 from sisa.store.areas import CHECKPOINTS, INDEX, REPLAYS, VAULT, storage_root
 from sisa.store.blobs import files
@@ -102,7 +102,7 @@ def train_model(
                 identifiers=config.identifiers.columns,
             )
             shown(Notice(records.subject_report()))
-        with named_by_location(records):
+        with located_problems(records):
             if first:
                 _check_no_foreign_files(config.output_dir)
                 taken = _first_training(config, records, executor, shown, allow_deleted=allow_deleted)
@@ -191,7 +191,7 @@ def _check_records(
     """Raise InvalidInput or ConfigConflict for records that a first training can't take."""
     check_generations(config.training(), records)
     bands = config.sisa.bands
-    unplaced = unnamed(bands, records)
+    unplaced = of_unknown_class(bands, records)
     placed = [each for each in enumerate(records) if each[0] not in unplaced]
     deleted = [] if allow_deleted else deleted_under(config, keyed)
     check_all(

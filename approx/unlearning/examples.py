@@ -20,10 +20,9 @@ from typing import Any
 
 from approx.evaluation.answers import answered
 from approx.methods.method import Method
-from sisa.core.domain import Kind, Part, Record
+from sisa.core.domain import Kind, Part, Record, normalised
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import NO_LOSS, Overlength, Tokens, tokenize, tokenize_all
-from sisa.planning.layout import normalised
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ def _keyring(context: Context) -> Iterator[Finding]:
         what = "the keyring is missing: sealed files can't be read"
         yield Finding("keyring", "error", str(keyring.root), what, step=RESTORE)
         return
-    folders = [keyring.root / area for area in (*areas.FILE_AREAS, *areas.DIRECTORY_AREAS)]
+    folders = [keyring.root / area for area in (*areas.FILE_AREAS, *areas.GROUP_AREAS)]
     keys = [folder / name for folder in folders for name in sorted(keyring.held(folder.name))]
     yield from _open_to_others([keyring.root, *folders, *keys])
 

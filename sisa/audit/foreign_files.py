@@ -44,7 +44,7 @@ class SealedFiles:
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
-        self._held = {area: keyring.held(area) for area in (*areas.FILE_AREAS, *areas.DIRECTORY_AREAS)}
+        self._held = {area: keyring.held(area) for area in (*areas.FILE_AREAS, *areas.GROUP_AREAS)}
 
     def plaintext(self, path: Path) -> bytes | None:
         """Return the plaintext of a sealed file; None for a plain file. Raise Shredded and OSError."""
@@ -54,7 +54,7 @@ class SealedFiles:
                 return None
             data = head + file.read()
         alone, inside = (path.name, ""), (path.parent.name, path.name)
-        places = dict.fromkeys(areas.FILE_AREAS, alone) | dict.fromkeys(areas.DIRECTORY_AREAS, inside)
+        places = dict.fromkeys(areas.FILE_AREAS, alone) | dict.fromkeys(areas.GROUP_AREAS, inside)
         for area, (name, part) in places.items():
             if name in self._held[area]:
                 with contextlib.suppress(IntegrityError):

@@ -119,7 +119,7 @@ def verify(
             reasons[head.shard] = why_not
         else:
             chains[head.shard] = _chains(context, head.shard)
-    for order in range(1 + len(context.settings.recipe.orders)):
+    for order in range(1 + len(context.settings.recipe.other_orders)):
         of_order = [each[order] for each in chains.values() if each[order].jobs]
         if of_order and replays is not None:
             context.report(training_started(of_order))
@@ -255,6 +255,6 @@ def check_vectors(context: Context) -> tuple[int, list[Problem]]:
 def _differ(context: Context, index: IndexFile, row: RecordRow, wanted: Vectors) -> bool:
     import numpy as np
 
-    sides: tuple[By, ...] = ("text", "asked") if len(wanted) > 1 else ("text",)
+    sides: tuple[By, ...] = ("text", "prompts") if len(wanted) > 1 else ("text",)
     held = np.concatenate([context.stores.index.vectors(index, [row.vector_id], by) for by in sides])
     return held.shape != wanted.shape or bool(abs(held - wanted).max() > VECTOR_TOLERANCE)

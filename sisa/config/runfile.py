@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sisa.config.config import MADE, NAMED, KeyPath, RunConfig, keys, raw_schema, value_at
+from sisa.config.config import BY_BLOCK, BY_NAME, KeyPath, RunConfig, keys, raw_schema, value_at
 from sisa.config.fields import short, shown
 from sisa.config.paths import resolve_paths, shared_path_problems
 from sisa.core.errors import InvalidInput, Problem
@@ -219,7 +219,7 @@ def _explained(error: ValidationError, data: Any) -> Iterator[tuple[KeyPath, str
     """Yield (key path, problem) in the words of the schema, once for all members of a union."""
     seen: set[tuple[KeyPath, str, str]] = set()
     for each in error.errors(include_url=False):
-        loc = tuple(part for part in each["loc"] if part not in (NAMED, MADE))
+        loc = tuple(part for part in each["loc"] if part not in (BY_NAME, BY_BLOCK))
         path, fragment = (loc, {}) if each["type"] == "extra_forbidden" else _fragment(loc)
         if (key := (path, each["type"], each["msg"])) not in seen:
             seen.add(key)

@@ -17,6 +17,7 @@ per slice.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -61,11 +62,11 @@ class Record:
         return sum(len(part.text.encode()) for part in self.parts)
 
     @property
-    def asked(self) -> tuple[str, ...]:
+    def prompts(self) -> tuple[str, ...]:
         """Return the prompt or the user turns, each text once; empty for a plain text.
 
         >>> turns = ("system", "Be kind."), ("user", "Who?"), ("assistant", "Ada."), ("user", "Why?")
-        >>> Record("r2", None, "chat", tuple(Part(*turn) for turn in turns)).asked
+        >>> Record("r2", None, "chat", tuple(Part(*turn) for turn in turns)).prompts
         ('Who?', 'Why?')
         """
         texts = [part.text for part in self.parts if part.role in ("prompt", "user")]
@@ -87,6 +88,15 @@ class Record:
         """Return the record that `to_list` encoded. Raise ValueError or TypeError for anything else."""
         id_, subject, kind, parts, *place = values
         return cls(id_, subject, kind, tuple(Part(role, text) for role, text in parts), *place)
+
+
+def normalised(text: str) -> str:
+    """Return a text as copies are compared: compatibility forms, case and white space folded.
+
+    >>> normalised("  Ada\\u00a0 WROTE\\n it.") == normalised("ada wrote it.")
+    True
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 @dataclass(frozen=True, slots=True)

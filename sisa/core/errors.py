@@ -72,7 +72,7 @@ class SisaError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle all fields, so that a worker's error reaches the driver unchanged."""
-        return rebuilt, (type(self), self.to_json())
+        return error_from_json, (type(self), self.to_json())
 
     def as_problems(self, where: str) -> tuple[Problem, ...]:
         """Return the error as problems: its own, or itself as one, at `where` if it names no place."""
@@ -85,7 +85,7 @@ class SisaError(Exception):
         return {"type": type(self).__name__, "message": self.what, **facts, "problems": problems}
 
 
-def rebuilt(kind: type[SisaError], fields: dict[str, Any]) -> SisaError:
+def error_from_json(kind: type[SisaError], fields: dict[str, Any]) -> SisaError:
     """Return the error that `to_json` describes."""
     facts = {name: fields[name] for name in _FACTS}
     return kind(fields["message"], problems=[Problem(**each) for each in fields["problems"]], **facts)

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 else:  # `sisa where` has no use for numpy
     Vectors = States = Any
 
-By = Literal["text", "asked"]  # which vectors of a record a query is compared with
+By = Literal["text", "prompts"]  # which vectors of a record a query is compared with
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,14 +282,14 @@ class ExportStore(Protocol):
     def abandon(self, path: str) -> None:
         """Remove what a killed process left while writing this directory, which itself stays."""
 
-    def state(self, export: Export) -> ExportStanding:
+    def standing(self, export: Export) -> ExportStanding:
         """Return whether the adapter is where it was written, with its recorded bytes."""
 
     def erase(self, export: Export) -> bool:
         """Erase the adapter and its configuration, and their directory if nothing else is in it.
 
         Return False and change nothing unless the adapter is held. An erasure that was interrupted
-        (`state` "erasing") is completed: its remaining files are erased.
+        (its `state` is "erasing") is completed: its remaining files are erased.
         """
 
 

@@ -17,11 +17,11 @@ not extendable. A move that the present state does not allow raises ConfigConfli
 from __future__ import annotations
 
 import calendar
-import unicodedata
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from typing import Literal
 
+from sisa.core.domain import normalised
 from sisa.core.errors import ConfigConflict, InvalidInput
 
 RequestState = Literal[
@@ -182,16 +182,12 @@ def check_four_eyes(submitter: str, approver: str | None) -> None:
             where="service.four_eyes",
             next_step="`sisa request submit --submitter WHO`; then somebody else approves it",
         )
-    if approver is not None and _person(approver) == _person(submitter):
+    if approver is not None and normalised(approver) == normalised(submitter):
         raise ConfigConflict(
             "this model requires four eyes: the submitter of a request may not approve it",
             where="service.four_eyes",
             next_step="let somebody else approve it",
         )
-
-
-def _person(name: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def extended(request: Request, reason: str) -> Request:

@@ -53,7 +53,7 @@ class Listed:
     """A row of a list: DROP's id of a work item, the list, and the hash of an identifier."""
 
     item: str
-    kind: str
+    list_name: str
     hash: str = field(repr=False)
 
 
@@ -68,7 +68,7 @@ class Download:
     removed_file: str = ""
 
 
-def kind_of(file: str) -> str:
+def list_of(file: str) -> str:
     """Return the list of a file's name: `Email` of `20260312_4821_Email`."""
     return file.split("_")[2]
 
@@ -97,7 +97,7 @@ def read_download(path: Path, limits: SourceLimits = SourceLimits()) -> Download
         reading.problems.add(path.name, str(error))
     reading.problems.refuse("in the download; nothing was imported")
     day, broker = next(iter(reading.names.values()))
-    removed = next((each for each in reading.rows if kind_of(each) == REMOVED), "")
+    removed = next((each for each in reading.rows if list_of(each) == REMOVED), "")
     rows = reading.rows.pop(removed, [])
     return Download(day_of(day), broker, reading.rows, rows, removed)
 
@@ -134,8 +134,8 @@ class _Reading:
             self.problems.add("the ZIP", "holds files of several days or brokers")
 
     def _file(self, file: str, stream: IO[bytes]) -> None:
-        kind, name = kind_of(file), f"{file}.csv"
-        columns = ["ID", "Hash", "ListType"] if kind == REMOVED else ["ID", "Hash"]
+        list_name, name = list_of(file), f"{file}.csv"
+        columns = ["ID", "Hash", "ListType"] if list_name == REMOVED else ["ID", "Hash"]
         lines = self._lines(name, stream)
         if next(lines, ("", None))[1] != columns:
             self.problems.add(f"{name}, line 1", f"expected the header {','.join(columns)}")
@@ -144,7 +144,7 @@ class _Reading:
             if number > self.limits.max_records:
                 raise Broken(f"more than limits.max_records {self.limits.max_records} in {name}")
             if cells is not None:
-                self._row(where, cells, columns, kind, self.rows[file])
+                self._row(where, cells, columns, list_name, self.rows[file])
 
     def _lines(self, name: str, stream: IO[bytes]) -> Iterator[tuple[str, list[str] | None]]:
         """Yield the cells of each line; None after a line that can't be read. Raise Broken."""
@@ -171,12 +171,12 @@ class _Reading:
             yield where, cells
 
     def _row(
-        self, where: str, cells: list[str], columns: list[str], kind: str, rows: list[Listed]
+        self, where: str, cells: list[str], columns: list[str], list_name: str, rows: list[Listed]
     ) -> None:
         if len(cells) != len(columns):
             self.problems.add(where, f"expected {len(columns)} columns, got {len(cells)}")
             return
-        item, hashed, kind = cells[0], cells[1], cells[2] if kind == REMOVED else kind
+        item, hashed, list_name = cells[0], cells[1], cells[2] if list_name == REMOVED else list_name
         before = self.problems.count
         add = partial(self.problems.add, where)
         if not _ITEM.fullmatch(item):
@@ -185,10 +185,10 @@ class _Reading:
             add(f"the ID of {first} again")
         if not _HASH.fullmatch(hashed) or b64encode(b64decode(hashed)).decode() != hashed:
             add(f"Hash: expected 44 characters of base64, a SHA-256; got {len(hashed)} characters")
-        if kind not in LISTS:
+        if list_name not in LISTS:
             add(f"ListType: expected one of {', '.join(LISTS)}")
         if self.problems.count == before:
-            rows.append(Listed(item, kind, hashed))
+            rows.append(Listed(item, list_name, hashed))
 
 
 def _is_day(text: str) -> bool:

@@ -165,10 +165,10 @@ def hashes(identifiers: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return every (list, hash) of a person's identifiers; a list of several needs all of them."""
     texts = {name: _texts(name, value) for name, value in identifiers.items()}
     found = []
-    for kind, names in LISTS.items():
+    for list_name, names in LISTS.items():
         for values in product(*(texts.get(name, []) for name in names)):
             hashed = [hash_of(value) for value in values]
-            found.append((kind, hashed[0] if len(hashed) == 1 else hash_of("".join(hashed))))
+            found.append((list_name, hashed[0] if len(hashed) == 1 else hash_of("".join(hashed))))
     return found
 
 

@@ -82,7 +82,7 @@ def _shown_column(name: str) -> str:
 
 
 @contextmanager
-def named_by_location(source: Sequence[Record]) -> Iterator[None]:
+def located_problems(source: Sequence[Record]) -> Iterator[None]:
     """Replace positions of records in an error's problems by the lines or rows that they came from."""
     try:
         yield

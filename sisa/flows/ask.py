@@ -223,8 +223,8 @@ def _index(context: Context, block: SisaBlock) -> Index:
         by_shard: dict[int, list[int]] = {}
         for hit in hits:
             by_shard.setdefault(hit.shard, []).append(hit.vector_id)
-        index = context.stores.index
-        return np.concatenate([index.vectors(files[s], ids, by="asked") for s, ids in by_shard.items()])
+        read = context.stores.index.vectors
+        return np.concatenate([read(files[s], ids, by="prompts") for s, ids in by_shard.items()])
 
     return Index(
         embed=context.compute.embed,

@@ -319,6 +319,6 @@ def finish_exports(context: Context) -> None:
         return
     for path in dict.fromkeys(each.path for each in unfinished):
         context.stores.exports.abandon(path)
-    whole = [each for each in unfinished if context.stores.exports.state(each) == "held"]
+    whole = [each for each in unfinished if context.stores.exports.standing(each) == "held"]
     absent = [each.name for each in unfinished if each not in whole]
     commit(context, Change(exports=[replace(each, state="clean") for each in whole], unexported=absent))

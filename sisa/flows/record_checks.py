@@ -24,7 +24,7 @@ from sisa.core.domain import Record, RecordRow, Tombstone
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem
 from sisa.flows.context.context import Context
 from sisa.flows.context.slices import slices_of, stored_in
-from sisa.planning.bands import Bands, risk_problems, unnamed
+from sisa.planning.bands import Bands, of_unknown_class, risk_problems
 from sisa.planning.layout import Assigner
 from sisa.planning.plan import LAYERWISE
 
@@ -71,7 +71,7 @@ def check_added(
     """Raise InvalidInput with every problem of records that can't be added, those of `checks` too."""
     assigner = context.settings.assigner
     bands = assigner.layout.bands
-    unplaced = unnamed(bands, records)
+    unplaced = of_unknown_class(bands, records)
     fresh = [
         (n, record)
         for n, record in enumerate(records)
@@ -98,7 +98,7 @@ def check_trained(context: Context, records: Sequence[Record], found: HeldOrDele
     bands = context.settings.assigner.layout.bands
     check_all(
         lambda: check_risks(bands, records),
-        lambda: check_unchanged(context, records, found, unnamed(bands, records)),
+        lambda: check_unchanged(context, records, found, of_unknown_class(bands, records)),
     )
 
 

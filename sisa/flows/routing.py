@@ -42,7 +42,7 @@ def search_each(
 def routing_hits(context: Context, queries: ports.Vectors, top_k: int) -> list[list[Hit]]:
     """Return the best hits for prompts, as if no restricted record were in the index."""
     hidden = {(row.shard, row.vector_id) for row in restricted_rows(context.stores.ledger)}
-    found = search_each(context, queries, top_k + len(hidden), by="asked")
+    found = search_each(context, queries, top_k + len(hidden), by="prompts")
     return [[hit for hit in hits if (hit.shard, hit.vector_id) not in hidden][:top_k] for hits in found]
 
 
@@ -112,7 +112,7 @@ def _look_up_prompts(context: Context, block: SisaBlock) -> HeldPrompts | None:
         served = [row for row in rows if row.kind != "text" and row.id_digest not in restricted]
         asking = sorted(row.vector_id for row in served)
         try:
-            vectors = context.stores.index.vectors(file, asking, by="asked")
+            vectors = context.stores.index.vectors(file, asking, by="prompts")
             found = routing_hits(context, vectors, NUM_ROUTING_HITS)
         except SisaError:
             return None  # `sisa doctor` says what is damaged

@@ -83,7 +83,7 @@ class Bands(Block):
         )
 
 
-def unnamed(bands: Bands | None, records: Iterable[Record]) -> set[int]:
+def of_unknown_class(bands: Bands | None, records: Iterable[Record]) -> set[int]:
     """Return the positions (from 0) of records whose risk is an unknown class."""
     if bands is None:
         return set()
@@ -94,7 +94,7 @@ def unnamed(bands: Bands | None, records: Iterable[Record]) -> set[int]:
 def risk_problems(bands: Bands | None, records: Sequence[Record]) -> Iterator[Problem]:
     """Yield what is wrong with the risks of records, by position from 1, without names."""
     first: dict[str, tuple[int, Risk]] = {}
-    unplaced = unnamed(bands, records)
+    unplaced = of_unknown_class(bands, records)
     for position, record in enumerate(records, start=1):
         where, risk = f"record {position}", record.deletion_risk
         if position - 1 in unplaced:

@@ -82,7 +82,7 @@ class Stream:
         return found
 
     @cached_property
-    def asked(self) -> Shares:
+    def hits(self) -> Shares:
         """Return the share of the deletions that hit each slice."""
         likely = self._spread * np.array([[group.risk] for group in self.groups])
         found: Shares = likely.sum(axis=0) / likely.sum()
@@ -94,9 +94,9 @@ class Stream:
         Costs are in passes over all records of a shard.
         """
         over, under = passes(self.schedule, self.num_epochs, self.layout.num_slices)
-        held, asked = self.held[list(order)], self.asked[list(order)]
+        held, hits = self.held[list(order)], self.hits[list(order)]
         seen = np.cumsum(held) if self.schedule == "cumulative" else held
-        return np.where(held > 0, seen, 0) * over / under, asked
+        return np.where(held > 0, seen, 0) * over / under, hits
 
     @cached_property
     def _from_each_slice(self) -> Shares:
@@ -111,11 +111,11 @@ class Stream:
     @property
     def one_share(self) -> float:
         """Return the expected cost of one deletion, as a share of training its whole shard."""
-        return float(self._from_each_slice @ self.asked) / self.epochs
+        return float(self._from_each_slice @ self.hits) / self.epochs
 
     def first_hits(self, num_deletions: float) -> Shares:
         """Return the chance of each slice to be the earliest that a batch hits (mean of arrivals)."""
-        missed: Shares = np.exp(-num_deletions * np.concatenate([[0.0], np.cumsum(self.asked)]))
+        missed: Shares = np.exp(-num_deletions * np.concatenate([[0.0], np.cumsum(self.hits)]))
         return missed[:-1] - missed[1:]
 
     def batch_share(self, num_deletions: float) -> float:
@@ -180,7 +180,7 @@ def _drawn(draw: np.random.Generator, flat: Counts, stream: Stream, num_deletion
         even: Counts = draw.multivariate_hypergeometric(flat, num_deletions, method="marginals")
         return even
     gone = np.zeros_like(flat)
-    likely = np.divide(stream.asked, stream.held, out=np.zeros_like(stream.held), where=stream.held > 0)
+    likely = np.divide(stream.hits, stream.held, out=np.zeros_like(stream.held), where=stream.held > 0)
     weights = np.tile(likely, stream.layout.num_shards)
     while (missing := num_deletions - int(gone.sum())) > 0:
         chances = weights * (flat - gone)

@@ -18,7 +18,7 @@ from sisa.core.digest import digest_of
 from sisa.core.domain import SliceFile
 from sisa.planning.plan import Recipe
 
-REACHING = ("lora_layers", "sequence_len", "overlength")  # keys that affect hidden states
+STATE_KEYS = ("lora_layers", "sequence_len", "overlength")  # of a job's training: they affect the states
 
 
 def keeps_hidden_states(training: Mapping[str, Any]) -> bool:
@@ -30,8 +30,8 @@ def states_name(
     shard: int, slice_: int, root: str, training: Mapping[str, Any], base: str, fingerprint: str
 ) -> str:
     """Return the file name of a slice whose records have this root."""
-    reaching = [root, base, fingerprint, *(training[each] for each in REACHING)]
-    return f"{slice_start(shard, slice_)}{digest_of(reaching)}.prefix"
+    content = [root, base, fingerprint, *(training[each] for each in STATE_KEYS)]
+    return f"{slice_start(shard, slice_)}{digest_of(content)}.prefix"
 
 
 def shard_start(shard: int) -> str:

@@ -16,12 +16,11 @@ Source: SISA, Bourtoule et al. 2021, section IV (sharding, slicing).
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from sisa.core.digest import Keyed, digest_of
-from sisa.core.domain import Identity, Record, RecordRow, Risk
+from sisa.core.domain import Identity, Record, RecordRow, Risk, normalised
 from sisa.planning.bands import Bands
 
 VECTOR_ID_BITS = 63  # FAISS ids are signed 64-bit
@@ -57,9 +56,9 @@ class Assigner:
     def subject_digest(self, subject_id: str) -> str:
         return self._keyed.digest("subject", subject_id)
 
-    def identity_key(self, kind: str, hashed: str) -> str:
+    def identity_key(self, list_name: str, hashed: str) -> str:
         """Return the key of an identifier, given the list of DROP that has it and its hash there."""
-        return self._keyed.digest("identity", kind, hashed)
+        return self._keyed.digest("identity", list_name, hashed)
 
     def identities(self, record: Record) -> list[Identity]:
         """Return the identities of a record, given its identifiers."""
@@ -111,15 +110,6 @@ class Assigner:
         """Return the names of the columns in which a row differs from that of its record."""
         again = replace(self.row(record, row.num_tokens), seq=row.seq)
         return [at.name for at in fields(row) if getattr(again, at.name) != getattr(row, at.name)]
-
-
-def normalised(text: str) -> str:
-    """Return a text as copies are compared: compatibility forms, case and white space folded.
-
-    >>> normalised("  Ada\\u00a0 WROTE\\n it.") == normalised("ada wrote it.")
-    True
-    """
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def slice_root(rows: Iterable[RecordRow]) -> str:

@@ -146,7 +146,7 @@ class _Paths:
         It serves the deepest kept stage of any order before the deletion's slice.
         """
         served = 0.0
-        for slice_, hit in enumerate(self.stream.asked):
+        for slice_, hit in enumerate(self.stream.hits):
             before = [order.index(slice_) for order in self.orders]
             depths = (n + 1 for each, at in zip(kept, before, strict=True) for n in each if n < at)
             served += float(hit) * max(depths, default=0)

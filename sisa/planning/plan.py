@@ -52,14 +52,14 @@ LAYERWISE = "layerwise"  # in a job's training: the number of blocks of layers; 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What all jobs of a model share: the config that affects the bits, and the other orders."""
+    """What all jobs of a model share: what affects their bits, and the orders besides order 0."""
 
     num_slices: int
     schedule: Schedule
     num_epochs: int
     training: Mapping[str, Any]
     base: str
-    orders: tuple[Order, ...] = ()
+    other_orders: tuple[Order, ...] = ()
     shard_budget: int | None = None  # bytes of checkpoints that a whole shard keeps; None: all of them
     risks: tuple[float, ...] = ()  # of each slice of a generation; empty: all alike
 
@@ -173,7 +173,7 @@ def all_paths(
     shard: int, slices: Sequence[SliceState], recipe: Recipe, fingerprint: str
 ) -> tuple[tuple[SliceJob, ...], ...]:
     """Return the stages of every order; orders other than order 0 end one short of all slices."""
-    others = (jobs(shard, slices, recipe, fingerprint, order)[:-1] for order in recipe.orders)
+    others = (jobs(shard, slices, recipe, fingerprint, order)[:-1] for order in recipe.other_orders)
     return (jobs(shard, slices, recipe, fingerprint), *others)
 
 

@@ -53,7 +53,7 @@ class DirectoryExports:
             if not os.listdir(folder):
                 os.rmdir(os.path.basename(above), dir_fd=parent)
 
-    def state(self, export: Export) -> ExportStanding:
+    def standing(self, export: Export) -> ExportStanding:
         with files.disk_errors(Path(export.path)), _opened(export.path) as found:
             return "gone" if found is None else _standing(found[1], export)
 

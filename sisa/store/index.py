@@ -125,7 +125,7 @@ class FaissIndex(SealedArea):
 
     def _load_both(self, file: IndexFile) -> dict[By, LoadedIndex]:
         found = self._load(file)
-        return {"text": found.by("text"), "asked": found.by("asked")}
+        return {"text": found.by("text"), "prompts": found.by("prompts")}
 
     def _load(self, file: IndexFile) -> LoadedIndex:
         import faiss
@@ -188,7 +188,7 @@ class LoadedIndex:
         An id with one vector has it for both.
 
         >>> import numpy as np
-        >>> LoadedIndex(0, np.array([3, 3, 8]), np.eye(3, dtype=np.float32)).by("asked").vectors[:, 1:]
+        >>> LoadedIndex(0, np.array([3, 3, 8]), np.eye(3, dtype=np.float32)).by("prompts").vectors[:, 1:]
         array([[1., 0.],
                [0., 1.]], dtype=float32)
         """

@@ -201,14 +201,14 @@ class FakeExports:
     def abandon(self, path: str) -> None:
         """Do nothing: memory is always written completely."""
 
-    def state(self, export: Export) -> ExportStanding:
+    def standing(self, export: Export) -> ExportStanding:
         files = self.stored.get(export.path, {})
         if ADAPTER not in files:
             return "gone"
         return "held" if sha256_hex(files[ADAPTER]) == export.adapter_sha256 else "changed"
 
     def erase(self, export: Export) -> bool:
-        standing = self.state(export)
+        standing = self.standing(export)
         if standing == "changed" or (standing == "gone" and export.state != "erasing"):
             return False
         files = self.stored.get(export.path, {})

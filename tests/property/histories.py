@@ -139,7 +139,7 @@ class Model:
             assert job.shard in hit, "an untouched shard was retrained"
             assert job.key not in self.held, "a held stage was retrained"
             before = {slice_ for shard, slice_ in self.filled if shard == job.shard}
-            new = self.fake.context.recipe.orders and before == set(
+            new = self.fake.context.recipe.other_orders and before == set(
                 job.prefix
             )  # the end of another order
             gone = {each for each in hit[job.shard] if (job.shard, each) not in after}

@@ -39,7 +39,7 @@ def test_any_history_serves_the_same_bytes(history: History, budget: int) -> Non
     heads = {head.key for head in model.fake.ledger.heads()}
     for shard, num_bytes in held.items():
         here = [each for each in model.fake.ledger.checkpoints(shard) if each.key not in heads]
-        assert num_bytes <= budget or len(here) <= len(model.fake.context.recipe.orders)
+        assert num_bytes <= budget or len(here) <= len(model.fake.context.recipe.other_orders)
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:
         for index in ledger.indexes(plan.shard) if plan.path else ():
             context.stores.index.check(index)
         needed = {each.parent.key for each in plan.missing if each.parent is not None}
-        if context.settings.recipe.orders and plan.head.key is not None:
+        if context.settings.recipe.other_orders and plan.head.key is not None:
             needed.add(plan.head.key)
         for each in ledger.checkpoints(plan.shard) if needed else ():
             if each.key in needed:

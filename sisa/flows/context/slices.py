@@ -43,8 +43,8 @@ def stored_in(
 
 
 def embed_records(context: Context, records: Sequence[Record]) -> list[ports.Vectors]:
-    """Return each record's vectors: that of its text, then those of what is asked in it."""
-    texts = [(record.text, *record.asked) for record in records]
+    """Return each record's vectors: that of its text, then those of its prompts."""
+    texts = [(record.text, *record.prompts) for record in records]
     vectors = context.compute.embed([text for each in texts for text in each])
     ends = list(accumulate(map(len, texts)))
     return [vectors[end - len(each) : end] for end, each in zip(ends, texts, strict=True)]

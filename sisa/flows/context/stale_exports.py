@@ -34,7 +34,7 @@ def stale_paths(context: Context) -> list[str]:
 def export_standing(context: Context, export: Export) -> str:
     """Return "held", "gone", "changed", or "unreadable" if the disk does not say."""
     try:
-        return context.stores.exports.state(export)
+        return context.stores.exports.standing(export)
     except EnvironmentFault:
         return "unreadable"
 
@@ -47,7 +47,7 @@ def erase_stale_exports(context: Context) -> None:
     with all_tried() as tried:
         for each in stale_exports(context):
             with tried():
-                if each.state == "erasing" or context.stores.exports.state(each) == "held":
+                if each.state == "erasing" or context.stores.exports.standing(each) == "held":
                     due.append(replace(each, state="erasing"))
         if not due:
             return

@@ -54,7 +54,7 @@ from sisa.data.drop_lists import (
     day_of,
     due_day,
     is_suffix,
-    kind_of,
+    list_of,
     responses,
     upload_name,
 )
@@ -207,7 +207,7 @@ def _check_known(context: Context, download: Download, known: Mapping[str, WorkI
 
 
 def _key(context: Context, listed: Listed) -> str:
-    return context.settings.assigner.identity_key(listed.kind, listed.hash)
+    return context.settings.assigner.identity_key(listed.list_name, listed.hash)
 
 
 def _arrived(context: Context, download: Download, known: Mapping[str, WorkItem]) -> Iterable[WorkItem]:
@@ -402,7 +402,7 @@ def details(context: Context, *, show_ids: bool = False) -> Details | None:
     matched = [
         Matched(
             item=each.item,
-            kind=kind_of(each.file),
+            kind=list_of(each.file),
             consumers=each.num_consumers,
             request_id=each.request_id if each.num_consumers == 1 else "",
             due=due_day(each.file).isoformat(),

@@ -60,7 +60,7 @@ def calibrate(records: Sequence[Record], embedder: Embedder, block: SisaBlock) -
 
     Raise InvalidInput for too few subjects.
     """
-    asking = [each for each in records if each.subject_id and each.asked]
+    asking = [each for each in records if each.subject_id and each.prompts]
     subjects = len({each.subject_id for each in asking})
     if subjects < MIN_SUBJECTS:
         raise InvalidInput(
@@ -131,7 +131,7 @@ class _Public:
         self._of_subject: dict[str, list[int]] = {}
         for number, record in enumerate(records):
             self._of_subject.setdefault(record.subject_id or "", []).append(number)
-        texts = [(number, text) for number, record in enumerate(records) for text in record.asked]
+        texts = [(number, text) for number, record in enumerate(records) for text in record.prompts]
         self._numbers = np.array([number for number, _ in texts])
         self._vectors = self._embed([text for _, text in texts])
         self._shards = [
@@ -155,7 +155,7 @@ class _Public:
                 ([number], held),
                 (self._of_subject[record.subject_id or ""], deleted),
             ):
-                (found,) = look_up([Query(record.asked[0])], self._without(left_out), warm, live)
+                (found,) = look_up([Query(record.prompts[0])], self._without(left_out), warm, live)
                 into.append(found.near)
         return held, deleted
 

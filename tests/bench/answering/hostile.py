@@ -324,11 +324,11 @@ class Partition:
         loaded = [each for each in held.values() if len(each.ids)]
 
         def search(_: Sequence[IndexFile], queries: Vectors, top_k: int, by: By) -> list[list[Hit]]:
-            assert by == "asked"
+            assert by == "prompts"
             return search_loaded(loaded, queries, top_k)
 
         def vectors(file: IndexFile, ids: Sequence[int], by: By) -> Vectors:
-            assert by == "asked"
+            assert by == "prompts"
             return held[file.shard].vectors[np.isin(held[file.shard].ids, ids)]
 
         heads = [SimpleNamespace(shard=each.shard, key="head") for each in loaded]

@@ -174,7 +174,7 @@ class Index:
         texts = [
             (n, text)
             for n, (record, _) in enumerate(made)
-            for text in (record.asked if by == "prompts" else [record.text])
+            for text in (record.prompts if by == "prompts" else [record.text])
         ]
         records = np.array([n for n, _ in texts])
         subjects = np.array([subject for _, subject in made])[records]
@@ -231,7 +231,7 @@ def measured(
     index = Index.of(made, embedder, by)
     shards = shards_of(index.subjects, num_shards)
     place = dict(zip(index.subjects.tolist(), shards.tolist(), strict=True))
-    holder = {question: n for n, (record, _) in enumerate(made) for question in record.asked}
+    holder = {question: n for n, (record, _) in enumerate(made) for question in record.prompts}
     two = Aggregation(top_k=2, min_score=None)
     auto = resolve_aggregation(Aggregation(), spec, "completion")
     found = []

@@ -39,18 +39,18 @@ def place(tmp_path: Path) -> Path:
 
 
 def test_what_was_written_is_held_until_it_is_erased(store: ExportStore, place: Path) -> None:
-    assert store.state(export(place)) == "gone"
+    assert store.standing(export(place)) == "gone"
     store.write(str(place), CONTENT)
-    assert store.state(export(place)) == "held"
+    assert store.standing(export(place)) == "held"
     assert store.erase(export(place))
-    assert store.state(export(place)) == "gone"
+    assert store.standing(export(place)) == "gone"
 
 
 def test_a_second_export_stays(store: ExportStore, place: Path) -> None:
     store.write(str(place), CONTENT)
     store.write(str(place.with_name("other")), CONTENT)
     assert store.erase(export(place))
-    assert store.state(export(place.with_name("other"))) == "held"
+    assert store.standing(export(place.with_name("other"))) == "held"
 
 
 def test_what_is_gone_was_erased_only_if_that_was_begun(store: ExportStore, place: Path) -> None:
@@ -60,10 +60,10 @@ def test_what_is_gone_was_erased_only_if_that_was_begun(store: ExportStore, plac
 
 def test_what_was_changed_is_left_alone(store: ExportStore, place: Path) -> None:
     store.write(str(place), {**CONTENT, ADAPTER: b"another"})
-    assert store.state(export(place)) == "changed"
+    assert store.standing(export(place)) == "changed"
     for state in ("tainted", "erasing"):
         assert not store.erase(export(place, state))
-        assert store.state(export(place)) == "changed"
+        assert store.standing(export(place)) == "changed"
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_no_link_is_followed(directories: DirectoryExports, place: Path, tmp_pat
         (files / name).symlink_to(place / name)
     for path in (link, above / place.name, files):
         assert not directories.erase(export(path))
-        assert directories.state(export(path)) in ("gone", "changed")
+        assert directories.standing(export(path)) in ("gone", "changed")
     assert {name: (place / name).read_bytes() for name in CONTENT} == CONTENT
 
 
@@ -153,7 +153,7 @@ def test_a_directory_or_a_pipe_of_that_name_stays(
     "path", ["", "/", "relative", "/a/../b", "/a//b", "/a/./b", "/a/", "/nul\0", "//", "/.."]
 )
 def test_odd_paths_lead_nowhere(directories: DirectoryExports, path: str) -> None:
-    assert directories.state(export(path)) == "gone"
+    assert directories.standing(export(path)) == "gone"
     assert not directories.erase(export(path))
 
 
@@ -161,7 +161,7 @@ def test_a_path_with_dots_does_not_lead_to_an_export(directories: DirectoryExpor
     directories.write(str(place), CONTENT)
     for path in (f"{place}/../{place.name}", f"{place}/", f"{place.parent}//{place.name}"):
         assert not directories.erase(export(path))
-    assert directories.state(export(place)) == "held"
+    assert directories.standing(export(place)) == "held"
 
 
 def test_a_checkpoint_is_no_export(directories: DirectoryExports, place: Path) -> None:
@@ -181,4 +181,4 @@ def test_a_disk_that_refuses_is_an_environment_fault(
     monkeypatch.setattr(os, "unlink", refuses)
     with pytest.raises(EnvironmentFault):
         directories.erase(export(place))
-    assert directories.state(export(place)) == "held"
+    assert directories.standing(export(place)) == "held"

@@ -132,7 +132,7 @@ def test_what_is_asked_is_found_by_the_nearest_question_of_each_record(fresh: Op
     file = index.build(0, "root", None, vectors(range(12)))
     for number, question in [(4, 0), (5, 0), (5, 1)]:
         query = asked(number, question)
-        (hits,) = index.search([file], np.stack([query]), 5, "asked")
+        (hits,) = index.search([file], np.stack([query]), 5, "prompts")
         assert hits[0].vector_id == number
         assert hits[0].score == pytest.approx(1)
         assert len({hit.vector_id for hit in hits}) == 5, "a record is found once"
@@ -143,17 +143,17 @@ def test_what_is_asked_is_found_by_the_nearest_question_of_each_record(fresh: Op
 def test_a_record_in_which_nothing_is_asked_is_found_by_its_text(fresh: OpenIndex) -> None:
     index = fresh()
     file = index.build(0, "root", None, vectors([3, 4]))
-    (hits,) = index.search([file], np.stack([vector(3)]), 1, "asked")
+    (hits,) = index.search([file], np.stack([vector(3)]), 1, "prompts")
     assert hits[0].vector_id == 3
     assert hits[0].score == pytest.approx(1)
-    (hits,) = index.search([file], np.stack([vector(4)]), 2, "asked")
+    (hits,) = index.search([file], np.stack([vector(4)]), 2, "prompts")
     assert all(hit.score < 0.999 for hit in hits)
 
 
 def test_stored_questions_come_back_by_id(fresh: OpenIndex) -> None:
     index = fresh()
     file = index.build(0, "root", None, vectors([3, 5, 4]))
-    found = index.vectors(file, [5, 3, 4], "asked")
+    found = index.vectors(file, [5, 3, 4], "prompts")
     expected = np.stack([asked(5, 0), asked(5, 1), vector(3), asked(4, 0)])
     assert found.tobytes() == expected.tobytes()
 

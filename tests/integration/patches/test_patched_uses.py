@@ -117,7 +117,7 @@ def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
         assert (path / ADAPTER).read_bytes() != (before / ADAPTER).read_bytes()
     with model.context() as context:
         patches = {each.path: each.patches for each in context.stores.ledger.exports()}
-        standings = {context.stores.exports.state(each) for each in context.stores.ledger.exports()}
+        standings = {context.stores.exports.standing(each) for each in context.stores.ledger.exports()}
     keys = tuple(each.key for each in stack)
     assert {patches[str(path)] for path in patched_} == {keys}
     assert {patches[str(path)] for path in plain} == {()}

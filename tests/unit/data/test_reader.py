@@ -22,7 +22,7 @@ from sisa.config.sources import DatasetSource, SourceLimits
 from sisa.core.domain import Part, Record
 from sisa.core.errors import EnvironmentFault, InvalidInput, Problem
 from sisa.data import dataset_export
-from sisa.data.reader import Subjects, named_by_location, read_ids, read_records
+from sisa.data.reader import Subjects, located_problems, read_ids, read_records
 from sisa.store.blobs import temporary_directories
 
 SECRET = "Quorvane"
@@ -356,7 +356,7 @@ def test_what_is_found_later_is_reported_by_line(tmp_path: Path) -> None:
     ]
     listed = []
     for source in (found, list(found)):
-        with pytest.raises(InvalidInput) as caught, named_by_location(source):
+        with pytest.raises(InvalidInput) as caught, located_problems(source):
             raise InvalidInput("bad", problems=problems)
         listed.append([(each.where, each.what) for each in caught.value.problems])
     assert listed[0] == [

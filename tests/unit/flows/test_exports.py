@@ -82,7 +82,7 @@ def test_an_export_is_known_before_its_files_are_written(fake: FakeModel) -> Non
     assert fake.ledger.seq() == seq + 2  # before and after the files
     heads = {head.shard: head.key for head in fake.ledger.heads()}
     assert {each.shard: each.key for each in made} == heads
-    assert all(fake.exports.state(each) == "held" for each in made)
+    assert all(fake.exports.standing(each) == "held" for each in made)
 
 
 class Signing(PatchesHook):

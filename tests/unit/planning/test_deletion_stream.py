@@ -141,7 +141,7 @@ def test_forms_hold_for_unequal_risks_with_and_without_bands(
 def test_bands_spare_most_of_the_cost_of_likely_deletions() -> None:
     plain, banded = (Stream(each, "cumulative", 3, GROUPS) for each in (Layout(200, 6), BANDED))
     assert banded.one_share < 0.65 * plain.one_share
-    assert banded.asked[-2:].sum() > 0.5
+    assert banded.hits[-2:].sum() > 0.5
     assert banded.held[:2].sum() == pytest.approx(0.8)
 
 

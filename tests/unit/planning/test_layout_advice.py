@@ -97,7 +97,7 @@ def test_orders_and_kept_checkpoints_agree_with_the_planner_within_three_percent
         held = {path[n].key for path, kept in zip(whole.paths, advice.kept, strict=True) for n in kept}
         assert len(held) <= advice.num_kept
         first = others = depth = 0.0
-        for slice_, hit in enumerate(stream.asked):
+        for slice_, hit in enumerate(stream.hits):
             clean = [
                 job for key, job in whole.stages.items() if key in held and slice_ not in job.prefix
             ]

@@ -129,10 +129,10 @@ def test_no_key_names_its_order(schedule: Schedule, sizes: list[int], num_orders
     found = plan(recipe, slices)
     by_prefix = {job.prefix: job for path in found.paths for job in path}
     assert len(by_prefix) == len(found.stages)
-    assert found.path == jobs(0, slices, replace(recipe, orders=()), "f")
+    assert found.path == jobs(0, slices, replace(recipe, other_orders=()), "f")
     priced = sum(record_epochs(job) for job in found.stages.values())
     view = ShardView(0, slices, ())
-    assert full_record_epochs([view], recipe, recipe.orders) == priced
+    assert full_record_epochs([view], recipe, recipe.other_orders) == priced
     assert priced - full_record_epochs([view], recipe) == found.record_epochs_others
 
 

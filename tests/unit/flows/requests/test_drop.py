@@ -47,7 +47,7 @@ def listed(item: str, identifiers: Mapping[str, str]) -> Listed:
 def download(*rows: Listed, removed: Sequence[Listed] = (), day: date = FIRST) -> Download:
     lists: dict[str, list[Listed]] = {f"{day:%Y%m%d}_4821_{kind}": [] for kind in ("Email", "Phone")}
     for each in rows:
-        lists[f"{day:%Y%m%d}_4821_{each.kind}"].append(each)
+        lists[f"{day:%Y%m%d}_4821_{each.list_name}"].append(each)
     file = f"{day:%Y%m%d}_4821_Removed" if removed else ""
     return Download(day, "4821", lists, removed, file)
 
