@@ -118,14 +118,14 @@ class _Reading:
         if len(entries) > MAX_FILES:
             raise Broken(f"{len(entries)} files, more than {MAX_FILES}")
         for number, entry in enumerate(entries, start=1):
-            named = _NAME.fullmatch(entry.filename)
-            if named is None or not _is_day(named[1]):
+            parts = _NAME.fullmatch(entry.filename)
+            if parts is None or not _is_day(parts[1]):
                 what = f"expected YYYYMMDD_BROKER_LIST.csv with a list of {', '.join((*LISTS, REMOVED))}"
                 self.problems.add(f"file {number} of {len(entries)}", what)
             elif (file := entry.filename.removesuffix(".csv")) in self.rows:
                 self.problems.add(entry.filename, "two files of one name")
             else:
-                self.names[file], self.rows[file] = (named[1], named[2]), []
+                self.names[file], self.rows[file] = (parts[1], parts[2]), []
                 with archive.open(entry) as stream:
                     self._file(file, stream)
         if not entries:

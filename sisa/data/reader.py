@@ -1,4 +1,4 @@
-"""Read JSON lines, Parquet and Hugging Face datasets as records, or list everything that is wrong.
+"""Read sources as records, texts or ids, or list everything that is wrong in them.
 
 Problems of all sources are collected and raised as one InvalidInput, and then nothing is returned. They
 name files, lines and rows, never a text or an id. Ids are unique over all sources. `SourceLimits` bound
@@ -18,43 +18,30 @@ people.jsonl, line 2 - the id of people.jsonl, line 1 again
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from sisa.config.config import RunConfig
-from sisa.config.fields import DATA_SUFFIXES, is_local, short
+from sisa.config.fields import short
 from sisa.config.sources import Columns, DatasetSource, SourceLimits, columns_of
 from sisa.core.domain import Record
 from sisa.core.errors import Problem, Problems, SisaError
-from sisa.data.dataset_export import export_rows
 from sisa.data.identifiers import hashes, identifier_problems, on_no_list
-from sisa.data.record_rules import (
-    Broken,
-    name_problems,
-    no_body,
-    record_of,
-    record_problems,
-    type_name,
-)
-from sisa.store.blobs.temporary_directories import temporary_directory
+from sisa.data.record_rules import Broken, name_problems, no_body, record_of, record_problems, type_name
+from sisa.data.source_rows import RawRows, WantedColumns, decoded, lines_in, raw_rows, too_long
 
-PARQUET_BATCH_ROWS = 1024
 DEFAULT_GROUP_BY = "subject_id"
 MAX_COLUMNS_LISTED, MAX_COLUMNS_KEPT = 8, 100  # unused columns
 _POSITION = re.compile(r"\brecord (\d+)\b")
-SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 
-RawRows = Iterator[tuple[str, Any]]  # its location, and a mapping or a Broken
 Subjects = Literal["any", "column", "some"]  # what is required: nothing, their column, one of them
 
 
@@ -69,12 +56,12 @@ class ReadRecords(list[Record]):
 
     def subject_report(self) -> str:
         """Return how many records have a subject, and which columns were not used."""
-        named = sum(each.subject_id is not None for each in self)
+        with_subject = sum(each.subject_id is not None for each in self)
         column = f"column '{self.group_by}'" if self.group_by is not None else "group_by: null"
         names = [_shown_column(each) for each in self.unused_columns[:MAX_COLUMNS_LISTED]]
         names += ["..."] * (len(self.unused_columns) > MAX_COLUMNS_LISTED)
         unused = f"; columns not used: {', '.join(names)}" if names else ""
-        return f"{named} of {len(self)} records have a subject ({column}){unused}"
+        return f"{with_subject} of {len(self)} records have a subject ({column}){unused}"
 
 
 def _shown_column(name: str) -> str:
@@ -83,7 +70,7 @@ def _shown_column(name: str) -> str:
 
 @contextmanager
 def located_problems(source: Sequence[Record]) -> Iterator[None]:
-    """Replace positions of records in an error's problems by the lines or rows that they came from."""
+    """Replace positions of records in the problems of an error by the lines or rows they came from."""
     try:
         yield
     except SisaError as error:
@@ -93,11 +80,11 @@ def located_problems(source: Sequence[Record]) -> Iterator[None]:
 
 
 def _located(problem: Problem, locations: Sequence[str]) -> Problem:
-    def named(text: str) -> str:
+    def at_location(text: str) -> str:
         return _POSITION.sub(lambda found: locations[int(found[1]) - 1], text)
 
     known = _POSITION.fullmatch(problem.where)
-    return Problem(named(problem.where), named(problem.what)) if known else problem
+    return Problem(at_location(problem.where), at_location(problem.what)) if known else problem
 
 
 def read_records(
@@ -121,9 +108,12 @@ def read_records(
 def read_like(config: RunConfig, path: Path | str, *, subjects: Subjects = "any") -> ReadRecords:
     """Return the records of one more source, with the column names of the run file's first source."""
     source = config.datasets[0].model_copy(update={"path": str(path), "split": "train"})
-    named = config.identifiers.columns
     return read_records(
-        [source], config.sisa.group_by, config.limits, subjects=subjects, identifiers=named
+        [source],
+        config.sisa.group_by,
+        config.limits,
+        subjects=subjects,
+        identifiers=config.identifiers.columns,
     )
 
 
@@ -141,7 +131,8 @@ def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits = SourceLi
 
     for source, label in zip(sources, _labels(sources), strict=True):
         column = source.text_column
-        rows = _rows(source, label, _Wanted((column,), {f"no column '{column}'": [(column,)]}), limits)
+        wanted = WantedColumns((column,), {f"no column '{column}'": [(column,)]})
+        rows = raw_rows(source, label, wanted, limits)
         _read_each(rows, label, partial(take, column), problems, limits)
     if not texts and not problems.count:
         problems.add(", ".join(_labels(sources)), "holds no text")
@@ -155,10 +146,10 @@ def read_ids(path: Path) -> list[str]:
     limits = SourceLimits()
     problems = Problems(limits.max_problems)
     try:
-        for number, line in _lines(path, limits):
+        for number, line in lines_in(path, limits):
             where = f"{path.name}, line {number}"
             try:
-                text = _decoded(line).removesuffix("\n").removesuffix("\r")
+                text = decoded(line).removesuffix("\n").removesuffix("\r")
             except Broken as error:
                 problems.add(where, str(error))
                 continue
@@ -204,7 +195,7 @@ class _Reading:
         columns, before = columns_of(source, self.group_by, self._identifiers), self.problems.count
         self._used |= set(columns.used)
         needs = {f"no column '{columns.id}'": [(columns.id,)], no_body(columns): columns.bodies.values()}
-        rows = _rows(source, label, _Wanted(columns.used, needs, self._see), self.limits)
+        rows = raw_rows(source, label, WantedColumns(columns.used, needs, self._see), self.limits)
         self._text_bytes = 0
         number = _read_each(rows, label, partial(self._take, columns), self.problems, self.limits)
         if not number and self.problems.count == before:
@@ -214,8 +205,8 @@ class _Reading:
         """Return what was read. Raise InvalidInput with every problem."""
         records = self.records
         records.unused_columns = tuple(each for each in self._seen if each not in self._used)
-        unnamed = all(each.subject_id is None for each in records)
-        absent = (subjects == "column" and not self._has_subjects) or (subjects == "some" and unnamed)
+        nobody = all(each.subject_id is None for each in records)
+        absent = (subjects == "column" and not self._has_subjects) or (subjects == "some" and nobody)
         if self.group_by is not None and records and absent and not self.problems.count:
             report = records.subject_report()
             self.problems.add(
@@ -243,30 +234,26 @@ class _Reading:
             return
         self._see(value)
         problems = list(record_problems(value, columns))
-        named = {name: value.get(column) for name, column in columns.identifiers}
+        identifiers = {name: value.get(column) for name, column in columns.identifiers}
         for name, column in columns.identifiers:
-            problems += identifier_problems(name, column, named[name])
+            problems += identifier_problems(name, column, identifiers[name])
         record_id = value.get(columns.id)
         if isinstance(record_id, str | int):
             first = self._first.setdefault(str(record_id), where)
             if first != where:
                 problems.append(f"the id of {first} again")
         if not problems:
-            record = replace(record_of(value, columns), identifiers=tuple(hashes(named)))
+            record = replace(record_of(value, columns), identifiers=tuple(hashes(identifiers)))
             if record.num_bytes <= self.limits.max_record_bytes:
                 self.records.append(record)
                 self.records.locations.append(where)
                 self._text_bytes += record.num_bytes
             else:
-                problems.append(_too_long(self.limits))
+                problems.append(too_long(self.limits))
         for what in problems:
             self.problems.add(where, what)
         if self._text_bytes > self.limits.max_bytes:
             raise Broken(f"more than limits.max_bytes {self.limits.max_bytes} of text at {where}")
-
-
-def _too_long(limits: SourceLimits) -> str:
-    return f"longer than limits.max_record_bytes {limits.max_record_bytes}"
 
 
 def _read_each(
@@ -292,144 +279,3 @@ def _read_each(
     except OSError as error:
         problems.add(label, f"can't be read: {error.strerror or 'corrupt or truncated'}")
     return number
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """The columns to read of a table; for each message in `needs`, one choice of columns must exist."""
-
-    columns: Sequence[str]
-    needs: Mapping[str, Iterable[tuple[str, ...]]]
-    see: Callable[[Collection[str]], None] = lambda _: None  # receives the names of all columns
-
-    def among(self, names: Sequence[str]) -> list[str]:
-        """Return the columns to read of those that a table has. Raise Broken for the whole file."""
-        self.see(names)
-        wanted = [name for name in dict.fromkeys(names) if name in self.columns]
-        if twice := [name for name in wanted if names.count(name) > 1]:
-            raise Broken(f"two columns of one name: {', '.join(twice)}")
-        for what, choices in self.needs.items():
-            if not any(set(choice) <= set(wanted) for choice in choices):
-                raise Broken(what)
-        return wanted
-
-
-def _rows(source: DatasetSource, label: str, wanted: _Wanted, limits: SourceLimits) -> RawRows:
-    """Yield the rows of a source."""
-
-    def file_rows(file: Path, name: str) -> RawRows:
-        suffix = file.suffix.lower()
-        if suffix not in DATA_SUFFIXES:
-            raise Broken(f"unsupported suffix; expected one of {', '.join(DATA_SUFFIXES)}")
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise Broken("expected a regular file, got a pipe, a socket or a device")
-        if suffix == ".parquet":
-            return _parquet_rows(file, name, wanted, limits)
-        return _json_rows(file, name, limits)
-
-    path = Path(source.path)
-    if path.is_dir() and not any((path / each).exists() for each in SAVED_DATASET_FILES):
-        inside = sorted(each for each in path.iterdir() if each.suffix.lower() in DATA_SUFFIXES)
-        for file in inside:
-            yield from file_rows(file, f"{label}/{file.name}")
-    elif path.is_dir() or not (path.exists() or is_local(source.path)):
-        with temporary_directory() as folder:
-            table = export_rows(source, folder)
-            yield from _parquet_rows(table, label, wanted, limits)
-    else:
-        yield from file_rows(path, label)
-
-
-def _lines(path: Path, limits: SourceLimits) -> Iterator[tuple[int, bytes]]:
-    """Yield lines with their numbers; a line that is too long is cut right after its limit."""
-    most = limits.max_record_bytes
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(most + 2):
-            number += 1
-            rest = line
-            while len(line) > most and not rest.endswith(b"\n") and rest:
-                rest = file.readline(1 << 20)
-            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-
-
-def _json_rows(path: Path, label: str, limits: SourceLimits) -> RawRows:
-    for number, line in _lines(path, limits):
-        where = f"{label}, line {number}"
-        if len(line.rstrip(b"\r\n")) > limits.max_record_bytes:
-            yield where, Broken(_too_long(limits))
-        elif line.strip():
-            yield where, _json(line)
-
-
-def _decoded(line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Broken(f"invalid UTF-8 at byte {error.start + 1} of the line") from None
-
-
-def _json(line: bytes) -> Any:
-    """Return a line's value, or a Broken."""
-    try:
-        return json.loads(_decoded(line), object_pairs_hook=_object, parse_constant=_no_constant)
-    except Broken as error:
-        return error
-    except json.JSONDecodeError as error:
-        return Broken(f"broken JSON at column {error.colno}: {error.msg.split(':')[0]}")
-    except RecursionError:
-        return Broken("JSON nested too deep")
-    except ValueError:
-        return Broken("a number with too many digits")
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Broken("an object names a key twice")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise Broken(f"{name} is not a JSON value")
-
-
-def _parquet_rows(path: Path, label: str, wanted: _Wanted, limits: SourceLimits) -> RawRows:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            # With dictionary encoding, equal values are in memory once, even if a small file repeats
-            # one long text many times.
-            texts = [file.schema.column(each).path for each in range(len(file.schema))]
-            columns = wanted.among(file.schema_arrow.names)
-            _refuse_size(file.metadata, limits)
-        with pq.ParquetFile(path, read_dictionary=texts) as file:
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
-                for index in range(batch.num_rows):
-                    number += 1
-                    yield f"{label}, row {number}", _table_row(batch, index)
-    except (pa.ArrowException, UnicodeDecodeError):  # of a row, or of a column's name
-        raise Broken(f"not a readable Parquet file after row {number}; corrupt or truncated") from None
-
-
-def _refuse_size(metadata: Any, limits: SourceLimits) -> None:
-    """Raise Broken for more rows, or for a larger group of rows, than the limits allow."""
-    if metadata.num_rows > limits.max_records:
-        raise Broken(f"{metadata.num_rows} rows, more than limits.max_records {limits.max_records}")
-    for number in range(metadata.num_row_groups):
-        if (size := metadata.row_group(number).total_byte_size) > limits.max_bytes:
-            raise Broken(
-                f"row group {number}: {size} bytes, more than limits.max_bytes {limits.max_bytes}"
-            )
-
-
-def _table_row(batch: Any, index: int) -> Any:
-    """Return one row, and not all at once: each value of a row is a copy of the text in memory."""
-    try:
-        columns = zip(batch.schema.names, batch.columns, strict=True)
-        return {name: column[index].as_py() for name, column in columns}
-    except UnicodeDecodeError:
-        return Broken("invalid UTF-8")

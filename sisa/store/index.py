@@ -233,13 +233,13 @@ def _candidates(loaded: Sequence[LoadedIndex], queries: Vectors, num_wanted: int
     import numpy as np
 
     codes = codes_of(queries)
-    asked = [each.by_code.search(codes, min(num_wanted, len(each.ids))) for each in loaded]
+    nearest = [each.by_code.search(codes, min(num_wanted, len(each.ids))) for each in loaded]
     found = []
     for row in range(len(queries)):
-        distances = np.concatenate([each[0][row] for each in asked])
+        distances = np.concatenate([each[0][row] for each in nearest])
         farthest = np.partition(distances, num_wanted - 1)[num_wanted - 1]
         # Codes as far as the last candidate count, too, so that ties are not broken arbitrarily.
-        found.append([rows[row][far[row] <= farthest] for far, rows in asked])
+        found.append([rows[row][far[row] <= farthest] for far, rows in nearest])
     return found
 
 
@@ -250,9 +250,9 @@ def _best(loaded: Sequence[LoadedIndex], rows: Sequence[_Rows], query: Vectors, 
         return []
     pairs = list(zip(loaded, rows, strict=True))
     scores = np.concatenate([each.vectors[at] @ query for each, at in pairs])
-    named = [each.ids[at] for each, at in pairs]
-    ids = np.concatenate(named)
-    shards = np.repeat([each.shard for each in loaded], list(map(len, named)))
+    per_file = [each.ids[at] for each, at in pairs]
+    ids = np.concatenate(per_file)
+    shards = np.repeat([each.shard for each in loaded], list(map(len, per_file)))
     best: dict[tuple[int, int], Hit] = {}
     for n in np.lexsort((ids, shards, -scores)).tolist():
         found = int(shards[n]), int(ids[n])

@@ -100,7 +100,7 @@ def cheap_resources() -> Iterator[None]:
 
     swaps = {Resources: CheapResources, find: find_cheap, find_probe: lambda: open_cheap_probe}
     done: list[tuple[Any, str, Any]] = []
-    reader = sys.modules.get("sisa.data.reader")
+    rows = sys.modules.get("sisa.data.source_rows")
     for name, module in list(sys.modules.items()):
         if name.startswith("sisa.") and module is not None:
             for key, value in list(vars(module).items()):
@@ -108,9 +108,9 @@ def cheap_resources() -> Iterator[None]:
                     if value is old:
                         done.append((module, key, value))
                         setattr(module, key, new)
-    if reader is not None and hasattr(reader, "export_rows"):
-        done.append((reader, "export_rows", vars(reader)["export_rows"]))
-        vars(reader)["export_rows"] = _no_hub
+    if rows is not None and hasattr(rows, "export_rows"):
+        done.append((rows, "export_rows", vars(rows)["export_rows"]))
+        vars(rows)["export_rows"] = _no_hub
     # In a process of its own, a stage would be trained by the real trainer.
     done.append((model, "stages_apart", vars(model)["stages_apart"]))
     vars(model)["stages_apart"] = lambda *_: None

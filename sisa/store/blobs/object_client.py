@@ -34,8 +34,8 @@ def endpoint() -> str:
 
 def region() -> str:
     """Return AWS_REGION, AWS_DEFAULT_REGION, the profile's region, or us-east-1."""
-    named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return named or _boto3().session.Session().region_name or "us-east-1"
+    given = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return given or _boto3().session.Session().region_name or "us-east-1"
 
 
 def _boto3() -> Any:

@@ -82,25 +82,25 @@ class SqlLedger(Database):
         return seq
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
-        asked = list(dict.fromkeys(id_digests))
+        wanted = list(dict.fromkeys(id_digests))
         found: dict[str, RecordRow | Tombstone] = {}
         kinds: list[tuple[Any, sa.Table]] = [(RecordRow, RECORDS), (Tombstone, TOMBSTONES)]
         with self._reading() as connection:
             for kind, table in kinds:
-                here = rows_having(connection, kind, table.c.id_digest, asked)
+                here = rows_having(connection, kind, table.c.id_digest, wanted)
                 found |= {each.id_digest: each for each in here}
-                asked = [each for each in asked if each not in found]
-                rows.check_hidden(connection, table.c.id_digest, asked, 0)
+                wanted = [each for each in wanted if each not in found]
+                rows.check_hidden(connection, table.c.id_digest, wanted, 0)
         return found
 
     def by_subject(
         self, subject_digest: str, shard: int | None = None
     ) -> tuple[list[RecordRow], list[Tombstone]]:
-        held, gone, asked = RECORDS.c.subject_digest, TOMBSTONES.c.subject_digest, [subject_digest]
+        held, gone, wanted = RECORDS.c.subject_digest, TOMBSTONES.c.subject_digest, [subject_digest]
         with self._reading() as connection:
-            live = rows_having(connection, RecordRow, held, asked)
-            rows.check_hidden(connection, held, asked, len(live), shard=shard)
-            dead = rows_having(connection, Tombstone, gone, asked, full_scan=True)
+            live = rows_having(connection, RecordRow, held, wanted)
+            rows.check_hidden(connection, held, wanted, len(live), shard=shard)
+            dead = rows_having(connection, Tombstone, gone, wanted, full_scan=True)
         return sorted(live, key=_BY_ID), sorted(dead, key=_BY_ID)
 
     def num_without_subject(self) -> tuple[int, int]:
@@ -161,11 +161,11 @@ class SqlLedger(Database):
     def by_text(
         self, text_digests: Collection[str], *, full_scan: bool = False
     ) -> tuple[list[RecordRow], list[Tombstone]]:
-        asked = sorted(text_digests)
+        wanted = sorted(text_digests)
         with self._reading() as connection:
             held, gone = RECORDS.c.text_digest, TOMBSTONES.c.text_digest
-            live = rows_having(connection, RecordRow, held, asked, full_scan=full_scan)
-            dead = rows_having(connection, Tombstone, gone, asked, full_scan=full_scan)
+            live = rows_having(connection, RecordRow, held, wanted, full_scan=full_scan)
+            dead = rows_having(connection, Tombstone, gone, wanted, full_scan=full_scan)
         return sorted(live, key=_BY_ID), sorted(dead, key=_BY_ID)
 
     def named_by(self, request_id: str) -> list[str]:
@@ -270,13 +270,13 @@ class SqlLedger(Database):
         return sorted(each.id_digest for each in found)
 
     def sets_with(self, id_digests: Collection[str]) -> dict[str, list[str]]:
-        named: dict[str, list[str]] = {}
-        asked = sorted(id_digests)
+        sets: dict[str, list[str]] = {}
+        wanted = sorted(id_digests)
         with self._reading() as connection:
-            found = rows_having(connection, _Vaulted, VAULTED.c.id_digest, asked, full_scan=True)
+            found = rows_having(connection, _Vaulted, VAULTED.c.id_digest, wanted, full_scan=True)
         for each in sorted(found, key=lambda row: row.name):
-            named.setdefault(each.id_digest, []).append(each.name)
-        return named
+            sets.setdefault(each.id_digest, []).append(each.name)
+        return sets
 
 
 def erase_ledger(url: str, model: str) -> None:
