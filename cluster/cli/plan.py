@@ -86,7 +86,7 @@ def simulate(
     own = config.sisa
     layout = Layout(shards or own.shards, slices or own.slices, own.bands)
     groups, problems = _groups(risks)
-    if own.bands is not None and not own.bands.fit(layout.num_slices):
+    if own.bands is not None and not own.bands.fits(layout.num_slices):
         wanted = f"at least {own.bands.num_bands}, a slice for each band"
         problems.append(_unfit("--slices", wanted, layout.num_slices))
     if not problems and deletions > records * sum(group.share for group in groups if group.risk):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.jobs.jobs import MODEL, Job, Jobs, Submission, model_digest
-from sisa.config.runfile import load_elsewhere
+from sisa.config.runfile import load_for_cluster
 from sisa.core.errors import Busy, EnvironmentFault
 from sisa.flows.wiring.upper_houses import ROOT, check_upper_houses
 
@@ -32,7 +32,7 @@ def submit_training(jobs: Jobs, run_file: Path, name: str, flags: Sequence[str] 
     Raise InvalidInput with every problem of the run file, Busy if another job trains the same model,
     EnvironmentFault if other packages hide this program's own.
     """
-    text, config = load_elsewhere(run_file)
+    text, config = load_for_cluster(run_file)
     model = model_digest(config.output_dir)
     for each in jobs.all():
         if each.model == model and not each.ended:

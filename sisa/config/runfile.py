@@ -43,7 +43,7 @@ PathProblems = Callable[[dict[str, Any]], Iterable[tuple[KeyPath, str]]]
 def load_run_file(path: Path, unchecked: Collection[str] = ()) -> RunConfig:
     """Read a run file and make its local paths absolute. Raise InvalidInput with every problem.
 
-    What the keys named `unchecked` hold need not exist: a caller with other data or keys replaces it.
+    Paths below the keys in `unchecked` need not exist: the caller replaces them.
     """
     directory = Path(os.path.abspath(path)).parent
 
@@ -54,8 +54,8 @@ def load_run_file(path: Path, unchecked: Collection[str] = ()) -> RunConfig:
     return parse_run_file(_read(path), str(path), check_paths)
 
 
-def load_elsewhere(path: Path) -> tuple[str, RunConfig]:
-    """Return a run file's text and config for a cluster. Raise InvalidInput with every problem."""
+def load_for_cluster(path: Path) -> tuple[str, RunConfig]:
+    """Return a run file's text and config, to be sent to a cluster. Raise InvalidInput."""
     text, directory = _read(path), Path(os.path.abspath(path)).parent
     return text, parse_run_file(text, str(path), lambda data: shared_path_problems(data, directory))
 
@@ -78,21 +78,21 @@ def _read(path: Path) -> str:
 
 def parse_run_file(text: str, where: str, check_paths: PathProblems = lambda _data: ()) -> RunConfig:
     """Parse a run file's text. Raise InvalidInput with every problem. `check_paths` may change paths."""
-    tree = _Tree()
-    data = tree.read(text)
+    parser = _Parser()
+    data = parser.read(text)
     if not isinstance(data, dict):
-        raise _refusal(tree.problems, where)
+        raise _refusal(parser.problems, where)
     for path, what in check_paths(data):
-        tree.add(path, what)
+        parser.add(path, what)
     try:
         config = RunConfig.model_validate(data)
-        if not tree.problems:
+        if not parser.problems:
             return config
     except ValidationError as error:
-        known = {each.where for each in tree.problems}
+        known = {each.where for each in parser.problems}
         for path, what in _explained(error, data):
-            tree.add(path, what, known)
-    raise _refusal(tree.problems, where)
+            parser.add(path, what, known)
+    raise _refusal(parser.problems, where)
 
 
 def _refusal(problems: list[Problem], where: str) -> InvalidInput:
@@ -113,7 +113,7 @@ def _refusal(problems: list[Problem], where: str) -> InvalidInput:
 
 
 @dataclass
-class _Tree:
+class _Parser:
     """Parser of YAML text into plain data; keeps the line of every key and every problem."""
 
     lines: dict[KeyPath, int] = field(default_factory=dict)
@@ -135,7 +135,7 @@ class _Tree:
     def read(self, text: str) -> Any:
         """Return the document's mapping, or None with at least one problem."""
         try:
-            if not self._plain(text):
+            if not self._is_plain(text):
                 return None
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
@@ -151,7 +151,7 @@ class _Tree:
             return None
         return self._value(node, ())
 
-    def _plain(self, text: str) -> bool:
+    def _is_plain(self, text: str) -> bool:
         """Return whether a text is one shallow document without anchors, which could grow or loop."""
         depth = documents = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):

@@ -67,20 +67,20 @@ def contradicted(
     chain: EventChain | None,
     link: str = "",
 ) -> bool:
-    """Return whether events are not one `chain` (if given), or a request differs from what they say.
+    """Return whether events are not one `chain` (if given), or contradict a request.
 
-    A request must be in the state of its last event, and committed when its events say. With `link`,
-    only the events after the one with that link, and their requests, are compared.
+    A request must have the state of its last event, and the time of its commit. With `link`, `events`
+    are those after the event with that link, and only their requests are compared.
     """
     if chain is not None and not chain.holds(events, link):
         return True
     states = {each.request_id: each.state for each in events}
     committed = {each.request_id: each.at for each in events if each.state == "committed"}
     held = {each.request_id: each for each in requests if not link or each.request_id in states}
-    dated = committed if link else held
-    if any(held[key].committed_at != committed.get(key, "") for key in dated if key in held):
+    if {key: each.state for key, each in held.items()} != states:
         return True
-    return {key: each.state for key, each in held.items()} != states
+    dated = committed if link else held  # a commit may come before the events that are compared
+    return any(held[key].committed_at != committed.get(key, "") for key in dated)
 
 
 def chained(link: str, found: RequestEvent) -> str:

@@ -55,7 +55,7 @@ class Bands(Block):
     def num_bands(self) -> int:
         return len(self.thresholds) + 1
 
-    def fit(self, num_slices: int) -> bool:
+    def fits(self, num_slices: int) -> bool:
         """Return whether there is a slice for each band."""
         return self.num_bands <= num_slices
 

@@ -67,17 +67,20 @@ def needed(
     the model (`deletable`). A set from which no patch was ever made waits for one. So does one of which
     the base still knows something after every attempt.
     """
-    found = {each.name for each in sets if each.held} - {
-        name for each in patches for name in each.job.sets
-    }
+    held = {each.name for each in sets if each.held}
+    waiting = held - {name for patch in patches for name in patch.job.sets}
     risky = {each.key for each in lineage(active(patches), deletable)}  # a deletion may drop them
-    for patch in patches:
-        by_mode = patch.state == "active" and (mode == "joint" or patch.key in risky)
-        if patch.state == "wanted" or by_mode:
-            found |= set(patch.job.sets)
+    to_make = {
+        name
+        for patch in patches
+        if patch.state == "wanted"
+        or (patch.state == "active" and (mode == "joint" or patch.key in risky))
+        for name in patch.job.sets
+    }
     tried = [each for each in patches if "still_known" in each.report]
-    done = {name for each in tried if not num_still_known(each) for name in each.job.forget}
-    return frozenset(found | {name for each in tried for name in each.job.forget} - done)
+    forgotten = {name for each in tried if not num_still_known(each) for name in each.job.forget}
+    still_known = {name for each in tried for name in each.job.forget} - forgotten
+    return frozenset(waiting | to_make | still_known)
 
 
 def num_still_known(patch: Patch) -> int:

@@ -138,10 +138,12 @@ def recording(report: Report, metrics: Metrics, now: Callable[[], str]) -> Repor
     def pass_on(event: Event) -> None:
         nonlocal last
         report(event)
-        unchanged = isinstance(event, QueueSeen) and event == last
-        last = event if isinstance(event, QueueSeen) else last
-        if not unchanged and (made := metrics_line(event, now(), run)) is not None:
-            metrics.append(made)
+        if isinstance(event, QueueSeen):
+            if event == last:
+                return
+            last = event
+        if (line := metrics_line(event, now(), run)) is not None:
+            metrics.append(line)
 
     return pass_on
 

@@ -372,26 +372,32 @@ def _identities_of(connection: sa.Connection, id_digests: Collection[str]) -> li
 
 
 def _put_requests(writing: Writing, change: Change, seq: int) -> None:
-    arriving: dict[str, list[str]] = {}
-    for request_id, record in change.named:
-        arriving.setdefault(request_id, []).append(record)
-    requests: dict[str, Request | None] = dict.fromkeys(arriving)
-    requests |= {request.request_id: request for request in change.requests}
-    for request_id, request in requests.items():
-        known = rows.read(writing.connection, REQUESTS, REQUESTS.c.request_id == request_id)
-        named = {
-            row[1] for row in rows.read(writing.connection, NAMED, NAMED.c.request_id == request_id)
-        }
-        _, first, num_named, body, _ = known[0] if known else (request_id, seq, len(named), "", 0)
-        rows.check_row_count(NAMED, num_named, len(named))
-        named |= set(arriving.get(request_id, ()))
-        pairs = [{"request_id": request_id, "id_digest": each} for each in arriving.get(request_id, ())]
-        writing.put(NAMED, pairs)
-        if request is not None:
-            body = json.dumps(asdict(request), sort_keys=True)
-        if body:
-            row = {"request_id": request_id, SEQ: first, "num_named": len(named), "body": body}
-            writing.put(REQUESTS, [row])
+    named: dict[str, list[str]] = {}
+    for request_id, id_digest in change.named:
+        named.setdefault(request_id, []).append(id_digest)
+    requests = {request.request_id: request for request in change.requests}
+    for request_id in dict.fromkeys((*named, *requests)):
+        _put_request(writing, request_id, requests.get(request_id), named.get(request_id, []), seq)
+
+
+def _put_request(
+    writing: Writing, request_id: str, request: Request | None, named: Sequence[str], seq: int
+) -> None:
+    """Add names to a request, and replace its row if `request` is given."""
+    connection = writing.connection
+    known = rows.read(connection, REQUESTS, REQUESTS.c.request_id == request_id)
+    before = {row[1] for row in rows.read(connection, NAMED, NAMED.c.request_id == request_id)}
+    first, body = seq, ""
+    if known:
+        _, first, num_named, body, _ = known[0]
+        rows.check_row_count(NAMED, num_named, len(before))
+    writing.put(NAMED, [{"request_id": request_id, "id_digest": each} for each in named])
+    if request is not None:
+        body = json.dumps(asdict(request), sort_keys=True)
+    if body:
+        num_named = len(before.union(named))
+        row = {"request_id": request_id, SEQ: first, "num_named": num_named, "body": body}
+        writing.put(REQUESTS, [row])
 
 
 def _last_event(connection: sa.Connection) -> tuple[int, str]:
