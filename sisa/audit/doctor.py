@@ -43,7 +43,7 @@ from sisa.flows.wiring.keys import KEY, key_path, stored_secret
 from sisa.flows.wiring.ledger_place import LEDGER, LEDGER_URL, ledger_name, open_ledger
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs import files
-from sisa.store.ledger.sqlite import open_readonly
+from sisa.store.blobs.sqlite_files import open_readonly
 from sisa.store.ledger.tables import SCHEMA_VERSION, UPGRADED
 
 LEAST_FREE_BYTES = 64 * 2**20

@@ -42,8 +42,8 @@ from sisa.store import areas
 from sisa.store.blobs import files
 from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
+from sisa.store.blobs.sqlite_files import open_journaled
 from sisa.store.checkpoints import MANIFEST
-from sisa.store.ledger.sqlite import open_journaled
 from sisa.store.metrics import run_files
 
 OTHERS, OTHERS_WRITE = 0o077, 0o022

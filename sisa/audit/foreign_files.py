@@ -25,8 +25,8 @@ from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Keyring
 from sisa.store import areas
-from sisa.store.blobs.database_files import read_beside
 from sisa.store.blobs.keyring import MAGIC, is_sealed
+from sisa.store.blobs.sqlite_files import read_beside
 
 BATCH_ROWS = 16_384  # looking up an unknown id reads every row, so it is done once a batch
 

@@ -41,8 +41,8 @@ from sisa.flows.wiring.ledger_place import (
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.store import areas
 from sisa.store.blobs import files
-from sisa.store.blobs.database_files import SQLITE_FILES
 from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.store.blobs.sqlite_files import SQLITE_FILES
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.ledger.sqlite import COMMIT_LOCK
 from sisa.store.metrics import run_files

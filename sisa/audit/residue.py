@@ -65,9 +65,9 @@ from sisa.flows.status import export_statuses
 from sisa.flows.wiring.ledger_place import LEDGER, ledger_place, open_ledger
 from sisa.lm.base.packages import cache_dir
 from sisa.store.areas import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT
-from sisa.store.blobs.database_files import read_beside
 from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import is_sealed
+from sisa.store.blobs.sqlite_files import read_beside
 from sisa.store.blobs.temporary_directories import DIRECTORY_PREFIX
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.metrics import STAGE_DIGITS, parse_lines, without_losses

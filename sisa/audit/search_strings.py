@@ -24,8 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sisa.store.blobs.database_files import read_beside
-from sisa.store.ledger.sqlite import open_readonly
+from sisa.store.blobs.sqlite_files import open_readonly, read_beside
 
 MIN_BYTES, MIN_HEX_BYTES = 5, 8
 READ_BYTES = 2**22

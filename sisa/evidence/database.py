@@ -29,10 +29,9 @@ from sisa.core.errors import IntegrityError
 from sisa.evidence import statements
 from sisa.evidence.log.log import Log, statement_in
 from sisa.evidence.statements import ACCESS, RESTRICTION, Draft
-from sisa.store.blobs.database_files import database_in_use
 from sisa.store.blobs.files import disk_errors
+from sisa.store.blobs.sqlite_files import database_in_use, open_journaled, sqlite_fault
 from sisa.store.ledger.backend import PATIENCE_S
-from sisa.store.ledger.sqlite import open_journaled, sqlite_fault
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED
 
 _SCHEMA = """

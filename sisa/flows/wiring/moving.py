@@ -31,7 +31,7 @@ from sisa.flows.wiring.ledger_place import (
     open_ledger,
 )
 from sisa.store.blobs import files
-from sisa.store.blobs.database_files import SQLITE_FILES
+from sisa.store.blobs.sqlite_files import SQLITE_FILES
 from sisa.store.ledger.database import backend_at, upgrade_ledger
 from sisa.store.ledger.ledger import SqlLedger, erase_ledger
 

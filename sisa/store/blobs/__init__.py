@@ -1,7 +1,7 @@
 """Named bytes.
 
 files                   whole files on a disk: atomic writes, locks
-database_files          reads of a SQLite file that this process has open
+sqlite_files            how SQLite files are opened, and read beside connections
 local_blobs             a blob store in a directory
 object_blobs            a blob store in a bucket, through `object_client`
 lease                   a blob store as the workers of a run see it

@@ -1,4 +1,4 @@
-"""A ledger in one SQLite file; how SQLite files are opened, and what their errors mean.
+"""A ledger in one SQLite file.
 
 WAL lets readers and a writer work at the same time. `secure_delete` zeroes what is removed, but not the
 copies that balancing leaves in a page's unused part; after a deletion `scrub` therefore searches for
@@ -16,23 +16,22 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError
 
 from sisa.core.domain import RecordRow
-from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, SisaError
-from sisa.store.blobs.database_files import database_in_use, read_beside
+from sisa.core.errors import Busy, IntegrityError, SisaError
 from sisa.store.blobs.files import disk_errors, num_bytes, writer_lock
-from sisa.store.ledger import rows
-from sisa.store.ledger.backend import (
-    PATIENCE_S,
-    SCRUB_PATIENCE_S,
-    Statements,
-    Watch,
-    damaged_ledger,
+from sisa.store.blobs.sqlite_files import (
+    database_in_use,
+    is_read_only,
+    open_readonly,
+    read_beside,
+    sqlite_fault,
 )
+from sisa.store.ledger import rows
+from sisa.store.ledger.backend import PATIENCE_S, SCRUB_PATIENCE_S, Statements, Watch, damaged_ledger
 from sisa.store.ledger.tables import schema
 
 COMMIT_LOCK = "commit.lock"  # beside the file: who commits, decides about what was read, or both
@@ -40,11 +39,6 @@ FEW_ROWS = 4  # up to which removed rows are searched for; for more, rewriting t
 PIECE_BYTES = 16
 SCAN_BYTES = 1 << 22
 WATCH_POLL_S = 0.05  # a question takes microseconds
-_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
-_SURROUNDINGS = {
-    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN),
-    *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT),
-}
 _SAFE = ("journal_mode=WAL", "secure_delete=ON", "synchronous=FULL", "foreign_keys=ON")
 # At most. Rows meet the pages of indexes at random: a page that leaves the cache is written once more.
 CACHE_KIB, LARGE_CACHE_KIB = 65_536, 524_288
@@ -192,48 +186,3 @@ def _set_pragmas(connection: Any, _record: Any) -> None:
     # Pragmas belong to a connection, not to the file: they are set on every connect.
     for pragma in (*_SAFE, f"cache_size=-{CACHE_KIB}"):
         connection.execute(f"PRAGMA {pragma}").close()
-
-
-def sqlite_fault(error: Any, path: Path) -> SisaError | None:
-    """Return the typed error for a lock or the surroundings of a SQLite file; None for damage."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-    if code not in _BUSY | _SURROUNDINGS:
-        return None
-    kind = Busy if code in _BUSY else EnvironmentFault
-    return kind(
-        f"the database can't be used: {error}",
-        where=str(path),
-        next_step="repair the disk or wait for the other process, then run the command again",
-    )
-
-
-def is_read_only(path: Path) -> bool:
-    """Return whether this process can't write a file, or the files that SQLite puts beside it."""
-    return not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
-
-
-def open_readonly(path: Path) -> sqlite3.Connection:
-    """Open a SQLite file for reading only.
-
-    Raise sqlite3.Error; reading from it may raise UnicodeDecodeError, too, when SQLite quotes a damaged
-    schema.
-
-    SQLite reads a file with a write-ahead log through files beside it. If these can't be written, a file
-    without a log is opened as immutable; with one, the log is read through the index beside it.
-    """
-    log = path.with_name(f"{path.name}-wal")
-    in_log = log.is_file() and log.stat().st_size > 0
-    return _existing(path, "immutable=1" if is_read_only(path) and not in_log else "mode=ro")
-
-
-def open_journaled(path: Path) -> sqlite3.Connection:
-    """Open a SQLite file without a write-ahead log for reading.
-
-    What a killed writer left in its journal is rolled back, if the file can be written.
-    """
-    return open_readonly(path) if is_read_only(path) else _existing(path, "mode=rw")
-
-
-def _existing(path: Path, form: str) -> sqlite3.Connection:
-    uri = f"file:{quote(str(path.absolute()))}?{form}"
-    return sqlite3.connect(uri, uri=True, timeout=PATIENCE_S, check_same_thread=False)

@@ -19,8 +19,7 @@ import pytest
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import WitnessHead
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError
-from sisa.store.blobs import database_files, files
-from sisa.store.blobs.database_files import read_beside
+from sisa.store.blobs import files, sqlite_files
 from sisa.store.blobs.files import (
     TEMPORARY_PREFIX,
     erase,
@@ -31,6 +30,7 @@ from sisa.store.blobs.files import (
     write_directory,
     writer_lock,
 )
+from sisa.store.blobs.sqlite_files import read_beside
 from sisa.store.metrics import FileMetrics
 from sisa.store.witness import FileWitness
 
@@ -274,7 +274,7 @@ def test_bytes_are_read_beside_an_open_database(
 ) -> None:
     """Another process must not take the database for unused, and delete the log that is written to."""
     path = tmp_path / "a.sqlite"
-    with database_files.database_in_use(path), closing(sqlite3.connect(path)) as database:
+    with sqlite_files.database_in_use(path), closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA journal_mode=WAL").close()
         database.execute("CREATE TABLE t (a)").close()
         for name in (path, tmp_path / "a.sqlite-wal", tmp_path / "a.sqlite-shm", path):
@@ -282,18 +282,18 @@ def test_bytes_are_read_beside_an_open_database(
                 assert file.read(1)
         subprocess.run([sys.executable, "-c", USE, str(path)], check=True)
         assert (tmp_path / "a.sqlite-wal").exists() == kept
-    assert not database_files._databases
-    assert not database_files._users
+    assert not sqlite_files._databases
+    assert not sqlite_files._users
 
 
 def test_handles_of_one_file_are_used_again(tmp_path: Path) -> None:
     path = tmp_path / "a.sqlite"
     path.write_bytes(b"abc")
-    with database_files.database_in_use(path):
+    with sqlite_files.database_in_use(path):
         for _ in range(3):
             with read_beside(path) as one, read_beside(path) as other:
                 assert (one.read(), other.read()) == (b"abc", b"abc")
-        (kept,) = database_files._databases.values()
+        (kept,) = sqlite_files._databases.values()
         assert len(kept) == 2
         path.unlink()
         path.write_bytes(b"another")
