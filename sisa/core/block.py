@@ -16,7 +16,7 @@ Bool = Annotated[bool, Strict()]
 
 
 class Block(BaseModel):
-    """Frozen model without unknown keys and infinite numbers."""
+    """A frozen model that refuses unknown keys and infinite numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 

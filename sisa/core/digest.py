@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 KEY_BYTES = 32
-BLOCK_BYTES = 1 << 24  # small ones would wait for other threads between each two
+BLOCK_BYTES = 1 << 24  # between two small ones the process would often wait for other threads
 
 
 def canonical_json(value: Any) -> bytes:
@@ -52,7 +52,7 @@ def file_sha256(path: Path) -> str:
 
 
 def file_sha256_once(path: Path) -> str:
-    """Return a file's SHA-256; a process reads it again only once its state on disk has changed."""
+    """Return a file's hex SHA-256; read the file again only when its state on disk has changed."""
     found = path.stat()
     state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     return _sha256_once(path, state)
@@ -64,7 +64,7 @@ def _sha256_once(path: Path, _state: tuple[int, ...]) -> str:
 
 
 def patched_digest(base: str, adapters: Sequence[str]) -> str:
-    """Return the name of a base under patches, given by their adapters' sha256, lowest first."""
+    """Return the digest of a base with patches on it, given their adapters' sha256, lowest first."""
     return digest_of({"base": base, "patches": list(adapters)}) if adapters else base
 
 

@@ -48,12 +48,12 @@ class Record:
     parts: tuple[Part, ...] = field(repr=False)
     deletion_risk: Risk = field(default=None, repr=False)
     generation: int | None = field(default=None, repr=False)  # of appended records, from 1
-    # (list, hash) by which DROP finds its person, as the source gave them; not part of the record.
+    # (list, hash) pairs by which DROP finds the record's person; no part of the record itself.
     identifiers: tuple[tuple[str, str], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def text(self) -> str:
-        """Return the texts of all parts, one a line; a search by content compares this."""
+        """Return the texts of all parts, one per line; a search by content compares them."""
         return "\n".join(part.text for part in self.parts)
 
     @property
@@ -91,7 +91,7 @@ class Record:
 
 
 def normalised(text: str) -> str:
-    """Return a text as copies are compared: compatibility forms, case and white space folded.
+    """Return a text for comparison: compatibility forms, case and white space folded.
 
     >>> normalised("  Ada\\u00a0 WROTE\\n it.") == normalised("ada wrote it.")
     True
@@ -141,8 +141,8 @@ class Identity:
 class WorkItem:
     """An identifier on a deletion list of California's DROP, named by DROP's id of it.
 
-    `key` is that of the matching `Identity`; empty once the consumer withdrew. `file` is the name of the
-    list's file without its suffix. `status` is what was reported last; 0: nothing yet.
+    `key` is that of the matching `Identity`; it is empty once the consumer withdrew. `file` is the name
+    of the list's file without its suffix. `status` was reported last; 0: nothing was reported yet.
     """
 
     item: str
@@ -233,7 +233,7 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class HeldCheckpoint:
-    """A checkpoint in the ledger; `prefix` lists the slices that touched it, in order, one at least."""
+    """A checkpoint in the ledger; `prefix` lists the slices in it, at least one, in training order."""
 
     key: str
     shard: int
@@ -266,9 +266,9 @@ ExportForm = Literal["peft", "merged-adapter", "merged-model"]
 class Export:
     """A directory that a shard's adapter was exported to, at an absolute path without links.
 
-    `shard`, `prefix` and `seq` are the checkpoint's, for its lineage once that is retired. `request_id`
-    names the deletion that tainted it, `patches` the approximate patches in it. A merged export has a
-    row for each of its shards; `adapter_sha256` is the digest of the file with the weights.
+    `shard`, `prefix` and `seq` are the checkpoint's; they keep its lineage when it is retired.
+    `request_id` names the deletion that tainted the export, `patches` the approximate patches in it. A
+    merged export has a row for each of its shards; `adapter_sha256` is the digest of its weights' file.
     """
 
     path: str

@@ -75,7 +75,7 @@ class SisaError(Exception):
         return error_from_json, (type(self), self.to_json())
 
     def as_problems(self, where: str) -> tuple[Problem, ...]:
-        """Return the error as problems: its own, or itself as one, at `where` if it names no place."""
+        """Return the listed problems, or else the error itself as one, at its place or at `where`."""
         return tuple(self.problems) or (Problem(self.where or where, f"{self.what}: {self.got}"),)
 
     def to_json(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class SisaError(Exception):
 
 
 def error_from_json(kind: type[SisaError], fields: dict[str, Any]) -> SisaError:
-    """Return the error that `to_json` describes."""
+    """Return the error that `to_json` wrote."""
     facts = {name: fields[name] for name in _FACTS}
     return kind(fields["message"], problems=[Problem(**each) for each in fields["problems"]], **facts)
 
@@ -164,7 +164,7 @@ class EnvironmentFault(TransientError):
 
 
 def internal_fault(error: Exception) -> SisaError:
-    """Return where a bug is; its message may contain record text."""
+    """Return an error that names the line of a bug; the bug's own message may contain record text."""
     if os.environ.get("SISA_DEBUG"):
         traceback.print_exception(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -78,7 +78,7 @@ class Patch:
 
 
 def without_shards(patch: Patch, shards: Collection[int]) -> Patch:
-    """Return the patch without measurements on records of these shards, and means, in its report."""
+    """Return the patch with a report that lacks measurements of these shards, and all means."""
     found = patch.report.get("composition")
     gone = {str(each) for each in shards}
     if not found or gone.isdisjoint(found["by_shard"]):

@@ -52,12 +52,12 @@ if TYPE_CHECKING:
 else:  # `sisa where` has no use for numpy
     Vectors = States = Any
 
-By = Literal["text", "prompts"]  # which vectors of a record a query is compared with
+By = Literal["text", "prompts"]  # the vectors of a record that a query is compared with
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record at rest with its keyed digest, which orders it, and, in a stage, its slice."""
+    """A stored record with its keyed id, which orders records; in a stage, also with its slice."""
 
     id_digest: str
     record: Record
@@ -66,7 +66,7 @@ class StoredRecord:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Progress of a stage after a step; at the end of a pass with its records and their mean loss."""
+    """Progress of a stage after a step; the last of a pass has its records and their mean loss."""
 
     tokens: int
     total_tokens: int
@@ -109,10 +109,10 @@ class LaneTrainer(Trainer, Protocol):
         records: Sequence[StoredRecord],
         progress: Callable[[Tick], None],
     ) -> Generator[Any, None, dict[str, bytes]]:
-        """Train a stage as `train` does, but yield what it waits for; the caller lets it be computed."""
+        """Train like `train`, but yield what the stage waits for; the caller passes it to `compute`."""
 
     def compute(self, waiting: Sequence[Any]) -> None:
-        """Compute what several stages wait for."""
+        """Compute what several stages yielded."""
 
 
 OnStage = Callable[[SliceTrained], None]
@@ -160,7 +160,7 @@ class BlobStore(Protocol):
         """Return the names of a group's parts; empty for a blob."""
 
     def get(self, name: str, what: str, num_bytes: int = -1) -> bytes:
-        """Return a blob as stored, or its first bytes. Raise IntegrityError, which names it `what`."""
+        """Return a blob, or its first `num_bytes`. Raise IntegrityError: a `what` is missing."""
 
     def num_bytes(self, name: str) -> int:
         """Return the size of a blob or a group; 0 when it is absent."""
@@ -193,7 +193,7 @@ class BlobStore(Protocol):
 
 
 class Keyring(Protocol):
-    """Keys of data files by storage area, one a file; destroying one erases every copy of its file."""
+    """Keys of data files, one each, by storage area; destroying one erases every copy of its file."""
 
     @property
     def seals(self) -> bool:
@@ -206,7 +206,7 @@ class Keyring(Protocol):
         """Return the names of all keys of an area, leftover temporary ones included."""
 
     def seal(self, area: str, name: str, part: str, data: bytes) -> bytes:
-        """Return bytes encrypted under the key of a name, which is made if absent, bound to the part."""
+        """Encrypt bytes under a name's key, made if it is absent, and bind them to the part."""
 
     def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:
         """Return the plaintext. Raise IntegrityError if the key is absent or did not seal the bytes."""
@@ -235,7 +235,7 @@ class CheckpointStore(StoredFiles, Protocol):
         """Read every byte again, check it against the checkpoint's manifest, and return the digests."""
 
     def load(self, key: str, manifest_sha256: str) -> dict[str, bytes]:
-        """Return a checkpoint's files, checked against its manifest, and that against the digest."""
+        """Return a checkpoint's files, checked by its manifest, which is checked by the digest."""
 
     def location(self, key: str) -> str:
         """Return the path or URI of the adapter file, sealed or not."""
@@ -343,13 +343,13 @@ class Change:
     removed: Sequence[RecordRow] = ()
     tombstones: Sequence[Tombstone] = ()
     slices: Sequence[SliceFile] = ()
-    emptied: Sequence[tuple[int, int]] = ()
+    emptied: Sequence[tuple[int, int]] = ()  # (shard, slice) whose file goes
     indexes: Sequence[IndexFile] = ()
-    unindexed: Sequence[int] = ()
+    unindexed: Sequence[int] = ()  # shards whose index goes
     heads: Sequence[Head] = ()
     headless: Sequence[int] = ()  # shards that no longer exist
     checkpoints: Sequence[HeldCheckpoint] = ()
-    dropped: Collection[str] = ()
+    dropped: Collection[str] = ()  # keys of checkpoints
     requests: Sequence[Request] = ()
     named: Sequence[tuple[str, str]] = ()  # (request id, keyed id of a record that it names)
     events: Sequence[RequestEvent] = ()
@@ -388,12 +388,12 @@ class Ledger(Protocol):
         """Return texts about the model as a whole, by the keys that `ledger_meta.py` explains."""
 
     def commit(self, change: Change) -> int:
-        """Apply a change, whole or not at all, and return its sequence number, which added rows get."""
+        """Apply a change, whole or not at all; return its sequence number, which added rows carry."""
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Keep other such blocks out of a short one that reads, decides and commits; blocks may nest.
+        """Run a short block that reads, decides and commits, while no other such block runs.
 
-        Every process that commits takes part. Raise Busy if another block lasts too long.
+        Every process that commits takes part. Blocks may nest. Raise Busy if another lasts too long.
         """
 
     @property
@@ -418,7 +418,7 @@ class Ledger(Protocol):
     def by_subject(
         self, subject_digest: str, shard: int | None = None
     ) -> tuple[list[RecordRow], list[Tombstone]]:
-        """Return the held and the deleted records of a subject, the held ones all of one shard."""
+        """Return held and deleted records of a subject; `shard` is that of the held ones, if known."""
 
     def num_without_subject(self) -> tuple[int, int]:
         """Return the numbers of held and of deleted records without a subject."""
@@ -500,7 +500,7 @@ class Ledger(Protocol):
         """Return the last event's link ("" before the first) and the number of events."""
 
     def has_event(self, link: str) -> bool:
-        """Return whether an event of this ledger has that link."""
+        """Return whether an event of this ledger has this link."""
 
     def lost(self) -> list[str]:
         """Return the names of the tables that lack committed rows; empty when all is well."""

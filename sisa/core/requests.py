@@ -76,7 +76,7 @@ class Probed:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request for deletion, from receipt to outcome; words are as given, times ISO 8601 in UTC."""
+    """One request for deletion, from receipt to outcome; words as given, times ISO 8601 in UTC."""
 
     request_id: str
     created_at: str

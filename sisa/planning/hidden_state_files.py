@@ -35,12 +35,12 @@ def states_name(
 
 
 def shard_start(shard: int) -> str:
-    """Return how the names of a shard's files begin."""
+    """Return the beginning of the names of a shard's files."""
     return f"shard-{shard:05d}-"
 
 
 def slice_start(shard: int, slice_: int) -> str:
-    """Return how the names of a slice's files begin."""
+    """Return the beginning of the names of a slice's files."""
     return f"{shard_start(shard)}slice-{slice_:05d}-"
 
 

@@ -35,7 +35,7 @@ def next_job(
     like: PatchJob,
     forget: Sequence[str],
 ) -> PatchJob:
-    """Return the job of a new patch that forgets some sets, else like another one.
+    """Return the job of a new patch that forgets the sets `forget`, and is otherwise as `like`.
 
     `held` names the sets whose texts are held.
     """

@@ -8,8 +8,8 @@
     prefixes     hidden states that are kept, files         storage    if the model is encrypted
     vault        texts kept by consent, a file for each set directory  always
     runs         unfinished patches, a group of files each  directory  always
-    scratch      what a replay trains; the next writer      storage    if the model is encrypted
-                 erases it
+    scratch      what a replay trains, until the next       storage    if the model is encrypted
+                 writer erases it
     metrics      numbers, a file for each run               directory  never
     log          the evidence's log, which is public        storage    never
 

@@ -15,23 +15,35 @@ from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.domain import Record
 from sisa.core.errors import IntegrityError
 from sisa.core.patches import VaultSet
-from sisa.core.ports import Keyring
+from sisa.core.ports import BlobStore, Keyring
 from sisa.store.areas import RUNS, VAULT
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.blobs.sealed_area import SealedArea
 
 
-class FileVault(SealedArea):
-    """A Vault in a directory; its keyring encrypts."""
+class AlwaysSealedArea(SealedArea):
+    """A storage area that is encrypted even without `encrypt:`; keys without a file are listed, too."""
 
-    area = VAULT
-
-    def __init__(self, root: Path, keyring: Keyring) -> None:
+    def __init__(self, blobs: BlobStore | Path, keyring: Keyring) -> None:
         if not keyring.seals:
             raise TypeError("a vault is always encrypted")
-        super().__init__(root, keyring)
-        self.root = root
+        super().__init__(blobs, keyring)
+
+    def held(self) -> frozenset[str]:
+        return super().held() | self.keyring.held(self.area)
+
+
+class FilePatchDrafts(AlwaysSealedArea):
+    """Drafts of unfinished patches, a directory for each patch's key."""
+
+    area = RUNS
+
+
+class FileVault(AlwaysSealedArea):
+    """A Vault in a directory."""
+
+    area = VAULT
 
     def put(self, name: str, records: Sequence[Record]) -> tuple[str, int]:
         data = canonical_json([each.to_list() for each in records])
@@ -45,7 +57,7 @@ class FileVault(SealedArea):
         except (ValueError, TypeError) as error:
             raise IntegrityError(
                 "a set of the vault can't be parsed",
-                where=str(self.root / found.name),
+                where=self.blobs.location(found.name),
                 expected="records as this version writes them",
                 got=type(error).__name__,
             ) from error
@@ -54,7 +66,7 @@ class FileVault(SealedArea):
         self._bytes(found)
 
     def _bytes(self, found: VaultSet) -> bytes:
-        what, where = "set of the vault", str(self.root / found.name)
+        what, where = "set of the vault", self.blobs.location(found.name)
         data = self.blobs.get(found.name, what)
         if not is_sealed(data):
             raise IntegrityError(
@@ -66,15 +78,3 @@ class FileVault(SealedArea):
             )
         plain = self.keyring.unseal(self.area, found.name, "", data)
         return files.verified(plain, found.sha256, what, where)
-
-    def held(self) -> frozenset[str]:
-        return super().held() | self.keyring.held(self.area)
-
-
-class FilePatchDrafts(SealedArea):
-    """Drafts of unfinished patches, a directory for each patch's key."""
-
-    area = RUNS
-
-    def held(self) -> frozenset[str]:
-        return super().held() | self.keyring.held(self.area)

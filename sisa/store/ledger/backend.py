@@ -18,9 +18,9 @@ Watch = Callable[[float], bool]  # wait so many seconds; return early, and True,
 
 
 class Statements(LRUCache[Any, Any]):
-    """Statements that were compiled for any ledger of one kind in this process, without their values.
+    """Compiled statements, without values, that all ledgers of one kind in this process share.
 
-    A key begins with the dialect's object, which is another one in each engine.
+    A key begins with the dialect, an object that differs from engine to engine, so it is left out.
     """
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -36,8 +36,8 @@ class Backend(Protocol):
     where: str  # for messages, without a password
     engine: sa.Engine
     errors: tuple[type[Exception], ...]  # of the driver, also as SQLAlchemy wraps them
-    upgrades: bool  # whether opening brings up an older schema
-    upgrade_step: str  # what does so otherwise
+    upgrades: bool  # whether opening upgrades an older schema
+    upgrade_step: str  # what the user does otherwise
 
     @property
     def read_only(self) -> bool:
@@ -53,7 +53,7 @@ class Backend(Protocol):
         """
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Hold the lock of all who commit. Raise Busy."""
+        """Hold the lock that everyone who commits takes. Raise Busy."""
 
     def close(self) -> None:
         """Close all connections."""
@@ -65,13 +65,13 @@ class Backend(Protocol):
         """Create the tables of the present schema."""
 
     def upgrade(self, connection: sa.Connection, version: int) -> None:
-        """Bring up the tables of an older schema."""
+        """Upgrade the tables of an older schema."""
 
     def stamp(self, connection: sa.Connection, version: int) -> None:
         """Write the version of the schema."""
 
     def watch(self) -> AbstractContextManager[Watch]:
-        """Provide a function that waits for another's commit."""
+        """Provide a function that waits for a commit by another connection."""
 
     def fault(self, error: Any) -> SisaError | None:
         """Return the typed error for a lock or the surroundings; None for damage."""

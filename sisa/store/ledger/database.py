@@ -117,9 +117,9 @@ class Database:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Watch]:
-        """Provide a function that waits for a commit of another, and returns whether it saw one.
+        """Provide a function that waits for another's commit, at most as many seconds as it is given.
 
-        Its argument is the most seconds to wait. It may return True for nothing.
+        It returns whether it saw one; it may return True without one.
         """
         with contextlib.ExitStack() as stack:
             with self._guard():
@@ -191,10 +191,10 @@ class Database:
 
 
 def upgrade_ledger(place: Path | str) -> bool:
-    """Bring the schema of a ledger up to the present one; return whether it was older.
+    """Upgrade the schema of a ledger to the present one; return whether it was older.
 
-    Older programs can't open the ledger afterwards. So what several nodes share is brought up on request
-    alone. Raise IntegrityError for a ledger that is empty or of a later version.
+    Older programs can't open the ledger afterwards, so one that several nodes share is upgraded only on
+    request. Raise IntegrityError for a ledger that is empty or of a later version.
     """
     with contextlib.closing(backend_at(place)) as backend, typed_errors(backend):
         with backend.reading() as connection:
@@ -216,7 +216,7 @@ def ledger_version(place: Path | str) -> int:
 
 
 def _create_or_upgrade(backend: Backend) -> None:
-    """Make the tables, or those that an older schema lacks, unless another process just did."""
+    """Create the tables, or upgrade older ones, unless another process has just done so."""
     with backend.writing() as connection:
         version = backend.version(connection)
         if version == 0:
@@ -248,7 +248,10 @@ def rows_having(
     *,
     full_scan: bool = False,
 ) -> list[_T]:
-    """Return rows with one of these values in a column, by its index; with `full_scan`, also without."""
+    """Return rows with one of these values in a column, by its index.
+
+    With `full_scan`, confirm without the index that none is missing. Raise rows.Damaged.
+    """
     table: Any = column.table
     found = []
     for chunk in rows.chunks(values):

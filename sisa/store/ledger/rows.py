@@ -198,7 +198,7 @@ def check_hidden(
     *,
     shard: int | None = None,
 ) -> None:
-    """Raise Damaged unless as many rows have one of these values as an index found, without trusting it.
+    """Raise Damaged unless `found` rows have one of these values, as counted without trusting an index.
 
     For a KEYED column, the rows of the values' buckets are read, by the same index, and compared with
     the recorded number: some hundreds of a million rows. Otherwise, and in a ledger that another version
@@ -399,9 +399,9 @@ class Writing:
 
     @contextlib.contextmanager
     def _indexing_later(self, table: sa.Table, num_rows: int) -> Iterator[None]:
-        """Build the indexes of a table after a block that adds more rows than it holds, each sorted.
+        """Build a table's indexes after a block that adds more rows than it holds, each in one sort.
 
-        PostgreSQL would lock readers out, and only the owner of a table may do so.
+        SQLite only: PostgreSQL would lock readers out, and only the owner of a table may do so.
         """
         large = num_rows >= MANY_ROWS and self.connection.dialect.name == "sqlite"
         anew = large and num_rows > expected_rows(self.connection, table)

@@ -2,7 +2,7 @@
 
 Rows hold keyed digests, positions, counts and digests of files; never an id, a subject or text. What a
 person writes about a request (reason, approver, external id, consent) is kept as given, and so are the
-paths of exports. `migrations/` brings up an older ledger; other versions are refused.
+paths of exports. `migrations/` upgrades an older ledger; other versions are refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sisa.core.patches import Patch, VaultSet
 from sisa.core.requests import RequestEvent
 
 SCHEMA_VERSION = 6
-UPGRADED = (4, 5)  # versions that `migrations/` brings up
+UPGRADED = (4, 5)  # versions that `migrations/` upgrades
 
 schema = sa.MetaData()
 
