@@ -1,4 +1,4 @@
-"""The nouns: frozen values that all of the code shares.
+"""The nouns of exact deletion: records, slices, checkpoints and exports, as frozen values.
 
 A `Record` holds personal data, and its `repr` hides it. Shards and slices are numbered from 0. A *depth*
 d means that a model holds d slices: those of its *prefix*, in the order in which they were trained. A

@@ -1,4 +1,4 @@
-"""Records in.
+"""Records in: sources, rules for records, identifiers, and sample data.
 
 reader            records, texts and ids of all sources, or everything that is wrong in them
 source_rows       rows of JSON Lines, Parquet and Hugging Face data sets (`dataset_export`)

@@ -1,4 +1,4 @@
-"""Decide which task starts next, and which starts again.
+"""Decide which task of a cluster starts next, and which starts again after its worker died.
 
 Tasks, known by their number, start in their order while workers are free. A task that must be carried
 out again comes first, since it is the oldest. A task whose worker died starts again at most

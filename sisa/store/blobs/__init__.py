@@ -1,4 +1,4 @@
-"""Named bytes.
+"""Named bytes at rest: files, blob stores, and the keys that seal them.
 
 files                   whole files on a disk: atomic writes, locks
 sqlite_files            how SQLite files are opened, and read beside connections
@@ -7,5 +7,5 @@ object_blobs            a blob store in a bucket, through `object_client`
 lease                   a blob store as the workers of a run see it
 keyring                 a key for each file
 sealed_area             a storage area of sealed files
-temporary_directories   outside the model, erased even after a crash
+temporary_directories   directories outside the model, erased even after a crash
 """

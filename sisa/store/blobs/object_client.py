@@ -1,4 +1,4 @@
-"""The connection of a process to an object store, and its errors as this project's.
+"""Connect to an object store, and turn its errors into this project's.
 
 Failures of network, server or permission become an EnvironmentFault that names the location and the
 store's code, never its text. boto3 first retries what may pass by itself (throttling, server errors,

@@ -1,4 +1,4 @@
-"""A ledger in one SQLite file.
+"""A ledger in one SQLite file: its transactions, and how it forgets what was removed.
 
 WAL lets readers and a writer work at the same time. `secure_delete` zeroes what is removed, but not the
 copies that balancing leaves in a page's unused part; after a deletion `scrub` therefore searches for
