@@ -114,7 +114,7 @@ class Restricted(Model):
         context, queries = self.fake.context, fake_embed(["question 1", "question 7"])
         hidden = {(row.shard, row.vector_id) for row in restricted_rows(self.fake.ledger)}
         for top_k in (1, 4):
-            every = search_each(context, queries, MANY, by="asked")
+            every = search_each(context, queries, MANY, by="prompts")
             left = [[e for e in hits if (e.shard, e.vector_id) not in hidden][:top_k] for hits in every]
             assert routing_hits(context, queries, top_k) == left
 

@@ -43,6 +43,10 @@ def folder(tmp_path: Path) -> FileVault:
     return opened(FileVault, tmp_path, "sealed")
 
 
+def place(vault: FileVault) -> Path:
+    return Path(vault.blobs.location())
+
+
 def test_what_is_put_is_read_in_its_order(vault: Vault) -> None:
     found = put(vault, RECORDS)
     assert vault.read(found) == tuple(RECORDS)
@@ -88,23 +92,23 @@ def test_another_sets_records_are_refused(vault: Vault) -> None:
 
 def test_a_copy_of_an_erased_set_stays_shut(folder: FileVault) -> None:
     found = put(folder, RECORDS)
-    copy = (folder.root / NAME).read_bytes()
+    copy = (place(folder) / NAME).read_bytes()
     folder.erase([NAME])
     assert folder.keyring.held("vault") == frozenset()
-    (folder.root / NAME).write_bytes(copy)
+    (place(folder) / NAME).write_bytes(copy)
     put(folder, RECORDS, OTHER)
     with pytest.raises(IntegrityError, match="key is missing"):
         folder.read(found)
     assert folder.held() == {NAME, OTHER}
     put(folder, RECORDS)  # a new key under the old name opens no old copy
-    (folder.root / NAME).write_bytes(copy)
+    (place(folder) / NAME).write_bytes(copy)
     with pytest.raises(IntegrityError):
         folder.read(found)
 
 
 def test_a_key_without_its_file_is_held_and_can_be_erased(folder: FileVault) -> None:
     put(folder, RECORDS)
-    (folder.root / NAME).unlink()
+    (place(folder) / NAME).unlink()
     assert folder.held() == {NAME}
     folder.erase([NAME])
     assert folder.held() == frozenset()
@@ -113,7 +117,7 @@ def test_a_key_without_its_file_is_held_and_can_be_erased(folder: FileVault) -> 
 def test_text_is_sealed_and_for_its_owner_alone(folder: FileVault) -> None:
     record = Record("sam@example.org", "Sam Doe", "text", (Part("text", SECRET_TEXT),))
     found = put(folder, [record])
-    path = folder.root / found.name
+    path = place(folder) / found.name
     data = path.read_bytes()
     assert is_sealed(data)
     assert not any(each.encode() in data for each in (record.id, "Sam Doe", SECRET_TEXT))
@@ -123,7 +127,7 @@ def test_text_is_sealed_and_for_its_owner_alone(folder: FileVault) -> None:
 
 def test_plain_bytes_are_refused_however_right(folder: FileVault) -> None:
     found = put(folder, RECORDS)
-    (folder.root / NAME).write_bytes(encode(RECORDS))
+    (place(folder) / NAME).write_bytes(encode(RECORDS))
     for look in (folder.read, folder.check):
         with pytest.raises(IntegrityError, match="not encrypted"):
             look(found)
@@ -133,8 +137,8 @@ def test_plain_bytes_are_refused_however_right(folder: FileVault) -> None:
 def test_a_set_of_another_form_is_refused(folder: FileVault, data: bytes) -> None:
     """This holds even for a set whose digest the ledger names."""
     found = VaultSet(NAME, "forget", 1, "asked", "2026", sha256_hex(data), len(data))
-    folder.root.mkdir()
-    (folder.root / NAME).write_bytes(folder.keyring.seal("vault", NAME, "", data))
+    place(folder).mkdir()
+    (place(folder) / NAME).write_bytes(folder.keyring.seal("vault", NAME, "", data))
     with pytest.raises(IntegrityError, match="can't be parsed"):
         folder.read(found)
 
@@ -146,7 +150,7 @@ def test_a_cut_short_put_leaves_no_set(folder: FileVault, monkeypatch: pytest.Mo
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(EnvironmentFault, match="No space left"):
         put(folder, RECORDS)
-    assert not (folder.root / NAME).exists()
+    assert not (place(folder) / NAME).exists()
 
 
 def test_a_vault_without_keys_is_none(tmp_path: Path) -> None:

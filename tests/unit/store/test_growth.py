@@ -21,7 +21,7 @@ import pytest
 
 import sisa
 from sisa.audit.verify import verify
-from sisa.core import requests as requests_module
+from sisa.core import event_chain
 from sisa.core.digest import digest_of
 from sisa.core.domain import Head, HeldCheckpoint, Record, RecordRow, SliceFile, SliceState
 from sisa.core.errors import IntegrityError
@@ -286,7 +286,7 @@ def test_a_writer_does_not_hash_the_whole_history_each_time(monkeypatch: pytest.
     past(model.ledger, 200)
     reconcile(model.context)
     past(model.ledger, 10)
-    hashed = counted(monkeypatch, requests_module, "chained")
+    hashed = counted(monkeypatch, event_chain, "chained")
     reconcile(model.context)
     assert len(hashed) == 30
     model.ledger.tables.events[-2] = replace(model.ledger.tables.events[-2], note="changed")
