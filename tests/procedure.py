@@ -28,7 +28,7 @@ REACHES_NO_BIT = (
     *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),
     "sisa.core.requests",
 )
-RECORDED = (5, "fc6c935eca131899")
+RECORDED = (5, "d11fc908523cd774")
 
 
 def path_of(module: str) -> Path:
