@@ -112,36 +112,6 @@ def approx_methods() -> Iterator[str]:
     yield from markdown(("method", "family", "needs", "defaults", "paper"), lines)
 
 
-def methods() -> Iterator[str]:
-    """Yield the references and every setting of every method of unlearning."""
-    found = recorded("leaderboard/leaderboard")
-    columns = {
-        "p_value": "forget quality p",
-        "statistic": "D",
-        "model_utility": "utility",
-        "probability": "forget probability",
-        "rouge": "forget ROUGE-L",
-        "extraction_strength": "extraction strength",
-        "attack_loss": "AUC of loss",
-    }
-    lines = []
-    for row in (*found["references"], *found["curves"]):
-        rate = f"{row['learning_rate']:g}" + (f", alpha {row['alpha']:g}" if row["alpha"] else "")
-        steps = sorted(set(row["steps"]))
-        values = [_with_spread(row["values"][name]) for name in columns]
-        share = f"{row['values']['share']['mean']:.1%}"
-        taken = "-".join(map(str, steps))
-        lines.append((row["name"], rate, row["num_seeds"], taken, *values, share))
-    header = ("method", "rate", "seeds", "steps", *columns.values(), "operations, share of full")
-    yield from markdown(header, lines)
-
-
-def _with_spread(value: Json) -> str:
-    """Return a mean, and half of the range over seeds where it can be seen."""
-    mean, spread_ = f"{value['mean']:.2f}", f"{value['spread'] or 0:.2f}"
-    return mean if spread_ == "0.00" else f"{mean} ± {spread_}"
-
-
 def of(name: str, table: Callable[[Json], Iterator[str]]) -> Callable[[], Iterator[str]]:
     """Return a table of what a benchmark recorded."""
     return lambda: table(recorded(name))
@@ -186,7 +156,6 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "fallback": of("patches/fallback_tiny", fallback.table),
         "sequential": of("patches/sequential", sequential.table),
     },
-    "tests/bench/leaderboard/README.md": {"methods": methods},
     "tests/bench/tofu_full/README.md": {
         "tofu-full-trials": of("tofu_full/tofu_full", tofu_full.trials_table),
         "tofu-full": of("tofu_full/tofu_full", tofu_full.table),

@@ -36,7 +36,6 @@ def made_up(num_people: int = 4, each: int = 2) -> dict[str, Rows]:
         f"{SPLIT}_perturbed": forget,
         "real_authors_perturbed": facts[:1],
         "world_facts_perturbed": facts,
-        "idontknow": [{"text": "No idea."}],
     }
 
 

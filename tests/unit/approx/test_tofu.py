@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from approx.benchmarks.tofu import evaluation_sets
-from approx.evaluation.questions import questions_digest, read_holdout
+from approx.benchmarks.tofu import evaluation_sets, read_sets
+from approx.evaluation.questions import Question, questions_digest, read_holdout
 from sisa.core.errors import EnvironmentFault, InvalidInput
-from tests.bench.leaderboard.authors import load_refusals, load_set
 from tests.fakes.benchmarks import RETAIN_OF, SPLIT, made_up, write_made_up
 
 REAL = Path(os.environ.get("SISA_DATA") or Path(__file__).parents[4] / "shared" / "data") / "tofu"
@@ -44,14 +43,12 @@ def test_a_limit_takes_the_first_of_each_set(source: Path) -> None:
     assert questions_digest(found) != questions_digest(evaluation_sets(str(source), SPLIT))
 
 
-def test_plain_sets_and_refusals(source: Path) -> None:
-    assert [each.answer for each in load_set(str(source), SPLIT)] == [
-        row["answer"] for row in made_up()[SPLIT]
-    ]
-    assert load_refusals(str(source)) == ["No idea."]
-    (source / "idontknow.jsonl").write_text('{"text": " "}\n')
-    with pytest.raises(InvalidInput):
-        load_refusals(str(source))
+def plain(source: Path, name: str) -> list[Question]:
+    return read_sets(str(source), {name: name}, plain=True)
+
+
+def test_a_plain_set_has_answers_alone(source: Path) -> None:
+    assert [each.answer for each in plain(source, SPLIT)] == [row["answer"] for row in made_up()[SPLIT]]
 
 
 def test_all_that_is_missing_is_told_at_once(tmp_path: Path) -> None:
@@ -138,11 +135,11 @@ def test_what_the_hub_lacks_and_a_network_that_fails(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no TOFU: set SISA_DATA to a directory with tofu/")
 def test_the_real_sets_fit_together() -> None:
-    full = load_set(str(REAL), "full")
+    full = plain(REAL, "full")
     assert len(full) == 4000
     for split, retain in RETAIN_OF.items():
-        forget = [each.question for each in load_set(str(REAL), split)]
-        kept = [each.question for each in load_set(str(REAL), retain)]
+        forget = [each.question for each in plain(REAL, split)]
+        kept = [each.question for each in plain(REAL, retain)]
         assert kept + forget == [each.question for each in full]
         asked = [each for each in evaluation_sets(str(REAL), split) if each.set == split]
         assert [each.question for each in asked] == forget
@@ -152,5 +149,4 @@ def test_the_real_sets_fit_together() -> None:
         "retain99": 3960, "retain95": 3800, "retain90": 3600,
         "real_authors": 100, "world_facts": 117,
     }  # fmt: skip
-    assert {name: len(load_set(str(REAL), name)) for name in sizes} == sizes
-    assert len(load_refusals(str(REAL))) == 100
+    assert {name: len(plain(REAL, name)) for name in sizes} == sizes

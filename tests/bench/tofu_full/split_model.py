@@ -14,6 +14,7 @@ either. The base must be of Llama's family (`model.embed_tokens`, `model.layers`
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm, PromptKind
 from sisa.core.digest import digest_of
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.weights import load_frozen
@@ -153,3 +155,24 @@ def split(whole: Any, upper_layers: int, states: Path | None = None) -> SplitMod
     upper.model.embed_tokens = LowerLayers(lower, states)
     upper.model.register_forward_pre_hook(upper.model.embed_tokens.see, with_kwargs=True)
     return SplitModel(upper, whole)
+
+
+@dataclass
+class Halves:
+    """An EvaluatedModel: the upper layers score over remembered states, the whole model generates."""
+
+    upper: EvaluatedModel
+    whole: EvaluatedModel
+    digest: str
+    name: str = "cell"
+    kind: PromptKind = "completion"
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
+    ) -> list[AnswerScore]:
+        return self.upper.score(pairs, form, batch_size)
+
+    def generate(
+        self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        return self.whole.generate(questions, form, max_new_tokens, batch_size)
