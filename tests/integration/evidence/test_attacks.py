@@ -1,20 +1,18 @@
 """What an operator may try, and which check catches it: each attack is carried out on a real model.
 
-The model is real but for its trainer; keys, log, tree of records, ledger and witness are real. The table
-in `sisa/evidence/README.md` is the one that these tests carry out. Where nothing catches an attack, a
-test shows that, too.
+The table in `sisa/evidence/README.md` is the one that these tests carry out. Where nothing catches an
+attack, a test shows that, too.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sqlite3
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,56 +21,51 @@ import pytest
 
 from cluster.cli import cli
 from cluster.render.render import EXIT_INTEGRITY, EXIT_REVOKED
-from sisa.audit.residue import Scan, sweep_model
+from sisa.audit.residue import sweep_model
 from sisa.config.paths import state_dir
 from sisa.core.digest import Keyed
 from sisa.core.domain import RecordRow
-from sisa.core.errors import Busy, EnvironmentFault, Problem
+from sisa.core.errors import EnvironmentFault
 from sisa.core.event_chain import chained
 from sisa.core.ports import Change, merged
 from sisa.core.requests import RequestEvent
-from sisa.evidence.audit import Audit, Check, audit_model, audit_statement, drawn
-from sisa.evidence.issued import certificate_file, issue, membership_file, receipt_file
+from sisa.evidence.issued import certificate_file, membership_file, receipt_file
 from sisa.evidence.keys.keys import Keys, create_keys
-from sisa.evidence.keys.model_keys import PUBLISHED, keys_of, rotate, start_evidence
+from sisa.evidence.keys.model_keys import PUBLISHED, rotate
 from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.evidence.log.cosigning import cosign, new_cosigner_key
 from sisa.evidence.log.log import SIGNED, Log
 from sisa.evidence.log.published import log_reader
-from sisa.evidence.log.tiles import CHECKPOINT
 from sisa.evidence.membership import Membership
 from sisa.evidence.revocations import FEED, publish
 from sisa.flows.context.commit import commit
-from sisa.flows.context.slices import held_rows
 from sisa.flows.deletion import _write_remaining, plan_forget
 from sisa.flows.lifecycle import Terms
 from sisa.flows.query import lookup
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.ledger_place import LEDGER
-from sisa.model import Model
-from sisa.store.areas import CHECKPOINTS, LOG
+from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.verifier.certificate import (
-    AUDIT,
     CERTIFICATES,
     STATE,
     log_entry,
     verify_certificate,
     verify_receipt,
 )
-from sisa.verifier.envelope import PublicKeys, Refused, canonical, strict_json, verify_envelope
+from sisa.verifier.envelope import PublicKeys, Refused, canonical, strict_json
 from sisa.verifier.membership import LABEL_BYTES, verify_absent, verify_membership, verify_present
 from sisa.verifier.vrf import verify_output
 from tests.fakes.ports import SECRET
+from tests.integration.evidence.conftest import Operator, certify
 from tests.models import rewriting
-from tests.models.confessing import build, open_fake, record, use_fake_resources
+from tests.models.confessing import record
 from tests.models.rewriting import date_back, put, take_witness_away
 
 README = Path(__file__).resolve().parents[3] / "sisa" / "evidence" / "README.md"
 NOBODY = "nothing"
-STATE_HOME = "XDG_STATE_HOME"
 ATTACKS: dict[str, str] = {}  # what the operator does, and what catches it: the table of the README
 
 
@@ -84,76 +77,6 @@ def attack(what: str, caught_by: str) -> Callable[[Callable[..., None]], Callabl
         return test
 
     return register
-
-
-@dataclass
-class Operator:
-    """A model that its operator holds with its keys, and what outsiders hold of it."""
-
-    directory: Path
-    kept: list[bytes] = field(default_factory=list)  # checkpoints that outsiders kept
-
-    @property
-    def model(self) -> Model:
-        return Model(self.directory, executor=open_fake)
-
-    @property
-    def keys(self) -> Keys:
-        return keys_of(self.model)
-
-    @property
-    def log(self) -> Path:
-        return self.directory / LOG
-
-    def forget(self, *numbers: int) -> str:
-        """Delete records; return the request's id."""
-        done = self.model.forget([record(each).id for each in numbers])
-        assert done.request is not None
-        return done.request.request_id
-
-    @property
-    def numbers(self) -> list[int]:
-        """Return the numbers of the held records."""
-        known = {record(number).id: number for number in range(40)}
-        with self.model.context() as context:
-            digests = {context.settings.assigner.id_digest(each): known[each] for each in known}
-            return sorted(digests[each.id_digest] for each in held_rows(context, digests))
-
-    def keep(self) -> bytes:
-        """Let an outsider keep the checkpoint as it is published now."""
-        self.kept.append((self.log / CHECKPOINT).read_bytes())
-        return self.kept[-1]
-
-    def audit(self, *kept: bytes, sample: int = 0) -> Audit:
-        return audit_model(self.model, sample, "a seed", kept=kept)
-
-    def failed(self, *kept: bytes, sample: int = 0) -> set[str]:
-        """Return the checks of an audit that failed."""
-        return {each.name for each in self.audit(*kept, sample=sample).checks if each.findings}
-
-
-@pytest.fixture(scope="module")
-def _template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a certified model of 24 records, of which one was deleted, and its keys."""
-    folder = tmp_path_factory.mktemp("operator")
-    with pytest.MonkeyPatch.context() as patch:
-        use_fake_resources(patch)
-        patch.setenv(STATE_HOME, str(folder / "state"))
-        build(folder / "model")
-        operator = Operator(folder / "model")
-        start_evidence(operator.model)
-        certify(operator)
-        operator.forget(3)
-    return folder
-
-
-@pytest.fixture
-def operator(_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Operator:
-    """Return a copy of the model for one test to attack."""
-    use_fake_resources(monkeypatch)
-    shutil.copytree(_template / "model", tmp_path / "model")
-    shutil.copytree(_template / "state", os.environ[STATE_HOME], dirs_exist_ok=True)
-    return Operator(tmp_path / "model")
 
 
 def test_an_honest_operator_passes(operator: Operator) -> None:
@@ -285,11 +208,6 @@ def test_a_record_is_dated_falsely(operator: Operator) -> None:
     assert answer.present is not None
     assert answer.present["since"] == "2001-01-01"
     assert operator.failed() == set()
-
-
-def certify(operator: Operator) -> None:
-    """Sign and log the present state, whatever it is."""
-    assert issue(operator.model)
 
 
 @attack("deletes records without a request", "`sisa audit`: chain")
@@ -654,53 +572,3 @@ def test_the_ledger_is_edited_under_the_key(operator: Operator, monkeypatch: pyt
     monkeypatch.setattr(rewriting, "chained", under_the_key)
     date_back(operator.directory, "the first on")
     assert operator.failed() == {"certificates"}
-
-
-def test_a_model_without_keys_is_audited_without_a_signature(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_fake_resources(monkeypatch)
-    build(tmp_path / "model")
-    found = Operator(tmp_path / "model").audit(sample=1)
-    assert (found.passed, found.envelope, found.index) == (True, b"", None)
-    skipped = {each.name for each in found.checks if each.result == "skipped"}
-    assert skipped == {"log", "chain", "certificates", "membership", "heads"}
-
-
-def test_the_report_is_signed_and_logged(operator: Operator) -> None:
-    found = operator.audit(sample=1)
-    log = Log(LocalBlobs(operator.log), operator.keys)
-    assert log.statement(list(log.entries())[-1].sha256) == found.envelope
-    statement = verify_envelope(found.envelope, operator.keys.public, found.index)
-    assert (statement["predicateType"], statement["predicate"]["passed"]) == (AUDIT, True)
-    assert statement["predicate"]["shards"] == list(found.shards)
-
-
-def test_one_report_is_about_one_state(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
-    def disturbed(model: Model) -> Scan:
-        found = sweep_model(model)
-        operator.forget(5)
-        return found
-
-    monkeypatch.setattr("sisa.evidence.audit.sweep_model", disturbed)
-    with pytest.raises(Busy):
-        operator.audit()
-
-
-def test_a_published_report_names_no_path_outside_the_model(operator: Operator) -> None:
-    inside, outside = operator.directory / "records" / "a", Path.home() / "secret"
-    places = (str(inside), str(outside), "shard 1")
-    findings = tuple(Problem(each, "what is wrong") for each in places)
-    done = replace(operator.audit(), checks=(Check("sweep", findings),))
-    (check,) = audit_statement(done, operator.directory)["predicate"]["checks"]
-    where = ["records/a", "outside the model", "shard 1"]
-    assert [each["where"] for each in check["findings"]] == where
-
-
-def test_the_drawing_is_documented_and_depends_on_the_seed() -> None:
-    def lot(shard: int) -> str:
-        return sha256(f"deletion-ready-model/audit/v1\n2026\n{shard}".encode()).hexdigest()
-
-    assert drawn("2026", range(50), 5) == sorted(sorted(range(50), key=lot)[:5])
-    assert len({tuple(drawn(str(seed), range(50), 5)) for seed in range(20)}) == 20
-    assert drawn("2026", [3, 1], 9) == [1, 3]
