@@ -107,31 +107,6 @@ def test_the_readme_has_the_table_of_these_attacks() -> None:
     assert "\n".join(["| the operator | caught by |", "| --- | --- |", *rows, ""]) in README.read_text()
 
 
-@pytest.mark.parametrize("wrong", ["keys", "file"])
-@pytest.mark.parametrize("command", ["verify-certificate", "verify-proof"])
-def test_what_is_refused_names_the_file_and_the_next_step(
-    operator: Operator, tmp_path: Path, command: str, wrong: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = {
-        "verify-certificate": certificate_file(operator.model, operator.forget(5)),
-        "verify-proof": membership_file(operator.model, record(6).id),
-    }
-    files = {"keys": operator.keys.public_file, "file": made[command]}
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-    arguments = [command, str(tmp_path / "file"), "--key", str(tmp_path / "keys"), "--json"]
-    assert cli.run(arguments) == 0
-    capsys.readouterr()
-    for data in (b"", files[wrong][:-9], files["file" if wrong == "keys" else "keys"]):
-        (tmp_path / wrong).write_bytes(data)
-        assert cli.run(arguments) == 4
-        error = json.loads(capsys.readouterr().out)["error"]
-        assert error["where"] == str(tmp_path / wrong)
-        assert error["message"]
-        assert error["next_step"]
-        assert error["expected"] or error["got"]
-
-
 # --- records -------------------------------------------------------------------------------------
 
 

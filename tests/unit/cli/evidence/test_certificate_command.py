@@ -1,83 +1,129 @@
-"""`sisa verify-certificate`: what it accepts and refuses, in words, JSON and exit codes."""
+"""`sisa certificate`, `sisa receipt` and `sisa verify-certificate`, over a model that a fake trains."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sisa.verifier.certificate import CERTIFICATE_FILE, EXACT, log_entry
-from sisa.verifier.envelope import canonical
-from tests.models.certified import Certified, certified
+from sisa.core.errors import EnvironmentFault
+from sisa.evidence.keys.keys import Keys
+from sisa.verifier.certificate import EXACT, RECTIFICATION, STATE
+from tests.models.confessing import NUM_RECORDS, record
 
-Sisa = Callable[..., tuple[int, str, str]]
-
-
-def write(model: Certified, directory: Path) -> None:
-    """Write the public keys, and every statement of the log as a certificate file."""
-    (directory / "keys.json").write_bytes(model.keys.public_file)
-    for each in model.logged:
-        file = {
-            "type": CERTIFICATE_FILE,
-            "envelope": model.log.statement(each.sha256).decode(),
-            "entry": log_entry(each.sha256, each.kind).decode(),
-            "proof": model.log.proof(each.sequence).decode(),
-        }
-        (directory / f"{each.sequence}.json").write_bytes(canonical(file) + b"\n")
+Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Path:
-    """Return a directory with a state (0), a certificate (1) and a log; `other` is another model."""
-    for directory in (tmp_path, tmp_path / "other"):
-        directory.mkdir(exist_ok=True)
-        model = certified(directory)
-        model.forget(1, 2)
-        write(model, directory)
-    return tmp_path
+def certified(model: Path, ask: Ask) -> Path:
+    """Return a model with keys."""
+    ask("keys", "init", "-m", model)
+    return model
 
 
-def test_a_certificate_is_put_into_words(files: Path, sisa: Sisa) -> None:
-    check = ("verify-certificate", files / "1.json", "--key", files / "keys.json")
-    code, out, _ = sisa(*check, "--log", files / "log")
+def forget(ask: Ask, model: Path, *numbers: int) -> dict[str, Any]:
+    return ask("forget", "-m", model, *(record(each).id for each in numbers))
+
+
+def test_a_deletion_is_certified_for_whoever_has_the_public_keys(
+    certified: Path, ask: Ask, sisa: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    before, after = shutil.copytree(certified / "log", tmp_path / "before"), tmp_path / "after"
+    request = forget(ask, certified, 3, 4)["request_id"]
+    listed = ask("certificate", "list", "-m", certified)
+    assert [each["kind"] for each in listed["statements"]] == [STATE, EXACT]
+    assert listed["pending"] == []
+    certificate, receipt = tmp_path / "certificate.json", tmp_path / "receipt.json"
+    ask("certificate", "export", "-m", certified, request, "-o", certificate)
+    ask("receipt", "-m", certified, request, record(4).id, "-o", receipt)
+    shown = ask("certificate", "show", "-m", certified, request)
+    (certified / "log").rename(after)
+    certified.rename(tmp_path / "away")
+
+    check = ("verify-certificate", certificate, "--key", after / "keys.json")
+    done = ask(*check, "--receipt", receipt, "--log", after)
+    assert (done["ok"], done["type"], done["receipt"], done["log_statements"]) == (True, EXACT, True, 2)
+    assert ask(*check)["log_statements"] is None
+    assert done["statement"] == shown["statement"]
+    stated = done["statement"]["predicate"]
+    assert stated["commitments"]["number"] == 2
+    assert stated["checks"]["replay"] == "not run"
+    assert stated["checks"]["sweep"]["predicate"]["result"] == "PASSED"
+    heads = {each["sha256"] for each in stated["served"]}
+    assert heads == {each["digest"]["sha256"] for each in done["statement"]["subject"]}
+    code, out, _ = sisa(*check, "--log", after)
     assert code == 0
     for line in ("valid: entry 1 of a log of 2", "the log holds: 2 statements", "guarantee: bit-exact"):
         assert line in out
     assert "does not cover: Source files" in out
-    body = json.loads(sisa(*check, "--json")[1])
-    assert (body["ok"], body["type"], body["log_statements"]) == (True, EXACT, None)
+
+    ask(*check, "--log", before, code=4)
+    next((after / "statements").iterdir()).unlink()
+    ask(*check, "--log", after, code=4)
 
 
-@pytest.mark.parametrize(
-    ("file", "keys", "what"),
-    [
-        ("other/1.json", "keys.json", "not signed as expected"),
-        ("1.json", "other/keys.json", "not signed as expected"),
-        ("0.json", "keys.json", "not a certificate"),
-        ("keys.json", "keys.json", "another form"),
-        ("1.json", "1.json", "another form"),
-    ],
-)
-def test_other_evidence_is_refused(files: Path, sisa: Sisa, file: str, keys: str, what: str) -> None:
-    code, out, err = sisa("verify-certificate", files / file, "--key", files / keys, "--json")
-    error = json.loads(out)["error"]
-    assert (code, error["type"]) == (4, "IntegrityError")
-    assert what in error["message"]
-    assert "expected" in err
+def test_a_receipt_is_for_a_record_of_the_request(certified: Path, ask: Ask, tmp_path: Path) -> None:
+    one, _ = (forget(ask, certified, number)["request_id"] for number in (3, 4))
+    receipt = ("receipt", "-m", certified, one, "-o", tmp_path / "receipt.json")
+    refused = ask(*receipt, record(4).id, code=3)["error"]
+    assert refused["type"] == "UnknownRecord"
+    assert record(4).id not in str(refused)
+    (certified / "evidence.sqlite").unlink()  # made again from log and slices, without the commitments
+    lost = ask(*receipt, record(3).id, code=4)["error"]
+    assert lost["type"] == "IntegrityError"
+    assert "commitments" in lost["message"]
 
 
-def test_another_log_is_refused(files: Path, sisa: Sisa) -> None:
-    check = ("verify-certificate", files / "1.json", "--key", files / "keys.json")
-    assert sisa(*check, "--log", files / "other" / "log")[0] == 4
-    (statement, _) = (files / "log" / "statements").iterdir()
-    statement.unlink()
-    assert sisa(*check, "--log", files / "log")[0] == 4
+def test_what_is_pending_is_reported_and_issued_later(
+    certified: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise EnvironmentFault("the token is not plugged in")
+
+    issue = ("certificate", "issue", "-m", certified)
+    with monkeypatch.context() as patched:
+        patched.setattr(Keys, "sign", fail)
+        done = forget(ask, certified, 3)
+        assert done["certificate"] == "pending"
+        assert ask(*issue, code=6)["error"]["type"] == "EnvironmentFault"
+    name = done["request_id"]
+    assert ask("status", "-m", certified)["certificates_pending"] == [name]
+    ask("certificate", "show", "-m", certified, name, code=3)
+    (issued,) = ask(*issue)["issued"]
+    assert (issued["kind"], issued["about"]) == (EXACT, name)
+    assert ask("status", "-m", certified)["certificates_pending"] == []
+    assert ask("request", "show", "-m", certified, name)["certificate"] == "issued"
 
 
-def test_a_cut_file_is_refused_and_a_missing_one_is_2(files: Path, sisa: Sisa) -> None:
-    whole = (files / "1.json").read_bytes()
-    (files / "cut.json").write_bytes(whole[: len(whole) // 2])
-    assert sisa("verify-certificate", files / "cut.json", "--key", files / "keys.json")[0] == 4
-    assert sisa("verify-certificate", files / "none.json", "--key", files / "keys.json")[0] == 2
+def test_a_rectification_is_one_certificate(certified: Path, ask: Ask, tmp_path: Path) -> None:
+    row = {
+        "id": record(3).id,
+        "subject_id": None,
+        "prompt": "question 3",
+        "completion": "another answer",
+    }
+    (tmp_path / "corrected.jsonl").write_text(json.dumps(row) + "\n")
+    done = ask("rectify", "-m", certified, tmp_path / "corrected.jsonl")
+    assert (done["replaced"], done["unchanged"]) == (1, 0)
+    shown = ask("certificate", "show", "-m", certified, done["request_id"])
+    assert shown["type"] == RECTIFICATION
+    assert shown["statement"]["predicate"]["membership"]["num_records"] == NUM_RECORDS
+    assert ask("certificate", "issue", "-m", certified) == {"issued": []}
+
+
+def test_a_model_without_keys_has_no_certificates(model: Path, ask: Ask) -> None:
+    name = forget(ask, model, 3)["request_id"]
+    assert ask("status", "-m", model)["certificates_pending"] is None
+    for arguments in (("list",), ("issue",), ("show", name)):
+        refused = ask("certificate", *arguments, "-m", model, code=2)["error"]
+        assert refused["type"] == "InvalidInput"
+        assert "sisa keys init" in refused["next_step"]
+    assert not (model / "log").exists()
+    assert not (model / "evidence.sqlite").exists()
+
+    ask("keys", "init", "-m", model)  # too late for that deletion
+    assert "no keys" in ask("certificate", "show", "-m", model, name, code=3)["error"]["next_step"]

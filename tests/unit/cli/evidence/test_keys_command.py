@@ -21,7 +21,6 @@ from sisa.model import open_model
 from sisa.store.blobs.files import writer_lock
 from sisa.verifier.envelope import Refused, parse_keys, verify_envelope
 from tests.models.confessing import NAME
-from tests.models.programs.imported import imported_by
 
 Ask = Callable[..., dict[str, Any]]
 Sisa = Callable[..., tuple[int, str, str]]
@@ -76,14 +75,6 @@ def test_an_auditor_follows_the_hand_overs(model: Path, ask: Ask, tmp_path: Path
     lost = ask("keys", "rotate", "-m", model, "--lost")
     error = ask("keys", "check", lost["published"], "--trusted", old, "--log", model / "log", code=4)
     assert "lost or leaked" in error["error"]["message"]
-
-
-def test_an_auditor_needs_little(model: Path, ask: Ask) -> None:
-    made = ask("keys", "init", "-m", model)
-    check = ("keys", "check", made["published"], "--trusted", made["public_keys"])
-    loaded = imported_by((*check, "--log", model / "log"))
-    assert "cryptography" in loaded
-    assert not loaded & {"torch", "ray", "numpy", "faiss", "pydantic", "sqlalchemy", "securesystemslib"}
 
 
 def test_words_name_the_file_and_the_key(model: Path, ask: Ask, sisa: Sisa) -> None:

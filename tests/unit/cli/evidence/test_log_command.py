@@ -14,7 +14,6 @@ from sisa.evidence.keys.model_keys import log_of, start_evidence
 from sisa.model import open_model
 from sisa.verifier.note import verify_proof
 from tests.models.confessing import NAME
-from tests.models.programs.imported import imported_by
 from tests.models.written_log import TYPE, entry, statement
 
 Ask = Callable[..., dict[str, Any]]
@@ -130,9 +129,3 @@ def test_bad_input_is_typed(
 def test_usage_is_checked(model: Path, sisa: Callable[..., tuple[int, str, str]]) -> None:
     for given in ([], [model / "log"], ["-m", model, model / "log"], ["-m", model, "--key", "k"]):
         assert sisa("log", "check", *given)[0] == 2
-
-
-def test_a_log_is_checked_without_heavy_packages(model: Path) -> None:
-    loaded = imported_by(("log", "check", model / "log", "--key", model / "log" / "keys.json"))
-    heavy = {"torch", "ray", "faiss", "numpy", "transformers", "sqlalchemy", "pydantic"}
-    assert not loaded & heavy

@@ -8,14 +8,11 @@ from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import ANY
 
 import pytest
 
-from sisa.evidence.keys.keys import read_keys
 from sisa.verifier.certificate import EXACT
 from tests.models.confessing import DELETED, NAME, record
-from tests.models.programs.imported import imported_by
 
 Ask = Callable[..., dict[str, Any]]
 
@@ -101,26 +98,6 @@ def test_an_older_feed_is_refused(model: Path, ask: Ask, copies: Path, tmp_path:
     ask("check-adapter", copies, *published(model, "--not-older-than", old), code=7)
 
 
-def test_a_feed_that_leaves_out_what_a_certificate_revoked_is_refused(
-    model: Path, ask: Ask, copies: Path
-) -> None:
-    """By an old one that is still valid, and by an operator who signs a shorter one."""
-    ask("revocations", "publish", "-m", model)
-    forget(model, ask)
-    held = (copies, *published(model, "--log", model / "log"))
-    error = ask("check-adapter", *held, code=4)["error"]
-    assert error["message"] == "the feed does not name what a certificate in the log revokes"
-    ask("revocations", "publish", "-m", model)
-    ask("check-adapter", *held, code=7)
-    keys = read_keys(model.parent / "state" / "sisa" / "evidence-keys" / NAME, NAME)
-    assert keys is not None
-    feed = model / "log" / "revocations.json"
-    statement = json.loads(b64decode(json.loads(feed.read_bytes())["payload"]))
-    statement["predicate"]["revoked"].popitem()
-    feed.write_bytes(keys.sign(statement))
-    assert ask("check-adapter", *held, code=4)["error"] == {**error, "got": ANY}
-
-
 def test_what_is_no_feed_of_the_model_is_refused(
     model: Path, ask: Ask, copies: Path, tmp_path: Path
 ) -> None:
@@ -175,9 +152,3 @@ def test_model_signing_verifies_an_export_with_the_published_key(model: Path, co
     (copies / "shard-00000" / "README.md").write_text("another card")
     with pytest.raises(ValueError, match=r"Hash mismatch for .*README"):
         client.verify(copies / "shard-00000", copies / "shard-00000" / "model.sig")
-
-
-def test_a_holder_needs_little_to_check(model: Path, ask: Ask, copies: Path) -> None:
-    ask("revocations", "publish", "-m", model)
-    heavy = {"torch", "ray", "faiss", "numpy", "transformers", "sqlalchemy", "pydantic", "datasets"}
-    assert not heavy & imported_by(("check-adapter", copies, *published(model)))
