@@ -26,7 +26,6 @@ from sisa.flows.wiring.ledger_place import LOCK
 from sisa.store.blobs.files import writer_lock
 from tests.fakes.ports import fake_record
 from tests.models import confessing as care_model
-from tests.models.programs.imported import imported_by
 
 RUN_FILE = """
 datasets: [{path: owner/people}]
@@ -455,21 +454,3 @@ def test_what_was_deleted_is_added_only_if_allowed(ask: Ask, tmp_path: Path) -> 
     assert taken["added"] == 3
     states = [each["state"] for each in ask("where", "id-0003", "new-1", "new-2")["records"]]
     assert states == ["trained"] * 3
-
-
-# --- what is not imported
-
-
-COMMANDS = [
-    *(["request", "list"], ["request", "show", "T-1"], ["run", "--plan"]),
-    ["request", "submit", "id-0004"],
-    ["request", "approve", "T-1", "--approver", "dpo"],
-    ["request", "cancel", "T-1"],
-]
-
-
-def test_requests_import_nothing_heavy(ask: Ask, model: Path) -> None:
-    """Torch and Ray take seconds to import: no decision may wait for them."""
-    ask("request", "submit", "id-0003", "--external-id", "T-1")
-    found = imported_by(*([*each, "-m", model] for each in COMMANDS))
-    assert found.isdisjoint({"torch", "ray", "peft", "transformers"})

@@ -12,7 +12,6 @@ from cluster.cli.serve import ROLE_NAMES, SCOPE_NAMES
 from cluster.serve.tokens import ROLES, Role, Scope, Tokens
 from sisa.flows.wiring.upper_houses import TOKENS
 from sisa.model import open_model
-from tests.models.programs.imported import imported_by
 
 Ask = Callable[..., dict[str, Any]]
 
@@ -64,8 +63,3 @@ def test_bad_arguments_make_no_token(model: Path, ask: Ask, wrong: list[str]) ->
 
 def test_the_command_line_knows_the_roles_and_scopes() -> None:
     assert (get_args(Role), get_args(Scope)) == (ROLE_NAMES, SCOPE_NAMES)
-
-
-def test_tokens_need_no_torch_and_no_ray(model: Path) -> None:
-    loaded = imported_by(("token", "add", "-m", model, "anna", "--role", "reader"))
-    assert not loaded & {"torch", "ray", "transformers", "peft", "faiss"}
