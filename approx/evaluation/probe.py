@@ -127,7 +127,8 @@ def probe_answers(model: Any, tokenizer: Any, records: Sequence[Answers]) -> lis
 def may_know(score: AnswerScore) -> bool:
     """Return whether an answer with this score, without its closing tokens, may count as known.
 
-    >>> may_know(AnswerScore((0.0,) * 4, (True, False, False, False), (), ()))
+    >>> zeros = (0.0,) * 4
+    >>> may_know(AnswerScore(zeros, (True, False, False, False), zeros, zeros, likeliest=zeros))
     False
     """
     return _rated(score, recall=1.0).known

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx.evaluation import answers, continuations
 from approx.evaluation.answers import (
     answer_logprobs_BT,
     collate,
@@ -79,12 +78,6 @@ def test_an_example_without_an_answer_is_refused() -> None:
         collate([Tokens([1, 2], [NO_LOSS, NO_LOSS])])
     with pytest.raises(ValueError, match="no examples"):
         collate([])
-
-
-def test_the_example_in_the_docstring_holds() -> None:
-    import doctest
-
-    assert doctest.testmod(answers).failed == doctest.testmod(continuations).failed == 0
 
 
 class TwoParameters(torch.nn.Module):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 from typing import Any
 
 import pytest
 
 from approx.methods.registry import METHODS
-from approx.patches import patch_settings
 from approx.patches.patch_settings import Adapter, parse_settings, settings_of
-from approx.unlearning.written import invented_names, retain_set
 from cluster.cli import patches
 from sisa.core.errors import InvalidInput
 
@@ -104,8 +101,3 @@ def test_assignments_of_the_command_line() -> None:
     with pytest.raises(InvalidInput) as caught:
         patches.assignments(["beta", "=1", "a=1", "a=2"])
     assert [each.where for each in caught.value.problems] == ["--set 1", "--set 2", "--set 4"]
-
-
-@pytest.mark.parametrize("module", [patch_settings, invented_names, retain_set, patches])
-def test_examples_hold(module: Any) -> None:
-    assert doctest.testmod(module).failed == 0

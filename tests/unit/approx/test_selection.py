@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from approx.attacks.attack import LORA
-from approx.unlearning import selection
 from approx.unlearning.causal_tracing import num_heads, trace_heads, trace_layers
 from approx.unlearning.selection import (
     Selected,
@@ -151,7 +149,3 @@ def test_all_leaves_the_adapter_as_it_is(base: Any) -> None:
 def test_the_command_offers_every_selection() -> None:
     """It lists them itself, since it does not load torch before it must."""
     assert get_args(SelectionKind) == SELECTIONS
-
-
-def test_the_examples_hold() -> None:
-    assert doctest.testmod(selection).failed == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from approx.methods.registry import make_method
-from approx.unlearning import examples, schedule, stopping
 from approx.unlearning.approx_report import outcome
 from approx.unlearning.examples import REFUSALS, Sets, check_disjoint, check_sets, make_refusals
 from approx.unlearning.schedule import ScheduleSettings, learning_rate_at, plan_steps
@@ -155,11 +153,6 @@ def test_refusals_stand_behind_the_prompt() -> None:
         make_refusals([Tokens([5, 6], [5, 6])], [[90]], seed=0)
     assert [each.where for each in caught.value.problems] == ["forget example 1"]
     assert len(set(REFUSALS)) == len(REFUSALS) >= 10
-
-
-@pytest.mark.parametrize("module", [stopping, schedule, examples])
-def test_examples_in_docstrings_hold(module: Any) -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 @pytest.mark.parametrize(
