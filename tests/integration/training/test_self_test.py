@@ -47,9 +47,3 @@ def test_a_process_that_fails_is_an_environment_fault(monkeypatch: pytest.Monkey
     monkeypatch.setattr(subprocess, "run", fails)
     with pytest.raises(EnvironmentFault, match="self-test's process failed"):
         self_test.check(1)
-
-
-@pytest.mark.parametrize("arguments", [["doctor"], ["doctor", "--numerics", "--repair"]])
-def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(arguments) == 2
-    assert capsys.readouterr().err

@@ -20,6 +20,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+import cluster
 from cluster.cli import cli
 from cluster.cli.command import SECTIONS
 from sisa.config.runfile import parse_run_file
@@ -39,13 +40,12 @@ sisa: {shards: 3, slices: 2, embedder: hashing}
 """
 
 
-def commands() -> list[tuple[str, ...]]:
-    found: list[tuple[str, ...]] = []
+def commands() -> dict[str, click.Command]:
+    """Return all commands by their names, those of groups with the group's."""
+    found: dict[str, click.Command] = {}
     for name, each in cli.cli.commands.items():
-        if isinstance(each, click.Group):
-            found += [(name, inner) for inner in each.commands]
-        else:
-            found.append((name,))
+        inner = each.commands if isinstance(each, click.Group) else {"": each}
+        found |= {f"{name} {one}".strip(): command for one, command in inner.items()}
     return found
 
 
@@ -119,18 +119,32 @@ token: add list revoke
 """
 
 
-def test_the_commands_are_those_of_the_readme() -> None:
+def test_no_command_comes_or_goes_unnoticed() -> None:
     rows = [line.rpartition(": ") for line in COMMANDS.strip().splitlines()]
-    expected = {(*group.split(), name) for group, _, names in rows for name in names.split()}
-    assert {*commands()} == expected
+    expected = {f"{group} {name}".strip() for group, _, names in rows for name in names.split()}
+    assert commands().keys() == expected
+
+
+def test_every_command_is_in_the_readme() -> None:
+    readme = (Path(cluster.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert [name for name in commands() if not re.search(rf"\bsisa {name}\b", readme)] == []
+
+
+def test_every_command_that_trains_takes_an_address() -> None:
+    options = {
+        name: {o for each in found.params for o in each.opts} for name, found in commands().items()
+    }
+    training = {name for name, found in options.items() if "--executor" in found}
+    assert len(training) > 10
+    assert training <= {name for name, found in options.items() if "--address" in found}
 
 
 @pytest.mark.parametrize("name", commands())
-def test_help_has_an_example(sisa: Sisa, name: tuple[str, ...]) -> None:
-    code, out, err = sisa(*name, "--help")
+def test_help_has_an_example(sisa: Sisa, name: str) -> None:
+    code, out, err = sisa(*name.split(), "--help")
     assert (code, err) == (0, "")
     example = out.partition("Example:\n")[2].strip()
-    assert example.startswith(f"sisa {' '.join(name)}")
+    assert example.startswith(f"sisa {name}")
     assert "--json" in out
     for option in re.findall(r"(?<!\S)--[a-z-]+", example):
         assert option in out.partition("Example:\n")[0]
@@ -155,6 +169,8 @@ USAGE_ERRORS = [
     ["find", "-m", "x", "--text", "a", "--top", "0"],
     ["verify", "-m", "x", "--replay", "some"],
     ["verify", "-m", "x", "--shard", "-1"],
+    ["doctor"],
+    ["doctor", "--numerics", "--repair"],
     ["train"],
     ["generate", "-m", "x"],
     ["status", "-m", "x", "surplus"],

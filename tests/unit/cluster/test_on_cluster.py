@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import click
 import pytest
 
 from cluster.cli import cli
@@ -86,25 +85,6 @@ def test_a_single_chain_is_trained_in_this_process(
 def test_an_unknown_name_is_refused_before_anything() -> None:
     with pytest.raises(InvalidInput, match="unknown executor"):
         check_executor(OnCluster("none", "new:2"))
-
-
-def taking_executor() -> list[str]:
-    """Return the commands with `--executor`, with the groups' names."""
-    found = []
-    for name, each in cli.cli.commands.items():
-        inner = each.commands if isinstance(each, click.Group) else {"": each}
-        for one, command in inner.items():
-            if any("--executor" in option.opts for option in command.params):
-                found.append(f"{name} {one}".strip())
-    return found
-
-
-@pytest.mark.parametrize("name", taking_executor())
-def test_every_command_that_trains_takes_an_address(name: str) -> None:
-    group, _, one = name.partition(" ")
-    command = cli.cli.commands[group]
-    command = command.commands[one] if isinstance(command, click.Group) else command
-    assert any("--address" in option.opts for option in command.params)
 
 
 @pytest.mark.parametrize(

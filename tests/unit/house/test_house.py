@@ -20,12 +20,10 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-import click
 import pytest
 
 import sisa
 import sisa.__main__ as entry
-from cluster.cli.cli import cli
 
 ROOT = Path(__file__).resolve().parents[3]
 DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -152,20 +150,6 @@ def test_packages_are_imported_from_here() -> None:
 def test_the_public_api_is_pinned() -> None:
     assert sorted(sisa.__all__) == PUBLIC_API
     assert all(getattr(sisa, name) is not None for name in PUBLIC_API)
-
-
-def command_names() -> list[str]:
-    found = []
-    for name, each in cli.commands.items():
-        inner = list(each.commands) if isinstance(each, click.Group) else []
-        found += [f"{name} {one}" for one in inner] or [name]
-    return found
-
-
-@pytest.mark.parametrize("name", command_names())
-def test_every_command_is_in_the_readme(name: str) -> None:
-    readme = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
-    assert re.search(rf"\bsisa {name}\b", readme)
 
 
 FOLLOWED = re.findall(r"`(\S+\.py)`: `([\w.]+)`", (ROOT / "sisa" / "README.md").read_text("utf-8"))
