@@ -1,9 +1,8 @@
 """Interrupted training, and run files and bases that changed under a model.
 
 Whatever stopped a training, `train` continues at the last stored slice and ends with the same bytes. A
-source's deleted and new records are counted and never added. A run file is followed only when its
-consequences are accepted, and the model is then that of the new file. A base that differs from the
-record stops every command that would use it.
+changed run file ends in the model of the new file. A base that differs from the record stops every
+command that would use it. `unit/flows/test_training.py` has what `train` counts and refuses.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from tests.models.tiny_model import (
     of_people,
     train_scratch,
     without,
-    write_rows,
     write_run,
 )
 
@@ -127,7 +125,7 @@ def test_an_addition_that_was_cut_goes_on(tmp_path: Path, tiny_base: Path) -> No
     assert held_files(model.directory) == scratch_of(tmp_path, tiny_base)
 
 
-# --- again, with the same run file ---------------------------------------------------------------
+# --- again ---------------------------------------------------------------------------------------
 
 
 def test_training_again_trains_nothing_and_rewrites_nothing(tiny: Tiny) -> None:
@@ -137,55 +135,7 @@ def test_training_again_trains_nothing_and_rewrites_nothing(tiny: Tiny) -> None:
     assert (identities(tiny.directory / "checkpoints"), all_files(tiny.directory)) == before
 
 
-def test_deleted_records_of_the_source_are_counted_and_never_taken(tiny: Tiny) -> None:
-    tiny.open().forget(["p001-q1", "p006-q2"])
-    before = held_files(tiny.directory)
-    taken = tiny.train()
-    assert (taken.deleted_not_taken, taken.already_held) == (2, len(PEOPLE) - 2)
-    assert (taken.records, taken.slices_trained) == (len(PEOPLE) - 2, 0)
-    assert held_files(tiny.directory) == before
-    assert [each.state for each in tiny.open().where(["p001-q1", "p006-q2"])] == ["deleted"] * 2
-
-
-def test_new_records_of_the_source_are_counted_and_left_to_add(tiny: Tiny) -> None:
-    fresh = [{**row, "id": f"{row['id']}-new"} for row in of_people("p002")]
-    write_rows(tiny.folder / "people.jsonl", [*PEOPLE, *fresh])
-    before = held_files(tiny.directory)
-    taken = tiny.train()
-    assert (taken.new_not_taken, taken.added, taken.slices_trained) == (2, 0, 0)
-    assert held_files(tiny.directory) == before
-    with pytest.raises(sisa.UnknownRecord):
-        tiny.open().where(ids_of(fresh))
-
-
-def test_changed_records_of_the_source_are_refused_all_of_them(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changed = [
-        {**row, "completion": " Otherwise."} if n in (3, 8) else row for n, row in enumerate(PEOPLE)
-    ]
-    write_rows(tiny.folder / "people.jsonl", changed)
-    before = all_files(tiny.directory)
-    done = command(capsys, "train", tiny.run_file, "--executor", "serial")
-    assert (done.code, done.error["type"]) == (2, "InvalidInput")
-    assert [where for where, _ in done.problems] == ["people.jsonl, line 4", "people.jsonl, line 9"]
-    assert all_files(tiny.directory) == before
-
-
 # --- a changed run file --------------------------------------------------------------------------
-
-
-def test_a_changed_run_file_is_refused_with_all_differences(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str]
-) -> None:
-    change_run(tiny.run_file, learning_rate=0.02, lora_r=2, sisa__shards=2, cluster__num_workers=1)
-    before = all_files(tiny.directory)
-    done = command(capsys, "train", tiny.run_file, "--executor", "serial")
-    assert (done.code, done.error["type"]) == (2, "ConfigConflict")
-    assert [where for where, _ in done.problems] == ["lora_r", "learning_rate", "sisa.shards"]
-    assert "retrain" in done.problems[0][1]
-    assert "reset" in done.problems[2][1]
-    assert all_files(tiny.directory) == before
 
 
 @pytest.mark.parametrize(
@@ -238,49 +188,6 @@ def test_a_refused_reconfiguration_changes_nothing(tiny: Tiny) -> None:
     before = all_files(tiny.directory)
     with pytest.raises(sisa.InvalidInput):
         tiny.train(accept_differences=True)
-    assert all_files(tiny.directory) == before
-
-
-def test_a_reconfiguration_with_a_changed_source_changes_nothing(tiny: Tiny) -> None:
-    write_rows(tiny.folder / "people.jsonl", [{**PEOPLE[0], "completion": " Otherwise."}, *PEOPLE[1:]])
-    change_run(tiny.run_file, learning_rate=0.02)
-    before = all_files(tiny.directory)
-    with pytest.raises(sisa.InvalidInput, match="nothing was changed"):
-        tiny.train(accept_differences=True)
-    assert all_files(tiny.directory) == before
-
-
-def test_another_subject_column_is_refused_whole(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    """The held records lack the other column, so nothing shows where they would go."""
-    write_rows(tiny.folder / "people.jsonl", [{**row, "team": row["id"][:3]} for row in PEOPLE])
-    change_run(tiny.run_file, sisa__group_by="team")
-    before = all_files(tiny.directory)
-    done = command(capsys, "train", tiny.run_file, "--executor", "serial", "--reconfigure")
-    assert (done.code, done.error["type"]) == (2, "ConfigConflict")
-    assert all_files(tiny.directory) == before
-
-
-def test_another_partition_key_is_refused_whatever_is_accepted(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tiny.folder / "other.key").write_text("5" * 64)
-    change_run(tiny.run_file, sisa__partition_key_file="other.key")
-    before = all_files(tiny.directory)
-    for flags in ([], ["--reconfigure"]):
-        done = command(capsys, "train", tiny.run_file, "--executor", "serial", *flags)
-        assert (done.code, done.error["type"]) == (2, "ConfigConflict")
-        assert done.error["where"] == "sisa.partition_key_file"
-    assert all_files(tiny.directory) == before
-
-
-def test_another_content_of_the_partition_key_is_an_integrity_error(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tiny.folder / "shared.key").write_text("5" * 64)
-    before = all_files(tiny.directory)
-    done = command(capsys, "train", tiny.run_file, "--executor", "serial")
-    assert (done.code, done.error["type"]) == (4, "IntegrityError")
-    assert "5" * 64 not in done.out + done.err
     assert all_files(tiny.directory) == before
 
 
@@ -339,80 +246,3 @@ def test_reconfigure_moves_to_the_changed_base(rebased: Tiny, tmp_path: Path) ->
     scratch = train_scratch(tmp_path / "scratch", rebased.base, PEOPLE)
     assert held_files(rebased.directory) == held_files(scratch.directory)
     assert rebased.open().verify().ok
-
-
-# --- deleted records and a first training --------------------------------------------------------
-
-
-def test_a_first_training_refuses_what_was_deleted_under_its_key(
-    tiny: Tiny, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The model directory is lost and the sources still hold every record: none returns unnoticed."""
-    tiny.open().forget(["p001-q1", "p003-q2"])
-    copied = {**PEOPLE[0], "id": "another-id"}
-    assert copied["completion"] == next(r for r in PEOPLE if r["id"] == "p001-q1")["completion"]
-    again = write_run(tmp_path / "again", tiny_base, [*PEOPLE, copied])
-    done = command(capsys, "train", again, "--executor", "serial")
-    assert (done.code, done.error["type"]) == (2, "InvalidInput")
-    problems = {each["where"]: each["what"] for each in done.error["problems"]}
-    assert len(problems) == 3
-    assert all("by request req-" in what for what in problems.values())
-    assert (
-        "has the text of a record that was deleted" in problems[f"people.jsonl, line {len(PEOPLE) + 1}"]
-    )
-    assert not (tmp_path / "again" / "model").exists()
-    done = command(capsys, "train", again, "--executor", "serial", "--allow-deleted")
-    assert (done.code, done.json["records"]) == (0, len(PEOPLE) + 1)
-
-
-def test_another_key_knows_of_no_deletion(tiny: Tiny, tmp_path: Path, tiny_base: Path) -> None:
-    tiny.open().forget(["p001-q1"])
-    other = write_run(tmp_path / "other", tiny_base)
-    (tmp_path / "other" / "shared.key").write_text("5" * 64)
-    assert sisa.train_model(other, executor="serial")[1].records == len(PEOPLE)
-
-
-# --- the place of the witness --------------------------------------------------------------------
-
-
-def test_a_witness_that_cannot_be_written_stops_a_first_training(
-    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_file = write_run(tmp_path / "a", tiny_base, witness="in-the-way/witness")
-    (tmp_path / "a" / "in-the-way").touch()
-    done = command(capsys, "train", run_file, "--executor", "serial")
-    assert (done.code, done.error["type"]) == (6, "EnvironmentFault")
-    assert not (tmp_path / "a" / "model").exists()
-
-
-def test_a_witness_that_is_lost_is_replaced_by_another(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first, second = tiny.folder / "first", tiny.folder / "second"
-    change_run(tiny.run_file, witness="first")
-    tiny.train()
-    tiny.open().forget(["p001-q1"])
-    assert len(list(first.iterdir())) == 1
-    shutil.rmtree(first)
-    first.touch()  # what was a directory can't be one any more
-    before = held_files(tiny.directory)
-    done = command(capsys, "forget", "-m", tiny.directory, "p002-q1", "--executor", "serial")
-    assert (done.code, done.error["type"]) == (6, "EnvironmentFault")
-    assert "`witness:`" in done.error["next_step"]
-    assert held_files(tiny.directory) == before
-    change_run(tiny.run_file, witness="second")
-    done = command(capsys, "train", tiny.run_file, "--executor", "serial")
-    assert (done.code, "the former witness is not compared" in done.err) == (0, True)
-    assert len(list(second.iterdir())) == 1
-    assert tiny.open().status().witness[1] == "current"
-    assert command(capsys, "forget", "-m", tiny.directory, "p002-q1", "--executor", "serial").code == 0
-
-
-def test_a_restored_backup_with_another_witness_obeys_the_one_it_had(tiny: Tiny) -> None:
-    backup = shutil.copytree(tiny.directory, tiny.folder / "backup")
-    tiny.open().forget(["p001-q1"])
-    shutil.rmtree(tiny.directory)
-    backup.rename(tiny.directory)
-    change_run(tiny.run_file, witness="elsewhere")
-    tiny.train()
-    assert [each.state for each in tiny.open().where(["p001-q1"])] == ["deleted"]

@@ -390,6 +390,15 @@ def test_a_dry_run_changes_nothing(ask_model: Ask, directory: Path) -> None:
     assert ask_model("status")["records"] == 19
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_an_unknown_id_among_others_deletes_nothing(ask_model: Ask, more: list[str]) -> None:
+    error = ask_model("forget", "nobody", "id-0001", "id-0099", *more, code=3)["error"]
+    assert error["type"] == "UnknownRecord"
+    assert [each["where"] for each in error["problems"]] == ["id 1 of 3", "id 3 of 3"]
+    ask_model("forget", "--subject", "nobody", *more, code=3)
+    assert ask_model("status")["records"] == 19
+
+
 def test_forgetting_what_is_deleted_says_so_and_is_0(ask_model: Ask) -> None:
     found = ask_model("forget", "id-0019")
     assert (found["request_id"], found["already_deleted"]) == (None, 1)

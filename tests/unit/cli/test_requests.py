@@ -369,10 +369,15 @@ def test_run_reports_what_it_did(ask: Ask, sisa: Sisa, model: Path) -> None:
     assert out.startswith(f"{found['request_id']}: completed, 1 record, batch of ")
 
 
-def test_an_unknown_executor_is_2_and_nothing_ran(ask: Ask) -> None:
+def test_an_unknown_executor_is_2_and_nothing_ran(ask: Ask, model: Path, tmp_path: Path) -> None:
     ask("request", "submit", "id-0003", "--external-id", "T-1", "--approver", "dpo")
-    assert ask("run", "--executor", "none", code=2)["error"]["type"] == "InvalidInput"
+    (tmp_path / "new.jsonl").write_text('{"id": "new-1", "text": "something else"}\n')
+    before = files(model)
+    for command in (["run"], ["forget", "id-0004"], ["add", tmp_path / "new.jsonl"]):
+        assert ask(*command, "--executor", "none", code=2)["error"]["type"] == "InvalidInput"
+    assert files(model) == before
     assert ask("request", "show", "T-1")["state"] == "approved"
+    assert ask("status")["records"] == NUM_RECORDS
 
 
 def test_watching_runs_what_is_due_and_ends_with_an_interrupt(
@@ -435,6 +440,14 @@ def test_forget_is_submit_and_run(ask: Ask) -> None:
     assert [each["state"] for each in shown["events"]] == WHOLE_LIFE
     assert shown["approver"] == "sisa forget"
     assert ask("where", "id-0003")["records"][0]["request_id"] == found["request_id"]
+
+
+def test_an_already_deleted_id_does_not_keep_a_live_one(ask: Ask) -> None:
+    ask("forget", "id-0003", "--executor", "serial")
+    found = ask("forget", "id-0003", "id-0004", "id-0004", "--executor", "serial")
+    assert (found["records"], found["already_deleted"]) == (1, 1)
+    states = [each["state"] for each in ask("where", "id-0003", "id-0004")["records"]]
+    assert states == ["deleted"] * 2
 
 
 def test_what_was_deleted_is_added_only_if_allowed(ask: Ask, tmp_path: Path) -> None:
