@@ -245,7 +245,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Done:
     out, err = capsys.readouterr()
     body = json.loads(out)
     assert isinstance(body, dict)
-    assert ("error" in body) or code in (0, 4)
+    assert ("error" in body) or code in (0, 4, 6, 7)  # a finding, out of time, still known
     return Done(code, body, err, out)
 
 

@@ -49,8 +49,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def bare(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a copy of `trained` that fakes train; its keys go to `state` beside it."""
     use_fake_resources(monkeypatch)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return Path(shutil.copytree(trained, tmp_path / "model"))
+
+
+@pytest.fixture
+def model(bare: Path) -> Path:
+    """Return the model of a test; files of tests add keys and the like to it."""
+    return bare

@@ -5,7 +5,6 @@ Runs are killed between steps, put aside and reverted; the vault is empty when n
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 from dataclasses import replace
@@ -29,10 +28,10 @@ from tests.models.programs.forked import run_forked
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import (
     PEOPLE,
-    Done,
     Tiny,
     adapters,
     all_files,
+    command,
     ids_of,
     residue,
     write_run,
@@ -65,20 +64,13 @@ def model(_others: Path, knowing: Path, tmp_path: Path) -> Tiny:
     return copy
 
 
-def sisa(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Done:
-    capsys.readouterr()
-    code = run([*map(str, arguments), "--json"])
-    out, err = capsys.readouterr()
-    return Done(code, json.loads(out), err, out)
-
-
 def wish(method: str = "npo", retain: bool = False, **values: Any) -> Wish:
     keep = [record(row) for row in KEEP] if retain else None
     return Wish(settings(method, **values), [record(row) for row in FORGET], keep, "asked")
 
 
 def test_the_command_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
-    found = sisa(capsys, "approx", "methods")
+    found = command(capsys, "approx", "methods")
     assert (found.code, found.json["approximate"], found.json["default"]) == (0, True, patches.METHOD)
     listed = {each.pop("name"): each for each in found.json["methods"]}
     assert listed.keys() == METHODS.keys()
@@ -168,34 +160,34 @@ def test_shards_are_retrained_once_patches_have_moved_them_far(
 def test_the_commands_end_to_end(model: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["-m", model.directory]
     asked = ["--forget", model.folder / "forget.jsonl", "--method", "npo", *SET, "--executor", "serial"]
-    refused = sisa(capsys, "approx", "unlearn", *where, *asked)
+    refused = command(capsys, "approx", "unlearn", *where, *asked)
     assert (refused.code, "consent" in refused.err) == (2, True)
-    late = sisa(capsys, "approx", "unlearn", *where, *asked, *CONSENT, "--max-seconds", "0")
+    late = command(capsys, "approx", "unlearn", *where, *asked, *CONSENT, "--max-seconds", "0")
     assert (late.code, late.json["unfinished"], late.json["patch"]) == (6, True, None)
-    listed = sisa(capsys, "approx", "patches", *where)
+    listed = command(capsys, "approx", "patches", *where)
     assert [each["state"] for each in listed.json["patches"]] == ["wanted"]
     assert [(each["role"], each["held"]) for each in listed.json["vault"]] == [("forget", True)]
-    found = sisa(capsys, "where", *where, FORGET[0]["id"]).json["records"][0]
+    found = command(capsys, "where", *where, FORGET[0]["id"]).json["records"][0]
     assert (found["state"], found["vault"][0]["consent"]) == ("patch", CONSENT[1])
     secrets = [row["completion"].strip() for row in FORGET]
     assert residue(model.directory, secrets) == []
-    done = sisa(capsys, "approx", "unlearn", *where, "--executor", "serial")
+    done = command(capsys, "approx", "unlearn", *where, "--executor", "serial")
     assert (done.code, done.json["approximate"], done.json["patch"]["state"]) == (0, True, "active")
     assert (done.json["sets_erased"], done.json["sets_kept"]) == (1, 0)
     assert residue(model.directory, [*ids_of(FORGET), *secrets]) == []
     assert not any(secret in done.out + done.err for secret in secrets)
-    shown = sisa(capsys, "approx", "show", *where, "1")
+    shown = command(capsys, "approx", "show", *where, "1")
     assert shown.json["report"]["metrics_after"] == done.json["report"]["metrics_after"]
-    assert sisa(capsys, "approx", "show", *where, "2").code == 2
-    probed = sisa(capsys, "approx", "probe", *where, "--file", model.folder / "forget.jsonl")
+    assert command(capsys, "approx", "show", *where, "2").code == 2
+    probed = command(capsys, "approx", "probe", *where, "--file", model.folder / "forget.jsonl")
     assert probed.json["num_known"] == 0
-    assert sisa(capsys, "approx", "release", *where, "--all").code == 2  # the vault is empty
-    back = sisa(capsys, "approx", "revert", *where, "--executor", "serial")
+    assert command(capsys, "approx", "release", *where, "--all").code == 2  # the vault is empty
+    back = command(capsys, "approx", "revert", *where, "--executor", "serial")
     assert [each["version"] for each in back.json["reverted"]] == [1]
-    again = sisa(capsys, "approx", "probe", *where, "--file", model.folder / "forget.jsonl")
+    again = command(capsys, "approx", "probe", *where, "--file", model.folder / "forget.jsonl")
     assert again.json["num_known"] == len(FORGET)
-    for command in (["unlearn"], ["revert"]):
-        assert sisa(capsys, "approx", *command, *where, "--executor", "serial").code == 2
+    for name in ("unlearn", "revert"):
+        assert command(capsys, "approx", name, *where, "--executor", "serial").code == 2
 
 
 def test_a_release_gives_up_what_waits_for_the_text(
@@ -203,9 +195,9 @@ def test_a_release_gives_up_what_waits_for_the_text(
 ) -> None:
     where = ["-m", model.directory]
     flows.unlearn(model.open(), wish(), max_seconds=0.0)
-    gone = sisa(capsys, "approx", "release", *where, "--all")
+    gone = command(capsys, "approx", "release", *where, "--all")
     assert (gone.code, [each["num_records"] for each in gone.json["released"]]) == (0, [len(FORGET)])
-    listed = sisa(capsys, "approx", "patches", *where).json
+    listed = command(capsys, "approx", "patches", *where).json
     assert ([each["state"] for each in listed["patches"]], listed["vault"]) == (["dropped"], [])
     assert not any((model.directory / "vault").iterdir())
 
@@ -214,12 +206,12 @@ def test_all_problems_of_settings_are_named_at_once(
     model: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = ["--forget", model.folder / "forget.jsonl", *CONSENT]
-    unknown = sisa(capsys, "approx", "unlearn", "-m", model.directory, *file, "--method", "amnesia")
+    unknown = command(capsys, "approx", "unlearn", "-m", model.directory, *file, "--method", "amnesia")
     assert (unknown.code, [where for where, _ in unknown.problems]) == (2, ["method"])
     assert "kl_minimisation" in unknown.err
     file += ["--method", "npo"]
     wrong = ["--set", "beta=-1", "--set", "betta=1", "--set", "num_epochs=0", "--set", "lora_r=none"]
-    done = sisa(capsys, "approx", "unlearn", "-m", model.directory, *file, *wrong)
+    done = command(capsys, "approx", "unlearn", "-m", model.directory, *file, *wrong)
     assert done.code == 2
     assert {where for where, _ in done.problems} == {"beta", "betta", "num_epochs", "lora_r"}
     assert not (model.directory / "vault").exists()
@@ -260,7 +252,7 @@ def test_a_killed_command_goes_on_when_it_is_given_again(
     assert len(list(runs.glob("*/run.json"))) == 1
     bodies = []
     for each in (other, model):
-        done = sisa(capsys, *words(each))
+        done = command(capsys, *words(each))
         assert done.code in (0, 7), done.err
         bodies.append(done.json)
     cut, whole = bodies
@@ -285,12 +277,12 @@ def test_a_deletion_hints_at_a_patch_and_its_text_waits_in_the_vault(
     hint = f"sisa approx unlearn -m {model.directory} --request {request.request.request_id}"
     assert hint in out
     arguments = hint.split()[1:]
-    done = sisa(capsys, *arguments, *SET, *serial)
+    done = command(capsys, *arguments, *SET, *serial)
     assert (done.code, done.json["patch"]["request_id"]) == (0, request.request.request_id)
-    where = sisa(capsys, "where", "-m", model.directory, ids[0]).json["records"][0]
+    where = command(capsys, "where", "-m", model.directory, ids[0]).json["records"][0]
     assert (where["state"], [each["version"] for each in where["patches"]]) == ("deleted", [1])
     assert model.open().verify(replay="all", apart=False).ok
-    without = sisa(capsys, *arguments[:4], "--request", "no-such", "--method", "npo", *serial)
+    without = command(capsys, *arguments[:4], "--request", "no-such", "--method", "npo", *serial)
     assert without.code == 3
 
 
@@ -301,7 +293,7 @@ def test_on_ray_the_same_bytes(model: Tiny, tmp_path: Path, capsys: pytest.Captu
     bodies = []
     for each, executor in ((model, "serial"), (other, "ray")):
         asked = ["--forget", each.folder / "forget.jsonl", "--method", "altpo", *SET, *CONSENT]
-        done = sisa(capsys, "approx", "unlearn", "-m", each.directory, *asked, "--executor", executor)
+        done = command(capsys, "approx", "unlearn", "-m", each.directory, *asked, "--executor", executor)
         assert done.code == 0, done.err
         bodies.append(done.json["patch"])
         assert "the base writes the retain set" in done.err

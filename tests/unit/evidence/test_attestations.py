@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,19 +28,17 @@ from sisa.model import Model, open_model
 from sisa.store.blobs import files
 from sisa.verifier.certificate import EXACT, STATE, TEST_RESULT
 from tests.models.certified import statements_of
-from tests.models.confessing import record, use_fake_resources
+from tests.models.confessing import record
 
 Ask = Callable[..., dict[str, Any]]
 REQUEST = ("--executor", "serial")
 
 
 @pytest.fixture
-def bare(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a model without keys, which a fake trains."""
-    use_fake_resources(monkeypatch)
+def bare(bare: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a model without keys, which is replayed in this process alone."""
     monkeypatch.setattr(sisa.model, "stages_apart", lambda *_: None)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return Path(shutil.copytree(trained, tmp_path / "model"))
+    return bare
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,17 +13,14 @@ from cluster.serve.domain import Service
 from sisa.config.config import ServiceBlock
 from sisa.model import open_model
 from tests.fakes.answers import FakeAnswers
-from tests.models.confessing import use_fake_resources
 
 LOOPBACK = "http://127.0.0.1"
 
 
 @pytest.fixture
-def service(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
+def service(bare: Path) -> Service:
     """Return a service without tokens over a copy of the model."""
-    use_fake_resources(monkeypatch)
-    directory = Path(shutil.copytree(trained, tmp_path / "model"))
-    return Service(open_model(directory), FakeAnswers(), tokens=None, settings=ServiceBlock())
+    return Service(open_model(bare), FakeAnswers(), tokens=None, settings=ServiceBlock())
 
 
 @pytest.fixture

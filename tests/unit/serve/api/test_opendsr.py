@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -29,7 +28,7 @@ from sisa.evidence.keys.model_keys import init_keys
 from sisa.model import open_model
 from tests.fakes.answers import FakeAnswers
 from tests.fakes.ports import fake_record
-from tests.models.confessing import RUN_FILE, train_in, use_fake_resources
+from tests.models.confessing import RUN_FILE, train_in
 
 DOMAIN, CALLBACK = "model.example", "https://controller.example/callbacks"
 NAME = "a7551968-d5d6-44b2-9831-815ac9017798"
@@ -66,12 +65,11 @@ def block(folder: Path, key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> 
 
 @pytest.fixture
 def service(
-    request: pytest.FixtureRequest, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Service:
-    use_fake_resources(monkeypatch)
     by_rsa = getattr(request, "param", "") == "rsa"
     key = rsa.generate_private_key(65537, 2048) if by_rsa else ec.generate_private_key(ec.SECP256R1())
-    model = open_model(Path(shutil.copytree(trained, tmp_path / "model")))
+    model = open_model(bare)
     settings = ServiceBlock(opendsr=block(tmp_path, key))
     config = model.config.model_copy(update={"service": settings})
     monkeypatch.setattr(model, "config", config)

@@ -37,9 +37,9 @@ from sisa.model import Model, open_model
 from tests.fakes.answers import FakeAnswers
 from tests.fakes.ports import fake_record
 from tests.models.certified import statements_of
-from tests.models.confessing import RUN_FILE, content, train_in, use_fake_resources
+from tests.models.confessing import RUN_FILE, content, train_in
+from tests.unit.serve.conftest import LOOPBACK
 
-LOOPBACK = "http://127.0.0.1"
 URN = "urn:deletion-ready-model:"
 FILES = json.loads((resources.files("sisa.flows.rights") / "access.schema.json").read_text("utf-8"))
 PAGE = Path(__file__).parents[4] / "cluster/serve/README.md"
@@ -67,13 +67,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     train_in(folder / "model", parse_run_file(RUN_FILE + PRIVACY, "run.yaml"), records())
     return folder / "model"
-
-
-@pytest.fixture
-def bare(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    use_fake_resources(monkeypatch)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return Path(shutil.copytree(trained, tmp_path / "model"))
 
 
 @pytest.fixture
