@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,10 +27,9 @@ STATE_HOME = "XDG_STATE_HOME"
 
 @dataclass
 class Operator:
-    """A model that its operator holds with its keys, and what outsiders hold of it."""
+    """A model that its operator holds with its keys."""
 
     directory: Path
-    kept: list[bytes] = field(default_factory=list)  # checkpoints that outsiders kept
 
     @property
     def model(self) -> Model:
@@ -59,9 +58,8 @@ class Operator:
             return sorted(digests[each.id_digest] for each in held_rows(context, digests))
 
     def keep(self) -> bytes:
-        """Let an outsider keep the checkpoint as it is published now."""
-        self.kept.append((self.log / CHECKPOINT).read_bytes())
-        return self.kept[-1]
+        """Return the checkpoint that is published now, for an outsider to keep."""
+        return (self.log / CHECKPOINT).read_bytes()
 
     def audit(self, *kept: bytes, sample: int = 0) -> Audit:
         return audit_model(self.model, sample, "a seed", kept=kept)

@@ -143,7 +143,6 @@ def test_training_again_trains_nothing_and_rewrites_nothing(tiny: Tiny) -> None:
     [
         {"num_epochs": 1, "lora_dropout": 0.0, "weight_decay": 0.1},
         {"sisa__schedule": "sequential"},
-        {"sisa__shards": 2},
         {"sisa__shards": 4, "sisa__slices": 3, "learning_rate": 0.02},
     ],
     ids=lambda change: "+".join(change),

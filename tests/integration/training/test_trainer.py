@@ -94,15 +94,12 @@ def test_arrival_order_is_irrelevant_and_records_are_not(base: BaseFiles) -> Non
     assert names(train(base, job_for(base), None, other)) != expected
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"lora_dropout": 0.0}, {"learning_rate": 2e-2}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 4}, {"lora_dropout": 0.0}, {"learning_rate": 2e-2}, {"shard": 1}]
+)
 def test_what_the_job_says_reaches_the_bits(base: BaseFiles, change: dict[str, Any]) -> None:
     name = "adapter_model.safetensors"
     assert train(base, job_for(base, **change))[name] != train(base, job_for(base))[name]
-
-
-def test_shards_start_from_their_own_seed(base: BaseFiles) -> None:
-    name = "adapter_model.safetensors"
-    assert train(base, job_for(base, shard=1))[name] != train(base, job_for(base))[name]
 
 
 def test_the_base_is_left_as_it_was(base: BaseFiles) -> None:

@@ -11,7 +11,6 @@ Chromium's own sandbox is off, since root can't use it.
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import shutil
@@ -131,11 +130,6 @@ class Page:
         """Return what can be measured of the layout: width, contrasts, what scrolls, what is focused."""
         found: dict[str, Any] = self.value(MEASURE)
         return found
-
-    def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        """Write a picture of the page."""
-        found = self.send("Page.captureScreenshot", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(found["data"]))
 
 
 def wait(happened: Callable[[], bool], what: str) -> None:

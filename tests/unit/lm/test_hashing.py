@@ -1,4 +1,4 @@
-"""The hashing embedder: unit vectors of one text alone, near for near texts; no torch anywhere."""
+"""The hashing embedder: unit vectors, near for near texts. `contract/` has what all embedders keep."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ EMBEDDER = HashingEmbedder()
 
 
 @given(st.lists(st.text(max_size=60), max_size=6))
-def test_unit_rows_that_depend_on_their_text_alone(texts: list[str]) -> None:
+def test_rows_are_unit_vectors(texts: list[str]) -> None:
     vectors = EMBEDDER.embed(texts)
     assert vectors.shape == (len(texts), EMBEDDER.dimension)
     assert vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-6)
-    for text, row in zip(texts, vectors, strict=True):
-        assert EMBEDDER.embed(["other", text])[1].tobytes() == row.tobytes()
 
 
 def test_empty_texts_share_one_fixed_vector() -> None:

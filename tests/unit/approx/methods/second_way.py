@@ -131,9 +131,7 @@ def _altpo(method: Any, forget: list[Example], preferred: list[Example]) -> Iter
 ASCENT = ("gradient_ascent", "graddiff", "kl_minimisation")
 # Each gives the values whose mean is the forget term: of tokens, or of examples.
 FORMULAS: dict[str, Callable[[Any, list[Example], list[Example]], Iterable[float]]] = {
-    **dict.fromkeys(
-        ("gradient_ascent", "graddiff", "kl_minimisation"), lambda _, forget, __: _logs(forget)
-    ),
+    **dict.fromkeys(ASCENT, lambda _, forget, __: _logs(forget)),
     "task_arithmetic": lambda _, forget, __: _nll(forget),
     "wga": lambda m, forget, _: (math.exp(x) ** m.beta * x for x in _logs(forget)),
     "satimp": lambda m, forget, _: (
