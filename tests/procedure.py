@@ -24,7 +24,8 @@ from sisa.lm.base.numerics import PROCEDURE_VERSION
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = "sisa.lm.train.trainer"
 REACHES_NO_BIT = (
-    "sisa.lm.base.packages",  # a base is named by its digest, however it was fetched
+    # a base is named by its digest, however it was fetched
+    *("sisa.lm.base.model_cache", "sisa.lm.base.packages"),
     *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),
     "sisa.core.requests",
 )

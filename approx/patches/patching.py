@@ -25,13 +25,14 @@ from approx.evaluation.probe import answers_to_probe
 from approx.methods.editing.editing import Edit
 from approx.patches import patch_measures
 from approx.patches.patch_settings import PatchSettings, parse_settings
-from approx.unlearning import examples
 from approx.unlearning.approx_report import ApproxReport, outcome
 from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.editing import edit_adapter, output_matrix, subject_ends
+from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.selection import Selected, select
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
+from approx.unlearning.texts import limits_of, text_problems, tokenize_records, without_forgotten
 from approx.unlearning.unlearn import unlearn
 from approx.unlearning.written.preferred import with_preferred
 from approx.unlearning.written.retain_set import prompts_that_fit, write_answers, write_neighbours
@@ -96,13 +97,13 @@ class PatchMaker:
         parsed = _gathered(problems, lambda: parse_settings(settings))
         tokenizer, skeleton = load_tokenizer(site.base_dir), load_skeleton(site.base_dir)
         length = parsed.sequence_len if parsed else site.sequence_len
-        limits = examples.limits_of(skeleton.config, length, parsed.overlength if parsed else "refuse")
+        limits = limits_of(skeleton.config, length, parsed.overlength if parsed else "refuse")
         if parsed:
             _gathered(problems, lambda: adapter.lora_config(_lora(parsed), skeleton))
         method = parsed.method if parsed else None
         if isinstance(method, Edit):
             _gathered(problems, lambda: output_matrix(skeleton, 0))
-        problems += examples.text_problems(forget, retain, method, tokenizer, limits)
+        problems += text_problems(forget, retain, method, tokenizer, limits)
         if retain is None:
             written = _gathered(problems, lambda: prompts_that_fit(tokenizer, limits.sequence_len))
             if written == []:
@@ -176,7 +177,7 @@ class _Texts:
     """The records to forget, the sets without preferred answers, and what utility is measured on."""
 
     records: list[Record]
-    sets: examples.Sets
+    sets: Sets
     judged: list[Tokens]  # not in the retain set
     num_given: int
     num_neighbours: int
@@ -196,9 +197,7 @@ class _Making:
         self.store = FileCheckpoints(self.site.patches_at, self.site.patches_keyring, PATCHES)
         beneath = patch_files(self.store, self.order.beneath)
         self._base, self._tokenizer = load_patched(self.site.base_dir, self.site.base_digest, beneath)
-        self._limits = examples.limits_of(
-            self._base.config, self.settings.sequence_len, self.settings.overlength
-        )
+        self._limits = limits_of(self._base.config, self.settings.sequence_len, self.settings.overlength)
         self._texts = self._read_texts()
         method = choose_layer(self.settings.method, self._base, self._texts.sets)
         self.settings = replace(self.settings, method=method)
@@ -236,7 +235,7 @@ class _Making:
         vault = FileVault(self.site.vault_dir, self.site.vault_keyring)
         held = {each.name: vault.read(each) for each in self.order.sets}
         records = list(dict.fromkeys(record for name in job.forget for record in held[name]))
-        forget = examples.tokenize_records(records, "forget", self._tokenizer, limits)
+        forget = tokenize_records(records, "forget", self._tokenizer, limits)
         edited = isinstance(self.settings.method, Edit)
         subjects = subject_ends(records, forget, self._tokenizer) if edited else ()
         self.report(
@@ -248,13 +247,13 @@ class _Making:
         prompts = prompts_that_fit(self._tokenizer, limits.sequence_len)
         neutral = write_answers(self._base, self._tokenizer, prompts, limits.sequence_len)
         neighbours = write_neighbours(self._base, self._tokenizer, records, limits.sequence_len)
-        left = examples.without_forgotten(list(dict.fromkeys(held.get(job.retain, ()))), records)
-        given = examples.tokenize_records(left, "retain", self._tokenizer, limits)
+        left = without_forgotten(list(dict.fromkeys(held.get(job.retain, ()))), records)
+        given = tokenize_records(left, "retain", self._tokenizer, limits)
         trained, judged = split_judged(neutral)
         more_trained, more_judged = split_judged(neighbours)
         return _Texts(
             records,
-            examples.Sets(forget, given + trained + more_trained, subjects=subjects),
+            Sets(forget, given + trained + more_trained, subjects=subjects),
             judged=(judged + more_judged) or given,
             num_given=len(given),
             num_neighbours=len(neighbours),

@@ -113,7 +113,7 @@ def _refuse_other_bits(task: Task) -> None:
 
 def base_on_this_node(task: NeedsBase, base_dir: Path) -> Path:
     """Return where this node has the base. Raise Unready if it must be carried here first."""
-    from sisa.lm.base.packages import cache_dir
+    from sisa.lm.base.model_cache import cache_dir
 
     manifest = task.manifest
     if manifest is None or ray.get_runtime_context().get_node_id() == task.origin:

@@ -39,7 +39,7 @@ from sisa.config.config import RunConfig, ServiceBlock
 from sisa.core.errors import EnvironmentFault, Outdated, SisaError, internal_fault
 from sisa.flows.ask import Routed
 from sisa.lm.answer import continuous
-from sisa.lm.answer.continuous import Sampling
+from sisa.lm.answer.sampling import Sampling
 from sisa.model import Model, open_model
 
 if TYPE_CHECKING:

@@ -63,7 +63,7 @@ from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.status import export_statuses
 from sisa.flows.wiring.ledger_place import LEDGER, ledger_place, open_ledger
-from sisa.lm.base.packages import cache_dir
+from sisa.lm.base.model_cache import cache_dir
 from sisa.store.areas import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import is_sealed
@@ -77,7 +77,11 @@ SCANNED = (
     *("shredded", "patches", "kept_by_consent"),
 )
 NOT_RECORDED = "not the recorded file, so its content proves nothing"
-LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
+LEFT_OVER_PREFIXES = (
+    ".partial-",
+    ".wheel-",
+    ".incoming-",
+)  # of models being fetched, also by `shared_base.py`
 TEMPORARY_PATTERNS = (f"{DIRECTORY_PREFIX}*", "sisa-*/r")  # of this house, and of Ray
 
 

@@ -175,7 +175,7 @@ def test_a_kernel_that_mixes_rows_is_caught(base: BaseFiles, monkeypatch: pytest
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     from sisa.lm.base.weights import load_base
-    from sisa.lm.train.lanes import refuse_lanes
+    from sisa.lm.train.lane_trial import refuse_lanes
     from sisa.lm.train.trainable import Trainable
 
     model, _ = load_base(base.directory, base.digest)
@@ -216,7 +216,7 @@ def test_a_kernel_that_mixes_rows_is_caught(base: BaseFiles, monkeypatch: pytest
 def test_a_base_whose_records_affect_each_other_is_refused(
     tmp_path: Path, config: dict[str, Any], why: str
 ) -> None:
-    from sisa.lm.train.lanes import refuse_lanes
+    from sisa.lm.train.lane_trial import refuse_lanes
 
     wrapped = wrapped_on(tmp_path, **config)
     assert why in str(refuse_lanes(wrapped, 128))
@@ -228,13 +228,13 @@ def test_stages_at_the_default_bases_widths() -> None:
     from sisa.core.domain import SliceJob
     from sisa.lm.base.numerics import pin_threads
     from sisa.lm.base.tokens import NO_LOSS, Tokens
-    from sisa.lm.train import lanes, self_test
+    from sisa.lm.train import lane_trial, lanes, self_test
     from sisa.lm.train.stage import Stage
     from sisa.lm.train.trainable import Trainable
 
     pin_threads(1)
     wrapped = Trainable(self_test.random_base(Precision()), self_test.TRAINING)
-    if lanes.refuse_lanes(wrapped, 64) is not None:
+    if lane_trial.refuse_lanes(wrapped, 64) is not None:
         pytest.skip("no lanes on this machine")
     import torch
 

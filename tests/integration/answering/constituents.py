@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sisa.lm.base.weights import load_base
 
 if TYPE_CHECKING:
-    from sisa.lm.answer.continuous import ContinuousBatching, Ended, Token
+    from sisa.lm.answer.answer_text import Token
+    from sisa.lm.answer.continuous import ContinuousBatching, Ended
 
 Files = dict[str, bytes]
 

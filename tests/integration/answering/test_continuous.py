@@ -21,7 +21,8 @@ from tests.models.tiny_base import make_tiny_base
 
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
-    from sisa.lm.answer.continuous import ContinuousBatching, Sampling
+    from sisa.lm.answer.continuous import ContinuousBatching
+    from sisa.lm.answer.sampling import Sampling
 
 pytestmark = pytest.mark.torch
 
@@ -44,7 +45,8 @@ def answerer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("max_rows", [3, 64])
 def test_greedy_texts_are_those_of_generate(answerer: Answerer, max_rows: int) -> None:
-    from sisa.lm.answer.continuous import ContinuousBatching, Sampling
+    from sisa.lm.answer.continuous import ContinuousBatching
+    from sisa.lm.answer.sampling import Sampling
 
     lengths = [9, 4, 12, 1, 7, 12]
     transcript = Transcript(ContinuousBatching(answerer, max_rows=max_rows))
@@ -61,7 +63,8 @@ def test_greedy_texts_are_those_of_generate(answerer: Answerer, max_rows: int) -
 def test_requests_join_others_that_run(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer and shorter prompts join while others run; tensors are made again."""
     from sisa.lm.answer import slots
-    from sisa.lm.answer.continuous import ContinuousBatching, Sampling
+    from sisa.lm.answer.continuous import ContinuousBatching
+    from sisa.lm.answer.sampling import Sampling
 
     monkeypatch.setattr(slots, "SPARE_COLUMNS", 5)
     transcript = Transcript(ContinuousBatching(answerer))
@@ -74,7 +77,8 @@ def test_requests_join_others_that_run(answerer: Answerer, monkeypatch: pytest.M
 
 
 def test_an_end_token_ends_an_answer_and_is_no_part_of_it(answerer: Answerer) -> None:
-    from sisa.lm.answer.continuous import ContinuousBatching, Sampling
+    from sisa.lm.answer.continuous import ContinuousBatching
+    from sisa.lm.answer.sampling import Sampling
 
     def answered() -> Transcript:
         batch = ContinuousBatching(answerer)
@@ -95,7 +99,8 @@ def test_an_end_token_ends_an_answer_and_is_no_part_of_it(answerer: Answerer) ->
 def test_log_probabilities_are_those_of_the_combined_distribution(
     answerer: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sisa.lm.answer.continuous import ContinuousBatching, Sampling
+    from sisa.lm.answer.continuous import ContinuousBatching
+    from sisa.lm.answer.sampling import Sampling
 
     monkeypatch.setattr(answerer, "ends", frozenset())  # a drawn end token would leave nothing to see
     transcript = Transcript(ContinuousBatching(answerer))
@@ -114,7 +119,8 @@ def test_log_probabilities_are_those_of_the_combined_distribution(
 
 
 def test_a_seed_draws_the_same_beside_others(answerer: Answerer) -> None:
-    from sisa.lm.answer.continuous import ContinuousBatching, Sampling
+    from sisa.lm.answer.continuous import ContinuousBatching
+    from sisa.lm.answer.sampling import Sampling
 
     def sampling(seed: int) -> Sampling:
         return Sampling(max_new_tokens=8, temperature=0.8, top_p=0.9, seed=seed)
@@ -130,7 +136,8 @@ def test_a_seed_draws_the_same_beside_others(answerer: Answerer) -> None:
 
 
 def test_what_cannot_be_answered_is_refused(answerer: Answerer) -> None:
-    from sisa.lm.answer.continuous import ContinuousBatching, Sampling
+    from sisa.lm.answer.continuous import ContinuousBatching
+    from sisa.lm.answer.sampling import Sampling
 
     batch = ContinuousBatching(answerer, max_waiting=1)
     for ids in ([], [1] * 500):
@@ -159,7 +166,7 @@ def test_what_cannot_be_answered_is_refused(answerer: Answerer) -> None:
 )
 def test_text_comes_out_up_to_the_first_stop_text(text: str, stop: list[str]) -> None:
     """Bytes are the tokens, so that a token may be half a character."""
-    from sisa.lm.answer.continuous import Text, Token
+    from sisa.lm.answer.answer_text import Text, Token
 
     grows = Text(lambda ids: bytes(ids).decode(errors="replace"), stop)
     read = next((text[:end] for end in range(len(text) + 1) if any(s in text[:end] for s in stop)), text)
@@ -247,6 +254,7 @@ def test_an_answer_is_the_same_whatever_is_answered_beside_it(
 ) -> None:
     """In any order of arrival, among requests that are cancelled, with any room."""
     from sisa.lm.answer import continuous
+    from sisa.lm.answer.sampling import Sampling
 
     def batch(**limits: int) -> Transcript:
         return Transcript(continuous.ContinuousBatching(stepwise, **limits))
@@ -258,7 +266,7 @@ def test_an_answer_is_the_same_whatever_is_answered_beside_it(
             do = data.draw(st.sampled_from(["admit", "step", "step", "cancel"]))
             if do == "admit" and arrived < len(requests):
                 prompt, route, how = requests[arrived]
-                transcript.batch.admit(prompt, route, continuous.Sampling(**how), arrived)
+                transcript.batch.admit(prompt, route, Sampling(**how), arrived)
                 arrived += 1
             elif do == "cancel" and arrived and data.draw(st.booleans()):
                 key = data.draw(st.integers(0, arrived - 1))
@@ -268,7 +276,7 @@ def test_an_answer_is_the_same_whatever_is_answered_beside_it(
                 transcript.step()
         for number, (prompt, route, how) in enumerate(requests):
             alone = batch()
-            alone.batch.admit(prompt, route, continuous.Sampling(**how), number)
+            alone.batch.admit(prompt, route, Sampling(**how), number)
             alone.to_the_end()
             text, wanted = transcript.text.get(number, ""), alone.text.get(number, "")
             if number in cancelled:
@@ -368,7 +376,7 @@ class Detector:
         return self.transcript.batch
 
     def admit(self, shards: Collection[int]) -> None:
-        from sisa.lm.answer.continuous import Sampling
+        from sisa.lm.answer.sampling import Sampling
 
         key, route = len(self.routes), all_of(self.now.keys() & shards)
         self.batch.admit(PROMPTS[key % len(PROMPTS)], route, Sampling(max_new_tokens=NUM_TOKENS), key)

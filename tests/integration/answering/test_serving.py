@@ -32,7 +32,7 @@ def open_serving(model: Model) -> tuple[Serving, Transcript]:
 
 def admit(model: Model, serving: Serving, *subjects: str) -> None:
     """Let a question about each person wait, routed as the model is now."""
-    from sisa.lm.answer.continuous import Sampling
+    from sisa.lm.answer.sampling import Sampling
 
     for subject, each in zip(subjects, model.routed([ASKED[s] for s in subjects]), strict=True):
         assert each.seq == serving.served.seq

