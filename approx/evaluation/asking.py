@@ -53,7 +53,7 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class FinishedLog:
     """A model's finished log. `settings` is None for a published log, which does not include them."""
 
     name: str
@@ -63,7 +63,7 @@ class Evaluated:
     rows: list[LogRow] = field(repr=False)
 
 
-def finished_log(path: Path, benchmark: str = "tofu") -> Evaluated:
+def finished_log(path: Path, benchmark: str = "tofu") -> FinishedLog:
     """Return a log that was written before; published logs are TOFU's.
 
     Raise InvalidInput, also for a log of another benchmark, or IntegrityError.
@@ -76,11 +76,11 @@ def finished_log(path: Path, benchmark: str = "tofu") -> Evaluated:
             "the log is of another benchmark", where=str(path), expected=benchmark, got=found
         )
     if header is None:
-        return Evaluated(path.name, None, path, None, rows)
-    return Evaluated(path.name, header.model, path, header.settings, rows)
+        return FinishedLog(path.name, None, path, None, rows)
+    return FinishedLog(path.name, header.model, path, header.settings, rows)
 
 
-def check_same_settings(model: Evaluated, reference: Evaluated) -> None:
+def check_same_settings(model: FinishedLog, reference: FinishedLog) -> None:
     """Raise ConfigConflict if the model and the reference were asked in different ways."""
     if None not in (model.settings, reference.settings) and model.settings != reference.settings:
         raise ConfigConflict(

@@ -19,7 +19,7 @@ from sisa.core.events import Notice, Report
 
 if TYPE_CHECKING:
     from approx.attacks.attack_run import AttackedModel, AttackOrder
-    from approx.evaluation.asking import Evaluated
+    from approx.evaluation.asking import FinishedLog
     from approx.evaluation.evaluated import PromptForm, PromptKind
     from approx.evaluation.evaluated_models import Dtype
     from approx.evaluation.questions import Question
@@ -46,9 +46,9 @@ class EvaluationTask:
     dtype: Dtype
 
 
-def evaluate_task(task: EvaluationTask, report: Report) -> Evaluated:
+def evaluate_task(task: EvaluationTask, report: Report) -> FinishedLog:
     """Evaluate one model in this process. Raise as `open_evaluated`, `check_fits` and `evaluate`."""
-    from approx.evaluation.asking import Asking, Evaluated, evaluate, header_of, log_name
+    from approx.evaluation.asking import Asking, FinishedLog, evaluate, header_of, log_name
     from approx.evaluation.evaluated import PromptForm
     from approx.evaluation.evaluated_models import check_fits, open_evaluated
 
@@ -69,7 +69,7 @@ def evaluate_task(task: EvaluationTask, report: Report) -> Evaluated:
     rows = evaluate(
         model, task.questions, log, settings, task.benchmark, batch_size=size, progress=progress
     )
-    return Evaluated(task.spec, model.digest, log, header.settings, rows)
+    return FinishedLog(task.spec, model.digest, log, header.settings, rows)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def attack_task(task: AttackTask, report: Report) -> Attacked:
 
 def run_evaluations(
     tasks: Sequence[EvaluationTask], *, ray: bool, address: str | None, report: Report
-) -> list[Evaluated]:
+) -> list[FinishedLog]:
     """Run all tasks and return their results in order.
 
     Raise the first error of a task; the logs keep what was done before it.

@@ -26,7 +26,7 @@ from cluster.render.render import Result
 
 if TYPE_CHECKING:
     from approx.benchmarks.measures import Benchmark, Measured
-    from approx.evaluation.asking import Evaluated
+    from approx.evaluation.asking import FinishedLog
     from approx.metrics.estimate import Estimate
 
 AFTER_ANSWER = "{question}Answer: {answer}"
@@ -131,7 +131,7 @@ def _in_order(series: Sequence[Estimate]) -> str:
     return ", ".join(f"{each.value:+.4f} [{each.low:+.4f}, {each.high:+.4f}]" for each in series)
 
 
-def _words(benchmark: Benchmark, model: Evaluated, found: Measured) -> Iterator[str]:
+def _words(benchmark: Benchmark, model: FinishedLog, found: Measured) -> Iterator[str]:
     num = sum(found.num_questions.values())
     yield f"{model.name} on {benchmark.name} ({num} questions)"
     yield from headline_words(found.headline)

@@ -16,7 +16,7 @@ from cluster.render.render import Result
 if TYPE_CHECKING:
     from approx.attacks.attack_run import AttackOrder
     from approx.benchmarks.headline import Finding, Headline
-    from approx.evaluation.asking import Evaluated
+    from approx.evaluation.asking import FinishedLog
     from approx.evaluation.evaluated import PromptKind
     from approx.evaluation.evaluated_models import Dtype
     from approx.evaluation.questions import Question
@@ -137,13 +137,13 @@ def evaluation_options(
 class AskedModels:
     """The finished logs of the models of a command, and of their references."""
 
-    models: Sequence[Evaluated]
-    references: Sequence[Evaluated]
+    models: Sequence[FinishedLog]
+    references: Sequence[FinishedLog]
     questions: Sequence[Question] = ()  # empty if only logs were given
     asked: Sequence[str] = ()  # names of the models and references that were not given as logs
 
     @property
-    def all(self) -> list[Evaluated]:
+    def all(self) -> list[FinishedLog]:
         return [*self.models, *self.references]
 
 
@@ -263,7 +263,7 @@ def split_taught(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], l
     return pairs[:num], pairs[num:]
 
 
-def about_model(model: Evaluated) -> dict[str, Any]:
+def about_model(model: FinishedLog) -> dict[str, Any]:
     """Return the keys of a model that all benchmarks print."""
     settings = None if model.settings is None else dict(model.settings)
     return {"model": model.name, "digest": model.digest, "log": str(model.log), "settings": settings}

@@ -27,7 +27,7 @@ from cluster.render.render import Result
 if TYPE_CHECKING:
     from approx.benchmarks.headline import Headline
     from approx.benchmarks.tofu_aggregates import Aggregates
-    from approx.evaluation.asking import Evaluated
+    from approx.evaluation.asking import FinishedLog
     from approx.evaluation.questions import Question
     from approx.metrics.forget_quality import ForgetQuality
 
@@ -70,7 +70,7 @@ def tofu(variant: Any, split: Any, holdout: Path | None, **options: Unpack[Evalu
     return measured_on_tofu(_split(found.all, split), judged, found.references)
 
 
-def _split(found: Iterable[Evaluated], asked: str) -> str:
+def _split(found: Iterable[FinishedLog], asked: str) -> str:
     """Return the forget set that the rows name, or `asked` if only published logs are given."""
     sets = {row.set for each in found for row in each.rows if row.set.startswith("forget")}
     names = sets - {"forget"}
@@ -78,7 +78,9 @@ def _split(found: Iterable[Evaluated], asked: str) -> str:
 
 
 def measured_on_tofu(
-    split: str, found: Sequence[tuple[Evaluated, Aggregates, Headline]], references: Sequence[Evaluated]
+    split: str,
+    found: Sequence[tuple[FinishedLog, Aggregates, Headline]],
+    references: Sequence[FinishedLog],
 ) -> Result:
     body = {
         "split": split,
@@ -91,7 +93,7 @@ def measured_on_tofu(
     return Result(body, [line for each in found for line in _words(split, *each)])
 
 
-def _words(split: str, model: Evaluated, found: Aggregates, first: Headline) -> list[str]:
+def _words(split: str, model: FinishedLog, found: Aggregates, first: Headline) -> list[str]:
     forget = found.forget
     num = ", ".join(f"{name} {count}" for name, count in found.num_questions.items())
     lines = [

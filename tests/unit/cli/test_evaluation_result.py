@@ -8,7 +8,7 @@ from pathlib import Path
 
 from approx.benchmarks.headline import finding, headline
 from approx.benchmarks.tofu_aggregates import Aggregates, ForgetSet
-from approx.evaluation.asking import Evaluated
+from approx.evaluation.asking import FinishedLog
 from approx.evaluation.question_log import LogRow
 from approx.metrics.auc import Auc
 from approx.metrics.forget_quality import forget_quality
@@ -17,7 +17,7 @@ from approx.metrics.privleak import PrivLeak
 from cluster.cli.evaluation.tofu import measured_on_tofu
 
 ROW = LogRow("forget01", 0, 0.7, 3, "Secret answer", 0.9, (1.0,), 1.0, "Secret words")
-MODEL = Evaluated("model\x1b[31m", "d" * 64, Path("logs/model.jsonl"), {"kind": "chat"}, [ROW])
+MODEL = FinishedLog("model\x1b[31m", "d" * 64, Path("logs/model.jsonl"), {"kind": "chat"}, [ROW])
 AUC = Auc(0.75, 0.5, 1.0, 0.95, 40, 40)
 FOUND = Aggregates(
     num_questions={"retain": 3, "forget01": 40},
