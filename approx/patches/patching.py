@@ -124,12 +124,13 @@ class PatchMaker:
         pin_threads(site.threads)
         if job.fingerprint != fingerprint(site.threads):
             report(Notice("the patch was requested under other numerics: its bits may differ"))
-        made = _Making(site, order, parse_settings(job.settings), report)
-        end = made.run()
+        making = _Making(site, order, parse_settings(job.settings), report)
+        making.prepare()
+        end = making.run()
         if end.ending == Ending.OUT_OF_TIME:
-            return PatchMade(None, unfinished=True, report=made.report_of(end, measured=False))
-        saved = made.store.save(job, made.files()) if _changes_anything(end) else None
-        return PatchMade(saved, unfinished=False, report=made.report_of(end, measured=True))
+            return PatchMade(None, unfinished=True, report=making.report_of(end, measured=False))
+        saved = making.store.save(job, making.files()) if _changes_anything(end) else None
+        return PatchMade(saved, unfinished=False, report=making.report_of(end, measured=True))
 
 
 def _gathered(problems: list[Problem], check: Callable[[], Any]) -> Any:
@@ -185,14 +186,14 @@ class _Texts:
 
 @dataclass
 class _Making:
-    """The making of one patch: model, texts and measures of an order."""
+    """The making of one patch: `prepare`, then `run`, then its report and files."""
 
     site: PatchSite
     order: PatchOrder
     settings: PatchSettings
     report: Report
 
-    def __post_init__(self) -> None:
+    def prepare(self) -> None:
         """Read the texts, choose what the patch may change, attach a fresh one, and measure."""
         self.store = FileCheckpoints(self.site.patches_at, self.site.patches_keyring, PATCHES)
         beneath = patch_files(self.store, self.order.beneath)
