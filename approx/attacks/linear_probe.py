@@ -14,7 +14,7 @@ section on latent knowledge, by supervised probes; Alain and Bengio 2016 (arXiv 
 
 Limits: a probe also finds what fits grammatically ("in 1990" as an answer to "Where?"), so compare with
 a model that never saw the texts; exchanged answers of one kind (all birthplaces) are fairer. With few
-texts the AUC is noise. What no line finds another reader may.
+texts the AUC is noise. Another reader may find what no line finds.
 """
 
 from __future__ import annotations

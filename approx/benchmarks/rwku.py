@@ -180,7 +180,7 @@ def _trivia(number: int, row: StoredRow) -> Question:
 
 
 def _fluency(number: int, row: StoredRow) -> Question:
-    """Return an instruction; nothing is made of its score, only of what is generated."""
+    """Return an instruction; only the generated text is measured, so the answer is a placeholder."""
     (asked,) = texts_of(row, "instruction")
     return Question(
         "utility_fluency", number, f"Instruction: {asked}\n", "Sure.", how=How(max_new_tokens=LONG)

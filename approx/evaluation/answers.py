@@ -201,7 +201,7 @@ def _batches(examples: Sequence[Tokens]) -> Iterator[list[Tokens]]:
 def gradient_squares(model: Any, examples: Sequence[Tokens]) -> list[list[float]]:
     """Return the squared norms of each answer's gradient, one for each tensor that is trained.
 
-    The loss is the mean over the answer's tokens. Of a frozen model all tensors count. No gradient is
+    The loss is the mean over the answer's tokens. All tensors of a frozen model count. No gradient is
     left behind, and none that was accumulated is changed.
     """
     frozen = not any(each.requires_grad for each in model.parameters())

@@ -179,8 +179,7 @@ class DeletionReadyModel:
             chosen = [routes[at] for at in rows]
             return self.answerer.logprobs(chosen, **inputs, logits_to_keep=keep, use_cache=False).cpu()
 
-        of, tokenizer = self.answerer.model, self.answerer.tokenizer
-        return _scored(pairs, tokens, batch_size, logits, of, tokenizer)
+        return _scored(pairs, tokens, batch_size, logits, self.answerer.model, self.answerer.tokenizer)
 
     def generate(
         self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int

@@ -82,7 +82,7 @@ def choose_route(
     """Return the route for a prompt with these hits, strongest shard first.
 
     `live_shards` are those that serve an adapter. `how` must be resolved: an `auto` rejects no prompt.
-    `near` is how near the prompt is, unless the hits alone say it.
+    `near` is the nearness of the prompt, by default that of the hits.
     """
     if how.method != "routed":
         return all_of(live_shards)

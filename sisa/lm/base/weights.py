@@ -358,7 +358,7 @@ def load_skeleton(directory: Path) -> Any:
 
 
 def own_modules(model: Any) -> Any:
-    """Copy a model but for its frozen parameters: some bases write to their buffers in a forward.
+    """Copy a model; frozen parameters are shared. Some bases write to their buffers in a forward.
 
     The copy equals that of `copy.deepcopy`, which takes three times as long: most of what a module
     holds is plain or empty.
