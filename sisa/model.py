@@ -58,7 +58,7 @@ from sisa.flows.status import (
 )
 from sisa.flows.wiring.executors import OpenExecutor
 from sisa.flows.wiring.scratch_base import guard
-from sisa.lm.answer.route import Route
+from sisa.lm.routing.route import Route
 from sisa.planning.batching import RunPlan
 from sisa.planning.cost import estimate_seconds
 from sisa.store.ledger.backend import Watch

@@ -32,7 +32,6 @@ from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.flows.wiring.ledger_place import has_ledger
 from sisa.lm.answer.generation import continue_all
-from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
 from sisa.lm.base.adapter import attach, read_config
 from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, read_tensors
@@ -48,6 +47,7 @@ from sisa.lm.base.tokens import (
     without_closing,
 )
 from sisa.lm.base.weights import base_digest, load_frozen, load_tokenizer, local_or_hub, resolve_base
+from sisa.lm.routing.route import Route
 from sisa.model import Model, open_model
 
 _T = TypeVar("_T")

@@ -18,7 +18,7 @@ from sisa.core.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
     from sisa.config.config import RunConfig
-    from sisa.lm.answer.calibration import Errors
+    from sisa.lm.routing.calibration import Errors
     from sisa.planning.deletion_stream import Group, Replayed, Stream
     from sisa.planning.layout_advice import Advice, LayoutLimits
 
@@ -183,7 +183,7 @@ def calibrate(run_file: Path, file: Path) -> Result:
     from sisa.config.runfile import load_run_file
     from sisa.data.reader import read_like
     from sisa.flows.context.resources import Resources
-    from sisa.lm.answer.calibration import calibrate as calibrated
+    from sisa.lm.routing.calibration import calibrate as calibrated
 
     config = load_run_file(run_file)
     records = read_like(config, file, subjects="some")

@@ -1,7 +1,7 @@
 """Ask the model: choose the constituent models that answer a prompt, and let them answer.
 
 A prompt is a text, or a conversation that ends with a person's turn. The choice depends on the remaining
-records and the served heads alone (`lm/answer/lookup.py`, `lm/answer/route.py`). Active patches lie
+records and the served heads alone (`lm/routing/lookup.py`, `lm/routing/route.py`). Active patches lie
 beneath every answering model, the base alone included. Adapters and patches are checked against the
 ledger before they are parsed.
 
@@ -40,13 +40,13 @@ from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import servable, served_keys
 from sisa.flows.context.slices import slices_of, stored_in
 from sisa.flows.routing import route_of, routing_hits
-from sisa.lm.answer.route import Route, all_of
+from sisa.lm.routing.route import Route, all_of
 from sisa.planning.plan import touched
 
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
     from sisa.lm.answer.continuous import Key
-    from sisa.lm.answer.lookup import Index, Query
+    from sisa.lm.routing.lookup import Index, Query
 
 MAX_RECORDS = 32
 NUM_REPORTED = 8  # most lines of progress
@@ -183,7 +183,7 @@ def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt])
     block, live_shards = resources.config.sisa, frozenset(served_keys(context.stores.ledger))
     if block.aggregation.method != "routed":
         return [all_of(live_shards)] * len(prompts)
-    from sisa.lm.answer.lookup import look_up
+    from sisa.lm.routing.lookup import look_up
 
     index, temperature = _index(context, block), block.aggregation.temperature
     queries = [_query(prompt) for prompt in prompts]
@@ -197,8 +197,8 @@ def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt])
 
 def _query(prompt: Prompt) -> Query | None:
     """Return what a person asks and the turns before it (by the assistant if users name nobody)."""
-    from sisa.lm.answer.lookup import Query
-    from sisa.lm.answer.names import names_in
+    from sisa.lm.routing.lookup import Query
+    from sisa.lm.routing.names import names_in
 
     if isinstance(prompt, str):
         return Query(prompt)
@@ -213,7 +213,7 @@ def _query(prompt: Prompt) -> Query | None:
 
 
 def _index(context: Context, block: SisaBlock) -> Index:
-    from sisa.lm.answer.lookup import Index
+    from sisa.lm.routing.lookup import Index
 
     files = {file.shard: file for file in context.stores.ledger.indexes()}
 

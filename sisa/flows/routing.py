@@ -17,7 +17,7 @@ from sisa.core.ports import Change
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import restricted_rows, restrictions, served_keys
-from sisa.lm.answer.route import NUM_ROUTING_HITS, Route, choose_route, resolve_aggregation
+from sisa.lm.routing.route import NUM_ROUTING_HITS, Route, choose_route, resolve_aggregation
 from sisa.store.index import EXACT_UP_TO
 
 MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa.core.ports import Embedder, Vectors
-from sisa.lm.answer.embedder import HashingEmbedder
-from sisa.lm.answer.names import NameEmbedder
+from sisa.lm.routing.embedder import HashingEmbedder
+from sisa.lm.routing.names import NameEmbedder
 from tests.fakes.ports import DIMENSION, fake_embed
 
 Embed = Callable[[Sequence[str]], Vectors]

@@ -18,7 +18,7 @@ import pytest
 import sisa
 from approx.evaluation.evaluated import EvaluatedModel, PromptForm
 from sisa.core.errors import InvalidInput
-from sisa.lm.answer.route import Route, all_of
+from sisa.lm.routing.route import Route, all_of
 from tests.fakes.benchmarks import made_up
 from tests.fakes.evaluated import FakeEvaluated
 from tests.models.tiny_base import CHAT_TEMPLATE, make_tiny_base

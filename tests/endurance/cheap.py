@@ -25,8 +25,8 @@ from sisa.core.requests import Probed
 from sisa.flows.context.resources import Named, Resources, check_digest
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring.executors import find_executor, find_probe, open_stores
-from sisa.lm.answer.embedder import HashingEmbedder
-from sisa.lm.answer.names import NameEmbedder
+from sisa.lm.routing.embedder import HashingEmbedder
+from sisa.lm.routing.names import NameEmbedder
 from tests.fakes.ports import FakeTrainer
 
 

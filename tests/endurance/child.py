@@ -52,7 +52,7 @@ HEAVY = (
     "peft",
     "safetensors.torch",
     "sisa.lm.train.trainer",
-    "sisa.lm.answer.embedder",
+    "sisa.lm.routing.embedder",
 )
 FAILED = 100  # plus the exit code of the error
 FOLDERS = ("records", "index", "checkpoints", "scratch", "witness", "home")

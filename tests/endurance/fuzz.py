@@ -404,8 +404,8 @@ def product() -> Iterator[None]:
     """Run the command line with cheap resources and no network."""
     import faiss  # noqa: F401
 
-    import sisa.lm.answer.embedder
     import sisa.lm.base.tokens
+    import sisa.lm.routing.embedder
     import sisa.train
     from tests.endurance.cheap import cheap_resources
 

@@ -32,9 +32,9 @@ from sisa.flows.wiring import wiring
 from sisa.flows.wiring.executors import open_stores
 from sisa.flows.wiring.keys import key_path, open_keyring, vault_keyring
 from sisa.flows.wiring.ledger_place import LEDGER, LOCK
-from sisa.lm.answer.embedder import HashingEmbedder
-from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.base.numerics import fingerprint
+from sisa.lm.routing.embedder import HashingEmbedder
+from sisa.lm.routing.names import NameEmbedder
 from sisa.planning.layout import Assigner
 from sisa.store import areas
 from sisa.store.blobs import files

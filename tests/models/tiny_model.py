@@ -29,7 +29,7 @@ from sisa.data.samples import make_people, to_jsonl
 from sisa.flows.ingest import Taken
 from sisa.flows.serial import Site
 from sisa.flows.wiring.executors import OpenExecutor, open_serial
-from sisa.lm.answer.route import Route
+from sisa.lm.routing.route import Route
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS
 
 if TYPE_CHECKING:

@@ -267,7 +267,7 @@ def break_off(tick: Tick) -> None:
 
 def answer(base: Base, files: Files) -> None:
     from sisa.lm.answer.answerer import Answerer
-    from sisa.lm.answer.route import all_of
+    from sisa.lm.routing.route import all_of
 
     on = Precision("cpu", base.dtype)
     answerer = Answerer(base.directory, base.digest, {0: files}, 1, base.patches, precision=on)

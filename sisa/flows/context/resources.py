@@ -58,8 +58,8 @@ class Resources:
 
     @cached_property
     def embedder(self) -> ports.Embedder:
-        from sisa.lm.answer.embedder import resolve_embedder
-        from sisa.lm.answer.names import NameEmbedder
+        from sisa.lm.routing.embedder import resolve_embedder
+        from sisa.lm.routing.names import NameEmbedder
 
         found = resolve_embedder(self.config.sisa.embedder)
         if self.config.sisa.names:

@@ -18,7 +18,7 @@ from sisa.core.patches import Patch
 from sisa.flows.ask import MAX_RECORDS, asked_records, open_answerer
 from sisa.flows.context.context import Context
 from sisa.flows.context.resources import Resources
-from sisa.lm.answer.route import Route, all_of
+from sisa.lm.routing.route import Route, all_of
 from sisa.store.metrics import MIN_RECORDS
 
 if TYPE_CHECKING:

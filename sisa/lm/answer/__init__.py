@@ -1,1 +1,1 @@
-"""Answering with many adapters, and the embedders that route prompts to them."""
+"""Answering with many adapters in one forward pass."""

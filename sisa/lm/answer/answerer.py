@@ -26,12 +26,12 @@ from torch import Tensor
 from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import InvalidInput
 from sisa.lm.answer.generation import continue_all, pieces
-from sisa.lm.answer.route import Route
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
 from sisa.lm.base.low_rank import LowRankChange, averaged, patched_name, read_change
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import end_tokens
 from sisa.lm.base.weights import load_patched
+from sisa.lm.routing.route import Route
 
 MAX_ROWS = 64  # in one forward
 TIE_SHARE = 1e-3  # of mean_prob in a vote

@@ -32,9 +32,9 @@ from torch import Tensor
 from sisa.core.errors import Busy
 from sisa.lm.answer.answer_text import Text, Token
 from sisa.lm.answer.answerer import MAX_ROWS, Answerer, combine
-from sisa.lm.answer.route import Route
 from sisa.lm.answer.sampling import Sampling, sampled
 from sisa.lm.answer.slots import Slots
+from sisa.lm.routing.route import Route
 
 MAX_WAITING = 256
 MAX_POSITIONS = 32_768  # rows times their longest request: what keys and values may take

@@ -32,8 +32,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sisa.core.errors import InvalidInput
 from sisa.lm.answer.answerer import Answerer
-from sisa.lm.answer.route import Route
 from sisa.lm.base.tokens import NO_LOSS
+from sisa.lm.routing.route import Route
 
 Question = str | list[dict[str, str]]  # a text, or the user turns of a chat
 Router = Callable[[Sequence[Question]], list[Route]]

@@ -41,9 +41,9 @@ from sisa.core.digest import KEY_BYTES, Keyed, sha256_hex
 from sisa.core.domain import Hit, IndexFile
 from sisa.core.ports import By, Vectors
 from sisa.flows.ask import Prompt, routes_of
-from sisa.lm.answer.calibration import share_of
-from sisa.lm.answer.embedder import resolve_embedder
-from sisa.lm.answer.names import NameEmbedder
+from sisa.lm.routing.calibration import share_of
+from sisa.lm.routing.embedder import resolve_embedder
+from sisa.lm.routing.names import NameEmbedder
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.index import LoadedIndex, search_loaded
 from tests.bench.answering.routing import READ, Asked, Remembering

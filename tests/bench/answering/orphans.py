@@ -97,8 +97,8 @@ def measured(work: Work, shards: int) -> Json:
 
 def base_alone(work: Work, shards: int) -> Json:
     """Return the share of the base alone, which comes by chance: a model answers without a shard."""
-    from sisa.lm.answer.route import Route
     from sisa.lm.base.tokens import encode_prompt
+    from sisa.lm.routing.route import Route
     from sisa.train import train_model
 
     model, _ = train_model(work.run_file(shards, rates(shards)[0], "routed"), executor="serial")

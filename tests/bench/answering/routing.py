@@ -31,9 +31,9 @@ from sisa.config.config import MINILM, Aggregation
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Hit, Part, Record
 from sisa.core.ports import Embedder, Vectors
-from sisa.lm.answer.embedder import resolve_embedder
-from sisa.lm.answer.names import NameEmbedder
-from sisa.lm.answer.route import NUM_ROUTING_HITS, choose_route, resolve_aggregation
+from sisa.lm.routing.embedder import resolve_embedder
+from sisa.lm.routing.names import NameEmbedder
+from sisa.lm.routing.route import NUM_ROUTING_HITS, choose_route, resolve_aggregation
 from tests.bench.command import arguments, low_to_high, markdown, read_rows, write
 
 PER_AUTHOR = 20

@@ -28,11 +28,11 @@ import torch
 from sisa.data.samples import make_people
 from sisa.lm.answer.answerer import Answerer
 from sisa.lm.answer.continuous import ContinuousBatching, Ended
-from sisa.lm.answer.route import Route, all_of
 from sisa.lm.answer.sampling import Sampling
 from sisa.lm.base.adapter import adapter_files, adapter_tensors, attach, put_tensors
 from sisa.lm.base.tokens import encode_prompt
 from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
+from sisa.lm.routing.route import Route, all_of
 from tests.bench.command import BASE, arguments, markdown, write
 from tests.endurance.ground import environment
 

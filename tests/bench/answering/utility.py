@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from sisa.core.digest import digest_of, file_sha256
-from sisa.lm.answer.route import Route
+from sisa.lm.routing.route import Route
 from sisa.store.blobs.files import write_atomic
 from tests.bench.command import arguments, here, markdown, read_rows, write
 from tests.bench.tofu_full.table import mean_of

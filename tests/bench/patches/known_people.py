@@ -268,8 +268,8 @@ class Asked:
 
     def _base_losses(self, records: Sequence[Any]) -> list[float]:
         from approx.evaluation.answers import answer_scores, collate
-        from sisa.lm.answer.route import Route
         from sisa.lm.base.tokens import tokenize
+        from sisa.lm.routing.route import Route
 
         found = []
         for each in records:

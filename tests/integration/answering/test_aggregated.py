@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sisa.core.errors import InvalidInput, Outdated
-from sisa.lm.answer.route import Route
+from sisa.lm.routing.route import Route
 from sisa.model import Model
 from tests.models.tiny_model import PEOPLE, Tiny, change_run, next_token_probabilities
 

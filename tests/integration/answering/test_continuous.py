@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sisa.core.errors import Busy, InvalidInput
-from sisa.lm.answer.route import Route, all_of
 from sisa.lm.base.weights import resolve_base
+from sisa.lm.routing.route import Route, all_of
 from tests.examples import num_examples
 from tests.integration.answering.constituents import Transcript, adapter
 from tests.models.tiny_base import make_tiny_base

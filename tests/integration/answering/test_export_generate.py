@@ -24,7 +24,7 @@ from sisa.core.events import Notice
 from sisa.core.ports import Change
 from sisa.flows.ask import Answer
 from sisa.flows.routing import HeldPrompts, _look_up_prompts
-from sisa.lm.answer.route import Route, all_of
+from sisa.lm.routing.route import Route, all_of
 from tests.models.patched import QUIET, answerer_of, probabilities
 from tests.models.programs.frozen import BOUND, freeze
 from tests.models.tiny_model import (
@@ -453,8 +453,8 @@ def test_what_is_no_conversation_is_refused(
 
 
 def test_an_index_of_an_earlier_version_is_refused_until_it_is_built_anew(tiny: Tiny) -> None:
-    from sisa.lm.answer.embedder import HashingEmbedder
-    from sisa.lm.answer.names import NameEmbedder
+    from sisa.lm.routing.embedder import HashingEmbedder
+    from sisa.lm.routing.names import NameEmbedder
 
     model = tiny.open()
     shards = {each.id: each.shard for each in model.where(ids_of(PEOPLE))}

@@ -242,7 +242,7 @@ def test_no_forward_asks_more_rows_than_are_allowed(
     shards: tuple[int, ...],
 ) -> None:
     from sisa.lm.answer import answerer as answering
-    from sisa.lm.answer.route import all_of
+    from sisa.lm.routing.route import all_of
 
     monkeypatch.setattr(answering, "MAX_ROWS", 6)
     answerer = answering.Answerer(base.directory, base.digest, adapters, threads=1)
@@ -261,7 +261,7 @@ def test_scores_of_many_rows_are_those_of_each_and_come_piece_by_piece(
 
     from sisa.lm.answer import answerer as answering
     from sisa.lm.answer import generation
-    from sisa.lm.answer.route import Route, all_of
+    from sisa.lm.routing.route import Route, all_of
 
     answerer = answering.Answerer(base.directory, base.digest, adapters, threads=1)
     routes = [all_of((0, 2, 5)), Route(), all_of((2,)), all_of((0, 5))]

@@ -16,8 +16,8 @@ from sisa.core.digest import patched_digest, sha256_hex
 from sisa.core.domain import SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import StoredRecord
-from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, base_digest, resolve_base
+from sisa.lm.routing.route import all_of
 from sisa.store.checkpoints import ADAPTER
 from tests.models.patched import QUIET, Files, random_patch
 from tests.models.stages import RECORDS, job_for, names

@@ -21,7 +21,7 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
 from sisa.flows.context.commit import commit
 from sisa.flows.patches import vault_sets
-from sisa.lm.answer.route import all_of
+from sisa.lm.routing.route import all_of
 from sisa.store.areas import CHECKPOINTS, PATCHES, VAULT
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER

@@ -18,7 +18,7 @@ from sisa.core.patches import Patch, VaultSet
 from sisa.core.ports import Change
 from sisa.flows.context.commit import commit
 from sisa.flows.patches.composition import Composition, measure
-from sisa.lm.answer.route import all_of
+from sisa.lm.routing.route import all_of
 from sisa.store.checkpoints import ADAPTER
 from tests.models.patched import QUIET, Files, answerer_of, probabilities, put_patch
 from tests.models.tiny_model import (

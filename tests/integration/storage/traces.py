@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from sisa.data.samples import distinctive_word
-from sisa.lm.answer.embedder import HashingEmbedder
-from sisa.lm.answer.names import NameEmbedder
+from sisa.lm.routing.embedder import HashingEmbedder
+from sisa.lm.routing.names import NameEmbedder
 from tests.models.tiny_model import Row
 
 

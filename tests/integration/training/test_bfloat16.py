@@ -16,8 +16,8 @@ import pytest
 import sisa
 from sisa.core.domain import Precision, SliceJob
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
-from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, resolve_base
+from sisa.lm.routing.route import all_of
 from sisa.store.areas import CHECKPOINTS
 from tests.models.stages import RECORDS, job_for
 from tests.models.tiny_model import (

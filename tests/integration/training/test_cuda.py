@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from sisa.core.domain import Precision, SliceJob
-from sisa.lm.answer.route import Route, all_of
 from sisa.lm.base import numerics
 from sisa.lm.base.weights import BaseFiles, resolve_base
+from sisa.lm.routing.route import Route, all_of
 from sisa.lm.train import self_test
 from tests.models.stages import RECORDS, job_for, names
 from tests.models.tiny_model import (

@@ -18,8 +18,8 @@ from sisa.core.digest import file_sha256
 from sisa.core.domain import Part, Record, SliceJob
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.ports import StoredRecord, Tick
-from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, resolve_base
+from sisa.lm.routing.route import all_of
 from sisa.store.checkpoints import FILES, MANIFEST
 from tests.models.stages import RECORDS, TRAINING, job_for, names, stored, train
 from tests.models.tiny_base import make_tiny_base
@@ -397,7 +397,7 @@ def test_answers_are_the_mean_of_probabilities(base: BaseFiles) -> None:
 def test_embedder_rows_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
     import numpy as np
 
-    from sisa.lm.answer.embedder import resolve_embedder
+    from sisa.lm.routing.embedder import resolve_embedder
 
     make_tiny_embedder(tmp_path)
     embedder = resolve_embedder(str(tmp_path))
@@ -412,7 +412,7 @@ def test_embedder_rows_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
 
 def test_an_embedder_runs_at_fixed_shapes(tmp_path: Path) -> None:
     """A text's bucket comes from its own length: another shape may round otherwise elsewhere."""
-    from sisa.lm.answer.embedder import PADDED_LENGTHS, ROWS, resolve_embedder
+    from sisa.lm.routing.embedder import PADDED_LENGTHS, ROWS, resolve_embedder
 
     embedder: Any = resolve_embedder(str(make_tiny_embedder(tmp_path)))
     model, tokenizer = embedder._loaded

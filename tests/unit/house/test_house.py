@@ -230,8 +230,10 @@ def light_modules() -> list[str]:
     rooms += ["approx/benchmarks", "approx/metrics", "cluster/jobs"]
     found = [module_name(path) for path in modules(*rooms)]
     found += ["sisa.model", "sisa.train", "sisa.unlearn"]
-    found += [f"sisa.lm.answer.{name}" for name in ("embedder", "route")]
-    found += [f"sisa.lm.base.{name}" for name in ("numerics", "packages", "tokens", "weights")]
+    found += [f"sisa.lm.routing.{name}" for name in ("embedder", "route")]
+    found += [
+        f"sisa.lm.base.{name}" for name in ("model_cache", "numerics", "packages", "tokens", "weights")
+    ]
     found += ["cluster.cli.cli", "cluster.cli.jobs", "cluster.render.render"]
     found += ["cluster.render.officer_report", "cluster.serve.service", "cluster.serve.tokens"]
     found += [f"cluster.observe.{name}" for name in ("curves", "json_log", "reporting")]

@@ -7,10 +7,10 @@ import pytest
 from sisa.config.config import SisaBlock
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
-from sisa.lm.answer import calibration
-from sisa.lm.answer.calibration import calibrate
-from sisa.lm.answer.embedder import HashingEmbedder
-from sisa.lm.answer.names import NameEmbedder
+from sisa.lm.routing import calibration
+from sisa.lm.routing.calibration import calibrate
+from sisa.lm.routing.embedder import HashingEmbedder
+from sisa.lm.routing.names import NameEmbedder
 
 FIRST = ("Mara", "Tomas", "Ada", "Rui", "Ines", "Jo", "Lev", "Noor", "Bo", "Kaya", "Sven", "Uma")
 LAST = (

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.lm.answer.embedder import HashingEmbedder
+from sisa.lm.routing.embedder import HashingEmbedder
 
 EMBEDDER = HashingEmbedder()
 

@@ -10,10 +10,10 @@ import pytest
 from sisa.config.config import Aggregation
 from sisa.core.domain import Hit
 from sisa.core.ports import Embedder, Vectors
-from sisa.lm.answer.embedder import HashingEmbedder
-from sisa.lm.answer.lookup import Index, Query, look_up
-from sisa.lm.answer.names import NameEmbedder
-from sisa.lm.answer.route import choose_route
+from sisa.lm.routing.embedder import HashingEmbedder
+from sisa.lm.routing.lookup import Index, Query, look_up
+from sisa.lm.routing.names import NameEmbedder
+from sisa.lm.routing.route import choose_route
 from sisa.store.index import LoadedIndex, search_loaded
 
 PEOPLE = ("Mara Quill", "Tomas Brandt", "Ada Lindqvist", "Rui Okafor", "Ines Varga", "Jo Marchetti")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sisa.lm.answer.embedder import HashingEmbedder
-from sisa.lm.answer.names import NameEmbedder, nameless, names_in
+from sisa.lm.routing.embedder import HashingEmbedder
+from sisa.lm.routing.names import NameEmbedder, nameless, names_in
 
 EMBEDDER = NameEmbedder(HashingEmbedder())
 

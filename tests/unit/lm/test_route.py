@@ -9,7 +9,7 @@ import pytest
 
 from sisa.config.config import MINILM, Aggregation
 from sisa.core.domain import Hit, Kind
-from sisa.lm.answer.route import (
+from sisa.lm.routing.route import (
     MIN_SCORES,
     SHARE_WEIGHT,
     Route,

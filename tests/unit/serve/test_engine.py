@@ -32,7 +32,7 @@ from sisa.core.errors import (  # noqa: E402
 from sisa.flows.ask import Routed  # noqa: E402
 from sisa.lm.answer import continuous  # noqa: E402
 from sisa.lm.answer.answer_text import Token  # noqa: E402
-from sisa.lm.answer.route import Route  # noqa: E402
+from sisa.lm.routing.route import Route  # noqa: E402
 from sisa.store.ledger.backend import Watch  # noqa: E402
 
 WINDOW = 1000

@@ -27,8 +27,8 @@ from sisa.core.digest import sha256_hex
 from sisa.core.domain import Hit, Record
 from sisa.core.errors import InvalidInput
 from sisa.core.ports import Embedder, Vectors
-from sisa.lm.answer.lookup import Index, Query, look_up
-from sisa.lm.answer.route import resolve_aggregation
+from sisa.lm.routing.lookup import Index, Query, look_up
+from sisa.lm.routing.route import resolve_aggregation
 
 MAX_ASKED = 500  # prompts; the records of all are looked through
 MIN_SUBJECTS = 10

@@ -32,8 +32,8 @@ import numpy as np
 
 from sisa.core.domain import Hit
 from sisa.core.ports import Vectors
-from sisa.lm.answer.names import nameless, names_in, runs_in, with_names
-from sisa.lm.answer.route import DOUBT, NUM_ROUTING_HITS, SHARE_WEIGHT, UNNAMED_SHARE_WEIGHT, nearness
+from sisa.lm.routing.names import nameless, names_in, runs_in, with_names
+from sisa.lm.routing.route import DOUBT, NUM_ROUTING_HITS, SHARE_WEIGHT, UNNAMED_SHARE_WEIGHT, nearness
 
 NUM_NAMING = 8  # records that are asked whether they hold a run of names
 NAMING = 0.25  # of the records near a prompt

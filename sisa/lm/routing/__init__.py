@@ -1,0 +1,1 @@
+"""Routing: which records are near a prompt, and which shards answer it."""
