@@ -57,7 +57,7 @@ from sisa.flows.wiring.ledger_place import (
 )
 from sisa.flows.wiring.progress import progress
 from sisa.flows.wiring.scratch_base import guard, prepare_base
-from sisa.lm.base.numerics import require_device
+from sisa.lm.base.cuda_device import require_device
 from sisa.model import Model
 from sisa.planning.bands import of_unknown_class
 from sisa.planning.layout import Assigner

@@ -32,7 +32,8 @@ from sisa.core.errors import InvalidInput
 from sisa.core.events import Event, Notice, Report, SliceTrained, silent
 from sisa.core.ports import BlobStore, Keyring, OnStage
 from sisa.flows.serial import LanesSetting, Site, num_lanes, order_chains
-from sisa.lm.base.numerics import require_device, worker_environment
+from sisa.lm.base.cuda_device import require_device
+from sisa.lm.base.numerics import worker_environment
 from sisa.planning.hidden_state_files import keeps_hidden_states, states_name
 from sisa.store.areas import HIDDEN_STATES
 from sisa.store.blobs.files import TEMPORARY_PREFIX

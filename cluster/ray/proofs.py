@@ -57,8 +57,9 @@ class Proof:
 
 def prove(threads: int, base_dir: Path, manifest: BaseManifest, precision: Precision) -> Proof:
     """Return this node's proof. It trains for some seconds."""
+    from sisa.lm.base.cuda_device import require_device
     from sisa.lm.base.model_cache import cache_dir
-    from sisa.lm.base.numerics import fingerprint, require_device
+    from sisa.lm.base.numerics import fingerprint
     from sisa.lm.train.self_test import trained_digests
 
     require_device(precision)

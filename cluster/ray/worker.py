@@ -24,7 +24,8 @@ from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Report
 from sisa.core.ports import CheckpointStore, RecordStore, Trainer
 from sisa.flows.serial import Site, train_chains_in_lanes
-from sisa.lm.base.numerics import KERNEL_SETTINGS, fingerprint, require_device
+from sisa.lm.base.cuda_device import require_device
+from sisa.lm.base.numerics import KERNEL_SETTINGS, fingerprint
 
 Parts = tuple[Trainer, RecordStore, CheckpointStore]
 OpenParts = Callable[[Site], Parts]

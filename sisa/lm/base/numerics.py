@@ -2,23 +2,15 @@
 
 Two machines with the same fingerprint train the same bytes, and a checkpoint's key covers it. torch
 reads the settings when it is imported, so a worker's environment must hold `worker_environment` before
-that. This module does not import torch unless it describes a CUDA device, so commands that only compare
-fingerprints stay fast. If no CUDA device is present, the fingerprint is one under which nothing was ever
-trained.
+that. torch is not imported unless a CUDA device is described (`cuda_device.py`), so commands that only
+compare fingerprints stay fast. If no CUDA device is present, the fingerprint is one under which nothing
+was ever trained.
 
 >>> describe_fingerprint(threads=1)["threads"], len(fingerprint(threads=1))
 (1, 64)
 
-These settings make the bits of a CUDA device repeat:
-
-    cuBLAS            a workspace of fixed size (`CUBLAS_WORKSPACE_CONFIG`), set before CUDA starts
-    float32 products  in float32: no TF32, no reduced precision in the sums of bfloat16 products
-    cuDNN             deterministic kernels only, without trying out which is fastest
-    attention         the plain kernel: fused ones have backward passes that differ between GPU
-                      generations and, by default, sum in no fixed order
-
-An environment setting that would change bits is refused, never overridden. Equality across processors,
-GPU models, driver versions or CUDA versions is not promised; they have different fingerprints.
+Equality across processors, GPU models, driver versions or CUDA versions is not promised; they have
+different fingerprints.
 """
 
 from __future__ import annotations
@@ -28,7 +20,6 @@ import hashlib
 import os
 import platform
 import re
-import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
@@ -37,7 +28,7 @@ from typing import Any
 
 from sisa.core.digest import digest_of
 from sisa.core.domain import DEFAULT_PRECISION, Precision
-from sisa.core.errors import EnvironmentFault
+from sisa.lm.base.cuda_device import CUDA_SETTINGS, cuda_environment, describe_device, require_device
 
 # Raised with every change of code that reaches the bits of a stage: tests/procedure.py says how.
 PROCEDURE_VERSION = 5
@@ -47,10 +38,6 @@ LIBRARIES = ("numpy", "peft", "safetensors", "tokenizers", "torch", "transformer
 KERNEL_SETTINGS = (
     *("ATEN_CPU_CAPABILITY", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR"),
     *("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA"),
-)
-WORKSPACE, REPEATING = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # values whose results repeat
-CUDA_SETTINGS = (
-    *(WORKSPACE, "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT"),
 )
 _INSTRUCTION_SET = re.compile(r"s?sse|avx|fma|f16c|amx|bmi|asimd|sve|sme|fphp|bf16|i8mm|neon|vfp")
 
@@ -167,78 +154,6 @@ def usual_modes(precision: Precision = DEFAULT_PRECISION) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
-
-
-def cuda_environment() -> dict[str, str]:
-    """Return the environment variables that must be set before torch is imported."""
-    own = {name: os.environ[name] for name in CUDA_SETTINGS if name in os.environ}
-    return {WORKSPACE: REPEATING[0], **own}
-
-
-def prepare_device() -> None:
-    """Set cuBLAS's workspace. Raise EnvironmentFault if it is too late, or set to another kind."""
-    torch = sys.modules.get("torch")
-    held = os.environ.get(WORKSPACE)
-    if held is None and not (torch is not None and torch.cuda.is_initialized()):
-        os.environ[WORKSPACE] = held = REPEATING[0]
-    if held not in REPEATING:
-        raise EnvironmentFault(
-            "cuBLAS would not repeat its results bit for bit",
-            where=WORKSPACE,
-            expected=" or ".join(REPEATING) + ", before CUDA is first used in the process",
-            got=held or "nothing, and CUDA is already in use",
-            next_step=f"export {WORKSPACE}={REPEATING[0]} and run the command again",
-        )
-
-
-def require_device(precision: Precision) -> None:
-    """Raise EnvironmentFault if this process does not have the device."""
-    if precision.device == "cpu":
-        return
-    prepare_device()
-    import torch
-
-    if not torch.cuda.is_available():
-        built = f"torch {torch.__version__}"
-        raise EnvironmentFault(
-            "the run file asks for a CUDA device, but this process sees none",
-            where="device: cuda",
-            expected="an NVIDIA GPU, its driver, and a CUDA build of torch",
-            got=built if torch.version.cuda else f"{built}, a build without CUDA",
-            next_step="use a machine with a GPU (check `nvidia-smi`, CUDA_VISIBLE_DEVICES and, on "
-            "Ray, `cluster.num_gpus`), or set `device: cpu`",
-        )
-
-
-@cache
-def describe_device() -> dict[str, Any] | None:
-    """Return the device's part of the fingerprint; None if there is no device."""
-    prepare_device()
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    found = torch.cuda.get_device_properties(0)
-    return {
-        "model": found.name,
-        "capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
-        "driver": driver_version(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "attention": "math",
-    }
-
-
-def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Return the NVIDIA driver's version; None if the system does not report it.
-
-    The first line reads `NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  <date>`.
-    """
-    if not path.is_file():
-        return None
-    words = path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].split()
-    return next((word for word in words if word.replace(".", "").isdigit() and "." in word), None)
 
 
 def seed_from(*parts: object) -> int:

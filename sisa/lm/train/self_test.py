@@ -24,12 +24,8 @@ from typing import Any
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.domain import DEFAULT_PRECISION, Precision, SliceJob
 from sisa.core.errors import EnvironmentFault
-from sisa.lm.base.numerics import (
-    describe_fingerprint,
-    pin_threads,
-    require_device,
-    worker_environment,
-)
+from sisa.lm.base.cuda_device import require_device
+from sisa.lm.base.numerics import describe_fingerprint, pin_threads, worker_environment
 
 NUM_PROCESSES, TIMEOUT_S = 2, 600
 WIDTHS = {

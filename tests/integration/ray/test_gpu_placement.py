@@ -23,7 +23,7 @@ from sisa.core.domain import Precision
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Report
 from sisa.flows.serial import Site
-from sisa.lm.base import numerics
+from sisa.lm.base import cuda_device
 from sisa.store.blobs.local_blobs import LocalBlobs
 from tests.fakes.keyring import PLAIN
 
@@ -41,7 +41,7 @@ def seen(wanted: Path, _: Report) -> tuple[list[Any], str | None, str | None]:
     while len(list(wanted.iterdir())) < 2 and time.monotonic() < until:
         time.sleep(0.05)
     name = "CUDA_VISIBLE_DEVICES"
-    return ray.get_gpu_ids(), os.environ.get(name), os.environ.get(numerics.WORKSPACE)
+    return ray.get_gpu_ids(), os.environ.get(name), os.environ.get(cuda_device.WORKSPACE)
 
 
 def ignore(_: Event) -> None:
@@ -54,9 +54,9 @@ def run(tasks: list[Path], placement: Placement) -> list[Any]:
 
 
 def test_two_tasks_share_a_gpu_and_have_the_workspace(tmp_path: Path) -> None:
-    found = run([tmp_path] * 2, Placement(1, 0.5, numerics.cuda_environment()))
+    found = run([tmp_path] * 2, Placement(1, 0.5, cuda_device.cuda_environment()))
     assert len(list(tmp_path.iterdir())) == 2, "side by side"
-    assert found == [([0], "0", numerics.cuda_environment()[numerics.WORKSPACE])] * 2
+    assert found == [([0], "0", cuda_device.cuda_environment()[cuda_device.WORKSPACE])] * 2
 
 
 def test_too_few_gpus_are_reported_before_any_task_starts(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
         open_executor(site, options).run(anything, ignore)
     open_executor(replace(site, precision=Precision()), {}).run(anything, ignore)
     assert [each.gpus for each in asked] == [1, 0.25, 2, 0]
-    assert [numerics.WORKSPACE in each.environment for each in asked] == [True, True, True, False]
+    assert [cuda_device.WORKSPACE in each.environment for each in asked] == [True, True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sisa.core.domain import Precision, SliceJob
-from sisa.lm.base import numerics
+from sisa.lm.base import cuda_device
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.lm.routing.route import Route, all_of
 from sisa.lm.train import self_test
@@ -238,7 +238,7 @@ def test_kernels_are_set_to_repeat_and_set_back(monkeypatch: pytest.MonkeyPatch)
         )
         return tuple(each() for each in (*kinds, backend.cudnn_sdp_enabled))
 
-    monkeypatch.setenv(numerics.WORKSPACE, ":4096:8")
+    monkeypatch.setenv(cuda_device.WORKSPACE, ":4096:8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     try:
         pin_threads(1, GPU)
@@ -263,7 +263,7 @@ def test_the_self_test_says_that_there_is_none(capsys: pytest.CaptureFixture[str
         done = command(capsys, "doctor", "--numerics", "--device", "cuda", *more)
         assert (done.code, done.error["type"]) == (6, "EnvironmentFault")
         assert "sees none" in done.error["message"]
-    assert numerics.describe_device() is None
+    assert cuda_device.describe_device() is None
 
 
 @pytest.mark.usefixtures("_no_gpu")
@@ -315,7 +315,7 @@ def test_this_device_repeats_itself(on: Precision, capsys: pytest.CaptureFixture
     assert all(
         description["gpu"][each] for each in ("model", "capability", "driver", "cuda", "attention")
     )
-    assert description["settings"][numerics.WORKSPACE] in numerics.REPEATING
+    assert description["settings"][cuda_device.WORKSPACE] in cuda_device.REPEATING
     print(json.dumps(done.json))  # to be kept
 
 

@@ -13,7 +13,7 @@ from sisa.config.runfile import parse_run_file
 from sisa.config.sources import DatasetSource
 from sisa.core.domain import DEFAULT_PRECISION, Precision, SliceState
 from sisa.core.errors import EnvironmentFault, InvalidInput
-from sisa.lm.base import numerics
+from sisa.lm.base import cuda_device
 from sisa.lm.base.numerics import describe_fingerprint, fingerprint, worker_environment
 from sisa.planning.plan import jobs
 
@@ -78,32 +78,32 @@ def test_a_dtype_is_part_of_the_fingerprint() -> None:
 
 
 def test_a_workers_environment_fixes_the_workspace_of_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(numerics.WORKSPACE, raising=False)
-    assert numerics.WORKSPACE not in worker_environment(1)
+    monkeypatch.delenv(cuda_device.WORKSPACE, raising=False)
+    assert cuda_device.WORKSPACE not in worker_environment(1)
     variables = worker_environment(2, CUDA)
-    assert (variables[numerics.WORKSPACE], variables["OMP_NUM_THREADS"]) == (":4096:8", "2")
-    monkeypatch.setenv(numerics.WORKSPACE, ":16:8")
-    assert worker_environment(1, CUDA)[numerics.WORKSPACE] == ":16:8"
+    assert (variables[cuda_device.WORKSPACE], variables["OMP_NUM_THREADS"]) == (":4096:8", "2")
+    monkeypatch.setenv(cuda_device.WORKSPACE, ":16:8")
+    assert worker_environment(1, CUDA)[cuda_device.WORKSPACE] == ":16:8"
 
 
 def test_a_process_takes_the_workspace_and_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(numerics.WORKSPACE, "before")
+    monkeypatch.setenv(cuda_device.WORKSPACE, "before")
     for held, after in ((None, ":4096:8"), (":16:8", ":16:8")):
-        monkeypatch.delenv(numerics.WORKSPACE)
+        monkeypatch.delenv(cuda_device.WORKSPACE)
         if held:
-            monkeypatch.setenv(numerics.WORKSPACE, held)
-        numerics.prepare_device()
-        assert numerics.cuda_environment()[numerics.WORKSPACE] == after
-    monkeypatch.setenv(numerics.WORKSPACE, ":0:0")
+            monkeypatch.setenv(cuda_device.WORKSPACE, held)
+        cuda_device.prepare_device()
+        assert cuda_device.cuda_environment()[cuda_device.WORKSPACE] == after
+    monkeypatch.setenv(cuda_device.WORKSPACE, ":0:0")
     with pytest.raises(EnvironmentFault, match="bit for bit"):
-        numerics.prepare_device()
+        cuda_device.prepare_device()
 
 
 @pytest.mark.parametrize(("text", "version"), [(DRIVER, "550.54.15"), (OPEN, "570.86.10"), ("", None)])
 def test_the_drivers_version_is_read(text: str, version: str | None, tmp_path: Path) -> None:
     (tmp_path / "version").write_text(text)
-    assert numerics.driver_version(tmp_path / "version") == version
-    assert numerics.driver_version(tmp_path / "none") is None
+    assert cuda_device.driver_version(tmp_path / "version") == version
+    assert cuda_device.driver_version(tmp_path / "none") is None
 
 
 def test_the_usual_fingerprint_needs_no_torch() -> None:
