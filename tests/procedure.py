@@ -29,7 +29,7 @@ REACHES_NO_BIT = (
     *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),
     "sisa.core.requests",
 )
-RECORDED = (5, "d11fc908523cd774")
+RECORDED = (5, "671d300fd9855c1d")
 
 
 def path_of(module: str) -> Path:
