@@ -123,6 +123,7 @@ def _problems_of(check: Callable[[], object]) -> tuple[Problem, ...]:
 def without_forgotten(retain: Sequence[Record], forget: Sequence[Record]) -> list[Record]:
     """Return the retain records that are not to be forgotten, by id or by text.
 
+    >>> from sisa.core.domain import Part
     >>> one, other = (Record(i, None, "text", (Part("text", i),)) for i in ("a", "b"))
     >>> without_forgotten([one, other], [other]) == [one]
     True
