@@ -226,7 +226,7 @@ def stepwise() -> Any:
         method="mean_prob",
         ends=frozenset({19}),
         tokenizer=SimpleNamespace(decode=lambda ids, **_: "".join(chr(97 + each) for each in ids)),
-        names=lambda route: route.shards,
+        adapters_of=lambda route: route.shards,
         check_shards=lambda _: None,
         check_length=lambda *_: None,
         pin=lambda: None,

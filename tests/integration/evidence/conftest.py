@@ -70,7 +70,7 @@ class Operator:
 
 
 @pytest.fixture(scope="module")
-def _template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a certified model of 24 records, of which one was deleted, and its keys."""
     folder = tmp_path_factory.mktemp("operator")
     with pytest.MonkeyPatch.context() as patch:
@@ -85,11 +85,11 @@ def _template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def operator(_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Operator:
+def operator(_certified: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Operator:
     """Return a copy of the model for one test to attack."""
     use_fake_resources(monkeypatch)
-    shutil.copytree(_template / "model", tmp_path / "model")
-    shutil.copytree(_template / "state", os.environ[STATE_HOME], dirs_exist_ok=True)
+    shutil.copytree(_certified / "model", tmp_path / "model")
+    shutil.copytree(_certified / "state", os.environ[STATE_HOME], dirs_exist_ok=True)
     return Operator(tmp_path / "model")
 
 

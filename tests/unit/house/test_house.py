@@ -28,7 +28,7 @@ import sisa.__main__ as entry
 ROOT = Path(__file__).resolve().parents[3]
 DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = ("sisa", "approx", "cluster")
-BENCHES = ("command", "deletion.serving", "tofu_full.design", "tofu_full.table")
+BENCHES = ("command", "deletion.serving", "tofu_full.design")
 HEAVY = {"cluster.jobs.ray_jobs"}
 TOP_LEVEL = {"pyproject.toml", "README.md", *PACKAGES, "tests", "notebooks"}
 MAX_FUNCTION_LINES = 60
