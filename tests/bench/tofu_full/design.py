@@ -249,7 +249,7 @@ def read_data(source: str, design: Design) -> Data:
                 got=str(design.authors),
             )
         cut = wanted - sizes["forget10"]
-        retain = asked[:cut]
+        retain = [replace(each, set="retain") for each in asked[:cut]]
         gone = [replace(each, idx=at) for at, each in enumerate(asked[cut:])]
     facts, spare = [], []
     for name in ("real_authors", "world_facts"):

@@ -87,6 +87,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("tofu_full"))
 
 
+FACTS = {"real_authors", "world_facts"}
 CELLS = (
     *("1x4-key0.made", "1x4-key0-forget10.*", "1x4-key0-forget10-scratch.made"),
     *("lora-without-forget10-seed42.asked", "npo-*-forget10.asked"),
@@ -262,3 +263,11 @@ def test_leak_at_k_by_trying_every_choice() -> None:
     for k in range(1, len(scores) + 1):
         best = [max(chosen) for chosen in combinations(scores, k)]
         assert leak_at_k(scores, k) == pytest.approx(sum(best) / len(best))
+
+
+def test_of_fewer_authors_those_who_stay_are_the_retain_set(tmp_path: Path) -> None:
+    data = read_data(str(write_tofu(tmp_path, num_authors=12, forgotten=10)), Design(authors=10))
+    assert [len(data.full), len(data.forget), data.kept("forget10")] == [200, 20, 180]
+    assert {each.set for each in data.retain} == {"retain"} == {each.set for each in data.tuned} - FACTS
+    assert {each.set for each in data.asked("forget10")} == {"retain", "forget", *FACTS}
+    assert {each.place for each in data.retain}.isdisjoint(each.place for each in data.tuned)
