@@ -160,6 +160,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "tofu-full-trials": of("tofu_full/tofu_full", tofu_full.trials_table),
         "tofu-full": of("tofu_full/tofu_full", tofu_full.table),
         "tofu-full-nine": of("tofu_full/tofu_full", tofu_full.nine_table),
+        "tofu-methods": of("tofu_full/methods", tofu_full.table),
     },
     "tests/bench/training/README.md": {
         "steps": of("training/profile_step", profile_step.step_table),

@@ -53,6 +53,7 @@ WRITTEN = ("written_retain", "written_facts")  # of trials on all records
 COLOURS = {"base": "#999999", "ours": "#009e73", "lora": "#0072b2", "method": "#d55e00",
            "private": "#cc79a7"}  # fmt: skip
 MARKERS = "^vDPhp<>d8H"  # of methods
+CROWDED = 20  # models in a plot: if there are more, the legend alone names methods
 Json = dict[str, Any]
 
 
@@ -416,8 +417,9 @@ def _draw_models(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
         axis.scatter(*[[each] for each in places[name]], **_style(some[0]))
         # on the left of the others
         is_bound = some[0]["state"] in ("base", "trained without") or places[name][0] < 0.5
+        label = "" if some[0]["method"] and len(models) > CROWDED else _short(some[0])
         axis.annotate(
-            _short(some[0]), places[name], (-8 if is_bound else 7, 4), textcoords="offset points",
+            label, places[name], (-8 if is_bound else 7, 4), textcoords="offset points",
             ha="right" if is_bound else "left", fontsize=8, color=COLOURS[some[0]["kind"]],
         )  # fmt: skip
         source = before.get({"method": "lora"}.get(some[0]["kind"], some[0]["kind"]))
