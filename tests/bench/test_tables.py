@@ -1,11 +1,20 @@
-"""The tables of the READMEs are those that `python -m tests.bench.tables` writes."""
+"""Tables of READMEs are those that `python -m tests.bench.tables` writes; results hold no text."""
 
 from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sisa.config.config import keys
 from tests.bench.tables import generated, reference, stale
+
+RECORDED = [each for kind in ("*.json", "*.json.gz") for each in Path(__file__).parent.rglob(kind)]
+LONGEST = 100  # characters of a text in results; answers of a benchmark are not among them
 
 
 @pytest.mark.torch
@@ -36,3 +45,20 @@ def test_the_reference_has_every_key_and_what_it_means() -> None:
     assert (
         by_key["sisa.aggregation.min_score"].split(" | ")[1] == "a number from -2 to 2 or 'auto' or null"
     )
+
+
+def texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each text of a JSON value with the key that it is under."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, each in value.items() if isinstance(value, dict) else ((key, each) for each in value):
+            yield from texts(each, name)
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
+def test_recorded_results_are_numbers_without_texts_and_paths(path: Path) -> None:
+    data = path.read_bytes()
+    for key, text in texts(json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)):
+        assert key == "why" or len(text) <= LONGEST  # a run says why it ended
+        assert not text.startswith(("/", "~", "."))
