@@ -77,12 +77,8 @@ SCANNED = (
     *("shredded", "patches", "kept_by_consent"),
 )
 NOT_RECORDED = "not the recorded file, so its content proves nothing"
-LEFT_OVER_PREFIXES = (
-    ".partial-",
-    ".wheel-",
-    ".incoming-",
-)  # of models being fetched, also by `shared_base.py`
-TEMPORARY_PATTERNS = (f"{DIRECTORY_PREFIX}*", "sisa-*/r")  # of this house, and of Ray
+LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of models being fetched
+TEMPORARY_PATTERNS = (f"{DIRECTORY_PREFIX}*", "sisa-*/r")  # the second is of Ray (`ray/session.py`)
 
 
 @dataclass(frozen=True, slots=True)

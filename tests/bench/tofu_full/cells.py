@@ -99,10 +99,8 @@ SEQUENCE_LEN = 512  # no record is longer
 # Where a method's default needs a measured bound, or more than the budget.
 GIVEN: dict[str, Json] = {"task_arithmetic": {"alpha": 2.0}, "altpo": {"num_alternates": 1}}
 BITS = (8, 4)
-PRIVATE: Json = {
-    **{"noise_multiplier": 0.7, "max_grad_norm": 1.0, "delta": 1e-5},
-    **{"batch_size": 16, "learning_rate": 1e-3},
-}
+PRIVATE: Json = {"noise_multiplier": 0.7, "max_grad_norm": 1.0, "delta": 1e-5, "batch_size": 16,
+                 "learning_rate": 1e-3}  # fmt: skip
 Files = Mapping[str, bytes]
 
 

@@ -227,11 +227,12 @@ def read_data(source: str, design: Design) -> Data:
     full = load_set(source, "full")
     by_set = {name: [each for each in found if each.set == name] for name in {q.set for q in found}}
     gone = by_set["forget10"]
-    sizes = {split: len(load_set(source, split)) for split in SHARES}
+    forgotten = {split: load_set(source, split) for split in SHARES}
+    sizes = {split: len(each) for split, each in forgotten.items()}
     problems = [
         Problem(split, "is not the end of the full set")
-        for split in SHARES
-        if [q.question for q in load_set(source, split)] != [q.question for q in full[-sizes[split] :]]
+        for split, each in forgotten.items()
+        if [q.question for q in each] != [q.question for q in full[-len(each) :]]
     ]
     if [each.question for each in gone] != [each.question for each in full[-len(gone) :]]:
         problems.append(Problem("forget10_perturbed", "is not the end of the full set"))
