@@ -1,1 +1,1 @@
-"""Patches: from texts in the vault to an adapter beneath all shards."""
+"""Patches: from texts in the vault to an adapter beneath all shards, and its report."""

@@ -29,8 +29,8 @@ from approx.methods.method import Method
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import TaskArithmetic
 from approx.methods.value_checks import check_values, one_of, whole_numbers
+from approx.patches.selection import SelectionSettings
 from approx.unlearning.schedule import ScheduleSettings
-from approx.unlearning.selection import SelectionSettings
 from approx.unlearning.stopping import BoundSettings
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import Overlength

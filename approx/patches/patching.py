@@ -24,15 +24,15 @@ from typing import Any, TypeVar
 from approx.evaluation.probe import answers_to_probe
 from approx.methods.editing.editing import Edit
 from approx.patches import patch_measures
+from approx.patches.approx_report import ApproxReport, outcome
 from approx.patches.patch_settings import PatchSettings, parse_settings
-from approx.unlearning.approx_report import ApproxReport, outcome
+from approx.patches.selection import Selected, select
+from approx.patches.texts import limits_of, text_problems, tokenize_records, without_forgotten
 from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.editing import edit_adapter, output_matrix, subject_ends
 from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
-from approx.unlearning.selection import Selected, select
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
-from approx.unlearning.texts import limits_of, text_problems, tokenize_records, without_forgotten
 from approx.unlearning.unlearn import unlearn
 from approx.unlearning.written.preferred import with_preferred
 from approx.unlearning.written.retain_set import prompts_that_fit, write_answers, write_neighbours

@@ -1,1 +1,1 @@
-"""The unlearning loop: examples, schedule, bounds, cost and report."""
+"""Run a method of unlearning: examples, schedule, the loop, edits, bounds and cost."""

@@ -22,7 +22,7 @@ from approx.methods.editing.editing import Edit
 from approx.methods.method import Losses, Method, Role, Rows, mean_nll
 from approx.methods.registry import METHODS, make_method
 from approx.methods.rmu import Rmu
-from approx.unlearning.approx_report import REPORT_LIMITS, ApproxReport
+from approx.patches.approx_report import REPORT_LIMITS, ApproxReport
 from approx.unlearning.causal_tracing import choose_layer, trace_layers
 from approx.unlearning.editing import edit_adapter
 from approx.unlearning.examples import Sets

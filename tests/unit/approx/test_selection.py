@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from approx.attacks.attack import LORA
-from approx.unlearning.causal_tracing import num_heads, trace_heads, trace_layers
-from approx.unlearning.selection import (
+from approx.patches.selection import (
     Selected,
     SelectionKind,
     SelectionSettings,
@@ -19,6 +18,7 @@ from approx.unlearning.selection import (
     fisher_traces,
     select,
 )
+from approx.unlearning.causal_tracing import num_heads, trace_heads, trace_layers
 from cluster.cli.patches import SELECTIONS
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.adapter import attach, lora_config

@@ -2,7 +2,7 @@
 
     all      every module that the adapter names
     fisher   the modules whose weights matter most to the forget set and least to the retain set
-    traced   the modules in the layers that the forget answers pass through: `causal_tracing.py`
+    traced   the modules in the layers that the forget answers pass through (`causal_tracing.py`)
     heads    the attention heads in these layers that they pass through: what makes their queries, and
              what reads their results
 
