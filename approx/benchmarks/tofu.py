@@ -10,7 +10,7 @@ On the hub these are configurations of one dataset, split `train`. On real autho
 answer is its own paraphrase. Rows are identified by their order.
 
 TOFU's holdout sets are not in its first release, so membership attacks need a file of questions that no
-model has seen (`read_holdout`).
+model has seen (`read_question_file`).
 
 Source: TOFU (Maini et al. 2024), `locuslab/TOFU`.
 """

@@ -36,7 +36,7 @@ from approx.evaluation.questions import (
     texts_of,
 )
 
-WHP_DATA = Source("WHP", "of a data set")
+WHP_DATA = Source("WHP")
 COMPLETED = How("completion", max_new_tokens=64)
 IDIOSYNCRATIC, GENERIC = "idiosyncratic", "generic"
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,10 +97,10 @@ class StoredSet:
 
 @dataclass(frozen=True)
 class Source:
-    """A benchmark's name, its name on the hub, and the split where a stored name has none."""
+    """A benchmark's name, its name on the hub if there is one, and the split where a set names none."""
 
     benchmark: str
-    hub: str
+    hub: str = ""
     split: str = "train"
 
 
@@ -123,17 +123,15 @@ def read_questions(
     for each in sets:
         lost: list[Problem] = []
         here = Path(place).is_dir()
-        rows = read_rows(place, each.stored if here else each.hub or each.stored, lost, of)
+        if here:
+            rows = _rows_of_file(Path(place), f"{each.stored}.jsonl", lost)
+        else:
+            rows = _from_hub(place, each.hub or each.stored, lost, of)
         problems += [] if each.optional else lost
         if not rows and not lost:
             problems.append(Problem(each.stored, "holds no question"))
-        for number, row in enumerate(rows):
-            try:
-                made = each.made(number, _object(row))
-            except Malformed as error:
-                problems.append(Problem(f"{each.stored}, row {number + 1}", str(error)))
-                continue
-            if made is not None and (limit is None or taken[made.set] < limit):
+        for made in _made(each, rows, problems):
+            if limit is None or taken[made.set] < limit:
                 taken[made.set] += 1
                 found.append(made)
     if not found and not problems and not may_be_empty:
@@ -143,16 +141,43 @@ def read_questions(
             f"the {of.benchmark} data can't be used",
             where=place,
             expected=f"files in {of.benchmark}'s layout, one JSON object a line",
-            next_step="fetch the missing files, or give the hub name " + of.hub,
+            next_step="fetch the missing files" + (of.hub and f", or give the hub name {of.hub}"),
             problems=problems,
         )
     return found
 
 
-def read_holdout(path: Path) -> list[Question]:
-    """Return the questions and answers of a JSONL file. Raise as `read_questions`."""
-    made = StoredSet(path.name.removesuffix(".jsonl"), plain_question(HOLDOUT))
-    return read_questions(str(path.parent), Source("question and answer", "of a data set"), [made])
+def read_question_file(path: Path, name: str) -> list[Question]:
+    """Return the questions and answers of a JSONL file as a set.
+
+    Raise InvalidInput listing what is malformed, or EnvironmentFault.
+    """
+    problems: list[Problem] = []
+    rows = _rows_of_file(path.parent, path.name, problems)
+    found = list(_made(StoredSet(path.name, plain_question(name)), rows, problems))
+    if not rows and not problems:
+        problems.append(Problem(path.name, "holds no question"))
+    if problems:
+        raise InvalidInput(
+            "the questions can't be used",
+            where=str(path),
+            expected="a JSON object with a question and an answer on each line",
+            next_step="correct the file",
+            problems=problems,
+        )
+    return found
+
+
+def _made(of: StoredSet, rows: Sequence[Any], problems: list[Problem]) -> Iterator[Question]:
+    """Yield the questions of rows; malformed rows are added to the problems."""
+    for number, row in enumerate(rows):
+        try:
+            made = of.made(number, _object(row))
+        except Malformed as error:
+            problems.append(Problem(f"{of.stored}, row {number + 1}", str(error)))
+            continue
+        if made is not None:
+            yield made
 
 
 def check_apart(name: str, asked: Sequence[str], **others: Sequence[str]) -> None:
@@ -203,13 +228,11 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def read_rows(place: str, stored: str, problems: list[Problem], of: Source) -> list[Any]:
-    """Return the rows of a stored set, unchecked; a missing set is added to the problems."""
-    if not Path(place).is_dir():
-        return _from_hub(place, stored, problems, of)
-    path = Path(place, f"{stored}.jsonl")
+def _rows_of_file(folder: Path, name: str, problems: list[Problem]) -> list[Any]:
+    """Return the rows of a file, unchecked; a missing file is added to the problems."""
+    path = folder / name
     if not path.exists():
-        problems.append(Problem(f"{stored}.jsonl", "missing"))
+        problems.append(Problem(name, "missing"))
         return []
     with disk_errors(path):
         lines = path.read_bytes().splitlines()
@@ -223,7 +246,7 @@ def _from_hub(place: str, stored: str, problems: list[Problem], of: Source) -> l
         raise InvalidInput(
             "no such directory",
             where=place,
-            expected=f"a directory of JSONL files, or a hub name such as {of.hub}",
+            expected="a directory of JSONL files, or a hub name" + (of.hub and f" such as {of.hub}"),
             next_step="check the path",
         )
     name, _, split = stored.partition("/")

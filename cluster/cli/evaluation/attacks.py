@@ -83,7 +83,7 @@ def _texts(paths: Mapping[SetName, Path | None]) -> dict[SetName, list[tuple[str
     """Return the questions and answers of files. Raise InvalidInput for files that can't be used."""
     from approx.evaluation.questions import check_apart
 
-    found = {role: _pairs(path) for role, path in paths.items() if path is not None}
+    found = {role: _pairs(path, role) for role, path in paths.items() if path is not None}
     if paths["taught"] is None:
         found["taught"], found["asked"] = split_taught(found["asked"])
     apart = {role: [question for question, _ in pairs] for role, pairs in found.items()}
@@ -96,13 +96,13 @@ def _other_questions(given: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     also = [each.partition("=") for each in given]
     if not all(name and path for name, _, path in also):
         raise click.UsageError("--also takes NAME=FILE")
-    return {name: _pairs(Path(path)) for name, _, path in also}
+    return {name: _pairs(Path(path), name) for name, _, path in also}
 
 
-def _pairs(path: Path) -> list[tuple[str, str]]:
-    from approx.evaluation.questions import read_holdout
+def _pairs(path: Path, name: str) -> list[tuple[str, str]]:
+    from approx.evaluation.questions import read_question_file
 
-    return [(each.question, each.answer) for each in read_holdout(path)]
+    return [(each.question, each.answer) for each in read_question_file(path, name)]
 
 
 def attacked(found: Sequence[AttackedModel], known: float | None) -> Result:

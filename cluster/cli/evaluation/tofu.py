@@ -46,12 +46,12 @@ def tofu(variant: Any, split: Any, holdout: Path | None, **options: Unpack[Evalu
     from approx.benchmarks.tofu import evaluation_sets, reworded_questions
     from approx.benchmarks.tofu_aggregates import aggregates
     from approx.benchmarks.tofu_headline import tofu_headline
-    from approx.evaluation.questions import check_apart, read_holdout
+    from approx.evaluation.questions import HOLDOUT, check_apart, read_question_file
 
     def questions() -> list[Question]:
         found = evaluation_sets(options["data"], split, options["limit"])
         found += reworded_questions(options["data"], split, options["limit"])
-        unseen = [] if holdout is None else read_holdout(holdout)
+        unseen = [] if holdout is None else read_question_file(holdout, HOLDOUT)
         check_apart(
             "TOFU", [each.question for each in found], holdout=[each.question for each in unseen]
         )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from approx.benchmarks.tofu import evaluation_sets, read_sets
-from approx.evaluation.questions import Question, questions_digest, read_holdout
+from approx.evaluation.questions import Question, questions_digest, read_question_file
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from tests.fakes.benchmarks import RETAIN_OF, SPLIT, made_up, write_made_up
 
@@ -91,15 +91,6 @@ def test_an_empty_set_is_a_problem(source: Path) -> None:
     assert raised.value.problems[0].what == "holds no question"
 
 
-def test_a_holdout_is_a_file_of_questions(tmp_path: Path) -> None:
-    path = tmp_path / "unseen.jsonl"
-    path.write_text('{"question": "q", "answer": "a"}\n')
-    (found,) = read_holdout(path)
-    assert (found.place, found.paraphrased, found.perturbed) == (("holdout", 0), None, ())
-    with pytest.raises(InvalidInput):
-        read_holdout(tmp_path / "absent.jsonl")
-
-
 class FakeHub:
     """A stand-in for the library `datasets`, which asks the hub."""
 
@@ -119,6 +110,23 @@ def test_from_the_hub_each_set_is_a_configuration(source: Path, monkeypatch: pyt
     monkeypatch.setattr("datasets.load_dataset", hub)
     assert evaluation_sets("owner/tofu", SPLIT) == evaluation_sets(str(source), SPLIT)
     assert ("owner/tofu", f"{SPLIT}_perturbed", "train") in hub.asked
+
+
+def test_a_file_of_questions_is_never_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.load_dataset", hub := FakeHub())
+    monkeypatch.chdir(tmp_path)
+    path = Path("unseen.txt")
+    path.write_text('{"question": "q", "answer": "a"}\n')
+    (found,) = read_question_file(path, "holdout")
+    assert (found.place, found.paraphrased, found.perturbed) == (("holdout", 0), None, ())
+    path.write_text('{"question": "q"}\n')
+    for name in ("unseen.txt", "owner/tofu/absent.jsonl"):
+        with pytest.raises(InvalidInput) as raised:
+            read_question_file(Path(name), "holdout")
+        assert len(raised.value.problems) == 1
+    assert hub.asked == []
 
 
 def test_what_the_hub_lacks_and_a_network_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

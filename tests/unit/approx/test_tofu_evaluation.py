@@ -24,7 +24,7 @@ from approx.benchmarks.tofu_headline import tofu_headline
 from approx.evaluation.asking import Asking, evaluate, header_of
 from approx.evaluation.evaluated import PromptForm
 from approx.evaluation.question_log import LogRow, LogWriter, parse_row, read_log
-from approx.evaluation.questions import Question, read_holdout
+from approx.evaluation.questions import HOLDOUT, Question, read_question_file
 from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
 from tests.fakes.benchmarks import SPLIT, made_up, write_made_up
 from tests.fakes.evaluated import FakeEvaluated, Redirecting
@@ -189,7 +189,7 @@ def test_a_model_that_knows_nothing_is_at_the_floors(questions: list[Question], 
 def test_a_holdout_lets_attacks_be_measured(questions: list[Question], tmp_path: Path) -> None:
     unseen = tmp_path / "unseen.jsonl"
     unseen.write_text("".join(f'{{"question": "q{n}", "answer": "never said {n}"}}\n' for n in range(5)))
-    asked = [*questions, *read_holdout(unseen)]
+    asked = [*questions, *read_question_file(unseen, HOLDOUT)]
     known = aggregates(rows_of(KNOWS_ALL, asked, tmp_path)).attacks
     assert known is not None
     assert {name: each.value for name, each in known.items()} == dict.fromkeys(known, 1.0)
@@ -202,7 +202,7 @@ def test_references_calibrate_attacks_and_give_privleak(
 ) -> None:
     unseen = tmp_path / "unseen.jsonl"
     unseen.write_text("".join(f'{{"question": "q{n}", "answer": "never said {n}"}}\n' for n in range(5)))
-    asked = [*questions, *read_holdout(unseen)]
+    asked = [*questions, *read_question_file(unseen, HOLDOUT)]
     known, retained = (
         rows_of(model, asked, tmp_path, name)
         for model, name in ((KNOWS_ALL, "known"), (RETAINED, "retained"))
