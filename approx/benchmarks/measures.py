@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from approx.benchmarks.headline import Finding, Headline, Wrong, finding, headline, membership_finding
 from approx.benchmarks.membership import attacks_on, privleak_of
 from approx.evaluation.question_log import LogRow
+from approx.evaluation.questions import Question
 from approx.metrics.auc import Auc
 from approx.metrics.choice import chosen
 from approx.metrics.estimate import Estimate, change, estimate
@@ -31,21 +32,22 @@ class Score:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a benchmark makes of a log.
+    """A benchmark: how its questions are read, and what is measured of a log of their answers.
 
-    `extraction` are the sets of what is to be forgotten; `comes_back` and `utility` name scores;
-    `members` and `unseen` are the sets of membership attacks. `template` is the form of a completion's
-    prompt. `weakness` is what a reader of its numbers must know.
+    `read(place, limit)` returns the questions of a directory or hub name, at most `limit` of each set,
+    and raises as `read_questions`. `extraction` are the sets of what is to be forgotten; `comes_back`
+    and `utility` name scores; `members` and `unseen` are the sets of membership attacks. `weakness` is
+    what a reader of its numbers must know.
     """
 
     name: str
+    read: Callable[[str, int | None], list[Question]]
     scores: tuple[Score, ...]
     extraction: tuple[str, ...] = ()
     comes_back: tuple[str, ...] = ()
     utility: tuple[str, ...] = ()
     members: str = ""
     unseen: str = ""
-    template: str = "{question}{answer}"
     weakness: str = ""
 
 
@@ -87,10 +89,10 @@ def measured(
     """
     judges = [same_questions(rows, each) for each in references]
     judge = judges[0] if judges else None
-    members = [row for row in rows if _in(row.set, (benchmark.members,))]
-    unseen = [row for row in rows if _in(row.set, (benchmark.unseen,))]
+    members = [row for row in rows if in_sets(row.set, (benchmark.members,))]
+    unseen = [row for row in rows if in_sets(row.set, (benchmark.unseen,))]
     attacks = attacks_on(members, unseen, references=judges)
-    extraction = [row for row in rows if _in(row.set, benchmark.extraction)]
+    extraction = [row for row in rows if in_sets(row.set, benchmark.extraction)]
     strength = Score("extraction strength", benchmark.extraction, _strength)
     known = {row.place: row for row in judge} if judge else {}
     against = [known[row.place] for row in members or extraction] if judge else []
@@ -170,14 +172,14 @@ def _finding(
 
 
 def _scores(score: Score, rows: Sequence[LogRow]) -> list[float]:
-    return [score.of(row) for row in rows if _in(row.set, score.sets)]
+    return [score.of(row) for row in rows if in_sets(row.set, score.sets)]
 
 
 def _named(benchmark: Benchmark, names: Sequence[str]) -> list[Score]:
     return [each for each in benchmark.scores if each.name in names]
 
 
-def _in(name: str, sets: Sequence[str]) -> bool:
+def in_sets(name: str, sets: Sequence[str]) -> bool:
     """Return whether a set is one of some, or a part of one."""
     return any(each and (name == each or name.startswith(f"{each}/")) for each in sets)
 

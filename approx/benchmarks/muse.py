@@ -94,6 +94,7 @@ def _f1(row: LogRow) -> float:
 
 MUSE = Benchmark(
     name="muse",
+    read=muse_questions,
     scores=(
         Score("verbmem", ("verbmem",), _f1),
         Score("knowmem forget", ("knowmem forget",), _f1),

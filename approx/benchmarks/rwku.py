@@ -221,6 +221,7 @@ _MIA = tuple(
 )
 RWKU = Benchmark(
     name="rwku",
+    read=rwku_questions,
     scores=(
         *(Score(f"forget_level{level}", (f"forget_level{level}",), recall) for level in (1, 2, 3)),
         *(Score(f"forget_level3 {kind}", (f"forget_level3/{kind}",), recall) for kind in ATTACK_TYPES),
@@ -238,5 +239,4 @@ RWKU = Benchmark(
     utility=("neighbor_level1", "neighbor_level2", "mmlu", "bbh", "truthfulqa", "triviaqa"),
     members="forget_mia",
     unseen="retain_mia",
-    template="{question}Answer: {answer}",
 )

@@ -54,6 +54,7 @@ def _pair(number: int, row: StoredRow) -> Question:
 
 STEREOTYPES = Benchmark(
     name="stereotypes",
+    read=stereotype_pairs,
     scores=(
         Score("stereotypical", ("pairs",), right_choice),
         *(Score(f"stereotypical {kind}", (f"pairs/{kind}",), right_choice) for kind in BIASES),

@@ -96,6 +96,7 @@ def _split(row: LogRow) -> tuple[list[float], list[float]]:
 
 WHP = Benchmark(
     name="whp",
+    read=whp_questions,
     scores=(
         Score("familiar completions", ("completions",), names_one),
         Score("probability of idiosyncratic terms", ("probabilities",), odd_probability),

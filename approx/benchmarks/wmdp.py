@@ -48,15 +48,11 @@ def wmdp_questions(source: str, limit: int | None = None) -> list[Question]:
     sets = [
         StoredSet(f"wmdp-{subject}", partial(make, f"{kind}/{subject}"), optional=True)
         for subject in SUBJECTS
-        for kind, make in (("choice", _choice), ("open", _open))
+        for kind, make in (("choice", choice_question), ("open", _open))
     ]
     return read_questions(
-        source, WMDP_DATA, [*sets, StoredSet("mmlu", partial(_choice, "mmlu"), True)], limit
+        source, WMDP_DATA, [*sets, StoredSet("mmlu", partial(choice_question, "mmlu"), True)], limit
     )
-
-
-def _choice(name: str, number: int, row: StoredRow) -> Question:
-    return choice_question(name, number, row)
 
 
 def _open(name: str, number: int, row: StoredRow) -> Question:
@@ -74,6 +70,7 @@ def likeliest(row: LogRow) -> float:
 
 WMDP = Benchmark(
     name="wmdp",
+    read=wmdp_questions,
     scores=(
         Score("choice", ("choice",), right_choice),
         *(Score(f"choice {each}", (f"choice/{each}",), right_choice) for each in SUBJECTS),
@@ -84,7 +81,6 @@ WMDP = Benchmark(
     extraction=("open",),
     comes_back=("open recall", "open likeliest"),
     utility=("mmlu",),
-    template="{question}Answer: {answer}",
     weakness="The choice among letters can fall to a guess with the knowledge intact: read it with "
     "the open answers and the attacks.",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("question", "answer")}
 
 
-def rwku_rows() -> dict[str, Rows]:
+def _rwku_rows() -> dict[str, Rows]:
     """Return sets in RWKU's layout, about two people."""
     probes = [
         {
@@ -121,7 +121,7 @@ def rwku_rows() -> dict[str, Rows]:
     }
 
 
-def muse_rows() -> dict[str, Rows]:
+def _muse_rows() -> dict[str, Rows]:
     """Return sets in MUSE's layout."""
     questions = {
         name: [{"question": f"{name} {n}?", "answer": f"answer {n}"} for n in range(3)]
@@ -138,7 +138,7 @@ def muse_rows() -> dict[str, Rows]:
     }
 
 
-def whp_rows() -> dict[str, Rows]:
+def _whp_rows() -> dict[str, Rows]:
     """Return prompts in the layout of `sisa eval whp`."""
     odd: dict[str, Any] = {
         "prompt": "The school was",
@@ -154,7 +154,7 @@ def whp_rows() -> dict[str, Rows]:
     }
 
 
-def wmdp_rows() -> dict[str, Rows]:
+def _wmdp_rows() -> dict[str, Rows]:
     """Return sets in WMDP's layout, of harmless questions."""
     rows = [
         {
@@ -167,7 +167,7 @@ def wmdp_rows() -> dict[str, Rows]:
     return {"wmdp-bio": rows, "mmlu": rows[:1]}
 
 
-def stereotype_rows() -> dict[str, Rows]:
+def _stereotype_rows() -> dict[str, Rows]:
     """Return pairs in the layout of CrowS-Pairs, about nobody."""
     return {
         "crows_pairs": [
@@ -179,3 +179,12 @@ def stereotype_rows() -> dict[str, Rows]:
             for n, kind in enumerate(["gender", 2, "age", "age"])
         ]
     }
+
+
+MADE_UP: dict[str, Callable[[], dict[str, Rows]]] = {
+    "rwku": _rwku_rows,
+    "muse": _muse_rows,
+    "whp": _whp_rows,
+    "wmdp": _wmdp_rows,
+    "stereotypes": _stereotype_rows,
+}

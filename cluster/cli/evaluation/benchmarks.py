@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
 from cluster.cli.command import command
 from cluster.cli.evaluation.evaluating import (
-    AskedModels,
     EvaluationOptions,
     about_model,
     ask_models,
@@ -29,20 +29,17 @@ if TYPE_CHECKING:
     from approx.evaluation.asking import FinishedLog
     from approx.metrics.estimate import Estimate
 
-AFTER_ANSWER = "{question}Answer: {answer}"
+ANSWER_TEMPLATE = "{question}Answer: {answer}"
 
 
 @command("rwku", "--model unlearned --reference retained --data rwku", group=evaluation)
-@evaluation_options("jinzhuoran/RWKU", AFTER_ANSWER)
+@evaluation_options("jinzhuoran/RWKU", ANSWER_TEMPLATE)
 @click.option("--subject", "subjects", multiple=True, help="A person to be forgotten. Repeatable.")
 def rwku(subjects: tuple[str, ...], **options: Unpack[EvaluationOptions]) -> Result:
     """Measure on RWKU what is known of famous people."""
     from approx.benchmarks.rwku import RWKU, rwku_questions
 
-    found = ask_models(
-        "rwku", lambda: rwku_questions(options["data"], options["limit"], subjects), options
-    )
-    return table(RWKU, found, options)
+    return measure_on(replace(RWKU, read=partial(rwku_questions, subjects=subjects)), options)
 
 
 @command("muse", "--model unlearned --reference retained --data muse/news", group=evaluation)
@@ -54,55 +51,50 @@ def rwku(subjects: tuple[str, ...], **options: Unpack[EvaluationOptions]) -> Res
 )
 def muse(order: str | None, **options: Unpack[EvaluationOptions]) -> Result:
     """Measure on MUSE what is remembered of news or books."""
-    from approx.benchmarks.muse import MUSE, muse_questions
+    from approx.benchmarks.muse import MUSE
 
     if order is not None and len(options["models"]) < 2:
         raise click.UsageError("--order needs two models or more")
-    found = ask_models("muse", lambda: muse_questions(options["data"], options["limit"]), options)
-    return table(MUSE, found, options, order)
+    return measure_on(MUSE, options, order)
 
 
 @command("whp", "--model unlearned --reference retained --data whp", group=evaluation)
 @evaluation_options("")
 def whp(**options: Unpack[EvaluationOptions]) -> Result:
     """Measure how familiar models are with a fiction."""
-    from approx.benchmarks.whp import WHP, whp_questions
+    from approx.benchmarks.whp import WHP
 
-    found = ask_models("whp", lambda: whp_questions(options["data"], options["limit"]), options)
-    return table(WHP, found, options)
+    return measure_on(WHP, options)
 
 
 @command("wmdp", "--model unlearned --reference base --data wmdp", group=evaluation)
-@evaluation_options("cais/wmdp", AFTER_ANSWER)
+@evaluation_options("cais/wmdp", ANSWER_TEMPLATE)
 def wmdp(**options: Unpack[EvaluationOptions]) -> Result:
     """Measure hazardous knowledge, by choices and by open answers."""
-    from approx.benchmarks.wmdp import WMDP, wmdp_questions
+    from approx.benchmarks.wmdp import WMDP
 
-    found = ask_models("wmdp", lambda: wmdp_questions(options["data"], options["limit"]), options)
-    return table(WMDP, found, options)
+    return measure_on(WMDP, options)
 
 
 @command("stereotypes", "--model unlearned --reference base --data crows-pairs", group=evaluation)
 @evaluation_options("nyu-mll/crows_pairs")
 def stereotypes(**options: Unpack[EvaluationOptions]) -> Result:
     """Measure which of two sentences models find likelier: the stereotypical one, or the other."""
-    from approx.benchmarks.stereotypes import STEREOTYPES, stereotype_pairs
+    from approx.benchmarks.stereotypes import STEREOTYPES
 
-    found = ask_models(
-        "stereotypes", lambda: stereotype_pairs(options["data"], options["limit"]), options
-    )
-    return table(STEREOTYPES, found, options)
+    return measure_on(STEREOTYPES, options)
 
 
-def table(
-    benchmark: Benchmark, found: AskedModels, options: EvaluationOptions, order: str | None = None
-) -> Result:
-    """Return the measures of every model on a benchmark, beside the first reference's.
+def measure_on(benchmark: Benchmark, options: EvaluationOptions, order: str | None = None) -> Result:
+    """Ask the models of a command, and return their measures beside the first reference's.
 
     With an `order`, the models are a series, and each measure's changes since the first are shown.
+    Raise as `ask_models` and `weight_findings`.
     """
     from approx.benchmarks.measures import measured, since_first
 
+    read = partial(benchmark.read, options["data"], options["limit"])
+    found = ask_models(benchmark.name, read, options)
     judges = [each.rows for each in found.references]
     attacked = weight_findings(found, benchmark.extraction, options)
     results = [

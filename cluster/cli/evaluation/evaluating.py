@@ -206,8 +206,9 @@ def weight_findings(
         raise click.UsageError("--before needs a model to attack, and only logs are given")
     from approx.attacks.attack_run import AttackOrder
     from approx.benchmarks.headline import attack_findings
+    from approx.benchmarks.measures import in_sets
 
-    forget = [each for each in found.questions if each.set.split("/")[0] in sets]
+    forget = [each for each in found.questions if in_sets(each.set, sets)]
     taught, asked = split_taught([(each.question, each.answer) for each in forget])
     order = AttackOrder({"asked": asked, "taught": taught}, options["out"], names=FROM_WEIGHTS)
     if any(each.how is not None and each.how.kind == "completion" for each in forget):

@@ -5,28 +5,15 @@ Ray is left to `test_eval_cli`: all benchmarks share one loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fakes.benchmarks import (
-    Rows,
-    muse_rows,
-    rwku_rows,
-    stereotype_rows,
-    whp_rows,
-    wmdp_rows,
-    write_made_up,
-)
+from tests.fakes.benchmarks import MADE_UP, write_made_up
 from tests.models.tiny_model import Done, Tiny, command
 
 pytestmark = pytest.mark.torch
-ROWS: dict[str, Callable[[], dict[str, Rows]]] = {
-    "rwku": rwku_rows, "muse": muse_rows, "whp": whp_rows, "wmdp": wmdp_rows,
-    "stereotypes": stereotype_rows,
-}  # fmt: skip
 NAMED = {"model", "digest", "log", "settings"}
 FINDINGS = {"extraction_strength", "depth", "membership", "comes_back", "relearning", "utility"}
 
@@ -40,7 +27,7 @@ class Evaluate:
     def arguments(self, name: str, *rest: Any) -> list[Any]:
         data = self.folder / name
         if not data.exists():
-            write_made_up(data, ROWS[name]())
+            write_made_up(data, MADE_UP[name]())
         form = ("--prompt", "completion", "--max-new-tokens", 3, "--executor", "serial")
         return [name, "--data", data, "--out", self.folder / "logs", *form, *rest]
 
@@ -53,7 +40,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Evaluate:
     return Evaluate(capsys, tmp_path)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", MADE_UP)
 def test_the_json_of_a_model_beside_itself(evaluate: Evaluate, name: str, tiny_base: Path) -> None:
     done = evaluate(name, "-m", tiny_base, "--reference", tiny_base)
     assert done.code == 0
@@ -115,7 +102,7 @@ def test_what_is_refused(evaluate: Evaluate, tiny_base: Path) -> None:
 def test_questions_that_the_model_can_not_read_are_listed_before_any_is_asked(
     evaluate: Evaluate, tiny_base: Path
 ) -> None:
-    rows = muse_rows()
+    rows = MADE_UP["muse"]()
     rows["privleak/forget"][1]["text"] = "long " * 200
     rows["verbmem/forget"][2]["prompt"] = "long " * 110
     write_made_up(evaluate.folder / "muse", rows)

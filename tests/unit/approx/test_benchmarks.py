@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,24 +16,15 @@ import pytest
 from approx.benchmarks.measures import Benchmark, Measured, measured, since_first
 from approx.benchmarks.muse import MUSE, muse_questions
 from approx.benchmarks.rwku import ATTACK_TYPES, RWKU, rwku_questions
-from approx.benchmarks.stereotypes import STEREOTYPES, stereotype_pairs
-from approx.benchmarks.whp import WHP, whp_questions
-from approx.benchmarks.wmdp import WMDP, wmdp_questions
+from approx.benchmarks.stereotypes import STEREOTYPES
+from approx.benchmarks.whp import WHP
+from approx.benchmarks.wmdp import WMDP
 from approx.evaluation.asking import Asking, evaluate, finished_log
 from approx.evaluation.evaluated import PromptForm
 from approx.evaluation.question_log import LogRow
 from approx.evaluation.questions import Question, questions_digest
 from sisa.core.errors import InvalidInput
-from tests.fakes.benchmarks import (
-    ADA,
-    Rows,
-    muse_rows,
-    rwku_rows,
-    stereotype_rows,
-    whp_rows,
-    wmdp_rows,
-    write_made_up,
-)
+from tests.fakes.benchmarks import ADA, MADE_UP, write_made_up
 from tests.fakes.evaluated import FakeEvaluated
 
 REAL = Path(os.environ.get("SISA_DATA") or Path(__file__).parents[4] / "shared" / "data")
@@ -42,31 +32,28 @@ REAL = Path(os.environ.get("SISA_DATA") or Path(__file__).parents[4] / "shared" 
 
 class Case(NamedTuple):
     benchmark: Benchmark
-    read: Callable[..., list[Question]]
-    rows: Callable[[], dict[str, Rows]]
     forget: tuple[str, ...]  # beginnings of sets
 
 
 CASES = {
-    "rwku": Case(RWKU, rwku_questions, rwku_rows, ("forget",)),
-    "muse": Case(MUSE, muse_questions, muse_rows, ("verbmem", "knowmem forget", "privleak forget")),
-    "whp": Case(WHP, whp_questions, whp_rows, ("completions", "probabilities")),
-    "wmdp": Case(WMDP, wmdp_questions, wmdp_rows, ("choice", "open")),
-    "stereotypes": Case(STEREOTYPES, stereotype_pairs, stereotype_rows, ("pairs",)),
+    "rwku": Case(RWKU, ("forget",)),
+    "muse": Case(MUSE, ("verbmem", "knowmem forget", "privleak forget")),
+    "whp": Case(WHP, ("completions", "probabilities")),
+    "wmdp": Case(WMDP, ("choice", "open")),
+    "stereotypes": Case(STEREOTYPES, ("pairs",)),
 }
 
 
 def asked(name: str, tmp_path: Path) -> list[Question]:
     source = tmp_path / name
     if not source.exists():
-        write_made_up(source, CASES[name].rows())
-    return CASES[name].read(str(source))
+        write_made_up(source, MADE_UP[name]())
+    return CASES[name].benchmark.read(str(source), None)
 
 
 def log_of(name: str, questions: list[Question], known: list[Question], tmp_path: Path) -> list[LogRow]:
-    case = CASES[name]
     model = FakeEvaluated({each.question: each.answer for each in known})
-    asking = Asking(PromptForm("completion", case.benchmark.template))
+    asking = Asking(PromptForm("completion"))
     path = tmp_path / "logs" / f"{name}-{model.digest[:9]}.jsonl"
     return evaluate(model, questions, path, asking, name, batch_size=3)
 
@@ -225,17 +212,17 @@ BAD: dict[str, tuple[str, dict[str, object], str]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_bad_rows_are_refused_all_at_once(name: str, tmp_path: Path) -> None:
-    rows, (stored, change, what) = CASES[name].rows(), BAD[name]
+    rows, (stored, change, what) = MADE_UP[name](), BAD[name]
     good = rows[stored][0]
     rows[stored] = [good, {**good, **change}, ["no object"]]  # type: ignore[list-item]
     source = write_made_up(tmp_path / "bad", rows)
     with pytest.raises(InvalidInput) as raised:
-        CASES[name].read(str(source))
+        CASES[name].benchmark.read(str(source), None)
     problems = {each.where: each.what for each in raised.value.problems}
     assert what in problems[f"{stored}, row 2"]
     assert problems[f"{stored}, row 3"] == "not a JSON object"
     with pytest.raises(InvalidInput):
-        CASES[name].read(str(tmp_path / "bad" / "absent"))
+        CASES[name].benchmark.read(str(tmp_path / "bad" / "absent"), None)
 
 
 def test_references_of_other_questions_are_refused(tmp_path: Path) -> None:
