@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -90,6 +91,25 @@ class Curve:
     def mean(self) -> float:
         """Return the mean over all strengths and texts."""
         return fmean([each for values in self.values.values() for each in values])
+
+    def steps_until_half(self, known: float) -> float | None:
+        """Return after how many steps of relearning half of what was forgotten is back, or None.
+
+        Half is the middle between the mean after 0 steps and `known`, the mean before forgetting.
+        Between measured steps the mean is taken as linear. 0: nothing was forgotten; None: half is not
+        back within the measured steps.
+
+        >>> Curve("probability", {0: [0.0], 2: [0.25], 10: [0.75]}).steps_until_half(known=1.0)
+        6.0
+        """
+        points = sorted((int(steps), fmean(values)) for steps, values in self.values.items())
+        half = (points[0][1] + known) / 2
+        if points[0][1] >= half:
+            return 0.0
+        for (before, low), (after, high) in pairwise(points):
+            if high >= half:
+                return before + (after - before) * (half - low) / (high - low)
+        return None
 
 
 class Attack(Protocol):

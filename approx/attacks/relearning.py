@@ -10,17 +10,12 @@ Lynch et al. (2024, arXiv 2402.16835).
 
 Limits: any model learns the manner of the taught texts, so the curve must be compared with that of a
 model that never saw the asked ones. One rate and one batch: a patient attacker finds more.
-
->>> steps_until_half(Curve("probability", {0: [0.0], 2: [0.25], 10: [0.75]}), known=1.0)
-6.0
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -64,22 +59,6 @@ class RelearningOutOfDomain(Relearning):
 
     name: ClassVar[str] = "relearning_out_of_domain"
     needs: ClassVar[tuple[SetName, ...]] = ("asked", "others")
-
-
-def steps_until_half(curve: Curve, known: float) -> float | None:
-    """Return after how many steps half of what was forgotten is back, or None within those measured.
-
-    Half is the middle between the mean after 0 steps and `known`, the mean before forgetting. Between
-    measured steps the mean is taken as linear. 0 means that nothing was forgotten.
-    """
-    points = sorted((int(steps), fmean(values)) for steps, values in curve.values.items())
-    half = (points[0][1] + known) / 2
-    if points[0][1] >= half:
-        return 0.0
-    for (before, low), (after, high) in pairwise(points):
-        if high >= half:
-            return before + (after - before) * (half - low) / (high - low)
-    return None
 
 
 def relearnt(

@@ -41,6 +41,7 @@ NEEDS = {
     "relearning": "--before and --reference, and one set of weights",
     "utility": "questions about what is to be kept",
 }
+FROM_ATTACKS = ("relearning", "depth")  # the findings that attacks of this name give
 ROUNDING = 1e-6  # of models that are equal up to the order of additions
 
 
@@ -117,11 +118,11 @@ def membership_finding(
 def attack_findings(
     rows: Mapping[str, AttackRow],
     reference: Mapping[str, AttackRow] | None,
-    half_after: float | None = None,
+    known_before: float | None = None,
 ) -> dict[str, Finding | None]:
-    """Return the findings of a model's attack log beside that of its reference: relearning and depth.
+    """Return the findings of FROM_ATTACKS in a model's log, beside those in its reference's log.
 
-    `half_after` is the number of steps after which half of what was forgotten is back, if it is.
+    `known_before` is the mean probability of the asked answers before unlearning.
     """
     found: dict[str, Finding | None] = {}
     if "relearning" in rows and (curve := rows["relearning"].curve):
@@ -129,6 +130,7 @@ def attack_findings(
         judged = (reference or {}).get("relearning")
         other = judged.curve if judged else None
         judge = None if other is None else [[list(other.values[steps])]]
+        half_after = None if known_before is None else curve.steps_until_half(known_before)
         back = "not back" if half_after is None else f"back after {half_after:.1f} steps"
         measure = f"probability after {steps} steps; half of it is {back}"
         found["relearning"] = finding(measure, [[list(curve.values[steps])]], judge, "above")

@@ -37,7 +37,7 @@ from typing import Any
 
 from approx.attacks.attack import AttackSets, probabilities
 from approx.attacks.quantisation import Quantisation
-from approx.attacks.relearning import Relearning, steps_until_half
+from approx.attacks.relearning import Relearning
 from approx.attacks.rewording import Rewording
 from approx.evaluation.answers import answered, score_examples
 from approx.evaluation.continuations import continue_greedily
@@ -167,7 +167,7 @@ def measure_robustness(
         "num_texts": len(few),
         "num_relearnt": len(first),
         "relearning": relearning.means,
-        "steps_until_half": steps_until_half(relearning, known),
+        "steps_until_half": relearning.steps_until_half(known),
         "control": _control(model, taught, reference),
         "rounding": Quantisation()(model, asked, seed=0).means,
         "rewording": {"before": reworded.mean, "after": rewording.mean} if rewording.values else None,

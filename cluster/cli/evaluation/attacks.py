@@ -144,11 +144,9 @@ def _attack_json(model: AttackedModel, known: float | None) -> dict[str, Any]:
 
 
 def _half(name: str, curve: Curve, known: float | None) -> float | None:
-    from approx.attacks.relearning import steps_until_half
-
-    return (
-        steps_until_half(curve, known) if known is not None and name.startswith("relearning") else None
-    )
+    if known is None or not name.startswith("relearning"):
+        return None
+    return curve.steps_until_half(known)
 
 
 def _attack_words(model: AttackedModel, known: float | None) -> Iterator[str]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from approx.metrics.privleak import PrivLeak
     from cluster.ray.eval_tasks import Attacked
 
-FROM_WEIGHTS = ("relearning", "depth")
 TAUGHT_SHARE = 4  # one of this many texts is taught, where no others are given for it
 evaluation = command_group("eval", "Measure what models know.")
 
@@ -205,12 +204,12 @@ def weight_findings(
     if not found.asked:
         raise click.UsageError("--before needs a model to attack, and only logs are given")
     from approx.attacks.attack_run import AttackOrder
-    from approx.benchmarks.headline import attack_findings
+    from approx.benchmarks.headline import FROM_ATTACKS, attack_findings
     from approx.benchmarks.measures import in_sets
 
     forget = [each for each in found.questions if in_sets(each.set, sets)]
     taught, asked = split_taught([(each.question, each.answer) for each in forget])
-    order = AttackOrder({"asked": asked, "taught": taught}, options["out"], names=FROM_WEIGHTS)
+    order = AttackOrder({"asked": asked, "taught": taught}, options["out"], names=FROM_ATTACKS)
     if any(each.how is not None and each.how.kind == "completion" for each in forget):
         options = options | {"kind": "completion", "template": "{question}{answer}"}
     judges = [each.name for each in found.references if each.name in found.asked][:1]
@@ -218,19 +217,9 @@ def weight_findings(
     done = attack_models([*models, *judges], judges, order, options)
     judge = done[-1].model.rows if judges else None
     return {
-        spec: attack_findings(each.model.rows, judge, steps_until_half_back(each))
+        spec: attack_findings(each.model.rows, judge, each.known_before)
         for spec, each in zip([*models, *judges], done, strict=True)
     }
-
-
-def steps_until_half_back(found: Attacked) -> float | None:
-    """Return after how many steps of relearning half of the forgotten is back; None if it is not."""
-    from approx.attacks.relearning import steps_until_half
-
-    curve = found.model.rows["relearning"].curve if "relearning" in found.model.rows else None
-    if curve is None or found.known_before is None:
-        return None
-    return steps_until_half(curve, found.known_before)
 
 
 def attack_models(

@@ -26,7 +26,7 @@ from approx.attacks.other_questions import OtherQuestions
 from approx.attacks.prefix_injection import PREFIXES, PrefixInjection
 from approx.attacks.quantisation import Quantisation
 from approx.attacks.registry import ATTACKS
-from approx.attacks.relearning import Relearning, RelearningOutOfDomain, steps_until_half
+from approx.attacks.relearning import Relearning, RelearningOutOfDomain
 from approx.attacks.rewording import Rewording
 from approx.attacks.sampling import LeakAtK
 from approx.metrics.auc import auc
@@ -185,7 +185,7 @@ def test_texts_that_an_attack_cannot_use_are_left_out(model: Any, sets: AttackSe
 def test_steps_until_half_is_back(
     values: Mapping[int | str, list[float]], known: float, steps: float | None
 ) -> None:
-    assert steps_until_half(Curve("probability", values), known) == (
+    assert Curve("probability", values).steps_until_half(known) == (
         None if steps is None else pytest.approx(steps)
     )
 
