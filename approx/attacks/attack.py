@@ -1,11 +1,11 @@
-"""The shape of an attack on forgetting: `attack(model, sets, seed)` gives a curve, or AUCs.
+"""An attack on forgetting: `attack(model, sets, seed)` gives a curve, or AUCs.
 
     found = Relearning((3, 20))(model, AttackSets(tokenizer, asked, taught), seed=0)
     found.means                 # {"0": 0.01, "3": 0.2, "20": 0.8}
 
-An attack is a frozen dataclass of its strength. `model` is a causal model of transformers, with or
-without PEFT's adapter "default", or `as_transformers()` of a deletion-ready one; an attack changes it
-and restores it. Everything random comes from the seed. No result holds a text.
+`model` is a causal model of transformers, with or without PEFT's adapter "default", or
+`as_transformers()` of a deletion-ready one; an attack changes it and restores it. Everything random
+comes from the seed. No result holds a text.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 from peft import PeftModel
 
-from approx.evaluation.answers import score_examples
+from approx.evaluation.answers import asks_by_prompt, score_examples
 from approx.metrics.auc import Auc
 from approx.metrics.probability import probability
 from sisa.core.domain import Record
@@ -112,20 +112,31 @@ class Curve:
         return None
 
 
-class Attack(Protocol):
-    """An attack. `needs` are the sets that must not be empty.
+@dataclass(frozen=True)
+class Attack:
+    """An attack; a subclass has its strength as fields.
 
-    An attack `on_weights` needs one set of weights: it is not for a deletion-ready model as a whole, but
-    for the adapter that a shard exports.
+    `needs` are the sets that must have `least` texts or more. An attack `on_weights` needs one set of
+    weights: it is not for a deletion-ready model as a whole, but for the adapter that a shard exports.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[tuple[SetName, ...]]
-    on_weights: ClassVar[bool]
+    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
+    least: ClassVar[int] = 1
+    on_weights: ClassVar[bool] = False
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve | Mapping[str, Auc]:
         """Attack a model. Raise InvalidInput for a set that is needed and empty."""
-        ...
+        raise NotImplementedError
+
+    def why_not(self, model: Any, sets: AttackSets) -> str | None:
+        """Return why the attack can't be made on a model, or None if it can."""
+        if self.on_weights and asks_by_prompt(model):
+            return "needs one set of weights: attack the adapters that `sisa export` writes"
+        for role in self.needs:
+            if len(sets.tokens(getattr(sets, role))) < self.least:
+                return f"needs {self.least} texts or more: --{'data' if role == 'asked' else role}"
+        return None
 
 
 def probabilities(model: Any, examples: Sequence[Tokens]) -> list[float]:

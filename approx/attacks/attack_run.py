@@ -3,7 +3,11 @@
     opened = OpenedModel("unlearned", "{question}{answer}", "cpu", "float32")
     attack_opened(opened, [], AttackOrder({"asked": [("Who?", "Ada.")]}, Path("logs"))).rows
 
-Every finished attack is a line of the model's log (`attack_log.py`).
+Every finished attack is a line of the model's log, from which an interrupted run continues. A log holds
+numbers by question, and no text.
+
+    {"log": "attacks", "version": 1, "model": digest, "questions": digest, "settings": {...}}
+    {"attack": "quantisation", "measure": "probability", "values": {"8": [0.1, ...], "4": [...]}, ...}
 """
 
 from __future__ import annotations
@@ -13,22 +17,59 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from approx.attacks.attack import Attack, AttackSets, SetName
-from approx.attacks.attack_log import PRIVLEAK, UNATTACKED, AttackRow, attack_model, why_not
+from pydantic import TypeAdapter
+
+from approx.attacks.attack import Attack, AttackSets, Curve, SetName, probabilities
 from approx.attacks.depth import Depth
-from approx.attacks.membership import Membership
+from approx.attacks.membership import Membership, privleak_against
 from approx.attacks.registry import ATTACKS
 from approx.attacks.sampling import LeakAtK
 from approx.evaluation.asking import log_name
 from approx.evaluation.evaluated import PromptForm
 from approx.evaluation.evaluated_models import DeletionReadyModel, Dtype, open_evaluated, records_of
-from approx.evaluation.question_log import Header
-from sisa.core.digest import digest_of
+from approx.evaluation.question_log import Header, LogWriter
+from approx.metrics.auc import Auc
+from approx.metrics.privleak import PrivLeak
+from sisa.core.digest import canonical_json, digest_of
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import end_tokens
 
 Asked = Sequence[tuple[str, str]]  # questions and answers
 Texts = Mapping[SetName, Asked]
+UNATTACKED, PRIVLEAK = "as_it_is", "privleak"
+
+
+@dataclass(frozen=True)
+class AttackRow:
+    """The result of one attack: the measure and values of a curve, AUCs, or PrivLeak."""
+
+    attack: str
+    measure: str | None = None
+    values: dict[str, list[float]] | None = None
+    aucs: dict[str, Auc] | None = None
+    privleak: PrivLeak | None = None
+
+    @property
+    def place(self) -> str:
+        return self.attack
+
+    def line(self) -> bytes:
+        return canonical_json(asdict(self)) + b"\n"
+
+    @property
+    def curve(self) -> Curve | None:
+        """Return the curve, in the order of its strengths."""
+        if self.measure is None or self.values is None:
+            return None
+        ordered = sorted(self.values, key=_order)
+        return Curve(self.measure, {each: self.values[each] for each in ordered})
+
+
+_ROW = TypeAdapter(AttackRow)
+
+
+def _order(strength: str) -> tuple[bool, int, str]:
+    return not strength.isdigit(), int(strength) if strength.isdigit() else 0, strength
 
 
 class OpenedModel:
@@ -125,7 +166,8 @@ def attack_opened(
 ) -> AttackedModel:
     """Make the attacks that a model's log lacks.
 
-    Raise as `attack_model`, and InvalidInput for other models of another tokenizer.
+    Raise InvalidInput for other models of another tokenizer, and ConfigConflict for a log of another
+    evaluation.
     """
     others = [*references, *filter(None, [before])]
     for each in others:
@@ -146,11 +188,36 @@ def attack_opened(
     header = Header(opened.evaluated.digest, digest_of({**order.texts, **also}), settings, "attacks")
     log = order.out / log_name(opened.evaluated, "attacks", header)
     sets = opened.sets(order.texts, order.also)
-    reasons = {each.name: why_not(each, opened.model, sets) for each in attacks}
+    reasons = {each.name: each.why_not(opened.model, sets) for each in attacks}
     not_made = {name: why for name, why in reasons.items() if why is not None}
     made = [each for each in attacks if each.name not in not_made]
-    rows = attack_model(opened.model, sets, made, order.seed, log, header)
+    rows = _attack_model(opened.model, sets, made, order.seed, log, header)
     wanted = {UNATTACKED, PRIVLEAK, *(each.name for each in attacks)}
     chosen = {name: row for name, row in rows.items() if name in wanted}
     name, digest = opened.evaluated.name, opened.evaluated.digest
     return AttackedModel(name, digest, log, settings, chosen, not_made)
+
+
+def _attack_model(
+    model: Any, sets: AttackSets, attacks: Sequence[Attack], seed: int, path: Path, header: Header
+) -> dict[str, AttackRow]:
+    """Make the attacks that a log lacks, and PrivLeak where membership has a reference."""
+    with LogWriter(path, header, _ROW.validate_json) as writer:
+        held = {row.attack for row in writer.rows}
+        if UNATTACKED not in held:
+            values = {"0": probabilities(model, sets.examples("asked"))}
+            writer.append([AttackRow(UNATTACKED, "probability", values)])
+        for attack in attacks:
+            if attack.name not in held:
+                writer.append([_row(attack.name, attack(model, sets, seed))])
+            if isinstance(attack, Membership) and attack.references and PRIVLEAK not in held:
+                leak = privleak_against(attack.references[0], model, sets, seed)
+                writer.append([AttackRow(PRIVLEAK, privleak=leak)])
+        return {row.attack: row for row in writer.rows}
+
+
+def _row(name: str, found: Curve | Mapping[str, Auc]) -> AttackRow:
+    if isinstance(found, Curve):
+        values = {str(strength): list(each) for strength, each in found.values.items()}
+        return AttackRow(name, found.measure, values)
+    return AttackRow(name, aucs=dict(found))

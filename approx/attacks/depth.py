@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from approx.attacks.attack import AttackSets, Curve, SetName
-from approx.evaluation.answers import AnswerBatch, collate, model_logprobs_B
+from approx.attacks.attack import Attack, AttackSets, Curve
+from approx.evaluation.answers import AnswerBatch, asks_by_prompt, collate, model_logprobs_B
 from approx.metrics.depth import depth_score
 from approx.unlearning.hidden_states import Seen, decoder_layers, hooked
 from sisa.core.errors import InvalidInput
@@ -27,14 +27,24 @@ from sisa.lm.base.tokens import Tokens, without_closing
 
 
 @dataclass(frozen=True)
-class Depth:
+class Depth(Attack):
     """The unlearning depth score beside the model before unlearning and a retained one."""
 
     name: ClassVar[str] = "depth"
-    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
     on_weights: ClassVar[bool] = True
     before: Any = None
     retained: Any = None
+
+    def why_not(self, model: Any, sets: AttackSets) -> str | None:
+        """Return why the attack can't be made, or None: it needs models of one base."""
+        if why := super().why_not(model, sets):
+            return why
+        if self.before is None or self.retained is None:
+            return "needs two models: --before and --reference"
+        models = (model, self.before, self.retained)
+        if any(map(asks_by_prompt, models)) or not of_one_shape(*models):
+            return "needs models of one base, each of one set of weights: --before and --reference"
+        return None
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:  # noqa: ARG002
         if self.before is None or self.retained is None:

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from approx.attacks.attack import AttackSets, SetName
+from approx.attacks.attack import Attack, AttackSets
 from approx.evaluation.answers import answered, collate, logits_at
 from approx.metrics.auc import Auc, auc
 from approx.metrics.membership import Array
@@ -34,24 +34,24 @@ from approx.unlearning.hidden_states import Seen, decoder_layers, hooked
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import Tokens, answers
 
-FOLDS, LEAST = 5, 4  # texts: two folds of two
+FOLDS = 5
 
 
 @dataclass(frozen=True)
-class LinearProbe:
+class LinearProbe(Attack):
     """A probe of each layer."""
 
     name: ClassVar[str] = "linear_probe"
-    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
+    least: ClassVar[int] = 4  # two folds of two
     on_weights: ClassVar[bool] = True
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Mapping[str, Auc]:
         pairs = [answers(each, sets.tokenizer)[0] for each in sets.examples("asked")]
-        if len(pairs) < LEAST:
+        if len(pairs) < self.least:
             raise InvalidInput(
                 "a probe needs more texts",
                 where="asked",
-                expected=f"{LEAST} or more",
+                expected=f"{self.least} or more",
                 got=str(len(pairs)),
             )
         folds = folds_of(len(pairs))

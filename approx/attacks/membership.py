@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from approx.attacks.attack import AttackSets, SetName
+from approx.attacks.attack import Attack, AttackSets, SetName
 from approx.evaluation.answers import asks_by_prompt, gradient_squares, score_examples
 from approx.metrics.auc import Auc, auc
 from approx.metrics.membership import (
@@ -30,12 +30,12 @@ from sisa.lm.base.tokens import NO_LOSS, Tokens, without_closing
 
 
 @dataclass(frozen=True)
-class Membership:
+class Membership(Attack):
     """The attacks on membership. `references` are models that never saw the asked texts."""
 
     name: ClassVar[str] = "membership"
     needs: ClassVar[tuple[SetName, ...]] = ("asked", "holdout")
-    on_weights: ClassVar[bool] = False
+    least: ClassVar[int] = 2
     references: Sequence[Any] = ()
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Mapping[str, Auc]:

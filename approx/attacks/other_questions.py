@@ -17,17 +17,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from approx.attacks.attack import AttackSets, Curve, SetName
+from approx.attacks.attack import Attack, AttackSets, Curve
 from approx.attacks.rewording import worded_curve
 
 
 @dataclass(frozen=True)
-class OtherQuestions:
+class OtherQuestions(Attack):
     """The sets of `AttackSets.also`."""
 
     name: ClassVar[str] = "other_questions"
-    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
-    on_weights: ClassVar[bool] = False
+
+    def why_not(self, model: Any, sets: AttackSets) -> str | None:
+        """Return why there is nothing to ask, or None."""
+        return super().why_not(model, sets) if sets.also else "needs sets of questions: --also NAME=FILE"
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:  # noqa: ARG002
         return worded_curve(model, [(name, sets.tokens(each)) for name, each in sets.also.items()])

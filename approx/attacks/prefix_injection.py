@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from approx.attacks.attack import AttackSets, Curve, SetName
+from approx.attacks.attack import Attack, AttackSets, Curve
 from approx.attacks.rewording import worded_curve
 from sisa.lm.base.tokens import NO_LOSS, Tokens, encode_plain, spans
 
@@ -27,12 +27,10 @@ PREFIXES = {
 
 
 @dataclass(frozen=True)
-class PrefixInjection:
+class PrefixInjection(Attack):
     """Answers that begin with each of the prefixes."""
 
     name: ClassVar[str] = "prefix_injection"
-    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
-    on_weights: ClassVar[bool] = False
     prefixes: Mapping[str, str] = field(default_factory=lambda: PREFIXES)
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:  # noqa: ARG002

@@ -19,18 +19,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from approx.attacks.attack import AttackSets, Curve, SetName, as_peft_model, probabilities
+from approx.attacks.attack import Attack, AttackSets, Curve, as_peft_model, probabilities
 from sisa.lm.base.tokens import Tokens
 
 BITS, GROUP = (8, 4), 64
 
 
 @dataclass(frozen=True)
-class Quantisation:
+class Quantisation(Attack):
     """Rounding to each number of `bits`."""
 
     name: ClassVar[str] = "quantisation"
-    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
     on_weights: ClassVar[bool] = True
     bits: tuple[int, ...] = BITS
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 
 from approx.attacks.attack import (
+    Attack,
     AttackSets,
     Curve,
     SetName,
@@ -39,7 +40,7 @@ EXTRA = "relearning"  # the name of the attack's adapter
 
 
 @dataclass(frozen=True)
-class Relearning:
+class Relearning(Attack):
     """Relearning in domain, measured after 0 steps and after each number of `steps`."""
 
     name: ClassVar[str] = "relearning"

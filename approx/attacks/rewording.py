@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar
 
-from approx.attacks.attack import AttackSets, Curve, SetName, Strength, probabilities
+from approx.attacks.attack import Attack, AttackSets, Curve, Strength, probabilities
 from sisa.core.domain import Part, Record
 from sisa.lm.base.tokens import Tokens
 
@@ -29,12 +29,10 @@ WORDINGS = {
 
 
 @dataclass(frozen=True)
-class Rewording:
+class Rewording(Attack):
     """The questions in each of the wordings, whose {} is the question."""
 
     name: ClassVar[str] = "rewording"
-    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
-    on_weights: ClassVar[bool] = False
     wordings: Mapping[str, str] = field(default_factory=lambda: WORDINGS)
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:  # noqa: ARG002

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import comb, fsum
 from typing import Any, ClassVar
 
-from approx.attacks.attack import AttackSets, Curve, SetName
+from approx.attacks.attack import Attack, AttackSets, Curve
 from approx.evaluation.continuations import continue_sampled
 from approx.metrics.memorisation import rougeL_recall
 from sisa.core.domain import Record
@@ -21,15 +21,13 @@ SAMPLED_AT_ONCE = 64  # decoding reads all weights for each step of a batch
 
 
 @dataclass(frozen=True)
-class LeakAtK:
+class LeakAtK(Attack):
     """leak@1 and leak@`samples`. Plain texts have no prompt and are left out.
 
     `ends` are the tokens that end an answer; by default those of the model.
     """
 
     name: ClassVar[str] = "leak_at_k"
-    needs: ClassVar[tuple[SetName, ...]] = ("asked",)
-    on_weights: ClassVar[bool] = False
     samples: int = SAMPLES
     max_new_tokens: int = MAX_NEW_TOKENS
     ends: Collection[int] | None = None

@@ -30,7 +30,7 @@ from approx.metrics.auc import Auc
 from approx.metrics.estimate import Combine, Estimate, Groups, change, estimate, mean_of_means
 
 if TYPE_CHECKING:
-    from approx.attacks.attack_log import AttackRow
+    from approx.attacks.attack_run import AttackRow
 
 Wrong = Literal["above", "below", "both"]
 NEEDS = {

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx.attacks.attack_log import AttackRow
+from approx.attacks.attack_run import AttackRow
 from approx.benchmarks.headline import Headline, attack_findings
 from approx.benchmarks.tofu import evaluation_sets, reworded_questions
 from approx.benchmarks.tofu_aggregates import aggregates, quality
