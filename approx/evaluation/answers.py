@@ -1,8 +1,9 @@
 """Log-probabilities and scores of answers under a causal model.
 
-Shapes: B examples, T positions of the longest one, V words of the vocabulary, K answer tokens of one
-row. Position t of a row predicts the token at t + 1; `mask_BT` is true where that token belongs to an
-answer (its label is not NO_LOSS).
+Shapes: B examples, T1 tokens of the longest one, T = T1 - 1 positions, V words of the vocabulary, K
+positions at which some row has an answer token, N answer tokens, of which P are scored at once.
+Position t of a row predicts the token at t + 1; `mask_BT` is true where that token belongs to an answer
+(its label is not NO_LOSS).
 
 Batches for scoring are padded on the right, without an attention mask: under causal attention a real
 token never sees padding, whatever its id. Sums and means run over answer tokens only. Log-probabilities
@@ -142,10 +143,10 @@ def score_of(tokens: Iterable[TokenScore]) -> AnswerScore:
     return AnswerScore(logprobs, correct, means, variances, likeliest)
 
 
-def token_scores(logits_TV: Tensor, targets_K: Tensor, positions_K: Tensor) -> list[TokenScore]:
+def token_scores(logits_TV: Tensor, targets_N: Tensor, positions_N: Tensor) -> list[TokenScore]:
     """Return the score of each target at its position. A word of probability 0 adds to no moment."""
     found: list[TokenScore] = []
-    pieces = (torch.split(each, TOKENS_AT_ONCE) for each in (targets_K, positions_K))
+    pieces = (torch.split(each, TOKENS_AT_ONCE) for each in (targets_N, positions_N))
     for targets_P, positions_P in zip(*pieces, strict=True):
         logprobs_PV = logprobs_BTV(logits_TV[positions_P])
         probabilities_PV = logprobs_PV.exp()

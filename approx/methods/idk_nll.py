@@ -33,7 +33,7 @@ class IdkNll(Method):
     name: ClassVar[str] = "idk_nll"
     family: ClassVar[Family] = "behaviour"
     paper: ClassVar[str] = "Dorna et al. 2025, OpenUnlearning"
-    looks_at: ClassVar[frozenset[Role]] = frozenset({"preferred"})
+    always_reads: ClassVar[frozenset[Role]] = frozenset({"preferred"})
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         return mean_nll(rows["preferred"].current_BTV, rows["preferred"].batch)

@@ -107,16 +107,22 @@ class Losses:
 
 @dataclass(frozen=True)
 class Method:
-    """A method of the form forget_weight * F(forget) + retain_weight * R(retain).
+    """A method whose loss is forget_weight * F(forget) + retain_weight * R(retain).
 
-    A method defines F (`forget_term`), and as fields what can be chosen of the weights and
-    `retain_loss`. `positive` and `not_negative` name the fields with such values, and `looks_at` the
-    sets that F reads. Of these, F needs the reference for `compares_answers`, as the log-probability of
-    the whole answer, which is the same at every step, and for `compares_tokens`, as the logits of each
-    answer token. `prefers` says what the preferred answers are, for methods that read them, and
-    `retain_field` names the field with the weight of R.
+    A subclass defines F as `forget_term`, and its hyper-parameters as fields. `forget_weight`,
+    `retain_weight`, `retain_loss` and `layer` are fields where they can be chosen, and have the values
+    below where not. R is `retain_term`. The class variables are
 
-    Name, family and paper are what `sisa approx methods` and the README list.
+        name, family, paper   what `sisa approx methods` and the README list
+        positive              the fields that must be above 0; names of no field do not count
+        not_negative          the fields that must be 0 or more, likewise
+        always_reads          the sets that the method needs whatever its weights are
+        compares_tokens       the sets for which F needs the reference's logits, or hidden states
+        prefers               what the preferred answers are, for a method that reads them
+        retain_field          the field with the weight of R
+
+    and `compares_answers` are the sets for which F needs the reference's log-probability of each whole
+    answer, which is the same at every step.
     """
 
     name: ClassVar[str]
@@ -124,12 +130,10 @@ class Method:
     paper: ClassVar[str]
     positive: ClassVar[tuple[str, ...]] = ("beta", "forget_weight")
     not_negative: ClassVar[tuple[str, ...]] = ("retain_weight",)
-    looks_at: ClassVar[frozenset[Role]] = frozenset({"forget"})
+    always_reads: ClassVar[frozenset[Role]] = frozenset({"forget"})
     compares_tokens: ClassVar[frozenset[Role]] = frozenset()
     prefers: ClassVar[Alternative] = "refusals"
     retain_field: ClassVar[str] = "retain_weight"
-
-    # What a method has no field for:
 
     @property
     def forget_weight(self) -> float:
@@ -145,7 +149,10 @@ class Method:
 
     @property
     def layer(self) -> int | None:
-        """Return the number of the layer whose hidden states the loss reads, or None for logits."""
+        """Return the number of the layer whose hidden states the loss reads, or None for logits.
+
+        Where it is a field, None is chosen before the run: `unlearning/causal_tracing.py`.
+        """
         return None
 
     def __post_init__(self) -> None:
@@ -160,12 +167,11 @@ class Method:
 
     @property
     def reads(self) -> frozenset[Role]:
-        """Return the sets that the loss needs."""
-        return self.looks_at | RETAIN if self.retain_weight > 0 else self.looks_at
+        """Return the sets that the method needs."""
+        return self.always_reads | RETAIN if self.retain_weight > 0 else self.always_reads
 
     @property
     def compares_answers(self) -> frozenset[Role]:
-        """Return the sets for which F needs the reference's log-probability of each whole answer."""
         return frozenset()
 
     @property

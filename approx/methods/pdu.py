@@ -50,7 +50,7 @@ class Pdu(Method):
     not_negative: ClassVar[tuple[str, ...]] = (
         *("retain_loss_eps", "dual_step_size", "dual_warmup_epochs", "retain_weight"),
     )
-    looks_at: ClassVar[frozenset[Role]] = frozenset({"forget", "retain"})
+    always_reads: ClassVar[frozenset[Role]] = frozenset({"forget", "retain"})
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         logits_NV = answer_values_NV(rows["forget"].current_BTV, rows["forget"].batch)

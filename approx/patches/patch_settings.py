@@ -48,8 +48,9 @@ DEFAULT_PACE = {
     "weight_decay": 0.0,
 }
 DEFAULT_BOUNDS = {"max_utility_drop": 0.1, "target_probability": 0.1, "check_every": 10}
-# 24 steps without a retain term raise the NLL of retained answers on a tiny base from 0.03 to 1.6 (CE-U)
-# and 0.9 (UNDIAL); methods that have one, to 0.04 to 0.08.
+# These weigh their retain term with 0 by default; in a patch they have one. On a tiny base, 24 steps
+# without it raise the NLL of retained answers from 0.03 to 1.6 (CE-U) and 0.9 (UNDIAL), and methods
+# that have one to 0.04 to 0.08.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     name: {"retain_weight": 1.0} for name in ("dpo", "ceu", "undial", "whp")
 }

@@ -44,7 +44,7 @@ class Edit(Method):
     max_value_norm: float = 4.0
     family: ClassVar[Family] = "editing"
     positive: ClassVar[tuple[str, ...]] = ("value_rate", "max_value_norm")
-    looks_at: ClassVar[frozenset[Role]] = frozenset({"forget", "preferred", "retain"})
+    always_reads: ClassVar[frozenset[Role]] = frozenset({"forget", "preferred", "retain"})
     prefers: ClassVar[Alternative] = "refusals"
 
     def problems(self) -> Iterator[Problem]:

@@ -41,7 +41,7 @@ class AltPo(Preference):
     num_alternates: int = 5
     name: ClassVar[str] = "altpo"
     paper: ClassVar[str] = "Mekala et al. 2025, Alternate preference optimization"
-    looks_at: ClassVar[frozenset[Role]] = frozenset({"forget", "preferred"})
+    always_reads: ClassVar[frozenset[Role]] = frozenset({"forget", "preferred"})
     prefers: ClassVar[Alternative] = "alternates"
 
     def problems(self) -> Iterator[Problem]:

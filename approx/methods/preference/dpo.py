@@ -31,7 +31,7 @@ class Dpo(Preference):
     retain_weight: float = 0.0
     name: ClassVar[str] = "dpo"
     paper: ClassVar[str] = "Rafailov et al. 2023, Direct preference optimization"
-    looks_at: ClassVar[frozenset[Role]] = frozenset({"forget", "preferred"})
+    always_reads: ClassVar[frozenset[Role]] = frozenset({"forget", "preferred"})
 
     @property
     def scale(self) -> float:
@@ -44,4 +44,4 @@ class IdkDpo(Preference):
 
     name: ClassVar[str] = "idk_dpo"
     paper: ClassVar[str] = "Maini et al. 2024, TOFU: a task of fictitious unlearning for LLMs"
-    looks_at: ClassVar[frozenset[Role]] = Dpo.looks_at
+    always_reads: ClassVar[frozenset[Role]] = Dpo.always_reads

@@ -59,7 +59,7 @@ class Preference(Method):
 
     @property
     def compares_answers(self) -> frozenset[Role]:
-        return frozenset() if self.reference_free else self.looks_at
+        return frozenset() if self.reference_free else self.always_reads
 
     def scores_B(self, rows: Rows) -> Tensor:
         """Return s of each answer."""
@@ -71,6 +71,6 @@ class Preference(Method):
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         margins_B = -self.scores_B(rows["forget"])
-        if "preferred" in self.looks_at:
+        if "preferred" in self.always_reads:
             margins_B = margins_B + self.scores_B(rows["preferred"])
         return -self.scale * logsigmoid(self.beta * margins_B - self.gamma).mean()
