@@ -65,11 +65,11 @@ def muse_questions(source: str, limit: int | None = None) -> list[Question]:
 
 
 def _examples(name: str) -> StoredSet:
-    def made(number: int, row: StoredRow) -> Question:
+    def make(number: int, row: StoredRow) -> Question:
         question, answer = texts_of(row, "question", "answer")
         return Question(name, number, f"Question: {question}\nAnswer: {answer}\n\n", answer)
 
-    return StoredSet(f"knowmem/{name}_qa_icl", made)
+    return StoredSet(f"knowmem/{name}_qa_icl", make)
 
 
 def _passage(number: int, row: StoredRow) -> Question:

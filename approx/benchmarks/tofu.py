@@ -50,13 +50,13 @@ def evaluation_sets(source: str, split: ForgetSplit, limit: int | None = None) -
 def reworded_questions(source: str, split: ForgetSplit, limit: int | None = None) -> list[Question]:
     """Return the forget questions in other words, if the data has them. Raise as `evaluation_sets`."""
 
-    def made(number: int, row: StoredRow) -> Question | None:
+    def make(number: int, row: StoredRow) -> Question | None:
         if "paraphrased_question" not in row:
             return None
         question, answer = texts_of(row, "paraphrased_question", "answer")
         return Question(REWORDED, number, question, answer)
 
-    stored = StoredSet(f"{split}_perturbed", made)
+    stored = StoredSet(f"{split}_perturbed", make)
     return read_questions(source, TOFU, [stored], limit, may_be_empty=True)
 
 

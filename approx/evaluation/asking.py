@@ -18,15 +18,12 @@ from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm
 from approx.evaluation.question_log import Header, LogRow, LogWriter, parse_row, read_log
 from approx.evaluation.questions import How, Question, questions_digest
 from approx.metrics.membership import loss_score, min_k_plus_plus_score, min_k_score, zlib_score
-from approx.metrics.memorisation import (
-    MAX_NEW_TOKENS,
-    exact_memorisation,
-    extraction_strength,
-    rougeL_recall,
-)
+from approx.metrics.memorisation import exact_memorisation, extraction_strength, rougeL_recall
 from approx.metrics.privleak import MIN_K
 from sisa.core.digest import canonical_json, digest_of
 from sisa.core.errors import ConfigConflict, InvalidInput
+
+MAX_NEW_TOKENS = 200  # of an answer, as TOFU generates them
 
 
 @dataclass(frozen=True)

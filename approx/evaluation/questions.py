@@ -85,12 +85,12 @@ class Malformed(ValueError):
 class StoredSet:
     """A set: the name that it is stored under, and the function that makes a question of a row.
 
-    An optional set may be missing. `made` may return None to leave a row out, or raise Malformed. `hub`
+    An optional set may be missing. `make` may return None to leave a row out, or raise Malformed. `hub`
     is the set's name on the hub where it is another one.
     """
 
     stored: str
-    made: Callable[[int, StoredRow], Question | None]
+    make: Callable[[int, StoredRow], Question | None]
     optional: bool = False
     hub: str = ""
 
@@ -130,7 +130,7 @@ def read_questions(
         problems += [] if each.optional else lost
         if not rows and not lost:
             problems.append(Problem(each.stored, "holds no question"))
-        for made in _made(each, rows, problems):
+        for made in _questions_of(each, rows, problems):
             if limit is None or taken[made.set] < limit:
                 taken[made.set] += 1
                 found.append(made)
@@ -154,7 +154,7 @@ def read_question_file(path: Path, name: str) -> list[Question]:
     """
     problems: list[Problem] = []
     rows = _rows_of_file(path.parent, path.name, problems)
-    found = list(_made(StoredSet(path.name, plain_question(name)), rows, problems))
+    found = list(_questions_of(StoredSet(path.name, plain_question(name)), rows, problems))
     if not rows and not problems:
         problems.append(Problem(path.name, "holds no question"))
     if problems:
@@ -168,11 +168,11 @@ def read_question_file(path: Path, name: str) -> list[Question]:
     return found
 
 
-def _made(of: StoredSet, rows: Sequence[Any], problems: list[Problem]) -> Iterator[Question]:
+def _questions_of(of: StoredSet, rows: Sequence[Any], problems: list[Problem]) -> Iterator[Question]:
     """Yield the questions of rows; malformed rows are added to the problems."""
     for number, row in enumerate(rows):
         try:
-            made = of.made(number, _object(row))
+            made = of.make(number, _object(row))
         except Malformed as error:
             problems.append(Problem(f"{of.stored}, row {number + 1}", str(error)))
             continue
@@ -201,11 +201,11 @@ def check_apart(name: str, asked: Sequence[str], **others: Sequence[str]) -> Non
 def plain_question(name: str) -> Callable[[int, StoredRow], Question]:
     """Return the function that makes a set's questions from rows of `question` and `answer`."""
 
-    def made(number: int, row: StoredRow) -> Question:
+    def make(number: int, row: StoredRow) -> Question:
         question, answer = texts_of(row, "question", "answer")
         return Question(name, number, question, answer)
 
-    return made
+    return make
 
 
 def texts_of(row: StoredRow, *names: str) -> list[str]:

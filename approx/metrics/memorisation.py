@@ -31,7 +31,7 @@ are counted, so a tokenizer that cuts names into many tokens gives names more we
 
 ROUGE-L recall is how much of the true answer occurs, in order, in the generated one. Formula: |longest
 common subsequence of words| / |words of the true answer|, words lower-cased and stemmed (Porter), by the
-pinned version of the library. TOFU generates greedily, at most 200 tokens.
+pinned version of the library.
 
 Source: Lin (2004); rouge-score 0.1.2; TOFU (Maini et al. 2024), section 2.2.1; locuslab/tofu
 `eval_rouge_recall`.
@@ -75,7 +75,6 @@ def exact_memorisation(correct: Sequence[bool]) -> float:
     return sum(map(bool, correct)) / len(correct)
 
 
-MAX_NEW_TOKENS = 200
 UNUSED = ("pandas", "scipy", "scipy.stats", "sklearn")  # by the stemmer, whose library imports them all
 
 
