@@ -111,7 +111,8 @@ class Method:
 
     A subclass defines F as `forget_term`, and its hyper-parameters as fields. `forget_weight`,
     `retain_weight`, `retain_loss` and `layer` are fields where they can be chosen, and have the values
-    below where not. R is `retain_term`. The class variables are
+    below where not. R is `retain_term`, which a method that acts at a layer defines, too: its rows hold
+    hidden states. The class variables are
 
         name, family, paper   what `sisa approx methods` and the README list
         positive              the fields that must be above 0; names of no field do not count

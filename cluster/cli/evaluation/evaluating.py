@@ -194,7 +194,7 @@ def ask_models(
 def weight_findings(
     found: AskedModels, sets: Sequence[str], options: EvaluationOptions
 ) -> dict[str, dict[str, Finding | None]]:
-    """With `--before`, attack the weights: return the findings of relearning and depth, by model.
+    """Attack the weights, and return the findings by model; without `--before` there are none.
 
     `sets` name the questions to be forgotten; a quarter of them is taught. Raise the errors of
     `run_attacks`, and UsageError if only logs are given.

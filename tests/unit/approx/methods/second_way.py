@@ -140,7 +140,7 @@ FORMULAS: dict[str, Callable[[Any, list[Example], list[Example]], Iterable[float
     "ceu": _without_the_token,
     "undial": _lowered,
     "pdu": lambda _, forget, __: (float(z.max() - z.mean()) ** 2 for each in forget for z in each.now),
-    **dict.fromkeys(("idk_nll", "whp", "rome"), lambda _, __, preferred: _nll(preferred)),
+    **dict.fromkeys(("idk_nll", "whp", "rome", "memit"), lambda _, __, preferred: _nll(preferred)),
     "dpo": _dpo,
     "idk_dpo": lambda m, *both: (2 / m.beta * each for each in _dpo(m, *both)),
     "altpo": _altpo,

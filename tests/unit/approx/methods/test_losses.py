@@ -45,6 +45,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("idk_nll", {}),
     ("whp", {"retain_weight": 1.0}),
     ("rome", {}),
+    ("memit", {}),
     ("pdu", {"retain_weight": 3.0}),
     ("rmu", {}),
     ("rmu", {"adaptive": False, "steering_coefficient": 2.0, "control_seed": 3, "retain_weight": 0}),
@@ -77,6 +78,10 @@ def rows_of_roles(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> dict[R
         pair = (scale * torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
         found[role] = Rows(batch, *pair)
     return found
+
+
+def test_every_method_is_drawn() -> None:
+    assert {name for name, _ in VARIANTS} == set(METHODS)
 
 
 def usable(name: str, values: dict[str, Any], given_rows: Mapping[Role, Rows]) -> Method:
@@ -161,7 +166,7 @@ def test_npo_becomes_gradient_ascent_at_the_start(given_rows: dict[Role, Rows]) 
 
 
 # Their target may be above what the model says, hidden states say nothing, and edits look at one set.
-NOT_ALWAYS = ("task_arithmetic", "undial", "pdu", "rmu", "rome")
+NOT_ALWAYS = ("task_arithmetic", "undial", "pdu", "rmu", "rome", "memit")
 
 
 @pytest.mark.parametrize(("name", "values"), [each for each in VARIANTS if each[0] not in NOT_ALWAYS])
