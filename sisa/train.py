@@ -59,7 +59,6 @@ from sisa.flows.wiring.progress import progress
 from sisa.flows.wiring.scratch_base import guard, prepare_base
 from sisa.lm.base.cuda_device import require_device
 from sisa.model import Model
-from sisa.planning.bands import of_unknown_class
 from sisa.planning.layout import Assigner
 from sisa.store.areas import CHECKPOINTS, INDEX, REPLAYS, VAULT, storage_root
 from sisa.store.blobs import files
@@ -190,13 +189,12 @@ def _check_records(
 ) -> None:
     """Raise InvalidInput or ConfigConflict for records that a first training can't take."""
     check_generations(config.training(), records)
-    bands = config.sisa.bands
-    unplaced = of_unknown_class(bands, records)
-    placed = [each for each in enumerate(records) if each[0] not in unplaced]
     deleted = [] if allow_deleted else deleted_under(config, keyed)
     check_all(
-        lambda: check_risks(bands, records),
-        lambda: check_not_deleted(Assigner(keyed, config.layout), placed, deleted, "trained"),
+        lambda: check_risks(config.sisa.bands, records),
+        lambda: check_not_deleted(
+            Assigner(keyed, config.layout), enumerate(records), deleted, "trained"
+        ),
         # A base from scratch counts tokens later, once it is trained.
         lambda: resources.count_tokens(records) if isinstance(config.base_model, str) else None,
     )

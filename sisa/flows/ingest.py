@@ -207,7 +207,7 @@ def rectify(
         digest: record
         for record, digest in zip(settled, digests, strict=True)
         if digest not in rows
-        or rows[digest].record_digest != context.settings.assigner.row(record, 0).record_digest
+        or rows[digest].record_digest != context.settings.assigner.record_digest(record)
     }
     unchanged = [each for each, digest in zip(settled, digests, strict=True) if digest not in changed]
     _update_identities(context, unchanged, found)

@@ -1,7 +1,6 @@
 """Check records before they are added, and report every problem at once, by position.
 
-Nothing is changed, and no message contains an id, a subject or a text. A record whose risk fits no class
-has no slice, and is not compared with held records.
+Nothing is changed, and no message contains an id, a subject or a text.
 
 >>> def check(where):
 ...     raise InvalidInput("bad", next_step="fix it", problems=[Problem(where, "is bad")])
@@ -17,14 +16,14 @@ has no slice, and is not compared with held records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sisa.core.domain import Record, RecordRow, Tombstone
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem
 from sisa.flows.context.context import Context
 from sisa.flows.context.slices import slices_of, stored_in
-from sisa.planning.bands import Bands, of_unknown_class, risk_problems
+from sisa.planning.bands import Bands, risk_problems
 from sisa.planning.layout import Assigner
 from sisa.planning.plan import LAYERWISE
 
@@ -70,24 +69,22 @@ def check_added(
 ) -> None:
     """Raise InvalidInput with every problem of records that can't be added, those of `checks` too."""
     assigner = context.settings.assigner
-    bands = assigner.layout.bands
-    unplaced = of_unknown_class(bands, records)
     fresh = [
         (n, record)
         for n, record in enumerate(records)
-        if n not in unplaced and not isinstance(found.get(assigner.id_digest(record.id)), RecordRow)
+        if not isinstance(found.get(assigner.id_digest(record.id)), RecordRow)
     ]
 
     def check_new() -> None:
-        texts = {assigner.row(record, 0).text_digest for _, record in fresh}
+        texts = {assigner.text_digest(record) for _, record in fresh}
         _, by_text = context.stores.ledger.by_text(texts, full_scan=True)
         by_id = [each for each in found.values() if isinstance(each, Tombstone)]
         check_not_deleted(assigner, fresh, [*by_text, *by_id], "added")
 
     check_all(
         lambda: _check_unique_ids(records),
-        lambda: check_unchanged(context, records, found, unplaced),
-        lambda: check_risks(bands, records, _other_risks(context, fresh)),
+        lambda: check_unchanged(context, records, found),
+        lambda: check_risks(assigner.layout.bands, records, _other_risks(context, fresh)),
         *(() if allow_deleted else (check_new, lambda: _check_identities(context, fresh))),
         *(lambda check=check: check(records) for check in checks),
     )
@@ -95,10 +92,9 @@ def check_added(
 
 def check_trained(context: Context, records: Sequence[Record], found: HeldOrDeleted) -> None:
     """Raise InvalidInput for records that differ from the held ones, or whose risks fit no class."""
-    bands = context.settings.assigner.layout.bands
     check_all(
-        lambda: check_risks(bands, records),
-        lambda: check_unchanged(context, records, found, of_unknown_class(bands, records)),
+        lambda: check_risks(context.settings.assigner.layout.bands, records),
+        lambda: check_unchanged(context, records, found),
     )
 
 
@@ -131,17 +127,14 @@ def check_generations(
         )
 
 
-def check_unchanged(
-    context: Context, records: Sequence[Record], found: HeldOrDeleted, unplaced: Collection[int] = ()
-) -> None:
+def check_unchanged(context: Context, records: Sequence[Record], found: HeldOrDeleted) -> None:
     """Raise InvalidInput if a record differs from the held record of the same id."""
     assigner = context.settings.assigner
-    rows = [(n, assigner.row(record, 0)) for n, record in enumerate(records) if n not in unplaced]
     problems = [
-        Problem(f"record {n + 1}", "its content differs from the held record")
-        for n, row in rows
-        if isinstance(held := found.get(row.id_digest), RecordRow)
-        and held.record_digest != row.record_digest
+        Problem(f"record {n}", "its content differs from the held record")
+        for n, record in enumerate(records, start=1)
+        if isinstance(held := found.get(assigner.id_digest(record.id)), RecordRow)
+        and held.record_digest != assigner.record_digest(record)
     ]
     _raise_problems(
         problems,
@@ -214,9 +207,8 @@ def check_not_deleted(
     texts = {each.text_digest: each for each in deleted}
     problems = []
     for position, record in records:
-        row = assigner.row(record, 0)
-        by_id = ids.get(row.id_digest)
-        gone = by_id or texts.get(row.text_digest)
+        by_id = ids.get(assigner.id_digest(record.id))
+        gone = by_id or texts.get(assigner.text_digest(record))
         if gone is not None:
             what = "was deleted" if by_id else "has the text of a record that was deleted"
             what += f" at {gone.deleted_at} by request {gone.request_id}"

@@ -20,7 +20,7 @@ Source: SISA, Bourtoule et al. 2021, section VI (a priori knowledge of who asks)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Annotated
 
@@ -28,9 +28,10 @@ from pydantic import Field, model_validator
 
 from sisa.core.block import Block, Float, conflict
 from sisa.core.domain import Record, Risk
-from sisa.core.errors import Problem
+from sisa.core.errors import InvalidInput, Problem
 
 RISK_COLUMN = "deletion_risk"
+NO_CLASS = f"'{RISK_COLUMN}' is not a class of sisa.bands.classes"
 AtLeastZero = Annotated[Float, Field(ge=0)]
 
 
@@ -60,8 +61,10 @@ class Bands(Block):
         return self.num_bands <= num_slices
 
     def slices(self, risk: Risk, num_slices: int) -> range:
-        """Return the slices of a risk's band. Raise KeyError for an unknown class."""
+        """Return the slices of a risk's band. Raise InvalidInput for an unknown class."""
         if isinstance(risk, str):
+            if risk not in self.classes:
+                raise InvalidInput(f"a record's {NO_CLASS}", next_step="name the class there")
             risk = self.classes[risk]
         value = self.unknown if risk is None else risk
         return self._of_band(sum(value >= each for each in self.thresholds), num_slices)
@@ -83,22 +86,13 @@ class Bands(Block):
         )
 
 
-def of_unknown_class(bands: Bands | None, records: Iterable[Record]) -> set[int]:
-    """Return the positions (from 0) of records whose risk is an unknown class."""
-    if bands is None:
-        return set()
-    risks = enumerate(record.deletion_risk for record in records)
-    return {at for at, risk in risks if isinstance(risk, str) and risk not in bands.classes}
-
-
 def risk_problems(bands: Bands | None, records: Sequence[Record]) -> Iterator[Problem]:
     """Yield what is wrong with the risks of records, by position from 1, without names."""
     first: dict[str, tuple[int, Risk]] = {}
-    unplaced = of_unknown_class(bands, records)
     for position, record in enumerate(records, start=1):
         where, risk = f"record {position}", record.deletion_risk
-        if position - 1 in unplaced:
-            yield Problem(where, f"its '{RISK_COLUMN}' is not a class of sisa.bands.classes")
+        if bands is not None and isinstance(risk, str) and risk not in bands.classes:
+            yield Problem(where, f"its {NO_CLASS}")
         if record.subject_id is None:
             continue
         at, other = first.setdefault(record.subject_id, (position, risk))

@@ -44,17 +44,59 @@ class Layout:
 
 
 class Assigner:
-    """Assigns records to slices and names them by keyed digests."""
+    """Places records, and gives them and what is made of them their keyed names."""
 
     def __init__(self, keyed: Keyed, layout: Layout) -> None:
         self._keyed = keyed
         self.layout = layout
+
+    def place(self, record: Record) -> tuple[int, int]:
+        """Return the (shard, slice) of a record. Raise InvalidInput if its risk is of no class."""
+        subject = record.subject_id
+        who = ("id", record.id) if subject is None else ("subject", subject)
+        allowed = self.layout.slices(record.deletion_risk)
+        slice_ = allowed[self._keyed.number("slice", len(allowed), *who)]
+        return self._shard(*who), (record.generation or 0) * self.layout.num_slices + slice_
+
+    def shard_of_subject(self, subject_id: str) -> int:
+        """Return the shard of all records of a subject."""
+        return self._shard("subject", subject_id)
+
+    def _shard(self, *who: str) -> int:
+        return self._keyed.number("shard", self.layout.num_shards, *who)
+
+    def row(self, record: Record, num_tokens: int) -> RecordRow:
+        """Return the ledger row of a record that is not yet committed. Raise as `place` does."""
+        shard, slice_ = self.place(record)
+        id_digest, subject = self.id_digest(record.id), record.subject_id
+        return RecordRow(
+            id_digest=id_digest,
+            subject_digest=None if subject is None else self.subject_digest(subject),
+            record_digest=self.record_digest(record),
+            text_digest=self.text_digest(record),
+            kind=record.kind,
+            shard=shard,
+            slice=slice_,
+            vector_id=int(id_digest[:16], 16) >> (64 - VECTOR_ID_BITS),
+            num_tokens=num_tokens,
+        )
+
+    def differences(self, record: Record, row: RecordRow) -> list[str]:
+        """Return the names of the columns in which a row differs from that of its record."""
+        again = replace(self.row(record, row.num_tokens), seq=row.seq)
+        return [at.name for at in fields(row) if getattr(again, at.name) != getattr(row, at.name)]
 
     def id_digest(self, record_id: str) -> str:
         return self._keyed.digest("id", record_id)
 
     def subject_digest(self, subject_id: str) -> str:
         return self._keyed.digest("subject", subject_id)
+
+    def record_digest(self, record: Record) -> str:
+        return self._keyed.digest("record", record.canonical())
+
+    def text_digest(self, record: Record) -> str:
+        return self._keyed.digest("text", normalised(record.text))
 
     def identity_key(self, list_name: str, hashed: str) -> str:
         """Return the key of an identifier, given the list of DROP that has it and its hash there."""
@@ -74,42 +116,6 @@ class Assigner:
         """Return the name of the served model, given the digests of its adapters."""
         served = {"heads": heads, "patches": patches} if patches else heads
         return self._keyed.digest("model", digest_of(served))
-
-    def place(self, record: Record) -> tuple[int, int]:
-        """Return the (shard, slice) of a record."""
-        subject = record.subject_id
-        who = ("id", record.id) if subject is None else ("subject", subject)
-        allowed = self.layout.slices(record.deletion_risk)
-        slice_ = allowed[self._keyed.number("slice", len(allowed), *who)]
-        return self._shard(*who), (record.generation or 0) * self.layout.num_slices + slice_
-
-    def shard_of_subject(self, subject_id: str) -> int:
-        """Return the shard of all records of a subject."""
-        return self._shard("subject", subject_id)
-
-    def _shard(self, *who: str) -> int:
-        return self._keyed.number("shard", self.layout.num_shards, *who)
-
-    def row(self, record: Record, num_tokens: int) -> RecordRow:
-        """Return the ledger row of a record that is not yet committed."""
-        shard, slice_ = self.place(record)
-        id_digest, subject = self.id_digest(record.id), record.subject_id
-        return RecordRow(
-            id_digest=id_digest,
-            subject_digest=None if subject is None else self.subject_digest(subject),
-            record_digest=self._keyed.digest("record", record.canonical()),
-            text_digest=self._keyed.digest("text", normalised(record.text)),
-            kind=record.kind,
-            shard=shard,
-            slice=slice_,
-            vector_id=int(id_digest[:16], 16) >> (64 - VECTOR_ID_BITS),
-            num_tokens=num_tokens,
-        )
-
-    def differences(self, record: Record, row: RecordRow) -> list[str]:
-        """Return the names of the columns in which a row differs from that of its record."""
-        again = replace(self.row(record, row.num_tokens), seq=row.seq)
-        return [at.name for at in fields(row) if getattr(again, at.name) != getattr(row, at.name)]
 
 
 def slice_root(rows: Iterable[RecordRow]) -> str:

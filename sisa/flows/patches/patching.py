@@ -135,12 +135,13 @@ def _notice_held(context: Context, records: Sequence[Record]) -> None:
 
 def _num_held(context: Context, records: Sequence[Record]) -> int:
     """Return how many of some texts are records of the model, by id or by text."""
-    rows = [context.settings.assigner.row(each, 0) for each in records]
-    by_id = context.stores.ledger.lookup([row.id_digest for row in rows])
-    held, _ = context.stores.ledger.by_text({row.text_digest for row in rows})
+    ledger, assigner = context.stores.ledger, context.settings.assigner
+    named = [(assigner.id_digest(each.id), assigner.text_digest(each)) for each in records]
+    by_id = ledger.lookup([id_digest for id_digest, _ in named])
+    held, _ = ledger.by_text({text_digest for _, text_digest in named})
     texts = {row.text_digest for row in held}
     ids = {key for key, each in by_id.items() if isinstance(each, RecordRow)}
-    return sum(row.id_digest in ids or row.text_digest in texts for row in rows)
+    return sum(id_digest in ids or text_digest in texts for id_digest, text_digest in named)
 
 
 def check_retain_is_foreign(context: Context, wish: Wish) -> None:

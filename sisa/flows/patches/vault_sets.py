@@ -51,10 +51,9 @@ def put(
     name = assigner.set_name(role, records)
     stored = context.stores.vault.put(name, records)
     found = VaultSet(name, role, len(records), consent, now, *stored, request_id=request_id)
-    rows = [assigner.row(record, 0) for record in records]
-    held, _ = context.stores.ledger.by_text({row.text_digest for row in rows})
-    ids = sorted({row.id_digest for row in (*rows, *held)})
-    return WrittenSets((found,), tuple((name, each) for each in ids))
+    held, _ = context.stores.ledger.by_text({assigner.text_digest(each) for each in records})
+    ids = {*(assigner.id_digest(each.id) for each in records), *(row.id_digest for row in held)}
+    return WrittenSets((found,), tuple((name, each) for each in sorted(ids)))
 
 
 def put_removed(context: Context, removal: Removal) -> WrittenSets:
@@ -106,11 +105,11 @@ def without_removed(
             records = context.stores.vault.read(found)
         except SisaError:
             continue
-        left = []
-        for record in records:
-            row = assigner.row(record, 0)
-            if row.id_digest not in removed and row.text_digest not in texts:
-                left.append(record)
+        left = [
+            record
+            for record in records
+            if assigner.id_digest(record.id) not in removed and assigner.text_digest(record) not in texts
+        ]
         instead[found.name] = WRITTEN
         if left:
             written += (again := put(context, "retain", left, found.consent, found.request_id))

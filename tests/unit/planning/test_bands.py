@@ -20,7 +20,7 @@ from sisa.core.domain import Record, Risk, SliceFile
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.ports import StoredRecord
 from sisa.data.reader import read_records
-from sisa.flows.ingest import add, train
+from sisa.flows.ingest import add, check_same_records, train
 from sisa.planning.bands import Bands, risk_problems
 from sisa.planning.layout import Assigner, Layout
 from tests.fakes.ports import changed, fake_model, fake_recipe, fake_record
@@ -75,7 +75,7 @@ def test_a_risk_chooses_the_slice_within_its_band_and_never_the_shard(
 
 def test_a_risk_is_content_and_none_leaves_the_digest_as_it_was() -> None:
     digests = {
-        Assigner(Keyed(b"1" * 32), Layout(1, 1)).row(record(1, risk), 0).record_digest
+        Assigner(Keyed(b"1" * 32), Layout(1, 1)).record_digest(record(1, risk))
         for risk in (None, 0.0, 0.3, "trial")
     }
     assert len(digests) == 4
@@ -235,7 +235,18 @@ def test_a_changed_record_and_a_risk_without_a_class_are_reported_together() -> 
     changed = replace(record(1, None), parts=record(6, None).parts)
     with pytest.raises(InvalidInput, match="2 records can't be added") as caught:
         train(fake.context, [record(0, "vip"), changed])
-    assert [each.where for each in caught.value.problems] == ["record 1", "record 2"]
+    assert [each.where for each in caught.value.problems] == ["record 1", "record 1", "record 2"]
+
+
+def test_a_class_that_the_run_file_does_not_name_yet_hinders_no_comparison() -> None:
+    fake = fake_model(2, fake_recipe(4), bands=BANDS)
+    train(fake.context, [record(0, 0.3)])
+    check_same_records(fake.context, [record(0, 0.3), record(9, "vip")])
+    with pytest.raises(InvalidInput, match="differ") as caught:
+        check_same_records(fake.context, [record(9, "vip"), record(0, "vip")])
+    assert [each.where for each in caught.value.problems] == ["record 2"]
+    with pytest.raises(InvalidInput, match="is not a class of"):
+        fake.context.settings.assigner.place(record(9, "vip"))
 
 
 def test_one_held_record_of_a_subject_gives_its_risk(monkeypatch: pytest.MonkeyPatch) -> None:
