@@ -120,11 +120,16 @@ def _move_and_train(
     found = differences(model.config, config)
     if found or accept_differences:
         check_risks(config.sisa.bands, records)
-    if accept_differences and any((each.key, each.effect) == ("base_model", "reset") for each in found):
-        prepare_base(config, records, model.executor, model.report)
-    resources = _new_resources(model, config, accept_differences=accept_differences)
+    _check_move(model, config, accept_differences=accept_differences)
+    resources = None  # the model's own stay
+    if accept_differences:  # the lock is not held while others are trained or fetched
+        if any((each.key, each.effect) == ("base_model", "reset") for each in found):
+            prepare_base(config, records, model.executor, model.report)
+        resources = Resources(config, None, None)
+        _ = resources.base, resources.embedder
     with model.locked():  # one lock over both steps
-        moved = _move(model, config, resources, records, accept_differences=accept_differences)
+        _check_move(model, config, accept_differences=accept_differences)  # it may have moved meanwhile
+        moved = _move(model, config, resources, records)
         model.reload()
         with model.context(locked=True) as context:
             _ = model.resources.base  # refuses a changed base
@@ -279,26 +284,13 @@ def _differences(model: Model, config: RunConfig) -> list[Difference]:
     return [each for each in found if each.key != "sisa.partition_key_file"]
 
 
-def _new_resources(model: Model, config: RunConfig, *, accept_differences: bool) -> Resources | None:
-    """Return the run file's base and embedder, resolved before the lock; None: the model's own stay."""
-    _check_move(model, config, accept_differences=accept_differences)
-    if not accept_differences:
-        return None
-    resources = Resources(config, None, None)
-    _ = resources.base, resources.embedder
-    return resources
-
-
 def _move(
-    model: Model,
-    config: RunConfig,
-    resources: Resources | None,
-    records: list[Record],
-    *,
-    accept_differences: bool,
+    model: Model, config: RunConfig, resources: Resources | None, records: list[Record]
 ) -> Trained:
-    """Move an existing model to a changed run file; the caller holds its lock."""
-    _check_move(model, config, accept_differences=accept_differences)
+    """Move an existing model to a changed run file; the caller holds its lock.
+
+    `resources` are the run file's base and embedder; None: the model's own stay.
+    """
     effects = {each.effect for each in _differences(model, config)} - {"none"}
     if resources is None:
         resources = Resources(config, model.base, model.embedder)

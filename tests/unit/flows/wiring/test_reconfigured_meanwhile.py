@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sisa import train as training
-from sisa.config.config import RunConfig
+from sisa.config.config import RunConfig, ScratchBase
 from sisa.config.runfile import parse_run_file
 from sisa.core.digest import Keyed
 from sisa.core.errors import ConfigConflict
@@ -121,15 +121,14 @@ def test_a_plain_file_of_an_encrypted_model_is_a_finding(config: RunConfig) -> N
 
 def before_the_lock(monkeypatch: pytest.MonkeyPatch, another: Callable[[], None]) -> None:
     """Let another process come after a run file was compared, and before the lock is taken."""
-    new_resources = training._new_resources
+    check_move = training._check_move
 
-    def meanwhile(*given: Any, **options: Any) -> Any:
-        found = new_resources(*given, **options)
-        monkeypatch.setattr(training, "_new_resources", new_resources)
+    def meanwhile(*given: Any, **options: Any) -> None:
+        check_move(*given, **options)
+        monkeypatch.setattr(training, "_check_move", check_move)
         another()
-        return found
 
-    monkeypatch.setattr(training, "_new_resources", meanwhile)
+    monkeypatch.setattr(training, "_check_move", meanwhile)
 
 
 def test_two_reconfigurations_at_once_leave_one_run_file_and_its_heads(
@@ -174,3 +173,13 @@ def test_a_commit_that_changes_no_setting_is_no_reconfiguration(config: RunConfi
     assert model.where(["id-0001"])[0].state == "trained"
     assert model.resources is resources  # what is loaded stays loaded
     assert not is_announced(events)
+
+
+def test_no_base_is_trained_for_a_move_that_is_refused(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_model(config, executor="serial")
+    monkeypatch.setattr(training, "prepare_base", lambda *_: pytest.fail("a base is trained"))
+    scratch = ScratchBase.model_validate({"scratch": {"corpus": [{"path": "corpus.jsonl"}]}})
+    with pytest.raises(ConfigConflict, match="names the subject can't change"):
+        moved(config, base_model=scratch, sisa=config.sisa.model_copy(update={"group_by": None}))
