@@ -52,11 +52,11 @@ from sisa.config.fields import (
 from sisa.config.sources import Columns, DatasetSource, SourceLimits, columns_of
 from sisa.core.block import Block, Bool, Float, Int, conflict
 from sisa.core.digest import canonical_json
-from sisa.core.domain import GENERATION_COLUMN, DeviceName, Dtype, Precision
+from sisa.core.domain import GENERATION_COLUMN, RISK_COLUMN, DeviceName, Dtype, Precision
 from sisa.core.errors import IntegrityError
 from sisa.core.patches import PatchMode
 from sisa.core.requests import RequestState
-from sisa.planning.bands import RISK_COLUMN, Bands
+from sisa.planning.bands import Bands
 from sisa.planning.layout import Layout
 from sisa.planning.orders import MAX_MATCHED, chosen_orders
 from sisa.planning.plan import Recipe, Schedule

@@ -12,8 +12,7 @@ from pydantic import model_validator
 
 from sisa.config.fields import Name, field, key, shown
 from sisa.core.block import Block, Int, conflict
-from sisa.core.domain import GENERATION_COLUMN, Kind
-from sisa.planning.bands import RISK_COLUMN
+from sisa.core.domain import GENERATION_COLUMN, RISK_COLUMN, Kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from sisa.core.digest import canonical_json, digest_of
 
 Kind = Literal["text", "completion", "chat"]
-GENERATION_COLUMN = "generation"
+RISK_COLUMN, GENERATION_COLUMN = "deletion_risk", "generation"  # place a record, as its subject does
 Risk = float | str | None  # of being deleted: a number, the name of a class, or not given
 
 

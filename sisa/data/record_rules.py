@@ -20,8 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sisa.config.sources import DEFAULT_COLUMNS, Columns
-from sisa.core.domain import GENERATION_COLUMN, Kind, Part, Record, Risk
-from sisa.planning.bands import RISK_COLUMN
+from sisa.core.domain import GENERATION_COLUMN, RISK_COLUMN, Kind, Part, Record, Risk
 
 MAX_ID_CHARS, MAX_RISK, MAX_GENERATION = 512, 1e300, 9_999
 ROLES = ("system", "user", "assistant", "tool")

@@ -27,10 +27,9 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from sisa.core.block import Block, Float, conflict
-from sisa.core.domain import Record, Risk
+from sisa.core.domain import RISK_COLUMN, Record, Risk
 from sisa.core.errors import InvalidInput, Problem
 
-RISK_COLUMN = "deletion_risk"
 NO_CLASS = f"'{RISK_COLUMN}' is not a class of sisa.bands.classes"
 AtLeastZero = Annotated[Float, Field(ge=0)]
 

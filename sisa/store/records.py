@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import GENERATION_COLUMN, Part, Record, SliceFile
+from sisa.core.domain import GENERATION_COLUMN, RISK_COLUMN, Part, Record, SliceFile
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import StoredRecord
-from sisa.planning.bands import RISK_COLUMN
 from sisa.store.areas import RECORDS
 from sisa.store.blobs.sealed_area import SealedArea
 
