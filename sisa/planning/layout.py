@@ -5,6 +5,10 @@ arrival order or on content. All records of a subject share one shard, and those
 one slice. With bands, the record's own deletion risk narrows the slices that it hashes to. An appended
 record hashes to the slices of its own generation, which follow those of earlier generations.
 
+Values that place a record are fields of `Record`, stored with it, because a changed layout places held
+records anew. What chooses the shard is also part of `ModelDirectory.partition`, the name of the rule
+under which a caller may read some shards alone.
+
 >>> from sisa.core.domain import Part, Record
 >>> assign = Assigner(Keyed(b"1" * 32), Layout(num_shards=4, num_slices=3))
 >>> ada = [Record(f"r{i}", "ada", "text", (Part("text", "x"),)) for i in range(9)]
