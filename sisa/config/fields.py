@@ -68,6 +68,7 @@ def _path_name(value: Any) -> Any:
 LocalPath = Annotated[Path, BeforeValidator(_path_name)]
 
 HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+HUB_MODEL = re.compile(rf"{HUB.pattern}(@[\w./-]+)?")  # a model may have a revision
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sisa.config.config import KeyPath, value_at
-from sisa.config.fields import HUB, NAME_PATTERN, is_local, is_uri, shown
+from sisa.config.fields import HUB, HUB_MODEL, NAME_PATTERN, is_local, is_uri, shown
 
 # Dotted keys (`*`: every item of a list) that hold a path, and those that hold a path or a name.
 PATH_KEYS = (
@@ -55,7 +55,7 @@ def resolve_paths(data: dict[str, Any], directory: Path) -> Iterator[tuple[KeyPa
                 value_at(data, path[:-1])[path[-1]] = str(local)
             elif key == MUST_EXIST or is_local(value):
                 yield path, f"no such file or directory: {shown(value)}"
-            elif not HUB.fullmatch(value):
+            elif not _is_hub_name(key, value):
                 yield path, f"neither a local path nor a hub name: {shown(value)}"
     for key, what in OUTSIDE_OUTPUT.items():
         for path, value in _values(data, key):
@@ -79,7 +79,7 @@ def shared_path_problems(data: dict[str, Any], directory: Path) -> Iterator[tupl
                 yield path, problem
     for key in NAME_KEYS:
         for path, value in _values(data, key):
-            if not _is_no_path(key, value) and (problem := _not_shared(value, directory)):
+            if not _is_no_path(key, value) and (problem := _not_shared(key, value, directory)):
                 yield path, problem
     for key in ("witness", *(("keyring",) if data.get("encrypt") is True else ())):
         if data.get(key) is None:
@@ -115,8 +115,12 @@ def _not_absolute(value: str) -> str:
     return ""
 
 
-def _not_shared(value: str, directory: Path) -> str:
-    if is_local(value) or not HUB.fullmatch(value):
+def _is_hub_name(key: str, value: str) -> bool:
+    return (HUB if key.endswith(".path") else HUB_MODEL).fullmatch(value) is not None
+
+
+def _not_shared(key: str, value: str, directory: Path) -> str:
+    if is_local(value) or not _is_hub_name(key, value):
         return _not_absolute(value)
     if os.path.exists(directory / value):
         return f"{shown(value)} is a file or directory here, and a hub name there; give an absolute path"

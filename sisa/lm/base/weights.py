@@ -17,13 +17,13 @@ import contextlib
 import copy
 import functools
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sisa.config.fields import HUB_MODEL
 from sisa.core.digest import canonical_json, digest_of, file_sha256_once, sha256_hex
 from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem, SisaError
@@ -41,7 +41,6 @@ HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 UNUSED = ("pooler.",)  # weights that an embedder's file may lack
 MAX_MESSAGE_CHARS, MAX_NAMES = 200, 10
 CONTAINERS, PLAIN = (dict, OrderedDict, list, set), (bool, int, float, str, type(None))
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ def local_or_hub(spec: str) -> Path:
     local = Path(spec).expanduser()
     if local.is_dir():
         return _model_directory(local, spec)
-    if spec.startswith((".", "/", "~")) or _HUB_NAME.fullmatch(spec) is None:
+    if spec.startswith((".", "/", "~")) or HUB_MODEL.fullmatch(spec) is None:
         raise InvalidInput(
             "no such model",
             where=spec,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sisa.config.config import RunConfig
-from sisa.config.paths import NAME_KEYS, PATH_KEYS, shared_path_problems
+from sisa.config.paths import NAME_KEYS, PATH_KEYS, resolve_paths, shared_path_problems
 from sisa.core.block import Block
 
 GOOD: dict[str, Any] = {"output_dir": "/shared/model", "witness": "/shared/witness"}
@@ -87,6 +87,13 @@ def test_what_means_the_same_everywhere(data: dict[str, Any]) -> None:
 )
 def test_what_is_another_place_there(data: dict[str, Any], path: tuple[Any, ...]) -> None:
     assert set(problems(data)) == {path}
+
+
+def test_a_model_of_the_hub_may_name_its_revision() -> None:
+    data = {"base_model": "owner/name@v2", "sisa": {"embedder": "owner/embedder@refs/pr/1"}}
+    assert problems(data) == {}
+    assert list(resolve_paths(data, Path("/nowhere"))) == []
+    assert set(problems({"datasets": [{"path": "owner/people@v2"}]})) == {("datasets", 0, "path")}
 
 
 def test_a_directory_here_is_no_hub_name(tmp_path: Path) -> None:
