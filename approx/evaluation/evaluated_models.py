@@ -27,6 +27,7 @@ from approx.evaluation.asking import Asking
 from approx.evaluation.continuations import continue_greedily
 from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
 from approx.evaluation.questions import Question
+from sisa.config.fields import PYPI
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
@@ -35,7 +36,6 @@ from sisa.lm.answer.generation import continue_all
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
 from sisa.lm.base.adapter import attach, read_config
 from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, read_tensors
-from sisa.lm.base.packages import PREFIX
 from sisa.lm.base.tokens import (
     NO_LOSS,
     Tokens,
@@ -72,7 +72,7 @@ def open_evaluated(
         held = [each for each in (CONFIG_FILE, ADAPTER_FILE) if (directory / each).is_file()]
         files = {each: (directory / each).read_bytes() for each in held}
         name, base = str(directory), _base_of(directory, files[CONFIG_FILE])
-    found = resolve_base(base).directory if base.startswith(PREFIX) else local_or_hub(base)
+    found = resolve_base(base).directory if base.startswith(PYPI) else local_or_hub(base)
     digest = digest_of([base_digest(found), dtype, *map(sha256_hex, files.values())])
     model = load_frozen(AutoModelForCausalLM, found, dtype)
     if files:

@@ -79,6 +79,7 @@ def is_local(name: str) -> bool:
     return name.startswith(starts) or name.lower().endswith(DATA_SUFFIXES + OTHER_SUFFIXES)
 
 
+PYPI = "pypi:"  # a model inside a Python package
 PYPI_SPEC = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
     r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
@@ -86,7 +87,7 @@ PYPI_SPEC = re.compile(
 
 
 def _model_name(value: str) -> str:
-    if value.startswith("pypi:") and not PYPI_SPEC.fullmatch(value):
+    if value.startswith(PYPI) and not PYPI_SPEC.fullmatch(value):
         raise conflict(f"expected pypi:name==version, or with #sha256=HEX, got {shown(value)}")
     return value
 

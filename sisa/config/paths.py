@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sisa.config.config import KeyPath, value_at
-from sisa.config.fields import HUB, HUB_MODEL, NAME_PATTERN, is_local, is_uri, shown
+from sisa.config.fields import HUB, HUB_MODEL, NAME_PATTERN, PYPI, is_local, is_uri, shown
 
 # Dotted keys (`*`: every item of a list) that hold a path, and those that hold a path or a name.
 PATH_KEYS = (
@@ -91,7 +91,7 @@ def _is_no_path(key: str, value: str) -> bool:
     """Return whether a value means the same on every machine."""
     if key == "storage" and is_uri(value):
         return True
-    return value.startswith("pypi:") or (key, value) == ("sisa.embedder", "hashing")
+    return value.startswith(PYPI) or (key, value) == ("sisa.embedder", "hashing")
 
 
 def _values(data: Any, key: str, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:

