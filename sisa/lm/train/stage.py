@@ -29,8 +29,8 @@ from sisa.lm.train.losses import Batch, count_labels
 from sisa.lm.train.trainable import Trainable, file_name
 from sisa.planning.plan import LAYERWISE
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "trainer_state.json"
+# An object store takes no file that `FILES` of store/checkpoints.py does not name.
+OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 AVERAGES, STEP = ("exp_avg", "exp_avg_sq"), "step"  # of AdamW; plain SGD has no moments
 
 
