@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import comb, fsum
+from math import comb, fsum, inf
 from typing import Any, ClassVar
 
 from approx.attacks.attack import Attack, AttackSets, Curve
@@ -22,7 +22,7 @@ SAMPLED_AT_ONCE = 64  # decoding reads all weights for each step of a batch
 
 @dataclass(frozen=True)
 class LeakAtK(Attack):
-    """leak@1 and leak@`samples`. Plain texts have no prompt and are left out.
+    """leak@1 and leak@`samples`, without plain texts and prompts that leave no room for an answer.
 
     `ends` are the tokens that end an answer; by default those of the model.
     """
@@ -34,13 +34,16 @@ class LeakAtK(Attack):
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:
         asked = [each for each in sets.asked if _answer_at(each)]
-        ids = [_prompt_ids(each, sets.tokenizer) for each in asked for _ in range(self.samples)]
+        prompts = [_prompt_ids(each, sets.tokenizer) for each in asked]
+        longest = inf if sets.sequence_len is None else sets.sequence_len - self.max_new_tokens
+        fits = [pair for pair in zip(asked, prompts, strict=True) if len(pair[1]) <= longest]
+        ids = [prompt for _, prompt in fits for _ in range(self.samples)]
         ends = end_tokens(model, sets.tokenizer) if self.ends is None else self.ends
         drawn = continue_sampled(
             model, ids, ends, self.max_new_tokens, 1.0, seed, SAMPLED_AT_ONCE, min_new_tokens=0
         )
         answers = [sets.tokenizer.decode(each, skip_special_tokens=True) for each in drawn]
-        truths = [each.parts[_answer_at(each)].text for each in asked for _ in range(self.samples)]
+        truths = [each.parts[_answer_at(each)].text for each, _ in fits for _ in range(self.samples)]
         recalls = [rougeL_recall(truth, text) for truth, text in zip(truths, answers, strict=True)]
         starts = range(0, len(recalls), self.samples)
         scores = [recalls[at : at + self.samples] for at in starts]

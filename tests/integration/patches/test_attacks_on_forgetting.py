@@ -165,6 +165,10 @@ def test_texts_that_an_attack_cannot_use_are_left_out(model: Any, sets: AttackSe
     plain = replace(sets, asked=[TEXT])
     for attack in (Rewording(), Jailbreak(), LeakAtK()):
         assert attack(model, plain, seed=0).values == {}
+    room = max(len(sets.tokens([each])[0].input_ids) for each in ASKED) + 6
+    whole, tight = (replace(sets, sequence_len=each) for each in (room, room // 2))
+    assert LeakAtK(2, 6)(model, whole, seed=0) == LeakAtK(2, 6)(model, sets, seed=0)
+    assert LeakAtK(2, room // 2)(model, tight, seed=0).values == {}
     assert replace(sets, sequence_len=5).tokens([*ASKED, TEXT]) == sets.cut(
         replace(sets, sequence_len=5).tokens([TEXT])
     )
