@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from approx.benchmarks.headline import Finding, Headline, Wrong, finding, headline, membership_finding
-from approx.benchmarks.membership import attacks_on, privleak_of
+from approx.benchmarks.log_membership import attacks_on, privleak_of
 from approx.evaluation.question_log import LogRow
 from approx.evaluation.questions import Question
 from approx.metrics.auc import Auc

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from approx.benchmarks.membership import attacks_on, privleak_of
+from approx.benchmarks.log_membership import attacks_on, privleak_of
 from approx.evaluation.question_log import LogRow
 from approx.evaluation.questions import HOLDOUT
 from approx.metrics import model_utility as utility
