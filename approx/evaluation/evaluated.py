@@ -1,7 +1,7 @@
-"""The models that an evaluation can ask: a Protocol, scores of answers, and the form of prompts.
+"""What an evaluation knows of a model: a Protocol, scores of answers, and the form of prompts.
 
-`PromptForm` belongs to the settings of an evaluation, because the same model scores differently under
-another form. This module does not import torch.
+The models are in `evaluated_models.py`; this module does not import torch. `PromptForm` belongs to the
+settings of an evaluation, because the same model scores differently under another form.
 
 >>> form = PromptForm("completion", "Question: {question}\\nAnswer: {answer}")
 >>> form.fill("Who?", "Ada.")

@@ -33,7 +33,8 @@ from tests.bench.patches.known_people import CONSENT, TINY, Ground, Scale, Way, 
 FORGOTTEN = "p001"
 SEEDS = (7, 8, 9)
 WAYS = {"written by the base": Way(keep=False, settings={}), "records of the others": Way(settings={})}
-ATTACKS = ("leak_at_k", "rewording", "prefix_injection", "jailbreak")  # that prompts alone can make
+WORDED = ("rewording", "prefix_injection", "jailbreak")
+ATTACKS = ("leak_at_k", *WORDED)  # that prompts alone can make
 REPORTED = ("outcome", "still_known", "step", "learning_rate_kept", "utility_before", "utility")
 
 
@@ -123,7 +124,7 @@ def _known(at: Mapping[str, Any]) -> float:
 
 def _most_likely(attacked: Mapping[str, Mapping[str, float]]) -> float:
     """Return the largest mean probability of an answer over other wordings, prefixes and wrappings."""
-    curves = [attacked[name] for name in ("rewording", "prefix_injection", "jailbreak")]
+    curves = (curve for name, curve in attacked.items() if name in WORDED)
     return max(mean for curve in curves for mean in curve.values())
 
 
