@@ -94,10 +94,7 @@ class OpenedModel:
         made = {role: records_of(pairs, self.form) for role, pairs in texts.items()}
         return AttackSets(
             self.tokenizer,
-            asked=made["asked"],
-            taught=made.get("taught", []),
-            others=made.get("others", []),
-            holdout=made.get("holdout", []),
+            **made,
             sequence_len=getattr(self.model.config, "max_position_embeddings", None),
             also={name: records_of(pairs, self.form) for name, pairs in (also or {}).items()},
         )
@@ -138,11 +135,12 @@ class AttackOrder:
     seed: int = 0
 
 
-def chosen_attacks(
-    order: AttackOrder, leak: LeakAtK, references: Sequence[Any], before: Any = None
-) -> list[Attack]:
-    """Return the named attacks, or all. Raise InvalidInput for unknown names."""
-    if unknown := [each for each in order.names if each not in ATTACKS]:
+def _chosen(names: Sequence[str], own: Sequence[Attack]) -> list[Attack]:
+    """Return the named attacks, or all, with a model's `own` in place of those of the registry.
+
+    Raise InvalidInput for unknown names.
+    """
+    if unknown := [each for each in names if each not in ATTACKS]:
         raise InvalidInput(
             "no such attacks",
             where="--attack",
@@ -150,12 +148,8 @@ def chosen_attacks(
             got=", ".join(unknown),
             next_step="choose among these",
         )
-    own: dict[str, Attack] = {
-        Membership.name: Membership(references),
-        LeakAtK.name: leak,
-        Depth.name: Depth(before, references[0] if references else None),
-    }
-    return [own.get(name, ATTACKS[name]) for name in order.names or ATTACKS]
+    attacks = {**ATTACKS, **{each.name: each for each in own}}
+    return [attacks[name] for name in names or ATTACKS]
 
 
 def attack_opened(
@@ -174,7 +168,8 @@ def attack_opened(
         opened.check_tokenizer(each)
     leak = replace(order.leak, ends=opened.ends)
     judges = [each.model for each in references]
-    attacks = chosen_attacks(order, leak, judges, before.model if before else None)
+    depth = Depth(before and before.model, judges[0] if judges else None)
+    attacks = _chosen(order.names, [Membership(judges), leak, depth])
     settings = {
         **asdict(opened.form),
         "samples": leak.samples,
