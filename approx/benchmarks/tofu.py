@@ -68,7 +68,7 @@ def read_sets(
     Plain sets hold questions and answers alone. Raise as `evaluation_sets`.
     """
     made = [
-        StoredSet(stored, plain_question(name) if plain else partial(_question, name))
+        StoredSet(stored, partial(plain_question if plain else _question, name))
         for name, stored in sets.items()
     ]
     return read_questions(source, TOFU, made, limit)

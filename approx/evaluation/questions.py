@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def read_question_file(path: Path, name: str) -> list[Question]:
     """
     problems: list[Problem] = []
     rows = _rows_of_file(path.parent, path.name, problems)
-    found = list(_questions_of(StoredSet(path.name, plain_question(name)), rows, problems))
+    found = list(_questions_of(StoredSet(path.name, partial(plain_question, name)), rows, problems))
     if not rows and not problems:
         problems.append(Problem(path.name, "holds no question"))
     if problems:
@@ -198,14 +199,10 @@ def check_apart(name: str, asked: Sequence[str], **others: Sequence[str]) -> Non
         )
 
 
-def plain_question(name: str) -> Callable[[int, StoredRow], Question]:
-    """Return the function that makes a set's questions from rows of `question` and `answer`."""
-
-    def make(number: int, row: StoredRow) -> Question:
-        question, answer = texts_of(row, "question", "answer")
-        return Question(name, number, question, answer)
-
-    return make
+def plain_question(name: str, number: int, row: StoredRow) -> Question:
+    """Return the question of a row with `question` and `answer`. Raise Malformed."""
+    question, answer = texts_of(row, "question", "answer")
+    return Question(name, number, question, answer)
 
 
 def texts_of(row: StoredRow, *names: str) -> list[str]:

@@ -118,7 +118,8 @@ class Method:
         positive              the fields that must be above 0; names of no field do not count
         not_negative          the fields that must be 0 or more, likewise
         always_reads          the sets that the method needs whatever its weights are
-        compares_tokens       the sets for which F needs the reference's logits, or hidden states
+        compares_tokens       the sets for which F, or an R of its own, needs the reference's logits or
+                              hidden states
         prefers               what the preferred answers are, for a method that reads them
         retain_field          the field with the weight of R
 
