@@ -29,7 +29,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from cluster.observe.reporting import SERIES, readings
+from cluster.observe.ray_metrics import SERIES, readings
 from cluster.serve.domain import AnswerEvent, Answers, Ended, Piece, Question, Service, Started
 from cluster.serve.tokens import MayOperate
 from sisa.core.errors import InvalidInput

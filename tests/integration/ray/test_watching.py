@@ -25,8 +25,8 @@ import pytest
 import ray
 
 from cluster.cli import cli, requests
-from cluster.observe import reporting
-from cluster.observe.reporting import SERIES
+from cluster.observe import ray_metrics
+from cluster.observe.ray_metrics import SERIES
 from cluster.ray import session as ray_session
 from sisa.store.areas import METRICS
 from sisa.store.ledger import sqlite
@@ -121,7 +121,7 @@ class Enough(BaseException):
 
 @pytest.fixture
 def watched(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
-    monkeypatch.setattr(reporting, "REFRESH_S", EVERY_S)
+    monkeypatch.setattr(ray_metrics, "REFRESH_S", EVERY_S)
     monkeypatch.setattr(sqlite, "SCRUB_PATIENCE_S", 0.05)
     block = {"shards": 1, "slices": 2}
     write_run(tmp_path, tiny_base, ROWS, sisa_block=block, cluster={"num_workers": 1}, num_epochs=40)

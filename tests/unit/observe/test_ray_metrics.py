@@ -12,8 +12,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from cluster.observe import reporting
-from cluster.observe.reporting import SERIES, RayMeters, readings
+from cluster.observe import ray_metrics
+from cluster.observe.ray_metrics import SERIES, RayMeters, readings
 from sisa.core.domain import SavedCheckpoint
 from sisa.core.events import (
     Event,
@@ -94,7 +94,7 @@ class FakeRay:
 def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     found = FakeRay()
     monkeypatch.setitem(sys.modules, "ray", found)
-    monkeypatch.setattr(reporting, "REFRESH_S", 0.001)
+    monkeypatch.setattr(ray_metrics, "REFRESH_S", 0.001)
     monkeypatch.setattr(RayMeters, "_record", lambda _self, *each: found.recorded.append(each))
     return found
 
