@@ -35,16 +35,21 @@ SERIES = {
 }
 
 
+def queue_readings(seen: events.QueueSeen) -> dict[str, float]:
+    """Return the values of the series about requests for deletion."""
+    days = seen.oldest_days_left
+    return {
+        "sisa_queue_depth": seen.depth,
+        "sisa_requests_undecided": seen.undecided,
+        "sisa_failed_erasures": seen.failed_erasures,
+        "sisa_oldest_days_left": math.nan if days is None else days,  # Ray does not show NaN
+    }
+
+
 def readings(event: Event, meter: Meter, now: float) -> dict[str, float]:
     """Return the values of the series that an event changes; `meter` has taken the event before."""
     if isinstance(event, events.QueueSeen):
-        days = event.oldest_days_left
-        return {
-            "sisa_queue_depth": event.depth,
-            "sisa_requests_undecided": event.undecided,
-            "sisa_failed_erasures": event.failed_erasures,
-            "sisa_oldest_days_left": math.nan if days is None else days,  # Ray does not show NaN
-        }
+        return queue_readings(event)
     if isinstance(event, events.DeletionCompleted):
         return {"sisa_retrain_seconds": event.seconds}
     if isinstance(event, events.ErasureFailed):

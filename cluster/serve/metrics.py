@@ -29,12 +29,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from cluster.observe.ray_metrics import SERIES, readings
+from cluster.observe.ray_metrics import SERIES, queue_readings
 from cluster.serve.domain import AnswerEvent, Answers, Ended, Piece, Question, Service, Started
 from cluster.serve.tokens import MayOperate
 from sisa.core.errors import InvalidInput
 from sisa.evidence.revocations import num_revoked
-from sisa.flows.wiring.progress import Meter
 from sisa.model import Model
 
 ROUTE_NAMES = ("base", "one", "several")  # by how many shards answer
@@ -112,7 +111,7 @@ class ModelMeters(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the queue, the slices that deletions retrained, and the adapters that they revoked."""
-        for name, value in readings(self._model.queue(recorded=False), Meter(), 0.0).items():
+        for name, value in queue_readings(self._model.queue(recorded=False)).items():
             if not math.isnan(value):
                 yield GaugeMetricFamily(name, SERIES[name][1], value)
         accepted = [each.request for each in self._model.requests() if each.request.committed_at]
