@@ -199,14 +199,14 @@ def _watch(model: Model, directory: Path, every: int) -> NoReturn:
 
     While another process holds the model, wait for the next check. Raise any other error.
     """
-    from cluster.serve.worker import carry_out_asked, reporting
+    from cluster.serve.worker import carry_out_requests, delivering
 
     _join_cluster(model)
     is_waiting = False
-    with reporting(directory):
+    with delivering(directory):
         while True:
             try:
-                if done := carry_out_asked(model):
+                if done := carry_out_requests(model):
                     say(ran(done, model.exports_missing(), directory).text)
                 is_waiting = False
             except Busy as error:

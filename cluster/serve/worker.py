@@ -4,9 +4,9 @@
         ...
 
 `working` runs beside `sisa serve`, and tries again after any error. Without a service,
-`sisa run --watch` calls `carry_out_asked` in a loop, within `reporting`. Run one of the two for a model.
-After a deletion, engines that load exports are made to drop what was erased. `POST /requests/run` has
-approved requests carried out whatever the plan says.
+`sisa run --watch` calls `carry_out_requests` in a loop, within `delivering`. Run one of the two for a
+model. After a deletion, engines that load exports are made to drop what was erased. `POST /requests/run`
+has approved requests carried out whatever the plan says.
 """
 
 from __future__ import annotations
@@ -35,26 +35,23 @@ PATIENCE_S = 5.0  # with a turn that runs when the block ends
 _log = logging.getLogger(__name__)
 
 
-def carry_out_due(model: Model, *, now: bool = False) -> tuple[Request, ...]:
-    """Carry requests out if the plan says so, or with `now` in any case; return them."""
-    model.queue()  # reports how many wait
-    if not now and model.plan_run().choice != "run now":
-        return ()
-    done = model.run()
-    for each in engines_hold(model, sweep=True) if done else ():
-        if not each.clean:  # its own next sweep may succeed; `sisa engines` shows it
-            _log.warning("%s holds %d erased adapters %s", each.url, len(each.erased), each.fault)
-    model.queue()
-    return done
-
-
-def carry_out_asked(model: Model, *, plan: bool = True) -> tuple[Request, ...]:
+def carry_out_requests(model: Model, *, plan: bool = True) -> tuple[Request, ...]:
     """Carry requests out if somebody asked for it or, with `plan`, if they are due; return them."""
     state = ServiceState(model.directory)
     asked = state.take_run()
+    if not (asked or plan):
+        return ()
     try:
-        return carry_out_due(model, now=asked) if asked or plan else ()
-    except SisaError:
+        model.queue()  # reports how many wait
+        if not asked and model.plan_run().choice != "run now":
+            return ()
+        done = model.run()
+        for each in engines_hold(model, sweep=True) if done else ():
+            if not each.clean:  # its own next sweep may succeed; `sisa engines` shows it
+                _log.warning("%s holds %d erased adapters %s", each.url, len(each.erased), each.fault)
+        model.queue()
+        return done
+    except BaseException:  # the end of this process, too: the next worker carries them out
         if asked:
             state.ask_to_run()
         raise
@@ -79,15 +76,15 @@ def working(directory: Path, report: Report = silent) -> Iterator[None]:
         plan = time.monotonic() >= next_plan
         if plan:
             next_plan = time.monotonic() + EVERY_S
-        carry_out_asked(model, plan=plan)
+        carry_out_requests(model, plan=plan)
 
-    with reporting(directory), _thread("worker", work):
+    with delivering(directory), _thread("worker", work):
         yield
 
 
 @contextlib.contextmanager
-def reporting(directory: Path) -> Iterator[None]:
-    """Report changes of requests in a thread until the block ends, if the run file names receivers.
+def delivering(directory: Path) -> Iterator[None]:
+    """Deliver messages about requests in a thread until the block ends, if the run file names receivers.
 
     Raise InvalidInput for a webhook whose secret can't be used.
     """

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from cluster.cli.cli import run
 from cluster.serve.engines import EngineHolds, engines_hold
 from cluster.serve.vllm_plugin import Evictions, ExportedAdapters, RevocationEndpoints
-from cluster.serve.worker import carry_out_due
+from cluster.serve.worker import carry_out_requests
 from sisa.config.config import EngineSource, ServiceBlock
 from tests.fakes.vllm import StandIn, put
 from tests.models.programs.local_server import served
@@ -113,7 +113,7 @@ def test_the_command_fails_while_an_engine_holds_what_was_erased(
 
 
 def test_the_worker_has_engines_sweep_after_a_deletion(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     swept: list[bool] = []
     held = EngineHolds("http://one", fault="URLError")
@@ -124,10 +124,12 @@ def test_the_worker_has_engines_sweep_after_a_deletion(
 
     monkeypatch.setattr("cluster.serve.worker.engines_hold", holds)
     done: list[str] = []
-    busy = cast(Any, SimpleNamespace(queue=lambda: None, run=lambda: tuple(done)))
-    assert carry_out_due(busy, now=True) == ()
+    now = SimpleNamespace(choice="run now")
+    calls = {"queue": lambda: None, "plan_run": lambda: now, "run": lambda: tuple(done)}
+    busy = cast(Any, SimpleNamespace(directory=tmp_path, **calls))
+    assert carry_out_requests(busy) == ()
     assert swept == []
     done.append("request")
-    assert len(carry_out_due(busy, now=True)) == 1
+    assert len(carry_out_requests(busy)) == 1
     assert swept == [True]
     assert "http://one holds 0 erased adapters URLError" in caplog.text

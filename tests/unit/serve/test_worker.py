@@ -17,7 +17,7 @@ from cluster.serve import worker
 from cluster.serve.domain import Service
 from cluster.serve.state import ServiceState
 from cluster.serve.webhooks import Courier
-from cluster.serve.worker import carry_out_due, reporting, working
+from cluster.serve.worker import carry_out_requests, delivering, working
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy
 from sisa.flows.lifecycle import Terms
@@ -50,7 +50,7 @@ def test_what_is_due_is_carried_out_and_what_waits_waits(model: Model) -> None:
     with working(model.directory):
         until(lambda: state(model, "due") == "completed")
     assert state(model, "undecided") == "received"
-    assert carry_out_due(model) == ()
+    assert carry_out_requests(model) == ()
 
 
 def test_what_was_asked_for_is_carried_out_although_another_writes_first(
@@ -73,6 +73,19 @@ def test_what_was_asked_for_is_carried_out_although_another_writes_first(
         until(lambda: state(model, "T-1") == "completed")
     assert failed
     assert not ServiceState(model.directory).take_run()
+
+
+def test_what_was_asked_for_outlives_an_interrupted_worker(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Model) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Model, "run", interrupted)
+    ServiceState(model.directory).ask_to_run()
+    with pytest.raises(KeyboardInterrupt):
+        carry_out_requests(model, plan=False)
+    assert ServiceState(model.directory).take_run()
 
 
 def test_a_service_has_a_worker(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +117,7 @@ def test_watching_reports_as_a_service_does(tmp_path: Path, monkeypatch: pytest.
         return 200
 
     monkeypatch.setattr(Courier.__init__, "__defaults__", (take, time.time))
-    with reporting(tmp_path / "model"):
+    with delivering(tmp_path / "model"):
         until(lambda: ServiceState(tmp_path / "model").seen() is not None)
         open_model(tmp_path / "model").submit(["id-0003"])
         until(lambda: got == ["received"])

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from cluster.serve.app import build_app
 from cluster.serve.domain import Service
 from cluster.serve.tokens import Tokens
-from cluster.serve.worker import carry_out_asked
+from cluster.serve.worker import carry_out_requests
 from sisa.audit.garbage import KEPT_FILES
 from sisa.flows.wiring.ledger_place import LOCK
 from sisa.flows.wiring.upper_houses import SERVICE_STATE
@@ -50,7 +50,7 @@ def test_a_request_from_receipt_to_deletion(client: TestClient, service: Service
     assert client.get(f"/records/{ONE}/shards").json()["state"] == "trained"
     response = client.post("/requests/run", json={})
     assert (response.status_code, response.json()) == (202, {"requests": [made["request_id"]]})
-    assert carry_out_asked(service.model, plan=False)
+    assert carry_out_requests(service.model, plan=False)
     found = client.get("/requests/T-1").json()
     assert found["state"] == "completed"
     assert [each["state"] for each in found["events"]][-1] == "completed"
