@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import logging
 import threading
 import time
@@ -34,7 +32,7 @@ from ray import serve
 
 from cluster.serve.app import build_app
 from cluster.serve.domain import AnswerEvent, Ended, Piece, Question, Service, Started, Token
-from cluster.serve.tokens import LOCAL, Caller, Tokens
+from cluster.serve.tokens import Tokens
 from sisa.config.config import RunConfig, ServiceBlock
 from sisa.core.errors import EnvironmentFault, Outdated, SisaError, internal_fault
 from sisa.flows.ask import Routed
@@ -290,39 +288,16 @@ def _stopped() -> EnvironmentFault:
     return EnvironmentFault("the service is being stopped", next_step="ask again")
 
 
-class OwnerTokens(Tokens):
-    """Admit also the token in `service.json`, which only the owner of the directory can read."""
-
-    def __init__(self, directory: Path, per_minute: int, owner: str) -> None:
-        """Take the SHA-256 of that token; if it is empty, there is no such file: tokens are demanded."""
-        super().__init__(directory, per_minute)
-        self._owner = owner
-
-    def demanded(self) -> bool:
-        """Return whether tokens are demanded."""
-        return not self._owner or super().demanded()
-
-    def caller(self, bearer: str) -> Caller | None:
-        """Return whose token this is."""
-        given = hashlib.sha256(bearer.encode()).hexdigest()
-        return LOCAL if hmac.compare_digest(given, self._owner) else super().caller(bearer)
-
-    def check_rate(self, caller: Caller) -> None:
-        """Limit every token but the owner's."""
-        if caller is not LOCAL:
-            super().check_rate(caller)
-
-
 class Replica:
     """Run an engine and the application that asks it, as an actor of Ray Serve."""
 
     def __init__(self, directory: str, owner: str) -> None:
-        """Load the model in a directory, which this node must see; `owner` is that of OwnerTokens."""
+        """Load the model in a directory, which this node must see; `owner` is that of `Tokens`."""
         path = Path(directory)
         model = open_model(path)  # the engine's own: its threads share it with nobody
         settings = model.config.service
         self._engine = Engine(model, settings)
-        tokens = OwnerTokens(path, settings.rate_per_minute, owner)
+        tokens = Tokens(path, settings.rate_per_minute, owner=owner)
         self._service = Service(open_model(path), self._engine, tokens, settings, _measured_everywhere)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -44,6 +44,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
 from cluster.serve.problems import Refusal
+from sisa.config.config import ServiceBlock
 from sisa.core.block import Block
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.flows.wiring.upper_houses import TOKENS
@@ -67,7 +68,6 @@ TOKEN_BYTES = 32
 MAX_TOKEN_CHARS = 128
 DAYS = 90
 FAILURES_PER_MINUTE = 30  # of one address; then 429 instead of 401
-RATE_PER_MINUTE = 600  # of one token, unless the run file says otherwise
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
@@ -137,18 +137,24 @@ class Tokens:
     def __init__(
         self,
         directory: Path,
-        per_minute: int = RATE_PER_MINUTE,
+        per_minute: int = ServiceBlock().rate_per_minute,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        owner: str | None = None,
     ) -> None:
-        """Take a model's directory; `per_minute` limits the calls of each token to this process."""
-        self._directory, self._path, self._now = directory, directory / TOKENS, now
+        """Take a model's directory; `per_minute` limits the calls of each token to this process.
+
+        `owner` is the SHA-256 of the token in `service.json`, which only the owner of the directory can
+        read: its caller is `LOCAL`, without a limit. If it is empty, there is no such file: a token is
+        always demanded.
+        """
+        self._directory, self._path, self._now, self._owner = directory, directory / TOKENS, now, owner
         self._rate = MovingWindowRateLimiter(MemoryStorage())
         self._calls = RateLimitItemPerMinute(per_minute, namespace="calls")
         self._failures = RateLimitItemPerMinute(FAILURES_PER_MINUTE, namespace="failures")
-        self._demanded = self._path.exists()
+        self._demanded = owner == "" or self._path.exists()
 
     def demanded(self) -> bool:
-        """Return whether there is a file, or was one: losing it admits nobody."""
+        """Return whether callers need a token: there is a file, or was one; losing it admits nobody."""
         self._demanded = self._demanded or self._path.exists()
         return self._demanded
 
@@ -223,6 +229,8 @@ class Tokens:
         if not bearer.isascii() or len(bearer) > MAX_TOKEN_CHARS:
             return None
         given, now, found = hashlib.sha256(bearer.encode()).hexdigest(), self._now(), None
+        if self._owner and hmac.compare_digest(given, self._owner):
+            return LOCAL
         for each in self._read():
             same = hmac.compare_digest(each.sha256 or "", given)
             if same and each.state(now) == "active":
@@ -230,11 +238,12 @@ class Tokens:
         return found
 
     def check_rate(self, caller: Caller) -> None:
-        """Raise Refusal (429) for a token that calls too often."""
-        self._hit(self._calls, caller.name, "this token has sent too many requests")
+        """Raise Refusal (429 with Retry-After) for a token that calls too often."""
+        if caller is not LOCAL:
+            self._hit(self._calls, caller.name, "this token has sent too many requests")
 
     def fail(self, address: str) -> None:
-        """Count a failed attempt. Raise Refusal (429) for an address that fails too often."""
+        """Count a failed attempt. Raise Refusal as `check_rate` for an address that fails too often."""
         self._hit(self._failures, address, "too many failed attempts")
 
     def _hit(self, limit: RateLimitItem, whose: str, what: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.torch
 
 from cluster.serve.domain import Ended, Piece, Question, Service, Started  # noqa: E402
-from cluster.serve.replica import Engine, OwnerTokens, application  # noqa: E402
+from cluster.serve.replica import Engine, application  # noqa: E402
 from cluster.serve.tokens import Tokens  # noqa: E402
 from sisa.config.config import ServiceBlock  # noqa: E402
 from sisa.core.errors import (  # noqa: E402
@@ -396,5 +396,5 @@ def test_a_config_file_starts_no_service_without_tokens(service: Service) -> Non
     assert application(asked)._bound_deployment.name == "answers"
     (directory / "tokens.json").unlink()
     assert not Tokens(directory).demanded()
-    assert OwnerTokens(directory, 600, "").demanded()  # a replica that starts later opens no door
-    assert OwnerTokens(directory, 600, "").caller("") is None
+    assert Tokens(directory, owner="").demanded()  # a replica that starts later opens no door
+    assert Tokens(directory, owner="").caller("") is None

@@ -336,6 +336,15 @@ def test_a_token_that_calls_too_often_waits_and_others_do_not(guarded: TestClien
     assert guarded.get("/probe/read", headers=bearer(texts[1])).status_code == 200
 
 
+def test_the_owner_of_the_directory_is_not_limited(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path, per_minute=1, owner=hashlib.sha256(b"in service.json").hexdigest())
+    assert tokens.caller("another") is None
+    caller = tokens.caller("in service.json")
+    assert caller is LOCAL
+    for _ in range(3):
+        tokens.check_rate(caller)
+
+
 def test_an_address_that_fails_too_often_is_told_so_and_locks_nobody_out(guarded: TestClient) -> None:
     _, text = tokens_of(guarded).add("anna", "reader")
     found = [
