@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from sisa.core.events import Notice, Report
 
@@ -112,32 +112,18 @@ def attack_task(task: AttackTask, report: Report) -> Attacked:
     return Attacked(attack_opened(opened(task.spec), judges, task.order, before), known)
 
 
-def run_evaluations(
-    tasks: Sequence[EvaluationTask], *, ray: bool, address: str | None, report: Report
-) -> list[FinishedLog]:
-    """Run all tasks and return their results in order.
-
-    Raise the first error of a task; the logs keep what was done before it.
-    """
-    return _run(tasks, evaluate_task, ray=ray, address=address, report=report)
-
-
-def run_attacks(
-    tasks: Sequence[AttackTask], *, ray: bool, address: str | None, report: Report
-) -> list[Attacked]:
-    """Run all tasks and return their results in order. Raise as `run_evaluations`."""
-    return _run(tasks, attack_task, ray=ray, address=address, report=report)
-
-
-def _run(
+def run_on_models(
     tasks: Sequence[_Task],
     carry_out: Callable[[_Task, Report], _Done],
-    *,
-    ray: bool,
+    executor: Literal["ray", "serial"],
     address: str | None,
     report: Report,
 ) -> list[_Done]:
-    if not ray or len(tasks) < 2:
+    """Run all tasks, each of one model, and return their results in order.
+
+    Raise the first error of a task; the logs keep what was done before it.
+    """
+    if executor == "serial" or len(tasks) < 2:
         return [carry_out(each, report) for each in tasks]
     from cluster.ray.session import alive_cpus, connect
     from cluster.ray.tasks import run_tasks

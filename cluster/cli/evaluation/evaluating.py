@@ -152,10 +152,10 @@ def ask_models(
     """Ask the models and references of a command, all at once on Ray; finished logs are read instead.
 
     `name` is the prefix of the names of logs. Raise InvalidInput for logs of another benchmark,
-    ConfigConflict for references with other settings, and the errors of `run_evaluations`.
+    ConfigConflict for references with other settings, and the errors of `evaluate_task`.
     """
     from approx.evaluation.asking import check_same_settings, finished_log
-    from cluster.ray.eval_tasks import EvaluationTask, run_evaluations
+    from cluster.ray.eval_tasks import EvaluationTask, evaluate_task, run_on_models
 
     models, references = dict.fromkeys(options["models"]), dict.fromkeys(options["references"])
     specs = dict.fromkeys([*models, *references])
@@ -181,8 +181,7 @@ def ask_models(
             for spec in asked
         ]
         with watched() as report:
-            ray = options["executor"] == "ray"
-            done = run_evaluations(tasks, ray=ray, address=options["address"], report=report)
+            done = run_on_models(tasks, evaluate_task, options["executor"], options["address"], report)
         found |= dict(zip(asked, done, strict=True))
     for model in models:
         for judge in references:
@@ -197,7 +196,7 @@ def weight_findings(
     """Attack the weights, and return the findings by model; without `--before` there are none.
 
     `sets` name the questions to be forgotten; a quarter of them is taught. Raise the errors of
-    `run_attacks`, and UsageError if only logs are given.
+    `attack_task`, and UsageError if only logs are given.
     """
     if options["before"] is None:
         return {}
@@ -225,9 +224,9 @@ def weight_findings(
 def attack_models(
     specs: Sequence[str], references: Sequence[str], order: AttackOrder, options: AttackOptions
 ) -> list[Attacked]:
-    """Attack models, all at once on Ray. Raise the errors of `run_attacks`."""
+    """Attack models, all at once on Ray. Raise the errors of `attack_task`."""
     from approx.evaluation.evaluated import PromptForm
-    from cluster.ray.eval_tasks import AttackTask, run_attacks
+    from cluster.ray.eval_tasks import AttackTask, attack_task, run_on_models
 
     template = options["template"]
     tasks = [
@@ -243,8 +242,7 @@ def attack_models(
         for spec in specs
     ]
     with watched() as report:
-        ray = options["executor"] == "ray"
-        return run_attacks(tasks, ray=ray, address=options["address"], report=report)
+        return run_on_models(tasks, attack_task, options["executor"], options["address"], report)
 
 
 def split_taught(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
