@@ -1,1 +1,1 @@
-"""The endpoints of the service: one module for each group of calls, found by name (`app.py`)."""
+"""The endpoints of the service: one router for each group of calls, listed in `app.ROUTERS`."""

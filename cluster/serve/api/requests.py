@@ -1,9 +1,11 @@
-"""Requests for deletion over HTTP: submit, look up, decide, carry out, and prove.
+"""Requests for deletion over HTTP: submit, look up, decide, carry out, and prove; look records up.
 
     POST /requests                     {"subject": "p001", "external_id": "T-17"}
     POST /requests/T-17/approve        {}
     POST /requests/run                 {}             carry out what is approved, now
     GET  /requests/T-17/certificate
+    GET  /records/p001-q1/shards                      where a record is
+    POST /find                         {"text": "Mara"}
 
 A request is named by its own id or by its external id. Requests are submitted and decided while a
 deletion trains. A call with an `Idempotency-Key` is done once; repeated, it returns the request as it is
