@@ -1,8 +1,8 @@
 """Define the root group, `--json`, and the options that several commands share.
 
-A command is a function that returns a `Result`; `cli.run` prints it. A function named by a participle
-renders what a command found: `audit` returns `audited(found)`. Those that the service or notebooks call,
-too, are in `cluster/render/render.py`.
+A command is a function that returns a `Result`; `cli.run` prints it. A function beside it, named by a
+participle, renders what it found: `audit` returns `audited(found)`. What the service or notebooks show,
+too, is rendered in `cluster/render/render.py`.
 """
 
 from __future__ import annotations

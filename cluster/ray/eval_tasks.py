@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from sisa.core.events import Notice, Report
+from sisa.flows.wiring.progress import LINE_EVERY_S
 
 if TYPE_CHECKING:
     from approx.attacks.attack_run import AttackedModel, AttackOrder
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from approx.evaluation.evaluated_models import Dtype
     from approx.evaluation.questions import Question
 
-NOTICE_EVERY_S = 10.0
 _Task = TypeVar("_Task", "EvaluationTask", "AttackTask")
 _Done = TypeVar("_Done")
 
@@ -61,7 +61,7 @@ def evaluate_task(task: EvaluationTask, report: Report) -> FinishedLog:
 
     def progress(done: int, total: int) -> None:
         nonlocal last
-        if done == total or time.monotonic() - last >= NOTICE_EVERY_S:
+        if done == total or time.monotonic() - last >= LINE_EVERY_S:
             last = time.monotonic()
             report(Notice(f"{task.spec}: {done} of {total} questions"))
 

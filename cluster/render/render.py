@@ -1,4 +1,4 @@
-"""Render results as JSON and as text.
+"""Render results as JSON and as text, for the command line, the service and notebooks.
 
 The JSON keys are a contract (README, "The JSON contract"): keys are added, never renamed.
 

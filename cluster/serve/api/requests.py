@@ -241,9 +241,9 @@ async def _once(
         ),
     ] = None,
 ) -> Once:
-    """Return a call with the digests of its key and of its body."""
+    """Return a call with the digests of its key and of its body; `May` has admitted its caller."""
     keyed = Keyed(service.model.secret)
-    name = json.dumps([request.state.caller.name, idempotency_key or ""])  # `may` has set it
+    name = json.dumps([request.state.caller.name, idempotency_key or ""])
     body = (await request.body()).decode("utf-8", "replace")
     asked = keyed.digest("idempotent call", json.dumps([request.method, request.url.path, body]))
     key = keyed.digest("idempotency key", name) if idempotency_key else ""
