@@ -1,6 +1,6 @@
 """Run the console command `sisa`: carry out a command line, and exit with a code that means something.
 
-README.md lists the exit codes.
+Importing a family adds its commands to `cli`. README.md lists the exit codes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import click
 
-from cluster.cli import daily, jobs, maintenance, patches, plan, requests, rights, serve
+from cluster.cli import daily, jobs, maintenance, patches, plan, requests, rights, serve  # noqa: F401
 from cluster.cli.command import cli
-from cluster.cli.evaluation import attacks, benchmarks, tofu
-from cluster.cli.evidence import audits, certificates, keys, log, proofs, revocations
+from cluster.cli.evaluation import attacks, benchmarks, tofu  # noqa: F401
+from cluster.cli.evidence import audits, certificates, keys, log, proofs, revocations  # noqa: F401
 from cluster.observe.reporting import log_format_of, open_log
 from cluster.render import render
 from cluster.render.render import EXIT_INTERRUPTED, EXIT_USAGE
@@ -31,12 +31,7 @@ from sisa.core.errors import (
 )
 from sisa.core.run import new_run, running
 
-__all__ = ["FAMILIES", "cli"]
-FAMILIES = (  # importing them adds their commands to `cli`
-    *(attacks, audits, benchmarks, certificates, daily, jobs, keys, log, maintenance),
-    *(patches, plan, proofs, requests, revocations, rights, serve, tofu),
-)
-
+__all__ = ["cli"]
 EXIT_SIGNAL = 128  # plus the signal's number
 
 
@@ -105,13 +100,13 @@ def _fail(error: SisaError, as_json: bool, kind: str = "", code: int | None = No
     kind, code = kind or type(error).__name__, error.exit_code if code is None else code
     if as_json:
         click.echo(json.dumps({"error": error.to_json() | {"type": kind}}, indent=2))
-    log = open_log()
-    if log is None:
+    json_log = open_log()
+    if json_log is None:
         click.echo(f"error: {render.printable(str(error))}", err=True)
     else:
         # A usage error may quote an id from the command line: log its type alone.
         message = "" if kind == "UsageError" else render.printable(error.what)
-        log.write("run_failed", "error", error=kind, exit_code=code, message=message)
+        json_log.write("run_failed", "error", error=kind, exit_code=code, message=message)
     return code
 
 
