@@ -43,7 +43,6 @@ from sisa.flows.deletion import ForgetOutcome, ForgetPlan, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
 from sisa.flows.lifecycle import Terms, copies, forget_at_once, new_request
-from sisa.flows.model_directory import WAITS_S, ModelDirectory, retry_read
 from sisa.flows.reconcile import reconcile, under_way
 from sisa.flows.rights import drop
 from sisa.flows.rights.access import held_of, recipients_of
@@ -57,6 +56,7 @@ from sisa.flows.status import (
     status_of,
 )
 from sisa.flows.wiring.executors import OpenExecutor
+from sisa.flows.wiring.model_directory import WAITS_S, ModelDirectory, retry_read
 from sisa.flows.wiring.scratch_base import guard
 from sisa.lm.routing.route import Route
 from sisa.planning.batching import RunPlan

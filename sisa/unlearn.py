@@ -19,10 +19,10 @@ from sisa.core.patches import Patch, VaultSet, active, wanted
 from sisa.flows import lifecycle
 from sisa.flows.context.context import Context, patch_files, patches_beneath, trained_over
 from sisa.flows.context.resources import Resources
-from sisa.flows.model_directory import retry_read
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import Composition, measure
 from sisa.flows.patches.patching import Unlearnt, Wish, shards_over
+from sisa.flows.wiring.model_directory import retry_read
 from sisa.model import Model
 
 

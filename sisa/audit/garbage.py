@@ -26,7 +26,6 @@ from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import plans_of, view_shards
 from sisa.flows.context.stale_exports import give_up_lost
-from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.reconcile import open_plans
 from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.keys import KEY
@@ -38,6 +37,7 @@ from sisa.flows.wiring.ledger_place import (
     lock_beside,
     model_lock,
 )
+from sisa.flows.wiring.model_directory import ModelDirectory
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.store import areas
 from sisa.store.blobs import files

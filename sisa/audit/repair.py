@@ -30,7 +30,6 @@ from sisa.flows.context.commit import commit, is_behind
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import plan_of, plans_of, view_shard, view_shards
 from sisa.flows.context.slices import embed_shard
-from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.patches.on_deletion import give_up
 from sisa.flows.reconcile import just_trained, reconcile, train_chains
 from sisa.flows.reconfigure import reseal_model
@@ -39,6 +38,7 @@ from sisa.flows.rights.drop import stray_identities
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.executors import check_executor
 from sisa.flows.wiring.ledger_place import model_lock
+from sisa.flows.wiring.model_directory import ModelDirectory
 from sisa.planning.layout import index_root
 from sisa.planning.plan import ShardPlan, reached
 from sisa.store.blobs import files

@@ -32,8 +32,8 @@ from sisa.core.errors import EnvironmentFault
 from sisa.core.events import silent
 from sisa.core.ports import CheckpointStore
 from sisa.flows.context.context import Context
-from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.wiring.executors import OnCluster
+from sisa.flows.wiring.model_directory import ModelDirectory
 from sisa.flows.wiring.wiring import open_as_it_is
 from sisa.lm.base.numerics import worker_environment
 from sisa.planning.plan import all_paths

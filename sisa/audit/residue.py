@@ -59,10 +59,10 @@ from sisa.core.errors import IntegrityError, InvalidInput, SisaError
 from sisa.core.ports import BlobStore
 from sisa.flows.context.areas import known_by_area
 from sisa.flows.context.context import Context
-from sisa.flows.model_directory import ModelDirectory
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.status import export_statuses
 from sisa.flows.wiring.ledger_place import LEDGER, ledger_place, open_ledger
+from sisa.flows.wiring.model_directory import ModelDirectory
 from sisa.lm.base.model_cache import cache_dir
 from sisa.store.areas import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.store.blobs.files import walk
