@@ -254,7 +254,7 @@ class Model(ModelDirectory):
         """
         with self.writing() as context:
             begun = {each.request_id for each in under_way(context)}
-            waiting = lifecycle.approved(context)
+            waiting = lifecycle.ready(context)
             if waiting:
                 _ = self.resources.base  # refuses a changed base before anything is erased
                 done = lifecycle.carry_out(context, waiting)

@@ -4,6 +4,9 @@
     received, approved <-> held;  received, approved, held -> denied, cancelled
     failed and erasure_failed are left by carrying the request out again
 
+`committed` and `rolled_back` are one commit, before which people may move a request (`moved`), and after
+which only the flows do.
+
 `gdpr`: one calendar month from receipt, extendable once by two months with a reason (GDPR Art. 12(3)).
 `delete-act`: 45 days (California Delete Act: data brokers process requests at least once in 45 days),
 not extendable. A move that the present state does not allow raises ConfigConflict. Time is an argument.
@@ -44,10 +47,10 @@ GDPR_MONTHS, GDPR_EXTENSION_MONTHS = 1, 2
 DELETE_ACT_DAYS = 45
 RECTIFY = "sisa rectify"  # approves and names the deletions of a rectification
 
-ACCEPTED: tuple[RequestState, ...] = ("committed", "rolled_back")  # both by one commit
+COMMITTED: tuple[RequestState, ...] = ("committed", "rolled_back")  # entered in one commit
 OPEN: frozenset[RequestState] = frozenset({"received", "approved", "held"})
 CLOSED: frozenset[RequestState] = frozenset({"completed", "denied", "cancelled"})
-UNDER_WAY: tuple[RequestState, ...] = (*ACCEPTED, "erased", "erasure_failed", "retrained")
+UNDER_WAY: tuple[RequestState, ...] = (*COMMITTED, "erased", "erasure_failed", "retrained")
 BY_HAND: dict[RequestState, frozenset[RequestState]] = {
     "approved": frozenset({"received", "held", "failed"}),
     "held": frozenset({"received", "approved", "failed"}),
@@ -146,8 +149,13 @@ def days_left(due: str, now: str) -> int:
 
 
 def is_under_way(request: Request) -> bool:
-    """Return whether a request was accepted and is not finished; the reconciliation continues it."""
+    """Return whether a request is committed and not finished; the reconciliation continues it."""
     return request.state in UNDER_WAY or (request.state == "failed" and request.committed_at != "")
+
+
+def waits_to_run(request: Request) -> bool:
+    """Return whether a request is approved and not committed; the next run carries it out."""
+    return request.state in ("approved", "failed") and not is_under_way(request)
 
 
 def may_become(request: Request, state: RequestState) -> bool:
@@ -155,8 +163,11 @@ def may_become(request: Request, state: RequestState) -> bool:
     return request.state in BY_HAND.get(state, frozenset()) and not is_under_way(request)
 
 
-def moved(request: Request, state: RequestState, note: str = "") -> Request:
-    """Return a request after a person's decision. Raise ConfigConflict if its state forbids it."""
+def moved(request: Request, state: RequestState, approver: str = "") -> Request:
+    """Return a request after a person's decision; an approval keeps its `approver`, if one is named.
+
+    Raise ConfigConflict if the request's state forbids the decision.
+    """
     if not may_become(request, state):
         allowed = BY_HAND.get(state, frozenset())
         raise ConfigConflict(
@@ -166,8 +177,8 @@ def moved(request: Request, state: RequestState, note: str = "") -> Request:
             got=request.state,
             next_step="`sisa request show` prints its history",
         )
-    approver = note or request.approver if state == "approved" else request.approver
-    return replace(request, state=state, approver=approver, cause="")
+    named = approver if state == "approved" else ""
+    return replace(request, state=state, approver=named or request.approver, cause="")
 
 
 def check_four_eyes(submitter: str, approver: str | None) -> None:

@@ -27,12 +27,7 @@ from sisa.core.hooks import Contribution, Removal
 from sisa.core.ledger_meta import HELD_PROMPTS
 from sisa.core.patches import active, wanted
 from sisa.core.ports import Change, KeptVersions, Probe, merged
-from sisa.core.requests import (
-    ACCEPTED,
-    Probed,
-    Request,
-    RequestEvent,
-)
+from sisa.core.requests import COMMITTED, Probed, Request, RequestEvent
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import check_sources, plans_of
@@ -303,7 +298,7 @@ def commit_removed(
     vaulted = {key: name for each in contributed for key, name in each.vaulted.items()}
     written = _write_remaining(context, planned)
     removing = _removing(context, removal, planned, vaulted)
-    added = replace(addition, requests=())  # `removing` has them, accepted already
+    added = replace(addition, requests=())  # `removing` has them, committed already
     change = merged([*(each.change for each in contributed), added, written, removing])
     with context.stores.ledger.exclusive():
         if not held_too and _is_overtaken(context, removal):
@@ -324,8 +319,8 @@ def _removing(
 ) -> Change:
     """Return the transaction of a deletion, except its rewritten files."""
     now, before = context.now(), model_digest(context)
-    accepted = [
-        _accepted(each, planned, removal.named[each.request_id], now, before, vaulted)
+    committed = [
+        _committed(each, planned, removal.named[each.request_id], now, before, vaulted)
         for each in removal.requests
     ]
     return Change(
@@ -337,8 +332,8 @@ def _removing(
         heads=[plan.head for plan in planned.plans],
         dropped=planned.tainted,
         exports=tainted_exports(context.stores.ledger.exports(), removal.named),
-        requests=accepted,
-        events=[RequestEvent(each.request_id, state, now) for each in accepted for state in ACCEPTED],
+        requests=committed,
+        events=[RequestEvent(each.request_id, state, now) for each in committed for state in COMMITTED],
         meta={HELD_PROMPTS: "null"},  # it is noted again when all is done
     )
 
@@ -371,7 +366,7 @@ def legal_holds(context: Context, records: Collection[str]) -> list[str]:
     return [each for each in held if not records.isdisjoint(ledger.named_by(each))]
 
 
-def _accepted(
+def _committed(
     request: Request,
     planned: Forgetting,
     rows: Sequence[RecordRow],

@@ -30,6 +30,7 @@ from sisa.core.requests import (
     event,
     extended,
     moved,
+    waits_to_run,
 )
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
@@ -247,7 +248,6 @@ def decide(context: Context, request_id: str, state: RequestState, note: str, by
     if state in ("denied", "held") and not note.strip():
         raise InvalidInput(f"a request is not {state} without a reason", next_step="give --reason")
     approver = by or note
-    event_note = f"{by}: {note}" if by and note else approver
     if state == "approved" and not approver.strip():
         raise InvalidInput("an approval names its approver", next_step="give --approver")
     with context.stores.ledger.exclusive():
@@ -255,7 +255,8 @@ def decide(context: Context, request_id: str, state: RequestState, note: str, by
         request = moved(found, state, approver)
         if state == "approved" and context.settings.four_eyes:
             check_four_eyes(found.submitter, approver)
-        commit(context, Change(requests=[request], events=[event(request, context.now(), event_note)]))
+        signed_note = ": ".join(filter(None, (by, note)))
+        commit(context, Change(requests=[request], events=[event(request, context.now(), signed_note)]))
     return request
 
 
@@ -268,8 +269,8 @@ def extend(context: Context, request_id: str, reason: str) -> Request:
     return request
 
 
-def approved(context: Context) -> list[Request]:
-    """Return the requests that wait to run and are under no hold, the most urgent first."""
+def ready(context: Context) -> list[Request]:
+    """Return the requests that wait to run, and not for a legal hold, the most urgent first."""
     requests = context.stores.ledger.requests()
     holds = _holds(context, requests)
     free = [each for each in requests if each.request_id in holds and not holds[each.request_id]]
@@ -279,11 +280,7 @@ def approved(context: Context) -> list[Request]:
 def _holds(context: Context, requests: Sequence[Request]) -> dict[str, tuple[str, ...]]:
     """Return, for each request that waits to run, those under a legal hold that name its records."""
     ledger = context.stores.ledger
-    waiting = [
-        each.request_id
-        for each in requests
-        if each.state == "approved" or (each.state == "failed" and not each.committed_at)
-    ]
+    waiting = [each.request_id for each in requests if waits_to_run(each)]
     held = [each.request_id for each in requests if each.state == "held"]
     records = {name: frozenset(ledger.named_by(name)) for name in (waiting + held if held else ())}
     return {
@@ -300,7 +297,7 @@ def carry_out(context: Context, requests: Sequence[Request]) -> tuple[Request, .
     asked = {request.request_id for request in requests}
 
     def attempt() -> Deleted:
-        due = [each for each in approved(context) if each.request_id in asked]
+        due = [each for each in ready(context) if each.request_id in asked]
         named = {each.request_id: rows_named(context, each) for each in due}
         return delete(context, Removal(due, named), Change()) if due else Deleted()
 
@@ -338,7 +335,7 @@ def _check_no_hold(context: Context, records: Collection[str]) -> None:
 def plan_run(context: Context) -> RunPlan:
     """Return whether to carry out the approved requests now, priced from this model's past."""
     ledger = context.stores.ledger
-    waiting, now = approved(context), context.now()
+    waiting, now = ready(context), context.now()
     rows = [row for request in waiting for row in rows_named(context, request)]
     planned = plan_forget(context, list({row.id_digest: row for row in rows}.values()))
     plans = [*open_plans(context), *planned.plans]  # the later plan of a shard includes its open work
@@ -371,7 +368,7 @@ def queue_seen(context: Context) -> QueueSeen:
     """Return the number of requests in each state."""
     requests = context.stores.ledger.requests()
     states = Counter(each.state for each in requests)
-    names = {each.request_id for each in approved(context)}
+    names = {each.request_id for each in ready(context)}
     names |= {each.request_id for each in under_way(context)}
     waiting = [each for each in requests if each.request_id in names or each.state == "received"]
     left = [days_left(each.due, context.now()) for each in waiting]

@@ -189,7 +189,7 @@ def _targets(context: Context) -> frozenset[str]:
 
 
 def under_way(context: Context) -> list[Request]:
-    """Return the requests that were accepted and are not finished."""
+    """Return the requests that were committed and not finished."""
     return [request for request in context.stores.ledger.requests() if is_under_way(request)]
 
 

@@ -31,6 +31,7 @@ from sisa.core.requests import (
     extended,
     is_under_way,
     moved,
+    waits_to_run,
 )
 
 STATES: tuple[RequestState, ...] = get_args(RequestState)
@@ -195,11 +196,18 @@ def test_who_approved_stays_when_others_decide() -> None:
 
 
 @pytest.mark.parametrize("found", TABLE, ids=str)
-def test_what_is_accepted_and_not_finished_is_under_way(found: tuple[RequestState, bool]) -> None:
+def test_what_is_committed_and_not_finished_is_under_way(found: tuple[RequestState, bool]) -> None:
     state, committed = found
     assert is_under_way(request(state, COMMITTED_AT if committed else "")) == (
         committed and state != "completed"
     )
+
+
+@pytest.mark.parametrize("found", TABLE, ids=str)
+def test_what_is_approved_and_not_committed_waits_to_run(found: tuple[RequestState, bool]) -> None:
+    state, committed = found
+    waits = waits_to_run(request(state, COMMITTED_AT if committed else ""))
+    assert waits == (found in [("approved", False), ("failed", False)])
 
 
 def test_nothing_is_both_open_and_under_way() -> None:

@@ -103,7 +103,7 @@ def batch(num_shards: int) -> Callable[[], object]:
 def look_at_what_waits(num_shards: int) -> Callable[[], object]:
     model = trained(num_shards)
     requests(model)
-    return lambda: lifecycle.approved(model.context)
+    return lambda: lifecycle.ready(model.context)
 
 
 @pytest.mark.parametrize("flow", [first_training, addition, batch, look_at_what_waits])
@@ -129,7 +129,7 @@ def test_what_waits_is_read_once_however_much_waits(monkeypatch: pytest.MonkeyPa
     model = trained(12)
     requests(model)
     calls = counted(monkeypatch, model.ledger, "requests")
-    assert len(lifecycle.approved(model.context)) > 10
+    assert len(lifecycle.ready(model.context)) > 10
     assert len(calls) == 1
 
 

@@ -76,7 +76,7 @@ def test_a_request_lives_its_whole_life_under_any_clock(times: list[datetime], n
     assert set(plan.requests) == {one.request_id, other.request_id}
     assert plan.expected_arrivals >= 0
     assert date.fromisoformat(str(plan.run_by))
-    done = lifecycle.carry_out(context, lifecycle.approved(context))
+    done = lifecycle.carry_out(context, lifecycle.ready(context))
     assert {each.state for each in done} == {"completed"}
     for each in done:
         sound(context, each, now)

@@ -81,7 +81,7 @@ def held_numbers(fake: FakeModel) -> set[int]:
 
 
 def run_all(fake: FakeModel) -> tuple[Request, ...]:
-    return carry_out(fake.context, lifecycle.approved(fake.context))
+    return carry_out(fake.context, lifecycle.ready(fake.context))
 
 
 def state(fake: FakeModel, request: Request) -> RequestState:
@@ -284,7 +284,7 @@ def test_the_most_urgent_comes_first(fake: FakeModel) -> None:
         moment = f"2026-01-0{number + 1}T00:00:00+00:00"
         context = changed(fake.context, now=partial(str, moment))
         received.append(submit(context, fake.rows(number), (), replace(APPROVED, due=due)))
-    found = lifecycle.approved(fake.context)
+    found = lifecycle.ready(fake.context)
     assert [received.index(each) for each in found] == [1, 3, 2, 0]
 
 
@@ -478,7 +478,7 @@ def failing(fake: FakeModel, context: Context | None = None) -> None:
     """Run what is approved and see it fail."""
     context = context or fake.context
     with pytest.raises(EnvironmentFault):
-        carry_out(context, lifecycle.approved(context))
+        carry_out(context, lifecycle.ready(context))
 
 
 def untrainable(fake: FakeModel) -> Context:
@@ -497,7 +497,7 @@ def test_a_failed_training_leaves_clean_heads_and_is_finished_later(fake: FakeMo
     for decision in ("approved", "held", "denied", "cancelled"):
         with pytest.raises(ConfigConflict):
             decide(fake.context, request.request_id, decision, "too late")
-    assert lifecycle.approved(fake.context) == []  # it is not deleted twice, only finished
+    assert lifecycle.ready(fake.context) == []  # it is not deleted twice, only finished
     meanwhile: list[Request] = []
     fake.before_run.append(lambda: meanwhile.append(find(fake.context, request.request_id)))
     reconcile(fake.context)
@@ -701,7 +701,7 @@ def test_any_history_of_requests_leaves_what_was_not_completed(
                 run_all(fake)
             else:
                 try:
-                    carry_out(untrainable(fake), lifecycle.approved(fake.context))
+                    carry_out(untrainable(fake), lifecycle.ready(fake.context))
                 except EnvironmentFault:
                     reconcile(fake.context)
             expected = ["completed" if each == "approved" else each for each in expected]
