@@ -150,12 +150,8 @@ class Model(ModelDirectory):
         with self.context() as context, context.stores.ledger.snapshot():
             planned = plan_forget(context, *query.held_and_deleted(context, ids, subject))
             measured = context.stores.ledger.checkpoints()
-            return ForgetPlan(
-                forgetting=planned,
-                estimated_seconds=estimate_seconds(planned.record_epochs_retrained, measured),
-                slice_files_erased=len(planned.remaining) + len(planned.emptied),
-                index_rows_erased=len(planned.removed),
-            )
+            seconds = estimate_seconds(planned.record_epochs_retrained, measured)
+            return replace(planned, estimated_seconds=seconds)
 
     def forget(
         self,

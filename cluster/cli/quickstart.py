@@ -258,7 +258,7 @@ def _fetch(config: RunConfig, executor: ExecutorChoice) -> None:
 
 def _choose(story: Story, model: Model, people: dict[str, list[Row]]) -> None:
     """Choose a person to delete, at the median cost, and another one from the fullest other shard."""
-    plans = {who: model.plan_forget(subject=who).forgetting for who in people}
+    plans = {who: model.plan_forget(subject=who) for who in people}
     costs = {who: plan.record_epochs_retrained for who, plan in plans.items()}
     ranked = sorted((who for who in people if costs[who]), key=lambda who: costs[who])
     story.subject = ranked[len(ranked) // 2] if ranked else next(iter(people))

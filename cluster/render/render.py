@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sisa.core.requests import Probed
     from sisa.evidence.attestations import Stated
     from sisa.flows.ask import Answer
-    from sisa.flows.deletion import ForgetOutcome, ForgetPlan, Forgetting
+    from sisa.flows.deletion import ForgetOutcome, ForgetPlan
     from sisa.flows.ingest import Rectified, Taken
     from sisa.flows.query import Candidate, Location
     from sisa.flows.rights.drop import Details, Standing
@@ -65,7 +65,7 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f}%" if whole else "0%"
 
 
-def retrained(of: Request | Forgetting) -> str:
+def retrained(of: Request | ForgetPlan) -> str:
     """Return the record-epochs that a deletion retrains, and their share of a full training."""
     part, whole = of.record_epochs_retrained, of.record_epochs_full
     return f"{part} of {whole} ({share(part, whole)})"
@@ -222,7 +222,7 @@ def drop_shown(found: Details | None) -> Result:
     return Result(asdict(found), lines)
 
 
-def meanwhile(of: Request | Forgetting) -> Iterator[str]:
+def meanwhile(of: Request | ForgetPlan) -> Iterator[str]:
     """Yield what is served until the shards are retrained, and the additional cost of other orders."""
     if of.served:
         shards = _shortened([f"shard {s}: {n} of {whole} slices" for s, n, whole in of.served])
@@ -237,7 +237,7 @@ def _shortened(shards: Sequence[object]) -> str:
     return ", ".join(map(str, [*shards[:MAX_SHARDS_SHOWN], *more]))
 
 
-def _numbers(of: Request | Forgetting, shards: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+def _numbers(of: Request | ForgetPlan, shards: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
     """Return the keys that a deletion and its dry run share."""
     return {
         "shards": [{"shard": s, "first_slice": f, "slices_retrained": n} for s, f, n in shards],
@@ -250,31 +250,31 @@ def _numbers(of: Request | Forgetting, shards: Sequence[tuple[int, int, int]]) -
 
 
 def forget_plan(planned: ForgetPlan) -> Result:
-    forgetting, seconds = planned.forgetting, planned.estimated_seconds
-    rows = [(shard, forgetting.first_slices[shard], n) for shard, n in forgetting.stages.items()]
+    seconds = planned.estimated_seconds
+    rows = [(shard, planned.first_slices[shard], n) for shard, n in planned.stages.items()]
     erased = {
-        "checkpoints": len(forgetting.tainted),
-        "slice_files": planned.slice_files_erased,
-        "index_rows": planned.index_rows_erased,
-        "exports": len(forgetting.exports),
+        "checkpoints": len(planned.tainted),
+        "slice_files": planned.num_slice_files,
+        "index_rows": len(planned.removed),
+        "exports": len(planned.exports),
     }
     body = {
         "dry_run": True,
-        "records": len(forgetting.removed),
-        "already_deleted": len(forgetting.already_deleted),
-        **_numbers(forgetting, rows),
+        "records": len(planned.removed),
+        "already_deleted": len(planned.already_deleted),
+        **_numbers(planned, rows),
         "estimated_seconds": seconds,
         "would_erase": erased,
     }
     estimate = "unknown" if seconds is None else f"{seconds:.1f} s of one worker"
     *most, last = (counted(n, name.removesuffix("s").replace("_", " ")) for name, n in erased.items())
     lines = [
-        f"would delete {counted(len(forgetting.removed), 'record')}; nothing was changed",
+        f"would delete {counted(len(planned.removed), 'record')}; nothing was changed",
         *(f"  shard {s}: retrain {counted(n, 'slice')} from slice {first} on" for s, first, n in rows),
-        f"  record-epochs: {retrained(forgetting)}; estimated time {estimate}",
-        *meanwhile(forgetting),
+        f"  record-epochs: {retrained(planned)}; estimated time {estimate}",
+        *meanwhile(planned),
         f"  would erase {', '.join(most)} and {last}",
-        *_already(len(forgetting.already_deleted)),
+        *_already(len(planned.already_deleted)),
         "next: the same command without --dry-run",
     ]
     return Result(body, lines)

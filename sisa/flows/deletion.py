@@ -43,8 +43,8 @@ _Placed = TypeVar("_Placed", RecordRow, SliceState)
 
 
 @dataclass(frozen=True)
-class Forgetting:
-    """Describe a deletion before it is carried out: numbers and keys alone."""
+class ForgetPlan:
+    """What a deletion would do: numbers and keys alone."""
 
     removed: tuple[RecordRow, ...]
     already_deleted: tuple[Tombstone, ...]
@@ -57,6 +57,14 @@ class Forgetting:
     record_epochs_full: int
     record_epochs_others: int  # of the stages of the other orders
     serving_depth: float  # after the commit: mean share of its slices that each shard serves
+    estimated_seconds: float | None = (
+        None  # of one worker; None if not estimated, or nothing is measured
+    )
+
+    @property
+    def num_slice_files(self) -> int:
+        """Return how many slice files are erased."""
+        return len(self.remaining) + len(self.emptied)
 
     @property
     def served(self) -> tuple[tuple[int, int, int], ...]:
@@ -74,19 +82,9 @@ class Forgetting:
         return _first_slices(self.removed)
 
 
-@dataclass(frozen=True)
-class ForgetPlan:
-    """What a deletion would do; `estimated_seconds` is for one worker, None before any measurement."""
-
-    forgetting: Forgetting
-    estimated_seconds: float | None
-    slice_files_erased: int
-    index_rows_erased: int
-
-
 def plan_forget(
     context: Context, rows: Sequence[RecordRow], already: Sequence[Tombstone] = ()
-) -> Forgetting:
+) -> ForgetPlan:
     """Return what deleting these rows would do. Read only the shards concerned; change nothing."""
     ledger = context.stores.ledger
     changed = _changed_slices(context, rows)
@@ -104,7 +102,7 @@ def plan_forget(
     views = [ShardView(shard, tuple(states), ()) for shard, states in left.items()]
     heads = {head.shard: head for head in ledger.heads()}
     heads |= {plan.shard: plan.head for plan in plans}
-    return Forgetting(
+    return ForgetPlan(
         removed=tuple(rows),
         already_deleted=tuple(already),
         plans=tuple(plans),
@@ -315,7 +313,7 @@ def _is_overtaken(context: Context, removal: Removal) -> bool:
 
 
 def _removing(
-    context: Context, removal: Removal, planned: Forgetting, vaulted: Mapping[str, str]
+    context: Context, removal: Removal, planned: ForgetPlan, vaulted: Mapping[str, str]
 ) -> Change:
     """Return the transaction of a deletion, except its rewritten files."""
     now, before = context.now(), model_digest(context)
@@ -345,7 +343,7 @@ def _unidentified(removal: Removal) -> list[str]:
     return sorted(removal.rows.keys() - staying)
 
 
-def _write_remaining(context: Context, planned: Forgetting) -> Change:
+def _write_remaining(context: Context, planned: ForgetPlan) -> Change:
     """Write the slices that lose records, and the indexes of shards that still hold some.
 
     Return the change that makes them current.
@@ -368,7 +366,7 @@ def legal_holds(context: Context, records: Collection[str]) -> list[str]:
 
 def _committed(
     request: Request,
-    planned: Forgetting,
+    planned: ForgetPlan,
     rows: Sequence[RecordRow],
     now: str,
     before: str,
@@ -393,7 +391,7 @@ def _committed(
 
 
 def _tombstones(
-    context: Context, planned: Forgetting, named: Mapping[str, Sequence[RecordRow]], now: str
+    context: Context, planned: ForgetPlan, named: Mapping[str, Sequence[RecordRow]], now: str
 ) -> list[Tombstone]:
     by_record = {row.id_digest: request for request, rows in named.items() for row in rows}
     held = {plan.shard: context.stores.ledger.checkpoints(plan.shard) for plan in planned.plans}

@@ -56,7 +56,7 @@ def trained(folder: Path) -> dict[int, str]:
     cold.run("-m", "sisa", "train", start.run_file, "--executor", "serial")
     model = open_model(folder / "quickstart" / "model")
     people = sorted({row["subject_id"] for row in rows})
-    costs = {model.plan_forget(subject=who).forgetting.record_epochs_retrained: who for who in people}
+    costs = {model.plan_forget(subject=who).record_epochs_retrained: who for who in people}
     return {cost: who for cost, who in sorted(costs.items()) if cost}
 
 

@@ -21,7 +21,7 @@ from sisa.core.errors import Problem
 from sisa.core.patches import VaultSet
 from sisa.core.requests import Probed, Request
 from sisa.flows.ask import Answer
-from sisa.flows.deletion import ForgetOutcome, ForgetPlan, Forgetting, plan_forget
+from sisa.flows.deletion import ForgetOutcome, ForgetPlan, plan_forget
 from sisa.flows.ingest import Taken, train
 from sisa.flows.query import Candidate, Location, PatchTouch, Touch
 from sisa.flows.routing import HeldPrompts
@@ -64,7 +64,7 @@ STATUS = Status(
 )  # fmt: skip
 
 
-def forgetting() -> Forgetting:
+def forget_plan() -> ForgetPlan:
     model = fake_model()
     train(model.context, [fake_record(number) for number in range(12)])
     rows = [row for head in model.ledger.heads() for row in model.ledger.rows(head.shard)]
@@ -195,8 +195,8 @@ def test_forget_of_what_is_gone_says_so_under_the_same_keys() -> None:
 
 
 def test_a_dry_run() -> None:
-    planned = forgetting()
-    result = render.forget_plan(ForgetPlan(planned, 1.25, 2, 2))
+    planned = forget_plan()
+    result = render.forget_plan(replace(planned, estimated_seconds=1.25))
     found = read(result)
     assert found["dry_run"] is True
     assert (found["records"], found["already_deleted"]) == (2, 1)
@@ -210,7 +210,7 @@ def test_a_dry_run() -> None:
     ]
     assert "nothing was changed" in result.text
     assert result.text.endswith("next: the same command without --dry-run")
-    unknown = render.forget_plan(ForgetPlan(planned, None, 2, 2))
+    unknown = render.forget_plan(planned)
     assert (read(unknown)["estimated_seconds"], "unknown" in unknown.text) == (None, True)
 
 
@@ -315,8 +315,8 @@ def test_text_of_records_reaches_no_terminal_raw() -> None:
 
 
 def test_no_row_is_printed_by_a_dry_run() -> None:
-    planned = forgetting()
-    text = render.forget_plan(ForgetPlan(planned, None, 1, 1))
+    planned = forget_plan()
+    text = render.forget_plan(planned)
     for row in planned.removed:
         assert isinstance(row, RecordRow)
         assert row.id_digest not in text.text + json.dumps(text.json)

@@ -52,7 +52,7 @@ def where_is_of_one_state(model: Model) -> None:
 
 
 def plan_is_of_one_state(model: Model) -> None:
-    plan = model.plan_forget([each.id for each in KEPT]).forgetting
+    plan = model.plan_forget([each.id for each in KEPT])
     assert len(plan.removed) == len(KEPT)
 
 
