@@ -42,7 +42,7 @@ from sisa.flows.wiring.keys import (
     KEY,
     deleted_under,
     keep_key,
-    keyrings,
+    keyrings_dir,
     witness_dir,
     witness_of,
     write_key,
@@ -219,7 +219,7 @@ def _new_name(config: RunConfig) -> str:
 
 
 def _check_keys_outside(config: RunConfig) -> None:
-    keys, within = keyrings(config).resolve(), [config.output_dir]
+    keys, within = keyrings_dir(config).resolve(), [config.output_dir]
     within += [Path(config.storage)] if config.storage and not is_uri(config.storage) else []
     if any(keys.is_relative_to(each.resolve()) for each in within):
         raise InvalidInput(
@@ -231,7 +231,7 @@ def _check_keys_outside(config: RunConfig) -> None:
 
 def _check_keys_moved(model: Model, config: RunConfig) -> None:
     """Raise ConfigConflict if `keyring:` names a directory to which the keys were not moved."""
-    old, new = (keyrings(each) / model.id for each in (model.config, config))
+    old, new = (keyrings_dir(each) / model.id for each in (model.config, config))
     needed = model.config.encrypt or model.keyring.held(VAULT)
     if needed and old != new and not new.is_dir():
         raise ConfigConflict(

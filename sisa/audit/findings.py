@@ -33,7 +33,7 @@ from sisa.flows.reconcile import check_rows
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.status import export_statuses
 from sisa.flows.wiring.description import model_id
-from sisa.flows.wiring.keys import evidence_keys
+from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.planning.layout import slice_root
@@ -214,7 +214,7 @@ def _modes(context: Context, directory: Path) -> Iterator[Finding]:
 def _evidence_keys(context: Context) -> Iterator[Finding]:
     """Find keys of evidence that others than their owner may use."""
     meta = context.stores.ledger.meta()
-    place = evidence_keys(RunConfig.from_canonical(meta["config"]), model_id(meta))
+    place = evidence_keys_dir(RunConfig.from_canonical(meta["config"]), model_id(meta))
     if place.is_dir():
         yield from _open_to_others(walk(place))
 

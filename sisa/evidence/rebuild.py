@@ -40,7 +40,7 @@ from sisa.store.areas import LOG
 from sisa.store.blobs.keyring import read_secret
 from sisa.train import train_model
 from sisa.verifier.certificate import REBUILD, Certificate
-from sisa.verifier.envelope import SHA256_HEX, CertificateKey, Refused, members, verify_envelope
+from sisa.verifier.envelope import SHA256_HEX, Refused, StatementKey, members, verify_envelope
 
 NOT_GIVEN = ("datasets", "partition_key_file")  # of the operator's run file: other files replace them
 _SERVED = {
@@ -210,13 +210,13 @@ def rebuild_statement(found: Rebuild, certificate: Certificate, at: str) -> dict
     return statement(subject, REBUILD, predicate)
 
 
-def add_rebuild(model: Model, envelope: bytes, public_key: CertificateKey) -> int:
+def add_rebuild(model: Model, envelope: bytes, public_key: StatementKey) -> int:
     """Log a second party's statement beside the model's own, and return the number of its entry.
 
     Raise Refused unless that key signed it and it is about a certificate of this log.
     """
     keys = keys_of(model)
-    parties = replace(keys.public, certificates=(replace(public_key, since=0, until=None),))
+    parties = replace(keys.public, statement_keys=(replace(public_key, since=0, until=None),))
     stated = verify_envelope(envelope, parties)
     predicate = stated["predicate"] if stated["predicateType"] == REBUILD else {}
     with model.writing() as context:

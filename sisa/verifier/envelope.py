@@ -23,7 +23,7 @@ import hashlib
 import json
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +117,7 @@ def pae(payload_type: str, payload: bytes) -> bytes:
 
 
 @dataclass(frozen=True)
-class CertificateKey:
+class StatementKey:
     """A key that signs statements, and the entries of the log for which it holds."""
 
     keyid: str
@@ -140,15 +140,12 @@ class CertificateKey:
         return False
 
 
-Choose = Callable[[Any], Sequence[CertificateKey]]  # from an envelope's payload, the keys to check it by
-
-
 @dataclass(frozen=True)
 class PublicKeys:
-    """The public keys of a model's evidence; `certificates` are in order, the oldest first."""
+    """The public keys of a model's evidence; `statement_keys` are in order, the oldest first."""
 
     model: str
-    certificates: tuple[CertificateKey, ...]
+    statement_keys: tuple[StatementKey, ...]
     log: str  # a vkey (C2SP signed note)
     vrf: bytes
     exports: bytes = b""  # of `model.sig` in exports: SubjectPublicKeyInfo (DER) of ECDSA on P-256
@@ -159,12 +156,15 @@ def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> 
 
     Without an index, the statement is in no log, and the present key must have signed it.
     """
-    value, signed = _opened(data, "the envelope", PAYLOAD_TYPE, lambda _: keys.certificates)
+    name = "the envelope"
+    payload, signatures = _opened(data, name, PAYLOAD_TYPE)
+    value = strict_json(payload, f"the payload of {name}")
+    signed = _signers(keys.statement_keys, signatures, pae(PAYLOAD_TYPE, payload), name)
     if not any(key.holds(index) for key in signed):
         what = "its key did not hold then" if signed else "none of the public keys signed it"
         expected = " or ".join(f"one for entries from {key.since} to {key.until}" for key in signed)
         got = "no proof from the log" if index is None else f"entry {index}"
-        raise Refused(what, "the envelope", expected, got, "get the public keys of its model and time")
+        raise Refused(what, name, expected, got, "get the public keys of its model and time")
     kinds = {"_type": STATEMENT_TYPE, "subject": list, "predicateType": str, "predicate": dict}
     statement = members(value, "the statement", kinds)
     for each in statement["subject"]:
@@ -175,30 +175,35 @@ def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> 
 
 def parse_keys(data: bytes) -> PublicKeys:
     """Return the keys in a file of public keys, which the last of them signed."""
-    what, choose = "the file of public keys", lambda value: public_keys(value).certificates[-1:]
-    value, signed = _opened(data, what, KEYS_PAYLOAD_TYPE, choose)
-    if not signed:
+    name = "the file of public keys"
+    payload, signatures = _opened(data, name, KEYS_PAYLOAD_TYPE)
+    keys = public_keys(strict_json(payload, f"the payload of {name}"))
+    if not _signers(keys.statement_keys[-1:], signatures, pae(KEYS_PAYLOAD_TYPE, payload), name):
         raise Refused("the file of public keys is not signed by its last key")
-    return public_keys(value)
+    return keys
 
 
-def _opened(data: bytes, what: str, kind: str, choose: Choose) -> tuple[Any, list[CertificateKey]]:
-    """Return an envelope's payload, and which of the chosen keys signed it."""
+def _opened(data: bytes, name: str, kind: str) -> tuple[bytes, dict[str, bytes]]:
+    """Return the payload of an envelope, and its unverified signatures by keyid."""
     kinds = {"payload": str, "payloadType": kind, "signatures": list}
-    envelope = members(strict_json(data, what), what, kinds)
+    envelope = members(strict_json(data, name), name, kinds)
     if canonical(envelope) != data:
-        raise Refused(f"{what} is not in canonical form", next_step="get it as it was published")
+        raise Refused(f"{name} is not in canonical form", next_step="get it as it was published")
     made = [members(each, "a signature", {"keyid": str, "sig": str}) for each in envelope["signatures"]]
     signatures = {each["keyid"]: base64_bytes(each["sig"], "a signature") for each in made}
     if not 0 < len(signatures) == len(made) <= MAX_SIGNATURES:
-        raise Refused(f"{what} needs 1 to {MAX_SIGNATURES} signatures, each by another key")
-    payload = base64_bytes(envelope["payload"], "the payload")
+        raise Refused(f"{name} needs 1 to {MAX_SIGNATURES} signatures, each by another key")
+    return base64_bytes(envelope["payload"], "the payload"), signatures
 
-    value = strict_json(payload, f"the payload of {what}")
-    signed = [key for key in choose(value) if key.keyid in signatures]
-    if not all(key.verifies(signatures[key.keyid], pae(kind, payload)) for key in signed):
-        raise Refused(f"a signature of {what} is wrong")
-    return value, signed
+
+def _signers(
+    keys: Sequence[StatementKey], signatures: Mapping[str, bytes], message: bytes, name: str
+) -> list[StatementKey]:
+    """Return the keys that signed a message. Raise Refused if a signature of one of them is wrong."""
+    signed = [key for key in keys if key.keyid in signatures]
+    if not all(key.verifies(signatures[key.keyid], message) for key in signed):
+        raise Refused(f"a signature of {name} is wrong")
+    return signed
 
 
 def public_keys(value: Any) -> PublicKeys:
@@ -206,7 +211,7 @@ def public_keys(value: Any) -> PublicKeys:
     kinds = {"type": KEYS_TYPE, "model": MODEL, "certificates": list, "log": str, "vrf": SHA256_HEX}
     kinds["exports"] = str
     body = members(value, "the file of public keys", kinds)
-    keys = tuple(_certificate_key(each) for each in body["certificates"])
+    keys = tuple(_statement_key(each) for each in body["certificates"])
     bounds: list[Any] = [0, *(each for key in keys for each in (key.since, key.until))]
     ordered = bounds.pop() is None and None not in bounds and bounds == sorted(bounds)
     if not ordered or len({key.keyid for key in keys}) < len(keys):
@@ -215,10 +220,10 @@ def public_keys(value: Any) -> PublicKeys:
     return PublicKeys(body["model"], keys, body["log"], bytes.fromhex(body["vrf"]), exports)
 
 
-def _certificate_key(value: Any) -> CertificateKey:
+def _statement_key(value: Any) -> StatementKey:
     kinds = {"keyid": str, "scheme": str, "public": str, "since": int, "until": int | None}
     body = members(value, "a public key", kinds)
-    key = CertificateKey(**{**body, "public": base64_bytes(body["public"], "a public key")})
+    key = StatementKey(**{**body, "public": base64_bytes(body["public"], "a public key")})
     scheme = ""
     with suppress(ValueError, UnsupportedAlgorithm):
         loaded: Any = load_der_public_key(key.public)

@@ -18,7 +18,7 @@ from sisa.evidence.issued import inclusion_path
 from sisa.evidence.log.log import checkpoint_text, proof_text
 from sisa.verifier import merkle, note
 from sisa.verifier.certificate import STATE
-from sisa.verifier.envelope import ED25519, CertificateKey, PublicKeys, Refused, pae
+from sisa.verifier.envelope import ED25519, PublicKeys, Refused, StatementKey, pae
 from tests.models.mutants import mutants
 
 MODEL, OTHER_MODEL = "0f" * 16, "f0" * 16
@@ -48,7 +48,7 @@ class Operator:
     @property
     def keys(self) -> PublicKeys:
         public = self._key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        key = CertificateKey(sha256(public).hexdigest(), ED25519, public)
+        key = StatementKey(sha256(public).hexdigest(), ED25519, public)
         return PublicKeys(self.model, (key,), str(self._vkey), self.vrf)
 
     @property
@@ -67,7 +67,7 @@ class Operator:
             {
                 "payload": base64.b64encode(payload).decode(),
                 "payloadType": kind_of,
-                "signatures": [{"keyid": self.keys.certificates[0].keyid, "sig": signature}],
+                "signatures": [{"keyid": self.keys.statement_keys[0].keyid, "sig": signature}],
             }
         )
         digest = sha256(envelope).hexdigest()

@@ -19,13 +19,13 @@ from sisa.core.events import Event, Notice
 from sisa.core.requests import Request
 from sisa.evidence.database import EvidenceTables, Logged
 from sisa.evidence.hook import EvidenceHook
-from sisa.evidence.keys.keys import Keys
-from sisa.evidence.keys.model_keys import init_keys
+from sisa.evidence.keys.keys import Keys, create_keys
 from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log, log_reader
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.patches.on_deletion import PatchesHook
+from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.store.areas import LOG
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier.certificate import verify_chain
@@ -95,7 +95,7 @@ def certified(directory: Path, numbers: int = 12, num_shards: int = 3, **options
     """Return a trained model with keys."""
     settings = {"datasets": [{"path": "rows.jsonl"}], "output_dir": "model"}
     config = RunConfig.model_validate({**settings, "signing": {"keys": str(directory / "keys")}})
-    keys = init_keys(config, NAME)
+    keys = create_keys(evidence_keys_dir(config, NAME), NAME)
     fake = fake_model(num_shards, replace(fake_recipe(), base=BASE), **options)
     hook, notices = EvidenceHook(directory, config, NAME), list[str]()
 

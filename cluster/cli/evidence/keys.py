@@ -14,7 +14,7 @@ from cluster.render.render import Result
 if TYPE_CHECKING:
     from sisa.evidence.keys.keys import Keys, Reason
     from sisa.model import Model
-    from sisa.verifier.envelope import CertificateKey
+    from sisa.verifier.envelope import StatementKey
 
 
 keys = command_group("keys", "Make, show and rotate the keys that sign evidence.")
@@ -96,20 +96,20 @@ def check_keys(file: Path, trusted: Path, where: str | None) -> Result:
     if where is not None:
         read = log_reader(where)
         known = follow(known, check_log(read, known.log)[1], read)
-    keyid = known.certificates[-1].keyid
+    keyid = known.statement_keys[-1].keyid
     if found != known:
         raise Refused(
             "the public keys do not follow from the trusted ones",
             where=str(file),
             expected=f"the last key {keyid}",
-            got=f"the last key {found.certificates[-1].keyid}",
+            got=f"the last key {found.statement_keys[-1].keyid}",
             next_step="give --log; or ask the owner for the present keyid through another channel",
         )
-    body = {"ok": True, "model": known.model, "keyid": keyid, "num_keys": len(known.certificates)}
+    body = {"ok": True, "model": known.model, "keyid": keyid, "num_keys": len(known.statement_keys)}
     return Result(body, [f"the keys follow from the trusted ones; the last key is {keyid}"])
 
 
-def _time_of(key: CertificateKey) -> str:
+def _time_of(key: StatementKey) -> str:
     if key.until is None:
         return f"entries from {key.since} on"
     return f"entries {key.since} to {key.until - 1}" if key.since < key.until else "no entries"
@@ -129,7 +129,7 @@ def _shown(model: Model, found: Keys) -> Result:
         f"signs     {found.signer or 'a key file'}, in {found.directory}",
         *(
             f"key       {each.keyid}, {each.scheme}, {_time_of(each)}"
-            for each in found.public.certificates
+            for each in found.public.statement_keys
         ),
         f"log       {found.public.log}",
         f"VRF       {found.public.vrf.hex()}",

@@ -51,9 +51,9 @@ from sisa.evidence.keys.model_signature import export_key
 from sisa.evidence.keys.signing import (
     MAX_KEY_FILE_BYTES,
     SignBytes,
-    certificate_key,
     signed_envelope,
     signed_statement,
+    statement_key,
 )
 from sisa.evidence.log.log import Log, origin, statement_in
 from sisa.evidence.statements import statement
@@ -65,9 +65,9 @@ from sisa.verifier.envelope import (
     KEYS_PAYLOAD_TYPE,
     KEYS_TYPE,
     SHA256_HEX,
-    CertificateKey,
     PublicKeys,
     Refused,
+    StatementKey,
     parse_keys,
 )
 from sisa.verifier.note import NoteKey
@@ -93,23 +93,31 @@ class Keys:
         return self.public.model
 
     @property
-    def present(self) -> CertificateKey:
+    def present(self) -> StatementKey:
         """Return the public key that signs now."""
-        return self.public.certificates[-1]
+        return self.public.statement_keys[-1]
 
     def sign(self, unsigned: Mapping[str, Any]) -> bytes:
         """Return the envelope of a statement. Raise EnvironmentFault if the signer fails."""
+        sign = _sign_by(self.signer, self.present) if self.signer else self._read_private().sign
+        return signed_statement(unsigned, self.present, sign)
+
+    def _read_private(self) -> Ed25519PrivateKey:
+        """Return the key that signs, from its file. Raise EnvironmentFault or IntegrityError."""
         path = self.directory / f"{self.present.keyid}{KEY}"
         try:
-            private = b"" if self.signer else path.read_bytes()
+            private = load_pem_private_key(path.read_bytes(), None)
         except OSError as error:
             raise EnvironmentFault(
                 f"the key that signs can't be read: {error.strerror}",
                 where=str(path),
                 next_step="restore it from a backup, or replace it by `sisa keys rotate --lost`",
             ) from None
-        sign = _sign_function(self.present, private, self.signer)
-        return signed_statement(unsigned, self.present, sign)
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            private = None
+        if not isinstance(private, Ed25519PrivateKey):
+            raise _damaged(path, "no private key in PEM")
+        return private
 
     def settle(self, log: Log) -> None:
         """Log the hand-over of an interrupted rotation, then destroy the key that it replaced.
@@ -147,10 +155,41 @@ class Keys:
         files.erase_all(self.directory, [HANDOVER])
 
 
-def create_keys(
-    directory: Path, model: str, signer: str = "", public_key: CertificateKey | None = None
-) -> Keys:
-    """Make keys in a new directory; with a signer, its public key instead of a key that signs.
+@dataclass(frozen=True)
+class NewKey:
+    """A key that is to sign statements, how it signs, and the file that holds it or names its signer."""
+
+    public: StatementKey
+    sign: SignBytes = field(repr=False)
+    file: str
+    data: bytes = field(repr=False)
+
+
+def new_key(signer: str = "", public_key: StatementKey | None = None) -> NewKey:
+    """Return a new key in a file, or the key with which a signer (a URI) signs. Raise InvalidInput."""
+    if not signer and public_key is None:
+        private = Ed25519PrivateKey.generate()
+        public = statement_key(private.public_key(), ED25519)
+        pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        return NewKey(public, private.sign, f"{public.keyid}{KEY}", pem)
+    if not signer or public_key is None:
+        raise InvalidInput(
+            "a signer and its public key belong together",
+            expected="both or neither",
+            next_step="give --signer (or `signing.signer` of the run file) and --public-key",
+        )
+    sign = _sign_by(signer, public_key)
+    return NewKey(public_key, sign, f"{public_key.keyid}{SIGNER}", signer.encode())
+
+
+def _sign_by(signer: str, key: StatementKey) -> SignBytes:
+    from sisa.evidence.keys.signers import signature_by
+
+    return partial(signature_by, signer, key)
+
+
+def create_keys(directory: Path, model: str, new: NewKey | None = None) -> Keys:
+    """Make keys in a new directory; `new` (by default a key in a file) signs statements.
 
     Raise ConfigConflict for an existing directory, EnvironmentFault if the signer fails.
     """
@@ -160,30 +199,26 @@ def create_keys(
             where=str(directory),
             next_step="`sisa keys rotate` replaces the one that signs",
         )
-    present, name, data = _new_key(signer, public_key)
+    new = new or new_key()
     log_seed, vrf_secret = os.urandom(KEY_BYTES), os.urandom(KEY_BYTES)
-    public = PublicKeys(model, (present,), *_derived(model, log_seed, vrf_secret))
-    made = {name: data, LOG_KEY: log_seed, VRF_KEY: vrf_secret}
-    made[PUBLIC] = _signed_public_file(public, _sign_function(present, data, signer))
+    public = PublicKeys(model, (new.public,), *_derived(model, log_seed, vrf_secret))
+    made = {new.file: new.data, LOG_KEY: log_seed, VRF_KEY: vrf_secret}
+    made[PUBLIC] = _signed_public_file(public, new.sign)
     files.write_directory(directory, made)
-    return _read(directory, model)
+    return read_keys(directory, model)
 
 
-def read_keys(directory: Path, model: str) -> Keys | None:
-    """Return the keys in a directory; None if there is none. Raise IntegrityError."""
-    return _read(directory, model) if directory.is_dir() else None
-
-
-def _read(directory: Path, model: str) -> Keys:
+def read_keys(directory: Path, model: str) -> Keys:
+    """Return the keys in a directory. Raise IntegrityError."""
     names = PUBLIC, LOG_KEY, VRF_KEY
     public_file, log_seed, vrf_secret = (_read_file(directory / name) for name in names)
     try:
         public = parse_keys(public_file)
-        if public != PublicKeys(model, public.certificates, *_derived(model, log_seed, vrf_secret)):
+        if public != PublicKeys(model, public.statement_keys, *_derived(model, log_seed, vrf_secret)):
             raise Refused("the keys do not belong together, or to this model")
     except ValueError as error:  # Refused is one
         raise _damaged(directory, str(error)) from None
-    key, signer = (directory / f"{public.certificates[-1].keyid}{each}" for each in (KEY, SIGNER))
+    key, signer = (directory / f"{public.statement_keys[-1].keyid}{each}" for each in (KEY, SIGNER))
     uri = _read_file(signer).decode("utf-8", "replace") if signer.exists() and not key.exists() else ""
     return Keys(directory, public, public_file, log_seed, vrf_secret, uri)
 
@@ -193,12 +228,12 @@ def rotate_keys(
     log: Log,
     reason: Reason = "rotated",
     until: int | None = None,
-    signer: str = "",
-    public_key: CertificateKey | None = None,
+    new: NewKey | None = None,
 ) -> Keys:
-    """Replace the key that signs, and log the hand-over; the caller holds the writer lock.
+    """Replace the key that signs by `new` (by default one in a file), and log the hand-over.
 
-    Entries before `until` stay valid under a key that is lost or leaked: by default, all of the log.
+    Entries before `until` stay valid under a key that is lost or leaked: by default, all of the log. The
+    caller holds the writer lock.
     """
     keys.settle(log)
     since = log.size + (reason == "rotated")  # its hand-over is the last entry that the old key signs
@@ -209,64 +244,32 @@ def rotate_keys(
             expected=f"an entry from {keys.present.since} to {since}",
             got=str(end),
         )
-    new, name, data = _new_key(signer, public_key, since)
-    if new.keyid in {key.keyid for key in keys.public.certificates}:
-        raise InvalidInput("the new key is an old one", got=f"keyid {new.keyid}")
-    old = (*keys.public.certificates[:-1], replace(keys.present, until=end))
-    public, sign = replace(keys.public, certificates=(*old, new)), _sign_function(new, data, signer)
-    subject = [{"name": "signing-key", "digest": {"sha256": new.keyid}}]
+    new = new or new_key()
+    present = replace(new.public, since=since)
+    if present.keyid in {key.keyid for key in keys.public.statement_keys}:
+        raise InvalidInput("the new key is an old one", got=f"keyid {present.keyid}")
+    old = (*keys.public.statement_keys[:-1], replace(keys.present, until=end))
+    public = replace(keys.public, statement_keys=(*old, present))
+    subject = [{"name": "signing-key", "digest": {"sha256": present.keyid}}]
     named = statement(subject, KEY_HANDOVER, {"reason": reason, "keys": public_body(public)})
-    handover = keys.sign(named) if reason == "rotated" else signed_statement(named, new, sign)
-    public_file = _signed_public_file(public, sign)
+    handover = keys.sign(named) if reason == "rotated" else signed_statement(named, present, new.sign)
+    public_file = _signed_public_file(public, new.sign)
     files.write_atomic(keys.directory / HANDOVER, handover)
-    files.write_atomic(keys.directory / name, data)
+    files.write_atomic(keys.directory / new.file, new.data)
     files.write_atomic(keys.directory / PUBLIC, public_file)
-    made = _read(keys.directory, keys.model)
+    made = read_keys(keys.directory, keys.model)
     made.settle(log)
     return made
 
 
-def _new_key(
-    signer: str, public_key: CertificateKey | None, since: int = 0
-) -> tuple[CertificateKey, str, bytes]:
-    """Return a key that signs from entry `since` on, and the name and the bytes of its file."""
-    if not signer and public_key is None:
-        private = Ed25519PrivateKey.generate()
-        key = certificate_key(private.public_key(), ED25519, since)
-        pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        return key, f"{key.keyid}{KEY}", pem
-    if not signer or public_key is None:
-        raise InvalidInput(
-            "a signer and its public key belong together",
-            expected="both or neither",
-            next_step="give --signer (or `signing.signer` of the run file) and --public-key",
-        )
-    return replace(public_key, since=since), f"{public_key.keyid}{SIGNER}", signer.encode()
-
-
-def _sign_function(key: CertificateKey, private: bytes, signer: str) -> SignBytes:
-    """Return the function that signs: with a private key in PEM, or by the URI `signer`."""
-    if signer:
-        from sisa.evidence.keys.signers import signature_by
-
-        return partial(signature_by, signer, key)
-    try:
-        found = load_pem_private_key(private, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        found = None
-    if not isinstance(found, Ed25519PrivateKey):
-        raise _damaged(Path(f"{key.keyid}{KEY}"), "no private key in PEM")
-    return found.sign
-
-
 def _signed_public_file(public: PublicKeys, sign: SignBytes) -> bytes:
     payload = rfc8785.dumps(public_body(public))
-    return signed_envelope(KEYS_PAYLOAD_TYPE, payload, public.certificates[-1], sign)
+    return signed_envelope(KEYS_PAYLOAD_TYPE, payload, public.statement_keys[-1], sign)
 
 
 def public_body(public: PublicKeys) -> dict[str, Any]:
     """Return the content of a file of public keys."""
-    listed = [asdict(key) | {"public": b64encode(key.public).decode()} for key in public.certificates]
+    listed = [asdict(key) | {"public": b64encode(key.public).decode()} for key in public.statement_keys]
     return {
         "type": KEYS_TYPE,
         "model": public.model,

@@ -9,13 +9,13 @@ from sisa.config.config import RunConfig
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.core.ports import BlobStore
 from sisa.evidence.database import EvidenceTables
-from sisa.evidence.keys.keys import Keys, Reason, create_keys, read_keys, rotate_keys
+from sisa.evidence.keys.keys import Keys, Reason, create_keys, new_key, read_keys, rotate_keys
 from sisa.evidence.keys.model_signature import export_key, public_pem
 from sisa.evidence.log.log import Log
-from sisa.flows.wiring.keys import evidence_keys
+from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.store.areas import LOG, open_areas
-from sisa.verifier.envelope import CertificateKey
+from sisa.verifier.envelope import StatementKey
 
 if TYPE_CHECKING:
     from sisa.model import Model
@@ -48,7 +48,7 @@ def keys_of(model: Model) -> Keys:
     if (keys := open_keys(model.config, model.id)) is None:
         raise InvalidInput(
             "the model has no keys of evidence, so its deletions are not certified",
-            where=str(evidence_keys(model.config, model.id)),
+            where=str(evidence_keys_dir(model.config, model.id)),
             next_step=f"make them: sisa keys init -m {model.directory}",
         )
     return keys
@@ -59,11 +59,12 @@ def log_of(model: Model) -> Log:
     return Log(log_blobs(model), keys_of(model))
 
 
-def start_evidence(model: Model, signer: str = "", public_key: CertificateKey | None = None) -> Keys:
+def start_evidence(model: Model, signer: str = "", public_key: StatementKey | None = None) -> Keys:
     """Make the keys of a model, and publish the public ones. Raise ConfigConflict if it has some."""
+    new = new_key(signer or model.config.signing.signer or "", public_key)
     with model.locked():
-        blobs = log_blobs(model)
-        if not evidence_keys(model.config, model.id).exists():
+        place, blobs = evidence_keys_dir(model.config, model.id), log_blobs(model)
+        if not place.exists():
             if blobs.held():
                 raise ConfigConflict(
                     "the model has a log of evidence, which other keys signed; nothing was changed",
@@ -72,7 +73,7 @@ def start_evidence(model: Model, signer: str = "", public_key: CertificateKey | 
                     "anew, and what was certified before is checked with the old keys and the old log",
                 )
             EvidenceTables(model.directory / EVIDENCE).drop_logged()
-        keys = init_keys(model.config, model.id, signer, public_key)
+        keys = create_keys(place, model.id, new)
         log_for_writing(keys, blobs)
     return keys
 
@@ -82,26 +83,21 @@ def rotate(
     reason: Reason = "rotated",
     until: int | None = None,
     signer: str = "",
-    public_key: CertificateKey | None = None,
+    public_key: StatementKey | None = None,
 ) -> Keys:
     """Replace the key that signs a model's statements. Raise Busy while another process writes."""
+    new = new_key(signer or model.config.signing.signer or "", public_key)
     with model.locked():
         keys, blobs = keys_of(model), log_blobs(model)
-        signer = signer or model.config.signing.signer or ""
-        new = rotate_keys(keys, log_for_writing(keys, blobs), reason, until, signer, public_key)
-        log_for_writing(new, blobs)
-    return new
-
-
-def init_keys(
-    config: RunConfig, model: str, signer: str = "", public_key: CertificateKey | None = None
-) -> Keys:
-    """Make the keys of a model, where its run file says. Raise ConfigConflict if it has some."""
-    signer = signer or config.signing.signer or ""
-    return create_keys(evidence_keys(config, model), model, signer, public_key)
+        rotated = rotate_keys(keys, log_for_writing(keys, blobs), reason, until, new)
+        log_for_writing(rotated, blobs)
+    return rotated
 
 
 def open_keys(config: RunConfig, model: str) -> Keys | None:
     """Return the keys of a model; None if it has none. Raise IntegrityError for damaged ones."""
-    found = read_keys(evidence_keys(config, model), model)
-    return replace(found, signer=config.signing.signer) if found and config.signing.signer else found
+    place = evidence_keys_dir(config, model)
+    if not place.is_dir():
+        return None
+    found = read_keys(place, model)
+    return replace(found, signer=config.signing.signer) if config.signing.signer else found

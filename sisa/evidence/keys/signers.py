@@ -29,7 +29,7 @@ from securesystemslib.signer import (
 )
 
 from sisa.core.errors import EnvironmentFault, SisaError
-from sisa.verifier.envelope import ECDSA_P256, CertificateKey
+from sisa.verifier.envelope import ECDSA_P256, StatementKey
 
 PIN = "SISA_SIGNER_PIN"
 SIGN_REQUEST, SIGN_RESPONSE = b"\x0d", b"\x0e"
@@ -37,7 +37,7 @@ MAX_REPLY_BYTES = 4096
 AGENT_PATIENCE_S = 120.0  # somebody may have to touch a token
 
 
-def signature_by(uri: str, key: CertificateKey, message: bytes) -> bytes:
+def signature_by(uri: str, key: StatementKey, message: bytes) -> bytes:
     """Return the signature of the signer that a URI names. Raise EnvironmentFault."""
     public: Any = load_der_public_key(key.public)
     try:

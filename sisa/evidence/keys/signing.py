@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from sisa.core.errors import EnvironmentFault, InvalidInput
-from sisa.verifier.envelope import ECDSA_P256, ED25519, PAYLOAD_TYPE, STATEMENT_TYPE, CertificateKey, pae
+from sisa.verifier.envelope import ECDSA_P256, ED25519, PAYLOAD_TYPE, STATEMENT_TYPE, StatementKey, pae
 
 MAX_KEY_FILE_BYTES = 1 << 20
 SignBytes = Callable[[bytes], bytes]  # returns the signature of a message
@@ -52,10 +52,10 @@ def sign_as(unsigned: Mapping[str, Any], private: Ed25519PrivateKey) -> tuple[by
     """Return a statement's envelope under the key of another party, and its public key in PEM."""
     public = private.public_key()
     pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return signed_statement(unsigned, certificate_key(public, ED25519), private.sign), pem
+    return signed_statement(unsigned, statement_key(public, ED25519), private.sign), pem
 
 
-def read_public_key(path: Path) -> CertificateKey:
+def read_public_key(path: Path) -> StatementKey:
     """Return a public key from a file in PEM or in OpenSSH's form. Raise InvalidInput."""
     try:
         data = path.read_bytes()[:MAX_KEY_FILE_BYTES]
@@ -68,7 +68,7 @@ def read_public_key(path: Path) -> CertificateKey:
             key: Any = load(data)
             ed25519, curve = isinstance(key, Ed25519PublicKey), getattr(key, "curve", None)
             if ed25519 or getattr(curve, "name", "") == "secp256r1":
-                return certificate_key(key, ED25519 if ed25519 else ECDSA_P256)
+                return statement_key(key, ED25519 if ed25519 else ECDSA_P256)
     raise InvalidInput(
         "this public key can't sign certificates",
         where=str(path),
@@ -76,17 +76,18 @@ def read_public_key(path: Path) -> CertificateKey:
     )
 
 
-def certificate_key(public: Any, scheme: str, since: int = 0) -> CertificateKey:
+def statement_key(public: Any, scheme: str) -> StatementKey:
+    """Return a public key as one that signs statements from the beginning of the log on."""
     der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return CertificateKey(hashlib.sha256(der).hexdigest(), scheme, der, since)
+    return StatementKey(hashlib.sha256(der).hexdigest(), scheme, der)
 
 
-def signed_statement(unsigned: Mapping[str, Any], key: CertificateKey, sign: SignBytes) -> bytes:
+def signed_statement(unsigned: Mapping[str, Any], key: StatementKey, sign: SignBytes) -> bytes:
     payload = rfc8785.dumps({"_type": STATEMENT_TYPE, **unsigned})
     return signed_envelope(PAYLOAD_TYPE, payload, key, sign)
 
 
-def signed_envelope(payload_type: str, payload: bytes, key: CertificateKey, sign: SignBytes) -> bytes:
+def signed_envelope(payload_type: str, payload: bytes, key: StatementKey, sign: SignBytes) -> bytes:
     """Return a DSSE envelope, whose signature was checked."""
     message = pae(payload_type, payload)
     if not key.verifies(signature := sign(message), message):

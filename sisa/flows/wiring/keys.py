@@ -27,7 +27,7 @@ def key_path(directory: Path, config: RunConfig, model: str) -> Path:
 
 def _key_places(directory: Path, config: RunConfig, model: str) -> tuple[Path, Path]:
     """Return where a model's own key belongs, and where it was before encryption began or ended."""
-    plain, encrypted = directory / KEY, keyrings(config) / model / KEY
+    plain, encrypted = directory / KEY, keyrings_dir(config) / model / KEY
     return (encrypted, plain) if config.encrypt else (plain, encrypted)
 
 
@@ -66,22 +66,22 @@ def write_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> 
         write_secret(belongs, secret)
 
 
-def keyrings(config: RunConfig) -> Path:
+def keyrings_dir(config: RunConfig) -> Path:
     """Return the directory of the keyrings of models with this run file, each under its model's name."""
     return (config.keyring or state_dir() / "keyrings").absolute()
 
 
 def open_keyring(config: RunConfig, name: str) -> ports.Keyring:
     """Return the keys of a model by its name; a model that is now plain may still have sealed files."""
-    return FileKeyring(keyrings(config) / name, config.encrypt)
+    return FileKeyring(keyrings_dir(config) / name, config.encrypt)
 
 
 def vault_keyring(config: RunConfig, name: str) -> ports.Keyring:
     """Return the keys for what every model seals: the vault and unfinished patches."""
-    return FileKeyring(keyrings(config) / name, seals=True)
+    return FileKeyring(keyrings_dir(config) / name, seals=True)
 
 
-def evidence_keys(config: RunConfig, model: str) -> Path:
+def evidence_keys_dir(config: RunConfig, model: str) -> Path:
     """Return the directory of the keys that sign a model's evidence."""
     return (config.signing.keys or state_dir() / "evidence-keys").absolute() / model
 

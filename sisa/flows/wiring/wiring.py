@@ -43,7 +43,7 @@ from sisa.flows.serial import Site
 from sisa.flows.wiring import upper_houses
 from sisa.flows.wiring.description import describe
 from sisa.flows.wiring.executors import OpenExecutor, find_executor, find_probe, open_patcher
-from sisa.flows.wiring.keys import evidence_keys, open_keyring, vault_keyring, witness_of
+from sisa.flows.wiring.keys import evidence_keys_dir, open_keyring, vault_keyring, witness_of
 from sisa.flows.wiring.ledger_place import open_ledger
 from sisa.lm.base.numerics import fingerprint
 from sisa.planning.layout import Assigner
@@ -146,7 +146,7 @@ def _compute(
 
 def has_evidence(directory: Path, config: RunConfig, model: str) -> bool:
     """Return whether deletions are certified: the model has signing keys or earlier evidence."""
-    return evidence_keys(config, model).is_dir() or (directory / EVIDENCE).exists()
+    return evidence_keys_dir(config, model).is_dir() or (directory / EVIDENCE).exists()
 
 
 def evidence_hooks(directory: Path, config: RunConfig, model: str) -> tuple[DeletionHook[Context], ...]:

@@ -28,10 +28,11 @@ from typing import Any
 from sisa.config.config import RunConfig, SigningBlock
 from sisa.config.sources import DatasetSource
 from sisa.evidence.hook import open_hook
-from sisa.evidence.keys.model_keys import init_keys
+from sisa.evidence.keys.keys import create_keys
 from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.evidence.log.log import Log
 from sisa.evidence.membership import Membership
+from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.store.areas import LOG
 from sisa.store.blobs.local_blobs import LocalBlobs
@@ -91,7 +92,7 @@ def measure(folder: Path, scale: Scale, num_deletions: int) -> dict[str, Any]:
     store.build()
     signing = SigningBlock(keys=folder / "keys")
     config = RunConfig(datasets=(DatasetSource(path="a"),), output_dir=store.folder, signing=signing)
-    keys, path = init_keys(config, MODEL), store.folder / EVIDENCE
+    keys, path = create_keys(evidence_keys_dir(config, MODEL), MODEL), store.folder / EVIDENCE
     hook = open_hook(store.folder, config, MODEL)
 
     started, cpu = time.perf_counter(), time.process_time()

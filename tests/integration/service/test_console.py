@@ -17,8 +17,9 @@ from cluster.serve.domain import Service
 from cluster.serve.tokens import Tokens
 from sisa.config.config import ServiceBlock
 from sisa.evidence.issued import certificate_file, state_what_is_held
-from sisa.evidence.keys.model_keys import init_keys
+from sisa.evidence.keys.keys import create_keys
 from sisa.flows.lifecycle import Terms
+from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.model import Model, open_model
 from tests.fakes.answers import FakeAnswers
 from tests.models.confessing import build, record, use_fake_resources
@@ -213,7 +214,7 @@ def test_records_are_found_and_added_to_a_request(page: Page, site: Site) -> Non
 def test_a_certificate_is_saved_and_verifies(
     page: Page, site: Site, model: Model, tmp_path: Path
 ) -> None:
-    init_keys(model.config, model.id)
+    create_keys(evidence_keys_dir(model.config, model.id), model.id)
     state_what_is_held(model)
     model.submit([record(3).id], terms=Terms(approver="dpo"))
     (done,) = model.run()

@@ -19,9 +19,10 @@ from cluster.serve.app import build_app
 from cluster.serve.domain import AnswerEvent, Ended, Piece, Question, Service, Started
 from cluster.serve.metrics import ROUTE_NAMES, AnswerMeters, MeasuredAnswers
 from sisa.evidence.issued import state_what_is_held
-from sisa.evidence.keys.model_keys import init_keys
+from sisa.evidence.keys.keys import create_keys
 from sisa.evidence.revocations import publish
 from sisa.flows.lifecycle import Terms
+from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.model import Model
 from tests.models.confessing import record
 from tests.models.tiny_model import all_files
@@ -89,7 +90,7 @@ def test_slices_that_a_batch_retrained_are_counted_once(client: TestClient, serv
 def test_revoked_adapters_are_those_of_the_feed(client: TestClient, service: Service) -> None:
     model = service.model
     assert value(client, "sisa_revoked_adapters") is None  # the model has no keys
-    init_keys(model.config, model.id)
+    create_keys(evidence_keys_dir(model.config, model.id), model.id)
     state_what_is_held(model)
     model.forget([record(3).id])
     assert value(client, "sisa_revoked_adapters") == publish(model).revoked > 0

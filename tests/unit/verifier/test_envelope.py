@@ -28,9 +28,9 @@ from sisa.verifier.envelope import (
     MAX_SIGNATURES,
     PAYLOAD_TYPE,
     STATEMENT_TYPE,
-    CertificateKey,
     PublicKeys,
     Refused,
+    StatementKey,
     base64_bytes,
     canonical,
     members,
@@ -55,10 +55,10 @@ STATEMENT = {
 }
 
 
-def public(private: Private, since: int = 0, until: int | None = None) -> CertificateKey:
+def public(private: Private, since: int = 0, until: int | None = None) -> StatementKey:
     der = private.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     scheme = ED25519 if isinstance(private, Ed25519PrivateKey) else ECDSA_P256
-    return CertificateKey(hashlib.sha256(der).hexdigest(), scheme, der, since, until)
+    return StatementKey(hashlib.sha256(der).hexdigest(), scheme, der, since, until)
 
 
 def signature(private: Private, message: bytes) -> dict[str, str]:
@@ -78,7 +78,7 @@ def envelope(
     return canonical(whole | other)
 
 
-def body(*keys: CertificateKey, **other: Any) -> dict[str, Any]:
+def body(*keys: StatementKey, **other: Any) -> dict[str, Any]:
     listed = [asdict(key) | {"public": b64encode(key.public).decode()} for key in keys]
     whole = {"type": KEYS_TYPE, "model": MODEL, "certificates": listed, "log": VKEY, "vrf": VRF.hex()}
     whole["exports"] = b64encode(EXPORTS).decode()
@@ -94,7 +94,7 @@ KEYS = PublicKeys(MODEL, (public(OLD, 0, 4), public(NEW, 4)), VKEY, VRF, EXPORTS
 
 @cache
 def good_keys_file() -> bytes:
-    return keys_file(body(*KEYS.certificates), NEW)
+    return keys_file(body(*KEYS.statement_keys), NEW)
 
 
 def refused(check: Callable[[], object]) -> Refused:
@@ -114,13 +114,13 @@ def test_the_standards_own_envelope_verifies() -> None:
     key = ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key()
     der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     sig = encode_dss_signature(int.from_bytes(made[:32]), int.from_bytes(made[32:]))
-    found = CertificateKey(hashlib.sha256(der).hexdigest(), ECDSA_P256, der)
+    found = StatementKey(hashlib.sha256(der).hexdigest(), ECDSA_P256, der)
     assert found.verifies(sig, pae("http://example.com/HelloWorld", b"hello world"))
     assert not found.verifies(sig, pae("http://example.com/HelloWorld", b"hello worle"))
 
 
 def test_both_schemes_sign_statements() -> None:
-    keys = replace(KEYS, certificates=(public(P256),))
+    keys = replace(KEYS, statement_keys=(public(P256),))
     assert verify_envelope(envelope(), KEYS) == STATEMENT
     assert verify_envelope(envelope(STATEMENT, P256), keys) == STATEMENT
 
@@ -128,7 +128,7 @@ def test_both_schemes_sign_statements() -> None:
 def test_a_file_of_public_keys_gives_what_was_written() -> None:
     assert parse_keys(good_keys_file()) == KEYS
     mixed = body(public(P256, 0, 9), public(NEW, 9))
-    assert parse_keys(keys_file(mixed, NEW)).certificates[0].scheme == ECDSA_P256
+    assert parse_keys(keys_file(mixed, NEW)).statement_keys[0].scheme == ECDSA_P256
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_files_of_public_keys_that_are_refused(content: dict[str, Any]) -> None:
 
 
 def test_only_the_last_key_signs_the_file() -> None:
-    content = body(*KEYS.certificates)
+    content = body(*KEYS.statement_keys)
     assert parse_keys(keys_file(content, OLD, NEW)) == KEYS
     refused(lambda: parse_keys(keys_file(content, OLD)))
     refused(lambda: parse_keys(envelope(content)))  # as a statement
@@ -328,5 +328,5 @@ def test_no_mutation_of_an_envelope_is_accepted() -> None:
 
 def test_no_mutation_of_a_file_of_public_keys_is_accepted() -> None:
     data = good_keys_file()
-    others = [*inside(data, 3), envelope(), keys_file(body(*KEYS.certificates), OLD)]
+    others = [*inside(data, 3), envelope(), keys_file(body(*KEYS.statement_keys), OLD)]
     check_mutations(data, others, parse_keys, seed=4)

@@ -23,9 +23,9 @@ from sisa.verifier.envelope import (
     ED25519,
     PAYLOAD_TYPE,
     STATEMENT_TYPE,
-    CertificateKey,
     PublicKeys,
     Refused,
+    StatementKey,
     pae,
 )
 from sisa.verifier.feed import check_adapter, check_present, verify_feed
@@ -44,11 +44,11 @@ def digest(data: bytes) -> str:
 
 
 def public_keys(key: Ed25519PrivateKey = KEY, model: str = MODEL) -> PublicKeys:
-    def certificate_key(each: Ed25519PrivateKey, *held: Any) -> CertificateKey:
+    def statement_key(each: Ed25519PrivateKey, *held: Any) -> StatementKey:
         public = each.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        return CertificateKey(digest(public), ED25519, public, *held)
+        return StatementKey(digest(public), ED25519, public, *held)
 
-    return PublicKeys(model, (certificate_key(REPLACED, 0, 5), certificate_key(key, 5)), "", b"")
+    return PublicKeys(model, (statement_key(REPLACED, 0, 5), statement_key(key, 5)), "", b"")
 
 
 def canonical(value: Any) -> bytes:

@@ -15,7 +15,7 @@ from sisa.audit.repair import repair
 from sisa.config.config import RunConfig
 from sisa.config.paths import state_dir
 from sisa.flows.wiring.description import read_description
-from sisa.flows.wiring.keys import evidence_keys
+from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.flows.wiring.ledger_place import LOCK
 from sisa.model import open_model
 from sisa.store.blobs.files import writer_lock
@@ -34,7 +34,7 @@ def test_keys_are_made_shown_and_rotated(model: Path, ask: Ask, tmp_path: Path) 
     published = Path(made["published"])
     assert published == model / "log" / "keys.json"
     assert published.read_bytes() == Path(made["public_keys"]).read_bytes()
-    assert parse_keys(published.read_bytes()).certificates[-1].keyid == made["keyid"]
+    assert parse_keys(published.read_bytes()).statement_keys[-1].keyid == made["keyid"]
     new = ask("keys", "rotate", "-m", model)
     assert [each["keyid"] for each in new["certificates"]] == [made["keyid"], new["keyid"]]
     assert [(each["since"], each["until"]) for each in new["certificates"]] == [(0, 2), (2, None)]
@@ -160,9 +160,9 @@ def test_what_the_verifier_refuses_is_an_integrity_failure(
 
 def test_the_run_file_names_the_directory(model: Path, tmp_path: Path) -> None:
     config = RunConfig.from_canonical(read_description(model)["config"])
-    assert evidence_keys(config, NAME) == state_dir() / "evidence-keys" / NAME
+    assert evidence_keys_dir(config, NAME) == state_dir() / "evidence-keys" / NAME
     there = config.model_validate({**config.model_dump(), "signing": {"keys": tmp_path / "there"}})
-    assert evidence_keys(there, NAME) == tmp_path / "there" / NAME
+    assert evidence_keys_dir(there, NAME) == tmp_path / "there" / NAME
 
 
 def test_the_doctor_finds_keys_that_others_may_read(model: Path, ask: Ask) -> None:

@@ -15,7 +15,7 @@ from sisa.config.config import RunConfig
 from sisa.core.errors import EnvironmentFault
 from sisa.evidence.hook import EvidenceHook
 from sisa.flows.wiring import upper_houses
-from sisa.flows.wiring.keys import evidence_keys
+from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.flows.wiring.upper_houses import ROOT, check_upper_houses
 from sisa.flows.wiring.wiring import EVIDENCE, evidence_hooks
 
@@ -105,8 +105,8 @@ def test_the_hook_of_certificates_is_loaded_for_models_with_evidence(
     settings = {"datasets": [{"path": "rows.jsonl"}], "output_dir": "model"}
     config, model = RunConfig.model_validate(settings), "0f" * 16
     assert evidence_hooks(tmp_path, config, model) == ()
-    evidence_keys(config, model).mkdir(parents=True)
+    evidence_keys_dir(config, model).mkdir(parents=True)
     assert [type(each) for each in evidence_hooks(tmp_path, config, model)] == [EvidenceHook]
-    evidence_keys(config, model).rmdir()
+    evidence_keys_dir(config, model).rmdir()
     (tmp_path / EVIDENCE).touch()  # keys that are missing must not go unnoticed
     assert [type(each) for each in evidence_hooks(tmp_path, config, model)] == [EvidenceHook]

@@ -24,7 +24,8 @@ from cluster.serve.tokens import Role, Tokens
 from cluster.serve.webhooks import Courier
 from sisa.config.config import OpenDsrBlock, ServiceBlock, WebhookReceiver
 from sisa.config.runfile import parse_run_file
-from sisa.evidence.keys.model_keys import init_keys
+from sisa.evidence.keys.keys import create_keys
+from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.model import open_model
 from tests.fakes.answers import FakeAnswers
 from tests.fakes.ports import fake_record
@@ -182,7 +183,7 @@ def test_what_is_held_of_a_person_is_handed_out_once(
     client: TestClient, service: Service, kind: str
 ) -> None:
     model, got = service.model, list[tuple[str, bytes, Any]]()
-    init_keys(model.config, model.id)
+    create_keys(evidence_keys_dir(model.config, model.id), model.id)
     courier = Courier(model, lambda *given: got.append(given) or 202)  # type: ignore[func-returns-value]
     courier.turn()
     for _ in range(2):  # the same request
