@@ -156,15 +156,13 @@ def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> 
 
     Without an index, the statement is in no log, and the present key must have signed it.
     """
-    name = "the envelope"
-    payload, signatures = _opened(data, name, PAYLOAD_TYPE)
-    value = strict_json(payload, f"the payload of {name}")
-    signed = _signers(keys.statement_keys, signatures, pae(PAYLOAD_TYPE, payload), name)
+    value, message, made = _opened(data, "the envelope", PAYLOAD_TYPE)
+    signed = _signers(keys.statement_keys, message, made)
     if not any(key.holds(index) for key in signed):
         what = "its key did not hold then" if signed else "none of the public keys signed it"
         expected = " or ".join(f"one for entries from {key.since} to {key.until}" for key in signed)
         got = "no proof from the log" if index is None else f"entry {index}"
-        raise Refused(what, name, expected, got, "get the public keys of its model and time")
+        raise Refused(what, "the envelope", expected, got, "get the public keys of its model and time")
     kinds = {"_type": STATEMENT_TYPE, "subject": list, "predicateType": str, "predicate": dict}
     statement = members(value, "the statement", kinds)
     for each in statement["subject"]:
@@ -175,34 +173,32 @@ def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> 
 
 def parse_keys(data: bytes) -> PublicKeys:
     """Return the keys in a file of public keys, which the last of them signed."""
-    name = "the file of public keys"
-    payload, signatures = _opened(data, name, KEYS_PAYLOAD_TYPE)
-    keys = public_keys(strict_json(payload, f"the payload of {name}"))
-    if not _signers(keys.statement_keys[-1:], signatures, pae(KEYS_PAYLOAD_TYPE, payload), name):
+    value, message, made = _opened(data, "the file of public keys", KEYS_PAYLOAD_TYPE)
+    keys = public_keys(value)
+    if not _signers(keys.statement_keys[-1:], message, made):
         raise Refused("the file of public keys is not signed by its last key")
     return keys
 
 
-def _opened(data: bytes, name: str, kind: str) -> tuple[bytes, dict[str, bytes]]:
-    """Return the payload of an envelope, and its unverified signatures by keyid."""
+def _opened(data: bytes, what: str, kind: str) -> tuple[Any, bytes, dict[str, bytes]]:
+    """Return an envelope's payload, the bytes that are signed, and unverified signatures by keyid."""
     kinds = {"payload": str, "payloadType": kind, "signatures": list}
-    envelope = members(strict_json(data, name), name, kinds)
+    envelope = members(strict_json(data, what), what, kinds)
     if canonical(envelope) != data:
-        raise Refused(f"{name} is not in canonical form", next_step="get it as it was published")
+        raise Refused(f"{what} is not in canonical form", next_step="get it as it was published")
     made = [members(each, "a signature", {"keyid": str, "sig": str}) for each in envelope["signatures"]]
     signatures = {each["keyid"]: base64_bytes(each["sig"], "a signature") for each in made}
     if not 0 < len(signatures) == len(made) <= MAX_SIGNATURES:
-        raise Refused(f"{name} needs 1 to {MAX_SIGNATURES} signatures, each by another key")
-    return base64_bytes(envelope["payload"], "the payload"), signatures
+        raise Refused(f"{what} needs 1 to {MAX_SIGNATURES} signatures, each by another key")
+    payload = base64_bytes(envelope["payload"], "the payload")
+    return strict_json(payload, f"the payload of {what}"), pae(kind, payload), signatures
 
 
-def _signers(
-    keys: Sequence[StatementKey], signatures: Mapping[str, bytes], message: bytes, name: str
-) -> list[StatementKey]:
-    """Return the keys that signed a message. Raise Refused if a signature of one of them is wrong."""
-    signed = [key for key in keys if key.keyid in signatures]
-    if not all(key.verifies(signatures[key.keyid], message) for key in signed):
-        raise Refused(f"a signature of {name} is wrong")
+def _signers(keys: Sequence[StatementKey], message: bytes, made: dict[str, bytes]) -> list[StatementKey]:
+    """Return the keys that signed. Raise Refused if a signature of one of them is wrong."""
+    signed = [key for key in keys if key.keyid in made]
+    if not all(key.verifies(made[key.keyid], message) for key in signed):
+        raise Refused("a signature of the envelope is wrong")
     return signed
 
 

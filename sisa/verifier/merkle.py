@@ -25,9 +25,8 @@ def node_hash(left: bytes, right: bytes) -> bytes:
     return sha256(b"\x01" + left + right).digest()
 
 
-def root(leaf_hashes: Sequence[bytes]) -> bytes:
+def root(level: Sequence[bytes]) -> bytes:
     """Return the root of the tree over some leaves, or over complete subtrees and a last smaller one."""
-    level = leaf_hashes
     while len(level) > 1:
         level = parents(level)
     return level[0] if level else EMPTY_ROOT
