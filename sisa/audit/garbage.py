@@ -51,9 +51,8 @@ LEDGER_FILES = (*(LEDGER + each for each in SQLITE_FILES), LEDGER_URL, moving.LE
 EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", areas.LOG)
 SERVICE_FILES = (SERVICE, TOKENS, *(SERVICE_STATE + each for each in SQLITE_FILES))
 KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, KEY, LOCK, COMMIT_LOCK})
-AREAS = (
-    *(areas.RECORDS, areas.INDEX, areas.HIDDEN_STATES, areas.CHECKPOINTS),
-    *(areas.PATCHES, areas.VAULT, areas.RUNS, areas.METRICS),
+AREAS = tuple(
+    each for each in (*areas.SHARED_AREAS, *areas.LOCAL_AREAS) if each not in (areas.REPLAYS, areas.LOG)
 )
 
 TEMPORARY = "a temporary file that a killed process left"

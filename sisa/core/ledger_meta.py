@@ -3,7 +3,7 @@
     config      the run file in canonical form; absent until a first training is committed
     base        name and digest, as JSON
     embedder    name, digest and dimension, as JSON
-    key         what identifies the partition key (`requests.key_name`)
+    key         what identifies the partition key (`event_chain.key_name`)
     model       the model's name, 32 hex digits
     seq         the number of the last commit; the ledger itself writes it
 

@@ -47,7 +47,7 @@ NOT_WANTED = f"{NOT_RUN}: the run file has `signing.sweep: false`"
 
 @dataclass(frozen=True)
 class EvidenceHook:
-    """The hook of one model."""
+    """The hook of one model; the flows find it by name (`upper_houses.py`)."""
 
     directory: Path
     config: RunConfig
@@ -129,11 +129,6 @@ class EvidenceHook:
         """Return the completed requests whose certificates are not logged yet."""
         drafts = self.tables.drafts()
         return [r.request_id for r in requests if r.state == "completed" and r.request_id in drafts]
-
-
-def open_hook(directory: Path, config: RunConfig, model: str) -> EvidenceHook:
-    """Return the hook of a model, for the flows, which find it by name."""
-    return EvidenceHook(directory, config, model)
 
 
 def hook_of(model: Model) -> EvidenceHook:

@@ -111,7 +111,7 @@ class Issuing:
                 "a statement was logged at another index than it names",
                 expected=f"entry {sequence}",
                 got=f"entry {index}",
-                next_step="`sisa log` shows the log; another process may have written to it",
+                next_step="`sisa log show` shows the log; another process may have written to it",
             )
         found = parse_logged(sequence, kind, envelope)
         self.logged.append(found)

@@ -27,6 +27,7 @@ from sisa.core.domain import Export, HeldCheckpoint, IndexFile, RecordRow, Restr
 from sisa.core.patches import Patch
 from sisa.core.requests import Probed, Request, RequestEvent, RequestState
 from sisa.planning.plan import tainted_checkpoints
+from sisa.store.areas import CHECKPOINTS, HIDDEN_STATES, INDEX, RECORDS
 from sisa.verifier.certificate import (
     APPROX_REPORT,
     EXACT,
@@ -146,15 +147,15 @@ def draft_certificate(
         tainted = tainted_checkpoints(of_shard, removed)
         start = f"shard-{shard:05d}-"
         found = {
-            ("index row", "index"): [row.id_digest for row in removed],
+            ("index row", INDEX): [row.id_digest for row in removed],
             ("ledger row", "ledger"): [row.id_digest for row in removed],
-            ("slice file", "records"): [
+            ("slice file", RECORDS): [
                 each.sha256 for each in held.slices if each.shard == shard and each.slice in slices
             ],
-            ("index file", "index"): [each.sha256 for each in held.indexes if each.shard == shard],
-            ("checkpoint", "checkpoints"): list(tainted),
-            ("optimizer state", "checkpoints"): list(tainted),
-            ("hidden states", "prefixes"): [
+            ("index file", INDEX): [each.sha256 for each in held.indexes if each.shard == shard],
+            ("checkpoint", CHECKPOINTS): list(tainted),
+            ("optimizer state", CHECKPOINTS): list(tainted),
+            ("hidden states", HIDDEN_STATES): [
                 name for name in held.hidden_states if name.startswith(start)
             ],
         }

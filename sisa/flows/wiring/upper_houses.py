@@ -29,7 +29,7 @@ PATCHERS = MappingProxyType(
 BASE_TRAINERS = MappingProxyType(
     dict.fromkeys(("auto", "ray"), "cluster.ray.scratch_tasks:train_on_ray")
 )
-EVIDENCE_HOOK = "sisa.evidence.hook:open_hook"  # a room of `sisa` above the flows
+EVIDENCE_HOOK = "sisa.evidence.hook:EvidenceHook"  # a room of `sisa` above the flows
 
 # Files of `cluster.serve` in a model's directory.
 SERVICE = "service.json"  # where it runs, while it does

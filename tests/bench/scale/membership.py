@@ -27,7 +27,7 @@ from typing import Any
 
 from sisa.config.config import RunConfig, SigningBlock
 from sisa.config.sources import DatasetSource
-from sisa.evidence.hook import open_hook
+from sisa.evidence.hook import EvidenceHook
 from sisa.evidence.keys.keys import create_keys
 from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.evidence.log.log import Log
@@ -93,7 +93,7 @@ def measure(folder: Path, scale: Scale, num_deletions: int) -> dict[str, Any]:
     signing = SigningBlock(keys=folder / "keys")
     config = RunConfig(datasets=(DatasetSource(path="a"),), output_dir=store.folder, signing=signing)
     keys, path = create_keys(evidence_keys_dir(config, MODEL), MODEL), store.folder / EVIDENCE
-    hook = open_hook(store.folder, config, MODEL)
+    hook = EvidenceHook(store.folder, config, MODEL)
 
     started, cpu = time.perf_counter(), time.process_time()
     with closing(store.ledger()) as ledger:
