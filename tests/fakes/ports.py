@@ -358,7 +358,7 @@ def fake_model(
         metrics=FakeMetrics(),
         patches=fake.patches,
         vault=fake.vault,
-        drafts=fake.runs,
+        patch_drafts=fake.runs,
         hidden_states=FakeHiddenStates(),
     )
     compute = Compute(

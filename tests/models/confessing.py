@@ -91,7 +91,7 @@ def context_of(
         metrics=FileMetrics(directory / areas.METRICS),
         patches=patches,
         vault=vault,
-        drafts=FilePatchDrafts(directory / areas.RUNS, vault.keyring),
+        patch_drafts=FilePatchDrafts(directory / areas.RUNS, vault.keyring),
         hidden_states=FileHiddenStates(blobs[areas.HIDDEN_STATES], keyring),
         blobs=blobs,
     )

@@ -40,7 +40,7 @@ def _known_hidden_states(context: Context) -> frozenset[str]:
 def stores_by_area(context: Context) -> dict[str, ports.StoredFiles]:
     """Return the storage areas whose files the ledger lists.
 
-    Everything held there can be erased, leftover temporary files included; in the vault and the drafts,
+    Everything held there can be erased, leftover temporary files included; in the vault and the patch drafts,
     keys as well.
     """
     stores = context.stores
@@ -50,7 +50,7 @@ def stores_by_area(context: Context) -> dict[str, ports.StoredFiles]:
         CHECKPOINTS: stores.checkpoints,
         PATCHES: stores.patches,
         VAULT: stores.vault,
-        RUNS: stores.drafts,
+        RUNS: stores.patch_drafts,
         HIDDEN_STATES: stores.hidden_states,
     }
 

@@ -37,7 +37,7 @@ class Stores:
     metrics: ports.Metrics
     patches: ports.CheckpointStore
     vault: ports.Vault
-    drafts: ports.StoredFiles  # unfinished runs of patch making, by the key of their patch
+    patch_drafts: ports.StoredFiles  # of patches that are being made, by the key of their patch
     hidden_states: ports.HiddenStateStore
     blobs: Mapping[str, ports.BlobStore] = field(default_factory=dict)  # by area; fakes have none
 

@@ -111,7 +111,7 @@ def _open_stores(
         metrics=FileMetrics(directory / areas.METRICS),
         patches=FileCheckpoints(blobs[areas.PATCHES], keyring, areas.PATCHES),
         vault=FileVault(directory / areas.VAULT, vaults),
-        drafts=FilePatchDrafts(directory / areas.RUNS, vaults),
+        patch_drafts=FilePatchDrafts(directory / areas.RUNS, vaults),
         hidden_states=FileHiddenStates(blobs[areas.HIDDEN_STATES], keyring),
         blobs=blobs,
     )
