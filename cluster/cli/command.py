@@ -232,7 +232,7 @@ def with_certificate(result: Result, model: Model, request: Request | None) -> R
         return result.with_more({"certificate": request and "none"})
     found, line = "none", "certificate: none, for the model has no signing keys (`sisa keys init`)"
     if has_evidence(model.directory, model.config, model.id):
-        from sisa.evidence.issued import standing
+        from sisa.evidence.open_evidence import standing
 
         found = standing(model, request.request_id)
         line = {
@@ -249,7 +249,7 @@ def with_pending(result: Result, model: Model) -> Result:
 
     if not has_evidence(model.directory, model.config, model.id):
         return result.with_more({"certificates_pending": None})
-    from sisa.evidence.issued import pending
+    from sisa.evidence.open_evidence import pending
 
     found = pending(model)
     lines = [f"certificates pending: {len(found)} (`sisa certificate issue`)"] if found else []

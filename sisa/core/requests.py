@@ -51,7 +51,7 @@ COMMITTED: tuple[RequestState, ...] = ("committed", "rolled_back")  # entered in
 OPEN: frozenset[RequestState] = frozenset({"received", "approved", "held"})
 CLOSED: frozenset[RequestState] = frozenset({"completed", "denied", "cancelled"})
 UNDER_WAY: tuple[RequestState, ...] = (*COMMITTED, "erased", "erasure_failed", "retrained")
-BY_HAND: dict[RequestState, frozenset[RequestState]] = {
+BY_HAND: dict[RequestState, frozenset[RequestState]] = {  # a decision: the states that allow it
     "approved": frozenset({"received", "held", "failed"}),
     "held": frozenset({"received", "approved", "failed"}),
     "denied": OPEN | {"failed"},

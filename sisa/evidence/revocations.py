@@ -21,8 +21,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sisa.evidence.issued import OpenEvidence, open_evidence
 from sisa.evidence.log.log import origin, statement_in
+from sisa.evidence.open_evidence import OpenEvidence, open_evidence
 from sisa.evidence.statements import statement
 from sisa.model import Model
 from sisa.store.areas import LOG

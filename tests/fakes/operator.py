@@ -14,8 +14,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from sisa.evidence.issued import inclusion_path
 from sisa.evidence.log.log import checkpoint_text, proof_text
+from sisa.evidence.open_evidence import inclusion_path
 from sisa.verifier import merkle, note
 from sisa.verifier.certificate import STATE
 from sisa.verifier.envelope import ED25519, PublicKeys, Refused, StatementKey, pae

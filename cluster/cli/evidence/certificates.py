@@ -44,7 +44,7 @@ stated_argument = click.argument("name", metavar="REQUEST")
 @model_option
 def list_certificates(directory: Path) -> Result:
     """List the statements in the log, and the requests whose certificates are pending."""
-    from sisa.evidence.issued import issued
+    from sisa.evidence.open_evidence import issued
 
     with opened(directory) as model:
         found = issued(model)
@@ -69,8 +69,8 @@ def show_certificate(directory: Path, name: str) -> Result:
 
     The checks in the log about the adapters that it names follow.
     """
-    from sisa.evidence.issued import certificate_file, results_of_checks
     from sisa.evidence.keys.model_keys import keys_of
+    from sisa.evidence.open_evidence import certificate_file, results_of_checks
     from sisa.verifier.certificate import verify_logged
 
     with opened(directory) as model:
@@ -87,7 +87,7 @@ def show_certificate(directory: Path, name: str) -> Result:
 @output_option
 def export_certificate(directory: Path, name: str, target: Path) -> Result:
     """Write a certificate as a file that verifies with the public keys alone."""
-    from sisa.evidence.issued import certificate_file
+    from sisa.evidence.open_evidence import certificate_file
 
     with opened(directory) as model:
         return _written(target, certificate_file(model, name))
@@ -97,7 +97,7 @@ def export_certificate(directory: Path, name: str, target: Path) -> Result:
 @model_option
 def issue_certificates(directory: Path) -> Result:
     """Sign and log what is pending, after a signer or the log could not be reached."""
-    from sisa.evidence.issued import issue
+    from sisa.evidence.open_evidence import issue
 
     with opened(directory) as model:
         found = issue(model)
@@ -123,7 +123,7 @@ def state_provenance(directory: Path) -> Result:
 @output_option
 def write_receipt(directory: Path, name: str, record: str, target: Path) -> Result:
     """Write a receipt, which shows that a certificate is about this record, for its requester alone."""
-    from sisa.evidence.issued import receipt_file
+    from sisa.evidence.open_evidence import receipt_file
 
     with opened(directory) as model:
         return _written(target, receipt_file(model, name, record))

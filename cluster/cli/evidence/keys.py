@@ -35,9 +35,9 @@ public_key_option = click.option(
 @public_key_option
 def make_keys(directory: Path, signer: str, public_key: Path | None) -> Result:
     """Make a model's keys, outside of it. Its deletions are certified from then on."""
-    from sisa.evidence.issued import state_what_is_held
     from sisa.evidence.keys.model_keys import start_evidence
     from sisa.evidence.keys.signing import read_public_key
+    from sisa.evidence.open_evidence import state_what_is_held
 
     given = None if public_key is None else read_public_key(public_key)
     with opened(directory) as model:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 @output_option
 def write_proof(record: str, directory: Path, target: Path) -> Result:
     """Prove to a person whether the model holds their record. Write a file."""
-    from sisa.evidence.issued import membership_file
     from sisa.evidence.keys.model_keys import keys_of
+    from sisa.evidence.open_evidence import membership_file
     from sisa.store.blobs.files import write_atomic
     from sisa.verifier.membership import verify_membership
 

@@ -29,7 +29,7 @@ from cluster.serve.state import ServiceState
 from cluster.serve.tokens import Caller, MayDecide, MayErase, MayRead, MaySubmit
 from sisa.core.digest import Keyed
 from sisa.core.requests import Regime, RequestState
-from sisa.evidence.issued import certificate_file, receipt_file, standing
+from sisa.evidence.open_evidence import certificate_file, receipt_file, standing
 from sisa.flows.lifecycle import RequestView, Terms
 from sisa.flows.query import Candidate
 

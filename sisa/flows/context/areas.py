@@ -40,8 +40,8 @@ def _known_hidden_states(context: Context) -> frozenset[str]:
 def stores_by_area(context: Context) -> dict[str, ports.StoredFiles]:
     """Return the storage areas whose files the ledger lists.
 
-    Everything held there can be erased, leftover temporary files included; in the vault and the patch drafts,
-    keys as well.
+    Everything held there can be erased, leftover temporary files included; in the vault and among the
+    patch drafts, keys as well.
     """
     stores = context.stores
     return {

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from sisa.evidence.audit import Audit, audit_model
-from sisa.evidence.issued import issue
 from sisa.evidence.keys.keys import Keys
 from sisa.evidence.keys.model_keys import keys_of, start_evidence
 from sisa.evidence.log.tiles import CHECKPOINT
+from sisa.evidence.open_evidence import issue
 from sisa.flows.context.slices import held_rows
 from sisa.model import Model
 from sisa.store.areas import LOG

@@ -29,7 +29,6 @@ from sisa.core.errors import EnvironmentFault
 from sisa.core.event_chain import chained
 from sisa.core.ports import Change, merged
 from sisa.core.requests import RequestEvent
-from sisa.evidence.issued import certificate_file, membership_file, receipt_file
 from sisa.evidence.keys.keys import Keys, create_keys
 from sisa.evidence.keys.model_keys import PUBLISHED, rotate
 from sisa.evidence.keys.vrf_key import VrfKey
@@ -37,6 +36,7 @@ from sisa.evidence.log.cosigning import cosign, new_cosigner_key
 from sisa.evidence.log.log import SIGNED, Log
 from sisa.evidence.log.published import log_reader
 from sisa.evidence.membership import Membership
+from sisa.evidence.open_evidence import certificate_file, membership_file, receipt_file
 from sisa.evidence.revocations import FEED, publish
 from sisa.flows.context.commit import commit
 from sisa.flows.deletion import _write_remaining, plan_forget

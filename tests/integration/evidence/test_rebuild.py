@@ -20,9 +20,9 @@ from sisa.config.runfile import load_run_file
 from sisa.core.errors import InvalidInput
 from sisa.core.events import silent
 from sisa.data.reader import read_like
-from sisa.evidence.issued import certificate_file
 from sisa.evidence.issuing import served_by
 from sisa.evidence.keys.model_keys import keys_of, start_evidence
+from sisa.evidence.open_evidence import certificate_file
 from sisa.evidence.rebuild import NOT_GIVEN, Rebuild, rebuild_shards
 from sisa.evidence.statements import Served
 from sisa.planning.plan import jobs

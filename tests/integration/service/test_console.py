@@ -16,8 +16,8 @@ from cluster.serve.app import build_app
 from cluster.serve.domain import Service
 from cluster.serve.tokens import Tokens
 from sisa.config.config import ServiceBlock
-from sisa.evidence.issued import certificate_file, state_what_is_held
 from sisa.evidence.keys.keys import create_keys
+from sisa.evidence.open_evidence import certificate_file, state_what_is_held
 from sisa.flows.lifecycle import Terms
 from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.model import Model, open_model

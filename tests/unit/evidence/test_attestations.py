@@ -20,9 +20,9 @@ from sisa.audit.verify import EMPTY, ShardProof, Verification
 from sisa.core.errors import EnvironmentFault
 from sisa.evidence import attestations
 from sisa.evidence.attestations import replay_results, sweep_results
-from sisa.evidence.issued import results_of_checks
 from sisa.evidence.keys.keys import Keys
 from sisa.evidence.keys.model_keys import keys_of
+from sisa.evidence.open_evidence import results_of_checks
 from sisa.evidence.statements import PROVENANCE
 from sisa.model import Model, open_model
 from sisa.store.blobs import files

@@ -21,7 +21,7 @@ from sisa.core.domain import Export
 from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.core.patches import active
 from sisa.core.ports import Change
-from sisa.evidence.issued import OpenEvidence
+from sisa.evidence.open_evidence import OpenEvidence
 from sisa.evidence.revocations import feed_of
 from sisa.flows.context.commit import commit
 from sisa.flows.export import export_adapters

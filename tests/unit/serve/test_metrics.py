@@ -18,8 +18,8 @@ from cluster.jobs.kuberay import manifest
 from cluster.serve.app import build_app
 from cluster.serve.domain import AnswerEvent, Ended, Piece, Question, Service, Started
 from cluster.serve.metrics import ROUTE_NAMES, AnswerMeters, MeasuredAnswers
-from sisa.evidence.issued import state_what_is_held
 from sisa.evidence.keys.keys import create_keys
+from sisa.evidence.open_evidence import state_what_is_held
 from sisa.evidence.revocations import publish
 from sisa.flows.lifecycle import Terms
 from sisa.flows.wiring.keys import evidence_keys_dir

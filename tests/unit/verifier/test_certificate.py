@@ -8,7 +8,7 @@ from hashlib import sha256
 
 import pytest
 
-from sisa.evidence.issued import inclusion_path
+from sisa.evidence.open_evidence import inclusion_path
 from sisa.verifier import merkle
 from sisa.verifier.certificate import (
     EXACT,

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.evidence.issued import inclusion_path
+from sisa.evidence.open_evidence import inclusion_path
 from sisa.verifier import merkle
 from sisa.verifier.envelope import Refused
 

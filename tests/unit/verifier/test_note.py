@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from sisa.evidence.issued import inclusion_path
 from sisa.evidence.log.log import checkpoint_text, proof_text
+from sisa.evidence.open_evidence import inclusion_path
 from sisa.verifier import merkle, note
 from sisa.verifier.envelope import Refused, base64_bytes
 from sisa.verifier.note import COSIGNATURE, ED25519, Checkpoint, NoteKey

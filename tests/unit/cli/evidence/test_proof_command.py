@@ -11,8 +11,8 @@ import pytest
 
 from sisa.audit.doctor import diagnose
 from sisa.audit.repair import repair
-from sisa.evidence.issued import issue
 from sisa.evidence.keys.model_keys import start_evidence
+from sisa.evidence.open_evidence import issue
 from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.model import open_model
 from tests.models.confessing import record

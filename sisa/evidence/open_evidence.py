@@ -1,4 +1,4 @@
-"""Hand out what was issued as files: certificates, receipts, and membership proofs.
+"""Open a model's evidence, and hand it out as files: certificates, receipts, membership proofs.
 
 A file holds all that an outsider needs besides the public keys (`sisa/verifier/certificate.py`).
 Receipts and membership proofs name one record: give them to its requester alone.
