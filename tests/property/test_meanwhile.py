@@ -25,13 +25,13 @@ from sisa.flows.context.context import Context
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import (
     Terms,
-    approved,
     carry_out,
     decide,
     extend,
     find,
     forget_at_once,
     new_request,
+    ready,
     submit,
 )
 from sisa.flows.reconcile import reconcile
@@ -115,7 +115,7 @@ def waiting() -> FakeModel:
 
 
 def run(fake: FakeModel) -> None:
-    carry_out(fake.context, approved(fake.context))
+    carry_out(fake.context, ready(fake.context))
 
 
 def forget(fake: FakeModel) -> None:
