@@ -253,11 +253,8 @@ class Cut(Exception):
     """Raised where the machine stops."""
 
 
-def cut_short(num_slices: int, *, recorded: bool = True) -> OpenExecutor:
-    """Return a serial executor that dies once it has stored `num_slices` slices.
-
-    The last one is in the ledger or, with `recorded=False`, not yet.
-    """
+def cut_short(num_slices: int) -> OpenExecutor:
+    """Return a serial executor that dies once `num_slices` slices are stored and in the ledger."""
 
     def open_executor(site: Site, options: Mapping[str, Any]) -> Executor:
         inner = open_serial(site, options)
@@ -269,8 +266,7 @@ def cut_short(num_slices: int, *, recorded: bool = True) -> OpenExecutor:
                 def until_cut(stage: SliceTrained) -> None:
                     nonlocal done
                     done += 1
-                    if recorded or done < num_slices:
-                        on_stage(stage)
+                    on_stage(stage)
                     if done == num_slices:
                         raise Cut
 

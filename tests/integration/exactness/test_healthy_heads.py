@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-import sisa
-from sisa.core.errors import Busy
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.store.areas import CHECKPOINTS
@@ -137,16 +135,3 @@ def test_a_cut_deletion_is_erased_and_completed_by_a_move(tiny: Tiny) -> None:
     )
     assert states == ["erased"]
     assert [each.state for each in tiny.open().status().requests] == ["completed"]
-
-
-def test_a_move_keeps_writers_out(tiny: Tiny) -> None:
-    change_run(tiny.run_file, **LAYOUT)
-    refused: list[str] = []
-
-    def look() -> None:
-        with pytest.raises(Busy):
-            sisa.open_model(tiny.directory, executor="serial").forget(["p001-q1"])
-        refused.append("forget")
-
-    tiny.train(looking(look), accept_differences=True)
-    assert refused == ["forget"]

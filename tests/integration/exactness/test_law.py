@@ -88,51 +88,6 @@ def test_a_history_ends_in_the_bytes_of_training_from_scratch_here_and_in_a_fres
     assert [each.equal_apart for each in proof.shards].count(True) == 1
 
 
-def test_bands_put_the_likeliest_last_and_keep_the_law(tmp_path: Path, tiny_base: Path) -> None:
-    """The subject to delete is a likely one: of three slices only the last is trained again."""
-    bands = {"thresholds": [0.1], "classes": {"trial": 0.5}}
-    rows = [{**row, "deletion_risk": "trial"} if row["subject_id"] == SUBJECT else row for row in PEOPLE]
-    for folder, some in (("a", rows), ("b", [row for row in rows if row["subject_id"] != SUBJECT])):
-        write_run(tmp_path / folder, tiny_base, some, sisa_block={"slices": 3, "bands": bands})
-    model, _ = sisa.train_model(tmp_path / "a" / "run.yaml", executor="serial", allow_deleted=True)
-    places = {each.id: each.slice for each in model.where(ids_of(PEOPLE))}
-    likely = set(ids_of(of_people(SUBJECT)))
-    assert {places[each] == 0 for each in places.keys() - likely} == {True}
-    assert {places[each] > 0 for each in likely} == {True}
-    forgotten = model.forget(subject=SUBJECT).request
-    assert forgotten is not None
-    assert forgotten.record_epochs_retrained == 0  # nobody else is likely to go
-    scratch, _ = sisa.train_model(tmp_path / "b" / "run.yaml", executor="serial", allow_deleted=True)
-    assert held_files(model.directory) == held_files(scratch.directory)
-    assert model.status().model_digest == scratch.status().model_digest
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_what_is_appended_trains_new_slices_alone_and_keeps_the_law(
-    tmp_path: Path, tiny_base: Path, schedule: str
-) -> None:
-    model, first = sisa.train_model(
-        run_file_of(tmp_path / "a", tiny_base, FIRST, schedule), executor="serial", allow_deleted=True
-    )
-    before = adapters(model.directory)
-    later = write_rows(tmp_path / "later.jsonl", ADDED)
-    taken = model.add(later, append=True)
-    assert 0 < taken.record_epochs_trained < first.record_epochs_trained
-    assert set(before) <= set(adapters(model.directory))
-    assert {each.slice // 3 for each in model.where(LATER)} == {1}
-    assert model.add(later, append=True).already_held == len(ADDED)
-    model.forget(BATCH)
-    appended = [{**row, "generation": 1} if row["id"] in LATER else row for row in PEOPLE]
-    scratch, _ = sisa.train_model(
-        run_file_of(tmp_path / "b", tiny_base, without(appended, BATCH), schedule),
-        executor="serial",
-        allow_deleted=True,
-    )
-    assert held_files(model.directory) == held_files(scratch.directory)
-    assert model.status().model_digest == scratch.status().model_digest
-    assert model.verify().ok
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_history_on_ray_ends_in_the_bytes_of_serial_training(tmp_path: Path, tiny_base: Path) -> None:

@@ -1,10 +1,9 @@
-"""Training orders under the real trainer, at the command line and on Ray.
+"""Training orders, bands and generations under the real trainer.
 
 A deletion whose retraining is deferred erases, and serves what another order has of the other slices.
-The next command trains to the bytes of a model that never had the record, in all orders. Ray trains all
-orders to the bytes of serial training. Under a budget fewer stages are kept, and what is served has the
-same bytes. With bands, appended slices or blocks of layers, a deletion leaves the bytes of training
-from scratch on the remaining records.
+The next command trains to the bytes of a model that never had the record, in all orders. Under a
+budget fewer stages are kept, and what is served has the same bytes. With bands, appended slices or
+blocks of layers, a deletion leaves the bytes of training from scratch on the remaining records.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from tests.models.tiny_model import (
     train_scratch,
     without,
     write_rows,
-    write_run,
 )
 
 pytestmark = pytest.mark.torch
@@ -55,19 +53,6 @@ def test_what_another_order_holds_serves_while_retraining_waits(
     scratch = train_scratch(tmp_path / "b", tiny_base, without(PEOPLE, [gone]), sisa_block=BLOCK)
     assert held_files(model.directory) == held_files(scratch.directory)
     assert sisa.open_model(model.directory).verify(replay="all", apart=False).ok
-
-
-@pytest.mark.ray
-def test_orders_on_ray_have_the_bytes_of_serial_training(tmp_path: Path, tiny_base: Path) -> None:
-    block = {**BLOCK, "shards": 2}
-    serial = train_scratch(tmp_path / "serial", tiny_base, PEOPLE, sisa_block=block)
-    run_file = write_run(tmp_path / "ray", tiny_base, PEOPLE, sisa_block=block)
-    model, _ = sisa.train_model(run_file, executor="ray", allow_deleted=True)
-    assert held_files(model.directory) == held_files(serial.directory)
-    gone = in_slice(model, 1)
-    for each in (model, serial):
-        each.forget([gone])
-    assert held_files(model.directory) == held_files(serial.directory)
 
 
 def test_a_budget_keeps_fewer_stages_and_serves_the_same_bytes(tmp_path: Path, tiny_base: Path) -> None:

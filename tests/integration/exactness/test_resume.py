@@ -1,8 +1,9 @@
 """Interrupted training, and run files and bases that changed under a model.
 
-Whatever stopped a training, `train` continues at the last stored slice and ends with the same bytes. A
-changed run file ends in the model of the new file. A base that differs from the record stops every
-command that would use it. `unit/flows/test_training.py` has what `train` counts and refuses.
+A killed training continues at the last stored slice and ends with the same bytes. A changed run file ends
+in the model of the new file. A base that differs from the record stops every command that would use it.
+`tests/property` has crashes at every effect of every flow, and `unit/flows/test_training.py` what `train`
+counts and refuses.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from tests.models.tiny_model import (
     cut_short,
     held_files,
     identities,
-    ids_of,
     of_people,
     train_scratch,
     without,
@@ -57,24 +57,6 @@ def scratch_of(tmp_path: Path, base: Path, rows: Any = PEOPLE, **options: Any) -
 # --- cut short -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_slices", "recorded"), [(1, False), (4, True), (6, False)])
-def test_a_first_training_goes_on_where_it_was_cut(
-    tmp_path: Path, tiny_base: Path, tiny: Tiny, num_slices: int, recorded: bool
-) -> None:
-    cut = Tiny(tmp_path / "cut", tiny_base)
-    write_run(cut.folder, tiny_base)
-    with pytest.raises(Cut):
-        cut.train(cut_short(num_slices, recorded=recorded))
-    stored = identities(cut.directory / "checkpoints")
-    taken = cut.train()
-    assert taken.slices_trained == NUM_STAGES - num_slices
-    assert taken.already_held == len(PEOPLE)
-    after = identities(cut.directory / "checkpoints")
-    assert {name: after[name] for name in stored} == stored
-    assert held_files(cut.directory) == held_files(tiny.directory)
-    assert cut.open().verify().ok
-
-
 def test_a_first_training_goes_on_after_sigkill_in_the_middle_of_a_slice(
     tmp_path: Path, tiny_base: Path, tiny: Tiny
 ) -> None:
@@ -84,45 +66,6 @@ def test_a_first_training_goes_on_after_sigkill_in_the_middle_of_a_slice(
     assert len(os.listdir(killed.directory / "checkpoints")) == 2
     assert killed.train().slices_trained == NUM_STAGES - 2
     assert held_files(killed.directory) == held_files(tiny.directory)
-
-
-GONE = ["p001-q1", "p003-q1"]
-
-
-@pytest.fixture(scope="module")
-def files_without_gone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str, str]:
-    return scratch_of(tmp_path_factory.mktemp("without"), tiny_base, without(PEOPLE, GONE))
-
-
-@pytest.mark.parametrize(("next_command", "recorded"), [("train", True), ("forget", False)])
-def test_a_deletion_that_was_cut_is_finished_by_the_next_command(
-    tiny: Tiny, files_without_gone: dict[str, str], next_command: str, recorded: bool
-) -> None:
-    """An interrupted user types the same command again, or trains."""
-    with pytest.raises(Cut):
-        tiny.open(cut_short(1, recorded=recorded)).forget(GONE)
-    assert [each.state for each in tiny.open().status().requests] == ["erased"]
-    if next_command == "train":
-        assert tiny.train().slices_trained == 3
-    else:
-        outcome = tiny.open().forget(GONE)
-        assert outcome.request is None
-        assert len(outcome.already_deleted) == 2
-    assert [each.state for each in tiny.open().status().requests] == ["completed"]
-    assert held_files(tiny.directory) == files_without_gone
-
-
-def test_an_addition_that_was_cut_goes_on(tmp_path: Path, tiny_base: Path) -> None:
-    later = of_people("p006", "p008")
-    model = Tiny(tmp_path / "a", tiny_base)
-    write_run(model.folder, tiny_base, without(PEOPLE, ids_of(later)))
-    model.train()
-    source = model.file("later.jsonl", later)
-    with pytest.raises(Cut):
-        model.open(cut_short(1)).add(source)
-    taken = model.open().add(source)
-    assert (taken.added, taken.already_held, taken.slices_trained) == (0, len(later), 1)
-    assert held_files(model.directory) == scratch_of(tmp_path, tiny_base)
 
 
 # --- again ---------------------------------------------------------------------------------------
@@ -142,7 +85,6 @@ def test_training_again_trains_nothing_and_rewrites_nothing(tiny: Tiny) -> None:
     "change",
     [
         {"num_epochs": 1, "lora_dropout": 0.0, "weight_decay": 0.1},
-        {"sisa__schedule": "sequential"},
         {"sisa__shards": 4, "sisa__slices": 3, "learning_rate": 0.02},
     ],
     ids=lambda change: "+".join(change),

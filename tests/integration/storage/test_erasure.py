@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,21 +21,9 @@ import pytest
 from sisa.data.samples import distinctive_word
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS
 from tests.integration.storage.traces import traces, vector
-from tests.models.programs.forked import run_forked
 from tests.models.tiny_model import PEOPLE, Tiny, command, ids_of, looking, of_people, residue, without
 
 pytestmark = pytest.mark.torch
-
-KILLED_AT_THE_COMMIT = (
-    "import os, signal, sys, sisa\n"
-    "from sisa.store.ledger.ledger import SqlLedger\n"
-    "commit = SqlLedger.commit\n"
-    "def last_words(ledger, change):\n"
-    "    commit(ledger, change)\n"
-    "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    "SqlLedger.commit = last_words\n"
-    "sisa.open_model(sys.argv[1], executor='serial').forget(sys.argv[2:])\n"
-)
 
 
 def vectors_of(directory: Path) -> bytes:
@@ -94,29 +81,6 @@ def test_files_and_heads_are_clean_before_anything_is_trained(tiny: Tiny) -> Non
 
     tiny.open(looking(look)).forget(subject="p001")
     assert seen == ["looked"]
-
-
-@pytest.mark.parametrize("again", ["train", "forget"])
-def test_a_deletion_killed_at_its_commit_is_erased_by_the_next_command(tiny: Tiny, again: str) -> None:
-    """SIGKILL between the commit and the erasure: the old slice file is still there."""
-    gone = of_people("p003")
-    killed = run_forked(KILLED_AT_THE_COMMIT, tiny.directory, *ids_of(gone))
-    assert killed == -signal.SIGKILL
-    assert residue(tiny.directory, traces(gone)), "the crash came too late to show anything"
-    if again == "train":
-        tiny.train()
-    else:
-        tiny.open().forget(ids_of(gone))
-    assert residue(tiny.directory, traces(gone, subject=True)) == []
-
-
-def test_an_open_reader_does_not_keep_a_deleted_record_in_the_log(tiny: Tiny) -> None:
-    gone = of_people("p008")[:1]
-    reader = tiny.open()
-    reader.status()
-    tiny.open().forget(ids_of(gone))
-    reader.status()
-    assert residue(tiny.directory, traces(gone)) == []
 
 
 def test_commands_say_nothing_of_a_record_unless_asked(
