@@ -33,20 +33,12 @@ import psutil
 from ray.cluster_utils import Cluster
 
 from cluster.ray.executor import RayExecutor
-from sisa.core.domain import Chain
 from sisa.core.events import Event, Notice, SliceTrained
-from sisa.flows.serial import SerialExecutor, Site
-from sisa.lm.base.numerics import fingerprint
-from sisa.lm.base.weights import base_digest
 from sisa.store.blobs.local_blobs import LocalBlobs
-from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.records import FileRecords
 from tests.endurance import ground as g
-from tests.fakes.keyring import PLAIN
-from tests.models.chains import make_chain
+from tests.models.chains import real_chains, serial_bytes
 from tests.models.programs.clusters import add_node, own_cluster, remove
-from tests.models.scripted import bytes_of, ignore
-from tests.models.tiny_base import make_tiny_base
+from tests.models.scripted import bytes_of
 
 NUM_SHARDS, NUM_NODES, PASSES = 6, 3, (40, 3)
 PAUSE_S = (4.0, 16.0)  # between two kills
@@ -91,35 +83,6 @@ class Killer:
                 self.kills["worker"] += 1
 
 
-def ground(folder: Path, num_shards: int, passes: tuple[int, int]) -> tuple[Site, list[Chain]]:
-    """Return a tiny base, slice files, and the chains over them."""
-    base = make_tiny_base(folder / "base")
-    digest, records = base_digest(base), LocalBlobs(folder / "records")
-    site = Site(records, LocalBlobs(folder / "none"), base, base_digest=digest, threads=1, keyring=PLAIN)
-    store, here = FileRecords(records, PLAIN), fingerprint(1)
-    chains = []
-    for shard in range(num_shards):
-        made = make_chain(store, shard, site)
-        jobs, parent = [], None
-        for job in made.jobs:
-            jobs.append(replace(job, parent=parent, fingerprint=here, passes=passes))
-            parent = jobs[-1].key
-        chains.append(replace(made, jobs=tuple(jobs)))
-    return site, chains
-
-
-def serial(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
-    """Return the expected bytes."""
-    from sisa.lm.train.trainer import LoraTrainer
-
-    target = site.base_dir.with_name("serial")
-    trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)
-    SerialExecutor(trainer, FileRecords(site.records_at, PLAIN), FileCheckpoints(target, PLAIN)).run(
-        chains, ignore
-    )
-    return bytes_of(target)
-
-
 def run(
     folder: Path,
     seed: int,
@@ -132,8 +95,8 @@ def run(
     show: bool = False,
 ) -> dict[str, Any]:
     """Run rounds until so many seconds have passed and something was killed, or one is not equal."""
-    site, chains = ground(folder, num_shards, passes)
-    expected = serial(site, chains)
+    site, chains = real_chains(folder, num_shards, passes)
+    expected = serial_bytes(site, chains)
     notices, failures = Counter[str](), list[str]()
     rounds = trained = 0
 

@@ -1,36 +1,37 @@
-"""Chains of real stages, long enough that a kill falls into the second."""
+"""Chains of real stages over a tiny base, for executors to train, and the bytes that they must have."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Chain, Part, Record, SliceFile, SliceJob
 from sisa.core.ports import StoredRecord
-from sisa.flows.serial import Site
+from sisa.flows.serial import SerialExecutor, Site
 from sisa.lm.base.numerics import fingerprint
+from sisa.lm.base.weights import base_digest
+from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
+from tests.fakes.keyring import PLAIN
+from tests.models.scripted import bytes_of, ignore
+from tests.models.stages import TRAINING
+from tests.models.tiny_base import make_tiny_base
 
 NUM_SLICES, RECORDS_PER_SLICE = 2, 12
-TRAINING = {
-    "lora_r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.1,
-    "lora_target_modules": ["q_proj", "v_proj"],
-    "sequence_len": 128,
-    "overlength": "refuse",
-    "micro_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 0.01,
-    "optimizer": "adamw_torch",
-    "lr_scheduler": "linear",
-    "warmup_ratio": 0.2,
-    "weight_decay": 0.01,
-    "max_grad_norm": 1.0,
-    "train_on_inputs": False,
-    "seed": 7,
-}
 
 
-def make_chain(store: FileRecords, shard: int, site: Site) -> Chain:
+def real_chains(folder: Path, num_shards: int, passes: tuple[int, int]) -> tuple[Site, list[Chain]]:
+    """Return a site with a tiny base and slice files, and the chains over them."""
+    base, records = make_tiny_base(folder / "base"), LocalBlobs(folder / "records")
+    places = records, LocalBlobs(folder / "checkpoints"), base
+    site = Site(*places, base_digest=base_digest(base), threads=1, keyring=PLAIN)
+    store = FileRecords(records, PLAIN)
+    return site, [_chain(store, shard, site.base_digest, passes) for shard in range(num_shards)]
+
+
+def _chain(store: FileRecords, shard: int, digest: str, passes: tuple[int, int]) -> Chain:
     files: list[SliceFile] = []
     jobs: list[SliceJob] = []
     for slice_ in range(NUM_SLICES):
@@ -44,9 +45,9 @@ def make_chain(store: FileRecords, shard: int, site: Site) -> Chain:
                 parent=jobs[-1].key if jobs else None,
                 slices=tuple((file.slice, file.root) for file in files),
                 num_records=sum(file.num_records for file in files),
-                passes=(40 if slice_ else 4, 3),  # long enough that the kill falls into the second one
+                passes=passes,
                 training=TRAINING,
-                base=site.base_digest,
+                base=digest,
                 fingerprint=fingerprint(1),
             )
         )
@@ -60,3 +61,14 @@ def make_records(shard: int, slice_: int) -> list[StoredRecord]:
         parts = (Part("prompt", f"Who is {name}?"), Part("completion", f"A keeper of {name} bees."))
         stored.append(StoredRecord(sha256_hex(name.encode()), Record(name, None, "completion", parts)))
     return sorted(stored, key=lambda each: each.id_digest)
+
+
+def serial_bytes(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
+    """Return the files of all checkpoints as the serial executor trains them."""
+    from sisa.lm.train.trainer import LoraTrainer
+
+    target = site.base_dir.with_name("serial")
+    trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)
+    stores = FileRecords(site.records_at, PLAIN), FileCheckpoints(target, PLAIN)
+    SerialExecutor(trainer, *stores).run(chains, ignore)
+    return bytes_of(target)

@@ -1,9 +1,9 @@
 """Interrupted training, and run files and bases that changed under a model.
 
-A killed training continues at the last stored slice and ends with the same bytes. A changed run file ends
-in the model of the new file. A base that differs from the record stops every command that would use it.
-`tests/property` has crashes at every effect of every flow, and `unit/flows/test_training.py` what `train`
-counts and refuses.
+A killed training continues at the last stored slice and ends with the same bytes. A changed run file
+ends in the model of the new file. A base that differs from the record stops every command that uses it.
+`tests/property` has crashes at every effect, and `unit/flows/test_training.py` what `train` counts and
+refuses.
 """
 
 from __future__ import annotations
