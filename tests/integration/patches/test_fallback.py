@@ -70,13 +70,6 @@ def kept(erased: Erased, tmp_path_factory: pytest.TempPathFactory) -> Patched:
     return Patched.by(erased, folder, "kept", Way(settings=PACE), patch_mode="joint")
 
 
-@pytest.fixture(scope="module")
-def written(erased: Erased, tmp_path_factory: pytest.TempPathFactory) -> Patched:
-    """Return a patch whose retain set the base wrote."""
-    folder = tmp_path_factory.mktemp("written")
-    return Patched.by(erased, folder, "written", Way(keep=False, settings=SHORT))
-
-
 def test_the_base_still_knows_what_was_deleted_exactly(kept: Patched) -> None:
     assert kept.found["request_probed"]["num_known"] == TINY.per_person
     before = kept.found["without_patch"]["forgotten"]
@@ -84,10 +77,9 @@ def test_the_base_still_knows_what_was_deleted_exactly(kept: Patched) -> None:
     assert before["base_probability"] > 0.9
 
 
-@pytest.mark.parametrize("way", ["kept", "written"])
-def test_with_a_patch_it_is_not_known_any_more(request: pytest.FixtureRequest, way: str) -> None:
-    found = request.getfixturevalue(way).found
-    before, after = found["without_patch"]["forgotten"], found["patches"][way]["forgotten"]
+def test_with_a_patch_it_is_not_known_any_more(kept: Patched) -> None:
+    found = kept.found
+    before, after = found["without_patch"]["forgotten"], found["patches"]["kept"]["forgotten"]
     assert after["base_known"] == 0
     assert after["base_probability"] < 0.2
     assert after["served"]["probability"] < 0.5 * before["served"]["probability"]
@@ -102,17 +94,16 @@ def test_whoever_is_in_the_retain_set_stays_known(kept: Patched) -> None:
     assert patch["composition"]["shards"]["agreement"] >= AGREEING
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_the_defaults_search_until_nothing_is_known(erased: Erased, tmp_path: Path, keep: bool) -> None:
+def test_the_defaults_search_until_nothing_is_known(erased: Erased, tmp_path: Path) -> None:
     """Within a bound that leaves room for it: a tiny base has one set of weights for all it says."""
     again = erased.ground.copied(tmp_path)
     others = [each for each in again.known if each != fallback.FORGOTTEN]
-    way = Way(keep=keep, settings={"max_utility_drop": 0.4})
+    way = Way(settings={"max_utility_drop": 0.4})
     done = again.unlearn(way, others, requests=[erased.request["request_id"]])
     report = done["report"]
     assert report["still_known"] == {"before": 2, "after": 0, "of": 2}
     assert report["outcome"] == "forgotten"
-    assert (done["sets_kept"] == 0) is not keep  # a retain set of the model's records keeps both
+    assert done["sets_kept"] > 0  # a retain set of the model's records keeps both
     assert report["utility"] >= report["utility_before"] - 0.4
     assert report["sets"]["num_neighbours"] > 0
     assert again.probed(fallback.FORGOTTEN)["num_known"] == 0
@@ -135,12 +126,12 @@ def test_the_shards_are_exact_beneath_a_patch(kept: Patched) -> None:
     assert sisa.open_model(kept.ground.model, executor="serial").verify(replay="all", apart=False).ok
 
 
-@pytest.mark.parametrize(("name", "num_beneath"), [("sequential", 1), ("joint", 0)])
-def test_a_second_erasure(kept: Patched, tmp_path: Path, name: str, num_beneath: int) -> None:
-    mode = sequential.MODES[name]
+def test_a_second_erasure_makes_one_patch_of_both(kept: Patched, tmp_path: Path) -> None:
+    """`test_patch_making.py` makes a patch upon another one."""
+    mode = sequential.MODES["joint"]
     again = kept.ground.copied(tmp_path, patch_mode=mode.patch_mode)
     (row,) = sequential.run(again, mode, Way(settings=FAST), (2,), done_before=1)
     assert row["known"] == 0
     assert row["forget_probability"] < 0.2
-    assert row["num_beneath"] == num_beneath
+    assert row["num_beneath"] == 0
     assert row["kept_probability"] > 0.8

@@ -29,7 +29,7 @@ def training_workers() -> list[psutil.Process]:
 
 
 def test_a_killed_worker_changes_no_byte(tmp_path: Path) -> None:
-    site, chains = real_chains(tmp_path, NUM_SHARDS, passes=(40, 3))
+    site, chains = real_chains(tmp_path, NUM_SHARDS, passes=(30, 3))
     expected = serial_bytes(site, chains)
     events: list[Event] = []
     killed: list[int] = []
