@@ -2,7 +2,7 @@
 
 The hash that places a subject (`Assigner`), the planner (`plan_shard`, `tainted`) and the price of its
 plans are real. Records are counted (an author has some number in one slice), and so are checkpoints,
-which have no bytes. A test compares the model with the flows over fakes.
+which have a size and no bytes. A test compares the model with the flows over fakes.
 
     model = CountedModel.trained(Arrangement("SISA", 8, 8, "cumulative"), authors, secret)
     model.without([199]).record_epochs / model.record_epochs
@@ -25,6 +25,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from cluster.cli.plan import ASSUMED_BYTES_PER_RANK
 from sisa.core.digest import Keyed, digest_of
 from sisa.core.domain import HeldCheckpoint, Part, Record, RecordRow, Risk, SliceState, record_epochs
 from sisa.planning.bands import Bands
@@ -34,6 +35,7 @@ from sisa.planning.orders import chosen_orders
 from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard, tainted_checkpoints
 
 FINGERPRINT, EPOCHS = "fingerprint", 4
+CHECKPOINT_BYTES = 8 * ASSUMED_BYTES_PER_RANK  # SmolLM2-135M at rank 8
 
 
 @dataclass(frozen=True)
@@ -90,22 +92,25 @@ class CountedShard:
     versions: Mapping[int, int] = field(default_factory=dict)
     held: tuple[HeldCheckpoint, ...] = ()
 
-    def plan(self, recipe: Recipe) -> ShardPlan:
+    @property
+    def view(self) -> ShardView:
         states = tuple(
             SliceState(self.shard, n, digest_of([self.shard, n, self.versions.get(n, 0)]), size)
             for n, size in sorted(self.sizes.items())
             if size
         )
-        return plan_shard(ShardView(self.shard, states, self.held), recipe, FINGERPRINT)
+        return ShardView(self.shard, states, self.held)
 
-    def trained(self, recipe: Recipe) -> CountedShard:
+    def plan(self, recipe: Recipe) -> ShardPlan:
+        return plan_shard(self.view, recipe, FINGERPRINT)
+
+    def trained(self, plan: ShardPlan) -> CountedShard:
         """Return the shard with everything that its plan trains, in all orders."""
-        made = [
-            HeldCheckpoint(
-                job.key, self.shard, job.prefix, 1, FINGERPRINT, "m", "a", 1, 1.0, record_epochs(job)
-            )
-            for job in self.plan(recipe).all_missing
-        ]
+        rest = (1, FINGERPRINT, "m", "a", CHECKPOINT_BYTES, 1.0)
+        made = (
+            HeldCheckpoint(job.key, self.shard, job.prefix, *rest, record_epochs(job))
+            for job in plan.all_missing
+        )
         return replace(self, held=(*self.held, *made))
 
     def without(self, gone: Mapping[int, int]) -> CountedShard:
@@ -163,9 +168,8 @@ class CountedModel:
             for shard in range(arrangement.shards)
         }
         recipe = arrangement.recipe
-        return cls(
-            arrangement, by, places, {shard: each.trained(recipe) for shard, each in shards.items()}
-        )
+        held = {shard: each.trained(each.plan(recipe)) for shard, each in shards.items()}
+        return cls(arrangement, by, places, held)
 
     @cached_property
     def record_epochs(self) -> int:
@@ -205,7 +209,8 @@ def until_base(arrangement: Arrangement, records: int, seed: int) -> int:
     """
     draw, recipe = random.Random(seed), arrangement.recipe
     even = dict.fromkeys(range(arrangement.slices), records)
-    shards = [CountedShard(n, even).trained(recipe) for n in range(arrangement.shards)]
+    fresh = (CountedShard(n, even) for n in range(arrangement.shards))
+    shards = [each.trained(each.plan(recipe)) for each in fresh]
     left, deletions = set(range(arrangement.shards)), 0
     while left:
         shard, slice_ = draw.randrange(arrangement.shards), draw.randrange(arrangement.slices)

@@ -27,7 +27,8 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -37,16 +38,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.cli.plan import ASSUMED_BYTES_PER_RANK
-from sisa.core.digest import Keyed, digest_of
+from sisa.core.digest import Keyed
 from sisa.core.domain import (
     Head,
-    HeldCheckpoint,
     Part,
     Record,
     RecordRow,
     SliceFile,
-    SliceState,
     record_epochs,
 )
 from sisa.core.ports import Change
@@ -54,15 +52,14 @@ from sisa.core.requests import days_left, due_date
 from sisa.planning.batching import ShardCosts, choose
 from sisa.planning.cost import full_record_epochs, shard_costs
 from sisa.planning.layout import Assigner, Layout
-from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, tainted_checkpoints
+from sisa.planning.plan import Recipe, ShardPlan
 from sisa.store.ledger.ledger import SqlLedger
 from tests.bench.command import arguments, low_to_high, markdown, write
-from tests.bench.deletion.counted import counted_row
+from tests.bench.deletion.counted import CHECKPOINT_BYTES, CountedShard
 from tests.bench.scale.simulate import Fleet, Ran, simulate
 
 DAY_S = 86_400.0
 START = date(2030, 1, 1)
-CHECKPOINT_BYTES = 8 * ASSUMED_BYTES_PER_RANK  # SmolLM2-135M at rank 8
 VECTOR_BYTES = (384 + 512) * 4 + 8  # a vector of MiniLM with names, and its id
 SAMPLE_ROWS = 20_000
 Json = dict[str, Any]
@@ -92,64 +89,44 @@ class Scale:
 
 
 @dataclass
-class ShardCounts:
+class Shards:
     """All shards as counts of records, and the checkpoints that they hold."""
 
     scale: Scale
-    sizes: NDArray[np.int64]  # [shards, slices]
-    held: list[tuple[HeldCheckpoint, ...]]
-    versions: NDArray[np.int64]
-    seq: int = 1
+    shards: list[CountedShard]
 
     @classmethod
-    def drawn(cls, scale: Scale) -> ShardCounts:
+    def drawn(cls, scale: Scale) -> Shards:
         draw = np.random.default_rng(scale.seed)
         cells = scale.shards * scale.slices
         counts = draw.multinomial(scale.records, np.full(cells, 1 / cells))
-        sizes = counts.reshape(scale.shards, scale.slices)
-        return cls(scale, sizes, [()] * scale.shards, np.zeros_like(sizes))
+        rows = counts.reshape(scale.shards, scale.slices).tolist()
+        return cls(scale, [CountedShard(n, dict(enumerate(row))) for n, row in enumerate(rows)])
 
-    def view(self, shard: int) -> ShardView:
-        states = tuple(
-            SliceState(shard, n, digest_of([shard, n, int(self.versions[shard, n])]), int(size))
-            for n, size in enumerate(self.sizes[shard])
-            if size
-        )
-        return ShardView(shard, states, self.held[shard])
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Return the number of records of each slice, [shards, slices]."""
+        slices = range(self.scale.slices)
+        return np.array([[each.sizes[n] for n in slices] for each in self.shards])
 
-    def plan(self, shard: int) -> ShardPlan:
-        return plan_shard(self.view(shard), self.scale.recipe, "fingerprint")
+    def plans(self, shards: Iterable[int]) -> list[ShardPlan]:
+        return [self.shards[each].plan(self.scale.recipe) for each in shards]
 
-    def trained(self, plan: ShardPlan) -> None:
-        """Hold what a plan trained, as the ledger would."""
-        made = (
-            HeldCheckpoint(
-                job.key,
-                plan.shard,
-                job.prefix,
-                self.seq,
-                "fingerprint",
-                "m",
-                "a",
-                CHECKPOINT_BYTES,
-                1.0,
-                record_epochs(job),
-            )
-            for job in plan.train
-        )
-        self.held[plan.shard] = (*self.held[plan.shard], *made)
+    def trained(self, plans: Iterable[ShardPlan]) -> None:
+        """Hold what plans trained, as the ledger would."""
+        for plan in plans:
+            self.shards[plan.shard] = self.shards[plan.shard].trained(plan)
 
-    def removed(self, gone: Sequence[RecordRow]) -> list[int]:
-        """Remove records and the checkpoints that they touched; return the affected shards."""
-        by: dict[int, list[RecordRow]] = {}
-        for each in gone:
-            by.setdefault(each.shard, []).append(each)
-            self.sizes[each.shard, each.slice] -= 1
-            self.versions[each.shard, each.slice] += 1
-        for shard, rows in by.items():
-            erased = set(tainted_checkpoints(self.held[shard], rows))
-            self.held[shard] = tuple(each for each in self.held[shard] if each.key not in erased)
-        self.seq += 1
+    def removed(self, gone: Iterable[tuple[int, int]]) -> list[int]:
+        """Remove records of slices (shard, slice) and the checkpoints that they touched.
+
+        Return the affected shards.
+        """
+        by: dict[int, Counter[int]] = {}
+        for shard, slice_ in gone:
+            by.setdefault(shard, Counter())[slice_] += 1
+        for shard, slices in by.items():
+            self.shards[shard] = self.shards[shard].without(slices)
         return sorted(by)
 
 
@@ -172,15 +149,14 @@ def _outcome(ran: Ran, scale: Scale) -> Json:
     }
 
 
-def first_training(counts: ShardCounts) -> Json:
+def first_training(counts: Shards) -> Json:
     """Plan everything and train it on the fleet; measure the driver's cost."""
     before, began = _resident(), time.perf_counter()
-    plans = [counts.plan(shard) for shard in range(counts.scale.shards)]
+    plans = counts.plans(range(counts.scale.shards))
     planned_s = time.perf_counter() - began
     planned_bytes = _resident() - before
     ran = simulate(chains(plans), counts.scale.fleet, counts.scale.seed)
-    for plan in plans:
-        counts.trained(plan)
+    counts.trained(plans)
     calm = Fleet(counts.scale.workers, counts.scale.rate)
     return {
         **_outcome(ran, counts.scale),
@@ -195,10 +171,10 @@ def first_training(counts: ShardCounts) -> Json:
 class Stream:
     """A stream of requests over a trained fleet, day by day."""
 
-    counts: ShardCounts
+    counts: Shards
     per_day: float
     draw: np.random.Generator
-    waiting: list[tuple[str, str, RecordRow]] = field(default_factory=list)  # received, due, record
+    waiting: list[tuple[str, str, tuple[int, int]]] = field(default_factory=list)  # received, due, place
     delays: list[float] = field(default_factory=list)
     spare: list[int] = field(default_factory=list)  # days left before the due date
     runs: int = 0
@@ -222,7 +198,7 @@ class Stream:
         due = due_date(f"{day}T12:00:00+00:00", "gdpr")
         for cell in np.repeat(np.arange(flat.size), flat):
             shard, slice_ = divmod(int(cell), sizes.shape[1])
-            self.waiting.append((day.isoformat(), due, counted_row(shard, slice_)))
+            self.waiting.append((day.isoformat(), due, (shard, slice_)))
 
     def wants_to_run(self, day: date) -> bool:
         began = time.perf_counter()
@@ -234,25 +210,24 @@ class Stream:
 
     def prices(self) -> list[ShardCosts]:
         first: dict[int, int] = {}
-        for _, _, each in self.waiting:
-            first[each.shard] = min(each.slice, first.get(each.shard, each.slice))
-        recipe, total = self.counts.scale.recipe, int(self.counts.sizes.sum())
-        for shard in range(self.counts.scale.shards):
-            if shard not in self.costs:
-                sizes = {n: int(size) for n, size in enumerate(self.counts.sizes[shard])}
-                self.costs[shard] = shard_costs(0.0, sizes, total, recipe)
+        for _, _, (shard, slice_) in self.waiting:
+            first[shard] = min(slice_, first.get(shard, slice_))
+        recipe, shards = self.counts.scale.recipe, self.counts.shards
+        total = sum(sum(each.sizes.values()) for each in shards)
+        for each in shards:
+            if each.shard not in self.costs:
+                self.costs[each.shard] = shard_costs(0.0, each.sizes, total, recipe)
         return [
-            ShardCosts(each.suffixes[first[shard]][0], each.suffixes) if shard in first else each
-            for shard, each in self.costs.items()
+            ShardCosts(cost.suffixes[first[shard]][0], cost.suffixes) if shard in first else cost
+            for shard, cost in self.costs.items()
         ]
 
     def run(self, day: date, number: int) -> float:
         """Run all waiting requests; return the days until training ends."""
-        hit = self.counts.removed([each for _, _, each in self.waiting])
-        plans = [self.counts.plan(shard) for shard in hit]
+        plans = self.counts.plans(self.counts.removed(place for _, _, place in self.waiting))
         ran = simulate(chains(plans), self.counts.scale.fleet, self.counts.scale.seed + number)
+        self.counts.trained(plans)
         for plan in plans:
-            self.counts.trained(plan)
             self.costs.pop(plan.shard, None)
         self.runs += 1
         self.retrained += sum(plan.record_epochs for plan in plans)
@@ -286,18 +261,18 @@ class Stream:
         }
 
 
-def ledger_of(counts: ShardCounts, folder: Path) -> Json:
+def ledger_of(counts: Shards, folder: Path) -> Json:
     """Measure a real ledger with all slices, checkpoints and heads, and a sample of records."""
     scale = counts.scale
     slices = [
         SliceFile(s.shard, s.slice, s.root, s.num_records, "0" * 64, 1000 * s.num_records)
-        for shard in range(scale.shards)
-        for s in counts.view(shard).slices
+        for shard in counts.shards
+        for s in shard.view.slices
     ]
-    plans = [counts.plan(shard) for shard in range(scale.shards)]
+    plans = counts.plans(range(scale.shards))
     change = Change(
         slices=slices,
-        checkpoints=[each for held in counts.held for each in held],
+        checkpoints=[each for shard in counts.shards for each in shard.held],
         heads=[Head(plan.shard, plan.head.key, plan.head.depth, plan.head.target) for plan in plans],
     )
     file = folder / "ledger.db"
@@ -340,9 +315,9 @@ def _resident() -> int:
     return pages * resource.getpagesize()
 
 
-def limits(scale: Scale, counts: ShardCounts, ledger: Json, placed_s: float) -> Json:
+def limits(scale: Scale, counts: Shards, ledger: Json, placed_s: float) -> Json:
     """Return what so many records need, from measured units."""
-    stages = sum(len(held) for held in counts.held)
+    stages = sum(len(each.held) for each in counts.shards)
     return {
         "checkpoints_bytes": stages * CHECKPOINT_BYTES,
         "heads_alone_bytes": scale.shards * CHECKPOINT_BYTES // 3,
@@ -355,24 +330,22 @@ def limits(scale: Scale, counts: ShardCounts, ledger: Json, placed_s: float) -> 
 
 def measure(scale: Scale, per_day: Sequence[float]) -> Json:
     """Run the first training once, and each stream on the fleet as it was first trained."""
-    counts = ShardCounts.drawn(scale)
-    full = full_record_epochs((counts.view(n) for n in range(scale.shards)), scale.recipe)
+    counts = Shards.drawn(scale)
+    full = full_record_epochs((each.view for each in counts.shards), scale.recipe)
     training = first_training(counts)
-    placed_s = _timed(lambda: list(_sample(scale)))
+    placed_s, sizes = _timed(lambda: list(_sample(scale))), counts.sizes
     with tempfile.TemporaryDirectory() as folder:
         ledger = ledger_of(counts, Path(folder))
     streams = []
     for rate in per_day:
-        fresh = ShardCounts(
-            scale, counts.sizes.copy(), list(counts.held), counts.versions.copy(), counts.seq
-        )
+        fresh = Shards(scale, list(counts.shards))
         stream = Stream(fresh, rate, np.random.default_rng(scale.seed + 1))
         stream.go()
         streams.append(stream.summary(full))
     return {
         **asdict(scale),
         "full_record_epochs": full,
-        "largest_over_mean_slice": float(counts.sizes.max() / counts.sizes.mean()),
+        "largest_over_mean_slice": float(sizes.max() / sizes.mean()),
         "first_training": training,
         "deletions": streams,
         "ledger": ledger,

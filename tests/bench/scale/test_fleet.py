@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bench.deletion.counted import counted_row
-from tests.bench.scale.fleet import VECTOR_BYTES, Scale, ShardCounts, chains, measure
+from tests.bench.scale.fleet import VECTOR_BYTES, Scale, Shards, measure
 
 SMALL = Scale(records=40_000, shards=20, slices=5, workers=4, days=40, mean_life_h=0.05)
 
@@ -28,20 +27,8 @@ def test_the_books_balance_at_a_small_scale() -> None:
     assert found["ledger"]["bytes_per_record"] > 100
 
 
-def test_a_deletion_retrains_its_suffix_and_no_more() -> None:
-    counts = ShardCounts.drawn(SMALL)
-    for shard in range(SMALL.shards):
-        counts.trained(counts.plan(shard))
-    assert not any(counts.plan(shard).train for shard in range(SMALL.shards))
-    assert counts.removed([counted_row(3, 2), counted_row(3, 4), counted_row(7, 0)]) == [3, 7]
-    again = {shard: [job.slice for job in counts.plan(shard).train] for shard in range(SMALL.shards)}
-    assert again == {n: {3: [2, 3, 4], 7: [0, 1, 2, 3, 4]}.get(n, []) for n in range(SMALL.shards)}
-    longest, other = chains([counts.plan(shard) for shard in range(SMALL.shards)])
-    assert sum(longest) > sum(other)
-
-
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_fleet_is_drawn_as_records_hash(seed: int) -> None:
-    counts = ShardCounts.drawn(Scale(records=100_000, shards=10, slices=10, seed=seed))
+    counts = Shards.drawn(Scale(records=100_000, shards=10, slices=10, seed=seed))
     assert counts.sizes.sum() == 100_000
     assert abs(counts.sizes / 1000 - 1).max() < 0.15  # five standard deviations
