@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
 
-from sisa.config.config import TRAINING_KEYS, PrivacyBlock, RunConfig, differences, json_schema, keys
+from sisa.config.config import RunConfig, differences, json_schema, keys
 from sisa.config.fields import ledger_url
 from sisa.config.runfile import load_run_file, parse_run_file
 from sisa.config.template import commented_run_file
@@ -261,66 +263,15 @@ def test_unreadable_run_files(tmp_path: Path, data: bytes | None, where: str) ->
     assert [each.where for each in caught.value.problems] == [where]
 
 
-OTHER: dict[str, Any] = {
+SPECIAL: dict[str, Any] = {  # other values of keys whose type alone gives none
+    "adapter": None,  # there is no other
     "base_model": "other",
     "datasets": [{"path": "other"}],
-    "output_dir": "other",
-    "storage": "s3://bucket/other",
     "ledger": "postgresql://host/other",
-    "encrypt": True,
-    "keyring": "other",
-    "lora_r": 4,
-    "lora_alpha": 4,
-    "lora_dropout": 0.5,
     "lora_target_modules": ["q_proj", "v_proj"],
     "lora_layers": "top:3",
-    "prefix_cache_bytes": 7,
-    "sequence_len": 8,
-    "overlength": "truncate",
-    "micro_batch_size": 7,
-    "gradient_accumulation_steps": 7,
-    "num_epochs": 7,
-    "learning_rate": 0.5,
-    "optimizer": "sgd",
-    "lr_scheduler": "cosine",
-    "warmup_ratio": 0.5,
-    "weight_decay": 0.5,
-    "max_grad_norm": 0.5,
-    "train_on_inputs": True,
-    "seed": 7,
-    "device": "cuda",
-    "dtype": "bfloat16",
-    "sisa.shards": 7,
-    "sisa.slices": 7,
-    "sisa.schedule": "sequential",
-    "sisa.orders": 2,
-    "sisa.layerwise": True,
-    "sisa.checkpoint_budget_bytes": 10**9,
     "sisa.bands": {"thresholds": [0.5], "classes": {"trial": 0.7}, "unknown": 0.1},
-    "sisa.group_by": "author",
-    "witness": "elsewhere",
-    "probe": False,
-    "patch_mode": "joint",
-    "sisa.partition_key_file": "key",
-    "sisa.threads_per_shard": 7,
-    "sisa.embedder": "other",
-    "sisa.names": False,
-    "sisa.aggregation": "mean_prob",
-    "cluster.address": "auto",
-    "cluster.num_workers": 7,
-    "cluster.lanes": 7,
-    "cluster.max_retries": 7,
-    "cluster.stall_limit_s": 7.0,
-    "cluster.num_gpus": 0.5,
-    "signing.keys": "other",
     "signing.signer": "ssh-agent:",
-    **{f"privacy.{name}": "other" for name in PrivacyBlock.model_fields},
-    "signing.sweep": False,
-    "service.host": "localhost",
-    "service.port": 7,
-    "service.on_deletion": "end",
-    "service.max_concurrent": 7,
-    "service.max_body_bytes": 7777,
     "service.engines": [{"url": "http://127.0.0.1:8000"}],
     "service.webhooks": [{"url": "https://dpo.example/hooks", "secret_file": "hook.secret"}],
     "service.opendsr": {
@@ -329,22 +280,33 @@ OTHER: dict[str, Any] = {
         "certificate": "cert.pem",
         "key": "key.pem",
     },
-    "service.rate_per_minute": 7,
-    "service.four_eyes": True,
     "service.tls": {"cert": "cert.pem", "key": "key.pem"},
-    "identifiers.email": "mail",
-    "identifiers.phone": "mobile",
-    "identifiers.maid": "ad_id",
-    "identifiers.ctv_id": "tv",
-    "identifiers.first_name": "given",
-    "identifiers.last_name": "family",
-    "identifiers.date_of_birth": "born",
-    "identifiers.zip": "postcode",
-    "identifiers.vin": "car",
-    "limits.max_records": 7,
-    "limits.max_record_bytes": 7,
-    "limits.max_bytes": 7,
-    "limits.max_problems": 7,
+}
+
+
+def other_value(key: str, info: FieldInfo) -> Any:
+    """Return a value other than the default, by the type in the schema."""
+    if key in SPECIAL:
+        return SPECIAL[key]
+    schema, *block = json_schema(), *key.split(".")[:-1]
+    if block:
+        schema = schema["$defs"][schema["properties"][block[0]]["$ref"].rpartition("/")[2]]
+    kind = schema["properties"][key.rpartition(".")[2]]
+    kind = next(each for each in kind.get("anyOf", [kind]) if "$ref" not in each)
+    if "enum" in kind:
+        return next(each for each in reversed(kind["enum"]) if each != info.default)
+    default = info.default if isinstance(info.default, int) else 0
+    values = {"boolean": not default, "integer": default + 1, "number": 0.5, "string": "other"}
+    return values[kind["type"]]
+
+
+OTHER = {key: value for key, info in keys().items() if (value := other_value(key, info)) is not None}
+# Costs of keys that change neither the layout nor what jobs name; of others it is "none".
+BESIDE_JOBS = {
+    **dict.fromkeys(("base_model", "sisa.group_by", "sisa.partition_key_file"), "reset"),
+    "sisa.threads_per_shard": "retrain",  # it is in the fingerprint
+    **dict.fromkeys(("sisa.embedder", "sisa.names"), "reindex"),
+    "encrypt": "reseal",
 }
 
 
@@ -357,38 +319,16 @@ def changed(*names: str) -> RunConfig:
     return parse_run_file(yaml.safe_dump(data), "run.yaml")
 
 
-def test_each_key_has_one_effect() -> None:
-    assert set(OTHER) == set(keys()) - {"adapter"}, "give a new key another value here"
-    effects: dict[str, set[str]] = {}
-    for key in OTHER:
-        with_it = ("device",) if key == "cluster.num_gpus" else ()  # which the CPU has no use for
-        (found,) = differences(changed(*with_it), changed(*with_it, key))
-        assert found.key == key
-        assert found.old != found.new
-        effects.setdefault(found.effect, set()).add(key)
-    where = {"base_model", "sisa.shards", "sisa.slices", "sisa.bands", "sisa.group_by"}
-    where |= {"sisa.partition_key_file"}
-    named = ("cluster.", "identifiers.", "limits.", "privacy.", "service.", "signing.")
-    blocks = {key for key in OTHER if key.startswith(named)}
-    none = {"output_dir", "datasets", "storage", "ledger", "witness", "keyring", "probe", "patch_mode"}
-    none |= {"prefix_cache_bytes", "sisa.aggregation", "sisa.checkpoint_budget_bytes"}
-    assert effects["none"] == blocks | none
-    assert effects["reseal"] == {"encrypt"}
-    assert effects["reset"] == where
-    assert effects["reindex"] == {"sisa.embedder", "sisa.names"}
-    assert effects["retrain"] == {
-        *TRAINING_KEYS,
-        *(
-            "lora_layers",
-            "num_epochs",
-            "sisa.schedule",
-            "sisa.orders",
-            "sisa.layerwise",
-            "sisa.threads_per_shard",
-            "device",
-            "dtype",
-        ),
-    }
+@pytest.mark.parametrize("key", OTHER)
+def test_a_change_costs_what_it_reaches(key: str) -> None:
+    """The layout places records, and jobs name what reaches an adapter's bits."""
+    with_it = ("device",) if key == "cluster.num_gpus" else ()  # which the CPU has no use for
+    before, after = changed(*with_it), changed(*with_it, key)
+    (found,) = differences(before, after)
+    assert found.key == key
+    recipes = [replace(each.recipe("base"), shard_budget=None) for each in (before, after)]
+    cost = BESIDE_JOBS.get(key, "none") if recipes[0] == recipes[1] else "retrain"
+    assert found.effect == ("reset" if before.layout != after.layout else cost)
 
 
 @given(st.sets(st.sampled_from(sorted(OTHER))))
