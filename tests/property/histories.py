@@ -228,22 +228,31 @@ class Fuse:
         return guarded
 
 
+# Every method of a store in `Stores` that changes something; a test compares them with the ports.
 EFFECTS = {
     "ledger": ("commit", "scrub"),
     "witness": ("append",),
     "records": ("write", "erase"),
     "checkpoints": ("save", "erase"),
     "index": ("build", "erase"),
+    "exports": ("write", "abandon", "erase"),
+    "metrics": ("append", "keep_losses"),
+    "patches": ("save", "erase"),
+    "vault": ("put", "erase"),
+    "drafts": ("erase",),
+    "hidden_states": ("write", "erase"),
 }
+COMMITS = {"ledger": ("commit",), "witness": ("append",)}
 
 
 def wire(
     fake: FakeModel, fuse: Fuse, effects: Mapping[str, tuple[str, ...]] = MappingProxyType(EFFECTS)
 ) -> None:
+    """Put effects of a model behind a fuse."""
     for part, names in effects.items():
+        store = getattr(fake.context.stores, part)
         for name in names:
-            port = getattr(fake, part)
-            setattr(port, name, fuse.guard(getattr(type(port), name).__get__(port)))
+            setattr(store, name, fuse.guard(getattr(type(store), name).__get__(store)))
 
 
 def attempt(effect: Callable[[], None]) -> bool:

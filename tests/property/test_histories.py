@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sisa.flows.context.context import Stores
 from sisa.flows.context.served import model_digest
 from sisa.flows.ingest import train
 from tests.examples import num_examples
 from tests.fakes.ports import ADAPTER
 from tests.property.histories import (
+    EFFECTS,
     History,
     Model,
     assert_equal,
@@ -30,6 +33,13 @@ from tests.property.histories import (
 )
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(2_000), num_examples(500)
+READS = """
+by_subject by_text by_vector check checkpoints contents counts describe event_head events exclusive
+exports has_event head heads held identities indexes kinds load location lookup lost meta named_by
+num_bytes num_restrictions num_tombstones num_without_subject patches read read_only requests rows
+runs search seq sets_with slices snapshot standing tombstones vault vaulted vectors work_items
+"""
+BELOW = {"keyring", "blobs"}  # of stores on a disk: `tests/endurance/kills.py` kills the process there
 
 
 @pytest.mark.slow
@@ -52,6 +62,14 @@ def test_any_history_equals_training_from_scratch(history: History) -> None:
         train(one.context, [model.record(n) for n in sorted(model.remaining)])
         assert one.ledger.heads() == model.fake.ledger.heads()
         assert model_digest(one.context) == model_digest(model.fake.context)
+
+
+def test_every_effect_of_a_store_is_one_to_crash_at() -> None:
+    """Name a new method of a port in EFFECTS if it changes something, else in READS."""
+    ports, reads = get_type_hints(Stores), set(READS.split())
+    assert EFFECTS.keys() == ports.keys() - BELOW
+    for name, effects in EFFECTS.items():
+        assert {each for each in dir(ports[name]) if each[0] != "_"} - reads == {*effects}
 
 
 @pytest.mark.slow

@@ -31,10 +31,9 @@ from sisa.flows.restored_backup import catch_up
 from sisa.planning.patch_plan import needed
 from tests.examples import num_examples
 from tests.fakes.ports import ADAPTER, changed, fake_model
-from tests.property.histories import EFFECTS, Crash, Fuse, History, Model, record, wire
+from tests.property.histories import Crash, Fuse, History, Model, record, wire
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(500), num_examples(400)
-ALL_EFFECTS = {**EFFECTS, "patches": ("save", "erase"), "vault": ("put", "erase"), "runs": ("erase",)}
 NUMBERS = range(5)
 KINDS = (
     *("add", "forget", "consent", "forget", "wish", "wish", "wish", "request"),
@@ -259,7 +258,7 @@ def test_a_crash_at_any_effect_ends_the_same(
     steps: tuple[Step, ...], mode: PatchMode, first: tuple[int, ...], at: int, after: bool
 ) -> None:
     model, twin = Patched(first, mode), Patched(first, mode)
-    wire(model.fake, Fuse(at, after), ALL_EFFECTS)
+    wire(model.fake, Fuse(at, after))
     for each in (model, twin):
         each.note_puts()
     for step in steps:

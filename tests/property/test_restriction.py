@@ -34,6 +34,7 @@ from sisa.flows.routing import routing_hits, search_each
 from tests.examples import num_examples
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_embed
 from tests.property.histories import (
+    COMMITS,
     SUBJECTS,
     Fuse,
     History,
@@ -147,7 +148,7 @@ def test_a_crash_leaves_a_restriction_made_or_not_made_and_the_witness_agrees(
     history: History, asked: Sequence[Right], at: int, after: bool
 ) -> None:
     model = Restricted(history)
-    wire(model.fake, Fuse(at, after), {"ledger": ("commit",), "witness": ("append",)})
+    wire(model.fake, Fuse(at, after), COMMITS)
     for what, subject in asked:
         if not attempt(partial(model.change, (what, subject))):
             catch_up(model.fake.context)

@@ -19,7 +19,7 @@ from sisa.flows.restored_backup import catch_up
 from sisa.planning.plan import Schedule
 from tests.examples import num_examples
 from tests.fakes.ports import fake_model, fake_recipe
-from tests.property.histories import Crash, Fuse, Model, Saved, assert_equal, record, wire
+from tests.property.histories import COMMITS, Crash, Fuse, Model, Saved, assert_equal, record, wire
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(300), num_examples(300)
 Step = tuple[str, tuple[int, ...]]
@@ -182,7 +182,7 @@ def test_a_readmission_is_recorded_after_a_crash(at: int) -> None:
     history = History(2, 2, "cumulative")
     for kind, numbers in (("add", (1, 2)), ("forget", (1,))):
         history.step(kind, numbers)
-    wire(history.fake, Fuse(at, after=True), {"ledger": ("commit",), "witness": ("append",)})
+    wire(history.fake, Fuse(at, after=True), COMMITS)
     with pytest.raises(Crash):
         history.step("readmit", (1,))
     history.next_command()

@@ -42,7 +42,7 @@ from sisa.verifier.certificate import (
 )
 from tests.fakes.ports import changed, fake_record
 from tests.models.certified import SCHEMA, VALIDATOR, Certified, certified, statements_of
-from tests.property.histories import Crash, Fuse, Saved, wire
+from tests.property.histories import COMMITS, Crash, Fuse, Saved, wire
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def test_a_crash_at_any_effect_loses_no_certificate_and_makes_none_twice(
             for kind, names in EVIDENCE_EFFECTS.items():
                 for name in names:
                     patched.setattr(kind, name, fuse.guard(getattr(kind, name)))
-            wire(model.fake, fuse, {"ledger": ("commit",), "witness": ("append",)})
+            wire(model.fake, fuse, COMMITS)
             with contextlib.suppress(Crash):
                 model.forget(1)
         dead, fuse.blown = fuse.blown, True
