@@ -248,17 +248,6 @@ def test_an_unknown_record_is_3_and_no_request(ask: Ask, named: list[str]) -> No
     assert ask("request", "list") == {"requests": [], "drop": None}
 
 
-def test_a_second_writer_exits_with_5_and_readers_and_requests_go_on(ask: Ask, model: Path) -> None:
-    ask("request", "submit", "id-0003", "--external-id", "T-1")
-    with writer_lock(model / LOCK):
-        assert ask("run", "--json", code=5)["error"]["type"] == "Busy"
-        for command in (
-            *(["request", "list"], ["request", "show", "T-1"], ["run", "--plan"]),
-            *(["request", "submit", "id-0004"], ["request", "cancel", "T-1"]),
-        ):
-            ask(*command)
-
-
 # --- run
 
 
@@ -362,13 +351,6 @@ def test_run_prices_finishes_and_reports_what_was_put_off(ask: Ask, sisa: Sisa, 
     assert run_once(ask) == []
 
 
-def test_run_reports_what_it_did(ask: Ask, sisa: Sisa, model: Path) -> None:
-    found = ask("request", "submit", "id-0003", "--approver", "dpo")
-    code, out, _ = sisa("run", "--once", "-m", model, "--executor", "serial")
-    assert code == 0
-    assert out.startswith(f"{found['request_id']}: completed, 1 record, batch of ")
-
-
 def test_an_unknown_executor_is_2_and_nothing_ran(ask: Ask, model: Path, tmp_path: Path) -> None:
     ask("request", "submit", "id-0003", "--external-id", "T-1", "--approver", "dpo")
     (tmp_path / "new.jsonl").write_text('{"id": "new-1", "text": "something else"}\n')
@@ -431,39 +413,10 @@ def test_no_one_sleeps_a_negative_time(sisa: Sisa, model: Path, every: str) -> N
     assert (code, "internal fault" in err) == (2, False)
 
 
-# --- forget and add beside requests
-
-
-def test_forget_is_submit_and_run(ask: Ask) -> None:
-    found = ask("forget", "id-0003", "--executor", "serial")
-    shown = ask("request", "show", found["request_id"])
-    assert [each["state"] for each in shown["events"]] == WHOLE_LIFE
-    assert shown["approver"] == "sisa forget"
-    assert ask("where", "id-0003")["records"][0]["request_id"] == found["request_id"]
-
-
 def test_an_already_deleted_id_does_not_keep_a_live_one(ask: Ask) -> None:
-    ask("forget", "id-0003", "--executor", "serial")
+    first = ask("forget", "id-0003", "--executor", "serial")
     found = ask("forget", "id-0003", "id-0004", "id-0004", "--executor", "serial")
     assert (found["records"], found["already_deleted"]) == (1, 1)
     states = [each["state"] for each in ask("where", "id-0003", "id-0004")["records"]]
     assert states == ["deleted"] * 2
-
-
-def test_what_was_deleted_is_added_only_if_allowed(ask: Ask, tmp_path: Path) -> None:
-    found = ask("forget", "id-0003", "--executor", "serial")
-    source = tmp_path / "new.jsonl"
-    bodies: list[dict[str, str]] = [
-        {"id": "id-0003", "text": "something else"},
-        {"id": "new-1", "text": " QUESTION 3 \n\n Answer\t3"},
-        {"id": "new-2", "subject_id": "new", "text": "question 77"},
-    ]
-    source.write_text("".join(json.dumps(each) + "\n" for each in bodies))
-    error = ask("add", source, "--executor", "serial", code=2)["error"]
-    assert [each["where"] for each in error["problems"]] == ["new.jsonl, line 1", "new.jsonl, line 2"]
-    assert all(found["request_id"] in each["what"] for each in error["problems"])
-    assert ask("status")["records"] == NUM_RECORDS - 1
-    taken = ask("add", source, "--allow-deleted", "--executor", "serial")
-    assert taken["added"] == 3
-    states = [each["state"] for each in ask("where", "id-0003", "new-1", "new-2")["records"]]
-    assert states == ["trained"] * 3
+    assert ask("request", "show", first["request_id"])["approver"] == "sisa forget"
