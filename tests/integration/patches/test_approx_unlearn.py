@@ -1,12 +1,12 @@
 """Patches at the command line, over a real small model, serially and on Ray.
 
-Runs are killed between steps, put aside and reverted; the vault is empty when nothing needs its texts.
+Runs are put aside, finished and reverted; the vault is empty when nothing needs its texts. What flows do
+with patches is in `unit/flows/test_patching.py` and `property/test_patches.py`, over fakes.
 """
 
 from __future__ import annotations
 
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from sisa.flows.patches import composition
 from sisa.flows.patches.patching import Wish
 from tests.models.knowing_base import record
 from tests.models.patch_bench import KNOWN, settings
-from tests.models.programs.forked import run_forked
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import (
     PEOPLE,
@@ -84,31 +83,6 @@ def test_the_command_lists_every_method(capsys: pytest.CaptureFixture[str]) -> N
     assert sum(line.startswith("approximate method ") for line in lines) == len(METHODS)
 
 
-def test_a_patch_can_be_taken_back(model: Tiny) -> None:
-    opened, before = model.open(), adapters(model.directory)
-    done = flows.unlearn(opened, wish(retain=True))
-    assert done.patch is not None
-    assert (done.patch.state, done.unfinished) == ("active", False)
-    report = done.report
-    assert report["approximate"] is True
-    assert (
-        report["metrics_after"]["forget_probability"]
-        < report["metrics_before"]["forget_probability"] - 0.05
-    )
-    assert report["composition"]["num_records"] > 0
-    assert adapters(model.directory) == before
-    assert opened.verify().ok
-    (gone,) = flows.revert(opened)
-    assert (gone.version, gone.state) == (1, "reverted")
-    assert not any((model.directory / "patches").iterdir())
-    patches, sets, over = flows.patches(opened)
-    assert ([each.state for each in patches], over) == (["reverted"], ())
-    kept = report["still_known"]["after"] > 0  # so that it can be tried again
-    assert [(each.role, each.held) for each in sets] == ([("forget", True)] if kept else [])
-    assert adapters(model.directory) == before
-    assert opened.verify().ok
-
-
 def test_a_reference_is_measured_beside_the_patch(model: Tiny, tmp_path: Path) -> None:
     reference = make_tiny_base(tmp_path / "reference", seed=5)
     asked = replace(wish(), reference=str(reference))
@@ -158,7 +132,7 @@ def test_shards_are_retrained_once_patches_have_moved_them_far(
 
 
 def test_the_commands_end_to_end(model: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    where = ["-m", model.directory]
+    where, before = ["-m", model.directory], adapters(model.directory)
     asked = ["--forget", model.folder / "forget.jsonl", "--method", "npo", *SET, "--executor", "serial"]
     refused = command(capsys, "approx", "unlearn", *where, *asked)
     assert (refused.code, "consent" in refused.err) == (2, True)
@@ -184,6 +158,9 @@ def test_the_commands_end_to_end(model: Tiny, capsys: pytest.CaptureFixture[str]
     assert command(capsys, "approx", "release", *where, "--all").code == 2  # the vault is empty
     back = command(capsys, "approx", "revert", *where, "--executor", "serial")
     assert [each["version"] for each in back.json["reverted"]] == [1]
+    assert not any((model.directory / "patches").iterdir())
+    assert adapters(model.directory) == before
+    assert model.open().verify().ok
     again = command(capsys, "approx", "probe", *where, "--file", model.folder / "forget.jsonl")
     assert again.json["num_known"] == len(FORGET)
     for name in ("unlearn", "revert"):
@@ -215,51 +192,6 @@ def test_all_problems_of_settings_are_named_at_once(
     assert done.code == 2
     assert {where for where, _ in done.problems} == {"beta", "betta", "num_epochs", "lora_r"}
     assert not (model.directory / "vault").exists()
-
-
-KILLED_BETWEEN_STEPS = """
-import os, signal, sys
-from pathlib import Path
-from approx.patches import patching
-from cluster.cli.cli import run
-real = patching._Ticks.__call__
-
-def tick(self, log):
-    real(self, log)
-    if list(Path(sys.argv[1]).glob("*/run.json")):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-patching._Ticks.__call__ = tick
-sys.exit(run([*sys.argv[2:], "--json"]))
-"""
-
-
-def test_a_killed_command_goes_on_when_it_is_given_again(
-    model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """SIGKILL after some steps were put aside; the same command ends as the undisturbed one."""
-    other = Tiny(tmp_path / "other", model.base)
-    shutil.copytree(model.folder, other.folder)
-    pace = ["--set", "num_epochs=4000", "--set", "max_steps=16", "--set", "check_every=1", *SET[2:]]
-    pace += ["--set", "num_rounds=1", "--set", "target_probability=0"]
-
-    def words(of: Tiny) -> list[str]:
-        asked = ["--forget", str(of.folder / "forget.jsonl"), "--method", "graddiff", *pace, *CONSENT]
-        return ["approx", "unlearn", "-m", str(of.directory), *asked, "--executor", "serial"]
-
-    runs = other.directory / "runs"
-    assert run_forked(KILLED_BETWEEN_STEPS, runs, *words(other)) == -signal.SIGKILL
-    assert len(list(runs.glob("*/run.json"))) == 1
-    bodies = []
-    for each in (other, model):
-        done = command(capsys, *words(each))
-        assert done.code in (0, 7), done.err
-        bodies.append(done.json)
-    cut, whole = bodies
-    assert cut["patch"]["adapter_sha256"] == whole["patch"]["adapter_sha256"]
-    assert cut["report"]["step"] == 16
-    assert not any((other.directory / "runs").glob("*"))
-    assert not any((other.directory / "vault").glob("*"))
 
 
 def test_a_deletion_hints_at_a_patch_and_its_text_waits_in_the_vault(

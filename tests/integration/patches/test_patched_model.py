@@ -17,7 +17,6 @@ import sisa
 from sisa import unlearn
 from sisa.core.digest import patched_digest
 from sisa.core.domain import Part, Record
-from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
 from sisa.flows.context.commit import commit
 from sisa.flows.patches import vault_sets
@@ -30,11 +29,9 @@ from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import (
     PEOPLE,
     PROMPT,
-    Cut,
     Tiny,
     adapters,
     change_run,
-    cut_short,
     ids_of,
     next_token_probabilities,
     of_people,
@@ -69,17 +66,6 @@ def test_what_is_served_lies_over_the_active_patches(tiny: Tiny, made: list[File
     assert next_token_probabilities(again, ids, all_of(())).equal(
         next_token_probabilities(before, ids, all_of(()))
     )
-
-
-def test_a_damaged_patch_is_never_served(tiny: Tiny, made: list[Files]) -> None:
-    patch = put_patch(tiny.open(), made[0])
-    path = tiny.directory / PATCHES / patch.key / ADAPTER
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    for ask in (lambda: tiny.open().generate(PROMPT), lambda: tiny.open().export(tiny.folder / "out")):
-        with pytest.raises(IntegrityError):
-            ask()
 
 
 # --- shards over patches -------------------------------------------------------------------------
@@ -120,49 +106,6 @@ def test_shards_over_patches_are_those_of_training_over_them_from_scratch(
 
 def _manifests(directory: Path) -> list[Path]:
     return sorted((directory / CHECKPOINTS).glob("*/manifest.json"))
-
-
-def test_what_was_cut_short_over_a_patch_is_gone_on_with(
-    tiny: Tiny, made: list[Files], tmp_path: Path
-) -> None:
-    put_patch(tiny.open(), made[0])
-    with pytest.raises(Cut):
-        unlearn.retrain(tiny.open(cut_short(2)))
-    assert tiny.open().resume().slices_trained > 0
-    expected = patched(tmp_path / "scratch", tiny.base, PEOPLE, made[:1])
-    assert adapters(tiny.directory) == adapters(expected.directory)
-    assert tiny.open().verify().ok
-
-
-def test_reverted_with_retraining_it_is_the_plain_model_again(tiny: Tiny, made: list[Files]) -> None:
-    plain = adapters(tiny.directory)
-    model = tiny.open()
-    put_patch(model, made[0])
-    unlearn.retrain(model)
-    unlearn.revert(model)
-    over = adapters(tiny.directory)
-    assert model.verify(replay="all", apart=False).ok, "a patch that shards are trained over is kept"
-    assert over != plain
-    unlearn.retrain(model)
-    assert adapters(tiny.directory) == plain
-    assert model.verify().ok
-
-
-def test_an_encrypted_model_is_trained_over_patches_too(
-    tmp_path: Path, tiny_base: Path, made: list[Files]
-) -> None:
-    rows = PEOPLE[:8]
-    options: dict[str, Any] = {"encrypt": True, "keyring": "keys"}
-    for name, settings in (("plain", {}), ("sealed", options)):
-        (tmp_path / name).mkdir()
-        run_file = write_run(tmp_path / name, tiny_base, rows, **settings)
-        (tmp_path / name / "shared.key").chmod(0o600)
-        model, _ = sisa.train_model(run_file, executor="serial", allow_deleted=True)
-        put_patch(model, made[0])
-        unlearn.retrain(model)
-        assert model.verify(replay="all", apart=False).ok
-    digests = [sisa.open_model(tmp_path / each / "model").status() for each in ("plain", "sealed")]
-    assert digests[0].model_digest == digests[1].model_digest
 
 
 @pytest.mark.ray
@@ -208,13 +151,14 @@ def test_another_layout_keeps_patches_and_what_is_over_them(
     assert tiny.open().verify().ok
 
 
-def test_patches_follow_encrypt_and_the_vault_stays_sealed(
+def test_patches_and_shards_over_them_follow_encrypt_and_the_vault_stays_sealed(
     tmp_path: Path, tiny_base: Path, made: list[Files]
 ) -> None:
     run_file = write_run(tmp_path, tiny_base, PEOPLE[:4], encrypt=True, keyring="keys")
     (tmp_path / "shared.key").chmod(0o600)
     model, _ = sisa.train_model(run_file, executor="serial", allow_deleted=True)
     patch = put_patch(model, made[0])
+    unlearn.retrain(model)
     text = Record("x", None, "text", (Part("text", "Mara of Velden keeps bees."),))
     with model.writing() as context:
         put = vault_sets.put(context, "forget", [text], "she asked")
