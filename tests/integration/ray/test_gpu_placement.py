@@ -86,19 +86,3 @@ def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
     open_executor(replace(site, precision=Precision()), {}).run(anything, ignore)
     assert [each.gpus for each in asked] == [1, 0.25, 2, 0]
     assert [cuda_device.WORKSPACE in each.environment for each in asked] == [True, True, True, False]
-
-
-@pytest.mark.parametrize(
-    ("placement", "node", "slots"),
-    [
-        (Placement(1, 0.1), {"CPU": 64, "GPU": 1}, 10),
-        (Placement(1, 0.3), {"CPU": 64, "GPU": 2}, 6),
-        (Placement(1, 0.7), {"CPU": 64, "GPU": 2}, 2),
-        (Placement(1, 2), {"CPU": 64, "GPU": 5}, 2),
-        (Placement(4, 0.5), {"CPU": 8, "GPU": 8}, 2),
-        (Placement(1, 1), {"CPU": 8}, 0),
-        (Placement(2), {"CPU": 9}, 4),
-    ],
-)
-def test_slots_of_a_node(placement: Placement, node: dict[str, float], slots: int) -> None:
-    assert placement.num_slots(node) == slots

@@ -39,12 +39,21 @@ def test_a_lost_node_has_no_places() -> None:
 
 
 @pytest.mark.parametrize(
-    ("placement", "num_slots"),
-    [(Placement(2), 4), (Placement(3), 2), (Placement(1, gpus=1), 2), (Placement(9), 0)],
+    ("placement", "node", "slots"),
+    [
+        (Placement(1, 0.1), {"CPU": 64, "GPU": 1}, 10),
+        (Placement(1, 0.3), {"CPU": 64, "GPU": 2}, 6),
+        (Placement(1, 0.7), {"CPU": 64, "GPU": 2}, 2),
+        (Placement(1, 2), {"CPU": 64, "GPU": 5}, 2),
+        (Placement(4, 0.5), {"CPU": 8, "GPU": 8}, 2),
+        (Placement(1, 1), {"CPU": 8}, 0),
+        (Placement(2), {"CPU": 9, "memory": 1e9}, 4),
+        (Placement(9), {"CPU": 8}, 0),
+        (Placement(2), {}, 0),
+    ],
 )
-def test_slots_of_a_node(placement: Placement, num_slots: int) -> None:
-    assert placement.num_slots({"CPU": 8.0, "GPU": 2.0, "memory": 1e9}) == num_slots
-    assert placement.num_slots({}) == 0
+def test_slots_of_a_node(placement: Placement, node: dict[str, float], slots: int) -> None:
+    assert placement.num_slots(node) == slots
 
 
 @pytest.mark.parametrize(
