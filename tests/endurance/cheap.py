@@ -8,23 +8,24 @@ within `with cheap_resources():`. Lengths in tokens and the adapter's modules ar
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from sisa import model
+from sisa import model, train
 from sisa.core.digest import digest_of
 from sisa.core.domain import Record
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Executor, Tick
 from sisa.core.requests import Probed
-from sisa.flows.context.resources import Named, Resources, check_digest
+from sisa.data import source_rows
+from sisa.flows.context.resources import Resources, check_digest
 from sisa.flows.serial import SerialExecutor, Site
-from sisa.flows.wiring.executors import find_executor, find_probe, open_stores
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.executors import find_executor, open_stores
 from sisa.lm.routing.embedder import HashingEmbedder
 from sisa.lm.routing.names import NameEmbedder
 from tests.fakes.ports import FakeTrainer
@@ -39,29 +40,26 @@ class NamedBase:
     digest: str
 
 
-class CheapResources(Resources):
-    """Provide the resources of a model, with words as tokens and any name as a base."""
+def named_base(resources: Resources) -> NamedBase:
+    """Return a base for any name."""
+    name = resources.config.base
+    found = NamedBase(name, Path("no-base"), digest_of(name))
+    if (known := resources._base) is not None:
+        check_digest("base model", known, found.digest)
+    return found
 
-    @cached_property
-    def base(self) -> Any:
-        found = NamedBase(self.config.base, Path("no-base"), digest_of(self.config.base))
-        known: Named | None = self._base
-        if known is not None:
-            check_digest("base model", known, found.digest)
-        return found
 
-    @cached_property
-    def embedder(self) -> Any:
-        if self.config.sisa.embedder != "hashing":
-            raise InvalidInput("no such embedder here", where="sisa.embedder")
-        found = HashingEmbedder()
-        return NameEmbedder(found) if self.config.sisa.names else found
+def hashing_embedder(resources: Resources) -> Any:
+    """Return the one embedder that loads no model."""
+    if resources.config.sisa.embedder != "hashing":
+        raise InvalidInput("no such embedder here", where="sisa.embedder")
+    found = HashingEmbedder()
+    return NameEmbedder(found) if resources.config.sisa.names else found
 
-    def count_tokens(self, records: Sequence[Record]) -> list[int]:
-        return [len(record.text.split()) + 1 for record in records]
 
-    def check_base(self) -> None:
-        """Accept any modules."""
+def count_words(_: Resources, records: Sequence[Record]) -> list[int]:
+    """Return lengths in words as those in tokens."""
+    return [len(record.text.split()) + 1 for record in records]
 
 
 class SlowTrainer:
@@ -90,32 +88,28 @@ def _no_hub(*_: Any) -> Any:
     raise EnvironmentFault("the hub can't be reached", where="datasets")
 
 
+def find_cheap(executor: Any) -> Any:
+    """Open the confessing trainer under the name of any executor."""
+    return open_cheap if executor in ("auto", "serial", "ray") else find_executor(executor)
+
+
+SWAPS: tuple[tuple[Any, str, Any], ...] = (
+    (Resources, "base", property(named_base)),
+    (Resources, "embedder", property(hashing_embedder)),
+    (Resources, "count_tokens", count_words),
+    (Resources, "check_base", lambda _: None),
+    (wiring, "find_executor", find_cheap),
+    (wiring, "find_probe", lambda: open_cheap_probe),
+    (train, "find_executor", find_cheap),
+    (model, "stages_apart", lambda *_: None),  # they would be trained by the real trainer
+    (source_rows, "export_rows", _no_hub),
+)
+
+
 @contextlib.contextmanager
 def cheap_resources() -> Iterator[None]:
     """Let the whole product use a cheap base, tokens and executors; hub names find no network."""
-    find = find_executor
-
-    def find_cheap(executor: Any) -> Any:
-        return open_cheap if executor in ("auto", "serial", "ray") else find(executor)
-
-    swaps = {Resources: CheapResources, find: find_cheap, find_probe: lambda: open_cheap_probe}
-    done: list[tuple[Any, str, Any]] = []
-    rows = sys.modules.get("sisa.data.source_rows")
-    for name, module in list(sys.modules.items()):
-        if name.startswith("sisa.") and module is not None:
-            for key, value in list(vars(module).items()):
-                for old, new in swaps.items():
-                    if value is old:
-                        done.append((module, key, value))
-                        setattr(module, key, new)
-    if rows is not None and hasattr(rows, "export_rows"):
-        done.append((rows, "export_rows", vars(rows)["export_rows"]))
-        vars(rows)["export_rows"] = _no_hub
-    # In a process of its own, a stage would be trained by the real trainer.
-    done.append((model, "stages_apart", vars(model)["stages_apart"]))
-    vars(model)["stages_apart"] = lambda *_: None
-    try:
+    with contextlib.ExitStack() as stack:
+        for owner, name, new in SWAPS:
+            stack.enter_context(mock.patch.object(owner, name, new))
         yield
-    finally:
-        for module, key, value in done:
-            setattr(module, key, value)
