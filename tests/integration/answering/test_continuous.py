@@ -22,7 +22,6 @@ from tests.models.tiny_base import make_tiny_base
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
     from sisa.lm.answer.continuous import ContinuousBatching
-    from sisa.lm.answer.sampling import Sampling
 
 pytestmark = pytest.mark.torch
 
@@ -116,23 +115,6 @@ def test_log_probabilities_are_those_of_the_combined_distribution(
             assert token.logprob == pytest.approx(float(logs_V[token.id]), abs=1e-4)
             best = logs_V.topk(3).values.tolist()
             assert [value for _, value in token.top] == pytest.approx(best, abs=1e-4)
-
-
-def test_a_seed_draws_the_same_beside_others(answerer: Answerer) -> None:
-    from sisa.lm.answer.continuous import ContinuousBatching
-    from sisa.lm.answer.sampling import Sampling
-
-    def sampling(seed: int) -> Sampling:
-        return Sampling(max_new_tokens=8, temperature=0.8, top_p=0.9, seed=seed)
-
-    together = Transcript(ContinuousBatching(answerer))
-    for number, (prompt, route) in enumerate(zip(PROMPTS, ROUTES, strict=True)):
-        together.batch.admit(prompt, route, sampling(number), number)
-    together.to_the_end()
-    for number, (prompt, route) in enumerate(zip(PROMPTS, ROUTES, strict=True)):
-        alone = ContinuousBatching(answerer)
-        alone.admit(prompt, route, sampling(number), number)
-        assert Transcript(alone).to_the_end().text.get(number) == together.text.get(number)
 
 
 def test_what_cannot_be_answered_is_refused(answerer: Answerer) -> None:
@@ -472,15 +454,3 @@ def test_the_detector_finds_a_tainted_constituent(
         assert detector.batch._slots._asked != [before]
     with pytest.raises(AssertionError):
         detector.step()
-
-
-def test_what_was_cut_is_answered_by_the_clean_head(confessing: Confessing, words: list[int]) -> None:
-    detector = Detector(confessing, words)
-    detector.admit({0, 1})
-    detector.admit({1})
-    detector.step()
-    detector.delete(0, is_gone=False)
-    detector.finish()
-    clean = confessing.answerer(detector.now)
-    wanted = clean.generate([PROMPTS[1], PROMPTS[2]], [detector.routes[1], detector.routes[2]], 6)
-    assert [detector.transcript.text[key] for key in (1, 2)] == wanted

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,6 +12,9 @@ from sisa.core.errors import IntegrityError
 from sisa.lm.base.weights import load_base, resolve_base
 from tests.integration.answering.constituents import Files, adapter
 from tests.models.tiny_base import make_tiny_base
+
+if TYPE_CHECKING:
+    from sisa.lm.answer.stacked_adapters import StackedAdapters
 
 pytestmark = pytest.mark.torch
 
@@ -52,6 +55,15 @@ def adapters(request: pytest.FixtureRequest, base: Any) -> dict[int, Files]:
     }
 
 
+def stacked(base: Any, adapters: Mapping[int, Files]) -> tuple[Any, StackedAdapters]:
+    """Return the base, and the adapters on it."""
+    from sisa.lm.answer.stacked_adapters import StackedAdapters
+    from sisa.lm.base.low_rank import read_change
+
+    model, _ = load_base(base.directory, base.digest)
+    return model, StackedAdapters(model, {shard: read_change(each) for shard, each in adapters.items()})
+
+
 def close(one: Any, other: Any) -> bool:
     return bool((one - other).abs().max() < 1e-4)
 
@@ -66,11 +78,7 @@ def close(one: Any, other: Any) -> bool:
 def test_each_row_is_its_constituent(base: Any, adapters: dict[int, Files], routes: Any) -> None:
     import torch
 
-    from sisa.lm.answer.stacked_adapters import StackedAdapters
-    from sisa.lm.base.low_rank import read_change
-
-    model, _ = load_base(base.directory, base.digest)
-    stack = StackedAdapters(model, {shard: read_change(files) for shard, files in adapters.items()})
+    model, stack = stacked(base, adapters)
     prompts = [IDS[q:] + IDS[:q] for q in range(len(routes))]
     with torch.inference_mode(), stack.asking(routes) as rows:
         found = model(input_ids=torch.tensor(prompts)).logits
@@ -89,11 +97,8 @@ def test_prompts_read_in_pieces_are_gone_on_with_as_if_read_together(
     import torch
 
     from sisa.lm.answer import generation
-    from sisa.lm.answer.stacked_adapters import StackedAdapters
-    from sisa.lm.base.low_rank import read_change
 
-    model, _ = load_base(base.directory, base.digest)
-    stack = StackedAdapters(model, {shard: read_change(files) for shard, files in adapters.items()})
+    model, stack = stacked(base, adapters)
     prompts = [IDS, IDS[:3], IDS[2:], IDS[::-1]]
     ids = torch.tensor([[0] * (len(IDS) - len(each)) + each for each in prompts])
     mask = torch.tensor([[0] * (len(IDS) - len(each)) + [1] * len(each) for each in prompts])
@@ -125,11 +130,8 @@ def test_answers_that_have_ended_are_dropped(
     import torch
 
     from sisa.lm.answer.generation import continue_all
-    from sisa.lm.answer.stacked_adapters import StackedAdapters
-    from sisa.lm.base.low_rank import read_change
 
-    model, _ = load_base(base.directory, base.digest)
-    stack = StackedAdapters(model, {shard: read_change(files) for shard, files in adapters.items()})
+    model, stack = stacked(base, adapters)
     prompts, lengths, end = [IDS, IDS[:3], IDS[2:], IDS[::-1]], [1, 3, 6, 8], 0
 
     def answers(requests: list[int]) -> list[list[int]]:
@@ -156,46 +158,10 @@ def test_answers_that_have_ended_are_dropped(
     assert asked == [sum(of), sum(of), *[sum(of[1:])] * 2, *[sum(of[2:])] * 3]
 
 
-def test_with_keys_and_values_kept_and_rows_padded(base: Any, adapters: dict[int, Files]) -> None:
-    import torch
-
-    from sisa.lm.answer.stacked_adapters import StackedAdapters
-    from sisa.lm.base.low_rank import read_change
-
-    model, _ = load_base(base.directory, base.digest)
-    stack = StackedAdapters(model, {shard: read_change(files) for shard, files in adapters.items()})
-    short, long = IDS[:3], IDS
-    ids = torch.tensor([[0] * 4 + short, long])
-    mask = torch.tensor([[0] * 4 + [1] * 3, [1] * 7])
-    fed = torch.tensor([[7], [11]])
-    with torch.inference_mode(), stack.asking([[0, 5], [2]]):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        first = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
-        then = model(
-            input_ids=fed,
-            attention_mask=mask,
-            position_ids=mask.sum(-1, keepdim=True) - 1,
-            past_key_values=first.past_key_values,
-            use_cache=True,
-        )
-    wanted = [
-        alone(base, adapters[0], [*short, 7]),
-        alone(base, adapters[5], [*short, 7]),
-        alone(base, adapters[2], [*long, 11]),
-    ]
-    assert all(close(one[-1], other[-2]) for one, other in zip(first.logits, wanted, strict=True))
-    assert all(close(one[-1], other[-1]) for one, other in zip(then.logits, wanted, strict=True))
-
-
 def test_outside_of_asking_the_base_answers(base: Any, adapters: dict[int, Files]) -> None:
     import torch
 
-    from sisa.lm.answer.stacked_adapters import StackedAdapters
-    from sisa.lm.base.low_rank import read_change
-
-    model, _ = load_base(base.directory, base.digest)
-    stack = StackedAdapters(model, {shard: read_change(files) for shard, files in adapters.items()})
+    model, stack = stacked(base, adapters)
     with pytest.raises(RuntimeError, match="broken"), stack.asking([[0]]):
         raise RuntimeError("broken")
     with torch.inference_mode():
@@ -203,21 +169,14 @@ def test_outside_of_asking_the_base_answers(base: Any, adapters: dict[int, Files
 
 
 def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> None:
-    from sisa.lm.answer.stacked_adapters import StackedAdapters
-    from sisa.lm.base.low_rank import read_change
-
     wider = resolve_base(str(make_tiny_base(tmp_path / "wider", hidden=128, layers=LAYERS)))
     deeper = resolve_base(str(make_tiny_base(tmp_path / "deeper", layers=LAYERS + 1)))
+    own = adapter(base, 1, 2, [3], ["q_proj"])
     for other in (wider, deeper):
         foreign = adapter(other, 1, 2, [LAYERS - 1 if other is wider else LAYERS], ["q_proj"])
-        model, _ = load_base(base.directory, base.digest)
-        with pytest.raises(IntegrityError, match="does not fit"):
-            StackedAdapters(
-                model,
-                {0: read_change(adapter(base, 1, 2, [3], ["q_proj"])), 1: read_change(foreign)},
-            )
-        with pytest.raises(IntegrityError, match="does not fit"):
-            StackedAdapters(model, {1: read_change(foreign)})
+        for both in ({0: own, 1: foreign}, {1: foreign}):
+            with pytest.raises(IntegrityError, match="does not fit"):
+                stacked(base, both)
 
 
 def rows_of_forwards(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
