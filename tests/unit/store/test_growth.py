@@ -11,7 +11,7 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ import sisa
 from sisa.audit.verify import verify
 from sisa.core import event_chain
 from sisa.core.digest import digest_of
-from sisa.core.domain import Head, HeldCheckpoint, Record, RecordRow, SliceFile, SliceState
+from sisa.core.domain import Head, HeldCheckpoint, Record, RecordRow, SliceFile
 from sisa.core.errors import IntegrityError
 from sisa.core.hooks import Removal
 from sisa.core.ports import Change
@@ -33,11 +33,10 @@ from sisa.flows.deletion import commit_removed, rows_named
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms
 from sisa.flows.reconcile import reconcile
-from sisa.planning.plan import jobs
 from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
 from tests.fakes.ledger import FakeLedger
-from tests.fakes.ports import FakeModel, fake_model, fake_recipe, fake_record
+from tests.fakes.ports import FakeModel, fake_model, fake_record
 
 PACKAGE = str(Path(sisa.__file__).parent)
 FEWER, TIMES = 20, 4
@@ -320,11 +319,3 @@ def test_a_deletion_looks_for_its_own_rows_and_one_cut_short_for_any(
     looked_for.clear()
     reconcile(model.context)
     assert looked_for == [None, ()]
-
-
-def test_a_jobs_key_is_the_digest_of_its_fields() -> None:
-    """However the key is computed, models that were trained before must find their checkpoints."""
-    states = [SliceState(1, slice_, f"root-{slice_}", 3) for slice_ in range(3)]
-    recipe = replace(fake_recipe(), training={"a": [1, {"b": None}], "c": 0.1})
-    for job in jobs(1, states, recipe, "f"):
-        assert job.key == digest_of(asdict(job))
