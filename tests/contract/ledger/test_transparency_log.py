@@ -21,17 +21,15 @@ from sisa.store.blobs import object_client
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.object_blobs import ObjectBlobs
 from sisa.verifier import note
+from tests.contract.storage.forms import BACKENDS, blobs_in
 from tests.fakes.s3_server import fresh_blobs
 from tests.models.confessing import RUN_FILE, context_of, record, train_in
 from tests.models.written_log import TYPE, Keys, Place, entry, fill, statement
 
 
-@pytest.fixture(params=["disk", "objects", "plain objects"])
+@pytest.fixture(params=BACKENDS)
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    if request.param == "disk":
-        return LocalBlobs(tmp_path / "blobs").below("log")
-    server = request.getfixturevalue("s3")
-    return fresh_blobs(server, versions=request.param == "objects").below("log")
+    return blobs_in(request.param, request, tmp_path / "blobs").below("log")
 
 
 def test_a_log_grows_over_the_edge_of_a_tile(blobs: BlobStore, tmp_path: Path) -> None:

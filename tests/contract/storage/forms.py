@@ -1,4 +1,4 @@
-"""Stores, plain or sealed, on a disk or on a real S3 server, and records to put into them."""
+"""Blob stores of every backend, stores of files in them, plain or sealed, and records to put there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sisa.core.domain import Part, Record
 from sisa.core.ports import BlobStore
 from sisa.store.blobs.keyring import FileKeyring
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.sealed_area import SealedArea
 from tests.fakes.s3_server import fresh_blobs
 
@@ -29,13 +30,24 @@ records = st.builds(
 )
 
 
+BACKENDS = ("disk", "objects")  # of blobs: name a new one here, and open it in `blobs_in`
+FORMS = tuple(f"{seal}{each}" for each in BACKENDS for seal in ("", "sealed "))  # of stores of files
+
+
+def blobs_in(backend: str, request: pytest.FixtureRequest, folder: Path) -> BlobStore:
+    """Return an empty blob store in a directory or in a bucket of a real S3 server."""
+    if backend == "disk":
+        return LocalBlobs(folder)
+    return fresh_blobs(request.getfixturevalue("s3"), versions=backend != "plain objects")
+
+
 def stored_as(kind: type[T], request: pytest.FixtureRequest, folder: Path) -> T:
     """Return a store of the form that the fixture's parameter names."""
-    on_server = request.param.endswith("objects")
-    place = fresh_blobs(request.getfixturevalue("s3"), kind.area) if on_server else None
-    return opened(kind, folder, request.param, place)
+    form = str(request.param)
+    return opened(kind, folder, form, blobs_in(form.removeprefix("sealed "), request, folder))
 
 
-def opened(kind: type[T], folder: Path, form: str, place: BlobStore | None = None) -> T:
+def opened(kind: type[T], folder: Path, form: str = "", place: BlobStore | None = None) -> T:
+    """Return a store in a directory, or in another blob store."""
     keyring = FileKeyring(folder / "keyring", seals=form.startswith("sealed"))
-    return kind(place or folder / kind.area, keyring)
+    return kind((place or LocalBlobs(folder)).below(kind.area), keyring)

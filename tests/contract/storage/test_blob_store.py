@@ -24,16 +24,14 @@ from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.lease import Lease
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.object_blobs import LAST, ObjectBlobs
-from tests.fakes.s3_server import fresh_blobs
+from tests.contract.storage.forms import BACKENDS, blobs_in
 
 GROUP = {"weights": b"w" * 100, "state": b"{}", LAST: b"{}"}
 
 
-@pytest.fixture(params=["disk", "objects", "plain objects"])
+@pytest.fixture(params=[*BACKENDS, "plain objects"])
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    if request.param == "disk":
-        return LocalBlobs(tmp_path / "blobs")
-    return fresh_blobs(request.getfixturevalue("s3"), versions=request.param == "objects")
+    return blobs_in(request.param, request, tmp_path / "blobs")
 
 
 def test_nothing_is_held_at_first(blobs: BlobStore) -> None:

@@ -21,7 +21,7 @@ from sisa.core.ports import BlobStore, CheckpointStore
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST, FileCheckpoints
-from tests.contract.storage.forms import opened, stored_as
+from tests.contract.storage.forms import FORMS, opened, stored_as
 from tests.fakes.ports import ADAPTER, FakeCheckpoints
 
 FILES = {ADAPTER: b"adapter", "optimizer.safetensors": b"optimizer", "state.json": b"{}"}
@@ -31,19 +31,19 @@ def job(slice_: int = 0, fingerprint: str = "f") -> SliceJob:
     return SliceJob(0, slice_, None, ((slice_, "root"),), 4, (2, 1), {"seed": 1}, "base", fingerprint)
 
 
-@pytest.fixture(params=["fake", "files", "sealed", "objects", "sealed objects"])
+@pytest.fixture(params=["fake", *FORMS])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
     return (
         FakeCheckpoints() if request.param == "fake" else stored_as(FileCheckpoints, request, tmp_path)
     )
 
 
-@pytest.fixture(params=["files", "sealed", "objects"])
+@pytest.fixture(params=FORMS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> FileCheckpoints:
     return stored_as(FileCheckpoints, request, tmp_path)
 
 
-@pytest.fixture(params=["files", "sealed"])
+@pytest.fixture(params=["disk", "sealed disk"])
 def local(request: pytest.FixtureRequest, tmp_path: Path) -> FileCheckpoints:
     """Return a store on a disk, for behaviour that does not depend on where the bytes are."""
     return opened(FileCheckpoints, tmp_path, request.param)

@@ -15,7 +15,7 @@ from sisa.core.ports import HiddenStateStore, States
 from sisa.store.areas import HIDDEN_STATES
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.hidden_states import FileHiddenStates
-from tests.contract.storage.forms import opened, stored_as
+from tests.contract.storage.forms import FORMS, opened, stored_as
 from tests.fakes.ports import FakeHiddenStates
 
 NAME, OTHER = "shard-00000-slice-00001-5e6f.prefix", "shard-00001-slice-00001-5e6f.prefix"
@@ -26,14 +26,14 @@ def states(*lengths: int) -> dict[str, States]:
     return {f"{n:064x}": drawn.standard_normal((n, 8), np.float32) for n in lengths}
 
 
-@pytest.fixture(params=["fake", "files", "sealed", "objects", "sealed objects"])
+@pytest.fixture(params=["fake", *FORMS])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> HiddenStateStore:
     return (
         FakeHiddenStates() if request.param == "fake" else stored_as(FileHiddenStates, request, tmp_path)
     )
 
 
-@pytest.fixture(params=["files", "sealed", "objects"])
+@pytest.fixture(params=FORMS)
 def real(request: pytest.FixtureRequest, tmp_path: Path) -> FileHiddenStates:
     return stored_as(FileHiddenStates, request, tmp_path)
 

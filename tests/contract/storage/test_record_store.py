@@ -19,7 +19,7 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import RecordStore, StoredRecord
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.records import FileRecords
-from tests.contract.storage.forms import SECRET_TEXT, opened, records, stored_as
+from tests.contract.storage.forms import FORMS, SECRET_TEXT, opened, records, stored_as
 from tests.fakes.keyring import PLAIN
 from tests.fakes.ports import FakeRecords, fake_record
 
@@ -34,12 +34,12 @@ def several(*numbers: int) -> list[StoredRecord]:
     return stored([fake_record(number, "ada") for number in numbers])
 
 
-@pytest.fixture(params=["fake", "files", "sealed", "objects", "sealed objects"])
+@pytest.fixture(params=["fake", *FORMS])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> RecordStore:
     return FakeRecords() if request.param == "fake" else stored_as(FileRecords, request, tmp_path)
 
 
-@pytest.fixture(params=["files", "sealed", "objects"])
+@pytest.fixture(params=FORMS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> FileRecords:
     return stored_as(FileRecords, request, tmp_path)
 
