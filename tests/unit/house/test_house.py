@@ -78,6 +78,17 @@ def test_every_module_says_what_it_is_for() -> None:
     assert [relative(path) for path in modules(*PACKAGES) if not ast.get_docstring(parsed(path))] == []
 
 
+def test_a_folder_that_lists_its_modules_lists_all() -> None:
+    missing = set()
+    for path in modules(*PACKAGES):
+        text = ast.get_docstring(parsed(path)) or ""
+        if path.name == "__init__.py" and re.search(r"^\w+ {2,}\w", text, re.MULTILINE):
+            held = (each for each in modules(relative(path.parent)) if each.parent == path.parent)
+            named = {"__init__", *re.findall(r"\w+", text)}
+            missing |= {relative(each) for each in held if each.stem not in named}
+    assert missing == set()
+
+
 def test_every_test_module_says_what_it_tests() -> None:
     assert [relative(path) for path in modules("tests") if not ast.get_docstring(parsed(path))] == []
 
