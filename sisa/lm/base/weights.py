@@ -80,7 +80,7 @@ def resolve_base(spec: str) -> BaseFiles:
 
 
 def local_or_hub(spec: str) -> Path:
-    """Return the directory of a local model, or of a hub model, downloading it if needed."""
+    """Return the directory of a local or a hub model as it is stored, downloading it if needed."""
     local = Path(spec).expanduser()
     if local.is_dir():
         return _model_directory(local, spec)
@@ -385,8 +385,8 @@ _patched: dict[tuple[Any, ...], Any] = {}  # the base with the patches that were
 
 
 def load_patched(
-    base_dir: Path,
-    base_digest: str,
+    directory: Path,
+    digest: str,
     patches: Sequence[Mapping[str, bytes]],
     precision: Precision = DEFAULT_PRECISION,
 ) -> tuple[Any, Any]:
@@ -395,7 +395,7 @@ def load_patched(
     Raise IntegrityError for another base, or a patch that is damaged or does not fit, and InvalidInput
     for patches on another device than the CPU or in another dtype than float32.
     """
-    model, tokenizer = load_base(base_dir, base_digest, precision)
+    model, tokenizer = load_base(directory, digest, precision)
     if not patches:
         return model, tokenizer
     if precision != DEFAULT_PRECISION:
@@ -411,7 +411,7 @@ def load_patched(
     from sisa.lm.base.low_rank import merge_into, read_change
 
     made_of = [{name: sha256_hex(data) for name, data in files.items()} for files in patches]
-    key = (base_dir.resolve(), base_digest, canonical_json(made_of), torch.get_num_threads())
+    key = (directory.resolve(), digest, canonical_json(made_of), torch.get_num_threads())
     if key not in _patched:
         with usual_modes():
             for files in patches:
