@@ -29,7 +29,7 @@ REACHES_NO_BIT = (
     *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),
     "sisa.core.requests",
 )
-RECORDED = (5, "671d300fd9855c1d")
+RECORDED = (5, "ac6c897372a32da1")
 
 
 def path_of(module: str) -> Path:
