@@ -114,7 +114,8 @@ def audit_model(
         read = cutting_full_tiles(partial(context.stores.blobs[LOG].get, what="file of the log"))
         evidence = _Evidence(context, model.directory, shards, keys, public, kept, cosigners, read)
         found = [
-            _check(name, partial(find, evidence), evidence.missing) for name, find in EVIDENCE_CHECKS
+            _check(name, partial(_of_evidence, evidence, find), evidence.missing)
+            for name, find in EVIDENCE_CHECKS
         ]
         checks = (doctor, replay, sweep, *found)
         subject = served_subject(context)
@@ -286,6 +287,18 @@ class _Evidence:
         for shard in sorted(now.keys() | certified.keys()):
             if now.get(shard) != certified.get(shard):
                 yield Problem(f"shard {shard}", "serves another adapter than the last certified one")
+
+
+def _of_evidence(
+    evidence: _Evidence, find: Callable[[_Evidence], Iterable[Problem]]
+) -> Iterable[Problem]:
+    """Return what a check finds; whoever holds the key may also sign a statement that lacks facts."""
+    try:
+        return list(find(evidence))
+    except Refused:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return [Problem("log", f"a signed statement has another form ({type(error).__name__})")]
 
 
 EVIDENCE_CHECKS = (

@@ -11,10 +11,10 @@ import pytest
 from sisa.audit.residue import Scan, sweep_model
 from sisa.core.errors import Busy, Problem
 from sisa.evidence.audit import Check, audit_statement, drawn
-from sisa.evidence.log.log import Log
+from sisa.evidence.log.log import Log, statement_in
 from sisa.model import Model
 from sisa.store.blobs.local_blobs import LocalBlobs
-from sisa.verifier.certificate import AUDIT
+from sisa.verifier.certificate import AUDIT, STATE
 from sisa.verifier.envelope import verify_envelope
 from tests.integration.evidence.conftest import Operator
 from tests.models.confessing import build, use_fake_resources
@@ -38,6 +38,22 @@ def test_the_report_is_signed_and_logged(operator: Operator) -> None:
     statement = verify_envelope(found.envelope, operator.keys.public, found.index)
     assert (statement["predicateType"], statement["predicate"]["passed"]) == (AUDIT, True)
     assert statement["predicate"]["shards"] == list(found.shards)
+
+
+def test_a_signed_statement_that_lacks_facts_is_found(operator: Operator) -> None:
+    log = Log(LocalBlobs(operator.log), operator.keys)
+    last = list(log.entries())[-1]
+    stated = statement_in(log.statement(last.sha256))
+    held = stated["predicate"]["membership"]
+    predicate = {
+        "model": operator.model.id,
+        "sequence": log.size,
+        "previous": last.sha256,
+        "membership": {**held, "before": held["after"]},
+    }
+    lacking = {"subject": stated["subject"], "predicateType": STATE, "predicate": predicate}
+    log.append(operator.keys.sign(lacking), STATE)
+    assert operator.failed() == {"chain", "heads"}
 
 
 def test_one_report_is_about_one_state(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
