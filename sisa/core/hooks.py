@@ -35,7 +35,8 @@ class Contribution:
     """A hook's part of a deletion.
 
     `change` joins the deletion's commit. `vaulted` names, by request, the vault's set that keeps what
-    the request removes. `finish` runs when the deletion is done, and raises nothing.
+    the request removes. `finish` runs when the deletion is done, after every hook's `complete`, and
+    raises nothing.
     """
 
     change: Change = field(default_factory=Change)

@@ -142,7 +142,7 @@ class StatementKey:
 
 @dataclass(frozen=True)
 class PublicKeys:
-    """The public keys of a model's evidence; `statement_keys` are in order, the oldest first."""
+    """The public keys of evidence; `statement_keys` (`certificates` in the file), the oldest first."""
 
     model: str
     statement_keys: tuple[StatementKey, ...]

@@ -59,7 +59,7 @@ class Settings:
     """The decisions of the run file and the partition key."""
 
     assigner: Assigner
-    recipe: Recipe  # of shards over the frozen base alone
+    recipe: Recipe  # of shards over the frozen base alone: plans use `Context.recipe`
     patch_mode: PatchMode
     chain: EventChain  # of the ledger's events
     keeps_hidden_states: bool = False  # whether hidden states may be kept
@@ -85,7 +85,7 @@ class Context:
 
     @property
     def recipe(self) -> Recipe:
-        """Return the recipe over the base and the patches beneath. Raise IntegrityError."""
+        """Return the settings' recipe, over the patches beneath the shards. Raise IntegrityError."""
         base = self.settings.base
         stack = [each.adapter_sha256 for each in patches_beneath(self.stores.ledger, base)]
         return replace(self.settings.recipe, base=patched_digest(base, stack))
