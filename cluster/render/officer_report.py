@@ -102,7 +102,7 @@ def check_evidence(
     found = Evidence()
     try:
         keys = parse_keys(read("keys.json"))
-        found = replace(found, keyid=keys.statement_keys[-1].keyid)
+        found = replace(found, keyid=keys.present.keyid)
         if own is not None and own != keys:
             raise Refused("the published keys are not the model's own")
         checkpoint, entries = check_log(read, keys.log, seen=[kept] if kept else [])

@@ -12,8 +12,6 @@ neither shows that it is true.
 '68db87ca6fee60c2'
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

@@ -17,8 +17,6 @@ b'DSSEv1 29 http://example.com/HelloWorld 11 hello world'
 {'a': 1, 'b': [True, 0.5]}
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -142,13 +140,18 @@ class StatementKey:
 
 @dataclass(frozen=True)
 class PublicKeys:
-    """The public keys of evidence; `statement_keys` (`certificates` in the file), the oldest first."""
+    """The public keys of evidence; `statement_keys` (`certificates` in the file) are oldest first."""
 
     model: str
     statement_keys: tuple[StatementKey, ...]
     log: str  # a vkey (C2SP signed note)
     vrf: bytes
     exports: bytes = b""  # of `model.sig` in exports: SubjectPublicKeyInfo (DER) of ECDSA on P-256
+
+    @property
+    def present(self) -> StatementKey:
+        """Return the key that signs statements now; it has no end yet."""
+        return self.statement_keys[-1]
 
 
 def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> dict[str, Any]:
@@ -175,7 +178,7 @@ def parse_keys(data: bytes) -> PublicKeys:
     """Return the keys in a file of public keys, which the last of them signed."""
     value, message, made = _opened(data, "the file of public keys", KEYS_PAYLOAD_TYPE)
     keys = public_keys(value)
-    if not _signers(keys.statement_keys[-1:], message, made):
+    if not _signers([keys.present], message, made):
         raise Refused("the file of public keys is not signed by its last key")
     return keys
 

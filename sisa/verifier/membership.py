@@ -17,8 +17,6 @@ of the key determines each leaf's shard and date, and signs the same tree for ev
 >>> verify_absent(root, b"1" * 32, [], (label, sha256(value).digest()))
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ the prime-order group, where the RFC accepts more: honest owners make no others.
 '90cf1df3b703cce5'
 """
 
-from __future__ import annotations
-
 from hashlib import sha512
 
 from nacl.bindings import crypto_core_ed25519_add as add

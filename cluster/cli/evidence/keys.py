@@ -96,13 +96,13 @@ def check_keys(file: Path, trusted: Path, where: str | None) -> Result:
     if where is not None:
         read = log_reader(where)
         known = follow(known, check_log(read, known.log)[1], read)
-    keyid = known.statement_keys[-1].keyid
+    keyid = known.present.keyid
     if found != known:
         raise Refused(
             "the public keys do not follow from the trusted ones",
             where=str(file),
             expected=f"the last key {keyid}",
-            got=f"the last key {found.statement_keys[-1].keyid}",
+            got=f"the last key {found.present.keyid}",
             next_step="give --log; or ask the owner for the present keyid through another channel",
         )
     body = {"ok": True, "model": known.model, "keyid": keyid, "num_keys": len(known.statement_keys)}

@@ -95,7 +95,7 @@ class Keys:
     @property
     def present(self) -> StatementKey:
         """Return the public key that signs now."""
-        return self.public.statement_keys[-1]
+        return self.public.present
 
     def sign(self, unsigned: Mapping[str, Any]) -> bytes:
         """Return the envelope of a statement. Raise EnvironmentFault if the signer fails."""
@@ -218,7 +218,7 @@ def read_keys(directory: Path, model: str) -> Keys:
             raise Refused("the keys do not belong together, or to this model")
     except ValueError as error:  # Refused is one
         raise _damaged(directory, str(error)) from None
-    key, signer = (directory / f"{public.statement_keys[-1].keyid}{each}" for each in (KEY, SIGNER))
+    key, signer = (directory / f"{public.present.keyid}{each}" for each in (KEY, SIGNER))
     uri = _read_file(signer).decode("utf-8", "replace") if signer.exists() and not key.exists() else ""
     return Keys(directory, public, public_file, log_seed, vrf_secret, uri)
 
@@ -264,7 +264,7 @@ def rotate_keys(
 
 def _signed_public_file(public: PublicKeys, sign: SignBytes) -> bytes:
     payload = rfc8785.dumps(public_body(public))
-    return signed_envelope(KEYS_PAYLOAD_TYPE, payload, public.statement_keys[-1], sign)
+    return signed_envelope(KEYS_PAYLOAD_TYPE, payload, public.present, sign)
 
 
 def public_body(public: PublicKeys) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def follow(known: PublicKeys, entries: Sequence[bytes], read: Read) -> PublicKey
     """
     for index, entry in enumerate(entries):
         named = members(strict_json(entry, "an entry"), "an entry", ENTRY_FORM)
-        if named["predicateType"] == KEY_HANDOVER and index >= known.statement_keys[-1].since:
+        if named["predicateType"] == KEY_HANDOVER and index >= known.present.since:
             envelope = read(statement_path(named["sha256"]))
             if sha256_hex(envelope) != named["sha256"]:
                 raise Refused("a hand-over is not the logged one", f"entry {index}")
@@ -102,7 +102,7 @@ def _successor(known: PublicKeys, handover: bytes, index: int) -> PublicKeys:
     if new == known:  # that of the known key itself, which followed a lost one
         return known
     *before, last = known.statement_keys
-    ended = (*before, replace(last, until=index + 1), replace(new.statement_keys[-1], since=index + 1))
+    ended = (*before, replace(last, until=index + 1), replace(new.present, since=index + 1))
     if new != replace(known, statement_keys=ended):
         raise Refused("the hand-over continues from other keys, or from another entry", f"entry {index}")
     return new

@@ -34,7 +34,7 @@ def test_keys_are_made_shown_and_rotated(model: Path, ask: Ask, tmp_path: Path) 
     published = Path(made["published"])
     assert published == model / "log" / "keys.json"
     assert published.read_bytes() == Path(made["public_keys"]).read_bytes()
-    assert parse_keys(published.read_bytes()).statement_keys[-1].keyid == made["keyid"]
+    assert parse_keys(published.read_bytes()).present.keyid == made["keyid"]
     new = ask("keys", "rotate", "-m", model)
     assert [each["keyid"] for each in new["certificates"]] == [made["keyid"], new["keyid"]]
     assert [(each["since"], each["until"]) for each in new["certificates"]] == [(0, 2), (2, None)]
