@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from sisa.planning.layout_advice import (
 )
 from sisa.planning.orders import chosen_orders
 from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard
-from tests.bench.deletion.serving import expected_depth
+from tests.bench.deletion.serving import depth_after
 
 GROUPS = (Group(0.9, 0.01), Group(0.1, 0.5))
 demands = st.builds(
@@ -127,7 +128,8 @@ def test_what_must_be_served_asks_for_orders() -> None:
     assert recommended(advise(demand, LayoutLimits(1, min_depth=1.0))) is None
     for each in advise(demand, LayoutLimits(1)):
         orders = chosen_orders(each.num_slices, each.num_orders, None)
-        assert each.serving_depth == pytest.approx(expected_depth(orders, 1) / each.num_slices)
+        depths = [depth_after(orders, [number]) for number in range(each.num_slices)]
+        assert each.serving_depth == pytest.approx(fmean(depths) / each.num_slices)
 
 
 def test_hours_bind_only_with_a_rate() -> None:

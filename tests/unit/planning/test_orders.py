@@ -35,8 +35,6 @@ from sisa.planning.plan import (
 from tests.bench.deletion.serving import (
     deletions_until_base,
     depth_after,
-    expected_depth,
-    simulate_depth,
     simulate_until_base,
 )
 from tests.fakes.ports import fake_model, fake_recipe, fake_record
@@ -194,36 +192,6 @@ def test_deletions_until_the_base_as_the_collectors_form_says(
     drawn = simulate_until_base(shards, rotations(slices, orders), runs=4_000, seed=1)
     assert drawn.error < 0.012 * drawn.mean
     assert deletions_until_base(shards, slices, orders) == pytest.approx(drawn.mean, rel=0.03)
-
-
-def test_the_golden_first_values_of_the_form() -> None:
-    """One shard of one order: the first of L slices, 1 / L each time. Two: L (1 + 1/2)."""
-    assert deletions_until_base(1, 8, 1) == pytest.approx(8)
-    assert deletions_until_base(1, 8, 2) == pytest.approx(12)
-    assert deletions_until_base(2, 3, 1) == pytest.approx(9)
-
-
-def test_the_form_does_not_hold_where_orders_begin_alike() -> None:
-    risks = [0.001, 1.0, 1.0, 1.0]
-    drawn = simulate_until_base(1, matched(risks, 2), runs=300, risks=risks)
-    assert drawn.mean > 3 * deletions_until_base(1, 4, 2)
-
-
-@pytest.mark.parametrize(("orders", "deletions"), [(1, 1), (1, 9), (2, 6), (4, 12)])
-def test_expected_depth_is_what_is_drawn(orders: int, deletions: int) -> None:
-    some = rotations(8, orders)
-    drawn = simulate_depth(some, deletions, 3, runs=3_000, seed=2)
-    assert expected_depth(some, deletions, 3) == pytest.approx(drawn.mean, rel=0.03)
-
-
-def test_expected_depth_with_risks() -> None:
-    risks = [0.1, 0.1, 0.5, 2.0, 3.0]
-    some = matched(risks, 3)
-    drawn = simulate_depth(some, 3, 2, runs=4_000, seed=3, risks=risks)
-    assert expected_depth(some, 3, 2, risks) == pytest.approx(drawn.mean, rel=0.03)
-    assert expected_depth(some, 0) == 5
-    with pytest.raises(ValueError, match="at most 12"):
-        expected_depth(rotations(20, 13), 1)
 
 
 @pytest.mark.parametrize("schedule", ["cumulative", "sequential"])
