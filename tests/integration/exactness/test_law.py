@@ -112,39 +112,6 @@ def test_other_records_give_other_bytes(tmp_path: Path, tiny_base: Path, tiny: T
     assert held_files(tiny.directory) != held_files(less.directory)
 
 
-def test_deleting_every_record_of_a_shard(tmp_path: Path, tiny_base: Path, tiny: Tiny) -> None:
-    model = tiny.open()
-    gone = of_people("p004", "p006", "p010")
-    assert {each.shard for each in model.where(ids_of(gone))} == {1}
-    outcome = model.forget(ids_of(gone))
-    assert outcome.request is not None
-    assert outcome.request.record_epochs_retrained == 0
-    scratch = train_scratch(tmp_path / "scratch", tiny_base, without(PEOPLE, ids_of(gone)))
-    assert held_files(tiny.directory) == held_files(scratch.directory)
-    emptied = model.status().shards[1]
-    assert (emptied.head, emptied.depth, emptied.records) == (None, 0, 0)
-    assert model.status().model_digest == scratch.status().model_digest
-    assert model.verify().ok
-
-
-def test_deleting_every_record_of_the_model_and_adding_after_that(
-    tmp_path: Path, tiny_base: Path, tiny: Tiny
-) -> None:
-    model = tiny.open()
-    model.forget(ids_of(PEOPLE))
-    assert held_files(tiny.directory) == {}
-    status = model.status()
-    assert (status.records, status.deleted_records) == (0, len(PEOPLE))
-    assert [each.head for each in status.shards] == [None, None, None]
-    assert model.verify(replay="all").ok
-
-    fresh = [{**row, "id": f"{row['id']}-again"} for row in of_people("p002", "p003", "p010")]
-    model.add(tiny.file("again.jsonl", fresh), allow_deleted=True)
-    scratch = train_scratch(tmp_path / "scratch", tiny_base, fresh)
-    assert held_files(tiny.directory) == held_files(scratch.directory)
-    assert model.status().model_digest == scratch.status().model_digest
-
-
 def test_a_deletion_rewrites_nothing_that_it_does_not_concern(tiny: Tiny) -> None:
     """p009 is in shard 0, slice 1: slice 0's checkpoint there and all of shards 1 and 2 stay."""
     model = tiny.open()

@@ -124,21 +124,6 @@ def test_a_first_training_reports_all_bad_records_before_it_writes(
     assert not (run_file.parent / "model").exists()
 
 
-def test_a_generation_leaves_no_trace_of_a_layerwise_model(
-    tmp_path: Path, tiny_base: Path, capsys: Capture
-) -> None:
-    rows = [{**row, "generation": n} if (n := number % 2) else row for number, row in enumerate(FRESH)]
-    run_file = write_run(tmp_path / "new", tiny_base, rows, sisa_block={"layerwise": True})
-    done = command(capsys, "train", run_file, *SERIAL)
-    assert (done.code, done.error["type"], done.error["where"]) == (
-        2,
-        "ConfigConflict",
-        "sisa.layerwise",
-    )
-    assert [where for where, _ in done.problems] == ["people.jsonl, line 2", "people.jsonl, line 4"]
-    assert not (run_file.parent / "model").exists()
-
-
 def test_an_unknown_executor_starts_no_model(tmp_path: Path, tiny_base: Path, capsys: Capture) -> None:
     run_file = write_run(tmp_path / "new", tiny_base)
     done = command(capsys, "train", run_file, "--executor", "spark")

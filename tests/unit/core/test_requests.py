@@ -80,16 +80,6 @@ def test_due_dates(received: str, regime: Regime, due: str) -> None:
 
 
 @given(moments)
-def test_gdpr_gives_at_most_31_days_and_at_least_28(received: datetime) -> None:
-    due = date.fromisoformat(due_date(received.isoformat(), "gdpr"))
-    given_days = (due - received.date()).days
-    assert 28 <= given_days <= 31
-    if due.day != received.day:  # only where the next month lacks that day, and then it is its last
-        assert due.day < received.day
-        assert (due + timedelta(days=1)).day == 1
-
-
-@given(moments)
 def test_the_delete_act_gives_45_days(received: datetime) -> None:
     assert days_left(due_date(received.isoformat(), "delete-act"), received.isoformat()) == 45
 

@@ -309,17 +309,6 @@ def test_decisions_need_their_reason_or_approver(
     assert (decided.state, last.state, last.note) == (decision, decision, note)
 
 
-def test_what_is_done_is_not_decided_again(fake: FakeModel) -> None:
-    request = asked(fake, 3)
-    run_all(fake)
-    for decision in ("approved", "held", "denied", "cancelled"):
-        with pytest.raises(ConfigConflict):
-            decide(fake.context, request.request_id, decision, "a reason")
-    with pytest.raises(ConfigConflict):
-        extend(fake.context, request.request_id, "a reason")
-    assert states(fake, request) == WHOLE_LIFE
-
-
 def test_no_one_decides_that_a_request_is_completed(fake: FakeModel) -> None:
     request = asked(fake, 3)
     with pytest.raises(SisaError):
@@ -336,12 +325,6 @@ def test_an_extension_moves_the_due_date_and_is_reported(fake: FakeModel) -> Non
     assert "complex" in seen.events[-1].note
     with pytest.raises(ConfigConflict):
         extend(fake.context, request.request_id, "again")
-
-
-def test_overdue_days_are_negative(fake: FakeModel) -> None:
-    request = asked(fake, 3)
-    context = changed(fake.context, now=lambda: "2026-02-11T00:00:00+00:00")
-    assert view_of(context, request).days_left == -10
 
 
 # --- copies
