@@ -17,6 +17,7 @@ import sisa
 from sisa import unlearn
 from sisa.core.digest import patched_digest
 from sisa.core.domain import Part, Record
+from sisa.core.errors import ConfigConflict
 from sisa.core.ports import Change
 from sisa.flows.context.commit import commit
 from sisa.flows.patches import vault_sets
@@ -159,6 +160,7 @@ def test_patches_and_shards_over_them_follow_encrypt_and_the_vault_stays_sealed(
     model, _ = sisa.train_model(run_file, executor="serial", allow_deleted=True)
     patch = put_patch(model, made[0])
     unlearn.retrain(model)
+    digest = model.status().model_digest
     text = Record("x", None, "text", (Part("text", "Mara of Velden keeps bees."),))
     with model.writing() as context:
         put = vault_sets.put(context, "forget", [text], "she asked")
@@ -166,7 +168,10 @@ def test_patches_and_shards_over_them_follow_encrypt_and_the_vault_stays_sealed(
     name = put.sets[0].name
     for encrypt in (False, True):
         change_run(run_file, encrypt=encrypt)
-        model, _ = sisa.train_model(run_file, executor="serial", accept_differences=True)
+        with pytest.raises(ConfigConflict):
+            sisa.train_model(run_file, executor="serial")
+        model, taken = sisa.train_model(run_file, executor="serial", accept_differences=True)
+        assert (taken.slices_trained, model.status().model_digest) == (0, digest)
         assert is_sealed((model.directory / PATCHES / patch.key / ADAPTER).read_bytes()) == encrypt
         assert is_sealed((model.directory / VAULT / name).read_bytes())
         assert unlearn.served(model) == [made[0]]

@@ -234,25 +234,6 @@ sisa.train_model(sys.argv[1], executor="serial", accept_differences=True)
 """
 
 
-def test_turning_it_on_and_off_changes_every_file_and_no_content(sealed: Tiny) -> None:
-    held, digest = contents(sealed), sealed.open().status().model_digest
-    for encrypt in (False, True):
-        change_run(sealed.run_file, encrypt=encrypt)
-        files = all_files(sealed.directory)
-        with pytest.raises(ConfigConflict) as refused:
-            sealed.train()
-        assert [each.where for each in refused.value.problems] == ["encrypt"]
-        assert all_files(sealed.directory) == files
-        done = sealed.train(accept_differences=True)
-        assert done.slices_trained == 0
-        assert forms(sealed) == {encrypt}
-        assert contents(sealed) == held
-        assert any(keys(sealed).values()) == encrypt
-        assert sealed.open().status().model_digest == digest
-        assert sealed.open().verify(replay="sample", apart=False).ok
-        assert diagnose(sealed.directory).healthy
-
-
 def test_a_killed_change_of_form_goes_on(sealed: Tiny) -> None:
     held = contents(sealed)
     change_run(sealed.run_file, encrypt=False)
