@@ -241,16 +241,3 @@ def with_certificate(result: Result, model: Model, request: Request | None) -> R
             "none": "certificate: none",
         }[found]
     return result.with_more({"certificate": found}, [line])
-
-
-def with_pending(result: Result, model: Model) -> Result:
-    """Add the completed requests whose certificates are pending to a result."""
-    from sisa.flows.wiring.wiring import has_evidence
-
-    if not has_evidence(model.directory, model.config, model.id):
-        return result.with_more({"certificates_pending": None})
-    from sisa.evidence.open_evidence import pending
-
-    found = pending(model)
-    lines = [f"certificates pending: {len(found)} (`sisa certificate issue`)"] if found else []
-    return result.with_more({"certificates_pending": found}, lines)

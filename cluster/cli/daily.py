@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cluster.cli import serve
 from cluster.cli.command import (
     PATH,
     ExecutorChoice,
@@ -28,17 +28,25 @@ from cluster.cli.command import (
     option_or_input,
     run_file_argument,
     with_certificate,
-    with_pending,
 )
 from cluster.cli.input_files import read_prompts, read_text, read_turns
 from cluster.observe.reporting import watched
 from cluster.render import render
 from cluster.render.render import Result
 from sisa.core.domain import ExportForm, Kind, WitnessHead
+from sisa.core.errors import EnvironmentFault
+from sisa.core.events import Notice
 
 if TYPE_CHECKING:
+    from cluster.serve.service import Running
     from sisa.audit.verify import Replay
     from sisa.flows.ask import Prompt
+    from sisa.model import Model
+
+_Found = TypeVar("_Found")
+no_service_option = click.option(
+    "--no-service", is_flag=True, help="Load the model, even if a service of it runs."
+)
 
 
 @command("quickstart", "my-first-model")
@@ -129,7 +137,7 @@ def show_where(directory: Path, ids: list[str]) -> Result:
 @option_or_input("--like", metavar="ID", help="Find near-duplicates of a record.")
 @click.option("--top", "top_k", default=10, type=click.IntRange(1, 10_000), help="Number of results.")
 @click.option("--show-text", is_flag=True, help="Show the beginning of each record's text.")
-@serve.no_service_option
+@no_service_option
 @log_format_option
 def find(
     directory: Path,
@@ -148,12 +156,28 @@ def find(
         text = read_text(file)
     if text is not None and not (show_text or no_service):  # a service shows no text
         content = text
-        found = serve.ask_service(directory, lambda running: running.find(content, top_k))
+        found = _ask_service(directory, lambda running: running.find(content, top_k))
         if found is not None:
             return render.found(found)
     with opened(directory) as model:
         hits = model.find(text=text, subject=subject, like=like, top_k=top_k, show_text=show_text)
         return render.found(hits)
+
+
+def _ask_service(directory: Path, ask: Callable[[Running], _Found]) -> _Found | None:
+    """Return what `ask` gets from the model's running service; None if none runs, or if it fails."""
+    from cluster.serve import service
+
+    running = service.find_service(directory)
+    if running is None:
+        return None
+    with watched() as report:
+        report(Notice(f"asking the service at {running.url} (--no-service: load the model here)"))
+        try:
+            return ask(running)
+        except EnvironmentFault as error:
+            report(Notice(f"{error.what} ({error.got}); loading the model here"))
+            return None
 
 
 @command("forget", "-m model --subject p001 --dry-run")
@@ -190,7 +214,20 @@ def forget(
 def show_status(directory: Path) -> Result:
     """Show shards, slices, records, heads, requests and sizes."""
     with opened(directory) as model:
-        return with_pending(render.status(model.status()), model)
+        return _with_pending(render.status(model.status()), model)
+
+
+def _with_pending(result: Result, model: Model) -> Result:
+    """Add the completed requests whose certificates are pending to a result."""
+    from sisa.flows.wiring.wiring import has_evidence
+
+    if not has_evidence(model.directory, model.config, model.id):
+        return result.with_more({"certificates_pending": None})
+    from sisa.evidence.open_evidence import pending
+
+    found = pending(model)
+    lines = [f"certificates pending: {len(found)} (`sisa certificate issue`)"] if found else []
+    return result.with_more({"certificates_pending": found}, lines)
 
 
 def _event_head(_context: click.Context, _option: click.Parameter, given: Any) -> WitnessHead | None:
@@ -268,7 +305,7 @@ def verify(
     is_flag=True,
     help="Leave out the shards that answered: they reveal whether a person's records are stored.",
 )
-@serve.no_service_option
+@no_service_option
 @log_format_option
 def generate(
     directory: Path,
@@ -294,7 +331,7 @@ def generate(
         asked = [[*before, *each] for each in turns]
     found = None
     if not no_service:
-        found = serve.ask_service(
+        found = _ask_service(
             directory, lambda running: running.generate_all(asked, max_new_tokens, kind)
         )
     if found is None:

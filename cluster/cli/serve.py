@@ -4,22 +4,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cluster.cli.command import command, command_group, log_format_option, model_option, opened
-from cluster.observe.reporting import watched
 from cluster.render.render import EXIT_REVOKED, Result, counted
-from sisa.core.errors import EnvironmentFault, InvalidInput
+from sisa.core.errors import InvalidInput
 from sisa.core.events import Notice
 
 if TYPE_CHECKING:
     from cluster.serve.engines import EngineHolds
-    from cluster.serve.service import Running
     from cluster.serve.tokens import AccessToken, Role, Scope, Tokens
 
 ROLE_NAMES = ("reader", "officer", "operator")
@@ -27,10 +24,6 @@ SCOPE_NAMES = ("answer", "read", "submit", "decide", "erase", "access", "operate
 
 token = command_group("token", "Add, list and revoke tokens of the model's service.")
 name_argument = click.argument("name")
-_Found = TypeVar("_Found")
-no_service_option = click.option(
-    "--no-service", is_flag=True, help="Load the model, even if a service of it runs."
-)
 
 
 @command("serve", "-m model --port 8808")
@@ -72,22 +65,6 @@ def serve(
             service.wait_until_ended()
         url, pid = running.url, running.pid
     return Result({"url": url, "pid": pid, "replicas": num_replicas}, [f"stopped: {url}"])
-
-
-def ask_service(directory: Path, ask: Callable[[Running], _Found]) -> _Found | None:
-    """Return what `ask` gets from the model's running service; None if none runs, or if it fails."""
-    from cluster.serve import service
-
-    running = service.find_service(directory)
-    if running is None:
-        return None
-    with watched() as report:
-        report(Notice(f"asking the service at {running.url} (--no-service: load the model here)"))
-        try:
-            return ask(running)
-        except EnvironmentFault as error:
-            report(Notice(f"{error.what} ({error.got}); loading the model here"))
-            return None
 
 
 def _numbers(_context: click.Context, _option: click.Parameter, given: Any) -> list[int] | None:
