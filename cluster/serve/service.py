@@ -28,6 +28,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,11 @@ class Running:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 - our own URL
-        with self._opener().open(request, timeout=timeout_s) as response:
-            return json.loads(response.read())
+        try:
+            with self._opener().open(request, timeout=timeout_s) as response:
+                return json.loads(response.read())
+        except HTTPException as error:  # the process ended meanwhile, or another one has the port
+            raise ConnectionError(type(error).__name__) from None
 
     def _opener(self) -> urllib.request.OpenerDirector:
         """Return an opener that uses no proxy and trusts this service's certificate alone."""

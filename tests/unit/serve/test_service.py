@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -115,6 +117,24 @@ def test_a_running_service_is_found_by_its_process_and_its_answer(
         assert find_service(directory) is None
     (directory / "service.json").unlink()
     assert find_service(directory) is None
+
+
+@pytest.mark.parametrize("reply", [b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", b"no HTTP\r\n\r\n"])
+def test_an_answer_that_breaks_off_is_a_lost_connection(reply: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(reply)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        cut = Running(f"http://127.0.0.1:{server.getsockname()[1]}", 0, 0.0, "secret")
+        with pytest.raises(EnvironmentFault, match="did not answer"):
+            cut.find("a text", 1)
+        thread.join()
 
 
 def start(service: Service, host: str = "127.0.0.1", port: int = 1) -> None:
