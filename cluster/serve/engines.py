@@ -19,7 +19,6 @@ from typing import Any
 
 from sisa.config.config import EngineSource
 from sisa.model import Model
-from sisa.store.blobs.files import read_whole
 
 TIMEOUT_S = 10.0
 MAX_ANSWER_BYTES = 1 << 22
@@ -77,7 +76,6 @@ def _ask(engine: EngineSource, method: str, path: str) -> Any:
         f"{engine.url.rstrip('/')}/v1/sisa/{path}", method=method
     )
     if engine.token_file is not None:
-        token = read_whole(engine.token_file, "an engine's token").decode().strip()
-        request.add_header("Authorization", f"Bearer {token}")
+        request.add_header("Authorization", f"Bearer {engine.token_file.read_text('utf-8').strip()}")
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
         return json.loads(answer.read(MAX_ANSWER_BYTES))

@@ -70,6 +70,8 @@ def test_an_erased_adapter_is_named_until_the_engine_sweeps(tmp_path: Path, engi
         assert (found.nameless, found.clean) == (1, False)
         (found,) = engines_hold(model(url, [kept], None))
         assert (found.fault, found.clean) == ("HTTPError 401", False)
+        (found,) = engines_hold(model(url, [kept], tmp_path / "no-token"))
+        assert (found.fault, found.clean) == ("FileNotFoundError", False)
     (found,) = engines_hold(asked)
     assert (found.held, found.clean) == ((), False)
     assert "URLError" in found.fault
