@@ -4,7 +4,7 @@ Nothing in it names a record or a person. A lost file loses messages that wait, 
 
     used       idempotency keys and the calls that used them, as digests, for a week; for OpenDSR's
                requests for access, keyed digests of their names and subjects
-    wanted     whether somebody asked to carry out requests now
+    wanted     the calls to carry out requests now that have not been answered by a run
     callbacks  where to report on a request, as its sender asked
     seen       up to which event of the ledger messages are queued
     queue      messages that wait, with their attempts; those that were given up have no due time
@@ -95,14 +95,19 @@ class ServiceState:
     def ask_to_run(self) -> None:
         """Have the worker carry out approved requests now."""
         with self._tables() as db:
-            db.execute("INSERT OR IGNORE INTO wanted VALUES (1)")
+            db.execute("INSERT INTO wanted VALUES (NULL)")
 
-    def take_run(self) -> bool:
-        """Return whether somebody called `ask_to_run` since the last time."""
+    def asked_to_run(self) -> int:
+        """Return the number of the last call of `ask_to_run` that is open; 0: there is none."""
         if not self._path.exists():
-            return False
+            return 0
         with self._tables() as db:
-            return db.execute("DELETE FROM wanted").rowcount > 0
+            return int(db.execute("SELECT ifnull(max(run), 0) FROM wanted").fetchone()[0])
+
+    def has_run(self, asked: int) -> None:
+        """Close the calls of `ask_to_run` up to a number."""
+        with self._tables() as db:
+            db.execute("DELETE FROM wanted WHERE run <= ?", (asked,))
 
     def add_callbacks(self, request: str, urls: Iterable[str]) -> None:
         """Add URLs to report to on a request."""

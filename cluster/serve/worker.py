@@ -38,23 +38,20 @@ _log = logging.getLogger(__name__)
 def carry_out_requests(model: Model, *, plan: bool = True) -> tuple[Request, ...]:
     """Carry requests out if somebody asked for it or, with `plan`, if they are due; return them."""
     state = ServiceState(model.directory)
-    asked = state.take_run()
+    asked = state.asked_to_run()
     if not (asked or plan):
         return ()
-    try:
-        model.queue()  # reports how many wait
-        if not asked and model.plan_run().choice != "run now":
-            return ()
-        done = model.run()
-        for each in engines_hold(model, sweep=True) if done else ():
-            if not each.clean:  # its own next sweep may succeed; `sisa engines` shows it
-                _log.warning("%s holds %d erased adapters %s", each.url, len(each.erased), each.fault)
-        model.queue()
-        return done
-    except BaseException:  # the end of this process, too: the next worker carries them out
-        if asked:
-            state.ask_to_run()
-        raise
+    model.queue()  # reports how many wait
+    if not asked and model.plan_run().choice != "run now":
+        return ()
+    done = model.run()
+    if asked:  # if this process ends before, the next worker carries them out
+        state.has_run(asked)
+    for each in engines_hold(model, sweep=True) if done else ():
+        if not each.clean:  # its own next sweep may succeed; `sisa engines` shows it
+            _log.warning("%s holds %d erased adapters %s", each.url, len(each.erased), each.fault)
+    model.queue()
+    return done
 
 
 @contextlib.contextmanager

@@ -72,20 +72,32 @@ def test_what_was_asked_for_is_carried_out_although_another_writes_first(
     with working(model.directory):
         until(lambda: state(model, "T-1") == "completed")
     assert failed
-    assert not ServiceState(model.directory).take_run()
+    until(lambda: not ServiceState(model.directory).asked_to_run())
 
 
 def test_what_was_asked_for_outlives_an_interrupted_worker(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    state, run = ServiceState(model.directory), Model.run
+
     def interrupted(_: Model) -> object:
         raise KeyboardInterrupt
 
+    def asked_again(self: Model) -> object:
+        state.ask_to_run()
+        return run(self)
+
+    state.ask_to_run()
     monkeypatch.setattr(Model, "run", interrupted)
-    ServiceState(model.directory).ask_to_run()
     with pytest.raises(KeyboardInterrupt):
         carry_out_requests(model, plan=False)
-    assert ServiceState(model.directory).take_run()
+    assert state.asked_to_run()
+    monkeypatch.setattr(Model, "run", asked_again)
+    carry_out_requests(model, plan=False)
+    assert state.asked_to_run()  # by the call that came meanwhile
+    monkeypatch.setattr(Model, "run", run)
+    carry_out_requests(model, plan=False)
+    assert not state.asked_to_run()
 
 
 def test_a_service_has_a_worker(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
