@@ -46,7 +46,7 @@ from sisa.lm.base.tokens import (
     tokenize,
     without_closing,
 )
-from sisa.lm.base.weights import base_digest, load_frozen, load_tokenizer, local_or_hub, resolve_base
+from sisa.lm.base.weights import base_digest, load_frozen, load_tokenizer, resolve_base, stored_model
 from sisa.lm.routing.route import Route
 from sisa.model import Model, open_model
 
@@ -72,7 +72,7 @@ def open_evaluated(
         held = [each for each in (CONFIG_FILE, ADAPTER_FILE) if (directory / each).is_file()]
         files = {each: (directory / each).read_bytes() for each in held}
         name, base = str(directory), _base_of(directory, files[CONFIG_FILE])
-    found = resolve_base(base).directory if base.startswith(PYPI) else local_or_hub(base)
+    found = resolve_base(base).directory if base.startswith(PYPI) else stored_model(base)
     digest = digest_of([base_digest(found), dtype, *map(sha256_hex, files.values())])
     model = load_frozen(AutoModelForCausalLM, found, dtype)
     if files:

