@@ -323,6 +323,20 @@ def test_damaged_files_of_bases_and_embedders_are_refused_in_words(
     assert all(each.next_step and "\x1b" not in str(each) for each in refused)
 
 
+def test_weights_in_several_files_are_read_by_their_index(
+    undamaged: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(undamaged[0])
+    directory = tmp_path / "base"
+    model.save_pretrained(directory, max_shard_size="20KB")
+    AutoTokenizer.from_pretrained(undamaged[0]).save_pretrained(directory)
+    assert len([*directory.glob("*.safetensors")]) > 1
+    found = resolve_base(str(directory))
+    assert found.directory == directory
+    loaded, _ = load_base(found.directory, found.digest)
+    assert all(map(torch.equal, model.state_dict().values(), loaded.state_dict().values()))
+
+
 def test_weights_that_are_missing_are_not_drawn_at_random(
     undamaged: tuple[Path, Path], tmp_path: Path
 ) -> None:
