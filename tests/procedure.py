@@ -29,7 +29,7 @@ REACHES_NO_BIT = (
     *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),
     "sisa.core.requests",
 )
-RECORDED = (5, "ac6c897372a32da1")
+RECORDED = (5, "15c850a4caccd610")
 
 
 def path_of(module: str) -> Path:
