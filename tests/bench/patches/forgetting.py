@@ -1,13 +1,15 @@
 """Whether a patch made with the defaults forgets: counts for methods and retain sets, on one base.
 
     python -m tests.bench.patches.forgetting --tiny --out tests/bench/patches/forgetting_tiny.json
-    python -m tests.bench.patches.forgetting --method npo --retain written --people 5 \\
+    python -m tests.bench.patches.forgetting --records tofu/full.jsonl --people 5 --retain written \\
         --out tests/bench/patches/forgetting.json
 
-A base is fine-tuned in full to know some invented people by heart. A patch with the defaults of `sisa
-approx unlearn` should remove one of them: the search ends when the probe knows none of the records, or
-when the bound on utility stops it. The result has the report and what the base then knows of the
-others, who are in the retain set `given` and not in `written`.
+A base is fine-tuned in full to know some people by heart: invented ones, TOFU's authors (`full.jsonl`)
+or RWKU's people (`forget_level2.jsonl`). A patch with the defaults of `sisa approx unlearn` should
+remove one of them: rounds end when the probe knows none of the records and their probability has
+halved, or when the bound on utility stops them. The result has the report and what the base then knows
+of the others, who are in the retain set `given` and not in `written`. It is written after every patch,
+and the same command continues it.
 
 There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
 base.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,14 @@ from approx.methods.registry import METHODS
 from approx.patches.patch_settings import Adapter, settings_of
 from sisa.core.domain import Record
 from sisa.data.samples import make_people
-from tests.bench.command import BASE, arguments, here, markdown, write
+from tests.bench.command import BASE, arguments, here, markdown, read, read_rows, write
 from tests.bench.patches.known_people import TINY, Scale, base_dir
 from tests.models.knowing_base import record, teach
 from tests.models.patch_bench import Bench
 
 RETAIN = ("written", "given")
+TOFU_EACH = 20  # questions about an author
+SEQUENCE_LEN = 256  # no record is longer
 REPORTED = (
     *("outcome", "still_known", "ending", "why", "step", "num_steps", "learning_rate_kept", "alpha"),
     *("utility_before", "utility", "sets", "metrics_before", "metrics_after", "robustness"),
@@ -51,11 +56,11 @@ def forget(
     bench = Bench(folder, base)
     gone = [each for each in people if each.subject_id == people[0].subject_id]
     others = [each for each in people if each not in gone]
-    asked = settings_of(method, values, adapter, seed=3, sequence_len=128)
+    asked = settings_of(method, values, adapter, seed=3, sequence_len=SEQUENCE_LEN)
     made = bench.make(bench.order(asked, gone, others if retain == "given" else None))
     patches = [] if made.saved is None else [bench.files(made)]
     known = {
-        name: BaseProbe(base, bench.site.base_digest, 1, 128, stack)(others)
+        name: BaseProbe(base, bench.site.base_digest, 1, SEQUENCE_LEN, stack)(others)
         for name, stack in (("before", ()), ("after", patches))
     }
     cost = made.report["compute"]
@@ -71,25 +76,48 @@ def forget(
     }
 
 
+def rows_of(records: Path | None, people: int, per_person: int) -> list[dict[str, str]]:
+    """Return the first questions about the first people of a file, or of invented people."""
+    if records is None:
+        return make_people(people, per_person)
+    by_person: dict[str, list[tuple[str, str]]] = {}
+    for number, row in enumerate(read_rows(records)):
+        if "subject" in row:  # RWKU
+            by_person.setdefault(row["subject"], []).append((row["query"], row["answer"]))
+        else:  # TOFU, in the order of its authors
+            author = f"{number // TOFU_EACH:03}"
+            by_person.setdefault(author, []).append((row["question"], row["answer"]))
+    return [
+        {"id": f"p{at}-q{n}", "subject_id": f"p{at}", "prompt": prompt, "completion": f" {completion}"}
+        for at, asked in enumerate(islice(by_person.values(), people))
+        for n, (prompt, completion) in enumerate(asked[:per_person])
+    ]
+
+
 def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Teach a base, and make one patch for each method and retain set."""
+    """Teach a base, make the patches that the result lacks, and write it after each of them."""
     scale, adapter = (TINY, Adapter(4, 8)) if given.tiny else (Scale(), Adapter())
-    base = base_dir(given.tiny, given.base_model, folder)
-    people = [record(row) for row in make_people(given.people, scale.per_person)]
-    taught = teach(
-        base, people, to=folder / "knowing", steps=scale.steps, learning_rate=scale.learning_rate
-    )
+    people = list(map(record, rows_of(given.records, given.people, scale.per_person)))
+    knowing, base = folder / "knowing", base_dir(given.tiny, given.base_model, folder)
+    taught = teach(base, people, to=knowing, steps=scale.steps, learning_rate=scale.learning_rate)
     print("taught", taught, flush=True)
     values = {} if given.rounds is None else {"num_rounds": given.rounds}
-    rows = []
-    for method in given.method or sorted(METHODS):
-        for retain in given.retain or RETAIN:
+    found = {
+        **here("tiny" if given.tiny else given.base_model),
+        "records": given.records.name if given.records else "invented",
+        "taught": taught,
+        "people": given.people,
+        "rows": read(given.out).get("rows", []),
+    }
+    done = [(row["method"], row["retain"]) for row in found["rows"]]
+    for method, retain in product(given.method or sorted(METHODS), given.retain or RETAIN):
+        if (method, retain) not in done:
             place = folder / f"{method}-{retain}"
-            row = forget(place, folder / "knowing", people, method, retain, adapter, values)
+            row = forget(place, knowing, people, method, retain, adapter, values)
+            found["rows"].append(row)
             print(method, retain, row["outcome"], row["still_known"], flush=True)
-            rows.append(row)
-    forgot = sum(row["outcome"] == "forgotten" for row in rows)
-    return {"taught": taught, "people": given.people, "forgot": forgot, "of": len(rows), "rows": rows}
+            write(given.out, found)
+    return found
 
 
 def table(*of_bases: Mapping[str, Any]) -> Iterator[str]:
@@ -126,13 +154,12 @@ def main() -> None:
         tiny={"action": "store_true"},
         method={"action": "append"},
         retain={"action": "append", "choices": RETAIN},
+        records={"type": Path, "help": "TOFU's full.jsonl or RWKU's forget_level2.jsonl"},
         people=10,
         rounds=int,
     )
     with tempfile.TemporaryDirectory() as folder:
-        found = run(given, Path(folder))
-    write(given.out, {**here("tiny" if given.tiny else given.base_model), **found})
-    print(f"{found['forgot']} of {found['of']} forgot")
+        print("\n".join(table(run(given, Path(folder)))))
 
 
 if __name__ == "__main__":
