@@ -25,9 +25,9 @@ from approx.attacks.membership import Membership, privleak_against
 from approx.attacks.registry import ATTACKS
 from approx.attacks.sampling import LeakAtK
 from approx.evaluation.asking import log_name
-from approx.evaluation.evaluated import PromptForm
 from approx.evaluation.evaluated_models import DeletionReadyModel, Dtype, open_evaluated, records_of
 from approx.evaluation.question_log import Header, LogWriter
+from approx.evaluation.questions import PromptForm
 from approx.metrics.auc import Auc
 from approx.metrics.privleak import PrivLeak
 from sisa.core.digest import canonical_json, digest_of

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from approx.evaluation.answer_score import AnswerScore
 from approx.evaluation.answers import score_of, token_scores
-from approx.evaluation.evaluated import AnswerScore
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 from sisa.lm.train.packing import has_window
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from approx.evaluation.evaluated import AnswerScore
+from approx.evaluation.answer_score import AnswerScore
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 

@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm
+from approx.evaluation.answer_score import AnswerScore
 from approx.evaluation.question_log import Header, LogRow, LogWriter, parse_row, read_log
-from approx.evaluation.questions import How, Question, questions_digest
+from approx.evaluation.questions import How, PromptForm, PromptKind, Question, questions_digest
 from approx.metrics.membership import loss_score, min_k_plus_plus_score, min_k_score, zlib_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength, rougeL_recall
 from approx.metrics.privleak import MIN_K
@@ -24,6 +24,34 @@ from sisa.core.digest import canonical_json, digest_of
 from sisa.core.errors import ConfigConflict, InvalidInput
 
 MAX_NEW_TOKENS = 200  # of an answer, as TOFU generates them
+
+
+class EvaluatedModel(Protocol):
+    """A model that scores and gives answers.
+
+    `digest` names the weights and how they are used, and `kind` the form of prompts that suits them.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def kind(self) -> PromptKind: ...
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
+    ) -> list[AnswerScore]:
+        """Return the scores of (question, answer) pairs, in order. Raise InvalidInput for unfit ones."""
+        ...
+
+    def generate(
+        self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        """Return greedy answers, in order, without surrounding white space."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from approx.evaluation.answer_score import AnswerScore
 from approx.evaluation.answer_tree import can_branch, lay_trees, tree_of, tree_scores
 from approx.evaluation.asking import Asking
 from approx.evaluation.continuations import continue_greedily
-from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
-from approx.evaluation.questions import Question
+from approx.evaluation.questions import PromptForm, PromptKind, Question
 from sisa.config.fields import PYPI
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.domain import Part, Record

@@ -30,9 +30,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from approx.evaluation.answer_score import AnswerScore
 from approx.evaluation.answers import answered, score_examples
 from approx.evaluation.continuations import continue_greedily
-from approx.evaluation.evaluated import AnswerScore
 from approx.metrics.membership import min_k_plus_plus_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength, rougeL_recall
 from sisa.config.config import RunConfig

@@ -1,4 +1,4 @@
-"""Questions of a benchmark, and how they are read from a directory or from the hub.
+"""Questions of a benchmark: the form of their prompts, and how they are read, from files or the hub.
 
     DIR/NAME.jsonl              one JSON object a line; on the hub the configuration NAME, split `train`
     DIR/CONFIG/SPLIT.jsonl      on the hub the split SPLIT of the configuration CONFIG
@@ -8,6 +8,9 @@ refused with all of their problems, which name files and rows and never text.
 
 >>> Question("forget05", 3, "Who?", "Ada.").place
 ('forget05', 3)
+>>> form = PromptForm("completion", "Question: {question}\\nAnswer: {answer}")
+>>> form.fill("Who?", "Ada.")
+('Question: Who?\\nAnswer:', ' Ada.')
 """
 
 from __future__ import annotations
@@ -18,15 +21,49 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from approx.evaluation.evaluated import PromptKind
 from sisa.core.digest import digest_of
 from sisa.core.errors import EnvironmentFault, InvalidInput, Problem
 from sisa.store.blobs.files import disk_errors
 
+PromptKind = Literal["completion", "chat", "text"]
+QUESTION, ANSWER = "{question}", "{answer}"
+PLAIN = QUESTION + ANSWER
 HOLDOUT = "holdout"
 StoredRow = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """The way a question becomes a prompt, and its answer the continuation.
+
+    `chat` is one turn of the user and one of the assistant by the tokenizer's template. `completion`
+    fills `template`; white space before {answer} belongs to the answer, as tokenizers expect. `text` is
+    the answer alone, scored from its second token on if the tokenizer has no beginning token.
+    """
+
+    kind: PromptKind
+    template: str = PLAIN
+
+    def __post_init__(self) -> None:
+        before, found, after = self.template.partition(ANSWER)
+        if before.count(QUESTION) != 1 or not found or after:
+            raise InvalidInput(
+                "the template can't be used",
+                expected="{question} once, and {answer} at the end",
+                got=self.template,
+            )
+
+    def fill(self, question: str, answer: str) -> tuple[str, str]:
+        """Return the prompt and the answer as texts; together they are the filled template."""
+        if self.kind == "chat":
+            return question, answer
+        if self.kind == "text":
+            return "", answer
+        before = self.template.removesuffix(ANSWER)
+        stem = before.rstrip()
+        return stem.replace(QUESTION, question), before[len(stem) :] + answer
 
 
 @dataclass(frozen=True)

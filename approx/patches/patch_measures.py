@@ -39,9 +39,9 @@ from approx.attacks.attack import AttackSets, probabilities
 from approx.attacks.quantisation import Quantisation
 from approx.attacks.relearning import Relearning
 from approx.attacks.rewording import Rewording
+from approx.evaluation.answer_score import AnswerScore
 from approx.evaluation.answers import answered, score_examples
 from approx.evaluation.continuations import continue_greedily
-from approx.evaluation.evaluated import AnswerScore
 from approx.evaluation.probe import MAX_PROBED, Answers, may_know, probe_answers
 from approx.metrics.membership import min_k_plus_plus_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength, floor, rougeL_recall

@@ -21,9 +21,8 @@ from sisa.flows.wiring.progress import LINE_EVERY_S
 if TYPE_CHECKING:
     from approx.attacks.attack_run import AttackedModel, AttackOrder
     from approx.evaluation.asking import FinishedLog
-    from approx.evaluation.evaluated import PromptForm, PromptKind
     from approx.evaluation.evaluated_models import Dtype
-    from approx.evaluation.questions import Question
+    from approx.evaluation.questions import PromptForm, PromptKind, Question
 
 _Task = TypeVar("_Task", "EvaluationTask", "AttackTask")
 _Done = TypeVar("_Done")
@@ -49,8 +48,8 @@ class EvaluationTask:
 def evaluate_task(task: EvaluationTask, report: Report) -> FinishedLog:
     """Evaluate one model in this process. Raise as `open_evaluated`, `check_fits` and `evaluate`."""
     from approx.evaluation.asking import Asking, FinishedLog, evaluate, header_of, log_name
-    from approx.evaluation.evaluated import PromptForm
     from approx.evaluation.evaluated_models import check_fits, open_evaluated
+    from approx.evaluation.questions import PromptForm
 
     model = open_evaluated(task.spec, task.device, task.dtype)
     settings = Asking(PromptForm(task.kind or model.kind, task.template), task.max_new_tokens)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import sisa
-from approx.evaluation.evaluated import EvaluatedModel, PromptForm
+from approx.evaluation.asking import EvaluatedModel
+from approx.evaluation.questions import PromptForm
 from sisa.core.errors import InvalidInput
 from sisa.lm.routing.route import Route, all_of
 from tests.fakes.benchmarks import made_up

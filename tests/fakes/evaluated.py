@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
+from approx.evaluation.answer_score import AnswerScore
+from approx.evaluation.questions import PromptForm, PromptKind
 from sisa.core.digest import digest_of
 
 

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from approx.attacks.attack_run import AttackOrder
     from approx.benchmarks.headline import Finding, Headline
     from approx.evaluation.asking import FinishedLog
-    from approx.evaluation.evaluated import PromptKind
     from approx.evaluation.evaluated_models import Dtype
-    from approx.evaluation.questions import Question
+    from approx.evaluation.questions import PromptKind, Question
     from approx.metrics.auc import Auc
     from approx.metrics.privleak import PrivLeak
     from cluster.ray.eval_tasks import Attacked
@@ -225,7 +224,7 @@ def attack_models(
     specs: Sequence[str], references: Sequence[str], order: AttackOrder, options: AttackOptions
 ) -> list[Attacked]:
     """Attack models, all at once on Ray. Raise the errors of `attack_task`."""
-    from approx.evaluation.evaluated import PromptForm
+    from approx.evaluation.questions import PromptForm
     from cluster.ray.eval_tasks import AttackTask, attack_task, run_on_models
 
     template = options["template"]

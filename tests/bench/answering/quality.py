@@ -186,8 +186,8 @@ def asked(
     work: Work, shards: int, rate: float, way: str, scored: Sequence[int], generated: Sequence[int]
 ) -> Json:
     """Return means over questions of a model's answers, combined in one way."""
-    from approx.evaluation.evaluated import PromptForm
     from approx.evaluation.evaluated_models import DeletionReadyModel
+    from approx.evaluation.questions import PromptForm
     from approx.metrics.memorisation import rougeL_recall
     from approx.metrics.probability import probability
     from sisa.train import train_model

@@ -230,8 +230,8 @@ class Asked:
 
     def __init__(self, directory: Path) -> None:
         import sisa
-        from approx.evaluation.evaluated import PromptForm
         from approx.evaluation.evaluated_models import DeletionReadyModel
+        from approx.evaluation.questions import PromptForm
 
         model = sisa.open_model(directory, executor="serial")
         self._served = DeletionReadyModel(model)

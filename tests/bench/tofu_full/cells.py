@@ -37,15 +37,14 @@ from approx.attacks.attack import AttackSets
 from approx.attacks.quantisation import Quantisation
 from approx.attacks.relearning import Relearning, RelearningOutOfDomain
 from approx.attacks.sampling import LeakAtK
-from approx.evaluation.asking import Asking, evaluate
-from approx.evaluation.evaluated import EvaluatedModel, PromptForm
+from approx.evaluation.asking import Asking, EvaluatedModel, evaluate
 from approx.evaluation.evaluated_models import (
     DeletionReadyModel,
     HuggingFaceModel,
     records_of,
     tokens_of,
 )
-from approx.evaluation.questions import Question
+from approx.evaluation.questions import PromptForm, Question
 from approx.methods.editing.editing import Edit
 from approx.methods.method import Method
 from approx.methods.registry import METHODS, make_method

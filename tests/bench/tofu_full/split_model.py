@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm, PromptKind
+from approx.evaluation.answer_score import AnswerScore
+from approx.evaluation.asking import EvaluatedModel
+from approx.evaluation.questions import PromptForm, PromptKind
 from sisa.core.digest import digest_of
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.weights import load_frozen

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from approx.attacks.registry import ATTACKS
-from approx.evaluation.evaluated import PromptForm
 from approx.evaluation.evaluated_models import open_evaluated
+from approx.evaluation.questions import PromptForm
 from approx.metrics.probability import probability
 from tests.models.patch_bench import KNOWN, STRANGERS
 from tests.models.tiny_base import make_tiny_base

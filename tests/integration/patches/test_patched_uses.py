@@ -141,8 +141,8 @@ def test_a_deletion_erases_a_patched_export_that_it_touched(tiny: Tiny, made: li
 
 @QUIET
 def test_an_evaluation_is_of_what_is_served_and_names_it(tiny: Tiny, made: list[Files]) -> None:
-    from approx.evaluation.evaluated import PromptForm
     from approx.evaluation.evaluated_models import open_evaluated
+    from approx.evaluation.questions import PromptForm
 
     def scored() -> tuple[str, float]:
         opened = open_evaluated(str(tiny.directory))

@@ -20,9 +20,8 @@ from approx.benchmarks.stereotypes import STEREOTYPES
 from approx.benchmarks.whp import WHP
 from approx.benchmarks.wmdp import WMDP
 from approx.evaluation.asking import Asking, evaluate, finished_log
-from approx.evaluation.evaluated import PromptForm
 from approx.evaluation.question_log import LogRow
-from approx.evaluation.questions import Question, questions_digest
+from approx.evaluation.questions import PromptForm, Question, questions_digest
 from sisa.core.errors import InvalidInput
 from tests.fakes.benchmarks import ADA, MADE_UP, write_made_up
 from tests.fakes.evaluated import FakeEvaluated

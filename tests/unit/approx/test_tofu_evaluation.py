@@ -22,9 +22,8 @@ from approx.benchmarks.tofu import evaluation_sets, reworded_questions
 from approx.benchmarks.tofu_aggregates import aggregates, quality
 from approx.benchmarks.tofu_headline import tofu_headline
 from approx.evaluation.asking import Asking, evaluate, header_of
-from approx.evaluation.evaluated import PromptForm
 from approx.evaluation.question_log import LogRow, LogWriter, parse_row, read_log
-from approx.evaluation.questions import HOLDOUT, Question, read_question_file
+from approx.evaluation.questions import HOLDOUT, PromptForm, Question, read_question_file
 from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
 from tests.fakes.benchmarks import SPLIT, made_up, write_made_up
 from tests.fakes.evaluated import FakeEvaluated, Redirecting

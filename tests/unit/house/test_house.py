@@ -248,7 +248,7 @@ def light_modules() -> list[str]:
     found += ["cluster.cli.cli", "cluster.cli.jobs", "cluster.render.render"]
     found += ["cluster.render.officer_report", "cluster.serve.service", "cluster.serve.tokens"]
     found += [f"cluster.observe.{name}" for name in ("curves", "json_log", "ray_metrics", "reporting")]
-    found += [f"approx.evaluation.{name}" for name in ("evaluated", "asking", "questions")]
+    found += [f"approx.evaluation.{name}" for name in ("answer_score", "asking", "questions")]
     found += ["approx.evaluation.question_log"]
     found += [f"tests.bench.{name}" for name in BENCHES]
     return [name for name in found if name not in HEAVY]

@@ -1,0 +1,50 @@
+"""The score of an answer under a model: one value per token. This module does not import torch.
+
+>>> score = AnswerScore((-0.5, -1.5), (True, False), (-2.0, -2.0), (1.0, 1.0))
+>>> score.loss, score.without_closing().logprobs
+(1.0, (-0.5,))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """The score of one answer under one model, with one value per token, the end token last.
+
+    `correct` is whether the model's likeliest token was the true one, given the true tokens before it.
+    `means` and `variances` are those of log p(v) over the next token v ~ p, and `likeliest` its largest
+    values. `num_closing` is the number of tokens at the end that close the answer (end token, white
+    space); metrics of the wording leave them out.
+    """
+
+    logprobs: tuple[float, ...]
+    correct: tuple[bool, ...]
+    means: tuple[float, ...]
+    variances: tuple[float, ...]
+    likeliest: tuple[float, ...] = ()
+    num_closing: int = 1
+
+    @property
+    def loss(self) -> float:
+        """Return the mean negative log-probability over all tokens including the end token, in nats."""
+        return -sum(self.logprobs) / len(self.logprobs)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.logprobs)
+
+    def without_closing(self) -> AnswerScore:
+        """Return the score without the tokens that close the answer, but of at least one token."""
+        said = max(1, self.num_tokens - self.num_closing)
+        return self.only([at < said for at in range(self.num_tokens)])
+
+    def only(self, kept: Sequence[bool]) -> AnswerScore:
+        """Return the score of some of its tokens."""
+        parts = (self.logprobs, self.correct, self.means, self.variances, self.likeliest)
+        logprobs, correct, means, variances, likeliest = (tuple(compress(part, kept)) for part in parts)
+        return AnswerScore(logprobs, correct, means, variances, likeliest, 0)  # type: ignore[arg-type]
