@@ -18,8 +18,9 @@ from approx.evaluation.answer_score import AnswerScore
 from approx.evaluation.question_log import Header, LogRow, LogWriter, parse_row, read_log
 from approx.evaluation.questions import How, PromptForm, PromptKind, Question, questions_digest
 from approx.metrics.membership import loss_score, min_k_plus_plus_score, min_k_score, zlib_score
-from approx.metrics.memorisation import exact_memorisation, extraction_strength, rougeL_recall
+from approx.metrics.memorisation import exact_memorisation, extraction_strength
 from approx.metrics.privleak import MIN_K
+from approx.metrics.rouge import rougeL_recall
 from sisa.core.digest import canonical_json, digest_of
 from sisa.core.errors import ConfigConflict, InvalidInput
 

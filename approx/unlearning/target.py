@@ -21,8 +21,8 @@ from torch import Tensor
 
 from approx.evaluation.answers import AnswerBatch, logits_at, sum_logprobs_B
 from approx.methods.method import Rows
+from approx.unlearning.compute import Compute, peak_memory_bytes
 from approx.unlearning.hidden_states import hidden_at
-from approx.unlearning.stopping import Compute, peak_memory_bytes
 from sisa.core.errors import IntegrityError, InvalidInput, Problem
 
 

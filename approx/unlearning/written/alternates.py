@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from approx.evaluation.answers import answered
 from approx.evaluation.continuations import continue_sampled
-from approx.metrics.memorisation import rougeL_recall
+from approx.metrics.rouge import rougeL_recall
+from approx.unlearning.compute import Compute
 from approx.unlearning.examples import begins_with_space, closed
-from approx.unlearning.stopping import Compute
 from approx.unlearning.written.invented_names import invented_names, rename_record, replace_names
 from approx.unlearning.written.retain_set import SAYS_RECALL, first_answer
 from sisa.core.domain import Record

@@ -28,10 +28,11 @@ from torch import Tensor
 from approx.evaluation.answers import collate, logits_at
 from approx.methods.distillation.whp import Whp, generic_label
 from approx.methods.task_arithmetic import TaskArithmetic
+from approx.unlearning.compute import Compute
 from approx.unlearning.descent import Descent
 from approx.unlearning.examples import Sets
 from approx.unlearning.schedule import ScheduleSettings
-from approx.unlearning.stopping import Bounds, Compute
+from approx.unlearning.stopping import Bounds
 from approx.unlearning.target import Target
 from approx.unlearning.written.invented_names import invented_names, name_pattern, replace_names
 from sisa.core.domain import Part, Record

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from approx.methods.distillation.whp import Whp
 from approx.methods.method import Method
 from approx.methods.preference.altpo import AltPo
+from approx.unlearning.compute import Compute
 from approx.unlearning.examples import Sets, refuse_all
 from approx.unlearning.schedule import ScheduleSettings
-from approx.unlearning.stopping import Compute
 from approx.unlearning.written.alternates import write_alternates
 from approx.unlearning.written.generic_labels import write_generic_labels
 from sisa.core.domain import Record

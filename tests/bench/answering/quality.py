@@ -188,8 +188,8 @@ def asked(
     """Return means over questions of a model's answers, combined in one way."""
     from approx.evaluation.evaluated_models import DeletionReadyModel
     from approx.evaluation.questions import PromptForm
-    from approx.metrics.memorisation import rougeL_recall
     from approx.metrics.probability import probability
+    from approx.metrics.rouge import rougeL_recall
     from sisa.train import train_model
 
     model, _ = train_model(work.run_file(shards, rate, way), executor="serial")

@@ -1,6 +1,6 @@
 """Cut a method's schedule to a budget in operations, counted from the batches that its run will see.
 
-Operations are those of `stopping.py` for the whole model, as if no hidden state were remembered and the
+Operations are those of `unlearning/compute.py` for the whole model, as if no hidden state were remembered and the
 backward pass went down to the first layer, with the forward passes of the reference and the final
 evaluation of the loss. The plan and the final count agree.
 
@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from approx.methods.method import Method
+from approx.unlearning.compute import Compute
 from approx.unlearning.examples import Sets
 from approx.unlearning.schedule import ScheduleSettings, plan_steps
-from approx.unlearning.stopping import Bounds, Compute
+from approx.unlearning.stopping import Bounds
 from sisa.lm.base.tokens import Tokens
 
 AT_THE_END = Bounds(check_every=10**6)

@@ -49,14 +49,14 @@ from approx.methods.editing.editing import Edit
 from approx.methods.method import Method
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import TaskArithmetic
-from approx.metrics.memorisation import rougeL_recall
 from approx.metrics.model_utility import harmonic_mean
 from approx.metrics.probability import probability, probability_among
+from approx.metrics.rouge import rougeL_recall
 from approx.unlearning.causal_tracing import choose_layer
+from approx.unlearning.compute import Compute
 from approx.unlearning.editing import edit_adapter, subject_ends
 from approx.unlearning.examples import Sets
 from approx.unlearning.private_training import PrivacySettings, train_privately
-from approx.unlearning.stopping import Compute
 from approx.unlearning.unlearn import unlearn
 from approx.unlearning.written.preferred import with_preferred
 from sisa.config.config import RunConfig

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from approx.methods.registry import make_method
 from approx.patches.approx_report import outcome
 from approx.patches.texts import check_disjoint
+from approx.unlearning.compute import Compute
 from approx.unlearning.examples import REFUSALS, Sets, check_sets, make_refusals
 from approx.unlearning.schedule import ScheduleSettings, learning_rate_at, plan_steps
-from approx.unlearning.stopping import Bounds, Compute, End, Ending, Knowledge
+from approx.unlearning.stopping import Bounds, End, Ending, Knowledge
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import NO_LOSS, Tokens
