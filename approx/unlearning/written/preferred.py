@@ -47,23 +47,23 @@ def with_preferred(
 
     `sets.forget` are the records to forget, as tokens. `fresh` returns a new patch over a copy of the
     model; to write generic labels it learns the records by heart, at this pace. Raise InvalidInput for
-    records to which the model can write nothing else.
+    records to which the model can write nothing else, and TypeError for a method without the
+    hyper-parameters by which what it prefers is written.
     """
     if "preferred" not in method.reads:
         return Prepared(sets, None)
-    if isinstance(method, Whp):
-        labelled = write_generic_labels(model, fresh(), tokenizer, forget, sets.forget, method, pace)
-        return Prepared(replace(sets, preferred=labelled.examples), labelled.cost)
-    if isinstance(method, AltPo):
-        written = write_alternates(
-            model, tokenizer, forget, method.num_alternates, pace.seed, sequence_len
-        )
-        pairs = [
-            (each, other)
-            for each, found in zip(sets.forget, written.alternates, strict=True)
-            for other in found
-        ]
-        repeated, others = [each for each, _ in pairs], [other for _, other in pairs]
-        return Prepared(replace(sets, forget=repeated, preferred=others), written.cost)
-    refusals = refuse_all(forget, sets.forget, tokenizer, pace.seed, sequence_len)
-    return Prepared(replace(sets, preferred=refusals), None)
+    match method.prefers, method:
+        case "refusals", _:
+            refusals = refuse_all(forget, sets.forget, tokenizer, pace.seed, sequence_len)
+            return Prepared(replace(sets, preferred=refusals), None)
+        case "alternates", AltPo() as altpo:
+            num = altpo.num_alternates
+            written = write_alternates(model, tokenizer, forget, num, pace.seed, sequence_len)
+            repeated = [each for each in sets.forget for _ in range(num)]
+            others = [other for found in written.alternates for other in found]
+            return Prepared(replace(sets, forget=repeated, preferred=others), written.cost)
+        case "generic labels", Whp() as whp:
+            labelled = write_generic_labels(model, fresh(), tokenizer, forget, sets.forget, whp, pace)
+            return Prepared(replace(sets, preferred=labelled.examples), labelled.cost)
+        case _:
+            raise TypeError(f"{method.name} prefers {method.prefers}, but has no settings for them")

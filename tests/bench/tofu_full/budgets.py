@@ -1,8 +1,8 @@
 """Cut a method's schedule to a budget in operations, counted from the batches that its run will see.
 
-Operations are those of `unlearning/compute.py` for the whole model, as if no hidden state were remembered and the
-backward pass went down to the first layer, with the forward passes of the reference and the final
-evaluation of the loss. The plan and the final count agree.
+Operations are those of `unlearning/compute.py` for the whole model, as if no hidden state were
+remembered and the backward pass went down to the first layer, with the forward passes of the reference
+and the final evaluation of the loss. The plan and the final count agree.
 
     settings = within(budget, method, sets, uncut(rate, batch_size, seed), sizes)
 """

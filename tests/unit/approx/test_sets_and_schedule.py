@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx.methods.registry import make_method
+from approx.methods.idk_nll import IdkNll
+from approx.methods.method import Alternative
+from approx.methods.registry import METHODS, make_method
 from approx.patches.approx_report import outcome
 from approx.patches.texts import check_disjoint
 from approx.unlearning.compute import Compute
 from approx.unlearning.examples import REFUSALS, Sets, check_sets, make_refusals
 from approx.unlearning.schedule import ScheduleSettings, learning_rate_at, plan_steps
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge
+from approx.unlearning.written import preferred
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import NO_LOSS, Tokens
@@ -44,6 +49,48 @@ def test_missing_preferred_answers() -> None:
     assert problems_of(Sets(two), "dpo") == ["preferred"]
     assert problems_of(Sets(two, preferred=[example(1, 9)]), "dpo") == ["preferred"]
     check_sets(Sets(two, preferred=[example(1, 9), example(1, 8)]), make_method("dpo"))
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace what writes preferred answers; return the kinds that were written."""
+    kinds: list[str] = []
+
+    def record(kind: Alternative, found: Any) -> Any:
+        def write(*_: Any) -> Any:
+            kinds.append(kind)
+            return found
+
+        return write
+
+    given: tuple[tuple[str, Alternative, Any], ...] = (
+        ("refuse_all", "refusals", []),
+        ("write_alternates", "alternates", SimpleNamespace(alternates=[], cost=None)),
+        ("write_generic_labels", "generic labels", SimpleNamespace(examples=[], cost=None)),
+    )
+    for name, kind, found in given:
+        monkeypatch.setattr(preferred, name, record(kind, found))
+    return kinds
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_reads_the_answers_that_it_prefers(written: list[str], name: str) -> None:
+    method = make_method(name)
+    preferred.with_preferred(None, None, [], Sets([]), method, ScheduleSettings(), 8, lambda: None)
+    assert written == ([method.prefers] if "preferred" in method.reads else [])
+
+
+def test_a_method_never_gets_answers_of_another_kind(written: list[str]) -> None:
+    @dataclass(frozen=True)
+    class Unfinished(IdkNll):
+        name: ClassVar[str] = "unfinished"
+        prefers: ClassVar[Alternative] = "alternates"
+
+    with pytest.raises(TypeError, match="unfinished prefers alternates"):
+        preferred.with_preferred(
+            None, None, [], Sets([]), Unfinished(), ScheduleSettings(), 8, lambda: None
+        )
+    assert written == []
 
 
 def test_every_problem_is_named_at_once() -> None:
