@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -113,7 +114,10 @@ class OpenedModel:
 
 @dataclass(frozen=True)
 class AttackedModel:
-    """A model's finished log. `not_made` says why an attack was left out."""
+    """A model's finished log. `not_made` says why an attack was left out.
+
+    `known_before` is the mean probability of the asked answers in the model before unlearning.
+    """
 
     name: str
     digest: str
@@ -121,6 +125,7 @@ class AttackedModel:
     settings: Mapping[str, Any]
     rows: Mapping[str, AttackRow]
     not_made: Mapping[str, str]
+    known_before: float | None
 
 
 @dataclass(frozen=True)
@@ -178,8 +183,10 @@ def attack_opened(
         "references": [each.evaluated.digest for each in references],
     }
     also = {"also": order.also} if order.also else {}
+    known = None
     if before is not None:
         settings["before"] = before.evaluated.digest
+        known = fmean(probabilities(before.model, before.sets(order.texts).examples("asked")))
     header = Header(opened.evaluated.digest, digest_of({**order.texts, **also}), settings, "attacks")
     log = order.out / log_name(opened.evaluated, "attacks", header)
     sets = opened.sets(order.texts, order.also)
@@ -190,7 +197,7 @@ def attack_opened(
     wanted = {UNATTACKED, PRIVLEAK, *(each.name for each in attacks)}
     chosen = {name: row for name, row in rows.items() if name in wanted}
     name, digest = opened.evaluated.name, opened.evaluated.digest
-    return AttackedModel(name, digest, log, settings, chosen, not_made)
+    return AttackedModel(name, digest, log, settings, chosen, not_made, known)
 
 
 def _attack_model(

@@ -3,7 +3,7 @@
 Metrics of an answer's tokens leave out the tokens that close it (as open-unlearning leaves out the end
 token); the loss includes the end token (as locuslab's does).
 
-    rows = evaluate(model, questions, Path("full.jsonl"), Asking(PromptForm("chat")), "tofu")
+    rows = evaluate(model, questions, Path("full.jsonl"), Asking(PromptForm("chat")))
 """
 
 from __future__ import annotations
@@ -139,16 +139,17 @@ def evaluate(
     questions: Sequence[Question],
     log: Path,
     settings: Asking,
-    benchmark: str = "tofu",
+    header: Header | None = None,
     *,
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[LogRow]:
     """Ask the questions that the log lacks, and return all rows in the order of the questions.
 
+    `header` is that of another benchmark than TOFU (`header_of`).
     Raise ConfigConflict for a log of another evaluation, and whatever the model raises.
     """
-    with LogWriter(log, header_of(model, questions, settings, benchmark), parse_row) as writer:
+    with LogWriter(log, header or header_of(model, questions, settings), parse_row) as writer:
         held = {row.place for row in writer.rows}
         waiting = [each for each in questions if each.place not in held]
         for start in range(0, len(waiting), batch_size):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from sisa.core.events import Notice, Report
@@ -65,9 +64,7 @@ def evaluate_task(task: EvaluationTask, report: Report) -> FinishedLog:
             report(Notice(f"{task.spec}: {done} of {total} questions"))
 
     size = task.batch_size
-    rows = evaluate(
-        model, task.questions, log, settings, task.benchmark, batch_size=size, progress=progress
-    )
+    rows = evaluate(model, task.questions, log, settings, header, batch_size=size, progress=progress)
     return FinishedLog(task.spec, model.digest, log, header.settings, rows)
 
 
@@ -84,17 +81,8 @@ class AttackTask:
     dtype: Dtype
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """A model's attacks, and how well the model before unlearning knew the asked texts."""
-
-    model: AttackedModel
-    known_before: float | None
-
-
-def attack_task(task: AttackTask, report: Report) -> Attacked:
+def attack_task(task: AttackTask, report: Report) -> AttackedModel:
     """Attack one model in this process. Raise the errors of `attack_opened`."""
-    from approx.attacks.attack import probabilities
     from approx.attacks.attack_run import OpenedModel, attack_opened
 
     report(Notice(f"{task.spec}: attacking"))
@@ -102,13 +90,9 @@ def attack_task(task: AttackTask, report: Report) -> Attacked:
     def opened(spec: str) -> OpenedModel:
         return OpenedModel(spec, task.form, task.device, task.dtype)
 
-    before, known = None, None
-    if task.before is not None:
-        before = opened(task.before)
-        asked = before.sets(task.order.texts).examples("asked")
-        known = fmean(probabilities(before.model, asked))
+    before = None if task.before is None else opened(task.before)
     judges = [opened(each) for each in task.references]
-    return Attacked(attack_opened(opened(task.spec), judges, task.order, before), known)
+    return attack_opened(opened(task.spec), judges, task.order, before)
 
 
 def run_on_models(

@@ -76,7 +76,8 @@ def attacks(
     leak = LeakAtK(samples, max_new_tokens)
     order = AttackOrder(texts, out, _other_questions(also), names, leak, seed)
     found = attack_models(list(dict.fromkeys(models)), references, order, options)
-    return attacked([each.model for each in found], found[0].known_before)
+    body = {"known_before": found[0].known_before, "models": list(map(_attack_json, found))}
+    return Result(body, [line for each in found for line in _attack_words(each)])
 
 
 def _texts(paths: Mapping[SetName, Path | None]) -> dict[SetName, list[tuple[str, str]]]:
@@ -105,12 +106,7 @@ def _pairs(path: Path, name: str) -> list[tuple[str, str]]:
     return [(each.question, each.answer) for each in read_question_file(path, name)]
 
 
-def attacked(found: Sequence[AttackedModel], known: float | None) -> Result:
-    body = {"known_before": known, "models": [_attack_json(each, known) for each in found]}
-    return Result(body, [line for each in found for line in _attack_words(each, known)])
-
-
-def _attack_json(model: AttackedModel, known: float | None) -> dict[str, Any]:
+def _attack_json(model: AttackedModel) -> dict[str, Any]:
     from approx.metrics.auc import reading
 
     curves = {name: curve for name, row in model.rows.items() if (curve := row.curve)}
@@ -126,7 +122,7 @@ def _attack_json(model: AttackedModel, known: float | None) -> dict[str, Any]:
                 "measure": each.measure,
                 "num_texts": max(map(len, each.values.values()), default=0),
                 "means": each.means,
-                "steps_until_half": _half(name, each, known),
+                "steps_until_half": _half(name, each, model.known_before),
             }
             for name, each in curves.items()
         },
@@ -149,15 +145,15 @@ def _half(name: str, curve: Curve, known: float | None) -> float | None:
     return curve.steps_until_half(known)
 
 
-def _attack_words(model: AttackedModel, known: float | None) -> Iterator[str]:
+def _attack_words(model: AttackedModel) -> Iterator[str]:
     curves = {name: curve for name, row in model.rows.items() if (curve := row.curve)}
     plain = curves.pop("as_it_is")
     yield f"{model.name}: {len(plain.values['0'])} texts, probability as it is {plain.mean:.4f}"
     for name, each in curves.items():
         points = ", ".join(f"{strength} {mean:.4f}" for strength, mean in each.means.items())
-        half = _half(name, each, known)
+        half = _half(name, each, model.known_before)
         back = "" if half is None else f"; half is back after {half:.1f} steps"
-        if half is None and known is not None and name.startswith("relearning"):
+        if half is None and model.known_before is not None and name.startswith("relearning"):
             back = f"; half is not back within {list(each.values)[-1]} steps"
         yield f"  {name:<24} {each.measure}: {points or 'no text has a question'}{back}"
     membership, probes = model.rows.get("membership"), model.rows.get("linear_probe")

@@ -14,14 +14,13 @@ from cluster.observe.reporting import watched
 from cluster.render.render import Result
 
 if TYPE_CHECKING:
-    from approx.attacks.attack_run import AttackOrder
+    from approx.attacks.attack_run import AttackedModel, AttackOrder
     from approx.benchmarks.headline import Finding, Headline
     from approx.evaluation.asking import FinishedLog
     from approx.evaluation.evaluated_models import Dtype
     from approx.evaluation.questions import PromptKind, Question
     from approx.metrics.auc import Auc
     from approx.metrics.privleak import PrivLeak
-    from cluster.ray.eval_tasks import Attacked
 
 TAUGHT_SHARE = 4  # one of this many texts is taught, where no others are given for it
 evaluation = command_group("eval", "Measure what models know.")
@@ -213,16 +212,16 @@ def weight_findings(
     judges = [each.name for each in found.references if each.name in found.asked][:1]
     models = [each.name for each in found.models if each.name in found.asked]
     done = attack_models([*models, *judges], judges, order, options)
-    judge = done[-1].model.rows if judges else None
+    judge = done[-1].rows if judges else None
     return {
-        spec: attack_findings(each.model.rows, judge, each.known_before)
+        spec: attack_findings(each.rows, judge, each.known_before)
         for spec, each in zip([*models, *judges], done, strict=True)
     }
 
 
 def attack_models(
     specs: Sequence[str], references: Sequence[str], order: AttackOrder, options: AttackOptions
-) -> list[Attacked]:
+) -> list[AttackedModel]:
     """Attack models, all at once on Ray. Raise the errors of `attack_task`."""
     from approx.evaluation.questions import PromptForm
     from cluster.ray.eval_tasks import AttackTask, attack_task, run_on_models

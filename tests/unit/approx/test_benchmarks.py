@@ -19,7 +19,7 @@ from approx.benchmarks.rwku import ATTACK_TYPES, RWKU, rwku_questions
 from approx.benchmarks.stereotypes import STEREOTYPES
 from approx.benchmarks.whp import WHP
 from approx.benchmarks.wmdp import WMDP
-from approx.evaluation.asking import Asking, evaluate, finished_log
+from approx.evaluation.asking import Asking, evaluate, finished_log, header_of
 from approx.evaluation.question_log import LogRow
 from approx.evaluation.questions import PromptForm, Question, questions_digest
 from sisa.core.errors import InvalidInput
@@ -54,7 +54,8 @@ def log_of(name: str, questions: list[Question], known: list[Question], tmp_path
     model = FakeEvaluated({each.question: each.answer for each in known})
     asking = Asking(PromptForm("completion"))
     path = tmp_path / "logs" / f"{name}-{model.digest[:9]}.jsonl"
-    return evaluate(model, questions, path, asking, name, batch_size=3)
+    header = header_of(model, questions, asking, name)
+    return evaluate(model, questions, path, asking, header, batch_size=3)
 
 
 def split(name: str, questions: list[Question]) -> tuple[list[Question], list[Question]]:
