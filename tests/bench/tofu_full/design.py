@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from approx.benchmarks.tofu import ForgetSplit, evaluation_sets, read_sets
-from approx.evaluation.questions import Question, questions_digest
+from approx.evaluation.questions import PromptForm, Question, questions_digest
 from sisa.core.digest import digest_of
 from sisa.core.errors import InvalidInput, Problem
 
 Kind = Literal["base", "ours", "lora", "private", "method"]
 SHARES: Final[dict[ForgetSplit, float]] = {"forget10": 0.1, "forget05": 0.05, "forget01": 0.01}
 ALL_AUTHORS, QUESTIONS_EACH, TUNED_EACH = 200, 20, 5
+FORM = PromptForm("completion", "{question} {answer}")  # of what `records` returns
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,13 @@ class Contestant:
         """The cells of the contestant: one that only shows bytes or a rate is asked nothing."""
         only_made = self.scratch or (self.kind == "lora" and self.rate)
         return ("made",) if only_made else ("made", "asked", "attacked")
+
+    @property
+    def state(self) -> str:
+        """What became of the forget set in the model."""
+        if self.without is None:
+            return "base" if self.kind == "base" else "trained on all"
+        return {"ours": "deleted", "method": "unlearned"}.get(self.kind, "trained without")
 
 
 def cell_names(design: Design) -> list[str]:

@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from approx.benchmarks.tofu import ForgetSplit
-from approx.benchmarks.tofu_aggregates import aggregates
+from approx.benchmarks.tofu_aggregates import aggregates, utility_scores
 from approx.evaluation.question_log import LogRow, parse_row
 from approx.methods.registry import METHODS
 from approx.metrics.model_utility import NINE, UTILITY_SETS, harmonic_mean
-from approx.metrics.probability import probability, probability_among
-from approx.metrics.truth_ratio import geometric, towards_truth
+from approx.metrics.probability import probability
 from sisa.core.digest import canonical_json, digest_of
 from tests.bench.command import markdown
 from tests.bench.tofu_full.design import (
@@ -50,8 +49,18 @@ ATTACKS = {
     "rounded_to_4_bits": "4 bits",
 }
 WRITTEN = ("written_retain", "written_facts")  # of trials on all records
-COLOURS = {"base": "#999999", "ours": "#009e73", "lora": "#0072b2", "method": "#d55e00",
-           "private": "#cc79a7"}  # fmt: skip
+KINDS = {  # what a model of a kind is called, and its colour in the plot
+    "base": ("base", "#999999"),
+    "ours": ("ours", "#009e73"),
+    "lora": ("ordinary LoRA", "#0072b2"),
+    "private": ("ordinary LoRA by DP-SGD", "#cc79a7"),
+    "method": ("ordinary LoRA", "#d55e00"),
+}
+STATES = {  # in the table, and in the plot
+    "trained on all": ("before", "before"),
+    "deleted": ("after an exact deletion", "after"),
+    "trained without": ("trained without", "never trained on them"),
+}
 MARKERS = "^vDPhp<>d8H"  # of methods
 CROWDED = 20  # models in a plot: if there are more, the legend alone names methods
 Json = dict[str, Any]
@@ -122,7 +131,7 @@ def _row(
         "layout": contestant.layout.name if contestant.layout else None,
         "key": contestant.key if contestant.layout else None,
         "seed": contestant.seed or cells.design.seed,
-        "state": _state(contestant),
+        "state": contestant.state,
         "split": split,
         "method": contestant.method or None,
         "budget": contestant.budget or None,
@@ -144,12 +153,6 @@ def _seconds(made: Json) -> Json:
     return {name: made.get(name) if whole else None for name in ("seconds", "core_seconds")}
 
 
-def _state(contestant: Contestant) -> str:
-    if contestant.without is None:
-        return "base" if contestant.kind == "base" else "trained on all"
-    return {"ours": "deleted", "lora": "trained without", "method": "unlearned"}[contestant.kind]
-
-
 def _measured(rows: Sequence[LogRow] | None, references: Sequence[Sequence[LogRow]], seed: int) -> Json:
     """Return the measures of a log, or None for each before the questions were asked."""
     if not rows:
@@ -157,7 +160,9 @@ def _measured(rows: Sequence[LogRow] | None, references: Sequence[Sequence[LogRo
         return dict.fromkeys(names)
     found = aggregates(rows, references)
     forget = [row for row in rows if row.set == "forget"]
-    terms = nine_terms(rows)
+    terms: dict[str, list[float]] = {}
+    for name in UTILITY_SETS:
+        terms |= utility_scores(name, [row for row in rows if row.set == name], found.truth_ratio)
     auc = (found.attacks_against_reference or {}).get("loss")
     return {
         "num_questions": found.num_questions,
@@ -173,24 +178,6 @@ def _measured(rows: Sequence[LogRow] | None, references: Sequence[Sequence[LogRo
         },
         "membership": auc and asdict(auc),
     }
-
-
-def nine_terms(rows: Sequence[LogRow]) -> dict[str, list[float]]:
-    """Return the values of model utility's nine terms, question by question."""
-    found: dict[str, list[float]] = {name: [] for name in NINE}
-    for row in rows:
-        if row.set not in UTILITY_SETS or row.avg_paraphrased_loss is None:
-            continue
-        wrong = row.average_perturb_loss
-        own = (
-            probability(row.avg_gt_loss)
-            if row.set == "retain"
-            else probability_among(row.avg_gt_loss, wrong)
-        )
-        found[f"probability {row.set}"].append(own)
-        found[f"rouge {row.set}"].append(row.rougeL_recall or 0.0)
-        found[f"truth_ratio {row.set}"].append(towards_truth(geometric(row.avg_paraphrased_loss, wrong)))
-    return found
 
 
 def utility_interval(terms: Mapping[str, Sequence[float]], seed: int) -> Json:
@@ -228,17 +215,13 @@ def _floor(references: Sequence[Sequence[LogRow]]) -> Json:
     return {"p_value": quality.p_value, "statistic": quality.statistic, "num": quality.num_model}
 
 
-def _trained(cells: Cells, contestant: Contestant) -> Json:
-    found = cells.known(f"{trained_of(contestant).name}.made")
-    assert found is not None
-    return found
-
-
 def _equality(cells: Cells, contestant: Contestant) -> Json | None:
     """Return whether training from scratch gave the bytes of the deletion."""
     made = cells.known(f"{contestant.name}.made")
     if made is None:
         return None
+    trained = cells.known(f"{trained_of(contestant).name}.made")
+    assert trained is not None
     return {
         "name": contestant.name,
         "split": contestant.without,
@@ -248,12 +231,8 @@ def _equality(cells: Cells, contestant: Contestant) -> Json | None:
         "digest": digest_of(made["adapters"]),
         "layout": contestant.layout.name if contestant.layout else None,
         **_seconds(made),
-        "share_of_training": made["record_epochs"] / _trained(cells, contestant)["record_epochs"],
+        "share_of_training": made["record_epochs"] / trained["record_epochs"],
     }
-
-
-TITLES = {"base": "base", "trained on all": "before", "deleted": "after an exact deletion",
-          "trained without": "trained without", "unlearned": "unlearned"}  # fmt: skip
 
 
 def groups(found: Json, split: ForgetSplit) -> list[tuple[str, list[Json]]]:
@@ -261,21 +240,24 @@ def groups(found: Json, split: ForgetSplit) -> list[tuple[str, list[Json]]]:
     by: dict[str, list[Json]] = {}
     for row in found["rows"]:
         if row["split"] == split:
-            by.setdefault(title(row), []).append(row)
+            by.setdefault(names_of(row)[0], []).append(row)
     return list(by.items())
 
 
-def title(row: Json) -> str:
-    """Return how a row is called in the table."""
+def names_of(row: Json) -> tuple[str, str]:
+    """Return how a row is called in the table, and in the plot."""
+    who, _ = KINDS[row["kind"]]
     if row["kind"] == "base":
-        return "base"
+        return who, who
     if row["kind"] == "private":
-        return f"ordinary LoRA by DP-SGD, epsilon {row['epsilon']:.1f}"
+        return f"{who}, epsilon {row['epsilon']:.1f}", "DP-SGD"
     if row["kind"] == "method":
-        name = row["method"].replace("_", " ")
-        return f"ordinary LoRA, {name}, {row['budget']:.0%}, rate {row['rate']:g}"
-    who = f"ours, {row['layout']}" if row["kind"] == "ours" else "ordinary LoRA"
-    return f"{who}, {TITLES[row['state']]}"
+        name, budget, rate = row["method"], f"{row['budget']:.0%}", f"{row['rate']:g}"
+        return f"{who}, {name.replace('_', ' ')}, {budget}, rate {rate}", f"{name} {budget}, {rate}"
+    long, short = STATES[row["state"]]
+    if row["layout"]:
+        return f"{who}, {row['layout']}, {long}", f"{who} {row['layout']}, {short}"
+    return f"{who}, {long}", f"{who}, {short}"
 
 
 def table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
@@ -417,14 +399,14 @@ def _draw_models(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
         axis.scatter(*[[each] for each in places[name]], **_style(some[0]))
         # on the left of the others
         is_bound = some[0]["state"] in ("base", "trained without") or places[name][0] < 0.5
-        label = "" if some[0]["method"] and len(models) > CROWDED else _short(some[0])
+        label = "" if some[0]["method"] and len(models) > CROWDED else names_of(some[0])[1]
         axis.annotate(
             label, places[name], (-8 if is_bound else 7, 4), textcoords="offset points",
-            ha="right" if is_bound else "left", fontsize=8, color=COLOURS[some[0]["kind"]],
+            ha="right" if is_bound else "left", fontsize=8, color=KINDS[some[0]["kind"]][1],
         )  # fmt: skip
         source = before.get({"method": "lora"}.get(some[0]["kind"], some[0]["kind"]))
         if some[0]["state"] in ("deleted", "unlearned") and source in places:
-            arrow = {"arrowstyle": "->", "color": COLOURS[some[0]["kind"]], "alpha": 0.5, "shrinkA": 6,
+            arrow = {"arrowstyle": "->", "color": KINDS[some[0]["kind"]][1], "alpha": 0.5, "shrinkA": 6,
                      "shrinkB": 6}  # fmt: skip
             axis.annotate("", places[name], places[source], arrowprops=arrow)
     axis.set_xlabel("tokens of forgotten answers that the model predicts (exact memorisation)")
@@ -439,7 +421,7 @@ def _draw_attacks(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
         aside = 0.6 * number / max(1, len(attacked) - 1) - 0.3
         heights = [_middle(some, ("attacked", each, "value")) for each in ATTACKS]
         places = [place + aside for place in range(len(ATTACKS))]
-        axis.scatter(places, heights, label=_short(some[0]), **_style(some[0]))
+        axis.scatter(places, heights, label=names_of(some[0])[1], **_style(some[0]))
     axis.set_xticks(
         range(len(ATTACKS)),
         [each.replace(", ", ",\n").replace(" of k", "\nof k") for each in ATTACKS.values()],
@@ -456,19 +438,8 @@ def _middle(some: Sequence[Json], path: Sequence[str]) -> float | None:
     return fmean(values) if values else None
 
 
-def _short(row: Json) -> str:
-    """Return the name of a row in the plot."""
-    if row["kind"] == "method":
-        return f"{row['method']} {row['budget']:.0%}, {row['rate']:g}"
-    if row["kind"] in ("base", "private"):
-        return "base" if row["kind"] == "base" else "DP-SGD"
-    who = f"ours {row['layout']}" if row["kind"] == "ours" else "ordinary LoRA"
-    states = {"trained on all": "before", "deleted": "after", "trained without": "never trained on them"}
-    return f"{who}, {states[row['state']]}"
-
-
 def _style(row: Json) -> Json:
-    colour = COLOURS[row["kind"]]
+    colour = KINDS[row["kind"]][1]
     plain = "s" if row["layout"] == "16x4" else "o"
     marker = {"trained without": "*", "base": "X"}.get(row["state"], plain)
     if row["method"]:
