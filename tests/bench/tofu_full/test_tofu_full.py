@@ -17,9 +17,8 @@ from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.data.samples import make_people
 from sisa.lm.base.low_rank import ADAPTER_FILE
 from sisa.store.blobs.files import writer_lock
-from tests.bench.tofu_full.__main__ import argument_parser, cells_of, main
-from tests.bench.tofu_full.cells import FORM
-from tests.bench.tofu_full.design import Design, read_data
+from tests.bench.tofu_full.__main__ import argument_parser, main, models_of
+from tests.bench.tofu_full.design import FORM, Design, read_data
 from tests.bench.tofu_full.split_model import Halves
 from tests.bench.tofu_full.table import table, trials_table
 from tests.models.tiny_base import make_tiny_base
@@ -152,10 +151,10 @@ def test_assembly_reads_what_cells_wrote(bench: Bench, ran: dict[str, Any]) -> N
 @pytest.mark.usefixtures("ran")
 @pytest.mark.parametrize("name", ["1x4-key0-forget10", "lora-without-forget10-seed42", "base"])
 def test_scores_over_kept_lower_states_are_those_of_the_whole_model(bench: Bench, name: str) -> None:
-    cells, states = cells_of(argument_parser().parse_args(bench.options)), bench.out / "states"
-    asked = cells.data.asked("forget10")
+    models, states = models_of(argument_parser().parse_args(bench.options)), bench.out / "states"
+    asked = models.data.asked("forget10")
     pairs = [(each.question, text) for each in asked for text in (each.answer, *each.perturbed)]
-    with cells.served(cells.by_name[name]) as model:
+    with models.served(models.by_name[name]) as model:
         assert isinstance(model, Halves)
         wanted = model.whole.score(pairs, FORM, 16)
         for each in states.iterdir():
