@@ -19,6 +19,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -89,18 +90,14 @@ def design_of(chosen: argparse.Namespace) -> Design:
 def compute_all(models: Models, names: Sequence[str]) -> None:
     """Compute cells in their order; come back to those that another process holds."""
     while names:
-        left = [name for name in names if not _is_computed(models, name)]
+        left = list(names)
+        for name in names:
+            with suppress(Busy):
+                compute(models, name)
+                left.remove(name)
         if left == names:
             time.sleep(WAIT_S)
         names = left
-
-
-def _is_computed(models: Models, name: str) -> bool:
-    try:
-        compute(models, name)
-    except Busy:
-        return False
-    return True
 
 
 def models_of(chosen: argparse.Namespace) -> Models:
@@ -111,11 +108,9 @@ def models_of(chosen: argparse.Namespace) -> Models:
     with disk_errors(chosen.out):
         chosen.out.mkdir(parents=True, exist_ok=True)
     base = FrozenBase(resolve_base(chosen.base), design, chosen.out / "states", chosen.device)
-    inputs = {"base": base.digest, "data": data.digest} | {
-        name: getattr(chosen, name) for name in ("embedder", "device")
-    }
-    report = partial(print, file=sys.stderr, flush=True)
-    cells = Cells(chosen.out, design, data, inputs, report)
+    named = {"embedder": chosen.embedder, "device": chosen.device}
+    inputs = {"base": base.digest, "data": data.digest, **named}
+    cells = Cells(chosen.out, design, data, inputs, partial(print, file=sys.stderr, flush=True))
     return Models(cells, base, chosen.base, chosen.embedder)
 
 

@@ -32,7 +32,7 @@ from sisa.core.errors import InvalidInput, Problem
 Kind = Literal["base", "ours", "lora", "private", "method"]
 SHARES: Final[dict[ForgetSplit, float]] = {"forget10": 0.1, "forget05": 0.05, "forget01": 0.01}
 ALL_AUTHORS, QUESTIONS_EACH, TUNED_EACH = 200, 20, 5
-FORM = PromptForm("completion", "{question} {answer}")  # of what `records` returns
+FORM = PromptForm("completion", "{question} {answer}")  # of what is trained on
 
 
 @dataclass(frozen=True)
@@ -232,10 +232,10 @@ class Data:
 def read_data(source: str, design: Design) -> Data:
     """Return the data. Raise InvalidInput with all that is missing, and EnvironmentFault."""
     found = evaluation_sets(source, "forget10")
-    full = load_set(source, "full")
+    full = read_sets(source, {"full": "full"}, plain=True)
     by_set = {name: [each for each in found if each.set == name] for name in {q.set for q in found}}
     gone = by_set["forget10"]
-    forgotten = {split: load_set(source, split) for split in SHARES}
+    forgotten = {each: read_sets(source, {each: each}, plain=True) for each in SHARES}
     sizes = {split: len(each) for split, each in forgotten.items()}
     problems = [
         Problem(split, "is not the end of the full set")
@@ -287,26 +287,8 @@ def spread(count: int, wanted: int) -> list[int]:
     return [number * count // wanted for number in range(wanted)]
 
 
-def load_set(source: str, name: str) -> list[Question]:
-    """Return the plain questions of a set, such as forget10. Raise as `evaluation_sets`."""
-    return read_sets(source, {name: name}, plain=True)
-
-
 def _asked(question: Question, design: Design) -> Question:
     return replace(question, perturbed=question.perturbed[: design.wrong_answers])
-
-
-def records(data: Data, numbers: Sequence[int]) -> list[dict[str, str]]:
-    """Return records of the full set as they are trained on; the subject is the author."""
-    return [
-        {
-            "id": record_id(number),
-            "subject_id": record_id(number).partition("-")[0],
-            "prompt": data.full[number].question,
-            "completion": f" {data.full[number].answer}",
-        }
-        for number in numbers
-    ]
 
 
 def record_id(number: int) -> str:
@@ -319,10 +301,18 @@ def record_id(number: int) -> str:
 
 
 def write_records(data: Data, numbers: Sequence[int], path: Path) -> Path:
-    """Write records as JSON lines."""
+    """Write records of the full set as JSON lines, as they are trained on; the subject is the author."""
+    rows = [
+        {
+            "id": record_id(number),
+            "subject_id": record_id(number).partition("-")[0],
+            "prompt": data.full[number].question,
+            "completion": f" {data.full[number].answer}",
+        }
+        for number in numbers
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(each) + "\n" for each in records(data, numbers))
-    path.write_text(text, encoding="utf-8")
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
     return path
 
 

@@ -85,14 +85,10 @@ class Models:
     def have(self, contestant: Contestant) -> Json:
         """Return how a model was made, and have its files: its cell may come from elsewhere."""
         found = self.made(contestant)
-        if not self._marker(contestant).exists():
+        if not self._folder(f"{contestant.name}.made").exists():
             with self.cells.alone(f"{contestant.name}.made"):
                 self._make(contestant)
         return found
-
-    def _marker(self, contestant: Contestant) -> Path:
-        """Return the path of a file that shows that a model was made in this directory."""
-        return self._folder(f"{contestant.name}.made")
 
     def _folder(self, name: str) -> Path:
         """Return the directory of a model's files, which hold text."""
@@ -100,8 +96,9 @@ class Models:
 
     def _make(self, contestant: Contestant) -> Json:
         made = self._newly_made(contestant)
-        self._marker(contestant).parent.mkdir(parents=True, exist_ok=True)
-        self._marker(contestant).touch()
+        here = self._folder(f"{contestant.name}.made")  # a file: the model was made in this directory
+        here.parent.mkdir(parents=True, exist_ok=True)
+        here.touch()
         return made
 
     def _newly_made(self, contestant: Contestant) -> Json:
@@ -373,8 +370,9 @@ class Models:
         return records, Sets(forget, retain, subjects=subjects)
 
     def layers_of(self, contestant: Contestant) -> Any:
-        """Return the model that an adapter changes: the whole base where it acts at any layer."""
-        return self.base.whole if _acts_at_a_layer(contestant) else self.base.split.upper
+        """Return the layers that an adapter changes: all if a method chooses its layer, or the upper."""
+        chooses = contestant.method and "layer" in asdict(make_method(contestant.method))
+        return self.base.whole if chooses else self.base.split.upper
 
     def _privately_trained(self, contestant: Contestant) -> Json:
         """Train the ordinary LoRA on all records by DP-SGD."""
@@ -444,11 +442,6 @@ class Models:
         number = len(self.data.full) - len(self.data.forget) + question.idx
         (place,) = self.opened(trained_of(contestant)).where([record_id(number)])
         return place.shard
-
-
-def _acts_at_a_layer(contestant: Contestant) -> bool:
-    """Return whether a method acts at a layer of its own choice, below the adapters of others, too."""
-    return bool(contestant.method) and "layer" in asdict(make_method(contestant.method))
 
 
 def _train(config: RunConfig) -> Json:

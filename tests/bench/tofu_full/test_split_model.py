@@ -17,7 +17,7 @@ from sisa.core.errors import InvalidInput
 from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.weights import load_tokenizer
 from tests.bench.tofu_full.budgets import AT_THE_END, nearest_steps, step_costs
-from tests.bench.tofu_full.cells import FORM
+from tests.bench.tofu_full.design import FORM
 from tests.bench.tofu_full.split_model import load_split
 from tests.models.tiny_base import make_tiny_base
 
