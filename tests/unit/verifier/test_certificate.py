@@ -58,12 +58,8 @@ def operator(model: str = MODEL, seed: int = 1) -> Operator:
 
 
 def chain(found: Operator) -> list[str]:
-    return [kind for _, kind in _kinds(found)]
-
-
-def _kinds(found: Operator) -> list[tuple[str, str]]:
     statements = verify_chain(found.entries, found.files.__getitem__, found.keys)
-    return [(sha, statement["predicateType"]) for sha, statement in statements]
+    return [each["predicateType"] for _, each in statements]
 
 
 def test_a_certificate_verifies_with_the_keys_alone_and_its_receipts_with_it() -> None:

@@ -7,7 +7,6 @@ a shard is trained (whoever trains the shard again, `sisa audit`, finds it), and
 from __future__ import annotations
 
 import json
-import random
 import sqlite3
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -75,34 +74,9 @@ def test_what_is_not_there_verifies_as_absent_and_never_as_present(
 ) -> None:
     label, path, neighbour = proof
     verify_absent(ROOT, label, path, neighbour)
-    for siblings in (path, path[:1], [], [*path, EMPTY_TREE]):
+    for siblings in (path, path[:1], [], [*path, EMPTY_TREE], path * 270):
         with pytest.raises(Refused):
             verify_present(ROOT, label, VALUE, siblings)
-
-
-def test_no_change_of_a_proof_is_accepted() -> None:
-    draw = random.Random(3)
-    path = [EMPTY_TREE, leaf(A, VALUE_HASH), leaf(C, VALUE_HASH)]
-
-    def broken(data: bytes) -> bytes:
-        at = draw.randrange(len(data))
-        return draw.choice(
-            [data[:at], data + b"\x00", data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]]
-        )
-
-    for _ in range(200):
-        at = draw.randrange(3)
-        for siblings in ([*path[:at], broken(path[at]), *path[at + 1 :]], path[:at], path * 90):
-            with pytest.raises(Refused):
-                verify_present(ROOT, B, VALUE, siblings)
-        for args in ((broken(ROOT), B, VALUE), (ROOT, broken(B), VALUE), (ROOT, B, broken(VALUE))):
-            with pytest.raises(Refused):
-                verify_present(*args, path)
-        for label, siblings, neighbour in proofs():
-            other = neighbour and draw.choice([(broken(A), VALUE_HASH), (A, broken(VALUE_HASH))])
-            for root, hidden in ((broken(ROOT), neighbour), (ROOT, other or (label, VALUE_HASH))):
-                with pytest.raises(Refused):
-                    verify_absent(root, label, siblings, hidden)
 
 
 KEY = VrfKey(b"v" * 32)
