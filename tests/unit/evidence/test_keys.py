@@ -156,14 +156,9 @@ def test_in_toto_reads_what_is_signed(keys: Keys) -> None:
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        *(
-            (PUBLIC, b"{}"),
-            (PUBLIC, b""),
-            (LOG_KEY, b"short"),
-            (LOG_KEY, bytes(32)),
-            (VRF_KEY, bytes(32)),
-        ),
-        *((name, None) for name in (PUBLIC, LOG_KEY, VRF_KEY)),
+        *((PUBLIC, each) for each in (b"{}", b"", None)),
+        *((LOG_KEY, each) for each in (b"short", bytes(32), None)),
+        *((VRF_KEY, each) for each in (bytes(32), None)),
     ],
 )
 def test_damaged_keys_are_found(keys: Keys, name: str, data: bytes | None) -> None:
@@ -422,12 +417,7 @@ def test_securesystemslibs_signers_sign(tmp_path: Path, private: Private) -> Non
     uri = f"file2:{private_file(private, tmp_path / 'k.pem', PrivateFormat.PKCS8)}"
     public = read_public_key(public_pem(private, tmp_path / "public.pem"))
     keys = create_keys(tmp_path / "keys", MODEL, new_key(uri, public))
-    assert sorted(path.suffix for path in keys.directory.iterdir()) == [
-        ".json",
-        ".key",
-        ".key",
-        ".signer",
-    ]
+    check_settled(keys)
     assert read_keys(tmp_path / "keys", MODEL) == keys
     assert verify_envelope(keys.sign(STATEMENT), keys.public)
     Envelope.from_dict(json.loads(keys.sign(STATEMENT))).verify([ssl_key(keys)], 1)
@@ -558,23 +548,16 @@ def test_a_token_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "999999" not in str(caught.value)
 
 
-REPLIES = [
-    *(
-        b"",
-        b"\x00\x00",
-        bytes(4),
-        b"\x00\x00\x00\x01\x05",
-        b"\xff\xff\xff\xff\x0e",
-        b"\x00\x00\x00\x01\x0e",
-    ),
-    b"\x00\x00\x00\x09\x0e\x00\x00\x00\x04\x00\x00\x00\x00",
-    b"\x00\x00\x00\x0d\x0e\x00\x00\x00\x08\x00\x00\x00\x01a\x00\x00\x00\x00",
-]
-
-
-@pytest.mark.parametrize("reply", REPLIES)
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *("", "0000", "00000000", "0000000105", "ffffffff0e", "000000010e"),
+        "00000009 0e 00000004 00000000",
+        "0000000d 0e 00000008 00000001 61 00000000",
+    ],
+)
 def test_an_agent_that_answers_nonsense_is_an_environment_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: bytes
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: str
 ) -> None:
     monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
     with socket.socket(socket.AF_UNIX) as server:
@@ -584,7 +567,7 @@ def test_an_agent_that_answers_nonsense_is_an_environment_fault(
         def answer() -> None:
             with server.accept()[0] as client:
                 client.recv(1 << 16)
-                client.sendall(reply)
+                client.sendall(bytes.fromhex(reply))
 
         thread = threading.Thread(target=answer)
         thread.start()

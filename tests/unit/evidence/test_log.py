@@ -245,7 +245,7 @@ def test_keys_from_a_backup_take_over_what_follows(place: Place) -> None:
 
 
 @pytest.mark.parametrize("name", ["tile/0/000.p/3", "tile/entries/000.p/3", "checkpoint"])
-def test_a_damaged_log_signs_nothing(place: Place, name: str) -> None:
+def test_a_damaged_log_signs_and_proves_nothing(place: Place, name: str) -> None:
     place.append(*range(3))
     path = place.at / name
     data = path.read_bytes()
@@ -253,19 +253,12 @@ def test_a_damaged_log_signs_nothing(place: Place, name: str) -> None:
         path.write_bytes(damaged)
         with pytest.raises(IntegrityError):
             place.append(3)
+        if "entries" not in name:  # which no proof reads
+            with pytest.raises(IntegrityError):
+                place.log.proof(1)
     assert not (place.at / "tile/0/000.p/4").exists()
     path.write_bytes(data)
     assert place.log.append(statement(3), TYPE) == 3
-
-
-@pytest.mark.parametrize("name", ["tile/0/000.p/3", "checkpoint"])
-def test_a_damaged_log_proves_nothing(place: Place, name: str) -> None:
-    place.append(*range(3))
-    data = (place.at / name).read_bytes()
-    for damaged in (data[:-1], data[:70] + b"x" + data[71:]):
-        (place.at / name).write_bytes(damaged)
-        with pytest.raises(IntegrityError):
-            place.log.proof(0)
 
 
 def test_damage_is_named_where_entries_and_statements_are_read(place: Place) -> None:
@@ -286,20 +279,20 @@ def test_damage_is_named_where_entries_and_statements_are_read(place: Place) -> 
 # --- what an outsider detects --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "numbers"),
-    [
-        ("dropped", [0, 2, 3, 4, 5]),
-        ("reordered", [1, 0, 2, 3, 4]),
-        ("rewritten", [0, 1, 2, 9, 4]),
-        ("shortened", [0, 1, 2]),
-        ("forked", [0, 1, 2, 9]),
-    ],
-)
-def test_whoever_kept_a_checkpoint_detects_it(place: Place, name: str, numbers: list[int]) -> None:
+FORGED = {  # of a log of 0, 1, 2, 3
+    "dropped": [0, 2, 3, 4, 5],
+    "reordered": [1, 0, 2, 3, 4],
+    "rewritten": [0, 1, 2, 9, 4],
+    "shortened": [0, 1, 2],
+    "forked": [0, 1, 2, 9],
+}
+
+
+@pytest.mark.parametrize("numbers", FORGED.values(), ids=FORGED)
+def test_whoever_kept_a_checkpoint_detects_it(place: Place, numbers: list[int]) -> None:
     place.append(*range(4))
     kept = place.read("checkpoint")
-    forged = Place(place.root / name)
+    forged = Place(place.root / "forged")
     forged.append(*numbers)
     now, entries = check_log(forged.read, place.vkey)  # sound for who kept none
     assert now.size == len(entries) == len(numbers)
@@ -466,16 +459,9 @@ def test_a_cosigner_refuses_a_log_that_was_rewritten(place: Place, tmp_path: Pat
     place.append(*range(4))
     cosign(place.read, place.vkey, private, state)
     kept = state.read_bytes()
-    for name, numbers in {
-        "dropped": [0, 2, 3, 4, 5],
-        "reordered": [1, 0, 2, 3, 4],
-        "rewritten": [0, 1, 2, 9, 4],
-        "shorter": [0, 1, 2],
-        "as long": [0, 1, 2, 9],
-    }.items():
+    for name, numbers in FORGED.items():
         forged = Place(tmp_path / name)
         forged.append(*numbers)
-        assert len(forged.outsider()[1]) == len(numbers)  # signed, and sound for who saw no other
         with pytest.raises(Refused, match="does not continue the checkpoint") as caught:
             cosign(forged.read, place.vkey, private, state)
         assert caught.value.expected.startswith("4 entries")

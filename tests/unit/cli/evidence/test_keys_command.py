@@ -122,40 +122,9 @@ def test_bad_usage_changes_nothing(
     assert not (model.parent / "state" / "sisa" / "evidence-keys").exists()
 
 
-def test_keys_and_logs_are_not_replaced(model: Path, ask: Ask) -> None:
-    made = ask("keys", "init", "-m", model)
-    ask("keys", "init", "-m", model, code=2)
-    shutil.move(made["directory"], model.parent / "elsewhere")
-    error = ask("keys", "init", "-m", model, code=2)  # other keys could not go on with the log
-    assert error["error"]["type"] == "ConfigConflict"
-    assert not Path(made["directory"]).exists()
-
-
 def test_another_writer_keeps_keys_from_being_made(model: Path, ask: Ask) -> None:
     with writer_lock(model / LOCK):
         ask("keys", "init", "-m", model, code=5)
-
-
-def test_damaged_keys_end_with_an_integrity_failure(model: Path, ask: Ask) -> None:
-    made = ask("keys", "init", "-m", model)
-    Path(made["public_keys"]).write_bytes(b"{}")
-    error = ask("keys", "show", "-m", model, code=4)
-    assert error["error"]["type"] == "IntegrityError"
-
-
-def test_what_the_verifier_refuses_is_an_integrity_failure(
-    model: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> None:
-        raise Refused("a proof is wrong", "proof.json", "a root", "another", "get it again")
-
-    monkeypatch.setattr("sisa.evidence.keys.model_keys.keys_of", refuse)
-    error = ask("keys", "show", "-m", model, code=4)
-    facts = {"where": "proof.json", "expected": "a root", "got": "another", "next_step": "get it again"}
-    assert (
-        error["error"]
-        == {"type": "IntegrityError", "message": "a proof is wrong", "problems": []} | facts
-    )
 
 
 def test_the_run_file_names_the_directory(model: Path, tmp_path: Path) -> None:

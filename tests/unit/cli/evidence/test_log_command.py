@@ -87,19 +87,6 @@ def test_a_witness_and_the_operator_cosign(
     ask("log", "request", "-m", model, "--old", 6, code=2)
 
 
-def test_a_log_that_was_set_back_fails(model: Path, ask: Ask, tmp_path: Path) -> None:
-    at, keys = model / "log", model / "log" / "keys.json"
-    backup = shutil.copytree(at, tmp_path / "backup")
-    append(model, 3)
-    kept = shutil.copy(at / "checkpoint", tmp_path / "kept")
-    shutil.rmtree(at)
-    shutil.copytree(backup, at)
-    for where in (("-m", model), (at, "--key", keys, "--seen", kept)):
-        failed = ask("log", "check", *where, code=4)
-        assert failed["error"]["message"][:48] == "the log does not continue a checkpoint that was "
-    ask("log", "check", at, "--key", keys)  # who kept nothing sees nothing
-
-
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
