@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from standardwebhooks.webhooks import Webhook, WebhookVerificationError
+from standardwebhooks.webhooks import Webhook
 
 from cluster.serve.domain import Service
 from cluster.serve.state import ServiceState
@@ -111,45 +111,6 @@ def test_every_change_is_reported_in_order_also_of_commands_and_while_nobody_ser
         assert b"words" not in body
 
 
-def test_a_receiver_checks_what_it_gets(model: Model, courier: Courier, receivers: Receivers) -> None:
-    submit(model)
-    courier.turn()
-    (_, body, headers), check = receivers.got[0], Webhook(SECRET)
-    found = check.verify(body, headers)
-    assert (found["type"], found["data"]["external_id"]) == ("request.received", "T-1")
-    tampered = body.replace(b"received", b"approved")
-    stranger = Webhook(base64.b64encode(b"another secret").decode())
-    old = {**headers, "webhook-timestamp": str(int(headers["webhook-timestamp"]) - 600)}
-    renamed = {**headers, "webhook-id": "msg_0"}
-    for checked, data, given in (
-        (check, tampered, headers),
-        (check, body, renamed),
-        (check, body, old),
-        (stranger, body, headers),
-    ):
-        with pytest.raises(WebhookVerificationError):
-            checked.verify(data, given)
-
-
-def test_a_replayed_message_is_refused_by_its_age_and_known_by_its_id(
-    model: Model, courier: Courier, receivers: Receivers, clock: Clock
-) -> None:
-    receivers.statuses[URL] = 500
-    submit(model)
-    courier.turn()
-    clock.at += RETRY_S[0]
-    courier.turn()
-    first, second = (headers for _, _, headers in receivers.got)
-    assert first["webhook-id"] == second["webhook-id"]
-    assert first["webhook-signature"] != second["webhook-signature"]
-    _, body, headers = receivers.got[0]
-    aged = str(int(headers["webhook-timestamp"]) - 3_600)
-    at = datetime.fromtimestamp(int(aged), UTC)
-    signed = Webhook(SECRET).sign(headers["webhook-id"], at, body.decode())
-    with pytest.raises(WebhookVerificationError, match="too old"):
-        Webhook(SECRET).verify(body, {**headers, "webhook-timestamp": aged, "webhook-signature": signed})
-
-
 def test_a_failing_receiver_is_tried_again_in_order_and_holds_up_no_other(
     model: Model, courier: Courier, receivers: Receivers, clock: Clock
 ) -> None:
@@ -166,6 +127,9 @@ def test_a_failing_receiver_is_tried_again_in_order_and_holds_up_no_other(
         clock.at += wait
         courier.turn()
     assert receivers.states() == ["received"] * 3
+    tried = [headers for url, _, headers in receivers.got if url == URL]
+    for name, number in (("webhook-id", 1), ("webhook-timestamp", 3), ("webhook-signature", 3)):
+        assert len({each[name] for each in tried}) == number
     receivers.statuses[URL] = 200
     clock.at += RETRY_S[2]
     assert courier.turn() == 7
@@ -222,16 +186,17 @@ def test_a_crash_between_delivery_and_its_note_delivers_again_under_the_same_id(
     assert [each.id for each in state.waiting()] == [*ids]
 
 
-def test_two_secrets_sign_while_one_replaces_the_other(
+def test_a_receiver_checks_what_it_gets_by_either_of_two_secrets(
     model: Model, courier: Courier, receivers: Receivers, tmp_path: Path
 ) -> None:
     new = "whsec_" + base64.b64encode(b"the next secret").decode()
     (tmp_path / "hook.secret").write_text(f"{new}\n{SECRET}\n")
     submit(model)
     courier.turn()
-    _, body, headers = receivers.got[0]
-    for secret in (new, SECRET):
-        assert Webhook(secret).verify(body, headers)
+    ((_, body, headers),) = receivers.got
+    for secret in (new, SECRET):  # one replaces the other
+        found = Webhook(secret).verify(body, headers)
+        assert (found["type"], found["data"]["external_id"]) == ("request.received", "T-1")
 
 
 @pytest.mark.parametrize(("text", "mode"), [(SECRET, 0o644), ("", 0o600), ("whsec_!", 0o600)])

@@ -20,6 +20,7 @@ from tests.fakes.ports import fake_record
 from tests.unit.serve.conftest import LOOPBACK
 
 ONE, OTHER = "id-0003", "id-0004"
+ASKED = ("/requests", "/requests/plan")
 KEY = {"Idempotency-Key": "8f4a"}
 
 
@@ -78,10 +79,12 @@ def test_find_proposes_records_and_shows_no_text(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [
-        ("/requests", {"ids": ["id-9999"]}, 404),
-        ("/requests", {"subject": "nobody"}, 404),
-        ("/requests", {}, 422),
-        ("/requests", {"ids": [ONE], "subject": "a"}, 422),
+        *((path, {"ids": ["id-9999"]}, 404) for path in ASKED),
+        *((path, {"subject": "nobody"}, 404) for path in ASKED),
+        *((path, {}, 422) for path in ASKED),
+        *((path, {"ids": [ONE], "subject": "a"}, 422) for path in ASKED),
+        *((path, {"ids": ONE}, 422) for path in ASKED),
+        *((path, {"id": [ONE]}, 422) for path in ASKED),
         ("/requests", {"ids": [ONE], "approver": "me"}, 422),
         ("/requests", {"ids": [ONE], "due": "2001-01-01"}, 400),
         ("/requests", {"ids": [ONE], "external_id": "a b"}, 422),

@@ -20,7 +20,7 @@ from fastapi.testclient import TestClient
 from cluster.serve import engines
 from cluster.serve.app import build_app
 from cluster.serve.domain import Service
-from cluster.serve.tokens import ROLES, Scope, Tokens
+from cluster.serve.tokens import Tokens
 from sisa.audit.doctor import diagnose
 from sisa.config.config import EngineSource, ServiceBlock
 from sisa.config.runfile import parse_run_file
@@ -33,7 +33,7 @@ from sisa.flows.context.commit import commit
 from sisa.flows.context.served import restricting, restrictions, served_keys
 from sisa.flows.query import of_subject
 from sisa.flows.rights.access import as_file, held_of, row_of
-from sisa.model import Model, open_model
+from sisa.model import open_model
 from tests.fakes.answers import FakeAnswers
 from tests.fakes.ports import fake_record
 from tests.models.certified import statements_of
@@ -271,21 +271,11 @@ def test_a_body_of_another_form_is_refused(client: TestClient, body: dict[str, A
     assert client.post("/rights/access", json=body).status_code == 422
 
 
-NEEDED: dict[str, Scope] = {
-    "access": "access",
-    "recipients": "access",
-    "rectify": "decide",
-    "restrict": "decide",
-    "release": "decide",
-}
-
-
-@pytest.mark.parametrize("right", NEEDED)
-def test_a_right_needs_its_scope_and_the_shard_of_the_person(model: Path, right: str) -> None:
+@pytest.mark.parametrize("right", ["access", "recipients", "rectify", "restrict", "release"])
+def test_a_right_needs_the_shard_of_the_person(model: Path, right: str) -> None:
     opened, tokens = open_model(model), Tokens(model)
     (place,) = opened.where([of(WHO)[0].id])
-    scopes = ROLES["officer"] - {NEEDED[right]}
-    bearers = {"less": tokens.add("less", "officer", scopes=scopes)[1]}
+    bearers = {}
     for name, shard in (("here", place.shard), ("there", 1 - place.shard)):
         bearers[name] = tokens.add(name, "officer", shards=[shard], partition=opened.partition)[1]
     bearers["all"] = tokens.add("all", "officer")[1]
@@ -295,11 +285,11 @@ def test_a_right_needs_its_scope_and_the_shard_of_the_person(model: Path, right:
         for name, bearer in bearers.items():
             headers = {"Authorization": f"Bearer {bearer}"}
             codes[name] = client.post(f"/rights/{right}", json=body, headers=headers).status_code
-    if NEEDED[right] == "access":
-        assert codes == {"less": 403, "here": 200, "there": 404, "all": 200}
+    if right in ("access", "recipients"):
+        assert codes == {"here": 200, "there": 404, "all": 200}
     else:
         changed = 409 if right == "release" else 200  # nothing is restricted
-        assert codes == {"less": 403, "here": 409, "there": 409, "all": changed}
+        assert codes == {"here": 409, "there": 409, "all": changed}
 
 
 def test_a_bad_correction_is_refused_whole(model: Path, client: TestClient) -> None:
@@ -357,13 +347,8 @@ def test_each_row_of_the_table_of_rights(
         assert sisa("restrict", "-m", model, "--subject", WHO)[0] == 0
     before = len(statements(model))
     if how == "command":
-        names = {
-            "DIR": str(model),
-            "WHO": WHO,
-            "OUT": str(tmp_path / "out"),
-            "NEW": str(tmp_path / "new.jsonl"),
-        }
-        words = [names.get(each, each) for each in command.split()[1:]]
+        names = {"DIR": model, "WHO": WHO, "OUT": tmp_path / "out", "NEW": tmp_path / "new.jsonl"}
+        words = [str(names.get(each, each)) for each in command.split()[1:]]
         more = ["--executor", "serial"] if words[0] in ("rectify", "forget") else []
         assert sisa(*words, *more)[0] == 0
     else:
@@ -375,11 +360,3 @@ def test_each_row_of_the_table_of_rights(
             assert client.post(f"/requests/{asked}/approve", json={}).status_code == 200
             open_model(model).run()
     assert kinds(model)[before:][-1:] == [evidence]
-
-
-def test_a_model_answers_a_restriction_at_once(model: Path) -> None:
-    """What was loaded before a restriction is outdated by it."""
-    opened: Model = open_model(model)
-    assert opened.restrict(WHO).changed
-    assert not opened.restrict(WHO).changed
-    assert len(opened.recipients(subject=WHO)["recipients"]) == 0
