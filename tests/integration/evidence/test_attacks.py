@@ -117,19 +117,15 @@ def proof_of(operator: Operator, number: int) -> tuple[bytes, bytes, dict[str, A
     proof = tree.prove(record(number).id)
     return (
         bytes.fromhex(tree.root),
-        verify_output(keys.public.vrf, name, unhex(proof["vrf"]))[:LABEL_BYTES],
+        verify_output(keys.public.vrf, name, bytes.fromhex(proof["vrf"]))[:LABEL_BYTES],
         proof,
     )
-
-
-def unhex(text: str) -> bytes:
-    return bytes.fromhex(text)
 
 
 @attack("says of a held record that it is absent", "the membership proof")
 def test_a_held_record_is_denied(operator: Operator) -> None:
     root, label, proof = proof_of(operator, 5)
-    path = [unhex(each) for each in proof["path"]]
+    path = [bytes.fromhex(each) for each in proof["path"]]
     value = canonical(proof["leaf"])
     verify_present(root, label, value, path)
     for siblings in (path, path[:-1], []):
@@ -141,7 +137,7 @@ def test_a_held_record_is_denied(operator: Operator) -> None:
 @attack("proves with the label of another record", "the VRF's proof")
 def test_a_label_is_false(operator: Operator) -> None:
     deleted = operator.keys.public.vrf, record(3).id.encode()  # absent, so its label would do
-    proof = unhex(proof_of(operator, 3)[2]["vrf"])
+    proof = bytes.fromhex(proof_of(operator, 3)[2]["vrf"])
     verify_output(*deleted, proof)
     other = record(5).id.encode()
     for false in (proof, VrfKey(bytes(32)).prove(other)):  # another key's proof of the right id

@@ -24,6 +24,7 @@ from sisa.flows.context.areas import known_by_area
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, REPLAYS
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from tests.integration.storage.traces import traces, vector
+from tests.models.confessing import content
 from tests.models.programs.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,
@@ -94,23 +95,17 @@ def keyring_of(tiny: Tiny) -> FileKeyring:
 
 def contents(tiny: Tiny) -> dict[str, bytes]:
     """Return the content of every slice, index and checkpoint file, unsealed if it is sealed."""
-    found = {}
-    for room in ROOMS:
-        for path in sorted((tiny.directory / room).rglob("*")):
-            if path.is_file():
-                name = path.relative_to(tiny.directory).as_posix()
-                _, own, *part = name.split("/")
-                data = path.read_bytes()
-                if is_sealed(data):
-                    data = keyring_of(tiny).unseal(room, own, part[0] if part else "", data)
-                found[name] = data
+    found = content(tiny.directory)
+    for path, data in found.items():
+        room, name, *part = path.split("/")
+        if is_sealed(data):
+            found[path] = keyring_of(tiny).unseal(room, name, "".join(part), data)
     return found
 
 
 def forms(tiny: Tiny) -> set[bool]:
     """Return whether files are sealed, plain, or both."""
-    paths = [path for room in ROOMS for path in (tiny.directory / room).rglob("*") if path.is_file()]
-    return {is_sealed(path.read_bytes()) for path in paths}
+    return {is_sealed(data) for data in content(tiny.directory).values()}
 
 
 def keys(tiny: Tiny) -> dict[str, frozenset[str]]:
