@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
-from sisa.data.overlap import NEAR, RUN, check_overlap, overlap_share, runs_of
+from sisa.data.overlap import RUN, check_overlap, overlap_share, runs_of
 
 words = st.text(alphabet="abcdefgh", min_size=1, max_size=6)
 texts = st.lists(words, min_size=1, max_size=40).map(" ".join)
@@ -68,4 +68,3 @@ def test_records_are_refused_by_position_and_their_text_is_not_reported() -> Non
     assert "ferry" not in message.lower()
     assert "r1" not in message
     check_overlap(records[:1], runs_of(FERRY))
-    assert 0 < NEAR < 1

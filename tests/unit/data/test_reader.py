@@ -152,38 +152,6 @@ def test_turns_of_tools_and_pieces_of_text_are_taken(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("turn", "what"),
-    [
-        (
-            {"role": "assistant", "content": None, "tool_calls": [{"name": SECRET}]},
-            "turn 2: tool calls are not trained on; write the call into 'content'",
-        ),
-        (
-            {"role": "assistant", "content": [{"type": "image", "url": SECRET}]},
-            "turn 2, content, piece 1: expected an object of type 'text'; images and others are not "
-            "trained on",
-        ),
-        (
-            {"role": "agent", "content": SECRET},
-            "turn 2: expected a role of system, user, assistant, tool in 'role'",
-        ),
-    ],
-)
-def test_turns_that_can_not_be_trained_on_say_why(
-    tmp_path: Path, turn: dict[str, Any], what: str
-) -> None:
-    answered = [{"role": "user", "content": "Who?"}, turn, {"role": "assistant", "content": "x"}]
-    file = jsonl(tmp_path / "a.jsonl", [{"id": "r", "messages": answered}])
-    assert refused([file]) == [("a.jsonl, line 1", f"'messages', {what}")]
-
-
-def test_a_chat_in_the_place_of_a_prompt_is_refused_with_advice(tmp_path: Path) -> None:
-    file = jsonl(tmp_path / "a.jsonl", [{"id": "r", "prompt": CHAT[:1], "completion": CHAT[1:]}])
-    message = "expected a string, got a list; put turns in 'messages'"
-    assert [what for _, what in refused([file])] == [f"'prompt': {message}", f"'completion': {message}"]
-
-
 # --- too much of it ------------------------------------------------------------------------------
 
 
@@ -296,6 +264,9 @@ DEFECTS: dict[str, bytes] = {
     "role": b'{"id": "x20", "messages": [{"role": "Quorvane", "content": "x"}]}',
     "role type": b'{"id": "x21", "messages": [{"role": ["Quorvane"], "content": "x"}]}',
     "content": b'{"id": "x22", "messages": [{"role": "assistant", "content": null}]}',
+    "image": b'{"id": "x24", "messages": [{"role": "assistant", "content": [{"type": "Quorvane"}]}]}',
+    "tool call": b'{"id": "x25", "messages": [{"role": "assistant", "tool_calls": ["Quorvane"]}]}',
+    "chat as prompt": b'{"id": "x26", "prompt": [{"role": "user"}], "completion": "Quorvane"}',
     "no answer": b'{"id": "x23", "messages": [{"role": "user", "content": "Quorvane"}]}',
     "duplicate": b'{"id": "first", "text": "Quorvane"}',
 }
@@ -416,17 +387,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.write_table(table)
     features = {name: {"dtype": "string", "_type": "Value"} for name in ("id", "text")}
     (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": "data-00000-of-00001.arrow"}],
-        "_fingerprint": "0",
-    }
-    state |= {
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-    }
-    (folder / "state.json").write_text(json.dumps({**state, "_split": None}))
+    state = dict.fromkeys(("_format_columns", "_format_type", "_split"))
+    state |= {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "0"}
+    state |= {"_format_kwargs": {}, "_output_all_columns": False}
+    (folder / "state.json").write_text(json.dumps(state))
     return folder
 
 
