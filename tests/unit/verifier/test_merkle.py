@@ -37,13 +37,11 @@ ROOTS = [
     "ddb89be403809e325750d3d263cd78929c2942b7942a34b77e122c9594a74c8c",
     "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328",
 ]
-NODE_0_1 = "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125"
 NODE_2_3 = "5f083f0a1a33ca076a95279832580db3e0ef4584bdff1f54c8a360f50de3031e"
 NODE_4_5 = "0ebc5d3437fbe2db158b9f126a1d118e308181031d0a949f8dededebc558ef6a"
 NODE_6_7 = "ca854ea128ed050b41b35ffc1b87b8eb2bde461e9e3b5596ece6b9d5975a0ae0"
-NODE_0_3 = "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7"
 NODE_4_7 = "6b47aaf29ee3c2af9af889bc1fb9254dabd31177f16232dd6aab035ca39bf6e4"
-LEAF_0 = "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d"
+LEAF_0, NODE_0_1, NODE_0_3 = ROOTS[1], ROOTS[2], ROOTS[4]
 LEAF_1 = "96a296d224f285c67bee93c30f8a309157f0daa35dc5b87e410b78630a09cfc7"
 LEAF_4 = "bc1a0643b12e4d2d7c77918f44e0f4f79a838b6cf9ec5b5c283e1f4d88599e6b"
 LEAF_6 = "b08693ec2e721597130641e8211e7eedccb4c26413963eee6c1e2ed16ffb1a5f"
@@ -122,14 +120,8 @@ def damaged(path: list[bytes], root: bytes) -> list[list[bytes]]:
     flipped = [
         [*path[:at], bytes([each[0] ^ 8, *each[1:]]), *path[at + 1 :]] for at, each in enumerate(path)
     ]
-    longer = [
-        [*path, b""],
-        [*path, root],
-        [b"", *path],
-        [root, *path],
-        *([path[:1] + path] if path else []),
-    ]
-    return [*flipped, *longer, *([path[:-1], path[1:]] if path else [])]
+    longer = [[*path, b""], [*path, root], [b"", *path], [root, *path]]
+    return [*flipped, *longer, *([path[:1] + path, path[:-1], path[1:]] if path else [])]
 
 
 def test_trees_of_the_same_or_no_size() -> None:
