@@ -250,7 +250,6 @@ DERIVABLE: dict[str, tuple[Defect, list[str]]] = {
     "missing head": (lambda model: commit(model, Change(headless=[1])), ["head"]),
     "surplus head": (lambda model: commit(model, Change(heads=[Head(5, None, 0, None)])), ["head"]),
     "unknown files": (unknown_files, ["unknown"]),
-    "loose modes": (loose_modes, ["mode"]),
 }
 
 
@@ -429,15 +428,6 @@ LOST: dict[str, tuple[Defect, str]] = {
     "schema garbled": (garble_schema, "ledger_damaged"),
     "rows damaged": (
         lambda model: execute(model, "UPDATE records SET record_digest = 'x' WHERE vector_id % 2 = 0"),
-        "ledger_damaged",
-    ),
-    "tombstone lost": (lambda model: execute(model, "DELETE FROM tombstones"), "ledger_damaged"),
-    "event lost": (
-        lambda model: execute(model, "DELETE FROM events WHERE position = 2"),
-        "ledger_damaged",
-    ),
-    "no ledger at all": (
-        lambda model: (model / LEDGER).write_bytes(b"no database, but of some length" * 99),
         "ledger_damaged",
     ),
     "another schema": (lambda model: execute(model, "PRAGMA user_version = 99"), "ledger_schema"),

@@ -234,6 +234,8 @@ def test_gc_removes_files_with_their_keys_and_spares_what_waits(model: Path) -> 
             Change(dropped=[stage.key], heads=[replace(head, key=None, depth=0)])
         )
         context.stores.records.write(0, 0, "0" * 64, [])
+        (kept,) = (each for each in list_garbage(context, model) if not each.removable)
+        assert kept.path == f"{CHECKPOINTS}/{stage.key}"
         removed = remove_garbage(context, model)
         assert [each.path for each in removed] == [f"records/shard-00000-slice-00000-{'0' * 64}.parquet"]
         assert stage.key in context.stores.keyring.held(CHECKPOINTS)
