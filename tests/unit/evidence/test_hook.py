@@ -200,23 +200,6 @@ def test_missing_keys_stop_nothing(model: Certified, tmp_path: Path) -> None:
     assert kinds(model) == [STATE, EXACT]
 
 
-def test_a_draft_of_what_was_not_committed_is_dropped(
-    model: Certified, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(model.fake.ledger, "commit", _fails)
-        with pytest.raises(EnvironmentFault):
-            model.forget(1)
-    assert len(model.evidence.drafts()) == 1
-    reconcile(model.fake.context)
-    assert model.evidence.drafts() == {}
-    assert kinds(model) == [STATE]
-
-
-def _fails(_change: Change) -> int:
-    raise EnvironmentFault("the disk is full")
-
-
 def test_what_another_party_signed_is_logged_and_not_parsed(model: Certified) -> None:
     model.log.append(b"no JSON at all", REBUILD)
     model.forget(1)

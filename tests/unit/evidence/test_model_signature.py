@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from functools import reduce
 from operator import getitem
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from sisa.evidence.keys.model_signature import (
     IGNORED,
     check_signature,
     export_key,
-    public_pem,
     sign_export,
     sign_files,
 )
@@ -34,28 +32,6 @@ FILES = {
 }
 DIGESTS = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
 SIGNED = sign_files("shard-00000", DIGESTS, KEY)
-
-
-def exported(folder: Path) -> Path:
-    """Write a signed export as a hub keeps it, beside files of the hub's own."""
-    folder.mkdir()
-    for name, data in {**FILES, SIGNATURE: SIGNED, ".gitattributes": b"*.safetensors lfs"}.items():
-        (folder / name).write_bytes(data)
-    (folder.parent / "exports.pem").write_bytes(public_pem(KEY.public_key()))
-    return folder
-
-
-def test_model_signing_verifies_an_export_and_refuses_a_changed_one(tmp_path: Path) -> None:
-    verifying = pytest.importorskip("model_signing").verifying
-    folder = exported(tmp_path / "moved-elsewhere")
-    client = verifying.Config().use_elliptic_key_verifier(public_key=tmp_path / "exports.pem")
-    client.verify(folder, folder / SIGNATURE)
-    (folder / "adapter_model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(ValueError, match=r"Hash mismatch for .*adapter_model"):
-        client.verify(folder, folder / SIGNATURE)
-    (folder / SIGNATURE).write_bytes(sign_files("shard-00000", DIGESTS, STRANGER))
-    with pytest.raises(ValueError, match="Key mismatch"):
-        client.verify(folder, folder / SIGNATURE)
 
 
 def test_an_export_says_what_would_revoke_it_and_the_signature_covers_that() -> None:

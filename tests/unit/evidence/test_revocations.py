@@ -87,14 +87,6 @@ def test_a_deletion_revokes_the_copies_that_it_touched(model: Certified) -> None
     assert stated["subject"][0]["digest"] == {"sha256": model.log.checkpoint.root.hex()}
 
 
-def test_checkpoints_that_were_never_exported_are_revoked_too(model: Certified) -> None:
-    (shard,) = {each.shard for each in model.rows(3)}
-    held = {each.key: each.adapter_sha256 for each in model.fake.ledger.checkpoints(shard)}
-    weights = {held[key]: model.fake.checkpoints.stored[key][ADAPTER] for key in held}
-    model.forget(3)
-    assert feed(model)["revoked"].keys() == {name for name, each in weights.items() if knows(each, 3)}
-
-
 def test_copies_are_revoked_before_the_certificate_is_issued(model: Certified) -> None:
     taken, before = copies(model, "a"), feed(model)
     model.forget(next(each for each in range(12) if model.rows(each)[0].slice == 0), defer=True)

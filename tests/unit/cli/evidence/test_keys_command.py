@@ -72,9 +72,6 @@ def test_an_auditor_follows_the_hand_overs(model: Path, ask: Ask, tmp_path: Path
     assert error["error"]["type"] == "IntegrityError"
     found = ask(*check, "--log", model / "log")
     assert found == {"ok": True, "model": NAME, "keyid": new["keyid"], "num_keys": 3}
-    lost = ask("keys", "rotate", "-m", model, "--lost")
-    error = ask("keys", "check", lost["published"], "--trusted", old, "--log", model / "log", code=4)
-    assert "lost or leaked" in error["error"]["message"]
 
 
 def test_words_name_the_file_and_the_key(model: Path, ask: Ask, sisa: Sisa) -> None:
