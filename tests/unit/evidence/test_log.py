@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import random
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fastapi import FastAPI, Response
+from fastapi.staticfiles import StaticFiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +29,7 @@ from sisa.verifier import merkle, note
 from sisa.verifier.envelope import Refused
 from sisa.verifier.note import WIDTH, Checkpoint, open_checkpoint, read_log, tile_path
 from tests.models.mutants import mutants
+from tests.models.programs.local_server import served
 from tests.models.written_log import TYPE, Keys, Place, entry, fill, some_cosigner_key, statement
 
 
@@ -549,40 +549,19 @@ def test_two_runs_of_a_cosigner_do_not_cross(place: Place, monkeypatch: pytest.M
 # --- readers elsewhere ---------------------------------------------------------------------------
 
 
-@contextmanager
-def served(directory: Path) -> Iterator[str]:
-    """Serve a directory by Python's static file server, with two odd paths."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given, directory=str(directory))
-
-        def do_GET(self) -> None:
-            if "/broken/" in self.path:
-                self.send_error(503)
-            elif "/cut/" in self.path:
-                self.send_response(200)
-                self.send_header("Content-Length", "1000")
-                self.end_headers()
-                self.wfile.write(b"x")
-            else:
-                super().do_GET()
-
-        def log_message(self, *_: object) -> None:
-            """Log nothing."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
+def file_server(directory: Path) -> FastAPI:
+    """Serve a directory, with two odd paths."""
+    app = FastAPI()
+    app.get("/broken/checkpoint", status_code=503)(lambda: None)
+    cut = Response("x", headers={"Content-Length": "1000"})
+    app.get("/cut/checkpoint")(lambda: cut)
+    app.mount("/", StaticFiles(directory=directory))
+    return app
 
 
 def test_a_log_is_read_from_any_file_server(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(place, 300)
-    with served(place.at) as url:
+    with served(file_server(place.at)) as url:
         for where in (url, f"{url}/"):
             read = log_reader(where)
             found = open_checkpoint(read("checkpoint"), place.vkey)

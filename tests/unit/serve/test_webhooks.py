@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from fastapi import FastAPI, Request, Response
 from standardwebhooks.webhooks import Webhook
 
 from cluster.serve.domain import Service
@@ -22,6 +20,7 @@ from sisa.config.config import ServiceBlock, WebhookReceiver
 from sisa.core.errors import InvalidInput
 from sisa.flows.lifecycle import Terms
 from sisa.model import Model, open_model
+from tests.models.programs.local_server import served
 
 SECRET = "whsec_" + base64.b64encode(b"a secret of a test").decode()
 URL, OTHER = "https://dpo.example/hooks", "https://other.example/"
@@ -209,32 +208,16 @@ def test_a_secret_that_cannot_be_used_is_refused(tmp_path: Path, text: str, mode
         check_receivers(block)
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[str, list[Any]]]:
-    """Yield the URL of a receiver that redirects what comes to `/moved`, and what it got."""
-    got: list[Any] = []
+def test_messages_go_by_http_and_follow_no_redirect() -> None:
+    got, app = list[tuple[str, bytes]](), FastAPI()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            got.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(307 if self.path == "/moved" else 200)
-            self.send_header("Location", "/")
-            self.end_headers()
+    @app.post("/{path}")
+    async def take(path: str, request: Request) -> Response:
+        got.append((path, await request.body()))
+        return Response(status_code=307 if path == "moved" else 200, headers={"Location": "/"})
 
-        def log_message(self, *_: Any) -> None:
-            """Log nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as found:
-        thread = threading.Thread(target=found.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{found.server_port}", got
-        found.shutdown()
-        thread.join()
-
-
-def test_messages_go_by_http_and_follow_no_redirect(server: tuple[str, list[Any]]) -> None:
-    url, got = server
-    assert post_message(f"{url}/", b"{}", {"webhook-id": "a"}) == 200
-    assert post_message(f"{url}/moved", b"{}", {}) == 307
-    assert got == [("/", b"{}"), ("/moved", b"{}")]
+    with served(app) as url:
+        assert post_message(f"{url}/hook", b"{}", {"webhook-id": "a"}) == 200
+        assert post_message(f"{url}/moved", b"{}", {}) == 307
+    assert got == [("hook", b"{}"), ("moved", b"{}")]
     assert post_message("http://127.0.0.1:1/", b"{}", {}) == 0
