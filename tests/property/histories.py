@@ -239,7 +239,7 @@ EFFECTS = {
     "metrics": ("append", "keep_losses"),
     "patches": ("save", "erase"),
     "vault": ("put", "erase"),
-    "drafts": ("erase",),
+    "patch_drafts": ("erase",),
     "hidden_states": ("write", "erase"),
 }
 COMMITS = {"ledger": ("commit",), "witness": ("append",)}
