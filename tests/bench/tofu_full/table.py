@@ -28,6 +28,7 @@ from approx.metrics.probability import probability
 from sisa.core.digest import canonical_json, digest_of
 from tests.bench.command import markdown
 from tests.bench.tofu_full.design import (
+    SHARES,
     Contestant,
     cell_names,
     contestants,
@@ -62,6 +63,8 @@ STATES = {  # in the table, and in the plot
     "trained without": ("trained without", "never trained on them"),
 }
 MARKERS = "^vDPhp<>d8H"  # of methods
+MEMORISED = ("forget", "exact_memorisation", "value")
+UTILITY = ("model_utility", "value")
 CROWDED = 20  # models in a plot: if there are more, the legend alone names methods
 Json = dict[str, Any]
 
@@ -314,6 +317,31 @@ def trials_table(found: Json) -> Iterator[str]:
     yield from markdown(header, lines)
 
 
+def deletions_table(found: Json) -> Iterator[str]:
+    """Yield what the exact deletion of each forget set took, and what is left of the set."""
+    lines = []
+    for split in SHARES:
+        by_state = {(some[0]["layout"], some[0]["state"]): some for _, some in groups(found, split)}
+        base = by_state.get((None, "base"), [])
+        for (layout, state), after in by_state.items():
+            if state == "deleted":
+                before = by_state.get((layout, "trained on all"), [])
+                cells = [
+                    *(layout, split, str(len(after))),
+                    _mean(after, "share_of_training", form=".1%"),
+                    _mean(after, "core_seconds", form=".0f"),
+                    " / ".join(_mean(some, *MEMORISED) for some in (before, after, base)),
+                    _mean(after, "attacked", "relearnt_in_domain", "value"),
+                    " / ".join(_mean(some, *UTILITY) for some in (before, after)),
+                ]
+                lines.append(cells)
+    header = (
+        *("layout", "deleted", "runs", "of a training", "core-seconds"),
+        *("memorised before / after / by the base", "relearnt, in domain", "utility before / after"),
+    )
+    yield from markdown(header, lines)
+
+
 def nine_table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
     """Yield the nine terms of model utility."""
     header = ("model", *(each.replace("_", " ") for each in NINE))
@@ -331,9 +359,9 @@ def _cells(name: str, some: Sequence[Json]) -> list[str]:
         name,
         str(len(some)),
         f"{p} / {d}",
-        _mean(some, "model_utility", "value"),
+        _mean(some, *UTILITY),
         _mean(some, "forget", "extraction_strength", "value"),
-        _mean(some, "forget", "exact_memorisation", "value"),
+        _mean(some, *MEMORISED),
         _mean(some, "membership", "value"),
         *(_mean(some, "attacked", each, "value") for each in ATTACKS),
         _mean(some, "core_seconds", form=".0f"),
@@ -386,10 +414,9 @@ def draw(found: Json, to: Path, split: ForgetSplit = "forget10") -> None:
 
 
 def _draw_models(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
-    known = ("forget", "exact_memorisation", "value"), ("model_utility", "value")
     places: dict[str, tuple[float, float]] = {}
     for name, some in models:
-        left, useful = (_middle(some, path) for path in known)
+        left, useful = (_middle(some, path) for path in (MEMORISED, UTILITY))
         if left is not None and useful is not None:
             places[name] = left, useful
     before = {some[0]["kind"]: name for name, some in models if some[0]["state"] == "trained on all"}

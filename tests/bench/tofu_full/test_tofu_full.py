@@ -20,7 +20,7 @@ from sisa.store.blobs.files import writer_lock
 from tests.bench.tofu_full.__main__ import argument_parser, main, models_of
 from tests.bench.tofu_full.design import FORM, Design, read_data
 from tests.bench.tofu_full.split_model import Halves
-from tests.bench.tofu_full.table import table, trials_table
+from tests.bench.tofu_full.table import deletions_table, table, trials_table
 from tests.models.tiny_base import make_tiny_base
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
@@ -146,6 +146,10 @@ def test_assembly_reads_what_cells_wrote(bench: Bench, ran: dict[str, Any]) -> N
     assert any(line.startswith("| ours, 1x4, before | 1 | - / - | - |") for line in lines)
     assert any("1 of 1 adapters equal" in line for line in lines)
     assert any(line.startswith("| ours, 1x4, after an exact deletion | 1 |") for line in lines)
+    (deleted,) = [line.strip("| ").split(" | ") for line in deletions_table(ran)][2:]
+    assert deleted[:4] == ["1x4", "forget10", "1", f"{made['share_of_training']:.1%}"]
+    memorised = f"{ours['forget']['exact_memorisation']['value']:.2f}"
+    assert deleted[5] == f"- / {memorised} / -"  # the others were not asked
 
 
 @pytest.mark.usefixtures("ran")
