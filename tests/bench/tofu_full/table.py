@@ -65,7 +65,7 @@ STATES = {  # in the table, and in the plot
 MARKERS = "^vDPhp<>d8H"  # of methods
 MEMORISED = ("forget", "exact_memorisation", "value")
 UTILITY = ("model_utility", "value")
-CROWDED = 20  # models in a plot: if there are more, the legend alone names methods
+CROWDED = 12  # models in a plot: if there are more, the legend alone names methods
 Json = dict[str, Any]
 
 
