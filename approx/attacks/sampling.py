@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from approx.attacks.attack import Attack, AttackSets, Curve
 from approx.evaluation.continuations import continue_sampled
-from approx.metrics.rouge import rougeL_recall
+from approx.metrics.word_overlap import rougeL_recall
 from sisa.core.domain import Record
 from sisa.lm.base.tokens import encode_prompt, end_tokens
 

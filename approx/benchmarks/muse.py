@@ -40,7 +40,7 @@ from approx.evaluation.questions import (
     read_questions,
     texts_of,
 )
-from approx.metrics.rouge import rougeL_f1
+from approx.metrics.word_overlap import rougeL_f1
 
 MUSE_DATA = Source("MUSE", "muse-bench/MUSE-News")
 CONTINUED = How("completion", max_new_tokens=128)

@@ -45,7 +45,7 @@ from approx.evaluation.questions import (
     texts_of,
 )
 from approx.metrics.fluency import ngram_entropy
-from approx.metrics.short_answers import exact_match, word_f1
+from approx.metrics.word_overlap import exact_match, word_f1
 from sisa.core.errors import InvalidInput
 
 RWKU_DATA = Source("RWKU", "jinzhuoran/RWKU", "test")

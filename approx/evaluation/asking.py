@@ -20,7 +20,7 @@ from approx.evaluation.questions import How, PromptForm, PromptKind, Question, q
 from approx.metrics.membership import loss_score, min_k_plus_plus_score, min_k_score, zlib_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength
 from approx.metrics.privleak import MIN_K
-from approx.metrics.rouge import rougeL_recall
+from approx.metrics.word_overlap import rougeL_recall
 from sisa.core.digest import canonical_json, digest_of
 from sisa.core.errors import ConfigConflict, InvalidInput
 

@@ -35,7 +35,7 @@ from approx.evaluation.answers import answered, score_examples
 from approx.evaluation.continuations import continue_greedily
 from approx.metrics.membership import min_k_plus_plus_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength
-from approx.metrics.rouge import rougeL_recall
+from approx.metrics.word_overlap import rougeL_recall
 from sisa.config.config import RunConfig
 from sisa.core.domain import Kind, Record
 from sisa.core.requests import Probed

@@ -46,7 +46,7 @@ from approx.evaluation.probe import MAX_PROBED, Answers, may_know, probe_answers
 from approx.metrics.membership import min_k_plus_plus_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength, floor
 from approx.metrics.probability import probability
-from approx.metrics.rouge import rougeL_recall
+from approx.metrics.word_overlap import rougeL_recall
 from approx.unlearning.stopping import Knowledge
 from approx.unlearning.written.invented_names import rename_record
 from sisa.core.domain import Record

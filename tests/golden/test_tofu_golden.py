@@ -19,7 +19,7 @@ import pytest
 from approx.benchmarks.tofu import evaluation_sets
 from approx.benchmarks.tofu_aggregates import Aggregates, aggregates, quality
 from approx.evaluation.question_log import LogRow, read_log
-from approx.metrics.rouge import rougeL_recall
+from approx.metrics.word_overlap import rougeL_recall
 from tests.fakes.benchmarks import write_published
 
 GOLDEN = Path(os.environ.get("SISA_DATA") or Path(__file__).parents[3] / "shared" / "data") / "golden"

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from approx.evaluation.answers import answered
 from approx.evaluation.continuations import continue_sampled
-from approx.metrics.rouge import rougeL_recall
+from approx.metrics.word_overlap import rougeL_recall
 from approx.unlearning.compute import Compute
 from approx.unlearning.examples import begins_with_space, closed
 from approx.unlearning.written.invented_names import invented_names, rename_record, replace_names

@@ -21,7 +21,7 @@ from typing import Any
 from approx.evaluation.answers import answered
 from approx.evaluation.continuations import continue_greedily
 from approx.evaluation.probe import answers_to_probe
-from approx.metrics.rouge import rougeL_recall
+from approx.metrics.word_overlap import rougeL_recall
 from approx.unlearning.written.invented_names import rename_record
 from sisa.core.domain import Kind, Record
 from sisa.lm.base.tokens import Tokens, encode_prompt, end_tokens, tokenize

@@ -189,7 +189,7 @@ def asked(
     from approx.evaluation.evaluated_models import DeletionReadyModel
     from approx.evaluation.questions import PromptForm
     from approx.metrics.probability import probability
-    from approx.metrics.rouge import rougeL_recall
+    from approx.metrics.word_overlap import rougeL_recall
     from sisa.train import train_model
 
     model, _ = train_model(work.run_file(shards, rate, way), executor="serial")

@@ -241,7 +241,7 @@ class Asked:
     def served(self, rows: Sequence[Row]) -> Answers:
         """Return the answers of the shards that questions are routed to."""
         from approx.metrics.probability import probability
-        from approx.metrics.rouge import rougeL_recall
+        from approx.metrics.word_overlap import rougeL_recall
 
         pairs = [(row["prompt"], row["completion"]) for row in rows]
         scores = self._served.score(pairs, self._form, batch_size=8)

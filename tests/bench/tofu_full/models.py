@@ -28,7 +28,7 @@ from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import TaskArithmetic
 from approx.metrics.model_utility import harmonic_mean
 from approx.metrics.probability import probability, probability_among
-from approx.metrics.rouge import rougeL_recall
+from approx.metrics.word_overlap import rougeL_recall
 from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.compute import Compute
 from approx.unlearning.editing import subject_ends

@@ -15,7 +15,7 @@ from approx.metrics.choice import chosen
 from approx.metrics.depth import MIN_GAP, depth_score
 from approx.metrics.estimate import change, estimate, harmonic_mean_of_means
 from approx.metrics.fluency import ngram_entropy
-from approx.metrics.short_answers import exact_match, word_f1
+from approx.metrics.word_overlap import exact_match, word_f1
 
 SCORES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20)
 GAPS = st.lists(st.floats(-2, 5, width=32), min_size=3, max_size=3)

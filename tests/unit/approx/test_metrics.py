@@ -36,8 +36,8 @@ from approx.metrics.memorisation import exact_memorisation, extraction_strength,
 from approx.metrics.model_utility import NINE, aggregate, harmonic_mean, model_utility
 from approx.metrics.privleak import privleak
 from approx.metrics.probability import probability, probability_among
-from approx.metrics.rouge import rougeL_recall
 from approx.metrics.truth_ratio import VARIANTS, arithmetic, geometric, towards_one, towards_truth
+from approx.metrics.word_overlap import rougeL_recall
 
 losses = st.floats(0, 50)
 scores = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12)
@@ -155,7 +155,7 @@ def test_the_known_limit_of_rouge() -> None:
 
 def test_rouge_loads_no_library_that_its_stemmer_does_without() -> None:
     """It hides them for its own import alone; they take a second."""
-    code = "from approx.metrics.rouge import UNUSED, rougeL_recall as recall; import sys\n"
+    code = "from approx.metrics.word_overlap import UNUSED, rougeL_recall as recall; import sys\n"
     code += "print(recall('She collects old coins', 'a coin'), set(UNUSED) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split(maxsplit=1) == ["0.25", "set()\n"]

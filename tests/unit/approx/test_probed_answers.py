@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from approx.evaluation import probe
 from approx.evaluation.continuations import continue_greedily
 from approx.evaluation.probe import KNOWN_RECALL, KNOWN_STRENGTH, probe_answers
-from approx.metrics.rouge import rougeL_recall
+from approx.metrics.word_overlap import rougeL_recall
 
 pytestmark = pytest.mark.torch
 VOCABULARY, END = 40, 3
