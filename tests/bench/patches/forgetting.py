@@ -1,15 +1,15 @@
 """Whether a patch made with the defaults forgets: counts for methods and retain sets, on one base.
 
     python -m tests.bench.patches.forgetting --tiny --out tests/bench/patches/forgetting_tiny.json
-    python -m tests.bench.patches.forgetting --records tofu/full.jsonl --people 5 --retain written \\
-        --out tests/bench/patches/forgetting.json
+    python -m tests.bench.patches.forgetting --data data --people-of rwku --people 5 \\
+        --retain written --out tests/bench/patches/forgetting.json
 
-A base is fine-tuned in full to know some people by heart: invented ones, TOFU's authors (`full.jsonl`)
-or RWKU's people (`forget_level2.jsonl`). A patch with the defaults of `sisa approx unlearn` should
-remove one of them: rounds end when the probe knows none of the records and their probability has
-halved, or when the bound on utility stops them. The result has the report and what the base then knows
-of the others, who are in the retain set `given` and not in `written`. It is written after every patch,
-and the same command continues it.
+A base is fine-tuned in full to know some people by heart: invented ones, TOFU's authors or RWKU's
+people. A patch with the defaults of `sisa approx unlearn` should remove one of them: rounds end when the
+probe knows none of the records and their probability has halved, or when the bound on utility stops
+them. The result has the report and what the base then knows of the others, who are in the retain set
+`given` and not in `written`. It is written after every patch, and the same command on the same machine
+continues it.
 
 There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
 base.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ from approx.methods.registry import METHODS
 from approx.patches.patch_settings import Adapter, settings_of
 from sisa.core.domain import Record
 from sisa.data.samples import make_people
-from tests.bench.command import BASE, arguments, here, markdown, read, read_rows, write
+from tests.bench.answering import routing
+from tests.bench.command import BASE, arguments, here, markdown, read, write
 from tests.bench.patches.known_people import TINY, Scale, base_dir
 from tests.models.knowing_base import record, teach
 from tests.models.patch_bench import Bench
 
 RETAIN = ("written", "given")
-TOFU_EACH = 20  # questions about an author
+PEOPLE_OF = {"tofu": routing.tofu, "rwku": routing.rwku}
 SEQUENCE_LEN = 256  # no record is longer
 REPORTED = (
     *("outcome", "still_known", "ending", "why", "step", "num_steps", "learning_rate_kept", "alpha"),
@@ -76,39 +77,43 @@ def forget(
     }
 
 
-def rows_of(records: Path | None, people: int, per_person: int) -> list[dict[str, str]]:
-    """Return the first questions about the first people of a file, or of invented people."""
-    if records is None:
-        return make_people(people, per_person)
-    by_person: dict[str, list[tuple[str, str]]] = {}
-    for number, row in enumerate(read_rows(records)):
-        if "subject" in row:  # RWKU
-            by_person.setdefault(row["subject"], []).append((row["query"], row["answer"]))
-        else:  # TOFU, in the order of its authors
-            author = f"{number // TOFU_EACH:03}"
-            by_person.setdefault(author, []).append((row["question"], row["answer"]))
+def rows_of(given: argparse.Namespace, per_person: int) -> list[dict[str, str]]:
+    """Return the first questions about the first people of a data set, or about invented ones."""
+    if given.data is None:
+        return make_people(given.people, per_person)
+    by_person: dict[int, list[routing.Asked]] = {}
+    for each in PEOPLE_OF[given.people_of](given.data):
+        by_person.setdefault(each.subject, []).append(each)
     return [
-        {"id": f"p{at}-q{n}", "subject_id": f"p{at}", "prompt": prompt, "completion": f" {completion}"}
-        for at, asked in enumerate(islice(by_person.values(), people))
-        for n, (prompt, completion) in enumerate(asked[:per_person])
+        {
+            "id": f"p{person}-q{number}",
+            "subject_id": f"p{person}",
+            "prompt": each.question,
+            "completion": f" {each.answer}",
+        }
+        for person in range(given.people)
+        for number, each in enumerate(by_person[person][:per_person])
     ]
 
 
 def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Teach a base, make the patches that the result lacks, and write it after each of them."""
     scale, adapter = (TINY, Adapter(4, 8)) if given.tiny else (Scale(), Adapter())
-    people = list(map(record, rows_of(given.records, given.people, scale.per_person)))
+    people = list(map(record, rows_of(given, scale.per_person)))
     knowing, base = folder / "knowing", base_dir(given.tiny, given.base_model, folder)
     taught = teach(base, people, to=knowing, steps=scale.steps, learning_rate=scale.learning_rate)
     print("taught", taught, flush=True)
     values = {} if given.rounds is None else {"num_rounds": given.rounds}
-    found = {
+    header = {
         **here("tiny" if given.tiny else given.base_model),
-        "records": given.records.name if given.records else "invented",
-        "taught": taught,
+        "people_of": given.people_of if given.data else "invented",
         "people": given.people,
-        "rows": read(given.out).get("rows", []),
+        "rounds": given.rounds,
+        "taught": taught,
     }
+    held = read(given.out)
+    same = all(held.get(name) == value for name, value in header.items())
+    found = {**header, "rows": held["rows"] if same and held else []}
     done = [(row["method"], row["retain"]) for row in found["rows"]]
     for method, retain in product(given.method or sorted(METHODS), given.retain or RETAIN):
         if (method, retain) not in done:
@@ -154,7 +159,8 @@ def main() -> None:
         tiny={"action": "store_true"},
         method={"action": "append"},
         retain={"action": "append", "choices": RETAIN},
-        records={"type": Path, "help": "TOFU's full.jsonl or RWKU's forget_level2.jsonl"},
+        data={"type": Path, "help": "a directory with tofu/ and rwku/; without it, people are invented"},
+        people_of={"choices": list(PEOPLE_OF), "default": "tofu", "help": "of --data"},
         people=10,
         rounds=int,
     )
