@@ -160,7 +160,7 @@ def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> 
     Without an index, the statement is in no log, and the present key must have signed it.
     """
     value, message, made = _opened(data, "the envelope", PAYLOAD_TYPE)
-    signed = _signers(keys.statement_keys, message, made)
+    signed = _signers("the envelope", keys.statement_keys, message, made)
     if not any(key.holds(index) for key in signed):
         what = "its key did not hold then" if signed else "none of the public keys signed it"
         expected = " or ".join(f"one for entries from {key.since} to {key.until}" for key in signed)
@@ -178,7 +178,7 @@ def parse_keys(data: bytes) -> PublicKeys:
     """Return the keys in a file of public keys, which the last of them signed."""
     value, message, made = _opened(data, "the file of public keys", KEYS_PAYLOAD_TYPE)
     keys = public_keys(value)
-    if not _signers([keys.present], message, made):
+    if not _signers("the file of public keys", [keys.present], message, made):
         raise Refused("the file of public keys is not signed by its last key")
     return keys
 
@@ -197,11 +197,13 @@ def _opened(data: bytes, what: str, kind: str) -> tuple[Any, bytes, dict[str, by
     return strict_json(payload, f"the payload of {what}"), pae(kind, payload), signatures
 
 
-def _signers(keys: Sequence[StatementKey], message: bytes, made: dict[str, bytes]) -> list[StatementKey]:
+def _signers(
+    what: str, keys: Sequence[StatementKey], message: bytes, made: dict[str, bytes]
+) -> list[StatementKey]:
     """Return the keys that signed. Raise Refused if a signature of one of them is wrong."""
     signed = [key for key in keys if key.keyid in made]
     if not all(key.verifies(made[key.keyid], message) for key in signed):
-        raise Refused("a signature of the envelope is wrong")
+        raise Refused(f"a signature of {what} is wrong")
     return signed
 
 
