@@ -44,7 +44,10 @@ _Placed = TypeVar("_Placed", RecordRow, SliceState)
 
 @dataclass(frozen=True)
 class ForgetPlan:
-    """What a deletion would do: numbers and keys alone."""
+    """What a deletion would do: numbers and keys alone.
+
+    `estimated_seconds` is for one worker; None if it is not estimated, or nothing was measured yet.
+    """
 
     removed: tuple[RecordRow, ...]
     already_deleted: tuple[Tombstone, ...]
@@ -57,9 +60,7 @@ class ForgetPlan:
     record_epochs_full: int
     record_epochs_others: int  # of the stages of the other orders
     serving_depth: float  # after the commit: mean share of its slices that each shard serves
-    estimated_seconds: float | None = (
-        None  # of one worker; None if not estimated, or nothing is measured
-    )
+    estimated_seconds: float | None = None
 
     @property
     def num_slice_files(self) -> int:
