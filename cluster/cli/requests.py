@@ -199,7 +199,7 @@ def _watch(model: Model, directory: Path, every: int) -> NoReturn:
 
     While another process holds the model, wait for the next check. Raise any other error.
     """
-    from cluster.serve.worker import carry_out_requests, delivering
+    from cluster.serve.runner import carry_out_requests, delivering
 
     _join_cluster(model)
     is_waiting = False

@@ -41,7 +41,7 @@ def serve(
 ) -> Result:
     """Answer over HTTP as OpenAI does, until Ctrl-C."""
     from cluster.serve import service
-    from cluster.serve.worker import working
+    from cluster.serve.runner import working
 
     if stop or look:
         found = service.stop_service(directory) if stop else service.find_service(directory)

@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse
 
 from cluster.cli.cli import run
 from cluster.serve.engines import EngineHolds, engines_hold
+from cluster.serve.runner import carry_out_requests
 from cluster.serve.vllm_plugin import Evictions, ExportedAdapters, RevocationEndpoints
-from cluster.serve.worker import carry_out_requests
 from sisa.config.config import EngineSource, ServiceBlock
 from tests.fakes.vllm import StandIn, put
 from tests.models.programs.local_server import served
@@ -124,7 +124,7 @@ def test_the_worker_has_engines_sweep_after_a_deletion(
         swept.append(sweep)
         return [held]
 
-    monkeypatch.setattr("cluster.serve.worker.engines_hold", holds)
+    monkeypatch.setattr("cluster.serve.runner.engines_hold", holds)
     done: list[str] = []
     now = SimpleNamespace(choice="run now")
     calls = {"queue": lambda: None, "plan_run": lambda: now, "run": lambda: tuple(done)}

@@ -10,8 +10,8 @@ from fastapi.testclient import TestClient
 
 from cluster.serve.app import build_app
 from cluster.serve.domain import Service
+from cluster.serve.runner import carry_out_requests
 from cluster.serve.tokens import Tokens
-from cluster.serve.worker import carry_out_requests
 from sisa.audit.garbage import KEPT_FILES
 from sisa.flows.wiring.ledger_place import LOCK
 from sisa.flows.wiring.upper_houses import SERVICE_STATE

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import cli
+from cluster.serve import runner
 from cluster.serve import service as service_module
-from cluster.serve import worker
 from cluster.serve.domain import Service
+from cluster.serve.runner import carry_out_requests, delivering, working
 from cluster.serve.state import ServiceState
 from cluster.serve.webhooks import Courier
-from cluster.serve.worker import carry_out_requests, delivering, working
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy
 from sisa.flows.lifecycle import Terms
@@ -28,7 +28,7 @@ from tests.models.confessing import RUN_FILE, train_in, use_fake_resources
 
 @pytest.fixture
 def model(service: Service, monkeypatch: pytest.MonkeyPatch) -> Model:
-    monkeypatch.setattr(worker, "LOOK_S", 0.01)
+    monkeypatch.setattr(runner, "LOOK_S", 0.01)
     return service.model
 
 
@@ -66,7 +66,7 @@ def test_what_was_asked_for_is_carried_out_although_another_writes_first(
 
     monkeypatch.setattr(Model, "run", busy_once)
     monkeypatch.setattr(Model, "plan_run", lambda _: pytest.fail("the plan was asked"))
-    monkeypatch.setattr(worker, "EVERY_S", 3_600.0)
+    monkeypatch.setattr(runner, "EVERY_S", 3_600.0)
     model.submit(["id-0003"], terms=Terms(external_id="T-1", approver="dpo"))
     ServiceState(model.directory).ask_to_run()
     with working(model.directory):
@@ -115,7 +115,7 @@ def test_a_service_has_a_worker(model: Model, monkeypatch: pytest.MonkeyPatch) -
 
 def test_watching_reports_as_a_service_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_resources(monkeypatch)
-    monkeypatch.setattr(worker, "LOOK_S", 0.01)
+    monkeypatch.setattr(runner, "LOOK_S", 0.01)
     secret = tmp_path / "hook.secret"
     secret.write_text("whsec_c2VjcmV0IG9mIGEgdGVzdA==")
     secret.chmod(0o600)
