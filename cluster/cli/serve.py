@@ -41,7 +41,7 @@ def serve(
 ) -> Result:
     """Answer over HTTP as OpenAI does, until Ctrl-C."""
     from cluster.serve import service
-    from cluster.serve.runner import working
+    from cluster.serve.runner import service_runner
 
     if stop or look:
         found = service.stop_service(directory) if stop else service.find_service(directory)
@@ -58,7 +58,7 @@ def serve(
         model.report(Notice(f"starting {copies} on Ray Serve"))
         with (
             service.started(directory, model.config, *address, num_replicas) as running,
-            working(directory, model.report),
+            service_runner(directory, model.report),
         ):
             line = f"serving {running.url} ({copies}; console: {running.url}/console); Ctrl-C stops it"
             model.report(Notice(line))

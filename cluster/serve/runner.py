@@ -1,9 +1,9 @@
 """Carry out approved requests when the plan says so, and report changes of requests.
 
-    with working(Path("model")):       # beside a service, until the block ends
+    with service_runner(Path("model")):       # beside a service, until the block ends
         ...
 
-`working` runs beside `sisa serve`, and tries again after any error. Without a service,
+The runner is a thread beside `sisa serve`, and tries again after any error. Without a service,
 `sisa run --watch` calls `carry_out_requests` in a loop, within `delivering`. Run one of the two for a
 model. After a deletion, engines that load exports are made to drop what was erased. `POST /requests/run`
 has approved requests carried out whatever the plan says.
@@ -45,7 +45,7 @@ def carry_out_requests(model: Model, *, plan: bool = True) -> tuple[Request, ...
     if not asked and model.plan_run().choice != "run now":
         return ()
     done = model.run()
-    if asked:  # if this process ends before, the next worker carries them out
+    if asked:  # if this process ends before, the next runner carries them out
         state.has_run(asked)
     for each in engines_hold(model, sweep=True) if done else ():
         if not each.clean:  # its own next sweep may succeed; `sisa engines` shows it
@@ -55,11 +55,11 @@ def carry_out_requests(model: Model, *, plan: bool = True) -> tuple[Request, ...
 
 
 @contextlib.contextmanager
-def working(directory: Path, report: Report = silent) -> Iterator[None]:
-    """Run the worker and the courier of a model, each in a thread, until the block ends.
+def service_runner(directory: Path, report: Report = silent) -> Iterator[None]:
+    """Start the runner and the courier of a model, each in a thread, until the block ends.
 
-    The worker trains on a running cluster, else in this process, since the replicas use the local Ray.
-    The next command or worker finishes a deletion that is under way at the end. Raise InvalidInput for a
+    The runner trains on a running cluster, else in this process, since the replicas use the local Ray.
+    The next command or runner finishes a deletion that is under way at the end. Raise InvalidInput for a
     webhook whose secret can't be used.
     """
     from sisa.model import open_model
@@ -68,14 +68,14 @@ def working(directory: Path, report: Report = silent) -> Iterator[None]:
     model.executor = "ray" if model.config.cluster.address else "serial"
     next_plan = time.monotonic()
 
-    def work() -> None:
+    def turn() -> None:
         nonlocal next_plan
         plan = time.monotonic() >= next_plan
         if plan:
             next_plan = time.monotonic() + EVERY_S
         carry_out_requests(model, plan=plan)
 
-    with delivering(directory), _thread("worker", work):
+    with delivering(directory), _thread("runner", turn):
         yield
 
 

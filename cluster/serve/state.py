@@ -93,7 +93,7 @@ class ServiceState:
             return db.execute(query, (request, key)).rowcount > 0
 
     def ask_to_run(self) -> None:
-        """Have the worker carry out approved requests now."""
+        """Have the runner carry out approved requests now."""
         with self._tables() as db:
             db.execute("INSERT INTO wanted VALUES (NULL)")
 

@@ -104,7 +104,7 @@ class Rollout:
     def _committed(self, process: subprocess.Popen[bytes]) -> float | None:
         """Wait for new heads; return when the old ones were seen last, or None if there are none.
 
-        The service's worker, which also trains what was deferred, may make the command give way.
+        The service's runner, which also trains what was deferred, may make the command give way.
         """
         with self.model._ledger() as ledger:
             before, began = ledger.heads(), time.monotonic()

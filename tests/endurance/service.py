@@ -3,8 +3,8 @@
     python -m tests.endurance.service --minutes 10 --deletions 100 --out tests/endurance/service.json
 
 Sixteen clients ask `sisa serve` (two replicas, a tiny base) about people who are still held. Deletions
-are submitted and approved over HTTP, and the service's worker carries them out. Every so often a replica
-or the serving process itself is killed, the latter with its worker and its Ray, and started again as a
+are submitted and approved over HTTP, and the service's runner carries them out. Every so often a replica
+or the serving process itself is killed, the latter with its runner and its Ray, and started again as a
 supervisor would. Then:
 
     nothing is lost     each question is answered in the end, and each request is completed exactly once
@@ -118,7 +118,7 @@ class Service:
         raise Broken(f"the service did not start:\n{(self.folder / 'log').read_text()[-2000:]}")
 
     def kill(self, what: str) -> bool:
-        """Kill a replica, or the driver with its worker; return whether there was one."""
+        """Kill a replica, or the driver with its runner; return whether there was one."""
         assert self.process is not None
         if what == DRIVER:
             self.process.kill()

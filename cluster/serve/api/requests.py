@@ -178,7 +178,7 @@ class CandidatesShown(BaseModel):
 
 
 class RunAsked(BaseModel):
-    """The requests that the worker carries out next."""
+    """The requests that the runner carries out next."""
 
     requests: list[str] = Field(description="Requests that are approved and under no hold.")
 
@@ -298,7 +298,7 @@ def _requests(
 
 @requests_router.post("/requests/run", name="run_requests", status_code=202, response_model=RunAsked)
 def _run(_asked: NothingMore, service: TheService, _caller: MayErase) -> dict[str, Any]:
-    """Make the worker carry out all approved requests now, as one batch, whatever it costs."""
+    """Have the runner carry out all approved requests now, as one batch, whatever it costs."""
     ServiceState(service.model.directory).ask_to_run()
     return {"requests": list(service.model.plan_run().requests)}
 

@@ -114,7 +114,7 @@ def test_the_command_fails_while_an_engine_holds_what_was_erased(
     assert (each["url"], each["clean"], swept) == ("http://two", True, [False, True])
 
 
-def test_the_worker_has_engines_sweep_after_a_deletion(
+def test_the_runner_has_engines_sweep_after_a_deletion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     swept: list[bool] = []

@@ -1,4 +1,4 @@
-"""The worker carries out what is due or asked for, whatever fails in between."""
+"""The runner carries out what is due or asked for, whatever fails in between."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.cli import cli
 from cluster.serve import runner
 from cluster.serve import service as service_module
 from cluster.serve.domain import Service
-from cluster.serve.runner import carry_out_requests, delivering, working
+from cluster.serve.runner import carry_out_requests, delivering, service_runner
 from cluster.serve.state import ServiceState
 from cluster.serve.webhooks import Courier
 from sisa.config.runfile import parse_run_file
@@ -47,7 +47,7 @@ def test_what_is_due_is_carried_out_and_what_waits_waits(model: Model) -> None:
     tomorrow = (datetime.now(UTC) + timedelta(days=1)).date().isoformat()
     model.submit(["id-0003"], terms=Terms(external_id="due", due=tomorrow, approver="dpo"))
     model.submit(["id-0004"], terms=Terms(external_id="undecided", due=tomorrow))
-    with working(model.directory):
+    with service_runner(model.directory):
         until(lambda: state(model, "due") == "completed")
     assert state(model, "undecided") == "received"
     assert carry_out_requests(model) == ()
@@ -69,13 +69,13 @@ def test_what_was_asked_for_is_carried_out_although_another_writes_first(
     monkeypatch.setattr(runner, "EVERY_S", 3_600.0)
     model.submit(["id-0003"], terms=Terms(external_id="T-1", approver="dpo"))
     ServiceState(model.directory).ask_to_run()
-    with working(model.directory):
+    with service_runner(model.directory):
         until(lambda: state(model, "T-1") == "completed")
     assert failed
     until(lambda: not ServiceState(model.directory).asked_to_run())
 
 
-def test_what_was_asked_for_outlives_an_interrupted_worker(
+def test_what_was_asked_for_outlives_an_interrupted_runner(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, run = ServiceState(model.directory), Model.run
@@ -100,7 +100,7 @@ def test_what_was_asked_for_outlives_an_interrupted_worker(
     assert not state.asked_to_run()
 
 
-def test_a_service_has_a_worker(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_has_a_runner(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     model.submit(["id-0003"], terms=Terms(external_id="T-1", approver="dpo"))
     ServiceState(model.directory).ask_to_run()
     here = service_module.Running("http://127.0.0.1:8808", 1, 0.0, "t")

@@ -355,7 +355,7 @@ def test_each_row_of_the_table_of_rights(
         body: dict[str, Any] = {"records": corrected(WHO)} if "rectify" in path else {"subject": WHO}
         done = client.post(path.removeprefix("POST "), json=body)
         assert done.status_code in (200, 201)
-        if "/requests" in path:  # it waits for a decision, and for the worker
+        if "/requests" in path:  # it waits for a decision, and for the runner
             asked = done.json()["request_id"]
             assert client.post(f"/requests/{asked}/approve", json={}).status_code == 200
             open_model(model).run()
