@@ -14,13 +14,23 @@ from collections.abc import Sequence
 
 import click
 
-from cluster.cli import daily, jobs, maintenance, patches, plan, requests, rights, serve  # noqa: F401
+from cluster.cli import (  # noqa: F401
+    asking,
+    checks,
+    jobs,
+    maintenance,
+    patches,
+    plan,
+    requests,
+    rights,
+    serve,
+    training,
+)
 from cluster.cli.command import cli
 from cluster.cli.evaluation import attacks, benchmarks, tofu  # noqa: F401
 from cluster.cli.evidence import audits, certificates, keys, log, proofs, revocations  # noqa: F401
 from cluster.observe.reporting import log_format_of, open_log
-from cluster.render import render
-from cluster.render.render import EXIT_INTERRUPTED, EXIT_USAGE
+from cluster.render.result import EXIT_INTERRUPTED, EXIT_USAGE, printable
 from sisa.core.errors import (
     EnvironmentFault,
     IntegrityError,
@@ -102,10 +112,10 @@ def _fail(error: SisaError, as_json: bool, kind: str = "", code: int | None = No
         click.echo(json.dumps({"error": error.to_json() | {"type": kind}}, indent=2))
     json_log = open_log()
     if json_log is None:
-        click.echo(f"error: {render.printable(str(error))}", err=True)
+        click.echo(f"error: {printable(str(error))}", err=True)
     else:
         # A usage error may quote an id from the command line: log its type alone.
-        message = "" if kind == "UsageError" else render.printable(error.what)
+        message = "" if kind == "UsageError" else printable(error.what)
         json_log.write("run_failed", "error", error=kind, exit_code=code, message=message)
     return code
 

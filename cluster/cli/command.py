@@ -1,8 +1,8 @@
 """Define the root group, `--json`, and the options that several commands share.
 
 A command is a function that returns a `Result`; `cli.run` prints it. A function beside it, named by a
-participle, renders what it found: `audit` returns `audited(found)`. What the service or notebooks show,
-too, is rendered in `cluster/render/render.py`.
+participle, renders what it found: `audit` returns `audited(found)`. Deletions and rights, whose JSON the
+service returns, too, are rendered in `cluster/render/`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import click
 
 from cluster.cli.input_files import STANDARD_INPUT, read_lines, read_text
 from cluster.observe.reporting import LOG_FORMAT_OPTION, logged_run, watched
-from cluster.render.render import Result
+from cluster.render.result import Result
 
 if TYPE_CHECKING:
     from sisa.core.requests import Request

@@ -13,7 +13,7 @@ import click
 from cluster.cli.command import command, command_group, run_file_argument
 from cluster.jobs.jobs import Job, check_name
 from cluster.jobs.kuberay import IMAGE, INSTANCE_TYPE, KINDS, manifest
-from cluster.render.render import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, Result, printable
+from cluster.render.result import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, Result, printable
 
 if TYPE_CHECKING:
     from cluster.jobs.jobs import Jobs

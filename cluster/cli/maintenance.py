@@ -1,10 +1,4 @@
-"""Collect garbage, look for residue, diagnose, show what runs measured, and move a ledger.
-
-The commands are `sisa gc`, `sisa sweep`, `sisa doctor`, `sisa metrics`, `sisa ledger move` and
-`sisa ledger upgrade`.
-
-The strings that `sweep` looks for are never printed.
-"""
+"""Keep a model in order: `sisa gc`, `sisa doctor`, `sisa metrics`, `sisa ledger move` and `upgrade`."""
 
 from __future__ import annotations
 
@@ -20,13 +14,12 @@ from cluster.cli.command import (
     command,
     command_group,
     executor_option,
-    ids_options,
     model_option,
     opened,
 )
-from cluster.cli.input_files import read_lines
 from cluster.observe.curves import points, summary, to_mlflow, to_tensorboard
-from cluster.render.render import EXIT_INTEGRITY, Result, counted, old_versions, stated
+from cluster.render.deletions import old_versions
+from cluster.render.result import EXIT_INTEGRITY, Result, counted
 from sisa.core.domain import DeviceName, Dtype, Precision
 from sisa.core.errors import InvalidInput
 
@@ -34,7 +27,6 @@ if TYPE_CHECKING:
     from sisa.audit.doctor import Diagnosis
     from sisa.audit.garbage import Collected
     from sisa.audit.repair import RepairOutcome
-    from sisa.audit.residue import Scan
     from sisa.lm.train.self_test import Numerics
 
 
@@ -54,23 +46,6 @@ def gc(directory: Path, dry_run: bool, lost_exports: bool) -> Result:
         raise click.UsageError("give one of --dry-run and --lost-exports")
     with opened(directory) as model:
         return collected(collect_garbage(model, dry_run=dry_run, lost_exports=lost_exports))
-
-
-@command("sweep", "-m model p001-q1 --also exported-adapters")
-@model_option
-@ids_options
-@click.option("--text-file", type=PATH, help="File with texts to look for, one on each line.")
-@click.option("--also", multiple=True, type=PATH, help="Also search here, such as an export.")
-def sweep(directory: Path, ids: list[str], text_file: Path | None, also: tuple[Path, ...]) -> Result:
-    """Prove that no deleted record left a trace. Otherwise list the traces."""
-    from sisa.evidence.attestations import sweep_and_log
-
-    ids = list(dict.fromkeys(ids))
-    lines = read_lines(text_file) if text_file else []
-    texts = list(dict.fromkeys(line.strip() for line in lines))
-    with opened(directory) as model:
-        found, result = sweep_and_log(model, also=also, ids=ids, texts=texts)
-        return stated(scanned(found), result)
 
 
 @command("doctor", "-m model")
@@ -184,28 +159,6 @@ def collected(found: Collected) -> Result:
         *kept,
     ]
     return Result(asdict(found), lines)
-
-
-def scanned(found: Scan) -> Result:
-    counts = found.scanned
-    lines = [
-        f"scanned {counted(counts['files'], 'file')}, {counts['bytes']:,} bytes, "
-        f"in {counted(len(found.places), 'place')}:",
-        f"  {counted(counts['checkpoints'], 'checkpoint')}, {counted(counts['rows'], 'row')}, "
-        f"{counted(counts['vectors'], 'vector')}, {counted(counts['adapters'], 'exported adapter')}; "
-        f"searched for {counted(counts['strings'], 'string')}",
-    ]
-    if shredded := counts["shredded"]:
-        lines.append(f"  {shredded} encrypted files that no held key opens")
-    if short := counts["strings_too_short_for_raw_bytes"]:
-        lines.append(f"  {short} of the strings are too short for raw bytes: compared with values alone")
-    lines += [
-        f"  - {each.where}{', ' + each.position if each.position else ''}: {each.what}"
-        for each in found.residue
-    ]
-    lines += [f"  outdated, yet clean: {path}" for path in found.outdated_exports]
-    lines += ["clean: no residue" if found.clean else f"RESIDUE: {counted(len(found.residue), 'place')}"]
-    return Result(asdict(found), lines, 0 if found.clean else EXIT_INTEGRITY)
 
 
 def _findings(found: Diagnosis) -> list[dict[str, Any]]:

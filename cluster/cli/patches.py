@@ -25,7 +25,8 @@ from cluster.cli.command import (
     opened,
 )
 from cluster.cli.input_files import read_lines
-from cluster.render.render import Result, counted, probed
+from cluster.render.deletions import probed
+from cluster.render.result import Result, counted
 from sisa.core.errors import InvalidInput, Problem
 from sisa.planning.patch_plan import num_still_known
 

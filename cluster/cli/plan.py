@@ -13,7 +13,7 @@ import click
 
 from cluster.cli.command import PATH, command, command_group, run_file_argument
 from cluster.observe.extras import extra
-from cluster.render.render import EXIT_USAGE, Result, counted
+from cluster.render.result import EXIT_USAGE, Result, counted
 from sisa.core.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:

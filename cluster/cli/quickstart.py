@@ -19,9 +19,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from cluster.cli.asking import ENDED_AT_ONCE
 from cluster.cli.command import ExecutorChoice
 from cluster.observe.reporting import say, watched
-from cluster.render.render import ENDED_AT_ONCE, EXIT_INTEGRITY, Result, counted, share
+from cluster.render.result import EXIT_INTEGRITY, Result, counted, share
 from sisa.config.config import RunConfig
 from sisa.config.runfile import load_run_file
 from sisa.config.template import FEW_RECORDS, commented_run_file

@@ -1,4 +1,4 @@
-"""Submit, decide, carry out and report requests for deletion: `sisa request ...`, `run`, `report`."""
+"""Delete at once, or by requests that somebody decides: `sisa forget`, `request ...`, `run`, `report`."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from cluster.cli.command import (
     with_certificate,
 )
 from cluster.observe.reporting import say
-from cluster.render.render import (
-    Result,
+from cluster.render.deletions import (
     base_hint,
-    counted,
-    drop_standing,
+    forget_plan,
+    forgotten,
     meanwhile,
     missing_exports,
     probed,
     retrained,
-    share,
 )
+from cluster.render.result import Result, counted, share
+from cluster.render.rights import drop_standing
 from sisa.core.errors import Busy
 from sisa.core.requests import CLOSED
 
@@ -48,6 +48,35 @@ if TYPE_CHECKING:
     from sisa.flows.rights.drop import Standing
     from sisa.model import Model
     from sisa.planning.batching import RunPlan
+
+
+@command("forget", "-m model --subject p001 --dry-run")
+@model_option
+@ids_options
+@option_or_file("--subject", help="Delete all records of a subject.")
+@click.option("--dry-run", is_flag=True, help="Show what would happen; change nothing.")
+@click.option(
+    "--defer", is_flag=True, help="Erase now; retrain with the next `sisa run`, train or forget."
+)
+@consent_option
+@executor_option
+def forget(
+    directory: Path,
+    ids: list[str],
+    subject: str | None,
+    dry_run: bool,
+    defer: bool,
+    consent: str,
+    executor: ExecutorChoice,
+) -> Result:
+    """Delete records exactly, and retrain what they touched."""
+    if bool(ids) == (subject is not None):
+        raise click.UsageError("give IDs (or --ids-file), or --subject")
+    with opened(directory, executor) as model:
+        if dry_run:
+            return forget_plan(model.plan_forget(ids, subject=subject))
+        done = model.forget(ids, subject=subject, consent=consent, defer=defer)
+        return with_certificate(forgotten(done, directory), model, done.request)
 
 
 request = command_group("request", "Submit, decide and look up requests for deletion.")

@@ -25,7 +25,8 @@ from cluster.cli.command import (
 )
 from cluster.cli.input_files import STANDARD_INPUT
 from cluster.observe.reporting import say
-from cluster.render.render import Result, counted, drop_shown, engine_lines, rectified, restricted
+from cluster.render.result import Result, counted
+from cluster.render.rights import drop_shown, engine_lines, rectified, restricted
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:

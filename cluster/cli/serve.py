@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.cli.command import command, command_group, log_format_option, model_option, opened
-from cluster.render.render import EXIT_REVOKED, Result, counted
+from cluster.render.result import EXIT_REVOKED, Result, counted
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Notice
 

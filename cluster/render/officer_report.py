@@ -21,7 +21,7 @@ from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from cluster.render.render import counted, printable, share
+from cluster.render.result import counted, printable, share
 from sisa.core.errors import Busy, SisaError
 from sisa.core.requests import CLOSED
 from sisa.evidence.log.log import Log

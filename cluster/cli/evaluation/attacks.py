@@ -21,7 +21,7 @@ from cluster.cli.evaluation.evaluating import (
     split_taught,
     template_option,
 )
-from cluster.render.render import Result
+from cluster.render.result import Result
 
 if TYPE_CHECKING:
     from approx.attacks.attack import Curve, SetName

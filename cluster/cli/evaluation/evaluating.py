@@ -11,7 +11,7 @@ import click
 
 from cluster.cli.command import PATH, command_group, log_format_option
 from cluster.observe.reporting import watched
-from cluster.render.render import Result
+from cluster.render.result import Result
 
 if TYPE_CHECKING:
     from approx.attacks.attack_run import AttackedModel, AttackOrder

@@ -22,7 +22,7 @@ from cluster.cli.evaluation.evaluating import (
     privleak_words,
     weight_findings,
 )
-from cluster.render.render import Result
+from cluster.render.result import Result
 
 if TYPE_CHECKING:
     from approx.benchmarks.headline import Headline

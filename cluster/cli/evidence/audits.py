@@ -16,7 +16,7 @@ from cluster.cli.evidence.log import cosigner_option
 from cluster.cli.evidence.published import evidence_in, public_keys_option, read_public_keys
 from cluster.cli.input_files import read_bytes
 from cluster.observe.reporting import watched
-from cluster.render.render import EXIT_INTEGRITY, Result, counted
+from cluster.render.result import EXIT_INTEGRITY, Result, counted
 
 if TYPE_CHECKING:
     from sisa.evidence.audit import Audit

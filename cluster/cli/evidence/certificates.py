@@ -27,7 +27,7 @@ from cluster.cli.evidence.published import (
     read_public_keys,
 )
 from cluster.cli.input_files import read_bytes
-from cluster.render.render import Result, counted
+from cluster.render.result import Result, counted
 
 if TYPE_CHECKING:
     from sisa.evidence.database import Logged

@@ -9,7 +9,7 @@ import click
 
 from cluster.cli.command import PATH, command, command_group, model_option, opened
 from cluster.cli.evidence.published import read_public_keys
-from cluster.render.render import Result
+from cluster.render.result import Result
 
 if TYPE_CHECKING:
     from sisa.evidence.keys.keys import Keys, Reason

@@ -9,7 +9,7 @@ import click
 
 from cluster.cli.command import PATH, command, command_group, model_option, opened
 from cluster.cli.input_files import read_bytes, read_text
-from cluster.render.render import Result
+from cluster.render.result import Result
 from sisa.core.errors import InvalidInput
 
 log = command_group("log", "Show, check and cosign the transparency log.")

@@ -16,7 +16,7 @@ from cluster.cli.evidence.published import (
     read_public_keys,
 )
 from cluster.cli.input_files import read_bytes
-from cluster.render.render import Result
+from cluster.render.result import Result
 
 if TYPE_CHECKING:
     from sisa.verifier.envelope import PublicKeys

@@ -12,7 +12,7 @@ import click
 from cluster.cli.command import PATH, command, command_group, model_option, opened
 from cluster.cli.evidence.published import logged_statements, public_keys_option, read_public_keys
 from cluster.cli.input_files import read_bytes
-from cluster.render.render import EXIT_REVOKED, Result, counted
+from cluster.render.result import EXIT_REVOKED, Result, counted
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from cluster.render.render import forget_plan
+from cluster.render.deletions import forget_plan
 from cluster.serve.api.requests import RecordsNamed
 from cluster.serve.domain import TheService
 from cluster.serve.problems import Refusal

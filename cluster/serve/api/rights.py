@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Response
 from pydantic import Field
 
-from cluster.render.render import drop_shown, rectified, restricted
+from cluster.render.rights import drop_shown, rectified, restricted
 from cluster.serve.api.requests import NothingMore, RecordsNamed
 from cluster.serve.domain import Service, TheService
 from cluster.serve.engines import with_engines

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import cli
-from cluster.render.render import EXIT_INTEGRITY, EXIT_REVOKED
+from cluster.render.result import EXIT_INTEGRITY, EXIT_REVOKED
 from sisa.audit.residue import sweep_model
 from sisa.config.paths import state_dir
 from sisa.core.digest import Keyed

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.render.render import where
+from cluster.cli.asking import located
 from sisa.audit.residue import sweep_model
 from sisa.store.areas import HIDDEN_STATES
 from tests.models.tiny_base import make_tiny_base
@@ -51,7 +51,7 @@ def test_states_are_kept_used_and_erased_with_their_record(
     (at,) = (each for each in tiny.open().where([gone]))
     mine = f"shard-{at.shard:05d}-slice-{at.slice:05d}"
     assert at.kept_states == (str(before[mine]),)
-    assert at.kept_states[0] in where(tiny.open().where([gone])).text
+    assert at.kept_states[0] in located(tiny.open().where([gone])).text
     spoilt = before[f"shard-{1 - at.shard:05d}-slice-00000"]  # of a shard that is left alone
     spoilt.write_bytes(b"x" + spoilt.read_bytes()[1:])
     half = before[f"shard-{at.shard:05d}-slice-{1 - at.slice:05d}"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.render import render
+from cluster.cli.checks import verified
 from sisa.audit.replay import Apart, train_stage
 from sisa.audit.verify import Verification, verify
 from sisa.core.digest import Keyed
@@ -100,7 +100,7 @@ def test_a_replay_that_differs_is_a_finding() -> None:
     found = replayed(model.context)
     assert [each.equal for each in found.shards] == [False] * 3
     assert findings(found).count("the replay's bytes differ") == 3
-    assert render.verified(found).exit_code == 4
+    assert verified(found).exit_code == 4
 
 
 def test_a_trainer_that_keeps_state_is_found_by_separate_processes() -> None:
@@ -112,7 +112,7 @@ def test_a_trainer_that_keeps_state_is_found_by_separate_processes() -> None:
     assert found.shards[0].equal
     assert found.shards[0].equal_apart is False
     assert "each stage in its own process, its bytes differ" in findings(found)
-    assert "DIFFERENT" in render.verified(found).text
+    assert "DIFFERENT" in verified(found).text
 
 
 class Wrong(Assigner):
@@ -159,12 +159,12 @@ def test_without_the_embedder_no_vector_is_checked() -> None:
 def test_nothing_replayed_is_said_and_can_be_refused() -> None:
     elsewhere = changed(model_of().context, fingerprint="another")
     found = replayed(elsewhere)
-    result = render.verified(found)
+    result = verified(found)
     assert (found.ok, found.replayed, result.exit_code) == (True, 0, 0)
     assert "nothing was replayed" in result.text
     required = replayed(elsewhere, require_replay=True)
     assert [each.where for each in required.findings] == ["shard 0", "shard 1", "shard 2", "replay"]
-    assert render.verified(required).exit_code == 4
+    assert verified(required).exit_code == 4
 
 
 def test_a_required_replay_of_some_shards_asks_for_those() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import patches
-from cluster.render.render import Result
+from cluster.render.result import Result
 from sisa.core.patches import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.flows.patches.patching import Unlearnt
 

@@ -245,7 +245,7 @@ def light_modules() -> list[str]:
     found += [
         f"sisa.lm.base.{name}" for name in ("model_cache", "numerics", "packages", "tokens", "weights")
     ]
-    found += ["cluster.cli.cli", "cluster.cli.jobs", "cluster.render.render"]
+    found += ["cluster.cli.cli", "cluster.cli.jobs", "cluster.render.result"]
     found += ["cluster.render.officer_report", "cluster.serve.service", "cluster.serve.tokens"]
     found += [f"cluster.observe.{name}" for name in ("curves", "json_log", "ray_metrics", "reporting")]
     found += [f"approx.evaluation.{name}" for name in ("answer_score", "asking", "questions")]

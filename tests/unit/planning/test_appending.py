@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.render import render
+from cluster.cli.asking import located
+from cluster.cli.training import taken
 from sisa.core.digest import Keyed
 from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, InvalidInput
@@ -78,13 +79,13 @@ def test_nothing_that_was_trained_is_trained_again(fake: FakeModel) -> None:
 def test_what_was_appended_is_reported_with_its_generation(fake: FakeModel) -> None:
     first, second = (add(fake.context, some(number), append=True) for number in (20, 21))
     assert (first.generation, second.generation) == (1, 2)
-    assert "appended as generation 2" in render.taken(second, Path("model")).text
+    assert "appended as generation 2" in taken(second, Path("model")).text
     for again in (add(fake.context, some(21), append=True), add(fake.context, some(22))):
         assert again.generation is None
-        assert "generation" not in render.taken(again, Path("model")).text
+        assert "generation" not in taken(again, Path("model")).text
     places = where(fake.context, [record.id for record in some(3, 20, 21, 22)])
     assert [each.generation for each in places] == [0, 1, 2, 0]
-    assert render.where(places).text.count("(generation ") == 2
+    assert located(places).text.count("(generation ") == 2
 
 
 def test_the_same_file_again_is_held_already_and_needs_no_generation(fake: FakeModel) -> None:
