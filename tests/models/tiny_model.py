@@ -31,6 +31,7 @@ from sisa.flows.serial import Site
 from sisa.flows.wiring.executors import OpenExecutor, open_serial
 from sisa.lm.routing.route import Route
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS
+from tests.crash import Crash
 
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
@@ -249,10 +250,6 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Done:
     return Done(code, body, err, out)
 
 
-class Cut(Exception):
-    """Raised where the machine stops."""
-
-
 def cut_short(num_slices: int) -> OpenExecutor:
     """Return a serial executor that dies once `num_slices` slices are stored and in the ledger."""
 
@@ -268,7 +265,7 @@ def cut_short(num_slices: int) -> OpenExecutor:
                     done += 1
                     on_stage(stage)
                     if done == num_slices:
-                        raise Cut
+                        raise Crash
 
                 inner.run(chains, report, until_cut)
 

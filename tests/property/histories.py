@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from sisa.flows.reconcile import reconcile
 from sisa.flows.restored_backup import catch_up
 from sisa.planning.bands import Bands
 from sisa.planning.plan import Schedule
+from tests.crash import Crash, Fuse
 from tests.fakes.ports import ADAPTER, FakeModel, fake_model, fake_recipe, fake_record
 
 SUBJECTS = (None, None, "ada", "bob", "eve")
@@ -203,31 +203,6 @@ def assert_equal(one: FakeModel, other: FakeModel) -> None:
     assert model_digest(one.context) == model_digest(other.context)
 
 
-class Crash(BaseException):
-    """A process that dies: nothing may catch it."""
-
-
-class Fuse:
-    """Count the effects of a model and die at the chosen one, before or after it happened."""
-
-    def __init__(self, at: int, after: bool) -> None:
-        self.left = at
-        self.after = after
-        self.blown = False
-
-    def guard(self, effect: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(*args: Any, **options: Any) -> Any:
-            self.left -= 1
-            if self.left == 0 and not self.blown:
-                self.blown = True
-                if self.after:
-                    effect(*args, **options)
-                raise Crash
-            return effect(*args, **options)
-
-        return guarded
-
-
 # Every method of a store in `Stores` that changes something; a test compares them with the ports.
 EFFECTS = {
     "ledger": ("commit", "scrub"),
@@ -245,14 +220,18 @@ EFFECTS = {
 COMMITS = {"ledger": ("commit",), "witness": ("append",)}
 
 
+def effects_of(fake: FakeModel, named: Mapping[str, tuple[str, ...]]) -> list[tuple[object, str]]:
+    """Return named effects of a model's stores, for a fuse to guard."""
+    stores = fake.context.stores
+    return [(getattr(stores, part), name) for part, names in named.items() for name in names]
+
+
 def wire(
-    fake: FakeModel, fuse: Fuse, effects: Mapping[str, tuple[str, ...]] = MappingProxyType(EFFECTS)
+    fake: FakeModel, fuse: Fuse, named: Mapping[str, tuple[str, ...]] = MappingProxyType(EFFECTS)
 ) -> None:
-    """Put effects of a model behind a fuse."""
-    for part, names in effects.items():
-        store = getattr(fake.context.stores, part)
-        for name in names:
-            setattr(store, name, fuse.guard(getattr(type(store), name).__get__(store)))
+    """Put effects of a model behind a fuse, for the rest of its life."""
+    for store, name in effects_of(fake, named):
+        setattr(store, name, fuse.guard(getattr(store, name)))
 
 
 def attempt(effect: Callable[[], None]) -> bool:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from sisa.core.ports import Change
 from sisa.flows.ingest import add, train
 from sisa.flows.reconcile import reconcile
+from tests.crash import Crash
 from tests.fakes.ports import ADAPTER, fake_model, fake_record
 from tests.property.histories import History, Model, assert_equal, histories, like
 
@@ -64,17 +65,17 @@ def test_a_stage_that_is_adopted_after_a_crash_goes_with_the_records_that_came_b
     train(context, [fake_record(number) for number in range(12)])
     commit = ledger.commit
 
-    def killed(change: Change) -> int:
+    def dies(change: Change) -> int:
         if any(each.seconds or each.record_epochs for each in change.checkpoints):  # just trained
-            raise KeyboardInterrupt
+            raise Crash
         return commit(change)
 
-    monkeypatch.setattr(ledger, "commit", killed)
+    monkeypatch.setattr(ledger, "commit", dies)
     newcomer = fake_record(99)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Crash):
         add(context, [newcomer])
     for _ in range(3):
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(Crash):
             reconcile(context)
     (head,) = ledger.heads()
     assert [each.record_epochs for each in ledger.checkpoints() if each.key == head.key] == [0]

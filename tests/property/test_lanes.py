@@ -24,6 +24,7 @@ from sisa.core.ports import StoredRecord
 from sisa.flows.serial import SerialExecutor
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.planning.plan import LAYERWISE, Recipe, jobs
+from tests.crash import Crash
 from tests.examples import num_examples
 from tests.fakes.ports import FakeCheckpoints, FakeRecords
 from tests.models.tiny_base import make_tiny_base
@@ -118,13 +119,13 @@ def test_lanes_reach_no_bit(base: BaseFiles, case: Case) -> None:
     def report(event: Event) -> None:
         events.append(event)
         if len(events) == case.broken_off:
-            raise InterruptedError
+            raise Crash
 
     for _ in range(2):
         try:
             SerialExecutor(trainer_on(base), records, beside, case.lanes).run(chains, report)
             break
-        except InterruptedError:
+        except Crash:
             continue
     assert beside.stored == alone.stored
     assert not [each for each in events if isinstance(each, Notice)]

@@ -36,9 +36,10 @@ from sisa.flows.lifecycle import (
 )
 from sisa.flows.reconcile import reconcile
 from sisa.flows.restored_backup import catch_up
+from tests.crash import Crash, Fuse, crashing
 from tests.examples import num_examples
 from tests.fakes.ports import FakeModel, fake_model, fake_record
-from tests.property.histories import Crash, Fuse, Model, assert_equal, wire
+from tests.property.histories import Model, assert_equal, wire
 
 NUM_RECORDS = 12
 NUM_RUNS = num_examples(300)
@@ -220,8 +221,7 @@ def calls_of_a_run() -> int:
 def crashed() -> FakeModel:
     """Return a model whose deletion was committed and not recorded in the witness: it was killed."""
     fake = waiting()
-    wire(fake, Fuse(1, after=False), {"witness": ("append",)})
-    with contextlib.suppress(Crash):
+    with crashing((fake.witness, "append")):
         run(fake)
     assert fake.ledger.tables.tombstones
     assert not fake.witness.testimony.tombstones

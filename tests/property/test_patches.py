@@ -29,9 +29,10 @@ from sisa.flows.patches.patching import Wish, make_wanted, shards_over, want
 from sisa.flows.reconcile import reconcile
 from sisa.flows.restored_backup import catch_up
 from sisa.planning.patch_plan import needed
+from tests.crash import Crash, Fuse
 from tests.examples import num_examples
 from tests.fakes.ports import ADAPTER, changed, fake_model
-from tests.property.histories import Crash, Fuse, History, Model, record, wire
+from tests.property.histories import History, Model, record, wire
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(500), num_examples(400)
 NUMBERS = range(5)

@@ -31,12 +31,12 @@ from sisa.flows.reconcile import reconcile
 from sisa.flows.restored_backup import catch_up
 from sisa.flows.rights.restriction import lift, restrict
 from sisa.flows.routing import routing_hits, search_each
+from tests.crash import Fuse
 from tests.examples import num_examples
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_embed
 from tests.property.histories import (
     COMMITS,
     SUBJECTS,
-    Fuse,
     History,
     Model,
     assert_equal,

@@ -31,6 +31,7 @@ from sisa.core.digest import sha256_hex
 from sisa.core.domain import Dtype, Kind, Part, Precision, Record, SliceJob, SliceState
 from sisa.core.ports import StoredRecord, Tick
 from sisa.planning.plan import LAYERWISE, Recipe, Schedule, jobs
+from tests.crash import Crash
 from tests.examples import num_examples
 from tests.fakes.ports import FakeHiddenStates
 from tests.models.patched import random_patch
@@ -250,7 +251,7 @@ def late(
         parent = None
         for job in chain_of({**case, **changed}, base, shard)[:2]:
             parent = trainer.train(job, parent, stage_records(job), quiet)
-    with suppress(InterruptedError):
+    with suppress(Crash):
         trainer.train(chain[0], None, stage_records(chain[0]), break_off)
     answer(base, stages[-1])
     found = []
@@ -262,7 +263,7 @@ def late(
 
 def break_off(tick: Tick) -> None:
     if tick.step:
-        raise InterruptedError
+        raise Crash
 
 
 def answer(base: Base, files: Files) -> None:

@@ -17,9 +17,10 @@ from sisa.flows.ingest import add, train
 from sisa.flows.reconcile import reconcile
 from sisa.flows.restored_backup import catch_up
 from sisa.planning.plan import Schedule
+from tests.crash import Crash, Fuse, crashing
 from tests.examples import num_examples
 from tests.fakes.ports import fake_model, fake_recipe
-from tests.property.histories import COMMITS, Crash, Fuse, Model, Saved, assert_equal, record, wire
+from tests.property.histories import COMMITS, Model, Saved, assert_equal, effects_of, record, wire
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(300), num_examples(300)
 Step = tuple[str, tuple[int, ...]]
@@ -166,11 +167,8 @@ def test_catching_up_does_not_call_deleted_what_was_allowed_in_again() -> None:
     history = History(2, 2, "cumulative")
     for kind, numbers in (("add", (1, 2)), ("forget", (1,)), ("readmit", (1,))):
         history.step(kind, numbers)
-    telling = history.fake.witness.append
-    history.fake.witness.append = _die  # type: ignore[assignment,method-assign]
-    with pytest.raises(Crash):
+    with crashing((history.fake.witness, "append")):
         history.step("forget", (2,))
-    history.fake.witness.append = telling  # type: ignore[method-assign]
     history.next_command()
     history.deleted = {2}
     history.check({1})
@@ -182,8 +180,7 @@ def test_a_readmission_is_recorded_after_a_crash(at: int) -> None:
     history = History(2, 2, "cumulative")
     for kind, numbers in (("add", (1, 2)), ("forget", (1,))):
         history.step(kind, numbers)
-    wire(history.fake, Fuse(at, after=True), COMMITS)
-    with pytest.raises(Crash):
+    with crashing(*effects_of(history.fake, COMMITS), at=at, after=True):
         history.step("readmit", (1,))
     history.next_command()
     history.deleted = set()
@@ -194,8 +191,7 @@ def test_a_backup_from_a_crash_keeps_what_was_allowed_in_again() -> None:
     history = History(2, 2, "cumulative")
     for kind, numbers in (("add", (1, 2, 3)), ("forget", (1,))):
         history.step(kind, numbers)
-    wire(history.fake, Fuse(1, after=True), {"ledger": ("commit",)})
-    with pytest.raises(Crash):
+    with crashing((history.fake.ledger, "commit"), after=True):
         history.step("readmit", (1,))
     history.step("save", ())
     history.next_command()
@@ -216,7 +212,3 @@ def test_a_restored_ledger_knows_which_deletion_of_a_record_was_the_last() -> No
     history.deleted = {1}
     history.check({2})
     assert history.fake.witness.testimony.tombstones == history.fake.ledger.tables.tombstones
-
-
-def _die(*_: object) -> None:
-    raise Crash

@@ -52,6 +52,7 @@ from tests.contract.ledger.ledgers import (
     row,
     tombstone,
 )
+from tests.crash import crashing
 from tests.examples import num_examples
 from tests.fakes.ledger import FakeLedger
 from tests.fakes.postgres_server import PostgresServer
@@ -379,19 +380,11 @@ def test_a_failing_commit_changes_nothing(sql: SqlLedger, double: list[RecordRow
     assert answers(sql) == before
 
 
-def test_a_change_that_dies_halfway_changes_nothing(
-    sql: SqlLedger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_that_dies_halfway_changes_nothing(sql: SqlLedger) -> None:
     sql.commit(Change(added=[row(0)]))
     before = answers(sql)
-
-    def dies(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ledger_module, "_append_events", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with crashing((ledger_module, "_append_events")):
         sql.commit(Change(removed=[row(0)], heads=[Head(0, None, 0, None)]))
-    monkeypatch.undo()
     assert answers(sql) == before
 
 

@@ -16,10 +16,10 @@ from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger.ledger import SqlLedger
+from tests.crash import Crash
 from tests.fakes.keyring import PLAIN
 from tests.models.tiny_model import (
     PEOPLE,
-    Cut,
     Tiny,
     change_run,
     cut_short,
@@ -96,7 +96,7 @@ def test_another_layout_is_trained_before_it_is_taken(
     tiny.open().forget(gone)
     change_run(tiny.run_file, **LAYOUT)
     before, shards = served(tiny.directory), tiny.open().status().shards
-    with pytest.raises(Cut):
+    with pytest.raises(Crash):
         tiny.train(cut_short(3), accept_differences=True)
     assert served(tiny.directory) == before
     assert tiny.open().status().shards == shards
@@ -114,7 +114,7 @@ def test_a_deletion_after_a_cut_move_is_of_the_old_layout(
     tmp_path: Path, tiny_base: Path, tiny: Tiny
 ) -> None:
     change_run(tiny.run_file, **LAYOUT)
-    with pytest.raises(Cut):
+    with pytest.raises(Crash):
         tiny.train(cut_short(3), accept_differences=True)
     gone = ids_of(of_people("p004"))
     tiny.open().forget(gone)
@@ -125,7 +125,7 @@ def test_a_deletion_after_a_cut_move_is_of_the_old_layout(
 def test_a_cut_deletion_is_erased_and_completed_by_a_move(tiny: Tiny) -> None:
     """Its shards do not exist any more, and its bytes are gone before anything is trained."""
     gone = ids_of(of_people("p003"))
-    with pytest.raises(Cut):
+    with pytest.raises(Crash):
         tiny.open(cut_short(1)).forget(gone)
     change_run(tiny.run_file, **LAYOUT)
     states: list[str] = []

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 import sisa
+from tests.crash import Crash
 from tests.models.programs.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,
-    Cut,
     Tiny,
     all_files,
     change_run,
@@ -108,7 +108,7 @@ def test_reconfigure_moves_to_the_model_of_the_new_run_file(
 
 def test_a_reconfiguration_that_was_cut_goes_on(tmp_path: Path, tiny_base: Path, tiny: Tiny) -> None:
     change_run(tiny.run_file, learning_rate=0.02)
-    with pytest.raises(Cut):
+    with pytest.raises(Crash):
         tiny.train(cut_short(2), accept_differences=True)
     assert all(each.head for each in tiny.open().status().shards)  # older heads serve meanwhile
     assert tiny.train().slices_trained == NUM_STAGES - 2

@@ -41,6 +41,7 @@ from sisa.lm.base.weights import load_base, load_patched, load_tokenizer, own_mo
 from sisa.store.areas import RUNS
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.vault import FilePatchDrafts
+from tests.crash import Crash
 from tests.models.knowing_base import record
 from tests.models.patch_bench import ENOUGH, KNOWN, STRANGERS, Bench, made_patch, settings
 
@@ -332,10 +333,6 @@ def test_a_patch_upon_a_patch_is_made_from_what_lies_beneath(
         bench.make(second)
 
 
-class Stopped(Exception):
-    """Raised where the machine stops."""
-
-
 def test_what_was_cut_short_goes_on_to_the_same_bytes(knowing: Path, tmp_path: Path) -> None:
     asked = settings("task_arithmetic", **ENOUGH["task_arithmetic"], check_every=2, num_epochs=6)
     whole = Bench(tmp_path / "whole", knowing)
@@ -346,9 +343,9 @@ def test_what_was_cut_short_goes_on_to_the_same_bytes(knowing: Path, tmp_path: P
 
     def stop(event: Any) -> None:
         if isinstance(event, PatchProgress) and event.step == event.num_steps:
-            raise Stopped
+            raise Crash
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Crash):
         bench.maker.make(order, stop)
     assert all(is_sealed(path.read_bytes()) for path in run.iterdir())
     assert bench.site.vault_keyring.held(RUNS) == {order.job.key}

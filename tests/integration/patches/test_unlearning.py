@@ -35,6 +35,7 @@ from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import NO_LOSS, Tokens
+from tests.crash import Crash
 from tests.models.tiny_base import make_tiny_base
 
 pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("unlearning")]
@@ -296,10 +297,6 @@ def test_a_patch_that_cannot_hold_the_edits_is_refused(learnt: Any) -> None:
         unlearn(model, SETS, method, settings(), Bounds())
 
 
-class Stopped(Exception):
-    """Raised where the machine stops."""
-
-
 @pytest.mark.parametrize("name", ["npo", "kl_minimisation", "pdu", "task_arithmetic"])
 def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(
     learnt: Any, name: str, tmp_path: Path
@@ -310,9 +307,9 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(
 
     def stop(log: StepLog) -> None:
         if log.step == 8:
-            raise Stopped
+            raise Crash
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Crash):
         unlearn(
             *(target(learnt), SETS, method, settings(), Bounds(check_every=3)),
             saved=saved,

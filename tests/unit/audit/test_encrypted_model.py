@@ -30,6 +30,7 @@ from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, REPLAYS
 from sisa.store.blobs import files
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import MAGIC, FileKeyring, is_sealed
+from tests.crash import crashing
 from tests.fakes.ports import SECRET, changed
 from tests.models.confessing import (
     DELETED,
@@ -177,27 +178,10 @@ def test_a_sweep_destroys_all_keys_before_it_unlinks_anything(
 
 
 @pytest.mark.parametrize("step", range(1, 8))
-def test_a_sweep_that_is_cut_short_is_finished_by_the_next(
-    before: Path, step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_that_is_cut_short_is_finished_by_the_next(before: Path, step: int) -> None:
     """Crash at every key and file that is erased."""
-
-    class Cut(BaseException):
-        """Raised where the machine stops."""
-
-    left, real = step, files.erase
-
-    def erase(path: Path) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise Cut
-        real(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "erase", erase)
-        with pytest.raises(Cut):
-            delete(before)
+    with crashing((files, "erase"), at=step):
+        delete(before)
     with context_of(before) as context:
         reconcile(context)
     assert keys(before) == known(before)

@@ -43,6 +43,7 @@ from sisa.store.index import FaissIndex
 from sisa.store.metrics import MIN_RECORDS, STAGE_DIGITS, FileMetrics, metrics_line
 from sisa.store.records import FileRecords
 from sisa.store.witness import FileWitness
+from tests.crash import Crash, crash
 from tests.fakes.ports import changed
 from tests.models.confessing import (
     DELETED,
@@ -369,15 +370,8 @@ def test_a_chain_is_clean_only_while_all_of_its_records_are_held(model: Path) ->
 
 def test_a_head_that_serves_while_added_records_wait_is_clean(model: Path) -> None:
     """Its chain was made before they came; they are in its slices and not in its lineage."""
-
-    class Cut(Exception):
-        """Raised where the machine stops."""
-
-    def dies(_: Any) -> Any:
-        raise Cut
-
-    with context_of(model) as context, pytest.raises(Cut):
-        add(changed(context, executor_for=dies), [record(number) for number in range(100, 112)])
+    with context_of(model) as context, pytest.raises(Crash):
+        add(changed(context, executor_for=crash), [record(number) for number in range(100, 112)])
     with context_of(model) as context:
         assert not all(head.converged for head in context.stores.ledger.heads())
     assert scan(model).clean

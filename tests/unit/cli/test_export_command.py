@@ -16,15 +16,12 @@ from sisa.model import Model
 from sisa.store.blobs.files import TEMPORARY_PREFIX, writer_lock
 from sisa.store.exports import DirectoryExports
 from sisa.store.ledger.ledger import SqlLedger
+from tests.crash import Crash
 from tests.fakes.ports import fake_record
 from tests.models.confessing import DELETED, context_of, record
 
 Ask = Callable[..., dict[str, Any]]
 RECORD = record(DELETED).id
-
-
-class Cut(BaseException):
-    """Raised where the machine stops."""
 
 
 def test_the_commands_report_exports(model: Path, tmp_path: Path, ask: Ask) -> None:
@@ -86,18 +83,18 @@ def test_an_export_that_was_killed_is_none_of_a_later_deletion(
             half = Path(path).with_name(f"{TEMPORARY_PREFIX}half")
             half.mkdir(parents=True)
             (half / "adapter_model.safetensors").write_bytes(b"weights")
-            raise Cut
+            raise Crash
         write(store, path, content)
 
     def commits(ledger: SqlLedger, change: Change) -> int:
         if any(each.state == "clean" for each in change.exports):
-            raise Cut
+            raise Crash
         return commit(ledger, change)
 
     with monkeypatch.context() as killed:
         killed.setattr(DirectoryExports, "write", writes)
         killed.setattr(SqlLedger, "commit", commits)
-        with pytest.raises(Cut):
+        with pytest.raises(Crash):
             Model(model, executor="serial").export(out)
     outcome = ask("forget", *at, RECORD, "--executor", "serial")
     assert outcome["exports_missing"] == []

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -40,9 +38,10 @@ from sisa.verifier.certificate import (
     STATE,
     TEST_RESULT,
 )
+from tests.crash import fuses
 from tests.fakes.ports import changed, fake_record
 from tests.models.certified import SCHEMA, VALIDATOR, Certified, certified, statements_of
-from tests.property.histories import COMMITS, Crash, Fuse, Saved, wire
+from tests.property.histories import COMMITS, Saved, effects_of
 
 
 @pytest.fixture
@@ -294,44 +293,33 @@ def test_a_patch_has_a_report_of_its_own_type(model: Certified) -> None:
 
 BASE_DIGEST = "ba" * 32
 
-EVIDENCE_EFFECTS = {
-    EvidenceTables: ("put_drafts", "drop_drafts", "put_signed", "put_logged"),
-    Log: ("append",),
-}
+EVIDENCE_EFFECTS = (
+    *((EvidenceTables, name) for name in ("put_drafts", "drop_drafts", "put_signed", "put_logged")),
+    (Log, "append"),
+)
 
 
 @pytest.mark.parametrize("after", [False, True])
 def test_a_crash_at_any_effect_loses_no_certificate_and_makes_none_twice(
-    after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Die at each effect in turn, of the deletion and of its evidence; then run the next command."""
-    for at in itertools.count(1):
-        directory = tmp_path / f"{at}"
-        directory.mkdir()
-        model, fuse = certified(directory, 3, num_shards=1), Fuse(at, after)
+    for fuse in fuses(after=after, more_than=12):
+        model = certified(tmp_path_factory.mktemp("model"), 3, num_shards=1)
         one = model.forget(0, defer=True)
-        with monkeypatch.context() as patched:
-            for kind, names in EVIDENCE_EFFECTS.items():
-                for name in names:
-                    patched.setattr(kind, name, fuse.guard(getattr(kind, name)))
-            wire(model.fake, fuse, COMMITS)
-            with contextlib.suppress(Crash):
-                model.forget(1)
-        dead, fuse.blown = fuse.blown, True
+        with fuse.on(*EVIDENCE_EFFECTS, *effects_of(model.fake, COMMITS)):
+            model.forget(1)
         catch_up(model.fake.context)
         reconcile(model.fake.context)
         if model.rows(1):
             model.forget(1)
         found = certificates(model)
         ids = [each["request"]["id"] for each in found]
-        assert len(ids) == len(set(ids)) == 2, at
+        assert len(ids) == len(set(ids)) == 2
         assert one.request_id in ids
         assert all(each["commitments"]["number"] == 1 for each in found)
         assert model.evidence.drafts() == {}
         assert model.evidence.signed() is None
-        if not dead:
-            assert at > 12
-            return
 
 
 def every_guess(record_id: str, text: str) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ import stat
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier.certificate import EXACT, KEY_HANDOVER, STATE, verify_chain
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys, verify_envelope
+from tests.crash import crashing, fuses
 from tests.models.certified import certified
 
 MODEL = "0f" * 16
@@ -325,45 +326,21 @@ def test_a_key_ends_within_the_log(tmp_path: Path, keys: Keys, until: int) -> No
     assert read_keys(keys.directory, MODEL) == keys
 
 
-class Killed(Exception):
-    """Stands for the end of the process."""
-
-
-def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
-    """End the rotation before its `step`-th effect on a disk; return how many effects there were."""
-    effects = 0
-
-    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*given: Any, **named: Any) -> Any:
-            nonlocal effects
-            effects += 1
-            if effects == step:
-                raise Killed
-            return function(*given, **named)
-
-        return run
-
-    for name in ("write_atomic", "erase", "erase_all", "overwrite"):
-        monkeypatch.setattr(files, name, counting(getattr(files, name)))
-    return lambda: effects
+DISK = [(files, name) for name in ("write_atomic", "erase", "erase_all", "overwrite")]
 
 
 @pytest.mark.parametrize("reason", ["rotated", "leaked"])
 def test_a_killed_rotation_is_completed_or_undone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: Any
+    tmp_path_factory: pytest.TempPathFactory, reason: Any
 ) -> None:
     outcomes = []
-    for step in range(1, 100):
-        place = tmp_path / f"{step}"
+    for fuse in fuses(more_than=4):
+        place = tmp_path_factory.mktemp("keys")
         keys = create_keys(place / "keys", MODEL)
         log = log_of(place, keys)
         log.append(keys.sign(STATEMENT), "urn:example:v1")
-        with monkeypatch.context() as patch:
-            count = killed_at(patch, step)
-            with suppress(Killed):
-                rotate_keys(keys, log, reason)
-            if count() < step:
-                break
+        with fuse.on(*DISK):
+            rotate_keys(keys, log, reason)
         found = read_keys(place / "keys", MODEL)
         found.settle(log := log_of(place, found))
         check_settled(found)
@@ -378,14 +355,10 @@ def test_a_killed_rotation_is_completed_or_undone(
     assert set(outcomes) == {False, True}
 
 
-def test_a_hand_over_is_logged_where_it_belongs_or_not_at_all(
-    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hand_over_is_logged_where_it_belongs_or_not_at_all(tmp_path: Path, keys: Keys) -> None:
     log = log_of(tmp_path, keys)
-    with monkeypatch.context() as patch:
-        patch.setattr(Log, "append", lambda *_: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            rotate_keys(keys, log)
+    with crashing((Log, "append")):
+        rotate_keys(keys, log)
     log.append(keys.sign(STATEMENT), "urn:example:v1")  # by a process that did not settle it
     found = read_keys(keys.directory, MODEL)
     with pytest.raises(IntegrityError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier import merkle, note
 from sisa.verifier.envelope import Refused
 from sisa.verifier.note import WIDTH, Checkpoint, open_checkpoint, read_log, tile_path
+from tests.crash import Fuse
 from tests.models.mutants import mutants
 from tests.models.programs.local_server import served
 from tests.models.written_log import TYPE, Keys, Place, entry, fill, some_cosigner_key, statement
@@ -86,67 +86,41 @@ def test_a_full_tile_stays_and_its_partial_ones_go(place: Place, size: int) -> N
     assert len(kept) == 2 * (found.size // 256)
 
 
-def effects(monkeypatch: pytest.MonkeyPatch, crash: Callable[[], None]) -> None:
-    """Call `crash` before and after every write and erasure: of blobs, and beside the keys."""
-    for name in ("write_atomic", "erase_all"):
-        real = getattr(files, name)
-
-        def wrapped(*given: Any, real: Callable[..., None] = real, **named: Any) -> None:
-            crash()
-            real(*given, **named)
-            crash()
-
-        monkeypatch.setattr(files, name, wrapped)
+EFFECTS = [(files, "write_atomic"), (files, "erase_all")]  # of blobs, and beside the keys
+FUSES = st.builds(Fuse, st.integers(1, 8), st.booleans())
 
 
-class Crash(Exception):
-    """The process is killed."""
-
-
-@given(start=st.sampled_from([0, 1, 254, 255, 256]), crashes=st.lists(st.integers(0, 14), max_size=4))
+@given(start=st.sampled_from([0, 1, 254, 255, 256]), crashes=st.lists(FUSES, max_size=4))
 @settings(max_examples=25)
 def test_a_crash_anywhere_is_made_good_by_the_next_append(
-    tmp_path_factory: pytest.TempPathFactory, start: int, crashes: list[int]
+    tmp_path_factory: pytest.TempPathFactory, start: int, crashes: list[Fuse]
 ) -> None:
     """Whatever an outsider reads fits at every time, and continues everything that was read before."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        place = Place(tmp_path_factory.mktemp("log"))
-        fill(place, start) if start else None
-        left: list[int] = []
-        seen = [place.outsider()[0]] if start else []
+    place = Place(tmp_path_factory.mktemp("log"))
+    fill(place, start) if start else None
+    seen = [place.outsider()[0]] if start else []
 
-        def crash() -> None:
-            if left and not left[0]:
-                raise Crash
-            left[:] = [each - 1 for each in left]
+    def look() -> list[bytes]:
+        if not (place.at / "checkpoint").exists():
+            return []
+        found, entries = place.outsider()
+        for each in seen:
+            assert merkle.root([merkle.leaf_hash(one) for one in entries[: each.size]]) == each.root
+        seen.append(found)
+        return entries
 
-        def look() -> list[bytes]:
-            if not (place.at / "checkpoint").exists():
-                return []
-            found, entries = place.outsider()
-            for each in seen:
-                assert merkle.root([merkle.leaf_hash(one) for one in entries[: each.size]]) == each.root
-            seen.append(found)
-            return entries
-
-        effects(monkeypatch, crash)
-        logged = [entry(number) for number in range(start)]
-        for number, at in enumerate([*crashes, 1000], start=start):
-            left[:] = [at]
-            try:
-                place.append(number)
-            except Crash:
-                left.clear()
-                if number % 2:  # the caller tries again; else it does not know about the entry
-                    place.append(number)
-                else:
-                    place.log.recover()
-            logged += [entry(number)] if look()[-1:] == [entry(number)] else []
-            assert look() == logged
-        assert logged[-1] == entry(start + len(crashes))
-        assert len(logged) >= start + 1 + len(
-            [each for each in range(len(crashes)) if (start + each) % 2]
-        )
+    logged = [entry(number) for number in range(start)]
+    for number, fuse in enumerate([*crashes, Fuse(1000)], start=start):
+        with fuse.on(*EFFECTS):
+            place.append(number)
+        if fuse.blown and number % 2:  # the caller tries again; else it does not know about the entry
+            place.append(number)
+        elif fuse.blown:
+            place.log.recover()
+        logged += [entry(number)] if look()[-1:] == [entry(number)] else []
+        assert look() == logged
+    assert logged[-1] == entry(start + len(crashes))
+    assert len(logged) >= start + 1 + len([each for each in range(len(crashes)) if (start + each) % 2])
 
 
 def test_an_append_reads_and_writes_a_few_blobs_at_a_million_entries(

@@ -6,9 +6,8 @@ its bytes and not from the plan.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from sisa.flows.reconfigure import reset
 from sisa.flows.status import export_statuses
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.exports import CARD, SIGNATURE
+from tests.crash import Fuse
 from tests.fakes.ports import ADAPTER, PARTS, SECRET, FakeModel, changed, fake_model, fake_record
 
 NUM_RECORDS = 12
@@ -211,44 +211,24 @@ def test_an_erasure_that_fails_is_taken_up_again(fake: FakeModel) -> None:
     assert knows(fake, 3) == set()
 
 
-class Cut(BaseException):
-    """Raised where the machine stops."""
-
-
 @settings(max_examples=60, deadline=None)
-@given(number=st.integers(0, 20), after=st.booleans(), partial=st.booleans())
-def test_a_crash_anywhere_leaves_no_stale_export_behind(number: int, after: bool, partial: bool) -> None:
+@given(fuse=st.builds(Fuse, st.integers(1, 21), st.booleans()))
+def test_a_crash_anywhere_leaves_no_stale_export_behind(fuse: Fuse) -> None:
     """Before or after any commit and any erasure, or between the two files of one."""
     fake = trained()
     export(fake, "a")
     add(fake.context, [fake_record(50)])
     export(fake, "b")
-    calls = 0
+    erase = fake.exports.erase
 
-    def cutting(real: Callable[..., Any], tear: Callable[[Any], None]) -> Callable[..., Any]:
-        def call(given: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == number + 1 and not after:
-                if partial:
-                    tear(given)
-                raise Cut
-            done = real(given)
-            if calls == number + 1:
-                raise Cut
-            return done
-
-        return call
-
-    def tear(given: Export) -> None:
+    def erase_each_file(given: Export) -> bool:
         fake.exports.stored.get(given.path, {}).pop(ADAPTER, None)
+        return bool(fuse.guard(erase)(given))
 
-    commit, erase = fake.ledger.commit, fake.exports.erase
-    fake.ledger.commit = cutting(commit, lambda _: None)  # type: ignore[method-assign]
-    fake.exports.erase = cutting(erase, tear)  # type: ignore[method-assign]
-    with contextlib.suppress(Cut):
-        fake.forget(3)
-    fake.ledger.commit, fake.exports.erase = commit, erase  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake.exports, "erase", erase_each_file)
+        with fuse.on((fake.ledger, "commit"), (fake.exports, "erase")):
+            fake.forget(3)
     reconcile(fake.context)
     if not fake.ledger.requests():
         assert len(knows(fake, 3)) == 2

@@ -33,14 +33,7 @@ from sisa.store.blobs.files import (
 from sisa.store.blobs.sqlite_files import read_beside
 from sisa.store.metrics import FileMetrics
 from sisa.store.witness import FileWitness
-
-
-class Died(BaseException):
-    """A process that is killed: nothing may catch it."""
-
-
-def dies(*_: Any, **__: Any) -> None:
-    raise Died
+from tests.crash import Crash, crash
 
 
 def full_disk(*_: Any, **__: Any) -> None:
@@ -59,7 +52,7 @@ def test_a_file_is_written_whole_with_its_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["replace", "fsync", "fchmod"])
-@pytest.mark.parametrize("end", [Died, OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("end", [Crash, OSError(errno.ENOSPC, "No space left on device")])
 def test_what_stops_before_the_rename_leaves_the_old_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, end: Any
 ) -> None:
@@ -69,7 +62,7 @@ def test_what_stops_before_the_rename_leaves_the_old_bytes(
     path = tmp_path / "file"
     write_atomic(path, b"old")
     monkeypatch.setattr(os, step, stops)
-    with pytest.raises(Died if end is Died else EnvironmentFault):
+    with pytest.raises(Crash if end is Crash else EnvironmentFault):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert held_names(tmp_path) == {"file"}
@@ -124,13 +117,13 @@ def test_the_bytes_are_flushed_before_the_name_is_taken(
     assert steps == ["fsync", "fsync", "fsync", "rename", "fsync"]
 
 
-@pytest.mark.parametrize("stops", [dies, full_disk])
+@pytest.mark.parametrize("stops", [crash, full_disk])
 @pytest.mark.parametrize("step", ["rename", "fsync"])
 def test_a_directory_is_whole_or_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, stops: Callable[..., None]
 ) -> None:
     monkeypatch.setattr(os, step, stops)
-    with pytest.raises(Died if stops is dies else EnvironmentFault):
+    with pytest.raises(Crash if stops is crash else EnvironmentFault):
         write_directory(tmp_path / "folder", {"a": b"1"})
     assert held_names(tmp_path) == frozenset()
 
@@ -246,8 +239,8 @@ def test_no_lock_is_waited_for_without_a_deadline(
 
 def test_the_lock_is_free_again_after_a_failure(tmp_path: Path) -> None:
     for _ in range(2):
-        with pytest.raises(Died), writer_lock(tmp_path / "lock"):
-            raise Died
+        with pytest.raises(Crash), writer_lock(tmp_path / "lock"):
+            raise Crash
 
 
 def test_a_lock_that_cannot_be_made_is_an_environment_fault(tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -21,6 +20,7 @@ from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import carry_out, decide
 from sisa.flows.rights import drop
 from sisa.flows.rights.drop import cycle_standing, details, import_lists
+from tests.crash import crashing
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 
 FIRST, LATER = date(2026, 8, 12), date(2026, 9, 20)
@@ -305,26 +305,16 @@ def test_responses_are_not_overwritten(fake: FakeModel, tmp_path: Path) -> None:
     assert (tmp_path / "20260812_4821_Email_part01.csv").stat().st_mode & 0o777 == 0o600
 
 
-@contextmanager
-def killed_at_the_commit() -> Iterator[None]:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drop, "commit", killed)
-        yield
-
-
 def test_a_crash_before_the_ledger_notes_a_report_repeats_it(fake: FakeModel, tmp_path: Path) -> None:
     import_lists(fake.context, download(*ALL))
-    with killed_at_the_commit(), pytest.raises(KeyboardInterrupt):
+    with crashing((drop, "commit")):
         drop.report(fake.context, tmp_path / "first", opted_out=True)
     drop.report(fake.context, tmp_path / "second", opted_out=True)
     assert reported(tmp_path / "first") == reported(tmp_path / "second") != {}
 
 
 def test_an_import_is_one_commit_or_nothing(fake: FakeModel) -> None:
-    with killed_at_the_commit(), pytest.raises(KeyboardInterrupt):
+    with crashing((drop, "commit")):
         import_lists(fake.context, download(*ALL))
     assert (fake.ledger.work_items(), fake.ledger.requests()) == ([], [])
     seq = fake.ledger.seq()

@@ -10,6 +10,7 @@ import pytest
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, UnknownRecord
 from sisa.flows.ingest import rectify, train
+from tests.crash import Crash, crash
 from tests.fakes.ports import ADAPTER, FakeModel, fake_model, fake_record
 from tests.property.histories import assert_equal
 
@@ -75,22 +76,14 @@ def test_a_bad_new_version_is_refused_before_anything_is_deleted(fake: FakeModel
     assert fake.ledger.seq() == before
 
 
-class Died(Exception):
-    """Raised where the process dies."""
-
-
 def test_a_rectification_that_was_cut_short_is_continued(fake: FakeModel) -> None:
     """A crash after the deletion leaves neither version; the same command adds the new one."""
     context = fake.context
-
-    def die(_: object) -> list[int]:
-        raise Died
-
-    calls = iter([context.compute.count_tokens, die])
+    calls = iter([context.compute.count_tokens, crash])
     broken = replace(
         context, compute=replace(context.compute, count_tokens=lambda some: next(calls)(some))
     )
-    with pytest.raises(Died):
+    with pytest.raises(Crash):
         rectify(broken, [corrected(3)])
     served = [json.loads(fake.checkpoints.stored[h.key][ADAPTER]) for h in fake.ledger.heads() if h.key]
     assert not any(fake_record(3).id in each["touched"] for each in served)

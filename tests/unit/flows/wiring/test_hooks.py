@@ -11,11 +11,8 @@ from sisa.core.ports import Change
 from sisa.flows.context.context import Context
 from sisa.flows.ingest import train
 from sisa.flows.reconcile import reconcile
+from tests.crash import Crash, crash
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
-
-
-class Died(Exception):
-    """Raised where the process dies."""
 
 
 @pytest.fixture
@@ -72,16 +69,12 @@ def test_hooks_join_the_commit_of_a_deletion_and_finish_when_it_is_done(fake: Fa
 
 def test_a_crash_before_a_hook_finishes_leaves_the_deletion_to_the_next_command(fake: FakeModel) -> None:
     """The next command finishes it, and settles every hook."""
-
-    def die() -> None:
-        raise Died
-
     calls: list[tuple[str, str, list[str]]] = []
     fake.context = changed(fake.context, hooks=(Noting("one", calls),))
-    fake.before_run.append(die)
-    with pytest.raises(Died):
+    fake.before_run.append(crash)
+    with pytest.raises(Crash):
         fake.forget(0)
-    fake.before_run.remove(die)
+    fake.before_run.remove(crash)
     reconcile(fake.context)
     assert [call for _, call, _ in calls] == ["contribute", "reconcile", "reconcile", "complete"]
     assert [each.state for each in fake.ledger.requests()] == ["completed"]

@@ -28,6 +28,7 @@ from sisa.store.blobs import files
 from sisa.store.ledger.database import ledger_version
 from sisa.store.ledger.ledger import SqlLedger
 from tests.contract.ledger.ledgers import answers, execute
+from tests.crash import Fuse
 from tests.examples import is_full
 from tests.fakes.postgres_server import PostgresServer
 from tests.models.confessing import (
@@ -221,10 +222,6 @@ def test_a_row_that_arrives_otherwise_is_noticed(
     assert all_rows(directory).keys() == before.keys()
 
 
-class Killed(BaseException):
-    """The process ends here."""
-
-
 EFFECTS = [
     (files, "write_atomic"),
     (files, "erase_all"),
@@ -239,16 +236,17 @@ EFFECTS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["server", "file"])
-def test_a_killed_move_is_finished_or_undone(
-    to: str, directory: Path, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_move_is_finished_or_undone(to: str, directory: Path, postgres: PostgresServer) -> None:
     """The move is killed before and after its effects, one after another, until it runs to its end."""
     open_model(directory).forget([record(DELETED).id])
     before, number, ended = all_rows(directory), 0, False
     while not ended:
         for place in _both(directory, postgres, to):
             start, target = place
-            ended = _dies(directory, target, number, monkeypatch)
+            fuse = Fuse(number // 2 + 1, after=bool(number % 2))
+            with fuse.on(*EFFECTS):
+                move_ledger(directory, target)
+            ended = not fuse.blown
             assert all_rows(directory) == before, number
             model = open_model(directory)
             left = [each for each in diagnose(directory).findings if each.kind == "ledger_left"]
@@ -279,30 +277,3 @@ def _both(directory: Path, postgres: PostgresServer, to: str) -> Iterator[tuple[
         if isinstance(now, Path):
             move_ledger(directory, url)
         yield ledger_place(directory), None
-
-
-def _dies(directory: Path, to: str | None, number: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Move the ledger, and die before or after one of its effects. Return whether it ended."""
-    calls = 0
-
-    def guarded(real: Any) -> Any:
-        def effect(*given: Any, **named: Any) -> Any:
-            nonlocal calls
-            calls += 2
-            if number == calls - 2:
-                raise Killed
-            done = real(*given, **named)
-            if number == calls - 1:
-                raise Killed
-            return done
-
-        return effect
-
-    with monkeypatch.context() as patch:
-        for owner, name in EFFECTS:
-            patch.setattr(owner, name, guarded(getattr(owner, name)))
-        try:
-            move_ledger(directory, to)
-        except Killed:
-            return False
-    return True
