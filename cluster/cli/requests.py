@@ -1,4 +1,4 @@
-"""Delete at once, or by requests that somebody decides: `sisa forget`, `request ...`, `run`, `report`."""
+"""Delete at once, or on requests that somebody decides: `sisa forget`, `request`, `run`, `report`."""
 
 from __future__ import annotations
 
