@@ -247,7 +247,12 @@ def _gone(each: Location) -> str:
     type=click.Choice(["chat", "completion"]),
     help="Send prompts as a turn of a chat or as plain text; by default as the model was trained.",
 )
-@click.option("--max-new-tokens", default=48, type=click.IntRange(1, 100_000))
+@click.option(
+    "--max-new-tokens",
+    default=48,
+    type=click.IntRange(1, 100_000),
+    help="Longest answer, in tokens.",
+)
 @click.option(
     "--answer-only",
     is_flag=True,

@@ -114,7 +114,9 @@ def verified(found: Verification) -> Result:
 @model_option
 @ids_options
 @click.option("--text-file", type=PATH, help="File with texts to look for, one on each line.")
-@click.option("--also", multiple=True, type=PATH, help="Also search here, such as an export.")
+@click.option(
+    "--also", multiple=True, type=PATH, help="Also search here, such as an export. Repeatable."
+)
 def sweep(directory: Path, ids: list[str], text_file: Path | None, also: tuple[Path, ...]) -> Result:
     """Prove that no deleted record left a trace. Otherwise list the traces."""
     from sisa.evidence.attestations import sweep_and_log
@@ -137,9 +139,9 @@ def scanned(found: Scan) -> Result:
         f"searched for {counted(counts['strings'], 'string')}",
     ]
     if shredded := counts["shredded"]:
-        lines.append(f"  {shredded} encrypted files that no held key opens")
+        lines.append(f"  {counted(shredded, 'encrypted file')} that no held key opens")
     if short := counts["strings_too_short_for_raw_bytes"]:
-        lines.append(f"  {short} of the strings are too short for raw bytes: compared with values alone")
+        lines.append(f"  {counted(short, 'string')} too short for raw bytes: compared with values alone")
     lines += [
         f"  - {each.where}{', ' + each.position if each.position else ''}: {each.what}"
         for each in found.residue

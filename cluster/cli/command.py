@@ -207,6 +207,23 @@ def ids_options(function: Callable[..., Result]) -> Callable[..., Result]:
     return invoke
 
 
+def records_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Add the options of `ids_options` and `--subject` with its twin; ids or a subject must be given.
+
+    A command may also take an id by `--find-like`.
+    """
+
+    @ids_options
+    @option_or_file("--subject", help="All records of a subject.")
+    @functools.wraps(function)
+    def invoke(ids: list[str], subject: str | None, **arguments: Any) -> Result:
+        if bool(ids or arguments.get("find_like")) == (subject is not None):
+            raise click.UsageError("give IDs (or --ids-file), or --subject")
+        return function(ids=ids, subject=subject, **arguments)
+
+    return invoke
+
+
 consent_option = click.option(
     "--consent",
     default="",

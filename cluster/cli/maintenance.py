@@ -238,7 +238,7 @@ def metrics(directory: Path, target: tuple[str, str] | None, named: tuple[str, .
             to_tensorboard(Path(place), curves)
         else:
             to_mlflow(place, directory.resolve().parent.name or "sisa", curves)
-        shown.append(f"{len(runs)} runs are in {tool}, {place}")
+        shown.append(f"{counted(len(runs), 'run')} written to {tool}, {place}")
     return Result({"runs": found, "passed_on": list(target) if target else None}, shown)
 
 

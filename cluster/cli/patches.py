@@ -83,7 +83,9 @@ def methods() -> Result:
 @command("unlearn", '-m model --forget texts.jsonl --consent "asked on 2026-11-01"', group=approx)
 @model_option
 @click.option("--forget", type=PATH, help="Records that the base should forget.")
-@click.option("--request", "requests", multiple=True, help="A request whose text is in the vault.")
+@click.option(
+    "--request", "requests", multiple=True, help="A request whose text is in the vault. Repeatable."
+)
 @click.option("--retain", type=PATH, help="Records to keep; by default the base's answers.")
 @click.option(
     "--reference",
@@ -91,7 +93,7 @@ def methods() -> Result:
     show_default=False,
     help="A model with the base's tokenizer that never saw the texts, measured for comparison.",
 )
-@click.option("--method", help=f"{METHOD} by default; `sisa approx methods` lists them all.")
+@click.option("--method", help=f"Method, {METHOD} by default; `sisa approx methods` lists them all.")
 @click.option(
     "--selection",
     type=click.Choice(SELECTIONS),
@@ -260,8 +262,12 @@ def revert(directory: Path, everything: bool, retrain_shards: bool, executor: Ex
 
 @command("release", "-m model --all", group=approx)
 @model_option
-@click.option("--set", "sets", multiple=True, help="A set's name, or its first 8 letters or more.")
-@click.option("--request", "requests", multiple=True, help="A request whose text is in the vault.")
+@click.option(
+    "--set", "sets", multiple=True, help="A set's name, or its first 8 letters or more. Repeatable."
+)
+@click.option(
+    "--request", "requests", multiple=True, help="A request whose text is in the vault. Repeatable."
+)
 @click.option("--all", "everything", is_flag=True, help="Erase all texts.")
 def release(
     directory: Path, sets: tuple[str, ...], requests: tuple[str, ...], everything: bool
@@ -514,7 +520,7 @@ def released(gone: Sequence[VaultSet]) -> Result:
     texts = sum(each.num_records for each in gone)
     body = {"approximate": True, "released": [asdict(each) for each in gone]}
     lines = [
-        f"{len(gone)} sets with {texts} texts are erased from the vault, their keys first",
+        f"{counted(len(gone), 'set')} of {counted(texts, 'text')} erased from the vault, keys first",
         "  approximate patches that were made from them stay; they can't be made again",
     ]
     return Result(body, lines)

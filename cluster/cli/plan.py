@@ -46,7 +46,7 @@ risk_option = click.option(
     "risks",
     multiple=True,
     metavar="SHARE:RISK",
-    help="A share of the records, and the deletion risk of each. Repeat for every group.",
+    help="A share of the records, and the deletion risk of each. Repeatable.",
 )
 
 

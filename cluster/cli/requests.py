@@ -20,11 +20,11 @@ from cluster.cli.command import (
     command_group,
     consent_option,
     executor_option,
-    ids_options,
     model_option,
     opened,
     option_or_file,
     option_or_input,
+    records_options,
     with_certificate,
 )
 from cluster.observe.reporting import say
@@ -52,8 +52,7 @@ if TYPE_CHECKING:
 
 @command("forget", "-m model --subject p001 --dry-run")
 @model_option
-@ids_options
-@option_or_file("--subject", help="Delete all records of a subject.")
+@records_options
 @click.option("--dry-run", is_flag=True, help="Show what would happen; change nothing.")
 @click.option(
     "--defer", is_flag=True, help="Erase now; retrain with the next `sisa run`, train or forget."
@@ -70,8 +69,6 @@ def forget(
     executor: ExecutorChoice,
 ) -> Result:
     """Delete records exactly, and retrain what they touched."""
-    if bool(ids) == (subject is not None):
-        raise click.UsageError("give IDs (or --ids-file), or --subject")
     with opened(directory, executor) as model:
         if dry_run:
             return forget_plan(model.plan_forget(ids, subject=subject))
@@ -85,8 +82,7 @@ request_argument = click.argument("request_id", metavar="REQUEST")
 
 @command("submit", "-m model --subject p001 --external-id T-17", group=request)
 @model_option
-@ids_options
-@option_or_file("--subject", help="Delete all records of a subject.")
+@records_options
 @option_or_input("--find-like", metavar="ID", help="Delete a record; propose its near-duplicates.")
 @click.option("--external-id", help="Your own name for the request; a repeated name adds no request.")
 @option_or_file("--reason", help="Why; stored as given.")
@@ -99,7 +95,12 @@ request_argument = click.argument("request_id", metavar="REQUEST")
 @click.option("--due", help="Due date, YYYY-MM-DD, instead of the regime's.")
 @click.option("--submitter", default="", show_default=False, help="Who submits it, for four eyes.")
 @click.option("--approver", help="Approve at once, in this name.")
-@click.option("--include-duplicates", is_flag=True, help="Also delete exact copies under other ids.")
+@click.option(
+    "--include-copies",
+    "--include-duplicates",
+    is_flag=True,
+    help="Also delete exact copies under other ids.",
+)
 @consent_option
 def submit_request(
     directory: Path,
@@ -112,15 +113,13 @@ def submit_request(
     due: str | None,
     submitter: str,
     approver: str | None,
-    include_duplicates: bool,
+    include_copies: bool,
     consent: str,
 ) -> Result:
     """Submit a request; it runs once it is approved."""
     from sisa.flows.lifecycle import Terms
 
     named = [*ids, *([find_like] if find_like else [])]
-    if bool(named) == (subject is not None):
-        raise click.UsageError("give IDs (or --ids-file, or --find-like), or --subject")
     terms = Terms(
         external_id=external_id,
         reason=reason or "",
@@ -128,7 +127,7 @@ def submit_request(
         due=due,
         approver=approver,
         submitter=submitter,
-        include_copies=include_duplicates,
+        include_copies=include_copies,
         consent=consent,
     )
     with opened(directory) as model:
@@ -306,7 +305,7 @@ def request_shown(view: RequestView) -> Result:
 def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
     lines = [_line(view)]
     if found.copies:
-        fate = "included" if found.request.copies_included else "NOT included (--include-duplicates)"
+        fate = "included" if found.request.copies_included else "NOT included (--include-copies)"
         lines.append(f"exact copies under other ids, {fate}: {len(found.copies)}")
         lines += [f"  {each}" for each in found.copies]
     if found.near:

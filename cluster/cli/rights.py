@@ -18,10 +18,10 @@ from cluster.cli.command import (
     command,
     command_group,
     executor_option,
-    ids_options,
     model_option,
     opened,
     option_or_file,
+    records_options,
 )
 from cluster.cli.input_files import STANDARD_INPUT
 from cluster.observe.reporting import say
@@ -34,14 +34,12 @@ if TYPE_CHECKING:
     from sisa.flows.rights.drop import Imported, Reported
 
 STANDARD_OUTPUT = STANDARD_INPUT  # `-`
-subject_option = option_or_file("--subject", help="Whose records.")
-required_subject_option = option_or_file("--subject", required=True, help="Whose records.")
+subject_option = option_or_file("--subject", required=True, help="Whose records.")
 
 
 @command("access", "-m model --subject p001 -o p001.json")
 @model_option
-@ids_options
-@subject_option
+@records_options
 @click.option(
     "-o", "--output", "target", required=True, type=PATH, help="New file; `-`: standard output."
 )
@@ -53,7 +51,6 @@ def write_access(directory: Path, ids: list[str], subject: str | None, target: P
 
     if target != STANDARD_OUTPUT and os.path.lexists(target):
         raise _exists(target)
-    named = _named(ids, subject)
     with opened(directory) as model:
         found = with_engines(model, model.access(ids, subject=subject))
         missing = [name for name, each in found["processing"]["controller"].items() if each is None]
@@ -62,10 +59,10 @@ def write_access(directory: Path, ids: list[str], subject: str | None, target: P
             say(f"null, since the run file does not say it: {keys}")
         data = as_file(found)
         if target == STANDARD_OUTPUT:
-            say(_logged(log_hand_out(model, "access", data, named)))
+            say(_logged(log_hand_out(model, "access", data, ids or [str(subject)])))
             return Result(found, [data.decode().rstrip("\n")])
         _write_new(target, data)
-        stated = log_hand_out(model, "access", data, named)
+        stated = log_hand_out(model, "access", data, ids or [str(subject)])
     counts = {name: len(found[name]) for name in ("records", "deleted", "requests", "recipients")}
     summary = ", ".join(f"{name}: {count}" for name, count in counts.items())
     wrote = f"wrote {target} ({summary}); it is personal data: hand it to that person alone"
@@ -76,18 +73,16 @@ def write_access(directory: Path, ids: list[str], subject: str | None, target: P
 
 @command("recipients", "-m model --subject p001")
 @model_option
-@ids_options
-@subject_option
+@records_options
 def list_recipients(directory: Path, ids: list[str], subject: str | None) -> Result:
     """List the exports that hold what a person's records touched."""
     from cluster.serve.engines import with_engines
     from sisa.evidence.attestations import log_hand_out
     from sisa.flows.rights.access import as_file
 
-    named = _named(ids, subject)
     with opened(directory) as model:
         found = with_engines(model, model.recipients(ids, subject=subject))
-        say(_logged(log_hand_out(model, "recipients", as_file(found), named)))
+        say(_logged(log_hand_out(model, "recipients", as_file(found), ids or [str(subject)])))
     lines = [
         f"{each['path']}: {each['standing']}{', STALE' if each['stale'] else ''}"
         for each in found["recipients"]
@@ -108,7 +103,7 @@ def rectify(directory: Path, file: Path, executor: ExecutorChoice) -> Result:
 
 @command("restrict", "-m model --subject p001")
 @model_option
-@required_subject_option
+@subject_option
 def restrict_person(directory: Path, subject: str) -> Result:
     """Store a person's records and serve none of them, until released; nothing is retrained."""
     from cluster.serve.engines import with_engines
@@ -120,19 +115,12 @@ def restrict_person(directory: Path, subject: str) -> Result:
 
 @command("release", "-m model --subject p001")
 @model_option
-@required_subject_option
+@subject_option
 def release_person(directory: Path, subject: str) -> Result:
     """End the restriction of a person's records: they are served as before."""
     with opened(directory) as model:
         found = model.release(subject)
     return restricted(found)
-
-
-def _named(ids: list[str], subject: str | None) -> list[str]:
-    """Return the ids, or else the subject. Raise UsageError unless one of them is given."""
-    if bool(ids) == (subject is not None):
-        raise click.UsageError("give IDs (or --ids-file), or --subject")
-    return ids or [str(subject)]
 
 
 def _logged(found: Stated) -> str:

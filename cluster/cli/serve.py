@@ -85,7 +85,7 @@ def _numbers(_context: click.Context, _option: click.Parameter, given: Any) -> l
     "scopes",
     multiple=True,
     type=click.Choice(SCOPE_NAMES),
-    help="Allow this alone, of what the role may do; may be repeated.",
+    help="Allow this alone, of what the role may do. Repeatable.",
 )
 @click.option("--shards", callback=_numbers, metavar="N,N", help="Show these shards' records alone.")
 @click.option("--days", default=90, type=click.IntRange(1, 3660), help="Days until it expires.")

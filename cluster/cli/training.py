@@ -104,7 +104,7 @@ def add(
 def taken(found: Taken, directory: Path) -> Result:
     lines = [
         f"{counted(found.records, 'record')} in {directory} ({found.added} added now)",
-        f"{found.slices_trained} slices trained, {found.record_epochs_trained} record-epochs"
+        f"{counted(found.slices_trained, 'slice')} trained, {found.record_epochs_trained} record-epochs"
         + (f"; {found.record_epochs_others} more in other orders" if found.record_epochs_others else ""),
         f"model digest {found.model_digest}",
     ]

@@ -15,7 +15,9 @@ from cluster.cli.evaluation.evaluating import (
     attack_models,
     auc_words,
     evaluation,
+    logs_option,
     machine_options,
+    max_new_tokens_option,
     over_unlearned_words,
     privleak_words,
     split_taught,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     "--reference",
     "references",
     multiple=True,
-    help="A model that never saw the texts: calibrates membership. Two or more give LiRA.",
+    help="A model that never saw the texts: calibrates membership. Repeatable: two or more give LiRA.",
 )
 @click.option("--before", help="The model before unlearning: says when half of it is back.")
 @click.option("--data", required=True, type=PATH, help="JSONL of question and answer.")
@@ -46,12 +48,14 @@ if TYPE_CHECKING:
 @click.option("--others", type=PATH, help="Texts about anything else, to relearn from.")
 @click.option("--holdout", type=PATH, help="Like texts that no model has seen, for membership.")
 @click.option("--attack", "names", multiple=True, help="Make these attacks alone. Repeatable.")
-@click.option("--out", default="attack-logs", type=PATH)
-@click.option("--also", multiple=True, help="NAME=FILE: other questions to the same. Repeatable.")
+@logs_option("attack-logs")
+@click.option(
+    "--also", multiple=True, metavar="NAME=FILE", help="Other questions to the same. Repeatable."
+)
 @template_option()
-@click.option("--max-new-tokens", default=64, type=click.IntRange(1))
+@max_new_tokens_option(64)
 @click.option("--samples", default=8, type=click.IntRange(1), help="Answers sampled to each question.")
-@click.option("--seed", default=0)
+@click.option("--seed", default=0, help="Seed of the samples.")
 @machine_options
 def attacks(
     models: tuple[str, ...],

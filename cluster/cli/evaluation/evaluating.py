@@ -60,14 +60,44 @@ def template_option(default: str = "{question}{answer}") -> Callable[..., Any]:
     )
 
 
+def logs_option(default: str) -> Callable[..., Any]:
+    """Return the option that names the directory of logs."""
+    return click.option(
+        "-o",
+        "--output",
+        "--out",
+        "out",
+        default=default,
+        type=PATH,
+        help="Directory of the logs; an interrupted run continues from them.",
+    )
+
+
+def max_new_tokens_option(default: int) -> Callable[..., Any]:
+    """Return the option that bounds the length of an answer."""
+    return click.option(
+        "--max-new-tokens", default=default, type=click.IntRange(1), help="Longest answer, in tokens."
+    )
+
+
 def machine_options(function: Callable[..., Result]) -> Callable[..., Result]:
     """Add the options about the machine and the form of prompts."""
     for option in (  # `--help` shows the last one first
         log_format_option,
-        click.option("--address", help="HOST:PORT of a Ray cluster; by default a local Ray."),
-        click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray"),
         click.option(
-            "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32"
+            "--address", metavar="HOST:PORT", help="A running Ray cluster; by default a local Ray."
+        ),
+        click.option(
+            "--executor",
+            type=click.Choice(["ray", "serial"]),
+            default="ray",
+            help="ray; serial: the same numbers in this process.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            default="float32",
+            help="Data type of the weights.",
         ),
         click.option("--device", default="cpu", help="A torch device, such as cuda."),
         click.option(
@@ -94,8 +124,10 @@ def evaluation_options(
         hub = {"default": data} if data else {"required": True}
         for option in (  # `--help` shows the last one first
             machine_options,
-            click.option("--batch-size", default=8, type=click.IntRange(1)),
-            click.option("--max-new-tokens", default=max_new_tokens, type=click.IntRange(1)),
+            click.option(
+                "--batch-size", default=8, type=click.IntRange(1), help="Questions asked at once."
+            ),
+            max_new_tokens_option(max_new_tokens),
             template_option(template),
             click.option(
                 "--limit",
@@ -104,7 +136,7 @@ def evaluation_options(
                 type=click.IntRange(1),
                 help="Ask this many of each set.",
             ),
-            click.option("--out", default=f"{name}-logs", type=PATH),
+            logs_option(f"{name}-logs"),
             click.option("--data", help="Directory or hub name.", **hub),
             click.option(
                 "--before", help="The model before unlearning: adds relearning and the depth score."

@@ -34,10 +34,19 @@ if TYPE_CHECKING:
 
 @command("tofu", "--model model --reference retained --data tofu", group=evaluation)
 @evaluation_options("locuslab/TOFU", max_new_tokens=200)
-@click.option("--split", type=click.Choice(["forget01", "forget05", "forget10"]), default="forget10")
+@click.option(
+    "--split",
+    type=click.Choice(["forget01", "forget05", "forget10"]),
+    default="forget10",
+    help="Forget set: this share of the authors, in percent.",
+)
 @click.option("--holdout", type=PATH, help="JSONL of questions that no model has seen.")
 @click.option(
-    "--truth-ratio", "variant", type=click.Choice(["geometric", "arithmetic"]), default="geometric"
+    "--truth-ratio",
+    "variant",
+    type=click.Choice(["geometric", "arithmetic"]),
+    default="geometric",
+    help="Mean of the wrong answers in the truth ratio.",
 )
 def tofu(variant: Any, split: Any, holdout: Path | None, **options: Unpack[EvaluationOptions]) -> Result:
     """Measure model utility and forget quality on TOFU."""

@@ -33,7 +33,9 @@ SEED_BYTES = 8
 )
 @click.option("--seed", help="Draws the shards; by default a random one, which is shown.")
 @click.option("--key", "key_file", type=PATH, help="Public keys that you hold, not the published.")
-@click.option("--seen", type=PATH, multiple=True, help="A checkpoint of the log that you kept.")
+@click.option(
+    "--seen", type=PATH, multiple=True, help="A checkpoint of the log that you kept. Repeatable."
+)
 @cosigner_option
 @click.option("-o", "--output", type=PATH, help="File for the signed report.")
 @executor_option
@@ -107,7 +109,7 @@ def audited(found: Audit, output: Path | None) -> Result:
     "shards",
     multiple=True,
     type=click.IntRange(0),
-    help="Not those that the request touched.",
+    help="Shards to train, instead of those that the request touched. Repeatable.",
 )
 @click.option("--directory", type=PATH, help="Where to train, and go on; by default it is erased.")
 @executor_option

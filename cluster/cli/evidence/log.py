@@ -17,7 +17,11 @@ key_option = click.option(
     "--key", "key_file", required=True, type=PATH, help="The model's public keys, or a log's vkey."
 )
 cosigner_option = click.option(
-    "--witness", "cosigners", multiple=True, metavar="VKEY", help="A cosigner that must have signed."
+    "--witness",
+    "cosigners",
+    multiple=True,
+    metavar="VKEY",
+    help="A cosigner that must have signed. Repeatable.",
 )
 
 
@@ -79,7 +83,9 @@ def _instant(seconds: int) -> str:
 @click.option("-m", "--model", "directory", type=PATH, help="Check this model's own log instead.")
 @click.option("--key", "key_file", type=PATH, help="The model's public keys, or a log's vkey.")
 @cosigner_option
-@click.option("--seen", type=PATH, multiple=True, help="A checkpoint of this log that you kept.")
+@click.option(
+    "--seen", type=PATH, multiple=True, help="A checkpoint of this log that you kept. Repeatable."
+)
 def check_log_command(
     where: str | None,
     directory: Path | None,
@@ -182,7 +188,12 @@ def cosign_log(where: str, key_file: Path, witness_key: Path, state: Path) -> Re
 @model_option
 @click.argument("file", type=PATH)
 @click.option(
-    "--witness", "cosigners", multiple=True, required=True, metavar="VKEY", help="Whose signature it is."
+    "--witness",
+    "cosigners",
+    multiple=True,
+    required=True,
+    metavar="VKEY",
+    help="Whose signature it is. Repeatable.",
 )
 def add_cosignature(directory: Path, file: Path, cosigners: tuple[str, ...]) -> Result:
     """Add a cosigner's signature to the checkpoint.

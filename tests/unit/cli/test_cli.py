@@ -149,6 +149,22 @@ def test_help_has_an_example(sisa: Sisa, name: str) -> None:
         assert option in out.partition("Example:\n")[0]
 
 
+def test_options_explain_themselves_alike() -> None:
+    found = [
+        (f"{name} {each.opts[-1]}", each)
+        for name, command in commands().items()
+        for each in command.params
+        if isinstance(each, click.Option)
+    ]
+    assert [
+        name for name, each in found if not re.fullmatch(r"\S.*\.", each.help or "", re.DOTALL)
+    ] == []
+    repeated = [name for name, each in found if each.multiple is not ("Repeatable" in (each.help or ""))]
+    assert repeated == []
+    short = {tuple(each.opts[:2]) for _, each in found if len(each.opts[0]) == 2}
+    assert short == {("-m", "--model"), ("-o", "--output"), ("-f", "--follow")}
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["config", "--help"]])
 def test_help_and_version_go_to_standard_output(sisa: Sisa, arguments: list[str]) -> None:
     code, out, err = sisa(*arguments)

@@ -171,4 +171,4 @@ def test_what_is_taken_back_and_released() -> None:
     assert "given up before it was made" in gone.text
     released = patches.released([KEPT])
     assert read(released)["released"][0]["name"] == KEPT.name
-    assert "1 sets with 4 texts" in released.text
+    assert "1 set of 4 texts erased" in released.text

@@ -149,7 +149,7 @@ def test_copies_are_listed_and_deleted_only_if_asked(ask: Ask) -> None:
     found = ask("request", "submit", "id-0000")
     assert (found["copies"], found["num_copies"], found["copies_included"]) == (["id-0010"], 1, False)
     assert found["num_records"] == 1
-    found = ask("request", "submit", "id-0000", "--include-duplicates", "--approver", "dpo")
+    found = ask("request", "submit", "id-0000", "--include-copies", "--approver", "dpo")
     assert (found["num_records"], found["copies_included"]) == (2, True)
     run_once(ask)
     states = [each["state"] for each in ask("where", "id-0000", "id-0010", "id-0001")["records"]]
@@ -176,7 +176,7 @@ def test_the_words_of_submit_show_and_list(sisa: Sisa, model: Path) -> None:
     code, out, _ = sisa("request", "submit", "id-0000", "-m", model, "--external-id", "T-1")
     assert code == 0
     assert "(T-1): received, 1 record, due " in out
-    assert "exact copies under other ids, NOT included (--include-duplicates): 1" in out
+    assert "exact copies under other ids, NOT included (--include-copies): 1" in out
     assert out.endswith(f"next: sisa request approve -m {model} T-1 --approver WHO\n")
     code, out, _ = sisa("request", "hold", "T-1", "-m", model, "--reason", "court \x1b[2J order")
     assert code == 0
