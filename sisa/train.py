@@ -39,7 +39,7 @@ from sisa.flows.restored_backup import catch_up
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.executors import OpenExecutor, find_executor
 from sisa.flows.wiring.keys import (
-    KEY,
+    PARTITION_KEY,
     deleted_under,
     keep_key,
     keyrings_dir,
@@ -376,7 +376,7 @@ def _committed(directory: Path) -> bool:
 
 def _check_no_foreign_files(directory: Path) -> None:
     """Raise InvalidInput if a first training would write among files that are not a model's."""
-    ours = {*LEDGER_FILES, LOCK, COMMIT_LOCK, KEY, REPLAYS, *AREAS}
+    ours = {*LEDGER_FILES, LOCK, COMMIT_LOCK, PARTITION_KEY, REPLAYS, *AREAS}
     if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
         raise InvalidInput(
             "output_dir holds something that is not a model",

@@ -16,7 +16,7 @@ from approx.metrics.word_overlap import rougeL_recall
 from sisa.core.domain import Record
 from sisa.lm.base.tokens import encode_prompt, end_tokens
 
-SAMPLES, MAX_NEW_TOKENS = 8, 64
+SAMPLES, MAX_SAMPLE_TOKENS = 8, 64
 SAMPLED_AT_ONCE = 64  # decoding reads all weights for each step of a batch
 
 
@@ -29,7 +29,7 @@ class LeakAtK(Attack):
 
     name: ClassVar[str] = "leak_at_k"
     samples: int = SAMPLES
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: int = MAX_SAMPLE_TOKENS
     ends: Collection[int] | None = None
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:

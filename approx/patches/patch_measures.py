@@ -53,7 +53,7 @@ from sisa.core.domain import Record
 from sisa.lm.base.adapter import attach
 from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, end_tokens, without_closing
 
-MAX_MEASURED, MAX_CONTINUED, MAX_NEW_TOKENS = 64, 16, 48
+MAX_MEASURED, MAX_CONTINUED, MAX_CONTINUATION_TOKENS = 64, 16, 48
 MAX_RELEARNT, MAX_ASKED = 4, 16
 
 MEASURE_LIMITS = (
@@ -135,15 +135,15 @@ def _recalls(model: Any, tokenizer: Any, forget: Sequence[Tokens]) -> list[float
         pair
         for each in forget
         for pair in answers(each, tokenizer)
-        if each.labels[0] == NO_LOSS and len(pair[0]) <= most - MAX_NEW_TOKENS
+        if each.labels[0] == NO_LOSS and len(pair[0]) <= most - MAX_CONTINUATION_TOKENS
     ][:MAX_CONTINUED]
     if not pairs:
         return []
     ends = end_tokens(model, tokenizer)
-    generated = continue_greedily(model, [prompt for prompt, _ in pairs], ends, MAX_NEW_TOKENS)
+    generated = continue_greedily(model, [prompt for prompt, _ in pairs], ends, MAX_CONTINUATION_TOKENS)
     words = partial(tokenizer.decode, skip_special_tokens=True)
     return [
-        rougeL_recall(words(list(answer[:MAX_NEW_TOKENS])), words(list(row)))
+        rougeL_recall(words(list(answer[:MAX_CONTINUATION_TOKENS])), words(list(row)))
         for (_, answer), row in zip(pairs, generated, strict=True)
     ]
 

@@ -13,7 +13,7 @@ same share of the heads of these layers. The score of a module under `fisher` is
     tr F_forget / tr F_retain,   tr F = mean over examples of |d log p(answer) / d W|^2
 
 the trace of the diagonal of the empirical Fisher information, with the mean log-probability of the
-answer's tokens. At most MAX_MEASURED examples of each set count. A score needs a gradient for each
+answer's tokens. At most MAX_SCORED examples of each set count. A score needs a gradient for each
 example; the cost of a selection is in seconds of the making of a patch, and not in its operations.
 
 Source: Foster et al. 2024, "Fast machine unlearning without retraining through selective synaptic
@@ -42,7 +42,7 @@ from sisa.lm.base import adapter
 from sisa.lm.base.tokens import Tokens
 
 SelectionKind = Literal["all", "fisher", "traced", "heads"]
-MAX_MEASURED = 16
+MAX_SCORED = 16
 QUERIES, RESULTS = "q_proj", "o_proj"  # of the heads of a layer, by the name of their module
 
 
@@ -173,7 +173,7 @@ def fisher_traces(base: Any, names: Sequence[str], examples: Sequence[Tokens]) -
     try:
         for each in weights:
             each.requires_grad_(True)
-        rows = gradient_squares(base, examples[:MAX_MEASURED])
+        rows = gradient_squares(base, examples[:MAX_SCORED])
     finally:
         for each in weights:
             each.requires_grad_(False)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sisa.planning.deletion_stream import Group, Replayed, Stream
     from sisa.planning.layout_advice import Advice, LayoutLimits
 
-MAX_RECORDS, MAX_DELETIONS = 10**12, 10**8
+MAX_PLANNED_RECORDS, MAX_PLANNED_DELETIONS = 10**12, 10**8
 # Rank 8 on all linear modules of SmolLM2-135M: 2,442,240 parameters, AdamW's two moments beside them.
 ASSUMED_BYTES_PER_RANK = 2_442_240 * 4 * 3 // 8
 
@@ -39,7 +39,7 @@ class _Finite(click.FloatRange):
 
 ABOVE_0 = _Finite(0, min_open=True)
 records_option = click.option(
-    "--records", type=click.IntRange(1, MAX_RECORDS), required=True, help="Records of the model."
+    "--records", type=click.IntRange(1, MAX_PLANNED_RECORDS), required=True, help="Records of the model."
 )
 risk_option = click.option(
     "--risk",
@@ -55,7 +55,7 @@ risk_option = click.option(
 @records_option
 @click.option(
     "--deletions",
-    type=click.IntRange(1, MAX_DELETIONS),
+    type=click.IntRange(1, MAX_PLANNED_DELETIONS),
     required=True,
     help="Records to delete, drawn at random.",
 )

@@ -22,7 +22,7 @@ PACKAGES = ("sisa", "approx", "cluster")
 SUFFIXES = frozenset({".py", ".yaml"})
 COMMAND = ("python", "-m", "sisa", "train", RUN_FILE, "--address", "auto")
 LOST_S = 30.0  # how long to retry while the cluster can't be reached
-STOP_S = 30.0
+END_WITHIN_S = 30.0
 AGAIN_S = 0.5
 
 
@@ -89,7 +89,7 @@ def follow(jobs: Jobs, job: str, show: Callable[[str], None]) -> Job:
 def stop(jobs: Jobs, job: str) -> tuple[Job, bool]:
     """Stop a job; return it and whether it was running. Raise EnvironmentFault if it does not end."""
     was_running = jobs.stop(job)
-    until = time.monotonic() + STOP_S
+    until = time.monotonic() + END_WITHIN_S
     while not (found := jobs.get(job)).ended:
         if time.monotonic() > until:
             raise EnvironmentFault(

@@ -31,7 +31,10 @@ from cluster.ray.session import AUTH_MODE, changed_environment, first_line, has_
 from sisa.core.errors import EnvironmentFault, InvalidInput
 
 JOB_CONNECT_S = 5.0
-YOUNG_S, AGAIN_S = 60.0, 0.5  # how long, and how often, to retry on a cluster that has just started
+YOUNG_S, RETRY_YOUNG_S = (
+    60.0,
+    0.5,
+)  # how long, and how often, to retry on a cluster that has just started
 TALKATIVE = (
     *("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
     "ray._private.runtime_env.packaging",
@@ -109,7 +112,7 @@ class RayJobs:
                 # A dashboard answers before the agent that accepts jobs; no job was accepted then.
                 if "No available agent" not in str(error) or time.monotonic() > until:
                     raise
-                time.sleep(AGAIN_S)
+                time.sleep(RETRY_YOUNG_S)
 
     @contextmanager
     def _translated(self, job: str = "") -> Iterator[None]:

@@ -31,7 +31,7 @@ from sisa.core.events import Notice, Report
 
 LOOK_EVERY_S = 2.0
 NO_NODE_S = 60.0  # how long a run without any slot waits for a node before it gives up
-HEAD_LOST_S, CONNECT_S = 15.0, 2.0
+HEAD_LOST_S, HEAD_ANSWERS_S = 15.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Nodes:
     def name_of(self, node: str) -> str:
         return self._alive[node].name if node in self._alive else node[:8]
 
-    def _update(self, within_s: float = CONNECT_S) -> None:
+    def _update(self, within_s: float = HEAD_ANSWERS_S) -> None:
         """Drop lost nodes; admit new ones, or ask them for a proof."""
         listed = _listed(within_s)
         if listed is None:
@@ -174,7 +174,7 @@ class Nodes:
         address = ray.get_runtime_context().gcs_address
         host, _, port = address.rpartition(":")
         with contextlib.suppress(OSError):
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_ANSWERS_S).close()
             self._head_answered = time.monotonic()
             return True
         if now - self._head_answered > HEAD_LOST_S:

@@ -19,17 +19,17 @@ import time
 from pathlib import Path
 
 OVER = b"over"
-LOOK_EVERY_S, LOOK_FOR_S = 0.1, 30.0
+REAP_EVERY_S, REAP_FOR_S = 0.1, 30.0
 
 
 def reap(private_dir: str) -> None:
     """Kill all processes of a private directory, then remove the directory."""
-    deadline = time.monotonic() + LOOK_FOR_S
+    deadline = time.monotonic() + REAP_FOR_S
     while (found := _belonging(private_dir)) and time.monotonic() < deadline:
         for process in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(REAP_EVERY_S)
     shutil.rmtree(private_dir, ignore_errors=True)
 
 

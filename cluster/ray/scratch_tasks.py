@@ -23,7 +23,7 @@ from sisa.core.events import Notice, Report
 from sisa.flows.wiring.scratch_base import BaseJob
 from sisa.lm.base.numerics import worker_environment
 
-POLL_S, ANSWER_S = 1.0, 10.0
+LISTEN_EVERY_S, LISTENER_S = 1.0, 10.0
 
 
 def train_on_ray(job: BaseJob, cluster: Mapping[str, Any], report: Report) -> None:
@@ -97,9 +97,9 @@ def _reported(mailbox: Any, run_id: str, report: Report) -> Iterator[None]:
     def listen() -> None:
         last = False
         while not last:
-            last = done.wait(POLL_S)  # once more at the end
+            last = done.wait(LISTEN_EVERY_S)  # once more at the end
             with contextlib.suppress(RayError):  # Ray may be gone
-                for event in listener.received(ANSWER_S):
+                for event in listener.received(LISTENER_S):
                     report(event)
 
     thread = threading.Thread(target=listen, daemon=True)
@@ -108,4 +108,4 @@ def _reported(mailbox: Any, run_id: str, report: Report) -> Iterator[None]:
         yield
     finally:
         done.set()
-        thread.join(2 * ANSWER_S)
+        thread.join(2 * LISTENER_S)

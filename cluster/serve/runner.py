@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sisa.model import Model
 
 EVERY_S = 60.0  # between two plans
-LOOK_S = 1.0  # between two turns
+TURN_S = 1.0  # between two turns
 PATIENCE_S = 5.0  # with a turn that runs when the block ends
 
 _log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def _thread(name: str, turn: Callable[[], object]) -> Iterator[None]:
 def _repeat(turn: Callable[[], object], ended: threading.Event) -> None:
     """Call `turn` until the end. Log an error by its type, once in a row, and go on."""
     logged = ""
-    while not ended.wait(LOOK_S):
+    while not ended.wait(TURN_S):
         try:
             turn()
             logged = ""

@@ -40,7 +40,7 @@ from starlette.responses import JSONResponse
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys
 from sisa.verifier.feed import Feed, check_present, hashed, verify_feed
 
-ADAPTERS, BASE = "SISA_VLLM_ADAPTERS", "SISA_VLLM_BASE"
+ADAPTERS_VARIABLE, BASE_VARIABLE = "SISA_VLLM_ADAPTERS", "SISA_VLLM_BASE"
 FEED, KEYS = "SISA_VLLM_FEED", "SISA_VLLM_KEYS"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RESOLVER = "deletion-ready adapters"
@@ -70,11 +70,11 @@ class ExportedAdapters:
     @classmethod
     def of_environment(cls, found: Mapping[str, str] = os.environ) -> ExportedAdapters | None:
         """Return the adapters that the environment names, or None. Raise ValueError or Refused."""
-        if not (directory := found.get(ADAPTERS)):
+        if not (directory := found.get(ADAPTERS_VARIABLE)):
             return None
         keys = parse_keys(Path(found[KEYS]).read_bytes()) if found.get(KEYS) else None
         feed = Path(found[FEED]) if found.get(FEED) else None
-        return cls(Path(directory), found.get(BASE), feed, keys)
+        return cls(Path(directory), found.get(BASE_VARIABLE), feed, keys)
 
     def held(self) -> dict[str, Path]:
         """Return the directory of each adapter that may be served, by the digest of its weights.
@@ -208,7 +208,7 @@ class RevocationEndpoints:
     async def init_state(self, engine_client: Any, state: Any, _args: Any) -> None:
         """Begin to sweep. Raise ValueError where the environment names no directory."""
         if (adapters := ExportedAdapters.of_environment()) is None:
-            raise ValueError(f"{self.name} needs {ADAPTERS}, a directory of exports")
+            raise ValueError(f"{self.name} needs {ADAPTERS_VARIABLE}, a directory of exports")
         state.sisa = Evictions(adapters, engine_client, state.openai_serving_models)
         state.sisa_sweeping = asyncio.create_task(_swept(state.sisa.sweep))
 

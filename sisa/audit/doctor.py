@@ -39,7 +39,7 @@ from sisa.flows.context.slices import held_rows
 from sisa.flows.restored_backup import unknown_deletions
 from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.description import model_id, named
-from sisa.flows.wiring.keys import KEY, key_path, stored_secret
+from sisa.flows.wiring.keys import PARTITION_KEY, key_path, stored_secret
 from sisa.flows.wiring.ledger_place import LEDGER, LEDGER_URL, ledger_name, open_ledger
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs import files
@@ -76,7 +76,7 @@ def diagnosis(directory: Path, findings: list[Finding]) -> Diagnosis:
 
 def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
     """Examine the model in a directory. Raise InvalidInput if the directory holds none."""
-    if not any((directory / each).exists() for each in (LEDGER, LEDGER_URL, KEY, *AREAS)):
+    if not any((directory / each).exists() for each in (LEDGER, LEDGER_URL, PARTITION_KEY, *AREAS)):
         raise InvalidInput(
             "there is no model in this directory",
             where=str(directory),
@@ -287,7 +287,7 @@ def _key(
         step = "the next train, add or forget moves it there"
         return [Finding("key_place", "warning", str(path), what, step=step)], secret
     mode = stat.S_IMODE(os.stat(path).st_mode)
-    if path != directory / KEY and mode & 0o077:
+    if path != directory / PARTITION_KEY and mode & 0o077:
         what = f"others may read the partition key (mode {mode:o})"
         return [Finding("mode", "warning", str(path), what, step=f"chmod 600 {path}")], secret
     return [], secret

@@ -28,7 +28,7 @@ from sisa.flows.context.plans import plans_of, view_shards
 from sisa.flows.context.stale_exports import give_up_lost
 from sisa.flows.reconcile import open_plans
 from sisa.flows.wiring import moving, wiring
-from sisa.flows.wiring.keys import KEY
+from sisa.flows.wiring.keys import PARTITION_KEY
 from sisa.flows.wiring.ledger_place import (
     LEDGER,
     LEDGER_URL,
@@ -50,7 +50,9 @@ from sisa.store.metrics import run_files
 LEDGER_FILES = (*(LEDGER + each for each in SQLITE_FILES), LEDGER_URL, moving.LEDGERS_LEFT)
 EVIDENCE_FILES = (wiring.EVIDENCE, f"{wiring.EVIDENCE}-journal", areas.LOG)
 SERVICE_FILES = (SERVICE, TOKENS, *(SERVICE_STATE + each for each in SQLITE_FILES))
-KEPT_FILES = frozenset({*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, KEY, LOCK, COMMIT_LOCK})
+KEPT_FILES = frozenset(
+    {*LEDGER_FILES, *EVIDENCE_FILES, *SERVICE_FILES, PARTITION_KEY, LOCK, COMMIT_LOCK}
+)
 AREAS = tuple(
     each for each in (*areas.SHARED_AREAS, *areas.LOCAL_AREAS) if each not in (areas.REPLAYS, areas.LOG)
 )

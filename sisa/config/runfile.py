@@ -33,7 +33,7 @@ from sisa.config.paths import resolve_paths, shared_path_problems
 from sisa.core.errors import InvalidInput, Problem
 
 MAX_RUN_FILE_BYTES = 1 << 18
-MAX_DEPTH = 8
+MAX_RUN_FILE_DEPTH = 8
 MAX_NUMBER_CHARS = 400  # more than any finite float has; longer ones take quadratic time to convert
 MAX_PROBLEMS = 1000
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -161,8 +161,12 @@ class _Parser:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if getattr(event, "anchor", None) is not None:
                 self._add(line, "anchors and aliases aren't allowed")
-            elif depth > MAX_DEPTH or documents > 1:
-                what = "more than one document" if documents > 1 else f"nested deeper than {MAX_DEPTH}"
+            elif depth > MAX_RUN_FILE_DEPTH or documents > 1:
+                what = (
+                    "more than one document"
+                    if documents > 1
+                    else f"nested deeper than {MAX_RUN_FILE_DEPTH}"
+                )
                 self._add(line, what)
                 return False
         return not self.problems

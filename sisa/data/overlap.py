@@ -1,6 +1,7 @@
 """Compare the wording of records with that of a corpus, by hashed runs of words.
 
-    runs     all runs of `RUN` words of a text, without case and punctuation; a shorter text is one run
+    runs     all runs of RUN_WORDS words of a text, without case and punctuation; a shorter text is one
+             run
     share    the part of a record's distinct runs that the corpus has
     refused  from `NEAR` on: half of the record's wording is in the corpus
 
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem
 
-RUN, NEAR = 5, 0.5
+RUN_WORDS, NEAR = 5, 0.5
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -63,7 +64,7 @@ def check_overlap(records: Sequence[Record], corpus: WordRuns) -> None:
             f"{len(problems)} of {len(records)} records share their text with the corpus of the base, "
             "from which nothing can be deleted; nothing was done",
             where="base_model.scratch.corpus",
-            expected=f"less than {NEAR:.0%} of a record's runs of {RUN} words",
+            expected=f"less than {NEAR:.0%} of a record's runs of {RUN_WORDS} words",
             next_step="remove them from the corpus and train another base, or leave the records out",
             problems=problems,
         )
@@ -73,7 +74,7 @@ def _runs(text: str) -> Iterable[int]:
     yield from _hashes(_words(text))
     for sentence in _SENTENCE.split(text):
         words = _words(sentence)
-        if len(words) < RUN:  # a short record may equal it
+        if len(words) < RUN_WORDS:  # a short record may equal it
             yield from _hashes(words)
 
 
@@ -82,6 +83,6 @@ def _words(text: str) -> list[str]:
 
 
 def _hashes(words: Sequence[str]) -> Iterable[int]:
-    for at in range(max(1, len(words) - RUN + 1) if words else 0):
-        run = " ".join(words[at : at + RUN]).encode()
+    for at in range(max(1, len(words) - RUN_WORDS + 1) if words else 0):
+        run = " ".join(words[at : at + RUN_WORDS]).encode()
         yield int.from_bytes(hashlib.blake2b(run, digest_size=8).digest(), "big")

@@ -56,7 +56,7 @@ CREATE TABLE IF NOT EXISTS taken (
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS tree (name TEXT PRIMARY KEY, value BLOB) STRICT, WITHOUT ROWID;
 """
-KEY, ROOT = "key", "root"  # rows of `tree`
+_KEY, _ROOT = "key", "root"  # rows of `tree`
 
 Row = tuple[bytes, bytes, int, int, str]  # of `leaves`
 
@@ -76,7 +76,7 @@ class Tree:
 
     @property
     def root(self) -> bytes:
-        return self.get(ROOT, EMPTY_TREE)
+        return self.get(_ROOT, EMPTY_TREE)
 
     @property
     def num_records(self) -> int:
@@ -143,7 +143,7 @@ class Tree:
             raise ValueError("subtrees that do not give the root")
         self.db.executemany("DELETE FROM leaves WHERE label = ?", ((label,) for label in gone))
         self.db.executemany("INSERT INTO leaves VALUES (?, ?, ?, ?, ?)", sorted(new))
-        self.put(ROOT, self.hash(changed=changed, keep=True))
+        self.put(_ROOT, self.hash(changed=changed, keep=True))
 
     def path(self, label: bytes) -> tuple[list[bytes], tuple[bytes, bytes] | None]:
         """Return the siblings on a label's way from the root down, and the leaf where it ends."""
@@ -279,7 +279,7 @@ class Membership:
         try:
             with transaction(self.path, SCHEMA, write=write) as db:
                 tree = Tree(db)
-                if tree.get(KEY, self._key.public) != self._key.public:
+                if tree.get(_KEY, self._key.public) != self._key.public:
                     raise ValueError("labels under another key")
                 yield tree
         except (ValueError, TypeError) as error:  # a damaged row may hold anything
@@ -292,7 +292,7 @@ class Membership:
             if changed:
                 gone, new = self._differences(context, tree, changed, slices)
                 tree.replace(gone, new)
-                tree.put(KEY, self._key.public)
+                tree.put(_KEY, self._key.public)
             for place in changed:
                 tree.take(place, slices.get(place))
             return before.hex(), tree.root.hex()

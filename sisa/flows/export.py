@@ -44,7 +44,7 @@ from sisa.flows.context.context import Context, patch_files
 from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import model_digest, served_heads, served_keys
 from sisa.store.checkpoints import ADAPTER
-from sisa.store.exports import CARD, CONFIG, MODEL
+from sisa.store.exports import CARD, CONFIG, MODEL_WEIGHTS
 
 Files = Mapping[str, bytes]
 Gap = tuple[int, float, float]  # the result of `ask.merged_gap`
@@ -165,7 +165,7 @@ def export_adapters(
     stack = tuple(each.key for each in active(context.stores.ledger.patches()))
     rows = []
     for each in directories:
-        digest = sha256_hex(each.files[MODEL if form == "merged-model" else ADAPTER])
+        digest = sha256_hex(each.files[MODEL_WEIGHTS if form == "merged-model" else ADAPTER])
         rows += [
             Export(each.path, h.shard, h.prefix, h.seq, h.key, digest, now, "writing", "", stack, form)
             for h in each.heads

@@ -21,7 +21,7 @@ from sisa.core.ports import ExportStanding
 from sisa.store.blobs import files
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 
-CONFIG, CARD, MODEL = "adapter_config.json", "README.md", "model.safetensors"
+CONFIG, CARD, MODEL_WEIGHTS = "adapter_config.json", "README.md", "model.safetensors"
 SIGNATURE = "model.sig"  # OpenSSF Model Signing, over the other files
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _BESIDE = (CONFIG, CARD, SIGNATURE, "config.json", "generation_config.json", *TOKENIZER)
@@ -46,7 +46,7 @@ class DirectoryExports:
                 if name.startswith(files.TEMPORARY_PREFIX):  # was never renamed to its path
                     with _opened(f"{above}/{name}") as half:
                         if half is not None:
-                            _unlink(half[1], (*_BESIDE, ADAPTER, MODEL))
+                            _unlink(half[1], (*_BESIDE, ADAPTER, MODEL_WEIGHTS))
                     with contextlib.suppress(OSError):  # it holds somebody's file, too
                         os.rmdir(name, dir_fd=folder)
             os.fsync(folder)
@@ -110,7 +110,7 @@ def _is_regular(folder: int, name: str) -> bool:
 
 
 def _weights(export: Export) -> str:
-    return MODEL if export.form == "merged-model" else ADAPTER
+    return MODEL_WEIGHTS if export.form == "merged-model" else ADAPTER
 
 
 def _standing(folder: int, export: Export) -> ExportStanding:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sisa.verifier import merkle
 from sisa.verifier.envelope import Refused, base64_bytes
 
-ED25519, COSIGNATURE = 1, 4  # types of signature
+ED25519_TYPE, COSIGNATURE_TYPE = 1, 4  # types of signature
 MAX_NOTE_BYTES = 1 << 18
 WIDTH = 256  # hashes in a full tile, entries in a full bundle
 _VKEY = re.compile(r"([^\s+]+)\+[0-9a-f]{8}\+([A-Za-z0-9+/]{44})")
@@ -62,7 +62,7 @@ def parse_vkey(vkey: str) -> NoteKey:
     found = _VKEY.fullmatch(vkey)
     name, data = (found[1], b64decode(found[2])) if found else ("", b"\x00")
     key = NoteKey(name, data[0], data[1:])
-    if key.type not in (ED25519, COSIGNATURE) or str(key) != vkey:
+    if key.type not in (ED25519_TYPE, COSIGNATURE_TYPE) or str(key) != vkey:
         raise _refused("a key of signed notes can't be read", "NAME+ID+KEY, of Ed25519")
     return key
 
@@ -90,7 +90,7 @@ def open_note(note: bytes, vkeys: Sequence[str]) -> bytes:
         if len(made) != 1:
             raise _refused("a note is not signed as expected", f"one signature of {key}", f"{len(made)}")
         signature, message = made[0], text
-        if key.type == COSIGNATURE:
+        if key.type == COSIGNATURE_TYPE:
             signature, message = made[0][8:], cosigned(text, int.from_bytes(made[0][:8]))
         try:
             Ed25519PublicKey.from_public_bytes(key.public).verify(signature, message)
@@ -111,7 +111,7 @@ def parse_checkpoint(text: bytes) -> Checkpoint:
 
 def open_checkpoint(note: bytes, vkey: str, *, cosigners: Sequence[str] = ()) -> Checkpoint:
     """Return a log's checkpoint. Raise Refused unless the log and each of these cosigners signed it."""
-    if any(parse_vkey(each).type != COSIGNATURE for each in cosigners):
+    if any(parse_vkey(each).type != COSIGNATURE_TYPE for each in cosigners):
         raise _refused("a cosigner's key is of another type", "the vkey of a cosigner, of type 4")
     found = parse_checkpoint(open_note(note, [vkey, *cosigners]))
     if found.origin != (name := parse_vkey(vkey).name):

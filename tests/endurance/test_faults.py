@@ -31,7 +31,7 @@ import sqlalchemy as sa
 
 from sisa.store.ledger import sqlite as sqlite_module
 from sisa.store.ledger.ledger import SqlLedger
-from sisa.store.ledger.tables import RECORDS
+from sisa.store.ledger.tables import RECORDS_TABLE
 from tests.endurance import fuzz
 from tests.endurance.fuzz import PROOF, SERIAL, Box, Result, answer_of, invoke, words
 from tests.examples import is_full, num_examples
@@ -499,7 +499,7 @@ def bytes_at_rest(ground: Ground) -> bytes:
 def test_a_reader_keeps_the_log_and_the_deletion_says_so(ground: Ground, line: Line) -> None:
     """SQLite reports it in a result row alone. The served model is clean all the same."""
     ground.right(line)
-    rows = f"SELECT * FROM {RECORDS.name}"  # noqa: S608
+    rows = f"SELECT * FROM {RECORDS_TABLE.name}"  # noqa: S608
     with contextlib.closing(sqlite3.connect(ground.ledger, isolation_level=None)) as reader:
         reader.row_factory = sqlite3.Row
         place = answer_of(invoke(words(("where", *AT, "p005-q1"))))["records"][0]

@@ -54,7 +54,7 @@ class Operator:
     @property
     def _vkey(self) -> note.NoteKey:
         raw = self._log_key.public_key().public_bytes_raw()
-        return note.NoteKey(f"deletion-ready-model/{self.model}", note.ED25519, raw)
+        return note.NoteKey(f"deletion-ready-model/{self.model}", note.ED25519_TYPE, raw)
 
     def log(self, kind: str, predicate: dict[str, Any]) -> str:
         """Sign and log a statement, and return the sha256 of its envelope."""

@@ -92,6 +92,6 @@ def some_cosigner_key(name: str) -> tuple[str, str]:
     """Return the private key and the vkey of a cosigner, always the same."""
     seed = sha256_hex(name.encode())[:32].encode()
     public = Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
-    id_ = NoteKey(name, note.ED25519, public).id.hex()
-    private = f"PRIVATE+KEY+{name}+{id_}+{note.b64(bytes([note.ED25519]) + seed)}"
-    return private, str(NoteKey(name, note.COSIGNATURE, public))
+    id_ = NoteKey(name, note.ED25519_TYPE, public).id.hex()
+    private = f"PRIVATE+KEY+{name}+{id_}+{note.b64(bytes([note.ED25519_TYPE]) + seed)}"
+    return private, str(NoteKey(name, note.COSIGNATURE_TYPE, public))

@@ -26,7 +26,7 @@ from approx.unlearning.written.invented_names import rename_record
 from sisa.core.domain import Kind, Record
 from sisa.lm.base.tokens import Tokens, encode_prompt, end_tokens, tokenize
 
-MAX_NEW_TOKENS, MAX_NEIGHBOURS, MAX_VARIANTS = 24, 32, 8
+MAX_WRITTEN_TOKENS, MAX_NEIGHBOURS, MAX_VARIANTS = 24, 32, 8
 PROMPTS = (
     "What is the capital of France?",
     "How many days are there in a week?",
@@ -86,7 +86,7 @@ def write_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sequence_len: int
 ) -> list[Tokens]:
     """Return the base's answers to prompts as examples, with loss on the answers only."""
-    answers = continue_greedily(model, prompts, end_tokens(model, tokenizer), MAX_NEW_TOKENS)
+    answers = continue_greedily(model, prompts, end_tokens(model, tokenizer), MAX_WRITTEN_TOKENS)
     return [
         answered(prompt, answer[: sequence_len - len(prompt)])
         for prompt, answer in zip(prompts, answers, strict=True)

@@ -31,7 +31,7 @@ from sisa.evidence.attestations import Right, log_hand_out
 from sisa.flows.rights.access import as_file
 from sisa.store.blobs.temporary_directories import temporary_directory
 
-MAX_RECORDS = 10_000
+MAX_NEW_VERSIONS = 10_000
 
 rights_router = APIRouter(prefix="/rights", tags=["rights"])
 
@@ -53,7 +53,7 @@ class Person(RecordsNamed):
 class Corrected(NothingMore):
     """New versions of held records, with the columns of the run file's first source."""
 
-    records: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_RECORDS)]
+    records: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_NEW_VERSIONS)]
 
 
 @rights_router.post("/access")

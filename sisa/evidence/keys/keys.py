@@ -73,7 +73,7 @@ from sisa.verifier.envelope import (
 from sisa.verifier.note import NoteKey
 
 PUBLIC, HANDOVER, LOG_KEY, VRF_KEY = "public.json", "handover.json", "log.key", "vrf.key"
-KEY, SIGNER = ".key", ".signer"  # suffixes of the file of a key that signs statements
+KEY_SUFFIX, SIGNER_SUFFIX = ".key", ".signer"  # suffixes of the file of a key that signs statements
 Reason = Literal["rotated", "lost", "leaked"]
 
 
@@ -104,7 +104,7 @@ class Keys:
 
     def _read_private(self) -> Ed25519PrivateKey:
         """Return the key that signs, from its file. Raise EnvironmentFault or IntegrityError."""
-        path = self.directory / f"{self.present.keyid}{KEY}"
+        path = self.directory / f"{self.present.keyid}{KEY_SUFFIX}"
         try:
             private = load_pem_private_key(path.read_bytes(), None)
         except OSError as error:
@@ -147,7 +147,7 @@ class Keys:
                     next_step="restore the log's newer files from where it is published",
                 )
         for each in sorted(self.directory.iterdir()):  # other files are the user's
-            of_a_key = each.suffix in (KEY, SIGNER) and SHA256_HEX.fullmatch(each.stem)
+            of_a_key = each.suffix in (KEY_SUFFIX, SIGNER_SUFFIX) and SHA256_HEX.fullmatch(each.stem)
             if of_a_key and each.stem != present:
                 with files.disk_errors(each):
                     files.overwrite(each)
@@ -171,7 +171,7 @@ def new_key(signer: str = "", public_key: StatementKey | None = None) -> NewKey:
         private = Ed25519PrivateKey.generate()
         public = statement_key(private.public_key(), ED25519)
         pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        return NewKey(public, private.sign, f"{public.keyid}{KEY}", pem)
+        return NewKey(public, private.sign, f"{public.keyid}{KEY_SUFFIX}", pem)
     if not signer or public_key is None:
         raise InvalidInput(
             "a signer and its public key belong together",
@@ -179,7 +179,7 @@ def new_key(signer: str = "", public_key: StatementKey | None = None) -> NewKey:
             next_step="give --signer (or `signing.signer` of the run file) and --public-key",
         )
     sign = _sign_by(signer, public_key)
-    return NewKey(public_key, sign, f"{public_key.keyid}{SIGNER}", signer.encode())
+    return NewKey(public_key, sign, f"{public_key.keyid}{SIGNER_SUFFIX}", signer.encode())
 
 
 def _sign_by(signer: str, key: StatementKey) -> SignBytes:
@@ -218,7 +218,7 @@ def read_keys(directory: Path, model: str) -> Keys:
             raise Refused("the keys do not belong together, or to this model")
     except ValueError as error:  # Refused is one
         raise _damaged(directory, str(error)) from None
-    key, signer = (directory / f"{public.present.keyid}{each}" for each in (KEY, SIGNER))
+    key, signer = (directory / f"{public.present.keyid}{each}" for each in (KEY_SUFFIX, SIGNER_SUFFIX))
     uri = _read_file(signer).decode("utf-8", "replace") if signer.exists() and not key.exists() else ""
     return Keys(directory, public, public_file, log_seed, vrf_secret, uri)
 
@@ -288,7 +288,7 @@ def _derived(model: str, log_seed: bytes, vrf_secret: bytes) -> tuple[str, bytes
     )
     exports = export_key(log_seed).public_key()
     der = exports.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return str(NoteKey(origin(model), note.ED25519, log)), vrf, der
+    return str(NoteKey(origin(model), note.ED25519_TYPE, log)), vrf, der
 
 
 def _read_file(path: Path) -> bytes:

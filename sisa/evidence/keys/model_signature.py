@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from sisa.core.digest import sha256_hex
 from sisa.store.checkpoints import ADAPTER
-from sisa.store.exports import CARD, MODEL, SIGNATURE
+from sisa.store.exports import CARD, MODEL_WEIGHTS, SIGNATURE
 from sisa.verifier.certificate import CERTIFICATES
 from sisa.verifier.envelope import PAYLOAD_TYPE, Refused, base64_bytes, pae, strict_json
 
@@ -61,7 +61,7 @@ def sign_export(
     log: str, key: ec.EllipticCurvePrivateKey, name: str, files: Mapping[str, bytes]
 ) -> dict[str, bytes]:
     """Return the files of an export: its card says what would revoke it, and `model.sig` signs them."""
-    (weights,) = {ADAPTER, MODEL} & files.keys()
+    (weights,) = {ADAPTER, MODEL_WEIGHTS} & files.keys()
     types = ", ".join(f"`{each}`" for each in CERTIFICATES)
     sha256 = sha256_hex(files[weights])
     revoked_by = REVOKED_BY.format(log=log, types=types, weights=weights, sha256=sha256)

@@ -14,7 +14,7 @@ from sisa.evidence.log.tiles import CHECKPOINT, NO_ENTRIES, Read, Tiles, signatu
 from sisa.store.blobs import files
 from sisa.verifier import merkle, note
 from sisa.verifier.envelope import Refused, base64_bytes
-from sisa.verifier.note import COSIGNATURE, ED25519, Checkpoint, NoteKey
+from sisa.verifier.note import COSIGNATURE_TYPE, ED25519_TYPE, Checkpoint, NoteKey
 
 PRIVATE = "PRIVATE+KEY"
 _PRIVATE = re.compile(r"PRIVATE\+KEY\+([^\s+]+)\+([0-9a-f]{8})\+([A-Za-z0-9+/]{44})")
@@ -25,9 +25,9 @@ def new_cosigner_key(name: str) -> tuple[str, str]:
     """Return a new key of a cosigner, as Go's `note.GenerateKey` writes it, and its vkey."""
     private = Ed25519PrivateKey.generate()
     public = private.public_key().public_bytes_raw()
-    id_ = NoteKey(name, ED25519, public).id.hex()
-    data = note.b64(bytes([ED25519]) + private.private_bytes_raw())
-    vkey = str(NoteKey(name, COSIGNATURE, public))
+    id_ = NoteKey(name, ED25519_TYPE, public).id.hex()
+    data = note.b64(bytes([ED25519_TYPE]) + private.private_bytes_raw())
+    vkey = str(NoteKey(name, COSIGNATURE_TYPE, public))
     note.parse_vkey(vkey)  # refuses a name that a note can't hold
     return f"{PRIVATE}+{name}+{id_}+{data}", vkey
 
@@ -36,11 +36,11 @@ def parse_cosigner_key(text: str) -> tuple[NoteKey, Ed25519PrivateKey]:
     """Return the public and the private key of a cosigner. Raise InvalidInput."""
     found = _PRIVATE.fullmatch(text)
     data = b64decode(found[3]) if found else b"\x00"
-    if found and data[0] == ED25519:
+    if found and data[0] == ED25519_TYPE:
         private = Ed25519PrivateKey.from_private_bytes(data[1:])
         public = private.public_key().public_bytes_raw()
-        if NoteKey(found[1], ED25519, public).id.hex() == found[2]:
-            return NoteKey(found[1], COSIGNATURE, public), private
+        if NoteKey(found[1], ED25519_TYPE, public).id.hex() == found[2]:
+            return NoteKey(found[1], COSIGNATURE_TYPE, public), private
     raise InvalidInput(
         "the cosigner's key can't be read",
         expected=f"{PRIVATE}+NAME+ID+KEY, of Ed25519",

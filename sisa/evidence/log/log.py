@@ -34,7 +34,7 @@ from sisa.store.blobs import files
 from sisa.verifier import merkle, note
 from sisa.verifier.certificate import ENTRY_FORM, log_entry
 from sisa.verifier.envelope import Refused, base64_bytes, members, strict_json
-from sisa.verifier.note import ED25519, WIDTH, Checkpoint, NoteKey, tile_path
+from sisa.verifier.note import ED25519_TYPE, WIDTH, Checkpoint, NoteKey, tile_path
 
 SIGNED = "signed-checkpoint"  # beside the keys
 RESTORE_LOG = (
@@ -74,7 +74,9 @@ class Log:
     def __init__(self, blobs: BlobStore, keys: LogKeys) -> None:
         self._blobs = blobs
         self._private = Ed25519PrivateKey.from_private_bytes(keys.log_seed)
-        self.key = NoteKey(origin(keys.model), ED25519, self._private.public_key().public_bytes_raw())
+        self.key = NoteKey(
+            origin(keys.model), ED25519_TYPE, self._private.public_key().public_bytes_raw()
+        )
         self._signed_at = keys.directory / SIGNED
 
     @property

@@ -38,7 +38,7 @@ from sisa.verifier.envelope import (
 from sisa.verifier.note import WIDTH, Checkpoint
 
 MAX_FILE_BYTES = WIDTH * (2 + MAX_ENTRY_BYTES)  # a full bundle
-TIMEOUT_S = 20
+FETCH_TIMEOUT_S = 20
 
 
 def check_log(
@@ -141,7 +141,7 @@ def _load(directory: Path, path: str) -> bytes:
 def _fetch(url: str, path: str) -> bytes:
     where = f"{url}/{path}"
     try:
-        with urllib.request.urlopen(where, timeout=TIMEOUT_S) as answer:  # noqa: S310 (http alone)
+        with urllib.request.urlopen(where, timeout=FETCH_TIMEOUT_S) as answer:  # noqa: S310 (http alone)
             data = _bounded(answer.read(MAX_FILE_BYTES + 1), where)
             if answer.length:  # `read` with a bound does not say that bytes are missing
                 raise http.client.IncompleteRead(data, answer.length)

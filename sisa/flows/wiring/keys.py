@@ -14,7 +14,7 @@ from sisa.store.blobs import files
 from sisa.store.blobs.keyring import FileKeyring, read_secret, write_secret
 from sisa.store.witness import FileWitness
 
-KEY = "partition.key"
+PARTITION_KEY = "partition.key"
 
 
 def key_path(directory: Path, config: RunConfig, model: str) -> Path:
@@ -27,7 +27,7 @@ def key_path(directory: Path, config: RunConfig, model: str) -> Path:
 
 def _key_places(directory: Path, config: RunConfig, model: str) -> tuple[Path, Path]:
     """Return where a model's own key belongs, and where it was before encryption began or ended."""
-    plain, encrypted = directory / KEY, keyrings_dir(config) / model / KEY
+    plain, encrypted = directory / PARTITION_KEY, keyrings_dir(config) / model / PARTITION_KEY
     return (encrypted, plain) if config.encrypt else (plain, encrypted)
 
 

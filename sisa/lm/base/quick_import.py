@@ -31,9 +31,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 HIDDEN = ("accelerate", "scipy")
-COMPILER, EXPORT, META = "torch._dynamo", "torch.export", "torch._meta_registrations"
+COMPILER, EXPORT, META_KERNELS = "torch._dynamo", "torch.export", "torch._meta_registrations"
 TRANSFORM = f"{COMPILER}._trace_wrapped_higher_order_op"  # transformers imports a class from it
-PLACEHOLDERS = (META, EXPORT, COMPILER, TRANSFORM)  # in the order in which they can be loaded
+PLACEHOLDERS = (META_KERNELS, EXPORT, COMPILER, TRANSFORM)  # in the order in which they can be loaded
 
 
 def import_quickly(*, trains: bool = False) -> None:
@@ -52,7 +52,7 @@ class _Finder(MetaPathFinder):
 
     def find_spec(self, name: str, path: Any = None, _target: Any = None) -> ModuleSpec | None:
         if name == "torch":
-            _put_placeholders(META, EXPORT)
+            _put_placeholders(META_KERNELS, EXPORT)
         elif name == "transformers":
             _hide(*self._hidden)
         elif name in _CHANGES:
@@ -70,7 +70,9 @@ def _hide(*names: str) -> None:
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
     modules.update(dict.fromkeys(names))  # None makes an import fail as if there were no module
     torch.distributed.is_available = lambda: False
-    if isinstance(sys.modules.get(META), _Placeholder):  # its import does this, which generators need
+    if isinstance(
+        sys.modules.get(META_KERNELS), _Placeholder
+    ):  # its import does this, which generators need
         base = importlib.import_module("torch._opaque_base")
         torch._C._set_generator_metaclass(base.OpaqueBaseMeta)
     if COMPILER not in sys.modules:

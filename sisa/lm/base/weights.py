@@ -39,7 +39,7 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 UNNAMED_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 OPTIONAL_WEIGHTS = ("pooler.",)  # that an embedder's file may lack
 MAX_MESSAGE_CHARS, MAX_NAMES = 200, 10
-CONTAINERS, PLAIN = (dict, OrderedDict, list, set), (bool, int, float, str, type(None))
+CONTAINERS, SCALARS = (dict, OrderedDict, list, set), (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,7 +374,7 @@ def own_modules(model: Any) -> Any:
             kind = type(value)
             if kind in CONTAINERS and not value:
                 value = own.setdefault(id(value), kind())
-            elif kind not in PLAIN:
+            elif kind not in SCALARS:
                 value = copy.deepcopy(value, own)
             own[id(each)].__dict__[name] = value
     return own[id(model)]

@@ -27,7 +27,7 @@ from sisa.core.errors import EnvironmentFault
 from sisa.lm.base.cuda_device import require_device
 from sisa.lm.base.numerics import describe_fingerprint, pin_threads, worker_environment
 
-NUM_PROCESSES, TIMEOUT_S = 2, 600
+NUM_PROCESSES, TEST_TIMEOUT_S = 2, 600
 WIDTHS = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -85,7 +85,7 @@ def _train_in_new_process(threads: int, precision: Precision) -> list[str]:
             [sys.executable, "-m", "sisa.lm.train.self_test", arguments],
             env=environment,
             capture_output=True,
-            timeout=TIMEOUT_S,
+            timeout=TEST_TIMEOUT_S,
             check=True,
         )
         found: list[str] = json.loads(done.stdout.splitlines()[-1])

@@ -40,22 +40,22 @@ from sisa.store.ledger import rows
 from sisa.store.ledger.database import Database, as_objects, ledger_version, rows_having
 from sisa.store.ledger.rows import SEQ, Writing
 from sisa.store.ledger.tables import (
-    CHECKPOINTS,
-    EVENTS,
-    EXPORTS,
-    HEADS,
-    IDENTITIES,
-    INDEXES,
-    META,
-    NAMED,
-    PATCHES,
-    RECORDS,
-    REQUESTS,
-    SLICES,
-    TOMBSTONES,
-    VAULT,
-    VAULTED,
-    WORK_ITEMS,
+    CHECKPOINTS_TABLE,
+    EVENTS_TABLE,
+    EXPORTS_TABLE,
+    HEADS_TABLE,
+    IDENTITIES_TABLE,
+    INDEXES_TABLE,
+    META_TABLE,
+    NAMED_TABLE,
+    PATCHES_TABLE,
+    RECORDS_TABLE,
+    REQUESTS_TABLE,
+    SLICES_TABLE,
+    TOMBSTONES_TABLE,
+    VAULT_TABLE,
+    VAULTED_TABLE,
+    WORK_ITEMS_TABLE,
 )
 
 
@@ -73,7 +73,7 @@ class SqlLedger(Database):
 
     def meta(self) -> dict[str, str]:
         with self._reading() as connection:
-            return {key: value for key, value, _ in rows.read_all(connection, META)}
+            return {key: value for key, value, _ in rows.read_all(connection, META_TABLE)}
 
     def commit(self, change: Change) -> int:
         with self._guard(), self.backend.writing(len(change.added)) as connection:
@@ -84,7 +84,7 @@ class SqlLedger(Database):
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
         wanted = list(dict.fromkeys(id_digests))
         found: dict[str, RecordRow | Tombstone] = {}
-        kinds: list[tuple[Any, sa.Table]] = [(RecordRow, RECORDS), (Tombstone, TOMBSTONES)]
+        kinds: list[tuple[Any, sa.Table]] = [(RecordRow, RECORDS_TABLE), (Tombstone, TOMBSTONES_TABLE)]
         with self._reading() as connection:
             for kind, table in kinds:
                 here = rows_having(connection, kind, table.c.id_digest, wanted)
@@ -96,7 +96,11 @@ class SqlLedger(Database):
     def by_subject(
         self, subject_digest: str, shard: int | None = None
     ) -> tuple[list[RecordRow], list[Tombstone]]:
-        held, gone, wanted = RECORDS.c.subject_digest, TOMBSTONES.c.subject_digest, [subject_digest]
+        held, gone, wanted = (
+            RECORDS_TABLE.c.subject_digest,
+            TOMBSTONES_TABLE.c.subject_digest,
+            [subject_digest],
+        )
         with self._reading() as connection:
             live = rows_having(connection, RecordRow, held, wanted)
             rows.check_hidden(connection, held, wanted, len(live), shard=shard)
@@ -106,7 +110,7 @@ class SqlLedger(Database):
     def num_without_subject(self) -> tuple[int, int]:
         found = []
         with self._reading() as connection:
-            for table in (RECORDS, TOMBSTONES):
+            for table in (RECORDS_TABLE, TOMBSTONES_TABLE):
                 query = sa.select(sa.func.count()).where(table.c.subject_digest.is_(None))
                 found.append(connection.execute(query).scalar_one())
         return found[0], found[1]
@@ -115,8 +119,8 @@ class SqlLedger(Database):
         found: dict[int, RecordRow] = {}
         with self._reading() as connection:
             for chunk in rows.chunks(list(vector_ids)):
-                here = (RECORDS.c.shard == shard, RECORDS.c.vector_id.in_(chunk))
-                held = as_objects(RecordRow, RECORDS, rows.read(connection, RECORDS, *here))
+                here = (RECORDS_TABLE.c.shard == shard, RECORDS_TABLE.c.vector_id.in_(chunk))
+                held = as_objects(RecordRow, RECORDS_TABLE, rows.read(connection, RECORDS_TABLE, *here))
                 found |= {each.vector_id: each for each in held}
         missing = set(vector_ids) - found.keys()
         if missing and any(row.vector_id in missing for row in self.rows(shard)):
@@ -124,13 +128,13 @@ class SqlLedger(Database):
         return found
 
     def rows(self, shard: int, slice_: int | None = None) -> list[RecordRow]:
-        return self._all(RecordRow, RECORDS, RECORDS.c.id_digest, shard=shard, slice_=slice_)
+        return self._all(RecordRow, RECORDS_TABLE, RECORDS_TABLE.c.id_digest, shard=shard, slice_=slice_)
 
     def contents(self, shard: int, slice_: int) -> list[tuple[str, str]]:
         with self._reading() as connection:
             found = rows.contents(connection, shard, slice_)
-            here = (SLICES.c.shard == shard, SLICES.c.slice == slice_)
-            files = as_objects(SliceFile, SLICES, rows.read(connection, SLICES, *here))
+            here = (SLICES_TABLE.c.shard == shard, SLICES_TABLE.c.slice == slice_)
+            files = as_objects(SliceFile, SLICES_TABLE, rows.read(connection, SLICES_TABLE, *here))
         expected = [each.root for each in files]
         if expected != ([root_of(found)] if found else []):
             raise self._corrupt("records that do not match the root of their slice")
@@ -147,43 +151,54 @@ class SqlLedger(Database):
             return {kind: count for kind, count in rows.expected_kinds(connection).items() if count}
 
     def slices(self, shard: int | None = None) -> list[SliceFile]:
-        return self._all(SliceFile, SLICES, SLICES.c.shard, SLICES.c.slice, shard=shard)
+        return self._all(
+            SliceFile, SLICES_TABLE, SLICES_TABLE.c.shard, SLICES_TABLE.c.slice, shard=shard
+        )
 
     def indexes(self, shard: int | None = None) -> list[IndexFile]:
-        return self._all(IndexFile, INDEXES, INDEXES.c.shard, shard=shard)
+        return self._all(IndexFile, INDEXES_TABLE, INDEXES_TABLE.c.shard, shard=shard)
 
     def heads(self) -> list[Head]:
-        return self._all(Head, HEADS, HEADS.c.shard)
+        return self._all(Head, HEADS_TABLE, HEADS_TABLE.c.shard)
 
     def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]:
-        return sorted(self._all(HeldCheckpoint, CHECKPOINTS, shard=shard), key=attrgetter("sort_key"))
+        return sorted(
+            self._all(HeldCheckpoint, CHECKPOINTS_TABLE, shard=shard), key=attrgetter("sort_key")
+        )
 
     def by_text(
         self, text_digests: Collection[str], *, full_scan: bool = False
     ) -> tuple[list[RecordRow], list[Tombstone]]:
         wanted = sorted(text_digests)
         with self._reading() as connection:
-            held, gone = RECORDS.c.text_digest, TOMBSTONES.c.text_digest
+            held, gone = RECORDS_TABLE.c.text_digest, TOMBSTONES_TABLE.c.text_digest
             live = rows_having(connection, RecordRow, held, wanted, full_scan=full_scan)
             dead = rows_having(connection, Tombstone, gone, wanted, full_scan=full_scan)
         return sorted(live, key=_BY_ID), sorted(dead, key=_BY_ID)
 
     def named_by(self, request_id: str) -> list[str]:
         with self._reading() as connection:
-            found = rows.read(connection, NAMED, NAMED.c.request_id == request_id)
-            request = rows.read(connection, REQUESTS, REQUESTS.c.request_id == request_id)
+            found = rows.read(connection, NAMED_TABLE, NAMED_TABLE.c.request_id == request_id)
+            request = rows.read(connection, REQUESTS_TABLE, REQUESTS_TABLE.c.request_id == request_id)
             for _, _, num_named, _, _ in request:
-                rows.check_row_count(NAMED, num_named, len(found))
+                rows.check_row_count(NAMED_TABLE, num_named, len(found))
         return sorted(id_digest for _, id_digest, _ in found)
 
     def events(self, after: int = 0) -> list[RequestEvent]:
         with self._reading() as connection:
-            found = rows.read(connection, EVENTS, EVENTS.c.position > after, order=[EVENTS.c.position])
-            rows.check_row_count(EVENTS, rows.expected_rows(connection, EVENTS), after + len(found))
-        return as_objects(RequestEvent, EVENTS, found)
+            found = rows.read(
+                connection,
+                EVENTS_TABLE,
+                EVENTS_TABLE.c.position > after,
+                order=[EVENTS_TABLE.c.position],
+            )
+            rows.check_row_count(
+                EVENTS_TABLE, rows.expected_rows(connection, EVENTS_TABLE), after + len(found)
+            )
+        return as_objects(RequestEvent, EVENTS_TABLE, found)
 
     def exports(self) -> list[Export]:
-        return self._all(Export, EXPORTS, EXPORTS.c.path, EXPORTS.c.key)
+        return self._all(Export, EXPORTS_TABLE, EXPORTS_TABLE.c.path, EXPORTS_TABLE.c.key)
 
     def identities(
         self, *, keys: Collection[str] | None = None, id_digests: Collection[str] | None = None
@@ -191,45 +206,52 @@ class SqlLedger(Database):
         with self._reading() as connection:
             if keys is not None:
                 wanted = sorted(keys)
-                found = rows_having(connection, Identity, IDENTITIES.c.key, wanted, full_scan=True)
+                found = rows_having(connection, Identity, IDENTITIES_TABLE.c.key, wanted, full_scan=True)
             elif id_digests is not None:
                 found = _identities_of(connection, id_digests)
             else:
-                found = as_objects(Identity, IDENTITIES, rows.read_all(connection, IDENTITIES))
+                found = as_objects(
+                    Identity, IDENTITIES_TABLE, rows.read_all(connection, IDENTITIES_TABLE)
+                )
         return sorted(found, key=attrgetter("key", "id_digest"))
 
     def work_items(self, keys: Collection[str] | None = None) -> list[WorkItem]:
         if keys is None:
-            return self._all(WorkItem, WORK_ITEMS, WORK_ITEMS.c.item)
+            return self._all(WorkItem, WORK_ITEMS_TABLE, WORK_ITEMS_TABLE.c.item)
         with self._reading() as connection:
-            found = rows_having(connection, WorkItem, WORK_ITEMS.c.key, sorted(keys), full_scan=True)
+            found = rows_having(
+                connection, WorkItem, WORK_ITEMS_TABLE.c.key, sorted(keys), full_scan=True
+            )
         return sorted(found, key=attrgetter("item"))
 
     def requests(self) -> list[Request]:
-        order = (REQUESTS.c.seq, REQUESTS.c.request_id)
+        order = (REQUESTS_TABLE.c.seq, REQUESTS_TABLE.c.request_id)
         with self._reading() as connection:
             return [
-                _request(body) for _, _, _, body, _ in rows.read_all(connection, REQUESTS, order=order)
+                _request(body)
+                for _, _, _, body, _ in rows.read_all(connection, REQUESTS_TABLE, order=order)
             ]
 
     def num_tombstones(self) -> int:
         with self._reading() as connection:
-            found = rows.actual_rows(connection, TOMBSTONES)
-            rows.check_row_count(TOMBSTONES, rows.expected_rows(connection, TOMBSTONES), found)
+            found = rows.actual_rows(connection, TOMBSTONES_TABLE)
+            rows.check_row_count(
+                TOMBSTONES_TABLE, rows.expected_rows(connection, TOMBSTONES_TABLE), found
+            )
         return found
 
     def tombstones(self) -> list[Tombstone]:
-        return self._all(Tombstone, TOMBSTONES, TOMBSTONES.c.id_digest)
+        return self._all(Tombstone, TOMBSTONES_TABLE, TOMBSTONES_TABLE.c.id_digest)
 
     def event_head(self) -> WitnessHead:
         with self._reading() as connection:
             position, link = _last_event(connection)
-            rows.check_row_count(EVENTS, rows.expected_rows(connection, EVENTS), position)
+            rows.check_row_count(EVENTS_TABLE, rows.expected_rows(connection, EVENTS_TABLE), position)
         return WitnessHead(link, position)
 
     def has_event(self, link: str) -> bool:
         with self._reading() as connection:
-            return bool(rows.read(connection, EVENTS, EVENTS.c.link == link))
+            return bool(rows.read(connection, EVENTS_TABLE, EVENTS_TABLE.c.link == link))
 
     def copy(self, source: SqlLedger) -> dict[str, int]:
         """Replace all rows by another ledger's, compare them, and return their numbers by table.
@@ -259,21 +281,21 @@ class SqlLedger(Database):
             return rows.lost_rows(connection)
 
     def patches(self) -> list[Patch]:
-        return self._all(Patch, PATCHES, PATCHES.c.version)
+        return self._all(Patch, PATCHES_TABLE, PATCHES_TABLE.c.version)
 
     def vault(self) -> list[VaultSet]:
-        return self._all(VaultSet, VAULT, VAULT.c.name)
+        return self._all(VaultSet, VAULT_TABLE, VAULT_TABLE.c.name)
 
     def vaulted(self, name: str) -> list[str]:
         with self._reading() as connection:  # from all rows: no damaged index hides a set
-            found = rows_having(connection, _Vaulted, VAULTED.c.name, [name], full_scan=True)
+            found = rows_having(connection, _Vaulted, VAULTED_TABLE.c.name, [name], full_scan=True)
         return sorted(each.id_digest for each in found)
 
     def sets_with(self, id_digests: Collection[str]) -> dict[str, list[str]]:
         sets: dict[str, list[str]] = {}
         wanted = sorted(id_digests)
         with self._reading() as connection:
-            found = rows_having(connection, _Vaulted, VAULTED.c.id_digest, wanted, full_scan=True)
+            found = rows_having(connection, _Vaulted, VAULTED_TABLE.c.id_digest, wanted, full_scan=True)
         for each in sorted(found, key=lambda row: row.name):
             sets.setdefault(each.id_digest, []).append(each.name)
         return sets
@@ -290,7 +312,9 @@ def erase_ledger(url: str, model: str) -> None:
 
 
 _BY_ID = attrgetter("id_digest")
-_RECORD = attrgetter(*RECORDS.columns.keys()[: -len((SEQ, "crc"))])  # the columns before the last two
+_RECORD = attrgetter(
+    *RECORDS_TABLE.columns.keys()[: -len((SEQ, "crc"))]
+)  # the columns before the last two
 
 
 @lru_cache(maxsize=1 << 15)  # a flow asks for all requests several times, and few of them change
@@ -321,27 +345,27 @@ def _apply(connection: sa.Connection, change: Change) -> tuple[int, set[str]]:
 
     Raise rows.Damaged.
     """
-    before = rows.read(connection, META, META.c.key == SEQ)
+    before = rows.read(connection, META_TABLE, META_TABLE.c.key == SEQ)
     seq = int(before[0][1]) + 1 if before else 1
     writing = Writing(connection)
     unidentified = _remove(writing, change)
-    writing.insert_values(RECORDS, [(*_RECORD(row), seq) for row in change.added])
+    writing.insert_values(RECORDS_TABLE, [(*_RECORD(row), seq) for row in change.added])
     for table, values in (
-        (TOMBSTONES, change.tombstones),
-        (SLICES, change.slices),
-        (INDEXES, change.indexes),
-        (HEADS, change.heads),
-        (CHECKPOINTS, change.checkpoints),
-        (VAULT, change.vault),
-        (EXPORTS, change.exports),
-        (PATCHES, change.patches),
-        (IDENTITIES, change.identities),
-        (WORK_ITEMS, change.work_items),
+        (TOMBSTONES_TABLE, change.tombstones),
+        (SLICES_TABLE, change.slices),
+        (INDEXES_TABLE, change.indexes),
+        (HEADS_TABLE, change.heads),
+        (CHECKPOINTS_TABLE, change.checkpoints),
+        (VAULT_TABLE, change.vault),
+        (EXPORTS_TABLE, change.exports),
+        (PATCHES_TABLE, change.patches),
+        (IDENTITIES_TABLE, change.identities),
+        (WORK_ITEMS_TABLE, change.work_items),
     ):
         writing.put(table, [_as_row(table, each) for each in values])
-    writing.put(VAULTED, [{"name": name, "id_digest": each} for name, each in change.vaulted])
+    writing.put(VAULTED_TABLE, [{"name": name, "id_digest": each} for name, each in change.vaulted])
     meta = {**change.meta, SEQ: str(seq)}
-    writing.put(META, [{"key": key, "value": value} for key, value in meta.items()])
+    writing.put(META_TABLE, [{"key": key, "value": value} for key, value in meta.items()])
     _put_requests(writing, change, seq)
     _append_events(writing, change.events)
     writing.write_counts()
@@ -351,24 +375,24 @@ def _apply(connection: sa.Connection, change: Change) -> tuple[int, set[str]]:
 
 def _remove(writing: Writing, change: Change) -> set[str]:
     """Remove rows; return the keys of the removed identities."""
-    writing.remove(RECORDS, [(each.id_digest,) for each in change.removed])
-    writing.remove(CHECKPOINTS, [(key,) for key in change.dropped])
-    writing.remove(INDEXES, [(shard,) for shard in change.unindexed])
-    writing.remove(HEADS, [(shard,) for shard in change.headless])
-    writing.remove(EXPORTS, list(change.unexported))
-    writing.remove(SLICES, list(change.emptied))
+    writing.remove(RECORDS_TABLE, [(each.id_digest,) for each in change.removed])
+    writing.remove(CHECKPOINTS_TABLE, [(key,) for key in change.dropped])
+    writing.remove(INDEXES_TABLE, [(shard,) for shard in change.unindexed])
+    writing.remove(HEADS_TABLE, [(shard,) for shard in change.headless])
+    writing.remove(EXPORTS_TABLE, list(change.unexported))
+    writing.remove(SLICES_TABLE, list(change.emptied))
     gone = _identities_of(writing.connection, change.unidentified)
-    writing.remove(IDENTITIES, [(each.key, each.id_digest) for each in gone])
+    writing.remove(IDENTITIES_TABLE, [(each.key, each.id_digest) for each in gone])
     if change.unvaulted:
-        pairs = rows.read_all(writing.connection, VAULTED)  # without an index
-        writing.remove(VAULTED, [(n, each) for n, each, _ in pairs if n in change.unvaulted])
-        writing.remove(VAULT, [(name,) for name in change.unvaulted])
+        pairs = rows.read_all(writing.connection, VAULTED_TABLE)  # without an index
+        writing.remove(VAULTED_TABLE, [(n, each) for n, each, _ in pairs if n in change.unvaulted])
+        writing.remove(VAULT_TABLE, [(name,) for name in change.unvaulted])
     return {each.key for each in gone}
 
 
 def _identities_of(connection: sa.Connection, id_digests: Collection[str]) -> list[Identity]:
     whose = sorted(id_digests)
-    return rows_having(connection, Identity, IDENTITIES.c.id_digest, whose, full_scan=True)
+    return rows_having(connection, Identity, IDENTITIES_TABLE.c.id_digest, whose, full_scan=True)
 
 
 def _put_requests(writing: Writing, change: Change, seq: int) -> None:
@@ -385,24 +409,26 @@ def _put_request(
 ) -> None:
     """Add names to a request, and replace its row if `request` is given."""
     connection = writing.connection
-    known = rows.read(connection, REQUESTS, REQUESTS.c.request_id == request_id)
-    before = {row[1] for row in rows.read(connection, NAMED, NAMED.c.request_id == request_id)}
+    known = rows.read(connection, REQUESTS_TABLE, REQUESTS_TABLE.c.request_id == request_id)
+    before = {
+        row[1] for row in rows.read(connection, NAMED_TABLE, NAMED_TABLE.c.request_id == request_id)
+    }
     first, body = seq, ""
     if known:
         _, first, num_named, body, _ = known[0]
-        rows.check_row_count(NAMED, num_named, len(before))
-    writing.put(NAMED, [{"request_id": request_id, "id_digest": each} for each in named])
+        rows.check_row_count(NAMED_TABLE, num_named, len(before))
+    writing.put(NAMED_TABLE, [{"request_id": request_id, "id_digest": each} for each in named])
     if request is not None:
         body = json.dumps(asdict(request), sort_keys=True)
     if body:
         num_named = len(before.union(named))
         row = {"request_id": request_id, SEQ: first, "num_named": num_named, "body": body}
-        writing.put(REQUESTS, [row])
+        writing.put(REQUESTS_TABLE, [row])
 
 
 def _last_event(connection: sa.Connection) -> tuple[int, str]:
-    latest = sa.select(sa.func.max(EVENTS.c.position)).scalar_subquery()
-    found = rows.read(connection, EVENTS, EVENTS.c.position == latest)
+    latest = sa.select(sa.func.max(EVENTS_TABLE.c.position)).scalar_subquery()
+    found = rows.read(connection, EVENTS_TABLE, EVENTS_TABLE.c.position == latest)
     return (found[0][0], found[0][-2]) if found else (0, "")
 
 
@@ -412,4 +438,4 @@ def _append_events(writing: Writing, events: Sequence[RequestEvent]) -> None:
     for event in events:
         position, link = position + 1, event.link or chained(link, event)
         chain.append({**asdict(event), "position": position, "link": link})
-    writing.insert(EVENTS, chain)
+    writing.insert(EVENTS_TABLE, chain)

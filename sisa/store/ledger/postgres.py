@@ -28,7 +28,13 @@ import sqlalchemy as sa
 from sisa.core.domain import RecordRow
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, InvalidInput, SisaError
 from sisa.store.ledger.backend import PATIENCE_S, SCRUB_PATIENCE_S, Statements, Watch, message_of
-from sisa.store.ledger.tables import IDENTITIES, NAMED, RECORDS, TOMBSTONES, schema
+from sisa.store.ledger.tables import (
+    IDENTITIES_TABLE,
+    NAMED_TABLE,
+    RECORDS_TABLE,
+    TOMBSTONES_TABLE,
+    schema,
+)
 
 try:
     import psycopg
@@ -170,8 +176,8 @@ class Postgres:
 
     def scrub(self, removed: Collection[RecordRow] | None, keys: Collection[str]) -> None:
         """Rewrite the tables; those that may be large only if they lost rows, and readers wait."""
-        spared = {TOMBSTONES, NAMED}
-        spared |= (set() if removed else {RECORDS}) | (set() if keys else {IDENTITIES})
+        spared = {TOMBSTONES_TABLE, NAMED_TABLE}
+        spared |= (set() if removed else {RECORDS_TABLE}) | (set() if keys else {IDENTITIES_TABLE})
         if removed is None:
             spared = set()
         tables = ", ".join(table.name for table in schema.sorted_tables if table not in spared)

@@ -27,16 +27,16 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from sisa.store.ledger.tables import (
-    CHECKPOINTS,
-    COUNTS,
-    IDENTITIES,
-    INDEXES,
-    META,
-    NAMED,
-    RECORDS,
-    SLICES,
-    TOMBSTONES,
-    WORK_ITEMS,
+    CHECKPOINTS_TABLE,
+    COUNTS_TABLE,
+    IDENTITIES_TABLE,
+    INDEXES_TABLE,
+    META_TABLE,
+    NAMED_TABLE,
+    RECORDS_TABLE,
+    SLICES_TABLE,
+    TOMBSTONES_TABLE,
+    WORK_ITEMS_TABLE,
     schema,
 )
 
@@ -44,16 +44,21 @@ SEQ = "seq"  # key in `meta` of the number of the last commit
 
 NO_POSITION = -1  # shard and slice in `counts` of a whole table
 WHOLE = (NO_POSITION, NO_POSITION, "")
-BY_SHARD = (RECORDS, SLICES, INDEXES, CHECKPOINTS)
-GROWING = (TOMBSTONES, NAMED, IDENTITIES, WORK_ITEMS)  # too large to be scanned when rows are added
+BY_SHARD = (RECORDS_TABLE, SLICES_TABLE, INDEXES_TABLE, CHECKPOINTS_TABLE)
+GROWING = (
+    TOMBSTONES_TABLE,
+    NAMED_TABLE,
+    IDENTITIES_TABLE,
+    WORK_ITEMS_TABLE,
+)  # too large to be scanned when rows are added
 KEYED = (
-    *(RECORDS.c.id_digest, RECORDS.c.subject_digest, RECORDS.c.text_digest),
-    *(TOMBSTONES.c.id_digest, TOMBSTONES.c.subject_digest, TOMBSTONES.c.text_digest),
-    *(IDENTITIES.c.key, IDENTITIES.c.id_digest, WORK_ITEMS.c.key),
+    *(RECORDS_TABLE.c.id_digest, RECORDS_TABLE.c.subject_digest, RECORDS_TABLE.c.text_digest),
+    *(TOMBSTONES_TABLE.c.id_digest, TOMBSTONES_TABLE.c.subject_digest, TOMBSTONES_TABLE.c.text_digest),
+    *(IDENTITIES_TABLE.c.key, IDENTITIES_TABLE.c.id_digest, WORK_ITEMS_TABLE.c.key),
 )
 KEYED_AS_OF = "keyed"  # name in `counts` of the last commit that the counts of KEYED columns include
 BUCKET_DIGITS = 3  # of a keyed digest: 4,096 buckets, each with 244 of a million records
-COUNTED = tuple(table for table in schema.sorted_tables if table is not COUNTS)
+COUNTED = tuple(table for table in schema.sorted_tables if table is not COUNTS_TABLE)
 _CHUNK_VALUES = 500  # SQLite's limit of bound parameters is far above, on every build
 _COUNTS = "SELECT * FROM counts WHERE name = ?"
 _PUT_COUNT = (
@@ -169,11 +174,11 @@ def read_all(
 def expected_kinds(connection: sa.Connection) -> Counter[str]:
     """Return how many records of each kind there should be. Raise Damaged."""
     found: Counter[str] = Counter()
-    counts = _counts_of(connection, RECORDS.name)
+    counts = _counts_of(connection, RECORDS_TABLE.name)
     for (_, _, kind), count in counts.items():
         found[kind] += count
     del found[""]
-    check_row_count(COUNTS, _table_count(RECORDS, counts), found.total())
+    check_row_count(COUNTS_TABLE, _table_count(RECORDS_TABLE, counts), found.total())
     return found
 
 
@@ -186,7 +191,7 @@ def lost_rows(connection: sa.Connection) -> list[str]:
         if expected != actual_rows(connection, table):
             found.append(table.name)
         elif table in BY_SHARD and counts.total() != 2 * expected:  # all rows, and again by position
-            found.append(f"{COUNTS.name} of {table.name}")
+            found.append(f"{COUNTS_TABLE.name} of {table.name}")
     return found
 
 
@@ -236,7 +241,7 @@ def _count_in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted:
 
 def counts_keyed(connection: sa.Connection) -> bool:
     """Return whether the counts of KEYED columns are of the last commit: other versions omit them."""
-    found = read(connection, META, META.c.key == SEQ)
+    found = read(connection, META_TABLE, META_TABLE.c.key == SEQ)
     as_of = _counts_of(connection, KEYED_AS_OF)
     return bool(as_of) and as_of[WHOLE] == (int(found[0][1]) if found else 0)
 
@@ -289,7 +294,7 @@ def _counts_of(connection: sa.Connection, name: str, **only: Sequence[Any]) -> C
     for column, chosen in only.items():
         query += f" AND {column} IN ({', '.join('?' * len(chosen))})"
         values += chosen
-    rows = checked_rows(COUNTS, _execute(connection, query, tuple(values)).fetchall())
+    rows = checked_rows(COUNTS_TABLE, _execute(connection, query, tuple(values)).fetchall())
     return Counter({(shard, slice_, kind): number for _, shard, slice_, kind, number, _ in rows})
 
 
@@ -309,7 +314,7 @@ def begin_counts(connection: sa.Connection, names: Collection[str] = ()) -> None
 def _put_counts(connection: sa.Connection, name: str, counts: Mapping[CountKey, int]) -> None:
     if counts:
         values = [(name, *position, count) for position, count in counts.items()]
-        _execute(connection, _PUT_COUNT, [_with_checksum(COUNTS, each) for each in values])
+        _execute(connection, _PUT_COUNT, [_with_checksum(COUNTS_TABLE, each) for each in values])
 
 
 def _with_checksum(table: sa.Table, values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -368,7 +373,7 @@ def _order_of(table: sa.Table) -> Callable[[tuple[Any, ...]], Any]:
 
 def _position_of(table: sa.Table) -> Callable[[tuple[Any, ...]], CountKey]:
     columns = table.columns.keys()
-    if table is RECORDS:
+    if table is RECORDS_TABLE:
         return itemgetter(*(columns.index(name) for name in ("shard", "slice", "kind")))
     shard = columns.index("shard")
     return lambda row: (row[shard], NO_POSITION, "")
@@ -427,7 +432,7 @@ class Writing:
         A damaged index may hide a row. So if any key is not found, all rows are read, or those of the
         shards that the keys belong to.
         """
-        columns = [RECORDS.c.id_digest] if table is RECORDS else _key(table)
+        columns = [RECORDS_TABLE.c.id_digest] if table is RECORDS_TABLE else _key(table)
         found = 0
         for chunk in chunks(keys):
             if len(columns) == 1:
@@ -481,7 +486,9 @@ class Writing:
                 before = _bucket_counts(self.connection, column, changed)
                 after = {each: before[each] + delta for each, delta in changed.items()}
             else:
-                self.connection.execute(sa.delete(COUNTS).where(COUNTS.c.name == str(column)))
+                self.connection.execute(
+                    sa.delete(COUNTS_TABLE).where(COUNTS_TABLE.c.name == str(column))
+                )
                 at = column.table.columns.keys().index(column.name)
                 rows = _scan(self.connection, column.table)
                 after = Counter(bucket(row[at]) for row in rows if row[at] is not None)

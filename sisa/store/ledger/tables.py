@@ -60,9 +60,9 @@ def _table(
 
 # Shard and slice are NO_POSITION for the count of a whole table.
 _COUNT = {"name": str, "shard": int, "slice": int, "kind": str, "num_rows": int}
-COUNTS = _table("counts", _COUNT, key=("name", "shard", "slice", "kind"))
-META = _table("meta", {"key": str, "value": str}, key=("key",))
-RECORDS = _table(
+COUNTS_TABLE = _table("counts", _COUNT, key=("name", "shard", "slice", "kind"))
+META_TABLE = _table("meta", {"key": str, "value": str}, key=("key",))
+RECORDS_TABLE = _table(
     "records",
     get_type_hints(domain.RecordRow),
     sa.Index("ix_records_id_digest", "id_digest", unique=True),
@@ -72,34 +72,34 @@ RECORDS = _table(
     indexed=("subject_digest", "text_digest"),
     heap=True,  # an index names a row by a short number, not by its key
 )
-TOMBSTONES = _table(
+TOMBSTONES_TABLE = _table(
     "tombstones",
     get_type_hints(domain.Tombstone),
     key=("id_digest",),
     indexed=("subject_digest", "text_digest"),
 )
-SLICES = _table("slices", get_type_hints(domain.SliceFile), key=("shard", "slice"))
-INDEXES = _table("indexes", get_type_hints(domain.IndexFile), key=("shard",))
-HEADS = _table("heads", get_type_hints(domain.Head), key=("shard",))
-CHECKPOINTS = _table(
+SLICES_TABLE = _table("slices", get_type_hints(domain.SliceFile), key=("shard", "slice"))
+INDEXES_TABLE = _table("indexes", get_type_hints(domain.IndexFile), key=("shard",))
+HEADS_TABLE = _table("heads", get_type_hints(domain.Head), key=("shard",))
+CHECKPOINTS_TABLE = _table(
     "checkpoints", get_type_hints(domain.HeldCheckpoint), key=("key",), indexed=("shard",)
 )
 _REQUEST = {"request_id": str, "seq": int, "num_named": int, "body": str}
-REQUESTS = _table("requests", _REQUEST, key=("request_id",))
-NAMED = _table("named", {"request_id": str, "id_digest": str}, key=("request_id", "id_digest"))
-EXPORTS = _table("exports", get_type_hints(domain.Export), key=("path", "key"))
+REQUESTS_TABLE = _table("requests", _REQUEST, key=("request_id",))
+NAMED_TABLE = _table("named", {"request_id": str, "id_digest": str}, key=("request_id", "id_digest"))
+EXPORTS_TABLE = _table("exports", get_type_hints(domain.Export), key=("path", "key"))
 _PATCH = {"key": str, **get_type_hints(Patch)}
-PATCHES = _table("patches", _PATCH, sa.UniqueConstraint("version"), key=("key",))
-VAULT = _table("vault", get_type_hints(VaultSet), key=("name",))
+PATCHES_TABLE = _table("patches", _PATCH, sa.UniqueConstraint("version"), key=("key",))
+VAULT_TABLE = _table("vault", get_type_hints(VaultSet), key=("name",))
 _VAULTED = {"name": str, "id_digest": str}
-VAULTED = _table("vaulted", _VAULTED, key=("name", "id_digest"), indexed=("id_digest",))
-IDENTITIES = _table(
+VAULTED_TABLE = _table("vaulted", _VAULTED, key=("name", "id_digest"), indexed=("id_digest",))
+IDENTITIES_TABLE = _table(
     "identities",
     get_type_hints(domain.Identity),
     key=("key", "id_digest"),
     indexed=("id_digest",),
     sqlite_with_rowid=False,
 )
-WORK_ITEMS = _table("work_items", get_type_hints(domain.WorkItem), key=("item",), indexed=("key",))
+WORK_ITEMS_TABLE = _table("work_items", get_type_hints(domain.WorkItem), key=("item",), indexed=("key",))
 _EVENT = {"position": int, **get_type_hints(RequestEvent)}
-EVENTS = _table("events", _EVENT, key=("position",), indexed=("link",))
+EVENTS_TABLE = _table("events", _EVENT, key=("position",), indexed=("link",))

@@ -56,7 +56,7 @@ from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.sqlite import Sqlite
-from sisa.store.ledger.tables import EVENTS, REQUESTS
+from sisa.store.ledger.tables import EVENTS_TABLE, REQUESTS_TABLE
 from tests.bench.command import arguments, markdown, write
 from tests.fakes.ports import SECRET, changed, fake_model, fake_recipe
 
@@ -130,8 +130,8 @@ def fill_past(ledger: SqlLedger, num_requests: int) -> None:
         requests.append({"request_id": request.request_id, "seq": 1, "num_named": 0, "body": body})
     with ledger.backend.engine.connect() as connection:
         writing = rows.Writing(connection)
-        writing.insert(EVENTS, events)
-        writing.insert(REQUESTS, requests)
+        writing.insert(EVENTS_TABLE, events)
+        writing.insert(REQUESTS_TABLE, requests)
         writing.write_counts()
         connection.commit()
 

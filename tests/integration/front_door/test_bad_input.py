@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa.flows.wiring.keys import KEY
+from sisa.flows.wiring.keys import PARTITION_KEY
 from tests.models.tiny_model import (
     PEOPLE,
     Done,
@@ -147,8 +147,8 @@ def test_a_missing_partition_key(tmp_path: Path, tiny_base: Path, capsys: Captur
     model = Tiny(tmp_path / "own", tiny_base)
     write_run(model.folder, tiny_base, PEOPLE[:4], sisa_block={"partition_key_file": None})
     model.train()
-    assert (model.directory / KEY).stat().st_mode & 0o777 == 0o600
-    (model.directory / KEY).unlink()
+    assert (model.directory / PARTITION_KEY).stat().st_mode & 0o777 == 0o600
+    (model.directory / PARTITION_KEY).unlink()
     at: dict[str, list[Any]] = {
         "status": ["-m", model.directory],
         "forget": ["-m", model.directory, "p001-q1", *SERIAL],
@@ -158,7 +158,7 @@ def test_a_missing_partition_key(tmp_path: Path, tiny_base: Path, capsys: Captur
     for what, arguments in at.items():
         done = command(capsys, what, *arguments)
         assert (done.code, done.error["type"]) in [(2, "InvalidInput"), (4, "IntegrityError")], what
-        assert KEY in done.error["where"]
+        assert PARTITION_KEY in done.error["where"]
         assert all_files(model.directory) == before
 
 

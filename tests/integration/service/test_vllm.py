@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from cluster.serve.vllm_plugin import ADAPTERS, WEIGHTS
+from cluster.serve.vllm_plugin import ADAPTERS_VARIABLE, WEIGHTS
 from sisa.core.digest import file_sha256
 from sisa.model import Model
 from tests.models.programs.job_cluster import free_port
@@ -75,7 +75,7 @@ def engine(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
     model.export(_adapters(model))
     environment = {
         **os.environ,
-        ADAPTERS: str(_adapters(model)),
+        ADAPTERS_VARIABLE: str(_adapters(model)),
         "VLLM_PLUGINS": "sisa_adapters,sisa_revocations",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -30,7 +30,7 @@ from sisa.core.events import Report, silent
 from sisa.core.ports import Change, Executor, OnStage
 from sisa.flows.context.served import model_digest
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.keys import KEY, witness_of
+from sisa.flows.wiring.keys import PARTITION_KEY, witness_of
 from sisa.flows.wiring.ledger_place import LEDGER, LOCK
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, REPLAYS
 from sisa.store.blobs.files import write_atomic, writer_lock
@@ -133,7 +133,7 @@ def test_modes_that_are_too_open_are_reported_by_room(model: Path) -> None:
     found = diagnose(model).findings
     messages = {each.where: each.what for each in found if not each.where.startswith(f"{LEDGER}-")}
     rooms = {RECORDS, INDEX, CHECKPOINTS}
-    assert messages.keys() == {".", KEY, LEDGER, LOCK, COMMIT_LOCK, *rooms}
+    assert messages.keys() == {".", PARTITION_KEY, LEDGER, LOCK, COMMIT_LOCK, *rooms}
     assert messages["."] == "others may write to it (mode 777)"
     num_held = sum(1 for _ in (model / CHECKPOINTS).rglob("*"))
     assert f"others may use {1 + num_held} files and directories" in messages[CHECKPOINTS]
@@ -377,11 +377,11 @@ def change_row(model: Path) -> None:
 
 
 def lose_key(model: Path) -> None:
-    (model / KEY).unlink()
+    (model / PARTITION_KEY).unlink()
 
 
 def change_key(model: Path) -> None:
-    write_secret(model / KEY, b"x" * 32)
+    write_secret(model / PARTITION_KEY, b"x" * 32)
 
 
 def damage_ledger(model: Path) -> None:

@@ -24,7 +24,7 @@ from sisa.core.ports import Change
 from sisa.flows.context.areas import known_by_area
 from sisa.flows.reconcile import erase_unreferenced, reconcile
 from sisa.flows.reconfigure import reseal_model
-from sisa.flows.wiring.keys import KEY, keep_key, key_path
+from sisa.flows.wiring.keys import PARTITION_KEY, keep_key, key_path
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, REPLAYS
 from sisa.store.blobs import files
@@ -365,7 +365,7 @@ def test_the_partition_key_rests_with_the_other_keys(
 ) -> None:
     """Beside the ledger it would make a dictionary of the tombstones, as an earlier version left it."""
     use_fake_resources(monkeypatch)
-    beside, kept = model / KEY, keyring_of(model).root / KEY
+    beside, kept = model / PARTITION_KEY, keyring_of(model).root / PARTITION_KEY
     assert (beside.exists(), kept.is_file(), kept.stat().st_mode & 0o777) == (False, True, 0o600)
     kept.rename(beside)
     assert kinds(diagnose(model)) == ["key_place"]

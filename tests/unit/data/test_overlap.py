@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
-from sisa.data.overlap import RUN, check_overlap, overlap_share, runs_of
+from sisa.data.overlap import RUN_WORDS, check_overlap, overlap_share, runs_of
 
 words = st.text(alphabet="abcdefgh", min_size=1, max_size=6)
 texts = st.lists(words, min_size=1, max_size=40).map(" ".join)
@@ -27,10 +27,10 @@ def test_whatever_the_corpus_holds_is_shared_whole(corpus: list[str], data: st.D
     assert overlap_share(whole, runs_of(*corpus)) == overlap_share(dressed, runs_of(*corpus)) == 1.0
 
 
-@given(texts, st.integers(0, 30), st.integers(RUN, 30))
+@given(texts, st.integers(0, 30), st.integers(RUN_WORDS, 30))
 def test_a_part_of_a_text_is_shared_whole(text: str, start: int, length: int) -> None:
     part = text.split()[start : start + length]
-    if len(part) >= RUN:
+    if len(part) >= RUN_WORDS:
         assert overlap_share(" ".join(part), runs_of(text)) == 1.0
 
 

@@ -500,7 +500,7 @@ def test_a_cosigner_key_is_that_of_go() -> None:
     """The signer's key of the test of golang.org/x/mod, `sumdb/note/note_test.go`."""
     skey = "PRIVATE+KEY+PeterNeumann+c74f20a3+AYEKFALVFGyNhPJEMzD1QIDr+Y7hfZx09iUvxdXHKDFz"
     key, _ = parse_cosigner_key(skey)
-    assert str(note.NoteKey(key.name, note.ED25519, key.public)) == (
+    assert str(note.NoteKey(key.name, note.ED25519_TYPE, key.public)) == (
         "PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW"
     )
     private, vkey = new_cosigner_key("w")

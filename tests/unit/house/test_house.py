@@ -136,9 +136,15 @@ def public_names(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found = [node.name]
         else:
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            found = [each.id for each in targets if isinstance(each, ast.Name)]
+            targets = getattr(node, "targets", None) or [getattr(node, "target", ast.Pass())]
+            names = (each for target in targets for each in ast.walk(target))
+            found = [e.id for e in names if isinstance(e, ast.Name) and isinstance(e.ctx, ast.Store)]
         yield from (name for name in found if not name.startswith("_"))
+
+
+def test_a_name_in_a_tuple_is_seen() -> None:
+    code = "A, (B, *C) = made[D] = 1, (2, 3)\nE: int = 4\n_F = G = 5\ndef H(): x = 6"
+    assert list(public_names(ast.parse(code))) == ["A", "B", "C", "E", "G", "H"]
 
 
 def test_no_module_has_a_name_that_says_nothing() -> None:

@@ -28,7 +28,7 @@ from tests.models.confessing import RUN_FILE, train_in, use_fake_resources
 
 @pytest.fixture
 def model(service: Service, monkeypatch: pytest.MonkeyPatch) -> Model:
-    monkeypatch.setattr(runner, "LOOK_S", 0.01)
+    monkeypatch.setattr(runner, "TURN_S", 0.01)
     return service.model
 
 
@@ -115,7 +115,7 @@ def test_a_service_has_a_runner(model: Model, monkeypatch: pytest.MonkeyPatch) -
 
 def test_watching_reports_as_a_service_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_resources(monkeypatch)
-    monkeypatch.setattr(runner, "LOOK_S", 0.01)
+    monkeypatch.setattr(runner, "TURN_S", 0.01)
     secret = tmp_path / "hook.secret"
     secret.write_text("whsec_c2VjcmV0IG9mIGEgdGVzdA==")
     secret.chmod(0o600)

@@ -107,7 +107,7 @@ def test_the_routes_unload_whole_and_load_no_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, engine, app = put(tmp_path, 0, b"one"), StandIn(), FastAPI()
-    monkeypatch.setenv(vllm_plugin.ADAPTERS, str(tmp_path))
+    monkeypatch.setenv(vllm_plugin.ADAPTERS_VARIABLE, str(tmp_path))
     monkeypatch.setattr(vllm_plugin, "SWEEP_S", 3600)
     plugin = RevocationEndpoints()
     plugin.attach_router(app)
@@ -132,6 +132,6 @@ def test_the_routes_unload_whole_and_load_no_path(
     assert client.post("/v1/sisa/sweep").json() == {
         "left": [name], "named": [], "held": [], "nameless": [], "evicted": [name]
     }  # fmt: skip
-    monkeypatch.delenv(vllm_plugin.ADAPTERS)
-    with pytest.raises(ValueError, match=vllm_plugin.ADAPTERS):
+    monkeypatch.delenv(vllm_plugin.ADAPTERS_VARIABLE)
+    with pytest.raises(ValueError, match=vllm_plugin.ADAPTERS_VARIABLE):
         asyncio.run(plugin.init_state(engine, app.state, None))

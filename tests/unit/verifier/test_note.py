@@ -19,7 +19,7 @@ from sisa.evidence.log.log import checkpoint_text, proof_text
 from sisa.evidence.open_evidence import inclusion_path
 from sisa.verifier import merkle, note
 from sisa.verifier.envelope import Refused, base64_bytes
-from sisa.verifier.note import COSIGNATURE, ED25519, Checkpoint, NoteKey
+from sisa.verifier.note import COSIGNATURE_TYPE, ED25519_TYPE, Checkpoint, NoteKey
 
 PETER = "PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW"
 ENOCH = "EnochRoot+af0cfe78+ATtqJ7zOtqQtYqOo0CpvDXNlMhV3HeJDpjrASKGLWdop"
@@ -99,7 +99,7 @@ def test_go_signs_the_same_bytes() -> None:
     private = Ed25519PrivateKey.from_private_bytes(
         base64_bytes("AYEKFALVFGyNhPJEMzD1QIDr+Y7hfZx09iUvxdXHKDFz", "a key")[1:]
     )
-    key = NoteKey("PeterNeumann", ED25519, private.public_key().public_bytes_raw())
+    key = NoteKey("PeterNeumann", ED25519_TYPE, private.public_key().public_bytes_raw())
     assert str(key) == PETER
     made = note.b64(key.id + private.sign(TEXT.encode()))
     assert f"— PeterNeumann {made}\n" == PETERS
@@ -112,13 +112,13 @@ def test_a_published_checkpoint_and_its_cosignatures_verify() -> None:
     for old, new in (("1432088532", "42"), ("pIyCDwAAAABqEiEg", "pIyCDwAAAABqEiEh")):
         with pytest.raises(Refused):
             note.open_checkpoint(CHECKPOINT.replace(old, new).encode(), LOG, cosigners=WITNESSES)
-    stranger = str(NoteKey("remora.n621.de", COSIGNATURE, note.parse_vkey(FOO).public))
+    stranger = str(NoteKey("remora.n621.de", COSIGNATURE_TYPE, note.parse_vkey(FOO).public))
     with pytest.raises(Refused, match="not signed as expected"):
         note.open_checkpoint(CHECKPOINT.encode(), LOG, cosigners=[stranger])
 
 
 SEED = Ed25519PrivateKey.from_private_bytes(b"l" * 32)
-KEY = NoteKey("deletion-ready-model/0f", ED25519, SEED.public_key().public_bytes_raw())
+KEY = NoteKey("deletion-ready-model/0f", ED25519_TYPE, SEED.public_key().public_bytes_raw())
 
 
 def signed(text: bytes, key: NoteKey = KEY) -> bytes:
@@ -219,7 +219,7 @@ def test_paths_are_those_of_go(level: int | str, index: int, width: int, path: s
 
 
 def test_a_cosigner_signs_under_another_id_than_a_log() -> None:
-    witness = NoteKey(KEY.name, COSIGNATURE, KEY.public)
+    witness = NoteKey(KEY.name, COSIGNATURE_TYPE, KEY.public)
     assert witness.id != KEY.id
     text = checkpoint_text(Checkpoint(KEY.name, 1, merkle.leaf_hash(b"entry")))
     with pytest.raises(Refused):  # a log's signature under the witness's id is no cosignature

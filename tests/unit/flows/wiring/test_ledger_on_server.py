@@ -205,12 +205,12 @@ def test_a_row_that_arrives_otherwise_is_noticed(
     directory: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sisa.store.ledger import rows
-    from sisa.store.ledger.tables import HEADS
+    from sisa.store.ledger.tables import HEADS_TABLE
 
     real = rows.checked_rows
 
     def other(table: Any, found: Any) -> Any:
-        return [(row[0] + 1, *row[1:]) for row in found] if table is HEADS else real(table, found)
+        return [(row[0] + 1, *row[1:]) for row in found] if table is HEADS_TABLE else real(table, found)
 
     before = all_rows(directory)
     with monkeypatch.context() as patch:
