@@ -42,6 +42,7 @@ from sisa.flows.wiring.keys import (
     PARTITION_KEY,
     deleted_under,
     keep_key,
+    keep_new_key,
     keyrings_dir,
     witness_dir,
     witness_of,
@@ -182,7 +183,7 @@ def _first_training(
             )
         claim_ledger(directory, config.ledger)
         name = _new_name(config)
-        keep_key(directory, config, name, secret)
+        keep_new_key(directory, config, name, secret)
         with wiring.open_context(
             directory, resources, keyed, name, executor, report, create=True
         ) as context:
@@ -375,11 +376,20 @@ def _committed(directory: Path) -> bool:
 
 
 def _check_no_foreign_files(directory: Path) -> None:
-    """Raise InvalidInput if a first training would write among files that are not a model's."""
-    ours = {*LEDGER_FILES, LOCK, COMMIT_LOCK, PARTITION_KEY, REPLAYS, *AREAS}
-    if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
+    """Raise InvalidInput if a first training would write among files that are not a model's.
+
+    A partition key without a ledger is another model's: an attempt makes the ledger first.
+    """
+    ours = {*LEDGER_FILES, LOCK, COMMIT_LOCK, REPLAYS, *AREAS}
+    ours |= {PARTITION_KEY} if has_ledger(directory) else set()
+    foreign = sorted(files.held_names(directory) - ours) if directory.is_dir() else []
+    if foreign or (directory.exists() and not directory.is_dir()):
         raise InvalidInput(
             "output_dir holds something that is not a model",
             where=str(directory),
-            next_step="choose an empty or a new directory",
+            expected="a new or empty directory, or an interrupted first training",
+            got=f"{', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}" or "a file",
+            next_step="name a key of another model by `sisa.partition_key_file`"
+            if foreign == [PARTITION_KEY]
+            else "choose an empty or a new directory",
         )

@@ -59,6 +59,13 @@ def keep_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> N
             files.erase_all(path.parent, [path.name])
 
 
+def keep_new_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> None:
+    """Write the partition key of a new model, over that of an attempt that committed nothing."""
+    if config.sisa.partition_key_file is None:
+        write_secret(key_path(directory, config, model), secret)
+    keep_key(directory, config, model, secret)
+
+
 def write_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> None:
     """Write a model's own partition key where it belongs; a key file that is named is the user's."""
     belongs = key_path(directory, config, model)

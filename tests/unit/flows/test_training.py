@@ -72,6 +72,35 @@ def with_other_texts(*numbers: int) -> list[Record]:
     return [replace(e, parts=other) if at in numbers else e for at, e in enumerate(RECORDS)]
 
 
+# --- a first training ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"encrypt": True}, {"storage": "elsewhere"}])
+def test_a_first_training_that_ended_before_its_commit_is_done_again_under_one_key(
+    tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    run_file = write_run(tmp_path / "new", sisa={"partition_key_file": None}, **settings)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sisa.train.train", killed)
+        ask("train", run_file, code=130)
+    ask("train", run_file)
+    assert states(run_file.parent / "model", ONE) == ["trained"]
+
+
+def test_a_first_training_never_overwrites_the_key_of_another_model(tmp_path: Path, ask: Ask) -> None:
+    run_file = write_run(tmp_path / "new", sisa={"partition_key_file": None})
+    model = run_file.parent / "model"
+    model.mkdir()
+    (model / "partition.key").write_text("6" * 64)
+    error = refused(ask, model)
+    assert (error["type"], error["got"]) == ("InvalidInput", "partition.key")
+    assert "partition_key_file" in error["next_step"]
+
+
 # --- a changed source ----------------------------------------------------------------------------
 
 
