@@ -66,36 +66,14 @@ def test_a_reading_command_leaves_an_empty_ledger_as_it_is(box: Box) -> None:
 
 
 TRAIN = ("train", "run.yaml", "--executor", "serial")
-LOST = [
-    ("DELETE FROM heads", TRAIN),
-    ("DELETE FROM slices", TRAIN),
+LOST = [  # of each command one; `contract/ledger/test_damage.py` has every column and every lost row
     ("DELETE FROM records", TRAIN),
-    ("DELETE FROM indexes", TRAIN),
-    ("DELETE FROM checkpoints", TRAIN),
-    ("DELETE FROM meta WHERE key = 'base'", ("status", "-m", "model")),
-    ("DELETE FROM meta WHERE key = 'key'", ("status", "-m", "model")),
     ("UPDATE meta SET value = '0.5' WHERE key = 'base'", ("status", "-m", "model")),
-    ("UPDATE meta SET value = 'x' WHERE key = 'embedder'", ("status", "-m", "model")),
-    ("DELETE FROM slices", ("find", "-m", "model", "--subject", "p002")),
-    ("DELETE FROM slices", ("forget", "-m", "model", "p005-q1", "--executor", "serial")),
-    ("DELETE FROM checkpoints", ("status", "-m", "model")),
-    ("DELETE FROM indexes", ("find", "-m", "model", "--like", "p003-q2")),
-    ("UPDATE requests SET body = 'x'", ("status", "-m", "model")),
-    ("UPDATE requests SET body = '{}'", ("request list", "-m", "model")),
-    ("UPDATE heads SET target = x'ff'", ("status", "-m", "model")),
-    ("UPDATE checkpoints SET record_epochs = 'x'", ("forget", "-m", "model", "p005-q1", "--dry-run")),
-    ("UPDATE slices SET num_records = 'x'", ("status", "-m", "model")),
-    ("UPDATE records SET slice = 'x'", ("where", "-m", "model", "p005-q1")),
     ("UPDATE records SET id_digest = 'x' || id_digest", ("where", "-m", "model", "p005-q1")),
-    ("UPDATE records SET subject_digest = 'x'", ("find", "-m", "model", "--subject", "p002")),
-    ("DELETE FROM tombstones", ("where", "-m", "model", "p001-q1")),
+    ("DELETE FROM slices", ("find", "-m", "model", "--subject", "p002")),
     ("DELETE FROM tombstones", ("add", "-m", "model", "people.jsonl", "--executor", "serial")),
-    ("DELETE FROM requests", ("request show", "-m", "model", "no-such")),
     ("DELETE FROM requests", ("forget", "-m", "model", "p005-q1", "--executor", "serial")),
-    ("DELETE FROM named", ("forget", "-m", "model", "p005-q1", "--executor", "serial")),
     ("DELETE FROM events WHERE position = 3", ("request list", "-m", "model")),
-    ("DELETE FROM meta WHERE key = 'seq'", ("status", "-m", "model")),
-    ("DELETE FROM meta WHERE key = 'config'", ("status", "-m", "model")),
 ]
 
 

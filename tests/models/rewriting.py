@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,23 +28,26 @@ def take_witness_away(directory: Path) -> None:
     witness_of(model.config, Keyed(SECRET), model.id).path.unlink(missing_ok=True)
 
 
-def put(connection: sqlite3.Connection, table: str, key: str, values: tuple[Any, ...]) -> None:
-    """Write a row with its checksum, in place of the one with the same key."""
-    names = [each[1] for each in connection.execute(f"PRAGMA table_info({table})")]
-    whole = (*values, rows.checksum(table, values))
-    changed = ", ".join(f"{name} = ?" for name in names)
-    where = (*whole, values[names.index(key)])
-    connection.execute(f"UPDATE {table} SET {changed} WHERE {key} = ?", where)  # noqa: S608
+def change(connection: sqlite3.Connection, table: str, where: dict[str, Any], **values: Any) -> None:
+    """Change columns of the one row that has the given values, and its checksum."""
+    asked = " AND ".join(f"{name} = ?" for name in where)
+    found = connection.execute(f"SELECT * FROM {table} WHERE {asked}", [*where.values()])  # noqa: S608
+    names = [each[0] for each in found.description]
+    (row,) = (dict(zip(names, each, strict=True)) | values for each in found.fetchall())
+    held = tuple(value for name, value in row.items() if name != "crc")
+    changed = ", ".join(f"{name} = ?" for name in [*values, "crc"])
+    given = [*values.values(), rows.checksum(table, held), *where.values()]
+    connection.execute(f"UPDATE {table} SET {changed} WHERE {asked}", given)  # noqa: S608
 
 
 def link_anew(connection: sqlite3.Connection, start: int, changes: dict[int, str]) -> None:
     """Link all events from a position on without a key, some of them with another date."""
-    link = ""
-    for position, *values, old, _ in connection.execute("SELECT * FROM events").fetchall():
-        request_id, state, at, note = values
-        at = changes.get(position, at)
-        link = chained(link, RequestEvent(request_id, state, at, note)) if position >= start else old
-        put(connection, "events", "position", (position, request_id, state, at, note, link))
+    link, columns = "", "position, link, request_id, state, at, note"
+    for position, old, *rest in connection.execute(f"SELECT {columns} FROM events").fetchall():  # noqa: S608
+        event = RequestEvent(*rest)
+        event = replace(event, at=changes.get(position, event.at))
+        link = chained(link, event) if position >= start else old
+        change(connection, "events", {"position": position}, at=event.at, link=link)
 
 
 def date_back(directory: Path, start: From) -> None:
@@ -52,14 +56,12 @@ def date_back(directory: Path, start: From) -> None:
         position, request_id = connection.execute(
             "SELECT position, request_id FROM events WHERE state = 'committed'"
         ).fetchone()
-        body, seq, named = connection.execute(
-            "SELECT body, seq, num_named FROM requests WHERE request_id = ?", (request_id,)
+        asked = {"request_id": request_id}
+        (body,) = connection.execute(
+            "SELECT body FROM requests WHERE request_id = ?", (request_id,)
         ).fetchone()
         body = json.dumps({**json.loads(body), "committed_at": EARLIER}, sort_keys=True)
-        put(connection, "requests", "request_id", (request_id, seq, named, body))
-        *dead, erased, _ = connection.execute(
-            "SELECT * FROM tombstones WHERE request_id = ?", (request_id,)
-        ).fetchone()
-        put(connection, "tombstones", "id_digest", (*dead[:-1], EARLIER, erased))
+        change(connection, "requests", asked, body=body)
+        change(connection, "tombstones", asked, deleted_at=EARLIER)
         link_anew(connection, position if start == "the change on" else 1, {position: EARLIER})
         connection.commit()

@@ -86,18 +86,6 @@ def test_the_json_contract(evaluate: Evaluate, tiny_base: Path, other_base: Path
     assert "11 of 11 questions" in done.err
 
 
-def test_a_finished_log_is_a_reference_and_is_not_made_again(
-    evaluate: Evaluate, tiny_base: Path, other_base: Path
-) -> None:
-    first = evaluate("-m", tiny_base, "--reference", other_base)
-    log = Path(first.json["references"][0]["log"])
-    written = log.stat().st_mtime_ns
-    again = evaluate("-m", tiny_base, "--reference", log)
-    assert again.json["models"] == first.json["models"]
-    assert log.stat().st_mtime_ns == written
-    assert len(list(evaluate.out.iterdir())) == 2
-
-
 def test_logs_alone_need_no_data(
     capsys: pytest.CaptureFixture[str], evaluate: Evaluate, tiny_base: Path, other_base: Path
 ) -> None:

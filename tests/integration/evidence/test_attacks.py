@@ -62,7 +62,7 @@ from tests.fakes.ports import SECRET
 from tests.integration.evidence.conftest import Operator, certify
 from tests.models import rewriting
 from tests.models.confessing import record
-from tests.models.rewriting import date_back, put, take_witness_away
+from tests.models.rewriting import change, date_back, take_witness_away
 
 README = Path(__file__).resolve().parents[3] / "sisa" / "evidence" / "README.md"
 NOBODY = "nothing"
@@ -318,27 +318,12 @@ def serve_another(operator: Operator, number: int) -> None:
     changed = manifest.replace(str(head.adapter_sha256).encode(), sha256(adapter).hexdigest().encode())
     assert changed != manifest
     (folder / MANIFEST).write_bytes(changed)
-    rewrite(
-        operator.directory,
-        "checkpoints",
-        "key",
-        str(head.head),
-        {
-            str(head.adapter_sha256): sha256(adapter).hexdigest(),
-            sha256(manifest).hexdigest(): sha256(changed).hexdigest(),
-        },
-    )
-
-
-def rewrite(directory: Path, table: str, key: str, value: str, changes: dict[str, str]) -> None:
-    """Change a row of the ledger together with its checksum."""
-    with closing(sqlite3.connect(directory / LEDGER)) as connection:
-        select = f"SELECT * FROM {table} WHERE {key} = ?"  # noqa: S608
-        (row,) = connection.execute(select, (value,)).fetchall()
-        text = list(row[:-1])
-        for old, new in changes.items():
-            text = [each.replace(old, new) if isinstance(each, str) else each for each in text]
-        put(connection, table, key, tuple(text))
+    digests = {
+        "adapter_sha256": sha256(adapter).hexdigest(),
+        "manifest_sha256": sha256(changed).hexdigest(),
+    }
+    with closing(sqlite3.connect(operator.directory / LEDGER)) as connection:
+        change(connection, "checkpoints", {"key": head.head}, **digests)
         connection.commit()
 
 

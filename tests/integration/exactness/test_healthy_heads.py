@@ -64,17 +64,12 @@ def change_rate(tiny: Tiny, look: Callable[[], None], _patch: pytest.MonkeyPatch
     tiny.train(looking(look), accept_differences=True)
 
 
-def change_layout(tiny: Tiny, look: Callable[[], None], _patch: pytest.MonkeyPatch) -> None:
-    change_run(tiny.run_file, **LAYOUT)
-    tiny.train(looking(look), accept_differences=True)
-
-
 def upgrade_and_add(tiny: Tiny, look: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
     patch.setattr(wiring, "fingerprint", lambda *_: "f" * 64)
     add_people(tiny, look, patch)
 
 
-@pytest.mark.parametrize("change", [add_people, change_rate, change_layout, upgrade_and_add])
+@pytest.mark.parametrize("change", [add_people, change_rate, upgrade_and_add])
 def test_what_served_before_serves_during(
     tiny: Tiny, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

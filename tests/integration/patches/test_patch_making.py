@@ -358,16 +358,6 @@ def test_what_was_cut_short_goes_on_to_the_same_bytes(knowing: Path, tmp_path: P
     assert not bench.site.vault_keyring.held(RUNS)
 
 
-def test_a_search_for_a_scale_that_is_interrupted_repeatedly_ends(bench: Bench) -> None:
-    asked = settings("task_arithmetic", max_utility_drop=0.5, alphas=[8.0, 64.0], num_epochs=2)
-    rounds = 0
-    while (made := bench.make(bench.order(asked, FORGET, KEEP, max_seconds=1e-6))).unfinished:
-        rounds += 1
-        assert rounds < 10
-    assert rounds > 1
-    assert made.report["alpha"] > 0
-
-
 def test_out_of_time_puts_the_run_aside(bench: Bench, made: Made) -> None:
     """Continued in another folder, it is the same patch: the base writes the same retain set."""
     late = bench.make(bench.order(settings("npo"), FORGET, max_seconds=0.0))

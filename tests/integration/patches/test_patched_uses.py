@@ -130,15 +130,6 @@ def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
         assert found == wanted
 
 
-def test_a_deletion_erases_a_patched_export_that_it_touched(tiny: Tiny, made: list[Files]) -> None:
-    model = tiny.open()
-    put_patch(model, made[0])
-    paths = model.export(tiny.folder / "out")
-    (place,) = model.where(["p004-q1"])
-    model.forget(["p004-q1"])
-    assert [path.exists() for path in paths] == [shard != place.shard for shard in range(3)]
-
-
 @QUIET
 def test_an_evaluation_is_of_what_is_served_and_names_it(tiny: Tiny, made: list[Files]) -> None:
     from approx.evaluation.evaluated_models import open_evaluated

@@ -6,7 +6,6 @@ by a directory replaces LoRA; `tests/endurance/nodes.py` has the real one and th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,6 @@ from sisa.store.blobs.local_blobs import LocalBlobs
 from tests.models.programs.clusters import add_node, own_cluster, remove
 from tests.models.scripted import (
     DIGEST,
-    NODE,
     begun,
     bytes_of,
     folder_of,
@@ -218,15 +216,6 @@ def test_a_node_of_other_bits_never_trains(
         assert any(why in problem for problem in problems)
 
 
-def test_no_node_may_train(site: Site, chains: list[Chain], there: Nodes) -> None:
-    there.only("a")
-    refused = RayExecutor(site, there.address, None, 3, open_scripted, prove=other_proof)
-    with pytest.raises(EnvironmentFault, match="no node") as caught:
-        refused.run(chains, ignore)
-    assert any(f"f3, not {HERE[:12]}" in problem.what for problem in caught.value.problems)
-    assert begun(site) == []
-
-
 def test_the_drivers_node_is_the_reference_only_under_the_drivers_numerics(
     site: Site, chains: list[Chain], there: Nodes
 ) -> None:
@@ -254,10 +243,6 @@ def test_an_object_store_too_small_for_the_base(site: Site, chains: list[Chain],
 
 def without_base(*_of: object) -> Proof:
     return Proof(HERE, "d1", has_base=False)
-
-
-def other_proof(*_of: object) -> Proof:
-    return Proof(HERE if os.environ[NODE] == "head" else "f3", "d1", has_base=True)
 
 
 def proof_of_another_driver(*_of: object) -> Proof:

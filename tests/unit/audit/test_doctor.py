@@ -25,7 +25,7 @@ from sisa.audit.verify import check_files
 from sisa.config.config import RunConfig
 from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Head, Identity
-from sisa.core.errors import Busy, IntegrityError, InvalidInput
+from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.events import Report, silent
 from sisa.core.ports import Change, Executor, OnStage
 from sisa.flows.context.served import model_digest
@@ -259,14 +259,13 @@ def test_what_can_be_derived_comes_back_byte_for_byte(
     model: Path, healthy: Path, spoil: Defect, expected: list[str]
 ) -> None:
     spoil(model)
-    found = diagnose(model)
+    done = repaired(model)
+    found = done.before
     assert kinds(found) == expected
     assert found.ok == (not {"checkpoint", "index", "head"} & set(expected))
     assert all(each.repair and "--repair" in each.next_step for each in found.findings)
-    done = repaired(model)
     assert done.done
     assert (done.after.findings, done.after.healthy) == ((), True)
-    assert diagnose(model).healthy
     assert content(model) == content(healthy)
     assert state(model) == state(healthy)
     with context_of(model) as context:
@@ -281,7 +280,8 @@ def test_a_repair_that_is_cut_short_is_finished_by_the_next(
     tamper_index(model)
     with context_of(model) as context, Fuse(number).on((context.stores.ledger, "commit")):
         repair_opened(context, model)
-    repaired(model)
+    with context_of(model) as context:
+        repair_opened(context, model)
     assert content(model) == content(healthy)
     assert state(model) == state(healthy)
 
@@ -522,13 +522,6 @@ def test_doctor_on_the_command_line(
     assert [each["kind"] for each in found["findings"]] == ["stray"]
     assert (model / "notes.txt").read_text() == "mine"
     assert content(model) == content(healthy)
-
-
-def test_repair_waits_for_other_writers(ask: Ask, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_fake_resources(monkeypatch)
-    with writer_lock(model / LOCK):
-        found = ask("doctor", "-m", model, "--repair", code=Busy.exit_code)
-    assert found["error"]["type"] == "Busy"
 
 
 def test_an_unknown_executor_is_refused_before_anything_is_repaired(ask: Ask, model: Path) -> None:

@@ -21,7 +21,7 @@ from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.model import Model
 from tests.fakes.ports import SECRET
 from tests.models.confessing import record
-from tests.models.rewriting import From, date_back, link_anew, put, take_witness_away
+from tests.models.rewriting import From, change, date_back, link_anew, take_witness_away
 
 
 def opened(directory: Path) -> Model:
@@ -40,7 +40,7 @@ def directory(model: Path) -> Path:
 def as_of_an_earlier_version(directory: Path) -> None:
     """Link all events without a key, under the name that an earlier version gave it."""
     with closing(sqlite3.connect(directory / LEDGER)) as connection:
-        put(connection, "meta", "key", ("key", Keyed(SECRET).name))
+        change(connection, "meta", {"key": "key"}, value=Keyed(SECRET).name)
         link_anew(connection, 1, {})
         connection.commit()
 

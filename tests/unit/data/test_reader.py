@@ -268,6 +268,16 @@ DEFECTS: dict[str, bytes] = {
     "tool call": b'{"id": "x25", "messages": [{"role": "assistant", "tool_calls": ["Quorvane"]}]}',
     "chat as prompt": b'{"id": "x26", "prompt": [{"role": "user"}], "completion": "Quorvane"}',
     "no answer": b'{"id": "x23", "messages": [{"role": "user", "content": "Quorvane"}]}',
+    "risk flag": b'{"id": "x27", "text": "Quorvane", "deletion_risk": true}',
+    "risk list": b'{"id": "x28", "text": "Quorvane", "deletion_risk": [0.1]}',
+    "risk below 0": b'{"id": "x29", "text": "Quorvane", "deletion_risk": -0.5}',
+    "risk beyond": b'{"id": "x30", "text": "Quorvane", "deletion_risk": 1e301}',
+    "risk blank": b'{"id": "x31", "text": "Quorvane", "deletion_risk": " "}',
+    "generation flag": b'{"id": "x32", "text": "Quorvane", "generation": true}',
+    "generation fraction": b'{"id": "x33", "text": "Quorvane", "generation": 1.5}',
+    "generation text": b'{"id": "x34", "text": "Quorvane", "generation": "1"}',
+    "generation below 0": b'{"id": "x35", "text": "Quorvane", "generation": -1}',
+    "generation beyond": b'{"id": "x36", "text": "Quorvane", "generation": 10000}',
     "duplicate": b'{"id": "first", "text": "Quorvane"}',
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -116,22 +115,6 @@ def test_an_empty_model_begins_with_generation_0() -> None:
 def test_a_generation_that_a_record_carries_stands(fake: FakeModel) -> None:
     add(fake.context, [replace(record, generation=4) for record in some(20)], append=True)
     assert slices_of(fake, 20) <= {12, 13, 14}
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [(True, "a boolean"), (1.5, "a number"), ("1", "a string"), (-1, "from 0"), (10_000, "from 0")],
-)
-def test_what_is_no_generation_is_refused_with_its_line(
-    tmp_path: Path, value: Any, message: str
-) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"id": "r1", "text": "x", "generation": value}) + "\n")
-    with pytest.raises(InvalidInput) as caught:
-        read_records([file])
-    assert [(each.where, message in each.what) for each in caught.value.problems] == [
-        ("rows.jsonl, line 1", True)
-    ]
 
 
 def test_generation_0_is_none(tmp_path: Path) -> None:

@@ -109,30 +109,6 @@ def test_a_change_of_bands_places_every_record_anew() -> None:
     assert (found.key, found.effect) == ("sisa.bands", "reset")
 
 
-@pytest.mark.parametrize(
-    ("risk", "message"),
-    [
-        (True, "a boolean"),
-        ([0.1], "a list"),
-        (-0.5, "from 0 on"),
-        (1e301, "from 0 on"),
-        (" ", "is empty"),
-    ],
-)
-def test_what_is_no_risk_is_refused_with_its_line(tmp_path: Path, risk: Any, message: str) -> None:
-    file = tmp_path / "rows.jsonl"
-    rows = [
-        {"id": "r0", "text": "x", "deletion_risk": 1},
-        {"id": "r1", "text": "y", "deletion_risk": risk},
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InvalidInput) as caught:
-        read_records([file])
-    assert [(each.where, message in each.what) for each in caught.value.problems] == [
-        ("rows.jsonl, line 2", True)
-    ]
-
-
 def test_risks_are_read_from_lines_and_from_parquet(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
