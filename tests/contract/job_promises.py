@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from cluster.jobs.jobs import Jobs, Submission
 from sisa.core.errors import InvalidInput
+from tests.waiting import wait_for
 
 METADATA = {"sisa_model": "a digest"}
 
@@ -62,10 +62,7 @@ def exit_codes_are_kept(ground: Ground) -> None:
 
 
 def a_running_job_is_stopped(ground: Ground) -> None:
-    deadline = time.monotonic() + 300
-    while HELLO not in ground.jobs.log(ground.endless):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: HELLO in ground.jobs.log(ground.endless), 300, every_s=0.1)
     assert ground.jobs.get(ground.endless).state == "RUNNING"
     assert ground.jobs.stop(ground.endless)
     assert HELLO in "".join(ground.jobs.follow(ground.endless))

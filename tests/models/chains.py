@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Chain, Part, Record, SliceFile, SliceJob
+from sisa.core.domain import Chain, Part, Record
 from sisa.core.ports import StoredRecord
 from sisa.flows.serial import SerialExecutor, Site
-from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.weights import base_digest
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.fakes.keyring import PLAIN
-from tests.models.scripted import bytes_of, ignore
+from tests.models.scripted import bytes_of, chain_over, ignore
 from tests.models.stages import TRAINING
 from tests.models.tiny_base import make_tiny_base
 
@@ -28,30 +27,9 @@ def real_chains(folder: Path, num_shards: int, passes: tuple[int, int]) -> tuple
     places = records, LocalBlobs(folder / "checkpoints"), base
     site = Site(*places, base_digest=base_digest(base), threads=1, keyring=PLAIN)
     store = FileRecords(records, PLAIN)
-    return site, [_chain(store, shard, site.base_digest, passes) for shard in range(num_shards)]
-
-
-def _chain(store: FileRecords, shard: int, digest: str, passes: tuple[int, int]) -> Chain:
-    files: list[SliceFile] = []
-    jobs: list[SliceJob] = []
-    for slice_ in range(NUM_SLICES):
-        records = make_records(shard, slice_)
-        root = sha256_hex("".join(each.id_digest for each in records).encode())
-        files.append(store.write(shard, slice_, root, records))
-        jobs.append(
-            SliceJob(
-                shard=shard,
-                slice=slice_,
-                parent=jobs[-1].key if jobs else None,
-                slices=tuple((file.slice, file.root) for file in files),
-                num_records=sum(file.num_records for file in files),
-                passes=passes,
-                training=TRAINING,
-                base=digest,
-                fingerprint=fingerprint(1),
-            )
-        )
-    return Chain(shard, tuple(jobs), None, tuple(files))
+    of_jobs = {"passes": passes, "training": TRAINING, "base": site.base_digest}
+    shards = [[make_records(shard, each) for each in range(NUM_SLICES)] for shard in range(num_shards)]
+    return site, [chain_over(store, shard, each, **of_jobs) for shard, each in enumerate(shards)]
 
 
 def make_records(shard: int, slice_: int) -> list[StoredRecord]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cluster.ray.proofs import Proof
 from cluster.ray.shared_base import BaseManifest, holds_base
@@ -112,24 +113,34 @@ def make_chains(site: Site) -> list[Chain]:
 
 
 def make_chain(records: FileRecords, shard: int) -> Chain:
-    files: list[SliceFile] = []
-    jobs: list[SliceJob] = []
+    """Return a chain of one record a slice, the longer the higher the shard."""
+    slices = []
     for slice_ in range(NUM_SLICES):
         part = Part("text", f"{SECRET_TEXT} {shard} {slice_}")
         record = Record(f"secret-{shard}-{slice_}", None, "text", (part,))
-        digest = sha256_hex(record.id.encode())
-        files.append(records.write(shard, slice_, digest, [StoredRecord(digest, record)]))
+        slices.append([StoredRecord(sha256_hex(record.id.encode()), record)])
+    training = {"learning_rate": 0.1}
+    return chain_over(records, shard, slices, passes=(shard + 1, 1), training=training, base="b1")
+
+
+def chain_over(
+    store: FileRecords, shard: int, slices: Sequence[Sequence[StoredRecord]], **of_jobs: Any
+) -> Chain:
+    """Write a shard's slices, and return its chain of cumulative stages."""
+    files: list[SliceFile] = []
+    jobs: list[SliceJob] = []
+    for slice_, records in enumerate(slices):
+        root = sha256_hex("".join(each.id_digest for each in records).encode())
+        files.append(store.write(shard, slice_, root, records))
         jobs.append(
             SliceJob(
                 shard=shard,
                 slice=slice_,
                 parent=jobs[-1].key if jobs else None,
                 slices=tuple((file.slice, file.root) for file in files),
-                num_records=len(files),
-                passes=(shard + 1, 1),
-                training={"learning_rate": 0.1},
-                base="b1",
+                num_records=sum(file.num_records for file in files),
                 fingerprint=fingerprint(1),
+                **of_jobs,
             )
         )
     return Chain(shard, tuple(jobs), None, tuple(files))

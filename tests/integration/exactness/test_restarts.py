@@ -22,7 +22,7 @@ from cluster.ray.executor import RayExecutor
 from sisa.core.errors import EnvironmentFault, SisaError
 from sisa.flows.serial import Site
 from sisa.store.blobs.files import TEMPORARY_PREFIX
-from tests.models.programs.clusters import add_node, own_cluster, wait_for
+from tests.models.programs.clusters import add_node, own_cluster
 from tests.models.scripted import (
     begun,
     bytes_of,
@@ -35,6 +35,7 @@ from tests.models.scripted import (
     scripted_proof,
     serial_bytes,
 )
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.usefixtures("own_ray")]
 

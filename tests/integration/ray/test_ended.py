@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.models.programs.clusters import wait_for
 from tests.models.scripted import begun, make_site, script_of
 from tests.models.tiny_model import write_run
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 

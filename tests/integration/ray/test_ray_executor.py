@@ -34,7 +34,7 @@ from sisa.lm.base.numerics import fingerprint
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.fakes.keyring import PLAIN
-from tests.models.programs.clusters import num_alive, wait_for
+from tests.models.programs.clusters import num_alive
 from tests.models.scripted import (
     NUM_SHARDS,
     NUM_SLICES,
@@ -51,6 +51,7 @@ from tests.models.scripted import (
     serial_bytes,
     trained_places,
 )
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -219,10 +220,7 @@ def test_an_error_in_the_driver_ends_the_workers(site: Site, chains: list[Chain]
     (site.base_dir / "wait-1.0").unlink()
     pids = [pid for _, pid, _ in begun(site)]
     assert len(pids) == 2
-    deadline = time.monotonic() + 2
-    while any(psutil.pid_exists(pid) for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not any(map(psutil.pid_exists, pids)), 2)
     assert bytes_of(site.checkpoints_at) == {}
 
 

@@ -19,6 +19,7 @@ from cluster.ray.tasks import run_tasks
 from cluster.ray.worker_slots import Placement
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Notice, Report
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -103,7 +104,4 @@ def test_an_interrupt_ends_a_long_task(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run([tmp_path / "waits"], interrupt)
     pid = int((tmp_path / "waits").read_text())
-    deadline = time.monotonic() + 5
-    while psutil.pid_exists(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not psutil.pid_exists(pid), 5)

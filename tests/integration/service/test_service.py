@@ -39,6 +39,7 @@ from tests.endurance.service import REPLICA, Service, Soak, train
 from tests.fakes.tokens import certified
 from tests.models.programs.job_cluster import free_port
 from tests.models.tiny_model import PEOPLE, change_run, train_scratch
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("own_ray")]
 
@@ -285,10 +286,7 @@ def test_no_token_no_id_and_no_text_is_logged(served: Served, ask: Ask) -> None:
         officer(200, "POST", "/rights/access", {"ids": ids})
         officer(200, "POST", "/requests/T-1/approve", {})
         operator(202, "POST", "/requests/run", {})
-        until = time.monotonic() + STOP_S
-        while reader(200, "GET", "/requests/T-1")["state"] != "completed":
-            assert time.monotonic() < until
-            time.sleep(0.2)
+        wait_for(lambda: reader(200, "GET", "/requests/T-1")["state"] == "completed", STOP_S)
         assert reader(200, "GET", f"/records/{ids[0]}/shards")["state"] == "deleted"
     strings = [*tokens.values(), *ids, row["prompt"], row["completion"], "Quagfubw"]
     paths = written(served)
@@ -365,10 +363,7 @@ def test_a_soak_with_a_killed_replica(served: Served, tiny_base: Path, tmp_path:
     assert soak.num_compared() > 0
     assert soak.tainted() == []
     assert soak.differences(tmp_path) == []
-    until = time.monotonic() + STOP_S
-    while len(answered(served)) < 2:  # Ray Serve replaces it
-        assert time.monotonic() < until
-        time.sleep(0.2)
+    wait_for(lambda: len(answered(served)) == 2, STOP_S, every_s=0.2)  # Ray Serve replaces it
     assert {each.nice() for each in service.replicas()} == {psutil.Process().nice()}
     client = served.client()
     assert len({seen(client, prompt_of(PEOPLE[0])) for _ in range(6)}) == 1

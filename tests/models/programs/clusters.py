@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,14 +65,6 @@ def add_node(cluster: Cluster, name: str, **options: Any) -> Any:
 def remove(cluster: Cluster, node: Any) -> None:
     """Remove a node without warning: its processes are killed."""
     cluster.remove_node(node, allow_graceful=False)
-
-
-def wait_for(what: Any, seconds: float = 60.0) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def num_alive() -> int:

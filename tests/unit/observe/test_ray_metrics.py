@@ -6,7 +6,6 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 
@@ -25,6 +24,7 @@ from sisa.core.events import (
 )
 from sisa.flows.wiring.progress import Meter
 from tests.fakes.metrics import EVENTS, JOB, RUN, TRAINED
+from tests.waiting import wait_for
 
 
 def taken(meter: Meter, event: Event, now: float) -> dict[str, float]:
@@ -112,13 +112,6 @@ def test_values_set_early_wait_for_a_connection(ray: FakeRay, monkeypatch: pytes
     assert ray.recorded == [*early, ("sisa_queue_depth", 1)]
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.001)
-
-
 def test_gauges_are_set_again_until_the_run_ends(ray: FakeRay) -> None:
     """Ray forgets one that is not; counters and histograms it keeps."""
     ray.job = "01"
@@ -128,7 +121,7 @@ def test_gauges_are_set_again_until_the_run_ends(ray: FakeRay) -> None:
         meters.write("sisa_queue_depth", 1)
         meters.write("sisa_slices_trained", 1)
         meters.write("sisa_slice_seconds", 2.0)
-        wait_until(lambda: ray.recorded.count(depth) > 3)
+        wait_for(lambda: ray.recorded.count(depth) > 3)
     count = len(ray.recorded)
     assert ray.recorded.count(depth) == count - 3
     time.sleep(0.01)
@@ -147,7 +140,7 @@ def test_gauges_stand_while_another_thread_imports_ray(
             time.sleep(0.02)  # the thread looks at it
             assert ray.recorded == []
         meters.write("sisa_queue_depth", 2)
-        wait_until(lambda: ray.recorded.count(("sisa_queue_depth", 2)) > 2)
+        wait_for(lambda: ray.recorded.count(("sisa_queue_depth", 2)) > 2)
 
 
 def test_gauges_of_a_lost_connection_wait_for_the_next_event(ray: FakeRay) -> None:
@@ -161,4 +154,4 @@ def test_gauges_of_a_lost_connection_wait_for_the_next_event(ray: FakeRay) -> No
             time.sleep(0.01)
             assert len(ray.recorded) == count
         meters.write("sisa_slices_trained", 1)
-        wait_until(lambda: ray.recorded[-1] == ("sisa_queue_depth", 1))
+        wait_for(lambda: ray.recorded[-1] == ("sisa_queue_depth", 1))

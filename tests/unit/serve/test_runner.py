@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,19 +23,13 @@ from sisa.flows.lifecycle import Terms
 from sisa.model import Model, open_model
 from tests.fakes.ports import fake_record
 from tests.models.confessing import RUN_FILE, train_in, use_fake_resources
+from tests.waiting import wait_for
 
 
 @pytest.fixture
 def model(service: Service, monkeypatch: pytest.MonkeyPatch) -> Model:
     monkeypatch.setattr(runner, "TURN_S", 0.01)
     return service.model
-
-
-def until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def state(model: Model, name: str) -> str:
@@ -48,7 +41,7 @@ def test_what_is_due_is_carried_out_and_what_waits_waits(model: Model) -> None:
     model.submit(["id-0003"], terms=Terms(external_id="due", due=tomorrow, approver="dpo"))
     model.submit(["id-0004"], terms=Terms(external_id="undecided", due=tomorrow))
     with service_runner(model.directory):
-        until(lambda: state(model, "due") == "completed")
+        wait_for(lambda: state(model, "due") == "completed")
     assert state(model, "undecided") == "received"
     assert carry_out_requests(model) == ()
 
@@ -70,9 +63,9 @@ def test_what_was_asked_for_is_carried_out_although_another_writes_first(
     model.submit(["id-0003"], terms=Terms(external_id="T-1", approver="dpo"))
     ServiceState(model.directory).ask_to_run()
     with service_runner(model.directory):
-        until(lambda: state(model, "T-1") == "completed")
+        wait_for(lambda: state(model, "T-1") == "completed")
     assert failed
-    until(lambda: not ServiceState(model.directory).asked_to_run())
+    wait_for(lambda: not ServiceState(model.directory).asked_to_run())
 
 
 def test_what_was_asked_for_outlives_an_interrupted_runner(
@@ -107,7 +100,7 @@ def test_a_service_has_a_runner(model: Model, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(service_module, "started", lambda *_: nullcontext(here))
 
     def end() -> None:
-        until(lambda: state(model, "T-1") == "completed")
+        wait_for(lambda: state(model, "T-1") == "completed")
 
     monkeypatch.setattr(service_module, "wait_until_ended", end)
     assert cli.run(["serve", "-m", str(model.directory)]) == 0
@@ -130,6 +123,6 @@ def test_watching_reports_as_a_service_does(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Courier.__init__, "__defaults__", (take, time.time))
     with delivering(tmp_path / "model"):
-        until(lambda: ServiceState(tmp_path / "model").seen() is not None)
+        wait_for(lambda: ServiceState(tmp_path / "model").seen() is not None)
         open_model(tmp_path / "model").submit(["id-0003"])
-        until(lambda: got == ["received"])
+        wait_for(lambda: got == ["received"])
