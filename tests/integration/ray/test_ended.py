@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -24,14 +21,6 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[3]
 SOON_S = 20.0  # of a busy machine
 BEGUN = {"ray": "model/checkpoints/.tmp-*", "serial": "model/records/*"}  # what training makes first
-
-
-@pytest.fixture
-def scratch() -> Iterator[Path]:
-    """Return where a command's Ray makes its private directory."""
-    found = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
-    yield found
-    shutil.rmtree(found, ignore_errors=True)
 
 
 def start(scratch: Path, *arguments: str) -> subprocess.Popen[str]:

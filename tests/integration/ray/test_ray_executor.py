@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -300,33 +298,29 @@ def look_for_the_id(event: Event) -> None:
         assert not [name for name, data in kept.items() if NAMED_ID.encode() in data]
 
 
-def test_a_process_prints_nothing_and_leaves_nothing(tmp_path: Path) -> None:
-    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
-    try:
-        program = (
-            "import sys; from pathlib import Path;"
-            "from tests.integration.ray import test_ray_executor as t;"
-            "site = t.make_site(Path(sys.argv[1]) / 'm');"
-            "t.executor(site, 1).run(t.make_chains(site), t.look_for_the_id)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", program, str(tmp_path), NAMED_ID],
-            capture_output=True,
-            cwd=Path(__file__).parents[3],
-            env={**os.environ, "TMPDIR": str(scratch)},
-            timeout=120,
-        )
-        assert (done.returncode, done.stdout) == (0, b""), done.stderr.decode()
-        assert done.stderr == b""
-        assert len(bytes_of(tmp_path / "m" / "checkpoints")) == 27
-        assert list(scratch.iterdir()) == []
-    finally:
-        scratch.rmdir()
+def test_a_process_prints_nothing_and_leaves_nothing(tmp_path: Path, scratch: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from tests.integration.ray import test_ray_executor as t;"
+        "site = t.make_site(Path(sys.argv[1]) / 'm');"
+        "t.executor(site, 1).run(t.make_chains(site), t.look_for_the_id)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, str(tmp_path), NAMED_ID],
+        capture_output=True,
+        cwd=Path(__file__).parents[3],
+        env={**os.environ, "TMPDIR": str(scratch)},
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, b""), done.stderr.decode()
+    assert done.stderr == b""
+    assert len(bytes_of(tmp_path / "m" / "checkpoints")) == 27
+    assert list(scratch.iterdir()) == []
 
 
-def test_a_worker_that_outlives_its_driver_stores_nothing_after_the_next_sweep(tmp_path: Path) -> None:
+def test_a_worker_that_outlives_its_driver_stores_nothing_after_the_next_sweep(
+    tmp_path: Path, scratch: Path
+) -> None:
     """Stop every process but the worker, as a cut network would, when the driver dies."""
-    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
     site = make_site(tmp_path / "m")
     checkpoints, first = FileCheckpoints(site.checkpoints_at, PLAIN), make_chains(site)[2].jobs[0].key
     (script_of(site) / "wait-2.1").touch()
@@ -362,16 +356,14 @@ def test_a_worker_that_outlives_its_driver_stores_nothing_after_the_next_sweep(t
         for each in started:
             with contextlib.suppress(psutil.Error):
                 each.kill()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.fixture
-def two_nodes(tmp_path: Path) -> Iterator[str]:
+def two_nodes(tmp_path: Path, scratch: Path) -> Iterator[str]:
     """Start a head without CPUs and a node with one as an operator would; yield the address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    scratch = tempfile.mkdtemp(dir="/tmp")  # short: Ray's sockets lie below it
     head = ["--head", f"--port={address.rpartition(':')[2]}", "--num-cpus=0", f"--temp-dir={scratch}"]
     node = [f"--address={address}", "--num-cpus=1", "--node-ip-address=127.0.0.2"]
     environment = {
@@ -397,7 +389,6 @@ def two_nodes(tmp_path: Path) -> Iterator[str]:
         for process in reversed(nodes):
             process.terminate()
             process.wait(30)
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def listens(address: str) -> bool:
