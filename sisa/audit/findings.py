@@ -39,9 +39,9 @@ from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import gaps
 from sisa.store import areas
-from sisa.store.blobs import files
 from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
+from sisa.store.blobs.sealed_area import SealedArea
 from sisa.store.blobs.sqlite_files import open_journaled
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.metrics import run_files
@@ -314,18 +314,13 @@ def check_index(context: Context, file: IndexFile) -> None:
 
 def _check_group(context: Context, area: str, key: str, manifest_sha256: str) -> None:
     """Check the files of a checkpoint or a patch. Surplus files are reported as unknown ones instead."""
-    place = context.stores.blobs[area]
-
-    def checked(name: str, sha256: str, what: str) -> bytes:
-        plain = context.stores.keyring.unseal(area, key, name, place.get(f"{key}/{name}", what))
-        return files.verified(plain, sha256, what, place.location(f"{key}/{name}"))
-
-    manifest = checked(MANIFEST, manifest_sha256, "checkpoint manifest")
+    sealed = SealedArea(context.stores.blobs[area], context.stores.keyring, area)
+    manifest = sealed.checked(f"{key}/{MANIFEST}", manifest_sha256, "checkpoint manifest")
     parsed = parse_manifest(manifest)
     if parsed is None or parsed[0].key != key:
         raise IntegrityError("a checkpoint manifest can't be parsed")
     for name, sha256 in parsed[1].items():
-        checked(name, sha256, "checkpoint file")
+        sealed.checked(f"{key}/{name}", sha256, "checkpoint file")
 
 
 def _exports(context: Context) -> Iterator[Finding]:

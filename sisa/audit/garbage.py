@@ -42,6 +42,7 @@ from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.store import areas
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.store.blobs.sealed_area import SealedArea
 from sisa.store.blobs.sqlite_files import SQLITE_FILES
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.ledger.sqlite import COMMIT_LOCK
@@ -209,8 +210,8 @@ def _waiting(context: Context) -> frozenset[str]:
 def _surplus(context: Context, blobs: BlobStore, area: str, known: str) -> list[str]:
     """Return files in a known checkpoint or patch that its manifest does not name; none if damaged."""
     try:
-        manifest = blobs.get(f"{known}/{MANIFEST}", "manifest")
-        found = parse_manifest(context.stores.keyring.unseal(area, known, MANIFEST, manifest))
+        sealed = SealedArea(blobs, context.stores.keyring, area)
+        found = parse_manifest(sealed.plaintext(f"{known}/{MANIFEST}", "manifest"))
     except IntegrityError:
         return []
     return sorted(blobs.parts(known) - found[1].keys() - {MANIFEST}) if found else []

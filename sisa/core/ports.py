@@ -208,8 +208,11 @@ class Keyring(Protocol):
     def seal(self, area: str, name: str, part: str, data: bytes) -> bytes:
         """Encrypt bytes under a name's key, made if it is absent, and bind them to the part."""
 
-    def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:
-        """Return the plaintext. Raise IntegrityError if the key is absent or did not seal the bytes."""
+    def unseal(self, area: str, name: str, part: str, data: bytes, where: str = "") -> bytes:
+        """Return the plaintext; plain bytes are returned as they are.
+
+        Raise IntegrityError if the key is absent, or did not seal the bytes that are at `where`.
+        """
 
     def destroy(self, area: str, names: Collection[str]) -> None:
         """Destroy keys beyond recovery; absent names are ignored."""

@@ -39,22 +39,19 @@ class FileCheckpoints(SealedArea):
                 "files": {name: sha256_hex(data) for name, data in files_.items()},
             }
         )
-        sealed = {
-            name: self.keyring.seal(self.area, job.key, name, data)
-            for name, data in {**files_, MANIFEST: manifest}.items()
-        }
-        self.blobs.put_group(job.key, sealed)
+        self._put_group(job.key, {**files_, MANIFEST: manifest})
         return self.describe(job.key)
 
     def describe(self, key: str) -> SavedCheckpoint:
-        data = self._get(key, "checkpoint manifest", MANIFEST)
+        data = self.plaintext(f"{key}/{MANIFEST}", "checkpoint manifest")
         held = self._check(key, data)
         sizes = [len(data), *(len(each) for each in held.values())]
         adapter = sha256_hex(held[ADAPTER])
         return SavedCheckpoint(key, sha256_hex(data), adapter, sum(sizes))
 
     def load(self, key: str, manifest_sha256: str) -> dict[str, bytes]:
-        return self._check(key, self._get_checked(key, manifest_sha256, "checkpoint manifest", MANIFEST))
+        what = "checkpoint manifest"
+        return self._check(key, self.checked(f"{key}/{MANIFEST}", manifest_sha256, what))
 
     def _check(self, key: str, manifest: bytes) -> dict[str, bytes]:
         where = self.blobs.location(f"{key}/{MANIFEST}")
@@ -71,7 +68,7 @@ class FileCheckpoints(SealedArea):
                 next_step="remove them, or train the model again",
             )
         return {
-            name: self._get_checked(key, sha256, "checkpoint file", name)
+            name: self.checked(f"{key}/{name}", sha256, "checkpoint file")
             for name, sha256 in expected.items()
         }
 

@@ -32,7 +32,7 @@ class FileHiddenStates(SealedArea):
         from safetensors.numpy import load
 
         try:
-            data = self._get(name, "file of hidden states")
+            data = self.plaintext(name, "file of hidden states")
             digest, body = data[:DIGEST_CHARS], data[DIGEST_CHARS + 1 :]
             return dict(load(body)) if digest.decode() == sha256_hex(body) else {}
         except (IntegrityError, SafetensorError, UnicodeDecodeError):

@@ -155,7 +155,7 @@ class FaissIndex(SealedArea):
         self._bytes(file)
 
     def _bytes(self, file: IndexFile) -> bytes:
-        return self._get_checked(file.name, file.sha256, "index file")
+        return self.checked(file.name, file.sha256, "index file")
 
     def erase(self, names: Collection[str]) -> None:
         gone = set(names)

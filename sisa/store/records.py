@@ -41,7 +41,7 @@ class FileRecords(SealedArea):
         self._bytes(file)
 
     def _bytes(self, file: SliceFile) -> bytes:
-        return self._get_checked(file.name, file.sha256, "slice file")
+        return self.checked(file.name, file.sha256, "slice file")
 
 
 def _encode(records: Sequence[StoredRecord]) -> bytes:

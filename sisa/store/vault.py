@@ -76,5 +76,5 @@ class FileVault(AlwaysSealedArea):
                 got="plain bytes",
                 next_step="release it by `sisa approx release`, and give the texts again",
             )
-        plain = self.keyring.unseal(self.area, found.name, "", data)
+        plain = self.keyring.unseal(self.area, found.name, "", data, where)
         return files.verified(plain, found.sha256, what, where)

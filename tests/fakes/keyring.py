@@ -33,7 +33,7 @@ class Plain:
     def seal(self, area: str, name: str, part: str, data: bytes) -> bytes:  # noqa: ARG002
         return data
 
-    def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:  # noqa: ARG002
+    def unseal(self, area: str, name: str, part: str, data: bytes, where: str = "") -> bytes:  # noqa: ARG002
         if is_sealed(data):
             raise IntegrityError(
                 "a file is encrypted, and there is no keyring",
@@ -72,7 +72,7 @@ class FakeKeyring:
         hidden = _stream(token, nonce, data)
         return MAGIC + nonce + _tag(token, nonce, area, name, part, hidden) + hidden
 
-    def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:
+    def unseal(self, area: str, name: str, part: str, data: bytes, where: str = "") -> bytes:
         if not data.startswith(MAGIC):
             return data
         token = self.keys.get((area, name))
@@ -82,7 +82,7 @@ class FakeKeyring:
         nonce, tag = body[:NONCE_BYTES], body[NONCE_BYTES : NONCE_BYTES + TAG_BYTES]
         hidden = body[NONCE_BYTES + TAG_BYTES :]
         if tag != _tag(token, nonce, area, name, part, hidden):
-            raise IntegrityError("an encrypted file is not the one that was recorded")
+            raise IntegrityError("an encrypted file is not the one that was recorded", where=where)
         return _stream(token, nonce, hidden)
 
     def destroy(self, area: str, names: Collection[str]) -> None:

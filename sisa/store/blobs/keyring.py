@@ -79,7 +79,7 @@ class FileKeyring:
         nonce = os.urandom(NONCE_BYTES)
         return MAGIC + nonce + AESGCM(key).encrypt(nonce, data, _associated_data(area, name, part))
 
-    def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:
+    def unseal(self, area: str, name: str, part: str, data: bytes, where: str = "") -> bytes:
         if not is_sealed(data):
             return data
         from cryptography.exceptions import InvalidTag
@@ -101,7 +101,7 @@ class FileKeyring:
         except (InvalidTag, ValueError):
             raise IntegrityError(
                 "an encrypted file is not the one that was recorded",
-                where=f"{area}/{name}/{part}" if part else f"{area}/{name}",
+                where=where or "/".join(filter(None, (area, name, part))),
                 expected="bytes that its key sealed",
                 got="other bytes",
                 next_step="restore the file from a backup, or run `sisa doctor`",

@@ -1,12 +1,14 @@
 """Sealed files: a storage area whose files a keyring encrypts as they are written.
 
 A file is sealed under its area, its name and its part, so no sealed file passes for another. Plain files
-can be read, too: an interrupted `reseal_blobs` leaves some of either kind.
+can be read, too: an interrupted `reseal_blobs` leaves some of either kind. What form a file has at rest
+is known here alone, and to the audits that search bytes wherever they are (`audit/residue.py`,
+`audit/foreign_files.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from sisa.core.errors import all_tried
@@ -39,15 +41,22 @@ class SealedArea:
     def _put(self, name: str, data: bytes) -> None:
         self.blobs.put(name, self.keyring.seal(self.area, name, "", data))
 
-    def _get(self, name: str, what: str, part: str = "") -> bytes:
-        """Return the plaintext of a file, or of a part of a group."""
-        data = self.blobs.get(f"{name}/{part}" if part else name, what)
-        return self.keyring.unseal(self.area, name, part, data)
+    def _put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
+        sealed = {part: self.keyring.seal(self.area, name, part, data) for part, data in parts.items()}
+        self.blobs.put_group(name, sealed)
 
-    def _get_checked(self, name: str, sha256: str, what: str, part: str = "") -> bytes:
-        """Return plaintext with the recorded digest. Raise IntegrityError for any other."""
-        where = self.blobs.location(f"{name}/{part}" if part else name)
-        return files.verified(self._get(name, what, part), sha256, what, where)
+    def plaintext(self, name: str, what: str) -> bytes:
+        """Return the plaintext of a file `NAME` or `GROUP/PART`, sealed or not.
+
+        Raise IntegrityError, which names its location, if the `what` is missing or its seal is broken.
+        """
+        group, _, part = name.partition("/")
+        data, where = self.blobs.get(name, what), self.blobs.location(name)
+        return self.keyring.unseal(self.area, group, part, data, where)
+
+    def checked(self, name: str, sha256: str, what: str) -> bytes:
+        """Return the plaintext with the recorded digest. Raise IntegrityError for any other."""
+        return files.verified(self.plaintext(name, what), sha256, what, self.blobs.location(name))
 
 
 def reseal_blobs(blobs: BlobStore, area: str, names: Iterable[str], keyring: Keyring) -> None:

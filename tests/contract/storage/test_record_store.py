@@ -104,12 +104,14 @@ def test_nothing_is_held_at_first(store: RecordStore) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 10, -1])
-def test_a_truncated_file_is_refused(folder: FileRecords, cut: int) -> None:
+def test_a_truncated_file_is_refused_by_its_path(folder: FileRecords, cut: int) -> None:
+    """A sealed one whose magic is intact fails at its seal, any other one at its digest."""
     file = folder.write(0, 0, "root", several(1, 2))
     folder.blobs.put(file.name, bytes_of(folder, file.name)[:cut])
     for look in (folder.read, folder.check):
-        with pytest.raises(IntegrityError, match="not the one that was recorded"):
+        with pytest.raises(IntegrityError, match="not the one that was recorded") as caught:
             look(file)
+        assert caught.value.where == folder.blobs.location(file.name)
 
 
 def test_a_file_of_another_form_is_refused(folder: FileRecords) -> None:

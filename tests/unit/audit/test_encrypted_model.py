@@ -20,6 +20,7 @@ from sisa.audit.repair import RepairOutcome, repair_opened
 from sisa.audit.residue import Scan, scan_residue
 from sisa.audit.verify import check_files
 from sisa.config.config import RunConfig
+from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
 from sisa.flows.context.areas import known_by_area
 from sisa.flows.reconcile import erase_unreferenced, reconcile
@@ -144,6 +145,18 @@ def test_the_keys_of_a_deleted_records_files_are_gone(model: Path, backup: Path)
         problems = check_files(context)[1]
     assert {each.where.partition("/")[2] for each in problems} >= {*frozenset().union(*lost.values())}
     assert all("key is missing" in each.what for each in problems)
+
+
+def test_a_damaged_slice_is_reported_by_its_path(model: Path) -> None:
+    path = model / RECORDS / min(known(model)[RECORDS])
+    path.write_bytes(path.read_bytes()[:-1])
+    with context_of(model) as context:
+        (problem,) = check_files(context)[1]
+        (file,) = (each for each in context.stores.ledger.slices() if each.name == path.name)
+        with pytest.raises(IntegrityError) as caught:
+            context.stores.records.read(file)
+    assert problem.where == f"{RECORDS}/{path.name}"
+    assert caught.value.where == str(path)
 
 
 def test_a_healthy_encrypted_model_has_no_finding(model: Path) -> None:
