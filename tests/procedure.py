@@ -29,7 +29,7 @@ REACHES_NO_BIT = (
     *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),
     "sisa.core.requests",
 )
-RECORDED = (5, "15c850a4caccd610")
+RECORDED = (5, "44c26a2d507637ec")
 
 
 def path_of(module: str) -> Path:

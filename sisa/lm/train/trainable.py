@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sisa.core.digest import canonical_json, sha256_hex
+from sisa.core.digest import sha256_hex
 from sisa.lm.base.adapter import (
     DEFAULT_NAME,
     attach,
+    config_bytes,
     fill_adapter,
     first_adapted,
     lora_config,
@@ -34,13 +35,6 @@ from sisa.lm.base.weights import own_modules
 from sisa.lm.train.frozen_layers import FrozenLayers
 from sisa.lm.train.lora_linear import TrainedLinear, trained_linears, use_fused_linear
 from sisa.lm.train.losses import Form, KeepsBits, loss_form
-
-KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers", "sequence_len")
-
-
-def pattern_key(training: Mapping[str, Any]) -> bytes:
-    """Return the key of a pattern: stages with equal keys share it."""
-    return canonical_json({name: training.get(name) for name in KEYS})
 
 
 class RowTests(NamedTuple):
@@ -72,11 +66,11 @@ class Trainable:
         The outcomes of checks are kept under `known`: the base's name and the fingerprint.
         """
         self.dtype, self.first = base.dtype, first_adapted(training, base)
-        self._pattern = attach(base, lora_config(training, base), None, init_seed=0)
+        config, longest = lora_config(training, base), training["sequence_len"]
+        of = (*known, sha256_hex(config_bytes(config)), str(longest)) if known else ()
+        self._pattern = attach(base, config, None, init_seed=0)
         use_fused_linear(self._pattern)
         self._pattern.eval()
-        of = (*known, sha256_hex(pattern_key(training))) if known else ()
-        longest = training["sequence_len"]
         self.form = Form(*kept_check("form", of, lambda: self._check(longest)))
         self.row_tests: RowTests | None = None  # None: no lanes
 

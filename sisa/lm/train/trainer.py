@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from sisa.core.digest import canonical_json
 from sisa.core.domain import DEFAULT_PRECISION, Precision, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import HiddenStateStore, StoredRecord, Tick
@@ -32,7 +33,7 @@ from sisa.lm.train.lanes import MicroBatch, compute, finish
 from sisa.lm.train.losses import Batch
 from sisa.lm.train.stage import Stage
 from sisa.lm.train.steps import Ticks, stage_steps
-from sisa.lm.train.trainable import Trainable, pattern_key
+from sisa.lm.train.trainable import Trainable
 
 _tested: dict[tuple[Any, ...], tuple[str | None, Any]] = {}  # what this process tested last, for lanes
 
@@ -63,7 +64,7 @@ class LoraTrainer:
         self._base_name = patched_name(base_digest, patches)
         self._threads, self._precision = threads, precision
         self._known = (self._base_name, fingerprint(threads, precision))
-        self._wrapped: tuple[bytes, Trainable] | None = None
+        self._wrapped: tuple[Mapping[str, Any], Trainable] | None = None
         self._tokenizer: Any = None
         self._hidden_states = HiddenStateCache(
             store=hidden_states,
@@ -135,7 +136,7 @@ class LoraTrainer:
         """Return why stages can't be trained side by side here; None if they can."""
         with usual_modes(self._precision):
             wrapped = self._wrap(training)
-            key = (self._base_name, self._threads, self._precision, pattern_key(training))
+            key = (self._base_name, self._threads, self._precision, canonical_json(training))
             if key not in _tested:
                 _tested.clear()
                 refusal = refuse_lanes(wrapped, training["sequence_len"])
@@ -146,11 +147,10 @@ class LoraTrainer:
     def _wrap(self, training: Mapping[str, Any]) -> Trainable:
         pin_threads(self._threads, self._precision)
         keep_freed_memory()
-        kind = pattern_key(training)
-        if self._wrapped is None or self._wrapped[0] != kind:
+        if self._wrapped is None or self._wrapped[0] != training:
             self._wrapped = None  # one at a time is in memory
             base, self._tokenizer = load_patched(*self._base)
-            self._wrapped = kind, Trainable(base, training, self._known)
+            self._wrapped = training, Trainable(base, training, self._known)
         return self._wrapped[1]
 
 
