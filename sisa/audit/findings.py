@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 from sisa.audit.garbage import KEPT_FILES, STRAY, list_garbage, local_root
-from sisa.audit.lineage import parse_manifest
 from sisa.config.config import RunConfig
 from sisa.config.fields import is_uri
 from sisa.core.domain import Head, IndexFile, SliceFile
@@ -43,7 +42,7 @@ from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
 from sisa.store.blobs.sealed_area import SealedArea
 from sisa.store.blobs.sqlite_files import open_journaled
-from sisa.store.checkpoints import MANIFEST
+from sisa.store.checkpoints import MANIFEST, parse_manifest
 from sisa.store.metrics import run_files
 
 OTHERS, OTHERS_WRITE = 0o077, 0o022

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sisa.audit.lineage import parse_manifest
 from sisa.core.errors import Busy, IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
 from sisa.flows.context.areas import known_by_area, purge
@@ -44,7 +43,7 @@ from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.sealed_area import SealedArea
 from sisa.store.blobs.sqlite_files import SQLITE_FILES
-from sisa.store.checkpoints import MANIFEST
+from sisa.store.checkpoints import MANIFEST, parse_manifest
 from sisa.store.ledger.sqlite import COMMIT_LOCK
 from sisa.store.metrics import run_files
 

@@ -1,4 +1,4 @@
-"""Parse checkpoints and patches at rest, and prove that a checkpoint was made of held records alone.
+"""Judge checkpoints and patches at rest, and prove that one was made of held records alone.
 
 A checkpoint's key hashes its whole chain of jobs, and each job hashes the roots of its slices. To prove
 a checkpoint clean, the chain is rebuilt from the rows that are held now and were held when it was
@@ -9,42 +9,22 @@ whether the weights are those that the job trains.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
 
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import RecordRow, SliceJob
-from sisa.core.patches import PatchJob, parse_patch_job
+from sisa.core.patches import PatchJob
 from sisa.flows.context.areas import known_by_area
 from sisa.flows.context.context import Context
 from sisa.planning.layout import slice_root
 from sisa.store.areas import CHECKPOINTS, PATCHES
+from sisa.store.checkpoints import parse_manifest
 
 FilesMatch = Callable[[Mapping[str, str]], bool]  # whether files, by name, have these SHA-256
 Fault = tuple[str, str]  # kind and description
 NO_FAULT: Fault = ("", "")
-
-
-def parse_manifest(data: bytes) -> tuple[SliceJob | PatchJob, dict[str, str]] | None:
-    """Return the job of a checkpoint or a patch and the SHA-256 of its files; None if unreadable."""
-    try:
-        parsed = json.loads(data)
-        files = {str(name): str(sha256) for name, sha256 in parsed["files"].items()}
-        job = parsed["job"]
-        return parse_patch_job(job) if "beneath" in job else _parse_job(job), files
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        return None
-
-
-def _parse_job(parsed: Any) -> SliceJob:
-    slices = tuple((int(number), str(root)) for number, root in parsed["slices"])
-    first, second = (int(each) for each in parsed["passes"])
-    Fraction(first, second)  # refuses no passes at all
-    before = tuple(int(each) for each in parsed["before"])
-    return SliceJob(**{**parsed, "slices": slices, "passes": (first, second), "before": before})
 
 
 def proves_clean(job: SliceJob, rows: Iterable[RecordRow], seq: int, num_slices: int) -> bool:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from fractions import Fraction
 from typing import Any
 
-from sisa.core.digest import canonical_json, digest_of, sha256_hex
+from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.domain import SavedCheckpoint, SliceJob
 from sisa.core.errors import IntegrityError
-from sisa.core.patches import PatchJob
+from sisa.core.patches import PatchJob, parse_patch_job
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs import files
 from sisa.store.blobs.sealed_area import SealedArea
@@ -55,9 +56,12 @@ class FileCheckpoints(SealedArea):
 
     def _check(self, key: str, manifest: bytes) -> dict[str, bytes]:
         where = self.blobs.location(f"{key}/{MANIFEST}")
-        expected, job = _parse(where, manifest)
-        if digest_of(job) != key:
-            raise files.tampered(where, "checkpoint manifest", key, digest_of(job))
+        parsed = parse_manifest(manifest)
+        if parsed is None:
+            raise IntegrityError("a checkpoint manifest can't be parsed", where=where)
+        job, expected = parsed
+        if job.key != key:
+            raise files.tampered(where, "checkpoint manifest", key, job.key)
         unknown = self.blobs.parts(key) - expected.keys() - {MANIFEST}
         if unknown:
             raise IntegrityError(
@@ -76,18 +80,26 @@ class FileCheckpoints(SealedArea):
         return self.blobs.location(f"{key}/{ADAPTER}")
 
 
-def _parse(where: str, manifest: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+def parse_manifest(data: bytes) -> tuple[SliceJob | PatchJob, dict[str, str]] | None:
+    """Return the job of a stage or a patch and the SHA-256 of its files; None if unreadable.
+
+    All names are of files in the directory, one of them the adapter's.
+    """
     try:
-        parsed = json.loads(manifest)
+        parsed = json.loads(data)
         names = {str(name): str(sha256) for name, sha256 in parsed["files"].items()}
-        job = dict(parsed["job"])
+        job = parsed["job"]
         flat = all("/" not in name and name not in (".", "..", MANIFEST) for name in names)
         if not flat or ADAPTER not in names:
-            raise ValueError("file names")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(
-            "a checkpoint manifest can't be parsed",
-            where=where,
-            got=type(error).__name__,
-        ) from error
-    return names, job
+            return None
+        return parse_patch_job(job) if "beneath" in job else _parse_job(job), names
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        return None
+
+
+def _parse_job(parsed: Any) -> SliceJob:
+    slices = tuple((int(number), str(root)) for number, root in parsed["slices"])
+    first, second = (int(each) for each in parsed["passes"])
+    Fraction(first, second)  # refuses no passes at all
+    before = tuple(int(each) for each in parsed["before"])
+    return SliceJob(**{**parsed, "slices": slices, "passes": (first, second), "before": before})

@@ -20,7 +20,7 @@ from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import BlobStore, CheckpointStore
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.blobs.local_blobs import LocalBlobs
-from sisa.store.checkpoints import MANIFEST, FileCheckpoints
+from sisa.store.checkpoints import MANIFEST, FileCheckpoints, parse_manifest
 from tests.contract.storage.forms import FORMS, opened, stored_as
 from tests.fakes.ports import ADAPTER, FakeCheckpoints
 
@@ -185,7 +185,11 @@ def test_a_manifest_can_name_no_file_outside(local: FileCheckpoints, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "manifest", [b"", b"[]", b"{", b"null", b'{"files":{}}', b'{"files":[],"job":{}}', b"\xff", b'"x"']
+    "manifest",
+    [
+        *(b"", b"[]", b"{", b"null", b'{"files":{}}', b'{"files":[],"job":{}}', b"\xff", b'"x"'),
+        b"[" * 99_999,
+    ],
 )
 def test_a_manifest_of_another_form_is_refused(local: FileCheckpoints, manifest: bytes) -> None:
     saved = local.save(job(), FILES)
@@ -194,6 +198,15 @@ def test_a_manifest_of_another_form_is_refused(local: FileCheckpoints, manifest:
         local.describe(saved.key)
     with pytest.raises(IntegrityError):
         local.load(saved.key, sha256_hex(manifest))
+
+
+def test_a_job_that_no_trainer_had_is_refused(local: FileCheckpoints) -> None:
+    saved = local.save(job(), FILES)
+    written = plaintext(local, f"{saved.key}/{MANIFEST}")
+    parsed = json.loads(written)
+    parsed["job"]["passes"] = [1, 0]
+    assert parse_manifest(written) == (job(), {name: sha256_hex(data) for name, data in FILES.items()})
+    assert parse_manifest(canonical_json(parsed)) is None
 
 
 def test_a_checkpoint_under_another_key_is_refused(folder: FileCheckpoints) -> None:
