@@ -34,7 +34,7 @@ class DirectoryExports:
     """An ExportStore of directories."""
 
     def write(self, path: str, content: Mapping[str, bytes]) -> None:
-        files.write_directory(Path(path), dict(content))
+        files.write_directory(Path(path), content)
 
     def abandon(self, path: str) -> None:
         above = os.path.dirname(path)

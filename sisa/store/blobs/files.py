@@ -20,7 +20,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -138,7 +138,7 @@ def _write(file: BinaryIO, data: bytes, mode: int = FILE_MODE) -> None:
         os.fsync(file.fileno())
 
 
-def write_directory(path: Path, files: dict[str, bytes], *, make_parents: bool = True) -> None:
+def write_directory(path: Path, files: Mapping[str, bytes], *, make_parents: bool = True) -> None:
     """Write a directory of flat files, whole or not at all; an existing one is kept."""
     if make_parents:
         make_directory(path.parent)

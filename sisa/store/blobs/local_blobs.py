@@ -55,7 +55,7 @@ class LocalBlobs:
         files.write_atomic(self.root / name, data, temporary_in=self.root, make_parents=not self.lent)
 
     def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
-        files.write_directory(self.root / name, dict(parts), make_parents=not self.lent)
+        files.write_directory(self.root / name, parts, make_parents=not self.lent)
 
     def erase(self, names: Collection[str]) -> None:
         files.erase_all(self.root, names)

@@ -82,9 +82,6 @@ class Backend(Protocol):
     def scrub(self, removed: Collection[RecordRow] | None, keys: Collection[str]) -> None:
         """See `Ledger.scrub`; `keys` are those of removed identities."""
 
-    def erase(self) -> None:
-        """Remove all tables."""
-
 
 def damaged_ledger(where: str, cause: str) -> IntegrityError:
     """Return the error for rows or files that are not the ones that were written."""

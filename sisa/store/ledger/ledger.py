@@ -56,6 +56,7 @@ from sisa.store.ledger.tables import (
     VAULT_TABLE,
     VAULTED_TABLE,
     WORK_ITEMS_TABLE,
+    schema,
 )
 
 
@@ -307,8 +308,9 @@ def erase_ledger(url: str, model: str) -> None:
         return
     with contextlib.closing(SqlLedger(url)) as ledger:
         if ledger.meta().get("model", model) == model:
-            with ledger._guard():
-                ledger.backend.erase()
+            with ledger._guard(), ledger.backend.writing() as connection:
+                schema.drop_all(connection)
+                connection.exec_driver_sql("DROP TABLE IF EXISTS alembic_version")
 
 
 _BY_ID = attrgetter("id_digest")

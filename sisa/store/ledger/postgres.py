@@ -208,12 +208,6 @@ class Postgres:
 
             yield wait
 
-    def erase(self) -> None:
-        """Remove all tables of the schema."""
-        with self.writing() as connection:
-            schema.drop_all(connection)
-            connection.exec_driver_sql("DROP TABLE IF EXISTS alembic_version")
-
 
 def postgres_fault(error: Any, where: str) -> SisaError | None:
     """Return the typed error for a lock, the connection or the server; None for damage."""

@@ -145,11 +145,6 @@ class Sqlite:
                 alone.exec_driver_sql("VACUUM")
             self._empty_log()
 
-    def erase(self) -> None:
-        with self.writing() as connection:
-            schema.drop_all(connection)
-            self.stamp(connection, 0)
-
     def holds(self, removed: Collection[RecordRow], keys: Collection[str] = ()) -> bool:
         """Return whether any part of the file holds a row's piece: of its digest, or its vector's id."""
         wanted = [row.record_digest[:PIECE_BYTES].encode() for row in removed]
