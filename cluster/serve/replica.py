@@ -209,7 +209,8 @@ class Engine:
 
     def _turn(self, groups: list[list[Pending]], cancelled: list[Pending]) -> None:
         """Adopt what was committed, admit requests, and append a token to each answer."""
-        batch = self._serving.batch
+        batch, gone = self._serving.batch, set(cancelled)
+        groups = [each for each in groups if gone.isdisjoint(each)]
         for row in cancelled:
             batch.cancel(row)
         if groups or self._committed.is_set():

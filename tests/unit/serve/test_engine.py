@@ -351,6 +351,32 @@ def test_who_gives_up_frees_the_batch(engine: Engine, model: ScriptedModel) -> N
     asyncio.run(give_up())
 
 
+def test_who_gives_up_before_the_turn_is_not_answered(engine: Engine, model: ScriptedModel) -> None:
+    batch, entered, resumed = model.made.batch, threading.Event(), threading.Event()
+    step = batch.step
+
+    def held() -> Any:
+        entered.set()
+        resumed.wait(30)
+        return step()
+
+    batch.step = held
+
+    async def give_up_meanwhile() -> None:
+        first = asyncio.create_task(hear(engine, Question("a", max_new_tokens=3)))
+        await asyncio.to_thread(entered.wait)
+        second = asyncio.create_task(hear(engine, Question("b")))
+        while not engine._groups:
+            await asyncio.sleep(0.01)
+        second.cancel()
+        await asyncio.wait([second])
+        resumed.set()
+        assert words(await first) == ["0 "] * 3
+
+    asyncio.run(give_up_meanwhile())
+    assert len(batch.left) == 1, "the second question joined the batch"
+
+
 def test_too_many_are_told_to_come_again(engine: Engine, model: ScriptedModel) -> None:
     batch = model.made.batch
     batch.gate.clear()
