@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
-from fastapi import Depends, Request, Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
@@ -319,37 +319,31 @@ def _damaged(path: Path, got: str) -> IntegrityError:
 _bearer = HTTPBearer(auto_error=False, description="A token that `sisa token add` printed.")
 
 
-class May:
-    """A dependency that admits callers with a scope. Raise Refusal: 401, 403 or 429."""
-
-    def __init__(self, scope: Scope) -> None:
-        self.scope: Scope = scope
-
-    def __call__(
-        self,
-        request: Request,
-        given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None,
-    ) -> Caller:
-        """Return the caller."""
-        tokens: Tokens | None = request.app.state.service.tokens
-        if tokens is None or not tokens.demanded():
-            caller = _local(request)
-        else:
-            caller = _known(tokens, request, given.credentials if given else "")
-        request.state.caller = caller
-        if self.scope not in caller.scopes:
-            expected = f"a token with scope {self.scope}"
-            raise Refusal(403, "the token does not allow this", expected=expected)
-        return caller
+def admitted(
+    request: Request,
+    needed: SecurityScopes,
+    given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None,
+) -> Caller:
+    """Return the caller, who has the scopes of an endpoint. Raise Refusal: 401, 403 or 429."""
+    tokens: Tokens | None = request.app.state.service.tokens
+    if tokens is None or not tokens.demanded():
+        caller = _local(request)
+    else:
+        caller = _known(tokens, request, given.credentials if given else "")
+    request.state.caller = caller
+    if not caller.scopes.issuperset(needed.scopes):
+        expected = f"a token with scope {needed.scope_str}"
+        raise Refusal(403, "the token does not allow this", expected=expected)
+    return caller
 
 
-MayAnswer = Annotated[Caller, Depends(May("answer"))]
-MayRead = Annotated[Caller, Depends(May("read"))]
-MaySubmit = Annotated[Caller, Depends(May("submit"))]
-MayDecide = Annotated[Caller, Depends(May("decide"))]
-MayErase = Annotated[Caller, Depends(May("erase"))]
-MayAccess = Annotated[Caller, Depends(May("access"))]
-MayOperate = Annotated[Caller, Depends(May("operate"))]
+MayAnswer = Annotated[Caller, Security(admitted, scopes=["answer"])]
+MayRead = Annotated[Caller, Security(admitted, scopes=["read"])]
+MaySubmit = Annotated[Caller, Security(admitted, scopes=["submit"])]
+MayDecide = Annotated[Caller, Security(admitted, scopes=["decide"])]
+MayErase = Annotated[Caller, Security(admitted, scopes=["erase"])]
+MayAccess = Annotated[Caller, Security(admitted, scopes=["access"])]
+MayOperate = Annotated[Caller, Security(admitted, scopes=["operate"])]
 
 
 def _known(tokens: Tokens, request: Request, bearer: str) -> Caller:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, FastAPI, Security
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
@@ -32,10 +32,10 @@ from cluster.serve.tokens import (
     ROLES,
     SCOPES,
     Caller,
-    May,
     Role,
     Scope,
     Tokens,
+    admitted,
 )
 from sisa.config.config import Tls
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
@@ -212,7 +212,7 @@ probe_router = APIRouter()
 def add_probe(scope: Scope) -> None:
     """Add an endpoint that asks for a scope and says who calls."""
 
-    def probe(caller: Caller = Depends(May(scope))) -> str:  # noqa: B008 - as FastAPI reads it
+    def probe(caller: Caller = Security(admitted, scopes=[scope])) -> str:  # noqa: B008 - as FastAPI reads it
         return caller.name
 
     probe_router.get(f"/probe/{scope}")(probe)
@@ -247,12 +247,12 @@ def test_a_role_reaches_what_its_scopes_say_and_nothing_else(guarded: TestClient
     assert found == {scope: 200 if scope in ROLES[role] else 403 for scope in SCOPES}
 
 
-def scopes_of(found: Dependant) -> set[Scope]:
-    own = {found.call.scope} if isinstance(found.call, May) else set()
+def scopes_of(found: Dependant) -> set[str]:
+    own = {*found.own_oauth_scopes} if found.own_oauth_scopes else set[str]()
     return own.union(*map(scopes_of, found.dependencies))
 
 
-def endpoints(app: FastAPI) -> dict[tuple[str, str], set[Scope]]:
+def endpoints(app: FastAPI) -> dict[tuple[str, str], set[str]]:
     """Return the scopes that each method and path asks for, but for what is open to all."""
     return {
         (method, str(route.path)): scopes_of(route.dependant)
@@ -381,7 +381,8 @@ def test_the_document_says_how_to_send_a_token(guarded: TestClient) -> None:
     document = guarded.get("/openapi.json").json()
     (scheme,) = document["components"]["securitySchemes"].values()
     assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
-    assert document["paths"]["/probe/read"]["get"]["security"]
+    (needed,) = document["paths"]["/probe/read"]["get"]["security"]
+    assert [*needed.values()] == [["read"]]
 
 
 # --- where it may listen
