@@ -76,7 +76,7 @@ class RayExecutor:
         fingerprints = frozenset(job.fingerprint for chain in chains for job in chain.jobs)
         origin = ray.get_runtime_context().get_node_id()
         terms = NodeTerms(
-            here.threads, fingerprints, here.base_dir, manifest, self.prove, here.precision, gpus
+            here.threads, fingerprints, here.base_dir, manifest, self.prove, here.precision
         )
         with lent(here, chains) as (site, accept):
 

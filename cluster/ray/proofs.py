@@ -84,7 +84,6 @@ class NodeTerms:
     manifest: BaseManifest | None
     prove: Prove = prove
     precision: Precision = DEFAULT_PRECISION
-    num_gpus: float = 0  # that a probe takes, as a worker does
 
 
 def refusal(proof: Proof, reference: Proof, fingerprints: frozenset[str]) -> str:
@@ -117,7 +116,7 @@ class Proofs:
         """Start the probe of a node, and of the driver's node, unless they have been asked."""
         terms = self._terms
         for each in {self._origin, node} - self._asked.keys():
-            probe = self._remote(terms.prove, each, num_cpus=0, num_gpus=terms.num_gpus)
+            probe = self._remote(terms.prove, each, num_cpus=0)  # and the GPUs of a worker
             self._asked[each] = _kept.get((each, terms)) or probe.remote(
                 terms.threads, terms.base_dir, terms.manifest, terms.precision
             )

@@ -34,7 +34,6 @@ from cluster.serve.domain import AnswerEvent, Answers, Ended, Piece, Question, S
 from cluster.serve.tokens import MayOperate
 from sisa.core.errors import InvalidInput
 from sisa.evidence.revocations import num_revoked
-from sisa.model import Model
 
 ROUTE_NAMES = ("base", "one", "several")  # by how many shards answer
 FIRST_TOKEN_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -102,14 +101,27 @@ class MeasuredAnswers:
                 yield number, event
 
 
-class ModelMeters(Collector):
-    """Read a model's metrics from its ledger and its log, at each scrape."""
+class ServiceMeters(Collector):
+    """Collect all metrics of a service: the model's, read at each scrape, and its answers'."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self, service: Service) -> None:
+        self.answers = AnswerMeters()
+        self._collect_answers = service.measured_everywhere or self.answers.registry.collect
+        self._model = service.model
         self._revoked: tuple[int, int | None] = (-1, None)  # number of accepted requests, of adapters
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the model's series, then those of all replicas, one family after the other."""
+        yield from self._of_model()
+        families: dict[str, Metric] = {}
+        for each in self._collect_answers():
+            if each.name in families:
+                families[each.name].samples += each.samples
+            else:
+                families[each.name] = each
+        yield from families.values()
+
+    def _of_model(self) -> Iterator[Metric]:
         """Yield the queue, the slices that deletions retrained, and the adapters that they revoked."""
         for name, value in queue_readings(self._model.queue(recorded=False)).items():
             if not math.isnan(value):
@@ -135,26 +147,6 @@ class ModelMeters(Collector):
             except InvalidInput:
                 self._revoked = (num_accepted, None)
         return self._revoked[1]
-
-
-class ServiceMeters(Collector):
-    """Collect all metrics of a service."""
-
-    def __init__(self, service: Service) -> None:
-        self.answers = AnswerMeters()
-        self._model, self._of_all_replicas = ModelMeters(service.model), service.measured_everywhere
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the model's series, then those of all replicas, one family after the other."""
-        yield from self._model.collect()
-        collect = self._of_all_replicas or self.answers.registry.collect
-        families: dict[str, Metric] = {}
-        for each in collect():
-            if each.name in families:
-                families[each.name].samples += each.samples
-            else:
-                families[each.name] = each
-        yield from families.values()
 
 
 @metrics_router.get(

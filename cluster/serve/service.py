@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from sisa.flows.query import Candidate
 
 APP = "sisa-"  # the prefix of our applications' names in Ray Serve
-PROMPTS_PER_CALL, CALLS_AT_ONCE = 16, 8
+CALLS_AT_ONCE = 64  # more than a replica answers at once; the others wait there
 LOOK_S, STOP_S = 2.0, 60.0
 CLOCK_TOLERANCE_S = 1.0  # between two readings of a process's start
 
@@ -93,27 +93,23 @@ class Running:
         self, prompts: Sequence[Prompt], max_new_tokens: int, kind: Kind | None = None
     ) -> list[Answer]:
         """Answer as `Model.generate_all`. Raise EnvironmentFault if the service fails or refuses."""
-        texts = [number for number, each in enumerate(prompts) if isinstance(each, str)]
-        chats = [[number] for number, each in enumerate(prompts) if not isinstance(each, str)]
-        calls = [texts[at : at + PROMPTS_PER_CALL] for at in range(0, len(texts), PROMPTS_PER_CALL)]
-        calls += chats
+        from sisa.flows.ask import Answer
+
         with self._answering():
             model = self.call("/v1/models", timeout_s=LOOK_S)["data"][0]["id"]
             body = {"model": model, "max_tokens": max_new_tokens}
 
-            def call(numbers: list[int]) -> list[Answer]:
-                asked = [prompts[each] for each in numbers]
-                if isinstance(asked[0], str):
-                    found = self.call("/v1/completions", {**body, "prompt": asked, "form": kind})
-                    return [_answer(each, each["text"]) for each in found["choices"]]
-                found = self.call("/v1/chat/completions", {**body, "messages": list(asked[0])})
-                return [_answer(each, each["message"]["content"]) for each in found["choices"]]
+            def ask(prompt: Prompt) -> Answer:
+                if isinstance(prompt, str):
+                    found = self.call("/v1/completions", {**body, "prompt": prompt, "form": kind})
+                    text = found["choices"][0]["text"]
+                else:
+                    found = self.call("/v1/chat/completions", {**body, "messages": list(prompt)})
+                    text = found["choices"][0]["message"]["content"]
+                return Answer(text.strip(), tuple(found["choices"][0]["shards"]))
 
-            answers: dict[int, Answer] = {}
             with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
-                for numbers, some in zip(calls, pool.map(call, calls), strict=True):
-                    answers |= zip(numbers, some, strict=True)
-        return [answers[number] for number in range(len(prompts))]
+                return list(pool.map(ask, prompts))
 
     def find(self, text: str, top_k: int) -> list[Candidate]:
         """Find records as `Model.find`. Raise EnvironmentFault if the service fails or refuses."""
@@ -132,12 +128,6 @@ class Running:
             raise EnvironmentFault(
                 "the running service did not answer", where=self.url, got=type(error).__name__
             ) from None
-
-
-def _answer(choice: Any, text: str) -> Answer:
-    from sisa.flows.ask import Answer
-
-    return Answer(text.strip(), tuple(choice["shards"]))
 
 
 def find_service(directory: Path) -> Running | None:

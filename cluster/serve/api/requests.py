@@ -31,7 +31,6 @@ from sisa.core.digest import Keyed
 from sisa.core.requests import Regime, RequestState
 from sisa.evidence.open_evidence import certificate_file, receipt_file, standing
 from sisa.flows.lifecycle import RequestView, Terms
-from sisa.flows.query import Candidate
 
 _MAX_IDS, _MAX_CHARS, _MAX_TOP = 10_000, 2_000, 100
 _JSON = "application/json"
@@ -201,10 +200,9 @@ class ShardShown(BaseModel):
 
 
 def _shown(view: RequestView, **more: Any) -> dict[str, Any]:
-    """Return a request as clients see it."""
-    events = [{"state": e.state, "at": e.at, "note": e.note} for e in view.events]
-    own = {"days_left": view.days_left, "held_by": list(view.held_by), "events": events}
-    return {**asdict(view.request), **own, **more}
+    """Return a request with its history; the response's model leaves out what clients do not see."""
+    own = asdict(view)
+    return {**own.pop("request"), **own, **more}
 
 
 @dataclass(frozen=True)
@@ -241,7 +239,7 @@ async def _once(
         ),
     ] = None,
 ) -> Once:
-    """Return a call with the digests of its key and of its body; `May` has admitted its caller."""
+    """Return a call with the digests of its key and of its body; its caller was admitted."""
     keyed = Keyed(service.model.secret)
     name = json.dumps([request.state.caller.name, idempotency_key or ""])
     body = (await request.body()).decode("utf-8", "replace")
@@ -272,17 +270,13 @@ def _submit(
 
     def act() -> str:
         made = model.submit(asked.ids, subject=asked.subject, terms=terms)
-        done.update(copies=list(made.copies), near=[_candidate(each) for each in made.near])
+        done.update(copies=made.copies, near=[*map(asdict, made.near)])
         return made.request.request_id
 
     request_id = call.do(act)
     if not done:  # a repeated call: this finds the request by its external id, and the copies again
         act()
     return _shown(model.request(request_id), **done)
-
-
-def _candidate(found: Candidate) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in CandidateShown.model_fields}
 
 
 @requests_router.get("/requests", name="list_requests", response_model=RequestsShown)
@@ -405,4 +399,4 @@ def _find(asked: Searched, service: TheService, caller: MayRead) -> dict[str, An
     """Look records up by content, subject or likeness. Their text is not shown."""
     model = caller.view(service.model)
     found = model.find(text=asked.text, subject=asked.subject, like=asked.like, top_k=asked.top)
-    return {"candidates": [_candidate(each) for each in found]}
+    return {"candidates": [*map(asdict, found)]}
