@@ -102,7 +102,7 @@ class ExportedAdapters:
         if self._feed is None or self._keys is None:
             return {}
         feed = verify_feed(self._feed.read_bytes(), self._keys)
-        check_present(feed, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), seen=self._seen)
+        check_present(feed, datetime.now(UTC), seen=self._seen)
         self._seen = feed
         found: dict[str, Any] = feed["revoked"]
         return found

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +29,7 @@ from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log
 from sisa.evidence.log.tiles import CHECKPOINT, Read, cutting_full_tiles
 from sisa.evidence.membership import Membership
-from sisa.evidence.statements import statement
+from sisa.evidence.statements import check_facts, parse_time, statement
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import held_state
 from sisa.flows.reconcile import under_way
@@ -114,8 +113,7 @@ def audit_model(
         read = cutting_full_tiles(partial(context.stores.blobs[LOG].get, what="file of the log"))
         evidence = _Evidence(context, model.directory, shards, keys, public, kept, cosigners, read)
         found = [
-            _check(name, partial(_of_evidence, evidence, find), evidence.missing)
-            for name, find in EVIDENCE_CHECKS
+            _check(name, partial(find, evidence), evidence.missing) for name, find in EVIDENCE_CHECKS
         ]
         checks = (doctor, replay, sweep, *found)
         subject = served_subject(context)
@@ -165,7 +163,8 @@ def _check(name: str, find: Callable[[], Iterable[Problem]], skipped: str = "") 
     except SisaError as error:
         return Check(name, error.as_problems(name))
     except Refused as error:
-        return Check(name, (Problem(error.where or name, f"{error.what}: {error.got}"),))
+        what = ": ".join(filter(None, (error.what, error.got or error.expected)))
+        return Check(name, (Problem(error.where or name, what),))
 
 
 def _doctor_findings(directory: Path) -> Iterator[Problem]:
@@ -214,8 +213,15 @@ class _Evidence:
 
     @cached_property
     def statements(self) -> list[dict[str, Any]]:
-        """Return the statements of the log that the model's keys signed, in order."""
-        return [each for _, each in verify_chain(self.entries, self.read, self.public)]
+        """Return the statements of the log that the model's keys signed, in order.
+
+        Raise Refused if one lacks facts: whoever holds the keys may sign anything.
+        """
+        found = []
+        for sha256, each in verify_chain(self.entries, self.read, self.public):
+            check_facts(each["predicateType"], each["predicate"], f"the statement {sha256}")
+            found.append(each)
+        return found
 
     @property
     def chained(self) -> list[dict[str, Any]]:
@@ -239,8 +245,8 @@ class _Evidence:
         """Find a broken chain, dates that run backwards, and records that left without a request."""
         num_left = 0
         for before, after in pairwise(each["predicate"] for each in self.chained):
-            dates = [datetime.fromisoformat(each["issued_at"]) for each in (before, after)]
-            if (dates[0] - dates[1]).total_seconds() > CLOCK_TOLERANCE_S:
+            earlier, later = (parse_time(each["issued_at"]) for each in (before, after))
+            if (earlier - later).total_seconds() > CLOCK_TOLERANCE_S:
                 what = "is dated before the statement that precedes it"
                 yield Problem(f"entry {after['sequence']}", what)
             sizes = [each["membership"]["num_records"] for each in (before, after)]
@@ -287,18 +293,6 @@ class _Evidence:
         for shard in sorted(now.keys() | certified.keys()):
             if now.get(shard) != certified.get(shard):
                 yield Problem(f"shard {shard}", "serves another adapter than the last certified one")
-
-
-def _of_evidence(
-    evidence: _Evidence, find: Callable[[_Evidence], Iterable[Problem]]
-) -> Iterable[Problem]:
-    """Return what a check finds; whoever holds the key may also sign a statement that lacks facts."""
-    try:
-        return list(find(evidence))
-    except Refused:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        return [Problem("log", f"a signed statement has another form ({type(error).__name__})")]
 
 
 EVIDENCE_CHECKS = (

@@ -33,6 +33,7 @@ from sisa.store.blobs.files import disk_errors
 from sisa.store.blobs.sqlite_files import database_in_use, open_journaled, sqlite_fault
 from sisa.store.ledger.backend import PATIENCE_S
 from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED
+from sisa.verifier.envelope import Refused
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS drafts (request TEXT PRIMARY KEY, draft TEXT NOT NULL) STRICT;
@@ -281,20 +282,21 @@ def parse_logged(sequence: int, kind: str, envelope: bytes) -> Logged:
         return found
     try:
         statement = statement_in(envelope)
-        predicate = statement["predicate"]
-        if kind == APPROX_REPORT:
-            return replace(found, about=predicate["patch"]["key"])
-        if kind == ACCESS:
-            return replace(found, about=statement["subject"][0]["digest"]["sha256"])
-        if kind == RESTRICTION:
-            return replace(found, subject=statements.restriction_digest(predicate))
-        roots, served = predicate["membership"], digest_of(statement["subject"])
-        name = predicate["request"]["id"] if kind in CERTIFICATES else ""
-        return replace(found, about=name, before=roots["before"], after=roots["after"], subject=served)
-    except (ValueError, KeyError, TypeError) as error:
+        statements.check_facts(kind, statement["predicate"], "the statement")
+    except Refused as error:
         raise IntegrityError(
             "a statement of the log is of another form",
             where=f"entry {sequence}, {found.sha256}",
-            got=type(error).__name__,
+            got=error.what,
             next_step="`sisa log check` checks the log; restore it from where it is published",
         ) from None
+    predicate = statement["predicate"]
+    if kind == APPROX_REPORT:
+        return replace(found, about=predicate["patch"]["key"])
+    if kind == ACCESS:
+        return replace(found, about=statement["subject"][0]["digest"]["sha256"])
+    if kind == RESTRICTION:
+        return replace(found, subject=statements.restriction_digest(predicate))
+    roots, served = predicate["membership"], digest_of(statement["subject"])
+    name = predicate["request"]["id"] if kind in CERTIFICATES else ""
+    return replace(found, about=name, before=roots["before"], after=roots["after"], subject=served)

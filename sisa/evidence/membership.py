@@ -40,7 +40,8 @@ from sisa.evidence.database import damaged_database, transaction
 from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.flows.context.context import Context
 from sisa.flows.context.slices import SlicePosition
-from sisa.verifier.membership import EMPTY_TREE, LABEL_BITS, LABEL_BYTES, bits, fold, inner, leaf
+from sisa.verifier.membership import EMPTY_TREE, LABEL_BITS, LABEL_BYTES, bits, fold, leaf
+from sisa.verifier.merkle import node_hash
 
 BUCKET = 16  # most leaves of a subtree whose hash is not stored
 MANY = 10_000  # labels, of which a core computes some 6,000 in a second
@@ -131,7 +132,7 @@ class Tree:
             return tree_hash(few, len(prefix))
         middle = bisect_left(changed, _label(prefix + "1", "0"))
         left = self.hash(prefix + "0", changed[:middle], keep=keep)
-        found = inner(left, self.hash(prefix + "1", changed[middle:], keep=keep))
+        found = node_hash(left, self.hash(prefix + "1", changed[middle:], keep=keep))
         if keep and changed:
             self.db.execute("INSERT OR REPLACE INTO nodes VALUES (?, ?)", (prefix, found))
         return found
@@ -157,7 +158,7 @@ class Tree:
     def check(self) -> None:
         """Raise ValueError unless every node is the hash of its children, down to the leaves."""
         for prefix, stored in self.db.execute("SELECT prefix, hash FROM nodes"):
-            if inner(self.hash(prefix + "0"), self.hash(prefix + "1")) != stored:
+            if node_hash(self.hash(prefix + "0"), self.hash(prefix + "1")) != stored:
                 raise ValueError("a node that is not the hash of its children")
         if self.hash() != self.root:
             raise ValueError("nodes that do not give the root")
@@ -172,7 +173,7 @@ def tree_hash(leaves: Sequence[tuple[bytes, bytes]], depth: int = 0) -> bytes:
     if len(leaves) <= 1:
         return leaf(*leaves[0]) if leaves else EMPTY_TREE
     middle = bisect_left(leaves, "1", key=lambda each: bits(each[0])[depth])
-    return inner(tree_hash(leaves[:middle], depth + 1), tree_hash(leaves[middle:], depth + 1))
+    return node_hash(tree_hash(leaves[:middle], depth + 1), tree_hash(leaves[middle:], depth + 1))
 
 
 @lru_cache(maxsize=1 << 16)

@@ -17,7 +17,7 @@ as if under the certified one and compared; equality of bytes is then never clai
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,7 +31,7 @@ from sisa.core.events import Report
 from sisa.data.reader import read_like
 from sisa.evidence.issuing import served_by
 from sisa.evidence.keys.model_keys import keys_of, log_for_writing
-from sisa.evidence.statements import Served, statement
+from sisa.evidence.statements import Served, check_facts, statement
 from sisa.flows.wiring.executors import OpenExecutor
 from sisa.model import Model
 from sisa.planning.layout import Assigner
@@ -40,16 +40,9 @@ from sisa.store.areas import LOG
 from sisa.store.blobs.keyring import read_secret
 from sisa.train import train_model
 from sisa.verifier.certificate import REBUILD, Certificate
-from sisa.verifier.envelope import SHA256_HEX, Refused, StatementKey, members, verify_envelope
+from sisa.verifier.envelope import Refused, StatementKey, verify_envelope
 
 NOT_GIVEN = ("datasets", "partition_key_file")  # of the operator's run file: other files replace them
-_SERVED = {
-    "shard": int,
-    "sha256": SHA256_HEX,
-    "key": SHA256_HEX,
-    "fingerprint": SHA256_HEX,
-    "depth": int,
-}
 RebuildVerdict = Literal["equal", "same procedure, other bits", "other procedure", "differs"]
 VERDICTS: tuple[RebuildVerdict, ...] = get_args(RebuildVerdict)
 
@@ -104,17 +97,18 @@ def rebuild(
     """
     config = load_run_file(run_file, NOT_GIVEN)
     remaining = read_like(config, records)
-    predicate = certificate.statement["predicate"]
-    heads = certified_heads(predicate, shards)
+    heads = certified_heads(certificate, shards)
     found = rebuild_shards(heads, config, remaining, key_file, directory, executor, report)
-    num_certified = predicate["membership"]["num_records"]
+    num_certified = certificate.statement["predicate"]["membership"]["num_records"]
     return replace(found, num_given=len(remaining), num_certified=num_certified)
 
 
-def certified_heads(predicate: Mapping[str, Any], shards: Collection[int] = ()) -> list[Served]:
+def certified_heads(certificate: Certificate, shards: Collection[int] = ()) -> list[Served]:
     """Return the served heads of these shards, or of those that the request touched."""
-    served = [Served(**members(each, "a served adapter", _SERVED)) for each in predicate["served"]]
-    wanted = set(shards) or {each["shard"] for each in predicate.get("touched", [])}
+    predicate = certificate.statement["predicate"]
+    check_facts(certificate.kind, predicate, "the certificate")
+    served = [Served(**each) for each in predicate["served"]]
+    wanted = set(shards) or {each["shard"] for each in predicate["touched"]}
     found = [each for each in served if each.shard in wanted]
     missing = set(shards) - {each.shard for each in served}
     if found and not missing:

@@ -28,11 +28,11 @@ from sisa.model import Model
 from sisa.store.areas import LOG
 from sisa.store.blobs.files import write_atomic
 from sisa.verifier.certificate import REVOCATIONS
+from sisa.verifier.feed import TIME_FORMAT
 from sisa.verifier.note import Checkpoint
 
 FEED = "revocations.json"  # beside the log
 VALID_DAYS = 7
-TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 Revoked = dict[str, dict[str, str]]  # certificate and date by adapter
 

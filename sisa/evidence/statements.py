@@ -18,7 +18,9 @@ left out. Fractions are decimal text, so that canonical JSON has no floating-poi
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
 from sisa.audit.own_files import Searched
@@ -30,14 +32,17 @@ from sisa.planning.plan import tainted_checkpoints
 from sisa.store.areas import CHECKPOINTS, HIDDEN_STATES, INDEX, RECORDS
 from sisa.verifier.certificate import (
     APPROX_REPORT,
+    CERTIFICATES,
+    CHAINED,
     EXACT,
     MIXED,
     RECTIFICATION,
+    STATE,
     TEST_RESULT,
     URN,
     commitment,
 )
-from sisa.verifier.envelope import MAX_NUMBER
+from sisa.verifier.envelope import MAX_NUMBER, SHA256_HEX, Among, Refused, check_form
 from sisa.verifier.merkle import leaf_hash, root
 
 PROVENANCE = "https://slsa.dev/provenance/v1"
@@ -65,7 +70,40 @@ CLAIMS = {
     "does_not_behave_as_if_it_knew": "not claimed here; it is measured, attack by attack",
     "nobody_can_tell_that_it_was_deleted": "not claimed; whoever asks before and after can see it",
 }
+_SERVED = {"shard": int, "sha256": SHA256_HEX, "key": SHA256_HEX, "fingerprint": str, "depth": int}
+_STATE = {
+    "sequence": int,
+    "issued_at": str,
+    "membership": Among({"before": str, "after": str, "num_records": int}),
+    "served": [_SERVED],
+}
+_DELETION = {
+    "request": Among({"id": str, "times": Among({"received": str, "committed": str})}),
+    "commitments": Among({"number": int}),
+    "touched": [Among({"shard": int})],
+}
+FORMS = {  # the facts that are read of a predicate again, by its type
+    STATE: Among(_STATE),
+    **dict.fromkeys(CERTIFICATES, Among(_STATE | _DELETION)),
+    APPROX_REPORT: Among({"patch": Among({"key": str})}),
+    RESTRICTION: Among({"number": int, "in_force": list, "held_back": list}),
+}
 BACKUPS = "The next command deletes these records from a restored backup: the witness names them."
+
+
+def check_facts(kind: str, predicate: Mapping[str, Any], what: str) -> None:
+    """Raise Refused unless a predicate has the facts that are read again of its type."""
+    check_form(predicate, what, FORMS.get(kind, dict))
+    if kind in CHAINED:
+        parse_time(predicate["issued_at"])
+
+
+def parse_time(text: str) -> datetime:
+    """Return a time in ISO 8601 with its offset from UTC. Raise Refused."""
+    with suppress(ValueError):
+        if (found := datetime.fromisoformat(text)).tzinfo:
+            return found
+    raise Refused("a statement has another form", expected="a time with its offset from UTC")
 
 
 def decimal(number: float) -> str:

@@ -12,20 +12,22 @@ neither shows that it is true.
 '68db87ca6fee60c2'
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 from sisa.verifier.envelope import (
     SHA256_HEX,
+    Among,
     PublicKeys,
     Refused,
     canonical,
-    hash_list,
-    members,
-    strict_json,
+    check_form,
+    parse_canonical,
     verify_envelope,
 )
 from sisa.verifier.merkle import leaf_hash, verify_inclusion
@@ -42,9 +44,10 @@ CHAINED = (*CERTIFICATES, STATE)  # statements of what the model holds
 CERTIFICATE_FILE, RECEIPT_FILE = "deletion-ready-model/certificate/v1", "deletion-ready-model/receipt/v1"
 ENTRY_FORM = {"predicateType": str, "sha256": SHA256_HEX}
 _FILE = {"type": CERTIFICATE_FILE, "envelope": str, "entry": str, "proof": str}
-_RECEIPT = {"type": RECEIPT_FILE, "id": str, "salt": SHA256_HEX, "index": int, "path": list}
+_RECEIPT = {"type": RECEIPT_FILE, "id": str, "salt": SHA256_HEX, "index": int, "path": [SHA256_HEX]}
 _RECEIPT |= {"certificate": SHA256_HEX, "proof": str}
 _LINK = re.compile("(?:[0-9a-f]{64})?")  # nothing, at the beginning
+_STATE = {"sequence": int, "previous": _LINK, "membership": Among({"before": _LINK, "after": _LINK})}
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,9 @@ class Certificate:
         return str(self.statement["predicateType"])
 
 
-def parse_file(data: bytes, what: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the members of a file in its one form. Raise Refused."""
-    if canonical(found := members(strict_json(data, what), what, kinds)) + b"\n" != data:
-        raise Refused(f"{what} is not in the form in which it was written")
-    return found
+def parse_file(data: bytes, what: str, form: Any) -> dict[str, Any]:
+    """Return the members of a file: canonical JSON of a form, and a line break. Raise Refused."""
+    return parse_canonical(data, what, form, end=b"\n")
 
 
 def log_entry(sha256: str, predicate_type: str) -> bytes:
@@ -78,13 +79,11 @@ def commitment(salt: bytes, record_id: str) -> bytes:
     return sha256(b"deletion-ready-model/commitment/v1\x00" + salt + record_id.encode()).digest()
 
 
-def verify_certificate(data: bytes, keys: PublicKeys, receipt: bytes | None = None) -> Certificate:
-    """Return what a certificate file states. Raise Refused, also if a given receipt is not for it."""
+def verify_certificate(data: bytes, keys: PublicKeys) -> Certificate:
+    """Return what a certificate file states. Raise Refused."""
     found = verify_logged(data, keys)
     if found.kind not in CERTIFICATES:
         raise Refused("this is not a certificate", "", " or ".join(CERTIFICATES), found.kind[:80])
-    if receipt is not None:
-        verify_receipt(receipt, found, keys)
     return found
 
 
@@ -104,13 +103,9 @@ def _stated(envelope: bytes, entry: bytes, keys: PublicKeys, index: int) -> dict
     if log_entry(sha256(envelope).hexdigest(), kind) != entry:
         raise Refused("the log's entry is not that of the statement", where=f"entry {index}")
     if kind in CHAINED:
-        what = "the statement's place in the chain"
-        kinds = {"model": keys.model, "sequence": int, "previous": _LINK, "membership": dict}
-        place = members({name: state.get(name) for name in kinds}, what, kinds)
-        roots = {name: place["membership"].get(name) for name in ("before", "after")}
-        members(roots, what, dict.fromkeys(roots, _LINK))
-        if (number := place["sequence"]) != index:
-            raise Refused(f"{what} is another one", expected=f"entry {number}", got=f"entry {index}")
+        check_form(state, "the statement", Among(_STATE | {"model": keys.model}))
+        if (number := state["sequence"]) != index:
+            raise Refused("a statement is of another entry", "", f"entry {number}", f"entry {index}")
     return statement
 
 
@@ -124,9 +119,9 @@ def verify_receipt(data: bytes, certificate: Certificate, keys: PublicKeys) -> s
     if (index := verify_proof(receipt["proof"].encode(), entry, keys.log)[0]) != certificate.index:
         raise Refused("the receipt is of another entry", expected=f"{certificate.index}", got=f"{index}")
     tree = certificate.statement["predicate"].get("commitments")
-    tree = members(tree, "the tree of commitments", {"root": SHA256_HEX, "number": int})
-    path = hash_list(receipt["path"], "the receipt's path")
+    check_form(tree, "the tree of commitments", {"root": SHA256_HEX, "number": int})
     leaf = leaf_hash(commitment(bytes.fromhex(receipt["salt"]), receipt["id"]))
+    path = [bytes.fromhex(each) for each in receipt["path"]]
     verify_inclusion(leaf, receipt["index"], tree["number"], path, bytes.fromhex(tree["root"]))
     return str(receipt["id"])
 
@@ -142,7 +137,7 @@ def verify_chain(
     """
     previous, ends = "", ("", "")
     for index, entry in enumerate(entries):
-        where, named = f"entry {index}", members(strict_json(entry, "an entry"), "an entry", ENTRY_FORM)
+        where, named = f"entry {index}", parse_canonical(entry, "an entry", ENTRY_FORM)
         envelope = read(f"statements/{named['sha256']}.json")
         if sha256(envelope).hexdigest() != named["sha256"]:
             raise Refused("a statement is not the logged one", where)

@@ -17,11 +17,13 @@ b'DSSEv1 29 http://example.com/HelloWorld 11 hello world'
 {'a': 1, 'b': [True, 0.5]}
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +39,11 @@ KEYS_TYPE = "deletion-ready-model/keys/v1"
 KEYS_PAYLOAD_TYPE = "application/vnd.deletion-ready-model.keys+json"
 ED25519, ECDSA_P256 = "ed25519", "ecdsa-sha2-nistp256"  # as securesystemslib calls them
 MODEL, SHA256_HEX = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
+_NAMED = {"name": str, "digest": {"sha256": SHA256_HEX}}
+STATEMENT_FORM = {"_type": STATEMENT_TYPE, "subject": [_NAMED], "predicateType": str, "predicate": dict}
+_KEY = {"keyid": str, "scheme": str, "public": str, "since": int, "until": int | None}
+_KEYS = {"type": KEYS_TYPE, "model": MODEL, "certificates": [_KEY], "log": str, "vrf": SHA256_HEX}
+_KEYS |= {"exports": str}
 MAX_BYTES, MAX_DEPTH, MAX_SIGNATURES, MAX_NUMBER = 1 << 25, 32, 16, 1 << 53
 
 
@@ -75,28 +82,43 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
-def members(value: Any, what: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an object with exactly these members, each of a type, of a pattern or equal to a text."""
-    if not isinstance(value, dict) or value.keys() != kinds.keys():
-        raise Refused(f"{what} has another form", expected=f"an object of {', '.join(kinds)}")
-    for (name, kind), found in zip(kinds.items(), map(value.get, kinds), strict=True):
-        if isinstance(kind, re.Pattern):
-            right = isinstance(found, str) and bool(kind.fullmatch(found))
-        elif isinstance(kind, str):
-            right = found == kind
-        else:  # JSON's true is no number
-            right = isinstance(found, kind) and isinstance(found, bool) == (kind is bool)
-        if not right:
-            form = getattr(kind, "pattern", None) or getattr(kind, "__name__", kind)
-            raise Refused(f"{what} has another form or version", where=name, expected=str(form))
+class Among(dict[str, Any]):
+    """The form of an object that has these members, and may have others."""
+
+
+def check_form(value: Any, what: str, form: Any, where: str = "") -> Any:
+    """Return a value of a form. Raise Refused.
+
+    A form is a type, a pattern, the text itself, `[form]` of every item of a list, or an object's
+    members with their forms: exactly these, or these `Among` others.
+    """
+    if isinstance(form, dict):
+        right, expected = isinstance(value, dict) and value.keys() >= form.keys(), ", ".join(form)
+        right = right and (isinstance(form, Among) or len(value) == len(form))
+    elif isinstance(form, list):
+        right, expected = isinstance(value, list), "a list"
+    elif isinstance(form, re.Pattern):
+        right, expected = isinstance(value, str) and bool(form.fullmatch(value)), form.pattern
+    elif isinstance(form, str):
+        right, expected = value == form, form
+    else:  # JSON's true is no number
+        right = isinstance(value, form) and isinstance(value, bool) == (form is bool)
+        expected = getattr(form, "__name__", str(form))
+    if not right:
+        raise Refused(f"{what} has another form or version", where, expected)
+    for name, each in form.items() if isinstance(form, dict) else ():
+        check_form(value[name], what, each, name)
+    for each in value if isinstance(form, list) else ():
+        check_form(each, what, form[0], where)
     return value
 
 
-def hash_list(value: Any, what: str) -> list[bytes]:
-    """Return the hashes in a list, each of 64 hexadecimal digits."""
-    if not all(isinstance(each, str) and SHA256_HEX.fullmatch(each) for each in value):
-        raise Refused(f"{what} is not a list of hashes")
-    return [bytes.fromhex(each) for each in value]
+def parse_canonical(data: bytes, what: str, form: Any, end: bytes = b"") -> dict[str, Any]:
+    """Return the members of a JSON object of a form, in its one way to be written."""
+    found: dict[str, Any] = check_form(strict_json(data, what), what, form)
+    if canonical(found) + end != data:
+        raise Refused(f"{what} is not in canonical form", next_step="get it as it was published")
+    return found
 
 
 def base64_bytes(text: str, what: str) -> bytes:
@@ -166,11 +188,7 @@ def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> 
         expected = " or ".join(f"one for entries from {key.since} to {key.until}" for key in signed)
         got = "no proof from the log" if index is None else f"entry {index}"
         raise Refused(what, "the envelope", expected, got, "get the public keys of its model and time")
-    kinds = {"_type": STATEMENT_TYPE, "subject": list, "predicateType": str, "predicate": dict}
-    statement = members(value, "the statement", kinds)
-    for each in statement["subject"]:
-        named = members(each, "a subject", {"name": str, "digest": dict})
-        members(named["digest"], "the digest of a subject", {"sha256": SHA256_HEX})
+    statement: dict[str, Any] = check_form(value, "the statement", STATEMENT_FORM)
     return statement
 
 
@@ -185,13 +203,10 @@ def parse_keys(data: bytes) -> PublicKeys:
 
 def _opened(data: bytes, what: str, kind: str) -> tuple[Any, bytes, dict[str, bytes]]:
     """Return an envelope's payload, the bytes that are signed, and unverified signatures by keyid."""
-    kinds = {"payload": str, "payloadType": kind, "signatures": list}
-    envelope = members(strict_json(data, what), what, kinds)
-    if canonical(envelope) != data:
-        raise Refused(f"{what} is not in canonical form", next_step="get it as it was published")
-    made = [members(each, "a signature", {"keyid": str, "sig": str}) for each in envelope["signatures"]]
-    signatures = {each["keyid"]: base64_bytes(each["sig"], "a signature") for each in made}
-    if not 0 < len(signatures) == len(made) <= MAX_SIGNATURES:
+    form = {"payload": str, "payloadType": kind, "signatures": [{"keyid": str, "sig": str}]}
+    envelope = parse_canonical(data, what, form)
+    made = [(each["keyid"], base64_bytes(each["sig"], "a signature")) for each in envelope["signatures"]]
+    if not 0 < len(signatures := dict(made)) == len(made) <= MAX_SIGNATURES:
         raise Refused(f"{what} needs 1 to {MAX_SIGNATURES} signatures, each by another key")
     payload = base64_bytes(envelope["payload"], "the payload")
     return strict_json(payload, f"the payload of {what}"), pae(kind, payload), signatures
@@ -209,9 +224,7 @@ def _signers(
 
 def public_keys(value: Any) -> PublicKeys:
     """Return the keys in the payload of a file of public keys, whoever signed it."""
-    kinds = {"type": KEYS_TYPE, "model": MODEL, "certificates": list, "log": str, "vrf": SHA256_HEX}
-    kinds["exports"] = str
-    body = members(value, "the file of public keys", kinds)
+    body = check_form(value, "the file of public keys", _KEYS)
     keys = tuple(_statement_key(each) for each in body["certificates"])
     bounds: list[Any] = [0, *(each for key in keys for each in (key.since, key.until))]
     ordered = bounds.pop() is None and None not in bounds and bounds == sorted(bounds)
@@ -221,9 +234,7 @@ def public_keys(value: Any) -> PublicKeys:
     return PublicKeys(body["model"], keys, body["log"], bytes.fromhex(body["vrf"]), exports)
 
 
-def _statement_key(value: Any) -> StatementKey:
-    kinds = {"keyid": str, "scheme": str, "public": str, "since": int, "until": int | None}
-    body = members(value, "a public key", kinds)
+def _statement_key(body: dict[str, Any]) -> StatementKey:
     key = StatementKey(**{**body, "public": base64_bytes(body["public"], "a public key")})
     scheme = ""
     with suppress(ValueError, UnsupportedAlgorithm):

@@ -10,18 +10,22 @@ again from records that were given again. The signature shows whose a feed is; `
 one that is out of date or behind what was seen before.
 """
 
+from __future__ import annotations
+
 import hashlib
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sisa.verifier.certificate import REVOCATIONS
-from sisa.verifier.envelope import PublicKeys, Refused, members, verify_envelope
+from sisa.verifier.envelope import PublicKeys, Refused, check_form, verify_envelope
 
 WEIGHTS = ".safetensors"
 Feed = dict[str, Any]
-TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"  # in UTC: earlier times are lesser texts
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
 def verify_feed(data: bytes, keys: PublicKeys) -> Feed:
@@ -29,23 +33,23 @@ def verify_feed(data: bytes, keys: PublicKeys) -> Feed:
     statement = verify_envelope(data, keys)
     if (kind := statement["predicateType"]) != REVOCATIONS:
         raise Refused("this is no feed", expected=REVOCATIONS, got=kind[:80])
-    kinds: Feed = {"model": keys.model, "sequence": int, "revoked": dict, "reinstated": list}
-    kinds |= {"published": TIME, "next_update": TIME}
-    feed = members(statement["predicate"], "the feed", kinds)
+    form = {"model": keys.model, "sequence": int, "revoked": dict, "reinstated": [str]}
+    form |= {"published": _TIME, "next_update": _TIME}
+    feed: Feed = check_form(statement["predicate"], "the feed", form)
     for each in feed["revoked"].values():
-        members(each, "a revocation", {"certificate": str, "date": str})
+        check_form(each, "a revocation", {"certificate": str, "date": str})
     return feed
 
 
-def check_present(feed: Feed, now: str, since: int = 0, seen: Feed | None = None) -> None:
+def check_present(feed: Feed, now: datetime, since: int = 0, seen: Feed | None = None) -> None:
     """Raise Refused unless a feed is valid now, is number `since` or later, and continues one seen."""
     step = "get the newest feed"
-    if now > feed["next_update"]:
-        raise Refused("the feed is out of date", "", f"a time until {feed['next_update']}", now, step)
+    if (at := now.astimezone(UTC).strftime(TIME_FORMAT)) > (end := feed["next_update"]):
+        raise Refused("the feed is out of date", "", f"a time until {end}", at, step)
     older, lost, least = feed["sequence"] < since, 0, since
     if seen:
         older |= (feed["sequence"], feed["published"]) < (seen["sequence"], seen["published"])
-        lost = len(seen["revoked"].keys() - {*feed["revoked"], *map(str, feed["reinstated"])})
+        lost = len(seen["revoked"].keys() - {*feed["revoked"], *feed["reinstated"]})
         least = max(since, seen["sequence"])
     if older or lost:
         got = f"number {feed['sequence']}, {lost} revocations missing"

@@ -17,6 +17,8 @@ of the key determines each leaf's shard and date, and signs the same tree for ev
 >>> verify_absent(root, b"1" * 32, [], (label, sha256(value).digest()))
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +26,15 @@ from hashlib import sha256
 from typing import Any
 
 from sisa.verifier.certificate import CHAINED, Certificate, parse_file, verify_logged
-from sisa.verifier.envelope import SHA256_HEX, PublicKeys, Refused, canonical, hash_list, members
+from sisa.verifier.envelope import SHA256_HEX, PublicKeys, Refused, canonical, check_form
+from sisa.verifier.merkle import leaf_hash, node_hash
 from sisa.verifier.vrf import verify_output
 
 MEMBERSHIP_FILE = "deletion-ready-model/membership-proof/v1"
 LABEL_BYTES, LABEL_BITS = 32, 256
 EMPTY_TREE = sha256(b"\x02").digest()
 _FILE = {"type": MEMBERSHIP_FILE, "id": str, "vrf": re.compile("[0-9a-f]{160}"), "state": str}
-_FILE |= {"leaf": dict | None, "path": list}
+_FILE |= {"leaf": dict | None, "path": [SHA256_HEX]}
 
 Neighbour = tuple[bytes, bytes]  # the label of another leaf, and the hash of its value
 
@@ -53,13 +56,13 @@ def verify_membership(data: bytes, keys: PublicKeys) -> MembershipProof:
         raise Refused("the proof is about no state", expected=" or ".join(CHAINED), got=state.kind[:80])
     root = bytes.fromhex(state.statement["predicate"]["membership"]["after"])
     label = verify_output(keys.vrf, file["id"].encode(), bytes.fromhex(file["vrf"]))[:LABEL_BYTES]
-    found, siblings = file["leaf"], hash_list(file["path"], "the path")
+    found, siblings = file["leaf"], [bytes.fromhex(each) for each in file["path"]]
     if found and "shard" in found:
-        place = members(found, "a place", {"shard": int, "since": str})
+        place = check_form(found, "a place", {"shard": int, "since": str})
         verify_present(root, label, canonical(place), siblings)
         return MembershipProof(file["id"], place, state)
     if found is not None:
-        members(found, "a neighbour", {"label": SHA256_HEX, "value_hash": SHA256_HEX})
+        check_form(found, "a neighbour", {"label": SHA256_HEX, "value_hash": SHA256_HEX})
     neighbour = found and (bytes.fromhex(found["label"]), bytes.fromhex(found["value_hash"]))
     verify_absent(root, label, siblings, neighbour)
     return MembershipProof(file["id"], None, state)
@@ -79,12 +82,7 @@ def verify_absent(root: bytes, label: bytes, siblings: Sequence[bytes], other: N
 
 def leaf(label: bytes, value_hash: bytes) -> bytes:
     """Return the hash of a leaf."""
-    return sha256(b"\x00" + label + value_hash).digest()
-
-
-def inner(left: bytes, right: bytes) -> bytes:
-    """Return the hash of an inner node."""
-    return sha256(b"\x01" + left + right).digest()
+    return leaf_hash(label + value_hash)
 
 
 def bits(label: bytes) -> str:
@@ -95,7 +93,7 @@ def bits(label: bytes) -> str:
 def fold(label: bytes, node: bytes, siblings: Sequence[bytes]) -> bytes:
     """Return the root above a node, to which the bits of a label lead past these siblings."""
     for sibling, side in reversed(list(zip(siblings, bits(label), strict=False))):
-        node = inner(node, sibling) if side == "0" else inner(sibling, node)
+        node = node_hash(node, sibling) if side == "0" else node_hash(sibling, node)
     return node
 
 

@@ -5,6 +5,8 @@
 >>> verify_consistency(2, 3, [leaves[2]], root(leaves[:2]), root(leaves))
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from hashlib import sha256
 

@@ -8,6 +8,8 @@
 ('tile/0/x001/x234/067', 'tile/entries/001.p/44')
 """
 
+from __future__ import annotations
+
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence

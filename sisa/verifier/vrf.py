@@ -12,6 +12,8 @@ the prime-order group, where the RFC accepts more: honest owners make no others.
 '90cf1df3b703cce5'
 """
 
+from __future__ import annotations
+
 from hashlib import sha512
 
 from nacl.bindings import crypto_core_ed25519_add as add
@@ -29,7 +31,8 @@ IDENTITY = (1).to_bytes(32, "little")
 
 def verify_output(public: bytes, alpha: bytes, proof: bytes) -> bytes:
     """Return the output for `alpha` (64 bytes) that a proof shows. Raise Refused (section 5.3)."""
-    validate_key(public)
+    if len(public) != 32 or not is_valid_point(public):  # none, or one of small order (section 5.4.5)
+        raise Refused("the public key of labels is no valid point", got=public[:32].hex())
     gamma, challenge, s = proof[:32], proof[32:48], proof[48:]
     if len(proof) != PROOF_BYTES or int.from_bytes(s, "little") >= ORDER or not is_valid_point(gamma):
         raise _refused("bytes that are no proof")
@@ -42,12 +45,6 @@ def verify_output(public: bytes, alpha: bytes, proof: bytes) -> bytes:
     if challenge_of(public, h, gamma, u, v) != challenge:
         raise _refused("a proof of something else, or by another key")
     return output(times_cofactor(gamma))
-
-
-def validate_key(public: bytes) -> None:
-    """Raise Refused for a key that is no point, or one of small order (section 5.4.5)."""
-    if len(public) != 32 or not is_valid_point(public):
-        raise Refused("the public key of labels is no valid point", got=public[:32].hex())
 
 
 def encode_to_curve(public: bytes, alpha: bytes) -> bytes:

@@ -143,14 +143,16 @@ def _written(target: Path, data: bytes) -> Result:
 @click.option("--log", metavar="DIR|URL", help="The published log: check all of it.")
 def verify_certificate_file(file: Path, key_file: Path, receipt: Path | None, log: str | None) -> Result:
     """Check a certificate offline, without the model. Exit with 4 if it is refused."""
-    from sisa.verifier.certificate import verify_certificate
+    from sisa.verifier.certificate import verify_certificate, verify_receipt
 
     public = read_public_keys(key_file)
-    given = None if receipt is None else read_bytes(receipt)
     with evidence_in(file):
-        found = verify_certificate(read_bytes(file), public, given)
+        found = verify_certificate(read_bytes(file), public)
     lines = [f"valid: entry {found.index} of a log of {found.checkpoint.size}, signed by {public.model}"]
-    lines += ["the receipt is of this certificate"] if receipt is not None else []
+    if receipt is not None:
+        with evidence_in(receipt):
+            verify_receipt(read_bytes(receipt), found, public)
+        lines.append("the receipt is of this certificate")
     num_statements, checks = None, None
     if log is not None:
         _, statements = logged_statements(log, public, json.loads(read_bytes(file))["proof"])

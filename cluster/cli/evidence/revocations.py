@@ -74,8 +74,7 @@ def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None, lo
         least_sequence = int(seen)
     elif seen is not None:
         kept = verify_feed(read_bytes(Path(seen)), keys)
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    check_present(feed, now, least_sequence, kept)
+    check_present(feed, datetime.now(UTC), least_sequence, kept)
     if log is not None:
         _check_complete(feed, log, keys)
     files = check_adapter(held.resolve() if held.is_dir() else held, feed)

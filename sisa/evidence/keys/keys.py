@@ -56,6 +56,7 @@ from sisa.evidence.keys.signing import (
     statement_key,
 )
 from sisa.evidence.log.log import Log, origin, statement_in
+from sisa.evidence.log.published import HANDOVER_FORM
 from sisa.evidence.statements import statement
 from sisa.store.blobs import files
 from sisa.verifier import note
@@ -68,6 +69,7 @@ from sisa.verifier.envelope import (
     PublicKeys,
     Refused,
     StatementKey,
+    check_form,
     parse_keys,
 )
 from sisa.verifier.note import NoteKey
@@ -129,12 +131,11 @@ class Keys:
             return
         envelope = _read_file(path)
         try:
-            predicate = statement_in(envelope)["predicate"]
-            reason, body = predicate.get("reason"), predicate.get("keys")
-        except (ValueError, KeyError, TypeError, AttributeError):
+            handover = check_form(statement_in(envelope)["predicate"], "the hand-over", HANDOVER_FORM)
+        except Refused:
             raise _damaged(path, "no hand-over of keys") from None
-        if body == public_body(self.public):  # else the rotation ended before it took effect
-            index = self.present.since - (reason == "rotated")
+        if handover["keys"] == public_body(self.public):  # else the rotation ended before it took effect
+            index = self.present.since - (handover["reason"] == "rotated")
             if log.size == index:
                 log.append(envelope, KEY_HANDOVER)
             entry = next(log.entries(index)) if index < log.size else None

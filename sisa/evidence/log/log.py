@@ -33,7 +33,15 @@ from sisa.evidence.log.tiles import (
 from sisa.store.blobs import files
 from sisa.verifier import merkle, note
 from sisa.verifier.certificate import ENTRY_FORM, log_entry
-from sisa.verifier.envelope import Refused, base64_bytes, members, strict_json
+from sisa.verifier.envelope import (
+    STATEMENT_FORM,
+    Among,
+    Refused,
+    base64_bytes,
+    check_form,
+    parse_canonical,
+    strict_json,
+)
 from sisa.verifier.note import ED25519_TYPE, WIDTH, Checkpoint, NoteKey, tile_path
 
 SIGNED = "signed-checkpoint"  # beside the keys
@@ -288,7 +296,7 @@ def proof_text(index: int, path: Sequence[bytes], checkpoint: bytes) -> bytes:
 def parse_entry(index: int, entry: bytes) -> Entry:
     """Return what an entry names. Raise IntegrityError."""
     try:
-        found = members(strict_json(entry, "an entry"), "an entry", ENTRY_FORM)
+        found = parse_canonical(entry, "an entry", ENTRY_FORM)
     except Refused as error:
         raise _damaged(f"entry {index} of the log", f"{error.what}: {error.got}") from error
     return Entry(index, found["predicateType"], found["sha256"])
@@ -297,10 +305,12 @@ def parse_entry(index: int, entry: bytes) -> Entry:
 def statement_in(envelope: bytes) -> dict[str, Any]:
     """Return the statement in an envelope, unverified: of the model's own log, whose bytes are known.
 
-    Raise ValueError, TypeError or KeyError for another form.
+    Raise Refused for another form.
     """
-    sealed = strict_json(envelope, "the envelope")["payload"]
-    found: dict[str, Any] = strict_json(base64_bytes(sealed, "the payload"), "the payload")
+    form = Among({"payload": str})
+    sealed = check_form(strict_json(envelope, "the envelope"), "the envelope", form)["payload"]
+    payload = strict_json(base64_bytes(sealed, "the payload"), "the payload")
+    found: dict[str, Any] = check_form(payload, "the statement", STATEMENT_FORM)
     return found
 
 

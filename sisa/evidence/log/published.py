@@ -30,15 +30,16 @@ from sisa.verifier.certificate import ENTRY_FORM, KEY_HANDOVER
 from sisa.verifier.envelope import (
     PublicKeys,
     Refused,
-    members,
+    check_form,
+    parse_canonical,
     public_keys,
-    strict_json,
     verify_envelope,
 )
 from sisa.verifier.note import WIDTH, Checkpoint
 
 MAX_FILE_BYTES = WIDTH * (2 + MAX_ENTRY_BYTES)  # a full bundle
 FETCH_TIMEOUT_S = 20
+HANDOVER_FORM = {"reason": str, "keys": dict}
 
 
 def check_log(
@@ -78,7 +79,7 @@ def follow(known: PublicKeys, entries: Sequence[bytes], read: Read) -> PublicKey
     True
     """
     for index, entry in enumerate(entries):
-        named = members(strict_json(entry, "an entry"), "an entry", ENTRY_FORM)
+        named = parse_canonical(entry, "an entry", ENTRY_FORM)
         if named["predicateType"] == KEY_HANDOVER and index >= known.present.since:
             envelope = read(statement_path(named["sha256"]))
             if sha256_hex(envelope) != named["sha256"]:
@@ -97,7 +98,7 @@ def _successor(known: PublicKeys, handover: bytes, index: int) -> PublicKeys:
             got=error.what,
             next_step="ask the owner for the present keyid through another channel",
         ) from None
-    named = members(statement["predicate"], "the hand-over", {"reason": str, "keys": dict})
+    named = check_form(statement["predicate"], "the hand-over", HANDOVER_FORM)
     new = public_keys(named["keys"])
     if new == known:  # that of the known key itself, which followed a lost one
         return known

@@ -53,7 +53,18 @@ def test_a_signed_statement_that_lacks_facts_is_found(operator: Operator) -> Non
     }
     lacking = {"subject": stated["subject"], "predicateType": STATE, "predicate": predicate}
     log.append(operator.keys.sign(lacking), STATE)
-    assert operator.failed() == {"chain", "heads"}
+    assert operator.failed() == {"chain", "certificates", "membership", "heads"}
+
+
+def test_a_fault_of_a_check_is_not_taken_for_a_finding(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(_: object) -> list[Problem]:
+        raise KeyError("a mistake in the check")
+
+    monkeypatch.setattr("sisa.evidence.audit.EVIDENCE_CHECKS", (("chain", faulty),))
+    with pytest.raises(KeyError):
+        operator.audit()
 
 
 def test_one_report_is_about_one_state(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:

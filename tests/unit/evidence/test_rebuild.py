@@ -20,10 +20,25 @@ from sisa.config.config import RunConfig, differences
 from sisa.core.errors import InvalidInput
 from sisa.evidence.keys.signing import read_private_key
 from sisa.evidence.rebuild import Rebuild, RebuiltShard, apart, certified_heads
+from sisa.verifier.certificate import EXACT, Certificate
 from sisa.verifier.envelope import Refused
+from sisa.verifier.note import Checkpoint
 
 A, B = "a" * 64, "b" * 64
+FACTS = {
+    "sequence": 1,
+    "issued_at": "2026-11-02T12:00:00.000+00:00",
+    "membership": {"before": A, "after": B, "num_records": 3},
+    "request": {"id": "req-1", "times": {"received": "", "committed": ""}},
+    "commitments": {"root": A, "number": 1},
+}
 SERVED = [{"shard": shard, "sha256": A, "key": B, "fingerprint": A, "depth": 1} for shard in (0, 2)]
+
+
+def certificate(served: list[dict[str, Any]], *touched: int, **facts: Any) -> Certificate:
+    predicate = FACTS | {"served": served, "touched": [{"shard": each} for each in touched]} | facts
+    statement = {"predicateType": EXACT, "predicate": predicate}
+    return Certificate(statement, A, 1, Checkpoint("", 2, bytes(32)))
 
 
 @pytest.mark.parametrize(
@@ -44,19 +59,27 @@ def test_verdicts(rebuilt: str, key: str, same_numerics: bool, verdict: str) -> 
 
 
 def test_the_touched_shards_are_rebuilt_unless_others_are_named() -> None:
-    predicate = {"served": SERVED, "touched": [{"shard": 2}, {"shard": 5}]}
-    assert [each.shard for each in certified_heads(predicate)] == [2]
-    assert [each.shard for each in certified_heads(predicate, [0])] == [0]
-    for shards, touched in (([7], [{"shard": 2}]), ([], [{"shard": 5}]), ([], [])):
+    assert [each.shard for each in certified_heads(certificate(SERVED, 2, 5))] == [2]
+    assert [each.shard for each in certified_heads(certificate(SERVED, 2, 5), [0])] == [0]
+    for shards, touched in (([7], [2]), ([], [5]), ([], [])):
         with pytest.raises(InvalidInput, match="names no adapter") as refused:
-            certified_heads({"served": SERVED, "touched": touched}, shards)
+            certified_heads(certificate(SERVED, *touched), shards)
         assert refused.value.expected == "shards that serve one: 0, 2"
 
 
 @pytest.mark.parametrize("wrong", [{"key": "b"}, {"shard": "0"}, {"depth": None}, {"more": 1}])
 def test_a_certificate_of_another_form_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(Refused):
-        certified_heads({"served": [SERVED[0] | wrong], "touched": [{"shard": 0}]})
+    with pytest.raises(Refused, match="the certificate has another form"):
+        certified_heads(certificate([SERVED[0] | wrong], 0))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["yesterday", "2026-11-02", "2026-11-02T12:00:00", "2026-02-30T12:00Z"]
+)
+def test_a_certificate_without_a_time_is_refused(wrong: str) -> None:
+    assert certified_heads(certificate(SERVED, 0, issued_at="2026-11-02T12:00:00Z"))
+    with pytest.raises(Refused, match="another form"):
+        certified_heads(certificate(SERVED, 0, issued_at=wrong))
 
 
 def test_a_second_party_changes_nothing_that_affects_an_adapter(tmp_path: Path) -> None:

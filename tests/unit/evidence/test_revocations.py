@@ -10,6 +10,7 @@ import hashlib
 import json
 import random
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,12 +31,12 @@ from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reset
 from sisa.planning.layout import Assigner, Layout
 from sisa.verifier.envelope import STATEMENT_TYPE, Refused
-from sisa.verifier.feed import check_present, verify_feed
+from sisa.verifier.feed import TIME_FORMAT, check_present, verify_feed
 from tests.fakes.ports import ADAPTER, SECRET, changed, fake_record
 from tests.models.certified import Certified, certified, check_statement
 
 PARTS: Any = SimpleNamespace(config=SimpleNamespace(base="base", base_name="base", dtype="float32"))
-END = "2026-01-08T00:00:00Z"
+END = datetime(2026, 1, 8, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -81,7 +82,10 @@ def test_a_deletion_revokes_the_copies_that_it_touched(model: Certified) -> None
     (certificate,) = [each for each in model.logged if each.about]
     by = {"certificate": certificate.sha256, "date": "2026-01-01"}
     assert [published["revoked"][each] for each in touched] == [by]
-    assert (published["sequence"], published["next_update"]) == (model.log.size, END)
+    assert (published["sequence"], published["next_update"]) == (
+        model.log.size,
+        END.strftime(TIME_FORMAT),
+    )
     stated = {"_type": STATEMENT_TYPE, **statement(model)}
     check_statement(stated)
     assert stated["subject"][0]["digest"] == {"sha256": model.log.checkpoint.root.hex()}

@@ -28,12 +28,13 @@ from sisa.verifier.envelope import (
     MAX_SIGNATURES,
     PAYLOAD_TYPE,
     STATEMENT_TYPE,
+    Among,
     PublicKeys,
     Refused,
     StatementKey,
     base64_bytes,
     canonical,
-    members,
+    check_form,
     pae,
     parse_keys,
     strict_json,
@@ -294,9 +295,27 @@ def test_base64_has_one_form(data: bytes) -> None:
     [(True, int), (1, bool), ("a", int), (1.0, int), (None, str), ("b", "a"), (3, "3")],
 )
 def test_members_of_other_types_are_refused(value: Any, kind: Any) -> None:
-    error = refused(lambda: members({"x": value}, "the example", {"x": kind}))
-    assert (error.where, bool(error.expected)) == ("x", True)
-    assert members({"x": None}, "the example", {"x": int | None}) == {"x": None}
+    for whole, form in (({"x": value}, {"x": kind}), ({"x": [value]}, {"x": [kind]})):
+        error = refused(partial(check_form, whole, "the example", form))
+        assert (error.where, bool(error.expected)) == ("x", True)
+
+
+@pytest.mark.parametrize(
+    ("value", "form"),
+    [
+        ({"x": None}, {"x": int | None}),
+        ({"x": [], "y": True}, {"x": [int], "y": bool}),
+        ({"x": [{"y": 1}, {"y": 2, "z": 3}]}, {"x": [Among({"y": int})]}),
+    ],
+)
+def test_forms_are_met_at_every_depth_and_without_unknown_members(value: Any, form: Any) -> None:
+    assert check_form(value, "the example", form) == value
+    others: list[Any] = [value | {"more": 1}, {}, [value], None]
+    for other in others:
+        refused(partial(check_form, other, "the example", form))
+    assert check_form(value | {"more": 1}, "the example", Among(form))
+    refused(lambda: check_form({"x": [{"z": 3}]}, "the example", {"x": [Among({"y": int})]}))
+    refused(lambda: check_form({"x": [{"y": 1, "z": 3}]}, "the example", {"x": [{"y": int}]}))
 
 
 def check_mutations(

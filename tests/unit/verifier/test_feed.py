@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def at(time: str) -> datetime:
+    return datetime.fromisoformat(time)
+
+
 def public_keys(key: Operator = KEY, model: str = MODEL) -> PublicKeys:
     former, present = replace(REPLACED.keys.present, until=5), replace(key.keys.present, since=5)
     return PublicKeys(model, (former, present), "", b"")
@@ -47,7 +52,7 @@ def feed_of(**predicate: Any) -> dict[str, Any]:
 
 def test_a_holder_learns_which_weights_must_go(tmp_path: Path) -> None:
     feed = feed_of()
-    check_present(feed, NOW)
+    check_present(feed, at(NOW))
     for name, data in (("b/adapter_model.safetensors", KEPT), ("a/model.safetensors", WEIGHTS)):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(data)
@@ -89,21 +94,21 @@ def test_what_holds_no_weights_is_not_called_clean(tmp_path: Path) -> None:
 
 
 def test_a_feed_that_is_out_of_date_is_refused() -> None:
-    check_present(feed_of(), END)
+    check_present(feed_of(), at(END))
     with pytest.raises(Refused, match="out of date") as refused:
-        check_present(feed_of(), AFTER)
+        check_present(feed_of(), at(AFTER))
     assert END in refused.value.expected
     assert "get the newest feed" in refused.value.next_step
 
 
 def test_an_older_feed_is_refused() -> None:
     older, present = feed_of(), feed_of(sequence=8, published=LATER)
-    check_present(present, NOW, since=8, seen=older)
-    check_present(present, NOW, seen=present)
+    check_present(present, at(NOW), since=8, seen=older)
+    check_present(present, at(NOW), seen=present)
     refused: list[Callable[[], None]] = [
-        lambda: check_present(older, NOW, seen=present),
-        lambda: check_present(older, NOW, since=8),
-        lambda: check_present(feed_of(published=EARLIER), NOW, seen=older),
+        lambda: check_present(older, at(NOW), seen=present),
+        lambda: check_present(older, at(NOW), since=8),
+        lambda: check_present(feed_of(published=EARLIER), at(NOW), seen=older),
     ]
     for check in refused:
         with pytest.raises(Refused, match="behind one seen before"):
@@ -112,11 +117,11 @@ def test_an_older_feed_is_refused() -> None:
 
 def test_a_later_feed_that_drops_a_revocation_is_refused() -> None:
     dropped = feed_of(sequence=9, revoked={})
-    check_present(dropped, NOW)  # alone, nothing shows it
+    check_present(dropped, at(NOW))  # alone, nothing shows it
     with pytest.raises(Refused, match="behind one seen before") as refused:
-        check_present(dropped, NOW, seen=feed_of())
+        check_present(dropped, at(NOW), seen=feed_of())
     assert "1 revocations missing" in refused.value.got
-    check_present(feed_of(sequence=9, revoked={}, reinstated=[digest(WEIGHTS)]), NOW, seen=feed_of())
+    check_present(feed_of(sequence=9, revoked={}, reinstated=[digest(WEIGHTS)]), at(NOW), seen=feed_of())
 
 
 @pytest.mark.parametrize(

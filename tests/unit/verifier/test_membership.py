@@ -22,24 +22,24 @@ from sisa.verifier.membership import (
     EMPTY_TREE,
     Neighbour,
     bits,
-    inner,
     leaf,
     verify_absent,
     verify_membership,
     verify_present,
 )
+from sisa.verifier.merkle import node_hash
 from tests.fakes.operator import OTHER_MODEL, Operator, canonical, check_mutations
 
 VALUE = b'{"shard":3,"since":"2026-11-02"}'
 VALUE_HASH = sha256(VALUE).digest()
 A, B, C = (bytes([first]) + bytes(31) for first in (0b0000_0000, 0b0100_0000, 0b0110_0000))
 LEFT = tree_hash([(A, VALUE_HASH), (B, VALUE_HASH), (C, VALUE_HASH)], 1)
-ROOT = inner(LEFT, EMPTY_TREE)
+ROOT = node_hash(LEFT, EMPTY_TREE)
 
 
 def proofs() -> list[tuple[bytes, list[bytes], Neighbour | None]]:
     """Return labels that the tree lacks, with their proofs: an empty place, and a neighbour's."""
-    low = inner(leaf(B, VALUE_HASH), leaf(C, VALUE_HASH))
+    low = node_hash(leaf(B, VALUE_HASH), leaf(C, VALUE_HASH))
     return [(b"\xff" * 32, [LEFT], None), (b"\x01" * 32, [EMPTY_TREE, low], (A, VALUE_HASH))]
 
 
@@ -47,7 +47,7 @@ def test_the_shape_is_that_of_the_specification() -> None:
     assert sha256(b"\x02").digest() == EMPTY_TREE
     assert leaf(A, VALUE_HASH) == sha256(b"\x00" + A + VALUE_HASH).digest()
     low = sha256(b"\x01" + leaf(B, VALUE_HASH) + leaf(C, VALUE_HASH)).digest()
-    assert inner(inner(leaf(A, VALUE_HASH), low), EMPTY_TREE) == ROOT
+    assert node_hash(node_hash(leaf(A, VALUE_HASH), low), EMPTY_TREE) == ROOT
     assert [bits(B)[at] for at in (0, 1, 2)] == ["0", "1", "0"]
 
 
