@@ -24,6 +24,7 @@ from cluster.cli.command import (
 )
 from cluster.cli.input_files import read_prompts, read_text, read_turns
 from cluster.observe.reporting import watched
+from cluster.render.deletions import request_line
 from cluster.render.result import Result, counted, printable, shortened
 from sisa.core.domain import Kind
 from sisa.core.errors import EnvironmentFault
@@ -103,8 +104,7 @@ def status_shown(found: Status) -> Result:
         budget = f"{found.checkpoint_bytes:,} bytes of a budget of {found.checkpoint_budget_bytes:,}"
         lines.append(f"checkpoints hold {budget}")
     lines += [
-        f"request {each.request_id}: {each.num_records} records at {each.created_at}, {each.state}"
-        for each in found.requests
+        f"request {request_line(each, f', received {each.created_at}')}" for each in found.requests
     ]
     for export in found.exports:
         fate = f"STALE by {export.request_id}, {export.standing}" if export.standing else export.state

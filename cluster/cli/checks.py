@@ -153,8 +153,12 @@ def scanned(found: Scan) -> Result:
 
 def stated(done: Result, found: Stated) -> Result:
     """Add to a check's result its entry in the model's log; the verdict stays the last line."""
-    line = f"not logged: {found.not_logged}"
-    if found.entry is not None:
-        line = f"logged: entry {found.entry}, {found.result}"
     body = {**done.json, "entry": found.entry, "not_logged": found.not_logged}
-    return replace(done, json=body, lines=[*done.lines[:-1], line, *done.lines[-1:]])
+    return replace(done, json=body, lines=[*done.lines[:-1], logged(found), *done.lines[-1:]])
+
+
+def logged(found: Stated) -> str:
+    """Return where a result stands in the log, or why it does not."""
+    if found.entry is None:
+        return f"not logged: {found.not_logged}"
+    return f"logged: entry {found.entry}, {found.result}"

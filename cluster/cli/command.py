@@ -21,7 +21,6 @@ from cluster.observe.reporting import LOG_FORMAT_OPTION, logged_run, watched
 from cluster.render.result import Result
 
 if TYPE_CHECKING:
-    from sisa.core.requests import Request
     from sisa.flows.wiring.executors import OpenExecutor
     from sisa.model import Model
 
@@ -239,22 +238,3 @@ def opened(directory: Path, executor: ExecutorChoice = "auto") -> Iterator[Model
 
     with watched() as report:
         yield open_model(directory, executor=executor, report=report)
-
-
-def with_certificate(result: Result, model: Model, request: Request | None) -> Result:
-    """Add the state of the certificate of a request to a result."""
-    from sisa.flows.wiring.wiring import has_evidence
-
-    if request is None or not request.committed_at:
-        return result.with_more({"certificate": request and "none"})
-    found, line = "none", "certificate: none, for the model has no signing keys (`sisa keys init`)"
-    if has_evidence(model.directory, model.config, model.id):
-        from sisa.evidence.open_evidence import standing
-
-        found = standing(model, request.request_id)
-        line = {
-            "issued": f"certificate: `sisa certificate show -m {model.directory} {request.request_id}`",
-            "pending": "certificate: pending, until what it deleted is trained again and it is signed",
-            "none": "certificate: none",
-        }[found]
-    return result.with_more({"certificate": found}, [line])

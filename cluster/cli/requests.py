@@ -25,7 +25,6 @@ from cluster.cli.command import (
     option_or_file,
     option_or_input,
     records_options,
-    with_certificate,
 )
 from cluster.observe.reporting import say
 from cluster.render.deletions import (
@@ -35,6 +34,7 @@ from cluster.render.deletions import (
     meanwhile,
     missing_exports,
     probed,
+    request_line,
     retrained,
 )
 from cluster.render.result import Result, counted, share
@@ -73,7 +73,26 @@ def forget(
         if dry_run:
             return forget_plan(model.plan_forget(ids, subject=subject))
         done = model.forget(ids, subject=subject, consent=consent, defer=defer)
-        return with_certificate(forgotten(done, directory), model, done.request)
+        return _with_certificate(forgotten(done, directory), model, done.request)
+
+
+def _with_certificate(result: Result, model: Model, request: Request | None) -> Result:
+    """Add the state of the certificate of a request to a result."""
+    from sisa.flows.wiring.wiring import has_evidence
+
+    if request is None or not request.committed_at:
+        return result.with_more({"certificate": request and "none"})
+    found, line = "none", "certificate: none, for the model has no signing keys (`sisa keys init`)"
+    if has_evidence(model.directory, model.config, model.id):
+        from sisa.evidence.open_evidence import standing
+
+        found = standing(model, request.request_id)
+        line = {
+            "issued": f"certificate: `sisa certificate show -m {model.directory} {request.request_id}`",
+            "pending": "certificate: pending, until what it deleted is trained again and it is signed",
+            "none": "certificate: none",
+        }[found]
+    return result.with_more({"certificate": found}, [line])
 
 
 request = command_group("request", "Submit, decide and look up requests for deletion.")
@@ -153,7 +172,7 @@ def show_request(directory: Path, request_id: str) -> Result:
 
 
 def _shown(model: Model, view: RequestView) -> Result:
-    return with_certificate(request_shown(view), model, view.request)
+    return _with_certificate(request_shown(view), model, view.request)
 
 
 def _decide(directory: Path, request_id: str, state: RequestState, note: str) -> Result:
@@ -273,12 +292,10 @@ def run_requests(
 
 def _line(view: RequestView) -> str:
     request = view.request
-    name = f" ({request.external_id})" if request.external_id else ""
     days = f", due {request.due}, {counted(view.days_left, 'day')} left"
     left = "" if request.state in CLOSED else days
-    records = counted(request.num_records, "record")
     holds = f", waits for the legal hold of {', '.join(view.held_by)}" if view.held_by else ""
-    return f"{request.request_id}{name}: {request.state}, {records}{left}{holds}"
+    return request_line(request, left + holds)
 
 
 def _body(view: RequestView) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cluster.cli.checks import logged
 from cluster.cli.command import (
     PATH,
     ExecutorChoice,
@@ -30,7 +31,6 @@ from cluster.render.rights import drop_shown, engine_lines, rectified, restricte
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from sisa.evidence.attestations import Stated
     from sisa.flows.rights.drop import Imported, Reported
 
 STANDARD_OUTPUT = STANDARD_INPUT  # `-`
@@ -59,7 +59,7 @@ def write_access(directory: Path, ids: list[str], subject: str | None, target: P
             say(f"null, since the run file does not say it: {keys}")
         data = as_file(found)
         if target == STANDARD_OUTPUT:
-            say(_logged(log_hand_out(model, "access", data, ids or [str(subject)])))
+            say(logged(log_hand_out(model, "access", data, ids or [str(subject)])))
             return Result(found, [data.decode().rstrip("\n")])
         _write_new(target, data)
         stated = log_hand_out(model, "access", data, ids or [str(subject)])
@@ -68,7 +68,7 @@ def write_access(directory: Path, ids: list[str], subject: str | None, target: P
     wrote = f"wrote {target} ({summary}); it is personal data: hand it to that person alone"
     body = {"file": str(target), "num_bytes": len(data), **counts, "missing": missing}
     body |= {"entry": stated.entry, "not_logged": stated.not_logged}
-    return Result(body, [wrote, _logged(stated)])
+    return Result(body, [wrote, logged(stated)])
 
 
 @command("recipients", "-m model --subject p001")
@@ -82,7 +82,7 @@ def list_recipients(directory: Path, ids: list[str], subject: str | None) -> Res
 
     with opened(directory) as model:
         found = with_engines(model, model.recipients(ids, subject=subject))
-        say(_logged(log_hand_out(model, "recipients", as_file(found), ids or [str(subject)])))
+        say(logged(log_hand_out(model, "recipients", as_file(found), ids or [str(subject)])))
     lines = [
         f"{each['path']}: {each['standing']}{', STALE' if each['stale'] else ''}"
         for each in found["recipients"]
@@ -121,10 +121,6 @@ def release_person(directory: Path, subject: str) -> Result:
     with opened(directory) as model:
         found = model.release(subject)
     return restricted(found)
-
-
-def _logged(found: Stated) -> str:
-    return f"not logged: {found.not_logged}" if found.entry is None else f"logged: entry {found.entry}"
 
 
 def _write_new(path: Path, data: bytes) -> None:

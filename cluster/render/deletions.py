@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from sisa.flows.deletion import ForgetOutcome, ForgetPlan
 
 
+def request_line(request: Request, more: str = "") -> str:
+    """Return a request in one line of a list."""
+    name = f" ({request.external_id})" if request.external_id else ""
+    return f"{request.request_id}{name}: {request.state}, {counted(request.num_records, 'record')}{more}"
+
+
 def retrained(of: Request | ForgetPlan) -> str:
     """Return the record-epochs that a deletion retrains, and their share of a full training."""
     part, whole = of.record_epochs_retrained, of.record_epochs_full

@@ -43,7 +43,8 @@ def shard(number: int, head: str | None) -> ShardStatus:
 
 STATUS = Status(
     "model", 8, 2, "digest", "base", "b" * 64, "hashing", "cumulative",
-    (shard(0, "k" * 64), shard(1, None)), (Request("req-1", "2026-01-01", "2026-02-01", 2),),
+    (shard(0, "k" * 64), shard(1, None)),
+    (Request("req-1", "2026-01-01", "2026-02-01", 2, external_id="T-1"),),
     {"records": 2048},
 )  # fmt: skip
 
@@ -64,7 +65,7 @@ def test_status_in_words_shows_what_waits() -> None:
     assert "to be trained" not in status_shown(STATUS).text
     waiting = replace(STATUS, shards=(replace(shard(0, "k"), converged=False),))
     assert "(clean; the base is to be trained)" in status_shown(waiting).text
-    assert "req-1" in status_shown(STATUS).text
+    assert "request req-1 (T-1): received, 2 records, received 2026-01-01\n" in status_shown(STATUS).text
     assert "order" not in status_shown(STATUS).text
     ordered = replace(STATUS, num_orders=2, record_epochs_others=3)
     assert "in order 0, 3 more in 1 other order\n" in status_shown(ordered).text
