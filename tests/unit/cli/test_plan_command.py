@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from cluster.cli import cli
 from cluster.render.plan_picture import draw_choices
 from sisa.config.runfile import load_run_file, parse_run_file
 from sisa.planning.deletion_stream import Stream, replay_stream
@@ -19,6 +18,8 @@ from sisa.planning.layout_advice import Demand, LayoutLimits, advise, recommende
 from tests.fakes.ports import fake_record
 from tests.models import confessing as care_model
 
+Ask = Callable[..., dict[str, Any]]
+Sisa = Callable[..., tuple[int, str, str]]
 RUN_FILE = """
 datasets: [{path: owner/people}]
 output_dir: model
@@ -33,24 +34,37 @@ def run_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_the_run_files_layout_is_replayed(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--records", "900", "--deletions", "60", "--batch", "3", "--seed", "5"]
-    assert cli.run(["simulate", run_file, *arguments, "--json"]) == 0
-    body = json.loads(capsys.readouterr().out)
+@pytest.fixture
+def planned(ask: Ask, run_file: str) -> Ask:
+    """Run `sisa plan` for 5,000 records and 20 deletions a month; return its JSON."""
+    asked = ("plan", run_file, "--records", "5000", "--deletions-per-month", "20")
+    return lambda *arguments, code=0: ask(*asked, *arguments, code=code)
+
+
+def test_the_run_files_layout_is_replayed(run_file: str, ask: Ask, sisa: Sisa) -> None:
+    asked = [
+        "simulate",
+        run_file,
+        "--records",
+        "900",
+        "--deletions",
+        "60",
+        "--batch",
+        "3",
+        "--seed",
+        "5",
+    ]
+    body = ask(*asked)
     found = replay_stream(Stream(Layout(3, 2), "sequential"), 900, 60, batch=3, seed=5)
     assert body["record_epochs_retrained"] == found.record_epochs
     assert body["full_trainings"] == found.record_epochs / found.full_record_epochs
-    assert cli.run(["simulate", run_file, *arguments]) == 0
-    assert f"{found.record_epochs:,} record-epochs" in capsys.readouterr().out
+    assert f"{found.record_epochs:,} record-epochs" in sisa(*asked)[1]
     assert not (Path(run_file).parent / "model").exists()
 
 
-def test_another_layout_stands_in_for_the_run_files(
-    run_file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--records", "900", "--deletions", "60", "--shards", "30", "--slices", "4"]
-    assert cli.run(["simulate", run_file, *arguments, "--json"]) == 0
-    body = json.loads(capsys.readouterr().out)
+def test_another_layout_stands_in_for_the_run_files(run_file: str, ask: Ask) -> None:
+    layout = ("--shards", "30", "--slices", "4")
+    body = ask("simulate", run_file, "--records", "900", "--deletions", "60", *layout)
     assert (body["shards"], body["slices"], body["batch"]) == (30, 4, 1)
 
 
@@ -68,11 +82,8 @@ def test_another_layout_stands_in_for_the_run_files(
         ["--records", "10", "--deletions", "1", "--seed", "-1"],
     ],
 )
-def test_impossible_streams_are_bad_usage(
-    run_file: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.run(["simulate", run_file, *arguments]) == 2
-    assert capsys.readouterr().out == ""
+def test_impossible_streams_are_bad_usage(run_file: str, arguments: list[str], sisa: Sisa) -> None:
+    assert sisa("simulate", run_file, *arguments)[:2] == (2, "")
 
 
 @pytest.mark.parametrize(
@@ -87,56 +98,34 @@ def test_impossible_streams_are_bad_usage(
     ],
 )
 def test_impossible_plans_are_bad_usage(
-    run_file: str,
-    arguments: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run_file: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sisa: Sisa
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.run(["plan", run_file, "--records", "5000", *arguments]) == 2
-    assert capsys.readouterr().out == ""
+    assert sisa("plan", run_file, "--records", "5000", *arguments)[:2] == (2, "")
 
 
-def test_options_that_do_not_fit_are_reported_together(
-    run_file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_that_do_not_fit_are_reported_together(run_file: str, ask: Ask) -> None:
     asked = ["--records", "9", "--deletions-per-month", "20", "--max-hours", "3", "--plot", "x.txt"]
-    assert cli.run(["plan", run_file, *asked, "--risk", "a", "--risk", "2:1", "--json"]) == 2
-    problems = json.loads(capsys.readouterr().out)["error"]["problems"]
+    found = ask("plan", run_file, *asked, "--risk", "a", "--risk", "2:1", code=2)
     wanted = ["--risk", "--risk", "--deletions-per-month", "--max-hours", "--plot"]
-    assert [each["where"] for each in problems] == wanted
+    assert [each["where"] for each in found["error"]["problems"]] == wanted
     banded = Path(run_file).with_name("banded.yaml")
     banded.write_text(RUN_FILE.replace("slices: 2", "slices: 2, bands: {thresholds: [0.1]}"))
     asked = ["--records", "9", "--deletions", "2", "--slices", "1", "--risk", "0.5:1"]
-    assert cli.run(["simulate", str(banded), *asked, "--json"]) == 2
-    problems = json.loads(capsys.readouterr().out)["error"]["problems"]
-    assert [each["where"] for each in problems] == ["--risk", "--slices"]
+    found = ask("simulate", banded, *asked, code=2)
+    assert [each["where"] for each in found["error"]["problems"]] == ["--risk", "--slices"]
 
 
 def test_a_picture_without_its_library_is_an_environment_fault(
-    run_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    planned: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    plot = ["--plot", str(Path(run_file).with_name("plan.png"))]
-    planned_ = ["plan", run_file, "--records", "5000", "--deletions-per-month", "20", *plot]
-    assert cli.run(planned_) == 6
-    assert "deletion-ready-model[notebook]" in capsys.readouterr().err
+    error = planned("--plot", tmp_path / "plan.png", code=6)["error"]
+    assert "deletion-ready-model[notebook]" in error["next_step"]
 
 
-def planned(
-    run_file: str, capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0
-) -> dict[str, Any]:
-    asked = ["plan", run_file, "--records", "5000", "--deletions-per-month", "20", *arguments, "--json"]
-    assert cli.run(asked) == code
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
-
-
-def test_the_recommended_choice_is_the_cheapest_within_the_limits(
-    run_file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = planned(run_file, capsys, "--budget-gb", "1.5", "--checkpoint-mb", "10")
+def test_the_recommended_choice_is_the_cheapest_within_the_limits(planned: Ask) -> None:
+    found = planned("--budget-gb", "1.5", "--checkpoint-mb", "10")
     best = found["recommended"]
     assert best["stored_bytes"] <= 1.5e9
     assert found["units"] == "given"
@@ -145,7 +134,7 @@ def test_the_recommended_choice_is_the_cheapest_within_the_limits(
     assert best["one_by_one"] == min(each["one_by_one"] for each in within)
     assert any(each["over"] == ["bytes"] for each in found["choices"])
     assert best["num_kept"] == sum(map(len, best["kept"]))
-    deep = planned(run_file, capsys, "--min-depth", "0.8")["recommended"]
+    deep = planned("--min-depth", "0.8")["recommended"]
     assert deep["num_orders"] > 1
     assert deep["serving_depth"] >= 0.8
     assert deep["training"] > best["training"] == pytest.approx(1)
@@ -156,14 +145,13 @@ def test_the_recommended_choice_is_the_cheapest_within_the_limits(
     "limits", [[], ["--min-depth", "0.8"], ["--budget-gb", "0.5", "--checkpoint-mb", "1"]]
 )
 def test_the_recommended_choice_is_a_block_of_a_run_file(
-    run_file: str, limits: list[str], capsys: pytest.CaptureFixture[str]
+    run_file: str, limits: list[str], planned: Ask, sisa: Sisa
 ) -> None:
     groups = ["--risk", "0.9:0.001", "--risk", "0.1:0.05"]
-    found = planned(run_file, capsys, *groups, *limits)
+    found = planned(*groups, *limits)
     best, block = found["recommended"], found["run_file"]["sisa"]
-    asked = ["plan", run_file, "--records", "5000", "--deletions-per-month", "20", *groups, *limits]
-    assert cli.run(asked) == 0
-    block_text = capsys.readouterr().out.split("\n\n")[1]
+    asked = ("plan", run_file, "--records", "5000", "--deletions-per-month", "20")
+    block_text = sisa(*asked, *groups, *limits)[1].split("\n\n")[1]
     assert yaml.safe_load(block_text) == {"sisa": block}
     own = parse_run_file(
         f"datasets: [{{path: a.jsonl}}]\noutput_dir: model\n{block_text}\n", "run.yaml"
@@ -181,33 +169,27 @@ def test_the_recommended_choice_is_a_block_of_a_run_file(
 
 
 def test_without_a_choice_within_the_limits_the_exit_code_says_so(
-    run_file: str, capsys: pytest.CaptureFixture[str]
+    run_file: str, planned: Ask, sisa: Sisa
 ) -> None:
-    tight = ["--budget-gb", "0.001"]
-    assert planned(run_file, capsys, *tight, code=2)["recommended"] is None
-    cli.run(["plan", run_file, "--records", "5000", "--deletions-per-month", "20", *tight])
-    assert "nothing fits" in capsys.readouterr().out
+    assert planned("--budget-gb", "0.001", code=2)["recommended"] is None
+    asked = ("plan", run_file, "--records", "5000", "--deletions-per-month", "20")
+    assert "nothing fits" in sisa(*asked, "--budget-gb", "0.001")[1]
 
 
-def test_hours_need_a_rate_or_a_model(
-    run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = ["plan", run_file, "--records", "50", "--deletions-per-month", "2", "--max-hours", "3"]
-    assert cli.run(asked) == 2
-    assert "--rate" in capsys.readouterr().err
-    found = planned(run_file, capsys, "--max-hours", "0.05", "--rate", "10")
+def test_hours_need_a_rate_or_a_model(run_file: str, tmp_path: Path, planned: Ask) -> None:
+    (problem,) = planned("--max-hours", "3", code=2)["error"]["problems"]
+    assert "--rate" in problem["what"]
+    found = planned("--max-hours", "0.05", "--rate", "10")
     assert found["recommended"]["hours_to_utility"] <= 0.05
     config = load_run_file(Path(run_file))
     care_model.train_in(tmp_path / "model", config, [fake_record(n) for n in range(12)])
-    assert planned(run_file, capsys)["units"] == "of the model's own stages"
+    assert planned()["units"] == "of the model's own stages"
 
 
-def test_choices_are_drawn_into_a_file(
-    run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_choices_are_drawn_into_a_file(tmp_path: Path, planned: Ask) -> None:
     picture = tmp_path / "plan.png"
     groups = ["--risk", "0.9:0.001", "--risk", "0.1:0.05"]
-    found = planned(run_file, capsys, *groups, "--rate", "9", "--plot", str(picture))
+    found = planned(*groups, "--rate", "9", "--plot", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert found["recommended"]["thresholds"] == [0.05]
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from cluster.cli import jobs as job_commands
-from cluster.cli.cli import run
 from cluster.jobs import job_flow
 from cluster.jobs.job_flow import LOST_S, follow
 from cluster.jobs.jobs import Job, Submission, check_name, model_digest
@@ -44,36 +43,31 @@ def jobs(play: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeJob
     return fake
 
 
-Output = Callable[[], tuple[Any, str]]
+Ask = Callable[..., dict[str, Any]]
+Sisa = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def output(capsys: pytest.CaptureFixture[str]) -> Output:
-    """Return the JSON that was printed, and the text on standard error."""
-
-    def read() -> tuple[Any, str]:
-        done = capsys.readouterr()
-        return json.loads(done.out), done.err
-
-    return read
+def cluster(ask: Ask) -> Ask:
+    """Run a command of `sisa cluster`; return its JSON."""
+    return lambda *arguments, code=0: ask("cluster", *arguments, *ADDRESS, code=code)
 
 
 @pytest.mark.usefixtures("jobs")
-def test_a_job_is_followed_to_its_end(play: Play, output: Output) -> None:
+def test_a_job_is_followed_to_its_end(play: Play, sisa: Sisa) -> None:
     play.pieces = ["slices 1/6\n", "slices \x1b[31m2/6\n"]
-    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--job", "a", "--json"]) == 0
-    found, err = output()
+    _, out, err = sisa("cluster", "submit", "run.yaml", *ADDRESS, "--job", "a", "--json")
+    found = json.loads(out)
     assert (found["job"], found["state"], found["exit_code"]) == ("a", "SUCCEEDED", 0)
     assert err == "job a submitted\nslices 1/6\nslices [31m2/6\n"
 
 
 def test_what_is_sent_is_the_code_and_the_run_file_alone(
-    jobs: FakeJobs, output: Output, tmp_path: Path
+    jobs: FakeJobs, cluster: Ask, tmp_path: Path
 ) -> None:
     (tmp_path / "people.jsonl").write_text('{"id": "p1", "text": "Ada Quillfeather"}\n')
     (tmp_path / "partition.key").write_text("0" * 64)
-    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--job", "a", "--reconfigure", "--json"]) == 0
-    output()
+    cluster("submit", "run.yaml", "--job", "a", "--reconfigure")
     sent = jobs.sent["a"]
     tops = {name.partition("/")[0] for name in sent}
     assert tops == {"sisa", "approx", "cluster", "run.yaml"}
@@ -88,9 +82,8 @@ def test_what_is_sent_is_the_code_and_the_run_file_alone(
     assert jobs.get("a").metadata == {"sisa_model": model_digest(Path("/shared/model"))}
 
 
-def test_the_package_finds_its_own_parts(jobs: FakeJobs, output: Output, tmp_path: Path) -> None:
-    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--job", "a", "--json"]) == 0
-    output()
+def test_the_package_finds_its_own_parts(jobs: FakeJobs, cluster: Ask, tmp_path: Path) -> None:
+    cluster("submit", "run.yaml", "--job", "a")
     folder = tmp_path / "there"
     for name, data in jobs.sent["a"].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -122,68 +115,56 @@ def test_the_package_finds_its_own_parts(jobs: FakeJobs, output: Output, tmp_pat
     ],
 )
 def test_following_ends_as_the_job_does(
-    play: Play, ends: Play, code: int, message: str, capsys: pytest.CaptureFixture[str]
+    play: Play, ends: Play, code: int, message: str, sisa: Sisa
 ) -> None:
     play.exit_code, play.fault = ends.exit_code, ends.fault
-    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--job", "a"]) == code
-    assert message in capsys.readouterr().out
-    assert run(["cluster", "logs", "a", "--follow", *ADDRESS]) == code
-    assert run(["cluster", "logs", "a", *ADDRESS]) == 0
+    done, out, _ = sisa("cluster", "submit", "run.yaml", *ADDRESS, "--job", "a")
+    assert (done, message in out) == (code, True)
+    assert sisa("cluster", "logs", "a", "--follow", *ADDRESS)[0] == code
+    assert sisa("cluster", "logs", "a", *ADDRESS)[0] == 0
 
 
-def test_an_interruption_detaches(
-    jobs: FakeJobs, play: Play, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interruption_detaches(jobs: FakeJobs, play: Play, sisa: Sisa) -> None:
     play.pieces = ["first\n", KeyboardInterrupt(), "second\n"]
-    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--job", "a"]) == 130
-    done = capsys.readouterr()
-    assert "detached from job a, which continues" in done.out
-    assert "sisa cluster logs a --follow --address http://127.0.0.1:8265" in done.out
+    code, out, _ = sisa("cluster", "submit", "run.yaml", *ADDRESS, "--job", "a")
+    assert code == 130
+    assert "detached from job a, which continues" in out
+    assert "sisa cluster logs a --follow --address http://127.0.0.1:8265" in out
     assert jobs.get("a").state == "RUNNING"
-    assert run(["cluster", "logs", "a", "--follow", *ADDRESS]) == 0
-    assert capsys.readouterr().err == "first\nsecond\n"
+    code, _, err = sisa("cluster", "logs", "a", "--follow", *ADDRESS)
+    assert (code, err) == (0, "first\nsecond\n")
 
 
-def test_detached_then_listed_then_stopped(jobs: FakeJobs, play: Play, output: Output) -> None:
+def test_detached_then_listed_then_stopped(jobs: FakeJobs, play: Play, cluster: Ask) -> None:
     play.endless = True
-    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--detach", "--json"]) == 0
-    submitted, _ = output()
+    submitted = cluster("submit", "run.yaml", "--detach")
     assert submitted["detached"]
     name = submitted["job"]
     assert name.startswith("sisa-")
     jobs.submit(Submission("foreign", Path(), ("true",)))  # not one of this program
-    assert run(["cluster", "status", *ADDRESS, "--json"]) == 0
-    listed, _ = output()
-    assert [(each["job"], each["state"]) for each in listed["jobs"]] == [(name, "RUNNING")]
-    assert run(["cluster", "stop", name, *ADDRESS, "--json"]) == 0
-    stopped, _ = output()
+    listed = cluster("status")["jobs"]
+    assert [(each["job"], each["state"]) for each in listed] == [(name, "RUNNING")]
+    stopped = cluster("stop", name)
     assert (stopped["state"], stopped["was_running"]) == ("STOPPED", True)
-    assert run(["cluster", "logs", name, "--follow", *ADDRESS, "--json"]) == 130
-    output()
-    assert run(["cluster", "status", name, *ADDRESS, "--json"]) == 0
-    assert output()[0]["state"] == "STOPPED"
+    cluster("logs", name, "--follow", code=130)
+    assert cluster("status", name)["state"] == "STOPPED"
 
 
 def test_a_model_in_training_is_not_submitted_again(
-    jobs: FakeJobs, play: Play, output: Output, tmp_path: Path
+    jobs: FakeJobs, play: Play, cluster: Ask, tmp_path: Path
 ) -> None:
     play.endless = True
-    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--detach", "--job", "a", "--json"]) == 0
-    output()
-    again = ["cluster", "submit", "run.yaml", *ADDRESS, "--detach", "--job", "b", "--json"]
-    assert run(again) == 5
-    error = output()[0]["error"]
+    cluster("submit", "run.yaml", "--detach", "--job", "a")
+    error = cluster("submit", "run.yaml", "--detach", "--job", "b", code=5)["error"]
     assert (error["type"], error["where"]) == ("Busy", "a")
     (tmp_path / "other.yaml").write_text(RUN_FILE.replace("/shared/model", "/shared/other"))
-    again[2] = "other.yaml"
-    assert run(again) == 0
+    cluster("submit", "other.yaml", "--detach", "--job", "b")
     jobs.stop("a")
-    again[2], again[7] = "run.yaml", "c"
-    assert run(again) == 0
+    cluster("submit", "run.yaml", "--detach", "--job", "c")
 
 
 def test_paths_of_this_machine_are_refused_before_anything_is_sent(
-    jobs: FakeJobs, output: Output, tmp_path: Path
+    jobs: FakeJobs, cluster: Ask, tmp_path: Path
 ) -> None:
     (tmp_path / "people").mkdir()
     (tmp_path / "run.yaml").write_text(
@@ -191,9 +172,8 @@ def test_paths_of_this_machine_are_refused_before_anything_is_sent(
         "output_dir: model\nencrypt: true\nbase_model: ~/base\n"
         "lora_rank: 3\nsisa: {partition_key_file: a.key, embedder: /shared/minilm}\n"
     )
-    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--json"]) == 2
-    error, _ = output()
-    found = {each["where"]: each["what"] for each in error["error"]["problems"]}
+    error = cluster("submit", "run.yaml", code=2)["error"]
+    found = {each["where"]: each["what"] for each in error["problems"]}
     assert set(found) == {
         *("line 1: datasets[0].path", "line 1: datasets[1].path", "line 2: output_dir"),
         *("line 4: base_model", "line 5: lora_rank", "line 6: sisa.partition_key_file"),
@@ -262,10 +242,10 @@ def test_a_job_that_does_not_stop_is_reported(
         job_flow.stop(jobs, "a")
 
 
-def test_an_address_is_needed(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_an_address_is_needed(sisa: Sisa, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    assert run(["cluster", "status"]) == 2
-    assert "--address" in capsys.readouterr().err
+    code, _, err = sisa("cluster", "status")
+    assert (code, "--address" in err) == (2, True)
 
 
 def readme_commands() -> list[list[str]]:
