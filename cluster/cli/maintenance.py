@@ -48,6 +48,25 @@ def gc(directory: Path, dry_run: bool, lost_exports: bool) -> Result:
         return collected(collect_garbage(model, dry_run=dry_run, lost_exports=lost_exports))
 
 
+def collected(found: Collected) -> Result:
+    num_bytes = sum(each.num_bytes for each in found.items)
+    outcome, kept = f"{found.removed} removed, {found.removed_bytes:,} bytes", old_versions(found.kept)
+    if found.dry_run:
+        outcome = "nothing was changed"
+        kept = [f"old versions in the bucket: {each.where} ({each.why})" for each in found.kept]
+    lines = [
+        f"retired or unknown files and directories: {len(found.items)}, {num_bytes:,} bytes",
+        *(
+            f"  {each.num_bytes:12,}  {each.path}: {each.reason}{'' if each.removable else '  (kept)'}"
+            for each in found.items
+        ),
+        outcome,
+        *(f"given up: the export {path}" for path in found.given_up),
+        *kept,
+    ]
+    return Result(asdict(found), lines)
+
+
 @command("doctor", "-m model")
 @click.option("-m", "--model", "directory", type=PATH, help="Model directory.")
 @click.option("--repair", is_flag=True, help="Repair what can be derived again.")
@@ -89,42 +108,6 @@ def doctor(
         return repaired(repair_model(model))
 
 
-ledger = command_group("ledger", "Move the ledger to a server and back; bring up an older one.")
-
-
-@command("move", "-m model --to postgresql://db.example/models", group=ledger)
-@model_option
-@click.option("--to", required=True, help="postgresql://HOST/DATABASE, without a password; or `file`.")
-def move(directory: Path, to: str) -> Result:
-    """Move the ledger to PostgreSQL, or back to a file; compare every row, then erase the old one."""
-    from sisa.config.fields import ledger_url
-    from sisa.flows.wiring.moving import move_ledger
-
-    try:
-        url = None if to == "file" else ledger_url(to)
-    except ValueError as error:
-        raise InvalidInput(str(error), where="--to") from None
-    moved = move_ledger(directory, url)
-    lines = [
-        f"moved {sum(moved.rows.values()):,} rows of {counted(len(moved.rows), 'table')}, all compared:",
-        f"  from {moved.before} (erased)",
-        f"  to   {moved.now}",
-        f"write into the run file: `ledger: {url or 'null'}`",
-    ]
-    return Result(asdict(moved), lines)
-
-
-@command("upgrade", "-m model", group=ledger)
-@model_option
-def upgrade(directory: Path) -> Result:
-    """Bring the ledger of an earlier version up to this one. Earlier versions can't open it then."""
-    from sisa.flows.wiring.moving import upgrade_model
-
-    place, older = upgrade_model(directory)
-    change = "brought up to this version" if older else "is of this version: nothing was changed"
-    return Result({"ledger": place, "upgraded": older}, [f"{place}: {change}"])
-
-
 def _numerics(
     directory: Path | None, repair: bool, device: DeviceName | None, dtype: Dtype | None
 ) -> Result:
@@ -142,31 +125,6 @@ def _numerics(
         return tested(check(threads=config.sisa.threads_per_shard, precision=config.precision))
 
 
-def collected(found: Collected) -> Result:
-    num_bytes = sum(each.num_bytes for each in found.items)
-    outcome, kept = f"{found.removed} removed, {found.removed_bytes:,} bytes", old_versions(found.kept)
-    if found.dry_run:
-        outcome = "nothing was changed"
-        kept = [f"old versions in the bucket: {each.where} ({each.why})" for each in found.kept]
-    lines = [
-        f"retired or unknown files and directories: {len(found.items)}, {num_bytes:,} bytes",
-        *(
-            f"  {each.num_bytes:12,}  {each.path}: {each.reason}{'' if each.removable else '  (kept)'}"
-            for each in found.items
-        ),
-        outcome,
-        *(f"given up: the export {path}" for path in found.given_up),
-        *kept,
-    ]
-    return Result(asdict(found), lines)
-
-
-def _findings(found: Diagnosis) -> list[dict[str, Any]]:
-    names = ("kind", "severity", "where", "what", "repair", "next_step")
-    rows = [{name: getattr(each, name) for name in names} for each in found.findings]
-    return [row | {"repair": row["repair"] or None} for row in rows]
-
-
 def diagnosed(found: Diagnosis) -> Result:
     lines = [f"{found.directory}: {_verdict(found)}"]
     for each in found.findings:
@@ -174,6 +132,12 @@ def diagnosed(found: Diagnosis) -> Result:
         lines.append(f"           next step: {each.next_step}")
     body = {"directory": found.directory, "ok": found.ok, "healthy": found.healthy}
     return Result(body | {"findings": _findings(found)}, lines, 0 if found.ok else EXIT_INTEGRITY)
+
+
+def _findings(found: Diagnosis) -> list[dict[str, Any]]:
+    names = ("kind", "severity", "where", "what", "repair", "next_step")
+    rows = [{name: getattr(each, name) for name in names} for each in found.findings]
+    return [row | {"repair": row["repair"] or None} for row in rows]
 
 
 def _verdict(found: Diagnosis) -> str:
@@ -253,3 +217,39 @@ def _run_row(of: dict[str, Any]) -> str:
     if of["erasure_failures"]:
         facts.append(f"{counted(of['erasure_failures'], 'erasure')} FAILED")
     return f"{of['run']}: {', '.join(facts)}"
+
+
+ledger = command_group("ledger", "Move the ledger to a server and back; bring up an older one.")
+
+
+@command("move", "-m model --to postgresql://db.example/models", group=ledger)
+@model_option
+@click.option("--to", required=True, help="postgresql://HOST/DATABASE, without a password; or `file`.")
+def move(directory: Path, to: str) -> Result:
+    """Move the ledger to PostgreSQL, or back to a file; compare every row, then erase the old one."""
+    from sisa.config.fields import ledger_url
+    from sisa.flows.wiring.moving import move_ledger
+
+    try:
+        url = None if to == "file" else ledger_url(to)
+    except ValueError as error:
+        raise InvalidInput(str(error), where="--to") from None
+    moved = move_ledger(directory, url)
+    lines = [
+        f"moved {sum(moved.rows.values()):,} rows of {counted(len(moved.rows), 'table')}, all compared:",
+        f"  from {moved.before} (erased)",
+        f"  to   {moved.now}",
+        f"write into the run file: `ledger: {url or 'null'}`",
+    ]
+    return Result(asdict(moved), lines)
+
+
+@command("upgrade", "-m model", group=ledger)
+@model_option
+def upgrade(directory: Path) -> Result:
+    """Bring the ledger of an earlier version up to this one. Earlier versions can't open it then."""
+    from sisa.flows.wiring.moving import upgrade_model
+
+    place, older = upgrade_model(directory)
+    change = "brought up to this version" if older else "is of this version: nothing was changed"
+    return Result({"ledger": place, "upgraded": older}, [f"{place}: {change}"])

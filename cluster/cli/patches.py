@@ -36,11 +36,19 @@ if TYPE_CHECKING:
     from sisa.flows.patches.patching import Unlearnt, Wish
 
 METHOD, SELECTIONS = "npo", ("all", "fisher", "traced", "heads")
+EXIT_UNFINISHED, EXIT_NOT_MADE, EXIT_STILL_KNOWN = 6, 2, 7
+NAMES = {
+    "forget_probability": "probability",
+    "forget_extraction_strength": "extraction strength",
+    "forget_exact_memorisation": "exact memorisation",
+    "forget_rougeL_recall": "ROUGE-L recall",
+    "forget_min_k_plus_plus": "min-k%++",
+    "retain_utility": "utility",
+    "retain_probability": "probability",
+}
 retrain_option = click.option(
     "--retrain-shards", is_flag=True, help="Then retrain all shards over the patched base; takes long."
 )
-
-
 approx = command_group("approx", "Measure and reduce what the base knows; never exact.")
 
 
@@ -78,6 +86,45 @@ def methods() -> Result:
     from approx.patches.patch_settings import describe_methods
 
     return methods_listed(describe_methods())
+
+
+def methods_listed(found: Sequence[Mapping[str, Any]]) -> Result:
+    lines = []
+    for each in found:
+        chosen = " (default)" if each["name"] == METHOD else ""
+        lines += [
+            f"approximate method {each['name']}{chosen}, {each['family']}: {each['paper']}",
+            f"    needs: {needs_in_words(each['needs'])}",
+            f"    defaults: {defaults_in_words(each['defaults'])}",
+        ]
+    return Result({"approximate": True, "default": METHOD, "methods": list(found)}, lines)
+
+
+def needs_in_words(needs: Mapping[str, Any]) -> str:
+    """Return what a method needs besides the forget set.
+
+    >>> needs_in_words({"retain": True, "reference": False, "preferred": "refusals"})
+    'retain set, refusals'
+    """
+    found = {"retain set": needs["retain"], "reference": needs["reference"]}
+    names = [name for name, is_needed in found.items() if is_needed]
+    names += [needs["preferred"]] if needs["preferred"] else []
+    return ", ".join(names) or "nothing else"
+
+
+def defaults_in_words(defaults: Mapping[str, Any]) -> str:
+    """Return a method's default hyper-parameters; of a list its ends.
+
+    >>> defaults_in_words({"beta": 0.1, "alpha": None, "alphas": (0.05, 64.0), "retain_loss": "nll"})
+    'beta 0.1, alpha null, alphas 0.05 to 64.0, retain_loss nll'
+    """
+
+    def shown(value: Any) -> str:
+        if isinstance(value, tuple):
+            return f"{value[0]} to {value[-1]}"
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return ", ".join(f"{key} {shown(value)}" for key, value in defaults.items()) or "none"
 
 
 @command("unlearn", '-m model --forget texts.jsonl --consent "asked on 2026-11-01"', group=approx)
@@ -217,84 +264,6 @@ def _wish(
     return Wish(settings, texts, tuple(read_like(config, retain)) if retain else None)
 
 
-@command("patches", "-m model", group=approx)
-@model_option
-def patches(directory: Path) -> Result:
-    """List all patches and the vault's texts."""
-    import sisa.unlearn
-
-    with opened(directory) as model:
-        return patches_listed(*sisa.unlearn.patches(model))
-
-
-@command("show", "-m model 1", group=approx)
-@model_option
-@click.argument("version", type=click.IntRange(1))
-def show_patch(directory: Path, version: int) -> Result:
-    """Show a patch's report: settings, measures, limits."""
-    import sisa.unlearn
-
-    with opened(directory) as model:
-        found, _, over = sisa.unlearn.patches(model)
-    for each in found:
-        if each.version == version:
-            return patch_shown(each, over)
-    raise InvalidInput(
-        "there is no such patch",
-        expected=f"a version from 1 to {len(found)}" if found else "no patch was ever wanted",
-        got=str(version),
-        next_step="`sisa approx patches` lists them",
-    )
-
-
-@command("revert", "-m model", group=approx)
-@model_option
-@click.option("--all", "everything", is_flag=True, help="Remove all patches, not only the newest.")
-@retrain_option
-@executor_option
-def revert(directory: Path, everything: bool, retrain_shards: bool, executor: ExecutorChoice) -> Result:
-    """Cancel a requested patch, or else remove the newest one."""
-    import sisa.unlearn
-
-    with opened(directory, executor) as model:
-        return reverted(sisa.unlearn.revert(model, everything=everything, retrain_shards=retrain_shards))
-
-
-@command("release", "-m model --all", group=approx)
-@model_option
-@click.option(
-    "--set", "sets", multiple=True, help="A set's name, or its first 8 letters or more. Repeatable."
-)
-@click.option(
-    "--request", "requests", multiple=True, help="A request whose text is in the vault. Repeatable."
-)
-@click.option("--all", "everything", is_flag=True, help="Erase all texts.")
-def release(
-    directory: Path, sets: tuple[str, ...], requests: tuple[str, ...], everything: bool
-) -> Result:
-    """Erase texts from the vault. Patches made from them stay."""
-    import sisa.unlearn
-
-    if everything == bool(sets or requests):
-        raise click.UsageError("give --set or --request, or --all")
-    with opened(directory) as model:
-        return released(
-            sisa.unlearn.release(model, sets=sets, request_ids=requests, everything=everything)
-        )
-
-
-EXIT_UNFINISHED, EXIT_NOT_MADE, EXIT_STILL_KNOWN = 6, 2, 7
-NAMES = {
-    "forget_probability": "probability",
-    "forget_extraction_strength": "extraction strength",
-    "forget_exact_memorisation": "exact memorisation",
-    "forget_rougeL_recall": "ROUGE-L recall",
-    "forget_min_k_plus_plus": "min-k%++",
-    "retain_utility": "utility",
-    "retain_probability": "probability",
-}
-
-
 def unlearnt(done: Unlearnt, directory: Path) -> Result:
     patch, report = done.patch, done.report
     body = {
@@ -340,35 +309,6 @@ def _again(report: Mapping[str, Any], directory: Path) -> Iterator[str]:
         yield f"  to erase them instead: sisa approx release -m {directory} --all"
 
 
-def _robustness(report: Mapping[str, Any]) -> Iterator[str]:
-    found = report.get("robustness")
-    if not found:
-        return
-    steps = sorted((each for each in found["relearning"] if each != "0"), key=int)
-
-    def after(of: Mapping[str, float]) -> str:
-        return " and ".join(_number(of[each]) for each in steps)
-
-    control = found.get("control")
-    beside = f" (a control that never knew, {control['of']}: {after(control)})" if control else ""
-    rounded = sorted(found["rounding"].items(), key=lambda each: -int(each[0]))  # JSON sorts text
-    rounding = ", ".join(f"{bits} bits {_number(each)}" for bits, each in rounded)
-    yield (
-        f"  robustness, as probability: {_number(found['relearning']['0'])}; relearnt for "
-        f"{' and '.join(steps)} steps {after(found['relearning'])}{beside}; rounded to {rounding}"
-    )
-    if (half := found.get("steps_until_half")) is not None:
-        yield f"    half of what the patch took is back after {half:.1f} steps"
-    if words := found.get("rewording"):
-        yield f"    asked in other words {_number(words['before'])} -> {_number(words['after'])}"
-
-
-def _body(patch: Patch) -> dict[str, Any]:
-    fields = asdict(patch)
-    fields.pop("report")
-    return {"version": patch.version, "key": patch.key, **fields}
-
-
 def _measures(report: Mapping[str, Any]) -> Iterator[str]:
     """Return everything that a report has measured; a run that made no patch measured less."""
     if found := report.get("still_known"):
@@ -408,6 +348,29 @@ def _measures(report: Mapping[str, Any]) -> Iterator[str]:
     yield from _composition(report)
 
 
+def _robustness(report: Mapping[str, Any]) -> Iterator[str]:
+    found = report.get("robustness")
+    if not found:
+        return
+    steps = sorted((each for each in found["relearning"] if each != "0"), key=int)
+
+    def after(of: Mapping[str, float]) -> str:
+        return " and ".join(_number(of[each]) for each in steps)
+
+    control = found.get("control")
+    beside = f" (a control that never knew, {control['of']}: {after(control)})" if control else ""
+    rounded = sorted(found["rounding"].items(), key=lambda each: -int(each[0]))  # JSON sorts text
+    rounding = ", ".join(f"{bits} bits {_number(each)}" for bits, each in rounded)
+    yield (
+        f"  robustness, as probability: {_number(found['relearning']['0'])}; relearnt for "
+        f"{' and '.join(steps)} steps {after(found['relearning'])}{beside}; rounded to {rounding}"
+    )
+    if (half := found.get("steps_until_half")) is not None:
+        yield f"    half of what the patch took is back after {half:.1f} steps"
+    if words := found.get("rewording"):
+        yield f"    asked in other words {_number(words['before'])} -> {_number(words['after'])}"
+
+
 def _composition(report: Mapping[str, Any]) -> Iterator[str]:
     found = report.get("composition") or {}
     answers = {"shards": "the shards' own answers", "base": "the base's on the same records"}
@@ -425,43 +388,14 @@ def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4f}"
 
 
-def methods_listed(found: Sequence[Mapping[str, Any]]) -> Result:
-    lines = []
-    for each in found:
-        chosen = " (default)" if each["name"] == METHOD else ""
-        lines += [
-            f"approximate method {each['name']}{chosen}, {each['family']}: {each['paper']}",
-            f"    needs: {needs_in_words(each['needs'])}",
-            f"    defaults: {defaults_in_words(each['defaults'])}",
-        ]
-    return Result({"approximate": True, "default": METHOD, "methods": list(found)}, lines)
+@command("patches", "-m model", group=approx)
+@model_option
+def patches(directory: Path) -> Result:
+    """List all patches and the vault's texts."""
+    import sisa.unlearn
 
-
-def needs_in_words(needs: Mapping[str, Any]) -> str:
-    """Return what a method needs besides the forget set.
-
-    >>> needs_in_words({"retain": True, "reference": False, "preferred": "refusals"})
-    'retain set, refusals'
-    """
-    found = {"retain set": needs["retain"], "reference": needs["reference"]}
-    names = [name for name, is_needed in found.items() if is_needed]
-    names += [needs["preferred"]] if needs["preferred"] else []
-    return ", ".join(names) or "nothing else"
-
-
-def defaults_in_words(defaults: Mapping[str, Any]) -> str:
-    """Return a method's default hyper-parameters; of a list its ends.
-
-    >>> defaults_in_words({"beta": 0.1, "alpha": None, "alphas": (0.05, 64.0), "retain_loss": "nll"})
-    'beta 0.1, alpha null, alphas 0.05 to 64.0, retain_loss nll'
-    """
-
-    def shown(value: Any) -> str:
-        if isinstance(value, tuple):
-            return f"{value[0]} to {value[-1]}"
-        return value if isinstance(value, str) else json.dumps(value)
-
-    return ", ".join(f"{key} {shown(value)}" for key, value in defaults.items()) or "none"
+    with opened(directory) as model:
+        return patches_listed(*sisa.unlearn.patches(model))
 
 
 def patches_listed(patches: Sequence[Patch], sets: Sequence[VaultSet], over: Sequence[str]) -> Result:
@@ -489,6 +423,32 @@ def patches_listed(patches: Sequence[Patch], sets: Sequence[VaultSet], over: Seq
     return Result(body, lines)
 
 
+def _body(patch: Patch) -> dict[str, Any]:
+    fields = asdict(patch)
+    fields.pop("report")
+    return {"version": patch.version, "key": patch.key, **fields}
+
+
+@command("show", "-m model 1", group=approx)
+@model_option
+@click.argument("version", type=click.IntRange(1))
+def show_patch(directory: Path, version: int) -> Result:
+    """Show a patch's report: settings, measures, limits."""
+    import sisa.unlearn
+
+    with opened(directory) as model:
+        found, _, over = sisa.unlearn.patches(model)
+    for each in found:
+        if each.version == version:
+            return patch_shown(each, over)
+    raise InvalidInput(
+        "there is no such patch",
+        expected=f"a version from 1 to {len(found)}" if found else "no patch was ever wanted",
+        got=str(version),
+        next_step="`sisa approx patches` lists them",
+    )
+
+
 def patch_shown(patch: Patch, over: Sequence[str]) -> Result:
     report = patch.report
     body = {
@@ -506,6 +466,19 @@ def patch_shown(patch: Patch, over: Sequence[str]) -> Result:
     return Result(body, [*lines, *_measures(report), "  limits:", *limits])
 
 
+@command("revert", "-m model", group=approx)
+@model_option
+@click.option("--all", "everything", is_flag=True, help="Remove all patches, not only the newest.")
+@retrain_option
+@executor_option
+def revert(directory: Path, everything: bool, retrain_shards: bool, executor: ExecutorChoice) -> Result:
+    """Cancel a requested patch, or else remove the newest one."""
+    import sisa.unlearn
+
+    with opened(directory, executor) as model:
+        return reverted(sisa.unlearn.revert(model, everything=everything, retrain_shards=retrain_shards))
+
+
 def reverted(gone: Sequence[Patch]) -> Result:
     body = {"approximate": True, "reverted": [_body(each) for each in gone]}
     lines = [
@@ -514,6 +487,29 @@ def reverted(gone: Sequence[Patch]) -> Result:
         for each in gone
     ]
     return Result(body, lines)
+
+
+@command("release", "-m model --all", group=approx)
+@model_option
+@click.option(
+    "--set", "sets", multiple=True, help="A set's name, or its first 8 letters or more. Repeatable."
+)
+@click.option(
+    "--request", "requests", multiple=True, help="A request whose text is in the vault. Repeatable."
+)
+@click.option("--all", "everything", is_flag=True, help="Erase all texts.")
+def release(
+    directory: Path, sets: tuple[str, ...], requests: tuple[str, ...], everything: bool
+) -> Result:
+    """Erase texts from the vault. Patches made from them stay."""
+    import sisa.unlearn
+
+    if everything == bool(sets or requests):
+        raise click.UsageError("give --set or --request, or --all")
+    with opened(directory) as model:
+        return released(
+            sisa.unlearn.release(model, sets=sets, request_ids=requests, everything=everything)
+        )
 
 
 def released(gone: Sequence[VaultSet]) -> Result:

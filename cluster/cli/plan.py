@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 MAX_PLANNED_RECORDS, MAX_PLANNED_DELETIONS = 10**12, 10**8
 # Rank 8 on all linear modules of SmolLM2-135M: 2,442,240 parameters, AdamW's two moments beside them.
 ASSUMED_BYTES_PER_RANK = 2_442_240 * 4 * 3 // 8
+MAX_ROWS = 12  # of a table
+NOTES = (
+    "kept         checkpoints per shard",
+    "alone        share of a full training that a month's deletions retrain in order 0, one by one",
+    "together     the same, as one batch",
+    "others       what the other orders retrain in addition, one by one",
+    "training     training all orders once, in trainings of order 0",
+    "served       share of its slices that a shard serves right after a deletion",
+    "epochs or h  record-epochs, or hours of one worker, until a deletion is trained",
+)
 
 
 class _Finite(click.FloatRange):
@@ -98,6 +108,37 @@ def simulate(
     return replayed(found, stream, batch, time.perf_counter() - began)
 
 
+def replayed(found: Replayed, stream: Stream, batch: int, seconds: float) -> Result:
+    """Render the result of a stream, beside the expectation of the closed forms."""
+    layout, full = stream.layout, found.full_record_epochs
+    retrained, expected = found.record_epochs, round(found.expected_record_epochs)
+    body = {
+        "shards": layout.num_shards,
+        "slices": layout.num_slices,
+        "schedule": stream.schedule,
+        "records": found.num_records,
+        "deletions": found.num_deletions,
+        "batch": batch,
+        "shard_runs": found.num_runs,
+        "record_epochs_retrained": retrained,
+        "record_epochs_expected": expected,
+        "record_epochs_full": full,
+        "full_trainings": retrained / full,
+        "share_per_deletion": retrained / found.num_deletions / full,
+        "seconds": round(seconds, 2),
+    }
+    lines = [
+        f"layout      {layout.num_shards} shards x {layout.num_slices} slices, {stream.schedule}, "
+        "order 0 with all its checkpoints kept",
+        f"deleted     {found.num_deletions:,} of {found.num_records:,} records, "
+        f"{batch:,} at a time: {found.num_runs:,} runs of a shard",
+        f"retrained   {retrained:,} record-epochs: {retrained / full:.2f} full trainings, "
+        f"{100 * retrained / found.num_deletions / full:.6f}% of one for each deletion",
+        f"expected    {expected:,} by closed forms for equal shards",
+    ]
+    return Result(body, lines)
+
+
 @command("plan", "run.yaml --records 100000 --deletions-per-month 40 --budget-gb 50")
 @run_file_argument
 @records_option
@@ -164,131 +205,6 @@ def plan(
         with extra("notebook"):
             draw_choices(advised, best).savefig(plot, dpi=120)
     return planned(advised, best, limits, source)
-
-
-routing = command_group("routing", "Calibrate which prompts go to a shard, and which to the base.")
-
-
-@command("calibrate", "run.yaml --prompts public.jsonl", group=routing)
-@run_file_argument
-@click.option(
-    "--prompts",
-    "file",
-    required=True,
-    type=PATH,
-    help="Records that anybody may see, with subjects; columns as in the run file.",
-)
-def calibrate(run_file: Path, file: Path) -> Result:
-    """Choose min_score on public prompts of your own, for the run file's embedder and shards."""
-    from sisa.config.runfile import load_run_file
-    from sisa.data.reader import read_like
-    from sisa.flows.context.resources import Resources
-    from sisa.lm.routing.calibration import calibrate as calibrated
-
-    config = load_run_file(run_file)
-    records = read_like(config, file, subjects="some")
-    found = calibrated(records, Resources(config, None, None).embedder, config.sisa)
-    lines = [
-        f"{found.prompts} prompts about {found.subjects} subjects, in {config.sisa.shards} shards",
-        _errors(found.best),
-        *([_errors(found.auto) + "  (auto)"] if found.auto else []),
-        "for the run file:",
-        f"  sisa: {{aggregation: {{method: routed, min_score: {found.best.min_score}}}}}",
-    ]
-    return Result(asdict(found), lines)
-
-
-def _measured(config: RunConfig) -> tuple[float, float]:
-    """Return a model's mean bytes of a stage and record-epochs a second; zeros if there is no model."""
-    from sisa.flows.wiring.ledger_place import has_ledger, open_ledger
-
-    if not has_ledger(config.output_dir):
-        return 0.0, 0.0
-    with open_ledger(config.output_dir) as ledger:
-        held = ledger.checkpoints()
-    seconds = sum(each.seconds for each in held)
-    work = sum(each.record_epochs for each in held)
-    return sum(each.num_bytes for each in held) / max(1, len(held)), work / seconds if seconds else 0.0
-
-
-def _groups(risks: Sequence[str]) -> tuple[tuple[Group, ...], list[Problem]]:
-    """Return the groups of `--risk`, and every problem with them."""
-    from sisa.planning.deletion_stream import Group
-
-    found, problems = [], []
-    for text in risks:
-        share, _, risk = text.partition(":")
-        try:
-            group = Group(float(share), float(risk))
-        except ValueError:
-            problems.append(_unfit("--risk", "SHARE:RISK, such as 0.1:0.05", text))
-            continue
-        if not (0 < group.share <= 1 and 0 <= group.risk < math.inf):
-            problems.append(_unfit("--risk", "a share above 0 and at most 1, and a risk from 0", text))
-        found.append(group)
-    shown = ", ".join(risks)
-    if risks and not problems:
-        if not math.isclose(sum(each.share for each in found), 1.0, abs_tol=1e-6):
-            problems.append(_unfit("--risk", "shares that make 1 together", shown))
-        if not any(each.risk for each in found):
-            problems.append(_unfit("--risk", "a group that is ever asked for", shown))
-    return tuple(found) or (Group(1.0, 1.0),), problems
-
-
-def _unfit(where: str, expected: str, got: object) -> Problem:
-    return Problem(where, f"expected {expected}, got {got}")
-
-
-def _refuse(problems: Sequence[Problem]) -> None:
-    if problems:
-        raise InvalidInput(
-            "the options do not fit together; nothing was done",
-            next_step="correct them and run the command again",
-            problems=problems,
-        )
-
-
-MAX_ROWS = 12  # of a table
-NOTES = (
-    "kept         checkpoints per shard",
-    "alone        share of a full training that a month's deletions retrain in order 0, one by one",
-    "together     the same, as one batch",
-    "others       what the other orders retrain in addition, one by one",
-    "training     training all orders once, in trainings of order 0",
-    "served       share of its slices that a shard serves right after a deletion",
-    "epochs or h  record-epochs, or hours of one worker, until a deletion is trained",
-)
-
-
-def replayed(found: Replayed, stream: Stream, batch: int, seconds: float) -> Result:
-    """Render the result of a stream, beside the expectation of the closed forms."""
-    layout, full = stream.layout, found.full_record_epochs
-    retrained, expected = found.record_epochs, round(found.expected_record_epochs)
-    body = {
-        "shards": layout.num_shards,
-        "slices": layout.num_slices,
-        "schedule": stream.schedule,
-        "records": found.num_records,
-        "deletions": found.num_deletions,
-        "batch": batch,
-        "shard_runs": found.num_runs,
-        "record_epochs_retrained": retrained,
-        "record_epochs_expected": expected,
-        "record_epochs_full": full,
-        "full_trainings": retrained / full,
-        "share_per_deletion": retrained / found.num_deletions / full,
-        "seconds": round(seconds, 2),
-    }
-    lines = [
-        f"layout      {layout.num_shards} shards x {layout.num_slices} slices, {stream.schedule}, "
-        "order 0 with all its checkpoints kept",
-        f"deleted     {found.num_deletions:,} of {found.num_records:,} records, "
-        f"{batch:,} at a time: {found.num_runs:,} runs of a shard",
-        f"retrained   {retrained:,} record-epochs: {retrained / full:.2f} full trainings, "
-        f"{100 * retrained / found.num_deletions / full:.6f}% of one for each deletion",
-        f"expected    {expected:,} by closed forms for equal shards",
-    ]
-    return Result(body, lines)
 
 
 def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits, source: str) -> Result:
@@ -362,6 +278,88 @@ def _row(each: Advice, *, timed: bool) -> str:
         f"{each.training:>8.2f} {100 * each.serving_depth:>6.1f}% {each.stored_bytes / 1e9:>8.2f} "
         f"{until:>10}  {bands}{over}"
     )
+
+
+def _measured(config: RunConfig) -> tuple[float, float]:
+    """Return a model's mean bytes of a stage and record-epochs a second; zeros if there is no model."""
+    from sisa.flows.wiring.ledger_place import has_ledger, open_ledger
+
+    if not has_ledger(config.output_dir):
+        return 0.0, 0.0
+    with open_ledger(config.output_dir) as ledger:
+        held = ledger.checkpoints()
+    seconds = sum(each.seconds for each in held)
+    work = sum(each.record_epochs for each in held)
+    return sum(each.num_bytes for each in held) / max(1, len(held)), work / seconds if seconds else 0.0
+
+
+def _groups(risks: Sequence[str]) -> tuple[tuple[Group, ...], list[Problem]]:
+    """Return the groups of `--risk`, and every problem with them."""
+    from sisa.planning.deletion_stream import Group
+
+    found, problems = [], []
+    for text in risks:
+        share, _, risk = text.partition(":")
+        try:
+            group = Group(float(share), float(risk))
+        except ValueError:
+            problems.append(_unfit("--risk", "SHARE:RISK, such as 0.1:0.05", text))
+            continue
+        if not (0 < group.share <= 1 and 0 <= group.risk < math.inf):
+            problems.append(_unfit("--risk", "a share above 0 and at most 1, and a risk from 0", text))
+        found.append(group)
+    shown = ", ".join(risks)
+    if risks and not problems:
+        if not math.isclose(sum(each.share for each in found), 1.0, abs_tol=1e-6):
+            problems.append(_unfit("--risk", "shares that make 1 together", shown))
+        if not any(each.risk for each in found):
+            problems.append(_unfit("--risk", "a group that is ever asked for", shown))
+    return tuple(found) or (Group(1.0, 1.0),), problems
+
+
+def _unfit(where: str, expected: str, got: object) -> Problem:
+    return Problem(where, f"expected {expected}, got {got}")
+
+
+def _refuse(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise InvalidInput(
+            "the options do not fit together; nothing was done",
+            next_step="correct them and run the command again",
+            problems=problems,
+        )
+
+
+routing = command_group("routing", "Calibrate which prompts go to a shard, and which to the base.")
+
+
+@command("calibrate", "run.yaml --prompts public.jsonl", group=routing)
+@run_file_argument
+@click.option(
+    "--prompts",
+    "file",
+    required=True,
+    type=PATH,
+    help="Records that anybody may see, with subjects; columns as in the run file.",
+)
+def calibrate(run_file: Path, file: Path) -> Result:
+    """Choose min_score on public prompts of your own, for the run file's embedder and shards."""
+    from sisa.config.runfile import load_run_file
+    from sisa.data.reader import read_like
+    from sisa.flows.context.resources import Resources
+    from sisa.lm.routing.calibration import calibrate as calibrated
+
+    config = load_run_file(run_file)
+    records = read_like(config, file, subjects="some")
+    found = calibrated(records, Resources(config, None, None).embedder, config.sisa)
+    lines = [
+        f"{found.prompts} prompts about {found.subjects} subjects, in {config.sisa.shards} shards",
+        _errors(found.best),
+        *([_errors(found.auto) + "  (auto)"] if found.auto else []),
+        "for the run file:",
+        f"  sisa: {{aggregation: {{method: routed, min_score: {found.best.min_score}}}}}",
+    ]
+    return Result(asdict(found), lines)
 
 
 def _errors(of: Errors) -> str:

@@ -154,12 +154,50 @@ def submit_request(
         return submitted(done, model.request(done.request.request_id), directory)
 
 
+def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
+    lines = [_line(view)]
+    if found.copies:
+        fate = "included" if found.request.copies_included else "NOT included (--include-copies)"
+        lines.append(f"exact copies under other ids, {fate}: {len(found.copies)}")
+        lines += [f"  {each}" for each in found.copies]
+    if found.near:
+        near = f"near-duplicates, not included: {len(found.near)}"
+        lines.append(f"{near}; submit their ids to delete them")
+        lines += [f"  {each.score:.4f}  {each.id}" for each in found.near]
+    if view.request.state == "received":
+        name = view.request.external_id or view.request.request_id
+        lines.append(f"next: sisa request approve -m {directory} {shlex.quote(name)} --approver WHO")
+    elif view.request.state == "approved":
+        lines.append(f"next: sisa run -m {directory}")
+    body = _body(view) | {"copies": list(found.copies), "near": [asdict(each) for each in found.near]}
+    return Result(body, lines)
+
+
 @command("list", "-m model", group=request)
 @model_option
 def list_(directory: Path) -> Result:
     """List all requests with their state, due date and days left."""
     with opened(directory) as model:
         return requests_listed(model.requests(), model.drop_standing())
+
+
+def requests_listed(views: Sequence[RequestView], cycle: Standing | None = None) -> Result:
+    lines = [_line(view) for view in views] or ["no requests"]
+    lines += [drop_standing(cycle)] if cycle else []
+    body = {"requests": [_body(view) for view in views], "drop": asdict(cycle) if cycle else None}
+    return Result(body, lines)
+
+
+def _line(view: RequestView) -> str:
+    request = view.request
+    days = f", due {request.due}, {counted(view.days_left, 'day')} left"
+    left = "" if request.state in CLOSED else days
+    holds = f", waits for the legal hold of {', '.join(view.held_by)}" if view.held_by else ""
+    return request_line(request, left + holds)
+
+
+def _body(view: RequestView) -> dict[str, Any]:
+    return asdict(view.request) | {"days_left": view.days_left, "held_by": list(view.held_by)}
 
 
 @command("show", "-m model T-17", group=request)
@@ -175,9 +213,14 @@ def _shown(model: Model, view: RequestView) -> Result:
     return _with_certificate(request_shown(view), model, view.request)
 
 
-def _decide(directory: Path, request_id: str, state: RequestState, note: str) -> Result:
-    with opened(directory) as model:
-        return _shown(model, model.decide(request_id, state, note))
+def request_shown(view: RequestView) -> Result:
+    request = view.request
+    lines = [_line(view)]
+    lines += [f"  {each.at}  {each.state}  {each.note}".rstrip() for each in view.events]
+    if request.committed_at:
+        lines += [f"  record-epochs of its batch: {retrained(request)}", *meanwhile(request)]
+    lines += probed(request.probed)
+    return Result(_body(view) | {"events": [asdict(each) for each in view.events]}, lines)
 
 
 @command("approve", "-m model T-17 --approver dpo", group=request)
@@ -217,6 +260,11 @@ def cancel(directory: Path, request_id: str, reason: str | None) -> Result:
     return _decide(directory, request_id, "cancelled", reason or "")
 
 
+def _decide(directory: Path, request_id: str, state: RequestState, note: str) -> Result:
+    with opened(directory) as model:
+        return _shown(model, model.decide(request_id, state, note))
+
+
 @command("extend", '-m model T-17 --reason "complex"', group=request)
 @model_option
 @request_argument
@@ -225,42 +273,6 @@ def extend(directory: Path, request_id: str, reason: str) -> Result:
     """Extend a request's due date once, by two months (gdpr)."""
     with opened(directory) as model:
         return _shown(model, model.extend(request_id, reason))
-
-
-def _join_cluster(model: Model) -> None:
-    """Join a running cluster, so that its metrics show the queue before the first deletion."""
-    from sisa.flows.wiring.executors import OnCluster
-
-    executor = model.executor
-    address = model.config.cluster.address if executor in ("auto", "ray") else None
-    if isinstance(executor, OnCluster):
-        address = executor.address
-    if address is not None:
-        from cluster.ray.session import connect
-
-        connect(address, 0)
-
-
-def _watch(model: Model, directory: Path, every: int) -> NoReturn:
-    """Carry requests out when they are due or somebody asks for it, and report changes.
-
-    While another process holds the model, wait for the next check. Raise any other error.
-    """
-    from cluster.serve.runner import carry_out_requests, delivering
-
-    _join_cluster(model)
-    is_waiting = False
-    with delivering(directory):
-        while True:
-            try:
-                if done := carry_out_requests(model):
-                    say(ran(done, model.exports_missing(), directory).text)
-                is_waiting = False
-            except Busy as error:
-                if not is_waiting:
-                    say(f"waiting: {error.what}; trying again every {every} s")
-                is_waiting = True
-            time.sleep(every)
 
 
 @command("run", "-m model --plan")
@@ -288,54 +300,6 @@ def run_requests(
         done = model.run()
         on_hold = [each for each in model.requests() if each.held_by]
         return ran(done, model.exports_missing(), directory, on_hold)
-
-
-def _line(view: RequestView) -> str:
-    request = view.request
-    days = f", due {request.due}, {counted(view.days_left, 'day')} left"
-    left = "" if request.state in CLOSED else days
-    holds = f", waits for the legal hold of {', '.join(view.held_by)}" if view.held_by else ""
-    return request_line(request, left + holds)
-
-
-def _body(view: RequestView) -> dict[str, Any]:
-    return asdict(view.request) | {"days_left": view.days_left, "held_by": list(view.held_by)}
-
-
-def requests_listed(views: Sequence[RequestView], cycle: Standing | None = None) -> Result:
-    lines = [_line(view) for view in views] or ["no requests"]
-    lines += [drop_standing(cycle)] if cycle else []
-    body = {"requests": [_body(view) for view in views], "drop": asdict(cycle) if cycle else None}
-    return Result(body, lines)
-
-
-def request_shown(view: RequestView) -> Result:
-    request = view.request
-    lines = [_line(view)]
-    lines += [f"  {each.at}  {each.state}  {each.note}".rstrip() for each in view.events]
-    if request.committed_at:
-        lines += [f"  record-epochs of its batch: {retrained(request)}", *meanwhile(request)]
-    lines += probed(request.probed)
-    return Result(_body(view) | {"events": [asdict(each) for each in view.events]}, lines)
-
-
-def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
-    lines = [_line(view)]
-    if found.copies:
-        fate = "included" if found.request.copies_included else "NOT included (--include-copies)"
-        lines.append(f"exact copies under other ids, {fate}: {len(found.copies)}")
-        lines += [f"  {each}" for each in found.copies]
-    if found.near:
-        near = f"near-duplicates, not included: {len(found.near)}"
-        lines.append(f"{near}; submit their ids to delete them")
-        lines += [f"  {each.score:.4f}  {each.id}" for each in found.near]
-    if view.request.state == "received":
-        name = view.request.external_id or view.request.request_id
-        lines.append(f"next: sisa request approve -m {directory} {shlex.quote(name)} --approver WHO")
-    elif view.request.state == "approved":
-        lines.append(f"next: sisa run -m {directory}")
-    body = _body(view) | {"copies": list(found.copies), "near": [asdict(each) for each in found.near]}
-    return Result(body, lines)
 
 
 def run_planned(found: RunPlan) -> Result:
@@ -368,6 +332,42 @@ def ran(
     body |= {"on_hold": [each.request.request_id for each in on_hold]}
     hints = [line for each in done for line in base_hint(each, directory)]
     return Result(body, [*lines, *hints, *missing_exports(missing)])
+
+
+def _watch(model: Model, directory: Path, every: int) -> NoReturn:
+    """Carry requests out when they are due or somebody asks for it, and report changes.
+
+    While another process holds the model, wait for the next check. Raise any other error.
+    """
+    from cluster.serve.runner import carry_out_requests, delivering
+
+    _join_cluster(model)
+    is_waiting = False
+    with delivering(directory):
+        while True:
+            try:
+                if done := carry_out_requests(model):
+                    say(ran(done, model.exports_missing(), directory).text)
+                is_waiting = False
+            except Busy as error:
+                if not is_waiting:
+                    say(f"waiting: {error.what}; trying again every {every} s")
+                is_waiting = True
+            time.sleep(every)
+
+
+def _join_cluster(model: Model) -> None:
+    """Join a running cluster, so that its metrics show the queue before the first deletion."""
+    from sisa.flows.wiring.executors import OnCluster
+
+    executor = model.executor
+    address = model.config.cluster.address if executor in ("auto", "ray") else None
+    if isinstance(executor, OnCluster):
+        address = executor.address
+    if address is not None:
+        from cluster.ray.session import connect
+
+        connect(address, 0)
 
 
 @command("report", "-m model --html report.html")

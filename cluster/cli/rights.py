@@ -71,6 +71,27 @@ def write_access(directory: Path, ids: list[str], subject: str | None, target: P
     return Result(body, [wrote, logged(stated)])
 
 
+def _write_new(path: Path, data: bytes) -> None:
+    """Write a file for its owner alone. Raise InvalidInput if there is one, EnvironmentFault."""
+    from sisa.store.blobs.files import FILE_MODE, disk_errors
+
+    with disk_errors(path):
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
+        except FileExistsError:
+            raise _exists(path) from None
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _exists(path: Path) -> InvalidInput:
+    return InvalidInput("there is a file already", where=str(path), next_step="name a new file")
+
+
 @command("recipients", "-m model --subject p001")
 @model_option
 @records_options
@@ -123,27 +144,6 @@ def release_person(directory: Path, subject: str) -> Result:
     return restricted(found)
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    """Write a file for its owner alone. Raise InvalidInput if there is one, EnvironmentFault."""
-    from sisa.store.blobs.files import FILE_MODE, disk_errors
-
-    with disk_errors(path):
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
-        except FileExistsError:
-            raise _exists(path) from None
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-
-
-def _exists(path: Path) -> InvalidInput:
-    return InvalidInput("there is a file already", where=str(path), next_step="name a new file")
-
-
 drop = command_group("drop", "California's DROP: import deletion lists, report statuses.")
 
 
@@ -156,6 +156,21 @@ def drop_import(directory: Path, file: Path, submitter: str, approver: str | Non
     """Import a download of DROP; submit a request for each consumer whom it matches."""
     with opened(directory) as model:
         return imported(model.drop_import(file, approver=approver, submitter=submitter), directory)
+
+
+def imported(done: Imported, directory: Path) -> Result:
+    lines = [
+        f"download of {done.downloaded}: {counted(done.new, 'new work item')}, {done.known} known, "
+        f"{done.withdrawn} withdrawn",
+        f"of all open ones: {done.matched} matched by one consumer, {done.shared} by several, "
+        f"{done.not_found} not found",
+        f"requests: {len(done.requests)} submitted, {len(done.cancelled)} cancelled",
+    ]
+    if done.shared:
+        shared = "opt out those who share an identifier, unless you did: "
+        lines.append(f"{shared}`sisa drop status --show-ids` names them")
+    step = f"`sisa request approve` each, sisa run -m {directory}, " if done.requests else ""
+    return Result(asdict(done), [*lines, f"next: {step}sisa drop report -m {directory} -o DIR"])
 
 
 @command("report", "-m model -o responses", group=drop)
@@ -175,6 +190,14 @@ def drop_report(directory: Path, target: Path, opted_out: bool, again: bool, suf
         return reported(done)
 
 
+def reported(done: Reported) -> Result:
+    statuses = ", ".join(f"{count} of status {status}" for status, count in done.statuses.items())
+    lines = [f"reported: {statuses or 'nothing'}; {counted(done.open, 'work item')} without a status"]
+    lines += [f"  to upload: {done.directory}/{each}" for each in done.upload]
+    lines += [f"  to amend:  {done.directory}/{each}" for each in done.amend]
+    return Result({**asdict(done), "statuses": {str(k): n for k, n in done.statuses.items()}}, lines)
+
+
 @command("status", "-m model", group=drop)
 @model_option
 @click.option("--show-ids", is_flag=True, help="Show the ids of the records that are matched.")
@@ -182,26 +205,3 @@ def drop_status(directory: Path, show_ids: bool) -> Result:
     """Show the 45-day cycle: next access, open and overdue work items, and what they wait for."""
     with opened(directory) as model:
         return drop_shown(model.drop_details(show_ids=show_ids))
-
-
-def imported(done: Imported, directory: Path) -> Result:
-    lines = [
-        f"download of {done.downloaded}: {counted(done.new, 'new work item')}, {done.known} known, "
-        f"{done.withdrawn} withdrawn",
-        f"of all open ones: {done.matched} matched by one consumer, {done.shared} by several, "
-        f"{done.not_found} not found",
-        f"requests: {len(done.requests)} submitted, {len(done.cancelled)} cancelled",
-    ]
-    if done.shared:
-        shared = "opt out those who share an identifier, unless you did: "
-        lines.append(f"{shared}`sisa drop status --show-ids` names them")
-    step = f"`sisa request approve` each, sisa run -m {directory}, " if done.requests else ""
-    return Result(asdict(done), [*lines, f"next: {step}sisa drop report -m {directory} -o DIR"])
-
-
-def reported(done: Reported) -> Result:
-    statuses = ", ".join(f"{count} of status {status}" for status, count in done.statuses.items())
-    lines = [f"reported: {statuses or 'nothing'}; {counted(done.open, 'work item')} without a status"]
-    lines += [f"  to upload: {done.directory}/{each}" for each in done.upload]
-    lines += [f"  to amend:  {done.directory}/{each}" for each in done.amend]
-    return Result({**asdict(done), "statuses": {str(k): n for k, n in done.statuses.items()}}, lines)
