@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -44,6 +44,15 @@ class Contribution:
     finish: Callable[[], None] = lambda: None
 
 
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Copies that a hook keeps of records: their kind, their storage area, and their names there."""
+
+    what: str
+    where: str
+    names: Collection[str]
+
+
 _M = TypeVar("_M", contravariant=True)  # an open model
 
 
@@ -53,6 +62,12 @@ class DeletionHook(Protocol[_M]):
     Hooks are called in turn. A crash may occur between any two calls, and before `finish`. So whatever
     must not be lost belongs in the commit, and the next command's `reconcile` continues from there.
     """
+
+    def copies(self, model: _M, rows: Sequence[RecordRow]) -> Sequence[Copies]:
+        """Return what the hook keeps of records: their certificate states that it was erased.
+
+        It is asked before any hook contributes. The hook's `reconcile` erases it, or raises an error.
+        """
 
     def contribute(self, model: _M, removal: Removal) -> Contribution:
         """Return what to add to the commit, before the deletion is planned; an error stops it.

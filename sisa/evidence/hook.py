@@ -19,7 +19,7 @@ from sisa.config.config import RunConfig
 from sisa.core.domain import Export, HeldCheckpoint, Record, RecordRow
 from sisa.core.errors import IntegrityError, SisaError
 from sisa.core.events import Notice
-from sisa.core.hooks import Contribution, Removal
+from sisa.core.hooks import Contribution, Copies, Removal
 from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.core.patches import Patch
 from sisa.core.requests import Request
@@ -58,6 +58,11 @@ class EvidenceHook:
     @property
     def tables(self) -> EvidenceTables:
         return EvidenceTables(self.directory / EVIDENCE)
+
+    def copies(self, context: Context, rows: Sequence[RecordRow]) -> Sequence[Copies]:
+        """Return nothing: no statement is erased."""
+        del context, rows
+        return ()
 
     def contribute(self, context: Context, removal: Removal) -> Contribution:
         """Draft the certificates of what is removed; add nothing to the commit."""
@@ -171,6 +176,7 @@ def _draft(
         [each for shard in shards for each in ledger.indexes(shard)],
         [each for shard in shards for each in ledger.checkpoints(shard)],
         states,
+        [each for hook in context.hooks for each in hook.copies(context, rows)],
     )
     ids = {key: each.id for key, each in records.items()}
     exports = tainted_exports(ledger.exports(), {request.request_id: rows})

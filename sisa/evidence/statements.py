@@ -26,6 +26,7 @@ from typing import Any
 from sisa.audit.own_files import Searched
 from sisa.core.digest import Keyed, digest_of
 from sisa.core.domain import Export, HeldCheckpoint, IndexFile, RecordRow, Restrictions, SliceFile
+from sisa.core.hooks import Copies
 from sisa.core.patches import Patch
 from sisa.core.requests import Probed, Request, RequestEvent, RequestState
 from sisa.planning.plan import tainted_checkpoints
@@ -129,6 +130,7 @@ class Held:
     indexes: Sequence[IndexFile]
     checkpoints: Sequence[HeldCheckpoint]
     hidden_states: Collection[str] = ()  # names of the files with those of these slices
+    copies: Sequence[Copies] = ()  # that other hooks keep
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,9 @@ def draft_certificate(
         touched.append({"shard": shard, "slices": slices, "checkpoints": len(tainted)})
     if exported := {erased_name(keyed, "export", each.path, each.key) for each in exports}:
         erased.append(inventory("export", "exports", exported, shard=-1))
+    for each in held.copies:
+        if names := [erased_name(keyed, each.what, name) for name in each.names]:
+            erased.append(inventory(each.what, each.where, names, shard=-1))
     return Draft(
         request_id,
         tuple(sorted(commitments)),

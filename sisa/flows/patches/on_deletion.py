@@ -1,5 +1,6 @@
 """Keep patches in step with deletions, as a hook.
 
+    copies    name the retain sets that hold a removed record, and the patches made with them
     commit    put the texts that a request removes into the vault, if somebody consented; drop a patch
               whose retain set held a removed record, with the patches above it, and want it again
               without that record
@@ -13,13 +14,14 @@ everything trained over it is dropped in a separate commit before the deletion's
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from sisa.core.domain import RecordRow
 from sisa.core.errors import SisaError
 from sisa.core.events import Notice
-from sisa.core.hooks import Contribution, Removal
+from sisa.core.hooks import Contribution, Copies, Removal
 from sisa.core.patches import Patch, wanted, without_shards
 from sisa.core.ports import Change
 from sisa.flows.context.commit import commit
@@ -27,10 +29,25 @@ from sisa.flows.context.context import Context, trained_over
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.patching import make_wanted, shards_off
 from sisa.planning.patch_plan import Rederived, lineage, rederive
+from sisa.store.areas import PATCHES, VAULT
 
 
 class PatchesHook:
     """Keep patches, and the vault of their texts, in step with deletions."""
+
+    def copies(self, context: Context, rows: Sequence[RecordRow]) -> Sequence[Copies]:
+        """Return the retain sets that hold records, and the patches that were made with them."""
+        ledger, stores = context.stores.ledger, context.stores
+        with_rows = ledger.sets_with([row.id_digest for row in rows])
+        named = {name for names in with_rows.values() for name in names}
+        sets = {each.name for each in ledger.vault() if each.role == "retain" and each.name in named}
+        if not sets:  # as in most models
+            return ()
+        patches = {each.key for each in lineage(ledger.patches(), sets)}
+        return (
+            Copies("retain set", VAULT, sets & stores.vault.held()),
+            Copies("patch", PATCHES, patches & stores.patches.held()),
+        )
 
     def contribute(self, context: Context, removal: Removal) -> Contribution:
         """Return the changed patches and the sets to keep; drop shards trained over a changed patch.

@@ -25,6 +25,7 @@ from sisa.evidence.keys.keys import Keys
 from sisa.evidence.log.log import Log
 from sisa.evidence.statements import Draft
 from sisa.flows.context.commit import commit
+from sisa.flows.patches.patching import Wish, make_wanted, want
 from sisa.flows.reconcile import reconcile
 from sisa.flows.restored_backup import catch_up
 from sisa.store.areas import LOG
@@ -99,6 +100,31 @@ def test_what_was_erased_is_named_without_plain_digests(model: Certified) -> Non
     assert found["checkpoint"] == found["optimizer state"] == stated["touched"][0]["checkpoints"]
     text = json.dumps(stated["erased"])
     assert not any(each in text for each in [*files, *keys, rows[0].id_digest, rows[0].text_digest])
+
+
+def test_what_other_hooks_erase_is_stated(model: Certified) -> None:
+    """Two patches have records in their retain sets, and the second one is on top of the first."""
+    context, digest = model.fake.context, model.fake.context.settings.chain.keyed.digest
+    for number, kept in ((50, 3), (51, 5)):
+        want(context, Wish({"method": "npo"}, [fake_record(number)], [fake_record(kept)], "asked"))
+        make_wanted(context)
+    sets = [each.name for each in model.fake.ledger.vault() if each.role == "retain"]
+    first, second = model.fake.ledger.patches()
+    model.forget(5)
+    model.forget(7)
+    model.forget(3)
+    stated = [
+        {each["what"]: each for each in predicate["erased"] if each["shard"] == -1}
+        for predicate in certificates(model)
+    ]
+    assert [set(each) for each in stated] == [{"retain set", "patch"}, set(), {"retain set", "patch"}]
+    assert stated[0]["patch"]["digests"] == [digest("erased", "patch", second.key)]
+    assert digest("erased", "patch", first.key) in stated[2]["patch"]["digests"]
+    found = [stated[number]["retain set"]["digests"] for number in (0, 2)]
+    assert [len(each) for each in found] == [1, 1]
+    assert {each for (each,) in found} == {digest("erased", "retain set", each) for each in sets}
+    assert context.stores.vault.held().isdisjoint(sets)
+    assert {first.key, second.key}.isdisjoint(context.stores.patches.held())
 
 
 def test_a_certificate_of_many_records_names_their_rows_by_a_root_alone(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 
-from sisa.core.hooks import Contribution, Removal
+from sisa.core.domain import RecordRow
+from sisa.core.hooks import Contribution, Copies, Removal
 from sisa.core.ports import Change
 from sisa.flows.context.context import Context
 from sisa.flows.ingest import train
@@ -31,6 +32,10 @@ class Noting:
 
     def _note(self, context: Context, call: str) -> None:
         self.calls.append((self.name, call, [each.state for each in context.stores.ledger.requests()]))
+
+    def copies(self, context: Context, rows: Sequence[RecordRow]) -> Sequence[Copies]:
+        del context, rows
+        return ()
 
     def contribute(self, context: Context, removal: Removal) -> Contribution:
         assert len(removal.rows) == 1
