@@ -44,15 +44,15 @@ from tests.models.tiny_model import (
 pytestmark = pytest.mark.torch
 
 
-def test_what_is_served_lies_over_the_active_patches(tiny: Tiny, made: list[Files]) -> None:
+def test_what_is_served_lies_over_the_active_patches(tiny: Tiny, two_patches: list[Files]) -> None:
     from sisa.lm.base.tokens import encode_prompt
 
     model = tiny.open()
     before = answerer_of(model)
     ids = encode_prompt(PROMPT, before.tokenizer, "completion")
-    for files in made:
+    for files in two_patches:
         put_patch(model, files)
-    expected, found = answerer_of(tiny.open(), made), model.answerer()[0]
+    expected, found = answerer_of(tiny.open(), two_patches), model.answerer()[0]
     for shards in ((), (0,), (0, 1, 2)):
         asked = next_token_probabilities(found, ids, all_of(shards))
         assert asked.equal(next_token_probabilities(expected, ids, all_of(shards)))
@@ -82,22 +82,22 @@ def patched(folder: Path, base: Path, rows: Any, patches: Sequence[Files], **opt
 
 
 def test_shards_over_patches_are_those_of_training_over_them_from_scratch(
-    tiny: Tiny, made: list[Files], tmp_path: Path
+    tiny: Tiny, two_patches: list[Files], tmp_path: Path
 ) -> None:
     """History: trained plain, patched, retrained, one patched on top, records forgotten and added."""
     model = tiny.open()
     plain = adapters(tiny.directory)
-    put_patch(model, made[0], 0)
+    put_patch(model, two_patches[0], 0)
     assert unlearn.retrain(model) > 0
     once = adapters(tiny.directory)
     assert not set(once) & set(plain)
     assert unlearn.retrain(model) == 0, "they are over it already"
-    put_patch(model, made[1], 1)
+    put_patch(model, two_patches[1], 1)
     gone, kept = ids_of(of_people("p001")), without(PEOPLE, ids_of(of_people("p001", "p012")))
     model.forget(ids_of(of_people("p012")))
     assert unlearn.retrain(model) > 0
     model.forget(gone)
-    expected = patched(tmp_path / "scratch", tiny.base, kept, made)
+    expected = patched(tmp_path / "scratch", tiny.base, kept, two_patches)
     assert adapters(tiny.directory) == adapters(expected.directory)
     assert model.verify(replay="all").ok
     names = {json.loads(p.read_text())["job"]["base"] for p in _manifests(tiny.directory)}
@@ -111,19 +111,19 @@ def _manifests(directory: Path) -> list[Path]:
 
 @pytest.mark.ray
 def test_workers_on_ray_train_the_same_bytes_over_patches(
-    tiny: Tiny, made: list[Files], tmp_path: Path
+    tiny: Tiny, two_patches: list[Files], tmp_path: Path
 ) -> None:
-    put_patch(tiny.open(), made[0])
+    put_patch(tiny.open(), two_patches[0])
     assert unlearn.retrain(tiny.open("ray")) > 0
-    expected = patched(tmp_path / "scratch", tiny.base, PEOPLE, made[:1])
+    expected = patched(tmp_path / "scratch", tiny.base, PEOPLE, two_patches[:1])
     assert adapters(tiny.directory) == adapters(expected.directory)
 
 
 def test_patches_of_a_former_base_are_dropped_with_it(
-    tiny: Tiny, made: list[Files], tmp_path: Path
+    tiny: Tiny, two_patches: list[Files], tmp_path: Path
 ) -> None:
     model = tiny.open()
-    put_patch(model, made[0])
+    put_patch(model, two_patches[0])
     unlearn.retrain(model)
     other = make_tiny_base(tmp_path / "other", seed=5)
     change_run(tiny.run_file, base_model=str(other))
@@ -139,26 +139,28 @@ def test_patches_of_a_former_base_are_dropped_with_it(
 
 
 def test_another_layout_keeps_patches_and_what_is_over_them(
-    tiny: Tiny, made: list[Files], tmp_path: Path
+    tiny: Tiny, two_patches: list[Files], tmp_path: Path
 ) -> None:
     model = tiny.open()
-    put_patch(model, made[0])
+    put_patch(model, two_patches[0])
     unlearn.retrain(model)
     change_run(tiny.run_file, sisa__shards=2)
     tiny.train(accept_differences=True)
-    expected = patched(tmp_path / "scratch", tiny.base, PEOPLE, made[:1], sisa_block={"shards": 2})
+    expected = patched(
+        tmp_path / "scratch", tiny.base, PEOPLE, two_patches[:1], sisa_block={"shards": 2}
+    )
     assert adapters(tiny.directory) == adapters(expected.directory)
     assert len(unlearn.served(tiny.open())) == 1
     assert tiny.open().verify().ok
 
 
 def test_patches_and_shards_over_them_follow_encrypt_and_the_vault_stays_sealed(
-    tmp_path: Path, tiny_base: Path, made: list[Files]
+    tmp_path: Path, tiny_base: Path, two_patches: list[Files]
 ) -> None:
     run_file = write_run(tmp_path, tiny_base, PEOPLE[:4], encrypt=True, keyring="keys")
     (tmp_path / "shared.key").chmod(0o600)
     model, _ = sisa.train_model(run_file, executor="serial", allow_deleted=True)
-    patch = put_patch(model, made[0])
+    patch = put_patch(model, two_patches[0])
     unlearn.retrain(model)
     digest = model.status().model_digest
     text = Record("x", None, "text", (Part("text", "Mara of Velden keeps bees."),))
@@ -174,7 +176,7 @@ def test_patches_and_shards_over_them_follow_encrypt_and_the_vault_stays_sealed(
         assert (taken.slices_trained, model.status().model_digest) == (0, digest)
         assert is_sealed((model.directory / PATCHES / patch.key / ADAPTER).read_bytes()) == encrypt
         assert is_sealed((model.directory / VAULT / name).read_bytes())
-        assert unlearn.served(model) == [made[0]]
+        assert unlearn.served(model) == [two_patches[0]]
         with model.context() as context:
             assert context.stores.vault.read(put.sets[0]) == (text,)
         assert model.verify(replay="all", apart=False).ok

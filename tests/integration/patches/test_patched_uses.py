@@ -43,10 +43,10 @@ def measured(model: sisa.Model, before: Sequence[Patch], after: Sequence[Patch])
 
 
 def test_composition_is_nothing_for_equal_stacks_and_something_for_others(
-    tiny: Tiny, made: list[Files]
+    tiny: Tiny, two_patches: list[Files]
 ) -> None:
     model = tiny.open()
-    first, second = (put_patch(model, files, seed) for seed, files in enumerate(made))
+    first, second = (put_patch(model, files, seed) for seed, files in enumerate(two_patches))
     for stack in ([], [first], [first, second]):
         same = measured(model, stack, stack)
         assert (same.num_records, sorted(same.by_shard)) == (10, [0, 1, 2])
@@ -70,9 +70,11 @@ def test_composition_is_nothing_for_equal_stacks_and_something_for_others(
     assert not any(row["id"] in text or row["completion"].strip() in text for row in PEOPLE)
 
 
-def test_composition_is_not_measured_on_what_is_to_be_forgotten(tiny: Tiny, made: list[Files]) -> None:
+def test_composition_is_not_measured_on_what_is_to_be_forgotten(
+    tiny: Tiny, two_patches: list[Files]
+) -> None:
     model = tiny.open()
-    patch = put_patch(model, made[0])
+    patch = put_patch(model, two_patches[0])
     before = measured(model, [], [patch])
     with model.writing() as context:
         rows = [row for shard in range(3) for row in context.stores.ledger.rows(shard)][:-3]
@@ -83,9 +85,9 @@ def test_composition_is_not_measured_on_what_is_to_be_forgotten(tiny: Tiny, made
     assert (before.num_records, after.num_records) == (10, 3)
 
 
-def test_a_model_without_shards_has_no_composition(tiny: Tiny, made: list[Files]) -> None:
+def test_a_model_without_shards_has_no_composition(tiny: Tiny, two_patches: list[Files]) -> None:
     model = tiny.open()
-    patch = put_patch(model, made[0])
+    patch = put_patch(model, two_patches[0])
     model.forget(ids_of(PEOPLE))
     found = measured(model, [], [patch])
     assert found.to_json() == {"num_records": 0, "base": None, "shards": None, "by_shard": {}}
@@ -96,7 +98,7 @@ def test_a_model_without_shards_has_no_composition(tiny: Tiny, made: list[Files]
 
 @QUIET
 def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
-    tiny: Tiny, made: list[Files]
+    tiny: Tiny, two_patches: list[Files]
 ) -> None:
     import torch
     from peft import AutoPeftModelForCausalLM
@@ -105,9 +107,9 @@ def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
 
     model = tiny.open()
     plain = model.export(tiny.folder / "plain")
-    stack = [put_patch(model, files, seed) for seed, files in enumerate(made)]
+    stack = [put_patch(model, files, seed) for seed, files in enumerate(two_patches)]
     patched_ = model.export(tiny.folder / "patched")
-    expected = answerer_of(tiny.open(), made)
+    expected = answerer_of(tiny.open(), two_patches)
     ids = encode_prompt(PROMPT, expected.tokenizer, "completion")
     for shard, (path, before) in enumerate(zip(patched_, plain, strict=True)):
         found = probabilities(AutoPeftModelForCausalLM.from_pretrained(path), ids)
@@ -131,7 +133,7 @@ def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
 
 
 @QUIET
-def test_an_evaluation_is_of_what_is_served_and_names_it(tiny: Tiny, made: list[Files]) -> None:
+def test_an_evaluation_is_of_what_is_served_and_names_it(tiny: Tiny, two_patches: list[Files]) -> None:
     from approx.evaluation.evaluated_models import open_evaluated
     from approx.evaluation.questions import PromptForm
 
@@ -141,7 +143,7 @@ def test_an_evaluation_is_of_what_is_served_and_names_it(tiny: Tiny, made: list[
         return opened.digest, score.loss
 
     plain = scored()
-    put_patch(tiny.open(), made[0])
+    put_patch(tiny.open(), two_patches[0])
     under = scored()
     assert under[0] != plain[0]
     assert under[1] != pytest.approx(plain[1], abs=1e-4)
@@ -153,7 +155,7 @@ def test_an_evaluation_is_of_what_is_served_and_names_it(tiny: Tiny, made: list[
 
 
 def test_the_probe_asks_the_base_as_it_is_served(
-    tiny: Tiny, made: list[Files], capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, two_patches: list[Files], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tiny.file("asked.jsonl", PEOPLE[:3])
 
@@ -163,7 +165,7 @@ def test_the_probe_asks_the_base_as_it_is_served(
         return done.json
 
     plain = probed()
-    put_patch(tiny.open(), made[0])
+    put_patch(tiny.open(), two_patches[0])
     under = probed()
     assert under != plain
     assert probed("--without-patches") == plain

@@ -32,7 +32,7 @@ from sisa.lm.base.numerics import fingerprint
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.fakes.keyring import PLAIN
-from tests.models.programs.clusters import num_alive
+from tests.models.programs.clusters import num_alive, present_session
 from tests.models.scripted import (
     NUM_SHARDS,
     NUM_SLICES,
@@ -192,7 +192,7 @@ def test_nothing_is_lost_with_the_mailbox(site: Site, chains: list[Chain]) -> No
 
     def report(event: Event) -> None:
         events.append(event)
-        session = ray_session._session
+        session = present_session()
         if session is not None and wait.exists():
             ray.kill(session.mailbox)
             wait.unlink()
@@ -224,10 +224,10 @@ def test_an_error_in_the_driver_ends_the_workers(site: Site, chains: list[Chain]
 
 def test_workers_are_kept_between_runs(site: Site, chains: list[Chain]) -> None:
     executor(site, num_workers=1).run(chains[:1], ignore)
-    session = ray_session._session
+    session = present_session()
     time.sleep(1.5)  # Ray reaps idle workers after a second when it has too many
     executor(site, num_workers=1).run(chains[1:], ignore)
-    assert ray_session._session is session
+    assert present_session() is session
     assert len({pid for _, pid, _ in begun(site)}) == 1
 
 
@@ -236,7 +236,7 @@ def test_no_text_in_rays_directory_and_no_directory_at_the_end(site: Site, chain
     (site.base_dir / "break-0.2").touch()
     with pytest.raises(SisaError):
         executor(site).run(chains, ignore)
-    session = ray_session._session
+    session = present_session()
     assert session is not None
     assert session.private_dir is not None
     assert session.private_dir.stat().st_mode & 0o777 == 0o700
@@ -289,7 +289,7 @@ NAMED_ID = "SECRET-alice@example.org"
 
 def look_for_the_id(event: Event) -> None:
     """Look for the id of the driver's command line in what Ray keeps of the driver."""
-    session = ray_session._session
+    session = present_session()
     if isinstance(event, SliceTrained) and session is not None and session.private_dir is not None:
         jobs = repr(ray._private.state.jobs())
         assert "'Entrypoint': 'sisa'" in jobs, jobs

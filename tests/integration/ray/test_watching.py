@@ -27,11 +27,11 @@ import ray
 from cluster.cli import cli, requests
 from cluster.observe import ray_metrics
 from cluster.observe.ray_metrics import SERIES
-from cluster.ray import session as ray_session
 from sisa.store.areas import METRICS
 from sisa.store.ledger import sqlite
 from sisa.store.metrics import FileMetrics
 from tests.integration.ray.secret_forms import forms
+from tests.models.programs.clusters import present_session
 from tests.models.tiny_model import KEY, write_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.torch]
@@ -138,7 +138,7 @@ def worker_lines(run: str) -> list[dict[str, Any]]:
 
 
 def session_files() -> list[Path]:
-    held = ray_session._session
+    held = present_session()
     assert held is not None
     assert held.private_dir is not None
     token = held.private_dir / "token"
@@ -146,7 +146,7 @@ def session_files() -> list[Path]:
 
 
 def secrets() -> set[bytes]:
-    held = ray_session._session
+    held = present_session()
     assert held is not None
     assert held.private_dir is not None
     return {(held.private_dir / "token").read_bytes().strip(), *forms(bytes.fromhex(KEY))}

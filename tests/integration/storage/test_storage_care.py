@@ -22,7 +22,7 @@ from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from tests.examples import num_examples
 from tests.fakes.s3_server import Server, fresh_blobs
-from tests.models import confessing as care_model
+from tests.models import confessing
 from tests.models.confessing import DELETED, NUM_RECORDS, RUN_FILE, context_of, delete, record, stored
 
 GONE = record(DELETED)
@@ -33,7 +33,7 @@ def build(directory: Path, storage: str, slices: int = 2, **settings: Any) -> Pa
     config = parse_run_file(RUN_FILE, "run.yaml")
     block = config.sisa.model_copy(update={"slices": slices})
     config = config.model_copy(update={"storage": storage, "sisa": block, **settings})
-    care_model.train_in(directory, config, [record(number) for number in range(NUM_RECORDS)])
+    confessing.train_in(directory, config, [record(number) for number in range(NUM_RECORDS)])
     assert not (directory / RECORDS).exists()
     assert not (directory / CHECKPOINTS).exists()
     return directory

@@ -19,6 +19,7 @@ from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.lm.routing.route import all_of
 from sisa.store.areas import CHECKPOINTS
+from tests.models.patched import QUIET
 from tests.models.stages import RECORDS, job_for
 from tests.models.tiny_model import (
     PEOPLE,
@@ -37,7 +38,6 @@ from tests.models.tiny_model import (
 pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("bfloat16")]
 
 HALF = Precision("cpu", "bfloat16")
-QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ROUNDED: dict[str, Any] = {"rtol": 0.05, "atol": 1e-4}  # of probabilities whose logits have 8 bits
 
 

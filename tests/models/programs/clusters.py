@@ -30,6 +30,11 @@ def share_ray() -> ray_session.Session:
         return ray_session.connect(None, 2)
 
 
+def present_session() -> ray_session.Session | None:
+    """Return this process's connection to a Ray, if it has one."""
+    return ray_session._session
+
+
 @contextmanager
 def own_cluster(**head: Any) -> Iterator[Cluster]:
     """Start a head without CPUs, which is the driver's node; end everything with the block."""

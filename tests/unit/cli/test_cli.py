@@ -29,7 +29,7 @@ from sisa.core.domain import Record
 from sisa.flows.lifecycle import Terms, carry_out, submit
 from sisa.flows.wiring.ledger_place import LEDGER
 from tests.fakes.ports import fake_record
-from tests.models import confessing as care_model
+from tests.models import confessing
 from tests.models.programs.imported import imported_by
 
 RUN_FILE = """
@@ -65,8 +65,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
     config = parse_run_file(RUN_FILE, "run.yaml")
     then = {"numerics": "f", "now": "2026-01-01T00:00:00+00:00"}
-    care_model.train_in(directory, config, [record(number) for number in range(20)], **then)
-    with care_model.context_of(directory, numerics="f", now="2026-01-01T00:00:00+00:00") as context:
+    confessing.train_in(directory, config, [record(number) for number in range(20)], **then)
+    with confessing.context_of(directory, numerics="f", now="2026-01-01T00:00:00+00:00") as context:
         row = context.settings.assigner.row(record(19), 1)
         held = [
             each for each in context.stores.ledger.rows(row.shard) if each.id_digest == row.id_digest

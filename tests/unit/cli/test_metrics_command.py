@@ -12,7 +12,7 @@ from cluster.observe.curves import Curves, points, summary
 from sisa.store.areas import METRICS
 from sisa.store.metrics import KEPT, FileMetrics, without_losses
 from tests.fakes.metrics import EVENTS, RUN, kept
-from tests.models import confessing as care_model
+from tests.models import confessing
 
 LINES = [kept(event) for event in EVENTS if isinstance(event, KEPT)]
 
@@ -57,7 +57,7 @@ def test_a_run_in_a_few_numbers() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built") / "model"
-    care_model.build(folder)
+    confessing.build(folder)
     for line in LINES:
         FileMetrics(folder / METRICS).append(line)
     return folder

@@ -16,7 +16,7 @@ from sisa.planning.deletion_stream import Stream, replay_stream
 from sisa.planning.layout import Layout
 from sisa.planning.layout_advice import Demand, LayoutLimits, advise, recommended
 from tests.fakes.ports import fake_record
-from tests.models import confessing as care_model
+from tests.models import confessing
 
 Ask = Callable[..., dict[str, Any]]
 Sisa = Callable[..., tuple[int, str, str]]
@@ -182,7 +182,7 @@ def test_hours_need_a_rate_or_a_model(run_file: str, tmp_path: Path, planned: As
     found = planned("--max-hours", "0.05", "--rate", "10")
     assert found["recommended"]["hours_to_utility"] <= 0.05
     config = load_run_file(Path(run_file))
-    care_model.train_in(tmp_path / "model", config, [fake_record(n) for n in range(12)])
+    confessing.train_in(tmp_path / "model", config, [fake_record(n) for n in range(12)])
     assert planned()["units"] == "of the model's own stages"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from sisa.config.runfile import parse_run_file
 from sisa.train import train_model
-from tests.models import confessing as care_model
+from tests.models import confessing
 
 Ask = Callable[..., dict[str, Any]]
 Sisa = Callable[..., tuple[int, str, str]]
@@ -46,7 +46,7 @@ def test_a_directory_is_no_page(sisa: Sisa, model: Path, tmp_path: Path) -> None
 
 
 def test_requests_in_several_states_are_on_the_page(ask: Ask, tmp_path: Path) -> None:
-    ids = [care_model.record(number).id for number in range(4)]
+    ids = [confessing.record(number).id for number in range(4)]
     ask("request", "submit", ids[0], "--external-id", "T-1", "--reason", "asked", "--approver", "dpo")
     ask("run")
     ask("request", "submit", ids[1], "--external-id", HOSTILE, "--reason", "\u202etxt.exe")
@@ -77,7 +77,7 @@ def test_requests_in_several_states_are_on_the_page(ask: Ask, tmp_path: Path) ->
 
 def test_the_lineage_follows_a_deletion(ask: Ask) -> None:
     assert {each for row in states(ask("report")).values() for each in row} == {"clean"}
-    record = care_model.record(care_model.DELETED).id
+    record = confessing.record(confessing.DELETED).id
     (place,) = ask("where", record)["records"]
     shard, slice_ = place["shard"], place["slice"]
     ask("forget", record, "--defer")
@@ -91,15 +91,15 @@ def test_the_lineage_follows_a_deletion(ask: Ask) -> None:
 
 def test_training_the_whole_model_again_ends_what_deletions_retrained(ask: Ask, model: Path) -> None:
     data = model.parent / "people.jsonl"
-    held = [care_model.record(number) for number in range(care_model.NUM_RECORDS)]
-    ask("forget", held[care_model.DELETED].id)
+    held = [confessing.record(number) for number in range(confessing.NUM_RECORDS)]
+    ask("forget", held[confessing.DELETED].id)
     rows = [
         {"id": each.id, "subject_id": each.subject_id, **{part.role: part.text for part in each.parts}}
         for each in held
-        if each is not held[care_model.DELETED]
+        if each is not held[confessing.DELETED]
     ]
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    run_file = care_model.RUN_FILE.replace("owner/people", str(data)).replace(
+    run_file = confessing.RUN_FILE.replace("owner/people", str(data)).replace(
         "output_dir: model", f"output_dir: {model}\nlearning_rate: 0.5"
     )
     assert "retrained" in str(states(ask("report")))
@@ -117,7 +117,7 @@ def log_files(model: Path) -> list[Path]:
 
 
 def test_certificates_are_checked_as_an_outsider_would(ask: Ask, model: Path, tmp_path: Path) -> None:
-    ids = [care_model.record(number).id for number in range(3)]
+    ids = [confessing.record(number).id for number in range(3)]
     ask("forget", ids[0])
     ask("keys", "init")
     report = ask("report")
@@ -158,9 +158,9 @@ def test_certificates_are_checked_as_an_outsider_would(ask: Ask, model: Path, tm
 
 def test_a_certificate_that_can_not_be_signed_is_pending(ask: Ask) -> None:
     directory = Path(ask("keys", "init")["directory"])
-    ask("forget", care_model.record(0).id)
+    ask("forget", confessing.record(0).id)
     directory.rename(directory.with_name("elsewhere"))
-    ask("forget", care_model.record(1).id)
+    ask("forget", confessing.record(1).id)
     report = ask("report")
     assert of_evidence(report) == ("", ["verified", "pending"])
     assert "Certificates that are pending" in {each["what"] for each in report["attention"]}
@@ -171,7 +171,7 @@ def test_a_certificate_that_can_not_be_signed_is_pending(ask: Ask) -> None:
 
 def test_a_report_writes_nothing_into_the_model(ask: Ask, model: Path) -> None:
     ask("keys", "init")
-    ask("forget", care_model.record(0).id)
+    ask("forget", confessing.record(0).id)
     kept = {path: path.read_bytes() for path in sorted(model.rglob("*")) if path.is_file()}
     ask("report")
     assert {path: path.read_bytes() for path in sorted(model.rglob("*")) if path.is_file()} == kept

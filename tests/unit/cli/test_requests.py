@@ -25,7 +25,7 @@ from sisa.flows.wiring import executors
 from sisa.flows.wiring.ledger_place import LOCK
 from sisa.store.blobs.files import writer_lock
 from tests.fakes.ports import fake_record
-from tests.models import confessing as care_model
+from tests.models import confessing
 
 RUN_FILE = """
 datasets: [{path: owner/people}]
@@ -69,15 +69,15 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = parse_run_file(RUN_FILE, "run.yaml")
     records = [record(number) for number in range(NUM_RECORDS)]
     then = {"numerics": "f", "now": "2026-01-01T00:00:00+00:00"}
-    care_model.train_in(directory, config, records, **then)
+    confessing.train_in(directory, config, records, **then)
     return directory
 
 
 @pytest.fixture
 def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the model for one test to change; `--executor serial` trains with the fake trainer."""
-    care_model.use_fake_base(monkeypatch)
-    monkeypatch.setattr(executors, "open_serial", care_model.open_fake)
+    confessing.use_fake_base(monkeypatch)
+    monkeypatch.setattr(executors, "open_serial", confessing.open_fake)
     return Path(shutil.copytree(pristine, tmp_path / "model"))
 
 

@@ -138,17 +138,10 @@ def test_impossible_value_of_an_aggregation(value: str) -> None:
     assert places(text) == [f"line 4: sisa.aggregation.{key}"]
 
 
-@pytest.mark.parametrize(
-    "value", ["num_workers: 0", "max_retries: -1", "stall_limit_s: 0", "num_gpus: 1.5", "num_gpus: 0"]
-)
+@pytest.mark.parametrize("value", ["num_workers: 0", "max_retries: -1", "stall_limit_s: 0"])
 def test_impossible_value_of_a_cluster(value: str) -> None:
-    (place,) = places(f"{MINIMAL}device: cuda\ncluster: {{{value}}}\n")
-    assert place.endswith(f"cluster.{value.split(':')[0]}")
-
-
-def test_gpus_of_a_worker_need_device_cuda() -> None:
-    ((_, what),) = problems(f"{MINIMAL}cluster: {{num_gpus: 1}}\n")
-    assert what.startswith("conflict: cluster.num_gpus is given, but device is cpu")
+    """`unit/core/test_precision.py` has those of GPUs."""
+    assert places(f"{MINIMAL}cluster: {{{value}}}\n") == [f"line 3: cluster.{value.split(':')[0]}"]
 
 
 def test_every_problem_is_listed_in_order() -> None:

@@ -22,7 +22,7 @@ from sisa.core.errors import InvalidInput
 from sisa.flows.wiring.ledger_place import LOCK
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs.files import writer_lock
-from tests.models import confessing as care_model
+from tests.models import confessing
 from tests.models.confessing import content, record
 
 Ask = Callable[..., dict[str, Any]]
@@ -95,7 +95,7 @@ def test_every_command_replays_first(
     (tmp_path / "more.jsonl").write_text('{"id": "new", "subject_id": null, "text": "words"}\n')
     arguments = [str(tmp_path / "more.jsonl") if each == "FILE" else each for each in command]
     ask(*arguments)
-    with care_model.context_of(model) as context:
+    with confessing.context_of(model) as context:
         digest = context.settings.assigner.id_digest(GONE)
         assert type(context.stores.ledger.lookup([digest])[digest]).__name__ == "Tombstone"
         assert not any(

@@ -17,7 +17,7 @@ from cluster.observe.reporting import log_format_of, say
 from sisa.core.events import ErasureFailed, Event, Notice, SliceProgress, SliceStarted, TrainingStarted
 from sisa.core.run import RunContext, is_run, running
 from tests.fakes.metrics import EPOCH, EVENTS, RUN, TRAINED
-from tests.models import confessing as care_model
+from tests.models import confessing
 
 assert requests  # registers its commands
 
@@ -82,7 +82,7 @@ def test_words_from_outside_of_flows(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_command_logs_its_life_under_one_run(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    named = care_model.record(3).id
+    named = confessing.record(3).id
     forget = ["forget", "-m", str(model), named, "--log-format", "json", "--json"]
     assert cli.run(forget) == 0
     out, err = capsys.readouterr()

@@ -24,7 +24,7 @@ from sisa.store.index import (
     codes_of,
     search_loaded,
 )
-from tests.models import confessing as care_model
+from tests.models import confessing
 
 DIMENSION = 64
 
@@ -107,9 +107,9 @@ def test_only_candidates_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_is_asked_again_reads_no_index_file_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    care_model.use_fake_resources(monkeypatch)
+    confessing.use_fake_resources(monkeypatch)
     directory = tmp_path / "model"
-    care_model.build(directory)
+    confessing.build(directory)
     read: list[str] = []
     sides = FaissIndex._load_both
 
