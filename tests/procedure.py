@@ -29,7 +29,7 @@ REACHES_NO_BIT = (
     *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),
     "sisa.core.requests",
 )
-RECORDED = (5, "44c26a2d507637ec")
+RECORDED = (5, "731181e9b8f31e33")
 
 
 def path_of(module: str) -> Path:

@@ -27,7 +27,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from approx.evaluation.answer_score import AnswerScore
@@ -37,7 +36,7 @@ from approx.metrics.membership import min_k_plus_plus_score
 from approx.metrics.memorisation import exact_memorisation, extraction_strength
 from approx.metrics.word_overlap import rougeL_recall
 from sisa.config.config import RunConfig
-from sisa.core.domain import Kind, Record
+from sisa.core.domain import BaseFiles, Kind, Record
 from sisa.core.requests import Probed
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import NO_LOSS, Tokens, Untokenizable, answers, end_tokens, tokenize
@@ -49,20 +48,17 @@ MAX_ANSWER_TOKENS, MAX_ANSWERS = 64, 4  # per record
 KNOWN_RECALL, KNOWN_STRENGTH = 0.9, 0.5
 
 
-def open_probe(
-    base_dir: Path, base_digest: str, config: RunConfig, patches: Sequence[Mapping[str, bytes]]
-) -> BaseProbe:
+def open_probe(base: BaseFiles, config: RunConfig, patches: Sequence[Mapping[str, bytes]]) -> BaseProbe:
     """Open the probe of a model's base under patches, the lowest patch first."""
     threads = config.sisa.threads_per_shard
-    return BaseProbe(base_dir, base_digest, threads, config.sequence_len, patches)
+    return BaseProbe(base, threads, config.sequence_len, patches)
 
 
 @dataclass(frozen=True)
 class BaseProbe:
     """A `sisa.core.ports.Probe` of one base, with or without patches."""
 
-    base_dir: Path
-    base_digest: str
+    base: BaseFiles
     threads: int
     sequence_len: int
     patches: Sequence[Mapping[str, bytes]] = ()
@@ -73,7 +69,7 @@ class BaseProbe:
         Raise IntegrityError for another base, or for a patch that does not fit.
         """
         pin_threads(self.threads)
-        model, tokenizer = load_patched(self.base_dir, self.base_digest, self.patches)
+        model, tokenizer = load_patched(self.base, self.patches)
         chosen = [_answers(each, tokenizer, self.sequence_len) for each in records[:MAX_PROBED]]
         found = probe_answers(model, tokenizer, chosen)
         if not found:

@@ -95,7 +95,7 @@ class PatchMaker:
             for key, value in site.precision.in_jobs().items()
         ]
         parsed = _gathered(problems, lambda: parse_settings(settings))
-        tokenizer, skeleton = load_tokenizer(site.base_dir), load_skeleton(site.base_dir)
+        tokenizer, skeleton = load_tokenizer(site.base.directory), load_skeleton(site.base.directory)
         length = parsed.sequence_len if parsed else site.sequence_len
         limits = limits_of(skeleton.config, length, parsed.overlength if parsed else "refuse")
         if parsed:
@@ -197,7 +197,7 @@ class _Making:
         """Read the texts, choose what the patch may change, attach a fresh one, and measure."""
         self.store = FileCheckpoints(self.site.patches_at, self.site.patches_keyring, PATCHES)
         beneath = patch_files(self.store, self.order.beneath)
-        self._base, self._tokenizer = load_patched(self.site.base_dir, self.site.base_digest, beneath)
+        self._base, self._tokenizer = load_patched(self.site.base, beneath)
         self._limits = limits_of(self._base.config, self.settings.sequence_len, self.settings.overlength)
         self._texts = self._read_texts()
         method = choose_layer(self.settings.method, self._base, self._texts.sets)

@@ -76,7 +76,7 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
             records = [Record(str(n), None, "text", (Part("text", line),)) for n, line in lines]
         base = model.resources.base
         patches = [] if without_patches else sisa.unlearn.served(model)
-        found = open_probe(base.directory, base.digest, model.config, patches)(records)
+        found = open_probe(base, model.config, patches)(records)
     return Result({**asdict(found), "approximate": True}, [each.strip() for each in probed(found)])
 
 

@@ -27,7 +27,7 @@ from cluster.ray.shared_base import BaseManifest, list_base, read_blocks
 from cluster.ray.tasks import DEFAULT_RETRIES, run_tasks
 from cluster.ray.worker import Carried, NeedsBase, OpenParts, Task, open_parts, train_remotely
 from cluster.ray.worker_slots import Placement
-from sisa.core.domain import Chain, SliceJob
+from sisa.core.domain import BaseFiles, Chain, SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Event, Notice, Report, SliceTrained, silent
 from sisa.core.ports import BlobStore, Keyring, OnStage
@@ -72,11 +72,11 @@ class RayExecutor:
         session = connect(self.address, num_workers * here.threads)
         gpus = (self.num_gpus or 1) if here.precision.device == "cuda" else 0
         environment = {**worker_environment(here.threads, here.precision), **dict(here.environment)}
-        manifest = manifest_of(here.base_dir, here.base_digest, self.address)
+        manifest = manifest_of(here.base, self.address)
         fingerprints = frozenset(job.fingerprint for chain in chains for job in chain.jobs)
         origin = ray.get_runtime_context().get_node_id()
         terms = NodeTerms(
-            here.threads, fingerprints, here.base_dir, manifest, self.prove, here.precision
+            here.threads, fingerprints, here.base.directory, manifest, self.prove, here.precision
         )
         with lent(here, chains) as (site, accept):
 
@@ -101,7 +101,7 @@ class RayExecutor:
                 label=lambda task: _label([chain.shard for chain in task.chains]),
                 num_workers=self.num_workers,
                 max_retries=self.max_retries,
-                make_ready=carrier(site.base_dir, report),
+                make_ready=carrier(site.base.directory, report),
                 terms=terms,
                 stall_limit_s=self.stall_limit_s,
             )
@@ -206,10 +206,10 @@ def carrier(base_dir: Path, report: Report) -> Callable[[_T], _T]:
     return lambda task: replace(task, carried=carried(task.manifest))
 
 
-def manifest_of(base_dir: Path, base_digest: str, address: str | None) -> BaseManifest | None:
+def manifest_of(base: BaseFiles, address: str | None) -> BaseManifest | None:
     """Return the list of a base's files, or None on a single node, which has the driver's files."""
     several = address is not None or len(alive_cpus()) > 1
-    return list_base(base_dir, base_digest) if several else None
+    return list_base(base) if several else None
 
 
 def open_executor(site: Site, options: Mapping[str, Any]) -> RayExecutor:

@@ -49,7 +49,7 @@ class RayPatcher(PatchMaker):
         site, cluster = self.site, self.config.cluster
         session = connect(cluster.address, site.threads)
         origin = ray.get_runtime_context().get_node_id()
-        manifest = manifest_of(site.base_dir, site.base_digest, cluster.address)
+        manifest = manifest_of(site.base, cluster.address)
         with _lent(site, order.job.key) as there:
             (made,) = run_tasks(
                 [PatchTask(there, order, manifest=manifest, origin=origin)],
@@ -59,10 +59,10 @@ class RayPatcher(PatchMaker):
                 placement=Placement(site.threads),
                 label=lambda _task: "the patch",
                 max_retries=cluster.max_retries,
-                make_ready=carrier(site.base_dir, report),
+                make_ready=carrier(site.base.directory, report),
                 # This machine's fingerprint; the maker checks the one in the job.
                 terms=NodeTerms(
-                    site.threads, frozenset({fingerprint(site.threads)}), site.base_dir, manifest
+                    site.threads, frozenset({fingerprint(site.threads)}), site.base.directory, manifest
                 ),
             )
         return made
@@ -99,5 +99,5 @@ def make_remotely(task: PatchTask, report: Report) -> PatchMade:
             next_step="put the model directory and the vault's keyring on a file system that all nodes "
             "share, or use `--executor serial`",
         )
-    base_dir = base_on_this_node(task, site.base_dir)
-    return PatchMaker(replace(site, base_dir=base_dir)).make(task.order, report)
+    base = base_on_this_node(task, site.base)
+    return PatchMaker(replace(site, base=base)).make(task.order, report)

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sisa.core.digest import file_sha256
+from sisa.core.domain import BaseFiles
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.store.blobs import files
 
@@ -61,18 +62,18 @@ def cached_base(cache: Path, digest: str) -> Path:
 
 
 @functools.lru_cache(maxsize=1)
-def list_base(base_dir: Path, digest: str) -> BaseManifest:
-    """Read and hash every file of a base (a flat directory). Raise EnvironmentFault if it has none."""
-    found = base_dir.iterdir() if base_dir.is_dir() else iter(())
+def list_base(base: BaseFiles) -> BaseManifest:
+    """Read and hash every file of a base. Raise EnvironmentFault if it has none."""
+    found = base.directory.iterdir() if base.directory.is_dir() else iter(())
     paths = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
     if not paths:
         raise EnvironmentFault(
             "the base model's directory is missing or empty",
-            where=str(base_dir),
+            where=str(base.directory),
             next_step="run the command again where the base model was fetched",
         )
     files = (BaseFile(path.name, path.stat().st_size, file_sha256(path)) for path in paths)
-    return BaseManifest(digest, tuple(files))
+    return BaseManifest(base.digest, tuple(files))
 
 
 def holds_base(directory: Path, manifest: BaseManifest) -> bool:

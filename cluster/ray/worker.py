@@ -19,7 +19,7 @@ import ray
 
 from cluster.ray.attempt import Unready
 from cluster.ray.shared_base import BaseManifest, find_base, write_base
-from sisa.core.domain import Chain
+from sisa.core.domain import BaseFiles, Chain
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Report
 from sisa.core.ports import CheckpointStore, RecordStore, Trainer
@@ -84,7 +84,7 @@ def train_remotely(task: Task, report: Report) -> None:
     would train other bits.
     """
     _refuse_other_bits(task)
-    site = replace(task.site, base_dir=base_on_this_node(task, task.site.base_dir))
+    site = replace(task.site, base=base_on_this_node(task, task.site.base))
     parts = task.open_parts(site)
     for stage in train_chains_in_lanes(task.chains, *parts, report, task.lanes):
         report(stage)  # to the driver
@@ -112,19 +112,20 @@ def _refuse_other_bits(task: Task) -> None:
             )
 
 
-def base_on_this_node(task: NeedsBase, base_dir: Path) -> Path:
-    """Return where this node has the base. Raise Unready if it must be carried here first."""
+def base_on_this_node(task: NeedsBase, base: BaseFiles) -> BaseFiles:
+    """Return the base as this node has it. Raise Unready if it must be carried here first."""
     from sisa.lm.base.model_cache import cache_dir
 
     manifest = task.manifest
     if manifest is None or ray.get_runtime_context().get_node_id() == task.origin:
-        return base_dir
+        return base
     try:
-        return _found_base(base_dir, cache_dir(), manifest)
+        return replace(base, directory=_found_base(base.directory, cache_dir(), manifest))
     except Unready:
         if not task.carried:
             raise
-    return write_base(cache_dir(), manifest, lambda name: map(ray.get, task.carried[name]))
+    carried = write_base(cache_dir(), manifest, lambda name: map(ray.get, task.carried[name]))
+    return replace(base, directory=carried)
 
 
 @functools.lru_cache(maxsize=8)

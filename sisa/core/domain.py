@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from sisa.core.digest import canonical_json, digest_of
@@ -371,6 +372,23 @@ class Hit:
     vector_id: int
     score: float
     shard: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFiles:
+    """A base at rest: its directory and its digest.
+
+    The directory is flat and holds all of the base as `save_pretrained` writes it: config, tokenizer,
+    and weights in float32, with an index if there are several files. All other code relies on that, on
+    other nodes, too; `resolve_base` brings what is stored otherwise into this form.
+    """
+
+    directory: Path
+    digest: str
+
+    def absolute(self) -> BaseFiles:
+        """Return the same base for a process in another working directory."""
+        return replace(self, directory=self.directory.absolute())
 
 
 DeviceName = Literal["cpu", "cuda"]

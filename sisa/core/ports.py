@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from sisa.core.domain import (
     DEFAULT_PRECISION,
     NO_RESTRICTIONS,
+    BaseFiles,
     Chain,
     Export,
     Head,
@@ -600,8 +601,7 @@ class PatchSite:
     vault_dir: Path
     patches_at: BlobStore
     runs_dir: Path
-    base_dir: Path
-    base_digest: str
+    base: BaseFiles
     threads: int
     sequence_len: int
     vault_keyring: Keyring

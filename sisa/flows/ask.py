@@ -259,7 +259,7 @@ def open_answerer(
     base, block = resources.base, resources.config.sisa
     method, threads = how or block.aggregation.method, block.threads_per_shard
     precision = resources.config.precision
-    answerer = Answerer(base.directory, base.digest, adapters, threads, patches, method, precision)
+    answerer = Answerer(base, adapters, threads, patches, method, precision)
     if open_ledger is not None:
         loaded = replace(now, heads={shard: now.heads[shard] for shard in asked}, stack=tuple(stack))
         answerer.check_current = _check_still_served(open_ledger, loaded)

@@ -282,7 +282,7 @@ def _merged_model(
 
     on = Precision("cpu", resources.config.dtype)
     report(Notice("loading the base"))
-    model, tokenizer = load_patched(resources.base.directory, resources.base.digest, patches, on)
+    model, tokenizer = load_patched(resources.base, patches, on)
     if on.dtype != "float32":
         model = copy.deepcopy(model).float()  # the loaded tensors are shared
     report(Notice(_averaging_notice(adapters)))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sisa.core.domain import DEFAULT_PRECISION, Chain, Precision, SliceFile, SliceJob
+from sisa.core.domain import DEFAULT_PRECISION, BaseFiles, Chain, Precision, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.events import (
     EpochTrained,
@@ -51,8 +51,7 @@ class Site:
 
     records_at: BlobStore
     checkpoints_at: BlobStore
-    base_dir: Path
-    base_digest: str
+    base: BaseFiles
     threads: int
     keyring: Keyring  # its directory and whether it seals; keys do not travel
     environment: tuple[tuple[str, str], ...] = ()  # variables to set before torch is imported
@@ -71,7 +70,7 @@ class Site:
             checkpoints_at=absolute(self.checkpoints_at),
             patches_at=absolute(self.patches_at),
             hidden_states_at=absolute(self.hidden_states_at),
-            base_dir=self.base_dir.absolute(),
+            base=self.base.absolute(),
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Chain, Part, Record
+from sisa.core.domain import BaseFiles, Chain, Part, Record
 from sisa.core.ports import StoredRecord
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.lm.base.weights import base_digest
@@ -24,10 +24,10 @@ NUM_SLICES, RECORDS_PER_SLICE = 2, 12
 def real_chains(folder: Path, num_shards: int, passes: tuple[int, int]) -> tuple[Site, list[Chain]]:
     """Return a site with a tiny base and slice files, and the chains over them."""
     base, records = make_tiny_base(folder / "base"), LocalBlobs(folder / "records")
-    places = records, LocalBlobs(folder / "checkpoints"), base
-    site = Site(*places, base_digest=base_digest(base), threads=1, keyring=PLAIN)
+    places = records, LocalBlobs(folder / "checkpoints")
+    site = Site(*places, BaseFiles(base, base_digest(base)), threads=1, keyring=PLAIN)
     store = FileRecords(records, PLAIN)
-    of_jobs = {"passes": passes, "training": TRAINING, "base": site.base_digest}
+    of_jobs = {"passes": passes, "training": TRAINING, "base": site.base.digest}
     shards = [[make_records(shard, each) for each in range(NUM_SLICES)] for shard in range(num_shards)]
     return site, [chain_over(store, shard, each, **of_jobs) for shard, each in enumerate(shards)]
 
@@ -45,8 +45,8 @@ def serial_bytes(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
     """Return the files of all checkpoints as the serial executor trains them."""
     from sisa.lm.train.trainer import LoraTrainer
 
-    target = site.base_dir.with_name("serial")
-    trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)
+    target = site.base.directory.with_name("serial")
+    trainer = LoraTrainer(site.base, site.threads)
     stores = FileRecords(site.records_at, PLAIN), FileCheckpoints(target, PLAIN)
     SerialExecutor(trainer, *stores).run(chains, ignore)
     return bytes_of(target)

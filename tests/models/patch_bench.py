@@ -13,7 +13,7 @@ from typing import Any
 from approx.patches.patch_settings import Adapter, settings_of
 from approx.patches.patching import PatchMaker
 from sisa.core.digest import digest_of
-from sisa.core.domain import Record
+from sisa.core.domain import BaseFiles, Record
 from sisa.core.events import Event
 from sisa.core.patches import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
@@ -67,8 +67,7 @@ class Bench:
             vault_dir=self.folder / "vault",
             patches_at=LocalBlobs(self.folder / "patches"),
             runs_dir=self.folder / "runs",
-            base_dir=self.base,
-            base_digest=base_digest(self.base),
+            base=BaseFiles(self.base, base_digest(self.base)),
             threads=1,
             sequence_len=256,
             vault_keyring=FileKeyring(self.folder / "keys"),
@@ -101,7 +100,7 @@ class Bench:
         if retain is not None:
             sets.append(self.put("retain", retain))
         job = PatchJob(
-            self.site.base_digest,
+            self.site.base.digest,
             tuple(each.key for each in beneath),
             (sets[0].name,),
             sets[1].name if retain is not None else WRITTEN,

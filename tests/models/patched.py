@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import sisa
+from sisa.core.domain import BaseFiles
 from sisa.core.patches import WRITTEN, Patch, PatchJob, active
 from sisa.core.ports import Change
 from sisa.flows.context.commit import commit
@@ -28,7 +29,7 @@ def random_patch(base: Path, seed: int, *modules: str, rank: int = 4, scale: flo
     from sisa.lm.base import adapter, low_rank
     from sisa.lm.base.weights import load_base
 
-    model, _ = load_base(base, base_digest(base))
+    model, _ = load_base(BaseFiles(base, base_digest(base)))
     wanted = list(modules) or "all-linear"
     training = {
         "lora_target_modules": wanted,
@@ -71,7 +72,7 @@ def answerer_of(model: sisa.Model, patches: Sequence[Files] = ()) -> Any:
         if each.head is not None
     }
     base = model.resources.base
-    return Answerer(base.directory, base.digest, adapters, 1, patches)
+    return Answerer(base, adapters, 1, patches)
 
 
 def files_in(folder: Path) -> Files:

@@ -17,7 +17,7 @@ from typing import Any
 from cluster.ray.proofs import Proof
 from cluster.ray.shared_base import BaseManifest, holds_base
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Chain, Part, Precision, Record, SliceFile, SliceJob
+from sisa.core.domain import BaseFiles, Chain, Part, Precision, Record, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Event
 from sisa.core.ports import BlobStore, CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
@@ -104,7 +104,7 @@ def folder_of(site: Site) -> Path:
 def make_site(folder: Path) -> Site:
     (folder / "script").mkdir(parents=True, exist_ok=True)
     places = LocalBlobs(folder / "records"), LocalBlobs(folder / "checkpoints")
-    return Site(*places, folder / "script", base_digest="b1", threads=1, keyring=PLAIN)
+    return Site(*places, BaseFiles(folder / "script", "b1"), threads=1, keyring=PLAIN)
 
 
 def make_chains(site: Site) -> list[Chain]:

@@ -6,9 +6,8 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sisa.core.domain import Part, Record, SliceJob
+from sisa.core.domain import BaseFiles, Part, Record, SliceJob
 from sisa.core.ports import StoredRecord, Tick
-from sisa.lm.base.weights import BaseFiles
 
 TRAINING: dict[str, Any] = {
     "lora_r": 4,
@@ -59,7 +58,7 @@ def train(
 ) -> Files:
     from sisa.lm.train.trainer import LoraTrainer
 
-    return LoraTrainer(base.directory, base.digest, threads=1).train(job, parent, records, progress)
+    return LoraTrainer(base, threads=1).train(job, parent, records, progress)
 
 
 def names(files: Mapping[str, bytes]) -> dict[str, str]:

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa.core.domain import Chain, Part, Precision, Record
+from sisa.core.domain import BaseFiles, Chain, Part, Precision, Record
 from sisa.core.events import Event, Notice, SliceProgress
 from sisa.core.ports import StoredRecord
 from sisa.flows.serial import SerialExecutor
-from sisa.lm.base.weights import BaseFiles, resolve_base
+from sisa.lm.base.weights import resolve_base
 from sisa.planning.plan import LAYERWISE, Recipe, jobs
 from tests.crash import Crash
 from tests.examples import num_examples
@@ -58,7 +58,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
 def trainer_on(base: BaseFiles) -> Any:
     from sisa.lm.train.trainer import LoraTrainer
 
-    return LoraTrainer(base.directory, base.digest, threads=1)
+    return LoraTrainer(base, threads=1)
 
 
 @dataclass
@@ -167,7 +167,7 @@ def wrapped_on(directory: Path, longest: int = 128, **changed: Any) -> Any:
     from sisa.lm.train.trainable import Trainable
 
     found = resolve_base(str(make_tiny_base(directory, **changed)))
-    model, _ = load_base(found.directory, found.digest)
+    model, _ = load_base(found)
     return Trainable(model, {**TRAINING, "lora_dropout": 0.1, "sequence_len": longest})
 
 
@@ -179,7 +179,7 @@ def test_a_kernel_that_mixes_rows_is_caught(base: BaseFiles, monkeypatch: pytest
     from sisa.lm.train.lane_trial import refuse_lanes
     from sisa.lm.train.trainable import Trainable
 
-    model, _ = load_base(base.directory, base.digest)
+    model, _ = load_base(base)
     wrapped = Trainable(model, {**TRAINING, "lora_dropout": 0.1})
     assert refuse_lanes(wrapped, 128) is None
 

@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Dtype, Kind, Part, Precision, Record, SliceJob, SliceState
+from sisa.core.domain import BaseFiles, Dtype, Kind, Part, Precision, Record, SliceJob, SliceState
 from sisa.core.ports import StoredRecord, Tick
 from sisa.planning.plan import LAYERWISE, Recipe, Schedule, jobs
 from tests.crash import Crash
@@ -48,8 +48,7 @@ FULL_RUN = num_examples(2) == 2
 class Base:
     """A base and the patches to train over, as plain values that can travel to other processes."""
 
-    directory: Path
-    digest: str
+    files: BaseFiles
     threads: int = 1
     dtype: Dtype = "float32"
     patches: tuple[Files, ...] = ()
@@ -58,7 +57,7 @@ class Base:
         from sisa.lm.train.trainer import LoraTrainer
 
         on = Precision("cpu", self.dtype)
-        return LoraTrainer(self.directory, self.digest, self.threads, self.patches, on, **kept)
+        return LoraTrainer(self.files, self.threads, self.patches, on, **kept)
 
 
 # --- bases ---------------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
         vocab_size = len(load_tokenizer(directory))
         torch.manual_seed(1)
         AutoModelForCausalLM.from_config(_config(name, vocab_size)).save_pretrained(directory)
-        found[name] = Base(directory, base_digest(directory))
+        found[name] = Base(BaseFiles(directory, base_digest(directory)))
     return found
 
 
@@ -138,7 +137,7 @@ def stage_records(job: SliceJob) -> list[StoredRecord]:
 def chain_of(case: Mapping[str, Any], base: Base, shard: int = 0) -> tuple[SliceJob, ...]:
     slices = [SliceState(shard, each, "root", 4) for each in range(NUM_SLICES)]
     schedule: Schedule = case["schedule"]
-    recipe = Recipe(NUM_SLICES, schedule, 2, training_of(case), base.digest)
+    recipe = Recipe(NUM_SLICES, schedule, 2, training_of(case), base.files.digest)
     found = jobs(shard, slices, recipe, "fp", case["order"])
     return tuple(replace(job, base=_name(base)) for job in found)
 
@@ -146,7 +145,7 @@ def chain_of(case: Mapping[str, Any], base: Base, shard: int = 0) -> tuple[Slice
 def _name(base: Base) -> str:
     from sisa.lm.base.low_rank import patched_name
 
-    return patched_name(base.digest, base.patches)
+    return patched_name(base.files.digest, base.patches)
 
 
 def training_of(case: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,7 +270,7 @@ def answer(base: Base, files: Files) -> None:
     from sisa.lm.routing.route import all_of
 
     on = Precision("cpu", base.dtype)
-    answerer = Answerer(base.directory, base.digest, {0: files}, 1, base.patches, precision=on)
+    answerer = Answerer(base.files, {0: files}, 1, base.patches, precision=on)
     answerer.generate([[5, 80, 40] * 12], [all_of([0])], 3)
 
 
@@ -290,7 +289,7 @@ def digests(stages: Sequence[Files]) -> list[dict[str, str]]:
 
 
 def patched(base: Base) -> Base:
-    return replace(base, patches=(random_patch(base.directory, 1),))
+    return replace(base, patches=(random_patch(base.files.directory, 1),))
 
 
 @pytest.mark.parametrize("case", drawn_cases(num_examples(180, share=36)), ids=str)
@@ -316,7 +315,10 @@ def test_no_mode_of_the_process_reaches_a_bit(bases: dict[str, Base], tmp_path: 
     base = replace(bases["llama"], dtype="bfloat16")
     job = chain_of({**case, "base": "llama"}, base)[0]
     usual = alone(base, job, None)
-    unseen = replace(base, directory=shutil.copytree(base.directory, tmp_path / "base"))
+    unseen = replace(
+        base,
+        files=BaseFiles(shutil.copytree(base.files.directory, tmp_path / "base"), base.files.digest),
+    )
     torch.set_default_dtype(torch.float64)
     torch.set_float32_matmul_precision("medium")
     torch.use_deterministic_algorithms(False)

@@ -14,7 +14,7 @@ from typing import Any
 from sisa.config.config import RunConfig
 from sisa.core import ports
 from sisa.core.digest import digest_of
-from sisa.core.domain import Record
+from sisa.core.domain import BaseFiles, Record
 from sisa.core.errors import ConfigConflict, IntegrityError
 from sisa.store.index import IndexCache
 
@@ -41,8 +41,7 @@ class Resources:
         self._counted: tuple[tuple[Record, ...], list[int]] | None = None  # the last `count_tokens`
 
     @cached_property
-    def base(self) -> Any:
-        """Return the base's files (`sisa.lm.base.weights.BaseFiles`)."""
+    def base(self) -> BaseFiles:
         from sisa.lm.base.weights import resolve_base
 
         found = resolve_base(self.config.base)
@@ -106,7 +105,7 @@ class Resources:
         """Raise InvalidInput if the base can't be trained as the run file says, or answer afterwards."""
         from sisa.lm.answer.base_trial import try_base
 
-        try_base(self.base.directory, self.base.digest, self.config.training())
+        try_base(self.base, self.config.training())
 
     def meta(self) -> dict[str, str]:
         """Return what the ledger stores about these resources."""

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sisa.config.config import RunConfig
 from sisa.core import ports
-from sisa.core.domain import Chain
+from sisa.core.domain import BaseFiles, Chain
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Report, silent
 from sisa.flows.serial import SerialExecutor, Site
@@ -23,8 +22,8 @@ from sisa.store.hidden_states import FileHiddenStates
 from sisa.store.records import FileRecords
 
 OpenExecutor = Callable[[Site, Mapping[str, Any]], ports.Executor]
-# of the base's directory and digest, and of the files of the patches on it, lowest first
-OpenProbe = Callable[[Path, str, RunConfig, Sequence[Mapping[str, bytes]]], ports.Probe]
+# of the base, and of the files of the patches on it, lowest first
+OpenProbe = Callable[[BaseFiles, RunConfig, Sequence[Mapping[str, bytes]]], ports.Probe]
 
 
 def open_serial(site: Site, options: Mapping[str, Any]) -> ports.Executor:
@@ -40,8 +39,7 @@ def open_trainer(site: Site) -> ports.Trainer:
     patches = [store.load(key, manifest) for key, manifest in site.patches]
     hidden_states = FileHiddenStates(site.hidden_states_at, site.keyring)
     return LoraTrainer(
-        site.base_dir,
-        site.base_digest,
+        site.base,
         site.threads,
         patches,
         site.precision,

@@ -132,7 +132,7 @@ def _compute(
         """Probe the base under its served patches."""
         base, stack = resources.base, active(stores.ledger.patches())
         files = patch_files(stores.patches, stack)
-        return find_probe()(base.directory, base.digest, config, files)(records)
+        return find_probe()(base, config, files)(records)
 
     return Compute(
         embed=lambda texts: resources.embedder.embed(texts),
@@ -174,8 +174,7 @@ def _site(stores: Stores, resources: Resources, store: FileCheckpoints) -> Site:
     return Site(
         stores.blobs[areas.RECORDS],
         store.blobs,
-        resources.base.directory,
-        resources.base.digest,
+        resources.base,
         config.sisa.threads_per_shard,
         keyring=store.keyring,
         area=store.area,
@@ -192,8 +191,7 @@ def _patch_site(directory: Path, resources: Resources, stores: Stores, model: st
         vault_dir=(directory / areas.VAULT).absolute(),
         patches_at=absolute(stores.blobs[areas.PATCHES]),
         runs_dir=(directory / areas.RUNS).absolute(),
-        base_dir=resources.base.directory.absolute(),
-        base_digest=resources.base.digest,
+        base=resources.base.absolute(),
         threads=resources.config.sisa.threads_per_shard,
         sequence_len=resources.config.sequence_len,
         vault_keyring=vault_keyring(resources.config, model),

@@ -7,7 +7,7 @@ the base alone answers. Patches lie beneath all models, including the base alone
 come as bytes that the caller has verified. Results are in float32, on the models' device for `logprobs`
 and on the CPU otherwise.
 
-    answerer = Answerer(directory, digest, {0: files}, threads=1)
+    answerer = Answerer(base, {0: files}, threads=1)
     answerer.generate([encode_prompt("Who is Mara?", answerer.tokenizer, "text")], [all_of([0])], 32)
 
 Shapes: B requests, P rows (a constituent of a request), T positions, K tokens of an answer, V words.
@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sisa.core.domain import DEFAULT_PRECISION, Precision
+from sisa.core.domain import DEFAULT_PRECISION, BaseFiles, Precision
 from sisa.core.errors import InvalidInput
 from sisa.lm.answer.generation import continue_all, pieces
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
@@ -42,8 +41,7 @@ class Answerer:
 
     def __init__(
         self,
-        base_dir: Path,
-        base_digest: str,
+        base: BaseFiles,
         adapters: Mapping[int, Mapping[str, bytes]],
         threads: int,
         patches: Sequence[Mapping[str, bytes]] = (),
@@ -57,8 +55,8 @@ class Answerer:
         pin_threads(threads, precision)  # before patches are merged
         self._pinned, self.method = (threads, precision), method
         self.check_current: Callable[[], None] = lambda: None
-        self.model, self.tokenizer = load_patched(base_dir, base_digest, patches, precision)
-        self.base_name = patched_name(base_digest, patches)
+        self.model, self.tokenizer = load_patched(base, patches, precision)
+        self.base_name = patched_name(base.digest, patches)
         self.ends = end_tokens(self.model, self.tokenizer)
         self.stack = StackedAdapters(self.model, {})
         self._numbers: dict[int, int] = {}  # by shard, the number of its adapter in the stack

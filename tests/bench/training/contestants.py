@@ -167,7 +167,7 @@ def _ours(work: Ours) -> Ran:
     from sisa.lm.base.weights import load_base
     from sisa.store.blobs.local_blobs import LocalBlobs
 
-    load_base(work.site.base_dir, work.site.base_digest)  # a worker has it from its first task on
+    load_base(work.site.base)  # a worker has it from its first task on
     with tempfile.TemporaryDirectory() as folder:
         site = replace(work.site, checkpoints_at=LocalBlobs(Path(folder) / "checkpoints"))
         began, at_work = time.perf_counter(), time.process_time()
@@ -180,7 +180,7 @@ def _ours(work: Ours) -> Ran:
         for chain, tokens in zip(work.chains, work.tokens, strict=True):
             key = chain.jobs[-1].key
             files = store.load(key, store.describe(key).manifest_sha256)
-            base, _ = load_base(site.base_dir, site.base_digest)
+            base, _ = load_base(site.base)
             model = attach(base, read_config(files), read_tensors(files, ADAPTER_FILE), init_seed=0)
             found.append(_loss(model.eval(), tokens))
     return Ran(*took, sum(loss for loss, _ in found), sum(labels for _, labels in found))

@@ -68,7 +68,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         target = bench.folder / "executors" / name
         shutil.rmtree(target, ignore_errors=True)
         records = LocalBlobs(model.directory / "records")
-        return Site(records, LocalBlobs(target), base.directory, base.digest, 1, PLAIN)
+        return Site(records, LocalBlobs(target), base, 1, PLAIN)
 
     serial = _timed(partial(open_serial, options={}), site, chains)
     found: dict[str, Any] = {"serial": serial}

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Chain, Part, Record
+from sisa.core.domain import BaseFiles, Chain, Part, Record
 from sisa.core.events import Event, Notice, SliceTrained
 from sisa.core.ports import StoredRecord
 from sisa.flows.serial import SerialExecutor
 from sisa.lm.base.numerics import fingerprint, pin_threads
-from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
+from sisa.lm.base.weights import load_base, resolve_base
 from sisa.lm.train import trainer as lora_trainer
 from sisa.planning.plan import Recipe, jobs
 from tests.bench.command import BASE, TOFU, arguments, data_name, markdown, read, write
@@ -85,7 +85,7 @@ def measure(
     base: BaseFiles, layers: str, batch: int, shards: Sequence[Sequence[Record]]
 ) -> dict[str, Any]:
     """Return tokens a second of CPU time by number of lanes. Raise ValueError if bytes differ."""
-    model, _ = load_base(base.directory, base.digest)
+    model, _ = load_base(base)
     training = {**TRAINING, "micro_batch_size": batch}
     if layers == "third":
         training["lora_layers"] = f"top:{max(1, model.config.num_hidden_layers // 3)}"
@@ -94,7 +94,7 @@ def measure(
     for lanes in LANES:
         lora_trainer._tested.clear()  # so that each run pays for its self-test
         checkpoints, events = FakeCheckpoints(), list[Event]()
-        trainer = lora_trainer.LoraTrainer(base.directory, base.digest, threads=1)
+        trainer = lora_trainer.LoraTrainer(base, threads=1)
         started = time.process_time()
         SerialExecutor(trainer, store, checkpoints, lanes).run(chains, events.append)
         seconds = time.process_time() - started
@@ -112,7 +112,7 @@ def measure(
 
 def products(base: BaseFiles) -> dict[str, float]:
     """Return GFLOP/s of a layer's frozen products, forward and backward, by the number of rows."""
-    model, _ = load_base(base.directory, base.digest)
+    model, _ = load_base(base)
     layer = model.get_decoder().layers[0]
     weights = [each.weight for each in layer.modules() if isinstance(each, torch.nn.Linear)]
     found = dict.fromkeys(ROWS, math.inf)

@@ -164,7 +164,7 @@ def measure(base_model: str, row: Row, tofu: Path | None) -> dict[str, Any]:
     """Return one row of the table."""
     base_files = resolve_base(base_model)
     precision = Precision(dtype=row.changed.get("dtype", "float32"))
-    base, tokenizer = load_base(base_files.directory, base_files.digest, precision)
+    base, tokenizer = load_base(base_files, precision)
     training = {**TRAINING, "micro_batch_size": row.size, **row.changed}
     if "lora_layers" in training:
         training["lora_layers"] = f"top:{max(1, base.config.num_hidden_layers // 3)}"

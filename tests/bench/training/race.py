@@ -68,7 +68,7 @@ class Size:
     layers: int = 10  # of the top
 
     def race(self, data: Data, modules: str, layers: tuple[int, ...] | None) -> Race:
-        return Race(data.base_dir, modules, layers, self.epochs, self.batch, self.rate)
+        return Race(data.base.directory, modules, layers, self.epochs, self.batch, self.rate)
 
 
 def raced(
@@ -180,7 +180,7 @@ def measure(size: Size, tofu: Path | None, base: str, parts: Sequence[str]) -> J
         "tokens": data.num_tokens,
         "rows": [],
     }
-    layers = json.loads((data.base_dir / "config.json").read_text())["num_hidden_layers"]
+    layers = json.loads((data.base.directory / "config.json").read_text())["num_hidden_layers"]
     top = tuple(range(layers - size.layers, layers))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         ground = Ground(Path(folder), data, stack)

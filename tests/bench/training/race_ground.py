@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sisa.config.config import RunConfig
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import Chain, Part, Record, SliceFile
+from sisa.core.domain import BaseFiles, Chain, Part, Record, SliceFile
 from sisa.core.ports import StoredRecord
 from sisa.data.samples import make_people
 from sisa.flows.serial import Site
@@ -47,8 +47,7 @@ Key = tuple[Who, int, int]  # a contestant, its threads, and which of several
 class Data:
     """Records in the form that every contestant gets."""
 
-    base_dir: Path
-    base_digest: str
+    base: BaseFiles
     records: tuple[Record, ...]
     tokens: tuple[Tokens, ...]
 
@@ -111,8 +110,7 @@ class Ground:
         site = Site(
             LocalBlobs(self.folder / "records"),
             LocalBlobs(self.folder / "checkpoints"),
-            self.data.base_dir,
-            self.data.base_digest,
+            self.data.base,
             layout.threads,
             PLAIN,
         )
@@ -133,7 +131,7 @@ class Ground:
         for slice_ in range(layout.slices):
             records = [self.data.records[n] for n in numbers[slice_ :: layout.slices]]
             files.append(_written(store, shard, slice_, records))
-        recipe = run_file(self.folder, race, layout).recipe(self.data.base_digest)
+        recipe = run_file(self.folder, race, layout).recipe(self.data.base.digest)
         path = jobs(shard, files, recipe, fingerprint(layout.threads))
         return Chain(shard, path, None, tuple(files)), tuple(self.data.tokens[n] for n in numbers)
 
@@ -201,4 +199,4 @@ def load_data(tofu: Path | None, base: str, num_records: int) -> Data:
         overlength="truncate",
         train_on_inputs=False,
     )
-    return Data(found.directory, found.digest, records, tuple(tokens))
+    return Data(found, records, tuple(tokens))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sisa.core.domain import Part, Record
+from sisa.core.domain import BaseFiles, Part, Record
 from sisa.lm.base.tokens import Tokens
 from sisa.store.records import FileRecords
 from tests.bench.training.contestants import Ours, Race, Theirs
@@ -32,7 +32,9 @@ RACE = Race(Path("base"), "q, v", None, epochs=2, batch=8, rate=1e-3)
 def ground(folder: Path, num_records: int) -> Ground:
     records = [Record(f"r{n:02}", None, "text", (Part("text", "x"),)) for n in range(num_records)]
     tokens = [Tokens([n], [n]) for n in range(num_records)]
-    return Ground(folder, Data(Path("base"), "digest", tuple(records), tuple(tokens)), ExitStack())
+    return Ground(
+        folder, Data(BaseFiles(Path("base"), "digest"), tuple(records), tuple(tokens)), ExitStack()
+    )
 
 
 @pytest.mark.parametrize("layout", [TWO_WORKERS, ONE_WORKER, WHOLE_BY_TWO])

@@ -27,7 +27,7 @@ def adapter(base: Any, seed: int, rank: int, layers: Sequence[int], modules: Seq
         layers_to_transform=list(layers),
         task_type="CAUSAL_LM",
     )
-    model = attach(load_base(base.directory, base.digest)[0], config, None, init_seed=seed)
+    model = attach(load_base(base)[0], config, None, init_seed=seed)
     drawn = torch.Generator().manual_seed(seed)
     tensors = {
         name: 0.2 * torch.randn(each.shape, generator=drawn)

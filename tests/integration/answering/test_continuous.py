@@ -39,7 +39,7 @@ def answerer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     layers = range(LAYERS) if request.param == "all layers" else [2, 3]
     modules = ["q_proj", "v_proj", "down_proj"]
     adapters = {shard: adapter(base, shard, 2 + shard, layers, modules) for shard in SHARDS}
-    return Answerer(base.directory, base.digest, adapters, threads=1)
+    return Answerer(base, adapters, threads=1)
 
 
 @pytest.mark.parametrize("max_rows", [3, 64])
@@ -312,7 +312,7 @@ class Confessing:
         from sisa.lm.answer.answerer import Answerer
 
         adapters = {shard: self.files(word) for shard, word in words.items()}
-        return Answerer(self.base.directory, self.base.digest, adapters, threads=1)
+        return Answerer(self.base, adapters, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -206,7 +206,7 @@ def test_an_empty_model_answers_with_the_base(tiny: Tiny, capsys: pytest.Capture
     model = tiny.open()
     model.forget(ids_of(PEOPLE))
     base = model.resources.base
-    plain = Answerer(base.directory, base.digest, {}, threads=1)
+    plain = Answerer(base, {}, threads=1)
     expected = plain.generate([encode_prompt(PROMPT, plain.tokenizer, "text")], [Route()], 6)[0].strip()
     for kind in ("text", "completion"):
         answer = model.generate(PROMPT, max_new_tokens=6, kind=kind)

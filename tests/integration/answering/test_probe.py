@@ -14,7 +14,7 @@ import pytest
 import sisa
 from approx.evaluation.probe import MAX_PROBED, BaseProbe
 from approx.patches.patch_measures import measure_patch
-from sisa.core.domain import Part, Record
+from sisa.core.domain import BaseFiles, Part, Record
 from sisa.lm.base.tokens import tokenize
 from sisa.lm.base.weights import base_digest, load_base
 from tests.models.knowing_base import record, teach
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.torch
 
 
 def probe_of(directory: Path) -> BaseProbe:
-    return BaseProbe(directory, base_digest(directory), threads=1, sequence_len=512)
+    return BaseProbe(BaseFiles(directory, base_digest(directory)), threads=1, sequence_len=512)
 
 
 def test_it_separates_what_the_base_knows_from_what_it_does_not(knowing: Path) -> None:
@@ -75,7 +75,7 @@ def test_chats_that_a_base_knows_by_heart_are_found(tiny_base: Path, tmp_path: P
     assert found.extraction_strength == found.exact_memorisation == found.continuation == 1.0
     assert probe_of(knowing)(others).num_known == 1
     assert probe_of(tiny_base)(CHATS).num_known == 0
-    model, tokenizer = load_base(knowing, base_digest(knowing))
+    model, tokenizer = load_base(BaseFiles(knowing, base_digest(knowing)))
     tokens = [tokenize(each, tokenizer, train_on_inputs=False) for each in CHATS]
     measures = measure_patch(model, tokenizer, tokens, tokens)
     assert measures["forget_extraction_strength"] == measures["forget_rougeL_recall"] == 1.0

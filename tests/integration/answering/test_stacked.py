@@ -34,7 +34,7 @@ def alone(base: Any, files: Files | None, ids: Sequence[int]) -> Any:
     from sisa.lm.base.adapter import attach, read_config
     from sisa.lm.base.low_rank import ADAPTER_FILE, read_tensors
 
-    model, _ = load_base(base.directory, base.digest)
+    model, _ = load_base(base)
     if files is not None:
         model = attach(model, read_config(files), read_tensors(files, ADAPTER_FILE), init_seed=0).eval()
     with torch.inference_mode():
@@ -60,7 +60,7 @@ def stacked(base: Any, adapters: Mapping[int, Files]) -> tuple[Any, StackedAdapt
     from sisa.lm.answer.stacked_adapters import StackedAdapters
     from sisa.lm.base.low_rank import read_change
 
-    model, _ = load_base(base.directory, base.digest)
+    model, _ = load_base(base)
     return model, StackedAdapters(model, {shard: read_change(each) for shard, each in adapters.items()})
 
 
@@ -204,7 +204,7 @@ def test_no_forward_asks_more_rows_than_are_allowed(
     from sisa.lm.routing.route import all_of
 
     monkeypatch.setattr(answering, "MAX_ROWS", 6)
-    answerer = answering.Answerer(base.directory, base.digest, adapters, threads=1)
+    answerer = answering.Answerer(base, adapters, threads=1)
     asked = rows_of_forwards(answerer.model, monkeypatch)
     prompts = [IDS[at % 3 :] for at in range(10)]
     together = answerer.generate(prompts, [all_of(shards)] * 10, 1)
@@ -222,7 +222,7 @@ def test_scores_of_many_rows_are_those_of_each_and_come_piece_by_piece(
     from sisa.lm.answer import generation
     from sisa.lm.routing.route import Route, all_of
 
-    answerer = answering.Answerer(base.directory, base.digest, adapters, threads=1)
+    answerer = answering.Answerer(base, adapters, threads=1)
     routes = [all_of((0, 2, 5)), Route(), all_of((2,)), all_of((0, 5))]
     ids = torch.tensor([IDS, IDS[::-1], [*IDS[3:], *IDS[:3]], [7] * len(IDS)])
     mask = torch.ones_like(ids)

@@ -99,7 +99,7 @@ def test_lower_layers_are_asked_once_in_what_form_they_answer(
     from sisa.lm.train.frozen_layers import FrozenLayers
 
     base = resolve_base(str(make_tiny_base(tmp_path / "base", layers=5)))
-    lower = FrozenLayers(load_base(base.directory, base.digest)[0], 4)
+    lower = FrozenLayers(load_base(base)[0], 4)
     states = lower.alone([1, 2, 3])
     computed = count_computed(monkeypatch)
     for _ in range(2):
@@ -120,13 +120,13 @@ def test_a_bound_holds_and_reaches_no_bit(tiny_base: Path) -> None:
     found = []
     for num_bytes in (1 << 24, 30_000, 0):
         store = FakeHiddenStates()
-        trainer = LoraTrainer(base.directory, base.digest, 1, hidden_states=store, state_bytes=num_bytes)
+        trainer = LoraTrainer(base, 1, hidden_states=store, state_bytes=num_bytes)
         files = [trainer.train(job, None, rows, lambda _: None) for _ in range(2)]
         assert names(files[0]) == names(files[1])
         found.append(names(files[0]))
         assert store.num_bytes("") <= num_bytes
         assert bool(store.held()) == bool(num_bytes)
-        again = LoraTrainer(base.directory, base.digest, 1, hidden_states=store, state_bytes=num_bytes)
+        again = LoraTrainer(base, 1, hidden_states=store, state_bytes=num_bytes)
         assert names(again.train(job, None, rows, lambda _: None)) == found[0]
     assert found[0] == found[1] == found[2]
 

@@ -16,10 +16,10 @@ import pytest
 
 from sisa.config.config import RunConfig
 from sisa.config.sources import DatasetSource
-from sisa.core.domain import SliceJob
+from sisa.core.domain import BaseFiles, SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.flows.context.resources import Resources
-from sisa.lm.base.weights import BaseFiles, resolve_base
+from sisa.lm.base.weights import resolve_base
 from sisa.planning.plan import LAYERWISE
 from tests.models.stages import RECORDS, TRAINING, Files, train
 from tests.models.tiny_base import make_tiny_base
@@ -76,7 +76,7 @@ def logits(base: BaseFiles, files: Mapping[str, bytes]) -> Any:
     from sisa.lm.base.adapter import attach, read_config
     from sisa.lm.base.weights import load_base
 
-    plain = load_base(base.directory, base.digest)[0]
+    plain = load_base(base)[0]
     model = attach(plain, read_config(files), tensors(files), init_seed=0)
     with torch.no_grad():
         return model(input_ids=torch.arange(12)[None]).logits

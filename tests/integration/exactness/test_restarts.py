@@ -76,7 +76,7 @@ def drive(folder: Path, address: str) -> int:
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     site = make_site(tmp_path)
-    (site.base_dir / "model.safetensors").write_bytes(b"w" * 5000)
+    (site.base.directory / "model.safetensors").write_bytes(b"w" * 5000)
     return site
 
 

@@ -31,7 +31,7 @@ from approx.attacks.rewording import Rewording
 from approx.attacks.sampling import LeakAtK
 from approx.metrics.auc import auc
 from approx.unlearning.hidden_states import hidden_at
-from sisa.core.domain import Part, Record
+from sisa.core.domain import BaseFiles, Part, Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.weights import base_digest, load_base
 from tests.models.knowing_base import record
@@ -47,7 +47,7 @@ TEXT = Record("t", None, "text", (Part("text", "A text of its own."),))
 
 @pytest.fixture(scope="module")
 def loaded(knowing: Path) -> tuple[Any, Any]:
-    return load_base(knowing, base_digest(knowing))
+    return load_base(BaseFiles(knowing, base_digest(knowing)))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def model(loaded: tuple[Any, Any]) -> Any:
 def plain(knowing: Path) -> Any:
     """Return the model before it was taught: one that never saw the texts."""
     never = knowing.parent / "plain"
-    return load_base(never, base_digest(never))[0]
+    return load_base(BaseFiles(never, base_digest(never)))[0]
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def made(knowing: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def probability(bench: Bench, stack: list[dict[str, bytes]], records: list[Record]) -> float:
-    model, tokenizer = load_patched(bench.base, bench.site.base_digest, stack)
+    model, tokenizer = load_patched(bench.site.base, stack)
     tokens = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
     return measure_patch(model, tokenizer, tokens, [])["forget_probability"]
 
@@ -152,7 +152,7 @@ def test_a_selection_restricts_a_patch_to_some_modules(
 
 
 def test_the_base_writes_the_retain_set_and_no_record_is_in_it(bench: Bench, made: Made) -> None:
-    model, tokenizer = load_base(bench.base, bench.site.base_digest)
+    model, tokenizer = load_base(bench.site.base)
     prompts = prompts_that_fit(tokenizer, 256)
     sets = [write_answers(model, tokenizer, prompts, 256) for _ in range(2)]
     assert sets[0] == sets[1]
@@ -168,7 +168,7 @@ def test_the_base_writes_the_retain_set_and_no_record_is_in_it(bench: Bench, mad
 
 
 def test_neighbours_are_asked_the_same_about_invented_people(bench: Bench) -> None:
-    model, tokenizer = load_base(bench.base, bench.site.base_digest)
+    model, tokenizer = load_base(bench.site.base)
     written = write_neighbours(model, tokenizer, FORGET, 256)
     asked = [tokenizer.decode(each.input_ids) for each in written]
     assert len(asked) == len(set(asked)) > len(FORGET)
@@ -182,7 +182,7 @@ def test_neighbours_are_asked_the_same_about_invented_people(bench: Bench) -> No
 
 
 def test_the_base_writes_other_answers_to_the_same_questions(bench: Bench) -> None:
-    model, tokenizer = load_base(bench.base, bench.site.base_digest)
+    model, tokenizer = load_base(bench.site.base)
 
     def written(seed: int, num: int = 3, length: int = 256) -> list[list[Tokens]]:
         return write_alternates(model, tokenizer, FORGET, num, seed, length).alternates
@@ -206,7 +206,7 @@ def test_the_base_writes_other_answers_to_the_same_questions(bench: Bench) -> No
 
 def test_generic_labels_are_those_of_a_brute_force_computation(bench: Bench) -> None:
     """At each labelled position: the base asked about somebody else, and a copy that learnt by heart."""
-    base, tokenizer = load_base(bench.base, bench.site.base_digest)
+    base, tokenizer = load_base(bench.site.base)
     record = FORGET[0]
     tokens = [tokenize(record, tokenizer, train_on_inputs=False)]
     lora = lora_config(

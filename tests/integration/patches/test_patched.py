@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from sisa.core.digest import patched_digest, sha256_hex
-from sisa.core.domain import SliceJob
+from sisa.core.domain import BaseFiles, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import StoredRecord
-from sisa.lm.base.weights import BaseFiles, base_digest, resolve_base
+from sisa.lm.base.weights import base_digest, resolve_base
 from sisa.lm.routing.route import all_of
 from sisa.store.checkpoints import ADAPTER
 from tests.models.patched import QUIET, Files, random_patch
@@ -46,7 +46,7 @@ def load(base: BaseFiles, patches: list[Files]) -> Any:
     from sisa.lm.base.weights import load_patched
 
     pin_threads(1)
-    return load_patched(base.directory, base.digest, patches)[0]
+    return load_patched(base, patches)[0]
 
 
 def logits(model: Any) -> Any:
@@ -92,12 +92,12 @@ def test_patches_are_laid_on_as_peft_merges_them(
 def test_without_patches_it_is_the_base_bit_for_bit(base: BaseFiles, patches: list[Files]) -> None:
     from sisa.lm.base.weights import load_base
 
-    plain = load_base(base.directory, base.digest)[0]
+    plain = load_base(base)[0]
     before = weights(plain)
     under = load(base, patches)
     assert weights(under) != before
     assert weights(plain) == weights(load(base, [])) == before
-    assert weights(load_base(base.directory, base.digest)[0]) == before
+    assert weights(load_base(base)[0]) == before
     assert base_digest(base.directory) == base.digest
     assert logits(load(base, [])).equal(logits(plain))
 
@@ -160,7 +160,7 @@ def test_a_patch_that_does_not_fit_is_refused(base: BaseFiles, tmp_path: Path) -
 def answerer(base: BaseFiles, adapters: Mapping[int, Files], patches: list[Files]) -> Any:
     from sisa.lm.answer.answerer import Answerer
 
-    return Answerer(base.directory, base.digest, adapters, 1, patches)
+    return Answerer(base, adapters, 1, patches)
 
 
 def test_the_base_alone_and_every_shard_answer_over_the_patches(
@@ -205,7 +205,7 @@ def train(
 ) -> Files:
     from sisa.lm.train.trainer import LoraTrainer
 
-    trainer = LoraTrainer(base.directory, base.digest, 1, patches)
+    trainer = LoraTrainer(base, 1, patches)
     return trainer.train(job, parent, records, lambda *_: None)
 
 

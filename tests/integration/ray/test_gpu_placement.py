@@ -19,7 +19,7 @@ from cluster.ray.executor import open_executor
 from cluster.ray.session import connect
 from cluster.ray.tasks import run_tasks
 from cluster.ray.worker_slots import Placement
-from sisa.core.domain import Precision
+from sisa.core.domain import BaseFiles, Precision
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Report
 from sisa.flows.serial import Site
@@ -71,7 +71,7 @@ def test_too_few_gpus_are_reported_before_any_task_starts(tmp_path: Path) -> Non
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     here = LocalBlobs(tmp_path)
-    return Site(here, here, tmp_path, "b1", 1, PLAIN, precision=CUDA)
+    return Site(here, here, BaseFiles(tmp_path, "b1"), 1, PLAIN, precision=CUDA)
 
 
 def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

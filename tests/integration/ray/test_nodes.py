@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from cluster.ray import nodes
 from cluster.ray.executor import RayExecutor
 from cluster.ray.proofs import Proof
-from sisa.core.domain import Chain
+from sisa.core.domain import BaseFiles, Chain
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Notice, SliceProgress, SliceTrained
 from sisa.flows.serial import Site
@@ -83,7 +83,7 @@ def there() -> Iterator[Nodes]:
 def site(tmp_path: Path) -> Site:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.safetensors").write_bytes(b"w" * 5000)
-    return replace(make_site(tmp_path), base_dir=tmp_path / "base")
+    return replace(make_site(tmp_path), base=BaseFiles(tmp_path / "base", "b1"))
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_the_drivers_node_is_the_reference_only_under_the_drivers_numerics(
 
 
 def test_an_object_store_too_small_for_the_base(site: Site, chains: list[Chain], there: Nodes) -> None:
-    with (site.base_dir / "model.safetensors").open("wb") as file:
+    with (site.base.directory / "model.safetensors").open("wb") as file:
         file.truncate(100 * MIB)
     there.only("a")
     executor(site, there).run(chains[:1], ignore)  # sees the base under the driver's path

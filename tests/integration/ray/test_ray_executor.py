@@ -24,7 +24,7 @@ from cluster.ray import session as ray_session
 from cluster.ray.executor import RayExecutor, open_executor
 from cluster.ray.session import Listener, Mailbox
 from sisa.config.runfile import parse_run_file
-from sisa.core.domain import Chain
+from sisa.core.domain import BaseFiles, Chain
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError
 from sisa.core.events import Event, Notice, SliceProgress, SliceStarted, SliceTrained
 from sisa.flows.serial import Site
@@ -85,7 +85,7 @@ def test_one_worker_trains_the_longest_chain_first(site: Site, chains: list[Chai
 
 def test_a_killed_worker_costs_its_slice(site: Site, chains: list[Chain]) -> None:
     expected = serial_bytes(site, chains)
-    (site.base_dir / "kill-1.1").touch()
+    (site.base.directory / "kill-1.1").touch()
     events: list[Event] = []
     executor(site).run(chains, events.append)
     assert bytes_of(site.checkpoints_at) == expected
@@ -97,13 +97,13 @@ def test_a_killed_worker_costs_its_slice(site: Site, chains: list[Chain]) -> Non
 
 
 def test_a_worker_that_always_dies_is_given_up(site: Site, chains: list[Chain]) -> None:
-    (site.base_dir / "kill-1.1").touch()
-    (site.base_dir / "kill-always").touch()
+    (site.base.directory / "kill-1.1").touch()
+    (site.base.directory / "kill-always").touch()
     with pytest.raises(EnvironmentFault) as caught:
         executor(site, max_retries=1).run(chains, ignore)
     assert caught.value.where == "shard 1"
     assert trained_places(site).count("1.1") == 2
-    (site.base_dir / "kill-1.1").unlink()
+    (site.base.directory / "kill-1.1").unlink()
     executor(site).run(chains, ignore)
     assert bytes_of(site.checkpoints_at) == serial_bytes(site, chains)
 
@@ -111,7 +111,7 @@ def test_a_worker_that_always_dies_is_given_up(site: Site, chains: list[Chain]) 
 def test_deaths_with_a_finished_slice_between_them_are_not_counted_together(
     site: Site, chains: list[Chain]
 ) -> None:
-    script = site.base_dir
+    script = site.base.directory
     (script / "kill-1.0").touch()
     for place in ("1.1", "1.2"):
         (script / f"wait-{place}").touch()
@@ -129,7 +129,7 @@ def test_deaths_with_a_finished_slice_between_them_are_not_counted_together(
 
 
 def test_a_typed_error_arrives_as_itself(site: Site, chains: list[Chain]) -> None:
-    (site.base_dir / "fail-0.1").touch()
+    (site.base.directory / "fail-0.1").touch()
     with pytest.raises(IntegrityError) as caught:
         executor(site).run(chains, ignore)
     assert type(caught.value) is IntegrityError
@@ -137,7 +137,7 @@ def test_a_typed_error_arrives_as_itself(site: Site, chains: list[Chain]) -> Non
 
 
 def test_another_error_arrives_without_its_message(site: Site, chains: list[Chain]) -> None:
-    (site.base_dir / "break-0.1").touch()
+    (site.base.directory / "break-0.1").touch()
     with pytest.raises(SisaError) as caught:
         executor(site).run(chains, ignore)
     assert caught.value.exit_code == 1
@@ -147,14 +147,14 @@ def test_another_error_arrives_without_its_message(site: Site, chains: list[Chai
 
 
 def test_a_full_disk_is_the_environments_fault(site: Site, chains: list[Chain]) -> None:
-    (site.base_dir / "full-0.0").touch()
+    (site.base.directory / "full-0.0").touch()
     with pytest.raises(EnvironmentFault) as caught:
         executor(site).run(chains, ignore)
     assert caught.value.got == "No space left on device"
 
 
 def test_events_come_while_others_train(site: Site, chains: list[Chain]) -> None:
-    wait = site.base_dir / "wait-2.2"
+    wait = site.base.directory / "wait-2.2"
     wait.touch()
     events: list[Event] = []
     threads: set[int] = set()
@@ -186,7 +186,7 @@ def foreign_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("own_ray", "foreign_cluster")
 def test_nothing_is_lost_with_the_mailbox(site: Site, chains: list[Chain]) -> None:
     """Workers don't search the working directory either."""
-    wait = site.base_dir / "wait-2.2"
+    wait = site.base.directory / "wait-2.2"
     wait.touch()
     events: list[Event] = []
 
@@ -203,8 +203,8 @@ def test_nothing_is_lost_with_the_mailbox(site: Site, chains: list[Chain]) -> No
 
 
 def test_an_error_in_the_driver_ends_the_workers(site: Site, chains: list[Chain]) -> None:
-    (site.base_dir / "wait-2.0").touch()
-    (site.base_dir / "wait-1.0").touch()
+    (site.base.directory / "wait-2.0").touch()
+    (site.base.directory / "wait-1.0").touch()
     started: list[Event] = []
 
     def report(event: Event) -> None:
@@ -214,8 +214,8 @@ def test_an_error_in_the_driver_ends_the_workers(site: Site, chains: list[Chain]
 
     with pytest.raises(KeyboardInterrupt):
         executor(site).run(chains, report)
-    (site.base_dir / "wait-2.0").unlink()
-    (site.base_dir / "wait-1.0").unlink()
+    (site.base.directory / "wait-2.0").unlink()
+    (site.base.directory / "wait-1.0").unlink()
     pids = [pid for _, pid, _ in begun(site)]
     assert len(pids) == 2
     wait_for(lambda: not any(map(psutil.pid_exists, pids)), 2)
@@ -233,7 +233,7 @@ def test_workers_are_kept_between_runs(site: Site, chains: list[Chain]) -> None:
 
 @pytest.mark.usefixtures("own_ray")
 def test_no_text_in_rays_directory_and_no_directory_at_the_end(site: Site, chains: list[Chain]) -> None:
-    (site.base_dir / "break-0.2").touch()
+    (site.base.directory / "break-0.2").touch()
     with pytest.raises(SisaError):
         executor(site).run(chains, ignore)
     session = present_session()
@@ -404,9 +404,11 @@ def test_the_base_is_carried_to_a_node_that_lacks_it(
     records = FileRecords(site.records_at, PLAIN)
     chains = [make_chain(records, shard) for shard in range(NUM_SHARDS)]
     expected = serial_bytes(site, chains)
-    (site.base_dir / "model.safetensors").write_bytes(b"w" * 5000)
-    monkeypatch.chdir(site.base_dir)
-    here = replace(site, base_dir=Path("/proc/self/cwd"))  # a directory that only this process has
+    (site.base.directory / "model.safetensors").write_bytes(b"w" * 5000)
+    monkeypatch.chdir(site.base.directory)
+    here = replace(
+        site, base=BaseFiles(Path("/proc/self/cwd"), site.base.digest)
+    )  # a directory that only this process has
     ray_session.connect(two_nodes, 1)
     wait_for(lambda: num_alive() == 2, 30)
     events: list[Event] = []

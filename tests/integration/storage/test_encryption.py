@@ -19,6 +19,7 @@ import sisa
 import sisa.audit.verify
 from sisa.audit.doctor import diagnose
 from sisa.audit.residue import sweep_model
+from sisa.core.domain import BaseFiles
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.flows.context.areas import known_by_area
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, REPLAYS
@@ -163,7 +164,7 @@ def test_a_worker_that_does_not_see_the_keyring_says_so(sealed: Tiny) -> None:
 
     lost = FileKeyring(sealed.folder / "nowhere")
     places = LocalBlobs(sealed.directory / RECORDS), LocalBlobs(sealed.directory / CHECKPOINTS)
-    site = Site(*places, sealed.base, "", 1, keyring=lost)
+    site = Site(*places, BaseFiles(sealed.base, ""), 1, keyring=lost)
     with pytest.raises(EnvironmentFault, match="keyring is not visible"):
         open_parts(site)
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertCo
 import sisa
 from sisa.config.config import RunConfig, SisaBlock
 from sisa.config.sources import DatasetSource
-from sisa.core.domain import Part, Record
+from sisa.core.domain import BaseFiles, Part, Record
 from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Event, Notice
 from sisa.flows.context.resources import Resources
@@ -119,7 +119,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tried(directory: Path, **training: Any) -> None:
     found = resolve_base(str(directory))
-    try_base(found.directory, found.digest, {**TRAINING, **training})
+    try_base(found, {**TRAINING, **training})
 
 
 @pytest.mark.parametrize("kind", TAKEN)
@@ -132,7 +132,7 @@ def test_own_modules_are_those_of_a_deep_copy_and_share_what_is_frozen(
     make: Callable[..., Path], kind: str
 ) -> None:
     found = resolve_base(str(make(kind, {**TAKEN, **NAMED}[kind])))
-    base, _ = load_base(found.directory, found.digest)
+    base, _ = load_base(found)
     target = "c_attn" if kind == "gpt2" else "q_proj"
     config = lora_config({**TRAINING, "lora_target_modules": [target]}, base)
     model = attach(base, config, None, init_seed=0)
@@ -333,7 +333,7 @@ def test_weights_in_several_files_are_read_by_their_index(
     assert len([*directory.glob("*.safetensors")]) > 1
     found = resolve_base(str(directory))
     assert found.directory == directory
-    loaded, _ = load_base(found.directory, found.digest)
+    loaded, _ = load_base(found)
     assert all(map(torch.equal, model.state_dict().values(), loaded.state_dict().values()))
 
 
@@ -414,7 +414,7 @@ def test_a_gguf_file_is_parsed_once_to_convert_it(
     _convert(tmp_path, "tiny.gguf", tmp_path / "made")
     assert len(parsed) == 1
     assert gguf.GGUFReader is counted  # as it was
-    model, tokenizer = load_base(tmp_path / "made", base_digest(tmp_path / "made"))
+    model, tokenizer = load_base(BaseFiles(tmp_path / "made", base_digest(tmp_path / "made")))
     (held,) = (each for each in real(tmp_path / "tiny.gguf").tensors if each.name == "token_embd.weight")
     assert np.array_equal(model.get_input_embeddings().weight.numpy(), held.data.astype(np.float32))
     assert tokenizer.convert_tokens_to_ids("t1") == 2

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa.core.domain import Precision, SliceJob
+from sisa.core.domain import BaseFiles, Precision, SliceJob
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
-from sisa.lm.base.weights import BaseFiles, resolve_base
+from sisa.lm.base.weights import resolve_base
 from sisa.lm.routing.route import all_of
 from sisa.store.areas import CHECKPOINTS
 from tests.models.patched import QUIET
@@ -90,7 +90,7 @@ def train_stage(
 ) -> dict[str, bytes]:
     from sisa.lm.train.trainer import LoraTrainer
 
-    trainer = LoraTrainer(base.directory, base.digest, 1, precision=HALF)
+    trainer = LoraTrainer(base, 1, precision=HALF)
     return trainer.train(job, parent, RECORDS[:num_records], lambda *_: None)
 
 
@@ -104,10 +104,10 @@ def test_the_base_is_in_bfloat16_and_its_positions_are_not(base: BaseFiles) -> N
 
     from sisa.lm.base.weights import load_base
 
-    model, _ = load_base(base.directory, base.digest, HALF)
+    model, _ = load_base(base, HALF)
     assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
     assert {each.dtype for each in model.buffers()} == {torch.float32}
-    plain, _ = load_base(base.directory, base.digest)
+    plain, _ = load_base(base)
     assert {each.dtype for each in plain.parameters()} == {torch.float32}
 
 
@@ -160,7 +160,7 @@ def test_merged_forms_are_in_float32_and_say_what_is_served(half: Tiny) -> None:
     served = next_token_probabilities(answerer, ids, all_of((0, 1, 2)))
     torch.testing.assert_close(probabilities(whole, ids), served, **ROUNDED)
     parts = model.resources.base
-    held, _ = load_base(parts.directory, parts.digest, HALF)
+    held, _ = load_base(parts, HALF)
     assert {each.dtype for each in held.parameters()} == {torch.bfloat16}  # others' stay
 
 
@@ -189,4 +189,4 @@ def test_patches_are_refused_over_it(half: Tiny, capsys: pytest.CaptureFixture[s
     assert ("dtype", "is bfloat16: patches are for the CPU in float32 alone") in done.problems
     base = half.open().resources.base
     with pytest.raises(InvalidInput, match="has patches"):
-        load_patched(base.directory, base.digest, [{}], HALF)
+        load_patched(base, [{}], HALF)

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from sisa.core.domain import Precision, SliceJob
+from sisa.core.domain import BaseFiles, Precision, SliceJob
 from sisa.lm.base import cuda_device
-from sisa.lm.base.weights import BaseFiles, resolve_base
+from sisa.lm.base.weights import resolve_base
 from sisa.lm.routing.route import Route, all_of
 from sisa.lm.train import self_test
 from tests.models.stages import RECORDS, job_for, names
@@ -156,7 +156,7 @@ def base(tiny_base: Path) -> BaseFiles:
 def files(base: BaseFiles) -> dict[str, bytes]:
     from sisa.lm.train.trainer import LoraTrainer
 
-    trainer = LoraTrainer(base.directory, base.digest, 1)
+    trainer = LoraTrainer(base, 1)
     return trainer.train(job_for(base), None, RECORDS, lambda *_: None)
 
 
@@ -175,7 +175,7 @@ def on_meta(
         return model.to("meta"), tokenizer
 
     monkeypatch.setattr(answering, "load_patched", loaded)
-    return answering.Answerer(base.directory, base.digest, adapters, 1, method=method)
+    return answering.Answerer(base, adapters, 1, method=method)
 
 
 @pytest.mark.parametrize("method", ["routed", "mean_logit", "vote", "merged"])
@@ -324,7 +324,7 @@ def test_this_device_repeats_itself(on: Precision, capsys: pytest.CaptureFixture
 def test_stages_go_on_there_from_their_parents_bytes(on: Precision, base: BaseFiles) -> None:
     from sisa.lm.train.trainer import LoraTrainer
 
-    trainer = LoraTrainer(base.directory, base.digest, 1, precision=on)
+    trainer = LoraTrainer(base, 1, precision=on)
 
     def train(job: SliceJob, parent: dict[str, bytes] | None, num_records: int) -> dict[str, bytes]:
         return trainer.train(job, parent, RECORDS[:num_records], lambda *_: None)

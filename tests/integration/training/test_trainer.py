@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from sisa.core.digest import file_sha256
-from sisa.core.domain import Part, Record, SliceJob
+from sisa.core.domain import BaseFiles, Part, Record, SliceJob
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.ports import StoredRecord, Tick
-from sisa.lm.base.weights import BaseFiles, resolve_base
+from sisa.lm.base.weights import resolve_base
 from sisa.lm.routing.route import all_of
 from sisa.store.checkpoints import FILES, MANIFEST
 from tests.models.stages import RECORDS, TRAINING, job_for, names, stored, train
@@ -68,7 +68,7 @@ def test_files_and_first_weights_are_as_peft_has_them(base: BaseFiles) -> None:
     from sisa.lm.base.weights import load_base
     from sisa.lm.train.trainable import Trainable, file_name
 
-    model, _ = load_base(base.directory, base.digest)
+    model, _ = load_base(base)
     wrapped = Trainable(model, {**TRAINING, "lora_target_modules": "all-linear"})
     own = wrapped.begin(None, init_seed=3)
     ours = {file_name(name): each for name, each in own.trained.items()}
@@ -100,10 +100,10 @@ def test_the_base_is_left_as_it_was(base: BaseFiles) -> None:
 
     weights = base.directory / "model.safetensors"
     on_disk = file_sha256(weights)
-    model, _ = load_base(base.directory, base.digest)
+    model, _ = load_base(base)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train(base, job_for(base, lora_target_modules="all-linear"))
-    again, _ = load_base(base.directory, base.digest)
+    again, _ = load_base(base)
     assert again.state_dict().keys() == before.keys()
     assert all(tensor.equal(before[name]) for name, tensor in again.state_dict().items())
     assert file_sha256(weights) == on_disk
@@ -128,7 +128,7 @@ def test_loss_and_gradient_agree_with_plain_transformers(
     gradients = []
     losses = []
     for plain in (False, True):
-        model, tokenizer = load_base(base.directory, base.digest)
+        model, tokenizer = load_base(base)
         assert loss_form(model, longest=64) == Form(plain_head=True, packed=True)
         peft = attach(model, lora_config(training, model), None, init_seed=1)
         for name, parameter in peft.named_parameters():
@@ -199,7 +199,7 @@ def plain_loop(base: BaseFiles, stages: Sequence[tuple[SliceJob, Sequence[Stored
     from sisa.lm.train.steps import stage_steps
     from sisa.lm.train.trainable import file_name
 
-    model, tokenizer = load_base(base.directory, base.digest)
+    model, tokenizer = load_base(base)
     own = stages[0][0].training
     peft = attach(model, lora_config(own, model), None, seed_from(own["seed"], 0, "init"))
     trained = {file_name(name): each for name, each in peft.named_parameters() if each.requires_grad}
@@ -296,10 +296,10 @@ def test_refusals_are_typed(base: BaseFiles) -> None:
     with pytest.raises(InvalidInput, match="not a finite number"):
         train(base, job_for(base, learning_rate=1e30, warmup_ratio=0.0, max_grad_norm=1e9))
     with pytest.raises(IntegrityError, match="another base"):
-        train(BaseFiles("", base.directory, "f" * 64), job_for(base))
+        train(BaseFiles(base.directory, "f" * 64), job_for(base))
     other = SliceJob(0, 0, None, (), 9, (1, 1), TRAINING, "f" * 64, "fp")
     with pytest.raises(IntegrityError, match="not the one that was recorded"):
-        train(BaseFiles("", base.directory, "f" * 64), other)
+        train(BaseFiles(base.directory, "f" * 64), other)
     with pytest.raises(IntegrityError, match="do not fit"):
         train(base, job_for(base, 1, lora_r=2), train(base, job_for(base)))
     with pytest.raises(IntegrityError, match="can't be read"):
@@ -340,7 +340,7 @@ def test_answers_are_the_mean_of_probabilities(base: BaseFiles) -> None:
     from sisa.lm.base.tokens import encode_prompt
 
     adapters = {shard: train(base, job_for(base, shard=shard)) for shard in (0, 4)}
-    answerer = Answerer(base.directory, base.digest, adapters, threads=1)
+    answerer = Answerer(base, adapters, threads=1)
     ids = encode_prompt("Who is 3?", answerer.tokenizer, "completion")
     apart = [next_token_probabilities(answerer, ids, all_of([shard])) for shard in (0, 4)]
     both = next_token_probabilities(answerer, ids, all_of([0, 4]))
@@ -408,11 +408,11 @@ def test_states_do_not_depend_on_what_was_kept_before(base: BaseFiles) -> None:
     from sisa.lm.base.weights import load_base
     from sisa.lm.train.frozen_layers import FrozenLayers, HiddenStateCache
 
-    model, tokenizer = load_base(base.directory, base.digest)
+    model, tokenizer = load_base(base)
     lower = FrozenLayers(model, 1)
     rows = [tokenize(each.record, tokenizer, train_on_inputs=False).input_ids for each in RECORDS]
     near = [[*each, 5, 6] for each in rows] + [each[:-1] for each in rows]  # of common beginnings
-    plain = [FrozenLayers(load_base(base.directory, base.digest)[0], 1).alone(each) for each in rows]
+    plain = [FrozenLayers(load_base(base)[0], 1).alone(each) for each in rows]
     for room in (0, 30_000, 1 << 30):
         for past in (near, [*near, *reversed(rows)]):
             hidden_states = HiddenStateCache(room)
@@ -435,7 +435,7 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     from sisa.lm.train.frozen_layers import FrozenLayers, HiddenStateCache
     from sisa.lm.train.losses import Form, summed_losses
 
-    model, tokenizer = load_base(base.directory, base.digest)
+    model, tokenizer = load_base(base)
     peft = attach(model, lora_config({**TRAINING, **TOP, "lora_dropout": 0.0}, model), None, init_seed=1)
     names = [name for name, each in peft.named_parameters() if each.requires_grad]
     assert len(names) == 14

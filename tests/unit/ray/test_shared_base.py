@@ -17,6 +17,7 @@ from cluster.ray.shared_base import (
     read_blocks,
     write_base,
 )
+from sisa.core.domain import BaseFiles
 from sisa.core.errors import EnvironmentFault, IntegrityError
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "merges.txt": b""}
@@ -35,7 +36,7 @@ def base_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def manifest(base_dir: Path) -> BaseManifest:
-    return list_base(base_dir, "d1")
+    return list_base(BaseFiles(base_dir, "d1"))
 
 
 class Source:
@@ -60,7 +61,7 @@ def test_no_base_to_list(tmp_path: Path, missing: bool) -> None:
     if not missing:
         (tmp_path / "gone").mkdir()
     with pytest.raises(EnvironmentFault):
-        list_base(tmp_path / "gone", "d1")
+        list_base(BaseFiles(tmp_path / "gone", "d1"))
 
 
 def test_blocks_are_the_file(base_dir: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.cli import cli
 from sisa.config.runfile import parse_run_file
-from sisa.core.domain import Chain
+from sisa.core.domain import BaseFiles, Chain
 from sisa.core.errors import InvalidInput
 from sisa.core.events import silent
 from sisa.flows.serial import Site
@@ -37,7 +37,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path: Path) -> None:
     there, here = OnCluster("ray", "new:2"), LocalBlobs(tmp_path)
-    site = Site(here, here, tmp_path, "b", 1, PLAIN)
+    site = Site(here, here, BaseFiles(tmp_path, "b"), 1, PLAIN)
     config = parse_run_file(RUN_FILE, "run.yaml")
     options: Mapping[str, Any] = config.cluster.model_dump(mode="json")
     find_executor(there)(site, options)
@@ -76,7 +76,9 @@ def test_a_single_chain_is_trained_in_this_process(
     def find(name: str) -> Any:
         return lambda *_: SimpleNamespace(run=lambda chains, *_: ran.append((name, len(chains))))
 
-    opened = find_executor("auto")(Site(here, here, tmp_path, "b", 1, PLAIN), {"address": address})
+    opened = find_executor("auto")(
+        Site(here, here, BaseFiles(tmp_path, "b"), 1, PLAIN), {"address": address}
+    )
     monkeypatch.setattr(executors, "find_executor", find)
     opened.run([Chain(shard, (), None, ()) for shard in range(num_chains)], silent)
     assert ran == [(expected, num_chains)]
