@@ -363,7 +363,7 @@ def _wrong_head(context: Context, head: Head) -> str:
 
 def _gaps(context: Context) -> Iterator[Finding]:
     """Find missing stages before a held one: the head serves, but a deletion would retrain more."""
-    if context.settings.recipe.shard_budget is not None:
+    if context.recipe.shard_budget is not None:
         return  # a budget leaves gaps on purpose
     views = view_shards(context, [head.shard for head in context.stores.ledger.heads()])
     for view, plan in zip(views, plans_of(context, views), strict=True):

@@ -109,7 +109,7 @@ class GroupJudge:
         if not intact or (held and sha256_hex(manifest) != held.manifest_sha256):
             return "damaged", "a checkpoint whose bytes are not the recorded ones"
         seq = held.seq if held else ledger.seq()
-        if proves_clean(job, ledger.rows(job.shard), seq, self._context.settings.recipe.num_slices):
+        if proves_clean(job, ledger.rows(job.shard), seq, self._context.recipe.num_slices):
             return NO_FAULT
         known = "held checkpoint" if held else "checkpoint that the ledger lacks"
         return "tainted", f"a {known} was not made of held records alone"

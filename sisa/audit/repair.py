@@ -141,7 +141,7 @@ def close_gaps(context: Context, plans: Sequence[ShardPlan]) -> list[str]:
     """Train missing stages before a held one again, in every order; return what was done."""
     done: list[str] = []
     chains: list[Chain] = []
-    if context.settings.recipe.shard_budget is not None:
+    if context.recipe.shard_budget is not None:
         return done  # a budget leaves gaps on purpose
     for plan in plans:
         gaps = _gaps(context, plan)

@@ -119,7 +119,7 @@ def verify(
             reasons[head.shard] = why_not
         else:
             chains[head.shard] = _chains(context, head.shard)
-    for order in range(1 + len(context.settings.recipe.other_orders)):
+    for order in range(1 + len(context.recipe.other_orders)):
         of_order = [each[order] for each in chains.values() if each[order].jobs]
         if of_order and replays is not None:
             context.report(training_started(of_order))

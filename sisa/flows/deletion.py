@@ -112,7 +112,7 @@ def plan_forget(
         tainted=tuple(tainted),
         exports=tuple(dict.fromkeys(e.path for e in tainted_exports(ledger.exports(), {"": rows}))),
         record_epochs_retrained=sum(plan.record_epochs for plan in plans),
-        record_epochs_full=full_record_epochs(views, context.settings.recipe),
+        record_epochs_full=full_record_epochs(views, context.recipe),
         record_epochs_others=sum(plan.record_epochs_others for plan in plans),
         serving_depth=serving_depth(heads.values(), views),
     )

@@ -53,7 +53,7 @@ class Taken:
 
 def train(context: Context, records: Sequence[Record], meta: Mapping[str, str] | None = None) -> Taken:
     """Train what is missing; only the first training takes records, and the model's `meta`."""
-    check_generations(context.settings.recipe.training, records)
+    check_generations(context.recipe.training, records)
     records, found = _normalised(context, records)
     if "config" in context.stores.ledger.meta() or context.stores.ledger.heads():
         check_trained(context, records, found)
@@ -127,7 +127,7 @@ def add(
     result equals training on all records from scratch. A record that is already held, unchanged, is
     counted and skipped. Raise InvalidInput with every problem.
     """
-    check_generations(context.settings.recipe.training, records, append=append)
+    check_generations(context.recipe.training, records, append=append)
     assigner, generation = context.settings.assigner, None
     if append:  # as the generation after the last one; the first has none
         held = (assigner.layout.generation(file.slice) for file in context.stores.ledger.slices())

@@ -344,10 +344,8 @@ def plan_run(context: Context) -> RunPlan:
     sizes: dict[int, dict[int, int]] = {head.shard: {} for head in ledger.heads()}
     for file in ledger.slices():
         sizes[file.shard][file.slice] = file.num_records
-    shards = [
-        shard_costs(pending.get(shard, 0.0), each, total, context.settings.recipe)
-        for shard, each in sizes.items()
-    ]
+    recipe = context.recipe
+    shards = [shard_costs(pending.get(shard, 0.0), each, total, recipe) for shard, each in sizes.items()]
     left = [(request.request_id, days_left(request.due, now)) for request in waiting]
     cut_short = [each.request_id for each in under_way(context)]
     if cut_short:

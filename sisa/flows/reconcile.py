@@ -109,7 +109,7 @@ def reconcile(context: Context, *, defer: bool = False, removed: Removed = NOTHI
 def _train_orders(context: Context) -> int:
     """Train what the other orders lack, one at a time: what two of them share is trained once."""
     epochs = 0
-    for number in range(1, len(context.settings.recipe.other_orders) + 1):
+    for number in range(1, len(context.recipe.other_orders) + 1):
         plans = [plan for plan in open_plans(context) if len(plan.missing) > number]
         lacking = [(plan.shard, plan.missing[number]) for plan in plans]
         chains = [_chain(context, shard, missing) for shard, missing in lacking if missing.train]
@@ -254,7 +254,7 @@ def note_failure(
 
 def open_plans(context: Context) -> list[ShardPlan]:
     """Return plans of the shards that may lack stages: not at their target, or of several orders."""
-    heads, orders = context.stores.ledger.heads(), context.settings.recipe.other_orders
+    heads, orders = context.stores.ledger.heads(), context.recipe.other_orders
     shards = [head.shard for head in heads if orders or not head.converged]
     return plans_of(context, view_shards(context, shards))
 
@@ -364,7 +364,7 @@ def _retire(context: Context) -> None:
     ]
     if dropped:
         commit(context, Change(dropped=dropped))
-    budget = context.settings.recipe.shard_budget
+    budget = context.recipe.shard_budget
     if budget is None:
         return
     held = Counter[int]()

@@ -79,7 +79,7 @@ def move(context: Context, effects: Collection[Effect], meta: dict[str, str]) ->
     num_slices, files = context.settings.assigner.layout.num_slices, context.stores.ledger.slices()
     appended = "reset" not in effects and any(file.slice >= num_slices for file in files)
     appended = appended or any(each.record.generation for each in held)
-    check_generations(context.settings.recipe.training, (), append=appended)
+    check_generations(context.recipe.training, (), append=appended)
     if not {"reset", "retrain"}.isdisjoint(effects):
         meta = {**meta, TRAINED_ANEW: context.now()}
     if "reset" in effects:

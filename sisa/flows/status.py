@@ -116,7 +116,7 @@ def status_of(context: Context, directory: Path, config: RunConfig, base: str, e
     kept = [HIDDEN_STATES] if context.settings.keeps_hidden_states else []
     areas = (RECORDS, INDEX, CHECKPOINTS, *kept)
     sizes = {area: context.stores.blobs[area].num_bytes("") for area in areas}
-    ledger, recipe = context.stores.ledger, context.settings.recipe
+    ledger, recipe = context.stores.ledger, context.recipe
     with ledger.snapshot():
         views = view_shards(context, [head.shard for head in ledger.heads()])
         full = full_record_epochs(views, recipe)
@@ -182,7 +182,7 @@ def shard_statuses(context: Context) -> list[ShardStatus]:
         counts.setdefault(file.shard, {})[file.slice] = file.num_records
     held = {each.key: each for each in ledger.checkpoints()}
     appended = max((slice_ + 1 for found in counts.values() for slice_ in found), default=0)
-    num_slices = max(context.settings.recipe.num_slices, appended)
+    num_slices = max(context.recipe.num_slices, appended)
     if any(head.key not in held for head in ledger.heads() if head.key is not None):
         raise IntegrityError(
             "the ledger lacks a checkpoint that it serves",

@@ -104,7 +104,7 @@ def context_of(
     )
     settings = Settings(
         assigner=Assigner(Keyed(SECRET), config.layout),
-        recipe=config.recipe(BASE),
+        unpatched_recipe=config.recipe(BASE),
         patch_mode=config.patch_mode,
         chain=EventChain(Keyed(SECRET)),
         keeps_hidden_states=config.prefix_cache_bytes > 0,

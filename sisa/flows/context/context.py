@@ -59,7 +59,7 @@ class Settings:
     """The decisions of the run file and the partition key."""
 
     assigner: Assigner
-    recipe: Recipe  # of shards over the frozen base alone: plans use `Context.recipe`
+    unpatched_recipe: Recipe  # of shards over the frozen base alone; flows use `Context.recipe`
     patch_mode: PatchMode
     chain: EventChain  # of the ledger's events
     keeps_hidden_states: bool = False  # whether hidden states may be kept
@@ -69,7 +69,7 @@ class Settings:
     @property
     def base(self) -> str:
         """Return the digest of the frozen base."""
-        return self.recipe.base
+        return self.unpatched_recipe.base
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,14 @@ class Context:
 
     @property
     def recipe(self) -> Recipe:
-        """Return the settings' recipe, over the patches beneath the shards. Raise IntegrityError."""
-        base = self.settings.base
-        stack = [each.adapter_sha256 for each in patches_beneath(self.stores.ledger, base)]
-        return replace(self.settings.recipe, base=patched_digest(base, stack))
+        """Return what all jobs share, over the patches beneath the shards. Raise IntegrityError."""
+        return self.recipe_over(patches_beneath(self.stores.ledger, self.settings.base))
+
+    def recipe_over(self, stack: Iterable[Patch]) -> Recipe:
+        """Return what all jobs share once the shards are trained over these patches, lowest first."""
+        adapters = [each.adapter_sha256 for each in stack]
+        base = patched_digest(self.settings.base, adapters)
+        return replace(self.settings.unpatched_recipe, base=base)
 
 
 def trained_over(ledger: ports.Ledger) -> tuple[str, ...]:

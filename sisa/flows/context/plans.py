@@ -52,7 +52,7 @@ def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:
     With several orders, the checkpoint that becomes the head is checked as well, since no stage of order
     0 may start from it.
     """
-    ledger = context.stores.ledger
+    ledger, has_orders = context.stores.ledger, bool(context.recipe.other_orders)
     for plan in plans:
         seen = {slice_ for job in plan.all_missing for slice_, _ in job.slices}
         for file in ledger.slices(plan.shard):
@@ -61,7 +61,7 @@ def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:
         for index in ledger.indexes(plan.shard) if plan.path else ():
             context.stores.index.check(index)
         needed = {each.parent.key for each in plan.missing if each.parent is not None}
-        if context.settings.recipe.other_orders and plan.head.key is not None:
+        if has_orders and plan.head.key is not None:
             needed.add(plan.head.key)
         for each in ledger.checkpoints(plan.shard) if needed else ():
             if each.key in needed:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sisa.core.digest import patched_digest
 from sisa.core.domain import Record, RecordRow
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.core.events import Notice
@@ -269,8 +268,7 @@ def shards_over(context: Context, stack: Sequence[Patch]) -> None:
     risky = {each.job.retain for each in stack} & vault_sets.deletable(context)
     if risky:
         raise _retained_records(f"{len(risky)} retain sets that do")
-    base = patched_digest(context.settings.base, [each.adapter_sha256 for each in stack])
-    recipe = replace(context.settings.recipe, base=base)
+    recipe = context.recipe_over(stack)
     views = view_shards(context, [head.shard for head in context.stores.ledger.heads()])
     heads = [plan_shard(view, recipe, context.compute.fingerprint).head for view in views]
     commit(context, Change(heads=heads, meta={TRAINED_OVER: json.dumps([each.key for each in stack])}))
@@ -278,7 +276,7 @@ def shards_over(context: Context, stack: Sequence[Patch]) -> None:
 
 def shards_off(context: Context) -> None:
     """Drop everything trained over patches at once; the shards start from the plain base."""
-    recipe, fingerprint = context.settings.recipe, context.compute.fingerprint
+    recipe, fingerprint = context.recipe_over(()), context.compute.fingerprint
     views = view_shards(context, [head.shard for head in context.stores.ledger.heads()])
     heads = [plan_shard(replace(view, held=()), recipe, fingerprint).head for view in views]
     dropped = [each.key for each in context.stores.ledger.checkpoints()]

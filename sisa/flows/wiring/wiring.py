@@ -78,7 +78,7 @@ def open_context(
         stores = _open_stores(directory, resources, keyed, model, ledger)
         settings = Settings(
             assigner=Assigner(keyed, config.layout),
-            recipe=config.recipe(resources.base_digest),
+            unpatched_recipe=config.recipe(resources.base_digest),
             patch_mode=config.patch_mode,
             chain=EventChain.of(keyed, ledger.meta().get("key")),
             keeps_hidden_states=config.prefix_cache_bytes > 0,
