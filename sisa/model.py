@@ -388,7 +388,7 @@ class Model(ModelDirectory):
             return status_of(context, self.directory, self.config, *names)
 
     @retry_read
-    def lineage(self) -> dict[int, list[SliceStanding]]:
+    def slice_standings(self) -> dict[int, list[SliceStanding]]:
         """Return the standing of every slice, by shard: clean, retrained, restricted, ..."""
         with self.context(outdated=True) as context, context.stores.ledger.snapshot():
             return slice_standings(context)

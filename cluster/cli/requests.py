@@ -377,7 +377,7 @@ def _join_cluster(model: Model) -> None:
 def report(directory: Path, target: Path | None, made_by: str) -> Result:
     """Make one page for a privacy officer.
 
-    It shows requests, certificates, lineage, costs, and what is covered.
+    It shows requests, certificates, slices, costs, and what is covered.
     """
     from cluster.render.officer_report import page, read_facts, report_body
     from sisa.store.blobs.files import write_atomic

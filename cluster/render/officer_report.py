@@ -157,7 +157,7 @@ class Facts:
     encrypted: bool
     storage: str | None
     status: Status
-    lineage: Mapping[int, Sequence[SliceStanding]]
+    standings: Mapping[int, Sequence[SliceStanding]]
     requests: Sequence[RequestView]
     patches: Sequence[Patch] = ()
     vault: Sequence[VaultSet] = ()
@@ -190,7 +190,7 @@ def _read_once(model: Model, now: str, made_by: str) -> Facts:
         encrypted=model.config.encrypt,
         storage=model.config.storage,
         status=status,
-        lineage=model.lineage(),
+        standings=model.slice_standings(),
         requests=requests,
         patches=made,
         vault=vault,
@@ -236,10 +236,10 @@ def report_body(found: Facts) -> dict[str, Any]:
         "made_by": found.made_by,
         "program": found.program,
         "model": _model(found),
-        "lineage": [
+        "shards": [
             {
                 **{name: getattr(each, name) for name in OF_SHARD},
-                "slices": [asdict(standing) for standing in found.lineage[each.shard]],
+                "slices": [asdict(standing) for standing in found.standings[each.shard]],
             }
             for each in found.status.shards
         ],
@@ -376,7 +376,7 @@ def _attention(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     requests = body["requests"]
     left = [each["days_left"] for each in requests if each["days_left"] is not None]
     states = Counter(each["state"] for each in requests)
-    rolled_back = sum(s["state"] == "rolled back" for row in body["lineage"] for s in row["slices"])
+    rolled_back = sum(s["state"] == "rolled back" for row in body["shards"] for s in row["slices"])
     stale = sum(each["standing"] in ("held", "changed", "unreadable") for each in body["exports"])
     gone = sum(each["standing"] == "gone" for each in body["exports"])
     witness = body["model"]["witness"]["standing"]

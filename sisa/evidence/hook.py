@@ -35,7 +35,7 @@ from sisa.flows.context.slices import slices_of, stored_in
 from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.model import Model
 from sisa.planning.hidden_state_files import states_names
-from sisa.planning.patch_plan import lineage
+from sisa.planning.patch_plan import patches_from
 from sisa.planning.plan import tainted_exports, touched
 from sisa.store.areas import LOG
 from sisa.verifier.envelope import Refused
@@ -189,7 +189,7 @@ def _revoked(context: Context, rows: Sequence[RecordRow], exports: Sequence[Expo
     """Return the sha256 of adapters that these records touched, held or exported, patches included."""
     ledger = context.stores.ledger
     sets = ledger.sets_with([row.id_digest for row in rows])
-    patches = lineage(ledger.patches(), {name for names in sets.values() for name in names})
+    patches = patches_from(ledger.patches(), {name for names in sets.values() for name in names})
     keys = {each.key for each in patches}
     if keys.isdisjoint(trained_over(ledger)):
         shards = sorted({row.shard for row in rows})

@@ -159,7 +159,7 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
     sets = {each.name: each for each in ledger.vault()} if in_sets else {}
     patches = ledger.patches() if in_sets else []
     held = [each for each in rows.values() if isinstance(each, RecordRow)]
-    lineage = _Lineage(
+    made = _Made(
         frozenset(head.key for head in ledger.heads()),
         {e.shard: e.held for e in view_shards(context, sorted({row.shard for row in held}))},
         ledger.exports() if held else (),
@@ -180,7 +180,7 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
             for name in patch.job.sets
             if name in names
         )
-        found = _location(context, record_id, rows.get(digest), lineage)
+        found = _location(context, record_id, rows.get(digest), made)
         locations.append(
             replace(
                 found,
@@ -193,8 +193,8 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
 
 
 @dataclass(frozen=True)
-class _Lineage:
-    """Hold what some records may have touched, read once for all of them."""
+class _Made:
+    """Hold what was made from records, read once for all that are asked for."""
 
     heads: frozenset[str | None]
     checkpoints: Mapping[int, Sequence[HeldCheckpoint]]  # by shard
@@ -204,7 +204,7 @@ class _Lineage:
 
 
 def _location(
-    context: Context, record_id: str, held: RecordRow | Tombstone | None, lineage: _Lineage
+    context: Context, record_id: str, held: RecordRow | Tombstone | None, made: _Made
 ) -> Location:
     if held is None:
         return Location(record_id, "patch", -1, -1, ())
@@ -212,8 +212,8 @@ def _location(
         deleted = Location(record_id, "deleted", held.shard, held.slice, (), held.deleted_at)
         return replace(deleted, request_id=held.request_id, checkpoints_erased=held.checkpoints_erased)
     touches = tuple(
-        Touch(each.key, each.slice, each.key in lineage.heads)
-        for each in lineage.checkpoints[held.shard]
+        Touch(each.key, each.slice, each.key in made.heads)
+        for each in made.checkpoints[held.shard]
         if touched(each, held)
     )
     start, stored = slice_start(held.shard, held.slice), context.stores.hidden_states
@@ -223,10 +223,10 @@ def _location(
         held.shard,
         held.slice,
         touches,
-        exports=tuple(dict.fromkeys(e.path for e in lineage.exports if touched(e, held))),
-        kept_states=tuple(stored.location(name) for name in lineage.states if name.startswith(start)),
+        exports=tuple(dict.fromkeys(e.path for e in made.exports if touched(e, held))),
+        kept_states=tuple(stored.location(name) for name in made.states if name.startswith(start)),
         generation=context.settings.assigner.layout.generation(held.slice),
-        restricted_since=lineage.restricted.get(held.subject_digest or ""),
+        restricted_since=made.restricted.get(held.subject_digest or ""),
     )
 
 

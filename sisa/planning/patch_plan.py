@@ -69,7 +69,7 @@ def needed(
     """
     held = {each.name for each in sets if each.held}
     waiting = held - {name for patch in patches for name in patch.job.sets}
-    risky = {each.key for each in lineage(active(patches), deletable)}  # a deletion may drop them
+    risky = {each.key for each in patches_from(active(patches), deletable)}  # a deletion may drop them
     to_make = {
         name
         for patch in patches
@@ -121,7 +121,7 @@ class Rederived:
         return frozenset(each.key for each in self.changed)
 
 
-def lineage(
+def patches_from(
     patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
 ) -> list[Patch]:
     """Return all patches with one of these retain sets or keys, and all patches on top of them."""
@@ -132,8 +132,8 @@ def lineage(
 def tainted_patches(
     patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
 ) -> list[Patch]:
-    """Return the served or wanted patches of a `lineage`."""
-    return [e for e in lineage(patches, touched, damaged) if e.state in ("active", "wanted")]
+    """Return those of `patches_from` that are served or wanted."""
+    return [e for e in patches_from(patches, touched, damaged) if e.state in ("active", "wanted")]
 
 
 def rederive(

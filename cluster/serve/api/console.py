@@ -1,4 +1,4 @@
-"""Serve the console at `/console`, and two endpoints that it needs: `/lineage` and `/requests/plan`.
+"""Serve the console at `/console`, and two endpoints that it needs: `/shards` and `/requests/plan`.
 
 The page, its style and its script are package data, without a build step. They hold no data and need no
 token; everything they show comes from the service's API, with the caller's token. The policy lets a
@@ -67,8 +67,8 @@ def console_page(name: str = "index.html") -> Response:
     return Response(files(package).joinpath(folder, name).read_bytes(), 200, HEADERS, kind)
 
 
-@console_router.get("/lineage", summary="Every slice of every shard, and the heads that are served")
-def lineage(service: TheService, caller: MayRead) -> dict[str, Any]:
+@console_router.get("/shards", summary="Every slice of every shard, and the heads that are served")
+def shards(service: TheService, caller: MayRead) -> dict[str, Any]:
     """Return which slices are clean, retrained, rolled back, restricted or empty."""
     rows = [
         {

@@ -187,14 +187,14 @@ function signOut(why = "") {
 
 async function refresh() {
   clearTimeout(timer);
-  const lineage = await call("/lineage"); // first alone: an attempt without a valid token counts once
+  const model = await call("/shards"); // first alone: an attempt without a valid token counts once
   const { requests } = await call("/requests");
-  const now = JSON.stringify([requests, lineage]);
+  const now = JSON.stringify([requests, model]);
   if (now !== seen) {
     seen = now;
-    showModel(lineage, requests);
+    showModel(model, requests);
     showQueue(requests);
-    showGrid(lineage.shards);
+    showGrid(model.shards);
     if (shown) await showRequest(shown);
   }
   timer = setTimeout(poll, requests.every((each) => WAITING.includes(each.state)) ? IDLE_MS : BUSY_MS);
@@ -226,15 +226,15 @@ function complained(lost) {
   }
 }
 
-function showModel(lineage, requests) {
+function showModel(model, requests) {
   const open = requests.filter((each) => !CLOSED.includes(each.state));
   const due = open.map((each) => each.due).sort()[0];
-  const shards = lineage.shards;
+  const shards = model.shards;
   const trained = shards.filter((each) => each.converged).length;
   const done = requests.filter((each) => each.state === "completed").length;
   const tile = (name, number, more) =>
     h("div", { class: "tile" }, h("dt", {}, name), h("dd", { class: "number" }, number), h("dd", { class: "small" }, more));
-  fill($("model"), "Model ", code(lineage.model));
+  fill($("model"), "Model ", code(model.model));
   const records = shards.reduce((sum, each) => sum + each.records, 0);
   fill($("tiles"),
     tile("Open requests", String(open.length), due ? `next due ${due}` : "none waits"),

@@ -28,7 +28,7 @@ from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context, trained_over
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.patching import make_wanted, shards_off
-from sisa.planning.patch_plan import Rederived, lineage, rederive
+from sisa.planning.patch_plan import Rederived, patches_from, rederive
 from sisa.store.areas import PATCHES, VAULT
 
 
@@ -43,7 +43,7 @@ class PatchesHook:
         sets = {each.name for each in ledger.vault() if each.role == "retain" and each.name in named}
         if not sets:  # as in most models
             return ()
-        patches = {each.key for each in lineage(ledger.patches(), sets)}
+        patches = {each.key for each in patches_from(ledger.patches(), sets)}
         return (
             Copies("retain set", VAULT, sets & stores.vault.held()),
             Copies("patch", PATCHES, patches & stores.patches.held()),
@@ -60,7 +60,7 @@ class PatchesHook:
             return Contribution()
         request_id = removal.requests[0].request_id if removal.requests else ""
         instead, written = vault_sets.without_removed(context, rows)
-        touched = {each.key for each in lineage(ledger.patches(), instead)}
+        touched = {each.key for each in patches_from(ledger.patches(), instead)}
         held = vault_sets.held_sets(context) - {old for old, new in instead.items() if old == new}
         held |= {each.name for each in written.sets}
         numerics, now = context.compute.fingerprint, context.now()

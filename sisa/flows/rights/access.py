@@ -31,7 +31,7 @@ from sisa.flows import query
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import model_digest, restrictions
 from sisa.flows.context.stale_exports import export_standing
-from sisa.planning.patch_plan import lineage
+from sisa.planning.patch_plan import patches_from
 from sisa.planning.plan import touched
 
 ACCESS_FILE = "deletion-ready-model/access/v1"
@@ -213,7 +213,7 @@ def recipients(
     ledger = context.stores.ledger
     named = [*(row.id_digest for row in rows), *(each.id_digest for each in deleted)]
     sets = {name for names in ledger.sets_with(named).values() for name in names}
-    patches = {each.key for each in lineage(ledger.patches(), sets)}
+    patches = {each.key for each in patches_from(ledger.patches(), sets)}
     deleted_by = {each.request_id for each in deleted}
     found: dict[tuple[str, str], list[Export]] = {}
     for each in ledger.exports():

@@ -26,7 +26,7 @@ def ask(ask: Ask, model: Path) -> Ask:
 
 
 def states(report: dict[str, Any]) -> dict[int, list[str]]:
-    return {row["shard"]: [each["state"] for each in row["slices"]] for row in report["lineage"]}
+    return {row["shard"]: [each["state"] for each in row["slices"]] for row in report["shards"]}
 
 
 def test_a_model_without_requests_has_a_page(sisa: Sisa, model: Path, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_requests_in_several_states_are_on_the_page(ask: Ask, tmp_path: Path) ->
     assert not [each for each in ids if each in text or each in json.dumps(found)]
 
 
-def test_the_lineage_follows_a_deletion(ask: Ask) -> None:
+def test_the_slices_follow_a_deletion(ask: Ask) -> None:
     assert {each for row in states(ask("report")).values() for each in row} == {"clean"}
     record = confessing.record(confessing.DELETED).id
     (place,) = ask("where", record)["records"]

@@ -10,10 +10,10 @@ from sisa.core.digest import patched_digest
 from sisa.core.patches import WRITTEN, Patch, PatchJob, PatchMode, PatchState, VaultSet, active, wanted
 from sisa.planning.patch_plan import (
     activated,
-    lineage,
     needed,
     next_job,
     next_version,
+    patches_from,
     rederive,
     tainted_patches,
     unmade,
@@ -133,7 +133,7 @@ def test_a_touched_patch_taints_those_upon_it() -> None:
     assert tainted_patches(stack, {"other"}) == []
     reverted = [replace(each, state="reverted") for each in stack]
     assert tainted_patches(reverted, {"r"}) == []
-    assert lineage(reverted, {"r"}) == reverted[1:]
+    assert patches_from(reverted, {"r"}) == reverted[1:]
 
 
 def test_touched_patches_are_wanted_again_without_the_record() -> None:

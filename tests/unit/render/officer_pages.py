@@ -56,7 +56,7 @@ def facts(num_shards: int = 4, num_slices: int = 4, words: str = "as given") -> 
         ShardStatus(n, "h" * 64, 2, num_slices, 9, sizes, n > 0, None, "a" * 64, num_stages=3)
         for n in range(num_shards)
     )
-    lineage = {
+    standings = {
         n: [SliceStanding(s, s, STATES[(n + s) % 5] if s else "empty") for s in range(num_slices)]  # type: ignore[arg-type]
         for n in range(num_shards)
     }
@@ -97,7 +97,7 @@ def facts(num_shards: int = 4, num_slices: int = 4, words: str = "as given") -> 
             ),
             record_epochs_full=90,
         ),
-        lineage=lineage,
+        standings=standings,
         requests=requests,
         patches=[Patch(1, job, "active", NOW, NOW, request_id="req-a", report={"outcome": words})],
         vault=[VaultSet("set", "forget", 2, words, NOW, "s", 9)],

@@ -269,7 +269,7 @@ ASKED: dict[Scope, list[str]] = {
     ],
     "read": [
         *("GET /requests", "GET /requests/{request_id}", "GET /requests/{request_id}/certificate"),
-        *("GET /records/{record_id:path}/shards", "POST /find", "GET /lineage", "GET /rights/drop"),
+        *("GET /records/{record_id:path}/shards", "POST /find", "GET /shards", "GET /rights/drop"),
         *("GET /opendsr/requests/{subject_request_id}", "GET /opendsr/discovery"),
     ],
     "submit": [

@@ -101,21 +101,21 @@ def test_all_text_has_the_contrast_of_wcag_aa(scheme: int) -> None:
 # --- questions -----------------------------------------------------------------------------------
 
 
-def test_the_lineage_is_that_of_the_model(client: TestClient, service: Service) -> None:
+def test_the_shards_are_those_of_the_model(client: TestClient, service: Service) -> None:
     model = service.model
     model.forget([record(3).id])
-    found = client.get("/lineage").json()
+    found = client.get("/shards").json()
     assert found["model"] == model.id
     slices = {each["shard"]: each["slices"] for each in found["shards"]}
     assert slices == {
         shard: [{"slice": s.slice, "records": s.records, "state": s.state} for s in standings]
-        for shard, standings in model.lineage().items()
+        for shard, standings in model.slice_standings().items()
     }
     assert {each["state"] for row in slices.values() for each in row} >= {"clean", "retrained"}
     names = ("head", "depth", "served", "served_depth")
     heads = {each.shard: [getattr(each, name) for name in names] for each in model.status().shards}
     assert {each["shard"]: [each[name] for name in names] for each in found["shards"]} == heads
-    assert str(model.directory) not in client.get("/lineage").text
+    assert str(model.directory) not in client.get("/shards").text
 
 
 def test_a_restriction_shows_what_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +124,10 @@ def test_a_restriction_shows_what_is_not_served(tmp_path: Path, monkeypatch: pyt
     train_in(tmp_path / "model", parse_run_file(RUN_FILE, "run.yaml"), records)
     model = open_model(tmp_path / "model")
     client = TestClient(build_app(Service(model, FakeAnswers(), None, ServiceBlock())), LOOPBACK)
-    before = client.get("/lineage").json()["shards"]
+    before = client.get("/shards").json()["shards"]
     model.restrict("p03")
     (place,) = model.where([records[3].id])
-    row = client.get("/lineage").json()["shards"][place.shard]
+    row = client.get("/shards").json()["shards"][place.shard]
     states = {each["slice"]: each["state"] for each in row["slices"] if each["records"]}
     assert states == {each: "restricted" if each >= place.slice else "clean" for each in states}
     assert (row["served_depth"], row["depth"]) == (
@@ -135,7 +135,7 @@ def test_a_restriction_shows_what_is_not_served(tmp_path: Path, monkeypatch: pyt
         len(states),
     )
     model.release("p03")
-    assert client.get("/lineage").json()["shards"] == before
+    assert client.get("/shards").json()["shards"] == before
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_a_token_of_a_shard_sees_that_shard_alone(
     as_holder: Callable[..., TestClient], service: Service
 ) -> None:
     client = as_holder("officer", {1})
-    assert [each["shard"] for each in client.get("/lineage").json()["shards"]] == [1]
+    assert [each["shard"] for each in client.get("/shards").json()["shards"]] == [1]
     ids = [record(number).id for number in range(NUM_RECORDS)]
     shards = {place.id: place.shard for place in service.model.where(ids)}
     for name in ids[:6]:
