@@ -31,7 +31,7 @@ from sisa.core.domain import BaseFiles, Chain, SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Event, Notice, Report, SliceTrained, silent
 from sisa.core.ports import BlobStore, Keyring, OnStage
-from sisa.flows.serial import LanesSetting, Site, num_lanes, order_chains
+from sisa.flows.chains import LanesSetting, Site, num_lanes, order_chains
 from sisa.lm.base.cuda_device import require_device
 from sisa.lm.base.numerics import worker_environment
 from sisa.planning.hidden_state_files import keeps_hidden_states, states_name

@@ -1,4 +1,4 @@
-"""Train shards' chains in a Ray worker with `sisa.flows.serial.train_chains_in_lanes`.
+"""Train shards' chains in a Ray worker with `sisa.flows.chains.train_chains_in_lanes`.
 
 A task carries paths and digests, never text or credentials, so no record content reaches Ray's object
 store, spill or logs.
@@ -23,7 +23,7 @@ from sisa.core.domain import BaseFiles, Chain
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Report
 from sisa.core.ports import CheckpointStore, RecordStore, Trainer
-from sisa.flows.serial import Site, train_chains_in_lanes
+from sisa.flows.chains import Site, train_chains_in_lanes
 from sisa.lm.base.cuda_device import require_device
 from sisa.lm.base.numerics import KERNEL_SETTINGS, fingerprint
 

@@ -18,7 +18,7 @@ from sisa.core.domain import Chain, HeldCheckpoint, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.events import EpochTrained, Event, Notice, SliceProgress, SliceStarted, SliceTrained
 from sisa.core.ports import StoredRecord
-from sisa.flows.serial import SerialExecutor, _Clock, num_lanes, order_chains
+from sisa.flows.chains import SerialExecutor, _Clock, num_lanes, order_chains
 from sisa.planning.plan import jobs
 from tests.fakes.ports import FakeCheckpoints, FakeRecords, FakeTrainer, fake_recipe, fake_record
 
@@ -232,7 +232,7 @@ def test_auto_is_several_lanes_for_many_small_micro_batches(site: Site) -> None:
 
 def test_time_of_lanes_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     at = [10.0]
-    monkeypatch.setattr("sisa.flows.serial.time.monotonic", lambda: at[0])
+    monkeypatch.setattr("sisa.flows.chains.time.monotonic", lambda: at[0])
     clock = _Clock()
     at[0] += 3
     assert clock.seconds() == 3

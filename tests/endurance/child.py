@@ -159,7 +159,7 @@ def executor(fuse: Fuse, trainer: str, pause_s: float) -> Any:
     """Return a serial executor whose every stage and tick is an effect."""
 
     def open_executor(site: Any, _options: Mapping[str, Any]) -> Any:
-        from sisa.flows.serial import SerialExecutor
+        from sisa.flows.chains import SerialExecutor
         from sisa.flows.wiring.executors import open_stores, open_trainer
 
         inner: Any

@@ -51,10 +51,10 @@ from sisa.core.ports import (
     Vectors,
 )
 from sisa.core.requests import Request
+from sisa.flows.chains import SerialExecutor
 from sisa.flows.context.context import Compute, Context, Settings, Stores
 from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.patches.on_deletion import PatchesHook
-from sisa.flows.serial import SerialExecutor
 from sisa.planning.bands import Bands
 from sisa.planning.layout import Assigner, Layout
 from sisa.planning.orders import chosen_orders

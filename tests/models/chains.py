@@ -8,7 +8,7 @@ from pathlib import Path
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import BaseFiles, Chain, Part, Record
 from sisa.core.ports import StoredRecord
-from sisa.flows.serial import SerialExecutor, Site
+from sisa.flows.chains import SerialExecutor, Site
 from sisa.lm.base.weights import base_digest
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints

@@ -21,7 +21,7 @@ from sisa.core.domain import BaseFiles, Chain, Part, Precision, Record, SliceFil
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Event
 from sisa.core.ports import BlobStore, CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
-from sisa.flows.serial import SerialExecutor, Site
+from sisa.flows.chains import SerialExecutor, Site
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints

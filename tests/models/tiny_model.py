@@ -26,8 +26,8 @@ from sisa.core.domain import Chain
 from sisa.core.events import Report, SliceTrained, silent
 from sisa.core.ports import Executor, OnStage
 from sisa.data.samples import make_people, to_jsonl
+from sisa.flows.chains import Site
 from sisa.flows.ingest import Taken
-from sisa.flows.serial import Site
 from sisa.flows.wiring.executors import OpenExecutor, open_serial
 from sisa.lm.routing.route import Route
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS

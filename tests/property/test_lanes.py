@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from sisa.core.domain import BaseFiles, Chain, Part, Precision, Record
 from sisa.core.events import Event, Notice, SliceProgress
 from sisa.core.ports import StoredRecord
-from sisa.flows.serial import SerialExecutor
+from sisa.flows.chains import SerialExecutor
 from sisa.lm.base.weights import resolve_base
 from sisa.planning.plan import LAYERWISE, Recipe, jobs
 from tests.crash import Crash

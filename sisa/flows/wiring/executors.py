@@ -14,7 +14,7 @@ from sisa.core import ports
 from sisa.core.domain import BaseFiles, Chain
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Report, silent
-from sisa.flows.serial import SerialExecutor, Site
+from sisa.flows.chains import SerialExecutor, Site
 from sisa.flows.wiring import upper_houses
 from sisa.store import areas
 from sisa.store.checkpoints import FileCheckpoints

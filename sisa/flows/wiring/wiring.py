@@ -36,10 +36,10 @@ from sisa.core.events import Report, silent
 from sisa.core.hooks import DeletionHook
 from sisa.core.patches import active
 from sisa.core.requests import Probed
+from sisa.flows.chains import Site
 from sisa.flows.context.context import Compute, Context, Settings, Stores, patch_files, patches_beneath
 from sisa.flows.context.resources import Resources
 from sisa.flows.patches.on_deletion import PatchesHook
-from sisa.flows.serial import Site
 from sisa.flows.wiring import upper_houses
 from sisa.flows.wiring.description import describe
 from sisa.flows.wiring.executors import OpenExecutor, find_executor, find_probe, open_patcher

@@ -14,7 +14,7 @@ from typing import Any
 
 from sisa import Model, train_model
 from sisa.core.ports import Executor
-from sisa.flows.serial import Site
+from sisa.flows.chains import Site
 from sisa.flows.wiring.executors import open_serial
 from tests.bench.deletion.equal_shards import Bench
 

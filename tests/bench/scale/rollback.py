@@ -49,11 +49,11 @@ from sisa.core.domain import (
 )
 from sisa.core.hooks import DeletionHook
 from sisa.core.ports import Change, CheckpointStore, Executor, StoredRecord, Vectors
+from sisa.flows.chains import SerialExecutor
 from sisa.flows.context.context import Context
 from sisa.flows.deletion import plan_forget
 from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.query import lookup
-from sisa.flows.serial import SerialExecutor
 from sisa.planning.layout import Assigner, Layout, index_root, slice_root
 from sisa.planning.plan import jobs, touched
 from sisa.store.blobs.local_blobs import LocalBlobs

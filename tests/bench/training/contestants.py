@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sisa.core.domain import Chain
-from sisa.flows.serial import Site
+from sisa.flows.chains import Site
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 Who = Literal["hf", "trl", "ours"]

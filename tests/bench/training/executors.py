@@ -33,7 +33,7 @@ from sisa import train_model
 from sisa.core.domain import Chain
 from sisa.core.events import silent
 from sisa.core.ports import Executor
-from sisa.flows.serial import SerialExecutor, Site
+from sisa.flows.chains import SerialExecutor, Site
 from sisa.flows.wiring.executors import open_serial
 from sisa.lm.base.weights import resolve_base
 from sisa.planning.plan import jobs

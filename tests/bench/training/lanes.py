@@ -25,7 +25,7 @@ from sisa.core.digest import sha256_hex
 from sisa.core.domain import BaseFiles, Chain, Part, Record
 from sisa.core.events import Event, Notice, SliceTrained
 from sisa.core.ports import StoredRecord
-from sisa.flows.serial import SerialExecutor
+from sisa.flows.chains import SerialExecutor
 from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.weights import load_base, resolve_base
 from sisa.lm.train import trainer as lora_trainer

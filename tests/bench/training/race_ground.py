@@ -19,7 +19,7 @@ from sisa.core.digest import sha256_hex
 from sisa.core.domain import BaseFiles, Chain, Part, Record, SliceFile
 from sisa.core.ports import StoredRecord
 from sisa.data.samples import make_people
-from sisa.flows.serial import Site
+from sisa.flows.chains import Site
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.tokens import Tokens, tokenize_all
 from sisa.lm.base.weights import load_tokenizer, resolve_base

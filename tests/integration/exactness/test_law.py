@@ -19,7 +19,7 @@ import pytest
 import sisa
 from cluster.ray.executor import open_executor
 from sisa.core.ports import Executor
-from sisa.flows.serial import Site
+from sisa.flows.chains import Site
 from sisa.flows.wiring.executors import OpenExecutor
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS
 from tests.models.programs.forked import run_forked

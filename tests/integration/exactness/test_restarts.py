@@ -20,7 +20,7 @@ import pytest
 from cluster.ray import nodes
 from cluster.ray.executor import RayExecutor
 from sisa.core.errors import EnvironmentFault, SisaError
-from sisa.flows.serial import Site
+from sisa.flows.chains import Site
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from tests.models.programs.clusters import add_node, own_cluster
 from tests.models.scripted import (

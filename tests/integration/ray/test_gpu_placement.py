@@ -22,7 +22,7 @@ from cluster.ray.worker_slots import Placement
 from sisa.core.domain import BaseFiles, Precision
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Report
-from sisa.flows.serial import Site
+from sisa.flows.chains import Site
 from sisa.lm.base import cuda_device
 from sisa.store.blobs.local_blobs import LocalBlobs
 from tests.fakes.keyring import PLAIN

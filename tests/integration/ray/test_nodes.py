@@ -20,7 +20,7 @@ from cluster.ray.proofs import Proof
 from sisa.core.domain import BaseFiles, Chain
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Notice, SliceProgress, SliceTrained
-from sisa.flows.serial import Site
+from sisa.flows.chains import Site
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.blobs.local_blobs import LocalBlobs
 from tests.models.programs.clusters import add_node, own_cluster, remove

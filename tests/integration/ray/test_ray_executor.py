@@ -27,7 +27,7 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.domain import BaseFiles, Chain
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError
 from sisa.core.events import Event, Notice, SliceProgress, SliceStarted, SliceTrained
-from sisa.flows.serial import Site
+from sisa.flows.chains import Site
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords

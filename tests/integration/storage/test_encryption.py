@@ -159,7 +159,7 @@ def test_a_history_on_ray_is_that_of_the_plain_model(
 @pytest.mark.ray
 def test_a_worker_that_does_not_see_the_keyring_says_so(sealed: Tiny) -> None:
     from cluster.ray.worker import open_parts
-    from sisa.flows.serial import Site
+    from sisa.flows.chains import Site
     from sisa.store.blobs.local_blobs import LocalBlobs
 
     lost = FileKeyring(sealed.folder / "nowhere")

@@ -15,9 +15,9 @@ from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Record, RecordRow, SliceJob
 from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import CheckpointStore, Executor, Vectors
+from sisa.flows.chains import SerialExecutor
 from sisa.flows.context.context import Context
 from sisa.flows.ingest import train
-from sisa.flows.serial import SerialExecutor
 from sisa.planning.layout import Assigner
 from tests.fakes.ports import (
     SECRET,

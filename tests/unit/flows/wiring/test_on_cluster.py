@@ -14,7 +14,7 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.domain import BaseFiles, Chain
 from sisa.core.errors import InvalidInput
 from sisa.core.events import silent
-from sisa.flows.serial import Site
+from sisa.flows.chains import Site
 from sisa.flows.wiring import executors, scratch_base, upper_houses
 from sisa.flows.wiring.executors import OnCluster, check_executor, find_executor, open_patcher
 from sisa.store.blobs.local_blobs import LocalBlobs
