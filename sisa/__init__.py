@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         TransientError,
         UnknownRecord,
     )
-    from sisa.flows.ask import Answer
+    from sisa.flows.answers.ask import Answer
     from sisa.flows.deletion import ForgetOutcome, ForgetPlan
     from sisa.flows.lifecycle import Terms
     from sisa.flows.status import Status
@@ -43,7 +43,7 @@ __all__ += ["RejectedRequest", "SisaError", "TransientError", "UnknownRecord"]
 
 _HOMES = (  # of these names, in the order in which modules import each other
     *("sisa.core.domain", "sisa.core.errors", "sisa.config.config", "sisa.config.runfile"),
-    *("sisa.flows.ask", "sisa.flows.deletion", "sisa.flows.lifecycle", "sisa.flows.status"),
+    *("sisa.flows.answers.ask", "sisa.flows.deletion", "sisa.flows.lifecycle", "sisa.flows.status"),
     *("sisa.flows.wiring.executors", "sisa.model", "sisa.train"),
 )
 

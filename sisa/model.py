@@ -26,17 +26,8 @@ from sisa.core.run import running
 from sisa.data.drop_lists import read_download
 from sisa.data.reader import located_problems, read_like
 from sisa.flows import lifecycle, query
-from sisa.flows.ask import (
-    Answer,
-    Prompt,
-    Routed,
-    Serving,
-    ask,
-    open_answerer,
-    prompt_form,
-    route_and_encode,
-    routes_of,
-)
+from sisa.flows.answers.ask import Answer, Prompt, Routed, ask, prompt_form, route_and_encode, routes_of
+from sisa.flows.answers.serving import Serving, open_answerer
 from sisa.flows.context.served import model_digest
 from sisa.flows.context.stale_exports import stale_paths
 from sisa.flows.deletion import ForgetOutcome, ForgetPlan, plan_forget

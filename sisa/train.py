@@ -28,7 +28,7 @@ from sisa.core.ports import Change
 from sisa.core.run import running
 from sisa.data.reader import located_problems, read_records
 from sisa.flows import reconfigure
-from sisa.flows.ask import usual_kind
+from sisa.flows.answers.ask import usual_kind
 from sisa.flows.context.commit import commit, is_behind
 from sisa.flows.context.context import Context, trained_over
 from sisa.flows.context.resources import Resources, indexed_digest

@@ -32,9 +32,9 @@ from sisa.core.events import Notice
 
 if TYPE_CHECKING:
     from cluster.serve.service import Running
-    from sisa.flows.ask import Answer, Prompt
+    from sisa.flows.answers.ask import Answer, Prompt
+    from sisa.flows.answers.routing import HeldPrompts
     from sisa.flows.query import Candidate, Location
-    from sisa.flows.routing import HeldPrompts
     from sisa.flows.status import Status
     from sisa.model import Model
 

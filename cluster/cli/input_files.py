@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sisa.core.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
-    from sisa.flows.ask import Prompt
+    from sisa.flows.answers.ask import Prompt
 
 
 STANDARD_INPUT = Path("-")

@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 from cluster.serve.tokens import Tokens
 from sisa.config.config import ServiceBlock
 from sisa.core.domain import Kind
-from sisa.flows.ask import Prompt
+from sisa.flows.answers.ask import Prompt
 from sisa.model import Model
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from cluster.serve.domain import AnswerEvent, Ended, Piece, Question, Service, S
 from cluster.serve.tokens import Tokens
 from sisa.config.config import RunConfig, ServiceBlock
 from sisa.core.errors import EnvironmentFault, Outdated, SisaError, internal_fault
-from sisa.flows.ask import Routed
+from sisa.flows.answers.ask import Routed
 from sisa.lm.answer import continuous
 from sisa.lm.answer.sampling import Sampling
 from sisa.model import Model, open_model

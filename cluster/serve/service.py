@@ -42,7 +42,7 @@ from sisa.store.blobs import files
 
 if TYPE_CHECKING:
     from sisa.config.config import RunConfig, Tls
-    from sisa.flows.ask import Answer, Prompt
+    from sisa.flows.answers.ask import Answer, Prompt
     from sisa.flows.query import Candidate
 
 APP = "sisa-"  # the prefix of our applications' names in Ray Serve
@@ -93,7 +93,7 @@ class Running:
         self, prompts: Sequence[Prompt], max_new_tokens: int, kind: Kind | None = None
     ) -> list[Answer]:
         """Answer as `Model.generate_all`. Raise EnvironmentFault if the service fails or refuses."""
-        from sisa.flows.ask import Answer
+        from sisa.flows.answers.ask import Answer
 
         with self._answering():
             model = self.call("/v1/models", timeout_s=LOOK_S)["data"][0]["id"]

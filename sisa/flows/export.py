@@ -38,7 +38,7 @@ from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Notice, Report
 from sisa.core.patches import active
 from sisa.core.ports import Change
-from sisa.flows.ask import merged_gap
+from sisa.flows.answers.probability import merged_gap
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context, patch_files
 from sisa.flows.context.resources import Resources
@@ -47,7 +47,7 @@ from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CARD, CONFIG, MODEL_WEIGHTS
 
 Files = Mapping[str, bytes]
-Gap = tuple[int, float, float]  # the result of `ask.merged_gap`
+Gap = tuple[int, float, float]  # the result of `merged_gap`
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank, from vllm/config/lora.py
 CLAIMED = (
     "Claimed: no adapter in it was trained on a deleted record; `sisa verify --replay` of the model "

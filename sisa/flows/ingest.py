@@ -15,6 +15,7 @@ from sisa.core.errors import Problem, UnknownRecord
 from sisa.core.ports import Change, StoredRecord, Vectors, merged
 from sisa.core.requests import RECTIFY, Request
 from sisa.data.record_rules import normal_subject
+from sisa.flows.answers.routing import HeldPrompts
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import check_sources, plan_of, view_shard
@@ -29,7 +30,6 @@ from sisa.flows.record_checks import (
     check_trained,
     check_unchanged,
 )
-from sisa.flows.routing import HeldPrompts
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import ShardPlan
 

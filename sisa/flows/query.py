@@ -16,12 +16,12 @@ from sisa.core.errors import IntegrityError, InvalidInput, Problem, UnknownRecor
 from sisa.core.patches import PatchState, SetRole, VaultSet
 from sisa.core.ports import Vectors
 from sisa.data.record_rules import normal_subject
+from sisa.flows.answers.routing import search_each
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import view_shards
 from sisa.flows.context.served import restrictions
 from sisa.flows.context.slices import slices_of, stored_in
 from sisa.flows.reconcile import not_erased, under_way
-from sisa.flows.routing import search_each
 from sisa.planning.hidden_state_files import slice_start
 from sisa.planning.plan import touched
 

@@ -41,6 +41,7 @@ from sisa.core.events import DeletionCompleted, ErasureFailed, Notice, SliceTrai
 from sisa.core.ledger_meta import CHECKED
 from sisa.core.ports import Change, KeptVersions, Ledger
 from sisa.core.requests import Request, RequestState, completed, event, is_under_way
+from sisa.flows.answers.routing import HeldPrompts, held_prompts
 from sisa.flows.context.areas import known_by_area, purge, stores_by_area
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
@@ -52,7 +53,6 @@ from sisa.flows.context.stale_exports import (
     export_standing,
     stale_exports,
 )
-from sisa.flows.routing import HeldPrompts, held_prompts
 from sisa.planning.plan import Missing, ShardPlan
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.metrics import STAGE_DIGITS

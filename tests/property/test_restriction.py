@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from sisa.core.domain import Head, Part
 from sisa.core.errors import ConfigConflict, UnknownRecord
 from sisa.core.hooks import Contribution, Removal
-from sisa.flows.ask import ServedHeads
+from sisa.flows.answers.routing import routing_hits, search_each
+from sisa.flows.answers.serving import ServedHeads
 from sisa.flows.context.commit import is_behind
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import restricted_rows, restrictions, servable, served_heads, served_keys
@@ -30,7 +31,6 @@ from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.reconcile import reconcile
 from sisa.flows.restored_backup import catch_up
 from sisa.flows.rights.restriction import lift, restrict
-from sisa.flows.routing import routing_hits, search_each
 from tests.crash import Fuse
 from tests.examples import num_examples
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_embed

@@ -42,7 +42,7 @@ from cluster.serve.problems import Refusal, stream_error
 from cluster.serve.tokens import Caller, MayAnswer
 from sisa.core.domain import Kind
 from sisa.core.errors import SisaError, internal_fault
-from sisa.flows.ask import Prompt
+from sisa.flows.answers.ask import Prompt
 
 BASE = "base"
 OWNER = "deletion-ready-model"

@@ -1,7 +1,8 @@
 """Measure the effect of a patch on the shards' own answers: they were trained over other patches.
 
-Each of the chosen records (`flows/ask.py`) is asked of its own shard's model and of the base alone,
-over the patches before and after, given the true tokens. Only numbers are returned: no text, no id.
+Each of the chosen records (`flows/answers/probability.py`) is asked of its own shard's model and of the
+base alone, over the patches before and after, given the true tokens. Only numbers are returned: no text,
+no id.
 
     answer probability   mean over the answer's tokens, before and after
     agreement            share of the answer's tokens with the same likeliest token before and after
@@ -15,7 +16,8 @@ from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from sisa.core.patches import Patch
-from sisa.flows.ask import MAX_RECORDS, asked_records, open_answerer
+from sisa.flows.answers.probability import MAX_RECORDS, asked_records
+from sisa.flows.answers.serving import open_answerer
 from sisa.flows.context.context import Context
 from sisa.flows.context.resources import Resources
 from sisa.lm.routing.route import Route, all_of

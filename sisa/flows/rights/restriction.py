@@ -2,10 +2,10 @@
 
 While a subject is restricted, their records are stored and not served: each shard that holds one serves
 the deepest held checkpoint that saw none of them, or nothing, and prompts are routed as if they were not
-in the index (`context/served.py`, `routing.py`). Records that are added later for the subject are
-covered, too. Nothing is erased or trained, and heads stay as they are in the ledger, so a release gives
-back the same bytes. The deletion of a subject's last record ends their restriction; a rectification does
-not.
+in the index (`context/served.py`, `answers/routing.py`). Records that are added later for the subject
+are covered, too. Nothing is erased or trained, and heads stay as they are in the ledger, so a release
+gives back the same bytes. The deletion of a subject's last record ends their restriction; a
+rectification does not.
 
 The ledger's meta holds the keyed digest of each restricted subject, and since when; the witness records
 the same, so that a restored backup does not serve what was restricted since.

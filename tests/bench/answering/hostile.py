@@ -40,7 +40,7 @@ from sisa.config.config import MINILM, SisaBlock
 from sisa.core.digest import KEY_BYTES, Keyed, sha256_hex
 from sisa.core.domain import Hit, IndexFile
 from sisa.core.ports import By, Vectors
-from sisa.flows.ask import Prompt, routes_of
+from sisa.flows.answers.ask import Prompt, routes_of
 from sisa.lm.routing.calibration import share_of
 from sisa.lm.routing.embedder import resolve_embedder
 from sisa.lm.routing.names import NameEmbedder

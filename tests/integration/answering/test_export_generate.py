@@ -22,8 +22,8 @@ import sisa
 from sisa.core.errors import ConfigConflict
 from sisa.core.events import Notice
 from sisa.core.ports import Change
-from sisa.flows.ask import Answer
-from sisa.flows.routing import HeldPrompts, _look_up_prompts
+from sisa.flows.answers.ask import Answer
+from sisa.flows.answers.routing import HeldPrompts, _look_up_prompts
 from sisa.lm.routing.route import Route, all_of
 from tests.models.patched import QUIET, answerer_of, probabilities
 from tests.models.programs.frozen import BOUND, freeze

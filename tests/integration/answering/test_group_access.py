@@ -10,7 +10,7 @@ import pytest
 
 import sisa
 from sisa.core.errors import InvalidInput
-from sisa.flows.ask import Answer
+from sisa.flows.answers.ask import Answer
 from sisa.store.checkpoints import FileCheckpoints
 from tests.models.opened_files import opened_files
 from tests.models.tiny_model import PEOPLE, Tiny, change_run, ids_of

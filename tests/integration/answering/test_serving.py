@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sisa.core.errors import IntegrityError
-from sisa.flows.ask import ServedHeads, Serving
+from sisa.flows.answers.serving import ServedHeads, Serving
 from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS

@@ -24,7 +24,7 @@ from sisa.core.events import Event, Notice
 from sisa.core.patches import WRITTEN, Patch, active, wanted
 from sisa.core.ports import Change
 from sisa.core.requests import Probed, Request
-from sisa.flows.ask import chosen_rows
+from sisa.flows.answers.probability import chosen_rows
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import trained_over
 from sisa.flows.context.served import model_digest

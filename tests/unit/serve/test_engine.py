@@ -29,7 +29,7 @@ from sisa.core.errors import (  # noqa: E402
     Outdated,
     SisaError,
 )
-from sisa.flows.ask import Routed  # noqa: E402
+from sisa.flows.answers.ask import Routed  # noqa: E402
 from sisa.lm.answer import continuous  # noqa: E402
 from sisa.lm.answer.answer_text import Token  # noqa: E402
 from sisa.lm.routing.route import Route  # noqa: E402
