@@ -34,7 +34,7 @@ from sisa.flows.context.context import Context, trained_over
 from sisa.flows.context.resources import Resources, indexed_digest
 from sisa.flows.ingest import Taken, check_same_records, train
 from sisa.flows.reconcile import Trained, adopt_and_erase, under_way
-from sisa.flows.record_checks import check_all, check_generations, check_not_deleted, check_risks
+from sisa.flows.record_checks import check_first, check_risks
 from sisa.flows.restored_backup import catch_up
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.executors import OpenExecutor, find_executor
@@ -159,7 +159,10 @@ def _first_training(
     key_file, directory = config.sisa.partition_key_file, config.output_dir
     secret = read_secret(key_file) if key_file else secrets.token_bytes(KEY_BYTES)
     keyed, resources = Keyed(secret), Resources(config, None, None)
-    _check_records(config, records, keyed, resources, allow_deleted=allow_deleted)
+    deleted = [] if allow_deleted else deleted_under(config, keyed)
+    known = isinstance(config.base_model, str)  # one from scratch counts tokens once it is trained
+    checks = [resources.count_tokens] if known else []
+    check_first(config.training(), Assigner(keyed, config.layout), records, deleted, checks)
     witness_of(config, keyed, uuid.uuid4().hex).check_writable()
     if config.storage is not None:
         storage_root(config.storage).check_usable()
@@ -188,22 +191,6 @@ def _first_training(
             directory, resources, keyed, name, executor, report, create=True
         ) as context:
             return train(context, records, {**meta, "model": name})
-
-
-def _check_records(
-    config: RunConfig, records: list[Record], keyed: Keyed, resources: Resources, *, allow_deleted: bool
-) -> None:
-    """Raise InvalidInput or ConfigConflict for records that a first training can't take."""
-    check_generations(config.training(), records)
-    deleted = [] if allow_deleted else deleted_under(config, keyed)
-    check_all(
-        lambda: check_risks(config.sisa.bands, records),
-        lambda: check_not_deleted(
-            Assigner(keyed, config.layout), enumerate(records), deleted, "trained"
-        ),
-        # A base from scratch counts tokens later, once it is trained.
-        lambda: resources.count_tokens(records) if isinstance(config.base_model, str) else None,
-    )
 
 
 def _new_name(config: RunConfig) -> str:

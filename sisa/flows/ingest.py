@@ -7,7 +7,7 @@ leaves the old or the new state and some unlisted files, and the next reconcilia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sisa.core.domain import Head, Record, RecordRow, SliceState, Tombstone
@@ -25,6 +25,7 @@ from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.reconcile import check_rows, reconcile
 from sisa.flows.record_checks import (
     HeldOrDeleted,
+    RecordCheck,
     check_added,
     check_generations,
     check_trained,
@@ -119,7 +120,7 @@ def add(
     *,
     allow_deleted: bool = False,
     append: bool = False,
-    checks: Iterable[Callable[[Sequence[Record]], object]] = (),
+    checks: Iterable[RecordCheck] = (),
 ) -> Taken:
     """Add new records to the slices that they hash to and retrain from there, or `append` them.
 
@@ -178,7 +179,7 @@ class Rectified:
 def rectify(
     context: Context,
     records: Sequence[Record],
-    checks: Sequence[Callable[[Sequence[Record]], object]] = (),
+    checks: Sequence[RecordCheck] = (),
 ) -> Rectified:
     """Delete the held records of these ids exactly, add the new versions, and train once.
 

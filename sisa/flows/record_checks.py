@@ -28,6 +28,7 @@ from sisa.planning.layout import Assigner
 from sisa.planning.plan import LAYERWISE
 
 HeldOrDeleted = Mapping[str, RecordRow | Tombstone]  # from the ledger, by keyed id
+RecordCheck = Callable[[Sequence[Record]], object]  # raises InvalidInput with every problem
 
 
 def check_all(*checks: Callable[[], object]) -> None:
@@ -59,11 +60,31 @@ def _raise_problems(problems: Sequence[Problem], what: str, next_step: str) -> N
         )
 
 
+def check_first(
+    training: Mapping[str, Any],
+    assigner: Assigner,
+    records: Sequence[Record],
+    deleted: Sequence[Tombstone],
+    checks: Iterable[RecordCheck],
+) -> None:
+    """Raise InvalidInput or ConfigConflict for records that a first training can't take.
+
+    `deleted` are those of other models under the same partition key.
+    """
+    check_generations(training, records)
+    check_all(
+        lambda: _check_unique_ids(records),
+        lambda: check_risks(assigner.layout.bands, records),
+        lambda: _check_not_deleted(assigner, enumerate(records), deleted, "trained"),
+        *(lambda check=check: check(records) for check in checks),
+    )
+
+
 def check_added(
     context: Context,
     records: Sequence[Record],
     found: HeldOrDeleted,
-    checks: Iterable[Callable[[Sequence[Record]], object]],
+    checks: Iterable[RecordCheck],
     *,
     allow_deleted: bool,
 ) -> None:
@@ -79,7 +100,7 @@ def check_added(
         texts = {assigner.text_digest(record) for _, record in fresh}
         _, by_text = context.stores.ledger.by_text(texts, full_scan=True)
         by_id = [each for each in found.values() if isinstance(each, Tombstone)]
-        check_not_deleted(assigner, fresh, [*by_text, *by_id], "added")
+        _check_not_deleted(assigner, fresh, [*by_text, *by_id], "added")
 
     check_all(
         lambda: _check_unique_ids(records),
@@ -196,7 +217,7 @@ def _check_identities(context: Context, fresh: Sequence[tuple[int, Record]]) -> 
     )
 
 
-def check_not_deleted(
+def _check_not_deleted(
     assigner: Assigner,
     records: Iterable[tuple[int, Record]],  # with their positions
     deleted: Sequence[Tombstone],

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 from sisa.core.domain import Part, Record
+from sisa.core.errors import InvalidInput
 from sisa.flows.rights.access import row_of
 from sisa.model import open_model
+from sisa.train import train_model
 from tests.fakes.ports import fake_record
 from tests.models.confessing import content, use_fake_resources
 from tests.models.tiny_model import all_files
@@ -56,6 +58,17 @@ def model(tmp_path: Path, ask: Ask) -> Path:
 
 def states(model: Path, *records: str) -> list[str]:
     return [each.state for each in open_model(model).where(records)]
+
+
+def test_two_records_of_one_id_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """A reader of sources refuses them, too; these come from Python."""
+    run_file = write_run(tmp_path / "first")
+    twice = [*RECORDS, replace(RECORDS[0], subject_id="p9"), RECORDS[1]]
+    with pytest.raises(InvalidInput) as caught:
+        train_model(run_file, records=twice, executor="serial")
+    found = [(each.where, each.what) for each in caught.value.problems]
+    assert found == [(f"record {n}", f"it has the id of record {n - 12}") for n in (13, 14)]
+    assert not (tmp_path / "first" / "model").exists()
 
 
 def refused(ask: Ask, model: Path, *options: str, code: int = 2) -> dict[str, Any]:
