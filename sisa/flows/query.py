@@ -82,10 +82,10 @@ class Candidate:
     text: str | None = None  # its beginning, if the caller asked for it
 
 
-def lookup(context: Context, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
+def lookup(context: Context, ids: Sequence[str]) -> list[RecordRow | Tombstone]:
     """Return rows and tombstones of ids, in their order. Raise UnknownRecord with every unknown id."""
     found = known_rows(context, ids)
-    return [(each, found[context.settings.assigner.id_digest(each)]) for each in ids]
+    return [found[context.settings.assigner.id_digest(each)] for each in ids]
 
 
 def known_rows(
@@ -145,7 +145,7 @@ def held_and_deleted(
         raise InvalidInput("give either record ids or a subject")
     if subject is not None:
         return of_subject(context, subject)
-    found = [each for _, each in lookup(context, list(dict.fromkeys(ids)))]
+    found = lookup(context, list(dict.fromkeys(ids)))
     held = [each for each in found if isinstance(each, RecordRow)]
     return held, [each for each in found if isinstance(each, Tombstone)]
 
@@ -248,7 +248,7 @@ def find_candidates(
         ]
         found = own + _similar(context, rows, top_k) if rows else []
     elif like is not None:
-        ((_, row),) = lookup(context, [like])
+        (row,) = lookup(context, [like])
         if isinstance(row, Tombstone):
             raise UnknownRecord(
                 "that record is deleted: its vector is gone with it",

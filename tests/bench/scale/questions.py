@@ -201,7 +201,7 @@ def measured(ledger: SqlLedger, context: Context, num_records: int) -> dict[str,
         return compared(what, then)
 
     events = ledger.events()
-    known = [each for _, each in lookup(context, held) if isinstance(each, RecordRow)]
+    known = [each for each in lookup(context, held) if isinstance(each, RecordRow)]
     doomed = iter(make_deletable(ledger, context, NUM_SHARDS - 1))
     terms = Terms(approver="bench", reason="measured")
 

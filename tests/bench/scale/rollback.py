@@ -362,7 +362,7 @@ def delete(
     ledger = store.ledger()
     watch.note(Call("ledger", "open", None, time.perf_counter() - started, 0, 0, 0))
     context = watched_context(store, ledger, watch, {each.key: each.shard for each in held}, hooks)
-    rows = [each for _, each in lookup(context, [record_id]) if isinstance(each, RecordRow)]
+    rows = [each for each in lookup(context, [record_id]) if isinstance(each, RecordRow)]
     plan_forget(context, rows)
     plan_s = watch.seconds()
     terms = Terms(approver="bench", reason=reason)

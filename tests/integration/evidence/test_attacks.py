@@ -184,7 +184,7 @@ def test_a_record_is_dated_falsely(operator: Operator) -> None:
 @attack("deletes records without a request", "`sisa audit`: chain")
 def test_records_vanish_without_a_request(operator: Operator) -> None:
     with operator.model.writing() as context:
-        ((_, row),) = lookup(context, [record(5).id])
+        (row,) = lookup(context, [record(5).id])
         assert isinstance(row, RecordRow)
         plan = plan_forget(context, [row])
         heads, emptied = [each.head for each in plan.plans], plan.emptied

@@ -126,7 +126,7 @@ class Kept:
 
     def forget(self, *numbers: int) -> None:
         ids = [fake_record(number).id for number in numbers]
-        rows = [row for _, row in lookup(self.context, ids) if isinstance(row, RecordRow)]
+        rows = [row for row in lookup(self.context, ids) if isinstance(row, RecordRow)]
         forget_at_once(self.context, new_request(self.context, rows, (), Terms(approver="test")))
 
 
@@ -153,7 +153,7 @@ def answer(kept: Kept, number: int) -> dict[str, Any] | None:
 
 
 def shard_of(kept: Kept, number: int) -> int:
-    ((_, row),) = lookup(kept.context, [fake_record(number).id])
+    (row,) = lookup(kept.context, [fake_record(number).id])
     return row.shard
 
 
