@@ -26,9 +26,9 @@ from sisa.core.errors import IntegrityError, SisaError, TransientError
 from sisa.core.event_chain import contradicted
 from sisa.core.ports import BlobStore
 from sisa.flows.context.areas import known_by_area, purge
+from sisa.flows.context.consistency import check_rows
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import plan_of, plans_of, view_shard, view_shards
-from sisa.flows.reconcile import check_rows
 from sisa.flows.rights.drop import stray_identities
 from sisa.flows.status import export_statuses
 from sisa.flows.wiring.description import model_id

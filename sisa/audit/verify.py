@@ -28,9 +28,10 @@ from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, I
 from sisa.core.events import Notice
 from sisa.core.ports import By, CheckpointStore, Ledger, Vectors
 from sisa.flows.context.areas import known_by_area, stores_by_area
+from sisa.flows.context.consistency import check_consistent
 from sisa.flows.context.context import Context
 from sisa.flows.context.slices import embed_records
-from sisa.flows.reconcile import check_consistent, training_started
+from sisa.flows.reconcile import training_started
 from sisa.planning.plan import all_paths, reached
 from sisa.store.areas import CHECKPOINTS, PATCHES
 

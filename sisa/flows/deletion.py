@@ -29,11 +29,12 @@ from sisa.core.patches import active, wanted
 from sisa.core.ports import Change, KeptVersions, Probe, merged
 from sisa.core.requests import COMMITTED, Probed, Request, RequestEvent
 from sisa.flows.context.commit import commit
+from sisa.flows.context.consistency import check_rows
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import check_sources, plans_of
 from sisa.flows.context.served import model_digest
 from sisa.flows.context.slices import SlicePosition, held_rows, slices_of, stored_in, write_shard
-from sisa.flows.reconcile import adopt_and_erase, check_rows, note_failure, reconcile, under_way
+from sisa.flows.reconcile import adopt_and_erase, note_failure, reconcile, under_way
 from sisa.planning.cost import full_record_epochs
 from sisa.planning.hidden_state_files import states_names
 from sisa.planning.layout import root_of

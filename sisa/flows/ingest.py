@@ -17,12 +17,13 @@ from sisa.core.requests import RECTIFY, Request
 from sisa.data.record_rules import normal_subject
 from sisa.flows.answers.routing import HeldPrompts
 from sisa.flows.context.commit import commit
+from sisa.flows.context.consistency import check_rows
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import check_sources, plan_of, view_shard
 from sisa.flows.context.served import model_digest
 from sisa.flows.context.slices import embed_records, write_shard
 from sisa.flows.lifecycle import Terms, forget_at_once, new_request
-from sisa.flows.reconcile import check_rows, reconcile
+from sisa.flows.reconcile import reconcile
 from sisa.flows.record_checks import (
     HeldOrDeleted,
     RecordCheck,

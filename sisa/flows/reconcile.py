@@ -19,7 +19,6 @@ trains. The flows decide beforehand what remains (`ingest.py`, `deletion.py`).
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,18 +31,16 @@ from sisa.core.domain import (
     SavedCheckpoint,
     SliceFile,
     SliceJob,
-    WitnessHead,
     record_epochs,
 )
 from sisa.core.errors import IntegrityError, SisaError, all_tried
-from sisa.core.event_chain import contradicted
 from sisa.core.events import DeletionCompleted, ErasureFailed, Notice, SliceTrained, TrainingStarted
-from sisa.core.ledger_meta import CHECKED
-from sisa.core.ports import Change, KeptVersions, Ledger
+from sisa.core.ports import Change, KeptVersions
 from sisa.core.requests import Request, RequestState, completed, event, is_under_way
 from sisa.flows.answers.routing import HeldPrompts, held_prompts
 from sisa.flows.context.areas import known_by_area, purge, stores_by_area
 from sisa.flows.context.commit import commit
+from sisa.flows.context.consistency import check_since_last_time
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import plan_of, plans_of, view_shard, view_shards
 from sisa.flows.context.served import model_digest
@@ -56,9 +53,6 @@ from sisa.flows.context.stale_exports import (
 from sisa.planning.plan import Missing, ShardPlan
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.metrics import STAGE_DIGITS
-
-MANY_EVENTS = 256  # number of new events after which the last checked one is stored
-BEGINNING = WitnessHead("", 0)
 
 Removed = Mapping[str, Sequence[RecordRow]]  # removed rows by request
 NOTHING: Removed = MappingProxyType({})
@@ -122,58 +116,13 @@ def _chain(context: Context, shard: int, missing: Missing) -> Chain:
     return Chain(shard, missing.train, missing.parent, tuple(context.stores.ledger.slices(shard)))
 
 
-def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> WitnessHead:
-    """Raise IntegrityError if the ledger lost rows or contradicts the events after `since`.
-
-    Return the last event that was checked.
-    """
-    ledger = context.stores.ledger
-    with ledger.snapshot():  # people decide about requests meanwhile
-        events, held = ledger.events(since.num_events), ledger.requests()
-    check_rows(ledger)
-    heads, slices = ledger.heads(), ledger.slices()
-    known = {each.key for each in ledger.checkpoints()}
-    lost = {
-        "heads": len(heads) != context.settings.assigner.layout.num_shards,
-        "records or slices": sum(ledger.kinds().values()) != sum(f.num_records for f in slices),
-        "indexes": {f.shard for f in slices} != {f.shard for f in ledger.indexes()},
-        "checkpoints": any(head.key not in known for head in heads if head.key is not None),
-        "requests or events": contradicted(held, events, context.settings.chain, since.link),
-    }
-    _raise_lost([name for name, each in lost.items() if each])
-    return WitnessHead(events[-1].link, since.num_events + len(events)) if events else since
-
-
-def _check_since_last_time(context: Context) -> None:
-    """Refuse contradictions in the history since the last checked event; `verify` checks all of it."""
-    kept = json.loads(context.stores.ledger.meta().get(CHECKED, "null"))
-    since = WitnessHead(*kept) if kept else BEGINNING
-    head = check_consistent(context, since)
-    if head.num_events - since.num_events >= MANY_EVENTS:
-        commit(context, Change(meta={CHECKED: json.dumps([head.link, head.num_events])}))
-
-
-def check_rows(ledger: Ledger) -> None:
-    """Raise IntegrityError if tables lost rows. This check is cheap enough for every commit."""
-    _raise_lost(ledger.lost())
-
-
-def _raise_lost(lost: Sequence[str]) -> None:
-    if lost:
-        raise IntegrityError(
-            "the ledger contradicts itself; nothing was changed",
-            got=", ".join(lost) + " are missing",
-            next_step="restore the model directory from a backup",
-        )
-
-
 def adopt_and_erase(context: Context, removed: Removed = NOTHING) -> None:
     """Adopt stored stages of the targets, and erase every other file that the ledger does not list.
 
     This precedes training. A failure of one step does not stop the others; its error is raised at the
     end. `removed` are the present deletion's rows.
     """
-    _check_since_last_time(context)
+    check_since_last_time(context)
     adopted = False
     with all_tried() as tried:
         with tried():

@@ -31,11 +31,12 @@ from sisa.core.ledger_meta import READMITTED
 from sisa.core.ports import Change, Ledger
 from sisa.core.requests import Request, due_date, event
 from sisa.flows.context.commit import is_behind, unrecorded
+from sisa.flows.context.consistency import check_consistent
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import restricting, restrictions
 from sisa.flows.context.slices import held_rows
 from sisa.flows.deletion import commit_removed
-from sisa.flows.reconcile import adopt_and_erase, check_consistent
+from sisa.flows.reconcile import adopt_and_erase
 
 WitnessStanding = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
 REPLAYED = "replayed from the witness"

@@ -17,11 +17,11 @@ from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.core.requests import Request
 from sisa.flows.answers.ask import prompt_form
 from sisa.flows.answers.routing import HeldPrompts, held_prompts
+from sisa.flows.context.consistency import BEGINNING
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import view_shards
 from sisa.flows.context.served import model_digest, restricted_rows, restrictions, served_heads
 from sisa.flows.context.stale_exports import export_standing
-from sisa.flows.reconcile import BEGINNING
 from sisa.flows.restored_backup import WitnessStanding, witness_standing
 from sisa.flows.wiring.ledger_place import ledger_name
 from sisa.planning.cost import full_record_epochs

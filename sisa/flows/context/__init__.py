@@ -3,6 +3,7 @@
 context       the nouns: what is stored, what computes, what is configured
 resources     the base and the embedder, resolved on first use
 commit        a transaction, recorded in the witness
+consistency   a ledger that contradicts itself
 plans         the shards' views and plans                areas    names that the ledger lists, by area
 slices        records read, embedded and written         served   what is held, served, restricted
 group         a ledger of some shards alone              stale_exports  what a deletion marked

@@ -16,11 +16,12 @@ from sisa.core.domain import Export
 from sisa.core.errors import EnvironmentFault, SisaError
 from sisa.core.requests import Request
 from sisa.flows import lifecycle
+from sisa.flows.context.consistency import check_consistent
 from sisa.flows.context.context import Context
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import Terms, find, view_of
-from sisa.flows.reconcile import check_consistent, reconcile
+from sisa.flows.reconcile import reconcile
 from sisa.planning.batching import RunPlan
 from tests.fakes.ports import PARTS, FakeModel, changed, fake_model, fake_record
 
