@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,20 +27,7 @@ if TYPE_CHECKING:
 
 
 ExecutorChoice: TypeAlias = "str | OpenExecutor"
-MAX_SUMMARY = 200  # characters of a command's summary
 PATH = click.Path(path_type=Path)
-
-
-class _WholeSummary(click.Command):
-    """A command whose summary is not cut to one line in lists of commands, as click does."""
-
-    def get_short_help_str(self, limit: int = 0) -> str:
-        del limit
-        return super().get_short_help_str(MAX_SUMMARY)
-
-
-class _WholeGroup(_WholeSummary, click.Group):
-    """A group whose summary is not cut."""
 
 
 SECTIONS = {
@@ -80,7 +68,7 @@ def cli() -> None:
 
 def command_group(name: str, help: str) -> click.Group:
     """Add a group of commands to the root group."""
-    made = _WholeGroup(name, help=help)
+    made = click.Group(name, help=help, short_help=help)
     cli.add_command(made)
     return made
 
@@ -100,7 +88,9 @@ def command(
         option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
         path = name if group is cli else f"{group.name} {name}"
         epilog = f"\b\nExample:\n  sisa {path} {example}"
-        made = click.command(name, cls=_WholeSummary, epilog=epilog)(option(invoke))
+        # The first sentence, since click cuts a summary that it makes itself to one line.
+        summary = re.split(r"(?<=\.)\s", function.__doc__ or "", maxsplit=1)[0]
+        made = click.command(name, short_help=summary, epilog=epilog)(option(invoke))
         group.add_command(made)
         return made
 

@@ -495,12 +495,64 @@ token add anna --role reader
 """
 
 
+MORE = """
+keys init
+keys show
+gc --dry-run
+sweep
+report
+drop status
+recipients id-0000
+request submit id-0005 --external-id T-2
+request extend T-2 --reason complex
+request deny T-2 --reason nobody
+token list
+token revoke anna
+engines
+log show
+serve --status
+log check
+certificate list
+certificate issue
+revocations publish
+metrics
+"""
+
+
 def test_light_commands_import_nothing_heavy(directory: Path, tmp_path: Path) -> None:
     """Torch and Ray take seconds to import: no question and no decision may wait for them."""
     model = shutil.copytree(directory, tmp_path / "model")
     commands = ([*line.split(), "-m", model] for line in LIGHT.strip().splitlines())
     found = imported_by(["config", "schema"], *commands)
     assert found.isdisjoint({"torch", "ray", "peft", "transformers"})
+
+
+def contract() -> dict[str, str]:
+    """Return the README's row of JSON keys of each command, with the rows that it refers to."""
+    readme = (Path(cluster.__file__).parent / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## The JSON contract\n")[2].partition("\n## ")[0]
+    rows: dict[str, str] = {}
+    for cell, keys in re.findall(r"^\| (`.*?) \| (.*) \|$", section, re.MULTILINE):
+        names = re.findall(r"`([^`]+)`", cell)
+        group = names[0].split()[0]
+        rows |= {name: keys for each in names for name in (each, f"{group} {each}")}
+    return {
+        name: keys + "".join(rows.get(each, "") for each in re.findall(r"\bas `([^`]+)`", keys))
+        for name, keys in rows.items()
+    }
+
+
+def test_every_key_that_is_printed_is_in_the_contract(ask: Ask, directory: Path, tmp_path: Path) -> None:
+    model, rows = shutil.copytree(directory, tmp_path / "model"), contract()
+    unnamed = []
+    for line in re.findall(".+", LIGHT + MORE):
+        words = line.split()
+        name = next(each for each in (" ".join(words[:2]), words[0]) if each in rows)
+        if "--dry-run" in words and f"{name} --dry-run" in rows:
+            name += " --dry-run"
+        printed = ask(*words, "-m", model)
+        unnamed += [f"{name}: {key}" for key in printed if not re.search(rf"\b{key}\b", rows[name])]
+    assert unnamed == []
 
 
 def test_a_closed_pipe_is_no_fault(directory: Path) -> None:
