@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,12 +187,14 @@ def ids_options(function: Callable[..., Result]) -> Callable[..., Result]:
     """Add `[ID]...` and `--ids-file`, passed as one list `ids`."""
 
     @click.argument("ids", nargs=-1, metavar="[ID]...")
-    @click.option("--ids-file", type=PATH, help="File with one id on each line.")
+    @click.option("--ids-file", type=PATH, help="File with one id on each line; `-`: standard input.")
     @functools.wraps(function)
     def invoke(ids: tuple[str, ...], ids_file: Path | None, **arguments: Any) -> Result:
         from sisa.data.reader import read_ids
 
-        return function(ids=[*ids, *(read_ids(ids_file) if ids_file else [])], **arguments)
+        stream = sys.stdin.buffer if ids_file == STANDARD_INPUT else None
+        more = [] if ids_file is None else read_ids(ids_file, stream)
+        return function(ids=[*ids, *more], **arguments)
 
     return invoke
 

@@ -22,7 +22,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -140,13 +140,16 @@ def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits = SourceLi
     return texts
 
 
-def read_ids(path: Path) -> list[str]:
-    """Return the ids of a file, one a line, each once. Raise InvalidInput with every problem."""
+def read_ids(path: Path, lines: Iterable[bytes] | None = None) -> list[str]:
+    """Return the ids of a file, or of the lines of a stream that `path` stands for, each once.
+
+    Raise InvalidInput with every problem.
+    """
     ids: dict[str, None] = {}
     limits = SourceLimits()
     problems = Problems(limits.max_problems)
     try:
-        for number, line in lines_in(path, limits):
+        for number, line in lines_in(path, limits) if lines is None else enumerate(lines, start=1):
             where = f"{path.name}, line {number}"
             try:
                 text = decoded(line).removesuffix("\n").removesuffix("\r")

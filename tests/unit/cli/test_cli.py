@@ -375,6 +375,11 @@ def test_what_is_personal_need_not_stand_in_a_command_line(
     assert ask_model("find", "--text", "-") == ask_model("find", "--text", "question 7\nanswer 7")
     given("id-0007\n")
     assert ask_model("find", "--like", "-") == ask_model("find", "--like", "id-0007")
+    given("id-0007\n\nid-0001\n")
+    assert ask_model("where", "--ids-file", "-") == ask_model("where", "id-0007", "id-0001")
+    given("id-0007\nb\tc\n")
+    (problem,) = ask_model("where", "--ids-file", "-", code=2)["error"]["problems"]
+    assert problem["where"] == "-, line 2"
     file = tmp_path / "subject.txt"
     file.write_text("subject-1\n")
     plain = ask_model("forget", "--subject", "subject-1", "--dry-run")
