@@ -203,6 +203,7 @@ def rectify(
             next_step="add new records with `sisa add`",
             problems=problems,
         )
+    # As if none were held: the new versions differ from the held ones.
     check_added(context, settled, {}, (context.compute.count_tokens, *checks), allow_deleted=True)
     rows = {key: each for key, each in found.items() if isinstance(each, RecordRow)}
     changed = {

@@ -174,13 +174,17 @@ def check_risks(bands: Bands | None, records: Sequence[Record], further: Iterabl
 
 
 def _other_risks(context: Context, fresh: Sequence[tuple[int, Record]]) -> list[Problem]:
-    """Return new records with another risk than their subject's held records, which have one risk."""
+    """Return new records with another risk than their subject's held records, which have one risk.
+
+    Held records that new versions replace do not count.
+    """
     assigner = context.settings.assigner
+    given = {assigner.id_digest(record.id) for _, record in fresh}
     rows: list[RecordRow] = []
     for subject in {record.subject_id for _, record in fresh if record.subject_id is not None}:
         digest, shard = assigner.subject_digest(subject), assigner.shard_of_subject(subject)
         held, _ = context.stores.ledger.by_subject(digest, shard)
-        rows += held[:1]
+        rows += [row for row in held if row.id_digest not in given][:1]
     stored = [each.record for each in stored_in(context, slices_of(context, rows), rows)]
     known = {record.subject_id: record.deletion_risk for record in stored}
     return [

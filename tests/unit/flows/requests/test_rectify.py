@@ -54,6 +54,18 @@ def test_a_corrected_identifier_is_taken_without_training(fake: FakeModel) -> No
     assert fake.ledger.identities() == fake.context.settings.assigner.identities(record)
 
 
+def test_all_records_of_a_subject_may_get_another_risk() -> None:
+    def ada(number: int, risk: float) -> Record:
+        return replace(fake_record(number, "ada"), deletion_risk=risk)
+
+    fake = fake_model()
+    train(fake.context, [ada(0, 0.1), ada(1, 0.1)])
+    with pytest.raises(InvalidInput, match="deletion risk"):
+        rectify(fake.context, [ada(0, 0.3)])  # the other one keeps its own
+    done = rectify(fake.context, [ada(0, 0.3), ada(1, 0.3)])
+    assert (done.taken.added, done.taken.records) == (2, 2)
+
+
 def test_a_record_that_is_not_held_is_refused(fake: FakeModel) -> None:
     fake.forget(5)
     before = fake.ledger.seq()
