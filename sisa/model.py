@@ -97,7 +97,7 @@ class Model(ModelDirectory):
 
     def resume(self) -> Taken:
         """Train what is missing."""
-        with self.locked(), self.context(locked=True) as context:
+        with self.writing() as context:
             _ = self.resources.base  # refuses a changed base
             return train(context, ())
 

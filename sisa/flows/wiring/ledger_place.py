@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from sisa.config.fields import ledger_url
-from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError
+from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.store.blobs import files
 from sisa.store.ledger.database import ledger_version
 from sisa.store.ledger.ledger import SqlLedger
@@ -35,6 +35,17 @@ def ledger_place(directory: Path) -> Path | str:
 def has_ledger(directory: Path) -> bool:
     """Return whether a directory has a ledger, or names one."""
     return any((directory / each).is_file() for each in (LEDGER, LEDGER_URL))
+
+
+def check_model(directory: Path) -> None:
+    """Raise InvalidInput if there is no model in a directory."""
+    if not has_ledger(directory):
+        raise InvalidInput(
+            "there is no model in this directory",
+            where=str(directory),
+            expected=f"a directory with {LEDGER}",
+            next_step="train one with `sisa train RUN.yaml`",
+        )
 
 
 def ledger_name(directory: Path) -> str:

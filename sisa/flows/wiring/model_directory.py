@@ -23,7 +23,6 @@ from sisa.core.errors import (
     ConfigConflict,
     EnvironmentFault,
     IntegrityError,
-    InvalidInput,
     Outdated,
     SisaError,
 )
@@ -40,7 +39,7 @@ from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.description import describe, read_description
 from sisa.flows.wiring.executors import OpenExecutor, check_executor
 from sisa.flows.wiring.keys import keep_key
-from sisa.flows.wiring.ledger_place import LEDGER, has_ledger, model_lock, open_ledger
+from sisa.flows.wiring.ledger_place import check_model, model_lock, open_ledger
 from sisa.store.areas import REPLAYS, open_areas
 from sisa.store.blobs.temporary_directories import erase_abandoned
 from sisa.store.ledger.ledger import SqlLedger
@@ -95,13 +94,7 @@ class ModelDirectory:
     ) -> None:
         """Open an existing model. Raise InvalidInput if there is none, IntegrityError if damaged."""
         self.directory = Path(directory)
-        if not has_ledger(self.directory):
-            raise InvalidInput(
-                "there is no model in this directory",
-                where=str(self.directory),
-                expected=f"a directory with {LEDGER}",
-                next_step="train one with `sisa train RUN.yaml`",
-            )
+        check_model(self.directory)
         self.executor = executor
         self.report = report
         self._group: _Group | None = None

@@ -24,7 +24,7 @@ from sisa.flows.wiring.ledger_place import (
     LEDGER,
     LEDGER_URL,
     check_free,
-    has_ledger,
+    check_model,
     ledger_place,
     lock_beside,
     model_lock,
@@ -54,8 +54,7 @@ def move_ledger(directory: Path, to: str | None) -> LedgerMoved:
 
     The target must be empty. The model's run file, as the ledger keeps it, names the new place.
     """
-    if not has_ledger(directory):
-        raise InvalidInput("there is no model in this directory", where=str(directory))
+    check_model(directory)
     describe(directory)  # refuses what was never committed, and another model's key
     target = directory / LEDGER if to is None else to
     with _alone(directory, target) as place:
@@ -123,8 +122,7 @@ def erase_left(directory: Path) -> None:
 
 def upgrade_model(directory: Path) -> tuple[str, bool]:
     """Upgrade a ledger of an earlier version; return where it is, and whether it was upgraded."""
-    if not has_ledger(directory):
-        raise InvalidInput("there is no model in this directory", where=str(directory))
+    check_model(directory)
     with model_lock(directory) as place:
         return str(place), upgrade_ledger(place)
 
