@@ -114,6 +114,6 @@ def run_on_models(
 
     session = connect(address, len(os.sched_getaffinity(0)))
     cpus = max(1, max(alive_cpus(), default=1) // len(tasks))
-    placement = Placement(cpus, gpus=int(tasks[0].device.startswith("cuda")))
+    placement = Placement(cpus, num_gpus=int(tasks[0].device.startswith("cuda")))
     label = attrgetter("spec")
     return run_tasks(tasks, carry_out, report, session=session, placement=placement, label=label)

@@ -195,8 +195,8 @@ class Nodes:
         raise EnvironmentFault(
             "no node of the Ray cluster may train",
             where=self._session.address or "the Ray of this process",
-            expected=f"{self._placement.cpus} CPUs and {self._placement.gpus:g} GPUs on a node that "
-            "trains the driver's bits",
+            expected=f"{self._placement.num_cpus} CPUs and {self._placement.num_gpus:g} GPUs on a node "
+            "that trains the driver's bits",
             problems=problems,
             next_step="use nodes of one processor model with the same package versions as the driver's, "
             "at least `threads_per_shard` CPUs and, with device cuda, `cluster.num_gpus` GPUs",

@@ -12,7 +12,7 @@ thread alone. When `run_tasks` raises, even because of an interrupt, Ray has con
 cancelled; their processes end some milliseconds later.
 
     session = connect(None, num_cpus=2)
-    run_tasks([1, 2], square, report, session=session, placement=Placement(cpus=1), label=str)  # [1, 4]
+    run_tasks([1, 2], square, report, session=session, placement=Placement(1), label=str)  # [1, 4]
 """
 
 from __future__ import annotations
@@ -282,11 +282,11 @@ def _remote(placement: Placement) -> Remote:
     """Return a function that makes tasks pinned to a node, with the environment that workers need."""
     from sisa.lm.base.numerics import worker_environment
 
-    environment = {**worker_environment(placement.cpus), **placement.environment}
+    environment = {**worker_environment(placement.num_cpus), **placement.environment}
     made = functools.cache(ray.remote(max_retries=0, retry_exceptions=False))
     every = {
-        "num_cpus": placement.cpus,
-        "num_gpus": placement.gpus,
+        "num_cpus": placement.num_cpus,
+        "num_gpus": placement.num_gpus,
         "runtime_env": {"env_vars": environment},
     }
 

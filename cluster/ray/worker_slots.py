@@ -21,21 +21,23 @@ from dataclasses import dataclass, field
 class Placement:
     """State what each task takes of a node: CPUs (also its threads), GPUs (or a share), environment.
 
-    >>> Placement(1, gpus=0.5).num_slots({"CPU": 8, "GPU": 2}), Placement(4).num_slots({"CPU": 9})
+    >>> Placement(1, num_gpus=0.5).num_slots({"CPU": 8, "GPU": 2}), Placement(4).num_slots({"CPU": 9})
     (4, 2)
     """
 
-    cpus: int
-    gpus: float = 0
+    num_cpus: int
+    num_gpus: float = 0
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def num_slots(self, resources: Mapping[str, float]) -> int:
         """Return how many tasks a node can run at once. A share of a GPU is of one GPU."""
-        slots, gpus = int(resources.get("CPU", 0)) // self.cpus, int(resources.get("GPU", 0))
-        if not self.gpus:
+        slots, gpus = int(resources.get("CPU", 0)) // self.num_cpus, int(resources.get("GPU", 0))
+        if not self.num_gpus:
             return slots
         # 1 // 0.1 is 9 in binary fractions.
-        shared = gpus * int(1 / self.gpus + 1e-9) if self.gpus < 1 else gpus // int(self.gpus)
+        shared = (
+            gpus * int(1 / self.num_gpus + 1e-9) if self.num_gpus < 1 else gpus // int(self.num_gpus)
+        )
         return min(slots, shared)
 
 

@@ -316,7 +316,10 @@ class ClusterBlock(Block):
         3, "none", "Restarts in a row of a shard whose worker died before a slice's end.", ge=0, le=1000
     )
     stall_limit_s: Float | None = key(
-        1800.0, "none", "Seconds of silence after which a worker is killed; null: never.", gt=0
+        1800.0,
+        "none",
+        "Seconds of silence after which a worker that trains is killed; null: never.",
+        gt=0,
     )
 
     @field_validator("num_gpus")

@@ -63,7 +63,7 @@ def test_too_few_gpus_are_reported_before_any_task_starts(tmp_path: Path) -> Non
     for placement in (Placement(1, 2), Placement(3, 1)):
         with pytest.raises(EnvironmentFault, match="no node") as caught:
             run([tmp_path], placement)
-        assert f"{placement.cpus} CPUs and {placement.gpus} GPUs" in str(caught.value.expected)
+        assert f"{placement.num_cpus} CPUs and {placement.num_gpus} GPUs" in str(caught.value.expected)
         assert [each.what for each in caught.value.problems] == ["too few CPUs or GPUs for one worker"]
     assert list(tmp_path.iterdir()) == []
 
@@ -84,5 +84,5 @@ def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
     for options in ({}, {"num_gpus": 0.25}, {"num_gpus": 2}):
         open_executor(site, options).run(anything, ignore)
     open_executor(replace(site, precision=Precision()), {}).run(anything, ignore)
-    assert [each.gpus for each in asked] == [1, 0.25, 2, 0]
+    assert [each.num_gpus for each in asked] == [1, 0.25, 2, 0]
     assert [cuda_device.WORKSPACE in each.environment for each in asked] == [True, True, True, False]

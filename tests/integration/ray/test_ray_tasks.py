@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from cluster.ray import tasks as ray_tasks
@@ -17,15 +15,13 @@ from cluster.ray.attempt import Unready
 from cluster.ray.session import connect
 from cluster.ray.tasks import run_tasks
 from cluster.ray.worker_slots import Placement
-from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Notice, Report
-from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 
 
 def write_name(path: Path, report: Report) -> str:
-    """Wait, die or be unready as the task's name says; write the process id to the file."""
+    """Die or be unready as the task's name says; write the process id to the file."""
     path.write_text(str(os.getpid()))
     report(Notice(f"at {path.name}"))
     if path.name == "unready":
@@ -33,8 +29,6 @@ def write_name(path: Path, report: Report) -> str:
     if path.name == "dies" and not path.with_name("died").exists():
         path.with_name("died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    while path.name == "waits":
-        time.sleep(0.05)
     return path.name
 
 
@@ -50,7 +44,7 @@ def run(
         write_name,
         report,
         session=connect(None, 2),
-        placement=Placement(cpus=1, environment=environment or {}),
+        placement=Placement(num_cpus=1, environment=environment or {}),
         label=lambda path: f"task {path.name}",
         **options,
     )
@@ -62,12 +56,6 @@ def test_results_come_in_order_and_a_dead_worker_is_announced(tmp_path: Path) ->
     texts = [each.text for each in events if isinstance(each, Notice)]
     assert {"at b", "at c"} <= set(texts)
     assert [each for each in texts if "task dies died" in each and "attempt 2 of 4" in each]
-
-
-def test_a_task_that_may_not_start_again(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentFault) as caught:
-        run([tmp_path / "dies"], ignore, max_retries=0)
-    assert caught.value.where == "task dies"
 
 
 def test_what_is_unready_is_made_ready(tmp_path: Path) -> None:
@@ -95,13 +83,3 @@ def test_a_worker_that_does_not_begin_is_not_waited_for(
     assert run([tmp_path / "b"], hear, {"PYTHONPATH": paths}, **asked) == ["b"]
     assert "worker of task b on node" in texts[0]
     assert "did not begin" in texts[0]
-
-
-def test_an_interrupt_ends_a_long_task(tmp_path: Path) -> None:
-    def interrupt(_: Event) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run([tmp_path / "waits"], interrupt)
-    pid = int((tmp_path / "waits").read_text())
-    wait_for(lambda: not psutil.pid_exists(pid), 5)
