@@ -37,7 +37,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Token:
+class AnswerToken:
     """A token of an answer: its text, its log-probability, and the likeliest tokens in its place."""
 
     text: str
@@ -58,7 +58,7 @@ class Piece:
     """The next part of an answer; tokens are given if probabilities were asked for."""
 
     text: str
-    tokens: tuple[Token, ...] = ()
+    tokens: tuple[AnswerToken, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from cluster.serve.app import build_app
-from cluster.serve.domain import AnswerEvent, Ended, Piece, Question, Service, Started, Token
+from cluster.serve.domain import AnswerEvent, AnswerToken, Ended, Piece, Question, Service, Started
 from cluster.serve.tokens import Tokens
 from sisa.config.config import RunConfig, ServiceBlock
 from sisa.core.errors import EnvironmentFault, Outdated, SisaError, internal_fault
@@ -279,7 +279,9 @@ class Engine:
             return Piece(event.text)
         decode = self._serving.batch.answerer.tokenizer.decode
         tokens = [
-            Token(decode([each.id]), each.logprob, tuple((decode([id_]), of) for id_, of in each.top))
+            AnswerToken(
+                decode([each.id]), each.logprob, tuple((decode([id_]), of) for id_, of in each.top)
+            )
             for each in event.tokens
         ]
         return Piece(event.text, tuple(tokens))

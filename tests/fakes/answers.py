@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from cluster.serve.domain import AnswerEvent, Ended, Piece, Question, Started, Token
+from cluster.serve.domain import AnswerEvent, AnswerToken, Ended, Piece, Question, Started
 from sisa.core.errors import InvalidInput
 
 
@@ -57,4 +57,4 @@ def _piece(word: str, question: Question) -> Piece:
     if question.logprobs is None:
         return Piece(word)
     top = tuple((f"other{n}", -2.0 - n) for n in range(question.logprobs))
-    return Piece(word, (Token(word, -0.5, top),))
+    return Piece(word, (AnswerToken(word, -0.5, top),))

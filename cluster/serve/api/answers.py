@@ -30,13 +30,13 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from cluster.serve.domain import (
     AnswerEvent,
+    AnswerToken,
     Ended,
     Piece,
     Question,
     Service,
     Started,
     TheService,
-    Token,
 )
 from cluster.serve.problems import Refusal, stream_error
 from cluster.serve.tokens import Caller, MayAnswer
@@ -181,7 +181,7 @@ class Reply:
     """An answer as far as it has come."""
 
     text: str = ""
-    tokens: list[Token] = field(default_factory=list)
+    tokens: list[AnswerToken] = field(default_factory=list)
     started: Started | None = None
     ended: Ended | None = None
 
@@ -213,7 +213,7 @@ class Dialect:
         own = {"id": f"{self.prefix}{self.key}", "object": kind, "created": self.created}
         return {**own, "model": self.asked.model}
 
-    def choice(self, text: str, tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
+    def choice(self, text: str, tokens: Sequence[AnswerToken], offset: int = 0) -> dict[str, Any]:
         """Return an answer, or a part of one that begins at `offset`."""
         return {"text": text, "logprobs": self._logprobs(tokens, offset)}
 
@@ -223,7 +223,7 @@ class Dialect:
         """Return the first chunk of a choice, if there is one before any text."""
         return None
 
-    def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[AnswerToken], offset: int) -> dict[str, Any] | None:
         if not tokens:
             return None
         texts = [each.text for each in tokens]
@@ -251,12 +251,12 @@ class ChatDialect(Dialect):
 
     prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, text: str, tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
+    def choice(self, text: str, tokens: Sequence[AnswerToken], offset: int = 0) -> dict[str, Any]:
         """Return an answer as a message."""
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"message": message, "logprobs": self._logprobs(tokens, offset)}
 
-    def delta(self, text: str, tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
+    def delta(self, text: str, tokens: Sequence[AnswerToken], offset: int = 0) -> dict[str, Any]:
         """Return a part of a message."""
         return {"delta": {"content": text} if text else {}, "logprobs": self._logprobs(tokens, offset)}
 
@@ -264,7 +264,7 @@ class ChatDialect(Dialect):
         """Return the role, which precedes the text."""
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[AnswerToken], offset: int) -> dict[str, Any] | None:
         del offset
         if not tokens:
             return None
