@@ -73,7 +73,10 @@ async def _healthz() -> dict[str, str]:
 
 
 class _Guard:
-    """Refuse large bodies; keep unexpected errors out of logs, since they may quote text."""
+    """Refuse large bodies; keep unexpected errors out of logs, since they may quote text.
+
+    FastAPI's `max_body_size` would refuse in plain text, whatever form the errors of a path have.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app, self.max_bytes = app, max_bytes

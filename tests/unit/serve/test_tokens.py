@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -43,6 +44,7 @@ from sisa.flows.wiring.upper_houses import TOKENS
 from tests.fakes.tokens import certified
 from tests.unit.serve.conftest import LOOPBACK
 
+PAGE = Path(serving.__file__).with_name("README.md")
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 # Need no token: they tell nothing about a model; OpenDSR publishes the certificate of its processor.
 OPEN = {"/healthz", "/openapi.json", "/opendsr/certificate"}
@@ -262,40 +264,19 @@ def endpoints(app: FastAPI) -> dict[tuple[str, str], set[str]]:
     }
 
 
-ASKED: dict[Scope, list[str]] = {
-    "answer": [
-        *("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models"),
-        "GET /v1/models/{name}",
-    ],
-    "read": [
-        *("GET /requests", "GET /requests/{request_id}", "GET /requests/{request_id}/certificate"),
-        *("GET /records/{record_id:path}/shards", "POST /find", "GET /shards", "GET /rights/drop"),
-        *("GET /opendsr/requests/{subject_request_id}", "GET /opendsr/discovery"),
-    ],
-    "submit": [
-        *("POST /requests", "POST /requests/plan", "POST /requests/{request_id}/receipt"),
-        *("POST /opendsr/requests", "DELETE /opendsr/requests/{subject_request_id}"),
-        "POST /rights/drop/import",
-    ],
-    "decide": [
-        *(f"POST /requests/{{request_id}}/{each}" for each in ("approve", "deny", "hold", "cancel")),
-        *("POST /requests/{request_id}/extend", "POST /rights/drop/report"),
-        *("POST /rights/rectify", "POST /rights/restrict", "POST /rights/release"),
-    ],
-    "erase": ["POST /requests/run"],
-    "access": [
-        *("POST /rights/access", "POST /rights/recipients"),
-        "GET /opendsr/requests/{subject_request_id}/results",
-    ],
-    "operate": ["GET /metrics"],
-}
+def listed() -> dict[str, set[str]]:
+    """Return the scope of each call, as the service's page lists them."""
+    table = PAGE.read_text().partition("<!-- table: calls -->")[2].partition("<!-- end of table -->")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE)
+    return {call: {scope} for scope, calls in rows for call in re.findall("`(.+?)`", calls)}
 
 
-def test_every_endpoint_asks_for_its_scope(service: Service) -> None:
+def test_every_endpoint_asks_for_the_scope_that_the_page_lists(service: Service) -> None:
     found = {
-        f"{method} {path}": wanted for (method, path), wanted in endpoints(build_app(service)).items()
+        f"{method} {re.sub('{.+?}', 'ID', path)}": wanted
+        for (method, path), wanted in endpoints(build_app(service)).items()
     }
-    assert found == {each: {scope} for scope, listed in ASKED.items() for each in listed}
+    assert found == listed()
 
 
 def test_whoever_decides_does_not_erase() -> None:
