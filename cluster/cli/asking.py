@@ -149,7 +149,7 @@ def find(
     show_text: bool,
     no_service: bool,
 ) -> Result:
-    """Find records by content, subject or likeness. Prints score, shard, slice and subject."""
+    """Find records by content, subject or likeness. Print score, shard, slice and subject."""
     if sum(each is not None for each in (text, file, subject, like)) != 1:
         raise click.UsageError("give exactly one of --text, --file, --subject and --like")
     if file is not None:

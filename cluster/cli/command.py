@@ -86,12 +86,14 @@ def command(
                 result = function(**arguments)
             return result.exit_code, json.dumps(result.json, indent=2) if as_json else result.text
 
-        option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
         path = name if group is cli else f"{group.name} {name}"
         epilog = f"\b\nExample:\n  sisa {path} {example}"
         # The first sentence, since click cuts a summary that it makes itself to one line.
         summary = re.split(r"(?<=\.)\s", function.__doc__ or "", maxsplit=1)[0]
-        made = click.command(name, short_help=summary, epilog=epilog)(option(invoke))
+        made = click.command(name, short_help=summary, epilog=epilog)(invoke)
+        made.params.append(
+            click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object.")
+        )
         group.add_command(made)
         return made
 
@@ -118,6 +120,7 @@ def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
     @click.option(
         "--executor",
         "name",
+        metavar="[auto|ray|serial]",
         default="auto",
         help="ray; serial: the same bytes in this process; auto: Ray, unless a single shard is to be "
         "trained here.",

@@ -39,7 +39,7 @@ name_argument = click.argument("name")
 def serve(
     directory: Path, host: str | None, port: int | None, num_replicas: int, stop: bool, look: bool
 ) -> Result:
-    """Answer over HTTP as OpenAI does, until Ctrl-C."""
+    """Serve the model over HTTP, by OpenAI's API, until Ctrl-C."""
     from cluster.serve import service
     from cluster.serve.runner import service_runner
 

@@ -50,7 +50,7 @@ def run_quickstart(
     from_scratch: bool,
     executor: ExecutorChoice,
 ) -> Result:
-    """Train, find, delete and prove in two minutes. Uses a real model and invented people."""
+    """Train, find, delete and prove in two minutes, with a real model and invented people."""
     from cluster.cli.quickstart import run_story
 
     return run_story(directory, num_people, num_epochs, executor, from_scratch=from_scratch).result
