@@ -17,6 +17,7 @@ from cluster.cli.command import (
     command,
     ids_options,
     log_format_option,
+    max_new_tokens_option,
     model_option,
     opened,
     option_or_file,
@@ -247,12 +248,7 @@ def _gone(each: Location) -> str:
     type=click.Choice(["chat", "completion"]),
     help="Send prompts as a turn of a chat or as plain text; by default as the model was trained.",
 )
-@click.option(
-    "--max-new-tokens",
-    default=48,
-    type=click.IntRange(1, 100_000),
-    help="Longest answer, in tokens.",
-)
+@max_new_tokens_option(48)
 @click.option(
     "--answer-only",
     is_flag=True,

@@ -186,6 +186,16 @@ record_argument = click.argument("record", metavar="ID", callback=_or_input)
 output_option = click.option("-o", "--output", "target", required=True, type=PATH, help="File to write.")
 
 
+def max_new_tokens_option(default: int) -> Callable[..., Any]:
+    """Return the option that bounds the length of an answer."""
+    return click.option(
+        "--max-new-tokens",
+        default=default,
+        type=click.IntRange(1, 100_000),
+        help="Longest answer, in tokens.",
+    )
+
+
 def ids_options(function: Callable[..., Result]) -> Callable[..., Result]:
     """Add `[ID]...` and `--ids-file`, passed as one list `ids`."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
-from cluster.cli.command import PATH, command
+from cluster.cli.command import PATH, command, max_new_tokens_option
 from cluster.cli.evaluation.evaluating import (
     AttackOptions,
     attack_models,
@@ -17,7 +17,6 @@ from cluster.cli.evaluation.evaluating import (
     evaluation,
     logs_option,
     machine_options,
-    max_new_tokens_option,
     over_unlearned_words,
     privleak_words,
     split_taught,

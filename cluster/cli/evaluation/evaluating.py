@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import click
 
-from cluster.cli.command import PATH, command_group, log_format_option
+from cluster.cli.command import PATH, command_group, log_format_option, max_new_tokens_option
 from cluster.observe.reporting import watched
 from cluster.render.result import Result
 
@@ -70,13 +70,6 @@ def logs_option(default: str) -> Callable[..., Any]:
         default=default,
         type=PATH,
         help="Directory of the logs; an interrupted run continues from them.",
-    )
-
-
-def max_new_tokens_option(default: int) -> Callable[..., Any]:
-    """Return the option that bounds the length of an answer."""
-    return click.option(
-        "--max-new-tokens", default=default, type=click.IntRange(1), help="Longest answer, in tokens."
     )
 
 
