@@ -1,1 +1,6 @@
-"""Rights of a data subject beside erasure: access, restriction, recipients; and California's DROP."""
+"""Rights of a data subject beside erasure.
+
+access        what is held of a person, and who received it
+restriction   records that are stored and not served
+drop          the deletion lists of California's DROP
+"""
